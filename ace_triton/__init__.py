@@ -1,0 +1,1 @@
+"""Fused Triton kernels that prune large language models to N:M sparsity and run them sparse."""

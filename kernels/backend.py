@@ -1,0 +1,81 @@
+"""Which body of an operation serves a tensor: Triton, the compiled CPU library, or plain torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+
+from . import cpu
+
+Backend = Literal["triton", "cpu", "reference"]
+
+ENVIRONMENT_VARIABLE = "ACE_TRITON_BACKEND"
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot serve this tensor."""
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in Triton's own interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes", "y"}
+
+
+def choose_backend(*tensors: torch.Tensor | None) -> Backend:
+    """The backend for an operation on these tensors (None entries are passed over).
+
+    Triton for CUDA and HIP tensors, the compiled library for CPU tensors, the plain-torch reference
+    where neither is there. ``ACE_TRITON_BACKEND=triton|cpu|reference`` forces one.
+
+    Raises:
+        BackendError: the forced backend is unknown or cannot serve these tensors.
+        ValueError: the tensors lie on different devices.
+    """
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) != 1:
+        raise ValueError(
+            f"all tensors of one operation must be on one device, these are on "
+            f"{sorted(str(d) for d in devices)}: move them with .to(device)"
+        )
+    device = devices.pop()
+    forced = os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower()
+    if forced:
+        return _forced(forced, device)
+    if device.type == "cuda" and HAS_TRITON:
+        return "triton"
+    if device.type == "cpu" and cpu.available():
+        return "cpu"
+    return "reference"
+
+
+def _forced(name: str, device: torch.device) -> Backend:
+    if name == "reference":
+        return "reference"
+    if name == "cpu":
+        if device.type != "cpu":
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE}=cpu, but the tensors are on {device}: move them to the CPU "
+                f"or unset {ENVIRONMENT_VARIABLE}"
+            )
+        if not cpu.available():
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE}=cpu, but the compiled library is not there "
+                f"({cpu.why_unavailable()}): install a C++ compiler and reinstall ace_triton, "
+                f"or unset {ENVIRONMENT_VARIABLE}"
+            )
+        return "cpu"
+    if name == "triton":
+        if not HAS_TRITON:
+            raise BackendError(f"{ENVIRONMENT_VARIABLE}=triton, but triton is not installed")
+        if device.type == "cpu" and not interpreting():
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE}=triton, but the tensors are on the CPU: move them to a GPU, or "
+                "set TRITON_INTERPRET=1 before the first import to run the kernels in the interpreter"
+            )
+        return "triton"
+    raise BackendError(f"{ENVIRONMENT_VARIABLE}={name!r} is not a backend: use 'triton', 'cpu' or 'reference'")
