@@ -1,0 +1,304 @@
+"""The metrics: a weight and its input's statistics in, :class:`ScoreTerms` out.
+
+A metric of your own is a function of the same form::
+
+    @register_metric("wanda_squared")
+    def wanda_squared(weight, stats):
+        return ScoreTerms(scale=stats.norm, power=2)
+
+Notation: i an output, j an input, t a token; n_j is Wanda's input norm. ACE's paper (arXiv 2505.21987)
+leaves some choices open; what is marked *reconstructed* below is ours and is an option, not a fact.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from .kernels.score_terms import ScoreTerms
+from .kernels.weight_sums import weight_sums
+from .stats import ActivationStats, Reduce, StatsError
+
+Base = Literal["wanda", "ria", "magnitude"]
+CosineReduce = Literal["exact", "abs", "rms"]
+Prefactor = Literal["none", "wanda", "ria"]
+VarianceNorm = Literal["max_layer", "max_sequence", "channel", "frobenius"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a metric must be given beside the weight.
+
+    Attributes:
+        tokens: statistics of the layer's input.
+        outputs: token weights of the layer's own outputs too.
+        reduce: the coupling matrix as well, reduced so.
+        consumer: the input norms of the layer that consumes this one's outputs.
+    """
+
+    tokens: bool = True
+    outputs: bool = False
+    reduce: Reduce | None = None
+    consumer: bool = False
+
+
+MetricFunction = Callable[..., ScoreTerms]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A registered metric: its function, and what it needs as a function of its options."""
+
+    name: str
+    terms: MetricFunction
+    needs: Callable[[Mapping[str, Any]], Needs]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options with their defaults."""
+        parameters = list(inspect.signature(self.terms).parameters.values())[2:]
+        return {p.name: p.default for p in parameters}
+
+    def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``options`` over the defaults; ValueError for one that the metric does not have."""
+        known = self.options
+        for name in options:
+            if name not in known:
+                has = ", ".join(f"{k}={v!r}" for k, v in known.items()) or "none"
+                raise ValueError(f"method {self.name!r} has no option {name!r}; its options: {has}")
+        return {**known, **options}
+
+
+_REGISTRY: dict[str, Metric] = {}
+
+
+def register_metric(
+    name: str, needs: Needs | Callable[[Mapping[str, Any]], Needs] | None = None
+) -> Callable[[MetricFunction], MetricFunction]:
+    """Decorator: make a function ``(weight, stats, **options) -> ScoreTerms`` a method by this name.
+
+    Args:
+        name: what users write as ``method=``.
+        needs: what it must be given; a function of its options where that depends on them. Left out:
+            the input's statistics.
+    """
+    needed = needs if callable(needs) else (lambda _options, fixed=needs or Needs(): fixed)
+
+    def register(function: MetricFunction) -> MetricFunction:
+        if name in _REGISTRY and _REGISTRY[name].terms.__module__ != function.__module__:
+            raise ValueError(f"there is a metric {name!r} already: choose another name")
+        _REGISTRY[name] = Metric(name, function, needed)
+        return function
+
+    return register
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name; ValueError with the known names where there is none."""
+    try:
+        return _REGISTRY[name]
+    except KeyError:
+        raise ValueError(f"unknown method {name!r}: use one of {', '.join(metric_names())}") from None
+
+
+def metric_names() -> list[str]:
+    """All registered names, in order of registration."""
+    return list(_REGISTRY)
+
+
+@register_metric("magnitude", Needs(tokens=False))
+def magnitude(weight: torch.Tensor, stats: ActivationStats | None) -> ScoreTerms:
+    """|W_ij|."""
+    return ScoreTerms()
+
+
+@register_metric("wanda")
+def wanda(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
+    """|W_ij| n_j (Sun et al., arXiv 2306.11695, equation 1)."""
+    return ScoreTerms(scale=stats.norm)
+
+
+@register_metric("ria")
+def ria(weight: torch.Tensor, stats: ActivationStats, a: float = 0.5) -> ScoreTerms:
+    """(|W_ij| / C_j + |W_ij| / R_i) n_j^a (Zhang et al., "Plug-and-Play", ICLR 2024).
+
+    R_i and C_j are the row and column sums of |W|, in fp32: quotients in fp16 would fall below its
+    normal range.
+    """
+    row_sums, column_sums = weight_sums(weight)
+    return ScoreTerms(row=_reciprocal(row_sums), col=_reciprocal(column_sums), scale=stats.norm**a)
+
+
+@register_metric("stade")
+def stade(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
+    """|W_ij| std(x_j), the root of STADE's W_ij^2 var(x_j). No bias is moved (METHODS of STADE do so
+    optionally, to little effect)."""
+    return ScoreTerms(scale=stats.variance.sqrt())
+
+
+@register_metric("dass", Needs(consumer=True))
+def dass(weight: torch.Tensor, stats: ActivationStats, alpha: float = 0.5) -> ScoreTerms:
+    """DaSS (arXiv 2405.01943): |W_ij| m_i^alpha for gate and up projections, Wanda for the others.
+
+    m_i is the norm of input channel i of the down projection that gate and up feed. The factor is one
+    number a row, so groups must run along the outputs; grouped along the inputs it is magnitude.
+    """
+    if stats.consumer_norm is None:
+        return wanda(weight, stats)
+    return ScoreTerms(row=stats.consumer_norm**alpha)
+
+
+def _cosp_needs(options: Mapping[str, Any]) -> Needs:
+    return Needs(outputs=True, reduce=None if options["reduce"] == "exact" else options["reduce"])
+
+
+@register_metric("cosp", _cosp_needs)
+def cosp(
+    weight: torch.Tensor,
+    stats: ActivationStats,
+    reduce: CosineReduce = "exact",
+    prefactor: Prefactor | None = None,
+) -> ScoreTerms:
+    """ACE's cosine metric: how much removing a weight turns the layer's output.
+
+    Args:
+        weight: [out_features, in_features].
+        stats: with outputs.
+        reduce: "exact": |W_ij| sqrt(mean_t x_tj^2 / s_t), the root of the leading term of 1 - cos
+            (its a_i^2 / s_t correction dropped); one vector, no GEMM. "abs" and "rms": the published
+            first-order loss |W_ij| mean_t |a_ti x_tj| / s_t, or its root mean square over tokens
+            (the reduction over tokens is *reconstructed*).
+        prefactor: what multiplies it: "wanda" gives the published |W_ij| n_j L_ij, "ria" uses RIA's
+            score instead, "none" nothing. None: "none" for "exact", "wanda" for the published losses.
+    """
+    if reduce not in ("exact", "abs", "rms"):
+        raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
+    prefactor = prefactor or ("none" if reduce == "exact" else "wanda")
+    if prefactor == "none":
+        base = ScoreTerms()
+    elif prefactor in ("wanda", "ria"):
+        base = replace(_base(weight, stats, prefactor), power=2)
+    else:
+        raise ValueError(f"prefactor must be 'none', 'wanda' or 'ria', got {prefactor!r}")
+    return _times_cosine(base, stats, reduce)
+
+
+@register_metric("varp")
+def varp(
+    weight: torch.Tensor,
+    stats: ActivationStats,
+    base: Base = "ria",
+    norm: VarianceNorm = "max_layer",
+    sign: int = 1,
+    power: float = 1.0,
+    eps: float = 0.01,
+) -> ScoreTerms:
+    """ACE's variance metric: a base score times f_j = mean_s (1 - y_sj)^(-power).
+
+    y_sj is the squared norm of channel j over sequence s, normalised below 1 (*reconstructed*: the
+    paper's normaliser is not known). The paper's literal metric has base="magnitude"; its tables use it
+    on Wanda and RIA. Why these defaults: alone the factor is close to magnitude pruning (two to three
+    times Wanda's perplexity in our trial); divided by the layer's largest entry it lifts only outlier
+    channels, which RIA's square root of n_j under-weights, and there it helped, by about 2 %.
+
+    Args:
+        weight: [out_features, in_features].
+        stats: of the input.
+        base: "ria", "wanda" or "magnitude".
+        norm: "max_layer": y over the largest of the layer; "max_sequence": over the largest of each
+            sequence; "channel": over the channel's own largest (pure dispersion); "frobenius": over the
+            sum of each sequence (the one for which the paper's power series converges).
+        sign: +1 multiplies by f_j, -1 divides.
+        power: 1 as printed, 0.5 for the root that a consistent derivation carries.
+        eps: y stays at or below 1 - eps.
+    """
+    return _times_variance(_base(weight, stats, base), stats, norm, sign, power, eps)
+
+
+@register_metric("ace", _cosp_needs)
+def ace(
+    weight: torch.Tensor,
+    stats: ActivationStats,
+    base: Base = "ria",
+    reduce: CosineReduce = "exact",
+    norm: VarianceNorm = "max_layer",
+    sign: int = 1,
+    power: float = 1.0,
+    eps: float = 0.01,
+) -> ScoreTerms:
+    """ACE (arXiv 2505.21987): base score times CosP times VarP.
+
+    Options as in :func:`cosp` and :func:`varp`. The published form is base="wanda", reduce="abs" (or
+    "rms"); the default takes RIA's base and the exact second-order cosine term.
+    """
+    base_terms = replace(_base(weight, stats, base), power=2)
+    return _times_variance(_times_cosine(base_terms, stats, reduce), stats, norm, sign, power, eps)
+
+
+def _base(weight: torch.Tensor, stats: ActivationStats, base: Base) -> ScoreTerms:
+    if base == "wanda":
+        return wanda(weight, stats)
+    if base == "ria":
+        return ria(weight, stats)
+    if base == "magnitude":
+        return ScoreTerms()
+    raise ValueError(f"base must be 'ria', 'wanda' or 'magnitude', got {base!r}")
+
+
+def _times_cosine(terms: ScoreTerms, stats: ActivationStats, reduce: CosineReduce) -> ScoreTerms:
+    if reduce not in ("exact", "abs", "rms"):
+        raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
+    if stats.outputs is None:
+        raise StatsError(
+            "CosP weighs tokens by the layer's outputs, which these statistics do not hold: pass raw tokens, "
+            "or collect with ActivationStats.from_tokens(tokens, layer=layer)"
+        )
+    if reduce == "exact":
+        return _scaled(terms, stats.outputs.mean_weighted_square().sqrt().float())
+    if stats.outputs.reduce != reduce:
+        raise StatsError(
+            f"reduce={reduce!r} needs the coupling matrix, but these statistics were collected with "
+            f"reduce={stats.outputs.reduce!r}: collect with ActivationStats.from_tokens(..., reduce={reduce!r})"
+        )
+    return replace(terms, coupling=stats.outputs.mean_coupling())
+
+
+def _times_variance(
+    terms: ScoreTerms, stats: ActivationStats, norm: VarianceNorm, sign: int, power: float, eps: float
+) -> ScoreTerms:
+    if sign not in (1, -1):
+        raise ValueError(f"sign must be +1 or -1, got {sign!r}")
+    factor = variance_factor(stats.sequence_square, norm, power, eps)
+    return _scaled(terms, factor if sign == 1 else 1 / factor)
+
+
+def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: float, eps: float) -> torch.Tensor:
+    """VarP's f_j = mean_s (1 - y_sj)^(-power), fp32 [in_features], from sums of squares [n_sequences, in_features]."""
+    if not 0 < eps < 1:
+        raise ValueError(f"eps must lie in (0, 1), got {eps!r}")
+    if norm == "max_layer":
+        largest = sequence_square.amax()
+    elif norm == "max_sequence":
+        largest = sequence_square.amax(1, keepdim=True)
+    elif norm == "channel":
+        largest = sequence_square.amax(0, keepdim=True)
+    elif norm == "frobenius":
+        largest = sequence_square.sum(1, keepdim=True)
+    else:
+        raise ValueError(f"norm must be 'max_layer', 'max_sequence', 'channel' or 'frobenius', got {norm!r}")
+    ratio = sequence_square / largest.clamp(min=torch.finfo(torch.float32).tiny)
+    y = ratio.clamp(max=1 - eps) if norm == "frobenius" else ratio * (1 - eps)
+    return (1 - y).pow(-power).mean(0)
+
+
+def _scaled(terms: ScoreTerms, factor: torch.Tensor) -> ScoreTerms:
+    return replace(terms, scale=factor if terms.scale is None else terms.scale * factor)
+
+
+def _reciprocal(sums: torch.Tensor) -> torch.Tensor:
+    """1 / sums, and 0 where a sum is 0: all its weights are 0 too."""
+    return torch.where(sums > 0, 1 / sums, 0.0)

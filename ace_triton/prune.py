@@ -1,0 +1,213 @@
+"""Prune one linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .kernels.finite import all_finite
+from .kernels.score_terms import ScoreTerms, scores_reference
+from .kernels.select_nm import check_pattern, select_nm
+from .kernels.select_rows import select_rows
+from .metrics import Metric, Needs, metric
+from .sparsity import Axis, Sparsity
+from .stats import ActivationStats, StatsError
+from .tied import other_owners
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class PruneError(ValueError):
+    """A layer that cannot be pruned as asked; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What :func:`prune_linear` kept.
+
+    Attributes:
+        name: the layer's name, or its class where none was given.
+        method: the metric's name.
+        pattern: "2:4", or the pruned fraction.
+        axis: what groups or rows ran along.
+        kept: number of weights kept.
+        total: number of weights.
+        mask: bool [out_features, in_features], True where kept; only where it was asked for.
+    """
+
+    name: str
+    method: str
+    pattern: str
+    axis: Axis
+    kept: int
+    total: int
+    mask: torch.Tensor | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights pruned."""
+        return 1 - self.kept / self.total if self.total else 0.0
+
+
+@torch.no_grad()
+def prune_linear(
+    layer: nn.Module,
+    stats: ActivationStats | torch.Tensor | None = None,
+    method: str = "ace",
+    sparsity: str | float | Sparsity = "2:4",
+    *,
+    name: str | None = None,
+    return_mask: bool = False,
+    **options: Any,
+) -> PruneResult:
+    """Prune a linear layer in place.
+
+    Args:
+        layer: an ``nn.Linear`` (weight [out_features, in_features], any floating dtype, any strides, any
+            device), or a Conv1D of transformers (weight [in_features, out_features]).
+        stats: statistics of the layer's input, or the raw tokens: [n_tokens, in_features] or
+            [n_sequences, length, in_features]. None for magnitude, which needs neither.
+        method: a metric's name (:func:`~ace_triton.metrics.metric_names`).
+        sparsity: "n:m" (n of every m kept), the pruned fraction of every row, or a :class:`Sparsity`.
+        name: how errors and the result call the layer.
+        return_mask: also return which weights were kept; costs a byte a weight and a second pass.
+        options: the metric's own.
+
+    Raises:
+        PruneError: a layer that cannot be pruned so (shape, dtype, tied weight, NaN or infinity); nothing
+            was changed.
+        ValueError: an unknown method, option or pattern, or statistics that do not fit.
+    """
+    label = name or type(layer).__name__
+    chosen = metric(method)
+    complete = chosen.complete(options)
+    pattern = Sparsity.of(sparsity)
+    weight = _weight_of(layer, label)
+    gathered = _statistics(layer, weight, stats, chosen.needs(complete), label)
+    if not all_finite(weight):
+        raise PruneError(f"{label}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
+    terms = _terms(chosen, complete, weight, gathered, label)
+    axis = pattern.axis or default_axis(method, gathered)
+    try:
+        mask = _select(weight, terms, pattern, axis, return_mask)
+    except ValueError as error:
+        raise PruneError(f"{label}: {error}") from error
+    return PruneResult(label, method, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
+
+
+def default_axis(method: str, stats: ActivationStats | None) -> Axis:
+    """What a metric's groups run along where the user does not say: the outputs for DaSS's gate and up."""
+    return "out" if method == "dass" and stats is not None and stats.consumer_norm is not None else "in"
+
+
+def linear_weight(layer: nn.Module) -> torch.Tensor | None:
+    """The weight as [out_features, in_features] (a view), or None where ``layer`` is no linear layer."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        return None
+    if isinstance(layer, nn.Linear):
+        return weight.detach()
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+        return weight.detach().t()
+    return None
+
+
+def _weight_of(layer: nn.Module, label: str) -> torch.Tensor:
+    weight = linear_weight(layer)
+    if weight is None:
+        raise PruneError(f"{label}: a {type(layer).__name__} is no nn.Linear; only linear layers can be pruned")
+    if weight.device.type == "meta":
+        raise PruneError(f"{label}: the weight is on the meta device and holds no numbers; load it first")
+    if not weight.dtype.is_floating_point:
+        raise PruneError(
+            f"{label}: the weight is stored as {weight.dtype} (quantised?); prune the floating-point model and "
+            "quantise afterwards"
+        )
+    owners = other_owners(layer, layer.weight)
+    if owners:
+        raise PruneError(
+            f"{label}: its weight is tied to that of a {type(owners[0]).__name__}, which would be pruned with it; "
+            "untie it first (layer.weight = nn.Parameter(layer.weight.clone()))"
+        )
+    return weight
+
+
+def _statistics(
+    layer: nn.Module, weight: torch.Tensor, given: ActivationStats | torch.Tensor | None, needs: Needs, label: str
+) -> ActivationStats | None:
+    if not needs.tokens:
+        return None
+    if given is None:
+        raise StatsError(f"{label}: this method needs the layer's inputs: pass an ActivationStats or the raw tokens")
+    if isinstance(given, torch.Tensor):
+        if given.dim() not in (2, 3) or given.shape[-1] != weight.shape[1]:
+            raise StatsError(
+                f"{label}: tokens must be [n_tokens, {weight.shape[1]}] or [n_sequences, length, {weight.shape[1]}], "
+                f"got {tuple(given.shape)}"
+            )
+        given = ActivationStats.from_tokens(given, layer=layer if needs.outputs else None, reduce=needs.reduce)
+    if given.in_features != weight.shape[1]:
+        raise StatsError(f"{label}: statistics of {given.in_features} channels, but the layer has {weight.shape[1]}")
+    if given.mean is not None and given.mean.device != weight.device:
+        raise StatsError(f"{label}: statistics on {given.mean.device}, weight on {weight.device}: use stats.to(device)")
+    try:
+        given.require_tokens()
+    except StatsError as error:
+        raise StatsError(f"{label}: {error}") from error
+    return given
+
+
+def _terms(
+    chosen: Metric, options: dict[str, Any], weight: torch.Tensor, stats: ActivationStats | None, label: str
+) -> ScoreTerms:
+    try:
+        terms = chosen.terms(_as_kernel_dtype(weight), stats, **options)
+    except StatsError as error:
+        raise StatsError(f"{label}: {error}") from error
+    for term, tensor in terms.tensors().items():
+        if not all_finite(tensor):
+            raise PruneError(
+                f"{label}: the statistics give a {term!r} term of NaN or infinity; look for overflow in the "
+                "calibration forward (run it in bfloat16 or float32)"
+            )
+    return terms
+
+
+def _as_kernel_dtype(weight: torch.Tensor) -> torch.Tensor:
+    return weight if weight.dtype in KERNEL_DTYPES else weight.float()
+
+
+def _select(
+    weight: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, want_mask: bool
+) -> torch.Tensor | None:
+    served = _as_kernel_dtype(weight)
+    if served is weight and not want_mask and (axis == "in" or pattern.n is not None):
+        _choose(weight, terms, pattern, axis, "weight")
+        return None
+    mask = _choose(served, terms, pattern, axis, "mask")
+    zero = weight.view(torch.uint8) if weight.element_size() == 1 else weight
+    zero.masked_fill_(~mask, 0)
+    return mask if want_mask else None
+
+
+def _choose(weight: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, output: str) -> torch.Tensor:
+    if pattern.n is not None and pattern.m is not None:
+        return select_nm(weight, terms, pattern.n, pattern.m, axis=axis, output=output)
+    if pattern.scope == "layer":
+        return select_rows(weight, terms, pattern.kept_of(weight.numel()), scope="layer", output=output)
+    if axis == "in":
+        return select_rows(weight, terms, pattern.kept_of(weight.shape[1]), output=output)
+    columns = scores_reference(weight, terms).t().contiguous()
+    return select_rows(columns, ScoreTerms(), pattern.kept_of(weight.shape[0]), output="mask").t()
+
+
+def _kept(weight: torch.Tensor, pattern: Sparsity, axis: Axis) -> int:
+    if pattern.n is not None and pattern.m is not None:
+        return weight.numel() // pattern.m * pattern.n
+    if pattern.scope == "layer":
+        return pattern.kept_of(weight.numel())
+    rows, cols = weight.shape if axis == "in" else weight.shape[::-1]
+    return rows * pattern.kept_of(cols)

@@ -1,0 +1,87 @@
+"""What share of a weight is kept, and along which lines."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .kernels.select_nm import GROUP_SIZES
+
+Axis = Literal["in", "out"]
+Scope = Literal["row", "layer"]
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """A pattern: ``Sparsity("2:4")`` keeps 2 of every 4 inputs, ``Sparsity(0.5)`` prunes half of every row.
+
+    Attributes:
+        pattern: "n:m" (n of every m are **kept**), or the pruned fraction: 0.5, "0.5" or "50%".
+        axis: what a group or row runs along: "in" (consecutive inputs of an output, what sparse tensor
+            cores need), "out" (outputs of an input), or None for what the metric says ("in", but "out"
+            for DaSS's gate and up projections).
+        scope: for a fraction, whether every row loses its share ("row") or the layer as a whole does
+            ("layer", one threshold).
+        n, m: the group, or None for a fraction.
+        fraction: share of weights pruned.
+
+    Raises:
+        ValueError: a pattern that is none.
+    """
+
+    pattern: str | float
+    axis: Axis | None = None
+    scope: Scope = "row"
+    n: int | None = field(init=False, default=None)
+    m: int | None = field(init=False, default=None)
+    fraction: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        if self.axis not in (None, "in", "out"):
+            raise ValueError(f"axis must be 'in', 'out' or None, got {self.axis!r}")
+        if self.scope not in ("row", "layer"):
+            raise ValueError(f"scope must be 'row' or 'layer', got {self.scope!r}")
+        n, m, fraction = _parse(self.pattern)
+        if n is not None and self.scope == "layer":
+            raise ValueError(f"scope 'layer' is for a fraction such as 0.5; {self.pattern!r} is decided in its groups")
+        if self.scope == "layer" and self.axis == "out":
+            raise ValueError("scope 'layer' compares all weights with each other: leave axis out")
+        object.__setattr__(self, "n", n)
+        object.__setattr__(self, "m", m)
+        object.__setattr__(self, "fraction", fraction)
+
+    @classmethod
+    def of(cls, pattern: str | float | Sparsity) -> Sparsity:
+        """The pattern itself, or one made of it."""
+        return pattern if isinstance(pattern, Sparsity) else cls(pattern)
+
+    def kept_of(self, size: int) -> int:
+        """How many of ``size`` compared weights are kept: all but ``int(size * fraction)``."""
+        return size - int(size * self.fraction)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.n is not None else f"{self.fraction:.4g}"
+
+
+def _parse(pattern: str | float) -> tuple[int | None, int | None, float]:
+    allowed = "give 'n:m' (n of every m kept, as '2:4') or the pruned fraction (as 0.5 or '50%')"
+    if isinstance(pattern, str):
+        group = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", pattern)
+        if group:
+            n, m = int(group[1]), int(group[2])
+            if m not in GROUP_SIZES or not 0 < n < m:
+                raise ValueError(f"{pattern!r}: n:m needs m in {GROUP_SIZES} and 0 < n < m; {allowed}")
+            return n, m, 1 - n / m
+        number = pattern.strip()
+        try:
+            fraction = float(number[:-1]) / 100 if number.endswith("%") else float(number)
+        except ValueError:
+            raise ValueError(f"{pattern!r} is not a sparsity: {allowed}") from None
+    elif isinstance(pattern, (int, float)) and not isinstance(pattern, bool):
+        fraction = float(pattern)
+    else:
+        raise ValueError(f"{pattern!r} is not a sparsity: {allowed}")
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the pruned fraction must lie in [0, 1), got {fraction}; {allowed}")
+    return None, None, fraction

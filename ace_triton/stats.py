@@ -1,0 +1,358 @@
+"""What a layer's inputs and outputs looked like over the calibration text, small enough to keep.
+
+One :class:`ActivationStats` stands for one distinct input: layers that read the same tokens (q, k and v;
+gate and up) share it. What depends on a layer's own outputs (CosP's token weights) is an
+:class:`OutputStats`, one a layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .kernels.coupling import coupling
+from .kernels.moments import moments
+from .kernels.token_norms import token_norms
+from .kernels.weighted_squares import MOST_LAYERS, weighted_squares
+
+Reduce = Literal["abs", "rms"]
+
+FORMAT = "ace_triton.activation_stats.1"
+
+NEGLIGIBLE_NORM = 1e-8
+"""Tokens whose squared output norm is below this share of the batch's mean take no part in CosP."""
+
+
+class StatsError(ValueError):
+    """Statistics that cannot be used as asked, with what to do."""
+
+
+@dataclass
+class OutputStats:
+    """Token-weighted statistics of one layer, for CosP.
+
+    With s_t = sum_i a_ti^2 (the squared norm of the layer's output, bias included) and d_t = unit / s_t:
+
+    Attributes:
+        reduce: also keep the matrix of the published loss, as a mean of absolute values ("abs") or of
+            squares ("rms"); None keeps the vector only.
+        count: tokens counted.
+        unit: the mean s_t of the first batch; keeps d_t near 1, where fp16 and tf32 can hold it.
+        weighted_square: fp64 [in_features], sum_t d_t x_tj^2.
+        matrix: fp32 [out_features, in_features], sum_t |a_ti x_tj| d_t ("abs") or its squares ("rms").
+    """
+
+    reduce: Reduce | None = None
+    count: int = 0
+    unit: float = 0.0
+    weighted_square: torch.Tensor | None = None
+    matrix: torch.Tensor | None = None
+
+    def mean_weighted_square(self) -> torch.Tensor:
+        """mean_t x_tj^2 / s_t, fp64 [in_features] (METHODS "exact2"; second-order term of 1 - cos)."""
+        assert self.weighted_square is not None
+        return self.weighted_square / (self.unit * max(self.count, 1))
+
+    def mean_coupling(self) -> torch.Tensor:
+        """mean_t |a_ti x_tj| / s_t, or the root of the mean of its square, fp32 [out_features, in_features]."""
+        if self.matrix is None:
+            raise StatsError("these statistics hold no coupling matrix: collect them with reduce='abs' or 'rms'")
+        mean = self.matrix / max(self.count, 1)
+        return (mean.sqrt() if self.reduce == "rms" else mean) / self.unit
+
+    def merge(self, other: OutputStats) -> None:
+        """Add the tokens of ``other``."""
+        if other.reduce != self.reduce:
+            raise StatsError(f"statistics with reduce={self.reduce!r} and {other.reduce!r} do not merge")
+        if other.count == 0:
+            return
+        if self.count == 0:
+            self.unit = other.unit
+        ratio = self.unit / other.unit
+        assert other.weighted_square is not None
+        moved = other.weighted_square * ratio
+        self.weighted_square = moved if self.weighted_square is None else self.weighted_square + moved
+        if other.matrix is not None:
+            moved = other.matrix * (ratio**2 if self.reduce == "rms" else ratio)
+            self.matrix = moved if self.matrix is None else self.matrix + moved
+        self.count += other.count
+
+
+def update_outputs(
+    stats: Sequence[OutputStats],
+    tokens: torch.Tensor,
+    outputs: Sequence[torch.Tensor],
+    valid: torch.Tensor | None = None,
+) -> None:
+    """Add a batch to the output statistics of all layers that read ``tokens``, in one pass over them.
+
+    Args:
+        stats: one for each layer.
+        tokens: [..., in_features].
+        outputs: each layer's [..., out_features] for these tokens.
+        valid: bool [...], False for tokens to leave out.
+    """
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    rows, counts = [], []
+    for stat, output in zip(stats, outputs, strict=True):
+        norms = token_norms(output.reshape(-1, output.shape[-1]))
+        used = torch.ones_like(norms, dtype=torch.bool) if valid is None else valid.reshape(-1)
+        mean = torch.where(used, norms, 0.0).sum() / used.sum().clamp(min=1)
+        used = used & (norms > NEGLIGIBLE_NORM * mean)
+        if stat.count == 0:
+            stat.unit = float(mean) or 1.0
+        rows.append(torch.where(used, stat.unit / norms, 0.0))
+        counts.append(int(used.sum()))
+    for start in range(0, len(rows), MOST_LAYERS):
+        stop = start + MOST_LAYERS
+        sums = weighted_squares(flat, torch.stack(rows[start:stop]))
+        for stat, row, count, output, weighted in zip(
+            stats[start:stop], rows[start:stop], counts[start:stop], outputs[start:stop], sums.double(), strict=True
+        ):
+            stat.weighted_square = weighted if stat.weighted_square is None else stat.weighted_square + weighted
+            if stat.reduce is not None:
+                a = output.reshape(-1, output.shape[-1])
+                stat.matrix = coupling(flat, a, row, stat.reduce, into=stat.matrix)
+            stat.count += count
+
+
+@dataclass
+class ActivationStats:
+    """Channel statistics of one distinct input, streamed and mergeable.
+
+    Any split of the tokens over calls of :meth:`update`, and over objects joined by :meth:`merge`, gives
+    the one-shot result to about 1e-6 relative.
+
+    Attributes:
+        in_features: number of channels.
+        count: tokens seen, padding left out.
+        mean, deviation: fp64 [in_features], mean of x and sum of squared deviations from it.
+        sequence_square: fp32 [n_sequences, in_features], sum of x^2 over each sequence.
+        sequence_count: int64 [n_sequences], tokens of each sequence.
+        outputs: what depends on one layer's outputs, or None.
+        consumer_norm: fp32 [out_features], for DaSS's gate and up projections: the input norms of the
+            layer that consumes what they feed (down_proj); None elsewhere.
+    """
+
+    in_features: int
+    count: int = 0
+    mean: torch.Tensor | None = None
+    deviation: torch.Tensor | None = None
+    outputs: OutputStats | None = None
+    consumer_norm: torch.Tensor | None = None
+    _squares: list[torch.Tensor] = field(default_factory=list, repr=False)
+    _counts: list[torch.Tensor] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        tokens: torch.Tensor,
+        *,
+        layer: torch.nn.Module | None = None,
+        valid: torch.Tensor | None = None,
+        reduce: Reduce | None = None,
+    ) -> ActivationStats:
+        """Statistics of one tensor of tokens.
+
+        Args:
+            tokens: [n_tokens, in_features] as one sequence, or [n_sequences, length, in_features].
+            layer: the layer that reads them; its outputs are computed for CosP. Left out: inputs only.
+            valid: bool, the shape of ``tokens`` without its last axis; False leaves a token out (padding).
+            reduce: with ``layer``, also keep the matrix of the published CosP loss ("abs" or "rms").
+        """
+        stats = cls(tokens.shape[-1])
+        if layer is None:
+            stats.update(tokens, valid=valid)
+            return stats
+        stats.outputs = OutputStats(reduce)
+        with torch.no_grad():
+            stats.update(tokens, outputs=layer(tokens), valid=valid)
+        return stats
+
+    @torch.no_grad()
+    def update(
+        self, tokens: torch.Tensor, *, outputs: torch.Tensor | None = None, valid: torch.Tensor | None = None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            tokens: [n_tokens, in_features] as one sequence, or [n_sequences, length, in_features]; fp32,
+                fp16 or bf16.
+            outputs: the layer's outputs for them, wanted where :attr:`outputs` is set.
+            valid: bool, the shape of ``tokens`` without its last axis; False leaves a token out.
+
+        Raises:
+            StatsError: tokens of another width, or outputs missing.
+        """
+        if tokens.shape[-1] != self.in_features:
+            raise StatsError(f"tokens have {tokens.shape[-1]} channels, these statistics {self.in_features}")
+        if (self.outputs is None) != (outputs is None):
+            raise StatsError(
+                "these statistics follow a layer's outputs: pass outputs= with every batch"
+                if outputs is None
+                else "outputs given, but these statistics do not follow them: make them with layer="
+            )
+        batch = moments(tokens, valid)
+        self._add(
+            batch.count,
+            batch.total.double() / max(batch.count, 1),
+            batch.deviation.double(),
+            batch.sequence_square,
+            batch.sequence_count,
+        )
+        if self.outputs is not None and outputs is not None:
+            update_outputs([self.outputs], tokens, [outputs], valid)
+
+    def merge(self, other: ActivationStats) -> None:
+        """Add the tokens of ``other`` (Chan, Golub and LeVeque's rule for the variance)."""
+        if other.in_features != self.in_features:
+            raise StatsError(f"statistics of {self.in_features} and {other.in_features} channels do not merge")
+        if (self.outputs is None) != (other.outputs is None):
+            raise StatsError("statistics with and without a layer's outputs do not merge")
+        if other.count == 0:
+            return
+        assert other.mean is not None
+        assert other.deviation is not None
+        self._add(other.count, other.mean, other.deviation, other.sequence_square, other.sequence_count)
+        if self.outputs is not None and other.outputs is not None:
+            self.outputs.merge(other.outputs)
+
+    def _add(
+        self,
+        count: int,
+        mean: torch.Tensor,
+        deviation: torch.Tensor,
+        sequence_square: torch.Tensor,
+        sequence_count: torch.Tensor,
+    ) -> None:
+        self._squares.append(sequence_square)
+        self._counts.append(sequence_count)
+        if self.mean is None or self.deviation is None:
+            self.count, self.mean, self.deviation = count, mean, deviation
+            return
+        total = self.count + count
+        if count == 0:
+            return
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.deviation = self.deviation + deviation + delta.square() * (self.count * count / total)
+        self.count = total
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences seen."""
+        return sum(len(c) for c in self._counts)
+
+    @property
+    def sequence_square(self) -> torch.Tensor:
+        """Sum of x^2 over each sequence, fp32 [n_sequences, in_features]."""
+        self._squares = [torch.cat(self._squares)] if len(self._squares) > 1 else self._squares
+        return self._squares[0] if self._squares else torch.zeros(0, self.in_features)
+
+    @property
+    def sequence_count(self) -> torch.Tensor:
+        """Tokens of each sequence, int64 [n_sequences]."""
+        return torch.cat(self._counts) if self._counts else torch.zeros(0, dtype=torch.int64)
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """Wanda's n_j = sqrt(sum_t x_tj^2 / n_sequences), fp32 [in_features]."""
+        return (self.sequence_square.sum(0, dtype=torch.float64) / max(self.n_sequences, 1)).sqrt().float()
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Variance of x over tokens (divided by the count), fp32 [in_features]."""
+        self.require_tokens()
+        assert self.deviation is not None
+        return (self.deviation / self.count).float()
+
+    def require_tokens(self) -> None:
+        """Raise StatsError where no token was counted."""
+        if self.count == 0:
+            raise StatsError("these statistics have seen no token: call update() with calibration tokens first")
+
+    def with_outputs(self, outputs: OutputStats | None) -> ActivationStats:
+        """The same input's statistics (shared, not copied) seen from another layer."""
+        return replace(self, outputs=outputs)
+
+    def to(self, device: torch.device | str) -> ActivationStats:
+        """A copy on ``device``."""
+        moved = replace(
+            self,
+            mean=None if self.mean is None else self.mean.to(device),
+            deviation=None if self.deviation is None else self.deviation.to(device),
+            consumer_norm=None if self.consumer_norm is None else self.consumer_norm.to(device),
+            _squares=[s.to(device) for s in self._squares],
+            _counts=[c.to(device) for c in self._counts],
+        )
+        if self.outputs is not None:
+            o = self.outputs
+            moved.outputs = replace(
+                o,
+                weighted_square=None if o.weighted_square is None else o.weighted_square.to(device),
+                matrix=None if o.matrix is None else o.matrix.to(device),
+            )
+        return moved
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file."""
+        self.require_tokens()
+        assert self.mean is not None
+        assert self.deviation is not None
+        tensors = {
+            "mean": self.mean,
+            "deviation": self.deviation,
+            "sequence_square": self.sequence_square,
+            "sequence_count": self.sequence_count,
+        }
+        facts: dict[str, object] = {"format": FORMAT, "in_features": self.in_features, "count": self.count}
+        if self.consumer_norm is not None:
+            tensors["consumer_norm"] = self.consumer_norm
+        if self.outputs is not None and self.outputs.weighted_square is not None:
+            facts["outputs"] = {"reduce": self.outputs.reduce, "count": self.outputs.count, "unit": self.outputs.unit}
+            tensors["weighted_square"] = self.outputs.weighted_square
+            if self.outputs.matrix is not None:
+                tensors["coupling"] = self.outputs.matrix
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, str(path), metadata={"ace_triton": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> ActivationStats:
+        """Read what :meth:`save` wrote, onto the CPU.
+
+        Raises:
+            StatsError: no such file, or not a file of ours.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get("ace_triton", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise StatsError(f"{path}: cannot be read as activation statistics ({error})") from error
+        if facts.get("format") != FORMAT:
+            raise StatsError(
+                f"{path}: not activation statistics of this version (format {facts.get('format')!r}, "
+                f"wanted {FORMAT!r}): collect them again"
+            )
+        outputs = None
+        if "outputs" in facts:
+            outputs = OutputStats(**facts["outputs"])
+            outputs.weighted_square = tensors["weighted_square"]
+            outputs.matrix = tensors.get("coupling")
+        return cls(
+            facts["in_features"],
+            facts["count"],
+            tensors["mean"],
+            tensors["deviation"],
+            outputs,
+            tensors.get("consumer_norm"),
+            [tensors["sequence_square"]],
+            [tensors["sequence_count"]],
+        )
