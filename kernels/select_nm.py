@@ -68,7 +68,7 @@ def select_nm_reference(
     """The same in plain torch, by a stable sort of every group."""
     scores = scores_reference(weight, terms)
     grouped = scores if axis == "in" else scores.t()
-    groups = grouped.reshape(grouped.shape[0], -1, m)
+    groups = grouped.reshape(grouped.shape[0], grouped.shape[1] // m, m)
     pruned_first = groups.argsort(dim=-1, stable=True)
     keep = torch.ones_like(groups, dtype=torch.bool)
     keep.scatter_(-1, pruned_first[..., : m - n], False)
@@ -91,7 +91,7 @@ def pack_bits(keep: torch.Tensor) -> torch.Tensor:
     """Bool [rows, cols] -> uint8 [rows, ceil(cols / 8)], lowest bit first; spare bits are 0."""
     padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8))
     place = (2 ** torch.arange(8, device=keep.device)).to(torch.uint8)
-    return (padded.reshape(keep.shape[0], -1, 8) * place).sum(-1, dtype=torch.uint8)
+    return (padded.reshape(keep.shape[0], padded.shape[1] // 8, 8) * place).sum(-1, dtype=torch.uint8)
 
 
 def check_selection(weight: torch.Tensor, terms: ScoreTerms, output: Output) -> None:

@@ -1,0 +1,63 @@
+"""Cases for the operations. Every test calls the public launcher, so it checks whichever backend serves the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import hypothesis
+import pytest
+import torch
+
+from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.score_terms import ScoreTerms
+
+hypothesis.settings.register_profile(
+    "kernels", deadline=None, max_examples=15 if interpreting() else 60, derandomize=True
+)
+hypothesis.settings.load_profile("kernels")
+
+# "ties" draws from few values; "special" mixes in signed zeros, subnormals, extremes and infinities.
+VALUES = ("normal", "ties", "special")
+
+MakeWeight = Callable[..., torch.Tensor]
+MakeTerms = Callable[..., ScoreTerms]
+
+
+@pytest.fixture(scope="session", params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_matrix(device: str) -> MakeWeight:
+    """make_matrix(rows, cols, dtype, values, seed): a matrix with one of VALUES in it."""
+
+    def make(rows: int, cols: int, dtype: torch.dtype, values: str = "normal", seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if values == "ties":
+            few = torch.tensor([0.0, -0.0, 0.5, -0.5, 1.0, 2.0])
+            return few[torch.randint(len(few), (rows, cols), generator=generator)].to(dtype).to(device)
+        matrix = torch.randn(rows, cols, generator=generator)
+        if values == "special":
+            kind = torch.finfo(dtype)
+            special = torch.tensor(
+                [0.0, -0.0, kind.smallest_normal / 4, -kind.smallest_normal / 2, kind.max, -torch.inf, torch.inf]
+            )
+            drawn = special[torch.randint(len(special), (rows, cols), generator=generator)]
+            matrix = torch.where(torch.rand(rows, cols, generator=generator) < 0.5, drawn, matrix)
+        return matrix.to(dtype).to(device)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_terms(device: str) -> MakeTerms:
+    """make_terms(rows, cols, present, power, seed): positive terms for the names in ``present``."""
+
+    def make(rows: int, cols: int, present: tuple[str, ...] = (), power: int = 1, seed: int = 0) -> ScoreTerms:
+        generator = torch.Generator().manual_seed(seed + 1)
+        shapes = {"row": (rows,), "col": (cols,), "scale": (cols,), "coupling": (rows, cols)}
+        drawn = {name: torch.rand(shape, generator=generator) + 0.1 for name, shape in shapes.items()}
+        return ScoreTerms(**{name: drawn[name].to(device) for name in present}, power=power)
+
+    return make

@@ -1,0 +1,42 @@
+"""all_finite against torch.isfinite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.finite import all_finite
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LENGTHS = (1, 7, 33, 200) if interpreting() else (1, 7, 33, 200, 70001)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_finds_one_bad_element_anywhere(make_matrix, dtype, length):
+    tensor = make_matrix(1, length, dtype)[0]
+    tensor[length // 3] = torch.finfo(dtype).max
+    assert all_finite(tensor)
+    for index in {0, length // 2, length - 1}:
+        for bad in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+            spoilt = tensor.clone()
+            spoilt[index] = bad
+            assert not all_finite(spoilt)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (3, 5, 7)])
+def test_any_shape(device, dtype, shape):
+    assert all_finite(torch.ones(shape, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("layout", ["row stride", "transposed", "column stride"])
+def test_looks_only_at_the_view(make_matrix, layout):
+    wide = make_matrix(20, 50, torch.float32)
+    view = {"row stride": wide[:, 3:40], "transposed": wide[:, 3:40].t(), "column stride": wide[:, 1::2]}[layout]
+    wide[:, 0] = torch.nan
+    wide[:, 48:] = torch.where(torch.arange(48, 50, device=wide.device) == 48, torch.nan, 0.0)
+    assert all_finite(view)
+    view[-1, -1] = torch.nan
+    assert not all_finite(view)
