@@ -10,7 +10,7 @@ from torch import nn
 
 from .kernels.finite import all_finite
 from .kernels.score_terms import ScoreTerms, scores_reference
-from .kernels.select_nm import check_pattern, select_nm
+from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
 from .metrics import Metric, Needs, metric
 from .sparsity import Axis, Sparsity

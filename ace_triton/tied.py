@@ -8,8 +8,8 @@ import sys
 import torch
 from torch import nn
 
-_REFERENCES_OF_AN_OWNED_PARAMETER = 4
-"""The module's dict, the caller's variable, this function's and getrefcount's own."""
+_REFERENCES_OF_AN_OWNED_PARAMETER = 3
+"""The module's dict, this function's argument and getrefcount's own."""
 
 
 def other_owners(layer: nn.Module, parameter: torch.Tensor) -> list[nn.Module]:
@@ -19,12 +19,5 @@ def other_owners(layer: nn.Module, parameter: torch.Tensor) -> list[nn.Module]:
     """
     if sys.getrefcount(parameter) <= _REFERENCES_OF_AN_OWNED_PARAMETER:
         return []
-    owners = []
-    for referrer in gc.get_referrers(parameter):
-        if not isinstance(referrer, dict):
-            continue
-        for holder in gc.get_referrers(referrer):
-            module = holder if isinstance(holder, nn.Module) else None
-            if module is not None and module is not layer and module._parameters is referrer:
-                owners.append(module)
-    return owners
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and thing is not layer]
+    return [module for module in modules if any(p is parameter for p in module.__dict__["_parameters"].values())]

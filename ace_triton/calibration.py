@@ -1,0 +1,114 @@
+"""Calibration sequences: token ids cut out of text, or written by the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .text import TextError, read_documents
+
+SELF = "self"
+
+MOST_DOCUMENTS = 20_000
+"""Read from a dataset; enough for any calibration, and a bound on what a huge one costs."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids to calibrate on.
+
+    Attributes:
+        ids: int64 [n_sequences, length].
+        mask: bool [n_sequences, length], False for padding; None where there is none.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens counted, padding left out."""
+        return self.ids.numel() if self.mask is None else int(self.mask.sum())
+
+
+def load_calibration(
+    source: str,
+    tokenizer: Any,
+    *,
+    samples: int = 128,
+    length: int = 128,
+    seed: int = 0,
+    model: Any = None,
+) -> Calibration:
+    """Calibration sequences from a source.
+
+    Documents are tokenised one by one, joined with the end-of-text id between them, and cropped at
+    random places.
+
+    Args:
+        source: as for :func:`~ace_triton.text.read_documents`, or "self": the model writes its own text,
+            sampled at temperature 1 from its beginning-of-text token.
+        tokenizer: the model's.
+        samples, length: how many sequences, of how many tokens.
+        seed: of the crops, or of the sampling.
+        model: the model, for "self".
+
+    Raises:
+        TextError: text that cannot be read, or is shorter than one sequence.
+    """
+    if samples < 1 or length < 2:
+        raise TextError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
+    if source == SELF:
+        return Calibration(_written_by(model, tokenizer, samples, length, seed))
+    return Calibration(
+        crop(token_stream(read_documents(source, most=MOST_DOCUMENTS), tokenizer), samples, length, seed)
+    )
+
+
+def token_stream(documents: list[str], tokenizer: Any) -> torch.Tensor:
+    """All documents' token ids, int64 [n_tokens], each document ended by the end-of-text id."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor([token for ids in encoded for token in (*ids, *end)], dtype=torch.int64)
+
+
+def crop(stream: torch.Tensor, samples: int, length: int, seed: int) -> torch.Tensor:
+    """``samples`` random crops of a stream, int64 [samples, length]."""
+    if len(stream) < length:
+        raise TextError(
+            f"the calibration text has {len(stream)} tokens, one sequence needs {length}: "
+            "give more text or a smaller --length"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(stream) - length + 1, (samples,), generator=generator)
+    return stream[starts[:, None] + torch.arange(length)]
+
+
+@torch.no_grad()
+def _written_by(model: Any, tokenizer: Any, samples: int, length: int, seed: int) -> torch.Tensor:
+    if model is None:
+        raise TextError('source "self" needs the model: pass model=')
+    start = next(
+        (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id) if t is not None), 0
+    )
+    batch_size = min(samples, 32)
+    written = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for _ in range(0, samples, batch_size):
+            prompt = torch.full((batch_size, 1), start, dtype=torch.int64, device=model.device)
+            text = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length,
+                max_new_tokens=length,
+                pad_token_id=start,
+            )
+            written.append(text[:, 1:].cpu())
+    return torch.cat(written)[:samples]
