@@ -87,12 +87,13 @@ def prune_linear(
     pattern = Sparsity.of(sparsity)
     weight = _weight_of(layer, label)
     gathered = _statistics(layer, weight, stats, chosen.needs(complete), label)
-    if not all_finite(weight):
+    served = weight if weight.dtype in KERNEL_DTYPES else weight.float()
+    if not all_finite(served):
         raise PruneError(f"{label}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
-    terms = _terms(chosen, complete, weight, gathered, label)
+    terms = _terms(chosen, complete, served, gathered, label)
     axis = pattern.axis or default_axis(method, gathered)
     try:
-        mask = _select(weight, terms, pattern, axis, return_mask)
+        mask = _select(weight, served, terms, pattern, axis, return_mask)
     except ValueError as error:
         raise PruneError(f"{label}: {error}") from error
     return PruneResult(label, method, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
@@ -164,7 +165,7 @@ def _terms(
     chosen: Metric, options: dict[str, Any], weight: torch.Tensor, stats: ActivationStats | None, label: str
 ) -> ScoreTerms:
     try:
-        terms = chosen.terms(_as_kernel_dtype(weight), stats, **options)
+        terms = chosen.terms(weight, stats, **options)
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
     for term, tensor in terms.tensors().items():
@@ -176,14 +177,9 @@ def _terms(
     return terms
 
 
-def _as_kernel_dtype(weight: torch.Tensor) -> torch.Tensor:
-    return weight if weight.dtype in KERNEL_DTYPES else weight.float()
-
-
 def _select(
-    weight: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, want_mask: bool
+    weight: torch.Tensor, served: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, want_mask: bool
 ) -> torch.Tensor | None:
-    served = _as_kernel_dtype(weight)
     if served is weight and not want_mask and (axis == "in" or pattern.n is not None):
         _choose(weight, terms, pattern, axis, "weight")
         return None

@@ -1,0 +1,5 @@
+"""``python -m ace_triton`` is ``ace-triton``."""
+
+from .cli import main
+
+main()

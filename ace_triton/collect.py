@@ -1,0 +1,185 @@
+"""Collects activation statistics from hooks on linear layers, once for every distinct input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .metrics import Needs
+from .prune import KERNEL_DTYPES, PruneError
+from .stats import ActivationStats, OutputStats, update_outputs
+from .timing import Stopwatch
+
+
+@dataclass(eq=False)
+class _Group:
+    """Layers that share an input, and its statistics."""
+
+    names: list[str]
+    stats: ActivationStats
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A tensor that a group read in this batch; outputs wait here until they can be processed together.
+
+    Attributes:
+        version: the tensor's version counter when it was read: a higher one means changed in place.
+        founding: whether the group was founded by this reading, and takes new members.
+        outputs: by layer, with their version.
+    """
+
+    tensor: torch.Tensor
+    version: int
+    group: _Group
+    founding: bool
+    outputs: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is the one that was read, unchanged."""
+        mine = self.tensor
+        return self.version == tensor._version and (
+            mine is tensor
+            or (
+                mine.data_ptr() == tensor.data_ptr()
+                and mine.shape == tensor.shape
+                and mine.stride() == tensor.stride()
+                and mine.dtype == tensor.dtype
+            )
+        )
+
+
+class InputCollector:
+    """Statistics of what some linear layers read and, where the metric needs it, write.
+
+    Layers that read the very same tensor in the first batch that reaches them form a group with one
+    :class:`ActivationStats`, updated once a batch.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], needs: Needs, clock: Stopwatch) -> None:
+        self._layers = layers
+        self._names = {module: name for name, module in layers.items()}
+        self._needs = needs
+        self._clock = clock
+        self._group_of: dict[str, _Group] = {}
+        self._outputs: dict[str, OutputStats] = {}
+        self._readings: list[_Reading] = []
+        self._reads: dict[str, int] = {}
+        self._shape = (0, 0)
+        self._valid: torch.Tensor | None = None
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Names of the layers that share an input, in order of first use."""
+        return [group.names for group in dict.fromkeys(self._group_of.values())]
+
+    def statistics(self, name: str) -> ActivationStats | None:
+        """A layer's statistics; None where no token reached it."""
+        group = self._group_of.get(name)
+        return None if group is None else group.stats.with_outputs(self._outputs.get(name))
+
+    @contextmanager
+    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None) -> Iterator[None]:
+        """Watch the layers while one batch runs.
+
+        Args:
+            shape: n_sequences and length of the batch.
+            valid: bool of that shape, False for padding; None where there is none. It is applied to inputs
+                with a row for every token of the batch, whatever their shape; others (the tokens routed to
+                one expert) count as one sequence without padding.
+
+        Raises:
+            PruneError: layers that shared an input before do not in this batch, or an input was
+                overwritten before its statistics were complete.
+        """
+        self._shape, self._valid = shape, valid
+        handles = [module.register_forward_hook(self._see, with_kwargs=True) for module in self._layers.values()]
+        try:
+            yield
+            with self._clock.measure("statistics"):
+                self._settle()
+            self._check_groups()
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._readings, self._reads = [], {}
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        name = self._names[module]
+        tensor: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+        if tensor.numel() == 0:
+            return
+        with self._clock.measure("statistics"):
+            self._reads[name] = self._reads.get(name, 0) + 1
+            reading = self._reading_of(name, tensor)
+            if self._needs.outputs:
+                reading.outputs[name] = (output, output._version)
+
+    def _reading_of(self, name: str, tensor: torch.Tensor) -> _Reading:
+        group = self._group_of.get(name)
+        for reading in self._readings:
+            joins = reading.founding if group is None else reading.group is group and name not in reading.outputs
+            if joins and reading.is_of(tensor):
+                if group is None:
+                    reading.group.names.append(name)
+                    self._group_of[name] = reading.group
+                return reading
+        self._settle()
+        founding = group is None
+        if group is None:
+            group = self._group_of[name] = _Group([name], ActivationStats(tensor.shape[-1]))
+        tokens, valid = self._sequences(tensor)
+        group.stats.update(tokens, valid=valid)
+        reading = _Reading(tensor, tensor._version, group, founding)
+        self._readings.append(reading)
+        return reading
+
+    def _settle(self) -> None:
+        """Process the outputs that wait."""
+        for reading in self._readings:
+            if not reading.outputs:
+                continue
+            tokens, valid = self._sequences(reading.tensor)
+            names = list(reading.outputs)
+            if reading.version != reading.tensor._version:
+                raise PruneError(
+                    f"{names[0]}: its input is overwritten in place right after it is read, so output-aware "
+                    "metrics cannot follow it; use a metric without outputs (wanda, ria, varp)"
+                )
+            outputs = []
+            for name, (output, version) in reading.outputs.items():
+                intact = output if output._version == version else self._layers[name].forward(reading.tensor)
+                outputs.append(_as_kernel_dtype(intact))
+                self._outputs.setdefault(name, OutputStats(self._needs.reduce))
+            update_outputs([self._outputs[name] for name in names], tokens, outputs, valid)
+            reading.outputs.clear()
+
+    def _sequences(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """An input as [n_sequences, length, in_features] with its padding, as far as it still shows them."""
+        tensor = _as_kernel_dtype(tensor)
+        n_sequences, length = self._shape
+        rows = tensor.numel() // tensor.shape[-1]
+        whole = rows == n_sequences * length
+        if not whole and tensor.shape[:2] != self._shape:
+            return tensor.reshape(1, rows, tensor.shape[-1]), None
+        valid = None if self._valid is None else self._valid.to(tensor.device)
+        if valid is not None and not whole:
+            valid = valid.repeat_interleave(rows // (n_sequences * length), dim=1)
+        return tensor.reshape(n_sequences, -1, tensor.shape[-1]), valid
+
+    def _check_groups(self) -> None:
+        for names in self.groups:
+            if len({self._reads.get(name, 0) for name in names}) > 1:
+                raise PruneError(
+                    f"{', '.join(names)} read one tensor in an earlier batch and different ones in this batch, so "
+                    "their statistics cannot be shared; prune one after the other with include="
+                )
+
+
+def _as_kernel_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype in KERNEL_DTYPES else tensor.float()

@@ -1,0 +1,165 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ace_triton import ActivationStats, PruneError, Sparsity, StatsError, metric_names, prune_linear
+
+METHODS = ["magnitude", "wanda", "ria", "stade", "dass", "cosp", "varp", "ace"]
+BUILT_IN = [name for name in metric_names() if name in METHODS]
+
+
+def test_every_method_is_there():
+    assert METHODS == BUILT_IN
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "sparsity",
+    ["2:4", "1:4", "4:8", "16:32", 0.5, "33%", Sparsity(0.5, scope="layer"), Sparsity("2:4", axis="out"),
+     Sparsity(0.3, axis="out")],
+    ids=str,
+)  # fmt: skip
+def test_what_is_kept_keeps_its_bits_and_the_rest_is_zero(method, sparsity):
+    layer = torch.nn.Linear(64, 32)
+    before = layer.weight.detach().clone()
+    bias = layer.bias.detach().clone()
+    result = prune_linear(layer, torch.randn(6, 8, 64), method, sparsity, name="block.0.q", return_mask=True)
+    weight = layer.weight.detach()
+    assert torch.equal(weight, torch.where(result.mask, before, 0.0))
+    assert int(result.mask.sum()) == result.kept
+    assert result.sparsity == pytest.approx(Sparsity.of(sparsity).fraction, abs=0.02)
+    assert torch.equal(layer.bias, bias)
+    assert result.name == "block.0.q"
+    assert layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_any_floating_dtype(dtype):
+    layer = torch.nn.Linear(32, 16, bias=False)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    before = layer.weight.float()
+    result = prune_linear(layer, torch.randn(12, 32), "wanda", return_mask=True)
+    assert layer.weight.dtype == dtype
+    assert torch.equal(layer.weight.float(), torch.where(result.mask, before, 0.0))
+
+
+def test_a_mask_and_an_in_place_run_agree():
+    one = torch.nn.Linear(64, 32)
+    other = copy.deepcopy(one)
+    tokens = torch.randn(5, 64)
+    prune_linear(one, tokens)
+    prune_linear(other, tokens, return_mask=True)
+    assert torch.equal(one.weight, other.weight)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "sliced"])
+def test_any_strides(layout):
+    dense = torch.randn(16, 32)
+    if layout == "transposed":
+        strided = dense.t().contiguous().t()
+    elif layout == "strided":
+        strided = torch.randn(16, 64)[:, ::2]
+        strided.copy_(dense)
+    else:
+        strided = torch.randn(16, 40)[:, 4:36]
+        strided.copy_(dense)
+    layer, plain = torch.nn.Linear(32, 16), torch.nn.Linear(32, 16)
+    layer.weight = torch.nn.Parameter(strided)
+    plain.weight = torch.nn.Parameter(dense)
+    tokens = torch.randn(7, 32)
+    for sparsity in ("2:4", 0.5):
+        prune_linear(layer, tokens, "ria", sparsity)
+        prune_linear(plain, tokens, "ria", sparsity)
+        assert torch.equal(layer.weight, plain.weight)
+
+
+def test_conv1d_of_transformers():
+    from transformers.pytorch_utils import Conv1D
+
+    conv, linear = Conv1D(16, 32), torch.nn.Linear(32, 16)
+    linear.weight.data = conv.weight.detach().t().contiguous()
+    linear.bias.data = conv.bias.detach().clone()
+    tokens = torch.randn(3, 5, 32)
+    prune_linear(conv, tokens)
+    prune_linear(linear, tokens)
+    assert torch.equal(conv.weight.t(), linear.weight)
+
+
+def test_statistics_and_raw_tokens_agree():
+    layer = torch.nn.Linear(32, 16)
+    other = copy.deepcopy(layer)
+    tokens = torch.randn(4, 9, 32)
+    prune_linear(layer, tokens, "ace")
+    prune_linear(other, ActivationStats.from_tokens(tokens, layer=other), "ace")
+    assert torch.equal(layer.weight, other.weight)
+
+
+@given(
+    values=st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-40, 65504.0]), min_size=32, max_size=32),
+    sparsity=st.sampled_from(["2:4", "4:8", "1:2", 0.5]),
+)
+@settings(max_examples=40, deadline=None)
+def test_ties_prune_the_lower_index_first(values, sparsity):
+    layer = torch.nn.Linear(16, 2, bias=False)
+    layer.weight.data = torch.tensor(values).reshape(2, 16)
+    result = prune_linear(layer, None, "magnitude", sparsity, return_mask=True)
+    size = result.mask.shape[1] if isinstance(sparsity, float) else int(sparsity[2:])
+    scores = torch.tensor(values).abs().reshape(-1, size)
+    mask = result.mask.reshape(-1, size)
+    drop = size - int(mask[0].sum())
+    for score, kept in zip(scores, mask, strict=True):
+        pruned_first = score.argsort(stable=True)
+        assert not bool(kept[pruned_first[:drop]].any())
+        assert bool(kept[pruned_first[drop:]].all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["weight", "tokens"])
+@pytest.mark.parametrize("method", ["wanda", "ria", "ace"])
+def test_numbers_that_are_none_change_nothing(bad, where, method):
+    layer = torch.nn.Linear(32, 16)
+    tokens = torch.randn(12, 32)
+    with torch.no_grad():
+        (layer.weight if where == "weight" else tokens)[3, 5] = bad
+    before = layer.weight.detach().clone()
+    with pytest.raises((PruneError, StatsError), match=r"model\.layers\.3\.mlp\.up_proj"):
+        prune_linear(layer, tokens, method, name="model.layers.3.mlp.up_proj")
+    assert torch.equal(before.view(torch.int32), layer.weight.detach().view(torch.int32))
+
+
+def test_a_tied_weight_is_refused():
+    head, embedding = torch.nn.Linear(32, 16, bias=False), torch.nn.Embedding(16, 32)
+    head.weight = embedding.weight
+    with pytest.raises(PruneError, match="tied to that of a Embedding"):
+        prune_linear(head, torch.randn(4, 32))
+    kept = head.weight
+    head.weight = torch.nn.Parameter(kept.detach().clone())
+    also_held_by_an_optimiser = torch.optim.SGD(head.parameters())
+    prune_linear(head, torch.randn(4, 32))
+    assert also_held_by_an_optimiser.param_groups[0]["params"][0] is head.weight
+
+
+def test_what_cannot_be_pruned_says_why():
+    tokens = torch.randn(4, 30)
+    with pytest.raises(PruneError, match="Embedding is no"):
+        prune_linear(torch.nn.Embedding(4, 4), tokens)
+    with pytest.raises(PruneError, match="multiple of 4"):
+        prune_linear(torch.nn.Linear(30, 8), tokens)
+    with pytest.raises(PruneError, match="meta device"):
+        prune_linear(torch.nn.Linear(30, 8, device="meta"), tokens)
+    quantised = torch.nn.Linear(30, 8)
+    quantised.weight = torch.nn.Parameter(torch.zeros(8, 30, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(PruneError, match="quantised"):
+        prune_linear(quantised, tokens, "wanda", 0.5)
+    layer = torch.nn.Linear(30, 8)
+    with pytest.raises(StatsError, match="ActivationStats or the raw tokens"):
+        prune_linear(layer, None, "wanda", 0.5)
+    with pytest.raises(StatsError, match="30"):
+        prune_linear(layer, torch.randn(4, 31), "wanda", 0.5)
+    with pytest.raises(StatsError, match="no token"):
+        prune_linear(layer, ActivationStats(30), "wanda", 0.5)
+    with pytest.raises(ValueError, match="unknown method"):
+        prune_linear(layer, tokens, "obs")

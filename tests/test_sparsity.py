@@ -1,0 +1,46 @@
+import pytest
+
+from ace_triton import Sparsity
+
+
+@pytest.mark.parametrize(
+    ("pattern", "n", "m", "fraction"),
+    [
+        ("2:4", 2, 4, 0.5),
+        (" 1 : 4 ", 1, 4, 0.75),
+        ("4:8", 4, 8, 0.5),
+        (0.5, None, None, 0.5),
+        ("0.3", None, None, 0.3),
+        ("70%", None, None, 0.7),
+        (0, None, None, 0.0),
+    ],
+)
+def test_patterns(pattern, n, m, fraction):
+    sparsity = Sparsity(pattern)
+    assert (sparsity.n, sparsity.m) == (n, m)
+    assert sparsity.fraction == pytest.approx(fraction)
+    assert Sparsity.of(sparsity) is sparsity
+
+
+@pytest.mark.parametrize(
+    "pattern", ["2:3", "4:4", "0:4", "5:4", "2:64", "half", "", 1.0, -0.1, 1.5, None, True, "120%"]
+)
+def test_what_is_no_pattern_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"n:m|pruned fraction"):
+        Sparsity(pattern)
+
+
+def test_axis_and_scope_are_checked():
+    with pytest.raises(ValueError, match="axis"):
+        Sparsity("2:4", axis="rows")
+    with pytest.raises(ValueError, match="scope"):
+        Sparsity(0.5, scope="model")
+    with pytest.raises(ValueError, match="scope 'layer'"):
+        Sparsity("2:4", scope="layer")
+
+
+def test_a_fraction_prunes_as_many_as_the_published_code():
+    assert Sparsity(0.5).kept_of(577) == 577 - 288
+    assert Sparsity(0.0).kept_of(10) == 10
+    assert str(Sparsity("2:4")) == "2:4"
+    assert str(Sparsity(0.5)) == "0.5"
