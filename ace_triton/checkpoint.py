@@ -52,7 +52,7 @@ def load(
             model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:
         raise CheckpointError(f"{source}: cannot be loaded as a causal language model ({error})") from error
     return model.to(device).eval(), tokenizer
 

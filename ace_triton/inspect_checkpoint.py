@@ -11,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 from .checkpoint import CheckpointError
 from .kernels.select_nm import GROUP_SIZES
 
+FULL_GROUPS = 1.1
+"""A pattern counts only where it keeps at most this many times what is there: any matrix obeys some 30:32."""
+
 
 @dataclass(frozen=True)
 class TensorSparsity:
@@ -71,10 +74,11 @@ def _look_at(name: str, weight: torch.Tensor) -> TensorSparsity:
 def _narrowest(kept: torch.Tensor) -> str | None:
     """The n:m with the smallest share kept, and of those the smallest m."""
     best: tuple[float, int, int] | None = None
+    most = FULL_GROUPS * float(kept.sum()) / kept.numel()
     for m in GROUP_SIZES:
         if kept.shape[1] % m:
             continue
         n = int(kept.reshape(kept.shape[0], -1, m).sum(-1).max())
-        if 0 < n < m and (best is None or n / m < best[0]):
+        if 0 < n < m and n / m <= most and (best is None or n / m < best[0]):
             best = (n / m, n, m)
     return f"{best[1]}:{best[2]}" if best else None

@@ -55,7 +55,8 @@ def _pydoc(split: str) -> list[str]:
         raise TextError(f"pydoc:{split}: use {' or '.join('pydoc:' + s for s in PYDOC_SPLITS)}")
     topics = importlib.import_module("pydoc_data.topics").topics
     start = PYDOC_SPLITS.index(split)
-    return [topics[name] for name in sorted(topics)[start::2]]
+    distinct = list(dict.fromkeys(topics[name] for name in sorted(topics)))
+    return distinct[start::2]
 
 
 def _from_file(path: Path) -> list[str]:

@@ -1,0 +1,37 @@
+import math
+
+import pytest
+import torch
+
+from ace_triton.evaluate import perplexity
+from ace_triton.text import TextError
+
+
+def test_against_the_formula(tiny_model):
+    ids = torch.randint(0, 320, (70,))
+    seen = []
+    result = perplexity(tiny_model, ids, length=16, windows=3, progress=lambda done, total: seen.append((done, total)))
+    with torch.no_grad():
+        losses = []
+        for window in ids[:48].reshape(3, 16):
+            log_probabilities = tiny_model(window[None]).logits[0].double().log_softmax(-1)
+            losses += [-log_probabilities[t, window[t + 1]] for t in range(15)]
+    assert result.perplexity == pytest.approx(math.exp(torch.stack(losses).mean()), rel=1e-5)
+    assert result.to_dict() == {"perplexity": result.perplexity, "windows": 3, "length": 16, "tokens": 45}
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_all_windows_and_too_little_text(tiny_model):
+    ids = torch.randint(0, 320, (70,))
+    assert perplexity(tiny_model, ids, length=16).windows == 4
+    assert perplexity(tiny_model, ids, length=16, windows=99).windows == 4
+    with pytest.raises(TextError, match="70 tokens, one window needs 71"):
+        perplexity(tiny_model, ids, length=71)
+    with pytest.raises(TextError, match="at least 2"):
+        perplexity(tiny_model, ids, length=1)
+
+
+def test_the_mode_is_given_back(tiny_model):
+    tiny_model.train()
+    perplexity(tiny_model, torch.randint(0, 320, (32,)), length=16)
+    assert tiny_model.training

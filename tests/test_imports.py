@@ -1,0 +1,47 @@
+"""The package imports where it should, and its folder kernels/ is never taken for another package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_transformers_loads_a_model_from_the_repository_s_root():
+    run(
+        "import sys; sys.path.insert(0, '')\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,"
+        " num_attention_heads=1))\n"
+        "import ace_triton.kernels.select_nm as s; assert s.__name__ == 'ace_triton.kernels.select_nm'\n"
+        "assert 'kernels.select_nm' not in sys.modules"
+    )
+
+
+def test_importing_the_package_loads_neither_transformers_nor_datasets():
+    run("import sys, ace_triton; assert not {'transformers', 'datasets'} & set(sys.modules)")
+
+
+def test_it_imports_without_triton():
+    run(
+        "import sys\n"
+        "class NoTriton:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'triton': raise ModuleNotFoundError(name)\n"
+        "import importlib.util\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, package=None: None if name == 'triton' else found(name, package)\n"
+        "sys.meta_path.insert(0, NoTriton())\n"
+        "import torch, ace_triton\n"
+        "layer = torch.nn.Linear(8, 4)\n"
+        "assert ace_triton.prune_linear(layer, torch.randn(3, 8)).kept == 16\n"
+    )

@@ -1,0 +1,40 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ace_triton.checkpoint import CheckpointError
+from ace_triton.inspect_checkpoint import find_pattern, inspect_checkpoint
+from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.select_nm import select_nm
+from ace_triton.kernels.select_rows import select_rows
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (5, 16), (1, 2), (31, 32)])
+def test_patterns_are_found(n, m):
+    weight = select_nm(torch.randn(64, 64), ScoreTerms(), n, m)
+    assert find_pattern(weight) == f"{n}:{m}"
+    assert find_pattern(weight.t()) == f"{n}:{m} along outputs"
+
+
+def test_others():
+    assert find_pattern(torch.randn(8, 8)) == "dense"
+    assert find_pattern(select_rows(torch.randn(128, 128), ScoreTerms(), 64)) == "unstructured"
+
+
+def test_a_folder(tmp_path):
+    pruned = select_nm(torch.randn(8, 16), ScoreTerms(), 2, 4)
+    save_file({"b.weight": pruned, "norm": torch.ones(8)}, tmp_path / "model-1.safetensors")
+    save_file({"a.weight": torch.ones(4, 4)}, tmp_path / "model-2.safetensors")
+    found = inspect_checkpoint(tmp_path)
+    assert [(t.name, t.shape, t.zeros, t.pattern) for t in found] == [
+        ("a.weight", (4, 4), 0.0, "dense"),
+        ("b.weight", (8, 16), 0.5, "2:4"),
+    ]
+
+
+def test_errors(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
+        inspect_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10" + b"\x00" * 20)
+    with pytest.raises(CheckpointError, match="may be damaged"):
+        inspect_checkpoint(tmp_path)
