@@ -1,8 +1,30 @@
-"""Build script: ``kernels/`` installs as ``ace_triton.kernels``."""
+"""Build script: ``kernels/`` installs as ``ace_triton.kernels``, with the CPU library where a C++ compiler is found."""
 
-from setuptools import setup
+from glob import glob
+
+from setuptools import Extension, setup
+
+# A plain C library that kernels/cpu.py opens with ctypes; without it every operation runs in plain torch.
+cpu_library = Extension(
+    "ace_triton.kernels._cpu",
+    sources=sorted(glob("kernels/cpu/*.cpp")),
+    depends=sorted(glob("kernels/cpu/*.h")),
+    extra_compile_args=[
+        "-std=c++17",
+        "-O3",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fvisibility=hidden",
+        "-Wno-psabi",
+        "-g0",
+    ],
+    extra_link_args=["-pthread"],
+    language="c++",
+    optional=True,
+)
 
 setup(
     packages=["ace_triton", "ace_triton.kernels"],
     package_dir={"ace_triton": "ace_triton", "ace_triton.kernels": "kernels"},
+    ext_modules=[cpu_library],
 )

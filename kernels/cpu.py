@@ -1,13 +1,236 @@
-"""The compiled CPU bodies of the operations, loaded with ctypes."""
+"""The compiled CPU bodies of the operations, loaded with ctypes.
+
+The library is built from ``kernels/cpu`` by setup.py. It picks AVX-512, AVX2 or portable code by the processor;
+``ACE_TRITON_CPU_ISA=avx512|avx2|portable`` forces one. Results do not depend on that, nor on the number of threads
+(torch's own). Functions here take what the launchers have checked, and are called by the launchers alone.
+"""
 
 from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .score_terms import ScoreTerms
+
+ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
+ISAS = ("avx512", "avx2", "portable")
+
+_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_OUTPUTS = {"weight": 0, "mask": 1, "bits": 2}
+
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_MATRIX = [_POINTER, _LONG, _LONG, _LONG, _INT]
+_SELECTION = [*_MATRIX, *[_POINTER] * 4, _INT, _INT, _POINTER]
+_SIGNATURES = {
+    "ace_select_nm": [*_SELECTION, _INT, _INT, _INT, _INT],
+    "ace_select_rows": [*_SELECTION, _LONG, _INT, _INT],
+    "ace_weight_sums": [*_MATRIX, _POINTER, _POINTER, _INT],
+    "ace_token_norms": [*_MATRIX, _POINTER, _INT],
+    "ace_all_finite": [*_MATRIX, _INT, _POINTER],
+    "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],
+    "ace_weighted_squares": [*_MATRIX, _POINTER, _LONG, _POINTER, _INT],
+    "ace_use_isa": [ctypes.c_char_p],
+}
+
+# A chunk of tokens whose coupling operands are made at a time: a few MB in fp32 for the widest layers.
+_COUPLING_CHUNK = 256
 
 
 def available() -> bool:
     """True where the compiled library was built and loads."""
-    return False
+    return not isinstance(_load(), str)
 
 
 def why_unavailable() -> str:
     """One phrase: why :func:`available` is False."""
-    return "not built"
+    library = _load()
+    return library if isinstance(library, str) else ""
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512", "avx2" or "portable"."""
+    return _library().ace_isa().decode()
+
+
+def use_isa(name: str) -> None:
+    """Use another instruction set from now on.
+
+    Raises:
+        ValueError: there is none of that name, or this processor cannot run it.
+    """
+    if _library().ace_use_isa(name.encode()) != 0:
+        raise ValueError(f"instruction set {name!r} must be one of {ISAS} and one that this processor has")
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    here = Path(__file__).parent
+    files = [here / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    built = next((file for file in files if file.exists()), None)
+    if built is None:
+        return "it was not built: no C++ compiler was found when ace_triton was installed"
+    try:
+        library = ctypes.CDLL(str(built))
+    except OSError as error:
+        return f"it does not load: {error}"
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, _INT
+    library.ace_isa.restype = ctypes.c_char_p
+    forced = os.environ.get(ISA_VARIABLE, "").strip().lower()
+    if forced and library.ace_use_isa(forced.encode()) != 0:
+        raise ValueError(f"{ISA_VARIABLE}={forced!r} must be one of {ISAS} and one that this processor has")
+    return library
+
+
+def _library() -> ctypes.CDLL:
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(f"the compiled CPU library is not there: {library}")
+    return library
+
+
+def _call(name: str, *arguments: object) -> None:
+    if getattr(_library(), name)(*arguments) != 0:
+        raise MemoryError(f"{name} ran out of memory for its working buffers")
+
+
+def select_nm(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int, axis: str, output: str) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.select_nm.select_nm`."""
+    along_out = int(axis == "out")
+    return _select("ace_select_nm", weight, terms, output, n, m, along_out)
+
+
+def select_rows(weight: torch.Tensor, terms: ScoreTerms, k: int, scope: str, output: str) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.select_rows.select_rows`."""
+    whole_layer = int(scope == "layer")
+    return _select("ace_select_rows", weight, terms, output, k, whole_layer)
+
+
+def _select(name: str, weight: torch.Tensor, terms: ScoreTerms, output: str, *rule: int) -> torch.Tensor:
+    rows, cols = weight.shape
+    laid = _row_major(weight)
+    if output == "weight":
+        delivered = laid
+    elif output == "mask":
+        delivered = torch.empty(rows, cols, dtype=torch.bool)
+    else:
+        delivered = torch.empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+    factors = (_address(factor) for factor in (terms.row, terms.col, terms.scale, terms.coupling))
+    threads = torch.get_num_threads()
+    _call(name, *_matrix(laid), *factors, terms.power, _OUTPUTS[output], delivered.data_ptr(), *rule, threads)
+    if output != "weight":
+        return delivered
+    if laid is not weight:
+        with torch.no_grad():
+            weight.copy_(laid)
+    return weight
+
+
+def weight_sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Body of :func:`~ace_triton.kernels.weight_sums.weight_sums`."""
+    laid = _row_major(weight)
+    rows, cols = torch.empty(weight.shape[0]), torch.empty(weight.shape[1])
+    _call("ace_weight_sums", *_matrix(laid), rows.data_ptr(), cols.data_ptr(), torch.get_num_threads())
+    return rows, cols
+
+
+def token_norms(outputs: torch.Tensor) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.token_norms.token_norms`."""
+    laid = _row_major(outputs)
+    norms = torch.empty(outputs.shape[0])
+    _call("ace_token_norms", *_matrix(laid), norms.data_ptr(), torch.get_num_threads())
+    return norms
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Body of :func:`~ace_triton.kernels.finite.all_finite`."""
+    laid = tensor.view(1, -1) if tensor.is_contiguous() else _row_major(tensor.flatten(0, -2))
+    finite = _INT()
+    _call("ace_all_finite", *_matrix(laid), torch.get_num_threads(), ctypes.byref(finite))
+    return bool(finite.value)
+
+
+def moments(
+    tokens: torch.Tensor, valid: torch.Tensor | None
+) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Body of :func:`~ace_triton.kernels.moments.moments`; returns the fields of Moments in order."""
+    sequences, length, channels = tokens.shape
+    laid = _row_major(tokens)
+    valid = None if valid is None else valid.contiguous()
+    total, deviation = torch.empty(channels), torch.empty(channels)
+    sequence_square = torch.zeros(sequences, channels)
+    sequence_count = torch.empty(sequences, dtype=torch.int64)
+    _call(
+        "ace_moments",
+        laid.data_ptr(),
+        sequences,
+        length,
+        channels,
+        laid.stride(0),
+        laid.stride(1),
+        _ELEMENTS[laid.dtype],
+        _address(valid),
+        total.data_ptr(),
+        deviation.data_ptr(),
+        sequence_square.data_ptr(),
+        sequence_count.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return int(sequence_count.sum()), total, deviation, sequence_square, sequence_count
+
+
+def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.weighted_squares.weighted_squares`."""
+    laid, weights = _row_major(tokens), weights.contiguous()
+    out = torch.empty(weights.shape[0], tokens.shape[1])
+    _call(
+        "ace_weighted_squares",
+        *_matrix(laid),
+        weights.data_ptr(),
+        weights.shape[0],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def coupling(
+    tokens: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor, reduce: str, into: torch.Tensor
+) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.coupling.coupling`: torch's own GEMM, a chunk of tokens at a time."""
+    used = weights.nonzero()[:, 0]
+    with torch.no_grad():
+        for index in used.split(_COUPLING_CHUNK):
+            left = outputs[index].float().abs_().mul_(weights[index, None])
+            right = tokens[index].float().abs_()
+            if reduce == "rms":
+                left, right = left.square_(), right.square_()
+            into.addmm_(left.t(), right)
+    return into
+
+
+def _row_major(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself where the library can walk it: contiguous rows, and rows that do not overlap."""
+    if tensor.dtype not in _ELEMENTS:
+        raise ValueError(f"expected float32, float16 or bfloat16, got {tensor.dtype}: convert it with .float()")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return tensor.detach().contiguous()
+    return tensor
+
+
+def _matrix(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
+    rows, cols = tensor.shape
+    return tensor.data_ptr(), rows, cols, tensor.stride(0), _ELEMENTS[tensor.dtype]
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

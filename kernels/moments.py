@@ -49,7 +49,7 @@ def moments(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> Moments:
     """
     tokens, valid = as_sequences(tokens, valid)
     if choose_backend(tokens, valid) == "cpu":
-        return cpu.moments(tokens, valid)
+        return Moments(*cpu.moments(tokens, valid))
     return moments_reference(tokens, valid)
 
 

@@ -1,0 +1,18 @@
+// Every body, compiled for the instruction set that the including file has set, as the table ACE_BODIES.
+// No standard-library template may be used in here: the linker keeps one copy of each, and would hand code for a
+// newer instruction set to an older machine.
+#pragma once
+
+#include "moments.h"
+#include "select_nm.h"
+#include "select_rows.h"
+#include "sums.h"
+
+namespace ace {
+
+const Bodies ACE_BODIES = {
+    ACE_ISA,    select_nm,   select_rows, count_keys, find_ties,        apply_cut,
+    weight_sums, token_norms, all_finite,  moments,    weighted_squares,
+};
+
+}  // namespace ace

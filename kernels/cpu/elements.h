@@ -1,0 +1,67 @@
+// The three element types, each loaded as fp32. `exponent` is all ones in NaN and infinity alone; a Register is as
+// many raw elements as the machine holds in one.
+#pragma once
+
+#include "tasks.h"
+#include "vector.h"
+
+namespace ace {
+namespace {
+
+struct Fp32 {
+    using Stored = float;
+    using Register = NativeInts;
+    static constexpr int32_t exponent = 0x7f800000;
+    static ACE_INLINE Floats load(const Stored* from, int lanes = LANES) { return ace::load(from, lanes); }
+};
+
+struct Bf16 {
+    using Stored = uint16_t;
+    using Register = NativeShorts;
+    static constexpr int16_t exponent = 0x7f80;
+    static ACE_INLINE Floats load(const Stored* from, int lanes = LANES) {
+        return floats_of(widen(load_raw<Halves>(from, lanes)) << 16);
+    }
+};
+
+struct Fp16 {
+    using Stored = uint16_t;
+    using Register = NativeShorts;
+    static constexpr int16_t exponent = 0x7c00;
+    static ACE_INLINE Floats load(const Stored* from, int lanes = LANES) {
+        const Halves halves = load_raw<Halves>(from, lanes);
+        Floats v;
+        for (int p = 0; p < PARTS; ++p) {
+#if ACE_WIDTH == 16
+            v.part[p] = (NativeFloats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves.part[p]);
+#elif ACE_WIDTH == 8
+            v.part[p] = (NativeFloats)_mm256_cvtph_ps((__m128i)halves.part[p]);
+#else
+            v.part[p] = from_bits(__builtin_convertvector(halves.part[p], NativeInts));
+#endif
+        }
+        return v;
+    }
+
+private:
+    // Rebias the exponent by 112; a subnormal half is what exceeds 2^-14 once it is given that exponent.
+    static ACE_INLINE NativeFloats from_bits(NativeInts half) {
+        const NativeInts body = (half & 0x7fff) << 13, rebias = (112 << 23) - NativeInts{};
+        const NativeFloats shifted = (NativeFloats)(body + rebias + (1 << 23));
+        const NativeInts subnormal = (NativeInts)(shifted - 0x1p-14f);
+        const NativeInts normal = body + rebias + ((body >= (0x7c00 << 13)) & rebias);
+        return (NativeFloats)((body < (1 << 23) ? subnormal : normal) | ((half & 0x8000) << 16));
+    }
+};
+
+template <typename Function>
+ACE_INLINE auto with_element(Element element, Function function) {
+    switch (element) {
+        case Element::fp16: return function(Fp16{});
+        case Element::bf16: return function(Bf16{});
+        default: return function(Fp32{});
+    }
+}
+
+}  // namespace
+}  // namespace ace

@@ -1,0 +1,269 @@
+// The C ABI: checks nothing (the Python side has), picks the instruction set, and deals units of work to threads.
+// Every function returns 0, or 1 where memory ran out.
+
+#include "tasks.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace ace {
+namespace {
+
+// Below this many bytes a thread costs more than it saves.
+constexpr int64_t BYTES_PER_THREAD = 1 << 20;
+
+const Bodies* const* all_bodies() {
+    static const Bodies* const tables[] = {
+#if defined(__x86_64__)
+        &avx512_bodies, &avx2_bodies,
+#endif
+        &portable_bodies, nullptr};
+    return tables;
+}
+
+bool runs_here(const Bodies& candidate) {
+#if defined(__x86_64__)
+    if (&candidate == &avx512_bodies) {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    }
+    // Every processor with AVX2 converts halves too.
+    if (&candidate == &avx2_bodies) return __builtin_cpu_supports("avx2");
+#endif
+    return &candidate == &portable_bodies;
+}
+
+const Bodies* best_bodies() {
+    const Bodies* const* candidate = all_bodies();
+    while (!runs_here(**candidate)) ++candidate;
+    return *candidate;
+}
+
+const Bodies* bodies = best_bodies();
+
+int64_t bytes_of(const Matrix& m) { return m.rows * m.cols * (m.element == Element::fp32 ? 4 : 2); }
+
+int64_t units(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
+
+int threads_for(int64_t bytes, int64_t n_units, int most) {
+    const int64_t useful = std::min(bytes / BYTES_PER_THREAD, n_units);
+    return int(std::max<int64_t>(1, std::min<int64_t>(most, useful)));
+}
+
+// work(begin, end, thread) over even shares of n_units; the calling thread takes the first, and any that the
+// system would not start a thread for.
+template <typename Work>
+void deal(int64_t n_units, int threads, const Work& work) {
+    const auto share = [&](int thread) { work(n_units * thread / threads, n_units * (thread + 1) / threads, thread); };
+    std::vector<std::thread> started;
+    started.reserve(threads);
+    int next = 1;
+    try {
+        for (; next < threads; ++next) started.emplace_back(share, next);
+    } catch (const std::system_error&) {
+    }
+    share(0);
+    for (; next < threads; ++next) share(next);
+    for (std::thread& thread : started) thread.join();
+}
+
+template <typename Work>
+int guarded(const Work& work) {
+    try {
+        work();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// The largest bin from which on at least `wanted` keys lie; `wanted` becomes how many of that bin are.
+int32_t find_bin(const std::vector<int64_t>& bins, int64_t& wanted) {
+    int32_t bin = int32_t(bins.size()) - 1;
+    while (bins[bin] < wanted) wanted -= bins[bin--];
+    return bin;
+}
+
+// Two histograms, of the upper 16 and the lower 15 bits of a key, find the threshold of a whole layer.
+Cut cut_layer(const Selection& s, int64_t k, int threads) {
+    constexpr int32_t LOWER_BITS = 15, UPPER_MASK = 0xffff, LOWER_MASK = 0x7fff;
+    const auto histogram = [&](const Histogram& h) {
+        std::vector<std::vector<int64_t>> parts(threads, std::vector<int64_t>(h.bin_mask + 1));
+        deal(s.weight.rows, threads, [&](int64_t begin, int64_t end, int thread) {
+            bodies->count_keys(s, h, begin, end, parts[thread].data());
+        });
+        for (int thread = 1; thread < threads; ++thread) {
+            for (int32_t bin = 0; bin <= h.bin_mask; ++bin) parts[0][bin] += parts[thread][bin];
+        }
+        return parts[0];
+    };
+    int64_t wanted = k;
+    const int32_t upper = find_bin(histogram({0, 31, LOWER_BITS, UPPER_MASK}), wanted);
+    const std::vector<int64_t> lower_bins = histogram({upper, LOWER_BITS, 0, LOWER_MASK});
+    const int32_t lower = find_bin(lower_bins, wanted);
+    const int32_t threshold = (upper << LOWER_BITS) | lower;
+    if (lower_bins[lower] == wanted) return {threshold, 0};
+    return {threshold, bodies->find_ties(s, threshold, wanted)};
+}
+
+Selection selection(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element, const float* row,
+                    const float* col, const float* scale, const float* coupling, int32_t power, int32_t output,
+                    void* delivered) {
+    return {{weight, rows, cols, stride, Element(element)},
+            {row, col, scale, coupling, power},
+            Output(output),
+            static_cast<uint8_t*>(delivered)};
+}
+
+}  // namespace
+}  // namespace ace
+
+using namespace ace;
+
+extern "C" {
+
+#define ACE_EXPORT __attribute__((visibility("default")))
+
+// The name of the instruction set in use.
+ACE_EXPORT const char* ace_isa() { return bodies->name; }
+
+// Use another one: returns 1 where there is none of that name or this machine cannot run it.
+ACE_EXPORT int ace_use_isa(const char* name) {
+    for (const Bodies* const* candidate = all_bodies(); *candidate; ++candidate) {
+        if (strcmp((*candidate)->name, name) == 0 && runs_here(**candidate)) {
+            bodies = *candidate;
+            return 0;
+        }
+    }
+    return 1;
+}
+
+ACE_EXPORT int ace_select_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                             const float* row, const float* col, const float* scale, const float* coupling,
+                             int32_t power, int32_t output, void* delivered, int32_t n, int32_t m,
+                             int32_t along_out, int32_t threads) {
+    const Selection s =
+        selection(weight, rows, cols, stride, element, row, col, scale, coupling, power, output, delivered);
+    const Pattern pattern = {n, m, along_out != 0};
+    return guarded([&] {
+        const int64_t n_units = along_out ? rows / m : rows;
+        deal(n_units, threads_for(bytes_of(s.weight), n_units, threads),
+             [&](int64_t begin, int64_t end, int) { bodies->select_nm(s, pattern, begin, end); });
+    });
+}
+
+ACE_EXPORT int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                               const float* row, const float* col, const float* scale, const float* coupling,
+                               int32_t power, int32_t output, void* delivered, int64_t k, int32_t whole_layer,
+                               int32_t most_threads) {
+    const Selection s =
+        selection(weight, rows, cols, stride, element, row, col, scale, coupling, power, output, delivered);
+    const int threads = threads_for(bytes_of(s.weight), rows, most_threads);
+    return guarded([&] {
+        if (whole_layer) {
+            const Cut cut = k == 0 ? Cut{INT32_MAX, 0} : cut_layer(s, k, threads);
+            deal(rows, threads, [&](int64_t begin, int64_t end, int) { bodies->apply_cut(s, cut, begin, end); });
+            return;
+        }
+        const int64_t padded = units(cols, 16) * 16;
+        std::vector<int32_t> keys(padded * threads);
+        deal(rows, threads, [&](int64_t begin, int64_t end, int thread) {
+            bodies->select_rows(s, k, begin, end, keys.data() + padded * thread);
+        });
+    });
+}
+
+ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                               float* row_sums, float* col_sums, int32_t threads) {
+    const Matrix w = {weight, rows, cols, stride, Element(element)};
+    return guarded([&] {
+        const int64_t blocks = units(rows, SUM_ROWS);
+        std::vector<float> block_cols(blocks * cols);
+        deal(blocks, threads_for(bytes_of(w), blocks, threads), [&](int64_t begin, int64_t end, int) {
+            for (int64_t b = begin; b < end; ++b) bodies->weight_sums(w, b, row_sums, block_cols.data() + b * cols);
+        });
+        std::vector<double> totals(cols);
+        for (int64_t b = 0; b < blocks; ++b) {
+            for (int64_t j = 0; j < cols; ++j) totals[j] += block_cols[b * cols + j];
+        }
+        for (int64_t j = 0; j < cols; ++j) col_sums[j] = float(totals[j]);
+    });
+}
+
+ACE_EXPORT int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                               float* norms, int32_t threads) {
+    const Matrix a = {outputs, rows, cols, stride, Element(element)};
+    return guarded([&] {
+        deal(rows, threads_for(bytes_of(a), rows, threads),
+             [&](int64_t begin, int64_t end, int) { bodies->token_norms(a, begin, end, norms); });
+    });
+}
+
+ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                              int32_t threads, int32_t* finite) {
+    const Matrix m = {const_cast<void*>(data), rows, cols, stride, Element(element)};
+    return guarded([&] {
+        constexpr int64_t UNIT = 1 << 16;
+        const int64_t per_row = units(cols, UNIT), size = m.element == Element::fp32 ? 4 : 2;
+        std::atomic<bool> so_far{true};
+        deal(rows * per_row, threads_for(bytes_of(m), rows * per_row, threads),
+             [&](int64_t begin, int64_t end, int) {
+                 for (int64_t unit = begin; unit < end && so_far.load(std::memory_order_relaxed); ++unit) {
+                     const int64_t i = unit / per_row, from = unit % per_row * UNIT;
+                     const char* first = static_cast<const char*>(data) + (i * stride + from) * size;
+                     if (!bodies->all_finite(m.element, first, std::min(UNIT, cols - from))) so_far = false;
+                 }
+             });
+        *finite = so_far;
+    });
+}
+
+// `valid` is null or one byte a token; `sequence_square` comes in as zeros; `count` is one number a sequence.
+ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t length, int64_t channels,
+                           int64_t sequence_stride, int64_t token_stride, int32_t element, const uint8_t* valid,
+                           float* total, float* deviation, float* sequence_square, int64_t* count,
+                           int32_t threads) {
+    return guarded([&] {
+        const int64_t size = Element(element) == Element::fp32 ? 4 : 2;
+        std::vector<const void*> rows;
+        std::vector<int64_t> sequences;
+        rows.reserve(n_sequences * length);
+        sequences.reserve(n_sequences * length);
+        for (int64_t s = 0; s < n_sequences; ++s) {
+            count[s] = 0;
+            for (int64_t t = 0; t < length; ++t) {
+                if (valid && !valid[s * length + t]) continue;
+                rows.push_back(static_cast<const char*>(tokens) + (s * sequence_stride + t * token_stride) * size);
+                sequences.push_back(s);
+                ++count[s];
+            }
+        }
+        const MomentsTask task = {rows.data(),      sequences.data(), int64_t(rows.size()), channels,
+                                  Element(element), total,            deviation,            sequence_square};
+        const int64_t strips = units(channels, CHANNEL_STRIP);
+        deal(strips, threads_for(task.n_tokens * channels * size, strips, threads),
+             [&](int64_t begin, int64_t end, int) {
+                 for (int64_t strip = begin; strip < end; ++strip) bodies->moments(task, strip);
+             });
+    });
+}
+
+ACE_EXPORT int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t channels, int64_t stride,
+                                    int32_t element, const float* weights, int64_t n_layers, float* out,
+                                    int32_t threads) {
+    const SquaresTask task = {{tokens, n_tokens, channels, stride, Element(element)}, weights, n_layers, out};
+    return guarded([&] {
+        const int64_t strips = units(channels, CHANNEL_STRIP);
+        deal(strips, threads_for(bytes_of(task.tokens), strips, threads), [&](int64_t begin, int64_t end, int) {
+            for (int64_t strip = begin; strip < end; ++strip) bodies->weighted_squares(task, strip);
+        });
+    });
+}
+
+}  // extern "C"

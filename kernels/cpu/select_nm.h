@@ -1,0 +1,108 @@
+// n of every m by rank counting: a lane survives where it beats at least m - n others of its group.
+// Lane k beats lane l where key_l - key_k - [k > l] is negative, which is the tie rule: of equals the lower loses.
+#pragma once
+
+#include "score.h"
+
+namespace ace {
+namespace {
+
+// All ones in lanes whose place in their group of GROUP is at least `place`.
+template <int GROUP>
+ACE_INLINE Ints from_place(int place) {
+    int32_t lane[LANES];
+    for (int k = 0; k < LANES; ++k) lane[k] = k % GROUP >= place ? -1 : 0;
+    return load(lane);
+}
+
+// Where lane k beats the lane BY places on (round the group): a negative number.
+template <int GROUP, int BY>
+ACE_INLINE Ints beats(const Ints& keys) {
+    return rotate<GROUP, BY>(keys) - (keys - from_place<GROUP>(GROUP - BY));
+}
+
+ACE_INLINE Ints two_of_four(const Ints& keys) {
+    const Ints first = beats<4, 1>(keys), second = beats<4, 2>(keys), third = beats<4, 3>(keys);
+    return ((first & second) | (third & (first | second))) >> 31;
+}
+
+// Minus the number of lanes of `others` that each lane of `keys` beats. A group of more than 16 spans vectors:
+// `offset` is how many vectors `keys` stands after `others`.
+template <int GROUP, int... BY>
+ACE_INLINE Ints beaten(const Ints& keys, const Ints& others, int offset, std::integer_sequence<int, BY...>) {
+    Ints count = Ints::all(0);
+    const auto compare = [&](const Ints& other, const Ints& ties) ACE_INLINED { count = count + ((other - (keys - ties)) >> 31); };
+    const Ints later = Ints::all(offset > 0 ? -1 : 0);
+    (compare(rotate<GROUP, BY>(others), offset ? later : from_place<GROUP>(GROUP - BY)), ...);
+    return count;
+}
+
+template <int M>
+ACE_INLINE void choose_along_in(int32_t* keys, int count, int n) {
+    constexpr int VECTORS = M > LANES ? M / LANES : 1, GROUP = M > LANES ? LANES : M;
+    constexpr auto turns = std::make_integer_sequence<int, GROUP>{};
+    const Ints losses = Ints::all(M - n - 1);
+    for (int j = 0; j < count; j += VECTORS * LANES) {
+        Ints group[VECTORS];
+        for (int a = 0; a < VECTORS; ++a) group[a] = load(keys + j + a * LANES);
+        for (int a = 0; a < VECTORS; ++a) {
+            if (M == 4 && n == 2) {
+                store(keys + j, two_of_four(group[0]));
+                continue;
+            }
+            Ints count = Ints::all(0);
+            for (int b = 0; b < VECTORS; ++b) count = count + beaten<GROUP>(group[a], group[b], a - b, turns);
+            store(keys + j + a * LANES, (losses + count) >> 31);
+        }
+    }
+}
+
+ACE_INLINE void choose_along_in(int32_t* keys, int count, const Pattern& pattern) {
+    switch (pattern.m) {
+        case 2: return choose_along_in<2>(keys, count, pattern.n);
+        case 4: return choose_along_in<4>(keys, count, pattern.n);
+        case 8: return choose_along_in<8>(keys, count, pattern.n);
+        case 16: return choose_along_in<16>(keys, count, pattern.n);
+        default: return choose_along_in<32>(keys, count, pattern.n);
+    }
+}
+
+// Groups run down the m rows of `keys`, which lie `stride` apart.
+ACE_INLINE void choose_along_out(int32_t* keys, int count, int stride, const Pattern& pattern) {
+    const int m = pattern.m;
+    for (int j = 0; j < count; j += LANES) {
+        Ints wins[32];
+        for (int k = 0; k < m; ++k) wins[k] = Ints::all(pattern.n - m + k);
+        for (int k = 0; k < m; ++k) {
+            const Ints key = load(keys + k * stride + j);
+            for (int l = k + 1; l < m; ++l) {
+                const Ints win = (load(keys + l * stride + j) - key) >> 31;
+                wins[k] = wins[k] - win;
+                wins[l] = wins[l] + win;
+            }
+        }
+        for (int k = 0; k < m; ++k) store(keys + k * stride + j, (Ints::all(-1) - wins[k]) >> 31);
+    }
+}
+
+inline void select_nm(const Selection& s, const Pattern& pattern, int64_t begin, int64_t end) {
+    constexpr int MOST_KEYS = 8 * KEY_STRIP;
+    alignas(64) int32_t keys[MOST_KEYS];
+    const int height = pattern.along_out ? pattern.m : 1;
+    const int strip = pattern.along_out ? MOST_KEYS / 32 : KEY_STRIP;
+    for (int64_t group = begin; group < end; ++group) {
+        const int64_t top = group * height;
+        for (int64_t from = 0; from < s.weight.cols; from += strip) {
+            const int count = int(s.weight.cols - from < strip ? s.weight.cols - from : strip);
+            for (int k = 0; k < height; ++k) score_keys(s, top + k, from, count, keys + k * strip);
+            if (pattern.along_out) choose_along_out(keys, count, strip, pattern);
+            else choose_along_in(keys, count, pattern);
+            for (int k = 0; k < height; ++k) {
+                deliver(s, top + k, from, count, [&](int j) ACE_INLINED { return load(keys + k * strip + j); });
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace ace

@@ -1,0 +1,106 @@
+// Sums over rows and columns, and the search for what is not finite. fp32 inside a strip, fp64 across strips.
+#pragma once
+
+#include "score.h"
+
+namespace ace {
+namespace {
+
+constexpr int ROW_TILE = 4;
+
+// Adds |w| of `TILE` rows into one strip's column sums, and returns each row's own sum.
+template <typename E, int TILE>
+ACE_INLINE void add_magnitudes(const typename E::Stored* weight, int64_t stride, int count, float* cols,
+                               double* rows) {
+    Floats row[TILE];
+    for (int r = 0; r < TILE; ++r) row[r] = Floats::all(0.0f);
+    each_vector(count, [&](int j, int lanes) ACE_INLINED {
+        Floats col = load(cols + j);
+        for (int r = 0; r < TILE; ++r) {
+            const Floats v = magnitude(E::load(weight + r * stride + j, lanes));
+            row[r] = row[r] + v;
+            col = col + v;
+        }
+        store(cols + j, col);
+    });
+    for (int r = 0; r < TILE; ++r) rows[r] += sum(row[r]);
+}
+
+inline void weight_sums(const Matrix& w, int64_t block, float* row_sums, float* block_cols) {
+    const int64_t top = block * SUM_ROWS;
+    const int height = int(w.rows - top < SUM_ROWS ? w.rows - top : SUM_ROWS);
+    double rows[SUM_ROWS] = {};
+    alignas(64) float cols[CHANNEL_STRIP];
+    with_element(w.element, [&](auto element) {
+        using E = decltype(element);
+        const auto* weight = static_cast<const typename E::Stored*>(w.data) + top * w.stride;
+        for (int64_t from = 0; from < w.cols; from += CHANNEL_STRIP) {
+            const int count = int(w.cols - from < CHANNEL_STRIP ? w.cols - from : CHANNEL_STRIP);
+            memset(cols, 0, sizeof cols);
+            int r = 0;
+            for (; r + ROW_TILE <= height; r += ROW_TILE) {
+                add_magnitudes<E, ROW_TILE>(weight + r * w.stride + from, w.stride, count, cols, rows + r);
+            }
+            for (; r < height; ++r) {
+                add_magnitudes<E, 1>(weight + r * w.stride + from, w.stride, count, cols, rows + r);
+            }
+            memcpy(block_cols + from, cols, count * sizeof(float));
+        }
+    });
+    for (int r = 0; r < height; ++r) row_sums[top + r] = float(rows[r]);
+}
+
+inline void token_norms(const Matrix& outputs, int64_t begin, int64_t end, float* norms) {
+    with_element(outputs.element, [&](auto element) {
+        using E = decltype(element);
+        for (int64_t t = begin; t < end; ++t) {
+            const auto* row = static_cast<const typename E::Stored*>(outputs.data) + t * outputs.stride;
+            double total = 0;
+            for (int64_t from = 0; from < outputs.cols; from += CHANNEL_STRIP) {
+                const int count = int(outputs.cols - from < CHANNEL_STRIP ? outputs.cols - from : CHANNEL_STRIP);
+                Floats even = Floats::all(0.0f), odd = even;
+                each_vector(count, [&](int j, int lanes) ACE_INLINED {
+                    const Floats v = E::load(row + from + j, lanes);
+                    (j & LANES ? odd : even) = (j & LANES ? odd : even) + v * v;
+                });
+                total += sum(even + odd);
+            }
+            norms[t] = float(total);
+        }
+    });
+}
+
+// The largest exponent decides: NaN and infinity are the elements whose exponent bits are all ones.
+inline bool all_finite(Element element, const void* data, int64_t count) {
+    return with_element(element, [&](auto tag) {
+        using E = decltype(tag);
+        using Register = typename E::Register;
+        constexpr int STEP = sizeof(Register) / sizeof(typename E::Stored), UNROLL = 4;
+        const auto* elements = static_cast<const typename E::Stored*>(data);
+        const Register exponent = E::exponent - Register{};
+        Register highest[UNROLL] = {};
+        int64_t j = 0;
+        for (; j + UNROLL * STEP <= count; j += UNROLL * STEP) {
+            for (int u = 0; u < UNROLL; ++u) {
+                Register v;
+                memcpy(&v, elements + j + u * STEP, sizeof v);
+                v &= exponent;
+                highest[u] = v > highest[u] ? v : highest[u];
+            }
+        }
+        for (int u = 0; j < count; j += STEP, u = (u + 1) % UNROLL) {
+            Register v = {};
+            memcpy(&v, elements + j, (count - j < STEP ? count - j : STEP) * sizeof(typename E::Stored));
+            v &= exponent;
+            highest[u] = v > highest[u] ? v : highest[u];
+        }
+        bool finite = true;
+        for (int u = 0; u < UNROLL; ++u) {
+            for (int lane = 0; lane < STEP; ++lane) finite &= highest[u][lane] != E::exponent;
+        }
+        return finite;
+    });
+}
+
+}  // namespace
+}  // namespace ace

@@ -1,0 +1,93 @@
+// What one call asks for, in plain pointers and counts, and the table of bodies that serve it.
+// Each instruction set compiles the same bodies into its own table; library.cpp picks one and splits the work.
+#pragma once
+
+#include <cstdint>
+
+namespace ace {
+
+enum class Element : int32_t { fp32, fp16, bf16 };
+enum class Output : int32_t { weight, mask, bits };
+
+// A matrix whose rows are contiguous; stride counts elements from row to row.
+struct Matrix {
+    void* data;
+    int64_t rows, cols, stride;
+    Element element;
+};
+
+// score = |w|^power * (row_i + col_j) * scale_j * coupling_ij, a null factor left out.
+struct Terms {
+    const float *row, *col, *scale, *coupling;
+    int32_t power;
+};
+
+struct Selection {
+    Matrix weight;
+    Terms terms;
+    Output output;
+    uint8_t* delivered;  // bool [rows, cols] or bits [rows, ceil(cols / 8)]; unused when the weight is written
+};
+
+struct Pattern {
+    int32_t n, m;
+    bool along_out;
+};
+
+// A key survives above the threshold, and at it from flat index `ties_from` on.
+struct Cut {
+    int32_t threshold;
+    int64_t ties_from;
+};
+
+// Rows of the weight share one histogram: keys whose bits above `prefix_shift` equal `prefix`, by their next bits.
+struct Histogram {
+    int32_t prefix, prefix_shift, bin_shift, bin_mask;
+};
+
+struct MomentsTask {
+    const void* const* tokens;  // one row pointer for each token that counts, in order
+    const int64_t* sequence;    // which sequence each of them belongs to
+    int64_t n_tokens, channels;
+    Element element;
+    float *total, *deviation, *sequence_square;
+};
+
+struct SquaresTask {
+    Matrix tokens;
+    const float* weights;  // [n_layers, n_tokens]
+    int64_t n_layers;
+    float* out;  // [n_layers, channels]
+};
+
+// Rows (or channels) of a unit of work: results do not depend on how units are dealt to threads.
+constexpr int64_t SUM_ROWS = 128;
+constexpr int64_t CHANNEL_STRIP = 1024;
+// Selection works strip by strip, so that keys stay in the first-level cache.
+constexpr int64_t KEY_STRIP = 1024;
+
+struct Bodies {
+    const char* name;
+    // Groups of rows begin..end: single rows along the inputs, m rows along the outputs.
+    void (*select_nm)(const Selection&, const Pattern&, int64_t begin, int64_t end);
+    // Rows begin..end, k survivors in each; `keys` holds a row rounded up to 16.
+    void (*select_rows)(const Selection&, int64_t k, int64_t begin, int64_t end, int32_t* keys);
+    void (*count_keys)(const Selection&, const Histogram&, int64_t begin, int64_t end, int64_t* bins);
+    // The flat index of the first of the last `wanted` keys equal to `threshold`.
+    int64_t (*find_ties)(const Selection&, int32_t threshold, int64_t wanted);
+    void (*apply_cut)(const Selection&, const Cut&, int64_t begin, int64_t end);
+    // Row sums of one block of SUM_ROWS rows, and the block's own column sums.
+    void (*weight_sums)(const Matrix&, int64_t block, float* row_sums, float* block_cols);
+    void (*token_norms)(const Matrix&, int64_t begin, int64_t end, float* norms);
+    bool (*all_finite)(Element, const void* data, int64_t count);
+    // Channels of one strip of CHANNEL_STRIP.
+    void (*moments)(const MomentsTask&, int64_t strip);
+    void (*weighted_squares)(const SquaresTask&, int64_t strip);
+};
+
+extern const Bodies portable_bodies;
+#if defined(__x86_64__)
+extern const Bodies avx2_bodies, avx512_bodies;
+#endif
+
+}  // namespace ace

@@ -1,0 +1,192 @@
+// Sixteen lanes, whatever the register width: results are the same on every instruction set by construction.
+// The including file sets ACE_WIDTH, the 32-bit lanes of one register: 16, 8 or 4.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define ACE_INLINED __attribute__((always_inline))
+#define ACE_INLINE inline ACE_INLINED
+
+namespace ace {
+namespace {
+
+constexpr int LANES = 16;
+constexpr int WIDTH = ACE_WIDTH;
+constexpr int PARTS = LANES / WIDTH;
+
+using NativeFloats = float __attribute__((vector_size(4 * WIDTH)));
+using NativeInts = int32_t __attribute__((vector_size(4 * WIDTH)));
+using NativeShorts = int16_t __attribute__((vector_size(4 * WIDTH)));
+using NativeHalves = uint16_t __attribute__((vector_size(2 * WIDTH)));
+using NativeBytes = uint8_t __attribute__((vector_size(WIDTH)));
+
+template <typename Native, typename Scalar>
+struct Vector {
+    Native part[PARTS];
+
+    static ACE_INLINE Vector all(Scalar value) {
+        Vector v;
+        for (int p = 0; p < PARTS; ++p) v.part[p] = value - Native{};
+        return v;
+    }
+    friend ACE_INLINE Vector operator+(Vector a, const Vector& b) {
+        for (int p = 0; p < PARTS; ++p) a.part[p] += b.part[p];
+        return a;
+    }
+    friend ACE_INLINE Vector operator-(Vector a, const Vector& b) {
+        for (int p = 0; p < PARTS; ++p) a.part[p] -= b.part[p];
+        return a;
+    }
+    friend ACE_INLINE Vector operator*(Vector a, const Vector& b) {
+        for (int p = 0; p < PARTS; ++p) a.part[p] *= b.part[p];
+        return a;
+    }
+    friend ACE_INLINE Vector operator&(Vector a, const Vector& b) {
+        for (int p = 0; p < PARTS; ++p) a.part[p] &= b.part[p];
+        return a;
+    }
+    friend ACE_INLINE Vector operator|(Vector a, const Vector& b) {
+        for (int p = 0; p < PARTS; ++p) a.part[p] |= b.part[p];
+        return a;
+    }
+    friend ACE_INLINE Vector operator>>(Vector a, int bits) {
+        for (int p = 0; p < PARTS; ++p) a.part[p] >>= bits;
+        return a;
+    }
+    friend ACE_INLINE Vector operator<<(Vector a, int bits) {
+        for (int p = 0; p < PARTS; ++p) a.part[p] <<= bits;
+        return a;
+    }
+    friend ACE_INLINE Vector min(Vector a, const Vector& b) {
+        for (int p = 0; p < PARTS; ++p) a.part[p] = a.part[p] < b.part[p] ? a.part[p] : b.part[p];
+        return a;
+    }
+    friend ACE_INLINE Vector max(Vector a, const Vector& b) {
+        for (int p = 0; p < PARTS; ++p) a.part[p] = a.part[p] > b.part[p] ? a.part[p] : b.part[p];
+        return a;
+    }
+};
+
+using Floats = Vector<NativeFloats, float>;
+using Ints = Vector<NativeInts, int32_t>;
+
+ACE_INLINE Ints bits_of(const Floats& v) {
+    Ints bits;
+    for (int p = 0; p < PARTS; ++p) bits.part[p] = (NativeInts)v.part[p];
+    return bits;
+}
+
+ACE_INLINE Floats floats_of(const Ints& v) {
+    Floats floats;
+    for (int p = 0; p < PARTS; ++p) floats.part[p] = (NativeFloats)v.part[p];
+    return floats;
+}
+
+ACE_INLINE Floats magnitude(const Floats& v) { return floats_of(bits_of(v) & Ints::all(0x7fffffff)); }
+
+// The first `lanes` of a vector from or to memory; the other lanes are 0, and their memory is not touched.
+template <typename Loaded, typename Stored>
+ACE_INLINE Loaded load_raw(const Stored* from, int lanes) {
+    static_assert(sizeof(Loaded) == LANES * sizeof(Stored), "one element a lane");
+    Loaded v;
+    if (lanes == LANES) {
+        memcpy(&v, from, sizeof v);
+    } else {
+        memset(&v, 0, sizeof v);
+        memcpy(&v, from, lanes * sizeof(Stored));
+    }
+    return v;
+}
+
+template <typename Stored, typename Kept>
+ACE_INLINE void store_raw(Stored* to, const Kept& v, int lanes) {
+    static_assert(sizeof(Kept) == LANES * sizeof(Stored), "one element a lane");
+    memcpy(to, &v, lanes == LANES ? sizeof v : lanes * sizeof(Stored));
+}
+
+ACE_INLINE Ints load(const int32_t* from, int lanes = LANES) { return load_raw<Ints>(from, lanes); }
+ACE_INLINE Floats load(const float* from, int lanes = LANES) { return load_raw<Floats>(from, lanes); }
+ACE_INLINE void store(int32_t* to, const Ints& v, int lanes = LANES) { store_raw(to, v, lanes); }
+ACE_INLINE void store(float* to, const Floats& v, int lanes = LANES) { store_raw(to, v, lanes); }
+
+struct Halves {
+    NativeHalves part[PARTS];
+};
+
+ACE_INLINE Ints widen(const Halves& halves) {
+    Ints v;
+    for (int p = 0; p < PARTS; ++p) v.part[p] = __builtin_convertvector(halves.part[p], NativeInts);
+    return v;
+}
+
+// Lane k of the result is lane (k + BY) % GROUP of k's own group of GROUP lanes.
+template <int GROUP, int BY>
+struct Rotation {
+    static constexpr int source(int lane) { return lane - lane % GROUP + (lane % GROUP + BY) % GROUP; }
+
+    // Each register of the result draws on at most two: the one its first lane comes from, and the one of its last.
+    template <int PART, int... LANE>
+    static ACE_INLINE NativeInts gather(const Ints& v, std::integer_sequence<int, LANE...>) {
+        constexpr int first = source(PART * WIDTH) / WIDTH, last = source(PART * WIDTH + WIDTH - 1) / WIDTH;
+        const NativeInts a = v.part[first], b = v.part[last];
+#if defined(__clang__)
+        return __builtin_shufflevector(a, b, pick(PART * WIDTH + LANE, first)...);
+#else
+        return __builtin_shuffle(a, b, NativeInts{pick(PART * WIDTH + LANE, first)...});
+#endif
+    }
+    static constexpr int pick(int lane, int first) {
+        return source(lane) % WIDTH + (source(lane) / WIDTH == first ? 0 : WIDTH);
+    }
+    template <int... PART>
+    static ACE_INLINE Ints apply(const Ints& v, std::integer_sequence<int, PART...>) {
+        return Ints{{gather<PART>(v, std::make_integer_sequence<int, WIDTH>{})...}};
+    }
+};
+
+template <int GROUP, int BY>
+ACE_INLINE Ints rotate(const Ints& v) {
+    return Rotation<GROUP, BY>::apply(v, std::make_integer_sequence<int, PARTS>{});
+}
+
+// Bit k is the sign of lane k.
+ACE_INLINE uint16_t signs(const Ints& v) {
+    uint32_t bits = 0;
+    for (int p = 0; p < PARTS; ++p) {
+#if ACE_WIDTH == 16
+        bits = _mm512_movepi32_mask((__m512i)v.part[p]);
+#elif ACE_WIDTH == 8
+        bits |= uint32_t(_mm256_movemask_ps((__m256)v.part[p])) << (p * WIDTH);
+#elif defined(__x86_64__)
+        bits |= uint32_t(_mm_movemask_ps((__m128)v.part[p])) << (p * WIDTH);
+#else
+        for (int lane = 0; lane < WIDTH; ++lane) bits |= uint32_t(v.part[p][lane] < 0) << (p * WIDTH + lane);
+#endif
+    }
+    return uint16_t(bits);
+}
+
+// Always in the same order.
+ACE_INLINE double sum(const Floats& v) {
+    float lane[LANES];
+    store(lane, v);
+    double total = 0;
+    for (int k = 0; k < LANES; ++k) total += lane[k];
+    return total;
+}
+
+ACE_INLINE int64_t sum(const Ints& v) {
+    int32_t lane[LANES];
+    store(lane, v);
+    int64_t total = 0;
+    for (int k = 0; k < LANES; ++k) total += lane[k];
+    return total;
+}
+
+}  // namespace
+}  // namespace ace
