@@ -5,10 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .prune import linear_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Block:
     module: nn.Module
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
+def find_blocks(model: PreTrainedModel) -> list[Block]:
     """The decoder blocks, in order.
 
     They are the members of the longest ``nn.ModuleList`` that holds linear layers and lies in no other such
@@ -34,10 +38,9 @@ def find_blocks(model: nn.Module) -> list[Block]:
     Raises:
         ValueError: an encoder-decoder, or a model without such a list.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; only causal decoders can be pruned")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    lists = _outermost_lists(model, inside=decoder) or _outermost_lists(model, inside=model)
+    lists = _outermost_lists(model, inside=model.get_decoder()) or _outermost_lists(model, inside=model)
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers; is it a decoder, and in "

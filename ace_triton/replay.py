@@ -7,8 +7,8 @@ model. They are recorded in the model's own forward, with a stub in place of eve
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,37 +19,145 @@ from .blocks import Block
 from .collect import InputCollector
 from .timing import Stopwatch
 
-PROBE_SEQUENCES, PROBE_LENGTH = 2, 8
+TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids [n_sequences, length] and bool of the same shape, False for padding, or None."""
+    """A part of the calibration set, on the device of the model's embedding.
+
+    Attributes:
+        ids: int64 [n_sequences, length].
+        valid: bool of the same shape, False for padding; None where there is none.
+    """
 
     ids: torch.Tensor
     valid: torch.Tensor | None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """n_sequences and length."""
+        return self.ids.shape[0], self.ids.shape[1]
+
 
 class Runner(Protocol):
-    """What feeds the blocks."""
+    """What runs the calibration set through a model's blocks, in order."""
 
     def run(self, index: int, collector: InputCollector | None, *, advance: bool) -> None:
         """Run block ``index`` on every batch.
 
         Args:
-            index: blocks are run in order.
-            collector: watches its layers; None for none.
-            advance: the outputs become the inputs of the next block.
+            index: of the block.
+            collector: watches layers of it meanwhile.
+            advance: whether these outputs are what the next block reads.
         """
+
+
+def make_runner(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], clock: Stopwatch) -> Runner:
+    """A :class:`Replay`; or a :class:`WholeForward` and a warning where a trial shows that replay would err.
+
+    In the trial a few tokens go through the model itself and block by block, twice: all must agree. They
+    do not where blocks share more than hidden states, where the model changes these between blocks, or
+    where a block changes its arguments.
+
+    Raises:
+        ValueError: the model's hidden states hold NaN or infinity.
+    """
+    with clock.measure("calibration"):
+        trial = Batch(batches[0].ids[:TRIAL_SEQUENCES, :TRIAL_LENGTH], None)
+        trace = _trace(model, blocks, trial)
+        try:
+            sizes = _try_replay(model, blocks, trial, trace)
+        except _NotReplayable as reason:
+            warnings.warn(
+                f"{type(model).__name__}: {reason}. Its blocks cannot be run one at a time: the whole model is run "
+                "for each block instead, which takes longer",
+                stacklevel=3,
+            )
+            return WholeForward(model, batches, clock)
+        return Replay(model, blocks, batches, clock, sizes)
+
+
+class WholeForward:
+    """Runs the model itself for every block: right for any model, and slow."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], clock: Stopwatch) -> None:
+        self._model, self._batches, self._clock = model, batches, clock
+
+    def run(self, index: int, collector: InputCollector | None, *, advance: bool = True) -> None:
+        """As in :class:`Runner`; without a collector there is nothing to do."""
+        if collector is not None:
+            self.run_all(collector)
+
+    def run_all(self, collector: InputCollector) -> None:
+        """Run everything on every batch, under the eyes of ``collector``."""
+        for batch in self._batches:
+            with self._clock.measure("calibration"), collector.batch(batch.shape, batch.valid):
+                _forward(self._model, batch)
+
+
+class Replay:
+    """Keeps the calibration set's hidden states, in the model's dtype, and takes them from block to block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        batches: Sequence[Batch],
+        clock: Stopwatch,
+        sizes: Sequence[int | None],
+    ) -> None:
+        self._blocks, self._batches, self._clock = blocks, batches, clock
+        self._hidden: list[torch.Tensor] = []
+        self._calls: list[list[_Call]] = []
+        for batch in batches:
+            calls = _record(model, blocks, batch, sizes)
+            self._hidden.append(calls[0].hidden)
+            calls = [call.with_hidden(None) for call in calls]
+            self._calls.append(_sharing(calls, self._calls[-1]) if self._calls else calls)
+
+    def run(self, index: int, collector: InputCollector | None, *, advance: bool) -> None:
+        """As in :class:`Runner`."""
+        for number, batch in enumerate(self._batches):
+            watched = nullcontext() if collector is None else collector.batch(batch.shape, batch.valid)
+            with self._clock.measure("calibration"), watched:
+                output = self._calls[number][index].run(self._blocks[index].module, self._hidden[number])
+            if advance:
+                self._hidden[number] = output
+
+
+@contextmanager
+def calibration_mode(model: nn.Module) -> Iterator[None]:
+    """No gradients, evaluation mode, no key-value cache; what was set before is set again at the end."""
+    training = {module: module.training for module in model.modules()}
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
+    caching = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    try:
+        model.eval()
+        for config, _ in caching:
+            config.use_cache = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for config, use_cache in caching:
+            config.use_cache = use_cache
 
 
 class _Stop(Exception):
     """Ends a forward of the model where nothing more is wanted of it."""
 
 
+class _NotReplayable(Exception):
+    """Why blocks cannot be run one at a time, as half a sentence."""
+
+
 @dataclass(frozen=True)
 class _Call:
-    """How the model calls a block: ``args`` and ``kwargs``, the hidden states standing at ``place``."""
+    """How the model calls a block: its arguments, with the hidden states at ``place``."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -57,88 +165,149 @@ class _Call:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        for place, value in [*enumerate(args), *kwargs.items()]:
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in places:
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3:
                 return cls(args, kwargs, place)
-        raise _NotReplayable("is given no hidden states [n_sequences, length, width]")
+        raise _NotReplayable("a block is given no hidden states of shape [n_sequences, length, width]")
 
     @property
-    def hidden(self) -> torch.Tensor:
+    def hidden(self) -> Any:
         return self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
 
-    def without_hidden(self) -> _Call:
-        return self.replace(None)
-
-    def replace(self, hidden: torch.Tensor | None) -> _Call:
+    def with_hidden(self, hidden: torch.Tensor | None) -> _Call:
         if isinstance(self.place, int):
-            return _Call((*self.args[: self.place], hidden, *self.args[self.place + 1 :]), self.kwargs, self.place)
+            args = (*self.args[: self.place], hidden, *self.args[self.place + 1 :])
+            return _Call(args, self.kwargs, self.place)
         return _Call(self.args, {**self.kwargs, self.place: hidden}, self.place)
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        call = self.replace(hidden)
+        call = self.with_hidden(hidden)
         return _hidden_of(module(*call.args, **call.kwargs))
 
 
-class _NotReplayable(Exception):
-    """Why a model's blocks cannot be run one at a time."""
+def _forward(model: nn.Module, batch: Batch) -> None:
+    mask = None if batch.valid is None else batch.valid.long()
+    with suppress(_Stop):
+        model(input_ids=batch.ids, attention_mask=mask, use_cache=False)
 
 
-def make_runner(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], clock: Stopwatch) -> Runner:
-    """A :class:`Replay`, or a :class:`WholeForward` where a trial shows that replay would not do.
+def _hidden_of(output: Any) -> torch.Tensor:
+    first = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(first, torch.Tensor):
+        raise _NotReplayable(f"a block returns a {type(output).__name__}, neither hidden states nor a tuple of them")
+    return first
 
-    The trial: a few calibration tokens go through the model itself, and block by block; the hidden states
-    must agree. They do not where blocks share more than hidden states (Gemma 3n), where the model changes
-    the hidden states between blocks, or where blocks change their inputs. Such models get a warning.
-    """
+
+def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> list[tuple[int, Any]]:
+    """What each block returned in the model's own forward, in order of its calls."""
+    trace: list[tuple[int, Any]] = []
+
+    def note(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            copy = (output[0].clone(), *output[1:]) if isinstance(output, tuple) and output else output
+            trace.append((index, copy.clone() if isinstance(copy, torch.Tensor) else copy))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            hooks.callback(block.module.register_forward_hook(note(index)).remove)
+        _forward(model, batch)
+    return trace
+
+
+def _try_replay(
+    model: nn.Module, blocks: Sequence[Block], batch: Batch, trace: list[tuple[int, Any]]
+) -> list[int | None]:
+    """For each block None where it returns a tensor, or the size of the tuple it returns."""
+    if [index for index, _ in trace] != list(range(len(blocks))):
+        raise _NotReplayable("its forward does not call each block once, in order")
+    wanted = [_hidden_of(output) for _, output in trace]
+    for block, hidden in zip(blocks, wanted, strict=True):
+        if not torch.isfinite(hidden).all():
+            raise ValueError(
+                f"{block.name} gives NaN or infinity on the calibration text: run the model in bfloat16 or float32, "
+                "or repair its weights"
+            )
+    sizes = [len(output) if isinstance(output, tuple) else None for _, output in trace]
     try:
-        with clock.measure("calibration"):
-            return Replay(model, blocks, batches, clock)
-    except _NotReplayable as reason:
-        warnings.warn(
-            f"{type(model).__name__}: {reason}, so its blocks cannot be run one at a time; running the model from "
-            "its first layer for every block instead, which gives the same masks more slowly",
-            stacklevel=3,
-        )
-        return WholeForward(model, blocks, batches, clock)
+        calls = _record(model, blocks, batch, sizes)
+        hidden = calls[0].hidden
+        for block, call, want in zip(blocks, calls, wanted, strict=True):
+            once, again = call.run(block.module, hidden), call.run(block.module, hidden)
+            if not (_agree(once, want) and _agree(again, want)):
+                raise _NotReplayable(f"{block.name} needs more than its hidden states and constant arguments")
+            hidden = once
+    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise _NotReplayable(f"a block fails outside the model's forward ({error})") from error
+    return sizes
 
 
-class WholeForward:
-    """Runs the model from its start to the wanted block: right for every model, and slow."""
-
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], clock: Stopwatch) -> None:
-        self._model, self._batches, self._clock = model, batches, clock
-
-    def run(self, index: int, collector: InputCollector | None, *, advance: bool) -> None:
-        if collector is None:
-            return
-        for batch in self._batches:
-            with self._clock.measure("calibration"), collector.batch(tuple(batch.ids.shape), batch.valid):
-                call_model(self._model, batch)
+def _agree(got: torch.Tensor, want: torch.Tensor) -> bool:
+    if got.shape != want.shape:
+        return False
+    tolerance = 1e-5 if want.dtype == torch.float32 else 1e-3
+    return bool((got.float() - want.float()).norm() <= tolerance * want.float().norm())
 
 
-class Replay:
-    """Keeps the hidden states of the calibration set, in the model's dtype, and moves them block by block.
+def _record(model: nn.Module, blocks: Sequence[Block], batch: Batch, sizes: Sequence[int | None]) -> list[_Call]:
+    """The call of every block in the model's forward of a batch; no block is computed.
 
-    Raises:
-        _NotReplayable: as said in :func:`make_runner`.
+    Stubs hand their hidden states on, so only the first call's are true.
     """
+    calls: list[_Call] = []
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], clock: Stopwatch) -> None:
-        self._blocks, self._batches, self._clock = blocks, batches, clock
-        ids = batches[0].ids[:PROBE_SEQUENCES, :PROBE_LENGTH]
-        returns_tuple = _try_replay(model, blocks, Batch(ids, None))
-        self._hidden: list[torch.Tensor] = []
-        self._calls: list[list[_Call]] = []
-        for batch in batches:
-            calls = _record(model, blocks, batch, returns_tuple)
-            self._hidden.append(calls[0].hidden)
-            self._calls.append(_share_equal([call.without_hidden() for call in calls], self._calls[-1:]))
+    def stub(size: int | None) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = _Call.of(args, kwargs)
+            calls.append(call)
+            if len(calls) == len(blocks):
+                raise _Stop
+            return call.hidden if size is None else (call.hidden, *[None] * (size - 1))
 
-    def run(self, index: int, collector: InputCollector | None, *, advance: bool) -> None:
-        module = self._blocks[index].module
-        for number, batch in enumerate(self._batches):
-            watched = nullcontext() if collector is None else collector.batch(tuple(batch.ids.shape), batch.valid)
-            with self._clock.measure("calibration"), watched:
-                output = self._calls[number][index].run(module, self._hidden[number])
-            if advance:
-                self._hidden[number] = output
+        return forward
+
+    with ExitStack() as stubs:
+        for block, size in zip(blocks, sizes, strict=True):
+            stubs.enter_context(_forward_replaced(block.module, stub(size)))
+        _forward(model, batch)
+    return calls
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def _sharing(calls: list[_Call], earlier: list[_Call]) -> list[_Call]:
+    """The calls, with the tensors of ``earlier`` in place of equal ones: without padding, masks and tables are
+    the same for every batch."""
+    known: dict[int, Any] = {}
+
+    def shared(value: Any, old: Any) -> Any:
+        if type(value) is tuple and type(old) is tuple and len(value) == len(old):
+            return tuple(shared(v, o) for v, o in zip(value, old, strict=True))
+        if not isinstance(value, torch.Tensor) or not isinstance(old, torch.Tensor):
+            return value
+        if id(value) not in known:
+            equal = value.shape == old.shape and value.dtype == old.dtype and torch.equal(value, old)
+            known[id(value)] = old if equal else value
+        return known[id(value)]
+
+    return [
+        _Call(
+            tuple(shared(v, o) for v, o in zip(call.args, old.args, strict=True)),
+            {name: shared(value, old.kwargs.get(name)) for name, value in call.kwargs.items()},
+            call.place,
+        )
+        for call, old in zip(calls, earlier, strict=True)
+    ]

@@ -1,0 +1,179 @@
+"""Decides which layers of a model are pruned, in which units, and says why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .blocks import find_blocks, in_attention, linears_of, routers, stacked_weights
+from .metrics import Needs
+from .prune import linear_weight
+from .sparsity import Axis, Sparsity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight of the decoder blocks that was left dense.
+
+    Attributes:
+        name: its layer's dotted name, or its own where it stands alone.
+        reason: why.
+        parameters: how many.
+        share: of the model's parameters.
+    """
+
+    name: str
+    reason: str
+    parameters: int
+    share: float
+
+
+@dataclass(frozen=True)
+class NameFilter:
+    """``include`` and ``exclude``: shell patterns on the dotted names of layers; None includes all blocks."""
+
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+    ) -> NameFilter:
+        """Checked against the model's linear layers; ValueError for a pattern that matches none."""
+        wanted, unwanted = _patterns(include), _patterns(exclude)
+        known = [name for name, _ in linears_of(model)]
+        for argument, patterns in (("include", wanted), ("exclude", unwanted)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in known):
+                    raise ValueError(
+                        f"{argument} pattern {pattern!r} matches no linear layer; their names are like "
+                        f"{', '.join(repr(name) for name in known[:3])} (shell patterns: '*.q_proj')"
+                    )
+        return cls(None if include is None else wanted, unwanted)
+
+    def wants(self, name: str, *, outside: bool = False) -> bool:
+        """Whether a layer, inside or outside the blocks, is asked for."""
+        if any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            return False
+        if self.include is None:
+            return not outside
+        return any(fnmatchcase(name, pattern) for pattern in self.include)
+
+
+def _patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that are pruned by what one pass showed: those of a block, or those outside the blocks.
+
+    Attributes:
+        name: the block's.
+        layers: to be pruned, by dotted name.
+        observed: whose inputs are wanted: the same, and for DaSS all of the block's but those of attention.
+    """
+
+    name: str
+    layers: dict[str, nn.Module]
+    observed: dict[str, nn.Module]
+
+
+def merged(units: Iterable[Unit], name: str) -> Unit:
+    """All these units as one."""
+    whole = Unit(name, {}, {})
+    for unit in units:
+        whole.layers.update(unit.layers)
+        whole.observed.update(unit.observed)
+    return whole
+
+
+class Plan:
+    """What is pruned, and what is not.
+
+    Attributes:
+        blocks: the model's decoder blocks.
+        units: one for each block, up to the last with a layer to prune.
+        outside: layers outside the blocks that were asked for, or None.
+        skipped: what stays dense though it was not ruled out by name.
+
+    Raises:
+        ValueError: no layer is left to prune.
+    """
+
+    def __init__(self, model: PreTrainedModel, needs: Needs, pattern: Sparsity, names: NameFilter) -> None:
+        self.blocks = find_blocks(model)
+        self.units: list[Unit] = []
+        self.outside: Unit | None = None
+        self.skipped: list[Skipped] = []
+        self._needs, self._pattern, self._names = needs, pattern, names
+        self._parameters = sum(p.numel() for p in model.parameters())
+        self._owners: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._owners.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+        self._add_blocks()
+        self._add_outside(model)
+        if not self.layers:
+            reasons = "; ".join(dict.fromkeys(s.reason for s in self.skipped)) or "include and exclude leave none"
+            raise ValueError(f"no layer of {type(model).__name__} can be pruned so: {reasons}")
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """All layers to prune, by dotted name."""
+        return merged([*self.units, *([self.outside] if self.outside else [])], "").layers
+
+    def skip(self, name: str, weight: torch.Tensor, reason: str) -> None:
+        """Record that a weight stays dense."""
+        self.skipped.append(Skipped(name, reason, weight.numel(), weight.numel() / self._parameters))
+
+    def _add_blocks(self) -> None:
+        for block in self.blocks:
+            linears = dict(linears_of(block.module, block.name))
+            dense = dict.fromkeys(routers(block), "routers stay dense")
+            if self._needs.consumer:
+                attention = [name for name in linears if in_attention(block, name)]
+                dense |= dict.fromkeys(attention, "DaSS leaves attention dense")
+            wanted = {name: layer for name, layer in linears.items() if self._names.wants(name)}
+            layers = {name: layer for name, layer in wanted.items() if self._accepts(name, layer, dense.get(name))}
+            others = {name: layer for name, layer in linears.items() if name not in dense}
+            self.units.append(Unit(block.name, layers, others if self._needs.consumer else layers))
+            for name, weight in stacked_weights(block).items():
+                if self._names.wants(name):
+                    self.skip(name, weight, "expert weights stacked in 3-D stay dense: only linear layers are pruned")
+        while self.units and not self.units[-1].layers:
+            self.units.pop()
+
+    def _add_outside(self, model: PreTrainedModel) -> None:
+        inside = {name for block in self.blocks for name, _ in linears_of(block.module, block.name)}
+        rest = {n: m for n, m in linears_of(model) if n not in inside and self._names.wants(n, outside=True)}
+        layers = {name: layer for name, layer in rest.items() if self._accepts(name, layer, None)}
+        if layers:
+            self.outside = Unit("outside the blocks", layers, layers)
+
+    def _accepts(self, name: str, layer: nn.Module, why_not: str | None) -> bool:
+        weight = linear_weight(layer)
+        assert weight is not None
+        tied = [owner for owner in self._owners[id(layer.weight)] if owner != name]
+        if tied:
+            why_not = f"its weight is tied to {tied[0]}"
+        elif why_not is None and (self._pattern.axis or not self._needs.consumer):
+            why_not = misfit(weight, self._pattern, self._pattern.axis or "in")
+        if why_not is not None:
+            self.skip(name, weight, why_not)
+        return why_not is None
+
+
+def misfit(weight: torch.Tensor, pattern: Sparsity, axis: Axis) -> str | None:
+    """Why a pattern cannot be laid over a weight [out_features, in_features] along an axis, or None."""
+    size = weight.shape[1] if axis == "in" else weight.shape[0]
+    if pattern.m is None or size % pattern.m == 0:
+        return None
+    return f"its {size} {'inputs' if axis == 'in' else 'outputs'} are no multiple of {pattern.m}"

@@ -1,0 +1,311 @@
+"""Prune the decoder blocks of a model, one after the other."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from .blocks import gated_consumers
+from .collect import InputCollector
+from .kernels.finite import all_finite
+from .metrics import Needs, metric
+from .plan import NameFilter, Plan, Skipped, Unit, merged, misfit
+from .prune import PruneError, default_axis, linear_weight, prune_linear
+from .replay import Batch, WholeForward, calibration_mode, make_runner
+from .sparsity import Axis, Sparsity
+from .stats import ActivationStats
+from .timing import Seconds, Stopwatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[int, int, str], None]
+
+
+class CalibrationSet(Protocol):
+    """Token ids, int64 [n_sequences, length], and bool of that shape, True for real tokens, or None."""
+
+    @property
+    def ids(self) -> torch.Tensor: ...
+
+    @property
+    def mask(self) -> torch.Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A pruned layer.
+
+    Attributes:
+        name: its dotted name in the model.
+        kept: share of its weights kept.
+        pattern: "2:4", or the pruned fraction.
+        axis: what groups or rows run along.
+    """
+
+    name: str
+    kept: float
+    pattern: str
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What :func:`prune_model` did.
+
+    Attributes:
+        method: the metric's name.
+        sparsity: the pattern.
+        seconds: time by stage.
+        peak_bytes: on CUDA, the most memory that torch had allocated since the process started, over the
+            model's devices; on the CPU, the most that the process had resident.
+        layers: the pruned layers, in order.
+        skipped: what was left dense, and why; what ``include`` and ``exclude`` ruled out is not listed.
+    """
+
+    method: str
+    sparsity: str
+    seconds: Seconds
+    peak_bytes: int
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Skipped, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "method": self.method,
+            "sparsity": self.sparsity,
+            "seconds": asdict(self.seconds),
+            "peak_bytes": self.peak_bytes,
+            "layers": [{"name": layer.name, "kept": layer.kept, "pattern": layer.pattern} for layer in self.layers],
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+        }
+
+
+def prune_model(
+    model: PreTrainedModel,
+    calibration: torch.Tensor | CalibrationSet | None,
+    method: str = "ace",
+    sparsity: str | float | Sparsity = "2:4",
+    *,
+    one_shot: bool = False,
+    batch_size: int = 8,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ModelReport:
+    """Prune the linear layers of a Hugging Face causal decoder in place.
+
+    Every block is run on the calibration set, all its layers are pruned by what they saw of the still
+    dense block, and it is run again: the pruned block's outputs are the next one's inputs. Embeddings,
+    norms, routers and the head stay dense.
+
+    Args:
+        model: with its weights in memory, on any device and in any floating dtype; forwards run in it.
+        calibration: token ids, int64 [n_sequences, length], or an object with such ``ids`` and a ``mask``
+            (bool, True for real tokens; None where all are). Padding takes no part. None will do for a
+            method that needs no tokens (magnitude).
+        method: a metric's name (:func:`~ace_triton.metrics.metric_names`).
+        sparsity: as in :func:`~ace_triton.prune.prune_linear`.
+        one_shot: take all statistics from the dense model: half the forwards, and coarser masks.
+        batch_size: sequences in one forward.
+        include: shell patterns; only layers whose dotted name matches one are pruned. The only way to the
+            linear layers outside the blocks ("lm_head").
+        exclude: shell patterns of layers to leave dense.
+        progress: called with blocks done, blocks in all and the name of the block after each.
+        options: the metric's own.
+
+    Raises:
+        ValueError: arguments, calibration or a model that will not do; nothing was changed.
+        PruneError: a weight that cannot be pruned (NaN or infinity, quantised): nothing was changed. Or
+            statistics with NaN or infinity (an overflow in fp16): the blocks before that layer, and the
+            layers before it in its block, are pruned already.
+    """
+    chosen = metric(method)
+    needs = chosen.needs(chosen.complete(options))
+    pattern = Sparsity.of(sparsity)
+    _check_loaded(model)
+    device = next(model.parameters()).device
+    clock = Stopwatch(device)
+    plan = Plan(model, needs, pattern, NameFilter.of(model, include, exclude))
+    _check_weights(plan.layers)
+    _rehearse(method, pattern, options, device)
+    batches = _batches(model, calibration, batch_size) if needs.tokens else []
+    selection = _Selection(method, pattern, options, needs, clock, plan)
+    with calibration_mode(model):
+        if needs.tokens:
+            _with_statistics(model, plan, batches, one_shot, selection, progress)
+        else:
+            units = [*plan.units, *([plan.outside] if plan.outside else [])]
+            for done, unit in enumerate(units, 1):
+                selection.prune(unit, None)
+                _tell(progress, done, len(units), unit.name)
+    return ModelReport(
+        method, str(pattern), clock.seconds(), _peak_bytes(model), tuple(selection.layers), tuple(plan.skipped)
+    )
+
+
+@dataclass
+class _Selection:
+    """Prunes units and keeps the record."""
+
+    method: str
+    pattern: Sparsity
+    options: Mapping[str, Any]
+    needs: Needs
+    clock: Stopwatch
+    plan: Plan
+    layers: list[LayerReport] = field(default_factory=list)
+
+    def collector(self, unit: Unit) -> InputCollector:
+        return InputCollector(unit.observed, self.needs, self.clock)
+
+    def prune(self, unit: Unit, collector: InputCollector | None) -> None:
+        consumers: dict[str, str] = {}
+        if collector is not None and self.needs.consumer:
+            consumers = gated_consumers(unit.observed, collector.groups)
+        for name, layer in unit.layers.items():
+            weight = linear_weight(layer)
+            assert weight is not None
+            stats = None
+            if collector is not None:
+                stats = _statistics(collector, name, consumers.get(name), weight.shape[0])
+                if stats is None:
+                    self.plan.skip(name, weight, "no calibration token reached it")
+                    continue
+            why_not = misfit(weight, self.pattern, self.pattern.axis or default_axis(self.method, stats))
+            if why_not is not None:
+                self.plan.skip(name, weight, why_not)
+                continue
+            with self.clock.measure("select"):
+                result = prune_linear(layer, stats, self.method, self.pattern, name=name, **self.options)
+            self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis))
+
+
+def _statistics(
+    collector: InputCollector, name: str, consumer: str | None, out_features: int
+) -> ActivationStats | None:
+    stats = collector.statistics(name)
+    fed = collector.statistics(consumer) if consumer is not None else None
+    if stats is None or fed is None:
+        return stats
+    return replace(stats, consumer_norm=fed.norm.repeat(out_features // fed.in_features))
+
+
+def _with_statistics(
+    model: PreTrainedModel,
+    plan: Plan,
+    batches: Sequence[Batch],
+    one_shot: bool,
+    selection: _Selection,
+    progress: Progress | None,
+) -> None:
+    runner = make_runner(model, plan.blocks, batches, selection.clock)
+    units, outside = plan.units, plan.outside
+    if one_shot and (outside is not None or isinstance(runner, WholeForward)):
+        outside = merged([*units, *([outside] if outside else [])], type(model).__name__)
+        units = []
+    total = len(units) + (outside is not None)
+    for index, unit in enumerate(units):
+        collector = selection.collector(unit)
+        if unit.layers or one_shot:
+            runner.run(index, collector, advance=one_shot)
+        selection.prune(unit, collector)
+        if not one_shot and index + 1 < len(units):
+            runner.run(index, None, advance=True)
+        _tell(progress, index + 1, total, unit.name)
+    if outside is not None:
+        collector = selection.collector(outside)
+        WholeForward(model, batches, selection.clock).run_all(collector)
+        selection.prune(outside, collector)
+        _tell(progress, total, total, outside.name)
+
+
+def _tell(progress: Progress | None, done: int, total: int, name: str) -> None:
+    if progress is not None:
+        progress(done, total, name)
+
+
+def _check_loaded(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device (offloaded, or never loaded); load the model whole, without "
+                "device_map offloading to CPU or disk"
+            )
+
+
+def _check_weights(layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        weight = linear_weight(layer)
+        assert weight is not None
+        if not weight.dtype.is_floating_point:
+            raise PruneError(
+                f"{name}: the weight is stored as {weight.dtype} (quantised?); prune the floating-point model and "
+                "quantise afterwards"
+            )
+        if not all_finite(weight):
+            raise PruneError(f"{name}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
+
+
+def _rehearse(method: str, pattern: Sparsity, options: Mapping[str, Any], device: torch.device) -> None:
+    """Prune a throw-away layer, so that options of a wrong value are found before anything runs."""
+    layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=device)
+    ramp = torch.linspace(-1, 1, 32 * 32, device=device).reshape(32, 32)
+    with torch.no_grad():
+        layer.weight.copy_(ramp)
+    prune_linear(layer, ramp, method, pattern, **options)
+
+
+def _batches(model: PreTrainedModel, calibration: torch.Tensor | CalibrationSet | None, batch_size: int) -> list[Batch]:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+    ids, mask = _ids_and_mask(calibration)
+    table = next(model.get_input_embeddings().parameters())
+    vocabulary, device = table.shape[0], table.device
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"calibration ids run from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary from 0 to "
+            f"{vocabulary - 1}: tokenise with the model's own tokeniser"
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < ids.shape[1]:
+        raise ValueError(
+            f"calibration sequences have {ids.shape[1]} tokens, the model takes {longest} at most: cut them shorter"
+        )
+    parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
+    return [Batch(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
+
+
+def _ids_and_mask(calibration: torch.Tensor | CalibrationSet | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ids = calibration if isinstance(calibration, torch.Tensor) else getattr(calibration, "ids", None)
+    mask = None if isinstance(calibration, torch.Tensor) else getattr(calibration, "mask", None)
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else repr(type(calibration).__name__)
+        raise ValueError(
+            f"calibration must be token ids, int64 [n_sequences, length], or an object with such ids; got {given}"
+        )
+    if ids.numel() == 0:
+        raise ValueError(f"calibration of shape {tuple(ids.shape)} is empty: give at least one sequence of one token")
+    if mask is None:
+        return ids, None
+    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(f"calibration.mask must be bool of shape {tuple(ids.shape)}, True for real tokens")
+    if not mask.any(1).all():
+        raise ValueError(f"calibration sequence {int((~mask.any(1)).nonzero()[0])} is all padding: leave it out")
+    return ids, None if mask.all() else mask
+
+
+def _peak_bytes(model: PreTrainedModel) -> int:
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    if devices:
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
