@@ -1,0 +1,131 @@
+"""Perplexity of SmolLM2-135M after one-shot pruning, method by method; writes docs/quality.{json,md}.
+
+    python -m benchmarks.quality --calibration c4.jsonl.gz --evaluation wiki.test.raw --wikitext
+
+The protocol is that of the published code: calibration crops from C4, perplexity on WikiText-2's test rows joined
+by blank lines, non-overlapping windows. A finished cell is kept in the JSON, so a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from ace_triton import checkpoint, prune_model
+from ace_triton.calibration import load_calibration
+from ace_triton.evaluate import perplexity
+from ace_triton.report import write_json
+from ace_triton.text import read_documents, wikitext_rows
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnitude": ("magnitude", {}),
+    "Wanda": ("wanda", {}),
+    "RIA": ("ria", {}),
+    "CosP, exact": ("cosp", {}),
+    "CosP, exact, RIA prefactor": ("cosp", {"prefactor": "ria"}),
+    "CosP, published (abs)": ("cosp", {"reduce": "abs"}),
+    "CosP, abs, no prefactor": ("cosp", {"reduce": "abs", "prefactor": "none"}),
+    "VarP on RIA": ("varp", {}),
+    "VarP on Wanda": ("varp", {"base": "wanda"}),
+    "ACE (default)": ("ace", {}),
+    "ACE on Wanda": ("ace", {"base": "wanda"}),
+    "ACE, published form (Wanda, abs)": ("ace", {"base": "wanda", "reduce": "abs"}),
+}
+
+console = Console()
+
+
+def main(
+    calibration: Annotated[str, typer.Option()] = "allenai/c4:en",
+    evaluation: Annotated[str, typer.Option()] = "Salesforce/wikitext:wikitext-2-raw-v1:test",
+    wikitext: Annotated[bool, typer.Option("--wikitext")] = False,
+    methods: Annotated[list[str] | None, typer.Option("--method")] = None,
+    sparsities: Annotated[list[str] | None, typer.Option("--sparsity")] = None,
+    lengths: Annotated[list[int] | None, typer.Option("--length")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed")] = None,
+    samples: Annotated[int, typer.Option()] = 32,
+    windows: Annotated[int, typer.Option()] = 20,
+    window_length: Annotated[int, typer.Option()] = 512,
+    out: Annotated[Path, typer.Option()] = Path("docs/quality.json"),
+) -> None:
+    """Measure every combination that is not in OUT yet, then write OUT and the table beside it."""
+    cells: dict[str, Any] = json.loads(out.read_text())["cells"] if out.is_file() else {}
+    model, tokenizer = checkpoint.load("smollm2")
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    documents = read_documents(evaluation)
+    text = "\n\n".join(wikitext_rows("".join(documents)) if wikitext else documents)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    setting = {
+        "model": "SmolLM2-135M-Instruct (dequantised from 4 bits, bfloat16)",
+        "evaluation_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "windows": windows,
+        "window_length": window_length,
+        "samples": samples,
+    }
+
+    def measure(key: str) -> None:
+        result = perplexity(model, ids, length=window_length, windows=windows)
+        cells[key] = result.perplexity
+        console.print(f"{key}: {result.perplexity:.2f}", highlight=False)
+        write_json(out, {"setting": setting, "cells": cells})
+
+    if "dense" not in cells:
+        measure("dense")
+    for seed in seeds or [0]:
+        for length in lengths or [16, 128]:
+            sequences = load_calibration(calibration, tokenizer, samples=samples, length=length, seed=seed)
+            for sparsity in sparsities or ["2:4", "0.5"]:
+                for label in methods or METHODS:
+                    key = f"{label} | {sparsity} | L={length} | seed {seed}"
+                    if key in cells:
+                        continue
+                    method, options = METHODS[label]
+                    model.load_state_dict(dense)
+                    prune_model(model, sequences, method, sparsity, **options)
+                    measure(key)
+    out.with_suffix(".md").write_text(_page(setting, cells))
+
+
+def _page(setting: dict[str, Any], cells: dict[str, float]) -> str:
+    table: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for key, value in cells.items():
+        if key != "dense":
+            label, sparsity, length, _ = key.split(" | ")
+            table.setdefault((sparsity, length), {}).setdefault(label, []).append(value)
+    columns = sorted(table, key=lambda column: (column[0], int(column[1][2:])))
+    labels = [label for label in METHODS if any(label in table[column] for column in columns)]
+    lines = [
+        "# Perplexity after one-shot pruning",
+        "",
+        "Measured on a CPU by `make quality`; nothing here is quoted from a paper.",
+        "",
+        f"{setting['model']}, {setting['samples']} calibration sequences of L tokens of C4, WikiText-2 test, "
+        f"{setting['windows']} windows of {setting['window_length']} tokens. Dense: {cells['dense']:.2f}. "
+        "Mean over calibration seeds, with their standard deviation where there are several.",
+        "",
+        "| method | " + " | ".join(f"{sparsity}, {length}" for sparsity, length in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for label in labels:
+        values = [table[column].get(label) for column in columns]
+        lines.append(f"| {label} | " + " | ".join(_cell(value) for value in values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: list[float] | None) -> str:
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)})"
+
+
+if __name__ == "__main__":
+    typer.run(main)

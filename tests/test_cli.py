@@ -1,0 +1,181 @@
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ace_triton.cli import main
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(*words): run ``ace-triton`` in this process; its exit code, output and errors."""
+
+    def run(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ace-triton", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def prune(command, tiny_checkpoint, some_text):
+    """prune(*words): prune the tiny checkpoint on a small text."""
+
+    def run(out, *words):
+        small = ("--calibration", some_text, "--samples", 4, "--length", 16)
+        return command("prune", tiny_checkpoint, out, *small, *words)
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "stade", "cosp", "varp", "ace"])
+def test_prune_writes_what_it_says(prune, tmp_path, tiny_checkpoint, method):
+    code, out, _ = prune(tmp_path / "out", "--method", method, "--json", tmp_path / "report.json")
+    assert code == 0, out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) >= {"method", "sparsity", "seconds", "peak_bytes", "layers"}
+    assert (report["method"], report["sparsity"]) == (method, "2:4")
+    assert set(report["seconds"]) == {"load", "calibration", "statistics", "select", "total"}
+    parts = [report["seconds"][part] for part in ("load", "calibration", "statistics", "select")]
+    assert 0 < sum(parts) <= report["seconds"]["total"] * 1.001
+    assert len(report["layers"]) == 14
+    assert all(layer["kept"] == 0.5 and layer["pattern"] == "2:4" for layer in report["layers"])
+    dense = load_file(tiny_checkpoint / "model.safetensors")
+    pruned = load_file(tmp_path / "out" / "model.safetensors")
+    named = {f"{layer['name']}.weight" for layer in report["layers"]}
+    for name, weight in dense.items():
+        if name in named:
+            assert bool((pruned[name].reshape(-1, 4) != 0).sum(1).le(2).all())
+            assert torch.equal(pruned[name], torch.where(pruned[name] != 0, weight, 0.0))
+        else:
+            assert torch.equal(pruned[name], weight)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_one_shot_and_options_change_the_result(prune, tmp_path):
+    outs = {}
+    for name, words in {
+        "plain": (),
+        "again": (),
+        "one-shot": ("--one-shot",),
+        "option": ("-o", "base=wanda", "-o", "reduce=abs"),
+        "seed": ("--seed", 1),
+        "half": ("--sparsity", "50%"),
+        "layer": ("--sparsity", "0.5", "--scope", "layer"),
+        "self": ("--calibration", "self"),
+        "one block": ("--include", "*layers.1.*", "--exclude", "*mlp*"),
+    }.items():
+        code, _, errors = prune(tmp_path / name, *words)
+        assert code == 0, errors
+        outs[name] = load_file(tmp_path / name / "model.safetensors")
+    key = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(outs["plain"][key], outs["again"][key])
+    for name in outs.keys() - {"plain", "again"}:
+        assert not torch.equal(outs["plain"][key], outs[name][key]), name
+    assert bool((outs["one block"][key] != 0).all())
+    assert not bool((outs["one block"]["model.layers.1.self_attn.q_proj.weight"] != 0).all())
+
+
+def test_evaluate_and_info(command, prune, some_text, tmp_path):
+    prune(tmp_path / "out")
+    code, out, _ = command(
+        "evaluate", tmp_path / "out", "--text", some_text, "--length", 32, "--windows", 3, "--json", tmp_path / "e.json"
+    )
+    assert code == 0
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert set(result) == {"perplexity", "windows", "length", "tokens"}
+    assert (result["windows"], result["length"], result["tokens"]) == (3, 32, 93)
+    assert 1 < result["perplexity"] < 1000
+    assert f"{result['perplexity']:.3f}" in out
+    code, out, _ = command("info", tmp_path / "out", "--json", tmp_path / "i.json")
+    assert code == 0
+    assert "14 2:4" in out
+    layers = {layer["name"]: layer for layer in json.loads((tmp_path / "i.json").read_text())["layers"]}
+    assert layers["model.layers.0.self_attn.q_proj.weight"]["pattern"] == "2:4"
+    assert layers["model.embed_tokens.weight"]["pattern"] == "dense"
+
+
+def test_an_existing_folder_is_left_alone_unless_told(prune, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    code, _, errors = prune(tmp_path / "out")
+    assert code == 1
+    assert "--overwrite" in errors
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+    assert prune(tmp_path / "out", "--overwrite")[0] == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--sparsity", "2:3"), "n:m needs m in"),
+        (("--sparsity", "half"), "not a sparsity"),
+        (("--method", "wnada"), "use one of magnitude, wanda"),
+        (("-o", "bsae=ria"), "no option 'bsae'"),
+        (("-o", "base"), "write name=value"),
+        (("-o", "base=obs"), "base must be"),
+        (("--calibration", "./none.txt"), "no such file"),
+        (("--length", "99999"), "one sequence needs 99999"),
+        (("--dtype", "int3"), "use one of auto"),
+        (("--device", "cuda:77"), "not to be had here"),
+        (("--json", "no-such-folder/x.json"), "folder that exists"),
+        (("--include", "nothing*"), "nothing*"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(prune, tmp_path, words, message):
+    code, _, errors = prune(tmp_path / "out", *words)
+    assert code == 1
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_call_exits_with_two(command):
+    assert command("prune")[0] == 2
+    assert command("prune", "a", "b", "--no-such-flag")[0] == 2
+
+
+def test_a_source_that_is_none(command, tmp_path):
+    code, _, errors = command("prune", tmp_path / "none", tmp_path / "out", "--method", "magnitude")
+    assert code == 1
+    assert "cannot be loaded" in errors
+    assert "Traceback" not in errors
+    code, _, errors = command("info", tmp_path)
+    assert code == 1
+    assert ".safetensors" in errors
+
+
+def test_a_layer_with_nan_is_named(prune, tiny_checkpoint, tmp_path):
+    path = tiny_checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    code, _, errors = prune(tmp_path / "out")
+    assert code == 1
+    assert "model.layers.1.mlp.up_proj" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_window_longer_than_the_model(command, tiny_checkpoint, some_text):
+    code, _, errors = command("evaluate", tiny_checkpoint, "--text", some_text, "--length", 256)
+    assert code == 1
+    assert "128 positions" in errors
+
+
+def test_version_and_help(command):
+    code, out, _ = command("--version")
+    assert code == 0
+    assert out.startswith("ace-triton ")
+    code, out, _ = command("--help")
+    assert all(name in out for name in ("prune", "evaluate", "info", "demo"))

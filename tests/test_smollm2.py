@@ -1,0 +1,87 @@
+"""The real model: masks against the published formulas on every layer, and the commands from end to end."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ace_triton import ActivationStats, checkpoint
+from ace_triton.calibration import crop, token_stream
+from ace_triton.kernels.select_nm import select_nm
+from ace_triton.kernels.select_rows import select_rows
+from ace_triton.metrics import metric
+from ace_triton.text import read_documents
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return checkpoint.load("smollm2")
+
+
+@pytest.fixture(scope="module")
+def inputs(smollm2):
+    """The input of every linear of every block, of 8 sequences of 32 tokens: name -> (layer, [8, 32, in])."""
+    model, tokenizer = smollm2
+    seen = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args, name=name: seen.update({name: (layer, args[0].detach())}))
+        for name, layer in model.model.layers.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    stream = token_stream(read_documents("pydoc:calibration"), tokenizer)
+    with torch.no_grad():
+        model(crop(stream, 8, 32, seed=0), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 210
+    return seen
+
+
+def published_scores(method: str, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The papers' formulas in fp64, over tokens [n_sequences, length, in_features]."""
+    magnitude = weight.double().abs()
+    norm = (tokens.double().square().sum((0, 1)) / tokens.shape[0]).sqrt()
+    if method == "wanda":
+        return magnitude * norm
+    return (magnitude / magnitude.sum(0) + magnitude / magnitude.sum(1, keepdim=True)) * norm.sqrt()
+
+
+@pytest.mark.parametrize("method", ["wanda", "ria"])
+@pytest.mark.parametrize("size", [4, None], ids=["2:4", "50 % of a row"])
+def test_masks_are_those_of_the_published_formulas(inputs, method, size):
+    for name, (layer, tokens) in inputs.items():
+        weight = layer.weight.detach()
+        terms = metric(method).terms(weight, ActivationStats.from_tokens(tokens))
+        if size:
+            mask = select_nm(weight, terms, 2, 4, output="mask")
+        else:
+            mask = select_rows(weight, terms, weight.shape[1] // 2, output="mask")
+        groups = mask.reshape(-1, size or weight.shape[1])
+        scores = published_scores(method, weight, tokens).reshape(groups.shape)
+        assert bool((groups.sum(1) == groups.shape[1] // 2).all()), name
+        least_kept = torch.where(groups, scores, torch.inf).amin(1)
+        most_pruned = torch.where(groups, 0.0, scores).amax(1)
+        assert bool((least_kept >= most_pruned * (1 - 1e-5)).all()), f"{name}: a higher score was pruned"
+
+
+def test_the_command_line_from_end_to_end(tmp_path):
+    def run(*words) -> None:
+        done = subprocess.run([sys.executable, "-m", "ace_triton", *map(str, words)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    out, text = tmp_path / "pruned", "pydoc:evaluation"
+    small = ("--samples", 16, "--length", 32)
+    run("prune", "smollm2", out, "--calibration", "pydoc:calibration", *small, "--json", tmp_path / "prune.json")
+    run("info", out, "--json", tmp_path / "info.json")
+    perplexities = {}
+    for name, model in {"dense": "smollm2", "pruned": out}.items():
+        run("evaluate", model, "--text", text, "--length", 256, "--windows", 2, "--json", tmp_path / f"{name}.json")
+        perplexities[name] = json.loads((tmp_path / f"{name}.json").read_text())["perplexity"]
+    report = json.loads((tmp_path / "prune.json").read_text())
+    assert len(report["layers"]) == 210
+    patterns = [layer["pattern"] for layer in json.loads((tmp_path / "info.json").read_text())["layers"]]
+    assert patterns.count("2:4") == 210
+    assert 5 < perplexities["dense"] < 40
+    assert perplexities["dense"] < perplexities["pruned"] < 30 * perplexities["dense"]
