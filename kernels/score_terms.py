@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from .triton_import import tl, triton
+
 
 @dataclass(frozen=True)
 class ScoreTerms:
@@ -86,3 +88,23 @@ def scores_reference(weight: torch.Tensor, terms: ScoreTerms) -> torch.Tensor:
     if terms.coupling is not None:
         score = score * terms.coupling
     return score
+
+
+@triton.jit
+def score(weight, row, col, scale, coupling, POWER: tl.constexpr):
+    """The same for a tile of fp32 weights in a Triton body; an absent factor is None."""
+    value = tl.abs(weight)
+    if POWER == 2:
+        value = value * value
+    if row is not None:
+        if col is not None:
+            value = value * (row + col)
+        else:
+            value = value * row
+    elif col is not None:
+        value = value * col
+    if scale is not None:
+        value = value * scale
+    if coupling is not None:
+        value = value * coupling
+    return value

@@ -12,9 +12,12 @@ from typing import Literal
 
 import torch
 
-from . import cpu
+from . import cpu, launch
 from .backend import choose_backend
-from .score_terms import ScoreTerms, scores_reference
+from .group_choice import best_of_group
+from .registers import unzip, zipped
+from .score_terms import ScoreTerms, score, scores_reference
+from .triton_import import tl, triton
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 
@@ -53,6 +56,8 @@ def select_nm(
     backend = choose_backend(weight, *terms.tensors().values())
     if backend == "cpu":
         return cpu.select_nm(weight, terms, n, m, axis, output)
+    if backend == "triton":
+        return _select_nm_triton(weight, terms, n, m, axis, output)
     return select_nm_reference(weight, terms, n, m, axis=axis, output=output)
 
 
@@ -117,3 +122,213 @@ def check_pattern(weight: torch.Tensor, n: int, m: int, axis: Axis) -> None:
             f"{n}:{m} groups along {axis!r} need a multiple of {m}, but the weight has {size} "
             f"{'inputs' if axis == 'in' else 'outputs'} (shape {tuple(weight.shape)})"
         )
+
+
+def _select_nm_triton(
+    weight: torch.Tensor, terms: ScoreTerms, n: int, m: int, axis: Axis, output: Output
+) -> torch.Tensor:
+    source = with_unit_stride(weight)
+    out = output_like(source, output)
+    if source.numel():
+        tile = launch.select_nm(source, m, axis)
+        rows, cols = source.shape
+        groups, width = (rows, cols * tile.split // m) if axis == "in" else (rows // m, cols)
+        grid = triton.cdiv(width, tile.block_cols) * triton.cdiv(groups, tile.block_rows * tile.trips)
+        _select_nm_body[(grid,)](
+            source,
+            out,
+            *(terms.row, terms.col, terms.scale, terms.coupling),
+            *(rows, cols, source.stride(0), out.stride(0)),
+            N=n,
+            M=m,
+            SPLIT=tile.split,
+            AXIS=axis,
+            OUTPUT=output,
+            POWER=terms.power,
+            BLOCK_ROWS=tile.block_rows,
+            BLOCK_COLS=tile.block_cols,
+            TRIPS=tile.trips,
+            num_warps=tile.num_warps,
+        )
+    return delivered(weight, out, output)
+
+
+def with_unit_stride(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` itself where consecutive inputs are neighbours in memory, else a contiguous copy."""
+    weight = weight.detach()
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def output_like(source: torch.Tensor, output: Output) -> torch.Tensor:
+    """Where a Triton body writes: over the weight, or new bytes."""
+    if output == "weight":
+        return source
+    rows, cols = source.shape
+    return torch.empty(rows, cols if output == "mask" else -(-cols // 8), dtype=torch.uint8, device=source.device)
+
+
+def delivered(weight: torch.Tensor, out: torch.Tensor, output: Output) -> torch.Tensor:
+    """What the caller asked for, from what a Triton body wrote."""
+    if output == "mask":
+        return out.view(torch.bool)
+    if output == "bits":
+        return out
+    if out.data_ptr() != weight.data_ptr():
+        with torch.no_grad():
+            weight.copy_(out)
+    return weight
+
+
+@triton.jit
+def _select_nm_body(
+    weight_ptr,
+    out_ptr,
+    row_ptr,
+    col_ptr,
+    scale_ptr,
+    coupling_ptr,
+    rows,
+    cols,
+    stride,
+    out_stride,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    AXIS: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    POWER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    TRIPS: tl.constexpr,
+):
+    """A program takes TRIPS tiles of whole groups, one below the other.
+
+    A group is M // SPLIT accesses of SPLIT neighbours: along "in" accesses follow one another in a row,
+    along "out" they lie in M consecutive rows.
+    """
+    ACCESSES: tl.constexpr = M // SPLIT
+    DOWN: tl.constexpr = 1 if AXIS == "in" else M
+    width = cols // ACCESSES if AXIS == "in" else cols
+    blocks_across = tl.cdiv(width, BLOCK_COLS)
+    block = tl.program_id(0) % blocks_across
+    top = tl.program_id(0) // blocks_across * (TRIPS * BLOCK_ROWS)
+
+    col_terms = ()
+    scale_terms = ()
+    for access in tl.static_range(ACCESSES):
+        j = _columns(block, access, SPLIT, M, AXIS, BLOCK_COLS)
+        col_terms = col_terms + _members(col_ptr, j, j < cols, SPLIT)
+        scale_terms = scale_terms + _members(scale_ptr, j, j < cols, SPLIT)
+
+    row = (top + tl.arange(0, BLOCK_ROWS))[:, None] * DOWN
+    start = row.to(tl.int64) * stride
+    coupling_start = row.to(tl.int64) * cols
+    out_start = start if OUTPUT == "weight" else row.to(tl.int64) * out_stride
+    step = tl.full([], BLOCK_ROWS * DOWN, tl.int64)
+    for _ in tl.range(TRIPS):
+        weights = ()
+        keys = ()
+        for access in tl.static_range(ACCESSES):
+            down = access if AXIS == "out" else 0
+            j = _columns(block, access, SPLIT, M, AXIS, BLOCK_COLS)
+            inside = (row < rows - down) & (j < cols)
+            piece = _members(weight_ptr, start + down * stride + j, inside, SPLIT)
+            factors = _members(coupling_ptr, coupling_start + down * cols + j, inside, SPLIT)
+            row_term = None if row_ptr is None else tl.load(row_ptr + row + down, mask=row < rows - down, other=0.0)
+            for k in tl.static_range(SPLIT):
+                value = score(
+                    piece[k].to(tl.float32),
+                    row_term,
+                    None if col_ptr is None else col_terms[access * SPLIT + k],
+                    None if scale_ptr is None else scale_terms[access * SPLIT + k],
+                    None if coupling_ptr is None else factors[k],
+                    POWER,
+                )
+                keys = keys + (value.to(tl.int32, bitcast=True),)
+            weights = weights + piece
+        kept = best_of_group(keys, N)
+        if OUTPUT == "bits":
+            _store_bits(out_ptr, out_start, kept, block, row < rows, cols, out_stride, AXIS, BLOCK_COLS)
+        else:
+            for access in tl.static_range(ACCESSES):
+                down = access if AXIS == "out" else 0
+                j = _columns(block, access, SPLIT, M, AXIS, BLOCK_COLS)
+                piece = ()
+                for k in tl.static_range(SPLIT):
+                    keep = kept[access * SPLIT + k]
+                    if OUTPUT == "weight":
+                        piece = piece + (_masked(weights[access * SPLIT + k], keep),)
+                    else:
+                        piece = piece + ((keep & 1).to(tl.int8),)
+                inside = (row < rows - down) & (j < cols)
+                tl.store(out_ptr + out_start + down * out_stride + j, zipped(piece), mask=inside)
+        row += BLOCK_ROWS * DOWN
+        start += step * stride
+        coupling_start += step * cols
+        out_start += step * out_stride
+
+
+@triton.jit
+def _columns(block, access, SPLIT: tl.constexpr, M: tl.constexpr, AXIS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Columns [1, BLOCK_COLS] of one access."""
+    lane = tl.arange(0, BLOCK_COLS)
+    if AXIS == "in" and SPLIT < M:
+        j = block * (BLOCK_COLS // SPLIT * M) + lane // SPLIT * M + access * SPLIT + lane % SPLIT
+    else:
+        j = block * BLOCK_COLS + lane
+    return j[None, :]
+
+
+@triton.jit
+def _members(pointer, offset, inside, SPLIT: tl.constexpr):
+    """What lies at ``offset``, as the members of its groups; nothing for no pointer."""
+    if pointer is None:
+        members = ()
+    else:
+        members = unzip(tl.load(pointer + offset, mask=inside, other=0.0), SPLIT)
+    return members
+
+
+@triton.jit
+def _masked(weight, keep):
+    """The weight's own bits where ``keep`` is -1, +0.0 where it is 0."""
+    if weight.dtype.primitive_bitwidth == 32:
+        bits = weight.to(tl.int32, bitcast=True) & keep
+    else:
+        bits = weight.to(tl.int16, bitcast=True) & keep.to(tl.int16)
+    return bits.to(weight.dtype, bitcast=True)
+
+
+@triton.jit
+def _store_bits(
+    out_ptr, start, kept, block, valid_rows, cols, out_stride, AXIS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
+    """Eight neighbouring columns a byte, wherever their groups lie."""
+    if AXIS == "out":
+        byte = block * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
+        valid = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :] < cols
+        for k in tl.static_range(len(kept)):
+            packed = _joined(unzip(tl.where(valid, kept[k] & 1, 0), 8), 1)
+            inside = valid_rows & (byte < out_stride)
+            tl.store(out_ptr + start + k * out_stride + byte, packed.to(tl.uint8), mask=inside)
+    else:
+        group = block * kept[0].shape[1] + tl.arange(0, kept[0].shape[1])[None, :]
+        valid = group * len(kept) < cols
+        if len(kept) < 8:
+            packed = _joined(unzip(tl.where(valid, _joined(kept, 1), 0), 8 // len(kept)), len(kept))
+            byte = block * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
+            tl.store(out_ptr + start + byte, packed.to(tl.uint8), mask=valid_rows & (byte < out_stride))
+        else:
+            for b in tl.static_range(len(kept) // 8):
+                packed = _joined(kept[8 * b : 8 * b + 8], 1)
+                byte = group * (len(kept) // 8) + b
+                tl.store(out_ptr + start + byte, packed.to(tl.uint8), mask=valid_rows & valid)
+
+
+@triton.jit
+def _joined(codes, WIDTH: tl.constexpr):
+    """The lowest WIDTH bits of each code side by side, the first one lowest."""
+    word = codes[0] & ((1 << WIDTH) - 1)
+    for k in tl.static_range(1, len(codes)):
+        word = word | ((codes[k] & ((1 << WIDTH) - 1)) << (k * WIDTH))
+    return word

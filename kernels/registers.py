@@ -1,0 +1,35 @@
+"""Register moves on Triton tiles: columns taken apart and put together without leaving their thread."""
+
+from __future__ import annotations
+
+from .triton_import import tl, triton
+
+
+@triton.jit
+def unzip(tile, WAYS: tl.constexpr):
+    """[R, C] -> a tuple of WAYS tiles [R, C / WAYS]; tile k holds the columns j with j % WAYS == k."""
+    parts = (tile,)
+    for _ in tl.static_range(5):
+        if len(parts) < WAYS:
+            low = ()
+            high = ()
+            for k in tl.static_range(len(parts)):
+                pairs = tl.reshape(parts[k], [parts[k].shape[0], parts[k].shape[1] // 2, 2])
+                even, odd = tl.split(pairs)
+                low = low + (even,)
+                high = high + (odd,)
+            parts = low + high
+    return parts
+
+
+@triton.jit
+def zipped(parts):
+    """The inverse of :func:`unzip`."""
+    for _ in tl.static_range(5):
+        if len(parts) > 1:
+            joined = ()
+            for k in tl.static_range(len(parts) // 2):
+                pairs = tl.join(parts[k], parts[k + len(parts) // 2])
+                joined = joined + (tl.reshape(pairs, [pairs.shape[0], pairs.shape[1] * 2]),)
+            parts = joined
+    return parts[0]
