@@ -71,7 +71,7 @@ def linears_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Modu
 
 
 def stacked_weights(block: Block) -> dict[str, nn.Parameter]:
-    """The block's 3-D weights, by name: one matrix for each expert of a mixture. (Those of convolutions are not.)"""
+    """The block's weights of three dimensions, convolutions apart, by name: experts of a mixture mostly."""
     return {
         f"{path}.{name}": parameter
         for path, module in block.module.named_modules(prefix=block.name)

@@ -147,7 +147,7 @@ class Plan:
             self.units.append(Unit(block.name, layers, others if self._needs.consumer else layers))
             for name, weight in stacked_weights(block).items():
                 if self._names.wants(name):
-                    self.skip(name, weight, "expert weights stacked in 3-D stay dense: only linear layers are pruned")
+                    self.skip(name, weight, "a 3-D weight (experts are stacked so): only linear layers are pruned")
         while self.units and not self.units[-1].layers:
             self.units.pop()
 

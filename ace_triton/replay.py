@@ -108,11 +108,11 @@ class Replay:
         sizes: Sequence[int | None],
     ) -> None:
         self._blocks, self._batches, self._clock = blocks, batches, clock
-        self._hidden: list[torch.Tensor] = []
+        self.hidden: list[torch.Tensor] = []
         self._calls: list[list[_Call]] = []
         for batch in batches:
             calls = _record(model, blocks, batch, sizes)
-            self._hidden.append(calls[0].hidden)
+            self.hidden.append(calls[0].hidden)
             calls = [call.with_hidden(None) for call in calls]
             self._calls.append(_sharing(calls, self._calls[-1]) if self._calls else calls)
 
@@ -121,9 +121,9 @@ class Replay:
         for number, batch in enumerate(self._batches):
             watched = nullcontext() if collector is None else collector.batch(batch.shape, batch.valid)
             with self._clock.measure("calibration"), watched:
-                output = self._calls[number][index].run(self._blocks[index].module, self._hidden[number])
+                output = self._calls[number][index].run(self._blocks[index].module, self.hidden[number])
             if advance:
-                self._hidden[number] = output
+                self.hidden[number] = output
 
 
 @contextmanager
@@ -167,9 +167,9 @@ class _Call:
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         for place, value in places:
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3:
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3:
                 return cls(args, kwargs, place)
-        raise _NotReplayable("a block is given no hidden states of shape [n_sequences, length, width]")
+        raise _NotReplayable("a block is given no hidden states [n_sequences, length, width]")
 
     @property
     def hidden(self) -> Any:

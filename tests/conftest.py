@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer of its own, saved as transformers saves them."""
+"""A tiny model with a tokenizer of its own, saved as transformers saves them, and tiny decoders of many families."""
 
 from __future__ import annotations
 
@@ -8,6 +8,68 @@ import pytest
 import torch
 
 VOCABULARY = 320
+
+_SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+_GATED = {**_SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+FAMILIES = {
+    "llama": _GATED,
+    "mistral": {**_GATED, "sliding_window": 6},
+    "qwen2": _GATED,
+    "qwen3": {**_GATED, "head_dim": 8},
+    "gemma3_text": {**_GATED, **_SLIDING, "head_dim": 8},
+    "phi3": _GATED,
+    "gpt2": {"vocab_size": 101, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "opt": {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_neox": {**_SMALL, "intermediate_size": 48},
+    "falcon": {**_SMALL, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "qwen3_moe": {**_GATED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gemma4_text": {
+        **_GATED,
+        **_SLIDING,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "num_kv_shared_layers": 1,
+        "vocab_size_per_layer_input": 101,
+        "hidden_size_per_layer_input": 8,
+    },
+}
+"""Configurations of small random decoders: gated and plain, fused and not, with masks that differ by block
+(Gemma), weights [in, out] (GPT-2), 2-D inputs (OPT), parallel attention (Falcon), stacked experts (Qwen3-MoE)
+and keys that one block lends another (Gemma 4)."""
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    """The name of every family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def make_decoder():
+    """make_decoder(family, **changes to its configuration): a random model, the same every time.
+
+    On one thread, which is all that such a model can use.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def make(family: str, attention: str = "eager", **changes):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **{**FAMILIES[family], **_TOKENS, **changes})
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+    yield make
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Six sequences of sixteen tokens."""
+    return torch.randint(3, 101, (6, 16), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")

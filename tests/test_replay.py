@@ -1,0 +1,167 @@
+"""Running blocks one at a time gives what the model's own forward gives."""
+
+import pytest
+import torch
+from torch import nn
+
+from ace_triton.blocks import find_blocks
+from ace_triton.replay import Batch, Replay, WholeForward, calibration_mode, make_runner
+from ace_triton.timing import Stopwatch
+
+LENGTHS = torch.tensor([16, 9, 12, 16, 5, 16])
+
+
+def padding(side: str | None) -> torch.Tensor | None:
+    places = torch.arange(16)
+    kept = {"right": places < LENGTHS[:, None], "left": places >= 16 - LENGTHS[:, None]}
+    return kept.get(side)
+
+
+def batches_of(ids: torch.Tensor, valid: torch.Tensor | None, size: int = 4) -> list[Batch]:
+    masks = [None] * len(ids) if valid is None else valid.split(size)
+    return [Batch(part, mask) for part, mask in zip(ids.split(size), masks, strict=False)]
+
+
+def runner_of(model: nn.Module, batches: list[Batch]):
+    return make_runner(model, find_blocks(model), batches, Stopwatch(torch.device("cpu")))
+
+
+def own_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """What the last block returns in the model's own forward."""
+    seen = []
+    last = find_blocks(model)[-1].module
+    hook = last.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    mask = None if batch.valid is None else batch.valid.long()
+    model(input_ids=batch.ids, attention_mask=mask, use_cache=False)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("side", [None, "right", "left"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_replay_is_the_models_own_forward_bit_for_bit(make_decoder, ids, family, attention, side):
+    model = make_decoder(family, attention)
+    batches = batches_of(ids, padding(side))
+    with calibration_mode(model):
+        runner = runner_of(model, batches)
+        assert isinstance(runner, Replay)
+        for index in range(3):
+            runner.run(index, None, advance=True)
+        for batch, hidden in zip(batches, runner.hidden, strict=True):
+            assert torch.equal(hidden, own_hidden(model, batch))
+
+
+def test_hidden_states_keep_the_models_dtype(make_decoder, ids):
+    model = make_decoder("llama").bfloat16()
+    with calibration_mode(model):
+        runner = runner_of(model, batches_of(ids, None))
+        runner.run(0, None, advance=True)
+    assert {hidden.dtype for hidden in runner.hidden} == {torch.bfloat16}
+
+
+def test_a_pass_without_advance_moves_nothing(make_decoder, ids):
+    model = make_decoder("llama")
+    with calibration_mode(model):
+        runner = runner_of(model, batches_of(ids, None))
+        before = [hidden.clone() for hidden in runner.hidden]
+        runner.run(0, None, advance=False)
+    assert all(map(torch.equal, runner.hidden, before))
+
+
+def test_recording_computes_no_block(make_decoder, ids):
+    model = make_decoder("llama")
+    runs = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: runs.append(1))
+    with calibration_mode(model):
+        runner_of(model, batches_of(ids, None, size=1))
+    assert len(runs) == 3 * 3, "only the trial runs blocks: once in the model, twice alone"
+
+
+def test_masks_and_tables_are_kept_once_for_all_batches(make_decoder, ids):
+    model = make_decoder("gemma3_text")
+    with calibration_mode(model):
+        runner = runner_of(model, batches_of(ids, None, size=2))
+    first, *others = ([call.kwargs for call in calls] for calls in runner._calls)
+    for later in others:
+        for mine, theirs in zip(later, first, strict=True):
+            assert mine["attention_mask"] is theirs["attention_mask"]
+            assert all(map(lambda a, b: a is b, mine["position_embeddings"], theirs["position_embeddings"]))
+
+
+class Borrowing(nn.Module):
+    """A block's feed-forward that also reads what another one kept."""
+
+    def __init__(self, inner: nn.Module, lender: "Borrowing | None") -> None:
+        super().__init__()
+        self.inner = inner
+        self.shelf = lender.shelf if lender else {}
+        self.borrows = lender is not None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.borrows:
+            self.shelf["calls"] = self.shelf.get("calls", 0) + 1
+            return self.inner(x)
+        return self.inner(x) * self.shelf["calls"]
+
+
+def test_blocks_that_share_state_are_noticed(make_decoder, ids):
+    model = make_decoder("llama")
+    first, _, last = model.model.layers
+    first.mlp = Borrowing(first.mlp, None)
+    last.mlp = Borrowing(last.mlp, first.mlp)
+    with calibration_mode(model), pytest.warns(UserWarning, match=r"layers\.2 needs more than its hidden states"):
+        assert isinstance(runner_of(model, batches_of(ids, None)), WholeForward)
+
+
+def test_a_block_that_overwrites_its_input_is_noticed(make_decoder, ids):
+    def double_the_input(_module, args, _output) -> None:
+        args[0].mul_(2)
+
+    model = make_decoder("llama")
+    model.model.layers[1].register_forward_hook(double_the_input)
+    with calibration_mode(model), pytest.warns(UserWarning, match="needs more than its hidden states"):
+        assert isinstance(runner_of(model, batches_of(ids, None)), WholeForward)
+
+
+def test_blocks_called_twice_are_noticed(make_decoder, ids):
+    model = make_decoder("llama")
+    model.model.layers = nn.ModuleList([*model.model.layers, model.model.layers[0]])
+    model.config.num_hidden_layers = 4
+    with calibration_mode(model), pytest.warns(UserWarning, match="call each block once"):
+        assert isinstance(runner_of(model, batches_of(ids, None)), WholeForward)
+
+
+def test_overflow_in_the_forward_is_named(make_decoder, ids):
+    model = make_decoder("llama")
+    torch.nn.init.constant_(model.model.layers[1].mlp.down_proj.weight, float("inf"))
+    with calibration_mode(model), pytest.raises(ValueError, match=r"model\.layers\.1 gives NaN or infinity"):
+        runner_of(model, batches_of(ids, None))
+
+
+def test_the_model_is_left_as_it_was(make_decoder, ids):
+    model = make_decoder("llama").train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    assert model.config.use_cache
+    with pytest.raises(RuntimeError, match="interrupted"), calibration_mode(model):
+        assert not model.config.use_cache
+        assert not any(module.training for module in model.modules())
+        runner_of(model, batches_of(ids, None))
+        raise RuntimeError("interrupted")
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.use_cache
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_stubs_are_taken_out_after_an_error(make_decoder, ids):
+    model = make_decoder("llama")
+    own = model.model.layers[0].forward
+    model.model.layers[0].forward = lambda *args, **kwargs: own(*args, **kwargs)
+    patched = vars(model.model.layers[0])["forward"]
+    failing = batches_of(ids, None) + [Batch(torch.full((1, 16), 10_000), None)]
+    with calibration_mode(model), pytest.raises(IndexError):
+        runner_of(model, failing)
+    assert vars(model.model.layers[0])["forward"] is patched
+    assert "forward" not in vars(model.model.layers[1])
