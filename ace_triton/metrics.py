@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -57,7 +58,7 @@ class Metric:
     terms: MetricFunction
     needs: Callable[[Mapping[str, Any]], Needs]
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """The options with their defaults."""
         parameters = list(inspect.signature(self.terms).parameters.values())[2:]
@@ -179,12 +180,10 @@ def cosp(
         raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
     prefactor = prefactor or ("none" if reduce == "exact" else "wanda")
     if prefactor == "none":
-        base = ScoreTerms()
-    elif prefactor in ("wanda", "ria"):
-        base = replace(_base(weight, stats, prefactor), power=2)
-    else:
+        return _times_cosine(ScoreTerms(), stats, reduce, 1)
+    if prefactor not in ("wanda", "ria"):
         raise ValueError(f"prefactor must be 'none', 'wanda' or 'ria', got {prefactor!r}")
-    return _times_cosine(base, stats, reduce)
+    return _times_cosine(_base(weight, stats, prefactor), stats, reduce, 2)
 
 
 @register_metric("varp")
@@ -216,7 +215,7 @@ def varp(
         power: 1 as printed, 0.5 for the root that a consistent derivation carries.
         eps: y stays at or below 1 - eps.
     """
-    return _times_variance(_base(weight, stats, base), stats, norm, sign, power, eps)
+    return _scaled(_base(weight, stats, base), _variance_factor(stats, norm, sign, power, eps))
 
 
 @register_metric("ace", _cosp_needs)
@@ -235,8 +234,8 @@ def ace(
     Options as in :func:`cosp` and :func:`varp`. The published form is base="wanda", reduce="abs" (or
     "rms"); the default takes RIA's base and the exact second-order cosine term.
     """
-    base_terms = replace(_base(weight, stats, base), power=2)
-    return _times_variance(_times_cosine(base_terms, stats, reduce), stats, norm, sign, power, eps)
+    factor = _variance_factor(stats, norm, sign, power, eps)
+    return _times_cosine(_base(weight, stats, base), stats, reduce, 2, factor)
 
 
 def _base(weight: torch.Tensor, stats: ActivationStats, base: Base) -> ScoreTerms:
@@ -249,7 +248,14 @@ def _base(weight: torch.Tensor, stats: ActivationStats, base: Base) -> ScoreTerm
     raise ValueError(f"base must be 'ria', 'wanda' or 'magnitude', got {base!r}")
 
 
-def _times_cosine(terms: ScoreTerms, stats: ActivationStats, reduce: CosineReduce) -> ScoreTerms:
+def _times_cosine(
+    terms: ScoreTerms,
+    stats: ActivationStats,
+    reduce: CosineReduce,
+    power: int,
+    factor: torch.Tensor | None = None,
+) -> ScoreTerms:
+    """``terms`` with the cosine term, ``factor`` and the weight's power put in."""
     if reduce not in ("exact", "abs", "rms"):
         raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
     if stats.outputs is None:
@@ -258,22 +264,23 @@ def _times_cosine(terms: ScoreTerms, stats: ActivationStats, reduce: CosineReduc
             "or collect with ActivationStats.from_tokens(tokens, layer=layer)"
         )
     if reduce == "exact":
-        return _scaled(terms, stats.outputs.mean_weighted_square().sqrt().float())
+        vector = stats.outputs.mean_weighted_square().sqrt().float()
+        return _scaled(terms, vector if factor is None else vector * factor, power)
     if stats.outputs.reduce != reduce:
         raise StatsError(
             f"reduce={reduce!r} needs the coupling matrix, but these statistics were collected with "
             f"reduce={stats.outputs.reduce!r}: collect with ActivationStats.from_tokens(..., reduce={reduce!r})"
         )
-    return replace(terms, coupling=stats.outputs.mean_coupling())
+    return _scaled(terms, factor, power, stats.outputs.mean_coupling())
 
 
-def _times_variance(
-    terms: ScoreTerms, stats: ActivationStats, norm: VarianceNorm, sign: int, power: float, eps: float
-) -> ScoreTerms:
+def _variance_factor(stats: ActivationStats, norm: VarianceNorm, sign: int, power: float, eps: float) -> torch.Tensor:
     if sign not in (1, -1):
         raise ValueError(f"sign must be +1 or -1, got {sign!r}")
-    factor = variance_factor(stats.sequence_square, norm, power, eps)
-    return _scaled(terms, factor if sign == 1 else 1 / factor)
+    factor = stats.derive(
+        ("variance_factor", norm, power, eps), lambda: variance_factor(stats.sequence_square, norm, power, eps)
+    )
+    return factor if sign == 1 else 1 / factor
 
 
 def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: float, eps: float) -> torch.Tensor:
@@ -290,15 +297,21 @@ def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: fl
         largest = sequence_square.sum(1, keepdim=True)
     else:
         raise ValueError(f"norm must be 'max_layer', 'max_sequence', 'channel' or 'frobenius', got {norm!r}")
-    ratio = sequence_square / largest.clamp(min=torch.finfo(torch.float32).tiny)
-    y = ratio.clamp(max=1 - eps) if norm == "frobenius" else ratio * (1 - eps)
-    return (1 - y).pow(-power).mean(0)
+    largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
+    if norm == "frobenius":
+        below_one = 1 - (sequence_square / largest).clamp(max=1 - eps)
+    else:
+        below_one = torch.rsub(sequence_square / largest, 1, alpha=1 - eps)
+    return (below_one.reciprocal_() if power == 1 else below_one.pow_(-power)).mean(0)
 
 
-def _scaled(terms: ScoreTerms, factor: torch.Tensor) -> ScoreTerms:
-    return replace(terms, scale=factor if terms.scale is None else terms.scale * factor)
+def _scaled(
+    terms: ScoreTerms, factor: torch.Tensor | None, power: int = 1, coupling: torch.Tensor | None = None
+) -> ScoreTerms:
+    scale = factor if terms.scale is None else terms.scale if factor is None else terms.scale * factor
+    return ScoreTerms(terms.row, terms.col, scale, coupling, power)
 
 
 def _reciprocal(sums: torch.Tensor) -> torch.Tensor:
-    """1 / sums, and 0 where a sum is 0: all its weights are 0 too."""
-    return torch.where(sums > 0, 1 / sums, 0.0)
+    """1 / sums, finite where a sum is 0: its weights are 0 too, so the score is."""
+    return sums.clamp(min=torch.finfo(torch.float32).tiny).reciprocal_()

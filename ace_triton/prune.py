@@ -168,12 +168,16 @@ def _terms(
         terms = chosen.terms(weight, stats, **options)
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
-    for term, tensor in terms.tensors().items():
-        if not all_finite(tensor):
-            raise PruneError(
-                f"{label}: the statistics give a {term!r} term of NaN or infinity; look for overflow in the "
-                "calibration forward (run it in bfloat16 or float32)"
-            )
+    tensors = terms.tensors()
+    vectors = [tensor for tensor in tensors.values() if tensor.dim() == 1]
+    checked = [torch.cat(vectors)] if vectors else []
+    checked += [terms.coupling] if terms.coupling is not None else []
+    if not all(all_finite(tensor) for tensor in checked):
+        bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        raise PruneError(
+            f"{label}: the statistics give NaN or infinity in the score's {' and '.join(bad)}; look for overflow in "
+            "the calibration forward (run it in bfloat16 or float32)"
+        )
     return terms
 
 

@@ -8,7 +8,7 @@ gate and up) share it. What depends on a layer's own outputs (CosP's token weigh
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -149,6 +149,7 @@ class ActivationStats:
     consumer_norm: torch.Tensor | None = None
     _squares: list[torch.Tensor] = field(default_factory=list, repr=False)
     _counts: list[torch.Tensor] = field(default_factory=list, repr=False)
+    _derived: dict[Hashable, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_tokens(
@@ -232,6 +233,7 @@ class ActivationStats:
         sequence_square: torch.Tensor,
         sequence_count: torch.Tensor,
     ) -> None:
+        self._derived = {}
         self._squares.append(sequence_square)
         self._counts.append(sequence_count)
         if self.mean is None or self.deviation is None:
@@ -264,7 +266,20 @@ class ActivationStats:
     @property
     def norm(self) -> torch.Tensor:
         """Wanda's n_j = sqrt(sum_t x_tj^2 / n_sequences), fp32 [in_features]."""
-        return (self.sequence_square.sum(0, dtype=torch.float64) / max(self.n_sequences, 1)).sqrt().float()
+        return self.derive("norm", self._norm)
+
+    def _norm(self) -> torch.Tensor:
+        self.require_tokens()
+        assert self.mean is not None
+        assert self.deviation is not None
+        square = self.deviation + self.mean.square() * self.count
+        return (square / self.n_sequences).sqrt().float()
+
+    def derive(self, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A vector made of these statistics, computed once for all layers that share them."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
 
     @property
     def variance(self) -> torch.Tensor:
@@ -279,8 +294,8 @@ class ActivationStats:
             raise StatsError("these statistics have seen no token: call update() with calibration tokens first")
 
     def with_outputs(self, outputs: OutputStats | None) -> ActivationStats:
-        """The same input's statistics (shared, not copied) seen from another layer."""
-        return replace(self, outputs=outputs)
+        """The same input's statistics as they are now (tensors shared, not copied), seen from another layer."""
+        return replace(self, outputs=outputs, _squares=list(self._squares), _counts=list(self._counts))
 
     def to(self, device: torch.device | str) -> ActivationStats:
         """A copy on ``device``."""
@@ -291,6 +306,7 @@ class ActivationStats:
             consumer_norm=None if self.consumer_norm is None else self.consumer_norm.to(device),
             _squares=[s.to(device) for s in self._squares],
             _counts=[c.to(device) for c in self._counts],
+            _derived={},
         )
         if self.outputs is not None:
             o = self.outputs

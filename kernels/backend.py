@@ -36,16 +36,16 @@ def choose_backend(*tensors: torch.Tensor | None) -> Backend:
         BackendError: the forced backend is unknown or cannot serve these tensors.
         ValueError: the tensors lie on different devices.
     """
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) != 1:
+    there = [t for t in tensors if t is not None]
+    device = there[0].device
+    if any(t.device != device for t in there):
         raise ValueError(
             f"all tensors of one operation must be on one device, these are on "
-            f"{sorted(str(d) for d in devices)}: move them with .to(device)"
+            f"{sorted({str(t.device) for t in there})}: move them with .to(device)"
         )
-    device = devices.pop()
-    forced = os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower()
-    if forced:
-        return _forced(forced, device)
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced and forced.strip():
+        return _forced(forced.strip().lower(), device)
     if device.type == "cuda" and HAS_TRITON:
         return "triton"
     if device.type == "cpu" and cpu.available():

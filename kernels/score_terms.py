@@ -8,7 +8,7 @@ terms in; the selection kernels read them and never know which metric it was.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -45,7 +45,7 @@ class ScoreTerms:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The terms that are there, by name."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "power"}
+        named = {"row": self.row, "col": self.col, "scale": self.scale, "coupling": self.coupling}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def check_shape(self, weight: torch.Tensor) -> None:
