@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu
+from . import cpu, launch
 from .backend import choose_backend
+from .triton_import import tl, triton
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """True where ``tensor`` (any shape; fp32, fp16 or bf16) holds neither NaN nor infinity."""
-    if choose_backend(tensor) == "cpu":
+    backend = choose_backend(tensor)
+    if backend == "cpu":
         return cpu.all_finite(tensor)
+    if backend == "triton":
+        return _all_finite_triton(tensor.detach().contiguous())
     return all_finite_reference(tensor)
 
 
 def all_finite_reference(tensor: torch.Tensor) -> bool:
     """The same in plain torch."""
     return bool(torch.isfinite(tensor.detach()).all())
+
+
+def _all_finite_triton(tensor: torch.Tensor) -> bool:
+    found = torch.zeros(1, dtype=torch.int32, device=tensor.device)
+    if tensor.numel():
+        block = launch.all_finite(tensor)
+        _find_non_finite[(triton.cdiv(tensor.numel(), block),)](
+            tensor, found, tensor.numel(), BLOCK=block, num_warps=launch.WARPS
+        )
+    return not found.item()
+
+
+@triton.jit
+def _find_non_finite(tensor_ptr, found_ptr, size, BLOCK: tl.constexpr):
+    """Every program that finds one writes the same 1."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(tensor_ptr + offset, mask=offset < size, other=0.0).to(tl.float32)
+    finite = tl.abs(value) < float("inf")
+    tl.store(found_ptr, 1, mask=tl.min(finite.to(tl.int32), 0) == 0)

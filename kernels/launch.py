@@ -13,6 +13,9 @@ import torch
 
 ACCESS_BYTES = 16
 
+# Warps of a program where nothing argues for another number.
+WARPS = 4
+
 # Enough programs to fill every current GPU twice over; more of them only reload what a program shares.
 MOST_PROGRAMS = 4096
 
@@ -52,17 +55,76 @@ class SelectNm:
 
 
 def select_nm(weight: torch.Tensor, m: int, axis: str) -> SelectNm:
-    """128 threads, each with whole groups in its registers: two accesses of 16 bytes for 2:4."""
-    threads = 128
-    split = min(m, vector(weight)) if axis == "in" else 1
-    accesses = m // split
-    held = max(vector(weight) * 2 // accesses, vector(weight) if axis == "in" else 2)
-    tile = threads * held
-    width = threads * min(held, vector(weight))
+    """Four warps, each thread with whole groups in its registers: two accesses of 16 bytes for 2:4 along "in"."""
+    threads = WARPS * lanes(weight.device)
     rows, cols = weight.shape
-    rows, cols = (rows, cols // accesses) if axis == "in" else (rows // m, cols)
-    block_cols = narrowest(cols, tuple(width >> k for k in range(5)))
-    block_rows = tile // block_cols
+    if axis == "in":
+        split = min(m, vector(weight))
+        held = max(1, 2 * split // m) * vector(weight)
+        cols = cols * split // m
+    else:
+        split = 1
+        held = max(2, min(vector(weight), 32 // m))
+        rows = rows // m
+    width = threads * min(held, vector(weight))
+    block_cols = narrowest(cols, tuple(width >> k for k in range(5) if width >> k >= 8))
+    block_rows = threads * held // block_cols
     tiles = math.ceil(rows / block_rows) * math.ceil(cols / block_cols)
-    trips = min(8, max(1, tiles // MOST_PROGRAMS))
-    return SelectNm(split, block_rows, block_cols, trips, threads // lanes(weight.device))
+    return SelectNm(split, block_rows, block_cols, min(8, max(1, tiles // MOST_PROGRAMS)), WARPS)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Tile of a sum over rows or columns, made by one warp on its own: no shared memory, no barrier.
+
+    Attributes:
+        block_rows, block_cols: what is loaded at once, 16 bytes a lane at a time.
+        trips: tiles that one program adds up in registers before it writes its partial sums.
+    """
+
+    block_rows: int
+    block_cols: int
+    trips: int
+
+
+def down_rows(rows: int, like: torch.Tensor) -> Reduction:
+    """Sums over ``rows`` rows of a matrix like ``like`` [..., cols], one access a row: four rows are in flight."""
+    block_cols = lanes(like.device) * vector(like)
+    blocks = math.ceil(like.shape[-1] / block_cols) * rows
+    return Reduction(4, block_cols, _trips(math.ceil(rows / 4), blocks // 4, most=64))
+
+
+def along_rows(matrix: torch.Tensor) -> Reduction:
+    """Sums along each row of ``matrix``, and down its columns in the same read where they are wanted."""
+    access = lanes(matrix.device) * vector(matrix)
+    block_cols = narrowest(matrix.shape[1], (access * 4, access * 2, access))
+    blocks = math.ceil(matrix.shape[1] / block_cols) * math.ceil(matrix.shape[0] / 2)
+    return Reduction(2, block_cols, _trips(math.ceil(matrix.shape[0] / 2), blocks, most=32))
+
+
+def _trips(needed: int, blocks: int, most: int) -> int:
+    """As many as leave MOST_PROGRAMS of all ``blocks``, so that partial sums stay a few percent of the bytes."""
+    return max(1, min(most, needed, blocks // MOST_PROGRAMS))
+
+
+def all_finite(tensor: torch.Tensor) -> int:
+    """Elements of a program: four accesses of 16 bytes a thread."""
+    return 4 * WARPS * lanes(tensor.device) * vector(tensor)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Tile of ``moments``: a :class:`Reduction` of one chunk in each of ``sequences`` neighbouring sequences."""
+
+    sequences: int
+    block_rows: int
+    block_cols: int
+    trips: int
+
+
+def moments(tokens: torch.Tensor) -> Moments:
+    """Long sequences are cut into chunks, short ones taken several at a time; both keep partial sums rare."""
+    n_sequences, length, _ = tokens.shape
+    tile = down_rows(n_sequences * length, tokens)
+    trips = min(tile.trips, max(1, math.ceil(length / tile.block_rows)))
+    return Moments(max(1, min(tile.trips // trips, n_sequences)), tile.block_rows, tile.block_cols, trips)

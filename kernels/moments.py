@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu
+from . import cpu, launch
 from .backend import choose_backend
+from .triton_import import tl, triton
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,11 @@ def moments(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> Moments:
         ValueError: a shape that does not fit.
     """
     tokens, valid = as_sequences(tokens, valid)
-    if choose_backend(tokens, valid) == "cpu":
+    backend = choose_backend(tokens, valid)
+    if backend == "cpu":
         return Moments(*cpu.moments(tokens, valid))
+    if backend == "triton" and tokens.numel():
+        return _moments_triton(tokens.detach(), valid)
     return moments_reference(tokens, valid)
 
 
@@ -83,3 +87,120 @@ def as_sequences(tokens: torch.Tensor, valid: torch.Tensor | None) -> tuple[torc
             f"valid must be bool of shape {tuple(tokens.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
         )
     return tokens, valid
+
+
+def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments:
+    if tokens.stride(2) != 1:
+        tokens = tokens.contiguous()
+    sequences, length, cols = tokens.shape
+    if valid is None:
+        sequence_count = torch.full((sequences,), length, device=tokens.device)
+        count = sequences * length
+    else:
+        valid = valid.contiguous()
+        sequence_count = valid.sum(1)
+        count = int(sequence_count.sum())
+    tile = launch.moments(tokens)
+    across, chunks = triton.cdiv(cols, tile.block_cols), triton.cdiv(length, tile.block_rows * tile.trips)
+    parts = chunks * triton.cdiv(sequences, tile.sequences)
+    squares = torch.empty(chunks, sequences, cols, dtype=torch.float32, device=tokens.device)
+    counts = torch.empty(parts, dtype=torch.int32, device=tokens.device)
+    shifts, means, deviations = torch.empty(3, parts, cols, dtype=torch.float32, device=tokens.device)
+    _sum_moments[(across * parts,)](
+        *(tokens, None if valid is None else valid.view(torch.uint8), squares, counts, shifts, means, deviations),
+        *(sequences, length, cols, tokens.stride(0), tokens.stride(1), chunks),
+        SEQUENCES=tile.sequences,
+        BLOCK_ROWS=tile.block_rows,
+        BLOCK_COLS=tile.block_cols,
+        TRIPS=tile.trips,
+        num_warps=1,
+    )
+    counted = counts[:, None]
+    origin = shifts[counts.argmax()]
+    means += shifts - origin
+    mean = (means * counted).sum(0) / max(count, 1)
+    deviation = deviations.sum(0) + ((means - mean).square() * counted).sum(0)
+    total = (origin + mean) * count
+    return Moments(count, total, deviation, squares.sum(0), sequence_count)
+
+
+@triton.jit
+def _sum_moments(
+    tokens_ptr,
+    valid_ptr,
+    squares_ptr,
+    counts_ptr,
+    shifts_ptr,
+    means_ptr,
+    deviations_ptr,
+    sequences,
+    length,
+    cols,
+    sequence_stride,
+    token_stride,
+    chunks,
+    SEQUENCES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    TRIPS: tl.constexpr,
+):
+    """A part is one chunk of TRIPS * BLOCK_ROWS tokens in each of SEQUENCES neighbouring sequences.
+
+    Its mean is left relative to its shift: their sum would lose what a large mean hides.
+    """
+    CHUNK: tl.constexpr = TRIPS * BLOCK_ROWS
+    across = tl.cdiv(cols, BLOCK_COLS)
+    block = tl.program_id(0) % across
+    part = (tl.program_id(0) // across).to(tl.int64)
+    chunk = part % chunks
+    first_sequence = part // chunks * SEQUENCES
+    j = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+
+    origin = _first_valid(valid_ptr, first_sequence, chunk * CHUNK, sequences, length, SEQUENCES, CHUNK)
+    start = (first_sequence + origin // CHUNK) * sequence_stride + (chunk * CHUNK + origin % CHUNK) * token_stride
+    shift = tl.load(tokens_ptr + start + j, mask=(origin < SEQUENCES * CHUNK) & (j < cols), other=0.0).to(tl.float32)
+
+    count = tl.zeros([1, 1], tl.int32)
+    total = tl.zeros([1, BLOCK_COLS], tl.float32)
+    deviation = tl.zeros([1, BLOCK_COLS], tl.float32)
+    for s in tl.range(SEQUENCES):
+        sequence = first_sequence + s
+        square = tl.zeros([1, BLOCK_COLS], tl.float32)
+        for trip in tl.range(TRIPS):
+            t = chunk * CHUNK + trip * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+            used = (t < length) & (sequence < sequences)
+            if valid_ptr is not None:
+                used &= tl.load(valid_ptr + sequence * length + t, mask=used, other=0) != 0
+            offset = sequence * sequence_stride + t * token_stride + j
+            x = tl.load(tokens_ptr + offset, mask=used & (j < cols), other=0.0).to(tl.float32)
+            off = tl.where(used, x - shift, 0.0)
+            count += tl.sum(used.to(tl.int32), 0, keep_dims=True)
+            total += tl.sum(off, 0, keep_dims=True)
+            deviation += tl.sum(off * off, 0, keep_dims=True)
+            square += tl.sum(x * x, 0, keep_dims=True)
+        line = (chunk * sequences + sequence) * cols
+        tl.store(squares_ptr + line + j, square, mask=(sequence < sequences) & (j < cols))
+
+    mean = total / tl.maximum(count, 1).to(tl.float32)
+    tl.store(counts_ptr + part + tl.zeros([1, 1], tl.int32), count, mask=block == 0)
+    tl.store(shifts_ptr + part * cols + j, shift, mask=j < cols)
+    tl.store(means_ptr + part * cols + j, mean, mask=j < cols)
+    tl.store(deviations_ptr + part * cols + j, deviation - total * mean, mask=j < cols)
+
+
+@triton.jit
+def _first_valid(
+    valid_ptr, first_sequence, first_token, sequences, length, SEQUENCES: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Place of a part's first valid token, counted through its chunks; beyond them all if there is none."""
+    if valid_ptr is None:
+        return 0
+    else:
+        BLOCK: tl.constexpr = triton.next_power_of_2(CHUNK)
+        place = tl.arange(0, BLOCK)
+        origin = tl.full([], SEQUENCES * CHUNK, tl.int32)
+        for s in tl.range(SEQUENCES):
+            inside = (place < CHUNK) & (first_token + place < length) & (first_sequence + s < sequences)
+            flags = tl.load(valid_ptr + (first_sequence + s) * length + first_token + place, mask=inside, other=0)
+            origin = tl.minimum(origin, tl.min(tl.where(flags != 0, s * CHUNK + place, SEQUENCES * CHUNK), 0))
+        return origin

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu
+from . import cpu, launch
 from .backend import choose_backend
+from .triton_import import tl, triton
 
 
 def token_norms(outputs: torch.Tensor) -> torch.Tensor:
@@ -15,11 +16,43 @@ def token_norms(outputs: torch.Tensor) -> torch.Tensor:
     """
     if outputs.dim() != 2:
         raise ValueError(f"outputs must be [n_tokens, out_features], got shape {tuple(outputs.shape)}")
-    if choose_backend(outputs) == "cpu":
+    backend = choose_backend(outputs)
+    if backend == "cpu":
         return cpu.token_norms(outputs)
+    if backend == "triton":
+        return _token_norms_triton(outputs.detach())
     return token_norms_reference(outputs)
 
 
 def token_norms_reference(outputs: torch.Tensor) -> torch.Tensor:
     """The same in plain torch, in fp64."""
     return outputs.detach().double().square().sum(-1).float()
+
+
+def _token_norms_triton(outputs: torch.Tensor) -> torch.Tensor:
+    if outputs.stride(1) != 1:
+        outputs = outputs.contiguous()
+    n_tokens, cols = outputs.shape
+    norms = torch.empty(n_tokens, dtype=torch.float32, device=outputs.device)
+    if n_tokens:
+        tile = launch.along_rows(outputs)
+        _sum_squares[(triton.cdiv(n_tokens, tile.block_rows),)](
+            *(outputs, norms, n_tokens, cols, outputs.stride(0)),
+            BLOCK_ROWS=tile.block_rows,
+            BLOCK_COLS=tile.block_cols,
+            num_warps=1,
+        )
+    return norms
+
+
+@triton.jit
+def _sum_squares(outputs_ptr, norms_ptr, n_tokens, cols, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Each lane adds up its own columns; lanes meet once, at the end."""
+    t = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    line = outputs_ptr + t.to(tl.int64) * stride
+    squares = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    for first in tl.range(0, cols, BLOCK_COLS):
+        i = first + tl.arange(0, BLOCK_COLS)[None, :]
+        a = tl.load(line + i, mask=(t < n_tokens) & (i < cols), other=0.0).to(tl.float32)
+        squares += a * a
+    tl.store(norms_ptr + t, tl.sum(squares, 1, keep_dims=True), mask=t < n_tokens)

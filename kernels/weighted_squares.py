@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu
+from . import cpu, launch
 from .backend import choose_backend
+from .triton_import import tl, triton
 
 MOST_LAYERS = 8
 
@@ -23,8 +24,11 @@ def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
         weights: fp32 [n_layers, n_tokens], 1 to 8 layers; a token whose weight is 0 is not used, whatever it holds.
     """
     check_weights(tokens, weights)
-    if choose_backend(tokens, weights) == "cpu":
+    backend = choose_backend(tokens, weights)
+    if backend == "cpu":
         return cpu.weighted_squares(tokens, weights)
+    if backend == "triton":
+        return _weighted_squares_triton(tokens.detach(), weights.contiguous())
     return weighted_squares_reference(tokens, weights)
 
 
@@ -46,3 +50,58 @@ def check_weights(tokens: torch.Tensor, weights: torch.Tensor) -> None:
         )
     if weights.dtype != torch.float32:
         raise ValueError(f"weights must be float32, got {weights.dtype}")
+
+
+def _weighted_squares_triton(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    n_tokens, cols = tokens.shape
+    layers = weights.shape[0]
+    tile = launch.down_rows(n_tokens, tokens)
+    across, down = triton.cdiv(cols, tile.block_cols), triton.cdiv(n_tokens, tile.block_rows * tile.trips)
+    parts = torch.empty(down, layers, cols, dtype=torch.float32, device=tokens.device)
+    if tokens.numel():
+        _sum_weighted_squares[(across * down,)](
+            *(tokens, weights, parts, n_tokens, cols, tokens.stride(0)),
+            LAYERS=layers,
+            BLOCK_ROWS=tile.block_rows,
+            BLOCK_COLS=tile.block_cols,
+            TRIPS=tile.trips,
+            num_warps=1,
+        )
+    return parts.sum(0)
+
+
+@triton.jit
+def _sum_weighted_squares(
+    tokens_ptr,
+    weights_ptr,
+    parts_ptr,
+    n_tokens,
+    cols,
+    stride,
+    LAYERS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    TRIPS: tl.constexpr,
+):
+    """A program's share of TRIPS * BLOCK_ROWS tokens and BLOCK_COLS columns, for every layer."""
+    across = tl.cdiv(cols, BLOCK_COLS)
+    part = tl.program_id(0) // across
+    j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    t = part * (TRIPS * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
+    sums = ()
+    for _ in tl.static_range(LAYERS):
+        sums = sums + (tl.zeros([1, BLOCK_COLS], tl.float32),)
+    for _ in tl.range(TRIPS):
+        x = tl.load(tokens_ptr + t.to(tl.int64) * stride + j, mask=(t < n_tokens) & (j < cols), other=0.0).to(
+            tl.float32
+        )
+        added = ()
+        for k in tl.static_range(LAYERS):
+            d = tl.load(weights_ptr + k * n_tokens + t, mask=t < n_tokens, other=0.0)
+            added = added + (sums[k] + tl.sum(tl.where(d != 0, x * x, 0.0) * d, 0, keep_dims=True),)
+        sums = added
+        t += BLOCK_ROWS
+    for k in tl.static_range(LAYERS):
+        tl.store(parts_ptr + (part.to(tl.int64) * LAYERS + k) * cols + j, sums[k], mask=j < cols)
