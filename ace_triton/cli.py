@@ -271,6 +271,4 @@ def _stage(progress: Progress, name: str) -> Iterator[None]:
 def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    os.environ.setdefault("TQDM_DISABLE", "1")
