@@ -31,6 +31,7 @@ class _Reading:
     Attributes:
         version: the tensor's version counter when it was read: a higher one means changed in place.
         founding: whether the group was founded by this reading, and takes new members.
+        names: who read it.
         outputs: by layer, with their version.
     """
 
@@ -38,6 +39,7 @@ class _Reading:
     version: int
     group: _Group
     founding: bool
+    names: set[str]
     outputs: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     def is_of(self, tensor: torch.Tensor) -> bool:
@@ -69,7 +71,6 @@ class InputCollector:
         self._group_of: dict[str, _Group] = {}
         self._outputs: dict[str, OutputStats] = {}
         self._readings: list[_Reading] = []
-        self._reads: dict[str, int] = {}
         self._shape = (0, 0)
         self._valid: torch.Tensor | None = None
 
@@ -107,7 +108,7 @@ class InputCollector:
         finally:
             for handle in handles:
                 handle.remove()
-            self._readings, self._reads = [], {}
+            self._readings = []
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
         name = self._names[module]
@@ -115,7 +116,6 @@ class InputCollector:
         if tensor.numel() == 0:
             return
         with self._clock.measure("statistics"):
-            self._reads[name] = self._reads.get(name, 0) + 1
             reading = self._reading_of(name, tensor)
             if self._needs.outputs:
                 reading.outputs[name] = (output, output._version)
@@ -123,11 +123,12 @@ class InputCollector:
     def _reading_of(self, name: str, tensor: torch.Tensor) -> _Reading:
         group = self._group_of.get(name)
         for reading in self._readings:
-            joins = reading.founding if group is None else reading.group is group and name not in reading.outputs
+            joins = reading.founding if group is None else reading.group is group and name not in reading.names
             if joins and reading.is_of(tensor):
                 if group is None:
                     reading.group.names.append(name)
                     self._group_of[name] = reading.group
+                reading.names.add(name)
                 return reading
         self._settle()
         founding = group is None
@@ -135,7 +136,7 @@ class InputCollector:
             group = self._group_of[name] = _Group([name], ActivationStats(tensor.shape[-1]))
         tokens, valid = self._sequences(tensor)
         group.stats.update(tokens, valid=valid)
-        reading = _Reading(tensor, tensor._version, group, founding)
+        reading = _Reading(tensor, tensor._version, group, founding, {name})
         self._readings.append(reading)
         return reading
 
@@ -173,11 +174,13 @@ class InputCollector:
         return tensor.reshape(n_sequences, -1, tensor.shape[-1]), valid
 
     def _check_groups(self) -> None:
-        for names in self.groups:
-            if len({self._reads.get(name, 0) for name in names}) > 1:
+        for reading in self._readings:
+            missing = set(reading.group.names) - reading.names
+            if missing:
                 raise PruneError(
-                    f"{', '.join(names)} read one tensor in an earlier batch and different ones in this batch, so "
-                    "their statistics cannot be shared; prune one after the other with include="
+                    f"{', '.join(sorted(reading.names))} and {', '.join(sorted(missing))} read one tensor in an "
+                    "earlier batch and not in this one, so their statistics cannot be shared; prune one after the "
+                    "other with include="
                 )
 
 

@@ -16,7 +16,7 @@ from .collect import InputCollector
 from .kernels.finite import all_finite
 from .metrics import Needs, metric
 from .plan import NameFilter, Plan, Skipped, Unit, merged, misfit
-from .prune import PruneError, default_axis, linear_weight, prune_linear
+from .prune import KERNEL_DTYPES, PruneError, default_axis, linear_weight, prune_linear
 from .replay import Batch, WholeForward, calibration_mode, make_runner
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats
@@ -251,7 +251,7 @@ def _check_weights(layers: Mapping[str, nn.Module]) -> None:
                 f"{name}: the weight is stored as {weight.dtype} (quantised?); prune the floating-point model and "
                 "quantise afterwards"
             )
-        if not all_finite(weight):
+        if not all_finite(weight if weight.dtype in KERNEL_DTYPES else weight.float()):
             raise PruneError(f"{name}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
 
 

@@ -143,12 +143,16 @@ def test_the_model_is_left_as_it_was(make_decoder, ids):
     model = make_decoder("llama").train()
     model.model.layers[1].eval()
     modes = [module.training for module in model.modules()]
-    assert model.config.use_cache
-    with pytest.raises(RuntimeError, match="interrupted"), calibration_mode(model):
-        assert not model.config.use_cache
-        assert not any(module.training for module in model.modules())
-        runner_of(model, batches_of(ids, None))
-        raise RuntimeError("interrupted")
+
+    def interrupted() -> None:
+        with calibration_mode(model):
+            assert not model.config.use_cache
+            assert not any(module.training for module in model.modules())
+            assert not torch.is_grad_enabled()
+            runner_of(model, batches_of(ids, None))
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, interrupted)
     assert [module.training for module in model.modules()] == modes
     assert model.config.use_cache
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
@@ -160,7 +164,7 @@ def test_stubs_are_taken_out_after_an_error(make_decoder, ids):
     own = model.model.layers[0].forward
     model.model.layers[0].forward = lambda *args, **kwargs: own(*args, **kwargs)
     patched = vars(model.model.layers[0])["forward"]
-    failing = batches_of(ids, None) + [Batch(torch.full((1, 16), 10_000), None)]
+    failing = [*batches_of(ids, None), Batch(torch.full((1, 16), 10_000), None)]
     with calibration_mode(model), pytest.raises(IndexError):
         runner_of(model, failing)
     assert vars(model.model.layers[0])["forward"] is patched
