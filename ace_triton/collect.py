@@ -12,7 +12,7 @@ from torch import nn
 
 from .metrics import Needs
 from .prune import KERNEL_DTYPES, PruneError
-from .stats import ActivationStats, OutputStats, update_outputs
+from .stats import ActivationStats, OutputStats, StatsError, update_outputs
 from .timing import Stopwatch
 
 
@@ -95,8 +95,8 @@ class InputCollector:
                 one expert) count as one sequence without padding.
 
         Raises:
-            PruneError: layers that shared an input before do not in this batch, or an input was
-                overwritten before its statistics were complete.
+            PruneError: layers that shared an input before do not in this batch, an input was overwritten
+                before its statistics were complete, or outputs hold NaN or infinity.
         """
         self._shape, self._valid = shape, valid
         handles = [module.register_forward_hook(self._see, with_kwargs=True) for module in self._layers.values()]
@@ -157,7 +157,10 @@ class InputCollector:
                 intact = output if output._version == version else self._layers[name].forward(reading.tensor)
                 outputs.append(_as_kernel_dtype(intact))
                 self._outputs.setdefault(name, OutputStats(self._needs.reduce))
-            update_outputs([self._outputs[name] for name in names], tokens, outputs, valid)
+            try:
+                update_outputs([self._outputs[name] for name in names], tokens, outputs, valid)
+            except StatsError as error:
+                raise PruneError(f"{', '.join(names)}: {error}") from error
             reading.outputs.clear()
 
     def _sequences(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -86,10 +86,10 @@ def prune_linear(
     complete = chosen.complete(options)
     pattern = Sparsity.of(sparsity)
     weight = _weight_of(layer, label)
-    gathered = _statistics(layer, weight, stats, chosen.needs(complete), label)
     served = weight if weight.dtype in KERNEL_DTYPES else weight.float()
     if not all_finite(served):
         raise PruneError(f"{label}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
+    gathered = _statistics(layer, weight, stats, chosen.needs(complete), label)
     terms = _terms(chosen, complete, served, gathered, label)
     axis = pattern.axis or default_axis(method, gathered)
     try:
@@ -149,7 +149,10 @@ def _statistics(
                 f"{label}: tokens must be [n_tokens, {weight.shape[1]}] or [n_sequences, length, {weight.shape[1]}], "
                 f"got {tuple(given.shape)}"
             )
-        given = ActivationStats.from_tokens(given, layer=layer if needs.outputs else None, reduce=needs.reduce)
+        try:
+            given = ActivationStats.from_tokens(given, layer=layer if needs.outputs else None, reduce=needs.reduce)
+        except StatsError as error:
+            raise StatsError(f"{label}: {error}") from error
     if given.in_features != weight.shape[1]:
         raise StatsError(f"{label}: statistics of {given.in_features} channels, but the layer has {weight.shape[1]}")
     if given.mean is not None and given.mean.device != weight.device:

@@ -8,6 +8,7 @@ gate and up) share it. What depends on a layer's own outputs (CosP's token weigh
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,6 +99,9 @@ def update_outputs(
         tokens: [..., in_features].
         outputs: each layer's [..., out_features] for these tokens.
         valid: bool [...], False for tokens to leave out.
+
+    Raises:
+        StatsError: NaN or infinity in the outputs of tokens that count.
     """
     flat = tokens.reshape(-1, tokens.shape[-1])
     rows, counts = [], []
@@ -105,9 +109,15 @@ def update_outputs(
         norms = token_norms(output.reshape(-1, output.shape[-1]))
         used = torch.ones_like(norms, dtype=torch.bool) if valid is None else valid.reshape(-1)
         mean = torch.where(used, norms, 0.0).sum() / used.sum().clamp(min=1)
-        used = used & (norms > NEGLIGIBLE_NORM * mean)
+        level = float(mean)
+        if not math.isfinite(level):
+            raise StatsError(
+                "the layer's outputs hold NaN or infinity; look for overflow in the calibration forward (run it in "
+                "bfloat16 or float32)"
+            )
+        used = used & (norms > NEGLIGIBLE_NORM * level)
         if stat.count == 0:
-            stat.unit = float(mean) or 1.0
+            stat.unit = level or 1.0
         rows.append(torch.where(used, stat.unit / norms, 0.0))
         counts.append(int(used.sum()))
     for start in range(0, len(rows), MOST_LAYERS):

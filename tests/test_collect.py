@@ -183,6 +183,23 @@ def test_inputs_changed_before_their_outputs_are_counted_are_refused(layers):
         read_and_overwrite()
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_outputs_that_overflow_are_refused(layers, bad):
+    torch.nn.init.constant_(layers["one"].bias, bad)
+    with pytest.raises(PruneError, match="one: the layer's outputs hold NaN or infinity"):
+        run(collector_of(layers, outputs=True), (layers["one"], torch.randn(2, 3, 4)))
+
+
+def test_what_padding_gives_does_not_matter(layers):
+    tokens, valid = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, True, True]])
+    collector = collector_of(layers, outputs=True)
+    run(collector, (layers["one"], tokens.masked_fill(~valid[..., None], torch.nan)), valid=valid)
+    wanted = ActivationStats.from_tokens(tokens, layer=layers["one"], valid=valid)
+    got = collector.statistics("one")
+    close(got, wanted)
+    torch.testing.assert_close(got.outputs.mean_weighted_square(), wanted.outputs.mean_weighted_square())
+
+
 def test_hooks_are_removed_after_an_error(layers):
     collector = collector_of(layers)
     with pytest.raises(RuntimeError):

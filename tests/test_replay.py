@@ -152,7 +152,8 @@ def test_the_model_is_left_as_it_was(make_decoder, ids):
             runner_of(model, batches_of(ids, None))
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [module.training for module in model.modules()] == modes
     assert model.config.use_cache
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
