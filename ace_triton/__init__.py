@@ -3,6 +3,7 @@
 from .kernels.score_terms import ScoreTerms
 from .metrics import metric_names, register_metric
 from .prune import PruneError, PruneResult, prune_linear
+from .prune_model import ModelReport, prune_model
 from .sparsity import Sparsity
 from .stats import ActivationStats, StatsError
 
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationStats",
+    "ModelReport",
     "PruneError",
     "PruneResult",
     "ScoreTerms",
@@ -17,5 +19,6 @@ __all__ = [
     "StatsError",
     "metric_names",
     "prune_linear",
+    "prune_model",
     "register_metric",
 ]
