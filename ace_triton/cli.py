@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import __version__, checkpoint, report
 from .calibration import load_calibration
-from .demo import DemoSettings, demo_json, demo_table, run_demo
+from .demo import DemoSettings, demo_json, demo_table, progress_bar, run_demo
 from .evaluate import perplexity
 from .inspect_checkpoint import inspect_checkpoint
 from .metrics import metric, metric_names
@@ -95,7 +95,6 @@ def prune(
                 sequences = load_calibration(
                     calibration, tokenizer, samples=samples, length=length, seed=seed, model=model
                 )
-        task = progress.add_task("prune", total=None)
         result = prune_model(
             model,
             sequences,
@@ -105,7 +104,7 @@ def prune(
             batch_size=batch_size,
             include=include or None,
             exclude=exclude or None,
-            progress=lambda done, total, _name: progress.update(task, completed=done, total=total),
+            progress=progress_bar(progress, "prune"),
             **options,
         )
         seconds = dataclasses.replace(result.seconds, load=load_seconds, total=result.seconds.total + load_seconds)
@@ -147,14 +146,8 @@ def evaluate(
         if longest and length > longest:
             raise TextError(f"--length {length} is more than the model's {longest} positions: give a smaller one")
         ids = torch.tensor(tokenizer("\n\n".join(documents), verbose=False)["input_ids"])
-        task = progress.add_task("evaluate", total=None)
-        result = perplexity(
-            model,
-            ids,
-            length=length,
-            windows=windows,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        bar = progress_bar(progress, "evaluate")
+        result = perplexity(model, ids, length=length, windows=windows, progress=bar)
     if json:
         report.write_json(json, result.to_dict())
     console.print(report.perplexity_table(result))

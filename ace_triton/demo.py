@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,8 @@ def run_demo(settings: DemoSettings, out: str | Path, *, overwrite: bool, progre
     def measure(label: str, ids: torch.Tensor | None) -> float | None:
         if ids is None:
             return None
-        task = progress.add_task(label, total=None)
-        return perplexity(
-            model,
-            ids,
-            length=settings.window_length,
-            windows=settings.windows,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        ).perplexity
+        bar = progress_bar(progress, label)
+        return perplexity(model, ids, length=settings.window_length, windows=settings.windows, progress=bar).perplexity
 
     def row(method: str, share: float, calibration_seconds: float, select_seconds: float) -> DemoRow:
         value = measure(f"{method}: evaluate", held_out)
@@ -100,14 +95,8 @@ def run_demo(settings: DemoSettings, out: str | Path, *, overwrite: bool, progre
     report: Any = None
     for method in settings.methods:
         model.load_state_dict(dense)
-        task = progress.add_task(f"{method}: prune", total=None)
-        report = prune_model(
-            model,
-            calibration,
-            method,
-            settings.sparsity,
-            progress=lambda done, total, _name, task=task: progress.update(task, completed=done, total=total),
-        )
+        bar = progress_bar(progress, f"{method}: prune")
+        report = prune_model(model, calibration, method, settings.sparsity, progress=bar)
         share = 1 - sum(layer.kept for layer in report.layers) / len(report.layers)
         seconds = report.seconds
         rows.append(row(method, share, seconds.calibration + seconds.statistics, seconds.select))
@@ -115,6 +104,16 @@ def run_demo(settings: DemoSettings, out: str | Path, *, overwrite: bool, progre
     save(model, tokenizer, out, report.to_dict(), overwrite=overwrite)
     progress.update(writing, completed=1)
     return rows
+
+
+def progress_bar(progress: Progress, label: str) -> Callable[..., None]:
+    """A new bar, as the callback (done, total, ...) that moves it."""
+    task = progress.add_task(label, total=None)
+
+    def move(done: int, total: int, *_: object) -> None:
+        progress.update(task, completed=done, total=total)
+
+    return move
 
 
 def demo_table(rows: list[DemoRow], settings: DemoSettings) -> Table:
