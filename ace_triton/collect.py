@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .metrics import Needs
-from .prune import KERNEL_DTYPES, PruneError
+from .prune import PruneError, as_kernel_dtype
 from .stats import ActivationStats, OutputStats, StatsError, update_outputs
 from .timing import Stopwatch
 
@@ -155,7 +155,7 @@ class InputCollector:
             outputs = []
             for name, (output, version) in reading.outputs.items():
                 intact = output if output._version == version else self._layers[name].forward(reading.tensor)
-                outputs.append(_as_kernel_dtype(intact))
+                outputs.append(as_kernel_dtype(intact))
                 self._outputs.setdefault(name, OutputStats(self._needs.reduce))
             try:
                 update_outputs([self._outputs[name] for name in names], tokens, outputs, valid)
@@ -165,7 +165,7 @@ class InputCollector:
 
     def _sequences(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """An input as [n_sequences, length, in_features] with its padding, as far as it still shows them."""
-        tensor = _as_kernel_dtype(tensor)
+        tensor = as_kernel_dtype(tensor)
         n_sequences, length = self._shape
         rows = tensor.numel() // tensor.shape[-1]
         whole = rows == n_sequences * length
@@ -185,7 +185,3 @@ class InputCollector:
                     "earlier batch and not in this one, so their statistics cannot be shared; prune one after the "
                     "other with include="
                 )
-
-
-def _as_kernel_dtype(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype in KERNEL_DTYPES else tensor.float()

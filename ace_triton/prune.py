@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,20 +84,67 @@ def prune_linear(
     """
     label = name or type(layer).__name__
     chosen = metric(method)
-    complete = chosen.complete(options)
+    chosen.complete(options)
     pattern = Sparsity.of(sparsity)
-    weight = _weight_of(layer, label)
-    served = weight if weight.dtype in KERNEL_DTYPES else weight.float()
-    if not all_finite(served):
+    weight = check_weight(layer, label)
+    owners = other_owners(layer, layer.get_parameter("weight"))
+    if owners:
+        raise PruneError(
+            f"{label}: its weight is tied to that of a {type(owners[0]).__name__}, which would be pruned with it; "
+            "untie it first (layer.weight = nn.Parameter(layer.weight.clone()))"
+        )
+    return prune_checked(layer, weight, stats, chosen, pattern, label, options, return_mask=return_mask)
+
+
+def check_weight(layer: nn.Module, label: str) -> torch.Tensor:
+    """The weight as [out_features, in_features]; PruneError where it is none that can be pruned."""
+    weight = linear_weight(layer)
+    if weight is None:
+        raise PruneError(f"{label}: a {type(layer).__name__} is no nn.Linear; only linear layers can be pruned")
+    if weight.device.type == "meta":
+        raise PruneError(f"{label}: the weight is on the meta device and holds no numbers; load it first")
+    if not weight.dtype.is_floating_point:
+        raise PruneError(
+            f"{label}: the weight is stored as {weight.dtype} (quantised?); prune the floating-point model and "
+            "quantise afterwards"
+        )
+    if not all_finite(as_kernel_dtype(weight)):
         raise PruneError(f"{label}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
+    return weight
+
+
+@torch.no_grad()
+def prune_checked(
+    layer: nn.Module,
+    weight: torch.Tensor,
+    stats: ActivationStats | torch.Tensor | None,
+    chosen: Metric,
+    pattern: Sparsity,
+    label: str,
+    options: Mapping[str, Any],
+    *,
+    return_mask: bool = False,
+) -> PruneResult:
+    """:func:`prune_linear` without its checks of the weight.
+
+    Args:
+        weight: what :func:`check_weight` returned; known to belong to ``layer`` alone.
+    """
+    complete = chosen.complete(options)
     gathered = _statistics(layer, weight, stats, chosen.needs(complete), label)
+    served = as_kernel_dtype(weight)
     terms = _terms(chosen, complete, served, gathered, label)
-    axis = pattern.axis or default_axis(method, gathered)
+    axis = pattern.axis or default_axis(chosen.name, gathered)
     try:
         mask = _select(weight, served, terms, pattern, axis, return_mask)
     except ValueError as error:
         raise PruneError(f"{label}: {error}") from error
-    return PruneResult(label, method, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
+    return PruneResult(label, chosen.name, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
+
+
+def as_kernel_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or in fp32 where no kernel takes its dtype (fp64, fp8)."""
+    return tensor if tensor.dtype in KERNEL_DTYPES else tensor.float()
 
 
 def default_axis(method: str, stats: ActivationStats | None) -> Axis:
@@ -114,26 +162,6 @@ def linear_weight(layer: nn.Module) -> torch.Tensor | None:
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
         return weight.detach().t()
     return None
-
-
-def _weight_of(layer: nn.Module, label: str) -> torch.Tensor:
-    weight = linear_weight(layer)
-    if weight is None:
-        raise PruneError(f"{label}: a {type(layer).__name__} is no nn.Linear; only linear layers can be pruned")
-    if weight.device.type == "meta":
-        raise PruneError(f"{label}: the weight is on the meta device and holds no numbers; load it first")
-    if not weight.dtype.is_floating_point:
-        raise PruneError(
-            f"{label}: the weight is stored as {weight.dtype} (quantised?); prune the floating-point model and "
-            "quantise afterwards"
-        )
-    owners = other_owners(layer, layer.weight)
-    if owners:
-        raise PruneError(
-            f"{label}: its weight is tied to that of a {type(owners[0]).__name__}, which would be pruned with it; "
-            "untie it first (layer.weight = nn.Parameter(layer.weight.clone()))"
-        )
-    return weight
 
 
 def _statistics(

@@ -13,10 +13,9 @@ from torch import nn
 
 from .blocks import gated_consumers
 from .collect import InputCollector
-from .kernels.finite import all_finite
-from .metrics import Needs, metric
+from .metrics import Metric, Needs, metric
 from .plan import NameFilter, Plan, Skipped, Unit, merged, misfit
-from .prune import KERNEL_DTYPES, PruneError, default_axis, linear_weight, prune_linear
+from .prune import check_weight, default_axis, prune_checked
 from .replay import Batch, WholeForward, calibration_mode, make_runner
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats
@@ -135,10 +134,11 @@ def prune_model(
     device = next(model.parameters()).device
     clock = Stopwatch(device)
     plan = Plan(model, needs, pattern, NameFilter.of(model, include, exclude))
-    _check_weights(plan.layers)
-    _rehearse(method, pattern, options, device)
+    _rehearse(chosen, pattern, options, device)
     batches = _batches(model, calibration, batch_size) if needs.tokens else []
-    selection = _Selection(method, pattern, options, needs, clock, plan)
+    with clock.measure("select"):
+        weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
+    selection = _Selection(chosen, pattern, options, needs, clock, plan, weights)
     with calibration_mode(model):
         if needs.tokens:
             _with_statistics(model, plan, batches, one_shot, selection, progress)
@@ -156,12 +156,13 @@ def prune_model(
 class _Selection:
     """Prunes units and keeps the record."""
 
-    method: str
+    metric: Metric
     pattern: Sparsity
     options: Mapping[str, Any]
     needs: Needs
     clock: Stopwatch
     plan: Plan
+    weights: Mapping[str, torch.Tensor]
     layers: list[LayerReport] = field(default_factory=list)
 
     def collector(self, unit: Unit) -> InputCollector:
@@ -172,20 +173,18 @@ class _Selection:
         if collector is not None and self.needs.consumer:
             consumers = gated_consumers(unit.observed, collector.groups)
         for name, layer in unit.layers.items():
-            weight = linear_weight(layer)
-            assert weight is not None
-            stats = None
+            weight, stats = self.weights[name], None
             if collector is not None:
                 stats = _statistics(collector, name, consumers.get(name), weight.shape[0])
                 if stats is None:
                     self.plan.skip(name, weight, "no calibration token reached it")
                     continue
-            why_not = misfit(weight, self.pattern, self.pattern.axis or default_axis(self.method, stats))
+            why_not = misfit(weight, self.pattern, self.pattern.axis or default_axis(self.metric.name, stats))
             if why_not is not None:
                 self.plan.skip(name, weight, why_not)
                 continue
             with self.clock.measure("select"):
-                result = prune_linear(layer, stats, self.method, self.pattern, name=name, **self.options)
+                result = prune_checked(layer, weight, stats, self.metric, self.pattern, name, self.options)
             self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis))
 
 
@@ -242,26 +241,12 @@ def _check_loaded(model: PreTrainedModel) -> None:
             )
 
 
-def _check_weights(layers: Mapping[str, nn.Module]) -> None:
-    for name, layer in layers.items():
-        weight = linear_weight(layer)
-        assert weight is not None
-        if not weight.dtype.is_floating_point:
-            raise PruneError(
-                f"{name}: the weight is stored as {weight.dtype} (quantised?); prune the floating-point model and "
-                "quantise afterwards"
-            )
-        if not all_finite(weight if weight.dtype in KERNEL_DTYPES else weight.float()):
-            raise PruneError(f"{name}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
-
-
-def _rehearse(method: str, pattern: Sparsity, options: Mapping[str, Any], device: torch.device) -> None:
-    """Prune a throw-away layer, so that options of a wrong value are found before anything runs."""
+def _rehearse(chosen: Metric, pattern: Sparsity, options: Mapping[str, Any], device: torch.device) -> None:
+    """Prune a throw-away layer, so that an option of a wrong value is found before anything runs."""
     layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=device)
     ramp = torch.linspace(-1, 1, 32 * 32, device=device).reshape(32, 32)
-    with torch.no_grad():
-        layer.weight.copy_(ramp)
-    prune_linear(layer, ramp, method, pattern, **options)
+    weight = layer.weight.detach().copy_(ramp)
+    prune_checked(layer, weight, ramp, chosen, pattern, f"method {chosen.name!r}", options)
 
 
 def _batches(model: PreTrainedModel, calibration: torch.Tensor | CalibrationSet | None, batch_size: int) -> list[Batch]:

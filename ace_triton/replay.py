@@ -72,7 +72,7 @@ def make_runner(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Bat
             warnings.warn(
                 f"{type(model).__name__}: {reason}. Its blocks cannot be run one at a time: the whole model is run "
                 "for each block instead, which takes longer",
-                stacklevel=3,
+                stacklevel=4,
             )
             return WholeForward(model, batches, clock)
         return Replay(model, blocks, batches, clock, sizes)

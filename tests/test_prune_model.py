@@ -177,6 +177,14 @@ def test_magnitude_needs_neither_calibration_nor_forward(make_decoder):
     assert report.seconds.calibration == report.seconds.statistics == 0
 
 
+def test_parameters_held_by_an_optimizer_cost_nothing(make_decoder, ids):
+    """Ties are looked for once, in the model, and not among all objects for every layer."""
+    model = make_decoder("llama")
+    optimizer = torch.optim.SGD(model.parameters())
+    assert prune_model(model, ids).seconds.select < 1
+    del optimizer
+
+
 def test_experts_are_named_with_their_share(make_decoder, ids):
     model = make_decoder("qwen3_moe")
     report = prune_model(model, ids)
