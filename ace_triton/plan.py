@@ -79,12 +79,18 @@ class Unit:
     Attributes:
         name: the block's.
         layers: to be pruned, by dotted name.
-        observed: whose inputs are wanted: the same, and for DaSS all of the block's but those of attention.
+        feed_forward: for a metric that looks at a layer's consumer, where to look for one: the block's
+            layers outside attention, pruned or not.
     """
 
     name: str
     layers: dict[str, nn.Module]
-    observed: dict[str, nn.Module]
+    feed_forward: dict[str, nn.Module]
+
+    @property
+    def observed(self) -> dict[str, nn.Module]:
+        """The layers whose inputs are wanted."""
+        return {**self.layers, **self.feed_forward}
 
 
 def merged(units: Iterable[Unit], name: str) -> Unit:
@@ -92,7 +98,7 @@ def merged(units: Iterable[Unit], name: str) -> Unit:
     whole = Unit(name, {}, {})
     for unit in units:
         whole.layers.update(unit.layers)
-        whole.observed.update(unit.observed)
+        whole.feed_forward.update(unit.feed_forward)
     return whole
 
 
@@ -109,12 +115,12 @@ class Plan:
         ValueError: no layer is left to prune.
     """
 
-    def __init__(self, model: PreTrainedModel, needs: Needs, pattern: Sparsity, names: NameFilter) -> None:
+    def __init__(self, model: PreTrainedModel, method: str, needs: Needs, pattern: Sparsity, names: NameFilter) -> None:
         self.blocks = find_blocks(model)
         self.units: list[Unit] = []
         self.outside: Unit | None = None
         self.skipped: list[Skipped] = []
-        self._needs, self._pattern, self._names = needs, pattern, names
+        self._method, self._needs, self._pattern, self._names = method, needs, pattern, names
         self._parameters = sum(p.numel() for p in model.parameters())
         self._owners: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -138,13 +144,13 @@ class Plan:
         for block in self.blocks:
             linears = dict(linears_of(block.module, block.name))
             dense = dict.fromkeys(routers(block), "routers stay dense")
-            if self._needs.consumer:
-                attention = [name for name in linears if in_attention(block, name)]
+            attention = {name for name in linears if self._needs.consumer and in_attention(block, name)}
+            if self._method == "dass":
                 dense |= dict.fromkeys(attention, "DaSS leaves attention dense")
             wanted = {name: layer for name, layer in linears.items() if self._names.wants(name)}
             layers = {name: layer for name, layer in wanted.items() if self._accepts(name, layer, dense.get(name))}
-            others = {name: layer for name, layer in linears.items() if name not in dense}
-            self.units.append(Unit(block.name, layers, others if self._needs.consumer else layers))
+            rest = {n: layer for n, layer in linears.items() if n not in attention and n not in dense}
+            self.units.append(Unit(block.name, layers, rest if self._needs.consumer else {}))
             for name, weight in stacked_weights(block).items():
                 if self._names.wants(name):
                     self.skip(name, weight, "a 3-D weight (experts are stacked so): only linear layers are pruned")
@@ -156,7 +162,7 @@ class Plan:
         rest = {n: m for n, m in linears_of(model) if n not in inside and self._names.wants(n, outside=True)}
         layers = {name: layer for name, layer in rest.items() if self._accepts(name, layer, None)}
         if layers:
-            self.outside = Unit("outside the blocks", layers, layers)
+            self.outside = Unit("outside the blocks", layers, {})
 
     def _accepts(self, name: str, layer: nn.Module, why_not: str | None) -> bool:
         weight = linear_weight(layer)

@@ -130,10 +130,10 @@ def prune_model(
     chosen = metric(method)
     needs = chosen.needs(chosen.complete(options))
     pattern = Sparsity.of(sparsity)
-    _check_loaded(model)
+    _check_model(model)
     device = next(model.parameters()).device
     clock = Stopwatch(device)
-    plan = Plan(model, needs, pattern, NameFilter.of(model, include, exclude))
+    plan = Plan(model, method, needs, pattern, NameFilter.of(model, include, exclude))
     _rehearse(chosen, pattern, options, device)
     batches = _batches(model, calibration, batch_size) if needs.tokens else []
     with clock.measure("select"):
@@ -169,9 +169,7 @@ class _Selection:
         return InputCollector(unit.observed, self.needs, self.clock)
 
     def prune(self, unit: Unit, collector: InputCollector | None) -> None:
-        consumers: dict[str, str] = {}
-        if collector is not None and self.needs.consumer:
-            consumers = gated_consumers(unit.observed, collector.groups)
+        consumers = gated_consumers(unit.feed_forward, collector.groups) if collector is not None else {}
         for name, layer in unit.layers.items():
             weight, stats = self.weights[name], None
             if collector is not None:
@@ -232,7 +230,12 @@ def _tell(progress: Progress | None, done: int, total: int, name: str) -> None:
         progress(done, total, name)
 
 
-def _check_loaded(model: PreTrainedModel) -> None:
+def _check_model(model: PreTrainedModel) -> None:
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise ValueError(
+            f"prune_model takes a Hugging Face causal decoder, got a {type(model).__name__}; prune_linear prunes a "
+            "single layer"
+        )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(

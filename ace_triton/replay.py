@@ -239,7 +239,7 @@ def _try_replay(
             if not (_agree(once, want) and _agree(again, want)):
                 raise _NotReplayable(f"{block.name} needs more than its hidden states and constant arguments")
             hidden = once
-    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise _NotReplayable(f"a block fails outside the model's forward ({error})") from error
     return sizes
 
@@ -303,11 +303,8 @@ def _sharing(calls: list[_Call], earlier: list[_Call]) -> list[_Call]:
             known[id(value)] = old if equal else value
         return known[id(value)]
 
-    return [
-        _Call(
-            tuple(shared(v, o) for v, o in zip(call.args, old.args, strict=True)),
-            {name: shared(value, old.kwargs.get(name)) for name, value in call.kwargs.items()},
-            call.place,
-        )
-        for call, old in zip(calls, earlier, strict=True)
-    ]
+    def kwargs(call: _Call, old: _Call) -> dict[str, Any]:
+        return {name: shared(value, old.kwargs.get(name)) for name, value in call.kwargs.items()}
+
+    pairs = zip(calls, earlier, strict=True)
+    return [_Call(shared(call.args, old.args), kwargs(call, old), call.place) for call, old in pairs]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import PruneError, Sparsity, metric_names
+from ace_triton import ActivationStats, PruneError, ScoreTerms, Sparsity, metric_names, register_metric
 from ace_triton.blocks import find_blocks, linears_of
+from ace_triton.metrics import _REGISTRY, Needs
 from ace_triton.prune import linear_weight
 from ace_triton.prune_model import prune_model
 
@@ -265,6 +266,24 @@ def test_dass_scores_rows_by_what_they_feed(make_decoder, ids, family_name, only
     assert torch.equal(kept, (ranks >= 2).reshape(32, -1).t())
 
 
+def test_a_metric_of_ones_own_may_look_at_consumers(make_decoder, ids):
+    seen = []
+
+    @register_metric("by_consumer", Needs(consumer=True))
+    def by_consumer(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
+        seen.append(None if stats.consumer_norm is None else tuple(stats.consumer_norm.shape))
+        return ScoreTerms(scale=stats.norm)
+
+    try:
+        model, wanda = make_decoder("llama"), make_decoder("llama")
+        assert prune_model(model, ids, "by_consumer").skipped == ()
+    finally:
+        _REGISTRY.pop("by_consumer")
+    prune_model(wanda, ids, "wanda")
+    assert same_masks(model, wanda)
+    assert seen[1:8] == [None, None, None, None, (48,), (48,), None]
+
+
 def test_include_and_exclude(make_decoder, ids):
     model = make_decoder("llama")
     report = prune_model(model, ids, include=["*.mlp.*", "*.q_proj"], exclude="*.2.*")
@@ -396,6 +415,11 @@ def test_a_broken_weight_is_named_before_anything_changes(make_decoder, ids, bad
     with pytest.raises(PruneError, match=r"model\.layers\.2\.mlp\.up_proj: the weight holds NaN or infinity"):
         prune_model(model, ids)
     assert same_masks(model, make_decoder("llama"))
+
+
+def test_a_lone_layer_is_refused(ids):
+    with pytest.raises(ValueError, match="got a Linear; prune_linear prunes a single layer"):
+        prune_model(nn.Linear(4, 4), ids)
 
 
 def test_weights_on_the_meta_device_are_refused(make_decoder, ids):
