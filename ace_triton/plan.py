@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -50,6 +50,7 @@ class NameFilter:
         """Checked against the model's linear layers; ValueError for a pattern that matches none."""
         wanted, unwanted = _patterns(include), _patterns(exclude)
         known = [name for name, _ in linears_of(model)]
+        known += [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
         for argument, patterns in (("include", wanted), ("exclude", unwanted)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in known):
@@ -93,15 +94,6 @@ class Unit:
         return {**self.layers, **self.feed_forward}
 
 
-def merged(units: Iterable[Unit], name: str) -> Unit:
-    """All these units as one."""
-    whole = Unit(name, {}, {})
-    for unit in units:
-        whole.layers.update(unit.layers)
-        whole.feed_forward.update(unit.feed_forward)
-    return whole
-
-
 class Plan:
     """What is pruned, and what is not.
 
@@ -134,7 +126,8 @@ class Plan:
     @property
     def layers(self) -> dict[str, nn.Module]:
         """All layers to prune, by dotted name."""
-        return merged([*self.units, *([self.outside] if self.outside else [])], "").layers
+        units = [*self.units, self.outside] if self.outside else self.units
+        return {name: layer for unit in units for name, layer in unit.layers.items()}
 
     def skip(self, name: str, weight: torch.Tensor, reason: str) -> None:
         """Record that a weight stays dense."""

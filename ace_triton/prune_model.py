@@ -14,8 +14,8 @@ from torch import nn
 from .blocks import gated_consumers
 from .collect import InputCollector
 from .metrics import Metric, Needs, metric
-from .plan import NameFilter, Plan, Skipped, Unit, merged, misfit
-from .prune import check_weight, default_axis, prune_checked
+from .plan import NameFilter, Plan, Skipped, Unit, misfit
+from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked
 from .replay import Batch, WholeForward, calibration_mode, make_runner
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats
@@ -131,19 +131,18 @@ def prune_model(
     needs = chosen.needs(chosen.complete(options))
     pattern = Sparsity.of(sparsity)
     _check_model(model)
-    device = next(model.parameters()).device
-    clock = Stopwatch(device)
+    clock = Stopwatch(next(model.parameters()).device)
     plan = Plan(model, method, needs, pattern, NameFilter.of(model, include, exclude))
-    _rehearse(chosen, pattern, options, device)
     batches = _batches(model, calibration, batch_size) if needs.tokens else []
     with clock.measure("select"):
         weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
+        _rehearse(chosen, pattern, options, next(iter(weights.values())))
     selection = _Selection(chosen, pattern, options, needs, clock, plan, weights)
     with calibration_mode(model):
         if needs.tokens:
             _with_statistics(model, plan, batches, one_shot, selection, progress)
         else:
-            units = [*plan.units, *([plan.outside] if plan.outside else [])]
+            units = [*plan.units, plan.outside] if plan.outside else plan.units
             for done, unit in enumerate(units, 1):
                 selection.prune(unit, None)
                 _tell(progress, done, len(units), unit.name)
@@ -205,24 +204,24 @@ def _with_statistics(
     progress: Progress | None,
 ) -> None:
     runner = make_runner(model, plan.blocks, batches, selection.clock)
-    units, outside = plan.units, plan.outside
-    if one_shot and (outside is not None or isinstance(runner, WholeForward)):
-        outside = merged([*units, *([outside] if outside else [])], type(model).__name__)
-        units = []
-    total = len(units) + (outside is not None)
-    for index, unit in enumerate(units):
-        collector = selection.collector(unit)
-        if unit.layers or one_shot:
+    whole = WholeForward(model, batches, selection.clock)
+    units = [*plan.units, plan.outside] if plan.outside else plan.units
+
+    def observe(index: int) -> InputCollector:
+        collector = selection.collector(units[index])
+        if index == len(plan.units):
+            whole.run_all(collector)
+        elif units[index].layers or one_shot:
             runner.run(index, collector, advance=one_shot)
-        selection.prune(unit, collector)
-        if not one_shot and index + 1 < len(units):
+        return collector
+
+    ahead = range(0 if isinstance(runner, WholeForward) else len(plan.units), len(units)) if one_shot else ()
+    observed = {index: observe(index) for index in ahead}
+    for index, unit in enumerate(units):
+        selection.prune(unit, observed.pop(index, None) or observe(index))
+        if not one_shot and index + 1 < len(plan.units):
             runner.run(index, None, advance=True)
-        _tell(progress, index + 1, total, unit.name)
-    if outside is not None:
-        collector = selection.collector(outside)
-        WholeForward(model, batches, selection.clock).run_all(collector)
-        selection.prune(outside, collector)
-        _tell(progress, total, total, outside.name)
+        _tell(progress, index + 1, len(units), unit.name)
 
 
 def _tell(progress: Progress | None, done: int, total: int, name: str) -> None:
@@ -244,10 +243,11 @@ def _check_model(model: PreTrainedModel) -> None:
             )
 
 
-def _rehearse(chosen: Metric, pattern: Sparsity, options: Mapping[str, Any], device: torch.device) -> None:
+def _rehearse(chosen: Metric, pattern: Sparsity, options: Mapping[str, Any], like: torch.Tensor) -> None:
     """Prune a throw-away layer, so that an option of a wrong value is found before anything runs."""
-    layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=device)
-    ramp = torch.linspace(-1, 1, 32 * 32, device=device).reshape(32, 32)
+    dtype = as_kernel_dtype(like[:1]).dtype
+    layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=like.device, dtype=dtype)
+    ramp = torch.linspace(-1, 1, 32 * 32, device=like.device).reshape(32, 32).to(dtype)
     weight = layer.weight.detach().copy_(ramp)
     prune_checked(layer, weight, ramp, chosen, pattern, f"method {chosen.name!r}", options)
 

@@ -170,6 +170,16 @@ def test_dtypes(make_decoder, ids, dtype):
         check_pattern(linear_weight(model.get_submodule(layer.name)), "2:4", "in")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["ace", "dass", "stade"])
+def test_on_a_gpu(make_decoder, ids, method):
+    model = make_decoder("llama").to("cuda", torch.bfloat16)
+    report = prune_model(model, Sequences(ids, torch.arange(16) < LENGTHS[:, None]), method)
+    assert report.peak_bytes == torch.cuda.max_memory_allocated()
+    for layer in report.layers:
+        check_pattern(linear_weight(model.get_submodule(layer.name)), "2:4", layer.axis)
+
+
 def test_magnitude_needs_neither_calibration_nor_forward(make_decoder):
     model = make_decoder("llama")
     model.forward = None
@@ -196,6 +206,10 @@ def test_experts_are_named_with_their_share(make_decoder, ids):
     )
     assert all("experts" in s.reason for s in report.skipped)
     assert len(report.layers) == 12
+
+
+def test_experts_may_be_excluded_by_name(make_decoder, ids):
+    assert prune_model(make_decoder("qwen3_moe"), ids, exclude="*.experts.*").skipped == ()
 
 
 def test_layers_that_do_not_fit_the_pattern_are_named(make_decoder, ids):
