@@ -233,7 +233,7 @@ ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t leng
         const int64_t size = Element(element) == Element::fp32 ? 4 : 2;
         std::vector<const void*> rows;
         std::vector<int64_t> sequences;
-        rows.reserve(n_sequences * length);
+        rows.reserve(n_sequences * length + TOKEN_TILE);
         sequences.reserve(n_sequences * length);
         for (int64_t s = 0; s < n_sequences; ++s) {
             count[s] = 0;
@@ -244,13 +244,17 @@ ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t leng
                 ++count[s];
             }
         }
-        const MomentsTask task = {rows.data(),      sequences.data(), int64_t(rows.size()), channels,
-                                  Element(element), total,            deviation,            sequence_square};
-        const int64_t strips = units(channels, CHANNEL_STRIP);
-        deal(strips, threads_for(task.n_tokens * channels * size, strips, threads),
-             [&](int64_t begin, int64_t end, int) {
-                 for (int64_t strip = begin; strip < end; ++strip) bodies->moments(task, strip);
-             });
+        if (channels == 0) return;
+        const int64_t n_tokens = int64_t(rows.size());
+        rows.insert(rows.end(), TOKEN_TILE, tokens);
+        const int most_threads = threads_for(n_tokens * channels * size, units(channels, 16), threads);
+        const int64_t shares = std::max<int64_t>(most_threads, units(channels, MOST_CHANNELS));
+        const int64_t strip = units(units(channels, shares), 16) * 16, strips = units(channels, strip);
+        const MomentsTask task = {rows.data(),      sequences.data(), n_tokens,  channels,       strip,
+                                  Element(element), total,            deviation, sequence_square};
+        deal(strips, int(std::min<int64_t>(most_threads, strips)), [&](int64_t begin, int64_t end, int) {
+            for (int64_t unit = begin; unit < end; ++unit) bodies->moments(task, unit);
+        });
     });
 }
 

@@ -8,92 +8,114 @@ namespace {
 
 // Tokens whose sums are kept in fp32 before they go to fp64.
 constexpr int64_t CHUNK = 128;
-constexpr int TOKEN_TILE = 8;
+// Bytes between a token element that is read and the one of the same token that memory is asked for meanwhile.
+constexpr int TOKENS_AHEAD = 1024;
 
-struct ChannelSums {
-    alignas(64) float shift[CHANNEL_STRIP], first[CHANNEL_STRIP], second[CHANNEL_STRIP], square[CHANNEL_STRIP];
+// Sums of sixteen channels lie side by side: strips of their own would compete with the tokens for the same cache sets.
+struct alignas(64) ChannelSums {
+    float shift[LANES], first[LANES], second[LANES];
 };
 
+struct alignas(64) ChannelMoments {
+    double mean[LANES], deviation[LANES];
+};
+
+template <int COUNT>
+ACE_INLINE Floats sum_of(const Floats* terms) {
+    return sum_of<COUNT / 2>(terms) + sum_of<COUNT / 2>(terms + COUNT / 2);
+}
+
+template <>
+ACE_INLINE Floats sum_of<1>(const Floats* terms) {
+    return terms[0];
+}
+
+// Adds d = x - shift and d^2 of TILE tokens; near the strip's end memory is asked for the TILE tokens after them.
 template <typename E, int TILE>
-ACE_INLINE void add_tokens(const void* const* tokens, int64_t from, int count, ChannelSums& sums) {
-    const typename E::Stored* row[TILE];
-    for (int t = 0; t < TILE; ++t) row[t] = static_cast<const typename E::Stored*>(tokens[t]) + from;
+ACE_INLINE void add_tokens(const void* const* tokens, int64_t from, int count, ChannelSums* sums) {
+    const typename E::Stored *row[TILE], *next[TILE];
+    for (int t = 0; t < TILE; ++t) {
+        row[t] = static_cast<const typename E::Stored*>(tokens[t]) + from;
+        next[t] = static_cast<const typename E::Stored*>(tokens[TILE + t]) + from;
+    }
+    constexpr int AHEAD = TOKENS_AHEAD / sizeof(typename E::Stored);
+    const int ahead = count < AHEAD ? count : AHEAD;
     each_vector(count, [&](int j, int lanes) ACE_INLINED {
-        const Floats shift = load(sums.shift + j);
-        Floats first = load(sums.first + j), second = load(sums.second + j), square = load(sums.square + j);
+        ChannelSums& s = sums[j / LANES];
+        const bool inside = j + ahead < count;
+        const typename E::Stored* const* later = inside ? row : next;
+        const int offset = j + ahead - (inside ? 0 : count);
+        const Floats shift = load(s.shift);
+        Floats d[TILE], squared[TILE];
         for (int t = 0; t < TILE; ++t) {
-            const Floats x = E::load(row[t] + j, lanes), d = x - shift;
-            first = first + d;
-            second = second + d * d;
-            square = square + x * x;
+            __builtin_prefetch(later[t] + offset);
+            d[t] = E::load(row[t] + j, lanes) - shift;
+            squared[t] = d[t] * d[t];
         }
-        store(sums.first + j, first);
-        store(sums.second + j, second);
-        store(sums.square + j, square);
+        store(s.first, load(s.first) + sum_of<TILE>(d));
+        store(s.second, load(s.second) + sum_of<TILE>(squared));
     });
 }
 
+// Sets out for a chunk, about the median of three of its tokens: one massive token does not spoil that.
 template <typename E>
-ACE_INLINE void add_run(const void* const* tokens, int64_t length, int64_t from, int count, ChannelSums& sums) {
-    int64_t t = 0;
-    for (; t + TOKEN_TILE <= length; t += TOKEN_TILE) add_tokens<E, TOKEN_TILE>(tokens + t, from, count, sums);
-    for (; t < length; ++t) add_tokens<E, 1>(tokens + t, from, count, sums);
-}
-
-// The median of three tokens of the chunk: one massive token among them does not spoil the shift.
-template <typename E>
-ACE_INLINE void set_shift(const void* const* tokens, int64_t length, int64_t from, int count, float* shift) {
+ACE_INLINE void start_chunk(const void* const* tokens, int64_t length, int64_t from, int count, ChannelSums* sums) {
     const auto row = [&](int64_t t) { return static_cast<const typename E::Stored*>(tokens[t]) + from; };
     const auto *a = row(0), *b = row(length / 2), *c = row(length - 1);
     each_vector(count, [&](int j, int lanes) ACE_INLINED {
         const Floats x = E::load(a + j, lanes), y = E::load(b + j, lanes), z = E::load(c + j, lanes);
-        store(shift + j, max(min(x, y), min(max(x, y), z)));
+        ChannelSums& s = sums[j / LANES];
+        store(s.shift, max(min(x, y), min(max(x, y), z)));
+        store(s.first, Floats::all(0.0f));
+        store(s.second, Floats::all(0.0f));
     });
 }
 
-// Chan's rule: a chunk's own deviation, and what its mean adds to that of the tokens before it.
-ACE_INLINE void merge_chunk(const ChannelSums& sums, double before, double length, int count, double* total,
-                            double* deviation) {
-    for (int j = 0; j < count; ++j) {
-        const double first = sums.first[j], own = sums.second[j] - first * first / length;
-        const double mean = sums.shift[j] + first / length;
-        const double apart = before > 0 ? mean - total[j] / before : 0.0;
-        total[j] += mean * length;
-        deviation[j] += (own > 0 ? own : 0.0) + apart * apart * (before * length / (before + length));
+// Chan's rule, for `length` tokens after `before` of them; `square` gets their sum of x^2.
+ACE_INLINE void merge_chunk(const ChannelSums* sums, double before, double length, int count,
+                            ChannelMoments* merged, float* square) {
+    const double share = 1 / length, weight = length / (before + length), between = before * weight;
+    for (int j = 0; j < count; j += LANES) {
+        const ChannelSums& s = sums[j / LANES];
+        ChannelMoments& m = merged[j / LANES];
+        float squares[LANES];
+        for (int lane = 0; lane < LANES; ++lane) {
+            const double shift = s.shift[lane], first = s.first[lane], second = s.second[lane];
+            const double own = second - first * first * share, apart = shift + first * share - m.mean[lane];
+            m.mean[lane] += apart * weight;
+            m.deviation[lane] += (own > 0 ? own : 0.0) + apart * apart * between;
+            squares[lane] = float(second + shift * (2 * first + length * shift));
+        }
+        const int lanes = count - j < LANES ? count - j : LANES;
+        store(square + j, load(square + j, lanes) + load(squares), lanes);
     }
 }
 
 inline void moments(const MomentsTask& task, int64_t strip) {
-    const int64_t from = strip * CHANNEL_STRIP;
-    const int count = int(task.channels - from < CHANNEL_STRIP ? task.channels - from : CHANNEL_STRIP);
-    ChannelSums sums;
-    double total[CHANNEL_STRIP] = {}, deviation[CHANNEL_STRIP] = {};
-    const auto add_squares = [&](int64_t sequence) {
-        float* out = task.sequence_square + sequence * task.channels + from;
-        for (int j = 0; j < count; ++j) out[j] += sums.square[j];
-        memset(sums.square, 0, sizeof sums.square);
-    };
-    memset(sums.square, 0, sizeof sums.square);
-    with_element(task.element, [&](auto element) {
+    const int64_t from = strip * task.strip;
+    const int count = int(task.channels - from < task.strip ? task.channels - from : task.strip);
+    ChannelSums sums[MOST_CHANNELS / LANES];
+    ChannelMoments merged[MOST_CHANNELS / LANES] = {};
+    with_element(task.element, [&](auto element) ACE_INLINED {
         using E = decltype(element);
-        for (int64_t chunk = 0; chunk < task.n_tokens; chunk += CHUNK) {
-            const int64_t end = task.n_tokens - chunk < CHUNK ? task.n_tokens : chunk + CHUNK;
-            set_shift<E>(task.tokens + chunk, end - chunk, from, count, sums.shift);
-            memset(sums.first, 0, sizeof sums.first);
-            memset(sums.second, 0, sizeof sums.second);
-            for (int64_t t = chunk; t < end;) {
-                int64_t next = t;
-                while (next < end && task.sequence[next] == task.sequence[t]) ++next;
-                add_run<E>(task.tokens + t, next - t, from, count, sums);
-                add_squares(task.sequence[t]);
-                t = next;
+        for (int64_t begin = 0, end; begin < task.n_tokens; begin = end) {
+            const int64_t sequence = task.sequence[begin];
+            end = begin + 1;
+            while (end < task.n_tokens && end - begin < CHUNK && task.sequence[end] == sequence) ++end;
+            start_chunk<E>(task.tokens + begin, end - begin, from, count, sums);
+            int64_t t = begin;
+            for (; t + TOKEN_TILE <= end; t += TOKEN_TILE) {
+                add_tokens<E, TOKEN_TILE>(task.tokens + t, from, count, sums);
             }
-            merge_chunk(sums, double(chunk), double(end - chunk), count, total, deviation);
+            for (; t < end; ++t) add_tokens<E, 1>(task.tokens + t, from, count, sums);
+            merge_chunk(sums, double(begin), double(end - begin), count, merged,
+                        task.sequence_square + sequence * task.channels + from);
         }
     });
     for (int j = 0; j < count; ++j) {
-        task.total[from + j] = float(total[j]);
-        task.deviation[from + j] = float(deviation[j]);
+        const ChannelMoments& m = merged[j / LANES];
+        task.total[from + j] = float(m.mean[j % LANES] * double(task.n_tokens));
+        task.deviation[from + j] = float(m.deviation[j % LANES]);
     }
 }
 
@@ -117,7 +139,7 @@ inline void weighted_squares(const SquaresTask& task, int64_t strip) {
     alignas(64) float sums[CHANNEL_STRIP];
     double total[8][CHANNEL_STRIP];
     memset(total, 0, task.n_layers * sizeof total[0]);
-    with_element(task.tokens.element, [&](auto element) {
+    with_element(task.tokens.element, [&](auto element) ACE_INLINED {
         using E = decltype(element);
         for (int64_t chunk = 0; chunk < n_tokens; chunk += CHUNK) {
             const int64_t end = n_tokens - chunk < CHUNK ? n_tokens : chunk + CHUNK;

@@ -46,10 +46,6 @@ ACE_INLINE void choose_along_in(int32_t* keys, int count, int n) {
         Ints group[VECTORS];
         for (int a = 0; a < VECTORS; ++a) group[a] = load(keys + j + a * LANES);
         for (int a = 0; a < VECTORS; ++a) {
-            if (M == 4 && n == 2) {
-                store(keys + j, two_of_four(group[0]));
-                continue;
-            }
             Ints count = Ints::all(0);
             for (int b = 0; b < VECTORS; ++b) count = count + beaten<GROUP>(group[a], group[b], a - b, turns);
             store(keys + j + a * LANES, (losses + count) >> 31);
@@ -85,7 +81,18 @@ ACE_INLINE void choose_along_out(int32_t* keys, int count, int stride, const Pat
     }
 }
 
+// The pattern of sparse tensor cores goes from score to survivors in registers.
+inline void select_two_of_four(const Selection& s, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        with_scorer(s, i, 0, [&](const auto& score) {
+            deliver(s, i, 0, int(s.weight.cols),
+                    [&](int j, int lanes) ACE_INLINED { return two_of_four(score(j, lanes)); });
+        });
+    }
+}
+
 inline void select_nm(const Selection& s, const Pattern& pattern, int64_t begin, int64_t end) {
+    if (pattern.n == 2 && pattern.m == 4 && !pattern.along_out) return select_two_of_four(s, begin, end);
     constexpr int MOST_KEYS = 8 * KEY_STRIP;
     alignas(64) int32_t keys[MOST_KEYS];
     const int height = pattern.along_out ? pattern.m : 1;
@@ -98,7 +105,7 @@ inline void select_nm(const Selection& s, const Pattern& pattern, int64_t begin,
             if (pattern.along_out) choose_along_out(keys, count, strip, pattern);
             else choose_along_in(keys, count, pattern);
             for (int k = 0; k < height; ++k) {
-                deliver(s, top + k, from, count, [&](int j) ACE_INLINED { return load(keys + k * strip + j); });
+                deliver(s, top + k, from, count, [&](int j, int) ACE_INLINED { return load(keys + k * strip + j); });
             }
         }
     }

@@ -50,7 +50,7 @@ ACE_INLINE void deliver_cut(const Selection& s, int64_t i, int64_t from, int cou
     const Ints places = load(place), at = Ints::all(threshold - 1);
     const int64_t clamped = ties_from < from ? 0 : ties_from - from < count ? ties_from - from : count;
     const Ints first_tie = Ints::all(int32_t(clamped));
-    deliver(s, i, from, count, [&](int j) ACE_INLINED {
+    deliver(s, i, from, count, [&](int j, int) ACE_INLINED {
         const Ints before_ties = (places + Ints::all(j) - first_tie) >> 31;
         return (at - before_ties - keys(j)) >> 31;
     });

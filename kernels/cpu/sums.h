@@ -17,6 +17,7 @@ ACE_INLINE void add_magnitudes(const typename E::Stored* weight, int64_t stride,
     each_vector(count, [&](int j, int lanes) ACE_INLINED {
         Floats col = load(cols + j);
         for (int r = 0; r < TILE; ++r) {
+            __builtin_prefetch(weight + (TILE + r) * stride + j);
             const Floats v = magnitude(E::load(weight + r * stride + j, lanes));
             row[r] = row[r] + v;
             col = col + v;
@@ -31,7 +32,7 @@ inline void weight_sums(const Matrix& w, int64_t block, float* row_sums, float* 
     const int height = int(w.rows - top < SUM_ROWS ? w.rows - top : SUM_ROWS);
     double rows[SUM_ROWS] = {};
     alignas(64) float cols[CHANNEL_STRIP];
-    with_element(w.element, [&](auto element) {
+    with_element(w.element, [&](auto element) ACE_INLINED {
         using E = decltype(element);
         const auto* weight = static_cast<const typename E::Stored*>(w.data) + top * w.stride;
         for (int64_t from = 0; from < w.cols; from += CHANNEL_STRIP) {
@@ -51,7 +52,7 @@ inline void weight_sums(const Matrix& w, int64_t block, float* row_sums, float* 
 }
 
 inline void token_norms(const Matrix& outputs, int64_t begin, int64_t end, float* norms) {
-    with_element(outputs.element, [&](auto element) {
+    with_element(outputs.element, [&](auto element) ACE_INLINED {
         using E = decltype(element);
         for (int64_t t = begin; t < end; ++t) {
             const auto* row = static_cast<const typename E::Stored*>(outputs.data) + t * outputs.stride;
@@ -72,7 +73,7 @@ inline void token_norms(const Matrix& outputs, int64_t begin, int64_t end, float
 
 // The largest exponent decides: NaN and infinity are the elements whose exponent bits are all ones.
 inline bool all_finite(Element element, const void* data, int64_t count) {
-    return with_element(element, [&](auto tag) {
+    return with_element(element, [&](auto tag) ACE_INLINED {
         using E = decltype(tag);
         using Register = typename E::Register;
         constexpr int STEP = sizeof(Register) / sizeof(typename E::Stored), UNROLL = 4;

@@ -46,9 +46,9 @@ struct Histogram {
 };
 
 struct MomentsTask {
-    const void* const* tokens;  // one row pointer for each token that counts, in order
+    const void* const* tokens;  // a row pointer for each token that counts, in order, then TOKEN_TILE to spare
     const int64_t* sequence;    // which sequence each of them belongs to
-    int64_t n_tokens, channels;
+    int64_t n_tokens, channels, strip;
     Element element;
     float *total, *deviation, *sequence_square;
 };
@@ -60,8 +60,10 @@ struct SquaresTask {
     float* out;  // [n_layers, channels]
 };
 
-// Rows (or channels) of a unit of work: results do not depend on how units are dealt to threads.
+// Rows of a unit of summing: column sums do not depend on how units are dealt to threads.
 constexpr int64_t SUM_ROWS = 128;
+// Tokens whose channels are summed at a time, and the most channels of a strip of moments.
+constexpr int64_t TOKEN_TILE = 8, MOST_CHANNELS = 4096;
 constexpr int64_t CHANNEL_STRIP = 1024;
 // Selection works strip by strip, so that keys stay in the first-level cache.
 constexpr int64_t KEY_STRIP = 1024;
@@ -80,8 +82,9 @@ struct Bodies {
     void (*weight_sums)(const Matrix&, int64_t block, float* row_sums, float* block_cols);
     void (*token_norms)(const Matrix&, int64_t begin, int64_t end, float* norms);
     bool (*all_finite)(Element, const void* data, int64_t count);
-    // Channels of one strip of CHANNEL_STRIP.
+    // Channels of one strip, as wide as the task says.
     void (*moments)(const MomentsTask&, int64_t strip);
+    // Channels of one strip of CHANNEL_STRIP.
     void (*weighted_squares)(const SquaresTask&, int64_t strip);
 };
 

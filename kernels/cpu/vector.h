@@ -188,5 +188,13 @@ ACE_INLINE int64_t sum(const Ints& v) {
     return total;
 }
 
+// function(j, lanes) for every vector of `count` elements, the last one maybe in part.
+template <typename Function>
+ACE_INLINE void each_vector(int count, Function function) {
+    int j = 0;
+    for (; j + LANES <= count; j += LANES) function(j, LANES);
+    if (j < count) function(j, count - j);
+}
+
 }  // namespace
 }  // namespace ace

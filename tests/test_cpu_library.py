@@ -1,0 +1,314 @@
+"""The compiled CPU library: one result on every instruction set and number of threads, and no byte out of bounds."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import mmap
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from ace_triton.kernels import cpu
+from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, BackendError, choose_backend
+from ace_triton.kernels.coupling import coupling
+from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.moments import moments
+from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.select_nm import GROUP_SIZES, select_nm, select_nm_reference
+from ace_triton.kernels.select_rows import select_rows, select_rows_reference
+from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.weight_sums import weight_sums
+from ace_triton.kernels.weighted_squares import weighted_squares
+
+needs_library = pytest.mark.skipif(not cpu.available(), reason=f"no CPU library: {cpu.why_unavailable()}")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Results = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
+def runs(isa: str) -> bool:
+    try:
+        cpu.use_isa(isa)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.fixture
+def isas() -> Iterator[list[str]]:
+    """Every instruction set of this machine; the one in use is put back."""
+    in_use = cpu.isa()
+    yield [isa for isa in cpu.ISAS if runs(isa)]
+    cpu.use_isa(in_use)
+
+
+def matrix(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Normal values with ties, subnormals and signed zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, cols, generator=generator)
+    few = torch.tensor([0.0, -0.0, 0.5, -0.5, torch.finfo(dtype).smallest_normal / 8])
+    drawn = few[torch.randint(len(few), values.shape, generator=generator)]
+    return torch.where(torch.rand(values.shape, generator=generator) < 0.2, drawn, values).to(dtype)
+
+
+def full_terms(rows: int, cols: int, power: int = 1) -> ScoreTerms:
+    generator = torch.Generator().manual_seed(7)
+    draw = [torch.rand(shape, generator=generator) for shape in ((rows,), (cols,), (cols,), (rows, cols))]
+    return ScoreTerms(*draw, power=power)
+
+
+def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
+    """All results of all operations on one matrix."""
+    weight = matrix(rows, cols, dtype)
+    wanda = ScoreTerms(scale=full_terms(rows, cols).scale)
+    ria = ScoreTerms(row=full_terms(rows, cols).row, col=full_terms(rows, cols).col, scale=wanda.scale)
+    results: Results = {}
+    for name, terms in {"wanda": wanda, "ria": ria, "full": full_terms(rows, cols, power=2)}.items():
+        for m in GROUP_SIZES:
+            if cols % m == 0:
+                results[f"{name} {m} in"] = select_nm(weight, terms, m // 2, m, output="bits")
+            if rows % m == 0:
+                results[f"{name} {m} out"] = select_nm(weight, terms, m // 2, m, axis="out", output="mask")
+        results[f"{name} rows"] = select_rows(weight, terms, cols // 3, output="mask")
+        results[f"{name} layer"] = select_rows(weight, terms, rows * cols // 3, scope="layer", output="bits")
+        if cols % 4 == 0:
+            results[f"{name} pruned"] = select_nm(weight.clone(), terms, 2, 4).view(torch.uint8)
+    valid = torch.arange(rows) % 5 > 0
+    sums = moments(weight, valid)
+    results |= {"total": sums.total, "deviation": sums.deviation, "square": sums.sequence_square}
+    results["row sums"], results["column sums"] = weight_sums(weight)
+    results["norms"] = token_norms(weight)
+    results["squares"] = weighted_squares(weight, torch.stack([valid.float(), torch.arange(rows).float()]))
+    results["finite"] = torch.tensor(all_finite(weight))
+    return results
+
+
+def assert_same(got: Results, expected: Results, where: str) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), f"{name} differs on {where}"
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols"), [(32, 96), (7, 2052), (64, 33), (130, 1), (1, 4)])
+def test_every_instruction_set_agrees(isas, dtype, rows, cols):
+    results = {}
+    for isa in isas:
+        cpu.use_isa(isa)
+        results[isa] = every_operation(rows, cols, dtype)
+    for isa in isas:
+        assert_same(results[isa], results["portable"], isa)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_of_threads_agrees(dtype):
+    before = torch.get_num_threads()
+    try:
+        results = {}
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results[threads] = every_operation(1280, 1536, dtype)
+    finally:
+        torch.set_num_threads(before)
+    for threads, got in results.items():
+        assert_same(got, results[1], f"{threads} threads")
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_scores_rank_as_the_reference_ranks_them(isas, dtype):
+    weight = matrix(16, 64, dtype)
+    weight[::2, ::3], weight[1::2, ::3] = torch.nan, torch.inf
+    terms = ScoreTerms(scale=torch.arange(64).remainder(5).float())
+    for isa in isas:
+        cpu.use_isa(isa)
+        for n, m in ((2, 4), (4, 8), (16, 32)):
+            for axis in ("in", "out") if m <= 16 else ("in",):
+                keep = select_nm_reference(weight, terms, n, m, axis=axis, output="mask")
+                assert torch.equal(select_nm(weight, terms, n, m, axis=axis, output="mask"), keep)
+        for scope, k in (("row", 30), ("layer", 500)):
+            keep = select_rows_reference(weight, terms, k, scope=scope, output="mask")
+            assert torch.equal(select_rows(weight, terms, k, scope=scope, output="mask"), keep)
+
+
+@pytest.fixture
+def before_a_guard_page() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Copies a tensor to the end of a mapping behind which nothing can be read or written."""
+    page = mmap.PAGESIZE
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    guards = []
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        nbytes = tensor.numel() * tensor.element_size()
+        pages = -(-nbytes // page) * page
+        mapping = mmap.mmap(-1, pages + page)
+        whole = torch.frombuffer(mapping, dtype=torch.uint8)
+        guard = whole.data_ptr() + pages
+        assert protect(guard, page, 0) == 0
+        guards.append((guard, whole))
+        placed = whole[pages - nbytes : pages].view(tensor.dtype).reshape(tensor.shape)
+        return placed.copy_(tensor)
+
+    yield place
+    for guard, _ in guards:
+        protect(guard, page, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols"), [(4, 4), (8, 36), (5, 1028), (32, 7), (9, 1)])
+def test_nothing_behind_a_tensor_is_touched(isas, before_a_guard_page, dtype, rows, cols):
+    place = before_a_guard_page
+    weight = place(matrix(rows, cols, dtype))
+    full = full_terms(rows, cols)
+    terms = ScoreTerms(place(full.row), place(full.col), place(full.scale), place(full.coupling))
+    token_weights = place(torch.ones(2, rows))
+    for isa in isas:
+        cpu.use_isa(isa)
+        for output in ("mask", "bits", "weight"):
+            if cols % 4 == 0:
+                select_nm(weight, terms, 2, 4, output=output)
+                select_nm(weight, ScoreTerms(scale=terms.scale), 1, 4, output=output)
+            if rows % 4 == 0:
+                select_nm(weight, terms, 2, 4, axis="out", output=output)
+            for scope in ("row", "layer"):
+                select_rows(weight, terms, cols // 2, scope=scope, output=output)
+        moments(weight)
+        weight_sums(weight)
+        token_norms(weight)
+        weighted_squares(weight, token_weights)
+        assert all_finite(weight)
+
+
+@needs_library
+@pytest.mark.parametrize(("rows", "cols"), [(8, 36), (32, 7), (5, 1028)])
+def test_nothing_around_an_output_is_written(isas, monkeypatch, rows, cols):
+    guard, poison = 256, 0xA5
+    allocated = []
+
+    def guarded(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        whole = torch.full((nbytes + 2 * guard,), poison, dtype=torch.uint8)
+        allocated.append(whole)
+        return whole[guard : guard + nbytes].view(dtype).reshape(shape)
+
+    def check() -> None:
+        assert allocated
+        for whole in allocated:
+            assert (whole[:guard] == poison).all()
+            assert (whole[-guard:] == poison).all()
+        allocated.clear()
+
+    weight, terms = matrix(rows, cols, torch.bfloat16), full_terms(rows, cols)
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: guarded(*shape, **options).zero_())
+    for isa in isas:
+        cpu.use_isa(isa)
+        for output in ("mask", "bits"):
+            if cols % 4 == 0:
+                cpu.select_nm(weight, terms, 2, 4, "in", output)
+            if rows % 4 == 0:
+                cpu.select_nm(weight, terms, 2, 4, "out", output)
+            for scope in ("row", "layer"):
+                cpu.select_rows(weight, terms, cols // 2, scope, output)
+        cpu.moments(weight[None], None)
+        cpu.weight_sums(weight)
+        cpu.token_norms(weight)
+        cpu.weighted_squares(weight, torch.ones(2, rows))
+        check()
+
+
+@needs_library
+def test_offsets_beyond_32_bits():
+    stride, cols = 2**31 + 16, 64
+    try:
+        storage = torch.empty(stride + cols, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("no room for a 4 GB mapping")
+    weight = storage.as_strided((2, cols), (stride, 1))
+    weight.copy_(matrix(2, cols, torch.bfloat16))
+    expected = weight.contiguous()
+    select_nm(expected, ScoreTerms(), 2, 4)
+    select_nm(weight, ScoreTerms(), 2, 4)
+    assert torch.equal(weight, expected)
+    assert torch.equal(moments(weight).total, moments(expected).total)
+
+
+@needs_library
+def test_coupling_works_chunk_by_chunk():
+    tokens, outputs = matrix(700, 24, torch.float32), matrix(700, 16, torch.float32, seed=1)
+    together = coupling(tokens, outputs, torch.ones(700))
+    parts = [coupling(tokens[t : t + 1], outputs[t : t + 1], torch.ones(1)) for t in range(700)]
+    torch.testing.assert_close(together, torch.stack(parts).sum(0))
+
+
+@pytest.fixture
+def reload(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget the loaded library before and after."""
+    cpu._load.cache_clear()
+    yield
+    monkeypatch.undo()
+    cpu._load.cache_clear()
+
+
+def test_without_the_library_the_reference_serves(reload, monkeypatch):
+    monkeypatch.setattr(importlib.machinery, "EXTENSION_SUFFIXES", [".not-built"])
+    weight = matrix(8, 16, torch.float32)
+    assert not cpu.available()
+    assert "was not built" in cpu.why_unavailable()
+    assert choose_backend(weight) == "reference"
+    assert torch.equal(
+        select_nm(weight, ScoreTerms(), 2, 4, output="mask"),
+        select_nm_reference(weight, ScoreTerms(), 2, 4, output="mask"),
+    )
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")
+    with pytest.raises(BackendError, match=r"was not built.*install a C\+\+ compiler"):
+        choose_backend(weight)
+
+
+def test_a_broken_library_says_so(reload, monkeypatch, tmp_path):
+    (tmp_path / f"_cpu{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    assert not cpu.available()
+    assert "does not load" in cpu.why_unavailable()
+
+
+@needs_library
+def test_the_instruction_set_can_be_forced(reload, monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "portable")
+    assert cpu.isa() == "portable"
+    cpu._load.cache_clear()
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
+    with pytest.raises(ValueError, match="ACE_TRITON_CPU_ISA='sse9'"):
+        cpu.available()
+    monkeypatch.delenv(cpu.ISA_VARIABLE)
+    with pytest.raises(ValueError, match="'sse9' must be one of"):
+        cpu.use_isa("sse9")
+
+
+def test_backends_that_cannot_serve_say_why(monkeypatch):
+    here, elsewhere = torch.ones(2, 2), torch.ones(2, 2, device="meta")
+    with pytest.raises(ValueError, match=r"on one device.*cpu.*meta"):
+        choose_backend(here, elsewhere)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fortran")
+    with pytest.raises(BackendError, match="'fortran' is not a backend"):
+        choose_backend(here)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")
+    with pytest.raises(BackendError, match="the tensors are on meta"):
+        choose_backend(elsewhere)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert choose_backend(here) == "reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    with pytest.raises(BackendError, match=r"the tensors are on the CPU|triton is not installed"):
+        choose_backend(here)
