@@ -65,7 +65,9 @@ def prune(
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the calibration crops.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Sequences a forward.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences a forward; left out, about 2,048 tokens' worth.")
+    ] = None,
     one_shot: Annotated[
         bool, typer.Option("--one-shot", help="One forward a block: statistics of the dense model.")
     ] = False,

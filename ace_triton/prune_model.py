@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]
 
+TOKENS_OF_A_FORWARD = 2048
+
 
 class CalibrationSet(Protocol):
     """Token ids, int64 [n_sequences, length], and bool of that shape, True for real tokens, or None."""
@@ -94,7 +96,7 @@ def prune_model(
     sparsity: str | float | Sparsity = "2:4",
     *,
     one_shot: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -114,7 +116,7 @@ def prune_model(
         method: a metric's name (:func:`~ace_triton.metrics.metric_names`).
         sparsity: as in :func:`~ace_triton.prune.prune_linear`.
         one_shot: take all statistics from the dense model: half the forwards, and coarser masks.
-        batch_size: sequences in one forward.
+        batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
         include: shell patterns; only layers whose dotted name matches one are pruned. The only way to the
             linear layers outside the blocks ("lm_head").
         exclude: shell patterns of layers to leave dense.
@@ -252,8 +254,10 @@ def _rehearse(chosen: Metric, pattern: Sparsity, options: Mapping[str, Any], lik
     prune_checked(layer, weight, ramp, chosen, pattern, f"method {chosen.name!r}", options)
 
 
-def _batches(model: PreTrainedModel, calibration: torch.Tensor | CalibrationSet | None, batch_size: int) -> list[Batch]:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+def _batches(
+    model: PreTrainedModel, calibration: torch.Tensor | CalibrationSet | None, batch_size: int | None
+) -> list[Batch]:
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
     ids, mask = _ids_and_mask(calibration)
     table = next(model.get_input_embeddings().parameters())
@@ -268,6 +272,7 @@ def _batches(model: PreTrainedModel, calibration: torch.Tensor | CalibrationSet 
         raise ValueError(
             f"calibration sequences have {ids.shape[1]} tokens, the model takes {longest} at most: cut them shorter"
         )
+    batch_size = batch_size or max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
     parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
     return [Batch(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
 
