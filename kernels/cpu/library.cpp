@@ -40,6 +40,9 @@ bool runs_here(const Bodies& candidate) {
 }
 
 const Bodies* best_bodies() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#endif
     const Bodies* const* candidate = all_bodies();
     while (!runs_here(**candidate)) ++candidate;
     return *candidate;
@@ -227,7 +230,7 @@ ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int6
 // `valid` is null or one byte a token; `sequence_square` comes in as zeros; `count` is one number a sequence.
 ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t length, int64_t channels,
                            int64_t sequence_stride, int64_t token_stride, int32_t element, const uint8_t* valid,
-                           float* total, float* deviation, float* sequence_square, int64_t* count,
+                           double* total, double* deviation, float* sequence_square, int64_t* count,
                            int32_t threads) {
     return guarded([&] {
         const int64_t size = Element(element) == Element::fp32 ? 4 : 2;

@@ -114,8 +114,8 @@ inline void moments(const MomentsTask& task, int64_t strip) {
     });
     for (int j = 0; j < count; ++j) {
         const ChannelMoments& m = merged[j / LANES];
-        task.total[from + j] = float(m.mean[j % LANES] * double(task.n_tokens));
-        task.deviation[from + j] = float(m.deviation[j % LANES]);
+        task.total[from + j] = m.mean[j % LANES] * double(task.n_tokens);
+        task.deviation[from + j] = m.deviation[j % LANES];
     }
 }
 

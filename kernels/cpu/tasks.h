@@ -50,7 +50,8 @@ struct MomentsTask {
     const int64_t* sequence;    // which sequence each of them belongs to
     int64_t n_tokens, channels, strip;
     Element element;
-    float *total, *deviation, *sequence_square;
+    double *total, *deviation;
+    float* sequence_square;
 };
 
 struct SquaresTask {
