@@ -213,8 +213,8 @@ class ActivationStats:
         batch = moments(tokens, valid)
         self._add(
             batch.count,
-            batch.total.double() / max(batch.count, 1),
-            batch.deviation.double(),
+            batch.total / max(batch.count, 1),
+            batch.deviation,
             batch.sequence_square,
             batch.sequence_count,
         )

@@ -166,7 +166,7 @@ def moments(
     sequences, length, channels = tokens.shape
     laid = _row_major(tokens)
     valid = None if valid is None else valid.contiguous()
-    total, deviation = torch.empty(channels), torch.empty(channels)
+    total, deviation = torch.empty(2, channels, dtype=torch.float64)
     sequence_square = torch.zeros(sequences, channels)
     sequence_count = torch.empty(sequences, dtype=torch.int64)
     _call(

@@ -19,13 +19,13 @@ from .triton_import import tl, triton
 
 @dataclass(frozen=True)
 class Moments:
-    """Channel sums of one batch of tokens; vectors are fp32.
+    """Channel sums of one batch of tokens.
 
     Attributes:
         count: number of tokens counted.
-        total: [in_features], sum of x.
-        deviation: [in_features], sum of squared deviations from the batch's own mean.
-        sequence_square: [n_sequences, in_features], sum of x^2 over each sequence's tokens.
+        total: fp64 [in_features], sum of x. In fp32 a large mean would hide what merging batches needs.
+        deviation: fp64 [in_features], sum of squared deviations from the batch's own mean.
+        sequence_square: fp32 [n_sequences, in_features], sum of x^2 over each sequence's tokens.
         sequence_count: [n_sequences] int64, tokens counted in each sequence.
     """
 
@@ -69,7 +69,7 @@ def moments_reference(tokens: torch.Tensor, valid: torch.Tensor | None = None) -
     count = int(sequence_count.sum())
     total = x.sum((0, 1))
     deviation = torch.where(kept, x - total / max(count, 1), 0.0).square().sum((0, 1))
-    return Moments(count, total.float(), deviation.float(), x.square().sum(1).float(), sequence_count)
+    return Moments(count, total, deviation, x.square().sum(1).float(), sequence_count)
 
 
 def as_sequences(tokens: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -116,11 +116,10 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
         num_warps=1,
     )
     counted = counts[:, None]
-    origin = shifts[counts.argmax()]
-    means += shifts - origin
-    mean = (means * counted).sum(0) / max(count, 1)
-    deviation = deviations.sum(0) + ((means - mean).square() * counted).sum(0)
-    total = (origin + mean) * count
+    part_means = shifts.double() + means
+    total = (part_means * counted).sum(0)
+    apart = part_means - total / max(count, 1)
+    deviation = deviations.sum(0, dtype=torch.float64) + (apart.square() * counted).sum(0)
     return Moments(count, total, deviation, squares.sum(0), sequence_count)
 
 
