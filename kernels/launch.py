@@ -128,3 +128,44 @@ def moments(tokens: torch.Tensor) -> Moments:
     tile = down_rows(n_sequences * length, tokens)
     trips = min(tile.trips, max(1, math.ceil(length / tile.block_rows)))
     return Moments(max(1, min(tile.trips // trips, n_sequences)), tile.block_rows, tile.block_cols, trips)
+
+
+@dataclass(frozen=True)
+class SelectRows:
+    """Tiles of ``select_rows``: a row in the registers of one program, 32 weights a word.
+
+    Attributes:
+        vector: neighbouring weights in a thread, 16 bytes of them, or 1 where rows are not aligned.
+        log_threads: binary logarithm of the program's threads.
+        parts: words of a thread, as at most two powers of two.
+        num_warps: threads over the lanes of a warp.
+    """
+
+    vector: int
+    log_threads: int
+    parts: tuple[int, ...]
+    num_warps: int
+
+
+def select_rows(weight: torch.Tensor) -> SelectRows | None:
+    """As few warps as hold a row, since warps must meet for every bit; None where eight do not.
+
+    A thread holds four words, 124 registers of bit planes, or one word where rows are not aligned and
+    every weight has an address of its own: more would spill.
+    """
+    threads = lanes(weight.device)
+    aligned = weight.data_ptr() % ACCESS_BYTES == 0 and all(n % 16 == 0 for n in (weight.stride(0), weight.shape[1]))
+    words = math.ceil(weight.shape[1] / (32 * threads))
+    num_warps = 1
+    while words > (4 if aligned else 1) * num_warps:
+        num_warps *= 2
+    if num_warps > 8:
+        return None
+    words = math.ceil(words / num_warps)
+    log_threads = (threads * num_warps).bit_length() - 1
+    return SelectRows(vector(weight) if aligned else 1, log_threads, (2, 1) if words == 3 else (words,), num_warps)
+
+
+def threshold_search(weight: torch.Tensor) -> int:
+    """Columns of a program of ``threshold_search``: 32 a thread, so that a count is rare beside its keys."""
+    return min(32 * WARPS * lanes(weight.device), max(8, 1 << (weight.shape[1] - 1).bit_length()))

@@ -1,4 +1,4 @@
-"""Register moves on Triton tiles: columns taken apart and put together without leaving their thread."""
+"""Moves inside registers: columns of a Triton tile taken apart and put together, weights masked, bits packed."""
 
 from __future__ import annotations
 
@@ -33,3 +33,22 @@ def zipped(parts):
                 joined = joined + (tl.reshape(pairs, [pairs.shape[0], pairs.shape[1] * 2]),)
             parts = joined
     return parts[0]
+
+
+@triton.jit
+def masked(weight, keep):
+    """The weight's own bits where ``keep`` is -1, +0.0 where it is 0."""
+    if weight.dtype.primitive_bitwidth == 32:
+        bits = weight.to(tl.int32, bitcast=True) & keep
+    else:
+        bits = weight.to(tl.int16, bitcast=True) & keep.to(tl.int16)
+    return bits.to(weight.dtype, bitcast=True)
+
+
+@triton.jit
+def joined_bits(codes, WIDTH: tl.constexpr):
+    """The lowest WIDTH bits of each code side by side, the first one lowest."""
+    word = codes[0] & ((1 << WIDTH) - 1)
+    for k in tl.static_range(1, len(codes)):
+        word = word | ((codes[k] & ((1 << WIDTH) - 1)) << (k * WIDTH))
+    return word

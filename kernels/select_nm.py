@@ -15,7 +15,7 @@ import torch
 from . import cpu, launch
 from .backend import choose_backend
 from .group_choice import best_of_group
-from .registers import unzip, zipped
+from .registers import joined_bits, masked, unzip, zipped
 from .score_terms import ScoreTerms, score, scores_reference
 from .triton_import import tl, triton
 
@@ -257,7 +257,7 @@ def _select_nm_body(
                 for k in tl.static_range(SPLIT):
                     keep = kept[access * SPLIT + k]
                     if OUTPUT == "weight":
-                        piece = piece + (_masked(weights[access * SPLIT + k], keep),)
+                        piece = piece + (masked(weights[access * SPLIT + k], keep),)
                     else:
                         piece = piece + ((keep & 1).to(tl.int8),)
                 inside = (row < rows - down) & (j < cols)
@@ -290,16 +290,6 @@ def _members(pointer, offset, inside, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _masked(weight, keep):
-    """The weight's own bits where ``keep`` is -1, +0.0 where it is 0."""
-    if weight.dtype.primitive_bitwidth == 32:
-        bits = weight.to(tl.int32, bitcast=True) & keep
-    else:
-        bits = weight.to(tl.int16, bitcast=True) & keep.to(tl.int16)
-    return bits.to(weight.dtype, bitcast=True)
-
-
-@triton.jit
 def _store_bits(
     out_ptr, start, kept, block, valid_rows, cols, out_stride, AXIS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
@@ -308,27 +298,18 @@ def _store_bits(
         byte = block * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
         valid = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :] < cols
         for k in tl.static_range(len(kept)):
-            packed = _joined(unzip(tl.where(valid, kept[k] & 1, 0), 8), 1)
+            packed = joined_bits(unzip(tl.where(valid, kept[k] & 1, 0), 8), 1)
             inside = valid_rows & (byte < out_stride)
             tl.store(out_ptr + start + k * out_stride + byte, packed.to(tl.uint8), mask=inside)
     else:
         group = block * kept[0].shape[1] + tl.arange(0, kept[0].shape[1])[None, :]
         valid = group * len(kept) < cols
         if len(kept) < 8:
-            packed = _joined(unzip(tl.where(valid, _joined(kept, 1), 0), 8 // len(kept)), len(kept))
+            packed = joined_bits(unzip(tl.where(valid, joined_bits(kept, 1), 0), 8 // len(kept)), len(kept))
             byte = block * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
             tl.store(out_ptr + start + byte, packed.to(tl.uint8), mask=valid_rows & (byte < out_stride))
         else:
             for b in tl.static_range(len(kept) // 8):
-                packed = _joined(kept[8 * b : 8 * b + 8], 1)
+                packed = joined_bits(kept[8 * b : 8 * b + 8], 1)
                 byte = group * (len(kept) // 8) + b
                 tl.store(out_ptr + start + byte, packed.to(tl.uint8), mask=valid_rows & valid)
-
-
-@triton.jit
-def _joined(codes, WIDTH: tl.constexpr):
-    """The lowest WIDTH bits of each code side by side, the first one lowest."""
-    word = codes[0] & ((1 << WIDTH) - 1)
-    for k in tl.static_range(1, len(codes)):
-        word = word | ((codes[k] & ((1 << WIDTH) - 1)) << (k * WIDTH))
-    return word

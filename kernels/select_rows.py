@@ -12,10 +12,14 @@ from typing import Literal
 
 import torch
 
-from . import cpu
+from . import cpu, launch
 from .backend import choose_backend
-from .score_terms import ScoreTerms, scores_reference
-from .select_nm import Output, check_selection, deliver
+from .bit_planes import highest, planes_of, valid_words
+from .registers import joined_bits, masked, unzip
+from .score_terms import ScoreTerms, score, scores_reference
+from .select_nm import Output, check_selection, deliver, delivered, output_like, with_unit_stride
+from .threshold_search import select_by_threshold
+from .triton_import import tl, triton
 
 Scope = Literal["row", "layer"]
 
@@ -49,6 +53,8 @@ def select_rows(
     backend = choose_backend(weight, *terms.tensors().values())
     if backend == "cpu":
         return cpu.select_rows(weight, terms, k, scope, output)
+    if backend == "triton":
+        return _select_rows_triton(weight, terms, k, scope, output)
     return select_rows_reference(weight, terms, k, scope=scope, output=output)
 
 
@@ -67,3 +73,94 @@ def select_rows_reference(
     keep = torch.ones_like(rows, dtype=torch.bool)
     keep.scatter_(-1, pruned_first[:, : rows.shape[1] - k], False)
     return deliver(weight, keep.reshape(weight.shape), output)
+
+
+def _select_rows_triton(weight: torch.Tensor, terms: ScoreTerms, k: int, scope: Scope, output: Output) -> torch.Tensor:
+    source = with_unit_stride(weight)
+    out = output_like(source, output)
+    rows, cols = source.shape
+    tile = launch.select_rows(source)
+    if k == 0 or not source.numel():
+        out.zero_()
+    elif scope == "row" and tile is not None:
+        _select_row[(rows,)](
+            source,
+            out,
+            *(terms.row, terms.col, terms.scale, terms.coupling),
+            *(cols, source.stride(0), out.stride(0), k),
+            VECTOR=tile.vector,
+            LOG_THREADS=tile.log_threads,
+            PARTS=tile.parts,
+            OUTPUT=output,
+            POWER=terms.power,
+            num_warps=tile.num_warps,
+        )
+    else:
+        select_by_threshold(source, out, terms, k, by_row=scope == "row", output=output)
+    return delivered(weight, out, output)
+
+
+@triton.jit
+def _select_row(
+    weight_ptr,
+    out_ptr,
+    row_ptr,
+    col_ptr,
+    scale_ptr,
+    coupling_ptr,
+    cols,
+    stride,
+    out_stride,
+    k,
+    VECTOR: tl.constexpr,
+    LOG_THREADS: tl.constexpr,
+    PARTS: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    POWER: tl.constexpr,
+):
+    """A program scores its row, keeps only bit planes of the scores, and reads the row once more to write it."""
+    THREADS: tl.constexpr = 1 << LOG_THREADS
+    SHARE: tl.constexpr = 32 // VECTOR
+    i = tl.program_id(0).to(tl.int64)
+    row = None if row_ptr is None else tl.load(row_ptr + i)
+    planes = ()
+    valid = ()
+    indices = ()
+    for p in tl.static_range(len(PARTS)):
+        j = _part_columns(p, PARTS, SHARE, THREADS * VECTOR)
+        inside = j < cols
+        weight = tl.load(weight_ptr + i * stride + j, mask=inside, other=0.0, eviction_policy="evict_last")
+        value = score(
+            weight.to(tl.float32),
+            row,
+            None if col_ptr is None else tl.load(col_ptr + j, mask=inside, other=0.0),
+            None if scale_ptr is None else tl.load(scale_ptr + j, mask=inside, other=0.0),
+            None if coupling_ptr is None else tl.load(coupling_ptr + i * cols + j, mask=inside, other=0.0),
+            POWER,
+        )
+        keys = tl.reshape(value.to(tl.uint32, bitcast=True), [PARTS[p], SHARE, THREADS, VECTOR])
+        planes = planes + (planes_of(tl.reshape(tl.permute(keys, (0, 2, 1, 3)), [PARTS[p] * THREADS, 32])),)
+        index = p * PARTS[0] * THREADS + tl.arange(0, PARTS[p] * THREADS)[:, None]
+        valid = valid + (valid_words(index, cols // VECTOR, VECTOR, LOG_THREADS),)
+        indices = indices + (index,)
+    words = highest(planes, valid, indices, k, VECTOR, LOG_THREADS)
+    for p in tl.static_range(len(PARTS)):
+        j = _part_columns(p, PARTS, SHARE, THREADS * VECTOR)
+        bits = tl.reshape((words[p] >> tl.arange(0, 32)[None, :]) & 1, [PARTS[p], THREADS, SHARE, VECTOR])
+        bit = tl.reshape(tl.permute(bits, (0, 2, 1, 3)), [PARTS[p] * SHARE, THREADS * VECTOR]).to(tl.int32)
+        if OUTPUT == "weight":
+            weight = tl.load(weight_ptr + i * stride + j, mask=j < cols, other=0.0, eviction_policy="evict_first")
+            tl.store(out_ptr + i * out_stride + j, masked(weight, 0 - bit), mask=j < cols)
+        elif OUTPUT == "mask":
+            tl.store(out_ptr + i * out_stride + j, bit.to(tl.int8), mask=j < cols)
+        else:
+            byte = _part_columns(p, PARTS, SHARE, THREADS * VECTOR // 8)
+            packed = joined_bits(unzip(bit, 8), 1).to(tl.uint8)
+            tl.store(out_ptr + i * out_stride + byte, packed, mask=byte < out_stride)
+
+
+@triton.jit
+def _part_columns(PART: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns [PARTS[PART] * SHARE, WIDTH] of a part: each row of the tile is one access of all threads."""
+    access = PART * PARTS[0] * SHARE + tl.arange(0, PARTS[PART] * SHARE)
+    return access[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
