@@ -14,7 +14,9 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 else:
-    triton = SimpleNamespace(jit=lambda body: body, constexpr_function=lambda body: body)
+    triton = SimpleNamespace(
+        jit=lambda body=None, **options: body or (lambda body: body), constexpr_function=lambda body: body
+    )
     tl = None
 
 __all__ = ["tl", "triton"]
