@@ -12,8 +12,9 @@ from typing import Literal
 
 import torch
 
-from . import cpu
+from . import cpu, launch
 from .backend import choose_backend
+from .triton_import import tl, triton
 
 Reduce = Literal["abs", "rms"]
 
@@ -49,8 +50,11 @@ def coupling(
         into = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
     elif tuple(into.shape) != shape or into.dtype != torch.float32 or not into.is_contiguous():
         raise ValueError(f"into must be contiguous float32 {shape}, got {into.dtype} {tuple(into.shape)}")
-    if choose_backend(tokens, outputs, weights, into) == "cpu":
+    backend = choose_backend(tokens, outputs, weights, into)
+    if backend == "cpu":
         return cpu.coupling(tokens, outputs, weights, reduce, into)
+    if backend == "triton":
+        return _coupling_triton(tokens.detach(), outputs.detach(), weights.contiguous(), reduce, into)
     return into.add_(coupling_reference(tokens, outputs, weights, reduce))
 
 
@@ -64,3 +68,66 @@ def coupling_reference(
     if reduce == "rms":
         x, a = x.square(), a.square()
     return (a.t() @ x).float()
+
+
+def _coupling_triton(
+    tokens: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor, reduce: Reduce, into: torch.Tensor
+) -> torch.Tensor:
+    tokens, outputs = (m if m.stride(1) == 1 else m.contiguous() for m in (tokens, outputs))
+    rows, cols = into.shape
+    if into.numel() and len(tokens):
+        tile = launch.coupling(into)
+        _add_products[(triton.cdiv(rows, tile.block_rows) * triton.cdiv(cols, tile.block_cols),)](
+            *(tokens, outputs, weights, into),
+            *(len(tokens), rows, cols, tokens.stride(0), outputs.stride(0)),
+            REDUCE=reduce,
+            PRECISION=tile.precision,
+            BLOCK_ROWS=tile.block_rows,
+            BLOCK_COLS=tile.block_cols,
+            BLOCK_TOKENS=tile.block_tokens,
+            num_warps=tile.num_warps,
+        )
+    return into
+
+
+@triton.jit
+def _add_products(
+    tokens_ptr,
+    outputs_ptr,
+    weights_ptr,
+    into_ptr,
+    n_tokens,
+    rows,
+    cols,
+    token_stride,
+    output_stride,
+    REDUCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """A tile of the matrix, over all tokens."""
+    across = tl.cdiv(cols, BLOCK_COLS)
+    i = tl.program_id(0) // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    products = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    for first in tl.range(0, n_tokens, BLOCK_TOKENS):
+        t = first + tl.arange(0, BLOCK_TOKENS)
+        d = tl.load(weights_ptr + t, mask=t < n_tokens, other=0.0)[:, None]
+        line = t[:, None].to(tl.int64)
+        a = tl.load(
+            outputs_ptr + line * output_stride + i[None, :], mask=(d != 0) & (i[None, :] < rows), other=0.0
+        ).to(tl.float32)
+        x = tl.load(
+            tokens_ptr + line * token_stride + j[None, :], mask=(d != 0) & (j[None, :] < cols), other=0.0
+        ).to(tl.float32)
+        a = tl.abs(a) * d
+        x = tl.abs(x)
+        if REDUCE == "rms":
+            a = a * a
+            x = x * x
+        products = tl.dot(tl.trans(a), x, products, input_precision=PRECISION)
+    place = into_ptr + i[:, None].to(tl.int64) * cols + j[None, :]
+    inside = (i[:, None] < rows) & (j[None, :] < cols)
+    tl.store(place, tl.load(place, mask=inside, other=0.0) + products, mask=inside)
