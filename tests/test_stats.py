@@ -7,9 +7,9 @@ from ace_triton import ActivationStats, StatsError
 from ace_triton.stats import OutputStats, update_outputs
 
 
-def assert_same(one: ActivationStats, other: ActivationStats, rtol: float = 1e-5) -> None:
+def assert_same(one: ActivationStats, other: ActivationStats, rtol: float = 1e-5, *, sequences: bool = True) -> None:
     assert one.count == other.count
-    for name in ("mean", "deviation", "norm", "variance"):
+    for name in ("mean", "deviation", "variance", *(["norm"] if sequences else [])):
         expected = getattr(one, name)
         scale = expected.abs().max()
         torch.testing.assert_close(getattr(other, name) / scale, expected / scale, rtol=rtol, atol=rtol, msg=name)
@@ -55,10 +55,7 @@ def test_padding_is_left_out_whatever_it_holds():
     alone = ActivationStats.from_tokens(kept, layer=layer, reduce="abs")
     assert stats.count == len(kept)
     assert stats.sequence_count.tolist() == [3, 8, 7]
-    torch.testing.assert_close(stats.mean, alone.mean)
-    torch.testing.assert_close(stats.variance, alone.variance)
-    torch.testing.assert_close(stats.outputs.mean_weighted_square(), alone.outputs.mean_weighted_square())
-    torch.testing.assert_close(stats.outputs.mean_coupling(), alone.outputs.mean_coupling())
+    assert_same(alone, stats, sequences=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -80,7 +77,7 @@ def test_layers_that_share_an_input_share_one_pass():
         update_outputs(shared, tokens, outputs)
     for layer, stat in zip(layers, shared, strict=True):
         alone = ActivationStats.from_tokens(tokens, layer=layer).outputs
-        torch.testing.assert_close(stat.mean_weighted_square(), alone.mean_weighted_square())
+        torch.testing.assert_close(stat.mean_weighted_square(), alone.mean_weighted_square(), rtol=1e-5, atol=0)
 
 
 def test_tokens_with_no_output_take_no_part_in_cosp():
