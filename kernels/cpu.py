@@ -37,10 +37,14 @@ _SIGNATURES = {
     "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],
     "ace_weighted_squares": [*_MATRIX, _POINTER, _LONG, _POINTER, _INT],
     "ace_use_isa": [ctypes.c_char_p],
+    "ace_prefer_huge_pages": [_POINTER, _LONG],
 }
 
 # A chunk of tokens whose coupling operands are made at a time: a few MB in fp32 for the widest layers.
 _COUPLING_CHUNK = 256
+
+# From here on an output is most likely new memory rather than what the allocator kept.
+_LARGE_BYTES = 16 * 2**20
 
 
 def available() -> bool:
@@ -121,7 +125,7 @@ def _select(name: str, weight: torch.Tensor, terms: ScoreTerms, output: str, *ru
     if output == "weight":
         delivered = laid
     elif output == "mask":
-        delivered = torch.empty(rows, cols, dtype=torch.bool)
+        delivered = _large(torch.empty(rows, cols, dtype=torch.bool))
     else:
         delivered = torch.empty(rows, (cols + 7) // 8, dtype=torch.uint8)
     factors = (_address(factor) for factor in (terms.row, terms.col, terms.scale, terms.coupling))
@@ -167,7 +171,7 @@ def moments(
     laid = _row_major(tokens)
     valid = None if valid is None else valid.contiguous()
     total, deviation = torch.empty(2, channels, dtype=torch.float64)
-    sequence_square = torch.zeros(sequences, channels)
+    sequence_square = _large(torch.empty(sequences, channels))
     sequence_count = torch.empty(sequences, dtype=torch.int64)
     _call(
         "ace_moments",
@@ -216,6 +220,13 @@ def coupling(
                 left, right = left.square_(), right.square_()
             into.addmm_(left.t(), right)
     return into
+
+
+def _large(output: torch.Tensor) -> torch.Tensor:
+    """``output``, not written yet, on huge pages where it is large enough to be new memory."""
+    if output.nbytes >= _LARGE_BYTES:
+        _call("ace_prefer_huge_pages", output.data_ptr(), output.nbytes)
+    return output
 
 
 def _row_major(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,9 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace ace {
 namespace {
@@ -147,6 +150,18 @@ ACE_EXPORT int ace_use_isa(const char* name) {
     return 1;
 }
 
+// Ask for huge pages under a large output that nobody has written yet: its page faults can cost more than its making.
+ACE_EXPORT int ace_prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 4096;
+    const uintptr_t first = (uintptr_t(data) + PAGE - 1) / PAGE * PAGE, last = (uintptr_t(data) + bytes) / PAGE * PAGE;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+    return 0;
+}
+
 ACE_EXPORT int ace_select_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                              const float* row, const float* col, const float* scale, const float* coupling,
                              int32_t power, int32_t output, void* delivered, int32_t n, int32_t m,
@@ -227,7 +242,7 @@ ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int6
     });
 }
 
-// `valid` is null or one byte a token; `sequence_square` comes in as zeros; `count` is one number a sequence.
+// `valid` is null or one byte a token; `count` is one number a sequence.
 ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t length, int64_t channels,
                            int64_t sequence_stride, int64_t token_stride, int32_t element, const uint8_t* valid,
                            double* total, double* deviation, float* sequence_square, int64_t* count,
@@ -246,6 +261,7 @@ ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t leng
                 sequences.push_back(s);
                 ++count[s];
             }
+            if (count[s] == 0) std::fill_n(sequence_square + s * channels, channels, 0.0f);
         }
         if (channels == 0) return;
         const int64_t n_tokens = int64_t(rows.size());

@@ -13,12 +13,16 @@ constexpr int TOKENS_AHEAD = 1024;
 
 // Sums of sixteen channels lie side by side: strips of their own would compete with the tokens for the same cache sets.
 struct alignas(64) ChannelSums {
-    float shift[LANES], first[LANES], second[LANES];
+    float shift[LANES], first[LANES], second[LANES], square[LANES];
 };
 
 struct alignas(64) ChannelMoments {
     double mean[LANES], deviation[LANES];
 };
+
+ACE_INLINE Floats median(const Floats& a, const Floats& b, const Floats& c) {
+    return max(min(a, b), min(max(a, b), c));
+}
 
 template <int COUNT>
 ACE_INLINE Floats sum_of(const Floats* terms) {
@@ -30,86 +34,104 @@ ACE_INLINE Floats sum_of<1>(const Floats* terms) {
     return terms[0];
 }
 
-// Adds d = x - shift and d^2 of TILE tokens; near the strip's end memory is asked for the TILE tokens after them.
-template <typename E, int TILE>
+// Adds x^2, d = x - shift and d^2 of TILE tokens; near the strip's end memory is asked for the TILE tokens after them.
+// The tile that opens a chunk sets the shift to the median of three of its tokens: one massive token does not spoil that.
+template <typename E, int TILE, bool OPENS>
 ACE_INLINE void add_tokens(const void* const* tokens, int64_t from, int count, ChannelSums* sums) {
+    constexpr int AHEAD = TOKENS_AHEAD / sizeof(typename E::Stored);
     const typename E::Stored *row[TILE], *next[TILE];
     for (int t = 0; t < TILE; ++t) {
         row[t] = static_cast<const typename E::Stored*>(tokens[t]) + from;
         next[t] = static_cast<const typename E::Stored*>(tokens[TILE + t]) + from;
     }
-    constexpr int AHEAD = TOKENS_AHEAD / sizeof(typename E::Stored);
     const int ahead = count < AHEAD ? count : AHEAD;
     each_vector(count, [&](int j, int lanes) ACE_INLINED {
         ChannelSums& s = sums[j / LANES];
         const bool inside = j + ahead < count;
         const typename E::Stored* const* later = inside ? row : next;
         const int offset = j + ahead - (inside ? 0 : count);
-        const Floats shift = load(s.shift);
-        Floats d[TILE], squared[TILE];
+        Floats x[TILE], squared[TILE];
         for (int t = 0; t < TILE; ++t) {
             __builtin_prefetch(later[t] + offset);
-            d[t] = E::load(row[t] + j, lanes) - shift;
-            squared[t] = d[t] * d[t];
+            x[t] = E::load(row[t] + j, lanes);
+            squared[t] = x[t] * x[t];
         }
-        store(s.first, load(s.first) + sum_of<TILE>(d));
-        store(s.second, load(s.second) + sum_of<TILE>(squared));
+        store(s.square, load(s.square) + sum_of<TILE>(squared));
+        const Floats shift = OPENS ? median(x[0], x[TILE / 2], x[TILE - 1]) : load(s.shift);
+        for (int t = 0; t < TILE; ++t) {
+            x[t] = x[t] - shift;
+            squared[t] = x[t] * x[t];
+        }
+        if (OPENS) {
+            store(s.shift, shift);
+            store(s.first, sum_of<TILE>(x));
+            store(s.second, sum_of<TILE>(squared));
+        } else {
+            store(s.first, load(s.first) + sum_of<TILE>(x));
+            store(s.second, load(s.second) + sum_of<TILE>(squared));
+        }
     });
 }
 
-// Sets out for a chunk, about the median of three of its tokens: one massive token does not spoil that.
 template <typename E>
-ACE_INLINE void start_chunk(const void* const* tokens, int64_t length, int64_t from, int count, ChannelSums* sums) {
-    const auto row = [&](int64_t t) { return static_cast<const typename E::Stored*>(tokens[t]) + from; };
-    const auto *a = row(0), *b = row(length / 2), *c = row(length - 1);
+ACE_INLINE void add_run(const void* const* tokens, int64_t length, bool opens, int64_t from, int count,
+                        ChannelSums* sums) {
+    int64_t t = 0;
+    if (opens && length >= TOKEN_TILE) {
+        add_tokens<E, TOKEN_TILE, true>(tokens, from, count, sums);
+        t = TOKEN_TILE;
+    } else if (opens) {
+        add_tokens<E, 1, true>(tokens, from, count, sums);
+        t = 1;
+    }
+    for (; t + TOKEN_TILE <= length; t += TOKEN_TILE) add_tokens<E, TOKEN_TILE, false>(tokens + t, from, count, sums);
+    for (; t < length; ++t) add_tokens<E, 1, false>(tokens + t, from, count, sums);
+}
+
+// Moves sums of x^2 to their sequence's row, which holds nothing yet where this is the sequence's first run.
+ACE_INLINE void flush_squares(ChannelSums* sums, int count, bool first_run, float* out) {
     each_vector(count, [&](int j, int lanes) ACE_INLINED {
-        const Floats x = E::load(a + j, lanes), y = E::load(b + j, lanes), z = E::load(c + j, lanes);
         ChannelSums& s = sums[j / LANES];
-        store(s.shift, max(min(x, y), min(max(x, y), z)));
-        store(s.first, Floats::all(0.0f));
-        store(s.second, Floats::all(0.0f));
+        const Floats square = load(s.square);
+        store(out + j, first_run ? square : load(out + j, lanes) + square, lanes);
+        store(s.square, Floats::all(0.0f));
     });
 }
 
-// Chan's rule, for `length` tokens after `before` of them; `square` gets their sum of x^2.
+// Chan's rule, for `length` tokens after `before` of them.
 ACE_INLINE void merge_chunk(const ChannelSums* sums, double before, double length, int count,
-                            ChannelMoments* merged, float* square) {
+                            ChannelMoments* merged) {
     const double share = 1 / length, weight = length / (before + length), between = before * weight;
     for (int j = 0; j < count; j += LANES) {
         const ChannelSums& s = sums[j / LANES];
         ChannelMoments& m = merged[j / LANES];
-        float squares[LANES];
         for (int lane = 0; lane < LANES; ++lane) {
-            const double shift = s.shift[lane], first = s.first[lane], second = s.second[lane];
-            const double own = second - first * first * share, apart = shift + first * share - m.mean[lane];
+            const double first = s.first[lane], own = s.second[lane] - first * first * share;
+            const double apart = s.shift[lane] + first * share - m.mean[lane];
             m.mean[lane] += apart * weight;
             m.deviation[lane] += (own > 0 ? own : 0.0) + apart * apart * between;
-            squares[lane] = float(second + shift * (2 * first + length * shift));
         }
-        const int lanes = count - j < LANES ? count - j : LANES;
-        store(square + j, load(square + j, lanes) + load(squares), lanes);
     }
 }
 
 inline void moments(const MomentsTask& task, int64_t strip) {
     const int64_t from = strip * task.strip;
     const int count = int(task.channels - from < task.strip ? task.channels - from : task.strip);
-    ChannelSums sums[MOST_CHANNELS / LANES];
+    ChannelSums sums[MOST_CHANNELS / LANES] = {};
     ChannelMoments merged[MOST_CHANNELS / LANES] = {};
     with_element(task.element, [&](auto element) ACE_INLINED {
         using E = decltype(element);
-        for (int64_t begin = 0, end; begin < task.n_tokens; begin = end) {
-            const int64_t sequence = task.sequence[begin];
-            end = begin + 1;
-            while (end < task.n_tokens && end - begin < CHUNK && task.sequence[end] == sequence) ++end;
-            start_chunk<E>(task.tokens + begin, end - begin, from, count, sums);
-            int64_t t = begin;
-            for (; t + TOKEN_TILE <= end; t += TOKEN_TILE) {
-                add_tokens<E, TOKEN_TILE>(task.tokens + t, from, count, sums);
+        for (int64_t chunk = 0; chunk < task.n_tokens; chunk += CHUNK) {
+            const int64_t end = task.n_tokens - chunk < CHUNK ? task.n_tokens : chunk + CHUNK;
+            for (int64_t run = chunk, next; run < end; run = next) {
+                const int64_t sequence = task.sequence[run];
+                const bool first_run = run == 0 || task.sequence[run - 1] != sequence;
+                next = run + 1;
+                while (next < end && task.sequence[next] == sequence) ++next;
+                add_run<E>(task.tokens + run, next - run, run == chunk, from, count, sums);
+                flush_squares(sums, count, first_run, task.sequence_square + sequence * task.channels + from);
             }
-            for (; t < end; ++t) add_tokens<E, 1>(task.tokens + t, from, count, sums);
-            merge_chunk(sums, double(begin), double(end - begin), count, merged,
-                        task.sequence_square + sequence * task.channels + from);
+            merge_chunk(sums, double(chunk), double(end - chunk), count, merged);
         }
     });
     for (int j = 0; j < count; ++j) {
