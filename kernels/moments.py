@@ -16,6 +16,9 @@ from . import cpu, launch
 from .backend import choose_backend
 from .triton_import import tl, triton
 
+# Tile of the merge of partial sums: a few dozen loads in flight for a warp.
+MERGED_PARTS, MERGED_COLS = 16, 32
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -96,7 +99,7 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
     if valid is None:
         sequence_count = torch.full((sequences,), length, device=tokens.device)
         count = sequences * length
-    else:
+    else:  # noqa: RET505
         valid = valid.contiguous()
         sequence_count = valid.sum(1)
         count = int(sequence_count.sum())
@@ -115,12 +118,14 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
         TRIPS=tile.trips,
         num_warps=1,
     )
-    counted = counts[:, None]
-    part_means = shifts.double() + means
-    total = (part_means * counted).sum(0)
-    apart = part_means - total / max(count, 1)
-    deviation = deviations.sum(0, dtype=torch.float64) + (apart.square() * counted).sum(0)
-    return Moments(count, total, deviation, squares.sum(0), sequence_count)
+    total, deviation = torch.empty(2, cols, dtype=torch.float64, device=tokens.device)
+    _merge_parts[(triton.cdiv(cols, MERGED_COLS),)](
+        *(counts, shifts, means, deviations, total, deviation, count, parts, cols),
+        BLOCK_PARTS=MERGED_PARTS,
+        BLOCK_COLS=MERGED_COLS,
+        num_warps=1,
+    )
+    return Moments(count, total, deviation, squares.sum(0) if chunks > 1 else squares[0], sequence_count)
 
 
 @triton.jit
@@ -188,13 +193,56 @@ def _sum_moments(
 
 
 @triton.jit
+def _merge_parts(
+    counts_ptr,
+    shifts_ptr,
+    means_ptr,
+    deviations_ptr,
+    total_ptr,
+    deviation_ptr,
+    count,
+    parts,
+    cols,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """All parts' sums of BLOCK_COLS channels, in fp64: the mean first, then what lies about it."""
+    j = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    total = tl.zeros([1, BLOCK_COLS], tl.float64)
+    for first in tl.range(0, parts, BLOCK_PARTS):
+        counted, mean = _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
+        total += tl.sum(mean * counted, 0, keep_dims=True)
+    middle = total / tl.maximum(count, 1).to(tl.float64)
+    deviation = tl.zeros([1, BLOCK_COLS], tl.float64)
+    for first in tl.range(0, parts, BLOCK_PARTS):
+        counted, mean = _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
+        part = first + tl.arange(0, BLOCK_PARTS)[:, None]
+        own = tl.load(deviations_ptr + part.to(tl.int64) * cols + j, mask=(part < parts) & (j < cols), other=0.0)
+        apart = mean - middle
+        deviation += tl.sum(own.to(tl.float64) + apart * apart * counted, 0, keep_dims=True)
+    tl.store(total_ptr + j, total, mask=j < cols)
+    tl.store(deviation_ptr + j, deviation, mask=j < cols)
+
+
+@triton.jit
+def _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS: tl.constexpr):
+    """Token counts [BLOCK_PARTS, 1] and means [BLOCK_PARTS, cols of j] of neighbouring parts, in fp64."""
+    part = first + tl.arange(0, BLOCK_PARTS)[:, None]
+    place = part.to(tl.int64) * cols + j
+    inside = (part < parts) & (j < cols)
+    counted = tl.load(counts_ptr + part, mask=part < parts, other=0).to(tl.float64)
+    shift = tl.load(shifts_ptr + place, mask=inside, other=0.0).to(tl.float64)
+    return counted, shift + tl.load(means_ptr + place, mask=inside, other=0.0).to(tl.float64)
+
+
+@triton.jit
 def _first_valid(
     valid_ptr, first_sequence, first_token, sequences, length, SEQUENCES: tl.constexpr, CHUNK: tl.constexpr
 ):
     """Place of a part's first valid token, counted through its chunks; beyond them all if there is none."""
     if valid_ptr is None:
         return 0
-    else:
+    else:  # noqa: RET505
         BLOCK: tl.constexpr = triton.next_power_of_2(CHUNK)
         place = tl.arange(0, BLOCK)
         origin = tl.full([], SEQUENCES * CHUNK, tl.int32)
