@@ -99,7 +99,7 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
     if valid is None:
         sequence_count = torch.full((sequences,), length, device=tokens.device)
         count = sequences * length
-    else:  # noqa: RET505
+    else:
         valid = valid.contiguous()
         sequence_count = valid.sum(1)
         count = int(sequence_count.sum())
