@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench figures quality kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench figures quality traffic kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ figures: setup  ## measure the CPU ratios of docs/cpu.md again
 
 quality: setup  ## perplexities of docs/quality.md; CALIBRATION and EVALUATION name texts
 	$(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+
+traffic: setup  ## count bytes and launches again, for docs/traffic.md
+	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m benchmarks.traffic
 
 kernels-report: setup  ## compile every kernel for every target and write docs/kernels.md
 	$(BIN)/python -m benchmarks.machine_code

@@ -242,7 +242,7 @@ def _first_valid(
     """Place of a part's first valid token, counted through its chunks; beyond them all if there is none."""
     if valid_ptr is None:
         return 0
-    else:  # noqa: RET505
+    else:
         BLOCK: tl.constexpr = triton.next_power_of_2(CHUNK)
         place = tl.arange(0, BLOCK)
         origin = tl.full([], SEQUENCES * CHUNK, tl.int32)

@@ -1,0 +1,288 @@
+"""Bytes and launches of every operation, counted by running it, over the fewest possible.
+
+    TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton python -m benchmarks.traffic [--out docs/traffic]
+
+Triton's loads and stores are counted in its interpreter, everything that torch runs (merging partial sums, and
+the whole of the published ways) by a dispatch counter over its operations. Within one launch a byte counts once, as
+if the cache served repeats; nothing survives between launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import numpy as np
+import torch
+import typer
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+from ace_triton import ActivationStats
+from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.coupling import coupling
+from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.moments import moments
+from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.select_nm import select_nm
+from ace_triton.kernels.select_rows import select_rows
+from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.weight_sums import weight_sums
+from ace_triton.kernels.weighted_squares import weighted_squares
+from ace_triton.metrics import ria, wanda
+from ace_triton.report import write_json
+
+from .published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
+
+SHAPE = (256, 2048)
+N_TOKENS = 1024
+
+
+@dataclass
+class Traffic:
+    """What one call moved.
+
+    Attributes:
+        read, written: bytes, each counted once a launch.
+        issued: bytes of all loads and stores, repeats included; torch's operations count once.
+        launches: Triton kernels and torch operations that touch data.
+    """
+
+    read: int = 0
+    written: int = 0
+    issued: int = 0
+    launches: int = 0
+
+
+@dataclass
+class Counter(TorchDispatchMode):
+    """Counts while it is entered."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+    _inside_kernel: bool = False
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if not self._inside_kernel and not _is_view(operation):
+            self._count_operation(operation, (*args, *(kwargs or {}).values()), result)
+        return result
+
+    def _count_operation(self, operation: Any, arguments: tuple[Any, ...], result: Any) -> None:
+        inputs = {id(t): t for t in _tensors(arguments)}
+        outputs = {id(t): t for t in _tensors(result)}
+        name = operation.overloadpacket.__name__
+        if name.startswith(("empty", "new_empty")) or (not outputs and name == "_local_scalar_dense"):
+            return
+        only_written = {"zero_", "fill_"}
+        read = 0 if name in only_written else sum(_bytes(t) for t in inputs.values())
+        written = sum(_bytes(t) for t in outputs.values())
+        self.traffic.read += read
+        self.traffic.written += written
+        self.traffic.issued += read + written
+        self.traffic.launches += 1
+
+    @contextmanager
+    def counting(self) -> Iterator[Traffic]:
+        """Count torch's operations and Triton's kernels."""
+        loads: list[np.ndarray] = []
+        stores: list[np.ndarray] = []
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+        run = GridExecutor.__call__
+
+        def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            loads.append(_addresses(pointers, mask))
+            return load(builder, pointers, mask, *rest)
+
+        def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            stores.append(_addresses(pointers, mask))
+            return store(builder, pointers, value, mask, *rest)
+
+        def counted_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            self._inside_kernel = True
+            try:
+                result = run(executor, *args, **kwargs)
+            finally:
+                self._inside_kernel = False
+            self.traffic.launches += 1
+            for kept, name in ((loads, "read"), (stores, "written")):
+                everything = np.concatenate(kept) if kept else np.empty(0, np.uint64)
+                self.traffic.issued += everything.size
+                setattr(self.traffic, name, getattr(self.traffic, name) + np.unique(everything).size)
+                kept.clear()
+            return result
+
+        with (
+            mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
+            mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
+            mock.patch.object(GridExecutor, "__call__", counted_run),
+            self,
+        ):
+            yield self.traffic
+
+
+def _addresses(pointers: Any, mask: Any) -> np.ndarray:
+    """The address of every byte that a load or store touches."""
+    size = pointers.get_element_ty().primitive_bitwidth // 8
+    first = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.uint64).ravel()
+    return (first[:, None] + np.arange(max(size, 1), dtype=np.uint64)).ravel()
+
+
+def _is_view(operation: Any) -> bool:
+    aliases = [r.alias_info for r in operation._schema.returns]
+    return any(a is not None and not a.is_write for a in aliases)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Distinct bytes of a tensor; an expanded axis counts once."""
+    return tensor.element_size() * int(
+        np.prod([n for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s != 0], dtype=np.int64)
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation's line: bytes against the fewest, per element of the matrix it passes over."""
+
+    what: str
+    elements: int
+    least: int
+    traffic: Traffic
+
+    @property
+    def ratio(self) -> float:
+        """Distinct bytes over the fewest possible."""
+        return (self.traffic.read + self.traffic.written) / self.least
+
+
+def count(what: str, elements: int, least: int, call: Callable[[], object]) -> Row:
+    """Run ``call`` and count."""
+    with Counter().counting() as traffic:
+        call()
+    return Row(what, elements, least, traffic)
+
+
+def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+    """Every operation of ours."""
+    rows, cols = SHAPE
+    torch.manual_seed(0)
+    weight = torch.randn(SHAPE).to(dtype)
+    tokens = torch.randn(N_TOKENS // 32, 32, cols).to(dtype)
+    flat = tokens.view(N_TOKENS, cols)
+    outputs = torch.randn(N_TOKENS, rows).to(dtype)
+    norms = torch.rand(3, N_TOKENS)
+    stats = ActivationStats.from_tokens(tokens)
+    plain, relative = wanda(weight, stats), ria(weight, stats)
+    e, n = weight.element_size(), weight.numel()
+    vectors = sum(t.numel() * 4 for t in relative.tensors().values())
+    x = flat.numel()
+    table = 4 * cols * len(tokens)
+    return [
+        count("select_nm 2:4, Wanda's terms", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 2, 4)),
+        count("select_nm 2:4, RIA's terms", n, 2 * e * n + vectors, lambda: select_nm(weight, relative, 2, 4)),
+        count("select_nm 4:8", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 4, 8)),
+        count("select_nm 2:4, mask", n, (e + 1) * n, lambda: select_nm(weight, ScoreTerms(), 2, 4, output="mask")),
+        count(
+            "select_nm 2:4, bit mask", n, e * n + n // 8, lambda: select_nm(weight, ScoreTerms(), 2, 4, output="bits")
+        ),
+        count("select_rows 50 %", n, 2 * e * n + 4 * cols, lambda: select_rows(weight, plain, cols // 2)),
+        count("weight_sums", n, e * n + 4 * (rows + cols), lambda: weight_sums(weight)),
+        count("all_finite", n, e * n, lambda: all_finite(weight)),
+        count("RIA in all: sums, terms, 2:4", n, 3 * e * n, lambda: select_nm(weight, ria(weight, stats), 2, 4)),
+        count("moments", x, e * x + table + 16 * cols, lambda: moments(tokens)),
+        count("weighted_squares, 3 layers", x, e * x + 12 * (N_TOKENS + cols), lambda: weighted_squares(flat, norms)),
+        count("token_norms", outputs.numel(), e * outputs.numel() + 4 * N_TOKENS, lambda: token_norms(outputs)),
+        count(
+            "coupling",
+            n,
+            e * (x + outputs.numel()) + 8 * n,
+            lambda: coupling(flat, outputs, norms[0], "abs", into=torch.empty(SHAPE).fill_(0)),
+        ),
+    ]
+
+
+def published_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+    """The published ways to do the same, from scores to zeros in place."""
+    weight = torch.randn(SHAPE).to(dtype)
+    square = torch.rand(SHAPE[1])
+    n = weight.numel()
+    least = 2 * weight.element_size() * n
+
+    def rows_by_sort() -> None:
+        prune_rows_by_sort(weight, wanda_scores(weight, square), SHAPE[1] // 2)
+
+    return [
+        count("Wanda, 2:4", n, least, lambda: prune_groups(weight, wanda_scores(weight, square), 2, 4)),
+        count("RIA, 2:4", n, least, lambda: prune_groups(weight, ria_scores(weight, square), 2, 4)),
+        count("Wanda, 50 % of a row", n, least, rows_by_sort),
+    ]
+
+
+def page(ours: list[Row], published: list[Row]) -> str:
+    """Both tables in Markdown."""
+    lines = [
+        "# Memory traffic",
+        "",
+        "Counted by running each operation, not timed, by `make traffic`. Weight "
+        f"{SHAPE[0]} x {SHAPE[1]}, {N_TOKENS} tokens, bf16. *Bytes an element* counts a byte once a launch (a cache "
+        "serves repeats within one, nothing survives between two); *issued* counts every load and store. *Fewest* is "
+        "what any implementation must read and write once. Launches are kernels, or torch operations that touch data; for the "
+        "published ways most of these are one or more kernels each.",
+        "",
+    ]
+    for title, rows in (("ace_triton", ours), ("Published ways, as written in benchmarks/published.py", published)):
+        lines += [
+            f"## {title}",
+            "",
+            "| operation | launches | bytes an element | issued | fewest | over the fewest |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in rows:
+            moved = (row.traffic.read + row.traffic.written) / row.elements
+            lines.append(
+                f"| {row.what} | {row.traffic.launches:,} | {moved:.2f} | {row.traffic.issued / row.elements:.2f} | "
+                f"{row.least / row.elements:.2f} | {row.ratio:.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(out: Annotated[Path, typer.Option()] = Path("docs/traffic")) -> None:
+    """Count, print the page and write OUT.json and OUT.md."""
+    if not interpreting():
+        raise typer.BadParameter("run it as `make traffic`: it counts in Triton's interpreter (TRITON_INTERPRET=1)")
+    ours, published = our_rows(), published_rows()
+    text = page(ours, published)
+    write_json(
+        out.with_suffix(".json"),
+        {
+            "shape": SHAPE,
+            "n_tokens": N_TOKENS,
+            **{
+                name: [{**asdict(row), "ratio": row.ratio} for row in rows]
+                for name, rows in (("ours", ours), ("published", published))
+            },
+        },
+    )
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
