@@ -242,8 +242,8 @@ def page(ours: list[Row], published: list[Row]) -> str:
         "Counted by running each operation, not timed, by `make traffic`. Weight "
         f"{SHAPE[0]} x {SHAPE[1]}, {N_TOKENS} tokens, bf16. *Bytes an element* counts a byte once a launch (a cache "
         "serves repeats within one, nothing survives between two); *issued* counts every load and store. *Fewest* is "
-        "what any implementation must read and write once. Launches are kernels, or torch operations that touch data; for the "
-        "published ways most of these are one or more kernels each.",
+        "what any implementation must read and write once. Launches are kernels, or torch operations that touch data; "
+        "for the published ways most of these are one or more kernels each.",
         "",
     ]
     for title, rows in (("ace_triton", ours), ("Published ways, as written in benchmarks/published.py", published)):
