@@ -230,7 +230,7 @@ def _large(output: torch.Tensor) -> torch.Tensor:
 
 
 def _row_major(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` itself where the library can walk it: contiguous rows, and rows that do not overlap."""
+    """``tensor`` itself where its last dimension is contiguous, which is what the library walks; else a copy."""
     if tensor.dtype not in _ELEMENTS:
         raise ValueError(f"expected float32, float16 or bfloat16, got {tensor.dtype}: convert it with .float()")
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:

@@ -24,16 +24,6 @@ ACE_INLINE Floats median(const Floats& a, const Floats& b, const Floats& c) {
     return max(min(a, b), min(max(a, b), c));
 }
 
-template <int COUNT>
-ACE_INLINE Floats sum_of(const Floats* terms) {
-    return sum_of<COUNT / 2>(terms) + sum_of<COUNT / 2>(terms + COUNT / 2);
-}
-
-template <>
-ACE_INLINE Floats sum_of<1>(const Floats* terms) {
-    return terms[0];
-}
-
 // Adds x^2, d = x - shift and d^2 of TILE tokens; near the strip's end memory is asked for the TILE tokens after them.
 // The tile that opens a chunk sets the shift to the median of three of its tokens: one massive token does not spoil that.
 template <typename E, int TILE, bool OPENS>

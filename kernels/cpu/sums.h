@@ -7,46 +7,46 @@ namespace ace {
 namespace {
 
 constexpr int ROW_TILE = 4;
+// Bytes between an element that is read and the one of the same row that memory is asked for meanwhile.
+constexpr int ROWS_AHEAD = 2048;
 
-// Adds |w| of `TILE` rows into one strip's column sums, and returns each row's own sum.
+// Adds |w| of TILE rows to the column sums, and each row's own sum to `rows`; near the end of the rows memory is asked
+// for the TILE rows after them.
 template <typename E, int TILE>
-ACE_INLINE void add_magnitudes(const typename E::Stored* weight, int64_t stride, int count, float* cols,
-                               double* rows) {
-    Floats row[TILE];
-    for (int r = 0; r < TILE; ++r) row[r] = Floats::all(0.0f);
-    each_vector(count, [&](int j, int lanes) ACE_INLINED {
-        Floats col = load(cols + j);
-        for (int r = 0; r < TILE; ++r) {
-            __builtin_prefetch(weight + (TILE + r) * stride + j);
-            const Floats v = magnitude(E::load(weight + r * stride + j, lanes));
-            row[r] = row[r] + v;
-            col = col + v;
-        }
-        store(cols + j, col);
-    });
-    for (int r = 0; r < TILE; ++r) rows[r] += sum(row[r]);
+ACE_INLINE void add_magnitudes(const typename E::Stored* weight, const Matrix& w, float* cols, double* rows) {
+    constexpr int AHEAD = ROWS_AHEAD / sizeof(typename E::Stored);
+    for (int64_t from = 0; from < w.cols; from += CHANNEL_STRIP) {
+        const int count = int(w.cols - from < CHANNEL_STRIP ? w.cols - from : CHANNEL_STRIP);
+        Floats row[TILE];
+        for (int r = 0; r < TILE; ++r) row[r] = Floats::all(0.0f);
+        each_vector(count, [&](int j, int lanes) ACE_INLINED {
+            const int64_t ahead = from + j + AHEAD;
+            const auto* later = weight + (ahead < w.cols ? ahead : TILE * w.stride + ahead - w.cols);
+            Floats v[TILE];
+            for (int r = 0; r < TILE; ++r) {
+                __builtin_prefetch(later + r * w.stride);
+                v[r] = magnitude(E::load(weight + r * w.stride + from + j, lanes));
+                row[r] = row[r] + v[r];
+            }
+            store(cols + from + j, load(cols + from + j, lanes) + sum_of<TILE>(v), lanes);
+        });
+        for (int r = 0; r < TILE; ++r) rows[r] += sum(row[r]);
+    }
 }
 
 inline void weight_sums(const Matrix& w, int64_t block, float* row_sums, float* block_cols) {
     const int64_t top = block * SUM_ROWS;
     const int height = int(w.rows - top < SUM_ROWS ? w.rows - top : SUM_ROWS);
     double rows[SUM_ROWS] = {};
-    alignas(64) float cols[CHANNEL_STRIP];
+    memset(block_cols, 0, w.cols * sizeof(float));
     with_element(w.element, [&](auto element) ACE_INLINED {
         using E = decltype(element);
         const auto* weight = static_cast<const typename E::Stored*>(w.data) + top * w.stride;
-        for (int64_t from = 0; from < w.cols; from += CHANNEL_STRIP) {
-            const int count = int(w.cols - from < CHANNEL_STRIP ? w.cols - from : CHANNEL_STRIP);
-            memset(cols, 0, sizeof cols);
-            int r = 0;
-            for (; r + ROW_TILE <= height; r += ROW_TILE) {
-                add_magnitudes<E, ROW_TILE>(weight + r * w.stride + from, w.stride, count, cols, rows + r);
-            }
-            for (; r < height; ++r) {
-                add_magnitudes<E, 1>(weight + r * w.stride + from, w.stride, count, cols, rows + r);
-            }
-            memcpy(block_cols + from, cols, count * sizeof(float));
+        int r = 0;
+        for (; r + ROW_TILE <= height; r += ROW_TILE) {
+            add_magnitudes<E, ROW_TILE>(weight + r * w.stride, w, block_cols, rows + r);
         }
+        for (; r < height; ++r) add_magnitudes<E, 1>(weight + r * w.stride, w, block_cols, rows + r);
     });
     for (int r = 0; r < height; ++r) row_sums[top + r] = float(rows[r]);
 }

@@ -171,6 +171,17 @@ ACE_INLINE uint16_t signs(const Ints& v) {
     return uint16_t(bits);
 }
 
+// Sums of a power of two of vectors: as a tree, which is shorter than a chain and rounds less.
+template <int COUNT>
+ACE_INLINE Floats sum_of(const Floats* terms) {
+    return sum_of<COUNT / 2>(terms) + sum_of<COUNT / 2>(terms + COUNT / 2);
+}
+
+template <>
+ACE_INLINE Floats sum_of<1>(const Floats* terms) {
+    return terms[0];
+}
+
 // Always in the same order.
 ACE_INLINE double sum(const Floats& v) {
     float lane[LANES];
