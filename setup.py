@@ -26,5 +26,6 @@ cpu_library = Extension(
 setup(
     packages=["ace_triton", "ace_triton.kernels"],
     package_dir={"ace_triton": "ace_triton", "ace_triton.kernels": "kernels"},
+    include_package_data=False,
     ext_modules=[cpu_library],
 )

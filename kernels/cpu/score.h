@@ -101,7 +101,9 @@ ACE_INLINE void deliver(const Selection& s, int64_t i, int64_t from, int count, 
         });
     } else if (s.weight.element == Element::fp32) {
         auto* weight = static_cast<int32_t*>(s.weight.data) + i * s.weight.stride + from;
-        each_vector(count, [&](int j, int lanes) ACE_INLINED { store(weight + j, load(weight + j, lanes) & keep(j, lanes), lanes); });
+        each_vector(count, [&](int j, int lanes) ACE_INLINED {
+            store(weight + j, load(weight + j, lanes) & keep(j, lanes), lanes);
+        });
     } else {
         auto* weight = static_cast<uint16_t*>(s.weight.data) + i * s.weight.stride + from;
         each_vector(count, [&](int j, int lanes) ACE_INLINED {

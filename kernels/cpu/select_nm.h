@@ -31,7 +31,9 @@ ACE_INLINE Ints two_of_four(const Ints& keys) {
 template <int GROUP, int... BY>
 ACE_INLINE Ints beaten(const Ints& keys, const Ints& others, int offset, std::integer_sequence<int, BY...>) {
     Ints count = Ints::all(0);
-    const auto compare = [&](const Ints& other, const Ints& ties) ACE_INLINED { count = count + ((other - (keys - ties)) >> 31); };
+    const auto compare = [&](const Ints& other, const Ints& ties) ACE_INLINED {
+        count = count + ((other - (keys - ties)) >> 31);
+    };
     const Ints later = Ints::all(offset > 0 ? -1 : 0);
     (compare(rotate<GROUP, BY>(others), offset ? later : from_place<GROUP>(GROUP - BY)), ...);
     return count;
@@ -46,9 +48,9 @@ ACE_INLINE void choose_along_in(int32_t* keys, int count, int n) {
         Ints group[VECTORS];
         for (int a = 0; a < VECTORS; ++a) group[a] = load(keys + j + a * LANES);
         for (int a = 0; a < VECTORS; ++a) {
-            Ints count = Ints::all(0);
-            for (int b = 0; b < VECTORS; ++b) count = count + beaten<GROUP>(group[a], group[b], a - b, turns);
-            store(keys + j + a * LANES, (losses + count) >> 31);
+            Ints below = losses;
+            for (int b = 0; b < VECTORS; ++b) below = below + beaten<GROUP>(group[a], group[b], a - b, turns);
+            store(keys + j + a * LANES, below >> 31);
         }
     }
 }
