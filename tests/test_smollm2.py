@@ -9,6 +9,8 @@ import torch
 
 from ace_triton import ActivationStats, checkpoint
 from ace_triton.calibration import crop, token_stream
+from ace_triton.evaluate import perplexity
+from ace_triton.inspect_checkpoint import inspect_checkpoint
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.metrics import metric
@@ -66,7 +68,7 @@ def test_masks_are_those_of_the_published_formulas(inputs, method, size):
         assert bool((least_kept >= most_pruned * (1 - 1e-5)).all()), f"{name}: a higher score was pruned"
 
 
-def test_the_command_line_from_end_to_end(tmp_path):
+def test_the_command_line_from_end_to_end(smollm2, tmp_path):
     def run(*words) -> None:
         done = subprocess.run([sys.executable, "-m", "ace_triton", *map(str, words)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -74,14 +76,14 @@ def test_the_command_line_from_end_to_end(tmp_path):
     out, text = tmp_path / "pruned", "pydoc:evaluation"
     small = ("--samples", 16, "--length", 32)
     run("prune", "smollm2", out, "--calibration", "pydoc:calibration", *small, "--json", tmp_path / "prune.json")
-    run("info", out, "--json", tmp_path / "info.json")
-    perplexities = {}
-    for name, model in {"dense": "smollm2", "pruned": out}.items():
-        run("evaluate", model, "--text", text, "--length", 256, "--windows", 2, "--json", tmp_path / f"{name}.json")
-        perplexities[name] = json.loads((tmp_path / f"{name}.json").read_text())["perplexity"]
+    run("evaluate", out, "--text", text, "--length", 256, "--windows", 2, "--json", tmp_path / "evaluate.json")
     report = json.loads((tmp_path / "prune.json").read_text())
     assert len(report["layers"]) == 210
-    patterns = [layer["pattern"] for layer in json.loads((tmp_path / "info.json").read_text())["layers"]]
+    patterns = [tensor.pattern for tensor in inspect_checkpoint(out)]
     assert patterns.count("2:4") == 210
-    assert 5 < perplexities["dense"] < 40
-    assert perplexities["dense"] < perplexities["pruned"] < 30 * perplexities["dense"]
+    model, tokenizer = smollm2
+    ids = torch.tensor(tokenizer("\n\n".join(read_documents(text)), verbose=False)["input_ids"])
+    dense = perplexity(model, ids, length=256, windows=2).perplexity
+    pruned = json.loads((tmp_path / "evaluate.json").read_text())["perplexity"]
+    assert 5 < dense < 40
+    assert dense < pruned < 30 * dense
