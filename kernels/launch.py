@@ -20,9 +20,14 @@ WARPS = 4
 MOST_PROGRAMS = 4096
 
 
+def on_amd() -> bool:
+    """True where torch drives AMD GPUs."""
+    return torch.version.hip is not None
+
+
 def lanes(device: torch.device) -> int:
     """Lanes of a warp: 64 on AMD's CDNA, 32 elsewhere."""
-    if device.type == "cuda" and torch.version.hip:
+    if device.type == "cuda" and on_amd():
         return torch.cuda.get_device_properties(device).warp_size
     return 32
 
@@ -194,5 +199,7 @@ def coupling(matrix: torch.Tensor) -> Coupling:
     On NVIDIA three TF32 products make one of fp32 accuracy, still at twice the rate of the fp32 units:
     one alone errs by 5e-4, which reorders near ties of the score. AMD's matrix units multiply fp32.
     """
-    size = 128 if matrix.numel() >= 128 * 128 * 256 else 64
-    return Coupling(size, size, 32, "ieee" if torch.version.hip else "tf32x3", 8 if size == 128 else 4)
+    precision = "ieee" if on_amd() else "tf32x3"
+    if matrix.numel() >= 128 * 128 * 256:
+        return Coupling(128, 128, 16, precision, 8)
+    return Coupling(64, 64, 32, precision, 4)

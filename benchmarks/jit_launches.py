@@ -1,0 +1,74 @@
+"""Catch Triton launches before they reach a driver, specialised as the JIT would for a target that is not here.
+
+What is compiled from a caught launch has the very signature, alignment promises, constants and block
+sizes that a public launcher chose, so a machine-code report or an executor never repeats them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from ace_triton.kernels import backend, launch
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """A launch bound to a target: what to compile, and the arguments that remain at run time."""
+
+    source: ASTSource
+    options: dict[str, Any]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class JitLaunch:
+    """One ``kernel[grid](*arguments, **keywords)``."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def specialise(self, target: GPUTarget) -> Specialised:
+        """Bind the arguments as the JIT does when it runs on ``target``."""
+        compiler = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, compiler)
+        bound, specialization, options = bind(*self.arguments, **self.keywords)
+        _, signature, constants, attributes = self.kernel._pack_args(
+            compiler, self.keywords, bound, specialization, options
+        )
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        remaining = tuple(bound[name] for name, kind in signature.items() if kind != "constexpr")
+        return Specialised(source, options, remaining)
+
+
+@contextmanager
+def caught_launches(handle: Callable[[JitLaunch], None], lanes: int = 32, amd: bool = False) -> Iterator[None]:
+    """Serve CPU tensors by the Triton bodies, and hand every launch to ``handle`` instead of a driver.
+
+    Args:
+        handle: called with each launch, in order.
+        lanes: lanes of a warp that the launchers shall plan for (64 on AMD's CDNA).
+        amd: whether they shall plan for AMD.
+    """
+
+    def run(kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> None:
+        handle(JitLaunch(kernel, grid, arguments, keywords))
+
+    with (
+        mock.patch.dict(os.environ, {backend.ENVIRONMENT_VARIABLE: "triton"}),
+        mock.patch.object(backend, "interpreting", return_value=True),
+        mock.patch.object(launch, "lanes", return_value=lanes),
+        mock.patch.object(launch, "on_amd", return_value=amd),
+        mock.patch.object(JITFunction, "run", run),
+    ):
+        yield

@@ -1,0 +1,156 @@
+"""What the machine-code report compiles: public launchers, at the shapes of a real layer, in every dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ace_triton.kernels.coupling import coupling
+from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.moments import moments
+from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.select_nm import select_nm
+from ace_triton.kernels.select_rows import select_rows
+from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.weight_sums import weight_sums
+from ace_triton.kernels.weighted_squares import weighted_squares
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Terms of the metrics, as they reach the selection kernels.
+TERMS = {
+    "magnitude": (),
+    "scale": ("scale",),
+    "RIA": ("row", "col", "scale"),
+    "RIA, coupling": ("row", "col", "scale", "coupling"),
+}
+
+SHAPE = (4096, 11008)
+TOKENS = (8, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public launcher.
+
+    Attributes:
+        name: operation and variant.
+        dtype: of the weight or the tokens.
+        call: makes the call; its tensors hold nothing.
+        elements: weights or token elements of the call.
+        loaded: bytes per element read through the widest loads.
+        moved: bytes per element that must cross DRAM; 0 where the call is bound by arithmetic.
+    """
+
+    name: str
+    dtype: torch.dtype
+    call: Callable[[], object]
+    elements: int
+    loaded: float
+    moved: float
+
+
+def terms(rows: int, cols: int, names: tuple[str, ...]) -> ScoreTerms:
+    """Empty terms for a weight [rows, cols]."""
+    shapes = {"row": (rows,), "col": (cols,), "scale": (cols,), "coupling": (rows, cols)}
+    return ScoreTerms(**{name: torch.empty(shapes[name]) for name in names})
+
+
+def select_nm_case(
+    dtype: torch.dtype, metric: str, n: int = 2, m: int = 4, axis: str = "in", output: str = "weight"
+) -> Case:
+    """select_nm over a whole layer."""
+    rows, cols = SHAPE
+    size = dtype.itemsize
+    loaded = size + 4 * (metric == "RIA, coupling")
+    written = {"weight": size, "mask": 1, "bits": 1 / 8}[output]
+    name = f"select_nm {n}:{m} {metric}" + f", axis {axis}" * (axis != "in") + f", {output}" * (output != "weight")
+    return Case(
+        name,
+        dtype,
+        lambda: select_nm(
+            torch.empty(SHAPE, dtype=dtype), terms(rows, cols, TERMS[metric]), n, m, axis=axis, output=output
+        ),
+        rows * cols,
+        loaded,
+        loaded + written,
+    )
+
+
+def select_rows_case(dtype: torch.dtype, cols: int, metric: str = "scale") -> Case:
+    """select_rows, half of every row."""
+    size = dtype.itemsize
+    return Case(
+        f"select_rows of {cols}, {metric}",
+        dtype,
+        lambda: select_rows(torch.empty(4096, cols, dtype=dtype), terms(4096, cols, TERMS[metric]), cols // 2),
+        4096 * cols,
+        size,
+        2 * size,
+    )
+
+
+def moments_case(dtype: torch.dtype, masked: bool = False) -> Case:
+    """Moments of a batch of long sequences."""
+    valid = torch.ones(TOKENS[:2], dtype=torch.bool) if masked else None
+    size = dtype.itemsize
+    name = "moments, padding left out" if masked else "moments"
+    elements = TOKENS[0] * TOKENS[1] * TOKENS[2]
+    return Case(name, dtype, lambda: moments(torch.empty(TOKENS, dtype=dtype), valid), elements, size, size)
+
+
+def weight_sums_case(dtype: torch.dtype) -> Case:
+    """RIA's sums of a layer."""
+    size = dtype.itemsize
+    call = lambda: weight_sums(torch.empty(SHAPE, dtype=dtype))  # noqa: E731
+    return Case("weight_sums", dtype, call, SHAPE[0] * SHAPE[1], size, size)
+
+
+def every_case() -> Iterator[Case]:
+    """All cases of the report."""
+    tokens, width = TOKENS[0] * TOKENS[1], TOKENS[2]
+    for dtype in DTYPES:
+        size = dtype.itemsize
+        for metric in TERMS:
+            yield select_nm_case(dtype, metric)
+        for output in ("mask", "bits"):
+            yield select_nm_case(dtype, "scale", output=output)
+        for n, m in ((1, 2), (4, 8), (8, 16), (16, 32)):
+            yield select_nm_case(dtype, "scale", n, m)
+        for n, m in ((2, 4), (16, 32)):
+            yield select_nm_case(dtype, "scale", n, m, axis="out")
+        for cols in (576, 1536, 4096, 11008, 16384):
+            yield select_rows_case(dtype, cols)
+        yield moments_case(dtype)
+        yield moments_case(dtype, masked=True)
+        yield weight_sums_case(dtype)
+        yield _over_tokens("token_norms", dtype, lambda x: token_norms(x))
+        for layers in (1, 3):
+            yield _over_tokens(
+                f"weighted_squares, {layers} layers",
+                dtype,
+                lambda x, layers=layers: weighted_squares(x, torch.empty(layers, tokens)),
+            )
+        yield _over_tokens("all_finite", dtype, lambda x: all_finite(x))
+        for reduce in ("abs", "rms"):
+            yield Case(
+                f"coupling {reduce}",
+                dtype,
+                lambda dtype=dtype, reduce=reduce: coupling(
+                    torch.empty(tokens, width, dtype=dtype),
+                    torch.empty(tokens, width, dtype=dtype),
+                    torch.empty(tokens),
+                    reduce,
+                ),
+                tokens * width,
+                size,
+                0,
+            )
+
+
+def _over_tokens(name: str, dtype: torch.dtype, operation: Callable[[torch.Tensor], object]) -> Case:
+    shape = (TOKENS[0] * TOKENS[1], TOKENS[2])
+    call = lambda: operation(torch.empty(shape, dtype=dtype))  # noqa: E731
+    return Case(name, dtype, call, shape[0] * shape[1], dtype.itemsize, dtype.itemsize)

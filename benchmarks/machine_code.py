@@ -1,0 +1,172 @@
+"""Compile every kernel for every target, without a GPU, and write what its machine code says to docs/kernels.md.
+
+python -m benchmarks.machine_code [--target sm_103 ...] [--output docs/kernels.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from .disassembly import MachineCode, read
+from .jit_launches import JitLaunch, caught_launches
+from .kernel_cases import Case, every_case
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data-sheet numbers: target, multiprocessors, boost clock in GHz, DRAM in TB/s."""
+
+    target: str
+    multiprocessors: int
+    gigahertz: float
+    terabytes: float
+
+
+GPUS = {
+    "A100": Gpu("sm_80", 108, 1.41, 2.039),
+    "H100": Gpu("sm_90", 132, 1.755, 3.35),
+    "H200": Gpu("sm_90", 132, 1.755, 4.8),
+    "B200": Gpu("sm_100", 148, 1.85, 8.0),
+    "L40S": Gpu("sm_89", 142, 2.52, 0.864),
+    "RTX 4090": Gpu("sm_89", 128, 2.52, 1.008),
+    "RTX 5090": Gpu("sm_120", 170, 2.41, 1.792),
+}
+
+# Lanes that a multiprocessor serves per clock (CUDA programming guide); 128 are issued in all.
+LANES = {"fp32": 128, "alu": 64, "imad": 64, "special": 16, "memory": 32}
+ISSUED = 128
+
+PREAMBLE = """# What the kernels compile to
+
+Written by `make kernels-report`: every Triton body, compiled for every target with the arguments,
+alignment and block sizes that its public launcher chooses, and disassembled. No GPU is involved, so
+**the times below are estimates from machine code, not measurements**.
+
+- Shapes: a weight of 4096 x 11008 (rows of the stated length for select_rows), 16384 tokens of 4096.
+- Instructions per element: all of a program's, over its elements; loops by their trips, and both sides
+  of every branch (in select_rows that counts the steps that settle ties, which most rows skip).
+- Compute over memory: the time that the busiest pipe needs at boost clock (128 lanes issued per
+  multiprocessor and clock; 64 for integer and logic, 128 for fp32, 64 on A100, 16 for conversions and bit
+  counts, 32 for memory), over the time that the bytes which must cross DRAM need at data-sheet
+  bandwidth. Below 1 the kernel is bound by memory. Latency, launches and caches are not in it.
+- Where several launches make up an operation the first one is shown. coupling is bound by matrix
+  products and has no such ratio; 12 passes of select_rows over a layer are not shown.
+"""
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """``sm_90`` or ``gfx942`` as Triton's target."""
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 32 if re.match(r"gfx1\d{3}$", name) else 64)
+
+
+def launches_of(case: Case, target: GPUTarget) -> list[JitLaunch]:
+    """What the public launcher would launch on ``target``."""
+    launches: list[JitLaunch] = []
+    with caught_launches(launches.append, lanes=target.warp_size, amd=target.backend == "hip"):
+        case.call()
+    return launches
+
+
+def compiled(launch: JitLaunch, target: GPUTarget) -> MachineCode:
+    """Compile a launch and read its machine code."""
+    specialised = launch.specialise(target)
+    return read(triton.compile(specialised.source, target=target, options=specialised.options))
+
+
+def first_kernel(case: Case, target_name: str) -> tuple[JitLaunch, MachineCode]:
+    """The first launch of a case and its machine code."""
+    target = gpu_target(target_name)
+    launch = launches_of(case, target)[0]
+    return launch, compiled(launch, target)
+
+
+def per_element(case: Case, launch: JitLaunch, code: MachineCode) -> Counter[str]:
+    """Instructions per element by pipe, as lanes."""
+    programs = launch.grid[0]
+    counts = Counter({pipe: n * code.threads * programs / case.elements for pipe, n in code.rest.items()})
+    if code.loop:
+        widest = max(code.loads)
+        elements = widest / 8 * code.loads[widest] * code.threads / case.loaded
+        counts.update({pipe: n * code.threads / elements for pipe, n in code.loop.items()})
+    return counts
+
+
+def compute_over_memory(case: Case, counts: Counter[str], gpu: Gpu) -> float:
+    """Time of the busiest pipe over time of the bytes; below 1 is bound by memory."""
+    lanes = LANES | ({"fp32": 64} if gpu.target == "sm_80" else {})
+    clocks = max(counts.total() / ISSUED, *(counts[pipe] / width for pipe, width in lanes.items()))
+    compute = clocks / (gpu.multiprocessors * gpu.gigahertz * 1e9)
+    return compute / (case.moved / (gpu.terabytes * 1e12))
+
+
+def report(targets: tuple[str, ...]) -> Iterator[str]:
+    """Lines of docs/kernels.md."""
+    yield PREAMBLE
+    cases = list(every_case())
+    codes = {(case.name, case.dtype, t): first_kernel(case, t) for case in cases for t in targets}
+    yield "## Registers of a thread\n\nSpilled accesses in brackets where there are any; vector registers on AMD.\n"
+    yield _row("kernel", "dtype", *targets)
+    yield _row(*["---"] * (2 + len(targets)))
+    for case in cases:
+        found = (codes[case.name, case.dtype, target][1] for target in targets)
+        yield _row(case.name, _name(case.dtype), *(f"{c.registers}{f' ({c.spills})' * (c.spills > 0)}" for c in found))
+    yield "\n## Instructions and time, from sm_90 unless the GPU is of another kind\n"
+    yield _row("kernel", "dtype", "shared bytes", "occupancy", "loads", "stores", "instructions", *GPUS)
+    yield _row(*["---"] * (7 + len(GPUS)))
+    for case in cases:
+        launch, code = codes[case.name, case.dtype, "sm_90"]
+        ratios = []
+        for gpu in GPUS.values():
+            counts = per_element(case, *codes[case.name, case.dtype, gpu.target])
+            ratios.append(f"{compute_over_memory(case, counts, gpu):.2f}" if case.moved else "")
+        yield _row(
+            case.name,
+            _name(case.dtype),
+            code.shared,
+            f"{code.occupancy:.0%}",
+            _widths(code.loads),
+            _widths(code.stores),
+            f"{per_element(case, launch, code).total():.1f}" if case.moved else "",
+            *ratios,
+        )
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+def _widths(accesses: Counter[int]) -> str:
+    return ", ".join(f"{count} x {bits} bit" for bits, count in sorted(accesses.items(), reverse=True))
+
+
+def main() -> None:
+    """Write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", default=[], help="one more target, as sm_103 or gfx950")
+    parser.add_argument("--output", type=Path, default=Path("docs/kernels.md"))
+    arguments = parser.parse_args()
+    lines = list(report((*TARGETS, *arguments.target)))
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text("\n".join(lines) + "\n")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

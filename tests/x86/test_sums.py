@@ -1,0 +1,109 @@
+"""The sums, the check for finite numbers and coupling's GEMM as machine code, at the sizes of real layers.
+
+The executor runs all of their kernels; ``tl.dot`` as plain multiply-adds and in small tiles, so the
+rounding of the tensor cores is not seen here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ace_triton.kernels import launch
+from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.coupling import coupling, coupling_reference
+from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.moments import moments, moments_reference
+from ace_triton.kernels.token_norms import token_norms, token_norms_reference
+from ace_triton.kernels.weight_sums import weight_sums, weight_sums_reference
+from ace_triton.kernels.weighted_squares import weighted_squares, weighted_squares_reference
+from tests.x86.executor import executed_on_x86
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = [(576, 1536), (1536, 576), (37, 50)]
+
+
+def make_matrix(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def check(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weight_sums(dtype, shape):
+    weight = make_matrix(*shape, dtype=dtype)
+    with executed_on_x86():
+        sums = weight_sums(weight)
+    for got, expected in zip(sums, weight_sums_reference(weight), strict=True):
+        check(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_token_norms(dtype, shape):
+    outputs = make_matrix(*shape, dtype=dtype)
+    with executed_on_x86():
+        norms = token_norms(outputs)
+    check(norms, token_norms_reference(outputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_weighted_squares(dtype, shape, n_layers):
+    tokens = make_matrix(*shape, dtype=dtype)
+    weights = torch.rand(n_layers, shape[0])
+    weights[:, ::3] = 0.0
+    tokens[::3] = torch.nan
+    with executed_on_x86():
+        squares = weighted_squares(tokens, weights)
+    check(squares, weighted_squares_reference(tokens, weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1024, 576), (40, 16, 576), (3, 37, 50)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments(dtype, shape, masked):
+    tokens = make_matrix(*shape, dtype=dtype) + 20
+    valid = None
+    if masked:
+        valid = torch.rand(shape[:2], generator=torch.Generator().manual_seed(1)) < 0.6
+        valid[:, : shape[1] // 4] = False
+        tokens[~valid] = torch.nan
+    with executed_on_x86():
+        got = moments(tokens, valid)
+    expected = moments_reference(tokens, valid)
+    assert got.count == expected.count
+    assert torch.equal(got.sequence_count, expected.sequence_count)
+    for name in ("total", "deviation", "sequence_square"):
+        check(getattr(got, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1536 * 576, 1001, 1])
+def test_all_finite(dtype, size):
+    tensor = make_matrix(size, dtype=dtype)
+    with executed_on_x86():
+        assert all_finite(tensor)
+        for place, value in ((0, torch.inf), (size // 2, -torch.inf), (size - 1, torch.nan)):
+            one = tensor.clone()
+            one[place] = value
+            assert not all_finite(one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduce", ["abs", "rms"])
+def test_coupling(monkeypatch, dtype, reduce):
+    monkeypatch.setattr(launch, "coupling", lambda matrix: launch.Coupling(16, 16, 16, "ieee", 1))
+    tokens, outputs, weights = make_matrix(70, 45, dtype=dtype), make_matrix(70, 33, dtype=dtype), torch.rand(70)
+    weights[::4] = 0.0
+    tokens[::8] = torch.nan
+    outputs[::4] = torch.inf
+    with executed_on_x86():
+        got = coupling(tokens, outputs, weights, reduce)
+    check(got, coupling_reference(tokens, outputs, weights, reduce))
