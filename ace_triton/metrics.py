@@ -178,12 +178,7 @@ def cosp(
     """
     if reduce not in ("exact", "abs", "rms"):
         raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
-    prefactor = prefactor or ("none" if reduce == "exact" else "wanda")
-    if prefactor == "none":
-        return _times_cosine(ScoreTerms(), stats, reduce, 1)
-    if prefactor not in ("wanda", "ria"):
-        raise ValueError(f"prefactor must be 'none', 'wanda' or 'ria', got {prefactor!r}")
-    return _times_cosine(_base(weight, stats, prefactor), stats, reduce, 2)
+    return _times_cosine(weight, stats, prefactor or ("none" if reduce == "exact" else "wanda"), reduce)
 
 
 @register_metric("varp")
@@ -222,7 +217,7 @@ def varp(
 def ace(
     weight: torch.Tensor,
     stats: ActivationStats,
-    base: Base = "ria",
+    base: Prefactor = "ria",
     reduce: CosineReduce = "exact",
     norm: VarianceNorm = "max_layer",
     sign: int = 1,
@@ -231,11 +226,11 @@ def ace(
 ) -> ScoreTerms:
     """ACE (arXiv 2505.21987): base score times CosP times VarP.
 
-    Options as in :func:`cosp` and :func:`varp`. The published form is base="wanda", reduce="abs" (or
-    "rms"); the default takes RIA's base and the exact second-order cosine term.
+    Options as in :func:`cosp` (whose prefactor is here the base) and :func:`varp`. The published form is
+    base="wanda", reduce="abs" (or "rms"); the default takes RIA's base and the exact second-order cosine term.
     """
     factor = _variance_factor(stats, norm, sign, power, eps)
-    return _times_cosine(_base(weight, stats, base), stats, reduce, 2, factor)
+    return _times_cosine(weight, stats, base, reduce, factor)
 
 
 def _base(weight: torch.Tensor, stats: ActivationStats, base: Base) -> ScoreTerms:
@@ -249,15 +244,18 @@ def _base(weight: torch.Tensor, stats: ActivationStats, base: Base) -> ScoreTerm
 
 
 def _times_cosine(
-    terms: ScoreTerms,
+    weight: torch.Tensor,
     stats: ActivationStats,
+    base: Prefactor,
     reduce: CosineReduce,
-    power: int,
     factor: torch.Tensor | None = None,
 ) -> ScoreTerms:
-    """``terms`` with the cosine term, ``factor`` and the weight's power put in."""
+    """The cosine term on a base (none: alone), with a column ``factor`` of its own."""
     if reduce not in ("exact", "abs", "rms"):
         raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
+    if base not in ("none", "wanda", "ria"):
+        raise ValueError(f"CosP's base or prefactor must be 'none', 'wanda' or 'ria', got {base!r}")
+    terms, power = (ScoreTerms(), 1) if base == "none" else (_base(weight, stats, base), 2)
     if stats.outputs is None:
         raise StatsError(
             "CosP weighs tokens by the layer's outputs, which these statistics do not hold: pass raw tokens, "

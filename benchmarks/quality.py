@@ -35,6 +35,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "VarP on RIA": ("varp", {}),
     "VarP on Wanda": ("varp", {"base": "wanda"}),
     "ACE (default)": ("ace", {}),
+    "ACE without a base": ("ace", {"base": "none"}),
     "ACE on Wanda": ("ace", {"base": "wanda"}),
     "ACE, published form (Wanda, abs)": ("ace", {"base": "wanda", "reduce": "abs"}),
 }

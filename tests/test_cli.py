@@ -124,7 +124,7 @@ def test_an_existing_folder_is_left_alone_unless_told(prune, tmp_path):
         (("--method", "wnada"), "use one of magnitude, wanda"),
         (("-o", "bsae=ria"), "no option 'bsae'"),
         (("-o", "base"), "write name=value"),
-        (("-o", "base=obs"), "base must be"),
+        (("-o", "base=obs"), "base or prefactor must be"),
         (("--calibration", "./none.txt"), "no such file"),
         (("--length", "99999"), "one sequence needs 99999"),
         (("--dtype", "int3"), "use one of auto"),
