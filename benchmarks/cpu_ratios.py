@@ -267,8 +267,13 @@ def processor() -> str:
 def cells(ratio: Ratio) -> tuple[str, ...]:
     """One row of either table."""
     target = f"{ratio.target}{'' if ratio.met else ' (missed)'}"
-    times = (f"{ratio.milliseconds:.3g} ms", f"{ratio.baseline_milliseconds:.3g} ms")
-    return ratio.what, ratio.against, ratio.dtype, *times, f"{ratio.ratio:.3g}x", target
+    times = (milliseconds(ratio.milliseconds), milliseconds(ratio.baseline_milliseconds))
+    return ratio.what, ratio.against, ratio.dtype, *times, f"{ratio.ratio:.{2 if ratio.ratio < 10 else 0}f}x", target
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, never an exponent."""
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 HEADINGS = ("what", "against", "dtype", "time", "baseline", "ratio", "target")
