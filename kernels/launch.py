@@ -19,6 +19,10 @@ WARPS = 4
 # Enough programs to fill every current GPU twice over; more of them only reload what a program shares.
 MOST_PROGRAMS = 4096
 
+# Enough programs of one warp, with four accesses of 16 bytes a lane in flight, to hide an H100's latency:
+# 1024 * 2 KiB is its bandwidth over 600 ns.
+MOST_WARPS = 1024
+
 
 def on_amd() -> bool:
     """True where torch drives AMD GPUs."""
@@ -108,8 +112,8 @@ def along_rows(matrix: torch.Tensor) -> Reduction:
 
 
 def _trips(needed: int, blocks: int, most: int) -> int:
-    """As many as leave MOST_PROGRAMS of all ``blocks``, so that partial sums stay a few percent of the bytes."""
-    return max(1, min(most, needed, blocks // MOST_PROGRAMS))
+    """As many as leave MOST_WARPS of all ``blocks``: each further program writes partial sums of its own."""
+    return max(1, min(most, needed, blocks // MOST_WARPS))
 
 
 def all_finite(tensor: torch.Tensor) -> int:
