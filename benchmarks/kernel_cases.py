@@ -108,11 +108,21 @@ def weight_sums_case(dtype: torch.dtype) -> Case:
     return Case("weight_sums", dtype, call, SHAPE[0] * SHAPE[1], size, size)
 
 
+def coupling_case(dtype: torch.dtype, reduce: str) -> Case:
+    """The coupling of a square layer with a batch of tokens."""
+    n_tokens, width = TOKENS[0] * TOKENS[1], TOKENS[2]
+
+    def call() -> object:
+        tokens, outputs = torch.empty(2, n_tokens, width, dtype=dtype)
+        return coupling(tokens, outputs, torch.empty(n_tokens), reduce)
+
+    return Case(f"coupling {reduce}", dtype, call, n_tokens * width, dtype.itemsize, 0)
+
+
 def every_case() -> Iterator[Case]:
     """All cases of the report."""
-    tokens, width = TOKENS[0] * TOKENS[1], TOKENS[2]
+    n_tokens = TOKENS[0] * TOKENS[1]
     for dtype in DTYPES:
-        size = dtype.itemsize
         for metric in TERMS:
             yield select_nm_case(dtype, metric)
         for output in ("mask", "bits"):
@@ -126,28 +136,16 @@ def every_case() -> Iterator[Case]:
         yield moments_case(dtype)
         yield moments_case(dtype, masked=True)
         yield weight_sums_case(dtype)
-        yield _over_tokens("token_norms", dtype, lambda x: token_norms(x))
+        yield _over_tokens("token_norms", dtype, token_norms)
         for layers in (1, 3):
             yield _over_tokens(
                 f"weighted_squares, {layers} layers",
                 dtype,
-                lambda x, layers=layers: weighted_squares(x, torch.empty(layers, tokens)),
+                lambda x, layers=layers: weighted_squares(x, torch.empty(layers, n_tokens)),
             )
-        yield _over_tokens("all_finite", dtype, lambda x: all_finite(x))
+        yield _over_tokens("all_finite", dtype, all_finite)
         for reduce in ("abs", "rms"):
-            yield Case(
-                f"coupling {reduce}",
-                dtype,
-                lambda dtype=dtype, reduce=reduce: coupling(
-                    torch.empty(tokens, width, dtype=dtype),
-                    torch.empty(tokens, width, dtype=dtype),
-                    torch.empty(tokens),
-                    reduce,
-                ),
-                tokens * width,
-                size,
-                0,
-            )
+            yield coupling_case(dtype, reduce)
 
 
 def _over_tokens(name: str, dtype: torch.dtype, operation: Callable[[torch.Tensor], object]) -> Case:

@@ -1,0 +1,88 @@
+"""Budgets for the machine code of the kernels: what may not get worse without someone deciding it.
+
+The figures are those of docs/kernels.md, from the arguments and blocks that the public launchers choose.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ace_triton.kernels.backend import interpreting
+from benchmarks.kernel_cases import (
+    DTYPES,
+    TERMS,
+    Case,
+    coupling_case,
+    moments_case,
+    select_nm_case,
+    select_rows_case,
+    weight_sums_case,
+)
+from benchmarks.machine_code import GPUS, compute_over_memory, first_kernel, per_element
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
+
+BOUND_BY_MEMORY = ("A100", "H100", "H200")
+
+
+def check(case: Case, gpus: tuple[str, ...], most_ratio: float) -> None:
+    """No spills, 16-byte accesses, and at most ``most_ratio`` times the memory's time on each GPU."""
+    for name in gpus:
+        launch, code = first_kernel(case, GPUS[name].target)
+        counts = per_element(case, launch, code)
+        ratio = compute_over_memory(case, counts, GPUS[name])
+        assert code.spills == 0, f"{case.name} spills on {GPUS[name].target}"
+        assert code.loads[128] > 0, f"{case.name} loads {dict(code.loads)} on {GPUS[name].target}"
+        assert ratio <= most_ratio, f"{case.name} takes {ratio:.2f} of the memory's time on {name}: {dict(counts)}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", TERMS)
+def test_2_4_is_bound_by_memory(dtype, metric):
+    case = select_nm_case(dtype, metric)
+    check(case, BOUND_BY_MEMORY, most_ratio=0.75)
+    _, code = first_kernel(case, "sm_90")
+    assert code.stores[128] > 0
+
+
+def test_2_4_takes_twelve_instructions_a_weight():
+    case = select_nm_case(torch.bfloat16, "scale")
+    assert per_element(case, *first_kernel(case, "sm_90")).total() <= 12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [moments_case, weight_sums_case])
+def test_sums_are_bound_by_memory(dtype, make):
+    check(make(dtype), BOUND_BY_MEMORY, most_ratio=0.95)
+
+
+@pytest.mark.parametrize("cols", [1536, 4096, 11008, 16384])
+def test_rows_take_at_most_twice_the_memory_time(cols):
+    check(select_rows_case(torch.bfloat16, cols), ("H100",), most_ratio=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_coupling_multiplies_on_tensor_cores_without_spills(dtype, target):
+    _, code = first_kernel(coupling_case(dtype, "rms"), target)
+    assert code.spills == 0
+    assert code.loop["tensor"] > 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        select_nm_case(torch.bfloat16, "RIA"),
+        select_nm_case(torch.bfloat16, "scale", 8, 16),
+        select_rows_case(torch.bfloat16, 4096),
+        moments_case(torch.bfloat16),
+        weight_sums_case(torch.bfloat16),
+        coupling_case(torch.bfloat16, "abs"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_nothing_spills_on_amd(case):
+    _, code = first_kernel(case, "gfx942")
+    assert code.spills == 0
+    assert code.loads[128] > 0
