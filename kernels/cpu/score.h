@@ -95,8 +95,8 @@ ACE_INLINE void deliver(const Selection& s, int64_t i, int64_t from, int count, 
         uint8_t* out = s.delivered + i * cols + from;
         each_vector(count, [&](int j, int lanes) ACE_INLINED {
             const Ints kept = keep(j, lanes) & Ints::all(1);
-            NativeBytes bytes[PARTS];
-            for (int p = 0; p < PARTS; ++p) bytes[p] = __builtin_convertvector(kept.part[p], NativeBytes);
+            Bytes bytes;
+            for (int p = 0; p < PARTS; ++p) bytes.part[p] = __builtin_convertvector(kept.part[p], NativeBytes);
             store_raw(out + j, bytes, lanes);
         });
     } else if (s.weight.element == Element::fp32) {
@@ -108,8 +108,8 @@ ACE_INLINE void deliver(const Selection& s, int64_t i, int64_t from, int count, 
         auto* weight = static_cast<uint16_t*>(s.weight.data) + i * s.weight.stride + from;
         each_vector(count, [&](int j, int lanes) ACE_INLINED {
             Halves halves = load_raw<Halves>(weight + j, lanes);
-            const Ints kept = keep(j, lanes);
-            for (int p = 0; p < PARTS; ++p) halves.part[p] &= __builtin_convertvector(kept.part[p], NativeHalves);
+            const Halves kept = narrow(keep(j, lanes));
+            for (int p = 0; p < PARTS; ++p) halves.part[p] &= kept.part[p];
             store_raw(weight + j, halves, lanes);
         });
     }

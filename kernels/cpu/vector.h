@@ -89,13 +89,14 @@ ACE_INLINE Floats floats_of(const Ints& v) {
 
 ACE_INLINE Floats magnitude(const Floats& v) { return floats_of(bits_of(v) & Ints::all(0x7fffffff)); }
 
-// The first `lanes` of a vector from or to memory; the other lanes are 0, and their memory is not touched.
+// The first `lanes` of a vector from or to memory; the other lanes are 0, and their memory is not touched. Whole vectors
+// move register by register: a copy of all parts at once goes through the stack, in pieces that do not forward.
 template <typename Loaded, typename Stored>
 ACE_INLINE Loaded load_raw(const Stored* from, int lanes) {
     static_assert(sizeof(Loaded) == LANES * sizeof(Stored), "one element a lane");
     Loaded v;
     if (lanes == LANES) {
-        memcpy(&v, from, sizeof v);
+        for (int p = 0; p < PARTS; ++p) memcpy(&v.part[p], from + p * WIDTH, sizeof v.part[p]);
     } else {
         memset(&v, 0, sizeof v);
         memcpy(&v, from, lanes * sizeof(Stored));
@@ -106,7 +107,11 @@ ACE_INLINE Loaded load_raw(const Stored* from, int lanes) {
 template <typename Stored, typename Kept>
 ACE_INLINE void store_raw(Stored* to, const Kept& v, int lanes) {
     static_assert(sizeof(Kept) == LANES * sizeof(Stored), "one element a lane");
-    memcpy(to, &v, lanes == LANES ? sizeof v : lanes * sizeof(Stored));
+    if (lanes == LANES) {
+        for (int p = 0; p < PARTS; ++p) memcpy(to + p * WIDTH, &v.part[p], sizeof v.part[p]);
+    } else {
+        memcpy(to, &v, lanes * sizeof(Stored));
+    }
 }
 
 ACE_INLINE Ints load(const int32_t* from, int lanes = LANES) { return load_raw<Ints>(from, lanes); }
@@ -118,10 +123,36 @@ struct Halves {
     NativeHalves part[PARTS];
 };
 
+struct Bytes {
+    NativeBytes part[PARTS];
+};
+
 ACE_INLINE Ints widen(const Halves& halves) {
     Ints v;
-    for (int p = 0; p < PARTS; ++p) v.part[p] = __builtin_convertvector(halves.part[p], NativeInts);
+    for (int p = 0; p < PARTS; ++p) {
+#if ACE_WIDTH == 8
+        // GCC 12 makes three instructions of the conversion.
+        v.part[p] = (NativeInts)_mm256_cvtepu16_epi32((__m128i)halves.part[p]);
+#else
+        v.part[p] = __builtin_convertvector(halves.part[p], NativeInts);
+#endif
+    }
     return v;
+}
+
+// For lanes that are all ones or 0.
+ACE_INLINE Halves narrow(const Ints& v) {
+    Halves halves;
+    for (int p = 0; p < PARTS; ++p) {
+#if ACE_WIDTH == 8
+        const __m256i part = (__m256i)v.part[p];
+        halves.part[p] =
+            (NativeHalves)_mm_packs_epi32(_mm256_castsi256_si128(part), _mm256_extracti128_si256(part, 1));
+#else
+        halves.part[p] = __builtin_convertvector(v.part[p], NativeHalves);
+#endif
+    }
+    return halves;
 }
 
 // Lane k of the result is lane (k + BY) % GROUP of k's own group of GROUP lanes.
