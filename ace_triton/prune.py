@@ -53,7 +53,6 @@ class PruneResult:
         return 1 - self.kept / self.total if self.total else 0.0
 
 
-@torch.no_grad()
 def prune_linear(
     layer: nn.Module,
     stats: ActivationStats | torch.Tensor | None = None,
@@ -113,7 +112,6 @@ def check_weight(layer: nn.Module, label: str) -> torch.Tensor:
     return weight
 
 
-@torch.no_grad()
 def prune_checked(
     layer: nn.Module,
     weight: torch.Tensor,

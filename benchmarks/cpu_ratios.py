@@ -39,6 +39,8 @@ SHAPE = (4096, 11008)
 TOKENS = ((512, 16, 4096), (64, 128, 4096), (4, 2048, 4096), (2, 2048, 11008))
 SMOLLM2_BLOCKS = 30
 SMOLLM2_SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
+# First layer of each distinct input: q, k and v read one tensor, then o, then gate and up, then down.
+SMOLLM2_INPUTS = (0, 3, 4, 6)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOW_ROUNDS = 3
 
@@ -91,7 +93,7 @@ def main(
     ratios = []
     console = Console(width=140)
     for label, dtype in DTYPES.items():
-        for comparisons in (against_passes, against_published, over_tokens, over_small_layers):
+        for comparisons in (against_passes, against_published, over_tokens, over_small_layers, over_a_model):
             for comparison in comparisons(label, dtype):
                 ratios.append(measure(comparison, rounds))
                 console.print(line(ratios[-1]))
@@ -203,6 +205,42 @@ def over_small_layers(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
         lambda: None,
         4.0,
     )
+
+
+def over_a_model(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
+    """Score and mask of all of SmolLM2-135M: terms, checks and selection, layers that share an input sharing its
+    statistics, which hold 128 sequences and nothing derived from them yet."""
+    blocks = [
+        [nn.Linear(cols, rows, bias=False, dtype=dtype) for rows, cols in SMOLLM2_SHAPES] for _ in range(SMOLLM2_BLOCKS)
+    ]
+    weights = [layer.weight.detach() for block in blocks for layer in block]
+    tokens = {cols: torch.randn(128, 16, cols) for _, cols in SMOLLM2_SHAPES}
+    seen = {cols: ActivationStats.from_tokens(x) for cols, x in tokens.items()}
+    outputs = {
+        shape: ActivationStats.from_tokens(tokens[shape[1]], layer=nn.Linear(shape[1], shape[0])).outputs
+        for shape in SMOLLM2_SHAPES
+    }
+    fresh: list[list[ActivationStats]] = []
+
+    def forget() -> None:
+        fresh[:] = [[seen[SMOLLM2_SHAPES[first][1]].to("cpu") for first in SMOLLM2_INPUTS] for _ in blocks]
+
+    def prune_all(method: str) -> None:
+        for block, inputs in zip(blocks, fresh, strict=True):
+            for index, (layer, shape) in enumerate(zip(block, SMOLLM2_SHAPES, strict=True)):
+                stats = inputs[sum(first <= index for first in SMOLLM2_INPUTS) - 1]
+                prune_linear(layer, stats.with_outputs(outputs[shape]), method, "2:4")
+
+    for method in ("wanda", "ria", "ace"):
+        yield Comparison(
+            f"prune_linear of SmolLM2-135M's 210 layers, {method}",
+            "`mul_(1)` of each",
+            label,
+            lambda method=method: prune_all(method),
+            lambda: [weight.mul_(1) for weight in weights],
+            forget,
+            4.0,
+        )
 
 
 def measure(comparison: Comparison, rounds: int) -> Ratio:

@@ -38,8 +38,8 @@ from ace_triton.report import write_json
 
 from .published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
 
-SHAPE = (256, 2048)
-N_TOKENS = 1024
+SHAPE = (512, 4096)
+N_TOKENS = 2048
 
 
 @dataclass
@@ -93,8 +93,8 @@ class Counter(TorchDispatchMode):
     @contextmanager
     def counting(self) -> Iterator[Traffic]:
         """Count torch's operations and Triton's kernels."""
-        loads: list[np.ndarray] = []
-        stores: list[np.ndarray] = []
+        loads: list[tuple[np.ndarray, int]] = []
+        stores: list[tuple[np.ndarray, int]] = []
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
         run = GridExecutor.__call__
 
@@ -114,9 +114,8 @@ class Counter(TorchDispatchMode):
                 self._inside_kernel = False
             self.traffic.launches += 1
             for kept, name in ((loads, "read"), (stores, "written")):
-                everything = np.concatenate(kept) if kept else np.empty(0, np.uint64)
-                self.traffic.issued += everything.size
-                setattr(self.traffic, name, getattr(self.traffic, name) + np.unique(everything).size)
+                self.traffic.issued += sum(places.size * size for places, size in kept)
+                setattr(self.traffic, name, getattr(self.traffic, name) + _distinct(kept))
                 kept.clear()
             return result
 
@@ -129,11 +128,16 @@ class Counter(TorchDispatchMode):
             yield self.traffic
 
 
-def _addresses(pointers: Any, mask: Any) -> np.ndarray:
-    """The address of every byte that a load or store touches."""
-    size = pointers.get_element_ty().primitive_bitwidth // 8
-    first = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.uint64).ravel()
-    return (first[:, None] + np.arange(max(size, 1), dtype=np.uint64)).ravel()
+def _addresses(pointers: Any, mask: Any) -> tuple[np.ndarray, int]:
+    """Where a load or store touches elements, and their size in bytes."""
+    inside = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+    return pointers.data[inside].astype(np.uint64).ravel(), max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+
+
+def _distinct(accesses: list[tuple[np.ndarray, int]]) -> int:
+    """Distinct bytes of many accesses; elements of one size lie on its multiples."""
+    sizes = {size for _, size in accesses}
+    return sum(size * np.unique(np.concatenate([p for p, s in accesses if s == size])).size for size in sizes)
 
 
 def _is_view(operation: Any) -> bool:
