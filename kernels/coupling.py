@@ -116,12 +116,9 @@ def _add_products(
         t = first + tl.arange(0, BLOCK_TOKENS)
         d = tl.load(weights_ptr + t, mask=t < n_tokens, other=0.0)[:, None]
         line = t[:, None].to(tl.int64)
-        a = tl.load(
-            outputs_ptr + line * output_stride + i[None, :], mask=(d != 0) & (i[None, :] < rows), other=0.0
-        ).to(tl.float32)
-        x = tl.load(
-            tokens_ptr + line * token_stride + j[None, :], mask=(d != 0) & (j[None, :] < cols), other=0.0
-        ).to(tl.float32)
+        a_used, x_used = (d != 0) & (i[None, :] < rows), (d != 0) & (j[None, :] < cols)
+        a = tl.load(outputs_ptr + line * output_stride + i[None, :], mask=a_used, other=0.0).to(tl.float32)
+        x = tl.load(tokens_ptr + line * token_stride + j[None, :], mask=x_used, other=0.0).to(tl.float32)
         a = tl.abs(a) * d
         x = tl.abs(x)
         if REDUCE == "rms":

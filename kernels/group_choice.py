@@ -1,8 +1,8 @@
 """Which n of a group of m survive, for groups whose members lie in the registers of one thread.
 
-Scores come as int32 keys: the bits of a non-negative fp32 number order as the number does, and
-they order infinities and NaN too, so that exactly n survive whatever the scores hold. Survivors go as
-int32 words, -1 where kept and 0 where pruned.
+Scores come as int32 keys, their bits without the sign: those of a non-negative fp32 number order as the
+number does, and they order infinities and NaN too, so that exactly n survive whatever the scores hold.
+Survivors go as int32 words, -1 where kept and 0 where pruned.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ def _select_nm_body(
                     None if coupling_ptr is None else factors[k],
                     POWER,
                 )
-                keys = keys + (value.to(tl.int32, bitcast=True),)
+                keys = keys + (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF,)
             weights = weights + piece
         kept = best_of_group(keys, N)
         if OUTPUT == "bits":
