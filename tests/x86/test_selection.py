@@ -85,6 +85,17 @@ def test_masks_and_bits(dtype, axis, output, m):
     check_nm(make_weight(rows, cols, dtype, ties=True), make_terms(rows, cols, ()), m // 2, m, axis=axis, output=output)
 
 
+def test_exactly_n_survive_scores_that_are_not_numbers():
+    weight = make_weight(64, 64, torch.bfloat16)
+    weight[::3, ::5] = torch.nan
+    weight[1::3, ::2] = torch.inf
+    terms = ScoreTerms(scale=torch.tensor([0.0, -0.0, 1.0, 2.0]).repeat(16))
+    for m in (4, 16):
+        with executed_on_x86(1):
+            mask = select_nm(weight, terms, m // 2, m, output="mask")
+        assert (mask.view(64, -1, m).sum(2) == m // 2).all()
+
+
 @pytest.mark.parametrize("axis", ["in", "out"])
 def test_strided_rows_leave_their_neighbours_alone(axis):
     wide = make_weight(64, 112, torch.bfloat16)
