@@ -94,12 +94,18 @@ def main(
     out.with_suffix(".md").write_text(_page(setting, cells))
 
 
-def _page(setting: dict[str, Any], cells: dict[str, float]) -> str:
+def cells_by_column(cells: dict[str, float]) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """Perplexities over seeds: (sparsity, "L=length") -> method -> values."""
     table: dict[tuple[str, str], dict[str, list[float]]] = {}
     for key, value in cells.items():
         if key != "dense":
             label, sparsity, length, _ = key.split(" | ")
             table.setdefault((sparsity, length), {}).setdefault(label, []).append(value)
+    return table
+
+
+def _page(setting: dict[str, Any], cells: dict[str, float]) -> str:
+    table = cells_by_column(cells)
     columns = sorted(table, key=lambda column: (column[0], int(column[1][2:])))
     labels = [label for label in METHODS if any(label in table[column] for column in columns)]
     lines = [
@@ -109,22 +115,23 @@ def _page(setting: dict[str, Any], cells: dict[str, float]) -> str:
         "",
         f"{setting['model']}, {setting['samples']} calibration sequences of L tokens of C4, WikiText-2 test, "
         f"{setting['windows']} windows of {setting['window_length']} tokens. Dense: {cells['dense']:.2f}. "
-        "Mean over calibration seeds, with their standard deviation where there are several.",
+        "Mean over calibration seeds, their standard deviation, and in brackets their number.",
         "",
         "| method | " + " | ".join(f"{sparsity}, {length}" for sparsity, length in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for label in labels:
         values = [table[column].get(label) for column in columns]
-        lines.append(f"| {label} | " + " | ".join(_cell(value) for value in values) + " |")
+        lines.append(f"| {label} | " + " | ".join(shown(value) for value in values) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(values: list[float] | None) -> str:
+def shown(values: list[float] | None) -> str:
+    """Mean, spread and number of a cell's values."""
     if not values:
         return ""
     if len(values) == 1:
-        return f"{values[0]:.1f}"
+        return f"{values[0]:.1f} (1)"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)})"
 
 

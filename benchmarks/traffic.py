@@ -38,7 +38,7 @@ from ace_triton.report import write_json
 
 from .published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
 
-SHAPE = (512, 4096)
+SHAPE = (512, 2048)
 N_TOKENS = 2048
 
 
@@ -82,9 +82,11 @@ class Counter(TorchDispatchMode):
         name = operation.overloadpacket.__name__
         if name.startswith(("empty", "new_empty")) or (not outputs and name == "_local_scalar_dense"):
             return
-        only_written = {"zero_", "fill_"}
-        read = 0 if name in only_written else sum(_bytes(t) for t in inputs.values())
-        written = sum(_bytes(t) for t in outputs.values())
+        if name in ("scatter_", "index_put_"):
+            read, written = _scattered(arguments)
+        else:
+            read = 0 if name in ("zero_", "fill_") else sum(_bytes(t) for t in inputs.values())
+            written = sum(_bytes(t) for t in outputs.values())
         self.traffic.read += read
         self.traffic.written += written
         self.traffic.issued += read + written
@@ -138,6 +140,13 @@ def _distinct(accesses: list[tuple[np.ndarray, int]]) -> int:
     """Distinct bytes of many accesses; elements of one size lie on its multiples."""
     sizes = {size for _, size in accesses}
     return sum(size * np.unique(np.concatenate([p for p, s in accesses if s == size])).size for size in sizes)
+
+
+def _scattered(arguments: tuple[Any, ...]) -> tuple[int, int]:
+    """Bytes read and written by an operation that writes to some places of its first argument."""
+    target, *places = _tensors(arguments)
+    touched = int(places[0].sum()) if places[0].dtype == torch.bool else places[0].numel()
+    return sum(_bytes(t) for t in places), touched * target.element_size()
 
 
 def _is_view(operation: Any) -> bool:

@@ -22,6 +22,7 @@ MOST_PROGRAMS = 4096
 # Enough programs of one warp, with four accesses of 16 bytes a lane in flight, to hide an H100's latency:
 # 1024 * 2 KiB is its bandwidth over 600 ns.
 MOST_WARPS = 1024
+LEAST_TRIPS = 4
 
 
 def on_amd() -> bool:
@@ -112,8 +113,8 @@ def along_rows(matrix: torch.Tensor) -> Reduction:
 
 
 def _trips(needed: int, blocks: int, most: int) -> int:
-    """As many as leave MOST_WARPS of all ``blocks``: each further program writes partial sums of its own."""
-    return max(1, min(most, needed, blocks // MOST_WARPS))
+    """As many as leave MOST_WARPS of all ``blocks``, and LEAST_TRIPS: each program writes partial sums of its own."""
+    return max(1, min(most, needed, max(LEAST_TRIPS, blocks // MOST_WARPS)))
 
 
 def all_finite(tensor: torch.Tensor) -> int:

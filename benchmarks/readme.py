@@ -1,0 +1,92 @@
+"""Puts the figures of docs/*.json into the README, between its markers: ``python -m benchmarks.readme [--check]``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .quality import METHODS, cells_by_column, shown
+
+QUALITY_METHODS = ("magnitude", "Wanda", "RIA", "CosP, exact", "ACE (default)", "ACE, published form (Wanda, abs)")
+QUALITY_COLUMNS = (("2:4", "L=16"), ("2:4", "L=128"), ("0.5", "L=128"))
+CPU_ROWS = (
+    ("2:4 in place, Wanda's terms", "`weight.mul_(1)`"),
+    ("prune_linear, 2:4, wanda", "`weight.mul_(1)`"),
+    ("2:4 in place", "published loop over groups"),
+    ("50 % of each row", "top-k and scatter"),
+    ("50 % of each row", "published stable sort"),
+    ("moments of 64 x 128 x 4096", "plain read"),
+    ("prune_linear of SmolLM2-135M's 210 layers, ria", "`mul_(1)` of each"),
+    ("prune_linear of SmolLM2-135M's 210 layers, ace", "`mul_(1)` of each"),
+)
+TRAFFIC_ROWS = ("select_nm 2:4, Wanda's terms", "RIA in all: sums, terms, 2:4", "select_rows 50 %", "moments")
+
+
+def quality(content: dict[str, Any]) -> list[str]:
+    """Perplexities, a few methods."""
+    columns = cells_by_column(content["cells"])
+    lines = [
+        f"| perplexity, dense {content['cells']['dense']:.1f} | "
+        + " | ".join(f"{sparsity}, {length}" for sparsity, length in QUALITY_COLUMNS)
+        + " |",
+        "|---" * (len(QUALITY_COLUMNS) + 1) + "|",
+    ]
+    for label in (label for label in METHODS if label in QUALITY_METHODS):
+        values = (shown(columns.get(column, {}).get(label)) for column in QUALITY_COLUMNS)
+        lines.append(f"| {label} | " + " | ".join(values) + " |")
+    return lines
+
+
+def cpu(content: dict[str, Any]) -> list[str]:
+    """Ratios of CPU time, both dtypes side by side."""
+    lines = [f"| one core of an {content['environment']['processor']} | against | fp32 | bf16 |", "|---|---|---|---|"]
+    for what, against in CPU_ROWS:
+        found = {r["dtype"]: r for r in content["ratios"] if (r["what"], r["against"]) == (what, against)}
+        faster = " faster" if next(iter(found.values()))["target"].startswith(">=") else ""
+        cells = (
+            f"{found[dtype]['ratio']:.{3 if found[dtype]['ratio'] < 10 else 2}g}x{faster}" for dtype in ("fp32", "bf16")
+        )
+        lines.append(f"| {what} | {against} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def traffic(content: dict[str, Any]) -> list[str]:
+    """Bytes over the fewest possible, and launches."""
+    lines = ["| counted | launches | bytes over the fewest possible |", "|---|---:|---:|"]
+    rows = [row for row in content["ours"] if row["what"] in TRAFFIC_ROWS]
+    rows += [{**row, "what": f"published {row['what']}"} for row in content["published"]]
+    return lines + [f"| {row['what']} | {row['traffic']['launches']:,} | {row['ratio']:.2f} |" for row in rows]
+
+
+SECTIONS = {"quality": quality, "cpu": cpu, "traffic": traffic}
+
+
+def filled(readme: str, docs: Path) -> str:
+    """The README with every section between its markers made anew."""
+    for name, section in SECTIONS.items():
+        table = "\n".join(section(json.loads((docs / f"{name}.json").read_text())))
+        pattern = rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- /{name} -->)"
+        readme, count = re.subn(
+            pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", readme, flags=re.S
+        )
+        if count != 1:
+            raise ValueError(f"README.md has {count} sections {name!r} between markers, wanted 1")
+    return readme
+
+
+def main(check: Annotated[bool, typer.Option("--check", help="Fail where the README is out of date.")] = False) -> None:
+    """Write README.md, or compare."""
+    path = Path("README.md")
+    old = path.read_text()
+    new = filled(old, Path("docs"))
+    if check and new != old:
+        raise typer.BadParameter("README.md does not hold the figures of docs/: run python -m benchmarks.readme")
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    typer.run(main)
