@@ -54,7 +54,8 @@ def coupling(
     if backend == "cpu":
         return cpu.coupling(tokens, outputs, weights, reduce, into)
     if backend == "triton":
-        return _coupling_triton(tokens.detach(), outputs.detach(), weights.contiguous(), reduce, into)
+        with torch.cuda.device_of(tokens):
+            return _coupling_triton(tokens.detach(), outputs.detach(), weights.contiguous(), reduce, into)
     return into.add_(coupling_reference(tokens, outputs, weights, reduce))
 
 

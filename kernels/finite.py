@@ -15,7 +15,8 @@ def all_finite(tensor: torch.Tensor) -> bool:
     if backend == "cpu":
         return cpu.all_finite(tensor)
     if backend == "triton":
-        return _all_finite_triton(tensor.detach().contiguous())
+        with torch.cuda.device_of(tensor):
+            return _all_finite_triton(tensor.detach().contiguous())
     return all_finite_reference(tensor)
 
 

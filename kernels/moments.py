@@ -56,7 +56,8 @@ def moments(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> Moments:
     if backend == "cpu":
         return Moments(*cpu.moments(tokens, valid))
     if backend == "triton" and tokens.numel():
-        return _moments_triton(tokens.detach(), valid)
+        with torch.cuda.device_of(tokens):
+            return _moments_triton(tokens.detach(), valid)
     return moments_reference(tokens, valid)
 
 

@@ -57,7 +57,8 @@ def select_nm(
     if backend == "cpu":
         return cpu.select_nm(weight, terms, n, m, axis, output)
     if backend == "triton":
-        return _select_nm_triton(weight, terms, n, m, axis, output)
+        with torch.cuda.device_of(weight):
+            return _select_nm_triton(weight, terms, n, m, axis, output)
     return select_nm_reference(weight, terms, n, m, axis=axis, output=output)
 
 

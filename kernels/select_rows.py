@@ -54,7 +54,8 @@ def select_rows(
     if backend == "cpu":
         return cpu.select_rows(weight, terms, k, scope, output)
     if backend == "triton":
-        return _select_rows_triton(weight, terms, k, scope, output)
+        with torch.cuda.device_of(weight):
+            return _select_rows_triton(weight, terms, k, scope, output)
     return select_rows_reference(weight, terms, k, scope=scope, output=output)
 
 

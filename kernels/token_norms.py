@@ -20,7 +20,8 @@ def token_norms(outputs: torch.Tensor) -> torch.Tensor:
     if backend == "cpu":
         return cpu.token_norms(outputs)
     if backend == "triton":
-        return _token_norms_triton(outputs.detach())
+        with torch.cuda.device_of(outputs):
+            return _token_norms_triton(outputs.detach())
     return token_norms_reference(outputs)
 
 

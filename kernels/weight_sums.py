@@ -24,7 +24,8 @@ def weight_sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "cpu":
         return cpu.weight_sums(weight)
     if backend == "triton":
-        return _weight_sums_triton(weight.detach())
+        with torch.cuda.device_of(weight):
+            return _weight_sums_triton(weight.detach())
     return weight_sums_reference(weight)
 
 

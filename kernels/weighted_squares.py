@@ -28,7 +28,8 @@ def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
     if backend == "cpu":
         return cpu.weighted_squares(tokens, weights)
     if backend == "triton":
-        return _weighted_squares_triton(tokens.detach(), weights.contiguous())
+        with torch.cuda.device_of(tokens):
+            return _weighted_squares_triton(tokens.detach(), weights.contiguous())
     return weighted_squares_reference(tokens, weights)
 
 
