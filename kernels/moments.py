@@ -171,10 +171,11 @@ def _sum_moments(
     deviation = tl.zeros([1, BLOCK_COLS], tl.float32)
     for s in tl.range(SEQUENCES):
         sequence = first_sequence + s
+        inside = tl.where(sequence < sequences, length, 0)
         square = tl.zeros([1, BLOCK_COLS], tl.float32)
         for trip in tl.range(TRIPS):
             t = chunk * CHUNK + trip * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-            used = (t < length) & (sequence < sequences)
+            used = t < inside
             if valid_ptr is not None:
                 used &= tl.load(valid_ptr + sequence * length + t, mask=used, other=0) != 0
             offset = sequence * sequence_stride + t * token_stride + j
@@ -185,10 +186,11 @@ def _sum_moments(
             deviation += tl.sum(off * off, 0, keep_dims=True)
             square += tl.sum(x * x, 0, keep_dims=True)
         line = (chunk * sequences + sequence) * cols
-        tl.store(squares_ptr + line + j, square, mask=(sequence < sequences) & (j < cols))
+        tl.store(squares_ptr + line + j, square, mask=j < tl.where(sequence < sequences, cols, 0))
 
     mean = total / tl.maximum(count, 1).to(tl.float32)
-    tl.store(counts_ptr + part + tl.zeros([1, 1], tl.int32), count, mask=block == 0)
+    first = block + tl.zeros([1, 1], tl.int32)
+    tl.store(counts_ptr + part + first, count, mask=first == 0)
     tl.store(shifts_ptr + part * cols + j, shift, mask=j < cols)
     tl.store(means_ptr + part * cols + j, mean, mask=j < cols)
     tl.store(deviations_ptr + part * cols + j, deviation - total * mean, mask=j < cols)
@@ -249,7 +251,8 @@ def _first_valid(
         place = tl.arange(0, BLOCK)
         origin = tl.full([], SEQUENCES * CHUNK, tl.int32)
         for s in tl.range(SEQUENCES):
-            inside = (place < CHUNK) & (first_token + place < length) & (first_sequence + s < sequences)
+            tokens_here = tl.minimum(length - first_token, CHUNK)
+            inside = place < tl.where(first_sequence + s < sequences, tokens_here, 0)
             flags = tl.load(valid_ptr + (first_sequence + s) * length + first_token + place, mask=inside, other=0)
             origin = tl.minimum(origin, tl.min(tl.where(flags != 0, s * CHUNK + place, SEQUENCES * CHUNK), 0))
         return origin
