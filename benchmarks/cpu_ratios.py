@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ace_triton import ActivationStats, prune_linear
+from ace_triton import ActivationStats, Sparsity, prune_linear
 from ace_triton.kernels import cpu
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
@@ -221,6 +221,7 @@ def over_a_model(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
         for shape in SMOLLM2_SHAPES
     }
     fresh: list[list[ActivationStats]] = []
+    pattern = Sparsity("2:4")
 
     def forget() -> None:
         fresh[:] = [[seen[SMOLLM2_SHAPES[first][1]].to("cpu") for first in SMOLLM2_INPUTS] for _ in blocks]
@@ -229,7 +230,7 @@ def over_a_model(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
         for block, inputs in zip(blocks, fresh, strict=True):
             for index, (layer, shape) in enumerate(zip(block, SMOLLM2_SHAPES, strict=True)):
                 stats = inputs[sum(first <= index for first in SMOLLM2_INPUTS) - 1]
-                prune_linear(layer, stats.with_outputs(outputs[shape]), method, "2:4")
+                prune_linear(layer, stats.with_outputs(outputs[shape]), method, pattern)
 
     for method in ("wanda", "ria", "ace"):
         yield Comparison(
