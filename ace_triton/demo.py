@@ -51,9 +51,9 @@ class DemoSettings:
     calibration: str = "pydoc:calibration"
     evaluation: str = "pydoc:evaluation"
     text: str | None = None
-    samples: int = 64
+    samples: int = 32
     length: int = 64
-    windows: int = 8
+    windows: int = 4
     window_length: int = 512
     seed: int = 0
     device: str = "cpu"

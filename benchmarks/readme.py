@@ -47,9 +47,8 @@ def cpu(content: dict[str, Any]) -> list[str]:
     for what, against in CPU_ROWS:
         found = {r["dtype"]: r for r in content["ratios"] if (r["what"], r["against"]) == (what, against)}
         faster = " faster" if next(iter(found.values()))["target"].startswith(">=") else ""
-        cells = (
-            f"{found[dtype]['ratio']:.{3 if found[dtype]['ratio'] < 10 else 2}g}x{faster}" for dtype in ("fp32", "bf16")
-        )
+        ratios = (found[dtype]["ratio"] for dtype in ("fp32", "bf16"))
+        cells = (f"{ratio:.2f}x{faster}" if ratio < 10 else f"{ratio:.0f}x{faster}" for ratio in ratios)
         lines.append(f"| {what} | {against} | " + " | ".join(cells) + " |")
     return lines
 
