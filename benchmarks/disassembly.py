@@ -43,7 +43,7 @@ class MachineCode:
 
     Attributes:
         registers: of a thread.
-        spills: local-memory (NVIDIA) or scratch (AMD) accesses and spilled registers.
+        spills: accesses to local memory (NVIDIA), or words of scratch of a thread (AMD).
         shared: bytes of shared memory of a program.
         occupancy: resident warps over the most an SM holds; NaN on AMD.
         loads, stores: global accesses by bits, in the main loop where there is one.
@@ -163,7 +163,7 @@ def _read_amdgcn(compiled: Any) -> MachineCode:
     vector = re.findall(r"^\s+((?:v|s|global|buffer|flat|ds|scratch)_\w+)", listing, re.M)
     return MachineCode(
         registers=noted("vgpr_count"),
-        spills=noted("vgpr_spill_count") + noted("sgpr_spill_count") + sum(op.startswith("scratch") for op in vector),
+        spills=noted("private_segment_fixed_size") // 4,
         shared=noted("group_segment_fixed_size"),
         occupancy=math.nan,
         loads=widths["load"],

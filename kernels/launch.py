@@ -160,14 +160,15 @@ class SelectRows:
 def select_rows(weight: torch.Tensor) -> SelectRows | None:
     """As few warps as hold a row, since warps must meet for every bit; None where eight do not.
 
-    A thread holds four words, 124 registers of bit planes, or one word where rows are not aligned and
-    every weight has an address of its own: more would spill.
+    A thread holds four words, 124 registers of bit planes; two of fp32 weights or on AMD; one where rows
+    are not aligned and every weight has an address of its own: more would spill.
     """
     threads = lanes(weight.device)
     aligned = weight.data_ptr() % ACCESS_BYTES == 0 and all(n % 16 == 0 for n in (weight.stride(0), weight.shape[1]))
+    most = 1 if not aligned else 2 if on_amd() or weight.element_size() == 4 else 4
     words = math.ceil(weight.shape[1] / (32 * threads))
     num_warps = 1
-    while words > (4 if aligned else 1) * num_warps:
+    while words > most * num_warps:
         num_warps *= 2
     if num_warps > 8:
         return None
@@ -202,9 +203,12 @@ def coupling(matrix: torch.Tensor) -> Coupling:
     """Large tiles where there are enough of them to fill a GPU.
 
     On NVIDIA three TF32 products make one of fp32 accuracy, still at twice the rate of the fp32 units:
-    one alone errs by 5e-4, which reorders near ties of the score. AMD's matrix units multiply fp32.
+    one alone errs by 5e-4, which reorders near ties of the score. CDNA's matrix units multiply fp32; RDNA's
+    do not, and its fp32 units take a small tile.
     """
     precision = "ieee" if on_amd() else "tf32x3"
+    if on_amd() and lanes(matrix.device) == 32:
+        return Coupling(64, 64, 16, precision, 8)
     if matrix.numel() >= 128 * 128 * 256:
         return Coupling(128, 128, 16, precision, 8)
     return Coupling(64, 64, 32, precision, 4)

@@ -84,16 +84,16 @@ def test_layer_sized(make_matrix, make_terms, dtype, scope, present):
 @pytest.mark.parametrize("scope", ["row", "layer"])
 @pytest.mark.parametrize("layout", ["row stride", "transposed", "column stride"])
 def test_any_strides(make_matrix, make_terms, scope, layout):
-    wide = make_matrix(20, 50, torch.bfloat16)
+    wide = make_matrix(7, 16, torch.bfloat16) if interpreting() else make_matrix(20, 50, torch.bfloat16)
     untouched = wide.clone()
     weight, original = {
-        "row stride": (wide[:, 3:40], untouched[:, 3:40]),
+        "row stride": (wide[:, 3:-3], untouched[:, 3:-3]),
         "transposed": (wide.t(), untouched.t()),
         "column stride": (wide[:, ::3], untouched[:, ::3]),
     }[layout]
     terms = make_terms(*weight.shape, ("scale",))
-    keep = select_rows_reference(weight, terms, 7, scope=scope, output="mask")
-    select_rows(weight, terms, 7, scope=scope)
+    keep = select_rows_reference(weight, terms, 4, scope=scope, output="mask")
+    select_rows(weight, terms, 4, scope=scope)
     original.masked_fill_(~keep, 0)
     assert torch.equal(wide, untouched), "wrong weights pruned, or something outside the view written"
 
