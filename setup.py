@@ -24,7 +24,7 @@ cpu_library = Extension(
 )
 
 setup(
-    packages=["ace_triton", "ace_triton.kernels"],
+    packages=["ace_triton", "ace_triton.commands", "ace_triton.kernels"],
     package_dir={"ace_triton": "ace_triton", "ace_triton.kernels": "kernels"},
     include_package_data=False,
     ext_modules=[cpu_library],

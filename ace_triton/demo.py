@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.table import Table
 from .calibration import load_calibration, token_stream
 from .checkpoint import SMOLLM2, check_out, load, save
 from .evaluate import perplexity
+from .progress import progress_bar
 from .prune_model import prune_model
 from .text import read_documents
 
@@ -104,16 +104,6 @@ def run_demo(settings: DemoSettings, out: str | Path, *, overwrite: bool, progre
     save(model, tokenizer, out, report.to_dict(), overwrite=overwrite)
     progress.update(writing, completed=1)
     return rows
-
-
-def progress_bar(progress: Progress, label: str) -> Callable[..., None]:
-    """A new bar, as the callback (done, total, ...) that moves it."""
-    task = progress.add_task(label, total=None)
-
-    def move(done: int, total: int, *_: object) -> None:
-        progress.update(task, completed=done, total=total)
-
-    return move
 
 
 def demo_table(rows: list[DemoRow], settings: DemoSettings) -> Table:

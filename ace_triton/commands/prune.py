@@ -1,0 +1,101 @@
+"""``ace-triton prune``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from .. import checkpoint, report
+from ..calibration import load_calibration
+from ..metrics import metric, metric_names
+from ..progress import progress_bar, stage
+from ..prune_model import prune_model
+from ..sparsity import Sparsity
+from .console import console, progress_bars
+from .options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    OverwriteOption,
+    check_json,
+    parse_device,
+    parse_dtype,
+    parse_options,
+)
+
+
+def prune(
+    src: Annotated[str, typer.Argument(help="Checkpoint folder, hub name, .gguf file, or 'smollm2'.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the pruned model.")],
+    method: Annotated[str, typer.Option(help=f"One of: {', '.join(metric_names())}.")] = "ace",
+    sparsity: Annotated[str, typer.Option(help="n:m (n of every m kept) or the pruned fraction.")] = "2:4",
+    scope: Annotated[str, typer.Option(help="For a fraction: 'row' or 'layer' loses its share.")] = "row",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text or .jsonl file (also .gz), dataset name[:config[:split]], 'pydoc:calibration', or 'self' "
+            "(the model writes its own)."
+        ),
+    ] = "allenai/c4:en",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the calibration crops.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences a forward; left out, about 2,048 tokens' worth.")
+    ] = None,
+    one_shot: Annotated[
+        bool, typer.Option("--one-shot", help="One forward a block: statistics of the dense model.")
+    ] = False,
+    include: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches (repeatable).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No layers whose name matches (repeatable).")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="An option of the method, name=value (repeatable).")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+    json: JsonOption = None,
+) -> None:
+    """Prune SRC and write the result, a dense checkpoint with zeros that transformers loads, to OUT."""
+    pattern = Sparsity(sparsity, scope=scope)  # type: ignore[arg-type]
+    options = metric(method).complete(parse_options(option))
+    check_json(json)
+    checkpoint.check_out(out, overwrite=overwrite)
+    with progress_bars() as progress:
+        started = time.perf_counter()
+        with stage(progress, "load the model"):
+            model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
+        load_seconds = time.perf_counter() - started
+        sequences = None
+        if method != "magnitude":
+            with stage(progress, "calibration text"):
+                sequences = load_calibration(
+                    calibration, tokenizer, samples=samples, length=length, seed=seed, model=model
+                )
+        result = prune_model(
+            model,
+            sequences,
+            method,
+            pattern,
+            one_shot=one_shot,
+            batch_size=batch_size,
+            include=include or None,
+            exclude=exclude or None,
+            progress=progress_bar(progress, "prune"),
+            **options,
+        )
+        seconds = dataclasses.replace(result.seconds, load=load_seconds, total=result.seconds.total + load_seconds)
+        result = dataclasses.replace(result, seconds=seconds)
+        with stage(progress, "save the model"):
+            checkpoint.save(model, tokenizer, out, result.to_dict(), overwrite=overwrite)
+    if json:
+        report.write_json(json, result.to_dict())
+    console.print(report.prune_table(result))
+    for line in report.skipped_lines(result):
+        console.print(f"left dense: {escape(line)}")
+    console.print(f"written to {escape(str(out))}", soft_wrap=True)
