@@ -1,0 +1,158 @@
+"""packed_nm: what n:m pruning keeps, as values and one bit a weight.
+
+Layout 1, ours, for any n:m with m in 2, 4, 8, 16, 32, along the inputs of a weight [out, in]:
+
+    values [out, in * n / m], the weight's dtype: the kept weights of a row in the order of their inputs,
+        exactly n of every group; a group with fewer non-zeros is filled up with zeros of its own
+    meta   [out, ceil(in / 32)], int32: bit j % 32 of word j // 32 is set where weight (i, j) is kept;
+        exactly n bits of every group are set, bits past the last input are 0
+
+Both are row-major and contiguous. Rows of values are 16-byte aligned, which the fast kernels need, where
+in * n / m elements fill a multiple of 16 bytes. Of a group with fewer than n non-zeros negative zeros are
+kept before positive ones, and among equal zeros the higher index, so that packing what
+:func:`~ace_triton.kernels.select_nm.select_nm` wrote keeps what it had chosen. NaN counts as non-zero.
+
+Bytes per weight of e bytes: e * n / m + 1/8; in 2:4 and bf16 that is 0.5625 of dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .select_nm import check_pattern
+
+LAYOUT_VERSION = 1
+
+WORD = 32
+"""Weights of one word of metadata."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+
+class PatternError(ValueError):
+    """A group that does not hold what n:m allows.
+
+    Attributes:
+        row, group: which group of which output, from 0.
+        count: its non-zeros, or its kept weights where metadata were checked.
+    """
+
+    def __init__(self, message: str, row: int, group: int, count: int) -> None:
+        super().__init__(message)
+        self.row, self.group, self.count = row, group, count
+
+
+@dataclass(frozen=True)
+class PackedNM:
+    """A weight [out, in] packed in layout 1 (see the module's docstring).
+
+    Attributes:
+        values: [out, in * n / m], float32, float16, bfloat16 or int8, contiguous.
+        meta: [out, ceil(in / 32)], int32, contiguous, on the device of ``values``.
+        n, m: n of every m inputs are kept.
+        shape: (out, in) of the weight.
+    """
+
+    values: torch.Tensor
+    meta: torch.Tensor
+    n: int
+    m: int
+    shape: tuple[int, int]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the weight before it was packed."""
+        return self.shape[0] * self.shape[1] * self.values.element_size()
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of values and metadata."""
+        return self.values.nbytes + self.meta.nbytes
+
+    def to(self, device: torch.device | str) -> PackedNM:
+        """The same on ``device``."""
+        return PackedNM(self.values.to(device), self.meta.to(device), self.n, self.m, self.shape)
+
+    def check(self) -> None:
+        """Raise where this is not a weight in layout 1, for what comes from a file.
+
+        Raises:
+            ValueError: a pattern, shape, dtype or device that layout 1 does not have.
+            PatternError: a group of which not exactly n are kept, or a bit past the last input.
+        """
+        check_pattern(torch.empty(self.shape, device="meta"), self.n, self.m, "in")
+        rows, cols = self.shape
+        expected = {"values": (rows, cols * self.n // self.m), "meta": (rows, -(-cols // WORD))}
+        for name, tensor in (("values", self.values), ("meta", self.meta)):
+            if tuple(tensor.shape) != expected[name] or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} of a {self.n}:{self.m} weight {self.shape} must be contiguous {expected[name]}, "
+                    f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
+                )
+        if self.values.dtype not in DTYPES or self.meta.dtype != torch.int32:
+            raise ValueError(
+                f"values must be one of {DTYPES} and meta torch.int32, got {self.values.dtype} and {self.meta.dtype}"
+            )
+        if self.values.device != self.meta.device:
+            raise ValueError(f"values are on {self.values.device} and meta on {self.meta.device}: move one of them")
+        self._check_bits()
+
+    def _check_bits(self) -> None:
+        rows, cols = self.shape
+        bits = unpack_bits(self.meta)
+        if bool(bits[:, cols:].any()):
+            row = int(bits[:, cols:].any(1).int().argmax())
+            raise PatternError(
+                f"metadata of row {row} marks inputs past the last one, {cols - 1}: the file is damaged, pack it again",
+                row,
+                cols // self.m,
+                int(bits[row, cols:].sum()),
+            )
+        counts = bits[:, :cols].reshape(rows, cols // self.m, self.m).sum(-1)
+        wrong = counts != self.n
+        if bool(wrong.any()):
+            row, group = divmod(int(wrong.flatten().int().argmax()), cols // self.m)
+            raise PatternError(
+                f"metadata of row {row}, group {group} keep {int(counts[row, group])} of {self.m}, "
+                f"but {self.n}:{self.m} keeps exactly {self.n}: the file is damaged, pack it again",
+                row,
+                group,
+                int(counts[row, group]),
+            )
+
+
+def unpack_bits(meta: torch.Tensor) -> torch.Tensor:
+    """int32 [rows, words] -> bool [rows, 32 * words], True where kept."""
+    bits = meta[..., None] >> torch.arange(WORD, dtype=torch.int32, device=meta.device)
+    return (bits & 1).bool().flatten(1)
+
+
+def check_packable(weight: torch.Tensor, n: int, m: int) -> None:
+    """Raise ValueError where layout 1 does not serve ``weight``."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"weight must be float32, float16, bfloat16 or int8, got {weight.dtype}")
+    check_pattern(weight, n, m, "in")
+
+
+def refuse_first(counts: torch.Tensor, n: int, m: int, cols: int) -> None:
+    """Raise PatternError for the first of the groups' counts [groups], row by row, that passes n."""
+    wrong = counts > n
+    if bool(wrong.any()):
+        first = int(wrong.int().argmax())
+        refuse(first, int(counts[first]), n, m, cols)
+
+
+def refuse(first: int, count: int, n: int, m: int, cols: int) -> None:
+    """Raise PatternError for group ``first`` of the matrix, counted row by row."""
+    row, group = divmod(first, cols // m)
+    raise PatternError(
+        f"row {row}, group {group} (inputs {group * m} to {group * m + m - 1}) has {count} non-zeros, but {n}:{m} "
+        f"keeps at most {n}: prune the weight to {n}:{m} first (select_nm, prune_linear), or name the pattern it has",
+        row,
+        group,
+        count,
+    )
