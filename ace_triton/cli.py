@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import Annotated
 
 import typer
 from rich.markup import escape
+from tqdm import tqdm
 
 from . import __version__
 from .commands.console import console, errors
@@ -58,4 +60,5 @@ def main() -> None:
 def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    # TQDM_DISABLE would come too late: tqdm reads it when it is imported, which torch has done by now.
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]

@@ -179,3 +179,11 @@ def test_version_and_help(command):
     assert out.startswith("ace-triton ")
     code, out, _ = command("--help")
     assert all(name in out for name in ("prune", "evaluate", "info", "demo"))
+
+
+def test_libraries_show_no_bars_of_their_own(command, capsys):
+    from tqdm.auto import tqdm
+
+    command("--version")
+    assert list(tqdm(range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
