@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .experts import Stack
 from .prune import linear_weight
 
 if TYPE_CHECKING:
@@ -70,15 +71,15 @@ def linears_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Modu
             yield path, child
 
 
-def stacked_weights(block: Block) -> dict[str, nn.Parameter]:
-    """The block's weights of three dimensions, convolutions apart, by name: experts of a mixture mostly."""
-    return {
-        f"{path}.{name}": parameter
-        for path, module in block.module.named_modules(prefix=block.name)
-        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
-        for name, parameter in module.named_parameters(recurse=False)
+def stacks_of(module: nn.Module, name: str = "") -> list[Stack]:
+    """The weights of three dimensions in a module whose dotted name is ``name``, convolutions apart: experts mostly."""
+    return [
+        Stack(f"{path}.{key}", parameter, getattr(child, "is_concatenated", True))
+        for path, child in module.named_modules(prefix=name)
+        if not isinstance(child, (nn.Conv1d, nn.ConvTranspose1d))
+        for key, parameter in child.named_parameters(recurse=False)
         if parameter.dim() == 3 and min(parameter.shape) > 1
-    }
+    ]
 
 
 def routers(block: Block) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .experts import watch_experts
 from .metrics import Needs
 from .prune import PruneError, as_kernel_dtype
 from .stats import ActivationStats, OutputStats, StatsError, update_outputs
@@ -101,7 +102,8 @@ class InputCollector:
         self._shape, self._valid = shape, valid
         handles = [module.register_forward_hook(self._see, with_kwargs=True) for module in self._layers.values()]
         try:
-            yield
+            with watch_experts(self._layers, lambda layer, tokens, output: self._see(layer, (tokens,), {}, output)):
+                yield
             with self._clock.measure("statistics"):
                 self._settle()
             self._check_groups()

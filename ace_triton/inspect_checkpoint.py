@@ -19,14 +19,15 @@ FULL_GROUPS = 1.1
 
 @dataclass(frozen=True)
 class TensorSparsity:
-    """One matrix of a checkpoint.
+    """One matrix of a checkpoint, or a stack of experts' matrices.
 
     Attributes:
         name: the tensor's name.
         shape: its shape.
         zeros: share of exact zeros.
         pattern: the narrowest "n:m" that every group along the last axis obeys; with " along outputs"
-            where only groups along the first axis do; "dense" below 1 % zeros; else "unstructured".
+            where only groups along a matrix's first axis do (of a stack: " along the middle axis");
+            "dense" below 1 % zeros; else "unstructured".
     """
 
     name: str
@@ -36,7 +37,7 @@ class TensorSparsity:
 
 
 def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
-    """All matrices of the safetensors files in a folder, in order of name.
+    """All matrices, and stacks of them, of the safetensors files in a folder, in order of name.
 
     Raises:
         CheckpointError: no safetensors file there, or one that cannot be read.
@@ -49,7 +50,7 @@ def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
         try:
             with safe_open(str(path), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if len(file.get_slice(name).get_shape()) == 2:
+                    if len(file.get_slice(name).get_shape()) in (2, 3):
                         found.append(_look_at(name, file.get_tensor(name)))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); the file may be damaged") from error
@@ -57,15 +58,16 @@ def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
 
 
 def find_pattern(weight: torch.Tensor) -> str:
-    """The pattern of a matrix [rows, cols], as :class:`TensorSparsity` words it."""
+    """The pattern of a matrix [rows, cols] or of a stack of them, as :class:`TensorSparsity` words it."""
     kept = weight != 0
     if float(kept.sum()) > DENSE * kept.numel():
         return "dense"
-    along_inputs = _narrowest(kept)
-    if along_inputs:
-        return along_inputs
-    along_outputs = _narrowest(kept.t())
-    return f"{along_outputs} along outputs" if along_outputs else "unstructured"
+    along_last = _narrowest(kept.flatten(0, -2))
+    if along_last:
+        return along_last
+    along_other = _narrowest(kept.mT.flatten(0, -2))
+    other = "outputs" if weight.dim() == 2 else "the middle axis"
+    return f"{along_other} along {other}" if along_other else "unstructured"
 
 
 def _look_at(name: str, weight: torch.Tensor) -> TensorSparsity:

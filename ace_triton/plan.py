@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .blocks import find_blocks, in_attention, linears_of, routers, stacked_weights
+from .blocks import Block, find_blocks, in_attention, linears_of, routers, stacks_of
+from .experts import ExpertLinear
 from .metrics import Needs
 from .prune import linear_weight
 from .sparsity import Axis, Sparsity
@@ -50,7 +51,7 @@ class NameFilter:
         """Checked against the model's linear layers; ValueError for a pattern that matches none."""
         wanted, unwanted = _patterns(include), _patterns(exclude)
         known = [name for name, _ in linears_of(model)]
-        known += [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+        known += [stack.expert_name(i) for stack in stacks_of(model) for i in range(len(stack.weight))]
         for argument, patterns in (("include", wanted), ("exclude", unwanted)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in known):
@@ -97,6 +98,9 @@ class Unit:
 class Plan:
     """What is pruned, and what is not.
 
+    Args:
+        layouts: of the stacks of experts, as :func:`~ace_triton.experts.find_layouts` gives them.
+
     Attributes:
         blocks: the model's decoder blocks.
         units: one for each block, up to the last with a layer to prune.
@@ -107,8 +111,17 @@ class Plan:
         ValueError: no layer is left to prune.
     """
 
-    def __init__(self, model: PreTrainedModel, method: str, needs: Needs, pattern: Sparsity, names: NameFilter) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: str,
+        needs: Needs,
+        pattern: Sparsity,
+        names: NameFilter,
+        layouts: Mapping[str, bool],
+    ) -> None:
         self.blocks = find_blocks(model)
+        self._layouts = layouts
         self.units: list[Unit] = []
         self.outside: Unit | None = None
         self.skipped: list[Skipped] = []
@@ -135,7 +148,7 @@ class Plan:
 
     def _add_blocks(self) -> None:
         for block in self.blocks:
-            linears = dict(linears_of(block.module, block.name))
+            linears = {**dict(linears_of(block.module, block.name)), **self._experts(block)}
             dense = dict.fromkeys(routers(block), "routers stay dense")
             attention = {name for name in linears if self._needs.consumer and in_attention(block, name)}
             if self._method == "dass":
@@ -144,11 +157,24 @@ class Plan:
             layers = {name: layer for name, layer in wanted.items() if self._accepts(name, layer, dense.get(name))}
             rest = {n: layer for n, layer in linears.items() if n not in attention and n not in dense}
             self.units.append(Unit(block.name, layers, rest if self._needs.consumer else {}))
-            for name, weight in stacked_weights(block).items():
-                if self._names.wants(name):
-                    self.skip(name, weight, "a 3-D weight (experts are stacked so): only linear layers are pruned")
         while self.units and not self.units[-1].layers:
             self.units.pop()
+
+    def _experts(self, block: Block) -> dict[str, ExpertLinear]:
+        """The experts of a block's stacks; a stack that cannot be taken apart is recorded as skipped."""
+        found: dict[str, ExpertLinear] = {}
+        for stack in stacks_of(block.module, block.name):
+            transposed = self._layouts.get(stack.name)
+            if transposed is None:
+                why_not = "a 3-D weight that no matrix product of the model's forward reads"
+            elif self._needs.consumer and not stack.concatenated:
+                why_not = "gate and up alternate in its experts, where DaSS cannot tell them apart"
+            else:
+                found |= stack.linears(transposed=transposed)
+                continue
+            if any(self._names.wants(stack.expert_name(i)) for i in range(len(stack.weight))):
+                self.skip(stack.name, stack.weight, why_not)
+        return found
 
     def _add_outside(self, model: PreTrainedModel) -> None:
         inside = {name for block in self.blocks for name, _ in linears_of(block.module, block.name)}
@@ -160,7 +186,7 @@ class Plan:
     def _accepts(self, name: str, layer: nn.Module, why_not: str | None) -> bool:
         weight = linear_weight(layer)
         assert weight is not None
-        tied = [owner for owner in self._owners[id(layer.weight)] if owner != name]
+        tied = [owner for owner in self._owners.get(id(layer.weight), ()) if owner != name]
         if tied:
             why_not = f"its weight is tied to {tied[0]}"
         elif why_not is None and (self._pattern.axis or not self._needs.consumer):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from .blocks import gated_consumers
+from .blocks import gated_consumers, stacks_of
 from .collect import InputCollector
+from .experts import find_layouts
 from .metrics import Metric, Needs, metric
 from .plan import NameFilter, Plan, Skipped, Unit, misfit
 from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked
@@ -134,7 +135,8 @@ def prune_model(
     pattern = Sparsity.of(sparsity)
     _check_model(model)
     clock = Stopwatch(next(model.parameters()).device)
-    plan = Plan(model, method, needs, pattern, NameFilter.of(model, include, exclude))
+    names = NameFilter.of(model, include, exclude)
+    plan = Plan(model, method, needs, pattern, names, _layouts(model))
     batches = _batches(model, calibration, batch_size) if needs.tokens else []
     with clock.measure("select"):
         weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
@@ -229,6 +231,16 @@ def _with_statistics(
 def _tell(progress: Progress | None, done: int, total: int, name: str) -> None:
     if progress is not None:
         progress(done, total, name)
+
+
+def _layouts(model: PreTrainedModel) -> dict[str, bool]:
+    """How stacks of experts are stored, from a forward of a few tokens."""
+    stacks = stacks_of(model)
+    if not stacks:
+        return {}
+    ids = torch.arange(8, device=next(model.get_input_embeddings().parameters()).device)[None]
+    with calibration_mode(model):
+        return find_layouts(lambda: model(input_ids=ids), stacks)
 
 
 def _check_model(model: PreTrainedModel) -> None:

@@ -128,23 +128,24 @@ class Replay:
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode, no key-value cache; what was set before is set again at the end."""
+    """No gradients, evaluation mode, no key-value cache, one expert at a time; what was set before is set again."""
     training = {module: module.training for module in model.modules()}
     configs: dict[int, Any] = {
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")
     }
-    caching = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    settings = {"use_cache": False, "_experts_implementation": "eager"}
+    before = [(c, name, getattr(c, name)) for c in configs.values() for name in settings if hasattr(c, name)]
     try:
         model.eval()
-        for config, _ in caching:
-            config.use_cache = False
+        for config, name, _ in before:
+            setattr(config, name, settings[name])
         with torch.no_grad():
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
-        for config, use_cache in caching:
-            config.use_cache = use_cache
+        for config, name, value in before:
+            setattr(config, name, value)
 
 
 class _Stop(Exception):

@@ -11,7 +11,7 @@ from ace_triton.blocks import (
     in_attention,
     linears_of,
     routers,
-    stacked_weights,
+    stacks_of,
 )
 
 FIRST_BLOCK = {
@@ -99,8 +99,9 @@ def test_a_dense_block_has_no_routers(make_decoder):
 
 def test_stacked_weights_are_experts_and_not_convolutions(make_decoder):
     block = find_blocks(make_decoder("qwen3_moe"))[0]
-    assert set(stacked_weights(block)) == {f"{block.name}.mlp.experts.{p}" for p in ("gate_up_proj", "down_proj")}
-    assert stacked_weights(Block("b", nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4)))) == {}
+    found = {stack.name for stack in stacks_of(block.module, block.name)}
+    assert found == {f"{block.name}.mlp.experts.{p}" for p in ("gate_up_proj", "down_proj")}
+    assert stacks_of(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4))) == []
 
 
 def test_attention_is_what_takes_a_mask(make_decoder, family):

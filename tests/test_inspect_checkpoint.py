@@ -16,6 +16,12 @@ def test_patterns_are_found(n, m):
     assert find_pattern(weight.t()) == f"{n}:{m} along outputs"
 
 
+def test_a_stack_of_experts_counts_as_one():
+    stack = torch.stack([select_nm(torch.randn(8, 16), ScoreTerms(), 2, 4) for _ in range(3)])
+    assert find_pattern(stack) == "2:4"
+    assert find_pattern(stack.mT) == "2:4 along the middle axis"
+
+
 def test_others():
     assert find_pattern(torch.randn(8, 8)) == "dense"
     assert find_pattern(select_rows(torch.randn(128, 128), ScoreTerms(), 64)) == "unstructured"

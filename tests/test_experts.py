@@ -1,0 +1,136 @@
+"""Experts stacked in 3-D parameters are pruned one by one, by the tokens that each saw."""
+
+import pytest
+import torch
+from torch import nn
+
+from ace_triton import prune_linear, prune_model
+from ace_triton.blocks import find_blocks, stacks_of
+from ace_triton.experts import ExpertLinear, Stack, find_layouts
+
+_SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GATED = {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 16, "num_experts_per_tok": 2}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MIXTURES = {
+    "mixtral": ({**_GATED, "num_local_experts": 4}, False),
+    "qwen3_moe": ({**_GATED, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16}, False),
+    "granitemoe": ({**_GATED, "num_local_experts": 4}, False),
+    "gpt_oss": ({**_GATED, "head_dim": 8, "num_local_experts": 4}, True),
+    "llama4_text": ({**_GATED, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48}, True),
+}
+"""Configurations of mixtures, and whether their stacks are stored [n_experts, in, out]."""
+
+
+@pytest.fixture(params=MIXTURES)
+def mixture(request):
+    """A random mixture of each family, and how it stores its experts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings, transposed = MIXTURES[request.param]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **settings, **_TOKENS)
+    return AutoModelForCausalLM.from_config(config).eval(), transposed
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 101, (16, 12), generator=torch.Generator().manual_seed(1))
+
+
+def along_inputs(stack: Stack, transposed: bool) -> torch.Tensor:
+    return stack.weight.detach().transpose(1, 2) if transposed else stack.weight.detach()
+
+
+def test_every_expert_is_pruned(mixture, ids):
+    model, transposed = mixture
+    report = prune_model(model, ids, "ace")
+    assert not report.skipped or {s.reason for s in report.skipped} == {"routers stay dense"}
+    pruned = {layer.name for layer in report.layers}
+    stacks = stacks_of(model)
+    assert stacks
+    for stack in stacks:
+        groups = along_inputs(stack, transposed).reshape(len(stack.weight), -1, 4) != 0
+        assert (groups.sum(-1) == 2).all(), stack.name
+        assert {stack.expert_name(i) for i in range(4)} <= pruned
+
+
+def test_an_expert_is_scored_by_the_tokens_routed_to_it(ids):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_moe", **MIXTURES["qwen3_moe"][0], **_TOKENS)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    experts = find_blocks(model)[0].module.mlp.experts
+    dense = experts.gate_up_proj.detach().clone()
+    seen = {}
+    with experts.register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0], chosen=args[1])):
+        model(ids)
+    prune_model(model, ids, "wanda")
+    for index, weight in enumerate(dense):
+        layer = nn.Linear(32, 32, bias=False)
+        layer.weight.data = weight.clone()
+        prune_linear(layer, seen["hidden"][(seen["chosen"] == index).any(1)], "wanda")
+        assert torch.equal(experts.gate_up_proj[index], layer.weight)
+
+
+def test_an_expert_without_tokens_stays_dense_and_is_named(ids):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {**MIXTURES["qwen3_moe"][0], "num_experts": 16, "num_experts_per_tok": 1}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **settings, **_TOKENS))
+    report = prune_model(model, ids[:1, :4], "wanda")
+    unseen = {s.name for s in report.skipped}
+    assert {s.reason for s in report.skipped} == {"no calibration token reached it"}
+    for stack in stacks_of(model):
+        for index, weight in enumerate(stack.weight):
+            assert bool((weight == 0).any()) == (stack.expert_name(index) not in unseen)
+
+
+def test_the_setting_for_experts_is_as_before(ids):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("qwen3_moe", **MIXTURES["qwen3_moe"][0], **_TOKENS)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
+    prune_model(model, ids, "wanda")
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_expert_is_a_view_of_its_stack(transposed):
+    stack = Stack("mlp.experts.down_proj", nn.Parameter(torch.randn(3, 8, 4)))
+    layers = stack.linears(transposed=transposed)
+    assert list(layers) == [f"mlp.experts.{i}.down_proj" for i in range(3)]
+    layer = layers["mlp.experts.1.down_proj"]
+    assert isinstance(layer, ExpertLinear)
+    assert (layer.out_features, layer.in_features) == ((4, 8) if transposed else (8, 4))
+    layer.weight.data.zero_()
+    assert not stack.weight[1].any()
+    assert stack.weight[0].all()
+    assert stack.weight[2].all()
+
+
+def test_layouts_are_read_off_the_products():
+    rows, cols, unused = (Stack(n, nn.Parameter(torch.randn(2, 4, 4))) for n in ("rows", "cols", "unused"))
+    tokens = torch.randn(3, 4)
+    index = torch.tensor(1)
+
+    def run():
+        nn.functional.linear(tokens, rows.weight[index])
+        tokens @ cols.weight[0]
+        torch.bmm(torch.randn(2, 3, 4), cols.weight)
+        unused.weight.sum()
+
+    assert find_layouts(run, [rows, cols, unused]) == {"rows": False, "cols": True}
+
+
+def test_a_stack_that_no_product_reads_is_named(ids):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("qwen3_moe", **MIXTURES["qwen3_moe"][0], **_TOKENS)
+    model = AutoModelForCausalLM.from_config(config)
+    block = find_blocks(model)[1]
+    block.module.extra = nn.Parameter(torch.randn(2, 4, 8))
+    report = prune_model(model, ids, "magnitude")
+    assert [(s.name, s.parameters) for s in report.skipped] == [(f"{block.name}.extra", 64)]
+    assert "no matrix product" in report.skipped[0].reason
