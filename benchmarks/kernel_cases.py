@@ -9,6 +9,7 @@ import torch
 
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
@@ -119,6 +120,14 @@ def coupling_case(dtype: torch.dtype, reduce: str) -> Case:
     return Case(f"coupling {reduce}", dtype, call, n_tokens * width, dtype.itemsize, 0)
 
 
+def join_gains_case() -> Case:
+    """Gains of a round of the search for a permutation: every pair of groups of a layer's channels, in every row."""
+    rows, groups = SHAPE[0], SHAPE[1] // 4
+    call = lambda: join_gains(*torch.empty(2, 1, rows, groups))  # noqa: E731
+    pairs_a_load = 16
+    return Case("join_gains", torch.float32, call, rows * groups * groups, 4 / pairs_a_load, 0)
+
+
 def every_case() -> Iterator[Case]:
     """All cases of the report."""
     n_tokens = TOKENS[0] * TOKENS[1]
@@ -146,6 +155,7 @@ def every_case() -> Iterator[Case]:
         yield _over_tokens("all_finite", dtype, all_finite)
         for reduce in ("abs", "rms"):
             yield coupling_case(dtype, reduce)
+    yield join_gains_case()
 
 
 def _over_tokens(name: str, dtype: torch.dtype, operation: Callable[[torch.Tensor], object]) -> Case:

@@ -36,6 +36,7 @@ _SIGNATURES = {
     "ace_all_finite": [*_MATRIX, _INT, _POINTER],
     "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],
     "ace_weighted_squares": [*_MATRIX, _POINTER, _LONG, _POINTER, _INT],
+    "ace_join_gains": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _INT],
     "ace_use_isa": [ctypes.c_char_p],
     "ace_prefer_huge_pages": [_POINTER, _LONG],
 }
@@ -205,6 +206,20 @@ def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
         torch.get_num_threads(),
     )
     return out
+
+
+def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.join_gains.join_gains`; takes contiguous tensors."""
+    n_pools, rows, n_candidates = candidates.shape
+    groups = thresholds.shape[2]
+    gains = torch.empty(n_pools, groups, n_candidates) if rows else torch.zeros(n_pools, groups, n_candidates)
+    _call(
+        "ace_join_gains",
+        *(candidates.data_ptr(), thresholds.data_ptr()),
+        *(n_pools, rows, groups, n_candidates),
+        *(gains.data_ptr(), torch.get_num_threads()),
+    )
+    return gains
 
 
 def coupling(

@@ -183,6 +183,21 @@ def threshold_search(weight: torch.Tensor) -> int:
 
 
 @dataclass(frozen=True)
+class JoinGains:
+    """Tile of ``join_gains``: groups and candidates of one program, and its warps."""
+
+    block_rows: int
+    block_cols: int
+    num_warps: int
+
+
+def join_gains(groups: int, candidates: int) -> JoinGains:
+    """Thirty-two pairs a thread, which reuse each number loaded four to eight times; smaller where pairs are few."""
+    side = 64 if groups * candidates >= 64 * 64 * 64 else 32
+    return JoinGains(side, side, side * side // (32 * 32))
+
+
+@dataclass(frozen=True)
 class Coupling:
     """Tile of ``coupling``'s GEMM.
 

@@ -14,6 +14,7 @@ from ace_triton.kernels import cpu
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, BackendError, choose_backend
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import GROUP_SIZES, select_nm, select_nm_reference
@@ -86,6 +87,8 @@ def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
     results["row sums"], results["column sums"] = weight_sums(weight)
     results["norms"] = token_norms(weight)
     results["squares"] = weighted_squares(weight, torch.stack([valid.float(), torch.arange(rows).float()]))
+    scores = weight.float().abs()[None]
+    results["gains"] = join_gains(scores, scores.flip(2)[:, :, :37])
     results["finite"] = torch.tensor(all_finite(weight))
     return results
 

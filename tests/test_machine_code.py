@@ -14,6 +14,7 @@ from benchmarks.kernel_cases import (
     TERMS,
     Case,
     coupling_case,
+    join_gains_case,
     moments_case,
     select_nm_case,
     select_rows_case,
@@ -67,6 +68,12 @@ def test_coupling_multiplies_on_tensor_cores_without_spills(dtype, target):
     _, code = first_kernel(coupling_case(dtype, "rms"), target)
     assert code.spills == 0
     assert code.loop["tensor"] > 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_join_gains_holds_its_pairs_in_registers(target):
+    _, code = first_kernel(join_gains_case(), target)
+    assert code.spills == 0
 
 
 @pytest.mark.parametrize(

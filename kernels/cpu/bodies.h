@@ -3,6 +3,7 @@
 // newer instruction set to an older machine.
 #pragma once
 
+#include "join_gains.h"
 #include "moments.h"
 #include "select_nm.h"
 #include "select_rows.h"
@@ -13,6 +14,7 @@ namespace ace {
 const Bodies ACE_BODIES = {
     ACE_ISA,    select_nm,   select_rows, count_keys, find_ties,        apply_cut,
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
+    join_gains,
 };
 
 }  // namespace ace

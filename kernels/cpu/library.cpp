@@ -289,4 +289,17 @@ ACE_EXPORT int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t chan
     });
 }
 
+ACE_EXPORT int ace_join_gains(const float* candidates, const float* thresholds, int64_t n_pools, int64_t rows,
+                              int64_t groups, int64_t n_candidates, float* gains, int32_t threads) {
+    const JoinTask task = {candidates, thresholds, rows, groups, n_candidates, gains};
+    return guarded([&] {
+        constexpr int64_t LANES = 16;
+        const int64_t blocks = units(n_candidates, LANES);
+        const int64_t work = n_pools * rows * groups * n_candidates;
+        deal(n_pools * blocks, threads_for(work, n_pools * blocks, threads), [&](int64_t begin, int64_t end, int) {
+            for (int64_t unit = begin; unit < end; ++unit) bodies->join_gains(task, unit / blocks, unit % blocks);
+        });
+    });
+}
+
 }  // extern "C"

@@ -61,11 +61,19 @@ struct SquaresTask {
     float* out;  // [n_layers, channels]
 };
 
+struct JoinTask {
+    const float *candidates, *thresholds;  // [n_pools, rows, n_candidates] and [n_pools, rows, groups]
+    int64_t rows, groups, n_candidates;
+    float* gains;  // [n_pools, groups, n_candidates]
+};
+
 // Rows of a unit of summing: column sums do not depend on how units are dealt to threads.
 constexpr int64_t SUM_ROWS = 128;
 // Tokens whose channels are summed at a time, and the most channels of a strip of moments.
 constexpr int64_t TOKEN_TILE = 8, MOST_CHANNELS = 4096;
 constexpr int64_t CHANNEL_STRIP = 1024;
+// Rows that join_gains sums on their own.
+constexpr int64_t JOIN_ROWS = 128;
 // Selection works strip by strip, so that keys stay in the first-level cache.
 constexpr int64_t KEY_STRIP = 1024;
 
@@ -87,6 +95,8 @@ struct Bodies {
     void (*moments)(const MomentsTask&, int64_t strip);
     // Channels of one strip of CHANNEL_STRIP.
     void (*weighted_squares)(const SquaresTask&, int64_t strip);
+    // One vector of one pool's candidates; zero rows leave the gains unwritten.
+    void (*join_gains)(const JoinTask&, int64_t pool, int64_t block);
 };
 
 extern const Bodies portable_bodies;

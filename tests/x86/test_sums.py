@@ -13,6 +13,7 @@ from ace_triton.kernels import launch
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.coupling import coupling, coupling_reference
 from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.join_gains import join_gains, join_gains_reference
 from ace_triton.kernels.moments import moments, moments_reference
 from ace_triton.kernels.token_norms import token_norms, token_norms_reference
 from ace_triton.kernels.weight_sums import weight_sums, weight_sums_reference
@@ -107,3 +108,13 @@ def test_coupling(monkeypatch, dtype, reduce):
     with executed_on_x86():
         got = coupling(tokens, outputs, weights, reduce)
     check(got, coupling_reference(tokens, outputs, weights, reduce))
+
+
+@pytest.mark.parametrize(("pools", "rows", "groups"), [(1, 576, 96), (3, 200, 37)])
+def test_join_gains(monkeypatch, pools, rows, groups):
+    monkeypatch.setattr(launch, "join_gains", lambda groups, candidates: launch.JoinGains(32, 32, 1))
+    candidates = make_matrix(pools, rows, groups + 5, dtype=torch.float32).abs()
+    thresholds = make_matrix(pools, rows, groups, dtype=torch.float32).abs()
+    with executed_on_x86():
+        gains = join_gains(candidates, thresholds)
+    check(gains, join_gains_reference(candidates, thresholds))
