@@ -1,0 +1,77 @@
+"""Which product an :class:`~ace_triton.nm_linear.NMLinear` takes, by number of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .kernels.nm_linear import DTYPES, nm_linear
+from .kernels.pack_nm import PackedNM, unpack_nm
+from .semi_structured import backend_of, refusal, semi_structured_linear
+
+Product = Literal["packed", "semi_structured", "dense"]
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """From how many rows (tokens of a call) on another product is taken.
+
+    Attributes:
+        packed: our kernel takes up to so many rows.
+        semi_structured: torch's 2:4 product takes so many and more, where it takes the weight at all; None
+            for never. What lies between is unpacked for the call and multiplied dense.
+        second_copy: where torch's product is cuSPARSELt's, keep its copy of the weight from its first call
+            on (9/16 of the dense bytes in bf16), instead of making one in each call.
+
+    Raises:
+        ValueError: a number of rows below 0.
+    """
+
+    packed: int
+    semi_structured: int | None = None
+    second_copy: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("packed", "semi_structured"):
+            rows = getattr(self, name)
+            if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 0):
+                raise ValueError(f"{name} must be a number of rows from 0 on, got {rows!r}")
+
+
+CPU_LIMITS = RowLimits(packed=16)
+CUTLASS_LIMITS = RowLimits(packed=16, semi_structured=17)
+CUSPARSELT_LIMITS = RowLimits(packed=16, semi_structured=2048)
+"""cuSPARSELt's copy is made anew in each call, which only very many rows could pay for."""
+
+
+def default_limits(device: torch.device) -> RowLimits:
+    """The limits for a device; those of GPUs are not measured yet (``ace-triton bench`` measures them)."""
+    backend = backend_of(device)
+    if backend is None:
+        return CPU_LIMITS
+    return CUTLASS_LIMITS if backend == "cutlass" else CUSPARSELT_LIMITS
+
+
+def choose_product(rows: int, packed: PackedNM, limits: RowLimits | None = None) -> Product:
+    """The product for so many rows; ``limits`` None for the device's own."""
+    limits = limits or default_limits(packed.values.device)
+    if rows <= limits.packed and packed.values.dtype in DTYPES:
+        return "packed"
+    if limits.semi_structured is not None and rows >= limits.semi_structured and refusal(packed) is None:
+        return "semi_structured"
+    return "dense"
+
+
+def multiply(
+    tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits | None = None
+) -> torch.Tensor:
+    """Outputs [n_tokens, out_features] = tokens W^T + bias, for tokens [n_tokens, in_features] of W's dtype."""
+    product = choose_product(len(tokens), packed, limits)
+    if product == "packed":
+        return nm_linear(tokens, packed, bias)
+    if product == "semi_structured":
+        second_copy = limits is not None and limits.second_copy
+        return semi_structured_linear(tokens, packed, bias, second_copy=second_copy)
+    return torch.nn.functional.linear(tokens, unpack_nm(packed), bias)
