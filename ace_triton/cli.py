@@ -1,4 +1,4 @@
-"""The command line: ``ace-triton prune | evaluate | demo | info``."""
+"""The command line: ``ace-triton prune | evaluate | demo | info | study``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.info import info
 from .commands.prune import prune
+from .commands.study import study
 
 TRACEBACK_VARIABLE = "ACE_TRITON_TRACEBACK"
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prune, evaluate, info, demo):
+for command in (prune, evaluate, info, demo, study):
     app.command()(command)
 
 

@@ -1,0 +1,113 @@
+"""How figures look: one palette, text and lines in the page's own colours, SVG that lives inside HTML.
+
+A figure is drawn once, in stand-in colours that are replaced by CSS: ``currentColor`` for text and axes,
+``var(--grid)`` and ``var(--s0)`` ... for grids and series. So it follows the page into dark mode.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+INK, GRID, PAPER = "#010101", "#020202", "#030303"
+MARKERS = ("X", "o", "s", "^", "D", "*", "P", "v", "<", ">")
+GLYPHS = ("✖", "●", "■", "▲", "◆", "★", "✚", "▼", "◀", "▶")
+SERIES = tuple(f"#0404{index:02x}" for index in range(len(MARKERS)))
+STAGE_COLOURS = ("#050500", "#050501", "#050502")
+
+_STAND_INS = {
+    INK: "currentColor",
+    GRID: "var(--grid)",
+    PAPER: "var(--paper)",
+    **{colour: f"var(--s{index})" for index, colour in enumerate(SERIES)},
+    **{colour: f"var(--t{index})" for index, colour in enumerate(STAGE_COLOURS)},
+}
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "image.cmap": "cividis",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure for the page.
+
+    Attributes:
+        svg: an ``<svg>`` element with a title and a description for who cannot see it.
+        description: the same description.
+    """
+
+    svg: str
+    description: str
+
+
+@contextmanager
+def canvas(width: float, height: float, **layout: Any) -> Iterator[tuple[Figure, Any]]:
+    """A figure of that size in inches and its axes, in the page's style; closed at the end."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **layout)
+        try:
+            yield figure, axes
+        finally:
+            pyplot.close(figure)
+
+
+def drawing(figure: Figure, name: str, title: str, description: str) -> Drawing:
+    """A figure as inline SVG.
+
+    Args:
+        figure: drawn inside :func:`canvas`.
+        name: unique on the page; every id in the SVG begins with it.
+        title, description: what a screen reader says.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<!DOCTYPE.*?>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    for colour, css in _STAND_INS.items():
+        svg = svg.replace(colour, css)
+    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
+    head, _, body = svg.partition(">")
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    label = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+    return Drawing(
+        f'{head} role="img" aria-label="{escape(f"{title}. {description}", quote=True)}">{label}{body}', description
+    )

@@ -1,0 +1,151 @@
+"""The results of a study on disk: one JSON record a line, the setting first, never rewritten."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .cells import Cell
+from .records import CellResult, DenseResult, ModelNorms, Record, Sample, Setting
+
+FILE = "results.jsonl"
+FORMAT = "ace_triton.study.1"
+
+_KINDS: dict[str, type[Any]] = {
+    "setting": Setting,
+    "dense": DenseResult,
+    "cell": CellResult,
+    "norms": ModelNorms,
+    "sample": Sample,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+class StudyError(ValueError):
+    """A study that cannot be begun or gone on with, with what to do."""
+
+
+@dataclass
+class Results:
+    """What a journal holds.
+
+    Attributes:
+        setting: what all cells have in common.
+        dense: the unpruned model, once it was measured.
+        cells: what was measured, in order.
+        samples: texts and divergences by cell; the dense model's under None.
+        norms: the input norms, once they were collected.
+    """
+
+    setting: Setting
+    dense: DenseResult | None = None
+    cells: dict[Cell, CellResult] = field(default_factory=dict)
+    samples: dict[Cell | None, Sample] = field(default_factory=dict)
+    norms: ModelNorms | None = None
+
+    def add(self, record: Record) -> None:
+        """Take up one record."""
+        if isinstance(record, DenseResult):
+            self.dense = record
+        elif isinstance(record, CellResult):
+            self.cells[record.cell] = record
+        elif isinstance(record, Sample):
+            self.samples[record.cell] = record
+        elif isinstance(record, ModelNorms):
+            self.norms = record
+
+
+class Journal:
+    """A study's results, held open by one process.
+
+    A record is in the file whole or not at all: what a kill leaves of a line is cut off when the study is
+    opened again.
+
+    Args:
+        folder: made where it is not there.
+        setting: of the study to begin or to go on with.
+
+    Raises:
+        StudyError: the folder holds a study of another setting, a file that is none, or one that another
+            process is writing.
+    """
+
+    def __init__(self, folder: str | Path, setting: Setting) -> None:
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StudyError(f"{folder}: another process is running this study; let it finish or end it") from None
+            if path.stat().st_size:
+                self.results = read_results(path)
+                _check_same(folder, self.results.setting, setting)
+                os.ftruncate(self._file, path.read_bytes().rfind(b"\n") + 1)
+            else:
+                self.results = Results(setting)
+                self._write(setting, format=FORMAT)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def append(self, record: Record) -> None:
+        """Write a record; it is on disk when this returns."""
+        self._write(record)
+        self.results.add(record)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, record: Record, **more: str) -> None:
+        line = json.dumps({"kind": _NAMES[type(record)], **more, **record.to_dict()}, ensure_ascii=False) + "\n"
+        data = line.encode()
+        if os.write(self._file, data) != len(data):
+            raise OSError(f"a result could not be written whole ({len(data)} bytes): is the disk full?")
+        os.fsync(self._file)
+
+
+def read_results(path: str | Path) -> Results:
+    """The results in a journal's file, or in a study's folder.
+
+    Raises:
+        StudyError: no such file, or one that is no study's.
+    """
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        records = [json.loads(line) for line in lines]
+        if not records or records[0].pop("format", None) != FORMAT:
+            raise StudyError(f"{file}: not the results of a study of this version ({FORMAT}); name another folder")
+        setting, *rest = [_KINDS[record.pop("kind")].from_dict(record) for record in records]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise StudyError(f"{file}: cannot be read as the results of a study ({error!r})") from error
+    results = Results(setting)
+    for record in rest:
+        results.add(record)
+    return results
+
+
+def _check_same(folder: str | Path, there: Setting, asked: Setting) -> None:
+    differing = [
+        f"{f.name} was {getattr(there, f.name)!r}, is {getattr(asked, f.name)!r}"
+        for f in fields(Setting)
+        if getattr(there, f.name) != getattr(asked, f.name)
+    ]
+    if differing:
+        raise StudyError(
+            f"{folder} holds a study of another setting: {'; '.join(differing)}. Name another folder, or ask for the "
+            "setting it was begun with"
+        )

@@ -1,0 +1,100 @@
+"""Heat maps of input norms by layer, and of where VarP comes near its pole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .drawing import Drawing, canvas, drawing
+from .norms import BIN_EDGES, NEAR_POLE
+from .records import InputNorms, ModelNorms
+
+MOST_KINDS = 8
+"""Kinds of input that are drawn: the first ones, where a model has more."""
+
+
+def kinds(norms: ModelNorms) -> list[str]:
+    """The kinds of input that a block has, each named by the layers that read it."""
+    return list(dict.fromkeys(kind_of(entry) for entry in norms.inputs))[:MOST_KINDS]
+
+
+def kind_of(entry: InputNorms) -> str:
+    """ "q_proj, k_proj, v_proj"."""
+    return ", ".join(name.rpartition(".")[2] for name in entry.layers)
+
+
+def norm_map(norms: ModelNorms, kind: str, number: int) -> Drawing:
+    """How the norms of one kind of input are spread over its channels, block by block."""
+    entries = [entry for entry in norms.inputs if kind_of(entry) == kind]
+    shares = np.full((len(BIN_EDGES) - 1, max(e.block for e in entries) + 1), np.nan)
+    for entry in entries:
+        share = np.array(entry.histogram) / entry.channels
+        shares[:, entry.block] = np.where(share > 0, share, np.nan)
+    with canvas(4.6, 3.2) as (figure, axes):
+        used = np.flatnonzero(np.isfinite(shares).any(1))
+        image = axes.imshow(
+            shares,
+            origin="lower",
+            aspect="auto",
+            interpolation="nearest",
+            norm="log",
+            extent=(-0.5, shares.shape[1] - 0.5, BIN_EDGES[0], BIN_EDGES[-1]),
+        )
+        largest = [(e.block, np.log10(e.largest)) for e in entries]
+        axes.plot(*zip(*largest, strict=True), linestyle="none", marker="_", markersize=6, color="#d55e00")
+        axes.set_ylim(BIN_EDGES[used[0]] - 0.2, max(BIN_EDGES[used[-1] + 1], max(y for _, y in largest)) + 0.2)
+        axes.grid(visible=False)
+        _powers_of_ten(axes)
+        axes.set_xlabel("block")
+        axes.set_ylabel("norm of a channel")
+        axes.set_title(kind)
+        bar = figure.colorbar(image, ax=axes, label="share of channels", pad=0.02)
+        bar.outline.set_visible(False)
+        top = max(entries, key=lambda entry: entry.largest / entry.median)
+        description = (
+            f"Distribution of input norms of {kind} by block. Widest in block {top.block}: the largest channel has "
+            f"{top.largest / top.median:,.0f} times the median norm."
+        )
+        return drawing(figure, f"norms{number}", f"Input norms of {kind}", description)
+
+
+def pole_map(norms: ModelNorms, normaliser: str) -> Drawing:
+    """VarP's largest factor, by kind of input and block, for one normaliser."""
+    rows = kinds(norms)
+    blocks = max(entry.block for entry in norms.inputs) + 1
+    largest, channels = np.full((len(rows), blocks), np.nan), np.zeros((len(rows), blocks), dtype=int)
+    for entry in norms.inputs:
+        pole = next(pole for pole in entry.poles if pole.norm == normaliser)
+        if kind_of(entry) in rows:
+            largest[rows.index(kind_of(entry)), entry.block] = pole.largest
+            channels[rows.index(kind_of(entry)), entry.block] = pole.channels
+    with canvas(4.6, 1.1 + 0.38 * len(rows)) as (figure, axes):
+        image = axes.imshow(largest, aspect="auto", interpolation="nearest", norm="log", vmin=1, vmax=100)
+        axes.set_yticks(range(len(rows)), [_brief(kind) for kind in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False)
+        for row, block in zip(*np.nonzero(channels), strict=True):
+            axes.plot(block, row, marker="o", markersize=3.5, color="#d55e00", markeredgecolor="none")
+        axes.set_xlabel("block")
+        axes.set_title(normaliser)
+        bar = figure.colorbar(image, ax=axes, label="largest f", pad=0.02, ticks=[1, 10, 100], format="%d")
+        bar.outline.set_visible(False)
+        near = int((channels > 0).sum())
+        description = (
+            f"VarP's largest factor by layer with the normaliser {normaliser}: {near} of {np.isfinite(largest).sum()} "
+            f"inputs have a channel with a factor of {NEAR_POLE:g} or more."
+        )
+        return drawing(figure, f"pole-{normaliser}", f"VarP near its pole, {normaliser}", description)
+
+
+def _brief(kind: str) -> str:
+    names: Sequence[str] = [name.removesuffix("_proj") for name in kind.split(", ")]
+    return ", ".join(names)
+
+
+def _powers_of_ten(axes: Any) -> None:
+    low, high = axes.get_ylim()
+    ticks = range(int(np.ceil(low)), int(np.floor(high)) + 1)
+    axes.set_yticks(list(ticks), [f"{10.0**tick:g}" for tick in ticks])

@@ -1,0 +1,212 @@
+"""A study's results as one HTML file that needs nothing else: no network, no scripts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import jinja2
+from markupsafe import Markup
+
+from ..metrics import VarianceNorm
+from .cells import Variant
+from .drawing import Drawing
+from .findings import Finding, findings
+from .journal import Results
+from .norm_plots import kinds, norm_map, pole_map
+from .plots import STAGE_NAMES, divergence, glyph, perplexity_by_length, perplexity_by_time, series, time_bars
+from .records import Sample
+from .tally import Spread, Tally, shown_sparsity, shown_variant
+
+TEMPLATE = "page.html.j2"
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A method as the figures mark it."""
+
+    name: str
+    glyph: str
+    series: int
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A method and its values."""
+
+    name: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NumberTable:
+    """A table of numbers."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model's text after one prompt.
+
+    Attributes:
+        name: the method, or "dense".
+        shared, rest: its text, split where it leaves the dense model's.
+        note: its divergence, in words.
+    """
+
+    name: str
+    shared: str
+    rest: str
+    note: str
+
+
+@dataclass(frozen=True)
+class TextGroup:
+    """All models' texts at one sparsity: for every prompt, a card for each."""
+
+    sparsity: str
+    prompts: tuple[tuple[str, tuple[Card, ...]], ...]
+
+
+def write_page(results: Results, path: str | Path) -> None:
+    """Draw the results; the file is the old one or the whole new one."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(page(results), encoding="utf-8")
+    os.replace(partial, target)
+
+
+def page(results: Results) -> str:
+    """The page of a study, as HTML."""
+    tally = Tally(results)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ace_triton.study", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["svg"] = lambda drawn: Markup(drawn.svg)
+    norms = results.norms
+    shown = list(enumerate(tally.sparsities))
+    return environment.get_template(TEMPLATE).render(
+        setting=results.setting,
+        machine=machine(results),
+        dense=results.dense,
+        cells=len(results.cells),
+        seeds=len({cell.seed for cell in results.cells if cell.seed is not None}),
+        best=[best(tally, sparsity) for sparsity in tally.sparsities],
+        findings=_ordered(findings(tally)),
+        legend=[LegendEntry(shown_variant(v), glyph(tally, v), series(tally, v)) for v in tally.variants],
+        stages=list(STAGE_NAMES.values()),
+        by_length=_drawn(perplexity_by_length(tally, sparsity, number) for number, sparsity in shown),
+        by_time=_drawn(perplexity_by_time(tally, sparsity, number) for number, sparsity in shown),
+        bars=_drawn(time_bars(tally, length) for length in tally.lengths),
+        divergences=_drawn(divergence(tally, sparsity, number) for number, sparsity in shown),
+        norms=norms,
+        norm_maps=[] if norms is None else [norm_map(norms, kind, n) for n, kind in enumerate(kinds(norms))],
+        pole_maps=[] if norms is None else [pole_map(norms, normaliser) for normaliser in get_args(VarianceNorm)],
+        tables=[*(perplexity_table(tally, sparsity) for sparsity in tally.sparsities), time_table(tally)],
+        texts=[group for sparsity in tally.sparsities if (group := texts(tally, sparsity)) is not None],
+        drawn_at=next((cell for cell in results.samples if cell is not None and cell.length is not None), None),
+    )
+
+
+def machine(results: Results) -> str:
+    """What the times were taken on."""
+    places = {
+        f"{found.processor}, {found.threads} thread{'s' if found.threads > 1 else ''}"
+        for found in results.cells.values()
+    }
+    return "; ".join(sorted(places)) or "nothing yet"
+
+
+def best(tally: Tally, sparsity: str) -> TableRow:
+    """The lowest mean perplexity at a sparsity, and whose it is."""
+    found = [
+        (spread.mean, shown_variant(variant), "" if length is None else f"L={length}")
+        for variant in tally.variants
+        for length in (tally.lengths if variant.calibrated else [None])
+        if (spread := tally.perplexity(variant, sparsity, length)) is not None
+    ]
+    if not found:
+        return TableRow(shown_sparsity(sparsity), ("-", ""))
+    mean, name, length = min(found)
+    return TableRow(shown_sparsity(sparsity), (f"{mean:,.1f}", f"{name} {length}".strip()))
+
+
+def perplexity_table(tally: Tally, sparsity: str) -> NumberTable:
+    """Mean, spread and number of seeds."""
+    columns: list[int | None] = list(tally.lengths) or [None]
+    rows = tuple(
+        TableRow(shown_variant(v), tuple(shown_spread(tally.perplexity(v, sparsity, length)) for length in columns))
+        for v in tally.variants
+    )
+    return NumberTable(
+        f"Perplexity at {shown_sparsity(sparsity)}: mean ± standard deviation over seeds (number of seeds)",
+        tuple("any L" if length is None else f"L={length}" for length in columns),
+        rows,
+    )
+
+
+def time_table(tally: Tally) -> NumberTable:
+    """Median CPU seconds."""
+    columns: list[int | None] = list(tally.lengths) or [None]
+
+    def shown(variant: Variant, length: int | None) -> str:
+        seconds = tally.cpu_seconds(variant, None, length)
+        return "" if seconds is None else f"{seconds:,.2f}"
+
+    rows = tuple(TableRow(shown_variant(v), tuple(shown(v, length) for length in columns)) for v in tally.variants)
+    return NumberTable(
+        "Pruning in CPU seconds: median over seeds and sparsities, loading and evaluation left out",
+        tuple("any L" if length is None else f"L={length}" for length in columns),
+        rows,
+    )
+
+
+def shown_spread(spread: Spread | None) -> str:
+    """ "264.8 ± 6.2 (3)"."""
+    if spread is None:
+        return ""
+    around = f" ± {spread.deviation:,.1f}" if len(spread.values) > 1 else ""
+    return f"{spread.mean:,.1f}{around} ({len(spread.values)})"
+
+
+def texts(tally: Tally, sparsity: str) -> TextGroup | None:
+    """The texts at a sparsity, the dense model's first."""
+    dense, pruned = tally.results.samples.get(None), tally.samples(sparsity)
+    if dense is None or not pruned:
+        return None
+    prompts = []
+    for number, prompt in enumerate(dense.prompts):
+        original = dense.texts[number]
+        cards = [Card("dense", original, "", "")]
+        for sample in pruned:
+            text = sample.texts[number]
+            same = next((at for at, (a, b) in enumerate(zip(original, text, strict=False)) if a != b), len(text))
+            cards.append(Card(_name(sample), text[:same], text[same:], _note(sample)))
+        prompts.append((prompt, tuple(cards)))
+    return TextGroup(shown_sparsity(sparsity), tuple(prompts))
+
+
+def _name(sample: Sample) -> str:
+    return "dense" if sample.cell is None else shown_variant(sample.cell.variant)
+
+
+def _note(sample: Sample) -> str:
+    far = sample.divergence
+    return "" if far is None else f"KL {far.mean:.2f} nats, same top token {far.agreement:.0%}"
+
+
+def _drawn(drawings: object) -> list[Drawing]:
+    return [drawn for drawn in drawings if drawn is not None]  # type: ignore[attr-defined]
+
+
+def _ordered(found: list[Finding]) -> list[Finding]:
+    return [f for f in found if f.verdict != "note"] + [f for f in found if f.verdict == "note"]

@@ -1,0 +1,204 @@
+"""The figures of perplexity, time and divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from .cells import Variant
+from .drawing import GLYPHS, GRID, INK, MARKERS, PAPER, SERIES, STAGE_COLOURS, Drawing, canvas, drawing
+from .tally import STAGES, Tally, listed, shown_sparsity, shown_variant
+
+STAGE_NAMES = {"calibration": "calibration forwards", "statistics": "statistics", "select": "score and mask"}
+
+
+def series(tally: Tally, variant: Variant) -> int:
+    """Which colour and marker a method has on the whole page."""
+    return tally.variants.index(variant) % len(MARKERS)
+
+
+def glyph(tally: Tally, variant: Variant) -> str:
+    """A method's marker as a character."""
+    return GLYPHS[series(tally, variant)]
+
+
+def perplexity_by_length(tally: Tally, sparsity: str, number: int) -> Drawing | None:
+    """Mean perplexity against calibration length, with the standard deviation over seeds.
+
+    The vertical axis spans the methods that look at tokens; the dense model, and a method without
+    calibration that lies far above, are written at its ends.
+    """
+    variants = [v for v in tally.calibrated if any(tally.perplexity(v, sparsity, n) for n in tally.lengths)]
+    if not variants:
+        return None
+    with canvas(4.6, 3.7) as (figure, axes):
+        lows, highs = [], []
+        for place, variant in enumerate(variants):
+            points = [(n, s) for n in tally.lengths if (s := tally.perplexity(variant, sparsity, n)) is not None]
+            if not points:
+                continue
+            aside = 1 + 0.035 * (place - (len(variants) - 1) / 2)
+            axes.errorbar(
+                [length * aside for length, _ in points],
+                [spread.mean for _, spread in points],
+                yerr=[spread.deviation for _, spread in points],
+                **_line(tally, variant),
+                capsize=2.5,
+                elinewidth=1,
+            )
+            lows += [spread.mean - spread.deviation for _, spread in points]
+            highs += [spread.mean + spread.deviation for _, spread in points]
+        low, high = min(lows), max(highs)
+        margin = max(0.12 * (high - low), 0.02 * high)
+        axes.set_ylim(low - 1.6 * margin, high + 1.6 * margin)
+        _log_axis(axes, tally.lengths)
+        axes.set_xlabel("tokens of a calibration sequence, L")
+        axes.set_ylabel("perplexity")
+        axes.set_title(shown_sparsity(sparsity))
+        dense = tally.results.dense
+        if dense is not None:
+            axes.annotate(f"dense: {dense.perplexity:,.1f} ↓", (0.02, 0.03), xycoords="axes fraction", fontsize=10)
+        for variant in tally.variants:
+            spread = None if variant.calibrated else tally.perplexity(variant, sparsity)
+            if spread is not None:
+                text = f"{shown_variant(variant)}: {spread.mean:,.0f} ↑"
+                axes.annotate(text, (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=10)
+        best = min(variants, key=lambda v: _lowest(tally, v, sparsity))
+        description = (
+            f"Perplexity at {shown_sparsity(sparsity)} against calibration length for "
+            f"{listed([shown_variant(v) for v in variants])}; the lowest mean is "
+            f"{_lowest(tally, best, sparsity):,.1f}, of {shown_variant(best)}. All values are in the table below."
+        )
+        return drawing(figure, f"length{number}", f"Perplexity by calibration length, {sparsity}", description)
+
+
+def perplexity_by_time(tally: Tally, sparsity: str, number: int) -> Drawing | None:
+    """Mean perplexity against the CPU seconds of pruning; a line joins a method's calibration lengths."""
+    variants = [v for v in tally.calibrated if any(tally.perplexity(v, sparsity, n) for n in tally.lengths)]
+    if not variants:
+        return None
+    with canvas(4.6, 3.7) as (figure, axes):
+        edge: dict[int, tuple[float, float]] = {}
+        for variant in variants:
+            points = []
+            for length in tally.lengths:
+                spread = tally.perplexity(variant, sparsity, length)
+                seconds = tally.cpu_seconds(variant, sparsity, length)
+                if spread is not None and seconds is not None:
+                    points.append((seconds, spread.mean))
+                    if spread.mean > edge.get(length, (0.0, 0.0))[1]:
+                        edge[length] = (seconds, spread.mean)
+            axes.plot(*zip(*points, strict=True), **_line(tally, variant))
+        for length, (seconds, top) in edge.items():
+            axes.annotate(
+                f"L={length}", (seconds, top), (0, 9), textcoords="offset points", ha="center", fontsize=9.5, color=INK
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(_seconds))
+        axes.xaxis.set_minor_formatter(FuncFormatter(_few_seconds))
+        axes.margins(x=0.12, y=0.15)
+        axes.set_xlabel("pruning, CPU seconds")
+        axes.set_ylabel("perplexity")
+        axes.set_title(shown_sparsity(sparsity))
+        description = (
+            f"Perplexity at {shown_sparsity(sparsity)} against CPU seconds of pruning, a point for each calibration "
+            f"length of {listed([shown_variant(v) for v in variants])}. All values are in the tables below."
+        )
+        return drawing(figure, f"time{number}", f"Perplexity by pruning time, {sparsity}", description)
+
+
+def time_bars(tally: Tally, length: int) -> Drawing | None:
+    """CPU seconds of a pruning, split over its stages."""
+    rows = [(v, times) for v in tally.variants if (times := tally.stages(v, length)) is not None]
+    if not any(variant.calibrated for variant, _ in rows):
+        return None
+    with canvas(4.6, 0.9 + 0.33 * len(rows)) as (figure, axes):
+        names = [shown_variant(variant) for variant, _ in rows]
+        ends = [0.0] * len(rows)
+        for stage, colour in zip(STAGES, STAGE_COLOURS, strict=True):
+            widths = [getattr(times, stage) for _, times in rows]
+            axes.barh(names, widths, left=ends, color=colour, edgecolor=PAPER, linewidth=0.8, height=0.7)
+            ends = [end + width for end, width in zip(ends, widths, strict=True)]
+        for row, (_, times) in enumerate(rows):
+            axes.annotate(
+                f"{times.total:,.1f} s", (ends[row], row), (5, 0), textcoords="offset points", va="center", fontsize=10
+            )
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.2)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("CPU seconds")
+        axes.set_title(f"L = {length}")
+        parts = [f"{name} {times.total:,.1f} s" for name, (_, times) in zip(names, rows, strict=True)]
+        description = f"CPU seconds of pruning with sequences of {length} tokens: {listed(parts)}."
+        return drawing(figure, f"bars{length}", f"Time by stage, L = {length}", description)
+
+
+def divergence(tally: Tally, sparsity: str, number: int) -> Drawing | None:
+    """Median, quartiles and 5 to 95 % of KL(dense || pruned) over positions."""
+    rows = [(s.cell.variant, s.divergence) for s in tally.samples(sparsity) if s.cell and s.divergence]
+    if not rows:
+        return None
+    with canvas(4.6, 0.9 + 0.36 * len(rows)) as (figure, axes):
+        for row, (variant, far) in enumerate(rows):
+            low, left, middle, right, high = (max(value, 1e-4) for value in far.quantiles)
+            colour, marker = SERIES[series(tally, variant)], MARKERS[series(tally, variant)]
+            axes.plot([low, high], [row, row], color=colour, linewidth=1.5)
+            axes.plot([left, right], [row, row], color=colour, linewidth=7, alpha=0.45, solid_capstyle="butt")
+            axes.plot(middle, row, marker=marker, color=colour, markersize=8, markeredgecolor=PAPER)
+            axes.annotate(
+                f"{far.agreement:.0%}", (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=10
+            )
+        axes.set_yticks(range(len(rows)), [shown_variant(variant) for variant, _ in rows])
+        axes.annotate("same\ntop token", (1.02, 1.0), xycoords="axes fraction", va="bottom", fontsize=9)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("KL(dense || pruned) at a position, nats")
+        axes.set_title(shown_sparsity(sparsity))
+        parts = [f"{shown_variant(v)} {far.quantiles[2]:.2f} ({far.agreement:.0%})" for v, far in rows]
+        description = (
+            f"Divergence of next-token distributions from the dense model at {shown_sparsity(sparsity)}, median in "
+            f"nats and share of positions with the same top token: {listed(parts)}."
+        )
+        return drawing(figure, f"divergence{number}", f"Divergence from the dense model, {sparsity}", description)
+
+
+def _line(tally: Tally, variant: Variant) -> dict[str, Any]:
+    index = series(tally, variant)
+    ours = variant.method == "ace"
+    return {
+        "color": SERIES[index],
+        "marker": MARKERS[index],
+        "markersize": 9 if MARKERS[index] == "*" else 6.5,
+        "markeredgecolor": PAPER,
+        "markeredgewidth": 0.6,
+        "linewidth": 2.4 if ours else 1.5,
+        "zorder": 4 if ours else 3,
+    }
+
+
+def _lowest(tally: Tally, variant: Variant, sparsity: str) -> float:
+    spreads = [tally.perplexity(variant, sparsity, length) for length in tally.lengths]
+    return min((spread.mean for spread in spreads if spread is not None), default=math.inf)
+
+
+def _log_axis(axes: Any, lengths: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.08)
+    axes.grid(axis="x", color=GRID, linewidth=0.4)
+
+
+def _seconds(value: float, _: int) -> str:
+    return f"{value:,.0f} s" if value >= 1 else f"{value:g} s"
+
+
+def _few_seconds(value: float, _: int) -> str:
+    return _seconds(value, 0) if str(f"{value:e}")[0] in "25" else ""
