@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench figures quality traffic kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench figures quality study traffic kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ figures: setup  ## measure the CPU ratios of docs/cpu.md again
 
 quality: setup  ## perplexities of docs/quality.md; CALIBRATION and EVALUATION name texts
 	$(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+
+study: setup  ## the paper's experiments on SmolLM2-135M, hours on a CPU; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/ace-triton study smollm2 docs/study --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 traffic: setup  ## count bytes and launches again, for docs/traffic.md
 	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m benchmarks.traffic

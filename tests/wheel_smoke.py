@@ -1,5 +1,6 @@
 """Uses an installed ace_triton as a stranger would; run by wheel_smoke.sh away from the repository."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from ace_triton.kernels import cpu
 
 assert "site-packages" in ace_triton.__file__, ace_triton.__file__
 assert cpu.available(), cpu.why_unavailable()
+assert files("ace_triton.study").joinpath("page.html.j2").is_file()
 
 layer = torch.nn.Linear(64, 32)
 result = ace_triton.prune_linear(layer, torch.randn(4, 16, 64))

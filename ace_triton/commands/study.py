@@ -17,7 +17,6 @@ from .console import console, progress_bars
 from .options import DeviceOption, parse_device, parse_dtype, parse_options
 
 METHODS = "magnitude,wanda,ria,cosp,varp,ace"
-PAGE = "index.html"
 
 
 def study(
@@ -91,8 +90,9 @@ def study(
 def _render(results: Results, out: Path) -> None:
     from ..study.page import write_page
 
-    write_page(results, out / PAGE)
-    console.print(f"{len(results.cells)} cells; the page is {escape(str(out / PAGE))}", soft_wrap=True, highlight=False)
+    page = out / f"{results.setting.model.rpartition('/')[2]}.html"
+    write_page(results, page)
+    console.print(f"{len(results.cells)} cells; the page is {escape(str(page))}", soft_wrap=True, highlight=False)
 
 
 def _check_installed() -> None:

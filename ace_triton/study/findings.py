@@ -73,14 +73,9 @@ def compare(tally: Tally, one: Variant, other: Variant, sparsity: str) -> Compar
 
 def findings(tally: Tally) -> list[Finding]:
     """Everything that the study's cells allow to be said."""
-    by_sparsity = [
-        finding
-        for sparsity in tally.sparsities
-        for finding in (ordering(tally, sparsity), end_to_end(tally, sparsity))
-        if finding is not None
-    ]
-    others = (longer_calibration(tally), nearest_text(tally), poles(tally))
-    return [*by_sparsity, *(finding for finding in others if finding is not None)]
+    claims = [claim(tally, sparsity) for claim in (ordering, end_to_end) for sparsity in tally.sparsities]
+    seen = (longer_calibration(tally), nearest_text(tally), poles(tally))
+    return [finding for finding in (*claims, *seen) if finding is not None]
 
 
 def ordering(tally: Tally, sparsity: str) -> Finding | None:
@@ -103,10 +98,12 @@ def ordering(tally: Tally, sparsity: str) -> Finding | None:
         headline = f"{shown}: the paper's order ACE ≤ RIA ≤ Wanda holds here"
     else:
         unclear = [
-            f"{shown_variant(one)} and {shown_variant(other)}" for one, other, c in measured if c.verdict == "open"
+            f"between {shown_variant(one)} and {shown_variant(other)}"
+            for one, other, c in measured
+            if c.verdict == "open"
         ]
-        pairs = listed(unclear)
-        headline = f"{shown}: the paper's order ACE ≤ RIA ≤ Wanda is not settled; no clear difference between {pairs}"
+        pairs = ", nor ".join(unclear)
+        headline = f"{shown}: the paper's order ACE ≤ RIA ≤ Wanda is not settled; no clear difference {pairs}"
     text = "; ".join(f"{shown_variant(one)} against {shown_variant(other)}: {_change(c)}" for one, other, c in measured)
     worst: Verdict = "fails" if "fails" in verdicts else "open" if "open" in verdicts else "holds"
     return Finding(worst, headline, f"{text}. Mean change of perplexity ± its standard error; lower is better.")
@@ -173,7 +170,7 @@ def nearest_text(tally: Tally) -> Finding | None:
     parts = []
     for sparsity in tally.sparsities:
         far = [(s.cell.variant, s.divergence) for s in tally.samples(sparsity) if s.cell and s.divergence]
-        if far:
+        if len(far) > 1:
             variant, least = min(far, key=lambda pair: pair[1].mean)
             parts.append(
                 f"at {shown_sparsity(sparsity)} {shown_variant(variant)} (mean KL {least.mean:.2f} nats, same top "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter
 
 from .drawing import Drawing, canvas, drawing
 from .norms import BIN_EDGES, NEAR_POLE
@@ -42,15 +43,13 @@ def norm_map(norms: ModelNorms, kind: str, number: int) -> Drawing:
             norm="log",
             extent=(-0.5, shares.shape[1] - 0.5, BIN_EDGES[0], BIN_EDGES[-1]),
         )
-        largest = [(e.block, np.log10(e.largest)) for e in entries]
-        axes.plot(*zip(*largest, strict=True), linestyle="none", marker="_", markersize=6, color="#d55e00")
-        axes.set_ylim(BIN_EDGES[used[0]] - 0.2, max(BIN_EDGES[used[-1] + 1], max(y for _, y in largest)) + 0.2)
+        axes.set_ylim(BIN_EDGES[used[0]] - 0.2, BIN_EDGES[used[-1] + 1] + 0.2)
         axes.grid(visible=False)
         _powers_of_ten(axes)
         axes.set_xlabel("block")
         axes.set_ylabel("norm of a channel")
         axes.set_title(kind)
-        bar = figure.colorbar(image, ax=axes, label="share of channels", pad=0.02)
+        bar = figure.colorbar(image, ax=axes, label="share of channels", pad=0.02, format=FuncFormatter(_percent))
         bar.outline.set_visible(False)
         top = max(entries, key=lambda entry: entry.largest / entry.median)
         description = (
@@ -76,7 +75,7 @@ def pole_map(norms: ModelNorms, normaliser: str) -> Drawing:
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False)
         for row, block in zip(*np.nonzero(channels), strict=True):
-            axes.plot(block, row, marker="o", markersize=3.5, color="#d55e00", markeredgecolor="none")
+            axes.plot(block, row, marker="o", markersize=4, color="black", markeredgecolor="white", markeredgewidth=0.7)
         axes.set_xlabel("block")
         axes.set_title(normaliser)
         bar = figure.colorbar(image, ax=axes, label="largest f", pad=0.02, ticks=[1, 10, 100], format="%d")
@@ -92,6 +91,10 @@ def pole_map(norms: ModelNorms, normaliser: str) -> Drawing:
 def _brief(kind: str) -> str:
     names: Sequence[str] = [name.removesuffix("_proj") for name in kind.split(", ")]
     return ", ".join(names)
+
+
+def _percent(share: float, _: int) -> str:
+    return f"{100 * share:g}%"
 
 
 def _powers_of_ten(axes: Any) -> None:

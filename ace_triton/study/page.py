@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..metrics import VarianceNorm
 from .cells import Variant
 from .drawing import Drawing
-from .findings import Finding, findings
+from .findings import findings
 from .journal import Results
 from .norm_plots import kinds, norm_map, pole_map
 from .plots import STAGE_NAMES, divergence, glyph, perplexity_by_length, perplexity_by_time, series, time_bars
@@ -101,7 +101,7 @@ def page(results: Results) -> str:
         cells=len(results.cells),
         seeds=len({cell.seed for cell in results.cells if cell.seed is not None}),
         best=[best(tally, sparsity) for sparsity in tally.sparsities],
-        findings=_ordered(findings(tally)),
+        findings=findings(tally),
         legend=[LegendEntry(shown_variant(v), glyph(tally, v), series(tally, v)) for v in tally.variants],
         stages=list(STAGE_NAMES.values()),
         by_length=_drawn(perplexity_by_length(tally, sparsity, number) for number, sparsity in shown),
@@ -189,10 +189,16 @@ def texts(tally: Tally, sparsity: str) -> TextGroup | None:
         cards = [Card("dense", original, "", "")]
         for sample in pruned:
             text = sample.texts[number]
-            same = next((at for at, (a, b) in enumerate(zip(original, text, strict=False)) if a != b), len(text))
+            same = shared_words(original, text)
             cards.append(Card(_name(sample), text[:same], text[same:], _note(sample)))
         prompts.append((prompt, tuple(cards)))
     return TextGroup(shown_sparsity(sparsity), tuple(prompts))
+
+
+def shared_words(one: str, other: str) -> int:
+    """How many of ``other``'s characters are whole words that it begins with as ``one`` does."""
+    same = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return same if same == len(other) else other.rfind(" ", 0, same) + 1
 
 
 def _name(sample: Sample) -> str:
@@ -206,7 +212,3 @@ def _note(sample: Sample) -> str:
 
 def _drawn(drawings: object) -> list[Drawing]:
     return [drawn for drawn in drawings if drawn is not None]  # type: ignore[attr-defined]
-
-
-def _ordered(found: list[Finding]) -> list[Finding]:
-    return [f for f in found if f.verdict != "note"] + [f for f in found if f.verdict == "note"]

@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .cells import Variant
-from .drawing import GLYPHS, GRID, INK, MARKERS, PAPER, SERIES, STAGE_COLOURS, Drawing, canvas, drawing
+from .drawing import GLYPHS, GRID, MARKERS, PAPER, SERIES, STAGE_COLOURS, Drawing, canvas, drawing
 from .tally import STAGES, Tally, listed, shown_sparsity, shown_variant
 
 STAGE_NAMES = {"calibration": "calibration forwards", "statistics": "statistics", "select": "score and mask"}
+
+LEAST_RANGE = 8.0
+"""Of a time axis: its ends are at least this factor apart."""
 
 
 def series(tally: Tally, variant: Variant) -> int:
@@ -89,17 +92,19 @@ def perplexity_by_time(tally: Tally, sparsity: str, number: int) -> Drawing | No
                 seconds = tally.cpu_seconds(variant, sparsity, length)
                 if spread is not None and seconds is not None:
                     points.append((seconds, spread.mean))
-                    if spread.mean > edge.get(length, (0.0, 0.0))[1]:
+                    if spread.mean < edge.get(length, (0.0, math.inf))[1]:
                         edge[length] = (seconds, spread.mean)
             axes.plot(*zip(*points, strict=True), **_line(tally, variant))
-        for length, (seconds, top) in edge.items():
-            axes.annotate(
-                f"L={length}", (seconds, top), (0, 9), textcoords="offset points", ha="center", fontsize=9.5, color=INK
-            )
+        for length, point in edge.items():
+            axes.annotate(f"L={length}", point, (0, -16), textcoords="offset points", ha="center", fontsize=9.5)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(_seconds))
-        axes.xaxis.set_minor_formatter(FuncFormatter(_few_seconds))
-        axes.margins(x=0.12, y=0.15)
+        axes.margins(x=0.12, y=0.18)
+        left, right = axes.get_xlim()
+        widen = max(1.0, LEAST_RANGE / (right / left)) ** 0.5
+        axes.set_xlim(left / widen, right * widen)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(_number))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("pruning, CPU seconds")
         axes.set_ylabel("perplexity")
         axes.set_title(shown_sparsity(sparsity))
@@ -155,7 +160,9 @@ def divergence(tally: Tally, sparsity: str, number: int) -> Drawing | None:
         axes.set_yticks(range(len(rows)), [shown_variant(variant) for variant, _ in rows])
         axes.annotate("same\ntop token", (1.02, 1.0), xycoords="axes fraction", va="bottom", fontsize=9)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_locator(LogLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(_number))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
@@ -175,7 +182,7 @@ def _line(tally: Tally, variant: Variant) -> dict[str, Any]:
     return {
         "color": SERIES[index],
         "marker": MARKERS[index],
-        "markersize": 9 if MARKERS[index] == "*" else 6.5,
+        "markersize": 12 if MARKERS[index] == "*" else 6.5,
         "markeredgecolor": PAPER,
         "markeredgewidth": 0.6,
         "linewidth": 2.4 if ours else 1.5,
@@ -192,13 +199,9 @@ def _log_axis(axes: Any, lengths: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(x=0.08)
+    axes.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
     axes.grid(axis="x", color=GRID, linewidth=0.4)
 
 
-def _seconds(value: float, _: int) -> str:
-    return f"{value:,.0f} s" if value >= 1 else f"{value:g} s"
-
-
-def _few_seconds(value: float, _: int) -> str:
-    return _seconds(value, 0) if str(f"{value:e}")[0] in "25" else ""
+def _number(value: float, _: int) -> str:
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"

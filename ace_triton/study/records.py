@@ -71,6 +71,21 @@ class DenseResult:
 
 
 @dataclass(frozen=True)
+class StageSeconds:
+    """Seconds of a pruning: calibration forwards, statistics, score and mask, and all of it."""
+
+    calibration: float
+    statistics: float
+    select: float
+    total: float
+
+    @classmethod
+    def of(cls, seconds: Seconds) -> StageSeconds:
+        """What a report says."""
+        return cls(seconds.calibration, seconds.statistics, seconds.select, seconds.total)
+
+
+@dataclass(frozen=True)
 class CellResult:
     """One cell, measured.
 
@@ -87,7 +102,7 @@ class CellResult:
     cell: Cell
     perplexity: float
     kept: float
-    seconds: Seconds
+    seconds: StageSeconds
     cpu_seconds: float
     processor: str
     threads: int
@@ -99,7 +114,7 @@ class CellResult:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> CellResult:
         """What :meth:`to_dict` gave."""
-        return cls(**{**record, "cell": Cell.from_dict(record["cell"]), "seconds": Seconds(**record["seconds"])})
+        return cls(**{**record, "cell": Cell.from_dict(record["cell"]), "seconds": StageSeconds(**record["seconds"])})
 
 
 @dataclass(frozen=True)

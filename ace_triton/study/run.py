@@ -9,7 +9,7 @@ import torch
 from .cells import Cell, Grid
 from .journal import Journal
 from .norms import model_norms
-from .records import CellResult, DenseResult, Sample
+from .records import CellResult, DenseResult, Sample, StageSeconds
 from .samples import Sampler
 from .workbench import Workbench, processor_name
 
@@ -66,7 +66,7 @@ def _measure(bench: Workbench, journal: Journal, cell: Cell, sampler: Sampler | 
                     cell,
                     bench.perplexity(),
                     sum(layer.kept for layer in report.layers) / len(report.layers),
-                    report.seconds,
+                    StageSeconds.of(report.seconds),
                     pruning.cpu_seconds,
                     processor_name(),
                     torch.get_num_threads(),

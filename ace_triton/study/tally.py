@@ -11,7 +11,7 @@ from ..metrics import metric_names
 from ..sparsity import Sparsity
 from .cells import Cell, Variant
 from .journal import Results
-from .records import CellResult, Sample
+from .records import CellResult, Sample, StageSeconds
 
 STAGES = ("calibration", "statistics", "select")
 
@@ -36,16 +36,6 @@ class Spread:
         if not finite:
             return None
         return cls(finite, statistics.mean(finite), statistics.stdev(finite) if len(finite) > 1 else 0.0)
-
-
-@dataclass(frozen=True)
-class StageTimes:
-    """CPU seconds of a pruning by stage: what the process used, split as wall clock was over the stages."""
-
-    calibration: float
-    statistics: float
-    select: float
-    total: float
 
 
 class Tally:
@@ -94,8 +84,11 @@ class Tally:
         times = [found.cpu_seconds for found in self.select(variant, sparsity, length)]
         return statistics.median(times) if times else None
 
-    def stages(self, variant: Variant, length: int) -> StageTimes | None:
-        """Medians over seeds and sparsities; None where nothing was measured."""
+    def stages(self, variant: Variant, length: int) -> StageSeconds | None:
+        """CPU seconds, split over the stages as wall clock was: medians over seeds and sparsities.
+
+        None where nothing was measured.
+        """
         found = self.select(variant, length=length)
         if not found:
             return None
@@ -103,7 +96,7 @@ class Tally:
         def median(stage: str) -> float:
             return statistics.median(f.cpu_seconds * getattr(f.seconds, stage) / f.seconds.total for f in found)
 
-        return StageTimes(median("calibration"), median("statistics"), median("select"), median("total"))
+        return StageSeconds(median("calibration"), median("statistics"), median("select"), median("total"))
 
     def paired(self, one: Variant, other: Variant, sparsity: str) -> list[float]:
         """log(perplexity of one / perplexity of other) of every draw that both were measured on."""
@@ -123,8 +116,8 @@ class Tally:
 
 
 def shown_sparsity(sparsity: str) -> str:
-    """ "50 %" for "0.5"; a pattern as it is."""
-    return sparsity if Sparsity(sparsity).n is not None else f"{float(sparsity) * 100:.4g} %"
+    """ "50%" for "0.5"; a pattern as it is."""
+    return sparsity if Sparsity(sparsity).n is not None else f"{float(sparsity) * 100:.4g}%"
 
 
 def shown_variant(variant: Variant) -> str:
