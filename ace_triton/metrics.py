@@ -39,12 +39,15 @@ class Needs:
         outputs: token weights of the layer's own outputs too.
         reduce: the coupling matrix as well, reduced so.
         consumer: the input norms of the layer that consumes this one's outputs.
+        weight_sums: sums over all of the weight, which make the terms NaN where a weight is NaN or infinite: nobody
+            need look for those beforehand.
     """
 
     tokens: bool = True
     outputs: bool = False
     reduce: Reduce | None = None
     consumer: bool = False
+    weight_sums: bool = False
 
 
 MetricFunction = Callable[..., ScoreTerms]
@@ -123,15 +126,15 @@ def wanda(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
     return ScoreTerms(scale=stats.norm)
 
 
-@register_metric("ria")
+@register_metric("ria", Needs(weight_sums=True))
 def ria(weight: torch.Tensor, stats: ActivationStats, a: float = 0.5) -> ScoreTerms:
     """(|W_ij| / C_j + |W_ij| / R_i) n_j^a (Zhang et al., "Plug-and-Play", ICLR 2024).
 
     R_i and C_j are the row and column sums of |W|, in fp32: quotients in fp16 would fall below its
     normal range.
     """
-    row_sums, column_sums = weight_sums(weight)
-    return ScoreTerms(row=_reciprocal(row_sums), col=_reciprocal(column_sums), scale=stats.norm**a)
+    row, col = weight_sums(weight, inverse=True)
+    return ScoreTerms(row=row, col=col, scale=stats.derive(("norm", a), lambda: stats.norm**a))
 
 
 @register_metric("stade")
@@ -154,7 +157,9 @@ def dass(weight: torch.Tensor, stats: ActivationStats, alpha: float = 0.5) -> Sc
 
 
 def _cosp_needs(options: Mapping[str, Any]) -> Needs:
-    return Needs(outputs=True, reduce=None if options["reduce"] == "exact" else options["reduce"])
+    base = options["base"] if "base" in options else options["prefactor"]
+    reduce = None if options["reduce"] == "exact" else options["reduce"]
+    return Needs(outputs=True, reduce=reduce, weight_sums=base == "ria")
 
 
 @register_metric("cosp", _cosp_needs)
@@ -181,7 +186,7 @@ def cosp(
     return _times_cosine(weight, stats, prefactor or ("none" if reduce == "exact" else "wanda"), reduce)
 
 
-@register_metric("varp")
+@register_metric("varp", lambda options: Needs(weight_sums=options["base"] == "ria"))
 def varp(
     weight: torch.Tensor,
     stats: ActivationStats,
@@ -308,8 +313,3 @@ def _scaled(
 ) -> ScoreTerms:
     scale = factor if terms.scale is None else terms.scale if factor is None else terms.scale * factor
     return ScoreTerms(terms.row, terms.col, scale, coupling, power)
-
-
-def _reciprocal(sums: torch.Tensor) -> torch.Tensor:
-    """1 / sums, finite where a sum is 0: its weights are 0 too, so the score is."""
-    return sums.clamp(min=torch.finfo(torch.float32).tiny).reciprocal_()

@@ -83,9 +83,11 @@ def prune_linear(
     """
     label = name or type(layer).__name__
     chosen = metric(method)
-    chosen.complete(options)
+    needs = chosen.needs(chosen.complete(options))
     pattern = Sparsity.of(sparsity)
-    weight = check_weight(layer, label)
+    # Raw tokens go through the layer first: then a weight that is not finite would be blamed on its outputs.
+    seen_in_terms = needs.weight_sums and not isinstance(stats, torch.Tensor)
+    weight = check_weight(layer, label, finite=not seen_in_terms)
     owners = other_owners(layer, layer.get_parameter("weight"))
     if owners:
         raise PruneError(
@@ -95,8 +97,12 @@ def prune_linear(
     return prune_checked(layer, weight, stats, chosen, pattern, label, options, return_mask=return_mask)
 
 
-def check_weight(layer: nn.Module, label: str) -> torch.Tensor:
-    """The weight as [out_features, in_features]; PruneError where it is none that can be pruned."""
+def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.Tensor:
+    """The weight as [out_features, in_features]; PruneError where it is none that can be pruned.
+
+    Args:
+        finite: also look for NaN and infinity, in a read of the weight.
+    """
     weight = linear_weight(layer)
     if weight is None:
         raise PruneError(f"{label}: a {type(layer).__name__} is no nn.Linear; only linear layers can be pruned")
@@ -107,9 +113,14 @@ def check_weight(layer: nn.Module, label: str) -> torch.Tensor:
             f"{label}: the weight is stored as {weight.dtype} (quantised?); prune the floating-point model and "
             "quantise afterwards"
         )
-    if not all_finite(as_kernel_dtype(weight)):
-        raise PruneError(f"{label}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
+    if finite:
+        _check_finite(as_kernel_dtype(weight), label)
     return weight
+
+
+def _check_finite(weight: torch.Tensor, label: str) -> None:
+    if not all_finite(weight):
+        raise PruneError(f"{label}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
 
 
 def prune_checked(
@@ -123,7 +134,7 @@ def prune_checked(
     *,
     return_mask: bool = False,
 ) -> PruneResult:
-    """:func:`prune_linear` without its checks of the weight.
+    """:func:`prune_linear` without its checks of the weight, but for what the metric's terms show.
 
     Args:
         weight: what :func:`check_weight` returned; known to belong to ``layer`` alone.
@@ -202,6 +213,7 @@ def _terms(
     checked = [torch.cat(vectors)] if vectors else []
     checked += [terms.coupling] if terms.coupling is not None else []
     if not all(all_finite(tensor) for tensor in checked):
+        _check_finite(weight, label)
         bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         raise PruneError(
             f"{label}: the statistics give NaN or infinity in the score's {' and '.join(bad)}; look for overflow in "

@@ -31,12 +31,13 @@ _SELECTION = [*_MATRIX, *[_POINTER] * 4, _INT, _INT, _POINTER]
 _SIGNATURES = {
     "ace_select_nm": [*_SELECTION, _INT, _INT, _INT, _INT],
     "ace_select_rows": [*_SELECTION, _LONG, _INT, _INT],
-    "ace_weight_sums": [*_MATRIX, _POINTER, _POINTER, _INT],
+    "ace_weight_sums": [*_MATRIX, _POINTER, _POINTER, _INT, _INT],
     "ace_token_norms": [*_MATRIX, _POINTER, _INT],
     "ace_all_finite": [*_MATRIX, _INT, _POINTER],
     "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],
     "ace_weighted_squares": [*_MATRIX, _POINTER, _LONG, _POINTER, _INT],
     "ace_join_gains": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _INT],
+    "ace_assign": [_POINTER, _LONG, _LONG, _POINTER, _INT],
     "ace_use_isa": [ctypes.c_char_p],
     "ace_prefer_huge_pages": [_POINTER, _LONG],
 }
@@ -140,11 +141,12 @@ def _select(name: str, weight: torch.Tensor, terms: ScoreTerms, output: str, *ru
     return weight
 
 
-def weight_sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def weight_sums(weight: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Body of :func:`~ace_triton.kernels.weight_sums.weight_sums`."""
     laid = _row_major(weight)
     rows, cols = torch.empty(weight.shape[0]), torch.empty(weight.shape[1])
-    _call("ace_weight_sums", *_matrix(laid), rows.data_ptr(), cols.data_ptr(), torch.get_num_threads())
+    outputs = rows.data_ptr(), cols.data_ptr()
+    _call("ace_weight_sums", *_matrix(laid), *outputs, int(inverse), torch.get_num_threads())
     return rows, cols
 
 
@@ -220,6 +222,14 @@ def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tens
         *(gains.data_ptr(), torch.get_num_threads()),
     )
     return gains
+
+
+def assign(gains: torch.Tensor) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.assignment.assignment`; takes a contiguous tensor."""
+    n_pools, size, _ = gains.shape
+    joins = torch.empty(n_pools, size, dtype=torch.int32)
+    _call("ace_assign", gains.data_ptr(), n_pools, size, joins.data_ptr(), torch.get_num_threads())
+    return joins.long()
 
 
 def coupling(

@@ -24,6 +24,9 @@ MOST_PROGRAMS = 4096
 MOST_WARPS = 1024
 LEAST_TRIPS = 4
 
+# Warps of a program that sums down a matrix: the more of them meet, the fewer partial sums are written.
+WIDE_WARPS = 8
+
 
 def on_amd() -> bool:
     """True where torch drives AMD GPUs."""
@@ -115,6 +118,39 @@ def along_rows(matrix: torch.Tensor) -> Reduction:
 def _trips(needed: int, blocks: int, most: int) -> int:
     """As many as leave MOST_WARPS of all ``blocks``, and LEAST_TRIPS: each program writes partial sums of its own."""
     return max(1, min(most, needed, max(LEAST_TRIPS, blocks // MOST_WARPS)))
+
+
+@dataclass(frozen=True)
+class WeightSums:
+    """Tile of ``weight_sums``, whose warps each take rows of their own and meet once, at a program's end.
+
+    Attributes:
+        block_rows: rows of a trip, one for each warp.
+        block_cols: columns of one piece, 16 bytes a lane.
+        pieces: pieces side by side.
+        trips: blocks of rows that one program adds up in registers.
+        num_warps: of a program.
+    """
+
+    block_rows: int
+    block_cols: int
+    pieces: int
+    trips: int
+    num_warps: int
+
+
+def weight_sums(weight: torch.Tensor) -> WeightSums:
+    """As many programs of eight warps as make MOST_WARPS: what a program sums leaves 8 bytes a row and a column.
+
+    At 4096 x 11008 in bf16 that is 1.5 % of the weight; small weights are waited for, not their bytes.
+    """
+    rows, cols = weight.shape
+    block_cols = lanes(weight.device) * vector(weight)
+    pieces = max(1, min(4, math.ceil(cols / block_cols)))
+    across = math.ceil(cols / (pieces * block_cols))
+    down = max(1, MOST_WARPS // WIDE_WARPS // max(1, across))
+    trips = max(LEAST_TRIPS, math.ceil(rows / (WIDE_WARPS * down)))
+    return WeightSums(WIDE_WARPS, block_cols, pieces, min(trips, max(1, math.ceil(rows / WIDE_WARPS))), WIDE_WARPS)
 
 
 def all_finite(tensor: torch.Tensor) -> int:

@@ -119,14 +119,17 @@ def test_ties_prune_the_lower_index_first(values, sparsity):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["weight", "tokens"])
 @pytest.mark.parametrize("method", ["wanda", "ria", "ace"])
-def test_numbers_that_are_none_change_nothing(bad, where, method):
-    layer = torch.nn.Linear(32, 16)
+@pytest.mark.parametrize("collected", [False, True])
+def test_numbers_that_are_none_change_nothing(bad, where, method, collected):
+    layer, name = torch.nn.Linear(32, 16), "model.layers.3.mlp.up_proj"
     tokens = torch.randn(12, 32)
+    stats = ActivationStats.from_tokens(tokens, layer=layer) if collected and where == "weight" else tokens
     with torch.no_grad():
         (layer.weight if where == "weight" else tokens)[3, 5] = bad
     before = layer.weight.detach().clone()
-    with pytest.raises((PruneError, StatsError), match=r"model\.layers\.3\.mlp\.up_proj"):
-        prune_linear(layer, tokens, method, name="model.layers.3.mlp.up_proj")
+    blamed = "the weight holds NaN" if where == "weight" else ""
+    with pytest.raises((PruneError, StatsError), match=f"^{name}: {blamed}"):
+        prune_linear(layer, stats, method, name=name)
     assert torch.equal(before.view(torch.int32), layer.weight.detach().view(torch.int32))
 
 

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -94,6 +95,11 @@ int32_t find_bin(const std::vector<int64_t>& bins, int64_t& wanted) {
     int32_t bin = int32_t(bins.size()) - 1;
     while (bins[bin] < wanted) wanted -= bins[bin--];
     return bin;
+}
+
+// Finite for a sum of 0, NaN for one that is not finite.
+float inverse_of(float sum) {
+    return sum - sum == 0 ? 1 / std::max(sum, std::numeric_limits<float>::min()) : std::numeric_limits<float>::quiet_NaN();
 }
 
 // Two histograms, of the upper 16 and the lower 15 bits of a key, find the threshold of a whole layer.
@@ -198,7 +204,7 @@ ACE_EXPORT int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t
 }
 
 ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                               float* row_sums, float* col_sums, int32_t threads) {
+                               float* row_sums, float* col_sums, int32_t inverse, int32_t threads) {
     const Matrix w = {weight, rows, cols, stride, Element(element)};
     return guarded([&] {
         const int64_t blocks = units(rows, SUM_ROWS);
@@ -211,6 +217,10 @@ ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t
             for (int64_t j = 0; j < cols; ++j) totals[j] += block_cols[b * cols + j];
         }
         for (int64_t j = 0; j < cols; ++j) col_sums[j] = float(totals[j]);
+        if (inverse) {
+            for (int64_t i = 0; i < rows; ++i) row_sums[i] = inverse_of(row_sums[i]);
+            for (int64_t j = 0; j < cols; ++j) col_sums[j] = inverse_of(col_sums[j]);
+        }
     });
 }
 
@@ -298,6 +308,23 @@ ACE_EXPORT int ace_join_gains(const float* candidates, const float* thresholds, 
         const int64_t work = n_pools * rows * groups * n_candidates;
         deal(n_pools * blocks, threads_for(work, n_pools * blocks, threads), [&](int64_t begin, int64_t end, int) {
             for (int64_t unit = begin; unit < end; ++unit) bodies->join_gains(task, unit / blocks, unit % blocks);
+        });
+    });
+}
+
+ACE_EXPORT int ace_assign(const float* gains, int64_t n_pools, int64_t size, int32_t* joins, int32_t threads) {
+    return guarded([&] {
+        const int64_t padded = units(size, 16) * 16;
+        const int shares = threads_for(n_pools * size * size * int64_t(sizeof(float)), n_pools, threads);
+        std::vector<float> reals(3 * padded * shares);
+        std::vector<int32_t> indices(3 * padded * shares);
+        deal(n_pools, shares, [&](int64_t begin, int64_t end, int thread) {
+            float* real = reals.data() + 3 * padded * thread;
+            int32_t* index = indices.data() + 3 * padded * thread;
+            for (int64_t pool = begin; pool < end; ++pool) {
+                bodies->assign({gains + pool * size * size, size, joins + pool * size, real, real + padded,
+                                real + 2 * padded, index, index + padded, index + 2 * padded});
+            }
         });
     });
 }

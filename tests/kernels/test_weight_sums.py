@@ -14,10 +14,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST = 40 if interpreting() else 300
 
 
-def check(weight: torch.Tensor) -> None:
-    for got, expected in zip(weight_sums(weight), weight_sums_reference(weight), strict=True):
+def check(weight: torch.Tensor, *, inverse: bool = False) -> None:
+    sums = weight_sums(weight, inverse=inverse)
+    for got, expected in zip(sums, weight_sums_reference(weight, inverse=inverse), strict=True):
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0.0, equal_nan=True)
 
 
 @given(
@@ -26,9 +27,22 @@ def check(weight: torch.Tensor) -> None:
     dtype=st.sampled_from(DTYPES),
     values=st.sampled_from(["normal", "ties"]),
     seed=st.integers(0, 1000),
+    inverse=st.booleans(),
 )
-def test_equals_reference(make_matrix, rows, cols, dtype, values, seed):
-    check(make_matrix(rows, cols, dtype, values, seed))
+def test_equals_reference(make_matrix, rows, cols, dtype, values, seed, inverse):
+    check(make_matrix(rows, cols, dtype, values, seed), inverse=inverse)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_inverses_show_what_is_not_finite(make_matrix, value):
+    weight = make_matrix(20, 50, torch.bfloat16)
+    weight[7], weight[:, 9] = 0.0, 0.0
+    check(weight, inverse=True)
+    weight[3, 5] = value
+    check(weight, inverse=True)
+    rows, cols = weight_sums(weight, inverse=True)
+    assert rows.isnan().nonzero().tolist() == [[3]]
+    assert cols.isnan().nonzero().tolist() == [[5]]
 
 
 @pytest.mark.skipif(interpreting(), reason="too many programs for the interpreter")
