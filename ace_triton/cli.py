@@ -15,7 +15,9 @@ from . import __version__
 from .commands.console import console, errors
 from .commands.demo import demo
 from .commands.evaluate import evaluate
+from .commands.generate import generate
 from .commands.info import info
+from .commands.pack import pack
 from .commands.prune import prune
 from .commands.study import study
 
@@ -28,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prune, evaluate, info, demo, study):
+for command in (prune, pack, generate, evaluate, info, demo, study):
     app.command()(command)
 
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoint import CheckpointError
 from .kernels.select_nm import GROUP_SIZES
+from .packed_manifest import TENSORS_FILE, Manifest, PackedEntry, is_packed
 
 DENSE = 0.99
 
@@ -28,30 +29,42 @@ class TensorSparsity:
         pattern: the narrowest "n:m" that every group along the last axis obeys; with " along outputs"
             where only groups along a matrix's first axis do (of a stack: " along the middle axis");
             "dense" below 1 % zeros; else "unstructured".
+        packed: whether it is a packed layer's, and not a tensor of the file itself.
     """
 
     name: str
     shape: tuple[int, ...]
     zeros: float
     pattern: str
+    packed: bool = False
 
 
 def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
     """All matrices, and stacks of them, of the safetensors files in a folder, in order of name.
 
+    Of a packed checkpoint the packed layers are shown as the weights that they stand for.
+
     Raises:
         CheckpointError: no safetensors file there, or one that cannot be read.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
+    if is_packed(folder):
+        manifest = Manifest.read(folder)
+        manifest.check_files(Path(folder))
+        files, layers = [Path(folder) / TENSORS_FILE], manifest.layers
+    else:
+        files, layers = sorted(Path(folder).glob("*.safetensors")), {}
     if not files:
         raise CheckpointError(f"{folder}: holds no .safetensors file; name the folder of a saved model")
+    inside = {f"{name}.{part}" for name in layers for part in ("values", "meta")}
     found = []
     for path in files:
         try:
             with safe_open(str(path), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if len(file.get_slice(name).get_shape()) in (2, 3):
+                    if name not in inside and len(file.get_slice(name).get_shape()) in (2, 3):
                         found.append(_look_at(name, file.get_tensor(name)))
+                for name, entry in layers.items():
+                    found.append(_look_at_packed(f"{name}.weight", entry, file.get_tensor(f"{name}.values")))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); the file may be damaged") from error
     return sorted(found, key=lambda tensor: tensor.name)
@@ -73,6 +86,11 @@ def find_pattern(weight: torch.Tensor) -> str:
 def _look_at(name: str, weight: torch.Tensor) -> TensorSparsity:
     zeros = float((weight == 0).sum()) / max(weight.numel(), 1)
     return TensorSparsity(name, tuple(weight.shape), zeros, find_pattern(weight))
+
+
+def _look_at_packed(name: str, entry: PackedEntry, values: torch.Tensor) -> TensorSparsity:
+    zeros = 1 - float((values != 0).sum()) / max(entry.shape[0] * entry.shape[1], 1)
+    return TensorSparsity(name, entry.shape, zeros, f"{entry.n}:{entry.m}", packed=True)
 
 
 def _narrowest(kept: torch.Tensor) -> str | None:

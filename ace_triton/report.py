@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.table import Table
 from .evaluate import Perplexity
 from .inspect_checkpoint import TensorSparsity
 from .prune_model import ModelReport
+from .sparsify import SparsifyReport
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -38,7 +40,20 @@ def prune_table(report: ModelReport) -> Table:
     return table
 
 
-def skipped_lines(report: ModelReport, most: int = 12) -> list[str]:
+def packing_table(report: SparsifyReport) -> Table:
+    """How much smaller the packed layers are."""
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    patterns = Counter(layer.pattern for layer in report.layers)
+    for pattern, count in patterns.most_common():
+        table.add_row(f"layers packed {pattern}", str(count))
+    table.add_row("their weights, dense", f"{report.dense_bytes / 2**20:.1f} MiB")
+    table.add_row("packed", f"{report.packed_bytes / 2**20:.1f} MiB ({report.packed_bytes / report.dense_bytes:.1%})")
+    return table
+
+
+def skipped_lines(report: ModelReport | SparsifyReport, most: int = 12) -> list[str]:
     """One line for each parameter left dense, with its share of the model."""
     lines = [f"{s.name}: {s.reason} ({s.share:.1%} of the model's parameters)" for s in report.skipped]
     if len(lines) > most:
@@ -65,7 +80,8 @@ def info_table(tensors: Sequence[TensorSparsity]) -> Table:
     table.add_column("pattern")
     for tensor in tensors:
         shape = " x ".join(map(str, tensor.shape))
-        table.add_row(tensor.name.removesuffix(".weight"), shape, f"{tensor.zeros:.2%}", tensor.pattern)
+        pattern = f"{tensor.pattern}, packed" if tensor.packed else tensor.pattern
+        table.add_row(tensor.name.removesuffix(".weight"), shape, f"{tensor.zeros:.2%}", pattern)
     return table
 
 

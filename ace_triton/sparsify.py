@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -59,6 +59,11 @@ class SparsifyReport:
     def packed_bytes(self) -> int:
         """Bytes of the packed layers' weights now."""
         return sum(layer.packed_bytes for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        sizes = {"dense_bytes": self.dense_bytes, "packed_bytes": self.packed_bytes}
+        return {**asdict(self), **sizes}
 
 
 class _NotEligible(Exception):

@@ -7,8 +7,9 @@ from typing import Annotated
 import torch
 import typer
 
-from .. import checkpoint, report
+from .. import report
 from ..evaluate import perplexity
+from ..packed_checkpoint import load_model
 from ..progress import progress_bar, stage
 from ..text import TextError, read_documents, wikitext_rows
 from .console import console, progress_bars
@@ -16,7 +17,9 @@ from .options import DeviceOption, DtypeOption, JsonOption, check_json, parse_de
 
 
 def evaluate(
-    model_dir: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint folder, hub name or .gguf file.")],
+    model_dir: Annotated[
+        str, typer.Argument(metavar="DIR", help="Checkpoint folder, dense or packed, hub name or .gguf file.")
+    ],
     text: Annotated[
         str, typer.Option(help="Text or .jsonl file (also .gz), or dataset name[:config[:split]].")
     ] = "Salesforce/wikitext:wikitext-2-raw-v1:test",
@@ -36,7 +39,7 @@ def evaluate(
         documents = wikitext_rows("".join(documents))
     with progress_bars() as progress:
         with stage(progress, "load the model"):
-            model, tokenizer = checkpoint.load(model_dir, dtype=parse_dtype(dtype), device=parse_device(device))
+            model, tokenizer = load_model(model_dir, dtype=parse_dtype(dtype), device=parse_device(device))
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest and length > longest:
             raise TextError(f"--length {length} is more than the model's {longest} positions: give a smaller one")

@@ -13,8 +13,10 @@ from rich.markup import escape
 from .. import checkpoint, report
 from ..calibration import load_calibration
 from ..metrics import metric, metric_names
+from ..packed_checkpoint import save_packed
 from ..progress import progress_bar, stage
 from ..prune_model import prune_model
+from ..sparsify import sparsify
 from ..sparsity import Sparsity
 from .console import console, progress_bars
 from .options import (
@@ -56,6 +58,9 @@ def prune(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="An option of the method, name=value (repeatable).")
     ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Write a packed checkpoint (n:m only), as ace-triton pack does.")
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
@@ -64,6 +69,8 @@ def prune(
     """Prune SRC and write the result, a dense checkpoint with zeros that transformers loads, to OUT."""
     pattern = Sparsity(sparsity, scope=scope)  # type: ignore[arg-type]
     options = metric(method).complete(parse_options(option))
+    if packed and pattern.n is None:
+        raise ValueError(f"--packed needs groups, as --sparsity 2:4; {sparsity!r} has none")
     check_json(json)
     checkpoint.check_out(out, overwrite=overwrite)
     with progress_bars() as progress:
@@ -92,10 +99,16 @@ def prune(
         seconds = dataclasses.replace(result.seconds, load=load_seconds, total=result.seconds.total + load_seconds)
         result = dataclasses.replace(result, seconds=seconds)
         with stage(progress, "save the model"):
-            checkpoint.save(model, tokenizer, out, result.to_dict(), overwrite=overwrite)
+            if packed:
+                packing = sparsify(model)
+                save_packed(model, tokenizer, out, report=result.to_dict(), overwrite=overwrite)
+            else:
+                checkpoint.save(model, tokenizer, out, result.to_dict(), overwrite=overwrite)
     if json:
         report.write_json(json, result.to_dict())
     console.print(report.prune_table(result))
     for line in report.skipped_lines(result):
         console.print(f"left dense: {escape(line)}")
+    if packed:
+        console.print(report.packing_table(packing))
     console.print(f"written to {escape(str(out))}", soft_wrap=True)
