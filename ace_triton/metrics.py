@@ -300,12 +300,13 @@ def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: fl
         largest = sequence_square.sum(1, keepdim=True)
     else:
         raise ValueError(f"norm must be 'max_layer', 'max_sequence', 'channel' or 'frobenius', got {norm!r}")
-    largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
+    largest = largest.clamp(min=torch.finfo(torch.float32).tiny / eps)
     if norm == "frobenius":
-        below_one = 1 - (sequence_square / largest).clamp(max=1 - eps)
+        rest = torch.maximum(largest - sequence_square, eps * largest)
     else:
-        below_one = torch.rsub(sequence_square / largest, 1, alpha=1 - eps)
-    return (below_one.reciprocal_() if power == 1 else below_one.pow_(-power)).mean(0)
+        rest = torch.rsub(sequence_square, largest, alpha=1 - eps)
+    inverse = torch.div(largest, rest, out=rest)
+    return (inverse if power == 1 else inverse.pow_(power)).mean(0)
 
 
 def _scaled(

@@ -68,6 +68,14 @@ class OutputStats:
         mean = self.matrix / max(self.count, 1)
         return (mean.sqrt() if self.reduce == "rms" else mean) / self.unit
 
+    def reorder(self, *, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> None:
+        """Put channels in another order, as the layer's weight: place p takes channel ``inputs[p]``, ``outputs[p]``."""
+        if inputs is not None and self.weighted_square is not None:
+            self.weighted_square = self.weighted_square[inputs]
+        if self.matrix is not None:
+            self.matrix = self.matrix if inputs is None else self.matrix[:, inputs].contiguous()
+            self.matrix = self.matrix if outputs is None else self.matrix[outputs]
+
     def merge(self, other: OutputStats) -> None:
         """Add the tokens of ``other``."""
         if other.reduce != self.reduce:
@@ -235,6 +243,18 @@ class ActivationStats:
         if self.outputs is not None and other.outputs is not None:
             self.outputs.merge(other.outputs)
 
+    def reorder(self, order: torch.Tensor) -> None:
+        """Put channels in another order: place p takes channel ``order[p]``, int64 [in_features].
+
+        :attr:`outputs` is put in order too; :attr:`consumer_norm` follows the layer's outputs and stays.
+        """
+        self._derived = {}
+        self.mean = None if self.mean is None else self.mean[order]
+        self.deviation = None if self.deviation is None else self.deviation[order]
+        self._squares = [square[:, order] for square in self._squares]
+        if self.outputs is not None:
+            self.outputs.reorder(inputs=order)
+
     def _add(
         self,
         count: int,
@@ -282,8 +302,8 @@ class ActivationStats:
         self.require_tokens()
         assert self.mean is not None
         assert self.deviation is not None
-        square = self.deviation + self.mean.square() * self.count
-        return (square / self.n_sequences).sqrt().float()
+        square = torch.addcmul(self.deviation, self.mean, self.mean, value=self.count)
+        return square.div_(self.n_sequences).sqrt_().float()
 
     def derive(self, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A vector made of these statistics, computed once for all layers that share them."""
