@@ -1,9 +1,13 @@
 """Fused Triton kernels that prune large language models to N:M sparsity and run them sparse."""
 
+from .dispatch import RowLimits
 from .kernels.score_terms import ScoreTerms
 from .metrics import metric_names, register_metric
+from .nm_linear import NMLinear
+from .packed_checkpoint import load, save_packed
 from .prune import PruneError, PruneResult, prune_linear
 from .prune_model import ModelReport, prune_model
+from .sparsify import SparsifyReport, set_row_limits, sparsify
 from .sparsity import Sparsity
 from .stats import ActivationStats, StatsError
 
@@ -12,13 +16,20 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationStats",
     "ModelReport",
+    "NMLinear",
     "PruneError",
     "PruneResult",
+    "RowLimits",
     "ScoreTerms",
+    "SparsifyReport",
     "Sparsity",
     "StatsError",
+    "load",
     "metric_names",
     "prune_linear",
     "prune_model",
     "register_metric",
+    "save_packed",
+    "set_row_limits",
+    "sparsify",
 ]

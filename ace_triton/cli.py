@@ -12,6 +12,7 @@ from rich.markup import escape
 from tqdm import tqdm
 
 from . import __version__
+from .commands.bench import bench
 from .commands.console import console, errors
 from .commands.demo import demo
 from .commands.evaluate import evaluate
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prune, pack, generate, evaluate, info, demo, study):
+for command in (prune, pack, generate, bench, evaluate, info, demo, study):
     app.command()(command)
 
 
