@@ -1,51 +1,106 @@
-"""The operations that read tokens, on one core, beside a plain read of the same tokens."""
+"""The operations that read tokens, beside a plain read of them and the published hooks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from ace_triton import ActivationStats
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.token_norms import token_norms
 from ace_triton.kernels.weighted_squares import weighted_squares
+from benchmarks import published
+from benchmarks.agreement import Disagreement
+from benchmarks.comparison import Comparison, Provider
+from benchmarks.conftest import Compare
 
-SHAPES = [(512, 16, 4096), (64, 128, 4096), (4, 2048, 4096), (2, 2048, 11008)]
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=[(dtype, shape) for dtype in DTYPES for shape in SHAPES], ids=str, scope="module")
-def tokens(request: pytest.FixtureRequest) -> torch.Tensor:
-    dtype, shape = request.param
-    return torch.randn(shape).to(dtype)
-
-
-def report(benchmark, tokens: torch.Tensor) -> None:
-    """The bytes read, and the rate that makes of the median time."""
-    benchmark.extra_info |= {
-        "bytes": tokens.nbytes,
-        "GB/s": round(tokens.nbytes / benchmark.stats.stats.median / 1e9, 1),
-    }
-
-
-@pytest.mark.parametrize("read", [all_finite, torch.sum])
-def test_plain_read(benchmark, tokens, read):
-    benchmark(read, tokens)
-    report(benchmark, tokens)
+TESTS = (
+    "tests/kernels/test_moments.py",
+    "tests/kernels/test_token_norms.py",
+    "tests/kernels/test_weighted_squares.py",
+    "tests/kernels/test_coupling.py",
+)
+SHAPES = [
+    pytest.param((128, 16, 576), marks=pytest.mark.quick),
+    (512, 16, 4096),
+    pytest.param((64, 128, 4096), marks=pytest.mark.quick),
+    (4, 2048, 4096),
+    (2, 2048, 11008),
+]
 
 
-def test_moments(benchmark, tokens):
-    benchmark(moments, tokens)
-    report(benchmark, tokens)
+@pytest.fixture(params=SHAPES, ids=lambda shape: "x".join(map(str, shape)), scope="module")
+def tokens(request: pytest.FixtureRequest, device: torch.device, tiny: bool) -> torch.Tensor:
+    """bfloat16 [n_sequences, length, in_features]."""
+    torch.manual_seed(0)
+    return torch.randn((4, 8, 48) if tiny else request.param, device=device).bfloat16()
 
 
-def test_token_norms(benchmark, tokens):
-    benchmark(token_norms, tokens.flatten(0, 1))
-    report(benchmark, tokens)
+def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
+    if not torch.allclose(ours.double(), theirs.double(), rtol=1e-3):
+        raise Disagreement(f"{what} differ from plain torch by more than 0.1 %")
+
+
+def test_statistics(compare: Compare, tokens: torch.Tensor) -> None:
+    """Wanda's norms come with means, variances and every sequence's squares."""
+
+    def theirs() -> torch.Tensor:
+        norms = published.InputNorms(torch.zeros(tokens.shape[2], device=tokens.device))
+        norms.add(tokens)
+        return norms.mean_square
+
+    def check() -> None:
+        close(ActivationStats.from_tokens(tokens).norm.square(), theirs(), "input norms")
+
+    compare(
+        Comparison(
+            "moments",
+            tokens.shape,
+            tokens.dtype,
+            lambda: moments(tokens),
+            (Provider("published hook", theirs), Provider("plain read", lambda: all_finite(tokens))),
+            tokens.nbytes,
+            check,
+        )
+    )
+
+
+def test_token_norms(compare: Compare, tokens: torch.Tensor) -> None:
+    flat = tokens.flatten(0, 1)
+
+    def theirs() -> torch.Tensor:
+        return flat.float().square().sum(1)
+
+    compare(
+        Comparison(
+            "token_norms",
+            tokens.shape,
+            tokens.dtype,
+            lambda: token_norms(flat),
+            (Provider("torch", theirs), Provider("plain read", lambda: all_finite(tokens))),
+            tokens.nbytes,
+            lambda: close(token_norms(flat), theirs(), "token norms"),
+        )
+    )
 
 
 @pytest.mark.parametrize("n_layers", [1, 3])
-def test_weighted_squares(benchmark, tokens, n_layers):
+def test_weighted_squares(compare: Compare, tokens: torch.Tensor, n_layers: int) -> None:
     flat = tokens.flatten(0, 1)
-    benchmark(weighted_squares, flat, torch.rand(n_layers, flat.shape[0]) + 0.1)
-    report(benchmark, tokens)
+    weights = torch.rand(n_layers, len(flat), device=tokens.device) + 0.1
+
+    def theirs() -> torch.Tensor:
+        return weights @ flat.float().square()
+
+    compare(
+        Comparison(
+            f"weighted_squares, {n_layers} layer{'s' * (n_layers > 1)}",
+            tokens.shape,
+            tokens.dtype,
+            lambda: weighted_squares(flat, weights),
+            (Provider("torch", theirs), Provider("plain read", lambda: all_finite(tokens))),
+            tokens.nbytes,
+            lambda: close(weighted_squares(flat, weights), theirs(), "weighted squares"),
+        )
+    )

@@ -1,45 +1,81 @@
-"""select_rows on one core: half of every row and of the layer, against torch's top-k and stable sort."""
+"""select_rows beside torch's top-k, the published stable sort and, over the layer, the published threshold."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from ace_triton.kernels.score_terms import ScoreTerms
-from ace_triton.kernels.select_rows import select_rows
-from benchmarks.published import prune_rows_by_sort, prune_rows_by_topk, wanda_scores
+from ace_triton.kernels.select_rows import select_rows, select_rows_reference
+from benchmarks import published
+from benchmarks.agreement import Disagreement
+from benchmarks.comparison import Comparison, Provider
+from benchmarks.conftest import Compare
+from benchmarks.matrices import Matrix, check_sample
 
-SHAPE = (4096, 11008)
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=DTYPES, ids=str, scope="module")
-def dense(request: pytest.FixtureRequest) -> torch.Tensor:
-    return torch.randn(SHAPE).to(request.param)
+TESTS = ("tests/kernels/test_select_rows.py", "tests/test_published_baselines.py")
 
 
-@pytest.fixture(scope="module")
-def mean_square() -> torch.Tensor:
-    return torch.rand(SHAPE[1]) + 0.1
+def scores(matrix: Matrix) -> torch.Tensor:
+    return published.wanda_scores(matrix.weight, matrix.scale.square())
 
 
-def time_in_place(benchmark, dense: torch.Tensor, prune, rounds: int) -> None:
-    """Time ``prune(weight)`` on a fresh copy each round: what is pruned already is quicker to search."""
-    benchmark.pedantic(prune, setup=lambda: ((dense.clone(),), {}), rounds=rounds)
-    moved = 2 * dense.nbytes
-    benchmark.extra_info |= {"bytes": moved, "GB/s": round(moved / benchmark.stats.stats.median / 1e9, 1)}
+def test_half_of_every_row(compare: Compare, matrix: Matrix) -> None:
+    weight, terms, half = matrix.weight, matrix.terms("wanda"), matrix.weight.shape[1] // 2
+
+    def select(part: torch.Tensor, its_terms: ScoreTerms) -> torch.Tensor:
+        return select_rows(part, its_terms, half)
+
+    def reference(part: torch.Tensor, its_terms: ScoreTerms) -> torch.Tensor:
+        return select_rows_reference(part, its_terms, half)
+
+    compare(
+        Comparison(
+            "select_rows 50 %, wanda",
+            weight.shape,
+            weight.dtype,
+            lambda: select(weight, terms),
+            (
+                Provider("top-k and scatter", lambda: published.prune_rows_by_topk(weight, scores(matrix), half)),
+                Provider("published sort", lambda: published.prune_rows_by_sort(weight, scores(matrix), half)),
+            ),
+            2 * weight.nbytes,
+            lambda: check_sample(matrix, "wanda", 1, select, reference),
+            matrix.restore,
+        )
+    )
 
 
-@pytest.mark.parametrize("scope", ["row", "layer"])
-def test_half(benchmark, dense, mean_square, scope):
-    k = SHAPE[1] // 2 * (1 if scope == "row" else SHAPE[0])
-    terms = ScoreTerms(scale=mean_square.sqrt())
-    time_in_place(benchmark, dense, lambda weight: select_rows(weight, terms, k, scope=scope), rounds=10)
+def test_half_of_the_layer(compare: Compare, matrix: Matrix) -> None:
+    weight, terms, half = matrix.weight, matrix.terms("wanda"), matrix.weight.numel() // 2
 
+    def ours() -> torch.Tensor:
+        return select_rows(weight, terms, half, scope="layer")
 
-@pytest.mark.parametrize("select", [prune_rows_by_topk, prune_rows_by_sort])
-def test_published(benchmark, dense, mean_square, select):
-    def prune(weight: torch.Tensor) -> None:
-        select(weight, wanda_scores(weight, mean_square), SHAPE[1] // 2)
+    def theirs() -> None:
+        published.prune_layer(weight, scores(matrix), half)
 
-    time_in_place(benchmark, dense, prune, rounds=3)
+    def check() -> None:
+        masks = []
+        for call in (ours, theirs):
+            matrix.restore()
+            call()
+            masks.append(weight != 0)
+        matrix.restore()
+        kept_more = masks[0] & ~masks[1]
+        if int(masks[0].sum()) != weight.numel() - half or bool((masks[1] & ~masks[0]).any()):
+            raise Disagreement("ours keeps another number, or prunes what the published threshold keeps")
+        if scores(matrix)[kept_more].unique().numel() > 1:
+            raise Disagreement("ours keeps weights below the published threshold that do not tie with it")
+
+    compare(
+        Comparison(
+            "select_rows 50 % of the layer, wanda",
+            weight.shape,
+            weight.dtype,
+            ours,
+            (Provider("published threshold", theirs),),
+            2 * weight.nbytes,
+            check,
+            matrix.restore,
+        )
+    )

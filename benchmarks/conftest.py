@@ -1,11 +1,66 @@
-"""CPU benchmarks run on one core, so that figures of different machines can be compared."""
+"""What every benchmark shares: one core on a CPU, the device's own clock on a GPU, and the file of results.
+
+--bench-device cpu|cuda   where; default: the GPU where there is one
+--results FILE            append every figure to FILE
+--tiny                    small inputs: a dry run, marked as such
+--tested FILE             JUnit report of tests that ran just before, on that device; without it every
+                          benchmark runs the tests of its operation first
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from ace_triton.timing import Seconds
+from benchmarks.comparison import Comparison, time_in_turn, time_stages_in_turn
+from benchmarks.gate import Gate, ReadReport, RunTests, Verdict, verdict_of
+from benchmarks.matrices import SHAPE, TINY_SHAPE, Matrix
+from benchmarks.report_bench import outcome_table
+from benchmarks.results import Outcome, Setting, append
+from benchmarks.timer import Stopwatch
+
+Compare = Callable[[Comparison], Outcome]
+CompareStages = Callable[[str, tuple[str, ...], torch.dtype, Callable[[], Seconds], Callable[[], Seconds]], None]
+
+_OUTCOMES = pytest.StashKey[list[Outcome]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("side by side")
+    group.addoption("--bench-device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--results", type=Path, default=None)
+    group.addoption("--tiny", action="store_true")
+    group.addoption("--tested", type=Path, default=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: part of `make bench-quick`")
+    on_gpu = config.getoption("--bench-device") == "cuda"
+    config.option.benchmark_timer = f"benchmarks.timer.{'device_time' if on_gpu else 'cpu_time'}"
+    config.stash[_OUTCOMES] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--tiny"):
+        seen: set[str] = set()
+        inputs = ("shape", "tokens", "matrix")
+        for item in items:
+            callspec = getattr(item, "callspec", None)
+            rest = {} if callspec is None else {k: v for k, v in callspec.params.items() if k not in inputs}
+            name = f"{item.location[0]}::{getattr(item, 'originalname', item.name)}{sorted(rest.items())}"
+            if name in seen:
+                item.add_marker(pytest.mark.skip(reason="a dry run takes one input of each kind"))
+            seen.add(name)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[_OUTCOMES]:
+        terminalreporter.section("side by side")
+        terminalreporter.write_line(outcome_table(config.stash[_OUTCOMES]))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -14,3 +69,85 @@ def one_core() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--bench-device"))
+
+
+@pytest.fixture(scope="session")
+def tiny(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--tiny")
+
+
+@pytest.fixture(params=["bfloat16", "float32"], scope="module")
+def matrix(request: pytest.FixtureRequest, device: torch.device, tiny: bool) -> Matrix:
+    """The weight of LLaMA-7B's down projection, random."""
+    return Matrix.random(TINY_SHAPE if tiny else SHAPE, getattr(torch, request.param), device)
+
+
+@pytest.fixture(scope="session")
+def gate(request: pytest.FixtureRequest, device: torch.device) -> Gate:
+    report = request.config.getoption("--tested")
+    if report is None:
+        return RunTests()
+    return ReadReport(report, must_name="cuda" if device.type == "cuda" else "")
+
+
+@pytest.fixture(scope="session")
+def stopwatch(device: torch.device) -> Stopwatch:
+    return Stopwatch(device)
+
+
+@pytest.fixture
+def verdict(request: pytest.FixtureRequest, gate: Gate) -> Verdict:
+    """What the tests that the module names in TESTS say; the benchmark fails where they do."""
+    found, file = verdict_of(gate, request.module.TESTS)
+    if found == "failed":
+        pytest.fail(f"{file} fails: what it tests is wrong, so its speed says nothing; make it pass first", False)
+    return found
+
+
+@pytest.fixture
+def keep(request: pytest.FixtureRequest) -> Callable[[Outcome], None]:
+    """keep(outcome): for the summary, and for the file of results."""
+    path = request.config.getoption("--results")
+
+    def keep(outcome: Outcome) -> None:
+        request.config.stash[_OUTCOMES].append(outcome)
+        if path is not None:
+            append(path, outcome.results)
+
+    return keep
+
+
+@pytest.fixture
+def compare(benchmark, verdict: Verdict, keep, stopwatch: Stopwatch, tiny: bool) -> Compare:
+    """compare(comparison): check it, time it and keep the figures."""
+
+    def run(comparison: Comparison) -> Outcome:
+        setting = Setting.here(stopwatch.device, dry_run=tiny)
+        outcome = time_in_turn(benchmark, comparison, stopwatch, setting, verdict)
+        keep(outcome)
+        return outcome
+
+    return run
+
+
+@pytest.fixture
+def compare_stages(benchmark, verdict: Verdict, keep, device: torch.device, tiny: bool) -> CompareStages:
+    """compare_stages(what, shape, dtype, ours, theirs): time whole runs that tell the seconds of their stages."""
+
+    def run(
+        what: str,
+        shape: tuple[str, ...],
+        dtype: torch.dtype,
+        ours: Callable[[], Seconds],
+        theirs: Callable[[], Seconds],
+    ) -> None:
+        setting = Setting.here(device, dry_run=tiny)
+        for outcome in time_stages_in_turn(benchmark, what, shape, dtype, ours, theirs, setting, verdict):
+            keep(outcome)
+
+    return run

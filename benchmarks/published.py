@@ -6,7 +6,44 @@ place.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass
+class InputNorms:
+    """Wanda's and RIA's running statistic of a layer's input.
+
+    Attributes:
+        mean_square: fp32 [in_features], sum of x^2 over all tokens, over the number of sequences.
+        n_sequences: seen so far.
+    """
+
+    mean_square: torch.Tensor
+    n_sequences: int = 0
+
+    def add(self, tokens: torch.Tensor) -> None:
+        """Add tokens [n_sequences, length, in_features] as the published hooks do: rescale, then add the batch."""
+        n_before, self.n_sequences = self.n_sequences, self.n_sequences + len(tokens)
+        channels = tokens.flatten(0, 1).t().float()
+        self.mean_square *= n_before / self.n_sequences
+        self.mean_square += torch.norm(channels, p=2, dim=1) ** 2 / self.n_sequences
+
+
+def cosine_loss(tokens: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """CosP's mean_t |a_ti x_tj| / ||a_t||^2, [out, in], of tokens [T, in] and outputs [T, out] (ACE; the mean of
+    absolute values over tokens is a reconstruction)."""
+    tokens, outputs = tokens.float(), outputs.float()
+    weighted = outputs.abs() / outputs.square().sum(1, keepdim=True)
+    return weighted.t() @ tokens.abs() / len(tokens)
+
+
+def variance_factor(sequence_square: torch.Tensor, eps: float = 0.01) -> torch.Tensor:
+    """VarP's E[1 / (1 - y)], [in], of squared norms [n_sequences, in] divided by their largest (ACE; the divisor is
+    a reconstruction)."""
+    y = (1 - eps) * sequence_square / sequence_square.max()
+    return (1 / (1 - y)).mean(0)
 
 
 def magnitude_scores(weight: torch.Tensor) -> torch.Tensor:
@@ -24,6 +61,14 @@ def ria_scores(weight: torch.Tensor, mean_square: torch.Tensor, a: float = 0.5) 
     magnitude = weight.float().abs()
     relative = magnitude / magnitude.sum(0) + magnitude / magnitude.sum(1).reshape(-1, 1)
     return relative * (mean_square.sqrt() ** a).reshape(1, -1)
+
+
+def ace_scores(
+    weight: torch.Tensor, mean_square: torch.Tensor, loss: torch.Tensor, factor: torch.Tensor
+) -> torch.Tensor:
+    """Wanda's score times |W| L (CosP) times VarP's factor (ACE, arXiv 2505.21987)."""
+    magnitude = weight.float().abs()
+    return magnitude * mean_square.sqrt().reshape(1, -1) * (magnitude * loss) * factor.reshape(1, -1)
 
 
 def prune_groups(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int, m: int) -> None:
@@ -54,3 +99,41 @@ def prune_layer(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int) -> No
     """The n lowest of the whole layer, by a threshold from a sort; more of them where scores tie at it."""
     threshold = scores.flatten().sort().values[n_pruned - 1]
     weight[scores <= threshold] = 0
+
+
+def hessian(tokens: torch.Tensor) -> torch.Tensor:
+    """SparseGPT's 2 X^T X over the number of sequences, fp32 [in, in], of tokens [n_sequences, length, in]."""
+    flat = tokens.flatten(0, 1).float()
+    return 2 / len(tokens) * (flat.t() @ flat)
+
+
+def prune_by_sparsegpt(
+    weight: torch.Tensor, hessian: torch.Tensor, n_pruned: int, m: int, block: int = 128, damping: float = 0.01
+) -> None:
+    """Groups of m along the inputs, the kept weights updated (Frantar and Alistarh, ICML 2023, algorithm 1).
+
+    Column by column: at the first column of a group the n of lowest W^2 / U_jj^2 are marked, U the upper Cholesky
+    factor of the damped inverse; what a column loses is made up for by the columns to its right, within the block at
+    once and beyond it when the block is done.
+    """
+    w, h = weight.float(), hessian.clone()
+    dead = h.diagonal() == 0
+    h.diagonal()[dead] = 1
+    w[:, dead] = 0
+    h.diagonal().add_(damping * h.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    pruned = torch.zeros_like(w, dtype=torch.bool)
+    for start in range(0, w.shape[1], block):
+        stop = min(start + block, w.shape[1])
+        errors = torch.zeros_like(w[:, start:stop])
+        for j in range(start, stop):
+            if j % m == 0:
+                saliency = (w[:, j : j + m] / upper.diagonal()[j : j + m]).square()
+                pruned.scatter_(1, j + saliency.topk(n_pruned, dim=1, largest=False).indices, True)
+            kept = w[:, j].masked_fill(pruned[:, j], 0)
+            errors[:, j - start] = (w[:, j] - kept) / upper[j, j]
+            w[:, j:stop] -= errors[:, j - start : j - start + 1] * upper[j, j:stop]
+            w[:, j] = kept
+        w[:, stop:] -= errors @ upper[start:stop, stop:]
+    weight.copy_(w)

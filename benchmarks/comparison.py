@@ -1,0 +1,154 @@
+"""Two or more ways to do one thing, timed in turn by pytest-benchmark's fixture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ace_triton.timing import Seconds
+
+from .gate import Verdict
+from .results import OURS, Outcome, Result, Setting
+from .timer import Stopwatch
+
+SECONDS = 3.0
+"""What the rounds of one comparison may take together, unless the fewest rounds take longer."""
+
+FEWEST_ROUNDS, MOST_ROUNDS = 2, 20
+WALL_ROUNDS = 3
+STAGES = ("calibration", "statistics", "select", "total")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to do it, and whose."""
+
+    name: str
+    call: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to time.
+
+    Attributes:
+        op: operation and variant.
+        shape, dtype: of the weight or the tokens; the name alone of a whole model.
+        ours: the call to time.
+        others: what it is compared with.
+        least_bytes: the fewest bytes that the operation moves; 0 where time is not spent on that.
+        check: runs all providers on the very input that is timed, and raises where they disagree.
+        restore: puts the input back; run untimed before every call.
+    """
+
+    op: str
+    shape: Sequence[int | str]
+    dtype: torch.dtype
+    ours: Callable[[], object]
+    others: tuple[Provider, ...]
+    least_bytes: int
+    check: Callable[[], None]
+    restore: Callable[[], object] = lambda: None
+
+
+def time_in_turn(
+    benchmark: Any, comparison: Comparison, stopwatch: Stopwatch, setting: Setting, verdict: Verdict
+) -> Outcome:
+    """Check, then time all providers in rounds A B A B, ours by pytest-benchmark.
+
+    Raises:
+        Disagreement: from the check; nothing was timed.
+    """
+    comparison.check()
+    providers = (Provider(OURS, comparison.ours), *comparison.others)
+
+    def spent(provider: Provider) -> float:
+        comparison.restore()
+        return stopwatch.time(provider.call)
+
+    once = sum(spent(provider) for provider in providers)
+    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / max(once, 1e-9))))
+    seconds: dict[str, list[float]] = {provider.name: [] for provider in providers}
+
+    def others_first() -> None:
+        for provider in comparison.others:
+            seconds[provider.name].append(spent(provider))
+        comparison.restore()
+        stopwatch.flush()
+
+    benchmark.pedantic(comparison.ours, setup=others_first, rounds=rounds)
+    seconds[OURS] = list(benchmark.stats.stats.data)
+    results = tuple(
+        Result.of(
+            comparison.op,
+            provider.name,
+            comparison.shape,
+            comparison.dtype,
+            seconds[provider.name],
+            comparison.least_bytes,
+            verdict,
+            setting,
+            _wall(provider, comparison, stopwatch),
+        )
+        for provider in providers
+    )
+    outcome = Outcome(results)
+    benchmark.extra_info |= {
+        "bytes": comparison.least_bytes,
+        "GB/s": round(results[0].bandwidth, 1),
+        "wall": results[0].wall,
+        "seconds of others": {result.provider: result.p50 for result in results[1:]},
+        "times faster than": outcome.speedups,
+        "tests": verdict,
+    }
+    return outcome
+
+
+def time_stages_in_turn(
+    benchmark: Any,
+    what: str,
+    shape: Sequence[str],
+    dtype: torch.dtype,
+    ours: Callable[[], Seconds],
+    theirs: Callable[[], Seconds],
+    setting: Setting,
+    verdict: Verdict,
+) -> list[Outcome]:
+    """Time whole runs in turn; one outcome for every stage, in seconds of the wall clock, as the runs tell them."""
+    told: dict[str, list[Seconds]] = {OURS: [], "published": []}
+    benchmark.pedantic(
+        lambda: told[OURS].append(ours()), setup=lambda: told["published"].append(theirs()), rounds=FEWEST_ROUNDS
+    )
+    by_wall = replace(setting, evidence=setting.evidence.replace("CPU time", "wall time").replace("GPU", "wall"))
+    return [
+        Outcome(
+            tuple(
+                Result.of(
+                    f"{'score and mask' if stage == 'select' else stage} of {what}",
+                    provider,
+                    shape,
+                    dtype,
+                    [getattr(seconds, stage) for seconds in runs],
+                    0,
+                    verdict,
+                    by_wall,
+                )
+                for provider, runs in told.items()
+            )
+        )
+        for stage in STAGES
+    ]
+
+
+def _wall(provider: Provider, comparison: Comparison, stopwatch: Stopwatch) -> float:
+    """Median wall time on a GPU; on a CPU the time of one thread says the same and is steadier."""
+    if stopwatch.device.type != "cuda":
+        return 0.0
+    walls = []
+    for _ in range(WALL_ROUNDS):
+        comparison.restore()
+        walls.append(stopwatch.wall(provider.call))
+    return sorted(walls)[len(walls) // 2]
