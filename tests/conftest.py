@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,22 @@ def some_text(tmp_path: Path) -> Path:
     path = tmp_path / "some.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 60)
     return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(*words): run ``ace-triton`` in this process; its exit code, output and errors."""
+    from ace_triton.cli import main
+
+    def run(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ace-triton", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -1,30 +1,9 @@
 import json
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-from ace_triton.cli import main
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command(*words): run ``ace-triton`` in this process; its exit code, output and errors."""
-
-    def run(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ace-triton", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
