@@ -160,20 +160,43 @@ def all_finite(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Moments:
-    """Tile of ``moments``: a :class:`Reduction` of one chunk in each of ``sequences`` neighbouring sequences."""
+    """Tile of ``moments``, whose warps each take tokens of their own and meet once a sequence.
+
+    Attributes:
+        sequences: neighbouring sequences of which a program takes one chunk each.
+        block_rows, block_cols: what is loaded at once: a token for each warp, 16 bytes a lane.
+        pieces: loads in flight.
+        trips: steps of ``pieces`` loads that make a chunk.
+        num_warps: of a program.
+    """
 
     sequences: int
     block_rows: int
     block_cols: int
+    pieces: int
     trips: int
+    num_warps: int
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return self.trips * self.pieces * self.block_rows
 
 
 def moments(tokens: torch.Tensor) -> Moments:
-    """Long sequences are cut into chunks, short ones taken several at a time; both keep partial sums rare."""
-    n_sequences, length, _ = tokens.shape
-    tile = down_rows(n_sequences * length, tokens)
-    trips = min(tile.trips, max(1, math.ceil(length / tile.block_rows)))
-    return Moments(max(1, min(tile.trips // trips, n_sequences)), tile.block_rows, tile.block_cols, trips)
+    """As many programs as make MOST_WARPS: what each sums leaves 12 bytes a channel to be written and read again.
+
+    Short sequences are taken several at a time, by few warps; long ones are cut into chunks only where there are few.
+    """
+    n_sequences, length, cols = tokens.shape
+    block_cols = lanes(tokens.device) * vector(tokens)
+    num_warps = next(w for w in (WIDE_WARPS, 4, 2, 1) if length >= 4 * w or w == 1)
+    step = num_warps * 4
+    wanted = max(1, math.ceil(MOST_WARPS / (num_warps * math.ceil(cols / block_cols))))
+    chunks = max(1, min(math.ceil(length / (step * LEAST_TRIPS)), wanted // n_sequences))
+    return Moments(
+        max(1, n_sequences // wanted), num_warps, block_cols, 4, math.ceil(length / chunks / step), num_warps
+    )
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
         sequence_count = valid.sum(1)
         count = int(sequence_count.sum())
     tile = launch.moments(tokens)
-    across, chunks = triton.cdiv(cols, tile.block_cols), triton.cdiv(length, tile.block_rows * tile.trips)
+    across, chunks = triton.cdiv(cols, tile.block_cols), triton.cdiv(length, tile.chunk)
     parts = chunks * triton.cdiv(sequences, tile.sequences)
     squares = torch.empty(chunks, sequences, cols, dtype=torch.float32, device=tokens.device)
     counts = torch.empty(parts, dtype=torch.int32, device=tokens.device)
@@ -116,17 +116,21 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
         SEQUENCES=tile.sequences,
         BLOCK_ROWS=tile.block_rows,
         BLOCK_COLS=tile.block_cols,
+        PIECES=tile.pieces,
         TRIPS=tile.trips,
-        num_warps=1,
+        num_warps=tile.num_warps,
     )
     total, deviation = torch.empty(2, cols, dtype=torch.float64, device=tokens.device)
-    _merge_parts[(triton.cdiv(cols, MERGED_COLS),)](
-        *(counts, shifts, means, deviations, total, deviation, count, parts, cols),
+    sequence_square = squares[0] if chunks == 1 else torch.empty_like(squares[0])
+    merged_across = triton.cdiv(cols, MERGED_COLS)
+    _merge_parts[(merged_across * (1 if chunks == 1 else 1 + sequences),)](
+        *(counts, shifts, means, deviations, total, deviation, squares, sequence_square),
+        *(count, parts, chunks, sequences, cols),
         BLOCK_PARTS=MERGED_PARTS,
         BLOCK_COLS=MERGED_COLS,
         num_warps=1,
     )
-    return Moments(count, total, deviation, squares.sum(0) if chunks > 1 else squares[0], sequence_count)
+    return Moments(count, total, deviation, sequence_square, sequence_count)
 
 
 @triton.jit
@@ -147,13 +151,16 @@ def _sum_moments(
     SEQUENCES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    PIECES: tl.constexpr,
     TRIPS: tl.constexpr,
 ):
-    """A part is one chunk of TRIPS * BLOCK_ROWS tokens in each of SEQUENCES neighbouring sequences.
+    """A part is one chunk of TRIPS * PIECES * BLOCK_ROWS tokens in each of SEQUENCES neighbouring sequences.
 
-    Its mean is left relative to its shift: their sum would lose what a large mean hides.
+    A tile is as wide as one access of a warp: every warp sums tokens of its own, and they meet once a sequence. A
+    part's mean is left relative to its shift: their sum would lose what a large mean hides.
     """
-    CHUNK: tl.constexpr = TRIPS * BLOCK_ROWS
+    STEP: tl.constexpr = PIECES * BLOCK_ROWS
+    CHUNK: tl.constexpr = TRIPS * STEP
     across = tl.cdiv(cols, BLOCK_COLS)
     block = tl.program_id(0) % across
     part = (tl.program_id(0) // across).to(tl.int64)
@@ -166,34 +173,38 @@ def _sum_moments(
     there = tl.where(origin < SEQUENCES * CHUNK, cols, 0)
     shift = tl.load(tokens_ptr + start + j, mask=j < there, other=0.0).to(tl.float32)
 
-    count = tl.zeros([1, 1], tl.int32)
-    total = tl.zeros([1, BLOCK_COLS], tl.float32)
-    deviation = tl.zeros([1, BLOCK_COLS], tl.float32)
+    counts = tl.zeros([BLOCK_ROWS, 1], tl.int32)
+    totals = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    deviations = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     for s in tl.range(SEQUENCES):
         sequence = first_sequence + s
         inside = tl.where(sequence < sequences, length, 0)
-        square = tl.zeros([1, BLOCK_COLS], tl.float32)
+        squares = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
         for trip in tl.range(TRIPS):
-            t = chunk * CHUNK + trip * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-            used = t < inside
-            if valid_ptr is not None:
-                used &= tl.load(valid_ptr + sequence * length + t, mask=used, other=0) != 0
-            offset = sequence * sequence_stride + t * token_stride + j
-            x = tl.load(tokens_ptr + offset, mask=used & (j < cols), other=0.0).to(tl.float32)
-            off = tl.where(used, x - shift, 0.0)
-            count += tl.sum(used.to(tl.int32), 0, keep_dims=True)
-            total += tl.sum(off, 0, keep_dims=True)
-            deviation += tl.sum(off * off, 0, keep_dims=True)
-            square += tl.sum(x * x, 0, keep_dims=True)
+            for k in tl.static_range(PIECES):
+                t = chunk * CHUNK + trip * STEP + k * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+                used = t < inside
+                if valid_ptr is not None:
+                    used &= tl.load(valid_ptr + sequence * length + t, mask=used, other=0) != 0
+                offset = sequence * sequence_stride + t * token_stride + j
+                x = tl.load(tokens_ptr + offset, mask=used & (j < cols), other=0.0).to(tl.float32)
+                off = tl.where(used, x - shift, 0.0)
+                counts += used.to(tl.int32)
+                totals += off
+                deviations += off * off
+                squares += x * x
         line = (chunk * sequences + sequence) * cols
+        square = tl.sum(squares, 0, keep_dims=True)
         tl.store(squares_ptr + line + j, square, mask=j < tl.where(sequence < sequences, cols, 0))
 
+    count = tl.sum(counts, 0, keep_dims=True)
+    total = tl.sum(totals, 0, keep_dims=True)
     mean = total / tl.maximum(count, 1).to(tl.float32)
     first = block + tl.zeros([1, 1], tl.int32)
     tl.store(counts_ptr + part + first, count, mask=first == 0)
     tl.store(shifts_ptr + part * cols + j, shift, mask=j < cols)
     tl.store(means_ptr + part * cols + j, mean, mask=j < cols)
-    tl.store(deviations_ptr + part * cols + j, deviation - total * mean, mask=j < cols)
+    tl.store(deviations_ptr + part * cols + j, tl.sum(deviations, 0, keep_dims=True) - total * mean, mask=j < cols)
 
 
 @triton.jit
@@ -204,20 +215,56 @@ def _merge_parts(
     deviations_ptr,
     total_ptr,
     deviation_ptr,
+    squares_ptr,
+    sequence_square_ptr,
     count,
     parts,
+    chunks,
+    sequences,
     cols,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """All parts' sums of BLOCK_COLS channels, in fp64: the mean first, then what lies about it."""
-    j = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    total = tl.zeros([1, BLOCK_COLS], tl.float64)
+    """BLOCK_COLS channels of what all parts sum to, or, in later programs, of what the chunks of one sequence do."""
+    across = tl.cdiv(cols, BLOCK_COLS)
+    j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    if tl.program_id(0) >= across:
+        place = (tl.program_id(0) // across - 1).to(tl.int64) * cols + j
+        step = sequences.to(tl.int64) * cols
+        square = tl.zeros([1, BLOCK_COLS], tl.float32)
+        for first in tl.range(0, chunks, BLOCK_PARTS):
+            chunk = first + tl.arange(0, BLOCK_PARTS)[:, None]
+            inside = (chunk < chunks) & (j < cols)
+            square += tl.sum(tl.load(squares_ptr + chunk * step + place, mask=inside, other=0.0), 0, keep_dims=True)
+        tl.store(sequence_square_ptr + place, square, mask=j < cols)
+    else:
+        _merge_moments(
+            *(counts_ptr, shifts_ptr, means_ptr, deviations_ptr, total_ptr, deviation_ptr, j, count, parts, cols),
+            BLOCK_PARTS,
+        )
+
+
+@triton.jit
+def _merge_moments(
+    counts_ptr,
+    shifts_ptr,
+    means_ptr,
+    deviations_ptr,
+    total_ptr,
+    deviation_ptr,
+    j,
+    count,
+    parts,
+    cols,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """Total and deviation of the channels j over all parts, in fp64: the mean first, then what lies about it."""
+    total = tl.zeros(j.shape, tl.float64)
     for first in tl.range(0, parts, BLOCK_PARTS):
         counted, mean = _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
         total += tl.sum(mean * counted, 0, keep_dims=True)
     middle = total / tl.maximum(count, 1).to(tl.float64)
-    deviation = tl.zeros([1, BLOCK_COLS], tl.float64)
+    deviation = tl.zeros(j.shape, tl.float64)
     for first in tl.range(0, parts, BLOCK_PARTS):
         counted, mean = _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
         part = first + tl.arange(0, BLOCK_PARTS)[:, None]
