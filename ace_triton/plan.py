@@ -142,6 +142,10 @@ class Plan:
         units = [*self.units, self.outside] if self.outside else self.units
         return {name: layer for unit in units for name, layer in unit.layers.items()}
 
+    def shares(self, name: str) -> bool:
+        """Whether a layer's weight serves other layers too."""
+        return any(name in owners and len(owners) > 1 for owners in self._owners.values())
+
     def skip(self, name: str, weight: torch.Tensor, reason: str) -> None:
         """Record that a weight stays dense."""
         self.skipped.append(Skipped(name, reason, weight.numel(), weight.numel() / self._parameters))

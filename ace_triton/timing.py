@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-Stage = Literal["calibration", "statistics", "select"]
+Stage = Literal["calibration", "statistics", "permute", "select"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Seconds:
         statistics: reducing inputs and outputs to what the metric needs.
         select: scores and masks.
         total: all of it, and what lies between.
+        permute: where channels can be reordered, and the search for their order.
     """
 
     load: float
@@ -30,6 +31,7 @@ class Seconds:
     statistics: float
     select: float
     total: float
+    permute: float = 0.0
 
 
 class Stopwatch:
@@ -41,7 +43,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._synchronize = device.type == "cuda"
-        self._spent: dict[Stage, float] = {"calibration": 0.0, "statistics": 0.0, "select": 0.0}
+        self._spent: dict[Stage, float] = dict.fromkeys(get_args(Stage), 0.0)
         self._open: list[Stage] = []
         self._start = self._last = time.perf_counter()
 

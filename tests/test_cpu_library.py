@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ace_triton.kernels import cpu
+from ace_triton.kernels.assignment import assignment
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, BackendError, choose_backend
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
@@ -89,6 +90,7 @@ def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
     results["squares"] = weighted_squares(weight, torch.stack([valid.float(), torch.arange(rows).float()]))
     scores = weight.float().abs()[None]
     results["gains"] = join_gains(scores, scores.flip(2)[:, :, :37])
+    results["assignment"] = assignment(join_gains(scores, scores.flip(2)))
     results["finite"] = torch.tensor(all_finite(weight))
     return results
 

@@ -3,6 +3,7 @@
 // newer instruction set to an older machine.
 #pragma once
 
+#include "assignment.h"
 #include "join_gains.h"
 #include "moments.h"
 #include "select_nm.h"
@@ -14,7 +15,7 @@ namespace ace {
 const Bodies ACE_BODIES = {
     ACE_ISA,    select_nm,   select_rows, count_keys, find_ties,        apply_cut,
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
-    join_gains,
+    join_gains, assign,
 };
 
 }  // namespace ace

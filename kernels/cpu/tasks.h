@@ -67,6 +67,15 @@ struct JoinTask {
     float* gains;  // [n_pools, groups, n_candidates]
 };
 
+struct AssignmentTask {
+    const float* gains;  // [size, size]: of a group with a candidate
+    int64_t size;
+    int32_t* joins;  // [size]: the candidate of each group
+    // For work, [size rounded up to 16]:
+    float *price, *length, *done;
+    int32_t *before, *group_of, *path;
+};
+
 // Rows of a unit of summing: column sums do not depend on how units are dealt to threads.
 constexpr int64_t SUM_ROWS = 128;
 // Tokens whose channels are summed at a time, and the most channels of a strip of moments.
@@ -97,6 +106,7 @@ struct Bodies {
     void (*weighted_squares)(const SquaresTask&, int64_t strip);
     // One vector of one pool's candidates; zero rows leave the gains unwritten.
     void (*join_gains)(const JoinTask&, int64_t pool, int64_t block);
+    void (*assign)(const AssignmentTask&);
 };
 
 extern const Bodies portable_bodies;

@@ -1,0 +1,218 @@
+"""Finds where an order of a layer's inputs can be folded into the weights that feed it, at no cost when the model runs.
+
+The inputs of a down projection are, one by one, the outputs of gate and up; the inputs of an attention's output
+projection are those of the value projection, head by head, and query heads that share a key-value head share its
+order. Such places are found by shape and by who reads what. Whether nothing but element-wise work lies
+between is not guessed: a random order is folded in, the model is run on a few tokens, and the order is taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .blocks import gated_consumers
+from .prune import linear_weight
+
+LOOSE = 0.25
+"""Relative change that rounding may grow to further down the model; a wrong order changes a layer's output by 1.4."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Where an order of a layer's inputs goes.
+
+    Attributes:
+        consumer: the layer, with in_features = pools * shares * width.
+        producers: layers whose outputs make up these inputs, with out_features a multiple of pools * width.
+        pools: sets of channels that are ordered each on its own: key-value heads, or 1.
+        shares: how many of the consumer's runs of ``width`` inputs share the order of a pool: query heads of a
+            key-value head, or 1.
+        width: channels of a pool.
+    """
+
+    consumer: str
+    producers: tuple[str, ...]
+    pools: int
+    shares: int
+    width: int
+
+    def by_pool(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [out_features, in_features] of the consumer as [pools, out_features * shares, width]."""
+        split = scores.unflatten(1, (self.pools, self.shares, self.width))
+        return split.permute(1, 0, 2, 3).flatten(1, 2)
+
+    def inputs(self, order: torch.Tensor) -> torch.Tensor:
+        """The order int64 [in_features] of the consumer's inputs for one of each pool [pools, width]."""
+        start = torch.arange(self.pools * self.shares, device=order.device) * self.width
+        return (order.repeat_interleave(self.shares, dim=0) + start[:, None]).flatten()
+
+    def outputs(self, order: torch.Tensor, out_features: int) -> torch.Tensor:
+        """The order int64 [out_features] of a producer's outputs for one of each pool [pools, width]."""
+        copies = out_features // order.numel()
+        start = torch.arange(copies * self.pools, device=order.device) * self.width
+        return (order.repeat(copies, 1) + start[:, None]).flatten()
+
+    @torch.no_grad()
+    def apply(self, layers: Mapping[str, nn.Module], order: torch.Tensor) -> None:
+        """Reorder the consumer's inputs and the producers' outputs in place; bits are moved, not changed."""
+        weight = _weight(layers[self.consumer])
+        weight.copy_(weight[:, self.inputs(order).to(weight.device)])
+        for name in self.producers:
+            weight = _weight(layers[name])
+            outputs = self.outputs(order, weight.shape[0]).to(weight.device)
+            weight.copy_(weight[outputs])
+            bias = layers[name].bias
+            if isinstance(bias, torch.Tensor):
+                bias.copy_(bias[outputs])
+
+
+@dataclass(frozen=True)
+class Unfolded:
+    """A layer whose inputs could not be reordered.
+
+    Attributes:
+        name: its dotted name.
+        reason: why.
+    """
+
+    name: str
+    reason: str
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    """[out_features, in_features], as bytes where torch cannot index the dtype (fp8)."""
+    weight = linear_weight(layer)
+    assert weight is not None
+    return weight.view(torch.uint8) if weight.element_size() == 1 else weight
+
+
+def feed_forward_folds(layers: Mapping[str, nn.Module], groups: Sequence[Sequence[str]]) -> dict[str, list[Fold]]:
+    """Possible folds into the layers of a block that lie outside attention, by consumer.
+
+    Gate and up into down; or a layer into the one beside it that has as many inputs as it has outputs.
+
+    Args:
+        layers: linear layers by name.
+        groups: names of layers that read the same tensor, in order of use.
+    """
+    sizes = {name: _weight(layer).shape for name, layer in layers.items()}
+    feeding: dict[str, list[str]] = {}
+    for producer, consumer in gated_consumers(dict(layers), [list(group) for group in groups]).items():
+        feeding.setdefault(consumer, []).append(producer)
+    order = [[name for name in group if name in layers] for group in groups]
+    for place, members in enumerate(order):
+        if len(members) != 1:
+            continue
+        (producer,) = members
+        later = [name for group in order[place + 1 :] for name in group if parent(name) == parent(producer)]
+        matching = [name for name in later if sizes[name][1] == sizes[producer][0]]
+        if len(matching) == 1 and producer not in {p for ps in feeding.values() for p in ps}:
+            feeding.setdefault(matching[0], [producer])
+    return {
+        consumer: [Fold(consumer, tuple(producers), pools=1, shares=1, width=sizes[consumer][1])]
+        for consumer, producers in feeding.items()
+    }
+
+
+def attention_folds(
+    layers: Mapping[str, nn.Module], groups: Sequence[Sequence[str]], head_dims: Mapping[str, int | None]
+) -> dict[str, list[Fold]]:
+    """Possible folds into the output projections of a block's attention modules, by consumer.
+
+    The output projection is what such a module runs last; every other layer whose outputs are whole heads, as many as
+    divide those of the output projection's inputs, may be its values. Of equals the later comes first.
+
+    Args:
+        layers: linear layers of attention by name.
+        groups: names of layers that read the same tensor, in order of use.
+        head_dims: width of a head by name of the attention module; None where it is not known.
+    """
+    found: dict[str, list[Fold]] = {}
+    for module, width in head_dims.items():
+        members = [[name for name in group if name in layers and parent(name) == module] for group in groups]
+        used = [group for group in members if group]
+        if len(used) < 2 or len(used[-1]) != 1:
+            continue
+        (consumer,) = used[-1]
+        inputs = _weight(layers[consumer]).shape[1]
+        found[consumer] = []
+        for name in reversed([name for group in used[:-1] for name in group]):
+            outputs = _weight(layers[name]).shape[0]
+            if width is not None and outputs % width == 0 and inputs % outputs == 0:
+                found[consumer].append(Fold(consumer, (name,), outputs // width, inputs // outputs, width))
+    return found
+
+
+def parent(name: str) -> str:
+    """The dotted name of the module that a layer lies in."""
+    return name.rpartition(".")[0]
+
+
+class FoldTrial:
+    """Tries folds out on a few tokens.
+
+    Args:
+        model: in evaluation mode.
+        layers: all linear layers that a fold may name.
+        consumers: names of those whose inputs are to be reordered.
+        ids: int64 [n_sequences, length].
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], consumers: Sequence[str], ids: torch.Tensor
+    ) -> None:
+        self._model, self._layers, self._consumers, self._ids = model, layers, consumers, ids
+        self._dense = self._outputs()
+
+    def reaches(self, name: str) -> bool:
+        """Whether a token reached the layer."""
+        return name in self._dense
+
+    def unchanged_by(self, fold: Fold) -> bool:
+        """Whether the model computes the same with a random order folded in: what the consumer puts out to rounding,
+        what others put out to rounding as it grows on its way."""
+        generator = torch.Generator().manual_seed(0)
+        order = torch.stack([torch.randperm(fold.width, generator=generator) for _ in range(fold.pools)])
+        fold.apply(self._layers, order)
+        try:
+            outputs = self._outputs()
+        finally:
+            fold.apply(self._layers, order.argsort(1))
+        eps = torch.finfo(self._dense[fold.consumer].dtype).eps
+        near = {fold.consumer: max(1e-4, 2 * eps)}
+        return outputs.keys() == self._dense.keys() and all(
+            _close(outputs[name], dense, near.get(name, LOOSE)) for name, dense in self._dense.items()
+        )
+
+    def _outputs(self) -> dict[str, torch.Tensor]:
+        seen: dict[str, torch.Tensor] = {}
+        with ExitStack() as hooks:
+            for name in self._consumers:
+                hooks.enter_context(_output_noted(self._layers[name], seen, name))
+            with torch.no_grad():
+                seen["logits"] = self._model(input_ids=self._ids, use_cache=False).logits
+        return seen
+
+
+@contextmanager
+def _output_noted(layer: nn.Module, seen: dict[str, torch.Tensor], name: str) -> Iterator[None]:
+    def note(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
+        if output.numel():
+            seen[name] = output.clone()
+
+    handle = layer.register_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> bool:
+    if got.shape != want.shape:
+        return False
+    return bool((got.float() - want.float()).norm() <= tolerance * want.float().norm())
