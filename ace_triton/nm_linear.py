@@ -95,7 +95,7 @@ class NMLinear(nn.Module):
             ValueError: tokens of another width, or of another dtype than the weight's outside autocast.
         """
         kind = tokens.device.type
-        if torch.is_autocast_enabled(kind):
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return self(tokens.to(self.values.dtype)).to(torch.get_autocast_dtype(kind))
         learns = tokens.requires_grad or (self.bias is not None and self.bias.requires_grad)
