@@ -8,37 +8,36 @@ by blank lines, non-overlapping windows. A finished cell is kept in the JSON, so
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
-from ace_triton import checkpoint, prune_model
-from ace_triton.calibration import load_calibration
-from ace_triton.evaluate import perplexity
 from ace_triton.report import write_json
-from ace_triton.text import read_documents, wikitext_rows
+from ace_triton.study.cells import Cell, Variant
+from ace_triton.study.workbench import Protocol, Workbench
 
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "magnitude": ("magnitude", {}),
-    "Wanda": ("wanda", {}),
-    "RIA": ("ria", {}),
-    "CosP, exact": ("cosp", {}),
-    "CosP, exact, RIA prefactor": ("cosp", {"prefactor": "ria"}),
-    "CosP, published (abs)": ("cosp", {"reduce": "abs"}),
-    "CosP, abs, no prefactor": ("cosp", {"reduce": "abs", "prefactor": "none"}),
-    "VarP on RIA": ("varp", {}),
-    "VarP on Wanda": ("varp", {"base": "wanda"}),
-    "ACE (default)": ("ace", {}),
-    "ACE without a base": ("ace", {"base": "none"}),
-    "ACE on Wanda": ("ace", {"base": "wanda"}),
-    "ACE, published form (Wanda, abs)": ("ace", {"base": "wanda", "reduce": "abs"}),
+METHODS: dict[str, Variant] = {
+    "magnitude": Variant("magnitude"),
+    "Wanda": Variant("wanda"),
+    "RIA": Variant("ria"),
+    "CosP, exact": Variant("cosp"),
+    "CosP, exact, RIA prefactor": Variant("cosp", (("prefactor", "ria"),)),
+    "CosP, published (abs)": Variant("cosp", (("reduce", "abs"),)),
+    "CosP, abs, no prefactor": Variant("cosp", (("reduce", "abs"), ("prefactor", "none"))),
+    "VarP on RIA": Variant("varp"),
+    "VarP on Wanda": Variant("varp", (("base", "wanda"),)),
+    "ACE (default)": Variant("ace"),
+    "ACE without a base": Variant("ace", (("base", "none"),)),
+    "ACE on Wanda": Variant("ace", (("base", "wanda"),)),
+    "ACE, published form (Wanda, abs)": Variant("ace", (("base", "wanda"), ("reduce", "abs"))),
 }
+
+PERMUTED = ", permuted"
+"""Marks a method that ran with ``permute=True``."""
 
 console = Console()
 
@@ -51,6 +50,7 @@ def main(
     sparsities: Annotated[list[str] | None, typer.Option("--sparsity")] = None,
     lengths: Annotated[list[int] | None, typer.Option("--length")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed")] = None,
+    permute: Annotated[bool, typer.Option("--permute", help="Reorder channels first; n:m only.")] = False,
     samples: Annotated[int, typer.Option()] = 32,
     windows: Annotated[int, typer.Option()] = 20,
     window_length: Annotated[int, typer.Option()] = 512,
@@ -58,39 +58,31 @@ def main(
 ) -> None:
     """Measure every combination that is not in OUT yet, then write OUT and the table beside it."""
     cells: dict[str, Any] = json.loads(out.read_text())["cells"] if out.is_file() else {}
-    model, tokenizer = checkpoint.load("smollm2")
-    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    documents = read_documents(evaluation)
-    text = "\n\n".join(wikitext_rows("".join(documents)) if wikitext else documents)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    protocol = Protocol("smollm2", calibration, evaluation, wikitext, samples, windows, window_length)
+    bench = Workbench(protocol)
     setting = {
         "model": "SmolLM2-135M-Instruct (dequantised from 4 bits, bfloat16)",
-        "evaluation_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "evaluation_sha256": bench.setting.evaluation_sha256,
         "windows": windows,
         "window_length": window_length,
         "samples": samples,
     }
 
     def measure(key: str) -> None:
-        result = perplexity(model, ids, length=window_length, windows=windows)
-        cells[key] = result.perplexity
-        console.print(f"{key}: {result.perplexity:.2f}", highlight=False)
+        cells[key] = bench.perplexity()
+        console.print(f"{key}: {cells[key]:.2f}", highlight=False)
         write_json(out, {"setting": setting, "cells": cells})
 
     if "dense" not in cells:
         measure("dense")
     for seed in seeds or [0]:
         for length in lengths or [16, 128]:
-            sequences = load_calibration(calibration, tokenizer, samples=samples, length=length, seed=seed)
-            for sparsity in sparsities or ["2:4", "0.5"]:
+            for sparsity in sparsities or (["2:4"] if permute else ["2:4", "0.5"]):
                 for label in methods or METHODS:
-                    key = f"{label} | {sparsity} | L={length} | seed {seed}"
-                    if key in cells:
-                        continue
-                    method, options = METHODS[label]
-                    model.load_state_dict(dense)
-                    prune_model(model, sequences, method, sparsity, **options)
-                    measure(key)
+                    key = f"{label}{PERMUTED * permute} | {sparsity} | L={length} | seed {seed}"
+                    if key not in cells:
+                        with bench.pruned(Cell(METHODS[label], sparsity, length, seed), permute=permute):
+                            measure(key)
     out.with_suffix(".md").write_text(_page(setting, cells))
 
 
@@ -107,7 +99,8 @@ def cells_by_column(cells: dict[str, float]) -> dict[tuple[str, str], dict[str, 
 def _page(setting: dict[str, Any], cells: dict[str, float]) -> str:
     table = cells_by_column(cells)
     columns = sorted(table, key=lambda column: (column[0], int(column[1][2:])))
-    labels = [label for label in METHODS if any(label in table[column] for column in columns)]
+    known = [name for label in METHODS for name in (label, label + PERMUTED)]
+    labels = [label for label in known if any(label in table[column] for column in columns)]
     lines = [
         "# Perplexity after one-shot pruning",
         "",
