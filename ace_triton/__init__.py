@@ -1,6 +1,8 @@
 """Fused Triton kernels that prune large language models to N:M sparsity and run them sparse."""
 
+from . import sparsegpt as _method  # noqa: F401
 from .dispatch import RowLimits
+from .gram import Gram
 from .kernels.score_terms import ScoreTerms
 from .metrics import metric_names, register_metric
 from .nm_linear import NMLinear
@@ -10,11 +12,13 @@ from .prune_model import ModelReport, prune_model
 from .sparsify import SparsifyReport, set_row_limits, sparsify
 from .sparsity import Sparsity
 from .stats import ActivationStats, StatsError
+from .update import Update
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActivationStats",
+    "Gram",
     "ModelReport",
     "NMLinear",
     "PruneError",
@@ -24,6 +28,7 @@ __all__ = [
     "SparsifyReport",
     "Sparsity",
     "StatsError",
+    "Update",
     "load",
     "metric_names",
     "prune_linear",

@@ -39,6 +39,7 @@ class Needs:
         outputs: token weights of the layer's own outputs too.
         reduce: the coupling matrix as well, reduced so.
         consumer: the input norms of the layer that consumes this one's outputs.
+        gram: the Gram matrix of the input.
         weight_sums: sums over all of the weight, which make the terms NaN where a weight is NaN or infinite: nobody
             need look for those beforehand.
     """
@@ -47,19 +48,27 @@ class Needs:
     outputs: bool = False
     reduce: Reduce | None = None
     consumer: bool = False
+    gram: bool = False
     weight_sums: bool = False
 
 
 MetricFunction = Callable[..., ScoreTerms]
 
+Solver = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""``(weight, stats, pattern, axis, **options) -> (weight, mask)``: fp32 [out_features, in_features] in and out."""
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A registered metric: its function, and what it needs as a function of its options."""
+    """A registered metric: its function, and what it needs as a function of its options.
+
+    A method with a ``solve`` prunes and updates weights by itself; its terms rank the dense weights.
+    """
 
     name: str
     terms: MetricFunction
     needs: Callable[[Mapping[str, Any]], Needs]
+    solve: Solver | None = None
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -81,7 +90,9 @@ _REGISTRY: dict[str, Metric] = {}
 
 
 def register_metric(
-    name: str, needs: Needs | Callable[[Mapping[str, Any]], Needs] | None = None
+    name: str,
+    needs: Needs | Callable[[Mapping[str, Any]], Needs] | None = None,
+    solve: Solver | None = None,
 ) -> Callable[[MetricFunction], MetricFunction]:
     """Decorator: make a function ``(weight, stats, **options) -> ScoreTerms`` a method by this name.
 
@@ -89,13 +100,14 @@ def register_metric(
         name: what users write as ``method=``.
         needs: what it must be given; a function of its options where that depends on them. Left out:
             the input's statistics.
+        solve: for a method that updates weights while it prunes.
     """
     needed = needs if callable(needs) else (lambda _options, fixed=needs or Needs(): fixed)
 
     def register(function: MetricFunction) -> MetricFunction:
         if name in _REGISTRY and _REGISTRY[name].terms.__module__ != function.__module__:
             raise ValueError(f"there is a metric {name!r} already: choose another name")
-        _REGISTRY[name] = Metric(name, function, needed)
+        _REGISTRY[name] = Metric(name, function, needed, solve)
         return function
 
     return register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .metrics import Metric, Needs, metric
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats, StatsError
 from .tied import other_owners
+from .update import Update, updated_weight
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,6 +60,7 @@ def prune_linear(
     method: str = "ace",
     sparsity: str | float | Sparsity = "2:4",
     *,
+    update: str | Update | None = None,
     name: str | None = None,
     return_mask: bool = False,
     **options: Any,
@@ -72,6 +74,8 @@ def prune_linear(
             [n_sequences, length, in_features]. None for magnitude, which needs neither.
         method: a metric's name (:func:`~ace_triton.metrics.metric_names`).
         sparsity: "n:m" (n of every m kept), the pruned fraction of every row, or a :class:`Sparsity`.
+        update: "lstsq" moves the kept weights to where they best reproduce the dense layer's outputs; an
+            :class:`~ace_triton.update.Update` says more. Needs raw tokens, or statistics with a Gram matrix.
         name: how errors and the result call the layer.
         return_mask: also return which weights were kept; costs a byte a weight and a second pass.
         options: the metric's own.
@@ -84,6 +88,7 @@ def prune_linear(
     label = name or type(layer).__name__
     chosen = metric(method)
     needs = chosen.needs(chosen.complete(options))
+    moved = Update.of(update)
     pattern = Sparsity.of(sparsity)
     # Raw tokens go through the layer first: then a weight that is not finite would be blamed on its outputs.
     seen_in_terms = needs.weight_sums and not isinstance(stats, torch.Tensor)
@@ -94,7 +99,7 @@ def prune_linear(
             f"{label}: its weight is tied to that of a {type(owners[0]).__name__}, which would be pruned with it; "
             "untie it first (layer.weight = nn.Parameter(layer.weight.clone()))"
         )
-    return prune_checked(layer, weight, stats, chosen, pattern, label, options, return_mask=return_mask)
+    return prune_checked(layer, weight, stats, chosen, pattern, label, options, update=moved, return_mask=return_mask)
 
 
 def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.Tensor:
@@ -132,6 +137,7 @@ def prune_checked(
     label: str,
     options: Mapping[str, Any],
     *,
+    update: Update | None = None,
     return_mask: bool = False,
 ) -> PruneResult:
     """:func:`prune_linear` without its checks of the weight, but for what the metric's terms show.
@@ -140,15 +146,25 @@ def prune_checked(
         weight: what :func:`check_weight` returned; known to belong to ``layer`` alone.
     """
     complete = chosen.complete(options)
-    gathered = _statistics(layer, weight, stats, chosen.needs(complete), label)
+    gathered = _statistics(layer, weight, stats, needed(chosen.needs(complete), update), label)
     served = as_kernel_dtype(weight)
-    terms = _terms(chosen, complete, served, gathered, label)
     axis = pattern.axis or default_axis(chosen.name, gathered)
+    if chosen.solve is not None or update is not None:
+        assert gathered is not None
+        chosen_mask = _solve(weight, gathered, chosen, complete, pattern, axis, update, label)
+        mask = chosen_mask if return_mask else None
+        return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
+    terms = _terms(chosen, complete, served, gathered, label)
     try:
         mask = _select(weight, served, terms, pattern, axis, return_mask)
     except ValueError as error:
         raise PruneError(f"{label}: {error}") from error
     return PruneResult(label, chosen.name, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
+
+
+def needed(needs: Needs, update: Update | None) -> Needs:
+    """What a method and an update need together."""
+    return needs if update is None else replace(needs, tokens=True, gram=True)
 
 
 def as_kernel_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -187,7 +203,9 @@ def _statistics(
                 f"got {tuple(given.shape)}"
             )
         try:
-            given = ActivationStats.from_tokens(given, layer=layer if needs.outputs else None, reduce=needs.reduce)
+            given = ActivationStats.from_tokens(
+                given, layer=layer if needs.outputs else None, reduce=needs.reduce, gram=needs.gram
+            )
         except StatsError as error:
             raise StatsError(f"{label}: {error}") from error
     if given.in_features != weight.shape[1]:
@@ -220,6 +238,38 @@ def _terms(
             "the calibration forward (run it in bfloat16 or float32)"
         )
     return terms
+
+
+def _solve(
+    weight: torch.Tensor,
+    stats: ActivationStats,
+    chosen: Metric,
+    options: dict[str, Any],
+    pattern: Sparsity,
+    axis: Axis,
+    update: Update | None,
+    label: str,
+) -> torch.Tensor:
+    """Prune in place and move what is kept; returns the mask."""
+    dense = weight.float().contiguous()
+    terms = ScoreTerms() if update is None else _terms(chosen, options, dense, stats, label)
+    try:
+        solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **options)
+        if update is not None:
+            solved = updated_weight(dense, stats, update, lambda w: _choose(w, terms, pattern, axis, "mask"), solved)
+    except StatsError as error:
+        raise StatsError(f"{label}: {error}") from error
+    except ValueError as error:
+        raise PruneError(f"{label}: {error}") from error
+    assert solved is not None
+    values, mask = solved
+    stored = values.to(weight.dtype)
+    if not all_finite(as_kernel_dtype(stored)):
+        raise PruneError(
+            f"{label}: the update leaves the range of {weight.dtype}; raise its damping, or load the model in bfloat16"
+        )
+    weight.copy_(stored)
+    return mask
 
 
 def _select(

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .gram import Gram
 from .kernels.coupling import coupling
 from .kernels.moments import moments
 from .kernels.token_norms import token_norms
@@ -157,6 +158,7 @@ class ActivationStats:
         outputs: what depends on one layer's outputs, or None.
         consumer_norm: fp32 [out_features], for DaSS's gate and up projections: the input norms of the
             layer that consumes what they feed (down_proj); None elsewhere.
+        gram: the input's Gram matrix, for weight updates; None where it is not wanted.
     """
 
     in_features: int
@@ -165,6 +167,7 @@ class ActivationStats:
     deviation: torch.Tensor | None = None
     outputs: OutputStats | None = None
     consumer_norm: torch.Tensor | None = None
+    gram: Gram | None = None
     _squares: list[torch.Tensor] = field(default_factory=list, repr=False)
     _counts: list[torch.Tensor] = field(default_factory=list, repr=False)
     _derived: dict[Hashable, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -177,6 +180,7 @@ class ActivationStats:
         layer: torch.nn.Module | None = None,
         valid: torch.Tensor | None = None,
         reduce: Reduce | None = None,
+        gram: bool = False,
     ) -> ActivationStats:
         """Statistics of one tensor of tokens.
 
@@ -185,8 +189,9 @@ class ActivationStats:
             layer: the layer that reads them; its outputs are computed for CosP. Left out: inputs only.
             valid: bool, the shape of ``tokens`` without its last axis; False leaves a token out (padding).
             reduce: with ``layer``, also keep the matrix of the published CosP loss ("abs" or "rms").
+            gram: also keep the Gram matrix, for ``update="lstsq"`` and SparseGPT.
         """
-        stats = cls(tokens.shape[-1])
+        stats = cls(tokens.shape[-1], gram=Gram(tokens.shape[-1]) if gram else None)
         if layer is None:
             stats.update(tokens, valid=valid)
             return stats
@@ -226,6 +231,8 @@ class ActivationStats:
             batch.sequence_square,
             batch.sequence_count,
         )
+        if self.gram is not None:
+            self.gram.update(tokens, valid)
         if self.outputs is not None and outputs is not None:
             update_outputs([self.outputs], tokens, [outputs], valid)
 
@@ -235,6 +242,8 @@ class ActivationStats:
             raise StatsError(f"statistics of {self.in_features} and {other.in_features} channels do not merge")
         if (self.outputs is None) != (other.outputs is None):
             raise StatsError("statistics with and without a layer's outputs do not merge")
+        if (self.gram is None) != (other.gram is None):
+            raise StatsError("statistics with and without a Gram matrix do not merge")
         if other.count == 0:
             return
         assert other.mean is not None
@@ -242,6 +251,8 @@ class ActivationStats:
         self._add(other.count, other.mean, other.deviation, other.sequence_square, other.sequence_count)
         if self.outputs is not None and other.outputs is not None:
             self.outputs.merge(other.outputs)
+        if self.gram is not None and other.gram is not None:
+            self.gram = self.gram + other.gram
 
     def reorder(self, order: torch.Tensor) -> None:
         """Put channels in another order: place p takes channel ``order[p]``, int64 [in_features].
@@ -252,6 +263,7 @@ class ActivationStats:
         self.mean = None if self.mean is None else self.mean[order]
         self.deviation = None if self.deviation is None else self.deviation[order]
         self._squares = [square[:, order] for square in self._squares]
+        self.gram = None if self.gram is None else self.gram.reordered(order)
         if self.outputs is not None:
             self.outputs.reorder(inputs=order)
 
@@ -334,6 +346,7 @@ class ActivationStats:
             mean=None if self.mean is None else self.mean.to(device),
             deviation=None if self.deviation is None else self.deviation.to(device),
             consumer_norm=None if self.consumer_norm is None else self.consumer_norm.to(device),
+            gram=None if self.gram is None else self.gram.to(device),
             _squares=[s.to(device) for s in self._squares],
             _counts=[c.to(device) for c in self._counts],
             _derived={},
@@ -361,6 +374,8 @@ class ActivationStats:
         facts: dict[str, object] = {"format": FORMAT, "in_features": self.in_features, "count": self.count}
         if self.consumer_norm is not None:
             tensors["consumer_norm"] = self.consumer_norm
+        if self.gram is not None and self.gram.matrix is not None:
+            tensors["gram"] = self.gram.matrix
         if self.outputs is not None and self.outputs.weighted_square is not None:
             facts["outputs"] = {"reduce": self.outputs.reduce, "count": self.outputs.count, "unit": self.outputs.unit}
             tensors["weighted_square"] = self.outputs.weighted_square
@@ -399,6 +414,7 @@ class ActivationStats:
             tensors["deviation"],
             outputs,
             tensors.get("consumer_norm"),
+            Gram(facts["in_features"], facts["count"], tensors["gram"]) if "gram" in tensors else None,
             [tensors["sequence_square"]],
             [tensors["sequence_count"]],
         )

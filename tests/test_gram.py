@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from ace_triton import ActivationStats, Gram, StatsError
+from ace_triton.gram import gram_product
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def truth(tokens: torch.Tensor) -> torch.Tensor:
+    rows = tokens.reshape(-1, tokens.shape[-1]).double()
+    return rows.t() @ rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (300, 65), (0, 4)])
+def test_products_are_exact_and_summed_in_fp32(dtype, shape):
+    tokens = torch.randn(shape).to(dtype)
+    got = gram_product(tokens)
+    assert got.dtype == torch.float32
+    wanted = truth(tokens)
+    scale = wanted.diagonal().sqrt()
+    error = (got - wanted).abs() / (scale[:, None] * scale).clamp(min=1e-30)
+    assert not error.numel() or float(error.max()) < 1e-5
+
+
+def test_the_setting_of_products_is_put_back():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    gram_product(torch.randn(9, 4, dtype=torch.bfloat16))
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    fine = torch.randn(64, 64)
+    torch.testing.assert_close((fine @ fine).double(), fine.double() @ fine.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_batches_merge_and_padding_is_left_out(dtype):
+    tokens, valid = torch.randn(6, 5, 12).to(dtype), torch.rand(6, 5) > 0.3
+    whole, one, other = Gram(12), Gram(12), Gram(12)
+    whole.update(tokens, valid)
+    one.update(tokens[:2], valid[:2])
+    one.update(tokens[2:3].masked_fill(~valid[2:3, :, None], torch.nan), valid[2:3])
+    other.update(tokens[3:], valid[3:])
+    for merged in (one + other, other + one, whole + Gram(12), Gram(12) + whole):
+        assert merged.count == int(valid.sum())
+        torch.testing.assert_close(merged.matrix.double(), truth(tokens[valid]), rtol=1e-4, atol=1e-4)
+
+
+def test_sums_leave_their_parts_alone():
+    one, other = Gram(3), Gram(3)
+    one.update(torch.eye(3))
+    other.update(2 * torch.eye(3))
+    both = one + other
+    both.update(torch.ones(1, 3))
+    assert torch.equal(one.matrix, torch.eye(3))
+    assert torch.equal(other.matrix, 4 * torch.eye(3))
+    assert (one.count, other.count, both.count) == (3, 3, 7)
+
+
+def test_reordered_is_that_of_reordered_tokens():
+    tokens, order = torch.randn(20, 6), torch.randperm(6)
+    gram, moved = Gram(6), Gram(6)
+    gram.update(tokens)
+    moved.update(tokens[:, order])
+    torch.testing.assert_close(gram.reordered(order).matrix, moved.matrix)
+
+
+def test_widths_that_differ_are_refused():
+    gram = Gram(4)
+    with pytest.raises(ValueError, match="5 channels, this Gram matrix 4"):
+        gram.update(torch.randn(2, 5))
+    with pytest.raises(ValueError, match="4 and 5 channels"):
+        gram + Gram(5)
+
+
+def test_statistics_carry_one_through_merging_moving_and_saving(tmp_path):
+    first, second = torch.randn(2, 5, 8), torch.randn(3, 5, 8)
+    stats = ActivationStats.from_tokens(first, gram=True)
+    stats.merge(ActivationStats.from_tokens(second, gram=True))
+    stats.save(tmp_path / "stats.safetensors")
+    wanted = truth(torch.cat([first, second]))
+    for carried in (stats, stats.to("cpu"), ActivationStats.load(tmp_path / "stats.safetensors")):
+        assert carried.gram.count == 25
+        torch.testing.assert_close(carried.gram.matrix.double(), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(StatsError, match="with and without a Gram matrix"):
+        stats.merge(ActivationStats.from_tokens(second))
