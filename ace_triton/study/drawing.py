@@ -15,10 +15,12 @@ from html import escape
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("agg")
 
 from matplotlib import pyplot
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 INK, GRID, PAPER = "#010101", "#020202", "#030303"
@@ -26,6 +28,9 @@ MARKERS = ("X", "o", "s", "^", "D", "*", "P", "v", "<", ">")
 GLYPHS = ("✖", "●", "■", "▲", "◆", "★", "✚", "▼", "◀", "▶")
 SERIES = tuple(f"#0404{index:02x}" for index in range(len(MARKERS)))
 STAGE_COLOURS = ("#050500", "#050501", "#050502")
+
+HEAT = LinearSegmentedColormap.from_list("heat", pyplot.get_cmap("viridis")(np.linspace(0.25, 1, 128)))
+"""For heat maps: viridis without its darkest colours, which a dark page would swallow."""
 
 _STAND_INS = {
     INK: "currentColor",
@@ -57,7 +62,6 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK,
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
-    "image.cmap": "cividis",
 }
 
 

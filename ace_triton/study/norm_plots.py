@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter
 
-from .drawing import Drawing, canvas, drawing
+from .drawing import HEAT, Drawing, canvas, drawing
 from .norms import BIN_EDGES, NEAR_POLE
 from .records import InputNorms, ModelNorms
 
@@ -41,6 +41,7 @@ def norm_map(norms: ModelNorms, kind: str, number: int) -> Drawing:
             aspect="auto",
             interpolation="nearest",
             norm="log",
+            cmap=HEAT,
             extent=(-0.5, shares.shape[1] - 0.5, BIN_EDGES[0], BIN_EDGES[-1]),
         )
         axes.set_ylim(BIN_EDGES[used[0]] - 0.2, BIN_EDGES[used[-1] + 1] + 0.2)
@@ -70,7 +71,7 @@ def pole_map(norms: ModelNorms, normaliser: str) -> Drawing:
             largest[rows.index(kind_of(entry)), entry.block] = pole.largest
             channels[rows.index(kind_of(entry)), entry.block] = pole.channels
     with canvas(4.6, 1.1 + 0.38 * len(rows)) as (figure, axes):
-        image = axes.imshow(largest, aspect="auto", interpolation="nearest", norm="log", vmin=1, vmax=100)
+        image = axes.imshow(largest, aspect="auto", interpolation="nearest", norm="log", cmap=HEAT, vmin=1, vmax=100)
         axes.set_yticks(range(len(rows)), [_brief(kind) for kind in rows])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False)
