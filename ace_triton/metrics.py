@@ -26,7 +26,7 @@ from .stats import ActivationStats, Reduce, StatsError
 
 Base = Literal["wanda", "ria", "magnitude"]
 CosineReduce = Literal["exact", "abs", "rms"]
-Prefactor = Literal["none", "wanda", "ria"]
+Prefactor = Literal["none", "relative", "wanda", "ria"]
 VarianceNorm = Literal["max_layer", "max_sequence", "channel", "frobenius"]
 
 
@@ -171,7 +171,7 @@ def dass(weight: torch.Tensor, stats: ActivationStats, alpha: float = 0.5) -> Sc
 def _cosp_needs(options: Mapping[str, Any]) -> Needs:
     base = options["base"] if "base" in options else options["prefactor"]
     reduce = None if options["reduce"] == "exact" else options["reduce"]
-    return Needs(outputs=True, reduce=reduce, weight_sums=base == "ria")
+    return Needs(outputs=True, reduce=reduce, weight_sums=base in ("relative", "ria"))
 
 
 @register_metric("cosp", _cosp_needs)
@@ -191,7 +191,8 @@ def cosp(
             first-order loss |W_ij| mean_t |a_ti x_tj| / s_t, or its root mean square over tokens
             (the reduction over tokens is *reconstructed*).
         prefactor: what multiplies it: "wanda" gives the published |W_ij| n_j L_ij, "ria" uses RIA's
-            score instead, "none" nothing. None: "none" for "exact", "wanda" for the published losses.
+            score instead, "none" nothing; "relative" puts RIA's relative importance |W_ij| / C_j + |W_ij| / R_i
+            in the place of |W_ij|. None: "none" for "exact", "wanda" for the published losses.
     """
     if reduce not in ("exact", "abs", "rms"):
         raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
@@ -234,20 +235,53 @@ def varp(
 def ace(
     weight: torch.Tensor,
     stats: ActivationStats,
-    base: Prefactor = "ria",
+    base: Prefactor = "relative",
     reduce: CosineReduce = "exact",
-    norm: VarianceNorm = "max_layer",
+    norm: VarianceNorm = "frobenius",
     sign: int = 1,
     power: float = 1.0,
     eps: float = 0.01,
 ) -> ScoreTerms:
     """ACE (arXiv 2505.21987): base score times CosP times VarP.
 
-    Options as in :func:`cosp` (whose prefactor is here the base) and :func:`varp`. The published form is
-    base="wanda", reduce="abs" (or "rms"); the default takes RIA's base and the exact second-order cosine term.
+    Options as in :func:`cosp` (whose prefactor is here the base) and :func:`varp`. The default takes the exact
+    second-order cosine term on RIA's relative importance, and the normaliser for which VarP's power series
+    converges; docs/quality.md has the measurements that decided it. The published form is :func:`ace_paper`.
     """
     factor = _variance_factor(stats, norm, sign, power, eps)
     return _times_cosine(weight, stats, base, reduce, factor)
+
+
+@register_metric("ace-paper", _cosp_needs)
+def ace_paper(
+    weight: torch.Tensor,
+    stats: ActivationStats,
+    base: Prefactor = "wanda",
+    reduce: CosineReduce = "abs",
+    norm: VarianceNorm = "max_layer",
+    sign: int = 1,
+    power: float = 1.0,
+    eps: float = 0.01,
+) -> ScoreTerms:
+    """ACE as published: Wanda's score times the first-order cosine loss times VarP.
+
+    How the loss is reduced over tokens and how VarP's norms are normalised is *reconstructed*. Options as in
+    :func:`ace`.
+    """
+    return ace(weight, stats, base, reduce, norm, sign, power, eps)
+
+
+@register_metric("saap", Needs(weight_sums=True))
+def saap(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
+    """SAAP's adaptive fusion (arXiv 2412.15127) of two importances: a weight's own and its channel's.
+
+    |W_ij| n_j is fused with sum_i |W_ij| n_j = C_j n_j. SAAP weighs importances by learned noise scales; with one
+    for each structure these have a closed form, in which the fused order is that of the product. The paper's own
+    importances are Taylor terms, which need gradients, of heads and channels that it removes whole: only its
+    fusion is here, and *reconstructed*.
+    """
+    _, column_sums = weight_sums(weight)
+    return ScoreTerms(scale=column_sums * stats.norm.square())
 
 
 def _base(weight: torch.Tensor, stats: ActivationStats, base: Base) -> ScoreTerms:
@@ -270,9 +304,15 @@ def _times_cosine(
     """The cosine term on a base (none: alone), with a column ``factor`` of its own."""
     if reduce not in ("exact", "abs", "rms"):
         raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
-    if base not in ("none", "wanda", "ria"):
-        raise ValueError(f"CosP's base or prefactor must be 'none', 'wanda' or 'ria', got {base!r}")
-    terms, power = (ScoreTerms(), 1) if base == "none" else (_base(weight, stats, base), 2)
+    if base == "relative":
+        row, col = weight_sums(weight, inverse=True)
+        terms, power = ScoreTerms(row=row, col=col), 1
+    elif base == "none":
+        terms, power = ScoreTerms(), 1
+    elif base in ("wanda", "ria"):
+        terms, power = _base(weight, stats, base), 2
+    else:
+        raise ValueError(f"CosP's base or prefactor must be 'none', 'relative', 'wanda' or 'ria', got {base!r}")
     if stats.outputs is None:
         raise StatsError(
             "CosP weighs tokens by the layer's outputs, which these statistics do not hold: pass raw tokens, "

@@ -182,7 +182,7 @@ def test_ria_of_a_dead_row_and_column_stays_finite():
     assert bool((scores[2] == 0).all())
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "stade", "cosp", "varp", "ace"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "stade", "cosp", "varp", "ace", "ace-paper", "saap"])
 def test_no_random_mask_keeps_a_higher_score(method):
     weight, tokens = drawn(15, 16, 32), drawn(16, 4, 8, 32)
     terms = metric(method).terms(weight, stats_of(tokens, weight))
@@ -195,14 +195,32 @@ def test_no_random_mask_keeps_a_higher_score(method):
 
 def test_ace_is_the_product_of_its_parts():
     weight, stats = drawn(17, 8, 16), stats_of(drawn(18, 4, 6, 16), drawn(17, 8, 16))
-    base = scores_reference(weight, ria(weight, stats))
-    cosine = scores_reference(weight, cosp(weight, stats))
-    factor = varp(weight, stats, base="magnitude").scale
-    whole = scores_reference(weight, metric("ace").terms(weight, stats))
-    torch.testing.assert_close(whole, base * cosine * factor)
-    published = scores_reference(weight, metric("ace").terms(weight, stats, base="wanda", reduce="abs"))
+    relative = scores_reference(weight, ria(weight, stats, a=0.0))
+    turned = stats.outputs.mean_weighted_square().sqrt().float()
+    factor = varp(weight, stats, base="magnitude", norm="frobenius").scale
+    torch.testing.assert_close(scores_reference(weight, metric("ace").terms(weight, stats)), relative * turned * factor)
+    torch.testing.assert_close(
+        scores_reference(weight, metric("ace").terms(weight, stats, base="ria")),
+        scores_reference(weight, ria(weight, stats)) * scores_reference(weight, cosp(weight, stats)) * factor,
+    )
+
+
+def test_the_published_ace_is_wanda_times_the_published_loss_times_varp():
+    weight, stats = drawn(17, 8, 16), stats_of(drawn(18, 4, 6, 16), drawn(17, 8, 16))
     lbar = weight.abs() * stats.outputs.mean_coupling()
-    torch.testing.assert_close(published, weight.abs() * stats.norm * lbar * factor)
+    factor = varp(weight, stats, base="magnitude").scale
+    torch.testing.assert_close(
+        scores_reference(weight, metric("ace-paper").terms(weight, stats)), weight.abs() * stats.norm * lbar * factor
+    )
+
+
+def test_saap_ranks_by_the_product_of_both_importances():
+    weight, tokens = drawn(19, 8, 16), drawn(20, 4, 6, 16)
+    stats = stats_of(tokens)
+    own = weight.abs() * stats.norm
+    fused = own * own.sum(0)
+    scores = scores_reference(weight, metric("saap").terms(weight, stats))
+    torch.testing.assert_close(scores, fused)
 
 
 def test_a_metric_of_ones_own():

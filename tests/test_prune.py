@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ace_triton import ActivationStats, PruneError, Sparsity, StatsError, metric_names, prune_linear
 
-METHODS = ["magnitude", "wanda", "ria", "stade", "dass", "cosp", "varp", "ace"]
+METHODS = ["magnitude", "wanda", "ria", "stade", "dass", "cosp", "varp", "ace", "ace-paper", "saap"]
 BUILT_IN = [name for name in metric_names() if name in METHODS]
 
 
