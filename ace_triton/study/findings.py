@@ -16,6 +16,10 @@ Verdict = Literal["holds", "fails", "open", "note"]
 
 ACE, RIA, WANDA = Variant("ace"), Variant("ria"), Variant("wanda")
 
+MEANING = (
+    "Mean change of perplexity ± its standard error over the draws (length and seed) that both share; lower is better."
+)
+
 FEWEST_PAIRS = 3
 """Paired draws below which no ordering is stated."""
 
@@ -106,7 +110,7 @@ def ordering(tally: Tally, sparsity: str) -> Finding | None:
         headline = f"{shown}: the paper's order ACE ≤ RIA ≤ Wanda is not settled; no clear difference {pairs}"
     text = "; ".join(f"{shown_variant(one)} against {shown_variant(other)}: {_change(c)}" for one, other, c in measured)
     worst: Verdict = "fails" if "fails" in verdicts else "open" if "open" in verdicts else "holds"
-    return Finding(worst, headline, f"{text}. Mean change of perplexity ± its standard error; lower is better.")
+    return Finding(worst, headline, f"{text}. {MEANING}")
 
 
 def _change(comparison: Comparison) -> str:
