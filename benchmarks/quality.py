@@ -31,9 +31,11 @@ METHODS: dict[str, Variant] = {
     "VarP on RIA": Variant("varp"),
     "VarP on Wanda": Variant("varp", (("base", "wanda"),)),
     "ACE (default)": Variant("ace"),
-    "ACE without a base": Variant("ace", (("base", "none"),)),
-    "ACE on Wanda": Variant("ace", (("base", "wanda"),)),
-    "ACE, published form (Wanda, abs)": Variant("ace", (("base", "wanda"), ("reduce", "abs"))),
+    "ACE on RIA": Variant("ace", (("base", "ria"), ("norm", "max_layer"))),
+    "ACE without a base": Variant("ace", (("base", "none"), ("norm", "max_layer"))),
+    "ACE on Wanda": Variant("ace", (("base", "wanda"), ("norm", "max_layer"))),
+    "ACE, published form (Wanda, abs)": Variant("ace-paper"),
+    "SAAP's fusion": Variant("saap"),
 }
 
 PERMUTED = ", permuted"
