@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from .packed_nm import PackedNM
     from .score_terms import ScoreTerms
 
 ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
@@ -38,6 +39,8 @@ _SIGNATURES = {
     "ace_weighted_squares": [*_MATRIX, _POINTER, _LONG, _POINTER, _INT],
     "ace_join_gains": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _INT],
     "ace_assign": [_POINTER, _LONG, _LONG, _POINTER, _INT],
+    "ace_nm_linear": [*_MATRIX, _POINTER, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _POINTER, _INT],
+    "ace_dense_linear": [*_MATRIX, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT],
     "ace_use_isa": [ctypes.c_char_p],
     "ace_prefer_huge_pages": [_POINTER, _LONG],
 }
@@ -245,6 +248,36 @@ def coupling(
                 left, right = left.square_(), right.square_()
             into.addmm_(left.t(), right)
     return into
+
+
+def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.nm_linear.nm_linear` for tokens [n_tokens, in]."""
+    laid = _row_major(tokens)
+    out = torch.empty(tokens.shape[0], packed.shape[0])
+    _call(
+        "ace_nm_linear",
+        *_matrix(laid),
+        packed.values.data_ptr(),
+        packed.meta.data_ptr(),
+        packed.shape[0],
+        packed.n,
+        packed.m,
+        _ELEMENTS[packed.values.dtype],
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def dense_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The loop of :func:`nm_linear` over a dense weight [out, in]: what benchmarks hold it against."""
+    laid, rows = _row_major(tokens), _row_major(weight)
+    out = torch.empty(tokens.shape[0], weight.shape[0])
+    threads = torch.get_num_threads()
+    address, n_rows, _, stride, element = _matrix(rows)
+    _call("ace_dense_linear", *_matrix(laid), address, n_rows, stride, element, None, out.data_ptr(), threads)
+    return out
 
 
 def _large(output: torch.Tensor) -> torch.Tensor:

@@ -286,3 +286,37 @@ def coupling(matrix: torch.Tensor) -> Coupling:
     if matrix.numel() >= 128 * 128 * 256:
         return Coupling(128, 128, 16, precision, 8)
     return Coupling(64, 64, 32, precision, 4)
+
+
+@dataclass(frozen=True)
+class NmLinear:
+    """Tile of ``nm_linear``.
+
+    Attributes:
+        tokens: rows of tokens that share a read of the weight.
+        block_rows: outputs of a program, which share a read of the tokens.
+        vector: values of a thread in one access.
+        threads: of a program, side by side along the inputs.
+        num_warps: threads over the lanes of a warp.
+    """
+
+    tokens: int
+    block_rows: int
+    vector: int
+    threads: int
+    num_warps: int
+
+
+def nm_linear(values: torch.Tensor, n_tokens: int, cols: int) -> NmLinear:
+    """Enough warps to hide the latency of memory four times over, by splitting the inputs of an output among the warps
+    of a program; fewer outputs a program where the matrix is narrow."""
+    block_rows = 4
+    while block_rows > 1 and values.shape[0] // block_rows < MOST_WARPS // 8:
+        block_rows //= 2
+    programs = math.ceil(values.shape[0] / block_rows)
+    one_warp = 2 * vector(values) * lanes(values.device)
+    num_warps = 1
+    while num_warps < 8 and programs * num_warps < 4 * MOST_WARPS and num_warps * one_warp < cols:
+        num_warps *= 2
+    tokens = min(4, 1 << (n_tokens - 1).bit_length())
+    return NmLinear(tokens, block_rows, vector(values), num_warps * lanes(values.device), num_warps)

@@ -2,14 +2,21 @@
 
     y_ti = sum_j x_tj W_ij + b_i
 
-over the kept (i, j) alone, summed in fp32. Bytes per weight of e bytes: e * n / m + 1/8, once for up to 16 rows.
+over the kept (i, j) alone, summed in fp32. Bytes per weight of e bytes: e * n / m + 1/8, once for four tokens. An
+output does not depend on the other tokens of the call. Inputs that are not finite may or may not show in outputs
+that have pruned them.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .pack_nm import PackedNM, unpack_nm_reference
+from . import cpu, launch
+from .backend import choose_backend
+from .pack_nm import unpack_nm_reference
+from .packed_nm import PackedNM
+from .registers import unzip
+from .triton_import import tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,7 +33,16 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None 
         ValueError: shapes or dtypes that do not fit.
     """
     check_linear(tokens, packed, bias)
-    return nm_linear_reference(tokens, packed, bias)
+    backend = choose_backend(tokens, packed.values, packed.meta, bias)
+    if backend == "reference":
+        return nm_linear_reference(tokens, packed, bias)
+    rows = tokens.detach().reshape(-1, packed.shape[1])
+    if backend == "cpu":
+        outputs = cpu.nm_linear(rows, packed, None if bias is None else bias.detach().float())
+    else:
+        with torch.cuda.device_of(tokens):
+            outputs = _nm_linear_triton(rows, packed, bias)
+    return outputs.to(tokens.dtype).reshape(*tokens.shape[:-1], packed.shape[0])
 
 
 def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,3 +68,147 @@ def check_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | No
         )
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias must be [{out_features}] for a weight {packed.shape}, got {tuple(bias.shape)}")
+
+
+def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    n_tokens, cols = tokens.shape
+    rows = packed.shape[0]
+    outputs = torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
+    if not outputs.numel():
+        return outputs
+    tile = launch.nm_linear(packed.values, n_tokens, cols)
+    grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(n_tokens, tile.tokens))
+    arguments = (tokens, packed.values, packed.meta, bias, outputs, n_tokens, rows, cols, tokens.stride(0))
+    blocks = {"TOKENS": tile.tokens, "BLOCK_ROWS": tile.block_rows, "num_warps": tile.num_warps}
+    if (packed.n, packed.m) == (2, 4):
+        _two_of_four_body[grid](
+            *arguments,
+            VECTOR=tile.vector,
+            SPLIT=min(2 * tile.vector, launch.vector(tokens)),
+            LANES=tile.threads,
+            **blocks,
+        )
+    else:
+        _any_pattern_body[grid](*arguments, N=packed.n, M=packed.m, BLOCK_COLS=4 * tile.threads, **blocks)
+    return outputs
+
+
+@triton.jit
+def _two_of_four_body(
+    tokens_ptr,
+    values_ptr,
+    meta_ptr,
+    bias_ptr,
+    outputs_ptr,
+    n_tokens,
+    rows,
+    cols,
+    stride,
+    TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A thread takes VECTOR values of a row in one access, and the 2 * VECTOR inputs that they choose from."""
+    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    value = tl.arange(0, VECTOR * LANES)[None, :]
+    value_start = i.to(tl.int64) * (cols // 2)
+    word_start = i.to(tl.int64) * tl.cdiv(cols, 32)
+    sums = ()
+    for _ in tl.static_range(TOKENS):
+        sums = sums + (tl.zeros([BLOCK_ROWS, LANES], tl.float32),)
+    for first in tl.range(0, cols // 2, VECTOR * LANES):
+        inside = (i < rows) & (first + value < cols // 2)
+        values = unzip(tl.load(values_ptr + value_start + first + value, mask=inside, other=0.0), VECTOR)
+        start = (first + lane * VECTOR) * 2
+        words = tl.load(meta_ptr + word_start + start // 32, mask=(i < rows) & (start < cols), other=0)
+        bits = words >> (start % 32)
+        for t in tl.static_range(TOKENS):
+            token = tl.program_id(1) * TOKENS + t
+            x = _inputs(
+                tokens_ptr + token.to(tl.int64) * stride, first * 2, token < n_tokens, cols, VECTOR, SPLIT, LANES
+            )
+            total = sums[t]
+            for g in tl.static_range(VECTOR // 2):
+                low = tl.where(bits & (2 << 4 * g) != 0, x[4 * g + 1], x[4 * g + 2])
+                low = tl.where(bits & (1 << 4 * g) != 0, x[4 * g], low)
+                high = tl.where(bits & (4 << 4 * g) != 0, x[4 * g + 2], x[4 * g + 1])
+                high = tl.where(bits & (8 << 4 * g) != 0, x[4 * g + 3], high)
+                total += values[2 * g].to(tl.float32) * low
+                total += values[2 * g + 1].to(tl.float32) * high
+            sums = sums[:t] + (total,) + sums[t + 1 :]
+    _store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
+
+
+@triton.jit
+def _inputs(line, first, inside, cols, VECTOR: tl.constexpr, SPLIT: tl.constexpr, LANES: tl.constexpr):
+    """A tuple of 2 * VECTOR tiles [1, LANES] in fp32: the inputs first + 2 * VECTOR * lane and on."""
+    place = tl.arange(0, LANES * SPLIT)[None, :]
+    parts = ()
+    for access in tl.static_range(2 * VECTOR // SPLIT):
+        j = first + place // SPLIT * (2 * VECTOR) + access * SPLIT + place % SPLIT
+        parts = parts + unzip(tl.load(line + j, mask=inside & (j < cols), other=0.0).to(tl.float32), SPLIT)
+    return parts
+
+
+@triton.jit
+def _any_pattern_body(
+    tokens_ptr,
+    values_ptr,
+    meta_ptr,
+    bias_ptr,
+    outputs_ptr,
+    n_tokens,
+    rows,
+    cols,
+    stride,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Weight by weight: a kept one is the value whose place is the number of kept ones before it in its group."""
+    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    value_start = i.to(tl.int64) * (cols // M * N)
+    word_start = i.to(tl.int64) * tl.cdiv(cols, 32)
+    sums = ()
+    for _ in tl.static_range(TOKENS):
+        sums = sums + (tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32),)
+    for first in tl.range(0, cols, BLOCK_COLS):
+        j = first + tl.arange(0, BLOCK_COLS)[None, :]
+        inside = (i < rows) & (j < cols)
+        words = tl.load(meta_ptr + word_start + j // 32, mask=inside, other=0)
+        before = (1 << j % 32) - (1 << j % 32 // M * M)
+        place = j // M * N + _ones(words & before)
+        kept = inside & (words >> j % 32 & 1 != 0)
+        weight = tl.load(values_ptr + value_start + place, mask=kept, other=0.0).to(tl.float32)
+        for t in tl.static_range(TOKENS):
+            token = tl.program_id(1) * TOKENS + t
+            line = tokens_ptr + token.to(tl.int64) * stride
+            x = tl.load(line + j, mask=(token < n_tokens) & (j < cols), other=0.0).to(tl.float32)
+            sums = sums[:t] + (sums[t] + tl.where(kept, weight * x, 0.0),) + sums[t + 1 :]
+    _store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
+
+
+@triton.jit
+def _ones(words):
+    """How many bits are set."""
+    pairs = words - (words >> 1 & 0x55555555)
+    fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
+    return ((fours + (fours >> 4) & 0x0F0F0F0F) * 0x01010101) >> 24
+
+
+@triton.jit
+def _store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS: tl.constexpr):
+    for t in tl.static_range(TOKENS):
+        token = tl.program_id(1) * TOKENS + t
+        total = tl.sum(sums[t], 1, keep_dims=True)
+        if bias_ptr is not None:
+            total += tl.load(bias_ptr + i, mask=i < rows, other=0.0).to(tl.float32)
+        place = token.to(tl.int64) * rows + i
+        tl.store(outputs_ptr + place, total.to(outputs_ptr.dtype.element_ty), mask=(i < rows) & (token < n_tokens))

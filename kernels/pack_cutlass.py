@@ -14,6 +14,9 @@ from .packed_nm import PackedNM, refuse_first, unpack_bits
 META = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.int8: torch.int32}
 """Metadata's dtype for each dtype of the weight."""
 
+BITS = {1: torch.int8, 2: torch.int16}
+"""An integer of as many bytes."""
+
 
 def pack_cutlass(weight: torch.Tensor | PackedNM) -> tuple[torch.Tensor, torch.Tensor]:
     """Values [out, in / 2] and metadata [out, in / 16] (int16; [out, in / 32], int32, for int8) of a 2:4 weight.
@@ -38,20 +41,22 @@ def pack_cutlass_reference(
     a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain torch, from the members [out, in / 4] of every group."""
+    meta_dtype = META[a.dtype]
     in_a, in_b, in_d = a != 0, b != 0, d != 0
     first = torch.where(in_a, 0, torch.where(in_b, 1, 2))
     both = in_a & in_b
     second = torch.where(both, 1, torch.where((in_a | in_b) & ~in_d, 2, 3))
-    values = torch.stack(
-        (torch.where(in_a, a, torch.where(in_b, b, c)), torch.where(both, b, torch.where(second == 2, c, d))), -1
-    ).flatten(1)
-    dtype = META[a.dtype]
-    nibbles = (first | (second << 2)).reshape(a.shape[0], -1, 2 * dtype.itemsize)
-    words = (nibbles << (4 * torch.arange(2 * dtype.itemsize, device=a.device))).sum(-1)
-    meta = words.to(dtype)
+    # As integers: torch.where changes the bits of a bf16 NaN.
+    bits = [member.view(BITS[a.element_size()]) for member in (a, b, c, d)]
+    low = torch.where(in_a, bits[0], torch.where(in_b, bits[1], bits[2]))
+    high = torch.where(both, bits[1], torch.where(second == 2, bits[2], bits[3]))
+    values = torch.stack((low, high), -1).flatten(1).view(a.dtype)
+    nibbles = (first | (second << 2)).reshape(a.shape[0], -1, 2 * meta_dtype.itemsize)
+    words = (nibbles << (4 * torch.arange(2 * meta_dtype.itemsize, device=a.device))).sum(-1)
+    meta = words.to(meta_dtype)
     rows, cols = meta.shape
     placed = torch.empty_like(meta).flatten()
-    placed[word_places(rows, cols, dtype, meta.device).flatten()] = meta.flatten()
+    placed[word_places(rows, cols, meta_dtype, meta.device).flatten()] = meta.flatten()
     return values, placed.reshape(rows, cols)
 
 
@@ -69,14 +74,15 @@ def word_places(rows: int, cols: int, dtype: torch.dtype, device: torch.device) 
 def four_of(packed: PackedNM) -> tuple[torch.Tensor, ...]:
     """The members [out, in / 4] of every group of a packed 2:4 weight."""
     a, b, c, d = unpack_bits(packed.meta)[:, : packed.shape[1]].reshape(packed.shape[0], -1, 4).unbind(-1)
-    low, high = packed.values[:, 0::2], packed.values[:, 1::2]
-    zero = torch.zeros((), dtype=low.dtype, device=low.device)
-    return (
-        torch.where(a, low, zero),
-        torch.where(b, torch.where(a, high, low), zero),
-        torch.where(c, torch.where(d, low, high), zero),
-        torch.where(d, high, zero),
+    bits = packed.values.view(BITS[packed.values.element_size()])
+    low, high = bits[:, 0::2], bits[:, 1::2]
+    members = (
+        torch.where(a, low, 0),
+        torch.where(b, torch.where(a, high, low), 0),
+        torch.where(c, torch.where(d, low, high), 0),
+        torch.where(d, high, 0),
     )
+    return tuple(member.view(packed.values.dtype) for member in members)
 
 
 def check_cutlass(weight: torch.Tensor | PackedNM) -> None:

@@ -6,9 +6,11 @@
 #include "assignment.h"
 #include "join_gains.h"
 #include "moments.h"
+#include "nm_linear.h"
 #include "select_nm.h"
 #include "select_rows.h"
 #include "sums.h"
+#include "two_of_four.h"
 
 namespace ace {
 
@@ -16,6 +18,7 @@ const Bodies ACE_BODIES = {
     ACE_ISA,    select_nm,   select_rows, count_keys, find_ties,        apply_cut,
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
     join_gains, assign,
+    widen_rows, nm_linear,   dense_linear,
 };
 
 }  // namespace ace

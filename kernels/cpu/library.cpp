@@ -133,6 +133,20 @@ Selection selection(void* weight, int64_t rows, int64_t cols, int64_t stride, in
             static_cast<uint8_t*>(delivered)};
 }
 
+// y = x W^T + b by `work(task, begin, end)` over shares of the outputs.
+template <typename Work>
+int linear(const Matrix& tokens, int64_t rows, int64_t weight_bytes, const float* bias, float* out, int threads,
+           const Work& work) {
+    return guarded([&] {
+        const int64_t padded = units(tokens.cols, 32) * 32;
+        std::vector<float> widened(tokens.rows * padded);
+        bodies->widen_rows(tokens, padded, widened.data());
+        const LinearTask task = {widened.data(), tokens.rows, padded, bias, out};
+        deal(rows, threads_for(weight_bytes, rows, threads),
+             [&](int64_t begin, int64_t end, int) { work(task, begin, end); });
+    });
+}
+
 }  // namespace
 }  // namespace ace
 
@@ -327,6 +341,28 @@ ACE_EXPORT int ace_assign(const float* gains, int64_t n_pools, int64_t size, int
             }
         });
     });
+}
+
+ACE_EXPORT int ace_nm_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
+                             const void* values, const uint32_t* meta, int64_t rows, int32_t n, int32_t m,
+                             int32_t weight_element, const float* bias, float* out, int32_t threads) {
+    const PackedWeight weight = {values, meta, rows, cols, n, m, Element(weight_element)};
+    const int64_t bytes = bytes_of({nullptr, rows, cols, cols, weight.element}) * n / m;
+    return linear({tokens, n_tokens, cols, stride, Element(element)}, rows, bytes, bias, out, threads,
+                  [&](const LinearTask& task, int64_t begin, int64_t end) {
+                      bodies->nm_linear(weight, task, begin, end);
+                  });
+}
+
+// The same loop over a dense weight, to measure against.
+ACE_EXPORT int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
+                                void* weight, int64_t rows, int64_t weight_stride, int32_t weight_element,
+                                const float* bias, float* out, int32_t threads) {
+    const Matrix w = {weight, rows, cols, weight_stride, Element(weight_element)};
+    return linear({tokens, n_tokens, cols, stride, Element(element)}, rows, bytes_of(w), bias, out, threads,
+                  [&](const LinearTask& task, int64_t begin, int64_t end) {
+                      bodies->dense_linear(w, task, begin, end);
+                  });
 }
 
 }  // extern "C"

@@ -76,6 +76,22 @@ struct AssignmentTask {
     int32_t *before, *group_of, *path;
 };
 
+// n of every m along contiguous rows: values one after the other, and a bit a weight in words of 32, lowest first.
+struct PackedWeight {
+    const void* values;
+    const uint32_t* meta;
+    int64_t rows, cols;
+    int32_t n, m;
+    Element element;
+};
+
+struct LinearTask {
+    const float* tokens;  // [n_tokens, padded], zeros past the last input
+    int64_t n_tokens, padded;
+    const float* bias;  // [rows], or null
+    float* out;         // [n_tokens, rows]
+};
+
 // Rows of a unit of summing: column sums do not depend on how units are dealt to threads.
 constexpr int64_t SUM_ROWS = 128;
 // Tokens whose channels are summed at a time, and the most channels of a strip of moments.
@@ -107,6 +123,11 @@ struct Bodies {
     // One vector of one pool's candidates; zero rows leave the gains unwritten.
     void (*join_gains)(const JoinTask&, int64_t pool, int64_t block);
     void (*assign)(const AssignmentTask&);
+    // fp32 copies of rows, `padded` apart, zeros behind them.
+    void (*widen_rows)(const Matrix&, int64_t padded, float* out);
+    // Outputs begin..end of all tokens.
+    void (*nm_linear)(const PackedWeight&, const LinearTask&, int64_t begin, int64_t end);
+    void (*dense_linear)(const Matrix&, const LinearTask&, int64_t begin, int64_t end);
 };
 
 extern const Bodies portable_bodies;

@@ -98,6 +98,17 @@ ACE_INLINE Loaded load_raw(const Stored* from, int lanes) {
     if (lanes == LANES) {
         for (int p = 0; p < PARTS; ++p) memcpy(&v.part[p], from + p * WIDTH, sizeof v.part[p]);
     } else {
+#if ACE_WIDTH == 16
+        if constexpr (sizeof(Stored) == 4) {
+            const __m512i some = _mm512_maskz_loadu_epi32(uint16_t((1u << lanes) - 1), from);
+            memcpy(&v, &some, sizeof v);
+            return v;
+        } else if constexpr (sizeof(Stored) == 2) {
+            const __m256i some = _mm256_maskz_loadu_epi16(uint16_t((1u << lanes) - 1), from);
+            memcpy(&v, &some, sizeof v);
+            return v;
+        }
+#endif
         memset(&v, 0, sizeof v);
         memcpy(&v, from, lanes * sizeof(Stored));
     }
@@ -130,8 +141,10 @@ struct Bytes {
 ACE_INLINE Ints widen(const Halves& halves) {
     Ints v;
     for (int p = 0; p < PARTS; ++p) {
-#if ACE_WIDTH == 8
-        // GCC 12 makes three instructions of the conversion.
+        // GCC 12 makes several instructions of the conversion.
+#if ACE_WIDTH == 16
+        v.part[p] = (NativeInts)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves.part[p]);
+#elif ACE_WIDTH == 8
         v.part[p] = (NativeInts)_mm256_cvtepu16_epi32((__m128i)halves.part[p]);
 #else
         v.part[p] = __builtin_convertvector(halves.part[p], NativeInts);

@@ -1,0 +1,159 @@
+// y = x W^T from a weight packed 2:4, value by value: sixteen values, two of each group of four, take the inputs that
+// their places name, and pruned weights cost nothing. Lane l of an output's sum takes the values k with k % 16 = l.
+#pragma once
+
+#include "nm_linear.h"
+
+namespace ace {
+namespace {
+
+// Weights of a word, and of the values in a vector.
+constexpr int WORD = 32;
+constexpr int TILE_WORDS = INPUT_TILE / WORD;
+
+// Words of sixteen 2-bit places inside their groups from words of 32 bits, nibble by nibble: the lower place is 0 where
+// bit 0 is set, else 1 where bit 1 is, else 2; the higher one 3, 2 or 1 by bits 3 and 2. No bits lead outside a group.
+ACE_INLINE void places_of(const uint32_t* meta, int words, uint32_t* places) {
+    for (int k = 0; k < words; ++k) {
+        const uint32_t bits = meta[k], down = bits >> 1, up = bits << 1;
+        places[k] = (~bits & down & 0x11111111) | (~(bits | up) & 0x22222222) | ((down | ~bits) & 0x44444444) |
+                    ((bits | up) & 0x88888888);
+    }
+}
+
+// The inputs of sixteen values, out of the 32 at `x`.
+struct Inputs {
+#if ACE_WIDTH == 16
+    __m512i index;
+    ACE_INLINE explicit Inputs(uint32_t places) {
+        const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+        const __m512i shifted = _mm512_maskz_srlv_epi32(0xffff, _mm512_set1_epi32(int32_t(places)), shifts);
+        constexpr int AND_OR = 0xea;
+        index = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(3), groups, AND_OR);
+    }
+    ACE_INLINE Floats of(const float* x) const {
+        return Floats{{(NativeFloats)_mm512_permutex2var_ps(_mm512_loadu_ps(x), index, _mm512_loadu_ps(x + LANES))}};
+    }
+#elif ACE_WIDTH == 8
+    __m256i index[2];
+    ACE_INLINE explicit Inputs(uint32_t places) {
+        const __m256i shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+        index[0] = _mm256_srlv_epi32(_mm256_set1_epi32(int32_t(places)), shifts);
+        index[1] = _mm256_srlv_epi32(_mm256_set1_epi32(int32_t(places >> 16)), shifts);
+    }
+    // Four groups at a time, the first two of which fill the lower half of the values.
+    ACE_INLINE Floats of(const float* x) const {
+        Floats v;
+        for (int p = 0; p < 2; ++p, x += LANES) {
+            const __m256 even = _mm256_set_m128(_mm_loadu_ps(x + 8), _mm_loadu_ps(x));
+            const __m256 odd = _mm256_set_m128(_mm_loadu_ps(x + 12), _mm_loadu_ps(x + 4));
+            v.part[p] = (NativeFloats)_mm256_blend_ps(_mm256_permutevar_ps(even, index[p]),
+                                                      _mm256_permutevar_ps(odd, index[p]), 0xcc);
+        }
+        return v;
+    }
+#else
+    uint32_t places;
+    ACE_INLINE explicit Inputs(uint32_t places) : places(places) {}
+    ACE_INLINE Floats of(const float* x) const {
+        float v[LANES];
+        for (int k = 0; k < LANES; ++k) v[k] = x[k / 2 * 4 + (places >> (2 * k) & 3)];
+        return load(v);
+    }
+#endif
+};
+
+// OUTPUTS rows of a packed weight.
+template <typename E>
+struct TwoOfFour {
+    const typename E::Stored* values;
+    const uint32_t* meta;
+    int64_t stride, words;
+};
+
+// A word of OUTPUTS rows times TOKENS tokens; its values start `value` into the rows.
+template <int OUTPUTS, int TOKENS, typename E>
+ACE_INLINE void add_word(const TwoOfFour<E>& w, int64_t value, int lanes, const uint32_t (*places)[TILE_WORDS], int k,
+                         const float* x, int64_t padded, Floats (*sum)[TOKENS]) {
+    constexpr int SIZE = sizeof(typename E::Stored);
+    for (int r = 0; r < OUTPUTS; ++r) {
+        const auto* from = w.values + r * w.stride + value;
+        ask_ahead<OUTPUTS>(w.values + r * w.stride, value * SIZE, w.stride * SIZE);
+        const Floats values = E::load(from, lanes);
+        const Inputs inputs(places[r][k]);
+        for (int t = 0; t < TOKENS; ++t) sum[r][t] = sum[r][t] + values * inputs.of(x + t * padded);
+    }
+}
+
+// Inputs of one tile, `count` of them, from `from` on.
+template <int OUTPUTS, int TOKENS, typename E>
+ACE_INLINE void add_tile(const TwoOfFour<E>& w, int64_t from, int count, const uint32_t (*places)[TILE_WORDS],
+                         const float* x, int64_t padded, Floats* sums) {
+    Floats sum[OUTPUTS][TOKENS];
+    for (int r = 0; r < OUTPUTS; ++r) {
+        for (int t = 0; t < TOKENS; ++t) sum[r][t] = sums[r * TOKENS_AT_ONCE + t];
+    }
+    int k = 0;
+    for (; (k + 1) * WORD <= count; ++k) {
+        add_word<OUTPUTS, TOKENS>(w, from / 2 + k * LANES, LANES, places, k, x + from + k * WORD, padded, sum);
+    }
+    if (k * WORD < count) {
+        const int lanes = (count - k * WORD) / 2;
+        add_word<OUTPUTS, TOKENS>(w, from / 2 + k * LANES, lanes, places, k, x + from + k * WORD, padded, sum);
+    }
+    for (int r = 0; r < OUTPUTS; ++r) {
+        for (int t = 0; t < TOKENS; ++t) sums[r * TOKENS_AT_ONCE + t] = sum[r][t];
+    }
+}
+
+template <int OUTPUTS, typename E>
+ACE_INLINE void two_of_four_outputs(const TwoOfFour<E>& w, const PackedWeight& whole, const LinearTask& task,
+                                    int64_t i) {
+    for (int64_t first = 0; first < task.n_tokens; first += TOKENS_AT_ONCE) {
+        const int tokens = int(task.n_tokens - first < TOKENS_AT_ONCE ? task.n_tokens - first : TOKENS_AT_ONCE);
+        Floats sums[OUTPUTS * TOKENS_AT_ONCE];
+        for (int r = 0; r < OUTPUTS; ++r) {
+            for (int t = 0; t < tokens; ++t) sums[r * TOKENS_AT_ONCE + t] = Floats::all(0.0f);
+        }
+        for (int64_t from = 0; from < whole.cols; from += INPUT_TILE) {
+            const int count = int(whole.cols - from < INPUT_TILE ? whole.cols - from : INPUT_TILE);
+            uint32_t places[OUTPUTS][TILE_WORDS];
+            for (int r = 0; r < OUTPUTS; ++r) {
+                __builtin_prefetch(w.meta + r * w.words + from / WORD + TILE_WORDS);
+                places_of(w.meta + r * w.words + from / WORD, (count + WORD - 1) / WORD, places[r]);
+            }
+            const float* x = task.tokens + first * task.padded;
+            int t = 0;
+            for (; t + 4 <= tokens; t += 4) {
+                add_tile<OUTPUTS, 4>(w, from, count, places, x + t * task.padded, task.padded, sums + t);
+            }
+            for (; t < tokens; ++t) {
+                add_tile<OUTPUTS, 1>(w, from, count, places, x + t * task.padded, task.padded, sums + t);
+            }
+        }
+        deliver_sums<OUTPUTS>(sums, tokens, first, whole.rows, task, i);
+    }
+}
+
+inline void two_of_four_linear(const PackedWeight& w, const LinearTask& task, int64_t begin, int64_t end) {
+    const int64_t stride = w.cols / 2, words = (w.cols + WORD - 1) / WORD;
+    with_element(w.element, [&](auto element) ACE_INLINED {
+        using E = decltype(element);
+        const auto* values = static_cast<const typename E::Stored*>(w.values);
+        const auto rows = [&](int64_t i) ACE_INLINED {
+            return TwoOfFour<E>{values + i * stride, w.meta + i * words, stride, words};
+        };
+        int64_t i = begin;
+        for (; i + OUTPUT_TILE <= end; i += OUTPUT_TILE) two_of_four_outputs<OUTPUT_TILE>(rows(i), w, task, i);
+        for (; i < end; ++i) two_of_four_outputs<1>(rows(i), w, task, i);
+    });
+}
+
+inline void nm_linear(const PackedWeight& w, const LinearTask& task, int64_t begin, int64_t end) {
+    if (w.n == 2 && w.m == 4) two_of_four_linear(w, task, begin, end);
+    else packed_linear(w, task, begin, end);
+}
+
+}  // namespace
+}  // namespace ace
