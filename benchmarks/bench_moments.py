@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ace_triton import ActivationStats
+from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.token_norms import token_norms
@@ -102,5 +103,27 @@ def test_weighted_squares(compare: Compare, tokens: torch.Tensor, n_layers: int)
             (Provider("torch", theirs), Provider("plain read", lambda: all_finite(tokens))),
             tokens.nbytes,
             lambda: close(weighted_squares(flat, weights), theirs(), "weighted squares"),
+        )
+    )
+
+
+def test_coupling(compare: Compare, tokens: torch.Tensor) -> None:
+    """CosP's matrix of a layer with 512 outputs: bound by arithmetic, so bytes say nothing."""
+    flat = tokens.flatten(0, 1)[:2048]
+    outputs = torch.randn(len(flat), 512, device=tokens.device).bfloat16()
+    weights = 1 / (outputs.float().square().sum(1) * len(flat))
+
+    def theirs() -> torch.Tensor:
+        return published.cosine_loss(flat, outputs)
+
+    compare(
+        Comparison(
+            "coupling, 512 outputs",
+            tokens.shape,
+            tokens.dtype,
+            lambda: coupling(flat, outputs, weights),
+            (Provider("published GEMM", theirs),),
+            0,
+            lambda: close(coupling(flat, outputs, weights), theirs(), "coupling matrices"),
         )
     )

@@ -14,9 +14,6 @@ from .gate import Verdict
 from .results import OURS, Outcome, Result, Setting
 from .timer import Stopwatch
 
-SECONDS = 3.0
-"""What the rounds of one comparison may take together, unless the fewest rounds take longer."""
-
 FEWEST_ROUNDS, MOST_ROUNDS = 2, 20
 WALL_ROUNDS = 3
 STAGES = ("calibration", "statistics", "select", "total")
@@ -55,9 +52,17 @@ class Comparison:
 
 
 def time_in_turn(
-    benchmark: Any, comparison: Comparison, stopwatch: Stopwatch, setting: Setting, verdict: Verdict
+    benchmark: Any, comparison: Comparison, stopwatch: Stopwatch, setting: Setting, verdict: Verdict, budget: float
 ) -> Outcome:
     """Check, then time all providers in rounds A B A B, ours by pytest-benchmark.
+
+    Args:
+        benchmark: its fixture.
+        comparison: what to time.
+        stopwatch: for the others; pytest-benchmark reads the same clock.
+        setting: what it is measured with.
+        verdict: what the operation's tests say.
+        budget: seconds that the rounds may take together, unless the fewest rounds take longer.
 
     Raises:
         Disagreement: from the check; nothing was timed.
@@ -70,7 +75,7 @@ def time_in_turn(
         return stopwatch.time(provider.call)
 
     once = sum(spent(provider) for provider in providers)
-    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / max(once, 1e-9))))
+    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(budget / max(once, 1e-9))))
     seconds: dict[str, list[float]] = {provider.name: [] for provider in providers}
 
     def others_first() -> None:

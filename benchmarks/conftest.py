@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("side by side")
     group.addoption("--bench-device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--results", type=Path, default=None)
+    group.addoption("--budget", type=float, default=3.0)
     group.addoption("--tiny", action="store_true")
     group.addoption("--tested", type=Path, default=None)
 
@@ -123,12 +124,13 @@ def keep(request: pytest.FixtureRequest) -> Callable[[Outcome], None]:
 
 
 @pytest.fixture
-def compare(benchmark, verdict: Verdict, keep, stopwatch: Stopwatch, tiny: bool) -> Compare:
+def compare(benchmark, request, verdict: Verdict, keep, stopwatch: Stopwatch, tiny: bool) -> Compare:
     """compare(comparison): check it, time it and keep the figures."""
+    budget = request.config.getoption("--budget")
 
     def run(comparison: Comparison) -> Outcome:
         setting = Setting.here(stopwatch.device, dry_run=tiny)
-        outcome = time_in_turn(benchmark, comparison, stopwatch, setting, verdict)
+        outcome = time_in_turn(benchmark, comparison, stopwatch, setting, verdict, budget)
         keep(outcome)
         return outcome
 

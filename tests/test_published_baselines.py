@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from ace_triton import ActivationStats, Sparsity, prune_linear
-from benchmarks import published
+from ace_triton import ActivationStats, Sparsity, prune_linear, prune_model
+from benchmarks import published, published_model
 
 ROWS, COLS = 48, 96
 
 
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def layer() -> nn.Linear:
+def layer(device) -> nn.Linear:
     torch.manual_seed(0)
-    return nn.Linear(COLS, ROWS)
+    return nn.Linear(COLS, ROWS).to(device)
 
 
 @pytest.fixture
-def tokens() -> torch.Tensor:
+def tokens(device) -> torch.Tensor:
     torch.manual_seed(1)
-    return torch.randn(4, 32, COLS) * torch.rand(COLS)
+    return (torch.randn(4, 32, COLS) * torch.rand(COLS)).to(device)
 
 
 def scores_of(method: str, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    mean_square = tokens.square().sum((0, 1)) / tokens.shape[0]
+    norms = published.InputNorms(torch.zeros(COLS, device=tokens.device))
+    for batch in tokens.split([1, 3]):
+        norms.add(batch)
+    mean_square = norms.mean_square
     if method == "wanda":
         return published.wanda_scores(weight, mean_square)
     if method == "ria":
@@ -59,8 +69,31 @@ def test_whole_layer(layer, tokens, method):
     assert torch.equal(layer.weight, theirs)
 
 
+@pytest.mark.parametrize(("n_kept", "m"), [(2, 4), (4, 8)])
+def test_ace_as_published(layer, tokens, n_kept, m):
+    outputs = layer(tokens).detach().flatten(0, 1)
+    theirs = layer.weight.detach().clone()
+    loss = published.cosine_loss(tokens.flatten(0, 1), outputs)
+    factor = published.variance_factor(tokens.square().sum(1))
+    mean_square = tokens.square().sum((0, 1)) / len(tokens)
+    published.prune_groups(theirs, published.ace_scores(theirs, mean_square, loss, factor), m - n_kept, m)
+    prune_linear(layer, tokens, "ace", f"{n_kept}:{m}", base="wanda", reduce="abs")
+    assert torch.equal(layer.weight, theirs)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "ace"])
+def test_whole_models(tiny_model, ids, method):
+    ours, theirs = tiny_model, copy.deepcopy(tiny_model)
+    options = {"base": "wanda", "reduce": "abs"} if method == "ace" else {}
+    prune_model(ours, ids, method, "2:4", batch_size=3, **options)
+    seconds = published_model.prune_model(theirs, ids, method, 2, 4, batch_size=3)
+    assert seconds.total >= seconds.select > 0
+    for name, weight in ours.state_dict().items():
+        torch.testing.assert_close(weight, theirs.state_dict()[name], rtol=0, atol=0, msg=name)
+
+
 def test_equal_scores_fall_as_in_the_published_sort(tokens):
-    layer = nn.Linear(COLS, ROWS)
+    layer = nn.Linear(COLS, ROWS, device=tokens.device)
     with torch.no_grad():
         layer.weight.copy_(torch.randint(-2, 3, (ROWS, COLS)))
     theirs = layer.weight.detach().clone()

@@ -11,9 +11,9 @@ import torch
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.score_terms import ScoreTerms
 
-hypothesis.settings.register_profile(
-    "kernels", deadline=None, max_examples=15 if interpreting() else 60, derandomize=True
-)
+# The interpreter is slow, and on a GPU nearly every example compiles kernels of its own.
+FEW = interpreting() or torch.cuda.is_available()
+hypothesis.settings.register_profile("kernels", deadline=None, max_examples=15 if FEW else 60, derandomize=True)
 hypothesis.settings.load_profile("kernels")
 
 # "ties" draws from few values; "special" mixes in signed zeros, subnormals, extremes and infinities.

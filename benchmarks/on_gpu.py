@@ -1,0 +1,233 @@
+"""Everything that only a GPU can show: tests of the kernels on it, then times. In under ten minutes.
+
+    benchmarks/on_gpu.sh [--out DIR] [--only NAME ...] [--dry-run]
+
+A section has its own process and time limit, so that one which fails or hangs costs no other; DIR/on_gpu.json is
+written anew after each. A dry run takes the same way on a CPU with small inputs, and is marked as such: nothing in it
+says anything of a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+
+from ace_triton.report import write_json
+
+from .gate import ROOT
+from .report_bench import markdown_table
+from .results import installed, load, outcomes
+
+Status = Literal["passed", "failed", "timed out"]
+
+TAIL_LINES = 40
+RESULTS, TESTS, SPARSE = "results.csv", "tests.xml", "sparse.json"
+DRY_RUN_TESTS = "says_what_is_wrong or whole_layer"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What was measured on, and with what; "" for what is not there.
+
+    Attributes:
+        dry_run: True where it ran on a CPU, with small inputs.
+        gpu, capability, driver, runtime: the GPU's name, "9.0", the driver's and CUDA's (or ROCm's) version.
+        torch, triton, cusparselt, ace_triton, python: versions.
+        date: UTC, ISO 8601.
+    """
+
+    dry_run: bool
+    gpu: str
+    capability: str
+    driver: str
+    runtime: str
+    torch: str
+    triton: str
+    cusparselt: str
+    ace_triton: str
+    python: str
+    date: str
+
+    @classmethod
+    def here(cls, dry_run: bool) -> Environment:
+        """This machine, now."""
+        there = torch.cuda.is_available() and not dry_run
+        sparse = torch.backends.cusparselt
+        return cls(
+            dry_run,
+            torch.cuda.get_device_name() if there else "",
+            ".".join(map(str, torch.cuda.get_device_capability())) if there else "",
+            driver_version() if there else "",
+            torch.version.cuda or torch.version.hip or "",
+            torch.__version__,
+            installed("triton"),
+            str(sparse.version()) if there and sparse.is_available() else "",
+            installed("ace-triton"),
+            platform.python_version(),
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """One process: its name, what follows the interpreter, and its limit in seconds."""
+
+    name: str
+    arguments: tuple[str, ...]
+    limit: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a section ended.
+
+    Attributes:
+        name: of the section.
+        status: "failed" for any exit status but 0.
+        seconds: that it took.
+        tail: the last lines it printed; all of them are in DIR/NAME.log.
+    """
+
+    name: str
+    status: Status
+    seconds: float
+    tail: tuple[str, ...]
+
+
+def sections(out: Path, dry_run: bool) -> tuple[Section, ...]:
+    """All sections; their limits add up to less than ten minutes."""
+    report, results = out / TESTS, out / RESULTS
+    workers = ("--numprocesses", "8") if installed("pytest-xdist") and not dry_run else ()
+
+    def timed(name: str, limit: float, *arguments: str) -> Section:
+        device = ("--bench-device", "cpu", "--tiny") if dry_run else ("--bench-device", "cuda")
+        options = ("--benchmark-only", "--override-ini", "addopts=--import-mode=importlib", "--budget", "0.5")
+        files = ("--tested", str(report), "--results", str(results))
+        return Section(name, ("-m", "pytest", "-q", *arguments, *options, *device, *files), limit)
+
+    which = DRY_RUN_TESTS if dry_run else "cuda"
+    tests = ("tests/kernels", "tests/test_published_baselines.py", "-k", which, "--junitxml", str(report))
+    kernels = [f"benchmarks/bench_{name}.py" for name in ("select_nm", "select_rows", "weight_sums", "moments")]
+    layer = ("--device", "cpu", "--shape", "64x128", "--rows", "1") if dry_run else ("--shape", "4096x11008")
+    sparse = ("-m", "ace_triton", "bench", *layer, "--json", str(out / SPARSE))
+    return (
+        Section("tests", ("-m", "pytest", "-q", *tests, *workers), 200),
+        timed("kernels", 80, *kernels, "-k", "not other_patterns and not masks"),
+        timed("layers", 90, "benchmarks/bench_prune_layer.py"),
+        timed("model", 70, "benchmarks/bench_prune_model.py", "-k", "score_and_mask or ria"),
+        Section("sparse", sparse, 70),
+        timed("patterns", 50, kernels[0], "-k", "other_patterns or masks"),
+    )
+
+
+def run_section(section: Section, out: Path) -> Finished:
+    """Run it, and end it with all its children when its time is up."""
+    log = out / f"{section.name}.log"
+    start = time.perf_counter()
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, *section.arguments],
+            cwd=ROOT,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        status: Status
+        try:
+            status = "passed" if process.wait(section.limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "timed out"
+        finally:
+            _end(process)
+    lines = log.read_text(errors="replace").splitlines()
+    return Finished(section.name, status, round(time.perf_counter() - start, 1), tuple(lines[-TAIL_LINES:]))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the process and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version, "" where nvidia-smi does not tell."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def write_record(out: Path, environment: Environment, finished: Sequence[Finished]) -> None:
+    """DIR/on_gpu.json and DIR/on_gpu.md from what there is so far."""
+    results = load(out / RESULTS)
+    record = {
+        "environment": asdict(environment),
+        "sections": [asdict(one) for one in finished],
+        "results": [asdict(result) for result in results],
+        "sparse": json.loads((out / SPARSE).read_text()) if (out / SPARSE).is_file() else None,
+    }
+    write_json(out / "on_gpu.json", record)
+    title = "# A dry run on a CPU: nothing here says anything of a GPU" if environment.dry_run else "# On a GPU"
+    facts = [f"| {name} | {value} |" for name, value in asdict(environment).items()]
+    ended = [f"| {one.name} | {one.status} | {one.seconds:.0f} s |" for one in finished]
+    lines = [title, "", "| | |", "|---|---|", *facts, "", "| section | status | took |", "|---|---|---:|", *ended, ""]
+    lines += [*markdown_table(outcomes(results)), ""]
+    for one in finished:
+        if one.status != "passed" or one.name == "sparse":
+            lines += [f"## {one.name}: {one.status}", "", "```", *one.tail, "```", ""]
+    (out / "on_gpu.md").write_text("\n".join(lines))
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="A folder for the results; made, and its old ones replaced.")] = Path(
+        "on_gpu"
+    ),
+    only: Annotated[list[str] | None, typer.Option(help="Names of sections; all where none is given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="On a CPU, with small inputs.")] = False,
+) -> None:
+    """Run the sections in turn; write DIR/on_gpu.json and DIR/on_gpu.md."""
+    if not dry_run and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no GPU here (torch.cuda.is_available() is False); try it with --dry-run")
+    out = out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    all_sections = sections(out, dry_run)
+    unknown = set(only or ()) - {section.name for section in all_sections}
+    if unknown:
+        names = ", ".join(section.name for section in all_sections)
+        raise typer.BadParameter(f"no section {', '.join(sorted(unknown))}; there are {names}")
+    for stale in (RESULTS, TESTS, SPARSE):
+        (out / stale).unlink(missing_ok=True)
+    console = Console()
+    environment = Environment.here(dry_run)
+    console.print(json.dumps(asdict(environment), indent=2))
+    finished: list[Finished] = []
+    for section in all_sections:
+        if not only or section.name in only:
+            console.print(f"{section.name} (at most {section.limit:.0f} s) ...", end=" ")
+            finished.append(run_section(section, out))
+            console.print(f"{finished[-1].status} after {finished[-1].seconds:.0f} s")
+            write_record(out, environment, finished)
+    print((out / "on_gpu.md").read_text())
+    raise typer.Exit(0 if all(one.status == "passed" for one in finished) else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
