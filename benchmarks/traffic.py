@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from ace_triton import ActivationStats
+from ace_triton.kernels import launch
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
@@ -40,6 +41,11 @@ from .published import prune_groups, prune_rows_by_sort, ria_scores, wanda_score
 
 SHAPE = (512, 2048)
 N_TOKENS = 2048
+
+# Sums leave partial sums in the measure of what a program sums, which depends on the whole: they are counted over a few
+# programs' share of a layer and of a batch of tokens, with the blocks that the launchers plan for all of it.
+LAYER, LAYER_SHARE = (4096, 11008), (752, 2048)
+BATCH, BATCH_SHARE = (128, 128, 4096), (32, 128, 512)
 
 
 @dataclass
@@ -191,6 +197,40 @@ def count(what: str, elements: int, least: int, call: Callable[[], object]) -> R
     return Row(what, elements, least, traffic)
 
 
+@contextmanager
+def planned_for(plan: str, whole: tuple[int, ...]) -> Iterator[None]:
+    """Inside, launches take the blocks that ``launch``'s function ``plan`` gives a tensor of the shape ``whole``."""
+    planned = getattr(launch, plan)
+    with mock.patch.object(launch, plan, lambda tensor: planned(torch.empty(whole, dtype=tensor.dtype, device="meta"))):
+        yield
+
+
+def rows_of_sums(dtype: torch.dtype) -> list[Row]:
+    """What sums over all of a layer or of a batch."""
+    weight, tokens = torch.randn(LAYER_SHARE).to(dtype), torch.randn(BATCH_SHARE).to(dtype)
+    (rows, cols), (sequences, _, channels) = LAYER_SHARE, BATCH_SHARE
+    e, n, x = weight.element_size(), weight.numel(), tokens.numel()
+    stats = ActivationStats.from_tokens(torch.randn(2, 4, cols))
+    ria(weight[:4], stats)
+    of_layer = f" ({LAYER[0]} x {LAYER[1]})"
+    with planned_for("weight_sums", LAYER), planned_for("moments", BATCH):
+        return [
+            count("weight_sums" + of_layer, n, e * n + 4 * (rows + cols), lambda: weight_sums(weight)),
+            count(
+                "RIA in all: sums, terms, 2:4" + of_layer,
+                n,
+                3 * e * n,
+                lambda: select_nm(weight, ria(weight, stats), 2, 4),
+            ),
+            count(
+                f"moments ({' x '.join(map(str, BATCH))})",
+                x,
+                e * x + 4 * sequences * channels + 16 * channels,
+                lambda: moments(tokens),
+            ),
+        ]
+
+
 def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     """Every operation of ours."""
     rows, cols = SHAPE
@@ -205,7 +245,6 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     e, n = weight.element_size(), weight.numel()
     vectors = sum(t.numel() * 4 for t in relative.tensors().values())
     x = flat.numel()
-    table = 4 * cols * len(tokens)
     return [
         count("select_nm 2:4, Wanda's terms", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 2, 4)),
         count("select_nm 2:4, RIA's terms", n, 2 * e * n + vectors, lambda: select_nm(weight, relative, 2, 4)),
@@ -215,10 +254,8 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
             "select_nm 2:4, bit mask", n, e * n + n // 8, lambda: select_nm(weight, ScoreTerms(), 2, 4, output="bits")
         ),
         count("select_rows 50 %", n, 2 * e * n + 4 * cols, lambda: select_rows(weight, plain, cols // 2)),
-        count("weight_sums", n, e * n + 4 * (rows + cols), lambda: weight_sums(weight)),
+        *rows_of_sums(dtype),
         count("all_finite", n, e * n, lambda: all_finite(weight)),
-        count("RIA in all: sums, terms, 2:4", n, 3 * e * n, lambda: select_nm(weight, ria(weight, stats), 2, 4)),
-        count("moments", x, e * x + table + 16 * cols, lambda: moments(tokens)),
         count("weighted_squares, 3 layers", x, e * x + 12 * (N_TOKENS + cols), lambda: weighted_squares(flat, norms)),
         count("token_norms", outputs.numel(), e * outputs.numel() + 4 * N_TOKENS, lambda: token_norms(outputs)),
         count(
@@ -253,7 +290,9 @@ def page(ours: list[Row], published: list[Row]) -> str:
         "# Memory traffic",
         "",
         "Counted by running each operation, not timed, by `make traffic`. Weight "
-        f"{SHAPE[0]} x {SHAPE[1]}, {N_TOKENS} tokens, bf16. *Bytes an element* counts a byte once a launch (a cache "
+        f"{SHAPE[0]} x {SHAPE[1]}, {N_TOKENS} tokens, bf16; sums, whose partial results depend on the whole, over a "
+        "share of the layer or batch in brackets, with the blocks that are planned for all of it. *Bytes an element* "
+        "counts a byte once a launch (a cache "
         "serves repeats within one, nothing survives between two); *issued* counts every load and store. *Fewest* is "
         "what any implementation must read and write once. Launches are kernels, or torch operations that touch data; "
         "for the published ways most of these are one or more kernels each.",
