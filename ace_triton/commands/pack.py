@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from .. import checkpoint, report
 from ..packed_checkpoint import save_packed
+from ..packed_manifest import is_packed
 from ..progress import stage
 from ..sparsify import sparsify
 from .console import console, progress_bars
@@ -32,6 +33,8 @@ def pack(
 ) -> None:
     """Pack the n:m layers of a pruned checkpoint: a smaller one, which ace_triton.load runs sparse."""
     check_json(json)
+    if is_packed(src):
+        raise ValueError(f"{src} is packed already")
     checkpoint.check_out(out, overwrite=overwrite)
     with progress_bars() as progress:
         with stage(progress, "load the model"):
