@@ -9,6 +9,7 @@ from .nm_linear import NMLinear
 from .packed_checkpoint import load, save_packed
 from .prune import PruneError, PruneResult, prune_linear
 from .prune_model import ModelReport, prune_model
+from .recover import RecoveryReport, RecoverySettings, recover
 from .sparsify import SparsifyReport, set_row_limits, sparsify
 from .sparsity import Sparsity
 from .stats import ActivationStats, StatsError
@@ -23,6 +24,8 @@ __all__ = [
     "NMLinear",
     "PruneError",
     "PruneResult",
+    "RecoveryReport",
+    "RecoverySettings",
     "RowLimits",
     "ScoreTerms",
     "SparsifyReport",
@@ -33,6 +36,7 @@ __all__ = [
     "metric_names",
     "prune_linear",
     "prune_model",
+    "recover",
     "register_metric",
     "save_packed",
     "set_row_limits",

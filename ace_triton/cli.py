@@ -20,6 +20,7 @@ from .commands.generate import generate
 from .commands.info import info
 from .commands.pack import pack
 from .commands.prune import prune
+from .commands.recover import recover
 from .commands.study import study
 
 TRACEBACK_VARIABLE = "ACE_TRITON_TRACEBACK"
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prune, pack, generate, bench, evaluate, info, demo, study):
+for command in (prune, recover, pack, generate, bench, evaluate, info, demo, study):
     app.command()(command)
 
 

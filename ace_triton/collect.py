@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .experts import watch_experts
+from .gram import Gram
 from .metrics import Needs
 from .prune import PruneError, as_kernel_dtype
 from .stats import ActivationStats, OutputStats, StatsError, update_outputs
@@ -85,6 +86,19 @@ class InputCollector:
         group = self._group_of.get(name)
         return None if group is None else group.stats.with_outputs(self._outputs.get(name))
 
+    def reorder_inputs(self, name: str, order: torch.Tensor) -> None:
+        """Put a layer's input channels in another order, for all layers that share them."""
+        group = self._group_of[name]
+        group.stats.reorder(order)
+        for member in group.names:
+            if member in self._outputs:
+                self._outputs[member].reorder(inputs=order)
+
+    def reorder_outputs(self, name: str, order: torch.Tensor) -> None:
+        """Put a layer's output channels in another order."""
+        if name in self._outputs:
+            self._outputs[name].reorder(outputs=order)
+
     @contextmanager
     def batch(self, shape: tuple[int, int], valid: torch.Tensor | None) -> Iterator[None]:
         """Watch the layers while one batch runs.
@@ -135,7 +149,9 @@ class InputCollector:
         self._settle()
         founding = group is None
         if group is None:
-            group = self._group_of[name] = _Group([name], ActivationStats(tensor.shape[-1]))
+            width = tensor.shape[-1]
+            gram = Gram(width) if self._needs.gram else None
+            group = self._group_of[name] = _Group([name], ActivationStats(width, gram=gram))
         tokens, valid = self._sequences(tensor)
         group.stats.update(tokens, valid=valid)
         reading = _Reading(tensor, tensor._version, group, founding, {name})

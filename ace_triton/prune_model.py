@@ -6,26 +6,32 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from .blocks import gated_consumers, stacks_of
 from .collect import InputCollector
-from .experts import find_layouts
+from .experts import ExpertLinear, find_layouts
+from .kernels.score_terms import scores_reference
 from .metrics import Metric, Needs, metric
 from .plan import NameFilter, Plan, Skipped, Unit, misfit
-from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked
-from .replay import Batch, WholeForward, calibration_mode, make_runner
+from .prune import as_kernel_dtype, check_weight, default_axis, needed, prune_checked
+from .reorder import TRIAL_LENGTH, PermutationReport, Reorderer, find_folds
+from .replay import Batch, Runner, WholeForward, calibration_mode, make_runner
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats
 from .timing import Seconds, Stopwatch
+from .update import Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[int, int, str], None]
+
+Order = Literal["one shot", "blocks", "layers"]
+"""What is pruned between two looks at the model: all of it, a block, or the layers of a block that share an input."""
 
 TOKENS_OF_A_FORWARD = 2048
 
@@ -69,6 +75,8 @@ class ModelReport:
             model's devices; on the CPU, the most that the process had resident.
         layers: the pruned layers, in order.
         skipped: what was left dense, and why; what ``include`` and ``exclude`` ruled out is not listed.
+        permutation: what ``permute=True`` did.
+        update: how the kept weights were moved.
     """
 
     method: str
@@ -77,6 +85,8 @@ class ModelReport:
     peak_bytes: int
     layers: tuple[LayerReport, ...]
     skipped: tuple[Skipped, ...]
+    permutation: PermutationReport | None = None
+    update: Update | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -87,6 +97,8 @@ class ModelReport:
             "peak_bytes": self.peak_bytes,
             "layers": [{"name": layer.name, "kept": layer.kept, "pattern": layer.pattern} for layer in self.layers],
             "skipped": [asdict(skipped) for skipped in self.skipped],
+            "permutation": None if self.permutation is None else asdict(self.permutation),
+            "update": None if self.update is None else asdict(self.update),
         }
 
 
@@ -97,6 +109,9 @@ def prune_model(
     sparsity: str | float | Sparsity = "2:4",
     *,
     one_shot: bool = False,
+    true_sequential: bool = False,
+    permute: bool = False,
+    update: str | Update | None = None,
     batch_size: int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -117,6 +132,15 @@ def prune_model(
         method: a metric's name (:func:`~ace_triton.metrics.metric_names`).
         sparsity: as in :func:`~ace_triton.prune.prune_linear`.
         one_shot: take all statistics from the dense model: half the forwards, and coarser masks.
+        true_sequential: inside a block too, a layer sees what the pruned layers before it give: first those that
+            read the block's input are pruned, then the block is run again for the next, and so on. Twice the
+            forwards or more.
+        permute: for n:m, first reorder the input channels of each down and output projection, and with them the
+            rows of the layers that feed it (excluded ones too), so that less of the score is lost. The model
+            computes the same: what cannot be reordered so stays as it is and is in the report.
+        update: "lstsq" also moves each layer's kept weights to where they best reproduce what the dense weights
+            give on the inputs that the layer now has, those that the pruned blocks before it make; an
+            :class:`~ace_triton.update.Update` says more.
         batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
         include: shell patterns; only layers whose dotted name matches one are pruned. The only way to the
             linear layers outside the blocks ("lm_head").
@@ -131,7 +155,15 @@ def prune_model(
             layers before it in its block, are pruned already.
     """
     chosen = metric(method)
-    needs = chosen.needs(chosen.complete(options))
+    moved = Update.of(update)
+    if one_shot and true_sequential:
+        raise ValueError("one_shot takes all statistics from the dense model, true_sequential none: choose one of them")
+    needs = needed(chosen.needs(chosen.complete(options)), moved)
+    if permute and true_sequential and needs.consumer:
+        raise ValueError(
+            f"permute reorders the rows of gate and up, which {method} with true_sequential has pruned in groups by "
+            "then: leave one of them out"
+        )
     pattern = Sparsity.of(sparsity)
     _check_model(model)
     clock = Stopwatch(next(model.parameters()).device)
@@ -140,18 +172,28 @@ def prune_model(
     batches = _batches(model, calibration, batch_size) if needs.tokens else []
     with clock.measure("select"):
         weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
-        _rehearse(chosen, pattern, options, next(iter(weights.values())))
-    selection = _Selection(chosen, pattern, options, needs, clock, plan, weights)
+        _rehearse(chosen, pattern, options, moved, next(iter(weights.values())))
+    selection = _Selection(chosen, pattern, options, needs, moved, clock, plan, weights)
     with calibration_mode(model):
+        if permute:
+            selection.reorderer = _reorderer(model, plan, pattern, batches, clock)
         if needs.tokens:
-            _with_statistics(model, plan, batches, one_shot, selection, progress)
+            order: Order = "one shot" if one_shot else "layers" if true_sequential else "blocks"
+            _with_statistics(model, plan, batches, order, selection, progress)
         else:
             units = [*plan.units, plan.outside] if plan.outside else plan.units
             for done, unit in enumerate(units, 1):
                 selection.prune(unit, None)
                 _tell(progress, done, len(units), unit.name)
     return ModelReport(
-        method, str(pattern), clock.seconds(), _peak_bytes(model), tuple(selection.layers), tuple(plan.skipped)
+        method,
+        str(pattern),
+        clock.seconds(),
+        _peak_bytes(model),
+        tuple(selection.layers),
+        tuple(plan.skipped),
+        None if selection.reorderer is None else selection.reorderer.report(),
+        moved,
     )
 
 
@@ -163,15 +205,20 @@ class _Selection:
     pattern: Sparsity
     options: Mapping[str, Any]
     needs: Needs
+    update: Update | None
     clock: Stopwatch
     plan: Plan
     weights: Mapping[str, torch.Tensor]
     layers: list[LayerReport] = field(default_factory=list)
+    reorderer: Reorderer | None = None
 
     def collector(self, unit: Unit) -> InputCollector:
         return InputCollector(unit.observed, self.needs, self.clock)
 
     def prune(self, unit: Unit, collector: InputCollector | None) -> None:
+        if self.reorderer is not None:
+            with self.clock.measure("permute"):
+                self.reorderer.reorder(list(unit.layers), lambda name: self._scores(name, collector), collector)
         consumers = gated_consumers(unit.feed_forward, collector.groups) if collector is not None else {}
         for name, layer in unit.layers.items():
             weight, stats = self.weights[name], None
@@ -185,8 +232,19 @@ class _Selection:
                 self.plan.skip(name, weight, why_not)
                 continue
             with self.clock.measure("select"):
-                result = prune_checked(layer, weight, stats, self.metric, self.pattern, name, self.options)
+                result = prune_checked(
+                    layer, weight, stats, self.metric, self.pattern, name, self.options, update=self.update
+                )
             self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis))
+
+    def _scores(self, name: str, collector: InputCollector | None) -> torch.Tensor | None:
+        """By which a layer's inputs are ordered; None where no token reached it or its groups do not lie along them."""
+        stats = None if collector is None else collector.statistics(name)
+        axis = self.pattern.axis or default_axis(self.metric.name, stats)
+        if axis == "out" or (stats is None and self.needs.tokens):
+            return None
+        weight = as_kernel_dtype(self.weights[name])
+        return scores_reference(weight, self.metric.terms(weight, stats, **self.metric.complete(self.options)))
 
 
 def _statistics(
@@ -203,13 +261,15 @@ def _with_statistics(
     model: PreTrainedModel,
     plan: Plan,
     batches: Sequence[Batch],
-    one_shot: bool,
+    order: Order,
     selection: _Selection,
     progress: Progress | None,
 ) -> None:
     runner = make_runner(model, plan.blocks, batches, selection.clock)
     whole = WholeForward(model, batches, selection.clock)
     units = [*plan.units, plan.outside] if plan.outside else plan.units
+
+    one_shot = order == "one shot"
 
     def observe(index: int) -> InputCollector:
         collector = selection.collector(units[index])
@@ -222,10 +282,43 @@ def _with_statistics(
     ahead = range(0 if isinstance(runner, WholeForward) else len(plan.units), len(units)) if one_shot else ()
     observed = {index: observe(index) for index in ahead}
     for index, unit in enumerate(units):
-        selection.prune(unit, observed.pop(index, None) or observe(index))
+        if order == "layers" and index < len(plan.units):
+            _prune_in_turn(unit, runner, index, selection)
+        else:
+            selection.prune(unit, observed.pop(index, None) or observe(index))
         if not one_shot and index + 1 < len(plan.units):
             runner.run(index, None, advance=True)
         _tell(progress, index + 1, len(units), unit.name)
+
+
+def _prune_in_turn(unit: Unit, runner: Runner, index: int, selection: _Selection) -> None:
+    """Prune the layers of block ``index`` input by input, running it for each; a stack of experts counts as one."""
+    rest = dict(unit.layers)
+    while rest:
+        collector = selection.collector(replace(unit, layers=rest))
+        runner.run(index, collector, advance=False)
+        reached = next((group for group in collector.groups if not rest.keys().isdisjoint(group)), list(rest))
+        stacks = {_matrix(name) for name in reached if isinstance(rest.get(name), ExpertLinear)}
+        now = {name: layer for name, layer in rest.items() if name in reached or _matrix(name) in stacks}
+        selection.prune(replace(unit, layers=now), collector)
+        rest = {name: layer for name, layer in rest.items() if name not in now}
+
+
+def _matrix(name: str) -> str:
+    """The last part of a layer's name, which the experts of a stack have in common."""
+    return name.rpartition(".")[2]
+
+
+def _reorderer(
+    model: PreTrainedModel, plan: Plan, pattern: Sparsity, batches: Sequence[Batch], clock: Stopwatch
+) -> Reorderer:
+    if pattern.n is None or pattern.m is None:
+        raise ValueError(f"permute orders channels into the groups of n:m; a sparsity of {pattern} has none")
+    with clock.measure("permute"):
+        device = next(model.get_input_embeddings().parameters()).device
+        ids = batches[0].ids if batches else torch.arange(TRIAL_LENGTH, device=device)[None]
+        folds = find_folds(model, plan.blocks, ids, pattern.m, wanted=set(plan.layers).__contains__, shared=plan.shares)
+    return Reorderer(folds, pattern.n, pattern.m, clock)
 
 
 def _tell(progress: Progress | None, done: int, total: int, name: str) -> None:
@@ -257,13 +350,15 @@ def _check_model(model: PreTrainedModel) -> None:
             )
 
 
-def _rehearse(chosen: Metric, pattern: Sparsity, options: Mapping[str, Any], like: torch.Tensor) -> None:
+def _rehearse(
+    chosen: Metric, pattern: Sparsity, options: Mapping[str, Any], update: Update | None, like: torch.Tensor
+) -> None:
     """Prune a throw-away layer, so that an option of a wrong value is found before anything runs."""
     dtype = as_kernel_dtype(like[:1]).dtype
     layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=like.device, dtype=dtype)
     ramp = torch.linspace(-1, 1, 32 * 32, device=like.device).reshape(32, 32).to(dtype)
     weight = layer.weight.detach().copy_(ramp)
-    prune_checked(layer, weight, ramp, chosen, pattern, f"method {chosen.name!r}", options)
+    prune_checked(layer, weight, ramp, chosen, pattern, f"method {chosen.name!r}", options, update=update)
 
 
 def _batches(

@@ -14,6 +14,7 @@ from rich.table import Table
 from .evaluate import Perplexity
 from .inspect_checkpoint import TensorSparsity
 from .prune_model import ModelReport
+from .recover import RecoveryReport
 from .sparsify import SparsifyReport
 
 
@@ -33,8 +34,15 @@ def prune_table(report: ModelReport) -> Table:
     kept = sum(layer.kept for layer in report.layers) / max(len(report.layers), 1)
     table.add_row("layers pruned", str(len(report.layers)))
     table.add_row("weights kept in them", f"{kept:.1%}")
-    for stage in ("load", "calibration", "statistics", "select", "total"):
-        label = {"select": "score and mask", "calibration": "calibration forwards"}.get(stage, stage)
+    if report.permutation is not None:
+        gains = [layer.after / layer.before - 1 for layer in report.permutation.reordered if layer.before]
+        mean = sum(gains) / max(len(gains), 1)
+        table.add_row("layers reordered", str(len(report.permutation.reordered)))
+        table.add_row("score they retain", f"{mean:+.2%}")
+    permute = ("permute",) if report.permutation is not None else ()
+    for stage in ("load", "calibration", "statistics", *permute, "select", "total"):
+        labels = {"select": "score and mask", "calibration": "calibration forwards", "permute": "order of channels"}
+        label = labels.get(stage, stage)
         table.add_row(label, f"{getattr(report.seconds, stage):.2f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
     return table
@@ -60,6 +68,32 @@ def skipped_lines(report: ModelReport | SparsifyReport, most: int = 12) -> list[
         rest = sum(s.share for s in report.skipped[most:])
         lines = [*lines[:most], f"and {len(lines) - most} more ({rest:.1%})"]
     return lines
+
+
+def unfolded_lines(report: ModelReport) -> list[str]:
+    """One line for each reason why inputs of some layers could not be reordered."""
+    layers: dict[str, list[str]] = {}
+    for unfolded in report.permutation.unfolded if report.permutation is not None else ():
+        layers.setdefault(unfolded.reason, []).append(unfolded.name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {reason}" for reason, names in layers.items()
+    ]
+
+
+def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
+    """What a recovery did; losses are means over its first and last steps."""
+    table = Table(title="recovery", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    first, last = result.losses[:most], result.losses[-most:]
+    table.add_row("steps", f"{result.steps:,}")
+    table.add_row("tokens", f"{result.tokens:,}")
+    table.add_row("time", f"{result.seconds:.0f} s")
+    table.add_row("loss at first", f"{sum(first) / len(first):.3f} nats a token")
+    table.add_row("loss at last", f"{sum(last) / len(last):.3f} nats a token")
+    table.add_row("weights trained", f"{result.trained:,}")
+    table.add_row("weights still 0", f"{result.zeros:,}")
+    return table
 
 
 def perplexity_table(result: Perplexity) -> Table:

@@ -17,14 +17,14 @@ def prune(command, tiny_checkpoint, some_text):
     return run
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "stade", "cosp", "varp", "ace"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "stade", "cosp", "varp", "ace", "ace-paper", "saap"])
 def test_prune_writes_what_it_says(prune, tmp_path, tiny_checkpoint, method):
     code, out, _ = prune(tmp_path / "out", "--method", method, "--json", tmp_path / "report.json")
     assert code == 0, out
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) >= {"method", "sparsity", "seconds", "peak_bytes", "layers"}
     assert (report["method"], report["sparsity"]) == (method, "2:4")
-    assert set(report["seconds"]) == {"load", "calibration", "statistics", "select", "total"}
+    assert set(report["seconds"]) == {"load", "calibration", "statistics", "permute", "select", "total"}
     parts = [report["seconds"][part] for part in ("load", "calibration", "statistics", "select")]
     assert 0 < sum(parts) <= report["seconds"]["total"] * 1.001
     assert len(report["layers"]) == 14
@@ -166,3 +166,24 @@ def test_libraries_show_no_bars_of_their_own(command, capsys):
     command("--version")
     assert list(tqdm(range(3))) == [0, 1, 2]
     assert capsys.readouterr().err == ""
+
+
+def test_permute_reorders_and_says_so(prune, tmp_path, tiny_checkpoint):
+    code, out, _ = prune(tmp_path / "out", "--permute", "--json", tmp_path / "report.json")
+    assert code == 0
+    assert "layers reordered" in out
+    told = json.loads((tmp_path / "report.json").read_text())["permutation"]
+    names = {layer["name"].rpartition(".")[2] for layer in told["reordered"]}
+    assert names == {"o_proj", "down_proj"}
+    assert all(layer["after"] > layer["before"] for layer in told["reordered"])
+    assert told["unfolded"] == []
+    dense = load_file(tiny_checkpoint / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    pruned = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    in_place = pruned[pruned != 0] == dense[pruned != 0]
+    assert not bool(in_place.all())
+
+
+def test_permute_needs_groups(prune, tmp_path):
+    code, _, errors = prune(tmp_path / "out", "--permute", "--sparsity", "0.5")
+    assert code == 1
+    assert "n:m" in errors

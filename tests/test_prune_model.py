@@ -86,6 +86,29 @@ def test_one_shot_and_sequential_differ_after_the_first_block(make_decoder, ids)
     assert differing == {"1", "2"}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_true_sequential_is_one_input_after_the_other(make_decoder, ids, family):
+    """The same as pruning the layers of each input in a call of their own, the others dense."""
+    model, by_hand = make_decoder(family), make_decoder(family)
+    prune_model(model, ids, "wanda", true_sequential=True)
+    turns = {
+        "llama": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)),
+        "gpt2": (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+        "qwen3_moe": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
+    }[family]
+    for block in find_blocks(by_hand):
+        for turn in turns:
+            prune_model(by_hand, ids, "wanda", include=[f"{block.name}.*{name}" for name in turn])
+    weights = by_hand.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight != 0, weights[name] != 0), name
+
+
+def test_true_sequential_and_one_shot_exclude_each_other(make_decoder, ids):
+    with pytest.raises(ValueError, match="choose one of them"):
+        prune_model(make_decoder("llama"), ids, "wanda", one_shot=True, true_sequential=True)
+
+
 def check_pattern(weight: torch.Tensor, sparsity: str | float, axis: str) -> None:
     lines = weight if axis == "in" else weight.t()
     group = 4 if sparsity == "2:4" else lines.shape[1]
@@ -124,7 +147,9 @@ def test_every_method(make_decoder, ids, method, sparsity):
     report = prune_model(model, ids, method, sparsity)
     assert len(report.layers) == (9 if method == "dass" else 21)
     for layer in report.layers:
-        check_pattern(matrix_of(model, layer.name), sparsity, layer.axis)
+        assert layer.kept == 0.5
+        if method != "sparsegpt" or sparsity == "2:4":  # Its fraction is that of whole blocks of columns.
+            check_pattern(matrix_of(model, layer.name), sparsity, layer.axis)
 
 
 @pytest.mark.parametrize(
@@ -364,11 +389,11 @@ def test_progress_and_report(make_decoder, ids):
     report = prune_model(make_decoder("llama"), ids, "ria", Sparsity("1:4"), progress=lambda *step: seen.append(step))
     assert seen == [(1, 3, "model.layers.0"), (2, 3, "model.layers.1"), (3, 3, "model.layers.2")]
     told = json.loads(json.dumps(report.to_dict()))
-    assert list(told) == ["method", "sparsity", "seconds", "peak_bytes", "layers", "skipped"]
+    assert list(told) == ["method", "sparsity", "seconds", "peak_bytes", "layers", "skipped", "permutation", "update"]
     assert (told["method"], told["sparsity"]) == ("ria", "1:4")
     assert told["layers"][0] == {"name": "model.layers.0.self_attn.q_proj", "kept": 0.25, "pattern": "1:4"}
     seconds = told["seconds"]
-    assert list(seconds) == ["load", "calibration", "statistics", "select", "total"]
+    assert list(seconds) == ["load", "calibration", "statistics", "select", "total", "permute"]
     assert seconds["load"] == 0
     assert 0 < seconds["calibration"] + seconds["statistics"] + seconds["select"] <= seconds["total"]
     assert told["peak_bytes"] > 10_000_000

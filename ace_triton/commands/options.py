@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+
+from ..update import Update
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -29,6 +32,20 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             options[name.strip()] = value
     return options
+
+
+def parse_update(kind: str | None, pairs: list[str] | None) -> Update | None:
+    """``--update`` with its ``--update-option`` pairs; ValueError for a name or value that will not do."""
+    options = parse_options(pairs)
+    if kind is None:
+        if options:
+            raise ValueError("--update-option without --update: say which update it is for (--update lstsq)")
+        return None
+    known = [field.name for field in dataclasses.fields(Update) if field.name != "kind"]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"--update has no option {name!r}; its options: {', '.join(known)}")
+    return Update(kind, **options)  # type: ignore[arg-type]
 
 
 def parse_dtype(name: str) -> Any:

@@ -28,6 +28,7 @@ from .options import (
     parse_device,
     parse_dtype,
     parse_options,
+    parse_update,
 )
 
 
@@ -53,10 +54,26 @@ def prune(
     one_shot: Annotated[
         bool, typer.Option("--one-shot", help="One forward a block: statistics of the dense model.")
     ] = False,
+    permute: Annotated[
+        bool,
+        typer.Option(
+            "--permute", help="For n:m: first reorder channels, where it costs nothing, so that less is lost."
+        ),
+    ] = False,
+    true_sequential: Annotated[
+        bool, typer.Option("--true-sequential", help="Inside a block too, prune by what pruned layers give.")
+    ] = False,
     include: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No layers whose name matches (repeatable).")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="An option of the method, name=value (repeatable).")
+    ] = None,
+    update: Annotated[
+        str | None, typer.Option(help="'lstsq': move the kept weights to where they best reproduce the dense outputs.")
+    ] = None,
+    update_option: Annotated[
+        list[str] | None,
+        typer.Option("--update-option", "-u", help="An option of the update, as mask_rounds=12 (repeatable)."),
     ] = None,
     packed: Annotated[
         bool, typer.Option("--packed", help="Write a packed checkpoint (n:m only), as ace-triton pack does.")
@@ -69,6 +86,7 @@ def prune(
     """Prune SRC and write the result, a dense checkpoint with zeros that transformers loads, to OUT."""
     pattern = Sparsity(sparsity, scope=scope)  # type: ignore[arg-type]
     options = metric(method).complete(parse_options(option))
+    moved = parse_update(update, update_option)
     if packed and pattern.n is None:
         raise ValueError(f"--packed needs groups, as --sparsity 2:4; {sparsity!r} has none")
     check_json(json)
@@ -79,7 +97,7 @@ def prune(
             model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
         load_seconds = time.perf_counter() - started
         sequences = None
-        if method != "magnitude":
+        if method != "magnitude" or moved is not None:
             with stage(progress, "calibration text"):
                 sequences = load_calibration(
                     calibration, tokenizer, samples=samples, length=length, seed=seed, model=model
@@ -90,6 +108,9 @@ def prune(
             method,
             pattern,
             one_shot=one_shot,
+            true_sequential=true_sequential,
+            permute=permute,
+            update=moved,
             batch_size=batch_size,
             include=include or None,
             exclude=exclude or None,
@@ -98,17 +119,20 @@ def prune(
         )
         seconds = dataclasses.replace(result.seconds, load=load_seconds, total=result.seconds.total + load_seconds)
         result = dataclasses.replace(result, seconds=seconds)
+        facts = {**result.to_dict(), "source": str(Path(src).absolute()) if Path(src).exists() else src}
         with stage(progress, "save the model"):
             if packed:
                 packing = sparsify(model)
-                save_packed(model, tokenizer, out, report=result.to_dict(), overwrite=overwrite)
+                save_packed(model, tokenizer, out, report=facts, overwrite=overwrite)
             else:
-                checkpoint.save(model, tokenizer, out, result.to_dict(), overwrite=overwrite)
+                checkpoint.save(model, tokenizer, out, facts, overwrite=overwrite)
     if json:
         report.write_json(json, result.to_dict())
     console.print(report.prune_table(result))
     for line in report.skipped_lines(result):
         console.print(f"left dense: {escape(line)}")
+    for line in report.unfolded_lines(result):
+        console.print(f"not reordered: {escape(line)}")
     if packed:
         console.print(report.packing_table(packing))
     console.print(f"written to {escape(str(out))}", soft_wrap=True)

@@ -1,0 +1,83 @@
+"""``ace-triton recover``."""
+
+from __future__ import annotations
+
+import json as json_module
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from .. import checkpoint, report
+from ..calibration import load_calibration
+from ..progress import stage
+from ..recover import RecoverySettings
+from ..recover import recover as train
+from .console import console, progress_bars
+from .options import DeviceOption, JsonOption, OverwriteOption, check_json, parse_device
+
+DEFAULT_MINUTES = 5.0
+
+
+def recover(
+    model_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ace-triton prune wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the recovered model.")],
+    teacher: Annotated[str | None, typer.Option(help="The dense model; left out, what DIR was pruned from.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="To train for; 5 where --steps is not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the optimiser, in place of --minutes.")] = None,
+    calibration: Annotated[str, typer.Option(help="Text to train on, as for prune.")] = "allenai/c4:en",
+    samples: Annotated[int, typer.Option(help="Sequences of it.")] = 2048,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of one step.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-4,
+    norms: Annotated[bool, typer.Option("--norms", help="Train norms and biases too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the crops and their order.")] = 0,
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+    json: JsonOption = None,
+) -> None:
+    """Train the kept weights of the pruned model in DIR toward the dense model's predictions, and write it to OUT.
+
+    What is zero stays zero. A run that was stopped goes on where it was when it is started again with the same words.
+    """
+    if steps is None and minutes is None:
+        minutes = DEFAULT_MINUTES
+    settings = RecoverySettings(
+        steps, minutes, tokens_per_step=tokens_per_step, learning_rate=learning_rate, norms=norms, seed=seed
+    )
+    check_json(json)
+    checkpoint.check_out(out, overwrite=overwrite)
+    where = parse_device(device)
+    told = _report_of(model_dir)
+    source = teacher or told.get("source")
+    if source is None:
+        raise checkpoint.CheckpointError(f"{model_dir} does not say what it was pruned from: name it with --teacher")
+    state = out.absolute().parent / f".{out.name}.recovery" / "state.pt"
+    with progress_bars() as progress:
+        with stage(progress, "load the models"):
+            model, tokenizer = checkpoint.load(model_dir, device=where)
+            dense, _ = checkpoint.load(source, device=where)
+        with stage(progress, "text"):
+            text = load_calibration(calibration, tokenizer, samples=samples, length=length, seed=seed, model=dense)
+        bar = progress.add_task("recover", total=None)
+
+        def move(spent: float, budget: float, loss: float) -> None:
+            progress.update(bar, completed=round(spent), total=round(budget), description=f"recover, loss {loss:.3f}")
+
+        result = train(model, dense, text.ids, settings, state=state, progress=move)
+        with stage(progress, "save the model"):
+            facts = {**told, "source": source, "recovery": result.to_dict()}
+            checkpoint.save(model, tokenizer, out, facts, overwrite=overwrite)
+            shutil.rmtree(state.parent)
+    if json:
+        report.write_json(json, result.to_dict())
+    console.print(report.recovery_table(result))
+    console.print(f"written to {escape(str(out))}", soft_wrap=True)
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    """What :func:`~ace_triton.checkpoint.save` wrote beside a model; nothing where another program wrote it."""
+    path = folder / checkpoint.REPORT_FILE
+    return json_module.loads(path.read_text()) if path.is_file() else {}

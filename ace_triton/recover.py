@@ -1,0 +1,297 @@
+"""Recovery: a few minutes of training in which only kept weights move, toward the dense model's predictions.
+
+The loss is the Kullback-Leibler divergence of the pruned model's next-token distribution from the dense model's, at
+temperature 1 (Hinton et al., arXiv 1503.02531), mean over tokens. AdamW steps on fp32 copies of the kept weights;
+forwards run in bfloat16. A pruned weight's gradient is put to 0, so that AdamW leaves it at exactly 0.
+
+The dense model's logits are computed on the way, a quarter of a step: a budget of minutes sees each token once, so that
+there is nothing to keep them for.
+
+Memory, in bytes: 17 a trained weight (4 for the copy, 4 its gradient, 8 of AdamW, 1 the mask), both models, and
+about 20 * vocabulary a token of ``MICRO_TOKENS`` for logits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .blocks import find_blocks
+from .recovery_state import RecoveryState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RecoveryProgress = Callable[[float, float, float], None]
+
+LEAST_ZEROS = 0.05
+"""A weight with a smaller share of zeros was not pruned, and stays as it is."""
+
+MICRO_TOKENS = 1024
+"""Tokens of one forward and backward: a step adds several up, since logits of all of them would fill the memory."""
+
+FIRST_RATE = 0.1
+"""Share of the peak learning rate that the first step takes."""
+
+BETAS = (0.9, 0.95)
+LARGEST_GRADIENT = 1.0
+"""Norm that gradients are cut to."""
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """How to recover.
+
+    Attributes:
+        steps: of the optimiser; None where ``minutes`` is given.
+        minutes: to train for; None where ``steps`` is given. The step that passes them is the last.
+        tokens_per_step: rounded to whole sequences.
+        learning_rate: at its peak, to which it rises linearly over the first ``warmup`` of the budget; then it falls
+            to 0 by a cosine.
+        warmup: share of the budget.
+        norms: train the blocks' one-dimensional weights (norms, biases) too.
+        forward_dtype: of forwards; float32 for no autocast.
+        seed: of the order of sequences.
+
+    Raises:
+        ValueError: not exactly one of steps and minutes, or a number out of range.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    tokens_per_step: int = 2048
+    learning_rate: float = 1e-4
+    warmup: float = 0.1
+    norms: bool = False
+    forward_dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(f"give steps or minutes, one of them; got steps={self.steps}, minutes={self.minutes}")
+        budget = self.steps if self.minutes is None else self.minutes
+        if not (budget is not None and budget > 0 and self.tokens_per_step > 0 and self.learning_rate > 0):
+            raise ValueError(f"steps, minutes, tokens_per_step and learning_rate must be above 0; got {self}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must lie in [0, 1), got {self.warmup}")
+
+    def rate(self, fraction: float) -> float:
+        """Learning rate where ``fraction`` of the budget is spent."""
+        if fraction < self.warmup:
+            return self.learning_rate * max(FIRST_RATE, fraction / self.warmup)
+        return self.learning_rate * (1 + math.cos(math.pi * (fraction - self.warmup) / (1 - self.warmup))) / 2
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What :func:`recover` did.
+
+    Attributes:
+        steps, tokens, seconds: taken, from the first start on.
+        losses: mean loss of each step, in nats a token.
+        trained, zeros: weights that moved, and that stayed 0.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    losses: tuple[float, ...]
+    trained: int
+    zeros: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {**asdict(self), "losses": list(self.losses)}
+
+
+def recover(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids: torch.Tensor,
+    settings: RecoverySettings,
+    *,
+    state: str | Path | None = None,
+    save_every: int = 20,
+    progress: RecoveryProgress | None = None,
+) -> RecoveryReport:
+    """Train a pruned model's kept weights, in place; what is 0 stays 0.
+
+    Args:
+        model: pruned; weights of its blocks of which at least 5 % are 0 are trained. Embeddings and head are not.
+        teacher: the dense model, with the same vocabulary.
+        ids: int64 [n_sequences, length], to train on; read again in another order where the budget outlasts them.
+        settings: how.
+        state: file that the training can go on from after a kill, written whole every ``save_every`` steps and at the
+            end; one that is there is gone on from. Remove it when the model is saved. None to keep none.
+        save_every: steps.
+        progress: called with budget spent, budget in all (steps, or seconds) and loss after each step.
+
+    Raises:
+        ValueError: a model without zeros, ids that do not fit, another vocabulary, a state of another training, or a
+            loss that is not finite.
+    """
+    masks = pruned_masks(model)
+    _check(model, teacher, ids)
+    batches = _Batches(ids, settings)
+    with _trainable(model, masks, settings) as parameters, _frozen(teacher):
+        optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, betas=BETAS, weight_decay=0.0)
+        run = RecoveryState.begin(state, settings, ids, parameters, optimizer)
+        clock = time.monotonic() - run.seconds
+        while (fraction := _spent(settings, run)) < 1:
+            optimizer.param_groups[0]["lr"] = settings.rate(fraction)
+            loss = _step(model, teacher, batches.of(run.steps).to(model.device), optimizer, parameters, settings)
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
+            run.record(loss, time.monotonic() - clock)
+            if state is not None and (run.steps % save_every == 0 or _spent(settings, run) >= 1):
+                run.save(state, parameters, optimizer)
+            if progress is not None:
+                budget = settings.steps if settings.minutes is None else 60 * settings.minutes
+                assert budget is not None
+                progress(min(_spent(settings, run), 1) * budget, budget, loss)
+    _check_zeros(model, masks)
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    total = sum(mask.numel() for mask in masks.values())
+    return RecoveryReport(run.steps, run.steps * batches.tokens, run.seconds, tuple(run.losses), kept, total - kept)
+
+
+def pruned_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Of each pruned weight of a model's blocks, True where it was kept; ValueError where none was pruned."""
+    masks = {}
+    for block in find_blocks(model):
+        for name, parameter in block.module.named_parameters(prefix=block.name):
+            if parameter.dim() >= 2 and float((parameter == 0).float().mean()) >= LEAST_ZEROS:
+                masks[name] = (parameter != 0).detach()
+    if not masks:
+        raise ValueError(
+            f"no weight of this {type(model).__name__} has {LEAST_ZEROS:.0%} of zeros: recovery is for pruned models"
+        )
+    return masks
+
+
+def _check(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> None:
+    if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+        raise ValueError(f"ids must be int64 [n_sequences, length], not empty; got {ids.dtype} {tuple(ids.shape)}")
+    sizes = [next(m.get_input_embeddings().parameters()).shape[0] for m in (model, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the models' vocabularies have {sizes[0]} and {sizes[1]} tokens: give the model as it was")
+    if int(ids.min()) < 0 or int(ids.max()) >= sizes[0]:
+        raise ValueError(f"ids run from {int(ids.min())} to {int(ids.max())}, the vocabulary from 0 to {sizes[0] - 1}")
+    if teacher is model:
+        raise ValueError("the teacher is the pruned model itself: load the dense one beside it")
+
+
+class _Batches:
+    """Which sequences a step reads: all of them in a random order, then again in another."""
+
+    def __init__(self, ids: torch.Tensor, settings: RecoverySettings) -> None:
+        self._ids, self._seed = ids, settings.seed
+        self._sequences = max(1, round(settings.tokens_per_step / ids.shape[1]))
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self._sequences * self._ids.shape[1]
+
+    def of(self, step: int) -> torch.Tensor:
+        """int64 [n_sequences, length]."""
+        places = range(step * self._sequences, (step + 1) * self._sequences)
+        rows = [self._order(place // len(self._ids))[place % len(self._ids)] for place in places]
+        return self._ids[torch.stack(rows)]
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        return torch.randperm(len(self._ids), generator=generator)
+
+
+def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
+    """Share of the budget; 1 and above ends the training."""
+    if settings.minutes is not None:
+        return run.seconds / (60 * settings.minutes)
+    assert settings.steps is not None
+    return run.steps / settings.steps
+
+
+def _step(
+    model: nn.Module,
+    teacher: nn.Module,
+    ids: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    settings: RecoverySettings,
+) -> float:
+    """One step of the optimiser; the mean loss before it."""
+    total = 0.0
+    for part in ids.split(max(1, MICRO_TOKENS // ids.shape[1])):
+        with _autocast(ids.device, settings.forward_dtype):
+            with torch.no_grad():
+                wanted = teacher(input_ids=part, use_cache=False).logits.float().log_softmax(-1)
+            got = model(input_ids=part, use_cache=False).logits.float().log_softmax(-1)
+        loss = nn.functional.kl_div(got, wanted, reduction="sum", log_target=True) / ids.numel()
+        loss.backward()
+        total += float(loss.detach())
+    nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def _trainable(
+    model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings
+) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters that move, in fp32 inside; gradients where a mask is False are 0."""
+    blocks = [block.module.named_parameters(prefix=block.name) for block in find_blocks(model)]
+    named = {name: parameter for block in blocks for name, parameter in block}
+    moving = {n: p for n, p in named.items() if n in masks or (settings.norms and p.dim() == 1)}
+    dtypes = {name: parameter.dtype for name, parameter in moving.items()}
+    handles = []
+    with _frozen(model):
+        try:
+            for name, parameter in moving.items():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+                if name in masks:
+                    handles.append(parameter.register_hook(masks[name].__mul__))
+            yield moving
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, parameter in moving.items():
+                parameter.grad = None
+                parameter.requires_grad_(False)
+                parameter.data = parameter.data.to(dtypes[name])
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; what was set before is set again at the end."""
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter, requires_grad in wanted.items():
+            parameter.requires_grad_(requires_grad)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _check_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+    for name, mask in masks.items():
+        if bool(model.get_parameter(name).masked_select(~mask).any()):
+            raise RuntimeError(f"{name}: a pruned weight moved, which is a bug of ace_triton; please report it")

@@ -1,0 +1,88 @@
+"""What a recovery goes on from after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+FORMAT = "ace_triton.recovery.1"
+
+
+@dataclass
+class RecoveryState:
+    """How far a training has come.
+
+    Attributes:
+        fingerprint: of its settings and text.
+        steps, seconds: taken so far.
+        losses: one a step.
+    """
+
+    fingerprint: str
+    steps: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+    @classmethod
+    def begin(
+        cls,
+        path: str | Path | None,
+        settings: object,
+        ids: torch.Tensor,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ) -> RecoveryState:
+        """From the start; or from a file, into the parameters and the optimiser.
+
+        Raises:
+            ValueError: a file that cannot be read, or of a training with other settings, text or weights.
+        """
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in parameters.items()]
+        digest = hashlib.sha256(f"{settings!r} {shapes!r}".encode())
+        digest.update(ids.cpu().numpy().tobytes())
+        fresh = cls(digest.hexdigest())
+        if path is None or not Path(path).is_file():
+            return fresh
+        try:
+            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path}: cannot be read as the state of a recovery ({error}); remove it") from error
+        if saved.get("format") != FORMAT or saved["fingerprint"] != fresh.fingerprint:
+            raise ValueError(
+                f"{path}: the state of a recovery with other settings, text or weights; remove it, or give the same"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved["parameters"][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        return cls(fresh.fingerprint, saved["steps"], saved["seconds"], saved["losses"])
+
+    def record(self, loss: float, seconds: float) -> None:
+        """A step was taken, at so many seconds from the start."""
+        self.steps += 1
+        self.seconds = seconds
+        self.losses.append(loss)
+
+    def save(self, path: str | Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Write the file so that it is either the old one or the whole new one."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        content = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
+            "optimizer": optimizer.state_dict(),
+        }
+        torch.save(content, partial)
+        os.replace(partial, target)

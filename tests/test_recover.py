@@ -1,0 +1,203 @@
+"""Recovery: the loss falls, zeros stay, a killed run ends where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+from ace_triton import RecoverySettings, checkpoint, prune_model, recover
+from ace_triton.recover import pruned_masks
+
+SHORT = RecoverySettings(steps=6, tokens_per_step=32, learning_rate=3e-3)
+
+
+@pytest.fixture
+def text() -> torch.Tensor:
+    return torch.randint(3, 101, (24, 16), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def pair(make_decoder, ids):
+    """pair(family, dtype): a pruned model and its dense teacher."""
+
+    def make(family: str = "llama", dtype: torch.dtype = torch.float32):
+        model, teacher = make_decoder(family).to(dtype), make_decoder(family).to(dtype)
+        with torch.no_grad():  # random weights predict next to nothing
+            for decoder in (model, teacher):
+                decoder.get_output_embeddings().weight.mul_(20)
+        prune_model(model, ids, "wanda", "2:4")
+        return model, teacher
+
+    return make
+
+
+def state_of(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_the_loss_falls_and_only_kept_weights_move(pair, text, family, dtype):
+    model, teacher = pair(family, dtype)
+    before, masks, frozen = state_of(model), pruned_masks(model), state_of(teacher)
+    settings = RecoverySettings(steps=25, tokens_per_step=128, learning_rate=3e-3)
+    report = recover(model, teacher, text, settings)
+    assert sum(report.losses[-5:]) < 0.8 * sum(report.losses[:5])
+    assert (report.steps, report.tokens) == (25, 25 * 128)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == dtype
+        if name in masks:
+            assert bool((tensor[~masks[name]] == 0).all()), name
+            assert not torch.equal(tensor, before[name]), f"{name} did not move"
+        else:
+            assert torch.equal(tensor, before[name]), f"{name} moved"
+    assert report.zeros == sum(int((~mask).sum()) for mask in masks.values())
+    assert report.trained == sum(int(mask.sum()) for mask in masks.values())
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_the_loss_is_the_divergence_from_the_teacher(pair, text):
+    model, teacher = pair()
+    settings = RecoverySettings(steps=1, tokens_per_step=text.numel(), forward_dtype=torch.float32)
+    with torch.no_grad():
+        p = teacher(text).logits.double().softmax(-1)
+        q = model(text).logits.double().softmax(-1)
+    expected = float((p * (p.log() - q.log())).sum(-1).mean())
+    assert recover(model, teacher, text, settings).losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_norms_move_where_that_is_asked_for(pair, text):
+    model, teacher = pair()
+    before = state_of(model)
+    recover(model, teacher, text, RecoverySettings(steps=3, tokens_per_step=32, norms=True))
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert "model.layers.0.input_layernorm.weight" in moved
+    assert "model.norm.weight" not in moved
+    assert "model.embed_tokens.weight" not in moved
+
+
+def test_a_killed_run_goes_on_where_it_was(pair, text, tmp_path):
+    """Bit for bit as one that was never stopped; one that had come to its end has nothing left to do."""
+    whole, teacher = pair()
+    report = recover(whole, teacher, text, SHORT)
+    stopped, again = copy.deepcopy(pair()[0]), pair()[0]
+    path = tmp_path / "run" / "state.pt"
+
+    def kill(spent: float, _budget: float, _loss: float) -> None:
+        if spent == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(stopped, teacher, text, SHORT, state=path, save_every=2, progress=kill)
+    assert path.is_file()
+    seen = []
+    resumed = recover(again, teacher, text, SHORT, state=path, progress=lambda *told: seen.append(told))
+    assert [step for step, _, _ in seen] == [5, 6]
+    assert resumed.losses == report.losses
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    again = pair()[0]
+    assert recover(again, teacher, text, SHORT, state=path).losses == report.losses
+    assert torch.equal(again.model.layers[0].mlp.up_proj.weight, whole.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_state_of_another_run_is_refused(pair, text, tmp_path):
+    model, teacher = pair()
+    path = tmp_path / "state.pt"
+
+    def kill(*_told: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(model, teacher, text, SHORT, state=path, save_every=1, progress=kill)
+    with pytest.raises(ValueError, match="other settings"):
+        recover(model, teacher, text, RecoverySettings(steps=7, tokens_per_step=32), state=path)
+    with pytest.raises(ValueError, match="other settings"):
+        recover(model, teacher, text.flip(0), SHORT, state=path)
+    path.write_bytes(b"not a state")
+    with pytest.raises(ValueError, match="remove it"):
+        recover(model, teacher, text, SHORT, state=path)
+
+
+def test_minutes_are_a_budget(pair, text):
+    model, teacher = pair()
+    told = []
+    report = recover(model, teacher, text, RecoverySettings(minutes=0.01), progress=lambda *step: told.append(step))
+    assert report.seconds >= 0.6
+    assert report.steps == len(told)
+    assert told[-1][:2] == (0.6, 0.6)
+
+
+def test_the_rate_rises_and_falls():
+    settings = RecoverySettings(steps=100, learning_rate=1.0, warmup=0.1)
+    rates = [settings.rate(step / 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[5] == pytest.approx(0.5)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+    assert RecoverySettings(steps=1, warmup=0.0, learning_rate=1.0).rate(0.0) == 1.0
+
+
+def test_a_dense_model_is_refused(make_decoder, text):
+    with pytest.raises(ValueError, match="for pruned models"):
+        recover(make_decoder("llama"), make_decoder("llama"), text, SHORT)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({}, "one of them"),
+        ({"steps": 3, "minutes": 1.0}, "one of them"),
+        ({"steps": 0}, "above 0"),
+        ({"steps": 3, "learning_rate": -1.0}, "above 0"),
+        ({"steps": 3, "warmup": 1.0}, "warmup"),
+    ],
+)
+def test_settings_that_will_not_do(words, message):
+    with pytest.raises(ValueError, match=message):
+        RecoverySettings(**words)
+
+
+def test_what_does_not_fit_is_refused(pair, make_decoder, text):
+    model, teacher = pair()
+    with pytest.raises(ValueError, match="int64"):
+        recover(model, teacher, text.float(), SHORT)
+    with pytest.raises(ValueError, match="vocabulary from 0 to 100"):
+        recover(model, teacher, text + 50, SHORT)
+    with pytest.raises(ValueError, match="vocabularies"):
+        recover(model, make_decoder("llama", vocab_size=99), text, SHORT)
+    with pytest.raises(ValueError, match="itself"):
+        recover(model, model, text, SHORT)
+    with torch.no_grad():
+        teacher.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="smaller learning rate"):
+        recover(model, teacher, text, SHORT)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
+    small = ("--calibration", some_text, "--samples", 4, "--length", 16)
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    assert command("prune", tiny_checkpoint, pruned, "--method", "wanda", *small)[0] == 0
+    told = tmp_path / "told.json"
+    code, shown, errors = command("recover", pruned, out, *small, "--steps", 3, "--tokens-per-step", 32, "--json", told)
+    assert code == 0, errors
+    assert "loss at last" in shown
+    assert json.loads(told.read_text())["steps"] == 3
+    before, after = (checkpoint.load(folder)[0] for folder in (pruned, out))
+    masks = pruned_masks(before)
+    assert masks.keys() == pruned_masks(after).keys()
+    assert all(torch.equal(mask, pruned_masks(after)[name]) for name, mask in masks.items())
+    facts = json.loads((out / checkpoint.REPORT_FILE).read_text())
+    assert facts["source"] == str(tiny_checkpoint)
+    assert facts["recovery"]["steps"] == 3
+    assert not list(tmp_path.glob(".out*"))
+    code, _, errors = command("recover", tiny_checkpoint, tmp_path / "other", *small, "--steps", 1)
+    assert code == 1
+    assert "--teacher" in errors
