@@ -37,15 +37,7 @@ def coupling(
         reduce: "abs" or "rms".
         into: fp32 [out_features, in_features], added to in place and returned; None starts from 0.
     """
-    if reduce not in ("abs", "rms"):
-        raise ValueError(f"reduce must be 'abs' or 'rms', got {reduce!r}")
-    n_tokens = tokens.shape[0]
-    if tokens.dim() != 2 or outputs.dim() != 2 or outputs.shape[0] != n_tokens or weights.shape != (n_tokens,):
-        raise ValueError(
-            "coupling needs tokens [n_tokens, in_features], outputs [n_tokens, out_features] and weights [n_tokens], "
-            f"got {tuple(tokens.shape)}, {tuple(outputs.shape)}, {tuple(weights.shape)}"
-        )
-    shape = (outputs.shape[1], tokens.shape[1])
+    shape = checked_shape(tokens, outputs, weights, reduce)
     if into is None:
         into = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
     elif tuple(into.shape) != shape or into.dtype != torch.float32 or not into.is_contiguous():
@@ -69,6 +61,21 @@ def coupling_reference(
     if reduce == "rms":
         x, a = x.square(), a.square()
     return (a.t() @ x).float()
+
+
+def checked_shape(
+    tokens: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor, reduce: Reduce
+) -> tuple[int, int]:
+    """The matrix's [out_features, in_features]; ValueError where the arguments do not fit each other."""
+    if reduce not in ("abs", "rms"):
+        raise ValueError(f"reduce must be 'abs' or 'rms', got {reduce!r}")
+    n_tokens = tokens.shape[0]
+    if tokens.dim() != 2 or outputs.dim() != 2 or outputs.shape[0] != n_tokens or weights.shape != (n_tokens,):
+        raise ValueError(
+            "coupling needs tokens [n_tokens, in_features], outputs [n_tokens, out_features] and weights [n_tokens], "
+            f"got {tuple(tokens.shape)}, {tuple(outputs.shape)}, {tuple(weights.shape)}"
+        )
+    return outputs.shape[1], tokens.shape[1]
 
 
 def _coupling_triton(
@@ -112,7 +119,33 @@ def _add_products(
     across = tl.cdiv(cols, BLOCK_COLS)
     i = tl.program_id(0) // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    products = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    products = products_over_tokens(
+        *(tokens_ptr, outputs_ptr, weights_ptr, i, j, n_tokens, rows, cols, token_stride, output_stride),
+        *(REDUCE, PRECISION, BLOCK_TOKENS),
+    )
+    place = into_ptr + i[:, None].to(tl.int64) * cols + j[None, :]
+    inside = (i[:, None] < rows) & (j[None, :] < cols)
+    tl.store(place, tl.load(place, mask=inside, other=0.0) + products, mask=inside)
+
+
+@triton.jit
+def products_over_tokens(
+    tokens_ptr,
+    outputs_ptr,
+    weights_ptr,
+    i,
+    j,
+    n_tokens,
+    rows,
+    cols,
+    token_stride,
+    output_stride,
+    REDUCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Rows i and columns j of the matrix of one batch, in fp32."""
+    products = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     for first in tl.range(0, n_tokens, BLOCK_TOKENS):
         t = first + tl.arange(0, BLOCK_TOKENS)
         d = tl.load(weights_ptr + t, mask=t < n_tokens, other=0.0)[:, None]
@@ -126,6 +159,4 @@ def _add_products(
             a = a * a
             x = x * x
         products = tl.dot(tl.trans(a), x, products, input_precision=PRECISION)
-    place = into_ptr + i[:, None].to(tl.int64) * cols + j[None, :]
-    inside = (i[:, None] < rows) & (j[None, :] < cols)
-    tl.store(place, tl.load(place, mask=inside, other=0.0) + products, mask=inside)
+    return products
