@@ -14,6 +14,7 @@ from ace_triton.calibration import crop, token_stream
 from ace_triton.checkpoint import load
 from ace_triton.cli import main
 from ace_triton.evaluate import perplexity
+from ace_triton.metrics import metric
 from ace_triton.study.cells import Cell, Grid, Variant
 from ace_triton.study.findings import end_to_end, ordering
 from ace_triton.study.journal import FILE, Journal, Results, StudyError, read_results
@@ -95,6 +96,16 @@ def test_a_grid_that_is_none():
         Grid((Variant("ace"),), ("2:4",), (1, 16), (0,))
 
 
+def test_a_result_keeps_its_meaning_when_a_default_changes(monkeypatch):
+    written = json.loads(json.dumps(Cell(Variant("ace"), "2:4", 16, 0).to_dict()))
+    base, other = metric("ace").options["base"], "wanda"
+    assert Variant("ace", (("base", base),)) == Variant("ace")
+    assert written["options"]["base"] == base
+    monkeypatch.setitem(metric("ace").options, "base", other)
+    assert Cell.from_dict(written).variant.label == f"ace:base={base}"
+    assert Cell.from_dict(written).variant != Variant("ace")
+
+
 def test_divergence_against_the_formula():
     generator = torch.Generator().manual_seed(0)
     dense, pruned = torch.randn(2, 7, 33, generator=generator).double()
@@ -139,7 +150,7 @@ def test_norms_against_the_layers_own_inputs(tiny_model):
 
 
 def test_a_study_end_to_end(study, protocol, tmp_path):
-    words = ("--methods", "magnitude,wanda,ria,ace:base=wanda+reduce=abs", "--sparsities", "50%,2:4")
+    words = ("--methods", "magnitude,wanda,ria,ace:base=wanda+reduce=abs+norm=max_layer", "--sparsities", "50%,2:4")
     code, out, errors = study(tmp_path / "s", *words, "--lengths", "8,16", "--seeds", 2)
     assert code == 0, errors
     results = read_results(tmp_path / "s")
@@ -150,8 +161,9 @@ def test_a_study_end_to_end(study, protocol, tmp_path):
     ids = torch.tensor(tokenizer("\n\n".join(text))["input_ids"])
     dense = perplexity(model, ids, length=16, windows=2).perplexity
     assert results.dense == DenseResult(dense)
-    cell = Cell(Variant("ace", (("base", "wanda"), ("reduce", "abs"))), "2:4", 16, 1)
-    prune_model(model, crop(token_stream(text, tokenizer), 4, 16, 1), "ace", "2:4", base="wanda", reduce="abs")
+    options = {"base": "wanda", "reduce": "abs", "norm": "max_layer"}
+    cell = Cell(Variant("ace", tuple(options.items())), "2:4", 16, 1)
+    prune_model(model, crop(token_stream(text, tokenizer), 4, 16, 1), "ace", "2:4", **options)
     found = results.cells[cell]
     assert found.perplexity == perplexity(model, ids, length=16, windows=2).perplexity
     assert found.kept == 0.5
@@ -169,7 +181,7 @@ def test_a_study_end_to_end(study, protocol, tmp_path):
             for length in (8, 16):
                 assert f"{tally.perplexity(variant, sparsity, length).mean:,.1f}" in html
     assert f"{dense:.1f}" in html
-    assert "ACE (base=wanda, reduce=abs)" in html
+    assert "ACE (base=wanda, reduce=abs, norm=max_layer)" in html
     assert str(tmp_path) not in html + (tmp_path / "s" / FILE).read_text()
     assert not re.search(r"<script|<link|@import|(src|href)=.https?:|url\(.?https?:", html)
     identifiers = re.findall(r'\bid="([^"]+)"', html)

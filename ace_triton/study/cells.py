@@ -16,7 +16,7 @@ class Variant:
 
     Attributes:
         method: a metric's name.
-        options: those that differ from the metric's defaults, as pairs.
+        options: as pairs; those equal to the metric's defaults are dropped.
 
     Raises:
         ValueError: no such metric, or no such option of it.
@@ -26,7 +26,10 @@ class Variant:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        metric(self.method).complete(dict(self.options))
+        defaults = metric(self.method).options
+        given = metric(self.method).complete(dict(self.options))
+        kept = tuple((name, value) for name, value in given.items() if value != defaults[name])
+        object.__setattr__(self, "options", kept)
 
     @property
     def label(self) -> str:
@@ -35,10 +38,14 @@ class Variant:
         return f"{self.method}:{pairs}" if pairs else self.method
 
     @property
+    def complete(self) -> dict[str, Any]:
+        """All options, the metric's defaults among them."""
+        return metric(self.method).complete(dict(self.options))
+
+    @property
     def calibrated(self) -> bool:
         """Whether the result depends on calibration tokens."""
-        chosen = metric(self.method)
-        return chosen.needs(chosen.complete(dict(self.options))).tokens
+        return metric(self.method).needs(self.complete).tokens
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,10 @@ class Cell:
         return f"{self.variant.label}, {self.sparsity}{drawn}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """As JSON types, with all options: a result keeps its meaning when a default changes."""
         return {
             "method": self.variant.method,
-            "options": dict(self.variant.options),
+            "options": self.variant.complete,
             "sparsity": self.sparsity,
             "length": self.length,
             "seed": self.seed,

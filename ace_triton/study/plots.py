@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -13,6 +14,9 @@ from .drawing import GLYPHS, GRID, MARKERS, PAPER, SERIES, STAGE_COLOURS, Drawin
 from .tally import STAGES, Tally, listed, shown_sparsity, shown_variant
 
 STAGE_NAMES = {"calibration": "calibration forwards", "statistics": "statistics", "select": "score and mask"}
+
+NAME_WIDTH = 18
+"""Characters of a method's name on one line beside its bar."""
 
 LEAST_RANGE = 8.0
 """Of a time axis: its ends are at least this factor apart."""
@@ -121,7 +125,7 @@ def time_bars(tally: Tally, length: int) -> Drawing | None:
     if not any(variant.calibrated for variant, _ in rows):
         return None
     with canvas(4.6, 0.9 + 0.33 * len(rows)) as (figure, axes):
-        names = [shown_variant(variant) for variant, _ in rows]
+        names = [fill(shown_variant(variant), NAME_WIDTH) for variant, _ in rows]
         ends = [0.0] * len(rows)
         for stage, colour in zip(STAGES, STAGE_COLOURS, strict=True):
             widths = [getattr(times, stage) for _, times in rows]
@@ -137,7 +141,7 @@ def time_bars(tally: Tally, length: int) -> Drawing | None:
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("CPU seconds")
         axes.set_title(f"L = {length}")
-        parts = [f"{name} {times.total:,.1f} s" for name, (_, times) in zip(names, rows, strict=True)]
+        parts = [f"{shown_variant(variant)} {times.total:,.1f} s" for variant, times in rows]
         description = f"CPU seconds of pruning with sequences of {length} tokens: {listed(parts)}."
         return drawing(figure, f"bars{length}", f"Time by stage, L = {length}", description)
 
@@ -157,7 +161,7 @@ def divergence(tally: Tally, sparsity: str, number: int) -> Drawing | None:
             axes.annotate(
                 f"{far.agreement:.0%}", (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=10
             )
-        axes.set_yticks(range(len(rows)), [shown_variant(variant) for variant, _ in rows])
+        axes.set_yticks(range(len(rows)), [fill(shown_variant(variant), NAME_WIDTH) for variant, _ in rows])
         axes.annotate("same\ntop token", (1.02, 1.0), xycoords="axes fraction", va="bottom", fontsize=9)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator())

@@ -123,7 +123,7 @@ def shown_sparsity(sparsity: str) -> str:
 def shown_variant(variant: Variant) -> str:
     """A method as its papers write it, with its options."""
     names = {"wanda": "Wanda", "ria": "RIA", "stade": "STADE", "dass": "DaSS", "cosp": "CosP", "varp": "VarP"}
-    name = {**names, "ace": "ACE"}.get(variant.method, variant.method)
+    name = {**names, "ace": "ACE", "ace-paper": "ACE as published", "saap": "SAAP"}.get(variant.method, variant.method)
     options = ", ".join(f"{key}={value}" for key, value in variant.options)
     return f"{name} ({options})" if options else name
 
