@@ -23,15 +23,16 @@ class Update:
         kind: "lstsq".
         damping: holds every weight near its dense value, as a share of the mean diagonal of the Gram matrix.
         prior: does the same channel by channel, as so many tokens' worth of the channel's own energy: it hardly
-            shows in 10,000 tokens, and stands in for what a few hundred do not tell.
+            shows in 10,000 tokens, and stands in for what a few hundred do not tell. Both defaults lie where the
+            output error on held-out text was least, for 512 as for 8,192 tokens of SmolLM2-135M; it is flat there.
         iterations: conjugate-gradient steps at the end, at most.
         mask_rounds: how often the mask is chosen again, by the metric, while the weights move; 0 keeps the mask
             that the metric chose for the dense weights.
     """
 
     kind: Literal["lstsq"] = "lstsq"
-    damping: float = 0.01
-    prior: float = 64.0
+    damping: float = 0.02
+    prior: float = 512.0
     iterations: int = 8
     mask_rounds: int = 0
 
