@@ -19,6 +19,7 @@ from rich.console import Console
 from ace_triton.report import write_json
 from ace_triton.study.cells import Cell, Variant
 from ace_triton.study.workbench import Protocol, Workbench
+from ace_triton.update import Update
 
 METHODS: dict[str, Variant] = {
     "magnitude": Variant("magnitude"),
@@ -36,10 +37,14 @@ METHODS: dict[str, Variant] = {
     "ACE on Wanda": Variant("ace", (("base", "wanda"), ("norm", "max_layer"))),
     "ACE, published form (Wanda, abs)": Variant("ace-paper"),
     "SAAP's fusion": Variant("saap"),
+    "SparseGPT": Variant("sparsegpt"),
 }
 
-PERMUTED = ", permuted"
-"""Marks a method that ran with ``permute=True``."""
+PERMUTED, SEQUENTIAL = ", permuted", ", true sequential"
+"""Mark a method that ran with ``permute=True`` or ``true_sequential=True``."""
+
+UPDATES: dict[str, Update] = {"lstsq": Update(), "lstsq, 12 mask rounds": Update(mask_rounds=12)}
+"""What ``--update`` names; a method is marked with the name."""
 
 console = Console()
 
@@ -53,13 +58,23 @@ def main(
     lengths: Annotated[list[int] | None, typer.Option("--length")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed")] = None,
     permute: Annotated[bool, typer.Option("--permute", help="Reorder channels first; n:m only.")] = False,
+    update: Annotated[str | None, typer.Option(help=f"Move kept weights: {' or '.join(map(repr, UPDATES))}.")] = None,
+    true_sequential: Annotated[bool, typer.Option("--true-sequential")] = False,
     samples: Annotated[int, typer.Option()] = 32,
     windows: Annotated[int, typer.Option()] = 20,
     window_length: Annotated[int, typer.Option()] = 512,
     out: Annotated[Path, typer.Option()] = Path("docs/quality.json"),
 ) -> None:
     """Measure every combination that is not in OUT yet, then write OUT and the table beside it."""
-    cells: dict[str, Any] = json.loads(out.read_text())["cells"] if out.is_file() else {}
+    content = json.loads(out.read_text()) if out.is_file() else {}
+    cells: dict[str, float] = content.get("cells", {})
+    seconds: dict[str, float] = content.get("cpu_seconds", {})
+    how = {
+        "permute": permute,
+        "update": None if update is None else UPDATES[update],
+        "true_sequential": true_sequential,
+    }
+    marks = PERMUTED * permute + (f", {update}" if update else "") + SEQUENTIAL * true_sequential
     protocol = Protocol("smollm2", calibration, evaluation, wikitext, samples, windows, window_length)
     bench = Workbench(protocol)
     setting = {
@@ -72,8 +87,8 @@ def main(
 
     def measure(key: str) -> None:
         cells[key] = bench.perplexity()
-        console.print(f"{key}: {cells[key]:.2f}", highlight=False)
-        write_json(out, {"setting": setting, "cells": cells})
+        console.print(f"{key}: {cells[key]:.2f} after {seconds.get(key, 0):.0f} s of CPU time", highlight=False)
+        write_json(out, {"setting": setting, "cells": cells, "cpu_seconds": seconds})
 
     if "dense" not in cells:
         measure("dense")
@@ -81,11 +96,12 @@ def main(
         for length in lengths or [16, 128]:
             for sparsity in sparsities or (["2:4"] if permute else ["2:4", "0.5"]):
                 for label in methods or METHODS:
-                    key = f"{label}{PERMUTED * permute} | {sparsity} | L={length} | seed {seed}"
+                    key = f"{label}{marks} | {sparsity} | L={length} | seed {seed}"
                     if key not in cells:
-                        with bench.pruned(Cell(METHODS[label], sparsity, length, seed), permute=permute):
+                        with bench.pruned(Cell(METHODS[label], sparsity, length, seed), **how) as pruning:
+                            seconds[key] = round(pruning.cpu_seconds, 1)
                             measure(key)
-    out.with_suffix(".md").write_text(_page(setting, cells))
+    out.with_suffix(".md").write_text(_page(setting, cells, seconds))
 
 
 def cells_by_column(cells: dict[str, float]) -> dict[tuple[str, str], dict[str, list[float]]]:
@@ -98,11 +114,10 @@ def cells_by_column(cells: dict[str, float]) -> dict[tuple[str, str], dict[str, 
     return table
 
 
-def _page(setting: dict[str, Any], cells: dict[str, float]) -> str:
+def _page(setting: dict[str, Any], cells: dict[str, float], seconds: dict[str, float]) -> str:
     table = cells_by_column(cells)
     columns = sorted(table, key=lambda column: (column[0], int(column[1][2:])))
-    known = [name for label in METHODS for name in (label, label + PERMUTED)]
-    labels = [label for label in known if any(label in table[column] for column in columns)]
+    labels = sorted({label for column in columns for label in table[column]}, key=_place)
     lines = [
         "# Perplexity after one-shot pruning",
         "",
@@ -112,13 +127,30 @@ def _page(setting: dict[str, Any], cells: dict[str, float]) -> str:
         f"{setting['windows']} windows of {setting['window_length']} tokens. Dense: {cells['dense']:.2f}. "
         "Mean over calibration seeds, their standard deviation, and in brackets their number.",
         "",
-        "| method | " + " | ".join(f"{sparsity}, {length}" for sparsity, length in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
+        *_table(table, labels, columns),
     ]
-    for label in labels:
-        values = [table[column].get(label) for column in columns]
-        lines.append(f"| {label} | " + " | ".join(shown(value) for value in values) + " |")
+    if seconds:
+        lines += ["", "CPU seconds that pruning took, calibration forwards included:", ""]
+        lines += _table(cells_by_column(seconds), labels, columns)
     return "\n".join(lines) + "\n"
+
+
+def _table(
+    table: dict[tuple[str, str], dict[str, list[float]]], labels: list[str], columns: list[tuple[str, str]]
+) -> list[str]:
+    lines = ["| method | " + " | ".join(f"{sparsity}, {length}" for sparsity, length in columns) + " |"]
+    lines += ["|---" * (len(columns) + 1) + "|"]
+    for label in labels:
+        values = [table.get(column, {}).get(label) for column in columns]
+        if any(values):
+            lines.append(f"| {label} | " + " | ".join(shown(value) for value in values) + " |")
+    return lines
+
+
+def _place(label: str) -> tuple[int, str]:
+    """Where a method stands in a table: in the order of METHODS, its marked forms after it."""
+    method = max((name for name in METHODS if label == name or label.startswith(f"{name}, ")), key=len)
+    return list(METHODS).index(method), label
 
 
 def shown(values: list[float] | None) -> str:

@@ -108,15 +108,20 @@ class Workbench:
         return result.perplexity
 
     @contextmanager
-    def pruned(self, cell: Cell, *, permute: bool = False) -> Iterator[Pruning]:
-        """The model is pruned inside, with its channels reordered first where that is asked for; dense again after."""
+    def pruned(self, cell: Cell, **how: Any) -> Iterator[Pruning]:
+        """The model is pruned inside, and dense again after.
+
+        Args:
+            cell: method, options, pattern and calibration.
+            how: what else :func:`~ace_triton.prune_model.prune_model` takes (permute, update, true_sequential).
+        """
         ids = None
         if cell.length is not None and cell.seed is not None:
             ids = self.calibration(cell.length, cell.seed)
         options = dict(cell.variant.options)
         try:
             start = time.process_time()
-            report = prune_model(self.model, ids, cell.variant.method, cell.sparsity, permute=permute, **options)
+            report = prune_model(self.model, ids, cell.variant.method, cell.sparsity, **how, **options)
             yield Pruning(report, time.process_time() - start)
         finally:
             self.model.load_state_dict(self._dense)
