@@ -127,6 +127,9 @@ def _two_of_four_body(
         start = (first + lane * VECTOR) * 2
         words = tl.load(meta_ptr + word_start + start // 32, mask=(i < rows) & (start < cols), other=0)
         bits = words >> (start % 32)
+        kept = ()
+        for k in tl.static_range(2 * VECTOR):
+            kept = kept + (bits << (31 - k) >> 31,)
         for t in tl.static_range(TOKENS):
             token = tl.program_id(1) * TOKENS + t
             x = _inputs(
@@ -134,24 +137,30 @@ def _two_of_four_body(
             )
             total = sums[t]
             for g in tl.static_range(VECTOR // 2):
-                low = tl.where(bits & (2 << 4 * g) != 0, x[4 * g + 1], x[4 * g + 2])
-                low = tl.where(bits & (1 << 4 * g) != 0, x[4 * g], low)
-                high = tl.where(bits & (4 << 4 * g) != 0, x[4 * g + 2], x[4 * g + 1])
-                high = tl.where(bits & (8 << 4 * g) != 0, x[4 * g + 3], high)
-                total += values[2 * g].to(tl.float32) * low
-                total += values[2 * g + 1].to(tl.float32) * high
+                a, b, c, d = kept[4 * g], kept[4 * g + 1], kept[4 * g + 2], kept[4 * g + 3]
+                low = _chosen(a, x[4 * g], _chosen(b, x[4 * g + 1], x[4 * g + 2]))
+                high = _chosen(d, x[4 * g + 3], _chosen(c, x[4 * g + 2], x[4 * g + 1]))
+                total += values[2 * g].to(tl.float32) * low.to(tl.float32, bitcast=True)
+                total += values[2 * g + 1].to(tl.float32) * high.to(tl.float32, bitcast=True)
             sums = sums[:t] + (total,) + sums[t + 1 :]
     _store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
 
 
 @triton.jit
+def _chosen(keep, this, other):
+    """The bits of ``this`` where ``keep`` is -1, of ``other`` where it is 0."""
+    return (this & keep) | (other & ~keep)
+
+
+@triton.jit
 def _inputs(line, first, inside, cols, VECTOR: tl.constexpr, SPLIT: tl.constexpr, LANES: tl.constexpr):
-    """A tuple of 2 * VECTOR tiles [1, LANES] in fp32: the inputs first + 2 * VECTOR * lane and on."""
+    """The inputs first + 2 * VECTOR * lane and on, as a tuple of 2 * VECTOR tiles [1, LANES] of the bits of fp32."""
     place = tl.arange(0, LANES * SPLIT)[None, :]
     parts = ()
     for access in tl.static_range(2 * VECTOR // SPLIT):
         j = first + place // SPLIT * (2 * VECTOR) + access * SPLIT + place % SPLIT
-        parts = parts + unzip(tl.load(line + j, mask=inside & (j < cols), other=0.0).to(tl.float32), SPLIT)
+        x = tl.load(line + j, mask=inside & (j < cols), other=0.0).to(tl.float32)
+        parts = parts + unzip(x.to(tl.int32, bitcast=True), SPLIT)
     return parts
 
 

@@ -7,10 +7,23 @@ from __future__ import annotations
 
 import torch
 
+from . import launch
+from .backend import choose_backend
+from .group_choice import best_of_group
 from .pack_cutlass import pack_cutlass
-from .packed_nm import LAYOUT_VERSION, PackedNM, PatternError, check_packable, refuse_first, unpack_bits
-from .score_terms import ScoreTerms
-from .select_nm import pack_bits, select_nm_reference
+from .packed_nm import LAYOUT_VERSION, WORD, PackedNM, PatternError, check_packable, refuse_first, unpack_bits
+from .registers import bits_of, compacted, zipped
+from .score_terms import ScoreTerms, score
+from .select_nm import (
+    check_selection,
+    columns,
+    members,
+    pack_bits,
+    select_nm_reference,
+    store_bits,
+    with_unit_stride,
+)
+from .triton_import import tl, triton
 
 __all__ = [
     "LAYOUT_VERSION",
@@ -39,6 +52,12 @@ def pack_nm(weight: torch.Tensor, n: int, m: int) -> PackedNM:
         PatternError: a group has more than n non-zeros; nothing is packed.
     """
     check_packable(weight, n, m)
+    if choose_backend(weight) == "triton":
+        with torch.cuda.device_of(weight):
+            packed, whole = _pack_nm_triton(weight, None, n, m)
+        if not whole:
+            refuse_first((weight.detach() != 0).reshape(-1, m).sum(-1), n, m, weight.shape[1])
+        return packed
     return pack_nm_reference(weight, n, m)
 
 
@@ -62,6 +81,10 @@ def pack_scored(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> Pack
     ``pack_nm(select_nm(weight, terms, n, m), n, m)`` where no score is NaN; where one is, equal when unpacked.
     """
     check_packable(weight, n, m)
+    check_selection(weight, terms, "weight")
+    if choose_backend(weight, *terms.tensors().values()) == "triton":
+        with torch.cuda.device_of(weight):
+            return _pack_nm_triton(weight, terms, n, m)[0]
     return pack_scored_reference(weight, terms, n, m)
 
 
@@ -87,3 +110,126 @@ def packed_by(weight: torch.Tensor, keep: torch.Tensor, n: int, m: int) -> Packe
     octets = pack_bits(keep)
     meta = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 4)).view(torch.int32)
     return PackedNM(weight[keep].reshape(rows, cols // m * n), meta, n, m, (rows, cols))
+
+
+def _pack_nm_triton(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[PackedNM, bool]:
+    """Packed by score or, without terms, by what is not 0; and whether all that is not 0 found a place."""
+    source = with_unit_stride(weight)
+    rows, cols = source.shape
+    values = torch.empty(rows, cols // m * n, dtype=weight.dtype, device=weight.device)
+    words = -(-cols // WORD)
+    new = torch.zeros if cols % WORD else torch.empty
+    meta = new(rows, words, dtype=torch.int32, device=weight.device)
+    packed = PackedNM(values, meta, n, m, (rows, cols))
+    if not source.numel():
+        return packed, True
+    tile = launch.select_nm(source, m, "in")
+    grid = triton.cdiv(cols * tile.split // m, tile.block_cols) * triton.cdiv(rows, tile.block_rows * tile.trips)
+    lost = None if terms else torch.empty(grid, dtype=torch.int32, device=weight.device)
+    factors = (terms.row, terms.col, terms.scale, terms.coupling) if terms else (None,) * 4
+    _pack_nm_body[(grid,)](
+        *(source, values, meta.view(torch.uint8), lost),
+        *factors,
+        *(rows, cols, source.stride(0)),
+        N=n,
+        M=m,
+        SPLIT=tile.split,
+        POWER=terms.power if terms else 0,
+        BLOCK_ROWS=tile.block_rows,
+        BLOCK_COLS=tile.block_cols,
+        TRIPS=tile.trips,
+        num_warps=tile.num_warps,
+    )
+    return packed, lost is None or not bool(lost.any())
+
+
+@triton.jit
+def _pack_nm_body(
+    weight_ptr,
+    values_ptr,
+    meta_ptr,
+    lost_ptr,
+    row_ptr,
+    col_ptr,
+    scale_ptr,
+    coupling_ptr,
+    rows,
+    cols,
+    stride,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    POWER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    TRIPS: tl.constexpr,
+):
+    """As the body of select_nm along "in", but what is kept leaves in order; POWER 0 keeps what is not 0."""
+    ACCESSES: tl.constexpr = M // SPLIT
+    GROUPS: tl.constexpr = BLOCK_COLS // SPLIT
+    blocks_across = tl.cdiv(cols // ACCESSES, BLOCK_COLS)
+    block = tl.program_id(0) % blocks_across
+    row = (tl.program_id(0) // blocks_across * (TRIPS * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS))[:, None]
+    group = block * GROUPS + tl.arange(0, GROUPS)[None, :]
+    octets = (cols + 31) // 32 * 4
+
+    col_terms = ()
+    scale_terms = ()
+    for access in tl.static_range(ACCESSES):
+        j = columns(block, access, SPLIT, M, "in", BLOCK_COLS)
+        col_terms = col_terms + members(col_ptr, j, j < cols, SPLIT)
+        scale_terms = scale_terms + members(scale_ptr, j, j < cols, SPLIT)
+
+    lost = tl.zeros([BLOCK_ROWS, GROUPS], tl.int32)
+    for _ in tl.range(TRIPS):
+        weights = ()
+        keys = ()
+        row_term = None if row_ptr is None else tl.load(row_ptr + row, mask=row < rows, other=0.0)
+        for access in tl.static_range(ACCESSES):
+            j = columns(block, access, SPLIT, M, "in", BLOCK_COLS)
+            inside = (row < rows) & (j < cols)
+            piece = members(weight_ptr, row.to(tl.int64) * stride + j, inside, SPLIT)
+            factors = members(coupling_ptr, row.to(tl.int64) * cols + j, inside, SPLIT)
+            for k in tl.static_range(SPLIT):
+                if POWER == 0:
+                    keys = keys + (_presence(piece[k]),)
+                else:
+                    value = score(
+                        piece[k].to(tl.float32),
+                        row_term,
+                        None if col_ptr is None else col_terms[access * SPLIT + k],
+                        None if scale_ptr is None else scale_terms[access * SPLIT + k],
+                        None if coupling_ptr is None else factors[k],
+                        POWER,
+                    )
+                    keys = keys + (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF,)
+                weights = weights + (bits_of(piece[k]),)
+        kept = best_of_group(keys, N)
+        if POWER == 0:
+            for k in tl.static_range(M):
+                lost = lost | (keys[k] & ~kept[k] & 2)
+        values = compacted(weights, kept, N)
+        start = row.to(tl.int64) * (cols // M * N)
+        if N & (N - 1) == 0:
+            place = block * (GROUPS * N) + tl.arange(0, GROUPS * N)[None, :]
+            whole = zipped(values).to(values_ptr.dtype.element_ty, bitcast=True)
+            tl.store(values_ptr + start + place, whole, mask=(row < rows) & (place < cols // M * N))
+        else:
+            for k in tl.static_range(N):
+                value = values[k].to(values_ptr.dtype.element_ty, bitcast=True)
+                tl.store(values_ptr + start + group * N + k, value, mask=(row < rows) & (group * M < cols))
+        store_bits(meta_ptr, row.to(tl.int64) * octets, kept, block, row < rows, cols, octets, "in", BLOCK_COLS)
+        row += BLOCK_ROWS
+    if POWER == 0:
+        tl.store(lost_ptr + tl.program_id(0), tl.max(tl.max(lost, 1), 0))
+
+
+@triton.jit
+def _presence(weight):
+    """2 or 3 for what is not 0, 1 for negative zero, 0 for zero."""
+    if weight.dtype.is_floating():
+        bits = weight.to(tl.float32).to(tl.int32, bitcast=True)
+    else:
+        bits = weight.to(tl.int32)
+    magnitude = bits & 0x7FFFFFFF
+    return ((-magnitude >> 31) & 2) | (bits >> 31 & 1)

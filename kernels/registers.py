@@ -52,3 +52,39 @@ def joined_bits(codes, WIDTH: tl.constexpr):
     for k in tl.static_range(1, len(codes)):
         word = word | ((codes[k] & ((1 << WIDTH) - 1)) << (k * WIDTH))
     return word
+
+
+@triton.jit
+def bits_of(tile):
+    """A tile's own bits, as integers of its width."""
+    if tile.dtype.primitive_bitwidth == 32:
+        bits = tile.to(tl.int32, bitcast=True)
+    elif tile.dtype.primitive_bitwidth == 16:
+        bits = tile.to(tl.int16, bitcast=True)
+    else:
+        bits = tile.to(tl.int8, bitcast=True)
+    return bits
+
+
+@triton.jit
+def compacted(bits, kept, N: tl.constexpr):
+    """Of M tiles of bits, with kept -1 in N of them for every group and 0 in the others: N tiles, in order."""
+    out = ()
+    if N == 2 and len(kept) == 4:
+        b = kept[1] & ~kept[0]
+        c = kept[2] & ~kept[3]
+        low = (bits[0] & kept[0].to(bits[0].dtype)) | (bits[1] & b.to(bits[0].dtype))
+        high = (bits[3] & kept[3].to(bits[0].dtype)) | (bits[2] & c.to(bits[0].dtype))
+        low = low | (bits[2] & (kept[2] & kept[3]).to(bits[0].dtype))
+        high = high | (bits[1] & (kept[1] & kept[0]).to(bits[0].dtype))
+        out = (low, high)
+    else:
+        for place in tl.static_range(N):
+            value = bits[0] & 0
+            before = kept[0] & 0
+            for k in tl.static_range(len(kept)):
+                here = tl.where(before == -place, kept[k], 0)
+                value = value | (bits[k] & here.to(bits[0].dtype))
+                before += kept[k]
+            out = out + (value,)
+    return out

@@ -217,9 +217,9 @@ def _select_nm_body(
     col_terms = ()
     scale_terms = ()
     for access in tl.static_range(ACCESSES):
-        j = _columns(block, access, SPLIT, M, AXIS, BLOCK_COLS)
-        col_terms = col_terms + _members(col_ptr, j, j < cols, SPLIT)
-        scale_terms = scale_terms + _members(scale_ptr, j, j < cols, SPLIT)
+        j = columns(block, access, SPLIT, M, AXIS, BLOCK_COLS)
+        col_terms = col_terms + members(col_ptr, j, j < cols, SPLIT)
+        scale_terms = scale_terms + members(scale_ptr, j, j < cols, SPLIT)
 
     row = (top + tl.arange(0, BLOCK_ROWS))[:, None] * DOWN
     start = row.to(tl.int64) * stride
@@ -231,10 +231,10 @@ def _select_nm_body(
         keys = ()
         for access in tl.static_range(ACCESSES):
             down = access if AXIS == "out" else 0
-            j = _columns(block, access, SPLIT, M, AXIS, BLOCK_COLS)
+            j = columns(block, access, SPLIT, M, AXIS, BLOCK_COLS)
             inside = (row < rows - down) & (j < cols)
-            piece = _members(weight_ptr, start + down * stride + j, inside, SPLIT)
-            factors = _members(coupling_ptr, coupling_start + down * cols + j, inside, SPLIT)
+            piece = members(weight_ptr, start + down * stride + j, inside, SPLIT)
+            factors = members(coupling_ptr, coupling_start + down * cols + j, inside, SPLIT)
             row_term = None if row_ptr is None else tl.load(row_ptr + row + down, mask=row < rows - down, other=0.0)
             for k in tl.static_range(SPLIT):
                 value = score(
@@ -249,11 +249,11 @@ def _select_nm_body(
             weights = weights + piece
         kept = best_of_group(keys, N)
         if OUTPUT == "bits":
-            _store_bits(out_ptr, out_start, kept, block, row < rows, cols, out_stride, AXIS, BLOCK_COLS)
+            store_bits(out_ptr, out_start, kept, block, row < rows, cols, out_stride, AXIS, BLOCK_COLS)
         else:
             for access in tl.static_range(ACCESSES):
                 down = access if AXIS == "out" else 0
-                j = _columns(block, access, SPLIT, M, AXIS, BLOCK_COLS)
+                j = columns(block, access, SPLIT, M, AXIS, BLOCK_COLS)
                 piece = ()
                 for k in tl.static_range(SPLIT):
                     keep = kept[access * SPLIT + k]
@@ -270,7 +270,7 @@ def _select_nm_body(
 
 
 @triton.jit
-def _columns(block, access, SPLIT: tl.constexpr, M: tl.constexpr, AXIS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def columns(block, access, SPLIT: tl.constexpr, M: tl.constexpr, AXIS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Columns [1, BLOCK_COLS] of one access."""
     lane = tl.arange(0, BLOCK_COLS)
     if AXIS == "in" and SPLIT < M:
@@ -281,7 +281,7 @@ def _columns(block, access, SPLIT: tl.constexpr, M: tl.constexpr, AXIS: tl.const
 
 
 @triton.jit
-def _members(pointer, offset, inside, SPLIT: tl.constexpr):
+def members(pointer, offset, inside, SPLIT: tl.constexpr):
     """What lies at ``offset``, as the members of its groups; nothing for no pointer."""
     if pointer is None:
         members = ()
@@ -291,9 +291,7 @@ def _members(pointer, offset, inside, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _store_bits(
-    out_ptr, start, kept, block, valid_rows, cols, out_stride, AXIS: tl.constexpr, BLOCK_COLS: tl.constexpr
-):
+def store_bits(out_ptr, start, kept, block, valid_rows, cols, out_stride, AXIS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Eight neighbouring columns a byte, wherever their groups lie."""
     if AXIS == "out":
         byte = block * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
