@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
@@ -120,6 +121,18 @@ def coupling_case(dtype: torch.dtype, reduce: str) -> Case:
     return Case(f"coupling {reduce}", dtype, call, n_tokens * width, dtype.itemsize, 0)
 
 
+def cosp_select_case(dtype: torch.dtype, reduce: str, metric: str = "scale") -> Case:
+    """The published CosP of a square layer at 2:4 in one pass over a batch of tokens."""
+    n_tokens, width = TOKENS[0] * TOKENS[1], TOKENS[2]
+
+    def call() -> object:
+        tokens, outputs = torch.empty(2, n_tokens, width, dtype=dtype)
+        weight, factors = torch.empty(width, width, dtype=dtype), terms(width, width, TERMS[metric])
+        return cosp_select(weight, factors, tokens, outputs, torch.empty(n_tokens), 2, 4, reduce=reduce)
+
+    return Case(f"cosp_select 2:4 {metric}, {reduce}", dtype, call, n_tokens * width, dtype.itemsize, 0)
+
+
 def join_gains_case() -> Case:
     """Gains of a round of the search for a permutation: every pair of groups of a layer's channels, in every row."""
     rows, groups = SHAPE[0], SHAPE[1] // 4
@@ -155,6 +168,7 @@ def every_case() -> Iterator[Case]:
         yield _over_tokens("all_finite", dtype, all_finite)
         for reduce in ("abs", "rms"):
             yield coupling_case(dtype, reduce)
+            yield cosp_select_case(dtype, reduce)
     yield join_gains_case()
 
 

@@ -13,6 +13,7 @@ from benchmarks.kernel_cases import (
     DTYPES,
     TERMS,
     Case,
+    cosp_select_case,
     coupling_case,
     join_gains_case,
     moments_case,
@@ -68,6 +69,16 @@ def test_coupling_multiplies_on_tensor_cores_without_spills(dtype, target):
     _, code = first_kernel(coupling_case(dtype, "rms"), target)
     assert code.spills == 0
     assert code.loop["tensor"] > 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_pruning_in_the_epilogue_leaves_the_products_as_they_are(target):
+    _, stored = first_kernel(coupling_case(torch.bfloat16, "rms"), target)
+    _, pruned = first_kernel(cosp_select_case(torch.bfloat16, "rms", "RIA"), target)
+    assert pruned.spills == 0
+    assert pruned.occupancy >= stored.occupancy
+    assert pruned.loop["tensor"] == stored.loop["tensor"]
+    assert pruned.loop.total() <= 1.05 * stored.loop.total()
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])

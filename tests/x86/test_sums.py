@@ -1,4 +1,4 @@
-"""The sums, the check for finite numbers and coupling's GEMM as machine code, at the sizes of real layers.
+"""The sums, the check for finite numbers and the GEMMs over tokens as machine code, at the sizes of real layers.
 
 The executor runs all of their kernels; ``tl.dot`` as plain multiply-adds and in small tiles, so the
 rounding of the tensor cores is not seen here.
@@ -11,10 +11,12 @@ import torch
 
 from ace_triton.kernels import launch
 from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.cosp_select import cosp_select, cosp_select_reference
 from ace_triton.kernels.coupling import coupling, coupling_reference
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains, join_gains_reference
 from ace_triton.kernels.moments import moments, moments_reference
+from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.token_norms import token_norms, token_norms_reference
 from ace_triton.kernels.weight_sums import weight_sums, weight_sums_reference
 from ace_triton.kernels.weighted_squares import weighted_squares, weighted_squares_reference
@@ -118,3 +120,19 @@ def test_join_gains(monkeypatch, pools, rows, groups):
     with executed_on_x86():
         gains = join_gains(candidates, thresholds)
     check(gains, join_gains_reference(candidates, thresholds))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("reduce", "n", "m"), [("abs", 2, 4), ("rms", 4, 8)])
+def test_cosp_select(monkeypatch, dtype, reduce, n, m):
+    monkeypatch.setattr(launch, "coupling", lambda matrix: launch.Coupling(16, 16, 16, "ieee", 1))
+    generator = torch.Generator().manual_seed(m)
+    weight = make_matrix(33, 48, dtype=dtype)
+    tokens, outputs = (torch.randint(-3, 4, (70, width), generator=generator).to(dtype) for width in (48, 33))
+    token_weights = torch.randint(0, 2, (70,), generator=generator).float()
+    tokens[token_weights == 0] = torch.nan
+    terms = ScoreTerms(row=torch.rand(33), col=torch.rand(48), scale=torch.rand(48))
+    expected = cosp_select_reference(weight.clone(), terms, tokens, outputs, token_weights, n, m, reduce=reduce)
+    with executed_on_x86():
+        cosp_select(weight, terms, tokens, outputs, token_weights, n, m, reduce=reduce)
+    assert torch.equal(weight, expected)
