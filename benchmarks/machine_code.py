@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from .disassembly import MachineCode, read
 from .jit_launches import JitLaunch, caught_launches
-from .kernel_cases import Case, every_case
+from .kernel_cases import TOKENS, Case, cosp_select_case, coupling_case, every_case
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
 
@@ -60,8 +60,18 @@ alignment and block sizes that its public launcher chooses, and disassembled. No
   multiprocessor and clock; 64 for integer and logic, 128 for fp32, 64 on A100, 16 for conversions and bit
   counts, 32 for memory), over the time that the bytes which must cross DRAM need at data-sheet
   bandwidth. Below 1 the kernel is bound by memory. Latency, launches and caches are not in it.
-- Where several launches make up an operation the first one is shown. coupling is bound by matrix
-  products and has no such ratio; 12 passes of select_rows over a layer are not shown.
+- Where several launches make up an operation the first one is shown. coupling and cosp_select are bound
+  by matrix products and have no such ratio; 12 passes of select_rows over a layer are not shown.
+"""
+
+ONE_PASS = """
+## The published CosP in one pass
+
+cosp_select (RIA's base, 2:4) beside coupling followed by select_nm, for a square layer of {width} in {dtype}.
+Estimated: the busiest pipe's time for the products, which differ in the epilogue alone, and on the side of two
+steps DRAM's time for clearing the matrix and for select_nm. The matrix units' own time, alike on both sides, is
+not in it. A share below 1 means that one pass is faster: the fewer the tokens, the more of the time is the matrix
+that it never stores. It needs all tokens in one call; statistics that stream go by coupling.
 """
 
 
@@ -106,10 +116,43 @@ def per_element(case: Case, launch: JitLaunch, code: MachineCode) -> Counter[str
 
 def compute_over_memory(case: Case, counts: Counter[str], gpu: Gpu) -> float:
     """Time of the busiest pipe over time of the bytes; below 1 is bound by memory."""
+    return busiest_pipe(counts, gpu) / (case.moved / (gpu.terabytes * 1e12))
+
+
+def busiest_pipe(counts: Counter[str], gpu: Gpu) -> float:
+    """Seconds that the busiest pipe of all multiprocessors needs for ``counts`` lanes."""
     lanes = LANES | ({"fp32": 64} if gpu.target == "sm_80" else {})
     clocks = max(counts.total() / ISSUED, *(counts[pipe] / width for pipe, width in lanes.items()))
-    compute = clocks / (gpu.multiprocessors * gpu.gigahertz * 1e9)
-    return compute / (case.moved / (gpu.terabytes * 1e12))
+    return clocks / (gpu.multiprocessors * gpu.gigahertz * 1e9)
+
+
+def over_tokens(launch: JitLaunch, code: MachineCode, n_tokens: int) -> Counter[str]:
+    """Instructions of a whole GEMM over tokens by pipe, as lanes."""
+    trips = -(-n_tokens // launch.keywords["BLOCK_TOKENS"])
+    threads = launch.grid[0] * code.threads
+    counts = Counter({pipe: n * threads for pipe, n in code.rest.items()})
+    counts.update({pipe: n * threads * trips for pipe, n in code.loop.items()})
+    return counts
+
+
+def one_pass_lines(dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
+    """cosp_select beside coupling and select_nm."""
+    width = TOKENS[2]
+    stored, pruned = coupling_case(dtype, "abs"), cosp_select_case(dtype, "abs", "RIA")
+    yield ONE_PASS.format(width=width, dtype=_name(dtype))
+    yield _row("tokens", "", *GPUS)
+    yield _row(*["---"] * (2 + len(GPUS)))
+    for n_tokens in (2048, 16384):
+        steps, one, shares = [], [], []
+        for gpu in GPUS.values():
+            two = busiest_pipe(over_tokens(*first_kernel(stored, gpu.target), n_tokens), gpu)
+            two += (2 * dtype.itemsize + 8) * width**2 / (gpu.terabytes * 1e12)
+            steps.append(two)
+            one.append(busiest_pipe(over_tokens(*first_kernel(pruned, gpu.target), n_tokens), gpu))
+            shares.append(one[-1] / two)
+        yield _row(n_tokens, "coupling, then select_nm, µs", *(f"{seconds * 1e6:.0f}" for seconds in steps))
+        yield _row("", "cosp_select, µs", *(f"{seconds * 1e6:.0f}" for seconds in one))
+        yield _row("", "share", *(f"{share:.2f}" for share in shares))
 
 
 def report(targets: tuple[str, ...]) -> Iterator[str]:
@@ -142,6 +185,7 @@ def report(targets: tuple[str, ...]) -> Iterator[str]:
             f"{per_element(case, launch, code).total():.1f}" if case.moved else "",
             *ratios,
         )
+    yield from one_pass_lines()
 
 
 def _row(*cells: object) -> str:

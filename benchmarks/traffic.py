@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -25,6 +25,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from ace_triton import ActivationStats
 from ace_triton.kernels import launch
 from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
@@ -245,6 +246,11 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     e, n = weight.element_size(), weight.numel()
     vectors = sum(t.numel() * 4 for t in relative.tensors().values())
     x = flat.numel()
+    one_pass = e * (x + outputs.numel() + 2 * n) + 4 * (N_TOKENS + cols)
+
+    def coupled() -> object:
+        return select_nm(weight, replace(plain, coupling=coupling(flat, outputs, norms[0], "abs")), 2, 4)
+
     return [
         count("select_nm 2:4, Wanda's terms", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 2, 4)),
         count("select_nm 2:4, RIA's terms", n, 2 * e * n + vectors, lambda: select_nm(weight, relative, 2, 4)),
@@ -263,6 +269,13 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
             n,
             e * (x + outputs.numel()) + 8 * n,
             lambda: coupling(flat, outputs, norms[0], "abs", into=torch.empty(SHAPE).fill_(0)),
+        ),
+        count("published CosP: coupling, 2:4", n, one_pass, coupled),
+        count(
+            "published CosP: cosp_select 2:4",
+            n,
+            one_pass,
+            lambda: cosp_select(weight, plain, flat, outputs, norms[0], 2, 4),
         ),
     ]
 

@@ -4,8 +4,9 @@
     score_ij = |W_ij|^power * (row_i + col_j) * scale_j * K_ij;  the best n of m stay
 
 The GEMM over tokens of :mod:`.coupling`, whose epilogue scores a tile of W and writes it back pruned: e bytes a weight
-read and e written, where coupling and select_nm move 12 more. It needs every token in one call; d_t may be off by any
-factor that all tokens share, since it decides nothing within a group.
+read and e written, where coupling and select_nm move 12 more. It needs every token in one call, so statistics that
+stream (all of ``ace_triton``'s) go by coupling instead. d_t may be off by any factor that all tokens share: it decides
+nothing within a group.
 """
 
 from __future__ import annotations
