@@ -40,23 +40,37 @@ class RowLimits:
                 raise ValueError(f"{name} must be a number of rows from 0 on, got {rows!r}")
 
 
-CPU_LIMITS = RowLimits(packed=16)
+CPU_LIMITS = {
+    torch.float32: RowLimits(packed=512),
+    torch.float16: RowLimits(packed=1 << 30),
+    torch.bfloat16: RowLimits(packed=48),
+}
+"""Measured on one core of an AMD EPYC with AVX-512 and bf16 instructions: our kernel skips half the products, which
+only torch's bf16 product makes up for; torch has no fast fp16 product there."""
+
 CUTLASS_LIMITS = RowLimits(packed=16, semi_structured=17)
 CUSPARSELT_LIMITS = RowLimits(packed=16, semi_structured=2048)
 """cuSPARSELt's copy is made anew in each call, which only very many rows could pay for."""
 
+OTHER_LIMITS = RowLimits(packed=16)
 
-def default_limits(device: torch.device) -> RowLimits:
-    """The limits for a device; those of GPUs are not measured yet (``ace-triton bench`` measures them)."""
+
+def default_limits(device: torch.device, dtype: torch.dtype) -> RowLimits:
+    """The limits for a device and a weight's dtype.
+
+    Those of GPUs are not measured yet: ``ace-triton bench`` says which fit.
+    """
+    if device.type == "cpu":
+        return CPU_LIMITS.get(dtype, OTHER_LIMITS)
     backend = backend_of(device)
     if backend is None:
-        return CPU_LIMITS
+        return OTHER_LIMITS
     return CUTLASS_LIMITS if backend == "cutlass" else CUSPARSELT_LIMITS
 
 
 def choose_product(rows: int, packed: PackedNM, limits: RowLimits | None = None) -> Product:
     """The product for so many rows; ``limits`` None for the device's own."""
-    limits = limits or default_limits(packed.values.device)
+    limits = limits or default_limits(packed.values.device, packed.values.dtype)
     if rows <= limits.packed and packed.values.dtype in DTYPES:
         return "packed"
     if limits.semi_structured is not None and rows >= limits.semi_structured and refusal(packed) is None:

@@ -166,6 +166,31 @@ def bench_layer(
     return LayerTimes(kind, name, weights[0].dense_bytes, weights[0].packed_bytes, why_not, tuple(times))
 
 
+@dataclass(frozen=True)
+class TotalTimes:
+    """All packed layers of a model, one call each, in milliseconds.
+
+    Attributes:
+        rows: tokens in a call.
+        dense: with dense weights in memory.
+        taken: as NMLinear runs them.
+    """
+
+    rows: int
+    dense: float
+    taken: float
+
+
+def totals(layers: Sequence[LayerTimes]) -> list[TotalTimes]:
+    """Sums over kinds of layers that were timed with the same numbers of rows, by how many there are of each."""
+    found = []
+    for entries in zip(*(layer.times for layer in layers), strict=True):
+        counted = list(zip(entries, (layer.kind.count for layer in layers), strict=True))
+        dense = sum(count * entry.dense for entry, count in counted)
+        found.append(TotalTimes(entries[0].rows, dense, sum(count * entry.taken for entry, count in counted)))
+    return found
+
+
 def best_limits(times: Sequence[RowTimes]) -> RowLimits:
     """Limits under which each number of rows that was timed takes the fastest product, as far as limits can say."""
     ordered = sorted(times, key=lambda entry: entry.rows)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ace_triton import NMLinear, RowLimits, prune_linear
-from ace_triton.dispatch import choose_product, multiply
+from ace_triton.dispatch import choose_product, default_limits, multiply
 from ace_triton.kernels.pack_nm import PatternError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -178,6 +178,13 @@ def test_the_product_is_picked_by_rows_and_any_pick_is_right(rows, packed_rows, 
     tokens = torch.randn(rows, 16)
     with torch.no_grad():
         torch.testing.assert_close(multiply(tokens, packed, layer.bias, limits), layer(tokens))
+
+
+def test_every_dtype_has_limits_of_its_own_on_a_cpu():
+    fewest = {dtype: default_limits(torch.device("cpu"), dtype).packed for dtype in DTYPES}
+    assert fewest[torch.bfloat16] < fewest[torch.float32] < fewest[torch.float16]
+    double = packed_linear(pruned_linear(8, 16)).double().packed
+    assert choose_product(1, double) == "dense"
 
 
 def test_limits_are_checked():

@@ -93,12 +93,12 @@ def test_generate_draws_by_seed(command, packed):
 
 
 def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp_path):
-    small = ("--rows", "1,33", "--json", tmp_path / "b.json")
+    small = ("--rows", "1,600", "--json", tmp_path / "b.json")
     code, out, errors = command("bench", "--shape", "32x64", *small)
     assert code == 0, errors
     (layer,) = json.loads((tmp_path / "b.json").read_text())["layers"]
     assert layer["kind"] == {"shape": [32, 64], "n": 2, "m": 4, "dtype": "float32", "count": 1}
-    assert [(entry["rows"], entry["product"]) for entry in layer["times"]] == [(1, "packed"), (33, "dense")]
+    assert [(entry["rows"], entry["product"]) for entry in layer["times"]] == [(1, "packed"), (600, "dense")]
     assert all(entry[side] > 0 for entry in layer["times"] for side in ("dense", "packed", "unpacked"))
     assert layer["packed_bytes"] / layer["dense_bytes"] == 0.53125
     lost = [
@@ -111,6 +111,7 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
     layers = json.loads((tmp_path / "b.json").read_text())["layers"]
     assert sum(layer["kind"]["count"] for layer in layers) == 14
     assert "NMLinear takes" in out
+    assert "all 14 packed layers" in out
 
 
 @pytest.mark.parametrize(

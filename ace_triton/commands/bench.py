@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import report
-from ..linear_bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, kinds_of
+from ..linear_bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, kinds_of, totals
 from ..nm_linear import NMLinear
 from ..packed_checkpoint import load_model
 from ..progress import progress_bar, stage
@@ -56,9 +57,12 @@ def bench(
             for kind in kinds
         ]
     if json:
-        report.write_json(json, {"layers": [layer.to_dict() for layer in found]})
+        sums = [dataclasses.asdict(entry) for entry in totals(found)]
+        report.write_json(json, {"layers": [layer.to_dict() for layer in found], "totals": sums})
     for layer in found:
         _show(layer)
+    if model is not None:
+        _show_totals(found)
 
 
 def _kinds(source: str, dtype: str, progress: Progress) -> list[LayerKind]:
@@ -86,7 +90,7 @@ def _show(layer: LayerTimes) -> None:
     kind = layer.kind
     layers = f"{kind.count} layers " if kind.count > 1 else ""
     table = Table(title=f"{layers}{kind} on {layer.device}; milliseconds, medians")
-    for heading in ("rows", "dense", "ours", "unpacked, dense", "torch 2:4", "NMLinear takes", "times as fast"):
+    for heading in ("rows", "dense", "ours", "unpacked", "torch 2:4", "NMLinear takes", "times as fast"):
         table.add_column(heading, justify="left" if heading == "NMLinear takes" else "right")
     names = {"packed": "ours", "unpacked": "unpacked", "dense": "unpacked", "semi_structured": "torch 2:4"}
     for entry in layer.times:
@@ -100,5 +104,16 @@ def _show(layer: LayerTimes) -> None:
         console.print(f"torch 2:4 was not timed: {layer.why_no_semi_structured}", highlight=False)
     slower = [f"{entry.rows} ({entry.taken / entry.dense:.2f}x the time)" for entry in layer.times if entry.loses]
     losses = f"slower than dense at rows {', '.join(slower)}" if slower else "nowhere slower than dense"
-    console.print(f"sparse is {losses}", highlight=False)
-    console.print(f"limits that fit these times: {best_limits(layer.times)}", highlight=False)
+    console.print(f"sparse is {losses}", highlight=False, soft_wrap=True)
+    console.print(f"limits that fit these times: {best_limits(layer.times)}", highlight=False, soft_wrap=True)
+
+
+def _show_totals(layers: list[LayerTimes]) -> None:
+    count = sum(layer.kind.count for layer in layers)
+    table = Table(title=f"all {count} packed layers, milliseconds")
+    for heading in ("rows", "dense", "NMLinear", "times as fast"):
+        table.add_column(heading, justify="right")
+    for entry in totals(layers):
+        cells = (f"{entry.dense:.2f}", f"{entry.taken:.2f}", f"{entry.dense / entry.taken:.2f}x")
+        table.add_row(str(entry.rows), *cells)
+    console.print(table)
