@@ -16,18 +16,12 @@ from benchmarks.agreement import check_same_choice
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
 from benchmarks.layer_shapes import LLAMA_7B, SMOLLM2, TINY, LayerShape, distinct
+from benchmarks.published_model import LayerStatistics
 
 TESTS = ("tests/test_published_baselines.py", "tests/kernels/test_select_nm.py", "tests/kernels/test_select_rows.py")
 SEQUENCES = (8, 16)
 
-METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {},
-    "wanda": {},
-    "ria": {},
-    "ace": {"base": "wanda", "reduce": "abs"},
-}
-"""Methods and the options that make ours the published form."""
-
+METHODS = ("magnitude", "wanda", "ria", "ace", "ace-paper")
 QUICK = {(576, 576), (1536, 576), (4096, 4096)}
 
 
@@ -44,16 +38,13 @@ class Layer:
         self.module.weight.data.copy_(self.dense)
 
     def published_scores(self, method: str) -> torch.Tensor:
-        if method == "wanda":
-            return published.wanda_scores(self.module.weight.data, self.mean_square)
-        if method == "ria":
-            return published.ria_scores(self.module.weight.data, self.mean_square)
-        if method == "ace":
-            assert self.stats.outputs is not None
-            factor = published.variance_factor(self.stats.sequence_square)
-            loss = self.stats.outputs.mean_coupling()
-            return published.ace_scores(self.module.weight.data, self.mean_square, loss, factor)
-        return published.magnitude_scores(self.module.weight.data)
+        """By hooks that have seen what the statistics have seen."""
+        outputs = self.stats.outputs
+        assert outputs is not None
+        loss = outputs.mean_coupling() if method == "ace-paper" else outputs.mean_weighted_square().float()
+        norms = published.InputNorms(self.mean_square)
+        seen = LayerStatistics(norms, [self.stats.sequence_square], loss, 1)
+        return seen.scores(method, self.module.weight.data)
 
 
 def make_layer(shape: LayerShape, device: torch.device) -> Layer:
@@ -93,7 +84,7 @@ def side_by_side(
 
     def ours() -> None:
         stats = None if method == "magnitude" else layer.stats.to(weight.device)
-        prune_linear(layer.module, stats, method, sparsity, **METHODS[method])
+        prune_linear(layer.module, stats, method, sparsity)
 
     def theirs() -> None:
         select(layer.published_scores(method))

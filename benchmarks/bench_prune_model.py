@@ -94,13 +94,14 @@ def test_score_and_mask(
 
     def ours() -> None:
         for name, layer in loaded.layers.items():
-            prune_linear(layer, fresh[name], method, "2:4", **METHODS[method])
+            prune_linear(layer, fresh[name], method, "2:4")
 
     def scores(name: str) -> torch.Tensor:
         stats = statistics[name]
         assert stats.outputs is not None
         norms = published.InputNorms(mean_square[name])
-        loss = stats.outputs.mean_coupling() if method == "ace" else None
+        outputs = stats.outputs
+        loss = outputs.mean_coupling() if method == "ace-paper" else outputs.mean_weighted_square().float()
         seen = published_model.LayerStatistics(norms, [stats.sequence_square], loss, 1)
         return seen.scores(method, loaded.layers[name].weight.data)
 
@@ -138,7 +139,7 @@ def test_stages(compare_stages: CompareStages, loaded: LoadedModel, method: str)
 
     def ours() -> Any:
         loaded.restore()
-        return prune_model(loaded.model, loaded.ids, method, "2:4", batch_size=SAMPLES, **METHODS[method]).seconds
+        return prune_model(loaded.model, loaded.ids, method, "2:4", batch_size=SAMPLES).seconds
 
     def theirs() -> Any:
         loaded.restore()

@@ -39,11 +39,22 @@ def cosine_loss(tokens: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     return weighted.t() @ tokens.abs() / len(tokens)
 
 
+def exact_cosine_loss(tokens: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """mean_t x_tj^2 / ||a_t||^2, [in]: the second-order term of 1 - cos without |W|^2 / 2, which ACE's text skips."""
+    return (tokens.float().square() / outputs.float().square().sum(1, keepdim=True)).mean(0)
+
+
 def variance_factor(sequence_square: torch.Tensor, eps: float = 0.01) -> torch.Tensor:
     """VarP's E[1 / (1 - y)], [in], of squared norms [n_sequences, in] divided by their largest (ACE; the divisor is
     a reconstruction)."""
     y = (1 - eps) * sequence_square / sequence_square.max()
     return (1 / (1 - y)).mean(0)
+
+
+def convergent_variance_factor(sequence_square: torch.Tensor, eps: float = 0.01) -> torch.Tensor:
+    """The same with every sequence divided by its sum over channels, for which ACE's power series converges."""
+    y = sequence_square / sequence_square.sum(1, keepdim=True)
+    return (1 / (1 - y.clamp(max=1 - eps))).mean(0)
 
 
 def magnitude_scores(weight: torch.Tensor) -> torch.Tensor:
@@ -58,9 +69,13 @@ def wanda_scores(weight: torch.Tensor, mean_square: torch.Tensor) -> torch.Tenso
 
 def ria_scores(weight: torch.Tensor, mean_square: torch.Tensor, a: float = 0.5) -> torch.Tensor:
     """(|W| / column sum + |W| / row sum) sqrt(mean square)^a, quotients in fp32 (Zhang et al., ICLR 2024)."""
+    return relative_importance(weight) * (mean_square.sqrt() ** a).reshape(1, -1)
+
+
+def relative_importance(weight: torch.Tensor) -> torch.Tensor:
+    """|W| / column sum + |W| / row sum."""
     magnitude = weight.float().abs()
-    relative = magnitude / magnitude.sum(0) + magnitude / magnitude.sum(1).reshape(-1, 1)
-    return relative * (mean_square.sqrt() ** a).reshape(1, -1)
+    return magnitude / magnitude.sum(0) + magnitude / magnitude.sum(1).reshape(-1, 1)
 
 
 def ace_scores(
@@ -69,6 +84,11 @@ def ace_scores(
     """Wanda's score times |W| L (CosP) times VarP's factor (ACE, arXiv 2505.21987)."""
     magnitude = weight.float().abs()
     return magnitude * mean_square.sqrt().reshape(1, -1) * (magnitude * loss) * factor.reshape(1, -1)
+
+
+def exact_ace_scores(weight: torch.Tensor, loss: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """What the package calls "ace", in plain torch: relative importance times the root of the loss times the factor."""
+    return relative_importance(weight) * loss.sqrt().reshape(1, -1) * factor.reshape(1, -1)
 
 
 def prune_groups(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int, m: int) -> None:

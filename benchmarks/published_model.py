@@ -24,7 +24,8 @@ class LayerStatistics:
     Attributes:
         norms: Wanda's and RIA's.
         squares: for VarP, sums of x^2 over every sequence, one tensor a batch.
-        loss: for CosP, the sum over batches of mean_t |a_ti x_tj| / s_t; None where it is not wanted.
+        loss: for CosP, the sum over batches of its mean loss ("ace-paper": a matrix, "ace": a vector); None where it
+            is not wanted.
         n_batches: in it.
     """
 
@@ -41,9 +42,12 @@ class LayerStatistics:
             return published.wanda_scores(weight, self.norms.mean_square)
         if method == "ria":
             return published.ria_scores(weight, self.norms.mean_square)
-        if method == "ace" and self.loss is not None:
+        if method == "ace-paper" and self.loss is not None:
             factor = published.variance_factor(torch.cat(self.squares))
             return published.ace_scores(weight, self.norms.mean_square, self.loss / self.n_batches, factor)
+        if method == "ace" and self.loss is not None:
+            factor = published.convergent_variance_factor(torch.cat(self.squares))
+            return published.exact_ace_scores(weight, self.loss / self.n_batches, factor)
         raise ValueError(f"no published form of {method!r} here")
 
 
@@ -77,15 +81,16 @@ class Hooks:
         with self._clock.measure("statistics"):
             seen = self.statistics[name]
             seen.norms.add(tokens)
-            if self._method == "ace":
+            if self._method in ("ace", "ace-paper"):
                 seen.squares.append(tokens.float().square().sum(1))
-                loss = published.cosine_loss(tokens.flatten(0, 1), output.flatten(0, 1))
+                loss_of = published.exact_cosine_loss if self._method == "ace" else published.cosine_loss
+                loss = loss_of(tokens.flatten(0, 1), output.flatten(0, 1))
                 seen.loss = loss if seen.loss is None else seen.loss + loss
                 seen.n_batches += 1
 
 
 def prune_model(model: Any, ids: torch.Tensor, method: str, n: int, m: int, batch_size: int) -> Seconds:
-    """Prune a decoder in place to n:m by "magnitude", "wanda", "ria" or "ace"; seconds by stage.
+    """Prune a decoder in place to n:m by "magnitude", "wanda", "ria", "ace" or "ace-paper"; seconds by stage.
 
     Args:
         model: a causal decoder of transformers.

@@ -70,22 +70,33 @@ def test_whole_layer(layer, tokens, method):
 
 
 @pytest.mark.parametrize(("n_kept", "m"), [(2, 4), (4, 8)])
-def test_ace_as_published(layer, tokens, n_kept, m):
+def test_ace_as_printed(layer, tokens, n_kept, m):
     outputs = layer(tokens).detach().flatten(0, 1)
     theirs = layer.weight.detach().clone()
     loss = published.cosine_loss(tokens.flatten(0, 1), outputs)
     factor = published.variance_factor(tokens.square().sum(1))
     mean_square = tokens.square().sum((0, 1)) / len(tokens)
     published.prune_groups(theirs, published.ace_scores(theirs, mean_square, loss, factor), m - n_kept, m)
-    prune_linear(layer, tokens, "ace", f"{n_kept}:{m}", base="wanda", reduce="abs")
+    prune_linear(layer, tokens, "ace-paper", f"{n_kept}:{m}")
     assert torch.equal(layer.weight, theirs)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "ace"])
+@pytest.mark.parametrize(("n_kept", "m"), [(2, 4), (4, 8)])
+@pytest.mark.parametrize("dead_channel", [False, True])
+def test_sparsegpt(layer, tokens, n_kept, m, dead_channel):
+    if dead_channel:
+        tokens[..., 5] = 0
+    theirs = layer.weight.detach().clone()
+    published.prune_by_sparsegpt(theirs, published.hessian(tokens), m - n_kept, m, block=32)
+    prune_linear(layer, ActivationStats.from_tokens(tokens, gram=True), "sparsegpt", f"{n_kept}:{m}", block_size=32)
+    assert torch.equal(layer.weight != 0, theirs != 0)
+    torch.testing.assert_close(layer.weight.data, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "ace", "ace-paper"])
 def test_whole_models(tiny_model, ids, method):
     ours, theirs = tiny_model, copy.deepcopy(tiny_model)
-    options = {"base": "wanda", "reduce": "abs"} if method == "ace" else {}
-    prune_model(ours, ids, method, "2:4", batch_size=3, **options)
+    prune_model(ours, ids, method, "2:4", batch_size=3)
     seconds = published_model.prune_model(theirs, ids, method, 2, 4, batch_size=3)
     assert seconds.total >= seconds.select > 0
     for name, weight in ours.state_dict().items():

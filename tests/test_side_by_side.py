@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ace_triton.kernels.select_nm import select_nm, select_nm_reference
-from benchmarks.agreement import Disagreement, check_same_choice
+from benchmarks.agreement import Disagreement, check_nearly_same, check_same_choice
 from benchmarks.gate import ReadReport, RunTests, verdict_of
 from benchmarks.layer_shapes import LAYERS, distinct, labels_of
 from benchmarks.matrices import Matrix, check_sample
@@ -57,6 +57,18 @@ class TestAgreement:
     def test_other_shapes_are_refused(self):
         with pytest.raises(Disagreement, match="shapes"):
             check_same_choice(self.scores, mask_of("xx.."), mask_of("xx.."), 4)
+
+    def test_updated_weights_may_differ_a_little(self):
+        torch.manual_seed(0)
+        ours = torch.randn(100, 100)
+        theirs = ours.clone()
+        theirs[0, :5] = 0
+        check_nearly_same(ours, theirs)
+        with pytest.raises(Disagreement, match="of their norm apart"):
+            check_nearly_same(ours, theirs * 1.1)
+        theirs[1, :50] = 0
+        with pytest.raises(Disagreement, match="of the weights are pruned in one"):
+            check_nearly_same(ours, theirs)
 
     @pytest.mark.parametrize("axis", ["in", "out"])
     def test_a_wrong_kernel_is_found(self, axis):
