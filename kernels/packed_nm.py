@@ -101,6 +101,8 @@ class PackedNM:
 
     def _check_bits(self) -> None:
         rows, cols = self.shape
+        if torch.equal(group_counts(self.meta, self.m), self._sound_counts().expand_as(self.meta)):
+            return
         bits = unpack_bits(self.meta)
         if bool(bits[:, cols:].any()):
             row = int(bits[:, cols:].any(1).int().argmax())
@@ -121,6 +123,22 @@ class PackedNM:
                 group,
                 int(counts[row, group]),
             )
+
+    def _sound_counts(self) -> torch.Tensor:
+        """What :func:`group_counts` gives for every row that is right: [ceil(in / 32)], int32."""
+        full = sum(self.n << place for place in range(0, WORD, self.m))
+        words, rest = divmod(self.shape[1], WORD)
+        last = [sum(self.n << place for place in range(0, rest, self.m))] if rest else []
+        return torch.tensor([full] * words + last, dtype=torch.int64, device=self.meta.device).to(torch.int32)
+
+
+def group_counts(meta: torch.Tensor, m: int) -> torch.Tensor:
+    """How many bits are set in every group, in the place of the group's own m bits: int32, of the shape of ``meta``."""
+    counts = meta - ((meta >> 1) & 0x55555555)
+    for width, lanes in ((2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
+        if width < m:
+            counts = (counts & lanes) + ((counts >> width) & lanes)
+    return counts
 
 
 def unpack_bits(meta: torch.Tensor) -> torch.Tensor:
