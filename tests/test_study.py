@@ -3,6 +3,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -235,6 +236,7 @@ def test_another_setting_or_model_is_refused(study, tmp_path, tiny_checkpoint, t
     code, _, errors = study(tmp_path / "s", *words, "--samples", 5)
     assert code == 1
     assert "samples was 4, is 5" in errors
+    Journal(tmp_path / "s", replace(read_results(tmp_path / "s").setting, model="moved")).close()
     with torch.no_grad():
         tiny_model.model.layers[0].mlp.up_proj.weight[3, 4] += 1
     tiny_model.save_pretrained(tiny_checkpoint)

@@ -15,6 +15,9 @@ from .records import CellResult, DenseResult, ModelNorms, Record, Sample, Settin
 FILE = "results.jsonl"
 FORMAT = "ace_triton.study.1"
 
+NAMES = ("model", "calibration", "evaluation")
+"""What of a setting may differ: the same weights and texts may lie elsewhere."""
+
 _KINDS: dict[str, type[Any]] = {
     "setting": Setting,
     "dense": DenseResult,
@@ -142,7 +145,7 @@ def _check_same(folder: str | Path, there: Setting, asked: Setting) -> None:
     differing = [
         f"{f.name} was {getattr(there, f.name)!r}, is {getattr(asked, f.name)!r}"
         for f in fields(Setting)
-        if getattr(there, f.name) != getattr(asked, f.name)
+        if f.name not in NAMES and getattr(there, f.name) != getattr(asked, f.name)
     ]
     if differing:
         raise StudyError(
