@@ -4,8 +4,8 @@ The loss is the Kullback-Leibler divergence of the pruned model's next-token dis
 temperature 1 (Hinton et al., arXiv 1503.02531), mean over tokens. AdamW steps on fp32 copies of the kept weights;
 forwards run in bfloat16. A pruned weight's gradient is put to 0, so that AdamW leaves it at exactly 0.
 
-The dense model's logits are computed on the way, a quarter of a step: a budget of minutes sees each token once, so that
-there is nothing to keep them for.
+The dense model's logits are computed on the way, a fifth of a step on a CPU: a budget of minutes sees each token once,
+so that there is nothing to keep them for.
 
 Memory, in bytes: 17 a trained weight (4 for the copy, 4 its gradient, 8 of AdamW, 1 the mask), both models, and
 about 20 * vocabulary a token of ``MICRO_TOKENS`` for logits.
