@@ -69,6 +69,8 @@ figures: setup  ## measure the CPU ratios of docs/cpu.md again
 
 quality: setup  ## perplexities of docs/quality.md; CALIBRATION and EVALUATION name texts
 	$(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+	$(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION) --permute --length 128 \
+	    --method Wanda --method RIA --method "CosP, exact" --seed 0 --seed 1 --seed 2
 
 study: setup  ## the paper's experiments on SmolLM2-135M, hours on a CPU; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/ace-triton study smollm2 $(STUDY) --calibration $(CALIBRATION) --evaluation $(EVALUATION)

@@ -58,9 +58,9 @@ def search_permutation(scores: torch.Tensor, n: int, m: int, *, cycles: int = CY
     Raises:
         ValueError: scores of another shape, or n:m that does not fit them.
     """
-    if scores.dim() != 3 or scores.shape[2] % m or not 0 < n < m:
+    if scores.dim() != 3 or not scores.shape[2] or scores.shape[2] % m or not 0 < n < m:
         raise ValueError(
-            f"scores must be [n_pools, rows, channels] with channels a multiple of m, and 0 < n < m; got "
+            f"scores must be [n_pools, rows, channels] with channels a multiple of m above 0, and 0 < n < m; got "
             f"{tuple(scores.shape)} and {n}:{m}"
         )
     given = torch.arange(scores.shape[2], device=scores.device).reshape(-1, m).t().expand(len(scores), -1, -1)

@@ -103,7 +103,9 @@ def test_retains_nearly_what_linear_sum_assignment_does():
     assert found.after - found.before >= 0.95 * (reference - retained(scores, given, 2, 4))
 
 
-@pytest.mark.parametrize(("shape", "n", "m"), [((3, 8), 2, 4), ((1, 3, 6), 2, 4), ((1, 3, 8), 4, 4), ((1, 3, 8), 0, 4)])
+@pytest.mark.parametrize(
+    ("shape", "n", "m"), [((3, 8), 2, 4), ((1, 3, 6), 2, 4), ((1, 3, 8), 4, 4), ((1, 3, 8), 0, 4), ((1, 3, 0), 2, 4)]
+)
 def test_says_what_is_wrong(shape, n, m):
     with pytest.raises(ValueError, match="multiple of m"):
         search_permutation(torch.zeros(shape), n, m)
