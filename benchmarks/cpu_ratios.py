@@ -26,6 +26,8 @@ from ace_triton import ActivationStats, Sparsity, prune_linear
 from ace_triton.kernels import cpu
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
+from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.pack_nm import pack_nm, pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
@@ -58,6 +60,7 @@ class Comparison:
         restore: run untimed before each of them.
         at_most: target for the time of ``call`` over that of ``baseline``.
         at_least: target for the inverse, where the baseline is the slow one.
+        few_rounds: take SLOW_ROUNDS, for a baseline of seconds.
     """
 
     what: str
@@ -68,6 +71,7 @@ class Comparison:
     restore: Call
     at_most: float | None = None
     at_least: float | None = None
+    few_rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def main(
     ratios = []
     console = Console(width=140)
     for label, dtype in DTYPES.items():
-        for comparisons in (against_passes, against_published, over_tokens, over_small_layers, over_a_model):
+        for comparisons in SECTIONS:
             for comparison in comparisons(label, dtype):
                 ratios.append(measure(comparison, rounds))
                 console.print(line(ratios[-1]))
@@ -158,7 +162,7 @@ def against_published(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
         return select_rows(weight, terms, SHAPE[1] - half)
 
     def compare(what: str, against: str, call: Call, baseline: Call, at_least: float) -> Comparison:
-        return Comparison(what, against, label, call, baseline, restore, at_least=at_least)
+        return Comparison(what, against, label, call, baseline, restore, at_least=at_least, few_rounds=True)
 
     yield compare(
         "2:4 in place",
@@ -244,12 +248,48 @@ def over_a_model(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
         )
 
 
+def packed_products(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
+    """2:4 products of few rows beside the same loop over the dense weight and beside torch, and packing beside a pass;
+    the weights are larger than any cache."""
+    torch.manual_seed(0)
+    weight = torch.randn(SHAPE).mul_(0.02).to(dtype)
+    terms = ScoreTerms(scale=torch.rand(SHAPE[1]) + 0.1)
+    packed = pack_scored(weight, terms, 2, 4)
+    for rows in (1, 4, 16):
+        tokens = torch.randn(rows, SHAPE[1]).to(dtype)
+        dense: Call = lambda tokens=tokens: cpu.dense_linear(tokens, weight)  # noqa: E731
+        torchs: Call = lambda tokens=tokens: nn.functional.linear(tokens, weight)  # noqa: E731
+        of_dense = (1.7 if dtype == torch.float32 else 1.25) if rows == 1 else 0.0
+        for against, baseline, at_least in (
+            ("the same loop, dense", dense, of_dense),
+            ("`F.linear`", torchs, 2.0 if rows == 1 else 0.0),
+        ):
+            yield Comparison(
+                f"nm_linear 2:4, {rows} row{'s' * (rows > 1)}",
+                against,
+                label,
+                lambda tokens=tokens: nm_linear(tokens, packed),
+                baseline,
+                lambda: None,
+                at_least=at_least,
+            )
+    pruned = select_nm(weight.clone(), terms, 2, 4)
+    for what, pack in (
+        ("pack_scored 2:4", lambda: pack_scored(weight, terms, 2, 4)),
+        ("pack_nm 2:4", lambda: pack_nm(pruned, 2, 4)),
+    ):
+        yield Comparison(what, "`weight.mul_(1)`", label, pack, lambda: weight.mul_(1), lambda: None)
+
+
+SECTIONS = (against_passes, against_published, packed_products, over_tokens, over_small_layers, over_a_model)
+
+
 def measure(comparison: Comparison, rounds: int) -> Ratio:
     """Time both sides in turn."""
     slow = comparison.at_least is not None
     sides = (comparison.call, comparison.baseline)
     times: tuple[list[float], list[float]] = ([], [])
-    for count in range((SLOW_ROUNDS if slow else rounds) + 1):
+    for count in range((SLOW_ROUNDS if comparison.few_rounds else rounds) + 1):
         for side, spent in zip(sides, times, strict=True):
             comparison.restore()
             start = time.process_time()
@@ -259,7 +299,7 @@ def measure(comparison: Comparison, rounds: int) -> Ratio:
     ours, theirs = (statistics.median(spent) for spent in times)
     ratio = theirs / ours if slow else ours / theirs
     if slow:
-        target, met = f">= {comparison.at_least:g}", ratio >= comparison.at_least
+        target, met = f">= {comparison.at_least:g}" if comparison.at_least else "", ratio >= comparison.at_least
     else:
         target = "" if comparison.at_most is None else f"<= {comparison.at_most:g}"
         met = comparison.at_most is None or ratio <= comparison.at_most

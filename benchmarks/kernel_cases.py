@@ -12,6 +12,8 @@ from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
+from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.pack_nm import PackedNM, pack_nm, pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
@@ -141,6 +143,35 @@ def join_gains_case() -> Case:
     return Case("join_gains", torch.float32, call, rows * groups * groups, 4 / pairs_a_load, 0)
 
 
+def pack_case(dtype: torch.dtype, scored: bool, n: int = 2, m: int = 4) -> Case:
+    """A layer packed in the selection, or pruned before."""
+    rows, cols = SHAPE
+    size = dtype.itemsize
+
+    def call() -> object:
+        weight = torch.zeros(SHAPE, dtype=dtype)
+        return pack_scored(weight, terms(rows, cols, TERMS["scale"]), n, m) if scored else pack_nm(weight, n, m)
+
+    name = f"{'pack_scored' if scored else 'pack_nm'} {n}:{m}"
+    return Case(name, dtype, call, rows * cols, size, size + size * n / m + 1 / 8)
+
+
+def nm_linear_case(dtype: torch.dtype, n_tokens: int, n: int = 2, m: int = 4) -> Case:
+    """A layer times a few tokens. The widest loads are those of values and, in 2:4, of tokens: each of the (at most
+    four) that share a read of the weight is read once for four outputs, in every program from the cache."""
+    rows, cols = SHAPE
+    size = dtype.itemsize
+
+    def call() -> object:
+        values, meta = torch.empty(rows, cols * n // m, dtype=dtype), torch.empty(rows, cols // 32, dtype=torch.int32)
+        return nm_linear(torch.empty(n_tokens, cols, dtype=dtype), PackedNM(values, meta, n, m, SHAPE))
+
+    weight_bytes = size * n / m
+    shared = min(4, n_tokens)
+    name = f"nm_linear {n}:{m}, {n_tokens} row{'s' * (n_tokens > 1)}"
+    return Case(name, dtype, call, rows * cols, weight_bytes + shared * size / 4, weight_bytes + 1 / 8)
+
+
 def every_case() -> Iterator[Case]:
     """All cases of the report."""
     n_tokens = TOKENS[0] * TOKENS[1]
@@ -153,6 +184,10 @@ def every_case() -> Iterator[Case]:
             yield select_nm_case(dtype, "scale", n, m)
         for n, m in ((2, 4), (16, 32)):
             yield select_nm_case(dtype, "scale", n, m, axis="out")
+        for scored in (True, False):
+            yield pack_case(dtype, scored)
+        for few in (1, 2, 4):
+            yield nm_linear_case(dtype, few)
         for cols in (576, 1536, 4096, 11008, 16384):
             yield select_rows_case(dtype, cols)
         yield moments_case(dtype)

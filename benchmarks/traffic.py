@@ -29,6 +29,8 @@ from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
+from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.pack_nm import pack_nm, pack_scored, unpack_nm
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
@@ -243,6 +245,8 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     norms = torch.rand(3, N_TOKENS)
     stats = ActivationStats.from_tokens(tokens)
     plain, relative = wanda(weight, stats), ria(weight, stats)
+    packed = pack_scored(weight, plain, 2, 4)
+    pruned = unpack_nm(packed)
     e, n = weight.element_size(), weight.numel()
     vectors = sum(t.numel() * 4 for t in relative.tensors().values())
     x = flat.numel()
@@ -258,6 +262,14 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
         count("select_nm 2:4, mask", n, (e + 1) * n, lambda: select_nm(weight, ScoreTerms(), 2, 4, output="mask")),
         count(
             "select_nm 2:4, bit mask", n, e * n + n // 8, lambda: select_nm(weight, ScoreTerms(), 2, 4, output="bits")
+        ),
+        count("pack_scored 2:4", n, e * n + 4 * cols + packed.packed_bytes, lambda: pack_scored(weight, plain, 2, 4)),
+        count("pack_nm 2:4", n, e * n + packed.packed_bytes, lambda: pack_nm(pruned, 2, 4)),
+        count(
+            "nm_linear 2:4, 1 row",
+            n,
+            packed.packed_bytes + e * (rows + cols),
+            lambda: nm_linear(flat[:1], packed),
         ),
         count("select_rows 50 %", n, 2 * e * n + 4 * cols, lambda: select_rows(weight, plain, cols // 2)),
         *rows_of_sums(dtype),

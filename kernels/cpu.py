@@ -39,6 +39,7 @@ _SIGNATURES = {
     "ace_weighted_squares": [*_MATRIX, _POINTER, _LONG, _POINTER, _INT],
     "ace_join_gains": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _INT],
     "ace_assign": [_POINTER, _LONG, _LONG, _POINTER, _INT],
+    "ace_pack_nm": [*_MATRIX, *[_POINTER] * 4, _INT, _POINTER, _POINTER, *[_INT] * 4, _POINTER],
     "ace_nm_linear": [*_MATRIX, _POINTER, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _POINTER, _INT],
     "ace_dense_linear": [*_MATRIX, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT],
     "ace_use_isa": [ctypes.c_char_p],
@@ -248,6 +249,31 @@ def coupling(
                 left, right = left.square_(), right.square_()
             into.addmm_(left.t(), right)
     return into
+
+
+def pack_nm(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Body of :func:`~ace_triton.kernels.pack_nm.pack_nm` and ``pack_scored``: values, metadata, and whether all that
+    is not 0 found a place."""
+    rows, cols = weight.shape
+    laid = _row_major(weight)
+    values = _large(torch.empty(rows, cols // m * n, dtype=weight.dtype))
+    meta = torch.empty(rows, (cols + 31) // 32, dtype=torch.int32)
+    factors = (terms.row, terms.col, terms.scale, terms.coupling) if terms else (None,) * 4
+    whole = _INT()
+    _call(
+        "ace_pack_nm",
+        *_matrix(laid),
+        *(_address(factor) for factor in factors),
+        terms.power if terms else 1,
+        values.data_ptr(),
+        meta.data_ptr(),
+        int(terms is not None),
+        n,
+        m,
+        torch.get_num_threads(),
+        ctypes.byref(whole),
+    )
+    return values, meta, bool(whole.value)
 
 
 def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:

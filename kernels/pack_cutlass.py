@@ -22,7 +22,7 @@ def pack_cutlass(weight: torch.Tensor | PackedNM) -> tuple[torch.Tensor, torch.T
     """Values [out, in / 2] and metadata [out, in / 16] (int16; [out, in / 32], int32, for int8) of a 2:4 weight.
 
     Args:
-        weight: [out, in], fp16, bf16 or int8, out a multiple of 32 (16 for int8), in of 16 (32); or packed 2:4, from
+        weight: [out, in], fp16, bf16 or int8, out a multiple of 32 (16 for int8), in of 32 (64); or packed 2:4, from
             which the values and metadata are made without the dense weight between.
 
     Raises:
@@ -97,6 +97,6 @@ def check_cutlass(weight: torch.Tensor | PackedNM) -> None:
         raise ValueError(f"weight must be [out_features, in_features], got shape {shape}")
     if dtype not in META:
         raise ValueError(f"CUTLASS takes float16, bfloat16 and int8 here, got {dtype}: convert the weight")
-    rows, cols = (16, 32) if dtype == torch.int8 else (32, 16)
+    rows, cols = (16, 64) if dtype == torch.int8 else (32, 32)
     if shape[0] % rows or shape[1] % cols:
         raise ValueError(f"in {dtype} CUTLASS needs outputs a multiple of {rows}, inputs of {cols}, got shape {shape}")

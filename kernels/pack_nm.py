@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from . import launch
-from .backend import choose_backend
+from . import cpu, launch
+from .backend import Backend, choose_backend
 from .group_choice import best_of_group
 from .pack_cutlass import pack_cutlass
 from .packed_nm import LAYOUT_VERSION, WORD, PackedNM, PatternError, check_packable, refuse_first, unpack_bits
@@ -52,13 +52,13 @@ def pack_nm(weight: torch.Tensor, n: int, m: int) -> PackedNM:
         PatternError: a group has more than n non-zeros; nothing is packed.
     """
     check_packable(weight, n, m)
-    if choose_backend(weight) == "triton":
-        with torch.cuda.device_of(weight):
-            packed, whole = _pack_nm_triton(weight, None, n, m)
-        if not whole:
-            refuse_first((weight.detach() != 0).reshape(-1, m).sum(-1), n, m, weight.shape[1])
-        return packed
-    return pack_nm_reference(weight, n, m)
+    backend = choose_backend(weight)
+    if backend == "reference" or (backend == "cpu" and weight.dtype == torch.int8):
+        return pack_nm_reference(weight, n, m)
+    packed, whole = _pack(backend, weight, None, n, m)
+    if not whole:
+        refuse_first((weight.detach() != 0).reshape(-1, m).sum(-1), n, m, weight.shape[1])
+    return packed
 
 
 def pack_nm_reference(weight: torch.Tensor, n: int, m: int) -> PackedNM:
@@ -82,10 +82,10 @@ def pack_scored(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> Pack
     """
     check_packable(weight, n, m)
     check_selection(weight, terms, "weight")
-    if choose_backend(weight, *terms.tensors().values()) == "triton":
-        with torch.cuda.device_of(weight):
-            return _pack_nm_triton(weight, terms, n, m)[0]
-    return pack_scored_reference(weight, terms, n, m)
+    backend = choose_backend(weight, *terms.tensors().values())
+    if backend == "reference":
+        return pack_scored_reference(weight, terms, n, m)
+    return _pack(backend, weight, terms, n, m)[0]
 
 
 def pack_scored_reference(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> PackedNM:
@@ -108,12 +108,21 @@ def packed_by(weight: torch.Tensor, keep: torch.Tensor, n: int, m: int) -> Packe
     """Pack what a mask [out, in] keeps, exactly n of every m."""
     rows, cols = weight.shape
     octets = pack_bits(keep)
-    meta = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 4)).view(torch.int32)
+    meta = torch.zeros(rows, -(-cols // WORD), dtype=torch.int32, device=weight.device)
+    meta.view(torch.uint8)[:, : octets.shape[1]] = octets
     return PackedNM(weight[keep].reshape(rows, cols // m * n), meta, n, m, (rows, cols))
 
 
-def _pack_nm_triton(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[PackedNM, bool]:
+def _pack(backend: Backend, weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[PackedNM, bool]:
     """Packed by score or, without terms, by what is not 0; and whether all that is not 0 found a place."""
+    if backend == "cpu":
+        values, meta, whole = cpu.pack_nm(weight.detach(), terms, n, m)
+        return PackedNM(values, meta, n, m, (weight.shape[0], weight.shape[1])), whole
+    with torch.cuda.device_of(weight):
+        return _pack_nm_triton(weight, terms, n, m)
+
+
+def _pack_nm_triton(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[PackedNM, bool]:
     source = with_unit_stride(weight)
     rows, cols = source.shape
     values = torch.empty(rows, cols // m * n, dtype=weight.dtype, device=weight.device)

@@ -17,6 +17,8 @@ from benchmarks.kernel_cases import (
     coupling_case,
     join_gains_case,
     moments_case,
+    nm_linear_case,
+    pack_case,
     select_nm_case,
     select_rows_case,
     weight_sums_case,
@@ -103,3 +105,17 @@ def test_nothing_spills_on_amd(case):
     _, code = first_kernel(case, "gfx942")
     assert code.spills == 0
     assert code.loads[128] > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_is_bound_by_memory(dtype):
+    """One row through a 2:4 weight, which is at most 0.57 of a dense one's bytes in two-byte dtypes."""
+    case = nm_linear_case(dtype, 1)
+    check(case, most_ratio=0.8)
+    if dtype.itemsize == 2:
+        assert case.moved / dtype.itemsize <= 0.57
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_packing_takes_little_more_than_the_memory_time(scored):
+    check(pack_case(torch.bfloat16, scored), most_ratio=1.6)

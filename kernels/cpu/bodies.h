@@ -7,6 +7,7 @@
 #include "join_gains.h"
 #include "moments.h"
 #include "nm_linear.h"
+#include "pack_nm.h"
 #include "select_nm.h"
 #include "select_rows.h"
 #include "sums.h"
@@ -18,7 +19,7 @@ const Bodies ACE_BODIES = {
     ACE_ISA,    select_nm,   select_rows, count_keys, find_ties,        apply_cut,
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
     join_gains, assign,
-    widen_rows, nm_linear,   dense_linear,
+    pack_nm,    widen_rows,  nm_linear,   dense_linear,
 };
 
 }  // namespace ace

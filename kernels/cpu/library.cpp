@@ -343,6 +343,22 @@ ACE_EXPORT int ace_assign(const float* gains, int64_t n_pools, int64_t size, int
     });
 }
 
+// `whole` becomes 0 where, without scores, a group has more than n weights that are not 0.
+ACE_EXPORT int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                           const float* row, const float* col, const float* scale, const float* coupling,
+                           int32_t power, void* values, uint32_t* meta, int32_t by_score, int32_t n, int32_t m,
+                           int32_t threads, int32_t* whole) {
+    const Selection s = selection(weight, rows, cols, stride, element, row, col, scale, coupling, power,
+                                  int32_t(Output::weight), nullptr);
+    return guarded([&] {
+        std::atomic<bool> so_far{true};
+        deal(rows, threads_for(bytes_of(s.weight), rows, threads), [&](int64_t begin, int64_t end, int) {
+            if (!bodies->pack_nm(s, {n, m, false}, {values, meta, by_score != 0}, begin, end)) so_far = false;
+        });
+        *whole = so_far;
+    });
+}
+
 ACE_EXPORT int ace_nm_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
                              const void* values, const uint32_t* meta, int64_t rows, int32_t n, int32_t m,
                              int32_t weight_element, const float* bias, float* out, int32_t threads) {

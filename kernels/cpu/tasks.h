@@ -85,6 +85,13 @@ struct PackedWeight {
     Element element;
 };
 
+// Where a selection packs to: by score, or by what of a pruned weight is not 0.
+struct Packing {
+    void* values;
+    uint32_t* meta;
+    bool by_score;
+};
+
 struct LinearTask {
     const float* tokens;  // [n_tokens, padded], zeros past the last input
     int64_t n_tokens, padded;
@@ -123,6 +130,8 @@ struct Bodies {
     // One vector of one pool's candidates; zero rows leave the gains unwritten.
     void (*join_gains)(const JoinTask&, int64_t pool, int64_t block);
     void (*assign)(const AssignmentTask&);
+    // Rows begin..end; false where a group of a pruned weight has more than n that are not 0.
+    bool (*pack_nm)(const Selection&, const Pattern&, const Packing&, int64_t begin, int64_t end);
     // fp32 copies of rows, `padded` apart, zeros behind them.
     void (*widen_rows)(const Matrix&, int64_t padded, float* out);
     // Outputs begin..end of all tokens.

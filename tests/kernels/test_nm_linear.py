@@ -1,0 +1,143 @@
+"""nm_linear against the dense product in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ace_triton.kernels import cpu
+from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.nm_linear import nm_linear, nm_linear_reference
+from ace_triton.kernels.pack_nm import pack_nm, pack_scored, unpack_nm
+from ace_triton.kernels.score_terms import ScoreTerms
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 2), (3, 8), (8, 16), (5, 32), (31, 32)]
+STEP = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Relative spacing of each dtype's numbers, and a little more: what rounding the output once may cost."""
+
+
+def check(tokens, weight, n, m, bias=None) -> torch.Tensor:
+    """Within what fp32 sums and one rounding of the output allow."""
+    packed = pack_scored(weight, ScoreTerms(), n, m)
+    outputs = nm_linear(tokens, packed, bias)
+    dense = unpack_nm(packed).double()
+    truth = tokens.double() @ dense.t()
+    size = tokens.double().abs() @ dense.abs().t()
+    if bias is not None:
+        truth, size = truth + bias.double(), size + bias.double().abs()
+    assert outputs.dtype == tokens.dtype
+    assert outputs.shape == (*tokens.shape[:-1], weight.shape[0])
+    assert bool(((outputs.double() - truth).abs() <= STEP[tokens.dtype] * truth.abs() + 3e-6 * size + 1e-30).all())
+    torch.testing.assert_close(outputs, nm_linear_reference(tokens, packed, bias), atol=2e-2, rtol=2e-2)
+    return outputs
+
+
+@given(
+    rows=st.integers(1, 7 if interpreting() else 40),
+    groups=st.integers(1, 5 if interpreting() else 60),
+    n_tokens=st.integers(0, 3 if interpreting() else 35),
+    pattern=st.sampled_from(PATTERNS),
+    dtype=st.sampled_from(FLOATS),
+    weight_dtype=st.sampled_from(FLOATS),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_dense_product(make_matrix, rows, groups, n_tokens, pattern, dtype, weight_dtype, with_bias, seed):
+    n, m = pattern
+    weight = make_matrix(rows, groups * m, weight_dtype, seed=seed)
+    tokens = make_matrix(n_tokens, groups * m, dtype, seed=seed + 1)
+    bias = make_matrix(1, rows, dtype, seed=seed + 2)[0] if with_bias else None
+    check(tokens, weight, n, m, bias)
+
+
+@pytest.mark.skipif(interpreting(), reason="too many programs for the interpreter")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n_tokens", [1, 2, 5, 16, 17])
+@pytest.mark.parametrize("shape", [(515, 1032), (64, 4100)])
+def test_layer_sized(make_matrix, dtype, n_tokens, shape):
+    check(make_matrix(n_tokens, shape[1], dtype), make_matrix(*shape, dtype), 2, 4)
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (3, 8)])
+def test_an_output_does_not_depend_on_the_other_tokens(make_matrix, pattern):
+    cols = 96 if interpreting() else 1096
+    packed = pack_scored(make_matrix(9, cols, torch.bfloat16), ScoreTerms(), *pattern)
+    tokens = make_matrix(7, cols, torch.float32)
+    together = nm_linear(tokens, packed)
+    alone = torch.cat([nm_linear(token[None], packed) for token in tokens])
+    assert torch.equal(together, alone)
+    assert torch.equal(nm_linear(tokens, packed), together)
+
+
+def test_any_leading_shape_and_stride(make_matrix):
+    weight = make_matrix(6, 64, torch.float32)
+    wide = make_matrix(12, 96, torch.float32)
+    check(wide[:, 16:80].reshape(3, 4, 64), weight, 2, 4)
+    check(wide[::2, 16:80], weight, 2, 4)
+    check(wide[:4, :64].t().contiguous().t(), weight, 2, 4)
+    check(wide[0, :64], weight, 2, 4)
+    assert nm_linear(wide[:0, :64], pack_scored(weight, ScoreTerms(), 2, 4)).shape == (0, 6)
+
+
+def test_pruned_infinities_of_the_tokens_stay_out(device):
+    """At 2:4 the inputs of pruned weights are not multiplied by 0."""
+    packed = pack_nm(torch.tensor([[0.0, 1.0, 2.0, 0.0]], device=device), 2, 4)
+    tokens = torch.tensor([[torch.inf, 3.0, 4.0, torch.nan]], device=device)
+    assert nm_linear(tokens, packed).tolist() == [[11.0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": torch.zeros(2, 12)}, r"tokens must be \[..., 16\]"),
+        ({"tokens": torch.zeros(2, 16, dtype=torch.float64)}, "float32, float16 or bfloat16"),
+        ({"packed": pack_nm(torch.zeros(8, 16, dtype=torch.int8), 2, 4)}, "float32, float16 or bfloat16"),
+        ({"bias": torch.zeros(4)}, r"bias must be \[8\]"),
+    ],
+)
+def test_says_what_is_wrong(arguments, message):
+    given_arguments = {"tokens": torch.zeros(2, 16), "packed": pack_nm(torch.zeros(8, 16), 2, 4), **arguments}
+    with pytest.raises(ValueError, match=message):
+        nm_linear(**given_arguments)
+
+
+@pytest.mark.skipif(interpreting() or not cpu.available(), reason="for the compiled library")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_instruction_set_and_number_of_threads_agrees(dtype, pattern):
+    n, m = pattern
+    torch.manual_seed(0)
+    weight, tokens = torch.randn(1026, 32 * 33).to(dtype), torch.randn(5, 32 * 33).to(dtype)
+    in_use, threads = cpu.isa(), torch.get_num_threads()
+    results = {}
+    try:
+        for isa in cpu.ISAS:
+            for count in (1, 3):
+                try:
+                    cpu.use_isa(isa)
+                except ValueError:
+                    continue
+                torch.set_num_threads(count)
+                packed = pack_scored(weight, ScoreTerms(), n, m)
+                results[isa, count] = (packed.meta, packed.values, nm_linear(tokens, packed))
+    finally:
+        cpu.use_isa(in_use)
+        torch.set_num_threads(threads)
+    first, *others = results.values()
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.skipif(interpreting() or not cpu.available(), reason="for the compiled library")
+@pytest.mark.parametrize("pattern", [(2, 4), (5, 32), (3, 4)])
+def test_damaged_metadata_do_not_lead_outside(pattern):
+    n, m = pattern
+    packed = pack_scored(torch.randn(33, 32 * 7), ScoreTerms(), n, m)
+    packed.meta.fill_(-1)
+    in_use = cpu.isa()
+    for isa in ("portable", in_use):
+        cpu.use_isa(isa)
+        nm_linear(torch.randn(3, 32 * 7), packed)
+    cpu.use_isa(in_use)

@@ -1,0 +1,83 @@
+"""Packing and nm_linear as machine code, against their references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.pack_nm import (
+    PackedNM,
+    PatternError,
+    pack_nm,
+    pack_scored,
+    pack_scored_reference,
+    unpack_nm_reference,
+)
+from ace_triton.kernels.score_terms import ScoreTerms
+from tests.x86.executor import executed_on_x86
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def assert_same(got: PackedNM, expected: PackedNM) -> None:
+    assert torch.equal(got.meta, expected.meta)
+    assert torch.equal(bits_of(got.values), bits_of(expected.values))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "n", "m"),
+    [
+        *((dtype, (576, 1536), 2, 4) for dtype in DTYPES),
+        (torch.bfloat16, (33, 36), 2, 4),
+        (torch.float32, (33, 36), 3, 4),
+        (torch.bfloat16, (48, 96), 8, 16),
+    ],
+)
+def test_packing(dtype, shape, n, m):
+    torch.manual_seed(0)
+    weight, terms = torch.randn(shape).to(dtype), ScoreTerms(scale=torch.rand(shape[1]) + 0.1)
+    expected = pack_scored_reference(weight, terms, n, m)
+    pruned = unpack_nm_reference(expected)
+    with executed_on_x86(1):
+        assert_same(pack_scored(weight, terms, n, m), expected)
+        assert_same(pack_nm(pruned, n, m), expected)
+        pruned[7, : n + 1] = 1
+        with pytest.raises(PatternError, match="row 7, group 0"):
+            pack_nm(pruned, n, m)
+
+
+def test_int8():
+    kept = torch.tensor([1, 0, 0, 1], dtype=torch.int8).repeat(16)
+    weight = torch.randint(-128, 128, (40, 64), dtype=torch.int8) * kept
+    expected = pack_nm(weight, 2, 4)
+    with executed_on_x86(1):
+        assert_same(pack_nm(weight, 2, 4), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pattern", "shape", "n_tokens"),
+    [
+        *((dtype, (2, 4), (576, 1536), 1) for dtype in DTYPES),
+        (torch.bfloat16, (2, 4), (37, 72), 1),
+        (torch.float32, (2, 4), (37, 72), 3),
+        (torch.float16, (2, 4), (64, 128), 6),
+        (torch.bfloat16, (3, 8), (37, 72), 1),
+        (torch.float32, (3, 8), (64, 128), 6),
+    ],
+)
+def test_products(dtype, pattern, shape, n_tokens):
+    torch.manual_seed(0)
+    packed = pack_scored_reference(torch.randn(shape).to(dtype), ScoreTerms(), *pattern)
+    tokens, bias = torch.randn(n_tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    truth = tokens.double() @ unpack_nm_reference(packed).double().t() + bias.double()
+    with executed_on_x86(2):
+        outputs = nm_linear(tokens, packed, bias)
+    torch.testing.assert_close(outputs, truth.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
