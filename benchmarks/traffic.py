@@ -44,6 +44,7 @@ from .published import prune_groups, prune_rows_by_sort, ria_scores, wanda_score
 
 SHAPE = (512, 2048)
 N_TOKENS = 2048
+FEW_TOKENS = 256
 
 # Sums leave partial sums in the measure of what a program sums, which depends on the whole: they are counted over a few
 # programs' share of a layer and of a batch of tokens, with the blocks that the launchers plan for all of it.
@@ -250,11 +251,6 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     e, n = weight.element_size(), weight.numel()
     vectors = sum(t.numel() * 4 for t in relative.tensors().values())
     x = flat.numel()
-    one_pass = e * (x + outputs.numel() + 2 * n) + 4 * (N_TOKENS + cols)
-
-    def coupled() -> object:
-        return select_nm(weight, replace(plain, coupling=coupling(flat, outputs, norms[0], "abs")), 2, 4)
-
     return [
         count("select_nm 2:4, Wanda's terms", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 2, 4)),
         count("select_nm 2:4, RIA's terms", n, 2 * e * n + vectors, lambda: select_nm(weight, relative, 2, 4)),
@@ -282,13 +278,28 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
             e * (x + outputs.numel()) + 8 * n,
             lambda: coupling(flat, outputs, norms[0], "abs", into=torch.empty(SHAPE).fill_(0)),
         ),
-        count("published CosP: coupling, 2:4", n, one_pass, coupled),
-        count(
-            "published CosP: cosp_select 2:4",
-            n,
-            one_pass,
-            lambda: cosp_select(weight, plain, flat, outputs, norms[0], 2, 4),
-        ),
+        *rows_of_published_cosp(weight, plain, flat[:FEW_TOKENS], outputs[:FEW_TOKENS]),
+    ]
+
+
+def rows_of_published_cosp(
+    weight: torch.Tensor, terms: ScoreTerms, tokens: torch.Tensor, outputs: torch.Tensor
+) -> list[Row]:
+    """The published CosP in two steps, with its matrix between them, and in one."""
+    e, n, token_weights = weight.element_size(), weight.numel(), torch.rand(len(tokens))
+    least = e * (tokens.numel() + outputs.numel() + 2 * n) + 4 * (len(tokens) + weight.shape[1])
+
+    def two_steps() -> object:
+        matrix = coupling(tokens, outputs, token_weights, "abs")
+        return select_nm(weight, replace(terms, coupling=matrix), 2, 4)
+
+    def one_step() -> object:
+        return cosp_select(weight, terms, tokens, outputs, token_weights, 2, 4)
+
+    of_tokens = f", {len(tokens)} tokens"
+    return [
+        count("published CosP: coupling, select_nm 2:4" + of_tokens, n, least, two_steps),
+        count("published CosP: cosp_select 2:4" + of_tokens, n, least, one_step),
     ]
 
 
