@@ -187,17 +187,20 @@ def _read_tensors(
     tensors = {}
     try:
         with safe_open(str(path), framework="pt") as file:
-            _check_names(path, set(file.keys()), set(expected), manifest.tied)
-            for name in file.keys():  # noqa: SIM118
+            names = list(file.keys())
+        _check_names(path, set(names), set(expected), manifest.tied)
+        for name in names:
+            # Opened anew for each tensor: the pages of those already copied would stay in memory until it is closed.
+            with safe_open(str(path), framework="pt") as file:
                 tensor = file.get_tensor(name)
-                wanted = expected[name]
-                if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
-                    raise PackedError(
-                        f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the model takes {wanted.dtype} "
-                        f"{tuple(wanted.shape)}; pack it again with this transformers"
-                    )
-                convert = dtype if dtype is not None and tensor.dtype == stored else tensor.dtype
-                tensors[name] = tensor.to(device, convert, copy=True)
+            wanted = expected[name]
+            if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
+                raise PackedError(
+                    f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the model takes {wanted.dtype} "
+                    f"{tuple(wanted.shape)}; pack it again with this transformers"
+                )
+            convert = dtype if dtype is not None and tensor.dtype == stored else tensor.dtype
+            tensors[name] = tensor.to(device, convert, copy=True)
     except (OSError, SafetensorError) as error:
         raise PackedError(f"{path}: cannot be read ({error}); the file is damaged, pack the model again") from error
     return tensors
