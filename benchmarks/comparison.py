@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,15 +68,19 @@ def time_in_turn(
     Raises:
         Disagreement: from the check; nothing was timed.
     """
+    start = time.perf_counter()
     comparison.check()
+    checked = time.perf_counter() - start
     providers = (Provider(OURS, comparison.ours), *comparison.others)
 
     def spent(provider: Provider) -> float:
         comparison.restore()
         return stopwatch.time(provider.call)
 
-    once = sum(spent(provider) for provider in providers)
-    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(budget / max(once, 1e-9))))
+    rounds = FEWEST_ROUNDS
+    if checked < budget:
+        once = sum(spent(provider) for provider in providers)
+        rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(budget / max(once, 1e-9))))
     seconds: dict[str, list[float]] = {provider.name: [] for provider in providers}
 
     def others_first() -> None:

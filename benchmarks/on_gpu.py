@@ -36,6 +36,7 @@ from .results import installed, load, outcomes
 Status = Literal["passed", "failed", "timed out"]
 
 TAIL_LINES = 40
+KERNELS = ("select_nm", "select_rows", "weight_sums", "moments", "pack_nm")
 RESULTS, TESTS, SPARSE = "results.csv", "tests.xml", "sparse.json"
 DRY_RUN_TESTS = "says_what_is_wrong or whole_layer"
 
@@ -122,7 +123,7 @@ def sections(out: Path, dry_run: bool) -> tuple[Section, ...]:
 
     which = DRY_RUN_TESTS if dry_run else "cuda"
     tests = ("tests/kernels", "tests/test_published_baselines.py", "-k", which, "--junitxml", str(report))
-    kernels = [f"benchmarks/bench_{name}.py" for name in ("select_nm", "select_rows", "weight_sums", "moments")]
+    kernels = [f"benchmarks/bench_{name}.py" for name in KERNELS]
     layer = ("--device", "cpu", "--shape", "64x128", "--rows", "1") if dry_run else ("--shape", "4096x11008")
     sparse = ("-m", "ace_triton", "bench", *layer, "--json", str(out / SPARSE))
     return (
