@@ -6,11 +6,12 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from .batches import Batch, CalibrationSet, batches_of
 from .blocks import gated_consumers, stacks_of
 from .collect import InputCollector
 from .experts import ExpertLinear, find_layouts
@@ -19,7 +20,7 @@ from .metrics import Metric, Needs, metric
 from .plan import NameFilter, Plan, Skipped, Unit, misfit
 from .prune import as_kernel_dtype, check_weight, default_axis, needed, prune_checked
 from .reorder import TRIAL_LENGTH, PermutationReport, Reorderer, find_folds
-from .replay import Batch, Runner, WholeForward, calibration_mode, make_runner
+from .replay import Runner, WholeForward, calibration_mode, make_runner
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats
 from .timing import Seconds, Stopwatch
@@ -32,18 +33,6 @@ Progress = Callable[[int, int, str], None]
 
 Order = Literal["one shot", "blocks", "layers"]
 """What is pruned between two looks at the model: all of it, a block, or the layers of a block that share an input."""
-
-TOKENS_OF_A_FORWARD = 2048
-
-
-class CalibrationSet(Protocol):
-    """Token ids, int64 [n_sequences, length], and bool of that shape, True for real tokens, or None."""
-
-    @property
-    def ids(self) -> torch.Tensor: ...
-
-    @property
-    def mask(self) -> torch.Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -169,7 +158,7 @@ def prune_model(
     clock = Stopwatch(next(model.parameters()).device)
     names = NameFilter.of(model, include, exclude)
     plan = Plan(model, method, needs, pattern, names, _layouts(model))
-    batches = _batches(model, calibration, batch_size) if needs.tokens else []
+    batches = batches_of(model, calibration, batch_size) if needs.tokens else []
     with clock.measure("select"):
         weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
         _rehearse(chosen, pattern, options, moved, next(iter(weights.values())))
@@ -359,48 +348,6 @@ def _rehearse(
     ramp = torch.linspace(-1, 1, 32 * 32, device=like.device).reshape(32, 32).to(dtype)
     weight = layer.weight.detach().copy_(ramp)
     prune_checked(layer, weight, ramp, chosen, pattern, f"method {chosen.name!r}", options, update=update)
-
-
-def _batches(
-    model: PreTrainedModel, calibration: torch.Tensor | CalibrationSet | None, batch_size: int | None
-) -> list[Batch]:
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
-    ids, mask = _ids_and_mask(calibration)
-    table = next(model.get_input_embeddings().parameters())
-    vocabulary, device = table.shape[0], table.device
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise ValueError(
-            f"calibration ids run from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary from 0 to "
-            f"{vocabulary - 1}: tokenise with the model's own tokeniser"
-        )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < ids.shape[1]:
-        raise ValueError(
-            f"calibration sequences have {ids.shape[1]} tokens, the model takes {longest} at most: cut them shorter"
-        )
-    batch_size = batch_size or max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
-    parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
-    return [Batch(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
-
-
-def _ids_and_mask(calibration: torch.Tensor | CalibrationSet | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    ids = calibration if isinstance(calibration, torch.Tensor) else getattr(calibration, "ids", None)
-    mask = None if isinstance(calibration, torch.Tensor) else getattr(calibration, "mask", None)
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else repr(type(calibration).__name__)
-        raise ValueError(
-            f"calibration must be token ids, int64 [n_sequences, length], or an object with such ids; got {given}"
-        )
-    if ids.numel() == 0:
-        raise ValueError(f"calibration of shape {tuple(ids.shape)} is empty: give at least one sequence of one token")
-    if mask is None:
-        return ids, None
-    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or mask.dtype != torch.bool:
-        raise ValueError(f"calibration.mask must be bool of shape {tuple(ids.shape)}, True for real tokens")
-    if not mask.any(1).all():
-        raise ValueError(f"calibration sequence {int((~mask.any(1)).nonzero()[0])} is all padding: leave it out")
-    return ids, None if mask.all() else mask
 
 
 def _peak_bytes(model: PreTrainedModel) -> int:

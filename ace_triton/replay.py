@@ -15,29 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .batches import Batch
 from .blocks import Block
 from .collect import InputCollector
 from .timing import Stopwatch
 
 TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A part of the calibration set, on the device of the model's embedding.
-
-    Attributes:
-        ids: int64 [n_sequences, length].
-        valid: bool of the same shape, False for padding; None where there is none.
-    """
-
-    ids: torch.Tensor
-    valid: torch.Tensor | None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """n_sequences and length."""
-        return self.ids.shape[0], self.ids.shape[1]
 
 
 class Runner(Protocol):

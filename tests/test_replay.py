@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from ace_triton.batches import Batch
 from ace_triton.blocks import find_blocks
-from ace_triton.replay import Batch, Replay, WholeForward, calibration_mode, make_runner
+from ace_triton.replay import Replay, WholeForward, calibration_mode, make_runner
 from ace_triton.timing import Stopwatch
 
 LENGTHS = torch.tensor([16, 9, 12, 16, 5, 16])

@@ -15,6 +15,7 @@ from ..calibration import load_calibration
 from ..metrics import metric, metric_names
 from ..packed_checkpoint import save_packed
 from ..progress import progress_bar, stage
+from ..prune import needed
 from ..prune_model import prune_model
 from ..sparsify import sparsify
 from ..sparsity import Sparsity
@@ -87,6 +88,7 @@ def prune(
     pattern = Sparsity(sparsity, scope=scope)  # type: ignore[arg-type]
     options = metric(method).complete(parse_options(option))
     moved = parse_update(update, update_option)
+    needs_tokens = needed(metric(method).needs(options), moved).tokens
     if packed and pattern.n is None:
         raise ValueError(f"--packed needs groups, as --sparsity 2:4; {sparsity!r} has none")
     check_json(json)
@@ -97,7 +99,7 @@ def prune(
             model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
         load_seconds = time.perf_counter() - started
         sequences = None
-        if method != "magnitude" or moved is not None:
+        if needs_tokens:
             with stage(progress, "calibration text"):
                 sequences = load_calibration(
                     calibration, tokenizer, samples=samples, length=length, seed=seed, model=model

@@ -6,11 +6,11 @@ from typing import get_args
 
 import torch
 
+from ..batches import TOKENS_OF_A_FORWARD, Batch
 from ..blocks import find_blocks, linears_of
 from ..collect import InputCollector
 from ..metrics import Needs, VarianceNorm, metric, variance_factor
-from ..prune_model import TOKENS_OF_A_FORWARD
-from ..replay import Batch, WholeForward, calibration_mode
+from ..replay import WholeForward, calibration_mode
 from ..stats import ActivationStats
 from ..timing import Stopwatch
 from .records import InputNorms, ModelNorms, Pole

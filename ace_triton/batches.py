@@ -1,0 +1,93 @@
+"""A calibration set, checked against the model and cut into batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKENS_OF_A_FORWARD = 2048
+
+
+class CalibrationSet(Protocol):
+    """Token ids, int64 [n_sequences, length], and bool of that shape, True for real tokens, or None."""
+
+    @property
+    def ids(self) -> torch.Tensor: ...
+
+    @property
+    def mask(self) -> torch.Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A part of the calibration set, on the device of the model's embedding.
+
+    Attributes:
+        ids: int64 [n_sequences, length].
+        valid: bool of the same shape, False for padding; None where there is none.
+    """
+
+    ids: torch.Tensor
+    valid: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """n_sequences and length."""
+        return self.ids.shape[0], self.ids.shape[1]
+
+
+def batches_of(
+    model: PreTrainedModel, calibration: torch.Tensor | CalibrationSet | None, batch_size: int | None
+) -> list[Batch]:
+    """A calibration set as batches on the device of the model's embedding.
+
+    Args:
+        model: what the ids are for.
+        calibration: as for :func:`~ace_triton.prune_model.prune_model`.
+        batch_size: sequences of a batch; None for as many as make about TOKENS_OF_A_FORWARD tokens.
+
+    Raises:
+        ValueError: ids, a mask or a batch size that the model cannot take.
+    """
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+    ids, mask = _ids_and_mask(calibration)
+    table = next(model.get_input_embeddings().parameters())
+    vocabulary, device = table.shape[0], table.device
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"calibration ids run from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary from 0 to "
+            f"{vocabulary - 1}: tokenise with the model's own tokeniser"
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < ids.shape[1]:
+        raise ValueError(
+            f"calibration sequences have {ids.shape[1]} tokens, the model takes {longest} at most: cut them shorter"
+        )
+    batch_size = batch_size or max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
+    parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
+    return [Batch(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
+
+
+def _ids_and_mask(calibration: torch.Tensor | CalibrationSet | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ids = calibration if isinstance(calibration, torch.Tensor) else getattr(calibration, "ids", None)
+    mask = None if isinstance(calibration, torch.Tensor) else getattr(calibration, "mask", None)
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else repr(type(calibration).__name__)
+        raise ValueError(
+            f"calibration must be token ids, int64 [n_sequences, length], or an object with such ids; got {given}"
+        )
+    if ids.numel() == 0:
+        raise ValueError(f"calibration of shape {tuple(ids.shape)} is empty: give at least one sequence of one token")
+    if mask is None:
+        return ids, None
+    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(f"calibration.mask must be bool of shape {tuple(ids.shape)}, True for real tokens")
+    if not mask.any(1).all():
+        raise ValueError(f"calibration sequence {int((~mask.any(1)).nonzero()[0])} is all padding: leave it out")
+    return ids, None if mask.all() else mask
