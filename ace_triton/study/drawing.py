@@ -10,7 +10,6 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 
 matplotlib.use("agg")
 
+from markupsafe import Markup
 from matplotlib import pyplot
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -65,19 +65,6 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A figure for the page.
-
-    Attributes:
-        svg: an ``<svg>`` element with a title and a description for who cannot see it.
-        description: the same description.
-    """
-
-    svg: str
-    description: str
-
-
 @contextmanager
 def canvas(width: float, height: float, **layout: Any) -> Iterator[tuple[Figure, Any]]:
     """A figure of that size in inches and its axes, in the page's style; closed at the end."""
@@ -89,8 +76,8 @@ def canvas(width: float, height: float, **layout: Any) -> Iterator[tuple[Figure,
             pyplot.close(figure)
 
 
-def drawing(figure: Figure, name: str, title: str, description: str) -> Drawing:
-    """A figure as inline SVG.
+def drawing(figure: Figure, name: str, title: str, description: str) -> Markup:
+    """A figure as inline SVG: an ``<svg>`` element that a template takes as it is.
 
     Args:
         figure: drawn inside :func:`canvas`.
@@ -112,6 +99,5 @@ def drawing(figure: Figure, name: str, title: str, description: str) -> Drawing:
     head, _, body = svg.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     label = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
-    return Drawing(
-        f'{head} role="img" aria-label="{escape(f"{title}. {description}", quote=True)}">{label}{body}', description
-    )
+    spoken = escape(f"{title}. {description}", quote=True)
+    return Markup(f'{head} role="img" aria-label="{spoken}">{label}{body}')

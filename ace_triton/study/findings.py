@@ -15,6 +15,7 @@ from .tally import Tally, listed, shown_sparsity, shown_variant
 Verdict = Literal["holds", "fails", "open", "note"]
 
 ACE, RIA, WANDA = Variant("ace"), Variant("ria"), Variant("wanda")
+PUBLISHED_ACE = Variant("ace-paper")
 
 MEANING = (
     "Mean change of perplexity ± its standard error over the draws (length and seed) that both share; lower is better."
@@ -108,7 +109,9 @@ def ordering(tally: Tally, sparsity: str) -> Finding | None:
         ]
         pairs = ", nor ".join(unclear)
         headline = f"{shown}: the paper's order ACE ≤ RIA ≤ Wanda is not settled; no clear difference {pairs}"
-    text = "; ".join(f"{shown_variant(one)} against {shown_variant(other)}: {_change(c)}" for one, other, c in measured)
+    beside = compare(tally, PUBLISHED_ACE, WANDA, sparsity)
+    told = [*measured, *([(PUBLISHED_ACE, WANDA, beside)] if beside is not None else [])]
+    text = "; ".join(f"{shown_variant(one)} against {shown_variant(other)}: {_change(c)}" for one, other, c in told)
     worst: Verdict = "fails" if "fails" in verdicts else "open" if "open" in verdicts else "holds"
     return Finding(worst, headline, f"{text}. {MEANING}")
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter
 
-from .drawing import HEAT, Drawing, canvas, drawing
+from .drawing import HEAT, canvas, drawing
 from .norms import BIN_EDGES, NEAR_POLE
 from .records import InputNorms, ModelNorms
 
@@ -26,7 +27,7 @@ def kind_of(entry: InputNorms) -> str:
     return ", ".join(name.rpartition(".")[2] for name in entry.layers)
 
 
-def norm_map(norms: ModelNorms, kind: str, number: int) -> Drawing:
+def norm_map(norms: ModelNorms, kind: str, number: int) -> Markup:
     """How the norms of one kind of input are spread over its channels, block by block."""
     entries = [entry for entry in norms.inputs if kind_of(entry) == kind]
     shares = np.full((len(BIN_EDGES) - 1, max(e.block for e in entries) + 1), np.nan)
@@ -60,7 +61,7 @@ def norm_map(norms: ModelNorms, kind: str, number: int) -> Drawing:
         return drawing(figure, f"norms{number}", f"Input norms of {kind}", description)
 
 
-def pole_map(norms: ModelNorms, normaliser: str) -> Drawing:
+def pole_map(norms: ModelNorms, normaliser: str) -> Markup:
     """VarP's largest factor, by kind of input and block, for one normaliser."""
     rows = kinds(norms)
     blocks = max(entry.block for entry in norms.inputs) + 1

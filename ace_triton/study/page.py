@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -12,7 +13,6 @@ from markupsafe import Markup
 
 from ..metrics import VarianceNorm
 from .cells import Variant
-from .drawing import Drawing
 from .findings import findings
 from .journal import Results
 from .norm_plots import kinds, norm_map, pole_map
@@ -91,7 +91,6 @@ def page(results: Results) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["svg"] = lambda drawn: Markup(drawn.svg)
     norms = results.norms
     shown = list(enumerate(tally.sparsities))
     return environment.get_template(TEMPLATE).render(
@@ -210,5 +209,5 @@ def _note(sample: Sample) -> str:
     return "" if far is None else f"KL {far.mean:.2f} nats, same top token {far.agreement:.0%}"
 
 
-def _drawn(drawings: object) -> list[Drawing]:
-    return [drawn for drawn in drawings if drawn is not None]  # type: ignore[attr-defined]
+def _drawn(drawings: Iterable[Markup | None]) -> list[Markup]:
+    return [drawn for drawn in drawings if drawn is not None]

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
 
+from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .cells import Variant
-from .drawing import GLYPHS, GRID, MARKERS, PAPER, SERIES, STAGE_COLOURS, Drawing, canvas, drawing
+from .drawing import GLYPHS, GRID, MARKERS, PAPER, SERIES, STAGE_COLOURS, canvas, drawing
 from .tally import STAGES, Tally, listed, shown_sparsity, shown_variant
 
 STAGE_NAMES = {"calibration": "calibration forwards", "statistics": "statistics", "select": "score and mask"}
@@ -32,7 +33,7 @@ def glyph(tally: Tally, variant: Variant) -> str:
     return GLYPHS[series(tally, variant)]
 
 
-def perplexity_by_length(tally: Tally, sparsity: str, number: int) -> Drawing | None:
+def perplexity_by_length(tally: Tally, sparsity: str, number: int) -> Markup | None:
     """Mean perplexity against calibration length, with the standard deviation over seeds.
 
     The vertical axis spans the methods that look at tokens; the dense model, and a method without
@@ -82,7 +83,7 @@ def perplexity_by_length(tally: Tally, sparsity: str, number: int) -> Drawing | 
         return drawing(figure, f"length{number}", f"Perplexity by calibration length, {sparsity}", description)
 
 
-def perplexity_by_time(tally: Tally, sparsity: str, number: int) -> Drawing | None:
+def perplexity_by_time(tally: Tally, sparsity: str, number: int) -> Markup | None:
     """Mean perplexity against the CPU seconds of pruning; a line joins a method's calibration lengths."""
     variants = [v for v in tally.calibrated if any(tally.perplexity(v, sparsity, n) for n in tally.lengths)]
     if not variants:
@@ -119,7 +120,7 @@ def perplexity_by_time(tally: Tally, sparsity: str, number: int) -> Drawing | No
         return drawing(figure, f"time{number}", f"Perplexity by pruning time, {sparsity}", description)
 
 
-def time_bars(tally: Tally, length: int) -> Drawing | None:
+def time_bars(tally: Tally, length: int) -> Markup | None:
     """CPU seconds of a pruning, split over its stages."""
     rows = [(v, times) for v in tally.variants if (times := tally.stages(v, length)) is not None]
     if not any(variant.calibrated for variant, _ in rows):
@@ -146,7 +147,7 @@ def time_bars(tally: Tally, length: int) -> Drawing | None:
         return drawing(figure, f"bars{length}", f"Time by stage, L = {length}", description)
 
 
-def divergence(tally: Tally, sparsity: str, number: int) -> Drawing | None:
+def divergence(tally: Tally, sparsity: str, number: int) -> Markup | None:
     """Median, quartiles and 5 to 95 % of KL(dense || pruned) over positions."""
     rows = [(s.cell.variant, s.divergence) for s in tally.samples(sparsity) if s.cell and s.divergence]
     if not rows:
