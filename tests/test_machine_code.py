@@ -23,7 +23,14 @@ from benchmarks.kernel_cases import (
     select_rows_case,
     weight_sums_case,
 )
-from benchmarks.machine_code import GPUS, compute_over_memory, first_kernel, per_element
+from benchmarks.machine_code import (
+    GPUS,
+    compute_over_memory,
+    first_kernel,
+    gpu_target,
+    launches_of,
+    per_element,
+)
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
 
@@ -58,6 +65,14 @@ def test_2_4_takes_twelve_instructions_a_weight():
 @pytest.mark.parametrize("make", [moments_case, weight_sums_case])
 def test_sums_are_bound_by_memory(dtype, make):
     check(make(dtype), most_ratio=0.95)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [moments_case, weight_sums_case])
+def test_sums_write_and_read_again_two_percent_at_most(dtype, make):
+    sums, _ = launches_of(make(dtype), gpu_target("sm_90"))
+    matrix, *parts = (argument for argument in sums.arguments if torch.is_tensor(argument))
+    assert 2 * sum(part.nbytes for part in parts) <= 0.02 * matrix.nbytes
 
 
 @pytest.mark.parametrize("cols", [1536, 4096, 11008, 16384])
