@@ -111,6 +111,14 @@ def save(model: Any, tokenizer: Any, out: str | Path, report: dict[str, Any], *,
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
 
 
+def read_report(folder: str | Path) -> dict[str, Any] | None:
+    """What :func:`save` left beside a model; None where it is not there or cannot be read."""
+    try:
+        return json.loads((Path(folder) / REPORT_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def check_out(out: str | Path, *, overwrite: bool) -> None:
     """Raise CheckpointError where ``out`` could not be written at the end of the work."""
     path = Path(out)

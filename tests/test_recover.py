@@ -201,3 +201,7 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     code, _, errors = command("recover", tiny_checkpoint, tmp_path / "other", *small, "--steps", 1)
     assert code == 1
     assert "--teacher" in errors
+    assert command("pack", pruned, tmp_path / "packed")[0] == 0
+    code, _, errors = command("recover", tmp_path / "packed", tmp_path / "other", *small, "--steps", 1)
+    assert code == 1
+    assert "then pack" in errors

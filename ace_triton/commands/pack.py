@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated
 
@@ -42,19 +41,10 @@ def pack(
         with stage(progress, "pack"):
             result = sparsify(model, sparsity, include=include or None, exclude=exclude or None)
         with stage(progress, "save the model"):
-            save_packed(model, tokenizer, out, report=_pruning_report(src), overwrite=overwrite)
+            save_packed(model, tokenizer, out, report=checkpoint.read_report(src), overwrite=overwrite)
     if json:
         report.write_json(json, result.to_dict())
     console.print(report.packing_table(result))
     for line in report.skipped_lines(result):
         console.print(f"left as it is: {escape(line)}")
     console.print(f"written to {escape(str(out))}", soft_wrap=True)
-
-
-def _pruning_report(src: str) -> dict[str, object] | None:
-    """What ``ace-triton prune`` left beside the model, where it did."""
-    path = Path(src) / checkpoint.REPORT_FILE
-    try:
-        return json_format.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

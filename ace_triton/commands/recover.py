@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json as json_module
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from .. import checkpoint, report
 from ..calibration import load_calibration
+from ..packed_manifest import is_packed
 from ..progress import stage
 from ..recover import RecoverySettings
 from ..recover import recover as train
@@ -48,9 +48,11 @@ def recover(
         steps, minutes, tokens_per_step=tokens_per_step, learning_rate=learning_rate, norms=norms, seed=seed
     )
     check_json(json)
+    if is_packed(model_dir):
+        raise ValueError(f"{model_dir} is packed: recover the dense checkpoint with zeros, then pack the result")
     checkpoint.check_out(out, overwrite=overwrite)
     where = parse_device(device)
-    told = _report_of(model_dir)
+    told = checkpoint.read_report(model_dir) or {}
     source = teacher or told.get("source")
     if source is None:
         raise checkpoint.CheckpointError(f"{model_dir} does not say what it was pruned from: name it with --teacher")
@@ -75,9 +77,3 @@ def recover(
         report.write_json(json, result.to_dict())
     console.print(report.recovery_table(result))
     console.print(f"written to {escape(str(out))}", soft_wrap=True)
-
-
-def _report_of(folder: Path) -> dict[str, Any]:
-    """What :func:`~ace_triton.checkpoint.save` wrote beside a model; nothing where another program wrote it."""
-    path = folder / checkpoint.REPORT_FILE
-    return json_module.loads(path.read_text()) if path.is_file() else {}
