@@ -324,6 +324,8 @@ def test_a_mean_change_is_that_of_pairs():
         {("ace", 16, 0): (50, 1), ("ria", 16, 0): (100, 1), ("wanda", 16, 0): (100, 1), ("ria", 16, 1): (1, 1)}
     )
     assert "ACE against RIA: -50.0% (a single draw); RIA against Wanda: +0.0%" in ordering(tally, "2:4").text
+    tally.results.add(replace(next(iter(tally.results.cells.values())), cell=Cell(Variant("ace-paper"), "2:4", 16, 0)))
+    assert "ACE as published against Wanda: -50.0% (a single draw)" in ordering(tally, "2:4").text
 
 
 @pytest.mark.parametrize(
