@@ -13,8 +13,9 @@ from torch import nn
 from .experts import watch_experts
 from .gram import Gram
 from .metrics import Needs
+from .output_stats import OutputStats, StatsError, update_outputs
 from .prune import PruneError, as_kernel_dtype
-from .stats import ActivationStats, OutputStats, StatsError, update_outputs
+from .stats import ActivationStats
 from .timing import Stopwatch
 
 

@@ -8,138 +8,19 @@ gate and up) share it. What depends on a layer's own outputs (CosP's token weigh
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .gram import Gram
-from .kernels.coupling import coupling
 from .kernels.moments import moments
-from .kernels.token_norms import token_norms
-from .kernels.weighted_squares import MOST_LAYERS, weighted_squares
-
-Reduce = Literal["abs", "rms"]
+from .output_stats import OutputStats, Reduce, StatsError, update_outputs
 
 FORMAT = "ace_triton.activation_stats.1"
-
-NEGLIGIBLE_NORM = 1e-8
-"""Tokens whose squared output norm is below this share of the batch's mean take no part in CosP."""
-
-
-class StatsError(ValueError):
-    """Statistics that cannot be used as asked, with what to do."""
-
-
-@dataclass
-class OutputStats:
-    """Token-weighted statistics of one layer, for CosP.
-
-    With s_t = sum_i a_ti^2 (the squared norm of the layer's output, bias included) and d_t = unit / s_t:
-
-    Attributes:
-        reduce: also keep the matrix of the published loss, as a mean of absolute values ("abs") or of
-            squares ("rms"); None keeps the vector only.
-        count: tokens counted.
-        unit: the mean s_t of the first batch; keeps d_t near 1, where fp16 and tf32 can hold it.
-        weighted_square: fp64 [in_features], sum_t d_t x_tj^2.
-        matrix: fp32 [out_features, in_features], sum_t |a_ti x_tj| d_t ("abs") or its squares ("rms").
-    """
-
-    reduce: Reduce | None = None
-    count: int = 0
-    unit: float = 0.0
-    weighted_square: torch.Tensor | None = None
-    matrix: torch.Tensor | None = None
-
-    def mean_weighted_square(self) -> torch.Tensor:
-        """mean_t x_tj^2 / s_t, fp64 [in_features] (METHODS "exact2"; second-order term of 1 - cos)."""
-        assert self.weighted_square is not None
-        return self.weighted_square / (self.unit * max(self.count, 1))
-
-    def mean_coupling(self) -> torch.Tensor:
-        """mean_t |a_ti x_tj| / s_t, or the root of the mean of its square, fp32 [out_features, in_features]."""
-        if self.matrix is None:
-            raise StatsError("these statistics hold no coupling matrix: collect them with reduce='abs' or 'rms'")
-        mean = self.matrix / max(self.count, 1)
-        return (mean.sqrt() if self.reduce == "rms" else mean) / self.unit
-
-    def reorder(self, *, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> None:
-        """Put channels in another order, as the layer's weight: place p takes channel ``inputs[p]``, ``outputs[p]``."""
-        if inputs is not None and self.weighted_square is not None:
-            self.weighted_square = self.weighted_square[inputs]
-        if self.matrix is not None:
-            self.matrix = self.matrix if inputs is None else self.matrix[:, inputs].contiguous()
-            self.matrix = self.matrix if outputs is None else self.matrix[outputs]
-
-    def merge(self, other: OutputStats) -> None:
-        """Add the tokens of ``other``."""
-        if other.reduce != self.reduce:
-            raise StatsError(f"statistics with reduce={self.reduce!r} and {other.reduce!r} do not merge")
-        if other.count == 0:
-            return
-        if self.count == 0:
-            self.unit = other.unit
-        ratio = self.unit / other.unit
-        assert other.weighted_square is not None
-        moved = other.weighted_square * ratio
-        self.weighted_square = moved if self.weighted_square is None else self.weighted_square + moved
-        if other.matrix is not None:
-            moved = other.matrix * (ratio**2 if self.reduce == "rms" else ratio)
-            self.matrix = moved if self.matrix is None else self.matrix + moved
-        self.count += other.count
-
-
-def update_outputs(
-    stats: Sequence[OutputStats],
-    tokens: torch.Tensor,
-    outputs: Sequence[torch.Tensor],
-    valid: torch.Tensor | None = None,
-) -> None:
-    """Add a batch to the output statistics of all layers that read ``tokens``, in one pass over them.
-
-    Args:
-        stats: one for each layer.
-        tokens: [..., in_features].
-        outputs: each layer's [..., out_features] for these tokens.
-        valid: bool [...], False for tokens to leave out.
-
-    Raises:
-        StatsError: NaN or infinity in the outputs of tokens that count.
-    """
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    rows, counts = [], []
-    for stat, output in zip(stats, outputs, strict=True):
-        norms = token_norms(output.reshape(-1, output.shape[-1]))
-        used = torch.ones_like(norms, dtype=torch.bool) if valid is None else valid.reshape(-1)
-        mean = torch.where(used, norms, 0.0).sum() / used.sum().clamp(min=1)
-        level = float(mean)
-        if not math.isfinite(level):
-            raise StatsError(
-                "the layer's outputs hold NaN or infinity; look for overflow in the calibration forward (run it in "
-                "bfloat16 or float32)"
-            )
-        used = used & (norms > NEGLIGIBLE_NORM * level)
-        if stat.count == 0:
-            stat.unit = level or 1.0
-        rows.append(torch.where(used, stat.unit / norms, 0.0))
-        counts.append(int(used.sum()))
-    for start in range(0, len(rows), MOST_LAYERS):
-        stop = start + MOST_LAYERS
-        sums = weighted_squares(flat, torch.stack(rows[start:stop]))
-        for stat, row, count, output, weighted in zip(
-            stats[start:stop], rows[start:stop], counts[start:stop], outputs[start:stop], sums.double(), strict=True
-        ):
-            stat.weighted_square = weighted if stat.weighted_square is None else stat.weighted_square + weighted
-            if stat.reduce is not None:
-                a = output.reshape(-1, output.shape[-1])
-                stat.matrix = coupling(flat, a, row, stat.reduce, into=stat.matrix)
-            stat.count += count
 
 
 @dataclass

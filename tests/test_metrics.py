@@ -12,7 +12,7 @@ from ace_triton.kernels.score_terms import scores_reference
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.metrics import cosp, metric, ria, stade, variance_factor, varp, wanda
-from ace_triton.stats import OutputStats, update_outputs
+from ace_triton.output_stats import OutputStats, update_outputs
 
 seeds = st.integers(0, 10_000)
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ace_triton import ActivationStats, StatsError
-from ace_triton.stats import OutputStats, update_outputs
+from ace_triton.output_stats import OutputStats, update_outputs
 
 
 def assert_same(one: ActivationStats, other: ActivationStats, rtol: float = 1e-5, *, sequences: bool = True) -> None:
