@@ -65,7 +65,7 @@ def gram_product(rows: torch.Tensor) -> torch.Tensor:
     Args:
         rows: X, [n_tokens, in_features], any floating dtype; fp64 is rounded to fp32 first.
     """
-    if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16):
+    if rows.is_cuda and torch.version.hip is None and rows.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(rows.t(), rows, out_dtype=torch.float32)
     if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
         with _bfloat16_products():
