@@ -14,7 +14,7 @@ from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
 from benchmarks.matrices import Matrix
 
-TESTS = ("tests/kernels/test_pack_nm.py", "tests/kernels/test_packed_nm.py")
+TESTS = ("tests/kernels/test_pack_nm.py",)
 
 CPU_ROWS = 512
 """Of the matrix; plain torch takes a CPU ten seconds for all of it."""

@@ -50,7 +50,7 @@ class ReadReport:
     def verdict(self, test_file: str) -> Verdict:
         """Failed where a test of the file failed, passed where some ran and none failed."""
         module = Path(test_file).with_suffix("").as_posix().replace("/", ".")
-        cases = [case for case in self._cases if case.get("classname", "").startswith(module)]
+        cases = [case for case in self._cases if f"{case.get('classname')}.".startswith(f"{module}.")]
         if any(case.find("failure") is not None or case.find("error") is not None for case in cases):
             return "failed"
         passed = [case for case in cases if case.find("skipped") is None]

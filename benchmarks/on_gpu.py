@@ -38,7 +38,7 @@ Status = Literal["passed", "failed", "timed out"]
 TAIL_LINES = 40
 KERNELS = ("select_nm", "select_rows", "weight_sums", "moments", "pack_nm")
 RESULTS, TESTS, SPARSE = "results.csv", "tests.xml", "sparse.json"
-DRY_RUN_TESTS = "says_what_is_wrong or whole_layer"
+DRY_RUN_TESTS = "says_what_is_wrong or whole_layer or layout_is"
 
 
 @dataclass(frozen=True)
