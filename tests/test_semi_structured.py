@@ -54,7 +54,7 @@ def test_there_is_none_on_a_cpu():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("second_copy", [False, True])
-def test_the_product_on_a_gpu(second_copy):
+def test_the_product_on_cuda(second_copy):
     packed = pack_nm(pruned(256, 512).cuda(), 2, 4)
     if refusal(packed):
         pytest.skip(refusal(packed))

@@ -1,5 +1,6 @@
-"""The real model: masks against the published formulas on every layer, and the commands from end to end."""
+"""The real model: masks against the published formulas on every layer, the commands from end to end, and packed."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -7,13 +8,16 @@ import sys
 import pytest
 import torch
 
-from ace_triton import ActivationStats, checkpoint
+from ace_triton import ActivationStats, NMLinear, checkpoint, load, prune_model, sparsify
 from ace_triton.calibration import crop, token_stream
 from ace_triton.evaluate import perplexity
+from ace_triton.generation import generate
 from ace_triton.inspect_checkpoint import inspect_checkpoint
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.metrics import metric
+from ace_triton.packed_checkpoint import save_packed
+from ace_triton.packed_manifest import TENSORS_FILE
 from ace_triton.text import read_documents
 
 
@@ -87,3 +91,40 @@ def test_the_command_line_from_end_to_end(smollm2, tmp_path):
     pruned = json.loads((tmp_path / "evaluate.json").read_text())["perplexity"]
     assert 5 < dense < 40
     assert dense < pruned < 30 * dense
+
+
+@pytest.fixture(scope="module")
+def packed(smollm2, tmp_path_factory):
+    """The model pruned to 2:4 in fp32, the same out of a packed folder, its tokenizer, and the folder."""
+    dense, tokenizer = copy.deepcopy(smollm2[0]).float(), smollm2[1]
+    stream = token_stream(read_documents("pydoc:calibration"), tokenizer)
+    prune_model(dense, crop(stream, 8, 32, seed=0), "wanda", "2:4", one_shot=True)
+    sparse = copy.deepcopy(dense)
+    assert len(sparsify(sparse).layers) == 210
+    folder = tmp_path_factory.mktemp("smollm2") / "packed"
+    save_packed(sparse, tokenizer, folder)
+    return dense, load(folder), tokenizer, folder
+
+
+@pytest.mark.parametrize("prompt", ["The capital of France is", "def fibonacci(n):\n"])
+def test_packed_it_writes_the_same_words_as_with_its_zeros_in_place(packed, prompt):
+    dense, sparse, tokenizer, _ = packed
+    texts = [generate(model, tokenizer, prompt, max_new_tokens=16).text for model in (dense, sparse)]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 12
+
+
+def test_packed_it_gives_the_same_logits_for_a_prompt_of_many_tokens(packed):
+    dense, sparse, tokenizer, _ = packed
+    ids = torch.tensor(tokenizer(read_documents("pydoc:evaluation")[0])["input_ids"])[None, :96]
+    with torch.inference_mode():
+        torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, rtol=2e-4, atol=2e-3)
+
+
+def test_packed_its_layers_take_little_more_than_half(packed):
+    dense, sparse, _, folder = packed
+    layers = [module for module in sparse.modules() if isinstance(module, NMLinear)]
+    before = sum(layer.packed.dense_bytes for layer in layers)
+    assert sum(layer.packed.packed_bytes for layer in layers) == pytest.approx(0.53125 * before)
+    whole = sum(parameter.nbytes for parameter in dense.parameters())
+    assert (folder / TENSORS_FILE).stat().st_size == pytest.approx(whole - 0.46875 * before, rel=1e-3)
