@@ -19,7 +19,8 @@ class NMLinear(nn.Module):
 
     ``values`` and ``meta`` (layout: :mod:`ace_triton.kernels.packed_nm`) go where other buffers go:
     ``state_dict``, ``model.to``, ``deepcopy``. The weight is frozen; gradients flow to the input and the bias.
-    A call picks its product by its number of rows (:func:`~ace_triton.dispatch.choose_product`).
+    A call picks its product by its number of rows (:func:`~ace_triton.dispatch.choose_product`). For adapters of
+    peft: ``config._register_custom_module({NMLinear: peft.tuners.lora.Linear})``.
 
     Attributes:
         in_features, out_features: as of ``nn.Linear``.
