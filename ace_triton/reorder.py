@@ -21,7 +21,7 @@ NOT_REACHED = "no token of the trial reached it"
 SHARED = "its weight, or that of what feeds it, serves other layers too"
 CHANGES_THE_MODEL = "more than element-wise work lies between it and what feeds it, or something else reads that too"
 
-TRIAL_SEQUENCES, TRIAL_LENGTH = 4, 16
+TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
 
 
 @dataclass(frozen=True)
