@@ -1,4 +1,4 @@
-"""nm_linear on one core: packed, the same loop over the dense weight, and torch, by rows of tokens."""
+"""nm_linear beside torch and, on a CPU, beside its own loop over the dense weight; packing beside a pass."""
 
 from __future__ import annotations
 
@@ -8,57 +8,69 @@ import torch
 from ace_triton.kernels import cpu
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import PackedNM, pack_nm, pack_scored, unpack_nm
-from ace_triton.kernels.score_terms import ScoreTerms
+from benchmarks.agreement import Disagreement
+from benchmarks.comparison import Comparison, Provider
+from benchmarks.conftest import Compare
+from benchmarks.matrices import SAMPLED_ROWS, Matrix
 
-SHAPE = (4096, 11008)
-ROWS = (1, 2, 4, 8, 16)
-
-
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str, scope="module")
-def packed(request: pytest.FixtureRequest) -> PackedNM:
-    return pack_scored(torch.randn(SHAPE).to(request.param), ScoreTerms(), 2, 4)
+TESTS = ("tests/kernels/test_nm_linear.py", "tests/kernels/test_pack_nm.py")
 
 
-@pytest.fixture(scope="module")
-def weight(packed: PackedNM) -> torch.Tensor:
-    return unpack_nm(packed)
+@pytest.fixture
+def packed(matrix: Matrix) -> PackedNM:
+    return pack_scored(matrix.dense, matrix.terms("wanda"), 2, 4)
 
 
-def tokens_of(rows: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.randn(rows, SHAPE[1]).to(like.dtype)
+def check_products(tokens: torch.Tensor, packed: PackedNM, weight: torch.Tensor) -> None:
+    """Raise Disagreement where sampled outputs are further from the dense product than fp32 sums and rounding allow."""
+    got = nm_linear(tokens, packed)[:, :SAMPLED_ROWS].double()
+    expected = tokens.double() @ weight[:SAMPLED_ROWS].double().t()
+    worst = float((got - expected).abs().max() / expected.abs().max())
+    if worst > 4 * torch.finfo(tokens.dtype).eps + 1e-5:
+        raise Disagreement(f"an output is off by {worst:.1e} of the largest")
 
 
-def report(benchmark, weight_bytes: int) -> None:
-    """Bytes of the weight, and the rate at which they were read."""
-    rate = round(weight_bytes / benchmark.stats.stats.median / 1e9, 1)
-    benchmark.extra_info |= {"bytes": weight_bytes, "GB/s": rate}
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+def test_few_rows(compare: Compare, matrix: Matrix, packed: PackedNM, rows: int) -> None:
+    weight = unpack_nm(packed)
+    tokens = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
+    others = [Provider("F.linear", lambda: torch.nn.functional.linear(tokens, weight))]
+    if weight.device.type == "cpu" and cpu.available():
+        others.append(Provider("the same loop, dense", lambda: cpu.dense_linear(tokens, weight)))
+    compare(
+        Comparison(
+            f"nm_linear 2:4, {rows} row{'s' * (rows > 1)}",
+            weight.shape,
+            weight.dtype,
+            lambda: nm_linear(tokens, packed),
+            tuple(others),
+            packed.packed_bytes,
+            lambda: check_products(tokens, packed, weight),
+        )
+    )
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_packed(benchmark, packed, rows):
-    benchmark(nm_linear, tokens_of(rows, packed.values), packed)
-    report(benchmark, packed.packed_bytes)
+@pytest.mark.parametrize("scored", [True, False])
+def test_pack(compare: Compare, matrix: Matrix, packed: PackedNM, scored: bool) -> None:
+    weight, pruned, terms = matrix.weight, unpack_nm(packed), matrix.terms("wanda")
 
+    def pack() -> PackedNM:
+        return pack_scored(weight, terms, 2, 4) if scored else pack_nm(pruned, 2, 4)
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_dense_loop(benchmark, weight, rows):
-    benchmark(cpu.dense_linear, tokens_of(rows, weight), weight)
-    report(benchmark, weight.nbytes)
+    def check() -> None:
+        matrix.restore()
+        if not torch.equal(unpack_nm(pack()), pruned):
+            raise Disagreement("what was packed is not what comes back")
 
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_torch(benchmark, weight, rows):
-    benchmark(torch.nn.functional.linear, tokens_of(rows, weight), weight)
-    report(benchmark, weight.nbytes)
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 8), (16, 32)])
-def test_other_patterns(benchmark, weight, n, m):
-    packed = pack_scored(weight, ScoreTerms(), n, m)
-    benchmark(nm_linear, tokens_of(1, weight), packed)
-    report(benchmark, packed.packed_bytes)
-
-
-def test_pack(benchmark, weight):
-    benchmark(pack_nm, weight, 2, 4)
-    report(benchmark, weight.nbytes)
+    compare(
+        Comparison(
+            "pack_scored 2:4, wanda" if scored else "pack_nm 2:4",
+            weight.shape,
+            weight.dtype,
+            pack,
+            (Provider("mul_(1)", lambda: weight.mul_(1)),),
+            weight.nbytes + packed.packed_bytes,
+            check,
+            matrix.restore,
+        )
+    )

@@ -236,9 +236,6 @@ def _pack_nm_body(
 @triton.jit
 def _presence(weight):
     """2 or 3 for what is not 0, 1 for negative zero, 0 for zero."""
-    if weight.dtype.is_floating():
-        bits = weight.to(tl.float32).to(tl.int32, bitcast=True)
-    else:
-        bits = weight.to(tl.int32)
-    magnitude = bits & 0x7FFFFFFF
+    bits = bits_of(weight).to(tl.int32)
+    magnitude = bits & (0xFF if weight.dtype == tl.int8 else 0x7FFFFFFF >> (32 - weight.dtype.primitive_bitwidth))
     return ((-magnitude >> 31) & 2) | (bits >> 31 & 1)

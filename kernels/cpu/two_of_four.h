@@ -72,35 +72,42 @@ struct TwoOfFour {
     int64_t stride, words;
 };
 
-// A word of OUTPUTS rows times TOKENS tokens; its values start `value` into the rows.
-template <int OUTPUTS, int TOKENS, typename E>
-ACE_INLINE void add_word(const TwoOfFour<E>& w, int64_t value, int lanes, const uint32_t (*places)[TILE_WORDS], int k,
+// A word of OUTPUTS rows times TOKENS tokens; the last one of a row may hold `lanes` values, not a whole vector.
+template <int OUTPUTS, int TOKENS, bool WHOLE, typename E>
+ACE_INLINE void add_word(const typename E::Stored* const* row, int lanes, const uint32_t (*places)[TILE_WORDS], int k,
                          const float* x, int64_t padded, Floats (*sum)[TOKENS]) {
-    constexpr int SIZE = sizeof(typename E::Stored);
     for (int r = 0; r < OUTPUTS; ++r) {
-        const auto* from = w.values + r * w.stride + value;
-        ask_ahead<OUTPUTS>(w.values + r * w.stride, value * SIZE, w.stride * SIZE);
-        const Floats values = E::load(from, lanes);
+        const Floats values = E::load(row[r] + k * LANES, WHOLE ? LANES : lanes);
         const Inputs inputs(places[r][k]);
-        for (int t = 0; t < TOKENS; ++t) sum[r][t] = sum[r][t] + values * inputs.of(x + t * padded);
+        for (int t = 0; t < TOKENS; ++t) sum[r][t] = sum[r][t] + values * inputs.of(x + k * WORD + t * padded);
     }
 }
 
-// Inputs of one tile, `count` of them, from `from` on.
+// Inputs of one tile, `count` of them, from `from` on. With one token there are registers to spare: memory is asked ahead
+// once for every line.
 template <int OUTPUTS, int TOKENS, typename E>
 ACE_INLINE void add_tile(const TwoOfFour<E>& w, int64_t from, int count, const uint32_t (*places)[TILE_WORDS],
                          const float* x, int64_t padded, Floats* sums) {
+    constexpr int SIZE = sizeof(typename E::Stored), LINE_WORDS = TOKENS == 1 ? 64 / (LANES * SIZE) : 1;
+    const typename E::Stored* row[OUTPUTS];
     Floats sum[OUTPUTS][TOKENS];
     for (int r = 0; r < OUTPUTS; ++r) {
+        row[r] = w.values + r * w.stride + from / 2;
         for (int t = 0; t < TOKENS; ++t) sum[r][t] = sums[r * TOKENS_AT_ONCE + t];
     }
+    x += from;
     int k = 0;
-    for (; (k + 1) * WORD <= count; ++k) {
-        add_word<OUTPUTS, TOKENS>(w, from / 2 + k * LANES, LANES, places, k, x + from + k * WORD, padded, sum);
+    for (; (k + LINE_WORDS) * WORD <= count; k += LINE_WORDS) {
+        for (int r = 0; r < OUTPUTS; ++r) {
+            ask_ahead<OUTPUTS>(w.values + r * w.stride, (from / 2 + k * LANES) * SIZE, w.stride * SIZE);
+        }
+        for (int u = 0; u < LINE_WORDS; ++u) {
+            add_word<OUTPUTS, TOKENS, true, E>(row, LANES, places, k + u, x, padded, sum);
+        }
     }
+    for (; (k + 1) * WORD <= count; ++k) add_word<OUTPUTS, TOKENS, true, E>(row, LANES, places, k, x, padded, sum);
     if (k * WORD < count) {
-        const int lanes = (count - k * WORD) / 2;
-        add_word<OUTPUTS, TOKENS>(w, from / 2 + k * LANES, lanes, places, k, x + from + k * WORD, padded, sum);
+        add_word<OUTPUTS, TOKENS, false, E>(row, (count - k * WORD) / 2, places, k, x, padded, sum);
     }
     for (int r = 0; r < OUTPUTS; ++r) {
         for (int t = 0; t < TOKENS; ++t) sums[r * TOKENS_AT_ONCE + t] = sum[r][t];
