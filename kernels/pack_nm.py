@@ -216,7 +216,7 @@ def _pack_nm_body(
         kept = best_of_group(keys, N)
         if POWER == 0:
             for k in tl.static_range(M):
-                lost = lost | (keys[k] & ~kept[k] & 2)
+                lost = lost | (keys[k] & ~kept[k])
         values = compacted(weights, kept, N)
         start = row.to(tl.int64) * (cols // M * N)
         if N & (N - 1) == 0:
@@ -230,12 +230,18 @@ def _pack_nm_body(
         store_bits(meta_ptr, row.to(tl.int64) * octets, kept, block, row < rows, cols, octets, "in", BLOCK_COLS)
         row += BLOCK_ROWS
     if POWER == 0:
-        tl.store(lost_ptr + tl.program_id(0), tl.max(tl.max(lost, 1), 0))
+        tl.store(lost_ptr + tl.program_id(0), tl.max(tl.max(lost & ~1, 1), 0))
 
 
 @triton.jit
 def _presence(weight):
-    """2 or 3 for what is not 0, 1 for negative zero, 0 for zero."""
+    """0 for zero, 1 for negative zero, 2 or more for what is not 0."""
     bits = bits_of(weight).to(tl.int32)
-    magnitude = bits & (0xFF if weight.dtype == tl.int8 else 0x7FFFFFFF >> (32 - weight.dtype.primitive_bitwidth))
-    return ((-magnitude >> 31) & 2) | (bits >> 31 & 1)
+    if weight.dtype == tl.int8:
+        key = (bits & 0xFF) << 1
+    elif weight.dtype.primitive_bitwidth == 16:
+        # The sign goes round to the last bit.
+        key = (bits << 1 & 0xFFFE) | (bits >> 15 & 1)
+    else:
+        key = (-(bits & 0x7FFFFFFF) >> 31 & 2) | (bits >> 31 & 1)
+    return key

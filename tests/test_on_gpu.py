@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 
 
-def test_a_dry_run_takes_the_whole_way(tmp_path):
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+def test_a_dry_run_takes_the_whole_way(tmp_path, plain_environment):
+    environment = {**plain_environment, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     words = ["--dry-run", "--out", str(tmp_path), "--only", "tests", "--only", "kernels"]
     done = subprocess.run(["bash", str(SCRIPT), *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -188,7 +187,7 @@ def test_it(compare):
 """
 
 
-def test_a_benchmark_refuses(tmp_path):
+def test_a_benchmark_refuses(tmp_path, plain_environment):
     results = tmp_path / "results.csv"
     cases = {"right": ("assert True", False), "untested": ("assert False", False), "other": ("assert True", True)}
     for name, (test, wrong) in cases.items():
@@ -198,7 +197,7 @@ def test_a_benchmark_refuses(tmp_path):
     options = ["--override-ini", "addopts=--import-mode=importlib", "--benchmark-only", "-p", "benchmarks.conftest"]
     command = [sys.executable, "-m", "pytest", "-q", *options, "--bench-device", "cpu", "--results", str(results)]
     files = [str(tmp_path / f"bench_{name}.py") for name in cases]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**plain_environment, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "test_untested.py fails: what it tests is wrong, so its speed says nothing" in done.stdout
