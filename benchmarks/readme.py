@@ -61,7 +61,16 @@ def traffic(content: dict[str, Any]) -> list[str]:
     return lines + [f"| {row['what']} | {row['traffic']['launches']:,} | {row['ratio']:.2f} |" for row in rows]
 
 
-SECTIONS = {"quality": quality, "cpu": cpu, "traffic": traffic}
+def updates(content: dict[str, Any]) -> list[str]:
+    """Perplexity and pruning time of weight updates, the first calibration seed, worst first."""
+    lines = [f"| 2:4, dense {content['cells']['dense']:.1f} | perplexity | CPU time |", "|---|---:|---:|"]
+    seconds = content["cpu_seconds"]
+    for key in sorted(seconds, key=lambda key: -content["cells"][key]):
+        lines.append(f"| {key.split(' | ')[0]} | {content['cells'][key]:.1f} | {seconds[key]:.0f} s |")
+    return lines
+
+
+SECTIONS = {"quality": quality, "cpu": cpu, "traffic": traffic, "updates": updates}
 
 
 def filled(readme: str, docs: Path) -> str:
