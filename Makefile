@@ -70,7 +70,7 @@ figures: setup  ## measure the CPU ratios of docs/cpu.md again
 quality: setup  ## perplexities of docs/quality.md; CALIBRATION and EVALUATION name texts
 	$(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 	$(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION) --permute --length 128 \
-	    --method Wanda --method RIA --method "CosP, exact" --seed 0 --seed 1 --seed 2
+	    --method Wanda --method RIA --method "CosP, exact" --method "ACE (default)" --seed 0 --seed 1 --seed 2
 
 UPDATES = $(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION) \
     --samples 64 --length 128 --sparsity 2:4 --out docs/updates.json

@@ -9,9 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from .quality import METHODS, cells_by_column, shown
+from .quality import cells_by_column, shown
 
-QUALITY_METHODS = ("magnitude", "Wanda", "RIA", "CosP, exact", "ACE (default)", "ACE, published form (Wanda, abs)")
+QUALITY_METHODS = (
+    "magnitude",
+    "Wanda",
+    "RIA",
+    "CosP, exact",
+    "ACE (default)",
+    "ACE, published form (Wanda, abs)",
+    "Wanda, permuted",
+    "RIA, permuted",
+    "CosP, exact, permuted",
+    "ACE (default), permuted",
+)
 QUALITY_COLUMNS = (("2:4", "L=16"), ("2:4", "L=128"), ("0.5", "L=128"))
 CPU_ROWS = (
     ("2:4 in place, Wanda's terms", "`weight.mul_(1)`"),
@@ -22,6 +33,8 @@ CPU_ROWS = (
     ("moments of 64 x 128 x 4096", "plain read"),
     ("prune_linear of SmolLM2-135M's 210 layers, ria", "`mul_(1)` of each"),
     ("prune_linear of SmolLM2-135M's 210 layers, ace", "`mul_(1)` of each"),
+    ("nm_linear 2:4, 1 row", "`F.linear`"),
+    ("nm_linear 2:4, 1 row", "the same loop, dense"),
 )
 TRAFFIC_ROWS = ("select_nm 2:4, Wanda's terms", "RIA in all", "select_rows 50 %", "moments")
 
@@ -35,7 +48,7 @@ def quality(content: dict[str, Any]) -> list[str]:
         + " |",
         "|---" * (len(QUALITY_COLUMNS) + 1) + "|",
     ]
-    for label in (label for label in METHODS if label in QUALITY_METHODS):
+    for label in QUALITY_METHODS:
         values = (shown(columns.get(column, {}).get(label)) for column in QUALITY_COLUMNS)
         lines.append(f"| {label} | " + " | ".join(values) + " |")
     return lines
