@@ -92,7 +92,12 @@ def _load() -> ctypes.CDLL | str:
     except OSError as error:
         return f"it does not load: {error}"
     for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise RuntimeError(
+                f"{built.name} has no {name}: it was built from older sources; build it again "
+                "(python setup.py build_ext --inplace, or pip install .)"
+            )
         function.argtypes, function.restype = arguments, _INT
     library.ace_isa.restype = ctypes.c_char_p
     forced = os.environ.get(ISA_VARIABLE, "").strip().lower()

@@ -317,3 +317,9 @@ def test_backends_that_cannot_serve_say_why(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
     with pytest.raises(BackendError, match=r"the tensors are on the CPU|triton is not installed"):
         choose_backend(here)
+
+
+def test_a_library_of_older_sources_is_named(monkeypatch):
+    monkeypatch.setitem(cpu._SIGNATURES, "ace_of_tomorrow", [])
+    with pytest.raises(RuntimeError, match="no ace_of_tomorrow: it was built from older sources"):
+        cpu._load.__wrapped__()
