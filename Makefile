@@ -80,6 +80,7 @@ updates: setup  ## perplexity and CPU time of weight updates, docs/updates.md
 	$(UPDATES) --method Wanda --update lstsq
 	$(UPDATES) --method Wanda --update "lstsq, 12 mask rounds"
 	$(UPDATES) --method Wanda --update "lstsq, 12 mask rounds" --true-sequential
+	$(UPDATES) --method "ACE (default)" --update "lstsq, 12 mask rounds" --permute
 
 study: setup  ## the paper's experiments on SmolLM2-135M, hours on a CPU; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/ace-triton study smollm2 $(STUDY) --calibration $(CALIBRATION) --evaluation $(EVALUATION)
