@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_PRODUCTS = frozenset({torch.matmul, torch.mm, torch.bmm})
-_METHODS = frozenset({torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm})
+_PRODUCTS = frozenset(
+    {torch.matmul, torch.mm, torch.bmm}
+    | {torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm}
+)
+"""Products with a second factor [in, out]; that of F.linear is [out, in]."""
 
 
 class ExpertLinear(nn.Linear):
@@ -57,7 +61,7 @@ class Stack:
 
 
 class _Products(TorchFunctionMode):
-    """Reports every matrix product, as (inputs, weight as [out, in] or [n_experts, out, in], outputs)."""
+    """Reports every matrix product, as (inputs, weight, whether that is [..., in, out], outputs)."""
 
     def __init__(self, report: Callable[[torch.Tensor, torch.Tensor, bool, torch.Tensor], None]) -> None:
         super().__init__()
@@ -67,8 +71,8 @@ class _Products(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        transposed = func in _PRODUCTS or func in _METHODS
-        if (transposed or func is F.linear) and len(args) >= 2:
+        transposed = func in _PRODUCTS
+        if (transposed or func is F.linear) and len(args) >= 2 and isinstance(args[1], torch.Tensor):
             self._report(args[0], args[1], transposed, output)
         return output
 
@@ -80,11 +84,11 @@ def find_layouts(run: Callable[[], object], stacks: Iterable[Stack]) -> dict[str
         run: a forward of the model that reaches every block, with eager experts.
         stacks: what to look for; one that no product reads is not in the result.
     """
-    owners = {_slice_address(stack.weight, i): stack for stack in stacks for i in range(stack.weight.shape[0])}
+    owners = {matrix.data_ptr(): stack for stack in stacks for matrix in stack.weight.detach().unbind(0)}
     found: dict[str, bool] = {}
 
     def look(tokens: torch.Tensor, weight: torch.Tensor, transposed: bool, output: torch.Tensor) -> None:
-        stack = owners.get(weight.data_ptr()) if isinstance(weight, torch.Tensor) else None
+        stack = owners.get(weight.data_ptr())
         if stack is not None and weight.shape[-2:] == stack.weight.shape[-2:]:
             found[stack.name] = transposed
 
@@ -95,28 +99,21 @@ def find_layouts(run: Callable[[], object], stacks: Iterable[Stack]) -> dict[str
 
 def watch_experts(
     layers: Mapping[str, nn.Module], see: Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
-) -> _Products:
-    """A context in which ``see(layer, inputs, outputs)`` is called for each product with an expert of ``layers``."""
+) -> AbstractContextManager[object]:
+    """A context in which ``see(layer, inputs, outputs)`` is called for each product with an expert of ``layers``.
+
+    Where there is none nothing is watched: every torch function costs a call more in there.
+    """
     experts = {layer.weight.data_ptr(): layer for layer in layers.values() if isinstance(layer, ExpertLinear)}
 
     def look(tokens: torch.Tensor, weight: torch.Tensor, transposed: bool, output: torch.Tensor) -> None:
-        if not isinstance(weight, torch.Tensor) or weight.dim() not in (2, 3):
+        if weight.dim() not in (2, 3):
             return
-        for index, matrix in enumerate(_matrices(weight)):
+        stacked = weight.dim() == 3
+        for index, matrix in enumerate(weight.unbind(0) if stacked else (weight,)):
             layer = experts.get(matrix.data_ptr())
             if layer is None or matrix.shape != (layer.weight.t() if transposed else layer.weight).shape:
                 return
-            if weight.dim() == 2:
-                see(layer, tokens, output)
-            else:
-                see(layer, tokens[index], output[index])
+            see(layer, tokens[index] if stacked else tokens, output[index] if stacked else output)
 
-    return _Products(look)
-
-
-def _matrices(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    return iter((weight,) if weight.dim() == 2 else weight.unbind(0))
-
-
-def _slice_address(stack: torch.Tensor, index: int) -> int:
-    return stack.data_ptr() + index * stack.stride(0) * stack.element_size()
+    return _Products(look) if experts else nullcontext()

@@ -145,8 +145,7 @@ def ria(weight: torch.Tensor, stats: ActivationStats, a: float = 0.5) -> ScoreTe
     R_i and C_j are the row and column sums of |W|, in fp32: quotients in fp16 would fall below its
     normal range.
     """
-    row, col = weight_sums(weight, inverse=True)
-    return ScoreTerms(row=row, col=col, scale=stats.derive(("norm", a), lambda: stats.norm**a))
+    return _scaled(_relative_importance(weight), stats.derive(("norm", a), lambda: stats.norm**a))
 
 
 @register_metric("stade")
@@ -284,6 +283,12 @@ def saap(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
     return ScoreTerms(scale=column_sums * stats.norm.square())
 
 
+def _relative_importance(weight: torch.Tensor) -> ScoreTerms:
+    """|W_ij| / C_j + |W_ij| / R_i, RIA's without the inputs."""
+    row, col = weight_sums(weight, inverse=True)
+    return ScoreTerms(row=row, col=col)
+
+
 def _base(weight: torch.Tensor, stats: ActivationStats, base: Base) -> ScoreTerms:
     if base == "wanda":
         return wanda(weight, stats)
@@ -305,8 +310,7 @@ def _times_cosine(
     if reduce not in ("exact", "abs", "rms"):
         raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
     if base == "relative":
-        row, col = weight_sums(weight, inverse=True)
-        terms, power = ScoreTerms(row=row, col=col), 1
+        terms, power = _relative_importance(weight), 1
     elif base == "none":
         terms, power = ScoreTerms(), 1
     elif base in ("wanda", "ria"):
