@@ -21,15 +21,19 @@ MIXTURES = {
 """Configurations of mixtures, and whether their stacks are stored [n_experts, in, out]."""
 
 
-@pytest.fixture(params=MIXTURES)
-def mixture(request):
-    """A random mixture of each family, and how it stores its experts."""
+def make_mixture(family: str, *, experts_implementation: str | None = None, **changes):
+    """A random mixture, the same every time."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings, transposed = MIXTURES[request.param]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **settings, **_TOKENS)
-    return AutoModelForCausalLM.from_config(config).eval(), transposed
+    config = AutoConfig.for_model(family, **{**MIXTURES[family][0], **_TOKENS, **changes})
+    return AutoModelForCausalLM.from_config(config, experts_implementation=experts_implementation).eval()
+
+
+@pytest.fixture(params=MIXTURES)
+def mixture(request):
+    """A mixture of each family, and how it stores its experts."""
+    return make_mixture(request.param), MIXTURES[request.param][1]
 
 
 @pytest.fixture
@@ -55,11 +59,7 @@ def test_every_expert_is_pruned(mixture, ids):
 
 
 def test_an_expert_is_scored_by_the_tokens_routed_to_it(ids):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen3_moe", **MIXTURES["qwen3_moe"][0], **_TOKENS)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = make_mixture("qwen3_moe")
     experts = find_blocks(model)[0].module.mlp.experts
     dense = experts.gate_up_proj.detach().clone()
     seen = {}
@@ -74,11 +74,7 @@ def test_an_expert_is_scored_by_the_tokens_routed_to_it(ids):
 
 
 def test_an_expert_without_tokens_stays_dense_and_is_named(ids):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {**MIXTURES["qwen3_moe"][0], "num_experts": 16, "num_experts_per_tok": 1}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **settings, **_TOKENS))
+    model = make_mixture("qwen3_moe", num_experts=16, num_experts_per_tok=1)
     report = prune_model(model, ids[:1, :4], "wanda")
     unseen = {s.name for s in report.skipped}
     assert {s.reason for s in report.skipped} == {"no calibration token reached it"}
@@ -88,10 +84,7 @@ def test_an_expert_without_tokens_stays_dense_and_is_named(ids):
 
 
 def test_the_setting_for_experts_is_as_before(ids):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model("qwen3_moe", **MIXTURES["qwen3_moe"][0], **_TOKENS)
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
+    model = make_mixture("qwen3_moe", experts_implementation="grouped_mm")
     prune_model(model, ids, "wanda")
     assert model.config._experts_implementation == "grouped_mm"
 
@@ -125,10 +118,7 @@ def test_layouts_are_read_off_the_products():
 
 
 def test_a_stack_that_no_product_reads_is_named(ids):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model("qwen3_moe", **MIXTURES["qwen3_moe"][0], **_TOKENS)
-    model = AutoModelForCausalLM.from_config(config)
+    model = make_mixture("qwen3_moe")
     block = find_blocks(model)[1]
     block.module.extra = nn.Parameter(torch.randn(2, 4, 8))
     report = prune_model(model, ids, "magnitude")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from ace_triton import prune_model
 from ace_triton.calibration import crop, token_stream
 from ace_triton.checkpoint import load
-from ace_triton.cli import main
 from ace_triton.evaluate import perplexity
 from ace_triton.metrics import metric
 from ace_triton.study.cells import Cell, Grid, Variant
@@ -41,24 +40,11 @@ def protocol(tiny_checkpoint, some_text) -> Protocol:
 
 
 @pytest.fixture
-def study(monkeypatch, capsys, tiny_checkpoint, some_text):
+def study(command, tiny_checkpoint, some_text):
     """study(out, *words): run ``ace-triton study`` on the tiny checkpoint; its exit code, output and errors."""
     small = ["--samples", "4", "--windows", "2", "--window-length", "16", "--dtype", "float32"]
-
-    def run(out, *words) -> tuple[int, str, str]:
-        texts = ["--calibration", some_text, "--evaluation", some_text]
-        monkeypatch.setattr(
-            sys, "argv", list(map(str, ["ace-triton", "study", tiny_checkpoint, out, *texts, *small, *words]))
-        )
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    texts = ["--calibration", some_text, "--evaluation", some_text]
+    return lambda out, *words: command("study", tiny_checkpoint, out, *texts, *small, *words)
 
 
 def without_times(results: Results) -> dict:
