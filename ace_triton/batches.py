@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 TOKENS_OF_A_FORWARD = 2048
 
+TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
+"""What a trial of the model's forward takes: a few tokens, and more than one sequence of them."""
+
 
 class CalibrationSet(Protocol):
     """Token ids, int64 [n_sequences, length], and bool of that shape, True for real tokens, or None."""
@@ -57,7 +60,7 @@ def batches_of(
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
     ids, mask = _ids_and_mask(calibration)
-    table = next(model.get_input_embeddings().parameters())
+    table = _embedding(model)
     vocabulary, device = table.shape[0], table.device
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise ValueError(
@@ -72,6 +75,15 @@ def batches_of(
     batch_size = batch_size or max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
     parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
     return [Batch(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
+
+
+def trial_ids(model: PreTrainedModel) -> torch.Tensor:
+    """int64 [1, TRIAL_LENGTH], the first ids of the vocabulary, where the model's embedding is."""
+    return torch.arange(TRIAL_LENGTH, device=_embedding(model).device)[None]
+
+
+def _embedding(model: PreTrainedModel) -> torch.Tensor:
+    return next(model.get_input_embeddings().parameters())
 
 
 def _ids_and_mask(calibration: torch.Tensor | CalibrationSet | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from .batches import Batch, CalibrationSet, batches_of
+from .batches import Batch, CalibrationSet, batches_of, trial_ids
 from .blocks import gated_consumers, stacks_of
 from .collect import InputCollector
 from .experts import ExpertLinear, find_layouts
@@ -19,7 +19,7 @@ from .kernels.score_terms import scores_reference
 from .metrics import Metric, Needs, metric
 from .plan import NameFilter, Plan, Skipped, Unit, misfit
 from .prune import as_kernel_dtype, check_weight, default_axis, needed, prune_checked
-from .reorder import TRIAL_LENGTH, PermutationReport, Reorderer, find_folds
+from .reorder import PermutationReport, Reorderer, find_folds
 from .replay import Runner, WholeForward, calibration_mode, make_runner
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats
@@ -304,8 +304,7 @@ def _reorderer(
     if pattern.n is None or pattern.m is None:
         raise ValueError(f"permute orders channels into the groups of n:m; a sparsity of {pattern} has none")
     with clock.measure("permute"):
-        device = next(model.get_input_embeddings().parameters()).device
-        ids = batches[0].ids if batches else torch.arange(TRIAL_LENGTH, device=device)[None]
+        ids = batches[0].ids if batches else trial_ids(model)
         folds = find_folds(model, plan.blocks, ids, pattern.m, wanted=set(plan.layers).__contains__, shared=plan.shares)
     return Reorderer(folds, pattern.n, pattern.m, clock)
 
@@ -320,9 +319,8 @@ def _layouts(model: PreTrainedModel) -> dict[str, bool]:
     stacks = stacks_of(model)
     if not stacks:
         return {}
-    ids = torch.arange(8, device=next(model.get_input_embeddings().parameters()).device)[None]
     with calibration_mode(model):
-        return find_layouts(lambda: model(input_ids=ids), stacks)
+        return find_layouts(lambda: model(input_ids=trial_ids(model)), stacks)
 
 
 def _check_model(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .batches import TRIAL_LENGTH, TRIAL_SEQUENCES
 from .blocks import Block, in_attention, linears_of
 from .collect import InputCollector
 from .fold import Fold, FoldTrial, Unfolded, attention_folds, feed_forward_folds, parent
@@ -20,8 +21,6 @@ NOT_FOUND = "no layer of its module puts out just its inputs (its values are fus
 NOT_REACHED = "no token of the trial reached it"
 SHARED = "its weight, or that of what feeds it, serves other layers too"
 CHANGES_THE_MODEL = "more than element-wise work lies between it and what feeds it, or something else reads that too"
-
-TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
 
 
 @dataclass(frozen=True)

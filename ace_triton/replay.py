@@ -15,12 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .batches import Batch
+from .batches import TRIAL_LENGTH, TRIAL_SEQUENCES, Batch
 from .blocks import Block
 from .collect import InputCollector
 from .timing import Stopwatch
-
-TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
 
 
 class Runner(Protocol):
