@@ -67,13 +67,14 @@ bench-report: setup  ## docs/benchmarks.md and its plot from benchmarks/results.
 figures: setup  ## measure the CPU ratios of docs/cpu.md again
 	$(BIN)/python -m benchmarks.cpu_ratios
 
+QUALITY = $(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+PAIRED = --length 128 --seed 0 --seed 1 --seed 2 --method Wanda --method RIA --method "CosP, exact" --method "ACE (default)"
 quality: setup  ## perplexities of docs/quality.md; CALIBRATION and EVALUATION name texts
-	$(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
-	$(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION) --permute --length 128 \
-	    --method Wanda --method RIA --method "CosP, exact" --method "ACE (default)" --seed 0 --seed 1 --seed 2
+	$(QUALITY)
+	$(QUALITY) $(PAIRED) --method "ACE, published form (Wanda, abs)"
+	$(QUALITY) $(PAIRED) --permute
 
-UPDATES = $(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION) \
-    --samples 64 --length 128 --sparsity 2:4 --out docs/updates.json
+UPDATES = $(QUALITY) --samples 64 --length 128 --sparsity 2:4 --out docs/updates.json
 updates: setup  ## perplexity and CPU time of weight updates, docs/updates.md
 	$(UPDATES) --method Wanda --method SparseGPT
 	$(UPDATES) --method SparseGPT --true-sequential

@@ -101,7 +101,7 @@ def main(
                         with bench.pruned(Cell(METHODS[label], sparsity, length, seed), **how) as pruning:
                             seconds[key] = round(pruning.cpu_seconds, 1)
                             measure(key)
-    out.with_suffix(".md").write_text(_page(setting, cells, seconds))
+    out.with_suffix(".md").write_text(_page(out.stem, setting, cells, seconds))
 
 
 def cells_by_column(cells: dict[str, float]) -> dict[tuple[str, str], dict[str, list[float]]]:
@@ -114,14 +114,14 @@ def cells_by_column(cells: dict[str, float]) -> dict[tuple[str, str], dict[str, 
     return table
 
 
-def _page(setting: dict[str, Any], cells: dict[str, float], seconds: dict[str, float]) -> str:
+def _page(name: str, setting: dict[str, Any], cells: dict[str, float], seconds: dict[str, float]) -> str:
     table = cells_by_column(cells)
     columns = sorted(table, key=lambda column: (column[0], int(column[1][2:])))
     labels = sorted({label for column in columns for label in table[column]}, key=_place)
     lines = [
         "# Perplexity after one-shot pruning",
         "",
-        "Measured on a CPU by `make quality`; nothing here is quoted from a paper.",
+        f"Measured on a CPU by `make {name}`; nothing here is quoted from a paper.",
         "",
         f"{setting['model']}, {setting['samples']} calibration sequences of L tokens of C4, WikiText-2 test, "
         f"{setting['windows']} windows of {setting['window_length']} tokens. Dense: {cells['dense']:.2f}. "
