@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ace_triton import ActivationStats, prune_linear
-from benchmarks import published
+from ace_triton.study import published
+from ace_triton.study.published_model import LayerStatistics
 from benchmarks.agreement import check_same_choice
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
 from benchmarks.layer_shapes import TINY, LayerShape, distinct
-from benchmarks.published_model import LayerStatistics
 
 TESTS = ("tests/test_published_baselines.py", "tests/kernels/test_select_nm.py", "tests/kernels/test_select_rows.py")
 SEQUENCES = (8, 16)

@@ -6,7 +6,7 @@ import torch
 
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_rows import select_rows, select_rows_reference
-from benchmarks import published
+from ace_triton.study import published
 from benchmarks.agreement import Disagreement
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ace_triton import ActivationStats, prune_linear
-from benchmarks import published
+from ace_triton.study import published
 from benchmarks.agreement import check_nearly_same
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare

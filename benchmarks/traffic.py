@@ -39,8 +39,7 @@ from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
 from ace_triton.metrics import ria, wanda
 from ace_triton.report import write_json
-
-from .published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
+from ace_triton.study.published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
 
 SHAPE = (512, 2048)
 N_TOKENS = 2048
@@ -334,7 +333,10 @@ def page(ours: list[Row], published: list[Row]) -> str:
         "for the published ways most of these are one or more kernels each.",
         "",
     ]
-    for title, rows in (("ace_triton", ours), ("Published ways, as written in benchmarks/published.py", published)):
+    for title, rows in (
+        ("ace_triton", ours),
+        ("Published ways, as written in ace_triton/study/published.py", published),
+    ):
         lines += [
             f"## {title}",
             "",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ace_triton import ActivationStats, Sparsity, prune_linear, prune_model
-from benchmarks import published, published_model
+from ace_triton.study import published, published_model
 
 ROWS, COLS = 48, 96
 
@@ -101,6 +101,29 @@ def test_whole_models(tiny_model, ids, method):
     assert seconds.total >= seconds.select > 0
     for name, weight in ours.state_dict().items():
         torch.testing.assert_close(weight, theirs.state_dict()[name], rtol=0, atol=0, msg=name)
+
+
+def test_sparsegpt_on_a_whole_model(tiny_model, ids):
+    ours, theirs = tiny_model, copy.deepcopy(tiny_model)
+    prune_model(ours, ids, "sparsegpt", "2:4", batch_size=3)
+    published_model.prune_model(theirs, ids, "sparsegpt", 2, 4, batch_size=3)
+    for name, weight in ours.state_dict().items():
+        apart = (weight - theirs.state_dict()[name]).norm() / weight.norm()
+        assert float(apart) < 1e-3, name
+
+
+def test_weights_that_lie_transposed(make_decoder, ids):
+    ours, theirs = make_decoder("gpt2"), make_decoder("gpt2")
+    prune_model(ours, ids, "wanda", "2:4", batch_size=3)
+    published_model.prune_model(theirs, ids, "wanda", 2, 4, batch_size=3)
+    assert all(torch.equal(weight, theirs.state_dict()[name]) for name, weight in ours.state_dict().items())
+
+
+def test_what_has_no_published_form(make_decoder, tiny_model, ids):
+    with pytest.raises(ValueError, match="no published form of 'stade'"):
+        published_model.prune_model(tiny_model, ids, "stade", 2, 4, batch_size=3)
+    with pytest.raises(ValueError, match="experts are stacked"):
+        published_model.prune_model(make_decoder("qwen3_moe"), ids, "wanda", 2, 4, batch_size=3)
 
 
 def test_equal_scores_fall_as_in_the_published_sort(tokens):

@@ -121,10 +121,31 @@ def prune_layer(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int) -> No
     weight[scores <= threshold] = 0
 
 
+@dataclass
+class Hessian:
+    """SparseGPT's running statistic of a layer's input.
+
+    Attributes:
+        matrix: fp32 [in_features, in_features], 2 X^T X over all tokens, over the number of sequences.
+        n_sequences: seen so far.
+    """
+
+    matrix: torch.Tensor
+    n_sequences: int = 0
+
+    def add(self, tokens: torch.Tensor) -> None:
+        """Add tokens [n_sequences, length, in_features] as the published hook does: rescale, then add the batch."""
+        n_before, self.n_sequences = self.n_sequences, self.n_sequences + len(tokens)
+        flat = (2 / self.n_sequences) ** 0.5 * tokens.flatten(0, 1).float()
+        self.matrix *= n_before / self.n_sequences
+        self.matrix += flat.t() @ flat
+
+
 def hessian(tokens: torch.Tensor) -> torch.Tensor:
-    """SparseGPT's 2 X^T X over the number of sequences, fp32 [in, in], of tokens [n_sequences, length, in]."""
-    flat = tokens.flatten(0, 1).float()
-    return 2 / len(tokens) * (flat.t() @ flat)
+    """That of a single batch, fp32 [in, in], of tokens [n_sequences, length, in]."""
+    whole = Hessian(tokens.new_zeros(tokens.shape[-1], tokens.shape[-1], dtype=torch.float32))
+    whole.add(tokens)
+    return whole.matrix
 
 
 def prune_by_sparsegpt(

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ace_triton.blocks import find_blocks, linears_of
-from ace_triton.replay import Batch, calibration_mode, make_runner
-from ace_triton.timing import Seconds, Stopwatch
-
+from ..batches import Batch
+from ..blocks import find_blocks, linears_of, stacks_of
+from ..prune import linear_weight
+from ..replay import calibration_mode, make_runner
+from ..timing import Seconds, Stopwatch
 from . import published
+
+METHODS = ("magnitude", "wanda", "ria", "ace", "ace-paper", "sparsegpt")
+"""What :func:`prune_model` takes."""
 
 
 @dataclass
@@ -27,12 +31,21 @@ class LayerStatistics:
         loss: for CosP, the sum over batches of its mean loss ("ace-paper": a matrix, "ace": a vector); None where it
             is not wanted.
         n_batches: in it.
+        hessian: SparseGPT's; None where it is not wanted.
     """
 
     norms: published.InputNorms
     squares: list[torch.Tensor] = field(default_factory=list)
     loss: torch.Tensor | None = None
     n_batches: int = 0
+    hessian: published.Hessian | None = None
+
+    def prune(self, method: str, weight: torch.Tensor, n_pruned: int, m: int) -> None:
+        """Prune a layer's weight in place, as published."""
+        if self.hessian is not None:
+            published.prune_by_sparsegpt(weight, self.hessian.matrix, n_pruned, m)
+        else:
+            published.prune_groups(weight, self.scores(method, weight), n_pruned, m)
 
     def scores(self, method: str, weight: torch.Tensor) -> torch.Tensor:
         """The published score of every weight."""
@@ -57,9 +70,8 @@ class Hooks:
     def __init__(self, layers: dict[str, nn.Module], method: str, clock: Stopwatch) -> None:
         self._layers, self._method, self._clock = layers, method, clock
         self.statistics = {
-            name: LayerStatistics(published.InputNorms(torch.zeros(layer.in_features, device=layer.weight.device)))
-            for name, layer in layers.items()
-            if isinstance(layer, nn.Linear)
+            name: LayerStatistics(published.InputNorms(torch.zeros(weight.shape[1], device=weight.device)))
+            for name, weight in weights_of(layers).items()
         }
 
     @contextmanager
@@ -80,6 +92,11 @@ class Hooks:
             return
         with self._clock.measure("statistics"):
             seen = self.statistics[name]
+            if self._method == "sparsegpt":
+                if seen.hessian is None:
+                    seen.hessian = published.Hessian(torch.zeros(2 * tokens.shape[-1:], device=tokens.device))
+                seen.hessian.add(tokens)
+                return
             seen.norms.add(tokens)
             if self._method in ("ace", "ace-paper"):
                 seen.squares.append(tokens.float().square().sum(1))
@@ -89,8 +106,14 @@ class Hooks:
                 seen.n_batches += 1
 
 
+def weights_of(layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Each linear layer's weight, [out_features, in_features]."""
+    found = {name: linear_weight(layer) for name, layer in layers.items()}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
 def prune_model(model: Any, ids: torch.Tensor, method: str, n: int, m: int, batch_size: int) -> Seconds:
-    """Prune a decoder in place to n:m by "magnitude", "wanda", "ria", "ace" or "ace-paper"; seconds by stage.
+    """Prune a decoder in place to n:m by one of :data:`METHODS`; seconds by stage.
 
     Args:
         model: a causal decoder of transformers.
@@ -98,7 +121,14 @@ def prune_model(model: Any, ids: torch.Tensor, method: str, n: int, m: int, batc
         method: whose score.
         n, m: n of every m are kept.
         batch_size: sequences of one forward, a divisor of n_sequences.
+
+    Raises:
+        ValueError: a method that has no published form here, or a model with stacked experts; nothing was changed.
     """
+    if method not in METHODS:
+        raise ValueError(f"no published form of {method!r} here; there is one of {', '.join(METHODS)}")
+    if stacks_of(model):
+        raise ValueError("the published codes prune linear layers only; this model's experts are stacked")
     clock = Stopwatch(ids.device)
     blocks = find_blocks(model)
     batches = [Batch(part, None) for part in ids.split(batch_size)]
@@ -109,9 +139,8 @@ def prune_model(model: Any, ids: torch.Tensor, method: str, n: int, m: int, batc
             hooks = Hooks(layers, method, clock)
             runner.run(index, hooks, advance=False)  # type: ignore[arg-type]
             with clock.measure("select"):
-                for name, layer in layers.items():
-                    weight = layer.get_parameter("weight").data
-                    published.prune_groups(weight, hooks.statistics[name].scores(method, weight), m - n, m)
+                for name, weight in weights_of(layers).items():
+                    hooks.statistics[name].prune(method, weight, m - n, m)
             if index + 1 < len(blocks):
                 runner.run(index, None, advance=True)
     return clock.seconds()
