@@ -96,6 +96,7 @@ class RecoveryReport:
 
     Attributes:
         steps, tokens, seconds: taken, from the first start on.
+        cpu_seconds: of the process, all threads together, over the same span.
         losses: mean loss of each step, in nats a token.
         trained, zeros: weights that moved, and that stayed 0.
     """
@@ -103,6 +104,7 @@ class RecoveryReport:
     steps: int
     tokens: int
     seconds: float
+    cpu_seconds: float
     losses: tuple[float, ...]
     trained: int
     zeros: int
@@ -144,13 +146,13 @@ def recover(
     with _trainable(model, masks, settings) as parameters, _frozen(teacher):
         optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, betas=BETAS, weight_decay=0.0)
         run = RecoveryState.begin(state, settings, ids, parameters, optimizer)
-        clock = time.monotonic() - run.seconds
+        clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
         while (fraction := _spent(settings, run)) < 1:
             optimizer.param_groups[0]["lr"] = settings.rate(fraction)
             loss = _step(model, teacher, batches.of(run.steps).to(model.device), optimizer, parameters, settings)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
-            run.record(loss, time.monotonic() - clock)
+            run.record(loss, time.monotonic() - clock, time.process_time() - cpu)
             if state is not None and (run.steps % save_every == 0 or _spent(settings, run) >= 1):
                 run.save(state, parameters, optimizer)
             if progress is not None:
@@ -160,7 +162,15 @@ def recover(
     _check_zeros(model, masks)
     kept = sum(int(mask.sum()) for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
-    return RecoveryReport(run.steps, run.steps * batches.tokens, run.seconds, tuple(run.losses), kept, total - kept)
+    return RecoveryReport(
+        run.steps,
+        run.steps * batches.tokens,
+        run.seconds,
+        run.cpu_seconds,
+        tuple(run.losses),
+        trained=kept,
+        zeros=total - kept,
+    )
 
 
 def pruned_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-FORMAT = "ace_triton.recovery.1"
+FORMAT = "ace_triton.recovery.2"
 
 
 @dataclass
@@ -22,12 +22,14 @@ class RecoveryState:
     Attributes:
         fingerprint: of its settings and text.
         steps, seconds: taken so far.
+        cpu_seconds: of the process, all threads together, over the same span.
         losses: one a step.
     """
 
     fingerprint: str
     steps: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
 
     @classmethod
@@ -62,12 +64,12 @@ class RecoveryState:
             for name, parameter in parameters.items():
                 parameter.copy_(saved["parameters"][name])
         optimizer.load_state_dict(saved["optimizer"])
-        return cls(fresh.fingerprint, saved["steps"], saved["seconds"], saved["losses"])
+        return cls(fresh.fingerprint, saved["steps"], saved["seconds"], saved["cpu_seconds"], saved["losses"])
 
-    def record(self, loss: float, seconds: float) -> None:
+    def record(self, loss: float, seconds: float, cpu_seconds: float) -> None:
         """A step was taken, at so many seconds from the start."""
         self.steps += 1
-        self.seconds = seconds
+        self.seconds, self.cpu_seconds = seconds, cpu_seconds
         self.losses.append(loss)
 
     def save(self, path: str | Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -80,6 +82,7 @@ class RecoveryState:
             "fingerprint": self.fingerprint,
             "steps": self.steps,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "losses": self.losses,
             "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
             "optimizer": optimizer.state_dict(),

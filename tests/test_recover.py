@@ -94,11 +94,12 @@ def test_a_killed_run_goes_on_where_it_was(pair, text, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         recover(stopped, teacher, text, SHORT, state=path, save_every=2, progress=kill)
-    assert path.is_file()
+    before_the_kill = torch.load(path)["cpu_seconds"]
     seen = []
     resumed = recover(again, teacher, text, SHORT, state=path, progress=lambda *told: seen.append(told))
     assert [step for step, _, _ in seen] == [5, 6]
     assert resumed.losses == report.losses
+    assert resumed.cpu_seconds > before_the_kill > 0
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     again = pair()[0]
