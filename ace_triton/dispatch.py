@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from .kernels.nm_linear import DTYPES, nm_linear
-from .kernels.pack_nm import PackedNM, unpack_nm
+from .kernels.packed_nm import PackedNM
+from .kernels.unpack_nm import unpack_nm
 from .semi_structured import backend_of, refusal, semi_structured_linear
 
 Product = Literal["packed", "semi_structured", "dense"]
@@ -47,6 +48,9 @@ CPU_LIMITS = {
 }
 """Where unpacking for the call becomes faster, measured on one core of an AMD EPYC with AVX-512 and bf16 instructions:
 soonest in bf16, whose dense product is fast there, never in fp16, whose is slow."""
+
+BLOCK_BYTES = 4 * 2**20
+"""Of the dense weight, unpacked at a time on a CPU; measured: blocks of 1 MiB make the dense product slower."""
 
 CUTLASS_LIMITS = RowLimits(packed=16, semi_structured=17)
 CUSPARSELT_LIMITS = RowLimits(packed=16, semi_structured=2048)
@@ -88,4 +92,24 @@ def multiply(
     if product == "semi_structured":
         second_copy = limits is not None and limits.second_copy
         return semi_structured_linear(tokens, packed, bias, second_copy=second_copy)
-    return torch.nn.functional.linear(tokens, unpack_nm(packed), bias)
+    return unpacked_linear(tokens, packed, bias)
+
+
+def unpacked_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    """Arguments and result of :func:`multiply`, by the dense product.
+
+    A CPU unpacks BLOCK_BYTES of the weight at a time, which stay in its cache: the whole of it, in new memory, would
+    cost more than it takes to unpack it.
+    """
+    out_features, in_features = packed.shape
+    at_once = max(1, BLOCK_BYTES // max(1, in_features * packed.values.element_size()))
+    if tokens.device.type != "cpu" or at_once >= out_features:
+        return torch.nn.functional.linear(tokens, unpack_nm(packed), bias)
+    outputs = tokens.new_empty(len(tokens), out_features)
+    weights = packed.values.new_empty(at_once, in_features)
+    for first in range(0, out_features, at_once):
+        block = packed.outputs(first, first + at_once)
+        part = slice(first, first + block.shape[0])
+        weight = unpack_nm(block, weights[: block.shape[0]])
+        outputs[:, part] = torch.nn.functional.linear(tokens, weight, None if bias is None else bias[part])
+    return outputs

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from .dispatch import Product, RowLimits, choose_product
+from .dispatch import Product, RowLimits, choose_product, unpacked_linear
 from .kernels.nm_linear import nm_linear
 from .kernels.pack_nm import PackedNM, pack_nm, unpack_nm
 from .kernels.score_terms import ScoreTerms
@@ -218,7 +218,7 @@ def _calls(weights: Sequence[PackedNM]) -> dict[Side, Call]:
     calls: dict[Side, Call] = {
         "dense": lambda tokens, copy: nn.functional.linear(tokens, dense[copy]),
         "packed": lambda tokens, copy: nm_linear(tokens, weights[copy]),
-        "unpacked": lambda tokens, copy: nn.functional.linear(tokens, unpack_nm(weights[copy - len(weights) // 2])),
+        "unpacked": lambda tokens, copy: unpacked_linear(tokens, weights[copy - len(weights) // 2], None),
     }
     if refusal(weights[0]) is None:
         calls["semi_structured"] = lambda tokens, copy: semi_structured_linear(

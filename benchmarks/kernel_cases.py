@@ -18,6 +18,7 @@ from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
 
@@ -156,6 +157,20 @@ def pack_case(dtype: torch.dtype, scored: bool, n: int = 2, m: int = 4) -> Case:
     return Case(name, dtype, call, rows * cols, size, size + size * n / m + 1 / 8)
 
 
+def empty_packed(dtype: torch.dtype, n: int, m: int) -> PackedNM:
+    """A packed layer that holds nothing."""
+    rows, cols = SHAPE
+    values, meta = torch.empty(rows, cols * n // m, dtype=dtype), torch.empty(rows, cols // 32, dtype=torch.int32)
+    return PackedNM(values, meta, n, m, SHAPE)
+
+
+def unpack_case(dtype: torch.dtype, n: int = 2, m: int = 4) -> Case:
+    """A layer unpacked."""
+    size, values = dtype.itemsize, dtype.itemsize * n / m
+    call = lambda: unpack_nm(empty_packed(dtype, n, m))  # noqa: E731
+    return Case(f"unpack_nm {n}:{m}", dtype, call, SHAPE[0] * SHAPE[1], values, values + 1 / 8 + size)
+
+
 def nm_linear_case(dtype: torch.dtype, n_tokens: int, n: int = 2, m: int = 4) -> Case:
     """A layer times a few tokens. The widest loads are those of values and, in 2:4, of tokens: each of the (at most
     four) that share a read of the weight is read once for four outputs, in every program from the cache."""
@@ -163,8 +178,7 @@ def nm_linear_case(dtype: torch.dtype, n_tokens: int, n: int = 2, m: int = 4) ->
     size = dtype.itemsize
 
     def call() -> object:
-        values, meta = torch.empty(rows, cols * n // m, dtype=dtype), torch.empty(rows, cols // 32, dtype=torch.int32)
-        return nm_linear(torch.empty(n_tokens, cols, dtype=dtype), PackedNM(values, meta, n, m, SHAPE))
+        return nm_linear(torch.empty(n_tokens, cols, dtype=dtype), empty_packed(dtype, n, m))
 
     weight_bytes = size * n / m
     shared = min(4, n_tokens)
@@ -186,6 +200,8 @@ def every_case() -> Iterator[Case]:
             yield select_nm_case(dtype, "scale", n, m, axis="out")
         for scored in (True, False):
             yield pack_case(dtype, scored)
+        for n, m in ((2, 4), (3, 8)):
+            yield unpack_case(dtype, n, m)
         for few in (1, 2, 4):
             yield nm_linear_case(dtype, few)
         for cols in (576, 1536, 4096, 11008, 16384):

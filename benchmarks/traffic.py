@@ -30,11 +30,12 @@ from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
-from ace_triton.kernels.pack_nm import pack_nm, pack_scored, unpack_nm
+from ace_triton.kernels.pack_nm import pack_nm, pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
 from ace_triton.metrics import ria, wanda
@@ -260,6 +261,7 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
         ),
         count("pack_scored 2:4", n, e * n + 4 * cols + packed.packed_bytes, lambda: pack_scored(weight, plain, 2, 4)),
         count("pack_nm 2:4", n, e * n + packed.packed_bytes, lambda: pack_nm(pruned, 2, 4)),
+        count("unpack_nm 2:4", n, e * n + packed.packed_bytes, lambda: unpack_nm(packed)),
         count(
             "nm_linear 2:4, 1 row",
             n,

@@ -40,6 +40,7 @@ _SIGNATURES = {
     "ace_join_gains": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _INT],
     "ace_assign": [_POINTER, _LONG, _LONG, _POINTER, _INT],
     "ace_pack_nm": [*_MATRIX, *[_POINTER] * 4, _INT, _POINTER, _POINTER, *[_INT] * 4, _POINTER],
+    "ace_unpack_nm": [_POINTER, _POINTER, _LONG, _LONG, *[_INT] * 3, _POINTER, _INT],
     "ace_nm_linear": [*_MATRIX, _POINTER, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _POINTER, _INT],
     "ace_dense_linear": [*_MATRIX, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT],
     "ace_use_isa": [ctypes.c_char_p],
@@ -279,6 +280,16 @@ def pack_nm(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> t
         ctypes.byref(whole),
     )
     return values, meta, bool(whole.value)
+
+
+def unpack_nm(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.unpack_nm.unpack_nm`."""
+    if into is None:
+        into = _large(torch.empty(packed.shape, dtype=packed.values.dtype))
+    source = packed.values.data_ptr(), packed.meta.data_ptr(), *packed.shape
+    pattern = packed.n, packed.m, packed.values.element_size()
+    _call("ace_unpack_nm", *source, *pattern, into.data_ptr(), torch.get_num_threads())
+    return into
 
 
 def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:

@@ -289,6 +289,28 @@ def coupling(matrix: torch.Tensor) -> Coupling:
 
 
 @dataclass(frozen=True)
+class UnpackNm:
+    """Tile of ``unpack_nm``.
+
+    Attributes:
+        block_rows: rows of a program.
+        vector: values of a thread in one access.
+        threads: side by side along a row.
+    """
+
+    block_rows: int
+    vector: int
+    threads: int
+
+
+def unpack_nm(values: torch.Tensor, cols: int) -> UnpackNm:
+    """One 16-byte access of values a thread, and the two of weights that they make."""
+    threads = WARPS * lanes(values.device)
+    across = narrowest(math.ceil(cols / (2 * vector(values))), tuple(threads >> k for k in range(5) if threads >> k))
+    return UnpackNm(threads // across, vector(values), across)
+
+
+@dataclass(frozen=True)
 class NmLinear:
     """Tile of ``nm_linear``.
 

@@ -13,10 +13,10 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
-from .pack_nm import unpack_nm_reference
 from .packed_nm import PackedNM
-from .registers import unzip
+from .registers import kept_before, unzip
 from .triton_import import tl, triton
+from .unpack_nm import unpack_nm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -192,8 +192,7 @@ def _any_pattern_body(
         j = first + tl.arange(0, BLOCK_COLS)[None, :]
         inside = (i < rows) & (j < cols)
         words = tl.load(meta_ptr + word_start + j // 32, mask=inside, other=0)
-        before = (1 << j % 32) - (1 << j % 32 // M * M)
-        place = j // M * N + _ones(words & before)
+        place = j // M * N + kept_before(words, j, M)
         kept = inside & (words >> j % 32 & 1 != 0)
         weight = tl.load(values_ptr + value_start + place, mask=kept, other=0.0).to(tl.float32)
         for t in tl.static_range(TOKENS):
@@ -202,14 +201,6 @@ def _any_pattern_body(
             x = tl.load(line + j, mask=(token < n_tokens) & (j < cols), other=0.0).to(tl.float32)
             sums = sums[:t] + (sums[t] + tl.where(kept, weight * x, 0.0),) + sums[t + 1 :]
     _store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
-
-
-@triton.jit
-def _ones(words):
-    """How many bits are set."""
-    pairs = words - (words >> 1 & 0x55555555)
-    fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
-    return ((fours + (fours >> 4) & 0x0F0F0F0F) * 0x01010101) >> 24
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""pack_nm: n:m weights in the layout of packed_nm, from a pruned weight or in the selection itself; and back.
+"""pack_nm: n:m weights in the layout of packed_nm, from a pruned weight or in the selection itself.
 
 Bytes per weight of e bytes: e read, e * n / m + 1/8 written, in one pass.
 """
@@ -11,7 +11,7 @@ from . import cpu, launch
 from .backend import Backend, choose_backend
 from .group_choice import best_of_group
 from .pack_cutlass import pack_cutlass
-from .packed_nm import LAYOUT_VERSION, WORD, PackedNM, PatternError, check_packable, refuse_first, unpack_bits
+from .packed_nm import LAYOUT_VERSION, WORD, PackedNM, PatternError, check_packable, refuse_first
 from .registers import bits_of, compacted, zipped
 from .score_terms import ScoreTerms, score
 from .select_nm import (
@@ -24,6 +24,7 @@ from .select_nm import (
     with_unit_stride,
 )
 from .triton_import import tl, triton
+from .unpack_nm import unpack_nm, unpack_nm_reference
 
 __all__ = [
     "LAYOUT_VERSION",
@@ -91,17 +92,6 @@ def pack_scored(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> Pack
 def pack_scored_reference(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> PackedNM:
     """The same in plain torch."""
     return packed_by(weight.detach(), select_nm_reference(weight, terms, n, m, output="mask"), n, m)
-
-
-def unpack_nm(packed: PackedNM) -> torch.Tensor:
-    """The weight [out, in] that was packed, bit for bit: +0.0 where nothing was kept."""
-    return unpack_nm_reference(packed)
-
-
-def unpack_nm_reference(packed: PackedNM) -> torch.Tensor:
-    """The same in plain torch."""
-    dense = packed.values.new_zeros(packed.shape)
-    return dense.masked_scatter_(unpack_bits(packed.meta)[:, : packed.shape[1]], packed.values)
 
 
 def packed_by(weight: torch.Tensor, keep: torch.Tensor, n: int, m: int) -> PackedNM:

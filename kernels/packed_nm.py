@@ -75,6 +75,11 @@ class PackedNM:
         """The same on ``device``."""
         return PackedNM(self.values.to(device), self.meta.to(device), self.n, self.m, self.shape)
 
+    def outputs(self, first: int, last: int) -> PackedNM:
+        """Those from ``first`` to ``last`` (not included) alone; shares memory."""
+        values, meta = self.values[first:last], self.meta[first:last]
+        return PackedNM(values, meta, self.n, self.m, (len(values), self.shape[1]))
+
     def check(self) -> None:
         """Raise where this is not a weight in layout 1, for what comes from a file.
 

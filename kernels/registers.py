@@ -88,3 +88,27 @@ def compacted(bits, kept, N: tl.constexpr):
                 before += kept[k]
             out = out + (value,)
     return out
+
+
+@triton.jit
+def spread(low, high, words, PLACE: tl.constexpr):
+    """The inverse of :func:`compacted` at 2:4: of two tiles of bits the four members of their groups, 0 where pruned.
+
+    Bits PLACE to PLACE + 3 of ``words`` say which are kept, exactly two.
+    """
+    a = words << (31 - PLACE) < 0
+    b = words << (30 - PLACE) < 0
+    c = words << (29 - PLACE) < 0
+    d = words << (28 - PLACE) < 0
+    second = tl.where(b, tl.where(a, high, low), 0)
+    third = tl.where(c, tl.where(d, low, high), 0)
+    return tl.where(a, low, 0), second, third, tl.where(d, high, 0)
+
+
+@triton.jit
+def kept_before(words, j, M: tl.constexpr):
+    """How many inputs of j's group of M are kept before j; ``words`` hold a bit for each of the 32 inputs around it."""
+    before = words & ((1 << j % 32) - (1 << j % 32 // M * M))
+    pairs = before - (before >> 1 & 0x55555555)
+    fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
+    return ((fours + (fours >> 4) & 0x0F0F0F0F) * 0x01010101) >> 24

@@ -6,6 +6,7 @@ import ctypes
 import importlib.machinery
 import mmap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
+from ace_triton.kernels.pack_nm import pack_nm_reference
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import GROUP_SIZES, select_nm, select_nm_reference
 from ace_triton.kernels.select_rows import select_rows, select_rows_reference
 from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.unpack_nm import unpack_nm, unpack_nm_reference
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
 
@@ -99,6 +102,21 @@ def assert_same(got: Results, expected: Results, where: str) -> None:
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), f"{name} differs on {where}"
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 2), (5, 8), (15, 16), (5, 32), (31, 32)])
+def test_unpacking_agrees_and_stays_inside_where_metadata_are_damaged(isas, dtype, pattern):
+    n, m = pattern
+    packed = pack_nm_reference(torch.zeros(33, 160, dtype=dtype), n, m)
+    packed.values.copy_(torch.arange(1, packed.values.numel() + 1).reshape(packed.values.shape))
+    damaged = replace(packed, meta=torch.full_like(packed.meta, -1))
+    expected = unpack_nm_reference(packed)
+    for isa in isas:
+        cpu.use_isa(isa)
+        assert torch.equal(unpack_nm(packed), expected)
+        assert bool((unpack_nm(damaged) != 0).any())
 
 
 @needs_library

@@ -21,6 +21,7 @@ from benchmarks.kernel_cases import (
     pack_case,
     select_nm_case,
     select_rows_case,
+    unpack_case,
     weight_sums_case,
 )
 from benchmarks.machine_code import (
@@ -134,3 +135,8 @@ def test_decoding_is_bound_by_memory(dtype):
 @pytest.mark.parametrize("scored", [True, False])
 def test_packing_takes_little_more_than_the_memory_time(scored):
     check(pack_case(torch.bfloat16, scored), most_ratio=1.6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unpacking_is_bound_by_memory(dtype):
+    check(unpack_case(dtype), most_ratio=0.8, store_bits=128)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ace_triton import NMLinear, RowLimits, prune_linear
+from ace_triton import NMLinear, RowLimits, dispatch, prune_linear
 from ace_triton.dispatch import choose_product, default_limits, multiply
 from ace_triton.kernels.pack_nm import PatternError
 
@@ -42,6 +42,17 @@ def test_the_product_is_the_dense_one(dtype, pattern, bias):
         torch.testing.assert_close(
             outputs.double(), tokens.double() @ weight.t() + offset, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
         )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_dense_product_a_block_of_outputs_at_a_time(monkeypatch, bias):
+    layer = pruned_linear(23, 96, bias=bias)
+    packed = packed_linear(layer, limits=RowLimits(0))
+    tokens = torch.randn(7, 96)
+    for block_rows in (1, 5, 22, 23, 100):
+        monkeypatch.setattr(dispatch, "BLOCK_BYTES", block_rows * 96 * 4)
+        with torch.no_grad():
+            torch.testing.assert_close(packed(tokens), layer(tokens))
 
 
 def test_it_holds_the_weight_once_and_gives_it_back():

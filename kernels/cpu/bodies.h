@@ -12,6 +12,7 @@
 #include "select_rows.h"
 #include "sums.h"
 #include "two_of_four.h"
+#include "unpack_nm.h"
 
 namespace ace {
 
@@ -19,7 +20,7 @@ const Bodies ACE_BODIES = {
     ACE_ISA,    select_nm,   select_rows, count_keys, find_ties,        apply_cut,
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
     join_gains, assign,
-    pack_nm,    widen_rows,  nm_linear,   dense_linear,
+    pack_nm,    unpack_nm,   widen_rows,  nm_linear,   dense_linear,
 };
 
 }  // namespace ace

@@ -359,6 +359,16 @@ ACE_EXPORT int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t str
     });
 }
 
+// `bytes` of an element: 1, 2 or 4.
+ACE_EXPORT int ace_unpack_nm(const void* values, const uint32_t* meta, int64_t rows, int64_t cols, int32_t n,
+                             int32_t m, int32_t bytes, void* weight, int32_t threads) {
+    const Unpacking task = {values, meta, rows, cols, n, m, bytes, weight};
+    return guarded([&] {
+        deal(rows, threads_for(rows * cols * bytes, rows, threads),
+             [&](int64_t begin, int64_t end, int) { bodies->unpack_nm(task, begin, end); });
+    });
+}
+
 ACE_EXPORT int ace_nm_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
                              const void* values, const uint32_t* meta, int64_t rows, int32_t n, int32_t m,
                              int32_t weight_element, const float* bias, float* out, int32_t threads) {

@@ -85,6 +85,15 @@ struct PackedWeight {
     Element element;
 };
 
+// Where a packed weight goes to, by the bytes of an element.
+struct Unpacking {
+    const void* values;
+    const uint32_t* meta;
+    int64_t rows, cols;
+    int32_t n, m, bytes;
+    void* weight;  // [rows, cols]
+};
+
 // Where a selection packs to: by score, or by what of a pruned weight is not 0.
 struct Packing {
     void* values;
@@ -132,6 +141,8 @@ struct Bodies {
     void (*assign)(const AssignmentTask&);
     // Rows begin..end; false where a group of a pruned weight has more than n that are not 0.
     bool (*pack_nm)(const Selection&, const Pattern&, const Packing&, int64_t begin, int64_t end);
+    // Rows begin..end.
+    void (*unpack_nm)(const Unpacking&, int64_t begin, int64_t end);
     // fp32 copies of rows, `padded` apart, zeros behind them.
     void (*widen_rows)(const Matrix&, int64_t padded, float* out);
     // Outputs begin..end of all tokens.

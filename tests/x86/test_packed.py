@@ -16,6 +16,7 @@ from ace_triton.kernels.pack_nm import (
     unpack_nm_reference,
 )
 from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.unpack_nm import unpack_nm
 from tests.x86.executor import executed_on_x86
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
@@ -60,6 +61,26 @@ def test_int8():
     expected = pack_nm(weight, 2, 4)
     with executed_on_x86(1):
         assert_same(pack_nm(weight, 2, 4), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "n", "m"),
+    [
+        *((dtype, (576, 1536), 2, 4) for dtype in (*DTYPES, torch.int8)),
+        (torch.bfloat16, (33, 36), 2, 4),
+        (torch.float32, (33, 36), 3, 4),
+        (torch.bfloat16, (48, 96), 8, 16),
+        (torch.int8, (5, 96), 5, 32),
+    ],
+)
+def test_unpacking(dtype, shape, n, m):
+    torch.manual_seed(0)
+    packed = pack_scored_reference(torch.randn(shape).mul(50).to(dtype), ScoreTerms(), n, m)
+    if dtype.is_floating_point:
+        packed.values[:, ::3], packed.values[:, ::5] = torch.nan, -0.0
+    expected = unpack_nm_reference(packed)
+    with executed_on_x86(1):
+        assert torch.equal(bits_of(unpack_nm(packed)), bits_of(expected))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""unpack_nm: the dense weight of a packed n:m one, bit for bit, +0.0 where nothing was kept.
+
+Bytes per weight of e bytes: e * n / m + 1/8 read, e written, in one pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import cpu, launch
+from .backend import choose_backend
+from .packed_nm import DTYPES, PackedNM, unpack_bits
+from .registers import bits_of, kept_before, spread, unzip, zipped
+from .triton_import import tl, triton
+
+
+def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight [out, in] that was packed, with its dtype, -0.0 and NaN included.
+
+    Args:
+        packed: the weight. Metadata that layout 1 does not have (:meth:`PackedNM.check`) give a wrong weight or an
+            error.
+        into: contiguous, of the weight's shape and dtype, written and returned; None for new memory.
+
+    Raises:
+        ValueError: an ``into`` that does not fit, or tensors on different devices.
+    """
+    dtype = packed.values.dtype
+    if into is not None and (tuple(into.shape) != packed.shape or into.dtype != dtype or not into.is_contiguous()):
+        raise ValueError(
+            f"into must be contiguous {dtype} {packed.shape}, got {into.dtype} {tuple(into.shape)} "
+            f"with strides {into.stride()}"
+        )
+    backend = choose_backend(packed.values, packed.meta, into)
+    if backend == "cpu" and dtype in DTYPES:
+        return cpu.unpack_nm(packed, into)
+    if backend == "triton" and dtype in DTYPES:
+        with torch.cuda.device_of(packed.values):
+            return _unpack_nm_triton(packed, packed.values.new_empty(packed.shape) if into is None else into)
+    weight = unpack_nm_reference(packed)
+    return weight if into is None else into.copy_(weight)
+
+
+def unpack_nm_reference(packed: PackedNM) -> torch.Tensor:
+    """The same in plain torch."""
+    dense = packed.values.new_zeros(packed.shape)
+    return dense.masked_scatter_(unpack_bits(packed.meta)[:, : packed.shape[1]], packed.values)
+
+
+def _unpack_nm_triton(packed: PackedNM, weight: torch.Tensor) -> torch.Tensor:
+    if not weight.numel():
+        return weight
+    rows, cols = packed.shape
+    tile = launch.unpack_nm(packed.values, cols)
+    width = 2 * tile.vector * tile.threads
+    grid = (triton.cdiv(cols, width) * triton.cdiv(rows, tile.block_rows),)
+    arguments = (packed.values, packed.meta, weight, rows, cols)
+    blocks = {"BLOCK_ROWS": tile.block_rows, "num_warps": launch.WARPS}
+    if (packed.n, packed.m) == (2, 4):
+        _two_of_four_body[grid](*arguments, VECTOR=tile.vector, LANES=tile.threads, **blocks)
+    else:
+        _any_pattern_body[grid](*arguments, N=packed.n, M=packed.m, BLOCK_COLS=width, **blocks)
+    return weight
+
+
+@triton.jit
+def _two_of_four_body(
+    values_ptr,
+    meta_ptr,
+    weight_ptr,
+    rows,
+    cols,
+    BLOCK_ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A thread takes VECTOR values of a row in one access and writes the 2 * VECTOR weights that they make."""
+    blocks_across = tl.cdiv(cols, 2 * VECTOR * LANES)
+    block = tl.program_id(0) % blocks_across
+    i = tl.program_id(0) // blocks_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    value = block * (VECTOR * LANES) + tl.arange(0, VECTOR * LANES)[None, :]
+    inside = (i < rows) & (value < cols // 2)
+    values = unzip(tl.load(values_ptr + i.to(tl.int64) * (cols // 2) + value, mask=inside, other=0.0), VECTOR)
+    start = (block * LANES + tl.arange(0, LANES)[None, :]) * (2 * VECTOR)
+    word_start = i.to(tl.int64) * tl.cdiv(cols, 32)
+    words = tl.load(meta_ptr + word_start + start // 32, mask=(i < rows) & (start < cols), other=0)
+    bits = words >> start % 32
+    weights = ()
+    for g in tl.static_range(VECTOR // 2):
+        weights = weights + spread(bits_of(values[2 * g]), bits_of(values[2 * g + 1]), bits, 4 * g)
+    whole = zipped(weights).to(weight_ptr.dtype.element_ty, bitcast=True)
+    j = block * (2 * VECTOR * LANES) + tl.arange(0, 2 * VECTOR * LANES)[None, :]
+    tl.store(weight_ptr + i.to(tl.int64) * cols + j, whole, mask=(i < rows) & (j < cols))
+
+
+@triton.jit
+def _any_pattern_body(
+    values_ptr,
+    meta_ptr,
+    weight_ptr,
+    rows,
+    cols,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Weight by weight: a kept one is the value whose place is the number of kept ones before it in its group."""
+    blocks_across = tl.cdiv(cols, BLOCK_COLS)
+    i = tl.program_id(0) // blocks_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    j = tl.program_id(0) % blocks_across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    inside = (i < rows) & (j < cols)
+    words = tl.load(meta_ptr + i.to(tl.int64) * tl.cdiv(cols, 32) + j // 32, mask=inside, other=0)
+    place = i.to(tl.int64) * (cols // M * N) + j // M * N + kept_before(words, j, M)
+    kept = inside & (words >> j % 32 & 1 != 0)
+    weight = tl.load(values_ptr + place, mask=kept, other=0.0)
+    tl.store(weight_ptr + i.to(tl.int64) * cols + j, weight, mask=inside)
