@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ace_triton.report import write_json
 from ace_triton.study.cells import Cell, Variant
+from ace_triton.study.recipe import Recipe
 from ace_triton.study.workbench import Protocol, Workbench
 from ace_triton.update import Update
 
@@ -69,11 +70,7 @@ def main(
     content = json.loads(out.read_text()) if out.is_file() else {}
     cells: dict[str, float] = content.get("cells", {})
     seconds: dict[str, float] = content.get("cpu_seconds", {})
-    how = {
-        "permute": permute,
-        "update": None if update is None else UPDATES[update],
-        "true_sequential": true_sequential,
-    }
+    recipe = Recipe(permute, None if update is None else UPDATES[update], true_sequential)
     marks = PERMUTED * permute + (f", {update}" if update else "") + SEQUENTIAL * true_sequential
     protocol = Protocol("smollm2", calibration, evaluation, wikitext, samples, windows, window_length)
     bench = Workbench(protocol)
@@ -98,7 +95,8 @@ def main(
                 for label in methods or METHODS:
                     key = f"{label}{marks} | {sparsity} | L={length} | seed {seed}"
                     if key not in cells:
-                        with bench.pruned(Cell(METHODS[label], sparsity, length, seed), **how) as pruning:
+                        variant = METHODS[label].with_recipe(recipe)
+                        with bench.pruned(Cell(variant, sparsity, length, seed)) as pruning:
                             seconds[key] = round(pruning.cpu_seconds, 1)
                             measure(key)
     out.with_suffix(".md").write_text(_page(out.stem, setting, cells, seconds))

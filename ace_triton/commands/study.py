@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -11,35 +12,92 @@ from rich.markup import escape
 
 from ..study.cells import Grid, Variant
 from ..study.journal import Journal, Results, StudyError, read_results
+from ..study.quality_grid import QualityGrid
 from ..study.run import run_study
 from ..study.workbench import Protocol, Workbench
 from .console import console, progress_bars
 from .options import DeviceOption, parse_device, parse_dtype, parse_options
 
-METHODS = "magnitude,wanda,ria,cosp,varp,ace"
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a study takes where nothing else is said, as on the command line."""
+
+    methods: str
+    sparsities: str
+    lengths: str
+    seeds: int
+    samples: int
+    windows: int
+    window_lengths: str
+
+
+PAPER = Defaults("magnitude,wanda,ria,cosp,varp,ace", "0.5,2:4,4:8", "16,32,128,512,2048", 3, 128, 20, "512")
+PAPER_QUICK = Defaults(PAPER.methods, "2:4", "16,32", 1, 32, 4, "512")
+QUALITY = Defaults("wanda,ria,cosp,ace", "0.5,2:4,4:8", "128", 5, 64, 20, "512,2048")
+QUALITY_QUICK = Defaults(QUALITY.methods, "2:4", "32", 1, 32, 4, "512")
+
+
+def _default(name: str) -> str:
+    """For a help page: the default, and that of ``--quality`` where it is another."""
+    paper, quality = getattr(PAPER, name), getattr(QUALITY, name)
+    return str(paper) if paper == quality else f"{paper}; {quality} with --quality"
 
 
 def study(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name, .gguf file or smollm2.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the results and the page; resumed if there.")],
-    methods: Annotated[
-        str, typer.Option(help="Comma-separated; with options as ace:base=wanda+reduce=abs.", show_default=METHODS)
-    ] = METHODS,
-    sparsities: Annotated[str | None, typer.Option(help="Comma-separated.", show_default="0.5,2:4,4:8")] = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Tokens of a calibration sequence.", show_default="16,32,128,512,2048")
+    quality: Annotated[
+        bool,
+        typer.Option(
+            "--quality",
+            help="Perplexity against time instead: the metrics alone; at 2:4 also SparseGPT, the published forms, and "
+            "the last of --methods with channels permuted and weights updated.",
+        ),
+    ] = False,
+    minutes: Annotated[
+        str | None,
+        typer.Option(
+            help="With --quality: also recovery for so many minutes, as 5,20, on top of the best.", show_default="none"
+        ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="How many calibration seeds.", show_default="3")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows of the evaluation.", show_default="20")] = None,
-    window_length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated; with options as ace:base=wanda+reduce=abs.", show_default=_default("methods")
+        ),
+    ] = None,
+    sparsities: Annotated[
+        str | None, typer.Option(help="Comma-separated.", show_default=_default("sparsities"))
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of a calibration sequence.", show_default=_default("lengths"))
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="How many calibration seeds.", show_default=_default("seeds"))
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences.", show_default=_default("samples"))
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows of the evaluation.", show_default=_default("windows"))
+    ] = None,
+    window_lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--window-lengths",
+            "--window-length",
+            help="Tokens of each; of a list the first counts --windows, further ones are run over the same tokens.",
+            show_default=_default("window_lengths"),
+        ),
+    ] = None,
     calibration: Annotated[str, typer.Option(help="As for prune.")] = Protocol.calibration,
     evaluation: Annotated[str, typer.Option(help="As --text of evaluate.")] = Protocol.evaluation,
     wikitext: Annotated[bool, typer.Option("--wikitext", help="As for evaluate.")] = False,
     dtype: Annotated[str, typer.Option(help="Of weights and forwards; statistics are float32.")] = "bfloat16",
     device: DeviceOption = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help="A small study where nothing else is said: 2:4, L 16 and 32, one seed.")
+        bool, typer.Option("--quick", help="A small study where nothing else is said: 2:4, L up to 32, one seed.")
     ] = False,
     render_only: Annotated[
         bool, typer.Option("--render-only", help="Only draw the page anew from the results in OUT.")
@@ -54,20 +112,28 @@ def study(
     if render_only:
         _render(read_results(out), out)
         return
-    grid = Grid(
-        variants=tuple(_variant(word) for word in _words(methods)),
-        sparsities=_words(sparsities or ("2:4" if quick else "0.5,2:4,4:8")),
-        lengths=_numbers("--lengths", lengths or ("16,32" if quick else "16,32,128,512,2048")),
-        seeds=tuple(range(seeds if seeds is not None else 1 if quick else 3)),
+    if minutes and not quality:
+        raise ValueError("--minutes is for --quality: recovery goes on from what that measures")
+    usual = (QUALITY_QUICK if quick else QUALITY) if quality else (PAPER_QUICK if quick else PAPER)
+    variants = tuple(_variant(word) for word in _words(methods or usual.methods))
+    patterns = _words(sparsities or usual.sparsities)
+    calibrated = _numbers("--lengths", lengths or usual.lengths)
+    drawn = tuple(range(seeds if seeds is not None else usual.seeds))
+    grid = (
+        QualityGrid(variants, patterns, calibrated, drawn, _floats("--minutes", minutes or ""))
+        if quality
+        else Grid(variants, patterns, calibrated, drawn)
     )
+    window_length, *further = _numbers("--window-lengths", window_lengths or usual.window_lengths)
     protocol = Protocol(
         model,
         calibration=calibration,
         evaluation=evaluation,
         wikitext=wikitext,
-        samples=samples if samples is not None else 32 if quick else 128,
-        windows=windows if windows is not None else 4 if quick else 20,
+        samples=samples if samples is not None else usual.samples,
+        windows=windows if windows is not None else usual.windows,
         window_length=window_length,
+        further_window_lengths=tuple(further),
         dtype=parse_dtype(dtype),
         device=parse_device(device),
     )
@@ -115,3 +181,10 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in _words(text))
     except ValueError:
         raise ValueError(f"{option} {text!r}: write whole numbers with commas between them") from None
+
+
+def _floats(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: write numbers with commas between them") from None

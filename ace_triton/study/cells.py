@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..metrics import metric
+from ..prune import needed
 from ..sparsity import Sparsity
+from .recipe import PLAIN, Recipe
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with some of its options set.
+    """A method with some of its options set, and what is added to it.
 
     Attributes:
         method: a metric's name.
         options: as pairs; those equal to the metric's defaults are dropped.
+        recipe: what is added.
 
     Raises:
         ValueError: no such metric, or no such option of it.
@@ -24,6 +27,7 @@ class Variant:
 
     method: str
     options: tuple[tuple[str, Any], ...] = ()
+    recipe: Recipe = PLAIN
 
     def __post_init__(self) -> None:
         defaults = metric(self.method).options
@@ -33,9 +37,18 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """ "ace", or "ace:base=wanda+reduce=abs"."""
+        """ "ace", or "ace:base=wanda+reduce=abs, permuted"."""
         pairs = "+".join(f"{name}={value}" for name, value in self.options)
-        return f"{self.method}:{pairs}" if pairs else self.method
+        return ", ".join([f"{self.method}:{pairs}" if pairs else self.method, *self.recipe.words])
+
+    @property
+    def alone(self) -> Variant:
+        """The same method with nothing added."""
+        return self.with_recipe(PLAIN)
+
+    def with_recipe(self, recipe: Recipe) -> Variant:
+        """The same method with that added."""
+        return replace(self, recipe=recipe)
 
     @property
     def complete(self) -> dict[str, Any]:
@@ -45,7 +58,7 @@ class Variant:
     @property
     def calibrated(self) -> bool:
         """Whether the result depends on calibration tokens."""
-        return metric(self.method).needs(self.complete).tokens
+        return needed(metric(self.method).needs(self.complete), self.recipe.update).tokens
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class Cell:
     """One pruning.
 
     Attributes:
-        variant: the method.
+        variant: the method, and what is added to it.
         sparsity: "2:4", or the pruned fraction as "0.5".
         length: tokens of a calibration sequence; None where the method looks at none.
         seed: of the calibration crops; None likewise.
@@ -64,24 +77,32 @@ class Cell:
     length: int | None
     seed: int | None
 
+    @classmethod
+    def of(cls, variant: Variant, sparsity: str, length: int, seed: int) -> Cell:
+        """That pruning, by calibration sequences where the method looks at any."""
+        return cls(variant, sparsity, length, seed) if variant.calibrated else cls(variant, sparsity, None, None)
+
     def __str__(self) -> str:
         drawn = "" if self.length is None else f", L={self.length}, seed {self.seed}"
         return f"{self.variant.label}, {self.sparsity}{drawn}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, with all options: a result keeps its meaning when a default changes."""
+        recipe = self.variant.recipe
         return {
             "method": self.variant.method,
             "options": self.variant.complete,
             "sparsity": self.sparsity,
             "length": self.length,
             "seed": self.seed,
+            **({} if recipe == PLAIN else {"recipe": recipe.to_dict()}),
         }
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Cell:
         """What :meth:`to_dict` gave."""
-        variant = Variant(record["method"], tuple(record["options"].items()))
+        recipe = Recipe.from_dict(record["recipe"]) if "recipe" in record else PLAIN
+        variant = Variant(record["method"], tuple(record["options"].items()), recipe)
         return cls(variant, record["sparsity"], record["length"], record["seed"])
 
 
@@ -105,11 +126,7 @@ class Grid:
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for axis in ("variants", "sparsities", "lengths", "seeds"):
-            if not getattr(self, axis):
-                raise ValueError(f"a study needs at least one of its {axis}, got none")
-        if min(self.lengths) < 2:
-            raise ValueError(f"a calibration sequence needs at least 2 tokens, got {min(self.lengths)}")
+        check_axes(self.lengths, variants=self.variants, sparsities=self.sparsities, seeds=self.seeds)
         object.__setattr__(self, "sparsities", tuple(str(Sparsity(pattern)) for pattern in self.sparsities))
 
     def cells(self) -> list[Cell]:
@@ -118,16 +135,34 @@ class Grid:
         Methods without calibration come first; then length times seed rank rises: every method and
         sparsity at the shortest length and first seed, before longer sequences and further seeds.
         """
-        ranked = [(length * rank, length, seed) for length in self.lengths for rank, seed in enumerate(self.seeds, 1)]
-        draws = [(length, seed) for _, length, seed in sorted(ranked)]
         free = [variant for variant in self.variants if not variant.calibrated]
         drawn = [variant for variant in self.variants if variant.calibrated]
         ordered = [Cell(variant, sparsity, None, None) for sparsity in self.sparsities for variant in free]
-        for length, seed in draws:
+        for length, seed in draws(self.lengths, self.seeds):
             ordered += [Cell(variant, sparsity, length, seed) for sparsity in self.sparsities for variant in drawn]
         return list(dict.fromkeys(ordered))
 
     @property
     def shown(self) -> tuple[int, int]:
-        """Length and seed of the cells whose text is shown: the first seed, the length nearest 128."""
-        return min(self.lengths, key=lambda length: (abs(length - 128), length)), self.seeds[0]
+        """Length and seed of the cells whose text is shown."""
+        return shown_draw(self.lengths, self.seeds)
+
+
+def check_axes(lengths: Sequence[int], **axes: Sequence[Any]) -> None:
+    """ValueError for an axis that is empty, or lengths that are none."""
+    for name, axis in {"lengths": lengths, **axes}.items():
+        if not axis:
+            raise ValueError(f"a study needs at least one of its {name}, got none")
+    if min(lengths) < 2:
+        raise ValueError(f"a calibration sequence needs at least 2 tokens, got {min(lengths)}")
+
+
+def draws(lengths: Sequence[int], seeds: Sequence[int]) -> list[tuple[int, int]]:
+    """Length and seed of every calibration, by rising length times rank of the seed."""
+    ranked = [(length * rank, length, seed) for length in lengths for rank, seed in enumerate(seeds, 1)]
+    return [(length, seed) for _, length, seed in sorted(ranked)]
+
+
+def shown_draw(lengths: Sequence[int], seeds: Sequence[int]) -> tuple[int, int]:
+    """Of the cells whose text is shown: the length nearest 128, and the first seed."""
+    return min(lengths, key=lambda length: (abs(length - 128), length)), seeds[0]

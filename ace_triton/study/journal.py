@@ -72,13 +72,18 @@ class Journal:
         folder: made where it is not there.
         setting: of the study to begin or to go on with.
 
+    Attributes:
+        folder: where the file is.
+        results: what it holds.
+
     Raises:
         StudyError: the folder holds a study of another setting, a file that is none, or one that another
             process is writing.
     """
 
     def __init__(self, folder: str | Path, setting: Setting) -> None:
-        path = Path(folder) / FILE
+        self.folder = Path(folder)
+        path = self.folder / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from ..recover import RecoveryReport
 from ..timing import Seconds
 from .cells import Cell
 
@@ -31,6 +33,7 @@ class Setting:
         calibration_sha256, evaluation_sha256: of the texts.
         samples: calibration sequences.
         windows, window_length: of the evaluation.
+        further_window_lengths: of further evaluations over the same tokens.
     """
 
     model: str
@@ -43,31 +46,65 @@ class Setting:
     samples: int
     windows: int
     window_length: int
+    further_window_lengths: tuple[int, ...] = ()
+
+    @property
+    def window_lengths(self) -> tuple[int, ...]:
+        """All of them."""
+        return self.window_length, *self.further_window_lengths
+
+    def windows_of(self, length: int) -> int:
+        """How many windows of that length are evaluated: as many tokens at every length, or a single window."""
+        return max(1, self.windows * self.window_length // length)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return asdict(self)
+        """As JSON types; what is empty is left out."""
+        return without_empty(asdict(self))
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Setting:
         """What :meth:`to_dict` gave."""
-        return cls(**record)
+        return cls(**{**record, "further_window_lengths": tuple(record.get("further_window_lengths", ()))})
+
+
+def without_empty(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without what is None or an empty tuple, as records were before there was such a thing."""
+    return {name: value for name, value in record.items() if value is not None and value != ()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A perplexity over windows of ``length`` tokens."""
+
+    length: int
+    perplexity: float
+
+
+def evaluations(record: Mapping[str, Any]) -> tuple[Evaluation, ...]:
+    """The ``further`` of a record as JSON types, which may have none."""
+    return tuple(Evaluation(**entry) for entry in record.get("further", ()))
 
 
 @dataclass(frozen=True)
 class DenseResult:
-    """The unpruned model's perplexity."""
+    """The unpruned model's perplexity.
+
+    Attributes:
+        perplexity: over windows of the setting's length.
+        further: over windows of its further lengths.
+    """
 
     perplexity: float
+    further: tuple[Evaluation, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        return asdict(self)
+        return without_empty(asdict(self))
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> DenseResult:
         """What :meth:`to_dict` gave."""
-        return cls(**record)
+        return cls(**{**record, "further": evaluations(record)})
 
 
 @dataclass(frozen=True)
@@ -86,17 +123,40 @@ class StageSeconds:
 
 
 @dataclass(frozen=True)
+class RecoveryCost:
+    """What a recovery took.
+
+    Attributes:
+        steps, tokens: trained on.
+        seconds: wall clock.
+        cpu_seconds: CPU time of the process over the same span, all threads together.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+
+    @classmethod
+    def of(cls, report: RecoveryReport) -> RecoveryCost:
+        """What a report says."""
+        return cls(report.steps, report.tokens, report.seconds, report.cpu_seconds)
+
+
+@dataclass(frozen=True)
 class CellResult:
     """One cell, measured.
 
     Attributes:
         cell: what was run.
-        perplexity: after pruning.
+        perplexity: in the end, over windows of the setting's length.
         kept: share of the pruned layers' weights that is left.
         seconds: wall clock of pruning by stage, loading and evaluation left out.
         cpu_seconds: CPU time of the process over the same span, all threads together.
         processor: what it ran on.
         threads: torch's.
+        further: perplexity over windows of the setting's further lengths.
+        recovery: what the training afterwards took; None where there was none.
     """
 
     cell: Cell
@@ -106,15 +166,38 @@ class CellResult:
     cpu_seconds: float
     processor: str
     threads: int
+    further: tuple[Evaluation, ...] = ()
+    recovery: RecoveryCost | None = None
+
+    @property
+    def cpu_seconds_in_all(self) -> float:
+        """Of pruning and of recovery."""
+        return self.cpu_seconds + (0.0 if self.recovery is None else self.recovery.cpu_seconds)
+
+    @property
+    def seconds_in_all(self) -> float:
+        """Wall clock of pruning and of recovery."""
+        return self.seconds.total + (0.0 if self.recovery is None else self.recovery.seconds)
+
+    def perplexity_over(self, further_length: int) -> float:
+        """Over windows of one of the setting's further lengths; NaN where that was not measured."""
+        return next((found.perplexity for found in self.further if found.length == further_length), math.nan)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return {**asdict(self), "cell": self.cell.to_dict()}
+        """As JSON types; what is empty is left out."""
+        return {**without_empty(asdict(self)), "cell": self.cell.to_dict()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> CellResult:
         """What :meth:`to_dict` gave."""
-        return cls(**{**record, "cell": Cell.from_dict(record["cell"]), "seconds": StageSeconds(**record["seconds"])})
+        recovery = record.get("recovery")
+        typed = {
+            "cell": Cell.from_dict(record["cell"]),
+            "seconds": StageSeconds(**record["seconds"]),
+            "further": evaluations(record),
+            "recovery": None if recovery is None else RecoveryCost(**recovery),
+        }
+        return cls(**{**record, **typed})
 
 
 @dataclass(frozen=True)

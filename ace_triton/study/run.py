@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from .cells import Cell, Grid
+from .cells import Cell
 from .journal import Journal
 from .norms import model_norms
-from .records import CellResult, DenseResult, Sample, StageSeconds
+from .records import CellResult, DenseResult, RecoveryCost, Sample, StageSeconds
 from .samples import Sampler
-from .workbench import Workbench, processor_name
+from .workbench import Pruning, Workbench, processor_name
 
 Progress = Callable[[int, int, str], None]
 
+RECOVERY_FOLDER = ".recovery"
+"""In the study's folder: states of recoveries that are not at their end."""
 
-def run_study(bench: Workbench, journal: Journal, grid: Grid, progress: Progress | None = None) -> None:
+
+class Cells(Protocol):
+    """What a study runs: a :class:`~.cells.Grid`, or a :class:`~.quality_grid.QualityGrid`."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of a calibration sequence."""
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Length and seed of the cells whose text is shown."""
+
+    def cells(self) -> list[Cell]:
+        """All cells, in the order in which they are run."""
+
+
+def run_study(bench: Workbench, journal: Journal, grid: Cells, progress: Progress | None = None) -> None:
     """Measure what is missing: the dense model, its input norms, then cell by cell.
 
-    Every result is in the journal before the next cell begins, so a killed study loses one cell.
+    Every result is in the journal before the next cell begins, so a killed study loses one cell, and
+    of a recovery a few minutes.
 
     Args:
         bench: the model and the texts.
@@ -42,7 +67,7 @@ def run_study(bench: Workbench, journal: Journal, grid: Grid, progress: Progress
 
     tell(len(cells) - len(todo), "the dense model")
     if found.dense is None:
-        journal.append(DenseResult(bench.perplexity()))
+        journal.append(DenseResult(bench.perplexity(), bench.further_perplexities()))
     if found.norms is None:
         journal.append(model_norms(bench.model, bench.calibration(*grid.shown)))
     sampler = None
@@ -53,25 +78,52 @@ def run_study(bench: Workbench, journal: Journal, grid: Grid, progress: Progress
         journal.append(sampler.dense())
     for done, cell in enumerate(todo, len(cells) - len(todo)):
         tell(done, str(cell))
-        _measure(bench, journal, cell, sampler if cell in shown else None)
+        _measure(bench, journal, cell, sampler if cell in shown else None, partial(tell, done))
     tell(len(cells), "")
 
 
-def _measure(bench: Workbench, journal: Journal, cell: Cell, sampler: Sampler | None) -> None:
+def _measure(
+    bench: Workbench, journal: Journal, cell: Cell, sampler: Sampler | None, tell: Callable[[str], None]
+) -> None:
+    state = recovery_state(journal.folder, cell)
     with bench.pruned(cell) as pruning:
+        recovery = _recover(bench, cell, state, tell)
         if cell not in journal.results.cells:
-            report = pruning.report
-            journal.append(
-                CellResult(
-                    cell,
-                    bench.perplexity(),
-                    sum(layer.kept for layer in report.layers) / len(report.layers),
-                    StageSeconds.of(report.seconds),
-                    pruning.cpu_seconds,
-                    processor_name(),
-                    torch.get_num_threads(),
-                )
-            )
+            journal.append(_result(bench, cell, pruning, recovery))
         if sampler is not None and cell not in journal.results.samples:
             texts, divergence = sampler.texts_and_divergence()
             journal.append(Sample(cell, sampler.prompts, texts, divergence))
+    state.unlink(missing_ok=True)
+    with suppress(OSError):
+        state.parent.rmdir()
+
+
+def _recover(bench: Workbench, cell: Cell, state: Path, tell: Callable[[str], None]) -> RecoveryCost | None:
+    minutes = cell.variant.recipe.minutes
+    if minutes is None:
+        return None
+
+    def move(spent: float, budget: float, loss: float) -> None:
+        tell(f"{cell}: {spent:,.0f} of {budget:,.0f} s, loss {loss:.3f}")
+
+    return RecoveryCost.of(bench.recover(minutes, cell.seed or 0, state, move))
+
+
+def _result(bench: Workbench, cell: Cell, pruning: Pruning, recovery: RecoveryCost | None) -> CellResult:
+    return CellResult(
+        cell,
+        bench.perplexity(),
+        pruning.kept,
+        StageSeconds.of(pruning.seconds),
+        pruning.cpu_seconds,
+        processor_name(),
+        torch.get_num_threads(),
+        bench.further_perplexities(),
+        recovery,
+    )
+
+
+def recovery_state(folder: Path, cell: Cell) -> Path:
+    """The file that a cell's recovery goes on from."""
+    name = hashlib.sha256(json.dumps(cell.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+    return folder / RECOVERY_FOLDER / f"{name}.pt"

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import checkpoint
+from ..batches import TOKENS_OF_A_FORWARD
 from ..calibration import MOST_DOCUMENTS, SELF, crop, token_stream
 from ..evaluate import perplexity
-from ..prune_model import ModelReport, prune_model
+from ..prune_model import prune_model
+from ..recover import RecoveryProgress, RecoveryReport, RecoverySettings, recover
+from ..sparsity import Sparsity
 from ..text import TextError, read_documents, wikitext_rows
+from ..timing import Seconds
+from . import published_model
 from .cells import Cell
-from .records import Setting
+from .records import Evaluation, Setting
+
+RECOVERY_SEQUENCES, RECOVERY_LENGTH = 2048, 256
+"""Crops of the calibration text that a recovery trains on, as ``ace-triton recover`` does."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Protocol:
         wikitext: the evaluation text is a raw WikiText file, whose lines are joined as its dataset's rows.
         samples: calibration sequences.
         windows, window_length: of the evaluation.
+        further_window_lengths: of further evaluations over the same tokens.
         dtype: of weights and forwards; statistics are fp32 whatever it is.
         device: where to run.
     """
@@ -43,15 +54,23 @@ class Protocol:
     samples: int = 128
     windows: int = 20
     window_length: int = 512
+    further_window_lengths: tuple[int, ...] = ()
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """A pruning that was done, and the CPU seconds that the process spent on it."""
+    """A pruning that was done.
 
-    report: ModelReport
+    Attributes:
+        kept: mean share of the pruned layers' weights that is left.
+        seconds: wall clock by stage.
+        cpu_seconds: that the process spent on it.
+    """
+
+    kept: float
+    seconds: Seconds
     cpu_seconds: float
 
 
@@ -90,8 +109,9 @@ class Workbench:
             samples=protocol.samples,
             windows=protocol.windows,
             window_length=protocol.window_length,
+            further_window_lengths=protocol.further_window_lengths,
         )
-        self._check_length(protocol.window_length, "--window-length")
+        self._check_length(max(self.setting.window_lengths), "--window-lengths")
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
         """Raise TextError for a calibration length that the model or the text is too short for."""
@@ -104,32 +124,83 @@ class Workbench:
 
     def perplexity(self) -> float:
         """Of the model as it is now."""
-        result = perplexity(self.model, self.ids, length=self.protocol.window_length, windows=self.protocol.windows)
-        return result.perplexity
+        return self._perplexity(self.setting.window_length)
+
+    def further_perplexities(self) -> tuple[Evaluation, ...]:
+        """The same over windows of the setting's further lengths."""
+        return tuple(Evaluation(n, self._perplexity(n)) for n in self.setting.further_window_lengths)
 
     @contextmanager
-    def pruned(self, cell: Cell, **how: Any) -> Iterator[Pruning]:
-        """The model is pruned inside, and dense again after.
-
-        Args:
-            cell: method, options, pattern and calibration.
-            how: what else :func:`~ace_triton.prune_model.prune_model` takes (permute, update, true_sequential).
-        """
+    def pruned(self, cell: Cell) -> Iterator[Pruning]:
+        """The model is pruned inside, and dense again after; recovery is :meth:`recover`'s."""
         ids = None
         if cell.length is not None and cell.seed is not None:
             ids = self.calibration(cell.length, cell.seed)
-        options = dict(cell.variant.options)
         try:
             start = time.process_time()
-            report = prune_model(self.model, ids, cell.variant.method, cell.sparsity, **how, **options)
-            yield Pruning(report, time.process_time() - start)
+            kept, seconds = self._prune(cell, ids)
+            yield Pruning(kept, seconds, time.process_time() - start)
         finally:
             self.model.load_state_dict(self._dense)
 
-    def _check_length(self, length: int, option: str) -> None:
+    def recover(
+        self, minutes: float, seed: int, state: Path, progress: RecoveryProgress | None = None
+    ) -> RecoveryReport:
+        """Train the model as it is pruned now on crops of the calibration text.
+
+        Args:
+            minutes: budget of wall-clock time.
+            seed: of the crops and their order.
+            state: file that a training which was stopped goes on from.
+            progress: called after each step.
+        """
+        length = min(RECOVERY_LENGTH, self._longest or RECOVERY_LENGTH)
+        ids = crop(self._stream, RECOVERY_SEQUENCES, length, seed)
+        settings = RecoverySettings(minutes=minutes, seed=seed)
+        return recover(self.model, self._teacher, ids, settings, state=state, progress=progress)
+
+    def _prune(self, cell: Cell, ids: torch.Tensor | None) -> tuple[float, Seconds]:
+        method, recipe = cell.variant.method, cell.variant.recipe
+        if recipe.published:
+            pattern = Sparsity(cell.sparsity)
+            if ids is None or pattern.n is None or pattern.m is None or cell.variant.options:
+                raise ValueError(f"{cell}: published forms are there for n:m, with calibration and without options")
+            batch_size = max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
+            ids = ids.to(self.model.device)
+            return pattern.n / pattern.m, published_model.prune_model(
+                self.model, ids, method, pattern.n, pattern.m, batch_size
+            )
+        report = prune_model(
+            self.model,
+            ids,
+            method,
+            cell.sparsity,
+            permute=recipe.permute,
+            update=recipe.update,
+            true_sequential=recipe.true_sequential,
+            **dict(cell.variant.options),
+        )
+        return sum(layer.kept for layer in report.layers) / len(report.layers), report.seconds
+
+    @cached_property
+    def _teacher(self) -> Any:
+        """The dense model, beside the one that is pruned."""
+        teacher = copy.deepcopy(self.model)
+        teacher.load_state_dict(self._dense)
+        return teacher
+
+    @property
+    def _longest(self) -> int | None:
+        """Positions that the model has; None where it does not say."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(longest, int) and length > longest:
-            raise TextError(f"{option} {length} is more than the model's {longest} positions: give a smaller one")
+        return longest if isinstance(longest, int) else None
+
+    def _perplexity(self, length: int) -> float:
+        return perplexity(self.model, self.ids, length=length, windows=self.setting.windows_of(length)).perplexity
+
+    def _check_length(self, length: int, option: str) -> None:
+        if self._longest is not None and length > self._longest:
+            raise TextError(f"{option} {length} is more than the model's {self._longest} positions: give a smaller one")
 
 
 def processor_name() -> str:

@@ -1,0 +1,68 @@
+"""What can be added to a metric: an order of channels, a weight update, recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..update import Update
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to a model beside the choice of its masks by a metric.
+
+    Attributes:
+        permute: channels are reordered first.
+        update: how kept weights are moved.
+        true_sequential: inside a block too, layers see what pruned layers give.
+        minutes: of recovery afterwards; None for none.
+        published: nothing is added, and pruning is done as the published code does it (:mod:`.published_model`).
+
+    Raises:
+        ValueError: something added to the published form, or minutes that are none.
+    """
+
+    permute: bool = False
+    update: Update | None = None
+    true_sequential: bool = False
+    minutes: float | None = None
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        if self.published and (self.permute or self.update or self.true_sequential or self.minutes is not None):
+            raise ValueError(f"nothing is added to a published form; got {self}")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise ValueError(f"minutes of recovery must be above 0, or None for none; got {self.minutes}")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """("permuted", "lstsq", "12 mask rounds", "5 min of recovery"); none of the empty recipe."""
+        said = ["permuted"] if self.permute else []
+        said += [] if self.update is None else _words_of(self.update)
+        said += ["true sequential"] if self.true_sequential else []
+        said += ["published form"] if self.published else []
+        said += [] if self.minutes is None else [f"{self.minutes:g} min of recovery"]
+        return tuple(said)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types, with all options of the update: a result keeps its meaning when a default changes."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Recipe:
+        """What :meth:`to_dict` gave."""
+        update = record["update"]
+        return cls(**{**record, "update": None if update is None else Update(**update)})
+
+
+PLAIN = Recipe()
+"""Nothing is added."""
+
+
+def _words_of(update: Update) -> list[str]:
+    changed = {f.name: getattr(update, f.name) for f in fields(Update) if getattr(update, f.name) != f.default}
+    rounds = changed.pop("mask_rounds", None)
+    words = [update.kind] if rounds is None else [update.kind, f"{rounds} mask rounds"]
+    return words + [f"{name}={value}" for name, value in changed.items() if name != "kind"]
