@@ -17,6 +17,7 @@ from .output_stats import OutputStats, StatsError, update_outputs
 from .prune import PruneError, as_kernel_dtype
 from .stats import ActivationStats
 from .timing import Stopwatch
+from .token_sample import TokenSample
 
 
 @dataclass(eq=False)
@@ -152,7 +153,8 @@ class InputCollector:
         if group is None:
             width = tensor.shape[-1]
             gram = Gram(width) if self._needs.gram else None
-            group = self._group_of[name] = _Group([name], ActivationStats(width, gram=gram))
+            sample = TokenSample(width) if self._needs.sample else None
+            group = self._group_of[name] = _Group([name], ActivationStats(width, gram=gram, sample=sample))
         tokens, valid = self._sequences(tensor)
         group.stats.update(tokens, valid=valid)
         reading = _Reading(tensor, tensor._version, group, founding, {name})

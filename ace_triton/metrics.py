@@ -40,6 +40,7 @@ class Needs:
         reduce: the coupling matrix as well, reduced so.
         consumer: the input norms of the layer that consumes this one's outputs.
         gram: the Gram matrix of the input.
+        sample: some of its tokens.
         weight_sums: sums over all of the weight, which make the terms NaN where a weight is NaN or infinite: nobody
             need look for those beforehand.
     """
@@ -49,6 +50,7 @@ class Needs:
     reduce: Reduce | None = None
     consumer: bool = False
     gram: bool = False
+    sample: bool = False
     weight_sums: bool = False
 
 

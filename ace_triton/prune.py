@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -74,8 +75,9 @@ def prune_linear(
             [n_sequences, length, in_features]. None for magnitude, which needs neither.
         method: a metric's name (:func:`~ace_triton.metrics.metric_names`).
         sparsity: "n:m" (n of every m kept), the pruned fraction of every row, or a :class:`Sparsity`.
-        update: "lstsq" moves the kept weights to where they best reproduce the dense layer's outputs; an
-            :class:`~ace_triton.update.Update` says more. Needs raw tokens, or statistics with a Gram matrix.
+        update: "rescale" scales each row so that its outputs have the dense row's energy; "lstsq" moves the kept
+            weights to where they best reproduce the dense layer's outputs; an :class:`~ace_triton.update.Update`
+            says more. Needs raw tokens, or statistics with a sample of them or with a Gram matrix.
         name: how errors and the result call the layer.
         return_mask: also return which weights were kept; costs a byte a weight and a second pass.
         options: the metric's own.
@@ -164,7 +166,10 @@ def prune_checked(
 
 def needed(needs: Needs, update: Update | None) -> Needs:
     """What a method and an update need together."""
-    return needs if update is None else replace(needs, tokens=True, gram=True)
+    if update is None:
+        return needs
+    exact = needs.gram or update.kind == "lstsq"
+    return replace(needs, tokens=True, gram=exact, sample=not exact)
 
 
 def as_kernel_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,7 +209,7 @@ def _statistics(
             )
         try:
             given = ActivationStats.from_tokens(
-                given, layer=layer if needs.outputs else None, reduce=needs.reduce, gram=needs.gram
+                given, layer=layer if needs.outputs else None, reduce=needs.reduce, gram=needs.gram, sample=needs.sample
             )
         except StatsError as error:
             raise StatsError(f"{label}: {error}") from error
@@ -256,7 +261,7 @@ def _solve(
     try:
         solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **options)
         if update is not None:
-            solved = updated_weight(dense, stats, update, lambda w: _choose(w, terms, pattern, axis, "mask"), solved)
+            solved = updated_weight(dense, stats, update, partial(_keep, terms, pattern, axis), solved)
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
     except ValueError as error:
@@ -270,6 +275,17 @@ def _solve(
         )
     weight.copy_(stored)
     return mask
+
+
+def _keep(
+    terms: ScoreTerms, pattern: Sparsity, axis: Axis, weight: torch.Tensor, output: Literal["mask", "weight"]
+) -> torch.Tensor:
+    """The metric's choice among moving weights, as a mask or in place."""
+    if output == "mask" or (axis == "out" and pattern.n is None):
+        mask = _choose(weight, terms, pattern, axis, "mask")
+        return mask if output == "mask" else weight.mul_(mask)
+    _choose(weight, terms, pattern, axis, "weight")
+    return weight
 
 
 def _select(

@@ -127,8 +127,9 @@ def prune_model(
         permute: for n:m, first reorder the input channels of each down and output projection, and with them the
             rows of the layers that feed it (excluded ones too), so that less of the score is lost. The model
             computes the same: what cannot be reordered so stays as it is and is in the report.
-        update: "lstsq" also moves each layer's kept weights to where they best reproduce what the dense weights
-            give on the inputs that the layer now has, those that the pruned blocks before it make; an
+        update: "rescale" also scales each row of a pruned layer so that its outputs have the energy that the dense
+            row gives them on the inputs that the layer now has, those that the pruned blocks before it make;
+            "lstsq" moves every kept weight to where they best reproduce what the dense weights give; an
             :class:`~ace_triton.update.Update` says more.
         batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
         include: shell patterns; only layers whose dotted name matches one are pruned. The only way to the

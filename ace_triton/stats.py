@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from .gram import Gram
 from .kernels.moments import moments
 from .output_stats import OutputStats, Reduce, StatsError, update_outputs
+from .token_sample import TokenSample
 
 FORMAT = "ace_triton.activation_stats.1"
 
@@ -40,6 +41,7 @@ class ActivationStats:
         consumer_norm: fp32 [out_features], for DaSS's gate and up projections: the input norms of the
             layer that consumes what they feed (down_proj); None elsewhere.
         gram: the input's Gram matrix, for weight updates; None where it is not wanted.
+        sample: some of the tokens, for ``update="rescale"``; None where they are not wanted.
     """
 
     in_features: int
@@ -49,6 +51,7 @@ class ActivationStats:
     outputs: OutputStats | None = None
     consumer_norm: torch.Tensor | None = None
     gram: Gram | None = None
+    sample: TokenSample | None = None
     _squares: list[torch.Tensor] = field(default_factory=list, repr=False)
     _counts: list[torch.Tensor] = field(default_factory=list, repr=False)
     _derived: dict[Hashable, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -62,6 +65,7 @@ class ActivationStats:
         valid: torch.Tensor | None = None,
         reduce: Reduce | None = None,
         gram: bool = False,
+        sample: bool = False,
     ) -> ActivationStats:
         """Statistics of one tensor of tokens.
 
@@ -71,8 +75,10 @@ class ActivationStats:
             valid: bool, the shape of ``tokens`` without its last axis; False leaves a token out (padding).
             reduce: with ``layer``, also keep the matrix of the published CosP loss ("abs" or "rms").
             gram: also keep the Gram matrix, for ``update="lstsq"`` and SparseGPT.
+            sample: also keep some of the tokens, for ``update="rescale"``.
         """
-        stats = cls(tokens.shape[-1], gram=Gram(tokens.shape[-1]) if gram else None)
+        width = tokens.shape[-1]
+        stats = cls(width, gram=Gram(width) if gram else None, sample=TokenSample(width) if sample else None)
         if layer is None:
             stats.update(tokens, valid=valid)
             return stats
@@ -114,6 +120,8 @@ class ActivationStats:
         )
         if self.gram is not None:
             self.gram.update(tokens, valid)
+        if self.sample is not None:
+            self.sample.update(tokens, valid)
         if self.outputs is not None and outputs is not None:
             update_outputs([self.outputs], tokens, [outputs], valid)
 
@@ -125,6 +133,8 @@ class ActivationStats:
             raise StatsError("statistics with and without a layer's outputs do not merge")
         if (self.gram is None) != (other.gram is None):
             raise StatsError("statistics with and without a Gram matrix do not merge")
+        if (self.sample is None) != (other.sample is None):
+            raise StatsError("statistics with and without a sample of tokens do not merge")
         if other.count == 0:
             return
         assert other.mean is not None
@@ -134,6 +144,8 @@ class ActivationStats:
             self.outputs.merge(other.outputs)
         if self.gram is not None and other.gram is not None:
             self.gram = self.gram + other.gram
+        if self.sample is not None and other.sample is not None:
+            self.sample = self.sample + other.sample
 
     def reorder(self, order: torch.Tensor) -> None:
         """Put channels in another order: place p takes channel ``order[p]``, int64 [in_features].
@@ -145,6 +157,7 @@ class ActivationStats:
         self.deviation = None if self.deviation is None else self.deviation[order]
         self._squares = [square[:, order] for square in self._squares]
         self.gram = None if self.gram is None else self.gram.reordered(order)
+        self.sample = None if self.sample is None else self.sample.reordered(order)
         if self.outputs is not None:
             self.outputs.reorder(inputs=order)
 
@@ -228,6 +241,7 @@ class ActivationStats:
             deviation=None if self.deviation is None else self.deviation.to(device),
             consumer_norm=None if self.consumer_norm is None else self.consumer_norm.to(device),
             gram=None if self.gram is None else self.gram.to(device),
+            sample=None if self.sample is None else self.sample.to(device),
             _squares=[s.to(device) for s in self._squares],
             _counts=[c.to(device) for c in self._counts],
             _derived={},
@@ -257,6 +271,8 @@ class ActivationStats:
             tensors["consumer_norm"] = self.consumer_norm
         if self.gram is not None and self.gram.matrix is not None:
             tensors["gram"] = self.gram.matrix
+        if self.sample is not None and self.sample.tokens is not None and self.sample.draws is not None:
+            tensors |= {"sample": self.sample.tokens, "draws": self.sample.draws}
         if self.outputs is not None and self.outputs.weighted_square is not None:
             facts["outputs"] = {"reduce": self.outputs.reduce, "count": self.outputs.count, "unit": self.outputs.unit}
             tensors["weighted_square"] = self.outputs.weighted_square
@@ -288,14 +304,15 @@ class ActivationStats:
             outputs = OutputStats(**facts["outputs"])
             outputs.weighted_square = tensors["weighted_square"]
             outputs.matrix = tensors.get("coupling")
+        seen = (facts["in_features"], facts["count"])
         return cls(
-            facts["in_features"],
-            facts["count"],
+            *seen,
             tensors["mean"],
             tensors["deviation"],
             outputs,
             tensors.get("consumer_norm"),
-            Gram(facts["in_features"], facts["count"], tensors["gram"]) if "gram" in tensors else None,
+            Gram(*seen, tensors["gram"]) if "gram" in tensors else None,
+            TokenSample(*seen, tensors["sample"], tensors["draws"]) if "sample" in tensors else None,
             [tensors["sequence_square"]],
             [tensors["sequence_count"]],
         )

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from .gram import Gram
+from .gram import Gram, bfloat16_products
 from .kernels.finite import all_finite
-from .least_squares import Choose, output_error, penalty_step, search_mask, solve_kept
+from .least_squares import Choose, energy, output_error, penalty_step, search_mask, solve_kept
 from .stats import ActivationStats, StatsError
 
-UPDATES = ("lstsq",)
+UPDATES = ("rescale", "lstsq")
+
+LARGEST_SCALE = 2.0
+"""A row is never scaled by more, nor by less than its inverse: a mask that leaves it so little is no matter of scale."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """How kept weights are moved, by masked least squares (:mod:`ace_triton.least_squares`).
+    """How kept weights are moved.
+
+    "rescale" multiplies every row by one number, so that its outputs have the energy, the sum of squares over the
+    calibration tokens, that the dense row's have on the same inputs: a mask takes energy away, and what is missing
+    adds up from block to block. It costs next to nothing. "lstsq" moves every kept weight, by masked least squares
+    (:mod:`ace_triton.least_squares`), and rescales then: a regression's outputs have less energy than its targets.
 
     Attributes:
-        kind: "lstsq".
+        kind: "rescale" or "lstsq". What follows is for "lstsq".
         damping: holds every weight near its dense value, as a share of the mean diagonal of the Gram matrix.
         prior: does the same channel by channel, as so many tokens' worth of the channel's own energy: it hardly
             shows in 10,000 tokens, and stands in for what a few hundred do not tell. Both defaults lie where the
@@ -28,13 +36,15 @@ class Update:
         iterations: conjugate-gradient steps at the end, at most.
         mask_rounds: how often the mask is chosen again, by the metric, while the weights move; 0 keeps the mask
             that the metric chose for the dense weights.
+        rescale: whether rows are scaled at the end, as "rescale" does.
     """
 
-    kind: Literal["lstsq"] = "lstsq"
+    kind: Literal["rescale", "lstsq"] = "lstsq"
     damping: float = 0.02
     prior: float = 512.0
     iterations: int = 8
     mask_rounds: int = 0
+    rescale: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in UPDATES:
@@ -47,6 +57,10 @@ class Update:
         for name, count in (("iterations", self.iterations), ("mask_rounds", self.mask_rounds)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(f"{name} must be an int, 0 or more, got {count!r}")
+        if not isinstance(self.rescale, bool):
+            raise ValueError(f"rescale must be True or False, got {self.rescale!r}")
+        if self.kind == "rescale" and replace(self, kind="lstsq") != Update():
+            raise ValueError("the update 'rescale' has no options: they are those of 'lstsq'")
 
     @classmethod
     def of(cls, update: str | Update | None) -> Update | None:
@@ -83,20 +97,55 @@ def updated_weight(
         dense: fp32 [out_features, in_features].
         stats: with a Gram matrix.
         update: how.
-        choose: the metric's choice: weights in, mask out.
+        choose: the metric's choice.
         start: weights and mask to start from, of a method with a solver of its own; None for the dense weights
             under the metric's choice.
 
     Returns:
-        fp32 weights, +0.0 where not kept, and the mask. Their output error, damping counted in, is never above
-        that of the start.
+        fp32 weights, +0.0 where not kept, and the mask. Before rows are scaled, their output error, damping counted
+        in, is not above that of the start.
 
     Raises:
-        StatsError: no Gram matrix, or NaN or infinity in it.
+        StatsError: no Gram matrix or sample of tokens, as the update needs, or NaN or infinity in it.
     """
-    gram_of(stats)
-    first, mask = start or (None, choose(dense))
+    first, mask = start or (None, choose(dense, "mask"))
     first = dense.where(mask, 0.0) if first is None else first
+    if update.kind == "lstsq":
+        first, mask = _fitted(dense, stats, update, choose, first, mask)
+    return (rescaled(first, dense, stats) if update.rescale else first), mask
+
+
+def rescaled(weight: torch.Tensor, dense: torch.Tensor, stats: ActivationStats) -> torch.Tensor:
+    """The weight, each row times sqrt(sum_t (W_i x_t)^2 / sum_t (w_i x_t)^2); W is the dense weight, w this one.
+
+    Args:
+        weight, dense: fp32 [out_features, in_features].
+        stats: with a Gram matrix, or a sample of tokens.
+    """
+    given, left = output_energy(dense, stats), output_energy(weight, stats)
+    scale = torch.where((given > 0) & (left > 0), given / left, 1.0).sqrt_()
+    return weight * scale.clamp_(1 / LARGEST_SCALE, LARGEST_SCALE)[:, None]
+
+
+def output_energy(weight: torch.Tensor, stats: ActivationStats) -> torch.Tensor:
+    """sum_t (w_i x_t)^2 over the tokens, or over the sample where there is no Gram matrix; fp32 [out_features]."""
+    if stats.gram is not None:
+        matrix = gram_of(stats).matrix
+        assert matrix is not None
+        return energy(weight, matrix)
+    tokens = None if stats.sample is None else stats.sample.tokens
+    if tokens is None:
+        raise StatsError(
+            "the update 'rescale' needs some of the input's tokens, which these statistics do not hold: pass raw "
+            "tokens, or collect with ActivationStats.from_tokens(tokens, sample=True)"
+        )
+    with bfloat16_products():
+        return (tokens.float() @ weight.t()).square().sum(0)
+
+
+def _fitted(
+    dense: torch.Tensor, stats: ActivationStats, update: Update, choose: Choose, first: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     gram = stats.derive(("damped_gram", update.damping, update.prior), lambda: _damped(gram_of(stats), update))
     if not bool(gram.diagonal().min() > 0):
         return first, mask

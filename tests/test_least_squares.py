@@ -103,10 +103,11 @@ def test_the_search_finds_a_better_mask():
     gram, dense = damped(correlated(400, 64)), torch.randn(32, 64)
     terms = ScoreTerms(scale=gram.diagonal().sqrt().contiguous())
 
-    def choose(weight: torch.Tensor) -> torch.Tensor:
-        return select_nm(weight, terms, 2, 4, output="mask")
+    def choose(weight: torch.Tensor, output: str) -> torch.Tensor:
+        chosen = select_nm(weight, terms, 2, 4, output=output)
+        return weight if output == "weight" else chosen
 
-    first = choose(dense)
+    first = choose(dense, "mask")
     mask, start = search_mask(dense, first, 16, choose, lambda penalty: penalty_step(gram, penalty))
     assert bool((mask.reshape(-1, 4).sum(1) == 2).all())
     assert bool((start[~mask] == 0).all())

@@ -77,8 +77,8 @@ def test_a_prior_holds_where_tokens_are_few():
     errors = {}
     for name, update in (
         ("mask", None),
-        ("free", Update(prior=0.0, damping=1e-4, iterations=200)),
-        ("held", Update(iterations=200)),
+        ("free", Update(prior=0.0, damping=1e-4, iterations=200, rescale=False)),
+        ("held", Update(iterations=200, rescale=False)),
     ):
         layer = copy.deepcopy(dense)
         prune_linear(layer, seen, "wanda", update=update)
@@ -127,11 +127,15 @@ def test_what_will_not_do_is_refused_and_changes_nothing():
         prune_linear(layer, ActivationStats.from_tokens(tokens), "wanda", update="lstsq", name="q_proj")
     with pytest.raises(StatsError, match="ActivationStats or the raw tokens"):
         prune_linear(layer, None, "magnitude", update="lstsq")
-    with pytest.raises(ValueError, match="one of lstsq, or None; got 'obs'"):
+    with pytest.raises(ValueError, match="one of rescale, lstsq, or None; got 'obs'"):
         prune_linear(layer, tokens, update="obs")
     for wrong in ({"damping": -1.0}, {"iterations": 1.5}, {"mask_rounds": -1}, {"prior": True}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Update(**wrong)
+    with pytest.raises(ValueError, match="True or False"):
+        Update(rescale=1)
+    with pytest.raises(ValueError, match="'rescale' has no options"):
+        Update("rescale", mask_rounds=4)
     with pytest.raises(ValueError, match="both 0"):
         Update(damping=0, prior=0)
     overflowing = torch.nn.Linear(32, 16).half()
@@ -182,7 +186,8 @@ def test_layers_of_one_input_share_its_gram_matrix(make_decoder, ids):
 @pytest.mark.parametrize(
     "arguments",
     [["--method", "sparsegpt"], ["--method", "magnitude", "--update", "lstsq"],
-     ["--method", "wanda", "--update", "lstsq", "-u", "mask_rounds=4", "-u", "damping=0.05"]],
+     ["--method", "wanda", "--update", "lstsq", "-u", "mask_rounds=4", "-u", "damping=0.05"],
+     ["--method", "ria", "--update", "rescale"]],
     ids=" ".join,
 )  # fmt: skip
 def test_on_the_command_line(command, tmp_path, tiny_checkpoint, some_text, arguments):
@@ -199,8 +204,8 @@ def test_on_the_command_line(command, tmp_path, tiny_checkpoint, some_text, argu
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["-u", "damping=1"], "without --update"), (["--update", "obs"], "one of lstsq"),
-     (["--update", "lstsq", "-u", "rounds=3"], "its options: damping, prior, iterations, mask_rounds")],
+    [(["-u", "damping=1"], "without --update"), (["--update", "obs"], "one of rescale, lstsq"),
+     (["--update", "lstsq", "-u", "rounds=3"], "its options: damping, prior, iterations, mask_rounds, rescale")],
 )  # fmt: skip
 def test_the_command_line_refuses(command, tmp_path, tiny_checkpoint, arguments, message):
     code, _, said = command("prune", tiny_checkpoint, tmp_path / "out", *arguments)

@@ -70,7 +70,11 @@ def prune(
         list[str] | None, typer.Option("--option", "-o", help="An option of the method, name=value (repeatable).")
     ] = None,
     update: Annotated[
-        str | None, typer.Option(help="'lstsq': move the kept weights to where they best reproduce the dense outputs.")
+        str | None,
+        typer.Option(
+            help="'rescale': give each output the energy it had; 'lstsq': move the kept weights to where they best "
+            "reproduce the dense outputs."
+        ),
     ] = None,
     update_option: Annotated[
         list[str] | None,

