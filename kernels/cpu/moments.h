@@ -24,10 +24,23 @@ ACE_INLINE Floats median(const Floats& a, const Floats& b, const Floats& c) {
     return max(min(a, b), min(max(a, b), c));
 }
 
+// Where the sums of x^2 of a sequence go: `begins` where none of it came before this run.
+struct SquareRow {
+    float* row;
+    bool begins;
+};
+
+ACE_INLINE void deliver(const Floats& square, const SquareRow& out, int j, int lanes) {
+    if (out.begins) stream(out.row + j, square, lanes);
+    else store(out.row + j, load(out.row + j, lanes) + square, lanes);
+}
+
 // Adds x^2, d = x - shift and d^2 of TILE tokens; near the strip's end memory is asked for the TILE tokens after them.
 // The tile that opens a chunk sets the shift to the median of three of its tokens: one massive token does not spoil that.
+// The tile that closes a run moves its sums of x^2 out.
 template <typename E, int TILE, bool OPENS>
-ACE_INLINE void add_tokens(const void* const* tokens, int64_t from, int count, ChannelSums* sums) {
+ACE_INLINE void add_tokens(const void* const* tokens, int64_t from, int count, bool opens_run, bool closes_run,
+                           ChannelSums* sums, const SquareRow& out) {
     constexpr int AHEAD = TOKENS_AHEAD / sizeof(typename E::Stored);
     const typename E::Stored *row[TILE], *next[TILE];
     for (int t = 0; t < TILE; ++t) {
@@ -46,7 +59,10 @@ ACE_INLINE void add_tokens(const void* const* tokens, int64_t from, int count, C
             x[t] = E::load(row[t] + j, lanes);
             squared[t] = x[t] * x[t];
         }
-        store(s.square, load(s.square) + sum_of<TILE>(squared));
+        Floats square = sum_of<TILE>(squared);
+        if (!opens_run) square = load(s.square) + square;
+        if (closes_run) deliver(square, out, j, lanes);
+        else store(s.square, square);
         const Floats shift = OPENS ? median(x[0], x[TILE / 2], x[TILE - 1]) : load(s.shift);
         for (int t = 0; t < TILE; ++t) {
             x[t] = x[t] - shift;
@@ -64,28 +80,16 @@ ACE_INLINE void add_tokens(const void* const* tokens, int64_t from, int count, C
 }
 
 template <typename E>
-ACE_INLINE void add_run(const void* const* tokens, int64_t length, bool opens, int64_t from, int count,
-                        ChannelSums* sums) {
-    int64_t t = 0;
-    if (opens && length >= TOKEN_TILE) {
-        add_tokens<E, TOKEN_TILE, true>(tokens, from, count, sums);
-        t = TOKEN_TILE;
-    } else if (opens) {
-        add_tokens<E, 1, true>(tokens, from, count, sums);
-        t = 1;
+ACE_INLINE void add_run(const void* const* tokens, int64_t length, bool opens_chunk, int64_t from, int count,
+                        ChannelSums* sums, const SquareRow& out) {
+    for (int64_t t = 0, next; t < length; t = next) {
+        const bool tile = t + TOKEN_TILE <= length, opens = opens_chunk && t == 0;
+        next = t + (tile ? TOKEN_TILE : 1);
+        if (tile && opens) add_tokens<E, TOKEN_TILE, true>(tokens + t, from, count, t == 0, next == length, sums, out);
+        else if (tile) add_tokens<E, TOKEN_TILE, false>(tokens + t, from, count, t == 0, next == length, sums, out);
+        else if (opens) add_tokens<E, 1, true>(tokens + t, from, count, t == 0, next == length, sums, out);
+        else add_tokens<E, 1, false>(tokens + t, from, count, t == 0, next == length, sums, out);
     }
-    for (; t + TOKEN_TILE <= length; t += TOKEN_TILE) add_tokens<E, TOKEN_TILE, false>(tokens + t, from, count, sums);
-    for (; t < length; ++t) add_tokens<E, 1, false>(tokens + t, from, count, sums);
-}
-
-// Moves sums of x^2 to their sequence's row, which holds nothing yet where this is the sequence's first run.
-ACE_INLINE void flush_squares(ChannelSums* sums, int count, bool first_run, float* out) {
-    each_vector(count, [&](int j, int lanes) ACE_INLINED {
-        ChannelSums& s = sums[j / LANES];
-        const Floats square = load(s.square);
-        store(out + j, first_run ? square : load(out + j, lanes) + square, lanes);
-        store(s.square, Floats::all(0.0f));
-    });
 }
 
 // Chan's rule, for `length` tokens after `before` of them.
@@ -118,12 +122,13 @@ inline void moments(const MomentsTask& task, int64_t strip) {
                 const bool first_run = run == 0 || task.sequence[run - 1] != sequence;
                 next = run + 1;
                 while (next < end && task.sequence[next] == sequence) ++next;
-                add_run<E>(task.tokens + run, next - run, run == chunk, from, count, sums);
-                flush_squares(sums, count, first_run, task.sequence_square + sequence * task.channels + from);
+                const SquareRow out = {task.sequence_square + sequence * task.channels + from, first_run};
+                add_run<E>(task.tokens + run, next - run, run == chunk, from, count, sums, out);
             }
             merge_chunk(sums, double(chunk), double(end - chunk), count, merged);
         }
     });
+    settle();
     for (int j = 0; j < count; ++j) {
         const ChannelMoments& m = merged[j / LANES];
         task.total[from + j] = m.mean[j % LANES] * double(task.n_tokens);

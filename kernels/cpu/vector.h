@@ -168,6 +168,30 @@ ACE_INLINE Halves narrow(const Ints& v) {
     return halves;
 }
 
+// A store past the caches where whole registers are aligned: what nobody reads soon displaces nothing, and its memory is
+// not read first. `settle` has to come before another thread reads it.
+ACE_INLINE void stream(float* to, const Floats& v, int lanes) {
+#if ACE_WIDTH > 4
+    if (lanes == LANES && reinterpret_cast<uintptr_t>(to) % sizeof(v.part[0]) == 0) {
+        for (int p = 0; p < PARTS; ++p) {
+#if ACE_WIDTH == 16
+            _mm512_stream_ps(to + p * WIDTH, (__m512)v.part[p]);
+#else
+            _mm256_stream_ps(to + p * WIDTH, (__m256)v.part[p]);
+#endif
+        }
+        return;
+    }
+#endif
+    store(to, v, lanes);
+}
+
+ACE_INLINE void settle() {
+#if ACE_WIDTH > 4
+    _mm_sfence();
+#endif
+}
+
 // Lane k of the result is lane (k + BY) % GROUP of k's own group of GROUP lanes.
 template <int GROUP, int BY>
 struct Rotation {
