@@ -172,8 +172,8 @@ def unpack_case(dtype: torch.dtype, n: int = 2, m: int = 4) -> Case:
 
 
 def nm_linear_case(dtype: torch.dtype, n_tokens: int, n: int = 2, m: int = 4) -> Case:
-    """A layer times a few tokens. The widest loads are those of values and, in 2:4, of tokens: each of the (at most
-    four) that share a read of the weight is read once for four outputs, in every program from the cache."""
+    """A layer times a few tokens. The widest loads are those of 2:4 values and, but on matrix units, of tokens: each of
+    those that share a read of the weight is read once for four outputs, in every program from the cache."""
     rows, cols = SHAPE
     size = dtype.itemsize
 
@@ -181,9 +181,11 @@ def nm_linear_case(dtype: torch.dtype, n_tokens: int, n: int = 2, m: int = 4) ->
         return nm_linear(torch.empty(n_tokens, cols, dtype=dtype), empty_packed(dtype, n, m))
 
     weight_bytes = size * n / m
-    shared = min(4, n_tokens)
+    on_matrix_units = n_tokens >= (9 if dtype == torch.float32 else 3)
+    shared = 0 if on_matrix_units else n_tokens
     name = f"nm_linear {n}:{m}, {n_tokens} row{'s' * (n_tokens > 1)}"
-    return Case(name, dtype, call, rows * cols, weight_bytes + shared * size / 4, weight_bytes + 1 / 8)
+    loaded = weight_bytes * ((n, m) == (2, 4)) + shared * size / 4
+    return Case(name, dtype, call, rows * cols, loaded, weight_bytes + 1 / 8)
 
 
 def every_case() -> Iterator[Case]:
@@ -202,8 +204,9 @@ def every_case() -> Iterator[Case]:
             yield pack_case(dtype, scored)
         for n, m in ((2, 4), (3, 8)):
             yield unpack_case(dtype, n, m)
-        for few in (1, 2, 4):
+        for few in (1, 2, 4, 16, 32) if dtype.itemsize == 2 else (1, 2, 4, 16):
             yield nm_linear_case(dtype, few)
+        yield nm_linear_case(dtype, 1, 3, 8)
         for cols in (576, 1536, 4096, 11008, 16384):
             yield select_rows_case(dtype, cols)
         yield moments_case(dtype)

@@ -6,6 +6,7 @@ python -m benchmarks.machine_code [--target sm_103 ...] [--output docs/kernels.m
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -105,7 +106,7 @@ def first_kernel(case: Case, target_name: str) -> tuple[JitLaunch, MachineCode]:
 
 def per_element(case: Case, launch: JitLaunch, code: MachineCode) -> Counter[str]:
     """Instructions per element by pipe, as lanes."""
-    programs = launch.grid[0]
+    programs = math.prod(launch.grid)
     counts = Counter({pipe: n * code.threads * programs / case.elements for pipe, n in code.rest.items()})
     if code.loop:
         widest = max(code.loads)

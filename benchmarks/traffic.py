@@ -268,6 +268,12 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
             packed.packed_bytes + e * (rows + cols),
             lambda: nm_linear(flat[:1], packed),
         ),
+        count(
+            "nm_linear 2:4, 16 rows",
+            n,
+            packed.packed_bytes + 16 * e * (rows + cols),
+            lambda: nm_linear(flat[:16], packed),
+        ),
         count("select_rows 50 %", n, 2 * e * n + 4 * cols, lambda: select_rows(weight, plain, cols // 2)),
         *rows_of_sums(dtype),
         count("all_finite", n, e * n, lambda: all_finite(weight)),

@@ -2,9 +2,10 @@
 
     y_ti = sum_j x_tj W_ij + b_i
 
-over the kept (i, j) alone, summed in fp32. Bytes per weight of e bytes: e * n / m + 1/8, once for four tokens. An
-output does not depend on the other tokens of the call. Inputs that are not finite may or may not show in outputs
-that have pruned them.
+over the kept (i, j) alone, summed in fp32. Bytes per weight of e bytes: e * n / m + 1/8, once for four tokens, or at
+2:4 once for up to 32 by :mod:`~ace_triton.kernels.nm_linear_dot`, which sums in another order. Beside this choice, made
+by the number of tokens, an output does not depend on the other tokens of the call. Inputs that are not finite may or
+may not show in outputs that have pruned them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .nm_linear_dot import nm_linear_dot
 from .packed_nm import PackedNM
 from .registers import kept_before, unzip
 from .triton_import import tl, triton
@@ -25,7 +27,7 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None 
     """Outputs [..., out_features] in the dtype of ``tokens``.
 
     Args:
-        tokens: [..., in_features], fp32, fp16 or bf16; any number of rows is right, 1 to 16 are fast.
+        tokens: [..., in_features], fp32, fp16 or bf16; any number of rows is right, 1 to 32 are fast.
         packed: the weight, fp32, fp16 or bf16, of any pattern; 2:4 is fast.
         bias: [out_features] or None.
 
@@ -78,11 +80,14 @@ def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor
     outputs = torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
     if not outputs.numel():
         return outputs
+    two_of_four = (packed.n, packed.m) == (2, 4)
+    if two_of_four and tokens.dtype == packed.values.dtype and launch.suits_nm_linear_dot(tokens, packed.values):
+        return nm_linear_dot(tokens, packed, bias)
     tile = launch.nm_linear(packed.values, n_tokens, cols)
     grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(n_tokens, tile.tokens))
     arguments = (tokens, packed.values, packed.meta, bias, outputs, n_tokens, rows, cols, tokens.stride(0))
     blocks = {"TOKENS": tile.tokens, "BLOCK_ROWS": tile.block_rows, "num_warps": tile.num_warps}
-    if (packed.n, packed.m) == (2, 4):
+    if two_of_four:
         _two_of_four_body[grid](
             *arguments,
             VECTOR=tile.vector,

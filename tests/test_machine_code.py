@@ -140,3 +140,21 @@ def test_packing_takes_little_more_than_the_memory_time(scored):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unpacking_is_bound_by_memory(dtype):
     check(unpack_case(dtype), most_ratio=0.8, store_bits=128)
+
+
+@pytest.mark.parametrize(("dtype", "n_tokens"), [(torch.bfloat16, 3), (torch.float16, 16), (torch.bfloat16, 32)])
+def test_tiles_of_tokens_are_bound_by_memory(dtype, n_tokens):
+    """On tensor cores, with nothing of the expanded weight in shared memory, which would show in the accesses."""
+    case = nm_linear_case(dtype, n_tokens)
+    check(case, most_ratio=0.95)
+    for target in ("sm_80", "sm_90"):
+        launch, code = first_kernel(case, target)
+        weights = launch.keywords["BLOCK_ROWS"] * launch.keywords["WORDS"] * 32 / code.threads
+        assert code.loop["tensor"] > 0
+        assert code.loop["memory"] <= 0.6 * weights
+
+
+def test_any_pattern_runs_from_registers():
+    """3:8 at one row: its gathers, and counts of bits, are bound by arithmetic."""
+    _, code = first_kernel(nm_linear_case(torch.bfloat16, 1, 3, 8), "sm_90")
+    assert code.spills == 0

@@ -61,6 +61,17 @@ def test_layer_sized(make_matrix, dtype, n_tokens, shape):
     check(make_matrix(n_tokens, shape[1], dtype), make_matrix(*shape, dtype), 2, 4)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "n_tokens"), [((70, 128), 16), ((3, 1104), 9), ((3, 16), 17), ((9, 48), 33)])
+def test_tiles_of_tokens(make_matrix, dtype, shape, n_tokens):
+    """What the Triton bodies multiply on matrix units: whole tiles and parts of them, with the inputs split and not."""
+    tokens, weight = make_matrix(n_tokens, shape[1], dtype), make_matrix(*shape, dtype)
+    outputs = check(tokens, weight, 2, 4, make_matrix(1, shape[0], dtype)[0])
+    if not interpreting():
+        others = torch.cat((tokens[:1], torch.full_like(tokens[1:], 7)))
+        assert torch.equal(check(others, weight, 2, 4, make_matrix(1, shape[0], dtype)[0])[0], outputs[0])
+
+
 @pytest.mark.parametrize("pattern", [(2, 4), (3, 8)])
 def test_an_output_does_not_depend_on_the_other_tokens(make_matrix, pattern):
     cols = 96 if interpreting() else 1096

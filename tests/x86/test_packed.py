@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from ace_triton.kernels import launch
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import (
@@ -97,6 +100,22 @@ def test_unpacking(dtype, shape, n, m):
 def test_products(dtype, pattern, shape, n_tokens):
     torch.manual_seed(0)
     packed = pack_scored_reference(torch.randn(shape).to(dtype), ScoreTerms(), *pattern)
+    tokens, bias = torch.randn(n_tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    truth = tokens.double() @ unpack_nm_reference(packed).double().t() + bias.double()
+    with executed_on_x86(2):
+        outputs = nm_linear(tokens, packed, bias)
+    torch.testing.assert_close(outputs, truth.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "n_tokens"), [((37, 160), 9), ((20, 48), 18)])
+def test_tiles_of_tokens(monkeypatch, dtype, shape, n_tokens):
+    """Smaller ones than a GPU's, with the inputs of every output split."""
+    planned = launch.nm_linear_dot
+    small = {"tokens": 16, "block_rows": 16, "words": 1, "splits": 2, "num_warps": 1}
+    monkeypatch.setattr(launch, "nm_linear_dot", lambda *arguments: replace(planned(*arguments), **small))
+    torch.manual_seed(0)
+    packed = pack_scored_reference(torch.randn(shape).to(dtype), ScoreTerms(), 2, 4)
     tokens, bias = torch.randn(n_tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
     truth = tokens.double() @ unpack_nm_reference(packed).double().t() + bias.double()
     with executed_on_x86(2):

@@ -1,0 +1,143 @@
+"""nm_linear on matrix units, for more tokens than share a read in nm_linear's own body: 2:4 alone.
+
+A program expands a tile of the weight in registers and multiplies it by the tile of up to 32 tokens, summed in fp32.
+Inputs of a tile may be summed in any order, so they are taken in the one in which the threads of a warp hold them, and
+the matrix units of NVIDIA want them: nothing of the weight goes through shared memory once it is expanded. Where
+there are few outputs, programs share out the inputs and a second kernel adds up what they found, in order.
+
+Bytes per weight of e bytes: e / 2 + 1/8, once for 32 tokens, and 8 * splits / in_features for each token.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import launch
+from .backend import interpreting
+from .packed_nm import PackedNM
+from .registers import bits_of, spread, unzip, zipped
+from .triton_import import tl, triton
+
+
+def nm_linear_dot(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    """Outputs [n_tokens, out_features] of tokens [n_tokens, in_features], of the weight's dtype, rows contiguous.
+
+    For :func:`~ace_triton.kernels.nm_linear.nm_linear`, which has checked them; neither size is 0.
+    """
+    n_tokens, cols = tokens.shape
+    rows = packed.shape[0]
+    tile = launch.nm_linear_dot(packed.values, n_tokens)
+    outputs = torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
+    sums = outputs
+    if tile.splits > 1:
+        sums = torch.empty(tile.splits, n_tokens, rows, dtype=torch.float32, device=tokens.device)
+    width = 32 * tile.words
+    trips = triton.cdiv(triton.cdiv(cols, width), tile.splits)
+    _dot_body[(triton.cdiv(rows, tile.block_rows), triton.cdiv(n_tokens, tile.tokens), tile.splits)](
+        *(tokens, packed.values, packed.meta, bias if tile.splits == 1 else None, sums),
+        *(n_tokens, rows, cols, tokens.stride(0), trips),
+        TOKENS=tile.tokens,
+        BLOCK_ROWS=tile.block_rows,
+        WORDS=tile.words,
+        VECTOR=tile.vector,
+        RUN=tile.run,
+        EVEN=cols % width == 0,
+        WARPS=tile.num_warps,
+        WIDEN=interpreting(),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if tile.splits > 1:
+        block = launch.WARPS * launch.lanes(tokens.device) * 4
+        _add_splits[(triton.cdiv(rows, block), n_tokens)](
+            *(sums, bias, outputs, n_tokens, rows, tile.splits), BLOCK=block, num_warps=launch.WARPS
+        )
+    return outputs
+
+
+@triton.jit
+def _dot_body(
+    tokens_ptr,
+    values_ptr,
+    meta_ptr,
+    bias_ptr,
+    sums_ptr,
+    n_tokens,
+    rows,
+    cols,
+    stride,
+    trips,
+    TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    RUN: tl.constexpr,
+    EVEN: tl.constexpr,
+    WARPS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Rows, tokens and a share of the inputs; a thread expands one word of metadata of a row in every trip.
+
+    WIDEN multiplies in fp32, for the interpreter: NumPy has no bf16.
+    """
+    WIDTH: tl.constexpr = 32 * WORDS
+    # Rows and tokens past the last are those again: loads go unmasked, and what they give is not stored.
+    i = tl.minimum(tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), rows - 1)[:, None].to(tl.int64)
+    t = tl.minimum(tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), n_tokens - 1)[:, None].to(tl.int64)
+    words_of_row = tl.cdiv(cols, 32)
+    word = tl.arange(0, WORDS)[None, :]
+    place = tl.arange(0, VECTOR * WORDS)[None, :]
+    value = place // VECTOR * 16 + place % VECTOR
+    # Column k of the tile is part k // RUN // WORDS of RUN inputs, of word k // RUN % WORDS.
+    k = tl.arange(0, WIDTH)[None, :]
+    j = k // RUN % WORDS * 32 + k // (RUN * WORDS) * RUN + k % RUN
+    sums = tl.zeros([BLOCK_ROWS, TOKENS], tl.float32)
+    begin = tl.program_id(2) * trips * WIDTH
+    for first in tl.range(begin, tl.minimum(begin + trips * WIDTH, cols), WIDTH):
+        words = _loaded(meta_ptr + i * words_of_row, word, first // 32, words_of_row, EVEN)
+        members = ()
+        for access in tl.static_range(16 // VECTOR):
+            at = value + access * VECTOR
+            kept = unzip(_loaded(values_ptr + i * (cols // 2), at, first // 2, cols // 2, EVEN), VECTOR)
+            for g in tl.static_range(VECTOR // 2):
+                bits = bits_of(kept[2 * g]), bits_of(kept[2 * g + 1])
+                members = members + spread(bits[0], bits[1], words, (access * VECTOR + 2 * g) * 2)
+        # [row, word, input of the word], in the order of the threads: two rows of a warp, warps, eight rows.
+        tile = tl.reshape(zipped(members), [BLOCK_ROWS // (16 * WARPS), 2, WARPS, 8, WORDS, 32 // RUN, RUN])
+        tile = tl.reshape(tl.permute(tile, (0, 2, 1, 3, 5, 4, 6)), [BLOCK_ROWS, WIDTH])
+        weight = tile.to(values_ptr.dtype.element_ty, bitcast=True)
+        x = _loaded(tokens_ptr + t * stride, j, first, cols, EVEN)
+        if WIDEN:
+            weight, x = weight.to(tl.float32), x.to(tl.float32)
+        sums = tl.dot(weight, tl.trans(x), sums, input_precision="ieee")
+    of_tile = tl.arange(0, BLOCK_ROWS)
+    of_block = of_tile // 8 % 2 * (8 * WARPS) + of_tile // 16 % WARPS * 8 + of_tile % 8
+    row = (tl.program_id(0) * BLOCK_ROWS + of_tile // (16 * WARPS) * (16 * WARPS) + of_block)[:, None]
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[None, :]
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+    target = (tl.program_id(2) * n_tokens + token).to(tl.int64) * rows + row
+    tl.store(sums_ptr + target, sums.to(sums_ptr.dtype.element_ty), mask=(row < rows) & (token < n_tokens))
+
+
+@triton.jit
+def _loaded(line, place, first, size, EVEN: tl.constexpr):
+    """Elements ``place + first`` of each line, 0 from ``size`` on; EVEN says that there are none."""
+    if EVEN:
+        found = tl.load(line + place + first)
+    else:
+        found = tl.load(line + place + first, mask=place + first < size, other=0)
+    return found
+
+
+@triton.jit
+def _add_splits(sums_ptr, bias_ptr, outputs_ptr, n_tokens, rows, splits, BLOCK: tl.constexpr):
+    """The splits' sums of one token, first to last."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in tl.range(splits):
+        total += tl.load(sums_ptr + (split * n_tokens + token) * rows + i, mask=i < rows, other=0.0)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + i, mask=i < rows, other=0.0).to(tl.float32)
+    tl.store(outputs_ptr + token * rows + i, total.to(outputs_ptr.dtype.element_ty), mask=i < rows)
