@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from ..metrics import metric
 from .cells import Variant
 from .norms import NEAR_POLE
-from .tally import Tally, listed, shown_sparsity, shown_variant
+from .tally import Measure, Tally, listed, shown_sparsity, shown_variant
 
 Verdict = Literal["holds", "fails", "open", "note"]
+
+FROM_BEST: tuple[Verdict, ...] = ("holds", "open", "fails")
+"""What a claim can be."""
 
 ACE, RIA, WANDA = Variant("ace"), Variant("ria"), Variant("wanda")
 PUBLISHED_ACE = Variant("ace-paper")
@@ -50,7 +54,8 @@ class Comparison:
     """One method against another over paired draws of calibration text.
 
     Attributes:
-        change: mean relative change of perplexity, by the mean log ratio; negative where the first is better.
+        change: mean relative change, by the mean log ratio, of perplexity or of another measure; negative where
+            the first is better.
         error: standard error of that mean, as a relative change; NaN of a single pair.
         pairs: draws (length and seed) that both were measured on.
     """
@@ -59,6 +64,14 @@ class Comparison:
     error: float
     pairs: int
 
+    @classmethod
+    def of(cls, ratios: Collection[float]) -> Comparison | None:
+        """From log ratios of paired draws; None of no draw."""
+        if not ratios:
+            return None
+        error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+        return cls(math.expm1(statistics.mean(ratios)), error, len(ratios))
+
     @property
     def verdict(self) -> Verdict:
         """Whether the first is better by more than two standard errors, worse by as much, or neither."""
@@ -66,14 +79,19 @@ class Comparison:
             return "open"
         return "holds" if self.change < 0 else "fails"
 
+    def within(self, most: float) -> Verdict:
+        """Whether the first is at most so many times the other, two standard errors counted in."""
+        beyond = math.log1p(self.change) - math.log(most)
+        if self.pairs < FEWEST_PAIRS or not abs(beyond) >= 2 * self.error:
+            return "open"
+        return "holds" if beyond <= 0 else "fails"
 
-def compare(tally: Tally, one: Variant, other: Variant, sparsity: str) -> Comparison | None:
-    """None where no draw was measured with both."""
-    ratios = tally.paired(one, other, sparsity)
-    if not ratios:
-        return None
-    error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
-    return Comparison(math.expm1(statistics.mean(ratios)), error, len(ratios))
+
+def compare(
+    tally: Tally, one: Variant, other: Variant, sparsity: str, measure: Measure | None = None
+) -> Comparison | None:
+    """By perplexity, or by another measure; None where no draw was measured with both."""
+    return Comparison.of(tally.paired(one, other, sparsity, measure).values())
 
 
 def findings(tally: Tally) -> list[Finding]:
@@ -112,8 +130,7 @@ def ordering(tally: Tally, sparsity: str) -> Finding | None:
     beside = compare(tally, PUBLISHED_ACE, WANDA, sparsity)
     told = [*measured, *([(PUBLISHED_ACE, WANDA, beside)] if beside is not None else [])]
     text = "; ".join(f"{shown_variant(one)} against {shown_variant(other)}: {_change(c)}" for one, other, c in told)
-    worst: Verdict = "fails" if "fails" in verdicts else "open" if "open" in verdicts else "holds"
-    return Finding(worst, headline, f"{text}. {MEANING}")
+    return Finding(worst(verdicts), headline, f"{text}. {MEANING}")
 
 
 def _change(comparison: Comparison) -> str:
@@ -149,6 +166,11 @@ def end_to_end(tally: Tally, sparsity: str) -> Finding | None:
         + ("." if whole else f", for L={SHORT} against L={LONG}, which is not measured yet.")
     )
     return Finding(reached if whole else "open", headline, text)
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """Of several claims made at once; "open" of none."""
+    return max(verdicts, key=FROM_BEST.index, default="open")
 
 
 def _seeds(count: int) -> str:

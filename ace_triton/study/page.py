@@ -12,41 +12,27 @@ import jinja2
 from markupsafe import Markup
 
 from ..metrics import VarianceNorm
-from .cells import Variant
+from .curve import curve, curved_sparsities
+from .curve_plot import curve_figure, curve_legend
 from .findings import findings
+from .goals import MEANING, goals
 from .journal import Results
 from .norm_plots import kinds, norm_map, pole_map
-from .plots import STAGE_NAMES, divergence, glyph, perplexity_by_length, perplexity_by_time, series, time_bars
+from .plots import (
+    STAGE_NAMES,
+    LegendEntry,
+    divergence,
+    glyph,
+    perplexity_by_length,
+    perplexity_by_time,
+    series,
+    time_bars,
+)
 from .records import Sample
-from .tally import Spread, Tally, shown_sparsity, shown_variant
+from .tables import NumberTable, best, curve_table, perplexity_table, time_table
+from .tally import Tally, shown_sparsity, shown_variant
 
 TEMPLATE = "page.html.j2"
-
-
-@dataclass(frozen=True)
-class LegendEntry:
-    """A method as the figures mark it."""
-
-    name: str
-    glyph: str
-    series: int
-
-
-@dataclass(frozen=True)
-class TableRow:
-    """A method and its values."""
-
-    name: str
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class NumberTable:
-    """A table of numbers."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: tuple[TableRow, ...]
 
 
 @dataclass(frozen=True)
@@ -73,6 +59,15 @@ class TextGroup:
     prompts: tuple[tuple[str, tuple[Card, ...]], ...]
 
 
+@dataclass(frozen=True)
+class CurveGroup:
+    """Perplexity against time at one sparsity: a figure for every window length, the legend of the first, a table."""
+
+    legend: tuple[LegendEntry, ...]
+    figures: tuple[Markup, ...]
+    table: NumberTable
+
+
 def write_page(results: Results, path: str | Path) -> None:
     """Draw the results; the file is the old one or the whole new one."""
     target = Path(path)
@@ -92,7 +87,8 @@ def page(results: Results) -> str:
         undefined=jinja2.StrictUndefined,
     )
     norms = results.norms
-    shown = list(enumerate(tally.sparsities))
+    curves = [curves_of(tally, sparsity) for sparsity in curved_sparsities(tally)]
+    shown = list(enumerate(tally.sparsities if len(tally.lengths) > 1 or not curves else []))
     return environment.get_template(TEMPLATE).render(
         setting=results.setting,
         machine=machine(results),
@@ -100,13 +96,17 @@ def page(results: Results) -> str:
         cells=len(results.cells),
         seeds=len({cell.seed for cell in results.cells if cell.seed is not None}),
         best=[best(tally, sparsity) for sparsity in tally.sparsities],
-        findings=findings(tally),
+        findings=[*goals(tally), *findings(tally)],
+        meaning=MEANING,
+        lengths=tally.lengths,
+        curves=curves,
+        others=[curve_table(tally, s) for s in tally.sparsities if curves and s not in curved_sparsities(tally)],
         legend=[LegendEntry(shown_variant(v), glyph(tally, v), series(tally, v)) for v in tally.variants],
         stages=list(STAGE_NAMES.values()),
         by_length=_drawn(perplexity_by_length(tally, sparsity, number) for number, sparsity in shown),
         by_time=_drawn(perplexity_by_time(tally, sparsity, number) for number, sparsity in shown),
         bars=_drawn(time_bars(tally, length) for length in tally.lengths),
-        divergences=_drawn(divergence(tally, sparsity, number) for number, sparsity in shown),
+        divergences=_drawn(divergence(tally, sparsity, number) for number, sparsity in enumerate(tally.sparsities)),
         norms=norms,
         norm_maps=[] if norms is None else [norm_map(norms, kind, n) for n, kind in enumerate(kinds(norms))],
         pole_maps=[] if norms is None else [pole_map(norms, normaliser) for normaliser in get_args(VarianceNorm)],
@@ -125,56 +125,12 @@ def machine(results: Results) -> str:
     return "; ".join(sorted(places)) or "nothing yet"
 
 
-def best(tally: Tally, sparsity: str) -> TableRow:
-    """The lowest mean perplexity at a sparsity, and whose it is."""
-    found = [
-        (spread.mean, shown_variant(variant), "" if length is None else f"L={length}")
-        for variant in tally.variants
-        for length in (tally.lengths if variant.calibrated else [None])
-        if (spread := tally.perplexity(variant, sparsity, length)) is not None
-    ]
-    if not found:
-        return TableRow(shown_sparsity(sparsity), ("-", ""))
-    mean, name, length = min(found)
-    return TableRow(shown_sparsity(sparsity), (f"{mean:,.1f}", f"{name} {length}".strip()))
-
-
-def perplexity_table(tally: Tally, sparsity: str) -> NumberTable:
-    """Mean, spread and number of seeds."""
-    columns: list[int | None] = list(tally.lengths) or [None]
-    rows = tuple(
-        TableRow(shown_variant(v), tuple(shown_spread(tally.perplexity(v, sparsity, length)) for length in columns))
-        for v in tally.variants
-    )
-    return NumberTable(
-        f"Perplexity at {shown_sparsity(sparsity)}: mean ± standard deviation over seeds (number of seeds)",
-        tuple("any L" if length is None else f"L={length}" for length in columns),
-        rows,
-    )
-
-
-def time_table(tally: Tally) -> NumberTable:
-    """Median CPU seconds."""
-    columns: list[int | None] = list(tally.lengths) or [None]
-
-    def shown(variant: Variant, length: int | None) -> str:
-        seconds = tally.cpu_seconds(variant, None, length)
-        return "" if seconds is None else f"{seconds:,.2f}"
-
-    rows = tuple(TableRow(shown_variant(v), tuple(shown(v, length) for length in columns)) for v in tally.variants)
-    return NumberTable(
-        "Pruning in CPU seconds: median over seeds and sparsities, loading and evaluation left out",
-        tuple("any L" if length is None else f"L={length}" for length in columns),
-        rows,
-    )
-
-
-def shown_spread(spread: Spread | None) -> str:
-    """ "264.8 ± 6.2 (3)"."""
-    if spread is None:
-        return ""
-    around = f" ± {spread.deviation:,.1f}" if len(spread.values) > 1 else ""
-    return f"{spread.mean:,.1f}{around} ({len(spread.values)})"
+def curves_of(tally: Tally, sparsity: str) -> CurveGroup:
+    """The figures of one sparsity."""
+    lengths = tally.results.setting.window_lengths
+    points = [curve(tally, sparsity, length) for length in lengths]
+    figures = [curve_figure(tally, found, sparsity, n) for found, n in zip(points, lengths, strict=True) if found]
+    return CurveGroup(tuple(curve_legend(tally, points[0])), tuple(figures), curve_table(tally, sparsity))
 
 
 def texts(tally: Tally, sparsity: str) -> TextGroup | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
@@ -16,16 +17,25 @@ from .tally import STAGES, Tally, listed, shown_sparsity, shown_variant
 
 STAGE_NAMES = {"calibration": "calibration forwards", "statistics": "statistics", "select": "score and mask"}
 
-NAME_WIDTH = 18
-"""Characters of a method's name on one line beside its bar."""
+NAME_WIDTH, WIDE_NAME_WIDTH = 18, 24
+"""Characters of a method's name on one line beside its bar; wide where things are added to methods."""
 
 LEAST_RANGE = 8.0
 """Of a time axis: its ends are at least this factor apart."""
 
 
+@dataclass(frozen=True)
+class LegendEntry:
+    """A method as the figures mark it."""
+
+    name: str
+    glyph: str
+    series: int
+
+
 def series(tally: Tally, variant: Variant) -> int:
     """Which colour and marker a method has on the whole page."""
-    return tally.variants.index(variant) % len(MARKERS)
+    return tally.everything.index(variant) % len(MARKERS)
 
 
 def glyph(tally: Tally, variant: Variant) -> str:
@@ -108,7 +118,7 @@ def perplexity_by_time(tally: Tally, sparsity: str, number: int) -> Markup | Non
         widen = max(1.0, LEAST_RANGE / (right / left)) ** 0.5
         axes.set_xlim(left / widen, right * widen)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(_number))
+        axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("pruning, CPU seconds")
         axes.set_ylabel("perplexity")
@@ -152,7 +162,11 @@ def divergence(tally: Tally, sparsity: str, number: int) -> Markup | None:
     rows = [(s.cell.variant, s.divergence) for s in tally.samples(sparsity) if s.cell and s.divergence]
     if not rows:
         return None
-    with canvas(4.6, 0.9 + 0.36 * len(rows)) as (figure, axes):
+    names = [
+        fill(shown_variant(variant), NAME_WIDTH if tally.recipes == [] else WIDE_NAME_WIDTH) for variant, _ in rows
+    ]
+    height = max(0.36, 0.2 * max(name.count("\n") + 1 for name in names))
+    with canvas(4.6, 0.9 + height * len(rows)) as (figure, axes):
         for row, (variant, far) in enumerate(rows):
             low, left, middle, right, high = (max(value, 1e-4) for value in far.quantiles)
             colour, marker = SERIES[series(tally, variant)], MARKERS[series(tally, variant)]
@@ -162,11 +176,11 @@ def divergence(tally: Tally, sparsity: str, number: int) -> Markup | None:
             axes.annotate(
                 f"{far.agreement:.0%}", (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=10
             )
-        axes.set_yticks(range(len(rows)), [fill(shown_variant(variant), NAME_WIDTH) for variant, _ in rows])
+        axes.set_yticks(range(len(rows)), names)
         axes.annotate("same\ntop token", (1.02, 1.0), xycoords="axes fraction", va="bottom", fontsize=9)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(_number))
+        axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
@@ -208,5 +222,6 @@ def _log_axis(axes: Any, lengths: Sequence[int]) -> None:
     axes.grid(axis="x", color=GRID, linewidth=0.4)
 
 
-def _number(value: float, _: int) -> str:
-    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+def plain_number(value: float, _: int) -> str:
+    """For ticks: "1,000", "20", "0.5"."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:g}"

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..metrics import metric_names
 from ..sparsity import Sparsity
 from .cells import Cell, Variant
 from .journal import Results
+from .recipe import PLAIN
 from .records import CellResult, Sample, StageSeconds
 
 STAGES = ("calibration", "statistics", "select")
+
+Measure = Callable[[CellResult], float]
+"""What of a result is looked at."""
+
+Draw = tuple[int | None, int | None]
+"""Length and seed of calibration sequences."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class Tally:
 
     Attributes:
         results: what it counts.
-        variants: the methods, in the registry's order, each before its variants with options.
+        variants: the methods with nothing added, in the registry's order, each before its variants with options.
+        recipes: the methods with something added, likewise; those with recovery after others, published forms last.
         sparsities: fractions first, then patterns.
         lengths: ascending; methods without calibration have none.
     """
@@ -52,15 +60,23 @@ class Tally:
         self.results = results
         cells = list(results.cells)
         order = metric_names()
-        self.variants: list[Variant] = sorted(
-            {cell.variant for cell in cells}, key=lambda v: (order.index(v.method), v.label)
+        found = sorted({cell.variant for cell in cells}, key=lambda v: (order.index(v.method), v.label))
+        self.variants: list[Variant] = [variant for variant in found if variant.recipe == PLAIN]
+        self.recipes: list[Variant] = sorted(
+            (variant for variant in found if variant.recipe != PLAIN),
+            key=lambda v: (v.recipe.published, v.recipe.minutes or 0.0),
         )
         self.sparsities: list[str] = sorted({cell.sparsity for cell in cells}, key=lambda s: (":" in s, len(s), s))
         self.lengths: list[int] = sorted({cell.length for cell in cells if cell.length is not None})
 
     @property
+    def everything(self) -> list[Variant]:
+        """The methods with nothing added, then those with something."""
+        return self.variants + self.recipes
+
+    @property
     def calibrated(self) -> list[Variant]:
-        """The methods that look at calibration tokens."""
+        """The methods with nothing added that look at calibration tokens."""
         return [variant for variant in self.variants if variant.calibrated]
 
     def select(
@@ -98,21 +114,31 @@ class Tally:
 
         return StageSeconds(median("calibration"), median("statistics"), median("select"), median("total"))
 
-    def paired(self, one: Variant, other: Variant, sparsity: str) -> list[float]:
-        """log(perplexity of one / perplexity of other) of every draw that both were measured on."""
-        cells, ratios = self.results.cells, []
+    def over(self, window_length: int) -> Measure:
+        """Perplexity over windows of that length; NaN where it was not measured."""
+        if window_length == self.results.setting.window_length:
+            return _perplexity
+        return lambda found: found.perplexity_over(window_length)
+
+    def paired(self, one: Variant, other: Variant, sparsity: str, measure: Measure | None = None) -> dict[Draw, float]:
+        """log(perplexity of one / of other), or of another measure, for every draw that both were measured on."""
+        cells, ratios, measure = self.results.cells, {}, measure or _perplexity
         for cell, found in cells.items():
             twin = cells.get(Cell(other, sparsity, cell.length, cell.seed))
             if cell.variant == one and cell.sparsity == sparsity and twin is not None:
-                ratio = found.perplexity / twin.perplexity
+                ratio = measure(found) / measure(twin)
                 if math.isfinite(ratio) and ratio > 0:
-                    ratios.append(math.log(ratio))
+                    ratios[cell.length, cell.seed] = math.log(ratio)
         return ratios
 
     def samples(self, sparsity: str) -> list[Sample]:
         """Texts and divergences of the methods at a sparsity, in their order."""
         found = {cell.variant: s for cell, s in self.results.samples.items() if cell and cell.sparsity == sparsity}
-        return [found[variant] for variant in self.variants if variant in found]
+        return [found[variant] for variant in self.everything if variant in found]
+
+
+def _perplexity(found: CellResult) -> float:
+    return found.perplexity
 
 
 def shown_sparsity(sparsity: str) -> str:
@@ -121,11 +147,12 @@ def shown_sparsity(sparsity: str) -> str:
 
 
 def shown_variant(variant: Variant) -> str:
-    """A method as its papers write it, with its options."""
+    """A method as its papers write it, with its options and what is added."""
     names = {"wanda": "Wanda", "ria": "RIA", "stade": "STADE", "dass": "DaSS", "cosp": "CosP", "varp": "VarP"}
-    name = {**names, "ace": "ACE", "ace-paper": "ACE as published", "saap": "SAAP"}.get(variant.method, variant.method)
+    names |= {"ace": "ACE", "ace-paper": "ACE as published", "saap": "SAAP", "sparsegpt": "SparseGPT"}
+    name = names.get(variant.method, variant.method)
     options = ", ".join(f"{key}={value}" for key, value in variant.options)
-    return f"{name} ({options})" if options else name
+    return ", ".join([f"{name} ({options})" if options else name, *variant.recipe.words])
 
 
 def listed(words: Sequence[str]) -> str:

@@ -1,0 +1,213 @@
+"""What a study of quality was to show, and whether it does: claims over paired draws, noise counted in."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from .cells import Variant
+from .findings import ACE, FROM_BEST, RIA, WANDA, Comparison, Finding, Verdict, compare, worst
+from .quality_grid import PATTERN, SPARSEGPT
+from .recipe import Recipe
+from .records import CellResult
+from .tally import Draw, Tally, listed, shown_sparsity, shown_variant
+
+PATTERNS = ("0.5", "2:4", "4:8")
+"""Over which a metric alone is judged."""
+
+MOST_PERMUTED = 0.95
+"""Of the same metric alone."""
+
+MOST_OF_WANDA, MOST_OF_SPARSEGPT = 0.45, 0.75
+"""With a weight update."""
+
+MOST_RECOVERED = {5.0: 0.33, 20.0: 0.25}
+"""Of Wanda's perplexity, after so many minutes."""
+
+MEANING = (
+    "Ratios are geometric means ± their standard error over the draws (length and seed) that both were measured on, by "
+    "tokens of a window; what lies within two standard errors of its bound is open."
+)
+
+
+def goals(tally: Tally) -> list[Finding]:
+    """What the cells of a study of quality allow to be said; nothing of a study that is none."""
+    if not tally.recipes:
+        return []
+    permuted = [permutation(tally, v) for v in tally.recipes if v.recipe == Recipe(permute=True)]
+    recovered = [recovery(tally, minutes) for minutes in MOST_RECOVERED]
+    found = [metric_alone(tally), *permuted, weight_update(tally), *recovered, dominance(tally)]
+    return [finding for finding in found if finding is not None]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one method has at most so much of another's perplexity, over windows of every length, or of its time.
+
+    Attributes:
+        comparisons: by what they compare: "512" for perplexity over windows of 512 tokens, or "CPU time".
+        most: the bound of the ratio.
+        verdict: the worst of theirs.
+    """
+
+    comparisons: dict[str, Comparison]
+    most: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of the comparisons'."""
+        return worst(comparison.within(self.most) for comparison in self.comparisons.values())
+
+    @property
+    def first(self) -> float:
+        """The ratio of the first comparison."""
+        return 1 + next(iter(self.comparisons.values())).change
+
+    def __str__(self) -> str:
+        """ "0.441 ± 0.004 (512), 0.452 ± 0.006 (2,048), 5 pairs"."""
+        shown = [f"{_ratio(comparison)} ({name})" for name, comparison in self.comparisons.items()]
+        pairs = min(comparison.pairs for comparison in self.comparisons.values())
+        return f"{', '.join(shown)}, {pairs} pair{'s' if pairs != 1 else ''}"
+
+
+def perplexity_claim(tally: Tally, one: Variant, other: Variant, sparsity: str, most: float) -> Claim | None:
+    """None where a window length was not measured with both."""
+    found: dict[str, Comparison] = {}
+    for length in tally.results.setting.window_lengths:
+        comparison = compare(tally, one, other, sparsity, tally.over(length))
+        if comparison is None:
+            return None
+        found[f"{length:,}"] = comparison
+    return Claim(found, most)
+
+
+def time_claim(tally: Tally, one: Variant, other: Variant, sparsity: str) -> Claim | None:
+    """That one takes no more CPU time; None where there is no pair."""
+    comparison = compare(tally, one, other, sparsity, cpu_time)
+    return None if comparison is None else Claim({"CPU time": comparison}, 1.0)
+
+
+def cpu_time(found: CellResult) -> float:
+    """Of pruning and recovery."""
+    return found.cpu_seconds_in_all
+
+
+def metric_alone(tally: Tally) -> Finding | None:
+    """ACE against the better of Wanda and RIA, pattern by pattern and on the mean."""
+    verdicts: list[Verdict] = []
+    ratios: dict[Draw, list[float]] = defaultdict(list)
+    parts = []
+    for sparsity in PATTERNS:
+        between = compare(tally, WANDA, RIA, sparsity)
+        if between is None:
+            continue
+        best = WANDA if between.change <= 0 else RIA
+        claim = perplexity_claim(tally, ACE, best, sparsity, 1.0)
+        if claim is not None:
+            verdicts.append(claim.verdict)
+            parts.append(f"{shown_sparsity(sparsity)}: {claim} of {shown_variant(best)}'s")
+            for draw, ratio in tally.paired(ACE, best, sparsity).items():
+                ratios[draw].append(ratio)
+    mean = Comparison.of([sum(found) / len(found) for found in ratios.values() if len(found) == len(verdicts)])
+    if mean is None:
+        return None
+    missing = len(PATTERNS) - len(verdicts)
+    whole: Verdict = "open" if missing else "holds"
+    verdict = worst([*verdicts, mean.within(1.0), whole])
+    headline = f"The metric alone: on the mean ACE has {_ratio(mean)} of the perplexity of the better of Wanda and RIA"
+    aim = f"Aim: no worse at {listed([shown_sparsity(sparsity) for sparsity in PATTERNS])}, and better on the mean"
+    not_yet = f"; {missing} of these not measured yet" if missing else ""
+    return Finding(verdict, headline, f"{'; '.join(parts)}. {aim}{not_yet}.")
+
+
+def permutation(tally: Tally, variant: Variant) -> Finding | None:
+    """A metric with channels permuted against the same alone."""
+    claim = perplexity_claim(tally, variant, variant.alone, PATTERN, MOST_PERMUTED)
+    if claim is None:
+        return None
+    headline = f"{PATTERN}: {shown_variant(variant)} has {claim.first:.2f} of the perplexity of the same alone"
+    return Finding(claim.verdict, headline, f"{claim}. Aim: at most {MOST_PERMUTED}.")
+
+
+def weight_update(tally: Tally) -> Finding | None:
+    """The weight update that comes nearest to the aims."""
+    tried: list[tuple[Verdict, float, Variant, list[Claim]]] = []
+    for variant in tally.recipes:
+        if variant.recipe.update is None or variant.recipe.minutes is not None:
+            continue
+        claims = [
+            perplexity_claim(tally, variant, WANDA, PATTERN, MOST_OF_WANDA),
+            perplexity_claim(tally, variant, SPARSEGPT, PATTERN, MOST_OF_SPARSEGPT),
+            time_claim(tally, variant, SPARSEGPT, PATTERN),
+        ]
+        made = [claim for claim in claims if claim is not None]
+        if len(made) == len(claims):
+            tried.append((worst(claim.verdict for claim in made), made[0].first, variant, made))
+    if not tried:
+        return None
+    verdict, _, variant, (wanda, sparsegpt, time) = min(tried, key=lambda entry: (FROM_BEST.index(entry[0]), entry[1]))
+    headline = (
+        f"{PATTERN}: {shown_variant(variant)} has {wanda.first:.2f} of Wanda's perplexity and {sparsegpt.first:.2f} of "
+        f"SparseGPT's, in {time.first:.2f} of SparseGPT's time"
+    )
+    text = (
+        f"Of Wanda's {wanda}; of SparseGPT's {sparsegpt}; {time}. The nearest of {len(tried)} to the aim: at most "
+        f"{MOST_OF_WANDA} and {MOST_OF_SPARSEGPT}, in no more time."
+    )
+    return Finding(verdict, headline, text)
+
+
+def recovery(tally: Tally, minutes: float) -> Finding | None:
+    """The best that so many minutes of recovery reach."""
+    claims = [
+        (claim, variant)
+        for variant in tally.recipes
+        if variant.recipe.minutes == minutes
+        and (claim := perplexity_claim(tally, variant, WANDA, PATTERN, MOST_RECOVERED[minutes])) is not None
+    ]
+    if not claims:
+        return None
+    claim, variant = min(claims, key=lambda entry: entry[0].first)
+    costs = [found.recovery for found in tally.select(variant, PATTERN) if found.recovery is not None]
+    threads = sorted({found.threads for found in tally.select(variant, PATTERN)})
+    steps = sum(cost.steps for cost in costs) / len(costs)
+    headline = f"{PATTERN}: {shown_variant(variant)} has {claim.first:.2f} of Wanda's perplexity"
+    text = (
+        f"{claim}. {steps:.0f} steps of {costs[0].tokens // costs[0].steps:,} tokens on "
+        f"{listed([str(count) for count in threads])} thread{'s' if threads != [1] else ''}. "
+        f"Aim: at most {MOST_RECOVERED[minutes]}, on two cores."
+    )
+    return Finding(claim.verdict, headline, text)
+
+
+def dominance(tally: Tally) -> Finding | None:
+    """Whether each published form is matched by something of ours that takes no more time."""
+    published = [v for v in tally.recipes if v.recipe.published and tally.select(v, PATTERN)]
+    ours = [v for v in tally.everything if not v.recipe.published and tally.select(v, PATTERN)]
+    verdicts, parts = [], []
+    for rival in published:
+        tried: list[tuple[Verdict, float, Variant, Claim, Claim]] = []
+        for variant in ours:
+            quality = perplexity_claim(tally, variant, rival, PATTERN, 1.0)
+            time = time_claim(tally, variant, rival, PATTERN)
+            if quality is not None and time is not None:
+                tried.append((worst([quality.verdict, time.verdict]), quality.first, variant, quality, time))
+        if tried:
+            verdict, _, variant, quality, time = min(tried, key=lambda entry: (FROM_BEST.index(entry[0]), entry[1]))
+            verdicts.append(verdict)
+            parts.append(f"{shown_variant(rival)}: {shown_variant(variant)} has {quality} of its perplexity, {time}")
+    if not verdicts:
+        return None
+    overall = worst(verdicts)
+    headline = {
+        "holds": "for every published form there is a point of ours that is no worse, in no more time",
+        "open": "whether there is a point of ours for every published form, no worse in no more time, is not settled",
+        "fails": "not every published form has a point of ours that is no worse, in no more time",
+    }[overall]
+    return Finding(overall, f"{PATTERN}: {headline}", f"{'. '.join(parts)}.")
+
+
+def _ratio(comparison: Comparison) -> str:
+    ratio = 1 + comparison.change
+    return f"{ratio:.3f}" if math.isnan(comparison.error) else f"{ratio:.3f} ± {ratio * comparison.error:.3f}"
