@@ -42,9 +42,9 @@ class RowLimits:
 
 
 CPU_LIMITS = {
-    torch.float32: RowLimits(packed=2048),
+    torch.float32: RowLimits(packed=256),
     torch.float16: RowLimits(packed=1 << 30),
-    torch.bfloat16: RowLimits(packed=192),
+    torch.bfloat16: RowLimits(packed=16),
 }
 """Where unpacking for the call becomes faster, measured on one core of an AMD EPYC with AVX-512 and bf16 instructions:
 soonest in bf16, whose dense product is fast there, never in fp16, whose is slow."""
@@ -52,29 +52,34 @@ soonest in bf16, whose dense product is fast there, never in fp16, whose is slow
 BLOCK_BYTES = 4 * 2**20
 """Of the dense weight, unpacked at a time on a CPU; measured: blocks of 1 MiB make the dense product slower."""
 
-CUTLASS_LIMITS = RowLimits(packed=16, semi_structured=17)
-CUSPARSELT_LIMITS = RowLimits(packed=16, semi_structured=2048)
-"""cuSPARSELt's copy is made anew in each call, which only very many rows could pay for."""
+CUTLASS_LIMITS = RowLimits(packed=32, semi_structured=33)
+CUSPARSELT_LIMITS = RowLimits(packed=64, semi_structured=2048)
+"""Our kernel reads the weight once for 32 rows, twice for 64: less than unpacking moves. cuSPARSELt's copy is made anew
+in each call, which only very many rows could pay for."""
 
 OTHER_LIMITS = RowLimits(packed=16)
+ANY_PATTERN_LIMITS = RowLimits(packed=4)
+"""Not 2:4: our kernel spends as long on four rows as unpacking takes."""
 
 
-def default_limits(device: torch.device, dtype: torch.dtype) -> RowLimits:
-    """The limits for a device and a weight's dtype.
+def default_limits(device: torch.device, dtype: torch.dtype, pattern: tuple[int, int] = (2, 4)) -> RowLimits:
+    """The limits for a device, a weight's dtype and its n:m.
 
-    Those of GPUs are not measured yet: ``ace-triton bench`` says which fit.
+    Those of GPUs are estimated from machine code, not measured: ``ace-triton bench`` says which fit.
     """
     if device.type == "cpu":
         return CPU_LIMITS.get(dtype, OTHER_LIMITS)
+    if pattern != (2, 4):
+        return ANY_PATTERN_LIMITS
     backend = backend_of(device)
-    if backend is None:
+    if backend is None or dtype == torch.float32:
         return OTHER_LIMITS
     return CUTLASS_LIMITS if backend == "cutlass" else CUSPARSELT_LIMITS
 
 
 def choose_product(rows: int, packed: PackedNM, limits: RowLimits | None = None) -> Product:
     """The product for so many rows; ``limits`` None for the device's own."""
-    limits = limits or default_limits(packed.values.device, packed.values.dtype)
+    limits = limits or default_limits(packed.values.device, packed.values.dtype, (packed.n, packed.m))
     if rows <= limits.packed and packed.values.dtype in DTYPES:
         return "packed"
     if limits.semi_structured is not None and rows >= limits.semi_structured and refusal(packed) is None:

@@ -198,6 +198,15 @@ def test_every_dtype_has_limits_of_its_own_on_a_cpu():
     assert choose_product(1, double) == "dense"
 
 
+@pytest.mark.parametrize(("backend", "rows"), [("cutlass", (32, 33)), ("cusparselt", (64, 2048)), (None, (16, None))])
+def test_a_gpu_takes_our_kernel_where_it_reads_less_than_unpacking_moves(monkeypatch, backend, rows):
+    monkeypatch.setattr(dispatch, "backend_of", lambda device: backend)
+    gpu = torch.device("cuda")
+    assert default_limits(gpu, torch.bfloat16) == RowLimits(*rows)
+    assert default_limits(gpu, torch.float32) == RowLimits(16)
+    assert default_limits(gpu, torch.bfloat16, (3, 8)) == RowLimits(4)
+
+
 def test_limits_are_checked():
     for wrong in ({"packed": -1}, {"packed": True}, {"packed": 4, "semi_structured": 2.5}):
         with pytest.raises(ValueError, match="number of rows"):
