@@ -142,6 +142,23 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def protocol(tiny_checkpoint, some_text):
+    """What a study of the tiny checkpoint is run on."""
+    from ace_triton.study.workbench import Protocol
+
+    texts = {"calibration": str(some_text), "evaluation": str(some_text)}
+    return Protocol(str(tiny_checkpoint), **texts, samples=4, windows=2, window_length=16, dtype=torch.float32)
+
+
+@pytest.fixture
+def study(command, tiny_checkpoint, some_text):
+    """study(out, *words): run ``ace-triton study`` on the tiny checkpoint; its exit code, output and errors."""
+    small = ["--samples", "4", "--windows", "2", "--window-length", "16", "--dtype", "float32"]
+    texts = ["--calibration", some_text, "--evaluation", some_text]
+    return lambda out, *words: command("study", tiny_checkpoint, out, *texts, *small, *words)
+
+
+@pytest.fixture
 def plain_environment() -> dict[str, str]:
     """The environment for a pytest in a process of its own, where this one may be a worker of pytest-xdist."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

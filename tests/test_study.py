@@ -24,27 +24,13 @@ from ace_triton.study.records import CellResult, DenseResult, Setting, StageSeco
 from ace_triton.study.run import run_study
 from ace_triton.study.samples import next_token_divergence
 from ace_triton.study.tally import Tally
-from ace_triton.study.workbench import Protocol, Workbench
+from ace_triton.study.workbench import Workbench
 from ace_triton.text import read_documents
 
 METHODS = ("magnitude", "wanda", "ria", "ace")
 GRID = Grid(tuple(map(Variant, METHODS)), ("50%", "2:4"), (8, 16), (0, 1))
 CELLS = 2 * 1 + 2 * 3 * 2 * 2
 SETTING = Setting("tiny", "w", "float32", "c", "cs", "e", "es", 4, 2, 16)
-
-
-@pytest.fixture
-def protocol(tiny_checkpoint, some_text) -> Protocol:
-    texts = {"calibration": str(some_text), "evaluation": str(some_text)}
-    return Protocol(str(tiny_checkpoint), **texts, samples=4, windows=2, window_length=16, dtype=torch.float32)
-
-
-@pytest.fixture
-def study(command, tiny_checkpoint, some_text):
-    """study(out, *words): run ``ace-triton study`` on the tiny checkpoint; its exit code, output and errors."""
-    small = ["--samples", "4", "--windows", "2", "--window-length", "16", "--dtype", "float32"]
-    texts = ["--calibration", some_text, "--evaluation", some_text]
-    return lambda out, *words: command("study", tiny_checkpoint, out, *texts, *small, *words)
 
 
 def without_times(results: Results) -> dict:
@@ -175,6 +161,8 @@ def test_a_study_end_to_end(study, protocol, tmp_path):
     assert len(identifiers) == len(set(identifiers))
     assert html.count('role="img" aria-label="') == html.count("<svg") >= 2 * 3 + 4 + 4
     assert page(results) == html
+    assert "How good for how much time" not in html
+    assert '"recipe"' not in (tmp_path / "s" / FILE).read_text()
 
 
 def test_a_stopped_study_goes_on_to_the_same_end(protocol, tmp_path):

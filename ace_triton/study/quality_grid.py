@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..sparsity import Sparsity
 from ..update import Update
@@ -39,6 +39,7 @@ class QualityGrid:
         lengths: tokens of a calibration sequence.
         seeds: of the calibration crops.
         minutes: budgets of recovery, on top of :data:`BEST`.
+        recoveries: the recipes that follow from them.
 
     Raises:
         ValueError: an axis but ``minutes`` is empty, or holds what is none of its kind.
@@ -49,10 +50,12 @@ class QualityGrid:
     lengths: tuple[int, ...]
     seeds: tuple[int, ...]
     minutes: tuple[float, ...] = ()
+    recoveries: tuple[Recipe, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         check_axes(self.lengths, methods=self.metrics, sparsities=self.sparsities, seeds=self.seeds)
         object.__setattr__(self, "sparsities", tuple(str(Sparsity(pattern)) for pattern in self.sparsities))
+        object.__setattr__(self, "recoveries", tuple(replace(BEST, minutes=m) for m in sorted(self.minutes)))
 
     def cells(self) -> list[Cell]:
         """All cells, each once: seed by seed what takes a minute, then, seed by seed again, recovery."""
@@ -62,8 +65,7 @@ class QualityGrid:
         long: list[tuple[Variant, str]] = []
         if PATTERN in self.sparsities:
             quick += [(variant, PATTERN) for variant in (*added, SPARSEGPT, *PUBLISHED)]
-            recipes = [replace(BEST, minutes=minutes) for minutes in sorted(self.minutes)]
-            long = [(last.with_recipe(recipe), PATTERN) for recipe in recipes]
+            long = [(last.with_recipe(recipe), PATTERN) for recipe in self.recoveries]
         ordered = [
             Cell.of(variant, sparsity, length, seed)
             for part in (quick, long)
