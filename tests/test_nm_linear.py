@@ -153,11 +153,32 @@ def test_the_weight_can_be_looked_at_and_read_but_not_written():
     tokens = torch.randn(3, 32)
     assert torch.equal(weight.data.abs().sum(1), layer.weight.abs().sum(1))
     assert torch.equal(nn.functional.linear(tokens, weight), nn.functional.linear(tokens, layer.weight))
+    assert weight[3].tolist() == layer.weight[3].tolist()
+    assert (weight.numpy() == layer.weight.detach().numpy()).all()
+    assert repr(weight[0]) == repr(layer.weight.detach()[0])
+    assert torch.equal(torch.zeros(24, 32).add_(weight), layer.weight)
+    assert not packed.weight.numpy().flags.writeable
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.mul_(2),
+        lambda weight: weight.data.add_(1),
+        lambda weight: weight.__setitem__(0, 1),
+        lambda weight: weight.view(-1).__setitem__(slice(3, 5), 1),
+        lambda weight: weight.t()[2].zero_(),
+        lambda weight: weight.chunk(2)[1].zero_(),
+        lambda weight: setattr(weight, "data", torch.zeros(24, 32)),
+        lambda weight: torch.add(weight, 1, out=weight),
+        lambda weight: torch._foreach_mul_([weight], 2),
+        lambda weight: nn.init.normal_(weight),
+    ],
+)
+def test_writing_to_the_weight_is_refused_and_never_lost(write):
+    packed = packed_linear(pruned_linear(24, 32))
     with pytest.raises(RuntimeError, match="cannot be written to"):
-        weight.data += 1
-    with pytest.raises(RuntimeError, match="cannot be written to"):
-        weight.mul_(2)
-    assert torch.equal(packed.unpack(), layer.weight)
+        write(packed.weight)
 
 
 def test_what_cannot_be_packed_is_refused_with_row_and_group():
