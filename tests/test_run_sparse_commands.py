@@ -39,6 +39,21 @@ def test_pack_says_what_it_packed_and_left(command, pruned, tmp_path):
     assert report["method"] == "magnitude"
 
 
+@pytest.mark.parametrize(("shard", "files"), [("1GB", 1), ("40KB", 4)])
+def test_the_source_may_be_one_file_without_an_index_or_many(command, pruned, packed, tmp_path, shard, files):
+    model, tokenizer = load_dense(str(pruned), dtype="auto", device="cpu")
+    model.save_pretrained(tmp_path / "source", max_shard_size=shard)
+    tokenizer.save_pretrained(tmp_path / "source")
+    found = sorted((tmp_path / "source").glob("*.safetensors"))
+    assert len(found) == files
+    assert (tmp_path / "source" / "model.safetensors.index.json").exists() == (files > 1)
+    code, _, errors = command("pack", tmp_path / "source", tmp_path / "out")
+    assert code == 0, errors
+    one, other = load(tmp_path / "out").state_dict(), load(packed).state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_prune_packed_writes_what_pack_would(command, tiny_checkpoint, packed, tmp_path):
     code, out, _ = command("prune", tiny_checkpoint, tmp_path / "one", "--method", "magnitude", "--packed")
     assert code == 0
