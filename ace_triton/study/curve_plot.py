@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -68,7 +69,7 @@ def curve_legend(tally: Tally, points: list[Point]) -> list[LegendEntry]:
 def curve_figure(tally: Tally, points: list[Point], sparsity: str, window_length: int) -> Markup:
     """Mean perplexity against CPU seconds, both logarithmic, with the standard deviation over seeds.
 
-    Dominated points are hollow; steps join the others, which are named.
+    Dominated points are hollow; steps join the others. These, and the published forms, are named.
     """
     best = frontier(points)
     with canvas(9.2, 4.9) as (figure, axes):
@@ -89,7 +90,8 @@ def curve_figure(tally: Tally, points: list[Point], sparsity: str, window_length
         axes.set_ylabel("perplexity")
         axes.set_title(f"{shown_sparsity(sparsity)}, windows of {window_length:,} tokens")
         figure.draw_without_rendering()
-        _name(axes, tally, best)
+        _name(axes, tally, best, "left")
+        _name(axes, tally, [p for p in points if p.variant.recipe.published and p.dominated], "right")
         described = [f"{shown_point(tally, p)} {p.perplexity.mean:,.1f} in {p.cpu_seconds:,.0f} s" for p in best]
         description = (
             f"Perplexity at {shown_sparsity(sparsity)} against CPU seconds. Not dominated are {listed(described)}. "
@@ -118,19 +120,23 @@ def _draw(axes: Any, tally: Tally, point: Point) -> None:
     )
 
 
-def _name(axes: Any, tally: Tally, best: list[Point]) -> None:
-    """Names to the left of points, where nothing can lie that dominates them; moved down where two would touch."""
-    ceiling = float("inf")
-    for point in best:
+def _name(axes: Any, tally: Tally, points: list[Point], side: Literal["left", "right"]) -> None:
+    """Names beside points, moved down where two would touch.
+
+    To the left of the curve there is room: what lay there would dominate it. To the right of what is dominated, too.
+    """
+    ceiling = math.inf
+    for point in sorted(points, key=lambda p: -p.perplexity.mean):
         place = (point.cpu_seconds, point.perplexity.mean)
         height = axes.transData.transform(place)[1] * 72 / axes.figure.dpi
-        ceiling = min(height, ceiling) - LABEL_HEIGHT
+        middle = min(height - 4, ceiling)
+        ceiling = middle - LABEL_HEIGHT
         axes.annotate(
             shown_point(tally, point),
             place,
-            (-8, ceiling + LABEL_HEIGHT - height - 4),
+            (-8 if side == "left" else 10, middle - height),
             textcoords="offset points",
-            ha="right",
+            ha="right" if side == "left" else "left",
             va="center",
             fontsize=9.5,
             color=SERIES[colour_of(tally, point.variant)],
