@@ -3,23 +3,28 @@
 The inputs of a down projection are, one by one, the outputs of gate and up; the inputs of an attention's output
 projection are those of the value projection, head by head, and query heads that share a key-value head share its
 order. Such places are found by shape and by who reads what. Whether nothing but element-wise work lies
-between is not guessed: a random order is folded in, the model is run on a few tokens, and the order is taken back.
+between is not guessed: a random order is folded in, the block is run again on a few tokens, and the order is taken
+back; then the model is run with all orders at once. Where either shows a change, each fold is tried in the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from .blocks import gated_consumers
+from .blocks import Block, gated_consumers
 from .prune import linear_weight
 
 LOOSE = 0.25
 """Relative change that rounding may grow to further down the model; a wrong order changes a layer's output by 1.4."""
+
+CANNOT_RUN_AGAIN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What a block may raise that does not bear a second call."""
 
 
 @dataclass(frozen=True)
@@ -176,21 +181,59 @@ class FoldTrial:
     def unchanged_by(self, fold: Fold) -> bool:
         """Whether the model computes the same with a random order folded in: what the consumer puts out to rounding,
         what others put out to rounding as it grows on its way."""
-        generator = torch.Generator().manual_seed(0)
-        order = torch.stack([torch.randperm(fold.width, generator=generator) for _ in range(fold.pools)])
-        fold.apply(self._layers, order)
-        try:
-            outputs = self._outputs()
-        finally:
-            fold.apply(self._layers, order.argsort(1))
-        eps = torch.finfo(self._dense[fold.consumer].dtype).eps
-        near = {fold.consumer: max(1e-4, 2 * eps)}
-        return outputs.keys() == self._dense.keys() and all(
-            _close(outputs[name], dense, near.get(name, LOOSE)) for name, dense in self._dense.items()
-        )
+        with self._folded([fold]):
+            return _same(self._outputs(), self._dense, fold.consumer)
 
-    def _outputs(self) -> dict[str, torch.Tensor]:
+    def unchanged_at_once(self, folds: Sequence[Fold], blocks: Sequence[Block]) -> list[Fold]:
+        """Those of some folds, one a consumer, that need no trial of their own.
+
+        In two forwards: each block is run again with each of its folds, on what it is given in the model's own
+        forward; then the model with all that passed, which must show rounding and no more, or none of them is sure.
+        """
+        local: list[Fold] = []
         seen: dict[str, torch.Tensor] = {}
+
+        def check(block: Block, of_block: Sequence[Fold]) -> Callable[..., None]:
+            running = False
+
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                nonlocal running
+                if running:
+                    return
+                running, before = True, dict(seen)
+                dense = before | {block.name: _first(output).clone()}
+                for fold in of_block:
+                    with suppress(*CANNOT_RUN_AGAIN), self._folded([fold]):
+                        again = _first(module(*args, **kwargs))
+                        if fold.consumer in dense and _same(seen | {block.name: again}, dense, fold.consumer):
+                            local.append(fold)
+                seen.update(before)
+                running = False
+
+            return hook
+
+        with ExitStack() as hooks:
+            for block in blocks:
+                of_block = [fold for fold in folds if fold.consumer.startswith(f"{block.name}.")]
+                handle = block.module.register_forward_hook(check(block, of_block), with_kwargs=True)
+                hooks.callback(handle.remove)
+            self._outputs(seen)
+        with self._folded(local):
+            return local if _same(self._outputs(), self._dense) else []
+
+    @contextmanager
+    def _folded(self, folds: Iterable[Fold]) -> Iterator[None]:
+        """A random order is folded in inside, and taken back after, to the bit."""
+        generator = torch.Generator().manual_seed(0)
+        with ExitStack() as undo:
+            for fold in folds:
+                order = torch.stack([torch.randperm(fold.width, generator=generator) for _ in range(fold.pools)])
+                undo.callback(fold.apply, self._layers, order.argsort(1))
+                fold.apply(self._layers, order)
+            yield
+
+    def _outputs(self, seen: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        seen = {} if seen is None else seen
         with ExitStack() as hooks:
             for name in self._consumers:
                 hooks.enter_context(_output_noted(self._layers[name], seen, name))
@@ -210,6 +253,20 @@ def _output_noted(layer: nn.Module, seen: dict[str, torch.Tensor], name: str) ->
         yield
     finally:
         handle.remove()
+
+
+def _first(output: Any) -> torch.Tensor:
+    """A block's hidden states."""
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def _same(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor], consumer: str | None = None) -> bool:
+    """Whether outputs agree: the consumer's closely, as nothing before it changed; the others' loosely."""
+    near = {} if consumer is None else {consumer: max(1e-4, 2 * torch.finfo(want[consumer].dtype).eps)}
+    return got.keys() == want.keys() and all(
+        _close(got[name], tensor, near.get(name, LOOSE)) for name, tensor in want.items()
+    )
 
 
 def _close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> bool:

@@ -82,7 +82,7 @@ def find_folds(
     Args:
         model: in evaluation mode; unchanged afterwards, bit for bit.
         blocks: its decoder blocks.
-        ids: int64 [n_sequences, length]; a few tokens of it are run through the model, once for every place.
+        ids: int64 [n_sequences, length]; a few tokens of it are run through the model.
         m: size of a group.
         wanted: whether the inputs of a layer of that name are to be ordered.
         shared: whether a layer's weight serves other layers too.
@@ -93,10 +93,16 @@ def find_folds(
     trial = FoldTrial(model, layers, list(candidates), ids)
     proven: dict[str, Fold] = {}
     unfolded: list[Unfolded] = []
+
+    def sole_of(consumer: str) -> list[Fold]:
+        return [fold for fold in candidates[consumer] if not any(map(shared, (consumer, *fold.producers)))]
+
+    likely = [next((fold for fold in sole_of(name) if fold.width % m == 0), None) for name in candidates]
+    at_once = trial.unchanged_at_once([fold for fold in likely if fold is not None], blocks)
     for consumer, folds in candidates.items():
-        sole = [fold for fold in folds if not any(map(shared, (consumer, *fold.producers)))]
+        sole = sole_of(consumer)
         fitting = [fold for fold in sole if fold.width % m == 0]
-        unchanging = (fold for fold in fitting if trial.unchanged_by(fold))
+        unchanging = (fold for fold in fitting if fold in at_once or trial.unchanged_by(fold))
         if not trial.reaches(consumer):
             reason = NOT_REACHED
         elif (fold := next(unchanging, None)) is not None:

@@ -115,6 +115,13 @@ def test_a_lender_of_keys_and_values_is_left_alone(make_decoder, ids):
     assert "model.layers.0.self_attn.o_proj" in folds.proven
 
 
+def test_finding_them_takes_four_forwards_however_many_there_are(make_decoder, ids):
+    model, forwards = make_decoder("llama"), []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    assert len(folds_of(model, ids).proven) == 6
+    assert len(forwards) == 4
+
+
 class Scaled(nn.Module):
     """A projection followed by a factor of its own for every channel, as a norm has."""
 
