@@ -12,13 +12,16 @@ from .recipe import Recipe
 PATTERN = "2:4"
 """At which more than the metrics alone is run."""
 
-BEST = Recipe(permute=True, update=Update(mask_rounds=12))
+RESCALE, LEAST_SQUARES = Update("rescale"), Update(mask_rounds=8)
+
+BEST = Recipe(permute=True, update=LEAST_SQUARES)
 """What recovery goes on from."""
 
 RECIPES = (
+    Recipe(update=RESCALE),
     Recipe(permute=True),
-    Recipe(update=Update()),
-    Recipe(permute=True, update=Update()),
+    Recipe(permute=True, update=RESCALE),
+    Recipe(update=LEAST_SQUARES),
     BEST,
 )
 """From cheap to dear."""
