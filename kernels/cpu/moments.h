@@ -37,8 +37,8 @@ ACE_INLINE void deliver(const Floats& square, const SquareRow& out, int j, int l
 
 // Adds x^2, d = x - shift and d^2 of TILE tokens; near the strip's end memory is asked for the TILE tokens after them.
 // The tile that opens a chunk sets the shift to the median of three of its tokens: one massive token does not spoil that.
-// The tile that closes a run moves its sums of x^2 out.
-template <typename E, int TILE, bool OPENS>
+// A tile that is not INSIDE its run opens it, or closes it and moves its sums of x^2 out.
+template <typename E, int TILE, bool OPENS, bool INSIDE>
 ACE_INLINE void add_tokens(const void* const* tokens, int64_t from, int count, bool opens_run, bool closes_run,
                            ChannelSums* sums, const SquareRow& out) {
     constexpr int AHEAD = TOKENS_AHEAD / sizeof(typename E::Stored);
@@ -60,8 +60,8 @@ ACE_INLINE void add_tokens(const void* const* tokens, int64_t from, int count, b
             squared[t] = x[t] * x[t];
         }
         Floats square = sum_of<TILE>(squared);
-        if (!opens_run) square = load(s.square) + square;
-        if (closes_run) deliver(square, out, j, lanes);
+        if (INSIDE || !opens_run) square = load(s.square) + square;
+        if (!INSIDE && closes_run) deliver(square, out, j, lanes);
         else store(s.square, square);
         const Floats shift = OPENS ? median(x[0], x[TILE / 2], x[TILE - 1]) : load(s.shift);
         for (int t = 0; t < TILE; ++t) {
@@ -85,10 +85,13 @@ ACE_INLINE void add_run(const void* const* tokens, int64_t length, bool opens_ch
     for (int64_t t = 0, next; t < length; t = next) {
         const bool tile = t + TOKEN_TILE <= length, opens = opens_chunk && t == 0;
         next = t + (tile ? TOKEN_TILE : 1);
-        if (tile && opens) add_tokens<E, TOKEN_TILE, true>(tokens + t, from, count, t == 0, next == length, sums, out);
-        else if (tile) add_tokens<E, TOKEN_TILE, false>(tokens + t, from, count, t == 0, next == length, sums, out);
-        else if (opens) add_tokens<E, 1, true>(tokens + t, from, count, t == 0, next == length, sums, out);
-        else add_tokens<E, 1, false>(tokens + t, from, count, t == 0, next == length, sums, out);
+        const bool first = t == 0, last = next == length;
+        const void* const* from_here = tokens + t;
+        if (tile && opens) add_tokens<E, TOKEN_TILE, true, false>(from_here, from, count, true, last, sums, out);
+        else if (opens) add_tokens<E, 1, true, false>(from_here, from, count, true, last, sums, out);
+        else if (!tile) add_tokens<E, 1, false, false>(from_here, from, count, first, last, sums, out);
+        else if (first || last) add_tokens<E, TOKEN_TILE, false, false>(from_here, from, count, first, last, sums, out);
+        else add_tokens<E, TOKEN_TILE, false, true>(from_here, from, count, false, false, sums, out);
     }
 }
 

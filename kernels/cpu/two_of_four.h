@@ -10,6 +10,10 @@ namespace {
 // Weights of a word, and of the values in a vector.
 constexpr int WORD = 32;
 constexpr int TILE_WORDS = INPUT_TILE / WORD;
+// Bytes between the metadata that is read of a row and what memory is asked for meanwhile, a line a tile: a tile of
+// narrow weights is over before the next line could come.
+template <typename E>
+constexpr int META_AHEAD = sizeof(typename E::Stored) == 4 ? 64 : 512;
 
 // Words of sixteen 2-bit places inside their groups from words of 32 bits, nibble by nibble: the lower place is 0 where
 // bit 0 is set, else 1 where bit 1 is, else 2; the higher one 3, 2 or 1 by bits 3 and 2. No bits lead outside a group.
@@ -127,7 +131,7 @@ ACE_INLINE void two_of_four_outputs(const TwoOfFour<E>& w, const PackedWeight& w
             const int count = int(whole.cols - from < INPUT_TILE ? whole.cols - from : INPUT_TILE);
             uint32_t places[OUTPUTS][TILE_WORDS];
             for (int r = 0; r < OUTPUTS; ++r) {
-                __builtin_prefetch(w.meta + r * w.words + from / WORD + TILE_WORDS);
+                ask_ahead<OUTPUTS>(w.meta + r * w.words, from / 8, w.words * 4, META_AHEAD<E>);
                 places_of(w.meta + r * w.words + from / WORD, (count + WORD - 1) / WORD, places[r]);
             }
             const float* x = task.tokens + first * task.padded;
