@@ -13,7 +13,7 @@ from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
-from ace_triton.kernels.pack_nm import PackedNM, pack_nm, pack_scored
+from ace_triton.kernels.pack_nm import PackedNM, pack_cutlass, pack_nm, pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
@@ -157,6 +157,17 @@ def pack_case(dtype: torch.dtype, scored: bool, n: int = 2, m: int = 4) -> Case:
     return Case(name, dtype, call, rows * cols, size, size + size * n / m + 1 / 8)
 
 
+def pack_cutlass_case(dtype: torch.dtype, scored: bool) -> Case:
+    """A layer in CUTLASS's layout, pruned on the way or before."""
+    rows, cols = SHAPE
+    size = dtype.itemsize
+    call = lambda: pack_cutlass(  # noqa: E731
+        torch.zeros(SHAPE, dtype=dtype), terms(rows, cols, TERMS["scale"]) if scored else None
+    )
+    name = f"pack_cutlass{', scored' * scored}"
+    return Case(name, dtype, call, rows * cols, size, size + size / 2 + 1 / 8)
+
+
 def empty_packed(dtype: torch.dtype, n: int, m: int) -> PackedNM:
     """A packed layer that holds nothing."""
     rows, cols = SHAPE
@@ -202,6 +213,9 @@ def every_case() -> Iterator[Case]:
             yield select_nm_case(dtype, "scale", n, m, axis="out")
         for scored in (True, False):
             yield pack_case(dtype, scored)
+        if dtype.itemsize == 2:
+            for scored in (True, False):
+                yield pack_cutlass_case(dtype, scored)
         for n, m in ((2, 4), (3, 8)):
             yield unpack_case(dtype, n, m)
         for few in (1, 2, 4, 16, 32) if dtype.itemsize == 2 else (1, 2, 4, 16):

@@ -30,7 +30,7 @@ from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
-from ace_triton.kernels.pack_nm import pack_nm, pack_scored
+from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
@@ -261,6 +261,8 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
         ),
         count("pack_scored 2:4", n, e * n + 4 * cols + packed.packed_bytes, lambda: pack_scored(weight, plain, 2, 4)),
         count("pack_nm 2:4", n, e * n + packed.packed_bytes, lambda: pack_nm(pruned, 2, 4)),
+        count("pack_cutlass, scored", n, e * n + 4 * cols + packed.packed_bytes, lambda: pack_cutlass(weight, plain)),
+        count("pack_cutlass", n, e * n + packed.packed_bytes, lambda: pack_cutlass(pruned)),
         count("unpack_nm 2:4", n, e * n + packed.packed_bytes, lambda: unpack_nm(packed)),
         count(
             "nm_linear 2:4, 1 row",

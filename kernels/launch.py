@@ -290,7 +290,7 @@ def coupling(matrix: torch.Tensor) -> Coupling:
 
 @dataclass(frozen=True)
 class UnpackNm:
-    """Tile of ``unpack_nm``.
+    """Tile of ``unpack_nm``, and of ``pack_cutlass`` on the way back.
 
     Attributes:
         block_rows: rows of a program.
@@ -304,7 +304,7 @@ class UnpackNm:
 
 
 def unpack_nm(values: torch.Tensor, cols: int) -> UnpackNm:
-    """One 16-byte access of values a thread, and the two of weights that they make."""
+    """One 16-byte access of values a thread, and the two of weights that belong to them."""
     threads = WARPS * lanes(values.device)
     across = narrowest(math.ceil(cols / (2 * vector(values))), tuple(threads >> k for k in range(5) if threads >> k))
     return UnpackNm(threads // across, vector(values), across)

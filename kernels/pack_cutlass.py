@@ -3,13 +3,22 @@
 Of every group of four, two values and two 2-bit places, which four groups (eight in int8) share a word of; the words
 are interleaved as the tensor cores read them. All of it is defined by torch.sparse._semi_structured_conversions, and
 equal to its results bit by bit.
+
+Bytes per weight of e bytes: e read (e / 2 + 1/8 of a packed one), e / 2 + 1/8 written, in one pass.
 """
 
 from __future__ import annotations
 
 import torch
 
+from . import launch
+from .backend import choose_backend
+from .group_choice import best_of_group
 from .packed_nm import PackedNM, refuse_first, unpack_bits
+from .registers import bits_of, joined_bits, spread, unzip, zipped
+from .score_terms import ScoreTerms, score
+from .select_nm import check_selection, members, select_nm_reference, with_unit_stride
+from .triton_import import tl, triton
 
 META = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.int8: torch.int32}
 """Metadata's dtype for each dtype of the weight."""
@@ -18,20 +27,35 @@ BITS = {1: torch.int8, 2: torch.int16}
 """An integer of as many bytes."""
 
 
-def pack_cutlass(weight: torch.Tensor | PackedNM) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_cutlass(weight: torch.Tensor | PackedNM, terms: ScoreTerms | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Values [out, in / 2] and metadata [out, in / 16] (int16; [out, in / 32], int32, for int8) of a 2:4 weight.
 
     Args:
         weight: [out, in], fp16, bf16 or int8, out a multiple of 32 (16 for int8), in of 32 (64); or packed 2:4, from
             which the values and metadata are made without the dense weight between.
+        terms: prune a dense fp16 or bf16 weight by these scores on the way, which is only read; None for a weight that
+            is 2:4 already.
 
     Raises:
-        ValueError: a shape, dtype or pattern that CUTLASS does not take.
+        ValueError: a shape, dtype or pattern that CUTLASS does not take, or terms that do not fit.
         PatternError: a group has more than two non-zeros; torch's converter would drop one in silence.
     """
     check_cutlass(weight)
     if isinstance(weight, PackedNM):
+        if terms is not None:
+            raise ValueError("terms prune a dense weight, this one is packed: unpack it first (unpack_nm)")
+        if choose_backend(weight.values, weight.meta) == "triton":
+            return _pack_cutlass_triton(weight.values, weight.meta, None, *weight.shape)[:2]
         return pack_cutlass_reference(*four_of(weight))
+    if terms is not None:
+        check_selection(weight, terms, "weight")
+    if choose_backend(weight, *(terms.tensors().values() if terms else ())) == "triton":
+        values, meta, whole = _pack_cutlass_triton(with_unit_stride(weight), None, terms, *weight.shape)
+        if whole:
+            return values, meta
+    if terms is not None:
+        keep = select_nm_reference(weight, terms, 2, 4, output="mask")
+        weight = weight.detach().view(BITS[weight.element_size()]).where(keep, 0).view(weight.dtype)
     groups = weight.detach().reshape(weight.shape[0], -1, 4)
     refuse_first((groups != 0).sum(-1).flatten(), 2, 4, weight.shape[1])
     return pack_cutlass_reference(*groups.unbind(-1))
@@ -100,3 +124,165 @@ def check_cutlass(weight: torch.Tensor | PackedNM) -> None:
     rows, cols = (16, 64) if dtype == torch.int8 else (32, 32)
     if shape[0] % rows or shape[1] % cols:
         raise ValueError(f"in {dtype} CUTLASS needs outputs a multiple of {rows}, inputs of {cols}, got shape {shape}")
+
+
+def _pack_cutlass_triton(
+    source: torch.Tensor, bits: torch.Tensor | None, terms: ScoreTerms | None, rows: int, cols: int
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Values, metadata, and whether all that is not 0 found a place, of a dense weight or of packed values and bits."""
+    values = torch.empty(rows, cols // 2, dtype=source.dtype, device=source.device)
+    meta_dtype = META[source.dtype]
+    meta = torch.empty(rows, cols // (8 * meta_dtype.itemsize), dtype=meta_dtype, device=source.device)
+    if not values.numel():
+        return values, meta, True
+    tile = launch.unpack_nm(source, cols)
+    grid = triton.cdiv(cols, 2 * tile.vector * tile.threads) * triton.cdiv(rows, tile.block_rows)
+    lost = None if terms or bits is not None else torch.empty(grid, dtype=torch.int32, device=source.device)
+    factors = (terms.row, terms.col, terms.scale, terms.coupling) if terms else (None,) * 4
+    with torch.cuda.device_of(source):
+        _pack_cutlass_body[(grid,)](
+            *(source, bits, values, meta, lost),
+            *factors,
+            *(rows, cols, source.stride(0)),
+            POWER=terms.power if terms else 0,
+            BLOCK_ROWS=tile.block_rows,
+            VECTOR=tile.vector,
+            LANES=tile.threads,
+            num_warps=launch.WARPS,
+        )
+    return values, meta, lost is None or not bool(lost.any())
+
+
+@triton.jit
+def _pack_cutlass_body(
+    source_ptr,
+    bits_ptr,
+    values_ptr,
+    meta_ptr,
+    lost_ptr,
+    row_ptr,
+    col_ptr,
+    scale_ptr,
+    coupling_ptr,
+    rows,
+    cols,
+    stride,
+    POWER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A thread makes one word of metadata and the VECTOR values of one access, from the 2 * VECTOR weights of both."""
+    blocks_across = tl.cdiv(cols, 2 * VECTOR * LANES)
+    block = tl.program_id(0) % blocks_across
+    row = (tl.program_id(0) // blocks_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    word = block * LANES + tl.arange(0, LANES)[None, :]
+    value = block * (VECTOR * LANES) + tl.arange(0, VECTOR * LANES)[None, :]
+    line = row.to(tl.int64)
+    lost = tl.zeros([BLOCK_ROWS, LANES], tl.int32)
+    weights = ()
+    if bits_ptr is not None:
+        inside = (row < rows) & (value < cols // 2)
+        packed = unzip(tl.load(source_ptr + line * stride + value, mask=inside, other=0.0), VECTOR)
+        start = word * (2 * VECTOR)
+        bits = tl.load(bits_ptr + line * tl.cdiv(cols, 32) + start // 32, mask=(row < rows) & (start < cols), other=0)
+        for g in tl.static_range(VECTOR // 2):
+            low, high = bits_of(packed[2 * g]), bits_of(packed[2 * g + 1])
+            weights = weights + spread(low, high, bits >> start % 32, 4 * g)
+    else:
+        members_of_word = _of_words(source_ptr, line * stride, block, row < rows, cols, VECTOR, VECTOR, LANES)
+        row_term = None if row_ptr is None else tl.load(row_ptr + row, mask=row < rows, other=0.0)
+        col_terms = _of_words(col_ptr, 0, block, True, cols, VECTOR, 4, LANES)
+        scale_terms = _of_words(scale_ptr, 0, block, True, cols, VECTOR, 4, LANES)
+        factors = _of_words(coupling_ptr, line * cols, block, row < rows, cols, VECTOR, 4, LANES)
+        keys = ()
+        for k in tl.static_range(2 * VECTOR):
+            weights = weights + (bits_of(members_of_word[k]),)
+            if POWER > 0:
+                value_of = score(
+                    members_of_word[k].to(tl.float32),
+                    row_term,
+                    None if col_ptr is None else col_terms[k],
+                    None if scale_ptr is None else scale_terms[k],
+                    None if coupling_ptr is None else factors[k],
+                    POWER,
+                )
+                keys = keys + (value_of.to(tl.int32, bitcast=True) & 0x7FFFFFFF,)
+        if POWER > 0:
+            weights = _pruned(weights, keys)
+
+    values = ()
+    codes = ()
+    for g in tl.static_range(VECTOR // 2):
+        low, high, code, count = _two_of_four(
+            weights[4 * g], weights[4 * g + 1], weights[4 * g + 2], weights[4 * g + 3]
+        )
+        values = values + (low, high)
+        codes = codes + (code,)
+        lost = tl.maximum(lost, count)
+    packed_values = zipped(values).to(values_ptr.dtype.element_ty, bitcast=True)
+    there = (row < rows) & (value < cols // 2)
+    tl.store(values_ptr + line * (cols // 2) + value, packed_values, mask=there)
+    words = joined_bits(codes, 4).to(meta_ptr.dtype.element_ty)
+    place = _word_place(row, word, rows, VECTOR)
+    tl.store(meta_ptr + place, words, mask=(row < rows) & (word * (2 * VECTOR) < cols))
+    if lost_ptr is not None:
+        tl.store(lost_ptr + tl.program_id(0), (tl.max(tl.max(lost, 1), 0) > 2).to(tl.int32))
+
+
+@triton.jit
+def _pruned(weights, keys):
+    """Bits of the members of groups of four, 0 where two others of a group have higher keys."""
+    pruned = ()
+    for g in tl.static_range(len(weights) // 4):
+        kept = best_of_group((keys[4 * g], keys[4 * g + 1], keys[4 * g + 2], keys[4 * g + 3]), 2)
+        for k in tl.static_range(4):
+            pruned = pruned + (weights[4 * g + k] & kept[k].to(weights[4 * g + k].dtype),)
+    return pruned
+
+
+@triton.jit
+def _of_words(pointer, line, block, inside, cols, VECTOR: tl.constexpr, SPLIT: tl.constexpr, LANES: tl.constexpr):
+    """What lies at the 2 * VECTOR columns of a word, a tile each, SPLIT of them an access; nothing for no pointer."""
+    parts = ()
+    if pointer is not None:
+        place = tl.arange(0, LANES * SPLIT)[None, :]
+        for access in tl.static_range(2 * VECTOR // SPLIT):
+            j = (block * LANES + place // SPLIT) * (2 * VECTOR) + access * SPLIT + place % SPLIT
+            parts = parts + members(pointer, line + j, inside & (j < cols), SPLIT)
+    return parts
+
+
+@triton.jit
+def _two_of_four(a, b, c, d):
+    """The bits of the values, the places as four bits, and how many are not 0, as torch's converter chooses them."""
+    in_a, in_b, in_c, in_d = _not_zero(a), _not_zero(b), _not_zero(c), _not_zero(d)
+    both = in_a & in_b
+    third = (in_a | in_b) & (in_d == 0)
+    low = tl.where(in_a, a, tl.where(in_b, b, c))
+    high = tl.where(both, b, tl.where(third, c, d))
+    first = tl.where(in_a, 0, tl.where(in_b, 1, 2))
+    second = tl.where(both, 1, tl.where(third, 2, 3))
+    count = in_a.to(tl.int32) + in_b.to(tl.int32) + in_c.to(tl.int32) + in_d.to(tl.int32)
+    return low, high, first | second << 2, count
+
+
+@triton.jit
+def _not_zero(bits):
+    """Of fp16 and bf16 the sign does not count."""
+    if bits.dtype.primitive_bitwidth == 16:
+        found = (bits & 0x7FFF) != 0
+    else:
+        found = bits != 0
+    return found
+
+
+@triton.jit
+def _word_place(i, j, rows, VECTOR: tl.constexpr):
+    """:func:`word_places`, for words of 2 * VECTOR weights."""
+    BLOCK: tl.constexpr = 32 if VECTOR == 8 else 16
+    i = i // BLOCK * BLOCK + i % 8 * (BLOCK // 8) + i % BLOCK // 8
+    swap = (j & 1) - (i & 1)
+    i += swap
+    j -= swap
+    return (j // 2).to(tl.int64) * (2 * rows) + 2 * i + j % 2

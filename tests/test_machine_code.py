@@ -19,6 +19,7 @@ from benchmarks.kernel_cases import (
     moments_case,
     nm_linear_case,
     pack_case,
+    pack_cutlass_case,
     select_nm_case,
     select_rows_case,
     unpack_case,
@@ -135,6 +136,7 @@ def test_decoding_is_bound_by_memory(dtype):
 @pytest.mark.parametrize("scored", [True, False])
 def test_packing_takes_little_more_than_the_memory_time(scored):
     check(pack_case(torch.bfloat16, scored), most_ratio=1.6)
+    check(pack_cutlass_case(torch.bfloat16, scored), most_ratio=1.6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

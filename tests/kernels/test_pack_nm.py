@@ -188,7 +188,7 @@ def test_says_what_cannot_be_packed(weight, n, m, message):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("shape", [(32, 64), (96, 192), (64, 320)])
-@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("density", [0.3] if interpreting() else [0.0, 0.3, 1.0])
 def test_cutlass_equals_torchs_converter(make_matrix, dtype, shape, density):
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
@@ -205,6 +205,21 @@ def test_cutlass_equals_torchs_converter(make_matrix, dtype, shape, density):
         assert torch.equal(bits_of(got_values), bits_of(values))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("present", [(), ("row", "col", "scale", "coupling")])
+@pytest.mark.parametrize("values", ["normal", "ties"])
+def test_cutlass_in_the_selection_itself(make_matrix, make_terms, dtype, present, values):
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    weight = make_matrix(32, 96, dtype, values)
+    before, terms = weight.clone(), make_terms(32, 96, present)
+    got_values, got_meta = pack_cutlass(weight, terms)
+    assert torch.equal(bits_of(weight), bits_of(before)), "the weight may only be read"
+    values, meta = sparse_semi_structured_from_dense_cutlass(select_nm(weight, terms, 2, 4))
+    assert torch.equal(got_meta, meta)
+    assert torch.equal(got_values, values)
+
+
 def test_cutlass_refuses_what_torch_would_damage(device):
     weight = torch.zeros(32, 32, dtype=torch.float16, device=device)
     weight[3, 4:7] = 1
@@ -218,3 +233,7 @@ def test_cutlass_refuses_what_torch_would_damage(device):
         pack_cutlass(weight.float())
     with pytest.raises(ValueError, match="2:4 alone"):
         pack_cutlass(pack_nm(torch.zeros(32, 32, dtype=torch.float16), 1, 2))
+    with pytest.raises(ValueError, match="unpack it first"):
+        pack_cutlass(pack_nm(torch.zeros(32, 32, dtype=torch.float16), 2, 4), ScoreTerms())
+    with pytest.raises(ValueError, match=r"got torch\.int8"):
+        pack_cutlass(torch.zeros(32, 64, dtype=torch.int8), ScoreTerms())

@@ -13,6 +13,7 @@ from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import (
     PackedNM,
     PatternError,
+    pack_cutlass,
     pack_nm,
     pack_scored,
     pack_scored_reference,
@@ -84,6 +85,30 @@ def test_unpacking(dtype, shape, n, m):
     expected = unpack_nm_reference(packed)
     with executed_on_x86(1):
         assert torch.equal(bits_of(unpack_nm(packed)), bits_of(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_cutlass(dtype):
+    torch.manual_seed(0)
+    weight, terms = torch.randn(64, 192).mul(30).to(dtype), ScoreTerms(scale=torch.rand(192) + 0.1)
+    packed = pack_scored_reference(weight.float(), terms, 2, 4)
+    pruned = unpack_nm_reference(packed).to(dtype)
+    pruned[::3, ::5] = 0
+    expected = pack_cutlass(pruned)
+    sources = (pruned, pack_nm(pruned, 2, 4))
+    broken = pruned.clone()
+    broken[7, 4:7] = 1
+    with executed_on_x86(1):
+        for source in sources:
+            for got, truth in zip(pack_cutlass(source), expected, strict=True):
+                assert torch.equal(bits_of(got), bits_of(truth))
+        with pytest.raises(PatternError, match="row 7, group 1"):
+            pack_cutlass(broken)
+    if dtype.is_floating_point:
+        expected = pack_cutlass(weight, terms)
+        with executed_on_x86(1):
+            for got, truth in zip(pack_cutlass(weight, terms), expected, strict=True):
+                assert torch.equal(bits_of(got), bits_of(truth))
 
 
 @pytest.mark.parametrize(
