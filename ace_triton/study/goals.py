@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .cells import Variant
@@ -51,7 +52,7 @@ class Claim:
         verdict: the worst of theirs.
     """
 
-    comparisons: dict[str, Comparison]
+    comparisons: Mapping[str, Comparison]
     most: float
 
     @property
