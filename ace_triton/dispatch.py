@@ -42,7 +42,7 @@ class RowLimits:
 
 
 CPU_LIMITS = {
-    torch.float32: RowLimits(packed=256),
+    torch.float32: RowLimits(packed=384),
     torch.float16: RowLimits(packed=1 << 30),
     torch.bfloat16: RowLimits(packed=16),
 }

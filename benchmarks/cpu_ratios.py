@@ -31,6 +31,7 @@ from ace_triton.kernels.pack_nm import pack_nm, pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
+from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.metrics import ria, wanda
 from ace_triton.report import write_json
@@ -273,11 +274,13 @@ def packed_products(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
                 at_least=at_least,
             )
     pruned = select_nm(weight.clone(), terms, 2, 4)
-    for what, pack in (
+    into = torch.empty_like(weight)
+    for what, call in (
         ("pack_scored 2:4", lambda: pack_scored(weight, terms, 2, 4)),
         ("pack_nm 2:4", lambda: pack_nm(pruned, 2, 4)),
+        ("unpack_nm 2:4", lambda: unpack_nm(packed, into)),
     ):
-        yield Comparison(what, "`weight.mul_(1)`", label, pack, lambda: weight.mul_(1), lambda: None)
+        yield Comparison(what, "`weight.mul_(1)`", label, call, lambda: weight.mul_(1), lambda: None)
 
 
 SECTIONS = (against_passes, against_published, packed_products, over_tokens, over_small_layers, over_a_model)
