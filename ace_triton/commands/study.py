@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,8 @@ from ..study.run import run_study
 from ..study.workbench import Protocol, Workbench
 from .console import console, progress_bars
 from .options import DeviceOption, parse_device, parse_dtype, parse_options
+
+PageWriter = Callable[[Results, Path], None]
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,9 @@ def study(
     What OUT holds already is not run again: a stopped study goes on where it was, and other --lengths or
     --seeds add to it.
     """
-    _check_installed()
+    write_page = _page_writer()
     if render_only:
-        _render(read_results(out), out)
+        _render(write_page, read_results(out), out)
         return
     if minutes and not quality:
         raise ValueError("--minutes is for --quality: recovery goes on from what that measures")
@@ -150,21 +153,23 @@ def study(
                 )
             except KeyboardInterrupt:
                 console.print("stopped; the same command goes on from here", highlight=False)
-            _render(journal.results, out)
+            _render(write_page, journal.results, out)
 
 
-def _render(results: Results, out: Path) -> None:
-    from ..study.page import write_page
-
+def _render(write_page: PageWriter, results: Results, out: Path) -> None:
     page = out / f"{results.setting.model.rpartition('/')[2]}.html"
     write_page(results, page)
     console.print(f"{len(results.cells)} cells; the page is {escape(str(page))}", soft_wrap=True, highlight=False)
 
 
-def _check_installed() -> None:
+def _page_writer() -> PageWriter:
+    """What draws the page, loaded before hours of measuring begin; StudyError where what it draws with is missing."""
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
         raise StudyError(f"a study draws its page with {' and '.join(missing)}: pip install 'ace-triton[study]'")
+    from ..study.page import write_page
+
+    return write_page
 
 
 def _variant(word: str) -> Variant:
