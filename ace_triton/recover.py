@@ -1,14 +1,13 @@
 """Recovery: a few minutes of training in which only kept weights move, toward the dense model's predictions.
 
-The loss is the Kullback-Leibler divergence of the pruned model's next-token distribution from the dense model's, at
-temperature 1 (Hinton et al., arXiv 1503.02531), mean over tokens. AdamW steps on fp32 copies of the kept weights;
-forwards run in bfloat16. A pruned weight's gradient is put to 0, so that AdamW leaves it at exactly 0.
+The loss is :class:`~ace_triton.distillation.Distillation`'s. AdamW steps on fp32 copies of the kept weights; forwards
+run in bfloat16. A pruned weight's gradient is put to 0, so that AdamW leaves it at exactly 0.
 
-The dense model's logits are computed on the way, a fifth of a step on a CPU: a budget of minutes sees each token once,
-so that there is nothing to keep them for.
+The dense model runs on the way, a quarter of a step's arithmetic: a budget of minutes sees each token once, so that
+there is nothing to keep of it.
 
-Memory, in bytes: 17 a trained weight (4 for the copy, 4 its gradient, 8 of AdamW, 1 the mask), both models, and
-about 20 * vocabulary a token of ``MICRO_TOKENS`` for logits.
+Memory, in bytes: 19 a trained weight (4 for the copy, 2 for its cast, 4 its gradient, 8 of AdamW, 1 the mask), both
+models, and what a step's forward keeps for its backward.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 
 from .blocks import find_blocks
+from .distillation import Distillation
 from .recovery_state import RecoveryState
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ RecoveryProgress = Callable[[float, float, float], None]
 
 LEAST_ZEROS = 0.05
 """A weight with a smaller share of zeros was not pruned, and stays as it is."""
-
-MICRO_TOKENS = 1024
-"""Tokens of one forward and backward: a step adds several up, since logits of all of them would fill the memory."""
 
 FIRST_RATE = 0.1
 """Share of the peak learning rate that the first step takes."""
@@ -144,12 +141,13 @@ def recover(
     _check(model, teacher, ids)
     batches = _Batches(ids, settings)
     with _trainable(model, masks, settings) as parameters, _frozen(teacher):
-        optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, betas=BETAS, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
+        objective = Distillation(model, teacher, ids, settings.forward_dtype)
         run = RecoveryState.begin(state, settings, ids, parameters, optimizer)
         clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
         while (fraction := _spent(settings, run)) < 1:
             optimizer.param_groups[0]["lr"] = settings.rate(fraction)
-            loss = _step(model, teacher, batches.of(run.steps).to(model.device), optimizer, parameters, settings)
+            loss = _step(objective, batches.of(run.steps).to(model.device), optimizer, parameters, masks)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
             run.record(loss, time.monotonic() - clock, time.process_time() - cpu)
@@ -231,54 +229,40 @@ def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
 
 
 def _step(
-    model: nn.Module,
-    teacher: nn.Module,
+    objective: Distillation,
     ids: torch.Tensor,
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, nn.Parameter],
-    settings: RecoverySettings,
+    masks: dict[str, torch.Tensor],
 ) -> float:
-    """One step of the optimiser; the mean loss before it."""
-    total = 0.0
-    for part in ids.split(max(1, MICRO_TOKENS // ids.shape[1])):
-        with _autocast(ids.device, settings.forward_dtype):
-            with torch.no_grad():
-                wanted = teacher(input_ids=part, use_cache=False).logits.float().log_softmax(-1)
-            got = model(input_ids=part, use_cache=False).logits.float().log_softmax(-1)
-        loss = nn.functional.kl_div(got, wanted, reduction="sum", log_target=True) / ids.numel()
-        loss.backward()
-        total += float(loss.detach())
+    """One step of the optimiser; the divergence before it."""
+    loss = objective.backward(ids)
+    for name, mask in masks.items():
+        gradient = parameters[name].grad
+        if gradient is not None:
+            gradient.mul_(mask)
     nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
     optimizer.step()
     optimizer.zero_grad()
-    return total
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return loss
 
 
 @contextmanager
 def _trainable(
     model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters that move, in fp32 inside; gradients where a mask is False are 0."""
+    """The parameters that move, in fp32 inside."""
     blocks = [block.module.named_parameters(prefix=block.name) for block in find_blocks(model)]
     named = {name: parameter for block in blocks for name, parameter in block}
     moving = {n: p for n, p in named.items() if n in masks or (settings.norms and p.dim() == 1)}
     dtypes = {name: parameter.dtype for name, parameter in moving.items()}
-    handles = []
     with _frozen(model):
         try:
-            for name, parameter in moving.items():
+            for parameter in moving.values():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-                if name in masks:
-                    handles.append(parameter.register_hook(masks[name].__mul__))
             yield moving
         finally:
-            for handle in handles:
-                handle.remove()
             for name, parameter in moving.items():
                 parameter.grad = None
                 parameter.requires_grad_(False)
