@@ -14,10 +14,10 @@ constexpr int OUTPUT_TILE = 4, TOKENS_AT_ONCE = 16, INPUT_TILE = 512;
 // Bytes between what is read of a row and what memory is asked for meanwhile.
 constexpr int LINEAR_AHEAD = 2048;
 
-// Asks for what lies `distance` ahead of `offset` bytes into a row of `bytes`: past its end, in the row OUTPUTS below.
+// Asks for what lies LINEAR_AHEAD of `offset` bytes into a row of `bytes`: past its end, in the row OUTPUTS below.
 template <int OUTPUTS>
-ACE_INLINE void ask_ahead(const void* row, int64_t offset, int64_t bytes, int64_t distance = LINEAR_AHEAD) {
-    const int64_t ahead = offset + distance;
+ACE_INLINE void ask_ahead(const void* row, int64_t offset, int64_t bytes) {
+    const int64_t ahead = offset + LINEAR_AHEAD;
     __builtin_prefetch(static_cast<const char*>(row) + (ahead < bytes ? ahead : ahead + (OUTPUTS - 1) * bytes));
 }
 

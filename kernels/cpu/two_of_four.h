@@ -15,6 +15,13 @@ constexpr int TILE_WORDS = INPUT_TILE / WORD;
 template <typename E>
 constexpr int META_AHEAD = sizeof(typename E::Stored) == 4 ? 64 : 512;
 
+// Asks for the byte at `offset` of ROWS rows of `bytes` one after the other: past their end, of the ROWS rows below.
+template <int ROWS>
+ACE_INLINE void ask_rows_ahead(const void* first, int64_t offset, int64_t bytes) {
+    const char* asked = static_cast<const char*>(first) + (offset < bytes ? offset : offset + (ROWS - 1) * bytes);
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(asked + r * bytes);
+}
+
 // Words of sixteen 2-bit places inside their groups from words of 32 bits, nibble by nibble: the lower place is 0 where
 // bit 0 is set, else 1 where bit 1 is, else 2; the higher one 3, 2 or 1 by bits 3 and 2. No bits lead outside a group.
 ACE_INLINE void places_of(const uint32_t* meta, int words, uint32_t* places) {
@@ -102,9 +109,7 @@ ACE_INLINE void add_tile(const TwoOfFour<E>& w, int64_t from, int count, const u
     x += from;
     int k = 0;
     for (; (k + LINE_WORDS) * WORD <= count; k += LINE_WORDS) {
-        for (int r = 0; r < OUTPUTS; ++r) {
-            ask_ahead<OUTPUTS>(w.values + r * w.stride, (from / 2 + k * LANES) * SIZE, w.stride * SIZE);
-        }
+        ask_rows_ahead<OUTPUTS>(w.values, (from / 2 + k * LANES) * SIZE + LINEAR_AHEAD, w.stride * SIZE);
         for (int u = 0; u < LINE_WORDS; ++u) {
             add_word<OUTPUTS, TOKENS, true, E>(row, LANES, places, k + u, x, padded, sum);
         }
@@ -130,8 +135,8 @@ ACE_INLINE void two_of_four_outputs(const TwoOfFour<E>& w, const PackedWeight& w
         for (int64_t from = 0; from < whole.cols; from += INPUT_TILE) {
             const int count = int(whole.cols - from < INPUT_TILE ? whole.cols - from : INPUT_TILE);
             uint32_t places[OUTPUTS][TILE_WORDS];
+            ask_rows_ahead<OUTPUTS>(w.meta, from / 8 + META_AHEAD<E>, w.words * 4);
             for (int r = 0; r < OUTPUTS; ++r) {
-                ask_ahead<OUTPUTS>(w.meta + r * w.words, from / 8, w.words * 4, META_AHEAD<E>);
                 places_of(w.meta + r * w.words + from / WORD, (count + WORD - 1) / WORD, places[r]);
             }
             const float* x = task.tokens + first * task.padded;
