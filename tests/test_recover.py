@@ -11,7 +11,7 @@ import torch
 from ace_triton import RecoverySettings, checkpoint, prune_model, recover
 from ace_triton.recover import pruned_masks
 
-SHORT = RecoverySettings(steps=6, tokens_per_step=32, learning_rate=3e-3)
+SHORT = RecoverySettings(steps=6, tokens_per_step=32, learning_rate=0.03)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def state_of(model) -> dict[str, torch.Tensor]:
 def test_the_loss_falls_and_only_kept_weights_move(pair, text, family, dtype):
     model, teacher = pair(family, dtype)
     before, masks, frozen = state_of(model), pruned_masks(model), state_of(teacher)
-    settings = RecoverySettings(steps=25, tokens_per_step=128, learning_rate=3e-3)
+    settings = RecoverySettings(steps=25, tokens_per_step=128, learning_rate=0.03)
     report = recover(model, teacher, text, settings)
     assert sum(report.losses[-5:]) < 0.8 * sum(report.losses[:5])
     assert (report.steps, report.tokens) == (25, 25 * 128)
@@ -69,6 +69,19 @@ def test_the_loss_is_the_divergence_from_the_teacher(pair, text):
         q = model(text).logits.double().softmax(-1)
     expected = float((p * (p.log() - q.log())).sum(-1).mean())
     assert recover(model, teacher, text, settings).losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_rate_counts_in_each_weights_size(pair, text):
+    """AdamW's first step moves a weight by its rate, up or down: by that share of the root mean square here."""
+    model, teacher = pair()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(10)
+    before = state_of(model)
+    recover(model, teacher, text, RecoverySettings(steps=1, tokens_per_step=128, learning_rate=0.01, warmup=0.0))
+    for name, mask in pruned_masks(model).items():
+        kept, now = before[name][mask], state_of(model)[name][mask]
+        steps = (now - kept).abs()
+        assert float(steps.median()) == pytest.approx(0.01 * float(kept.norm()) / kept.numel() ** 0.5, rel=0.02), name
 
 
 def test_norms_move_where_that_is_asked_for(pair, text):

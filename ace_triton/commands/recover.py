@@ -31,7 +31,9 @@ def recover(
     samples: Annotated[int, typer.Option(help="Sequences of it.")] = 2048,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one step.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-4,
+    learning_rate: Annotated[
+        float, typer.Option(help="At its peak, in units of each weight's root mean square.")
+    ] = 2e-3,
     norms: Annotated[bool, typer.Option("--norms", help="Train norms and biases too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the crops and their order.")] = 0,
     device: DeviceOption = "auto",
