@@ -147,7 +147,8 @@ def ria(weight: torch.Tensor, stats: ActivationStats, a: float = 0.5) -> ScoreTe
     R_i and C_j are the row and column sums of |W|, in fp32: quotients in fp16 would fall below its
     normal range.
     """
-    return _scaled(_relative_importance(weight), stats.derive(("norm", a), lambda: stats.norm**a))
+    row, col = weight_sums(weight, inverse=True)
+    return ScoreTerms(row=row, col=col, scale=stats.derive(("norm", a), lambda: stats.norm**a))
 
 
 @register_metric("stade")

@@ -233,8 +233,9 @@ def _terms(
         raise StatsError(f"{label}: {error}") from error
     tensors = terms.tensors()
     vectors = [tensor for tensor in tensors.values() if tensor.dim() == 1]
-    checked = [torch.cat(vectors)] if vectors else []
-    checked += [terms.coupling] if terms.coupling is not None else []
+    checked = [torch.cat(vectors)] if len(vectors) > 1 else vectors
+    if terms.coupling is not None:
+        checked = [*checked, terms.coupling]
     if not all(all_finite(tensor) for tensor in checked):
         _check_finite(weight, label)
         bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]

@@ -37,8 +37,9 @@ def choose_backend(*tensors: torch.Tensor | None) -> Backend:
         ValueError: the tensors lie on different devices.
     """
     there = [t for t in tensors if t is not None]
-    device = there[0].device
-    if any(t.device != device for t in there):
+    devices = [t.device for t in there]
+    device = devices[0]
+    if devices.count(device) < len(devices):
         raise ValueError(
             f"all tensors of one operation must be on one device, these are on "
             f"{sorted({str(t.device) for t in there})}: move them with .to(device)"
