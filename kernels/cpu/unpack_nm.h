@@ -83,6 +83,9 @@ ACE_INLINE void spread_sixteen(const Stored* from, uint16_t bits, Stored* to) {
 }
 #endif
 
+// Bytes between what is read of the values and what memory is asked for meanwhile.
+constexpr int AHEAD = 2048;
+
 template <typename Stored>
 inline void unpack_rows(const Unpacking& task, int64_t begin, int64_t end) {
     const int log_m = __builtin_ctz(unsigned(task.m));
@@ -99,6 +102,7 @@ inline void unpack_rows(const Unpacking& task, int64_t begin, int64_t end) {
             if (task.m == 2 * LANES && j % 32) next += before < task.n ? before : task.n;
             before = __builtin_popcount(bits);
             const int64_t available = task.rows * stride - next, lanes = task.cols - j;
+            __builtin_prefetch(values + next + AHEAD / sizeof(Stored));
             if (available >= LANES && lanes >= LANES) spread_sixteen(values + next, bits, row + j);
             else spread_some(values + next, available, bits, row + j, int(lanes < LANES ? lanes : LANES));
         }
