@@ -30,7 +30,7 @@ def recover(
     calibration: Annotated[str, typer.Option(help="Text to train on, as for prune.")] = "allenai/c4:en",
     samples: Annotated[int, typer.Option(help="Sequences of it.")] = 2048,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens of one step.")] = 2048,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of one step.")] = 1024,
     learning_rate: Annotated[
         float, typer.Option(help="At its peak, in units of each weight's root mean square.")
     ] = 2e-3,
