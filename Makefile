@@ -16,7 +16,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality updates permutation study quality-study traffic kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation study quality-study traffic kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -74,15 +74,6 @@ quality: setup  ## perplexities of docs/quality.md; CALIBRATION and EVALUATION n
 	$(QUALITY)
 	$(QUALITY) $(PAIRED) --method "ACE, published form (Wanda, abs)"
 	$(QUALITY) $(PAIRED) --permute
-
-UPDATES = $(QUALITY) --samples 64 --length 128 --sparsity 2:4 --out docs/updates.json
-updates: setup  ## perplexity and CPU time of weight updates, docs/updates.md
-	$(UPDATES) --method Wanda --method SparseGPT
-	$(UPDATES) --method SparseGPT --true-sequential
-	$(UPDATES) --method Wanda --update lstsq
-	$(UPDATES) --method Wanda --update "lstsq, 12 mask rounds"
-	$(UPDATES) --method Wanda --update "lstsq, 12 mask rounds" --true-sequential
-	$(UPDATES) --method "ACE (default)" --update "lstsq, 12 mask rounds" --permute
 
 study: setup  ## the paper's experiments on SmolLM2-135M, hours on a CPU; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/ace-triton study smollm2 $(STUDY) --calibration $(CALIBRATION) --evaluation $(EVALUATION)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-
 SYMMETRIC_BLOCK = 384
 """Columns of a block of the product on a CPU: 30 % off at 1,536 channels, where smaller ones save no more."""
 

@@ -1,4 +1,4 @@
-"""A few of a layer's input tokens: enough to see how much energy a mask leaves each output, at no Gram matrix's cost."""
+"""A few of a layer's input tokens: enough to see how much energy a mask leaves each output, without a Gram matrix."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from ace_triton.report import write_json
 from ace_triton.study.cells import Cell, Variant
 from ace_triton.study.recipe import Recipe
 from ace_triton.study.workbench import Protocol, Workbench
-from ace_triton.update import Update
 
 METHODS: dict[str, Variant] = {
     "magnitude": Variant("magnitude"),
@@ -41,11 +40,8 @@ METHODS: dict[str, Variant] = {
     "SparseGPT": Variant("sparsegpt"),
 }
 
-PERMUTED, SEQUENTIAL = ", permuted", ", true sequential"
-"""Mark a method that ran with ``permute=True`` or ``true_sequential=True``."""
-
-UPDATES: dict[str, Update] = {"lstsq": Update(), "lstsq, 12 mask rounds": Update(mask_rounds=12)}
-"""What ``--update`` names; a method is marked with the name."""
+PERMUTED = ", permuted"
+"""Marks a method that ran with ``permute=True``."""
 
 console = Console()
 
@@ -59,8 +55,6 @@ def main(
     lengths: Annotated[list[int] | None, typer.Option("--length")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed")] = None,
     permute: Annotated[bool, typer.Option("--permute", help="Reorder channels first; n:m only.")] = False,
-    update: Annotated[str | None, typer.Option(help=f"Move kept weights: {' or '.join(map(repr, UPDATES))}.")] = None,
-    true_sequential: Annotated[bool, typer.Option("--true-sequential")] = False,
     samples: Annotated[int, typer.Option()] = 32,
     windows: Annotated[int, typer.Option()] = 20,
     window_length: Annotated[int, typer.Option()] = 512,
@@ -70,8 +64,8 @@ def main(
     content = json.loads(out.read_text()) if out.is_file() else {}
     cells: dict[str, float] = content.get("cells", {})
     seconds: dict[str, float] = content.get("cpu_seconds", {})
-    recipe = Recipe(permute, None if update is None else UPDATES[update], true_sequential)
-    marks = PERMUTED * permute + (f", {update}" if update else "") + SEQUENTIAL * true_sequential
+    recipe = Recipe(permute)
+    marks = PERMUTED * permute
     protocol = Protocol("smollm2", calibration, evaluation, wikitext, samples, windows, window_length)
     bench = Workbench(protocol)
     setting = {

@@ -9,6 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ace_triton.study.curve import curve
+from ace_triton.study.journal import read_results
+from ace_triton.study.tables import shown_spread
+from ace_triton.study.tally import Tally, shown_variant
+
 from .quality import cells_by_column, shown
 
 QUALITY_METHODS = (
@@ -74,22 +79,28 @@ def traffic(content: dict[str, Any]) -> list[str]:
     return lines + [f"| {row['what']} | {row['traffic']['launches']:,} | {row['ratio']:.2f} |" for row in rows]
 
 
-def updates(content: dict[str, Any]) -> list[str]:
-    """Perplexity and pruning time of weight updates, the first calibration seed, worst first."""
-    lines = [f"| 2:4, dense {content['cells']['dense']:.1f} | perplexity | CPU time |", "|---|---:|---:|"]
-    seconds = content["cpu_seconds"]
-    for key in sorted(seconds, key=lambda key: -content["cells"][key]):
-        lines.append(f"| {key.split(' | ')[0]} | {content['cells'][key]:.1f} | {seconds[key]:.0f} s |")
+def curve_of_quality(docs: Path) -> list[str]:
+    """Perplexity and time of everything measured at 2:4, worst first."""
+    tally = Tally(read_results(docs / "curve"))
+    length, dense = tally.results.setting.window_length, tally.results.dense
+    lines = [
+        f"| 2:4{'' if dense is None else f', dense {dense.perplexity:.1f}'} | perplexity | CPU time |",
+        "|---|---:|---:|",
+    ]
+    for point in sorted(curve(tally, "2:4", length), key=lambda point: -point.perplexity.mean):
+        perplexity = shown_spread(point.perplexity)
+        lines.append(f"| {shown_variant(point.variant)} | {perplexity} | {point.cpu_seconds:.0f} s |")
     return lines
 
 
-SECTIONS = {"quality": quality, "cpu": cpu, "traffic": traffic, "updates": updates}
+SECTIONS = {"quality": quality, "cpu": cpu, "traffic": traffic}
 
 
 def filled(readme: str, docs: Path) -> str:
     """The README with every section between its markers made anew."""
-    for name, section in SECTIONS.items():
-        table = "\n".join(section(json.loads((docs / f"{name}.json").read_text())))
+    tables = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
+    for name, lines in {**tables, "curve": curve_of_quality(docs)}.items():
+        table = "\n".join(lines)
         pattern = rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- /{name} -->)"
         readme, count = re.subn(
             pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", readme, flags=re.S

@@ -108,7 +108,7 @@ def test_the_search_finds_a_better_mask():
         return weight if output == "weight" else chosen
 
     first = choose(dense, "mask")
-    mask, start = search_mask(dense, first, 16, choose, lambda penalty: penalty_step(gram, penalty))
+    mask, start = search_mask(dense, first, penalty_step(gram), 16, choose)
     assert bool((mask.reshape(-1, 4).sum(1) == 2).all())
     assert bool((start[~mask] == 0).all())
     searched = output_error(solve_kept(dense, mask, gram, 60), dense, gram).sum()
