@@ -43,7 +43,7 @@ class Update:
     damping: float = 0.02
     prior: float = 512.0
     iterations: int = 8
-    mask_rounds: int = 0
+    mask_rounds: int = 5
     rescale: bool = True
 
     def __post_init__(self) -> None:

@@ -11,7 +11,8 @@ from ace_triton.blocks import find_blocks, linears_of
 from ace_triton.prune_model import prune_model
 
 PATTERNS = ["2:4", "1:4", "4:8", 0.5, Sparsity(0.5, scope="layer"), Sparsity("2:4", axis="out")]
-UPDATES = [Update(prior=32), Update(prior=32, mask_rounds=8)]
+UPDATES = [Update(prior=32, mask_rounds=0), Update(prior=32, mask_rounds=8)]
+ON_THE_MASK = Update(mask_rounds=0)
 BUILT_IN = [
     name
     for name in metric_names()
@@ -61,7 +62,7 @@ def test_the_pattern_holds_after_the_mask_was_chosen_again(method, axis):
 def test_more_rounds_err_less_than_none():
     dense, tokens = torch.nn.Linear(128, 64), tokens_of(1000, 128)
     errors = []
-    for update in (None, Update(), Update(mask_rounds=12)):
+    for update in (None, ON_THE_MASK, Update(mask_rounds=12)):
         layer = copy.deepcopy(dense)
         prune_linear(layer, tokens, "wanda", update=update)
         errors.append(error(layer, dense, tokens))
@@ -77,8 +78,8 @@ def test_a_prior_holds_where_tokens_are_few():
     errors = {}
     for name, update in (
         ("mask", None),
-        ("free", Update(prior=0.0, damping=1e-4, iterations=200, rescale=False)),
-        ("held", Update(iterations=200, rescale=False)),
+        ("free", Update(prior=0.0, damping=1e-4, iterations=200, mask_rounds=0, rescale=False)),
+        ("held", Update(iterations=200, mask_rounds=0, rescale=False)),
     ):
         layer = copy.deepcopy(dense)
         prune_linear(layer, seen, "wanda", update=update)
@@ -115,8 +116,8 @@ def test_padding_takes_no_part():
     other.load_state_dict(layer.state_dict())
     valid = torch.rand(4, 30) > 0.4
     noisy = torch.where(valid[..., None], tokens, 100 * torch.randn(4, 30, 32))
-    prune_linear(layer, ActivationStats.from_tokens(noisy, valid=valid, gram=True), "magnitude", update="lstsq")
-    prune_linear(other, tokens[valid], "magnitude", update="lstsq")
+    prune_linear(layer, ActivationStats.from_tokens(noisy, valid=valid, gram=True), "magnitude", update=ON_THE_MASK)
+    prune_linear(other, tokens[valid], "magnitude", update=ON_THE_MASK)
     torch.testing.assert_close(layer.weight, other.weight, rtol=1e-3, atol=1e-5)
 
 
@@ -169,7 +170,7 @@ def test_a_model_errs_less_on_its_calibration_text(make_decoder, ids, options):
 def test_layers_of_one_input_share_its_gram_matrix(make_decoder, ids):
     """What q, k and v become is what each becomes on its own."""
     model, single = make_decoder("llama"), make_decoder("llama")
-    prune_model(model, ids, "wanda", update="lstsq", include="*.layers.0.*")
+    prune_model(model, ids, "wanda", update=ON_THE_MASK, include="*.layers.0.*")
     seen = []
     attention = single.model.layers[0].self_attn
     hook = attention.q_proj.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
@@ -178,7 +179,7 @@ def test_layers_of_one_input_share_its_gram_matrix(make_decoder, ids):
     hook.remove()
     for name in ("q_proj", "k_proj", "v_proj"):
         layer = attention.get_submodule(name)
-        prune_linear(layer, seen[0], "wanda", update="lstsq")
+        prune_linear(layer, seen[0], "wanda", update=ON_THE_MASK)
         together = model.model.layers[0].self_attn.get_submodule(name)
         torch.testing.assert_close(together.weight, layer.weight, rtol=1e-3, atol=1e-6)
 

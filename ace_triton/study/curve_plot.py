@@ -33,9 +33,9 @@ class Mark:
 
 ALONE = Mark("o", "●", "○")
 PERMUTED = Mark("s", "■", "□", 7.5)
-UPDATED = Mark("v", "▼", "▽")
-PERMUTED_UPDATED = Mark("^", "▲", "△")
-SEARCHED = Mark("D", "◆", "◇", 7.5)
+RESCALED = Mark("v", "▼", "▽")
+PERMUTED_RESCALED = Mark("^", "▲", "△")
+FITTED = Mark("D", "◆", "◇", 7.5)
 RECOVERED = Mark("*", "★", "☆", 13.0)
 PUBLISHED = Mark("X", "✖", "✕", 8.5)
 
@@ -47,7 +47,7 @@ def mark_of(recipe: Recipe) -> Mark:
     if recipe.minutes is not None:
         return RECOVERED
     if recipe.update is not None:
-        return SEARCHED if recipe.update.mask_rounds else PERMUTED_UPDATED if recipe.permute else UPDATED
+        return FITTED if recipe.update.kind == "lstsq" else PERMUTED_RESCALED if recipe.permute else RESCALED
     return PERMUTED if recipe.permute else ALONE
 
 

@@ -12,7 +12,7 @@ from .recipe import Recipe
 PATTERN = "2:4"
 """At which more than the metrics alone is run."""
 
-RESCALE, LEAST_SQUARES = Update("rescale"), Update(mask_rounds=5)
+RESCALE, LEAST_SQUARES = Update("rescale"), Update()
 
 BEST = Recipe(permute=True, update=LEAST_SQUARES)
 """What recovery goes on from."""
