@@ -333,6 +333,15 @@ def test_published_forms_are_dominated_or_not(ours, seconds, verdict):
     assert dominance(tally).verdict == verdict
 
 
+def test_what_is_set_beside_a_published_form_takes_no_more_time_where_it_can():
+    """Of a single pair everything is open: the better but dearer point is not the one to name."""
+    rival = PUBLISHED[0]
+    values = {(rival, "2:4"): (100.0,), (PERMUTED, "2:4"): (90.0,), (UPDATED, "2:4"): (50.0,)}
+    found = dominance(measured(values, {rival: 10.0, PERMUTED: 9.0, UPDATED: 40.0}))
+    assert found.verdict == "open"
+    assert shown_variant(PERMUTED) + " has" in found.text
+
+
 def test_nothing_is_claimed_where_cells_are_missing():
     recipes = [PERMUTED, UPDATED, UPDATED.with_recipe(replace(BEST, minutes=5.0)), *PUBLISHED]
     for variant in recipes:

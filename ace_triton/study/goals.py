@@ -195,7 +195,8 @@ def dominance(tally: Tally) -> Finding | None:
             if quality is not None and time is not None:
                 tried.append((worst([quality.verdict, time.verdict]), quality.first, variant, quality, time))
         if tried:
-            verdict, _, variant, quality, time = min(tried, key=lambda entry: (FROM_BEST.index(entry[0]), entry[1]))
+            nearest = min(tried, key=lambda entry: (FROM_BEST.index(entry[0]), entry[4].first > 1, entry[1]))
+            verdict, _, variant, quality, time = nearest
             verdicts.append(verdict)
             parts.append(f"{shown_variant(rival)}: {shown_variant(variant)} has {quality} of its perplexity, {time}")
     if not verdicts:
