@@ -19,11 +19,12 @@ from torch import nn
 
 from .blocks import Block, gated_consumers
 from .prune import linear_weight
+from .replay import NotReplayable, hidden_of
 
 LOOSE = 0.25
 """Relative change that rounding may grow to further down the model; a wrong order changes a layer's output by 1.4."""
 
-CANNOT_RUN_AGAIN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+CANNOT_RUN_AGAIN = (NotReplayable, RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 """What a block may raise that does not bear a second call."""
 
 
@@ -201,10 +202,11 @@ class FoldTrial:
                 if running:
                     return
                 running, before = True, dict(seen)
-                dense = before | {block.name: _first(output).clone()}
-                for fold in of_block:
-                    with suppress(*CANNOT_RUN_AGAIN), self._folded([fold]):
-                        again = _first(module(*args, **kwargs))
+                with suppress(*CANNOT_RUN_AGAIN):
+                    dense = before | {block.name: hidden_of(output).clone()}
+                    for fold in of_block:
+                        with self._folded([fold]):
+                            again = hidden_of(module(*args, **kwargs))
                         if fold.consumer in dense and _same(seen | {block.name: again}, dense, fold.consumer):
                             local.append(fold)
                 seen.update(before)
@@ -253,12 +255,6 @@ def _output_noted(layer: nn.Module, seen: dict[str, torch.Tensor], name: str) ->
         yield
     finally:
         handle.remove()
-
-
-def _first(output: Any) -> torch.Tensor:
-    """A block's hidden states."""
-    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
 
 
 def _same(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor], consumer: str | None = None) -> bool:

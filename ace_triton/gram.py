@@ -37,9 +37,7 @@ class Gram:
         Raises:
             ValueError: tokens of another width.
         """
-        if tokens.shape[-1] != self.in_features:
-            raise ValueError(f"tokens have {tokens.shape[-1]} channels, this Gram matrix {self.in_features}")
-        rows = tokens.reshape(-1, self.in_features) if valid is None else tokens[valid]
+        rows = token_rows(tokens, valid, self.in_features, "Gram matrix")
         product = gram_product(rows)
         self.matrix = product if self.matrix is None else self.matrix.add_(product)
         self.count += rows.shape[0]
@@ -60,6 +58,13 @@ class Gram:
     def to(self, device: torch.device | str) -> Gram:
         """A copy on ``device``."""
         return replace(self, matrix=None if self.matrix is None else self.matrix.to(device, copy=True))
+
+
+def token_rows(tokens: torch.Tensor, valid: torch.Tensor | None, in_features: int, owner: str) -> torch.Tensor:
+    """The tokens [..., in_features] of a batch as rows, padding left out; ValueError where ``owner`` has another width."""
+    if tokens.shape[-1] != in_features:
+        raise ValueError(f"tokens have {tokens.shape[-1]} channels, this {owner} {in_features}")
+    return tokens.reshape(-1, in_features) if valid is None else tokens[valid]
 
 
 def gram_product(rows: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,10 @@ from torch import nn
 
 from .dispatch import Product, RowLimits, choose_product, unpacked_linear
 from .kernels.nm_linear import nm_linear
-from .kernels.pack_nm import PackedNM, pack_nm, unpack_nm
+from .kernels.pack_nm import PackedNM, pack_nm
 from .kernels.score_terms import ScoreTerms
 from .kernels.select_nm import select_nm
+from .kernels.unpack_nm import unpack_nm
 from .nm_linear import NMLinear
 from .semi_structured import refusal, semi_structured_linear
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .dispatch import RowLimits, multiply
-from .kernels.pack_nm import PackedNM, pack_nm, unpack_nm
+from .kernels.pack_nm import PackedNM, pack_nm
 from .kernels.packed_nm import WORD
+from .kernels.unpack_nm import unpack_nm
 from .packed_weight import PackedWeight
 from .prune import linear_weight
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -262,7 +261,7 @@ def _solve(
     try:
         solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **options)
         if update is not None:
-            solved = updated_weight(dense, stats, update, partial(_keep, terms, pattern, axis), solved)
+            solved = updated_weight(dense, stats, update, lambda w, out: _choose(w, terms, pattern, axis, out), solved)
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
     except ValueError as error:
@@ -278,21 +277,10 @@ def _solve(
     return mask
 
 
-def _keep(
-    terms: ScoreTerms, pattern: Sparsity, axis: Axis, weight: torch.Tensor, output: Literal["mask", "weight"]
-) -> torch.Tensor:
-    """The metric's choice among moving weights, as a mask or in place."""
-    if output == "mask" or (axis == "out" and pattern.n is None):
-        mask = _choose(weight, terms, pattern, axis, "mask")
-        return mask if output == "mask" else weight.mul_(mask)
-    _choose(weight, terms, pattern, axis, "weight")
-    return weight
-
-
 def _select(
     weight: torch.Tensor, served: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, want_mask: bool
 ) -> torch.Tensor | None:
-    if served is weight and not want_mask and (axis == "in" or pattern.n is not None):
+    if served is weight and not want_mask:
         _choose(weight, terms, pattern, axis, "weight")
         return None
     mask = _choose(served, terms, pattern, axis, "mask")
@@ -301,7 +289,10 @@ def _select(
     return mask if want_mask else None
 
 
-def _choose(weight: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, output: str) -> torch.Tensor:
+def _choose(
+    weight: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, output: Literal["mask", "weight"]
+) -> torch.Tensor:
+    """What the terms keep: the mask, or the weight itself, in place, with 0 where it is not kept."""
     if pattern.n is not None and pattern.m is not None:
         return select_nm(weight, terms, pattern.n, pattern.m, axis=axis, output=output)
     if pattern.scope == "layer":
@@ -309,7 +300,8 @@ def _choose(weight: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Ax
     if axis == "in":
         return select_rows(weight, terms, pattern.kept_of(weight.shape[1]), output=output)
     columns = scores_reference(weight, terms).t().contiguous()
-    return select_rows(columns, ScoreTerms(), pattern.kept_of(weight.shape[0]), output="mask").t()
+    mask = select_rows(columns, ScoreTerms(), pattern.kept_of(weight.shape[0]), output="mask").t()
+    return mask if output == "mask" else weight.masked_fill_(~mask, 0)
 
 
 def _kept(weight: torch.Tensor, pattern: Sparsity, axis: Axis) -> int:

@@ -53,6 +53,9 @@ RecoveryProgress = Callable[[float, float, float], None]
 LEAST_ZEROS = 0.05
 """A weight with a smaller share of zeros was not pruned, and stays as it is."""
 
+TEXT_SEQUENCES, TEXT_LENGTH = 2048, 256
+"""Crops of the calibration text to train on, where nothing else is said."""
+
 FIRST_RATE = 0.1
 """Share of the peak learning rate that the first step takes."""
 

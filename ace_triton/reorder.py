@@ -93,16 +93,14 @@ def find_folds(
     trial = FoldTrial(model, layers, list(candidates), ids)
     proven: dict[str, Fold] = {}
     unfolded: list[Unfolded] = []
-
-    def sole_of(consumer: str) -> list[Fold]:
-        return [fold for fold in candidates[consumer] if not any(map(shared, (consumer, *fold.producers)))]
-
-    likely = [next((fold for fold in sole_of(name) if fold.width % m == 0), None) for name in candidates]
-    at_once = trial.unchanged_at_once([fold for fold in likely if fold is not None], blocks)
+    sole = {
+        consumer: [fold for fold in folds if not any(map(shared, (consumer, *fold.producers)))]
+        for consumer, folds in candidates.items()
+    }
+    fitting = {consumer: [fold for fold in folds if fold.width % m == 0] for consumer, folds in sole.items()}
+    at_once = trial.unchanged_at_once([folds[0] for folds in fitting.values() if folds], blocks)
     for consumer, folds in candidates.items():
-        sole = sole_of(consumer)
-        fitting = [fold for fold in sole if fold.width % m == 0]
-        unchanging = (fold for fold in fitting if fold in at_once or trial.unchanged_by(fold))
+        unchanging = (fold for fold in fitting[consumer] if fold in at_once or trial.unchanged_by(fold))
         if not trial.reaches(consumer):
             reason = NOT_REACHED
         elif (fold := next(unchanging, None)) is not None:
@@ -110,10 +108,11 @@ def find_folds(
             continue
         elif not folds:
             reason = NOT_FOUND
-        elif not sole:
+        elif not sole[consumer]:
             reason = SHARED
         else:
-            reason = CHANGES_THE_MODEL if fitting else f"its runs of {sole[0].width} inputs are no multiple of {m}"
+            runs = sole[consumer][0].width
+            reason = CHANGES_THE_MODEL if fitting[consumer] else f"its runs of {runs} inputs are no multiple of {m}"
         unfolded.append(Unfolded(consumer, reason))
     return Folds(layers, proven, tuple(unfolded))
 

@@ -49,7 +49,7 @@ def make_runner(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Bat
         trace = _trace(model, blocks, trial)
         try:
             sizes = _try_replay(model, blocks, trial, trace)
-        except _NotReplayable as reason:
+        except NotReplayable as reason:
             warnings.warn(
                 f"{type(model).__name__}: {reason}. Its blocks cannot be run one at a time: the whole model is run "
                 "for each block instead, which takes longer",
@@ -133,7 +133,7 @@ class _Stop(Exception):
     """Ends a forward of the model where nothing more is wanted of it."""
 
 
-class _NotReplayable(Exception):
+class NotReplayable(Exception):
     """Why blocks cannot be run one at a time, as half a sentence."""
 
 
@@ -151,7 +151,7 @@ class _Call:
         for place, value in places:
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3:
                 return cls(args, kwargs, place)
-        raise _NotReplayable("a block is given no hidden states [n_sequences, length, width]")
+        raise NotReplayable("a block is given no hidden states [n_sequences, length, width]")
 
     @property
     def hidden(self) -> Any:
@@ -165,7 +165,7 @@ class _Call:
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         call = self.with_hidden(hidden)
-        return _hidden_of(module(*call.args, **call.kwargs))
+        return hidden_of(module(*call.args, **call.kwargs))
 
 
 def _forward(model: nn.Module, batch: Batch) -> None:
@@ -174,10 +174,11 @@ def _forward(model: nn.Module, batch: Batch) -> None:
         model(input_ids=batch.ids, attention_mask=mask, use_cache=False)
 
 
-def _hidden_of(output: Any) -> torch.Tensor:
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returns; NotReplayable where they are not to be found."""
     first = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(first, torch.Tensor):
-        raise _NotReplayable(f"a block returns a {type(output).__name__}, neither hidden states nor a tuple of them")
+        raise NotReplayable(f"a block returns a {type(output).__name__}, neither hidden states nor a tuple of them")
     return first
 
 
@@ -204,8 +205,8 @@ def _try_replay(
 ) -> list[int | None]:
     """For each block None where it returns a tensor, or the size of the tuple it returns."""
     if [index for index, _ in trace] != list(range(len(blocks))):
-        raise _NotReplayable("its forward does not call each block once, in order")
-    wanted = [_hidden_of(output) for _, output in trace]
+        raise NotReplayable("its forward does not call each block once, in order")
+    wanted = [hidden_of(output) for _, output in trace]
     for block, hidden in zip(blocks, wanted, strict=True):
         if not torch.isfinite(hidden).all():
             raise ValueError(
@@ -219,10 +220,10 @@ def _try_replay(
         for block, call, want in zip(blocks, calls, wanted, strict=True):
             once, again = call.run(block.module, hidden), call.run(block.module, hidden)
             if not (_agree(once, want) and _agree(again, want)):
-                raise _NotReplayable(f"{block.name} needs more than its hidden states and constant arguments")
+                raise NotReplayable(f"{block.name} needs more than its hidden states and constant arguments")
             hidden = once
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        raise _NotReplayable(f"a block fails outside the model's forward ({error})") from error
+        raise NotReplayable(f"a block fails outside the model's forward ({error})") from error
     return sizes
 
 

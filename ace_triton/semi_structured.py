@@ -16,7 +16,8 @@ import torch
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernels.pack_nm import PackedNM, pack_cutlass, unpack_nm
+from .kernels.pack_nm import PackedNM, pack_cutlass
+from .kernels.unpack_nm import unpack_nm
 
 DTYPES = (torch.float16, torch.bfloat16)
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .gram import token_rows
+
 SAMPLE_TOKENS = 512
-"""Tokens kept. Perplexity after ``update="rescale"`` is within 1 % of what all 8,192 tokens give on SmolLM2-135M."""
+"""Tokens kept. SmolLM2-135M, Wanda at 2:4, rows rescaled, one seed: perplexity 212.4; of all 8,192 tokens, 210.1."""
 
 
 @dataclass
@@ -40,9 +42,7 @@ class TokenSample:
         Raises:
             ValueError: tokens of another width.
         """
-        if tokens.shape[-1] != self.in_features:
-            raise ValueError(f"tokens have {tokens.shape[-1]} channels, this sample {self.in_features}")
-        rows = tokens.reshape(-1, self.in_features) if valid is None else tokens[valid]
+        rows = token_rows(tokens, valid, self.in_features, "sample")
         generator = torch.Generator().manual_seed(self.count)
         draws = torch.rand(rows.shape[0], generator=generator, dtype=torch.float64)
         chosen = _lowest(draws)

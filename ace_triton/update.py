@@ -95,7 +95,7 @@ def updated_weight(
 
     Args:
         dense: fp32 [out_features, in_features].
-        stats: with a Gram matrix.
+        stats: with a Gram matrix, or for "rescale" a sample of tokens.
         update: how.
         choose: the metric's choice.
         start: weights and mask to start from, of a method with a solver of its own; None for the dense weights

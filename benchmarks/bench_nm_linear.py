@@ -7,7 +7,8 @@ import torch
 
 from ace_triton.kernels import cpu
 from ace_triton.kernels.nm_linear import nm_linear
-from ace_triton.kernels.pack_nm import PackedNM, pack_nm, pack_scored, unpack_nm
+from ace_triton.kernels.pack_nm import PackedNM, pack_nm, pack_scored
+from ace_triton.kernels.unpack_nm import unpack_nm
 from benchmarks.agreement import Disagreement
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare

@@ -24,7 +24,6 @@ from .select_nm import (
     with_unit_stride,
 )
 from .triton_import import tl, triton
-from .unpack_nm import unpack_nm, unpack_nm_reference
 
 __all__ = [
     "LAYOUT_VERSION",
@@ -35,8 +34,6 @@ __all__ = [
     "pack_nm_reference",
     "pack_scored",
     "pack_scored_reference",
-    "unpack_nm",
-    "unpack_nm_reference",
 ]
 
 

@@ -13,7 +13,7 @@ from .. import checkpoint, report
 from ..calibration import load_calibration
 from ..packed_manifest import is_packed
 from ..progress import stage
-from ..recover import RecoverySettings
+from ..recover import TEXT_LENGTH, TEXT_SEQUENCES, RecoverySettings
 from ..recover import recover as train
 from .console import console, progress_bars
 from .options import DeviceOption, JsonOption, OverwriteOption, check_json, parse_device
@@ -28,12 +28,12 @@ def recover(
     minutes: Annotated[float | None, typer.Option(help="To train for; 5 where --steps is not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the optimiser, in place of --minutes.")] = None,
     calibration: Annotated[str, typer.Option(help="Text to train on, as for prune.")] = "allenai/c4:en",
-    samples: Annotated[int, typer.Option(help="Sequences of it.")] = 2048,
-    length: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens of one step.")] = 1024,
+    samples: Annotated[int, typer.Option(help="Sequences of it.")] = TEXT_SEQUENCES,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = TEXT_LENGTH,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of one step.")] = RecoverySettings.tokens_per_step,
     learning_rate: Annotated[
         float, typer.Option(help="At its peak, in units of each weight's root mean square.")
-    ] = 2e-3,
+    ] = RecoverySettings.learning_rate,
     norms: Annotated[bool, typer.Option("--norms", help="Train norms and biases too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the crops and their order.")] = 0,
     device: DeviceOption = "auto",

@@ -20,16 +20,13 @@ from ..batches import TOKENS_OF_A_FORWARD
 from ..calibration import MOST_DOCUMENTS, SELF, crop, token_stream
 from ..evaluate import perplexity
 from ..prune_model import prune_model
-from ..recover import RecoveryProgress, RecoveryReport, RecoverySettings, recover
+from ..recover import TEXT_LENGTH, TEXT_SEQUENCES, RecoveryProgress, RecoveryReport, RecoverySettings, recover
 from ..sparsity import Sparsity
 from ..text import TextError, read_documents, wikitext_rows
 from ..timing import Seconds
 from . import published_model
 from .cells import Cell
 from .records import Evaluation, Setting
-
-RECOVERY_SEQUENCES, RECOVERY_LENGTH = 2048, 256
-"""Crops of the calibration text that a recovery trains on, as ``ace-triton recover`` does."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +151,8 @@ class Workbench:
             state: file that a training which was stopped goes on from.
             progress: called after each step.
         """
-        length = min(RECOVERY_LENGTH, self._longest or RECOVERY_LENGTH)
-        ids = crop(self._stream, RECOVERY_SEQUENCES, length, seed)
+        length = min(TEXT_LENGTH, self._longest or TEXT_LENGTH)
+        ids = crop(self._stream, TEXT_SEQUENCES, length, seed)
         settings = RecoverySettings(minutes=minutes, seed=seed)
         return recover(self.model, self._teacher, ids, settings, state=state, progress=progress)
 

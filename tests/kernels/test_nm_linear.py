@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from ace_triton.kernels import cpu
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear, nm_linear_reference
-from ace_triton.kernels.pack_nm import pack_nm, pack_scored, unpack_nm
+from ace_triton.kernels.pack_nm import pack_nm, pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.unpack_nm import unpack_nm
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 2), (3, 8), (8, 16), (5, 32), (31, 32)]
