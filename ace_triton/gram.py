@@ -61,7 +61,7 @@ class Gram:
 
 
 def token_rows(tokens: torch.Tensor, valid: torch.Tensor | None, in_features: int, owner: str) -> torch.Tensor:
-    """The tokens [..., in_features] of a batch as rows, padding left out; ValueError where ``owner`` has another width."""
+    """The tokens [..., in_features] of a batch as rows, without padding; ValueError where the width is another."""
     if tokens.shape[-1] != in_features:
         raise ValueError(f"tokens have {tokens.shape[-1]} channels, this {owner} {in_features}")
     return tokens.reshape(-1, in_features) if valid is None else tokens[valid]
