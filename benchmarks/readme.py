@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ace_triton.study.curve import curve
+from ace_triton.study.goals import goals
 from ace_triton.study.journal import read_results
 from ace_triton.study.tables import shown_spread
 from ace_triton.study.tally import Tally, shown_variant
@@ -80,7 +81,7 @@ def traffic(content: dict[str, Any]) -> list[str]:
 
 
 def curve_of_quality(docs: Path) -> list[str]:
-    """Perplexity and time of everything measured at 2:4, worst first."""
+    """Perplexity and time of everything measured at 2:4, worst first, and what that says of the study's aims."""
     tally = Tally(read_results(docs / "curve"))
     length, dense = tally.results.setting.window_length, tally.results.dense
     lines = [
@@ -90,7 +91,7 @@ def curve_of_quality(docs: Path) -> list[str]:
     for point in sorted(curve(tally, "2:4", length), key=lambda point: -point.perplexity.mean):
         perplexity = shown_spread(point.perplexity)
         lines.append(f"| {shown_variant(point.variant)} | {perplexity} | {point.cpu_seconds:.0f} s |")
-    return lines
+    return [*lines, "", *(f"- {found.headline} ({found.verdict}). {found.text}" for found in goals(tally))]
 
 
 SECTIONS = {"quality": quality, "cpu": cpu, "traffic": traffic}
