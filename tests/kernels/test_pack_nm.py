@@ -16,11 +16,11 @@ from ace_triton.kernels.pack_nm import (
     pack_nm_reference,
     pack_scored,
     pack_scored_reference,
-    unpack_nm,
 )
 from ace_triton.kernels.packed_nm import unpack_bits
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import GROUP_SIZES, select_nm
+from ace_triton.kernels.unpack_nm import unpack_nm
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PATTERNS = [(n, m) for m in GROUP_SIZES for n in sorted({1, m // 2, m - 1})]

@@ -17,10 +17,9 @@ from ace_triton.kernels.pack_nm import (
     pack_nm,
     pack_scored,
     pack_scored_reference,
-    unpack_nm_reference,
 )
 from ace_triton.kernels.score_terms import ScoreTerms
-from ace_triton.kernels.unpack_nm import unpack_nm
+from ace_triton.kernels.unpack_nm import unpack_nm, unpack_nm_reference
 from tests.x86.executor import executed_on_x86
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
