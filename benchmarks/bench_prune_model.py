@@ -84,13 +84,17 @@ def statistics(loaded: LoadedModel) -> Iterator[dict[str, ActivationStats]]:
 def test_score_and_mask(
     compare: Compare, loaded: LoadedModel, statistics: dict[str, ActivationStats], method: str
 ) -> None:
-    """Ours checks every weight besides, and derives what it needs of the statistics anew in every round."""
+    """Ours checks every weight besides, and derives what it needs of the statistics anew in every round: as in
+    prune_model once for the layers that share an input."""
     fresh: dict[str, ActivationStats] = {}
     mean_square = {name: stats.norm.square() for name, stats in statistics.items()}
 
     def restore() -> None:
         loaded.restore()
-        fresh.update({name: stats.to(loaded.ids.device) for name, stats in statistics.items()})
+        inputs: dict[int, ActivationStats] = {}
+        for name, stats in statistics.items():
+            shared = inputs.setdefault(id(stats.mean), stats.to(loaded.ids.device))
+            fresh[name] = shared.with_outputs(stats.outputs)
 
     def ours() -> None:
         for name, layer in loaded.layers.items():

@@ -36,14 +36,17 @@ def choose_backend(*tensors: torch.Tensor | None) -> Backend:
         BackendError: the forced backend is unknown or cannot serve these tensors.
         ValueError: the tensors lie on different devices.
     """
-    there = [t for t in tensors if t is not None]
-    devices = [t.device for t in there]
-    device = devices[0]
-    if devices.count(device) < len(devices):
-        raise ValueError(
-            f"all tensors of one operation must be on one device, these are on "
-            f"{sorted({str(t.device) for t in there})}: move them with .to(device)"
-        )
+    device = None
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            if device is not None:
+                where = sorted({str(t.device) for t in tensors if t is not None})
+                raise ValueError(
+                    f"all tensors of one operation must be on one device, these are on {where}: "
+                    "move them with .to(device)"
+                )
+            device = tensor.device
+    assert device is not None
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced and forced.strip():
         return _forced(forced.strip().lower(), device)
