@@ -6,9 +6,15 @@
 namespace ace {
 namespace {
 
-constexpr int ROW_TILE = 4;
+constexpr int ROW_TILE = 8;
 // Bytes between an element that is read and the one of the same row that memory is asked for meanwhile.
 constexpr int ROWS_AHEAD = 2048;
+
+// Whether no vector before that of element j asked for its line of 64 bytes.
+template <typename E>
+ACE_INLINE bool first_of_line(int j) {
+    return j % int(64 / sizeof(typename E::Stored)) < LANES;
+}
 
 // Adds |w| of TILE rows to the column sums, and each row's own sum to `rows`; near the end of the rows memory is asked
 // for the TILE rows after them.
@@ -24,7 +30,7 @@ ACE_INLINE void add_magnitudes(const typename E::Stored* weight, const Matrix& w
             const auto* later = weight + (ahead < w.cols ? ahead : TILE * w.stride + ahead - w.cols);
             Floats v[TILE];
             for (int r = 0; r < TILE; ++r) {
-                __builtin_prefetch(later + r * w.stride);
+                if (first_of_line<E>(j)) __builtin_prefetch(later + r * w.stride);
                 v[r] = magnitude(E::load(weight + r * w.stride + from + j, lanes));
                 row[r] = row[r] + v[r];
             }
