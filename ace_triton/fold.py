@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Fold:
     def apply(self, layers: Mapping[str, nn.Module], order: torch.Tensor) -> None:
         """Reorder the consumer's inputs and the producers' outputs in place; bits are moved, not changed."""
         weight = _weight(layers[self.consumer])
-        weight.copy_(weight[:, self.inputs(order).to(weight.device)])
+        weight.copy_(weight.gather(1, self.inputs(order).to(weight.device).expand(weight.shape)))
         for name in self.producers:
             weight = _weight(layers[name])
             outputs = self.outputs(order, weight.shape[0]).to(weight.device)
@@ -173,7 +174,10 @@ class FoldTrial:
         self, model: nn.Module, layers: Mapping[str, nn.Module], consumers: Sequence[str], ids: torch.Tensor
     ) -> None:
         self._model, self._layers, self._consumers, self._ids = model, layers, consumers, ids
-        self._dense = self._outputs()
+
+    @cached_property
+    def _dense(self) -> dict[str, torch.Tensor]:
+        return self._outputs()
 
     def reaches(self, name: str) -> bool:
         """Whether a token reached the layer."""
@@ -219,7 +223,7 @@ class FoldTrial:
                 of_block = [fold for fold in folds if fold.consumer.startswith(f"{block.name}.")]
                 handle = block.module.register_forward_hook(check(block, of_block), with_kwargs=True)
                 hooks.callback(handle.remove)
-            self._outputs(seen)
+            self._dense = self._outputs(seen)
         with self._folded(local):
             return local if _same(self._outputs(), self._dense) else []
 

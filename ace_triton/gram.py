@@ -52,7 +52,7 @@ class Gram:
 
     def reordered(self, order: torch.Tensor) -> Gram:
         """With the channels in another order: place p takes channel ``order[p]``, int64 [in_features]."""
-        matrix = None if self.matrix is None else self.matrix[order][:, order].contiguous()
+        matrix = None if self.matrix is None else self.matrix[order].index_select(1, order)
         return replace(self, matrix=matrix)
 
     def to(self, device: torch.device | str) -> Gram:

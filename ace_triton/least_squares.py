@@ -36,8 +36,29 @@ def output_error(weight: torch.Tensor, dense: torch.Tensor, gram: torch.Tensor) 
 
 def energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """sum_t (w_i x_t)^2 of every row, fp32 [out_features]; on a CPU from factors of eight bits, as they are in bf16."""
+    return coarse_product(weight, gram).mul_(weight).sum(1)
+
+
+def coarse(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix in bf16 where its products are fast, for what eight bits are enough for; else as it is."""
+    fast = matrix.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return matrix.bfloat16() if fast else matrix
+
+
+def coarse_product(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """weight @ matrix in the weight's dtype, from factors of eight bits where those are fast.
+
+    Args:
+        weight: fp32 or fp64 [out_features, in_features].
+        matrix: [in_features, in_features]; what :func:`coarse` gave takes half the time on a CPU.
+    """
     with bfloat16_products():
-        return (weight @ gram).mul_(weight).sum(1)
+        return (weight.to(matrix.dtype) @ matrix).to(weight.dtype)
+
+
+def under(mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The weight, finite, with +0.0 where the mask has none: on a CPU in a seventh of torch.where's time."""
+    return (weight * mask).add_(0.0)
 
 
 def solve_kept(
@@ -90,10 +111,14 @@ def penalty_step(gram: torch.Tensor, penalty: float = PENALTY) -> torch.Tensor:
     bits of it are enough to choose a mask.
     """
     strength = gram.diagonal() * penalty
-    factor = torch.linalg.cholesky(gram + strength.diag())
-    step = torch.cholesky_inverse(factor).mul_(strength[:, None])
-    fast = gram.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return step.bfloat16() if fast else step
+    return coarse(torch.cholesky_inverse(torch.linalg.cholesky(raised(gram, strength))).mul_(strength[:, None]))
+
+
+def raised(gram: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix with ``added`` [in_features] on its diagonal."""
+    matrix = gram.clone()
+    matrix.diagonal().add_(added)
+    return matrix
 
 
 def search_mask(
@@ -115,12 +140,11 @@ def search_mask(
     Returns:
         The last mask, and weights near its least-squares solution.
     """
-    kept, dual = dense.where(mask, 0.0), torch.zeros_like(dense)
+    kept, beyond = under(mask, dense), dense
     for index in range(rounds):
-        pull = (kept - dual - dense).to(step.dtype)
-        free = (pull @ step).float().add_(dense).add_(dual)
+        free = coarse_product(kept.sub_(beyond), step).add_(beyond)
         if index + 1 < rounds:
             kept = choose(free.clone(), "weight")
-            dual = free.sub_(kept)
+            beyond = free.sub_(kept).add_(dense)
     mask = choose(free, "mask")
-    return mask, free.where(mask, 0.0)
+    return mask, under(mask, free)

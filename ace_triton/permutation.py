@@ -18,10 +18,10 @@ import torch
 from .kernels.assignment import assignment
 from .kernels.join_gains import join_gains
 
-CYCLES = 3
+CYCLES = 2
 """Times that every channel of every group is taken out, at most."""
 
-MOST_STARTS, GROUPS_OF_ALL_STARTS = 16, 128
+MOST_STARTS, GROUPS_OF_ALL_STARTS = 16, 64
 """A search starts from so many orders at most, and from as many as have so many groups together."""
 
 LEAST_GAIN = 1e-4

@@ -130,6 +130,7 @@ class Plan:
         self._owners: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._owners.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+        self._shared = {name for owners in self._owners.values() if len(owners) > 1 for name in owners}
         self._add_blocks()
         self._add_outside(model)
         if not self.layers:
@@ -144,7 +145,7 @@ class Plan:
 
     def shares(self, name: str) -> bool:
         """Whether a layer's weight serves other layers too."""
-        return any(name in owners and len(owners) > 1 for owners in self._owners.values())
+        return name in self._shared
 
     def skip(self, name: str, weight: torch.Tensor, reason: str) -> None:
         """Record that a weight stays dense."""

@@ -9,10 +9,13 @@ import torch
 
 from .gram import Gram, bfloat16_products
 from .kernels.finite import all_finite
-from .least_squares import Choose, energy, output_error, penalty_step, search_mask, solve_kept
+from .least_squares import Choose, coarse, coarse_product, energy, penalty_step, raised, search_mask, solve_kept, under
 from .stats import ActivationStats, StatsError
 
 UPDATES = ("rescale", "lstsq")
+
+FEW_ROWS, NO_DOUBT = 8, 0.9
+"""Every eighth row tells whether a search helped where their error fell below 0.9 of what it was."""
 
 LARGEST_SCALE = 2.0
 """A row is never scaled by more, nor by less than its inverse: one that lost so much is no matter of scale."""
@@ -109,20 +112,24 @@ def updated_weight(
         StatsError: no Gram matrix or sample of tokens, as the update needs, or NaN or infinity in it.
     """
     first, mask = start or (None, choose(dense, "mask"))
-    first = dense.where(mask, 0.0) if first is None else first
+    fit = _Fit(under(mask, dense) if first is None else first, mask)
     if update.kind == "lstsq":
-        first, mask = _fitted(dense, stats, update, choose, first, mask)
-    return (rescaled(first, dense, stats) if update.rescale else first), mask
+        fit = _fitted(dense, stats, update, choose, fit)
+    return (rescaled(fit.weight, dense, stats, fit.gained) if update.rescale else fit.weight), fit.mask
 
 
-def rescaled(weight: torch.Tensor, dense: torch.Tensor, stats: ActivationStats) -> torch.Tensor:
+def rescaled(
+    weight: torch.Tensor, dense: torch.Tensor, stats: ActivationStats, gained: torch.Tensor | None = None
+) -> torch.Tensor:
     """The weight, each row times sqrt(sum_t (W_i x_t)^2 / sum_t (w_i x_t)^2); W is the dense weight, w this one.
 
     Args:
         weight, dense: fp32 [out_features, in_features].
         stats: with a Gram matrix, or a sample of tokens.
+        gained: sum_t (w_i x_t)^2 - (W_i x_t)^2, fp32 [out_features], where it is known already.
     """
-    given, left = output_energy(dense, stats), output_energy(weight, stats)
+    given = output_energy(dense, stats)
+    left = output_energy(weight, stats) if gained is None else given + gained
     scale = torch.where((given > 0) & (left > 0), given / left, 1.0).sqrt_()
     return weight * scale.clamp_(1 / LARGEST_SCALE, LARGEST_SCALE)[:, None]
 
@@ -130,9 +137,7 @@ def rescaled(weight: torch.Tensor, dense: torch.Tensor, stats: ActivationStats) 
 def output_energy(weight: torch.Tensor, stats: ActivationStats) -> torch.Tensor:
     """sum_t (w_i x_t)^2 over the tokens, or over the sample where there is no Gram matrix; fp32 [out_features]."""
     if stats.gram is not None:
-        matrix = gram_of(stats).matrix
-        assert matrix is not None
-        return energy(weight, matrix)
+        return energy(weight, _coarse_gram(stats))
     tokens = None if stats.sample is None else stats.sample.tokens
     if tokens is None:
         raise StatsError(
@@ -143,25 +148,62 @@ def output_energy(weight: torch.Tensor, stats: ActivationStats) -> torch.Tensor:
         return (tokens.float() @ weight.t()).square().sum(0)
 
 
-def _fitted(
-    dense: torch.Tensor, stats: ActivationStats, update: Update, choose: Choose, first: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    gram = stats.derive(("damped_gram", update.damping, update.prior), lambda: _damped(gram_of(stats), update))
-    if not bool(gram.diagonal().min() > 0):
-        return first, mask
-    if not update.mask_rounds:
-        return solve_kept(dense, mask, gram, update.iterations, first), mask
+@dataclass(frozen=True)
+class _Fit:
+    """Weights and their mask; ``gained`` as in :func:`rescaled`, where finding them told it."""
 
-    step = stats.derive(("penalty_step", update.damping, update.prior), lambda: penalty_step(gram))
-    searched, moved = search_mask(dense, mask, step, update.mask_rounds, choose)
-    if bool(output_error(moved, dense, gram).sum() <= output_error(first, dense, gram).sum()):
-        return moved, searched
-    return solve_kept(dense, mask, gram, update.iterations, first), mask
+    weight: torch.Tensor
+    mask: torch.Tensor
+    gained: torch.Tensor | None = None
 
 
-def _damped(gram: Gram, update: Update) -> torch.Tensor:
-    """G + damping mean(diag G) I + prior / n_tokens diag(G)."""
+def _fitted(dense: torch.Tensor, stats: ActivationStats, update: Update, choose: Choose, first: _Fit) -> _Fit:
+    gram = gram_of(stats)
+    assert gram.matrix is not None
+    matrix, damping = gram.matrix, _damping(gram, update)
+    if not bool((matrix.diagonal() + damping).min() > 0):
+        return first
+    if update.mask_rounds:
+        step = stats.derive(
+            ("penalty_step", update.damping, update.prior), lambda: penalty_step(raised(matrix, damping))
+        )
+        mask, moved = search_mask(dense, first.mask, step, update.mask_rounds, choose)
+        change, coarse_gram = moved - dense, _coarse_gram(stats)
+        product = coarse_product(change, coarse_gram)
+        error = _row_products(product, change) + change.square() @ damping
+        if _errs_less(error, first.weight - dense, coarse_gram, damping):
+            return _Fit(moved, mask, _row_products(product, moved + dense))
+    damped = stats.derive(("damped_gram", update.damping, update.prior), lambda: raised(matrix, damping))
+    return _Fit(solve_kept(dense, first.mask, damped, update.iterations, first.weight), first.mask)
+
+
+def _errs_less(error: torch.Tensor, change: torch.Tensor, gram: torch.Tensor, damping: torch.Tensor) -> bool:
+    """Whether rows err less, in sum, than those changed by ``change``: by a few rows where these leave no doubt."""
+    for rows, doubt in ((slice(None, None, FEW_ROWS), NO_DOUBT), (slice(None), 1.0)):
+        other = energy(change[rows], gram) + change[rows].square() @ damping
+        if bool(error[rows].sum() <= doubt * other.sum()):
+            return True
+    return False
+
+
+def _row_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """<left_i, right_i> of every row."""
+    return (left * right).sum(1)
+
+
+def _coarse_gram(stats: ActivationStats) -> torch.Tensor:
+    """The Gram matrix itself, not damped, as :func:`coarse` has it."""
+
+    def compute() -> torch.Tensor:
+        matrix = gram_of(stats).matrix
+        assert matrix is not None
+        return coarse(matrix)
+
+    return stats.derive("coarse_gram", compute)
+
+
+def _damping(gram: Gram, update: Update) -> torch.Tensor:
+    """What is added to the Gram matrix's diagonal: damping mean(diag G) + prior / n_tokens diag(G), [in_features]."""
     assert gram.matrix is not None
     diagonal = gram.matrix.diagonal()
-    added = update.damping * diagonal.mean() + update.prior / max(gram.count, 1) * diagonal
-    return gram.matrix + added.diag()
+    return update.damping * diagonal.mean() + update.prior / max(gram.count, 1) * diagonal
