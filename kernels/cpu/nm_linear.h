@@ -11,13 +11,13 @@ namespace {
 // Outputs that share a load of the tokens, tokens that share a load of the weights, and inputs of a tile of unpacked
 // weights; a tile and its sixteen tokens stay in the first-level cache.
 constexpr int OUTPUT_TILE = 4, TOKENS_AT_ONCE = 16, INPUT_TILE = 512;
-// Bytes between what is read of a row and what memory is asked for meanwhile.
-constexpr int LINEAR_AHEAD = 2048;
+// Bytes between what is read of a row and what memory is asked for meanwhile: those that each loop is fastest with.
+template <typename E>
+constexpr int DENSE_AHEAD = sizeof(typename E::Stored) == 4 ? 1536 : 2048;
 
-// Asks for what lies LINEAR_AHEAD of `offset` bytes into a row of `bytes`: past its end, in the row OUTPUTS below.
+// Asks for the byte at `ahead` of a row of `bytes`: past its end, of the row OUTPUTS below.
 template <int OUTPUTS>
-ACE_INLINE void ask_ahead(const void* row, int64_t offset, int64_t bytes) {
-    const int64_t ahead = offset + LINEAR_AHEAD;
+ACE_INLINE void ask_ahead(const void* row, int64_t ahead, int64_t bytes) {
     __builtin_prefetch(static_cast<const char*>(row) + (ahead < bytes ? ahead : ahead + (OUTPUTS - 1) * bytes));
 }
 
@@ -39,7 +39,7 @@ struct DenseRows {
     template <int OUTPUTS>
     ACE_INLINE void ahead(int r, int64_t j) const {
         constexpr int SIZE = sizeof(typename E::Stored);
-        ask_ahead<OUTPUTS>(first + r * stride, j * SIZE, stride * SIZE);
+        ask_ahead<OUTPUTS>(first + r * stride, j * SIZE + DENSE_AHEAD<E>, stride * SIZE);
     }
     ACE_INLINE Floats at(int r, int64_t j, int lanes) const { return E::load(first + r * stride + j, lanes); }
 };

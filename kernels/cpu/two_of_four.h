@@ -9,11 +9,15 @@ namespace {
 
 // Weights of a word, and of the values in a vector.
 constexpr int WORD = 32;
-constexpr int TILE_WORDS = INPUT_TILE / WORD;
-// Bytes between the metadata that is read of a row and what memory is asked for meanwhile, a line a tile: a tile of
-// narrow weights is over before the next line could come.
+// Inputs whose places are made at a time for one token. Making them holds up the reading of memory: little and often is
+// best where a register of values is a whole line.
 template <typename E>
-constexpr int META_AHEAD = sizeof(typename E::Stored) == 4 ? 64 : 512;
+constexpr int ONE_TOKEN_TILE = WIDTH * sizeof(typename E::Stored) == 64 ? 128 : INPUT_TILE;
+// Bytes between what is read of a row and what memory is asked for meanwhile.
+template <typename E>
+constexpr int VALUES_AHEAD = sizeof(typename E::Stored) == 4 ? 1536 : 3072;
+template <typename E>
+constexpr int META_AHEAD = sizeof(typename E::Stored) == 4 ? 128 : 512;
 
 // Asks for the byte at `offset` of ROWS rows of `bytes` one after the other: past their end, of the ROWS rows below.
 template <int ROWS>
@@ -84,7 +88,7 @@ struct TwoOfFour {
 };
 
 // A word of OUTPUTS rows times TOKENS tokens; the last one of a row may hold `lanes` values, not a whole vector.
-template <int OUTPUTS, int TOKENS, bool WHOLE, typename E>
+template <int OUTPUTS, int TOKENS, bool WHOLE, typename E, int TILE_WORDS>
 ACE_INLINE void add_word(const typename E::Stored* const* row, int lanes, const uint32_t (*places)[TILE_WORDS], int k,
                          const float* x, int64_t padded, Floats (*sum)[TOKENS]) {
     for (int r = 0; r < OUTPUTS; ++r) {
@@ -96,7 +100,7 @@ ACE_INLINE void add_word(const typename E::Stored* const* row, int lanes, const 
 
 // Inputs of one tile, `count` of them, from `from` on. With one token there are registers to spare: memory is asked ahead
 // once for every line.
-template <int OUTPUTS, int TOKENS, typename E>
+template <int OUTPUTS, int TOKENS, typename E, int TILE_WORDS>
 ACE_INLINE void add_tile(const TwoOfFour<E>& w, int64_t from, int count, const uint32_t (*places)[TILE_WORDS],
                          const float* x, int64_t padded, Floats* sums) {
     constexpr int SIZE = sizeof(typename E::Stored), LINE_WORDS = TOKENS == 1 ? 64 / (LANES * SIZE) : 1;
@@ -109,7 +113,7 @@ ACE_INLINE void add_tile(const TwoOfFour<E>& w, int64_t from, int count, const u
     x += from;
     int k = 0;
     for (; (k + LINE_WORDS) * WORD <= count; k += LINE_WORDS) {
-        ask_rows_ahead<OUTPUTS>(w.values, (from / 2 + k * LANES) * SIZE + LINEAR_AHEAD, w.stride * SIZE);
+        ask_rows_ahead<OUTPUTS>(w.values, (from / 2 + k * LANES) * SIZE + VALUES_AHEAD<E>, w.stride * SIZE);
         for (int u = 0; u < LINE_WORDS; ++u) {
             add_word<OUTPUTS, TOKENS, true, E>(row, LANES, places, k + u, x, padded, sum);
         }
@@ -123,30 +127,38 @@ ACE_INLINE void add_tile(const TwoOfFour<E>& w, int64_t from, int count, const u
     }
 }
 
+// All inputs, TILE of them after the other: the number of words is a constant in every tile but the last.
+template <int OUTPUTS, int TILE, typename E>
+ACE_INLINE void add_row(const TwoOfFour<E>& w, int64_t cols, const float* x, int64_t padded, int tokens, Floats* sums) {
+    const auto add = [&](int64_t from, int count) ACE_INLINED {
+        uint32_t places[OUTPUTS][TILE / WORD];
+        ask_rows_ahead<OUTPUTS>(w.meta, from / 8 + META_AHEAD<E>, w.words * 4);
+        for (int r = 0; r < OUTPUTS; ++r) {
+            places_of(w.meta + r * w.words + from / WORD, (count + WORD - 1) / WORD, places[r]);
+        }
+        int t = 0;
+        for (; t + 4 <= tokens; t += 4) add_tile<OUTPUTS, 4>(w, from, count, places, x + t * padded, padded, sums + t);
+        for (; t < tokens; ++t) add_tile<OUTPUTS, 1>(w, from, count, places, x + t * padded, padded, sums + t);
+    };
+    int64_t from = 0;
+    for (; from + TILE <= cols; from += TILE) add(from, TILE);
+    if (from < cols) add(from, int(cols - from));
+}
+
 template <int OUTPUTS, typename E>
 ACE_INLINE void two_of_four_outputs(const TwoOfFour<E>& w, const PackedWeight& whole, const LinearTask& task,
                                     int64_t i) {
     for (int64_t first = 0; first < task.n_tokens; first += TOKENS_AT_ONCE) {
         const int tokens = int(task.n_tokens - first < TOKENS_AT_ONCE ? task.n_tokens - first : TOKENS_AT_ONCE);
+        const float* x = task.tokens + first * task.padded;
         Floats sums[OUTPUTS * TOKENS_AT_ONCE];
         for (int r = 0; r < OUTPUTS; ++r) {
             for (int t = 0; t < tokens; ++t) sums[r * TOKENS_AT_ONCE + t] = Floats::all(0.0f);
         }
-        for (int64_t from = 0; from < whole.cols; from += INPUT_TILE) {
-            const int count = int(whole.cols - from < INPUT_TILE ? whole.cols - from : INPUT_TILE);
-            uint32_t places[OUTPUTS][TILE_WORDS];
-            ask_rows_ahead<OUTPUTS>(w.meta, from / 8 + META_AHEAD<E>, w.words * 4);
-            for (int r = 0; r < OUTPUTS; ++r) {
-                places_of(w.meta + r * w.words + from / WORD, (count + WORD - 1) / WORD, places[r]);
-            }
-            const float* x = task.tokens + first * task.padded;
-            int t = 0;
-            for (; t + 4 <= tokens; t += 4) {
-                add_tile<OUTPUTS, 4>(w, from, count, places, x + t * task.padded, task.padded, sums + t);
-            }
-            for (; t < tokens; ++t) {
-                add_tile<OUTPUTS, 1>(w, from, count, places, x + t * task.padded, task.padded, sums + t);
-            }
+        if (ONE_TOKEN_TILE<E> < INPUT_TILE && tokens == 1) {
+            add_row<OUTPUTS, ONE_TOKEN_TILE<E>>(w, whole.cols, x, task.padded, 1, sums);
+        } else {
+            add_row<OUTPUTS, INPUT_TILE>(w, whole.cols, x, task.padded, tokens, sums);
         }
         deliver_sums<OUTPUTS>(sums, tokens, first, whole.rows, task, i);
     }
