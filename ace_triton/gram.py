@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
-SYMMETRIC_BLOCK = 384
-"""Columns of a block of the product on a CPU: 30 % off at 1,536 channels, where smaller ones save no more."""
+from .kernels.gram_product import gram_product
 
 
 @dataclass
@@ -38,8 +35,7 @@ class Gram:
             ValueError: tokens of another width.
         """
         rows = token_rows(tokens, valid, self.in_features, "Gram matrix")
-        product = gram_product(rows)
-        self.matrix = product if self.matrix is None else self.matrix.add_(product)
+        self.matrix = gram_product(rows, into=self.matrix)
         self.count += rows.shape[0]
 
     def __add__(self, other: Gram) -> Gram:
@@ -65,42 +61,3 @@ def token_rows(tokens: torch.Tensor, valid: torch.Tensor | None, in_features: in
     if tokens.shape[-1] != in_features:
         raise ValueError(f"tokens have {tokens.shape[-1]} channels, this {owner} {in_features}")
     return tokens.reshape(-1, in_features) if valid is None else tokens[valid]
-
-
-def gram_product(rows: torch.Tensor) -> torch.Tensor:
-    """X^T X in fp32, each product exact and added in fp32; for 16-bit tokens on the matrix units.
-
-    Args:
-        rows: X, [n_tokens, in_features], any floating dtype; fp64 is rounded to fp32 first.
-    """
-    if rows.is_cuda and torch.version.hip is None and rows.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(rows.t(), rows, out_dtype=torch.float32)
-    if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:
-        with bfloat16_products():
-            return _symmetric_product(rows.float())
-    single = rows.float()
-    return single.t() @ single
-
-
-def _symmetric_product(rows: torch.Tensor) -> torch.Tensor:
-    """X^T X by the blocks on and above the diagonal."""
-    columns = rows.t()
-    width = len(columns)
-    product = rows.new_empty(width, width)
-    for start in range(0, width, SYMMETRIC_BLOCK):
-        block = slice(start, min(start + SYMMETRIC_BLOCK, width))
-        product[block, start:] = columns[block] @ rows[:, start:]
-        product[block.stop :, block] = product[block, block.stop :].t()
-    return product
-
-
-@contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """On a CPU, oneDNN may round fp32 factors to bf16; sums stay fp32. Exact where the factors are bf16 already."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from .gram import bfloat16_products
+from .kernels.gram_product import bfloat16_products
 
 TOLERANCE = 0.02
 """Conjugate gradients end where the residual, in the preconditioner's norm, is below this share of what the outputs'

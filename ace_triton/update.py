@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
-from .gram import Gram, bfloat16_products
+from .gram import Gram
 from .kernels.finite import all_finite
+from .kernels.gram_product import bfloat16_products
 from .least_squares import Choose, coarse, coarse_product, energy, penalty_step, raised, search_mask, solve_kept, under
 from .stats import ActivationStats, StatsError
 

@@ -38,6 +38,8 @@ _SIGNATURES = {
     "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],
     "ace_weighted_squares": [*_MATRIX, _POINTER, _LONG, _POINTER, _INT],
     "ace_join_gains": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _INT],
+    "ace_has_gram_product": [],
+    "ace_gram_product": [_POINTER, *[_LONG] * 3, _POINTER, _INT],
     "ace_assign": [_POINTER, _LONG, _LONG, _POINTER, _INT],
     "ace_pack_nm": [*_MATRIX, *[_POINTER] * 4, _INT, _POINTER, _POINTER, *[_INT] * 4, _POINTER],
     "ace_unpack_nm": [_POINTER, _POINTER, _LONG, _LONG, *[_INT] * 3, _POINTER, _INT],
@@ -232,6 +234,19 @@ def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tens
         *(gains.data_ptr(), torch.get_num_threads()),
     )
     return gains
+
+
+def has_gram_product() -> bool:
+    """Whether this processor multiplies bf16 in pairs, and may under the instruction set in use."""
+    return bool(_library().ace_has_gram_product())
+
+
+def gram_product(rows: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.gram_product.gram_product`."""
+    laid = _row_major(rows)
+    shape = *laid.shape, laid.stride(0)
+    _call("ace_gram_product", laid.data_ptr(), *shape, into.data_ptr(), torch.get_num_threads())
+    return into
 
 
 def assign(gains: torch.Tensor) -> torch.Tensor:

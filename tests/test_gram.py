@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ace_triton import ActivationStats, Gram, StatsError
-from ace_triton.gram import gram_product
+from ace_triton.kernels.gram_product import gram_product
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -1,6 +1,7 @@
 // The C ABI: checks nothing (the Python side has), picks the instruction set, and deals units of work to threads.
 // Every function returns 0, or 1 where memory ran out.
 
+#include "gram_product.h"
 #include "tasks.h"
 
 #include <algorithm>
@@ -323,6 +324,32 @@ ACE_EXPORT int ace_join_gains(const float* candidates, const float* thresholds, 
         deal(n_pools * blocks, threads_for(work, n_pools * blocks, threads), [&](int64_t begin, int64_t end, int) {
             for (int64_t unit = begin; unit < end; ++unit) bodies->join_gains(task, unit / blocks, unit % blocks);
         });
+    });
+}
+
+// 1 where ace_gram_product serves this processor under the instruction set in use.
+ACE_EXPORT int ace_has_gram_product() { return strcmp(bodies->name, "avx512") == 0 && has_bf16_pairs(); }
+
+// Adds bf16 tokens' products to a symmetric matrix, fp32 [width, width]. Panels are dealt out from both ends: later
+// ones have more rows.
+ACE_EXPORT int ace_gram_product(const uint16_t* tokens, int64_t n_tokens, int64_t width, int64_t stride, float* gram,
+                                int32_t threads) {
+    return guarded([&] {
+        const int64_t panels = units(width, GRAM_PANEL);
+        const int shares = threads_for(n_tokens * width * 2, panels, threads);
+        std::vector<uint32_t> packed(panels * GRAM_PANEL * std::min(GRAM_PAIRS, units(n_tokens, 2)));
+        const auto each = [&](const auto& work) {
+            deal(panels, shares, [&](int64_t begin, int64_t end, int) {
+                for (int64_t k = begin; k < end; ++k) work(k % 2 ? panels - 1 - k / 2 : k / 2);
+            });
+        };
+        for (int64_t first = 0; first < n_tokens; first += 2 * GRAM_PAIRS) {
+            const int64_t count = std::min(2 * GRAM_PAIRS, n_tokens - first);
+            const GramTask task = {tokens + first * stride, count, width, stride, packed.data(), gram};
+            each([&](int64_t panel) { pack_gram_panel(task, panel); });
+            each([&](int64_t panel) { add_gram_panel(task, panel); });
+        }
+        each([&](int64_t panel) { mirror_gram_panel(gram, width, panel); });
     });
 }
 
