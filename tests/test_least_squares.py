@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ace_triton import least_squares
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.least_squares import output_error, penalty_step, search_mask, solve_kept
@@ -97,6 +98,14 @@ def test_the_step_is_the_published_one_in_another_form(penalty):
     wanted = torch.linalg.solve(gram + strength, (dense @ gram + pull @ strength).t()).t()
     got = dense + (pull - dense) @ penalty_step(gram.float(), penalty).double()
     assert float((got - wanted).norm() / (wanted - dense).norm()) < 0.01
+
+
+@pytest.mark.parametrize("widest", [3, 7, 100])
+def test_a_wide_step_is_made_of_halves(monkeypatch, widest):
+    gram = damped(correlated(60, 37))
+    wanted = penalty_step(gram)
+    monkeypatch.setattr(least_squares, "WIDEST_FACTOR", widest)
+    torch.testing.assert_close(penalty_step(gram), wanted, rtol=1e-2, atol=1e-4)
 
 
 def test_the_search_finds_a_better_mask():
