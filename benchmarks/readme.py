@@ -1,4 +1,7 @@
-"""Puts the figures of docs/*.json into the README, between its markers: ``python -m benchmarks.readme [--check]``."""
+"""Puts the figures of docs/*.json, and the dispatch's limits, into the README, between its markers.
+
+python -m benchmarks.readme [--check]
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from ace_triton.dispatch import (
+    ANY_PATTERN_LIMITS,
+    BLOCK_BYTES,
+    CPU_LIMITS,
+    CUSPARSELT_LIMITS,
+    CUTLASS_LIMITS,
+    OTHER_LIMITS,
+    RowLimits,
+)
 from ace_triton.study.curve import curve
 from ace_triton.study.goals import goals
 from ace_triton.study.journal import read_results
@@ -16,6 +29,7 @@ from ace_triton.study.tables import shown_spread
 from ace_triton.study.tally import Tally, shown_variant
 
 from .quality import cells_by_column, shown
+from .sparse import table as sparse
 
 QUALITY_METHODS = (
     "magnitude",
@@ -42,6 +56,9 @@ CPU_ROWS = (
     ("nm_linear 2:4, 1 row", "`F.linear`"),
     ("nm_linear 2:4, 1 row", "the same loop, dense"),
 )
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
+ANY_ROWS = 2**20
+"""A limit of so many rows and more is none."""
 TRAFFIC_ROWS = ("select_nm 2:4, Wanda's terms", "RIA in all", "select_rows 50 %", "moments")
 
 
@@ -94,13 +111,31 @@ def curve_of_quality(docs: Path) -> list[str]:
     return [*lines, "", *(f"- {found.headline} ({found.verdict}). {found.text}" for found in goals(tally))]
 
 
-SECTIONS = {"quality": quality, "cpu": cpu, "traffic": traffic}
+def row_limits() -> list[str]:
+    """The products of packed layers by number of rows, with the limits that the dispatch has."""
+    on_cpu = [f"{_up_to(CPU_LIMITS[dtype])} in {name}" for dtype, name in DTYPE_NAMES.items()]
+    halves = " or ".join(str(limits.packed) for limits in (CUTLASS_LIMITS, CUSPARSELT_LIMITS))
+    on_cuda = f"at 2:4 up to {halves} in fp16 and bf16, {OTHER_LIMITS.packed} in fp32; else {ANY_PATTERN_LIMITS.packed}"
+    return [
+        "| rows | CPU | CUDA |",
+        "|---|---|---|",
+        f"| few | our kernel ({', '.join(on_cpu)}) | our kernel ({on_cuda}) |",
+        f"| more | unpacked for the call {BLOCK_BYTES // 2**20} MiB at a time, then dense | "
+        "2:4 in fp16 and bf16: torch's semi-structured product; else unpacked, then dense |",
+    ]
+
+
+def _up_to(limits: RowLimits) -> str:
+    return "always" if limits.packed >= ANY_ROWS else f"up to {limits.packed}"
+
+
+SECTIONS = {"quality": quality, "sparse": sparse, "cpu": cpu, "traffic": traffic}
 
 
 def filled(readme: str, docs: Path) -> str:
     """The README with every section between its markers made anew."""
     tables = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
-    for name, lines in {**tables, "curve": curve_of_quality(docs)}.items():
+    for name, lines in {**tables, "curve": curve_of_quality(docs), "rows": row_limits()}.items():
         table = "\n".join(lines)
         pattern = rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- /{name} -->)"
         readme, count = re.subn(

@@ -1,0 +1,219 @@
+"""A model pruned to 2:4, dense with zeros beside packed: bytes, memory, tokens; writes docs/sparse.{json,md}.
+
+    python -m benchmarks.sparse
+
+Both sides are loaded from their own folder. Memory is that of a fresh process for each; tokens are greedy, one
+sequence, on one thread, the two sides in turn. Rates are of CPU time, prompt included.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from ace_triton import checkpoint, prune_model, sparsify
+from ace_triton.calibration import load_calibration
+from ace_triton.packed_checkpoint import load_model, save_packed
+from ace_triton.report import write_json
+
+from .cpu_ratios import DTYPES, processor
+from .resident import PROMPT, Resident, measure_resident
+
+PATTERN = "2:4"
+SAMPLES, LENGTH = 16, 128
+console = Console()
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to hold the pruned model.
+
+    Attributes:
+        file_bytes: of its tensors on disk.
+        resident: of a process that loads it and generates.
+        tokens_per_second: median over the rounds.
+    """
+
+    file_bytes: int
+    resident: Resident
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both ways in one dtype.
+
+    Attributes:
+        dtype: "fp32" or "bf16".
+        dense, packed: the model with its zeros, and packed.
+        layer_bytes: bytes of the packed layers over what they take dense.
+        faster: how many times as many tokens a second packed, the median over rounds of both sides.
+        same_tokens: of the generated tokens, how many are equal before the first that is not.
+    """
+
+    dtype: str
+    dense: Side
+    packed: Side
+    layer_bytes: float
+    faster: float
+    same_tokens: int
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What both sides wrote, and in what time.
+
+    Attributes:
+        tokens: int64 [new_tokens] of each side.
+        seconds: CPU seconds of each round of each side.
+    """
+
+    tokens: tuple[torch.Tensor, torch.Tensor]
+    seconds: tuple[list[float], list[float]]
+
+
+def main(
+    model: Annotated[str, typer.Option()] = "smollm2",
+    calibration: Annotated[str, typer.Option()] = "pydoc:calibration",
+    method: Annotated[str, typer.Option()] = "wanda",
+    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="fp32 or bf16; both by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path("docs/sparse"),
+) -> None:
+    """Prune, write both forms, measure; write OUT.json and OUT.md."""
+    torch.set_num_threads(1)
+    pruned, tokenizer = checkpoint.load(model)
+    ids = load_calibration(calibration, tokenizer, samples=SAMPLES, length=LENGTH).ids
+    prune_model(pruned, ids, method, PATTERN, one_shot=True)
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = [
+            measure(label, pruned.to(DTYPES[label]), tokenizer, Path(folder) / label, new_tokens, rounds)
+            for label in dtypes or DTYPES
+        ]
+    setting = {
+        "model": "SmolLM2-135M" if model == "smollm2" else Path(model).name,
+        "pattern": PATTERN,
+        "method": method,
+        "samples": SAMPLES,
+        "length": LENGTH,
+        "prompt": PROMPT,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "processor": processor(),
+        "torch": torch.__version__,
+    }
+    content = {"setting": setting, "pairs": [asdict(pair) for pair in pairs]}
+    write_json(out.with_suffix(".json"), content)
+    lines = page(content)
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+def measure(label: str, model: Any, tokenizer: Any, folder: Path, new_tokens: int, rounds: int) -> Pair:
+    """Write both forms of a pruned model under ``folder`` and measure them."""
+    dense, packed = folder / "dense", folder / "packed"
+    checkpoint.save(model, tokenizer, dense, {})
+    sparse, _ = checkpoint.load(dense)
+    report = sparsify(sparse)
+    save_packed(sparse, tokenizer, packed)
+    del sparse
+    residents = [measure_resident(side, new_tokens) for side in (dense, packed)]
+    generated = generate_in_turn(dense, packed, new_tokens, rounds)
+    rates = [new_tokens / statistics.median(seconds) for seconds in generated.seconds]
+    sides = [
+        Side(sum(file.stat().st_size for file in side.glob("*.safetensors")), resident, rate)
+        for side, resident, rate in zip((dense, packed), residents, rates, strict=True)
+    ]
+    faster = statistics.median(d / p for d, p in zip(*generated.seconds, strict=True))
+    differing = (generated.tokens[0] != generated.tokens[1]).nonzero()
+    same = int(differing[0]) if len(differing) else new_tokens
+    return Pair(label, *sides, report.packed_bytes / report.dense_bytes, faster, same)
+
+
+@torch.inference_mode()
+def generate_in_turn(dense: Path, packed: Path, new_tokens: int, rounds: int) -> Generated:
+    """Greedy tokens of the models in two folders, each round one after the other; a first round is not timed."""
+    models = [load_model(folder) for folder in (dense, packed)]
+    tokens: list[torch.Tensor] = []
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds + 1):
+        for (model, tokenizer), spent in zip(models, seconds, strict=True):
+            ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+            start = time.process_time()
+            words = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            if turn:
+                spent.append(time.process_time() - start)
+            else:
+                tokens.append(words[0, ids.shape[1] :])
+    return Generated((tokens[0], tokens[1]), seconds)
+
+
+def table(content: dict[str, Any]) -> list[str]:
+    """Both sides in each dtype, as a table of Markdown."""
+    setting, pairs = content["setting"], content["pairs"]
+    sides = [(pair, side) for pair in pairs for side in ("dense", "packed")]
+    given = setting["new_tokens"]
+
+    def row(what: str, cells: list[str]) -> str:
+        return f"| {what} | {' | '.join(cells)} |"
+
+    def of_side(text: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [text(pair[side]) for pair, side in sides]
+
+    def of_packed(text: Callable[[dict[str, Any]], str]) -> list[str]:
+        return ["" if side == "dense" else text(pair) for pair, side in sides]
+
+    return [
+        row(f"{setting['model']} at {setting['pattern']}", [f"{pair['dtype']}, {side}" for pair, side in sides]),
+        "|---" + "|---:" * len(sides) + "|",
+        row("tensors on disk", of_side(lambda side: megabytes(side["file_bytes"]))),
+        row("packed layers over dense", of_packed(lambda pair: f"{pair['layer_bytes']:.2f}")),
+        row("resident after generating", of_side(lambda side: megabytes(side["resident"]["after"]))),
+        row("resident at most", of_side(lambda side: megabytes(side["resident"]["peak"]))),
+        row("greedy tokens a second, one thread", of_side(lambda side: f"{side['tokens_per_second']:.1f}")),
+        row("as many times as dense", of_packed(lambda pair: f"{pair['faster']:.2f}x")),
+        row(f"the same tokens, of {given}", of_packed(lambda pair: f"{pair['same_tokens']}")),
+    ]
+
+
+def megabytes(count: float) -> str:
+    """Of a number of bytes, in millions."""
+    return f"{count / 1e6:.0f} MB"
+
+
+def page(content: dict[str, Any]) -> list[str]:
+    """docs/sparse.md."""
+    setting = content["setting"]
+    return [
+        "# A pruned model, dense with zeros and packed",
+        "",
+        f"Measured by `make sparse` on one thread of an {setting['processor']}, torch {setting['torch']}: "
+        f"{setting['model']} pruned by {setting['method']} to {setting['pattern']} on {setting['samples']} x "
+        f"{setting['length']} tokens, each side loaded from its own folder, memory that of a fresh process. "
+        f'{setting["new_tokens"]} greedy tokens after "{setting["prompt"]}", '
+        f"the two sides in turn, medians over {setting['rounds']} rounds of CPU time, prompt included.",
+        "",
+        *table(content),
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,69 @@
+"""The figures of a pruned model, dense and packed, taken of a tiny one, and where the README gets them from."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ace_triton import prune_model, sparsify
+from ace_triton.dispatch import CPU_LIMITS
+from ace_triton.packed_checkpoint import save_packed
+from benchmarks.readme import filled, row_limits
+from benchmarks.resident import resident
+from benchmarks.sparse import generate_in_turn, main, page, table
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_both_sides_of_a_tiny_model(tiny_checkpoint, tmp_path):
+    out = tmp_path / "sparse"
+    main(str(tiny_checkpoint), "pydoc:calibration", new_tokens=6, rounds=2, dtypes=["bf16"], out=out)
+    content = json.loads(out.with_suffix(".json").read_text())
+    (pair,) = content["pairs"]
+    dense, packed = pair["dense"], pair["packed"]
+    assert pair["layer_bytes"] == 0.5625
+    assert packed["file_bytes"] < dense["file_bytes"]
+    assert (pair["dtype"], pair["same_tokens"]) == ("bf16", 6)
+    assert min(dense["tokens_per_second"], packed["tokens_per_second"], pair["faster"]) > 0
+    for side in (dense, packed):
+        assert 10**7 < side["resident"]["after"] <= side["resident"]["peak"]
+    assert out.with_suffix(".md").read_text() == "\n".join(page(content)) + "\n"
+
+
+def test_models_that_differ_are_seen_to(tiny_model, tokenizer, tmp_path):
+    """One side is given other weights: what it writes is not called the same."""
+    prune_model(tiny_model, torch.randint(3, 99, (4, 16)), "magnitude", "2:4")
+    sparsify(tiny_model)
+    save_packed(tiny_model, tokenizer, tmp_path / "one")
+    with torch.no_grad():
+        tiny_model.model.embed_tokens.weight.copy_(torch.randn_like(tiny_model.model.embed_tokens.weight))
+    save_packed(tiny_model, tokenizer, tmp_path / "other")
+    written = generate_in_turn(tmp_path / "one", tmp_path / "other", 8, 1)
+    assert [len(tokens) for tokens in written.tokens] == [8, 8]
+    assert not torch.equal(*written.tokens)
+    assert [len(seconds) for seconds in written.seconds] == [1, 1]
+
+
+def test_resident_memory_grows_by_what_is_held():
+    before = resident()
+    held = torch.ones(2**24)
+    after = resident()
+    assert after.after - before.after == pytest.approx(held.nbytes, rel=0.2)
+    assert after.peak >= after.after
+
+
+def test_the_table_has_a_column_for_each_side():
+    lines = table(json.loads((ROOT / "docs" / "sparse.json").read_text()))
+    assert {line.count("|") for line in lines} == {6}
+    assert (ROOT / "docs" / "sparse.md").read_text().endswith("\n".join(lines) + "\n")
+
+
+def test_the_readme_has_the_figures_and_the_limits_of_the_dispatch():
+    readme = (ROOT / "README.md").read_text()
+    again = filled(readme, ROOT / "docs")
+    for section in ("rows", "sparse"):
+        found, made = (re.search(rf"<!-- {section}: .*<!-- /{section} -->", text, re.S)[0] for text in (readme, again))
+        assert found == made
+    assert f"up to {CPU_LIMITS[torch.float32].packed} in fp32" in "\n".join(row_limits())
