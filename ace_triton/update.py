@@ -47,7 +47,7 @@ class Update:
     damping: float = 0.02
     prior: float = 512.0
     iterations: int = 8
-    mask_rounds: int = 5
+    mask_rounds: int = 4
     rescale: bool = True
 
     def __post_init__(self) -> None:
