@@ -13,6 +13,7 @@ from torch import nn
 
 from .batches import Batch, CalibrationSet, batches_of, trial_ids
 from .blocks import gated_consumers, stacks_of
+from .budgets import check_budgets, find_budgets
 from .collect import InputCollector
 from .experts import ExpertLinear, find_layouts
 from .kernels.score_terms import scores_reference
@@ -66,6 +67,7 @@ class ModelReport:
         skipped: what was left dense, and why; what ``include`` and ``exclude`` ruled out is not listed.
         permutation: what ``permute=True`` did.
         update: how the kept weights were moved.
+        budgets: by what the blocks' shares were set; what each layer kept is in ``layers``.
     """
 
     method: str
@@ -76,6 +78,7 @@ class ModelReport:
     skipped: tuple[Skipped, ...]
     permutation: PermutationReport | None = None
     update: Update | None = None
+    budgets: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -88,6 +91,7 @@ class ModelReport:
             "skipped": [asdict(skipped) for skipped in self.skipped],
             "permutation": None if self.permutation is None else asdict(self.permutation),
             "update": None if self.update is None else asdict(self.update),
+            "budgets": self.budgets,
         }
 
 
@@ -101,6 +105,7 @@ def prune_model(
     true_sequential: bool = False,
     permute: bool = False,
     update: str | Update | None = None,
+    budgets: str | None = None,
     batch_size: int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -131,6 +136,8 @@ def prune_model(
             row gives them on the inputs that the layer now has, those that the pruned blocks before it make;
             "lstsq" moves every kept weight to where they best reproduce what the dense weights give; an
             :class:`~ace_triton.update.Update` says more.
+        budgets: for a fraction, "outliers" lets blocks whose scores have more outliers keep more, by up to 0.16 and
+            with the total kept (:mod:`ace_triton.budgets`); takes one more forward of a batch.
         batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
         include: shell patterns; only layers whose dotted name matches one are pruned. The only way to the
             linear layers outside the blocks ("lm_head").
@@ -155,16 +162,19 @@ def prune_model(
             "then: leave one of them out"
         )
     pattern = Sparsity.of(sparsity)
+    check_budgets(budgets, pattern)
     _check_model(model)
     clock = Stopwatch(next(model.parameters()).device)
     names = NameFilter.of(model, include, exclude)
     plan = Plan(model, method, needs, pattern, names, _layouts(model))
-    batches = batches_of(model, calibration, batch_size) if needs.tokens else []
+    batches = batches_of(model, calibration, batch_size) if needs.tokens or budgets else []
     with clock.measure("select"):
         weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
         _rehearse(chosen, pattern, options, moved, next(iter(weights.values())))
     selection = _Selection(chosen, pattern, options, needs, moved, clock, plan, weights)
     with calibration_mode(model):
+        if budgets:
+            selection.patterns = find_budgets(model, plan.units, pattern, batches[:1], clock)
         if permute:
             selection.reorderer = _reorderer(model, plan, pattern, batches, clock)
         if needs.tokens:
@@ -184,6 +194,7 @@ def prune_model(
         tuple(plan.skipped),
         None if selection.reorderer is None else selection.reorderer.report(),
         moved,
+        budgets,
     )
 
 
@@ -201,6 +212,7 @@ class _Selection:
     weights: Mapping[str, torch.Tensor]
     layers: list[LayerReport] = field(default_factory=list)
     reorderer: Reorderer | None = None
+    patterns: Mapping[str, Sparsity] = field(default_factory=dict)
 
     def collector(self, unit: Unit) -> InputCollector:
         return InputCollector(unit.observed, self.needs, self.clock)
@@ -222,8 +234,9 @@ class _Selection:
                 self.plan.skip(name, weight, why_not)
                 continue
             with self.clock.measure("select"):
+                pattern = self.patterns.get(unit.name, self.pattern)
                 result = prune_checked(
-                    layer, weight, stats, self.metric, self.pattern, name, self.options, update=self.update
+                    layer, weight, stats, self.metric, pattern, name, self.options, update=self.update
                 )
             self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis))
 

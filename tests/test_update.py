@@ -136,7 +136,7 @@ def test_what_will_not_do_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="True or False"):
         Update(rescale=1)
     with pytest.raises(ValueError, match="'rescale' has no options"):
-        Update("rescale", mask_rounds=4)
+        Update("rescale", mask_rounds=3)
     with pytest.raises(ValueError, match="both 0"):
         Update(damping=0, prior=0)
     overflowing = torch.nn.Linear(32, 16).half()

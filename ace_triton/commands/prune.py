@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from .. import checkpoint, report
+from ..budgets import check_budgets
 from ..calibration import load_calibration
 from ..metrics import metric, metric_names
 from ..packed_checkpoint import save_packed
@@ -80,6 +81,12 @@ def prune(
         list[str] | None,
         typer.Option("--update-option", "-u", help="An option of the update, as mask_rounds=12 (repeatable)."),
     ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="For a fraction: 'outliers' lets blocks with more outlying scores keep more, the total kept."
+        ),
+    ] = None,
     packed: Annotated[
         bool, typer.Option("--packed", help="Write a packed checkpoint (n:m only), as ace-triton pack does.")
     ] = False,
@@ -95,6 +102,7 @@ def prune(
     needs_tokens = needed(metric(method).needs(options), moved).tokens
     if packed and pattern.n is None:
         raise ValueError(f"--packed needs groups, as --sparsity 2:4; {sparsity!r} has none")
+    check_budgets(budgets, pattern)
     check_json(json)
     checkpoint.check_out(out, overwrite=overwrite)
     with progress_bars() as progress:
@@ -103,7 +111,7 @@ def prune(
             model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
         load_seconds = time.perf_counter() - started
         sequences = None
-        if needs_tokens:
+        if needs_tokens or budgets:
             with stage(progress, "calibration text"):
                 sequences = load_calibration(
                     calibration, tokenizer, samples=samples, length=length, seed=seed, model=model
@@ -117,6 +125,7 @@ def prune(
             true_sequential=true_sequential,
             permute=permute,
             update=moved,
+            budgets=budgets,
             batch_size=batch_size,
             include=include or None,
             exclude=exclude or None,

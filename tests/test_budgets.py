@@ -1,0 +1,113 @@
+"""Layer-wise budgets: the shares by hand, their sum, and what prune_model makes of them."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ace_triton import Sparsity
+from ace_triton.blocks import find_blocks, linears_of
+from ace_triton.budgets import OUTLIER, SPREAD, block_patterns, kept_shares, outliers
+from ace_triton.prune_model import prune_model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_outliers_are_counted_as_by_hand(dtype):
+    weight, norm = torch.randn(40, 70).pow(3).to(dtype), torch.rand(70) + 0.1
+    scores = weight.double().abs() * norm.double()
+    assert outliers(weight, norm) == int((scores > OUTLIER * scores.mean()).sum()) > 0
+    assert outliers(torch.ones(3, 4), torch.ones(4)) == outliers(torch.zeros(3, 4), torch.ones(4)) == 0
+
+
+def test_shares_are_owls():
+    """Its code: (r - min) / (max - min) * 2 lambda, less the mean, plus the share kept."""
+    shares = kept_shares([1.0, 2.0, 4.0, 3.0], [10, 10, 10, 10], 0.5)
+    ratios = torch.tensor([1.0, 2.0, 4.0, 3.0])
+    wanted = (ratios - 1) / 3 * 2 * SPREAD
+    torch.testing.assert_close(torch.tensor(shares), wanted - wanted.mean() + 0.5)
+
+
+@given(
+    blocks=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 10**9)), min_size=1, max_size=40),
+    kept=st.floats(0.01, 1.0),
+)
+def test_the_total_is_kept(blocks, kept):
+    ratios, sizes = zip(*blocks, strict=True)
+    shares = kept_shares(ratios, sizes, kept)
+    assert all(0 < share <= 1 + 1e-12 for share in shares)
+    assert max(shares) - min(shares) <= 2 * SPREAD + 1e-12
+    total = sum(size * share for size, share in zip(sizes, shares, strict=True))
+    assert total == pytest.approx(kept * sum(sizes), rel=1e-9)
+    ranked = sorted(zip(ratios, shares, strict=True))
+    assert all(one[1] <= other[1] + 1e-12 for one, other in itertools.pairwise(ranked))
+
+
+def test_blocks_without_layers_have_no_pattern():
+    patterns = block_patterns({"a": 1, "b": 0, "c": 3}, {"a": 10, "b": 0, "c": 10}, Sparsity(0.5, scope="layer"))
+    assert patterns.keys() == {"a", "c"}
+    assert patterns["a"].fraction > 0.5 > patterns["c"].fraction
+    assert {pattern.scope for pattern in patterns.values()} == {"layer"}
+    assert block_patterns({}, {}, Sparsity(0.5)) == {}
+
+
+def with_outliers(make_decoder, family: str = "llama"):
+    """Its second block has outliers among its weights."""
+    model = make_decoder(family)
+    with torch.no_grad():
+        for _, layer in linears_of(find_blocks(model)[1].module, ""):
+            layer.weight[::5, ::3] *= 9
+    return model
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "dass", "cosp", "varp", "ace", "sparsegpt"])
+@pytest.mark.parametrize("options", [{}, {"one_shot": True}, {"update": "lstsq"}], ids=str)
+def test_a_block_with_outliers_keeps_more_by_every_metric(make_decoder, ids, method, options):
+    model = with_outliers(make_decoder)
+    report = prune_model(model, ids, method, 0.5, budgets="outliers", **options)
+    kept = {layer.name: layer.kept for layer in report.layers}
+    blocks = [[share for name, share in kept.items() if f"layers.{i}." in name] for i in range(3)]
+    assert min(blocks[1]) > 0.55 > 0.5 > max(blocks[0] + blocks[2])
+    for name, share in kept.items():
+        weight = model.get_submodule(name).weight
+        assert float((weight != 0).float().mean()) == pytest.approx(share, abs=1e-6)
+    sizes = {name: model.get_submodule(name).weight.numel() for name in kept}
+    assert sum(kept[name] * size for name, size in sizes.items()) / sum(sizes.values()) == pytest.approx(0.5, abs=0.02)
+    assert report.to_dict()["budgets"] == "outliers"
+
+
+def test_experts_and_true_sequential(make_decoder, ids):
+    report = prune_model(with_outliers(make_decoder, "qwen3_moe"), ids, "wanda", 0.5, budgets="outliers")
+    assert len({layer.pattern for layer in report.layers}) == 3
+    model = with_outliers(make_decoder)
+    report = prune_model(model, ids, "wanda", 0.5, budgets="outliers", true_sequential=True)
+    assert len({layer.pattern for layer in report.layers}) == 3
+
+
+def test_what_will_not_do_is_refused(make_decoder, ids):
+    model = make_decoder("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"2:4 is the same in all of them: give a fraction"):
+        prune_model(model, ids, "wanda", "2:4", budgets="outliers")
+    with pytest.raises(ValueError, match="one of outliers, or None; got 'owl'"):
+        prune_model(model, ids, "wanda", 0.5, budgets="owl")
+    with pytest.raises(ValueError, match="calibration"):
+        prune_model(model, None, "magnitude", 0.5, budgets="outliers")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_on_the_command_line(command, tmp_path, tiny_checkpoint, some_text):
+    out = tmp_path / "out"
+    arguments = ("--sparsity", "0.5", "--budgets", "outliers", "--samples", 4, "--length", 16)
+    code, said, _ = command(
+        "prune", tiny_checkpoint, out, "--method", "magnitude", "--calibration", some_text, *arguments
+    )
+    assert code == 0, said
+    report = json.loads((out / "ace_triton.json").read_text())
+    assert report["budgets"] == "outliers"
+    assert len({layer["pattern"] for layer in report["layers"]}) > 1
+    code, _, said = command("prune", tiny_checkpoint, tmp_path / "other", "--budgets", "outliers")
+    assert code != 0
+    assert "give a fraction" in said
