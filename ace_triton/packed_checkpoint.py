@@ -7,6 +7,7 @@ A model is loaded from one without its dense weights ever being built: its param
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import checkpoint
+from .blocks import stacks_of
 from .checkpoint import CheckpointError, replacing
+from .expert_stack import ExpertStack, takes_layers
 from .kernels.pack_nm import PatternError
 from .nm_linear import NMLinear
 from .packed_manifest import (
@@ -33,6 +36,9 @@ from .prune import linear_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+AT_ONCE = 16 * 2**20
+"""Bytes read of a file before it is opened anew."""
 
 
 def save_packed(
@@ -96,6 +102,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     manifest = Manifest.read(path)
     manifest.check_files(path)
     model = _without_weights(path, manifest, dtype or DTYPES[manifest.dtype])
+    _put_stacks(model, manifest)
     for name, entry in manifest.layers.items():
         _put_packed(model, name, entry, dtype or DTYPES[manifest.dtype])
     tensors = _read_tensors(path / TENSORS_FILE, model, manifest, torch.device(device), dtype)
@@ -162,6 +169,20 @@ def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype) -> An
     return model
 
 
+def _put_stacks(model: nn.Module, manifest: Manifest) -> None:
+    """A layer for each expert of every stack that has packed ones."""
+    packed = {name.rpartition(".")[0] for name in manifest.layers}
+    for stack in stacks_of(model):
+        if stack.name in packed:
+            experts, _ = _owner(model, stack.name)
+            if not takes_layers(experts):
+                raise PackedError(
+                    f"{stack.name}: its experts are packed, and this {type(experts).__name__} does not multiply by "
+                    "them one by one; was it packed with another transformers?"
+                )
+            ExpertStack.take_place(experts, stack, stack.linears(transposed=False).values())
+
+
 def _put_packed(model: nn.Module, name: str, entry: PackedEntry, dtype: torch.dtype) -> None:
     parent, _, leaf = name.rpartition(".")
     try:
@@ -189,10 +210,7 @@ def _read_tensors(
         with safe_open(str(path), framework="pt") as file:
             names = list(file.keys())
         _check_names(path, set(names), set(expected), manifest.tied)
-        for name in names:
-            # Opened anew for each tensor: the pages of those already copied would stay in memory until it is closed.
-            with safe_open(str(path), framework="pt") as file:
-                tensor = file.get_tensor(name)
+        for name, tensor in _each_tensor(path, names):
             wanted = expected[name]
             if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
                 raise PackedError(
@@ -204,6 +222,20 @@ def _read_tensors(
     except (OSError, SafetensorError) as error:
         raise PackedError(f"{path}: cannot be read ({error}); the file is damaged, pack the model again") from error
     return tensors
+
+
+def _each_tensor(path: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a file, which is opened anew every AT_ONCE bytes: the pages of those already copied would stay in
+    memory until it is closed."""
+    waiting = list(reversed(names))
+    while waiting:
+        with safe_open(str(path), framework="pt") as file:
+            read = 0
+            while waiting and read < AT_ONCE:
+                name = waiting.pop()
+                tensor = file.get_tensor(name)
+                read += tensor.nbytes
+                yield name, tensor
 
 
 def _check_names(path: Path, there: set[str], expected: set[str], tied: dict[str, str]) -> None:

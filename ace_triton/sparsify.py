@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 
 from .blocks import linears_of, stacks_of
 from .dispatch import RowLimits
+from .expert_stack import ExpertStack, takes_layers
+from .experts import Stack
 from .inspect_checkpoint import find_pattern
 from .kernels.pack_nm import PackedNM
 from .nm_linear import NMLinear
@@ -81,10 +83,11 @@ def sparsify(
     """Replace every linear layer that was pruned to n:m by an :class:`~ace_triton.nm_linear.NMLinear`, in place.
 
     A layer's dense weight is freed as soon as it is packed. Products are those of the dense weight with its
-    zeros, up to the order of summation.
+    zeros, up to the order of summation. Experts stacked in one parameter become layers of their own
+    (:class:`~ace_triton.expert_stack.ExpertStack`), and the model takes them one by one from then on.
 
     Args:
-        model: any module with ``nn.Linear`` or Conv1D layers in it, pruned before.
+        model: any module with ``nn.Linear`` or Conv1D layers or stacked experts in it, pruned before.
         pattern: "n:m" for all layers; None to find each layer's own.
         include: shell patterns; only layers whose dotted name matches one are packed.
         exclude: shell patterns of layers to leave.
@@ -116,8 +119,14 @@ def sparsify(
             continue
         _replace(model, layer, replacement)
         packed.append(_entry(name, replacement.packed))
-    for stack in stacks_of(model):
-        skip(stack.name, stack.weight, "a stack of experts in one parameter: only linear layers are packed")
+    stacks = stacks_of(model)
+    while stacks:
+        # Popped, so that one that was packed is freed before the next is.
+        stack = stacks.pop(0)
+        if owners[id(stack.weight)] > 1:
+            skip(stack.name, stack.weight, "its weight is tied to another layer's")
+        else:
+            packed += _pack_experts(model, stack, wanted, limits, names, skip)
     if not packed:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it holds no linear layer"
         raise ValueError(
@@ -148,6 +157,40 @@ def _pack(layer: nn.Module, weight: torch.Tensor, wanted: tuple[int, int] | None
     if type(layer).forward is not nn.Linear.forward and not _multiplies(layer, weight):
         raise _NotEligible(f"a {type(layer).__name__} computes something else than x W^T + b")
     return packed
+
+
+def _pack_experts(
+    model: nn.Module,
+    stack: Stack,
+    wanted: tuple[int, int] | None,
+    limits: RowLimits | None,
+    names: NameFilter,
+    skip: Callable[[str, torch.Tensor, str], None],
+) -> list[PackedLayer]:
+    """Replace a stack by layers, packed where they can be; leave it where none can."""
+    experts = model.get_submodule(stack.name.rpartition(".")[0])
+    if not takes_layers(experts):
+        skip(
+            stack.name,
+            stack.weight,
+            f"a {type(experts).__name__} does not multiply by its experts one by one, as [out, in]",
+        )
+        return []
+    layers: list[nn.Module] = []
+    entries: list[PackedLayer] = []
+    for name, expert in stack.linears(transposed=False).items():
+        layers.append(expert)
+        if names.wants(name):
+            try:
+                packed = _pack(expert, expert.weight, wanted, limits)
+            except _NotEligible as why_not:
+                skip(name, expert.weight, str(why_not))
+                continue
+            layers[-1] = packed
+            entries.append(_entry(name, packed.packed))
+    if entries:
+        ExpertStack.take_place(experts, stack, layers)
+    return entries
 
 
 def _detect(weight: torch.Tensor) -> tuple[int, int]:
