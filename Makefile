@@ -16,7 +16,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation sparse study quality-study traffic kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets sparse study quality-study traffic kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -88,6 +88,9 @@ permutation: setup  ## what orders of channels retain, and what their search tak
 
 sparse: setup  ## a pruned SmolLM2-135M dense and packed: bytes, memory, tokens, for docs/sparse.md; 3 minutes
 	$(BIN)/python -m benchmarks.sparse
+
+budgets: setup  ## whether layer-wise budgets pay, for docs/budgets.md; minutes, and goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.budgets --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 traffic: setup  ## count bytes and launches again, for docs/traffic.md
 	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m benchmarks.traffic

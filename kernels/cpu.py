@@ -237,7 +237,8 @@ def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tens
 
 
 def has_gram_product() -> bool:
-    """Whether this processor multiplies bf16 in pairs, and may under the instruction set in use."""
+    """Whether this processor multiplies bf16 in pairs, and may under the instruction set in use; torch's product, which
+    serves the others, rounds its sums otherwise."""
     return bool(_library().ace_has_gram_product())
 
 
