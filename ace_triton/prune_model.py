@@ -90,7 +90,7 @@ class ModelReport:
             "layers": [{"name": layer.name, "kept": layer.kept, "pattern": layer.pattern} for layer in self.layers],
             "skipped": [asdict(skipped) for skipped in self.skipped],
             "permutation": None if self.permutation is None else asdict(self.permutation),
-            "update": None if self.update is None else asdict(self.update),
+            "update": None if self.update is None else self.update.to_dict(),
             "budgets": self.budgets,
         }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 
@@ -70,6 +71,15 @@ class Update:
     def of(cls, update: str | Update | None) -> Update | None:
         """The update itself, one by name, or None for none."""
         return cls(update) if isinstance(update, str) else update  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types: the kind and the options that it has."""
+        return {"kind": self.kind} if self.kind == "rescale" else asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Update:
+        """What :meth:`to_dict` gave; of a "rescale" written with options, which it never had, the kind alone."""
+        return cls("rescale") if record["kind"] == "rescale" else cls(**record)
 
 
 def gram_of(stats: ActivationStats | None) -> Gram:

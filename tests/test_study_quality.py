@@ -70,6 +70,13 @@ def test_a_recipe_lives_in_a_cells_record(recipe):
     assert cell.variant.alone == ACE
 
 
+def test_a_changed_default_of_lstsq_leaves_records_of_rescale_as_they_were():
+    written = Cell(ACE.with_recipe(Recipe(update=Update("rescale"))), "2:4", 16, 0).to_dict()
+    assert written["recipe"]["update"] == {"kind": "rescale"}
+    with_options = {**written, "recipe": {**written["recipe"], "update": {"kind": "rescale", "mask_rounds": 99}}}
+    assert Cell.from_dict(with_options) == Cell.from_dict(written)
+
+
 def test_records_from_before_recipes_are_plain():
     written = Cell(ACE, "2:4", 16, 0).to_dict()
     assert set(written) == {"method", "options", "sparsity", "length", "seed"}

@@ -48,13 +48,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, with all options of the update: a result keeps its meaning when a default changes."""
-        return asdict(self)
+        return {**asdict(self), "update": None if self.update is None else self.update.to_dict()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Recipe:
         """What :meth:`to_dict` gave."""
         update = record["update"]
-        return cls(**{**record, "update": None if update is None else Update(**update)})
+        return cls(**{**record, "update": None if update is None else Update.from_dict(update)})
 
 
 PLAIN = Recipe()
