@@ -389,7 +389,8 @@ def test_progress_and_report(make_decoder, ids):
     report = prune_model(make_decoder("llama"), ids, "ria", Sparsity("1:4"), progress=lambda *step: seen.append(step))
     assert seen == [(1, 3, "model.layers.0"), (2, 3, "model.layers.1"), (3, 3, "model.layers.2")]
     told = json.loads(json.dumps(report.to_dict()))
-    assert list(told) == ["method", "sparsity", "seconds", "peak_bytes", "layers", "skipped", "permutation", "update"]
+    added = ["permutation", "update", "budgets"]
+    assert list(told) == ["method", "sparsity", "seconds", "peak_bytes", "layers", "skipped", *added]
     assert (told["method"], told["sparsity"]) == ("ria", "1:4")
     assert told["layers"][0] == {"name": "model.layers.0.self_attn.q_proj", "kept": 0.25, "pattern": "1:4"}
     seconds = told["seconds"]
