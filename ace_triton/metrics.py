@@ -240,15 +240,16 @@ def ace(
     base: Prefactor = "relative",
     reduce: CosineReduce = "exact",
     norm: VarianceNorm = "frobenius",
-    sign: int = 1,
+    sign: int = -1,
     power: float = 1.0,
     eps: float = 0.01,
 ) -> ScoreTerms:
-    """ACE (arXiv 2505.21987): base score times CosP times VarP.
+    """ACE (arXiv 2505.21987): base score times CosP, over VarP.
 
     Options as in :func:`cosp` (whose prefactor is here the base) and :func:`varp`. The default takes the exact
     second-order cosine term on RIA's relative importance, and the normaliser for which VarP's power series
-    converges; docs/quality.md has the measurements that decided it. The published form is :func:`ace_paper`.
+    converges. It divides by VarP, where the paper multiplies: that holds back the few channels that carry much of a
+    sequence's energy. docs/quality.md has the measurements that decided it. The published form is :func:`ace_paper`.
     """
     factor = _variance_factor(stats, norm, sign, power, eps)
     return _times_cosine(weight, stats, base, reduce, factor)

@@ -37,6 +37,7 @@ QUALITY_METHODS = (
     "RIA",
     "CosP, exact",
     "ACE (default)",
+    "ACE times VarP",
     "ACE, published form (Wanda, abs)",
     "Wanda, permuted",
     "RIA, permuted",

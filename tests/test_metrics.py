@@ -198,9 +198,9 @@ def test_ace_is_the_product_of_its_parts():
     relative = scores_reference(weight, ria(weight, stats, a=0.0))
     turned = stats.outputs.mean_weighted_square().sqrt().float()
     factor = varp(weight, stats, base="magnitude", norm="frobenius").scale
-    torch.testing.assert_close(scores_reference(weight, metric("ace").terms(weight, stats)), relative * turned * factor)
+    torch.testing.assert_close(scores_reference(weight, metric("ace").terms(weight, stats)), relative * turned / factor)
     torch.testing.assert_close(
-        scores_reference(weight, metric("ace").terms(weight, stats, base="ria")),
+        scores_reference(weight, metric("ace").terms(weight, stats, base="ria", sign=1)),
         scores_reference(weight, ria(weight, stats)) * scores_reference(weight, cosp(weight, stats)) * factor,
     )
 

@@ -87,8 +87,8 @@ def ace_scores(
 
 
 def exact_ace_scores(weight: torch.Tensor, loss: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """What the package calls "ace", in plain torch: relative importance times the root of the loss times the factor."""
-    return relative_importance(weight) * loss.sqrt().reshape(1, -1) * factor.reshape(1, -1)
+    """What the package calls "ace", in plain torch: relative importance times the root of the loss over the factor."""
+    return relative_importance(weight) * (loss.sqrt() / factor).reshape(1, -1)
 
 
 def prune_groups(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int, m: int) -> None:
