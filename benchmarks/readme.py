@@ -29,6 +29,8 @@ from ace_triton.study.tables import shown_spread
 from ace_triton.study.tally import Tally, shown_variant
 
 from .quality import cells_by_column, shown
+from .report_bench import duration
+from .results import load, outcomes
 from .sparse import table as sparse
 
 QUALITY_METHODS = (
@@ -57,6 +59,8 @@ CPU_ROWS = (
     ("nm_linear 2:4, 1 row", "`F.linear`"),
     ("nm_linear 2:4, 1 row", "the same loop, dense"),
 )
+WHOLE_MODEL = "score and mask 2:4, "
+RESULTS = Path("benchmarks/results.csv")
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 ANY_ROWS = 2**20
 """A limit of so many rows and more is none."""
@@ -112,6 +116,22 @@ def curve_of_quality(docs: Path) -> list[str]:
     return [*lines, "", *(f"- {found.headline} ({found.verdict}). {found.text}" for found in goals(tally))]
 
 
+def whole_model(results: Path) -> list[str]:
+    """Score and mask of all layers of SmolLM2-135M on one core, beside the published loops."""
+    lines = [
+        "| 2:4 of all layers of SmolLM2-135M, bf16 | ours | published loop | times as long |",
+        "|---|---:|---:|---:|",
+    ]
+    for outcome in outcomes(load(results)):
+        _, met, method = outcome.ours.op.partition(WHOLE_MODEL)
+        if met and outcome.ours.setting.device != "cuda" and outcome.ours.setting.threads == 1:
+            for other in outcome.others:
+                ratio = outcome.speedups.get(other.provider)
+                shown = "tests failed" if ratio is None else f"{ratio:.0f}x"
+                lines.append(f"| `{method}` | {duration(outcome.ours.p50)} | {duration(other.p50)} | {shown} |")
+    return lines
+
+
 def row_limits() -> list[str]:
     """The products of packed layers by number of rows, with the limits that the dispatch has."""
     on_cpu = [f"{_up_to(CPU_LIMITS[dtype])} in {name}" for dtype, name in DTYPE_NAMES.items()]
@@ -136,7 +156,8 @@ SECTIONS = {"quality": quality, "sparse": sparse, "cpu": cpu, "traffic": traffic
 def filled(readme: str, docs: Path) -> str:
     """The README with every section between its markers made anew."""
     tables = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
-    for name, lines in {**tables, "curve": curve_of_quality(docs), "rows": row_limits()}.items():
+    tables |= {"curve": curve_of_quality(docs), "rows": row_limits(), "model": whole_model(RESULTS)}
+    for name, lines in tables.items():
         table = "\n".join(lines)
         pattern = rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- /{name} -->)"
         readme, count = re.subn(
