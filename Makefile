@@ -81,6 +81,7 @@ study: setup  ## the paper's experiments on SmolLM2-135M, hours on a CPU; goes o
 QUALITY_STUDY = $(BIN)/ace-triton study smollm2 $(CURVE) --quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 quality-study: setup  ## perplexity against time on SmolLM2-135M, hours; recovery on all cores, the rest on one
 	OMP_NUM_THREADS=1 $(QUALITY_STUDY)
+	for last in ace:sign=1 wanda cosp; do OMP_NUM_THREADS=1 $(QUALITY_STUDY) --sparsities 2:4 --methods $$last || exit 1; done
 	$(QUALITY_STUDY) --minutes 5,20
 
 permutation: setup  ## what orders of channels retain, and what their search takes, for docs/permutation.md
