@@ -32,11 +32,6 @@ Choose = Callable[[torch.Tensor, Literal["mask", "weight"]], torch.Tensor]
 themselves, in place, with 0 where they are not kept."""
 
 
-def output_error(weight: torch.Tensor, dense: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """sum_t |(w_i - W_i) x_t|^2 of every row, fp32 [out_features]."""
-    return energy(weight - dense, gram)
-
-
 def energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """sum_t (w_i x_t)^2 of every row, fp32 [out_features]; on a CPU from factors of eight bits, as they are in bf16."""
     return coarse_product(weight, gram).mul_(weight).sum(1)

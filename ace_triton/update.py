@@ -169,9 +169,10 @@ class _Fit:
 
 
 def _fitted(dense: torch.Tensor, stats: ActivationStats, update: Update, choose: Choose, first: _Fit) -> _Fit:
-    gram = gram_of(stats)
-    assert gram.matrix is not None
-    matrix, damping = gram.matrix, _damping(gram, update)
+    damping = stats.derive(("damping", update.damping, update.prior), lambda: _damping(gram_of(stats), update))
+    assert stats.gram is not None
+    assert stats.gram.matrix is not None
+    matrix = stats.gram.matrix
     if not bool((matrix.diagonal() + damping).min() > 0):
         return first
     if update.mask_rounds:

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from ace_triton import least_squares
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
-from ace_triton.least_squares import output_error, penalty_step, search_mask, solve_kept
+from ace_triton.least_squares import energy, penalty_step, search_mask, solve_kept
+
+
+def output_error(weight: torch.Tensor, dense: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """sum_t |(w_i - W_i) x_t|^2 of every row, fp32 [out_features]."""
+    return energy(weight - dense, gram)
 
 
 def row_by_row(dense: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
