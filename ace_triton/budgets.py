@@ -1,6 +1,7 @@
 """Layer-wise budgets: blocks whose scores have more outliers keep more of their weights, the total kept.
 
-That is OWL (Yin et al., arXiv 2310.05175), with its two numbers.
+That is OWL (Yin et al., arXiv 2310.05175), with its two numbers. For n:m a block keeps n - 1, n or n + 1 of every m: as
+many weights change their pattern as carry what OWL's shares would carry from block to block.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def check_budgets(budgets: str | None, pattern: Sparsity) -> None:
         return
     if budgets not in BUDGETS:
         raise ValueError(f"budgets must be one of {', '.join(BUDGETS)}, or None; got {budgets!r}")
-    if pattern.n is not None:
+    if pattern.n is not None and pattern.m is not None and not 1 < pattern.n < pattern.m - 1:
         raise ValueError(
-            f"budgets spread a pruned fraction over the blocks; {pattern} is the same in all of them: give a fraction, "
-            "as 0.5"
+            f"budgets let some blocks keep one more and some one less of every {pattern.m}, which {pattern} has no "
+            "room for: give a pattern as 2:4 or 4:8, or a fraction"
         )
 
 
@@ -51,7 +52,7 @@ def find_budgets(
     Args:
         model: dense, in evaluation mode.
         units: its blocks, with the layers to prune; layers that no token reaches do not count.
-        pattern: of the whole, a fraction.
+        pattern: of the whole.
         batches: run through the model once; outliers hardly depend on which.
         clock: charged with it.
     """
@@ -102,6 +103,37 @@ def kept_shares(
     return [kept + rise - mean for rise in raised]
 
 
+def group_sizes(shares: Sequence[float], sizes: Sequence[int], n: int, m: int) -> list[int]:
+    """How many of every m each block keeps: n + 1 where the share is highest, n - 1 where it is lowest, n between.
+
+    Blocks are raised until they have about the weights that the shares above n / m take, counted in weights of 1 / m,
+    and lowered until as many weights are.
+
+    Args:
+        shares: of the weights that each block is to keep, n / m in the mean over all weights.
+        sizes: how many weights each has, above 0.
+        n, m: of the whole.
+
+    Returns:
+        Sizes, n in the mean over all weights where blocks are of one size, and to within a block elsewhere.
+    """
+    moved = m * sum(size * max(share - n / m, 0.0) for share, size in zip(shares, sizes, strict=True))
+    order = sorted(range(len(sizes)), key=lambda block: shares[block])
+    raised = _filled([block for block in reversed(order) if shares[block] > n / m], sizes, moved)
+    lowered = _filled([block for block in order if shares[block] < n / m], sizes, sum(sizes[block] for block in raised))
+    return [n + (block in raised) - (block in lowered) for block in range(len(sizes))]
+
+
+def _filled(blocks: Sequence[int], sizes: Sequence[int], amount: float) -> set[int]:
+    """Blocks in order, so many that their weights come near an amount; one too large for the rest is passed over."""
+    taken: set[int] = set()
+    for block in blocks:
+        if sizes[block] / 2 < amount:
+            taken.add(block)
+            amount -= sizes[block]
+    return taken
+
+
 def block_patterns(
     counts: Mapping[str, int], sizes: Mapping[str, int], pattern: Sparsity, spread: float = SPREAD
 ) -> dict[str, Sparsity]:
@@ -110,10 +142,15 @@ def block_patterns(
     Args:
         counts: outliers by block.
         sizes: weights by block.
-        pattern: of the whole model, a fraction.
+        pattern: of the whole model.
         spread: as for :func:`kept_shares`.
     """
     names = [name for name, size in sizes.items() if size]
+    if not names:
+        return {}
     shares = [counts[name] / sizes[name] for name in names]
-    kept = kept_shares(shares, [sizes[name] for name in names], 1 - pattern.fraction, spread) if names else []
-    return {name: replace(pattern, pattern=max(1 - share, 0.0)) for name, share in zip(names, kept, strict=True)}
+    kept = kept_shares(shares, [sizes[name] for name in names], 1 - pattern.fraction, spread)
+    if pattern.n is None or pattern.m is None:
+        return {name: replace(pattern, pattern=max(1 - share, 0.0)) for name, share in zip(names, kept, strict=True)}
+    groups = group_sizes(kept, [sizes[name] for name in names], pattern.n, pattern.m)
+    return {name: replace(pattern, pattern=f"{n}:{pattern.m}") for name, n in zip(names, groups, strict=True)}

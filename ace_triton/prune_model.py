@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -136,8 +137,8 @@ def prune_model(
             row gives them on the inputs that the layer now has, those that the pruned blocks before it make;
             "lstsq" moves every kept weight to where they best reproduce what the dense weights give; an
             :class:`~ace_triton.update.Update` says more.
-        budgets: for a fraction, "outliers" lets blocks whose scores have more outliers keep more, by up to 0.16 and
-            with the total kept (:mod:`ace_triton.budgets`); takes one more forward of a batch.
+        budgets: "outliers" lets blocks whose scores have more outliers keep more, with the total kept: by up to 0.16
+            of a fraction, by one of every m of n:m (:mod:`ace_triton.budgets`); takes one more forward of a batch.
         batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
         include: shell patterns; only layers whose dotted name matches one are pruned. The only way to the
             linear layers outside the blocks ("lm_head").
@@ -218,9 +219,11 @@ class _Selection:
         return InputCollector(unit.observed, self.needs, self.clock)
 
     def prune(self, unit: Unit, collector: InputCollector | None) -> None:
-        if self.reorderer is not None:
+        pattern = self.patterns.get(unit.name, self.pattern)
+        if self.reorderer is not None and pattern.n is not None:
             with self.clock.measure("permute"):
-                self.reorderer.reorder(list(unit.layers), lambda name: self._scores(name, collector), collector)
+                scores = partial(self._scores, collector=collector)
+                self.reorderer.reorder(list(unit.layers), pattern.n, scores, collector)
         consumers = gated_consumers(unit.feed_forward, collector.groups) if collector is not None else {}
         for name, layer in unit.layers.items():
             weight, stats = self.weights[name], None
@@ -229,18 +232,17 @@ class _Selection:
                 if stats is None:
                     self.plan.skip(name, weight, "no calibration token reached it")
                     continue
-            why_not = misfit(weight, self.pattern, self.pattern.axis or default_axis(self.metric.name, stats))
+            why_not = misfit(weight, pattern, pattern.axis or default_axis(self.metric.name, stats))
             if why_not is not None:
                 self.plan.skip(name, weight, why_not)
                 continue
             with self.clock.measure("select"):
-                pattern = self.patterns.get(unit.name, self.pattern)
                 result = prune_checked(
                     layer, weight, stats, self.metric, pattern, name, self.options, update=self.update
                 )
             self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis))
 
-    def _scores(self, name: str, collector: InputCollector | None) -> torch.Tensor | None:
+    def _scores(self, name: str, *, collector: InputCollector | None) -> torch.Tensor | None:
         """By which a layer's inputs are ordered; None where no token reached it or its groups do not lie along them."""
         stats = None if collector is None else collector.statistics(name)
         axis = self.pattern.axis or default_axis(self.metric.name, stats)
@@ -320,7 +322,7 @@ def _reorderer(
     with clock.measure("permute"):
         ids = batches[0].ids if batches else trial_ids(model)
         folds = find_folds(model, plan.blocks, ids, pattern.m, wanted=set(plan.layers).__contains__, shared=plan.shares)
-    return Reorderer(folds, pattern.n, pattern.m, clock)
+    return Reorderer(folds, pattern.m, clock)
 
 
 def _tell(progress: Progress | None, done: int, total: int, name: str) -> None:

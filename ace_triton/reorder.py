@@ -141,17 +141,22 @@ def _head_dims(model: nn.Module, modules: Iterable[str]) -> dict[str, int | None
 class Reorderer:
     """Puts the inputs of layers in the order in which n:m retains the most, and keeps the record."""
 
-    def __init__(self, folds: Folds, n: int, m: int, clock: Stopwatch) -> None:
-        self._folds, self._n, self._m, self._clock = folds, n, m, clock
+    def __init__(self, folds: Folds, m: int, clock: Stopwatch) -> None:
+        self._folds, self._m, self._clock = folds, m, clock
         self._reordered: list[Reordered] = []
 
     def reorder(
-        self, names: Sequence[str], scores: Callable[[str], torch.Tensor | None], collector: InputCollector | None
+        self,
+        names: Sequence[str],
+        n: int,
+        scores: Callable[[str], torch.Tensor | None],
+        collector: InputCollector | None,
     ) -> None:
         """Reorder those of some layers that a fold serves, with the weights that feed them and the statistics.
 
         Args:
             names: of layers that are all still dense.
+            n: kept of every m inputs.
             scores: a layer's fp32 [out_features, in_features]; None where it is left alone.
             collector: of the statistics that follow, or None.
         """
@@ -160,7 +165,7 @@ class Reorderer:
             of_layer = None if fold is None else scores(name)
             if fold is None or of_layer is None or not bool(of_layer.isfinite().all()):
                 continue
-            found = search_permutation(fold.by_pool(of_layer), self._n, self._m)
+            found = search_permutation(fold.by_pool(of_layer), n, self._m)
             if found.after > found.before:
                 fold.apply(self._folds.layers, found.order)
                 if collector is not None:

@@ -1,5 +1,5 @@
-"""Whether layer-wise budgets pay: perplexities at 50 % with the same share kept in every block and with shares by
-outliers; writes docs/budgets.{json,md}.
+"""Whether layer-wise budgets pay: perplexities with the same share kept in every block and with shares by outliers;
+writes docs/budgets.{json,md}.
 
     python -m benchmarks.budgets --calibration c4.jsonl.gz --evaluation wiki.test.raw.gz
 
@@ -11,24 +11,31 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from ace_triton import checkpoint, prune_model
 from ace_triton.budgets import SPREAD
-from ace_triton.calibration import load_calibration
-from ace_triton.evaluate import perplexity
 from ace_triton.report import write_json
-from ace_triton.text import read_documents, wikitext_rows
+from ace_triton.study.cells import Cell, Variant
+from ace_triton.study.quality_grid import BEST
+from ace_triton.study.workbench import Protocol, Workbench
 
-METHODS, SPARSITIES, SEEDS = ("wanda", "ace"), ("0.5",), (0, 1, 2)
+WANDA, ACE = Variant("wanda"), Variant("ace")
+PRUNINGS = (
+    (WANDA, "0.5"),
+    (ACE, "0.5"),
+    (WANDA, "2:4"),
+    (ACE, "2:4"),
+    (WANDA, "4:8"),
+    (ACE, "4:8"),
+    (WANDA.with_recipe(BEST), "2:4"),
+)
+SEEDS = (0, 1, 2)
 SAMPLES, LENGTH = 64, 128
-WINDOWS, WINDOW_LENGTH = 20, 512
 
 console = Console()
 
@@ -38,19 +45,19 @@ class Pair:
     """A model pruned twice on one calibration.
 
     Attributes:
-        method, sparsity, seed: of the prunings.
+        variant: the method's label, with what is added to it.
+        sparsity, seed: of the prunings.
         even: perplexity with the same share in every block.
         outliers: with shares by outliers.
-        kept_even, kept_outliers: share of the pruned layers' weights that is left.
+        kept: share of the pruned layers' weights that shares by outliers leave.
     """
 
-    method: str
+    variant: str
     sparsity: str
     seed: int
     even: float
     outliers: float
-    kept_even: float
-    kept_outliers: float
+    kept: float
 
 
 def main(
@@ -59,27 +66,21 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of budgets.json and budgets.md.")] = Path("docs"),
 ) -> None:
     """Measure what is missing and write the page."""
+    protocol = Protocol("smollm2", calibration, evaluation, wikitext=True, samples=SAMPLES)
     pairs = measured(out)
-    model, tokenizer = checkpoint.load(checkpoint.SMOLLM2)
-    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    text = "\n\n".join(wikitext_rows("".join(read_documents(evaluation))))
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    done = {(pair.method, pair.sparsity, pair.seed) for pair in pairs}
-    todo = [(m, p, s) for s in SEEDS for m in METHODS for p in SPARSITIES if (m, p, s) not in done]
-    for method, sparsity, seed in todo:
-        tokens = load_calibration(calibration, tokenizer, samples=SAMPLES, length=LENGTH, seed=seed).ids
-        found = {}
-        for budgets in (None, "outliers"):
-            report = prune_model(model, tokens, method, sparsity, budgets=budgets)
-            sizes = [model.get_submodule(layer.name).weight.numel() for layer in report.layers]
-            kept = sum(size * layer.kept for size, layer in zip(sizes, report.layers, strict=True)) / sum(sizes)
-            found[budgets] = (perplexity(model, ids, length=WINDOW_LENGTH, windows=WINDOWS).perplexity, kept)
-            model.load_state_dict(dense)
-        (even, kept_even), (outliers, kept_outliers) = found[None], found["outliers"]
-        pairs.append(Pair(method, sparsity, seed, even, outliers, kept_even, kept_outliers))
+    done = {(pair.variant, pair.sparsity, pair.seed) for pair in pairs}
+    todo = [(v, p, seed) for seed in SEEDS for v, p in PRUNINGS if (v.label, p, seed) not in done]
+    bench = Workbench(protocol) if todo else None
+    for variant, sparsity, seed in todo:
+        assert bench is not None
+        with bench.pruned(Cell(variant, sparsity, LENGTH, seed)):
+            even = bench.perplexity()
+        spread = variant.with_recipe(replace(variant.recipe, budgets="outliers"))
+        with bench.pruned(Cell(spread, sparsity, LENGTH, seed)) as pruning:
+            pairs.append(Pair(variant.label, sparsity, seed, even, bench.perplexity(), pruning.kept))
         console.print(pairs[-1], highlight=False)
         write_json(out / "budgets.json", [asdict(pair) for pair in pairs])
-    (out / "budgets.md").write_text(page(pairs))
+    (out / "budgets.md").write_text(page(pairs, protocol))
 
 
 def measured(out: Path) -> list[Pair]:
@@ -88,30 +89,39 @@ def measured(out: Path) -> list[Pair]:
     return [Pair(**record) for record in json.loads(path.read_text())] if path.exists() else []
 
 
-def page(pairs: list[Pair]) -> str:
+def page(pairs: list[Pair], protocol: Protocol) -> str:
     """The table as markdown."""
     lines = [
         "# Layer-wise budgets",
         "",
-        f"Measured on a CPU by `make budgets`: SmolLM2-135M, {SAMPLES} x {LENGTH} tokens of C4, {WINDOWS} windows of "
-        f'{WINDOW_LENGTH} tokens of WikiText-2, seeds of the calibration in pairs. `budgets="outliers"` is OWL\'s rule '
-        f"(arXiv 2310.05175): what a block keeps is linear in its share of scores above five times their layer's mean, "
-        f"{2 * SPREAD:g} from the least to the most. Rows lose whole weights, which is why a little more is kept.",
+        f"Measured on a CPU by `make budgets`: SmolLM2-135M, {SAMPLES} x {LENGTH} tokens of C4, {protocol.windows} "
+        f"windows of {protocol.window_length} tokens of WikiText-2, seeds of the calibration in pairs. "
+        '`budgets="outliers"` is OWL\'s rule (arXiv 2310.05175): what a block keeps is linear in its share of scores '
+        f"above five times their layer's mean, {2 * SPREAD:g} from the least to the most. Of a fraction rows lose "
+        "whole weights, which is why a little more is kept; of n:m the blocks that the rule raises the most keep one "
+        "more of every m, and as many one less.",
         "",
-        "| method, pruned | kept | even | by outliers | ratio, pair by pair |",
+        "| method, sparsity | kept | even | by outliers | ratio, pair by pair |",
         "|---|---:|---:|---:|---:|",
     ]
-    for method, sparsity in sorted({(pair.method, pair.sparsity) for pair in pairs}, reverse=True):
-        chosen = [pair for pair in pairs if (pair.method, pair.sparsity) == (method, sparsity)]
-        kept = statistics.fmean(pair.kept_outliers for pair in chosen)
+    for variant, sparsity in PRUNINGS:
+        chosen = [pair for pair in pairs if (pair.variant, pair.sparsity) == (variant.label, sparsity)]
+        if not chosen:
+            continue
+        kept = statistics.fmean(pair.kept for pair in chosen)
         even, other = (statistics.fmean(values) for values in zip(*((p.even, p.outliers) for p in chosen), strict=True))
         ratios = [pair.outliers / pair.even for pair in chosen]
-        error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+        error = f" ± {statistics.stdev(ratios) / math.sqrt(len(ratios)):.3f}" if len(ratios) > 1 else ""
         lines.append(
-            f"| {method}, {float(sparsity):.0%} | {kept:.2%} | {even:.1f} | {other:.1f} | "
-            f"{statistics.fmean(ratios):.3f} ± {error:.3f} ({len(ratios)}) |"
+            f"| {variant.label}, {_shown(sparsity)} | {kept:.2%} | {even:.1f} | {other:.1f} | "
+            f"{statistics.fmean(ratios):.3f}{error} ({len(ratios)}) |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _shown(sparsity: str) -> str:
+    """ "2:4", or "50%"."""
+    return sparsity if ":" in sparsity else f"{float(sparsity):.0%}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Layer-wise budgets: the shares by hand, their sum, and what prune_model makes of them."""
 
+import copy
 import itertools
 import json
 
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 
 from ace_triton import Sparsity
 from ace_triton.blocks import find_blocks, linears_of
-from ace_triton.budgets import OUTLIER, SPREAD, block_patterns, kept_shares, outliers
+from ace_triton.budgets import OUTLIER, SPREAD, block_patterns, group_sizes, kept_shares, outliers
 from ace_triton.prune_model import prune_model
+from ace_triton.sparsify import sparsify
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -53,6 +55,27 @@ def test_blocks_without_layers_have_no_pattern():
     assert block_patterns({}, {}, Sparsity(0.5)) == {}
 
 
+def test_groups_move_as_many_weights_as_shares_do():
+    """Above the mean: 0.06 + 0.04 of 10 weights a block, which is 0.8 of a block at 1 / 8 and 0.4 of one at 1 / 4."""
+    shares = [0.56, 0.54, 0.48, 0.47, 0.45]
+    assert group_sizes(shares, [10] * 5, 4, 8) == [5, 4, 4, 4, 3]
+    assert group_sizes(shares, [10] * 5, 2, 4) == [2] * 5
+    assert group_sizes([0.7, 0.6, 0.4, 0.3], [10] * 4, 4, 8) == [5, 5, 3, 3]
+    assert group_sizes([0.7, 0.6, 0.4, 0.3], [10] * 4, 2, 4) == [3, 2, 2, 1]
+    assert group_sizes([0.65, 0.45, 0.45], [10, 20, 10], 4, 8) == [5, 4, 3], "as many weights are lowered as raised"
+
+
+@given(blocks=st.lists(st.floats(0, 1), min_size=1, max_size=40), pattern=st.sampled_from([(2, 4), (4, 8), (6, 8)]))
+def test_groups_of_equal_blocks_keep_the_total(blocks, pattern):
+    n, m = pattern
+    shares = kept_shares(blocks, [100] * len(blocks), n / m)
+    groups = group_sizes(shares, [100] * len(blocks), n, m)
+    assert set(groups) <= {n - 1, n, n + 1}
+    assert abs(sum(groups) - n * len(groups)) <= 1
+    ranked = sorted(zip(shares, groups, strict=True))
+    assert all(one[1] <= other[1] for one, other in itertools.pairwise(ranked) if one[0] < other[0])
+
+
 def with_outliers(make_decoder, family: str = "llama"):
     """Its second block has outliers among its weights."""
     model = make_decoder(family)
@@ -78,6 +101,24 @@ def test_a_block_with_outliers_keeps_more_by_every_metric(make_decoder, ids, met
     assert report.to_dict()["budgets"] == "outliers"
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "dass", "cosp", "varp", "ace", "sparsegpt"])
+@pytest.mark.parametrize("options", [{}, {"one_shot": True}, {"update": "lstsq", "permute": True}], ids=str)
+def test_of_n_m_a_block_with_outliers_keeps_one_more(make_decoder, ids, method, options):
+    model = with_outliers(make_decoder)
+    report = prune_model(model, ids, method, "4:8", budgets="outliers", **options)
+    patterns = [{layer.pattern for layer in report.layers if f"layers.{i}." in layer.name} for i in range(3)]
+    assert patterns[1] == {"5:8"}
+    assert sorted([*patterns[0], *patterns[2]]) == ["3:8", "4:8"]
+    for layer in report.layers:
+        weight = model.get_submodule(layer.name).weight
+        groups = (weight if layer.axis == "in" else weight.t()).unflatten(-1, (-1, 8))
+        assert int((groups != 0).sum(-1).max()) == int(layer.pattern[0])
+    if "permute" in options:
+        assert report.permutation is not None
+        assert all(layer.after >= layer.before for layer in report.permutation.reordered)
+    assert report.sparsity == "4:8"
+
+
 def test_experts_and_true_sequential(make_decoder, ids):
     report = prune_model(with_outliers(make_decoder, "qwen3_moe"), ids, "wanda", 0.5, budgets="outliers")
     assert len({layer.pattern for layer in report.layers}) == 3
@@ -89,8 +130,9 @@ def test_experts_and_true_sequential(make_decoder, ids):
 def test_what_will_not_do_is_refused(make_decoder, ids):
     model = make_decoder("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"2:4 is the same in all of them: give a fraction"):
-        prune_model(model, ids, "wanda", "2:4", budgets="outliers")
+    for pattern in ("1:2", "1:4", "3:4", "7:8"):
+        with pytest.raises(ValueError, match=f"which {pattern} has no room for: give a pattern as 2:4"):
+            prune_model(model, ids, "wanda", pattern, budgets="outliers")
     with pytest.raises(ValueError, match="one of outliers, or None; got 'owl'"):
         prune_model(model, ids, "wanda", 0.5, budgets="owl")
     with pytest.raises(ValueError, match="calibration"):
@@ -108,6 +150,16 @@ def test_on_the_command_line(command, tmp_path, tiny_checkpoint, some_text):
     report = json.loads((out / "ace_triton.json").read_text())
     assert report["budgets"] == "outliers"
     assert len({layer["pattern"] for layer in report["layers"]}) > 1
-    code, _, said = command("prune", tiny_checkpoint, tmp_path / "other", "--budgets", "outliers")
+    code, _, said = command("prune", tiny_checkpoint, tmp_path / "other", "--budgets", "outliers", "--sparsity", "1:4")
     assert code != 0
-    assert "give a fraction" in said
+    assert "no room" in said
+
+
+def test_blocks_of_other_patterns_are_packed(make_decoder, ids):
+    """Each layer in the format of what it kept; the packed model writes what the dense one with zeros does."""
+    model = with_outliers(make_decoder)
+    prune_model(model, ids, "wanda", "4:8", budgets="outliers")
+    packed = copy.deepcopy(model)
+    report = sparsify(packed)
+    assert {layer.pattern for layer in report.layers} == {"3:8", "4:8", "5:8"}
+    torch.testing.assert_close(packed(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)

@@ -84,7 +84,7 @@ def prune(
     budgets: Annotated[
         str | None,
         typer.Option(
-            help="For a fraction: 'outliers' lets blocks with more outlying scores keep more, the total kept."
+            help="'outliers' lets blocks with more outlying scores keep more (of n:m one of every m), the total kept."
         ),
     ] = None,
     packed: Annotated[

@@ -58,7 +58,8 @@ class Variant:
     @property
     def calibrated(self) -> bool:
         """Whether the result depends on calibration tokens."""
-        return needed(metric(self.method).needs(self.complete), self.recipe.update).tokens
+        needs = needed(metric(self.method).needs(self.complete), self.recipe.update)
+        return needs.tokens or self.recipe.budgets is not None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class Recipe:
         permute: channels are reordered first.
         update: how kept weights are moved.
         true_sequential: inside a block too, layers see what pruned layers give.
+        budgets: by what the blocks' shares are set; None for the same in all.
         minutes: of recovery afterwards; None for none.
         published: nothing is added, and pruning is done as the published code does it (:mod:`.published_model`).
 
@@ -27,11 +28,12 @@ class Recipe:
     permute: bool = False
     update: Update | None = None
     true_sequential: bool = False
+    budgets: str | None = None
     minutes: float | None = None
     published: bool = False
 
     def __post_init__(self) -> None:
-        if self.published and (self.permute or self.update or self.true_sequential or self.minutes is not None):
+        if self.published and any((self.permute, self.update, self.true_sequential, self.budgets, self.minutes)):
             raise ValueError(f"nothing is added to a published form; got {self}")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
             raise ValueError(f"minutes of recovery must be above 0, or None for none; got {self.minutes}")
@@ -42,6 +44,7 @@ class Recipe:
         said = ["permuted"] if self.permute else []
         said += [] if self.update is None else _words_of(self.update)
         said += ["true sequential"] if self.true_sequential else []
+        said += [] if self.budgets is None else [f"shares by {self.budgets}"]
         said += ["published form"] if self.published else []
         said += [] if self.minutes is None else [f"{self.minutes:g} min of recovery"]
         return tuple(said)

@@ -175,6 +175,7 @@ class Workbench:
             permute=recipe.permute,
             update=recipe.update,
             true_sequential=recipe.true_sequential,
+            budgets=recipe.budgets,
             **dict(cell.variant.options),
         )
         return sum(layer.kept for layer in report.layers) / len(report.layers), report.seconds
