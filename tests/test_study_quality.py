@@ -19,7 +19,15 @@ from ace_triton.evaluate import perplexity
 from ace_triton.study.cells import Cell, Grid, Variant
 from ace_triton.study.curve import curve, frontier
 from ace_triton.study.findings import Comparison, worst
-from ace_triton.study.goals import dominance, goals, metric_alone, permutation, recovery, weight_update
+from ace_triton.study.goals import (
+    dominance,
+    goals,
+    metric_alone,
+    permutation,
+    perplexity_claim,
+    recovery,
+    weight_update,
+)
 from ace_triton.study.journal import FILE, Journal, Results, StudyError, read_results
 from ace_triton.study.page import page
 from ace_triton.study.quality_grid import BEST, PUBLISHED, RECIPES, SPARSEGPT, QualityGrid
@@ -172,9 +180,28 @@ def test_a_study_of_quality_end_to_end(study, protocol, tmp_path):
     before = (tmp_path / "s" / FILE).read_bytes()
     assert study(tmp_path / "s", *words, *windows)[0] == 0
     assert (tmp_path / "s" / FILE).read_bytes() == before
-    code, _, errors = study(tmp_path / "s", *words, "--windows", 4)
+    code, _, errors = study(tmp_path / "s", *words, "--windows", 5)
     assert code == 1
-    assert "further_window_lengths was (32,)" in errors
+    assert "windows was 4, is 5" in errors
+
+
+def test_further_windows_are_added_to_a_study(study, tmp_path):
+    words = ("--quality", "--methods", "wanda,ace", "--sparsities", "50%", "--lengths", 16, "--windows", 4)
+    assert study(tmp_path / "s", *words, "--seeds", 2, "--window-lengths", 16)[0] == 0
+    before = read_results(tmp_path / "s")
+    assert study(tmp_path / "s", *words, "--seeds", 1, "--window-lengths", "16,32")[0] == 0
+    after = read_results(tmp_path / "s")
+    assert after.setting == replace(before.setting, further_window_lengths=(32,))
+    assert after.dense.perplexity == before.dense.perplexity
+    assert [found.length for found in after.dense.further] == [32]
+    assert after.cells.keys() == before.cells.keys()
+    assert after.samples == before.samples
+    for cell, found in after.cells.items():
+        assert found.perplexity == before.cells[cell].perplexity
+        assert [evaluation.length for evaluation in found.further] == ([32] if cell.seed == 0 else [])
+    lines = (tmp_path / "s" / FILE).read_bytes()
+    assert study(tmp_path / "s", *words, "--seeds", 2, "--window-lengths", 16)[0] == 0
+    assert (tmp_path / "s" / FILE).read_bytes() == lines, "fewer windows take nothing back"
 
 
 def test_a_recovery_that_was_stopped_goes_on(protocol, tmp_path):
@@ -354,14 +381,29 @@ def test_nothing_is_claimed_where_cells_are_missing():
     for variant in recipes:
         assert goals(measured({(variant, "2:4"): NEAR})) == []
     assert weight_update(measured({(UPDATED, "2:4"): NEAR, (WANDA, "2:4"): NEAR})) is None
+
+
+def test_a_claim_says_over_which_windows_it_was_not_measured():
     tally = measured({(PERMUTED, "2:4"): NEAR, (ACE, "2:4"): NEAR})
-    for cell, found in list(tally.results.cells.items()):
-        tally.results.cells[cell] = replace(found, further=())
-    assert goals(tally) == []
+    claims = []
+    for seeds in (3, 2, 0):
+        for cell, found in list(tally.results.cells.items()):
+            tally.results.cells[cell] = replace(found, further=found.further[: cell.seed < seeds])
+        claims.append(perplexity_claim(tally, PERMUTED, ACE, "2:4", 1.5))
+    assert [claim.verdict for claim in claims] == ["holds", "open", "open"]
+    assert [str(claim) for claim in claims] == [
+        "1.000 ± 0.000 (16; 3 pairs), 1.000 ± 0.000 (32; 3 pairs)",
+        "1.000 ± 0.000 (16; 3 pairs), 1.000 ± 0.000 (32; 2 pairs)",
+        "1.000 ± 0.000 (16; 3 pairs), not measured over 32",
+    ]
 
 
-def test_another_window_length_is_another_study(tmp_path):
+def test_another_setting_is_another_study(tmp_path):
     Journal(tmp_path, SETTING).close()
-    with pytest.raises(StudyError, match="further_window_lengths"):
-        Journal(tmp_path, replace(SETTING, further_window_lengths=()))
+    with pytest.raises(StudyError, match="window_length was 16, is 64"):
+        Journal(tmp_path, replace(SETTING, window_length=64))
     assert read_results(tmp_path).setting == SETTING
+    Journal(tmp_path, replace(SETTING, further_window_lengths=())).close()
+    assert read_results(tmp_path).setting == SETTING
+    Journal(tmp_path, replace(SETTING, further_window_lengths=(64, 8))).close()
+    assert read_results(tmp_path).setting.window_lengths == (16, 8, 32, 64)

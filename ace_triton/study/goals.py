@@ -49,16 +49,19 @@ class Claim:
     Attributes:
         comparisons: by what they compare: "512" for perplexity over windows of 512 tokens, or "CPU time".
         most: the bound of the ratio.
-        verdict: the worst of theirs.
+        missing: lengths of windows over which nothing was measured with both.
+        verdict: the worst of theirs; at best open where something is missing.
     """
 
     comparisons: Mapping[str, Comparison]
     most: float
+    missing: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
         """The worst of the comparisons'."""
-        return worst(comparison.within(self.most) for comparison in self.comparisons.values())
+        verdicts = [comparison.within(self.most) for comparison in self.comparisons.values()]
+        return worst([*verdicts, "open"] if self.missing else verdicts)
 
     @property
     def first(self) -> float:
@@ -66,21 +69,21 @@ class Claim:
         return 1 + next(iter(self.comparisons.values())).change
 
     def __str__(self) -> str:
-        """ "0.441 ± 0.004 (512), 0.452 ± 0.006 (2,048), 5 pairs"."""
-        shown = [f"{_ratio(comparison)} ({name})" for name, comparison in self.comparisons.items()]
-        pairs = min(comparison.pairs for comparison in self.comparisons.values())
-        return f"{', '.join(shown)}, {pairs} pair{'s' if pairs != 1 else ''}"
+        """ "0.441 ± 0.004 (512; 5 pairs), 0.452 ± 0.006 (2,048; 2 pairs)"."""
+        shown = [
+            f"{_ratio(comparison)} ({name}; {comparison.pairs} pair{'s' if comparison.pairs != 1 else ''})"
+            for name, comparison in self.comparisons.items()
+        ]
+        return ", ".join([*shown, *(f"not measured over {length}" for length in self.missing)])
 
 
 def perplexity_claim(tally: Tally, one: Variant, other: Variant, sparsity: str, most: float) -> Claim | None:
-    """None where a window length was not measured with both."""
-    found: dict[str, Comparison] = {}
-    for length in tally.results.setting.window_lengths:
-        comparison = compare(tally, one, other, sparsity, tally.over(length))
-        if comparison is None:
-            return None
-        found[f"{length:,}"] = comparison
-    return Claim(found, most)
+    """None where the first window length was not measured with both."""
+    lengths = tally.results.setting.window_lengths
+    compared = {f"{n:,}": compare(tally, one, other, sparsity, tally.over(n)) for n in lengths}
+    found = {name: comparison for name, comparison in compared.items() if comparison is not None}
+    missing = tuple(name for name, comparison in compared.items() if comparison is None)
+    return Claim(found, most, missing) if f"{lengths[0]:,}" in found else None
 
 
 def time_claim(tally: Tally, one: Variant, other: Variant, sparsity: str) -> Claim | None:

@@ -1,4 +1,4 @@
-"""The results of a study on disk: one JSON record a line, the setting first, never rewritten."""
+"""The results of a study on disk: one JSON record a line, the setting first, never rewritten; later ones replace."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .records import CellResult, DenseResult, ModelNorms, Record, Sample, Settin
 FILE = "results.jsonl"
 FORMAT = "ace_triton.study.1"
 
-NAMES = ("model", "calibration", "evaluation")
-"""What of a setting may differ: the same weights and texts may lie elsewhere."""
+MAY_DIFFER = ("model", "calibration", "evaluation", "further_window_lengths")
+"""What of a setting may differ: the same weights and texts may lie elsewhere, and more windows be wanted of them."""
 
 _KINDS: dict[str, type[Any]] = {
     "setting": Setting,
@@ -52,7 +52,9 @@ class Results:
 
     def add(self, record: Record) -> None:
         """Take up one record."""
-        if isinstance(record, DenseResult):
+        if isinstance(record, Setting):
+            self.setting = record
+        elif isinstance(record, DenseResult):
             self.dense = record
         elif isinstance(record, CellResult):
             self.cells[record.cell] = record
@@ -70,7 +72,7 @@ class Journal:
 
     Args:
         folder: made where it is not there.
-        setting: of the study to begin or to go on with.
+        setting: of the study to begin or to go on with; further windows that it asks for are added.
 
     Attributes:
         folder: where the file is.
@@ -95,6 +97,9 @@ class Journal:
                 self.results = read_results(path)
                 _check_same(folder, self.results.setting, setting)
                 os.ftruncate(self._file, path.read_bytes().rfind(b"\n") + 1)
+                extended = self.results.setting.with_windows(setting.further_window_lengths)
+                if extended != self.results.setting:
+                    self.append(extended)
             else:
                 self.results = Results(setting)
                 self._write(setting, format=FORMAT)
@@ -150,7 +155,7 @@ def _check_same(folder: str | Path, there: Setting, asked: Setting) -> None:
     differing = [
         f"{f.name} was {getattr(there, f.name)!r}, is {getattr(asked, f.name)!r}"
         for f in fields(Setting)
-        if f.name not in NAMES and getattr(there, f.name) != getattr(asked, f.name)
+        if f.name not in MAY_DIFFER and getattr(there, f.name) != getattr(asked, f.name)
     ]
     if differing:
         raise StudyError(

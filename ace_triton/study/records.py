@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from ..recover import RecoveryReport
@@ -52,6 +52,11 @@ class Setting:
     def window_lengths(self) -> tuple[int, ...]:
         """All of them."""
         return self.window_length, *self.further_window_lengths
+
+    def with_windows(self, further: Sequence[int]) -> Setting:
+        """The same with those further lengths too, ascending."""
+        lengths = {*self.further_window_lengths, *further} - {self.window_length}
+        return replace(self, further_window_lengths=tuple(sorted(lengths)))
 
     def windows_of(self, length: int) -> int:
         """How many windows of that length are evaluated: as many tokens at every length, or a single window."""

@@ -49,7 +49,7 @@ def run_study(bench: Workbench, journal: Journal, grid: Cells, progress: Progres
     Args:
         bench: the model and the texts.
         journal: opened with ``bench.setting``.
-        grid: what is wanted; what the journal holds already is not run again.
+        grid: what is wanted; what the journal holds already is not run again, unless over fewer windows.
         progress: called with cells done, cells in all and what comes next.
 
     Raises:
@@ -59,14 +59,19 @@ def run_study(bench: Workbench, journal: Journal, grid: Cells, progress: Progres
     cells, found = grid.cells(), journal.results
     draw = next(((cell.length, cell.seed) for cell in found.samples if cell is not None and cell.length), grid.shown)
     shown = {cell for cell in cells if cell.length is None or (cell.length, cell.seed) == draw}
-    todo = [cell for cell in cells if cell not in found.cells or (cell in shown and cell not in found.samples)]
+    windows = bench.setting.further_window_lengths
+    todo = [
+        cell
+        for cell in cells
+        if not _measured(found.cells.get(cell), windows) or (cell in shown and cell not in found.samples)
+    ]
 
     def tell(done: int, what: str) -> None:
         if progress is not None:
             progress(done, len(cells), what)
 
     tell(len(cells) - len(todo), "the dense model")
-    if found.dense is None:
+    if not _measured(found.dense, windows):
         journal.append(DenseResult(bench.perplexity(), bench.further_perplexities()))
     if found.norms is None:
         journal.append(model_norms(bench.model, bench.calibration(*grid.shown)))
@@ -82,13 +87,18 @@ def run_study(bench: Workbench, journal: Journal, grid: Cells, progress: Progres
     tell(len(cells), "")
 
 
+def _measured(found: DenseResult | CellResult | None, windows: tuple[int, ...]) -> bool:
+    """Whether a perplexity is known over the first windows and all further ones."""
+    return found is not None and set(windows) <= {evaluation.length for evaluation in found.further}
+
+
 def _measure(
     bench: Workbench, journal: Journal, cell: Cell, sampler: Sampler | None, tell: Callable[[str], None]
 ) -> None:
     state = recovery_state(journal.folder, cell)
     with bench.pruned(cell) as pruning:
         recovery = _recover(bench, cell, state, tell)
-        if cell not in journal.results.cells:
+        if not _measured(journal.results.cells.get(cell), bench.setting.further_window_lengths):
             journal.append(_result(bench, cell, pruning, recovery))
         if sampler is not None and cell not in journal.results.samples:
             texts, divergence = sampler.texts_and_divergence()

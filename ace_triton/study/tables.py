@@ -79,7 +79,7 @@ def curve_table(tally: Tally, sparsity: str) -> NumberTable:
     rivals = [rival for rival in (WANDA, SPARSEGPT) if tally.select(rival, sparsity)]
 
     def row(point: Point) -> TableRow:
-        spreads = [found[point.variant, point.length].perplexity for found in curves]
+        spreads = [p.perplexity if (p := found.get((point.variant, point.length))) else None for found in curves]
         against = [
             shown_change(None if rival == point.variant else compare(tally, point.variant, rival, sparsity, measure))
             for rival in rivals
