@@ -9,22 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .experts import ExpertLinear, Stack
+from .experts import PRODUCTS, ExpertLinear, Stack
 
 EAGER = "eager"
 
 
 class ExpertStack(nn.Module):
-    """Stands in for a parameter [n_experts, out_features, in_features] of a mixture's experts.
+    """Stands in for a parameter of a mixture's experts, [n_experts, out_features, in_features] or transposed.
 
-    The module's own forward goes on as it is, ``F.linear(tokens, self.down_proj[i])``: what ``stack[i]`` returns
-    hands the product to layer i, packed or dense. Anything else is asked of it by an implementation that wants all
-    experts in one tensor (``grouped_mm``, ``batched_mm``), and is an error that says so. Its tensors go by the names
-    ``<parameter>.<i>.<tensor>``.
+    The module's own forward goes on as it is, ``F.linear(tokens, self.down_proj[i])``, or ``tokens @
+    self.down_proj[i]`` where the parameter was transposed: what ``stack[i]`` returns hands the product to layer i,
+    packed or dense. Anything else is asked of it by an implementation that wants all experts in one tensor
+    (``grouped_mm``, ``batched_mm``), and is an error that says so. Its tensors go by the names
+    ``<parameter>.<i>.<tensor>``, weights as [out_features, in_features].
+
+    Args:
+        layers: the experts'.
+        transposed: whether the parameter was [n_experts, in_features, out_features].
     """
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, layers: Iterable[nn.Module], *, transposed: bool = False) -> None:
         super().__init__()
+        self._transposed = transposed
         for index, layer in enumerate(layers):
             self.add_module(str(index), layer)
 
@@ -39,7 +45,7 @@ class ExpertStack(nn.Module):
         own = [_alone(layer, requires_grad) if isinstance(layer, ExpertLinear) else layer for layer in layers]
         leaf = stack.name.rpartition(".")[2]
         delattr(experts, leaf)
-        setattr(experts, leaf, cls(own).train(experts.training))
+        setattr(experts, leaf, cls(own, transposed=bool(stores_transposed(experts))).train(experts.training))
         config: Any = experts.config
         config._experts_implementation = EAGER
 
@@ -52,7 +58,7 @@ class ExpertStack(nn.Module):
         layer = self._modules.get(str(int(index)))
         if layer is None:
             raise IndexError(f"expert {int(index)} of {len(self)}")
-        return ExpertWeight(layer)
+        return ExpertWeight(layer, self._transposed)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -62,31 +68,44 @@ class ExpertStack(nn.Module):
 
 
 class ExpertWeight:
-    """What an expert's tokens are multiplied by: ``F.linear(tokens, weight)`` calls the expert's layer."""
+    """What an expert's tokens are multiplied by: the product calls the expert's layer.
 
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
+    Args:
+        layer: the expert's.
+        transposed: whether that is ``tokens @ weight``; else ``F.linear(tokens, weight)``.
+    """
+
+    def __init__(self, layer: nn.Module, transposed: bool) -> None:
+        self._layer, self._transposed = layer, transposed
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> torch.Tensor:
-        if function is not F.linear or len(args) < 2 or not isinstance(args[1], cls):
+        weight = args[1] if len(args) > 1 else None
+        products = () if not isinstance(weight, cls) else PRODUCTS if weight._transposed else (F.linear,)
+        if function not in products:
             name = getattr(function, "__name__", function)
-            raise TypeError(f"{name}: packed experts are multiplied by F.linear(tokens, weight) alone; {_advice()}")
-        outputs = args[1]._layer(args[0])
+            raise TypeError(f"{name}: packed experts are multiplied by their tokens alone, one by one; {_advice()}")
+        assert isinstance(weight, cls)
+        outputs: torch.Tensor = weight._layer(args[0])
         bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
         return outputs if bias is None else outputs + bias
 
 
-def takes_layers(experts: nn.Module) -> bool:
-    """Whether a module says of itself that its eager forward is ``F.linear(tokens, stack[i])``, expert by expert."""
-    return getattr(experts, "is_transposed", None) is False and hasattr(experts, "config")
+def stores_transposed(experts: nn.Module) -> bool | None:
+    """Whether a module's eager forward is ``tokens @ stack[i]``, expert by expert, or ``F.linear(tokens, stack[i])``.
+
+    None where it does not say of itself that it is one of them.
+    """
+    transposed = getattr(experts, "is_transposed", None)
+    return transposed if isinstance(transposed, bool) and hasattr(experts, "config") else None
 
 
 def _alone(expert: ExpertLinear, requires_grad: bool) -> nn.Linear:
     layer = nn.Linear(expert.in_features, expert.out_features, bias=False, device="meta")
-    layer.weight = nn.Parameter(expert.weight.detach().clone(), requires_grad=requires_grad)
+    weight = expert.weight.detach().clone(memory_format=torch.contiguous_format)
+    layer.weight = nn.Parameter(weight, requires_grad=requires_grad)
     return layer
 
 

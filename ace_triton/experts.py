@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_PRODUCTS = frozenset(
+PRODUCTS = frozenset(
     {torch.matmul, torch.mm, torch.bmm}
     | {torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm}
 )
@@ -71,7 +71,7 @@ class _Products(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        transposed = func in _PRODUCTS
+        transposed = func in PRODUCTS
         if (transposed or func is F.linear) and len(args) >= 2 and isinstance(args[1], torch.Tensor):
             self._report(args[0], args[1], transposed, output)
         return output

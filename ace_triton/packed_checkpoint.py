@@ -19,7 +19,7 @@ from torch import nn
 from . import checkpoint
 from .blocks import stacks_of
 from .checkpoint import CheckpointError, replacing
-from .expert_stack import ExpertStack, takes_layers
+from .expert_stack import ExpertStack, stores_transposed
 from .kernels.pack_nm import PatternError
 from .nm_linear import NMLinear
 from .packed_manifest import (
@@ -175,12 +175,13 @@ def _put_stacks(model: nn.Module, manifest: Manifest) -> None:
     for stack in stacks_of(model):
         if stack.name in packed:
             experts, _ = _owner(model, stack.name)
-            if not takes_layers(experts):
+            transposed = stores_transposed(experts)
+            if transposed is None:
                 raise PackedError(
                     f"{stack.name}: its experts are packed, and this {type(experts).__name__} does not multiply by "
                     "them one by one; was it packed with another transformers?"
                 )
-            ExpertStack.take_place(experts, stack, stack.linears(transposed=False).values())
+            ExpertStack.take_place(experts, stack, stack.linears(transposed=transposed).values())
 
 
 def _put_packed(model: nn.Module, name: str, entry: PackedEntry, dtype: torch.dtype) -> None:

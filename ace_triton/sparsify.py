@@ -12,7 +12,7 @@ from torch import nn
 
 from .blocks import linears_of, stacks_of
 from .dispatch import RowLimits
-from .expert_stack import ExpertStack, takes_layers
+from .expert_stack import ExpertStack, stores_transposed
 from .experts import Stack
 from .inspect_checkpoint import find_pattern
 from .kernels.pack_nm import PackedNM
@@ -169,16 +169,13 @@ def _pack_experts(
 ) -> list[PackedLayer]:
     """Replace a stack by layers, packed where they can be; leave it where none can."""
     experts = model.get_submodule(stack.name.rpartition(".")[0])
-    if not takes_layers(experts):
-        skip(
-            stack.name,
-            stack.weight,
-            f"a {type(experts).__name__} does not multiply by its experts one by one, as [out, in]",
-        )
+    transposed = stores_transposed(experts)
+    if transposed is None:
+        skip(stack.name, stack.weight, f"a {type(experts).__name__} does not multiply by its experts one by one")
         return []
     layers: list[nn.Module] = []
     entries: list[PackedLayer] = []
-    for name, expert in stack.linears(transposed=False).items():
+    for name, expert in stack.linears(transposed=transposed).items():
         layers.append(expert)
         if names.wants(name):
             try:
