@@ -85,11 +85,10 @@ void add_gram_panel(const GramTask&, int64_t) {}
 namespace ace {
 
 void mirror_gram_panel(float* gram, int64_t width, int64_t panel) {
-    constexpr int64_t BLOCK = 48;
     const int64_t first = panel * GRAM_PANEL, end = first + GRAM_PANEL < width ? first + GRAM_PANEL : width;
-    for (int64_t top = 0; top < end; top += BLOCK) {
+    for (int64_t top = 0; top < end; top += GRAM_PANEL) {
         for (int64_t j = first; j < end; ++j) {
-            const int64_t last = top + BLOCK < j ? top + BLOCK : j;
+            const int64_t last = top + GRAM_PANEL < j ? top + GRAM_PANEL : j;
             for (int64_t i = top; i < last; ++i) gram[j * width + i] = gram[i * width + j];
         }
     }
