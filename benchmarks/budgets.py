@@ -22,6 +22,7 @@ from ace_triton.budgets import SPREAD
 from ace_triton.report import write_json
 from ace_triton.study.cells import Cell, Variant
 from ace_triton.study.quality_grid import BEST
+from ace_triton.study.tally import shown_sparsity, shown_variant
 from ace_triton.study.workbench import Protocol, Workbench
 
 WANDA, ACE = Variant("wanda"), Variant("ace")
@@ -101,9 +102,14 @@ def page(pairs: list[Pair], protocol: Protocol) -> str:
         "whole weights, which is why a little more is kept; of n:m the blocks that the rule raises the most keep one "
         "more of every m, and as many one less.",
         "",
-        "| method, sparsity | kept | even | by outliers | ratio, pair by pair |",
-        "|---|---:|---:|---:|---:|",
+        *table(pairs),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def table(pairs: list[Pair]) -> list[str]:
+    """Means over seeds, and of the pairs' ratios with its standard error."""
+    lines = ["| method, sparsity | kept | even | by outliers | ratio, pair by pair |", "|---|---:|---:|---:|---:|"]
     for variant, sparsity in PRUNINGS:
         chosen = [pair for pair in pairs if (pair.variant, pair.sparsity) == (variant.label, sparsity)]
         if not chosen:
@@ -113,15 +119,10 @@ def page(pairs: list[Pair], protocol: Protocol) -> str:
         ratios = [pair.outliers / pair.even for pair in chosen]
         error = f" ± {statistics.stdev(ratios) / math.sqrt(len(ratios)):.3f}" if len(ratios) > 1 else ""
         lines.append(
-            f"| {variant.label}, {_shown(sparsity)} | {kept:.2%} | {even:.1f} | {other:.1f} | "
+            f"| {shown_variant(variant)}, {shown_sparsity(sparsity)} | {kept:.2%} | {even:.1f} | {other:.1f} | "
             f"{statistics.fmean(ratios):.3f}{error} ({len(ratios)}) |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def _shown(sparsity: str) -> str:
-    """ "2:4", or "50%"."""
-    return sparsity if ":" in sparsity else f"{float(sparsity):.0%}"
+    return lines
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from ace_triton.study.journal import read_results
 from ace_triton.study.tables import shown_spread
 from ace_triton.study.tally import Tally, shown_variant
 
+from .budgets import measured as budgets_measured
+from .budgets import table as budgets
 from .quality import cells_by_column, shown
 from .report_bench import duration
 from .results import load, outcomes
@@ -158,6 +160,7 @@ def filled(readme: str, docs: Path) -> str:
     """The README with every section between its markers made anew."""
     tables = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
     tables |= {"curve": curve_of_quality(docs), "rows": row_limits(), "model": whole_model(RESULTS)}
+    tables["budgets"] = budgets(budgets_measured(docs))
     for name, lines in tables.items():
         table = "\n".join(lines)
         pattern = rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- /{name} -->)"
