@@ -34,6 +34,8 @@ def prune_table(report: ModelReport) -> Table:
     kept = sum(layer.kept for layer in report.layers) / max(len(report.layers), 1)
     table.add_row("layers pruned", str(len(report.layers)))
     table.add_row("weights kept in them", f"{kept:.1%}")
+    if report.budgets is not None:
+        _add_shares(table, report)
     if report.permutation is not None:
         gains = [layer.after / layer.before - 1 for layer in report.permutation.reordered if layer.before]
         mean = sum(gains) / max(len(gains), 1)
@@ -46,6 +48,16 @@ def prune_table(report: ModelReport) -> Table:
         table.add_row(label, f"{getattr(report.seconds, stage):.2f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
     return table
+
+
+def _add_shares(table: Table, report: ModelReport) -> None:
+    """What budgets gave to the layers: how many are at each n:m, or the least and the most that one keeps."""
+    if ":" in report.sparsity:
+        for pattern, count in Counter(layer.pattern for layer in report.layers).most_common():
+            table.add_row(f"layers at {pattern}", str(count))
+    elif report.layers:
+        shares = [layer.kept for layer in report.layers]
+        table.add_row("kept in one, least to most", f"{min(shares):.1%} to {max(shares):.1%}")
 
 
 def packing_table(report: SparsifyReport) -> Table:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -147,9 +148,18 @@ def test_on_the_command_line(command, tmp_path, tiny_checkpoint, some_text):
         "prune", tiny_checkpoint, out, "--method", "magnitude", "--calibration", some_text, *arguments
     )
     assert code == 0, said
+    assert re.search(r"kept in one, least to most *│ *4\d\.\d% to 5\d\.\d%", said), said
     report = json.loads((out / "ace_triton.json").read_text())
     assert report["budgets"] == "outliers"
     assert len({layer["pattern"] for layer in report["layers"]}) > 1
+    groups = ("--sparsity", "4:8", *arguments[2:])
+    out = tmp_path / "groups"
+    code, said, _ = command("prune", tiny_checkpoint, out, "--method", "magnitude", "--calibration", some_text, *groups)
+    assert code == 0, said
+    report = json.loads((out / "ace_triton.json").read_text())
+    assert report["sparsity"] == "4:8"
+    for pattern in {layer["pattern"] for layer in report["layers"]}:
+        assert f"layers at {pattern}" in said
     code, _, said = command("prune", tiny_checkpoint, tmp_path / "other", "--budgets", "outliers", "--sparsity", "1:4")
     assert code != 0
     assert "no room" in said
