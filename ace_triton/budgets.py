@@ -1,7 +1,7 @@
 """Layer-wise budgets: blocks whose scores have more outliers keep more of their weights, the total kept.
 
-That is OWL (Yin et al., arXiv 2310.05175), with its two numbers. For n:m a block keeps n - 1, n or n + 1 of every m: as
-many weights change their pattern as carry what OWL's shares would carry from block to block.
+That is OWL (Yin et al., arXiv 2310.05175), with its two numbers. For n:m a block keeps n - 1, n or n + 1 of every m, and
+about as many weights go from block to block as by OWL's shares.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def kept_shares(
 def group_sizes(shares: Sequence[float], sizes: Sequence[int], n: int, m: int) -> list[int]:
     """How many of every m each block keeps: n + 1 where the share is highest, n - 1 where it is lowest, n between.
 
-    Blocks are raised until they have about the weights that the shares above n / m take, counted in weights of 1 / m,
-    and lowered until as many weights are.
+    A raised block keeps 1 / m of its weights more. So many are raised that this comes near to what the shares above
+    n / m would keep more, and blocks with as many weights are lowered.
 
     Args:
         shares: of the weights that each block is to keep, n / m in the mean over all weights.
