@@ -1,7 +1,7 @@
 """Layer-wise budgets: blocks whose scores have more outliers keep more of their weights, the total kept.
 
-That is OWL (Yin et al., arXiv 2310.05175), with its two numbers. For n:m a block keeps n - 1, n or n + 1 of every m, and
-about as many weights go from block to block as by OWL's shares.
+That is OWL (Yin et al., arXiv 2310.05175), with its two numbers. For n:m a block keeps n - 1, n or n + 1 of every m,
+and about as many weights go from block to block as by OWL's shares.
 """
 
 from __future__ import annotations
