@@ -20,7 +20,7 @@ from ace_triton.study.findings import end_to_end, ordering
 from ace_triton.study.journal import FILE, Journal, Results, StudyError, read_results
 from ace_triton.study.norms import model_norms
 from ace_triton.study.page import page, shared_words
-from ace_triton.study.records import CellResult, DenseResult, Setting, StageSeconds
+from ace_triton.study.records import CellResult, DenseResult, Sample, Setting, StageSeconds
 from ace_triton.study.run import run_study
 from ace_triton.study.samples import next_token_divergence
 from ace_triton.study.tally import Tally
@@ -187,6 +187,21 @@ def test_a_stopped_study_goes_on_to_the_same_end(protocol, tmp_path):
     with Journal(tmp_path / "whole", bench.setting) as journal:
         run_study(bench, journal, GRID)
     assert (tmp_path / "whole" / FILE).read_bytes() == data
+
+
+def test_a_line_cut_inside_a_character_is_cut_off(tmp_path):
+    with Journal(tmp_path, SETTING) as journal:
+        journal.append(DenseResult(10.0))
+        whole = (tmp_path / FILE).read_bytes()
+        journal.append(Sample(None, ("a",), ("é 漢",), None))
+    data = (tmp_path / FILE).read_bytes()
+    assert len(data.decode()) < len(data)
+    for cut in range(len(whole), len(data)):
+        (tmp_path / FILE).write_bytes(data[:cut])
+        with Journal(tmp_path, SETTING) as journal:
+            assert journal.results.dense == DenseResult(10.0)
+            assert not journal.results.samples
+        assert (tmp_path / FILE).read_bytes() == whole
 
 
 def test_an_interrupt_keeps_what_is_done_and_leaves_the_model_dense(protocol, tmp_path):

@@ -138,7 +138,7 @@ def read_results(path: str | Path) -> Results:
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = file.read_bytes().split(b"\n")[:-1]
         records = [json.loads(line) for line in lines]
         if not records or records[0].pop("format", None) != FORMAT:
             raise StudyError(f"{file}: not the results of a study of this version ({FORMAT}); name another folder")
