@@ -172,7 +172,7 @@ def recovery(tally: Tally, minutes: float) -> Finding | None:
     ]
     if not claims:
         return None
-    claim, variant = min(claims, key=lambda entry: entry[0].first)
+    claim, variant = min(claims, key=lambda entry: (FROM_BEST.index(entry[0].verdict), entry[0].first))
     costs = [found.recovery for found in tally.select(variant, PATTERN) if found.recovery is not None]
     threads = sorted({found.threads for found in tally.select(variant, PATTERN)})
     steps = sum(cost.steps for cost in costs) / len(costs)
