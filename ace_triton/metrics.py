@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
+from .kernels.column_scale import ColumnScale, column_scale
 from .kernels.score_terms import ScoreTerms
-from .kernels.weight_sums import weight_sums
+from .kernels.variance_factor import VarianceNorm, variance_factor
+from .kernels.weight_sums import relative_importance, weight_sums
 from .stats import ActivationStats, Reduce, StatsError
 
 Base = Literal["wanda", "ria", "magnitude"]
 CosineReduce = Literal["exact", "abs", "rms"]
 Prefactor = Literal["none", "relative", "wanda", "ria"]
-VarianceNorm = Literal["max_layer", "max_sequence", "channel", "frobenius"]
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,14 @@ def ria(weight: torch.Tensor, stats: ActivationStats, a: float = 0.5) -> ScoreTe
     R_i and C_j are the row and column sums of |W|, in fp32: quotients in fp16 would fall below its
     normal range.
     """
-    row, col = weight_sums(weight, inverse=True)
-    return ScoreTerms(row=row, col=col, scale=stats.derive(("norm", a), lambda: stats.norm**a))
+    return relative_importance(weight, ColumnScale(base=stats.derive(("norm", a), lambda: stats.norm**a)))
 
 
 @register_metric("stade")
 def stade(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
     """|W_ij| std(x_j), the root of STADE's W_ij^2 var(x_j). No bias is moved (METHODS of STADE do so
     optionally, to little effect)."""
-    return ScoreTerms(scale=stats.variance.sqrt())
+    return ScoreTerms(scale=stats.standard_deviation)
 
 
 @register_metric("dass", Needs(consumer=True))
@@ -230,7 +230,8 @@ def varp(
         power: 1 as printed, 0.5 for the root that a consistent derivation carries.
         eps: y stays at or below 1 - eps.
     """
-    return _scaled(_base(weight, stats, base), _variance_factor(stats, norm, sign, power, eps))
+    factor = _variance_factor(stats, norm, power, eps)
+    return _on_columns(weight, base == "ria", ColumnScale(base=_base_scale(stats, base), factor=factor, sign=sign))
 
 
 @register_metric("ace", _cosp_needs)
@@ -251,8 +252,7 @@ def ace(
     converges. It divides by VarP, where the paper multiplies: that holds back the few channels that carry much of a
     sequence's energy. docs/quality.md has the measurements that decided it. The published form is :func:`ace_paper`.
     """
-    factor = _variance_factor(stats, norm, sign, power, eps)
-    return _times_cosine(weight, stats, base, reduce, factor)
+    return _times_cosine(weight, stats, base, reduce, _variance_factor(stats, norm, power, eps), sign)
 
 
 @register_metric("ace-paper", _cosp_needs)
@@ -283,24 +283,27 @@ def saap(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
     importances are Taylor terms, which need gradients, of heads and channels that it removes whole: only its
     fusion is here, and *reconstructed*.
     """
-    _, column_sums = weight_sums(weight)
-    return ScoreTerms(scale=column_sums * stats.norm.square())
+    sums = weight_sums(weight)
+    return ScoreTerms(col=sums.col, scale=stats.derive("square", stats.norm.square), not_finite=sums.not_finite)
 
 
-def _relative_importance(weight: torch.Tensor) -> ScoreTerms:
-    """|W_ij| / C_j + |W_ij| / R_i, RIA's without the inputs."""
-    row, col = weight_sums(weight, inverse=True)
-    return ScoreTerms(row=row, col=col)
-
-
-def _base(weight: torch.Tensor, stats: ActivationStats, base: Base) -> ScoreTerms:
+def _base_scale(stats: ActivationStats, base: Base) -> torch.Tensor | None:
+    """What a base score's columns are multiplied by, fp32 [in_features]; None for 1."""
     if base == "wanda":
-        return wanda(weight, stats)
+        return stats.norm
     if base == "ria":
-        return ria(weight, stats)
+        return stats.derive(("norm", 0.5), stats.norm.sqrt)
     if base == "magnitude":
-        return ScoreTerms()
+        return None
     raise ValueError(f"base must be 'ria', 'wanda' or 'magnitude', got {base!r}")
+
+
+def _on_columns(weight: torch.Tensor, relative: bool, scale: ColumnScale | None, power: int = 1) -> ScoreTerms:
+    """Terms of |W|, or of its relative importance, to a ``power`` of the weight, with a scale of columns."""
+    if relative:
+        terms = relative_importance(weight, scale)
+        return terms if power == 1 else replace(terms, power=power)
+    return ScoreTerms(scale=None if scale is None else column_scale(scale), power=power)
 
 
 def _times_cosine(
@@ -309,68 +312,34 @@ def _times_cosine(
     base: Prefactor,
     reduce: CosineReduce,
     factor: torch.Tensor | None = None,
+    sign: int = 1,
 ) -> ScoreTerms:
-    """The cosine term on a base (none: alone), with a column ``factor`` of its own."""
+    """The cosine term on a base (none: alone), with a column ``factor`` of its own, to the power ``sign``."""
     if reduce not in ("exact", "abs", "rms"):
         raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
-    if base == "relative":
-        terms, power = _relative_importance(weight), 1
-    elif base == "none":
-        terms, power = ScoreTerms(), 1
-    elif base in ("wanda", "ria"):
-        terms, power = _base(weight, stats, base), 2
-    else:
+    if base not in ("none", "relative", "wanda", "ria"):
         raise ValueError(f"CosP's base or prefactor must be 'none', 'relative', 'wanda' or 'ria', got {base!r}")
+    relative, power = base in ("relative", "ria"), 2 if base in ("wanda", "ria") else 1
+    of_base = _base_scale(stats, base) if base == "wanda" or base == "ria" else None
     if stats.outputs is None:
         raise StatsError(
             "CosP weighs tokens by the layer's outputs, which these statistics do not hold: pass raw tokens, "
             "or collect with ActivationStats.from_tokens(tokens, layer=layer)"
         )
     if reduce == "exact":
-        vector = stats.outputs.mean_weighted_square().sqrt().float()
-        return _scaled(terms, vector if factor is None else vector * factor, power)
+        square, divisor = stats.outputs.weighted_square_and_divisor()
+        return _on_columns(weight, relative, ColumnScale(square, divisor, of_base, factor, sign), power)
     if stats.outputs.reduce != reduce:
         raise StatsError(
             f"reduce={reduce!r} needs the coupling matrix, but these statistics were collected with "
             f"reduce={stats.outputs.reduce!r}: collect with ActivationStats.from_tokens(..., reduce={reduce!r})"
         )
-    return _scaled(terms, factor, power, stats.outputs.mean_coupling())
+    scale = None if of_base is None and factor is None else ColumnScale(base=of_base, factor=factor, sign=sign)
+    terms = _on_columns(weight, relative, scale, power)
+    return replace(terms, coupling=stats.outputs.mean_coupling(), not_finite=None)
 
 
-def _variance_factor(stats: ActivationStats, norm: VarianceNorm, sign: int, power: float, eps: float) -> torch.Tensor:
-    if sign not in (1, -1):
-        raise ValueError(f"sign must be +1 or -1, got {sign!r}")
-    factor = stats.derive(
+def _variance_factor(stats: ActivationStats, norm: VarianceNorm, power: float, eps: float) -> torch.Tensor:
+    return stats.derive(
         ("variance_factor", norm, power, eps), lambda: variance_factor(stats.sequence_square, norm, power, eps)
     )
-    return factor if sign == 1 else 1 / factor
-
-
-def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: float, eps: float) -> torch.Tensor:
-    """VarP's f_j = mean_s (1 - y_sj)^(-power), fp32 [in_features], from sums of squares [n_sequences, in_features]."""
-    if not 0 < eps < 1:
-        raise ValueError(f"eps must lie in (0, 1), got {eps!r}")
-    if norm == "max_layer":
-        largest = sequence_square.amax()
-    elif norm == "max_sequence":
-        largest = sequence_square.amax(1, keepdim=True)
-    elif norm == "channel":
-        largest = sequence_square.amax(0, keepdim=True)
-    elif norm == "frobenius":
-        largest = sequence_square.sum(1, keepdim=True)
-    else:
-        raise ValueError(f"norm must be 'max_layer', 'max_sequence', 'channel' or 'frobenius', got {norm!r}")
-    largest = largest.clamp(min=torch.finfo(torch.float32).tiny / eps)
-    if norm == "frobenius":
-        rest = torch.maximum(largest - sequence_square, eps * largest)
-    else:
-        rest = torch.rsub(sequence_square, largest, alpha=1 - eps)
-    inverse = torch.div(largest, rest, out=rest)
-    return (inverse if power == 1 else inverse.pow_(power)).mean(0)
-
-
-def _scaled(
-    terms: ScoreTerms, factor: torch.Tensor | None, power: int = 1, coupling: torch.Tensor | None = None
-) -> ScoreTerms:
-    scale = factor if terms.scale is None else terms.scale if factor is None else terms.scale * factor
-    return ScoreTerms(terms.row, terms.col, scale, coupling, power)

@@ -46,8 +46,13 @@ class OutputStats:
 
     def mean_weighted_square(self) -> torch.Tensor:
         """mean_t x_tj^2 / s_t, fp64 [in_features] (METHODS "exact2"; second-order term of 1 - cos)."""
+        square, divisor = self.weighted_square_and_divisor()
+        return square / divisor
+
+    def weighted_square_and_divisor(self) -> tuple[torch.Tensor, float]:
+        """The quotient of :meth:`mean_weighted_square` before it is taken."""
         assert self.weighted_square is not None
-        return self.weighted_square / (self.unit * max(self.count, 1))
+        return self.weighted_square, self.unit * max(self.count, 1)
 
     def mean_coupling(self) -> torch.Tensor:
         """mean_t |a_ti x_tj| / s_t, or the root of the mean of its square, fp32 [out_features, in_features]."""

@@ -231,11 +231,7 @@ def _terms(
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
     tensors = terms.tensors()
-    vectors = [tensor for tensor in tensors.values() if tensor.dim() == 1]
-    checked = [torch.cat(vectors)] if len(vectors) > 1 else vectors
-    if terms.coupling is not None:
-        checked = [*checked, terms.coupling]
-    if not all(all_finite(tensor) for tensor in checked):
+    if not _are_finite(terms, stats):
         _check_finite(weight, label)
         bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         raise PruneError(
@@ -243,6 +239,20 @@ def _terms(
             "the calibration forward (run it in bfloat16 or float32)"
         )
     return terms
+
+
+def _are_finite(terms: ScoreTerms, stats: ActivationStats | None) -> bool:
+    """Looks at what no launch has looked at: vectors of the statistics once for all layers that share them."""
+    if terms.not_finite is not None and terms.not_finite.item():
+        return False
+    for tensor in terms.tensors().values():
+        if stats is not None and stats.has_derived(tensor):
+            finite = stats.is_finite(tensor)
+        else:
+            finite = terms.not_finite is not None or all_finite(tensor)
+        if not finite:
+            return False
+    return True
 
 
 def _solve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from .kernels.select_nm import GROUP_SIZES
@@ -54,7 +55,9 @@ class Sparsity:
     @classmethod
     def of(cls, pattern: str | float | Sparsity) -> Sparsity:
         """The pattern itself, or one made of it."""
-        return pattern if isinstance(pattern, Sparsity) else cls(pattern)
+        if isinstance(pattern, Sparsity):
+            return pattern
+        return _of_text(pattern) if isinstance(pattern, str) else cls(pattern)
 
     def kept_of(self, size: int) -> int:
         """How many of ``size`` compared weights are kept: all but ``int(size * fraction)``."""
@@ -62,6 +65,11 @@ class Sparsity:
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.n is not None else f"{self.fraction:.4g}"
+
+
+@lru_cache
+def _of_text(pattern: str) -> Sparsity:
+    return Sparsity(pattern)
 
 
 def _parse(pattern: str | float) -> tuple[int | None, int | None, float]:

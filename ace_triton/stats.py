@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .gram import Gram
+from .kernels.column_scale import ColumnScale, column_scale
+from .kernels.finite import all_finite
 from .kernels.moments import moments
 from .output_stats import OutputStats, Reduce, StatsError, update_outputs
 from .token_sample import TokenSample
@@ -55,6 +57,7 @@ class ActivationStats:
     _squares: list[torch.Tensor] = field(default_factory=list, repr=False)
     _counts: list[torch.Tensor] = field(default_factory=list, repr=False)
     _derived: dict[Hashable, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _finite: dict[int, bool] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_tokens(
@@ -152,7 +155,7 @@ class ActivationStats:
 
         :attr:`outputs` is put in order too; :attr:`consumer_norm` follows the layer's outputs and stays.
         """
-        self._derived = {}
+        self._derived, self._finite = {}, {}
         self.mean = None if self.mean is None else self.mean[order]
         self.deviation = None if self.deviation is None else self.deviation[order]
         self._squares = [square[:, order] for square in self._squares]
@@ -169,7 +172,7 @@ class ActivationStats:
         sequence_square: torch.Tensor,
         sequence_count: torch.Tensor,
     ) -> None:
-        self._derived = {}
+        self._derived, self._finite = {}, {}
         self._squares.append(sequence_square)
         self._counts.append(sequence_count)
         if self.mean is None or self.deviation is None:
@@ -209,7 +212,7 @@ class ActivationStats:
         assert self.mean is not None
         assert self.deviation is not None
         square = torch.addcmul(self.deviation, self.mean, self.mean, value=self.count)
-        return square.div_(self.n_sequences).sqrt_().float()
+        return column_scale(ColumnScale(square, self.n_sequences))
 
     def derive(self, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A vector made of these statistics, computed once for all layers that share them."""
@@ -217,12 +220,30 @@ class ActivationStats:
             self._derived[key] = compute()
         return self._derived[key]
 
+    def has_derived(self, tensor: torch.Tensor) -> bool:
+        """Whether this very tensor came of :meth:`derive`."""
+        return any(tensor is derived for derived in self._derived.values())
+
+    def is_finite(self, derived: torch.Tensor) -> bool:
+        """Whether a derived vector holds neither NaN nor infinity; looked for once."""
+        if id(derived) not in self._finite:
+            self._finite[id(derived)] = all_finite(derived)
+        return self._finite[id(derived)]
+
     @property
     def variance(self) -> torch.Tensor:
         """Variance of x over tokens (divided by the count), fp32 [in_features]."""
         self.require_tokens()
         assert self.deviation is not None
         return (self.deviation / self.count).float()
+
+    @property
+    def standard_deviation(self) -> torch.Tensor:
+        """Root of :attr:`variance`, fp32 [in_features]."""
+        self.require_tokens()
+        assert self.deviation is not None
+        of = ColumnScale(self.deviation, self.count)
+        return self.derive("standard_deviation", lambda: column_scale(of))
 
     def require_tokens(self) -> None:
         """Raise StatsError where no token was counted."""
@@ -245,6 +266,7 @@ class ActivationStats:
             _squares=[s.to(device) for s in self._squares],
             _counts=[c.to(device) for c in self._counts],
             _derived={},
+            _finite={},
         )
         if self.outputs is not None:
             o = self.outputs

@@ -22,7 +22,7 @@ def test_row_and_column_sums(compare: Compare, matrix: Matrix) -> None:
         return magnitude.sum(1), magnitude.sum(0)
 
     def check() -> None:
-        for our_sums, their_sums in zip(weight_sums(weight), theirs(), strict=True):
+        for our_sums, their_sums in zip(weight_sums(weight)[:2], theirs(), strict=True):
             torch.testing.assert_close(our_sums, their_sums, rtol=1e-4, atol=0)
 
     compare(

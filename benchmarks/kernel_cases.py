@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
@@ -19,7 +20,8 @@ from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
 from ace_triton.kernels.unpack_nm import unpack_nm
-from ace_triton.kernels.weight_sums import weight_sums
+from ace_triton.kernels.variance_factor import variance_factor
+from ace_triton.kernels.weight_sums import relative_importance, weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,7 +48,8 @@ class Case:
         call: makes the call; its tensors hold nothing.
         elements: weights or token elements of the call.
         loaded: bytes per element read through the widest loads.
-        moved: bytes per element that must cross DRAM; 0 where the call is bound by arithmetic.
+        moved: bytes per element that must cross DRAM; 0 where the call is bound by arithmetic, or by latency.
+        launch: which of its launches is looked at.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Case:
     elements: int
     loaded: float
     moved: float
+    launch: int = 0
 
 
 def terms(rows: int, cols: int, names: tuple[str, ...]) -> ScoreTerms:
@@ -111,6 +115,18 @@ def weight_sums_case(dtype: torch.dtype) -> Case:
     size = dtype.itemsize
     call = lambda: weight_sums(torch.empty(SHAPE, dtype=dtype))  # noqa: E731
     return Case("weight_sums", dtype, call, SHAPE[0] * SHAPE[1], size, size)
+
+
+def vector_cases() -> Iterator[Case]:
+    """The short vectors of ACE's terms: a launch of a layer's sums, its scale alone, and both launches of VarP."""
+    rows, cols = SHAPE
+    of = ColumnScale(torch.empty(cols, dtype=torch.float64), 2.0, factor=torch.empty(cols), sign=-1)
+    call = lambda: relative_importance(torch.empty(SHAPE, dtype=torch.bfloat16), of)  # noqa: E731
+    yield Case("weight_sums, merge and scale", torch.float32, call, rows + cols, 4, 0, launch=1)
+    yield Case("column_scale", torch.float32, lambda: column_scale(of), cols, 8, 0)
+    average = lambda: variance_factor(torch.empty(128, cols), "frobenius", 1.0, 0.01)  # noqa: E731
+    for launch, part in enumerate(("levels", "means")):
+        yield Case(f"variance_factor, {part}", torch.float32, average, 128 * cols, 4, 0, launch)
 
 
 def coupling_case(dtype: torch.dtype, reduce: str) -> Case:
@@ -237,6 +253,7 @@ def every_case() -> Iterator[Case]:
         for reduce in ("abs", "rms"):
             yield coupling_case(dtype, reduce)
             yield cosp_select_case(dtype, reduce)
+    yield from vector_cases()
     yield join_gains_case()
 
 

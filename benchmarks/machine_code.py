@@ -97,10 +97,10 @@ def compiled(launch: JitLaunch, target: GPUTarget) -> MachineCode:
     return read(triton.compile(specialised.source, target=target, options=specialised.options))
 
 
-def first_kernel(case: Case, target_name: str) -> tuple[JitLaunch, MachineCode]:
-    """The first launch of a case and its machine code."""
+def kernel_of(case: Case, target_name: str) -> tuple[JitLaunch, MachineCode]:
+    """The launch of a case that it is about, most often the first, and its machine code."""
     target = gpu_target(target_name)
-    launch = launches_of(case, target)[0]
+    launch = launches_of(case, target)[case.launch]
     return launch, compiled(launch, target)
 
 
@@ -146,10 +146,10 @@ def one_pass_lines(dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
     for n_tokens in (2048, 16384):
         steps, one, shares = [], [], []
         for gpu in GPUS.values():
-            two = busiest_pipe(over_tokens(*first_kernel(stored, gpu.target), n_tokens), gpu)
+            two = busiest_pipe(over_tokens(*kernel_of(stored, gpu.target), n_tokens), gpu)
             two += (2 * dtype.itemsize + 8) * width**2 / (gpu.terabytes * 1e12)
             steps.append(two)
-            one.append(busiest_pipe(over_tokens(*first_kernel(pruned, gpu.target), n_tokens), gpu))
+            one.append(busiest_pipe(over_tokens(*kernel_of(pruned, gpu.target), n_tokens), gpu))
             shares.append(one[-1] / two)
         yield _row(n_tokens, "coupling, then select_nm, µs", *(f"{seconds * 1e6:.0f}" for seconds in steps))
         yield _row("", "cosp_select, µs", *(f"{seconds * 1e6:.0f}" for seconds in one))
@@ -160,7 +160,7 @@ def report(targets: tuple[str, ...]) -> Iterator[str]:
     """Lines of docs/kernels.md."""
     yield PREAMBLE
     cases = list(every_case())
-    codes = {(case.name, case.dtype, t): first_kernel(case, t) for case in cases for t in targets}
+    codes = {(case.name, case.dtype, t): kernel_of(case, t) for case in cases for t in targets}
     yield "## Registers of a thread\n\nSpilled accesses in brackets where there are any; vector registers on AMD.\n"
     yield _row("kernel", "dtype", *targets)
     yield _row(*["---"] * (2 + len(targets)))

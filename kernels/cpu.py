@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from .column_scale import ColumnScale
     from .packed_nm import PackedNM
     from .score_terms import ScoreTerms
 
@@ -26,13 +27,19 @@ ISAS = ("avx512", "avx2", "portable")
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OUTPUTS = {"weight": 0, "mask": 1, "bits": 2}
 
+_VARIANCE_NORMS = {"max_layer": 0, "max_sequence": 1, "channel": 2, "frobenius": 3}
+
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
 _MATRIX = [_POINTER, _LONG, _LONG, _LONG, _INT]
 _SELECTION = [*_MATRIX, *[_POINTER] * 4, _INT, _INT, _POINTER]
+_COLUMNS = [_POINTER, _DOUBLE, _POINTER, _POINTER, _INT]
 _SIGNATURES = {
     "ace_select_nm": [*_SELECTION, _INT, _INT, _INT, _INT],
     "ace_select_rows": [*_SELECTION, _LONG, _INT, _INT],
-    "ace_weight_sums": [*_MATRIX, _POINTER, _POINTER, _INT, _INT],
+    "ace_weight_sums": [*_MATRIX, _POINTER, _POINTER, _INT, *_COLUMNS, _POINTER, _POINTER, _INT],
+    "ace_column_scale": [_LONG, *_COLUMNS, _POINTER],
+    "ace_variance_factor": [_POINTER, _LONG, _LONG, _INT, _FLOAT, _FLOAT, _POINTER, _INT],
     "ace_token_norms": [*_MATRIX, _POINTER, _INT],
     "ace_all_finite": [*_MATRIX, _INT, _POINTER],
     "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],
@@ -153,13 +160,40 @@ def _select(name: str, weight: torch.Tensor, terms: ScoreTerms, output: str, *ru
     return weight
 
 
-def weight_sums(weight: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Body of :func:`~ace_triton.kernels.weight_sums.weight_sums`."""
+def weight_sums(
+    weight: torch.Tensor, inverse: bool = False, scale: ColumnScale | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Body of both operations of :mod:`ace_triton.kernels.weight_sums`: row and column sums or their inverses, the
+    scale, and whether one of these is not finite."""
     laid = _row_major(weight)
     rows, cols = torch.empty(weight.shape[0]), torch.empty(weight.shape[1])
-    outputs = rows.data_ptr(), cols.data_ptr()
-    _call("ace_weight_sums", *_matrix(laid), *outputs, int(inverse), torch.get_num_threads())
-    return rows, cols
+    columns = None if scale is None else torch.empty_like(cols)
+    found = torch.empty(1, dtype=torch.int32)
+    made = int(inverse), *_columns(scale), *_addresses(columns, found)
+    _call("ace_weight_sums", *_matrix(laid), *_addresses(rows, cols), *made, torch.get_num_threads())
+    return rows, cols, columns, found
+
+
+def column_scale(of: ColumnScale) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.column_scale.column_scale`."""
+    scale = torch.empty(of.in_features)
+    _call("ace_column_scale", of.in_features, *_columns(of), scale.data_ptr())
+    return scale
+
+
+def variance_factor(sequence_square: torch.Tensor, norm: str, power: float, eps: float) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.variance_factor.variance_factor`."""
+    laid = sequence_square.contiguous()
+    factor = torch.empty(laid.shape[1])
+    rule = _VARIANCE_NORMS[norm], power, eps
+    _call("ace_variance_factor", laid.data_ptr(), *laid.shape, *rule, factor.data_ptr(), torch.get_num_threads())
+    return factor
+
+
+def _columns(of: ColumnScale | None) -> tuple[int | None, float, int | None, int | None, int]:
+    if of is None:
+        return None, 1.0, None, None, 1
+    return _address(of.square), 1 / of.divisor, _address(of.base), _address(of.factor), of.sign
 
 
 def token_norms(outputs: torch.Tensor) -> torch.Tensor:
@@ -357,6 +391,10 @@ def _row_major(tensor: torch.Tensor) -> torch.Tensor:
 def _matrix(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
     rows, cols = tensor.shape
     return tensor.data_ptr(), rows, cols, tensor.stride(0), _ELEMENTS[tensor.dtype]
+
+
+def _addresses(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
+    return tuple(_address(tensor) for tensor in tensors)
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from . import cpu, launch
@@ -26,13 +28,23 @@ def all_finite_reference(tensor: torch.Tensor) -> bool:
 
 
 def _all_finite_triton(tensor: torch.Tensor) -> bool:
-    found = torch.zeros(1, dtype=torch.int32, device=tensor.device)
+    found = _clean_flag(tensor.device, launch.stream_of(tensor))
     if tensor.numel():
         block = launch.all_finite(tensor)
         _find_non_finite[(triton.cdiv(tensor.numel(), block),)](
             tensor, found, tensor.numel(), BLOCK=block, num_warps=launch.WARPS
         )
-    return not found.item()
+    if not found.item():
+        return True
+    found.zero_()
+    return False
+
+
+@functools.cache
+def _clean_flag(device: torch.device, stream: int) -> torch.Tensor:
+    """A 0, int32 [1], one for each stream: whoever finds a 1 there puts it back, so that no call begins by clearing."""
+    with torch.inference_mode(False):
+        return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 @triton.jit

@@ -40,6 +40,11 @@ def lanes(device: torch.device) -> int:
     return 32
 
 
+def stream_of(tensor: torch.Tensor) -> int:
+    """The stream that a kernel on ``tensor`` is launched on."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.device.type == "cuda" else 0
+
+
 def vector(tensor: torch.Tensor) -> int:
     """Elements of one 16-byte access."""
     return ACCESS_BYTES // tensor.element_size()
@@ -156,6 +161,30 @@ def weight_sums(weight: torch.Tensor) -> WeightSums:
 def all_finite(tensor: torch.Tensor) -> int:
     """Elements of a program: four accesses of 16 bytes a thread."""
     return 4 * WARPS * lanes(tensor.device) * vector(tensor)
+
+
+def column_scale(like: torch.Tensor) -> int:
+    """Channels of a program of one warp: the vector is short, and the more programs share it, the less each waits."""
+    return 4 * lanes(like.device)
+
+
+@dataclass(frozen=True)
+class VarianceFactor:
+    """Tiles of ``variance_factor``, each of one warp.
+
+    Attributes:
+        levels_block: channels of a sequence that are loaded at once where its level is found.
+        block_rows, block_cols: sequences and channels that are loaded at once.
+    """
+
+    levels_block: int
+    block_rows: int
+    block_cols: int
+
+
+def variance_factor(square: torch.Tensor) -> VarianceFactor:
+    """Four accesses of 16 bytes a lane where a level is found; a channel a lane, of 16 sequences, where they meet."""
+    return VarianceFactor(4 * lanes(square.device) * vector(square), 16, lanes(square.device))
 
 
 @dataclass(frozen=True)

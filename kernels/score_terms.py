@@ -25,6 +25,8 @@ class ScoreTerms:
         scale: [in_features], or None for 1.
         coupling: [out_features, in_features], or None for 1.
         power: 1 or 2, the exponent of the weight's magnitude.
+        not_finite: int32 [1], other than 0 where a term that one launch made holds NaN or infinity; None where nobody
+            looked.
     """
 
     row: torch.Tensor | None = None
@@ -32,6 +34,7 @@ class ScoreTerms:
     scale: torch.Tensor | None = None
     coupling: torch.Tensor | None = None
     power: int = 1
+    not_finite: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.power not in (1, 2):

@@ -1,17 +1,22 @@
-"""weight_sums: RIA's row and column sums of |W|, or their inverses, in one read of the weight.
+"""weight_sums: RIA's row and column sums of |W| in one read of the weight; or all terms of a score made of them.
 
 R_i = sum_j |W_ij|,   C_j = sum_i |W_ij|      (RIA, "Plug-and-Play", ICLR 2024)
 
-Two launches: sums of a few hundred rows and columns each, and their merge. Bytes per weight of e bytes: e read, and
-the partial sums, 1 % of them at the size of a layer.
+Two launches: sums of a few hundred rows and columns each, and their merge, which also inverts the sums and makes the
+column vector that multiplies the score. Bytes per weight of e bytes: e read, and the partial sums, 1 % of them at the
+size of a layer.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
+from .backend import Backend, choose_backend
+from .column_scale import ColumnScale, column_scale_reference, scale_at
+from .score_terms import ScoreTerms
 from .triton_import import tl, triton
 
 # Tile of the merge of partial sums: a few dozen loads in flight for a warp.
@@ -20,66 +25,132 @@ MERGED_PARTS, MERGED_SUMS = 16, 32
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def weight_sums(weight: torch.Tensor, *, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row sums [out_features] and column sums [in_features] of |weight|, fp32, deterministic.
+class WeightSums(NamedTuple):
+    """Sums of |weight|.
+
+    Attributes:
+        row: fp32 [out_features].
+        col: fp32 [in_features].
+        not_finite: int32 [1], other than 0 where a sum is NaN or infinite.
+    """
+
+    row: torch.Tensor
+    col: torch.Tensor
+    not_finite: torch.Tensor
+
+
+def weight_sums(weight: torch.Tensor) -> WeightSums:
+    """Row and column sums of |weight|, deterministic.
 
     Args:
         weight: [out_features, in_features], fp32, fp16 or bf16.
-        inverse: 1 / R and 1 / C instead. That of a sum of 0 is large, but finite: its weights are 0 too. That of a
-            sum which is not finite is NaN, so that NaN and infinity in a weight are seen in both vectors.
     """
+    _check(weight)
+    backend = choose_backend(weight)
+    if backend == "reference":
+        return weight_sums_reference(weight)
+    row, col, _, found = _sums(backend, weight, inverse=False, scale=None)
+    return WeightSums(row, col, found)
+
+
+def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) -> ScoreTerms:
+    """RIA's |W_ij| / C_j + |W_ij| / R_i, times a column vector: the terms ``row``, ``col`` and ``scale`` of a score.
+
+    The inverse of a sum of 0 is large, but finite: its weights are 0 too. That of a sum which is not finite is NaN, so
+    that NaN and infinity in a weight are seen in both vectors; ``not_finite`` of the terms says whether any vector
+    holds one.
+
+    Args:
+        weight: [out_features, in_features], fp32, fp16 or bf16.
+        scale: of in_features columns; None for none.
+    """
+    _check(weight)
+    if scale is not None and scale.in_features != weight.shape[1]:
+        raise ValueError(f"a scale of {scale.in_features} columns for a weight of shape {tuple(weight.shape)}")
+    backend = choose_backend(weight, *(() if scale is None else scale.vectors().values()))
+    if backend == "reference":
+        return relative_importance_reference(weight, scale)
+    row, col, vector, found = _sums(backend, weight, inverse=True, scale=scale)
+    return ScoreTerms(row, col, vector, not_finite=found)
+
+
+def weight_sums_reference(weight: torch.Tensor) -> WeightSums:
+    """The same as :func:`weight_sums` in plain torch, summed in fp64."""
+    magnitude = weight.detach().double().abs()
+    sums = magnitude.sum(1).float(), magnitude.sum(0).float()
+    return WeightSums(*sums, _not_finite(*sums))
+
+
+def relative_importance_reference(weight: torch.Tensor, scale: ColumnScale | None = None) -> ScoreTerms:
+    """The same as :func:`relative_importance` in plain torch, in fp64."""
+    sums = weight_sums_reference(weight)
+    vectors = [_inverse(sums.row), _inverse(sums.col)]
+    if scale is not None:
+        vectors.append(column_scale_reference(scale))
+    return ScoreTerms(*vectors, not_finite=_not_finite(*vectors))
+
+
+def _check(weight: torch.Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
-    backend = choose_backend(weight)
-    if backend == "cpu":
-        return cpu.weight_sums(weight, inverse)
-    if backend == "triton":
-        with torch.cuda.device_of(weight):
-            return _weight_sums_triton(weight.detach(), inverse)
-    return weight_sums_reference(weight, inverse=inverse)
-
-
-def weight_sums_reference(weight: torch.Tensor, *, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain torch, summed in fp64."""
-    magnitude = weight.detach().double().abs()
-    rows, cols = magnitude.sum(1).float(), magnitude.sum(0).float()
-    return (_inverse(rows), _inverse(cols)) if inverse else (rows, cols)
 
 
 def _inverse(sums: torch.Tensor) -> torch.Tensor:
     return torch.where(sums.isfinite(), sums.clamp(min=SMALLEST_NORMAL).reciprocal(), torch.nan)
 
 
-def _weight_sums_triton(weight: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _not_finite(*vectors: torch.Tensor) -> torch.Tensor:
+    return torch.cat(vectors).isfinite().all().logical_not().int().reshape(1)
+
+
+def _sums(
+    backend: Backend, weight: torch.Tensor, inverse: bool, scale: ColumnScale | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Row and column sums or their inverses, the columns' scale, and whether one of these is not finite."""
+    if backend == "cpu":
+        return cpu.weight_sums(weight, inverse, scale)
+    with torch.cuda.device_of(weight):
+        return _weight_sums_triton(weight.detach(), inverse, scale)
+
+
+def _weight_sums_triton(
+    weight: torch.Tensor, inverse: bool, scale: ColumnScale | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     rows, cols = weight.shape
     tile = launch.weight_sums(weight)
     across = triton.cdiv(cols, tile.pieces * tile.block_cols)
     down = triton.cdiv(rows, tile.block_rows * tile.trips)
-    row_parts = torch.empty(across, rows, dtype=torch.float32, device=weight.device)
-    col_parts = torch.empty(down, cols, dtype=torch.float32, device=weight.device)
+    row_parts, row_sums = (torch.empty(n, rows, dtype=torch.float32, device=weight.device) for n in (across, 1))
+    col_parts, col_sums = (torch.empty(n, cols, dtype=torch.float32, device=weight.device) for n in (down, 1))
+    columns = None if scale is None else torch.empty_like(col_sums[0])
+    # The first launch says that nothing was found yet.
+    make = torch.empty if weight.numel() else torch.zeros
+    found = make(1, dtype=torch.int32, device=weight.device)
     if weight.numel():
         _sum_magnitudes[(across * down,)](
-            *(weight, row_parts, col_parts, rows, cols, weight.stride(0)),
+            *(weight, row_parts, col_parts, found, rows, cols, weight.stride(0)),
             BLOCK_ROWS=tile.block_rows,
             BLOCK_COLS=tile.block_cols,
             PIECES=tile.pieces,
             TRIPS=tile.trips,
             num_warps=tile.num_warps,
         )
-    row_sums, col_sums = (torch.empty(n, dtype=torch.float32, device=weight.device) for n in (rows, cols))
     if rows + cols:
+        vectors = (None, 1.0, None, None) if scale is None else scale.kernel_arguments()
         col_blocks = triton.cdiv(cols, MERGED_SUMS)
         _merge_parts[(col_blocks + triton.cdiv(rows, MERGED_SUMS),)](
             *(row_parts, col_parts, row_sums, col_sums, across, down, rows, cols, col_blocks),
+            *(*vectors, columns, found),
+            SIGN=1 if scale is None else scale.sign,
             INVERSE=inverse,
             SMALLEST=SMALLEST_NORMAL,
             BLOCK_PARTS=MERGED_PARTS,
             BLOCK_SUMS=MERGED_SUMS,
             num_warps=1,
         )
-    return row_sums, col_sums
+    return row_sums[0], col_sums[0], columns, found
 
 
 @triton.jit
@@ -87,6 +158,7 @@ def _sum_magnitudes(
     weight_ptr,
     row_parts_ptr,
     col_parts_ptr,
+    found_ptr,
     rows,
     cols,
     stride,
@@ -99,6 +171,7 @@ def _sum_magnitudes(
 
     A piece is as wide as one access of a warp: every warp sums rows of its own, and they meet once, at the end.
     """
+    tl.store(found_ptr, 0, mask=tl.program_id(0) == 0)
     across = tl.cdiv(cols, PIECES * BLOCK_COLS)
     block = tl.program_id(0) % across
     part = tl.program_id(0) // across
@@ -138,18 +211,34 @@ def _merge_parts(
     rows,
     cols,
     col_blocks,
+    square_ptr,
+    inverse_divisor,
+    base_ptr,
+    factor_ptr,
+    scale_ptr,
+    found_ptr,
+    SIGN: tl.constexpr,
     INVERSE: tl.constexpr,
     SMALLEST: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_SUMS: tl.constexpr,
 ):
-    """Column sums in the first ``col_blocks`` programs, row sums in the others."""
+    """Column sums, and the columns' scale, in the first ``col_blocks`` programs; row sums in the others."""
     block = tl.program_id(0)
     if block < col_blocks:
-        _merge(col_parts_ptr, col_sums_ptr, block, down, cols, INVERSE, SMALLEST, BLOCK_PARTS, BLOCK_SUMS)
+        _merge(
+            *(col_parts_ptr, col_sums_ptr, found_ptr, block, down, cols),
+            *(INVERSE, SMALLEST, BLOCK_PARTS, BLOCK_SUMS),
+        )
+        if scale_ptr is not None:
+            j = block * BLOCK_SUMS + tl.arange(0, BLOCK_SUMS)
+            scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN)
+            tl.store(scale_ptr + j, scale, mask=j < cols)
+            _note_not_finite(scale, found_ptr)
     else:
         _merge(
-            row_parts_ptr, row_sums_ptr, block - col_blocks, across, rows, INVERSE, SMALLEST, BLOCK_PARTS, BLOCK_SUMS
+            *(row_parts_ptr, row_sums_ptr, found_ptr, block - col_blocks, across, rows),
+            *(INVERSE, SMALLEST, BLOCK_PARTS, BLOCK_SUMS),
         )
 
 
@@ -157,6 +246,7 @@ def _merge_parts(
 def _merge(
     parts_ptr,
     sums_ptr,
+    found_ptr,
     block,
     parts,
     size,
@@ -173,4 +263,12 @@ def _merge(
         sums += tl.sum(tl.load(parts_ptr + part.to(tl.int64) * size + k, mask=inside, other=0.0), 0, keep_dims=True)
     if INVERSE:
         sums = tl.where(sums - sums == 0, 1.0 / tl.maximum(sums, SMALLEST), float("nan"))
+    _note_not_finite(tl.reshape(sums, [BLOCK_SUMS]), found_ptr)
     tl.store(sums_ptr + k, sums, mask=k < size)
+
+
+@triton.jit
+def _note_not_finite(vector, found_ptr):
+    """Every program that finds NaN or infinity writes the same 1."""
+    found = tl.max((vector - vector != 0).to(tl.int32), 0)
+    tl.store(found_ptr, 1, mask=found != 0)

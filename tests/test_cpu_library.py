@@ -7,6 +7,7 @@ import importlib.machinery
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from ace_triton.kernels import cpu
 from ace_triton.kernels.assignment import assignment
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, BackendError, choose_backend
+from ace_triton.kernels.column_scale import ColumnScale
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
@@ -24,7 +26,8 @@ from ace_triton.kernels.select_nm import GROUP_SIZES, select_nm, select_nm_refer
 from ace_triton.kernels.select_rows import select_rows, select_rows_reference
 from ace_triton.kernels.token_norms import token_norms
 from ace_triton.kernels.unpack_nm import unpack_nm, unpack_nm_reference
-from ace_triton.kernels.weight_sums import weight_sums
+from ace_triton.kernels.variance_factor import VarianceNorm, variance_factor
+from ace_triton.kernels.weight_sums import relative_importance, weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=f"no CPU library: {cpu.why_unavailable()}")
@@ -88,7 +91,12 @@ def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
     valid = torch.arange(rows) % 5 > 0
     sums = moments(weight, valid)
     results |= {"total": sums.total, "deviation": sums.deviation, "square": sums.sequence_square}
-    results["row sums"], results["column sums"] = weight_sums(weight)
+    results["row sums"], results["column sums"], _ = weight_sums(weight)
+    square, factor = weight.double().square().sum(0), 1 + weight[0].float().abs()
+    scaled = relative_importance(weight, ColumnScale(square, 3.0, factor=factor, sign=-1))
+    results |= {f"importance: {part}": vector for part, vector in scaled.tensors().items()}
+    for norm in get_args(VarianceNorm):
+        results[f"variance {norm}"] = variance_factor(weight.float().square(), norm, 0.5, 0.01)
     results["norms"] = token_norms(weight)
     results["squares"] = weighted_squares(weight, torch.stack([valid.float(), torch.arange(rows).float()]))
     scores = weight.float().abs()[None]
@@ -207,7 +215,7 @@ def test_nothing_behind_a_tensor_is_touched(isas, before_a_guard_page, dtype, ro
             for scope in ("row", "layer"):
                 select_rows(weight, terms, cols // 2, scope=scope, output=output)
         moments(weight)
-        weight_sums(weight)
+        relative_importance(weight, ColumnScale(base=terms.scale))
         token_norms(weight)
         weighted_squares(weight, token_weights)
         assert all_finite(weight)
@@ -245,7 +253,9 @@ def test_nothing_around_an_output_is_written(isas, monkeypatch, rows, cols):
             for scope in ("row", "layer"):
                 cpu.select_rows(weight, terms, cols // 2, scope, output)
         cpu.moments(weight[None], None)
-        cpu.weight_sums(weight)
+        cpu.weight_sums(weight, inverse=True, scale=ColumnScale(base=terms.scale))
+        cpu.column_scale(ColumnScale(factor=terms.scale))
+        cpu.variance_factor(weight.float(), "frobenius", 0.5, 0.01)
         cpu.token_norms(weight)
         cpu.weighted_squares(weight, torch.ones(2, rows))
         check()

@@ -23,13 +23,14 @@ from benchmarks.kernel_cases import (
     select_nm_case,
     select_rows_case,
     unpack_case,
+    vector_cases,
     weight_sums_case,
 )
 from benchmarks.machine_code import (
     GPUS,
     compute_over_memory,
-    first_kernel,
     gpu_target,
+    kernel_of,
     launches_of,
     per_element,
 )
@@ -42,7 +43,7 @@ BOUND_BY_MEMORY = ("A100", "H100", "H200")
 def check(case: Case, most_ratio: float, gpus: tuple[str, ...] = BOUND_BY_MEMORY, store_bits: int = 0) -> None:
     """No spills, 16-byte loads, and at most ``most_ratio`` of the memory's time on each GPU."""
     for target in sorted({GPUS[name].target for name in gpus}):
-        launch, code = first_kernel(case, target)
+        launch, code = kernel_of(case, target)
         counts = per_element(case, launch, code)
         assert code.spills == 0, f"{case.name} spills on {target}"
         assert code.loads[128] > 0, f"{case.name} loads {dict(code.loads)} on {target}"
@@ -60,7 +61,7 @@ def test_2_4_is_bound_by_memory(dtype, metric):
 
 def test_2_4_takes_twelve_instructions_a_weight():
     case = select_nm_case(torch.bfloat16, "scale")
-    assert per_element(case, *first_kernel(case, "sm_90")).total() <= 12
+    assert per_element(case, *kernel_of(case, "sm_90")).total() <= 12
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,24 +86,31 @@ def test_rows_take_at_most_twice_the_memory_time(cols):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_coupling_multiplies_on_tensor_cores_without_spills(dtype, target):
-    _, code = first_kernel(coupling_case(dtype, "rms"), target)
+    _, code = kernel_of(coupling_case(dtype, "rms"), target)
     assert code.spills == 0
     assert code.loop["tensor"] > 0
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_pruning_in_the_epilogue_leaves_the_products_as_they_are(target):
-    _, stored = first_kernel(coupling_case(torch.bfloat16, "rms"), target)
-    _, pruned = first_kernel(cosp_select_case(torch.bfloat16, "rms", "RIA"), target)
+    _, stored = kernel_of(coupling_case(torch.bfloat16, "rms"), target)
+    _, pruned = kernel_of(cosp_select_case(torch.bfloat16, "rms", "RIA"), target)
     assert pruned.spills == 0
     assert pruned.occupancy >= stored.occupancy
     assert pruned.loop["tensor"] == stored.loop["tensor"]
     assert pruned.loop.total() <= 1.05 * stored.loop.total()
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "gfx1100"])
+@pytest.mark.parametrize("case", list(vector_cases()), ids=lambda case: case.name)
+def test_short_vectors_are_made_without_spills(case, target):
+    _, code = kernel_of(case, target)
+    assert code.spills == 0
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_join_gains_holds_its_pairs_in_registers(target):
-    _, code = first_kernel(join_gains_case(), target)
+    _, code = kernel_of(join_gains_case(), target)
     assert code.spills == 0
 
 
@@ -119,7 +127,7 @@ def test_join_gains_holds_its_pairs_in_registers(target):
     ids=lambda case: case.name,
 )
 def test_nothing_spills_on_amd(case):
-    _, code = first_kernel(case, "gfx942")
+    _, code = kernel_of(case, "gfx942")
     assert code.spills == 0
     assert code.loads[128] > 0
 
@@ -150,7 +158,7 @@ def test_tiles_of_tokens_are_bound_by_memory(dtype, n_tokens):
     case = nm_linear_case(dtype, n_tokens)
     check(case, most_ratio=0.95)
     for target in ("sm_80", "sm_90"):
-        launch, code = first_kernel(case, target)
+        launch, code = kernel_of(case, target)
         weights = launch.keywords["BLOCK_ROWS"] * launch.keywords["WORDS"] * 32 / code.threads
         assert code.loop["tensor"] > 0
         assert code.loop["memory"] <= 0.6 * weights
@@ -158,5 +166,5 @@ def test_tiles_of_tokens_are_bound_by_memory(dtype, n_tokens):
 
 def test_any_pattern_runs_from_registers():
     """3:8 at one row: its gathers, and counts of bits, are bound by arithmetic."""
-    _, code = first_kernel(nm_linear_case(torch.bfloat16, 1, 3, 8), "sm_90")
+    _, code = kernel_of(nm_linear_case(torch.bfloat16, 1, 3, 8), "sm_90")
     assert code.spills == 0

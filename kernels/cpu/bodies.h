@@ -13,13 +13,14 @@
 #include "sums.h"
 #include "two_of_four.h"
 #include "unpack_nm.h"
+#include "variance_factor.h"
 
 namespace ace {
 
 const Bodies ACE_BODIES = {
     ACE_ISA,    select_nm,   select_rows, count_keys, find_ties,        apply_cut,
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
-    join_gains, assign,
+    variance_levels, variance_factor, join_gains, assign,
     pack_nm,    unpack_nm,   widen_rows,  nm_linear,   dense_linear,
 };
 

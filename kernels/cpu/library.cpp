@@ -1,27 +1,15 @@
-// The C ABI: checks nothing (the Python side has), picks the instruction set, and deals units of work to threads.
-// Every function returns 0, or 1 where memory ran out.
+// The C ABI of what works on weights, and the choice of the instruction set.
 
-#include "gram_product.h"
-#include "tasks.h"
+#include "threads.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <exception>
-#include <limits>
-#include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace ace {
 namespace {
-
-// Below this many bytes a thread costs more than it saves.
-constexpr int64_t BYTES_PER_THREAD = 1 << 20;
 
 const Bodies* const* all_bodies() {
     static const Bodies* const tables[] = {
@@ -53,54 +41,17 @@ const Bodies* best_bodies() {
     return *candidate;
 }
 
+}  // namespace
+
 const Bodies* bodies = best_bodies();
 
-int64_t bytes_of(const Matrix& m) { return m.rows * m.cols * (m.element == Element::fp32 ? 4 : 2); }
-
-int64_t units(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
-
-int threads_for(int64_t bytes, int64_t n_units, int most) {
-    const int64_t useful = std::min(bytes / BYTES_PER_THREAD, n_units);
-    return int(std::max<int64_t>(1, std::min<int64_t>(most, useful)));
-}
-
-// work(begin, end, thread) over even shares of n_units; the calling thread takes the first, and any that the
-// system would not start a thread for.
-template <typename Work>
-void deal(int64_t n_units, int threads, const Work& work) {
-    const auto share = [&](int thread) { work(n_units * thread / threads, n_units * (thread + 1) / threads, thread); };
-    std::vector<std::thread> started;
-    started.reserve(threads);
-    int next = 1;
-    try {
-        for (; next < threads; ++next) started.emplace_back(share, next);
-    } catch (const std::system_error&) {
-    }
-    share(0);
-    for (; next < threads; ++next) share(next);
-    for (std::thread& thread : started) thread.join();
-}
-
-template <typename Work>
-int guarded(const Work& work) {
-    try {
-        work();
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-}
+namespace {
 
 // The largest bin from which on at least `wanted` keys lie; `wanted` becomes how many of that bin are.
 int32_t find_bin(const std::vector<int64_t>& bins, int64_t& wanted) {
     int32_t bin = int32_t(bins.size()) - 1;
     while (bins[bin] < wanted) wanted -= bins[bin--];
     return bin;
-}
-
-// Finite for a sum of 0, NaN for one that is not finite.
-float inverse_of(float sum) {
-    return sum - sum == 0 ? 1 / std::max(sum, std::numeric_limits<float>::min()) : std::numeric_limits<float>::quiet_NaN();
 }
 
 // Two histograms, of the upper 16 and the lower 15 bits of a key, find the threshold of a whole layer.
@@ -154,8 +105,6 @@ int linear(const Matrix& tokens, int64_t rows, int64_t weight_bytes, const float
 using namespace ace;
 
 extern "C" {
-
-#define ACE_EXPORT __attribute__((visibility("default")))
 
 // The name of the instruction set in use.
 ACE_EXPORT const char* ace_isa() { return bodies->name; }
@@ -218,102 +167,6 @@ ACE_EXPORT int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t
     });
 }
 
-ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                               float* row_sums, float* col_sums, int32_t inverse, int32_t threads) {
-    const Matrix w = {weight, rows, cols, stride, Element(element)};
-    return guarded([&] {
-        const int64_t blocks = units(rows, SUM_ROWS);
-        std::vector<float> block_cols(blocks * cols);
-        deal(blocks, threads_for(bytes_of(w), blocks, threads), [&](int64_t begin, int64_t end, int) {
-            for (int64_t b = begin; b < end; ++b) bodies->weight_sums(w, b, row_sums, block_cols.data() + b * cols);
-        });
-        std::vector<double> totals(cols);
-        for (int64_t b = 0; b < blocks; ++b) {
-            for (int64_t j = 0; j < cols; ++j) totals[j] += block_cols[b * cols + j];
-        }
-        for (int64_t j = 0; j < cols; ++j) col_sums[j] = float(totals[j]);
-        if (inverse) {
-            for (int64_t i = 0; i < rows; ++i) row_sums[i] = inverse_of(row_sums[i]);
-            for (int64_t j = 0; j < cols; ++j) col_sums[j] = inverse_of(col_sums[j]);
-        }
-    });
-}
-
-ACE_EXPORT int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                               float* norms, int32_t threads) {
-    const Matrix a = {outputs, rows, cols, stride, Element(element)};
-    return guarded([&] {
-        deal(rows, threads_for(bytes_of(a), rows, threads),
-             [&](int64_t begin, int64_t end, int) { bodies->token_norms(a, begin, end, norms); });
-    });
-}
-
-ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                              int32_t threads, int32_t* finite) {
-    const Matrix m = {const_cast<void*>(data), rows, cols, stride, Element(element)};
-    return guarded([&] {
-        constexpr int64_t UNIT = 1 << 16;
-        const int64_t per_row = units(cols, UNIT), size = m.element == Element::fp32 ? 4 : 2;
-        std::atomic<bool> so_far{true};
-        deal(rows * per_row, threads_for(bytes_of(m), rows * per_row, threads),
-             [&](int64_t begin, int64_t end, int) {
-                 for (int64_t unit = begin; unit < end && so_far.load(std::memory_order_relaxed); ++unit) {
-                     const int64_t i = unit / per_row, from = unit % per_row * UNIT;
-                     const char* first = static_cast<const char*>(data) + (i * stride + from) * size;
-                     if (!bodies->all_finite(m.element, first, std::min(UNIT, cols - from))) so_far = false;
-                 }
-             });
-        *finite = so_far;
-    });
-}
-
-// `valid` is null or one byte a token; `count` is one number a sequence.
-ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t length, int64_t channels,
-                           int64_t sequence_stride, int64_t token_stride, int32_t element, const uint8_t* valid,
-                           double* total, double* deviation, float* sequence_square, int64_t* count,
-                           int32_t threads) {
-    return guarded([&] {
-        const int64_t size = Element(element) == Element::fp32 ? 4 : 2;
-        std::vector<const void*> rows;
-        std::vector<int64_t> sequences;
-        rows.reserve(n_sequences * length + TOKEN_TILE);
-        sequences.reserve(n_sequences * length);
-        for (int64_t s = 0; s < n_sequences; ++s) {
-            count[s] = 0;
-            for (int64_t t = 0; t < length; ++t) {
-                if (valid && !valid[s * length + t]) continue;
-                rows.push_back(static_cast<const char*>(tokens) + (s * sequence_stride + t * token_stride) * size);
-                sequences.push_back(s);
-                ++count[s];
-            }
-            if (count[s] == 0) std::fill_n(sequence_square + s * channels, channels, 0.0f);
-        }
-        if (channels == 0) return;
-        const int64_t n_tokens = int64_t(rows.size());
-        rows.insert(rows.end(), TOKEN_TILE, tokens);
-        const int most_threads = threads_for(n_tokens * channels * size, units(channels, 16), threads);
-        const int64_t shares = std::max<int64_t>(most_threads, units(channels, MOST_CHANNELS));
-        const int64_t strip = units(units(channels, shares), 16) * 16, strips = units(channels, strip);
-        const MomentsTask task = {rows.data(),      sequences.data(), n_tokens,  channels,       strip,
-                                  Element(element), total,            deviation, sequence_square};
-        deal(strips, int(std::min<int64_t>(most_threads, strips)), [&](int64_t begin, int64_t end, int) {
-            for (int64_t unit = begin; unit < end; ++unit) bodies->moments(task, unit);
-        });
-    });
-}
-
-ACE_EXPORT int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t channels, int64_t stride,
-                                    int32_t element, const float* weights, int64_t n_layers, float* out,
-                                    int32_t threads) {
-    const SquaresTask task = {{tokens, n_tokens, channels, stride, Element(element)}, weights, n_layers, out};
-    return guarded([&] {
-        const int64_t strips = units(channels, CHANNEL_STRIP);
-        deal(strips, threads_for(bytes_of(task.tokens), strips, threads), [&](int64_t begin, int64_t end, int) {
-            for (int64_t strip = begin; strip < end; ++strip) bodies->weighted_squares(task, strip);
-        });
-    });
-}
-
 ACE_EXPORT int ace_join_gains(const float* candidates, const float* thresholds, int64_t n_pools, int64_t rows,
                               int64_t groups, int64_t n_candidates, float* gains, int32_t threads) {
     const JoinTask task = {candidates, thresholds, rows, groups, n_candidates, gains};
@@ -324,32 +177,6 @@ ACE_EXPORT int ace_join_gains(const float* candidates, const float* thresholds, 
         deal(n_pools * blocks, threads_for(work, n_pools * blocks, threads), [&](int64_t begin, int64_t end, int) {
             for (int64_t unit = begin; unit < end; ++unit) bodies->join_gains(task, unit / blocks, unit % blocks);
         });
-    });
-}
-
-// 1 where ace_gram_product serves this processor under the instruction set in use.
-ACE_EXPORT int ace_has_gram_product() { return strcmp(bodies->name, "avx512") == 0 && has_bf16_pairs(); }
-
-// Adds bf16 tokens' products to a symmetric matrix, fp32 [width, width]. Panels are dealt out from both ends: later
-// ones have more rows.
-ACE_EXPORT int ace_gram_product(const uint16_t* tokens, int64_t n_tokens, int64_t width, int64_t stride, float* gram,
-                                int32_t threads) {
-    return guarded([&] {
-        const int64_t panels = units(width, GRAM_PANEL);
-        const int shares = threads_for(n_tokens * width * 2, panels, threads);
-        std::vector<uint32_t> packed(panels * GRAM_PANEL * std::min(GRAM_PAIRS, units(n_tokens, 2)));
-        const auto each = [&](const auto& work) {
-            deal(panels, shares, [&](int64_t begin, int64_t end, int) {
-                for (int64_t k = begin; k < end; ++k) work(k % 2 ? panels - 1 - k / 2 : k / 2);
-            });
-        };
-        for (int64_t first = 0; first < n_tokens; first += 2 * GRAM_PAIRS) {
-            const int64_t count = std::min(2 * GRAM_PAIRS, n_tokens - first);
-            const GramTask task = {tokens + first * stride, count, width, stride, packed.data(), gram};
-            each([&](int64_t panel) { pack_gram_panel(task, panel); });
-            each([&](int64_t panel) { add_gram_panel(task, panel); });
-        }
-        each([&](int64_t panel) { mirror_gram_panel(gram, width, panel); });
     });
 }
 

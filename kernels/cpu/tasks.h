@@ -61,6 +61,17 @@ struct SquaresTask {
     float* out;  // [n_layers, channels]
 };
 
+enum class VarianceNorm : int32_t { max_layer, max_sequence, channel, frobenius };
+
+struct VarianceTask {
+    const float* square;  // [n_sequences, channels]
+    int64_t n_sequences, channels;
+    VarianceNorm norm;
+    float power, eps, least;  // least: the level that a smaller one counts as
+    float* levels;                    // [n_sequences]: what each row is divided by; null for a channel's own
+    float* factor;                    // [channels]
+};
+
 struct JoinTask {
     const float *candidates, *thresholds;  // [n_pools, rows, n_candidates] and [n_pools, rows, groups]
     int64_t rows, groups, n_candidates;
@@ -136,6 +147,9 @@ struct Bodies {
     void (*moments)(const MomentsTask&, int64_t strip);
     // Channels of one strip of CHANNEL_STRIP.
     void (*weighted_squares)(const SquaresTask&, int64_t strip);
+    // Levels of rows begin..end, and the factors of one vector of channels.
+    void (*variance_levels)(const VarianceTask&, int64_t begin, int64_t end);
+    void (*variance_factor)(const VarianceTask&, int64_t strip);
     // One vector of one pool's candidates; zero rows leave the gains unwritten.
     void (*join_gains)(const JoinTask&, int64_t pool, int64_t block);
     void (*assign)(const AssignmentTask&);

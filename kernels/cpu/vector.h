@@ -46,6 +46,10 @@ struct Vector {
         for (int p = 0; p < PARTS; ++p) a.part[p] *= b.part[p];
         return a;
     }
+    friend ACE_INLINE Vector operator/(Vector a, const Vector& b) {
+        for (int p = 0; p < PARTS; ++p) a.part[p] /= b.part[p];
+        return a;
+    }
     friend ACE_INLINE Vector operator&(Vector a, const Vector& b) {
         for (int p = 0; p < PARTS; ++p) a.part[p] &= b.part[p];
         return a;

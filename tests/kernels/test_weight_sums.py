@@ -8,17 +8,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ace_triton.kernels.backend import interpreting
-from ace_triton.kernels.weight_sums import weight_sums, weight_sums_reference
+from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.weight_sums import (
+    relative_importance,
+    relative_importance_reference,
+    weight_sums,
+    weight_sums_reference,
+)
+from tests.kernels.test_column_scale import made_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST = 40 if interpreting() else 300
 
 
-def check(weight: torch.Tensor, *, inverse: bool = False) -> None:
-    sums = weight_sums(weight, inverse=inverse)
-    for got, expected in zip(sums, weight_sums_reference(weight, inverse=inverse), strict=True):
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0.0, equal_nan=True)
+def check(weight: torch.Tensor) -> None:
+    for got, expected in zip(weight_sums(weight), weight_sums_reference(weight), strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0.0)
+
+
+def check_terms(got: ScoreTerms, expected: ScoreTerms) -> None:
+    assert set(got.tensors()) == set(expected.tensors())
+    for name, tensor in got.tensors().items():
+        torch.testing.assert_close(tensor, expected.tensors()[name], rtol=1e-5, atol=0.0, equal_nan=True)
+    assert got.power == expected.power == 1
+    assert got.not_finite is not None
+    assert expected.not_finite is not None
+    assert bool(got.not_finite.item()) == bool(expected.not_finite.item())
 
 
 @given(
@@ -27,22 +43,44 @@ def check(weight: torch.Tensor, *, inverse: bool = False) -> None:
     dtype=st.sampled_from(DTYPES),
     values=st.sampled_from(["normal", "ties"]),
     seed=st.integers(0, 1000),
-    inverse=st.booleans(),
+    parts=st.sets(st.sampled_from(["square", "base", "factor"])),
+    sign=st.sampled_from([1, -1]),
 )
-def test_equals_reference(make_matrix, rows, cols, dtype, values, seed, inverse):
-    check(make_matrix(rows, cols, dtype, values, seed), inverse=inverse)
+def test_equals_reference(make_matrix, rows, cols, dtype, values, seed, parts, sign):
+    weight = make_matrix(rows, cols, dtype, values, seed)
+    check(weight)
+    scale = made_of(cols, parts, sign, seed) if parts else None
+    check_terms(relative_importance(weight, scale), relative_importance_reference(weight, scale))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_inverses_show_what_is_not_finite(make_matrix, value):
+def test_terms_show_a_weight_that_is_not_finite(make_matrix, value):
     weight = make_matrix(20, 50, torch.bfloat16)
     weight[7], weight[:, 9] = 0.0, 0.0
-    check(weight, inverse=True)
+    of_zeros = relative_importance(weight)
+    check_terms(of_zeros, relative_importance_reference(weight))
+    assert of_zeros.not_finite is not None
+    assert of_zeros.not_finite.tolist() == [0]
     weight[3, 5] = value
-    check(weight, inverse=True)
-    rows, cols = weight_sums(weight, inverse=True)
-    assert rows.isnan().nonzero().tolist() == [[3]]
-    assert cols.isnan().nonzero().tolist() == [[5]]
+    assert weight_sums(weight).not_finite.tolist() == [1]
+    terms = relative_importance(weight)
+    check_terms(terms, relative_importance_reference(weight))
+    assert terms.row is not None
+    assert terms.col is not None
+    assert terms.row.isnan().nonzero().tolist() == [[3]]
+    assert terms.col.isnan().nonzero().tolist() == [[5]]
+
+
+@pytest.mark.parametrize("part", ["square", "base", "factor"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_terms_show_a_scale_that_is_not_finite(make_matrix, part, value):
+    weight, scale = make_matrix(20, 50, torch.bfloat16), made_of(50, {"square", "base", "factor"})
+    scale.vectors()[part][49] = value
+    terms = relative_importance(weight, scale)
+    assert terms.not_finite is not None
+    assert terms.not_finite.tolist() == [1]
+    assert terms.scale is not None
+    assert terms.scale.isfinite().tolist() == [True] * 49 + [False]
 
 
 @pytest.mark.skipif(interpreting(), reason="too many programs for the interpreter")
@@ -68,3 +106,5 @@ def test_same_result_on_every_run(make_matrix):
 def test_says_what_is_wrong():
     with pytest.raises(ValueError, match="out_features"):
         weight_sums(torch.zeros(3))
+    with pytest.raises(ValueError, match="scale of 5 columns"):
+        relative_importance(torch.zeros(3, 4), made_of(5, {"base"}))

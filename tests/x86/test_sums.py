@@ -11,6 +11,7 @@ import torch
 
 from ace_triton.kernels import launch
 from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.column_scale import column_scale, column_scale_reference
 from ace_triton.kernels.cosp_select import cosp_select, cosp_select_reference
 from ace_triton.kernels.coupling import coupling, coupling_reference
 from ace_triton.kernels.finite import all_finite
@@ -18,8 +19,16 @@ from ace_triton.kernels.join_gains import join_gains, join_gains_reference
 from ace_triton.kernels.moments import moments, moments_reference
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.token_norms import token_norms, token_norms_reference
-from ace_triton.kernels.weight_sums import weight_sums, weight_sums_reference
+from ace_triton.kernels.variance_factor import variance_factor, variance_factor_reference
+from ace_triton.kernels.weight_sums import (
+    relative_importance,
+    relative_importance_reference,
+    weight_sums,
+    weight_sums_reference,
+)
 from ace_triton.kernels.weighted_squares import weighted_squares, weighted_squares_reference
+from tests.kernels.test_column_scale import made_of
+from tests.kernels.test_variance_factor import NORMS, make_squares
 from tests.x86.executor import executed_on_x86
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
@@ -44,6 +53,44 @@ def test_weight_sums(dtype, shape):
         sums = weight_sums(weight)
     for got, expected in zip(sums, weight_sums_reference(weight), strict=True):
         check(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("parts", [{"square", "base", "factor"}, {"square"}, {"base"}])
+def test_relative_importance(dtype, shape, parts):
+    weight, scale = make_matrix(*shape, dtype=dtype), made_of(shape[1], parts, sign=-1)
+    with executed_on_x86():
+        terms = relative_importance(weight, scale)
+    expected = relative_importance_reference(weight, scale)
+    for name, tensor in terms.tensors().items():
+        check(tensor, expected.tensors()[name])
+    assert terms.not_finite is not None
+    assert terms.not_finite.tolist() == [0]
+    weight[-1, -1] = torch.inf
+    with executed_on_x86():
+        terms = relative_importance(weight, scale)
+    assert terms.not_finite is not None
+    assert terms.not_finite.tolist() == [1]
+
+
+@pytest.mark.parametrize("cols", [1, 50, 1536])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_column_scale(cols, sign):
+    of = made_of(cols, {"square", "base", "factor"}, sign)
+    with executed_on_x86():
+        scale = column_scale(of)
+    check(scale, column_scale_reference(of))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize("shape", [(128, 1536), (3, 50), (1, 1)])
+def test_variance_factor(norm, power, shape):
+    square = make_squares(*shape)
+    with executed_on_x86():
+        factor = variance_factor(square, norm, power, 0.01)
+    torch.testing.assert_close(factor, variance_factor_reference(square, norm, power, 0.01), rtol=2e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,129 @@
+"""column_scale: the column vector that multiplies a score, of a layer's statistics, in one launch.
+
+    scale_j = base_j sqrt(square_j / divisor) factor_j^sign      (an absent factor left out)
+
+For ACE (arXiv 2505.21987) square_j / divisor is CosP's exact second-order term mean_t x_tj^2 / s_t and factor_j VarP's
+mean_s 1 / (1 - y_sj). Where a metric also wants sums of the weight, :func:`~ace_triton.kernels.weight_sums.
+relative_importance` makes this vector in its own second launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import cpu, launch
+from .backend import choose_backend
+from .triton_import import tl, triton
+
+
+@dataclass(frozen=True)
+class ColumnScale:
+    """What the vector is made of; at least one of ``square``, ``base`` and ``factor``.
+
+    Attributes:
+        square: fp64 [in_features], sums of squares.
+        divisor: of ``square``. Triton takes its inverse in fp32.
+        base, factor: fp32 [in_features].
+        sign: 1 multiplies by ``factor``, -1 divides.
+    """
+
+    square: torch.Tensor | None = None
+    divisor: float = 1.0
+    base: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+    sign: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sign not in (1, -1):
+            raise ValueError(f"sign must be +1 or -1, got {self.sign!r}")
+        vectors = self.vectors()
+        if len({vector.shape for vector in vectors.values()}) != 1:
+            shapes = {name: tuple(vector.shape) for name, vector in vectors.items()}
+            raise ValueError(f"a column scale needs square, base or factor, of one length; got {shapes or 'none'}")
+        for name, vector in vectors.items():
+            wanted = torch.float64 if name == "square" else torch.float32
+            if vector.dtype != wanted or vector.dim() != 1 or not vector.is_contiguous():
+                raise ValueError(
+                    f"{name} must be a contiguous {wanted} vector, got {vector.dtype} of shape {tuple(vector.shape)}"
+                )
+
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """Those that are there, by name."""
+        named = {"square": self.square, "base": self.base, "factor": self.factor}
+        return {name: vector for name, vector in named.items() if vector is not None}
+
+    def kernel_arguments(self) -> tuple[torch.Tensor | None, float, torch.Tensor | None, torch.Tensor | None]:
+        """What :func:`scale_at` takes first."""
+        return self.square, 1 / self.divisor, self.base, self.factor
+
+    @property
+    def in_features(self) -> int:
+        """Length of the vectors."""
+        return next(iter(self.vectors().values())).shape[0]
+
+
+def column_scale(of: ColumnScale) -> torch.Tensor:
+    """The vector, fp32 [in_features]."""
+    backend = choose_backend(*of.vectors().values())
+    if backend == "cpu":
+        return cpu.column_scale(of)
+    if backend == "triton":
+        return _column_scale_triton(of)
+    return column_scale_reference(of)
+
+
+def column_scale_reference(of: ColumnScale) -> torch.Tensor:
+    """The same in plain torch, in fp64."""
+    scale = torch.ones((), dtype=torch.float64)
+    if of.base is not None:
+        scale = of.base.double()
+    if of.square is not None:
+        scale = scale * (of.square / of.divisor).sqrt()
+    if of.factor is not None:
+        scale = scale * of.factor.double() ** of.sign
+    return scale.float()
+
+
+def _column_scale_triton(of: ColumnScale) -> torch.Tensor:
+    like, cols = next(iter(of.vectors().values())), of.in_features
+    scale = torch.empty(cols, dtype=torch.float32, device=like.device)
+    if cols:
+        block = launch.column_scale(like)
+        with torch.cuda.device_of(like):
+            _scale_columns[(triton.cdiv(cols, block),)](
+                *(*of.kernel_arguments(), scale, cols),
+                SIGN=of.sign,
+                BLOCK=block,
+                num_warps=1,
+            )
+    return scale
+
+
+@triton.jit
+def _scale_columns(
+    square_ptr, inverse_divisor, base_ptr, factor_ptr, scale_ptr, cols, SIGN: tl.constexpr, BLOCK: tl.constexpr
+):
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(
+        scale_ptr + j, scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN), mask=j < cols
+    )
+
+
+@triton.jit
+def scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, inside, SIGN: tl.constexpr):
+    """The scale of columns ``j`` in a Triton body; 1 outside."""
+    scale = tl.where(inside, 1.0, 1.0)
+    if base_ptr is not None:
+        scale = tl.load(base_ptr + j, mask=inside, other=1.0)
+    if square_ptr is not None:
+        square = tl.load(square_ptr + j, mask=inside, other=1.0) * inverse_divisor
+        scale *= tl.sqrt_rn(square.to(tl.float32))
+    if factor_ptr is not None:
+        factor = tl.load(factor_ptr + j, mask=inside, other=1.0)
+        if SIGN > 0:
+            scale *= factor
+        else:
+            scale = scale / factor
+    return scale

@@ -1,0 +1,64 @@
+// What the files of the C ABI share. Its functions check nothing (the Python side has), deal units of work to threads,
+// and return 0, or 1 where memory ran out.
+#pragma once
+
+#include "tasks.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#define ACE_EXPORT __attribute__((visibility("default")))
+
+namespace ace {
+
+// Of the instruction set in use.
+extern const Bodies* bodies;
+
+namespace {
+
+// Below this many bytes a thread costs more than it saves.
+constexpr int64_t BYTES_PER_THREAD = 1 << 20;
+
+int64_t bytes_of(const Matrix& m) { return m.rows * m.cols * (m.element == Element::fp32 ? 4 : 2); }
+
+int64_t units(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
+
+int threads_for(int64_t bytes, int64_t n_units, int most) {
+    const int64_t useful = std::min(bytes / BYTES_PER_THREAD, n_units);
+    return int(std::max<int64_t>(1, std::min<int64_t>(most, useful)));
+}
+
+// work(begin, end, thread) over even shares of n_units; the calling thread takes the first, and any that the
+// system would not start a thread for.
+template <typename Work>
+void deal(int64_t n_units, int threads, const Work& work) {
+    const auto share = [&](int thread) { work(n_units * thread / threads, n_units * (thread + 1) / threads, thread); };
+    std::vector<std::thread> started;
+    started.reserve(threads);
+    int next = 1;
+    try {
+        for (; next < threads; ++next) started.emplace_back(share, next);
+    } catch (const std::system_error&) {
+    }
+    share(0);
+    for (; next < threads; ++next) share(next);
+    for (std::thread& thread : started) thread.join();
+}
+
+template <typename Work>
+int guarded(const Work& work) {
+    try {
+        work();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+}  // namespace ace

@@ -1,0 +1,70 @@
+// VarP's factor of a channel: the mean over sequences of (1 - y)^(-power). fp32 over a few sequences, then over those.
+#pragma once
+
+#include "score.h"
+
+namespace ace {
+namespace {
+
+// Sequences whose terms are added up on their own.
+constexpr int64_t SEQUENCE_TILE = 64;
+
+// The sum or the largest of each row begin..end.
+inline void variance_levels(const VarianceTask& task, int64_t begin, int64_t end) {
+    const bool adding = task.norm == VarianceNorm::frobenius;
+    for (int64_t s = begin; s < end; ++s) {
+        const float* row = task.square + s * task.channels;
+        double total = 0;
+        Floats largest = Floats::all(0.0f);
+        for (int64_t from = 0; from < task.channels; from += CHANNEL_STRIP) {
+            const int count = int(task.channels - from < CHANNEL_STRIP ? task.channels - from : CHANNEL_STRIP);
+            Floats sums = Floats::all(0.0f);
+            each_vector(count, [&](int j, int lanes) ACE_INLINED {
+                const Floats v = load(row + from + j, lanes);
+                sums = sums + v;
+                largest = max(largest, v);
+            });
+            total += sum(sums);
+        }
+        float lane[LANES], highest = 0;
+        store(lane, largest);
+        for (int k = 0; k < LANES; ++k) highest = lane[k] > highest ? lane[k] : highest;
+        task.levels[s] = adding ? float(total) : highest;
+    }
+}
+
+// Factors of one strip of LANES channels. Levels of 0 count as `least`. `max` keeps a NaN that is its second.
+inline void variance_factor(const VarianceTask& task, int64_t strip) {
+    const int64_t first = strip * LANES;
+    const int lanes = int(task.channels - first < LANES ? task.channels - first : LANES);
+    const auto square_of = [&](int64_t s) ACE_INLINED { return load(task.square + s * task.channels + first, lanes); };
+    const Floats least = Floats::all(task.least), eps = Floats::all(task.eps);
+    Floats own = least;
+    if (task.norm == VarianceNorm::channel) {
+        for (int64_t s = 0; s < task.n_sequences; ++s) own = max(own, square_of(s));
+    }
+    Floats total = Floats::all(0.0f);
+    for (int64_t from = 0; from < task.n_sequences; from += SEQUENCE_TILE) {
+        const int64_t end = from + SEQUENCE_TILE < task.n_sequences ? from + SEQUENCE_TILE : task.n_sequences;
+        Floats part = Floats::all(0.0f);
+        for (int64_t s = from; s < end; ++s) {
+            const Floats v = square_of(s);
+            const Floats level = task.levels ? max(least, Floats::all(task.levels[s])) : own;
+            const Floats rest =
+                task.norm == VarianceNorm::frobenius ? max(eps * level, level - v) : (level - v) + eps * v;
+            Floats inverse = level / rest;
+            if (task.power != 1) {
+                float lane[LANES];
+                store(lane, inverse);
+                for (int k = 0; k < LANES; ++k) lane[k] = __builtin_powf(lane[k], task.power);
+                inverse = load(lane);
+            }
+            part = part + inverse;
+        }
+        total = total + part;
+    }
+    store(task.factor + first, total / Floats::all(float(task.n_sequences)), lanes);
+}
+
+}  // namespace
+}  // namespace ace

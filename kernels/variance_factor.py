@@ -1,0 +1,147 @@
+"""variance_factor: VarP's factor of every input channel (ACE, arXiv 2505.21987).
+
+    f_j = mean_s (1 - y_sj)^(-power),   y_sj = square_sj / level      (square_sj = sum over sequence s of x_tj^2)
+
+What a channel's energy is divided by, the level, is one of four: see :func:`variance_factor`. Two launches, the levels
+of the sequences and the means; one where a channel's level is its own.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from . import cpu, launch
+from .backend import choose_backend
+from .triton_import import tl, triton
+
+VarianceNorm = Literal["max_layer", "max_sequence", "channel", "frobenius"]
+
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: float, eps: float) -> torch.Tensor:
+    """VarP's factors, fp32 [in_features].
+
+    Args:
+        sequence_square: fp32 [n_sequences, in_features], sums of squares.
+        norm: the level: "max_layer", the largest of all; "max_sequence", the largest of each sequence; "channel", the
+            channel's own largest; "frobenius", the sum of each sequence.
+        power: of 1 / (1 - y).
+        eps: y stays at or below 1 - eps.
+
+    Raises:
+        ValueError: another norm, or eps outside of (0, 1).
+    """
+    if not 0 < eps < 1:
+        raise ValueError(f"eps must lie in (0, 1), got {eps!r}")
+    if norm not in get_args(VarianceNorm):
+        raise ValueError(f"norm must be 'max_layer', 'max_sequence', 'channel' or 'frobenius', got {norm!r}")
+    backend = choose_backend(sequence_square)
+    if backend == "cpu":
+        return cpu.variance_factor(sequence_square, norm, power, eps)
+    if backend == "triton":
+        with torch.cuda.device_of(sequence_square):
+            return _variance_factor_triton(sequence_square.contiguous(), norm, power, eps)
+    return variance_factor_reference(sequence_square, norm, power, eps)
+
+
+def variance_factor_reference(
+    sequence_square: torch.Tensor, norm: VarianceNorm, power: float, eps: float
+) -> torch.Tensor:
+    """The same in plain torch, in fp64."""
+    square = sequence_square.double()
+    if norm == "max_layer":
+        level = square.amax().reshape(1, 1) if square.numel() else square.new_zeros(1, 1)
+    elif norm == "max_sequence":
+        level = square.amax(1, keepdim=True)
+    elif norm == "channel":
+        level = square.amax(0, keepdim=True)
+    else:
+        level = square.sum(1, keepdim=True)
+    level = level.clamp(min=SMALLEST_NORMAL / eps)
+    rest = torch.maximum(level - square, eps * level) if norm == "frobenius" else level - (1 - eps) * square
+    return (level / rest).pow(power).mean(0).float()
+
+
+def _variance_factor_triton(square: torch.Tensor, norm: VarianceNorm, power: float, eps: float) -> torch.Tensor:
+    sequences, channels = square.shape
+    tile = launch.variance_factor(square)
+    levels = torch.empty(0 if norm == "channel" else sequences, dtype=torch.float32, device=square.device)
+    if len(levels):
+        _find_levels[(sequences,)](
+            square, levels, channels, ADD=norm == "frobenius", BLOCK=tile.levels_block, num_warps=1
+        )
+    factor = torch.empty(channels, dtype=torch.float32, device=square.device)
+    if channels:
+        _average_inverses[(triton.cdiv(channels, tile.block_cols),)](
+            *(square, levels, factor, sequences, channels, power, eps, SMALLEST_NORMAL / eps),
+            NORM=norm,
+            IS_POWER=power != 1,
+            BLOCK_ROWS=tile.block_rows,
+            BLOCK_COLS=tile.block_cols,
+            num_warps=1,
+        )
+    return factor
+
+
+@triton.jit
+def _find_levels(square_ptr, levels_ptr, channels, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """Each program's sequence: the sum of its channels, or the largest."""
+    row = square_ptr + tl.program_id(0).to(tl.int64) * channels
+    found = tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(0, channels, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        square = tl.load(row + j, mask=j < channels, other=0.0)
+        found = found + square if ADD else tl.maximum(found, square)
+    tl.store(levels_ptr + tl.program_id(0), tl.sum(found, 0) if ADD else tl.max(found, 0))
+
+
+@triton.jit
+def _average_inverses(
+    square_ptr,
+    levels_ptr,
+    factor_ptr,
+    sequences,
+    channels,
+    power,
+    eps,
+    least,
+    NORM: tl.constexpr,
+    IS_POWER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Each program's channels, BLOCK_ROWS sequences at a time; levels below ``least`` count as that."""
+    j = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    level = tl.zeros([1, BLOCK_COLS], tl.float32) + least
+    if NORM == "channel":
+        for first in tl.range(0, sequences, BLOCK_ROWS):
+            s = first + tl.arange(0, BLOCK_ROWS)[:, None]
+            inside = (s < sequences) & (j < channels)
+            square = tl.load(square_ptr + s.to(tl.int64) * channels + j, mask=inside, other=0.0)
+            level = tl.maximum(level, tl.max(square, 0, keep_dims=True))
+    elif NORM == "max_layer":
+        for first in tl.range(0, sequences, BLOCK_ROWS):
+            s = first + tl.arange(0, BLOCK_ROWS)[:, None]
+            levels = tl.load(levels_ptr + s, mask=s < sequences, other=0.0)
+            level = tl.maximum(level, tl.max(levels, 0, keep_dims=True))
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    for first in tl.range(0, sequences, BLOCK_ROWS):
+        s = first + tl.arange(0, BLOCK_ROWS)[:, None]
+        inside = (s < sequences) & (j < channels)
+        square = tl.load(square_ptr + s.to(tl.int64) * channels + j, mask=inside, other=0.0)
+        if NORM == "max_sequence" or NORM == "frobenius":
+            levels = tl.maximum(tl.load(levels_ptr + s, mask=s < sequences, other=0.0), least)
+        else:
+            levels = level
+        rest = (levels - square) + eps * square
+        if NORM == "frobenius":
+            rest = tl.maximum(levels - square, eps * levels, propagate_nan=tl.PropagateNan.ALL)
+        inverse = levels / rest
+        if IS_POWER:
+            inverse = tl.exp2(power * tl.log2(inverse))
+        total += tl.where(s < sequences, inverse, 0.0)
+    mean = tl.sum(total, 0, keep_dims=True) / sequences
+    tl.store(factor_ptr + j, mean, mask=j < channels)

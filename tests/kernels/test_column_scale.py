@@ -1,0 +1,55 @@
+"""column_scale against the fp64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ace_triton.kernels.column_scale import ColumnScale, column_scale, column_scale_reference
+
+
+def made_of(cols: int, parts: set[str], sign: int = 1, seed: int = 0) -> ColumnScale:
+    generator = torch.Generator().manual_seed(seed)
+    square, base, factor = torch.rand(3, cols, generator=generator, dtype=torch.float64) * 7 + 0.01
+    return ColumnScale(
+        square if "square" in parts else None,
+        123.456,
+        base.float() if "base" in parts else None,
+        factor.float() if "factor" in parts else None,
+        sign,
+    )
+
+
+@given(
+    cols=st.integers(0, 300),
+    parts=st.sets(st.sampled_from(["square", "base", "factor"]), min_size=1),
+    sign=st.sampled_from([1, -1]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_reference(cols, parts, sign, seed):
+    of = made_of(cols, parts, sign, seed)
+    torch.testing.assert_close(column_scale(of), column_scale_reference(of), rtol=1e-6, atol=0.0)
+
+
+def test_squares_of_zero_and_beyond_fp32s_range_of_squares():
+    of = ColumnScale(torch.tensor([0.0, 1e-30, 1e30, torch.nan, torch.inf], dtype=torch.float64), 4.0)
+    expected = torch.tensor([0.0, 5e-16, 5e14, torch.nan, torch.inf])
+    torch.testing.assert_close(column_scale(of), expected, rtol=1e-6, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "needs square, base or factor"),
+        ({"base": torch.ones(3), "factor": torch.ones(4)}, "of one length"),
+        ({"base": torch.ones(3, dtype=torch.float64)}, "base must be a contiguous torch.float32"),
+        ({"square": torch.ones(3)}, "square must be a contiguous torch.float64"),
+        ({"factor": torch.ones(6)[::2]}, "factor must be a contiguous"),
+        ({"factor": torch.ones(3), "sign": 0}, "sign must be"),
+    ],
+)
+def test_says_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ColumnScale(**arguments)
