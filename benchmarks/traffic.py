@@ -19,12 +19,14 @@ from unittest import mock
 import numpy as np
 import torch
 import typer
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from ace_triton import ActivationStats
+from ace_triton import ActivationStats, prune_linear
 from ace_triton.kernels import launch
 from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.finite import all_finite
@@ -36,6 +38,7 @@ from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
 from ace_triton.kernels.unpack_nm import unpack_nm
+from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
 from ace_triton.metrics import ria, wanda
@@ -49,6 +52,7 @@ FEW_TOKENS = 256
 # Sums leave partial sums in the measure of what a program sums, which depends on the whole: they are counted over a few
 # programs' share of a layer and of a batch of tokens, with the blocks that the launchers plan for all of it.
 LAYER, LAYER_SHARE = (4096, 11008), (752, 2048)
+LAYER_METHODS = ("magnitude", "wanda", "stade", "ria", "saap", "cosp", "varp", "ace")
 BATCH, BATCH_SHARE = (128, 128, 4096), (32, 128, 512)
 
 
@@ -251,6 +255,9 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     e, n = weight.element_size(), weight.numel()
     vectors = sum(t.numel() * 4 for t in relative.tensors().values())
     x = flat.numel()
+    all_finite(norms)  # the first call ever makes a flag
+    scale = ColumnScale(torch.rand(cols, dtype=torch.float64), 2.0, factor=torch.rand(cols))
+    square = torch.rand(128, cols), "frobenius", 1.0, 0.01
     return [
         count("select_nm 2:4, Wanda's terms", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 2, 4)),
         count("select_nm 2:4, RIA's terms", n, 2 * e * n + vectors, lambda: select_nm(weight, relative, 2, 4)),
@@ -280,6 +287,8 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
         *rows_of_sums(dtype),
         count("all_finite", n, e * n, lambda: all_finite(weight)),
         count("weighted_squares, 3 layers", x, e * x + 12 * (N_TOKENS + cols), lambda: weighted_squares(flat, norms)),
+        count("column_scale, ACE's", cols, 16 * cols, lambda: column_scale(scale)),
+        count("variance_factor, 128 sequences", 128 * cols, 4 * 129 * cols, lambda: variance_factor(*square)),
         count("token_norms", outputs.numel(), e * outputs.numel() + 4 * N_TOKENS, lambda: token_norms(outputs)),
         count(
             "coupling",
@@ -312,6 +321,50 @@ def rows_of_published_cosp(
     ]
 
 
+@dataclass(frozen=True)
+class LayerRow:
+    """What :func:`~ace_triton.prune_linear` does to a layer, all in all.
+
+    Attributes:
+        method: by its name.
+        first: for the first layer of an input, whose vectors are made for it.
+        further: for a layer that shares the input.
+        elements: weights of the layer.
+        least: bytes that any implementation must move.
+    """
+
+    method: str
+    first: Traffic
+    further: Traffic
+    elements: int
+    least: int
+
+    @property
+    def ratio(self) -> float:
+        """Distinct bytes of a further layer over the fewest possible."""
+        return (self.further.read + self.further.written) / self.least
+
+
+def rows_of_layers(dtype: torch.dtype = torch.bfloat16) -> list[LayerRow]:
+    """Every metric at 2:4, on statistics as they are collected."""
+    torch.manual_seed(0)
+    rows, cols = LAYER_SHARE
+    tokens = torch.randn(16, 8, cols).to(dtype)
+    found = []
+    for method in LAYER_METHODS:
+        layers = [nn.Linear(cols, rows, bias=False, dtype=dtype) for _ in range(2)]
+        first = ActivationStats.from_tokens(tokens, layer=layers[0])
+        further = first.with_outputs(ActivationStats.from_tokens(tokens, layer=layers[1]).outputs)
+        counts = []
+        with planned_for("weight_sums", LAYER):
+            for layer, stats in zip(layers, (first, further), strict=True):
+                with Counter().counting() as traffic:
+                    prune_linear(layer, stats, method)
+                counts.append(traffic)
+        found.append(LayerRow(method, counts[0], counts[1], rows * cols, 2 * dtype.itemsize * rows * cols))
+    return found
+
+
 def published_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     """The published ways to do the same, from scores to zeros in place."""
     weight = torch.randn(SHAPE).to(dtype)
@@ -329,8 +382,30 @@ def published_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     ]
 
 
-def page(ours: list[Row], published: list[Row]) -> str:
-    """Both tables in Markdown."""
+def layer_lines(rows: list[LayerRow]) -> Iterator[str]:
+    """The table of :func:`rows_of_layers` in Markdown."""
+    yield "## prune_linear at 2:4, all in all"
+    yield ""
+    yield (
+        f"Statistics as collected, weight {LAYER_SHARE[0]} x {LAYER_SHARE[1]} with the blocks planned for "
+        f"{LAYER[0]} x {LAYER[1]}. A metric that sums the weight sees NaN and infinity in its sums; for the others a "
+        "launch reads the weight once more beforehand, so that nothing is changed where it holds one (prune_model "
+        "looks at all weights before it changes any, and here launches one less). The GPU is waited for once a layer. "
+        "In brackets: the first layer of an input, with the vectors that layers of one input share (q, k and v; gate "
+        "and up)."
+    )
+    yield ""
+    yield "| method | launches | bytes a weight | issued | over the fewest |"
+    yield "|---|---:|---:|---:|---:|"
+    for row in rows:
+        moved, issued = (row.further.read + row.further.written) / row.elements, row.further.issued / row.elements
+        launches = f"{row.further.launches} ({row.first.launches})"
+        yield f"| {row.method} | {launches} | {moved:.2f} | {issued:.2f} | {row.ratio:.2f} |"
+    yield ""
+
+
+def page(ours: list[Row], layers: list[LayerRow], published: list[Row]) -> str:
+    """All tables in Markdown."""
     lines = [
         "# Memory traffic",
         "",
@@ -360,6 +435,8 @@ def page(ours: list[Row], published: list[Row]) -> str:
                 f"{row.least / row.elements:.2f} | {row.ratio:.2f} |"
             )
         lines.append("")
+        if rows is ours:
+            lines += layer_lines(layers)
     return "\n".join(lines)
 
 
@@ -367,13 +444,14 @@ def main(out: Annotated[Path, typer.Option()] = Path("docs/traffic")) -> None:
     """Count, print the page and write OUT.json and OUT.md."""
     if not interpreting():
         raise typer.BadParameter("run it as `make traffic`: it counts in Triton's interpreter (TRITON_INTERPRET=1)")
-    ours, published = our_rows(), published_rows()
-    text = page(ours, published)
+    ours, layers, published = our_rows(), rows_of_layers(), published_rows()
+    text = page(ours, layers, published)
     write_json(
         out.with_suffix(".json"),
         {
             "shape": SHAPE,
             "n_tokens": N_TOKENS,
+            "layers": [{**asdict(row), "ratio": row.ratio} for row in layers],
             **{
                 name: [{**asdict(row), "ratio": row.ratio} for row in rows]
                 for name, rows in (("ours", ours), ("published", published))

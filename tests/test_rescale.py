@@ -76,6 +76,34 @@ def test_a_model_is_rescaled_from_samples(make_decoder, ids):
     assert not torch.equal(model.get_parameter(first), alone.get_parameter(first))
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_a_sample_leaves_out_where_attention_sinks(padding):
+    """Of tokens that carry their place in the text, with sequences of four, two and one."""
+    tokens = torch.arange(12.0).view(3, 4, 1)
+    lengths = [4, 4, 4] if padding == "none" else [4, 2, 1]
+    valid = torch.stack([torch.arange(4) < length for length in lengths])
+    valid = valid.flip(1) if padding == "left" else valid
+    sample = TokenSample(1)
+    sample.update(tokens, None if padding == "none" else valid)
+    wanted = {"none": [1, 2, 3, 5, 6, 7, 9, 10, 11], "left": [1, 2, 3, 7, 11], "right": [1, 2, 3, 5, 8]}[padding]
+    assert sample.tokens.flatten().tolist() == wanted
+    assert sample.count == len(wanted)
+
+
+def test_the_first_tokens_energy_does_not_scale_rows():
+    dense, tokens = torch.nn.Linear(64, 32, bias=False), correlated(8, 50, 64).bfloat16()
+    loud = tokens.clone()
+    loud[:, 0, :4] = 300.0
+    layer = copy.deepcopy(dense)
+    prune_linear(layer, loud, "magnitude", update="rescale")
+    torch.testing.assert_close(
+        energies(layer, tokens[:, 1:].flatten(0, 1)),
+        energies(dense, tokens[:, 1:].flatten(0, 1)),
+        rtol=2e-2,
+        atol=0.0,
+    )
+
+
 def test_a_sample_is_uniform_and_mergeable(tmp_path):
     """Of tokens that carry their own number: none twice, none of the padding, spread evenly, whatever the batches."""
     total = 6 * SAMPLE_TOKENS
