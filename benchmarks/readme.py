@@ -67,6 +67,7 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp
 ANY_ROWS = 2**20
 """A limit of so many rows and more is none."""
 TRAFFIC_ROWS = ("select_nm 2:4, Wanda's terms", "RIA in all", "select_rows 50 %", "moments")
+TRAFFIC_LAYERS = ("wanda", "ace")
 
 
 def quality(content: dict[str, Any]) -> list[str]:
@@ -100,6 +101,11 @@ def traffic(content: dict[str, Any]) -> list[str]:
     """Bytes over the fewest possible, and launches."""
     lines = ["| counted | launches | bytes over the fewest possible |", "|---|---:|---:|"]
     rows = [row for row in content["ours"] if row["what"].startswith(TRAFFIC_ROWS)]
+    rows += [
+        {"what": f"prune_linear 2:4, {row['method']}, all in all", "traffic": row["further"], "ratio": row["ratio"]}
+        for row in content["layers"]
+        if row["method"] in TRAFFIC_LAYERS
+    ]
     rows += [{**row, "what": f"published {row['what']}"} for row in content["published"]]
     return lines + [f"| {row['what']} | {row['traffic']['launches']:,} | {row['ratio']:.2f} |" for row in rows]
 

@@ -1,0 +1,37 @@
+"""How many kernels and torch operations on data it takes to prune a layer, counted in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ace_triton import ActivationStats, prune_linear
+from ace_triton.kernels.backend import interpreting
+from benchmarks.traffic_counter import Counter
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter")
+
+LOOK_FOR_NAN = 1
+
+
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [
+        ("magnitude", 1 + LOOK_FOR_NAN),
+        ("wanda", 1 + LOOK_FOR_NAN),
+        ("stade", 1 + LOOK_FOR_NAN),
+        ("ria", 3),
+        ("saap", 3),
+        ("varp", 3),
+        ("ace", 3),
+    ],
+)
+def test_launches_of_a_layer_that_shares_its_input(method, most):
+    tokens = torch.randn(2, 4, 32).bfloat16()
+    layers = [torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16) for _ in range(2)]
+    first = ActivationStats.from_tokens(tokens, layer=layers[0])
+    further = first.with_outputs(ActivationStats.from_tokens(tokens, layer=layers[1]).outputs)
+    prune_linear(layers[0], first, method)
+    with Counter().counting() as traffic:
+        prune_linear(layers[1], further, method)
+    assert traffic.launches == most
