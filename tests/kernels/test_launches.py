@@ -15,7 +15,7 @@ LOOK_FOR_NAN = 1
 
 
 @pytest.mark.parametrize(
-    ("method", "most"),
+    ("method", "launches"),
     [
         ("magnitude", 1 + LOOK_FOR_NAN),
         ("wanda", 1 + LOOK_FOR_NAN),
@@ -26,7 +26,7 @@ LOOK_FOR_NAN = 1
         ("ace", 3),
     ],
 )
-def test_launches_of_a_layer_that_shares_its_input(method, most):
+def test_launches_of_a_layer_that_shares_its_input(method, launches):
     tokens = torch.randn(2, 4, 32).bfloat16()
     layers = [torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16) for _ in range(2)]
     first = ActivationStats.from_tokens(tokens, layer=layers[0])
@@ -34,4 +34,4 @@ def test_launches_of_a_layer_that_shares_its_input(method, most):
     prune_linear(layers[0], first, method)
     with Counter().counting() as traffic:
         prune_linear(layers[1], further, method)
-    assert traffic.launches == most
+    assert traffic.launches == launches
