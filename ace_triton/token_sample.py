@@ -48,7 +48,7 @@ class TokenSample:
         """
         rows = token_rows(tokens, None, self.in_features, "sample")
         counted = _without_first(valid, tokens.shape[:-1], tokens.device)
-        places = None if counted is None else counted.flatten().nonzero()[:, 0]
+        places = None if counted is None else counted.to(rows.device).flatten().nonzero()[:, 0]
         count = len(rows if places is None else places)
         generator = torch.Generator().manual_seed(self.count)
         draws = torch.rand(count, generator=generator, dtype=torch.float64)
