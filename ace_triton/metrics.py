@@ -148,7 +148,7 @@ def ria(weight: torch.Tensor, stats: ActivationStats, a: float = 0.5) -> ScoreTe
     R_i and C_j are the row and column sums of |W|, in fp32: quotients in fp16 would fall below its
     normal range.
     """
-    return relative_importance(weight, ColumnScale(base=stats.derive(("norm", a), lambda: stats.norm**a)))
+    return relative_importance(weight, ColumnScale(base=_norm_to(stats, a)))
 
 
 @register_metric("stade")
@@ -230,6 +230,8 @@ def varp(
         power: 1 as printed, 0.5 for the root that a consistent derivation carries.
         eps: y stays at or below 1 - eps.
     """
+    if base not in ("ria", "wanda", "magnitude"):
+        raise ValueError(f"base must be 'ria', 'wanda' or 'magnitude', got {base!r}")
     factor = _variance_factor(stats, norm, power, eps)
     return _on_columns(weight, base == "ria", ColumnScale(base=_base_scale(stats, base), factor=factor, sign=sign))
 
@@ -284,18 +286,19 @@ def saap(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
     fusion is here, and *reconstructed*.
     """
     sums = weight_sums(weight)
-    return ScoreTerms(col=sums.col, scale=stats.derive("square", stats.norm.square), not_finite=sums.not_finite)
+    return ScoreTerms(col=sums.col, scale=_norm_to(stats, 2), not_finite=sums.not_finite)
 
 
-def _base_scale(stats: ActivationStats, base: Base) -> torch.Tensor | None:
+def _norm_to(stats: ActivationStats, power: float) -> torch.Tensor:
+    """n_j^power, fp32 [in_features]."""
+    return stats.derive(("norm", power), lambda: stats.norm**power)
+
+
+def _base_scale(stats: ActivationStats, base: Base | Prefactor) -> torch.Tensor | None:
     """What a base score's columns are multiplied by, fp32 [in_features]; None for 1."""
     if base == "wanda":
         return stats.norm
-    if base == "ria":
-        return stats.derive(("norm", 0.5), stats.norm.sqrt)
-    if base == "magnitude":
-        return None
-    raise ValueError(f"base must be 'ria', 'wanda' or 'magnitude', got {base!r}")
+    return _norm_to(stats, 0.5) if base == "ria" else None
 
 
 def _on_columns(weight: torch.Tensor, relative: bool, scale: ColumnScale | None, power: int = 1) -> ScoreTerms:
@@ -320,7 +323,7 @@ def _times_cosine(
     if base not in ("none", "relative", "wanda", "ria"):
         raise ValueError(f"CosP's base or prefactor must be 'none', 'relative', 'wanda' or 'ria', got {base!r}")
     relative, power = base in ("relative", "ria"), 2 if base in ("wanda", "ria") else 1
-    of_base = _base_scale(stats, base) if base == "wanda" or base == "ria" else None
+    of_base = _base_scale(stats, base)
     if stats.outputs is None:
         raise StatsError(
             "CosP weighs tokens by the layer's outputs, which these statistics do not hold: pass raw tokens, "

@@ -54,8 +54,8 @@ class ColumnScale:
         named = {"square": self.square, "base": self.base, "factor": self.factor}
         return {name: vector for name, vector in named.items() if vector is not None}
 
-    def kernel_arguments(self) -> tuple[torch.Tensor | None, float, torch.Tensor | None, torch.Tensor | None]:
-        """What :func:`scale_at` takes first."""
+    def parts(self) -> tuple[torch.Tensor | None, float, torch.Tensor | None, torch.Tensor | None]:
+        """What the bodies take: square, the inverse of its divisor, base and factor."""
         return self.square, 1 / self.divisor, self.base, self.factor
 
     @property
@@ -93,7 +93,7 @@ def _column_scale_triton(of: ColumnScale) -> torch.Tensor:
         block = launch.column_scale(like)
         with torch.cuda.device_of(like):
             _scale_columns[(triton.cdiv(cols, block),)](
-                *(*of.kernel_arguments(), scale, cols),
+                *(*of.parts(), scale, cols),
                 SIGN=of.sign,
                 BLOCK=block,
                 num_warps=1,

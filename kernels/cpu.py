@@ -193,7 +193,8 @@ def variance_factor(sequence_square: torch.Tensor, norm: str, power: float, eps:
 def _columns(of: ColumnScale | None) -> tuple[int | None, float, int | None, int | None, int]:
     if of is None:
         return None, 1.0, None, None, 1
-    return _address(of.square), 1 / of.divisor, _address(of.base), _address(of.factor), of.sign
+    square, inverse, base, factor = of.parts()
+    return _address(square), inverse, _address(base), _address(factor), of.sign
 
 
 def token_norms(outputs: torch.Tensor) -> torch.Tensor:

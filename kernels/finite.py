@@ -49,8 +49,13 @@ def _clean_flag(device: torch.device, stream: int) -> torch.Tensor:
 
 @triton.jit
 def _find_non_finite(tensor_ptr, found_ptr, size, BLOCK: tl.constexpr):
-    """Every program that finds one writes the same 1."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(tensor_ptr + offset, mask=offset < size, other=0.0).to(tl.float32)
-    finite = tl.abs(value) < float("inf")
+    note_not_finite(value, found_ptr)
+
+
+@triton.jit
+def note_not_finite(vector, found_ptr):
+    """Every program that finds NaN or infinity in its fp32 vector writes the same 1."""
+    finite = tl.abs(vector) < float("inf")
     tl.store(found_ptr, 1, mask=tl.min(finite.to(tl.int32), 0) == 0)

@@ -16,6 +16,7 @@ import torch
 from . import cpu, launch
 from .backend import Backend, choose_backend
 from .column_scale import ColumnScale, column_scale_reference, scale_at
+from .finite import note_not_finite
 from .score_terms import ScoreTerms
 from .triton_import import tl, triton
 
@@ -138,7 +139,7 @@ def _weight_sums_triton(
             num_warps=tile.num_warps,
         )
     if rows + cols:
-        vectors = (None, 1.0, None, None) if scale is None else scale.kernel_arguments()
+        vectors = (None, 1.0, None, None) if scale is None else scale.parts()
         col_blocks = triton.cdiv(cols, MERGED_SUMS)
         _merge_parts[(col_blocks + triton.cdiv(rows, MERGED_SUMS),)](
             *(row_parts, col_parts, row_sums, col_sums, across, down, rows, cols, col_blocks),
@@ -234,7 +235,7 @@ def _merge_parts(
             j = block * BLOCK_SUMS + tl.arange(0, BLOCK_SUMS)
             scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN)
             tl.store(scale_ptr + j, scale, mask=j < cols)
-            _note_not_finite(scale, found_ptr)
+            note_not_finite(scale, found_ptr)
     else:
         _merge(
             *(row_parts_ptr, row_sums_ptr, found_ptr, block - col_blocks, across, rows),
@@ -263,12 +264,5 @@ def _merge(
         sums += tl.sum(tl.load(parts_ptr + part.to(tl.int64) * size + k, mask=inside, other=0.0), 0, keep_dims=True)
     if INVERSE:
         sums = tl.where(sums - sums == 0, 1.0 / tl.maximum(sums, SMALLEST), float("nan"))
-    _note_not_finite(tl.reshape(sums, [BLOCK_SUMS]), found_ptr)
+    note_not_finite(tl.reshape(sums, [BLOCK_SUMS]), found_ptr)
     tl.store(sums_ptr + k, sums, mask=k < size)
-
-
-@triton.jit
-def _note_not_finite(vector, found_ptr):
-    """Every program that finds NaN or infinity writes the same 1."""
-    found = tl.max((vector - vector != 0).to(tl.int32), 0)
-    tl.store(found_ptr, 1, mask=found != 0)
