@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from .kernels.column_scale import ColumnScale, column_scale
+from .kernels.column_scale import ColumnScale, checked_column_scale
 from .kernels.score_terms import ScoreTerms
 from .kernels.variance_factor import VarianceNorm, variance_factor
 from .kernels.weight_sums import relative_importance, weight_sums
@@ -306,7 +306,10 @@ def _on_columns(weight: torch.Tensor, relative: bool, scale: ColumnScale | None,
     if relative:
         terms = relative_importance(weight, scale)
         return terms if power == 1 else replace(terms, power=power)
-    return ScoreTerms(scale=None if scale is None else column_scale(scale), power=power)
+    if scale is None:
+        return ScoreTerms(power=power)
+    vector, not_finite = checked_column_scale(scale)
+    return ScoreTerms(scale=vector, power=power, not_finite=not_finite)
 
 
 def _times_cosine(
@@ -339,7 +342,7 @@ def _times_cosine(
         )
     scale = None if of_base is None and factor is None else ColumnScale(base=of_base, factor=factor, sign=sign)
     terms = _on_columns(weight, relative, scale, power)
-    return replace(terms, coupling=stats.outputs.mean_coupling(), not_finite=None)
+    return replace(terms, coupling=stats.outputs.mean_coupling())
 
 
 def _variance_factor(stats: ActivationStats, norm: VarianceNorm, power: float, eps: float) -> torch.Tensor:

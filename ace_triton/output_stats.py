@@ -58,8 +58,10 @@ class OutputStats:
         """mean_t |a_ti x_tj| / s_t, or the root of the mean of its square, fp32 [out_features, in_features]."""
         if self.matrix is None:
             raise StatsError("these statistics hold no coupling matrix: collect them with reduce='abs' or 'rms'")
-        mean = self.matrix / max(self.count, 1)
-        return (mean.sqrt() if self.reduce == "rms" else mean) / self.unit
+        count = max(self.count, 1)
+        if self.reduce == "rms":
+            return (self.matrix / (count * self.unit**2)).sqrt()
+        return self.matrix / (count * self.unit)
 
     def reorder(self, *, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> None:
         """Put channels in another order, as the layer's weight: place p takes channel ``inputs[p]``, ``outputs[p]``."""

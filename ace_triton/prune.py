@@ -88,11 +88,11 @@ def prune_linear(
     """
     label = name or type(layer).__name__
     chosen = metric(method)
-    needs = chosen.needs(chosen.complete(options))
+    complete = chosen.complete(options)
     moved = Update.of(update)
     pattern = Sparsity.of(sparsity)
     # Raw tokens go through the layer first: then a weight that is not finite would be blamed on its outputs.
-    seen_in_terms = needs.weight_sums and not isinstance(stats, torch.Tensor)
+    seen_in_terms = chosen.needs(complete).weight_sums and not isinstance(stats, torch.Tensor)
     weight = check_weight(layer, label, finite=not seen_in_terms)
     owners = other_owners(layer, layer.get_parameter("weight"))
     if owners:
@@ -100,7 +100,7 @@ def prune_linear(
             f"{label}: its weight is tied to that of a {type(owners[0]).__name__}, which would be pruned with it; "
             "untie it first (layer.weight = nn.Parameter(layer.weight.clone()))"
         )
-    return prune_checked(layer, weight, stats, chosen, pattern, label, options, update=moved, return_mask=return_mask)
+    return prune_checked(layer, weight, stats, chosen, pattern, label, complete, update=moved, return_mask=return_mask)
 
 
 def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.Tensor:
@@ -145,17 +145,17 @@ def prune_checked(
 
     Args:
         weight: what :func:`check_weight` returned; known to belong to ``layer`` alone.
+        options: all of them (:meth:`~ace_triton.metrics.Metric.complete`).
     """
-    complete = chosen.complete(options)
-    gathered = _statistics(layer, weight, stats, needed(chosen.needs(complete), update), label)
+    gathered = _statistics(layer, weight, stats, needed(chosen.needs(options), update), label)
     served = as_kernel_dtype(weight)
     axis = pattern.axis or default_axis(chosen.name, gathered)
     if chosen.solve is not None or update is not None:
         assert gathered is not None
-        chosen_mask = _solve(weight, gathered, chosen, complete, pattern, axis, update, label)
+        chosen_mask = _solve(weight, gathered, chosen, options, pattern, axis, update, label)
         mask = chosen_mask if return_mask else None
         return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
-    terms = _terms(chosen, complete, served, gathered, label)
+    terms = _terms(chosen, options, served, gathered, label)
     try:
         mask = _select(weight, served, terms, pattern, axis, return_mask)
     except ValueError as error:
@@ -224,16 +224,15 @@ def _statistics(
 
 
 def _terms(
-    chosen: Metric, options: dict[str, Any], weight: torch.Tensor, stats: ActivationStats | None, label: str
+    chosen: Metric, options: Mapping[str, Any], weight: torch.Tensor, stats: ActivationStats | None, label: str
 ) -> ScoreTerms:
     try:
         terms = chosen.terms(weight, stats, **options)
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
-    tensors = terms.tensors()
     if not _are_finite(terms, stats):
         _check_finite(weight, label)
-        bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        bad = [name for name, tensor in terms.tensors.items() if not bool(tensor.isfinite().all())]
         raise PruneError(
             f"{label}: the statistics give NaN or infinity in the score's {' and '.join(bad)}; look for overflow in "
             "the calibration forward (run it in bfloat16 or float32)"
@@ -243,13 +242,14 @@ def _terms(
 
 def _are_finite(terms: ScoreTerms, stats: ActivationStats | None) -> bool:
     """Looks at what no launch has looked at: vectors of the statistics once for all layers that share them."""
-    if terms.not_finite is not None and terms.not_finite.item():
+    looked_at = terms.not_finite is not None
+    if terms.not_finite is not None and any(terms.not_finite.tolist()):
         return False
-    for tensor in terms.tensors().values():
+    for name, tensor in terms.tensors.items():
         if stats is not None and stats.has_derived(tensor):
             finite = stats.is_finite(tensor)
         else:
-            finite = terms.not_finite is not None or all_finite(tensor)
+            finite = (looked_at and name != "coupling") or all_finite(tensor)
         if not finite:
             return False
     return True
@@ -259,7 +259,7 @@ def _solve(
     weight: torch.Tensor,
     stats: ActivationStats,
     chosen: Metric,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     pattern: Sparsity,
     axis: Axis,
     update: Update | None,

@@ -156,7 +156,8 @@ def prune_model(
     moved = Update.of(update)
     if one_shot and true_sequential:
         raise ValueError("one_shot takes all statistics from the dense model, true_sequential none: choose one of them")
-    needs = needed(chosen.needs(chosen.complete(options)), moved)
+    options = chosen.complete(options)
+    needs = needed(chosen.needs(options), moved)
     if permute and true_sequential and needs.consumer:
         raise ValueError(
             f"permute reorders the rows of gate and up, which {method} with true_sequential has pruned in groups by "
@@ -249,7 +250,7 @@ class _Selection:
         if axis == "out" or (stats is None and self.needs.tokens):
             return None
         weight = as_kernel_dtype(self.weights[name])
-        return scores_reference(weight, self.metric.terms(weight, stats, **self.metric.complete(self.options)))
+        return scores_reference(weight, self.metric.terms(weight, stats, **self.options))
 
 
 def _statistics(

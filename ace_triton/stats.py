@@ -57,7 +57,7 @@ class ActivationStats:
     _squares: list[torch.Tensor] = field(default_factory=list, repr=False)
     _counts: list[torch.Tensor] = field(default_factory=list, repr=False)
     _derived: dict[Hashable, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _finite: dict[int, bool] = field(default_factory=dict, repr=False, compare=False)
+    _finite: dict[int, bool | None] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_tokens(
@@ -218,17 +218,19 @@ class ActivationStats:
         """A vector made of these statistics, computed once for all layers that share them."""
         if key not in self._derived:
             self._derived[key] = compute()
+            self._finite[id(self._derived[key])] = None
         return self._derived[key]
 
     def has_derived(self, tensor: torch.Tensor) -> bool:
         """Whether this very tensor came of :meth:`derive`."""
-        return any(tensor is derived for derived in self._derived.values())
+        return id(tensor) in self._finite
 
     def is_finite(self, derived: torch.Tensor) -> bool:
         """Whether a derived vector holds neither NaN nor infinity; looked for once."""
-        if id(derived) not in self._finite:
-            self._finite[id(derived)] = all_finite(derived)
-        return self._finite[id(derived)]
+        finite = self._finite[id(derived)]
+        if finite is None:
+            finite = self._finite[id(derived)] = all_finite(derived)
+        return finite
 
     @property
     def variance(self) -> torch.Tensor:

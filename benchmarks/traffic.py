@@ -123,7 +123,7 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     packed = pack_scored(weight, plain, 2, 4)
     pruned = unpack_nm(packed)
     e, n = weight.element_size(), weight.numel()
-    vectors = sum(t.numel() * 4 for t in relative.tensors().values())
+    vectors = sum(t.numel() * 4 for t in relative.tensors.values())
     x = flat.numel()
     all_finite(norms)  # the first call ever makes a flag
     scale = ColumnScale(torch.rand(cols, dtype=torch.float64), 2.0, factor=torch.rand(cols))

@@ -10,11 +10,13 @@ relative_importance` makes this vector in its own second launch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .finite import not_finite
 from .triton_import import tl, triton
 
 
@@ -64,14 +66,32 @@ class ColumnScale:
         return next(iter(self.vectors().values())).shape[0]
 
 
+class CheckedScale(NamedTuple):
+    """A column vector and what was seen in it.
+
+    Attributes:
+        scale: fp32 [in_features].
+        not_finite: int32 [n], one of them other than 0 where ``scale`` holds NaN or infinity.
+    """
+
+    scale: torch.Tensor
+    not_finite: torch.Tensor
+
+
 def column_scale(of: ColumnScale) -> torch.Tensor:
     """The vector, fp32 [in_features]."""
+    return checked_column_scale(of).scale
+
+
+def checked_column_scale(of: ColumnScale) -> CheckedScale:
+    """The vector, and whether NaN or infinity is in it."""
     backend = choose_backend(*of.vectors().values())
     if backend == "cpu":
-        return cpu.column_scale(of)
+        return CheckedScale(*cpu.column_scale(of))
     if backend == "triton":
         return _column_scale_triton(of)
-    return column_scale_reference(of)
+    scale = column_scale_reference(of)
+    return CheckedScale(scale, scale.isfinite().all().logical_not().int().reshape(1))
 
 
 def column_scale_reference(of: ColumnScale) -> torch.Tensor:
@@ -86,29 +106,34 @@ def column_scale_reference(of: ColumnScale) -> torch.Tensor:
     return scale.float()
 
 
-def _column_scale_triton(of: ColumnScale) -> torch.Tensor:
+def _column_scale_triton(of: ColumnScale) -> CheckedScale:
     like, cols = next(iter(of.vectors().values())), of.in_features
+    block = launch.column_scale(like)
+    blocks = triton.cdiv(cols, block)
     scale = torch.empty(cols, dtype=torch.float32, device=like.device)
+    seen = torch.empty(blocks, dtype=torch.int32, device=like.device)
     if cols:
-        block = launch.column_scale(like)
         with torch.cuda.device_of(like):
-            _scale_columns[(triton.cdiv(cols, block),)](
-                *(*of.parts(), scale, cols),
-                SIGN=of.sign,
-                BLOCK=block,
-                num_warps=1,
-            )
-    return scale
+            _scale_columns[(blocks,)](*of.parts(), scale, seen, cols, SIGN=of.sign, BLOCK=block, num_warps=1)
+    return CheckedScale(scale, seen)
 
 
 @triton.jit
 def _scale_columns(
-    square_ptr, inverse_divisor, base_ptr, factor_ptr, scale_ptr, cols, SIGN: tl.constexpr, BLOCK: tl.constexpr
+    square_ptr,
+    inverse_divisor,
+    base_ptr,
+    factor_ptr,
+    scale_ptr,
+    not_finite_ptr,
+    cols,
+    SIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(
-        scale_ptr + j, scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN), mask=j < cols
-    )
+    scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN)
+    tl.store(scale_ptr + j, scale, mask=j < cols)
+    tl.store(not_finite_ptr + tl.program_id(0), not_finite(scale))
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def cosp_select(
         raise ValueError(f"tokens and outputs are of a weight {shape}, got one of {tuple(weight.shape)}")
     if terms.coupling is not None:
         raise ValueError("cosp_select makes the score's coupling itself: leave that term out, or call select_nm")
-    backend = choose_backend(weight, tokens, outputs, token_weights, *terms.tensors().values())
+    backend = choose_backend(weight, tokens, outputs, token_weights, *terms.tensors.values())
     if backend == "triton":
         with torch.cuda.device_of(weight):
             return _cosp_select_triton(

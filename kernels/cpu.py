@@ -38,7 +38,7 @@ _SIGNATURES = {
     "ace_select_nm": [*_SELECTION, _INT, _INT, _INT, _INT],
     "ace_select_rows": [*_SELECTION, _LONG, _INT, _INT],
     "ace_weight_sums": [*_MATRIX, _POINTER, _POINTER, _INT, *_COLUMNS, _POINTER, _POINTER, _INT],
-    "ace_column_scale": [_LONG, *_COLUMNS, _POINTER],
+    "ace_column_scale": [_LONG, *_COLUMNS, _POINTER, _POINTER],
     "ace_variance_factor": [_POINTER, _LONG, _LONG, _INT, _FLOAT, _FLOAT, _POINTER, _INT],
     "ace_token_norms": [*_MATRIX, _POINTER, _INT],
     "ace_all_finite": [*_MATRIX, _INT, _POINTER],
@@ -174,11 +174,11 @@ def weight_sums(
     return rows, cols, columns, found
 
 
-def column_scale(of: ColumnScale) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.column_scale.column_scale`."""
-    scale = torch.empty(of.in_features)
-    _call("ace_column_scale", of.in_features, *_columns(of), scale.data_ptr())
-    return scale
+def column_scale(of: ColumnScale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Body of :func:`~ace_triton.kernels.column_scale.checked_column_scale`."""
+    scale, found = torch.empty(of.in_features), torch.empty(1, dtype=torch.int32)
+    _call("ace_column_scale", of.in_features, *_columns(of), *_addresses(scale, found))
+    return scale, found
 
 
 def variance_factor(sequence_square: torch.Tensor, norm: str, power: float, eps: float) -> torch.Tensor:

@@ -57,5 +57,10 @@ def _find_non_finite(tensor_ptr, found_ptr, size, BLOCK: tl.constexpr):
 @triton.jit
 def note_not_finite(vector, found_ptr):
     """Every program that finds NaN or infinity in its fp32 vector writes the same 1."""
-    finite = tl.abs(vector) < float("inf")
-    tl.store(found_ptr, 1, mask=tl.min(finite.to(tl.int32), 0) == 0)
+    tl.store(found_ptr, 1, mask=not_finite(vector) == 1)
+
+
+@triton.jit
+def not_finite(vector):
+    """1 where a fp32 vector holds NaN or infinity, else 0."""
+    return 1 - tl.min((tl.abs(vector) < float("inf")).to(tl.int32), 0)

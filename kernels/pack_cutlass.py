@@ -49,7 +49,7 @@ def pack_cutlass(weight: torch.Tensor | PackedNM, terms: ScoreTerms | None = Non
         return pack_cutlass_reference(*four_of(weight))
     if terms is not None:
         check_selection(weight, terms, "weight")
-    if choose_backend(weight, *(terms.tensors().values() if terms else ())) == "triton":
+    if choose_backend(weight, *(terms.tensors.values() if terms else ())) == "triton":
         values, meta, whole = _pack_cutlass_triton(with_unit_stride(weight), None, terms, *weight.shape)
         if whole:
             return values, meta

@@ -80,7 +80,7 @@ def pack_scored(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> Pack
     """
     check_packable(weight, n, m)
     check_selection(weight, terms, "weight")
-    backend = choose_backend(weight, *terms.tensors().values())
+    backend = choose_backend(weight, *terms.tensors.values())
     if backend == "reference":
         return pack_scored_reference(weight, terms, n, m)
     return _pack(backend, weight, terms, n, m)[0]

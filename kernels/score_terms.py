@@ -9,6 +9,7 @@ terms in; the selection kernels read them and never know which metric it was.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -25,8 +26,8 @@ class ScoreTerms:
         scale: [in_features], or None for 1.
         coupling: [out_features, in_features], or None for 1.
         power: 1 or 2, the exponent of the weight's magnitude.
-        not_finite: int32 [1], other than 0 where a term that one launch made holds NaN or infinity; None where nobody
-            looked.
+        not_finite: int32 [n], one of them other than 0 where a row, col or scale that was made for these terms holds
+            NaN or infinity; None where nobody looked. Says nothing of vectors that layers share, nor of ``coupling``.
     """
 
     row: torch.Tensor | None = None
@@ -39,13 +40,14 @@ class ScoreTerms:
     def __post_init__(self) -> None:
         if self.power not in (1, 2):
             raise ValueError(f"power must be 1 or 2, got {self.power!r}")
-        for name, tensor in self.tensors().items():
+        for name, tensor in self.tensors.items():
             if tensor.dtype != torch.float32 or not tensor.is_contiguous():
                 raise ValueError(
                     f"score term {name!r} must be a contiguous float32 tensor, got {tensor.dtype}: "
                     "use .float().contiguous()"
                 )
 
+    @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The terms that are there, by name."""
         named = {"row": self.row, "col": self.col, "scale": self.scale, "coupling": self.coupling}
@@ -62,7 +64,7 @@ class ScoreTerms:
             "scale": (in_features,),
             "coupling": (out_features, in_features),
         }
-        for name, tensor in self.tensors().items():
+        for name, tensor in self.tensors.items():
             if tuple(tensor.shape) != expected[name]:
                 raise ValueError(
                     f"score term {name!r} has shape {tuple(tensor.shape)}, but a weight of shape "

@@ -53,7 +53,7 @@ def select_nm(
     """
     check_selection(weight, terms, output)
     check_pattern(weight, n, m, axis)
-    backend = choose_backend(weight, *terms.tensors().values())
+    backend = choose_backend(weight, *terms.tensors.values())
     if backend == "cpu":
         return cpu.select_nm(weight, terms, n, m, axis, output)
     if backend == "triton":

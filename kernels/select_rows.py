@@ -50,7 +50,7 @@ def select_rows(
     most = weight.shape[1] if scope == "row" else weight.numel()
     if not 0 <= k <= most:
         raise ValueError(f"k must lie between 0 and {most} for a {scope} of shape {tuple(weight.shape)}, got {k}")
-    backend = choose_backend(weight, *terms.tensors().values())
+    backend = choose_backend(weight, *terms.tensors.values())
     if backend == "cpu":
         return cpu.select_rows(weight, terms, k, scope, output)
     if backend == "triton":

@@ -94,7 +94,7 @@ def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
     results["row sums"], results["column sums"], _ = weight_sums(weight)
     square, factor = weight.double().square().sum(0), 1 + weight[0].float().abs()
     scaled = relative_importance(weight, ColumnScale(square, 3.0, factor=factor, sign=-1))
-    results |= {f"importance: {part}": vector for part, vector in scaled.tensors().items()}
+    results |= {f"importance: {part}": vector for part, vector in scaled.tensors.items()}
     for norm in get_args(VarianceNorm):
         results[f"variance {norm}"] = variance_factor(weight.float().square(), norm, 0.5, 0.01)
     results["norms"] = token_norms(weight)

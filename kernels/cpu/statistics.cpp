@@ -76,9 +76,10 @@ ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t
     });
 }
 
+// `found` becomes 1 where the scale holds NaN or infinity, else 0.
 ACE_EXPORT int ace_column_scale(int64_t cols, const double* square, double inverse_divisor, const float* base,
-                                const float* factor, int32_t sign, float* scale) {
-    scale_columns({square, inverse_divisor, base, factor, sign}, cols, scale);
+                                const float* factor, int32_t sign, float* scale, int32_t* found) {
+    *found = !scale_columns({square, inverse_divisor, base, factor, sign}, cols, scale);
     return 0;
 }
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ace_triton.kernels.column_scale import ColumnScale, column_scale, column_scale_reference
+from ace_triton.kernels.column_scale import ColumnScale, checked_column_scale, column_scale, column_scale_reference
 
 
 def made_of(cols: int, parts: set[str], sign: int = 1, seed: int = 0) -> ColumnScale:
@@ -30,7 +30,23 @@ def made_of(cols: int, parts: set[str], sign: int = 1, seed: int = 0) -> ColumnS
 )
 def test_equals_reference(cols, parts, sign, seed):
     of = made_of(cols, parts, sign, seed)
-    torch.testing.assert_close(column_scale(of), column_scale_reference(of), rtol=1e-6, atol=0.0)
+    scale, not_finite = checked_column_scale(of)
+    torch.testing.assert_close(scale, column_scale_reference(of), rtol=1e-6, atol=0.0)
+    assert not any(not_finite.tolist())
+
+
+@pytest.mark.parametrize("part", ["square", "base", "factor"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 700, 1535])
+def test_sees_what_is_not_finite(part, bad, place):
+    of = made_of(1536, {"square", "base", "factor"})
+    of.vectors()[part][place] = bad
+    assert any(checked_column_scale(of).not_finite.tolist())
+
+
+def test_sees_what_overflows_in_the_product():
+    of = ColumnScale(base=torch.tensor([1.0, 1e30]), factor=torch.tensor([1.0, 1e30]))
+    assert any(checked_column_scale(of).not_finite.tolist())
 
 
 def test_squares_of_zero_and_beyond_fp32s_range_of_squares():

@@ -20,6 +20,7 @@ LOOK_FOR_NAN = 1
         ("magnitude", 1 + LOOK_FOR_NAN),
         ("wanda", 1 + LOOK_FOR_NAN),
         ("stade", 1 + LOOK_FOR_NAN),
+        ("cosp", 2 + LOOK_FOR_NAN),
         ("ria", 3),
         ("saap", 3),
         ("varp", 3),

@@ -28,9 +28,9 @@ def check(weight: torch.Tensor) -> None:
 
 
 def check_terms(got: ScoreTerms, expected: ScoreTerms) -> None:
-    assert set(got.tensors()) == set(expected.tensors())
-    for name, tensor in got.tensors().items():
-        torch.testing.assert_close(tensor, expected.tensors()[name], rtol=1e-5, atol=0.0, equal_nan=True)
+    assert set(got.tensors) == set(expected.tensors)
+    for name, tensor in got.tensors.items():
+        torch.testing.assert_close(tensor, expected.tensors[name], rtol=1e-5, atol=0.0, equal_nan=True)
     assert got.power == expected.power == 1
     assert got.not_finite is not None
     assert expected.not_finite is not None

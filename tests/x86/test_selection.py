@@ -127,7 +127,7 @@ def test_rows_on_chip(cols, dtype):
     terms = make_terms(40, cols, ("row", "col", "scale"))
     check_rows(make_weight(40, cols, dtype), terms, cols // 2)
     level = make_terms(40, cols, ("row", "col", "scale"))
-    for vector in level.tensors().values():
+    for vector in level.tensors.values():
         vector.fill_(1.0)
     check_rows(make_weight(40, cols, dtype, ties=True), level, cols // 2)
 

@@ -11,7 +11,7 @@ import torch
 
 from ace_triton.kernels import launch
 from ace_triton.kernels.backend import interpreting
-from ace_triton.kernels.column_scale import column_scale, column_scale_reference
+from ace_triton.kernels.column_scale import checked_column_scale, column_scale_reference
 from ace_triton.kernels.cosp_select import cosp_select, cosp_select_reference
 from ace_triton.kernels.coupling import coupling, coupling_reference
 from ace_triton.kernels.finite import all_finite
@@ -63,8 +63,8 @@ def test_relative_importance(dtype, shape, parts):
     with executed_on_x86():
         terms = relative_importance(weight, scale)
     expected = relative_importance_reference(weight, scale)
-    for name, tensor in terms.tensors().items():
-        check(tensor, expected.tensors()[name])
+    for name, tensor in terms.tensors.items():
+        check(tensor, expected.tensors[name])
     assert terms.not_finite is not None
     assert terms.not_finite.tolist() == [0]
     weight[-1, -1] = torch.inf
@@ -79,8 +79,13 @@ def test_relative_importance(dtype, shape, parts):
 def test_column_scale(cols, sign):
     of = made_of(cols, {"square", "base", "factor"}, sign)
     with executed_on_x86():
-        scale = column_scale(of)
+        scale, not_finite = checked_column_scale(of)
     check(scale, column_scale_reference(of))
+    assert not any(not_finite.tolist())
+    assert of.base is not None
+    of.base[-1] = torch.inf
+    with executed_on_x86():
+        assert any(checked_column_scale(of).not_finite.tolist())
 
 
 @pytest.mark.parametrize("norm", NORMS)
