@@ -5,9 +5,10 @@ It is the Kullback-Leibler divergence of the model's next-token distribution q f
 
     KL(p || q) = sum_v p_v (log p_v - log q_v),   d KL / d logits = q - p.
 
-Where a model's logits are its head times its last hidden states h and nothing more, both are formed from h in chunks
-of tokens, d KL / dh = (q - p) W_head: logits never exist whole, and nothing of them is kept for a backward. A model
-that does more to its logits (Gemma 2 caps them, Cohere scales them) has them whole, ``WHOLE_TOKENS`` at once.
+:mod:`~ace_triton.kernels.divergence` makes both, and writes the gradient over logits. Where a model's logits are its
+head times its last hidden states h and nothing more, they are formed from h in chunks of tokens, d KL / dh =
+(q - p) W_head: they never exist whole, and nothing of them is kept for a backward. A model that does more to
+its logits (Gemma 2 caps them, Cohere scales them) has them whole, ``WHOLE_TOKENS`` at once.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .kernels.divergence import divergence
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 2**23
-"""Logits formed at once: 170 tokens of a vocabulary of 49,152, which a CPU's caches hold from pass to pass."""
+"""Logits formed at once on a CPU: 170 tokens of a vocabulary of 49,152; more of them fall out of its caches."""
+
+GPU_CHUNK_LOGITS = 2**26
+"""On a GPU: 512 tokens of a vocabulary of 131,072, enough to fill one."""
 
 WHOLE_TOKENS = 1024
 """Tokens of one forward and backward where logits exist whole, since those of a step would fill the memory."""
@@ -98,8 +104,8 @@ class Distillation:
         if self.from_hidden:
             heads = self._model.get_output_embeddings(), self._teacher.get_output_embeddings()
             return divergence_of_hidden(got, heads[0], wanted, heads[1])
-        gap = divergence(got, wanted)
-        return Gap(gap.loss, gap.gradient.to(got.dtype))
+        loss, gradient = divergence(got.flatten(0, -2), wanted.flatten(0, -2))
+        return Gap(loss.sum(), gradient.view_as(got))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._model.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
@@ -123,33 +129,21 @@ def logits_are_head_of_hidden(model: PreTrainedModel, ids: torch.Tensor) -> bool
 
 
 @torch.no_grad()
-def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> Gap:
-    """The Kullback-Leibler divergence of one next-token distribution from another, in fp32.
-
-    Args:
-        logits, wanted: [..., vocabulary], of the model and of the teacher.
-    """
-    q, p = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
-    difference = p - q
-    p.exp_()
-    loss = difference.mul_(p).sum()
-    return Gap(loss, q.exp_().sub_(p))
-
-
-@torch.no_grad()
 def divergence_of_hidden(hidden: torch.Tensor, head: nn.Linear, wanted: torch.Tensor, wanted_head: nn.Linear) -> Gap:
-    """The same from hidden states, in chunks of ``CHUNK_LOGITS``; its gradient is the hidden states'.
+    """The divergence from hidden states, in chunks of tokens; its gradient is the hidden states'.
 
     Args:
         hidden, wanted: [..., width], of the model and of the teacher.
         head, wanted_head: from there to logits.
     """
-    size = max(1, CHUNK_LOGITS // head.out_features)
+    most = CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
+    size = max(1, most // head.out_features)
     gradient = torch.empty_like(hidden)
     loss = hidden.new_zeros((), dtype=torch.float32)
     chunks = (states.flatten(0, -2).split(size) for states in (gradient, hidden, wanted))
     for into, states, wanted_states in zip(*chunks, strict=True):
-        gap = divergence(head(states), wanted_head(wanted_states))
-        loss += gap.loss
-        into.copy_(gap.gradient.to(head.weight.dtype) @ head.weight)
+        logits = head(states)
+        losses, slope = divergence(logits, wanted_head(wanted_states), into=logits)
+        loss += losses.sum()
+        into.copy_(slope.to(head.weight.dtype) @ head.weight)
     return Gap(loss, gradient)

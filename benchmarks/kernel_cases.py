@@ -10,6 +10,7 @@ import torch
 from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
+from ace_triton.kernels.divergence import divergence
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
@@ -36,6 +37,7 @@ TERMS = {
 
 SHAPE = (4096, 11008)
 TOKENS = (8, 2048, 4096)
+LOGITS = (1024, 49152)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,20 @@ def vector_cases() -> Iterator[Case]:
     average = lambda: variance_factor(torch.empty(128, cols), "frobenius", 1.0, 0.01)  # noqa: E731
     for launch, part in enumerate(("levels", "means")):
         yield Case(f"variance_factor, {part}", torch.float32, average, 128 * cols, 4, 0, launch)
+
+
+def divergence_case(dtype: torch.dtype) -> Case:
+    """A step of recovery: logits of a model beside another's, the gradient written over the first.
+
+    The second loop over a row is taken to be as long as the first.
+    """
+    size = dtype.itemsize
+
+    def call() -> object:
+        logits = torch.empty(LOGITS, dtype=dtype)
+        return divergence(logits, torch.empty(LOGITS, dtype=dtype), into=logits)
+
+    return Case("divergence", dtype, call, LOGITS[0] * LOGITS[1], 4 * size, 3 * size)
 
 
 def coupling_case(dtype: torch.dtype, reduce: str) -> Case:
@@ -250,6 +266,7 @@ def every_case() -> Iterator[Case]:
                 lambda x, layers=layers: weighted_squares(x, torch.empty(layers, n_tokens)),
             )
         yield _over_tokens("all_finite", dtype, all_finite)
+        yield divergence_case(dtype)
         for reduce in ("abs", "rms"):
             yield coupling_case(dtype, reduce)
             yield cosp_select_case(dtype, reduce)

@@ -24,6 +24,7 @@ from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
+from ace_triton.kernels.divergence import divergence
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
@@ -128,6 +129,8 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     all_finite(norms)  # the first call ever makes a flag
     scale = ColumnScale(torch.rand(cols, dtype=torch.float64), 2.0, factor=torch.rand(cols))
     square = torch.rand(128, cols), "frobenius", 1.0, 0.01
+    logits, wanted = torch.randn(2, 64, 4 * cols).to(dtype)
+    diverge = lambda: divergence(logits, wanted, into=logits)  # noqa: E731
     return [
         count("select_nm 2:4, Wanda's terms", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 2, 4)),
         count("select_nm 2:4, RIA's terms", n, 2 * e * n + vectors, lambda: select_nm(weight, relative, 2, 4)),
@@ -160,6 +163,7 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
         count("column_scale, ACE's", cols, 16 * cols, lambda: column_scale(scale)),
         count("variance_factor, 128 sequences", 128 * cols, 4 * 129 * cols, lambda: variance_factor(*square)),
         count("token_norms", outputs.numel(), e * outputs.numel() + 4 * N_TOKENS, lambda: token_norms(outputs)),
+        count("divergence, over its logits", logits.numel(), 3 * e * logits.numel() + 4 * len(logits), diverge),
         count(
             "coupling",
             n,

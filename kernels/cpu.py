@@ -40,6 +40,7 @@ _SIGNATURES = {
     "ace_weight_sums": [*_MATRIX, _POINTER, _POINTER, _INT, *_COLUMNS, _POINTER, _POINTER, _INT],
     "ace_column_scale": [_LONG, *_COLUMNS, _POINTER, _POINTER],
     "ace_variance_factor": [_POINTER, _LONG, _LONG, _INT, _FLOAT, _FLOAT, _POINTER, _INT],
+    "ace_divergence": [*_MATRIX, *[_POINTER, _LONG] * 2, _POINTER, _INT],
     "ace_token_norms": [*_MATRIX, _POINTER, _INT],
     "ace_all_finite": [*_MATRIX, _INT, _POINTER],
     "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],
@@ -195,6 +196,20 @@ def _columns(of: ColumnScale | None) -> tuple[int | None, float, int | None, int
         return None, 1.0, None, None, 1
     square, inverse, base, factor = of.parts()
     return _address(square), inverse, _address(base), _address(factor), of.sign
+
+
+def divergence(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Body of :func:`~ace_triton.kernels.divergence.divergence`: the losses; the gradient goes into its tensor."""
+    if logits.dtype != wanted.dtype or logits.dtype == torch.float16:
+        exact = torch.empty(logits.shape)
+        loss = divergence(logits.float(), wanted.float(), exact)
+        gradient.copy_(exact)
+        return loss
+    laid, aim = _row_major(logits), _row_major(wanted)
+    loss = torch.empty(logits.shape[0])
+    places = aim.data_ptr(), aim.stride(0), gradient.data_ptr(), gradient.stride(0)
+    _call("ace_divergence", *_matrix(laid), *places, loss.data_ptr(), torch.get_num_threads())
+    return loss
 
 
 def token_norms(outputs: torch.Tensor) -> torch.Tensor:

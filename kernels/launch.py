@@ -163,6 +163,11 @@ def all_finite(tensor: torch.Tensor) -> int:
     return 4 * WARPS * lanes(tensor.device) * vector(tensor)
 
 
+def divergence(logits: torch.Tensor) -> int:
+    """Logits of a token in one trip: eight a thread of WIDE_WARPS, of each of the two rows; four of fp32 spill."""
+    return WIDE_WARPS * lanes(logits.device) * 8
+
+
 def column_scale(like: torch.Tensor) -> int:
     """Channels of a program of one warp: the vector is short, and the more programs share it, the less each waits."""
     return 4 * lanes(like.device)

@@ -17,6 +17,7 @@ from ace_triton.kernels.assignment import assignment
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, BackendError, choose_backend
 from ace_triton.kernels.column_scale import ColumnScale
 from ace_triton.kernels.coupling import coupling
+from ace_triton.kernels.divergence import divergence
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
@@ -97,6 +98,7 @@ def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
     results |= {f"importance: {part}": vector for part, vector in scaled.tensors.items()}
     for norm in get_args(VarianceNorm):
         results[f"variance {norm}"] = variance_factor(weight.float().square(), norm, 0.5, 0.01)
+    results["losses"], results["gradient"] = divergence(weight, weight.flip(0))
     results["norms"] = token_norms(weight)
     results["squares"] = weighted_squares(weight, torch.stack([valid.float(), torch.arange(rows).float()]))
     scores = weight.float().abs()[None]
@@ -217,6 +219,7 @@ def test_nothing_behind_a_tensor_is_touched(isas, before_a_guard_page, dtype, ro
         moments(weight)
         relative_importance(weight, ColumnScale(base=terms.scale))
         token_norms(weight)
+        divergence(weight, weight, into=weight)
         weighted_squares(weight, token_weights)
         assert all_finite(weight)
 
@@ -257,6 +260,7 @@ def test_nothing_around_an_output_is_written(isas, monkeypatch, rows, cols):
         cpu.column_scale(ColumnScale(factor=terms.scale))
         cpu.variance_factor(weight.float(), "frobenius", 0.5, 0.01)
         cpu.token_norms(weight)
+        cpu.divergence(weight, weight.clone(), torch.empty(rows, cols, dtype=weight.dtype))
         cpu.weighted_squares(weight, torch.ones(2, rows))
         check()
 

@@ -15,6 +15,7 @@ from benchmarks.kernel_cases import (
     Case,
     cosp_select_case,
     coupling_case,
+    divergence_case,
     join_gains_case,
     moments_case,
     nm_linear_case,
@@ -106,6 +107,14 @@ def test_pruning_in_the_epilogue_leaves_the_products_as_they_are(target):
 def test_short_vectors_are_made_without_spills(case, target):
     _, code = kernel_of(case, target)
     assert code.spills == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_divergence_takes_little_more_than_the_memory_time(dtype):
+    check(divergence_case(dtype), most_ratio=1.3, gpus=("A100", "H100"))
+    for target in ("sm_100", "gfx942"):
+        _, code = kernel_of(divergence_case(dtype), target)
+        assert code.spills == 0
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "assignment.h"
+#include "divergence.h"
 #include "join_gains.h"
 #include "moments.h"
 #include "nm_linear.h"
@@ -20,7 +21,7 @@ namespace ace {
 const Bodies ACE_BODIES = {
     ACE_ISA,    select_nm,   select_rows, count_keys, find_ties,        apply_cut,
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
-    variance_levels, variance_factor, join_gains, assign,
+    variance_levels, variance_factor, divergence, join_gains, assign,
     pack_nm,    unpack_nm,   widen_rows,  nm_linear,   dense_linear,
 };
 

@@ -13,6 +13,7 @@ struct Fp32 {
     using Register = NativeInts;
     static constexpr int32_t exponent = 0x7f800000;
     static ACE_INLINE Floats load(const Stored* from, int lanes = LANES) { return ace::load(from, lanes); }
+    static ACE_INLINE void keep(Stored* to, const Floats& v, int lanes) { store(to, v, lanes); }
 };
 
 struct Bf16 {
@@ -21,6 +22,15 @@ struct Bf16 {
     static constexpr int16_t exponent = 0x7f80;
     static ACE_INLINE Floats load(const Stored* from, int lanes = LANES) {
         return floats_of(widen(load_raw<Halves>(from, lanes)) << 16);
+    }
+    // To nearest, ties to even.
+    static ACE_INLINE void keep(Stored* to, const Floats& v, int lanes) {
+        Ints rounded = bits_of(v);
+        for (int p = 0; p < PARTS; ++p) {
+            const NativeInts bits = rounded.part[p], nan = (NativeInts)(v.part[p] != v.part[p]);
+            rounded.part[p] = (bits + 0x7fff + ((bits >> 16) & 1)) | (nan & 0x7fc00000);
+        }
+        store_raw(to, narrow(rounded >> 16), lanes);
     }
 };
 

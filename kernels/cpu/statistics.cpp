@@ -107,6 +107,21 @@ ACE_EXPORT int ace_variance_factor(const float* square, int64_t n_sequences, int
     });
 }
 
+// Of rows of logits, all three of one element; a row of `loss` each.
+ACE_EXPORT int ace_divergence(void* logits, int64_t rows, int64_t cols, int64_t stride, int32_t element, void* wanted,
+                              int64_t wanted_stride, void* gradient, int64_t gradient_stride, float* loss,
+                              int32_t threads) {
+    const Element kind = Element(element);
+    const DivergenceTask task = {{logits, rows, cols, stride, kind},
+                                 {wanted, rows, cols, wanted_stride, kind},
+                                 {gradient, rows, cols, gradient_stride, kind},
+                                 loss};
+    return guarded([&] {
+        deal(rows, threads_for(bytes_of(task.logits), rows, threads),
+             [&](int64_t begin, int64_t end, int) { bodies->divergence(task, begin, end); });
+    });
+}
+
 ACE_EXPORT int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                                float* norms, int32_t threads) {
     const Matrix a = {outputs, rows, cols, stride, Element(element)};

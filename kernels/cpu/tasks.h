@@ -72,6 +72,11 @@ struct VarianceTask {
     float* factor;                    // [channels]
 };
 
+struct DivergenceTask {
+    Matrix logits, wanted, gradient;  // of one shape and element; the gradient may lie over the logits
+    float* loss;                      // [rows]
+};
+
 struct JoinTask {
     const float *candidates, *thresholds;  // [n_pools, rows, n_candidates] and [n_pools, rows, groups]
     int64_t rows, groups, n_candidates;
@@ -150,6 +155,7 @@ struct Bodies {
     // Levels of rows begin..end, and the factors of one vector of channels.
     void (*variance_levels)(const VarianceTask&, int64_t begin, int64_t end);
     void (*variance_factor)(const VarianceTask&, int64_t strip);
+    void (*divergence)(const DivergenceTask&, int64_t begin, int64_t end);
     // One vector of one pool's candidates; zero rows leave the gains unwritten.
     void (*join_gains)(const JoinTask&, int64_t pool, int64_t block);
     void (*assign)(const AssignmentTask&);

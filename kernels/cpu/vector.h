@@ -157,7 +157,7 @@ ACE_INLINE Ints widen(const Halves& halves) {
     return v;
 }
 
-// For lanes that are all ones or 0.
+// For lanes that 16 bits hold, with their sign.
 ACE_INLINE Halves narrow(const Ints& v) {
     Halves halves;
     for (int p = 0; p < PARTS; ++p) {

@@ -14,6 +14,7 @@ from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.column_scale import checked_column_scale, column_scale_reference
 from ace_triton.kernels.cosp_select import cosp_select, cosp_select_reference
 from ace_triton.kernels.coupling import coupling, coupling_reference
+from ace_triton.kernels.divergence import divergence, divergence_reference
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains, join_gains_reference
 from ace_triton.kernels.moments import moments, moments_reference
@@ -96,6 +97,18 @@ def test_variance_factor(norm, power, shape):
     with executed_on_x86():
         factor = variance_factor(square, norm, power, 0.01)
     torch.testing.assert_close(factor, variance_factor_reference(square, norm, power, 0.01), rtol=2e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 49152), (37, 50), (2, 1)])
+def test_divergence(dtype, shape):
+    logits, wanted = 4 * make_matrix(*shape, dtype=dtype), 4 * make_matrix(*shape, dtype=dtype).flip(0)
+    exact = divergence_reference(logits, wanted)
+    with executed_on_x86():
+        loss, gradient = divergence(logits, wanted)
+    check(loss, exact.loss)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient.double(), exact.gradient, rtol=max(rounding, 1e-4), atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

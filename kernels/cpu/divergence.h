@@ -1,0 +1,117 @@
+// How far next-token distributions are from others, row by row of logits. fp32 over strips, fp64 across them.
+#pragma once
+
+#include "elements.h"
+
+namespace ace {
+namespace {
+
+constexpr int64_t LOGIT_STRIP = 1024;
+// Below it, e^x leaves fp32's normal range.
+constexpr float LEAST_EXPONENT = -87.3f;
+
+// e^x of x <= 0, 0 below LEAST_EXPONENT, NaN of NaN: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes).
+ACE_INLINE Floats exp_of_negative(const Floats& x) {
+    constexpr float ROUNDS = 0x1.8p23f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+    constexpr float TERMS[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                               4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    const Floats shifted = x * Floats::all(1.44269504f) + Floats::all(ROUNDS);
+    const Floats n = shifted - Floats::all(ROUNDS);
+    const Floats rest = x - n * Floats::all(LN2_HIGH) - n * Floats::all(LN2_LOW);
+    Floats sum = Floats::all(TERMS[0]);
+    for (int k = 1; k < 6; ++k) sum = sum * rest + Floats::all(TERMS[k]);
+    Ints power = bits_of(shifted) << 23;
+    for (int p = 0; p < PARTS; ++p) power.part[p] += 0x3f800000;
+    const Floats value = (sum * rest * rest + rest + Floats::all(1.0f)) * floats_of(power);
+    Ints bits = bits_of(value);
+    for (int p = 0; p < PARTS; ++p) bits.part[p] &= ~(NativeInts)(x.part[p] < LEAST_EXPONENT);
+    return floats_of(bits);
+}
+
+// Logits past the end of a row are those of what never comes.
+template <typename E>
+ACE_INLINE Floats load_logits(const typename E::Stored* from, int lanes) {
+    const Floats logits = E::load(from, lanes);
+    if (lanes == LANES) return logits;
+    float lane[LANES];
+    store(lane, logits);
+    for (int k = lanes; k < LANES; ++k) lane[k] = -__builtin_inff();
+    return load(lane);
+}
+
+// One row's: e^(x - largest) / total.
+struct Softmax {
+    float largest;
+    double total;
+};
+
+// part(from, count) for every strip of a row; the sum of what they return.
+template <typename Part>
+ACE_INLINE double over_strips(int64_t cols, Part part) {
+    double total = 0;
+    for (int64_t from = 0; from < cols; from += LOGIT_STRIP) {
+        total += sum(part(from, int(cols - from < LOGIT_STRIP ? cols - from : LOGIT_STRIP)));
+    }
+    return total;
+}
+
+template <typename E>
+ACE_INLINE Softmax softmax_of(const typename E::Stored* row, int64_t cols) {
+    Floats most = Floats::all(-__builtin_inff());
+    int64_t j = 0;
+    for (; j + LANES <= cols; j += LANES) most = max(most, E::load(row + j));
+    if (j < cols) most = max(most, load_logits<E>(row + j, int(cols - j)));
+    float lane[LANES], largest = -__builtin_inff();
+    store(lane, most);
+    for (int k = 0; k < LANES; ++k) largest = lane[k] > largest ? lane[k] : largest;
+    const double total = over_strips(cols, [&](int64_t from, int count) ACE_INLINED {
+        Floats part = Floats::all(0.0f);
+        each_vector(count, [&](int k, int lanes) ACE_INLINED {
+            part = part + exp_of_negative(load_logits<E>(row + from + k, lanes) - Floats::all(largest));
+        });
+        return part;
+    });
+    return {largest, total};
+}
+
+// 0 where `v` is 0, even for a term that is not finite.
+ACE_INLINE Floats unless_zero(const Floats& v, const Floats& term) {
+    Ints bits = bits_of(term);
+    for (int p = 0; p < PARTS; ++p) bits.part[p] &= (NativeInts)(v.part[p] != 0);
+    return floats_of(bits);
+}
+
+template <typename E>
+ACE_INLINE void divergence_of_rows(const DivergenceTask& task, int64_t begin, int64_t end) {
+    using Stored = typename E::Stored;
+    const auto row_of = [](const Matrix& m, int64_t t) { return static_cast<Stored*>(m.data) + t * m.stride; };
+    const int64_t cols = task.logits.cols;
+    for (int64_t t = begin; t < end; ++t) {
+        const Stored *logits = row_of(task.logits, t), *wanted = row_of(task.wanted, t);
+        Stored* gradient = row_of(task.gradient, t);
+        const Softmax got = softmax_of<E>(logits, cols), aim = softmax_of<E>(wanted, cols);
+        const Floats of_got = Floats::all(float(1 / got.total)), of_aim = Floats::all(float(1 / aim.total));
+        // Log p - log q is this and the difference of the logits over their largest.
+        const Floats apart = Floats::all(float(__builtin_log(got.total) - __builtin_log(aim.total)));
+        task.loss[t] = float(over_strips(cols, [&](int64_t from, int count) ACE_INLINED {
+            Floats part = Floats::all(0.0f);
+            each_vector(count, [&](int k, int lanes) ACE_INLINED {
+                const Floats x = load_logits<E>(logits + from + k, lanes) - Floats::all(got.largest);
+                const Floats y = load_logits<E>(wanted + from + k, lanes) - Floats::all(aim.largest);
+                const Floats q = exp_of_negative(x) * of_got, p = exp_of_negative(y) * of_aim;
+                part = part + unless_zero(p, p * ((y - x) + apart));
+                E::keep(gradient + from + k, q - p, lanes);
+            });
+            return part;
+        }));
+    }
+}
+
+// Rows begin..end; fp32 or bf16. What is wanted with probability 0 adds nothing.
+inline void divergence(const DivergenceTask& task, int64_t begin, int64_t end) {
+    if (task.logits.element == Element::bf16) divergence_of_rows<Bf16>(task, begin, end);
+    else divergence_of_rows<Fp32>(task, begin, end);
+}
+
+}  // namespace
+}  // namespace ace

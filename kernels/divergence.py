@@ -1,0 +1,140 @@
+"""divergence: how far next-token distributions are from those that are wanted, and the gradient of that.
+
+    KL(p || q) = sum_v p_v (log p_v - log q_v),   d KL / d logits = q - p
+
+with q the softmax of a token's logits and p that of the wanted ones. A row is read twice, the second time from a cache:
+once for what normalises it, once for loss and gradient, which may be written over the logits. No probability is stored.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import cpu, launch
+from .backend import choose_backend
+from .triton_import import tl, triton
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Divergence(NamedTuple):
+    """Of tokens, from what is wanted of them.
+
+    Attributes:
+        loss: KL(p || q) in nats, fp32 [n_tokens]. What is wanted with probability 0 adds nothing to it.
+        gradient: q - p, in the shape and dtype of the logits.
+    """
+
+    loss: torch.Tensor
+    gradient: torch.Tensor
+
+
+def divergence(logits: torch.Tensor, wanted: torch.Tensor, into: torch.Tensor | None = None) -> Divergence:
+    """The Kullback-Leibler divergence of each token's distribution, and its gradient.
+
+    Args:
+        logits: [n_tokens, vocabulary]; fp32, fp16 or bf16.
+        wanted: the same of the model to follow; where the dtypes differ, fp32 serves both.
+        into: takes the gradient: of the shape and dtype of ``logits``, with contiguous rows. It may be ``logits``
+            itself, or the gradient of one that is needed no more. Left out: a new tensor.
+
+    Raises:
+        ValueError: shapes that differ, no vocabulary, or an ``into`` that does not fit.
+    """
+    if logits.dim() != 2 or logits.shape != wanted.shape or not logits.shape[1]:
+        raise ValueError(
+            "logits and what is wanted must both be [n_tokens, vocabulary], of one shape; got "
+            f"{tuple(logits.shape)} and {tuple(wanted.shape)}"
+        )
+    if into is not None and (into.shape != logits.shape or into.dtype != logits.dtype or into.stride(1) != 1):
+        raise ValueError(
+            f"the gradient of {logits.dtype} logits {tuple(logits.shape)} must go into a tensor of that shape and "
+            f"dtype with contiguous rows; got {into.dtype} {tuple(into.shape)}"
+        )
+    backend = choose_backend(logits, wanted, into)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
+    if backend == "cpu":
+        return Divergence(cpu.divergence(logits.detach(), wanted.detach(), gradient), gradient)
+    if backend == "triton":
+        with torch.cuda.device_of(logits):
+            return Divergence(_divergence_triton(logits.detach(), wanted.detach(), gradient), gradient)
+    loss, exact = divergence_reference(logits, wanted)
+    return Divergence(loss, gradient.copy_(exact))
+
+
+def divergence_reference(logits: torch.Tensor, wanted: torch.Tensor) -> Divergence:
+    """The same in plain torch, in fp64; its gradient too."""
+    log_q, log_p = (of.detach().double().log_softmax(-1) for of in (logits, wanted))
+    p = log_p.exp()
+    terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
+    return Divergence(terms.sum(-1).float(), log_q.exp() - p)
+
+
+def _divergence_triton(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    logits, wanted = (of if of.stride(1) == 1 else of.contiguous() for of in (logits, wanted))
+    n_tokens, cols = logits.shape
+    loss = torch.empty(n_tokens, dtype=torch.float32, device=logits.device)
+    if n_tokens:
+        _diverge[(n_tokens,)](
+            *(logits, wanted, gradient, loss, cols, logits.stride(0), wanted.stride(0), gradient.stride(0)),
+            LOWEST=LOWEST,
+            BLOCK=launch.divergence(logits),
+            num_warps=launch.WIDE_WARPS,
+        )
+    return loss
+
+
+@triton.jit
+def _diverge(
+    logits_ptr,
+    wanted_ptr,
+    gradient_ptr,
+    loss_ptr,
+    cols,
+    stride,
+    wanted_stride,
+    gradient_stride,
+    LOWEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token. Each lane keeps the largest logit of its own columns and its sum of powers; lanes meet once."""
+    t = tl.program_id(0).to(tl.int64)
+    logits_row, wanted_row = logits_ptr + t * stride, wanted_ptr + t * wanted_stride
+    gradient_row = gradient_ptr + t * gradient_stride
+    most, sums = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
+    most_wanted, sums_wanted = most, sums
+    for first in tl.range(0, cols, BLOCK):
+        v = first + tl.arange(0, BLOCK)
+        x = tl.load(logits_row + v, mask=v < cols, other=-float("inf")).to(tl.float32)
+        y = tl.load(wanted_row + v, mask=v < cols, other=-float("inf")).to(tl.float32)
+        most, sums = _add_power(most, sums, x)
+        most_wanted, sums_wanted = _add_power(most_wanted, sums_wanted, y)
+    largest, log_total = _meet(most, sums)
+    largest_wanted, log_total_wanted = _meet(most_wanted, sums_wanted)
+    losses = tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(0, cols, BLOCK):
+        v = first + tl.arange(0, BLOCK)
+        x = tl.load(logits_row + v, mask=v < cols, other=-float("inf")).to(tl.float32) - largest - log_total
+        y = tl.load(wanted_row + v, mask=v < cols, other=-float("inf")).to(tl.float32) - largest_wanted
+        y -= log_total_wanted
+        q, p = tl.exp(x), tl.exp(y)
+        losses += tl.where(p == 0, 0.0, p * (y - x))
+        tl.store(gradient_row + v, (q - p).to(gradient_ptr.dtype.element_ty), mask=v < cols)
+    tl.store(loss_ptr + t, tl.sum(losses, 0))
+
+
+@triton.jit
+def _add_power(most, sums, x):
+    """One power, since of the sum's and the logit's own the larger is e^0."""
+    above = x - most
+    power = tl.exp(-tl.abs(above))
+    return tl.maximum(most, x), tl.where(above > 0, sums * power + 1, sums + power)
+
+
+@triton.jit
+def _meet(most, sums):
+    """A row's largest logit, and the logarithm of its sum of powers; added up, large logits would round that away."""
+    largest = tl.max(most, 0)
+    return largest, tl.log(tl.sum(sums * tl.exp(most - largest), 0))
