@@ -4,7 +4,7 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-# A plain C library that kernels/cpu.py opens with ctypes; without it every operation runs in plain torch.
+# A plain C library that kernels/cpu_library.py opens with ctypes; without it every operation runs in plain torch.
 cpu_library = Extension(
     "ace_triton.kernels._cpu",
     sources=sorted(glob("kernels/cpu/*.cpp")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ace_triton.kernels import cpu
+from ace_triton.kernels import cpu, cpu_library
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import PackedNM, pack_nm, pack_scored
 from ace_triton.kernels.unpack_nm import unpack_nm
@@ -36,7 +36,7 @@ def test_few_rows(compare: Compare, matrix: Matrix, packed: PackedNM, rows: int)
     weight = unpack_nm(packed)
     tokens = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
     others = [Provider("F.linear", lambda: torch.nn.functional.linear(tokens, weight))]
-    if weight.device.type == "cpu" and cpu.available():
+    if weight.device.type == "cpu" and cpu_library.available():
         others.append(Provider("the same loop, dense", lambda: cpu.dense_linear(tokens, weight)))
     compare(
         Comparison(

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from ace_triton import ActivationStats, Sparsity, prune_linear
-from ace_triton.kernels import cpu
+from ace_triton.kernels import cpu, cpu_library
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
@@ -326,7 +326,7 @@ def environment() -> dict[str, str]:
     """What the figures were measured with."""
     return {
         "processor": processor(),
-        "instruction set": cpu.isa(),
+        "instruction set": cpu_library.isa(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from . import cpu
+from . import cpu_library
 
 Backend = Literal["triton", "cpu", "reference"]
 
@@ -52,7 +52,7 @@ def choose_backend(*tensors: torch.Tensor | None) -> Backend:
         return _forced(forced.strip().lower(), device)
     if device.type == "cuda" and HAS_TRITON:
         return "triton"
-    if device.type == "cpu" and cpu.available():
+    if device.type == "cpu" and cpu_library.available():
         return "cpu"
     return "reference"
 
@@ -66,10 +66,10 @@ def _forced(name: str, device: torch.device) -> Backend:
                 f"{ENVIRONMENT_VARIABLE}=cpu, but the tensors are on {device}: move them to the CPU "
                 f"or unset {ENVIRONMENT_VARIABLE}"
             )
-        if not cpu.available():
+        if not cpu_library.available():
             raise BackendError(
                 f"{ENVIRONMENT_VARIABLE}=cpu, but the compiled library is not there "
-                f"({cpu.why_unavailable()}): install a C++ compiler and reinstall ace_triton, "
+                f"({cpu_library.why_unavailable()}): install a C++ compiler and reinstall ace_triton, "
                 f"or unset {ENVIRONMENT_VARIABLE}"
             )
         return "cpu"

@@ -1,132 +1,32 @@
-"""The compiled CPU bodies of the operations, loaded with ctypes.
+"""The operations' bodies in the compiled CPU library (:mod:`~ace_triton.kernels.cpu_library`).
 
-The library is built from ``kernels/cpu`` by setup.py. It picks AVX-512, AVX2 or portable code by the processor;
-``ACE_TRITON_CPU_ISA=avx512|avx2|portable`` forces one. Results do not depend on that, nor on the number of threads
-(torch's own). Functions here take what the launchers have checked, and are called by the launchers alone.
+Functions here take what the launchers have checked, and are called by the launchers alone. Threads are torch's own.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.machinery
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from .cpu_library import call, library
 
 if TYPE_CHECKING:
     from .column_scale import ColumnScale
     from .packed_nm import PackedNM
     from .score_terms import ScoreTerms
 
-ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
-ISAS = ("avx512", "avx2", "portable")
-
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OUTPUTS = {"weight": 0, "mask": 1, "bits": 2}
 
 _VARIANCE_NORMS = {"max_layer": 0, "max_sequence": 1, "channel": 2, "frobenius": 3}
-
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
-_MATRIX = [_POINTER, _LONG, _LONG, _LONG, _INT]
-_SELECTION = [*_MATRIX, *[_POINTER] * 4, _INT, _INT, _POINTER]
-_COLUMNS = [_POINTER, _DOUBLE, _POINTER, _POINTER, _INT]
-_SIGNATURES = {
-    "ace_select_nm": [*_SELECTION, _INT, _INT, _INT, _INT],
-    "ace_select_rows": [*_SELECTION, _LONG, _INT, _INT],
-    "ace_weight_sums": [*_MATRIX, _POINTER, _POINTER, _INT, *_COLUMNS, _POINTER, _POINTER, _INT],
-    "ace_column_scale": [_LONG, *_COLUMNS, _POINTER, _POINTER],
-    "ace_variance_factor": [_POINTER, _LONG, _LONG, _INT, _FLOAT, _FLOAT, _POINTER, _INT],
-    "ace_divergence": [*_MATRIX, *[_POINTER, _LONG] * 2, _POINTER, _INT],
-    "ace_token_norms": [*_MATRIX, _POINTER, _INT],
-    "ace_all_finite": [*_MATRIX, _INT, _POINTER],
-    "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],
-    "ace_weighted_squares": [*_MATRIX, _POINTER, _LONG, _POINTER, _INT],
-    "ace_join_gains": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _INT],
-    "ace_has_gram_product": [],
-    "ace_gram_product": [_POINTER, *[_LONG] * 3, _POINTER, _INT],
-    "ace_assign": [_POINTER, _LONG, _LONG, _POINTER, _INT],
-    "ace_pack_nm": [*_MATRIX, *[_POINTER] * 4, _INT, _POINTER, _POINTER, *[_INT] * 4, _POINTER],
-    "ace_unpack_nm": [_POINTER, _POINTER, _LONG, _LONG, *[_INT] * 3, _POINTER, _INT],
-    "ace_nm_linear": [*_MATRIX, _POINTER, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _POINTER, _INT],
-    "ace_dense_linear": [*_MATRIX, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT],
-    "ace_use_isa": [ctypes.c_char_p],
-    "ace_prefer_huge_pages": [_POINTER, _LONG],
-}
 
 # A chunk of tokens whose coupling operands are made at a time: a few MB in fp32 for the widest layers.
 _COUPLING_CHUNK = 256
 
 # From here on an output is most likely new memory rather than what the allocator kept.
 _LARGE_BYTES = 16 * 2**20
-
-
-def available() -> bool:
-    """True where the compiled library was built and loads."""
-    return not isinstance(_load(), str)
-
-
-def why_unavailable() -> str:
-    """One phrase: why :func:`available` is False."""
-    library = _load()
-    return library if isinstance(library, str) else ""
-
-
-def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "portable"."""
-    return _library().ace_isa().decode()
-
-
-def use_isa(name: str) -> None:
-    """Use another instruction set from now on.
-
-    Raises:
-        ValueError: there is none of that name, or this processor cannot run it.
-    """
-    if _library().ace_use_isa(name.encode()) != 0:
-        raise ValueError(f"instruction set {name!r} must be one of {ISAS} and one that this processor has")
-
-
-@functools.cache
-def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
-    here = Path(__file__).parent
-    files = [here / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    built = next((file for file in files if file.exists()), None)
-    if built is None:
-        return "it was not built: no C++ compiler was found when ace_triton was installed"
-    try:
-        library = ctypes.CDLL(str(built))
-    except OSError as error:
-        return f"it does not load: {error}"
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name, None)
-        if function is None:
-            raise RuntimeError(
-                f"{built.name} has no {name}: it was built from older sources; build it again "
-                "(python setup.py build_ext --inplace, or pip install .)"
-            )
-        function.argtypes, function.restype = arguments, _INT
-    library.ace_isa.restype = ctypes.c_char_p
-    forced = os.environ.get(ISA_VARIABLE, "").strip().lower()
-    if forced and library.ace_use_isa(forced.encode()) != 0:
-        raise ValueError(f"{ISA_VARIABLE}={forced!r} must be one of {ISAS} and one that this processor has")
-    return library
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    if isinstance(library, str):
-        raise RuntimeError(f"the compiled CPU library is not there: {library}")
-    return library
-
-
-def _call(name: str, *arguments: object) -> None:
-    if getattr(_library(), name)(*arguments) != 0:
-        raise MemoryError(f"{name} ran out of memory for its working buffers")
 
 
 def select_nm(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int, axis: str, output: str) -> torch.Tensor:
@@ -152,7 +52,7 @@ def _select(name: str, weight: torch.Tensor, terms: ScoreTerms, output: str, *ru
         delivered = torch.empty(rows, (cols + 7) // 8, dtype=torch.uint8)
     factors = (_address(factor) for factor in (terms.row, terms.col, terms.scale, terms.coupling))
     threads = torch.get_num_threads()
-    _call(name, *_matrix(laid), *factors, terms.power, _OUTPUTS[output], delivered.data_ptr(), *rule, threads)
+    call(name, *_matrix(laid), *factors, terms.power, _OUTPUTS[output], delivered.data_ptr(), *rule, threads)
     if output != "weight":
         return delivered
     if laid is not weight:
@@ -171,14 +71,14 @@ def weight_sums(
     columns = None if scale is None else torch.empty_like(cols)
     found = torch.empty(1, dtype=torch.int32)
     made = int(inverse), *_columns(scale), *_addresses(columns, found)
-    _call("ace_weight_sums", *_matrix(laid), *_addresses(rows, cols), *made, torch.get_num_threads())
+    call("ace_weight_sums", *_matrix(laid), *_addresses(rows, cols), *made, torch.get_num_threads())
     return rows, cols, columns, found
 
 
 def column_scale(of: ColumnScale) -> tuple[torch.Tensor, torch.Tensor]:
     """Body of :func:`~ace_triton.kernels.column_scale.checked_column_scale`."""
     scale, found = torch.empty(of.in_features), torch.empty(1, dtype=torch.int32)
-    _call("ace_column_scale", of.in_features, *_columns(of), *_addresses(scale, found))
+    call("ace_column_scale", of.in_features, *_columns(of), *_addresses(scale, found))
     return scale, found
 
 
@@ -187,7 +87,7 @@ def variance_factor(sequence_square: torch.Tensor, norm: str, power: float, eps:
     laid = sequence_square.contiguous()
     factor = torch.empty(laid.shape[1])
     rule = _VARIANCE_NORMS[norm], power, eps
-    _call("ace_variance_factor", laid.data_ptr(), *laid.shape, *rule, factor.data_ptr(), torch.get_num_threads())
+    call("ace_variance_factor", laid.data_ptr(), *laid.shape, *rule, factor.data_ptr(), torch.get_num_threads())
     return factor
 
 
@@ -208,7 +108,7 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tenso
     laid, aim = _row_major(logits), _row_major(wanted)
     loss = torch.empty(logits.shape[0])
     places = aim.data_ptr(), aim.stride(0), gradient.data_ptr(), gradient.stride(0)
-    _call("ace_divergence", *_matrix(laid), *places, loss.data_ptr(), torch.get_num_threads())
+    call("ace_divergence", *_matrix(laid), *places, loss.data_ptr(), torch.get_num_threads())
     return loss
 
 
@@ -216,15 +116,15 @@ def token_norms(outputs: torch.Tensor) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.token_norms.token_norms`."""
     laid = _row_major(outputs)
     norms = torch.empty(outputs.shape[0])
-    _call("ace_token_norms", *_matrix(laid), norms.data_ptr(), torch.get_num_threads())
+    call("ace_token_norms", *_matrix(laid), norms.data_ptr(), torch.get_num_threads())
     return norms
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Body of :func:`~ace_triton.kernels.finite.all_finite`."""
     laid = tensor.view(1, -1) if tensor.is_contiguous() else _row_major(tensor.flatten(0, -2))
-    finite = _INT()
-    _call("ace_all_finite", *_matrix(laid), torch.get_num_threads(), ctypes.byref(finite))
+    finite = ctypes.c_int32()
+    call("ace_all_finite", *_matrix(laid), torch.get_num_threads(), ctypes.byref(finite))
     return bool(finite.value)
 
 
@@ -238,7 +138,7 @@ def moments(
     total, deviation = torch.empty(2, channels, dtype=torch.float64)
     sequence_square = _large(torch.empty(sequences, channels))
     sequence_count = torch.empty(sequences, dtype=torch.int64)
-    _call(
+    call(
         "ace_moments",
         laid.data_ptr(),
         sequences,
@@ -261,7 +161,7 @@ def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
     """Body of :func:`~ace_triton.kernels.weighted_squares.weighted_squares`."""
     laid, weights = _row_major(tokens), weights.contiguous()
     out = torch.empty(weights.shape[0], tokens.shape[1])
-    _call(
+    call(
         "ace_weighted_squares",
         *_matrix(laid),
         weights.data_ptr(),
@@ -277,7 +177,7 @@ def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tens
     n_pools, rows, n_candidates = candidates.shape
     groups = thresholds.shape[2]
     gains = torch.empty(n_pools, groups, n_candidates) if rows else torch.zeros(n_pools, groups, n_candidates)
-    _call(
+    call(
         "ace_join_gains",
         *(candidates.data_ptr(), thresholds.data_ptr()),
         *(n_pools, rows, groups, n_candidates),
@@ -289,14 +189,14 @@ def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tens
 def has_gram_product() -> bool:
     """Whether this processor multiplies bf16 in pairs, and may under the instruction set in use; torch's product, which
     serves the others, rounds its sums otherwise."""
-    return bool(_library().ace_has_gram_product())
+    return bool(library().ace_has_gram_product())
 
 
 def gram_product(rows: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.gram_product.gram_product`."""
     laid = _row_major(rows)
     shape = *laid.shape, laid.stride(0)
-    _call("ace_gram_product", laid.data_ptr(), *shape, into.data_ptr(), torch.get_num_threads())
+    call("ace_gram_product", laid.data_ptr(), *shape, into.data_ptr(), torch.get_num_threads())
     return into
 
 
@@ -304,7 +204,7 @@ def assign(gains: torch.Tensor) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.assignment.assignment`; takes a contiguous tensor."""
     n_pools, size, _ = gains.shape
     joins = torch.empty(n_pools, size, dtype=torch.int32)
-    _call("ace_assign", gains.data_ptr(), n_pools, size, joins.data_ptr(), torch.get_num_threads())
+    call("ace_assign", gains.data_ptr(), n_pools, size, joins.data_ptr(), torch.get_num_threads())
     return joins.long()
 
 
@@ -331,8 +231,8 @@ def pack_nm(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> t
     values = _large(torch.empty(rows, cols // m * n, dtype=weight.dtype))
     meta = torch.empty(rows, (cols + 31) // 32, dtype=torch.int32)
     factors = (terms.row, terms.col, terms.scale, terms.coupling) if terms else (None,) * 4
-    whole = _INT()
-    _call(
+    whole = ctypes.c_int32()
+    call(
         "ace_pack_nm",
         *_matrix(laid),
         *(_address(factor) for factor in factors),
@@ -354,7 +254,7 @@ def unpack_nm(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
         into = _large(torch.empty(packed.shape, dtype=packed.values.dtype))
     source = packed.values.data_ptr(), packed.meta.data_ptr(), *packed.shape
     pattern = packed.n, packed.m, packed.values.element_size()
-    _call("ace_unpack_nm", *source, *pattern, into.data_ptr(), torch.get_num_threads())
+    call("ace_unpack_nm", *source, *pattern, into.data_ptr(), torch.get_num_threads())
     return into
 
 
@@ -362,7 +262,7 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None)
     """Body of :func:`~ace_triton.kernels.nm_linear.nm_linear` for tokens [n_tokens, in]."""
     laid = _row_major(tokens)
     out = torch.empty(tokens.shape[0], packed.shape[0])
-    _call(
+    call(
         "ace_nm_linear",
         *_matrix(laid),
         packed.values.data_ptr(),
@@ -384,14 +284,14 @@ def dense_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = torch.empty(tokens.shape[0], weight.shape[0])
     threads = torch.get_num_threads()
     address, n_rows, _, stride, element = _matrix(rows)
-    _call("ace_dense_linear", *_matrix(laid), address, n_rows, stride, element, None, out.data_ptr(), threads)
+    call("ace_dense_linear", *_matrix(laid), address, n_rows, stride, element, None, out.data_ptr(), threads)
     return out
 
 
 def _large(output: torch.Tensor) -> torch.Tensor:
     """``output``, not written yet, on huge pages where it is large enough to be new memory."""
     if output.nbytes >= _LARGE_BYTES:
-        _call("ace_prefer_huge_pages", output.data_ptr(), output.nbytes)
+        call("ace_prefer_huge_pages", output.data_ptr(), output.nbytes)
     return output
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu, launch
+from . import cpu, launch, launch_packed
 from .backend import choose_backend
 from .nm_linear_dot import nm_linear_dot
 from .packed_nm import PackedNM
@@ -81,9 +81,9 @@ def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor
     if not outputs.numel():
         return outputs
     two_of_four = (packed.n, packed.m) == (2, 4)
-    if two_of_four and tokens.dtype == packed.values.dtype and launch.suits_nm_linear_dot(tokens, packed.values):
+    if two_of_four and tokens.dtype == packed.values.dtype and launch_packed.suits_nm_linear_dot(tokens, packed.values):
         return nm_linear_dot(tokens, packed, bias)
-    tile = launch.nm_linear(packed.values, n_tokens, cols)
+    tile = launch_packed.nm_linear(packed.values, n_tokens, cols)
     grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(n_tokens, tile.tokens))
     arguments = (tokens, packed.values, packed.meta, bias, outputs, n_tokens, rows, cols, tokens.stride(0))
     blocks = {"TOKENS": tile.tokens, "BLOCK_ROWS": tile.block_rows, "num_warps": tile.num_warps}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from . import launch
+from . import launch, launch_packed
 from .backend import interpreting
 from .packed_nm import PackedNM
 from .registers import bits_of, spread, unzip, zipped
@@ -26,7 +26,7 @@ def nm_linear_dot(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
     """
     n_tokens, cols = tokens.shape
     rows = packed.shape[0]
-    tile = launch.nm_linear_dot(packed.values, n_tokens)
+    tile = launch_packed.nm_linear_dot(packed.values, n_tokens)
     outputs = torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
     sums = outputs
     if tile.splits > 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from . import launch
+from . import launch, launch_packed
 from .backend import choose_backend
 from .group_choice import best_of_group
 from .packed_nm import PackedNM, refuse_first, unpack_bits
@@ -111,12 +111,13 @@ def four_of(packed: PackedNM) -> tuple[torch.Tensor, ...]:
 
 def check_cutlass(weight: torch.Tensor | PackedNM) -> None:
     """Raise ValueError for what CUTLASS does not take."""
+    shape: tuple[int, ...] = tuple(weight.shape)
     if isinstance(weight, PackedNM):
         if (weight.n, weight.m) != (2, 4):
             raise ValueError(f"CUTLASS takes 2:4 alone, the weight is packed {weight.n}:{weight.m}")
-        shape, dtype = weight.shape, weight.values.dtype
+        dtype = weight.values.dtype
     else:
-        shape, dtype = tuple(weight.shape), weight.dtype
+        dtype = weight.dtype
     if len(shape) != 2:
         raise ValueError(f"weight must be [out_features, in_features], got shape {shape}")
     if dtype not in META:
@@ -135,7 +136,7 @@ def _pack_cutlass_triton(
     meta = torch.empty(rows, cols // (8 * meta_dtype.itemsize), dtype=meta_dtype, device=source.device)
     if not values.numel():
         return values, meta, True
-    tile = launch.unpack_nm(source, cols)
+    tile = launch_packed.unpack_nm(source, cols)
     grid = triton.cdiv(cols, 2 * tile.vector * tile.threads) * triton.cdiv(rows, tile.block_rows)
     lost = None if terms or bits is not None else torch.empty(grid, dtype=torch.int32, device=source.device)
     factors = (terms.row, terms.col, terms.scale, terms.coupling) if terms else (None,) * 4

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu, launch
+from . import cpu, launch, launch_packed
 from .backend import choose_backend
 from .packed_nm import DTYPES, PackedNM, unpack_bits
 from .registers import bits_of, kept_before, spread, unzip, zipped
@@ -51,7 +51,7 @@ def _unpack_nm_triton(packed: PackedNM, weight: torch.Tensor) -> torch.Tensor:
     if not weight.numel():
         return weight
     rows, cols = packed.shape
-    tile = launch.unpack_nm(packed.values, cols)
+    tile = launch_packed.unpack_nm(packed.values, cols)
     width = 2 * tile.vector * tile.threads
     grid = (triton.cdiv(cols, width) * triton.cdiv(rows, tile.block_rows),)
     arguments = (packed.values, packed.meta, weight, rows, cols)

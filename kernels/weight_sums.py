@@ -85,10 +85,10 @@ def weight_sums_reference(weight: torch.Tensor) -> WeightSums:
 def relative_importance_reference(weight: torch.Tensor, scale: ColumnScale | None = None) -> ScoreTerms:
     """The same as :func:`relative_importance` in plain torch, in fp64."""
     sums = weight_sums_reference(weight)
-    vectors = [_inverse(sums.row), _inverse(sums.col)]
-    if scale is not None:
-        vectors.append(column_scale_reference(scale))
-    return ScoreTerms(*vectors, not_finite=_not_finite(*vectors))
+    row, col = _inverse(sums.row), _inverse(sums.col)
+    columns = None if scale is None else column_scale_reference(scale)
+    made = (row, col) if columns is None else (row, col, columns)
+    return ScoreTerms(row, col, columns, not_finite=_not_finite(*made))
 
 
 def _check(weight: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 import torch
 
-from ace_triton.kernels import cpu
+from ace_triton.kernels import cpu, cpu_library
 from ace_triton.kernels.assignment import assignment
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, BackendError, choose_backend
 from ace_triton.kernels.column_scale import ColumnScale
@@ -31,7 +31,9 @@ from ace_triton.kernels.variance_factor import VarianceNorm, variance_factor
 from ace_triton.kernels.weight_sums import relative_importance, weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
 
-needs_library = pytest.mark.skipif(not cpu.available(), reason=f"no CPU library: {cpu.why_unavailable()}")
+needs_library = pytest.mark.skipif(
+    not cpu_library.available(), reason=f"no CPU library: {cpu_library.why_unavailable()}"
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Results = dict[str, torch.Tensor]
@@ -44,7 +46,7 @@ def chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def runs(isa: str) -> bool:
     try:
-        cpu.use_isa(isa)
+        cpu_library.use_isa(isa)
     except ValueError:
         return False
     return True
@@ -53,9 +55,9 @@ def runs(isa: str) -> bool:
 @pytest.fixture
 def isas() -> Iterator[list[str]]:
     """Every instruction set of this machine; the one in use is put back."""
-    in_use = cpu.isa()
-    yield [isa for isa in cpu.ISAS if runs(isa)]
-    cpu.use_isa(in_use)
+    in_use = cpu_library.isa()
+    yield [isa for isa in cpu_library.ISAS if runs(isa)]
+    cpu_library.use_isa(in_use)
 
 
 def matrix(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -124,7 +126,7 @@ def test_unpacking_agrees_and_stays_inside_where_metadata_are_damaged(isas, dtyp
     damaged = replace(packed, meta=torch.full_like(packed.meta, -1))
     expected = unpack_nm_reference(packed)
     for isa in isas:
-        cpu.use_isa(isa)
+        cpu_library.use_isa(isa)
         assert torch.equal(unpack_nm(packed), expected)
         assert bool((unpack_nm(damaged) != 0).any())
 
@@ -135,7 +137,7 @@ def test_unpacking_agrees_and_stays_inside_where_metadata_are_damaged(isas, dtyp
 def test_every_instruction_set_agrees(isas, dtype, rows, cols):
     results = {}
     for isa in isas:
-        cpu.use_isa(isa)
+        cpu_library.use_isa(isa)
         results[isa] = every_operation(rows, cols, dtype)
     for isa in isas:
         assert_same(results[isa], results["portable"], isa)
@@ -163,7 +165,7 @@ def test_nan_scores_rank_as_the_reference_ranks_them(isas, dtype):
     weight[::2, ::3], weight[1::2, ::3] = torch.nan, torch.inf
     terms = ScoreTerms(scale=torch.arange(64).remainder(5).float())
     for isa in isas:
-        cpu.use_isa(isa)
+        cpu_library.use_isa(isa)
         for n, m in ((2, 4), (4, 8), (16, 32)):
             for axis in ("in", "out") if m <= 16 else ("in",):
                 keep = select_nm_reference(weight, terms, n, m, axis=axis, output="mask")
@@ -207,7 +209,7 @@ def test_nothing_behind_a_tensor_is_touched(isas, before_a_guard_page, dtype, ro
     terms = ScoreTerms(place(full.row), place(full.col), place(full.scale), place(full.coupling))
     token_weights = place(torch.ones(2, rows))
     for isa in isas:
-        cpu.use_isa(isa)
+        cpu_library.use_isa(isa)
         for output in ("mask", "bits", "weight"):
             if cols % 4 == 0:
                 select_nm(weight, terms, 2, 4, output=output)
@@ -247,7 +249,7 @@ def test_nothing_around_an_output_is_written(isas, monkeypatch, rows, cols):
     monkeypatch.setattr(torch, "empty", guarded)
     monkeypatch.setattr(torch, "zeros", lambda *shape, **options: guarded(*shape, **options).zero_())
     for isa in isas:
-        cpu.use_isa(isa)
+        cpu_library.use_isa(isa)
         for output in ("mask", "bits"):
             if cols % 4 == 0:
                 cpu.select_nm(weight, terms, 2, 4, "in", output)
@@ -292,17 +294,17 @@ def test_coupling_works_chunk_by_chunk():
 @pytest.fixture
 def reload(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forget the loaded library before and after."""
-    cpu._load.cache_clear()
+    cpu_library.load.cache_clear()
     yield
     monkeypatch.undo()
-    cpu._load.cache_clear()
+    cpu_library.load.cache_clear()
 
 
 def test_without_the_library_the_reference_serves(reload, monkeypatch):
     monkeypatch.setattr(importlib.machinery, "EXTENSION_SUFFIXES", [".not-built"])
     weight = matrix(8, 16, torch.float32)
-    assert not cpu.available()
-    assert "was not built" in cpu.why_unavailable()
+    assert not cpu_library.available()
+    assert "was not built" in cpu_library.why_unavailable()
     assert choose_backend(weight) == "reference"
     assert torch.equal(
         select_nm(weight, ScoreTerms(), 2, 4, output="mask"),
@@ -315,22 +317,22 @@ def test_without_the_library_the_reference_serves(reload, monkeypatch):
 
 def test_a_broken_library_says_so(reload, monkeypatch, tmp_path):
     (tmp_path / f"_cpu{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
-    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
-    assert not cpu.available()
-    assert "does not load" in cpu.why_unavailable()
+    monkeypatch.setattr(cpu_library, "__file__", str(tmp_path / "cpu_library.py"))
+    assert not cpu_library.available()
+    assert "does not load" in cpu_library.why_unavailable()
 
 
 @needs_library
 def test_the_instruction_set_can_be_forced(reload, monkeypatch):
-    monkeypatch.setenv(cpu.ISA_VARIABLE, "portable")
-    assert cpu.isa() == "portable"
-    cpu._load.cache_clear()
-    monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
+    monkeypatch.setenv(cpu_library.ISA_VARIABLE, "portable")
+    assert cpu_library.isa() == "portable"
+    cpu_library.load.cache_clear()
+    monkeypatch.setenv(cpu_library.ISA_VARIABLE, "sse9")
     with pytest.raises(ValueError, match="ACE_TRITON_CPU_ISA='sse9'"):
-        cpu.available()
-    monkeypatch.delenv(cpu.ISA_VARIABLE)
+        cpu_library.available()
+    monkeypatch.delenv(cpu_library.ISA_VARIABLE)
     with pytest.raises(ValueError, match="'sse9' must be one of"):
-        cpu.use_isa("sse9")
+        cpu_library.use_isa("sse9")
 
 
 def test_backends_that_cannot_serve_say_why(monkeypatch):
@@ -352,6 +354,6 @@ def test_backends_that_cannot_serve_say_why(monkeypatch):
 
 
 def test_a_library_of_older_sources_is_named(monkeypatch):
-    monkeypatch.setitem(cpu._SIGNATURES, "ace_of_tomorrow", [])
+    monkeypatch.setitem(cpu_library._SIGNATURES, "ace_of_tomorrow", [])
     with pytest.raises(RuntimeError, match="no ace_of_tomorrow: it was built from older sources"):
-        cpu._load.__wrapped__()
+        cpu_library.load.__wrapped__()

@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ace_triton
-from ace_triton.kernels import cpu
+from ace_triton.kernels import cpu_library
 
 assert "site-packages" in ace_triton.__file__, ace_triton.__file__
-assert cpu.available(), cpu.why_unavailable()
+assert cpu_library.available(), cpu_library.why_unavailable()
 assert files("ace_triton.study").joinpath("page.html.j2").is_file()
 
 layer = torch.nn.Linear(64, 32)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ace_triton.kernels import cpu
+from ace_triton.kernels import cpu_library
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear, nm_linear_reference
 from ace_triton.kernels.pack_nm import pack_nm, pack_scored
@@ -116,40 +116,40 @@ def test_says_what_is_wrong(arguments, message):
         nm_linear(**given_arguments)
 
 
-@pytest.mark.skipif(interpreting() or not cpu.available(), reason="for the compiled library")
+@pytest.mark.skipif(interpreting() or not cpu_library.available(), reason="for the compiled library")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_instruction_set_and_number_of_threads_agrees(dtype, pattern):
     n, m = pattern
     torch.manual_seed(0)
     weight, tokens = torch.randn(1026, 32 * 33).to(dtype), torch.randn(5, 32 * 33).to(dtype)
-    in_use, threads = cpu.isa(), torch.get_num_threads()
+    in_use, threads = cpu_library.isa(), torch.get_num_threads()
     results = {}
     try:
-        for isa in cpu.ISAS:
+        for isa in cpu_library.ISAS:
             for count in (1, 3):
                 try:
-                    cpu.use_isa(isa)
+                    cpu_library.use_isa(isa)
                 except ValueError:
                     continue
                 torch.set_num_threads(count)
                 packed = pack_scored(weight, ScoreTerms(), n, m)
                 results[isa, count] = (packed.meta, packed.values, nm_linear(tokens, packed))
     finally:
-        cpu.use_isa(in_use)
+        cpu_library.use_isa(in_use)
         torch.set_num_threads(threads)
     first, *others = results.values()
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.skipif(interpreting() or not cpu.available(), reason="for the compiled library")
+@pytest.mark.skipif(interpreting() or not cpu_library.available(), reason="for the compiled library")
 @pytest.mark.parametrize("pattern", [(2, 4), (5, 32), (3, 4)])
 def test_damaged_metadata_do_not_lead_outside(pattern):
     n, m = pattern
     packed = pack_scored(torch.randn(33, 32 * 7), ScoreTerms(), n, m)
     packed.meta.fill_(-1)
-    in_use = cpu.isa()
+    in_use = cpu_library.isa()
     for isa in ("portable", in_use):
-        cpu.use_isa(isa)
+        cpu_library.use_isa(isa)
         nm_linear(torch.randn(3, 32 * 7), packed)
-    cpu.use_isa(in_use)
+    cpu_library.use_isa(in_use)

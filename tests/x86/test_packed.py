@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ace_triton.kernels import launch
+from ace_triton.kernels import launch_packed
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import (
@@ -135,9 +135,9 @@ def test_products(dtype, pattern, shape, n_tokens):
 @pytest.mark.parametrize(("shape", "n_tokens"), [((37, 160), 9), ((20, 48), 18)])
 def test_tiles_of_tokens(monkeypatch, dtype, shape, n_tokens):
     """Smaller ones than a GPU's, with the inputs of every output split."""
-    planned = launch.nm_linear_dot
+    planned = launch_packed.nm_linear_dot
     small = {"tokens": 16, "block_rows": 16, "words": 1, "splits": 2, "num_warps": 1}
-    monkeypatch.setattr(launch, "nm_linear_dot", lambda *arguments: replace(planned(*arguments), **small))
+    monkeypatch.setattr(launch_packed, "nm_linear_dot", lambda *arguments: replace(planned(*arguments), **small))
     torch.manual_seed(0)
     packed = pack_scored_reference(torch.randn(shape).to(dtype), ScoreTerms(), 2, 4)
     tokens, bias = torch.randn(n_tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
