@@ -59,7 +59,7 @@ check: lint types test  ## what must pass before a commit
 smoke: setup  ## build a wheel, install it into an empty environment, use it away from here
 	TORCH="$(TORCH)" bash tests/wheel_smoke.sh $(BIN)/python
 
-bench: setup  ## time everything beside the published ways, into benchmarks/results.csv; 8 minutes on 2 cores
+bench: setup  ## time everything beside the published ways, into benchmarks/results.csv; 12 minutes on 2 cores
 	$(BENCH)
 
 bench-quick: setup  ## the same for a few layers and all of SmolLM2-135M

@@ -2,7 +2,7 @@
 
     KL(p || q) = sum_v p_v (log p_v - log q_v),   d KL / d logits = q - p
 
-with q the softmax of a token's logits and p that of the wanted ones. A row is read twice, the second time from a cache:
+with q the softmax of a token's logits and p that of the wanted ones. A row is read twice, mostly from a cache then:
 once for what normalises it, once for loss and gradient, which may be written over the logits. No probability is stored.
 """
 
