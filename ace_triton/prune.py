@@ -242,14 +242,13 @@ def _terms(
 
 def _are_finite(terms: ScoreTerms, stats: ActivationStats | None) -> bool:
     """Looks at what no launch has looked at: vectors of the statistics once for all layers that share them."""
-    looked_at = terms.not_finite is not None
-    if terms.not_finite is not None and any(terms.not_finite.tolist()):
+    flags = [] if terms.not_finite is None else terms.not_finite.tolist()
+    if any(flags):
         return False
     for name, tensor in terms.tensors.items():
-        if stats is not None and stats.has_derived(tensor):
-            finite = stats.is_finite(tensor)
-        else:
-            finite = (looked_at and name != "coupling") or all_finite(tensor)
+        finite = None if stats is None else stats.is_finite(tensor)
+        if finite is None:
+            finite = (bool(flags) and name != "coupling") or all_finite(tensor)
         if not finite:
             return False
     return True

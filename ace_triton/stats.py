@@ -27,6 +27,14 @@ FORMAT = "ace_triton.activation_stats.1"
 
 
 @dataclass
+class _Derived:
+    """A vector made of statistics, and whether it is finite; None where nobody looked."""
+
+    vector: torch.Tensor
+    finite: bool | None = None
+
+
+@dataclass
 class ActivationStats:
     """Channel statistics of one distinct input, streamed and mergeable.
 
@@ -56,8 +64,7 @@ class ActivationStats:
     sample: TokenSample | None = None
     _squares: list[torch.Tensor] = field(default_factory=list, repr=False)
     _counts: list[torch.Tensor] = field(default_factory=list, repr=False)
-    _derived: dict[Hashable, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _finite: dict[int, bool | None] = field(default_factory=dict, repr=False, compare=False)
+    _derived: dict[Hashable, _Derived] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_tokens(
@@ -155,7 +162,7 @@ class ActivationStats:
 
         :attr:`outputs` is put in order too; :attr:`consumer_norm` follows the layer's outputs and stays.
         """
-        self._derived, self._finite = {}, {}
+        self._derived = {}
         self.mean = None if self.mean is None else self.mean[order]
         self.deviation = None if self.deviation is None else self.deviation[order]
         self._squares = [square[:, order] for square in self._squares]
@@ -172,7 +179,7 @@ class ActivationStats:
         sequence_square: torch.Tensor,
         sequence_count: torch.Tensor,
     ) -> None:
-        self._derived, self._finite = {}, {}
+        self._derived = {}
         self._squares.append(sequence_square)
         self._counts.append(sequence_count)
         if self.mean is None or self.deviation is None:
@@ -217,20 +224,17 @@ class ActivationStats:
     def derive(self, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A vector made of these statistics, computed once for all layers that share them."""
         if key not in self._derived:
-            self._derived[key] = compute()
-            self._finite[id(self._derived[key])] = None
-        return self._derived[key]
+            self._derived[key] = _Derived(compute())
+        return self._derived[key].vector
 
-    def has_derived(self, tensor: torch.Tensor) -> bool:
-        """Whether this very tensor came of :meth:`derive`."""
-        return id(tensor) in self._finite
-
-    def is_finite(self, derived: torch.Tensor) -> bool:
-        """Whether a derived vector holds neither NaN nor infinity; looked for once."""
-        finite = self._finite[id(derived)]
-        if finite is None:
-            finite = self._finite[id(derived)] = all_finite(derived)
-        return finite
+    def is_finite(self, vector: torch.Tensor) -> bool | None:
+        """Whether a vector of :meth:`derive` holds neither NaN nor infinity, looked for once; None for any other."""
+        for derived in self._derived.values():
+            if derived.vector is vector:
+                if derived.finite is None:
+                    derived.finite = all_finite(vector)
+                return derived.finite
+        return None
 
     @property
     def variance(self) -> torch.Tensor:
@@ -268,7 +272,6 @@ class ActivationStats:
             _squares=[s.to(device) for s in self._squares],
             _counts=[c.to(device) for c in self._counts],
             _derived={},
-            _finite={},
         )
         if self.outputs is not None:
             o = self.outputs

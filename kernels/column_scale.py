@@ -16,7 +16,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
-from .finite import not_finite
+from .finite import not_finite, not_finite_reference
 from .triton_import import tl, triton
 
 
@@ -91,7 +91,7 @@ def checked_column_scale(of: ColumnScale) -> CheckedScale:
     if backend == "triton":
         return _column_scale_triton(of)
     scale = column_scale_reference(of)
-    return CheckedScale(scale, scale.isfinite().all().logical_not().int().reshape(1))
+    return CheckedScale(scale, not_finite_reference(scale))
 
 
 def column_scale_reference(of: ColumnScale) -> torch.Tensor:

@@ -27,6 +27,11 @@ def all_finite_reference(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.detach()).all())
 
 
+def not_finite_reference(*vectors: torch.Tensor) -> torch.Tensor:
+    """Int32 [1]: 1 where one of the vectors holds NaN or infinity, else 0."""
+    return torch.cat(vectors).isfinite().all().logical_not().int().reshape(1)
+
+
 def _all_finite_triton(tensor: torch.Tensor) -> bool:
     found = _clean_flag(tensor.device, launch.stream_of(tensor))
     if tensor.numel():

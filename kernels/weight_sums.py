@@ -16,7 +16,7 @@ import torch
 from . import cpu, launch
 from .backend import Backend, choose_backend
 from .column_scale import ColumnScale, column_scale_reference, scale_at
-from .finite import note_not_finite
+from .finite import not_finite_reference, note_not_finite
 from .score_terms import ScoreTerms
 from .triton_import import tl, triton
 
@@ -79,7 +79,7 @@ def weight_sums_reference(weight: torch.Tensor) -> WeightSums:
     """The same as :func:`weight_sums` in plain torch, summed in fp64."""
     magnitude = weight.detach().double().abs()
     sums = magnitude.sum(1).float(), magnitude.sum(0).float()
-    return WeightSums(*sums, _not_finite(*sums))
+    return WeightSums(*sums, not_finite_reference(*sums))
 
 
 def relative_importance_reference(weight: torch.Tensor, scale: ColumnScale | None = None) -> ScoreTerms:
@@ -88,7 +88,7 @@ def relative_importance_reference(weight: torch.Tensor, scale: ColumnScale | Non
     row, col = _inverse(sums.row), _inverse(sums.col)
     columns = None if scale is None else column_scale_reference(scale)
     made = (row, col) if columns is None else (row, col, columns)
-    return ScoreTerms(row, col, columns, not_finite=_not_finite(*made))
+    return ScoreTerms(row, col, columns, not_finite=not_finite_reference(*made))
 
 
 def _check(weight: torch.Tensor) -> None:
@@ -98,10 +98,6 @@ def _check(weight: torch.Tensor) -> None:
 
 def _inverse(sums: torch.Tensor) -> torch.Tensor:
     return torch.where(sums.isfinite(), sums.clamp(min=SMALLEST_NORMAL).reciprocal(), torch.nan)
-
-
-def _not_finite(*vectors: torch.Tensor) -> torch.Tensor:
-    return torch.cat(vectors).isfinite().all().logical_not().int().reshape(1)
 
 
 def _sums(

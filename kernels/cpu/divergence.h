@@ -61,17 +61,15 @@ ACE_INLINE Softmax softmax_of(const typename E::Stored* row, int64_t cols) {
     int64_t j = 0;
     for (; j + LANES <= cols; j += LANES) most = max(most, E::load(row + j));
     if (j < cols) most = max(most, load_logits<E>(row + j, int(cols - j)));
-    float lane[LANES], largest = -__builtin_inff();
-    store(lane, most);
-    for (int k = 0; k < LANES; ++k) largest = lane[k] > largest ? lane[k] : largest;
+    const float highest = largest(most, -__builtin_inff());
     const double total = over_strips(cols, [&](int64_t from, int count) ACE_INLINED {
         Floats part = Floats::all(0.0f);
         each_vector(count, [&](int k, int lanes) ACE_INLINED {
-            part = part + exp_of_negative(load_logits<E>(row + from + k, lanes) - Floats::all(largest));
+            part = part + exp_of_negative(load_logits<E>(row + from + k, lanes) - Floats::all(highest));
         });
         return part;
     });
-    return {largest, total};
+    return {highest, total};
 }
 
 // 0 where `v` is 0, even for a term that is not finite.

@@ -15,21 +15,18 @@ inline void variance_levels(const VarianceTask& task, int64_t begin, int64_t end
     for (int64_t s = begin; s < end; ++s) {
         const float* row = task.square + s * task.channels;
         double total = 0;
-        Floats largest = Floats::all(0.0f);
+        Floats most = Floats::all(0.0f);
         for (int64_t from = 0; from < task.channels; from += CHANNEL_STRIP) {
             const int count = int(task.channels - from < CHANNEL_STRIP ? task.channels - from : CHANNEL_STRIP);
             Floats sums = Floats::all(0.0f);
             each_vector(count, [&](int j, int lanes) ACE_INLINED {
                 const Floats v = load(row + from + j, lanes);
                 sums = sums + v;
-                largest = max(largest, v);
+                most = max(most, v);
             });
             total += sum(sums);
         }
-        float lane[LANES], highest = 0;
-        store(lane, largest);
-        for (int k = 0; k < LANES; ++k) highest = lane[k] > highest ? lane[k] : highest;
-        task.levels[s] = adding ? float(total) : highest;
+        task.levels[s] = adding ? float(total) : largest(most, 0);
     }
 }
 

@@ -263,6 +263,14 @@ ACE_INLINE double sum(const Floats& v) {
     return total;
 }
 
+// The largest of the lanes and `least`; NaN is passed over.
+ACE_INLINE float largest(const Floats& v, float least) {
+    float lane[LANES];
+    store(lane, v);
+    for (int k = 0; k < LANES; ++k) least = lane[k] > least ? lane[k] : least;
+    return least;
+}
+
 ACE_INLINE int64_t sum(const Ints& v) {
     int32_t lane[LANES];
     store(lane, v);

@@ -101,6 +101,13 @@ def test_what_is_excluded():
     assert gradient.isfinite().all()
 
 
+def test_a_word_that_both_exclude_counts_nothing():
+    logits, wanted = torch.tensor([[0.0, 1.0, -1e30]]), torch.tensor([[1.0, 0.0, -1e30]])
+    whole, without = divergence(logits, wanted), divergence(logits[:, :2], wanted[:, :2])
+    assert torch.equal(whole.loss, without.loss)
+    assert torch.equal(whole.gradient, torch.nn.functional.pad(without.gradient, (0, 1)))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("place", [0, 299])
 @pytest.mark.parametrize("side", [0, 1])
