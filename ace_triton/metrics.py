@@ -191,7 +191,7 @@ def cosp(
         reduce: "exact": |W_ij| sqrt(mean_t x_tj^2 / s_t), the root of the leading term of 1 - cos
             (its a_i^2 / s_t correction dropped); one vector, no GEMM. "abs" and "rms": the published
             first-order loss |W_ij| mean_t |a_ti x_tj| / s_t, or its root mean square over tokens
-            (the reduction over tokens is *reconstructed*).
+            (the reduction over tokens is *reconstructed*); scores of these two carry a factor of the layer.
         prefactor: what multiplies it: "wanda" gives the published |W_ij| n_j L_ij, "ria" uses RIA's
             score instead, "none" nothing; "relative" puts RIA's relative importance |W_ij| / C_j + |W_ij| / R_i
             in the place of |W_ij|. None: "none" for "exact", "wanda" for the published losses.
@@ -342,7 +342,7 @@ def _times_cosine(
         )
     scale = None if of_base is None and factor is None else ColumnScale(base=of_base, factor=factor, sign=sign)
     terms = _on_columns(weight, relative, scale, power)
-    return replace(terms, coupling=stats.outputs.mean_coupling())
+    return replace(terms, coupling=stats.outputs.relative_coupling())
 
 
 def _variance_factor(stats: ActivationStats, norm: VarianceNorm, power: float, eps: float) -> torch.Tensor:

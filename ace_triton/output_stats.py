@@ -56,12 +56,15 @@ class OutputStats:
 
     def mean_coupling(self) -> torch.Tensor:
         """mean_t |a_ti x_tj| / s_t, or the root of the mean of its square, fp32 [out_features, in_features]."""
+        count = max(self.count, 1)
+        return self.relative_coupling() / (self.unit * (math.sqrt(count) if self.reduce == "rms" else count))
+
+    def relative_coupling(self) -> torch.Tensor:
+        """:meth:`mean_coupling` times a positive number of the layer's own, which orders weights alike: for "abs" the
+        matrix as it was summed, and no launch."""
         if self.matrix is None:
             raise StatsError("these statistics hold no coupling matrix: collect them with reduce='abs' or 'rms'")
-        count = max(self.count, 1)
-        if self.reduce == "rms":
-            return (self.matrix / (count * self.unit**2)).sqrt()
-        return self.matrix / (count * self.unit)
+        return self.matrix.sqrt() if self.reduce == "rms" else self.matrix
 
     def reorder(self, *, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> None:
         """Put channels in another order, as the layer's weight: place p takes channel ``inputs[p]``, ``outputs[p]``."""

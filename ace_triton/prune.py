@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,8 @@ from .kernels.finite import all_finite
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
-from .metrics import Metric, Needs, metric
+from .metrics import Needs
+from .request import Request
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats, StatsError
 from .tied import other_owners
@@ -87,20 +88,17 @@ def prune_linear(
         ValueError: an unknown method, option or pattern, or statistics that do not fit.
     """
     label = name or type(layer).__name__
-    chosen = metric(method)
-    complete = chosen.complete(options)
-    moved = Update.of(update)
-    pattern = Sparsity.of(sparsity)
+    request = Request.of(method, sparsity, update, options)
     # Raw tokens go through the layer first: then a weight that is not finite would be blamed on its outputs.
-    seen_in_terms = chosen.needs(complete).weight_sums and not isinstance(stats, torch.Tensor)
-    weight = check_weight(layer, label, finite=not seen_in_terms)
+    look_later = request.looks_at_terms and not isinstance(stats, torch.Tensor)
+    weight = check_weight(layer, label, finite=not look_later)
     owners = other_owners(layer, layer.get_parameter("weight"))
     if owners:
         raise PruneError(
             f"{label}: its weight is tied to that of a {type(owners[0]).__name__}, which would be pruned with it; "
             "untie it first (layer.weight = nn.Parameter(layer.weight.clone()))"
         )
-    return prune_checked(layer, weight, stats, chosen, pattern, label, complete, update=moved, return_mask=return_mask)
+    return prune_checked(layer, weight, stats, request, label, looked_at=not look_later, return_mask=return_mask)
 
 
 def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.Tensor:
@@ -133,42 +131,33 @@ def prune_checked(
     layer: nn.Module,
     weight: torch.Tensor,
     stats: ActivationStats | torch.Tensor | None,
-    chosen: Metric,
-    pattern: Sparsity,
+    request: Request,
     label: str,
-    options: Mapping[str, Any],
     *,
-    update: Update | None = None,
+    looked_at: bool = True,
     return_mask: bool = False,
 ) -> PruneResult:
-    """:func:`prune_linear` without its checks of the weight, but for what the metric's terms show.
+    """:func:`prune_linear` without its checks of the weight.
 
     Args:
         weight: what :func:`check_weight` returned; known to belong to ``layer`` alone.
-        options: all of them (:meth:`~ace_triton.metrics.Metric.complete`).
+        looked_at: whether NaN and infinity were looked for in it already.
     """
-    gathered = _statistics(layer, weight, stats, needed(chosen.needs(options), update), label)
+    gathered = _statistics(layer, weight, stats, request.needs, label)
     served = as_kernel_dtype(weight)
+    chosen, pattern = request.metric, request.pattern
     axis = pattern.axis or default_axis(chosen.name, gathered)
-    if chosen.solve is not None or update is not None:
+    if chosen.solve is not None or request.update is not None:
         assert gathered is not None
-        chosen_mask = _solve(weight, gathered, chosen, options, pattern, axis, update, label)
+        chosen_mask = _solve(weight, gathered, request, axis, label, looked_at)
         mask = chosen_mask if return_mask else None
         return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
-    terms = _terms(chosen, options, served, gathered, label)
+    terms = _terms(request, served, gathered, label, looked_at)
     try:
         mask = _select(weight, served, terms, pattern, axis, return_mask)
     except ValueError as error:
         raise PruneError(f"{label}: {error}") from error
     return PruneResult(label, chosen.name, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
-
-
-def needed(needs: Needs, update: Update | None) -> Needs:
-    """What a method and an update need together."""
-    if update is None:
-        return needs
-    exact = needs.gram or update.kind == "lstsq"
-    return replace(needs, tokens=True, gram=exact, sample=not exact)
 
 
 def as_kernel_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -224,13 +213,14 @@ def _statistics(
 
 
 def _terms(
-    chosen: Metric, options: Mapping[str, Any], weight: torch.Tensor, stats: ActivationStats | None, label: str
+    request: Request, weight: torch.Tensor, stats: ActivationStats | None, label: str, looked_at: bool
 ) -> ScoreTerms:
     try:
-        terms = chosen.terms(weight, stats, **options)
+        terms = request.metric.terms(weight, stats, **request.options)
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
-    if not _are_finite(terms, stats):
+    shown = looked_at or request.needs.weight_sums
+    if not _are_finite(terms, stats, () if shown else (weight,)):
         _check_finite(weight, label)
         bad = [name for name, tensor in terms.tensors.items() if not bool(tensor.isfinite().all())]
         raise PruneError(
@@ -240,35 +230,35 @@ def _terms(
     return terms
 
 
-def _are_finite(terms: ScoreTerms, stats: ActivationStats | None) -> bool:
+def _are_finite(terms: ScoreTerms, stats: ActivationStats | None, further: Sequence[torch.Tensor]) -> bool:
     """Looks at what no launch has looked at: vectors of the statistics once for all layers that share them."""
     flags = [] if terms.not_finite is None else terms.not_finite.tolist()
     if any(flags):
         return False
+    of_layer = list(further)
     for name, tensor in terms.tensors.items():
         finite = None if stats is None else stats.is_finite(tensor)
-        if finite is None:
-            finite = (bool(flags) and name != "coupling") or all_finite(tensor)
-        if not finite:
+        if finite is None and (not flags or name == "coupling"):
+            of_layer.append(tensor)
+        elif finite is False:
             return False
-    return True
+    return not of_layer or all_finite(*of_layer)
 
 
 def _solve(
     weight: torch.Tensor,
     stats: ActivationStats,
-    chosen: Metric,
-    options: Mapping[str, Any],
-    pattern: Sparsity,
+    request: Request,
     axis: Axis,
-    update: Update | None,
     label: str,
+    looked_at: bool,
 ) -> torch.Tensor:
     """Prune in place and move what is kept; returns the mask."""
+    chosen, pattern, update = request.metric, request.pattern, request.update
     dense = weight.float().contiguous()
-    terms = ScoreTerms() if update is None else _terms(chosen, options, dense, stats, label)
+    terms = ScoreTerms() if update is None else _terms(request, dense, stats, label, looked_at)
     try:
-        solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **options)
+        solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **request.options)
         if update is not None:
             solved = updated_weight(dense, stats, update, lambda w, out: _choose(w, terms, pattern, axis, out), solved)
     except StatsError as error:

@@ -18,11 +18,11 @@ from .budgets import check_budgets, find_budgets
 from .collect import InputCollector
 from .experts import ExpertLinear, find_layouts
 from .kernels.score_terms import scores_reference
-from .metrics import Metric, Needs, metric
 from .plan import NameFilter, Plan, Skipped, Unit, misfit
-from .prune import as_kernel_dtype, check_weight, default_axis, needed, prune_checked
+from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked
 from .reorder import PermutationReport, Reorderer, find_folds
 from .replay import Runner, WholeForward, calibration_mode, make_runner
+from .request import Request
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats
 from .timing import Seconds, Stopwatch
@@ -152,18 +152,15 @@ def prune_model(
             statistics with NaN or infinity (an overflow in fp16): the blocks before that layer, and the
             layers before it in its block, are pruned already.
     """
-    chosen = metric(method)
-    moved = Update.of(update)
+    request = Request.of(method, sparsity, update, options)
+    needs, pattern = request.needs, request.pattern
     if one_shot and true_sequential:
         raise ValueError("one_shot takes all statistics from the dense model, true_sequential none: choose one of them")
-    options = chosen.complete(options)
-    needs = needed(chosen.needs(options), moved)
     if permute and true_sequential and needs.consumer:
         raise ValueError(
             f"permute reorders the rows of gate and up, which {method} with true_sequential has pruned in groups by "
             "then: leave one of them out"
         )
-    pattern = Sparsity.of(sparsity)
     check_budgets(budgets, pattern)
     _check_model(model)
     clock = Stopwatch(next(model.parameters()).device)
@@ -172,8 +169,8 @@ def prune_model(
     batches = batches_of(model, calibration, batch_size) if needs.tokens or budgets else []
     with clock.measure("select"):
         weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
-        _rehearse(chosen, pattern, options, moved, next(iter(weights.values())))
-    selection = _Selection(chosen, pattern, options, needs, moved, clock, plan, weights)
+        _rehearse(request, next(iter(weights.values())))
+    selection = _Selection(request, clock, plan, weights)
     with calibration_mode(model):
         if budgets:
             selection.patterns = find_budgets(model, plan.units, pattern, batches[:1], clock)
@@ -195,7 +192,7 @@ def prune_model(
         tuple(selection.layers),
         tuple(plan.skipped),
         None if selection.reorderer is None else selection.reorderer.report(),
-        moved,
+        request.update,
         budgets,
     )
 
@@ -204,11 +201,7 @@ def prune_model(
 class _Selection:
     """Prunes units and keeps the record."""
 
-    metric: Metric
-    pattern: Sparsity
-    options: Mapping[str, Any]
-    needs: Needs
-    update: Update | None
+    request: Request
     clock: Stopwatch
     plan: Plan
     weights: Mapping[str, torch.Tensor]
@@ -217,10 +210,11 @@ class _Selection:
     patterns: Mapping[str, Sparsity] = field(default_factory=dict)
 
     def collector(self, unit: Unit) -> InputCollector:
-        return InputCollector(unit.observed, self.needs, self.clock)
+        return InputCollector(unit.observed, self.request.needs, self.clock)
 
     def prune(self, unit: Unit, collector: InputCollector | None) -> None:
-        pattern = self.patterns.get(unit.name, self.pattern)
+        pattern = self.patterns.get(unit.name, self.request.pattern)
+        request = replace(self.request, pattern=pattern)
         if self.reorderer is not None and pattern.n is not None:
             with self.clock.measure("permute"):
                 scores = partial(self._scores, collector=collector)
@@ -233,24 +227,23 @@ class _Selection:
                 if stats is None:
                     self.plan.skip(name, weight, "no calibration token reached it")
                     continue
-            why_not = misfit(weight, pattern, pattern.axis or default_axis(self.metric.name, stats))
+            why_not = misfit(weight, pattern, pattern.axis or default_axis(request.metric.name, stats))
             if why_not is not None:
                 self.plan.skip(name, weight, why_not)
                 continue
             with self.clock.measure("select"):
-                result = prune_checked(
-                    layer, weight, stats, self.metric, pattern, name, self.options, update=self.update
-                )
+                result = prune_checked(layer, weight, stats, request, name)
             self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis))
 
     def _scores(self, name: str, *, collector: InputCollector | None) -> torch.Tensor | None:
         """By which a layer's inputs are ordered; None where no token reached it or its groups do not lie along them."""
         stats = None if collector is None else collector.statistics(name)
-        axis = self.pattern.axis or default_axis(self.metric.name, stats)
-        if axis == "out" or (stats is None and self.needs.tokens):
+        chosen = self.request.metric
+        axis = self.request.pattern.axis or default_axis(chosen.name, stats)
+        if axis == "out" or (stats is None and self.request.needs.tokens):
             return None
         weight = as_kernel_dtype(self.weights[name])
-        return scores_reference(weight, self.metric.terms(weight, stats, **self.options))
+        return scores_reference(weight, chosen.terms(weight, stats, **self.request.options))
 
 
 def _statistics(
@@ -354,15 +347,13 @@ def _check_model(model: PreTrainedModel) -> None:
             )
 
 
-def _rehearse(
-    chosen: Metric, pattern: Sparsity, options: Mapping[str, Any], update: Update | None, like: torch.Tensor
-) -> None:
+def _rehearse(request: Request, like: torch.Tensor) -> None:
     """Prune a throw-away layer, so that an option of a wrong value is found before anything runs."""
     dtype = as_kernel_dtype(like[:1]).dtype
     layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=like.device, dtype=dtype)
     ramp = torch.linspace(-1, 1, 32 * 32, device=like.device).reshape(32, 32).to(dtype)
     weight = layer.weight.detach().copy_(ramp)
-    prune_checked(layer, weight, ramp, chosen, pattern, f"method {chosen.name!r}", options, update=update)
+    prune_checked(layer, weight, ramp, request, f"method {request.metric.name!r}")
 
 
 def _peak_bytes(model: PreTrainedModel) -> int:

@@ -119,6 +119,16 @@ def weight_sums_case(dtype: torch.dtype) -> Case:
     return Case("weight_sums", dtype, call, SHAPE[0] * SHAPE[1], size, size)
 
 
+def finite_pair_case(dtype: torch.dtype) -> Case:
+    """A weight and its coupling matrix in one look, as ACE's published form takes it.
+
+    A program runs one of two branches, and both are counted.
+    """
+    call = lambda: all_finite(torch.empty(SHAPE, dtype=dtype), torch.empty(SHAPE))  # noqa: E731
+    moved = (dtype.itemsize + 4) / 2
+    return Case("all_finite, weight and coupling", dtype, call, 2 * SHAPE[0] * SHAPE[1], moved, moved)
+
+
 def vector_cases() -> Iterator[Case]:
     """The short vectors of ACE's terms: a launch of a layer's sums, its scale alone, and both launches of VarP."""
     rows, cols = SHAPE
@@ -266,6 +276,7 @@ def every_case() -> Iterator[Case]:
                 lambda x, layers=layers: weighted_squares(x, torch.empty(layers, n_tokens)),
             )
         yield _over_tokens("all_finite", dtype, all_finite)
+        yield finite_pair_case(dtype)
         yield divergence_case(dtype)
         for reduce in ("abs", "rms"):
             yield coupling_case(dtype, reduce)

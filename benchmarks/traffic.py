@@ -37,7 +37,7 @@ from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
-from ace_triton.metrics import ria, wanda
+from ace_triton.metrics import metric, ria, wanda
 from ace_triton.report import write_json
 from ace_triton.study.published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
 from benchmarks.traffic_counter import Counter, Traffic
@@ -51,7 +51,7 @@ FEW_TOKENS = 256
 LAYER, LAYER_SHARE = (4096, 11008), (752, 2048)
 BATCH, BATCH_SHARE = (128, 128, 4096), (32, 128, 512)
 
-LAYER_METHODS = ("magnitude", "wanda", "stade", "ria", "saap", "cosp", "varp", "ace")
+LAYER_METHODS = ("magnitude", "wanda", "stade", "ria", "saap", "cosp", "varp", "ace", "ace-paper", "dass")
 
 
 @dataclass(frozen=True)
@@ -227,15 +227,18 @@ def rows_of_layers(dtype: torch.dtype = torch.bfloat16) -> list[LayerRow]:
     found = []
     for method in LAYER_METHODS:
         layers = [nn.Linear(cols, rows, bias=False, dtype=dtype) for _ in range(2)]
-        first = ActivationStats.from_tokens(tokens, layer=layers[0])
-        further = first.with_outputs(ActivationStats.from_tokens(tokens, layer=layers[1]).outputs)
+        first, other = (ActivationStats.from_tokens(tokens, layer=layer, reduce="abs") for layer in layers)
+        first.consumer_norm = torch.rand(rows) if method == "dass" else None
+        further = first.with_outputs(other.outputs)
         counts = []
         with planned_for("weight_sums", LAYER):
             for layer, stats in zip(layers, (first, further), strict=True):
                 with Counter().counting() as traffic:
                     prune_linear(layer, stats, method)
                 counts.append(traffic)
-        found.append(LayerRow(method, counts[0], counts[1], rows * cols, 2 * dtype.itemsize * rows * cols))
+        coupling = 4 if metric(method).needs(metric(method).options).reduce else 0
+        least = (2 * dtype.itemsize + coupling) * rows * cols
+        found.append(LayerRow(method, counts[0], counts[1], rows * cols, least))
     return found
 
 
@@ -264,7 +267,9 @@ def layer_lines(rows: list[LayerRow]) -> Iterator[str]:
         f"Statistics as collected, weight {LAYER_SHARE[0]} x {LAYER_SHARE[1]} with the blocks planned for "
         f"{LAYER[0]} x {LAYER[1]}. A metric that sums the weight sees NaN and infinity in its sums; for the others a "
         "launch reads the weight once more beforehand, so that nothing is changed where it holds one (prune_model "
-        "looks at all weights before it changes any, and here launches one less). The GPU is waited for once a layer. "
+        "looks at all weights before it changes any, and here launches one less); ace-paper and dass look at their "
+        "coupling matrix and row vector in the same launch, which prune_model has for these too. The GPU is waited "
+        "for once a layer, for ace-paper twice. "
         "In brackets: the first layer of an input, with the vectors that layers of one input share (q, k and v; gate "
         "and up)."
     )

@@ -1,8 +1,9 @@
-"""all_finite: is every element a finite number, in one read and no write."""
+"""all_finite: is every element a finite number, in one read and no write; of two tensors in one launch."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -11,20 +12,20 @@ from .backend import choose_backend
 from .triton_import import tl, triton
 
 
-def all_finite(tensor: torch.Tensor) -> bool:
-    """True where ``tensor`` (any shape; fp32, fp16 or bf16) holds neither NaN nor infinity."""
-    backend = choose_backend(tensor)
+def all_finite(*tensors: torch.Tensor) -> bool:
+    """True where tensors (any shapes; fp32, fp16 or bf16; on one device) hold neither NaN nor infinity."""
+    backend = choose_backend(*tensors)
     if backend == "cpu":
-        return cpu.all_finite(tensor)
+        return all(cpu.all_finite(tensor) for tensor in tensors)
     if backend == "triton":
-        with torch.cuda.device_of(tensor):
-            return _all_finite_triton(tensor.detach().contiguous())
-    return all_finite_reference(tensor)
+        with torch.cuda.device_of(tensors[0]):
+            return _all_finite_triton([tensor.detach().contiguous() for tensor in tensors])
+    return all_finite_reference(*tensors)
 
 
-def all_finite_reference(tensor: torch.Tensor) -> bool:
+def all_finite_reference(*tensors: torch.Tensor) -> bool:
     """The same in plain torch."""
-    return bool(torch.isfinite(tensor.detach()).all())
+    return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors)
 
 
 def not_finite_reference(*vectors: torch.Tensor) -> torch.Tensor:
@@ -32,12 +33,18 @@ def not_finite_reference(*vectors: torch.Tensor) -> torch.Tensor:
     return torch.cat(vectors).isfinite().all().logical_not().int().reshape(1)
 
 
-def _all_finite_triton(tensor: torch.Tensor) -> bool:
-    found = _clean_flag(tensor.device, launch.stream_of(tensor))
-    if tensor.numel():
-        block = launch.all_finite(tensor)
-        _find_non_finite[(triton.cdiv(tensor.numel(), block),)](
-            tensor, found, tensor.numel(), BLOCK=block, num_warps=launch.WARPS
+def _all_finite_triton(tensors: Sequence[torch.Tensor]) -> bool:
+    found = _clean_flag(tensors[0].device, launch.stream_of(tensors[0]))
+    there = [tensor for tensor in tensors if tensor.numel()]
+    for first, *second in (there[k : k + 2] for k in range(0, len(there), 2)):
+        block = launch.all_finite(first)
+        other = second[0] if second else None
+        blocks = triton.cdiv(first.numel(), block)
+        further = 0 if other is None else triton.cdiv(other.numel(), block)
+        _find_non_finite[(blocks + further,)](
+            *(first, other, found, first.numel(), 0 if other is None else other.numel(), blocks),
+            BLOCK=block,
+            num_warps=launch.WARPS,
         )
     if not found.item():
         return True
@@ -53,8 +60,20 @@ def _clean_flag(device: torch.device, stream: int) -> torch.Tensor:
 
 
 @triton.jit
-def _find_non_finite(tensor_ptr, found_ptr, size, BLOCK: tl.constexpr):
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _find_non_finite(tensor_ptr, other_ptr, found_ptr, size, other_size, blocks, BLOCK: tl.constexpr):
+    """The tensor in the first ``blocks`` programs, the other one in those that follow."""
+    block = tl.program_id(0)
+    if other_ptr is None:  # noqa: SIM114 (decided when Triton compiles)
+        _look_at(tensor_ptr, found_ptr, block, size, BLOCK)
+    elif block < blocks:
+        _look_at(tensor_ptr, found_ptr, block, size, BLOCK)
+    else:
+        _look_at(other_ptr, found_ptr, block - blocks, other_size, BLOCK)
+
+
+@triton.jit
+def _look_at(tensor_ptr, found_ptr, block, size, BLOCK: tl.constexpr):
+    offset = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(tensor_ptr + offset, mask=offset < size, other=0.0).to(tl.float32)
     note_not_finite(value, found_ptr)
 

@@ -118,12 +118,15 @@ def test_ties_prune_the_lower_index_first(values, sparsity):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["weight", "tokens"])
-@pytest.mark.parametrize("method", ["wanda", "ria", "ace"])
+@pytest.mark.parametrize("method", ["wanda", "ria", "ace", "ace-paper", "dass"])
 @pytest.mark.parametrize("collected", [False, True])
 def test_numbers_that_are_none_change_nothing(bad, where, method, collected):
     layer, name = torch.nn.Linear(32, 16), "model.layers.3.mlp.up_proj"
     tokens = torch.randn(12, 32)
-    stats = ActivationStats.from_tokens(tokens, layer=layer) if collected and where == "weight" else tokens
+    stats = tokens
+    if collected and where == "weight":
+        stats = ActivationStats.from_tokens(tokens, layer=layer, reduce="abs")
+        stats.consumer_norm = torch.rand(16)
     with torch.no_grad():
         (layer.weight if where == "weight" else tokens)[3, 5] = bad
     before = layer.weight.detach().clone()
@@ -131,6 +134,18 @@ def test_numbers_that_are_none_change_nothing(bad, where, method, collected):
     with pytest.raises((PruneError, StatsError), match=f"^{name}: {blamed}"):
         prune_linear(layer, stats, method, name=name)
     assert torch.equal(before.view(torch.int32), layer.weight.detach().view(torch.int32))
+
+
+@pytest.mark.parametrize(("method", "term"), [("ace-paper", "coupling"), ("dass", "row")])
+def test_a_term_of_the_layer_alone_is_looked_at(method, term):
+    layer, tokens = torch.nn.Linear(32, 16), torch.randn(12, 32)
+    stats = ActivationStats.from_tokens(tokens, layer=layer, reduce="abs")
+    stats.consumer_norm = torch.rand(16)
+    stats.consumer_norm[3] = stats.outputs.matrix[3, 5] = torch.nan
+    before = layer.weight.detach().clone()
+    with pytest.raises(PruneError, match=f"NaN or infinity in the score's {term}"):
+        prune_linear(layer, stats, method)
+    assert torch.equal(before, layer.weight)
 
 
 def test_a_tied_weight_is_refused():

@@ -13,11 +13,11 @@ from rich.markup import escape
 from .. import checkpoint, report
 from ..budgets import check_budgets
 from ..calibration import load_calibration
-from ..metrics import metric, metric_names
+from ..metrics import metric_names
 from ..packed_checkpoint import save_packed
 from ..progress import progress_bar, stage
-from ..prune import needed
 from ..prune_model import prune_model
+from ..request import Request
 from ..sparsify import sparsify
 from ..sparsity import Sparsity
 from .console import console, progress_bars
@@ -97,9 +97,7 @@ def prune(
 ) -> None:
     """Prune SRC and write the result, a dense checkpoint with zeros that transformers loads, to OUT."""
     pattern = Sparsity(sparsity, scope=scope)  # type: ignore[arg-type]
-    options = metric(method).complete(parse_options(option))
-    moved = parse_update(update, update_option)
-    needs_tokens = needed(metric(method).needs(options), moved).tokens
+    request = Request.of(method, pattern, parse_update(update, update_option), parse_options(option))
     if packed and pattern.n is None:
         raise ValueError(f"--packed needs groups, as --sparsity 2:4; {sparsity!r} has none")
     check_budgets(budgets, pattern)
@@ -111,7 +109,7 @@ def prune(
             model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
         load_seconds = time.perf_counter() - started
         sequences = None
-        if needs_tokens or budgets:
+        if request.needs.tokens or budgets:
             with stage(progress, "calibration text"):
                 sequences = load_calibration(
                     calibration, tokenizer, samples=samples, length=length, seed=seed, model=model
@@ -124,13 +122,13 @@ def prune(
             one_shot=one_shot,
             true_sequential=true_sequential,
             permute=permute,
-            update=moved,
+            update=request.update,
             budgets=budgets,
             batch_size=batch_size,
             include=include or None,
             exclude=exclude or None,
             progress=progress_bar(progress, "prune"),
-            **options,
+            **request.options,
         )
         seconds = dataclasses.replace(result.seconds, load=load_seconds, total=result.seconds.total + load_seconds)
         result = dataclasses.replace(result, seconds=seconds)

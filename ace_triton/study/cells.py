@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..metrics import metric
-from ..prune import needed
+from ..request import needs_with
 from ..sparsity import Sparsity
 from .recipe import PLAIN, Recipe
 
@@ -58,7 +58,7 @@ class Variant:
     @property
     def calibrated(self) -> bool:
         """Whether the result depends on calibration tokens."""
-        needs = needed(metric(self.method).needs(self.complete), self.recipe.update)
+        needs = needs_with(metric(self.method).needs(self.complete), self.recipe.update)
         return needs.tokens or self.recipe.budgets is not None
 
 

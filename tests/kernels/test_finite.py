@@ -40,3 +40,17 @@ def test_looks_only_at_the_view(make_matrix, layout):
     assert all_finite(view)
     view[-1, -1] = torch.nan
     assert not all_finite(view)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+@pytest.mark.parametrize("sizes", [(200, 33), (1, 200), (0, 5), (5, 0)])
+def test_looks_at_every_tensor(make_matrix, dtypes, sizes):
+    tensors = [make_matrix(1, size, dtype) for size, dtype in zip((*sizes, 40), (*dtypes, dtypes[0]), strict=True)]
+    assert all_finite(*tensors)
+    for tensor in tensors:
+        for index in {0, tensor.numel() - 1} if tensor.numel() else ():
+            kept = tensor[0, index].clone()
+            tensor[0, index] = torch.nan
+            assert not all_finite(*tensors)
+            tensor[0, index] = kept
+    assert all_finite(*tensors)

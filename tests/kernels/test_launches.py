@@ -25,13 +25,16 @@ LOOK_FOR_NAN = 1
         ("saap", 3),
         ("varp", 3),
         ("ace", 3),
+        ("ace-paper", 2 + LOOK_FOR_NAN),
+        ("dass", 2 + LOOK_FOR_NAN),
     ],
 )
 def test_launches_of_a_layer_that_shares_its_input(method, launches):
     tokens = torch.randn(2, 4, 32).bfloat16()
     layers = [torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16) for _ in range(2)]
-    first = ActivationStats.from_tokens(tokens, layer=layers[0])
-    further = first.with_outputs(ActivationStats.from_tokens(tokens, layer=layers[1]).outputs)
+    first, other = (ActivationStats.from_tokens(tokens, layer=layer, reduce="abs") for layer in layers)
+    first.consumer_norm = torch.rand(16)
+    further = first.with_outputs(other.outputs)
     prune_linear(layers[0], first, method)
     with Counter().counting() as traffic:
         prune_linear(layers[1], further, method)

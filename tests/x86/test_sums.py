@@ -165,6 +165,20 @@ def test_all_finite(dtype, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_all_finite_of_two(dtype):
+    weight, coupling = make_matrix(576, 1001, dtype=dtype), make_matrix(576, 1001, dtype=torch.float32)
+    with executed_on_x86():
+        assert all_finite(weight, coupling)
+        for one in (weight, coupling):
+            for place in ((0, 0), (300, 7), (575, 1000)):
+                kept = one[place].clone()
+                one[place] = torch.nan
+                assert not all_finite(weight, coupling)
+                one[place] = kept
+        assert all_finite(coupling, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduce", ["abs", "rms"])
 def test_coupling(monkeypatch, dtype, reduce):
     monkeypatch.setattr(launch, "coupling", lambda matrix: launch.Coupling(16, 16, 16, "ieee", 1))
