@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .experts import watch_experts
 from .gram import Gram
@@ -60,6 +61,10 @@ class _Reading:
         )
 
 
+class _AllRead(Exception):
+    """Every layer has read its input in this batch."""
+
+
 class InputCollector:
     """Statistics of what some linear layers read and, where the metric needs it, write.
 
@@ -77,6 +82,9 @@ class InputCollector:
         self._readings: list[_Reading] = []
         self._shape = (0, 0)
         self._valid: torch.Tensor | None = None
+        self._read: list[str] = []
+        self._each_once = False
+        self._leave_early = False
 
     @property
     def groups(self) -> list[list[str]]:
@@ -102,7 +110,7 @@ class InputCollector:
             self._outputs[name].reorder(outputs=order)
 
     @contextmanager
-    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None) -> Iterator[None]:
+    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None, *, leave_early: bool = False) -> Iterator[None]:
         """Watch the layers while one batch runs.
 
         Args:
@@ -110,16 +118,24 @@ class InputCollector:
             valid: bool of that shape, False for padding; None where there is none. It is applied to inputs
                 with a row for every token of the batch, whatever their shape; others (the tokens routed to
                 one expert) count as one sequence without padding.
+            leave_early: nothing is wanted but the statistics: what runs inside is left, by an exception that goes no
+                further than this, as soon as the last layer reads its input. The first batch runs whole, and shows
+                whether a layer is called more than once.
 
         Raises:
             PruneError: layers that shared an input before do not in this batch, an input was overwritten
                 before its statistics were complete, or outputs hold NaN or infinity.
         """
-        self._shape, self._valid = shape, valid
-        handles = [module.register_forward_hook(self._see, with_kwargs=True) for module in self._layers.values()]
+        self._shape, self._valid, self._read = shape, valid, []
+        self._leave_early = leave_early and self._each_once and not self._needs.outputs
+        handles = [self._watch(module) for module in self._layers.values()]
         try:
-            with watch_experts(self._layers, lambda layer, tokens, output: self._see(layer, (tokens,), {}, output)):
+            with (
+                suppress(_AllRead),
+                watch_experts(self._layers, lambda layer, tokens, output: self._see(layer, (tokens,), {}, output)),
+            ):
                 yield
+            self._each_once = len(set(self._read)) == len(self._read)
             with self._clock.measure("statistics"):
                 self._settle()
             self._check_groups()
@@ -128,15 +144,25 @@ class InputCollector:
                 handle.remove()
             self._readings = []
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+    def _watch(self, module: nn.Module) -> RemovableHandle:
+        if self._needs.outputs:
+            return module.register_forward_hook(self._see, with_kwargs=True)
+        return module.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor | None = None
+    ) -> None:
         name = self._names[module]
         tensor: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
         if tensor.numel() == 0:
             return
         with self._clock.measure("statistics"):
             reading = self._reading_of(name, tensor)
-            if self._needs.outputs:
+            if self._needs.outputs and output is not None:
                 reading.outputs[name] = (output, output._version)
+        self._read.append(name)
+        if self._leave_early and len(self._read) == len(self._layers):
+            raise _AllRead
 
     def _reading_of(self, name: str, tensor: torch.Tensor) -> _Reading:
         group = self._group_of.get(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,7 +73,7 @@ class WholeForward:
     def run_all(self, collector: InputCollector) -> None:
         """Run everything on every batch, under the eyes of ``collector``."""
         for batch in self._batches:
-            with self._clock.measure("calibration"), collector.batch(batch.shape, batch.valid):
+            with self._clock.measure("calibration"), collector.batch(batch.shape, batch.valid, leave_early=True):
                 _forward(self._model, batch)
 
 
@@ -100,11 +100,12 @@ class Replay:
     def run(self, index: int, collector: InputCollector | None, *, advance: bool) -> None:
         """As in :class:`Runner`."""
         for number, batch in enumerate(self._batches):
-            watched = nullcontext() if collector is None else collector.batch(batch.shape, batch.valid)
-            with self._clock.measure("calibration"), watched:
+            with self._clock.measure("calibration"), ExitStack() as watched:
+                if collector is not None:
+                    watched.enter_context(collector.batch(batch.shape, batch.valid, leave_early=not advance))
                 output = self._calls[number][index].run(self._blocks[index].module, self.hidden[number])
-            if advance:
-                self.hidden[number] = output
+                if advance:
+                    self.hidden[number] = output
 
 
 @contextmanager

@@ -212,3 +212,38 @@ def test_double_precision_is_served(layers):
     collector = collector_of(layers, outputs=True)
     run(collector, (layers["one"].double(), tokens))
     close(collector.statistics("one"), ActivationStats.from_tokens(tokens.float()))
+
+
+def test_leaves_as_soon_as_every_layer_has_read(layers):
+    parts = torch.randn(3, 2, 3, 4)
+    collector, calls = collector_of(layers), []
+    layers["two"].register_forward_hook(lambda *_: calls.append("two"))
+    for tokens in parts:
+        with torch.no_grad(), collector.batch((2, 3), None, leave_early=True):
+            layers["two"](layers["one"](tokens))
+            calls.append("the rest")
+    assert calls == ["two", "the rest"]
+    with torch.no_grad():
+        second = torch.cat([layers["one"](tokens) for tokens in parts])
+    close(collector.statistics("one"), ActivationStats.from_tokens(parts.reshape(6, 3, 4)))
+    close(collector.statistics("two"), ActivationStats.from_tokens(second))
+
+
+def test_stays_for_a_layer_that_is_called_again(layers):
+    parts, again = torch.randn(3, 2, 3, 4), torch.randn(2, 3, 4)
+    collector = collector_of(layers)
+    for tokens in parts:
+        with torch.no_grad(), collector.batch((2, 3), None, leave_early=True):
+            for layer, read in (("one", tokens), ("two", tokens + 1), ("one", again)):
+                layers[layer](read)
+    assert collector.statistics("one").count == 36
+    assert collector.statistics("two").count == 18
+
+
+def test_stays_for_outputs(layers):
+    collector = collector_of(layers, outputs=True)
+    for tokens in torch.randn(3, 2, 3, 4):
+        with torch.no_grad(), collector.batch((2, 3), None, leave_early=True):
+            for layer in layers.values():
+                layer(tokens)
+    assert [collector.statistics(name).outputs.count for name in layers] == [18, 18]

@@ -9,6 +9,7 @@ from torch import nn
 
 from ace_triton import ActivationStats, PruneError, ScoreTerms, Sparsity, metric_names, register_metric
 from ace_triton.blocks import find_blocks, linears_of, stacks_of
+from ace_triton.collect import InputCollector
 from ace_triton.metrics import _REGISTRY, Needs
 from ace_triton.prune import linear_weight
 from ace_triton.prune_model import prune_model
@@ -474,3 +475,25 @@ def test_quantised_weights_are_refused(make_decoder, ids):
     layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(PruneError, match=r"up_proj: the weight is stored as torch.int8"):
         prune_model(model, ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gpt_neox"])
+@pytest.mark.parametrize("how", [{}, {"true_sequential": True}, {"one_shot": True}])
+def test_a_block_that_is_left_early_is_pruned_the_same(make_decoder, ids, monkeypatch, family, how):
+    pruned = []
+    batch = InputCollector.batch
+    for early in (True, False):
+        model = make_decoder(family)
+        if not early:
+            monkeypatch.setattr(InputCollector, "batch", lambda self, shape, valid, **_: batch(self, shape, valid))
+        prune_model(model, ids, "wanda", "2:4", batch_size=2, **how)
+        pruned.append(model.state_dict())
+    assert all(torch.equal(pruned[0][name], weight) for name, weight in pruned[1].items())
+
+
+def test_only_the_first_batch_runs_a_block_whole_before_it_is_pruned(make_decoder, ids):
+    model, calls = make_decoder("llama"), []
+    last = model.model.layers[1].mlp.down_proj
+    last.register_forward_hook(lambda _module, args, _output: calls.append(args[0].shape[0]))
+    prune_model(model, ids, "wanda", "2:4", batch_size=3)
+    assert calls.count(3) == 1 + 2
