@@ -116,11 +116,17 @@ def _experts_in(module: nn.Module) -> dict[str, int]:
 
 
 def in_attention(block: Block, layer_name: str) -> bool:
-    """Whether a layer lies in a module of the block that mixes tokens: one whose forward takes a mask."""
+    """Whether a layer lies in a module of the block that mixes tokens: one whose forward takes a mask.
+
+    An expert of a stack is named below the module that holds the stack, and has none of its own.
+    """
     below = layer_name.removeprefix(f"{block.name}.").split(".")[:-1]
     module = block.module
     for part in below:
-        module = module.get_submodule(part)
+        child = dict(module.named_children()).get(part)
+        if child is None:
+            break
+        module = child
         if any("mask" in parameter for parameter in inspect.signature(module.forward).parameters):
             return True
     return False

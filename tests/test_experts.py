@@ -58,6 +58,29 @@ def test_every_expert_is_pruned(mixture, ids):
         assert {stack.expert_name(i) for i in range(4)} <= pruned
 
 
+@pytest.mark.parametrize("how", [{}, {"true_sequential": True}])
+@pytest.mark.parametrize("family", sorted(MIXTURES.keys() - {"gpt_oss"}))
+def test_dass_scores_an_experts_gate_and_up_by_what_they_feed(ids, family, how):
+    model, transposed = make_mixture(family), MIXTURES[family][1]
+    dense = {stack.name: along_inputs(stack, transposed).clone() for stack in stacks_of(model)}
+    report = prune_model(model, ids, "dass", batch_size=4, **how)
+    axes = {layer.name: layer.axis for layer in report.layers}
+    for stack in stacks_of(model):
+        names = [stack.expert_name(index) for index in range(len(stack.weight))]
+        gates = stack.name.endswith("gate_up_proj")
+        assert {axes[name] for name in names} == {"out" if gates else "in"}
+        pruned = along_inputs(stack, transposed)
+        along = pruned.transpose(1, 2) if gates else pruned
+        assert ((along.reshape(len(along), -1, 4) != 0).sum(-1) == 2).all()
+        kept = pruned != 0
+        assert torch.equal(pruned[kept], dense[stack.name][kept])
+
+
+def test_dass_refuses_experts_whose_gate_and_up_alternate(ids):
+    with pytest.raises(ValueError, match="gate and up alternate in its experts"):
+        prune_model(make_mixture("gpt_oss"), ids, "dass")
+
+
 def test_an_expert_is_scored_by_the_tokens_routed_to_it(ids):
     model = make_mixture("qwen3_moe")
     experts = find_blocks(model)[0].module.mlp.experts
