@@ -41,6 +41,7 @@ def load_calibration(
     length: int = 128,
     seed: int = 0,
     model: Any = None,
+    apart: bool = False,
 ) -> Calibration:
     """Calibration sequences from a source.
 
@@ -54,6 +55,8 @@ def load_calibration(
         samples, length: how many sequences, of how many tokens.
         seed: of the crops, or of the sampling.
         model: the model, for "self".
+        apart: no token in two sequences: pieces that follow each other, as many as the text has but no more than
+            ``samples``, instead of random crops.
 
     Raises:
         TextError: text that cannot be read, or is shorter than one sequence.
@@ -62,9 +65,8 @@ def load_calibration(
         raise TextError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
     if source == SELF:
         return Calibration(_written_by(model, tokenizer, samples, length, seed))
-    return Calibration(
-        crop(token_stream(read_documents(source, most=MOST_DOCUMENTS), tokenizer), samples, length, seed)
-    )
+    stream = token_stream(read_documents(source, most=MOST_DOCUMENTS), tokenizer)
+    return Calibration((pieces if apart else crop)(stream, samples, length, seed))
 
 
 def token_stream(documents: list[str], tokenizer: Any) -> torch.Tensor:
@@ -76,14 +78,30 @@ def token_stream(documents: list[str], tokenizer: Any) -> torch.Tensor:
 
 def crop(stream: torch.Tensor, samples: int, length: int, seed: int) -> torch.Tensor:
     """``samples`` random crops of a stream, int64 [samples, length]."""
+    _check_length(stream, length)
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(stream) - length + 1, (samples,), generator=generator)
+    return stream[starts[:, None] + torch.arange(length)]
+
+
+def pieces(stream: torch.Tensor, samples: int, length: int, seed: int) -> torch.Tensor:
+    """A stream from a random place on, cut into pieces, ``samples`` of them at random: int64 [at most samples, length].
+
+    No token is in two of them, and where ``samples`` allows it fewer than ``length`` are in none.
+    """
+    _check_length(stream, length)
+    generator = torch.Generator().manual_seed(seed)
+    first = int(torch.randint(0, len(stream) % length + 1, (), generator=generator))
+    cut = stream[first : first + len(stream) // length * length].view(-1, length)
+    return cut[torch.randperm(len(cut), generator=generator)[:samples]]
+
+
+def _check_length(stream: torch.Tensor, length: int) -> None:
     if len(stream) < length:
         raise TextError(
             f"the calibration text has {len(stream)} tokens, one sequence needs {length}: "
             "give more text or a smaller --length"
         )
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(stream) - length + 1, (samples,), generator=generator)
-    return stream[starts[:, None] + torch.arange(length)]
 
 
 @torch.no_grad()

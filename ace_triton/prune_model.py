@@ -291,16 +291,27 @@ def _with_statistics(
 
 
 def _prune_in_turn(unit: Unit, runner: Runner, index: int, selection: _Selection) -> None:
-    """Prune the layers of block ``index`` input by input, running it for each; a stack of experts counts as one."""
-    rest = dict(unit.layers)
+    """Prune the layers of block ``index`` input by input, running it for each; a stack of experts counts as one.
+
+    The first run watches all layers and shows their order; each of the others only the layers that it is for.
+    """
+    rest, turns = dict(unit.layers), list[set[str]]()
     while rest:
-        collector = selection.collector(replace(unit, layers=rest))
+        watched = next((turn for turn in turns if not rest.keys().isdisjoint(turn)), rest.keys())
+        layers = {name: layer for name, layer in rest.items() if name in watched}
+        collector = selection.collector(replace(unit, layers=layers))
         runner.run(index, collector, advance=False)
-        reached = next((group for group in collector.groups if not rest.keys().isdisjoint(group)), list(rest))
-        stacks = {_matrix(name) for name in reached if isinstance(rest.get(name), ExpertLinear)}
-        now = {name: layer for name, layer in rest.items() if name in reached or _matrix(name) in stacks}
+        turns = turns or [_with_stacks(set(group), rest) for group in collector.groups]
+        reached = next((group for group in collector.groups if not layers.keys().isdisjoint(group)), list(layers))
+        now = {name: layer for name, layer in layers.items() if name in _with_stacks(set(reached), layers)}
         selection.prune(replace(unit, layers=now), collector)
         rest = {name: layer for name, layer in rest.items() if name not in now}
+
+
+def _with_stacks(names: set[str], layers: Mapping[str, nn.Module]) -> set[str]:
+    """Names, and those of all experts that are stored in one tensor with one of them."""
+    stacks = {_matrix(name) for name in names if isinstance(layers.get(name), ExpertLinear)}
+    return names | {name for name in layers if _matrix(name) in stacks}
 
 
 def _matrix(name: str) -> str:

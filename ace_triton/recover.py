@@ -54,7 +54,7 @@ LEAST_ZEROS = 0.05
 """A weight with a smaller share of zeros was not pruned, and stays as it is."""
 
 TEXT_SEQUENCES, TEXT_LENGTH = 2048, 256
-"""Crops of the calibration text to train on, where nothing else is said."""
+"""Pieces of the calibration text to train on at most, where nothing else is said."""
 
 FIRST_RATE = 0.1
 """Share of the peak learning rate that the first step takes."""

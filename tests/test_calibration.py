@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ace_triton.calibration import Calibration, crop, load_calibration, token_stream
+from ace_triton.calibration import Calibration, crop, load_calibration, pieces, token_stream
 from ace_triton.text import TextError
 
 
@@ -9,6 +9,20 @@ def test_documents_end_with_the_end_of_text(tokenizer):
     stream = token_stream(["ab", "c"], tokenizer)
     end = tokenizer.eos_token_id
     assert stream.tolist() == [*tokenizer("ab")["input_ids"], end, *tokenizer("c")["input_ids"], end]
+
+
+def test_pieces_have_every_token_once():
+    stream = torch.arange(1000)
+    cut = pieces(stream, 2000, 16, seed=3)
+    assert cut.shape == (62, 16)
+    assert len(cut.unique()) == cut.numel()
+    assert torch.equal(cut, cut[:, :1] + torch.arange(16))
+    assert torch.equal(cut, pieces(stream, 2000, 16, seed=3))
+    assert not torch.equal(cut, pieces(stream, 2000, 16, seed=4))
+    assert pieces(stream, 5, 16, seed=3).tolist() == cut[:5].tolist()
+    assert torch.equal(pieces(stream, 1, 1000, seed=0)[0], stream)
+    with pytest.raises(TextError, match="one sequence needs 1001"):
+        pieces(stream, 1, 1001, seed=0)
 
 
 def test_crops_lie_in_the_text_and_follow_the_seed():

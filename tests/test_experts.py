@@ -60,7 +60,7 @@ def test_every_expert_is_pruned(mixture, ids):
 
 @pytest.mark.parametrize("how", [{}, {"true_sequential": True}])
 @pytest.mark.parametrize("family", sorted(MIXTURES.keys() - {"gpt_oss"}))
-def test_dass_scores_an_experts_gate_and_up_by_what_they_feed(ids, family, how):
+def test_dass_groups_an_experts_gate_and_up_along_their_outputs(ids, family, how):
     model, transposed = make_mixture(family), MIXTURES[family][1]
     dense = {stack.name: along_inputs(stack, transposed).clone() for stack in stacks_of(model)}
     report = prune_model(model, ids, "dass", batch_size=4, **how)

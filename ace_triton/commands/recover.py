@@ -28,14 +28,14 @@ def recover(
     minutes: Annotated[float | None, typer.Option(help="To train for; 5 where --steps is not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the optimiser, in place of --minutes.")] = None,
     calibration: Annotated[str, typer.Option(help="Text to train on, as for prune.")] = "allenai/c4:en",
-    samples: Annotated[int, typer.Option(help="Sequences of it.")] = TEXT_SEQUENCES,
+    samples: Annotated[int, typer.Option(help="Sequences of it, at most; no token is in two.")] = TEXT_SEQUENCES,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = TEXT_LENGTH,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one step.")] = RecoverySettings.tokens_per_step,
     learning_rate: Annotated[
         float, typer.Option(help="At its peak, in units of each weight's root mean square.")
     ] = RecoverySettings.learning_rate,
     norms: Annotated[bool, typer.Option("--norms", help="Train norms and biases too.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the crops and their order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sequences and their order.")] = 0,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
@@ -64,7 +64,9 @@ def recover(
             model, tokenizer = checkpoint.load(model_dir, device=where)
             dense, _ = checkpoint.load(source, device=where)
         with stage(progress, "text"):
-            text = load_calibration(calibration, tokenizer, samples=samples, length=length, seed=seed, model=dense)
+            text = load_calibration(
+                calibration, tokenizer, samples=samples, length=length, seed=seed, model=dense, apart=True
+            )
         bar = progress.add_task("recover", total=None)
 
         def move(spent: float, budget: float, loss: float) -> None:

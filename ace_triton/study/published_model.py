@@ -75,8 +75,8 @@ class Hooks:
         }
 
     @contextmanager
-    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None) -> Iterator[None]:
-        """Watch while one batch runs."""
+    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None, *, leave_early: bool) -> Iterator[None]:
+        """Watch while one batch runs, all of it: the published form knows no other way."""
         handles = [
             layer.register_forward_hook(lambda _, args, output, name=name: self._see(name, args[0], output))
             for name, layer in self._layers.items()

@@ -17,7 +17,7 @@ import torch
 
 from .. import checkpoint
 from ..batches import TOKENS_OF_A_FORWARD
-from ..calibration import MOST_DOCUMENTS, SELF, crop, token_stream
+from ..calibration import MOST_DOCUMENTS, SELF, crop, pieces, token_stream
 from ..evaluate import perplexity
 from ..prune_model import prune_model
 from ..recover import TEXT_LENGTH, TEXT_SEQUENCES, RecoveryProgress, RecoveryReport, RecoverySettings, recover
@@ -143,16 +143,16 @@ class Workbench:
     def recover(
         self, minutes: float, seed: int, state: Path, progress: RecoveryProgress | None = None
     ) -> RecoveryReport:
-        """Train the model as it is pruned now on crops of the calibration text.
+        """Train the model as it is pruned now on the calibration text.
 
         Args:
             minutes: budget of wall-clock time.
-            seed: of the crops and their order.
+            seed: of the sequences and their order.
             state: file that a training which was stopped goes on from.
             progress: called after each step.
         """
         length = min(TEXT_LENGTH, self._longest or TEXT_LENGTH)
-        ids = crop(self._stream, TEXT_SEQUENCES, length, seed)
+        ids = pieces(self._stream, TEXT_SEQUENCES, length, seed)
         settings = RecoverySettings(minutes=minutes, seed=seed)
         return recover(self.model, self._teacher, ids, settings, state=state, progress=progress)
 
