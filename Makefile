@@ -16,7 +16,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets sparse study quality-study traffic kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets families sparse study quality-study traffic kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -89,6 +89,9 @@ quality-study: setup  ## perplexity against time on SmolLM2-135M, hours; recover
 
 permutation: setup  ## what orders of channels retain, and what their search takes, for docs/permutation.md
 	$(BIN)/python -m benchmarks.permutation --calibration $(CALIBRATION)
+
+families: setup  ## a small model of every family in transformers, pruned, for docs/families.md; 3 minutes
+	$(BIN)/python -m benchmarks.families
 
 sparse: setup  ## a pruned SmolLM2-135M dense and packed: bytes, memory, tokens, for docs/sparse.md; 3 minutes
 	$(BIN)/python -m benchmarks.sparse
