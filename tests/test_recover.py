@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import shutil
 
 import pytest
 import torch
 
 from ace_triton import RecoverySettings, checkpoint, prune_model, recover
 from ace_triton.recover import pruned_masks
+
+recovery = importlib.import_module("ace_triton.recover")
+"""The module: in the package its name is the function's."""
 
 SHORT = RecoverySettings(steps=6, tokens_per_step=32, learning_rate=0.03)
 
@@ -104,9 +109,12 @@ def test_a_killed_run_goes_on_where_it_was(pair, text, tmp_path):
     def kill(spent: float, _budget: float, _loss: float) -> None:
         if spent == 5:
             raise KeyboardInterrupt
+        if spent == 4:
+            shutil.copy(path, tmp_path / "last.pt")
 
     with pytest.raises(KeyboardInterrupt):
-        recover(stopped, teacher, text, SHORT, state=path, save_every=2, progress=kill)
+        recover(stopped, teacher, text, SHORT, state=path, save_every=0, progress=kill)
+    shutil.move(tmp_path / "last.pt", path)
     before_the_kill = torch.load(path)["cpu_seconds"]
     seen = []
     resumed = recover(again, teacher, text, SHORT, state=path, progress=lambda *told: seen.append(told))
@@ -120,6 +128,14 @@ def test_a_killed_run_goes_on_where_it_was(pair, text, tmp_path):
     assert torch.equal(again.model.layers[0].mlp.up_proj.weight, whole.model.layers[0].mlp.up_proj.weight)
 
 
+def test_between_two_writes_of_the_state_some_time_passes(pair, text, tmp_path):
+    model, teacher = pair()
+    path = tmp_path / "state.pt"
+    there = []
+    recover(model, teacher, text, SHORT, state=path, progress=lambda *_: there.append(path.exists()))
+    assert there == [False] * 5 + [True]
+
+
 def test_a_state_of_another_run_is_refused(pair, text, tmp_path):
     model, teacher = pair()
     path = tmp_path / "state.pt"
@@ -128,7 +144,7 @@ def test_a_state_of_another_run_is_refused(pair, text, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recover(model, teacher, text, SHORT, state=path, save_every=1, progress=kill)
+        recover(model, teacher, text, SHORT, state=path, save_every=0, progress=kill)
     with pytest.raises(ValueError, match="other settings"):
         recover(model, teacher, text, RecoverySettings(steps=7, tokens_per_step=32), state=path)
     with pytest.raises(ValueError, match="other settings"):
@@ -147,12 +163,30 @@ def test_minutes_are_a_budget(pair, text):
     assert told[-1][:2] == (0.6, 0.6)
 
 
+@pytest.mark.parametrize(("length", "inside"), [(recovery.EAGER_LENGTH, "eager"), (recovery.EAGER_LENGTH + 1, "sdpa")])
+def test_short_sequences_on_a_cpu_take_the_quicker_attention(make_decoder, ids, length, inside):
+    model, teacher = (make_decoder("llama", attention="sdpa", max_position_embeddings=512) for _ in range(2))
+    prune_model(model, ids, "wanda", "2:4")
+    text = torch.randint(3, 101, (2, length), generator=torch.Generator().manual_seed(5))
+    kinds = []
+
+    def look(*_):
+        kinds.append({decoder.config._attn_implementation for decoder in (model, teacher)})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(model, teacher, text, RecoverySettings(steps=2), progress=look)
+    assert kinds == [{inside}]
+    assert {decoder.config._attn_implementation for decoder in (model, teacher)} == {"sdpa"}
+
+
 def test_the_rate_rises_and_falls():
     settings = RecoverySettings(steps=100, learning_rate=1.0, warmup=0.1)
     rates = [settings.rate(step / 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[5] == pytest.approx(0.5)
     assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
     assert RecoverySettings(steps=1, warmup=0.0, learning_rate=1.0).rate(0.0) == 1.0
