@@ -13,7 +13,7 @@ CURVE       ?= docs/curve
 BIN    := $(VENV)/bin
 BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mode=importlib --benchmark-only -q \
 	--benchmark-columns=median,iqr,rounds --results benchmarks/results.csv
-SOURCES := $(wildcard kernels/cpu/*) setup.py pyproject.toml
+SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets families sparse study quality-study traffic kernels-report clean

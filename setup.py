@@ -1,6 +1,7 @@
 """Build script: ``kernels/`` installs as ``ace_triton.kernels``, with the CPU library where a C++ compiler is found."""
 
 from glob import glob
+from runpy import run_path
 
 from setuptools import Extension, setup
 
@@ -9,6 +10,7 @@ cpu_library = Extension(
     "ace_triton.kernels._cpu",
     sources=sorted(glob("kernels/cpu/*.cpp")),
     depends=sorted(glob("kernels/cpu/*.h")),
+    define_macros=[("ACE_SOURCES", f'"{run_path("kernels/cpu_sources.py")["digest"]()}"')],
     extra_compile_args=[
         "-std=c++17",
         "-O3",

@@ -12,6 +12,8 @@ import importlib.machinery
 import os
 from pathlib import Path
 
+from .cpu_sources import digest
+
 ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
 ISAS = ("avx512", "avx2", "portable")
 
@@ -82,19 +84,27 @@ def load() -> ctypes.CDLL | str:
         loaded = ctypes.CDLL(str(built))
     except OSError as error:
         return f"it does not load: {error}"
+    if (sources := digest()) and sources != _built_from(loaded):
+        raise RuntimeError(
+            f"{built.name} was built from other sources than lie in {here / 'cpu'}; build it again "
+            "(python setup.py build_ext --inplace, or pip install .)"
+        )
     for name, arguments in _SIGNATURES.items():
-        function = getattr(loaded, name, None)
-        if function is None:
-            raise RuntimeError(
-                f"{built.name} has no {name}: it was built from older sources; build it again "
-                "(python setup.py build_ext --inplace, or pip install .)"
-            )
+        function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, _INT
     loaded.ace_isa.restype = ctypes.c_char_p
     forced = os.environ.get(ISA_VARIABLE, "").strip().lower()
     if forced and loaded.ace_use_isa(forced.encode()) != 0:
         raise ValueError(f"{ISA_VARIABLE}={forced!r} must be one of {ISAS} and one that this processor has")
     return loaded
+
+
+def _built_from(loaded: ctypes.CDLL) -> str:
+    """The digest of its sources; "" of a library that is too old to tell."""
+    if not hasattr(loaded, "ace_sources"):
+        return ""
+    loaded.ace_sources.restype = ctypes.c_char_p
+    return loaded.ace_sources().decode()
 
 
 def library() -> ctypes.CDLL:

@@ -353,7 +353,27 @@ def test_backends_that_cannot_serve_say_why(monkeypatch):
         choose_backend(here)
 
 
-def test_a_library_of_older_sources_is_named(monkeypatch):
-    monkeypatch.setitem(cpu_library._SIGNATURES, "ace_of_tomorrow", [])
-    with pytest.raises(RuntimeError, match="no ace_of_tomorrow: it was built from older sources"):
+@needs_library
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu_library, "digest", lambda: "0" * 64)
+    with pytest.raises(RuntimeError, match="built from other sources"):
         cpu_library.load.__wrapped__()
+
+
+@needs_library
+def test_an_installed_library_has_no_sources_to_be_compared_with(monkeypatch, tmp_path):
+    assert cpu_library.digest(tmp_path) == ""
+    monkeypatch.setattr(cpu_library, "digest", lambda: "")
+    assert not isinstance(cpu_library.load.__wrapped__(), str)
+
+
+def test_every_change_of_the_sources_shows(tmp_path):
+    (tmp_path / "a.cpp").write_text("int one;")
+    (tmp_path / "b.h").write_text("int two;")
+    before = cpu_library.digest(tmp_path)
+    assert cpu_library.digest(tmp_path) == before
+    (tmp_path / "b.h").write_text("int three;")
+    assert cpu_library.digest(tmp_path) != before
+    (tmp_path / "b.h").rename(tmp_path / "c.h")
+    (tmp_path / "c.h").write_text("int two;")
+    assert cpu_library.digest(tmp_path) != before

@@ -109,6 +109,9 @@ extern "C" {
 // The name of the instruction set in use.
 ACE_EXPORT const char* ace_isa() { return bodies->name; }
 
+// The digest of the sources that this was built from, as kernels/cpu_sources.py makes it.
+ACE_EXPORT const char* ace_sources() { return ACE_SOURCES; }
+
 // Use another one: returns 1 where there is none of that name or this machine cannot run it.
 ACE_EXPORT int ace_use_isa(const char* name) {
     for (const Bodies* const* candidate = all_bodies(); *candidate; ++candidate) {
