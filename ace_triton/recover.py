@@ -1,7 +1,7 @@
 """Recovery: a few minutes of training in which only kept weights move, toward the dense model's predictions.
 
-The loss is :class:`~ace_triton.distillation.Distillation`'s. AdamW steps on fp32 copies of the kept weights; forwards
-run in bfloat16. A pruned weight's gradient is put to 0, so that AdamW leaves it at exactly 0.
+The loss is :class:`~ace_triton.distillation.Distillation`'s. AdamW steps on fp32 copies of the kept weights, in a pass
+that rounds them to bfloat16, in which forwards run (:mod:`~ace_triton.kernels.adamw`). Weights of 0 stay exactly 0.
 
 The learning rate counts in units of each weight's root mean square, as Adafactor's relative step sizes do (Shazeer and
 Stern, arXiv 1804.04235, section 8): AdamW moves a weight by about its rate whatever the gradient, and one model's
@@ -43,8 +43,8 @@ a step may pay.
 The dense model runs on the way, a quarter of a step's arithmetic: a budget of minutes sees each token once, so that
 there is nothing to keep of it.
 
-Memory, in bytes: 19 a trained weight (4 for the copy, 2 for its cast, 4 its gradient, 8 of AdamW, 1 the mask), both
-models, and what a step's forward keeps for its backward.
+Memory, in bytes: 15 a trained weight beside the model's own (4 for the copy, 2 its gradient, 8 of AdamW, 1 the mask),
+the dense model, and what a step's forward keeps for its backward.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ from torch import nn
 
 from .blocks import find_blocks
 from .distillation import Distillation
+from .kept_adamw import KeptAdamW
 from .recovery_state import RecoveryState
 
 if TYPE_CHECKING:
@@ -81,10 +82,6 @@ tenth less at 256, and as long at 512."""
 
 FIRST_RATE = 0.1
 """Share of the peak learning rate that the first step takes."""
-
-BETAS = (0.9, 0.95)
-LEAST_SCALE = 1e-3
-"""Root mean square that a weight counts with at least, so that biases which begin at 0 move too; Adafactor's."""
 
 LARGEST_GRADIENT = 1.0
 """Norm that gradients are cut to."""
@@ -188,24 +185,22 @@ def recover(
     _check(model, teacher, ids)
     batches = _Batches(ids, settings)
     with (
-        _trainable(model, masks, settings) as parameters,
+        _trainable(model, masks, settings) as optimizer,
         _frozen(teacher),
         _quick_attention((model, teacher), ids.shape[1]),
     ):
-        optimizer = _optimizer(parameters)
         objective = Distillation(model, teacher, ids, settings.forward_dtype)
-        run = RecoveryState.begin(state, settings, ids, parameters, optimizer)
+        run = RecoveryState.begin(state, settings, ids, optimizer)
         clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
         saved = run.seconds
         while (fraction := _spent(settings, run)) < 1:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(fraction) * group["scale"]
-            loss = _step(objective, batches.of(run.steps).to(model.device), optimizer, parameters, masks)
+            loss = objective.backward(batches.of(run.steps).to(model.device))
             if not math.isfinite(loss):
                 raise ValueError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
+            optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
             run.record(loss, time.monotonic() - clock, time.process_time() - cpu)
             if state is not None and (run.seconds - saved >= save_every or _spent(settings, run) >= 1):
-                run.save(state, parameters, optimizer)
+                run.save(state, optimizer)
                 saved = run.seconds
             if progress is not None:
                 budget = settings.steps if settings.minutes is None else 60 * settings.minutes
@@ -282,55 +277,26 @@ def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
     return run.steps / settings.steps
 
 
-def _optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:
-    """A group for each parameter, with its scale: the root mean square of what is not 0 in it."""
-    groups = []
-    for parameter in parameters.values():
-        values = parameter.detach()
-        scale = float(values.norm()) / math.sqrt(max(1, int(values.count_nonzero())))
-        groups.append({"params": [parameter], "scale": max(LEAST_SCALE, scale)})
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
-
-
-def _step(
-    objective: Distillation,
-    ids: torch.Tensor,
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-    masks: dict[str, torch.Tensor],
-) -> float:
-    """One step of the optimiser; the divergence before it."""
-    loss = objective.backward(ids)
-    for name, mask in masks.items():
-        gradient = parameters[name].grad
-        if gradient is not None:
-            gradient.mul_(mask)
-    nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss
-
-
 @contextmanager
 def _trainable(
     model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings
-) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters that move, in fp32 inside."""
+) -> Iterator[KeptAdamW]:
+    """The optimiser of the parameters that move, which are in the dtype of forwards inside."""
     blocks = [block.module.named_parameters(prefix=block.name) for block in find_blocks(model)]
     named = {name: parameter for block in blocks for name, parameter in block}
     moving = {n: p for n, p in named.items() if n in masks or (settings.norms and p.dim() == 1)}
     dtypes = {name: parameter.dtype for name, parameter in moving.items()}
     with _frozen(model):
+        optimizer = KeptAdamW(moving, settings.forward_dtype)
         try:
             for parameter in moving.values():
-                parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-            yield moving
+            yield optimizer
         finally:
             for name, parameter in moving.items():
                 parameter.grad = None
                 parameter.requires_grad_(False)
-                parameter.data = parameter.data.to(dtypes[name])
+                parameter.data = optimizer.values[name].to(dtypes[name])
 
 
 @contextmanager

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-FORMAT = "ace_triton.recovery.2"
+from .kept_adamw import KeptAdamW
+
+FORMAT = "ace_triton.recovery.3"
 
 
 @dataclass
@@ -38,15 +38,14 @@ class RecoveryState:
         path: str | Path | None,
         settings: object,
         ids: torch.Tensor,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizer: KeptAdamW,
     ) -> RecoveryState:
-        """From the start; or from a file, into the parameters and the optimiser.
+        """From the start; or from a file, into the optimiser and its parameters.
 
         Raises:
             ValueError: a file that cannot be read, or of a training with other settings, text or weights.
         """
-        shapes = [(name, tuple(parameter.shape)) for name, parameter in parameters.items()]
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in optimizer.values.items()]
         digest = hashlib.sha256(f"{settings!r} {shapes!r}".encode())
         digest.update(ids.cpu().numpy().tobytes())
         fresh = cls(digest.hexdigest())
@@ -60,9 +59,6 @@ class RecoveryState:
             raise ValueError(
                 f"{path}: the state of a recovery with other settings, text or weights; remove it, or give the same"
             )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved["parameters"][name])
         optimizer.load_state_dict(saved["optimizer"])
         return cls(fresh.fingerprint, saved["steps"], saved["seconds"], saved["cpu_seconds"], saved["losses"])
 
@@ -72,7 +68,7 @@ class RecoveryState:
         self.seconds, self.cpu_seconds = seconds, cpu_seconds
         self.losses.append(loss)
 
-    def save(self, path: str | Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def save(self, path: str | Path, optimizer: KeptAdamW) -> None:
         """Write the file so that it is either the old one or the whole new one."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +80,6 @@ class RecoveryState:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "losses": self.losses,
-            "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
             "optimizer": optimizer.state_dict(),
         }
         torch.save(content, partial)

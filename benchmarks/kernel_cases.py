@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ace_triton.kernels.adamw import Moments, Step, adamw
 from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
@@ -155,6 +156,18 @@ def divergence_case(dtype: torch.dtype) -> Case:
     return Case("divergence", dtype, call, LOGITS[0] * LOGITS[1], 4 * size, 3 * size)
 
 
+def adamw_case(dtype: torch.dtype) -> Case:
+    """A step of recovery's optimiser: gradients and rounded values in this dtype."""
+    size = dtype.itemsize
+
+    def call() -> None:
+        values, first, second = torch.empty(3, *SHAPE)
+        gradient, rounded = torch.empty(2, *SHAPE, dtype=dtype)
+        adamw(values, Moments(first, second), gradient, Step(1e-3, 1), factor=torch.empty(1), rounded=rounded)
+
+    return Case("adamw", dtype, call, SHAPE[0] * SHAPE[1], 24 + 2 * size, 24 + 2 * size)
+
+
 def coupling_case(dtype: torch.dtype, reduce: str) -> Case:
     """The coupling of a square layer with a batch of tokens."""
     n_tokens, width = TOKENS[0] * TOKENS[1], TOKENS[2]
@@ -278,6 +291,7 @@ def every_case() -> Iterator[Case]:
         yield _over_tokens("all_finite", dtype, all_finite)
         yield finite_pair_case(dtype)
         yield divergence_case(dtype)
+        yield adamw_case(dtype)
         for reduce in ("abs", "rms"):
             yield coupling_case(dtype, reduce)
             yield cosp_select_case(dtype, reduce)

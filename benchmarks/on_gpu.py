@@ -36,7 +36,7 @@ from .results import installed, load, outcomes
 Status = Literal["passed", "failed", "timed out"]
 
 TAIL_LINES = 40
-KERNELS = ("select_nm", "select_rows", "weight_sums", "moments", "pack_nm", "divergence")
+KERNELS = ("select_nm", "select_rows", "weight_sums", "moments", "pack_nm", "divergence", "adamw")
 RESULTS, TESTS, SPARSE = "results.csv", "tests.xml", "sparse.json"
 DRY_RUN_TESTS = "says_what_is_wrong or whole_layer or layout_is"
 

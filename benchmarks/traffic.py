@@ -20,6 +20,7 @@ from torch import nn
 
 from ace_triton import ActivationStats, prune_linear
 from ace_triton.kernels import launch
+from ace_triton.kernels.adamw import Moments, Step, adamw
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
@@ -131,6 +132,9 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     square = torch.rand(128, cols), "frobenius", 1.0, 0.01
     logits, wanted = torch.randn(2, 64, 4 * cols).to(dtype)
     diverge = lambda: divergence(logits, wanted, into=logits)  # noqa: E731
+    values, rounded = weight.float(), weight.clone()
+    kept, step, factor = Moments.like(values), Step(1e-3, 1), torch.ones(1)
+    train = lambda: adamw(values, kept, weight, step, factor=factor, rounded=rounded)  # noqa: E731
     return [
         count("select_nm 2:4, Wanda's terms", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 2, 4)),
         count("select_nm 2:4, RIA's terms", n, 2 * e * n + vectors, lambda: select_nm(weight, relative, 2, 4)),
@@ -164,6 +168,7 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
         count("variance_factor, 128 sequences", 128 * cols, 4 * 129 * cols, lambda: variance_factor(*square)),
         count("token_norms", outputs.numel(), e * outputs.numel() + 4 * N_TOKENS, lambda: token_norms(outputs)),
         count("divergence, over its logits", logits.numel(), 3 * e * logits.numel() + 4 * len(logits), diverge),
+        count("adamw, with a rounded copy", n, (24 + 2 * e) * n, train),
         count(
             "coupling",
             n,

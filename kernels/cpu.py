@@ -13,6 +13,7 @@ import torch
 from .cpu_library import call, library
 
 if TYPE_CHECKING:
+    from .adamw import Moments, Step
     from .column_scale import ColumnScale
     from .packed_nm import PackedNM
     from .score_terms import ScoreTerms
@@ -110,6 +111,30 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tenso
     places = aim.data_ptr(), aim.stride(0), gradient.data_ptr(), gradient.stride(0)
     call("ace_divergence", *_matrix(laid), *places, loss.data_ptr(), torch.get_num_threads())
     return loss
+
+
+def adamw(
+    values: torch.Tensor,
+    moments: Moments,
+    gradient: torch.Tensor,
+    step: Step,
+    factor: torch.Tensor | None,
+    rounded: torch.Tensor | None,
+    zeros_stay: bool,
+) -> None:
+    """Body of :func:`~ace_triton.kernels.adamw.adamw`."""
+    copy = None if rounded is None or rounded.dtype == torch.float16 else rounded
+    call(
+        "ace_adamw",
+        *_addresses(values, moments.first, moments.second),
+        values.numel(),
+        *(gradient.data_ptr(), _ELEMENTS[gradient.dtype]),
+        *(_address(copy), 0 if copy is None else _ELEMENTS[copy.dtype]),
+        *(_address(factor), *step.scalars, int(zeros_stay), torch.get_num_threads()),
+    )
+    if rounded is not copy and rounded is not None:
+        with torch.no_grad():
+            rounded.copy_(values)
 
 
 def token_norms(outputs: torch.Tensor) -> torch.Tensor:

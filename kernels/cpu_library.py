@@ -29,6 +29,7 @@ _SIGNATURES = {
     "ace_column_scale": [_LONG, *_COLUMNS, _POINTER, _POINTER],
     "ace_variance_factor": [_POINTER, _LONG, _LONG, _INT, _FLOAT, _FLOAT, _POINTER, _INT],
     "ace_divergence": [*_MATRIX, *[_POINTER, _LONG] * 2, _POINTER, _INT],
+    "ace_adamw": [*[_POINTER] * 3, _LONG, *[_POINTER, _INT] * 2, _POINTER, *[_FLOAT] * 5, _INT, _INT],
     "ace_token_norms": [*_MATRIX, _POINTER, _INT],
     "ace_all_finite": [*_MATRIX, _INT, _POINTER],
     "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],

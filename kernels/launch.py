@@ -163,6 +163,11 @@ def all_finite(tensor: torch.Tensor) -> int:
     return 4 * WARPS * lanes(tensor.device) * vector(tensor)
 
 
+def adamw(values: torch.Tensor) -> int:
+    """Values of a program: 8 a thread, so that those in 16 bits come 16 bytes at a time too."""
+    return WARPS * lanes(values.device) * 8
+
+
 def divergence(logits: torch.Tensor) -> int:
     """Logits of a token in one trip: eight a thread of WIDE_WARPS, of each of the two rows; four of fp32 spill."""
     return WIDE_WARPS * lanes(logits.device) * 8

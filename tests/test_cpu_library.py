@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ace_triton.kernels import cpu, cpu_library
+from ace_triton.kernels.adamw import Moments, Step, adamw
 from ace_triton.kernels.assignment import assignment
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, BackendError, choose_backend
 from ace_triton.kernels.column_scale import ColumnScale
@@ -101,6 +102,16 @@ def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
     for norm in get_args(VarianceNorm):
         results[f"variance {norm}"] = variance_factor(weight.float().square(), norm, 0.5, 0.01)
     results["losses"], results["gradient"] = divergence(weight, weight.flip(0))
+    values, trained = weight.float(), weight.clone()
+    kept = Moments.like(values)
+    for number in (1, 2):
+        adamw(values, kept, weight.flip(0), Step(0.1, number), factor=torch.tensor(0.3), rounded=trained)
+    results |= {
+        "trained": values,
+        "rounded": trained.view(torch.uint8),
+        "means": kept.first,
+        "squares' means": kept.second,
+    }
     results["norms"] = token_norms(weight)
     results["squares"] = weighted_squares(weight, torch.stack([valid.float(), torch.arange(rows).float()]))
     scores = weight.float().abs()[None]
@@ -208,6 +219,8 @@ def test_nothing_behind_a_tensor_is_touched(isas, before_a_guard_page, dtype, ro
     full = full_terms(rows, cols)
     terms = ScoreTerms(place(full.row), place(full.col), place(full.scale), place(full.coupling))
     token_weights, gradient = place(torch.ones(2, rows)), place(torch.empty_like(weight))
+    values, trained = place(matrix(rows, cols, torch.float32)), place(torch.empty_like(weight))
+    kept = Moments(place(torch.zeros(rows, cols)), place(torch.zeros(rows, cols)))
     for isa in isas:
         cpu_library.use_isa(isa)
         for output in ("mask", "bits", "weight"):
@@ -222,6 +235,7 @@ def test_nothing_behind_a_tensor_is_touched(isas, before_a_guard_page, dtype, ro
         relative_importance(weight, ColumnScale(base=terms.scale))
         token_norms(weight)
         divergence(weight, weight, into=gradient)
+        adamw(values, kept, weight, Step(0.1, 1), rounded=trained)
         weighted_squares(weight, token_weights)
         assert all_finite(weight)
 

@@ -13,6 +13,7 @@ from benchmarks.kernel_cases import (
     DTYPES,
     TERMS,
     Case,
+    adamw_case,
     cosp_select_case,
     coupling_case,
     divergence_case,
@@ -114,6 +115,14 @@ def test_divergence_takes_little_more_than_the_memory_time(dtype):
     check(divergence_case(dtype), most_ratio=1.3, gpus=("A100", "H100"))
     for target in ("sm_100", "gfx942"):
         _, code = kernel_of(divergence_case(dtype), target)
+        assert code.spills == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adamw_waits_for_memory(dtype):
+    check(adamw_case(dtype), most_ratio=0.4)
+    for target in ("sm_100", "gfx942"):
+        _, code = kernel_of(adamw_case(dtype), target)
         assert code.spills == 0
 
 

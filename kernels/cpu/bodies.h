@@ -3,6 +3,7 @@
 // newer instruction set to an older machine.
 #pragma once
 
+#include "adamw.h"
 #include "assignment.h"
 #include "divergence.h"
 #include "join_gains.h"
@@ -21,7 +22,7 @@ namespace ace {
 const Bodies ACE_BODIES = {
     ACE_ISA,    select_nm,   select_rows, count_keys, find_ties,        apply_cut,
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
-    variance_levels, variance_factor, divergence, join_gains, assign,
+    variance_levels, variance_factor, divergence, adamw, join_gains, assign,
     pack_nm,    unpack_nm,   widen_rows,  nm_linear,   dense_linear,
 };
 

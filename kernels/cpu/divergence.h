@@ -72,13 +72,6 @@ ACE_INLINE Softmax softmax_of(const typename E::Stored* row, int64_t cols) {
     return {highest, total};
 }
 
-// 0 where `v` is 0, even for a term that is not finite.
-ACE_INLINE Floats unless_zero(const Floats& v, const Floats& term) {
-    Ints bits = bits_of(term);
-    for (int p = 0; p < PARTS; ++p) bits.part[p] &= (NativeInts)(v.part[p] != 0);
-    return floats_of(bits);
-}
-
 template <typename E>
 ACE_INLINE void divergence_of_rows(const DivergenceTask& task, int64_t begin, int64_t end) {
     using Stored = typename E::Stored;

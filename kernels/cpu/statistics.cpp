@@ -122,6 +122,24 @@ ACE_EXPORT int ace_divergence(void* logits, int64_t rows, int64_t cols, int64_t 
     });
 }
 
+// `size` values with two moments of each; `rounded`, fp32 or bf16, and `factor` may be null.
+ACE_EXPORT int ace_adamw(float* values, float* first, float* second, int64_t size, const void* gradient,
+                         int32_t gradient_element, void* rounded, int32_t rounded_element, const float* factor,
+                         float rate, float gain_first, float gain_second, float unbias, float eps, int32_t zeros_stay,
+                         int32_t threads) {
+    const AdamWTask task = {values, first, second, gradient, rounded, factor, Element(gradient_element),
+                            Element(rounded_element), rate, gain_first, gain_second, unbias, eps, zeros_stay != 0};
+    return guarded([&] {
+        constexpr int64_t UNIT = 1 << 14, BYTES = 28;
+        const int64_t n_units = units(size, UNIT);
+        deal(n_units, threads_for(size * BYTES, n_units, threads), [&](int64_t begin, int64_t end, int) {
+            for (int64_t from = begin * UNIT; from < std::min(end * UNIT, size); from += UNIT) {
+                bodies->adamw(task, from, int(std::min(UNIT, size - from)));
+            }
+        });
+    });
+}
+
 ACE_EXPORT int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                                float* norms, int32_t threads) {
     const Matrix a = {outputs, rows, cols, stride, Element(element)};

@@ -77,6 +77,16 @@ struct DivergenceTask {
     float* loss;                      // [rows]
 };
 
+struct AdamWTask {
+    float *values, *first, *second;
+    const void* gradient;
+    void* rounded;        // a copy of the new values, or null; fp32 or bf16
+    const float* factor;  // of the gradient; null for 1
+    Element gradient_element, rounded_element;
+    float rate, gain_first, gain_second, unbias, eps;
+    bool zeros_stay;
+};
+
 struct JoinTask {
     const float *candidates, *thresholds;  // [n_pools, rows, n_candidates] and [n_pools, rows, groups]
     int64_t rows, groups, n_candidates;
@@ -156,6 +166,7 @@ struct Bodies {
     void (*variance_levels)(const VarianceTask&, int64_t begin, int64_t end);
     void (*variance_factor)(const VarianceTask&, int64_t strip);
     void (*divergence)(const DivergenceTask&, int64_t begin, int64_t end);
+    void (*adamw)(const AdamWTask&, int64_t begin, int count);
     // One vector of one pool's candidates; zero rows leave the gains unwritten.
     void (*join_gains)(const JoinTask&, int64_t pool, int64_t block);
     void (*assign)(const AssignmentTask&);

@@ -93,6 +93,26 @@ ACE_INLINE Floats floats_of(const Ints& v) {
 
 ACE_INLINE Floats magnitude(const Floats& v) { return floats_of(bits_of(v) & Ints::all(0x7fffffff)); }
 
+ACE_INLINE Floats square_root(Floats v) {
+    for (int p = 0; p < PARTS; ++p) {
+#if ACE_WIDTH == 16
+        v.part[p] = (NativeFloats)_mm512_maskz_sqrt_ps(0xffff, (__m512)v.part[p]);
+#elif ACE_WIDTH == 8
+        v.part[p] = (NativeFloats)_mm256_sqrt_ps((__m256)v.part[p]);
+#else
+        for (int lane = 0; lane < WIDTH; ++lane) v.part[p][lane] = __builtin_sqrtf(v.part[p][lane]);
+#endif
+    }
+    return v;
+}
+
+// 0 where `v` is 0, even for another that is not finite.
+ACE_INLINE Floats unless_zero(const Floats& v, const Floats& other) {
+    Ints bits = bits_of(other);
+    for (int p = 0; p < PARTS; ++p) bits.part[p] &= (NativeInts)(v.part[p] != 0);
+    return floats_of(bits);
+}
+
 // The first `lanes` of a vector from or to memory; the other lanes are 0, and their memory is not touched. Whole vectors
 // move register by register: a copy of all parts at once goes through the stack, in pieces that do not forward.
 template <typename Loaded, typename Stored>

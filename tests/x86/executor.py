@@ -203,7 +203,7 @@ def without_gpu(text: str) -> str:
     text = re.sub(
         r"(?:tail )?call (?:noundef |range\([^)]*\) )*i32 @llvm\.amdgcn\.workitem\.id\.\w\(\)", "add i32 0, 0", text
     )
-    text = re.sub(r"@llvm\.amdgcn\.exp2\.f32\b", "@llvm.exp2.f32", text)
+    text = re.sub(r"@llvm\.amdgcn\.(exp2|sqrt)\.f32\b", r"@llvm.\1.f32", text)
     text = re.sub(r"^declare[^\n]*@llvm\.amdgcn[^\n]*$", "", text, flags=re.M)
     text = re.sub(r"0xR(?=[0-9A-F]{4})", "u0x", text).replace("bfloat", "i16")
     for axis in "xyz":

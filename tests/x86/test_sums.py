@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ace_triton.kernels import launch
+from ace_triton.kernels.adamw import Moments, Step, adamw, adamw_reference
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.column_scale import checked_column_scale, column_scale_reference
 from ace_triton.kernels.cosp_select import cosp_select, cosp_select_reference
@@ -109,6 +110,25 @@ def test_divergence(dtype, shape):
     check(loss, exact.loss)
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(gradient.double(), exact.gradient, rtol=max(rounding, 1e-4), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adamw(dtype, shape):
+    values, gradient = make_matrix(*shape, dtype=torch.float32), make_matrix(*shape, dtype=dtype).flip(0)
+    values[values.abs() < 0.5] = 0
+    moments, rounded, factor = Moments.like(values), torch.full_like(gradient, torch.nan), torch.tensor([0.3])
+    pruned = values == 0
+    for number in (1, 2):
+        step = Step(1e-2, number, (0.9, 0.95))
+        exact, exact_moments = adamw_reference(values, moments, gradient, step, factor=factor)
+        with executed_on_x86():
+            adamw(values, moments, gradient, step, factor=factor, rounded=rounded)
+        torch.testing.assert_close(values.double(), exact, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(moments.first.double(), exact_moments.first, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(moments.second.double(), exact_moments.second, rtol=1e-5, atol=1e-12)
+        assert torch.equal(rounded, values.to(dtype))
+    assert torch.equal(values == 0, pruned)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

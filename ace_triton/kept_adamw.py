@@ -1,0 +1,90 @@
+"""AdamW on what is not 0 in a model's weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .kernels.adamw import Moments, Step, adamw
+
+BETAS = (0.9, 0.95)
+
+LEAST_SCALE = 1e-3
+"""Root mean square that a weight counts with at least, so that biases which begin at 0 move too; Adafactor's."""
+
+
+class KeptAdamW:
+    """Holds fp32 values of parameters, which themselves hold them in the dtype of forwards.
+
+    A matrix's entries of 0 stay 0; vectors (norms, biases) move whole. The learning rate counts in units of each
+    parameter's scale, the root mean square of what is not 0 in it.
+
+    Args:
+        parameters: to train, by name; from here on contiguous, and in ``dtype``.
+        dtype: of forwards. In fp32 parameters are the values themselves.
+
+    Attributes:
+        values: fp32, by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+        self._parameters = parameters
+        self.values = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()}
+        self._moments = {name: Moments.like(value) for name, value in self.values.items()}
+        self._scales = {name: _scale_of(value) for name, value in self.values.items()}
+        self._taken = dict.fromkeys(parameters, 0)
+        for name, parameter in parameters.items():
+            parameter.data = self.values[name].to(dtype)
+
+    @torch.no_grad()
+    def step(self, rate: float, largest: float) -> None:
+        """Move every parameter that has a gradient, and drop the gradients.
+
+        Args:
+            rate: of learning, in units of each parameter's scale.
+            largest: norm that all gradients together are cut to.
+        """
+        moving = {name: p for name, p in self._parameters.items() if p.grad is not None}
+        norm = nn.utils.get_total_norm([p.grad for p in moving.values() if p.grad is not None])
+        factor = (largest / (norm.float() + 1e-6)).clamp_(max=1.0)
+        for name, parameter in moving.items():
+            assert parameter.grad is not None
+            self._taken[name] += 1
+            values, held = self.values[name], parameter.detach()
+            adamw(
+                values,
+                self._moments[name],
+                parameter.grad.contiguous(),
+                Step(rate * self._scales[name], self._taken[name], BETAS),
+                factor=factor.to(values.device),
+                rounded=None if held.data_ptr() == values.data_ptr() else held,
+                zeros_stay=values.dim() > 1,
+            )
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` takes: tensors and numbers."""
+        return {
+            "values": self.values,
+            "first": {name: moments.first for name, moments in self._moments.items()},
+            "second": {name: moments.second for name, moments in self._moments.items()},
+            "taken": self._taken,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another's state, with the same parameters."""
+        for name, values in self.values.items():
+            values.copy_(state["values"][name])
+            self._moments[name].first.copy_(state["first"][name])
+            self._moments[name].second.copy_(state["second"][name])
+            self._parameters[name].copy_(values)
+        self._taken = dict(state["taken"])
+
+
+def _scale_of(values: torch.Tensor) -> float:
+    return max(LEAST_SCALE, float(values.norm()) / math.sqrt(max(1, int(values.count_nonzero()))))

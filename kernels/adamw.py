@@ -1,0 +1,203 @@
+"""adamw: a step of AdamW without decay on fp32 values, their rounded copy written in the same pass.
+
+With g the gradient times ``factor``, t the number of this step and b the two decays (Kingma and Ba, arXiv 1412.6980,
+algorithm 1; Loshchilov and Hutter, arXiv 1711.05101, with decay 0):
+
+    m = b_1 m + (1 - b_1) g,   v = b_2 v + (1 - b_2) g^2,
+    x = x - rate / (1 - b_1^t) m / (sqrt(v) / sqrt(1 - b_2^t) + eps)
+
+A value that is 0 counts as having no gradient: what was pruned has moments of 0, and stays exactly 0. Values, moments
+and gradient are read once, values and moments written once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from . import cpu, launch
+from .backend import choose_backend
+from .triton_import import tl, triton
+
+
+@dataclass(frozen=True)
+class Step:
+    """Of the optimiser.
+
+    Attributes:
+        rate: of learning, 0 or more.
+        number: from 1 on.
+        betas: decays of the first and the second moment, in [0, 1).
+        eps: added to the root of the second moment.
+    """
+
+    rate: float
+    number: int
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not (self.rate >= 0 and self.number >= 1 and self.eps > 0 and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(
+                f"a step needs a rate of 0 or more, a number from 1 on, betas in [0, 1) and eps above 0; got {self}"
+            )
+
+    @property
+    def scalars(self) -> tuple[float, float, float, float, float]:
+        """rate / (1 - b_1^t), 1 - b_1, 1 - b_2, 1 / sqrt(1 - b_2^t) and eps."""
+        first, second = self.betas
+        unbiased = [1 - beta**self.number for beta in self.betas]
+        return self.rate / unbiased[0], 1 - first, 1 - second, 1 / math.sqrt(unbiased[1]), self.eps
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Running means of a gradient and of its square, each fp32 in the values' shape."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+    @classmethod
+    def like(cls, values: torch.Tensor) -> Moments:
+        """All 0."""
+        return cls(torch.zeros_like(values), torch.zeros_like(values))
+
+
+def adamw(
+    values: torch.Tensor,
+    moments: Moments,
+    gradient: torch.Tensor,
+    step: Step,
+    *,
+    factor: torch.Tensor | None = None,
+    rounded: torch.Tensor | None = None,
+    zeros_stay: bool = True,
+) -> None:
+    """Take a step, in place.
+
+    Args:
+        values: fp32, of any shape, contiguous; so are all that follow, in that shape.
+        moments: fp32.
+        gradient: fp32, fp16 or bf16.
+        step: which, and how long.
+        factor: times the gradient; fp32 of one element, on the values' device. None for 1.
+        rounded: takes the new values in its own dtype, fp32, fp16 or bf16.
+        zeros_stay: whether a value of 0 counts as having no gradient.
+
+    Raises:
+        ValueError: a shape, dtype or layout that does not fit.
+    """
+    _check(values, moments, gradient, factor, rounded)
+    backend = choose_backend(values, moments.first, moments.second, gradient, factor, rounded)
+    if backend == "cpu":
+        cpu.adamw(values, moments, gradient, step, factor, rounded, zeros_stay)
+    elif backend == "triton":
+        with torch.cuda.device_of(values):
+            _adamw_triton(values, moments, gradient, step, factor, rounded, zeros_stay)
+    else:
+        exact, exact_moments = adamw_reference(values, moments, gradient, step, factor=factor, zeros_stay=zeros_stay)
+        values.copy_(exact)
+        moments.first.copy_(exact_moments.first)
+        moments.second.copy_(exact_moments.second)
+        if rounded is not None:
+            rounded.copy_(values)
+
+
+def adamw_reference(
+    values: torch.Tensor,
+    moments: Moments,
+    gradient: torch.Tensor,
+    step: Step,
+    *,
+    factor: torch.Tensor | None = None,
+    zeros_stay: bool = True,
+) -> tuple[torch.Tensor, Moments]:
+    """The values and moments after the step in plain torch, in fp64; nothing is written."""
+    old, first, second, slope = (of.detach().double() for of in (values, moments.first, moments.second, gradient))
+    if factor is not None:
+        slope = slope * factor.double()
+    if zeros_stay:
+        slope = torch.where(old == 0, 0.0, slope)
+    rate, gain_first, gain_second, unbias, eps = step.scalars
+    first = first + gain_first * (slope - first)
+    second = second + gain_second * (slope.square() - second)
+    return old - rate * first / (second.sqrt() * unbias + eps), Moments(first, second)
+
+
+def _check(
+    values: torch.Tensor,
+    moments: Moments,
+    gradient: torch.Tensor,
+    factor: torch.Tensor | None,
+    rounded: torch.Tensor | None,
+) -> None:
+    exact = {"values": values, "first moments": moments.first, "second moments": moments.second}
+    others = {"gradient": gradient} | ({} if rounded is None else {"rounded copy": rounded})
+    for what, tensor in {**exact, **others}.items():
+        if tensor.shape != values.shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"the {what} must be contiguous, in the values' shape {tuple(values.shape)}; got {tuple(tensor.shape)} "
+                f"with strides {tensor.stride()}"
+            )
+        if what in exact and tensor.dtype != torch.float32:
+            raise ValueError(f"the {what} must be fp32, got {tensor.dtype}")
+    if factor is not None and (factor.numel() != 1 or factor.dtype != torch.float32):
+        raise ValueError(f"the factor must be fp32 of one element, got {factor.dtype} {tuple(factor.shape)}")
+
+
+def _adamw_triton(
+    values: torch.Tensor,
+    moments: Moments,
+    gradient: torch.Tensor,
+    step: Step,
+    factor: torch.Tensor | None,
+    rounded: torch.Tensor | None,
+    zeros_stay: bool,
+) -> None:
+    block = launch.adamw(values)
+    if values.numel():
+        _step[(triton.cdiv(values.numel(), block),)](
+            *(values, moments.first, moments.second, gradient, factor, rounded, values.numel(), *step.scalars),
+            ZEROS_STAY=zeros_stay,
+            BLOCK=block,
+            num_warps=launch.WARPS,
+        )
+
+
+@triton.jit
+def _step(
+    values_ptr,
+    first_ptr,
+    second_ptr,
+    gradient_ptr,
+    factor_ptr,
+    rounded_ptr,
+    size,
+    rate,
+    gain_first,
+    gain_second,
+    unbias,
+    eps,
+    ZEROS_STAY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < size
+    x = tl.load(values_ptr + offset, mask=inside, other=0.0)
+    m = tl.load(first_ptr + offset, mask=inside, other=0.0)
+    v = tl.load(second_ptr + offset, mask=inside, other=0.0)
+    g = tl.load(gradient_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    if factor_ptr is not None:
+        g *= tl.load(factor_ptr)
+    if ZEROS_STAY:
+        g = tl.where(x == 0, 0.0, g)
+    m += gain_first * (g - m)
+    v += gain_second * (g * g - v)
+    x -= rate * m / (tl.sqrt(v) * unbias + eps)
+    tl.store(values_ptr + offset, x, mask=inside)
+    tl.store(first_ptr + offset, m, mask=inside)
+    tl.store(second_ptr + offset, v, mask=inside)
+    if rounded_ptr is not None:
+        tl.store(rounded_ptr + offset, x.to(rounded_ptr.dtype.element_ty), mask=inside)
