@@ -38,7 +38,7 @@ by step, and a quarter slower. Blocks' outputs were compared by SquareHead (Kurt
 token, mean over blocks and tokens, weight 1; a step took a tenth longer.
 
 Each step passes over all trained weights whatever it reads, in 0.13 of its 1.28 CPU seconds at 256 tokens (0.43 of 1.58
-when torch's optimiser, a mask, a cast of weights and one of gradients were passes of their own, as in the trials above).
+when torch's optimiser, a mask, a cast of weights and one of gradients were passes of their own, as in these trials).
 Where a forward is quick beside that, on a GPU, more tokens a step may pay.
 
 The dense model runs on the way, a quarter of a step's arithmetic: a budget of minutes sees each token once, so that
@@ -284,8 +284,8 @@ def _trainable(
 ) -> Iterator[KeptAdamW]:
     """The optimiser of the parameters that move, which are in the dtype of forwards inside."""
     blocks = [block.module.named_parameters(prefix=block.name) for block in find_blocks(model)]
-    named = {name: parameter for block in blocks for name, parameter in block}
-    moving = {n: p for n, p in named.items() if n in masks or (settings.norms and p.dim() == 1)}
+    names = {parameter: name for block in blocks for name, parameter in block}  # one of each that blocks share
+    moving = {n: p for p, n in names.items() if n in masks or (settings.norms and p.dim() == 1)}
     dtypes = {name: parameter.dtype for name, parameter in moving.items()}
     with _frozen(model):
         optimizer = KeptAdamW(moving, settings.forward_dtype)

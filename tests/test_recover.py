@@ -89,6 +89,16 @@ def test_the_rate_counts_in_each_weights_size(pair, text):
         assert float(steps.median()) == pytest.approx(0.01 * float(kept.norm()) / kept.numel() ** 0.5, rel=0.02), name
 
 
+def test_a_weight_that_blocks_share_moves_once(pair, text):
+    model, teacher = pair()
+    blocks = model.model.layers
+    blocks[1].mlp.up_proj.weight = blocks[0].mlp.up_proj.weight
+    mask = blocks[0].mlp.up_proj.weight != 0
+    recover(model, teacher, text, RecoverySettings(steps=3, tokens_per_step=32))
+    assert blocks[1].mlp.up_proj.weight is blocks[0].mlp.up_proj.weight
+    assert torch.equal(blocks[0].mlp.up_proj.weight != 0, mask)
+
+
 def test_norms_move_where_that_is_asked_for(pair, text):
     model, teacher = pair()
     before = state_of(model)
