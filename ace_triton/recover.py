@@ -100,7 +100,7 @@ class RecoverySettings:
             ``warmup`` of the budget, and falls to 0 in a straight line from there.
         warmup: share of the budget.
         norms: train the blocks' one-dimensional weights (norms, biases) too.
-        forward_dtype: of forwards; float32 for no autocast.
+        forward_dtype: of forwards: bfloat16, or float32 for models in float32.
         seed: of the order of sequences.
 
     Raises:
@@ -124,6 +124,8 @@ class RecoverySettings:
             raise ValueError(f"steps, minutes, tokens_per_step and learning_rate must be above 0; got {self}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must lie in [0, 1), got {self.warmup}")
+        if self.forward_dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"forward_dtype must be torch.bfloat16 or torch.float32, got {self.forward_dtype}")
 
     def rate(self, fraction: float) -> float:
         """Learning rate where ``fraction`` of the budget is spent."""
@@ -183,7 +185,7 @@ def recover(
             loss that is not finite.
     """
     masks = pruned_masks(model)
-    _check(model, teacher, ids)
+    _check(model, teacher, ids, settings)
     batches = _Batches(ids, settings)
     with (
         _trainable(model, masks, settings) as optimizer,
@@ -235,7 +237,7 @@ def pruned_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return masks
 
 
-def _check(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> None:
+def _check(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, settings: RecoverySettings) -> None:
     if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
         raise ValueError(f"ids must be int64 [n_sequences, length], not empty; got {ids.dtype} {tuple(ids.shape)}")
     sizes = [next(m.get_input_embeddings().parameters()).shape[0] for m in (model, teacher)]
@@ -243,6 +245,12 @@ def _check(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) 
         raise ValueError(f"the models' vocabularies have {sizes[0]} and {sizes[1]} tokens: give the model as it was")
     if int(ids.min()) < 0 or int(ids.max()) >= sizes[0]:
         raise ValueError(f"ids run from {int(ids.min())} to {int(ids.max())}, the vocabulary from 0 to {sizes[0] - 1}")
+    dtypes = {parameter.dtype for decoder in (model, teacher) for parameter in decoder.parameters()}
+    if settings.forward_dtype == torch.float32 and dtypes != {torch.float32}:
+        raise ValueError(
+            f"forwards in float32 need both models in float32, not {', '.join(sorted(map(str, dtypes)))}: load them "
+            "so, or leave forward_dtype at torch.bfloat16"
+        )
     if teacher is model:
         raise ValueError("the teacher is the pruned model itself: load the dense one beside it")
 

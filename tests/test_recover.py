@@ -215,6 +215,7 @@ def test_a_dense_model_is_refused(make_decoder, text):
         ({"steps": 0}, "above 0"),
         ({"steps": 3, "learning_rate": -1.0}, "above 0"),
         ({"steps": 3, "warmup": 1.0}, "warmup"),
+        ({"steps": 3, "forward_dtype": torch.float16}, "forward_dtype"),
     ],
 )
 def test_settings_that_will_not_do(words, message):
@@ -230,6 +231,8 @@ def test_what_does_not_fit_is_refused(pair, make_decoder, text):
         recover(model, teacher, text + 50, SHORT)
     with pytest.raises(ValueError, match="vocabularies"):
         recover(model, make_decoder("llama", vocab_size=99), text, SHORT)
+    with pytest.raises(ValueError, match="load them"):
+        recover(*pair("llama", torch.bfloat16), text, RecoverySettings(steps=1, forward_dtype=torch.float32))
     with pytest.raises(ValueError, match="itself"):
         recover(model, model, text, SHORT)
     with torch.no_grad():
