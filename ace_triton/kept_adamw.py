@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kernels.adamw import Moments, Step, adamw
+from .kernels.adamw import GradientMoments, Step, adamw
 
 BETAS = (0.9, 0.95)
 
@@ -34,11 +34,13 @@ class KeptAdamW:
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
         self._parameters = parameters
         self.values = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()}
-        self._moments = {name: Moments.like(value) for name, value in self.values.items()}
+        self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
         self._scales = {name: _scale_of(value) for name, value in self.values.items()}
         self._taken = dict.fromkeys(parameters, 0)
-        for name, parameter in parameters.items():
-            parameter.data = self.values[name].to(dtype)
+        self._rounds = dtype != torch.float32
+        held = {name: value.to(dtype) for name, value in self.values.items()}
+        for name, parameter in parameters.items():  # only when all are there: memory may run out
+            parameter.data = held[name]
 
     @torch.no_grad()
     def step(self, rate: float, largest: float) -> None:
@@ -48,20 +50,19 @@ class KeptAdamW:
             rate: of learning, in units of each parameter's scale.
             largest: norm that all gradients together are cut to.
         """
-        moving = {name: p for name, p in self._parameters.items() if p.grad is not None}
-        norm = nn.utils.get_total_norm([p.grad for p in moving.values() if p.grad is not None])
+        gradients = {name: p.grad.contiguous() for name, p in self._parameters.items() if p.grad is not None}
+        norm = nn.utils.get_total_norm(gradients.values())
         factor = (largest / (norm.float() + 1e-6)).clamp_(max=1.0)
-        for name, parameter in moving.items():
-            assert parameter.grad is not None
+        for name, gradient in gradients.items():
             self._taken[name] += 1
-            values, held = self.values[name], parameter.detach()
+            values, parameter = self.values[name], self._parameters[name]
             adamw(
                 values,
                 self._moments[name],
-                parameter.grad.contiguous(),
+                gradient,
                 Step(rate * self._scales[name], self._taken[name], BETAS),
                 factor=factor.to(values.device),
-                rounded=None if held.data_ptr() == values.data_ptr() else held,
+                rounded=parameter.detach() if self._rounds else None,
                 zeros_stay=values.dim() > 1,
             )
             parameter.grad = None

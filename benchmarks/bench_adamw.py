@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ace_triton.kernels.adamw import Moments, Step, adamw
+from ace_triton.kernels.adamw import GradientMoments, Step, adamw
 from benchmarks.agreement import Disagreement
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
@@ -21,7 +21,7 @@ def test_adamw(compare: Compare, shape: tuple[int, int], device: torch.device, t
     start, gradient, zeros = torch.randn(3, *((3, 100) if tiny else shape), device=device)
     mask, gradient, factor = zeros > 0, gradient.bfloat16(), torch.tensor(0.3, device=device)
     ours, rounded = start * mask, gradient.clone()
-    moments = Moments.like(ours)
+    moments = GradientMoments.like(ours)
     theirs = torch.nn.Parameter(ours.clone())
     optimizer = torch.optim.AdamW([theirs], lr=RATE, betas=BETAS, weight_decay=0.0, fused=True)
     taken = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ace_triton.kernels.adamw import Moments, Step, adamw
+from ace_triton.kernels.adamw import GradientMoments, Step, adamw
 from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
@@ -105,7 +105,7 @@ def select_rows_case(dtype: torch.dtype, cols: int, metric: str = "scale") -> Ca
 
 
 def moments_case(dtype: torch.dtype, masked: bool = False) -> Case:
-    """Moments of a batch of long sequences."""
+    """GradientMoments of a batch of long sequences."""
     valid = torch.ones(TOKENS[:2], dtype=torch.bool) if masked else None
     size = dtype.itemsize
     name = "moments, padding left out" if masked else "moments"
@@ -163,7 +163,7 @@ def adamw_case(dtype: torch.dtype) -> Case:
     def call() -> None:
         values, first, second = torch.empty(3, *SHAPE)
         gradient, rounded = torch.empty(2, *SHAPE, dtype=dtype)
-        adamw(values, Moments(first, second), gradient, Step(1e-3, 1), factor=torch.empty(1), rounded=rounded)
+        adamw(values, GradientMoments(first, second), gradient, Step(1e-3, 1), factor=torch.empty(1), rounded=rounded)
 
     return Case("adamw", dtype, call, SHAPE[0] * SHAPE[1], 24 + 2 * size, 24 + 2 * size)
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from ace_triton import ActivationStats, prune_linear
 from ace_triton.kernels import launch
-from ace_triton.kernels.adamw import Moments, Step, adamw
+from ace_triton.kernels.adamw import GradientMoments, Step, adamw
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
@@ -133,7 +133,7 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     logits, wanted = torch.randn(2, 64, 4 * cols).to(dtype)
     diverge = lambda: divergence(logits, wanted, into=logits)  # noqa: E731
     values, rounded = weight.float(), weight.clone()
-    kept, step, factor = Moments.like(values), Step(1e-3, 1), torch.ones(1)
+    kept, step, factor = GradientMoments.like(values), Step(1e-3, 1), torch.ones(1)
     train = lambda: adamw(values, kept, weight, step, factor=factor, rounded=rounded)  # noqa: E731
     return [
         count("select_nm 2:4, Wanda's terms", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 2, 4)),

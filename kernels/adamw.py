@@ -53,21 +53,21 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Moments:
+class GradientMoments:
     """Running means of a gradient and of its square, each fp32 in the values' shape."""
 
     first: torch.Tensor
     second: torch.Tensor
 
     @classmethod
-    def like(cls, values: torch.Tensor) -> Moments:
+    def like(cls, values: torch.Tensor) -> GradientMoments:
         """All 0."""
         return cls(torch.zeros_like(values), torch.zeros_like(values))
 
 
 def adamw(
     values: torch.Tensor,
-    moments: Moments,
+    moments: GradientMoments,
     gradient: torch.Tensor,
     step: Step,
     *,
@@ -107,13 +107,13 @@ def adamw(
 
 def adamw_reference(
     values: torch.Tensor,
-    moments: Moments,
+    moments: GradientMoments,
     gradient: torch.Tensor,
     step: Step,
     *,
     factor: torch.Tensor | None = None,
     zeros_stay: bool = True,
-) -> tuple[torch.Tensor, Moments]:
+) -> tuple[torch.Tensor, GradientMoments]:
     """The values and moments after the step in plain torch, in fp64; nothing is written."""
     old, first, second, slope = (of.detach().double() for of in (values, moments.first, moments.second, gradient))
     if factor is not None:
@@ -123,12 +123,12 @@ def adamw_reference(
     rate, gain_first, gain_second, unbias, eps = step.scalars
     first = first + gain_first * (slope - first)
     second = second + gain_second * (slope.square() - second)
-    return old - rate * first / (second.sqrt() * unbias + eps), Moments(first, second)
+    return old - rate * first / (second.sqrt() * unbias + eps), GradientMoments(first, second)
 
 
 def _check(
     values: torch.Tensor,
-    moments: Moments,
+    moments: GradientMoments,
     gradient: torch.Tensor,
     factor: torch.Tensor | None,
     rounded: torch.Tensor | None,
@@ -149,7 +149,7 @@ def _check(
 
 def _adamw_triton(
     values: torch.Tensor,
-    moments: Moments,
+    moments: GradientMoments,
     gradient: torch.Tensor,
     step: Step,
     factor: torch.Tensor | None,

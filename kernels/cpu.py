@@ -13,7 +13,7 @@ import torch
 from .cpu_library import call, library
 
 if TYPE_CHECKING:
-    from .adamw import Moments, Step
+    from .adamw import GradientMoments, Step
     from .column_scale import ColumnScale
     from .packed_nm import PackedNM
     from .score_terms import ScoreTerms
@@ -115,7 +115,7 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tenso
 
 def adamw(
     values: torch.Tensor,
-    moments: Moments,
+    moments: GradientMoments,
     gradient: torch.Tensor,
     step: Step,
     factor: torch.Tensor | None,

@@ -88,7 +88,7 @@ def load() -> ctypes.CDLL | str:
     if (sources := digest()) and sources != _built_from(loaded):
         raise RuntimeError(
             f"{built.name} was built from other sources than lie in {here / 'cpu'}; build it again "
-            "(python setup.py build_ext --inplace, or pip install .)"
+            "(python setup.py build_ext --inplace --force, or pip install .)"
         )
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)

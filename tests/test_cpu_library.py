@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ace_triton.kernels import cpu, cpu_library
-from ace_triton.kernels.adamw import Moments, Step, adamw
+from ace_triton.kernels.adamw import GradientMoments, Step, adamw
 from ace_triton.kernels.assignment import assignment
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, BackendError, choose_backend
 from ace_triton.kernels.column_scale import ColumnScale
@@ -103,7 +103,7 @@ def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
         results[f"variance {norm}"] = variance_factor(weight.float().square(), norm, 0.5, 0.01)
     results["losses"], results["gradient"] = divergence(weight, weight.flip(0))
     values, trained = weight.float(), weight.clone()
-    kept = Moments.like(values)
+    kept = GradientMoments.like(values)
     for number in (1, 2):
         adamw(values, kept, weight.flip(0), Step(0.1, number), factor=torch.tensor(0.3), rounded=trained)
     results |= {
@@ -220,7 +220,7 @@ def test_nothing_behind_a_tensor_is_touched(isas, before_a_guard_page, dtype, ro
     terms = ScoreTerms(place(full.row), place(full.col), place(full.scale), place(full.coupling))
     token_weights, gradient = place(torch.ones(2, rows)), place(torch.empty_like(weight))
     values, trained = place(matrix(rows, cols, torch.float32)), place(torch.empty_like(weight))
-    kept = Moments(place(torch.zeros(rows, cols)), place(torch.zeros(rows, cols)))
+    kept = GradientMoments(place(torch.zeros(rows, cols)), place(torch.zeros(rows, cols)))
     for isa in isas:
         cpu_library.use_isa(isa)
         for output in ("mask", "bits", "weight"):

@@ -1,4 +1,4 @@
-// The C ABI of what sums over tokens, sequences, or all of a weight.
+// The C ABI of what sums over tokens, sequences, or all of a weight, and of what a recovery's step takes.
 
 #include "gram_product.h"
 #include "threads.h"

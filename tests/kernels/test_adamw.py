@@ -7,23 +7,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ace_triton.kernels.adamw import Moments, Step, adamw, adamw_reference
+from ace_triton.kernels.adamw import GradientMoments, Step, adamw, adamw_reference
 from ace_triton.kernels.backend import interpreting
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST = 3000 if interpreting() else 100_000
 
 
-def make(size: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, Moments, torch.Tensor]:
+def make(size: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, GradientMoments, torch.Tensor]:
     """Values of which half are 0, moments that are 0 there, and a gradient that is not."""
     generator = torch.Generator().manual_seed(seed)
     values, first, second, gradient = torch.randn(4, size, generator=generator)
     kept = torch.rand(size, generator=generator) < 0.5
-    return values * kept, Moments(first * kept * 1e-3, second.square() * kept * 1e-6), (gradient * 1e-3).to(dtype)
+    return (
+        values * kept,
+        GradientMoments(first * kept * 1e-3, second.square() * kept * 1e-6),
+        (gradient * 1e-3).to(dtype),
+    )
 
 
 def check(values, moments, gradient, step, rounded=None, **options):
-    """Moments to fp32's rounding, what a value moves by to the rounding of the value."""
+    """GradientMoments to fp32's rounding, what a value moves by to the rounding of the value."""
     old = values.double()
     exact, exact_moments = adamw_reference(values, moments, gradient, step, **options)
     adamw(values, moments, gradient, step, rounded=rounded, **options)
@@ -55,7 +59,7 @@ def test_equals_reference(size, dtypes, number, factor, zeros_stay, seed):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5)])
 def test_many_steps_are_those_of_torch(betas):
     values, _, _ = make(700, torch.float32)
-    moments, theirs = Moments.like(values), values.double().requires_grad_()
+    moments, theirs = GradientMoments.like(values), values.double().requires_grad_()
     optimizer = torch.optim.AdamW([theirs], betas=betas, weight_decay=0.0)
     for number in range(1, 30):
         gradient = make(700, torch.float32, seed=number)[2]
@@ -68,7 +72,7 @@ def test_many_steps_are_those_of_torch(betas):
 
 def test_what_is_zero_stays_zero_whatever_its_gradient():
     values, _, gradient = make(999, torch.bfloat16)
-    moments, pruned = Moments.like(values), values == 0
+    moments, pruned = GradientMoments.like(values), values == 0
     gradient[pruned.nonzero()[::3, 0]] = torch.inf
     gradient[pruned.nonzero()[::5, 0]] = torch.nan
     rounded = values.bfloat16()
@@ -93,7 +97,7 @@ def test_any_number_of_dimensions():
     shape = (2, 3, 35)
     check(
         values.view(shape),
-        Moments(moments.first.view(shape), moments.second.view(shape)),
+        GradientMoments(moments.first.view(shape), moments.second.view(shape)),
         gradient.view(shape),
         Step(0.1, 1),
     )
@@ -116,7 +120,7 @@ def of_ones(**changed: torch.Tensor) -> dict[str, torch.Tensor]:
     ],
 )
 def test_says_what_is_wrong(tensors, message):
-    moments = Moments(tensors.pop("first"), tensors.pop("second"))
+    moments = GradientMoments(tensors.pop("first"), tensors.pop("second"))
     values, gradient = tensors.pop("values"), tensors.pop("gradient")
     with pytest.raises(ValueError, match=message):
         adamw(values, moments, gradient, Step(0.1, 1), **tensors)

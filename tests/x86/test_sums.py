@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ace_triton.kernels import launch
-from ace_triton.kernels.adamw import Moments, Step, adamw, adamw_reference
+from ace_triton.kernels.adamw import GradientMoments, Step, adamw, adamw_reference
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.column_scale import checked_column_scale, column_scale_reference
 from ace_triton.kernels.cosp_select import cosp_select, cosp_select_reference
@@ -117,7 +117,7 @@ def test_divergence(dtype, shape):
 def test_adamw(dtype, shape):
     values, gradient = make_matrix(*shape, dtype=torch.float32), make_matrix(*shape, dtype=dtype).flip(0)
     values[values.abs() < 0.5] = 0
-    moments, rounded, factor = Moments.like(values), torch.full_like(gradient, torch.nan), torch.tensor([0.3])
+    moments, rounded, factor = GradientMoments.like(values), torch.full_like(gradient, torch.nan), torch.tensor([0.3])
     pruned = values == 0
     for number in (1, 2):
         step = Step(1e-2, number, (0.9, 0.95))
