@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -130,6 +130,20 @@ def in_attention(block: Block, layer_name: str) -> bool:
         if any("mask" in parameter for parameter in inspect.signature(module.forward).parameters):
             return True
     return False
+
+
+def attention_first(block: Block, names: Iterable[str]) -> list[set[str]]:
+    """A block's layers in two parts: those of attention, and the others; one part where the other would be empty."""
+    attention = {name for name in names if in_attention(block, name)}
+    return [part for part in (attention, set(names) - attention) if part]
+
+
+def finished_modules(block: Block, names: Iterable[str], rest: Iterable[str]) -> list[nn.Module]:
+    """Modules directly below a block, no layers themselves, that hold some of its layers and none of ``rest``."""
+    children = dict(block.module.named_children())
+    paths = [[name.removeprefix(f"{block.name}.").split(".") for name in given] for given in (names, rest)]
+    held, pending = (dict.fromkeys(path[0] for path in given if len(path) > 1) for given in paths)
+    return [children[child] for child in held if child in children and child not in pending]
 
 
 def gated_consumers(layers: dict[str, nn.Module], groups: list[list[str]]) -> dict[str, str]:

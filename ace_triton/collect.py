@@ -70,9 +70,17 @@ class InputCollector:
 
     Layers that read the very same tensor in the first batch that reaches them form a group with one
     :class:`ActivationStats`, updated once a batch.
+
+    Args:
+        layers: by name.
+        needs: what is wanted of them.
+        clock: whose "statistics" count.
+        each_once: it is known that no batch calls a layer twice.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], needs: Needs, clock: Stopwatch) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], needs: Needs, clock: Stopwatch, *, each_once: bool = False
+    ) -> None:
         self._layers = layers
         self._names = {module: name for name, module in layers.items()}
         self._needs = needs
@@ -83,8 +91,13 @@ class InputCollector:
         self._shape = (0, 0)
         self._valid: torch.Tensor | None = None
         self._read: list[str] = []
-        self._each_once = False
+        self.each_once = each_once
         self._leave_early = False
+
+    @property
+    def reading(self) -> bool:
+        """Whether a layer has read its input in this batch."""
+        return bool(self._read)
 
     @property
     def groups(self) -> list[list[str]]:
@@ -119,15 +132,15 @@ class InputCollector:
                 with a row for every token of the batch, whatever their shape; others (the tokens routed to
                 one expert) count as one sequence without padding.
             leave_early: nothing is wanted but the statistics: what runs inside is left, by an exception that goes no
-                further than this, as soon as the last layer reads its input. The first batch runs whole, and shows
-                whether a layer is called more than once.
+                further than this, as soon as the last layer reads its input. Where it is not known that each is called
+                once, the first batch runs whole and shows it.
 
         Raises:
             PruneError: layers that shared an input before do not in this batch, an input was overwritten
                 before its statistics were complete, or outputs hold NaN or infinity.
         """
         self._shape, self._valid, self._read = shape, valid, []
-        self._leave_early = leave_early and self._each_once and not self._needs.outputs
+        self._leave_early = leave_early and self.each_once and not self._needs.outputs
         handles = [self._watch(module) for module in self._layers.values()]
         try:
             with (
@@ -135,7 +148,7 @@ class InputCollector:
                 watch_experts(self._layers, lambda layer, tokens, output: self._see(layer, (tokens,), {}, output)),
             ):
                 yield
-            self._each_once = len(set(self._read)) == len(self._read)
+            self.each_once = len(set(self._read)) == len(self._read)
             with self._clock.measure("statistics"):
                 self._settle()
             self._check_groups()

@@ -94,6 +94,11 @@ class Unit:
         """The layers whose inputs are wanted."""
         return {**self.layers, **self.feed_forward}
 
+    @property
+    def names_inside(self) -> frozenset[str]:
+        """Of the layers whose inputs are wanted, without the block's: blocks of a kind have the same."""
+        return frozenset(name.removeprefix(f"{self.name}.") for name in self.observed)
+
 
 class Plan:
     """What is pruned, and what is not.

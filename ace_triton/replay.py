@@ -18,19 +18,24 @@ from torch import nn
 from .batches import TRIAL_LENGTH, TRIAL_SEQUENCES, Batch
 from .blocks import Block
 from .collect import InputCollector
+from .finished import FinishedOutputs, forward_replaced
 from .timing import Stopwatch
 
 
 class Runner(Protocol):
     """What runs the calibration set through a model's blocks, in order."""
 
-    def run(self, index: int, collector: InputCollector | None, *, advance: bool) -> None:
+    def run(
+        self, index: int, collector: InputCollector | None, *, advance: bool, finished: Sequence[nn.Module] = ()
+    ) -> None:
         """Run block ``index`` on every batch.
 
         Args:
             index: of the block.
             collector: watches layers of it meanwhile.
             advance: whether these outputs are what the next block reads.
+            finished: modules of the block that will not change any more before it advances: their outputs may be
+                those of an earlier run.
         """
 
 
@@ -65,7 +70,14 @@ class WholeForward:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], clock: Stopwatch) -> None:
         self._model, self._batches, self._clock = model, batches, clock
 
-    def run(self, index: int, collector: InputCollector | None, *, advance: bool = True) -> None:
+    def run(
+        self,
+        index: int,
+        collector: InputCollector | None,
+        *,
+        advance: bool = True,
+        finished: Sequence[nn.Module] = (),
+    ) -> None:
         """As in :class:`Runner`; without a collector there is nothing to do."""
         if collector is not None:
             self.run_all(collector)
@@ -91,21 +103,47 @@ class Replay:
         self._blocks, self._batches, self._clock = blocks, batches, clock
         self.hidden: list[torch.Tensor] = []
         self._calls: list[list[_Call]] = []
+        self._outputs = FinishedOutputs()
+        self._reuses: dict[tuple[type, type], bool] = {}
         for batch in batches:
             calls = _record(model, blocks, batch, sizes)
             self.hidden.append(calls[0].hidden)
             calls = [call.with_hidden(None) for call in calls]
             self._calls.append(_sharing(calls, self._calls[-1]) if self._calls else calls)
 
-    def run(self, index: int, collector: InputCollector | None, *, advance: bool) -> None:
+    def run(
+        self, index: int, collector: InputCollector | None, *, advance: bool, finished: Sequence[nn.Module] = ()
+    ) -> None:
         """As in :class:`Runner`."""
         for number, batch in enumerate(self._batches):
-            with self._clock.measure("calibration"), ExitStack() as watched:
+            with self._clock.measure("calibration"), ExitStack() as inside:
+                known = [m for m in self._outputs.of(finished, number) if self._may_reuse(index, m, number)]
+                inside.enter_context(self._outputs.reused(known, number))
                 if collector is not None:
-                    watched.enter_context(collector.batch(batch.shape, batch.valid, leave_early=not advance))
-                output = self._calls[number][index].run(self._blocks[index].module, self.hidden[number])
+                    fresh = [module for module in finished if module not in known]
+                    inside.enter_context(self._outputs.kept(fresh, number, collector))
+                    inside.enter_context(collector.batch(batch.shape, batch.valid, leave_early=not advance))
+                output = self._call(index, number)
                 if advance:
                     self.hidden[number] = output
+        if advance:
+            self._outputs.forget()
+
+    def _call(self, index: int, number: int) -> torch.Tensor:
+        return self._calls[number][index].run(self._blocks[index].module, self.hidden[number])
+
+    def _may_reuse(self, index: int, module: nn.Module, number: int) -> bool:
+        """Whether blocks of this kind give the same with an output of this module that was kept; tried once for each
+        kind: a block may need more of a module than its output, or change that in place."""
+        kind = (type(self._blocks[index].module), type(module))
+        if kind not in self._reuses:
+            whole = self._call(index, number)
+            try:
+                with self._outputs.reused([module], number):
+                    self._reuses[kind] = _agree(self._call(index, number), whole)
+            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+                self._reuses[kind] = False
+        return self._reuses[kind]
 
 
 @contextmanager
@@ -254,22 +292,9 @@ def _record(model: nn.Module, blocks: Sequence[Block], batch: Batch, sizes: Sequ
 
     with ExitStack() as stubs:
         for block, size in zip(blocks, sizes, strict=True):
-            stubs.enter_context(_forward_replaced(block.module, stub(size)))
+            stubs.enter_context(forward_replaced(block.module, stub(size)))
         _forward(model, batch)
     return calls
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]
 
 
 def _sharing(calls: list[_Call], earlier: list[_Call]) -> list[_Call]:

@@ -94,7 +94,7 @@ def main(
     torch.set_num_threads(1)
     pruned, tokenizer = checkpoint.load(model)
     ids = load_calibration(calibration, tokenizer, samples=SAMPLES, length=LENGTH).ids
-    prune_model(pruned, ids, method, PATTERN, one_shot=True)
+    prune_model(pruned, ids, method, PATTERN, sequential="none")
     with tempfile.TemporaryDirectory() as folder:
         pairs = [
             measure(label, pruned.to(DTYPES[label]), tokenizer, Path(folder) / label, new_tokens, rounds)

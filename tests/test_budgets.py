@@ -87,7 +87,7 @@ def with_outliers(make_decoder, family: str = "llama"):
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "dass", "cosp", "varp", "ace", "sparsegpt"])
-@pytest.mark.parametrize("options", [{}, {"one_shot": True}, {"update": "lstsq"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sequential": "none"}, {"update": "lstsq"}], ids=str)
 def test_a_block_with_outliers_keeps_more_by_every_metric(make_decoder, ids, method, options):
     model = with_outliers(make_decoder)
     report = prune_model(model, ids, method, 0.5, budgets="outliers", **options)
@@ -103,7 +103,7 @@ def test_a_block_with_outliers_keeps_more_by_every_metric(make_decoder, ids, met
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "dass", "cosp", "varp", "ace", "sparsegpt"])
-@pytest.mark.parametrize("options", [{}, {"one_shot": True}, {"update": "lstsq", "permute": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sequential": "none"}, {"update": "lstsq", "permute": True}], ids=str)
 def test_of_n_m_a_block_with_outliers_keeps_one_more(make_decoder, ids, method, options):
     model = with_outliers(make_decoder)
     report = prune_model(model, ids, method, "4:8", budgets="outliers", **options)
@@ -120,11 +120,11 @@ def test_of_n_m_a_block_with_outliers_keeps_one_more(make_decoder, ids, method, 
     assert report.sparsity == "4:8"
 
 
-def test_experts_and_true_sequential(make_decoder, ids):
+def test_experts_in_turns(make_decoder, ids):
     report = prune_model(with_outliers(make_decoder, "qwen3_moe"), ids, "wanda", 0.5, budgets="outliers")
     assert len({layer.pattern for layer in report.layers}) == 3
     model = with_outliers(make_decoder)
-    report = prune_model(model, ids, "wanda", 0.5, budgets="outliers", true_sequential=True)
+    report = prune_model(model, ids, "wanda", 0.5, budgets="outliers", sequential="layers")
     assert len({layer.pattern for layer in report.layers}) == 3
 
 

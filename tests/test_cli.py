@@ -41,12 +41,13 @@ def test_prune_writes_what_it_says(prune, tmp_path, tiny_checkpoint, method):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_one_shot_and_options_change_the_result(prune, tmp_path):
+def test_sequential_and_options_change_the_result(prune, tmp_path):
     outs = {}
     for name, words in {
         "plain": (),
         "again": (),
-        "one-shot": ("--one-shot",),
+        "at once": ("--sequential", "none"),
+        "parts": ("--sequential", "parts"),
         "option": ("-o", "base=wanda", "-o", "reduce=abs"),
         "seed": ("--seed", 1),
         "half": ("--sparsity", "50%"),

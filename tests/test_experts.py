@@ -58,7 +58,7 @@ def test_every_expert_is_pruned(mixture, ids):
         assert {stack.expert_name(i) for i in range(4)} <= pruned
 
 
-@pytest.mark.parametrize("how", [{}, {"true_sequential": True}])
+@pytest.mark.parametrize("how", [{}, {"sequential": "layers"}])
 @pytest.mark.parametrize("family", sorted(MIXTURES.keys() - {"gpt_oss"}))
 def test_dass_groups_an_experts_gate_and_up_along_their_outputs(ids, family, how):
     model, transposed = make_mixture(family), MIXTURES[family][1]

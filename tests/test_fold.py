@@ -177,7 +177,7 @@ def order_between(dense: torch.Tensor, pruned: torch.Tensor, fold: Fold) -> torc
     return order - torch.arange(fold.pools)[:, None] * fold.shares * fold.width
 
 
-@pytest.mark.parametrize("options", [{"method": "cosp", "reduce": "abs"}, {"method": "dass"}, {"one_shot": True}])
+@pytest.mark.parametrize("options", [{"method": "cosp", "reduce": "abs"}, {"method": "dass"}, {"sequential": "none"}])
 def test_statistics_of_rows_and_couplings_move_along(make_decoder, ids, options):
     model, dense = make_decoder("llama"), make_decoder("llama")
     prune_model(model, ids, permute=True, **options)
@@ -215,7 +215,9 @@ def test_a_permuted_model_generates_what_it_did(make_decoder, ids, family):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [{"update": "lstsq"}, {"method": "sparsegpt"}, {"true_sequential": True}])
+@pytest.mark.parametrize(
+    "options", [{"update": "lstsq"}, {"method": "sparsegpt"}, {"sequential": "layers"}, {"sequential": "parts"}]
+)
 def test_composes_with_what_moves_weights(make_decoder, ids, options):
     """The Gram matrix moves along: the output error falls as it does for the reordered model."""
     model = make_decoder("llama")
@@ -233,5 +235,5 @@ def test_composes_with_what_moves_weights(make_decoder, ids, options):
 
 
 def test_dass_cannot_reorder_what_it_has_pruned(make_decoder, ids):
-    with pytest.raises(ValueError, match="leave one of them out"):
-        prune_model(make_decoder("llama"), ids, "dass", permute=True, true_sequential=True)
+    with pytest.raises(ValueError, match='leave permute out, or take sequential="parts"'):
+        prune_model(make_decoder("llama"), ids, "dass", permute=True, sequential="layers")

@@ -45,12 +45,12 @@ def published_score(method: str, weight: torch.Tensor, tokens: torch.Tensor) -> 
     return (weight / weight.sum(0, keepdim=True) + weight / weight.sum(1, keepdim=True)) * norm.sqrt()
 
 
-def prune_naively(model: nn.Module, ids: torch.Tensor, method: str, sparsity: str | float, one_shot: bool) -> None:
-    """Sequential or one-shot pruning by full forwards of the model, sharing nothing with the package."""
+def prune_naively(model: nn.Module, ids: torch.Tensor, method: str, sparsity: str | float, sequential: str) -> None:
+    """Pruning block by block or at once, by full forwards of the model, sharing nothing with the package."""
     everything = [(f"{i}.{n}", m) for i, block in enumerate(model.model.layers) for n, m in block.named_modules()]
     linears = [(name, layer) for name, layer in everything if isinstance(layer, nn.Linear)]
     blocks = [[layer for name, layer in linears if name.startswith(f"{i}.")] for i in range(len(model.model.layers))]
-    for layers in [[layer for block in blocks for layer in block]] if one_shot else blocks:
+    for layers in [[layer for block in blocks for layer in block]] if sequential == "none" else blocks:
         seen = {}
         hooks = [m.register_forward_hook(lambda m, args, _out, s=seen: s.update({m: args[0]})) for m in layers]
         with torch.no_grad():
@@ -66,48 +66,65 @@ def prune_naively(model: nn.Module, ids: torch.Tensor, method: str, sparsity: st
             layer.weight.data[pruned.reshape(score.shape)] = 0
 
 
-@pytest.mark.parametrize("one_shot", [False, True])
+@pytest.mark.parametrize("sequential", ["blocks", "none"])
 @pytest.mark.parametrize("sparsity", ["2:4", 0.5])
 @pytest.mark.parametrize("method", ["wanda", "ria"])
-def test_masks_are_those_of_a_naive_implementation(make_decoder, ids, method, sparsity, one_shot):
+def test_masks_are_those_of_a_naive_implementation(make_decoder, ids, method, sparsity, sequential):
     ours, naive = make_decoder("llama"), make_decoder("llama")
-    prune_model(ours, ids, method, sparsity, one_shot=one_shot, batch_size=4)
-    prune_naively(naive, ids, method, sparsity, one_shot)
+    prune_model(ours, ids, method, sparsity, sequential=sequential, batch_size=4)
+    prune_naively(naive, ids, method, sparsity, sequential)
     for name, mask in masks(naive).items():
         assert torch.equal(masks(ours)[name], mask), name
 
 
-def test_one_shot_and_sequential_differ_after_the_first_block(make_decoder, ids):
-    sequential, one_shot = make_decoder("llama"), make_decoder("llama")
-    prune_model(sequential, ids, "wanda")
-    prune_model(one_shot, ids, "wanda", one_shot=True)
-    differing = {
-        name.split(".")[2] for name, mask in masks(one_shot).items() if not mask.equal(masks(sequential)[name])
-    }
+def test_all_at_once_and_block_by_block_differ_after_the_first_block(make_decoder, ids):
+    by_block, at_once = make_decoder("llama"), make_decoder("llama")
+    prune_model(by_block, ids, "wanda")
+    prune_model(at_once, ids, "wanda", sequential="none")
+    differing = {name.split(".")[2] for name, mask in masks(at_once).items() if not mask.equal(masks(by_block)[name])}
     assert differing == {"1", "2"}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
-def test_true_sequential_is_one_input_after_the_other(make_decoder, ids, family):
-    """The same as pruning the layers of each input in a call of their own, the others dense."""
+TURNS = {
+    ("llama", "layers"): (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)),
+    ("gpt2", "layers"): (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+    ("qwen3_moe", "layers"): (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
+    ("opt", "layers"): (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)),
+    ("llama", "parts"): (("self_attn*",), ("mlp*",)),
+    ("gpt2", "parts"): (("attn*",), ("mlp*",)),
+    ("qwen3_moe", "parts"): (("self_attn*",), ("mlp*",)),
+    ("opt", "parts"): (("self_attn*",), ("fc1", "fc2")),
+    ("gpt_neox", "parts"): (("attention*",), ("mlp*",)),
+}
+
+
+@pytest.mark.parametrize(("family", "sequential"), TURNS)
+def test_turns_inside_a_block_are_prunings_of_their_own(make_decoder, ids, family, sequential):
+    """The same as pruning the layers of each turn in a call of their own, the others dense."""
     model, by_hand = make_decoder(family), make_decoder(family)
-    prune_model(model, ids, "wanda", true_sequential=True)
-    turns = {
-        "llama": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)),
-        "gpt2": (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
-        "qwen3_moe": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
-    }[family]
+    prune_model(model, ids, "wanda", sequential=sequential, batch_size=2)
     for block in find_blocks(by_hand):
-        for turn in turns:
+        for turn in TURNS[family, sequential]:
             prune_model(by_hand, ids, "wanda", include=[f"{block.name}.*{name}" for name in turn])
     weights = by_hand.state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight != 0, weights[name] != 0), name
 
 
-def test_true_sequential_and_one_shot_exclude_each_other(make_decoder, ids):
-    with pytest.raises(ValueError, match="choose one of them"):
-        prune_model(make_decoder("llama"), ids, "wanda", one_shot=True, true_sequential=True)
+@pytest.mark.parametrize(("sequential", "batches"), [("parts", 2 * 2), ("layers", 3 * 2)])
+def test_finished_attention_is_not_computed_again(make_decoder, ids, sequential, batches):
+    model, calls = make_decoder("llama"), []
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+    attention.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    prune_model(model, ids, "wanda", sequential=sequential, batch_size=3)
+    trials = 3
+    assert len(calls) == batches + trials
+
+
+def test_an_unknown_turn_is_refused(make_decoder, ids):
+    with pytest.raises(ValueError, match="sequential must be one of none, blocks, parts, layers; got 'sideways'"):
+        prune_model(make_decoder("llama"), ids, "wanda", sequential="sideways")
 
 
 def check_pattern(weight: torch.Tensor, sparsity: str | float, axis: str) -> None:
@@ -163,14 +180,14 @@ def test_options_reach_the_metric(make_decoder, ids, method, option):
     assert not same_masks(plain, other)
 
 
-@pytest.mark.parametrize("one_shot", [False, True])
+@pytest.mark.parametrize("sequential", ["blocks", "none"])
 @pytest.mark.parametrize("method", ["ace", "stade"])
-def test_batches_do_not_matter(make_decoder, ids, method, one_shot):
+def test_batches_do_not_matter(make_decoder, ids, method, sequential):
     whole = make_decoder("llama")
-    prune_model(whole, ids, method, batch_size=6, one_shot=one_shot)
+    prune_model(whole, ids, method, batch_size=6, sequential=sequential)
     for size in (1, 4):
         parts = make_decoder("llama")
-        prune_model(parts, ids, method, batch_size=size, one_shot=one_shot)
+        prune_model(parts, ids, method, batch_size=size, sequential=sequential)
         assert same_masks(whole, parts)
 
 
@@ -332,14 +349,14 @@ def test_include_and_exclude(make_decoder, ids):
     assert report.skipped == ()
 
 
-@pytest.mark.parametrize("one_shot", [False, True])
-def test_the_head_is_pruned_where_it_is_asked_for(make_decoder, ids, one_shot):
+@pytest.mark.parametrize("sequential", ["blocks", "none"])
+def test_the_head_is_pruned_where_it_is_asked_for(make_decoder, ids, sequential):
     model = make_decoder("llama")
-    report = prune_model(model, ids, "wanda", include=["lm_head", "*.o_proj"], one_shot=one_shot)
+    report = prune_model(model, ids, "wanda", include=["lm_head", "*.o_proj"], sequential=sequential)
     assert [layer.name for layer in report.layers][-1] == "lm_head"
     assert len(report.layers) == 4
     naive = make_decoder("llama")
-    if not one_shot:
+    if sequential == "blocks":
         prune_model(naive, ids, "wanda", include="*.o_proj")
     seen = []
     naive.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
@@ -372,16 +389,16 @@ class Relay(nn.Module):
         return self.inner(x) * has_it
 
 
-@pytest.mark.parametrize("one_shot", [False, True])
-def test_models_that_cannot_be_replayed_get_the_same_masks(make_decoder, ids, one_shot):
+@pytest.mark.parametrize("sequential", ["blocks", "none"])
+def test_models_that_cannot_be_replayed_get_the_same_masks(make_decoder, ids, sequential):
     odd, plain = make_decoder("llama"), make_decoder("llama")
     baton: set[str] = set()
     first, _, last = odd.model.layers
     first.mlp.act_fn = Relay(first.mlp.act_fn, baton, hands=True)
     last.mlp.act_fn = Relay(last.mlp.act_fn, baton, hands=False)
     with pytest.warns(UserWarning, match="cannot be run one at a time"):
-        prune_model(odd, ids, one_shot=one_shot)
-    prune_model(plain, ids, one_shot=one_shot)
+        prune_model(odd, ids, sequential=sequential)
+    prune_model(plain, ids, sequential=sequential)
     assert same_masks(plain, odd)
 
 
@@ -390,7 +407,7 @@ def test_progress_and_report(make_decoder, ids):
     report = prune_model(make_decoder("llama"), ids, "ria", Sparsity("1:4"), progress=lambda *step: seen.append(step))
     assert seen == [(1, 3, "model.layers.0"), (2, 3, "model.layers.1"), (3, 3, "model.layers.2")]
     told = json.loads(json.dumps(report.to_dict()))
-    added = ["permutation", "update", "budgets"]
+    added = ["permutation", "update", "budgets", "sequential"]
     assert list(told) == ["method", "sparsity", "seconds", "peak_bytes", "layers", "skipped", *added]
     assert (told["method"], told["sparsity"]) == ("ria", "1:4")
     assert told["layers"][0] == {"name": "model.layers.0.self_attn.q_proj", "kept": 0.25, "pattern": "1:4"}
@@ -478,22 +495,37 @@ def test_quantised_weights_are_refused(make_decoder, ids):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gpt_neox"])
-@pytest.mark.parametrize("how", [{}, {"true_sequential": True}, {"one_shot": True}])
-def test_a_block_that_is_left_early_is_pruned_the_same(make_decoder, ids, monkeypatch, family, how):
+@pytest.mark.parametrize("sequential", ["none", "blocks", "parts", "layers"])
+def test_a_block_that_is_left_early_is_pruned_the_same(make_decoder, ids, monkeypatch, family, sequential):
     pruned = []
     batch = InputCollector.batch
     for early in (True, False):
         model = make_decoder(family)
         if not early:
             monkeypatch.setattr(InputCollector, "batch", lambda self, shape, valid, **_: batch(self, shape, valid))
-        prune_model(model, ids, "wanda", "2:4", batch_size=2, **how)
+        prune_model(model, ids, "wanda", "2:4", batch_size=2, sequential=sequential)
         pruned.append(model.state_dict())
     assert all(torch.equal(pruned[0][name], weight) for name, weight in pruned[1].items())
 
 
-def test_only_the_first_batch_runs_a_block_whole_before_it_is_pruned(make_decoder, ids):
+def test_only_the_first_batch_of_the_first_block_runs_it_whole_before_it_is_pruned(make_decoder, ids):
     model, calls = make_decoder("llama"), []
-    last = model.model.layers[1].mlp.down_proj
-    last.register_forward_hook(lambda _module, args, _output: calls.append(args[0].shape[0]))
+    for index in (0, 1):
+        last = model.model.layers[index].mlp.down_proj
+        last.register_forward_hook(lambda _m, args, _o, index=index: calls.append((index, args[0].shape[0])))
     prune_model(model, ids, "wanda", "2:4", batch_size=3)
-    assert calls.count(3) == 1 + 2
+    assert calls.count((0, 3)) == 1 + 2
+    assert calls.count((1, 3)) == 0 + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sequential"),
+    [
+        ({}, "blocks"),
+        ({"update": "rescale"}, "blocks"),
+        ({"update": "lstsq"}, "parts"),
+        ({"method": "magnitude"}, None),
+    ],
+)
+def test_attention_comes_first_where_weights_are_fitted(make_decoder, ids, options, sequential):
+    assert prune_model(make_decoder("llama"), ids, **{"method": "wanda", **options}).sequential == sequential

@@ -1,11 +1,14 @@
 """Running blocks one at a time gives what the model's own forward gives."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from ace_triton.batches import Batch
 from ace_triton.blocks import find_blocks
+from ace_triton.prune_model import prune_model
 from ace_triton.replay import Replay, WholeForward, calibration_mode, make_runner
 from ace_triton.timing import Stopwatch
 
@@ -171,3 +174,39 @@ def test_stubs_are_taken_out_after_an_error(make_decoder, ids):
         runner_of(model, failing)
     assert vars(model.model.layers[0])["forward"] is patched
     assert "forward" not in vars(model.model.layers[1])
+
+
+class AttentionAdded(nn.Module):
+    """A block that adds to its attention's output in place: an output that was kept would hold the sum."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = block.self_attn, block.mlp
+        self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        attended.add_(hidden_states)
+        return attended + self.mlp(self.post_attention_layernorm(attended))
+
+
+@pytest.mark.parametrize("sequential", ["parts", "layers"])
+def test_outputs_that_a_block_changes_are_computed_again(make_decoder, ids, sequential):
+    model, plain = make_decoder("llama"), make_decoder("llama")
+    model.model.layers = nn.ModuleList(AttentionAdded(block) for block in model.model.layers)
+    for decoder in (model, plain):
+        prune_model(decoder, ids, "wanda", sequential=sequential, batch_size=2)
+    weights = plain.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sequential", ["parts", "layers"])
+def test_outputs_of_finished_modules_change_nothing(make_decoder, ids, family, sequential, monkeypatch):
+    pruned = []
+    for reuse in (True, False):
+        model = make_decoder(family)
+        if not reuse:
+            monkeypatch.setattr(Replay, "_may_reuse", lambda *_: False)
+        prune_model(model, ids, "wanda", sequential=sequential, batch_size=2)
+        pruned.append(model.state_dict())
+    assert all(torch.equal(weight, pruned[1][name]) for name, weight in pruned[0].items())

@@ -98,7 +98,7 @@ def packed(smollm2, tmp_path_factory):
     """The model pruned to 2:4 in fp32, the same out of a packed folder, its tokenizer, and the folder."""
     dense, tokenizer = copy.deepcopy(smollm2[0]).float(), smollm2[1]
     stream = token_stream(read_documents("pydoc:calibration"), tokenizer)
-    prune_model(dense, crop(stream, 8, 32, seed=0), "wanda", "2:4", one_shot=True)
+    prune_model(dense, crop(stream, 8, 32, seed=0), "wanda", "2:4", sequential="none")
     sparse = copy.deepcopy(dense)
     assert len(sparsify(sparse).layers) == 210
     folder = tmp_path_factory.mktemp("smollm2") / "packed"

@@ -68,7 +68,7 @@ def measured(
     return Tally(results)
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, Recipe(minutes=5), PUBLISHED[0].recipe, Recipe(true_sequential=True)])
+@pytest.mark.parametrize("recipe", [*RECIPES, Recipe(minutes=5), PUBLISHED[0].recipe, Recipe(sequential="layers")])
 def test_a_recipe_lives_in_a_cells_record(recipe):
     cell = Cell(ACE.with_recipe(recipe), "2:4", 16, 0)
     written = json.loads(json.dumps(cell.to_dict()))
@@ -97,7 +97,7 @@ def test_records_from_before_recipes_are_plain():
 
 
 def test_what_is_said_of_a_recipe():
-    assert shown_variant(UPDATED) == "ACE, permuted, lstsq"
+    assert shown_variant(UPDATED) == "ACE, permuted, lstsq, part by part"
     assert shown_variant(WANDA.with_recipe(Recipe(update=Update(damping=0.5), minutes=2.5))) == (
         "Wanda, lstsq, damping=0.5, 2.5 min of recovery"
     )
@@ -151,7 +151,7 @@ def test_a_study_of_quality_end_to_end(study, protocol, tmp_path):
     assert results.dense.further == (Evaluation(32, perplexity(model, ids, length=32, windows=2).perplexity),)
     for recipe in RECIPES:
         model.load_state_dict(dense)
-        how = {"permute": recipe.permute, "update": recipe.update}
+        how = {"permute": recipe.permute, "update": recipe.update, "sequential": recipe.sequential}
         prune_model(model, crop(token_stream(text, tokenizer), 4, 16, 0), "ace", "2:4", **how)
         found = results.cells[Cell(ACE.with_recipe(recipe), "2:4", 16, 0)]
         assert found.perplexity == perplexity(model, ids, length=16, windows=4).perplexity

@@ -153,7 +153,7 @@ def block_outputs_error(model, dense, ids) -> float:
     return float(difference.square().sum())
 
 
-@pytest.mark.parametrize("options", [{}, {"one_shot": True}, {"batch_size": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sequential": "none"}, {"batch_size": 1}], ids=str)
 def test_a_model_errs_less_on_its_calibration_text(make_decoder, ids, options):
     dense, alone = make_decoder("llama"), make_decoder("llama")
     prune_model(alone, ids, "wanda", **options)

@@ -53,17 +53,18 @@ def prune(
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences a forward; left out, about 2,048 tokens' worth.")
     ] = None,
-    one_shot: Annotated[
-        bool, typer.Option("--one-shot", help="One forward a block: statistics of the dense model.")
-    ] = False,
+    sequential: Annotated[
+        str | None,
+        typer.Option(
+            help="What is pruned between two looks at the model: 'none' (all at once, in half the time), 'blocks' (the "
+            "default), a block's 'parts' (attention first; the default with lstsq) or the 'layers' that share an input."
+        ),
+    ] = None,
     permute: Annotated[
         bool,
         typer.Option(
             "--permute", help="For n:m: first reorder channels, where it costs nothing, so that less is lost."
         ),
-    ] = False,
-    true_sequential: Annotated[
-        bool, typer.Option("--true-sequential", help="Inside a block too, prune by what pruned layers give.")
     ] = False,
     include: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No layers whose name matches (repeatable).")] = None,
@@ -119,8 +120,7 @@ def prune(
             sequences,
             method,
             pattern,
-            one_shot=one_shot,
-            true_sequential=true_sequential,
+            sequential=sequential,  # type: ignore[arg-type]
             permute=permute,
             update=request.update,
             budgets=budgets,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from ..prune_model import Sequential
 from ..update import Update
+
+_TURNS = {"none": "at once", "parts": "part by part", "layers": "layer by layer"}
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Recipe:
     Attributes:
         permute: channels are reordered first.
         update: how kept weights are moved.
-        true_sequential: inside a block too, layers see what pruned layers give.
+        sequential: what is pruned between two looks, as in :func:`~ace_triton.prune_model.prune_model`.
         budgets: by what the blocks' shares are set; None for the same in all.
         minutes: of recovery afterwards; None for none.
         published: nothing is added, and pruning is done as the published code does it (:mod:`.published_model`).
@@ -27,13 +30,13 @@ class Recipe:
 
     permute: bool = False
     update: Update | None = None
-    true_sequential: bool = False
+    sequential: Sequential = "blocks"
     budgets: str | None = None
     minutes: float | None = None
     published: bool = False
 
     def __post_init__(self) -> None:
-        if self.published and any((self.permute, self.update, self.true_sequential, self.budgets, self.minutes)):
+        if self.published and replace(self, published=False) != Recipe():
             raise ValueError(f"nothing is added to a published form; got {self}")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
             raise ValueError(f"minutes of recovery must be above 0, or None for none; got {self.minutes}")
@@ -43,7 +46,7 @@ class Recipe:
         """("permuted", "lstsq", "12 mask rounds", "5 min of recovery"); none of the empty recipe."""
         said = ["permuted"] if self.permute else []
         said += [] if self.update is None else _words_of(self.update)
-        said += ["true sequential"] if self.true_sequential else []
+        said += [] if self.sequential == "blocks" else [_TURNS[self.sequential]]
         said += [] if self.budgets is None else [f"shares by {self.budgets}"]
         said += ["published form"] if self.published else []
         said += [] if self.minutes is None else [f"{self.minutes:g} min of recovery"]

@@ -174,7 +174,7 @@ class Workbench:
             cell.sparsity,
             permute=recipe.permute,
             update=recipe.update,
-            true_sequential=recipe.true_sequential,
+            sequential=recipe.sequential,
             budgets=recipe.budgets,
             **dict(cell.variant.options),
         )
