@@ -132,12 +132,6 @@ def in_attention(block: Block, layer_name: str) -> bool:
     return False
 
 
-def attention_first(block: Block, names: Iterable[str]) -> list[set[str]]:
-    """A block's layers in two parts: those of attention, and the others; one part where the other would be empty."""
-    attention = {name for name in names if in_attention(block, name)}
-    return [part for part in (attention, set(names) - attention) if part]
-
-
 def finished_modules(block: Block, names: Iterable[str], rest: Iterable[str]) -> list[nn.Module]:
     """Modules directly below a block, no layers themselves, that hold some of its layers and none of ``rest``."""
     children = dict(block.module.named_children())

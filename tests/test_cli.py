@@ -47,7 +47,7 @@ def test_sequential_and_options_change_the_result(prune, tmp_path):
         "plain": (),
         "again": (),
         "at once": ("--sequential", "none"),
-        "parts": ("--sequential", "parts"),
+        "layers": ("--sequential", "layers"),
         "option": ("-o", "base=wanda", "-o", "reduce=abs"),
         "seed": ("--seed", 1),
         "half": ("--sparsity", "50%"),

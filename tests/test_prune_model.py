@@ -86,44 +86,38 @@ def test_all_at_once_and_block_by_block_differ_after_the_first_block(make_decode
 
 
 TURNS = {
-    ("llama", "layers"): (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)),
-    ("gpt2", "layers"): (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
-    ("qwen3_moe", "layers"): (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
-    ("opt", "layers"): (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)),
-    ("llama", "parts"): (("self_attn*",), ("mlp*",)),
-    ("gpt2", "parts"): (("attn*",), ("mlp*",)),
-    ("qwen3_moe", "parts"): (("self_attn*",), ("mlp*",)),
-    ("opt", "parts"): (("self_attn*",), ("fc1", "fc2")),
-    ("gpt_neox", "parts"): (("attention*",), ("mlp*",)),
+    "llama": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)),
+    "gpt2": (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+    "qwen3_moe": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
+    "opt": (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)),
 }
 
 
-@pytest.mark.parametrize(("family", "sequential"), TURNS)
-def test_turns_inside_a_block_are_prunings_of_their_own(make_decoder, ids, family, sequential):
+@pytest.mark.parametrize("family", TURNS)
+def test_turns_inside_a_block_are_prunings_of_their_own(make_decoder, ids, family):
     """The same as pruning the layers of each turn in a call of their own, the others dense."""
     model, by_hand = make_decoder(family), make_decoder(family)
-    prune_model(model, ids, "wanda", sequential=sequential, batch_size=2)
+    prune_model(model, ids, "wanda", sequential="layers", batch_size=2)
     for block in find_blocks(by_hand):
-        for turn in TURNS[family, sequential]:
+        for turn in TURNS[family]:
             prune_model(by_hand, ids, "wanda", include=[f"{block.name}.*{name}" for name in turn])
     weights = by_hand.state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight != 0, weights[name] != 0), name
 
 
-@pytest.mark.parametrize(("sequential", "batches"), [("parts", 2 * 2), ("layers", 3 * 2)])
-def test_finished_attention_is_not_computed_again(make_decoder, ids, sequential, batches):
+def test_finished_attention_is_not_computed_again(make_decoder, ids):
     model, calls = make_decoder("llama"), []
     attention = model.model.layers[1].self_attn
     forward = attention.forward
     attention.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
-    prune_model(model, ids, "wanda", sequential=sequential, batch_size=3)
-    trials = 3
-    assert len(calls) == batches + trials
+    prune_model(model, ids, "wanda", sequential="layers", batch_size=3)
+    trials, turns, batches = 3, 3, 2
+    assert len(calls) == trials + turns * batches
 
 
 def test_an_unknown_turn_is_refused(make_decoder, ids):
-    with pytest.raises(ValueError, match="sequential must be one of none, blocks, parts, layers; got 'sideways'"):
+    with pytest.raises(ValueError, match="sequential must be one of none, blocks, layers; got 'sideways'"):
         prune_model(make_decoder("llama"), ids, "wanda", sequential="sideways")
 
 
@@ -495,7 +489,7 @@ def test_quantised_weights_are_refused(make_decoder, ids):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gpt_neox"])
-@pytest.mark.parametrize("sequential", ["none", "blocks", "parts", "layers"])
+@pytest.mark.parametrize("sequential", ["none", "blocks", "layers"])
 def test_a_block_that_is_left_early_is_pruned_the_same(make_decoder, ids, monkeypatch, family, sequential):
     pruned = []
     batch = InputCollector.batch
@@ -516,16 +510,3 @@ def test_only_the_first_batch_of_the_first_block_runs_it_whole_before_it_is_prun
     prune_model(model, ids, "wanda", "2:4", batch_size=3)
     assert calls.count((0, 3)) == 1 + 2
     assert calls.count((1, 3)) == 0 + 2
-
-
-@pytest.mark.parametrize(
-    ("options", "sequential"),
-    [
-        ({}, "blocks"),
-        ({"update": "rescale"}, "blocks"),
-        ({"update": "lstsq"}, "parts"),
-        ({"method": "magnitude"}, None),
-    ],
-)
-def test_attention_comes_first_where_weights_are_fitted(make_decoder, ids, options, sequential):
-    assert prune_model(make_decoder("llama"), ids, **{"method": "wanda", **options}).sequential == sequential

@@ -97,7 +97,7 @@ def test_records_from_before_recipes_are_plain():
 
 
 def test_what_is_said_of_a_recipe():
-    assert shown_variant(UPDATED) == "ACE, permuted, lstsq, part by part"
+    assert shown_variant(UPDATED) == "ACE, permuted, lstsq"
     assert shown_variant(WANDA.with_recipe(Recipe(update=Update(damping=0.5), minutes=2.5))) == (
         "Wanda, lstsq, damping=0.5, 2.5 min of recovery"
     )

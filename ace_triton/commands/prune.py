@@ -54,12 +54,12 @@ def prune(
         int | None, typer.Option(help="Sequences a forward; left out, about 2,048 tokens' worth.")
     ] = None,
     sequential: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="What is pruned between two looks at the model: 'none' (all at once, in half the time), 'blocks' (the "
-            "default), a block's 'parts' (attention first; the default with lstsq) or the 'layers' that share an input."
+            help="What is pruned between two looks at the model: 'none' (all at once, in half the time), 'blocks', or "
+            "the 'layers' of a block that share an input."
         ),
-    ] = None,
+    ] = "blocks",
     permute: Annotated[
         bool,
         typer.Option(

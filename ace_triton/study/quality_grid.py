@@ -14,7 +14,7 @@ PATTERN = "2:4"
 
 RESCALE, LEAST_SQUARES = Update("rescale"), Update()
 
-BEST = Recipe(permute=True, update=LEAST_SQUARES, sequential="parts")
+BEST = Recipe(permute=True, update=LEAST_SQUARES)
 """What recovery goes on from."""
 
 RECIPES = (
@@ -22,7 +22,6 @@ RECIPES = (
     Recipe(permute=True),
     Recipe(permute=True, update=RESCALE),
     Recipe(update=LEAST_SQUARES),
-    Recipe(permute=True, update=LEAST_SQUARES),
     BEST,
 )
 """From cheap to dear."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..prune_model import Sequential
 from ..update import Update
 
-_TURNS = {"none": "at once", "parts": "part by part", "layers": "layer by layer"}
+_TURNS = {"none": "at once", "layers": "layer by layer"}
 
 
 @dataclass(frozen=True)
