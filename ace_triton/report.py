@@ -100,6 +100,7 @@ def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
     first, last = result.losses[:most], result.losses[-most:]
     table.add_row("steps", f"{result.steps:,}")
     table.add_row("tokens", f"{result.tokens:,}")
+    table.add_row("passes over the text", f"{result.passes:.2f}")
     table.add_row("time", f"{result.seconds:.0f} s")
     table.add_row("loss at first", f"{sum(first) / len(first):.3f} nats a token")
     table.add_row("loss at last", f"{sum(last) / len(last):.3f} nats a token")

@@ -250,7 +250,9 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     code, shown, errors = command("recover", pruned, out, *small, "--steps", 3, "--tokens-per-step", 32, "--json", told)
     assert code == 0, errors
     assert "loss at last" in shown
+    assert "outlasted the text" in shown
     assert json.loads(told.read_text())["steps"] == 3
+    assert json.loads(told.read_text())["passes"] == 3 * 32 / (4 * 16)
     before, after = (checkpoint.load(folder)[0] for folder in (pruned, out))
     masks = pruned_masks(before)
     assert masks.keys() == pruned_masks(after).keys()
@@ -259,6 +261,9 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     assert facts["source"] == str(tiny_checkpoint)
     assert facts["recovery"]["steps"] == 3
     assert not list(tmp_path.glob(".out*"))
+    code, shown, errors = command("recover", pruned, tmp_path / "once", *small, "--steps", 2, "--tokens-per-step", 32)
+    assert code == 0, errors
+    assert "outlasted" not in shown
     code, _, errors = command("recover", tiny_checkpoint, tmp_path / "other", *small, "--steps", 1)
     assert code == 1
     assert "--teacher" in errors

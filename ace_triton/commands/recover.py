@@ -80,4 +80,10 @@ def recover(
     if json:
         report.write_json(json, result.to_dict())
     console.print(report.recovery_table(result))
+    if result.passes > 1:
+        console.print(
+            "The budget outlasted the text: what is read again is learnt by heart and helps little on other text. More "
+            "text (--calibration, --samples), or fewer minutes, would serve better.",
+            soft_wrap=True,
+        )
     console.print(f"written to {escape(str(out))}", soft_wrap=True)
