@@ -66,6 +66,13 @@ def test_sequential_and_options_change_the_result(prune, tmp_path):
     assert not bool((outs["one block"]["model.layers.1.self_attn.q_proj.weight"] != 0).all())
 
 
+def test_an_unknown_turn_is_refused_before_anything_is_read(command, tmp_path):
+    code, _, errors = command("prune", tmp_path / "none", tmp_path / "out", "--sequential", "sideways")
+    assert code == 2
+    assert "sideways" in errors
+    assert "'layers'" in errors
+
+
 def test_evaluate_and_info(command, prune, some_text, tmp_path):
     prune(tmp_path / "out")
     code, out, _ = command(

@@ -16,7 +16,7 @@ from ..calibration import load_calibration
 from ..metrics import metric_names
 from ..packed_checkpoint import save_packed
 from ..progress import progress_bar, stage
-from ..prune_model import prune_model
+from ..prune_model import Sequential, prune_model
 from ..request import Request
 from ..sparsify import sparsify
 from ..sparsity import Sparsity
@@ -54,7 +54,7 @@ def prune(
         int | None, typer.Option(help="Sequences a forward; left out, about 2,048 tokens' worth.")
     ] = None,
     sequential: Annotated[
-        str,
+        Sequential,
         typer.Option(
             help="What is pruned between two looks at the model: 'none' (all at once, in half the time), 'blocks', or "
             "the 'layers' of a block that share an input."
@@ -120,7 +120,7 @@ def prune(
             sequences,
             method,
             pattern,
-            sequential=sequential,  # type: ignore[arg-type]
+            sequential=sequential,
             permute=permute,
             update=request.update,
             budgets=budgets,
