@@ -28,6 +28,10 @@ class Block:
     name: str
     module: nn.Module
 
+    def path_to(self, layer_name: str) -> list[str]:
+        """The parts of a layer's dotted name from the block on."""
+        return layer_name.removeprefix(f"{self.name}.").split(".")
+
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
     """The decoder blocks, in order.
@@ -120,9 +124,8 @@ def in_attention(block: Block, layer_name: str) -> bool:
 
     An expert of a stack is named below the module that holds the stack, and has none of its own.
     """
-    below = layer_name.removeprefix(f"{block.name}.").split(".")[:-1]
     module = block.module
-    for part in below:
+    for part in block.path_to(layer_name)[:-1]:
         child = dict(module.named_children()).get(part)
         if child is None:
             break
@@ -134,10 +137,9 @@ def in_attention(block: Block, layer_name: str) -> bool:
 
 def finished_modules(block: Block, names: Iterable[str], rest: Iterable[str]) -> list[nn.Module]:
     """Modules directly below a block, no layers themselves, that hold some of its layers and none of ``rest``."""
-    children = dict(block.module.named_children())
-    paths = [[name.removeprefix(f"{block.name}.").split(".") for name in given] for given in (names, rest)]
-    held, pending = (dict.fromkeys(path[0] for path in given if len(path) > 1) for given in paths)
-    return [children[child] for child in held if child in children and child not in pending]
+    held = {child for child, *below in map(block.path_to, names) if below}
+    pending = {block.path_to(name)[0] for name in rest}
+    return [child for name, child in block.module.named_children() if name in held - pending]
 
 
 def gated_consumers(layers: dict[str, nn.Module], groups: list[list[str]]) -> dict[str, str]:

@@ -20,13 +20,10 @@ from torch import nn
 
 from .blocks import Block, gated_consumers
 from .prune import linear_weight
-from .replay import NotReplayable, hidden_of
+from .replay import CANNOT_RUN_AGAIN, hidden_of
 
 LOOSE = 0.25
 """Relative change that rounding may grow to further down the model; a wrong order changes a layer's output by 1.4."""
-
-CANNOT_RUN_AGAIN = (NotReplayable, RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-"""What a block may raise that does not bear a second call."""
 
 
 @dataclass(frozen=True)

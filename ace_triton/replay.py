@@ -141,7 +141,7 @@ class Replay:
             try:
                 with self._outputs.reused([module], number):
                     self._reuses[kind] = _agree(self._call(index, number), whole)
-            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+            except CANNOT_RUN_AGAIN:
                 self._reuses[kind] = False
         return self._reuses[kind]
 
@@ -174,6 +174,13 @@ class _Stop(Exception):
 
 class NotReplayable(Exception):
     """Why blocks cannot be run one at a time, as half a sentence."""
+
+
+RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What a block may raise when it is called outside the model's forward."""
+
+CANNOT_RUN_AGAIN = (NotReplayable, *RUN_ERRORS)
+"""What says that a block cannot be run so."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +268,7 @@ def _try_replay(
             if not (_agree(once, want) and _agree(again, want)):
                 raise NotReplayable(f"{block.name} needs more than its hidden states and constant arguments")
             hidden = once
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+    except RUN_ERRORS as error:
         raise NotReplayable(f"a block fails outside the model's forward ({error})") from error
     return sizes
 

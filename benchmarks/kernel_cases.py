@@ -105,7 +105,7 @@ def select_rows_case(dtype: torch.dtype, cols: int, metric: str = "scale") -> Ca
 
 
 def moments_case(dtype: torch.dtype, masked: bool = False) -> Case:
-    """GradientMoments of a batch of long sequences."""
+    """Moments of a batch of long sequences."""
     valid = torch.ones(TOKENS[:2], dtype=torch.bool) if masked else None
     size = dtype.itemsize
     name = "moments, padding left out" if masked else "moments"
