@@ -62,7 +62,7 @@ class _Reading:
 
 
 class _AllRead(Exception):
-    """Every layer has read its input in this batch."""
+    """Every layer has read its input in this batch, and written its output where that is wanted."""
 
 
 class InputCollector:
@@ -132,15 +132,15 @@ class InputCollector:
                 with a row for every token of the batch, whatever their shape; others (the tokens routed to
                 one expert) count as one sequence without padding.
             leave_early: nothing is wanted but the statistics: what runs inside is left, by an exception that goes no
-                further than this, as soon as the last layer reads its input. Where it is not known that each is called
-                once, the first batch runs whole and shows it.
+                further than this, as soon as the last layer has read its input, or written its output where that is
+                wanted. Where it is not known that each is called once, the first batch runs whole and shows it.
 
         Raises:
             PruneError: layers that shared an input before do not in this batch, an input was overwritten
                 before its statistics were complete, or outputs hold NaN or infinity.
         """
         self._shape, self._valid, self._read = shape, valid, []
-        self._leave_early = leave_early and self.each_once and not self._needs.outputs
+        self._leave_early = leave_early and self.each_once
         handles = [self._watch(module) for module in self._layers.values()]
         try:
             with (

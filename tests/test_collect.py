@@ -240,10 +240,18 @@ def test_stays_for_a_layer_that_is_called_again(layers):
     assert collector.statistics("two").count == 18
 
 
-def test_stays_for_outputs(layers):
-    collector = collector_of(layers, outputs=True)
-    for tokens in torch.randn(3, 2, 3, 4):
-        with torch.no_grad(), collector.batch((2, 3), None, leave_early=True):
-            for layer in layers.values():
-                layer(tokens)
-    assert [collector.statistics(name).outputs.count for name in layers] == [18, 18]
+def test_leaves_after_the_last_output_where_outputs_are_wanted(layers):
+    parts = torch.randn(3, 2, 3, 4)
+    collector, early, calls = collector_of(layers, outputs=True), collector_of(layers, outputs=True), []
+    for tokens in parts:
+        for watching, leave_early in ((collector, False), (early, True)):
+            with torch.no_grad(), watching.batch((2, 3), None, leave_early=leave_early):
+                for layer in layers.values():
+                    layer(tokens)
+                calls.append(leave_early)
+    assert calls.count(False) == 3
+    assert calls.count(True) == 1
+    for name in layers:
+        outputs, wanted = early.statistics(name).outputs, collector.statistics(name).outputs
+        assert outputs.count == wanted.count == 18
+        assert torch.equal(outputs.weighted_square, wanted.weighted_square)

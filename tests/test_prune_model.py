@@ -106,14 +106,17 @@ def test_turns_inside_a_block_are_prunings_of_their_own(make_decoder, ids, famil
         assert torch.equal(weight != 0, weights[name] != 0), name
 
 
-def test_finished_attention_is_not_computed_again(make_decoder, ids):
+@pytest.mark.parametrize(("part", "runs"), [("self_attn", 3), ("mlp", 3)])
+def test_in_turns_each_part_of_a_block_runs_where_it_is_needed(make_decoder, ids, part, runs):
+    """Attention while its inputs and its output are looked at, and once pruned; the rest likewise. The first block's
+    run shows the order of turns to the second."""
     model, calls = make_decoder("llama"), []
-    attention = model.model.layers[1].self_attn
-    forward = attention.forward
-    attention.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    module = model.model.layers[1].get_submodule(part)
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     prune_model(model, ids, "wanda", sequential="layers", batch_size=3)
-    trials, turns, batches = 3, 3, 2
-    assert len(calls) == trials + turns * batches
+    trials, batches = 3, 2
+    assert len(calls) == trials + runs * batches
 
 
 def test_an_unknown_turn_is_refused(make_decoder, ids):
@@ -490,14 +493,15 @@ def test_quantised_weights_are_refused(make_decoder, ids):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gpt_neox"])
 @pytest.mark.parametrize("sequential", ["none", "blocks", "layers"])
-def test_a_block_that_is_left_early_is_pruned_the_same(make_decoder, ids, monkeypatch, family, sequential):
+@pytest.mark.parametrize("method", ["wanda", "ace"])
+def test_a_block_that_is_left_early_is_pruned_the_same(make_decoder, ids, monkeypatch, family, sequential, method):
     pruned = []
     batch = InputCollector.batch
     for early in (True, False):
         model = make_decoder(family)
         if not early:
             monkeypatch.setattr(InputCollector, "batch", lambda self, shape, valid, **_: batch(self, shape, valid))
-        prune_model(model, ids, "wanda", "2:4", batch_size=2, sequential=sequential)
+        prune_model(model, ids, method, "2:4", batch_size=2, sequential=sequential)
         pruned.append(model.state_dict())
     assert all(torch.equal(pruned[0][name], weight) for name, weight in pruned[1].items())
 
