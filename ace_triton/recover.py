@@ -7,60 +7,16 @@ The learning rate counts in units of each weight's root mean square, as Adafacto
 Stern, arXiv 1804.04235, section 8): AdamW moves a weight by about its rate whatever the gradient, and one model's
 weights are ten times as large as another's.
 
-What chose the defaults: SmolLM2-135M at 2:4, weights fitted by least squares before (root mean square 0.26 in the
-median), 24,576 tokens of C4, one seed; divergence on held-out text, and WikiText-2's perplexity (10 windows of 512):
+The defaults are those with the least divergence from the dense model on text held out (docs/recovery.md). Left out,
+since they gained no more there than another order of the same text: blocks' outputs in the loss (SquareHead, Kurtic et
+al., arXiv 2310.06927), logits halved (a temperature of 2), tokens replaced at random, AdamW in the eigenbasis of each
+layer's inputs (after SOAP, Vyas et al., arXiv 2409.11321), the mean of the weights over the last steps.
 
-    before                                                       1.086   103.5
-    steps of 1,024 tokens, rate 0.0003 for all weights alike     0.818    78.9
-    ... 0.0006                                                   0.812    77.8
-    ... 0.001                                                    0.819    79.1
-    ... 0.0006, and blocks' outputs in the loss                  0.828    79.3
-    ... 0.0025 in units of each weight, norms trained too        0.814    78.5
-    steps of 2,048 tokens, 0.0025 in units of each weight        0.837    82.0
+What is read again is learnt by heart: SmolLM2-135M's loss falls from 0.56 to 0.34 in a second pass over 320,000 tokens,
+and hardly on other text.
 
-and, from 113 after Wanda permuted and fitted, 102,400 tokens in consecutive pieces of 256, one seed, 20 windows; the
-rate falls by a cosine or in a straight line after so much of the budget; last, CPU seconds for 1,024 tokens:
-
-    steps of 1,024 tokens, rate 0.002, cosine after 0.1          0.651    76.3   4.5
-    ... cosine after 0.02                                        0.651    75.7   4.3
-    ... line after 0.04                                          0.644    75.3   4.2
-    ... rate 0.0025, line after 0.02                             0.644    75.2   4.3
-    steps of 512 tokens, rate 0.0014, cosine after 0.1           0.641    75.0   4.8
-    ... line after 0.04                                          0.635    74.4   4.9
-    ... rate 0.002, line after 0.04                              0.632    73.9   5.0
-    ... rate 0.003, line after 0.04                              0.638    73.0   4.6
-    steps of 256 tokens, rate 0.0017, line after 0.04            0.623    71.9   5.2
-    ... second moments' decay 0.985                              0.624    72.1   5.2
-    ... and first moments' 0.95, rate 0.0014                     0.631    73.2   5.2
-
-From there, 102,400 tokens where nothing else is said:
-
-    norms trained too                                            0.622    71.7
-    blocks' outputs in the loss, weight 0.5                      0.620    71.8
-    both models' logits halved (a temperature of 2)              0.641    77.8
-    fitted on 64 x 512 tokens before (109.7), input by input     0.609    71.0
-    15 % of tokens in half of the text replaced at random        0.628    71.9
-    all the text once, 319,744 tokens                            0.538    67.8
-    1.46 times, 468,224 tokens (20 minutes), rate 0.0017                  67.3
-    ... 0.0025                                                   0.530    69.0
-    ... sequences and steps of 512 tokens, rate 0.002            0.525    68.2
-
-What is read again is learnt by heart: in the second pass the loss falls from 0.56 to 0.34, on other text it hardly
-does. 70,144 tokens of C4 and 32,256 further ones, which were
-
-    new text, as above                                           0.623    71.9
-    written by the dense model at temperature 1                  0.625    74.2
-    a part of the same again                                     0.628    75.7
-    ... with a fifth of its tokens replaced at random            0.655    76.2
-    ... with half of them drawn from the dense model's own       0.673    78.3
-
-AdamW in the eigenbasis of each layer's inputs (SOAP's, Vyas et al., arXiv 2409.11321, on one side) was no better step
-by step, and a quarter slower. Blocks' outputs were compared by SquareHead (Kurtic et al., arXiv 2310.06927), token by
-token, mean over blocks and tokens, weight 1; a step took a tenth longer.
-
-Each step passes over all trained weights whatever it reads, in 0.13 of its 1.28 CPU seconds at 256 tokens (0.43 of 1.58
-when torch's optimiser, a mask, a cast of weights and one of gradients were passes of their own, as in these trials).
-Where a forward is quick beside that, on a GPU, more tokens a step may pay.
+Each step passes over all trained weights whatever it reads, in 0.13 of its 1.28 CPU seconds at 256 tokens. Where a
+forward is quick beside that, on a GPU, more tokens a step may pay.
 
 The dense model runs on the way, a quarter of a step's arithmetic: a budget of minutes should see each token once, so
 that there is nothing to keep of it.
@@ -86,6 +42,7 @@ from .blocks import find_blocks
 from .distillation import Distillation
 from .kept_adamw import KeptAdamW
 from .recovery_state import RecoveryState
+from .recovery_text import Batches, GivenBatches, WrittenBatches, WrittenText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,9 +51,6 @@ RecoveryProgress = Callable[[float, float, float], None]
 
 LEAST_ZEROS = 0.05
 """A weight with a smaller share of zeros was not pruned, and stays as it is."""
-
-TEXT_SEQUENCES, TEXT_LENGTH = 2048, 256
-"""Pieces of the calibration text to train on at most, where nothing else is said."""
 
 EAGER_LENGTH = 256
 """Tokens of a sequence up to which attention by plain products is quicker on a CPU than torch's own: a step takes a
@@ -122,7 +76,7 @@ class RecoverySettings:
         warmup: share of the budget.
         norms: train the blocks' one-dimensional weights (norms, biases) too.
         forward_dtype: of forwards: bfloat16, or float32 for models in float32.
-        seed: of the order of sequences.
+        seed: of the order of sequences, or of what the teacher writes.
 
     Raises:
         ValueError: not exactly one of steps and minutes, or a number out of range.
@@ -161,7 +115,7 @@ class RecoveryReport:
 
     Attributes:
         steps, tokens, seconds: taken, from the first start on.
-        passes: over the text; what is read again, above 1, teaches little.
+        passes: over the text; what is read again, above 1, teaches little. 1 where the teacher wrote it.
         cpu_seconds: of the process, all threads together, over the same span.
         losses: mean loss of each step, in nats a token.
         trained, zeros: weights that moved, and that stayed 0.
@@ -184,7 +138,7 @@ class RecoveryReport:
 def recover(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
-    ids: torch.Tensor,
+    text: torch.Tensor | WrittenText,
     settings: RecoverySettings,
     *,
     state: str | Path | None = None,
@@ -196,7 +150,8 @@ def recover(
     Args:
         model: pruned; weights of its blocks of which at least 5 % are 0 are trained. Embeddings and head are not.
         teacher: the dense model, with the same vocabulary.
-        ids: int64 [n_sequences, length], to train on; read again in another order where the budget outlasts them.
+        text: int64 [n_sequences, length], to train on, read again in another order where the budget outlasts it; or
+            :class:`~ace_triton.recovery_text.WrittenText`.
         settings: how.
         state: file that the training can go on from after a kill, written whole every ``save_every`` seconds and at the
             end; one that is there is gone on from. Remove it when the model is saved. None to keep none.
@@ -208,17 +163,17 @@ def recover(
             loss that is not finite.
     """
     masks = pruned_masks(model)
-    _check(model, teacher, ids, settings)
-    batches = _Batches(ids, settings)
+    _check(model, teacher, text, settings)
+    batches = _batches(text, teacher, settings)
     with (
         _trainable(model, masks, settings) as optimizer,
         _frozen(teacher),
-        _quick_attention((model, teacher), ids.shape[1]),
+        _quick_attention((model, teacher), batches.length),
     ):
-        objective = Distillation(model, teacher, ids, settings.forward_dtype)
-        run = RecoveryState.begin(state, settings, ids, optimizer)
+        run = RecoveryState.begin(state, settings, batches.digest(), optimizer)
         clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
         saved = run.seconds
+        objective = Distillation(model, teacher, batches.of(run.steps), settings.forward_dtype)
         while (fraction := _spent(settings, run)) < 1:
             loss = objective.backward(batches.of(run.steps).to(model.device))
             if not math.isfinite(loss):
@@ -238,7 +193,7 @@ def recover(
     return RecoveryReport(
         run.steps,
         run.steps * batches.tokens,
-        run.steps * batches.tokens / ids.numel(),
+        batches.passes(run.steps),
         run.seconds,
         run.cpu_seconds,
         tuple(run.losses),
@@ -261,14 +216,22 @@ def pruned_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return masks
 
 
-def _check(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, settings: RecoverySettings) -> None:
-    if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
-        raise ValueError(f"ids must be int64 [n_sequences, length], not empty; got {ids.dtype} {tuple(ids.shape)}")
+def _check(
+    model: PreTrainedModel, teacher: PreTrainedModel, text: torch.Tensor | WrittenText, settings: RecoverySettings
+) -> None:
+    if isinstance(text, WrittenText):
+        if text.length < 1:
+            raise ValueError(f"sequences must have a token at least, got a length of {text.length}")
+        least = most = text.start
+    elif text.dim() != 2 or text.dtype != torch.int64 or text.numel() == 0:
+        raise ValueError(f"ids must be int64 [n_sequences, length], not empty; got {text.dtype} {tuple(text.shape)}")
+    else:
+        least, most = int(text.min()), int(text.max())
     sizes = [next(m.get_input_embeddings().parameters()).shape[0] for m in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the models' vocabularies have {sizes[0]} and {sizes[1]} tokens: give the model as it was")
-    if int(ids.min()) < 0 or int(ids.max()) >= sizes[0]:
-        raise ValueError(f"ids run from {int(ids.min())} to {int(ids.max())}, the vocabulary from 0 to {sizes[0] - 1}")
+    if least < 0 or most >= sizes[0]:
+        raise ValueError(f"ids run from {least} to {most}, the vocabulary from 0 to {sizes[0] - 1}")
     dtypes = {parameter.dtype for decoder in (model, teacher) for parameter in decoder.parameters()}
     if settings.forward_dtype == torch.float32 and dtypes != {torch.float32}:
         raise ValueError(
@@ -279,27 +242,10 @@ def _check(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, 
         raise ValueError("the teacher is the pruned model itself: load the dense one beside it")
 
 
-class _Batches:
-    """Which sequences a step reads: all of them in a random order, then again in another."""
-
-    def __init__(self, ids: torch.Tensor, settings: RecoverySettings) -> None:
-        self._ids, self._seed = ids, settings.seed
-        self._sequences = max(1, round(settings.tokens_per_step / ids.shape[1]))
-
-    @property
-    def tokens(self) -> int:
-        """Of a step."""
-        return self._sequences * self._ids.shape[1]
-
-    def of(self, step: int) -> torch.Tensor:
-        """int64 [n_sequences, length]."""
-        places = range(step * self._sequences, (step + 1) * self._sequences)
-        rows = [self._order(place // len(self._ids))[place % len(self._ids)] for place in places]
-        return self._ids[torch.stack(rows)]
-
-    def _order(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(len(self._ids), generator=generator)
+def _batches(text: torch.Tensor | WrittenText, teacher: PreTrainedModel, settings: RecoverySettings) -> Batches:
+    if isinstance(text, WrittenText):
+        return WrittenBatches(text, teacher, settings.tokens_per_step, settings.seed)
+    return GivenBatches(text, settings.tokens_per_step, settings.seed)
 
 
 def _spent(settings: RecoverySettings, run: RecoveryState) -> float:

@@ -37,17 +37,23 @@ class RecoveryState:
         cls,
         path: str | Path | None,
         settings: object,
-        ids: torch.Tensor,
+        text: bytes,
         optimizer: KeptAdamW,
     ) -> RecoveryState:
         """From the start; or from a file, into the optimiser and its parameters.
+
+        Args:
+            path: of the file, if there is one; None for none.
+            settings: of the training; their ``repr`` tells them from others.
+            text: what tells its text from another.
+            optimizer: at its start.
 
         Raises:
             ValueError: a file that cannot be read, or of a training with other settings, text or weights.
         """
         shapes = [(name, tuple(parameter.shape)) for name, parameter in optimizer.values.items()]
         digest = hashlib.sha256(f"{settings!r} {shapes!r}".encode())
-        digest.update(ids.cpu().numpy().tobytes())
+        digest.update(text)
         fresh = cls(digest.hexdigest())
         if path is None or not Path(path).is_file():
             return fresh

@@ -10,8 +10,9 @@ import shutil
 import pytest
 import torch
 
-from ace_triton import RecoverySettings, checkpoint, prune_model, recover
+from ace_triton import RecoverySettings, WrittenText, checkpoint, prune_model, recover, recovery_text
 from ace_triton.recover import pruned_masks
+from ace_triton.recovery_text import WrittenBatches
 
 recovery = importlib.import_module("ace_triton.recover")
 """The module: in the package its name is the function's."""
@@ -109,8 +110,36 @@ def test_norms_move_where_that_is_asked_for(pair, text):
     assert "model.embed_tokens.weight" not in moved
 
 
-def test_a_killed_run_goes_on_where_it_was(pair, text, tmp_path):
+def test_the_teacher_writes_the_text(pair):
+    model, teacher = pair()
+    before, frozen = state_of(model), state_of(teacher)
+    settings = RecoverySettings(steps=25, tokens_per_step=128, learning_rate=0.03)
+    report = recover(model, teacher, WrittenText(start=1, length=16), settings)
+    assert sum(report.losses[-5:]) < 0.8 * sum(report.losses[:5])
+    assert (report.tokens, report.passes) == (25 * 128, 1.0)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_what_the_teacher_writes_is_read_once_and_the_same_again(make_decoder, monkeypatch):
+    teacher, text = make_decoder("llama").eval(), WrittenText(start=1, length=8)
+    monkeypatch.setattr(recovery_text, "AT_ONCE", 4)
+
+    def batches(seed: int = 0) -> WrittenBatches:
+        return WrittenBatches(text, teacher, tokens_per_step=24, seed=seed)
+
+    read = torch.cat([batches().of(step) for step in range(4)])
+    assert read.shape == (12, 8)
+    assert len({tuple(sequence.tolist()) for sequence in read}) == 12
+    again = batches()
+    assert torch.equal(torch.cat([again.of(step) for step in range(4)]), read)
+    assert not torch.equal(batches(seed=1).of(0), read[:3])
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_killed_run_goes_on_where_it_was(pair, text, tmp_path, written):
     """Bit for bit as one that was never stopped; one that had come to its end has nothing left to do."""
+    text = WrittenText(start=1, length=16) if written else text
     whole, teacher = pair()
     report = recover(whole, teacher, text, SHORT)
     stopped, again = copy.deepcopy(pair()[0]), pair()[0]
@@ -229,6 +258,10 @@ def test_what_does_not_fit_is_refused(pair, make_decoder, text):
         recover(model, teacher, text.float(), SHORT)
     with pytest.raises(ValueError, match="vocabulary from 0 to 100"):
         recover(model, teacher, text + 50, SHORT)
+    with pytest.raises(ValueError, match="from 101 to 101, the vocabulary from 0 to 100"):
+        recover(model, teacher, WrittenText(start=101), SHORT)
+    with pytest.raises(ValueError, match="a length of 0"):
+        recover(model, teacher, WrittenText(start=1, length=0), SHORT)
     with pytest.raises(ValueError, match="vocabularies"):
         recover(model, make_decoder("llama", vocab_size=99), text, SHORT)
     with pytest.raises(ValueError, match="load them"):
@@ -264,6 +297,11 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     code, shown, errors = command("recover", pruned, tmp_path / "once", *small, "--steps", 2, "--tokens-per-step", 32)
     assert code == 0, errors
     assert "outlasted" not in shown
+    own = ("--calibration", "self", "--length", 16, "--steps", 9, "--tokens-per-step", 64)
+    code, shown, errors = command("recover", pruned, tmp_path / "self", *own, "--json", told)
+    assert code == 0, errors
+    assert "outlasted" not in shown
+    assert (json.loads(told.read_text())["tokens"], json.loads(told.read_text())["passes"]) == (9 * 64, 1.0)
     code, _, errors = command("recover", tiny_checkpoint, tmp_path / "other", *small, "--steps", 1)
     assert code == 1
     assert "--teacher" in errors

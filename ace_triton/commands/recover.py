@@ -10,11 +10,13 @@ import typer
 from rich.markup import escape
 
 from .. import checkpoint, report
-from ..calibration import load_calibration
+from ..calibration import SELF, load_calibration
 from ..packed_manifest import is_packed
 from ..progress import stage
-from ..recover import TEXT_LENGTH, TEXT_SEQUENCES, RecoverySettings
+from ..recover import RecoverySettings
 from ..recover import recover as train
+from ..recovery_text import TEXT_LENGTH, TEXT_SEQUENCES, WrittenText
+from ..written_text import start_token
 from .console import console, progress_bars
 from .options import DeviceOption, JsonOption, OverwriteOption, check_json, parse_device
 
@@ -27,8 +29,13 @@ def recover(
     teacher: Annotated[str | None, typer.Option(help="The dense model; left out, what DIR was pruned from.")] = None,
     minutes: Annotated[float | None, typer.Option(help="To train for; 5 where --steps is not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the optimiser, in place of --minutes.")] = None,
-    calibration: Annotated[str, typer.Option(help="Text to train on, as for prune.")] = "allenai/c4:en",
-    samples: Annotated[int, typer.Option(help="Sequences of it, at most; no token is in two.")] = TEXT_SEQUENCES,
+    calibration: Annotated[
+        str,
+        typer.Option(help="Text to train on, as for prune; of 'self', the dense model writes what the budget reads."),
+    ] = "allenai/c4:en",
+    samples: Annotated[
+        int, typer.Option(help="Sequences of it, at most; no token is in two. Means nothing to 'self'.")
+    ] = TEXT_SEQUENCES,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = TEXT_LENGTH,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one step.")] = RecoverySettings.tokens_per_step,
     learning_rate: Annotated[
@@ -64,15 +71,17 @@ def recover(
             model, tokenizer = checkpoint.load(model_dir, device=where)
             dense, _ = checkpoint.load(source, device=where)
         with stage(progress, "text"):
-            text = load_calibration(
-                calibration, tokenizer, samples=samples, length=length, seed=seed, model=dense, apart=True
+            text = (
+                WrittenText(start_token(dense, tokenizer), length)
+                if calibration == SELF
+                else load_calibration(calibration, tokenizer, samples=samples, length=length, seed=seed, apart=True).ids
             )
         bar = progress.add_task("recover", total=None)
 
         def move(spent: float, budget: float, loss: float) -> None:
             progress.update(bar, completed=round(spent), total=round(budget), description=f"recover, loss {loss:.3f}")
 
-        result = train(model, dense, text.ids, settings, state=state, progress=move)
+        result = train(model, dense, text, settings, state=state, progress=move)
         with stage(progress, "save the model"):
             facts = {**told, "source": source, "recovery": result.to_dict()}
             checkpoint.save(model, tokenizer, out, facts, overwrite=overwrite)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from ..recover import RecoverySettings
 from .cells import Cell
 from .journal import Journal
 from .norms import model_norms
@@ -116,7 +117,7 @@ def _recover(bench: Workbench, cell: Cell, state: Path, tell: Callable[[str], No
     def move(spent: float, budget: float, loss: float) -> None:
         tell(f"{cell}: {spent:,.0f} of {budget:,.0f} s, loss {loss:.3f}")
 
-    return RecoveryCost.of(bench.recover(minutes, cell.seed or 0, state, move))
+    return RecoveryCost.of(bench.recover(RecoverySettings(minutes=minutes, seed=cell.seed or 0), state, move))
 
 
 def _result(bench: Workbench, cell: Cell, pruning: Pruning, recovery: RecoveryCost | None) -> CellResult:

@@ -20,7 +20,8 @@ from ..batches import TOKENS_OF_A_FORWARD
 from ..calibration import MOST_DOCUMENTS, SELF, crop, pieces, token_stream
 from ..evaluate import perplexity
 from ..prune_model import prune_model
-from ..recover import TEXT_LENGTH, TEXT_SEQUENCES, RecoveryProgress, RecoveryReport, RecoverySettings, recover
+from ..recover import RecoveryProgress, RecoveryReport, RecoverySettings, recover
+from ..recovery_text import TEXT_LENGTH, TEXT_SEQUENCES
 from ..sparsity import Sparsity
 from ..text import TextError, read_documents, wikitext_rows
 from ..timing import Seconds
@@ -76,6 +77,7 @@ class Workbench:
 
     Attributes:
         model, tokenizer: loaded once; the model is dense outside of :meth:`pruned`.
+        teacher: a copy of the model that stays dense, made when it is first asked for.
         setting: what is compared when a study is resumed.
         ids: int64 [n_tokens], the evaluation text.
 
@@ -141,20 +143,18 @@ class Workbench:
             self.model.load_state_dict(self._dense)
 
     def recover(
-        self, minutes: float, seed: int, state: Path, progress: RecoveryProgress | None = None
+        self, settings: RecoverySettings, state: Path | None = None, progress: RecoveryProgress | None = None
     ) -> RecoveryReport:
-        """Train the model as it is pruned now on the calibration text.
+        """Train the model as it is pruned now on the calibration text, cut by the settings' seed.
 
         Args:
-            minutes: budget of wall-clock time.
-            seed: of the sequences and their order.
-            state: file that a training which was stopped goes on from.
+            settings: as for :func:`ace_triton.recover`.
+            state: file that a training which was stopped goes on from; None to keep none.
             progress: called after each step.
         """
         length = min(TEXT_LENGTH, self._longest or TEXT_LENGTH)
-        ids = pieces(self._stream, TEXT_SEQUENCES, length, seed)
-        settings = RecoverySettings(minutes=minutes, seed=seed)
-        return recover(self.model, self._teacher, ids, settings, state=state, progress=progress)
+        ids = pieces(self._stream, TEXT_SEQUENCES, length, settings.seed)
+        return recover(self.model, self.teacher, ids, settings, state=state, progress=progress)
 
     def _prune(self, cell: Cell, ids: torch.Tensor | None) -> tuple[float, Seconds]:
         method, recipe = cell.variant.method, cell.variant.recipe
@@ -181,7 +181,7 @@ class Workbench:
         return sum(layer.kept for layer in report.layers) / len(report.layers), report.seconds
 
     @cached_property
-    def _teacher(self) -> Any:
+    def teacher(self) -> Any:
         """The dense model, beside the one that is pruned."""
         teacher = copy.deepcopy(self.model)
         teacher.load_state_dict(self._dense)
