@@ -8,9 +8,9 @@ Stern, arXiv 1804.04235, section 8): AdamW moves a weight by about its rate what
 weights are ten times as large as another's.
 
 The defaults are those with the least divergence from the dense model on text held out (docs/recovery.md). Left out,
-since they gained no more there than another order of the same text: blocks' outputs in the loss (SquareHead, Kurtic et
-al., arXiv 2310.06927), logits halved (a temperature of 2), tokens replaced at random, AdamW in the eigenbasis of each
-layer's inputs (after SOAP, Vyas et al., arXiv 2409.11321), the mean of the weights over the last steps.
+since they gained no more there than other pieces of the same text do: blocks' outputs in the loss (SquareHead, Kurtic
+et al., arXiv 2310.06927), logits halved (a temperature of 2), tokens replaced at random, AdamW in the eigenbasis of
+each layer's inputs (after SOAP, Vyas et al., arXiv 2409.11321), the mean of the weights over the last steps.
 
 What is read again is learnt by heart: SmolLM2-135M's loss falls from 0.56 to 0.34 in a second pass over 320,000 tokens,
 and hardly on other text.
