@@ -97,7 +97,11 @@ class Unit:
     @property
     def names_inside(self) -> frozenset[str]:
         """Of the layers whose inputs are wanted, without the block's: blocks of a kind have the same."""
-        return frozenset(name.removeprefix(f"{self.name}.") for name in self.observed)
+        return frozenset(map(self.name_inside, self.observed))
+
+    def name_inside(self, name: str) -> str:
+        """A layer's name without the block's."""
+        return name.removeprefix(f"{self.name}.")
 
 
 class Plan:

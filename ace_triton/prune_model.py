@@ -309,17 +309,16 @@ def _prune_in_turn(block: Block, unit: Unit, runner: Runner, index: int, selecti
     A stack of experts counts as one layer. The first run of a first block of its kind watches all layers and shows
     their order; each of the others only the layers that it is for.
     """
-    kind = (type(block.module), unit.names_inside)
-    prefix, rest = f"{unit.name}.", dict(unit.layers)
-    turns = [{prefix + name for name in turn} for turn in selection.turns.get(kind, ())]
+    kind, inside = (type(block.module), unit.names_inside), unit.name_inside
+    rest = dict(unit.layers)
     while rest:
-        watched = next((turn for turn in turns if not rest.keys().isdisjoint(turn)), rest.keys())
-        layers = {name: layer for name, layer in rest.items() if name in watched}
+        pending = set(map(inside, rest))
+        watched = next((turn for turn in selection.turns.get(kind, ()) if turn & pending), pending)
+        layers = {name: layer for name, layer in rest.items() if inside(name) in watched}
         collector = selection.collector(replace(unit, layers=layers))
         runner.run(index, collector, advance=False, finished=finished_modules(block, unit.layers, rest))
-        if not turns:
-            turns = [_with_stacks(set(group), rest) for group in collector.groups]
-            selection.turns[kind] = [{name.removeprefix(prefix) for name in turn} for turn in turns]
+        if not selection.turns.get(kind):
+            selection.turns[kind] = [set(map(inside, _with_stacks(set(group), rest))) for group in collector.groups]
         reached = next((group for group in collector.groups if not layers.keys().isdisjoint(group)), list(layers))
         now = {name: layer for name, layer in layers.items() if name in _with_stacks(set(reached), layers)}
         selection.prune(replace(unit, layers=now), collector)

@@ -19,10 +19,10 @@ from rich.console import Console
 
 from ace_triton import RecoverySettings, WrittenText, recover
 from ace_triton.calibration import pieces, token_stream
-from ace_triton.distillation import divergence_of_hidden
 from ace_triton.report import write_json
 from ace_triton.study.cells import Cell, Variant
 from ace_triton.study.quality_grid import BEST, PATTERN
+from ace_triton.study.samples import next_token_divergence
 from ace_triton.study.workbench import Protocol, Workbench
 from ace_triton.text import read_documents
 from ace_triton.written_text import start_token
@@ -33,14 +33,17 @@ WINDOWS = 60
 MOST_HELD_OUT = 1000
 """Documents of the held-out text."""
 
-HELD_OUT_SEQUENCES, HELD_OUT_LENGTH, BATCH = 256, 256, 8
-"""Of the text that the divergence is taken over, at most, and of one forward."""
+HELD_OUT_SEQUENCES, HELD_OUT_LENGTH = 256, 256
+"""Of the text that the divergence is taken over, at most."""
 
 TOKENS = 102_400
 """That every recovery reads: 400 steps of 256."""
 
 DEFAULT = RecoverySettings(steps=1)
 """Each trial's settings but for their steps."""
+
+WRITTEN = "text that the dense model writes"
+"""The trial that does not read the calibration text."""
 
 TRIALS: dict[str, RecoverySettings] = {
     "as it is by default": DEFAULT,
@@ -50,9 +53,8 @@ TRIALS: dict[str, RecoverySettings] = {
     "steps of 512 tokens, rate 0.002": replace(DEFAULT, tokens_per_step=512, learning_rate=2e-3),
     "steps of 1,024 tokens, rate 0.0025": replace(DEFAULT, tokens_per_step=1024, learning_rate=2.5e-3),
     "norms trained too": replace(DEFAULT, norms=True),
-    "text that the dense model writes": DEFAULT,
+    WRITTEN: DEFAULT,
 }
-WRITTEN = list(TRIALS)[-1]
 
 console = Console()
 
@@ -133,13 +135,11 @@ def outcome_of(bench: Workbench, held_out: torch.Tensor, name: str, tokens: int)
 def divergence(bench: Workbench, ids: torch.Tensor) -> float:
     """Of the model as it is now from the dense one, mean over tokens."""
     total = 0.0
-    for part in ids.split(BATCH):
-        hidden, wanted = (
-            decoder.base_model(input_ids=part, use_cache=False).last_hidden_state
-            for decoder in (bench.model, bench.teacher)
+    for window in ids:
+        dense, recovered = (
+            decoder(window[None], use_cache=False).logits[0] for decoder in (bench.teacher, bench.model)
         )
-        heads = bench.model.get_output_embeddings(), bench.teacher.get_output_embeddings()
-        total += float(divergence_of_hidden(hidden, heads[0], wanted, heads[1]).loss)
+        total += float(next_token_divergence(dense, recovered)[0].sum())
     return total / ids.numel()
 
 
