@@ -49,11 +49,8 @@ format: setup  ## put the code in form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# In a tree laid out as the package installs: kernels/ is ace_triton.kernels there.
 types: setup
-	rm -rf build/types/ace_triton && mkdir -p build/types
-	cp -r ace_triton build/types/ && cp -r kernels build/types/ace_triton/
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+	$(BIN)/mypy
 
 check: lint types test  ## what must pass before a commit
 
