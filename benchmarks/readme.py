@@ -1,12 +1,15 @@
-"""Puts the figures of docs/*.json, and the dispatch's limits, into the README, between its markers.
+"""Puts the figures of docs/*.json, and the dispatch's limits, into the README and the guides, between their markers.
 
 python -m benchmarks.readme [--check]
+
+A page shows a table where it has ``<!-- name: made by ... -->`` and ``<!-- /name -->``; every table is on some page.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +25,8 @@ from ace_triton.dispatch import (
     OTHER_LIMITS,
     RowLimits,
 )
-from ace_triton.study.curve import curve
+from ace_triton.study.cells import Variant
+from ace_triton.study.curve import Point, curve
 from ace_triton.study.goals import goals
 from ace_triton.study.journal import read_results
 from ace_triton.study.tables import shown_spread
@@ -34,6 +38,9 @@ from .quality import cells_by_column, shown
 from .report_bench import duration
 from .results import load, outcomes
 from .sparse import table as sparse
+
+PAGES = ("README.md", "docs/results.md", *sorted(map(str, Path("docs/guides").glob("*.md"))))
+"""With markers, from the root of the repository."""
 
 QUALITY_METHODS = (
     "magnitude",
@@ -68,6 +75,26 @@ ANY_ROWS = 2**20
 """A limit of so many rows and more is none."""
 TRAFFIC_ROWS = ("select_nm 2:4, Wanda's terms", "RIA in all", "select_rows 50 %", "moments")
 TRAFFIC_LAYERS = ("wanda", "ace")
+PICKS = (
+    ("the quickest", "2:4", "Wanda", "`--method wanda`"),
+    ("the best in one shot", "2:4", "Wanda, permuted, lstsq", "`--method wanda --permute --update lstsq`"),
+    (
+        "a model to use",
+        "2:4",
+        "Wanda, permuted, lstsq, 5 min of recovery",
+        "the line above, then `recover --minutes 5`",
+    ),
+    (
+        "the best measured",
+        "2:4",
+        "Wanda, permuted, lstsq, 8 mask rounds, 20 min of recovery",
+        "the same with `-u mask_rounds=8`, then `recover --minutes 20`",
+    ),
+    ("a published baseline", "2:4", "SparseGPT", "`--method sparsegpt`"),
+    ("the same bytes, less lost, no tensor cores", "4:8", "Wanda", "`--sparsity 4:8 --method wanda`"),
+    ("to compare with papers; nothing gets faster", "0.5", "Wanda", "`--sparsity 0.5 --method wanda`"),
+)
+"""What is wanted, a sparsity, a variant of the curve as it is shown, and the options that make it."""
 
 
 def quality(content: dict[str, Any]) -> list[str]:
@@ -124,6 +151,40 @@ def curve_of_quality(docs: Path) -> list[str]:
     return [*lines, "", *(f"- {found.headline} ({found.verdict}). {found.text}" for found in goals(tally))]
 
 
+def picks(docs: Path) -> list[str]:
+    """What to take for what, with its time and its perplexity."""
+    tally = Tally(read_results(docs / "curve"))
+    length, dense = tally.results.setting.window_length, tally.results.dense
+    assert dense is not None
+    lines = [
+        f"| you want | pattern | options | CPU time | perplexity, dense {dense.perplexity:.1f} | times dense |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for wanted, sparsity, name, options in PICKS:
+        (point,) = (p for p in curve(tally, sparsity, length) if shown_variant(p.variant) == name)
+        mean = point.perplexity.mean
+        cost = f"{point.cpu_seconds:.0f} s | {mean:.1f} | {mean / dense.perplexity:.1f}"
+        lines.append(f"| {wanted} | {sparsity} | {options} | {cost} |")
+    return lines
+
+
+def recipes(docs: Path) -> list[str]:
+    """Perplexity and time of everything measured at 2:4, best first."""
+    tally = Tally(read_results(docs / "curve"))
+    dense, lengths = tally.results.dense, tally.results.setting.window_lengths
+    assert dense is not None
+    of_dense = [dense.perplexity, *(found.perplexity for found in dense.further)]
+    by_length = [{p.variant: p for p in curve(tally, "2:4", length)} for length in lengths]
+    first: dict[Variant, Point] = by_length[0]
+    heads = (f"windows of {n:,}, dense {value:.1f}" for n, value in zip(lengths, of_dense, strict=True))
+    lines = [f"| 2:4 | CPU time | {' | '.join(heads)} | times dense |", "|---|---:|" + "---:|" * (len(lengths) + 1)]
+    for variant, point in sorted(first.items(), key=lambda entry: entry[1].perplexity.mean):
+        spreads = (shown_spread(found[variant].perplexity) if variant in found else "" for found in by_length)
+        times = point.perplexity.mean / dense.perplexity
+        lines.append(f"| {shown_variant(variant)} | {point.cpu_seconds:.0f} s | {' | '.join(spreads)} | {times:.1f} |")
+    return lines
+
+
 def whole_model(results: Path) -> list[str]:
     """Score and mask of all layers of SmolLM2-135M on one core, beside the published loops."""
     lines = [
@@ -162,30 +223,43 @@ def _up_to(limits: RowLimits) -> str:
 SECTIONS = {"quality": quality, "sparse": sparse, "cpu": cpu, "traffic": traffic}
 
 
-def filled(readme: str, docs: Path) -> str:
-    """The README with every section between its markers made anew."""
-    tables = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
-    tables |= {"curve": curve_of_quality(docs), "rows": row_limits(), "model": whole_model(RESULTS)}
-    tables["budgets"] = budgets(budgets_measured(docs))
-    for name, lines in tables.items():
-        table = "\n".join(lines)
-        pattern = rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- /{name} -->)"
-        readme, count = re.subn(
-            pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", readme, flags=re.S
-        )
+def tables_of(docs: Path) -> dict[str, list[str]]:
+    """Every table by the name of its markers."""
+    made = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
+    made |= {"picks": picks(docs), "recipes": recipes(docs), "curve": curve_of_quality(docs)}
+    made |= {"budgets": budgets(budgets_measured(docs))}
+    return made | {"rows": row_limits(), "model": whole_model(RESULTS)}
+
+
+def filled(page: str, tables: Mapping[str, list[str]]) -> str:
+    """A page with what stands between its markers made anew.
+
+    Raises:
+        ValueError: a marker of an unknown table, or one that is not closed.
+    """
+    for name in re.findall(r"<!-- (\w+): made by ", page):
+        if name not in tables:
+            raise ValueError(f"there is no table {name!r}: the markers are {', '.join(tables)}")
+        pattern = rf"(<!-- {name}: made by [^\n]* -->\n).*?(<!-- /{name} -->)"
+        table = "\n".join(tables[name])
+        page, count = re.subn(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", page, flags=re.S)
         if count != 1:
-            raise ValueError(f"README.md has {count} sections {name!r} between markers, wanted 1")
-    return readme
+            raise ValueError(f"the table {name!r} has {count} pairs of markers on one page, wanted 1")
+    return page
 
 
-def main(check: Annotated[bool, typer.Option("--check", help="Fail where the README is out of date.")] = False) -> None:
-    """Write README.md, or compare."""
-    path = Path("README.md")
-    old = path.read_text()
-    new = filled(old, Path("docs"))
-    if check and new != old:
-        raise typer.BadParameter("README.md does not hold the figures of docs/: run python -m benchmarks.readme")
-    path.write_text(new)
+def main(check: Annotated[bool, typer.Option("--check", help="Fail if a page is out of date.")] = False) -> None:
+    """Write the README and the guides, or compare."""
+    tables = tables_of(Path("docs"))
+    pages = {Path(page): Path(page).read_text() for page in PAGES}
+    unused = [name for name in tables if not any(f"<!-- {name}: made by " in page for page in pages.values())]
+    if unused:
+        raise typer.BadParameter(f"no page shows {', '.join(unused)}")
+    for path, old in pages.items():
+        new = filled(old, tables)
+        if check and new != old:
+            raise typer.BadParameter(f"{path} does not hold the figures of docs/: run python -m benchmarks.readme")
+        path.write_text(new)
 
 
 if __name__ == "__main__":
