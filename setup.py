@@ -29,6 +29,6 @@ setup(
     packages=["ace_triton", "ace_triton.commands", "ace_triton.kernels", "ace_triton.study"],
     package_dir={"ace_triton": "ace_triton", "ace_triton.kernels": "kernels"},
     include_package_data=False,
-    package_data={"ace_triton.study": ["*.j2"]},
+    package_data={"ace_triton": ["py.typed"], "ace_triton.study": ["*.j2"]},
     ext_modules=[cpu_library],
 )

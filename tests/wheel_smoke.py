@@ -11,6 +11,7 @@ from ace_triton.kernels import cpu_library
 
 assert "site-packages" in ace_triton.__file__, ace_triton.__file__
 assert cpu_library.available(), cpu_library.why_unavailable()
+assert files("ace_triton").joinpath("py.typed").is_file()
 assert files("ace_triton.study").joinpath("page.html.j2").is_file()
 
 layer = torch.nn.Linear(64, 32)
