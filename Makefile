@@ -17,7 +17,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables picture clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -108,6 +108,9 @@ kernels-report: setup  ## compile every kernel for every target and write docs/k
 
 tables: setup  ## the figures of docs/ into the README and the guides, between their markers
 	$(BIN)/python -m benchmarks.readme
+
+picture: setup  ## the README's picture, docs/images/curve.svg, from the records in docs/curve
+	$(BIN)/python -m benchmarks.readme_picture
 
 docs: setup  ## the documentation as a site, into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -39,7 +39,7 @@ from .report_bench import duration
 from .results import load, outcomes
 from .sparse import table as sparse
 
-PAGES = ("README.md", "docs/results.md", *sorted(map(str, Path("docs/guides").glob("*.md"))))
+PAGES = ("README.md", "docs/index.md", "docs/results.md", *sorted(map(str, Path("docs/guides").glob("*.md"))))
 """With markers, from the root of the repository."""
 
 QUALITY_METHODS = (
@@ -75,6 +75,11 @@ ANY_ROWS = 2**20
 """A limit of so many rows and more is none."""
 TRAFFIC_ROWS = ("select_nm 2:4, Wanda's terms", "RIA in all", "select_rows 50 %", "moments")
 TRAFFIC_LAYERS = ("wanda", "ace")
+HEADLINE = (
+    "Measured on SmolLM2-135M at 2:4, in bf16 on one CPU core: packed layers take {bytes} of their bytes, and the",
+    "model writes {faster} times as many tokens a second. Perplexity goes from {dense} to {pruned} in {seconds}",
+    "seconds of pruning, and to {recovered} with five minutes of recovery on two cores.",
+)
 PICKS = (
     ("the quickest", "2:4", "Wanda", "`--method wanda`"),
     ("the best in one shot", "2:4", "Wanda, permuted, lstsq", "`--method wanda --permute --update lstsq`"),
@@ -168,6 +173,26 @@ def picks(docs: Path) -> list[str]:
     return lines
 
 
+def headline(docs: Path) -> list[str]:
+    """The figures that a newcomer wants first, in two sentences."""
+    pair = next(p for p in json.loads((docs / "sparse.json").read_text())["pairs"] if p["dtype"] == "bf16")
+    tally = Tally(read_results(docs / "curve"))
+    dense = tally.results.dense
+    assert dense is not None
+    points = {shown_variant(p.variant): p for p in curve(tally, "2:4", tally.results.setting.window_length)}
+    one_shot = points["Wanda, permuted, lstsq"]
+    recovered = points["Wanda, permuted, lstsq, 5 min of recovery"]
+    shown = {
+        "bytes": f"{pair['layer_bytes']:.2f}",
+        "faster": f"{pair['faster']:.2f}",
+        "dense": f"{dense.perplexity:.1f}",
+        "pruned": f"{one_shot.perplexity.mean:.1f}",
+        "seconds": f"{one_shot.cpu_seconds:.0f}",
+        "recovered": f"{recovered.perplexity.mean:.1f}",
+    }
+    return [line.format(**shown) for line in HEADLINE]
+
+
 def recipes(docs: Path) -> list[str]:
     """Perplexity and time of everything measured at 2:4, best first."""
     tally = Tally(read_results(docs / "curve"))
@@ -226,7 +251,12 @@ SECTIONS = {"quality": quality, "sparse": sparse, "cpu": cpu, "traffic": traffic
 def tables_of(docs: Path) -> dict[str, list[str]]:
     """Every table by the name of its markers."""
     made = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
-    made |= {"picks": picks(docs), "recipes": recipes(docs), "curve": curve_of_quality(docs)}
+    made |= {
+        "headline": headline(docs),
+        "picks": picks(docs),
+        "recipes": recipes(docs),
+        "curve": curve_of_quality(docs),
+    }
     made |= {"budgets": budgets(budgets_measured(docs))}
     return made | {"rows": row_limits(), "model": whole_model(RESULTS)}
 

@@ -24,6 +24,7 @@ DOCS = ROOT / "docs"
 WRITTEN = sorted(page for folder in ("guides", "extend", "formats", ".") for page in (DOCS / folder).glob("*.md"))
 """The pages written by hand, and those that commands write."""
 
+README = ROOT / "README.md"
 RUN = "<!-- run -->"
 FENCE = re.compile(rf"^(?P<run>{RUN}\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 INCLUDED = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
@@ -70,7 +71,7 @@ def workspace(tmp_path, monkeypatch, tiny_model, tokenizer) -> Iterator[Path]:
     os.environ.update(environment)
 
 
-@pytest.mark.parametrize("page", [page for page in WRITTEN if RUN in page.read_text()], ids=named)
+@pytest.mark.parametrize("page", [page for page in [*WRITTEN, README] if RUN in page.read_text()], ids=named)
 def test_its_code_runs(page, workspace, command):
     """The marked blocks of a page, in order: Python in one namespace, commands in this process."""
     torch.manual_seed(0)
@@ -92,7 +93,7 @@ def test_all_of_its_python_is_run(page):
     assert [path for path in INCLUDED.findall(page.read_text()) if not (ROOT / path).is_file()] == []
 
 
-@pytest.mark.parametrize("page", [*WRITTEN, ROOT / "README.md"], ids=named)
+@pytest.mark.parametrize("page", [*WRITTEN, README], ids=named)
 def test_its_commands_exist(page):
     """Every call of ``ace-triton`` on it names a command and options that there are."""
     group = typer.main.get_command(app)
@@ -101,7 +102,7 @@ def test_its_commands_exist(page):
             group.commands[name].make_context(name, words)
 
 
-@pytest.mark.parametrize("page", [*WRITTEN, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=named)
+@pytest.mark.parametrize("page", [*WRITTEN, README, ROOT / "CONTRIBUTING.md"], ids=named)
 def test_the_paths_it_names_are_there(page):
     """Those of this repository in inline code."""
     paths = re.findall(r"`((?:ace_triton|kernels|tests|benchmarks|docs)/[\w./-]*\w)`", page.read_text())
@@ -133,6 +134,7 @@ def test_the_page_of_methods_has_every_method_and_its_options():
     page = generated("methods.md")
     assert re.findall(r"^### ([\w-]+)$", page.partition("## Every method")[2], re.MULTILINE) == metric_names()
     assert "Options: `a=0.5`." in page
+    assert ":func:" not in page
     for name in metric_names():
         assert f"| `{name}` |" in page
 

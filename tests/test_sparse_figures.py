@@ -1,4 +1,4 @@
-"""The figures of a pruned model, dense and packed, taken of a tiny one, and where the README gets them from."""
+"""The figures of a pruned model, dense and packed, taken of a tiny one, and where the guide gets them from."""
 
 import json
 import mmap
@@ -64,9 +64,9 @@ def test_the_table_has_a_column_for_each_side():
     assert (ROOT / "docs" / "sparse.md").read_text().endswith("\n".join(lines) + "\n")
 
 
-def test_the_readme_has_the_figures_and_the_limits_of_the_dispatch():
-    readme = (ROOT / "README.md").read_text()
+def test_the_guide_has_the_figures_and_the_limits_of_the_dispatch():
+    guide = (ROOT / "docs" / "guides" / "run-sparse.md").read_text()
     limits = "\n".join(row_limits())
-    assert "\n".join(table(json.loads((ROOT / "docs" / "sparse.json").read_text()))) in readme
-    assert limits in readme
+    assert "\n".join(table(json.loads((ROOT / "docs" / "sparse.json").read_text()))) in guide
+    assert limits in guide
     assert f"up to {CPU_LIMITS[torch.float32].packed} in fp32" in limits

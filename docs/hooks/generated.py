@@ -17,6 +17,7 @@ from ace_triton.cli import app
 from ace_triton.metrics import metric
 
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
+ROLE = re.compile(r":\w+:`~?(?:\w+\.)*(\w+)`")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -72,7 +73,7 @@ def methods() -> str:
 def _method(name: str) -> str:
     chosen = metric(name)
     options = ", ".join(f"`{key}={value!r}`" for key, value in chosen.options.items())
-    text = inspect.cleandoc(chosen.terms.__doc__ or "")
+    text = ROLE.sub(r"`\1`", inspect.cleandoc(chosen.terms.__doc__ or ""))
     head, _, rest = text.partition("Args:")
     described = _arguments(inspect.cleandoc("\n" + rest)) if rest else ""
     return "\n\n".join(filter(None, [f"### {name}", head.strip(), described, f"Options: {options or 'none'}."]))
