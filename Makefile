@@ -17,7 +17,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables picture clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables picture compile-sweep clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -102,6 +102,9 @@ recovery-trials: setup  ## what a recovery's settings do, for docs/recovery.md; 
 
 traffic: setup  ## count bytes and launches again, for docs/traffic.md
 	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m benchmarks.traffic
+
+compile-sweep: setup  ## compile every launch at edge shapes for every kind of GPU; 10 minutes of CPU time
+	$(BIN)/python -m benchmarks.compile_sweep
 
 kernels-report: setup  ## compile every kernel for every target and write docs/kernels.md
 	$(BIN)/python -m benchmarks.machine_code

@@ -53,9 +53,9 @@ BLOCK_BYTES = 4 * 2**20
 """Of the dense weight, unpacked at a time on a CPU; measured: blocks of 1 MiB make the dense product slower."""
 
 CUTLASS_LIMITS = RowLimits(packed=32, semi_structured=33)
-CUSPARSELT_LIMITS = RowLimits(packed=64, semi_structured=2048)
-"""Our kernel reads the weight once for 32 rows, twice for 64: less than unpacking moves. cuSPARSELt's copy is made anew
-in each call, which only very many rows could pay for."""
+CUSPARSELT_LIMITS = RowLimits(packed=64)
+"""Our kernel reads the weight once for 32 rows, twice for 64: less than unpacking moves. cuSPARSELt multiplies only if
+limits ask for it, best with ``second_copy``: a copy for one call costs an unpacked weight and its compression."""
 
 OTHER_LIMITS = RowLimits(packed=16)
 ANY_PATTERN_LIMITS = RowLimits(packed=4)

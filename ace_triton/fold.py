@@ -61,7 +61,7 @@ class Fold:
         start = torch.arange(copies * self.pools, device=order.device) * self.width
         return (order.repeat(copies, 1) + start[:, None]).flatten()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def apply(self, layers: Mapping[str, nn.Module], order: torch.Tensor) -> None:
         """Reorder the consumer's inputs and the producers' outputs in place; bits are moved, not changed."""
         weight = _weight(layers[self.consumer])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -12,11 +12,18 @@ import torch
 from .kernels.coupling import coupling
 from .kernels.token_norms import token_norms
 from .kernels.weighted_squares import MOST_LAYERS, weighted_squares
+from .settled import Settled, Tally, is_at_hand
 
 Reduce = Literal["abs", "rms"]
 
 NEGLIGIBLE_NORM = 1e-8
 """Tokens whose squared output norm is below this share of the batch's mean take no part in CosP."""
+
+
+NOT_FINITE = (
+    "the layer's outputs hold NaN or infinity; look for overflow in the calibration forward (run it in bfloat16 or "
+    "float32)"
+)
 
 
 class StatsError(ValueError):
@@ -39,10 +46,24 @@ class OutputStats:
     """
 
     reduce: Reduce | None = None
-    count: int = 0
-    unit: float = 0.0
+    count: Settled[int] = Settled(0)  # noqa: RUF009 (a descriptor)
+    unit: Settled[float] = Settled(0.0)  # noqa: RUF009 (a descriptor)
     weighted_square: torch.Tensor | None = None
     matrix: torch.Tensor | None = None
+    tally: Tally | None = field(default=None, init=False, repr=False, compare=False)
+    """Count and unit where they are not read yet."""
+
+    def settle(self) -> None:
+        """Read count and unit from the device, the one place that waits for a GPU.
+
+        Raises:
+            StatsError: NaN or infinity in the outputs of tokens that count.
+        """
+        if self.tally is not None:
+            count, unit, finite = self.tally.read()
+            if not finite:
+                raise StatsError(NOT_FINITE)
+            self.tally, self.count, self.unit = None, count, unit
 
     def mean_weighted_square(self) -> torch.Tensor:
         """mean_t x_tj^2 / s_t, fp64 [in_features] (METHODS "exact2"; second-order term of 1 - cos)."""
@@ -62,6 +83,7 @@ class OutputStats:
     def relative_coupling(self) -> torch.Tensor:
         """:meth:`mean_coupling` times a positive number of the layer's own, which orders weights alike: for "abs" the
         matrix as it was summed, and no launch."""
+        self.settle()
         if self.matrix is None:
             raise StatsError("these statistics hold no coupling matrix: collect them with reduce='abs' or 'rms'")
         return self.matrix.sqrt() if self.reduce == "rms" else self.matrix
@@ -107,33 +129,31 @@ def update_outputs(
         valid: bool [...], False for tokens to leave out.
 
     Raises:
-        StatsError: NaN or infinity in the outputs of tokens that count.
+        StatsError: NaN or infinity in the outputs of tokens that count. A GPU is not waited for: there the
+            statistics raise it when they are used.
     """
     flat = tokens.reshape(-1, tokens.shape[-1])
-    rows, counts = [], []
+    rows, tallies = [], []
     for stat, output in zip(stats, outputs, strict=True):
         norms = token_norms(output.reshape(-1, output.shape[-1]))
         used = torch.ones_like(norms, dtype=torch.bool) if valid is None else valid.reshape(-1)
-        mean = torch.where(used, norms, 0.0).sum() / used.sum().clamp(min=1)
-        level = float(mean)
-        if not math.isfinite(level):
-            raise StatsError(
-                "the layer's outputs hold NaN or infinity; look for overflow in the calibration forward (run it in "
-                "bfloat16 or float32)"
-            )
-        used = used & (norms > NEGLIGIBLE_NORM * level)
-        if stat.count == 0:
-            stat.unit = level or 1.0
-        rows.append(torch.where(used, stat.unit / norms, 0.0))
-        counts.append(int(used.sum()))
+        level = (torch.where(used, norms, 0.0).sum() / used.sum().clamp(min=1)).double()
+        if is_at_hand(level) and not level.isfinite():
+            raise StatsError(NOT_FINITE)
+        used = used & (norms > (NEGLIGIBLE_NORM * level).float())
+        tally = (stat.tally or Tally.of(stat.count, stat.unit, level.device)).add(level, used)
+        rows.append(torch.where(used, norms.reciprocal() * tally.unit, 0.0))
+        tallies.append(tally)
     for start in range(0, len(rows), MOST_LAYERS):
         stop = start + MOST_LAYERS
         sums = weighted_squares(flat, torch.stack(rows[start:stop]))
-        for stat, row, count, output, weighted in zip(
-            stats[start:stop], rows[start:stop], counts[start:stop], outputs[start:stop], sums.double(), strict=True
+        for stat, row, tally, output, weighted in zip(
+            stats[start:stop], rows[start:stop], tallies[start:stop], outputs[start:stop], sums.double(), strict=True
         ):
             stat.weighted_square = weighted if stat.weighted_square is None else stat.weighted_square + weighted
             if stat.reduce is not None:
                 a = output.reshape(-1, output.shape[-1])
                 stat.matrix = coupling(flat, a, row, stat.reduce, into=stat.matrix)
-            stat.count += count
+            stat.tally = tally
+            if is_at_hand(tally.unit):
+                stat.settle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -272,7 +273,8 @@ def _solve(
         raise PruneError(
             f"{label}: the update leaves the range of {weight.dtype}; raise its damping, or load the model in bfloat16"
         )
-    weight.copy_(stored)
+    with _writing_to(weight):
+        weight.copy_(stored)
     return mask
 
 
@@ -280,12 +282,19 @@ def _select(
     weight: torch.Tensor, served: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, want_mask: bool
 ) -> torch.Tensor | None:
     if served is weight and not want_mask:
-        _choose(weight, terms, pattern, axis, "weight")
+        with _writing_to(weight):
+            _choose(weight, terms, pattern, axis, "weight")
         return None
     mask = _choose(served, terms, pattern, axis, "mask")
-    zero = weight.view(torch.uint8) if weight.element_size() == 1 else weight
-    zero.masked_fill_(~mask, 0)
+    with _writing_to(weight):
+        zero = weight.view(torch.uint8) if weight.element_size() == 1 else weight
+        zero.masked_fill_(~mask, 0)
     return mask if want_mask else None
+
+
+def _writing_to(weight: torch.Tensor) -> AbstractContextManager[object]:
+    """Inference mode for a weight that was made in it, which torch lets nothing else change."""
+    return torch.inference_mode() if weight.is_inference() else nullcontext()
 
 
 def _choose(

@@ -159,7 +159,8 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         model.eval()
         for config, name, _ in before:
             setattr(config, name, settings[name])
-        with torch.no_grad():
+        # Tensors of inference mode have no versions, by which one overwritten in place is known.
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module, mode in training.items():

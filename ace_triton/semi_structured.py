@@ -2,7 +2,8 @@
 
 Both read a layout of their own. CUTLASS takes our values as they are and wants only the metadata in another order:
 they are made at the first call with many rows and kept as long as the packed weight lives, 1/8 byte a weight more
-(1/16 of the dense bytes in bf16). cuSPARSELt has one opaque tensor of values and metadata: it is made anew in each
+(1/16 of the dense bytes in bf16). A CUDA graph that records that first call makes them in every replay, so call once
+with many rows before the capture. cuSPARSELt has one opaque tensor of values and metadata: it is made anew in each
 call, by way of the dense weight, or kept as a second copy (9/16 of the dense bytes) where the caller asks for it.
 """
 
@@ -99,7 +100,7 @@ def _cusparselt_weight(packed: PackedNM, rows: int, bias: torch.Tensor | None, k
 
 def _algorithm(packed: PackedNM, compressed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> int:
     """cuSPARSELt's fastest algorithm, searched once for a shape, dtype and power of two of rows."""
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing(packed.values.device):
         return 0
     width = 1 << max(3, (rows - 1).bit_length())
     key = (*packed.shape, width, packed.values.dtype, packed.values.device.index)
@@ -116,9 +117,14 @@ def _remembered(packed: PackedNM, make: Callable[[], torch.Tensor], keep: bool) 
     if made is not None and made.versions == versions:
         return made.tensor
     tensor = make()
-    if keep:
+    if keep and not _capturing(packed.values.device):
         _made[packed.meta] = _Made(versions, tensor)
     return tensor
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records this: what is made then holds nothing before a replay, and lies in its memory."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -17,6 +17,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Most warps and blocks of an SM, and its shared memory in KiB (CUDA programming guide).
 RESIDENT = {
+    75: (32, 16, 64),
     80: (64, 32, 164),
     86: (48, 16, 100),
     89: (48, 24, 100),

@@ -51,14 +51,26 @@ class JitLaunch:
         return Specialised(source, options, remaining)
 
 
+def launches_on(target: GPUTarget, call: Callable[[], object]) -> list[JitLaunch]:
+    """What the public launchers in ``call`` would launch on ``target``, in order."""
+    launches: list[JitLaunch] = []
+    amd = target.backend == "hip"
+    with caught_launches(launches.append, target.warp_size, amd, before_ampere=not amd and target.arch < 80):
+        call()
+    return launches
+
+
 @contextmanager
-def caught_launches(handle: Callable[[JitLaunch], None], lanes: int = 32, amd: bool = False) -> Iterator[None]:
+def caught_launches(
+    handle: Callable[[JitLaunch], None], lanes: int = 32, amd: bool = False, before_ampere: bool = False
+) -> Iterator[None]:
     """Serve CPU tensors by the Triton bodies, and hand every launch to ``handle`` instead of a driver.
 
     Args:
         handle: called with each launch, in order.
         lanes: lanes of a warp that the launchers shall plan for (64 on AMD's CDNA).
         amd: whether they shall plan for AMD.
+        before_ampere: whether they shall plan for an NVIDIA GPU older than Ampere.
     """
 
     def run(kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> None:
@@ -69,6 +81,7 @@ def caught_launches(handle: Callable[[JitLaunch], None], lanes: int = 32, amd: b
         mock.patch.object(backend, "interpreting", return_value=True),
         mock.patch.object(launch, "lanes", return_value=lanes),
         mock.patch.object(launch, "on_amd", return_value=amd),
+        mock.patch.object(launch, "before_ampere", return_value=before_ampere),
         mock.patch.object(JITFunction, "run", run),
     ):
         yield

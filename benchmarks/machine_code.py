@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from .disassembly import MachineCode, read
-from .jit_launches import JitLaunch, caught_launches
+from .jit_launches import JitLaunch, launches_on
 from .kernel_cases import TOKENS, Case, cosp_select_case, coupling_case, every_case
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
@@ -83,14 +83,6 @@ def gpu_target(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 32 if re.match(r"gfx1\d{3}$", name) else 64)
 
 
-def launches_of(case: Case, target: GPUTarget) -> list[JitLaunch]:
-    """What the public launcher would launch on ``target``."""
-    launches: list[JitLaunch] = []
-    with caught_launches(launches.append, lanes=target.warp_size, amd=target.backend == "hip"):
-        case.call()
-    return launches
-
-
 def compiled(launch: JitLaunch, target: GPUTarget) -> MachineCode:
     """Compile a launch and read its machine code."""
     specialised = launch.specialise(target)
@@ -100,7 +92,7 @@ def compiled(launch: JitLaunch, target: GPUTarget) -> MachineCode:
 def kernel_of(case: Case, target_name: str) -> tuple[JitLaunch, MachineCode]:
     """The launch of a case that it is about, most often the first, and its machine code."""
     target = gpu_target(target_name)
-    launch = launches_of(case, target)[case.launch]
+    launch = launches_on(target, case.call)[case.launch]
     return launch, compiled(launch, target)
 
 

@@ -237,7 +237,7 @@ def row_limits() -> list[str]:
         "|---|---|---|",
         f"| few | our kernel ({', '.join(on_cpu)}) | our kernel ({on_cuda}) |",
         f"| more | unpacked for the call {BLOCK_BYTES // 2**20} MiB at a time, then dense | "
-        "2:4 in fp16 and bf16: torch's semi-structured product; else unpacked, then dense |",
+        "2:4 in fp16 and bf16 on capability 8.x: torch's semi-structured product; else unpacked, then dense |",
     ]
 
 

@@ -20,6 +20,7 @@ import torch
 from . import cpu, launch
 from .backend import choose_backend
 from .triton_import import tl, triton
+from .written import mark_written
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def adamw(
     """
     _check(values, moments, gradient, factor, rounded)
     backend = choose_backend(values, moments.first, moments.second, gradient, factor, rounded)
+    if backend != "reference":
+        mark_written(values, moments.first, moments.second, rounded)
     if backend == "cpu":
         cpu.adamw(values, moments, gradient, step, factor, rounded, zeros_stay)
     elif backend == "triton":

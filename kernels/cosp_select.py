@@ -30,6 +30,7 @@ from .select_nm import (
     with_unit_stride,
 )
 from .triton_import import tl, triton
+from .written import mark_written
 
 
 def cosp_select(
@@ -68,6 +69,7 @@ def cosp_select(
         raise ValueError("cosp_select makes the score's coupling itself: leave that term out, or call select_nm")
     backend = choose_backend(weight, tokens, outputs, token_weights, *terms.tensors.values())
     if backend == "triton":
+        mark_written(weight)
         with torch.cuda.device_of(weight):
             return _cosp_select_triton(
                 weight, terms, tokens.detach(), outputs.detach(), token_weights.contiguous(), n, m, reduce

@@ -15,6 +15,7 @@ import torch
 from . import cpu, launch
 from .backend import choose_backend
 from .triton_import import tl, triton
+from .written import mark_written
 
 Reduce = Literal["abs", "rms"]
 
@@ -46,6 +47,7 @@ def coupling(
     if backend == "cpu":
         return cpu.coupling(tokens, outputs, weights, reduce, into)
     if backend == "triton":
+        mark_written(into)
         with torch.cuda.device_of(tokens):
             return _coupling_triton(tokens.detach(), outputs.detach(), weights.contiguous(), reduce, into)
     return into.add_(coupling_reference(tokens, outputs, weights, reduce))

@@ -15,6 +15,7 @@ import torch
 from . import cpu, launch
 from .backend import choose_backend
 from .triton_import import tl, triton
+from .written import mark_written
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -55,6 +56,8 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor, into: torch.Tensor | 
         )
     backend = choose_backend(logits, wanted, into)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
+    if backend != "reference":
+        mark_written(into)
     if backend == "cpu":
         return Divergence(cpu.divergence(logits.detach(), wanted.detach(), gradient), gradient)
     if backend == "triton":

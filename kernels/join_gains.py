@@ -71,14 +71,16 @@ def _join_gains_triton(candidates: torch.Tensor, thresholds: torch.Tensor) -> to
     gains = torch.empty(n_pools, groups, n_candidates, dtype=torch.float32, device=candidates.device)
     if gains.numel():
         tile = launch.join_gains(groups, n_candidates)
-        across = triton.cdiv(n_candidates, tile.block_cols)
-        _join_gains_body[(across * triton.cdiv(groups, tile.block_rows), n_pools)](
-            *(candidates, thresholds, gains, rows, groups, n_candidates),
-            STRIP=STRIP,
-            BLOCK_GROUPS=tile.block_rows,
-            BLOCK_CANDIDATES=tile.block_cols,
-            num_warps=tile.num_warps,
-        )
+        tiles = triton.cdiv(n_candidates, tile.block_cols) * triton.cdiv(groups, tile.block_rows)
+        for first in range(0, n_pools, launch.MOST_ALONG_Y):
+            pools = slice(first, min(first + launch.MOST_ALONG_Y, n_pools))
+            _join_gains_body[(tiles, pools.stop - first)](
+                *(candidates[pools], thresholds[pools], gains[pools], rows, groups, n_candidates),
+                STRIP=STRIP,
+                BLOCK_GROUPS=tile.block_rows,
+                BLOCK_CANDIDATES=tile.block_cols,
+                num_warps=tile.num_warps,
+            )
     return gains
 
 

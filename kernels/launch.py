@@ -6,6 +6,7 @@ without its constants and a constant changed without its kernel.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -24,6 +25,12 @@ MOST_PROGRAMS = 4096
 MOST_WARPS = 1024
 LEAST_TRIPS = 4
 
+# Warps of a sum on each multiprocessor: two programs of WIDE_WARPS, so that none waits for a second turn.
+SUM_WARPS = 16
+
+# Programs along the second and third axis of a grid.
+MOST_ALONG_Y = 65535
+
 # Warps of a program that sums down a matrix: the more of them meet, the fewer partial sums are written.
 WIDE_WARPS = 8
 
@@ -40,9 +47,35 @@ def lanes(device: torch.device) -> int:
     return 32
 
 
-def stream_of(tensor: torch.Tensor) -> int:
-    """The stream that a kernel on ``tensor`` is launched on."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.device.type == "cuda" else 0
+def before_ampere(device: torch.device) -> bool:
+    """True on an NVIDIA GPU older than Ampere, whose matrix units take neither bf16 nor asynchronous copies."""
+    return device.type == "cuda" and not on_amd() and _capability(device)[0] < 8
+
+
+def multiprocessors(device: torch.device) -> int | None:
+    """Multiprocessors (compute units on AMD) of a GPU; None for any other device."""
+    return _multiprocessors(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def sum_warps(device: torch.device) -> int:
+    """Warps of all programs of a sum: SUM_WARPS on each multiprocessor, MOST_WARPS where no GPU is known.
+
+    The number of partial sums, and with it the last bits of a sum in fp32, depends on the GPU's multiprocessors, as it
+    does on the lanes of a warp: GPUs of one kind agree bit by bit, others to rounding. Without a GPU (in the
+    interpreter, on x86, in the machine-code report) sizes are always the same.
+    """
+    there = multiprocessors(device)
+    return MOST_WARPS if there is None else SUM_WARPS * there
 
 
 def vector(tensor: torch.Tensor) -> int:
@@ -109,7 +142,7 @@ def down_rows(rows: int, like: torch.Tensor) -> Reduction:
     """Sums over ``rows`` rows of a matrix like ``like`` [..., cols], one access a row: four rows are in flight."""
     block_cols = lanes(like.device) * vector(like)
     blocks = math.ceil(like.shape[-1] / block_cols) * rows
-    return Reduction(4, block_cols, _trips(math.ceil(rows / 4), blocks // 4, most=64))
+    return Reduction(4, block_cols, _trips(math.ceil(rows / 4), blocks // 4, sum_warps(like.device), most=64))
 
 
 def along_rows(matrix: torch.Tensor) -> Reduction:
@@ -117,12 +150,12 @@ def along_rows(matrix: torch.Tensor) -> Reduction:
     access = lanes(matrix.device) * vector(matrix)
     block_cols = narrowest(matrix.shape[1], (access * 4, access * 2, access))
     blocks = math.ceil(matrix.shape[1] / block_cols) * math.ceil(matrix.shape[0] / 2)
-    return Reduction(2, block_cols, _trips(math.ceil(matrix.shape[0] / 2), blocks, most=32))
+    return Reduction(2, block_cols, _trips(math.ceil(matrix.shape[0] / 2), blocks, sum_warps(matrix.device), most=32))
 
 
-def _trips(needed: int, blocks: int, most: int) -> int:
-    """As many as leave MOST_WARPS of all ``blocks``, and LEAST_TRIPS: each program writes partial sums of its own."""
-    return max(1, min(most, needed, max(LEAST_TRIPS, blocks // MOST_WARPS)))
+def _trips(needed: int, blocks: int, warps: int, most: int) -> int:
+    """As many as leave ``warps`` of all ``blocks``, and LEAST_TRIPS: each program writes partial sums of its own."""
+    return max(1, min(most, needed, max(LEAST_TRIPS, blocks // warps)))
 
 
 @dataclass(frozen=True)
@@ -145,15 +178,15 @@ class WeightSums:
 
 
 def weight_sums(weight: torch.Tensor) -> WeightSums:
-    """As many programs of eight warps as make MOST_WARPS: what a program sums leaves 8 bytes a row and a column.
+    """As many programs of eight warps as make :func:`sum_warps`: what one sums leaves 8 bytes a row and a column.
 
-    At 4096 x 11008 in bf16 that is 1.5 % of the weight; small weights are waited for, not their bytes.
+    At 4096 x 11008 in bf16 that is 1.5 % of the weight with MOST_WARPS; small weights are waited for, not their bytes.
     """
     rows, cols = weight.shape
     block_cols = lanes(weight.device) * vector(weight)
     pieces = max(1, min(4, math.ceil(cols / block_cols)))
     across = math.ceil(cols / (pieces * block_cols))
-    down = max(1, MOST_WARPS // WIDE_WARPS // max(1, across))
+    down = max(1, sum_warps(weight.device) // WIDE_WARPS // max(1, across))
     trips = max(LEAST_TRIPS, math.ceil(rows / (WIDE_WARPS * down)))
     return WeightSums(WIDE_WARPS, block_cols, pieces, min(trips, max(1, math.ceil(rows / WIDE_WARPS))), WIDE_WARPS)
 
@@ -223,7 +256,7 @@ class Moments:
 
 
 def moments(tokens: torch.Tensor) -> Moments:
-    """As many programs as make MOST_WARPS: what each sums leaves 12 bytes a channel to be written and read again.
+    """As many programs as make :func:`sum_warps`: what each sums leaves 12 bytes a channel, written and read again.
 
     Short sequences are taken several at a time, by few warps; long ones are cut into chunks only where there are few.
     """
@@ -231,7 +264,7 @@ def moments(tokens: torch.Tensor) -> Moments:
     block_cols = lanes(tokens.device) * vector(tokens)
     num_warps = next(w for w in (WIDE_WARPS, 4, 2, 1) if length >= 4 * w or w == 1)
     step = num_warps * 4
-    wanted = max(1, math.ceil(MOST_WARPS / (num_warps * math.ceil(cols / block_cols))))
+    wanted = max(1, math.ceil(sum_warps(tokens.device) / (num_warps * math.ceil(cols / block_cols))))
     chunks = max(1, min(math.ceil(length / (step * LEAST_TRIPS)), wanted // n_sequences))
     return Moments(
         max(1, n_sequences // wanted), num_warps, block_cols, 4, math.ceil(length / chunks / step), num_warps

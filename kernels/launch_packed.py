@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -112,8 +113,19 @@ def suits_nm_linear_dot(tokens: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether that takes less than ``nm_linear``'s own body, which reads 2:4 ``values`` once for four tokens.
 
     It multiplies by sixteen tokens or more, whatever their number: on matrix units, or in fp32 on the fp32 units, for
-    which two reads of the weight are as good. Rows that are not aligned, and RDNA's registers, are too much for it.
+    which two reads of the weight are as good. Rows that are not aligned are too much for it, and so are the registers
+    of RDNA and of NVIDIA's GPUs before Ampere, where it spills.
     """
     least = 9 if values.element_size() == 4 else 3
     aligned = tokens.shape[1] % 16 == 0 and tokens.stride(0) % 16 == 0
-    return len(tokens) >= least and aligned and not (launch.on_amd() and launch.lanes(values.device) == 32)
+    if len(tokens) < least or not aligned or launch.before_ampere(values.device):
+        return False
+    return not (launch.on_amd() and launch.lanes(values.device) == 32)
+
+
+def within_grid(tokens: torch.Tensor, outputs: torch.Tensor, of_program: int) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Tokens and their outputs in pieces of which each fits into one launch, ``of_program`` tokens to a program."""
+    most = launch.MOST_ALONG_Y * of_program
+    if len(tokens) <= most:
+        return ((tokens, outputs),)
+    return zip(tokens.split(most), outputs.split(most), strict=True)

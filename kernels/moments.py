@@ -112,12 +112,11 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
     shifts, means, deviations = torch.empty(3, parts, cols, dtype=torch.float32, device=tokens.device)
     _sum_moments[(across * parts,)](
         *(tokens, None if valid is None else valid.view(torch.uint8), squares, counts, shifts, means, deviations),
-        *(sequences, length, cols, tokens.stride(0), tokens.stride(1), chunks),
+        *(sequences, length, cols, tokens.stride(0), tokens.stride(1), chunks, tile.trips),
         SEQUENCES=tile.sequences,
         BLOCK_ROWS=tile.block_rows,
         BLOCK_COLS=tile.block_cols,
         PIECES=tile.pieces,
-        TRIPS=tile.trips,
         num_warps=tile.num_warps,
     )
     total, deviation = torch.empty(2, cols, dtype=torch.float64, device=tokens.device)
@@ -133,7 +132,8 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
     return Moments(count, total, deviation, sequence_square, sequence_count)
 
 
-@triton.jit
+# Numbers that change from batch to batch, and from expert to expert, do not make kernels of their own.
+@triton.jit(do_not_specialize=["sequences", "length", "chunks", "trips"])
 def _sum_moments(
     tokens_ptr,
     valid_ptr,
@@ -148,29 +148,33 @@ def _sum_moments(
     sequence_stride,
     token_stride,
     chunks,
+    trips,
     SEQUENCES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     PIECES: tl.constexpr,
-    TRIPS: tl.constexpr,
 ):
-    """A part is one chunk of TRIPS * PIECES * BLOCK_ROWS tokens in each of SEQUENCES neighbouring sequences.
+    """A part is one chunk of ``trips`` * PIECES * BLOCK_ROWS tokens in each of SEQUENCES neighbouring sequences.
 
     A tile is as wide as one access of a warp: every warp sums tokens of its own, and they meet once a sequence. A
     part's mean is left relative to its shift: their sum would lose what a large mean hides.
     """
     STEP: tl.constexpr = PIECES * BLOCK_ROWS
-    CHUNK: tl.constexpr = TRIPS * STEP
+    chunk_tokens = trips * STEP
     across = tl.cdiv(cols, BLOCK_COLS)
     block = tl.program_id(0) % across
     part = (tl.program_id(0) // across).to(tl.int64)
     chunk = part % chunks
     first_sequence = part // chunks * SEQUENCES
+    first_token = chunk * chunk_tokens
     j = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
 
-    origin = _first_valid(valid_ptr, first_sequence, chunk * CHUNK, sequences, length, SEQUENCES, CHUNK)
-    start = (first_sequence + origin // CHUNK) * sequence_stride + (chunk * CHUNK + origin % CHUNK) * token_stride
-    there = tl.where(origin < SEQUENCES * CHUNK, cols, 0)
+    origin = _first_valid(
+        *(valid_ptr, first_sequence, first_token, sequences, length, chunk_tokens), SEQUENCES, 128 * BLOCK_ROWS
+    )
+    start = (first_sequence + origin // chunk_tokens) * sequence_stride
+    start += (first_token + origin % chunk_tokens) * token_stride
+    there = tl.where(origin < SEQUENCES * chunk_tokens, cols, 0)
     shift = tl.load(tokens_ptr + start + j, mask=j < there, other=0.0).to(tl.float32)
 
     counts = tl.zeros([BLOCK_ROWS, 1], tl.int32)
@@ -180,9 +184,9 @@ def _sum_moments(
         sequence = first_sequence + s
         inside = tl.where(sequence < sequences, length, 0)
         squares = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
-        for trip in tl.range(TRIPS):
+        for trip in tl.range(trips):
             for k in tl.static_range(PIECES):
-                t = chunk * CHUNK + trip * STEP + k * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+                t = first_token + trip * STEP + k * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
                 used = t < inside
                 if valid_ptr is not None:
                     used &= tl.load(valid_ptr + sequence * length + t, mask=used, other=0) != 0
@@ -207,7 +211,7 @@ def _sum_moments(
     tl.store(deviations_ptr + part * cols + j, tl.sum(deviations, 0, keep_dims=True) - total * mean, mask=j < cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "parts", "chunks", "sequences"])
 def _merge_parts(
     counts_ptr,
     shifts_ptr,
@@ -230,7 +234,7 @@ def _merge_parts(
     j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     if tl.program_id(0) >= across:
         place = (tl.program_id(0) // across - 1).to(tl.int64) * cols + j
-        step = sequences.to(tl.int64) * cols
+        step = tl.cast(sequences, tl.int64) * cols
         square = tl.zeros([1, BLOCK_COLS], tl.float32)
         for first in tl.range(0, chunks, BLOCK_PARTS):
             chunk = first + tl.arange(0, BLOCK_PARTS)[:, None]
@@ -263,7 +267,7 @@ def _merge_moments(
     for first in tl.range(0, parts, BLOCK_PARTS):
         counted, mean = _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
         total += tl.sum(mean * counted, 0, keep_dims=True)
-    middle = total / tl.maximum(count, 1).to(tl.float64)
+    middle = total / tl.cast(tl.maximum(count, 1), tl.float64)
     deviation = tl.zeros(j.shape, tl.float64)
     for first in tl.range(0, parts, BLOCK_PARTS):
         counted, mean = _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
@@ -288,18 +292,26 @@ def _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_
 
 @triton.jit
 def _first_valid(
-    valid_ptr, first_sequence, first_token, sequences, length, SEQUENCES: tl.constexpr, CHUNK: tl.constexpr
+    valid_ptr,
+    first_sequence,
+    first_token,
+    sequences,
+    length,
+    chunk_tokens,
+    SEQUENCES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Place of a part's first valid token, counted through its chunks; beyond them all if there is none."""
     if valid_ptr is None:
         return tl.full([], 0, tl.int32)
     else:
-        BLOCK: tl.constexpr = triton.next_power_of_2(CHUNK)
-        place = tl.arange(0, BLOCK)
-        origin = tl.full([], SEQUENCES * CHUNK, tl.int32)
+        none = SEQUENCES * chunk_tokens
+        origin = tl.zeros([], tl.int32) + none
         for s in tl.range(SEQUENCES):
-            tokens_here = tl.minimum(length - first_token, CHUNK)
-            inside = place < tl.where(first_sequence + s < sequences, tokens_here, 0)
-            flags = tl.load(valid_ptr + (first_sequence + s) * length + first_token + place, mask=inside, other=0)
-            origin = tl.minimum(origin, tl.min(tl.where(flags != 0, s * CHUNK + place, SEQUENCES * CHUNK), 0))
+            tokens_here = tl.where(first_sequence + s < sequences, tl.minimum(length - first_token, chunk_tokens), 0)
+            line = valid_ptr + (first_sequence + s) * length + first_token
+            for first in tl.range(0, chunk_tokens, BLOCK):
+                place = first + tl.arange(0, BLOCK)
+                flags = tl.load(line + place, mask=place < tokens_here, other=0)
+                origin = tl.minimum(origin, tl.min(tl.where(flags != 0, s * chunk_tokens + place, none), 0))
         return origin

@@ -84,19 +84,24 @@ def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor
     if two_of_four and tokens.dtype == packed.values.dtype and launch_packed.suits_nm_linear_dot(tokens, packed.values):
         return nm_linear_dot(tokens, packed, bias)
     tile = launch_packed.nm_linear(packed.values, n_tokens, cols)
-    grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(n_tokens, tile.tokens))
-    arguments = (tokens, packed.values, packed.meta, bias, outputs, n_tokens, rows, cols, tokens.stride(0))
     blocks = {"TOKENS": tile.tokens, "BLOCK_ROWS": tile.block_rows, "num_warps": tile.num_warps}
-    if two_of_four:
-        _two_of_four_body[grid](
-            *arguments,
-            VECTOR=tile.vector,
-            SPLIT=min(2 * tile.vector, launch.vector(tokens)),
-            LANES=tile.threads,
-            **blocks,
-        )
-    else:
-        _any_pattern_body[grid](*arguments, N=packed.n, M=packed.m, BLOCK_COLS=4 * tile.threads, **blocks)
+    for some_tokens, some_outputs in launch_packed.within_grid(tokens, outputs, tile.tokens):
+        n_tokens = len(some_tokens)
+        grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(n_tokens, tile.tokens))
+        arguments = (some_tokens, packed.values, packed.meta, bias, some_outputs, n_tokens, rows, cols)
+        if two_of_four:
+            _two_of_four_body[grid](
+                *arguments,
+                tokens.stride(0),
+                VECTOR=tile.vector,
+                SPLIT=min(2 * tile.vector, launch.vector(tokens)),
+                LANES=tile.threads,
+                **blocks,
+            )
+        else:
+            _any_pattern_body[grid](
+                *arguments, tokens.stride(0), N=packed.n, M=packed.m, BLOCK_COLS=4 * tile.threads, **blocks
+            )
     return outputs
 
 

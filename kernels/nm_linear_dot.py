@@ -28,25 +28,28 @@ def nm_linear_dot(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
     rows = packed.shape[0]
     tile = launch_packed.nm_linear_dot(packed.values, n_tokens)
     outputs = torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
-    sums = outputs
+    pieces = launch_packed.within_grid(tokens, outputs, tile.tokens)
     if tile.splits > 1:
         sums = torch.empty(tile.splits, n_tokens, rows, dtype=torch.float32, device=tokens.device)
+        pieces = ((tokens, sums),)  # few programs, so few tokens
     width = 32 * tile.words
     trips = triton.cdiv(triton.cdiv(cols, width), tile.splits)
-    _dot_body[(triton.cdiv(rows, tile.block_rows), triton.cdiv(n_tokens, tile.tokens), tile.splits)](
-        *(tokens, packed.values, packed.meta, bias if tile.splits == 1 else None, sums),
-        *(n_tokens, rows, cols, tokens.stride(0), trips),
-        TOKENS=tile.tokens,
-        BLOCK_ROWS=tile.block_rows,
-        WORDS=tile.words,
-        VECTOR=tile.vector,
-        RUN=tile.run,
-        EVEN=cols % width == 0,
-        WARPS=tile.num_warps,
-        WIDEN=interpreting(),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    for some_tokens, target in pieces:
+        grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(len(some_tokens), tile.tokens), tile.splits)
+        _dot_body[grid](
+            *(some_tokens, packed.values, packed.meta, bias if tile.splits == 1 else None, target),
+            *(len(some_tokens), rows, cols, tokens.stride(0), trips),
+            TOKENS=tile.tokens,
+            BLOCK_ROWS=tile.block_rows,
+            WORDS=tile.words,
+            VECTOR=tile.vector,
+            RUN=tile.run,
+            EVEN=cols % width == 0,
+            WARPS=tile.num_warps,
+            WIDEN=interpreting(),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
     if tile.splits > 1:
         block = launch.WARPS * launch.lanes(tokens.device) * 4
         _add_splits[(triton.cdiv(rows, block), n_tokens)](

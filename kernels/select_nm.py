@@ -18,6 +18,7 @@ from .group_choice import best_of_group
 from .registers import joined_bits, masked, unzip, zipped
 from .score_terms import ScoreTerms, score, scores_reference
 from .triton_import import tl, triton
+from .written import mark_written
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 
@@ -54,6 +55,8 @@ def select_nm(
     check_selection(weight, terms, output)
     check_pattern(weight, n, m, axis)
     backend = choose_backend(weight, *terms.tensors.values())
+    if backend != "reference" and output == "weight":
+        mark_written(weight)
     if backend == "cpu":
         return cpu.select_nm(weight, terms, n, m, axis, output)
     if backend == "triton":

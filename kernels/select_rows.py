@@ -20,6 +20,7 @@ from .score_terms import ScoreTerms, score, scores_reference
 from .select_nm import Output, check_selection, deliver, delivered, output_like, with_unit_stride
 from .threshold_search import select_by_threshold
 from .triton_import import tl, triton
+from .written import mark_written
 
 Scope = Literal["row", "layer"]
 
@@ -51,6 +52,8 @@ def select_rows(
     if not 0 <= k <= most:
         raise ValueError(f"k must lie between 0 and {most} for a {scope} of shape {tuple(weight.shape)}, got {k}")
     backend = choose_backend(weight, *terms.tensors.values())
+    if backend != "reference" and output == "weight":
+        mark_written(weight)
     if backend == "cpu":
         return cpu.select_rows(weight, terms, k, scope, output)
     if backend == "triton":

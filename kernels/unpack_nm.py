@@ -12,6 +12,7 @@ from .backend import choose_backend
 from .packed_nm import DTYPES, PackedNM, unpack_bits
 from .registers import bits_of, kept_before, spread, unzip, zipped
 from .triton_import import tl, triton
+from .written import mark_written
 
 
 def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -32,6 +33,8 @@ def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tenso
             f"with strides {into.stride()}"
         )
     backend = choose_backend(packed.values, packed.meta, into)
+    if backend != "reference":
+        mark_written(into)
     if backend == "cpu" and dtype in DTYPES:
         return cpu.unpack_nm(packed, into)
     if backend == "triton" and dtype in DTYPES:

@@ -63,17 +63,17 @@ def _weighted_squares_triton(tokens: torch.Tensor, weights: torch.Tensor) -> tor
     parts = torch.empty(down, layers, cols, dtype=torch.float32, device=tokens.device)
     if tokens.numel():
         _sum_weighted_squares[(across * down,)](
-            *(tokens, weights, parts, n_tokens, cols, tokens.stride(0)),
+            *(tokens, weights, parts, n_tokens, cols, tokens.stride(0), tile.trips),
             LAYERS=layers,
             BLOCK_ROWS=tile.block_rows,
             BLOCK_COLS=tile.block_cols,
-            TRIPS=tile.trips,
             num_warps=1,
         )
     return parts.sum(0)
 
 
-@triton.jit
+# Batches of other lengths, as those of experts, do not make kernels of their own.
+@triton.jit(do_not_specialize=["trips"])
 def _sum_weighted_squares(
     tokens_ptr,
     weights_ptr,
@@ -81,20 +81,20 @@ def _sum_weighted_squares(
     n_tokens,
     cols,
     stride,
+    trips,
     LAYERS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    TRIPS: tl.constexpr,
 ):
-    """A program's share of TRIPS * BLOCK_ROWS tokens and BLOCK_COLS columns, for every layer."""
+    """A program's share of ``trips`` * BLOCK_ROWS tokens and BLOCK_COLS columns, for every layer."""
     across = tl.cdiv(cols, BLOCK_COLS)
     part = tl.program_id(0) // across
     j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    t = part * (TRIPS * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
+    t = part * (trips * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
     sums = ()
     for _ in tl.static_range(LAYERS):
         sums = sums + (tl.zeros([1, BLOCK_COLS], tl.float32),)
-    for _ in tl.range(TRIPS):
+    for _ in tl.range(trips):
         x = tl.load(tokens_ptr + t.to(tl.int64) * stride + j, mask=(t < n_tokens) & (j < cols), other=0.0).to(
             tl.float32
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ace_triton.kernels.backend import interpreting
+from benchmarks.jit_launches import launches_on
 from benchmarks.kernel_cases import (
     DTYPES,
     TERMS,
@@ -33,7 +34,6 @@ from benchmarks.machine_code import (
     compute_over_memory,
     gpu_target,
     kernel_of,
-    launches_of,
     per_element,
 )
 
@@ -75,7 +75,7 @@ def test_sums_are_bound_by_memory(dtype, make):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", [moments_case, weight_sums_case])
 def test_sums_write_and_read_again_two_percent_at_most(dtype, make):
-    sums, _ = launches_of(make(dtype), gpu_target("sm_90"))
+    sums, _ = launches_on(gpu_target("sm_90"), make(dtype).call)
     matrix, *parts = (argument for argument in sums.arguments if torch.is_tensor(argument))
     assert 2 * sum(part.nbytes for part in parts) <= 0.02 * matrix.nbytes
 
@@ -180,6 +180,14 @@ def test_tiles_of_tokens_are_bound_by_memory(dtype, n_tokens):
         weights = launch.keywords["BLOCK_ROWS"] * launch.keywords["WORDS"] * 32 / code.threads
         assert code.loop["tensor"] > 0
         assert code.loop["memory"] <= 0.6 * weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_before_ampere_few_tokens_share_a_read_without_spills(dtype):
+    """Tiles of tokens spill there."""
+    launch, code = kernel_of(nm_linear_case(dtype, 16), "sm_75")
+    assert launch.kernel.__name__ == "_two_of_four_body"
+    assert code.spills == 0
 
 
 def test_any_pattern_runs_from_registers():

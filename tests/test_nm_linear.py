@@ -219,7 +219,7 @@ def test_every_dtype_has_limits_of_its_own_on_a_cpu():
     assert choose_product(1, double) == "dense"
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("cutlass", (32, 33)), ("cusparselt", (64, 2048)), (None, (16, None))])
+@pytest.mark.parametrize(("backend", "rows"), [("cutlass", (32, 33)), ("cusparselt", (64, None)), (None, (16, None))])
 def test_a_gpu_takes_our_kernel_where_it_reads_less_than_unpacking_moves(monkeypatch, backend, rows):
     monkeypatch.setattr(dispatch, "backend_of", lambda device: backend)
     gpu = torch.device("cuda")

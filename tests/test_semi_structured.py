@@ -38,6 +38,17 @@ def test_metadata_are_made_once_and_again_when_the_weight_is_written():
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(given.packed, given.meta), other)
 
 
+def test_metadata_made_while_a_graph_records_are_not_kept(monkeypatch):
+    packed = pack_nm(pruned(32, 64), 2, 4)
+    monkeypatch.setattr("ace_triton.semi_structured._capturing", lambda device: True)
+    recorded = cutlass_weight(packed).meta
+    monkeypatch.undo()
+    kept = cutlass_weight(packed).meta
+    assert kept is not recorded
+    monkeypatch.setattr("ace_triton.semi_structured._capturing", lambda device: True)
+    assert cutlass_weight(packed).meta is kept
+
+
 def test_what_torch_does_not_take_is_refused_before(monkeypatch):
     monkeypatch.setattr("ace_triton.semi_structured.backend_of", lambda device: "cutlass")
     assert refusal(pack_nm(pruned(32, 64), 2, 4)) is None

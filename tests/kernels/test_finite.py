@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
+from ace_triton.kernels import finite
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.finite import all_finite
 
@@ -54,3 +57,38 @@ def test_looks_at_every_tensor(make_matrix, dtypes, sizes):
             assert not all_finite(*tensors)
             tensor[0, index] = kept
     assert all_finite(*tensors)
+
+
+@pytest.mark.skipif(not (interpreting() or torch.cuda.is_available()), reason="the CPU library waits by itself")
+def test_a_call_that_was_interrupted_is_forgotten(monkeypatch, device):
+    def interrupt(flag: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    fine = torch.ones(9, device=device)
+    monkeypatch.setattr(torch.Tensor, "item", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        all_finite(fine.log().sub(torch.inf))
+    monkeypatch.undo()
+    assert all_finite(fine)
+
+
+def test_marks_start_again_after_the_last(monkeypatch, device):
+    monkeypatch.setattr(finite, "LAST_MARK", 3)
+    fine = torch.ones(9, device=device)
+    assert [all_finite(x) for x in (fine, fine / 0) * 4] == [True, False] * 4
+
+
+def test_threads_do_not_share_a_flag():
+    flags = {}
+
+    def take(name: str) -> None:
+        flags[name] = [finite._flags.next(torch.device("cpu")) for _ in range(2)]
+
+    thread = threading.Thread(target=take, args=("other",))
+    thread.start()
+    thread.join()
+    take("this")
+    addresses = {name: {flag.data_ptr() for flag, _ in taken} for name, taken in flags.items()}
+    assert addresses["this"].isdisjoint(addresses["other"])
+    assert all(len(of) == 1 for of in addresses.values())
+    assert all(first != second for (_, first), (_, second) in flags.values())

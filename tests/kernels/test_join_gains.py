@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ace_triton.kernels import launch
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.join_gains import STRIP, join_gains, join_gains_reference
 
@@ -80,3 +81,8 @@ def test_any_strides(make_scores):
 def test_says_what_is_wrong(candidates, thresholds, message):
     with pytest.raises(ValueError, match=message):
         join_gains(candidates, thresholds)
+
+
+def test_more_pools_than_one_launch_takes(monkeypatch, make_scores):
+    monkeypatch.setattr(launch, "MOST_ALONG_Y", 2)
+    check(make_scores(5, 7, 6), make_scores(5, 7, 3, seed=1))

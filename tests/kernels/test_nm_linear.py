@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ace_triton.kernels import cpu_library
+from ace_triton.kernels import cpu_library, launch
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear, nm_linear_reference
 from ace_triton.kernels.pack_nm import pack_nm, pack_scored
@@ -153,3 +153,20 @@ def test_damaged_metadata_do_not_lead_outside(pattern):
         cpu_library.use_isa(isa)
         nm_linear(torch.randn(3, 32 * 7), packed)
     cpu_library.use_isa(in_use)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pattern", "cols", "rows"),
+    [
+        (torch.bfloat16, (3, 8), 24, 11),
+        (torch.bfloat16, (2, 4), 20, 11),
+        (torch.float16, (2, 4), 32, 50),
+    ],
+)
+def test_more_tokens_than_one_launch_takes(monkeypatch, device, dtype, pattern, cols, rows):
+    """The third in tiles of 16 tokens or more; the last launch has fewer than the others."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, weight = (torch.randn(n, cols, generator=generator).to(dtype).to(device) for n in (rows, 5))
+    at_once = check(tokens, weight, *pattern)
+    monkeypatch.setattr(launch, "MOST_ALONG_Y", 1)
+    assert torch.equal(check(tokens, weight, *pattern), at_once)

@@ -172,6 +172,19 @@ def test_moments(dtype, shape, masked):
         check(getattr(got, name), getattr(expected, name))
 
 
+def test_moments_of_one_long_sequence_that_starts_late():
+    """In chunks, of which one has its first valid token far in."""
+    tokens = make_matrix(1, 5000, 576, dtype=torch.bfloat16) + 20
+    valid = torch.arange(5000)[None] >= 1200
+    tokens[~valid] = torch.nan
+    with executed_on_x86():
+        got = moments(tokens, valid)
+    expected = moments_reference(tokens, valid)
+    assert got.count == expected.count == 3800
+    for name in ("total", "deviation", "sequence_square"):
+        check(getattr(got, name), getattr(expected, name))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1536 * 576, 1001, 1])
 def test_all_finite(dtype, size):
