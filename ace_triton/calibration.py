@@ -75,15 +75,15 @@ def token_stream(documents: list[str], tokenizer: Any) -> torch.Tensor:
     """All documents' token ids, int64 [n_tokens], each document ended by the end-of-text id."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([token for ids in encoded for token in (*ids, *end)], dtype=torch.int64)
+    return torch.tensor([token for ids in encoded for token in (*ids, *end)], dtype=torch.int64, device="cpu")
 
 
 def crop(stream: torch.Tensor, samples: int, length: int, seed: int) -> torch.Tensor:
     """``samples`` random crops of a stream, int64 [samples, length]."""
     _check_length(stream, length)
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(stream) - length + 1, (samples,), generator=generator)
-    return stream[starts[:, None] + torch.arange(length)]
+    starts = torch.randint(0, len(stream) - length + 1, (samples,), generator=generator, device="cpu")
+    return stream[starts[:, None] + torch.arange(length, device="cpu")]
 
 
 def pieces(stream: torch.Tensor, samples: int, length: int, seed: int) -> torch.Tensor:
@@ -93,9 +93,9 @@ def pieces(stream: torch.Tensor, samples: int, length: int, seed: int) -> torch.
     """
     _check_length(stream, length)
     generator = torch.Generator().manual_seed(seed)
-    first = int(torch.randint(0, len(stream) % length + 1, (), generator=generator))
+    first = int(torch.randint(0, len(stream) % length + 1, (), generator=generator, device="cpu"))
     cut = stream[first : first + len(stream) // length * length].view(-1, length)
-    return cut[torch.randperm(len(cut), generator=generator)[:samples]]
+    return cut[torch.randperm(len(cut), generator=generator, device="cpu")[:samples]]
 
 
 def _check_length(stream: torch.Tensor, length: int) -> None:

@@ -230,7 +230,8 @@ class FoldTrial:
         generator = torch.Generator().manual_seed(0)
         with ExitStack() as undo:
             for fold in folds:
-                order = torch.stack([torch.randperm(fold.width, generator=generator) for _ in range(fold.pools)])
+                drawn = [torch.randperm(fold.width, generator=generator, device="cpu") for _ in range(fold.pools)]
+                order = torch.stack(drawn)
                 undo.callback(fold.apply, self._layers, order.argsort(1))
                 fold.apply(self._layers, order)
             yield

@@ -100,7 +100,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
         encoded = [tokenizer.bos_token_id]
     if not encoded:
         raise GenerationError("the prompt holds no token: give some text")
-    return torch.tensor([encoded])
+    return torch.tensor([encoded], dtype=torch.int64, device="cpu")
 
 
 @dataclass

@@ -157,7 +157,8 @@ def bench_layer(
     calls = _calls(weights)
     times: list[RowTimes] = []
     for done, count in enumerate(rows, 1):
-        tokens = torch.randn(count, kind.shape[1], generator=torch.Generator().manual_seed(count))
+        generator = torch.Generator().manual_seed(count)
+        tokens = torch.randn(count, kind.shape[1], generator=generator, dtype=torch.float32, device="cpu")
         medians = _medians(calls, len(weights), tokens.to(device, kind.dtype), seconds)
         product = choose_product(count, weights[0], limits)
         times.append(RowTimes(count, **medians, product=product))  # type: ignore[arg-type]
@@ -207,7 +208,7 @@ def best_limits(times: Sequence[RowTimes]) -> RowLimits:
 def _weights(kind: LayerKind, device: torch.device) -> list[PackedNM]:
     """Copies of a packed weight."""
     generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(kind.shape, generator=generator).to(device, kind.dtype)
+    dense = torch.randn(kind.shape, generator=generator, dtype=torch.float32, device="cpu").to(device, kind.dtype)
     first = pack_nm(select_nm(dense, ScoreTerms(), kind.n, kind.m), kind.n, kind.m)
     copies = min(MOST_ROUNDS, max(2, -(-COLD_BYTES // first.packed_bytes)))
     return [dataclasses.replace(first, values=first.values.clone(), meta=first.meta.clone()) for _ in range(copies)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from .dispatch import RowLimits, multiply
 from .kernels.pack_nm import PackedNM, pack_nm
-from .kernels.packed_nm import WORD
+from .kernels.packed_nm import WORD, check_meta
 from .kernels.unpack_nm import unpack_nm
 from .packed_weight import PackedWeight
 from .prune import linear_weight
@@ -19,7 +21,9 @@ class NMLinear(nn.Module):
     """y = x W^T + b with one packed copy of W, in plain buffers.
 
     ``values`` and ``meta`` (layout: :mod:`ace_triton.kernels.packed_nm`) go where other buffers go:
-    ``state_dict``, ``model.to``, ``deepcopy``. The weight is frozen; gradients flow to the input and the bias.
+    ``state_dict``, ``model.to``, ``deepcopy``. Metadata are bits: they keep their dtype whatever the module is cast to,
+    and a state dict whose metadata are damaged or were cast is refused. The weight is frozen; gradients flow to the
+    input and the bias, in reverse and in forward mode.
     A call picks its product by its number of rows (:func:`~ace_triton.dispatch.choose_product`). For adapters of
     peft: ``config._register_custom_module({NMLinear: peft.tuners.lora.Linear})``.
 
@@ -36,6 +40,7 @@ class NMLinear(nn.Module):
 
     def __init__(self, packed: PackedNM, bias: nn.Parameter | None = None, limits: RowLimits | None = None) -> None:
         super().__init__()
+        packed.check_tensors()
         self.out_features, self.in_features = packed.shape
         self.n, self.m = packed.n, packed.m
         self.limits = limits
@@ -56,7 +61,7 @@ class NMLinear(nn.Module):
             raise ValueError(f"a {type(layer).__name__} is no nn.Linear or Conv1D: only linear layers can be packed")
         bias = layer.bias
         assert bias is None or isinstance(bias, nn.Parameter)
-        return cls(pack_nm(weight.contiguous(), n, m), bias, limits).train(layer.training)
+        return cls(pack_nm(weight.resolve_neg().contiguous(), n, m), bias, limits).train(layer.training)
 
     @classmethod
     def empty(
@@ -100,12 +105,38 @@ class NMLinear(nn.Module):
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return self(tokens.to(self.values.dtype)).to(torch.get_autocast_dtype(kind))
-        learns = tokens.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if torch.compiler.is_compiling() or (learns and torch.is_grad_enabled()):
-            return _product(
-                tokens, self.values, self.meta, self.bias, self.n, self.m, self.in_features, *_arguments(self.limits)
-            )
-        return _multiply(tokens, self.packed, self.bias, self.limits)
+        _check_tokens(tokens, self.in_features, self.values.dtype)
+        rows, bias = tokens.reshape(-1, self.in_features), self.bias
+        if torch.compiler.is_compiling():
+            outputs = _product(rows, bias, *_parts(self.packed), *_arguments(self.limits))
+        elif _is_differentiated(rows) or (bias is not None and _is_differentiated(bias)):
+            outputs = _Differentiable.apply(rows, bias, self.packed, self.limits)
+        else:
+            outputs = multiply(rows.resolve_neg(), self.packed, bias, self.limits)
+        return outputs if tokens.dim() == 2 else outputs.view(*tokens.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NMLinear:
+        """As of any module, but metadata only change their device."""
+        meta = self.meta
+        super()._apply(fn, recurse)
+        if self.meta.dtype != meta.dtype:
+            self.meta = meta.to(self.meta.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """As of any module, but metadata that do not fit are an error of ``load_state_dict``, and nothing is loaded."""
+        meta = state_dict.get(f"{prefix}meta")
+        if meta is not None and meta.shape == self.meta.shape:
+            try:
+                PackedNM(self.values, meta.to(self.values.device), self.n, self.m, self.packed.shape).check_tensors()
+                # A layer without numbers yet is checked by who fills it, once all of it is there.
+                if not (meta.is_meta or self.meta.is_meta):
+                    check_meta(meta, self.n, self.m, self.packed.shape)
+            except ValueError as error:
+                errors: list[str] = rest[-1]
+                errors.append(f"{prefix}meta: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return (
@@ -114,16 +145,21 @@ class NMLinear(nn.Module):
         )
 
 
-def _multiply(
-    tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits | None
-) -> torch.Tensor:
-    out_features, in_features = packed.shape
-    if tokens.shape[-1] != in_features or tokens.dtype != packed.values.dtype:
-        raise ValueError(
-            f"tokens must be [..., {in_features}] {packed.values.dtype}, got {tuple(tokens.shape)} {tokens.dtype}"
-        )
-    outputs = multiply(tokens.reshape(-1, in_features), packed, bias, limits)
-    return outputs.view(*tokens.shape[:-1], out_features)
+def _check_tokens(tokens: torch.Tensor, in_features: int, dtype: torch.dtype) -> None:
+    if tokens.shape[-1] != in_features or tokens.dtype != dtype:
+        raise ValueError(f"tokens must be [..., {in_features}] {dtype}, got {tuple(tokens.shape)} {tokens.dtype}")
+
+
+def _is_differentiated(tensor: torch.Tensor) -> bool:
+    """Whether derivatives go through ``tensor``, in reverse or in forward mode."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _parts(packed: PackedNM) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
+    """The weight as operations of torch take it."""
+    return packed.values, packed.meta, packed.n, packed.m, packed.shape[1]
 
 
 def _arguments(limits: RowLimits | None) -> tuple[int | None, int | None, bool]:
@@ -133,9 +169,9 @@ def _arguments(limits: RowLimits | None) -> tuple[int | None, int | None, bool]:
 @torch.library.custom_op("ace_triton::nm_linear", mutates_args=())
 def _product(
     tokens: torch.Tensor,
+    bias: torch.Tensor | None,
     values: torch.Tensor,
     meta: torch.Tensor,
-    bias: torch.Tensor | None,
     n: int,
     m: int,
     in_features: int,
@@ -143,14 +179,14 @@ def _product(
     semi_structured_rows: int | None,
     second_copy: bool,
 ) -> torch.Tensor:
-    """The product as one operation, which torch.compile sees nothing of and autograd can go back through."""
+    """The product for tokens [n_tokens, in_features] as one operation, which torch.compile sees nothing of."""
     limits = None if packed_rows is None else RowLimits(packed_rows, semi_structured_rows, second_copy)
-    return _multiply(tokens, PackedNM(values, meta, n, m, (len(values), in_features)), bias, limits)
+    return multiply(tokens, PackedNM(values, meta, n, m, (len(values), in_features)), bias, limits)
 
 
 @_product.register_fake
-def _(tokens: torch.Tensor, values: torch.Tensor, *_: Any) -> torch.Tensor:
-    return tokens.new_empty(*tokens.shape[:-1], values.shape[0])
+def _(tokens: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor, *_: Any) -> torch.Tensor:
+    return tokens.new_empty(tokens.shape[0], values.shape[0])
 
 
 @torch.library.custom_op("ace_triton::nm_linear_input_gradient", mutates_args=())
@@ -161,6 +197,12 @@ def _input_gradient(
     return gradient @ unpack_nm(PackedNM(values, meta, n, m, (len(values), in_features)))
 
 
+@torch.library.custom_op("ace_triton::unpack_nm", mutates_args=())
+def _unpacked(values: torch.Tensor, meta: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tensor:
+    """The dense weight, as one operation that torch.func does not look into."""
+    return unpack_nm(PackedNM(values, meta, n, m, (len(values), in_features)))
+
+
 @_input_gradient.register_fake
 def _(
     gradient: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, n: int, m: int, in_features: int
@@ -169,7 +211,7 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, values, meta, _, n, m, in_features, *_ = inputs
+    _, _, values, meta, n, m, in_features, *_ = inputs
     ctx.save_for_backward(values, meta)
     ctx.pattern = n, m, in_features
 
@@ -179,9 +221,62 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     of_tokens = of_bias = None
     if ctx.needs_input_grad[0]:
         of_tokens = _input_gradient(gradient, values, meta, *ctx.pattern)
-    if ctx.needs_input_grad[3]:
-        of_bias = gradient.flatten(0, -2).sum(0)
-    return of_tokens, None, None, of_bias, *[None] * 6
+    if ctx.needs_input_grad[1]:
+        of_bias = gradient.sum(0)
+    return of_tokens, of_bias, *[None] * 8
 
 
 _product.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The product outside of torch.compile: gradients in reverse and forward mode, and under torch.func.
+
+    The weight comes as one object, not as tensors, which torch.func would wrap.
+    """
+
+    @staticmethod
+    def forward(
+        tokens: torch.Tensor, bias: torch.Tensor | None, packed: PackedNM, limits: RowLimits | None
+    ) -> torch.Tensor:
+        return multiply(tokens.resolve_neg(), packed, bias, limits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        tokens, _, ctx.packed, ctx.limits = inputs
+        ctx.n_tokens, ctx.versions = len(tokens), _versions(ctx.packed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.versions != _versions(ctx.packed):
+            raise RuntimeError("a packed weight was written between the forward and the backward pass through it")
+        of_tokens = gradient @ _unpacked(*_parts(ctx.packed)) if ctx.needs_input_grad[0] else None
+        return of_tokens, gradient.sum(0) if ctx.needs_input_grad[1] else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tokens: torch.Tensor | None, bias: torch.Tensor | None, *_: None) -> torch.Tensor:
+        if tokens is None:
+            assert bias is not None
+            return bias.expand(ctx.n_tokens, -1)
+        return _Differentiable.apply(tokens, bias, ctx.packed, ctx.limits)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        dimensions: tuple[int | None, ...],
+        tokens: torch.Tensor,
+        bias: torch.Tensor | None,
+        packed: PackedNM,
+        limits: RowLimits | None,
+    ) -> tuple[torch.Tensor, int]:
+        of_tokens, of_bias, *_ = dimensions
+        tokens = tokens[None] if of_tokens is None else tokens.movedim(of_tokens, 0)
+        outputs = _Differentiable.apply(tokens.flatten(0, 1), None, packed, limits).unflatten(0, tokens.shape[:2])
+        if bias is not None:
+            outputs = outputs + (bias if of_bias is None else bias.movedim(of_bias, 0)[:, None])
+        return outputs, 0
+
+
+def _versions(packed: PackedNM) -> tuple[int, ...]:
+    """How often values and metadata were written; inference tensors do not count it."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in (packed.values, packed.meta))

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from .kernels.coupling import coupling
+from .kernels.memory import why_not_plain
 from .kernels.token_norms import token_norms
 from .kernels.weighted_squares import MOST_LAYERS, weighted_squares
 from .settled import Settled, Tally, is_at_hand
@@ -96,21 +97,37 @@ class OutputStats:
             self.matrix = self.matrix if inputs is None else self.matrix[:, inputs].contiguous()
             self.matrix = self.matrix if outputs is None else self.matrix[outputs]
 
-    def merge(self, other: OutputStats) -> None:
-        """Add the tokens of ``other``."""
+    def check_mergeable(self, other: OutputStats) -> None:
+        """Raise StatsError where :meth:`merge` cannot add ``other``."""
         if other.reduce != self.reduce:
             raise StatsError(f"statistics with reduce={self.reduce!r} and {other.reduce!r} do not merge")
+        pairs = {"channels": (self.weighted_square, other.weighted_square), "shape": (self.matrix, other.matrix)}
+        for what, (mine, theirs) in pairs.items():
+            if mine is not None and theirs is not None and mine.shape != theirs.shape:
+                raise StatsError(
+                    f"statistics of layers of different {what} do not merge: {tuple(mine.shape)} and "
+                    f"{tuple(theirs.shape)}"
+                )
+
+    def merge(self, other: OutputStats) -> None:
+        """Add the tokens of ``other``.
+
+        Raises:
+            StatsError: statistics of another layer's shape, or with another ``reduce``; nothing was added.
+        """
+        self.check_mergeable(other)
         if other.count == 0:
             return
-        if self.count == 0:
-            self.unit = other.unit
-        ratio = self.unit / other.unit
+        unit = self.unit if self.count else other.unit
+        ratio = unit / other.unit
         assert other.weighted_square is not None
-        moved = other.weighted_square * ratio
-        self.weighted_square = moved if self.weighted_square is None else self.weighted_square + moved
+        square = other.weighted_square * ratio
+        square = square if self.weighted_square is None else self.weighted_square + square
+        matrix = self.matrix
         if other.matrix is not None:
-            moved = other.matrix * (ratio**2 if self.reduce == "rms" else ratio)
-            self.matrix = moved if self.matrix is None else self.matrix + moved
+            matrix = other.matrix * (ratio**2 if self.reduce == "rms" else ratio)
+            matrix = matrix if self.matrix is None else self.matrix + matrix
+        self.unit, self.weighted_square, self.matrix = unit, square, matrix
         self.count += other.count
 
 
@@ -129,12 +146,13 @@ def update_outputs(
         valid: bool [...], False for tokens to leave out.
 
     Raises:
-        StatsError: NaN or infinity in the outputs of tokens that count. A GPU is not waited for: there the
-            statistics raise it when they are used.
+        StatsError: outputs of another shape than the tokens', or NaN or infinity in those of tokens that count; no
+            statistics were changed. A GPU is not waited for: there the statistics raise it when they are used.
     """
     flat = tokens.reshape(-1, tokens.shape[-1])
     rows, tallies = [], []
     for stat, output in zip(stats, outputs, strict=True):
+        _check_outputs(stat, tokens, output)
         norms = token_norms(output.reshape(-1, output.shape[-1]))
         used = torch.ones_like(norms, dtype=torch.bool) if valid is None else valid.reshape(-1)
         level = (torch.where(used, norms, 0.0).sum() / used.sum().clamp(min=1)).double()
@@ -157,3 +175,19 @@ def update_outputs(
             stat.tally = tally
             if is_at_hand(tally.unit):
                 stat.settle()
+
+
+def _check_outputs(stat: OutputStats, tokens: torch.Tensor, output: torch.Tensor) -> None:
+    """Raise StatsError where a layer's output does not belong to ``tokens``."""
+    if (why := why_not_plain(output)) is not None:
+        raise StatsError(f"the outputs' tensor {why}")
+    if output.shape[:-1].numel() != tokens.shape[:-1].numel() or output.device != tokens.device:
+        raise StatsError(
+            f"outputs must have a row for each token of {tuple(tokens.shape)} and lie on {tokens.device}, got "
+            f"{tuple(output.shape)} on {output.device}"
+        )
+    if stat.matrix is not None and stat.matrix.shape[0] != output.shape[-1]:
+        raise StatsError(
+            f"outputs have {output.shape[-1]} channels, those of these statistics {stat.matrix.shape[0]}: is this "
+            "another layer?"
+        )

@@ -10,6 +10,7 @@ kernel, :func:`~ace_triton.kernels.join_gains.join_gains`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ CYCLES = 2
 
 MOST_STARTS, GROUPS_OF_ALL_STARTS = 16, 64
 """A search starts from so many orders at most, and from as many as have so many groups together."""
+
+LARGEST_EXPONENT = 120
+"""Binary exponent below which all scores together must stay, so that sums and differences of them fit fp32."""
 
 LEAST_GAIN = 1e-4
 """A cycle that adds less than this share of the retained score is the last."""
@@ -56,7 +60,7 @@ def search_permutation(scores: torch.Tensor, n: int, m: int, *, cycles: int = CY
         seed: of the draw of which channels are taken out together.
 
     Raises:
-        ValueError: scores of another shape, or n:m that does not fit them.
+        ValueError: scores of another shape or not finite, or n:m that does not fit them.
     """
     if scores.dim() != 3 or not scores.shape[2] or scores.shape[2] % m or not 0 < n < m:
         raise ValueError(
@@ -65,11 +69,18 @@ def search_permutation(scores: torch.Tensor, n: int, m: int, *, cycles: int = CY
         )
     given = torch.arange(scores.shape[2], device=scores.device).reshape(-1, m).t().expand(len(scores), -1, -1)
     before = retained_score(scores, given, n)
+    retained = float(before.sum())
+    if not math.isfinite(retained):
+        raise ValueError("scores hold NaN or infinity: look for overflow in the weights or the statistics")
+    # All scores together are at most m / n of what is retained; a power of two changes no comparison between sums.
+    unit = 2.0 ** max(0, math.frexp(retained * m / n)[1] - LARGEST_EXPONENT)
+    if unit > 1:
+        scores, before = scores / unit, before / unit
     best, score = given, before
     for start in _starts(scores, given, seed):
         found = _search(scores, start, n, cycles, seed)
         best, score = _better(best, score, found, retained_score(scores, found, n))
-    return Permutation(best.transpose(1, 2).flatten(1), float(before.sum()), float(score.sum()))
+    return Permutation(best.transpose(1, 2).flatten(1), retained, unit * float(score.sum()))
 
 
 def _starts(scores: torch.Tensor, given: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
@@ -78,8 +89,8 @@ def _starts(scores: torch.Tensor, given: torch.Tensor, seed: int) -> Iterator[to
     yield snake_order(scores, m)
     generator = torch.Generator().manual_seed(seed)
     for attempt in range(1, min(MOST_STARTS, GROUPS_OF_ALL_STARTS // groups)):
-        drawn = torch.rand(len(scores), m * groups, generator=generator).argsort(1).to(given.device)
-        yield given if attempt == 1 else drawn.unflatten(1, (m, groups))
+        drawn = torch.rand(len(scores), m * groups, generator=generator, dtype=torch.float32, device="cpu")
+        yield given if attempt == 1 else drawn.argsort(1).to(given.device).unflatten(1, (m, groups))
 
 
 def _better(
@@ -116,8 +127,8 @@ def _search(scores: torch.Tensor, slots: torch.Tensor, n: int, cycles: int, seed
     total = float(retained_score(scores, slots, n).sum())
     for cycle in range(cycles):
         if cycle:
-            shuffle = torch.rand(slots.shape, generator=generator).argsort(1).to(slots.device)
-            slots = slots.gather(1, shuffle)
+            shuffle = torch.rand(slots.shape, generator=generator, dtype=torch.float32, device="cpu")
+            slots = slots.gather(1, shuffle.argsort(1).to(slots.device))
         columns = _columns(scores, slots)
         gained = 0.0
         for taken in range(len(columns)):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .kernels.finite import all_finite
+from .kernels.memory import why_not_plain
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
@@ -111,6 +112,10 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
     weight = linear_weight(layer)
     if weight is None:
         raise PruneError(f"{label}: a {type(layer).__name__} is no nn.Linear; only linear layers can be pruned")
+    if (why := why_not_plain(weight)) is not None:
+        raise PruneError(f"{label}: the weight {why}")
+    if weight.layout is not torch.strided:
+        raise PruneError(f"{label}: the weight is sparse ({weight.layout}); make it dense first (weight.to_dense())")
     if weight.device.type == "meta":
         raise PruneError(f"{label}: the weight is on the meta device and holds no numbers; load it first")
     if not weight.dtype.is_floating_point:
@@ -124,7 +129,11 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
 
 
 def _check_finite(weight: torch.Tensor, label: str) -> None:
-    if not all_finite(weight):
+    try:
+        finite = all_finite(weight)
+    except ValueError as error:
+        raise PruneError(f"{label}: the weight cannot be read: {error}") from error
+    if not finite:
         raise PruneError(f"{label}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
 
 
@@ -221,29 +230,39 @@ def _terms(
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
     shown = looked_at or request.needs.weight_sums
-    if not _are_finite(terms, stats, () if shown else (weight,)):
+    if not _in_range(terms, stats, () if shown else (weight,)):
         _check_finite(weight, label)
         bad = [name for name, tensor in terms.tensors.items() if not bool(tensor.isfinite().all())]
+        if bad:
+            raise PruneError(
+                f"{label}: the statistics give NaN or infinity in the score's {' and '.join(bad)}; look for overflow "
+                "in the calibration forward (run it in bfloat16 or float32)"
+            )
+        negative = [name for name, tensor in terms.tensors.items() if bool((tensor < 0).any())]
         raise PruneError(
-            f"{label}: the statistics give NaN or infinity in the score's {' and '.join(bad)}; look for overflow in "
-            "the calibration forward (run it in bfloat16 or float32)"
+            f"{label}: method {request.metric.name!r} gives numbers below 0 in the score's {' and '.join(negative)}; "
+            "a score is a product of factors that are 0 or more: change the metric"
         )
+    terms.vouch()
     return terms
 
 
-def _are_finite(terms: ScoreTerms, stats: ActivationStats | None, further: Sequence[torch.Tensor]) -> bool:
-    """Looks at what no launch has looked at: vectors of the statistics once for all layers that share them."""
+def _in_range(terms: ScoreTerms, stats: ActivationStats | None, further: Sequence[torch.Tensor]) -> bool:
+    """True if terms are finite and not below 0, and what comes ``further`` is finite.
+
+    Checks the tensors no kernel has checked yet; results for vectors of shared statistics are cached.
+    """
     flags = [] if terms.not_finite is None else terms.not_finite.tolist()
     if any(flags):
         return False
-    of_layer = list(further)
+    of_layer = []
     for name, tensor in terms.tensors.items():
-        finite = None if stats is None else stats.is_finite(tensor)
-        if finite is None and (not flags or name == "coupling"):
+        good = None if stats is None else stats.is_term(tensor)
+        if good is None and (not flags or name == "coupling"):
             of_layer.append(tensor)
-        elif finite is False:
+        elif good is False:
             return False
-    return not of_layer or all_finite(*of_layer)
+    return not (of_layer or further) or all_finite(*further, terms=of_layer)
 
 
 def _solve(

@@ -380,7 +380,7 @@ def _rehearse(request: Request, like: torch.Tensor) -> None:
     """Prune a throw-away layer, so that an option of a wrong value is found before anything runs."""
     dtype = as_kernel_dtype(like[:1]).dtype
     layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=like.device, dtype=dtype)
-    ramp = torch.linspace(-1, 1, 32 * 32, device=like.device).reshape(32, 32).to(dtype)
+    ramp = torch.linspace(-1, 1, 32 * 32, dtype=torch.float32, device=like.device).reshape(32, 32).to(dtype)
     weight = layer.weight.detach().copy_(ramp)
     prune_checked(layer, weight, ramp, request, f"method {request.metric.name!r}")
 

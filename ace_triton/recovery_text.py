@@ -81,7 +81,8 @@ class GivenBatches(Batches):
 
     def _sequence(self, place: int) -> torch.Tensor:
         epoch, place = divmod(place, len(self._ids))
-        order = torch.randperm(len(self._ids), generator=torch.Generator().manual_seed(self._seed + epoch))
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        order = torch.randperm(len(self._ids), generator=generator, device="cpu")
         return self._ids[order[place]]
 
 
@@ -91,7 +92,7 @@ class WrittenBatches(Batches):
     def __init__(self, text: WrittenText, teacher: PreTrainedModel, tokens_per_step: int, seed: int) -> None:
         super().__init__(text.length, tokens_per_step, seed)
         self._text, self._teacher = text, teacher
-        self._place, self._batch = -1, torch.empty(0)
+        self._place, self._batch = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def passes(self, steps: int) -> float:
         return 1.0

@@ -212,7 +212,8 @@ def _parse(pattern: str) -> tuple[int, int]:
 def _multiplies(layer: nn.Module, weight: torch.Tensor) -> bool:
     """Whether a linear layer with a forward of its own computes x W^T + b all the same."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(1, PROBE_TOKENS, weight.shape[1], generator=generator).to(weight)
+    tokens = torch.randn(1, PROBE_TOKENS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")
+    tokens = tokens.to(weight)
     bias: Any = layer.bias
     expected = torch.nn.functional.linear(tokens.float(), weight.float(), None if bias is None else bias.float())
     given = layer(tokens)

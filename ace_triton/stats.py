@@ -7,31 +7,28 @@ gate and up) share it. What depends on a layer's own outputs (CosP's token weigh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from . import stats_file
 from .gram import Gram
 from .kernels.column_scale import ColumnScale, column_scale
 from .kernels.finite import all_finite
+from .kernels.memory import why_not_plain
 from .kernels.moments import moments
 from .output_stats import OutputStats, Reduce, StatsError, update_outputs
 from .token_sample import TokenSample
 
-FORMAT = "ace_triton.activation_stats.1"
-
 
 @dataclass
 class _Derived:
-    """A vector made of statistics, and whether it is finite; None where nobody looked."""
+    """A vector made of statistics, and whether it can be a term of a score; None where nobody looked."""
 
     vector: torch.Tensor
-    finite: bool | None = None
+    is_term: bool | None = None
 
 
 @dataclass
@@ -87,7 +84,7 @@ class ActivationStats:
             gram: also keep the Gram matrix, for ``update="lstsq"`` and SparseGPT.
             sample: also keep some of the tokens, for ``update="rescale"``.
         """
-        width = tokens.shape[-1]
+        width = tokens.shape[-1] if tokens.dim() else 0
         stats = cls(width, gram=Gram(width) if gram else None, sample=TokenSample(width) if sample else None)
         if layer is None:
             stats.update(tokens, valid=valid)
@@ -110,10 +107,10 @@ class ActivationStats:
             valid: bool, the shape of ``tokens`` without its last axis; False leaves a token out.
 
         Raises:
-            StatsError: tokens of another width, or outputs missing.
+            StatsError: tokens of another width, on another device or without memory, outputs missing, of another shape,
+                or not finite; nothing was added.
         """
-        if tokens.shape[-1] != self.in_features:
-            raise StatsError(f"tokens have {tokens.shape[-1]} channels, these statistics {self.in_features}")
+        self._check_tokens(tokens)
         if (self.outputs is None) != (outputs is None):
             raise StatsError(
                 "these statistics follow a layer's outputs: pass outputs= with every batch"
@@ -121,6 +118,12 @@ class ActivationStats:
                 else "outputs given, but these statistics do not follow them: make them with layer="
             )
         batch = moments(tokens, valid)
+        if self.outputs is not None and outputs is not None:
+            update_outputs([self.outputs], tokens, [outputs], valid)
+        if self.gram is not None:
+            self.gram.update(tokens, valid)
+        if self.sample is not None:
+            self.sample.update(tokens, valid)
         self._add(
             batch.count,
             batch.total / max(batch.count, 1),
@@ -128,15 +131,31 @@ class ActivationStats:
             batch.sequence_square,
             batch.sequence_count,
         )
-        if self.gram is not None:
-            self.gram.update(tokens, valid)
-        if self.sample is not None:
-            self.sample.update(tokens, valid)
-        if self.outputs is not None and outputs is not None:
-            update_outputs([self.outputs], tokens, [outputs], valid)
+
+    def _check_tokens(self, tokens: torch.Tensor) -> None:
+        """Raise StatsError for tokens that cannot be added."""
+        if (why := why_not_plain(tokens)) is not None:
+            raise StatsError(f"the tokens' tensor {why}")
+        if tokens.is_meta:
+            raise StatsError("tokens are on the meta device and hold no numbers: pass real ones")
+        if tokens.dim() not in (2, 3):
+            raise StatsError(
+                f"tokens must be [n_tokens, {self.in_features}] or [n_sequences, length, {self.in_features}], got "
+                f"{tuple(tokens.shape)}"
+            )
+        if tokens.shape[-1] != self.in_features:
+            raise StatsError(f"tokens have {tokens.shape[-1]} channels, these statistics {self.in_features}")
+        if self.mean is not None and self.mean.device != tokens.device:
+            raise StatsError(
+                f"tokens are on {tokens.device}, these statistics on {self.mean.device}: use stats.to(device)"
+            )
 
     def merge(self, other: ActivationStats) -> None:
-        """Add the tokens of ``other`` (Chan, Golub and LeVeque's rule for the variance)."""
+        """Add the tokens of ``other`` (Chan, Golub and LeVeque's rule for the variance).
+
+        Raises:
+            StatsError: statistics that hold other things or lie on another device; nothing was added.
+        """
         if other.in_features != self.in_features:
             raise StatsError(f"statistics of {self.in_features} and {other.in_features} channels do not merge")
         if (self.outputs is None) != (other.outputs is None):
@@ -145,17 +164,22 @@ class ActivationStats:
             raise StatsError("statistics with and without a Gram matrix do not merge")
         if (self.sample is None) != (other.sample is None):
             raise StatsError("statistics with and without a sample of tokens do not merge")
+        if self.outputs is not None and other.outputs is not None:
+            self.outputs.check_mergeable(other.outputs)
         if other.count == 0:
             return
         assert other.mean is not None
         assert other.deviation is not None
-        self._add(other.count, other.mean, other.deviation, other.sequence_square, other.sequence_count)
+        if self.mean is not None and self.mean.device != other.mean.device:
+            raise StatsError(
+                f"statistics on {self.mean.device} and {other.mean.device} do not merge: use other.to(device)"
+            )
+        gram = self.gram + other.gram if self.gram is not None and other.gram is not None else self.gram
+        sample = self.sample + other.sample if self.sample is not None and other.sample is not None else self.sample
         if self.outputs is not None and other.outputs is not None:
             self.outputs.merge(other.outputs)
-        if self.gram is not None and other.gram is not None:
-            self.gram = self.gram + other.gram
-        if self.sample is not None and other.sample is not None:
-            self.sample = self.sample + other.sample
+        self.gram, self.sample = gram, sample
+        self._add(other.count, other.mean, other.deviation, other.sequence_square, other.sequence_count)
 
     def reorder(self, order: torch.Tensor) -> None:
         """Put channels in another order: place p takes channel ``order[p]``, int64 [in_features].
@@ -202,12 +226,14 @@ class ActivationStats:
     def sequence_square(self) -> torch.Tensor:
         """Sum of x^2 over each sequence, fp32 [n_sequences, in_features]."""
         self._squares = [torch.cat(self._squares)] if len(self._squares) > 1 else self._squares
-        return self._squares[0] if self._squares else torch.zeros(0, self.in_features)
+        if self._squares:
+            return self._squares[0]
+        return torch.zeros(0, self.in_features, dtype=torch.float32, device="cpu")
 
     @property
     def sequence_count(self) -> torch.Tensor:
         """Tokens of each sequence, int64 [n_sequences]."""
-        return torch.cat(self._counts) if self._counts else torch.zeros(0, dtype=torch.int64)
+        return torch.cat(self._counts) if self._counts else torch.zeros(0, dtype=torch.int64, device="cpu")
 
     @property
     def norm(self) -> torch.Tensor:
@@ -227,13 +253,14 @@ class ActivationStats:
             self._derived[key] = _Derived(compute())
         return self._derived[key].vector
 
-    def is_finite(self, vector: torch.Tensor) -> bool | None:
-        """Whether a vector of :meth:`derive` holds neither NaN nor infinity, looked for once; None for any other."""
+    def is_term(self, vector: torch.Tensor) -> bool | None:
+        """Whether a vector of :meth:`derive` can be a term of a score: finite and not below 0. The answer is cached;
+        None for any other vector."""
         for derived in self._derived.values():
             if derived.vector is vector:
-                if derived.finite is None:
-                    derived.finite = all_finite(vector)
-                return derived.finite
+                if derived.is_term is None:
+                    derived.is_term = all_finite(terms=[vector])
+                return derived.is_term
         return None
 
     @property
@@ -283,7 +310,11 @@ class ActivationStats:
         return moved
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file."""
+        """Write to a safetensors file (:mod:`ace_triton.stats_file`).
+
+        Raises:
+            StatsError: no token was counted, or the file cannot be written.
+        """
         self.require_tokens()
         assert self.mean is not None
         assert self.deviation is not None
@@ -293,7 +324,7 @@ class ActivationStats:
             "sequence_square": self.sequence_square,
             "sequence_count": self.sequence_count,
         }
-        facts: dict[str, object] = {"format": FORMAT, "in_features": self.in_features, "count": self.count}
+        facts: dict[str, object] = {"in_features": self.in_features, "count": self.count}
         if self.consumer_norm is not None:
             tensors["consumer_norm"] = self.consumer_norm
         if self.gram is not None and self.gram.matrix is not None:
@@ -305,32 +336,21 @@ class ActivationStats:
             tensors["weighted_square"] = self.outputs.weighted_square
             if self.outputs.matrix is not None:
                 tensors["coupling"] = self.outputs.matrix
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(on_cpu, str(path), metadata={"ace_triton": json.dumps(facts)})
+        stats_file.write(path, facts, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> ActivationStats:
-        """Read what :meth:`save` wrote, onto the CPU.
+        """Read what :meth:`save` wrote, onto the CPU; every tensor is checked.
 
         Raises:
-            StatsError: no such file, or not a file of ours.
+            StatsError: no such file, not a file of ours, or one whose contents do not fit together.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get("ace_triton", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise StatsError(f"{path}: cannot be read as activation statistics ({error})") from error
-        if facts.get("format") != FORMAT:
-            raise StatsError(
-                f"{path}: not activation statistics of this version (format {facts.get('format')!r}, "
-                f"wanted {FORMAT!r}): collect them again"
-            )
+        facts, tensors = stats_file.read(path)
         outputs = None
         if "outputs" in facts:
-            outputs = OutputStats(**facts["outputs"])
-            outputs.weighted_square = tensors["weighted_square"]
-            outputs.matrix = tensors.get("coupling")
+            outputs = OutputStats(
+                **facts["outputs"], weighted_square=tensors["weighted_square"], matrix=tensors.get("coupling")
+            )
         seen = (facts["in_features"], facts["count"])
         return cls(
             *seen,

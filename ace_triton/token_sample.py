@@ -51,7 +51,7 @@ class TokenSample:
         places = None if counted is None else counted.to(rows.device).flatten().nonzero()[:, 0]
         count = len(rows if places is None else places)
         generator = torch.Generator().manual_seed(self.count)
-        draws = torch.rand(count, generator=generator, dtype=torch.float64)
+        draws = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
         lowest = _lowest(draws)
         chosen = lowest.to(rows.device)
         drawn = rows[chosen if places is None else places[chosen]]

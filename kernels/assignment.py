@@ -10,6 +10,7 @@ import torch
 
 from . import cpu
 from .backend import choose_backend
+from .finite import all_finite
 
 NEGLIGIBLE = 1e-6
 """Exchanges that gain less than this share of a group's gain are left alone: rounding makes them look like gains."""
@@ -28,10 +29,12 @@ def assignment(gains: torch.Tensor) -> torch.Tensor:
         gains: fp32 [n_pools, groups, groups], finite, of group g with candidate y at [g, y].
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: another shape or dtype, gains that are not finite, or so large that their sums are not.
     """
     if gains.dim() != 3 or gains.shape[1] != gains.shape[2] or gains.dtype != torch.float32:
         raise ValueError(f"gains must be float32 [n_pools, groups, groups], got {gains.dtype} {tuple(gains.shape)}")
+    if not all_finite(gains):
+        raise ValueError("gains hold NaN or infinity: look for overflow in the scores that they were made of")
     if choose_backend(gains) == "cpu":
         return cpu.assign(gains.contiguous())
     return assignment_by_exchange(gains)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 
 from . import cpu_library
+from .memory import why_no_memory, why_not_plain
 
 Backend = Literal["triton", "cpu", "reference"]
 
 ENVIRONMENT_VARIABLE = "ACE_TRITON_BACKEND"
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -34,27 +38,47 @@ def choose_backend(*tensors: torch.Tensor | None) -> Backend:
 
     Raises:
         BackendError: the forced backend is unknown or cannot serve these tensors.
-        ValueError: the tensors lie on different devices.
+        ValueError: the tensors lie on different devices, or one has no memory of its own.
     """
     device = None
     for tensor in tensors:
-        if tensor is not None and tensor.device != device:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN and (why := why_not_plain(tensor)) is not None:
+            raise ValueError(f"a {_shape_of(tensor)} tensor {why}")
+        its_device = tensor.device
+        if its_device != device:
             if device is not None:
                 where = sorted({str(t.device) for t in tensors if t is not None})
                 raise ValueError(
                     f"all tensors of one operation must be on one device, these are on {where}: "
                     "move them with .to(device)"
                 )
-            device = tensor.device
+            device = its_device
     assert device is not None
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced and forced.strip():
-        return _forced(forced.strip().lower(), device)
-    if device.type == "cuda" and HAS_TRITON:
-        return "triton"
-    if device.type == "cpu" and cpu_library.available():
+    forced = os.environ[ENVIRONMENT_VARIABLE].strip() if ENVIRONMENT_VARIABLE in os.environ else ""
+    if forced:
+        backend = _forced(forced.lower(), device)
+    elif device.type == "cuda" and HAS_TRITON:
+        backend = "triton"
+    elif device.type == "cpu" and cpu_library.available():
         return "cpu"
-    return "reference"
+    else:
+        return "reference"
+    if backend == "triton":
+        _check_memory(tensors)
+    return backend
+
+
+def _check_memory(tensors: Iterable[torch.Tensor | None]) -> None:
+    """Raise ValueError for a tensor that Triton would read elsewhere than where its numbers lie."""
+    for tensor in tensors:
+        if tensor is not None and (why := why_no_memory(tensor)) is not None:
+            raise ValueError(f"a {_shape_of(tensor)} tensor {why}")
+
+
+def _shape_of(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _forced(name: str, device: torch.device) -> Backend:

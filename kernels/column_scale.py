@@ -71,7 +71,7 @@ class CheckedScale(NamedTuple):
 
     Attributes:
         scale: fp32 [in_features].
-        not_finite: int32 [n], one of them other than 0 where ``scale`` holds NaN or infinity.
+        not_finite: int32 [n], one of them other than 0 if ``scale`` holds NaN, infinity or a number below 0.
     """
 
     scale: torch.Tensor
@@ -84,7 +84,7 @@ def column_scale(of: ColumnScale) -> torch.Tensor:
 
 
 def checked_column_scale(of: ColumnScale) -> CheckedScale:
-    """The vector, and whether NaN or infinity is in it."""
+    """The vector, and whether it can be a term of a score."""
     backend = choose_backend(*of.vectors().values())
     if backend == "cpu":
         return CheckedScale(*cpu.column_scale(of))
@@ -96,9 +96,8 @@ def checked_column_scale(of: ColumnScale) -> CheckedScale:
 
 def column_scale_reference(of: ColumnScale) -> torch.Tensor:
     """The same in plain torch, in fp64."""
-    scale = torch.ones((), dtype=torch.float64)
-    if of.base is not None:
-        scale = of.base.double()
+    like = next(iter(of.vectors().values()))
+    scale = torch.ones((), dtype=torch.float64, device=like.device) if of.base is None else of.base.double()
     if of.square is not None:
         scale = scale * (of.square / of.divisor).sqrt()
     if of.factor is not None:
@@ -133,7 +132,7 @@ def _scale_columns(
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN)
     tl.store(scale_ptr + j, scale, mask=j < cols)
-    tl.store(not_finite_ptr + tl.program_id(0), not_finite(scale))
+    tl.store(not_finite_ptr + tl.program_id(0), not_finite(scale, False))
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """The operations' bodies in the compiled CPU library (:mod:`~ace_triton.kernels.cpu_library`).
 
-Functions here take what the launchers have checked, and are called by the launchers alone. Threads are torch's own.
+Functions here take what the launchers have checked, and are called by the launchers alone. Addresses are taken by
+:mod:`~ace_triton.kernels.memory` alone, which checks what they lead to. Threads are torch's own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cpu_library import call, library
+from .memory import ELEMENTS, address, contiguous, elements, matrix, new, sequences
 
 if TYPE_CHECKING:
     from .adamw import GradientMoments, Step
@@ -18,16 +20,13 @@ if TYPE_CHECKING:
     from .packed_nm import PackedNM
     from .score_terms import ScoreTerms
 
-_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_FLOAT, _DOUBLE, _INT, _LONG = torch.float32, torch.float64, torch.int32, torch.int64
 _OUTPUTS = {"weight": 0, "mask": 1, "bits": 2}
 
 _VARIANCE_NORMS = {"max_layer": 0, "max_sequence": 1, "channel": 2, "frobenius": 3}
 
 # A chunk of tokens whose coupling operands are made at a time: a few MB in fp32 for the widest layers.
 _COUPLING_CHUNK = 256
-
-# From here on an output is most likely new memory rather than what the allocator kept.
-_LARGE_BYTES = 16 * 2**20
 
 
 def select_nm(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int, axis: str, output: str) -> torch.Tensor:
@@ -44,22 +43,32 @@ def select_rows(weight: torch.Tensor, terms: ScoreTerms, k: int, scope: str, out
 
 def _select(name: str, weight: torch.Tensor, terms: ScoreTerms, output: str, *rule: int) -> torch.Tensor:
     rows, cols = weight.shape
-    laid = _row_major(weight)
-    if output == "weight":
-        delivered = laid
-    elif output == "mask":
-        delivered = _large(torch.empty(rows, cols, dtype=torch.bool))
-    else:
-        delivered = torch.empty(rows, (cols + 7) // 8, dtype=torch.uint8)
-    factors = (_address(factor) for factor in (terms.row, terms.col, terms.scale, terms.coupling))
-    threads = torch.get_num_threads()
-    call(name, *_matrix(laid), *factors, terms.power, _OUTPUTS[output], delivered.data_ptr(), *rule, threads)
-    if output != "weight":
-        return delivered
-    if laid is not weight:
+    delivered, place = weight, None
+    if output == "mask":
+        delivered, place = new((rows, cols), torch.bool)
+    elif output == "bits":
+        delivered, place = new((rows, (cols + 7) // 8), torch.uint8)
+    laid, source = matrix(weight, "weight", written=output == "weight")
+    call(name, *source, *_factors(terms, rows, cols), _OUTPUTS[output], place, *rule, torch.get_num_threads())
+    if output == "weight" and laid is not weight:
         with torch.no_grad():
             weight.copy_(laid)
-    return weight
+    return delivered
+
+
+def _factors(terms: ScoreTerms | None, rows: int, cols: int) -> tuple[int | None, ...]:
+    """The four factors of a score, its power, and whether they were checked already."""
+    if terms is None:
+        return (None, None, None, None, 1, 1)
+    row, col, scale, coupling = terms.row, terms.col, terms.scale, terms.coupling
+    return (
+        None if row is None else address(row, _FLOAT, (rows,), "score term 'row'"),
+        None if col is None else address(col, _FLOAT, (cols,), "score term 'col'"),
+        None if scale is None else address(scale, _FLOAT, (cols,), "score term 'scale'"),
+        None if coupling is None else address(coupling, _FLOAT, (rows, cols), "score term 'coupling'"),
+        terms.power,
+        terms.checked,
+    )
 
 
 def weight_sums(
@@ -67,49 +76,60 @@ def weight_sums(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Body of both operations of :mod:`ace_triton.kernels.weight_sums`: row and column sums or their inverses, the
     scale, and whether one of these is not finite."""
-    laid = _row_major(weight)
-    rows, cols = torch.empty(weight.shape[0]), torch.empty(weight.shape[1])
-    columns = None if scale is None else torch.empty_like(cols)
-    found = torch.empty(1, dtype=torch.int32)
-    made = int(inverse), *_columns(scale), *_addresses(columns, found)
-    call("ace_weight_sums", *_matrix(laid), *_addresses(rows, cols), *made, torch.get_num_threads())
+    _laid, source = matrix(weight, "weight")
+    (rows, rows_at), (cols, cols_at) = new((source[1],), _FLOAT), new((source[2],), _FLOAT)
+    columns, columns_at = (None, None) if scale is None else new((source[2],), _FLOAT)
+    found, found_at = new((1,), _INT)
+    made = int(inverse), *_columns(scale, source[2]), columns_at, found_at
+    call("ace_weight_sums", *source, rows_at, cols_at, *made, torch.get_num_threads())
     return rows, cols, columns, found
 
 
 def column_scale(of: ColumnScale) -> tuple[torch.Tensor, torch.Tensor]:
     """Body of :func:`~ace_triton.kernels.column_scale.checked_column_scale`."""
-    scale, found = torch.empty(of.in_features), torch.empty(1, dtype=torch.int32)
-    call("ace_column_scale", of.in_features, *_columns(of), *_addresses(scale, found))
+    (scale, scale_at), (found, found_at) = new((of.in_features,), _FLOAT), new((1,), _INT)
+    call("ace_column_scale", of.in_features, *_columns(of, of.in_features), scale_at, found_at)
     return scale, found
 
 
 def variance_factor(sequence_square: torch.Tensor, norm: str, power: float, eps: float) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.variance_factor.variance_factor`."""
-    laid = sequence_square.contiguous()
-    factor = torch.empty(laid.shape[1])
+    n_sequences, channels = sequence_square.shape
+    laid = contiguous(sequence_square)
+    square = address(laid, _FLOAT, (n_sequences, channels), "sequence_square")
+    factor, place = new((channels,), _FLOAT)
     rule = _VARIANCE_NORMS[norm], power, eps
-    call("ace_variance_factor", laid.data_ptr(), *laid.shape, *rule, factor.data_ptr(), torch.get_num_threads())
+    call("ace_variance_factor", square, n_sequences, channels, *rule, place, torch.get_num_threads())
     return factor
 
 
-def _columns(of: ColumnScale | None) -> tuple[int | None, float, int | None, int | None, int]:
+def _columns(of: ColumnScale | None, cols: int) -> tuple[int | None, float, int | None, int | None, int]:
     if of is None:
         return None, 1.0, None, None, 1
     square, inverse, base, factor = of.parts()
-    return _address(square), inverse, _address(base), _address(factor), of.sign
+    return (
+        None if square is None else address(square, _DOUBLE, (cols,), "square"),
+        inverse,
+        None if base is None else address(base, _FLOAT, (cols,), "base"),
+        None if factor is None else address(factor, _FLOAT, (cols,), "factor"),
+        of.sign,
+    )
 
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.divergence.divergence`: the losses; the gradient goes into its tensor."""
     if logits.dtype != wanted.dtype or logits.dtype == torch.float16:
-        exact = torch.empty(logits.shape)
+        exact, _ = new(tuple(logits.shape), _FLOAT)
         loss = divergence(logits.float(), wanted.float(), exact)
         gradient.copy_(exact)
         return loss
-    laid, aim = _row_major(logits), _row_major(wanted)
-    loss = torch.empty(logits.shape[0])
-    places = aim.data_ptr(), aim.stride(0), gradient.data_ptr(), gradient.stride(0)
-    call("ace_divergence", *_matrix(laid), *places, loss.data_ptr(), torch.get_num_threads())
+    _laid, source = matrix(logits, "logits")
+    _aim, aim = matrix(wanted, "wanted")
+    whole, into = matrix(gradient, "into", written=True)
+    loss, place = new((source[1],), _FLOAT)
+    call("ace_divergence", *source, aim[0], aim[3], into[0], into[3], place, torch.get_num_threads())
+    if whole is not gradient:
+        gradient.copy_(whole)
     return loss
 
 
@@ -124,13 +144,17 @@ def adamw(
 ) -> None:
     """Body of :func:`~ace_triton.kernels.adamw.adamw`."""
     copy = None if rounded is None or rounded.dtype == torch.float16 else rounded
+    shape = values.shape
     call(
         "ace_adamw",
-        *_addresses(values, moments.first, moments.second),
+        address(values, _FLOAT, shape, "values"),
+        address(moments.first, _FLOAT, shape, "first moments"),
+        address(moments.second, _FLOAT, shape, "second moments"),
         values.numel(),
-        *(gradient.data_ptr(), _ELEMENTS[gradient.dtype]),
-        *(_address(copy), 0 if copy is None else _ELEMENTS[copy.dtype]),
-        *(_address(factor), *step.scalars, int(zeros_stay), torch.get_num_threads()),
+        *elements(gradient, shape, "gradient"),
+        *((None, 0) if copy is None else elements(copy, shape, "rounded copy")),
+        None if factor is None else address(factor, _FLOAT, factor.shape, "factor"),
+        *(*step.scalars, int(zeros_stay), torch.get_num_threads()),
     )
     if rounded is not copy and rounded is not None:
         with torch.no_grad():
@@ -139,17 +163,17 @@ def adamw(
 
 def token_norms(outputs: torch.Tensor) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.token_norms.token_norms`."""
-    laid = _row_major(outputs)
-    norms = torch.empty(outputs.shape[0])
-    call("ace_token_norms", *_matrix(laid), norms.data_ptr(), torch.get_num_threads())
+    _laid, source = matrix(outputs, "outputs")
+    norms, place = new((source[1],), _FLOAT)
+    call("ace_token_norms", *source, place, torch.get_num_threads())
     return norms
 
 
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Body of :func:`~ace_triton.kernels.finite.all_finite`."""
-    laid = tensor.view(1, -1) if tensor.is_contiguous() else _row_major(tensor.flatten(0, -2))
+def all_finite(tensor: torch.Tensor, *, not_below_zero: bool = False) -> bool:
+    """Body of :func:`~ace_triton.kernels.finite.all_finite`; ``not_below_zero`` is for fp32."""
+    _laid, source = matrix(tensor.view(1, -1) if tensor.is_contiguous() else tensor.flatten(0, -2), "tensor")
     finite = ctypes.c_int32()
-    call("ace_all_finite", *_matrix(laid), torch.get_num_threads(), ctypes.byref(finite))
+    call("ace_all_finite", *source, int(not_below_zero), torch.get_num_threads(), ctypes.byref(finite))
     return bool(finite.value)
 
 
@@ -157,43 +181,28 @@ def moments(
     tokens: torch.Tensor, valid: torch.Tensor | None
 ) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Body of :func:`~ace_triton.kernels.moments.moments`; returns the fields of Moments in order."""
-    sequences, length, channels = tokens.shape
-    laid = _row_major(tokens)
+    _laid, source = sequences(tokens, "tokens")
+    _, n_sequences, length, channels, *_ = source
     valid = None if valid is None else valid.contiguous()
-    total, deviation = torch.empty(2, channels, dtype=torch.float64)
-    sequence_square = _large(torch.empty(sequences, channels))
-    sequence_count = torch.empty(sequences, dtype=torch.int64)
+    (total, total_at), (deviation, deviation_at) = new((channels,), _DOUBLE), new((channels,), _DOUBLE)
+    sequence_square, square_at = new((n_sequences, channels), _FLOAT)
+    sequence_count, count_at = new((n_sequences,), _LONG)
     call(
         "ace_moments",
-        laid.data_ptr(),
-        sequences,
-        length,
-        channels,
-        laid.stride(0),
-        laid.stride(1),
-        _ELEMENTS[laid.dtype],
-        _address(valid),
-        total.data_ptr(),
-        deviation.data_ptr(),
-        sequence_square.data_ptr(),
-        sequence_count.data_ptr(),
-        torch.get_num_threads(),
+        *source,
+        None if valid is None else address(valid, torch.bool, (n_sequences, length), "valid"),
+        *(total_at, deviation_at, square_at, count_at, torch.get_num_threads()),
     )
     return int(sequence_count.sum()), total, deviation, sequence_square, sequence_count
 
 
 def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.weighted_squares.weighted_squares`."""
-    laid, weights = _row_major(tokens), weights.contiguous()
-    out = torch.empty(weights.shape[0], tokens.shape[1])
-    call(
-        "ace_weighted_squares",
-        *_matrix(laid),
-        weights.data_ptr(),
-        weights.shape[0],
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _laid, source = matrix(tokens, "tokens")
+    weights, layers = contiguous(weights), weights.shape[0]
+    given = address(weights, _FLOAT, (layers, source[1]), "weights")
+    out, place = new((layers, source[2]), _FLOAT)
+    call("ace_weighted_squares", *source, given, layers, place, torch.get_num_threads())
     return out
 
 
@@ -201,13 +210,12 @@ def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tens
     """Body of :func:`~ace_triton.kernels.join_gains.join_gains`; takes contiguous tensors."""
     n_pools, rows, n_candidates = candidates.shape
     groups = thresholds.shape[2]
-    gains = torch.empty(n_pools, groups, n_candidates) if rows else torch.zeros(n_pools, groups, n_candidates)
-    call(
-        "ace_join_gains",
-        *(candidates.data_ptr(), thresholds.data_ptr()),
-        *(n_pools, rows, groups, n_candidates),
-        *(gains.data_ptr(), torch.get_num_threads()),
-    )
+    given = address(candidates, _FLOAT, (n_pools, rows, n_candidates), "candidates")
+    beaten = address(thresholds, _FLOAT, (n_pools, rows, groups), "thresholds")
+    gains, place = new((n_pools, groups, n_candidates), _FLOAT)
+    if not rows:
+        return gains.zero_()
+    call("ace_join_gains", given, beaten, n_pools, rows, groups, n_candidates, place, torch.get_num_threads())
     return gains
 
 
@@ -217,19 +225,24 @@ def has_gram_product() -> bool:
     return bool(library().ace_has_gram_product())
 
 
-def gram_product(rows: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+def gram_product(rows: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.gram_product.gram_product`."""
-    laid = _row_major(rows)
-    shape = *laid.shape, laid.stride(0)
-    call("ace_gram_product", laid.data_ptr(), *shape, into.data_ptr(), torch.get_num_threads())
-    return into
+    laid, source = matrix(rows, "tokens")
+    if laid.dtype != torch.bfloat16:
+        raise ValueError(f"tokens must be bfloat16, got {laid.dtype}")
+    width = source[2]
+    added = new((width, width), _FLOAT)[0].zero_() if into is None else into
+    place = address(added, _FLOAT, (width, width), "into")
+    call("ace_gram_product", *source[:4], place, torch.get_num_threads())
+    return added
 
 
 def assign(gains: torch.Tensor) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.assignment.assignment`; takes a contiguous tensor."""
     n_pools, size, _ = gains.shape
-    joins = torch.empty(n_pools, size, dtype=torch.int32)
-    call("ace_assign", gains.data_ptr(), n_pools, size, joins.data_ptr(), torch.get_num_threads())
+    given = address(gains, _FLOAT, (n_pools, size, size), "gains")
+    joins, place = new((n_pools, size), _INT)
+    call("ace_assign", given, n_pools, size, place, torch.get_num_threads())
     return joins.long()
 
 
@@ -251,92 +264,68 @@ def coupling(
 def pack_nm(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Body of :func:`~ace_triton.kernels.pack_nm.pack_nm` and ``pack_scored``: values, metadata, and whether all that
     is not 0 found a place."""
+    _laid, source = matrix(weight, "weight")
     rows, cols = weight.shape
-    laid = _row_major(weight)
-    values = _large(torch.empty(rows, cols // m * n, dtype=weight.dtype))
-    meta = torch.empty(rows, (cols + 31) // 32, dtype=torch.int32)
-    factors = (terms.row, terms.col, terms.scale, terms.coupling) if terms else (None,) * 4
+    values, values_at = new((rows, cols // m * n), weight.dtype)
+    meta, meta_at = new((rows, (cols + 31) // 32), _INT)
     whole = ctypes.c_int32()
     call(
         "ace_pack_nm",
-        *_matrix(laid),
-        *(_address(factor) for factor in factors),
-        terms.power if terms else 1,
-        values.data_ptr(),
-        meta.data_ptr(),
-        int(terms is not None),
-        n,
-        m,
-        torch.get_num_threads(),
-        ctypes.byref(whole),
+        *(*source, *_factors(terms, rows, cols)),
+        *(values_at, meta_at, int(terms is not None), n, m, torch.get_num_threads(), ctypes.byref(whole)),
     )
     return values, meta, bool(whole.value)
 
 
+def _packed(packed: PackedNM) -> tuple[int, int]:
+    """The addresses of values and metadata; ValueError if they do not fit the pattern and the shape."""
+    (rows, cols), n, m, values = packed.shape, packed.n, packed.m, packed.values
+    packed.check_pattern()
+    try:
+        values_at = address(values, values.dtype, (rows, cols // m * n), "values")
+        return values_at, address(packed.meta, _INT, (rows, (cols + 31) // 32), "meta")
+    except ValueError:
+        packed.check_tensors()
+        raise
+
+
 def unpack_nm(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.unpack_nm.unpack_nm`."""
+    dtype = packed.values.dtype
+    source = *_packed(packed), *packed.shape, packed.n, packed.m, packed.values.element_size()
     if into is None:
-        into = _large(torch.empty(packed.shape, dtype=packed.values.dtype))
-    source = packed.values.data_ptr(), packed.meta.data_ptr(), *packed.shape
-    pattern = packed.n, packed.m, packed.values.element_size()
-    call("ace_unpack_nm", *source, *pattern, into.data_ptr(), torch.get_num_threads())
+        into, place = new(packed.shape, dtype)
+    else:
+        place = address(into, dtype, packed.shape, "into")
+    call("ace_unpack_nm", *source, place, torch.get_num_threads())
     return into
 
 
 def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.nm_linear.nm_linear` for tokens [n_tokens, in]."""
-    laid = _row_major(tokens)
-    out = torch.empty(tokens.shape[0], packed.shape[0])
+    """Body of :func:`~ace_triton.kernels.nm_linear.nm_linear` for tokens [n_tokens, in]: outputs in fp32."""
+    rows, cols = packed.shape
+    _laid, source = matrix(tokens, "tokens")
+    if source[2] != cols:
+        raise ValueError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+    out, place = new((source[1], rows), _FLOAT)
+    offset = None
+    if bias is not None:
+        bias = contiguous(bias if bias.dtype is _FLOAT else bias.float())
+        offset = address(bias, _FLOAT, (rows,), "bias")
     call(
         "ace_nm_linear",
-        *_matrix(laid),
-        packed.values.data_ptr(),
-        packed.meta.data_ptr(),
-        packed.shape[0],
-        packed.n,
-        packed.m,
-        _ELEMENTS[packed.values.dtype],
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        *(*source, *_packed(packed), rows, packed.n, packed.m, ELEMENTS[packed.values.dtype][0]),
+        *(offset, place, torch.get_num_threads()),
     )
     return out
 
 
 def dense_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The loop of :func:`nm_linear` over a dense weight [out, in]: what benchmarks hold it against."""
-    laid, rows = _row_major(tokens), _row_major(weight)
-    out = torch.empty(tokens.shape[0], weight.shape[0])
-    threads = torch.get_num_threads()
-    address, n_rows, _, stride, element = _matrix(rows)
-    call("ace_dense_linear", *_matrix(laid), address, n_rows, stride, element, None, out.data_ptr(), threads)
+    _laid, source = matrix(tokens, "tokens")
+    _rows, (weight_at, rows, cols, stride, element) = matrix(weight, "weight")
+    if source[2] != cols:
+        raise ValueError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+    out, place = new((source[1], rows), _FLOAT)
+    call("ace_dense_linear", *source, weight_at, rows, stride, element, None, place, torch.get_num_threads())
     return out
-
-
-def _large(output: torch.Tensor) -> torch.Tensor:
-    """``output``, not written yet, on huge pages where it is large enough to be new memory."""
-    if output.nbytes >= _LARGE_BYTES:
-        call("ace_prefer_huge_pages", output.data_ptr(), output.nbytes)
-    return output
-
-
-def _row_major(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` itself where its last dimension is contiguous, which is what the library walks; else a copy."""
-    if tensor.dtype not in _ELEMENTS:
-        raise ValueError(f"expected float32, float16 or bfloat16, got {tensor.dtype}: convert it with .float()")
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        return tensor.detach().contiguous()
-    return tensor
-
-
-def _matrix(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
-    rows, cols = tensor.shape
-    return tensor.data_ptr(), rows, cols, tensor.stride(0), _ELEMENTS[tensor.dtype]
-
-
-def _addresses(*tensors: torch.Tensor | None) -> tuple[int | None, ...]:
-    return tuple(_address(tensor) for tensor in tensors)
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -20,8 +20,14 @@ ISAS = ("avx512", "avx2", "portable")
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
 _MATRIX = [_POINTER, _LONG, _LONG, _LONG, _INT]
-_SELECTION = [*_MATRIX, *[_POINTER] * 4, _INT, _INT, _POINTER]
+_TERMS = [*[_POINTER] * 4, _INT, _INT]
+_SELECTION = [*_MATRIX, *_TERMS, _INT, _POINTER]
 _COLUMNS = [_POINTER, _DOUBLE, _POINTER, _POINTER, _INT]
+
+# What a function returns instead of 0 where it refuses its arguments.
+_REFUSED_TERMS = {2: "row", 3: "col", 4: "scale", 5: "coupling"}
+_REFUSED_GAINS = 6
+
 _SIGNATURES = {
     "ace_select_nm": [*_SELECTION, _INT, _INT, _INT, _INT],
     "ace_select_rows": [*_SELECTION, _LONG, _INT, _INT],
@@ -31,14 +37,14 @@ _SIGNATURES = {
     "ace_divergence": [*_MATRIX, *[_POINTER, _LONG] * 2, _POINTER, _INT],
     "ace_adamw": [*[_POINTER] * 3, _LONG, *[_POINTER, _INT] * 2, _POINTER, *[_FLOAT] * 5, _INT, _INT],
     "ace_token_norms": [*_MATRIX, _POINTER, _INT],
-    "ace_all_finite": [*_MATRIX, _INT, _POINTER],
+    "ace_all_finite": [*_MATRIX, _INT, _INT, _POINTER],
     "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],
     "ace_weighted_squares": [*_MATRIX, _POINTER, _LONG, _POINTER, _INT],
     "ace_join_gains": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _INT],
     "ace_has_gram_product": [],
     "ace_gram_product": [_POINTER, *[_LONG] * 3, _POINTER, _INT],
     "ace_assign": [_POINTER, _LONG, _LONG, _POINTER, _INT],
-    "ace_pack_nm": [*_MATRIX, *[_POINTER] * 4, _INT, _POINTER, _POINTER, *[_INT] * 4, _POINTER],
+    "ace_pack_nm": [*_MATRIX, *_TERMS, _POINTER, _POINTER, *[_INT] * 4, _POINTER],
     "ace_unpack_nm": [_POINTER, _POINTER, _LONG, _LONG, *[_INT] * 3, _POINTER, _INT],
     "ace_nm_linear": [*_MATRIX, _POINTER, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _POINTER, _INT],
     "ace_dense_linear": [*_MATRIX, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT],
@@ -117,6 +123,19 @@ def library() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: object) -> None:
-    """Call one of its functions; MemoryError where it says that memory ran out."""
-    if getattr(library(), name)(*arguments) != 0:
+    """Call one of its functions.
+
+    Raises:
+        MemoryError: memory ran out for its working buffers.
+        ValueError: numbers that it refuses; nothing was written.
+    """
+    code = getattr(library(), name)(*arguments)
+    if code != 0:
+        if code in _REFUSED_TERMS:
+            raise ValueError(
+                f"score term {_REFUSED_TERMS[code]!r} holds NaN, infinity or a number below 0: a score is a product of "
+                "finite factors, 0 or more"
+            )
+        if code == _REFUSED_GAINS:
+            raise ValueError("sums of these gains leave the range of float32: divide all gains by one number first")
         raise MemoryError(f"{name} ran out of memory for its working buffers")

@@ -1,4 +1,7 @@
-"""all_finite: is every element a finite number, in one read and no write; of two tensors in one launch."""
+"""all_finite: is every element a finite number, and every score term 0 or more, in one read and no write.
+
+Two tensors share a launch.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +17,48 @@ from .triton_import import tl, triton
 LAST_MARK = 2**31 - 1
 
 
-def all_finite(*tensors: torch.Tensor) -> bool:
-    """True where tensors (any shapes; fp32, fp16 or bf16; on one device) hold neither NaN nor infinity."""
-    backend = choose_backend(*tensors)
+def all_finite(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:
+    """True if tensors hold neither NaN nor infinity, and score terms neither these nor numbers below 0.
+
+    Args:
+        tensors: of any shapes; fp32, fp16 or bf16; on one device.
+        terms: fp32, on that device.
+    """
+    backend = choose_backend(*tensors, *terms)
     if backend == "cpu":
-        return all(cpu.all_finite(tensor) for tensor in tensors)
+        return all(map(cpu.all_finite, tensors)) and all(cpu.all_finite(term, not_below_zero=True) for term in terms)
     if backend == "triton":
-        with torch.cuda.device_of(tensors[0]):
-            return _all_finite_triton([tensor.detach().contiguous() for tensor in tensors])
-    return all_finite_reference(*tensors)
+        given = [tensor.detach().contiguous() for tensor in (*tensors, *terms)]
+        with torch.cuda.device_of(given[0]):
+            return _all_finite_triton(given, len(tensors))
+    return all_finite_reference(*tensors, terms=terms)
 
 
-def all_finite_reference(*tensors: torch.Tensor) -> bool:
+def all_finite_reference(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:
     """The same in plain torch."""
-    return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors)
+    finite = all(bool(tensor.detach().isfinite().all()) for tensor in (*tensors, *terms))
+    return finite and all(bool((term.detach() >= 0).all()) for term in terms)
 
 
 def not_finite_reference(*vectors: torch.Tensor) -> torch.Tensor:
-    """Int32 [1]: 1 where one of the vectors holds NaN or infinity, else 0."""
-    return torch.cat(vectors).isfinite().all().logical_not().int().reshape(1)
+    """Int32 [1]: 1 if one of the vectors holds NaN, infinity or a number below 0, else 0."""
+    whole = torch.cat(vectors)
+    return (whole.isfinite() & (whole >= 0)).all().logical_not().int().reshape(1)
 
 
-def _all_finite_triton(tensors: Sequence[torch.Tensor]) -> bool:
+def _all_finite_triton(tensors: Sequence[torch.Tensor], n_signed: int) -> bool:
+    """Of contiguous tensors; those from ``n_signed`` on are score terms."""
     found, mark = _flags.next(tensors[0].device)
-    there = [tensor for tensor in tensors if tensor.numel()]
-    for first, *second in (there[k : k + 2] for k in range(0, len(there), 2)):
+    there = [(tensor, place < n_signed) for place, tensor in enumerate(tensors) if tensor.numel()]
+    for (first, signed), *second in (there[k : k + 2] for k in range(0, len(there), 2)):
         block = launch.all_finite(first)
-        other = second[0] if second else None
+        other, other_signed = second[0] if second else (None, True)
         blocks = triton.cdiv(first.numel(), block)
         further = 0 if other is None else triton.cdiv(other.numel(), block)
         _find_non_finite[(blocks + further,)](
             *(first, other, found, first.numel(), 0 if other is None else other.numel(), blocks, mark),
+            SIGNED=signed,
+            OTHER_SIGNED=other_signed,
             BLOCK=block,
             num_warps=launch.WARPS,
         )
@@ -74,31 +88,46 @@ _flags = _Flags()
 
 
 @triton.jit(do_not_specialize=["mark"])
-def _find_non_finite(tensor_ptr, other_ptr, found_ptr, size, other_size, blocks, mark, BLOCK: tl.constexpr):
+def _find_non_finite(
+    tensor_ptr,
+    other_ptr,
+    found_ptr,
+    size,
+    other_size,
+    blocks,
+    mark,
+    SIGNED: tl.constexpr,
+    OTHER_SIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The tensor in the first ``blocks`` programs, the other one in those that follow."""
     block = tl.program_id(0)
     if other_ptr is None:  # noqa: SIM114 (decided when Triton compiles)
-        _look_at(tensor_ptr, found_ptr, mark, block, size, BLOCK)
+        _look_at(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
     elif block < blocks:
-        _look_at(tensor_ptr, found_ptr, mark, block, size, BLOCK)
+        _look_at(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
     else:
-        _look_at(other_ptr, found_ptr, mark, block - blocks, other_size, BLOCK)
+        _look_at(other_ptr, found_ptr, mark, block - blocks, other_size, OTHER_SIGNED, BLOCK)
 
 
 @triton.jit
-def _look_at(tensor_ptr, found_ptr, mark, block, size, BLOCK: tl.constexpr):
+def _look_at(tensor_ptr, found_ptr, mark, block, size, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
     offset = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(tensor_ptr + offset, mask=offset < size, other=0.0).to(tl.float32)
-    note_not_finite(value, found_ptr, mark)
+    note_not_finite(value, found_ptr, mark, SIGNED)
 
 
 @triton.jit
-def note_not_finite(vector, found_ptr, mark):
-    """Every program that finds NaN or infinity in its fp32 vector writes the same ``mark``."""
-    tl.store(found_ptr, mark, mask=not_finite(vector) == 1)
+def note_not_finite(vector, found_ptr, mark, SIGNED: tl.constexpr):
+    """Every program that finds NaN, infinity or a forbidden sign in its fp32 vector writes the same ``mark``."""
+    tl.store(found_ptr, mark, mask=not_finite(vector, SIGNED) == 1)
 
 
 @triton.jit
-def not_finite(vector):
-    """1 where a fp32 vector holds NaN or infinity, else 0."""
-    return 1 - tl.min((tl.abs(vector) < float("inf")).to(tl.int32), 0)
+def not_finite(vector, SIGNED: tl.constexpr):
+    """1 if a fp32 vector holds NaN or infinity or, unless it is ``SIGNED``, a number below 0; else 0."""
+    if SIGNED:
+        good = tl.abs(vector) < float("inf")
+    else:
+        good = (vector >= 0) & (vector < float("inf"))
+    return 1 - tl.min(good.to(tl.int32), 0)

@@ -37,7 +37,7 @@ def gram_product(rows: torch.Tensor, into: torch.Tensor | None = None) -> torch.
         raise ValueError(f"into must be contiguous, fp32 and {list(square)}, got {into.dtype} {list(into.shape)}")
     if choose_backend(rows, into) == "cpu" and rows.dtype == torch.bfloat16 and cpu.has_gram_product():
         mark_written(into)
-        return cpu.gram_product(rows, torch.zeros(square) if into is None else into)
+        return cpu.gram_product(rows, into)
     product = _by_torch(rows)
     return product if into is None else into.add_(product)
 

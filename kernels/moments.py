@@ -98,7 +98,7 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
         tokens = tokens.contiguous()
     sequences, length, cols = tokens.shape
     if valid is None:
-        sequence_count = torch.full((sequences,), length, device=tokens.device)
+        sequence_count = torch.full((sequences,), length, dtype=torch.int64, device=tokens.device)
         count = sequences * length
     else:
         valid = valid.contiguous()

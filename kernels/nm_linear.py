@@ -36,15 +36,18 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None 
     """
     check_linear(tokens, packed, bias)
     backend = choose_backend(tokens, packed.values, packed.meta, bias)
+    if backend != "cpu":
+        packed.check_tensors()
     if backend == "reference":
         return nm_linear_reference(tokens, packed, bias)
     rows = tokens.detach().reshape(-1, packed.shape[1])
     if backend == "cpu":
-        outputs = cpu.nm_linear(rows, packed, None if bias is None else bias.detach().float())
+        outputs = cpu.nm_linear(rows, packed, None if bias is None else bias.detach())
     else:
         with torch.cuda.device_of(tokens):
             outputs = _nm_linear_triton(rows, packed, bias)
-    return outputs.to(tokens.dtype).reshape(*tokens.shape[:-1], packed.shape[0])
+    outputs = outputs.to(tokens.dtype)
+    return outputs if tokens.dim() == 2 else outputs.reshape(*tokens.shape[:-1], packed.shape[0])
 
 
 def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -115,6 +115,7 @@ def check_cutlass(weight: torch.Tensor | PackedNM) -> None:
     if isinstance(weight, PackedNM):
         if (weight.n, weight.m) != (2, 4):
             raise ValueError(f"CUTLASS takes 2:4 alone, the weight is packed {weight.n}:{weight.m}")
+        weight.check_tensors()
         dtype = weight.values.dtype
     else:
         dtype = weight.dtype

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .select_nm import check_pattern
+from .select_nm import GROUP_SIZES, check_pattern
 
 LAYOUT_VERSION = 1
 
@@ -87,54 +87,77 @@ class PackedNM:
             ValueError: a pattern, shape, dtype or device that layout 1 does not have.
             PatternError: a group of which not exactly n are kept, or a bit past the last input.
         """
-        check_pattern(torch.empty(self.shape, device="meta"), self.n, self.m, "in")
+        self.check_tensors()
+        if self.values.dtype not in DTYPES:
+            raise ValueError(f"values must be one of {DTYPES}, got {self.values.dtype}")
+        check_meta(self.meta, self.n, self.m, self.shape)
+
+    def check_tensors(self) -> None:
+        """Raise where values and metadata are not what kernels take for a weight of this pattern and shape.
+
+        Costs no look at what the tensors hold; kernels stay inside them whatever it is.
+
+        Raises:
+            ValueError: as :meth:`check`.
+        """
+        self.check_pattern()
         rows, cols = self.shape
-        expected = {"values": (rows, cols * self.n // self.m), "meta": (rows, -(-cols // WORD))}
-        for name, tensor in (("values", self.values), ("meta", self.meta)):
-            if tuple(tensor.shape) != expected[name] or not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} of a {self.n}:{self.m} weight {self.shape} must be contiguous {expected[name]}, "
-                    f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
-                )
-        if self.values.dtype not in DTYPES or self.meta.dtype != torch.int32:
+        n, m, values, meta = self.n, self.m, self.values, self.meta
+        if values.shape != (rows, cols // m * n) or not values.is_contiguous():
+            raise ValueError(self._misfit("values", values, (rows, cols // m * n)))
+        if meta.shape != (rows, -(-cols // WORD)) or not meta.is_contiguous():
+            raise ValueError(self._misfit("meta", meta, (rows, -(-cols // WORD))))
+        if meta.dtype != torch.int32:
             raise ValueError(
-                f"values must be one of {DTYPES} and meta torch.int32, got {self.values.dtype} and {self.meta.dtype}"
+                f"meta must be torch.int32, got {meta.dtype}: it is made of bits, which a cast destroys; pack the "
+                "weight again, or load it again and cast only what is a floating-point tensor"
             )
-        if self.values.device != self.meta.device:
-            raise ValueError(f"values are on {self.values.device} and meta on {self.meta.device}: move one of them")
-        self._check_bits()
+        if values.device != meta.device:
+            raise ValueError(f"values are on {values.device} and meta on {meta.device}: move one of them")
 
-    def _check_bits(self) -> None:
-        rows, cols = self.shape
-        if torch.equal(group_counts(self.meta, self.m), self._sound_counts().expand_as(self.meta)):
-            return
-        bits = unpack_bits(self.meta)
-        if bool(bits[:, cols:].any()):
-            row = int(bits[:, cols:].any(1).int().argmax())
-            raise PatternError(
-                f"metadata of row {row} marks inputs past the last one, {cols - 1}: the file is damaged, pack it again",
-                row,
-                cols // self.m,
-                int(bits[row, cols:].sum()),
-            )
-        counts = bits[:, :cols].reshape(rows, cols // self.m, self.m).sum(-1)
-        wrong = counts != self.n
-        if bool(wrong.any()):
-            row, group = divmod(int(wrong.flatten().int().argmax()), cols // self.m)
-            raise PatternError(
-                f"metadata of row {row}, group {group} keep {int(counts[row, group])} of {self.m}, "
-                f"but {self.n}:{self.m} keeps exactly {self.n}: the file is damaged, pack it again",
-                row,
-                group,
-                int(counts[row, group]),
-            )
+    def check_pattern(self) -> None:
+        """Raise ValueError if n:m cannot be laid over a weight of this shape."""
+        if self.m not in GROUP_SIZES or not 0 < self.n < self.m or self.shape[1] % self.m:
+            check_pattern(torch.empty(self.shape, dtype=torch.int8, device="meta"), self.n, self.m, "in")
 
-    def _sound_counts(self) -> torch.Tensor:
-        """What :func:`group_counts` gives for every row that is right: [ceil(in / 32)], int32."""
-        full = sum(self.n << place for place in range(0, WORD, self.m))
-        words, rest = divmod(self.shape[1], WORD)
-        last = [sum(self.n << place for place in range(0, rest, self.m))] if rest else []
-        return torch.tensor([full] * words + last, dtype=torch.int64, device=self.meta.device).to(torch.int32)
+    def _misfit(self, name: str, tensor: torch.Tensor, expected: tuple[int, int]) -> str:
+        return (
+            f"{name} of a {self.n}:{self.m} weight {self.shape} must be contiguous {expected}, "
+            f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+
+
+def check_meta(meta: torch.Tensor, n: int, m: int, shape: tuple[int, int]) -> None:
+    """Raise PatternError where metadata int32 [out, ceil(in / 32)] do not keep exactly n of every m inputs."""
+    rows, cols = shape
+    if torch.equal(group_counts(meta, m), _sound_counts(n, m, cols).to(meta.device).expand_as(meta)):
+        return
+    bits = unpack_bits(meta)
+    if bool(bits[:, cols:].any()):
+        row = int(bits[:, cols:].any(1).int().argmax())
+        raise PatternError(
+            f"metadata of row {row} marks inputs past the last one, {cols - 1}: the file is damaged, pack it again",
+            row,
+            cols // m,
+            int(bits[row, cols:].sum()),
+        )
+    counts = bits[:, :cols].reshape(rows, cols // m, m).sum(-1)
+    row, group = divmod(int((counts != n).flatten().int().argmax()), cols // m)
+    raise PatternError(
+        f"metadata of row {row}, group {group} keep {int(counts[row, group])} of {m}, "
+        f"but {n}:{m} keeps exactly {n}: the file is damaged, pack it again",
+        row,
+        group,
+        int(counts[row, group]),
+    )
+
+
+def _sound_counts(n: int, m: int, cols: int) -> torch.Tensor:
+    """What :func:`group_counts` gives for every row that is right: [ceil(in / 32)], int32."""
+    full = sum(n << place for place in range(0, WORD, m))
+    words, rest = divmod(cols, WORD)
+    last = [sum(n << place for place in range(0, rest, m))] if rest else []
+    return torch.tensor([full] * words + last, dtype=torch.int64, device="cpu").to(torch.int32)
 
 
 def group_counts(meta: torch.Tensor, m: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ terms in; the selection kernels read them and never know which metric it was.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -18,7 +18,10 @@ from .triton_import import tl, triton
 
 @dataclass(frozen=True)
 class ScoreTerms:
-    """Factors of a score, all fp32, contiguous, non-negative and on the weight's device.
+    """Factors of a score, all fp32, contiguous, finite, 0 or more, and on the weight's device.
+
+    Selections refuse other numbers on the CPU. On a GPU they do not look, since that would wait for it;
+    :func:`~ace_triton.prune.prune_linear` looks on every device.
 
     Attributes:
         row: [out_features], added to ``col``; None counts as 0 beside ``col``.
@@ -26,8 +29,10 @@ class ScoreTerms:
         scale: [in_features], or None for 1.
         coupling: [out_features, in_features], or None for 1.
         power: 1 or 2, the exponent of the weight's magnitude.
-        not_finite: int32 [n], one of them other than 0 where a row, col or scale that was made for these terms holds
-            NaN or infinity; None where nobody looked. Says nothing of vectors that layers share, nor of ``coupling``.
+        not_finite: int32 [n], one of them other than 0 if a row, col or scale that was made for these terms holds
+            NaN or infinity, or the scale a number below 0; None if nobody looked. Says nothing of vectors that layers
+            share, nor of ``coupling``.
+        checked: True if all terms are known to be in range, so that selections need not look.
     """
 
     row: torch.Tensor | None = None
@@ -36,6 +41,7 @@ class ScoreTerms:
     coupling: torch.Tensor | None = None
     power: int = 1
     not_finite: torch.Tensor | None = None
+    checked: bool = field(default=False, init=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.power not in (1, 2):
@@ -53,24 +59,33 @@ class ScoreTerms:
         named = {"row": self.row, "col": self.col, "scale": self.scale, "coupling": self.coupling}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def vouch(self) -> None:
+        """Note that all terms are known to be finite and 0 or more."""
+        object.__setattr__(self, "checked", True)
+
+    def check_range(self) -> None:
+        """Raise ValueError if a term holds NaN, infinity or a number below 0; on a GPU this waits for it."""
+        for name, tensor in self.tensors.items():
+            if not self.checked and not tensor.is_meta and not bool((tensor.isfinite() & (tensor >= 0)).all()):
+                raise ValueError(
+                    f"score term {name!r} holds NaN, infinity or a number below 0: a score is a product of finite "
+                    "factors, 0 or more"
+                )
+
     def check_shape(self, weight: torch.Tensor) -> None:
         """Raise ValueError where a term does not fit ``weight`` [out_features, in_features]."""
         if weight.dim() != 2:
             raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
-        out_features, in_features = weight.shape
-        expected = {
-            "row": (out_features,),
-            "col": (in_features,),
-            "scale": (in_features,),
-            "coupling": (out_features, in_features),
-        }
+        out_features, in_features = shape = weight.shape
+        device = weight.device
         for name, tensor in self.tensors.items():
-            if tuple(tensor.shape) != expected[name]:
+            expected = shape if name == "coupling" else (out_features if name == "row" else in_features,)
+            if tensor.shape != expected:
                 raise ValueError(
                     f"score term {name!r} has shape {tuple(tensor.shape)}, but a weight of shape "
-                    f"{tuple(weight.shape)} needs {expected[name]}"
+                    f"{tuple(shape)} needs {tuple(expected)}"
                 )
-            if tensor.device != weight.device:
+            if tensor.device != device:
                 raise ValueError(
                     f"score term {name!r} is on {tensor.device}, the weight on {weight.device}: move one of them"
                 )

@@ -50,7 +50,7 @@ def select_nm(
             "weight" changes ``weight``.
 
     Raises:
-        ValueError: a pattern, shape or dtype that cannot be served, with what would be.
+        ValueError: a pattern, shape or dtype that cannot be served, with what would be; terms below 0 or not finite.
     """
     check_selection(weight, terms, output)
     check_pattern(weight, n, m, axis)
@@ -75,6 +75,7 @@ def select_nm_reference(
     output: Output = "weight",
 ) -> torch.Tensor:
     """The same in plain torch, by a stable sort of every group."""
+    terms.check_range()
     scores = scores_reference(weight, terms)
     grouped = scores if axis == "in" else scores.t()
     groups = grouped.reshape(grouped.shape[0], grouped.shape[1] // m, m)

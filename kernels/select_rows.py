@@ -43,7 +43,7 @@ def select_rows(
         output: as in :func:`~ace_triton.kernels.select_nm.select_nm`.
 
     Raises:
-        ValueError: a count, shape or dtype that cannot be served, with what would be.
+        ValueError: a count, shape or dtype that cannot be served, with what would be; terms below 0 or not finite.
     """
     check_selection(weight, terms, output)
     if scope not in ("row", "layer"):
@@ -71,6 +71,7 @@ def select_rows_reference(
     output: Output = "weight",
 ) -> torch.Tensor:
     """The same in plain torch, by a stable sort."""
+    terms.check_range()
     scores = scores_reference(weight, terms)
     rows = scores if scope == "row" else scores.reshape(1, -1)
     pruned_first = rows.argsort(dim=-1, stable=True)

@@ -24,7 +24,7 @@ def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tenso
         into: contiguous, of the weight's shape and dtype, written and returned; None for new memory.
 
     Raises:
-        ValueError: an ``into`` that does not fit, or tensors on different devices.
+        ValueError: values, metadata or an ``into`` that do not fit, or tensors on different devices.
     """
     dtype = packed.values.dtype
     if into is not None and (tuple(into.shape) != packed.shape or into.dtype != dtype or not into.is_contiguous()):
@@ -37,6 +37,7 @@ def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tenso
         mark_written(into)
     if backend == "cpu" and dtype in DTYPES:
         return cpu.unpack_nm(packed, into)
+    packed.check_tensors()
     if backend == "triton" and dtype in DTYPES:
         with torch.cuda.device_of(packed.values):
             return _unpack_nm_triton(packed, packed.values.new_empty(packed.shape) if into is None else into)

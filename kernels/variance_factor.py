@@ -32,10 +32,15 @@ def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: fl
         eps: y stays at or below 1 - eps.
 
     Raises:
-        ValueError: another norm, or eps outside of (0, 1).
+        ValueError: another shape, dtype or norm, or eps outside of (0, 1).
     """
     if not 0 < eps < 1:
         raise ValueError(f"eps must lie in (0, 1), got {eps!r}")
+    if sequence_square.dim() != 2 or sequence_square.dtype != torch.float32:
+        raise ValueError(
+            "sums of squares must be float32 [n_sequences, in_features], got "
+            f"{sequence_square.dtype} {tuple(sequence_square.shape)}"
+        )
     if norm not in get_args(VarianceNorm):
         raise ValueError(f"norm must be 'max_layer', 'max_sequence', 'channel' or 'frobenius', got {norm!r}")
     backend = choose_backend(sequence_square)

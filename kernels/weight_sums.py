@@ -231,7 +231,7 @@ def _merge_parts(
             j = block * BLOCK_SUMS + tl.arange(0, BLOCK_SUMS)
             scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN)
             tl.store(scale_ptr + j, scale, mask=j < cols)
-            note_not_finite(scale, found_ptr, 1)
+            note_not_finite(scale, found_ptr, 1, False)
     else:
         _merge(
             *(row_parts_ptr, row_sums_ptr, found_ptr, block - col_blocks, across, rows),
@@ -260,5 +260,5 @@ def _merge(
         sums += tl.sum(tl.load(parts_ptr + part.to(tl.int64) * size + k, mask=inside, other=0.0), 0, keep_dims=True)
     if INVERSE:
         sums = tl.where(sums - sums == 0, 1.0 / tl.maximum(sums, SMALLEST), float("nan"))
-    note_not_finite(tl.reshape(sums, [BLOCK_SUMS]), found_ptr, 1)
+    note_not_finite(tl.reshape(sums, [BLOCK_SUMS]), found_ptr, 1, True)
     tl.store(sums_ptr + k, sums, mask=k < size)

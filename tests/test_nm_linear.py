@@ -81,7 +81,7 @@ def test_gradients_flow_to_the_input_and_the_bias():
 
 def test_the_operation_is_sound_for_autograd_and_the_compiler():
     packed = packed_linear(pruned_linear(24, 32))
-    arguments = (packed.values, packed.meta, packed.bias, 2, 4, 32, None, None, False)
+    arguments = (packed.bias, packed.values, packed.meta, 2, 4, 32, None, None, False)
     tokens, gradient = torch.randn(3, 32, requires_grad=True), torch.randn(3, 24)
     parts = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
     torch.library.opcheck(torch.ops.ace_triton.nm_linear.default, (tokens, *arguments), **parts)

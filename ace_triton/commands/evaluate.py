@@ -43,7 +43,9 @@ def evaluate(
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest and length > longest:
             raise TextError(f"--length {length} is more than the model's {longest} positions: give a smaller one")
-        ids = torch.tensor(tokenizer("\n\n".join(documents), verbose=False)["input_ids"])
+        ids = torch.tensor(
+            tokenizer("\n\n".join(documents), verbose=False)["input_ids"], dtype=torch.int64, device="cpu"
+        )
         bar = progress_bar(progress, "evaluate")
         result = perplexity(model, ids, length=length, windows=windows, progress=bar)
     if json:

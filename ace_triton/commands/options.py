@@ -60,7 +60,7 @@ def parse_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, dtype=torch.float32, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name!r} is not to be had here ({str(error).splitlines()[0]})") from error
     return name

@@ -50,7 +50,7 @@ def model_norms(model: torch.nn.Module, ids: torch.Tensor) -> ModelNorms:
 def input_norms(block: int, layers: tuple[str, ...], stats: ActivationStats) -> InputNorms:
     """What is kept of one input's statistics."""
     norm = stats.norm.cpu()
-    edges = torch.tensor(BIN_EDGES, dtype=torch.float64)
+    edges = torch.tensor(BIN_EDGES, dtype=torch.float64, device="cpu")
     last = len(BIN_EDGES) - 2
     bins = (torch.bucketize(norm.double().log10(), edges, right=True) - 1).clamp(0, last)
     return InputNorms(

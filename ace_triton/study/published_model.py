@@ -70,7 +70,9 @@ class Hooks:
     def __init__(self, layers: dict[str, nn.Module], method: str, clock: Stopwatch) -> None:
         self._layers, self._method, self._clock = layers, method, clock
         self.statistics = {
-            name: LayerStatistics(published.InputNorms(torch.zeros(weight.shape[1], device=weight.device)))
+            name: LayerStatistics(
+                published.InputNorms(torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device))
+            )
             for name, weight in weights_of(layers).items()
         }
 
@@ -94,7 +96,8 @@ class Hooks:
             seen = self.statistics[name]
             if self._method == "sparsegpt":
                 if seen.hessian is None:
-                    seen.hessian = published.Hessian(torch.zeros(2 * tokens.shape[-1:], device=tokens.device))
+                    square = 2 * tokens.shape[-1:]
+                    seen.hessian = published.Hessian(torch.zeros(square, dtype=torch.float32, device=tokens.device))
                 seen.hessian.add(tokens)
                 return
             seen.norms.add(tokens)

@@ -96,7 +96,7 @@ class Workbench:
         self.model, self.tokenizer = checkpoint.load(protocol.model, dtype=protocol.dtype, device=protocol.device)
         self._dense = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self._stream = token_stream(calibration, self.tokenizer)
-        self.ids = torch.tensor(self.tokenizer(evaluation, verbose=False)["input_ids"])
+        self.ids = torch.tensor(self.tokenizer(evaluation, verbose=False)["input_ids"], dtype=torch.int64, device="cpu")
         self.setting = Setting(
             model=_short(protocol.model),
             weights_sha256=_sha256_of(self._dense),

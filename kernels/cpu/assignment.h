@@ -62,8 +62,9 @@ ACE_INLINE Nearest extend(const AssignmentTask& task, const float* gains, int32_
     return nearest_of(least, nearest);
 }
 
-// Arrays of the task are a multiple of 16 long; what lies behind the last candidate is done from the start.
-inline void assign(const AssignmentTask& task) {
+// Arrays of the task are a multiple of 16 long; what lies behind the last candidate is done from the start. A path is
+// at most `size` candidates long; a length that is not finite has no nearest candidate, so the search ends there.
+inline bool assign(const AssignmentTask& task) {
     const int32_t size = int32_t(task.size), padded = (size + LANES - 1) / LANES * LANES;
     for (int32_t y = 0; y < padded; ++y) {
         task.price[y] = FAR;
@@ -93,6 +94,7 @@ inline void assign(const AssignmentTask& task) {
         Nearest end = extend(task, task.gains + start * task.size, start, 0.0f);
         int32_t n_done = 0;
         while (task.group_of[end.candidate] >= 0) {
+            if (n_done == size || !(end.length > -FAR && end.length < FAR)) return false;
             const int32_t group = task.group_of[end.candidate];
             const float* gains = task.gains + group * task.size;
             task.done[end.candidate] = FAR;
@@ -105,7 +107,8 @@ inline void assign(const AssignmentTask& task) {
             task.done[y] = 0.0f;
         }
         int32_t y = end.candidate;
-        for (int32_t group = -1; group != start;) {
+        for (int32_t group = -1, steps = 0; group != start; ++steps) {
+            if (steps > n_done) return false;
             group = task.before[y];
             task.group_of[y] = group;
             const int32_t next = task.joins[group];
@@ -113,6 +116,7 @@ inline void assign(const AssignmentTask& task) {
             y = next;
         }
     }
+    return true;
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The C ABI of what works on weights, and the choice of the instruction set.
 
+#include "term_range.h"
 #include "threads.h"
 
 #include <atomic>
@@ -50,7 +51,7 @@ namespace {
 // The largest bin from which on at least `wanted` keys lie; `wanted` becomes how many of that bin are.
 int32_t find_bin(const std::vector<int64_t>& bins, int64_t& wanted) {
     int32_t bin = int32_t(bins.size()) - 1;
-    while (bins[bin] < wanted) wanted -= bins[bin--];
+    while (bin > 0 && bins[bin] < wanted) wanted -= bins[bin--];
     return bin;
 }
 
@@ -83,6 +84,34 @@ Selection selection(void* weight, int64_t rows, int64_t cols, int64_t stride, in
             {row, col, scale, coupling, power},
             Output(output),
             static_cast<uint8_t*>(delivered)};
+}
+
+// What a call returns beside 0 and 1 (memory ran out): which of its arguments it refuses, with nothing written.
+enum Refusal : int { BAD_ROW = 2, BAD_COL, BAD_SCALE, BAD_COUPLING, BAD_GAINS };
+
+int refused_term(const Selection& s, int threads) {
+    const int64_t rows = s.weight.rows, cols = s.weight.cols;
+    if (s.terms.row && !in_range(s.terms.row, rows)) return BAD_ROW;
+    if (s.terms.col && !in_range(s.terms.col, cols)) return BAD_COL;
+    if (s.terms.scale && !in_range(s.terms.scale, cols)) return BAD_SCALE;
+    if (!s.terms.coupling) return 0;
+    std::atomic<bool> so_far{true};
+    deal(rows, threads_for(rows * cols * int64_t(sizeof(float)), rows, threads),
+         [&](int64_t begin, int64_t end, int) {
+             if (!in_range(s.terms.coupling + begin * cols, (end - begin) * cols)) so_far = false;
+         });
+    return so_far ? 0 : BAD_COUPLING;
+}
+
+// work(), unless a term is out of range; `checked` terms are known to be in range.
+template <typename Work>
+int selecting(const Selection& s, int32_t checked, int threads, const Work& work) {
+    int refusal = 0;
+    const int failure = guarded([&] {
+        refusal = checked ? 0 : refused_term(s, threads);
+        if (!refusal) work();
+    });
+    return failure ? failure : refusal;
 }
 
 // y = x W^T + b by `work(task, begin, end)` over shares of the outputs.
@@ -137,12 +166,12 @@ ACE_EXPORT int ace_prefer_huge_pages(void* data, int64_t bytes) {
 
 ACE_EXPORT int ace_select_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                              const float* row, const float* col, const float* scale, const float* coupling,
-                             int32_t power, int32_t output, void* delivered, int32_t n, int32_t m,
+                             int32_t power, int32_t checked, int32_t output, void* delivered, int32_t n, int32_t m,
                              int32_t along_out, int32_t threads) {
     const Selection s =
         selection(weight, rows, cols, stride, element, row, col, scale, coupling, power, output, delivered);
     const Pattern pattern = {n, m, along_out != 0};
-    return guarded([&] {
+    return selecting(s, checked, threads, [&] {
         const int64_t n_units = along_out ? rows / m : rows;
         deal(n_units, threads_for(bytes_of(s.weight), n_units, threads),
              [&](int64_t begin, int64_t end, int) { bodies->select_nm(s, pattern, begin, end); });
@@ -151,12 +180,12 @@ ACE_EXPORT int ace_select_nm(void* weight, int64_t rows, int64_t cols, int64_t s
 
 ACE_EXPORT int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                                const float* row, const float* col, const float* scale, const float* coupling,
-                               int32_t power, int32_t output, void* delivered, int64_t k, int32_t whole_layer,
-                               int32_t most_threads) {
+                               int32_t power, int32_t checked, int32_t output, void* delivered, int64_t k,
+                               int32_t whole_layer, int32_t most_threads) {
     const Selection s =
         selection(weight, rows, cols, stride, element, row, col, scale, coupling, power, output, delivered);
     const int threads = threads_for(bytes_of(s.weight), rows, most_threads);
-    return guarded([&] {
+    return selecting(s, checked, most_threads, [&] {
         if (whole_layer) {
             const Cut cut = k == 0 ? Cut{INT32_MAX, 0} : cut_layer(s, k, threads);
             deal(rows, threads, [&](int64_t begin, int64_t end, int) { bodies->apply_cut(s, cut, begin, end); });
@@ -184,7 +213,8 @@ ACE_EXPORT int ace_join_gains(const float* candidates, const float* thresholds, 
 }
 
 ACE_EXPORT int ace_assign(const float* gains, int64_t n_pools, int64_t size, int32_t* joins, int32_t threads) {
-    return guarded([&] {
+    std::atomic<bool> so_far{true};
+    const int failure = guarded([&] {
         const int64_t padded = units(size, 16) * 16;
         const int shares = threads_for(n_pools * size * size * int64_t(sizeof(float)), n_pools, threads);
         std::vector<float> reals(3 * padded * shares);
@@ -193,21 +223,24 @@ ACE_EXPORT int ace_assign(const float* gains, int64_t n_pools, int64_t size, int
             float* real = reals.data() + 3 * padded * thread;
             int32_t* index = indices.data() + 3 * padded * thread;
             for (int64_t pool = begin; pool < end; ++pool) {
-                bodies->assign({gains + pool * size * size, size, joins + pool * size, real, real + padded,
-                                real + 2 * padded, index, index + padded, index + 2 * padded});
+                if (!bodies->assign({gains + pool * size * size, size, joins + pool * size, real, real + padded,
+                                     real + 2 * padded, index, index + padded, index + 2 * padded})) {
+                    so_far = false;
+                }
             }
         });
     });
+    return failure ? failure : so_far ? 0 : BAD_GAINS;
 }
 
-// `whole` becomes 0 where, without scores, a group has more than n weights that are not 0.
+// `whole` becomes 0 if, without scores, a group has more than n weights that are not 0.
 ACE_EXPORT int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                            const float* row, const float* col, const float* scale, const float* coupling,
-                           int32_t power, void* values, uint32_t* meta, int32_t by_score, int32_t n, int32_t m,
-                           int32_t threads, int32_t* whole) {
+                           int32_t power, int32_t checked, void* values, uint32_t* meta, int32_t by_score, int32_t n,
+                           int32_t m, int32_t threads, int32_t* whole) {
     const Selection s = selection(weight, rows, cols, stride, element, row, col, scale, coupling, power,
                                   int32_t(Output::weight), nullptr);
-    return guarded([&] {
+    return selecting(s, checked, threads, [&] {
         std::atomic<bool> so_far{true};
         deal(rows, threads_for(bytes_of(s.weight), rows, threads), [&](int64_t begin, int64_t end, int) {
             if (!bodies->pack_nm(s, {n, m, false}, {values, meta, by_score != 0}, begin, end)) so_far = false;

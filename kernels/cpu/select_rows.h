@@ -17,7 +17,7 @@ ACE_INLINE int64_t count_from(const int32_t* keys, int64_t padded, int32_t thres
 // Position of the first of the last `wanted` keys that equal `threshold`.
 ACE_INLINE int64_t last_ties(const int32_t* keys, int64_t count, int32_t threshold, int64_t wanted) {
     int64_t j = count;
-    while (wanted) wanted -= keys[--j] == threshold;
+    while (wanted && j > 0) wanted -= keys[--j] == threshold;
     return j;
 }
 

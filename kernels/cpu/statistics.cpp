@@ -1,6 +1,7 @@
 // The C ABI of what sums over tokens, sequences, or all of a weight, and of what a recovery's step takes.
 
 #include "gram_product.h"
+#include "term_range.h"
 #include "threads.h"
 
 #include <atomic>
@@ -19,7 +20,7 @@ struct ColumnScale {
     int32_t sign;
 };
 
-// Whether all that it makes is finite.
+// Whether all that it makes is finite and not below 0.
 bool scale_columns(const ColumnScale& of, int64_t cols, float* scale) {
     for (int64_t j = 0; j < cols; ++j) scale[j] = of.base ? of.base[j] : 1;
     if (of.square) {
@@ -30,7 +31,7 @@ bool scale_columns(const ColumnScale& of, int64_t cols, float* scale) {
     } else if (of.factor) {
         for (int64_t j = 0; j < cols; ++j) scale[j] /= of.factor[j];
     }
-    return bodies->all_finite(Element::fp32, scale, cols);
+    return in_range(scale, cols);
 }
 
 // Finite for a sum of 0, NaN for one that is not finite.
@@ -47,8 +48,8 @@ using namespace ace;
 
 extern "C" {
 
-// Row and column sums or their inverses and, where it is not null, the columns' scale with them; `found` becomes 1 where
-// one of these is NaN or infinite, else 0.
+// Row and column sums or their inverses and, where it is not null, the columns' scale with them; `found` becomes 1 if
+// one of these is NaN or infinite, or the scale is below 0, else 0.
 ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                                float* row_sums, float* col_sums, int32_t inverse, const double* square,
                                double inverse_divisor, const float* base, const float* factor, int32_t sign,
@@ -76,7 +77,7 @@ ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t
     });
 }
 
-// `found` becomes 1 where the scale holds NaN or infinity, else 0.
+// `found` becomes 1 if the scale holds NaN, infinity or a number below 0, else 0.
 ACE_EXPORT int ace_column_scale(int64_t cols, const double* square, double inverse_divisor, const float* base,
                                 const float* factor, int32_t sign, float* scale, int32_t* found) {
     *found = !scale_columns({square, inverse_divisor, base, factor, sign}, cols, scale);
@@ -149,8 +150,9 @@ ACE_EXPORT int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_
     });
 }
 
+// `finite` becomes 0 if an element is NaN or infinite or, where `not_below_zero` is set for fp32, below 0; else 1.
 ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                              int32_t threads, int32_t* finite) {
+                              int32_t not_below_zero, int32_t threads, int32_t* finite) {
     const Matrix m = {const_cast<void*>(data), rows, cols, stride, Element(element)};
     return guarded([&] {
         constexpr int64_t UNIT = 1 << 16;
@@ -161,7 +163,10 @@ ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int6
                  for (int64_t unit = begin; unit < end && so_far.load(std::memory_order_relaxed); ++unit) {
                      const int64_t i = unit / per_row, from = unit % per_row * UNIT;
                      const char* first = static_cast<const char*>(data) + (i * stride + from) * size;
-                     if (!bodies->all_finite(m.element, first, std::min(UNIT, cols - from))) so_far = false;
+                     const int64_t count = std::min(UNIT, cols - from);
+                     const bool good = not_below_zero ? in_range(reinterpret_cast<const float*>(first), count)
+                                                      : bodies->all_finite(m.element, first, count);
+                     if (!good) so_far = false;
                  }
              });
         *finite = so_far;

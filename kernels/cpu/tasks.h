@@ -169,7 +169,8 @@ struct Bodies {
     void (*adamw)(const AdamWTask&, int64_t begin, int count);
     // One vector of one pool's candidates; zero rows leave the gains unwritten.
     void (*join_gains)(const JoinTask&, int64_t pool, int64_t block);
-    void (*assign)(const AssignmentTask&);
+    // False if sums of gains leave the range of fp32.
+    bool (*assign)(const AssignmentTask&);
     // Rows begin..end; false where a group of a pruned weight has more than n that are not 0.
     bool (*pack_nm)(const Selection&, const Pattern&, const Packing&, int64_t begin, int64_t end);
     // Rows begin..end.
