@@ -15,13 +15,14 @@ from torch import nn
 from .batches import Batch, CalibrationSet, batches_of, trial_ids
 from .blocks import Block, finished_modules, gated_consumers, stacks_of
 from .budgets import check_budgets, find_budgets
+from .calibration_mode import calibration_mode
 from .collect import InputCollector
 from .experts import ExpertLinear, find_layouts
 from .kernels.score_terms import scores_reference
 from .plan import NameFilter, Plan, Skipped, Unit, misfit
 from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked
 from .reorder import PermutationReport, Reorderer, find_folds
-from .replay import Runner, WholeForward, calibration_mode, make_runner
+from .replay import Runner, WholeForward, make_runner
 from .request import Request
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats

@@ -7,8 +7,8 @@ model. They are recorded in the model's own forward, with a stub in place of eve
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -144,28 +144,6 @@ class Replay:
             except CANNOT_RUN_AGAIN:
                 self._reuses[kind] = False
         return self._reuses[kind]
-
-
-@contextmanager
-def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode, no key-value cache, one expert at a time; what was set before is set again."""
-    training = {module: module.training for module in model.modules()}
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }
-    settings = {"use_cache": False, "_experts_implementation": "eager"}
-    before = [(c, name, getattr(c, name)) for c in configs.values() for name in settings if hasattr(c, name)]
-    try:
-        model.eval()
-        for config, name, _ in before:
-            setattr(config, name, settings[name])
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for config, name, value in before:
-            setattr(config, name, value)
 
 
 class _Stop(Exception):

@@ -8,8 +8,9 @@ from torch import nn
 
 from ace_triton.batches import Batch
 from ace_triton.blocks import find_blocks
+from ace_triton.calibration_mode import calibration_mode
 from ace_triton.prune_model import prune_model
-from ace_triton.replay import Replay, WholeForward, calibration_mode, make_runner
+from ace_triton.replay import Replay, WholeForward, make_runner
 from ace_triton.timing import Stopwatch
 
 LENGTHS = torch.tensor([16, 9, 12, 16, 5, 16])
