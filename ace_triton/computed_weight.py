@@ -15,7 +15,8 @@ def computed_weight(layer: nn.Module) -> str | None:
     if "weight" in layer._parameters or "weight" in layer._buffers:
         return None
     if parametrize.is_parametrized(layer, "weight"):
-        steps = ", ".join(type(step).__name__.lstrip("_") for step in layer.get_submodule("parametrizations.weight").children())
+        chain = layer.get_submodule("parametrizations.weight").children()
+        steps = ", ".join(type(step).__name__.lstrip("_") for step in chain)
         return (
             f"its weight is computed by a parametrization ({steps}); make it permanent first: "
             "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
