@@ -19,6 +19,7 @@ from .calibration_mode import calibration_mode
 from .collect import InputCollector
 from .experts import ExpertLinear, find_layouts
 from .kernels.score_terms import scores_reference
+from .loaded_weights import weights_as_loaded
 from .model_report import LayerReport, ModelReport, Sequential
 from .plan import NameFilter, Plan, Unit, misfit
 from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked
@@ -102,7 +103,7 @@ def prune_model(
     check_budgets(budgets, pattern)
     _check_model(model)
     clock = Stopwatch(next(model.parameters()).device)
-    with calibration_mode(model):
+    with calibration_mode(model), weights_as_loaded(model):
         plan = _plan(model, request, include, exclude)
         batches = batches_of(model, calibration, batch_size) if needs.tokens or budgets else []
         with clock.measure("select"):

@@ -33,7 +33,9 @@ def prune_table(report: ModelReport) -> Table:
     table.add_column(style="bold")
     table.add_column(justify="right")
     account = report.account
-    kept = sum(layer.kept * layer.parameters for layer in report.layers) / max(sum(layer.parameters for layer in report.layers), 1)
+    kept = sum(layer.kept * layer.parameters for layer in report.layers) / max(
+        sum(layer.parameters for layer in report.layers), 1
+    )
     table.add_row("layers pruned", str(len(report.layers)))
     table.add_row("weights kept in them", f"{kept:.1%}")
     table.add_row("of the blocks' weights: pruned", f"{account.share('pruned'):.1%}")

@@ -27,11 +27,11 @@ class Owners:
         self.tensors: dict[str, torch.Tensor] = dict(chain(*named))
         self._by_memory: dict[object, list[str]] = {}
         for name, tensor in self.tensors.items():
-            self._by_memory.setdefault(_memory(tensor), []).append(name)
+            self._by_memory.setdefault(memory_of(tensor), []).append(name)
 
     def others(self, tensor: torch.Tensor, name: str | None) -> list[str]:
         """Names of the parameters and buffers that share memory with a tensor, all but ``name``."""
-        sharing = (other for other in self._by_memory.get(_memory(tensor), ()) if other != name)
+        sharing = (other for other in self._by_memory.get(memory_of(tensor), ()) if other != name)
         return [other for other in sharing if self.tensors[other] is tensor or overlap(self.tensors[other], tensor)]
 
 
@@ -51,8 +51,8 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset() - begin).any())
 
 
-def _memory(tensor: torch.Tensor) -> object:
-    """Equal for tensors that may overlap."""
+def memory_of(tensor: torch.Tensor) -> object:
+    """A key that is equal for tensors that may overlap: those of one storage."""
     try:
         start = tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a sparse tensor or a wrapper around others
