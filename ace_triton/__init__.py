@@ -1,6 +1,5 @@
 """Fused Triton kernels that prune large language models to N:M sparsity and run them sparse."""
 
-from . import sparsegpt as _method  # noqa: F401
 from .dispatch import RowLimits
 from .gram import Gram
 from .kernels.score_terms import ScoreTerms

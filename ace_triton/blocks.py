@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from .batches import trial_ids
 from .calibration_mode import calibration_mode
 from .experts import Stack
-from .out_of_memory import is_out_of_memory
+from .out_of_memory import raise_if_out_of_memory
 from .prune import linear_weight
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def _in_order_of_calls(model: PreTrainedModel, blocks: Iterable[Block]) -> list[
                 hooks.callback(module.register_forward_pre_hook(note).remove)
             model(input_ids=trial_ids(model), use_cache=False)
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
+        raise_if_out_of_memory(error)
         return []
     return list(called.values())
 

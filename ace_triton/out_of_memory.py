@@ -13,3 +13,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+
+
+def raise_if_out_of_memory(error: BaseException) -> None:
+    """Raise the error again if memory ran out: it says nothing about what was tried."""
+    if is_out_of_memory(error):
+        raise error

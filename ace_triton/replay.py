@@ -19,6 +19,7 @@ from .batches import TRIAL_LENGTH, TRIAL_SEQUENCES, Batch
 from .blocks import Block
 from .collect import InputCollector
 from .finished import FinishedOutputs, forward_replaced
+from .out_of_memory import raise_if_out_of_memory
 from .timing import Stopwatch
 
 
@@ -141,8 +142,14 @@ class Replay:
             try:
                 with self._outputs.reused([module], number):
                     self._reuses[kind] = _agree(self._call(index, number), whole)
-            except CANNOT_RUN_AGAIN:
+            except CANNOT_RUN_AGAIN as error:
+                raise_if_out_of_memory(error)
                 self._reuses[kind] = False
+                warnings.warn(
+                    f"{kind[0].__name__}: the output of its {kind[1].__name__} is computed again for each group of "
+                    f"layers, since the block fails with a cached one ({error})",
+                    stacklevel=4,
+                )
         return self._reuses[kind]
 
 
@@ -155,10 +162,11 @@ class NotReplayable(Exception):
 
 
 RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-"""What a block may raise when it is called outside the model's forward."""
+"""What a block may raise when it is called outside the model's forward. A full memory is among them, and says nothing
+about the block: :func:`~ace_triton.out_of_memory.raise_if_out_of_memory` tells it apart."""
 
 CANNOT_RUN_AGAIN = (NotReplayable, *RUN_ERRORS)
-"""What says that a block cannot be run so."""
+"""What says that a block cannot be run so, if memory is not full."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +255,7 @@ def _try_replay(
                 raise NotReplayable(f"{block.name} needs more than its hidden states and constant arguments")
             hidden = once
     except RUN_ERRORS as error:
+        raise_if_out_of_memory(error)
         raise NotReplayable(f"a block fails outside the model's forward ({error})") from error
     return sizes
 
