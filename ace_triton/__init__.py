@@ -1,14 +1,14 @@
 """Fused Triton kernels that prune large language models to N:M sparsity and run them sparse."""
 
-from . import sparsegpt as _method  # noqa: F401
 from .dispatch import RowLimits
 from .gram import Gram
 from .kernels.score_terms import ScoreTerms
 from .metrics import metric_names, register_metric
+from .model_report import ModelReport
 from .nm_linear import NMLinear
 from .packed_checkpoint import load, save_packed
 from .prune import PruneError, PruneResult, prune_linear
-from .prune_model import ModelReport, prune_model
+from .prune_model import prune_model
 from .recover import RecoveryReport, RecoverySettings, recover
 from .recovery_text import WrittenText
 from .sparsify import SparsifyReport, set_row_limits, sparsify

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
+from .batches import trial_ids
+from .calibration_mode import calibration_mode
 from .experts import Stack
+from .out_of_memory import raise_if_out_of_memory
 from .prune import linear_weight
 
 if TYPE_CHECKING:
@@ -34,11 +40,13 @@ class Block:
 
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
-    """The decoder blocks, in order.
+    """The decoder blocks, in the order in which they run.
 
-    They are the members of the longest ``nn.ModuleList`` that holds linear layers and lies in no other such
-    list (lists of experts lie inside blocks); of two as long, the one with more parameters. In a model
-    with several towers only the text decoder is looked at.
+    They are the members of the outermost ``nn.ModuleList`` that holds linear layers (lists of experts lie inside
+    blocks). A list of bare linear layers holds heads or projections, no blocks. If several lists remain, a forward of a
+    few tokens tells: blocks are the members that run, of all lists, in the order of their first calls. If that forward
+    fails, they are the members of the list with the most parameters. In a model with several towers only the text
+    decoder is looked at.
 
     Raises:
         ValueError: an encoder-decoder, or a model without such a list.
@@ -51,8 +59,12 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
             f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers; is it a decoder, and in "
             "floating point? (layers of some quantised checkpoints are no nn.Linear)"
         )
-    name = max(lists, key=lambda n: (len(lists[n]), sum(p.numel() for p in lists[n].parameters())))
-    return [Block(f"{name}.{i}", module) for i, module in enumerate(lists[name])]
+    members = {name: [Block(f"{name}.{i}", module) for i, module in enumerate(lists[name])] for name in lists}
+    if len(members) == 1:
+        return next(iter(members.values()))
+    running = _in_order_of_calls(model, [block for blocks in members.values() for block in blocks])
+    largest = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    return running or members[largest]
 
 
 def _outermost_lists(model: nn.Module, inside: nn.Module) -> dict[str, nn.ModuleList]:
@@ -63,9 +75,28 @@ def _outermost_lists(model: nn.Module, inside: nn.Module) -> dict[str, nn.Module
     for name, module in inside.named_modules(prefix=start):
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
             has_linears = any(True for _ in linears_of(module))
-            if has_linears:
+            if has_linears and not all(linear_weight(member) is not None for member in module):
                 found[name] = module
     return found
+
+
+def _in_order_of_calls(model: PreTrainedModel, blocks: Iterable[Block]) -> list[Block]:
+    """Those of some blocks that run in a forward of a few tokens, by their first call; none if the forward fails."""
+    by_module = {block.module: block for block in blocks}
+    called: dict[nn.Module, Block] = {}
+
+    def note(module: nn.Module, _args: object) -> None:
+        called.setdefault(module, by_module[module])
+
+    try:
+        with calibration_mode(model), ExitStack() as hooks:
+            for module in by_module:
+                hooks.callback(module.register_forward_pre_hook(note).remove)
+            model(input_ids=trial_ids(model), use_cache=False)
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        return []
+    return list(called.values())
 
 
 def linears_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -86,24 +117,46 @@ def stacks_of(module: nn.Module, name: str = "") -> list[Stack]:
     ]
 
 
+def possible_stacks(block: Block) -> list[Stack]:
+    """The weights of a block that may hold experts: :func:`stacks_of`, and two-dimensional parameters of modules that
+    are no layers (DBRX has its experts one below the other). A trial tells which do."""
+    found = stacks_of(block.module, block.name)
+    for path, child in block.module.named_modules(prefix=block.name):
+        if linear_weight(child) is None and not isinstance(child, (nn.Embedding, parametrize.ParametrizationList)):
+            loose = child.named_parameters(recurse=False)
+            found += [Stack(f"{path}.{key}", p) for key, p in loose if p.dim() == 2 and min(p.shape) > 1]
+    return found
+
+
 def routers(block: Block) -> set[str]:
-    """Names of the linear layers that choose or weigh experts.
+    """Names of the layers that choose or weigh experts: linear layers, and modules with a matrix called weight.
 
     Such a layer has "router" in its name, or stands alone beside experts in one module and has one output
     for each of them, or a single one (the gate of a shared expert).
     """
-    found = {path for path, _ in linears_of(block.module, block.name) if "router" in path.removeprefix(block.name)}
+    found = {path for path in _matrices_in(block.module, block.name) if "router" in path.removeprefix(block.name)}
     for path, module in block.module.named_modules(prefix=block.name):
         experts = _experts_in(module)
         if path == block.name or not experts:
             continue
         for child, submodule in module.named_children():
-            inside = list(linears_of(submodule, f"{path}.{child}"))
+            inside = list(_matrices_in(submodule, f"{path}.{child}").items())
             if child not in experts and len(inside) == 1:
-                name, layer = inside[0]
-                weight = linear_weight(layer)
-                if weight is not None and weight.shape[0] in {*experts.values(), 1}:
+                name, weight = inside[0]
+                if weight.shape[0] in {*experts.values(), 1}:
                     found.add(name)
+    return found
+
+
+def _matrices_in(module: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The weights [out_features, in_features] of linear layers, and of others that call a matrix their weight."""
+    found = {}
+    for path, child in module.named_modules(prefix=name):
+        weight = linear_weight(child)
+        if weight is None and not isinstance(child, nn.Embedding):
+            weight = child._parameters.get("weight")
+        if weight is not None and weight.dim() == 2:
+            found[path] = weight
     return found
 
 
@@ -117,6 +170,43 @@ def _experts_in(module: nn.Module) -> dict[str, int]:
         elif isinstance(child, nn.ModuleList) and len(child) > 1 and any(True for _ in linears_of(child)):
             experts[name] = len(child)
     return experts
+
+
+def adapters(module: nn.Module, name: str = "") -> set[str]:
+    """Names of the linear layers of low rank that are added to another layer's output, as LoRA's A and B are.
+
+    Such a pair leads from the inputs of a layer to its outputs through fewer channels than either, and lies in
+    containers beside that layer in a module that holds no other layer (peft), or below the layer itself. Layers with
+    a ``lora_`` in their path are adapters too.
+    """
+    linears = dict(linears_of(module, name))
+    found = {path for path in linears if any(part.lower().startswith("lora_") for part in path.split("."))}
+    for path, parent in module.named_modules(prefix=name):
+        beside = [child for child in parent.children() if linear_weight(child) is not None]
+        base = parent if path in linears else beside[0] if len(beside) == 1 else None
+        if base is not None:
+            others = {n: c for n, c in parent.named_children() if base is parent or isinstance(c, _CONTAINERS)}
+            inside = {p: m for n, c in others.items() for p, m in linears_of(c, f"{path}.{n}") if m is not base}
+            found |= _low_rank_pairs(base, inside)
+    return found
+
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
+
+
+def _low_rank_pairs(base: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    outputs, inputs = _shape(base)
+    shapes = {name: _shape(layer) for name, layer in layers.items()}
+    narrowing = {name: rank for name, (rank, into) in shapes.items() if into == inputs and rank < min(inputs, outputs)}
+    widening = {name: rank for name, (out, rank) in shapes.items() if out == outputs}
+    ranks = set(narrowing.values()) & set(widening.values())
+    return {name for pairs in (narrowing, widening) for name, rank in pairs.items() if rank in ranks}
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    weight = linear_weight(layer)
+    assert weight is not None
+    return weight.shape[0], weight.shape[1]
 
 
 def in_attention(block: Block, layer_name: str) -> bool:

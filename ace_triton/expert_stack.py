@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,15 +40,17 @@ class ExpertStack(nn.Module):
         """Put one layer for each expert where the module ``experts`` has ``stack``.
 
         An :class:`~ace_triton.experts.ExpertLinear` among them gets a weight of its own, so that the stack is freed.
-        The module takes its experts one by one from then on, and with it the whole model, which shares that setting.
+        The module takes its experts one by one from then on, whatever implementation the model is set to: it gets a
+        copy of the configuration that says so. The model's own setting stays.
         """
         requires_grad = stack.weight.requires_grad
         own = [_alone(layer, requires_grad) if isinstance(layer, ExpertLinear) else layer for layer in layers]
         leaf = stack.name.rpartition(".")[2]
         delattr(experts, leaf)
         setattr(experts, leaf, cls(own, transposed=bool(stores_transposed(experts))).train(experts.training))
-        config: Any = experts.config
+        config: Any = copy.deepcopy(experts.config)
         config._experts_implementation = EAGER
+        experts.config = config
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -110,4 +113,4 @@ def _alone(expert: ExpertLinear, requires_grad: bool) -> nn.Linear:
 
 
 def _advice() -> str:
-    return f"call model.set_experts_implementation({EAGER!r})"
+    return f"set config._experts_implementation of the module that holds them to {EAGER!r}"

@@ -1,4 +1,4 @@
-"""Experts of a mixture whose weights are stacked in one 3-D parameter, as linear layers of their own."""
+"""Experts of a mixture whose weights are stacked in one parameter, as linear layers of their own."""
 
 from __future__ import annotations
 
@@ -23,14 +23,29 @@ class ExpertLinear(nn.Linear):
     """One expert's share of a stack: weight [out_features, in_features] is a view of it, so pruned with it.
 
     The stack's own bias, where the mixture has one, is added elsewhere: outputs are seen without it.
+
+    Args:
+        matrix: a view of the stack, [out_features, in_features], or [in_features, out_features] if ``transposed``.
     """
 
-    def __init__(self, stack: nn.Parameter, index: int, *, transposed: bool) -> None:
+    def __init__(self, matrix: torch.Tensor, *, transposed: bool) -> None:
         nn.Module.__init__(self)
-        matrix = stack.detach()[index]
         self.weight = nn.Parameter(matrix.t() if transposed else matrix, requires_grad=False)
         self.out_features, self.in_features = self.weight.shape
         self.register_parameter("bias", None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the matrices of a stack are stored.
+
+    Attributes:
+        rows: of one matrix.
+        transposed: True if a matrix is [in_features, out_features].
+    """
+
+    rows: int
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class Stack:
 
     Attributes:
         name: its dotted name in the model.
-        weight: [n_experts, out_features, in_features], or [n_experts, in_features, out_features].
+        weight: [n_experts, rows, columns]; or [n_experts * rows, columns], one matrix below the other (DBRX).
         concatenated: False where gate and up alternate in one matrix.
     """
 
@@ -52,11 +67,18 @@ class Stack:
         module, _, matrix = self.name.rpartition(".")
         return f"{module}.{index}.{matrix}"
 
-    def linears(self, *, transposed: bool) -> dict[str, ExpertLinear]:
-        """Its experts by name; ``transposed`` for a stack [n_experts, in_features, out_features]."""
+    def linears(self, *, transposed: bool, rows: int | None = None) -> dict[str, ExpertLinear]:
+        """Its experts by name.
+
+        Args:
+            transposed: True if a matrix is [in_features, out_features].
+            rows: of one matrix, for a weight of two dimensions.
+        """
+        weight = self.weight.detach()
+        matrices = weight if rows is None or weight.dim() == 3 else weight.unflatten(0, (-1, rows))
         return {
-            self.expert_name(i): ExpertLinear(self.weight, i, transposed=transposed)
-            for i in range(self.weight.shape[0])
+            self.expert_name(index): ExpertLinear(matrix, transposed=transposed)
+            for index, matrix in enumerate(matrices.unbind(0))
         }
 
 
@@ -77,24 +99,50 @@ class _Products(TorchFunctionMode):
         return output
 
 
-def find_layouts(run: Callable[[], object], stacks: Iterable[Stack]) -> dict[str, bool]:
-    """How a model multiplies by its stacks: name -> whether they are stored [n_experts, in, out].
+def find_layouts(run: Callable[[], object], stacks: Iterable[Stack]) -> dict[str, Layout]:
+    """How a model multiplies by its stacks, by name; a stack that no product reads has no entry.
 
     Args:
         run: a forward of the model that reaches every block, with eager experts.
-        stacks: what to look for; one that no product reads is not in the result.
+        stacks: stacks, and weights of two dimensions that may be: they have an entry if a product reads an equal part
+            of their rows.
     """
-    owners = {matrix.data_ptr(): stack for stack in stacks for matrix in stack.weight.detach().unbind(0)}
-    found: dict[str, bool] = {}
+    by_memory: dict[int, list[Stack]] = {}
+    for stack in stacks:
+        by_memory.setdefault(stack.weight.untyped_storage().data_ptr(), []).append(stack)
+    found: dict[str, Layout] = {}
 
     def look(tokens: torch.Tensor, weight: torch.Tensor, transposed: bool, output: torch.Tensor) -> None:
-        stack = owners.get(weight.data_ptr())
-        if stack is not None and weight.shape[-2:] == stack.weight.shape[-2:]:
-            found[stack.name] = transposed
+        for stack in by_memory.get(weight.untyped_storage().data_ptr(), ()):
+            layout = _layout(stack.weight, weight, transposed)
+            if layout is not None:
+                found[stack.name] = layout
 
     with _Products(look):
         run()
     return found
+
+
+def _layout(stack: torch.Tensor, factor: torch.Tensor, transposed: bool) -> Layout | None:
+    """The layout of a stack of which ``factor`` is one matrix or more; None if it is none of its matrices.
+
+    Args:
+        factor: second factor of a product, [..., in_features, out_features] if ``transposed``.
+    """
+    if factor.dim() not in (2, 3):
+        return None
+    stored = factor if factor.stride()[-2:] == stack.stride()[-2:] else factor.transpose(-1, -2)
+    rows, columns = stored.shape[-2:]
+    if stored.stride()[-2:] != stack.stride()[-2:] or columns != stack.shape[-1]:
+        return None
+    if stack.dim() == 3:
+        spacing, count = stack.stride(0), stack.shape[0] if rows == stack.shape[1] else 0
+    else:
+        spacing, count = rows * stack.stride(0), stack.shape[0] // rows if stack.shape[0] % rows == 0 else 0
+    start = stored.storage_offset() - stack.storage_offset()
+    if count < 2 or start % spacing or not 0 <= start // spacing < count:
+        return None
+    return Layout(rows, transposed == (stored is factor))
 
 
 def watch_experts(

@@ -9,8 +9,9 @@ back; then the model is run with all orders at once. Where either shows a change
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from .blocks import Block, gated_consumers
+from .out_of_memory import raise_if_out_of_memory
 from .prune import linear_weight
 from .replay import CANNOT_RUN_AGAIN, hidden_of
 
@@ -194,6 +196,7 @@ class FoldTrial:
         """
         local: list[Fold] = []
         seen: dict[str, torch.Tensor] = {}
+        failed: dict[str, Exception] = {}
 
         def check(block: Block, of_block: Sequence[Fold]) -> Callable[..., None]:
             running = False
@@ -203,13 +206,16 @@ class FoldTrial:
                 if running:
                     return
                 running, before = True, dict(seen)
-                with suppress(*CANNOT_RUN_AGAIN):
+                try:
                     dense = before | {block.name: hidden_of(output).clone()}
                     for fold in of_block:
                         with self._folded([fold]):
                             again = hidden_of(module(*args, **kwargs))
                         if fold.consumer in dense and _same(seen | {block.name: again}, dense, fold.consumer):
                             local.append(fold)
+                except CANNOT_RUN_AGAIN as error:
+                    raise_if_out_of_memory(error)
+                    failed[block.name] = error
                 seen.update(before)
                 running = False
 
@@ -218,9 +224,18 @@ class FoldTrial:
         with ExitStack() as hooks:
             for block in blocks:
                 of_block = [fold for fold in folds if fold.consumer.startswith(f"{block.name}.")]
-                handle = block.module.register_forward_hook(check(block, of_block), with_kwargs=True)
-                hooks.callback(handle.remove)
+                if of_block:
+                    handle = block.module.register_forward_hook(check(block, of_block), with_kwargs=True)
+                    hooks.callback(handle.remove)
             self._dense = self._outputs(seen)
+        if failed:
+            name, error = next(iter(failed.items()))
+            others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+            warnings.warn(
+                f"{name}{others}: the block fails when it is run again ({error}), so each order of its channels is "
+                "tried in the whole model, which takes longer",
+                stacklevel=5,
+            )
         with self._folded(local):
             return local if _same(self._outputs(), self._dense) else []
 

@@ -24,6 +24,7 @@ from .kernels.column_scale import ColumnScale, checked_column_scale
 from .kernels.score_terms import ScoreTerms
 from .kernels.variance_factor import VarianceNorm, variance_factor
 from .kernels.weight_sums import relative_importance, weight_sums
+from .sparsegpt import sparsegpt, sparsegpt_weight
 from .stats import ActivationStats, Reduce, StatsError
 
 Base = Literal["wanda", "ria", "magnitude"]
@@ -287,6 +288,9 @@ def saap(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
     """
     sums = weight_sums(weight)
     return ScoreTerms(col=sums.col, scale=_norm_to(stats, 2), not_finite=sums.not_finite)
+
+
+register_metric("sparsegpt", Needs(gram=True), solve=sparsegpt_weight)(sparsegpt)
 
 
 def _norm_to(stats: ActivationStats, power: float) -> torch.Tensor:

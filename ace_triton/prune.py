@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .computed_weight import computed_weight
 from .kernels.finite import all_finite
 from .kernels.memory import why_not_plain
 from .kernels.score_terms import ScoreTerms, scores_reference
@@ -19,7 +20,7 @@ from .metrics import Needs
 from .request import Request
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats, StatsError
-from .tied import other_owners
+from .tied import Owners
 from .update import Update, updated_weight
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,9 +67,13 @@ def prune_linear(
     update: str | Update | None = None,
     name: str | None = None,
     return_mask: bool = False,
+    model: nn.Module | None = None,
     **options: Any,
 ) -> PruneResult:
     """Prune a linear layer in place.
+
+    A weight that is tied to another parameter is pruned there too. Pass ``model`` to refuse such a layer; without it,
+    tied weights are the caller's concern.
 
     Args:
         layer: an ``nn.Linear`` (weight [out_features, in_features], any floating dtype, any strides, any
@@ -82,10 +87,12 @@ def prune_linear(
             says more. Needs raw tokens, or statistics with a sample of them or with a Gram matrix.
         name: how errors and the result call the layer.
         return_mask: also return which weights were kept; costs a byte a weight and a second pass.
+        model: the model that holds the layer: a weight that shares memory with another of its parameters is refused.
+            One pass over its parameters; ``prune_model`` makes it once for all layers.
         options: the metric's own.
 
     Raises:
-        PruneError: a layer that cannot be pruned so (shape, dtype, tied weight, NaN or infinity); nothing
+        PruneError: a layer that cannot be pruned so (shape, dtype, computed or tied weight, NaN or infinity); nothing
             was changed.
         ValueError: an unknown method, option or pattern, or statistics that do not fit.
     """
@@ -94,12 +101,8 @@ def prune_linear(
     # Raw tokens go through the layer first: then a weight that is not finite would be blamed on its outputs.
     look_later = request.looks_at_terms and not isinstance(stats, torch.Tensor)
     weight = check_weight(layer, label, finite=not look_later)
-    owners = other_owners(layer, layer.get_parameter("weight"))
-    if owners:
-        raise PruneError(
-            f"{label}: its weight is tied to that of a {type(owners[0]).__name__}, which would be pruned with it; "
-            "untie it first (layer.weight = nn.Parameter(layer.weight.clone()))"
-        )
+    if model is not None:
+        _check_untied(layer, model, label)
     return prune_checked(layer, weight, stats, request, label, looked_at=not look_later, return_mask=return_mask)
 
 
@@ -109,6 +112,9 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
     Args:
         finite: also look for NaN and infinity, in a read of the weight.
     """
+    computed = computed_weight(layer) if is_linear(layer) else None
+    if computed is not None:
+        raise PruneError(f"{label}: {computed}")
     weight = linear_weight(layer)
     if weight is None:
         raise PruneError(f"{label}: a {type(layer).__name__} is no nn.Linear; only linear layers can be pruned")
@@ -126,6 +132,17 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
     if finite:
         _check_finite(as_kernel_dtype(weight), label)
     return weight
+
+
+def _check_untied(layer: nn.Module, model: nn.Module, label: str) -> None:
+    weight = layer.get_parameter("weight")
+    name = next((f"{name}.weight" for name, module in model.named_modules() if module is layer), None)
+    tied = Owners(model).others(weight, name)
+    if tied:
+        raise PruneError(
+            f"{label}: its weight is tied to {tied[0]}, which would be pruned with it; "
+            "untie it first (layer.weight = nn.Parameter(layer.weight.clone()))"
+        )
 
 
 def _check_finite(weight: torch.Tensor, label: str) -> None:
@@ -182,14 +199,15 @@ def default_axis(method: str, stats: ActivationStats | None) -> Axis:
 
 def linear_weight(layer: nn.Module) -> torch.Tensor | None:
     """The weight as [out_features, in_features] (a view), or None where ``layer`` is no linear layer."""
-    weight = getattr(layer, "weight", None)
+    weight = getattr(layer, "weight", None) if is_linear(layer) else None
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         return None
-    if isinstance(layer, nn.Linear):
-        return weight.detach()
-    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
-        return weight.detach().t()
-    return None
+    return weight.detach() if isinstance(layer, nn.Linear) else weight.detach().t()
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether ``layer`` is an ``nn.Linear`` or a Conv1D of transformers."""
+    return isinstance(layer, nn.Linear) or (type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"))
 
 
 def _statistics(

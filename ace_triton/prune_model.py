@@ -5,101 +5,36 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 
 from .batches import Batch, CalibrationSet, batches_of, trial_ids
-from .blocks import Block, finished_modules, gated_consumers, stacks_of
+from .blocks import Block, find_blocks, finished_modules, gated_consumers, possible_stacks
 from .budgets import check_budgets, find_budgets
+from .calibration_mode import calibration_mode
 from .collect import InputCollector
 from .experts import ExpertLinear, find_layouts
 from .kernels.score_terms import scores_reference
-from .plan import NameFilter, Plan, Skipped, Unit, misfit
+from .loaded_weights import weights_as_loaded
+from .model_report import LayerReport, ModelReport, Sequential
+from .plan import NameFilter, Plan, Unit, misfit
 from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked
-from .reorder import PermutationReport, Reorderer, find_folds
-from .replay import Runner, WholeForward, calibration_mode, make_runner
+from .reorder import Reorderer, find_folds
+from .replay import Runner, WholeForward, make_runner
 from .request import Request
-from .sparsity import Axis, Sparsity
+from .sparsity import Sparsity
 from .stats import ActivationStats
-from .timing import Seconds, Stopwatch
+from .timing import Stopwatch
 from .update import Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[int, int, str], None]
-
-Sequential = Literal["none", "blocks", "layers"]
-"""What is pruned between two looks at the model: all of it, a block, or the layers of a block that share an input.
-
-A block's attention before the rest of it, in hardly more time than the whole block, was tried and left out: over five
-seeds it gained nothing."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """A pruned layer.
-
-    Attributes:
-        name: its dotted name in the model.
-        kept: share of its weights kept.
-        pattern: "2:4", or the pruned fraction.
-        axis: what groups or rows run along.
-    """
-
-    name: str
-    kept: float
-    pattern: str
-    axis: Axis
-
-
-@dataclass(frozen=True)
-class ModelReport:
-    """What :func:`prune_model` did.
-
-    Attributes:
-        method: the metric's name.
-        sparsity: the pattern.
-        seconds: time by stage.
-        peak_bytes: on CUDA, the most memory that torch had allocated since the process started, over the
-            model's devices; on the CPU, the most that the process had resident.
-        layers: the pruned layers, in order.
-        skipped: what was left dense, and why; what ``include`` and ``exclude`` ruled out is not listed.
-        permutation: what ``permute=True`` did.
-        update: how the kept weights were moved.
-        budgets: by what the blocks' shares were set; what each layer kept is in ``layers``.
-        sequential: what was pruned between two looks at the model; None where tokens were not needed.
-    """
-
-    method: str
-    sparsity: str
-    seconds: Seconds
-    peak_bytes: int
-    layers: tuple[LayerReport, ...]
-    skipped: tuple[Skipped, ...]
-    permutation: PermutationReport | None = None
-    update: Update | None = None
-    budgets: str | None = None
-    sequential: Sequential | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return {
-            "method": self.method,
-            "sparsity": self.sparsity,
-            "seconds": asdict(self.seconds),
-            "peak_bytes": self.peak_bytes,
-            "layers": [{"name": layer.name, "kept": layer.kept, "pattern": layer.pattern} for layer in self.layers],
-            "skipped": [asdict(skipped) for skipped in self.skipped],
-            "permutation": None if self.permutation is None else asdict(self.permutation),
-            "update": None if self.update is None else self.update.to_dict(),
-            "budgets": self.budgets,
-            "sequential": self.sequential,
-        }
 
 
 def prune_model(
@@ -168,14 +103,13 @@ def prune_model(
     check_budgets(budgets, pattern)
     _check_model(model)
     clock = Stopwatch(next(model.parameters()).device)
-    names = NameFilter.of(model, include, exclude)
-    plan = Plan(model, method, needs, pattern, names, _layouts(model))
-    batches = batches_of(model, calibration, batch_size) if needs.tokens or budgets else []
-    with clock.measure("select"):
-        weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
-        _rehearse(request, next(iter(weights.values())))
-    selection = _Selection(request, clock, plan, weights)
-    with calibration_mode(model):
+    with calibration_mode(model), weights_as_loaded(model):
+        plan = _plan(model, request, include, exclude)
+        batches = batches_of(model, calibration, batch_size) if needs.tokens or budgets else []
+        with clock.measure("select"):
+            weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
+            _rehearse(request, next(iter(weights.values())))
+        selection = _Selection(request, clock, plan, weights)
         if budgets:
             selection.patterns = find_budgets(model, plan.units, pattern, batches[:1], clock)
         if permute:
@@ -187,6 +121,7 @@ def prune_model(
             for done, unit in enumerate(units, 1):
                 selection.prune(unit, None)
                 _tell(progress, done, len(units), unit.name)
+        account = plan.close()
     return ModelReport(
         method,
         str(pattern),
@@ -194,11 +129,25 @@ def prune_model(
         _peak_bytes(model),
         tuple(selection.layers),
         tuple(plan.skipped),
-        None if selection.reorderer is None else selection.reorderer.report(),
-        request.update,
-        budgets,
-        sequential if needs.tokens else None,
+        tuple(plan.excluded),
+        account,
+        permutation=None if selection.reorderer is None else selection.reorderer.report(),
+        update=request.update,
+        budgets=budgets,
+        sequential=sequential if needs.tokens else None,
     )
+
+
+def _plan(
+    model: PreTrainedModel, request: Request, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> Plan:
+    blocks = find_blocks(model)
+    stacks = [stack for block in blocks for stack in possible_stacks(block)]
+    layouts = find_layouts(lambda: model(input_ids=trial_ids(model)), stacks) if stacks else {}
+    further = [stack for stack in stacks if stack.weight.dim() == 2 and stack.name in layouts]
+    experts = [stack.expert_name(i) for stack in further for i in range(len(stack.weight) // layouts[stack.name].rows)]
+    names = NameFilter.of(model, include, exclude, experts)
+    return Plan(model, request.metric.name, request.needs, request.pattern, names, blocks, stacks, layouts)
 
 
 @dataclass
@@ -245,7 +194,8 @@ class _Selection:
                 continue
             with self.clock.measure("select"):
                 result = prune_checked(layer, weight, stats, request, name)
-            self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis))
+            self.plan.pruned(name, result.total)
+            self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis, result.total))
 
     def _scores(self, name: str, *, collector: InputCollector | None) -> torch.Tensor | None:
         """By which a layer's inputs are ordered; None where no token reached it or its groups do not lie along them."""
@@ -351,15 +301,6 @@ def _reorderer(
 def _tell(progress: Progress | None, done: int, total: int, name: str) -> None:
     if progress is not None:
         progress(done, total, name)
-
-
-def _layouts(model: PreTrainedModel) -> dict[str, bool]:
-    """How stacks of experts are stored, from a forward of a few tokens."""
-    stacks = stacks_of(model)
-    if not stacks:
-        return {}
-    with calibration_mode(model):
-        return find_layouts(lambda: model(input_ids=trial_ids(model)), stacks)
 
 
 def _check_model(model: PreTrainedModel) -> None:

@@ -38,9 +38,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .batches import trial_ids
 from .blocks import find_blocks
 from .distillation import Distillation
 from .kept_adamw import KeptAdamW
+from .loaded_weights import weights_as_loaded
 from .recovery_state import RecoveryState
 from .recovery_text import Batches, GivenBatches, WrittenBatches, WrittenText
 
@@ -166,6 +168,7 @@ def recover(
     _check(model, teacher, text, settings)
     batches = _batches(text, teacher, settings)
     with (
+        weights_as_loaded(model),
         _trainable(model, masks, settings) as optimizer,
         _frozen(teacher),
         _quick_attention((model, teacher), batches.length),
@@ -266,6 +269,8 @@ def _trainable(
     moving = {n: p for p, n in names.items() if n in masks or (settings.norms and p.dim() == 1)}
     dtypes = {name: parameter.dtype for name, parameter in moving.items()}
     with _frozen(model):
+        with torch.no_grad():
+            model(input_ids=trial_ids(model), use_cache=False)  # RWKV rescales its weights here: before they are copied
         optimizer = KeptAdamW(moving, settings.forward_dtype)
         try:
             for parameter in moving.values():

@@ -7,8 +7,8 @@ model. They are recorded in the model's own forward, with a stub in place of eve
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from .batches import TRIAL_LENGTH, TRIAL_SEQUENCES, Batch
 from .blocks import Block
 from .collect import InputCollector
 from .finished import FinishedOutputs, forward_replaced
+from .out_of_memory import raise_if_out_of_memory
 from .timing import Stopwatch
 
 
@@ -141,32 +142,15 @@ class Replay:
             try:
                 with self._outputs.reused([module], number):
                     self._reuses[kind] = _agree(self._call(index, number), whole)
-            except CANNOT_RUN_AGAIN:
+            except CANNOT_RUN_AGAIN as error:
+                raise_if_out_of_memory(error)
                 self._reuses[kind] = False
+                warnings.warn(
+                    f"{kind[0].__name__}: the output of its {kind[1].__name__} is computed again for each group of "
+                    f"layers, since the block fails with a cached one ({error})",
+                    stacklevel=4,
+                )
         return self._reuses[kind]
-
-
-@contextmanager
-def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode, no key-value cache, one expert at a time; what was set before is set again."""
-    training = {module: module.training for module in model.modules()}
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }
-    settings = {"use_cache": False, "_experts_implementation": "eager"}
-    before = [(c, name, getattr(c, name)) for c in configs.values() for name in settings if hasattr(c, name)]
-    try:
-        model.eval()
-        for config, name, _ in before:
-            setattr(config, name, settings[name])
-        # Tensors of inference mode have no versions, by which one overwritten in place is known.
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for config, name, value in before:
-            setattr(config, name, value)
 
 
 class _Stop(Exception):
@@ -178,10 +162,11 @@ class NotReplayable(Exception):
 
 
 RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-"""What a block may raise when it is called outside the model's forward."""
+"""What a block may raise when it is called outside the model's forward. A full memory is among them, and says nothing
+about the block: :func:`~ace_triton.out_of_memory.raise_if_out_of_memory` tells it apart."""
 
 CANNOT_RUN_AGAIN = (NotReplayable, *RUN_ERRORS)
-"""What says that a block cannot be run so."""
+"""What says that a block cannot be run so, if memory is not full."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +255,7 @@ def _try_replay(
                 raise NotReplayable(f"{block.name} needs more than its hidden states and constant arguments")
             hidden = once
     except RUN_ERRORS as error:
+        raise_if_out_of_memory(error)
         raise NotReplayable(f"a block fails outside the model's forward ({error})") from error
     return sizes
 

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from .evaluate import Perplexity
 from .inspect_checkpoint import TensorSparsity
-from .prune_model import ModelReport
+from .model_report import ModelReport
+from .plan import Skipped
 from .recover import RecoveryReport
 from .sparsify import SparsifyReport
 
@@ -31,9 +32,16 @@ def prune_table(report: ModelReport) -> Table:
     table = Table(title=f"{report.method}, {report.sparsity}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    kept = sum(layer.kept for layer in report.layers) / max(len(report.layers), 1)
+    account = report.account
+    kept = sum(layer.kept * layer.parameters for layer in report.layers) / max(
+        sum(layer.parameters for layer in report.layers), 1
+    )
     table.add_row("layers pruned", str(len(report.layers)))
     table.add_row("weights kept in them", f"{kept:.1%}")
+    table.add_row("of the blocks' weights: pruned", f"{account.share('pruned'):.1%}")
+    table.add_row("skipped, as listed below", f"{account.share('skipped'):.1%}")
+    table.add_row("excluded by name", f"{account.share('excluded'):.1%}")
+    table.add_row("outside the blocks, of the model", f"{account.outside / account.model:.1%}")
     if report.budgets is not None:
         _add_shares(table, report)
     if report.permutation is not None:
@@ -74,11 +82,19 @@ def packing_table(report: SparsifyReport) -> Table:
 
 
 def skipped_lines(report: ModelReport | SparsifyReport, most: int = 12) -> list[str]:
-    """One line for each parameter left dense, with its share of the model."""
-    lines = [f"{s.name}: {s.reason} ({s.share:.1%} of the model's parameters)" for s in report.skipped]
+    """One line for each reason why weights were left dense, with their share of the model; the largest first."""
+    layers: dict[str, list[Skipped]] = {}
+    for skipped in report.skipped:
+        layers.setdefault(skipped.reason, []).append(skipped)
+    ranked = sorted(layers.items(), key=lambda item: -sum(s.parameters for s in item[1]))
+    lines = [
+        f"{_first_of([s.name for s in of_reason])}: {reason} ({sum(s.share for s in of_reason):.1%} of the model's "
+        "parameters)"
+        for reason, of_reason in ranked
+    ]
     if len(lines) > most:
-        rest = sum(s.share for s in report.skipped[most:])
-        lines = [*lines[:most], f"and {len(lines) - most} more ({rest:.1%})"]
+        rest = [s for _, of_reason in ranked[most:] for s in of_reason]
+        lines = [*lines[:most], f"and {len(rest)} more ({sum(s.share for s in rest):.1%})"]
     return lines
 
 
@@ -87,9 +103,11 @@ def unfolded_lines(report: ModelReport) -> list[str]:
     layers: dict[str, list[str]] = {}
     for unfolded in report.permutation.unfolded if report.permutation is not None else ():
         layers.setdefault(unfolded.reason, []).append(unfolded.name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {reason}" for reason, names in layers.items()
-    ]
+    return [f"{_first_of(names)}: {reason}" for reason, names in layers.items()]
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def recovery_table(result: RecoveryReport, most: int = 10) -> Table:

@@ -8,7 +8,6 @@ import torch
 from .kernels.score_terms import ScoreTerms
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
-from .metrics import Needs, register_metric
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats, StatsError
 from .update import gram_of
@@ -107,7 +106,6 @@ def inverse_factor(stats: ActivationStats, damping: float) -> torch.Tensor:
     )
 
 
-@register_metric("sparsegpt", Needs(gram=True), solve=sparsegpt_weight)
 def sparsegpt(weight: torch.Tensor, stats: ActivationStats, damping: float = 0.01, block_size: int = 128) -> ScoreTerms:
     """|W_ij| / U_jj, the root of SparseGPT's criterion, for weights that are not updated yet.
 

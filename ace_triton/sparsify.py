@@ -84,7 +84,7 @@ def sparsify(
 
     A layer's dense weight is freed as soon as it is packed. Products are those of the dense weight with its
     zeros, up to the order of summation. Experts stacked in one parameter become layers of their own
-    (:class:`~ace_triton.expert_stack.ExpertStack`), and the model takes them one by one from then on.
+    (:class:`~ace_triton.expert_stack.ExpertStack`), and their module takes them one by one from then on.
 
     Args:
         model: any module with ``nn.Linear`` or Conv1D layers or stacked experts in it, pruned before.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
@@ -25,7 +26,8 @@ class Sparsity:
         scope: for a fraction, whether every row loses its share ("row") or the layer as a whole does
             ("layer", one threshold).
         n, m: the group, or None for a fraction.
-        fraction: share of weights pruned.
+        fraction: share of weights pruned. It is taken as the decimal that Python prints for it: 0.29 of 100 weights
+            is 29, though the float lies below 0.29.
 
     Raises:
         ValueError: a pattern that is none.
@@ -60,11 +62,17 @@ class Sparsity:
         return _of_text(pattern) if isinstance(pattern, str) else cls(pattern)
 
     def kept_of(self, size: int) -> int:
-        """How many of ``size`` compared weights are kept: all but ``int(size * fraction)``."""
-        return size - int(size * self.fraction)
+        """How many of ``size`` compared weights are kept: all but ``fraction`` of them, rounded down."""
+        return size - int(size * _decimal(self.fraction))
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.n is not None else f"{self.fraction:.4g}"
+
+
+@lru_cache
+def _decimal(fraction: float) -> Fraction:
+    """The shortest decimal that the float stands for, as an exact number."""
+    return Fraction(repr(float(fraction)))
 
 
 @lru_cache
@@ -83,7 +91,7 @@ def _parse(pattern: str | float) -> tuple[int | None, int | None, float]:
             return n, m, 1 - n / m
         number = pattern.strip()
         try:
-            fraction = float(number[:-1]) / 100 if number.endswith("%") else float(number)
+            fraction = float(_decimal(float(number[:-1])) / 100) if number.endswith("%") else float(number)
         except ValueError:
             raise ValueError(f"{pattern!r} is not a sparsity: {allowed}") from None
     elif isinstance(pattern, (int, float)) and not isinstance(pattern, bool):

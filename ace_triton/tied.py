@@ -1,23 +1,67 @@
-"""Finds out whether a parameter serves more than one module."""
+"""Finds weights that share memory with other parameters of a model."""
 
 from __future__ import annotations
 
-import gc
-import sys
+from itertools import chain
 
 import torch
 from torch import nn
 
-_REFERENCES_OF_AN_OWNED_PARAMETER = 3
-"""The module's dict, this function's argument and getrefcount's own."""
 
+class Owners:
+    """Which parameters and buffers of a model share memory.
 
-def other_owners(layer: nn.Module, parameter: torch.Tensor) -> list[nn.Module]:
-    """Modules other than ``layer`` that hold ``parameter`` itself (an embedding tied to a head, say).
+    Two tensors are tied if at least one element of both lies at the same address: a head that is an embedding's
+    parameter, a parameter that is a slice of another. Tensors without memory (meta device) are tied only if they are
+    one object.
 
-    Cheap where nothing else refers to the parameter; otherwise it walks the interpreter's objects.
+    Args:
+        model: any module; one pass over its parameters and buffers.
+
+    Attributes:
+        tensors: the parameters and buffers by name; one that several modules hold has several names.
     """
-    if sys.getrefcount(parameter) <= _REFERENCES_OF_AN_OWNED_PARAMETER:
-        return []
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and thing is not layer]
-    return [module for module in modules if any(p is parameter for p in module.__dict__["_parameters"].values())]
+
+    def __init__(self, model: nn.Module) -> None:
+        named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        self.tensors: dict[str, torch.Tensor] = dict(chain(*named))
+        self._by_memory: dict[object, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            self._by_memory.setdefault(memory_of(tensor), []).append(name)
+
+    def others(self, tensor: torch.Tensor, name: str | None) -> list[str]:
+        """Names of the parameters and buffers that share memory with a tensor, all but ``name``."""
+        sharing = (other for other in self._by_memory.get(memory_of(tensor), ()) if other != name)
+        return [other for other in sharing if self.tensors[other] is tensor or overlap(self.tensors[other], tensor)]
+
+
+def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if two tensors of one storage have the address of an element in common."""
+    if one.is_meta or one.numel() == 0 or other.numel() == 0:
+        return False
+    first, second = _span(one), _span(other)
+    if max(first[0], second[0]) >= min(first[1], second[1]):
+        return False
+    if (one.is_contiguous() and other.is_contiguous()) or one.element_size() != other.element_size():
+        return True
+    # Two column ranges of one matrix have no element in common: mark the elements of one, look up those of the other.
+    begin = min(one.storage_offset(), other.storage_offset())
+    marks = torch.zeros(max(first[1], second[1]) // one.element_size() - begin, dtype=torch.bool)
+    marks.as_strided(one.shape, one.stride(), one.storage_offset() - begin).fill_(True)
+    return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset() - begin).any())
+
+
+def memory_of(tensor: torch.Tensor) -> object:
+    """A key that is equal for tensors that may overlap: those of one storage."""
+    try:
+        start = tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a sparse tensor or a wrapper around others
+        start = 0
+    return (tensor.device, start) if start else id(tensor)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a tensor in its storage, and the first byte after it."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + int(reach + 1) * tensor.element_size()

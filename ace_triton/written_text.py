@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .loaded_weights import weights_as_loaded
+
 AT_ONCE = 32
 """Sequences of one batch."""
 
@@ -38,7 +40,8 @@ def write_batch(
         sequences: how many.
     """
     prompt = torch.full((sequences, 1), start, dtype=torch.int64, device=model.device)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), weights_as_loaded(model):
         torch.manual_seed(seed + SEEDS_APART * place)
         text = model.generate(
             prompt,

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ace_triton import ActivationStats, checkpoint, prune_linear, prune_model
 from ace_triton.blocks import find_blocks, linears_of
 from ace_triton.calibration import load_calibration
+from ace_triton.calibration_mode import calibration_mode
 from ace_triton.collect import InputCollector
 from ace_triton.metrics import Needs
-from ace_triton.replay import calibration_mode
 from ace_triton.study import published, published_model
 from ace_triton.timing import Stopwatch
 from benchmarks.agreement import check_same_choice

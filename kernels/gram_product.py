@@ -7,6 +7,7 @@ on tensor cores, out of 16 bits into fp32; on other CPUs the blocks on and above
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -72,11 +73,33 @@ def _symmetric_product(rows: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """On a CPU, oneDNN may round fp32 factors to bf16; sums stay fp32. Exact where the factors are bf16 already."""
+    """On a CPU, oneDNN may round fp32 factors to bf16; sums stay fp32. Exact where the factors are bf16 already.
+
+    The setting is the process's: products of other threads are rounded too while a thread is inside. The first thread
+    in notes the setting from before, the last one out restores it.
+    """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    with _inside.lock:
+        if _inside.threads == 0:
+            _inside.before = settings.fp32_precision
+            settings.fp32_precision = "bf16"
+        _inside.threads += 1
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        with _inside.lock:
+            _inside.threads -= 1
+            if _inside.threads == 0:
+                settings.fp32_precision = _inside.before
+
+
+class _Inside:
+    """How many contexts of :func:`bfloat16_products` are open, and the setting from before the first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads = 0
+        self.before = "none"
+
+
+_inside = _Inside()

@@ -1,11 +1,13 @@
 """Blocks and layers are found by structure alone."""
 
 import pytest
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ace_triton.blocks import (
     Block,
+    adapters,
     find_blocks,
     gated_consumers,
     in_attention,
@@ -69,11 +71,54 @@ def test_lists_of_experts_are_no_blocks():
     assert [block.name for block in find_blocks(model)] == ["layers.0", "layers.1"]
 
 
-def test_the_longest_list_holds_the_blocks():
-    extra = nn.ModuleList([nn.Sequential(nn.Linear(64, 64))])
-    layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
+def test_without_a_forward_the_list_with_the_most_parameters_holds_the_blocks():
+    extra = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(64, 64))])
     norms = nn.ModuleList([nn.LayerNorm(8) for _ in range(9)])
-    assert find_blocks(model_with(extra=extra, layers=layers, norms=norms))[0].name == "layers.0"
+    assert [block.name for block in find_blocks(model_with(extra=extra, layers=layers, norms=norms))] == ["layers.0"]
+
+
+def test_a_list_of_bare_linear_layers_holds_no_blocks():
+    """As Gemma 3n's projections between streams, and the heads of models with many codebooks."""
+    heads = nn.ModuleList([nn.Linear(64, 64) for _ in range(5)])
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
+    assert {block.name.partition(".")[0] for block in find_blocks(model_with(heads=heads, layers=layers))} == {"layers"}
+
+
+class Alternating(PreTrainedModel):
+    """Attentions and feed-forwards in lists of their own, as XLM has them, and a large list that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__(PretrainedConfig())
+        self.embed = nn.Embedding(20, 8)
+        self.spare = nn.ModuleList([nn.Sequential(nn.Linear(64, 64)) for _ in range(4)])
+        self.feed_forwards = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Dropout()) for _ in range(2)])
+        self.attentions = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Dropout()) for _ in range(2)])
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        hidden = self.embed(input_ids)
+        for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
+            hidden = feed_forward(attention(hidden))
+        return hidden
+
+
+def test_members_of_several_lists_are_blocks_in_the_order_in_which_they_run():
+    model, state = Alternating().train(), torch.get_rng_state()
+    assert [block.name for block in find_blocks(model)] == [
+        "attentions.0", "feed_forwards.0", "attentions.1", "feed_forwards.1",
+    ]  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_full_memory_is_no_reason_to_choose_other_blocks():
+    model = Alternating()
+    model.feed_forwards[1].register_forward_hook(lambda *_: torch.empty(10**15))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        find_blocks(model)
 
 
 def test_a_model_without_blocks_is_refused():
@@ -95,6 +140,46 @@ def test_routers_are_told_from_layers_of_the_same_shape():
 
 def test_a_dense_block_has_no_routers(make_decoder):
     assert not any(routers(block) for block in find_blocks(make_decoder("llama")))
+
+
+def test_a_router_may_be_no_linear_layer(make_decoder):
+    for block in find_blocks(make_decoder("qwen3_moe")):
+        assert not isinstance(block.module.mlp.gate, nn.Linear)
+        assert routers(block) == {f"{block.name}.mlp.gate"}
+
+
+class Adapted(nn.Module):
+    """A layer with LoRA's A and B beside it, laid out as peft does."""
+
+    def __init__(self, base: nn.Linear, names: tuple[str, str], rank: int = 4) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.dropout = nn.ModuleDict({"default": nn.Identity()})
+        down = nn.Linear(base.in_features, rank, bias=False)
+        up = nn.Linear(rank, base.out_features, bias=False)
+        self.add_module(names[0], nn.ModuleDict({"default": down}))
+        self.add_module(names[1], nn.ModuleDict({"default": up}))
+
+
+@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("narrow", "wide")])
+def test_adapters_are_found_by_structure(names):
+    block = nn.ModuleDict({"q_proj": Adapted(nn.Linear(16, 24), names), "o_proj": nn.Linear(24, 16)})
+    assert adapters(block, "b") == {f"b.q_proj.{name}.default" for name in names}
+    wide = nn.ModuleDict({"q_proj": Adapted(nn.Linear(16, 24), names, rank=16)})
+    assert bool(adapters(wide, "b")) == (names[0] == "lora_A"), "as many channels as inputs are no low rank"
+
+
+def test_adapters_below_their_layer_are_found():
+    layer = nn.Linear(16, 24)
+    layer.narrow, layer.wide = nn.Linear(16, 2, bias=False), nn.Linear(2, 24, bias=False)
+    assert adapters(nn.ModuleDict({"up": layer}), "b") == {"b.up.narrow", "b.up.wide"}
+
+
+def test_models_without_adapters_have_none(make_decoder, family):
+    assert not any(adapters(block.module, block.name) for block in find_blocks(make_decoder(family)))
+    assert not adapters(mixture(8), "b")
+    latent = nn.ModuleDict({"q_a": nn.Linear(16, 4), "q_b": nn.Linear(4, 16), "o": nn.Linear(16, 16)})
+    assert not adapters(latent, "b")
 
 
 def test_stacked_weights_are_experts_and_not_convolutions(make_decoder):

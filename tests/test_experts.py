@@ -6,7 +6,7 @@ from torch import nn
 
 from ace_triton import prune_linear, prune_model
 from ace_triton.blocks import find_blocks, stacks_of
-from ace_triton.experts import ExpertLinear, Stack, find_layouts
+from ace_triton.experts import ExpertLinear, Layout, Stack, find_layouts
 
 _SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GATED = {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 16, "num_experts_per_tok": 2}
@@ -99,8 +99,11 @@ def test_an_expert_is_scored_by_the_tokens_routed_to_it(ids):
 def test_an_expert_without_tokens_stays_dense_and_is_named(ids):
     model = make_mixture("qwen3_moe", num_experts=16, num_experts_per_tok=1)
     report = prune_model(model, ids[:1, :4], "wanda")
-    unseen = {s.name for s in report.skipped}
-    assert {s.reason for s in report.skipped} == {"no calibration token reached it"}
+    unseen = {s.name for s in report.skipped if s.reason == "no calibration token reached it"}
+    rest = [s for s in report.skipped if s.name not in unseen]
+    assert [(s.name, s.reason, s.parameters) for s in rest] == [
+        (f"model.layers.{index}.mlp.gate", "routers stay dense", 16 * 32) for index in range(2)
+    ]
     for stack in stacks_of(model):
         for index, weight in enumerate(stack.weight):
             assert bool((weight == 0).any()) == (stack.expert_name(index) not in unseen)
@@ -137,7 +140,31 @@ def test_layouts_are_read_off_the_products():
         torch.bmm(torch.randn(2, 3, 4), cols.weight)
         unused.weight.sum()
 
-    assert find_layouts(run, [rows, cols, unused]) == {"rows": False, "cols": True}
+    assert find_layouts(run, [rows, cols, unused]) == {"rows": Layout(4, False), "cols": Layout(4, True)}
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 6)])
+def test_layouts_of_matrices_stored_one_below_the_other(shape):
+    """As [out, in] and as [in, out], each read as it is stored and transposed; what is read whole is no stack."""
+    names = ("linear", "linear_t", "product", "product_t", "whole", "uneven")
+    stacks = {name: Stack(name, nn.Parameter(torch.randn(3 * shape[0], shape[1]))) for name in names}
+    parts = {name: stack.weight.view(3, *shape)[2] for name, stack in stacks.items()}
+    wide, tall = torch.randn(5, shape[1]), torch.randn(5, shape[0])
+
+    def run():
+        nn.functional.linear(wide, parts["linear"])
+        nn.functional.linear(tall, parts["linear_t"].t())
+        tall @ parts["product"]
+        wide.matmul(parts["product_t"].T)
+        nn.functional.linear(wide, stacks["whole"].weight)
+        nn.functional.linear(wide, stacks["uneven"].weight[1 : 1 + shape[0]])
+
+    assert find_layouts(run, stacks.values()) == {
+        "linear": Layout(shape[0], False),
+        "linear_t": Layout(shape[0], True),
+        "product": Layout(shape[0], True),
+        "product_t": Layout(shape[0], False),
+    }
 
 
 def test_a_stack_that_no_product_reads_is_named(ids):
@@ -145,5 +172,57 @@ def test_a_stack_that_no_product_reads_is_named(ids):
     block = find_blocks(model)[1]
     block.module.extra = nn.Parameter(torch.randn(2, 4, 8))
     report = prune_model(model, ids, "magnitude")
-    assert [(s.name, s.parameters) for s in report.skipped] == [(f"{block.name}.extra", 64)]
-    assert "no matrix product" in report.skipped[0].reason
+    (skipped,) = (s for s in report.skipped if s.reason != "routers stay dense")
+    assert (skipped.name, skipped.parameters) == (f"{block.name}.extra", 64)
+    assert skipped.reason == "a 3-D weight that no matrix product of the model's forward reads"
+
+
+def make_dbrx():
+    """A random mixture whose experts lie one below the other in matrices of two dimensions."""
+    from transformers import DbrxConfig, DbrxForCausalLM
+
+    torch.manual_seed(0)
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
+    experts = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 101}
+    return DbrxForCausalLM(DbrxConfig(**sizes, attn_config=attention, ffn_config=experts, **_TOKENS)).eval()
+
+
+@pytest.mark.parametrize("how", [{}, {"sequential": "layers"}, {"include": "*.mlp.2.*"}])
+def test_experts_stored_one_below_the_other_are_pruned_one_by_one(ids, how):
+    model, dense = make_dbrx(), make_dbrx()
+    report = prune_model(model, ids, "wanda", **how)
+    experts = {layer.name for layer in report.layers if ".experts." in layer.name}
+    pruned = (2,) if "include" in how else range(4)
+    blocks = [f"transformer.blocks.{block}.ffn" for block in range(2)]
+    assert experts == {f"{b}.experts.mlp.{i}.{matrix}" for b in blocks for i in pruned for matrix in ("w1", "v1", "w2")}
+    if "include" not in how:
+        assert [(s.name, s.reason) for s in report.skipped] == [
+            (f"{b}.router.layer", "routers stay dense") for b in blocks
+        ]
+    for block in blocks:
+        for matrix, inputs in (("w1", 32), ("v1", 32), ("w2", 16)):
+            of_pruned, of_dense = (
+                m.get_parameter(f"{block}.experts.mlp.{matrix}").view(4, 16, 32) for m in (model, dense)
+            )
+            for index in range(4):
+                weight = of_pruned[index].t() if matrix == "w2" else of_pruned[index]
+                kept = weight.reshape(-1, inputs // 4, 4) != 0
+                assert (kept.sum(-1) == (2 if index in pruned else 4)).all()
+            assert torch.equal(of_pruned[of_pruned != 0], of_dense[of_pruned != 0])
+    assert report.account.blocks == 2 * (3 * 64 * 32 + 4 * 32 + 64 * 32 + 32 * 32)
+    assert report.account.pruned == sum(layer.parameters for layer in report.layers)
+
+
+def test_an_expert_stored_below_another_is_scored_by_the_tokens_routed_to_it(ids):
+    model, seen = make_dbrx(), {}
+    ffn = model.transformer.blocks[0].ffn
+    dense = ffn.experts.mlp.w1.detach().view(4, 16, 32).clone()
+    with ffn.experts.register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0], chosen=args[1])):
+        model(ids)
+    prune_model(model, ids, "wanda")
+    for index, weight in enumerate(dense):
+        layer = nn.Linear(32, 16, bias=False)
+        layer.weight.data = weight.clone()
+        prune_linear(layer, seen["hidden"].reshape(-1, 32)[(seen["chosen"] == index).any(1)], "wanda")
+        assert torch.equal(ffn.experts.mlp.w1.view(4, 16, 32)[index], layer.weight)

@@ -122,6 +122,32 @@ def test_finding_them_takes_three_forwards_however_many_there_are(make_decoder, 
     assert len(forwards) == 3
 
 
+def fail_when_run_again(model: nn.Module, fail) -> None:
+    """In one forward of the model its second block may be called once."""
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.clear())
+    model.model.layers[1].register_forward_pre_hook(lambda *_: fail() if calls else calls.append(1))
+
+
+def test_a_block_that_cannot_be_run_again_is_named_and_its_orders_are_tried_in_the_model(make_decoder, ids):
+    def fail() -> None:
+        raise LookupError("no second call")
+
+    model = make_decoder("llama")
+    fail_when_run_again(model, fail)
+    with pytest.warns(UserWarning, match=r"model\.layers\.1: the block fails .* \('?no second call'?\)") as caught:
+        folds = folds_of(model, ids)
+    assert len(caught) == 1
+    assert folds.proven == folds_of(make_decoder("llama"), ids).proven
+
+
+def test_a_full_memory_is_not_taken_for_a_block_that_cannot_be_run_again(make_decoder, ids):
+    model = make_decoder("llama")
+    fail_when_run_again(model, lambda: torch.empty(10**15))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        folds_of(model, ids)
+
+
 class Scaled(nn.Module):
     """A projection followed by a factor of its own for every channel, as a norm has."""
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ace_triton import ActivationStats, Gram, StatsError
-from ace_triton.kernels.gram_product import gram_product
+from ace_triton.kernels.gram_product import bfloat16_products, gram_product
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -30,6 +30,26 @@ def test_the_setting_of_products_is_put_back():
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     fine = torch.randn(64, 64)
     torch.testing.assert_close((fine @ fine).double(), fine.double() @ fine.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_setting_of_products_is_put_back_by_the_last_of_several_threads():
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    one, other = bfloat16_products(), bfloat16_products()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert settings.fp32_precision == "bf16", "the other thread is still inside"
+    other.__exit__(None, None, None)
+    assert settings.fp32_precision == before != "bf16"
+
+    def fail():
+        with bfloat16_products(), bfloat16_products():
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert settings.fp32_precision == before
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -148,16 +148,94 @@ def test_a_term_of_the_layer_alone_is_looked_at(method, term):
     assert torch.equal(before, layer.weight)
 
 
-def test_a_tied_weight_is_refused():
-    head, embedding = torch.nn.Linear(32, 16, bias=False), torch.nn.Embedding(16, 32)
-    head.weight = embedding.weight
-    with pytest.raises(PruneError, match="tied to that of a Embedding"):
-        prune_linear(head, torch.randn(4, 32))
-    kept = head.weight
-    head.weight = torch.nn.Parameter(kept.detach().clone())
-    also_held_by_an_optimiser = torch.optim.SGD(head.parameters())
+def test_a_weight_tied_in_the_callers_model_is_refused():
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(16, 32), "head": torch.nn.Linear(32, 16, bias=False)})
+    head = model["head"]
+    head.weight = model["embed"].weight
+    dense = head.weight.detach().clone()
+    with pytest.raises(PruneError, match=r"^head: its weight is tied to embed\.weight, which would be pruned with it"):
+        prune_linear(head, torch.randn(4, 32), name="head", model=model)
+    assert torch.equal(head.weight, dense)
+    head.weight = torch.nn.Parameter(dense)
+    assert prune_linear(head, torch.randn(4, 32), model=model).kept == 16 * 32 / 2
+    assert not torch.equal(head.weight, model["embed"].weight)
+
+
+def test_ties_are_looked_for_in_the_callers_model_alone():
+    """Neither other objects of the interpreter nor a module that was never initialized matter."""
+    head, half_made = torch.nn.Linear(32, 16, bias=False), torch.nn.Linear.__new__(torch.nn.Linear)
+    held = [head.weight, torch.optim.SGD(head.parameters()), torch.nn.Embedding(16, 32, _weight=head.weight)]
     prune_linear(head, torch.randn(4, 32))
-    assert also_held_by_an_optimiser.param_groups[0]["params"][0] is head.weight
+    assert held[0] is head.weight
+    assert half_made.__dict__.get("_parameters") is None
+    prune_linear(head, torch.randn(4, 32), model=torch.nn.ModuleList([head]))
+
+
+def test_a_weight_that_overlaps_another_in_memory_is_tied():
+    storage = torch.randn(24, 32)
+    parts = {"whole": storage, "upper": storage[:16], "left": storage[:, :16], "right": storage[:, 16:]}
+    layers = {name: torch.nn.Linear(part.shape[1], part.shape[0], bias=False) for name, part in parts.items()}
+    for name, part in parts.items():
+        layers[name].weight = torch.nn.Parameter(part)
+    for name in ("upper", "left"):
+        pair = torch.nn.ModuleDict({"first": layers["whole"], "second": layers[name]})
+        with pytest.raises(PruneError, match=r"tied to second\.weight"):
+            prune_linear(layers["whole"], torch.randn(4, 32), model=pair)
+        with pytest.raises(PruneError, match=r"tied to first\.weight"):
+            prune_linear(layers[name], torch.randn(4, layers[name].in_features), model=pair)
+    halves = torch.nn.ModuleDict({name: layers[name] for name in ("left", "right")})
+    right = storage[:, 16:].clone()
+    prune_linear(layers["left"], torch.randn(4, 16), model=halves)
+    assert torch.equal(storage[:, 16:], right)
+
+
+def parametrized_weight_norm(layer):
+    torch.nn.utils.parametrizations.weight_norm(layer)
+
+
+def parametrized_spectral_norm(layer):
+    torch.nn.utils.parametrizations.spectral_norm(layer)
+
+
+def masked(layer):
+    torch.nn.utils.prune.random_unstructured(layer, "weight", 0.25)
+
+
+def masked_twice(layer):
+    masked(layer)
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.25)
+
+
+def set_by_hand(layer):
+    weight = layer.weight.detach()
+    del layer._parameters["weight"]
+    layer.weight = weight
+
+
+COMPUTED = [
+    (parametrized_weight_norm, "remove_parametrizations", torch.nn.utils.parametrize.remove_parametrizations),
+    (parametrized_spectral_norm, "remove_parametrizations", torch.nn.utils.parametrize.remove_parametrizations),
+    (torch.nn.utils.weight_norm, "remove_weight_norm", lambda layer, _: torch.nn.utils.remove_weight_norm(layer)),
+    (torch.nn.utils.spectral_norm, "remove_spectral_norm", lambda layer, _: torch.nn.utils.remove_spectral_norm(layer)),
+    (masked, r"prune\.remove", torch.nn.utils.prune.remove),
+    (masked_twice, r"prune\.remove", torch.nn.utils.prune.remove),
+    (set_by_hand, r"nn\.Parameter", lambda layer, _: setattr(layer, "weight", torch.nn.Parameter(layer.weight))),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("compute", "remedy", "make_permanent"), COMPUTED)
+def test_a_computed_weight_is_refused_and_the_remedy_works(compute, remedy, make_permanent):
+    layer = torch.nn.Linear(32, 16)
+    compute(layer)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(PruneError, match=rf"^up: its weight is computed.* make it permanent first: .*{remedy}"):
+        prune_linear(layer, None, "magnitude", name="up")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    make_permanent(layer, "weight")
+    prune_linear(layer, None, "magnitude")
+    layer(torch.randn(2, 32))
+    assert ((layer.weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
 
 
 def test_what_cannot_be_pruned_says_why():

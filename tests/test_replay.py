@@ -8,8 +8,10 @@ from torch import nn
 
 from ace_triton.batches import Batch
 from ace_triton.blocks import find_blocks
+from ace_triton.calibration_mode import calibration_mode
+from ace_triton.out_of_memory import is_out_of_memory
 from ace_triton.prune_model import prune_model
-from ace_triton.replay import Replay, WholeForward, calibration_mode, make_runner
+from ace_triton.replay import Replay, WholeForward, make_runner
 from ace_triton.timing import Stopwatch
 
 LENGTHS = torch.tensor([16, 9, 12, 16, 5, 16])
@@ -143,6 +145,51 @@ def test_overflow_in_the_forward_is_named(make_decoder, ids):
         runner_of(model, batches_of(ids, None))
 
 
+def test_a_full_memory_is_not_taken_for_a_block_that_cannot_be_replayed(make_decoder, ids):
+    model, calls = make_decoder("llama"), []
+
+    def fill_memory(*_args) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            torch.empty(10**15)
+
+    model.model.layers[1].mlp.register_forward_hook(fill_memory)
+    with calibration_mode(model), pytest.raises(RuntimeError, match="can't allocate memory"):
+        runner_of(model, batches_of(ids, None))
+
+
+def test_other_errors_of_a_block_are_named(make_decoder, ids):
+    model, calls = make_decoder("llama"), []
+
+    def fail(*_args) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("called twice")
+
+    model.model.layers[1].mlp.register_forward_hook(fail)
+    with calibration_mode(model), pytest.warns(UserWarning, match=r"a block fails .* \(called twice\)"):
+        assert isinstance(runner_of(model, batches_of(ids, None)), WholeForward)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 40 bytes."), True),
+        (RuntimeError("The size of tensor a (4) must match the size of tensor b (8)"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_of_a_full_memory_are_told_from_others(error, is_memory):
+    assert is_out_of_memory(error) == is_memory
+
+
 def test_the_model_is_left_as_it_was(make_decoder, ids):
     model = make_decoder("llama").train()
     model.model.layers[1].eval()
@@ -197,6 +244,43 @@ def test_outputs_that_a_block_changes_are_computed_again(make_decoder, ids):
         prune_model(decoder, ids, "wanda", sequential="layers", batch_size=2)
     weights = plain.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+class NeedsAttentionWeights(AttentionAdded):
+    """A block that reads the second output of its attention, which is not cached."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended, weights = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        attended = attended + hidden_states + self.look_at(weights)
+        return attended + self.mlp(self.post_attention_layernorm(attended))
+
+    def look_at(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights.sum() * 0
+
+
+class FillsMemory(NeedsAttentionWeights):
+    def look_at(self, weights: torch.Tensor | None) -> torch.Tensor:
+        return torch.empty(10**15 if weights is None else 1) * 0
+
+
+def test_a_block_that_fails_with_cached_outputs_is_named_and_pruned_the_same(make_decoder, ids, monkeypatch):
+    models = [make_decoder("llama") for _ in range(2)]
+    for model in models:
+        model.model.layers = nn.ModuleList(NeedsAttentionWeights(block) for block in model.model.layers)
+    with pytest.warns(UserWarning, match=r"NeedsAttentionWeights: .* LlamaAttention .*again.*NoneType") as caught:
+        prune_model(models[0], ids, "wanda", sequential="layers", batch_size=2)
+    assert len(caught) == 1
+    monkeypatch.setattr(Replay, "_may_reuse", lambda *_: False)
+    prune_model(models[1], ids, "wanda", sequential="layers", batch_size=2)
+    weights = models[1].state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in models[0].state_dict().items())
+
+
+def test_a_full_memory_is_not_taken_for_a_block_that_needs_more_than_is_cached(make_decoder, ids):
+    model = make_decoder("llama")
+    model.model.layers = nn.ModuleList(FillsMemory(block) for block in model.model.layers)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        prune_model(model, ids, "wanda", sequential="layers", batch_size=2)
 
 
 def test_outputs_of_finished_modules_change_nothing(make_decoder, ids, family, monkeypatch):

@@ -1,6 +1,9 @@
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ace_triton import Sparsity
+from ace_triton import Sparsity, prune_linear
 
 
 @pytest.mark.parametrize(
@@ -23,7 +26,7 @@ def test_patterns(pattern, n, m, fraction):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["2:3", "4:4", "0:4", "5:4", "2:64", "half", "", 1.0, -0.1, 1.5, None, True, "120%"]
+    "pattern", ["2:3", "4:4", "0:4", "5:4", "2:64", "half", "", 1.0, -0.1, 1.5, None, True, "120%", "1/2%", "nan%"]
 )
 def test_what_is_no_pattern_is_refused(pattern):
     with pytest.raises(ValueError, match=r"n:m|pruned fraction"):
@@ -37,6 +40,21 @@ def test_axis_and_scope_are_checked():
         Sparsity(0.5, scope="model")
     with pytest.raises(ValueError, match="scope 'layer'"):
         Sparsity("2:4", scope="layer")
+
+
+@given(percent=st.integers(0, 99), size=st.integers(1, 100_000))
+def test_a_fraction_is_the_decimal_that_was_written(percent, size):
+    lost = percent * size // 100
+    for pattern in (percent / 100, f"{percent}%", f"0.{percent:02}"):
+        assert Sparsity(pattern).kept_of(size) == size - lost
+
+
+@pytest.mark.parametrize(("fraction", "lost"), [(0.29, 29), (0.57, 57), (0.58, 58), ("28.7%", 28), (0.2899999999, 28)])
+def test_a_decimal_below_its_float_loses_no_weight(fraction, lost):
+    assert Sparsity(fraction).kept_of(100) == 100 - lost
+    layer = torch.nn.Linear(100, 4)
+    assert prune_linear(layer, None, "magnitude", fraction).kept == 4 * (100 - lost)
+    assert ((layer.weight == 0).sum(1) == lost).all()
 
 
 def test_a_fraction_prunes_as_many_as_the_published_code():

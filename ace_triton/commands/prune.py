@@ -14,9 +14,10 @@ from .. import checkpoint, report
 from ..budgets import check_budgets
 from ..calibration import load_calibration
 from ..metrics import metric_names
+from ..model_report import Sequential
 from ..packed_checkpoint import save_packed
 from ..progress import progress_bar, stage
-from ..prune_model import Sequential, prune_model
+from ..prune_model import prune_model
 from ..request import Request
 from ..sparsify import sparsify
 from ..sparsity import Sparsity

@@ -8,9 +8,10 @@ import torch
 
 from ..batches import TOKENS_OF_A_FORWARD, Batch
 from ..blocks import find_blocks, linears_of
+from ..calibration_mode import calibration_mode
 from ..collect import InputCollector
 from ..metrics import Needs, VarianceNorm, metric, variance_factor
-from ..replay import WholeForward, calibration_mode
+from ..replay import WholeForward
 from ..stats import ActivationStats
 from ..timing import Stopwatch
 from .records import InputNorms, ModelNorms, Pole

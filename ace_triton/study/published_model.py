@@ -12,8 +12,9 @@ from torch import nn
 
 from ..batches import Batch
 from ..blocks import find_blocks, linears_of, stacks_of
+from ..calibration_mode import calibration_mode
 from ..prune import linear_weight
-from ..replay import calibration_mode, make_runner
+from ..replay import make_runner
 from ..timing import Seconds, Stopwatch
 from . import published
 
