@@ -42,7 +42,8 @@ from .blocks import find_blocks
 from .distillation import Distillation
 from .kept_adamw import KeptAdamW
 from .recovery_state import RecoveryState
-from .recovery_text import Batches, GivenBatches, WrittenBatches, WrittenText
+from .recovery_text import Batches, GivenBatches, WrittenBatches
+from .written_text import WrittenText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -222,7 +223,7 @@ def _check(
     if isinstance(text, WrittenText):
         if text.length < 1:
             raise ValueError(f"sequences must have a token at least, got a length of {text.length}")
-        least = most = text.start
+        least, most = min(text.prompt), max(text.prompt)
     elif text.dim() != 2 or text.dtype != torch.int64 or text.numel() == 0:
         raise ValueError(f"ids must be int64 [n_sequences, length], not empty; got {text.dtype} {tuple(text.shape)}")
     else:

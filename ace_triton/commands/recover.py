@@ -10,15 +10,16 @@ import typer
 from rich.markup import escape
 
 from .. import checkpoint, report
+from ..beginnings import Beginning
 from ..calibration import SELF, load_calibration
 from ..packed_manifest import is_packed
 from ..progress import stage
 from ..recover import RecoverySettings
 from ..recover import recover as train
-from ..recovery_text import TEXT_LENGTH, TEXT_SEQUENCES, WrittenText
-from ..written_text import start_token
+from ..recovery_text import TEXT_SEQUENCES
+from ..written_text import TEXT_LENGTH, text_to_write
 from .console import console, progress_bars
-from .options import DeviceOption, JsonOption, OverwriteOption, check_json, parse_device
+from .options import BosOption, DeviceOption, JsonOption, OverwriteOption, check_json, parse_device
 
 DEFAULT_MINUTES = 5.0
 
@@ -43,6 +44,7 @@ def recover(
     ] = RecoverySettings.learning_rate,
     norms: Annotated[bool, typer.Option("--norms", help="Train norms and biases too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sequences and their order.")] = 0,
+    bos: BosOption = "auto",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
@@ -71,10 +73,13 @@ def recover(
             model, tokenizer = checkpoint.load(model_dir, device=where)
             dense, _ = checkpoint.load(source, device=where)
         with stage(progress, "text"):
+            beginning = Beginning.of(tokenizer, bos)
             text = (
-                WrittenText(start_token(dense, tokenizer), length)
+                text_to_write(dense, tokenizer, length, beginning)
                 if calibration == SELF
-                else load_calibration(calibration, tokenizer, samples=samples, length=length, seed=seed, apart=True).ids
+                else load_calibration(
+                    calibration, tokenizer, samples=samples, length=length, seed=seed, apart=True, bos=bos
+                ).ids
             )
         bar = progress.add_task("recover", total=None)
 
@@ -82,13 +87,15 @@ def recover(
             progress.update(bar, completed=round(spent), total=round(budget), description=f"recover, loss {loss:.3f}")
 
         result = train(model, dense, text, settings, state=state, progress=move)
+        found = {**result.to_dict(), "bos": str(beginning)}
         with stage(progress, "save the model"):
-            facts = {**told, "source": source, "recovery": result.to_dict()}
+            facts = {**told, "source": source, "recovery": found}
             checkpoint.save(model, tokenizer, out, facts, overwrite=overwrite)
             shutil.rmtree(state.parent)
     if json:
-        report.write_json(json, result.to_dict())
+        report.write_json(json, found)
     console.print(report.recovery_table(result))
+    console.print(f"sequences begin with bos: {beginning}", highlight=False)
     if result.passes > 1:
         console.print(
             "The budget outlasted the text: what is read again is learnt by heart and helps little on other text. More "
