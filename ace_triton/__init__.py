@@ -10,11 +10,11 @@ from .packed_checkpoint import load, save_packed
 from .prune import PruneError, PruneResult, prune_linear
 from .prune_model import prune_model
 from .recover import RecoveryReport, RecoverySettings, recover
-from .recovery_text import WrittenText
 from .sparsify import SparsifyReport, set_row_limits, sparsify
 from .sparsity import Sparsity
 from .stats import ActivationStats, StatsError
 from .update import Update
+from .written_text import WrittenText
 
 __version__ = "0.1.0"
 

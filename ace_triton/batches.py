@@ -65,16 +65,29 @@ def batches_of(
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise ValueError(
             f"calibration ids run from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary from 0 to "
-            f"{vocabulary - 1}: tokenise with the model's own tokeniser"
+            f"{vocabulary - 1}: tokenize with the model's own tokenizer"
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < ids.shape[1]:
+    longest = longest_sequence(model)
+    if longest is not None and longest < ids.shape[1]:
         raise ValueError(
             f"calibration sequences have {ids.shape[1]} tokens, the model takes {longest} at most: cut them shorter"
         )
     batch_size = batch_size or max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
     parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
     return [Batch(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """Number of positions that a model has; None if its configuration does not say."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def check_positions(model: PreTrainedModel, length: int, option: str = "--length") -> None:
+    """Raise ValueError for sequences that are longer than the model's positions."""
+    longest = longest_sequence(model)
+    if longest is not None and length > longest:
+        raise ValueError(f"{option} {length} is more than the model's {longest} positions: give a smaller one")
 
 
 def trial_ids(model: PreTrainedModel) -> torch.Tensor:

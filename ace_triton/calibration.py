@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .beginnings import NO_BEGINNING, Beginning, Bos
 from .text import TextError, read_documents
-from .written_text import AT_ONCE, start_token, write_batch
+from .written_text import AT_ONCE, text_to_write, write_batch
 
 SELF = "self"
 
 MOST_DOCUMENTS = 20_000
-"""Read from a dataset; enough for any calibration, and a bound on what a huge one costs."""
+"""Documents that are read from one source: enough for any calibration, and a bound on the cost of a huge source."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +25,27 @@ class Calibration:
 
     Attributes:
         ids: int64 [n_sequences, length].
-        mask: bool [n_sequences, length], False for padding; None where there is none.
+        mask: bool [n_sequences, length], False for padding; None if there is no padding.
+        beginning: what every sequence begins with; its tokens are in ``ids``.
+        documents, distinct_documents: read from the source; None if the model wrote the text.
+        text_tokens: tokens of all documents together, which the sequences were cut out of; None likewise.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor | None = None
+    beginning: Beginning = NO_BEGINNING
+    documents: int | None = None
+    distinct_documents: int | None = None
+    text_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
-        """Tokens counted, padding left out."""
+        """Number of tokens without padding."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
 
 def load_calibration(
-    source: str,
+    source: str | Sequence[str],
     tokenizer: Any,
     *,
     samples: int = 128,
@@ -44,72 +53,88 @@ def load_calibration(
     seed: int = 0,
     model: Any = None,
     apart: bool = False,
+    bos: Bos = "auto",
 ) -> Calibration:
     """Calibration sequences from a source.
 
-    Documents are tokenised one by one, joined with the end-of-text id between them, and cropped at
-    random places.
+    Documents are tokenized one by one, joined with the end-of-text id between them, and cropped at random places.
 
     Args:
-        source: as for :func:`~ace_triton.text.read_documents`, or "self": the model writes its own text
-            (:mod:`~ace_triton.written_text`).
+        source: as for :func:`~ace_triton.text.read_documents`; its documents, already read; or "self": the model writes
+            its own text (:mod:`~ace_triton.written_text`).
         tokenizer: the model's.
-        samples, length: how many sequences, of how many tokens.
+        samples, length: number of sequences, and tokens of each.
         seed: of the crops, or of the sampling.
         model: the model, for "self".
-        apart: no token in two sequences: pieces that follow each other, as many as the text has but no more than
-            ``samples``, instead of random crops.
+        apart: cut the text into consecutive pieces that share no token, at most ``samples`` of them, instead of random
+            crops.
+        bos: what every sequence begins with (:data:`~ace_triton.beginnings.Bos`); counted in ``length``. For "self",
+            "stream" is as "none".
 
     Raises:
         TextError: text that cannot be read, or is shorter than one sequence.
     """
+    check_sizes(samples, length)
+    beginning = Beginning.of(tokenizer, bos)
+    if source == SELF:
+        return Calibration(_written_by(model, tokenizer, samples, length, seed, beginning), beginning=beginning)
+    documents = read_documents(source, most=MOST_DOCUMENTS) if isinstance(source, str) else source
+    stream = token_stream(documents, tokenizer)
+    ids = (pieces if apart else crop)(beginning.before_stream(stream), samples, length, seed, beginning)
+    return Calibration(ids, None, beginning, len(documents), len(set(documents)), len(stream))
+
+
+def check_sizes(samples: int, length: int) -> None:
+    """Raise TextError for a number of sequences, or a length, that nothing can be calibrated on."""
     if samples < 1 or length < 2:
         raise TextError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
-    if source == SELF:
-        return Calibration(_written_by(model, tokenizer, samples, length, seed))
-    stream = token_stream(read_documents(source, most=MOST_DOCUMENTS), tokenizer)
-    return Calibration((pieces if apart else crop)(stream, samples, length, seed))
 
 
-def token_stream(documents: list[str], tokenizer: Any) -> torch.Tensor:
-    """All documents' token ids, int64 [n_tokens], each document ended by the end-of-text id."""
+def token_stream(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
+    """All documents' token ids, int64 [n_tokens], each document ended by the end-of-text id; no BOS."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([token for ids in encoded for token in (*ids, *end)], dtype=torch.int64, device="cpu")
 
 
-def crop(stream: torch.Tensor, samples: int, length: int, seed: int) -> torch.Tensor:
-    """``samples`` random crops of a stream, int64 [samples, length]."""
-    _check_length(stream, length)
+def crop(
+    stream: torch.Tensor, samples: int, length: int, seed: int, beginning: Beginning = NO_BEGINNING
+) -> torch.Tensor:
+    """``samples`` random crops of a stream, each after its beginning, int64 [samples, length]."""
+    text = _text_length(stream, length, beginning)
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(stream) - length + 1, (samples,), generator=generator, device="cpu")
-    return stream[starts[:, None] + torch.arange(length, device="cpu")]
+    starts = torch.randint(0, len(stream) - text + 1, (samples,), generator=generator, device="cpu")
+    return beginning.before(stream[starts[:, None] + torch.arange(text, device="cpu")])
 
 
-def pieces(stream: torch.Tensor, samples: int, length: int, seed: int) -> torch.Tensor:
-    """A stream from a random place on, cut into pieces, ``samples`` of them at random: int64 [at most samples, length].
+def pieces(
+    stream: torch.Tensor, samples: int, length: int, seed: int, beginning: Beginning = NO_BEGINNING
+) -> torch.Tensor:
+    """Consecutive pieces of a stream from a random place on, at most ``samples`` of them, int64 [n_pieces, length].
 
-    No token is in two of them, and where ``samples`` allows it fewer than ``length`` are in none.
+    No token of the stream is in two pieces. If ``samples`` allows it, fewer than ``length`` of them are in none.
     """
-    _check_length(stream, length)
+    text = _text_length(stream, length, beginning)
     generator = torch.Generator().manual_seed(seed)
-    first = int(torch.randint(0, len(stream) % length + 1, (), generator=generator, device="cpu"))
-    cut = stream[first : first + len(stream) // length * length].view(-1, length)
-    return cut[torch.randperm(len(cut), generator=generator, device="cpu")[:samples]]
+    first = int(torch.randint(0, len(stream) % text + 1, (), generator=generator, device="cpu"))
+    cut = stream[first : first + len(stream) // text * text].view(-1, text)
+    return beginning.before(cut[torch.randperm(len(cut), generator=generator, device="cpu")[:samples]])
 
 
-def _check_length(stream: torch.Tensor, length: int) -> None:
-    if len(stream) < length:
+def _text_length(stream: torch.Tensor, length: int, beginning: Beginning) -> int:
+    text = beginning.text_length(length)
+    if len(stream) < text:
         raise TextError(
-            f"the calibration text has {len(stream)} tokens, one sequence needs {length}: "
+            f"the calibration text has {len(stream)} tokens, one sequence needs {text}: "
             "give more text or a smaller --length"
         )
+    return text
 
 
-def _written_by(model: Any, tokenizer: Any, samples: int, length: int, seed: int) -> torch.Tensor:
+def _written_by(model: Any, tokenizer: Any, samples: int, length: int, seed: int, beginning: Beginning) -> torch.Tensor:
     if model is None:
         raise TextError('source "self" needs the model: pass model=')
-    start, size = start_token(model, tokenizer), min(samples, AT_ONCE)
+    text = text_to_write(model, tokenizer, length, beginning)
+    size = min(samples, AT_ONCE)
     places = range(math.ceil(samples / size))
-    batches = [write_batch(model, start, length, seed=seed, place=place, sequences=size) for place in places]
-    return torch.cat(batches)[:samples]
+    return torch.cat([write_batch(model, text, seed=seed, place=place, sequences=size) for place in places])[:samples]

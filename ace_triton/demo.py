@@ -10,6 +10,7 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
+from .beginnings import Beginning
 from .calibration import load_calibration, token_stream
 from .checkpoint import SMOLLM2, check_out, load, save
 from .evaluate import perplexity
@@ -66,6 +67,7 @@ def run_demo(settings: DemoSettings, out: str | Path, *, overwrite: bool, progre
     own_text = None if settings.text is None else read_documents(settings.text)
     model, tokenizer = load(settings.source, device=settings.device)
     progress.update(loading, completed=1)
+    beginning = Beginning.of(tokenizer)
     held_out = token_stream(read_documents(settings.evaluation), tokenizer)
     own_ids = None if own_text is None else token_stream(own_text, tokenizer)
     calibration = load_calibration(
@@ -83,7 +85,8 @@ def run_demo(settings: DemoSettings, out: str | Path, *, overwrite: bool, progre
         if ids is None:
             return None
         bar = progress_bar(progress, label)
-        return perplexity(model, ids, length=settings.window_length, windows=settings.windows, progress=bar).perplexity
+        length, windows = settings.window_length, settings.windows
+        return perplexity(model, ids, length=length, windows=windows, beginning=beginning, progress=bar).perplexity
 
     def row(method: str, share: float, calibration_seconds: float, select_seconds: float) -> DemoRow:
         value = measure(f"{method}: evaluate", held_out)

@@ -9,73 +9,114 @@ from typing import Any
 
 import torch
 
+from .beginnings import NO_BEGINNING, Beginning
 from .text import TextError
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and what it was taken over.
+    """A perplexity and what it was measured on.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of a token, in nats, over all predicted tokens.
         windows, length: number of windows and tokens of each.
-        tokens: tokens predicted, windows * (length - 1).
+        tokens: number of predicted tokens: all tokens of a window but its beginning, which has one token at least.
+        bos: what every window begins with, as "each (1)" with the token id, "stream (1)" or "none".
     """
 
     perplexity: float
     windows: int
     length: int
     tokens: int
+    bos: str = "none"
 
-    def to_dict(self) -> dict[str, float | int]:
-        """For JSON."""
+    def to_dict(self) -> dict[str, float | int | str]:
+        """As JSON types."""
         return asdict(self)
 
 
-@torch.no_grad()
 def perplexity(
     model: Any,
     ids: torch.Tensor,
     *,
     length: int = 2048,
     windows: int | None = None,
+    beginning: Beginning = NO_BEGINNING,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a causal model on a stream of tokens.
 
-    The stream is cut into windows of ``length`` without overlap, what is left over is dropped, and each
-    window's first token is context only.
-
     Args:
-        model: a Hugging Face causal model; run as it is, in its own dtype. Log-likelihoods are fp32.
-        ids: int64 [n_tokens].
-        length: tokens of a window.
-        windows: the first so many windows; None for all.
+        model: a Hugging Face causal model; it runs as it is, in its own dtype. Log-likelihoods are fp32.
+        ids: int64 [n_tokens], as :func:`~ace_triton.beginnings.text_ids` gives them.
+        length: tokens of a window (:func:`windows_of`).
+        windows: only the first windows, this many at most; None for all.
+        beginning: what every window begins with. Without one in each window, its first token is context only.
         progress: called with (windows done, windows in all).
 
     Raises:
         TextError: fewer tokens than one window.
     """
-    if length < 2:
-        raise TextError(f"a window needs at least 2 tokens, got {length}")
-    there = len(ids) // length
-    count = there if windows is None else min(windows, there)
+    cut = windows_of(ids, length, beginning, windows)
+    skipped = max(1, len(beginning.of_each))
+    value = perplexity_of(model, cut, skipped=skipped, progress=progress)
+    return Perplexity(value, len(cut), length, len(cut) * (length - skipped), str(beginning))
+
+
+def windows_of(
+    ids: torch.Tensor, length: int, beginning: Beginning = NO_BEGINNING, most: int | None = None
+) -> torch.Tensor:
+    """A stream of tokens cut into windows without overlap, int64 [n_windows, length]; the rest is dropped.
+
+    Args:
+        ids: int64 [n_tokens].
+        length: tokens of a window, its beginning included.
+        beginning: what every window begins with.
+        most: only the first windows, this many at most; None for all.
+
+    Raises:
+        TextError: fewer tokens than one window.
+    """
+    check_windows(length, most)
+    text = beginning.text_length(length)
+    count = len(ids) // text if most is None else min(most, len(ids) // text)
     if count < 1:
         raise TextError(
-            f"the text has {len(ids)} tokens, one window needs {length}: give more text or a smaller --length"
+            f"the text has {len(ids)} tokens, one window needs {text}: give more text or a smaller --length"
         )
+    return beginning.before(ids[: count * text].view(count, text))
+
+
+def check_windows(length: int, windows: int | None) -> None:
+    """Raise TextError for a window, or a number of windows, that nothing can be evaluated on."""
+    if length < 2:
+        raise TextError(f"a window needs at least 2 tokens, got {length}")
+    if windows is not None and windows < 1:
+        raise TextError(f"the number of windows must be at least 1, got {windows}")
+
+
+@torch.no_grad()
+def perplexity_of(
+    model: Any, windows: torch.Tensor, *, skipped: int = 1, progress: Callable[[int, int], None] | None = None
+) -> float:
+    """Perplexity of a causal model over windows, one forward each.
+
+    Args:
+        model: as for :func:`perplexity`.
+        windows: int64 [n_windows, length].
+        skipped: tokens at the start of a window that are context only, at least 1.
+        progress: called with (windows done, windows in all).
+    """
     was_training = model.training
     model.eval()
     loss = 0.0
     try:
-        for index in range(count):
-            window = ids[index * length : (index + 1) * length].to(model.device)[None]
-            logits = model(window, use_cache=False).logits[0, :-1].float()
-            loss += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
+        for index, window in enumerate(windows.to(model.device)):
+            logits = model(window[None], use_cache=False).logits[0, skipped - 1 : -1].float()
+            loss += float(torch.nn.functional.cross_entropy(logits, window[skipped:], reduction="sum"))
             if progress is not None:
-                progress(index + 1, count)
+                progress(index + 1, len(windows))
     finally:
         model.train(was_training)
-    tokens = count * (length - 1)
-    mean = loss / tokens
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, length, tokens)
+    mean = loss / (len(windows) * (windows.shape[1] - skipped))
+    return math.exp(mean) if mean < 700 else math.inf

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from .batches import longest_sequence
+from .text import has_lone_surrogate
+
 
 class GenerationError(ValueError):
     """A prompt that cannot be continued."""
@@ -68,8 +71,8 @@ def generate(
             f"max_new_tokens must be at least 1 and temperature at least 0, got {max_new_tokens} and {temperature}"
         )
     ids = _encode(tokenizer, prompt, chat).to(model.device)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and ids.shape[1] + max_new_tokens > longest:
+    longest = longest_sequence(model)
+    if longest is not None and ids.shape[1] + max_new_tokens > longest:
         raise GenerationError(
             f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones pass the model's {longest} positions"
         )
@@ -89,6 +92,8 @@ def generate(
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    if has_lone_surrogate(prompt):
+        raise GenerationError("the prompt is not valid Unicode text: write it in UTF-8, without lone surrogates")
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise GenerationError("the tokenizer has no chat template: leave --chat out")

@@ -77,8 +77,30 @@ class KeptAdamW:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from another's state, with the same parameters."""
+    def load_state_dict(self, state: Any) -> None:
+        """Resume from the state of another optimizer with the same parameters.
+
+        Raises:
+            ValueError: something is missing, or does not fit these parameters; nothing has changed then.
+        """
+        fields = {"values", "first", "second", "taken"}
+        if not isinstance(state, dict) or state.keys() != fields:
+            raise ValueError(f"the optimizer's state must be a dict of {', '.join(sorted(fields))}")
+        for part in fields:
+            if not isinstance(state[part], dict) or state[part].keys() != self.values.keys():
+                raise ValueError(f"{part}: of other parameters")
+        for name, values in self.values.items():
+            for part in ("values", "first", "second"):
+                tensor = state[part][name]
+                if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (values.shape, values.dtype):
+                    raise ValueError(f"{name}, {part}: must be {values.dtype} of shape {tuple(values.shape)}")
+                if not bool(tensor.isfinite().all()) or (part == "second" and bool((tensor < 0).any())):
+                    raise ValueError(f"{name}, {part}: invalid numbers")
+            if values.dim() > 1 and bool(state["values"][name].to(values.device)[values == 0].any()):
+                raise ValueError(f"{name}: a pruned weight is not 0")
+            taken = state["taken"][name]
+            if isinstance(taken, bool) or not isinstance(taken, int) or taken < 0:
+                raise ValueError(f"{name}: invalid number of steps")
         for name, values in self.values.items():
             values.copy_(state["values"][name])
             self._moments[name].first.copy_(state["first"][name])

@@ -1,28 +1,20 @@
 """Recovery: a few minutes of training in which only kept weights move, toward the dense model's predictions.
 
 The loss is :class:`~ace_triton.distillation.Distillation`'s. AdamW steps on fp32 copies of the kept weights, in a pass
-that rounds them to bfloat16, in which forwards run (:mod:`~ace_triton.kernels.adamw`). Weights of 0 stay exactly 0.
+that rounds them to bfloat16, the dtype of forwards (:mod:`~ace_triton.kernels.adamw`). Weights of 0 stay exactly 0.
 
-The learning rate counts in units of each weight's root mean square, as Adafactor's relative step sizes do (Shazeer and
-Stern, arXiv 1804.04235, section 8): AdamW moves a weight by about its rate whatever the gradient, and one model's
-weights are ten times as large as another's.
+The learning rate is in units of each weight's root mean square, as Adafactor's relative step sizes are (Shazeer and
+Stern, arXiv 1804.04235, section 8): AdamW moves a weight by about its rate whatever the gradient is, and the size of
+weights differs between models and layers. docs/recovery.md compares settings.
 
-The defaults are those with the least divergence from the dense model on text held out (docs/recovery.md). Left out,
-since they gained no more there than other pieces of the same text do: blocks' outputs in the loss (SquareHead, Kurtic
-et al., arXiv 2310.06927), logits halved (a temperature of 2), tokens replaced at random, AdamW in the eigenbasis of
-each layer's inputs (after SOAP, Vyas et al., arXiv 2409.11321), the mean of the weights over the last steps.
+A second epoch overfits. A budget of minutes should see each token once, so the teacher runs in every step and its
+outputs are not cached.
 
-What is read again is learnt by heart: SmolLM2-135M's loss falls from 0.56 to 0.34 in a second pass over 320,000 tokens,
-and hardly on other text.
+Each step passes over all trained weights, however few tokens it reads. If a forward is fast beside that pass, as on a
+GPU, more tokens in a step may pay.
 
-Each step passes over all trained weights whatever it reads, in 0.13 of its 1.28 CPU seconds at 256 tokens. Where a
-forward is quick beside that, on a GPU, more tokens a step may pay.
-
-The dense model runs on the way, a quarter of a step's arithmetic: a budget of minutes should see each token once, so
-that there is nothing to keep of it.
-
-Memory, in bytes: 15 a trained weight beside the model's own (4 for the copy, 2 its gradient, 8 of AdamW, 1 the mask),
-the dense model, and what a step's forward keeps for its backward.
+Memory, in bytes: 15 for each trained weight beside the model's own (4 for the copy, 2 for its gradient, 8 for AdamW, 1
+for the mask), the dense model, and the activations that a step's backward needs.
 """
 
 from __future__ import annotations
@@ -38,31 +30,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .batches import trial_ids
+from .batches import check_positions, trial_ids
 from .blocks import find_blocks
 from .distillation import Distillation
 from .kept_adamw import KeptAdamW
 from .loaded_weights import weights_as_loaded
-from .recovery_state import RecoveryState
-from .recovery_text import Batches, GivenBatches, WrittenBatches, WrittenText
+from .recovery_state import RecoveryState, fingerprint, locked
+from .recovery_text import Batches, GivenBatches, WrittenBatches
+from .written_text import WrittenText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RecoveryProgress = Callable[[float, float, float], None]
 
+DEFAULT_MINUTES = 5.0
+"""Budget if no settings are given."""
+
 LEAST_ZEROS = 0.05
 """A weight with a smaller share of zeros was not pruned, and stays as it is."""
 
 EAGER_LENGTH = 256
-"""Tokens of a sequence up to which attention by plain products is quicker on a CPU than torch's own: a step takes a
-tenth less at 256, and as long at 512."""
+"""Tokens of a sequence up to which attention by plain products is faster on a CPU than torch's own."""
 
 FIRST_RATE = 0.1
 """Share of the peak learning rate that the first step takes."""
 
 LARGEST_GRADIENT = 1.0
-"""Norm that gradients are cut to."""
+"""Norm that gradients are clipped to."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +65,18 @@ class RecoverySettings:
     """How to recover.
 
     Attributes:
-        steps: of the optimiser; None where ``minutes`` is given.
-        minutes: to train for; None where ``steps`` is given. The step that passes them is the last.
+        steps: number of optimizer steps; None if ``minutes`` is given.
+        minutes: time to train for; None if ``steps`` is given. The step that passes it is the last.
         tokens_per_step: rounded to whole sequences.
-        learning_rate: at its peak, in units of each weight's root mean square; it rises there linearly over the first
-            ``warmup`` of the budget, and falls to 0 in a straight line from there.
+        learning_rate: the peak, in units of each weight's root mean square. The rate rises to it linearly over the
+            first ``warmup`` of the budget, then falls linearly to 0.
         warmup: share of the budget.
         norms: train the blocks' one-dimensional weights (norms, biases) too.
-        forward_dtype: of forwards: bfloat16, or float32 for models in float32.
-        seed: of the order of sequences, or of what the teacher writes.
+        forward_dtype: bfloat16, or float32 for models in float32.
+        seed: of the order of sequences, or of the text that the teacher writes.
 
     Raises:
-        ValueError: not exactly one of steps and minutes, or a number out of range.
+        ValueError: not exactly one of steps and minutes is given, or a number is out of range.
     """
 
     steps: int | None = None
@@ -97,15 +92,19 @@ class RecoverySettings:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"give steps or minutes, one of them; got steps={self.steps}, minutes={self.minutes}")
         budget = self.steps if self.minutes is None else self.minutes
-        if not (budget is not None and budget > 0 and self.tokens_per_step > 0 and self.learning_rate > 0):
-            raise ValueError(f"steps, minutes, tokens_per_step and learning_rate must be above 0; got {self}")
+        if not all(0 < n < math.inf for n in (budget or 0, self.tokens_per_step, self.learning_rate)):
+            raise ValueError(
+                f"steps, minutes, tokens_per_step and learning_rate must be above 0 and finite; got {self}"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit into 64 bits, got {self.seed}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must lie in [0, 1), got {self.warmup}")
         if self.forward_dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"forward_dtype must be torch.bfloat16 or torch.float32, got {self.forward_dtype}")
 
     def rate(self, fraction: float) -> float:
-        """Learning rate where ``fraction`` of the budget is spent."""
+        """The learning rate when ``fraction`` of the budget is spent."""
         if fraction < self.warmup:
             return self.learning_rate * max(FIRST_RATE, fraction / self.warmup)
         return self.learning_rate * (1 - fraction) / (1 - self.warmup)
@@ -116,11 +115,11 @@ class RecoveryReport:
     """What :func:`recover` did.
 
     Attributes:
-        steps, tokens, seconds: taken, from the first start on.
-        passes: over the text; what is read again, above 1, teaches little. 1 where the teacher wrote it.
-        cpu_seconds: of the process, all threads together, over the same span.
-        losses: mean loss of each step, in nats a token.
-        trained, zeros: weights that moved, and that stayed 0.
+        steps, tokens, seconds: taken since the first start, resumed runs included.
+        passes: epochs over the text; above 1, training overfits. 1 if the teacher wrote the text.
+        cpu_seconds: CPU time of the process over the same span, all threads together.
+        losses: mean loss of each step, in nats per token.
+        trained, zeros: number of weights that moved, and that stayed 0.
     """
 
     steps: int
@@ -141,55 +140,39 @@ def recover(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     text: torch.Tensor | WrittenText,
-    settings: RecoverySettings,
+    settings: RecoverySettings | None = None,
     *,
     state: str | Path | None = None,
     save_every: float = 120.0,
     progress: RecoveryProgress | None = None,
 ) -> RecoveryReport:
-    """Train a pruned model's kept weights, in place; what is 0 stays 0.
+    """Train a pruned model's kept weights, in place; weights of 0 stay 0.
 
     Args:
-        model: pruned; weights of its blocks of which at least 5 % are 0 are trained. Embeddings and head are not.
+        model: pruned. The weights of its blocks with at least 5 % zeros are trained; embeddings and head are not.
         teacher: the dense model, with the same vocabulary.
-        text: int64 [n_sequences, length], to train on, read again in another order where the budget outlasts it; or
-            :class:`~ace_triton.recovery_text.WrittenText`.
-        settings: how.
-        state: file that the training can go on from after a kill, written whole every ``save_every`` seconds and at the
-            end; one that is there is gone on from. Remove it when the model is saved. None to keep none.
-        save_every: seconds; writing 12 bytes a trained weight counts in the budget of minutes.
-        progress: called with budget spent, budget in all (steps, or seconds) and loss after each step.
+        text: what to train on: token ids, int64 [n_sequences, length], read again in another order if the budget
+            outlasts them; or :class:`~ace_triton.written_text.WrittenText`, which the teacher writes as it is read.
+        settings: how; None trains for DEFAULT_MINUTES with all other settings at their defaults.
+        state: file to resume from after a kill, written atomically every ``save_every`` seconds and at the end. If it
+            exists, the training resumes from it. Remove it once the model is saved. None keeps no state.
+        save_every: seconds; the time to write 12 bytes for each trained weight counts in the budget of minutes.
+        progress: called after each step with the spent budget, the whole budget (steps, or seconds) and the loss.
 
     Raises:
-        ValueError: a model without zeros, ids that do not fit, another vocabulary, a state of another training, or a
-            loss that is not finite.
+        ValueError: the model has no zeros or the teacher has, the ids or vocabularies do not fit, the sequences are
+            longer than a model's positions, the state belongs to another training or is in use, or a loss is not
+            finite.
+        OSError: the state cannot be written.
     """
+    settings = settings or RecoverySettings(minutes=DEFAULT_MINUTES)
     masks = pruned_masks(model)
     _check(model, teacher, text, settings)
+    _check_teacher(model, teacher, masks)
     batches = _batches(text, teacher, settings)
-    with (
-        weights_as_loaded(model),
-        _trainable(model, masks, settings) as optimizer,
-        _frozen(teacher),
-        _quick_attention((model, teacher), batches.length),
-    ):
-        run = RecoveryState.begin(state, settings, batches.digest(), optimizer)
-        clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
-        saved = run.seconds
-        objective = Distillation(model, teacher, batches.of(run.steps), settings.forward_dtype)
-        while (fraction := _spent(settings, run)) < 1:
-            loss = objective.backward(batches.of(run.steps).to(model.device))
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
-            optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
-            run.record(loss, time.monotonic() - clock, time.process_time() - cpu)
-            if state is not None and (run.seconds - saved >= save_every or _spent(settings, run) >= 1):
-                run.save(state, optimizer)
-                saved = run.seconds
-            if progress is not None:
-                budget = settings.steps if settings.minutes is None else 60 * settings.minutes
-                assert budget is not None
-                progress(min(_spent(settings, run), 1) * budget, budget, loss)
+    with locked(state):
+        identity = "" if state is None else fingerprint(settings, batches.digest(), model, teacher)
+        run = _train(model, teacher, masks, batches, settings, _Keeping(state, identity, save_every), progress)
     _check_zeros(model, masks)
     kept = sum(int(mask.sum()) for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
@@ -205,8 +188,58 @@ def recover(
     )
 
 
+@dataclass(frozen=True)
+class _Keeping:
+    """Where, and how often, the state is kept.
+
+    Attributes:
+        path: of the state; None to keep none.
+        identity: fingerprint of the training.
+        every: seconds between two writes.
+    """
+
+    path: str | Path | None
+    identity: str
+    every: float
+
+
+def _train(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    masks: dict[str, torch.Tensor],
+    batches: Batches,
+    settings: RecoverySettings,
+    keeping: _Keeping,
+    progress: RecoveryProgress | None,
+) -> RecoveryState:
+    with (
+        weights_as_loaded(model),
+        _trainable(model, masks, settings) as optimizer,
+        _frozen(teacher),
+        _quick_attention((model, teacher), batches.length),
+    ):
+        run = RecoveryState.begin(keeping.path, keeping.identity, optimizer)
+        clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
+        saved = run.seconds
+        objective = Distillation(model, teacher, batches.of(run.steps), settings.forward_dtype)
+        while (fraction := _spent(settings, run)) < 1:
+            loss = objective.backward(batches.of(run.steps).to(model.device))
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
+            optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
+            run.record(loss, time.monotonic() - clock, time.process_time() - cpu)
+            if keeping.path is not None and (run.seconds - saved >= keeping.every or _spent(settings, run) >= 1):
+                run.save(keeping.path, optimizer)
+                saved = run.seconds
+            if progress is not None:
+                budget = settings.steps if settings.minutes is None else 60 * settings.minutes
+                assert budget is not None
+                progress(min(_spent(settings, run), 1) * budget, budget, loss)
+    return run
+
+
 def pruned_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Of each pruned weight of a model's blocks, True where it was kept; ValueError where none was pruned."""
+    """The masks of all pruned weights of a model's blocks, True for kept weights; ValueError if none was pruned."""
     masks = {}
     for block in find_blocks(model):
         for name, parameter in block.module.named_parameters(prefix=block.name):
@@ -223,16 +256,27 @@ def _check(
     model: PreTrainedModel, teacher: PreTrainedModel, text: torch.Tensor | WrittenText, settings: RecoverySettings
 ) -> None:
     if isinstance(text, WrittenText):
-        if text.length < 1:
-            raise ValueError(f"sequences must have a token at least, got a length of {text.length}")
-        least = most = text.start
+        kept = len(text.prompt) if text.keep_start else 0
+        if not text.prompt or text.length <= kept:
+            raise ValueError(
+                f"sequences must follow a token and have one at least, got a length of {text.length} after "
+                f"{text.prompt}"
+            )
+        least, most = min(text.prompt), max(text.prompt)
+        length = text.length
     elif text.dim() != 2 or text.dtype != torch.int64 or text.numel() == 0:
         raise ValueError(f"ids must be int64 [n_sequences, length], not empty; got {text.dtype} {tuple(text.shape)}")
     else:
         least, most = int(text.min()), int(text.max())
+        length = text.shape[1]
+    for decoder in (model, teacher):
+        check_positions(decoder, length, "a length of")
     sizes = [next(m.get_input_embeddings().parameters()).shape[0] for m in (model, teacher)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"the models' vocabularies have {sizes[0]} and {sizes[1]} tokens: give the model as it was")
+        raise ValueError(
+            f"the pruned model's vocabulary has {sizes[0]} tokens, the teacher's {sizes[1]}: give the dense model that "
+            "it was pruned from as the teacher"
+        )
     if least < 0 or most >= sizes[0]:
         raise ValueError(f"ids run from {least} to {most}, the vocabulary from 0 to {sizes[0] - 1}")
     dtypes = {parameter.dtype for decoder in (model, teacher) for parameter in decoder.parameters()}
@@ -241,8 +285,25 @@ def _check(
             f"forwards in float32 need both models in float32, not {', '.join(sorted(map(str, dtypes)))}: load them "
             "so, or leave forward_dtype at torch.bfloat16"
         )
-    if teacher is model:
-        raise ValueError("the teacher is the pruned model itself: load the dense one beside it")
+
+
+def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, masks: dict[str, torch.Tensor]) -> None:
+    """ValueError if the teacher is pruned: a model learns nothing from itself, and little from another pruned one."""
+    there = dict(teacher.named_parameters())
+    shared = [(there[name], mask) for name, mask in masks.items() if name in there and there[name].shape == mask.shape]
+    if teacher is model or (shared and not any(bool(weight[~mask.to(weight.device)].any()) for weight, mask in shared)):
+        raise ValueError(
+            "the teacher is the pruned model itself, or has the same zeros: give the dense model that it was pruned "
+            "from"
+        )
+    matrices = [p for block in find_blocks(teacher) for p in block.module.parameters() if p.dim() >= 2]
+    total = sum(matrix.numel() for matrix in matrices)
+    share = 1 - sum(int(matrix.count_nonzero()) for matrix in matrices) / max(1, total)
+    if share >= LEAST_ZEROS:
+        raise ValueError(
+            f"the teacher is pruned too ({share:.0%} of its blocks' weights are 0): give the dense model that the "
+            "pruned one was made from"
+        )
 
 
 def _batches(text: torch.Tensor | WrittenText, teacher: PreTrainedModel, settings: RecoverySettings) -> Batches:
@@ -263,9 +324,9 @@ def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
 def _trainable(
     model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings
 ) -> Iterator[KeptAdamW]:
-    """The optimiser of the parameters that move, which are in the dtype of forwards inside."""
+    """The optimizer of the parameters that are trained; inside, they have the dtype of forwards."""
     blocks = [block.module.named_parameters(prefix=block.name) for block in find_blocks(model)]
-    names = {parameter: name for block in blocks for name, parameter in block}  # one of each that blocks share
+    names = {parameter: name for block in blocks for name, parameter in block}  # blocks may share a parameter
     moving = {n: p for p, n in names.items() if n in masks or (settings.norms and p.dim() == 1)}
     dtypes = {name: parameter.dtype for name, parameter in moving.items()}
     with _frozen(model):

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from .written_text import AT_ONCE, write_batch
+from .written_text import AT_ONCE, WrittenText, write_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TEXT_SEQUENCES, TEXT_LENGTH = 2048, 256
-"""Pieces of the calibration text to train on at most, where nothing else is said."""
-
-
-@dataclass(frozen=True)
-class WrittenText:
-    """Text that the teacher writes as it is read: as much as the budget takes, none of it twice.
-
-    Attributes:
-        start: token id that every sequence follows (:func:`~ace_triton.written_text.start_token`).
-        length: tokens of a sequence.
-    """
-
-    start: int
-    length: int = TEXT_LENGTH
+TEXT_SEQUENCES = 2048
+"""Default for the largest number of sequences to train on."""
 
 
 class Batches(ABC):
@@ -36,7 +22,7 @@ class Batches(ABC):
     Args:
         length: tokens of a sequence.
         tokens_per_step: rounded to whole sequences.
-        seed: of what is read, or of its order.
+        seed: of the text, or of the order in which it is read.
     """
 
     def __init__(self, length: int, tokens_per_step: int, seed: int) -> None:
@@ -45,33 +31,34 @@ class Batches(ABC):
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens of a step."""
         return self._sequences * self.length
 
     def of(self, step: int) -> torch.Tensor:
-        """int64 [n_sequences, length]; the same whenever it is asked for."""
+        """The sequences of a step, int64 [n_sequences, length]; the same at every call."""
         places = range(step * self._sequences, (step + 1) * self._sequences)
         return torch.stack([self._sequence(place) for place in places])
 
     @abstractmethod
     def passes(self, steps: int) -> float:
-        """How often so many steps read the text."""
+        """How often this many steps read the text."""
 
     @abstractmethod
     def digest(self) -> bytes:
-        """What tells this text from another."""
+        """Bytes that differ between two texts."""
 
     @abstractmethod
     def _sequence(self, place: int) -> torch.Tensor:
-        """int64 [length], of the place-th that is read."""
+        """The sequence that is read at a place, int64 [length]."""
 
 
 class GivenBatches(Batches):
-    """All sequences of ``ids``, int64 [n_sequences, length], in a random order, then again in another."""
+    """All sequences of ``ids``, int64 [n_sequences, length], once in each epoch, in another random order each time."""
 
     def __init__(self, ids: torch.Tensor, tokens_per_step: int, seed: int) -> None:
         super().__init__(ids.shape[1], tokens_per_step, seed)
         self._ids = ids
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def passes(self, steps: int) -> float:
         return steps * self.tokens / self._ids.numel()
@@ -81,9 +68,11 @@ class GivenBatches(Batches):
 
     def _sequence(self, place: int) -> torch.Tensor:
         epoch, place = divmod(place, len(self._ids))
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        order = torch.randperm(len(self._ids), generator=generator, device="cpu")
-        return self._ids[order[place]]
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._order = torch.randperm(len(self._ids), generator=generator, device="cpu")
+            self._epoch = epoch
+        return self._ids[self._order[place]]
 
 
 class WrittenBatches(Batches):
@@ -103,8 +92,6 @@ class WrittenBatches(Batches):
     def _sequence(self, place: int) -> torch.Tensor:
         batch, place = divmod(place, AT_ONCE)
         if batch != self._place:
-            self._batch = write_batch(
-                self._teacher, self._text.start, self.length, seed=self._seed, place=batch, sequences=AT_ONCE
-            )
+            self._batch = write_batch(self._teacher, self._text, seed=self._seed, place=batch, sequences=AT_ONCE)
             self._place = batch
         return self._batch[place]

@@ -135,6 +135,7 @@ def perplexity_table(result: Perplexity) -> Table:
     table.add_row("perplexity", f"{result.perplexity:.3f}")
     table.add_row("windows", f"{result.windows} of {result.length} tokens")
     table.add_row("tokens predicted", f"{result.tokens:,}")
+    table.add_row("bos", result.bos)
     return table
 
 

@@ -5,49 +5,83 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
+from typing import BinaryIO
 
 PYDOC_SPLITS = ("calibration", "evaluation")
+
+MOST_BYTES = 2**27
+"""Bytes of text that are read from one source, unpacked: 128 MiB. It bounds what a small ``.gz`` may unpack to."""
+
+SUFFIXES = {".txt", ".jsonl", ".json", ".gz", ".md"}
+"""Of a name that means a file, not a dataset."""
 
 
 class TextError(ValueError):
     """Text that cannot be read, with what can."""
 
 
+class _TooMuchError(TextError):
+    def __init__(self, source: str | Path) -> None:
+        super().__init__(f"{source}: holds more than {MOST_BYTES >> 20} MiB of text; give a part of it")
+
+
 def read_documents(source: str | Path, *, most: int | None = None) -> list[str]:
     """The documents of a source.
 
     Args:
-        source: a text file (one document), a ``.jsonl`` file (one document a line, under "text"), either
-            of them also as ``.gz``; ``pydoc:calibration`` or ``pydoc:evaluation``, two halves of Python's
-            own English reference topics; or the name of a dataset, ``name[:config[:split]]``, whose
-            "text" column is read.
-        most: stop after so many documents.
+        source: a text file (one document); a ``.jsonl`` file (JSON lines, each with the document under "text"); a
+            ``.json`` file (a list of such records, or JSON lines); each also as ``.gz``. Or ``pydoc:calibration`` or
+            ``pydoc:evaluation``, two halves of Python's own English reference topics. Or the name of a dataset,
+            ``name[:config[:split]]``, whose "text" column is read.
+        most: stop after this many documents, or at the one that passes MOST_BYTES; None reads all of them, and refuses
+            a source with more than MOST_BYTES.
 
     Raises:
-        TextError: no such source, or no text in it.
+        TextError: the source does not exist, holds no text, too much of it, or something that is not text.
     """
     name = str(source)
     path = Path(name)
     if name.startswith("pydoc:"):
-        documents = _pydoc(name.removeprefix("pydoc:"))
+        documents = _pydoc(name.removeprefix("pydoc:"))[:most]
     elif path.is_file():
-        documents = _from_file(path)
+        documents = _from_file(path, most)
+    elif path.is_dir():
+        raise TextError(f"{name} is a folder: name a text, .jsonl or .json file in it")
     elif path.exists():
-        raise TextError(f"{name} is a folder: name a text or .jsonl file in it")
-    elif path.suffix in {".txt", ".jsonl", ".gz", ".md"} or name.startswith((".", "/")):
+        raise TextError(f"{name} is not a regular file: save the text to a file first")
+    elif path.suffix.lower() in SUFFIXES or name.startswith((".", "/")):
         raise TextError(f"{name}: no such file")
     else:
         documents = _from_dataset(name, most)
-    documents = documents[:most]
     if not any(document.strip() for document in documents):
         raise TextError(f"{name}: holds no text")
+    for number, document in enumerate(documents, 1):
+        if has_lone_surrogate(document):
+            raise TextError(
+                f"{name}, document {number}: holds a lone surrogate (\\ud800 to \\udfff without its pair), which is "
+                "not valid Unicode text; remove the character"
+            )
     return documents
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """True if a text cannot be encoded as UTF-8, so that no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def wikitext_rows(text: str) -> list[str]:
     """The lines of a raw WikiText file as the rows of its dataset: a line with its end, or "" for a blank one."""
-    return [line + "\n" if line.strip() else "" for line in text.split("\n")[:-1]]
+    *lines, last = text.split("\n")
+    rows = [line + "\n" if line.strip() else "" for line in lines]
+    return [*rows, last] if last.strip() else rows
 
 
 def _pydoc(split: str) -> list[str]:
@@ -59,26 +93,98 @@ def _pydoc(split: str) -> list[str]:
     return distinct[start::2]
 
 
-def _from_file(path: Path) -> list[str]:
+def _from_file(path: Path, most: int | None) -> list[str]:
+    name = path.name.lower()
+    content = name.removesuffix(".gz")
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise TextError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    if not path.name.removesuffix(".gz").endswith(".jsonl"):
-        return [text]
-    documents = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise TextError(f'{path}, line {number}: wanted {{"text": "..."}}')
-        documents.append(record["text"])
-    return documents
+        with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:
+            if content.endswith(".jsonl"):
+                return _taken(_json_lines(_lines(file, path), path), most)
+            if content.endswith(".json"):
+                return _taken(_json_records(file, path), most)
+            return [_decoded(_all_of(file, path), path)]
+    except (OSError, EOFError, zlib.error) as error:
+        raise TextError(f"{path}: cannot be read ({error})") from error
+
+
+def _taken(documents: Iterable[str], most: int | None) -> list[str]:
+    """The first ``most`` documents, or those before the limit; all of them for None."""
+    if most is None:
+        return list(documents)
+    taken: list[str] = []
+    try:
+        for document in islice(documents, most):
+            taken.append(document)
+    except _TooMuchError:
+        if not taken:
+            raise
+    return taken
+
+
+def _all_of(file: BinaryIO | gzip.GzipFile, path: Path, start: bytes = b"") -> bytes:
+    data = start + file.read(MOST_BYTES + 1 - len(start))
+    if len(data) > MOST_BYTES:
+        raise _TooMuchError(path)
+    return data
+
+
+def _lines(file: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[bytes]:
+    """Lines end at a line feed: JSON strings may hold any other line separator of Unicode."""
+    left = MOST_BYTES
+    while line := file.readline(left + 1):
+        left -= len(line)
+        if left < 0:
+            raise _TooMuchError(path)
+        yield line
+
+
+def _decoded(data: bytes, where: str | Path) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{where}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _json_lines(lines: Iterable[bytes], path: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        text = _decoded(line, where)
+        if text.strip():
+            yield _document(_parsed(text, where), where)
+
+
+def _json_records(file: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[str]:
+    """Of a ``.json`` file: JSON lines if its first line is a record, otherwise one list of records."""
+    lines = _lines(file, path)
+    head = []
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    start = b"".join(head)
+    try:
+        is_lines = isinstance(json.loads(_decoded(start, path)), dict)
+    except (ValueError, RecursionError):
+        is_lines = False
+    if is_lines:
+        yield from _json_lines(chain(head, lines), path)
+        return
+    content = _parsed(_decoded(_all_of(file, path, start), path), path)
+    for number, record in enumerate(content if isinstance(content, list) else [content], 1):
+        yield _document(record, f"{path}, record {number}")
+
+
+def _parsed(text: str, where: str | Path) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"{where}: not JSON ({error})") from error
+
+
+def _document(record: object, where: str) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise TextError(f'{where}: wanted {{"text": "..."}}')
+    return record["text"]
 
 
 def _from_dataset(name: str, most: int | None) -> list[str]:
@@ -89,11 +195,21 @@ def _from_dataset(name: str, most: int | None) -> list[str]:
     try:
         rows = load_dataset(path, config or None, split=split or "train", streaming=most is not None)
         rows = rows.take(most) if most is not None else rows
-        return [row["text"] for row in rows]
-    except KeyError:
-        raise TextError(f'{name}: the dataset has no "text" column') from None
+        return _taken(_rows(rows, name), most)
+    except TextError:
+        raise
     except Exception as error:
         raise TextError(
             f"{name}: neither a file here nor a dataset that loads ({type(error).__name__}: {error}); "
             "give a text or .jsonl file, or a dataset as name[:config[:split]]"
         ) from error
+
+
+def _rows(rows: Iterable[object], name: str) -> Iterator[str]:
+    left = MOST_BYTES
+    for number, row in enumerate(rows, 1):
+        document = _document(row, f"{name}, row {number}")
+        left -= len(document)
+        if left < 0:
+            raise _TooMuchError(name)
+        yield document

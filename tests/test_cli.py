@@ -80,7 +80,7 @@ def test_evaluate_and_info(command, prune, some_text, tmp_path):
     )
     assert code == 0
     result = json.loads((tmp_path / "e.json").read_text())
-    assert set(result) == {"perplexity", "windows", "length", "tokens"}
+    assert set(result) == {"perplexity", "windows", "length", "tokens", "bos"}
     assert (result["windows"], result["length"], result["tokens"]) == (3, 32, 93)
     assert 1 < result["perplexity"] < 1000
     assert f"{result['perplexity']:.3f}" in out

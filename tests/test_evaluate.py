@@ -1,8 +1,10 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ace_triton.batches import check_positions, longest_sequence
 from ace_triton.evaluate import perplexity
 from ace_triton.text import TextError
 
@@ -17,7 +19,13 @@ def test_against_the_formula(tiny_model):
             log_probabilities = tiny_model(window[None]).logits[0].double().log_softmax(-1)
             losses += [-log_probabilities[t, window[t + 1]] for t in range(15)]
     assert result.perplexity == pytest.approx(math.exp(torch.stack(losses).mean()), rel=1e-5)
-    assert result.to_dict() == {"perplexity": result.perplexity, "windows": 3, "length": 16, "tokens": 45}
+    assert result.to_dict() == {
+        "perplexity": result.perplexity,
+        "windows": 3,
+        "length": 16,
+        "tokens": 45,
+        "bos": "none",
+    }
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -29,6 +37,30 @@ def test_all_windows_and_too_little_text(tiny_model):
         perplexity(tiny_model, ids, length=71)
     with pytest.raises(TextError, match="at least 2"):
         perplexity(tiny_model, ids, length=1)
+    with pytest.raises(TextError, match="windows must be at least 1, got 0"):
+        perplexity(tiny_model, ids, length=16, windows=0)
+
+
+def test_positions_are_those_of_the_text_model():
+    from transformers import Gemma3Config
+
+    model = SimpleNamespace(config=Gemma3Config(text_config={"max_position_embeddings": 64}))
+    assert longest_sequence(model) == 64
+    check_positions(model, 64)
+    with pytest.raises(ValueError, match="--length 65 is more than the model's 64 positions"):
+        check_positions(model, 65)
+
+
+def test_the_command_checks_before_it_loads_and_by_the_text_model(command, tmp_path, tiny_checkpoint, some_text):
+    for words, message in (
+        (("--windows", 0), "windows must be at least 1"),
+        (("--length", 1), "at least 2 tokens"),
+    ):
+        code, _, errors = command("evaluate", tmp_path / "nothing", "--text", some_text, *words)
+        assert (code, message in errors) == (1, True), errors
+    code, _, errors = command("evaluate", tiny_checkpoint, "--text", some_text, "--length", 129)
+    assert code == 1
+    assert "--length 129 is more than the model's 128 positions" in errors
 
 
 def test_the_mode_is_given_back(tiny_model):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import shutil
 
 import pytest
 import torch
 
-from ace_triton import RecoverySettings, WrittenText, checkpoint, prune_model, recover, recovery_text
+from ace_triton import RecoverySettings, WrittenText, prune_model, recover, recovery_text
 from ace_triton.recover import pruned_masks
-from ace_triton.recovery_text import WrittenBatches
+from ace_triton.recovery_text import GivenBatches, WrittenBatches
 
 recovery = importlib.import_module("ace_triton.recover")
 """The module: in the package its name is the function's."""
@@ -167,6 +166,54 @@ def test_a_killed_run_goes_on_where_it_was(pair, text, tmp_path, written):
     assert torch.equal(again.model.layers[0].mlp.up_proj.weight, whole.model.layers[0].mlp.up_proj.weight)
 
 
+def test_two_runs_at_once_are_refused(pair, text, tmp_path):
+    model, teacher = pair()
+    path = tmp_path / "state.pt"
+
+    def again(*_told: float) -> None:
+        other, _ = pair()
+        with pytest.raises(ValueError, match="another process is running this recovery"):
+            recover(other, teacher, text, SHORT, state=path)
+
+    recover(model, teacher, text, RecoverySettings(steps=1, tokens_per_step=32), state=path, progress=again)
+
+
+def test_an_epoch_is_shuffled_once(text, monkeypatch):
+    shuffled = []
+    randperm = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *words, **more: shuffled.append(1) or randperm(*words, **more))
+    batches = GivenBatches(text, tokens_per_step=48, seed=3)
+    read = torch.cat([batches.of(step) for step in range(16)])
+    assert len(shuffled) == 2
+    orders = [randperm(24, generator=torch.Generator().manual_seed(3 + epoch)) for epoch in range(2)]
+    assert torch.equal(read, text[torch.cat(orders)])
+    assert torch.equal(batches.of(0), read[:3])
+
+
+def test_five_minutes_are_the_default(pair, text, monkeypatch):
+    monkeypatch.setattr(recovery, "DEFAULT_MINUTES", 0.005)
+    told = []
+    recover(*pair(), text, progress=lambda *step: told.append(step))
+    assert told[-1][:2] == pytest.approx((0.3, 0.3))
+
+
+@pytest.mark.parametrize("how", ["itself", "the same zeros", "pruned otherwise"])
+def test_a_pruned_teacher_is_refused(pair, make_decoder, ids, text, how):
+    model, teacher = pair()
+    if how == "itself":
+        teacher = model
+    elif how == "the same zeros":  # in one layer only, and trained since
+        model, teacher = make_decoder("llama"), make_decoder("llama")
+        for decoder in (model, teacher):
+            prune_model(decoder, ids, "wanda", "2:4", include=["*layers.0.mlp.up_proj"])
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    else:
+        prune_model(teacher, None, "magnitude", "4:8")
+    with pytest.raises(ValueError, match=r"the teacher is .*give the dense model"):
+        recover(model, teacher, text, SHORT)
+
+
 def test_between_two_writes_of_the_state_some_time_passes(pair, text, tmp_path):
     model, teacher = pair()
     path = tmp_path / "state.pt"
@@ -188,6 +235,16 @@ def test_a_state_of_another_run_is_refused(pair, text, tmp_path):
         recover(model, teacher, text, RecoverySettings(steps=7, tokens_per_step=32), state=path)
     with pytest.raises(ValueError, match="other settings"):
         recover(model, teacher, text.flip(0), SHORT, state=path)
+    model, teacher = pair()
+    with torch.no_grad():
+        teacher.lm_head.weight[3].mul_(2)
+    with pytest.raises(ValueError, match="weights or teacher; remove it"):
+        recover(model, teacher, text, SHORT, state=path)
+    model, teacher = pair()
+    with torch.no_grad():  # as after an update: other weights, the same mask
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="weights or teacher; remove it"):
+        recover(model, teacher, text, SHORT, state=path)
     path.write_bytes(b"not a state")
     with pytest.raises(ValueError, match="remove it"):
         recover(model, teacher, text, SHORT, state=path)
@@ -243,6 +300,8 @@ def test_a_dense_model_is_refused(make_decoder, text):
         ({"steps": 3, "minutes": 1.0}, "one of them"),
         ({"steps": 0}, "above 0"),
         ({"steps": 3, "learning_rate": -1.0}, "above 0"),
+        ({"minutes": float("inf")}, "finite"),
+        ({"steps": 3, "seed": 2**64}, "64 bits"),
         ({"steps": 3, "warmup": 1.0}, "warmup"),
         ({"steps": 3, "forward_dtype": torch.float16}, "forward_dtype"),
     ],
@@ -262,50 +321,19 @@ def test_what_does_not_fit_is_refused(pair, make_decoder, text):
         recover(model, teacher, WrittenText(start=101), SHORT)
     with pytest.raises(ValueError, match="a length of 0"):
         recover(model, teacher, WrittenText(start=1, length=0), SHORT)
-    with pytest.raises(ValueError, match="vocabularies"):
+    with pytest.raises(ValueError, match=r"a length of 3 after \(1, 2, 3\)"):
+        recover(model, teacher, WrittenText(start=(1, 2, 3), length=3, keep_start=True), SHORT)
+    short = make_decoder("llama", max_position_embeddings=15)
+    with pytest.raises(ValueError, match="a length of 16 is more than the model's 15 positions"):
+        recover(model, short, text, SHORT)
+    with pytest.raises(ValueError, match="a length of 16 is more than the model's 15 positions"):
+        recover(model, short, WrittenText(start=1, length=16), SHORT)
+    with pytest.raises(ValueError, match="the teacher's 99"):
         recover(model, make_decoder("llama", vocab_size=99), text, SHORT)
     with pytest.raises(ValueError, match="load them"):
         recover(*pair("llama", torch.bfloat16), text, RecoverySettings(steps=1, forward_dtype=torch.float32))
-    with pytest.raises(ValueError, match="itself"):
-        recover(model, model, text, SHORT)
     with torch.no_grad():
         teacher.lm_head.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="smaller learning rate"):
         recover(model, teacher, text, SHORT)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
-    small = ("--calibration", some_text, "--samples", 4, "--length", 16)
-    pruned, out = tmp_path / "pruned", tmp_path / "out"
-    assert command("prune", tiny_checkpoint, pruned, "--method", "wanda", *small)[0] == 0
-    told = tmp_path / "told.json"
-    code, shown, errors = command("recover", pruned, out, *small, "--steps", 3, "--tokens-per-step", 32, "--json", told)
-    assert code == 0, errors
-    assert "loss at last" in shown
-    assert "outlasted the text" in shown
-    assert json.loads(told.read_text())["steps"] == 3
-    assert json.loads(told.read_text())["passes"] == 3 * 32 / (4 * 16)
-    before, after = (checkpoint.load(folder)[0] for folder in (pruned, out))
-    masks = pruned_masks(before)
-    assert masks.keys() == pruned_masks(after).keys()
-    assert all(torch.equal(mask, pruned_masks(after)[name]) for name, mask in masks.items())
-    facts = json.loads((out / checkpoint.REPORT_FILE).read_text())
-    assert facts["source"] == str(tiny_checkpoint)
-    assert facts["recovery"]["steps"] == 3
-    assert not list(tmp_path.glob(".out*"))
-    code, shown, errors = command("recover", pruned, tmp_path / "once", *small, "--steps", 2, "--tokens-per-step", 32)
-    assert code == 0, errors
-    assert "outlasted" not in shown
-    own = ("--calibration", "self", "--length", 16, "--steps", 9, "--tokens-per-step", 64)
-    code, shown, errors = command("recover", pruned, tmp_path / "self", *own, "--json", told)
-    assert code == 0, errors
-    assert "outlasted" not in shown
-    assert (json.loads(told.read_text())["tokens"], json.loads(told.read_text())["passes"]) == (9 * 64, 1.0)
-    code, _, errors = command("recover", tiny_checkpoint, tmp_path / "other", *small, "--steps", 1)
-    assert code == 1
-    assert "--teacher" in errors
-    assert command("pack", pruned, tmp_path / "packed")[0] == 0
-    code, _, errors = command("recover", tmp_path / "packed", tmp_path / "other", *small, "--steps", 1)
-    assert code == 1
-    assert "then pack" in errors

@@ -140,6 +140,7 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
         (("generate", "PACKED", "--prompt", "a", "--max-new-tokens", "0"), "at least 1"),
         (("generate", "PACKED", "--prompt", "a", "--max-new-tokens", "500"), "128 positions"),
         (("generate", "PACKED", "--prompt", "a", "--chat"), "no chat template"),
+        (("generate", "PACKED", "--prompt", "a\udcff"), "not valid Unicode text"),
         (("bench", "--shape", "32by64"), "write OUTxIN"),
         (("bench", "--shape", "32x66"), "multiple of 4"),
         (("bench", "--rows", "1,0"), "numbers from 1 on"),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..beginnings import Bos
 from ..update import Update
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -17,6 +18,14 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "b
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help=f"Type to load weights in: {', '.join(DTYPES)}.")]
+BosOption = Annotated[
+    Bos,
+    typer.Option(
+        "--bos",
+        help="Where beginning-of-text tokens go: 'each' puts one in every sequence or window, 'stream' one before the "
+        "whole text, which is then cut; or 'none'. 'auto' is 'each' if the tokenizer adds one itself.",
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it is there already.")]
 
 

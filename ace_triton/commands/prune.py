@@ -13,6 +13,7 @@ from rich.markup import escape
 from .. import checkpoint, report
 from ..budgets import check_budgets
 from ..calibration import load_calibration
+from ..calibration_report import report_on
 from ..metrics import metric_names
 from ..model_report import Sequential
 from ..packed_checkpoint import save_packed
@@ -21,8 +22,9 @@ from ..prune_model import prune_model
 from ..request import Request
 from ..sparsify import sparsify
 from ..sparsity import Sparsity
-from .console import console, progress_bars
+from .console import console, errors, progress_bars
 from .options import (
+    BosOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -51,6 +53,7 @@ def prune(
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the calibration crops.")] = 0,
+    bos: BosOption = "auto",
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences a forward; left out, about 2,048 tokens' worth.")
     ] = None,
@@ -110,12 +113,13 @@ def prune(
         with stage(progress, "load the model"):
             model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
         load_seconds = time.perf_counter() - started
-        sequences = None
+        sequences = calibrated = None
         if request.needs.tokens or budgets:
             with stage(progress, "calibration text"):
                 sequences = load_calibration(
-                    calibration, tokenizer, samples=samples, length=length, seed=seed, model=model
+                    calibration, tokenizer, samples=samples, length=length, seed=seed, model=model, bos=bos
                 )
+                calibrated = report_on(sequences, model, calibration)
         result = prune_model(
             model,
             sequences,
@@ -133,7 +137,8 @@ def prune(
         )
         seconds = dataclasses.replace(result.seconds, load=load_seconds, total=result.seconds.total + load_seconds)
         result = dataclasses.replace(result, seconds=seconds)
-        facts = {**result.to_dict(), "source": str(Path(src).absolute()) if Path(src).exists() else src}
+        found = {} if calibrated is None else {"calibration_report": calibrated.to_dict()}
+        facts = {**result.to_dict(), **found, "source": str(Path(src).absolute()) if Path(src).exists() else src}
         with stage(progress, "save the model"):
             if packed:
                 packing = sparsify(model)
@@ -141,8 +146,13 @@ def prune(
             else:
                 checkpoint.save(model, tokenizer, out, facts, overwrite=overwrite)
     if json:
-        report.write_json(json, result.to_dict())
+        report.write_json(json, {**result.to_dict(), **found})
     console.print(report.prune_table(result))
+    if calibrated is not None:
+        for line in calibrated.lines():
+            console.print(escape(line), soft_wrap=True, highlight=False)
+        for line in calibrated.warnings():
+            errors.print(f"[bold yellow]warning:[/] {escape(line)}", soft_wrap=True)
     for line in report.skipped_lines(result):
         console.print(f"left dense: {escape(line)}")
     for line in report.unfolded_lines(result):

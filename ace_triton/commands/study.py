@@ -17,7 +17,7 @@ from ..study.quality_grid import QualityGrid
 from ..study.run import run_study
 from ..study.workbench import Protocol, Workbench
 from .console import console, progress_bars
-from .options import DeviceOption, parse_device, parse_dtype, parse_options
+from .options import BosOption, DeviceOption, parse_device, parse_dtype, parse_options
 
 PageWriter = Callable[[Results, Path], None]
 
@@ -97,6 +97,7 @@ def study(
     calibration: Annotated[str, typer.Option(help="As for prune.")] = Protocol.calibration,
     evaluation: Annotated[str, typer.Option(help="As --text of evaluate.")] = Protocol.evaluation,
     wikitext: Annotated[bool, typer.Option("--wikitext", help="As for evaluate.")] = False,
+    bos: BosOption = "auto",
     dtype: Annotated[str, typer.Option(help="Of weights and forwards; statistics are float32.")] = "bfloat16",
     device: DeviceOption = "auto",
     quick: Annotated[
@@ -139,6 +140,7 @@ def study(
         further_window_lengths=tuple(further),
         dtype=parse_dtype(dtype),
         device=parse_device(device),
+        bos=bos,
     )
     with progress_bars() as progress:
         task = progress.add_task("load the model", total=None)

@@ -34,6 +34,8 @@ class Setting:
         samples: calibration sequences.
         windows, window_length: of the evaluation.
         further_window_lengths: of further evaluations over the same tokens.
+        bos: what sequences and windows begin with, as "each (1)" with the token id; None if the tokenizer has no
+            beginning of its own and none was asked for.
     """
 
     model: str
@@ -47,6 +49,7 @@ class Setting:
     windows: int
     window_length: int
     further_window_lengths: tuple[int, ...] = ()
+    bos: str | None = None
 
     @property
     def window_lengths(self) -> tuple[int, ...]:

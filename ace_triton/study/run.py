@@ -79,7 +79,9 @@ def run_study(bench: Workbench, journal: Journal, grid: Cells, progress: Progres
     sampler = None
     if None not in found.samples or any(cell in shown for cell in todo):
         setting = bench.setting
-        sampler = Sampler(bench.model, bench.tokenizer, bench.ids, setting.window_length, setting.windows)
+        sampler = Sampler(
+            bench.model, bench.tokenizer, bench.ids, setting.window_length, setting.windows, bench.beginning
+        )
     if sampler is not None and None not in found.samples:
         journal.append(sampler.dense())
     for done, cell in enumerate(todo, len(cells) - len(todo)):

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..beginnings import NO_BEGINNING, Beginning
+from ..evaluate import windows_of
 from .records import QUANTILES, Divergence, Sample
 
 PROMPTS = (
@@ -28,17 +30,26 @@ class Sampler:
         tokenizer: its.
         ids: int64 [n_tokens], the evaluation text; its first windows are used.
         window_length, windows: tokens of a window, and how many at most.
+        beginning: what windows and prompts begin with.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, ids: torch.Tensor, window_length: int, windows: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        ids: torch.Tensor,
+        window_length: int,
+        windows: int,
+        beginning: Beginning = NO_BEGINNING,
+    ) -> None:
         from transformers import GenerationConfig
 
         self._model, self._tokenizer = model, tokenizer
         self.prompts = PROMPTS
         end = tokenizer.eos_token_id
         self._greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end)
-        count = min(windows, WINDOWS, len(ids) // window_length)
-        self._windows = ids[: count * window_length].reshape(count, window_length).to(model.device)
+        self._beginning = beginning.tokens
+        self._windows = windows_of(ids, window_length, beginning, min(windows, WINDOWS)).to(model.device)
         self._dense = [self._logits(window) for window in self._windows]
 
     def dense(self) -> Sample:
@@ -67,6 +78,7 @@ class Sampler:
 
     def _continue(self, prompt: str) -> str:
         given = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        given = torch.cat([torch.tensor([self._beginning], dtype=torch.int64), given], 1)
         ids = given.to(self._model.device)
         written = self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=self._greedy)
         return self._tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)

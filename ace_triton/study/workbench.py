@@ -16,15 +16,17 @@ from typing import Any
 import torch
 
 from .. import checkpoint
-from ..batches import TOKENS_OF_A_FORWARD
+from ..batches import TOKENS_OF_A_FORWARD, check_positions, longest_sequence
+from ..beginnings import Beginning, Bos, own_beginning, text_ids
 from ..calibration import MOST_DOCUMENTS, SELF, crop, pieces, token_stream
 from ..evaluate import perplexity
 from ..prune_model import prune_model
 from ..recover import RecoveryProgress, RecoveryReport, RecoverySettings, recover
-from ..recovery_text import TEXT_LENGTH, TEXT_SEQUENCES
+from ..recovery_text import TEXT_SEQUENCES
 from ..sparsity import Sparsity
 from ..text import TextError, read_documents, wikitext_rows
 from ..timing import Seconds
+from ..written_text import TEXT_LENGTH
 from . import published_model
 from .cells import Cell
 from .records import Evaluation, Setting
@@ -43,6 +45,7 @@ class Protocol:
         further_window_lengths: of further evaluations over the same tokens.
         dtype: of weights and forwards; statistics are fp32 whatever it is.
         device: where to run.
+        bos: what calibration sequences and windows begin with.
     """
 
     model: str
@@ -55,6 +58,7 @@ class Protocol:
     further_window_lengths: tuple[int, ...] = ()
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
+    bos: Bos = "auto"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Workbench:
         teacher: a copy of the model that stays dense, made when it is first asked for.
         setting: what is compared when a study is resumed.
         ids: int64 [n_tokens], the evaluation text.
+        beginning: what calibration sequences and windows begin with.
 
     Raises:
         TextError: texts that cannot be read or are too short.
@@ -95,8 +100,9 @@ class Workbench:
         evaluation = "\n\n".join(wikitext_rows("".join(documents)) if protocol.wikitext else documents)
         self.model, self.tokenizer = checkpoint.load(protocol.model, dtype=protocol.dtype, device=protocol.device)
         self._dense = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self._stream = token_stream(calibration, self.tokenizer)
-        self.ids = torch.tensor(self.tokenizer(evaluation, verbose=False)["input_ids"], dtype=torch.int64, device="cpu")
+        self.beginning = Beginning.of(self.tokenizer, protocol.bos)
+        self._stream = self.beginning.before_stream(token_stream(calibration, self.tokenizer))
+        self.ids = text_ids(evaluation, self.tokenizer, self.beginning)
         self.setting = Setting(
             model=_short(protocol.model),
             weights_sha256=_sha256_of(self._dense),
@@ -109,17 +115,19 @@ class Workbench:
             windows=protocol.windows,
             window_length=protocol.window_length,
             further_window_lengths=protocol.further_window_lengths,
+            bos=str(self.beginning) if self.beginning.of_each or own_beginning(self.tokenizer) else None,
         )
-        self._check_length(max(self.setting.window_lengths), "--window-lengths")
+        check_positions(self.model, max(self.setting.window_lengths), "--window-lengths")
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
         """Raise TextError for a calibration length that the model or the text is too short for."""
-        self._check_length(max(lengths), "--lengths")
-        crop(self._stream, 1, max(lengths), seed=0)
+        check_positions(self.model, max(lengths), "--lengths")
+        for length in (min(lengths), max(lengths)):
+            crop(self._stream, 1, length, 0, self.beginning)
 
     def calibration(self, length: int, seed: int) -> torch.Tensor:
         """Crops of the calibration text, int64 [samples, length]."""
-        return crop(self._stream, self.protocol.samples, length, seed)
+        return crop(self._stream, self.protocol.samples, length, seed, self.beginning)
 
     def perplexity(self) -> float:
         """Of the model as it is now."""
@@ -152,8 +160,8 @@ class Workbench:
             state: file that a training which was stopped goes on from; None to keep none.
             progress: called after each step.
         """
-        length = min(TEXT_LENGTH, self._longest or TEXT_LENGTH)
-        ids = pieces(self._stream, TEXT_SEQUENCES, length, settings.seed)
+        length = min(TEXT_LENGTH, longest_sequence(self.model) or TEXT_LENGTH)
+        ids = pieces(self._stream, TEXT_SEQUENCES, length, settings.seed, self.beginning)
         return recover(self.model, self.teacher, ids, settings, state=state, progress=progress)
 
     def _prune(self, cell: Cell, ids: torch.Tensor | None) -> tuple[float, Seconds]:
@@ -187,18 +195,9 @@ class Workbench:
         teacher.load_state_dict(self._dense)
         return teacher
 
-    @property
-    def _longest(self) -> int | None:
-        """Positions that the model has; None where it does not say."""
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return longest if isinstance(longest, int) else None
-
     def _perplexity(self, length: int) -> float:
-        return perplexity(self.model, self.ids, length=length, windows=self.setting.windows_of(length)).perplexity
-
-    def _check_length(self, length: int, option: str) -> None:
-        if self._longest is not None and length > self._longest:
-            raise TextError(f"{option} {length} is more than the model's {self._longest} positions: give a smaller one")
+        windows = self.setting.windows_of(length)
+        return perplexity(self.model, self.ids, length=length, windows=windows, beginning=self.beginning).perplexity
 
 
 def processor_name() -> str:
