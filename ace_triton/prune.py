@@ -223,6 +223,8 @@ def _statistics(
                 f"{label}: tokens must be [n_tokens, {weight.shape[1]}] or [n_sequences, length, {weight.shape[1]}], "
                 f"got {tuple(given.shape)}"
             )
+        if given.device != weight.device:
+            raise StatsError(f"{label}: tokens on {given.device}, weight on {weight.device}: use tokens.to(device)")
         try:
             given = ActivationStats.from_tokens(
                 given, layer=layer if needs.outputs else None, reduce=needs.reduce, gram=needs.gram, sample=needs.sample

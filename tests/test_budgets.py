@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ace_triton import Sparsity
 from ace_triton.blocks import find_blocks, linears_of
-from ace_triton.budgets import OUTLIER, SPREAD, block_patterns, group_sizes, kept_shares, outliers
+from ace_triton.budgets import block_patterns, group_sizes, kept_shares, outliers
 from ace_triton.prune_model import prune_model
 from ace_triton.sparsify import sparsify
 
@@ -21,15 +21,25 @@ from ace_triton.sparsify import sparsify
 def test_outliers_are_counted_as_by_hand(dtype):
     weight, norm = torch.randn(40, 70).pow(3).to(dtype), torch.rand(70) + 0.1
     scores = weight.double().abs() * norm.double()
-    assert outliers(weight, norm) == int((scores > OUTLIER * scores.mean()).sum()) > 0
+    assert (
+        outliers(weight, norm) == int((scores > 5 * scores.mean()).sum()) > int((scores > 6 * scores.mean()).sum()) > 0
+    )
     assert outliers(torch.ones(3, 4), torch.ones(4)) == outliers(torch.zeros(3, 4), torch.ones(4)) == 0
+
+
+@pytest.mark.parametrize(("largest", "count"), [(5.15, 0), (5.25, 1), (7.0, 1)])
+def test_an_outlier_is_above_five_times_the_mean(largest, count):
+    """Beside 104 ones, 5.2 is five times the mean."""
+    weight = torch.ones(1, 105)
+    weight[0, 40] = largest
+    assert outliers(weight, torch.ones(105)) == count
 
 
 def test_shares_are_owls():
     """Its code: (r - min) / (max - min) * 2 lambda, less the mean, plus the share kept."""
     shares = kept_shares([1.0, 2.0, 4.0, 3.0], [10, 10, 10, 10], 0.5)
     ratios = torch.tensor([1.0, 2.0, 4.0, 3.0])
-    wanted = (ratios - 1) / 3 * 2 * SPREAD
+    wanted = (ratios - 1) / 3 * 2 * 0.08
     torch.testing.assert_close(torch.tensor(shares), wanted - wanted.mean() + 0.5)
 
 
@@ -41,7 +51,7 @@ def test_the_total_is_kept(blocks, kept):
     ratios, sizes = zip(*blocks, strict=True)
     shares = kept_shares(ratios, sizes, kept)
     assert all(0 < share <= 1 + 1e-12 for share in shares)
-    assert max(shares) - min(shares) <= 2 * SPREAD + 1e-12
+    assert max(shares) - min(shares) <= 2 * 0.08 + 1e-12
     total = sum(size * share for size, share in zip(sizes, shares, strict=True))
     assert total == pytest.approx(kept * sum(sizes), rel=1e-9)
     ranked = sorted(zip(ratios, shares, strict=True))

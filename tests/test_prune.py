@@ -238,6 +238,17 @@ def test_a_computed_weight_is_refused_and_the_remedy_works(compute, remedy, make
     assert ((layer.weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
 
 
+@pytest.mark.parametrize("method", ["wanda", "ace", "ria"])
+def test_another_device_than_the_weights_is_named(method):
+    layer, tokens = torch.nn.Linear(32, 16), torch.randn(8, 32)
+    stats = ActivationStats.from_tokens(tokens, layer=layer)
+    with pytest.raises(StatsError, match=r"^up: statistics on meta, weight on cpu: use stats\.to\(device\)$"):
+        prune_linear(layer, stats.to("meta"), method, name="up")
+    with pytest.raises(StatsError, match=r"^up: tokens on meta, weight on cpu: use tokens\.to\(device\)$"):
+        prune_linear(layer, tokens.to("meta"), method, name="up")
+    prune_linear(layer, stats, method)
+
+
 def test_what_cannot_be_pruned_says_why():
     tokens = torch.randn(4, 30)
     with pytest.raises(PruneError, match="Embedding is no"):
