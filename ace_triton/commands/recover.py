@@ -66,7 +66,7 @@ def recover(
     if source is None:
         raise checkpoint.CheckpointError(f"{model_dir} does not say what it was pruned from: name it with --teacher")
     state = out.absolute().parent / f".{out.name}.recovery" / "state.pt"
-    with progress_bars() as progress:
+    with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         with stage(progress, "load the models"):
             model, tokenizer = checkpoint.load(model_dir, device=where)
             dense, _ = checkpoint.load(source, device=where)
