@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -24,6 +29,8 @@ from .commands.recover import recover
 from .commands.study import study
 
 TRACEBACK_VARIABLE = "ACE_TRITON_TRACEBACK"
+
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 app = typer.Typer(
     name="ace-triton",
@@ -46,10 +53,27 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one line and exit code 1, a wrong call in 2."""
+    """Run the command line.
+
+    A user's mistake ends in one line and exit code 1, a wrong call in 2. Ctrl-C and the signals of STOPPING clean up,
+    say what became of the run, and end in 128 plus the signal's number.
+    """
     _quieten_libraries()
+    with _stopped_by_signals(), warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        _run()
+
+
+def _run() -> None:
     try:
         app()
+    except SystemExit as stop:  # typer turns Ctrl-C into one.
+        if any(isinstance(error, KeyboardInterrupt) for error in _chain(stop)):
+            _say_stopped("stopped", stop)
+            sys.exit(128 + signal.SIGINT)
+        if stop.code in [128 + number for number in STOPPING]:
+            _say_stopped("terminated", stop)
+        raise
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -57,9 +81,43 @@ def main() -> None:
         if not isinstance(error, (ValueError, OSError)):
             errors.print(f"(set {TRACEBACK_VARIABLE}=1 for the traceback)")
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("stopped; nothing was written")
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        _say_stopped("stopped", stop)
+        sys.exit(128 + signal.SIGINT)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Inside, the signals of STOPPING end the run as Ctrl-C does, so that temporary folders are removed."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    own = threading.current_thread() is threading.main_thread()
+    taken = [number for number in STOPPING if own and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _say_stopped(how: str, stop: BaseException) -> None:
+    notes = [note for error in _chain(stop) for note in getattr(error, "__notes__", ())]
+    errors.print(escape(f"{how}; {'; '.join(notes) or 'nothing was written'}"), soft_wrap=True, highlight=False)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it was raised from, one after the other."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    errors.print(escape(f"warning: {message}"), soft_wrap=True, highlight=False)
 
 
 def _quieten_libraries() -> None:

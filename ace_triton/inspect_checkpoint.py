@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from .checkpoint import CheckpointError
 from .kernels.select_nm import GROUP_SIZES
+from .model_source import open_safetensors, reason, safetensors_files
+from .output_folder import CheckpointError
 from .packed_manifest import TENSORS_FILE, Manifest, PackedEntry, is_packed
 
 DENSE = 0.99
@@ -28,7 +29,7 @@ class TensorSparsity:
         zeros: share of exact zeros.
         pattern: the narrowest "n:m" that every group along the last axis obeys; with " along outputs"
             where only groups along a matrix's first axis do (of a stack: " along the middle axis");
-            "dense" below 1 % zeros; else "unstructured".
+            "dense" below 1 % zeros or without elements; else "unstructured".
         packed: whether it is a packed layer's, and not a tensor of the file itself.
     """
 
@@ -45,35 +46,38 @@ def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
     Of a packed checkpoint the packed layers are shown as the weights that they stand for.
 
     Raises:
-        CheckpointError: no safetensors file there, or one that cannot be read.
+        CheckpointError: if there is no safetensors file, if one that the index names is missing, or one cannot be
+            read.
     """
     if is_packed(folder):
         manifest = Manifest.read(folder)
         manifest.check_files(Path(folder))
         files, layers = [Path(folder) / TENSORS_FILE], manifest.layers
     else:
-        files, layers = sorted(Path(folder).glob("*.safetensors")), {}
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"{folder}: no such folder; name the folder of a saved model")
+        files, layers = safetensors_files(Path(folder)), {}
     if not files:
         raise CheckpointError(f"{folder}: holds no .safetensors file; name the folder of a saved model")
     inside = {f"{name}.{part}" for name in layers for part in ("values", "meta")}
     found = []
     for path in files:
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with open_safetensors(path) as file:
                 for name in file.keys():  # noqa: SIM118
                     if name not in inside and len(file.get_slice(name).get_shape()) in (2, 3):
                         found.append(_look_at(name, file.get_tensor(name)))
                 for name, entry in layers.items():
                     found.append(_look_at_packed(f"{name}.weight", entry, file.get_tensor(f"{name}.values")))
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); the file may be damaged") from error
+            raise CheckpointError(f"{path}: cannot be read ({reason(error)}); the file may be damaged") from error
     return sorted(found, key=lambda tensor: tensor.name)
 
 
 def find_pattern(weight: torch.Tensor) -> str:
     """The pattern of a matrix [rows, cols] or of a stack of them, as :class:`TensorSparsity` words it."""
     kept = weight != 0
-    if float(kept.sum()) > DENSE * kept.numel():
+    if float(kept.sum()) > DENSE * kept.numel() or not kept.numel():
         return "dense"
     along_last = _narrowest(kept.flatten(0, -2))
     if along_last:

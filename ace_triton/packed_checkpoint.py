@@ -6,102 +6,61 @@ A model is loaded from one without its dense weights ever being built: its param
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from . import checkpoint
 from .blocks import stacks_of
-from .checkpoint import CheckpointError, replacing
 from .expert_stack import ExpertStack, stores_transposed
 from .kernels.pack_nm import PatternError
+from .model_source import check_device, open_safetensors, reason
 from .nm_linear import NMLinear
-from .packed_manifest import (
-    CHECKED_FILES,
-    DTYPES,
-    TENSORS_FILE,
-    FileMark,
-    Manifest,
-    PackedEntry,
-    PackedError,
-    is_packed,
-)
+from .output_folder import CheckpointError
+from .packed_manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry, PackedError, is_packed
+from .packed_saving import SavePretrained, save_packed
 from .prune import linear_weight
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+__all__ = ["load", "load_model", "save_packed"]
 
 AT_ONCE = 16 * 2**20
 """Bytes read of a file before it is opened anew."""
 
 
-def save_packed(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    out: str | Path,
+def load(
+    folder: str | Path,
     *,
-    report: dict[str, Any] | None = None,
-    overwrite: bool = False,
-) -> Manifest:
-    """Write a model with packed layers (:func:`~ace_triton.sparsify.sparsify`), all or nothing.
-
-    Args:
-        model: a Hugging Face causal decoder, its weights in memory.
-        tokenizer: saved beside it; None for none.
-        out: the folder; made, with its parents.
-        report: the pruning report, written as ``ace_triton.json``.
-        overwrite: replace ``out`` where it is there already.
-
-    Raises:
-        CheckpointError: no packed layer, a dtype that packed checkpoints do not have, ``out`` is there and
-            ``overwrite`` is not set, or it cannot be written.
-    """
-    modules = model.named_modules(remove_duplicate=False)
-    layers = {name: layer for name, layer in modules if isinstance(layer, NMLinear)}
-    if not layers:
-        raise CheckpointError("the model has no packed layer: call ace_triton.sparsify(model) first")
-    dtype = next((name for name, known in DTYPES.items() if known == model.dtype), None)
-    if dtype is None:
-        raise CheckpointError(f"packed checkpoints hold {', '.join(DTYPES)}, the model is {model.dtype}: convert it")
-    tensors, tied = _distinct(model.state_dict())
-    with replacing(out, overwrite=overwrite) as folder:
-        model.config.save_pretrained(folder)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if report is not None:
-            (folder / checkpoint.REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
-        entries = {name: _entry_of(layer) for name, layer in layers.items()}
-        manifest = Manifest(dtype, entries, tied, {name: FileMark.of(folder / name) for name in CHECKED_FILES})
-        manifest.write(folder)
-    return manifest
-
-
-def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """The model of a packed checkpoint, in eval mode; its dense weights are never built.
+
+    Its ``save_pretrained`` writes the packed format (:class:`~ace_triton.packed_saving.SavePretrained`).
 
     Args:
         folder: what ``ace-triton pack``, ``prune --packed`` or :func:`save_packed` wrote.
-        device: where to.
-        dtype: to convert to; None for the checkpoint's own.
+        device: where to put the weights.
+        dtype: to convert to, float32, float16 or bfloat16; None keeps the checkpoint's own.
+        trust_remote_code: run Python code that comes with the checkpoint. Without it such code is never run.
 
     Raises:
         PackedError: the folder holds no packed checkpoint, or one that is truncated, altered or of a newer
             version.
-        CheckpointError: transformers cannot make a causal language model of its configuration.
+        CheckpointError: transformers cannot make a causal language model of its configuration, or the device or dtype
+            is not available.
     """
+    check_device(device)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise CheckpointError(f"dtype {dtype}: packed checkpoints are loaded as {', '.join(DTYPES)}")
     path = Path(folder)
     manifest = Manifest.read(path)
     manifest.check_files(path)
-    model = _without_weights(path, manifest, dtype or DTYPES[manifest.dtype])
+    model = _without_weights(path, manifest, dtype or DTYPES[manifest.dtype], trust_remote_code)
     _put_stacks(model, manifest)
     for name, entry in manifest.layers.items():
         _put_packed(model, name, entry, dtype or DTYPES[manifest.dtype])
@@ -112,60 +71,51 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     for name, layer in model.named_modules():
         if isinstance(layer, NMLinear):
             _check_layer(name, layer)
+    SavePretrained.attach(model)
     return model.to(device).eval()
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A model and its tokenizer from a packed checkpoint, or from whatever :func:`ace_triton.checkpoint.load` takes."""
     if not is_packed(source):
-        return checkpoint.load(source, dtype=dtype, device=device)
+        return checkpoint.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     from transformers import AutoTokenizer
 
-    model = load(source, device=device, dtype=None if isinstance(dtype, str) else dtype)
+    wanted = None if isinstance(dtype, str) else dtype
+    model = load(source, device=device, dtype=wanted, trust_remote_code=trust_remote_code)
     try:
-        return model, AutoTokenizer.from_pretrained(str(source))
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except Exception as error:
-        raise CheckpointError(f"{source}: its tokenizer cannot be loaded ({error})") from error
+        raise CheckpointError(f"{source}: its tokenizer cannot be loaded ({reason(error)})") from error
+    return model, tokenizer
 
 
-def _entry_of(layer: NMLinear) -> PackedEntry:
-    return PackedEntry(layer.n, layer.m, (layer.out_features, layer.in_features), layer.bias is not None)
-
-
-def _distinct(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Every tensor once, and the names of those that are another one; views of others become copies."""
-    tensors: dict[str, torch.Tensor] = {}
-    tied: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
-    storages: set[int] = set()
-    for name, tensor in state.items():
-        if tensor.is_meta:
-            raise CheckpointError(f"{name} is on the meta device (offloaded, or never loaded); load the model whole")
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and identity in seen:
-            tied[name] = seen[identity]
-            continue
-        seen[identity] = name
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in storages else tensor.contiguous()
-        storages.add(storage)
-    return tensors, tied
-
-
-def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype) -> Any:
+def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    with open_safetensors(folder / TENSORS_FILE) as file:
+        names = {*file.keys(), *manifest.tied}
     try:
-        config = AutoConfig.from_pretrained(str(folder))
+        config = AutoConfig.from_pretrained(str(folder), **options)
+        checkpoint.check_config(folder, config, names, trust_remote_code)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(str(folder))
+            model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:
-        raise CheckpointError(f"{folder}: cannot be made into a causal language model ({error})") from error
+        raise CheckpointError(checkpoint.loading_message(folder, error)) from error
     return model
 
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-from .checkpoint import CheckpointError
 from .kernels.pack_nm import LAYOUT_VERSION
+from .output_folder import MANIFEST_FILE, CheckpointError, files_in
 from .sparsity import Sparsity
 
-MANIFEST_FILE = "ace_triton_packed.json"
 TENSORS_FILE = "packed.safetensors"
-CHECKED_FILES = (TENSORS_FILE, "config.json")
+NEEDED_FILES = (TENSORS_FILE, "config.json")
+LARGEST_MANIFEST = 2**26
+"""Bytes: enough for 300,000 packed layers."""
 
 FORMAT = "ace-triton packed n:m"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OLDEST_VERSION = 1
+"""Has checksums of NEEDED_FILES alone."""
+
+UNMARKED = (MANIFEST_FILE, "README.md")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -61,19 +67,27 @@ class Manifest:
         dtype: the model's, "float32", "float16" or "bfloat16".
         layers: the packed layers by dotted name.
         tied: tensors that are not in the file because they are another one, by name, with the other's name.
-        files: size and checksum of each of CHECKED_FILES.
+        files: size and checksum of every file that was written with it, by relative path. Files that were added later
+            are not covered.
+        version: of the format that was read, or that is written.
     """
 
     dtype: str
     layers: dict[str, PackedEntry]
     tied: dict[str, str]
     files: dict[str, FileMark]
+    version: int = FORMAT_VERSION
+
+    @staticmethod
+    def marks(folder: Path) -> dict[str, FileMark]:
+        """Sizes and checksums of all files in a folder but the manifest and the model card, which people edit."""
+        return {name: FileMark.of(folder / name) for name in files_in(folder) if name not in UNMARKED}
 
     def write(self, folder: Path) -> None:
         """Write it into a folder."""
         content: dict[str, Any] = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": self.version,
             "layout": LAYOUT_VERSION,
             "dtype": self.dtype,
             "layers": {
@@ -94,9 +108,13 @@ class Manifest:
             PackedError: there is none, it is damaged or was altered, or a newer ace-triton wrote it.
         """
         path = Path(folder) / MANIFEST_FILE
+        if not Path(folder).is_dir():
+            raise PackedError(f"{folder}: no such folder; name a folder that ace-triton pack wrote")
         if not path.is_file():
             raise PackedError(f"{folder}: holds no {MANIFEST_FILE}; name a folder that ace-triton pack wrote")
         try:
+            if path.stat().st_size > LARGEST_MANIFEST:
+                raise ValueError(f"it has more than {LARGEST_MANIFEST:,} bytes")
             content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise PackedError(f"{path}: cannot be read ({error}); the file is damaged, pack the model again") from error
@@ -116,13 +134,25 @@ class Manifest:
             raise ValueError(f"dtype {content['dtype']!r} is none of {', '.join(DTYPES)}")
         layers = {name: _entry(fields) for name, fields in content["layers"].items()}
         files = {name: FileMark(_whole(mark["bytes"]), str(mark["sha256"])) for name, mark in content["files"].items()}
-        if set(files) != set(CHECKED_FILES):
-            raise ValueError(f"files must be {', '.join(CHECKED_FILES)}, got {', '.join(files)}")
+        if not set(NEEDED_FILES) <= set(files):
+            raise ValueError(f"files must have {', '.join(NEEDED_FILES)}, got {', '.join(files)}")
+        outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+        if outside:
+            raise ValueError(f"{outside[0]!r} is not a file in the folder")
         tied = {str(name): str(other) for name, other in content["tied"].items()}
-        return cls(content["dtype"], layers, tied, files)
+        return cls(content["dtype"], layers, tied, files, content["version"])
 
     def check_files(self, folder: Path) -> None:
-        """Raise PackedError where a file is missing, of another size, or altered."""
+        """Raise PackedError if a file is missing, has another size, or was altered.
+
+        Warns if the folder is of a version that has no checksums of the tokenizer and the generation config.
+        """
+        if self.version < FORMAT_VERSION:
+            warnings.warn(
+                f"{folder}: an older ace-triton packed it: its tokenizer and generation config have no checksums; pack "
+                "it again to add them",
+                stacklevel=3,
+            )
         for name, mark in self.files.items():
             path = folder / name
             if not path.is_file():
@@ -147,14 +177,17 @@ def is_packed(folder: str | Path) -> bool:
 def _check_version(path: Path, content: Any) -> None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PackedError(f"{path}: is no manifest of a packed checkpoint; pack the model again")
-    for field, known in (("version", FORMAT_VERSION), ("layout", LAYOUT_VERSION)):
+    for field, oldest, newest in (
+        ("version", OLDEST_VERSION, FORMAT_VERSION),
+        ("layout", LAYOUT_VERSION, LAYOUT_VERSION),
+    ):
         given = content.get(field)
-        if isinstance(given, int) and not isinstance(given, bool) and given > known:
+        if not isinstance(given, int) or isinstance(given, bool) or given < oldest:
+            raise PackedError(f"{path}: {field} must be {oldest} or newer, got {given!r}; pack the model again")
+        if given > newest:
             raise PackedError(
-                f"{path}: {field} {given} is newer than the {known} that this ace-triton reads; upgrade ace-triton"
+                f"{path}: {field} {given} is newer than the {newest} that this ace-triton reads; upgrade ace-triton"
             )
-        if given != known or isinstance(given, bool):
-            raise PackedError(f"{path}: {field} must be {known}, got {given!r}; pack the model again")
 
 
 def _entry(fields: dict[str, Any]) -> PackedEntry:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from .evaluate import Perplexity
 from .inspect_checkpoint import TensorSparsity
@@ -18,13 +21,57 @@ from .plan import Skipped
 from .recover import RecoveryReport
 from .sparsify import SparsifyReport
 
+CHECKPOINT_JSON = re.compile(
+    r"(.*config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template|modules|.*\.index|ace_triton.*)\.json"
+)
+"""Names of JSON files that belong to checkpoints."""
+
+
+def check_json_target(path: str | Path) -> None:
+    """Raise ValueError if :func:`write_json` would lose something at ``path``, or could not write there.
+
+    An existing file is replaced only if it is empty or holds JSON, and its name is not that of a checkpoint's file.
+    """
+    target = Path(path)
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise ValueError(f"{target}: name a file in a folder that exists")
+    if not target.is_file():
+        return
+    with target.open("rb") as file:
+        start = file.read(1024).lstrip()
+    if start and start[:1] not in b"{[":
+        raise ValueError(f"{target}: is there already and holds no JSON: name another file")
+    if CHECKPOINT_JSON.fullmatch(target.resolve().name):
+        raise ValueError(f"{target}: is there already and named as a checkpoint's file: name another one")
+
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
+    """Write JSON so that the file is either the old one or the complete new one.
+
+    A link, a device or a pipe is written to, and not replaced by a file.
+
+    Raises:
+        ValueError: as :func:`check_json_target`.
+    """
     target = Path(path)
+    check_json_target(target)
+    text = json.dumps(content, indent=2) + "\n"
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        mode = 0
+    if mode and not stat.S_ISREG(mode):
+        target.write_text(text)
+        return
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, target)
+    try:
+        partial.write_text(text)
+        if mode:
+            partial.chmod(stat.S_IMODE(mode))
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def prune_table(report: ModelReport) -> Table:
@@ -147,7 +194,8 @@ def info_table(tensors: Sequence[TensorSparsity]) -> Table:
     for tensor in tensors:
         shape = " x ".join(map(str, tensor.shape))
         pattern = f"{tensor.pattern}, packed" if tensor.packed else tensor.pattern
-        table.add_row(tensor.name.removesuffix(".weight"), shape, f"{tensor.zeros:.2%}", pattern)
+        # As Text, since a name may look like markup.
+        table.add_row(Text(tensor.name.removesuffix(".weight")), shape, f"{tensor.zeros:.2%}", pattern)
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from .experts import Stack
 from .inspect_checkpoint import find_pattern
 from .kernels.pack_nm import PackedNM
 from .nm_linear import NMLinear
+from .packed_saving import SavePretrained
 from .plan import NameFilter, Skipped
 from .prune import linear_weight
 from .sparsity import Sparsity
@@ -99,7 +99,7 @@ def sparsify(
     wanted = None if pattern is None else _parse(pattern)
     names = NameFilter.of(model, include, exclude)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    tied = _tied(model)
     packed: list[PackedLayer] = []
     skipped: list[Skipped] = []
 
@@ -111,7 +111,7 @@ def sparsify(
         weight = linear_weight(layer)
         assert weight is not None
         try:
-            if owners[id(layer.weight)] > 1:
+            if id(layer.weight) in tied:
                 raise _NotEligible("its weight is tied to another layer's")
             replacement = _pack(layer, weight, wanted, limits)
         except _NotEligible as why_not:
@@ -123,7 +123,7 @@ def sparsify(
     while stacks:
         # Popped, so that one that was packed is freed before the next is.
         stack = stacks.pop(0)
-        if owners[id(stack.weight)] > 1:
+        if id(stack.weight) in tied:
             skip(stack.name, stack.weight, "its weight is tied to another layer's")
         else:
             packed += _pack_experts(model, stack, wanted, limits, names, skip)
@@ -133,6 +133,7 @@ def sparsify(
             f"no layer of {type(model).__name__} can be packed: {reasons}; prune it to n:m first "
             "(ace-triton prune --sparsity 2:4)"
         )
+    SavePretrained.attach(model)
     return SparsifyReport(tuple(packed), tuple(skipped))
 
 
@@ -141,6 +142,26 @@ def set_row_limits(model: nn.Module, limits: RowLimits | None) -> None:
     for module in model.modules():
         if isinstance(module, NMLinear):
             module.limits = limits
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Ids of the parameters whose memory another module's parameter uses too, all or a part of it."""
+    spans = []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            # A tensor without memory takes the address of its object, which no other tensor's memory can have.
+            start = (0 if parameter.is_meta else parameter.data_ptr()) or id(parameter)
+            last = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+            if parameter.numel():
+                spans.append((start, start + (last + 1) * parameter.element_size(), id(parameter)))
+    tied: set[int] = set()
+    furthest, holder = 0, 0
+    for start, end, identity in sorted(spans):
+        if start < furthest:
+            tied |= {identity, holder}
+        if end > furthest:
+            furthest, holder = end, identity
+    return tied
 
 
 def _pack(layer: nn.Module, weight: torch.Tensor, wanted: tuple[int, int] | None, limits: RowLimits | None) -> NMLinear:

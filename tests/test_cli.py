@@ -99,8 +99,13 @@ def test_an_existing_folder_is_left_alone_unless_told(prune, tmp_path):
     assert code == 1
     assert "--overwrite" in errors
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
-    assert prune(tmp_path / "out", "--overwrite")[0] == 0
-    assert (tmp_path / "out" / "config.json").is_file()
+    code, _, errors = prune(tmp_path / "out", "--overwrite")
+    assert code == 1
+    assert "holds mine" in errors
+    (tmp_path / "out" / "mine").unlink()
+    for seed in range(2):
+        assert prune(tmp_path / "out", "--overwrite", "--seed", seed)[0] == 0
+        assert (tmp_path / "out" / "config.json").is_file()
 
 
 @pytest.mark.parametrize(

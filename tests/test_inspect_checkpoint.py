@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -38,9 +40,35 @@ def test_a_folder(tmp_path):
     ]
 
 
+def test_a_matrix_without_elements_is_dense(tmp_path, command):
+    save_file({"[/]": torch.ones(0, 4), "b": torch.ones(4, 0)}, tmp_path / "model.safetensors")
+    assert [(t.name, t.zeros, t.pattern) for t in inspect_checkpoint(tmp_path)] == [
+        ("[/]", 0.0, "dense"),
+        ("b", 0.0, "dense"),
+    ]
+    code, _, errors = command("info", tmp_path)
+    assert code == 0, errors
+
+
+def test_an_index_says_which_files_count(tmp_path):
+    save_file({"a": torch.ones(4, 4)}, tmp_path / "model-1.safetensors")
+    save_file({"stale": torch.ones(4, 4)}, tmp_path / "consolidated.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert [tensor.name for tensor in inspect_checkpoint(tmp_path)] == ["a"]
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors: is missing, and .*index\.json names it"):
+        inspect_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: lacks b, which"):
+        inspect_checkpoint(tmp_path)
+
+
 def test_errors(tmp_path):
     with pytest.raises(CheckpointError, match=r"no \.safetensors"):
         inspect_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        inspect_checkpoint(tmp_path / "nosuch")
     (tmp_path / "model.safetensors").write_bytes(b"\x10" + b"\x00" * 20)
     with pytest.raises(CheckpointError, match="may be damaged"):
         inspect_checkpoint(tmp_path)

@@ -96,7 +96,7 @@ def test_what_lies_beside_it(make_decoder, tokenizer, tmp_path):
     again, words = load_model(tmp_path / "out")
     assert words("fox")["input_ids"] == tokenizer("fox")["input_ids"]
     assert again.generation_config.max_new_tokens == 7
-    assert json.loads((tmp_path / "out" / "ace_triton.json").read_text()) == {"method": "ace"}
+    assert json.loads((tmp_path / "out" / "ace_triton.json").read_text())["method"] == "ace"
 
 
 def test_what_cannot_be_saved_or_is_no_packed_folder(make_decoder, tiny_checkpoint, tmp_path):
@@ -115,7 +115,7 @@ def test_what_cannot_be_saved_or_is_no_packed_folder(make_decoder, tiny_checkpoi
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+def sound(tmp_path_factory, tokenizer) -> tuple[Path, dict[str, torch.Tensor]]:
     """A packed folder, and the tensors of the model that it holds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -125,7 +125,7 @@ def sound(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     prune_model(model, None, "magnitude", "2:4")
     sparsify(model)
     folder = tmp_path_factory.mktemp("packed") / "sound"
-    save_packed(model, None, folder)
+    save_packed(model, tokenizer, folder)
     return folder, {**model.state_dict(), **dict(model.named_buffers())}
 
 
@@ -150,7 +150,7 @@ def refuse_or_same(folder: Path, tensors: dict[str, torch.Tensor]) -> bool:
 
 @FUZZ
 @given(
-    name=st.sampled_from([TENSORS_FILE, MANIFEST_FILE, "config.json"]),
+    name=st.sampled_from([TENSORS_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer.json"]),
     where=st.floats(0, 1, exclude_max=True),
     flip=st.integers(1, 255),
 )
@@ -165,7 +165,7 @@ def test_a_changed_byte_is_found(sound, tmp_path, name, where, flip):
 
 @FUZZ
 @given(
-    name=st.sampled_from([TENSORS_FILE, MANIFEST_FILE, "config.json"]),
+    name=st.sampled_from([TENSORS_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer.json"]),
     cut=st.floats(0, 1, exclude_max=True),
     more=st.binary(max_size=3),
 )
@@ -251,23 +251,82 @@ def test_tensors_that_do_not_fit_are_named(sound, tmp_path, change, message):
         load(resigned(copy_of(sound, tmp_path), change))
 
 
+def test_every_file_has_a_checksum(sound, tmp_path):
+    folder = copy_of(sound, tmp_path)
+    names = {path.name for path in folder.iterdir()}
+    assert set(json.loads((folder / MANIFEST_FILE).read_text())["files"]) == names - {MANIFEST_FILE}
+    words = json.loads((folder / "tokenizer.json").read_text())
+    words["model"]["vocab"].update(a=words["model"]["vocab"]["b"], b=words["model"]["vocab"]["a"])
+    for name, content in (("tokenizer.json", words), ("generation_config.json", {"eos_token_id": 3})):
+        folder = copy_of(sound, tmp_path)
+        (folder / name).write_text(json.dumps(content))
+        with pytest.raises(PackedError, match=rf"{name}: (has \d+ bytes instead|does not match)"):
+            load(folder)
+    folder = copy_of(sound, tmp_path)
+    (folder / "README.md").write_text("A model card that was added later.")
+    assert not refuse_or_same(folder, sound[1])
+
+
+def test_an_older_folder_loads_and_its_gap_is_named(sound, tmp_path):
+    folder = copy_of(sound, tmp_path)
+    content = json.loads((folder / MANIFEST_FILE).read_text())
+    content["version"] = 1
+    content["files"] = {name: content["files"][name] for name in (TENSORS_FILE, "config.json")}
+    (folder / MANIFEST_FILE).write_text(signed(content))
+    with pytest.warns(UserWarning, match="its tokenizer and generation config have no checksums; pack it again"):
+        assert not refuse_or_same(folder, sound[1])
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
+def test_a_manifest_never_leads_out_of_its_folder(sound, tmp_path, name):
+    folder = copy_of(sound, tmp_path)
+    content = json.loads((folder / MANIFEST_FILE).read_text())
+    content["files"][name] = {"bytes": 1, "sha256": ""}
+    (folder / MANIFEST_FILE).write_text(signed(content))
+    with pytest.raises(PackedError, match=f"'{name}' is not a file in the folder"):
+        load(folder)
+
+
 @pytest.mark.parametrize("field", ["version", "layout"])
 def test_a_newer_file_says_so(sound, tmp_path, field):
     folder = copy_of(sound, tmp_path)
     content = json.loads((folder / MANIFEST_FILE).read_text())
+    known = content[field]
     content[field] += 1
     (folder / MANIFEST_FILE).write_text(signed(content))
-    with pytest.raises(PackedError, match=f"{field} 2 is newer than the 1 .* upgrade ace-triton"):
+    with pytest.raises(PackedError, match=f"{field} {known + 1} is newer than the {known} .* upgrade ace-triton"):
         load(folder)
 
 
-def test_a_model_of_another_shape_is_refused(sound, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 32}, r"gate_proj: packed as a linear layer \(24, 16\)"),
+        ({"num_hidden_layers": 10**6}, r"config\.json asks for 1,000,000 layers, .* holds only 19 tensors"),
+        ({"architectures": None, "model_type": "clip"}, "is a clip model, not a causal language model"),
+    ],
+)
+def test_a_sealed_config_of_another_model_is_refused(sound, tmp_path, changes, message):
     folder = copy_of(sound, tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
     content = json.loads((folder / MANIFEST_FILE).read_text())
     stored = (folder / "config.json").read_bytes()
     content["files"]["config.json"] = {"bytes": len(stored), "sha256": hashlib.sha256(stored).hexdigest()}
     (folder / MANIFEST_FILE).write_text(signed(content))
-    with pytest.raises(PackedError, match=r"gate_proj: packed as a linear layer \(24, 16\)"):
+    with pytest.raises(CheckpointError, match=message):
         load(folder)
+
+
+def test_what_load_cannot_give(sound, tmp_path):
+    with pytest.raises(CheckpointError, match=r"dtype torch\.float64: packed checkpoints are loaded as float32, "):
+        load(sound[0], dtype=torch.float64)
+    with pytest.raises(CheckpointError, match="device 'nosuch' is not available here"):
+        load(sound[0], device="nosuch")
+    with pytest.raises(PackedError, match="no such folder"):
+        load(tmp_path / "nosuch")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        folder = copy_of(sound, tmp_path)
+        (folder / name).unlink()
+        with pytest.raises(PackedError, match=f"{name}: is missing"):
+            load_model(folder)

@@ -11,6 +11,7 @@ import torch
 import typer
 
 from ..beginnings import Bos
+from ..report import check_json_target
 from ..update import Update
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -77,5 +78,5 @@ def parse_device(name: str) -> str:
 
 def check_json(path: Path | None) -> None:
     """ValueError for a ``--json`` that could not be written, before any work is done."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError(f"--json {path}: name a file in a folder that exists")
+    if path is not None:
+        check_json_target(path)

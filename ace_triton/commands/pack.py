@@ -35,7 +35,7 @@ def pack(
     if is_packed(src):
         raise ValueError(f"{src} is packed already")
     checkpoint.check_out(out, overwrite=overwrite)
-    with progress_bars() as progress:
+    with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         with stage(progress, "load the model"):
             model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
         with stage(progress, "pack"):

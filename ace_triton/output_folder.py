@@ -1,0 +1,347 @@
+"""Write a folder atomically: reserve its name before the work, write beside it, and rename at the end.
+
+``OUT`` is reserved by a locked work folder ``.OUT.ace-triton`` beside it. The new content is written there. A run that
+was killed leaves the work folder, and the next run on the same ``OUT`` cleans it up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Not on Windows, where two runs on one folder are only noticed at the rename.
+    fcntl = None  # type: ignore[assignment]
+
+REPORT_FILE = "ace_triton.json"
+MANIFEST_FILE = "ace_triton_packed.json"
+
+NEW, OLD, LOCK = "new", "old", "lock"
+SUFFIX = ".ace-triton"
+LONGEST_NAME = 255
+NAMED = 4
+"""Files that an error names before it only counts."""
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written. The message says what to do."""
+
+
+@dataclass
+class Reservation:
+    """A folder that this process may write.
+
+    Attributes:
+        path: the folder.
+        work: the locked folder beside it.
+        written: True once ``path`` holds the new content.
+    """
+
+    path: Path
+    work: Path
+    written: bool = False
+
+
+_RESERVED: dict[Path, Reservation] = {}
+"""What this process has reserved, so that :func:`replacing` works inside :func:`reserved`."""
+
+
+def check_out(out: str | Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError if ``out`` could not be written at the end of the work.
+
+    With ``overwrite`` an existing folder may be replaced if it is empty, or if its ``ace_triton.json`` or its
+    packed manifest lists every file in it. Links, mount points, the home folder, the working directory and their
+    parents are never replaced.
+    """
+    path = _place(out)
+    room = LONGEST_NAME - len(SUFFIX) - 1
+    if len(os.fsencode(path.name)) > room:
+        raise CheckpointError(f"{out}: the name is too long; at most {room} bytes work")
+    if os.path.lexists(path):
+        refusal = _why_not_replaced(path)
+        if not overwrite:
+            also = (
+                f" (--overwrite would not replace it: it {refusal})"
+                if refusal
+                else ", or pass --overwrite to replace it"
+            )
+            raise CheckpointError(f"{out} is there already: name another folder{also}")
+        if refusal:
+            raise CheckpointError(f"{out} {refusal}")
+    parent = next(p for p in path.parents if os.path.lexists(p))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{out}: cannot write to {parent}")
+
+
+@contextmanager
+def reserved(out: str | Path, *, overwrite: bool) -> Iterator[Reservation]:
+    """Inside, no other ace-triton writes to ``out``, and :func:`replacing` may.
+
+    What a killed run on the same folder left is removed first, with a warning. A KeyboardInterrupt or SystemExit gets
+    a note that says if ``out`` was written.
+
+    Raises:
+        CheckpointError: as :func:`check_out`, or another process has reserved ``out``.
+    """
+    path = _place(out)
+    if path in _RESERVED:
+        yield _RESERVED[path]
+        return
+    check_out(out, overwrite=overwrite)
+    place = Reservation(path, path.with_name(f".{path.name}{SUFFIX}"))
+    made: list[Path] = []
+    try:
+        made += [p for p in path.parents if not p.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(place, out)
+    except OSError as error:
+        _remove_empty(made)
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
+    try:
+        _recover(place)
+        check_out(out, overwrite=overwrite)
+        _RESERVED[path] = place
+        yield place
+    except (KeyboardInterrupt, SystemExit) as stop:
+        stop.add_note(f"{out} was written" if place.written else f"nothing was written to {out}")
+        raise
+    finally:
+        _RESERVED.pop(path, None)
+        for folder in (NEW, OLD):
+            if folder == NEW or place.written:
+                shutil.rmtree(place.work / folder, ignore_errors=True)
+        with suppress(OSError):
+            (place.work / LOCK).unlink()
+            place.work.rmdir()
+        os.close(lock)
+        _remove_empty(made)
+
+
+@contextmanager
+def replacing(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new folder that becomes ``out`` if the block succeeds, and is removed if it fails.
+
+    An old ``out`` stays complete until the new one is. On Linux the two change places in one step. Files get the
+    mode that the umask gives. Write a report (:func:`write_report`) or a packed manifest last: without one, a later
+    run refuses to replace the folder.
+
+    Raises:
+        CheckpointError: as :func:`reserved`, or the content cannot be written.
+    """
+    with reserved(out, overwrite=overwrite) as place:
+        fresh = place.work / NEW
+        try:
+            fresh.mkdir()
+            yield fresh
+            give_mode(fresh, place.work / LOCK)
+            _put(place, fresh, out, overwrite=overwrite)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            # The tokenizers library raises a plain Exception when the disk is full.
+            if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
+                unchanged = "" if place.written else "; nothing there was changed"
+                raise CheckpointError(f"{out}: could not be written ({error}){unchanged}") from error
+            raise
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write ``ace_triton.json`` with the names of all files in the folder, which ``--overwrite`` may delete later."""
+    files = sorted({*files_in(folder), REPORT_FILE})
+    (folder / REPORT_FILE).write_text(json.dumps({**report, "files": files}, indent=2) + "\n")
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object; None if it cannot be read or is another JSON value."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def files_in(folder: Path) -> list[str]:
+    """All files in a folder and its subfolders, as relative POSIX paths in order."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+
+
+def give_mode(folder: Path, like: Path) -> None:
+    """Give all files the mode of one that follows the umask (safetensors writes files with mode 0600)."""
+    mode = like.stat().st_mode & 0o777
+    for name in files_in(folder):
+        path = folder / name
+        if not path.is_symlink() and path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
+
+
+def listing(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _place(out: str | Path) -> Path:
+    """The absolute path of ``out``, with links resolved in its parents and not in itself."""
+    path = Path(out).absolute()
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+
+
+def _why_not_replaced(path: Path) -> str | None:
+    """Why ``--overwrite`` must not replace what is at ``path``, as the end of a sentence; None if it may."""
+    if path.is_symlink():
+        return f"is a symbolic link to {os.readlink(path)}: name a folder"
+    if path.is_file():
+        return "is a file; name a folder"
+    if not path.is_dir():
+        return "is a device or a pipe; name a folder"
+    if os.path.ismount(path):
+        return "is a mount point, which cannot be replaced: name a folder inside it"
+    with suppress(OSError, RuntimeError):
+        for special, kind in ((Path.home(), "the home folder"), (Path.cwd(), "the working directory")):
+            if special.resolve().is_relative_to(path):
+                return f"is {kind} or holds it: name another folder"
+    return _foreign_content(path)
+
+
+def _foreign_content(folder: Path) -> str | None:
+    """What a folder holds that no report or manifest in it lists, as the end of a sentence; None if nothing."""
+    listed: set[str] = set()
+    for marker in (REPORT_FILE, MANIFEST_FILE):
+        files = (read_json_object(folder / marker) or {}).get("files")
+        if isinstance(files, list | dict):
+            listed |= {marker, *(str(name) for name in files)}
+    folders = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
+    foreign = []
+    for root, inner, files in os.walk(folder, onerror=_raise):
+        for name in (*inner, *files):
+            entry = Path(root, name)
+            relative = entry.relative_to(folder).as_posix()
+            is_folder = name in inner and not entry.is_symlink()
+            if relative not in (folders if is_folder else listed):
+                foreign.append(relative)
+        inner[:] = [name for name in inner if Path(root, name).relative_to(folder).as_posix() in folders]
+    if not foreign:
+        return None
+    found = listing(sorted(foreign))
+    if not listed:
+        return f"was not written by ace-triton and holds {found}: name another folder, or remove it yourself"
+    return f"also holds {found}, not written by ace-triton: name another folder, or move that elsewhere"
+
+
+def _lock(place: Reservation, out: str | Path) -> int:
+    """Make and lock the work folder. Returns the lock's file descriptor."""
+    while True:
+        with suppress(FileNotFoundError):  # Another run ended just now and removed its work folder: try again.
+            place.work.mkdir(exist_ok=True)
+            if place.work.is_symlink() or set(os.listdir(place.work)) - {NEW, OLD, LOCK}:
+                raise CheckpointError(f"{out}: {place.work} is in the way and not ace-triton's own; move it elsewhere")
+            lock = os.open(place.work / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            if not _hold(lock):
+                os.close(lock)
+                raise CheckpointError(
+                    f"{out}: another ace-triton is writing to it; wait until it ends, or name another folder"
+                )
+            if os.path.samestat(os.fstat(lock), os.stat(place.work / LOCK)):
+                return lock
+            os.close(lock)
+
+
+def _hold(lock: int) -> bool:
+    """Lock a file until its descriptor is closed. False if another process holds it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # Those mean a file system without locks.
+            raise
+    return True
+
+
+def _recover(place: Reservation) -> None:
+    """Clean up after a run that was killed."""
+    new, old = place.work / NEW, place.work / OLD
+    if old.exists() and not os.path.lexists(place.path):
+        old.rename(place.path)
+        warnings.warn(f"{place.path} is back: a run was killed while it replaced this folder", stacklevel=4)
+    left = [folder for folder in (new, old) if folder.exists()]
+    for folder in left:
+        shutil.rmtree(folder)
+    if left:
+        warnings.warn(f"removed {place.work}, which a killed run on {place.path} left", stacklevel=4)
+
+
+def _put(place: Reservation, fresh: Path, out: str | Path, *, overwrite: bool) -> None:
+    """Move the new folder to its place, and delete an old one that may be replaced."""
+    path, old = place.path, place.work / OLD
+    if not os.path.lexists(path):
+        fresh.rename(path)  # Fails if a file or a folder with content appeared since the line above.
+        place.written = True
+        return
+    if not overwrite:
+        raise CheckpointError(f"{out} appeared meanwhile; nothing there was changed: name another folder")
+    refusal = _why_not_replaced(path)
+    if refusal:
+        raise CheckpointError(f"{out} {refusal}; nothing there was changed")
+    _flush(fresh)
+    if _exchange(fresh, path):
+        place.written = True
+        refusal = _foreign_content(fresh)  # The old folder, now where no other process looks for it.
+        if refusal:
+            place.written = not _exchange(fresh, path)
+            raise CheckpointError(f"{out} {refusal}; nothing there was changed")
+        return
+    path.rename(old)
+    try:
+        refusal = _foreign_content(old)
+        if refusal:
+            raise CheckpointError(f"{out} {refusal}; nothing there was changed")
+        fresh.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    place.written = True
+
+
+def _flush(folder: Path) -> None:
+    """Wait until a folder's content is on disk, so that a power cut cannot take the old and the new one."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step. False if the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
