@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 
 import torch
 
 from ace_triton import checkpoint
+from ace_triton.output_folder import LOCK, SUFFIX
 from ace_triton.recover import pruned_masks
-from ace_triton.recovery_state import locked
 
 
 def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
@@ -59,7 +60,8 @@ def test_the_command_refuses_what_is_no_dense_teacher(command, tiny_checkpoint, 
     assert command("prune", tiny_checkpoint, pruned, "--method", "wanda", *small)[0] == 0
     assert command("pack", pruned, packed)[0] == 0
     shutil.copytree(tiny_checkpoint, tmp_path / "dense")
-    assert command("prune", tiny_checkpoint, tiny_checkpoint, "--method", "wanda", *small, "--overwrite")[0] == 0
+    shutil.rmtree(tiny_checkpoint)
+    shutil.copytree(pruned, tiny_checkpoint)
 
     def refusal(folder, *words) -> str:
         code, _, errors = command("recover", folder, tmp_path / "out", *small, "--steps", 1, *words)
@@ -86,10 +88,13 @@ def test_two_commands_at_once_are_refused(command, tiny_checkpoint, some_text, t
     small = ("--calibration", some_text, "--samples", 4, "--length", 16)
     assert command("prune", tiny_checkpoint, tmp_path / "pruned", "--method", "wanda", *small)[0] == 0
     recovering = ("recover", tmp_path / "pruned", tmp_path / "out", *small, "--steps", 1)
-    with locked(tmp_path / ".out.recovery" / "run"):
+    work = tmp_path / f".out{SUFFIX}"
+    work.mkdir()
+    with (work / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         code, _, errors = command(*recovering)
     assert code == 1
-    assert "another process is running this recovery" in errors
+    assert "another ace-triton is writing to it" in errors
     code, _, errors = command(*recovering)
     assert code == 0, errors
     assert not list(tmp_path.glob(".out*"))
