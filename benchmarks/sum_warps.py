@@ -32,11 +32,7 @@ def microseconds(tensor: torch.Tensor, warps: int, stopwatch: Stopwatch) -> floa
         return min(stopwatch.time(lambda: operation(tensor)) for _ in range(CALLS)) * 1e6
 
 
-def main(
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="On a CPU, with small inputs; says nothing of a GPU.")
-    ] = False,
-) -> None:
+def main(dry_run: Annotated[bool, typer.Option("--dry-run", help="On a CPU, with small inputs.")] = False) -> None:
     """Print a line for each shape: microseconds by warps on each multiprocessor."""
     device = torch.device("cpu" if dry_run else "cuda")
     stopwatch = Stopwatch(device)

@@ -20,6 +20,8 @@ LAST_MARK = 2**31 - 1
 def all_finite(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:
     """True if tensors hold neither NaN nor infinity, and score terms neither these nor numbers below 0.
 
+    The answer is read on the host, which waits for a GPU and cannot be recorded in a CUDA graph.
+
     Args:
         tensors: of any shapes; fp32, fp16 or bf16; on one device.
         terms: fp32, on that device.
