@@ -122,18 +122,20 @@ def sections(out: Path, dry_run: bool) -> tuple[Section, ...]:
         return Section(name, ("-m", "pytest", "-q", *arguments, *options, *device, *files), limit)
 
     which = DRY_RUN_TESTS if dry_run else "cuda"
-    files = ("tests/kernels", "tests/test_semi_structured.py", "tests/test_published_baselines.py")
-    tests = (*files, "-k", which, "--junitxml", str(report))
+    alone = [f"tests/test_{name}.py" for name in ("cuda", "semi_structured", "published_baselines")]
+    tests = ("tests/kernels", *alone, "-k", which, "--junitxml", str(report))
     kernels = [f"benchmarks/bench_{name}.py" for name in KERNELS]
     layer = ("--device", "cpu", "--shape", "64x128", "--rows", "1") if dry_run else ("--shape", "4096x11008")
     sparse = ("-m", "ace_triton", "bench", *layer, "--json", str(out / SPARSE))
     return (
         Section("tests", ("-m", "pytest", "-q", *tests, *workers), 200),
+        Section("races", ("-m", "benchmarks.races"), 40),
         timed("kernels", 80, *kernels, "-k", "not other_patterns and not masks"),
-        timed("layers", 90, "benchmarks/bench_prune_layer.py"),
-        timed("model", 70, "benchmarks/bench_prune_model.py", "-k", "score_and_mask or ria"),
-        Section("sparse", sparse, 70),
-        timed("patterns", 50, kernels[0], "-k", "other_patterns or masks"),
+        Section("sums", ("-m", "benchmarks.sum_warps", *(("--dry-run",) if dry_run else ())), 30),
+        timed("layers", 70, "benchmarks/bench_prune_layer.py"),
+        timed("model", 60, "benchmarks/bench_prune_model.py", "-k", "score_and_mask or ria"),
+        Section("sparse", sparse, 50),
+        timed("patterns", 40, kernels[0], "-k", "other_patterns or masks"),
     )
 
 
@@ -193,7 +195,7 @@ def write_record(out: Path, environment: Environment, finished: Sequence[Finishe
     lines = [title, "", "| | |", "|---|---|", *facts, "", "| section | status | took |", "|---|---|---:|", *ended, ""]
     lines += [*markdown_table(outcomes(results)), ""]
     for one in finished:
-        if one.status != "passed" or one.name == "sparse":
+        if one.status != "passed" or one.name in ("races", "sums", "sparse"):
             lines += [f"## {one.name}: {one.status}", "", "```", *one.tail, "```", ""]
     (out / "on_gpu.md").write_text("\n".join(lines))
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Tests of the kernels on a GPU, then their times, in under ten minutes: see benchmarks/on_gpu.py.
+# On compute capability 10 (B200) test_coupling_is_exact_to_fp32 in tests/test_cuda.py is the one that runs tcgen05.
 # usage: benchmarks/on_gpu.sh [--out DIR] [--only SECTION ...] [--dry-run]     PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer
 
+from benchmarks import races, sum_warps
 from benchmarks.on_gpu import Environment, Section, main, run_section, sections, write_record
 from benchmarks.results import load
 
@@ -46,7 +47,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_an_unknown_section_is_refused(tmp_path):
-    with pytest.raises(typer.BadParameter, match="no section speed; there are tests, kernels"):
+    with pytest.raises(typer.BadParameter, match="no section speed; there are tests, races, kernels, sums"):
         main(out=tmp_path, only=["speed"], dry_run=True)
 
 
@@ -58,7 +59,7 @@ def test_all_limits_fit_into_ten_minutes(tmp_path, dry_run):
 def test_on_a_gpu_only_tests_on_it_count(tmp_path):
     found = {section.name: section.arguments for section in sections(tmp_path, dry_run=False)}
     assert found["tests"][found["tests"].index("-k") + 1] == "cuda"
-    assert "tests/test_semi_structured.py" in found["tests"]
+    assert {"tests/test_cuda.py", "tests/test_semi_structured.py"} <= set(found["tests"])
     for name in ("kernels", "layers", "model", "patterns"):
         assert found[name][found[name].index("--bench-device") + 1] == "cuda"
         assert "--tiny" not in found[name]
@@ -69,6 +70,23 @@ def test_every_file_named_is_there(tmp_path):
         for word in section.arguments:
             if word.startswith(("tests/", "benchmarks/")):
                 assert (ROOT / word).exists(), word
+
+
+def test_warps_of_sums_are_compared(capsys):
+    sum_warps.main(dry_run=True)
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert {len(line.split("\t")) for line in (head, *lines)} == {5}
+
+
+def test_what_the_race_detector_runs_runs():
+    races.main(run=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_race_detector_is_said(capsys):
+    races.main(run=False)
+    assert "nothing was checked" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
