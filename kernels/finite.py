@@ -15,7 +15,10 @@ LAST_MARK = 2**31 - 1
 
 
 def all_finite(*tensors: torch.Tensor) -> bool:
-    """True where tensors (any shapes; fp32, fp16 or bf16; on one device) hold neither NaN nor infinity."""
+    """True where tensors (any shapes; fp32, fp16 or bf16; on one device) hold neither NaN nor infinity.
+
+    The answer is read on the host, which waits for a GPU and cannot be recorded in a CUDA graph.
+    """
     backend = choose_backend(*tensors)
     if backend == "cpu":
         return all(cpu.all_finite(tensor) for tensor in tensors)

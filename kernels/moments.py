@@ -46,7 +46,8 @@ def moments(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> Moments:
         tokens: [n_sequences, length, in_features], or [n_tokens, in_features] as one sequence; fp32,
             fp16 or bf16.
         valid: bool [n_sequences, length] (or [n_tokens]), False for tokens to leave out (padding).
-            What stands in tokens left out is never used, NaN included.
+            What stands in tokens left out is never used, NaN included. Their number is read on the host, which
+            waits for a GPU and cannot be recorded in a CUDA graph.
 
     Raises:
         ValueError: a shape that does not fit.

@@ -30,6 +30,8 @@ BITS = {1: torch.int8, 2: torch.int16}
 def pack_cutlass(weight: torch.Tensor | PackedNM, terms: ScoreTerms | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Values [out, in / 2] and metadata [out, in / 16] (int16; [out, in / 32], int32, for int8) of a 2:4 weight.
 
+    Whether a dense weight is 2:4 is read on the host, which waits for a GPU and cannot be recorded in a CUDA graph.
+
     Args:
         weight: [out, in], fp16, bf16 or int8, out a multiple of 32 (16 for int8), in of 32 (64); or packed 2:4, from
             which the values and metadata are made without the dense weight between.

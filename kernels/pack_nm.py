@@ -40,6 +40,8 @@ __all__ = [
 def pack_nm(weight: torch.Tensor, n: int, m: int) -> PackedNM:
     """Pack a weight that is n:m already.
 
+    Whether it is so is read on the host, which waits for a GPU and cannot be recorded in a CUDA graph.
+
     Args:
         weight: [out_features, in_features], fp32, fp16, bf16 or int8, at most n of every m inputs not 0.
         n: how many of a group are kept, 0 < n < m.
