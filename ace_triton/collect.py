@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class _Reading:
         version: the tensor's version counter when it was read: a higher one means changed in place.
         founding: whether the group was founded by this reading, and takes new members.
         names: who read it.
+        before: the group's statistics without this tensor, if the group was founded in this batch by another one.
         outputs: by layer, with their version.
     """
 
@@ -45,6 +47,7 @@ class _Reading:
     group: _Group
     founding: bool
     names: set[str]
+    before: ActivationStats | None = None
     outputs: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     def is_of(self, tensor: torch.Tensor) -> bool:
@@ -68,7 +71,7 @@ class _AllRead(Exception):
 class InputCollector:
     """Statistics of what some linear layers read and, where the metric needs it, write.
 
-    Layers that read the very same tensor in the first batch that reaches them form a group with one
+    Layers that read the very same tensors in the first batch that reaches them form a group with one
     :class:`ActivationStats`, updated once a batch.
 
     Args:
@@ -189,6 +192,8 @@ class InputCollector:
                 return reading
         self._settle()
         founding = group is None
+        new = any(reading.founding and reading.group is group for reading in self._readings)
+        before = copy.deepcopy(group.stats) if group is not None and new else None
         if group is None:
             width = tensor.shape[-1]
             gram = Gram(width) if self._needs.gram else None
@@ -196,7 +201,7 @@ class InputCollector:
             group = self._group_of[name] = _Group([name], ActivationStats(width, gram=gram, sample=sample))
         tokens, valid = self._sequences(tensor)
         group.stats.update(tokens, valid=valid)
-        reading = _Reading(tensor, tensor._version, group, founding, {name})
+        reading = _Reading(tensor, tensor._version, group, founding, {name}, before)
         self._readings.append(reading)
         return reading
 
@@ -237,11 +242,20 @@ class InputCollector:
         return tensor.reshape(n_sequences, -1, tensor.shape[-1]), valid
 
     def _check_groups(self) -> None:
-        for reading in self._readings:
-            missing = set(reading.group.names) - reading.names
-            if missing:
+        """Divide each group that did not read its tensors together in the batch that founded it."""
+        for group in dict.fromkeys(reading.group for reading in self._readings):
+            readings = [reading for reading in self._readings if reading.group is group]
+            partial = [reading for reading in readings if len(reading.names) < len(group.names)]
+            if not partial:
+                continue
+            names, before = partial[0].names, partial[0].before
+            others = [name for name in group.names if name not in names]
+            alike = all(reading.names == names for reading in partial)
+            if before is None or not alike or readings[-len(partial) :] != partial:
                 raise PruneError(
-                    f"{', '.join(sorted(reading.names))} and {', '.join(sorted(missing))} read one tensor in an "
+                    f"{', '.join(sorted(names))} and {', '.join(sorted(others))} read one tensor in an "
                     "earlier batch and not in this one, so their statistics cannot be shared; prune one after the "
                     "other with include="
                 )
+            group.names = [name for name in group.names if name in names]
+            self._group_of |= dict.fromkeys(others, _Group(others, before))

@@ -2,16 +2,15 @@
 
     python -m benchmarks.families
 
-A family counts as pruned where every layer of its report has at most two of every four weights left and the model
-still gives finite logits. Configurations are transformers' own with small sizes in place; a family that a few sets of
-small sizes do not suit is named and not judged.
+A family counts as pruned if every layer of its report has at most two of every four weights left, its account adds up
+to all matrices of its blocks, and the model still gives finite logits.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,48 +20,27 @@ import transformers
 import typer
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ace_triton import prune_model
+from ace_triton import ModelReport, prune_model
+from ace_triton.blocks import find_blocks, linears_of
+from ace_triton.model_report import LayerReport
 from ace_triton.prune import linear_weight
 
-WIDTH = dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim"), 32)
-INNER = dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 64)
-DEPTH = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2)
-HEADS = dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4)
-LATENT = dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16) | dict.fromkeys(
-    ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8
-)
-EXPERTS = (
-    dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4)
-    | dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16)
-    | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
-)
-RECURRENT = dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_state", "mamba_d_head"), 8) | {
-    "state_size": 8,
-    "mamba_n_heads": 8,
-    "mamba_n_groups": 1,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
+from .small_models import NotMade, small_model
+
+NOT_JUDGED = {
+    "gemma3n": "its vision tower needs the package timm; its text decoder is gemma3n_text",
+    "gemma4_assistant": "a drafter, which reads hidden states and keys of another model",
+    "gemma4_unified_assistant": "a drafter, which reads hidden states and keys of another model",
+    "musicgen": "AutoModelForCausalLM makes no model from its configuration, which is an encoder-decoder's",
+    "musicgen_melody": "AutoModelForCausalLM makes no model from its configuration, which is an encoder-decoder's",
 }
-TEXT = {"vocab_size": 101, "max_position_embeddings": 64, "n_positions": 64, "sliding_window": 8}
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SMALL = {**WIDTH, **INNER, **DEPTH, **HEADS, **LATENT, **EXPERTS, **RECURRENT, **TEXT, **TOKENS}
-SMALL |= {"num_key_value_heads": 2, "head_dim": 8}
+"""Families of which no small model is made, and why not."""
 
-DEEP = dict.fromkeys(DEPTH, 8) | {"attn_layer_period": 2, "attn_layer_offset": 1}
-TRIED: tuple[tuple[frozenset[str], dict[str, int]], ...] = (
-    (frozenset(), {}),
-    (frozenset({"head_dim"}), {}),
-    (frozenset(), DEEP),
-    (frozenset({"head_dim"}), DEEP),
-    (frozenset({"head_dim", "num_key_value_heads", *HEADS}), {}),
-    (frozenset({"head_dim", *LATENT}), {}),
-)
-"""Sets of small sizes, one tried after the other: what is left as the family has it, and what is changed."""
-
-MOST_PARAMETERS = 60_000_000
+MOST = 0.95
+"""Families with a smaller share of their blocks' matrices pruned are listed with their shares."""
 
 console = Console()
 
@@ -75,7 +53,9 @@ class Family:
         name: of the family.
         layers: pruned.
         dense: why others stayed dense.
-        whole: whether the whole model was run for each block.
+        whole: True if the whole model was run for each block.
+        pruned: share of the blocks' matrices.
+        outside: share of the decoder's linear layers, the head apart, that lies outside the blocks.
         error: what stopped it.
     """
 
@@ -83,28 +63,9 @@ class Family:
     layers: int = 0
     dense: tuple[str, ...] = ()
     whole: bool = False
+    pruned: float = 0.0
+    outside: float = 0.0
     error: str | None = None
-
-
-def small_model(name: str, ids: torch.Tensor) -> PreTrainedModel | None:
-    """A small random model that runs on ``ids`` [n_sequences, length]; None where no set of sizes makes one."""
-    for kept, changed in TRIED:
-        try:
-            known = AutoConfig.for_model(name)
-            sizes = {k: v for k, v in {**SMALL, **changed}.items() if k not in kept and hasattr(known, k)}
-            config = AutoConfig.for_model(name, **sizes)
-            with torch.device("meta"):
-                parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-            if parameters > MOST_PARAMETERS:
-                continue
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config).eval()
-            with torch.no_grad():
-                model(input_ids=ids, use_cache=False)
-        except Exception:
-            continue
-        return model
-    return None
 
 
 def judged(name: str, model: PreTrainedModel, ids: torch.Tensor, options: dict[str, Any]) -> Family:
@@ -112,29 +73,68 @@ def judged(name: str, model: PreTrainedModel, ids: torch.Tensor, options: dict[s
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            matrices = _block_matrices(model)
             report = prune_model(model, ids, batch_size=4, **options)
         with torch.no_grad():
             finite = bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())
-        wrong = [layer.name for layer in report.layers if not _two_of_four(model, layer.name, layer.axis)]
+        wrong = [layer.name for layer in report.layers if not _two_of_four(model, layer)]
         error = None if finite and not wrong else f"not finite, or not 2:4: {wrong}"
+        error = error or _misses(report, matrices)
     except Exception as problem:
         return Family(name, error=f"{type(problem).__name__}: {problem}")
     whole = any("the whole model is run" in str(warning.message) for warning in caught)
     dense = {re.sub(r"tied to .*", "tied to another layer's", skipped.reason) for skipped in report.skipped}
-    return Family(name, len(report.layers), tuple(sorted(dense)), whole, error)
+    pruned, outside = report.account.share("pruned"), _share_outside(model)
+    return Family(name, len(report.layers), tuple(sorted(dense)), whole, pruned, outside, error)
 
 
-def _two_of_four(model: PreTrainedModel, name: str, axis: str) -> bool:
-    """Of a layer that is a module; experts of a stack are none and pass."""
-    module = dict(model.named_modules()).get(name)
+def _block_matrices(model: PreTrainedModel) -> int:
+    """Elements of all parameters of the blocks with more than one row and column, and of linear layers with one."""
+    parameters = {}
+    for block in find_blocks(model):
+        linears = {layer.weight for _, layer in linears_of(block.module)}
+        for name, parameter in block.module.named_parameters():
+            wide = sum(size > 1 for size in parameter.shape) > 1 and "bias" not in name.rpartition(".")[2]
+            if wide or parameter in linears:
+                parameters[parameter] = parameter.numel()
+    return sum(parameters.values())
+
+
+def _misses(report: ModelReport, matrices: int) -> str | None:
+    """What is wrong with the account, or None."""
+    account = report.account
+    if account.pruned != sum(layer.parameters for layer in report.layers):
+        return f"the layers of the report have other weights than its account: {account}"
+    if account.blocks != matrices or account.pruned + account.skipped + account.excluded != matrices:
+        return f"the account misses some of the {matrices:,} weights of the blocks: {account}"
+    return None
+
+
+def _two_of_four(model: PreTrainedModel, layer: LayerReport) -> bool:
+    """True if a layer, or an expert of a stack in either layout, has at most two of every four weights left."""
+    module = dict(model.named_modules()).get(layer.name)
     weight = None if module is None else linear_weight(module)
-    if weight is None:
-        return True
-    along = weight if axis == "in" else weight.t()
-    return bool(((along.reshape(len(along), -1, 4) != 0).sum(-1) <= 2).all())
+    if weight is not None:
+        return _fits(weight if layer.axis == "in" else weight.t())
+    experts, index, matrix = layer.name.rsplit(".", 2)
+    stack = model.get_parameter(f"{experts}.{matrix}").detach()
+    rows = layer.parameters // stack.shape[-1]
+    expert = stack.reshape(-1, rows, stack.shape[-1])[int(index)]
+    return _fits(expert) or _fits(expert.t())
 
 
-def page(families: Sequence[Family], not_made: Sequence[str], options: dict[str, Any]) -> Iterator[str]:
+def _fits(lines: torch.Tensor) -> bool:
+    return bool(lines.shape[1] % 4 == 0 and ((lines.reshape(len(lines), -1, 4) != 0).sum(-1) <= 2).all())
+
+
+def _share_outside(model: PreTrainedModel) -> float:
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    inside = {layer for block in find_blocks(model) for _, layer in linears_of(block.module)}
+    sizes = {layer: layer.weight.numel() for _, layer in linears_of(decoder) if layer is not head}
+    return sum(size for layer, size in sizes.items() if layer not in inside) / max(sum(sizes.values()), 1)
+
+
+def page(families: Sequence[Family], not_made: Mapping[str, str], options: dict[str, Any]) -> Iterator[str]:
     """The document."""
     asked = ", ".join(f"{key}={value!r}" for key, value in options.items())
     pruned = [family for family in families if family.error is None]
@@ -142,13 +142,16 @@ def page(families: Sequence[Family], not_made: Sequence[str], options: dict[str,
     yield (
         f"Written by `make families`: a small random model of every family of causal decoders in transformers "
         f"{transformers.__version__}, pruned on random tokens by `prune_model(model, ids, {asked})`. Counted as "
-        "pruned: at most two of every four weights left in every layer of the report, and finite logits. A real "
-        "checkpoint may still differ from a small one.\n"
+        "pruned: at most two of every four weights left in every layer of the report, an account of pruned, skipped "
+        "and excluded weights that adds up to all matrices of the blocks, and finite logits. In a model with several "
+        "towers the text decoder is pruned. A real checkpoint may still differ from a small one.\n"
     )
     yield _line("Pruned, block by block", [f for f in pruned if not f.whole])
     yield _line("Pruned, the whole model run for each block", [f for f in pruned if f.whole])
     yield _line("Not pruned", [f for f in families if f.error is not None])
-    yield f"- **Not judged** ({len(not_made)}), since no set of small sizes suits them: {', '.join(not_made)}.\n"
+    yield f"- **Not judged** ({len(not_made)}): {', '.join(not_made) or 'none'}.\n"
+    for name, reason in not_made.items():
+        yield f"{name}: {reason}.\n"
     for family in families:
         if family.error is not None:
             yield f"{family.name}: {family.error}\n"
@@ -156,6 +159,15 @@ def page(families: Sequence[Family], not_made: Sequence[str], options: dict[str,
     yield "|---|---|"
     for reason in sorted({reason for family in pruned for reason in family.dense}):
         yield f"| {reason} | {', '.join(f.name for f in pruned if reason in f.dense)} |"
+    yield (
+        f"\nFamilies with less than {MOST:.0%} of their blocks' matrices pruned, or with more than {1 - MOST:.0%} of "
+        "their decoder's linear layers (the head apart) outside the blocks. Shares are those of the small models.\n"
+    )
+    yield "| family | pruned, of the blocks' matrices | linear layers outside the blocks |"
+    yield "|---|---|---|"
+    for family in pruned:
+        if family.pruned < MOST or family.outside > 1 - MOST:
+            yield f"| {family.name} | {family.pruned:.1%} | {family.outside:.1%} |"
 
 
 def _line(what: str, families: Sequence[Family]) -> str:
@@ -172,13 +184,14 @@ def main(
     torch.set_num_threads(1)
     ids = torch.randint(3, 101, (6, 16), generator=torch.Generator().manual_seed(1))
     options = {"method": method, "sparsity": "2:4", "permute": True, "update": "rescale"}
-    families, not_made = [], []
+    families: list[Family] = []
+    not_made: dict[str, str] = {}
     for name in track(only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "families", console=console):
-        model = small_model(name, ids)
-        if model is None:
-            not_made.append(name)
+        made = NotMade(NOT_JUDGED[name]) if name in NOT_JUDGED else small_model(name, ids)
+        if isinstance(made, NotMade):
+            not_made[name] = made.reason
         else:
-            families.append(judged(name, model, ids, options))
+            families.append(judged(name, made, ids, options))
     text = "\n".join(page(families, not_made, options))
     output.write_text(f"{text}\n", encoding="utf-8")
     console.print(f"{sum(f.error is None for f in families)} of {len(families)} pruned; written to {output}")

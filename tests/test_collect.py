@@ -141,6 +141,32 @@ def test_a_latecomer_does_not_inherit_earlier_batches(layers):
     close(collector.statistics("two"), ActivationStats.from_tokens(second))
 
 
+def test_a_layer_that_reads_more_than_its_group_in_the_first_batch_leaves_it(layers):
+    """As ZAYA's delayed values, which are computed for a row of zeros too."""
+    shared, extra, second = torch.randn(2, 3, 4), torch.randn(2, 1, 4), torch.randn(2, 3, 4)
+    collector = collector_of(layers, outputs=True)
+    for tokens in (shared, second):
+        run(collector, (layers["one"], tokens), (layers["two"], tokens), (layers["two"], extra))
+    assert collector.groups == [["one"], ["two"]]
+    for name, read in (("one", [shared, second]), ("two", [shared, extra, second, extra])):
+        wanted, got = ActivationStats.from_tokens(read[0], layer=layers[name]), collector.statistics(name)
+        for part in read[1:]:
+            tokens = part if part.shape[1] == 3 else part.reshape(1, -1, 4)
+            wanted.update(tokens, outputs=layers[name](tokens).detach())
+        assert got.count == wanted.count == sum(part.shape[0] * part.shape[1] for part in read)
+        torch.testing.assert_close(got.norm, wanted.norm)
+        torch.testing.assert_close(got.mean, wanted.mean)
+        torch.testing.assert_close(got.outputs.mean_weighted_square(), wanted.outputs.mean_weighted_square())
+
+
+def test_a_layer_that_joins_after_another_read_more_keeps_to_its_own(layers):
+    shared, extra = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    collector = collector_of(layers)
+    run(collector, (layers["one"], shared), (layers["one"], extra), (layers["two"], shared))
+    close(collector.statistics("one"), ActivationStats.from_tokens(torch.cat([shared, extra])))
+    close(collector.statistics("two"), ActivationStats.from_tokens(shared))
+
+
 def test_a_group_that_parts_is_refused(layers):
     shared = torch.randn(2, 3, 4)
     collector = collector_of(layers)
