@@ -42,6 +42,14 @@ FAMILIES = {
 and keys that one block lends another (Gemma 4)."""
 
 
+def pytest_configure() -> None:
+    """With ACE_TRITON_TEST_DTYPE=bfloat16 or float64 the package runs under that default dtype of torch."""
+    if dtype := os.environ.get("ACE_TRITON_TEST_DTYPE"):
+        from tests.default_dtype import use_default_dtype
+
+        use_default_dtype(getattr(torch, dtype))
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     """The name of every family in turn."""
