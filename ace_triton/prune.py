@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,7 +61,7 @@ def prune_linear(
     method: str = "ace",
     sparsity: str | float | Sparsity = "2:4",
     *,
-    update: str | Update | None = None,
+    update: str | Mapping[str, Any] | Update | None = None,
     name: str | None = None,
     return_mask: bool = False,
     **options: Any,
@@ -152,7 +152,7 @@ def prune_checked(
         chosen_mask = _solve(weight, gathered, request, axis, label, looked_at)
         mask = chosen_mask if return_mask else None
         return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
-    terms = _terms(request, served, gathered, label, looked_at)
+    terms = _scores(request, served, gathered, label, looked_at)
     try:
         mask = _select(weight, served, terms, pattern, axis, return_mask)
     except ValueError as error:
@@ -189,6 +189,8 @@ def _statistics(
         return None
     if given is None:
         raise StatsError(f"{label}: this method needs the layer's inputs: pass an ActivationStats or the raw tokens")
+    if not isinstance(given, (torch.Tensor, ActivationStats)):
+        raise StatsError(f"{label}: pass an ActivationStats or the raw tokens, got a {type(given).__name__}")
     if isinstance(given, torch.Tensor):
         if given.dim() not in (2, 3) or given.shape[-1] != weight.shape[1]:
             raise StatsError(
@@ -212,13 +214,18 @@ def _statistics(
     return given
 
 
-def _terms(
+def _scores(
     request: Request, weight: torch.Tensor, stats: ActivationStats | None, label: str, looked_at: bool
-) -> ScoreTerms:
+) -> ScoreTerms | torch.Tensor:
+    """What the metric gives: terms of a score, or the scores themselves, fp32 [out_features, in_features]."""
     try:
         terms = request.metric.terms(weight, stats, **request.options)
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
+    if not isinstance(terms, ScoreTerms):
+        if not looked_at:
+            _check_finite(weight, label)
+        return _checked_matrix(terms, weight, f"{label}: the metric {request.metric.name!r}")
     shown = looked_at or request.needs.weight_sums
     if not _are_finite(terms, stats, () if shown else (weight,)):
         _check_finite(weight, label)
@@ -228,6 +235,30 @@ def _terms(
             "the calibration forward (run it in bfloat16 or float32)"
         )
     return terms
+
+
+def _checked_matrix(scores: object, weight: torch.Tensor, label: str) -> torch.Tensor:
+    """A metric's own scores, fp32 and contiguous; PruneError if they are not finite numbers from 0 on, one a weight."""
+    if not isinstance(scores, torch.Tensor):
+        raise PruneError(
+            f"{label} returned a {type(scores).__name__}; return an ace_triton.ScoreTerms, or a tensor of scores "
+            "[out_features, in_features]"
+        )
+    if scores.shape != weight.shape or scores.device != weight.device:
+        raise PruneError(
+            f"{label} returned scores of shape {tuple(scores.shape)} on {scores.device}; the weight is "
+            f"{tuple(weight.shape)} on {weight.device}"
+        )
+    matrix = scores.detach().float().contiguous()
+    if not all_finite(matrix) or bool((matrix < 0).any()):
+        raise PruneError(f"{label} returned scores below 0, infinite or NaN; scores must be finite and 0 or more")
+    return matrix
+
+
+def score_matrix(request: Request, weight: torch.Tensor, stats: ActivationStats | None) -> torch.Tensor:
+    """The scores of all weights, fp32 [out_features, in_features]."""
+    scores = request.metric.terms(weight, stats, **request.options)
+    return scores if isinstance(scores, torch.Tensor) else scores_reference(weight, scores)
 
 
 def _are_finite(terms: ScoreTerms, stats: ActivationStats | None, further: Sequence[torch.Tensor]) -> bool:
@@ -256,7 +287,7 @@ def _solve(
     """Prune in place and move what is kept; returns the mask."""
     chosen, pattern, update = request.metric, request.pattern, request.update
     dense = weight.float().contiguous()
-    terms = ScoreTerms() if update is None else _terms(request, dense, stats, label, looked_at)
+    terms = ScoreTerms() if update is None else _scores(request, dense, stats, label, looked_at)
     try:
         solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **request.options)
         if update is not None:
@@ -277,7 +308,12 @@ def _solve(
 
 
 def _select(
-    weight: torch.Tensor, served: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, want_mask: bool
+    weight: torch.Tensor,
+    served: torch.Tensor,
+    terms: ScoreTerms | torch.Tensor,
+    pattern: Sparsity,
+    axis: Axis,
+    want_mask: bool,
 ) -> torch.Tensor | None:
     if served is weight and not want_mask:
         _choose(weight, terms, pattern, axis, "weight")
@@ -289,9 +325,16 @@ def _select(
 
 
 def _choose(
-    weight: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, output: Literal["mask", "weight"]
+    weight: torch.Tensor,
+    terms: ScoreTerms | torch.Tensor,
+    pattern: Sparsity,
+    axis: Axis,
+    output: Literal["mask", "weight"],
 ) -> torch.Tensor:
-    """What the terms keep: the mask, or the weight itself, in place, with 0 where it is not kept."""
+    """What the terms, or scores of their own, keep: the mask, or the weight itself, in place, with 0 elsewhere."""
+    if isinstance(terms, torch.Tensor):
+        mask = _choose(terms, ScoreTerms(), pattern, axis, "mask")
+        return mask if output == "mask" else weight.masked_fill_(~mask, 0)
     if pattern.n is not None and pattern.m is not None:
         return select_nm(weight, terms, pattern.n, pattern.m, axis=axis, output=output)
     if pattern.scope == "layer":

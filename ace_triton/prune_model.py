@@ -17,9 +17,8 @@ from .blocks import Block, finished_modules, gated_consumers, stacks_of
 from .budgets import check_budgets, find_budgets
 from .collect import InputCollector
 from .experts import ExpertLinear, find_layouts
-from .kernels.score_terms import scores_reference
 from .plan import NameFilter, Plan, Skipped, Unit, misfit
-from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked
+from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked, score_matrix
 from .reorder import PermutationReport, Reorderer, find_folds
 from .replay import Runner, WholeForward, calibration_mode, make_runner
 from .request import Request
@@ -110,7 +109,7 @@ def prune_model(
     *,
     sequential: Sequential = "blocks",
     permute: bool = False,
-    update: str | Update | None = None,
+    update: str | Mapping[str, Any] | Update | None = None,
     budgets: str | None = None,
     batch_size: int | None = None,
     include: str | Sequence[str] | None = None,
@@ -160,11 +159,7 @@ def prune_model(
     needs, pattern = request.needs, request.pattern
     if sequential not in get_args(Sequential):
         raise ValueError(f"sequential must be one of {', '.join(get_args(Sequential))}; got {sequential!r}")
-    if permute and sequential == "layers" and needs.consumer:
-        raise ValueError(
-            f'permute reorders the rows of gate and up, which {method} with sequential="layers" has pruned in groups '
-            "by then: leave one of them out"
-        )
+    request.check_permute(permute, sequential)
     check_budgets(budgets, pattern)
     _check_model(model)
     clock = Stopwatch(next(model.parameters()).device)
@@ -250,12 +245,10 @@ class _Selection:
     def _scores(self, name: str, *, collector: InputCollector | None) -> torch.Tensor | None:
         """By which a layer's inputs are ordered; None where no token reached it or its groups do not lie along them."""
         stats = None if collector is None else collector.statistics(name)
-        chosen = self.request.metric
-        axis = self.request.pattern.axis or default_axis(chosen.name, stats)
+        axis = self.request.pattern.axis or default_axis(self.request.metric.name, stats)
         if axis == "out" or (stats is None and self.request.needs.tokens):
             return None
-        weight = as_kernel_dtype(self.weights[name])
-        return scores_reference(weight, chosen.terms(weight, stats, **self.request.options))
+        return score_matrix(self.request, as_kernel_dtype(self.weights[name]), stats)
 
 
 def _statistics(
@@ -340,8 +333,7 @@ def _matrix(name: str) -> str:
 def _reorderer(
     model: PreTrainedModel, plan: Plan, pattern: Sparsity, batches: Sequence[Batch], clock: Stopwatch
 ) -> Reorderer:
-    if pattern.n is None or pattern.m is None:
-        raise ValueError(f"permute orders channels into the groups of n:m; a sparsity of {pattern} has none")
+    assert pattern.m is not None
     with clock.measure("permute"):
         ids = batches[0].ids if batches else trial_ids(model)
         folds = find_folds(model, plan.blocks, ids, pattern.m, wanted=set(plan.layers).__contains__, shared=plan.shares)

@@ -3,11 +3,14 @@ that are still to come."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 
 from .kernels.score_terms import ScoreTerms
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
+from .method_options import Range
 from .metrics import Needs, register_metric
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats, StatsError
@@ -108,7 +111,12 @@ def inverse_factor(stats: ActivationStats, damping: float) -> torch.Tensor:
 
 
 @register_metric("sparsegpt", Needs(gram=True), solve=sparsegpt_weight)
-def sparsegpt(weight: torch.Tensor, stats: ActivationStats, damping: float = 0.01, block_size: int = 128) -> ScoreTerms:
+def sparsegpt(
+    weight: torch.Tensor,
+    stats: ActivationStats,
+    damping: Annotated[float, Range(least=0)] = 0.01,
+    block_size: Annotated[int, Range(least=1)] = 128,
+) -> ScoreTerms:
     """|W_ij| / U_jj, the root of SparseGPT's criterion, for weights that are not updated yet.
 
     Pruning itself is :func:`sparsegpt_weight`'s, which applies it to the updated weights. This form serves what must
