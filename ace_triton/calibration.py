@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,13 @@ class Calibration:
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
 
+def read_calibration(source: str) -> str | list[str]:
+    """The documents of a source, or "self" as it is: what :func:`load_calibration` takes once a model is loaded."""
+    return source if source == SELF else read_documents(source, most=MOST_DOCUMENTS)
+
+
 def load_calibration(
-    source: str,
+    source: str | list[str],
     tokenizer: Any,
     *,
     samples: int = 128,
@@ -44,6 +50,7 @@ def load_calibration(
     seed: int = 0,
     model: Any = None,
     apart: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Calibration sequences from a source.
 
@@ -52,13 +59,14 @@ def load_calibration(
 
     Args:
         source: as for :func:`~ace_triton.text.read_documents`, or "self": the model writes its own text
-            (:mod:`~ace_triton.written_text`).
+            (:mod:`~ace_triton.written_text`); or the documents themselves.
         tokenizer: the model's.
         samples, length: how many sequences, of how many tokens.
         seed: of the crops, or of the sampling.
         model: the model, for "self".
         apart: no token in two sequences: pieces that follow each other, as many as the text has but no more than
             ``samples``, instead of random crops.
+        progress: called with sequences done and sequences in all.
 
     Raises:
         TextError: text that cannot be read, or is shorter than one sequence.
@@ -66,9 +74,13 @@ def load_calibration(
     if samples < 1 or length < 2:
         raise TextError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
     if source == SELF:
-        return Calibration(_written_by(model, tokenizer, samples, length, seed))
-    stream = token_stream(read_documents(source, most=MOST_DOCUMENTS), tokenizer)
-    return Calibration((pieces if apart else crop)(stream, samples, length, seed))
+        return Calibration(_written_by(model, tokenizer, samples, length, seed, progress))
+    documents = read_documents(source, most=MOST_DOCUMENTS) if isinstance(source, str) else source
+    stream = token_stream(documents, tokenizer)
+    ids = (pieces if apart else crop)(stream, samples, length, seed)
+    if progress is not None:
+        progress(len(ids), len(ids))
+    return Calibration(ids)
 
 
 def token_stream(documents: list[str], tokenizer: Any) -> torch.Tensor:
@@ -106,10 +118,15 @@ def _check_length(stream: torch.Tensor, length: int) -> None:
         )
 
 
-def _written_by(model: Any, tokenizer: Any, samples: int, length: int, seed: int) -> torch.Tensor:
+def _written_by(
+    model: Any, tokenizer: Any, samples: int, length: int, seed: int, progress: Callable[[int, int], None] | None
+) -> torch.Tensor:
     if model is None:
         raise TextError('source "self" needs the model: pass model=')
     start, size = start_token(model, tokenizer), min(samples, AT_ONCE)
-    places = range(math.ceil(samples / size))
-    batches = [write_batch(model, start, length, seed=seed, place=place, sequences=size) for place in places]
+    batches = []
+    for place in range(math.ceil(samples / size)):
+        batches.append(write_batch(model, start, length, seed=seed, place=place, sequences=size))
+        if progress is not None:
+            progress(min((place + 1) * size, samples), samples)
     return torch.cat(batches)[:samples]

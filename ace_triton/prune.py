@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from .request import Request
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats, StatsError
 from .tied import other_owners
+from .timing import Stopwatch
 from .update import Update, updated_weight
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -136,12 +138,14 @@ def prune_checked(
     *,
     looked_at: bool = True,
     return_mask: bool = False,
+    clock: Stopwatch | None = None,
 ) -> PruneResult:
     """:func:`prune_linear` without its checks of the weight.
 
     Args:
         weight: what :func:`check_weight` returned; known to belong to ``layer`` alone.
         looked_at: whether NaN and infinity were looked for in it already.
+        clock: charged with the update of the weights, as "update".
     """
     gathered = _statistics(layer, weight, stats, request.needs, label)
     served = as_kernel_dtype(weight)
@@ -149,7 +153,7 @@ def prune_checked(
     axis = pattern.axis or default_axis(chosen.name, gathered)
     if chosen.solve is not None or request.update is not None:
         assert gathered is not None
-        chosen_mask = _solve(weight, gathered, request, axis, label, looked_at)
+        chosen_mask = _solve(weight, gathered, request, axis, label, looked_at, clock)
         mask = chosen_mask if return_mask else None
         return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
     terms = _scores(request, served, gathered, label, looked_at)
@@ -283,6 +287,7 @@ def _solve(
     axis: Axis,
     label: str,
     looked_at: bool,
+    clock: Stopwatch | None,
 ) -> torch.Tensor:
     """Prune in place and move what is kept; returns the mask."""
     chosen, pattern, update = request.metric, request.pattern, request.update
@@ -291,7 +296,10 @@ def _solve(
     try:
         solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **request.options)
         if update is not None:
-            solved = updated_weight(dense, stats, update, lambda w, out: _choose(w, terms, pattern, axis, out), solved)
+            with nullcontext() if clock is None else clock.measure("update"):
+                solved = updated_weight(
+                    dense, stats, update, lambda w, out: _choose(w, terms, pattern, axis, out), solved
+                )
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
     except ValueError as error:

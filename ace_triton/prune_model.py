@@ -168,7 +168,7 @@ def prune_model(
     batches = batches_of(model, calibration, batch_size) if needs.tokens or budgets else []
     with clock.measure("select"):
         weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
-        _rehearse(request, next(iter(weights.values())))
+        rehearse(request, next(iter(weights.values())))
     selection = _Selection(request, clock, plan, weights)
     with calibration_mode(model):
         if budgets:
@@ -239,7 +239,7 @@ class _Selection:
                 self.plan.skip(name, weight, why_not)
                 continue
             with self.clock.measure("select"):
-                result = prune_checked(layer, weight, stats, request, name)
+                result = prune_checked(layer, weight, stats, request, name, clock=self.clock)
             self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis))
 
     def _scores(self, name: str, *, collector: InputCollector | None) -> torch.Tensor | None:
@@ -368,8 +368,14 @@ def _check_model(model: PreTrainedModel) -> None:
             )
 
 
-def _rehearse(request: Request, like: torch.Tensor) -> None:
-    """Prune a throw-away layer, so that an option of a wrong value is found before anything runs."""
+def rehearse(request: Request, like: torch.Tensor | None = None) -> None:
+    """Prune a throw-away layer, so that an option of a wrong value is found before anything runs.
+
+    Args:
+        request: how to prune.
+        like: a weight of the dtype and device to try; None for fp32 on the CPU.
+    """
+    like = torch.empty(0) if like is None else like
     dtype = as_kernel_dtype(like[:1]).dtype
     layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=like.device, dtype=dtype)
     ramp = torch.linspace(-1, 1, 32 * 32, device=like.device).reshape(32, 32).to(dtype)

@@ -283,8 +283,10 @@ class ActivationStats:
         return moved
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file."""
+        """Write to a safetensors file; StatsError if there is nothing to write, or no folder to write it to."""
         self.require_tokens()
+        if not Path(path).absolute().parent.is_dir():
+            raise StatsError(f"{path}: the folder does not exist; make it first")
         assert self.mean is not None
         assert self.deviation is not None
         tensors = {

@@ -11,41 +11,64 @@ from .. import report
 from ..evaluate import perplexity
 from ..packed_checkpoint import load_model
 from ..progress import progress_bar, stage
+from ..provenance import name_of, with_provenance
+from ..sources import check_length, check_source
 from ..text import TextError, read_documents, wikitext_rows
-from .console import console, progress_bars
-from .options import DeviceOption, DtypeOption, JsonOption, check_json, parse_device, parse_dtype
+from .console import console, print_backend, progress_bars
+from .options import (
+    TEXT_SOURCES,
+    AnyModelArgument,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    WikitextOption,
+    check_json,
+    number,
+    parse_device,
+    parse_dtype,
+)
 
 
 def evaluate(
-    model_dir: Annotated[
-        str, typer.Argument(metavar="DIR", help="Checkpoint folder, dense or packed, hub name or .gguf file.")
-    ],
+    model_dir: AnyModelArgument,
     text: Annotated[
-        str, typer.Option(help="Text or .jsonl file (also .gz), or dataset name[:config[:split]].")
+        str, typer.Option(help=f"Evaluation text: {TEXT_SOURCES.format(half='evaluation')} (Python's manual).")
     ] = "Salesforce/wikitext:wikitext-2-raw-v1:test",
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
-    wikitext: Annotated[
-        bool, typer.Option("--wikitext", help="The text is a raw WikiText file: join its lines as its dataset's rows.")
-    ] = False,
+    length: Annotated[int, number("Length of a window, in tokens.", least=2)] = 2048,
+    windows: Annotated[
+        int | None, number("Number of windows to evaluate, from the start.", least=1, show_default="all of the text")
+    ] = None,
+    wikitext: WikitextOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
-    """Perplexity of a model over non-overlapping windows of a text."""
+    """Measure a model's perplexity over windows of a text that do not overlap."""
     check_json(json)
+    weights_dtype, where = parse_dtype(dtype), parse_device(device)
+    check_source(model_dir, packed=True)
+    check_length(model_dir, length, "--length")
     documents = read_documents(text)
     if wikitext:
         documents = wikitext_rows("".join(documents))
+    print_backend(where)
     with progress_bars() as progress:
         with stage(progress, "load the model"):
-            model, tokenizer = load_model(model_dir, dtype=parse_dtype(dtype), device=parse_device(device))
-        longest = getattr(model.config, "max_position_embeddings", None)
-        if longest and length > longest:
+            model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(longest, int) and 0 < longest < length:
             raise TextError(f"--length {length} is more than the model's {longest} positions: give a smaller one")
         ids = torch.tensor(tokenizer("\n\n".join(documents), verbose=False)["input_ids"])
         bar = progress_bar(progress, "evaluate")
         result = perplexity(model, ids, length=length, windows=windows, progress=bar)
     if json:
-        report.write_json(json, result.to_dict())
+        facts = with_provenance(
+            result.to_dict(),
+            model=name_of(model_dir),
+            text=name_of(text),
+            wikitext=wikitext,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+        )
+        report.write_json(json, facts)
     console.print(report.perplexity_table(result))

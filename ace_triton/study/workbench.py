@@ -43,6 +43,9 @@ class Protocol:
         further_window_lengths: of further evaluations over the same tokens.
         dtype: of weights and forwards; statistics are fp32 whatever it is.
         device: where to run.
+
+    Raises:
+        TextError: calibration that is no text.
     """
 
     model: str
@@ -55,6 +58,10 @@ class Protocol:
     further_window_lengths: tuple[int, ...] = ()
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.calibration == SELF:
+            raise TextError('a study calibrates on text; "self" is for ace-triton prune')
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,6 @@ class Workbench:
 
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
-        if protocol.calibration == SELF:
-            raise TextError('a study calibrates on text; "self" is for ace-triton prune')
         calibration = read_documents(protocol.calibration, most=MOST_DOCUMENTS)
         documents = read_documents(protocol.evaluation)
         evaluation = "\n\n".join(wikitext_rows("".join(documents)) if protocol.wikitext else documents)
