@@ -53,7 +53,8 @@ def load(
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{source}: cannot be loaded as a causal language model ({error})") from error
+        here = "" if path.exists() else "there is no such folder here, and as a hub name "
+        raise CheckpointError(f"{source}: {here}cannot be loaded as a causal language model ({error})") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -112,11 +113,12 @@ def save(model: Any, tokenizer: Any, out: str | Path, report: dict[str, Any], *,
 
 
 def read_report(folder: str | Path) -> dict[str, Any] | None:
-    """What :func:`save` left beside a model; None where it is not there or cannot be read."""
+    """What :func:`save` left beside a model; None if it is missing or cannot be read."""
     try:
-        return json.loads((Path(folder) / REPORT_FILE).read_text())
+        report = json.loads((Path(folder) / REPORT_FILE).read_text())
     except (OSError, ValueError):
         return None
+    return report if isinstance(report, dict) else None
 
 
 def check_out(out: str | Path, *, overwrite: bool) -> None:
