@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 TOKENS_OF_A_FORWARD = 2048
 
@@ -79,13 +79,17 @@ def batches_of(
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """Number of positions that a model has; None if its configuration does not say."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions_of(model.config)
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Number of positions by a model's configuration; None if it does not say."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
 
 
-def check_positions(model: PreTrainedModel, length: int, option: str = "--length") -> None:
-    """Raise ValueError for sequences that are longer than the model's positions."""
-    longest = longest_sequence(model)
+def check_positions(longest: int | None, length: int, option: str = "--length") -> None:
+    """Raise ValueError for sequences that are longer than a model's number of positions, if that is known."""
     if longest is not None and length > longest:
         raise ValueError(f"{option} {length} is more than the model's {longest} positions: give a smaller one")
 

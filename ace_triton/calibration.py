@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,11 @@ class Calibration:
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
 
+def read_calibration(source: str) -> str | list[str]:
+    """The documents of a source, or "self" as it is: what :func:`load_calibration` takes once a model is loaded."""
+    return source if source == SELF else read_documents(source, most=MOST_DOCUMENTS)
+
+
 def load_calibration(
     source: str | Sequence[str],
     tokenizer: Any,
@@ -54,6 +59,7 @@ def load_calibration(
     model: Any = None,
     apart: bool = False,
     bos: Bos = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Calibration sequences from a source.
 
@@ -70,24 +76,23 @@ def load_calibration(
             crops.
         bos: what every sequence begins with (:data:`~ace_triton.beginnings.Bos`); counted in ``length``. For "self",
             "stream" is as "none".
+        progress: called with sequences done and sequences in all.
 
     Raises:
         TextError: text that cannot be read, or is shorter than one sequence.
     """
-    check_sizes(samples, length)
+    if samples < 1 or length < 2:
+        raise TextError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
     beginning = Beginning.of(tokenizer, bos)
     if source == SELF:
-        return Calibration(_written_by(model, tokenizer, samples, length, seed, beginning), beginning=beginning)
+        written = _written_by(model, tokenizer, samples, length, seed, beginning, progress)
+        return Calibration(written, beginning=beginning)
     documents = read_documents(source, most=MOST_DOCUMENTS) if isinstance(source, str) else source
     stream = token_stream(documents, tokenizer)
     ids = (pieces if apart else crop)(beginning.before_stream(stream), samples, length, seed, beginning)
+    if progress is not None:
+        progress(len(ids), len(ids))
     return Calibration(ids, None, beginning, len(documents), len(set(documents)), len(stream))
-
-
-def check_sizes(samples: int, length: int) -> None:
-    """Raise TextError for a number of sequences, or a length, that nothing can be calibrated on."""
-    if samples < 1 or length < 2:
-        raise TextError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
 
 
 def token_stream(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
@@ -131,10 +136,21 @@ def _text_length(stream: torch.Tensor, length: int, beginning: Beginning) -> int
     return text
 
 
-def _written_by(model: Any, tokenizer: Any, samples: int, length: int, seed: int, beginning: Beginning) -> torch.Tensor:
+def _written_by(
+    model: Any,
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    beginning: Beginning,
+    progress: Callable[[int, int], None] | None,
+) -> torch.Tensor:
     if model is None:
         raise TextError('source "self" needs the model: pass model=')
-    text = text_to_write(model, tokenizer, length, beginning)
-    size = min(samples, AT_ONCE)
-    places = range(math.ceil(samples / size))
-    return torch.cat([write_batch(model, text, seed=seed, place=place, sequences=size) for place in places])[:samples]
+    text, size = text_to_write(model, tokenizer, length, beginning), min(samples, AT_ONCE)
+    batches = []
+    for place in range(math.ceil(samples / size)):
+        batches.append(write_batch(model, text, seed=seed, place=place, sequences=size))
+        if progress is not None:
+            progress(min((place + 1) * size, samples), samples)
+    return torch.cat(batches)[:samples]

@@ -1,28 +1,29 @@
-"""The command line: ``ace-triton prune | evaluate | demo | info | study``."""
+"""The command line: ``ace-triton prune | recover | pack | generate | evaluate | ...``."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from tqdm import tqdm
 
 from . import __version__
 from .commands.bench import bench
-from .commands.console import console, errors
+from .commands.console import accept_any_text, errors, print_error, print_line, print_note
 from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.info import info
+from .commands.methods import methods
 from .commands.pack import pack
 from .commands.prune import prune
 from .commands.recover import recover
@@ -34,13 +35,26 @@ STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(s
 
 app = typer.Typer(
     name="ace-triton",
-    help="Prune language models to N:M sparsity, and see what it cost.",
+    help="Prune language models to n:m sparsity, run them sparse, and see what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Plain text: no emoji codes, no box characters, for every console.
 )
-for command in (prune, recover, pack, generate, bench, evaluate, info, demo, study):
-    app.command()(command)
+COMMANDS: dict[Callable[..., None], str] = {
+    prune: "Prune a model and save it.",
+    recover: "Train the kept weights of a pruned model.",
+    pack: "Pack a pruned model, to run it sparse.",
+    generate: "Continue a prompt with a model.",
+    evaluate: "Measure a model's perplexity on a text.",
+    info: "Show how sparse a saved model is.",
+    methods: "List the pruning methods and their options.",
+    bench: "Time packed layers beside dense ones.",
+    demo: "Show it all on a small model, in minutes.",
+    study: "Compare methods on a model, on one page.",
+}
+for command, summary in COMMANDS.items():
+    app.command(short_help=summary, context_settings={"max_content_width": 100})(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -48,7 +62,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
 ) -> None:
     if version:
-        console.print(f"ace-triton {__version__}", highlight=False)
+        print_line(f"ace-triton {__version__}")
         raise typer.Exit
 
 
@@ -59,6 +73,7 @@ def main() -> None:
     say what became of the run, and end in 128 plus the signal's number.
     """
     _quieten_libraries()
+    accept_any_text()
     with _stopped_by_signals(), warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         _run()
@@ -77,7 +92,7 @@ def _run() -> None:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        errors.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}", soft_wrap=True)
+        print_error(str(error) or type(error).__name__)
         if not isinstance(error, (ValueError, OSError)):
             errors.print(f"(set {TRACEBACK_VARIABLE}=1 for the traceback)")
         sys.exit(1)
@@ -106,7 +121,7 @@ def _stopped_by_signals() -> Iterator[None]:
 
 def _say_stopped(how: str, stop: BaseException) -> None:
     notes = [note for error in _chain(stop) for note in getattr(error, "__notes__", ())]
-    errors.print(escape(f"{how}; {'; '.join(notes) or 'nothing was written'}"), soft_wrap=True, highlight=False)
+    print_note(f"{how}; {'; '.join(notes) or 'nothing was written'}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -117,11 +132,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
-    errors.print(escape(f"warning: {message}"), soft_wrap=True, highlight=False)
+    print_note(f"warning: {message}")
 
 
 def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # TQDM_DISABLE would come too late: tqdm reads it when it is imported, which torch has done by now.
     tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]

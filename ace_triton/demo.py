@@ -1,8 +1,12 @@
-"""The demo: one real model, pruned by several methods and measured, on any machine."""
+"""The demo: one real model pruned in three ways, recovered, packed and measured, on any machine in minutes."""
 
 from __future__ import annotations
 
+import copy
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,120 +18,160 @@ from .beginnings import Beginning
 from .calibration import load_calibration, token_stream
 from .checkpoint import SMOLLM2, check_out, load, save
 from .evaluate import perplexity
-from .progress import progress_bar
+from .generation import generate
+from .presets import BALANCED, FAST, Preset
+from .progress import progress_bar, stage
+from .provenance import with_provenance
 from .prune_model import prune_model
+from .recover import RecoverySettings, recover
+from .report import headed_table
+from .sparsify import sparsify
+from .sparsity import Sparsity
 from .text import read_documents
-
-METHODS = ("magnitude", "wanda", "ria", "ace")
-
-
-@dataclass(frozen=True)
-class DemoRow:
-    """One method's line of the demo's table; times in seconds of wall clock on this machine.
-
-    Attributes:
-        method: "dense", or the metric's name.
-        sparsity: share of the pruned layers' weights that are zero.
-        perplexity: on the half of Python's reference topics that calibration did not see.
-        own_text_perplexity: on the user's text, where one was given.
-        calibration_seconds: forwards and statistics.
-        select_seconds: score and mask.
-    """
-
-    method: str
-    sparsity: float
-    perplexity: float
-    own_text_perplexity: float | None
-    calibration_seconds: float
-    select_seconds: float
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo runs on; small enough for three minutes on two cores."""
+    """What the demo runs on; small enough for four minutes on two cores.
+
+    Attributes:
+        prompt: what every model continues, greedily, by ``new_tokens``.
+        minutes: of recovery, after the last recipe.
+    """
 
     source: str = SMOLLM2
     sparsity: str = "2:4"
-    methods: tuple[str, ...] = METHODS
+    recipes: tuple[Preset, ...] = (FAST, BALANCED)
     calibration: str = "pydoc:calibration"
     evaluation: str = "pydoc:evaluation"
     text: str | None = None
     samples: int = 32
-    length: int = 64
+    length: int = 128
     windows: int = 4
     window_length: int = 512
+    minutes: float = 1.0
+    recovery_length: int = 128
+    prompt: str = "In Python, a list is"
+    new_tokens: int = 24
     seed: int = 0
     device: str = "cpu"
 
 
+@dataclass(frozen=True)
+class DemoRow:
+    """One model of the demo; times in seconds of wall clock on this machine.
+
+    Attributes:
+        model: "dense", or what was done to it.
+        seconds: that this step took; None for the dense model.
+        perplexity: on text that calibration and recovery did not see.
+        own_text_perplexity: on the user's text, if one was given.
+        written: how the model continues the prompt.
+        tokens_per_second: at which it does.
+    """
+
+    model: str
+    seconds: float | None
+    perplexity: float
+    own_text_perplexity: float | None
+    written: str
+    tokens_per_second: float
+
+
+class Demo:
+    """The model, the texts and what was measured so far.
+
+    Args:
+        settings: what to run.
+        progress: where stages are shown.
+    """
+
+    def __init__(self, settings: DemoSettings, progress: Progress) -> None:
+        self.settings, self.progress = settings, progress
+        self.rows: list[DemoRow] = []
+        own_text = None if settings.text is None else read_documents(settings.text)
+        calibration = read_documents(settings.calibration)
+        with stage(progress, "load the model"):
+            self.model, self.tokenizer = load(settings.source, device=settings.device)
+            self.teacher = copy.deepcopy(self.model)
+        self.beginning = Beginning.of(self.tokenizer)
+        self.held_out = token_stream(read_documents(settings.evaluation), self.tokenizer)
+        self.own_ids = None if own_text is None else token_stream(own_text, self.tokenizer)
+        draw = partial(load_calibration, calibration, self.tokenizer, seed=settings.seed)
+        self.sequences = draw(samples=settings.samples, length=settings.length)
+        self.training = draw(samples=10_000, length=settings.recovery_length, apart=True)
+        self.report: dict[str, Any] = {}
+
+    def run(self, out: Path, *, overwrite: bool) -> None:
+        """All steps; the recovered model, dense with zeros, is saved to ``out``."""
+        self.measure("dense", None)
+        for recipe in self.settings.recipes:
+            self.step(recipe.words, partial(self.prune, recipe))
+        self.step(f"... and {self.settings.minutes:g} min of recovery", self.recover)
+        with stage(self.progress, "save the model"):
+            save(self.model, self.tokenizer, out, with_provenance(self.report), overwrite=overwrite)
+        self.step("... packed", lambda bar: bar(1, bool(sparsify(self.model).layers)))
+
+    def step(self, name: str, work: Callable[[Callable[..., None]], object]) -> None:
+        """Do something to the model, timed, and measure it."""
+        start = time.perf_counter()
+        work(progress_bar(self.progress, name.removeprefix("... ").removeprefix("and ")))
+        self.measure(name, time.perf_counter() - start)
+
+    def prune(self, recipe: Preset, bar: Callable[..., None]) -> None:
+        """Prune the dense weights by a recipe."""
+        self.model.load_state_dict(self.teacher.state_dict())
+        permute = recipe.permute and Sparsity(self.settings.sparsity).n is not None
+        report = prune_model(
+            self.model,
+            self.sequences,
+            recipe.method,
+            self.settings.sparsity,
+            permute=permute,
+            update=recipe.update,
+            sequential=recipe.sequential,
+            progress=bar,
+        )
+        self.report = {**report.to_dict(), "source": self.settings.source, "demo": asdict(self.settings)}
+
+    def recover(self, bar: Callable[..., None]) -> None:
+        """Train what the last recipe kept."""
+        settings = RecoverySettings(minutes=self.settings.minutes, seed=self.settings.seed)
+        result = recover(self.model, self.teacher, self.training.ids, settings, progress=bar)
+        self.report["recovery"] = result.to_dict()
+
+    def measure(self, name: str, seconds: float | None) -> None:
+        """Add the row of the model as it is now."""
+        value = self.perplexity(self.held_out, f"evaluate: {name.removeprefix('... ')}")
+        own = None if self.own_ids is None else self.perplexity(self.own_ids, f"evaluate on your text: {name}")
+        written = generate(self.model, self.tokenizer, self.settings.prompt, max_new_tokens=self.settings.new_tokens)
+        self.rows.append(DemoRow(name, seconds, value, own, written.text, written.tokens_per_second))
+
+    def perplexity(self, ids: torch.Tensor, label: str) -> float:
+        """Of the model as it is now."""
+        bar = progress_bar(self.progress, label)
+        length, windows = self.settings.window_length, self.settings.windows
+        measured = perplexity(self.model, ids, length=length, windows=windows, beginning=self.beginning, progress=bar)
+        return measured.perplexity
+
+
 def run_demo(settings: DemoSettings, out: str | Path, *, overwrite: bool, progress: Progress) -> list[DemoRow]:
-    """Prune the model with every method in turn, measure each, and save the last one's model to ``out``."""
+    """Prune the model by every recipe in turn, recover and pack the last, measure each, and save it to ``out``."""
     check_out(out, overwrite=overwrite)
-    loading = progress.add_task("load the model", total=2)
-    own_text = None if settings.text is None else read_documents(settings.text)
-    model, tokenizer = load(settings.source, device=settings.device)
-    progress.update(loading, completed=1)
-    beginning = Beginning.of(tokenizer)
-    held_out = token_stream(read_documents(settings.evaluation), tokenizer)
-    own_ids = None if own_text is None else token_stream(own_text, tokenizer)
-    calibration = load_calibration(
-        settings.calibration,
-        tokenizer,
-        samples=settings.samples,
-        length=settings.length,
-        seed=settings.seed,
-        model=model,
-    )
-    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    progress.update(loading, completed=2)
-
-    def measure(label: str, ids: torch.Tensor | None) -> float | None:
-        if ids is None:
-            return None
-        bar = progress_bar(progress, label)
-        length, windows = settings.window_length, settings.windows
-        return perplexity(model, ids, length=length, windows=windows, beginning=beginning, progress=bar).perplexity
-
-    def row(method: str, share: float, calibration_seconds: float, select_seconds: float) -> DemoRow:
-        value = measure(f"{method}: evaluate", held_out)
-        assert value is not None
-        own = measure(f"{method}: evaluate on your text", own_ids)
-        return DemoRow(method, share, value, own, calibration_seconds, select_seconds)
-
-    rows = [row("dense", 0.0, 0.0, 0.0)]
-    report: Any = None
-    for method in settings.methods:
-        model.load_state_dict(dense)
-        bar = progress_bar(progress, f"{method}: prune")
-        report = prune_model(model, calibration, method, settings.sparsity, progress=bar)
-        share = 1 - sum(layer.kept for layer in report.layers) / len(report.layers)
-        seconds = report.seconds
-        rows.append(row(method, share, seconds.calibration + seconds.statistics, seconds.select))
-    writing = progress.add_task("save the model", total=1)
-    save(model, tokenizer, out, report.to_dict(), overwrite=overwrite)
-    progress.update(writing, completed=1)
-    return rows
+    demo = Demo(settings, progress)
+    demo.run(Path(out), overwrite=overwrite)
+    return demo.rows
 
 
 def demo_table(rows: list[DemoRow], settings: DemoSettings) -> Table:
     """The demo's table."""
-    table = Table(title=f"{settings.source} pruned to {settings.sparsity}")
-    table.add_column("method")
-    for heading in ("sparsity", "perplexity"):
-        table.add_column(heading, justify="right")
-    if settings.text is not None:
-        table.add_column("on your text", justify="right")
-    table.add_column("calibration", justify="right")
-    table.add_column("score and mask", justify="right")
+    own = ("on your text",) if settings.text is not None else ()
+    headings = ("model", "time", "perplexity", *own, "tokens/s")
+    table = headed_table(*headings, title=f"{settings.source} pruned to {settings.sparsity}", left=("model",))
     for row in rows:
-        cells = [row.method, f"{row.sparsity:.0%}", f"{row.perplexity:.2f}"]
-        if settings.text is not None:
-            cells.append("-" if row.own_text_perplexity is None else f"{row.own_text_perplexity:.2f}")
-        if row.method == "dense":
-            cells += ["-", "-"]
-        else:
-            cells += [f"{row.calibration_seconds:.2f} s", f"{row.select_seconds:.3f} s"]
-        table.add_row(*cells)
+        spent = "" if row.seconds is None else f"{row.seconds:.1f} s"
+        on_own = () if row.own_text_perplexity is None else (f"{row.own_text_perplexity:.2f}",)
+        table.add_row(row.model, spent, f"{row.perplexity:.2f}", *on_own, f"{row.tokens_per_second:.1f}")
     return table
 
 

@@ -98,7 +98,11 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
         if not getattr(tokenizer, "chat_template", None):
             raise GenerationError("the tokenizer has no chat template: leave --chat out")
         messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        try:
+            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # A template is a program of the model's, and may raise anything.
+            raise GenerationError(f"the chat template fails ({error}): leave --chat out, or repair it") from error
+        encoded = rendered["input_ids"]
     else:
         encoded = tokenizer(prompt)["input_ids"]
     if not encoded and tokenizer.bos_token_id is not None:

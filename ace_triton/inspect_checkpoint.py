@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
         CheckpointError: if there is no safetensors file, if one that the index names is missing, or one cannot be
             read.
     """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; name the folder of a saved model")
     if is_packed(folder):
         manifest = Manifest.read(folder)
         manifest.check_files(Path(folder))
@@ -74,10 +77,22 @@ def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
     return sorted(found, key=lambda tensor: tensor.name)
 
 
+def _check_index(folder: Path, files: list[Path]) -> None:
+    """Raise CheckpointError for a file that an index in the folder names and that is not there."""
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: cannot be read ({error}); the file may be damaged") from error
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise CheckpointError(f"{folder}: {missing[0]}, which {index.name} names, is missing")
+
+
 def find_pattern(weight: torch.Tensor) -> str:
     """The pattern of a matrix [rows, cols] or of a stack of them, as :class:`TensorSparsity` words it."""
     kept = weight != 0
-    if float(kept.sum()) > DENSE * kept.numel() or not kept.numel():
+    if kept.numel() == 0 or float(kept.sum()) > DENSE * kept.numel():
         return "dense"
     along_last = _narrowest(kept.flatten(0, -2))
     if along_last:

@@ -12,11 +12,10 @@ leaves some choices open; what is marked *reconstructed* below is ours and is an
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 
@@ -24,12 +23,20 @@ from .kernels.column_scale import ColumnScale, checked_column_scale
 from .kernels.score_terms import ScoreTerms
 from .kernels.variance_factor import VarianceNorm, variance_factor
 from .kernels.weight_sums import relative_importance, weight_sums
+from .method_options import OptionType, Range, check_options, option_types
 from .sparsegpt import sparsegpt, sparsegpt_weight
 from .stats import ActivationStats, Reduce, StatsError
 
 Base = Literal["wanda", "ria", "magnitude"]
 CosineReduce = Literal["exact", "abs", "rms"]
 Prefactor = Literal["none", "relative", "wanda", "ria"]
+Sign = Literal[1, -1]
+Epsilon = Annotated[float, Range(above=0, below=1)]
+
+_OF_A_LAYER = {"layer", "stats", "weight", "method", "sparsity", "update", "name", "return_mask"}
+_OF_A_MODEL = {"model", "calibration", "sequential", "permute", "budgets", "batch_size", "include", "exclude"}
+TAKEN = _OF_A_LAYER | _OF_A_MODEL | {"progress"}
+"""Names of arguments of prune_linear and prune_model, which options cannot have."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,10 @@ class Needs:
     weight_sums: bool = False
 
 
-MetricFunction = Callable[..., ScoreTerms]
+MetricFunction = Callable[..., ScoreTerms | torch.Tensor]
+"""``(weight, stats, **options) -> ScoreTerms``, or the scores themselves: [out_features, in_features], 0 or more."""
+
+Function = TypeVar("Function", bound=MetricFunction)
 
 Solver = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """``(weight, stats, pattern, axis, **options) -> (weight, mask)``: fp32 [out_features, in_features] in and out."""
@@ -75,19 +85,18 @@ class Metric:
     solve: Solver | None = None
 
     @cached_property
+    def types(self) -> dict[str, OptionType]:
+        """The options and the values that they take, from the function's signature."""
+        return option_types(self.terms, skip=2)
+
+    @cached_property
     def options(self) -> dict[str, Any]:
         """The options with their defaults."""
-        parameters = list(inspect.signature(self.terms).parameters.values())[2:]
-        return {p.name: p.default for p in parameters}
+        return {option.name: option.default for option in self.types.values()}
 
     def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """``options`` over the defaults; ValueError for one that the metric does not have."""
-        known = self.options
-        for name in options:
-            if name not in known:
-                has = ", ".join(f"{k}={v!r}" for k, v in known.items()) or "none"
-                raise ValueError(f"method {self.name!r} has no option {name!r}; its options: {has}")
-        return {**known, **options}
+        """``options`` over the defaults; ValueError for an unknown option or a value that it does not take."""
+        return {**self.options, **check_options(self.types, options, f"method {self.name!r}")}
 
 
 _REGISTRY: dict[str, Metric] = {}
@@ -97,32 +106,44 @@ def register_metric(
     name: str,
     needs: Needs | Callable[[Mapping[str, Any]], Needs] | None = None,
     solve: Solver | None = None,
-) -> Callable[[MetricFunction], MetricFunction]:
+) -> Callable[[Function], Function]:
     """Decorator: make a function ``(weight, stats, **options) -> ScoreTerms`` a method by this name.
+
+    The function may also return the scores themselves, a tensor [out_features, in_features] of numbers from 0 on.
+    Every option has a default. Values of options are checked by their annotations
+    (:func:`~ace_triton.method_options.option_types`).
 
     Args:
         name: what users write as ``method=``.
         needs: what it must be given; a function of its options where that depends on them. Left out:
             the input's statistics.
         solve: for a method that updates weights while it prunes.
+
+    Raises:
+        ValueError: the name is taken, or the function has options that cannot be passed on.
     """
     needed = needs if callable(needs) else (lambda _options, fixed=needs or Needs(): fixed)
 
-    def register(function: MetricFunction) -> MetricFunction:
+    def register(function: Function) -> Function:
         if name in _REGISTRY and _REGISTRY[name].terms.__module__ != function.__module__:
             raise ValueError(f"there is a metric {name!r} already: choose another name")
-        _REGISTRY[name] = Metric(name, function, needed, solve)
+        new = Metric(name, function, needed, solve)
+        if shadowed := sorted(TAKEN & new.types.keys()):
+            raise ValueError(
+                f"metric {name!r}: its option {shadowed[0]!r} has the name of an argument of prune_linear or "
+                "prune_model; choose another name"
+            )
+        _REGISTRY[name] = new
         return function
 
     return register
 
 
 def metric(name: str) -> Metric:
-    """The metric of that name; ValueError with the known names where there is none."""
-    try:
-        return _REGISTRY[name]
-    except KeyError:
-        raise ValueError(f"unknown method {name!r}: use one of {', '.join(metric_names())}") from None
+    """The metric of that name; ValueError with the known names if it is unknown."""
+    if not isinstance(name, str) or name not in _REGISTRY:
+        raise ValueError(f"unknown method {name!r}: use one of {', '.join(metric_names())}")
+    return _REGISTRY[name]
 
 
 def metric_names() -> list[str]:
@@ -208,9 +229,9 @@ def varp(
     stats: ActivationStats,
     base: Base = "ria",
     norm: VarianceNorm = "max_layer",
-    sign: int = 1,
+    sign: Sign = 1,
     power: float = 1.0,
-    eps: float = 0.01,
+    eps: Epsilon = 0.01,
 ) -> ScoreTerms:
     """ACE's variance metric: a base score times f_j = mean_s (1 - y_sj)^(-power).
 
@@ -244,9 +265,9 @@ def ace(
     base: Prefactor = "relative",
     reduce: CosineReduce = "exact",
     norm: VarianceNorm = "frobenius",
-    sign: int = -1,
+    sign: Sign = -1,
     power: float = 1.0,
-    eps: float = 0.01,
+    eps: Epsilon = 0.01,
 ) -> ScoreTerms:
     """ACE (arXiv 2505.21987): base score times CosP, over VarP.
 
@@ -265,9 +286,9 @@ def ace_paper(
     base: Prefactor = "wanda",
     reduce: CosineReduce = "abs",
     norm: VarianceNorm = "max_layer",
-    sign: int = 1,
+    sign: Sign = 1,
     power: float = 1.0,
-    eps: float = 0.01,
+    eps: Epsilon = 0.01,
 ) -> ScoreTerms:
     """ACE as published: Wanda's score times the first-order cosine loss times VarP.
 

@@ -1,18 +1,105 @@
-"""Bars that show how far a long call has come."""
+"""How far a long call has come: bars in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+MOST_LINES = 20
+"""Of a stage, about: later lines come further apart, each after a twentieth of the time so far."""
+
+
+def bars(console: Console) -> Progress:
+    """A bar for each stage, with the time that it has taken and an estimate of the time left."""
+    name = TextColumn("{task.description:<32}", markup=False)
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(name, BarColumn(), MofNCompleteColumn(), *times, console=console)
+
+
+class ProgressLines(Progress):
+    """The same for a console that is no terminal: a line when a stage starts, at intervals, and when it is done.
+
+    Args:
+        console: where lines are printed.
+        every: seconds between two lines of a stage.
+    """
+
+    def __init__(self, console: Console, every: float = SECONDS_BETWEEN_LINES) -> None:
+        super().__init__(console=console, disable=True)
+        self._every = every
+        self._over = threading.Event()
+        self._first: dict[TaskID, float] = {}
+        self._last_line = 0.0
+        self._thread = threading.Thread(target=self._tell_at_intervals, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def add_task(self, description: str, *args: Any, **fields: Any) -> TaskID:
+        task = super().add_task(description, *args, **fields)
+        self._first[task] = self._tasks[task].completed
+        self._print(f"{description} ...")
+        return task
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:  # type: ignore[override]
+        task = self._tasks[task_id]
+        was_finished = task.finished
+        super().update(task_id, **fields)
+        if task.finished and not was_finished:
+            self._print(f"{task.description}: done in {_duration(task.elapsed or 0.0)}")
+
+    def _tell_at_intervals(self) -> None:
+        while not self._over.wait(self._every / 10):
+            running = [task for task in list(self.tasks) if not task.finished]
+            if running and self._is_time(running[-1]):
+                self._print(self._state(running[-1]))
+
+    def _is_time(self, task: Task) -> bool:
+        return time.monotonic() - self._last_line >= max(self._every, (task.elapsed or 0.0) / MOST_LINES)
+
+    def _state(self, task: Task) -> str:
+        """As in "prune: 3 of 30, 12 s so far, about 1:48 left"."""
+        spent = task.elapsed or 0.0
+        said, total = [f"{_duration(spent)} so far"], task.total or 1
+        if total > 1:
+            said.insert(0, f"{task.completed:,.0f} of {total:,.0f}")
+        done = task.completed - self._first[task.id]
+        if total > 1 and done > 0:
+            said.append(f"about {_duration(spent * (total - task.completed) / done)} left")
+        return f"{task.description}: {', '.join(said)}"
+
+    def _print(self, line: str) -> None:
+        self._last_line = time.monotonic()
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def progress_bar(progress: Progress, label: str) -> Callable[..., None]:
     """A new bar, as the callback (done, total, ...) that moves it."""
     task = progress.add_task(label, total=None)
 
-    def move(done: int, total: int, *_: object) -> None:
+    def move(done: float, total: float, *_: object) -> None:
         progress.update(task, completed=done, total=total)
 
     return move
@@ -24,3 +111,12 @@ def stage(progress: Progress, name: str) -> Iterator[None]:
     task = progress.add_task(name, total=1)
     yield
     progress.update(task, completed=1)
+
+
+def _duration(seconds: float) -> str:
+    """As in "8 s", "1:05" or "2:01:05"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from .request import Request
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats, StatsError
 from .tied import Owners
+from .timing import Stopwatch
 from .update import Update, updated_weight
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,7 +65,7 @@ def prune_linear(
     method: str = "ace",
     sparsity: str | float | Sparsity = "2:4",
     *,
-    update: str | Update | None = None,
+    update: str | Mapping[str, Any] | Update | None = None,
     name: str | None = None,
     return_mask: bool = False,
     model: nn.Module | None = None,
@@ -163,12 +164,14 @@ def prune_checked(
     *,
     looked_at: bool = True,
     return_mask: bool = False,
+    clock: Stopwatch | None = None,
 ) -> PruneResult:
     """:func:`prune_linear` without its checks of the weight.
 
     Args:
         weight: what :func:`check_weight` returned; known to belong to ``layer`` alone.
         looked_at: whether NaN and infinity were looked for in it already.
+        clock: charged with the update of the weights, as "update".
     """
     gathered = _statistics(layer, weight, stats, request.needs, label)
     served = as_kernel_dtype(weight)
@@ -176,10 +179,10 @@ def prune_checked(
     axis = pattern.axis or default_axis(chosen.name, gathered)
     if chosen.solve is not None or request.update is not None:
         assert gathered is not None
-        chosen_mask = _solve(weight, gathered, request, axis, label, looked_at)
+        chosen_mask = _solve(weight, gathered, request, axis, label, looked_at, clock)
         mask = chosen_mask if return_mask else None
         return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
-    terms = _terms(request, served, gathered, label, looked_at)
+    terms = _scores(request, served, gathered, label, looked_at)
     try:
         mask = _select(weight, served, terms, pattern, axis, return_mask)
     except ValueError as error:
@@ -217,6 +220,8 @@ def _statistics(
         return None
     if given is None:
         raise StatsError(f"{label}: this method needs the layer's inputs: pass an ActivationStats or the raw tokens")
+    if not isinstance(given, (torch.Tensor, ActivationStats)):
+        raise StatsError(f"{label}: pass an ActivationStats or the raw tokens, got a {type(given).__name__}")
     if isinstance(given, torch.Tensor):
         if given.dim() not in (2, 3) or given.shape[-1] != weight.shape[1]:
             raise StatsError(
@@ -242,13 +247,18 @@ def _statistics(
     return given
 
 
-def _terms(
+def _scores(
     request: Request, weight: torch.Tensor, stats: ActivationStats | None, label: str, looked_at: bool
-) -> ScoreTerms:
+) -> ScoreTerms | torch.Tensor:
+    """What the metric gives: terms of a score, or the scores themselves, fp32 [out_features, in_features]."""
     try:
         terms = request.metric.terms(weight, stats, **request.options)
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
+    if not isinstance(terms, ScoreTerms):
+        if not looked_at:
+            _check_finite(weight, label)
+        return _checked_matrix(terms, weight, f"{label}: the metric {request.metric.name!r}")
     shown = looked_at or request.needs.weight_sums
     if not _in_range(terms, stats, () if shown else (weight,)):
         _check_finite(weight, label)
@@ -265,6 +275,30 @@ def _terms(
         )
     terms.vouch()
     return terms
+
+
+def _checked_matrix(scores: object, weight: torch.Tensor, label: str) -> torch.Tensor:
+    """A metric's own scores, fp32 and contiguous; PruneError if they are not finite numbers from 0 on, one a weight."""
+    if not isinstance(scores, torch.Tensor):
+        raise PruneError(
+            f"{label} returned a {type(scores).__name__}; return an ace_triton.ScoreTerms, or a tensor of scores "
+            "[out_features, in_features]"
+        )
+    if scores.shape != weight.shape or scores.device != weight.device:
+        raise PruneError(
+            f"{label} returned scores of shape {tuple(scores.shape)} on {scores.device}; the weight is "
+            f"{tuple(weight.shape)} on {weight.device}"
+        )
+    matrix = scores.detach().float().contiguous()
+    if not all_finite(terms=[matrix]):
+        raise PruneError(f"{label} returned scores below 0, infinite or NaN; scores must be finite and 0 or more")
+    return matrix
+
+
+def score_matrix(request: Request, weight: torch.Tensor, stats: ActivationStats | None) -> torch.Tensor:
+    """The scores of all weights, fp32 [out_features, in_features]."""
+    scores = request.metric.terms(weight, stats, **request.options)
+    return scores if isinstance(scores, torch.Tensor) else scores_reference(weight, scores)
 
 
 def _in_range(terms: ScoreTerms, stats: ActivationStats | None, further: Sequence[torch.Tensor]) -> bool:
@@ -292,15 +326,19 @@ def _solve(
     axis: Axis,
     label: str,
     looked_at: bool,
+    clock: Stopwatch | None,
 ) -> torch.Tensor:
     """Prune in place and move what is kept; returns the mask."""
     chosen, pattern, update = request.metric, request.pattern, request.update
     dense = weight.float().contiguous()
-    terms = ScoreTerms() if update is None else _terms(request, dense, stats, label, looked_at)
+    terms = ScoreTerms() if update is None else _scores(request, dense, stats, label, looked_at)
     try:
         solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **request.options)
         if update is not None:
-            solved = updated_weight(dense, stats, update, lambda w, out: _choose(w, terms, pattern, axis, out), solved)
+            with nullcontext() if clock is None else clock.measure("update"):
+                solved = updated_weight(
+                    dense, stats, update, lambda w, out: _choose(w, terms, pattern, axis, out), solved
+                )
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
     except ValueError as error:
@@ -318,7 +356,12 @@ def _solve(
 
 
 def _select(
-    weight: torch.Tensor, served: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, want_mask: bool
+    weight: torch.Tensor,
+    served: torch.Tensor,
+    terms: ScoreTerms | torch.Tensor,
+    pattern: Sparsity,
+    axis: Axis,
+    want_mask: bool,
 ) -> torch.Tensor | None:
     if served is weight and not want_mask:
         with _writing_to(weight):
@@ -337,9 +380,16 @@ def _writing_to(weight: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def _choose(
-    weight: torch.Tensor, terms: ScoreTerms, pattern: Sparsity, axis: Axis, output: Literal["mask", "weight"]
+    weight: torch.Tensor,
+    terms: ScoreTerms | torch.Tensor,
+    pattern: Sparsity,
+    axis: Axis,
+    output: Literal["mask", "weight"],
 ) -> torch.Tensor:
-    """What the terms keep: the mask, or the weight itself, in place, with 0 where it is not kept."""
+    """What the terms, or scores of their own, keep: the mask, or the weight itself, in place, with 0 elsewhere."""
+    if isinstance(terms, torch.Tensor):
+        mask = _choose(terms, ScoreTerms(), pattern, axis, "mask")
+        return mask if output == "mask" else weight.masked_fill_(~mask, 0)
     if pattern.n is not None and pattern.m is not None:
         return select_nm(weight, terms, pattern.n, pattern.m, axis=axis, output=output)
     if pattern.scope == "layer":

@@ -18,11 +18,10 @@ from .budgets import check_budgets, find_budgets
 from .calibration_mode import calibration_mode
 from .collect import InputCollector
 from .experts import ExpertLinear, find_layouts
-from .kernels.score_terms import scores_reference
 from .loaded_weights import weights_as_loaded
 from .model_report import LayerReport, ModelReport, Sequential
 from .plan import NameFilter, Plan, Unit, misfit
-from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked
+from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked, score_matrix
 from .reorder import Reorderer, find_folds
 from .replay import Runner, WholeForward, make_runner
 from .request import Request
@@ -45,7 +44,7 @@ def prune_model(
     *,
     sequential: Sequential = "blocks",
     permute: bool = False,
-    update: str | Update | None = None,
+    update: str | Mapping[str, Any] | Update | None = None,
     budgets: str | None = None,
     batch_size: int | None = None,
     include: str | Sequence[str] | None = None,
@@ -95,11 +94,7 @@ def prune_model(
     needs, pattern = request.needs, request.pattern
     if sequential not in get_args(Sequential):
         raise ValueError(f"sequential must be one of {', '.join(get_args(Sequential))}; got {sequential!r}")
-    if permute and sequential == "layers" and needs.consumer:
-        raise ValueError(
-            f'permute reorders the rows of gate and up, which {method} with sequential="layers" has pruned in groups '
-            "by then: leave one of them out"
-        )
+    request.check_permute(permute, sequential)
     check_budgets(budgets, pattern)
     _check_model(model)
     clock = Stopwatch(next(model.parameters()).device)
@@ -108,7 +103,7 @@ def prune_model(
         batches = batches_of(model, calibration, batch_size) if needs.tokens or budgets else []
         with clock.measure("select"):
             weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
-            _rehearse(request, next(iter(weights.values())))
+            rehearse(request, next(iter(weights.values())))
         selection = _Selection(request, clock, plan, weights)
         if budgets:
             selection.patterns = find_budgets(model, plan.units, pattern, batches[:1], clock)
@@ -193,19 +188,17 @@ class _Selection:
                 self.plan.skip(name, weight, why_not)
                 continue
             with self.clock.measure("select"):
-                result = prune_checked(layer, weight, stats, request, name)
+                result = prune_checked(layer, weight, stats, request, name, clock=self.clock)
             self.plan.pruned(name, result.total)
             self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis, result.total))
 
     def _scores(self, name: str, *, collector: InputCollector | None) -> torch.Tensor | None:
         """By which a layer's inputs are ordered; None where no token reached it or its groups do not lie along them."""
         stats = None if collector is None else collector.statistics(name)
-        chosen = self.request.metric
-        axis = self.request.pattern.axis or default_axis(chosen.name, stats)
+        axis = self.request.pattern.axis or default_axis(self.request.metric.name, stats)
         if axis == "out" or (stats is None and self.request.needs.tokens):
             return None
-        weight = as_kernel_dtype(self.weights[name])
-        return scores_reference(weight, chosen.terms(weight, stats, **self.request.options))
+        return score_matrix(self.request, as_kernel_dtype(self.weights[name]), stats)
 
 
 def _statistics(
@@ -290,8 +283,7 @@ def _matrix(name: str) -> str:
 def _reorderer(
     model: PreTrainedModel, plan: Plan, pattern: Sparsity, batches: Sequence[Batch], clock: Stopwatch
 ) -> Reorderer:
-    if pattern.n is None or pattern.m is None:
-        raise ValueError(f"permute orders channels into the groups of n:m; a sparsity of {pattern} has none")
+    assert pattern.m is not None
     with clock.measure("permute"):
         ids = batches[0].ids if batches else trial_ids(model)
         folds = find_folds(model, plan.blocks, ids, pattern.m, wanted=set(plan.layers).__contains__, shared=plan.shares)
@@ -317,8 +309,14 @@ def _check_model(model: PreTrainedModel) -> None:
             )
 
 
-def _rehearse(request: Request, like: torch.Tensor) -> None:
-    """Prune a throw-away layer, so that an option of a wrong value is found before anything runs."""
+def rehearse(request: Request, like: torch.Tensor | None = None) -> None:
+    """Prune a throw-away layer, so that an option of a wrong value is found before anything runs.
+
+    Args:
+        request: how to prune.
+        like: a weight of the dtype and device to try; None for fp32 on the CPU.
+    """
+    like = torch.empty(0, dtype=torch.float32, device="cpu") if like is None else like
     dtype = as_kernel_dtype(like[:1]).dtype
     layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=like.device, dtype=dtype)
     ramp = torch.linspace(-1, 1, 32 * 32, dtype=torch.float32, device=like.device).reshape(32, 32).to(dtype)

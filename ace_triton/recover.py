@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .batches import check_positions, trial_ids
+from .batches import check_positions, longest_sequence, trial_ids
 from .blocks import find_blocks
 from .distillation import Distillation
 from .kept_adamw import KeptAdamW
@@ -270,7 +270,7 @@ def _check(
         least, most = int(text.min()), int(text.max())
         length = text.shape[1]
     for decoder in (model, teacher):
-        check_positions(decoder, length, "a length of")
+        check_positions(longest_sequence(decoder), length, "a length of")
     sizes = [next(m.get_input_embeddings().parameters()).shape[0] for m in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(

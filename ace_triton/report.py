@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from .evaluate import Perplexity
 from .inspect_checkpoint import TensorSparsity
@@ -74,11 +73,35 @@ def write_json(path: str | Path, content: Any) -> None:
         raise
 
 
+_STAGE_LABELS = {
+    "select": "score and mask",
+    "calibration": "calibration forwards",
+    "permute": "order of channels",
+    "update": "update of weights",
+}
+
+
+def facts_table(title: str | None = None) -> Table:
+    """An empty table of names and values; names are folded, never cut."""
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(justify="right", overflow="fold")
+    return table
+
+
+def headed_table(*headings: str, title: str | None = None, left: Sequence[str] = ()) -> Table:
+    """An empty table with headings, figures to the right but for those columns in ``left``; cells are folded."""
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
+    return table
+
+
 def prune_table(report: ModelReport) -> Table:
     """What a pruning run did and how long it took."""
-    table = Table(title=f"{report.method}, {report.sparsity}", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    added = ["permuted"] * (report.permutation is not None)
+    added += [] if report.update is None else [report.update.kind]
+    table = facts_table(", ".join([report.method, *added, report.sparsity]))
     account = report.account
     kept = sum(layer.kept * layer.parameters for layer in report.layers) / max(
         sum(layer.parameters for layer in report.layers), 1
@@ -97,10 +120,9 @@ def prune_table(report: ModelReport) -> Table:
         table.add_row("layers reordered", str(len(report.permutation.reordered)))
         table.add_row("score they retain", f"{mean:+.2%}")
     permute = ("permute",) if report.permutation is not None else ()
-    for stage in ("load", "calibration", "statistics", *permute, "select", "total"):
-        labels = {"select": "score and mask", "calibration": "calibration forwards", "permute": "order of channels"}
-        label = labels.get(stage, stage)
-        table.add_row(label, f"{getattr(report.seconds, stage):.2f} s")
+    update = ("update",) if report.update is not None else ()
+    for stage in ("load", "calibration", "statistics", *permute, "select", *update, "total"):
+        table.add_row(_STAGE_LABELS.get(stage, stage), f"{getattr(report.seconds, stage):.2f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
     return table
 
@@ -117,9 +139,7 @@ def _add_shares(table: Table, report: ModelReport) -> None:
 
 def packing_table(report: SparsifyReport) -> Table:
     """How much smaller the packed layers are."""
-    table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table = facts_table()
     patterns = Counter(layer.pattern for layer in report.layers)
     for pattern, count in patterns.most_common():
         table.add_row(f"layers packed {pattern}", str(count))
@@ -159,9 +179,7 @@ def _first_of(names: Sequence[str]) -> str:
 
 def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
     """What a recovery did; losses are means over its first and last steps."""
-    table = Table(title="recovery", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table = facts_table("recovery")
     first, last = result.losses[:most], result.losses[-most:]
     table.add_row("steps", f"{result.steps:,}")
     table.add_row("tokens", f"{result.tokens:,}")
@@ -176,9 +194,7 @@ def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
 
 def perplexity_table(result: Perplexity) -> Table:
     """One perplexity."""
-    table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table = facts_table()
     table.add_row("perplexity", f"{result.perplexity:.3f}")
     table.add_row("windows", f"{result.windows} of {result.length} tokens")
     table.add_row("tokens predicted", f"{result.tokens:,}")
@@ -188,15 +204,30 @@ def perplexity_table(result: Perplexity) -> Table:
 
 def info_table(tensors: Sequence[TensorSparsity]) -> Table:
     """Sparsity and pattern of every matrix."""
-    table = Table("layer", "shape")
-    table.add_column("zeros", justify="right")
-    table.add_column("pattern")
+    table = headed_table("layer", "shape", "zeros", "pattern", left=("layer", "shape", "pattern"))
     for tensor in tensors:
-        shape = " x ".join(map(str, tensor.shape))
-        pattern = f"{tensor.pattern}, packed" if tensor.packed else tensor.pattern
-        # As Text, since a name may look like markup.
-        table.add_row(Text(tensor.name.removesuffix(".weight")), shape, f"{tensor.zeros:.2%}", pattern)
+        table.add_row(tensor.name.removesuffix(".weight"), _shape(tensor), f"{tensor.zeros:.2%}", _pattern(tensor))
     return table
+
+
+def info_groups(tensors: Sequence[TensorSparsity]) -> Table:
+    """The same for layers of one kind together: names without their numbers, shape and pattern."""
+    table = headed_table("layers", "shape", "count", "zeros", "pattern", left=("layers", "shape", "pattern"))
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for tensor in tensors:
+        name = re.sub(r"\.\d+(?=\.)", ".*", tensor.name.removesuffix(".weight"))
+        groups.setdefault((name, _shape(tensor), _pattern(tensor)), []).append(tensor.zeros)
+    for (name, shape, pattern), zeros in groups.items():
+        table.add_row(name, shape, str(len(zeros)), f"{sum(zeros) / len(zeros):.2%}", pattern)
+    return table
+
+
+def _shape(tensor: TensorSparsity) -> str:
+    return " x ".join(map(str, tensor.shape))
+
+
+def _pattern(tensor: TensorSparsity) -> str:
+    return f"{tensor.pattern}, packed" if tensor.packed else tensor.pattern
 
 
 def info_summary(tensors: Sequence[TensorSparsity]) -> str:

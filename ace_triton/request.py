@@ -30,9 +30,13 @@ class Request:
 
     @classmethod
     def of(
-        cls, method: str, sparsity: str | float | Sparsity, update: str | Update | None, options: Mapping[str, Any]
+        cls,
+        method: str,
+        sparsity: str | float | Sparsity,
+        update: str | Mapping[str, Any] | Update | None,
+        options: Mapping[str, Any],
     ) -> Request:
-        """From a user's arguments; ValueError for an unknown method, option, pattern or update."""
+        """From a user's arguments; ValueError for an unknown method, option, pattern or update, or a wrong value."""
         chosen = metric(method)
         return cls(chosen, chosen.complete(options), Sparsity.of(sparsity), Update.of(update))
 
@@ -40,6 +44,19 @@ class Request:
     def needs(self) -> Needs:
         """Of the metric and the update together."""
         return needs_with(self.metric.needs(self.options), self.update)
+
+    def check_permute(self, permute: bool, sequential: str) -> None:
+        """ValueError if channels cannot be reordered for this pattern and metric."""
+        if permute and self.pattern.n is None:
+            raise ValueError(
+                f"permute orders channels into the groups of n:m; a sparsity of {self.pattern} has none: leave permute "
+                "out, or give a pattern such as 2:4"
+            )
+        if permute and sequential == "layers" and self.needs.consumer:
+            raise ValueError(
+                f'permute reorders the rows of gate and up, which {self.metric.name} with sequential="layers" has '
+                "pruned in groups by then: leave one of them out"
+            )
 
     @property
     def looks_at_terms(self) -> bool:

@@ -3,11 +3,14 @@ that are still to come."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 
 from .kernels.score_terms import ScoreTerms
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
+from .method_options import Range
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats, StatsError
 from .update import gram_of
@@ -86,8 +89,6 @@ def inverse_factor(stats: ActivationStats, damping: float) -> torch.Tensor:
 
     Channels that were never active have 1 on G's diagonal, as in the published code.
     """
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or damping < 0:
-        raise ValueError(f"damping must be a number, 0 or more, got {damping!r}")
     matrix = gram_of(stats).matrix
     assert matrix is not None
     diagonal = matrix.diagonal()
@@ -106,7 +107,12 @@ def inverse_factor(stats: ActivationStats, damping: float) -> torch.Tensor:
     )
 
 
-def sparsegpt(weight: torch.Tensor, stats: ActivationStats, damping: float = 0.01, block_size: int = 128) -> ScoreTerms:
+def sparsegpt(
+    weight: torch.Tensor,
+    stats: ActivationStats,
+    damping: Annotated[float, Range(least=0)] = 0.01,
+    block_size: Annotated[int, Range(least=1)] = 128,
+) -> ScoreTerms:
     """|W_ij| / U_jj, the root of SparseGPT's criterion, for weights that are not updated yet.
 
     Pruning itself is :func:`sparsegpt_weight`'s, which applies it to the updated weights. This form serves what must

@@ -16,7 +16,7 @@ PYDOC_SPLITS = ("calibration", "evaluation")
 MOST_BYTES = 2**27
 """Bytes of text that are read from one source, unpacked: 128 MiB. It bounds what a small ``.gz`` may unpack to."""
 
-SUFFIXES = {".txt", ".jsonl", ".json", ".gz", ".md"}
+FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".gz", ".md"}
 """Of a name that means a file, not a dataset."""
 
 
@@ -45,16 +45,11 @@ def read_documents(source: str | Path, *, most: int | None = None) -> list[str]:
     """
     name = str(source)
     path = Path(name)
+    check_text(name)
     if name.startswith("pydoc:"):
         documents = _pydoc(name.removeprefix("pydoc:"))[:most]
     elif path.is_file():
         documents = _from_file(path, most)
-    elif path.is_dir():
-        raise TextError(f"{name} is a folder: name a text, .jsonl or .json file in it")
-    elif path.exists():
-        raise TextError(f"{name} is not a regular file: save the text to a file first")
-    elif path.suffix.lower() in SUFFIXES or name.startswith((".", "/")):
-        raise TextError(f"{name}: no such file")
     else:
         documents = _from_dataset(name, most)
     if not any(document.strip() for document in documents):
@@ -66,6 +61,21 @@ def read_documents(source: str | Path, *, most: int | None = None) -> list[str]:
                 "not valid Unicode text; remove the character"
             )
     return documents
+
+
+def check_text(source: str) -> None:
+    """Raise TextError for a source that is not there, as far as this machine can tell; a dataset is not looked up."""
+    path = Path(source)
+    if source.startswith("pydoc:"):
+        split = source.removeprefix("pydoc:")
+        if split not in PYDOC_SPLITS:
+            raise TextError(f"pydoc:{split}: use {' or '.join('pydoc:' + s for s in PYDOC_SPLITS)}")
+    elif path.is_dir():
+        raise TextError(f"{source} is a folder: name a text, .jsonl or .json file in it")
+    elif path.exists() and not path.is_file():
+        raise TextError(f"{source} is not a regular file: save the text to a file first")
+    elif not path.exists() and (path.suffix.lower() in FILE_SUFFIXES or source.startswith((".", "/"))):
+        raise TextError(f"{source}: no such file")
 
 
 def has_lone_surrogate(text: str) -> bool:
@@ -85,8 +95,6 @@ def wikitext_rows(text: str) -> list[str]:
 
 
 def _pydoc(split: str) -> list[str]:
-    if split not in PYDOC_SPLITS:
-        raise TextError(f"pydoc:{split}: use {' or '.join('pydoc:' + s for s in PYDOC_SPLITS)}")
     topics = importlib.import_module("pydoc_data.topics").topics
     start = PYDOC_SPLITS.index(split)
     distinct = list(dict.fromkeys(topics[name] for name in sorted(topics)))

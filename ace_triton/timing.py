@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-Stage = Literal["calibration", "statistics", "permute", "select"]
+Stage = Literal["calibration", "statistics", "permute", "select", "update"]
 
 MOST_EVENTS = 4096
 
@@ -27,6 +27,7 @@ class Seconds:
         select: scores and masks.
         total: all of it, and what lies between.
         permute: where channels can be reordered, and the search for their order.
+        update: of the kept weights, and the masks chosen on the way.
     """
 
     load: float
@@ -35,6 +36,7 @@ class Seconds:
     select: float
     total: float
     permute: float = 0.0
+    update: float = 0.0
 
 
 class Stopwatch:

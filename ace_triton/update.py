@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -12,6 +13,7 @@ from .gram import Gram
 from .kernels.finite import all_finite
 from .kernels.gram_product import bfloat16_products
 from .least_squares import Choose, coarse, coarse_product, energy, penalty_step, raised, search_mask, solve_kept, under
+from .method_options import OptionType, Range, check_options, option_types
 from .stats import ActivationStats, StatsError
 
 UPDATES = ("rescale", "lstsq")
@@ -45,32 +47,47 @@ class Update:
     """
 
     kind: Literal["rescale", "lstsq"] = "lstsq"
-    damping: float = 0.02
-    prior: float = 512.0
-    iterations: int = 8
-    mask_rounds: int = 4
+    damping: Annotated[float, Range(least=0)] = 0.02
+    prior: Annotated[float, Range(least=0)] = 512.0
+    iterations: Annotated[int, Range(least=0)] = 8
+    mask_rounds: Annotated[int, Range(least=0)] = 4
     rescale: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in UPDATES:
             raise ValueError(f"update must be one of {', '.join(UPDATES)}, or None; got {self.kind!r}")
-        for name, value in (("damping", self.damping), ("prior", self.prior)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a number, 0 or more, got {value!r}")
+        options = {name: getattr(self, name) for name in self.types()}
+        check_options(self.types(), options, f"the update {self.kind!r}")
         if self.damping == self.prior == 0:
             raise ValueError("damping and prior are both 0: dependent channels would have no unique solution; set one")
-        for name, count in (("iterations", self.iterations), ("mask_rounds", self.mask_rounds)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} must be an int, 0 or more, got {count!r}")
-        if not isinstance(self.rescale, bool):
-            raise ValueError(f"rescale must be True or False, got {self.rescale!r}")
         if self.kind == "rescale" and replace(self, kind="lstsq") != Update():
             raise ValueError("the update 'rescale' has no options: they are those of 'lstsq'")
 
     @classmethod
-    def of(cls, update: str | Update | None) -> Update | None:
-        """The update itself, one by name, or None for none."""
-        return cls(update) if isinstance(update, str) else update  # type: ignore[arg-type]
+    @cache
+    def types(cls) -> dict[str, OptionType]:
+        """The options of "lstsq" and the values that they take."""
+        return {name: option for name, option in option_types(cls).items() if name != "kind"}
+
+    @classmethod
+    def of(cls, update: str | Mapping[str, Any] | Update | None) -> Update | None:
+        """The update itself, one by name or from a dict as :meth:`to_dict` gives it, or None for none.
+
+        Raises:
+            ValueError: an unknown update or option, or a value that an option does not take.
+        """
+        if update is None or isinstance(update, Update):
+            return update
+        if isinstance(update, str):
+            return cls(update)  # type: ignore[arg-type]
+        if isinstance(update, Mapping) and "kind" in update:
+            options = {name: value for name, value in update.items() if name != "kind"}
+            check_options(cls.types(), options, f"the update {update['kind']!r}")
+            return cls(update["kind"], **options)
+        raise ValueError(
+            f'update must be one of {", ".join(UPDATES)}, an ace_triton.Update, a dict with a "kind", or None; got '
+            f"{update!r}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types: the kind and the options that it has."""

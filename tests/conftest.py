@@ -139,6 +139,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["ace-triton", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "200")
         code = 0
+        capsys.readouterr()  # What fixtures printed is not the command's.
         try:
             main()
         except SystemExit as stop:

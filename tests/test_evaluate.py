@@ -46,18 +46,19 @@ def test_positions_are_those_of_the_text_model():
 
     model = SimpleNamespace(config=Gemma3Config(text_config={"max_position_embeddings": 64}))
     assert longest_sequence(model) == 64
-    check_positions(model, 64)
+    check_positions(64, 64)
+    check_positions(None, 65)
     with pytest.raises(ValueError, match="--length 65 is more than the model's 64 positions"):
-        check_positions(model, 65)
+        check_positions(64, 65)
 
 
 def test_the_command_checks_before_it_loads_and_by_the_text_model(command, tmp_path, tiny_checkpoint, some_text):
     for words, message in (
-        (("--windows", 0), "windows must be at least 1"),
-        (("--length", 1), "at least 2 tokens"),
+        (("--windows", 0), "'--windows': it must be 1 or more; got 0"),
+        (("--length", 1), "'--length': it must be 2 or more; got 1"),
     ):
         code, _, errors = command("evaluate", tmp_path / "nothing", "--text", some_text, *words)
-        assert (code, message in errors) == (1, True), errors
+        assert (code, message in errors) == (2, True), errors
     code, _, errors = command("evaluate", tiny_checkpoint, "--text", some_text, "--length", 129)
     assert code == 1
     assert "--length 129 is more than the model's 128 positions" in errors

@@ -29,7 +29,7 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     assert masks.keys() == pruned_masks(after).keys()
     assert all(torch.equal(mask, pruned_masks(after)[name]) for name, mask in masks.items())
     facts = json.loads((out / checkpoint.REPORT_FILE).read_text())
-    assert facts["source"] == str(tiny_checkpoint)
+    assert (facts["source"], facts["source_path"]) == ("tiny", "../tiny")
     assert facts["recovery"]["steps"] == 3
     assert not list(tmp_path.glob(".out*"))
     code, shown, errors = command("recover", pruned, tmp_path / "once", *small, "--steps", 2, "--tokens-per-step", 32)
@@ -72,7 +72,7 @@ def test_the_command_refuses_what_is_no_dense_teacher(command, tiny_checkpoint, 
     assert "that is the pruned model itself; it replaced the dense one" in refusal(tiny_checkpoint)
     assert "that is a pruned model (ace_triton.json lies in it)" in refusal(pruned)
     assert "that is the pruned model itself: name" in refusal(pruned, "--teacher", pruned)
-    assert "that is a packed model" in refusal(pruned, "--teacher", packed)
+    assert f"{packed} is a packed checkpoint, which holds no dense weights" in refusal(pruned, "--teacher", packed)
     shown = f"token {tokenizer.convert_tokens_to_ids('a')} is 'a' in the pruned model and 'b' in the teacher"
     assert shown in refusal(pruned, "--teacher", renamed)
     dense = ("--teacher", tmp_path / "dense")

@@ -256,7 +256,6 @@ def test_one_process_at_a_time_and_no_file_but_ours(tmp_path):
         (("--methods", "ace:bsae=ria"), "no option 'bsae'"),
         (("--lengths", "16,many"), "write whole numbers"),
         (("--lengths", "16,256"), "128 positions"),
-        (("--seeds", "0"), "at least one of its seeds"),
         (("--sparsities", "2:3"), "n:m needs m in"),
         (("--calibration", "self"), "calibrates on text"),
         (("--window-length", "256"), "128 positions"),

@@ -205,8 +205,10 @@ def test_on_the_command_line(command, tmp_path, tiny_checkpoint, some_text, argu
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["-u", "damping=1"], "without --update"), (["--update", "obs"], "one of rescale, lstsq"),
-     (["--update", "lstsq", "-u", "rounds=3"], "its options: damping, prior, iterations, mask_rounds, rescale")],
+    [(["--method", "wanda", "-u", "damping=1"], "without --update"), (["--update", "obs"], "one of rescale, lstsq"),
+     (["--update", "none", "-u", "damping=1"], "without --update"),
+     (["-u", "damping=x"], "--update: damping must be a number, 0 or more; got 'x'"),
+     (["--update", "lstsq", "-u", "rounds=3"], "no option 'rounds'; its options: damping=0.02, prior=512.0, iter")],
 )  # fmt: skip
 def test_the_command_line_refuses(command, tmp_path, tiny_checkpoint, arguments, message):
     code, _, said = command("prune", tiny_checkpoint, tmp_path / "out", *arguments)

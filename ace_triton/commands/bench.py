@@ -8,16 +8,17 @@ from typing import Annotated
 
 import typer
 from rich.progress import Progress
-from rich.table import Table
 
 from .. import report
 from ..linear_bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, kinds_of, totals
 from ..nm_linear import NMLinear
 from ..packed_checkpoint import load_model
 from ..progress import progress_bar, stage
+from ..provenance import name_of, with_provenance
+from ..sources import check_source
 from ..sparsify import sparsify
 from ..sparsity import Sparsity
-from .console import console, progress_bars
+from .console import console, print_backend, print_line, progress_bars
 from .options import DTYPES, DeviceOption, JsonOption, check_json, parse_device, parse_dtype
 
 SHAPE = "4096x4096"
@@ -25,59 +26,82 @@ SHAPE = "4096x4096"
 
 def bench(
     model: Annotated[
-        str | None, typer.Option(help="A folder, pruned to n:m or packed: each of its kinds of layers.")
+        str | None,
+        typer.Option(
+            help="Folder of a model, pruned to n:m or packed, whose kinds of layers are timed.", show_default="no model"
+        ),
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="One layer, as OUTxIN.", show_default=SHAPE, metavar="OUTxIN")
+        str | None, typer.Option(help="Shape of one layer to time, as OUTxIN.", show_default=SHAPE, metavar="OUTxIN")
     ] = None,
-    sparsity: Annotated[str, typer.Option(help="n:m of the layer; a model's are its own.")] = "2:4",
-    rows: Annotated[str, typer.Option(help="Numbers of rows (tokens of a call).")] = ",".join(map(str, ROWS)),
-    dtype: Annotated[str, typer.Option(help=f"Of weights and tokens: {', '.join(DTYPES)}.")] = "auto",
+    sparsity: Annotated[
+        str, typer.Option(help="Pattern n:m of the layer of --shape; a model's layers have their own.")
+    ] = "2:4",
+    rows: Annotated[
+        str, typer.Option(help="Comma-separated numbers of rows, the tokens of a call, to time.")
+    ] = ",".join(map(str, ROWS)),
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help=f"Type of weights and tokens, one of {', '.join(DTYPES)}; auto is the model's own, or what the device "
+            "runs best."
+        ),
+    ] = "auto",
     device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
-    """Time packed layers beside dense ones, and say where sparse loses."""
+    """Time packed layers beside dense ones, and show where sparse loses."""
     check_json(json)
     counts = _counts(rows)
     where = parse_device(device)
     if model is not None and shape is not None:
         raise ValueError("--model and --shape: give one of them")
+    wanted = parse_dtype(dtype)
+    if model is None:
+        usual = "float32" if where == "cpu" else "bfloat16"
+        pattern = Sparsity(sparsity)
+        if pattern.n is None or pattern.m is None:
+            raise ValueError(f"--sparsity {sparsity!r}: packed layers are n:m, as 2:4")
+        kinds = [_one_kind(shape or SHAPE, pattern.n, pattern.m, usual if dtype == "auto" else dtype)]
+    else:
+        check_source(model, packed=True)
+    print_backend(where)
     with progress_bars() as progress:
-        if model is None:
-            usual = "float32" if where == "cpu" else "bfloat16"
-            wanted = parse_dtype(usual if dtype == "auto" else dtype)
-            pattern = Sparsity(sparsity)
-            if pattern.n is None or pattern.m is None:
-                raise ValueError(f"--sparsity {sparsity!r}: packed layers are n:m, as 2:4")
-            kinds = [LayerKind(_shape(shape or SHAPE), pattern.n, pattern.m, wanted)]
-        else:
-            kinds = _kinds(model, dtype, progress)
+        if model is not None:
+            kinds = _kinds(model, wanted, progress)
         found = [
             bench_layer(kind, where, rows=counts, progress=progress_bar(progress, f"bench {kind.shape}"))
             for kind in kinds
         ]
     if json:
-        sums = [dataclasses.asdict(entry) for entry in totals(found)]
-        report.write_json(json, {"layers": [layer.to_dict() for layer in found], "totals": sums})
+        content = {
+            "layers": [layer.to_dict() for layer in found],
+            "totals": [dataclasses.asdict(entry) for entry in totals(found)],
+        }
+        name = None if model is None else name_of(model)
+        report.write_json(json, with_provenance(content, model=name, device=where))
     for layer in found:
         _show(layer)
     if model is not None:
         _show_totals(found)
 
 
-def _kinds(source: str, dtype: str, progress: Progress) -> list[LayerKind]:
+def _kinds(source: str, dtype: object, progress: Progress) -> list[LayerKind]:
     with stage(progress, "load the model"):
-        model, _ = load_model(source, dtype=parse_dtype(dtype))
+        model, _ = load_model(source, dtype=dtype)  # type: ignore[arg-type]
         if not any(isinstance(module, NMLinear) for module in model.modules()):
             sparsify(model)
     return kinds_of(model)
 
 
-def _shape(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+def _one_kind(text: str, n: int, m: int, dtype: str) -> LayerKind:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
-        raise ValueError(f"--shape {text!r}: write OUTxIN, as {SHAPE}")
-    return int(match[1]), int(match[2])
+        raise ValueError(f"--shape {text!r}: write OUTxIN, each 1 or more, as {SHAPE}")
+    out_features, in_features = int(match[1]), int(match[2])
+    if in_features % m:
+        raise ValueError(f"--shape {text!r}: the {in_features} inputs are not a multiple of {m}")
+    return LayerKind((out_features, in_features), n, m, parse_dtype(dtype))
 
 
 def _counts(text: str) -> list[int]:
@@ -89,9 +113,9 @@ def _counts(text: str) -> list[int]:
 def _show(layer: LayerTimes) -> None:
     kind = layer.kind
     layers = f"{kind.count} layers " if kind.count > 1 else ""
-    table = Table(title=f"{layers}{kind} on {layer.device}; milliseconds, medians")
-    for heading in ("rows", "dense", "ours", "unpacked", "torch 2:4", "NMLinear takes", "times as fast"):
-        table.add_column(heading, justify="left" if heading == "NMLinear takes" else "right")
+    headings = ("rows", "dense", "ours", "unpacked", "torch 2:4", "NMLinear takes", "times as fast")
+    title = f"{layers}{kind} on {layer.device}; milliseconds, medians"
+    table = report.headed_table(*headings, title=title, left=("NMLinear takes",))
     names = {"packed": "ours", "unpacked": "unpacked", "dense": "unpacked", "semi_structured": "torch 2:4"}
     for entry in layer.times:
         torchs = "-" if entry.semi_structured is None else f"{entry.semi_structured:.3f}"
@@ -99,20 +123,21 @@ def _show(layer: LayerTimes) -> None:
         table.add_row(str(entry.rows), *cells, f"{entry.dense / entry.taken:.2f}x")
     console.print(table)
     share = layer.packed_bytes / layer.dense_bytes
-    console.print(f"weight {layer.packed_bytes / 2**20:.2f} MiB, {share:.1%} of dense", highlight=False)
+    print_line(f"weight {layer.packed_bytes / 2**20:.2f} MiB, {share:.1%} of dense")
     if layer.why_no_semi_structured:
-        console.print(f"torch 2:4 was not timed: {layer.why_no_semi_structured}", highlight=False)
+        print_line(f"torch 2:4 was not timed: {layer.why_no_semi_structured}")
     slower = [f"{entry.rows} ({entry.taken / entry.dense:.2f}x the time)" for entry in layer.times if entry.loses]
     losses = f"slower than dense at rows {', '.join(slower)}" if slower else "nowhere slower than dense"
-    console.print(f"sparse is {losses}", highlight=False, soft_wrap=True)
-    console.print(f"limits that fit these times: {best_limits(layer.times)}", highlight=False, soft_wrap=True)
+    print_line(f"sparse is {losses}")
+    print_line("to use the limits that fit these times:")
+    limits = best_limits(layer.times)
+    print_line(f"    ace_triton.set_row_limits(model, ace_triton.{limits})")
 
 
 def _show_totals(layers: list[LayerTimes]) -> None:
     count = sum(layer.kind.count for layer in layers)
-    table = Table(title=f"all {count} packed layers, milliseconds")
-    for heading in ("rows", "dense", "NMLinear", "times as fast"):
-        table.add_column(heading, justify="right")
+    title = f"all {count} packed layers, milliseconds"
+    table = report.headed_table("rows", "dense", "NMLinear", "times as fast", title=title)
     for entry in totals(layers):
         cells = (f"{entry.dense:.2f}", f"{entry.taken:.2f}", f"{entry.dense / entry.taken:.2f}x")
         table.add_row(str(entry.rows), *cells)

@@ -7,47 +7,70 @@ from typing import Annotated
 import typer
 
 from .. import report
-from ..batches import check_positions
+from ..batches import check_positions, longest_sequence
 from ..beginnings import Beginning, text_ids
-from ..evaluate import check_windows, perplexity
+from ..evaluate import perplexity
 from ..packed_checkpoint import load_model
 from ..progress import progress_bar, stage
+from ..provenance import name_of, with_provenance
+from ..sources import check_length, check_source
 from ..text import read_documents, wikitext_rows
-from .console import console, progress_bars
-from .options import BosOption, DeviceOption, DtypeOption, JsonOption, check_json, parse_device, parse_dtype
+from .console import console, print_backend, progress_bars
+from .options import (
+    TEXT_SOURCES,
+    AnyModelArgument,
+    BosOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    WikitextOption,
+    check_json,
+    number,
+    parse_device,
+    parse_dtype,
+)
 
 
 def evaluate(
-    model_dir: Annotated[
-        str, typer.Argument(metavar="DIR", help="Checkpoint folder, dense or packed, hub name or .gguf file.")
-    ],
+    model_dir: AnyModelArgument,
     text: Annotated[
-        str, typer.Option(help="Text, .jsonl or .json file (also .gz), or dataset name[:config[:split]].")
+        str, typer.Option(help=f"Evaluation text: {TEXT_SOURCES.format(half='evaluation')} (Python's manual).")
     ] = "Salesforce/wikitext:wikitext-2-raw-v1:test",
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="Evaluate only the first windows; default: all.")] = None,
-    wikitext: Annotated[
-        bool, typer.Option("--wikitext", help="The text is a raw WikiText file: join its lines as its dataset's rows.")
-    ] = False,
+    length: Annotated[int, number("Length of a window, in tokens.", least=2)] = 2048,
+    windows: Annotated[
+        int | None, number("Number of windows to evaluate, from the start.", least=1, show_default="all of the text")
+    ] = None,
+    wikitext: WikitextOption = False,
     bos: BosOption = "auto",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
-    """Measure a model's perplexity over non-overlapping windows of a text."""
+    """Measure a model's perplexity over windows of a text that do not overlap."""
     check_json(json)
-    check_windows(length, windows)
+    weights_dtype, where = parse_dtype(dtype), parse_device(device)
+    check_source(model_dir, packed=True)
+    check_length(model_dir, length, "--length")
     documents = read_documents(text)
     if wikitext:
         documents = wikitext_rows("".join(documents))
+    print_backend(where)
     with progress_bars() as progress:
         with stage(progress, "load the model"):
-            model, tokenizer = load_model(model_dir, dtype=parse_dtype(dtype), device=parse_device(device))
-        check_positions(model, length)
+            model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where)
+        check_positions(longest_sequence(model), length)
         beginning = Beginning.of(tokenizer, bos)
         ids = text_ids("\n\n".join(documents), tokenizer, beginning)
         bar = progress_bar(progress, "evaluate")
         result = perplexity(model, ids, length=length, windows=windows, beginning=beginning, progress=bar)
     if json:
-        report.write_json(json, result.to_dict())
+        facts = with_provenance(
+            result.to_dict(),
+            model=name_of(model_dir),
+            text=name_of(text),
+            wikitext=wikitext,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+        )
+        report.write_json(json, facts)
     console.print(report.perplexity_table(result))

@@ -12,27 +12,45 @@ from .. import report
 from ..generation import generate as continue_prompt
 from ..packed_checkpoint import load_model
 from ..progress import stage
-from .console import errors, progress_bars
-from .options import DeviceOption, DtypeOption, JsonOption, check_json, parse_device, parse_dtype
+from ..provenance import name_of, with_provenance
+from ..sources import check_length, check_source
+from .console import print_backend, print_note, progress_bars
+from .options import (
+    LARGEST_SEED,
+    AnyModelArgument,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    check_json,
+    number,
+    parse_device,
+    parse_dtype,
+)
 
 
 def generate(
-    model_dir: Annotated[
-        str, typer.Argument(metavar="DIR", help="Checkpoint folder, dense or packed, hub name, .gguf file or smollm2.")
-    ],
-    prompt: Annotated[str, typer.Option(help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message; use the chat template.")] = False,
+    model_dir: AnyModelArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, number("Largest number of new tokens.", least=1)] = 128,
+    temperature: Annotated[
+        float, number("Sampling temperature; 0 takes the most likely token each time.", least=0)
+    ] = 0.0,
+    seed: Annotated[int, number("Random seed of the sampling.", least=0, most=LARGEST_SEED)] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take the prompt as a user's message, in the model's chat template.")
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     json: JsonOption = None,
 ) -> None:
     """Continue a prompt with a model; the text goes to stdout, tokens per second to stderr."""
     check_json(json)
+    weights_dtype, where = parse_dtype(dtype), parse_device(device)
+    check_source(model_dir, packed=True)
+    check_length(model_dir, max_new_tokens, "--max-new-tokens")
+    print_backend(where)
     with progress_bars() as progress, stage(progress, "load the model"):
-        model, tokenizer = load_model(model_dir, dtype=parse_dtype(dtype), device=parse_device(device))
+        model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where)
     torch.manual_seed(seed)
     result = continue_prompt(
         model,
@@ -45,11 +63,20 @@ def generate(
     )
     print(flush=True)
     if json:
-        report.write_json(json, result.to_dict())
-    errors.print(
+        facts = with_provenance(
+            result.to_dict(),
+            model=name_of(model_dir),
+            prompt=prompt,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+        )
+        report.write_json(json, facts)
+    print_note(
         f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} a second; "
-        f"{result.prompt_tokens} tokens of prompt in {result.prompt_seconds:.2f} s",
-        highlight=False,
+        f"{result.prompt_tokens} tokens of prompt in {result.prompt_seconds:.2f} s"
     )
 
 

@@ -9,18 +9,21 @@ import typer
 
 from .. import report
 from ..inspect_checkpoint import inspect_checkpoint
-from .console import console
+from ..provenance import name_of, with_provenance
+from .console import console, print_line
 from .options import JsonOption, check_json
 
 
 def info(
-    model_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a saved model.")],
+    model_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a saved model, dense or packed.")],
+    full: Annotated[bool, typer.Option("--full", help="List every layer, not only the kinds of layers.")] = False,
     json: JsonOption = None,
 ) -> None:
-    """Sparsity and pattern of a saved model, layer by layer."""
+    """Show the sparsity and pattern of a saved model's layers."""
     check_json(json)
     tensors = inspect_checkpoint(model_dir)
     if json:
-        report.write_json(json, {"layers": [dataclasses.asdict(tensor) for tensor in tensors]})
-    console.print(report.info_table(tensors))
-    console.print(report.info_summary(tensors))
+        layers = [dataclasses.asdict(tensor) for tensor in tensors]
+        report.write_json(json, with_provenance({"layers": layers}, model=name_of(model_dir)))
+    print_line(report.info_summary(tensors))
+    console.print(report.info_table(tensors) if full else report.info_groups(tensors))

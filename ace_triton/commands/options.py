@@ -1,9 +1,10 @@
-"""What several commands take, and how it is checked."""
+"""Options that several commands take, and their checks, which run before a command starts its work."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,69 +12,141 @@ import torch
 import typer
 
 from ..beginnings import Bos
+from ..method_options import Range, read_options
+from ..metrics import metric
+from ..plugins import load_plugins
 from ..report import check_json_target
-from ..update import Update
+from ..update import UPDATES, Update
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
-DeviceOption = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[str, typer.Option(help=f"Type to load weights in: {', '.join(DTYPES)}.")]
+LARGEST_SEED = 2**63 - 1
+
+NO_UPDATE = "none"
+
+TEXT_SOURCES = "a text, .jsonl or .json file (also .gz), a dataset as name[:config[:split]], or pydoc:{half}"
+
+
+def within(**bounds: float) -> Callable[[Any], Any]:
+    """A check of a number, or of None, by :class:`~ace_triton.method_options.Range`'s bounds; infinity is refused."""
+    allowed = Range(**bounds)
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not (math.isfinite(value) and value in allowed):
+            raise typer.BadParameter(f"it must be {allowed}; got {value}")
+        return value
+
+    return check
+
+
+def number(help: str, *, flag: str | None = None, show_default: bool | str = True, **bounds: float) -> Any:
+    """A typer option that takes a number within bounds."""
+    flags = () if flag is None else (flag,)
+    return typer.Option(*flags, help=help, callback=within(**bounds), show_default=show_default)
+
+
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="Device to run on: cpu, cuda, cuda:1, or auto for CUDA if it is available.")
+]
+DtypeOption = Annotated[
+    str, typer.Option(help=f"Type to load the weights in, one of {', '.join(DTYPES)}; auto keeps the model's own.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SRC", help="Model: a checkpoint folder, a hub name, a .gguf file, or smollm2.")
+]
+AnyModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR", help="Model: a checkpoint folder, dense or packed, a hub name, a .gguf file, or smollm2."
+    ),
+]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Shell pattern of layer names to work on, as '*.mlp.*'; repeatable.",
+        show_default="all layers",
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Shell pattern of layer names to leave as they are; repeatable.",
+        show_default="no layer",
+    ),
+]
+SeedOption = Annotated[int, number("Random seed of the calibration sequences.", least=0, most=LARGEST_SEED)]
+WikitextOption = Annotated[
+    bool, typer.Option("--wikitext", help="Read the evaluation text as a raw WikiText file, whose lines are rows.")
+]
 BosOption = Annotated[
     Bos,
     typer.Option(
         "--bos",
-        help="Where beginning-of-text tokens go: 'each' puts one in every sequence or window, 'stream' one before the "
+        help="Place of beginning-of-text tokens: 'each' puts one in every sequence or window, 'stream' one before the "
         "whole text, which is then cut; or 'none'. 'auto' is 'each' if the tokenizer adds one itself.",
     ),
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it is there already.")]
+PluginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE.py|MODULE",
+        help="Python code that registers metrics, which is run; repeatable.",
+        show_default="no plugin",
+        callback=load_plugins,
+    ),
+]
 
 
-def parse_options(pairs: list[str] | None) -> dict[str, Any]:
-    """``["a=0.5", "base=ria"]`` as ``{"a": 0.5, "base": "ria"}``; ValueError for one without ``=``."""
-    options = {}
-    for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--option {pair!r}: write name=value")
-        try:
-            options[name.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name.strip()] = value
-    return options
+def parse_options(method: str, pairs: list[str] | None) -> dict[str, Any]:
+    """``["a=0.5"]`` of a method as ``{"a": 0.5}``; ValueError for an unknown one or a value that it does not take."""
+    return read_options(metric(method).types, pairs or [], f"method {method!r}", "--option")
 
 
-def parse_update(kind: str | None, pairs: list[str] | None) -> Update | None:
-    """``--update`` with its ``--update-option`` pairs; ValueError for a name or value that will not do."""
-    options = parse_options(pairs)
-    if kind is None:
+def parse_update(kind: str | None, pairs: list[str] | None, usual: Update | None = None) -> Update | None:
+    """``--update`` with its ``--update-option`` pairs.
+
+    Args:
+        kind: the update's name, "none", or None for the usual one.
+        pairs: its options, as ``name=value``.
+        usual: what is meant if ``--update`` is not given.
+
+    Raises:
+        ValueError: an unknown update or option, a value that the option does not take, or options of no update.
+    """
+    options = read_options(Update.types(), pairs or [], "--update", "--update-option")
+    if kind not in (None, NO_UPDATE, *UPDATES):
+        raise ValueError(f"--update {kind!r}: use one of {', '.join(UPDATES)} or {NO_UPDATE}")
+    update = usual if kind is None else None if kind == NO_UPDATE else Update(kind)  # type: ignore[arg-type]
+    if update is None:
         if options:
             raise ValueError("--update-option without --update: say which update it is for (--update lstsq)")
         return None
-    known = [field.name for field in dataclasses.fields(Update) if field.name != "kind"]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"--update has no option {name!r}; its options: {', '.join(known)}")
-    return Update(kind, **options)  # type: ignore[arg-type]
+    return replace(update, **options)
 
 
 def parse_dtype(name: str) -> Any:
-    """What transformers takes as ``dtype``; ValueError for a name that is none."""
+    """What transformers takes as ``dtype``; ValueError for an unknown name."""
     if name not in DTYPES:
         raise ValueError(f"--dtype {name!r}: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def parse_device(name: str) -> str:
-    """A device that is there; ValueError where it is not."""
+    """An available device; ValueError for any other."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, dtype=torch.float32, device=name)
+        kind = torch.empty(0, dtype=torch.float32, device=name).device.type
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name!r} is not to be had here ({str(error).splitlines()[0]})") from error
-    return name
+        raise ValueError(f"--device {name!r} is not available here ({str(error).splitlines()[0]})") from error
+    if kind == "meta":
+        raise ValueError(f"--device {name!r} holds no numbers: use cpu or cuda")
+    return "cpu" if kind == "cpu" else name
 
 
 def check_json(path: Path | None) -> None:

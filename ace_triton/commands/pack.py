@@ -6,45 +6,65 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from .. import checkpoint, report
 from ..packed_checkpoint import save_packed
 from ..packed_manifest import is_packed
 from ..progress import stage
+from ..provenance import name_of, source_facts, source_of, with_provenance
+from ..sources import check_source
 from ..sparsify import sparsify
-from .console import console, progress_bars
-from .options import DeviceOption, DtypeOption, JsonOption, OverwriteOption, check_json, parse_device, parse_dtype
+from ..sparsity import Sparsity
+from .console import console, print_backend, print_line, progress_bars
+from .options import (
+    DeviceOption,
+    DtypeOption,
+    ExcludeOption,
+    IncludeOption,
+    JsonOption,
+    OverwriteOption,
+    check_json,
+    parse_device,
+    parse_dtype,
+)
 
 
 def pack(
     src: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a model that was pruned to n:m.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the packed model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed model.")],
     sparsity: Annotated[
-        str | None, typer.Option(help="n:m of all layers; left out, every layer's own is found.")
+        str | None, typer.Option(help="Pattern n:m of all layers.", show_default="found for each layer")
     ] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches (repeatable).")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="No layers whose name matches (repeatable).")] = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Pack the n:m layers of a pruned checkpoint: a smaller one, which ace_triton.load runs sparse."""
+    """Pack the n:m layers of a pruned checkpoint into a smaller one, which ace_triton.load runs sparse."""
     check_json(json)
     if is_packed(src):
         raise ValueError(f"{src} is packed already")
+    if sparsity is not None and Sparsity(sparsity).n is None:
+        raise ValueError(f"--sparsity {sparsity!r}: packed layers are n:m, as 2:4")
+    weights_dtype, where = parse_dtype(dtype), parse_device(device)
     checkpoint.check_out(out, overwrite=overwrite)
+    check_source(src, hub=False)
+    print_backend(where)
     with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         with stage(progress, "load the model"):
-            model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
+            model, tokenizer = checkpoint.load(src, dtype=weights_dtype, device=where)
         with stage(progress, "pack"):
             result = sparsify(model, sparsity, include=include or None, exclude=exclude or None)
+        told = checkpoint.read_report(src)
+        if told is not None and (source := source_of(told, src)) is not None:
+            told = {**told, **source_facts(source, out)}
         with stage(progress, "save the model"):
-            save_packed(model, tokenizer, out, report=checkpoint.read_report(src), overwrite=overwrite)
+            save_packed(model, tokenizer, out, report=told, overwrite=overwrite)
     if json:
-        report.write_json(json, result.to_dict())
+        report.write_json(json, with_provenance(result.to_dict(), model=name_of(src)))
     console.print(report.packing_table(result))
     for line in report.skipped_lines(result):
-        console.print(f"left as it is: {escape(line)}")
-    console.print(f"written to {escape(str(out))}", soft_wrap=True)
+        print_line(f"left as it is: {line}")
+    print_line(f"written to {out}")

@@ -5,128 +5,214 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
-from rich.markup import escape
 
 from .. import checkpoint, report
 from ..budgets import check_budgets
-from ..calibration import load_calibration
+from ..calibration import SELF, load_calibration, read_calibration
 from ..calibration_report import report_on
 from ..metrics import metric_names
 from ..model_report import Sequential
 from ..packed_checkpoint import save_packed
+from ..packed_manifest import DTYPES as PACKED_DTYPES
+from ..presets import DEFAULT_PRESET, PRESETS, Preset
 from ..progress import progress_bar, stage
-from ..prune_model import prune_model
+from ..provenance import source_facts, with_provenance
+from ..prune_model import prune_model, rehearse
 from ..request import Request
+from ..sources import check_length, check_source
 from ..sparsify import sparsify
 from ..sparsity import Sparsity
-from .console import console, errors, progress_bars
+from ..update import Update
+from .console import console, print_backend, print_line, print_warning, progress_bars
 from .options import (
+    NO_UPDATE,
+    TEXT_SOURCES,
     BosOption,
     DeviceOption,
     DtypeOption,
+    ExcludeOption,
+    IncludeOption,
     JsonOption,
     OverwriteOption,
+    PluginOption,
+    SeedOption,
+    SourceArgument,
     check_json,
+    number,
     parse_device,
     parse_dtype,
     parse_options,
     parse_update,
 )
 
+_PRESETS = "; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items())
+_UPDATE_OPTIONS = ", ".join(Update.types())
+
 
 def prune(
-    src: Annotated[str, typer.Argument(help="Checkpoint folder, hub name, .gguf file, or 'smollm2'.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the pruned model.")],
-    method: Annotated[str, typer.Option(help=f"One of: {', '.join(metric_names())}.")] = "ace",
-    sparsity: Annotated[str, typer.Option(help="n:m (n of every m kept) or the pruned fraction.")] = "2:4",
-    scope: Annotated[str, typer.Option(help="For a fraction: 'row' or 'layer' loses its share.")] = "row",
-    calibration: Annotated[
-        str,
+    src: SourceArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pruned model.")],
+    preset: Annotated[
+        str | None,
         typer.Option(
-            help="Text or .jsonl file (also .gz), dataset name[:config[:split]], 'pydoc:calibration', or 'self' "
-            "(the model writes its own)."
+            help=f"Recipe ({_PRESETS}, with more rounds, layer by layer); other options replace its parts.",
+            show_default=f"{DEFAULT_PRESET}; with --method, that method alone",
         ),
-    ] = "allenai/c4:en",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the calibration crops.")] = 0,
-    bos: BosOption = "auto",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Sequences a forward; left out, about 2,048 tokens' worth.")
     ] = None,
-    sequential: Annotated[
-        Sequential,
+    method: Annotated[
+        str | None,
         typer.Option(
-            help="What is pruned between two looks at the model: 'none' (all at once, in half the time), 'blocks', or "
-            "the 'layers' of a block that share an input."
+            help=f"Metric that scores the weights, one of {', '.join(metric_names())}; alone unless you add to it.",
+            show_default=f"{PRESETS[DEFAULT_PRESET].method}, as part of the preset",
         ),
-    ] = "blocks",
-    permute: Annotated[
-        bool,
-        typer.Option(
-            "--permute", help="For n:m: first reorder channels, where it costs nothing, so that less is lost."
-        ),
-    ] = False,
-    include: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches (repeatable).")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="No layers whose name matches (repeatable).")] = None,
+    ] = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", help="An option of the method, name=value (repeatable).")
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-o",
+            metavar="NAME=VALUE",
+            help="Option of the method; 'ace-triton methods' lists them all; repeatable.",
+            show_default="the method's defaults",
+        ),
+    ] = None,
+    plugin: PluginOption = None,
+    sparsity: Annotated[
+        str, typer.Option(help="Pattern n:m, which keeps n of every m weights, or the pruned fraction, as 0.5.")
+    ] = "2:4",
+    scope: Annotated[
+        str, typer.Option(help="Where a fraction holds: in every 'row' of a weight, or in the 'layer' as a whole.")
+    ] = "row",
+    permute: Annotated[
+        bool | None,
+        typer.Option(
+            "--permute/--no-permute",
+            help="Reorder channels first, at no cost when the model runs; for n:m only.",
+            show_default="the preset's",
+        ),
     ] = None,
     update: Annotated[
         str | None,
         typer.Option(
-            help="'rescale': give each output the energy it had; 'lstsq': move the kept weights to where they best "
-            "reproduce the dense outputs."
+            help="Update of the kept weights: 'lstsq' fits them to the dense outputs by least squares, 'rescale' "
+            f"restores the energy of each output, '{NO_UPDATE}' leaves them.",
+            show_default="the preset's",
         ),
     ] = None,
     update_option: Annotated[
         list[str] | None,
-        typer.Option("--update-option", "-u", help="An option of the update, as mask_rounds=12 (repeatable)."),
+        typer.Option(
+            "--update-option",
+            "-u",
+            metavar="NAME=VALUE",
+            help=f"Option of the update 'lstsq', one of {_UPDATE_OPTIONS}; repeatable.",
+            show_default="the update's defaults",
+        ),
     ] = None,
     budgets: Annotated[
         str | None,
         typer.Option(
-            help="'outliers' lets blocks with more outlying scores keep more (of n:m one of every m), the total kept."
+            help="Let blocks keep different shares, with the same total: 'outliers' gives more to blocks with more "
+            "outlying scores.",
+            show_default="the same share in all blocks",
         ),
     ] = None,
+    sequential: Annotated[
+        Sequential | None,
+        typer.Option(
+            help="Unit to prune before the model runs again on its pruned weights: 'blocks', one block; 'layers', the "
+            "layers of a block that share an input; 'none', the whole model at once, in about half the time.",
+            show_default="the preset's",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help=f"Calibration text: {TEXT_SOURCES.format(half='calibration')} (Python's manual), or '{SELF}' for "
+            "text that the model writes."
+        ),
+    ] = "allenai/c4:en",
+    samples: Annotated[int, number("Number of calibration sequences.", least=1)] = 128,
+    length: Annotated[int, number("Length of a calibration sequence, in tokens.", least=2)] = 128,
+    seed: SeedOption = 0,
+    bos: BosOption = "auto",
+    batch_size: Annotated[
+        int | None,
+        number("Number of sequences in one forward.", least=1, show_default="as many as make about 2,048 tokens"),
+    ] = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     packed: Annotated[
-        bool, typer.Option("--packed", help="Write a packed checkpoint (n:m only), as ace-triton pack does.")
+        bool,
+        typer.Option("--packed", help="Write a packed checkpoint, as 'ace-triton pack' does; for n:m only."),
     ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Prune SRC and write the result, a dense checkpoint with zeros that transformers loads, to OUT."""
+    """Prune SRC and write it to OUT: a dense checkpoint with zeros that transformers loads, or a packed one.
+
+    Without options this is wanda with channels permuted and weights updated by least squares, which measures best for
+    its time. A method that you name runs alone; --preset, --permute and --update add to it.
+    """
     pattern = Sparsity(sparsity, scope=scope)  # type: ignore[arg-type]
-    request = Request.of(method, pattern, parse_update(update, update_option), parse_options(option))
-    if packed and pattern.n is None:
-        raise ValueError(f"--packed needs groups, as --sparsity 2:4; {sparsity!r} has none")
+    recipe = _recipe(
+        preset,
+        method,
+        pattern,
+        permute=permute,
+        update=update,
+        update_option=update_option,
+        sequential=sequential,
+    )
+    request = Request.of(recipe.method, pattern, recipe.update, parse_options(recipe.method, option))
+    request.check_permute(recipe.permute, recipe.sequential)
     check_budgets(budgets, pattern)
+    needs_text = request.needs.tokens or budgets is not None
+    weights_dtype, where = parse_dtype(dtype), parse_device(device)
+    if packed:
+        _check_packed(pattern, torch.float32 if dtype == "auto" else weights_dtype)
+    rehearse(request)
     check_json(json)
     checkpoint.check_out(out, overwrite=overwrite)
+    check_source(src)
+    if needs_text:
+        check_length(src, length, "--length")
+    documents = read_calibration(calibration) if needs_text else None
+    print_backend(where)
     with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         started = time.perf_counter()
         with stage(progress, "load the model"):
-            model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
+            model, tokenizer = checkpoint.load(src, dtype=weights_dtype, device=where)
         load_seconds = time.perf_counter() - started
+        if packed:
+            _check_packed(pattern, model.dtype)
         sequences = calibrated = None
-        if request.needs.tokens or budgets:
-            with stage(progress, "calibration text"):
-                sequences = load_calibration(
-                    calibration, tokenizer, samples=samples, length=length, seed=seed, model=model, bos=bos
-                )
+        if documents is not None:
+            sequences = load_calibration(
+                documents,
+                tokenizer,
+                samples=samples,
+                length=length,
+                seed=seed,
+                model=model,
+                bos=bos,
+                progress=progress_bar(progress, "calibration text"),
+            )
+            with stage(progress, "check the calibration text"):
                 calibrated = report_on(sequences, model, calibration)
         result = prune_model(
             model,
             sequences,
-            method,
+            recipe.method,
             pattern,
-            sequential=sequential,
-            permute=permute,
+            sequential=recipe.sequential,
+            permute=recipe.permute,
             update=request.update,
             budgets=budgets,
             batch_size=batch_size,
@@ -137,8 +223,19 @@ def prune(
         )
         seconds = dataclasses.replace(result.seconds, load=load_seconds, total=result.seconds.total + load_seconds)
         result = dataclasses.replace(result, seconds=seconds)
-        found = {} if calibrated is None else {"calibration_report": calibrated.to_dict()}
-        facts = {**result.to_dict(), **found, "source": str(Path(src).absolute()) if Path(src).exists() else src}
+        found = {} if calibrated is None else {"calibration_report": {**calibrated.to_dict(), "seed": seed}}
+        facts = with_provenance(
+            result.to_dict(),
+            **source_facts(src, out),
+            **found,
+            options=dict(request.options),
+            scope=pattern.scope,
+            permute=recipe.permute,
+            include=include or None,
+            exclude=exclude or None,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+        )
         with stage(progress, "save the model"):
             if packed:
                 packing = sparsify(model)
@@ -146,17 +243,53 @@ def prune(
             else:
                 checkpoint.save(model, tokenizer, out, facts, overwrite=overwrite)
     if json:
-        report.write_json(json, {**result.to_dict(), **found})
+        report.write_json(json, facts)
     console.print(report.prune_table(result))
     if calibrated is not None:
         for line in calibrated.lines():
-            console.print(escape(line), soft_wrap=True, highlight=False)
+            print_line(line)
         for line in calibrated.warnings():
-            errors.print(f"[bold yellow]warning:[/] {escape(line)}", soft_wrap=True)
+            print_warning(line)
     for line in report.skipped_lines(result):
-        console.print(f"left dense: {escape(line)}")
+        print_line(f"left dense: {line}")
     for line in report.unfolded_lines(result):
-        console.print(f"not reordered: {escape(line)}")
+        print_line(f"not reordered: {line}")
     if packed:
         console.print(report.packing_table(packing))
-    console.print(f"written to {escape(str(out))}", soft_wrap=True)
+    print_line(f"written to {out}")
+
+
+def _recipe(
+    preset: str | None,
+    method: str | None,
+    pattern: Sparsity,
+    *,
+    permute: bool | None,
+    update: str | None,
+    update_option: list[str] | None,
+    sequential: Sequential | None,
+) -> Preset:
+    """The preset that is asked for, with the parts that other options replace.
+
+    A method that is named without a preset runs alone; a preset's permutation holds for n:m only.
+    """
+    if preset not in (None, *PRESETS):
+        raise ValueError(f"--preset {preset!r}: use one of {', '.join(PRESETS)}")
+    usual = Preset(method) if method is not None and preset is None else PRESETS[preset or DEFAULT_PRESET]
+    return Preset(
+        method or usual.method,
+        permute=usual.permute and pattern.n is not None if permute is None else permute,
+        update=parse_update(update, update_option, usual.update),
+        sequential=sequential or usual.sequential,
+    )
+
+
+def _check_packed(pattern: Sparsity, dtype: Any) -> None:
+    """ValueError if a model pruned so could not be packed."""
+    if pattern.n is None or pattern.m is None:
+        raise ValueError(f"--packed needs groups, as --sparsity 2:4; {pattern} has none")
+    if dtype not in PACKED_DTYPES.values():
+        raise ValueError(f"--packed: packed checkpoints hold {', '.join(PACKED_DTYPES)}, the model is {dtype}")
+    # Layout 1 holds n values and a bit for each of the m weights.
+    if pattern.n * dtype.itemsize + pattern.m / 8 >= pattern.m * dtype.itemsize:
+        raise ValueError(f"--packed: {pattern} packed is no smaller than dense; keep fewer of every {pattern.m}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,22 +10,36 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.progress import Progress, TaskID
 
+from ..progress import stage
+from ..sources import check_length, check_source
 from ..study.cells import Grid, Variant
 from ..study.journal import Journal, Results, StudyError, read_results
 from ..study.quality_grid import QualityGrid
 from ..study.run import run_study
 from ..study.workbench import Protocol, Workbench
-from .console import console, progress_bars
-from .options import BosOption, DeviceOption, parse_device, parse_dtype, parse_options
+from ..text import check_text
+from .console import print_backend, print_line, progress_bars
+from .options import (
+    DTYPES,
+    TEXT_SOURCES,
+    BosOption,
+    DeviceOption,
+    PluginOption,
+    WikitextOption,
+    number,
+    parse_device,
+    parse_dtype,
+    parse_options,
+)
 
 PageWriter = Callable[[Results, Path], None]
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a study takes where nothing else is said, as on the command line."""
+    """What a study takes unless you say otherwise, as on the command line."""
 
     methods: str
     sparsities: str
@@ -42,75 +57,95 @@ QUALITY_QUICK = Defaults(QUALITY.methods, "2:4", "32", 1, 32, 4, "512")
 
 
 def _default(name: str) -> str:
-    """For a help page: the default, and that of ``--quality`` where it is another."""
-    paper, quality = getattr(PAPER, name), getattr(QUALITY, name)
-    return str(paper) if paper == quality else f"{paper}; {quality} with --quality"
+    """For a help page: the default, and that of ``--quality`` if it is different."""
+    paper, quality = (str(getattr(usual, name)).replace(",", ", ") for usual in (PAPER, QUALITY))
+    return paper if paper == quality else f"{paper}; {quality} with --quality"
 
 
 def study(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name, .gguf file or smollm2.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the results and the page; resumed if there.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model: a checkpoint folder, a hub name, a .gguf file, or smollm2.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for results and page; a study that is there resumes.")
+    ],
     quality: Annotated[
         bool,
         typer.Option(
             "--quality",
-            help="Perplexity against time instead: the metrics alone; at 2:4 also SparseGPT, the published forms, and "
-            "the last of --methods with channels permuted and weights updated.",
+            help="Compare perplexity with time instead: the metrics alone, and at 2:4 also SparseGPT, the published "
+            "forms, and the last of --methods with channels permuted and weights updated.",
         ),
     ] = False,
     minutes: Annotated[
         str | None,
         typer.Option(
-            help="With --quality: also recovery for so many minutes, as 5,20, on top of the best.", show_default="none"
+            help="Comma-separated minutes of recovery to add to the best, as 5,20; for --quality.",
+            show_default="no recovery",
         ),
     ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated; with options as ace:base=wanda+reduce=abs.", show_default=_default("methods")
+            help="Comma-separated methods, with options as ace:base=wanda+reduce=abs.",
+            show_default=_default("methods"),
         ),
     ] = None,
+    plugin: PluginOption = None,
     sparsities: Annotated[
-        str | None, typer.Option(help="Comma-separated.", show_default=_default("sparsities"))
+        str | None,
+        typer.Option(help="Comma-separated patterns n:m or pruned fractions.", show_default=_default("sparsities")),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Tokens of a calibration sequence.", show_default=_default("lengths"))
+        str | None,
+        typer.Option(
+            help="Comma-separated lengths of a calibration sequence, in tokens.", show_default=_default("lengths")
+        ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="How many calibration seeds.", show_default=_default("seeds"))
+        int | None, number("Number of calibration seeds, from 0 on.", least=1, show_default=_default("seeds"))
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences.", show_default=_default("samples"))
+        int | None, number("Number of calibration sequences.", least=1, show_default=_default("samples"))
     ] = None,
     windows: Annotated[
-        int | None, typer.Option(help="Windows of the evaluation.", show_default=_default("windows"))
+        int | None, number("Number of windows to evaluate.", least=1, show_default=_default("windows"))
     ] = None,
     window_lengths: Annotated[
         str | None,
         typer.Option(
             "--window-lengths",
             "--window-length",
-            help="Tokens of each; of a list the first counts --windows, further ones are run over the same tokens.",
+            help="Comma-separated lengths of a window, in tokens; --windows counts the first, and the others cover the "
+            "same tokens.",
             show_default=_default("window_lengths"),
         ),
     ] = None,
-    calibration: Annotated[str, typer.Option(help="As for prune.")] = Protocol.calibration,
-    evaluation: Annotated[str, typer.Option(help="As --text of evaluate.")] = Protocol.evaluation,
-    wikitext: Annotated[bool, typer.Option("--wikitext", help="As for evaluate.")] = False,
+    calibration: Annotated[
+        str, typer.Option(help=f"Calibration text: {TEXT_SOURCES.format(half='calibration')} (Python's manual).")
+    ] = Protocol.calibration,
+    evaluation: Annotated[
+        str, typer.Option(help=f"Evaluation text: {TEXT_SOURCES.format(half='evaluation')} (Python's manual).")
+    ] = Protocol.evaluation,
+    wikitext: WikitextOption = False,
     bos: BosOption = "auto",
-    dtype: Annotated[str, typer.Option(help="Of weights and forwards; statistics are float32.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help=f"Type of weights and forwards, one of {', '.join(DTYPES)}; statistics are float32.")
+    ] = "bfloat16",
     device: DeviceOption = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help="A small study where nothing else is said: 2:4, L up to 32, one seed.")
+        bool,
+        typer.Option(
+            "--quick", help="Run a small study: 2:4, sequences up to 32 tokens, one seed, unless you say more."
+        ),
     ] = False,
     render_only: Annotated[
-        bool, typer.Option("--render-only", help="Only draw the page anew from the results in OUT.")
+        bool, typer.Option("--render-only", help="Only draw the page again from the results in OUT.")
     ] = False,
 ) -> None:
-    """Prune MODEL by many methods, calibration lengths and seeds, and show it all on one page in OUT.
+    """Prune MODEL by many methods, calibration lengths and seeds, and show the results on one page in OUT.
 
-    What OUT holds already is not run again: a stopped study goes on where it was, and other --lengths or
-    --seeds add to it.
+    An interrupted study resumes when the same command is repeated; further --lengths or --seeds add to it.
     """
     write_page = _page_writer()
     if render_only:
@@ -124,11 +159,12 @@ def study(
     calibrated = _numbers("--lengths", lengths or usual.lengths)
     drawn = tuple(range(seeds if seeds is not None else usual.seeds))
     grid = (
-        QualityGrid(variants, patterns, calibrated, drawn, _floats("--minutes", minutes or ""))
+        QualityGrid(variants, patterns, calibrated, drawn, _minutes(minutes))
         if quality
         else Grid(variants, patterns, calibrated, drawn)
     )
     window_length, *further = _numbers("--window-lengths", window_lengths or usual.window_lengths)
+    where = parse_device(device)
     protocol = Protocol(
         model,
         calibration=calibration,
@@ -139,33 +175,53 @@ def study(
         window_length=window_length,
         further_window_lengths=tuple(further),
         dtype=parse_dtype(dtype),
-        device=parse_device(device),
+        device=where,
         bos=bos,
     )
+    _check_places(protocol, out, max(calibrated))
+    print_backend(where)
     with progress_bars() as progress:
-        task = progress.add_task("load the model", total=None)
-        bench = Workbench(protocol)
+        with stage(progress, "load the model and the texts"):
+            bench = Workbench(protocol)
         with Journal(out, bench.setting) as journal:
             try:
-                run_study(
-                    bench,
-                    journal,
-                    grid,
-                    lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
-                )
+                run_study(bench, journal, grid, _cells_bar(progress))
             except KeyboardInterrupt:
-                console.print("stopped; the same command goes on from here", highlight=False)
+                print_line("stopped; the same command resumes here")
             _render(write_page, journal.results, out)
+
+
+def _cells_bar(progress: Progress) -> Callable[[int, int, str], None]:
+    """A bar over the cells, named after the one that runs; those measured before do not count as time spent."""
+    tasks: list[TaskID] = []
+
+    def move(done: int, total: int, what: str) -> None:
+        if not tasks:
+            tasks.append(progress.add_task(what or "study", total=total, completed=done))
+        progress.update(tasks[0], completed=done, description=what or "study")
+
+    return move
+
+
+def _check_places(protocol: Protocol, out: Path, length: int) -> None:
+    """ValueError for a model, text or folder that would fail once the model is loaded."""
+    check_source(protocol.model)
+    check_length(protocol.model, length, "--lengths")
+    check_length(protocol.model, max(protocol.window_length, *protocol.further_window_lengths, 0), "--window-lengths")
+    for text in (protocol.calibration, protocol.evaluation):
+        check_text(text)
+    if (out / "config.json").exists():
+        raise StudyError(f"{out} holds a model: name another folder for the study")
 
 
 def _render(write_page: PageWriter, results: Results, out: Path) -> None:
     page = out / f"{results.setting.model.rpartition('/')[2]}.html"
     write_page(results, page)
-    console.print(f"{len(results.cells)} cells; the page is {escape(str(page))}", soft_wrap=True, highlight=False)
+    print_line(f"{len(results.cells)} cells; the page is {page}")
 
 
 def _page_writer() -> PageWriter:
-    """What draws the page, loaded before hours of measuring begin; StudyError where what it draws with is missing."""
+    """The function that draws the page, loaded before hours of measuring; StudyError if a library is missing."""
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
         raise StudyError(f"a study draws its page with {' and '.join(missing)}: pip install 'ace-triton[study]'")
@@ -176,7 +232,7 @@ def _page_writer() -> PageWriter:
 
 def _variant(word: str) -> Variant:
     method, _, options = word.partition(":")
-    return Variant(method, tuple(parse_options(options.split("+") if options else None).items()))
+    return Variant(method, tuple(parse_options(method, options.split("+") if options else None).items()))
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -184,14 +240,17 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in _words(text))
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: write whole numbers with commas between them") from None
+    words = _words(text)
+    if not words or not all(word.isdecimal() and int(word) >= 2 for word in words):
+        raise ValueError(f"{option} {text!r}: write whole numbers of 2 or more with commas between them")
+    return tuple(map(int, words))
 
 
-def _floats(option: str, text: str) -> tuple[float, ...]:
+def _minutes(text: str | None) -> tuple[float, ...]:
     try:
-        return tuple(float(word) for word in _words(text))
+        found = tuple(float(word) for word in _words(text or ""))
     except ValueError:
-        raise ValueError(f"{option} {text!r}: write numbers with commas between them") from None
+        found = (math.nan,)
+    if not all(0 < minutes < math.inf for minutes in found):
+        raise ValueError(f"--minutes {text!r}: write numbers above 0 with commas between them")
+    return found

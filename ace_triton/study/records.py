@@ -117,7 +117,7 @@ class DenseResult:
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Seconds of a pruning: calibration forwards, statistics, score and mask, and all of it."""
+    """Seconds of a pruning: calibration forwards, statistics, score and mask with updates, and all of it."""
 
     calibration: float
     statistics: float
@@ -127,7 +127,7 @@ class StageSeconds:
     @classmethod
     def of(cls, seconds: Seconds) -> StageSeconds:
         """What a report says."""
-        return cls(seconds.calibration, seconds.statistics, seconds.select, seconds.total)
+        return cls(seconds.calibration, seconds.statistics, seconds.select + seconds.update, seconds.total)
 
 
 @dataclass(frozen=True)

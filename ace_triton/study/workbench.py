@@ -46,6 +46,9 @@ class Protocol:
         dtype: of weights and forwards; statistics are fp32 whatever it is.
         device: where to run.
         bos: what calibration sequences and windows begin with.
+
+    Raises:
+        TextError: the calibration is "self".
     """
 
     model: str
@@ -59,6 +62,10 @@ class Protocol:
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
     bos: Bos = "auto"
+
+    def __post_init__(self) -> None:
+        if self.calibration == SELF:
+            raise TextError('a study calibrates on text; "self" is for ace-triton prune')
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,6 @@ class Workbench:
 
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
-        if protocol.calibration == SELF:
-            raise TextError('a study calibrates on text; "self" is for ace-triton prune')
         calibration = read_documents(protocol.calibration, most=MOST_DOCUMENTS)
         documents = read_documents(protocol.evaluation)
         evaluation = "\n\n".join(wikitext_rows("".join(documents)) if protocol.wikitext else documents)
@@ -117,11 +122,11 @@ class Workbench:
             further_window_lengths=protocol.further_window_lengths,
             bos=str(self.beginning) if self.beginning.of_each or own_beginning(self.tokenizer) else None,
         )
-        check_positions(self.model, max(self.setting.window_lengths), "--window-lengths")
+        check_positions(longest_sequence(self.model), max(self.setting.window_lengths), "--window-lengths")
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
         """Raise TextError for a calibration length that the model or the text is too short for."""
-        check_positions(self.model, max(lengths), "--lengths")
+        check_positions(longest_sequence(self.model), max(lengths), "--lengths")
         for length in (min(lengths), max(lengths)):
             crop(self._stream, 1, length, 0, self.beginning)
 

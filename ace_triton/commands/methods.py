@@ -1,0 +1,26 @@
+"""``ace-triton methods``."""
+
+from __future__ import annotations
+
+from .. import report
+from ..metrics import metric, metric_names
+from ..update import Update
+from .console import console
+from .options import PluginOption
+
+
+def methods(plugin: PluginOption = None) -> None:
+    """List the pruning methods and the updates with their options: defaults and allowed values."""
+    table = report.headed_table(
+        "method", "option", "default", "allowed", left=("method", "option", "default", "allowed")
+    )
+    for name in metric_names():
+        options = list(metric(name).types.values())
+        if not options:
+            table.add_row(name, "", "", "")
+        for place, option in enumerate(options):
+            table.add_row("" if place else name, option.name, str(option.default), option.allowed)
+    for place, option in enumerate(Update.types().values()):
+        table.add_row("" if place else "--update lstsq", option.name, str(option.default), option.allowed)
+    table.add_row("--update rescale", "", "", "")
+    console.print(table)

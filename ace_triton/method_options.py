@@ -1,0 +1,223 @@
+"""Options of methods and updates: their types come from a signature; values are checked before any work starts."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal
+
+Kind = Literal["number", "whole", "switch", "text", "any"]
+
+_KINDS: dict[Any, Kind] = {float: "number", int: "whole", bool: "switch", str: "text"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, as in ``eps: Annotated[float, Range(above=0, below=1)] = 0.01``.
+
+    Attributes:
+        least, most: bounds that are allowed values themselves; None for no bound.
+        above, below: bounds that are not.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        lower = f"{self.least} or more" if self.least is not None else f"above {self.above}"
+        upper = f"{self.most} or less" if self.most is not None else f"below {self.below}"
+        ends = [lower] * (self.least is not None or self.above is not None)
+        return " and ".join(ends + [upper] * (self.most is not None or self.below is not None))
+
+
+@dataclass(frozen=True)
+class OptionType:
+    """What values an option takes.
+
+    Attributes:
+        name: the option's name.
+        default: its default value.
+        kind: "number" (finite), "whole" (an int), "switch" (a bool), "text", or "any" if the signature does not say.
+        choices: the allowed values, of whatever type; empty if there is no such list.
+        optional: whether None is allowed too.
+        range: bounds of a number; None for no bounds.
+    """
+
+    name: str
+    default: Any
+    kind: Kind = "any"
+    choices: tuple[Any, ...] = ()
+    optional: bool = False
+    range: Range | None = None
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words, as in "a number above 0 and below 1"."""
+        if self.choices:
+            said = f"one of {', '.join(map(repr, self.choices))}"
+        else:
+            words = {"number": "a number", "whole": "a whole number", "switch": "True or False", "text": "text"}
+            said = words.get(self.kind, "any value")
+        if self.range is not None:
+            said += f", {self.range}"
+        return f"{said}, or None" if self.optional else said
+
+    def check(self, value: Any) -> Any:
+        """The value, a number as the Python type that is wanted; ValueError if it is not allowed."""
+        checked = self._checked(value)
+        if checked is _INVALID:
+            raise ValueError(f"{self.name} must be {self.allowed}; got {value!r}")
+        return checked
+
+    def read(self, text: str) -> Any:
+        """The value that a command line's text stands for; ValueError if it is not allowed."""
+        for choice in self.choices:
+            if text == str(choice):
+                return choice
+        if self.optional and text.lower() == "none":
+            return None
+        return self.check(text if self.choices else self._read(text))
+
+    def _read(self, text: str) -> Any:
+        try:
+            if self.kind == "number":
+                return float(text)
+            if self.kind == "whole":
+                return int(text)
+            if self.kind == "switch":
+                return {"true": True, "false": False}.get(text.lower(), text)
+            return text if self.kind == "text" else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    def _checked(self, value: Any) -> Any:
+        if value is None and self.optional:
+            return None
+        if self.choices:
+            same = (choice for choice in self.choices if type(choice) is type(value) and choice == value)
+            return next(same, _INVALID)
+        if self.kind in ("number", "whole"):
+            return self._number(value)
+        wanted = {"switch": bool, "text": str}.get(self.kind, object)
+        return value if isinstance(value, wanted) else _INVALID
+
+    def _number(self, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, Integral if self.kind == "whole" else Real):
+            return _INVALID
+        number = int(value) if isinstance(value, Integral) else float(value)
+        if not math.isfinite(number) or (self.range is not None and number not in self.range):
+            return _INVALID
+        return number
+
+
+_INVALID = object()
+
+
+def option_types(function: Callable[..., Any], skip: int = 0) -> dict[str, OptionType]:
+    """The options of a function or dataclass, by name, from its signature.
+
+    The type of an option is its annotation (float, int, bool, str, a Literal, each also ``| None``, or Annotated with a
+    :class:`Range`); without one, the type of its default, where 1 and 1.0 both stand for any number. Other annotations
+    and defaults allow any value.
+
+    Args:
+        function: what takes the options.
+        skip: how many parameters come before the options.
+
+    Raises:
+        ValueError: too few parameters, an option without a default, or ``*args`` or ``**kwargs``.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    name = getattr(function, "__name__", str(function))
+    if len(parameters) < skip:
+        raise ValueError(f"{name} takes {len(parameters)} arguments; it needs {skip} before its options")
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception:  # An annotation that cannot be evaluated says nothing; the default still does.
+        hints = {}
+    found = {}
+    for parameter in parameters[skip:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ValueError(f"{name} takes {parameter}: write out its options, each with a default")
+        if parameter.default is parameter.empty:
+            raise ValueError(f"{name}: option {parameter.name!r} has no default; give it one")
+        found[parameter.name] = _option_type(parameter.name, parameter.default, hints.get(parameter.name))
+    return found
+
+
+def check_options(known: Mapping[str, OptionType], options: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """The options, checked; ValueError for one that ``owner`` does not have or of a value that it does not take."""
+    return _each(known, options, owner, OptionType.check)
+
+
+def read_options(known: Mapping[str, OptionType], pairs: Sequence[str], owner: str, flag: str) -> dict[str, Any]:
+    """``["a=0.5", "base=ria"]`` as ``{"a": 0.5, "base": "ria"}``, checked.
+
+    Args:
+        known: the options that there are.
+        pairs: as given on the command line.
+        owner: what has the options, for messages.
+        flag: the command line's option, for messages.
+
+    Raises:
+        ValueError: a pair without ``=``, an option given twice, an unknown option, or a value it does not take.
+    """
+    texts: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise ValueError(f"{flag} {pair!r}: write name=value")
+        if name in texts:
+            raise ValueError(f"{flag} {pair!r}: {name} is given twice")
+        texts[name] = text.strip()
+    return _each(known, texts, owner, OptionType.read)
+
+
+def _each(
+    known: Mapping[str, OptionType], values: Mapping[str, Any], owner: str, take: Callable[[OptionType, Any], Any]
+) -> dict[str, Any]:
+    taken = {}
+    for name, value in values.items():
+        if name not in known:
+            has = ", ".join(f"{option.name}={option.default!r}" for option in known.values()) or "none"
+            raise ValueError(f"{owner} has no option {name!r}; its options: {has}")
+        try:
+            taken[name] = take(known[name], value)
+        except ValueError as error:
+            raise ValueError(f"{owner}: {error}") from None
+    return taken
+
+
+def _option_type(name: str, default: Any, hint: Any) -> OptionType:
+    if hint is None:
+        of_default = {bool: "switch", int: "number", float: "number", str: "text"}
+        return OptionType(name, default, typing.cast(Kind, of_default.get(type(default), "any")))
+    bounds = None
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, *notes = typing.get_args(hint)
+        bounds = next((note for note in notes if isinstance(note, Range)), None)
+    optional = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(hint) if member is not type(None)]
+        optional = len(members) < len(typing.get_args(hint))
+        hint = members[0] if len(members) == 1 else Any
+    if typing.get_origin(hint) is Literal:
+        return OptionType(name, default, "any", typing.get_args(hint), optional)
+    return OptionType(name, default, _KINDS.get(hint, "any"), (), optional, bounds)
