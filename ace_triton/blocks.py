@@ -117,11 +117,11 @@ def stacks_of(module: nn.Module, name: str = "") -> list[Stack]:
     ]
 
 
-def possible_stacks(block: Block) -> list[Stack]:
-    """The weights of a block that may hold experts: :func:`stacks_of`, and two-dimensional parameters of modules that
+def possible_stacks(module: nn.Module, name: str = "") -> list[Stack]:
+    """The weights in a module that may hold experts: :func:`stacks_of`, and two-dimensional parameters of modules that
     are no layers (DBRX has its experts one below the other). A trial tells which do."""
-    found = stacks_of(block.module, block.name)
-    for path, child in block.module.named_modules(prefix=block.name):
+    found = stacks_of(module, name)
+    for path, child in module.named_modules(prefix=name):
         if linear_weight(child) is None and not isinstance(child, (nn.Embedding, parametrize.ParametrizationList)):
             loose = child.named_parameters(recurse=False)
             found += [Stack(f"{path}.{key}", p) for key, p in loose if p.dim() == 2 and min(p.shape) > 1]

@@ -137,7 +137,7 @@ def _plan(
     model: PreTrainedModel, request: Request, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
 ) -> Plan:
     blocks = find_blocks(model)
-    stacks = [stack for block in blocks for stack in possible_stacks(block)]
+    stacks = [stack for block in blocks for stack in possible_stacks(block.module, block.name)]
     layouts = find_layouts(lambda: model(input_ids=trial_ids(model)), stacks) if stacks else {}
     further = [stack for stack in stacks if stack.weight.dim() == 2 and stack.name in layouts]
     experts = [stack.expert_name(i) for stack in further for i in range(len(stack.weight) // layouts[stack.name].rows)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import linears_of, stacks_of
+from .blocks import linears_of, possible_stacks, stacks_of
 from .dispatch import RowLimits
 from .expert_stack import ExpertStack, stores_transposed
 from .experts import Stack
@@ -127,6 +127,9 @@ def sparsify(
             skip(stack.name, stack.weight, "its weight is tied to another layer's")
         else:
             packed += _pack_experts(model, stack, wanted, limits, names, skip)
+    for stack in possible_stacks(model):
+        if stack.weight.dim() == 2 and names.wants(stack.name) and ":" in find_pattern(stack.weight.detach()):
+            skip(stack.name, stack.weight, "it is no linear layer, and no three-dimensional stack of experts")
     if not packed:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it holds no linear layer"
         raise ValueError(

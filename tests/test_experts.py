@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import prune_linear, prune_model
+from ace_triton import PruneError, prune_linear, prune_model, sparsify
 from ace_triton.blocks import find_blocks, stacks_of
 from ace_triton.experts import ExpertLinear, Layout, Stack, find_layouts
 
@@ -226,3 +226,22 @@ def test_an_expert_stored_below_another_is_scored_by_the_tokens_routed_to_it(ids
         layer.weight.data = weight.clone()
         prune_linear(layer, seen["hidden"].reshape(-1, 32)[(seen["chosen"] == index).any(1)], "wanda")
         assert torch.equal(ffn.experts.mlp.w1.view(4, 16, 32)[index], layer.weight)
+
+
+def test_experts_stored_one_below_the_other_are_named_when_a_model_is_packed(ids):
+    model = make_dbrx()
+    prune_model(model, ids, "wanda")
+    report = sparsify(model)
+    assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"Wqkv", "out_proj"}
+    named = {s.name: s.reason for s in report.skipped if "experts" in s.name}
+    assert named.keys() == {f"transformer.blocks.{b}.ffn.experts.mlp.{w}" for b in range(2) for w in ("w1", "v1", "w2")}
+    assert set(named.values()) == {"it is no linear layer, and no three-dimensional stack of experts"}
+
+
+@pytest.mark.parametrize("make", [lambda: make_mixture("qwen3_moe"), make_dbrx])
+def test_an_expert_with_nan_is_named(ids, make):
+    model = make()
+    stack = next(p for name, p in model.named_parameters() if "experts" in name)
+    stack.data[-1].flatten()[-1] = torch.nan
+    with pytest.raises(PruneError, match=r"experts\..*\b3\.\w+: the weight holds NaN or infinity"):
+        prune_model(model, ids, "wanda")
