@@ -330,3 +330,27 @@ def test_an_unreadable_file_is_not_called_missing(tiny_checkpoint):
     (tiny_checkpoint / WEIGHTS).chmod(0)
     with pytest.raises(CheckpointError, match="Permission denied"):
         checkpoint.load(tiny_checkpoint)
+
+
+def mapped_from(tensor: torch.Tensor) -> str:
+    """The file that a tensor's memory is mapped from, or nothing."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if start <= tensor.data_ptr() < end:
+            return Path(name).name
+    raise AssertionError("a tensor without memory")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_weights_with_memory_of_their_own_can_be_freed_one_by_one(tiny_model, tokenizer, tmp_path):
+    tiny_model.lm_head.weight = tiny_model.model.embed_tokens.weight
+    tiny_model.config.tie_word_embeddings = True
+    checkpoint.save(tiny_model, tokenizer, tmp_path / "model", {})
+    shared, own = (checkpoint.load(tmp_path / "model", own_memory=own)[0] for own in (False, True))
+    assert {mapped_from(parameter) for parameter in shared.parameters()} == {WEIGHTS}
+    assert WEIGHTS not in {mapped_from(parameter) for parameter in own.parameters()}
+    assert own.lm_head.weight is own.model.embed_tokens.weight
+    assert all(map(torch.equal, shared.parameters(), own.parameters()))
+    own.model.embed_tokens.weight.data.zero_()
+    assert bool(shared.model.embed_tokens.weight.any())

@@ -107,7 +107,9 @@ def prune(
     with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         started = time.perf_counter()
         with stage(progress, "load the model"):
-            model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
+            model, tokenizer = checkpoint.load(
+                src, dtype=parse_dtype(dtype), device=parse_device(device), own_memory=packed
+            )
         load_seconds = time.perf_counter() - started
         sequences = None
         if request.needs.tokens or budgets:
