@@ -3,7 +3,10 @@ import json
 import os
 import resource
 import shutil
+import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import ace_triton
 from ace_triton import checkpoint
 from ace_triton.checkpoint import CheckpointError
 from ace_triton.packed_checkpoint import load_model
+from ace_triton.study.workbench import Protocol, Workbench
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -228,7 +232,7 @@ class CustomForCausalLM(LlamaForCausalLM):
 
 
 @pytest.fixture
-def own_code(tiny_checkpoint, tmp_path, monkeypatch) -> Path:
+def own_code(tiny_checkpoint, tmp_path, monkeypatch) -> Iterator[Path]:
     """A sentinel that appears when the code of the tiny checkpoint runs."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
@@ -238,10 +242,12 @@ def own_code(tiny_checkpoint, tmp_path, monkeypatch) -> Path:
     places = {"AutoConfig": "configuration_custom.CustomConfig"}
     places["AutoModelForCausalLM"] = "modeling_custom.CustomForCausalLM"
     configured(tiny_checkpoint, model_type="custom_llama", architectures=["CustomForCausalLM"], auto_map=places)
-    return sentinel
+    yield sentinel
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
 
 
-def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(own_code, command, tiny_checkpoint, tmp_path):
+def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(own_code, tiny_checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match=r"needs Python code of its own; .*--trust-remote-code"):
         checkpoint.load(tiny_checkpoint)
     assert not own_code.exists()
@@ -258,6 +264,31 @@ def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(own_code, command, tiny
     again = ace_triton.load(tmp_path / "packed", trust_remote_code=True)
     ids = torch.arange(3, 20)[None]
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_commands_run_code_of_a_checkpoint_only_if_they_are_told(
+    own_code, command, tiny_checkpoint, some_text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sys.stdin", None)
+    pruned, packed = tmp_path / "pruned", tmp_path / "packed"
+    small = ("--calibration", some_text, "--samples", 2)
+    for words in (
+        ("prune", tiny_checkpoint, pruned, "--method", "magnitude"),
+        ("pack", pruned, packed),
+        ("evaluate", packed, "--text", some_text, "--length", 16),
+        ("generate", pruned, "--prompt", "a", "--max-new-tokens", 2),
+        ("recover", pruned, tmp_path / "out", "--teacher", tiny_checkpoint, *small, "--length", 16, "--steps", 1),
+    ):
+        own_code.unlink(missing_ok=True)
+        code, _, errors = command(*words)
+        assert (code, own_code.exists()) == (1, False), words
+        assert "--trust-remote-code" in errors
+        code, _, errors = command(*words, "--trust-remote-code")
+        assert code == 0, errors
+    study = Protocol(str(tiny_checkpoint), str(some_text), str(some_text), window_length=16)
+    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+        Workbench(study)
+    assert type(Workbench(replace(study, trust_remote_code=True)).model).__name__ == "CustomForCausalLM"
 
 
 @pytest.mark.parametrize("source", ["./nosuch", "/nosuch", "a/b/c", "model.gguf", "no such", "..", Path("gpt2"), ""])

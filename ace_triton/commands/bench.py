@@ -18,7 +18,7 @@ from ..progress import progress_bar, stage
 from ..sparsify import sparsify
 from ..sparsity import Sparsity
 from .console import console, progress_bars
-from .options import DTYPES, DeviceOption, JsonOption, check_json, parse_device, parse_dtype
+from .options import DTYPES, DeviceOption, JsonOption, TrustOption, check_json, parse_device, parse_dtype
 
 SHAPE = "4096x4096"
 
@@ -34,6 +34,7 @@ def bench(
     rows: Annotated[str, typer.Option(help="Numbers of rows (tokens of a call).")] = ",".join(map(str, ROWS)),
     dtype: Annotated[str, typer.Option(help=f"Of weights and tokens: {', '.join(DTYPES)}.")] = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
     """Time packed layers beside dense ones, and say where sparse loses."""
@@ -51,7 +52,7 @@ def bench(
                 raise ValueError(f"--sparsity {sparsity!r}: packed layers are n:m, as 2:4")
             kinds = [LayerKind(_shape(shape or SHAPE), pattern.n, pattern.m, wanted)]
         else:
-            kinds = _kinds(model, dtype, progress)
+            kinds = _kinds(model, dtype, trust_remote_code, progress)
         found = [
             bench_layer(kind, where, rows=counts, progress=progress_bar(progress, f"bench {kind.shape}"))
             for kind in kinds
@@ -65,9 +66,9 @@ def bench(
         _show_totals(found)
 
 
-def _kinds(source: str, dtype: str, progress: Progress) -> list[LayerKind]:
+def _kinds(source: str, dtype: str, trust_remote_code: bool, progress: Progress) -> list[LayerKind]:
     with stage(progress, "load the model"):
-        model, _ = load_model(source, dtype=parse_dtype(dtype))
+        model, _ = load_model(source, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
         if not any(isinstance(module, NMLinear) for module in model.modules()):
             sparsify(model)
     return kinds_of(model)

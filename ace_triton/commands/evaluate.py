@@ -13,7 +13,7 @@ from ..packed_checkpoint import load_model
 from ..progress import progress_bar, stage
 from ..text import TextError, read_documents, wikitext_rows
 from .console import console, progress_bars
-from .options import DeviceOption, DtypeOption, JsonOption, check_json, parse_device, parse_dtype
+from .options import DeviceOption, DtypeOption, JsonOption, TrustOption, check_json, parse_device, parse_dtype
 
 
 def evaluate(
@@ -30,6 +30,7 @@ def evaluate(
     ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
     """Perplexity of a model over non-overlapping windows of a text."""
@@ -39,7 +40,9 @@ def evaluate(
         documents = wikitext_rows("".join(documents))
     with progress_bars() as progress:
         with stage(progress, "load the model"):
-            model, tokenizer = load_model(model_dir, dtype=parse_dtype(dtype), device=parse_device(device))
+            model, tokenizer = load_model(
+                model_dir, dtype=parse_dtype(dtype), device=parse_device(device), trust_remote_code=trust_remote_code
+            )
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest and length > longest:
             raise TextError(f"--length {length} is more than the model's {longest} positions: give a smaller one")

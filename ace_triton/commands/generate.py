@@ -13,7 +13,7 @@ from ..generation import generate as continue_prompt
 from ..packed_checkpoint import load_model
 from ..progress import stage
 from .console import errors, progress_bars
-from .options import DeviceOption, DtypeOption, JsonOption, check_json, parse_device, parse_dtype
+from .options import DeviceOption, DtypeOption, JsonOption, TrustOption, check_json, parse_device, parse_dtype
 
 
 def generate(
@@ -27,12 +27,15 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message; use the chat template.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
     """Continue a prompt with a model; the text goes to stdout, tokens per second to stderr."""
     check_json(json)
     with progress_bars() as progress, stage(progress, "load the model"):
-        model, tokenizer = load_model(model_dir, dtype=parse_dtype(dtype), device=parse_device(device))
+        model, tokenizer = load_model(
+            model_dir, dtype=parse_dtype(dtype), device=parse_device(device), trust_remote_code=trust_remote_code
+        )
     torch.manual_seed(seed)
     result = continue_prompt(
         model,

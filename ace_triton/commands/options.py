@@ -18,6 +18,9 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "b
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help=f"Type to load weights in: {', '.join(DTYPES)}.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model; never without this.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it is there already.")]
 
 

@@ -14,7 +14,16 @@ from ..packed_manifest import is_packed
 from ..progress import stage
 from ..sparsify import sparsify
 from .console import console, progress_bars
-from .options import DeviceOption, DtypeOption, JsonOption, OverwriteOption, check_json, parse_device, parse_dtype
+from .options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    OverwriteOption,
+    TrustOption,
+    check_json,
+    parse_device,
+    parse_dtype,
+)
 
 
 def pack(
@@ -27,6 +36,7 @@ def pack(
     exclude: Annotated[list[str] | None, typer.Option(help="No layers whose name matches (repeatable).")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -37,7 +47,9 @@ def pack(
     checkpoint.check_out(out, overwrite=overwrite)
     with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         with stage(progress, "load the model"):
-            model, tokenizer = checkpoint.load(src, dtype=parse_dtype(dtype), device=parse_device(device))
+            model, tokenizer = checkpoint.load(
+                src, dtype=parse_dtype(dtype), device=parse_device(device), trust_remote_code=trust_remote_code
+            )
         with stage(progress, "pack"):
             result = sparsify(model, sparsity, include=include or None, exclude=exclude or None)
         with stage(progress, "save the model"):

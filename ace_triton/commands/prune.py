@@ -26,6 +26,7 @@ from .options import (
     DtypeOption,
     JsonOption,
     OverwriteOption,
+    TrustOption,
     check_json,
     parse_device,
     parse_dtype,
@@ -93,6 +94,7 @@ def prune(
     ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -108,7 +110,11 @@ def prune(
         started = time.perf_counter()
         with stage(progress, "load the model"):
             model, tokenizer = checkpoint.load(
-                src, dtype=parse_dtype(dtype), device=parse_device(device), own_memory=packed
+                src,
+                dtype=parse_dtype(dtype),
+                device=parse_device(device),
+                trust_remote_code=trust_remote_code,
+                own_memory=packed,
             )
         load_seconds = time.perf_counter() - started
         sequences = None

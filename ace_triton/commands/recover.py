@@ -18,7 +18,7 @@ from ..recover import recover as train
 from ..recovery_text import TEXT_LENGTH, TEXT_SEQUENCES, WrittenText
 from ..written_text import start_token
 from .console import console, progress_bars
-from .options import DeviceOption, JsonOption, OverwriteOption, check_json, parse_device
+from .options import DeviceOption, JsonOption, OverwriteOption, TrustOption, check_json, parse_device
 
 DEFAULT_MINUTES = 5.0
 
@@ -44,6 +44,7 @@ def recover(
     norms: Annotated[bool, typer.Option("--norms", help="Train norms and biases too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sequences and their order.")] = 0,
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -68,8 +69,8 @@ def recover(
     state = out.absolute().parent / f".{out.name}.recovery" / "state.pt"
     with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         with stage(progress, "load the models"):
-            model, tokenizer = checkpoint.load(model_dir, device=where)
-            dense, _ = checkpoint.load(source, device=where)
+            model, tokenizer = checkpoint.load(model_dir, device=where, trust_remote_code=trust_remote_code)
+            dense, _ = checkpoint.load(source, device=where, trust_remote_code=trust_remote_code)
         with stage(progress, "text"):
             text = (
                 WrittenText(start_token(dense, tokenizer), length)

@@ -17,7 +17,7 @@ from ..study.quality_grid import QualityGrid
 from ..study.run import run_study
 from ..study.workbench import Protocol, Workbench
 from .console import console, progress_bars
-from .options import DeviceOption, parse_device, parse_dtype, parse_options
+from .options import DeviceOption, TrustOption, parse_device, parse_dtype, parse_options
 
 PageWriter = Callable[[Results, Path], None]
 
@@ -99,6 +99,7 @@ def study(
     wikitext: Annotated[bool, typer.Option("--wikitext", help="As for evaluate.")] = False,
     dtype: Annotated[str, typer.Option(help="Of weights and forwards; statistics are float32.")] = "bfloat16",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="A small study where nothing else is said: 2:4, L up to 32, one seed.")
     ] = False,
@@ -139,6 +140,7 @@ def study(
         further_window_lengths=tuple(further),
         dtype=parse_dtype(dtype),
         device=parse_device(device),
+        trust_remote_code=trust_remote_code,
     )
     with progress_bars() as progress:
         task = progress.add_task("load the model", total=None)

@@ -43,6 +43,7 @@ class Protocol:
         further_window_lengths: of further evaluations over the same tokens.
         dtype: of weights and forwards; statistics are fp32 whatever it is.
         device: where to run.
+        trust_remote_code: run Python code that comes with the model.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Protocol:
     further_window_lengths: tuple[int, ...] = ()
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,12 @@ class Workbench:
         calibration = read_documents(protocol.calibration, most=MOST_DOCUMENTS)
         documents = read_documents(protocol.evaluation)
         evaluation = "\n\n".join(wikitext_rows("".join(documents)) if protocol.wikitext else documents)
-        self.model, self.tokenizer = checkpoint.load(protocol.model, dtype=protocol.dtype, device=protocol.device)
+        self.model, self.tokenizer = checkpoint.load(
+            protocol.model,
+            dtype=protocol.dtype,
+            device=protocol.device,
+            trust_remote_code=protocol.trust_remote_code,
+        )
         self._dense = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self._stream = token_stream(calibration, self.tokenizer)
         self.ids = torch.tensor(self.tokenizer(evaluation, verbose=False)["input_ids"])
