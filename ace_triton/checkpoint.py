@@ -174,7 +174,7 @@ def _checked_model(source: str, where: str, **options: Any) -> Any:
         return model
     own, saved_as = type(model).__name__, (model.config.architectures or [""])[0]
     if saved_as and saved_as != own:
-        raise CheckpointError(f"{source}: was saved as a {saved_as}, and its tensors do not make a {own}: {wrong}")
+        raise CheckpointError(f"{source}: was saved as a {saved_as}, not as a causal language model ({own}): {wrong}")
     raise CheckpointError(
         f"{source}: its tensors do not make the {own} of its config.json: {wrong}; a file is missing, or is another "
         "model's"

@@ -218,12 +218,18 @@ def _why_not_replaced(path: Path) -> str | None:
 
 
 def _foreign_content(folder: Path) -> str | None:
-    """What a folder holds that no report or manifest in it lists, as the end of a sentence; None if nothing."""
+    """What a folder holds that no report or manifest in it lists, as the end of a sentence; None if nothing.
+
+    Of a packed manifest the first version did not list all files.
+    """
     listed: set[str] = set()
-    for marker in (REPORT_FILE, MANIFEST_FILE):
-        files = (read_json_object(folder / marker) or {}).get("files")
-        if isinstance(files, list | dict):
-            listed |= {marker, *(str(name) for name in files)}
+    report, manifest = (read_json_object(folder / marker) or {} for marker in (REPORT_FILE, MANIFEST_FILE))
+    if isinstance(report.get("files"), list):
+        listed |= {REPORT_FILE, *map(str, report["files"])}
+    if manifest.get("version") != 1 and isinstance(manifest.get("files"), dict):
+        listed |= {MANIFEST_FILE, *manifest["files"]}
+    if not listed and (report or manifest):
+        return "was written by an older ace-triton, which did not list its files: name another folder, or remove it"
     folders = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
     foreign = []
     for root, inner, files in os.walk(folder, onerror=_raise):

@@ -203,9 +203,17 @@ def test_other_models_are_refused_by_name(tokenizer, tmp_path):
     small = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     small["intermediate_size"] = 48
     for name, model, message in (
-        ("encoder", BertModel(BertConfig(**small)), r"saved as a BertModel, .*6 missing \(cls\.predictions\.bias"),
+        (
+            "encoder",
+            BertModel(BertConfig(**small)),
+            r"saved as a BertModel, not as a causal .*: 6 missing \(cls\.pred",
+        ),
         ("masked", BertForMaskedLM(BertConfig(**small)), r"is an encoder \(BertForMaskedLM\)"),
-        ("headless", LlamaModel(LlamaConfig(**small)), r"saved as a LlamaModel, .*1 missing \(lm_head\.weight\)"),
+        (
+            "headless",
+            LlamaModel(LlamaConfig(**small)),
+            r"saved as a LlamaModel, .*1 missing \(lm_head\.weight\)",
+        ),
     ):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
