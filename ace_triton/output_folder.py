@@ -31,6 +31,7 @@ MANIFEST_FILE = "ace_triton_packed.json"
 NEW, OLD, LOCK = "new", "old", "lock"
 SUFFIX = ".ace-triton"
 LONGEST_NAME = 255
+ATTEMPTS = 100
 NAMED = 4
 """Files that an error names before it only counts."""
 
@@ -250,7 +251,7 @@ def _foreign_content(folder: Path) -> str | None:
 
 def _lock(place: Reservation, out: str | Path) -> int:
     """Make and lock the work folder. Returns the lock's file descriptor."""
-    while True:
+    for _ in range(ATTEMPTS):
         with suppress(FileNotFoundError):  # Another run ended just now and removed its work folder: try again.
             place.work.mkdir(exist_ok=True)
             if place.work.is_symlink() or set(os.listdir(place.work)) - {NEW, OLD, LOCK}:
@@ -264,6 +265,7 @@ def _lock(place: Reservation, out: str | Path) -> int:
             if os.path.samestat(os.fstat(lock), os.stat(place.work / LOCK)):
                 return lock
             os.close(lock)
+    raise CheckpointError(f"{out}: {place.work} cannot be made: something removes it each time")
 
 
 def _hold(lock: int) -> bool:
@@ -311,6 +313,7 @@ def _put(place: Reservation, fresh: Path, out: str | Path, *, overwrite: bool) -
         if refusal:
             place.written = not _exchange(fresh, path)
             raise CheckpointError(f"{out} {refusal}; nothing there was changed")
+        shutil.rmtree(fresh, ignore_errors=True)
         return
     path.rename(old)
     try:
@@ -322,6 +325,7 @@ def _put(place: Reservation, fresh: Path, out: str | Path, *, overwrite: bool) -
         old.rename(path)
         raise
     place.written = True
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

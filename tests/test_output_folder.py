@@ -192,6 +192,14 @@ def test_what_a_killed_run_left_is_named(tmp_path):
     assert contents(tmp_path) == ["out/a", "out/ace_triton.json"]
 
 
+def test_a_reserved_folder_may_be_written_several_times(tmp_path, exchange):
+    with reserved(tmp_path / "out", overwrite=True) as place:
+        for name in "abc":
+            write(tmp_path / "out", name, overwrite=True)
+            assert place.written
+    assert contents(tmp_path) == ["out/ace_triton.json", "out/c"]
+
+
 def test_parents_that_a_failed_run_made_are_removed(tmp_path):
     with pytest.raises(KeyboardInterrupt) as stopped, reserved(tmp_path / "a" / "b" / "out", overwrite=False):
         raise KeyboardInterrupt
