@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import process_memory
 from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names
 from .output_folder import (
     REPORT_FILE,
@@ -43,6 +44,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    own_memory: bool = False,
 ) -> tuple[Any, Any]:
     """A causal language model, in eval mode, and its tokenizer.
 
@@ -53,6 +55,8 @@ def load(
         dtype: of the weights; "auto" keeps the checkpoint's own (bfloat16 for a GGUF file).
         device: where to put the weights.
         trust_remote_code: run Python code that comes with the checkpoint. Without it such code is never run.
+        own_memory: on a CPU, give each weight memory of its own, so that it can be freed alone. Otherwise they lie in
+            one mapped file.
 
     Raises:
         CheckpointError: if it cannot be loaded, or its tensors are not exactly those of the model.
@@ -72,6 +76,8 @@ def load(
         raise
     except Exception as error:
         raise CheckpointError(loading_message(source, error, reports)) from error
+    if own_memory:
+        process_memory.own_memory(model)
     return model.to(device).eval(), tokenizer
 
 
@@ -168,7 +174,7 @@ def _checked_model(source: str, where: str, **options: Any) -> Any:
         return model
     own, saved_as = type(model).__name__, (model.config.architectures or [""])[0]
     if saved_as and saved_as != own:
-        raise CheckpointError(f"{source}: was saved as a {saved_as}, and its tensors do not make a {own}: {wrong}")
+        raise CheckpointError(f"{source}: was saved as a {saved_as}, not as a causal language model ({own}): {wrong}")
     raise CheckpointError(
         f"{source}: its tensors do not make the {own} of its config.json: {wrong}; a file is missing, or is another "
         "model's"

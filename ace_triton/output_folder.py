@@ -31,6 +31,7 @@ MANIFEST_FILE = "ace_triton_packed.json"
 NEW, OLD, LOCK = "new", "old", "lock"
 SUFFIX = ".ace-triton"
 LONGEST_NAME = 255
+ATTEMPTS = 100
 NAMED = 4
 """Files that an error names before it only counts."""
 
@@ -218,12 +219,18 @@ def _why_not_replaced(path: Path) -> str | None:
 
 
 def _foreign_content(folder: Path) -> str | None:
-    """What a folder holds that no report or manifest in it lists, as the end of a sentence; None if nothing."""
+    """What a folder holds that no report or manifest in it lists, as the end of a sentence; None if nothing.
+
+    Of a packed manifest the first version did not list all files.
+    """
     listed: set[str] = set()
-    for marker in (REPORT_FILE, MANIFEST_FILE):
-        files = (read_json_object(folder / marker) or {}).get("files")
-        if isinstance(files, list | dict):
-            listed |= {marker, *(str(name) for name in files)}
+    report, manifest = (read_json_object(folder / marker) or {} for marker in (REPORT_FILE, MANIFEST_FILE))
+    if isinstance(report.get("files"), list):
+        listed |= {REPORT_FILE, *map(str, report["files"])}
+    if manifest.get("version") != 1 and isinstance(manifest.get("files"), dict):
+        listed |= {MANIFEST_FILE, *manifest["files"]}
+    if not listed and (report or manifest):
+        return "was written by an older ace-triton, which did not list its files: name another folder, or remove it"
     folders = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
     foreign = []
     for root, inner, files in os.walk(folder, onerror=_raise):
@@ -244,7 +251,7 @@ def _foreign_content(folder: Path) -> str | None:
 
 def _lock(place: Reservation, out: str | Path) -> int:
     """Make and lock the work folder. Returns the lock's file descriptor."""
-    while True:
+    for _ in range(ATTEMPTS):
         with suppress(FileNotFoundError):  # Another run ended just now and removed its work folder: try again.
             place.work.mkdir(exist_ok=True)
             if place.work.is_symlink() or set(os.listdir(place.work)) - {NEW, OLD, LOCK}:
@@ -258,6 +265,7 @@ def _lock(place: Reservation, out: str | Path) -> int:
             if os.path.samestat(os.fstat(lock), os.stat(place.work / LOCK)):
                 return lock
             os.close(lock)
+    raise CheckpointError(f"{out}: {place.work} cannot be made: something removes it each time")
 
 
 def _hold(lock: int) -> bool:
@@ -305,6 +313,7 @@ def _put(place: Reservation, fresh: Path, out: str | Path, *, overwrite: bool) -
         if refusal:
             place.written = not _exchange(fresh, path)
             raise CheckpointError(f"{out} {refusal}; nothing there was changed")
+        shutil.rmtree(fresh, ignore_errors=True)
         return
     path.rename(old)
     try:
@@ -316,6 +325,7 @@ def _put(place: Reservation, fresh: Path, out: str | Path, *, overwrite: bool) -
         old.rename(path)
         raise
     place.written = True
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

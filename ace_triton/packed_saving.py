@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,7 +157,9 @@ def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
     dense = next((path.name for path in folder.glob("model*.safetensors*")), None)
     if dense is not None:
         raise CheckpointError(f"{folder} holds {dense} of a dense model: save the packed one in another folder")
-    fresh = Path(tempfile.mkdtemp(prefix=".ace-triton.", dir=folder))
+    fresh = folder / ".ace-triton"
+    shutil.rmtree(fresh, ignore_errors=True)  # A save that was killed left it.
+    fresh.mkdir()
     try:
         _write(model, fresh, state, None)
         give_mode(fresh, fresh / "config.json")

@@ -18,10 +18,14 @@ from .kernels.pack_nm import PackedNM
 from .nm_linear import NMLinear
 from .packed_saving import SavePretrained
 from .plan import NameFilter, Skipped
+from .process_memory import give_back_free_memory
 from .prune import linear_weight
 from .sparsity import Sparsity
 
 PROBE_TOKENS = 3
+
+MOST_KEPT = 64 * 2**20
+"""Bytes of dense weights that are freed before the allocator is asked to return them."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,15 @@ def sparsify(
     tied = _tied(model)
     packed: list[PackedLayer] = []
     skipped: list[Skipped] = []
+    freed = 0
+
+    def note(entries: list[PackedLayer]) -> None:
+        nonlocal freed
+        packed.extend(entries)
+        freed += sum(entry.dense_bytes for entry in entries)
+        if freed > MOST_KEPT:
+            give_back_free_memory()
+            freed = 0
 
     def skip(name: str, weight: torch.Tensor, reason: str) -> None:
         skipped.append(Skipped(name, reason, weight.numel(), weight.numel() / parameters))
@@ -118,7 +131,7 @@ def sparsify(
             skip(name, weight, str(why_not))
             continue
         _replace(model, layer, replacement)
-        packed.append(_entry(name, replacement.packed))
+        note([_entry(name, replacement.packed)])
     stacks = stacks_of(model)
     while stacks:
         # Popped, so that one that was packed is freed before the next is.
@@ -126,7 +139,7 @@ def sparsify(
         if id(stack.weight) in tied:
             skip(stack.name, stack.weight, "its weight is tied to another layer's")
         else:
-            packed += _pack_experts(model, stack, wanted, limits, names, skip)
+            note(_pack_experts(model, stack, wanted, limits, names, skip))
     for stack in possible_stacks(model):
         if stack.weight.dim() == 2 and names.wants(stack.name) and ":" in find_pattern(stack.weight.detach()):
             skip(stack.name, stack.weight, "it is no linear layer, and no three-dimensional stack of experts")
@@ -136,6 +149,7 @@ def sparsify(
             f"no layer of {type(model).__name__} can be packed: {reasons}; prune it to n:m first "
             "(ace-triton prune --sparsity 2:4)"
         )
+    give_back_free_memory()
     SavePretrained.attach(model)
     return SparsifyReport(tuple(packed), tuple(skipped))
 

@@ -3,7 +3,10 @@ import json
 import os
 import resource
 import shutil
+import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import ace_triton
 from ace_triton import checkpoint
 from ace_triton.checkpoint import CheckpointError
 from ace_triton.packed_checkpoint import load_model
+from ace_triton.study.workbench import Protocol, Workbench
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -199,9 +203,17 @@ def test_other_models_are_refused_by_name(tokenizer, tmp_path):
     small = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     small["intermediate_size"] = 48
     for name, model, message in (
-        ("encoder", BertModel(BertConfig(**small)), r"saved as a BertModel, .*6 missing \(cls\.predictions\.bias"),
+        (
+            "encoder",
+            BertModel(BertConfig(**small)),
+            r"saved as a BertModel, not as a causal .*: 6 missing \(cls\.pred",
+        ),
         ("masked", BertForMaskedLM(BertConfig(**small)), r"is an encoder \(BertForMaskedLM\)"),
-        ("headless", LlamaModel(LlamaConfig(**small)), r"saved as a LlamaModel, .*1 missing \(lm_head\.weight\)"),
+        (
+            "headless",
+            LlamaModel(LlamaConfig(**small)),
+            r"saved as a LlamaModel, .*1 missing \(lm_head\.weight\)",
+        ),
     ):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -228,7 +240,7 @@ class CustomForCausalLM(LlamaForCausalLM):
 
 
 @pytest.fixture
-def own_code(tiny_checkpoint, tmp_path, monkeypatch) -> Path:
+def own_code(tiny_checkpoint, tmp_path, monkeypatch) -> Iterator[Path]:
     """A sentinel that appears when the code of the tiny checkpoint runs."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
@@ -238,10 +250,12 @@ def own_code(tiny_checkpoint, tmp_path, monkeypatch) -> Path:
     places = {"AutoConfig": "configuration_custom.CustomConfig"}
     places["AutoModelForCausalLM"] = "modeling_custom.CustomForCausalLM"
     configured(tiny_checkpoint, model_type="custom_llama", architectures=["CustomForCausalLM"], auto_map=places)
-    return sentinel
+    yield sentinel
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
 
 
-def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(own_code, command, tiny_checkpoint, tmp_path):
+def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(own_code, tiny_checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match=r"needs Python code of its own; .*--trust-remote-code"):
         checkpoint.load(tiny_checkpoint)
     assert not own_code.exists()
@@ -258,6 +272,31 @@ def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(own_code, command, tiny
     again = ace_triton.load(tmp_path / "packed", trust_remote_code=True)
     ids = torch.arange(3, 20)[None]
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_commands_run_code_of_a_checkpoint_only_if_they_are_told(
+    own_code, command, tiny_checkpoint, some_text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sys.stdin", None)
+    pruned, packed = tmp_path / "pruned", tmp_path / "packed"
+    small = ("--calibration", some_text, "--samples", 2)
+    for words in (
+        ("prune", tiny_checkpoint, pruned, "--method", "magnitude"),
+        ("pack", pruned, packed),
+        ("evaluate", packed, "--text", some_text, "--length", 16),
+        ("generate", pruned, "--prompt", "a", "--max-new-tokens", 2),
+        ("recover", pruned, tmp_path / "out", "--teacher", tiny_checkpoint, *small, "--length", 16, "--steps", 1),
+    ):
+        own_code.unlink(missing_ok=True)
+        code, _, errors = command(*words)
+        assert (code, own_code.exists()) == (1, False), words
+        assert "--trust-remote-code" in errors
+        code, _, errors = command(*words, "--trust-remote-code")
+        assert code == 0, errors
+    study = Protocol(str(tiny_checkpoint), str(some_text), str(some_text), window_length=16)
+    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+        Workbench(study)
+    assert type(Workbench(replace(study, trust_remote_code=True)).model).__name__ == "CustomForCausalLM"
 
 
 @pytest.mark.parametrize("source", ["./nosuch", "/nosuch", "a/b/c", "model.gguf", "no such", "..", Path("gpt2"), ""])
@@ -330,3 +369,27 @@ def test_an_unreadable_file_is_not_called_missing(tiny_checkpoint):
     (tiny_checkpoint / WEIGHTS).chmod(0)
     with pytest.raises(CheckpointError, match="Permission denied"):
         checkpoint.load(tiny_checkpoint)
+
+
+def mapped_from(tensor: torch.Tensor) -> str:
+    """The file that a tensor's memory is mapped from, or nothing."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if start <= tensor.data_ptr() < end:
+            return Path(name).name
+    raise AssertionError("a tensor without memory")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_weights_with_memory_of_their_own_can_be_freed_one_by_one(tiny_model, tokenizer, tmp_path):
+    tiny_model.lm_head.weight = tiny_model.model.embed_tokens.weight
+    tiny_model.config.tie_word_embeddings = True
+    checkpoint.save(tiny_model, tokenizer, tmp_path / "model", {})
+    shared, own = (checkpoint.load(tmp_path / "model", own_memory=own)[0] for own in (False, True))
+    assert {mapped_from(parameter) for parameter in shared.parameters()} == {WEIGHTS}
+    assert WEIGHTS not in {mapped_from(parameter) for parameter in own.parameters()}
+    assert own.lm_head.weight is own.model.embed_tokens.weight
+    assert all(map(torch.equal, shared.parameters(), own.parameters()))
+    own.model.embed_tokens.weight.data.zero_()
+    assert bool(shared.model.embed_tokens.weight.any())

@@ -1,5 +1,6 @@
 """Folders that are written atomically, with links, races, signals and kills."""
 
+import json
 import os
 import signal
 import stat
@@ -78,6 +79,14 @@ def test_the_error_names_what_would_be_lost(victim):
         (victim / f"part{index}").touch()
     with pytest.raises(CheckpointError, match=r"holds part0, part1, part2, part3 and 6 more"):
         check_out(victim, overwrite=True)
+
+
+@pytest.mark.parametrize(("marker", "content"), [("ace_triton.json", {"method": "ace"}), ("ace_triton_packed.json", 1)])
+def test_a_folder_that_does_not_list_its_files_stays(tmp_path, marker, content):
+    version_1 = {"version": 1, "files": {"config.json": {}}}
+    (tmp_path / marker).write_text(json.dumps(version_1 if content == 1 else content))
+    with pytest.raises(CheckpointError, match="written by an older ace-triton, which did not list its files"):
+        check_out(tmp_path, overwrite=True)
 
 
 def test_places_that_are_never_replaced(tmp_path, monkeypatch):
@@ -181,6 +190,14 @@ def test_what_a_killed_run_left_is_named(tmp_path):
     with pytest.warns(UserWarning, match="out is back"), pytest.raises(CheckpointError, match="is there already"):
         write(tmp_path / "out", "b")
     assert contents(tmp_path) == ["out/a", "out/ace_triton.json"]
+
+
+def test_a_reserved_folder_may_be_written_several_times(tmp_path, exchange):
+    with reserved(tmp_path / "out", overwrite=True) as place:
+        for name in "abc":
+            write(tmp_path / "out", name, overwrite=True)
+            assert place.written
+    assert contents(tmp_path) == ["out/ace_triton.json", "out/c"]
 
 
 def test_parents_that_a_failed_run_made_are_removed(tmp_path):

@@ -19,7 +19,7 @@ from ..sources import check_source
 from ..sparsify import sparsify
 from ..sparsity import Sparsity
 from .console import console, print_backend, print_line, progress_bars
-from .options import DTYPES, DeviceOption, JsonOption, check_json, parse_device, parse_dtype
+from .options import DTYPES, DeviceOption, JsonOption, TrustOption, check_json, parse_device, parse_dtype
 
 SHAPE = "4096x4096"
 
@@ -48,6 +48,7 @@ def bench(
         ),
     ] = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
     """Time packed layers beside dense ones, and show where sparse loses."""
@@ -68,7 +69,7 @@ def bench(
     print_backend(where)
     with progress_bars() as progress:
         if model is not None:
-            kinds = _kinds(model, wanted, progress)
+            kinds = _kinds(model, wanted, trust_remote_code, progress)
         found = [
             bench_layer(kind, where, rows=counts, progress=progress_bar(progress, f"bench {kind.shape}"))
             for kind in kinds
@@ -86,9 +87,9 @@ def bench(
         _show_totals(found)
 
 
-def _kinds(source: str, dtype: object, progress: Progress) -> list[LayerKind]:
+def _kinds(source: str, dtype: object, trust_remote_code: bool, progress: Progress) -> list[LayerKind]:
     with stage(progress, "load the model"):
-        model, _ = load_model(source, dtype=dtype)  # type: ignore[arg-type]
+        model, _ = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
         if not any(isinstance(module, NMLinear) for module in model.modules()):
             sparsify(model)
     return kinds_of(model)

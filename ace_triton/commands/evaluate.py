@@ -23,6 +23,7 @@ from .options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    TrustOption,
     WikitextOption,
     check_json,
     number,
@@ -44,6 +45,7 @@ def evaluate(
     bos: BosOption = "auto",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
     """Measure a model's perplexity over windows of a text that do not overlap."""
@@ -57,7 +59,9 @@ def evaluate(
     print_backend(where)
     with progress_bars() as progress:
         with stage(progress, "load the model"):
-            model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where)
+            model, tokenizer = load_model(
+                model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code
+            )
         check_positions(longest_sequence(model), length)
         beginning = Beginning.of(tokenizer, bos)
         ids = text_ids("\n\n".join(documents), tokenizer, beginning)

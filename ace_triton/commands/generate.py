@@ -21,6 +21,7 @@ from .options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    TrustOption,
     check_json,
     number,
     parse_device,
@@ -41,6 +42,7 @@ def generate(
     ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
     """Continue a prompt with a model; the text goes to stdout, tokens per second to stderr."""
@@ -50,7 +52,7 @@ def generate(
     check_length(model_dir, max_new_tokens, "--max-new-tokens")
     print_backend(where)
     with progress_bars() as progress, stage(progress, "load the model"):
-        model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where)
+        model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code)
     torch.manual_seed(seed)
     result = continue_prompt(
         model,

@@ -52,6 +52,9 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option(help=f"Type to load the weights in, one of {', '.join(DTYPES)}; auto keeps the model's own.")
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model; without it, never.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SRC", help="Model: a checkpoint folder, a hub name, a .gguf file, or smollm2.")

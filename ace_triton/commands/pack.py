@@ -23,6 +23,7 @@ from .options import (
     IncludeOption,
     JsonOption,
     OverwriteOption,
+    TrustOption,
     check_json,
     parse_device,
     parse_dtype,
@@ -39,6 +40,7 @@ def pack(
     exclude: ExcludeOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -54,7 +56,9 @@ def pack(
     print_backend(where)
     with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         with stage(progress, "load the model"):
-            model, tokenizer = checkpoint.load(src, dtype=weights_dtype, device=where)
+            model, tokenizer = checkpoint.load(
+                src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code
+            )
         with stage(progress, "pack"):
             result = sparsify(model, sparsity, include=include or None, exclude=exclude or None)
         told = checkpoint.read_report(src)

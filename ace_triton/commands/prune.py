@@ -41,6 +41,7 @@ from .options import (
     PluginOption,
     SeedOption,
     SourceArgument,
+    TrustOption,
     check_json,
     number,
     parse_device,
@@ -152,6 +153,7 @@ def prune(
     ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -188,7 +190,9 @@ def prune(
     with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         started = time.perf_counter()
         with stage(progress, "load the model"):
-            model, tokenizer = checkpoint.load(src, dtype=weights_dtype, device=where)
+            model, tokenizer = checkpoint.load(
+                src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code, own_memory=packed
+            )
         load_seconds = time.perf_counter() - started
         if packed:
             _check_packed(pattern, model.dtype)

@@ -29,6 +29,7 @@ from .options import (
     DeviceOption,
     JsonOption,
     OverwriteOption,
+    TrustOption,
     check_json,
     number,
     parse_device,
@@ -77,6 +78,7 @@ def recover(
     ] = 0,
     bos: BosOption = "auto",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -106,8 +108,8 @@ def recover(
         print_backend(where)
         progress = stack.enter_context(progress_bars())
         with stage(progress, "load the models"):
-            model, tokenizer = checkpoint.load(model_dir, device=where)
-            dense, dense_tokenizer = checkpoint.load(source, device=where)
+            model, tokenizer = checkpoint.load(model_dir, device=where, trust_remote_code=trust_remote_code)
+            dense, dense_tokenizer = checkpoint.load(source, device=where, trust_remote_code=trust_remote_code)
         _check_vocabulary(tokenizer, dense_tokenizer)
         with stage(progress, "text"):
             beginning = Beginning.of(tokenizer, bos)

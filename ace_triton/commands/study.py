@@ -27,6 +27,7 @@ from .options import (
     BosOption,
     DeviceOption,
     PluginOption,
+    TrustOption,
     WikitextOption,
     number,
     parse_device,
@@ -133,6 +134,7 @@ def study(
         str, typer.Option(help=f"Type of weights and forwards, one of {', '.join(DTYPES)}; statistics are float32.")
     ] = "bfloat16",
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     quick: Annotated[
         bool,
         typer.Option(
@@ -177,6 +179,7 @@ def study(
         dtype=parse_dtype(dtype),
         device=where,
         bos=bos,
+        trust_remote_code=trust_remote_code,
     )
     _check_places(protocol, out, max(calibrated))
     print_backend(where)

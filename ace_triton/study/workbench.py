@@ -46,6 +46,7 @@ class Protocol:
         dtype: of weights and forwards; statistics are fp32 whatever it is.
         device: where to run.
         bos: what calibration sequences and windows begin with.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         TextError: the calibration is "self".
@@ -62,6 +63,7 @@ class Protocol:
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
     bos: Bos = "auto"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.calibration == SELF:
@@ -103,7 +105,12 @@ class Workbench:
         calibration = read_documents(protocol.calibration, most=MOST_DOCUMENTS)
         documents = read_documents(protocol.evaluation)
         evaluation = "\n\n".join(wikitext_rows("".join(documents)) if protocol.wikitext else documents)
-        self.model, self.tokenizer = checkpoint.load(protocol.model, dtype=protocol.dtype, device=protocol.device)
+        self.model, self.tokenizer = checkpoint.load(
+            protocol.model,
+            dtype=protocol.dtype,
+            device=protocol.device,
+            trust_remote_code=protocol.trust_remote_code,
+        )
         self._dense = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.beginning = Beginning.of(self.tokenizer, protocol.bos)
         self._stream = self.beginning.before_stream(token_stream(calibration, self.tokenizer))
