@@ -27,7 +27,7 @@ from ace_triton.dispatch import (
 )
 from ace_triton.study.cells import Variant
 from ace_triton.study.curve import Point, curve
-from ace_triton.study.goals import goals
+from benchmarks.claims.goals import goals
 from ace_triton.study.journal import read_results
 from ace_triton.study.tables import shown_spread
 from ace_triton.study.tally import Tally, shown_variant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,8 +13,9 @@ import typer
 from rich.markup import escape
 
 from ..study.cells import Grid, Variant
+from ..study.command_line import without_folders
 from ..study.journal import Journal, Results, StudyError, read_results
-from ..study.quality_grid import QualityGrid
+from ..study.recipes_grid import RecipesGrid
 from ..study.run import run_study
 from ..study.workbench import Protocol, Workbench
 from .console import console, progress_bars
@@ -37,7 +39,7 @@ class Defaults:
 
 PAPER = Defaults("magnitude,wanda,ria,cosp,varp,ace", "0.5,2:4,4:8", "16,32,128,512,2048", 3, 128, 20, "512")
 PAPER_QUICK = Defaults(PAPER.methods, "2:4", "16,32", 1, 32, 4, "512")
-QUALITY = Defaults("wanda,ria,cosp,ace", "0.5,2:4,4:8", "128", 5, 64, 20, "512,2048")
+QUALITY = Defaults("ria,cosp,ace,wanda", "0.5,2:4,4:8", "128", 5, 64, 20, "512,2048")
 QUALITY_QUICK = Defaults(QUALITY.methods, "2:4", "32", 1, 32, 4, "512")
 
 
@@ -54,8 +56,8 @@ def study(
         bool,
         typer.Option(
             "--quality",
-            help="Perplexity against time instead: the metrics alone; at 2:4 also SparseGPT, the published forms, and "
-            "the last of --methods with channels permuted and weights updated.",
+            help="Compare perplexity with time instead: the metrics alone, and at 2:4 also SparseGPT, and the last of "
+            "--methods with channels permuted and weights updated.",
         ),
     ] = False,
     minutes: Annotated[
@@ -123,7 +125,7 @@ def study(
     calibrated = _numbers("--lengths", lengths or usual.lengths)
     drawn = tuple(range(seeds if seeds is not None else usual.seeds))
     grid = (
-        QualityGrid(variants, patterns, calibrated, drawn, _floats("--minutes", minutes or ""))
+        RecipesGrid(variants, patterns, calibrated, drawn, _floats("--minutes", minutes or ""))
         if quality
         else Grid(variants, patterns, calibrated, drawn)
     )
@@ -150,6 +152,7 @@ def study(
                     journal,
                     grid,
                     lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
+                    without_folders(sys.argv),
                 )
             except KeyboardInterrupt:
                 console.print("stopped; the same command goes on from here", highlight=False)

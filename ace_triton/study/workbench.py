@@ -16,16 +16,13 @@ from typing import Any
 import torch
 
 from .. import checkpoint
-from ..batches import TOKENS_OF_A_FORWARD
 from ..calibration import MOST_DOCUMENTS, SELF, crop, pieces, token_stream
 from ..evaluate import perplexity
 from ..prune_model import prune_model
 from ..recover import RecoveryProgress, RecoveryReport, RecoverySettings, recover
 from ..recovery_text import TEXT_LENGTH, TEXT_SEQUENCES
-from ..sparsity import Sparsity
 from ..text import TextError, read_documents, wikitext_rows
 from ..timing import Seconds
-from . import published_model
 from .cells import Cell
 from .records import Evaluation, Setting
 
@@ -137,7 +134,7 @@ class Workbench:
             ids = self.calibration(cell.length, cell.seed)
         try:
             start = time.process_time()
-            kept, seconds = self._prune(cell, ids)
+            kept, seconds = self.prune(cell, ids)
             yield Pruning(kept, seconds, time.process_time() - start)
         finally:
             self.model.load_state_dict(self._dense)
@@ -156,17 +153,22 @@ class Workbench:
         ids = pieces(self._stream, TEXT_SEQUENCES, length, settings.seed)
         return recover(self.model, self.teacher, ids, settings, state=state, progress=progress)
 
-    def _prune(self, cell: Cell, ids: torch.Tensor | None) -> tuple[float, Seconds]:
+    def prune(self, cell: Cell, ids: torch.Tensor | None) -> tuple[float, Seconds]:
+        """Prune the model in place; a subclass can add implementations of its own.
+
+        Args:
+            cell: what to run.
+            ids: calibration sequences, int64 [samples, length]; None for a method without calibration.
+
+        Returns:
+            the mean share of the pruned layers' weights that is kept, and wall-clock seconds by stage.
+
+        Raises:
+            ValueError: for a published form, which this class does not have.
+        """
         method, recipe = cell.variant.method, cell.variant.recipe
         if recipe.published:
-            pattern = Sparsity(cell.sparsity)
-            if ids is None or pattern.n is None or pattern.m is None or cell.variant.options:
-                raise ValueError(f"{cell}: published forms are there for n:m, with calibration and without options")
-            batch_size = max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
-            ids = ids.to(self.model.device)
-            return pattern.n / pattern.m, published_model.prune_model(
-                self.model, ids, method, pattern.n, pattern.m, batch_size
-            )
+            raise ValueError(f"{cell}: published forms of methods are not part of ace_triton")
         report = prune_model(
             self.model,
             ids,
