@@ -81,8 +81,8 @@ def test_what_is_said_of_a_recipe():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"published": True, "permute": True}, "nothing is added to a published form"),
-        ({"published": True, "minutes": 5}, "nothing is added to a published form"),
+        ({"published": True, "permute": True}, "nothing can be added to a published form"),
+        ({"published": True, "minutes": 5}, "nothing can be added to a published form"),
         ({"minutes": 0}, "above 0"),
         ({"minutes": math.nan}, "above 0"),
     ],

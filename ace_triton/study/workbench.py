@@ -1,4 +1,4 @@
-"""A model held in memory with its dense weights, pruned again and again on the same texts."""
+"""A model in memory together with its dense weights, pruned repeatedly on the same texts."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from .records import Evaluation, Setting
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a study is run on.
+    """What a study runs on.
 
     Attributes:
         model: as for :func:`ace_triton.checkpoint.load`.
         calibration, evaluation: as for :func:`ace_triton.text.read_documents`.
-        wikitext: the evaluation text is a raw WikiText file, whose lines are joined as its dataset's rows.
-        samples: calibration sequences.
-        windows, window_length: of the evaluation.
-        further_window_lengths: of further evaluations over the same tokens.
-        dtype: of weights and forwards; statistics are fp32 whatever it is.
+        wikitext: whether the evaluation text is a raw WikiText file, whose lines are joined like its dataset's rows.
+        samples: number of calibration sequences.
+        windows, window_length: number and tokens of the evaluation windows.
+        further_window_lengths: tokens of the windows of further evaluations, over the same text.
+        dtype: type of weights and forwards; statistics are always fp32.
         device: where to run.
     """
 
@@ -56,12 +56,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Pruning:
-    """A pruning that was done.
+    """Result of a pruning.
 
     Attributes:
-        kept: mean share of the pruned layers' weights that is left.
+        kept: mean share of the pruned layers' weights that is kept.
         seconds: wall clock by stage.
-        cpu_seconds: that the process spent on it.
+        cpu_seconds: CPU time of the process.
     """
 
     kept: float
@@ -74,13 +74,13 @@ class Workbench:
 
     Attributes:
         model, tokenizer: loaded once; the model is dense outside of :meth:`pruned`.
-        teacher: a copy of the model that stays dense, made when it is first asked for.
-        setting: what is compared when a study is resumed.
+        teacher: a copy of the model that stays dense, made on first use.
+        setting: what must be the same when a study is resumed.
         ids: int64 [n_tokens], the evaluation text.
 
     Raises:
-        TextError: texts that cannot be read or are too short.
-        CheckpointError: a model that cannot be loaded.
+        TextError: if a text cannot be read or is too short.
+        CheckpointError: if the model cannot be loaded.
     """
 
     def __init__(self, protocol: Protocol) -> None:
@@ -110,25 +110,25 @@ class Workbench:
         self._check_length(max(self.setting.window_lengths), "--window-lengths")
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
-        """Raise TextError for a calibration length that the model or the text is too short for."""
+        """Raise TextError if the model or the text is too short for a calibration length."""
         self._check_length(max(lengths), "--lengths")
         crop(self._stream, 1, max(lengths), seed=0)
 
     def calibration(self, length: int, seed: int) -> torch.Tensor:
-        """Crops of the calibration text, int64 [samples, length]."""
+        """Random pieces of the calibration text, int64 [samples, length]."""
         return crop(self._stream, self.protocol.samples, length, seed)
 
     def perplexity(self) -> float:
-        """Of the model as it is now."""
+        """Perplexity of the model in its present state."""
         return self._perplexity(self.setting.window_length)
 
     def further_perplexities(self) -> tuple[Evaluation, ...]:
-        """The same over windows of the setting's further lengths."""
+        """Perplexities over windows of the setting's further lengths."""
         return tuple(Evaluation(n, self._perplexity(n)) for n in self.setting.further_window_lengths)
 
     @contextmanager
     def pruned(self, cell: Cell) -> Iterator[Pruning]:
-        """The model is pruned inside, and dense again after; recovery is :meth:`recover`'s."""
+        """Prune the model for the duration of a ``with`` block; recovery, if any, is left to :meth:`recover`."""
         ids = None
         if cell.length is not None and cell.seed is not None:
             ids = self.calibration(cell.length, cell.seed)
@@ -142,11 +142,11 @@ class Workbench:
     def recover(
         self, settings: RecoverySettings, state: Path | None = None, progress: RecoveryProgress | None = None
     ) -> RecoveryReport:
-        """Train the model as it is pruned now on the calibration text, cut by the settings' seed.
+        """Train the pruned model on the calibration text, in pieces chosen by the settings' seed.
 
         Args:
             settings: as for :func:`ace_triton.recover`.
-            state: file that a training which was stopped goes on from; None to keep none.
+            state: file that an interrupted training resumes from; None to keep none.
             progress: called after each step.
         """
         length = min(TEXT_LENGTH, self._longest or TEXT_LENGTH)
@@ -184,14 +184,14 @@ class Workbench:
 
     @cached_property
     def teacher(self) -> Any:
-        """The dense model, beside the one that is pruned."""
+        """A copy of the dense model."""
         teacher = copy.deepcopy(self.model)
         teacher.load_state_dict(self._dense)
         return teacher
 
     @property
     def _longest(self) -> int | None:
-        """Positions that the model has; None where it does not say."""
+        """Number of positions of the model; None if its configuration does not say."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return longest if isinstance(longest, int) else None
 
@@ -200,11 +200,11 @@ class Workbench:
 
     def _check_length(self, length: int, option: str) -> None:
         if self._longest is not None and length > self._longest:
-            raise TextError(f"{option} {length} is more than the model's {self._longest} positions: give a smaller one")
+            raise TextError(f"{option} {length} is more than the model's {self._longest} positions: use a smaller one")
 
 
 def processor_name() -> str:
-    """What the processor calls itself."""
+    """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -214,7 +214,7 @@ def processor_name() -> str:
 
 
 def _short(name: str) -> str:
-    """A source's name without this machine's folders."""
+    """A source's name without folders."""
     return Path(name).name if Path(name).exists() else name
 
 
