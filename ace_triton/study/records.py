@@ -32,8 +32,8 @@ class Setting:
         calibration, evaluation: names of the texts, without folders.
         calibration_sha256, evaluation_sha256: digests of the texts.
         samples: calibration sequences.
-        windows, window_length: number and tokens of the evaluation windows.
-        further_window_lengths: tokens of the windows of further evaluations, over the same text.
+        windows, window_length: of the evaluation.
+        further_window_lengths: of further evaluations over the same tokens.
     """
 
     model: str

@@ -27,7 +27,7 @@ class Sampler:
         model: the model, still dense.
         tokenizer: the model's tokenizer.
         ids: int64 [n_tokens], the evaluation text; its first windows are used.
-        window_length, windows: tokens in a window, and the largest number of windows.
+        window_length, windows: tokens of a window, and how many at most.
     """
 
     def __init__(self, model: Any, tokenizer: Any, ids: torch.Tensor, window_length: int, windows: int) -> None:

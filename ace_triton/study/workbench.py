@@ -110,12 +110,12 @@ class Workbench:
         self._check_length(max(self.setting.window_lengths), "--window-lengths")
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
-        """Raise TextError if the model or the text is too short for a calibration length."""
+        """Raise TextError for a calibration length that the model or the text is too short for."""
         self._check_length(max(lengths), "--lengths")
         crop(self._stream, 1, max(lengths), seed=0)
 
     def calibration(self, length: int, seed: int) -> torch.Tensor:
-        """Random pieces of the calibration text, int64 [samples, length]."""
+        """Crops of the calibration text, int64 [samples, length]."""
         return crop(self._stream, self.protocol.samples, length, seed)
 
     def perplexity(self) -> float:
@@ -191,7 +191,7 @@ class Workbench:
 
     @property
     def _longest(self) -> int | None:
-        """Number of positions of the model; None if its configuration does not say."""
+        """Positions that the model has; None where it does not say."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return longest if isinstance(longest, int) else None
 
@@ -200,7 +200,7 @@ class Workbench:
 
     def _check_length(self, length: int, option: str) -> None:
         if self._longest is not None and length > self._longest:
-            raise TextError(f"{option} {length} is more than the model's {self._longest} positions: use a smaller one")
+            raise TextError(f"{option} {length} is more than the model's {self._longest} positions: give a smaller one")
 
 
 def processor_name() -> str:
