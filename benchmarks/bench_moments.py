@@ -11,8 +11,8 @@ from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.token_norms import token_norms
 from ace_triton.kernels.weighted_squares import weighted_squares
-from ace_triton.study import published
 from benchmarks.agreement import Disagreement
+from benchmarks.claims import published
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ace_triton import ActivationStats, prune_linear
-from ace_triton.study import published
-from ace_triton.study.published_model import LayerStatistics
 from benchmarks.agreement import check_same_choice
+from benchmarks.claims import published
+from benchmarks.claims.published_model import LayerStatistics
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
 from benchmarks.layer_shapes import TINY, LayerShape, distinct

@@ -17,10 +17,10 @@ from ace_triton.calibration import load_calibration
 from ace_triton.calibration_mode import calibration_mode
 from ace_triton.collect import InputCollector
 from ace_triton.metrics import Needs
-from ace_triton.study import published, published_model
 from ace_triton.timing import Stopwatch
 from benchmarks.agreement import check_same_choice
 from benchmarks.bench_prune_layer import METHODS
+from benchmarks.claims import published, published_model
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare, CompareStages
 

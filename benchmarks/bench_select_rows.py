@@ -6,8 +6,8 @@ import torch
 
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_rows import select_rows, select_rows_reference
-from ace_triton.study import published
 from benchmarks.agreement import Disagreement
+from benchmarks.claims import published
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
 from benchmarks.matrices import Matrix, check_sample

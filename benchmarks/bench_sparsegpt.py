@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ace_triton import ActivationStats, prune_linear
-from ace_triton.study import published
 from benchmarks.agreement import check_nearly_same
+from benchmarks.claims import published
 from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
 from benchmarks.layer_shapes import SMOLLM2, TINY, LayerShape, distinct

@@ -21,7 +21,7 @@ from rich.console import Console
 from ace_triton.budgets import SPREAD
 from ace_triton.report import write_json
 from ace_triton.study.cells import Cell, Variant
-from ace_triton.study.quality_grid import BEST
+from ace_triton.study.recipes_grid import BEST
 from ace_triton.study.tally import shown_sparsity, shown_variant
 from ace_triton.study.workbench import Protocol, Workbench
 

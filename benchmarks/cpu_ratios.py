@@ -35,7 +35,7 @@ from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.metrics import ria, wanda
 from ace_triton.report import write_json
-from ace_triton.study.published import prune_groups, prune_rows_by_sort, prune_rows_by_topk, wanda_scores
+from benchmarks.claims.published import prune_groups, prune_rows_by_sort, prune_rows_by_topk, wanda_scores
 
 SHAPE = (4096, 11008)
 TOKENS = ((512, 16, 4096), (64, 128, 4096), (4, 2048, 4096), (2, 2048, 11008))

@@ -1,8 +1,8 @@
-"""Puts the figures of docs/*.json, and the dispatch's limits, into the README and the guides, between their markers.
+"""Writes the tables of the README and the guides from the records in docs/ and the dispatch's limits.
 
 python -m benchmarks.readme [--check]
 
-A page shows a table where it has ``<!-- name: made by ... -->`` and ``<!-- /name -->``; every table is on some page.
+A table goes between ``<!-- name: made by ... -->`` and ``<!-- /name -->``. Every table is on at least one page.
 """
 
 from __future__ import annotations
@@ -27,35 +27,19 @@ from ace_triton.dispatch import (
 )
 from ace_triton.study.cells import Variant
 from ace_triton.study.curve import Point, curve
-from ace_triton.study.goals import goals
 from ace_triton.study.journal import read_results
 from ace_triton.study.tables import shown_spread
 from ace_triton.study.tally import Tally, shown_variant
 
 from .budgets import measured as budgets_measured
 from .budgets import table as budgets
-from .quality import cells_by_column, shown
 from .report_bench import duration
 from .results import load, outcomes
 from .sparse import table as sparse
 
 PAGES = ("README.md", "docs/index.md", "docs/results.md", *sorted(map(str, Path("docs/guides").glob("*.md"))))
-"""With markers, from the root of the repository."""
+"""Pages with markers, from the root of the repository."""
 
-QUALITY_METHODS = (
-    "magnitude",
-    "Wanda",
-    "RIA",
-    "CosP, exact",
-    "ACE (default)",
-    "ACE times VarP",
-    "ACE, published form (Wanda, abs)",
-    "Wanda, permuted",
-    "RIA, permuted",
-    "CosP, exact, permuted",
-    "ACE (default), permuted",
-)
-QUALITY_COLUMNS = (("2:4", "L=16"), ("2:4", "L=128"), ("0.5", "L=128"))
 CPU_ROWS = (
     ("2:4 in place, Wanda's terms", "`weight.mul_(1)`"),
     ("prune_linear, 2:4, wanda", "`weight.mul_(1)`"),
@@ -72,53 +56,40 @@ WHOLE_MODEL = "score and mask 2:4, "
 RESULTS = Path("benchmarks/results.csv")
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 ANY_ROWS = 2**20
-"""A limit of so many rows and more is none."""
+"""From this value on, a limit of rows means no limit."""
 TRAFFIC_ROWS = ("select_nm 2:4, Wanda's terms", "RIA in all", "select_rows 50 %", "moments")
 TRAFFIC_LAYERS = ("wanda", "ace")
+LENGTH_METHODS = ("wanda", "ria", "cosp", "ace")
+BASE_LENGTH = 128
 HEADLINE = (
-    "Measured on SmolLM2-135M at 2:4, in bf16 on one CPU core: packed layers take {bytes} of their bytes, and the",
-    "model writes {faster} times as many tokens a second. Perplexity goes from {dense} to {pruned} in {seconds}",
-    "seconds of pruning, and to {recovered} with five minutes of recovery on two cores.",
+    "Measured on SmolLM2-135M at 2:4, in bf16 on one CPU core: packed layers take {bytes} of their dense bytes,",
+    "and the model generates {faster} times as many tokens a second. Perplexity goes from {dense} to {pruned} in",
+    "{seconds} seconds of pruning. Five minutes of recovery on two cores bring it down to {recovered}.",
 )
 PICKS = (
     ("the quickest", "2:4", "Wanda", "`--method wanda`"),
-    ("the best in one shot", "2:4", "Wanda, permuted, lstsq", "`--method wanda --permute --update lstsq`"),
+    ("the best without recovery", "2:4", "Wanda, permuted, lstsq", "`--method wanda --permute --update lstsq`"),
     (
         "a model to use",
         "2:4",
         "Wanda, permuted, lstsq, 5 min of recovery",
-        "the line above, then `recover --minutes 5`",
+        "the same, then `recover --minutes 5`",
     ),
     (
-        "the best measured",
+        "the best that was measured",
         "2:4",
         "Wanda, permuted, lstsq, 8 mask rounds, 20 min of recovery",
         "the same with `-u mask_rounds=8`, then `recover --minutes 20`",
     ),
     ("a published baseline", "2:4", "SparseGPT", "`--method sparsegpt`"),
-    ("the same bytes, less lost, no tensor cores", "4:8", "Wanda", "`--sparsity 4:8 --method wanda`"),
-    ("to compare with papers; nothing gets faster", "0.5", "Wanda", "`--sparsity 0.5 --method wanda`"),
+    ("less loss at the same size, without tensor cores", "4:8", "Wanda", "`--sparsity 4:8 --method wanda`"),
+    ("to compare with papers; it runs no faster", "0.5", "Wanda", "`--sparsity 0.5 --method wanda`"),
 )
-"""What is wanted, a sparsity, a variant of the curve as it is shown, and the options that make it."""
-
-
-def quality(content: dict[str, Any]) -> list[str]:
-    """Perplexities, a few methods."""
-    columns = cells_by_column(content["cells"])
-    lines = [
-        f"| perplexity, dense {content['cells']['dense']:.1f} | "
-        + " | ".join(f"{sparsity}, {length}" for sparsity, length in QUALITY_COLUMNS)
-        + " |",
-        "|---" * (len(QUALITY_COLUMNS) + 1) + "|",
-    ]
-    for label in QUALITY_METHODS:
-        values = (shown(columns.get(column, {}).get(label)) for column in QUALITY_COLUMNS)
-        lines.append(f"| {label} | " + " | ".join(values) + " |")
-    return lines
+"""What a user wants, a sparsity, a recipe as the study shows it, and the options that make it."""
 
 
 def cpu(content: dict[str, Any]) -> list[str]:
-    """Ratios of CPU time, both dtypes side by side."""
+    """Ratios of CPU time in both dtypes."""
     lines = [f"| one core of an {content['environment']['processor']} | against | fp32 | bf16 |", "|---|---|---|---|"]
     for what, against in CPU_ROWS:
         found = {r["dtype"]: r for r in content["ratios"] if (r["what"], r["against"]) == (what, against)}
@@ -130,11 +101,11 @@ def cpu(content: dict[str, Any]) -> list[str]:
 
 
 def traffic(content: dict[str, Any]) -> list[str]:
-    """Bytes over the fewest possible, and launches."""
+    """Launches, and bytes moved over the fewest possible."""
     lines = ["| counted | launches | bytes over the fewest possible |", "|---|---:|---:|"]
     rows = [row for row in content["ours"] if row["what"].startswith(TRAFFIC_ROWS)]
     rows += [
-        {"what": f"prune_linear 2:4, {row['method']}, all in all", "traffic": row["further"], "ratio": row["ratio"]}
+        {"what": f"prune_linear 2:4, {row['method']}, in total", "traffic": row["further"], "ratio": row["ratio"]}
         for row in content["layers"]
         if row["method"] in TRAFFIC_LAYERS
     ]
@@ -142,22 +113,8 @@ def traffic(content: dict[str, Any]) -> list[str]:
     return lines + [f"| {row['what']} | {row['traffic']['launches']:,} | {row['ratio']:.2f} |" for row in rows]
 
 
-def curve_of_quality(docs: Path) -> list[str]:
-    """Perplexity and time of everything measured at 2:4, worst first, and what that says of the study's aims."""
-    tally = Tally(read_results(docs / "curve"))
-    length, dense = tally.results.setting.window_length, tally.results.dense
-    lines = [
-        f"| 2:4{'' if dense is None else f', dense {dense.perplexity:.1f}'} | perplexity | CPU time |",
-        "|---|---:|---:|",
-    ]
-    for point in sorted(curve(tally, "2:4", length), key=lambda point: -point.perplexity.mean):
-        perplexity = shown_spread(point.perplexity)
-        lines.append(f"| {shown_variant(point.variant)} | {perplexity} | {point.cpu_seconds:.0f} s |")
-    return [*lines, "", *(f"- {found.headline} ({found.verdict}). {found.text}" for found in goals(tally))]
-
-
 def picks(docs: Path) -> list[str]:
-    """What to take for what, with its time and its perplexity."""
+    """What to take, with its time and its perplexity."""
     tally = Tally(read_results(docs / "curve"))
     length, dense = tally.results.setting.window_length, tally.results.dense
     assert dense is not None
@@ -174,7 +131,7 @@ def picks(docs: Path) -> list[str]:
 
 
 def headline(docs: Path) -> list[str]:
-    """The figures that a newcomer wants first, in two sentences."""
+    """The first sentences of the README."""
     pair = next(p for p in json.loads((docs / "sparse.json").read_text())["pairs"] if p["dtype"] == "bf16")
     tally = Tally(read_results(docs / "curve"))
     dense = tally.results.dense
@@ -194,7 +151,7 @@ def headline(docs: Path) -> list[str]:
 
 
 def recipes(docs: Path) -> list[str]:
-    """Perplexity and time of everything measured at 2:4, best first."""
+    """Perplexity and time of every recipe measured at 2:4, best first."""
     tally = Tally(read_results(docs / "curve"))
     dense, lengths = tally.results.dense, tally.results.setting.window_lengths
     assert dense is not None
@@ -210,8 +167,27 @@ def recipes(docs: Path) -> list[str]:
     return lines
 
 
+def lengths(docs: Path) -> list[str]:
+    """How perplexity at 2:4 changes with the length of calibration sequences, from that at BASE_LENGTH."""
+    tally = Tally(read_results(docs / "study"))
+    others = [length for length in tally.lengths if length != BASE_LENGTH]
+    lines = [
+        f"| 2:4, against sequences of {BASE_LENGTH} tokens | {' | '.join(f'{n:,} tokens' for n in others)} |",
+        "|---" + "|---:" * len(others) + "|",
+    ]
+    for method in LENGTH_METHODS:
+        variant = Variant(method)
+        base = tally.perplexity(variant, "2:4", BASE_LENGTH)
+        assert base is not None
+        found = [tally.perplexity(variant, "2:4", length) for length in others]
+        changes = ("" if s is None else f"{s.mean / base.mean - 1:+.1%} ({len(s.values)})" for s in found)
+        lines.append(f"| {shown_variant(variant)} | {' | '.join(changes)} |")
+    seconds = [tally.cpu_seconds(Variant("wanda"), "2:4", length) or 0.0 for length in others]
+    return [*lines, f"| CPU seconds, Wanda | {' | '.join(f'{value:,.0f}' for value in seconds)} |"]
+
+
 def whole_model(results: Path) -> list[str]:
-    """Score and mask of all layers of SmolLM2-135M on one core, beside the published loops."""
+    """Score and mask of all layers of SmolLM2-135M on one core, compared with the published loops."""
     lines = [
         "| 2:4 of all layers of SmolLM2-135M, bf16 | ours | published loop | times as long |",
         "|---|---:|---:|---:|",
@@ -228,7 +204,7 @@ def whole_model(results: Path) -> list[str]:
 
 
 def row_limits() -> list[str]:
-    """The products of packed layers by number of rows, with the limits that the dispatch has."""
+    """The products of packed layers by number of rows, with the dispatch's limits."""
     on_cpu = [f"{_up_to(CPU_LIMITS[dtype])} in {name}" for dtype, name in DTYPE_NAMES.items()]
     halves = " or ".join(str(limits.packed) for limits in (CUTLASS_LIMITS, CUSPARSELT_LIMITS))
     on_cuda = f"at 2:4 up to {halves} in fp16 and bf16, {OTHER_LIMITS.packed} in fp32; else {ANY_PATTERN_LIMITS.packed}"
@@ -245,27 +221,22 @@ def _up_to(limits: RowLimits) -> str:
     return "always" if limits.packed >= ANY_ROWS else f"up to {limits.packed}"
 
 
-SECTIONS = {"quality": quality, "sparse": sparse, "cpu": cpu, "traffic": traffic}
+SECTIONS = {"sparse": sparse, "cpu": cpu, "traffic": traffic}
 
 
 def tables_of(docs: Path) -> dict[str, list[str]]:
     """Every table by the name of its markers."""
     made = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
-    made |= {
-        "headline": headline(docs),
-        "picks": picks(docs),
-        "recipes": recipes(docs),
-        "curve": curve_of_quality(docs),
-    }
+    made |= {"headline": headline(docs), "picks": picks(docs), "recipes": recipes(docs), "lengths": lengths(docs)}
     made |= {"budgets": budgets(budgets_measured(docs))}
     return made | {"rows": row_limits(), "model": whole_model(RESULTS)}
 
 
 def filled(page: str, tables: Mapping[str, list[str]]) -> str:
-    """A page with what stands between its markers made anew.
+    """A page with new text between its markers.
 
     Raises:
-        ValueError: a marker of an unknown table, or one that is not closed.
+        ValueError: if a marker names an unknown table or is not closed.
     """
     for name in re.findall(r"<!-- (\w+): made by ", page):
         if name not in tables:
@@ -279,7 +250,7 @@ def filled(page: str, tables: Mapping[str, list[str]]) -> str:
 
 
 def main(check: Annotated[bool, typer.Option("--check", help="Fail if a page is out of date.")] = False) -> None:
-    """Write the README and the guides, or compare."""
+    """Write the tables, or compare them with the pages."""
     tables = tables_of(Path("docs"))
     pages = {Path(page): Path(page).read_text() for page in PAGES}
     unused = [name for name in tables if not any(f"<!-- {name}: made by " in page for page in pages.values())]
@@ -288,8 +259,9 @@ def main(check: Annotated[bool, typer.Option("--check", help="Fail if a page is 
     for path, old in pages.items():
         new = filled(old, tables)
         if check and new != old:
-            raise typer.BadParameter(f"{path} does not hold the figures of docs/: run python -m benchmarks.readme")
-        path.write_text(new)
+            raise typer.BadParameter(f"{path} is out of date: run python -m benchmarks.readme")
+        if not check:
+            path.write_text(new)
 
 
 if __name__ == "__main__":

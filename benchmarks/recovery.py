@@ -21,7 +21,7 @@ from ace_triton import RecoverySettings, WrittenText, recover
 from ace_triton.calibration import pieces, token_stream
 from ace_triton.report import write_json
 from ace_triton.study.cells import Cell, Variant
-from ace_triton.study.quality_grid import BEST, PATTERN
+from ace_triton.study.recipes_grid import BEST, PATTERN
 from ace_triton.study.samples import next_token_divergence
 from ace_triton.study.workbench import Protocol, Workbench
 from ace_triton.text import read_documents

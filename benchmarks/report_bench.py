@@ -22,7 +22,7 @@ Written by `make bench-report` from `benchmarks/results.csv`, to which `make ben
 comparison whose sides were timed in turn (A B A B) on the same input, after both had been seen to choose the same
 weights and the tests of the operation had passed; where they had not, there is no ratio. Times are medians. GB/s
 counts the fewest bytes that the operation can move. The published ways are those of
-`ace_triton/study/published.py`, written from the papers; they start from the statistics that ours start from.
+`benchmarks/claims/published.py`, written from the papers; they start from the statistics that ours start from.
 """
 
 

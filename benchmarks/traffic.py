@@ -40,7 +40,7 @@ from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
 from ace_triton.metrics import metric, ria, wanda
 from ace_triton.report import write_json
-from ace_triton.study.published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
+from benchmarks.claims.published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
 from benchmarks.traffic_counter import Counter, Traffic
 
 SHAPE = (512, 2048)
@@ -304,7 +304,7 @@ def page(ours: list[Row], layers: list[LayerRow], published: list[Row]) -> str:
     ]
     for title, rows in (
         ("ace_triton", ours),
-        ("Published ways, as written in ace_triton/study/published.py", published),
+        ("Published forms, as written in benchmarks/claims/published.py", published),
     ):
         lines += [
             f"## {title}",

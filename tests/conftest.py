@@ -167,6 +167,41 @@ def study(command, tiny_checkpoint, some_text):
     return lambda out, *words: command("study", tiny_checkpoint, out, *texts, *small, *words)
 
 
+@pytest.fixture(scope="session")
+def measured():
+    """measured(values, seconds): a study's results, from (variant, sparsity) -> perplexity by seed.
+
+    Perplexity over the further windows, of 32 tokens, is twice that. Each takes a CPU second, or ``seconds`` of it.
+    """
+    from ace_triton.study.cells import Cell
+    from ace_triton.study.journal import Results
+    from ace_triton.study.records import CellResult, DenseResult, Evaluation, RecoveryCost, Setting, StageSeconds
+    from ace_triton.study.tally import Tally
+
+    def tally(values, seconds=None) -> Tally:
+        setting = Setting("tiny", "w", "float32", "c", "cs", "e", "es", 4, 8, 16, (32,))
+        results = Results(setting, DenseResult(10.0, (Evaluation(32, 20.0),)))
+        for (variant, sparsity), found in values.items():
+            for seed, value in enumerate(found):
+                minutes = variant.recipe.minutes
+                results.add(
+                    CellResult(
+                        Cell(variant, sparsity, 16, seed),
+                        value,
+                        0.5,
+                        StageSeconds(1, 1, 1, 4),
+                        (seconds or {}).get(variant, 1.0) * (1 + seed / 1000),
+                        "a processor",
+                        2,
+                        (Evaluation(32, 2 * value),),
+                        None if minutes is None else RecoveryCost(5, 50, 60 * minutes, 120 * minutes),
+                    )
+                )
+        return Tally(results)
+
+    return tally
+
+
 @pytest.fixture
 def plain_environment() -> dict[str, str]:
     """The environment for a pytest in a process of its own, where this one may be a worker of pytest-xdist."""

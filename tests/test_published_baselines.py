@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ace_triton import ActivationStats, Sparsity, prune_linear, prune_model
-from ace_triton.study import published, published_model
+from benchmarks.claims import published, published_model
 
 ROWS, COLS = 48, 96
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
+from html import escape
 
 import pytest
 import torch
@@ -16,24 +18,18 @@ from ace_triton import Update, prune_model
 from ace_triton.calibration import crop, token_stream
 from ace_triton.checkpoint import load
 from ace_triton.evaluate import perplexity
+from ace_triton.study.advice import advice
 from ace_triton.study.cells import Cell, Grid, Variant
+from ace_triton.study.command_line import commands_of, without_folders
 from ace_triton.study.curve import curve, frontier
-from ace_triton.study.findings import Comparison, worst
-from ace_triton.study.goals import (
-    dominance,
-    goals,
-    metric_alone,
-    permutation,
-    perplexity_claim,
-    recovery,
-    weight_update,
-)
-from ace_triton.study.journal import FILE, Journal, Results, StudyError, read_results
+from ace_triton.study.journal import FILE, Journal, StudyError, read_results
+from ace_triton.study.marks import series
 from ace_triton.study.page import page
-from ace_triton.study.quality_grid import BEST, PUBLISHED, RECIPES, SPARSEGPT, QualityGrid
 from ace_triton.study.recipe import PLAIN, Recipe
-from ace_triton.study.records import CellResult, DenseResult, Evaluation, RecoveryCost, Setting, StageSeconds
+from ace_triton.study.recipes_grid import BEST, RECIPES, SPARSEGPT, RecipesGrid
+from ace_triton.study.records import CellResult, Evaluation, Run, Setting, StageSeconds
 from ace_triton.study.run import RECOVERY_FOLDER, run_study
+from ace_triton.study.tables import best, curve_table, perplexity_table
 from ace_triton.study.tally import Tally, shown_variant
 from ace_triton.study.workbench import Workbench
 from ace_triton.text import read_documents
@@ -41,34 +37,11 @@ from ace_triton.text import read_documents
 WANDA, RIA, ACE = map(Variant, ("wanda", "ria", "ace"))
 PERMUTED = ACE.with_recipe(Recipe(permute=True))
 UPDATED = ACE.with_recipe(BEST)
+PUBLISHED = SPARSEGPT.with_recipe(Recipe(published=True))
 SETTING = Setting("tiny", "w", "float32", "c", "cs", "e", "es", 4, 8, 16, (32,))
 
 
-def measured(
-    values: dict[tuple[Variant, str], tuple[float, ...]], seconds: dict[Variant, float] | None = None
-) -> Tally:
-    """Results of (variant, sparsity) -> perplexity by seed; twice that over the further windows."""
-    results = Results(SETTING, DenseResult(10.0, (Evaluation(32, 20.0),)))
-    for (variant, sparsity), found in values.items():
-        for seed, value in enumerate(found):
-            minutes = variant.recipe.minutes
-            results.add(
-                CellResult(
-                    Cell(variant, sparsity, 16, seed),
-                    value,
-                    0.5,
-                    StageSeconds(1, 1, 1, 4),
-                    (seconds or {}).get(variant, 1.0) * (1 + seed / 1000),
-                    "a processor",
-                    2,
-                    (Evaluation(32, 2 * value),),
-                    None if minutes is None else RecoveryCost(5, 50, 60 * minutes, 120 * minutes),
-                )
-            )
-    return Tally(results)
-
-
-@pytest.mark.parametrize("recipe", [*RECIPES, Recipe(minutes=5), PUBLISHED[0].recipe, Recipe(sequential="layers")])
+@pytest.mark.parametrize("recipe", [*RECIPES, Recipe(minutes=5), PUBLISHED.recipe, Recipe(sequential="layers")])
 def test_a_recipe_lives_in_a_cells_record(recipe):
     cell = Cell(ACE.with_recipe(recipe), "2:4", 16, 0)
     written = json.loads(json.dumps(cell.to_dict()))
@@ -101,15 +74,15 @@ def test_what_is_said_of_a_recipe():
     assert shown_variant(WANDA.with_recipe(Recipe(update=Update(damping=0.5), minutes=2.5))) == (
         "Wanda, lstsq, damping=0.5, 2.5 min of recovery"
     )
-    assert shown_variant(PUBLISHED[2]) == "SparseGPT, published form"
+    assert shown_variant(PUBLISHED) == "SparseGPT, published form"
     assert Variant("magnitude", recipe=Recipe(update=Update())).calibrated
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"published": True, "permute": True}, "nothing is added to a published form"),
-        ({"published": True, "minutes": 5}, "nothing is added to a published form"),
+        ({"published": True, "permute": True}, "nothing can be added to a published form"),
+        ({"published": True, "minutes": 5}, "nothing can be added to a published form"),
         ({"minutes": 0}, "above 0"),
         ({"minutes": math.nan}, "above 0"),
     ],
@@ -120,18 +93,29 @@ def test_a_recipe_that_is_none(words, message):
 
 
 def test_what_is_run_and_in_which_order():
-    grid = QualityGrid((WANDA, ACE), ("50%", "2:4"), (128, 16), (0, 1), (20.0, 5.0))
+    grid = RecipesGrid((WANDA, ACE), ("50%", "2:4"), (128, 16), (0, 1), (20.0, 5.0))
     cells = grid.cells()
-    assert len(cells) == len(set(cells)) == 4 * (2 * 2 + len(RECIPES) + 1 + len(PUBLISHED) + 2)
+    assert len(cells) == len(set(cells)) == 4 * (2 * 2 + len(RECIPES) + 1 + 2)
     assert {cell.variant.alone for cell in cells if cell.variant.recipe.update} == {ACE}
     assert all(cell.sparsity == "2:4" for cell in cells if cell.variant.recipe != PLAIN)
     long = [cell.variant.recipe.minutes for cell in cells if cell.variant.recipe.minutes]
     assert long == [5.0, 20.0] * 4
     assert [cell.variant.recipe.minutes for cell in cells][-len(long) :] == long
     assert (cells[0].length, cells[0].seed, grid.shown) == (16, 0, (128, 0))
-    assert all(cell.sparsity == "0.5" for cell in QualityGrid((ACE,), ("0.5",), (16,), (0,), (5.0,)).cells())
     with pytest.raises(ValueError, match="at least one of its methods"):
-        QualityGrid((), ("2:4",), (16,), (0,))
+        RecipesGrid((), ("2:4",), (16,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("sparsities", "compared_at", "permuted"),
+    [(("0.5", "4:8", "2:4"), "2:4", True), (("0.5", "4:8", "1:4"), "4:8", True), (("50%", "0.7"), "0.5", False)],
+)
+def test_recipes_run_at_a_pattern_that_was_asked_for(sparsities, compared_at, permuted):
+    cells = RecipesGrid((ACE,), sparsities, (16,), (0,), (5.0,)).cells()
+    recipes = [cell.variant.recipe for cell in cells if cell.variant.recipe != PLAIN]
+    assert {cell.sparsity for cell in cells if cell.variant.recipe != PLAIN} == {compared_at}
+    assert any(recipe.permute for recipe in recipes) == permuted
+    assert recipes[-1] == Recipe(permute=permuted, update=Update(), minutes=5.0)
 
 
 def test_a_study_of_quality_end_to_end(study, protocol, tmp_path):
@@ -140,7 +124,7 @@ def test_a_study_of_quality_end_to_end(study, protocol, tmp_path):
     code, _, errors = study(tmp_path / "s", *words, *windows)
     assert code == 0, errors
     results = read_results(tmp_path / "s")
-    assert len(results.cells) == 2 * 2 + len(RECIPES) + 1 + len(PUBLISHED) + 1
+    assert len(results.cells) == 2 * 2 + len(RECIPES) + 1 + 1
     assert results.setting.window_lengths == (16, 32)
     assert not (tmp_path / "s" / RECOVERY_FOLDER).exists()
 
@@ -161,15 +145,18 @@ def test_a_study_of_quality_end_to_end(study, protocol, tmp_path):
     def value(variant):
         return results.cells[Cell(variant, "2:4", 16, 0)].perplexity
 
-    assert value(PUBLISHED[0]) == value(WANDA)
-    assert value(PUBLISHED[2]) == pytest.approx(value(SPARSEGPT), rel=1e-4)
     recovered = results.cells[Cell(ACE.with_recipe(replace(BEST, minutes=0.002)), "2:4", 16, 0)]
     assert recovered.recovery.steps >= 1
     assert recovered.seconds_in_all > recovered.seconds.total + 0.1
     assert recovered.perplexity != value(UPDATED)
 
     html = (tmp_path / "s" / "tiny.html").read_text()
-    assert "How good for how much time" in html
+    assert "Perplexity against time" in html
+    assert [words for words in ("targets of this project", "claims of", 'class="verdict"') if words in html] == []
+    (run,) = results.runs
+    assert run.command.startswith("ace-triton study tiny s --calibration some.txt")
+    assert escape(run.command) in html
+    assert str(tmp_path) not in html + (tmp_path / "s" / FILE).read_text()
     assert "Perplexity by calibration length" not in html
     for variant in Tally(results).everything:
         assert shown_variant(variant) in html
@@ -229,15 +216,6 @@ def test_a_recovery_that_was_stopped_goes_on(protocol, tmp_path):
     assert not states.exists()
 
 
-def test_a_published_form_is_there_for_patterns_only(protocol):
-    bench = Workbench(protocol)
-    with (
-        pytest.raises(ValueError, match="published forms are there for n:m"),
-        bench.pruned(Cell(PUBLISHED[0], "0.5", 16, 0)),
-    ):
-        pass
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -256,7 +234,7 @@ def test_a_mistake_is_one_line(study, tmp_path, words, message):
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(1, 100)), min_size=1, max_size=8))
-def test_the_curve_holds_what_nothing_beats(places):
+def test_the_curve_holds_what_nothing_beats(measured, places):
     recipes = [ACE.with_recipe(Recipe(minutes=1.0 + number)) for number in range(len(places))]
     tally = measured(
         {(v, "2:4"): (value,) for v, (_, value) in zip(recipes, places, strict=True)},
@@ -277,127 +255,6 @@ def test_the_curve_holds_what_nothing_beats(places):
         assert point.dominated == beaten
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "pairs", "most", "verdict"),
-    [
-        (-0.1, 0.01, 5, 0.95, "holds"),
-        (-0.1, 0.03, 5, 0.95, "open"),
-        (-0.1, 0.01, 2, 0.95, "open"),
-        (-0.1, math.nan, 1, 0.95, "open"),
-        (0.0, 0.0, 5, 1.0, "holds"),
-        (0.1, 0.01, 5, 1.0, "fails"),
-        (-0.6, 0.01, 5, 0.45, "holds"),
-        (-0.5, 0.01, 5, 0.45, "fails"),
-    ],
-)
-def test_a_bound_is_reached_beyond_noise_only(change, error, pairs, most, verdict):
-    assert Comparison(change, error, pairs).within(most) == verdict
-
-
-def test_the_worst_of_claims():
-    assert worst(["holds", "open"]) == "open"
-    assert worst(["open", "fails", "holds"]) == "fails"
-    assert worst([]) == "open"
-
-
-NEAR = (100.0, 101.0, 102.0)
-ALL = ("0.5", "2:4", "4:8")
-
-
-@pytest.mark.parametrize(
-    ("ace", "patterns", "verdict"),
-    [
-        ((90.0, 91.0, 92.0), ALL, "holds"),
-        ((110.0, 111.0, 112.0), ALL, "fails"),
-        ((90.0, 111.0, 92.0), ALL, "open"),
-        ((90.0, 91.0, 92.0), ("2:4",), "open"),
-    ],
-)
-def test_a_metric_alone(ace, patterns, verdict):
-    better, other = (NEAR, tuple(2 * value for value in NEAR))
-    values = {(v, s): p for s in patterns for v, p in ((WANDA, other), (RIA, better), (ACE, ace))}
-    finding = metric_alone(measured(values))
-    assert finding.verdict == verdict
-    assert "of RIA's" in finding.text
-    assert ("2 of these not measured yet" in finding.text) == (patterns != ALL)
-
-
-@pytest.mark.parametrize(("share", "verdict"), [(0.90, "holds"), (0.99, "fails")])
-def test_channels_permuted(share, verdict):
-    tally = measured({(ACE, "2:4"): NEAR, (PERMUTED, "2:4"): tuple(share * value for value in NEAR)})
-    finding = permutation(tally, PERMUTED)
-    assert finding.verdict == verdict
-    assert f"has {share:.2f} of the perplexity" in finding.headline
-
-
-@pytest.mark.parametrize(
-    ("share", "seconds", "verdict"),
-    [(0.4, 0.9, "holds"), (0.4, 1.1, "fails"), (0.5, 0.9, "fails"), (0.44, 0.9, "fails")],
-)
-def test_a_weight_update(share, seconds, verdict):
-    """SparseGPT has 0.55 of Wanda's perplexity, so that 0.44 is 0.8 of it."""
-    values = {WANDA: 1.0, SPARSEGPT: 0.55, UPDATED: share}
-    tally = measured(
-        {(v, "2:4"): tuple(factor * value for value in NEAR) for v, factor in values.items()}, {UPDATED: seconds}
-    )
-    finding = weight_update(tally)
-    assert finding.verdict == verdict
-    assert f"{share:.2f} of Wanda's perplexity and {share / 0.55:.2f} of SparseGPT's" in finding.headline
-
-
-@pytest.mark.parametrize(
-    ("minutes", "share", "verdict"),
-    [(5.0, 0.3, "holds"), (5.0, 0.35, "fails"), (20.0, 0.24, "holds"), (20.0, 0.3, "fails")],
-)
-def test_a_recovery(minutes, share, verdict):
-    recovered = UPDATED.with_recipe(replace(BEST, minutes=minutes))
-    tally = measured({(WANDA, "2:4"): NEAR, (recovered, "2:4"): tuple(share * value for value in NEAR)})
-    finding = recovery(tally, minutes)
-    assert finding.verdict == verdict
-    assert "5 steps of 10 tokens on 2 threads" in finding.text
-    assert recovery(tally, 25.0 - minutes) is None
-
-
-@pytest.mark.parametrize(
-    ("ours", "seconds", "verdict"),
-    [(1.0, 0.9, "holds"), (1.0, 1.0, "holds"), (1.0, 1.1, "fails"), (1.1, 0.9, "fails"), (0.9, 0.9, "holds")],
-)
-def test_published_forms_are_dominated_or_not(ours, seconds, verdict):
-    tally = measured({(PUBLISHED[0], "2:4"): NEAR, (ACE, "2:4"): tuple(ours * value for value in NEAR)}, {ACE: seconds})
-    assert dominance(tally).verdict == verdict
-
-
-def test_what_is_set_beside_a_published_form_takes_no_more_time_where_it_can():
-    """Of a single pair everything is open: the better but dearer point is not the one to name."""
-    rival = PUBLISHED[0]
-    values = {(rival, "2:4"): (100.0,), (PERMUTED, "2:4"): (90.0,), (UPDATED, "2:4"): (50.0,)}
-    found = dominance(measured(values, {rival: 10.0, PERMUTED: 9.0, UPDATED: 40.0}))
-    assert found.verdict == "open"
-    assert shown_variant(PERMUTED) + " has" in found.text
-
-
-def test_nothing_is_claimed_where_cells_are_missing():
-    recipes = [PERMUTED, UPDATED, UPDATED.with_recipe(replace(BEST, minutes=5.0)), *PUBLISHED]
-    for variant in recipes:
-        assert goals(measured({(variant, "2:4"): NEAR})) == []
-    assert weight_update(measured({(UPDATED, "2:4"): NEAR, (WANDA, "2:4"): NEAR})) is None
-
-
-def test_a_claim_says_over_which_windows_it_was_not_measured():
-    tally = measured({(PERMUTED, "2:4"): NEAR, (ACE, "2:4"): NEAR})
-    claims = []
-    for seeds in (3, 2, 0):
-        for cell, found in list(tally.results.cells.items()):
-            tally.results.cells[cell] = replace(found, further=found.further[: cell.seed < seeds])
-        claims.append(perplexity_claim(tally, PERMUTED, ACE, "2:4", 1.5))
-    assert [claim.verdict for claim in claims] == ["holds", "open", "open"]
-    assert [str(claim) for claim in claims] == [
-        "1.000 ± 0.000 (16; 3 pairs), 1.000 ± 0.000 (32; 3 pairs)",
-        "1.000 ± 0.000 (16; 3 pairs), 1.000 ± 0.000 (32; 2 pairs)",
-        "1.000 ± 0.000 (16; 3 pairs), not measured over 32",
-    ]
-
-
 def test_another_setting_is_another_study(tmp_path):
     Journal(tmp_path, SETTING).close()
     with pytest.raises(StudyError, match="window_length was 16, is 64"):
@@ -407,3 +264,93 @@ def test_another_setting_is_another_study(tmp_path):
     assert read_results(tmp_path).setting == SETTING
     Journal(tmp_path, replace(SETTING, further_window_lengths=(64, 8))).close()
     assert read_results(tmp_path).setting.window_lengths == (16, 8, 32, 64)
+
+
+NEAR = (100.0, 101.0, 102.0)
+CELLS = (
+    Cell(Variant("magnitude"), "0.7", None, None),
+    Cell(Variant("ace", (("sign", 1), ("reduce", "abs"))), "4:8", 16, 0),
+    Cell(WANDA.with_recipe(Recipe(permute=True, update=Update(mask_rounds=1), sequential="layers")), "2:4", 16, 0),
+)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_the_command_of_a_cell_makes_what_was_measured(cell, protocol, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bench = Workbench(protocol)
+    (line,) = commands_of(bench.setting, cell)
+    code, _, errors = command(*shlex.split(line)[1:])
+    assert code == 0, errors
+    written, _ = load("pruned", dtype=torch.float32)
+    with bench.pruned(cell):
+        for name, tensor in bench.model.state_dict().items():
+            torch.testing.assert_close(written.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_a_recovery_is_two_commands_and_a_published_form_is_none():
+    prune, recover = commands_of(SETTING, Cell(UPDATED.with_recipe(replace(BEST, minutes=2.5)), "2:4", 16, 0))
+    assert prune.endswith("--permute --update lstsq --calibration c --samples 4 --length 16 --dtype float32")
+    assert recover == "ace-triton recover pruned recovered --minutes 2.5 --calibration c"
+    with pytest.raises(ValueError, match="no command"):
+        commands_of(SETTING, Cell(PUBLISHED, "2:4", 16, 0))
+
+
+def test_a_recorded_command_names_no_folder(tmp_path):
+    words = ["/usr/bin/ace-triton", "study", str(tmp_path), f"--calibration={tmp_path}", "--lengths", "16,32", "a b"]
+    name = tmp_path.name
+    assert without_folders(words) == f"ace-triton study {name} --calibration={name} --lengths 16,32 'a b'"
+
+
+def test_what_to_take(measured):
+    recovered = UPDATED.with_recipe(replace(BEST, minutes=5.0))
+    values = {WANDA: 60, ACE: 50.0, PERMUTED: 31.0, UPDATED: 30.0, recovered: 20.0, PUBLISHED: 10.0}
+    tally = measured(
+        {(variant, "2:4"): (value, value + 1, value + 2) for variant, value in values.items()}, {UPDATED: 9.0}
+    )
+    found = advice(tally, "2:4")
+    assert [(choice.wanted, choice.name) for choice in found.choices] == [
+        ("Lowest perplexity", "ACE, permuted, lstsq, 5 min of recovery"),
+        ("Lowest perplexity without recovery", "ACE, permuted, lstsq"),
+        ("At most 5% more perplexity in less time", "ACE, permuted"),
+    ]
+    assert found.choices[1].figures == "perplexity 31.0 ± 1.0 (3); 3.1 times the dense model's; 9.0 s of CPU time"
+    assert [len(choice.commands) for choice in found.choices] == [2, 1, 1]
+    assert "every other recipe of this calibration length is clearly worse" in found.note
+    assert advice(tally, "4:8") is None
+
+
+def test_how_sure_the_advice_is(measured):
+    near = {(ACE, "2:4"): (50.0, 51.0, 52.0), (WANDA, "2:4"): (52.0, 50.0, 52.0), (RIA, "2:4"): (90.0, 91.0, 92.0)}
+    assert advice(measured(near), "2:4").note == "Not clearly worse than the first over the same seeds: Wanda."
+    single = {key: values[:1] for key, values in near.items()}
+    assert "a single seed: differences of a few percent may be noise" in advice(measured(single), "2:4").note
+
+
+def test_a_method_has_one_color_whatever_is_added(measured):
+    recovered = WANDA.with_recipe(replace(BEST, minutes=5.0))
+    variants = (Variant("magnitude"), RIA, WANDA, recovered, UPDATED)
+    tally = measured({(variant, "2:4"): (9.0,) for variant in variants})
+    assert series(tally, Variant("magnitude")) == 0
+    assert series(tally, recovered) == series(tally, WANDA)
+    assert len({series(tally, variant) for variant in (WANDA, RIA, ACE)} - {0}) == 3
+
+
+def test_tables_have_perplexity_over_the_dense_model_s(measured):
+    tally = measured({(WANDA, "2:4"): (40.0, 44.0), (UPDATED, "2:4"): (20.0,)})
+    rows = {row.name: row.values for row in curve_table(tally, "2:4").rows}
+    assert rows["Wanda"][:3] == ("42.0 ± 2.8 (2)", "4.2", "84.0 ± 5.7 (2)")
+    assert rows["ACE, permuted, lstsq"][:3] == ("20.0 (1)", "2.0", "40.0 (1)")
+    assert best(tally, "2:4").values == ("20.0", "2.0", "ACE, permuted, lstsq L=16")
+    assert perplexity_table(tally, "2:4").rows[0].values == ("42.0 ± 2.8 (2)", "4.2")
+
+
+def test_a_page_has_a_table_of_contents_and_its_command(measured):
+    tally = measured({(WANDA, "2:4"): NEAR, (UPDATED, "2:4"): NEAR})
+    tally.results.add(Run("2026-11-28", "0.1.0", "ace-triton study tiny out --quality"))
+    html = page(tally.results)
+    headings = re.findall(r'<h2 id="([\w-]+)"', html)
+    assert re.findall(r'<li><a href="#([\w-]+)">', html) == headings
+    assert headings[0] == "take"
+    assert "2026-11-28, ace-triton 0.1.0" in html
+    assert "ace-triton study tiny out --quality" in html
+    assert "<title>tiny: perplexity against time</title>" in html

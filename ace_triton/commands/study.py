@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,8 +16,9 @@ from rich.progress import Progress, TaskID
 from ..progress import stage
 from ..sources import check_length, check_source
 from ..study.cells import Grid, Variant
+from ..study.command_line import without_folders
 from ..study.journal import Journal, Results, StudyError, read_results
-from ..study.quality_grid import QualityGrid
+from ..study.recipes_grid import RecipesGrid
 from ..study.run import run_study
 from ..study.workbench import Protocol, Workbench
 from ..text import check_text
@@ -53,7 +55,7 @@ class Defaults:
 
 PAPER = Defaults("magnitude,wanda,ria,cosp,varp,ace", "0.5,2:4,4:8", "16,32,128,512,2048", 3, 128, 20, "512")
 PAPER_QUICK = Defaults(PAPER.methods, "2:4", "16,32", 1, 32, 4, "512")
-QUALITY = Defaults("wanda,ria,cosp,ace", "0.5,2:4,4:8", "128", 5, 64, 20, "512,2048")
+QUALITY = Defaults("ria,cosp,ace,wanda", "0.5,2:4,4:8", "128", 5, 64, 20, "512,2048")
 QUALITY_QUICK = Defaults(QUALITY.methods, "2:4", "32", 1, 32, 4, "512")
 
 
@@ -74,8 +76,8 @@ def study(
         bool,
         typer.Option(
             "--quality",
-            help="Compare perplexity with time instead: the metrics alone, and at 2:4 also SparseGPT, the published "
-            "forms, and the last of --methods with channels permuted and weights updated.",
+            help="Compare perplexity with time instead: the metrics alone, and at 2:4 also SparseGPT, and the last of "
+            "--methods with channels permuted and weights updated.",
         ),
     ] = False,
     minutes: Annotated[
@@ -161,7 +163,7 @@ def study(
     calibrated = _numbers("--lengths", lengths or usual.lengths)
     drawn = tuple(range(seeds if seeds is not None else usual.seeds))
     grid = (
-        QualityGrid(variants, patterns, calibrated, drawn, _minutes(minutes))
+        RecipesGrid(variants, patterns, calibrated, drawn, _minutes(minutes))
         if quality
         else Grid(variants, patterns, calibrated, drawn)
     )
@@ -188,7 +190,7 @@ def study(
             bench = Workbench(protocol)
         with Journal(out, bench.setting) as journal:
             try:
-                run_study(bench, journal, grid, _cells_bar(progress))
+                run_study(bench, journal, grid, _cells_bar(progress), without_folders(sys.argv))
             except KeyboardInterrupt:
                 print_line("stopped; the same command resumes here")
             _render(write_page, journal.results, out)

@@ -1,5 +1,5 @@
-"""Many prunings of one model, measured alike and shown on one page (``ace-triton study``).
+"""Many prunings of one model under the same conditions, compared on one page (``ace-triton study``).
 
-:mod:`.cells` says what is run, :mod:`.run` runs it into a :mod:`.journal`, and :mod:`.page` draws what the
-journal holds.
+:mod:`.cells` and :mod:`.recipes_grid` list what to run, :mod:`.run` runs it into a :mod:`.journal`, and :mod:`.page`
+draws the journal.
 """

@@ -1,4 +1,4 @@
-"""What a study runs: every method at every sparsity, calibration length and seed, cheap ones first."""
+"""What a study runs: every method at every sparsity, calibration length and seed, the cheap ones first."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .recipe import PLAIN, Recipe
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with some of its options set, and what is added to it.
+    """A method with its options, and what is added to it.
 
     Attributes:
-        method: a metric's name.
-        options: as pairs; those equal to the metric's defaults are dropped.
+        method: name of a metric.
+        options: pairs of name and value; values equal to the metric's defaults are dropped.
         recipe: what is added.
 
     Raises:
-        ValueError: no such metric, or no such option of it.
+        ValueError: if the metric or one of the options is unknown.
     """
 
     method: str
@@ -47,12 +47,12 @@ class Variant:
         return self.with_recipe(PLAIN)
 
     def with_recipe(self, recipe: Recipe) -> Variant:
-        """The same method with that added."""
+        """The same method with another recipe."""
         return replace(self, recipe=recipe)
 
     @property
     def complete(self) -> dict[str, Any]:
-        """All options, the metric's defaults among them."""
+        """All options, including the metric's defaults."""
         return metric(self.method).complete(dict(self.options))
 
     @property
@@ -69,8 +69,8 @@ class Cell:
     Attributes:
         variant: the method, and what is added to it.
         sparsity: "2:4", or the pruned fraction as "0.5".
-        length: tokens of a calibration sequence; None where the method looks at none.
-        seed: of the calibration crops; None likewise.
+        length: tokens in a calibration sequence; None for a method without calibration.
+        seed: random seed of the calibration samples; None for a method without calibration.
     """
 
     variant: Variant
@@ -80,7 +80,7 @@ class Cell:
 
     @classmethod
     def of(cls, variant: Variant, sparsity: str, length: int, seed: int) -> Cell:
-        """That pruning, by calibration sequences where the method looks at any."""
+        """A pruning; length and seed are dropped for a method without calibration."""
         return cls(variant, sparsity, length, seed) if variant.calibrated else cls(variant, sparsity, None, None)
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class Cell:
         return f"{self.variant.label}, {self.sparsity}{drawn}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types, with all options: a result keeps its meaning when a default changes."""
+        """As JSON types, with all options, so that a result keeps its meaning if a default changes."""
         recipe = self.variant.recipe
         return {
             "method": self.variant.method,
@@ -101,7 +101,7 @@ class Cell:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Cell:
-        """What :meth:`to_dict` gave."""
+        """The inverse of :meth:`to_dict`."""
         recipe = Recipe.from_dict(record["recipe"]) if "recipe" in record else PLAIN
         variant = Variant(record["method"], tuple(record["options"].items()), recipe)
         return cls(variant, record["sparsity"], record["length"], record["seed"])
@@ -114,11 +114,11 @@ class Grid:
     Attributes:
         variants: the methods.
         sparsities: patterns or pruned fractions, as :class:`~ace_triton.sparsity.Sparsity` takes them.
-        lengths: tokens of a calibration sequence.
-        seeds: of the calibration crops.
+        lengths: tokens in a calibration sequence.
+        seeds: random seeds of the calibration samples.
 
     Raises:
-        ValueError: an axis is empty, or holds what is no sparsity, length or seed.
+        ValueError: if an axis is empty or has an invalid value.
     """
 
     variants: tuple[Variant, ...]
@@ -131,10 +131,10 @@ class Grid:
         object.__setattr__(self, "sparsities", tuple(str(Sparsity(pattern)) for pattern in self.sparsities))
 
     def cells(self) -> list[Cell]:
-        """All cells, each once, ordered so that a study stopped early is worth most.
+        """All cells, each once, in an order that makes an interrupted study most useful.
 
-        Methods without calibration come first; then length times seed rank rises: every method and
-        sparsity at the shortest length and first seed, before longer sequences and further seeds.
+        Methods without calibration come first. Then every method and sparsity runs at the shortest length and the first
+        seed, before longer sequences and further seeds.
         """
         free = [variant for variant in self.variants if not variant.calibrated]
         drawn = [variant for variant in self.variants if variant.calibrated]
@@ -150,7 +150,7 @@ class Grid:
 
 
 def check_axes(lengths: Sequence[int], **axes: Sequence[Any]) -> None:
-    """ValueError for an axis that is empty, or lengths that are none."""
+    """ValueError for an empty axis or an invalid length."""
     for name, axis in {"lengths": lengths, **axes}.items():
         if not axis:
             raise ValueError(f"a study needs at least one of its {name}, got none")
@@ -159,11 +159,11 @@ def check_axes(lengths: Sequence[int], **axes: Sequence[Any]) -> None:
 
 
 def draws(lengths: Sequence[int], seeds: Sequence[int]) -> list[tuple[int, int]]:
-    """Length and seed of every calibration, by rising length times rank of the seed."""
+    """Length and seed of every calibration sample, by rising product of the length and the seed's rank."""
     ranked = [(length * rank, length, seed) for length in lengths for rank, seed in enumerate(seeds, 1)]
     return [(length, seed) for _, length, seed in sorted(ranked)]
 
 
 def shown_draw(lengths: Sequence[int], seeds: Sequence[int]) -> tuple[int, int]:
-    """Of the cells whose text is shown: the length nearest 128, and the first seed."""
+    """Length and seed of the cells whose text is shown: the length nearest 128, and the first seed."""
     return min(lengths, key=lambda length: (abs(length - 128), length)), seeds[0]

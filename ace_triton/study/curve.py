@@ -1,4 +1,4 @@
-"""Perplexity against time: a point for everything that was measured, and which of them no other beats."""
+"""Perplexity against time: a point for every recipe, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .tally import Spread, Tally
 
 @dataclass(frozen=True)
 class Point:
-    """One method with what is added to it, at one calibration length.
+    """One recipe at one calibration length.
 
     Attributes:
-        variant: the method.
-        length: of a calibration sequence; None where the method looks at none.
+        variant: the method and what is added to it.
+        length: tokens in a calibration sequence; None for a method without calibration.
         perplexity: over seeds.
-        cpu_seconds: of pruning and recovery, the median over seeds.
-        seconds: the same by the clock on the wall.
-        dominated: another point is no slower and no worse, and one of both better.
+        cpu_seconds: median CPU seconds of pruning and recovery over seeds.
+        seconds: median wall-clock seconds.
+        dominated: whether another point is at least as fast and as good, and better in one of the two.
     """
 
     variant: Variant
@@ -31,7 +31,7 @@ class Point:
 
 
 def curve(tally: Tally, sparsity: str, window_length: int) -> list[Point]:
-    """The points at a sparsity, from fast to slow; empty where nothing was measured over such windows."""
+    """The points at a sparsity, from fast to slow; empty if nothing was measured over windows of this length."""
     measured = []
     for variant in tally.everything:
         for length in tally.lengths if variant.calibrated else [None]:
@@ -49,10 +49,10 @@ def curve(tally: Tally, sparsity: str, window_length: int) -> list[Point]:
 
 
 def frontier(points: list[Point]) -> list[Point]:
-    """Those that no other dominates, from fast to slow: perplexity falls along them."""
+    """The points that are not dominated, from fast to slow; perplexity falls along them."""
     return [point for point in points if not point.dominated]
 
 
 def curved_sparsities(tally: Tally) -> list[str]:
-    """The sparsities at which more than metrics alone was measured."""
+    """The sparsities with more than metrics alone."""
     return [s for s in tally.sparsities if any(tally.select(variant, s) for variant in tally.recipes)]

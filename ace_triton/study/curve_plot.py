@@ -3,73 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from markupsafe import Markup
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .cells import Variant
 from .curve import Point, frontier
-from .drawing import INK, PAPER, SERIES, canvas, drawing
-from .plots import LegendEntry, plain_number, series
-from .recipe import Recipe
+from .drawing import INK, PAPER, SERIES, canvas, drawing, plain_number
+from .marks import MARKS, LegendEntry, Mark, mark_of, series
 from .tables import shown_point
-from .tally import Tally, listed, shown_sparsity
+from .tally import Tally, listed, shown_sparsity, shown_variant
 
 LABEL_HEIGHT = 13.0
-"""Least distance between two names at the curve, in points."""
+"""Least distance between two names, in points."""
 
 
-@dataclass(frozen=True)
-class Mark:
-    """How points of one kind of recipe are drawn, and as which characters: on the curve, and dominated."""
-
-    marker: str
-    filled: str
-    hollow: str
-    size: float = 8.0
+def curve_marks(points: list[Point]) -> tuple[Mark, ...]:
+    """The markers that occur, from metrics alone to recovery."""
+    there = {mark_of(point.variant.recipe) for point in points}
+    return tuple(mark for mark in MARKS if mark in there)
 
 
-ALONE = Mark("o", "●", "○")
-PERMUTED = Mark("s", "■", "□", 7.5)
-RESCALED = Mark("v", "▼", "▽")
-PERMUTED_RESCALED = Mark("^", "▲", "△")
-FITTED = Mark("D", "◆", "◇", 7.5)
-RECOVERED = Mark("*", "★", "☆", 13.0)
-PUBLISHED = Mark("X", "✖", "✕", 8.5)
-
-
-def mark_of(recipe: Recipe) -> Mark:
-    """By the last thing that is added."""
-    if recipe.published:
-        return PUBLISHED
-    if recipe.minutes is not None:
-        return RECOVERED
-    if recipe.update is not None:
-        return FITTED if recipe.update.kind == "lstsq" else PERMUTED_RESCALED if recipe.permute else RESCALED
-    return PERMUTED if recipe.permute else ALONE
-
-
-def colour_of(tally: Tally, variant: Variant) -> int:
-    """A method has one colour, whatever is added to it."""
-    return series(tally, variant.alone if variant.alone in tally.variants else variant)
-
-
-def curve_legend(tally: Tally, points: list[Point]) -> list[LegendEntry]:
-    """Every point, from fast to slow."""
-    entries = []
-    for point in points:
-        mark = mark_of(point.variant.recipe)
-        glyph = mark.hollow if point.dominated else mark.filled
-        entries.append(LegendEntry(shown_point(tally, point), glyph, colour_of(tally, point.variant)))
-    return entries
+def curve_methods(tally: Tally, points: list[Point]) -> tuple[LegendEntry, ...]:
+    """The methods that occur, in the order of the registry, with their colors."""
+    there = {point.variant.alone for point in points}
+    methods = dict.fromkeys(variant.alone for variant in tally.everything if variant.alone in there)
+    return tuple(LegendEntry(shown_variant(method), "", series(tally, method)) for method in methods)
 
 
 def curve_figure(tally: Tally, points: list[Point], sparsity: str, window_length: int) -> Markup:
     """Mean perplexity against CPU seconds, both logarithmic, with the standard deviation over seeds.
 
-    Dominated points are hollow; steps join the others. These, and the published forms, are named.
+    Dominated points are hollow; steps join the others. These, and the published forms, are named. The right axis
+    counts in perplexities of the dense model.
     """
     best = frontier(points)
     with canvas(9.2, 4.9) as (figure, axes):
@@ -82,10 +48,9 @@ def curve_figure(tally: Tally, points: list[Point], sparsity: str, window_length
         axes.set_xlim(left / (right / left) ** 0.25, right)
         times, values = [p.cpu_seconds for p in best], [p.perplexity.mean for p in best]
         axes.step([*times, axes.get_xlim()[1]], [*values, values[-1]], where="post", color=INK, linewidth=1.1, zorder=2)
-        for axis, subs in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 1.5, 2, 3, 5, 7))):
-            axis.set_major_locator(LogLocator(subs=subs))
-            axis.set_major_formatter(FuncFormatter(plain_number))
-            axis.set_minor_formatter(NullFormatter())
+        _ticks(axes.xaxis, (1, 2, 5))
+        _ticks(axes.yaxis, (1, 1.5, 2, 3, 5, 7))
+        _times_dense(axes, tally.dense_over(window_length))
         axes.set_xlabel("pruning and recovery, CPU seconds")
         axes.set_ylabel("perplexity")
         axes.set_title(f"{shown_sparsity(sparsity)}, windows of {window_length:,} tokens")
@@ -103,16 +68,16 @@ def curve_figure(tally: Tally, points: list[Point], sparsity: str, window_length
 
 def _draw(axes: Any, tally: Tally, point: Point) -> None:
     mark = mark_of(point.variant.recipe)
-    colour = SERIES[colour_of(tally, point.variant)]
+    color = SERIES[series(tally, point.variant)]
     axes.errorbar(
         point.cpu_seconds,
         point.perplexity.mean,
         yerr=point.perplexity.deviation,
-        color=colour,
+        color=color,
         marker=mark.marker,
         markersize=mark.size,
-        markerfacecolor=PAPER if point.dominated else colour,
-        markeredgecolor=colour,
+        markerfacecolor=PAPER if point.dominated else color,
+        markeredgecolor=color,
         markeredgewidth=1.3,
         capsize=2.5,
         elinewidth=1,
@@ -121,9 +86,9 @@ def _draw(axes: Any, tally: Tally, point: Point) -> None:
 
 
 def _name(axes: Any, tally: Tally, points: list[Point], side: Literal["left", "right"]) -> None:
-    """Names beside points, moved down where two would touch.
+    """Write names beside points, moved down if two would touch.
 
-    To the left of the curve there is room: what lay there would dominate it. To the right of what is dominated, too.
+    To the left of the front there is room: a point there would be on it. To the right of dominated points, too.
     """
     ceiling = math.inf
     for point in sorted(points, key=lambda p: -p.perplexity.mean):
@@ -139,6 +104,26 @@ def _name(axes: Any, tally: Tally, points: list[Point], side: Literal["left", "r
             ha="right" if side == "left" else "left",
             va="center",
             fontsize=9.5,
-            color=SERIES[colour_of(tally, point.variant)],
+            color=SERIES[series(tally, point.variant)],
             zorder=5,
         )
+
+
+def _ticks(axis: Any, subs: tuple[float, ...]) -> None:
+    """Numbers on a logarithmic axis: at ``subs`` of every decade, or evenly if the axis spans little."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=subs) if high > 3 * low else MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(plain_number))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _times_dense(axes: Any, dense: float) -> None:
+    """A second vertical axis in perplexities of the dense model."""
+    if not math.isfinite(dense):
+        return
+    right = axes.secondary_yaxis("right", functions=(lambda value: value / dense, lambda times: times * dense))
+    low, high = (value / dense for value in axes.get_ylim())
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)) if high > 3 * low else MaxNLocator(5))
+    right.yaxis.set_major_formatter(FuncFormatter(lambda times, _: f"{times:g}\N{MULTIPLICATION SIGN}"))
+    right.yaxis.set_minor_formatter(NullFormatter())
+    right.set_ylabel("times dense")

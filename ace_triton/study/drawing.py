@@ -1,7 +1,7 @@
-"""How figures look: one palette, text and lines in the page's own colours, SVG that lives inside HTML.
+"""How figures look: one palette, text and lines in the page's own colors, and SVG inside HTML.
 
-A figure is drawn once, in stand-in colours that are replaced by CSS: ``currentColor`` for text and axes,
-``var(--grid)`` and ``var(--s0)`` ... for grids and series. So it follows the page into dark mode.
+A figure is drawn once in stand-in colors. CSS replaces them: ``currentColor`` for text and axes, ``var(--grid)`` and
+``var(--s0)`` ... for grids and series. So a figure follows the page into dark mode.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ INK, GRID, PAPER = "#010101", "#020202", "#030303"
 MARKERS = ("X", "o", "s", "^", "D", "*", "P", "v", "<", ">")
 GLYPHS = ("✖", "●", "■", "▲", "◆", "★", "✚", "▼", "◀", "▶")
 SERIES = tuple(f"#0404{index:02x}" for index in range(len(MARKERS)))
-STAGE_COLOURS = ("#050500", "#050501", "#050502")
+STAGE_COLORS = ("#050500", "#050501", "#050502")
 
 HEAT = LinearSegmentedColormap.from_list("heat", pyplot.get_cmap("viridis")(np.linspace(0.25, 1, 128)))
-"""For heat maps: viridis without its darkest colours, which a dark page would swallow."""
+"""For heat maps: viridis without its darkest colors, which vanish on a dark page."""
 
 _STAND_INS = {
     INK: "currentColor",
     GRID: "var(--grid)",
     PAPER: "var(--paper)",
-    **{colour: f"var(--s{index})" for index, colour in enumerate(SERIES)},
-    **{colour: f"var(--t{index})" for index, colour in enumerate(STAGE_COLOURS)},
+    **{color: f"var(--s{index})" for index, color in enumerate(SERIES)},
+    **{color: f"var(--t{index})" for index, color in enumerate(STAGE_COLORS)},
 }
 
 _STYLE: dict[Any, Any] = {
@@ -67,7 +67,7 @@ _STYLE: dict[Any, Any] = {
 
 @contextmanager
 def canvas(width: float, height: float, **layout: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure of that size in inches and its axes, in the page's style; closed at the end."""
+    """A figure of a size in inches and its axes, in the page's style; the figure is closed at the end."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **layout)
         try:
@@ -77,12 +77,12 @@ def canvas(width: float, height: float, **layout: Any) -> Iterator[tuple[Figure,
 
 
 def drawing(figure: Figure, name: str, title: str, description: str) -> Markup:
-    """A figure as inline SVG: an ``<svg>`` element that a template takes as it is.
+    """A figure as inline SVG: an ``<svg>`` element that a template inserts unchanged.
 
     Args:
         figure: drawn inside :func:`canvas`.
         name: unique on the page; every id in the SVG begins with it.
-        title, description: what a screen reader says.
+        title, description: for screen readers.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
@@ -93,11 +93,16 @@ def drawing(figure: Figure, name: str, title: str, description: str) -> Markup:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = svg.replace("url(#", f"url(#{name}-")
-    for colour, css in _STAND_INS.items():
-        svg = svg.replace(colour, css)
+    for color, css in _STAND_INS.items():
+        svg = svg.replace(color, css)
     svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
     head, _, body = svg.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     label = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
     spoken = escape(f"{title}. {description}", quote=True)
     return Markup(f'{head} role="img" aria-label="{spoken}">{label}{body}')
+
+
+def plain_number(value: float, _: int) -> str:
+    """For ticks: "1,000", "20", "0.5"."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:g}"

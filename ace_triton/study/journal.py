@@ -1,4 +1,4 @@
-"""The results of a study on disk: one JSON record a line, the setting first, never rewritten; later ones replace."""
+"""The results of a study on disk: one JSON record per line, the setting first; later records replace earlier ones."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .cells import Cell
-from .records import CellResult, DenseResult, ModelNorms, Record, Sample, Setting
+from .records import CellResult, DenseResult, ModelNorms, Record, Run, Sample, Setting
 
 FILE = "results.jsonl"
 FORMAT = "ace_triton.study.1"
 
 MAY_DIFFER = ("model", "calibration", "evaluation", "further_window_lengths")
-"""What of a setting may differ: the same weights and texts may lie elsewhere, and more windows be wanted of them."""
+"""Fields of a setting that may change on resume: names (digests are compared instead) and further windows."""
 
 _KINDS: dict[str, type[Any]] = {
     "setting": Setting,
@@ -24,12 +24,13 @@ _KINDS: dict[str, type[Any]] = {
     "cell": CellResult,
     "norms": ModelNorms,
     "sample": Sample,
+    "run": Run,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 class StudyError(ValueError):
-    """A study that cannot be begun or gone on with, with what to do."""
+    """A study cannot be started or resumed."""
 
 
 @dataclass
@@ -38,10 +39,11 @@ class Results:
 
     Attributes:
         setting: what all cells have in common.
-        dense: the unpruned model, once it was measured.
-        cells: what was measured, in order.
+        dense: the unpruned model; None until it is measured.
+        cells: results by cell, in the order of measurement.
         samples: texts and divergences by cell; the dense model's under None.
-        norms: the input norms, once they were collected.
+        norms: the input norms; None until they are collected.
+        runs: the calls that measured something; empty in studies older than this record.
     """
 
     setting: Setting
@@ -49,9 +51,10 @@ class Results:
     cells: dict[Cell, CellResult] = field(default_factory=dict)
     samples: dict[Cell | None, Sample] = field(default_factory=dict)
     norms: ModelNorms | None = None
+    runs: list[Run] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
-        """Take up one record."""
+        """Add one record."""
         if isinstance(record, Setting):
             self.setting = record
         elif isinstance(record, DenseResult):
@@ -62,25 +65,25 @@ class Results:
             self.samples[record.cell] = record
         elif isinstance(record, ModelNorms):
             self.norms = record
+        elif isinstance(record, Run):
+            self.runs.append(record)
 
 
 class Journal:
-    """A study's results, held open by one process.
+    """A study's results, open for writing by one process.
 
-    A record is in the file whole or not at all: what a kill leaves of a line is cut off when the study is
-    opened again.
+    Records are atomic: a line that a kill left incomplete is removed when the study is opened again.
 
     Args:
-        folder: made where it is not there.
-        setting: of the study to begin or to go on with; further windows that it asks for are added.
+        folder: created if it does not exist.
+        setting: of the study to start or resume; further window lengths are added to those in the file.
 
     Attributes:
         folder: where the file is.
-        results: what it holds.
+        results: its contents.
 
     Raises:
-        StudyError: the folder holds a study of another setting, a file that is none, or one that another
-            process is writing.
+        StudyError: if the folder holds a study with another setting or an invalid file, or another process writes it.
     """
 
     def __init__(self, folder: str | Path, setting: Setting) -> None:
@@ -92,7 +95,9 @@ class Journal:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StudyError(f"{folder}: another process is running this study; let it finish or end it") from None
+                raise StudyError(
+                    f"{folder}: another process is running this study: wait until it ends, or stop it"
+                ) from None
             if path.stat().st_size:
                 self.results = read_results(path)
                 _check_same(folder, self.results.setting, setting)
@@ -113,7 +118,7 @@ class Journal:
         self.results.add(record)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file and release its lock."""
         os.close(self._file)
 
     def __enter__(self) -> Journal:
@@ -126,7 +131,7 @@ class Journal:
         line = json.dumps({"kind": _NAMES[type(record)], **more, **record.to_dict()}, ensure_ascii=False) + "\n"
         data = line.encode()
         if os.write(self._file, data) != len(data):
-            raise OSError(f"a result could not be written whole ({len(data)} bytes): is the disk full?")
+            raise OSError(f"a result could not be written completely ({len(data)} bytes): is the disk full?")
         os.fsync(self._file)
 
 
@@ -134,7 +139,7 @@ def read_results(path: str | Path) -> Results:
     """The results in a journal's file, or in a study's folder.
 
     Raises:
-        StudyError: no such file, or one that is no study's.
+        StudyError: if there is no such file, or it does not hold a study.
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
@@ -151,14 +156,14 @@ def read_results(path: str | Path) -> Results:
     return results
 
 
-def _check_same(folder: str | Path, there: Setting, asked: Setting) -> None:
+def _check_same(folder: str | Path, stored: Setting, wanted: Setting) -> None:
     differing = [
-        f"{f.name} was {getattr(there, f.name)!r}, is {getattr(asked, f.name)!r}"
+        f"{f.name} was {getattr(stored, f.name)!r}, is {getattr(wanted, f.name)!r}"
         for f in fields(Setting)
-        if f.name not in MAY_DIFFER and getattr(there, f.name) != getattr(asked, f.name)
+        if f.name not in MAY_DIFFER and getattr(stored, f.name) != getattr(wanted, f.name)
     ]
     if differing:
         raise StudyError(
-            f"{folder} holds a study of another setting: {'; '.join(differing)}. Name another folder, or ask for the "
-            "setting it was begun with"
+            f"{folder} holds a study with another setting: {'; '.join(differing)}. Name another folder, or use the "
+            "setting that the study was started with"
         )

@@ -1,4 +1,4 @@
-"""Heat maps of input norms by layer, and of where VarP comes near its pole."""
+"""Heat maps of input norms by layer, and of VarP near its pole."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .norms import BIN_EDGES, NEAR_POLE
 from .records import InputNorms, ModelNorms
 
 MOST_KINDS = 8
-"""Kinds of input that are drawn: the first ones, where a model has more."""
+"""At most this many kinds of input are drawn: the first ones."""
 
 
 def kinds(norms: ModelNorms) -> list[str]:
-    """The kinds of input that a block has, each named by the layers that read it."""
+    """The kinds of input in a block, each named after the layers that read it."""
     return list(dict.fromkeys(kind_of(entry) for entry in norms.inputs))[:MOST_KINDS]
 
 
@@ -28,7 +28,7 @@ def kind_of(entry: InputNorms) -> str:
 
 
 def norm_map(norms: ModelNorms, kind: str, number: int) -> Markup:
-    """How the norms of one kind of input are spread over its channels, block by block."""
+    """The distribution of the norms of one kind of input over its channels, by block."""
     entries = [entry for entry in norms.inputs if kind_of(entry) == kind]
     shares = np.full((len(BIN_EDGES) - 1, max(e.block for e in entries) + 1), np.nan)
     for entry in entries:
@@ -61,13 +61,13 @@ def norm_map(norms: ModelNorms, kind: str, number: int) -> Markup:
         return drawing(figure, f"norms{number}", f"Input norms of {kind}", description)
 
 
-def pole_map(norms: ModelNorms, normaliser: str) -> Markup:
-    """VarP's largest factor, by kind of input and block, for one normaliser."""
+def pole_map(norms: ModelNorms, normalizer: str) -> Markup:
+    """VarP's largest factor, by kind of input and block, for one normalizer."""
     rows = kinds(norms)
     blocks = max(entry.block for entry in norms.inputs) + 1
     largest, channels = np.full((len(rows), blocks), np.nan), np.zeros((len(rows), blocks), dtype=int)
     for entry in norms.inputs:
-        pole = next(pole for pole in entry.poles if pole.norm == normaliser)
+        pole = next(pole for pole in entry.poles if pole.norm == normalizer)
         if kind_of(entry) in rows:
             largest[rows.index(kind_of(entry)), entry.block] = pole.largest
             channels[rows.index(kind_of(entry)), entry.block] = pole.channels
@@ -79,15 +79,15 @@ def pole_map(norms: ModelNorms, normaliser: str) -> Markup:
         for row, block in zip(*np.nonzero(channels), strict=True):
             axes.plot(block, row, marker="o", markersize=4, color="black", markeredgecolor="white", markeredgewidth=0.7)
         axes.set_xlabel("block")
-        axes.set_title(normaliser)
+        axes.set_title(normalizer)
         bar = figure.colorbar(image, ax=axes, label="largest f", pad=0.02, ticks=[1, 10, 100], format="%d")
         bar.outline.set_visible(False)
         near = int((channels > 0).sum())
         description = (
-            f"VarP's largest factor by layer with the normaliser {normaliser}: {near} of {np.isfinite(largest).sum()} "
+            f"VarP's largest factor by layer with the normalizer {normalizer}: {near} of {np.isfinite(largest).sum()} "
             f"inputs have a channel with a factor of {NEAR_POLE:g} or more."
         )
-        return drawing(figure, f"pole-{normaliser}", f"VarP near its pole, {normaliser}", description)
+        return drawing(figure, f"pole-{normalizer}", f"VarP near its pole, {normalizer}", description)
 
 
 def _brief(kind: str) -> str:

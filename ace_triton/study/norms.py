@@ -1,4 +1,4 @@
-"""The norms of every layer's input channels, and where VarP's 1 / (1 - y) comes near its pole."""
+"""Norms of every layer's input channels, and where VarP's 1 / (1 - y) comes near its pole."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..timing import Stopwatch
 from .records import InputNorms, ModelNorms, Pole
 
 BIN_EDGES = tuple(round(-3 + 0.2 * index, 1) for index in range(36))
-"""Of the histograms, in log10 of a norm."""
+"""Bins of the histograms, in log10 of a norm."""
 
 NEAR_POLE = 10.0
-"""f_j of a channel that counts as near the pole: what a steady channel has at y = 0.9."""
+"""From this f_j on, a channel counts as near the pole; a constant y of 0.9 gives it."""
 
 
 def model_norms(model: torch.nn.Module, ids: torch.Tensor) -> ModelNorms:
     """The input norms of all linear layers in a model's blocks.
 
     Args:
-        model: a Hugging Face causal decoder, as it is to be looked at.
+        model: a Hugging Face causal decoder.
         ids: int64 [n_sequences, length].
     """
     blocks = find_blocks(model)  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def model_norms(model: torch.nn.Module, ids: torch.Tensor) -> ModelNorms:
 
 
 def input_norms(block: int, layers: tuple[str, ...], stats: ActivationStats) -> InputNorms:
-    """What is kept of one input's statistics."""
+    """The record of one input, from its statistics."""
     norm = stats.norm.cpu()
     edges = torch.tensor(BIN_EDGES, dtype=torch.float64, device="cpu")
     last = len(BIN_EDGES) - 2
@@ -61,10 +61,10 @@ def input_norms(block: int, layers: tuple[str, ...], stats: ActivationStats) -> 
         median=float(norm.median()),
         largest=float(norm.max()),
         histogram=tuple(torch.bincount(bins, minlength=last + 1).tolist()),
-        poles=tuple(_pole(stats, normaliser) for normaliser in get_args(VarianceNorm)),
+        poles=tuple(_pole(stats, normalizer) for normalizer in get_args(VarianceNorm)),
     )
 
 
-def _pole(stats: ActivationStats, normaliser: VarianceNorm) -> Pole:
-    factor = variance_factor(stats.sequence_square, normaliser, power=1, eps=metric("varp").options["eps"])
-    return Pole(normaliser, float(factor.max()), int((factor >= NEAR_POLE).sum()))
+def _pole(stats: ActivationStats, normalizer: VarianceNorm) -> Pole:
+    factor = variance_factor(stats.sequence_square, normalizer, power=1, eps=metric("varp").options["eps"])
+    return Pole(normalizer, float(factor.max()), int((factor >= NEAR_POLE).sum()))

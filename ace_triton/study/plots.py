@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
@@ -12,42 +11,27 @@ from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .cells import Variant
-from .drawing import GLYPHS, GRID, MARKERS, PAPER, SERIES, STAGE_COLOURS, canvas, drawing
+from .drawing import GRID, MARKERS, PAPER, SERIES, STAGE_COLORS, canvas, drawing, plain_number
+from .marks import mark_of, series
 from .tally import STAGES, Tally, listed, shown_sparsity, shown_variant
 
 STAGE_NAMES = {"calibration": "calibration forwards", "statistics": "statistics", "select": "score and mask"}
 
 NAME_WIDTH, WIDE_NAME_WIDTH = 18, 24
-"""Characters of a method's name on one line beside its bar; wide where things are added to methods."""
+"""Characters on a line of a name beside its bar, for metrics alone and for recipes."""
 
 LEAST_RANGE = 8.0
-"""Of a time axis: its ends are at least this factor apart."""
+"""The least ratio of a time axis's ends."""
 
-
-@dataclass(frozen=True)
-class LegendEntry:
-    """A method as the figures mark it."""
-
-    name: str
-    glyph: str
-    series: int
-
-
-def series(tally: Tally, variant: Variant) -> int:
-    """Which colour and marker a method has on the whole page."""
-    return tally.everything.index(variant) % len(MARKERS)
-
-
-def glyph(tally: Tally, variant: Variant) -> str:
-    """A method's marker as a character."""
-    return GLYPHS[series(tally, variant)]
+MOST_NUMBERS = 60.0
+"""Up to this ratio of its ends, a time axis has numbers between the powers of ten."""
 
 
 def perplexity_by_length(tally: Tally, sparsity: str, number: int) -> Markup | None:
     """Mean perplexity against calibration length, with the standard deviation over seeds.
 
-    The vertical axis spans the methods that look at tokens; the dense model, and a method without
-    calibration that lies far above, are written at its ends.
+    The vertical axis spans the methods with calibration. The dense model, and methods without calibration, which lie
+    far outside, are written at its ends.
     """
     variants = [v for v in tally.calibrated if any(tally.perplexity(v, sparsity, n) for n in tally.lengths)]
     if not variants:
@@ -73,7 +57,7 @@ def perplexity_by_length(tally: Tally, sparsity: str, number: int) -> Markup | N
         margin = max(0.12 * (high - low), 0.02 * high)
         axes.set_ylim(low - 1.6 * margin, high + 1.6 * margin)
         _log_axis(axes, tally.lengths)
-        axes.set_xlabel("tokens of a calibration sequence, L")
+        axes.set_xlabel("tokens in a calibration sequence, L")
         axes.set_ylabel("perplexity")
         axes.set_title(shown_sparsity(sparsity))
         dense = tally.results.dense
@@ -94,12 +78,12 @@ def perplexity_by_length(tally: Tally, sparsity: str, number: int) -> Markup | N
 
 
 def perplexity_by_time(tally: Tally, sparsity: str, number: int) -> Markup | None:
-    """Mean perplexity against the CPU seconds of pruning; a line joins a method's calibration lengths."""
+    """Mean perplexity against CPU seconds of pruning; a line joins a method's calibration lengths, written below."""
     variants = [v for v in tally.calibrated if any(tally.perplexity(v, sparsity, n) for n in tally.lengths)]
     if not variants:
         return None
     with canvas(4.6, 3.7) as (figure, axes):
-        edge: dict[int, tuple[float, float]] = {}
+        times: dict[int, float] = {}
         for variant in variants:
             points = []
             for length in tally.lengths:
@@ -107,17 +91,18 @@ def perplexity_by_time(tally: Tally, sparsity: str, number: int) -> Markup | Non
                 seconds = tally.cpu_seconds(variant, sparsity, length)
                 if spread is not None and seconds is not None:
                     points.append((seconds, spread.mean))
-                    if spread.mean < edge.get(length, (0.0, math.inf))[1]:
-                        edge[length] = (seconds, spread.mean)
+                    times.setdefault(length, seconds)
             axes.plot(*zip(*points, strict=True), **_line(tally, variant))
-        for length, point in edge.items():
-            axes.annotate(f"L={length}", point, (0, -16), textcoords="offset points", ha="center", fontsize=9.5)
+        for length, seconds in times.items():
+            label, place = f"{'L=' * (length == tally.lengths[0])}{length:,}", (seconds, 0.02)
+            axes.annotate(label, place, xycoords=("data", "axes fraction"), ha="center", fontsize=9.5)
         axes.set_xscale("log")
         axes.margins(x=0.12, y=0.18)
         left, right = axes.get_xlim()
         widen = max(1.0, LEAST_RANGE / (right / left)) ** 0.5
         axes.set_xlim(left / widen, right * widen)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        narrow = widen * right < MOST_NUMBERS * left / widen
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
         axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("pruning, CPU seconds")
@@ -131,16 +116,16 @@ def perplexity_by_time(tally: Tally, sparsity: str, number: int) -> Markup | Non
 
 
 def time_bars(tally: Tally, length: int) -> Markup | None:
-    """CPU seconds of a pruning, split over its stages."""
+    """CPU seconds of a pruning, by stage."""
     rows = [(v, times) for v in tally.variants if (times := tally.stages(v, length)) is not None]
     if not any(variant.calibrated for variant, _ in rows):
         return None
     with canvas(4.6, 0.9 + 0.33 * len(rows)) as (figure, axes):
         names = [fill(shown_variant(variant), NAME_WIDTH) for variant, _ in rows]
         ends = [0.0] * len(rows)
-        for stage, colour in zip(STAGES, STAGE_COLOURS, strict=True):
+        for stage, color in zip(STAGES, STAGE_COLORS, strict=True):
             widths = [getattr(times, stage) for _, times in rows]
-            axes.barh(names, widths, left=ends, color=colour, edgecolor=PAPER, linewidth=0.8, height=0.7)
+            axes.barh(names, widths, left=ends, color=color, edgecolor=PAPER, linewidth=0.8, height=0.7)
             ends = [end + width for end, width in zip(ends, widths, strict=True)]
         for row, (_, times) in enumerate(rows):
             axes.annotate(
@@ -158,7 +143,7 @@ def time_bars(tally: Tally, length: int) -> Markup | None:
 
 
 def divergence(tally: Tally, sparsity: str, number: int) -> Markup | None:
-    """Median, quartiles and 5 to 95 % of KL(dense || pruned) over positions."""
+    """KL(dense || pruned) over positions: median, quartiles, and the range from 5 to 95 %."""
     rows = [(s.cell.variant, s.divergence) for s in tally.samples(sparsity) if s.cell and s.divergence]
     if not rows:
         return None
@@ -169,10 +154,11 @@ def divergence(tally: Tally, sparsity: str, number: int) -> Markup | None:
     with canvas(4.6, 0.9 + height * len(rows)) as (figure, axes):
         for row, (variant, far) in enumerate(rows):
             low, left, middle, right, high = (max(value, 1e-4) for value in far.quantiles)
-            colour, marker = SERIES[series(tally, variant)], MARKERS[series(tally, variant)]
-            axes.plot([low, high], [row, row], color=colour, linewidth=1.5)
-            axes.plot([left, right], [row, row], color=colour, linewidth=7, alpha=0.45, solid_capstyle="butt")
-            axes.plot(middle, row, marker=marker, color=colour, markersize=8, markeredgecolor=PAPER)
+            color = SERIES[series(tally, variant)]
+            marker = mark_of(variant.recipe).marker if tally.recipes else MARKERS[series(tally, variant)]
+            axes.plot([low, high], [row, row], color=color, linewidth=1.5)
+            axes.plot([left, right], [row, row], color=color, linewidth=7, alpha=0.45, solid_capstyle="butt")
+            axes.plot(middle, row, marker=marker, color=color, markersize=8, markeredgecolor=PAPER)
             axes.annotate(
                 f"{far.agreement:.0%}", (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=10
             )
@@ -220,8 +206,3 @@ def _log_axis(axes: Any, lengths: Sequence[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
     axes.grid(axis="x", color=GRID, linewidth=0.4)
-
-
-def plain_number(value: float, _: int) -> str:
-    """For ticks: "1,000", "20", "0.5"."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:g}"

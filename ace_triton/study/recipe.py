@@ -1,4 +1,4 @@
-"""What can be added to a metric: an order of channels, a weight update, recovery."""
+"""What can be added to a metric: a channel order, a weight update, recovery."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 from ..prune_model import Sequential
 from ..update import Update
 
-_TURNS = {"none": "at once", "layers": "layer by layer"}
+_SEQUENTIAL = {"none": "at once", "layers": "layer by layer"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a model beside the choice of its masks by a metric.
+    """What is done to a model besides choosing masks by a metric.
 
     Attributes:
-        permute: channels are reordered first.
-        update: how kept weights are moved.
-        sequential: what is pruned between two looks, as in :func:`~ace_triton.prune_model.prune_model`.
-        budgets: by what the blocks' shares are set; None for the same in all.
-        minutes: of recovery afterwards; None for none.
-        published: nothing is added, and pruning is done as the published code does it (:mod:`.published_model`).
+        permute: reorder channels first.
+        update: how kept weights are changed; None leaves them.
+        sequential: what is pruned before the model runs again, as in :func:`~ace_triton.prune_model.prune_model`.
+        budgets: rule for the share that each block keeps; None for the same share in all.
+        minutes: of recovery afterwards; None for no recovery.
+        published: the method's published form with nothing added. Only a workbench with implementations of its own
+            runs it (:meth:`.workbench.Workbench.prune`).
 
     Raises:
-        ValueError: something added to the published form, or minutes that are none.
+        ValueError: if something is added to a published form, or minutes are invalid.
     """
 
     permute: bool = False
@@ -37,34 +38,34 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.published and replace(self, published=False) != Recipe():
-            raise ValueError(f"nothing is added to a published form; got {self}")
+            raise ValueError(f"nothing can be added to a published form; got {self}")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
-            raise ValueError(f"minutes of recovery must be above 0, or None for none; got {self.minutes}")
+            raise ValueError(f"minutes of recovery must be above 0, or None for no recovery; got {self.minutes}")
 
     @property
     def words(self) -> tuple[str, ...]:
-        """("permuted", "lstsq", "12 mask rounds", "5 min of recovery"); none of the empty recipe."""
-        said = ["permuted"] if self.permute else []
-        said += [] if self.update is None else _words_of(self.update)
-        said += [] if self.sequential == "blocks" else [_TURNS[self.sequential]]
-        said += [] if self.budgets is None else [f"shares by {self.budgets}"]
-        said += ["published form"] if self.published else []
-        said += [] if self.minutes is None else [f"{self.minutes:g} min of recovery"]
-        return tuple(said)
+        """("permuted", "lstsq", "12 mask rounds", "5 min of recovery"); empty if nothing is added."""
+        words = ["permuted"] if self.permute else []
+        words += [] if self.update is None else _words_of(self.update)
+        words += [] if self.sequential == "blocks" else [_SEQUENTIAL[self.sequential]]
+        words += [] if self.budgets is None else [f"shares by {self.budgets}"]
+        words += ["published form"] if self.published else []
+        words += [] if self.minutes is None else [f"{self.minutes:g} min of recovery"]
+        return tuple(words)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types, with all options of the update: a result keeps its meaning when a default changes."""
+        """As JSON types, with all options of the update, so that a result keeps its meaning if a default changes."""
         return {**asdict(self), "update": None if self.update is None else self.update.to_dict()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Recipe:
-        """What :meth:`to_dict` gave."""
+        """The inverse of :meth:`to_dict`."""
         update = record["update"]
         return cls(**{**record, "update": None if update is None else Update.from_dict(update)})
 
 
 PLAIN = Recipe()
-"""Nothing is added."""
+"""A metric alone."""
 
 
 def _words_of(update: Update) -> list[str]:

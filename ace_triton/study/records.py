@@ -1,4 +1,4 @@
-"""What a study finds, as records that live in its journal."""
+"""What a study measures, as the records of its journal."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Record(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells of a study have in common; another setting is another study.
+    """What all cells of a study have in common; a different setting needs a study of its own.
 
     Attributes:
         model: its name, without folders.
-        weights_sha256: of all its tensors.
-        dtype: of weights and forwards.
+        weights_sha256: digest of all its tensors.
+        dtype: type of weights and forwards.
         calibration, evaluation: names of the texts, without folders.
-        calibration_sha256, evaluation_sha256: of the texts.
+        calibration_sha256, evaluation_sha256: digests of the texts.
         samples: calibration sequences.
         windows, window_length: of the evaluation.
         further_window_lengths: of further evaluations over the same tokens.
@@ -53,30 +53,54 @@ class Setting:
 
     @property
     def window_lengths(self) -> tuple[int, ...]:
-        """All of them."""
+        """The first window length and the further ones."""
         return self.window_length, *self.further_window_lengths
 
     def with_windows(self, further: Sequence[int]) -> Setting:
-        """The same with those further lengths too, ascending."""
+        """The same setting with further window lengths added, ascending."""
         lengths = {*self.further_window_lengths, *further} - {self.window_length}
         return replace(self, further_window_lengths=tuple(sorted(lengths)))
 
     def windows_of(self, length: int) -> int:
-        """How many windows of that length are evaluated: as many tokens at every length, or a single window."""
+        """Number of windows of a length: the same number of tokens for every length, and at least one window."""
         return max(1, self.windows * self.window_length // length)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; what is empty is left out."""
+        """As JSON types; empty fields are left out."""
         return without_empty(asdict(self))
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Setting:
-        """What :meth:`to_dict` gave."""
+        """The inverse of :meth:`to_dict`."""
         return cls(**{**record, "further_window_lengths": tuple(record.get("further_window_lengths", ()))})
 
 
+@dataclass(frozen=True)
+class Run:
+    """A call that measured part of a study.
+
+    Attributes:
+        date: UTC, as "2026-11-28".
+        version: of ace_triton.
+        command: what was typed, with the last part of each path; "" if no command was involved.
+    """
+
+    date: str
+    version: str
+    command: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Run:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**record)
+
+
 def without_empty(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without what is None or an empty tuple, as records were before there was such a thing."""
+    """A record without None and empty tuples, so that a new optional field leaves old records as they are."""
     return {name: value for name, value in record.items() if value is not None and value != ()}
 
 
@@ -89,7 +113,7 @@ class Evaluation:
 
 
 def evaluations(record: Mapping[str, Any]) -> tuple[Evaluation, ...]:
-    """The ``further`` of a record as JSON types, which may have none."""
+    """The ``further`` evaluations of a record as JSON types; empty if the record has none."""
     return tuple(Evaluation(**entry) for entry in record.get("further", ()))
 
 
@@ -98,7 +122,7 @@ class DenseResult:
     """The unpruned model's perplexity.
 
     Attributes:
-        perplexity: over windows of the setting's length.
+        perplexity: over windows of the setting's first length.
         further: over windows of its further lengths.
     """
 
@@ -111,7 +135,7 @@ class DenseResult:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> DenseResult:
-        """What :meth:`to_dict` gave."""
+        """The inverse of :meth:`to_dict`."""
         return cls(**{**record, "further": evaluations(record)})
 
 
@@ -132,12 +156,12 @@ class StageSeconds:
 
 @dataclass(frozen=True)
 class RecoveryCost:
-    """What a recovery took.
+    """Cost of a recovery.
 
     Attributes:
-        steps, tokens: trained on.
+        steps, tokens: number of optimizer steps, and of tokens read.
         seconds: wall clock.
-        cpu_seconds: CPU time of the process over the same span, all threads together.
+        cpu_seconds: CPU time of the process in that time, all threads together.
     """
 
     steps: int
@@ -157,14 +181,14 @@ class CellResult:
 
     Attributes:
         cell: what was run.
-        perplexity: in the end, over windows of the setting's length.
-        kept: share of the pruned layers' weights that is left.
-        seconds: wall clock of pruning by stage, loading and evaluation left out.
-        cpu_seconds: CPU time of the process over the same span, all threads together.
-        processor: what it ran on.
-        threads: torch's.
+        perplexity: at the end, over windows of the setting's first length.
+        kept: mean share of the pruned layers' weights that is kept.
+        seconds: wall clock of pruning by stage, without loading and evaluation.
+        cpu_seconds: CPU time of the process in that time, all threads together.
+        processor: name of the processor.
+        threads: number of torch's threads.
         further: perplexity over windows of the setting's further lengths.
-        recovery: what the training afterwards took; None where there was none.
+        recovery: cost of the training afterwards; None without any.
     """
 
     cell: Cell
@@ -179,25 +203,25 @@ class CellResult:
 
     @property
     def cpu_seconds_in_all(self) -> float:
-        """Of pruning and of recovery."""
+        """CPU seconds of pruning and recovery."""
         return self.cpu_seconds + (0.0 if self.recovery is None else self.recovery.cpu_seconds)
 
     @property
     def seconds_in_all(self) -> float:
-        """Wall clock of pruning and of recovery."""
+        """Wall-clock seconds of pruning and recovery."""
         return self.seconds.total + (0.0 if self.recovery is None else self.recovery.seconds)
 
     def perplexity_over(self, further_length: int) -> float:
-        """Over windows of one of the setting's further lengths; NaN where that was not measured."""
+        """Perplexity over windows of a further length; NaN if it was not measured."""
         return next((found.perplexity for found in self.further if found.length == further_length), math.nan)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; what is empty is left out."""
+        """As JSON types; empty fields are left out."""
         return {**without_empty(asdict(self)), "cell": self.cell.to_dict()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> CellResult:
-        """What :meth:`to_dict` gave."""
+        """The inverse of :meth:`to_dict`."""
         recovery = record.get("recovery")
         typed = {
             "cell": Cell.from_dict(record["cell"]),
@@ -213,7 +237,7 @@ class Pole:
     """How near VarP's 1 / (1 - y) comes to its pole over one input.
 
     Attributes:
-        norm: the normaliser.
+        norm: the normalizer.
         largest: the largest f_j = mean_s 1 / (1 - y_sj) of a channel.
         channels: channels with f_j of 10 or more, as a steady channel has at y = 0.9.
     """
@@ -225,16 +249,16 @@ class Pole:
 
 @dataclass(frozen=True)
 class InputNorms:
-    """The norms n_j of one distinct input's channels over the calibration set, in the dense model.
+    """Norms n_j of the channels of one distinct input, over the calibration set in the dense model.
 
     Attributes:
         block: index of the decoder block.
         layers: names of the layers that read it, within the block.
-        channels: how many.
+        channels: number of channels.
         median, largest: of n_j.
-        histogram: channels by log10 n_j, in the bins of :data:`~ace_triton.study.norms.BIN_EDGES`; the ends
-            take what lies beyond.
-        poles: for each normaliser of VarP.
+        histogram: number of channels by log10 n_j, in the bins of :data:`~ace_triton.study.norms.BIN_EDGES`; the
+            end bins take what lies outside.
+        poles: one for each normalizer of VarP.
     """
 
     block: int
@@ -259,7 +283,7 @@ class ModelNorms:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ModelNorms:
-        """What :meth:`to_dict` gave."""
+        """The inverse of :meth:`to_dict`."""
         inputs = tuple(
             InputNorms(
                 **{
@@ -279,10 +303,10 @@ class Divergence:
     """How far a pruned model's next-token distributions lie from the dense model's.
 
     Attributes:
-        mean: of KL(dense || pruned) over positions, in nats.
-        quantiles: of the same, at :data:`QUANTILES`.
+        mean: mean KL(dense || pruned) over positions, in nats.
+        quantiles: its quantiles, at :data:`QUANTILES`.
         agreement: share of positions where both rank the same token first.
-        tokens: positions.
+        tokens: number of positions.
     """
 
     mean: float
@@ -297,7 +321,7 @@ class Sample:
 
     Attributes:
         cell: the pruning; None for the dense model.
-        prompts, texts: the beginnings, and how the model goes on (greedy).
+        prompts, texts: the prompts, and the model's greedy continuations.
         divergence: from the dense model; None for the dense model itself.
     """
 
@@ -312,7 +336,7 @@ class Sample:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Sample:
-        """What :meth:`to_dict` gave."""
+        """The inverse of :meth:`to_dict`."""
         far = record["divergence"]
         return cls(
             None if record["cell"] is None else Cell.from_dict(record["cell"]),

@@ -1,4 +1,4 @@
-"""What a model writes, and how far its next-token distributions lie from the dense model's."""
+"""Texts that a model writes, and the divergence of its next-token distributions from the dense model's."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ PROMPTS = (
 NEW_TOKENS = 48
 
 WINDOWS = 4
-"""Windows over which divergence is taken; the dense logits of all of them are kept in memory."""
+"""At most this many windows are used for divergence; their dense logits stay in memory."""
 
 
 class Sampler:
-    """Texts and divergence of one model as it is pruned in turn.
+    """Texts and divergence of one model that is pruned in different ways.
 
     Args:
-        model: still dense.
-        tokenizer: its.
+        model: the model, still dense.
+        tokenizer: the model's tokenizer.
         ids: int64 [n_tokens], the evaluation text; its first windows are used.
         window_length, windows: tokens of a window, and how many at most.
         beginning: what windows and prompts begin with.
@@ -53,11 +53,11 @@ class Sampler:
         self._dense = [self._logits(window) for window in self._windows]
 
     def dense(self) -> Sample:
-        """What the dense model writes; to be called while it is dense."""
+        """The dense model's texts; call this while the model is dense."""
         return Sample(None, self.prompts, self._texts(), None)
 
     def texts_and_divergence(self) -> tuple[tuple[str, ...], Divergence]:
-        """Of the model as it is now."""
+        """Texts and divergence of the model in its present state."""
         pairs = [
             next_token_divergence(dense, self._logits(window))
             for dense, window in zip(self._dense, self._windows, strict=True)
@@ -88,11 +88,11 @@ def next_token_divergence(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[to
     """KL(dense || pruned) and agreement at every position.
 
     Args:
-        dense, pruned: logits [n_positions, vocabulary], of any floating dtype.
+        dense, pruned: logits [n_positions, vocabulary], any floating dtype.
 
     Returns:
-        fp32 [n_positions], sum_v p_v (log p_v - log q_v) in nats with p of the dense model; and bool
-        [n_positions], whether both have the same largest logit.
+        fp32 [n_positions], sum_v p_v (log p_v - log q_v) in nats, where p is the dense model's distribution; and bool
+        [n_positions], True if both have the same largest logit.
     """
     log_p, log_q = dense.float().log_softmax(-1), pruned.float().log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .cells import Variant
+from .comparison import Comparison, compare
 from .curve import Point, curve
-from .findings import WANDA, Comparison, compare
-from .quality_grid import SPARSEGPT
+from .recipes_grid import SPARSEGPT
 from .tally import Spread, Tally, shown_sparsity, shown_variant
+
+WANDA = Variant("wanda")
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A method and its values."""
+    """A method or recipe and its values."""
 
     name: str
     values: tuple[str, ...]
@@ -29,83 +31,130 @@ class NumberTable:
 
 
 def best(tally: Tally, sparsity: str) -> TableRow:
-    """The lowest mean perplexity at a sparsity, and whose it is."""
+    """The lowest mean perplexity at a sparsity, that over the dense model's, and the method."""
     found = [
-        (spread.mean, shown_variant(variant), "" if length is None else f"L={length}")
+        (spread.mean, shown_variant(variant), "" if length is None else f"L={length:,}")
         for variant in tally.everything
         for length in (tally.lengths if variant.calibrated else [None])
         if (spread := tally.perplexity(variant, sparsity, length)) is not None
     ]
     if not found:
-        return TableRow(shown_sparsity(sparsity), ("-", ""))
+        return TableRow(shown_sparsity(sparsity), ("-", "", ""))
     mean, name, length = min(found)
-    return TableRow(shown_sparsity(sparsity), (f"{mean:,.1f}", f"{name} {length}".strip()))
+    return TableRow(shown_sparsity(sparsity), (f"{mean:,.1f}", shown_times(tally, mean), f"{name} {length}".strip()))
 
 
 def perplexity_table(tally: Tally, sparsity: str) -> NumberTable:
-    """Mean, spread and number of seeds."""
-    columns: list[int | None] = list(tally.lengths) or [None]
-    rows = tuple(
-        TableRow(shown_variant(v), tuple(shown_spread(tally.perplexity(v, sparsity, length)) for length in columns))
-        for v in tally.variants
-    )
+    """Mean, spread and number of seeds, and the lowest mean over the dense model's perplexity."""
+    lengths: list[int | None] = list(tally.lengths) or [None]
+
+    def row(variant: Variant) -> TableRow:
+        spreads = [tally.perplexity(variant, sparsity, length) for length in lengths]
+        means = [spread.mean for spread in spreads if spread is not None]
+        return TableRow(
+            shown_variant(variant), (*map(shown_spread, spreads), shown_times(tally, min(means)) if means else "")
+        )
+
     return NumberTable(
-        f"Perplexity at {shown_sparsity(sparsity)}: mean ± standard deviation over seeds (number of seeds)",
-        tuple("any L" if length is None else f"L={length}" for length in columns),
-        rows,
+        f"Perplexity at {shown_sparsity(sparsity)}: mean ± standard deviation over seeds (number of seeds), and the "
+        "lowest mean over the dense model's",
+        (*_length_columns(lengths), "times dense, at best"),
+        tuple(map(row, tally.variants)),
     )
 
 
 def time_table(tally: Tally) -> NumberTable:
     """Median CPU seconds."""
-    columns: list[int | None] = list(tally.lengths) or [None]
+    lengths: list[int | None] = list(tally.lengths) or [None]
 
     def shown(variant: Variant, length: int | None) -> str:
         seconds = tally.cpu_seconds(variant, None, length)
         return "" if seconds is None else f"{seconds:,.2f}"
 
-    rows = tuple(TableRow(shown_variant(v), tuple(shown(v, length) for length in columns)) for v in tally.variants)
+    rows = tuple(TableRow(shown_variant(v), tuple(shown(v, length) for length in lengths)) for v in tally.variants)
     return NumberTable(
-        "Pruning in CPU seconds: median over seeds and sparsities, loading and evaluation left out",
-        tuple("any L" if length is None else f"L={length}" for length in columns),
+        "CPU seconds of pruning: median over seeds and sparsities, without loading and evaluation",
+        _length_columns(lengths),
         rows,
     )
 
 
+def _length_columns(lengths: list[int | None]) -> tuple[str, ...]:
+    return tuple("any L" if length is None else f"L={length:,}" for length in lengths)
+
+
 def curve_table(tally: Tally, sparsity: str) -> NumberTable:
-    """Every point of a study of quality: time, perplexity, and paired differences from Wanda and SparseGPT."""
+    """Every recipe at a sparsity, from fast to slow: perplexity and time."""
     lengths = tally.results.setting.window_lengths
-    curves = [{(p.variant, p.length): p for p in curve(tally, sparsity, length)} for length in lengths]
-    rivals = [rival for rival in (WANDA, SPARSEGPT) if tally.select(rival, sparsity)]
+    curves = _curves(tally, sparsity)
 
     def row(point: Point) -> TableRow:
-        spreads = [p.perplexity if (p := found.get((point.variant, point.length))) else None for found in curves]
-        against = [
-            shown_change(None if rival == point.variant else compare(tally, point.variant, rival, sparsity, measure))
-            for rival in rivals
-            for measure in map(tally.over, lengths)
-        ]
-        times = (f"{point.cpu_seconds:,.1f}", f"{point.seconds:,.1f}")
-        return TableRow(shown_point(tally, point), (*times, *map(shown_spread, spreads), *against))
+        further = [found.get((point.variant, point.length)) for found in curves[1:]]
+        spreads = [None if p is None else p.perplexity for p in further]
+        return TableRow(
+            shown_point(tally, point),
+            (
+                shown_spread(point.perplexity),
+                shown_times(tally, point.perplexity.mean),
+                *map(shown_spread, spreads),
+                f"{point.cpu_seconds:,.1f}",
+                f"{point.seconds:,.1f}",
+            ),
+        )
 
-    columns = (
-        "CPU s",
-        "wall s",
-        *(f"perplexity ({length:,})" for length in lengths),
-        *(f"against {shown_variant(rival)} ({length:,})" for rival in rivals for length in lengths),
-    )
     return NumberTable(
-        f"{shown_sparsity(sparsity)}, from fast to slow: median time; by tokens of a window, mean perplexity ± "
-        "standard deviation over seeds (number of seeds), and mean paired change ± its standard error (of pairs)",
-        columns,
+        f"{shown_sparsity(sparsity)}, from fast to slow: mean perplexity ± standard deviation over seeds (number of "
+        "seeds), by tokens in a window; median time",
+        (
+            f"perplexity ({lengths[0]:,})",
+            "times dense",
+            *(f"perplexity ({length:,})" for length in lengths[1:]),
+            "CPU s",
+            "wall s",
+        ),
         tuple(map(row, curves[0].values())),
     )
 
 
+def paired_table(tally: Tally, sparsity: str) -> NumberTable | None:
+    """Every recipe against Wanda and SparseGPT, in pairs of the same seed; None if neither was measured."""
+    lengths = tally.results.setting.window_lengths
+    rivals = [rival for rival in (WANDA, SPARSEGPT) if tally.select(rival, sparsity)]
+    if not rivals:
+        return None
+
+    def row(point: Point) -> TableRow:
+        changes = [
+            shown_change(None if rival == point.variant else compare(tally, point.variant, rival, sparsity, measure))
+            for rival in rivals
+            for measure in map(tally.over, lengths)
+        ]
+        return TableRow(shown_point(tally, point), tuple(changes))
+
+    return NumberTable(
+        f"{shown_sparsity(sparsity)}: mean change of perplexity ± its standard error over pairs of the same seed "
+        "(number of pairs), by tokens in a window",
+        tuple(f"against {shown_variant(rival)} ({length:,})" for rival in rivals for length in lengths),
+        tuple(map(row, _curves(tally, sparsity)[0].values())),
+    )
+
+
+def _curves(tally: Tally, sparsity: str) -> list[dict[tuple[Variant, int | None], Point]]:
+    """For every window length, the points by method and calibration length."""
+    lengths = tally.results.setting.window_lengths
+    return [{(p.variant, p.length): p for p in curve(tally, sparsity, length)} for length in lengths]
+
+
 def shown_point(tally: Tally, point: Point) -> str:
-    """A method with what is added to it, and its calibration length where there are several."""
-    length = f", L={point.length}" if point.length is not None and len(tally.lengths) > 1 else ""
+    """A recipe, and its calibration length if the study has several."""
+    length = f", L={point.length:,}" if point.length is not None and len(tally.lengths) > 1 else ""
     return f"{shown_variant(point.variant)}{length}"
+
+
+def shown_times(tally: Tally, perplexity: float) -> str:
+    """ "3.3", the perplexity over the dense model's; "" if that was not measured."""
+    dense = tally.results.dense
+    return "" if dense is None else f"{perplexity / dense.perplexity:,.1f}"
 
 
 def shown_spread(spread: Spread | None) -> str:

@@ -17,19 +17,20 @@ from .records import CellResult, Sample, StageSeconds
 STAGES = ("calibration", "statistics", "select")
 
 Measure = Callable[[CellResult], float]
-"""What of a result is looked at."""
+"""A number from a result, as its perplexity."""
 
 Draw = tuple[int | None, int | None]
-"""Length and seed of calibration sequences."""
+"""Length and seed of a calibration sample; None for methods without calibration."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Some values of one thing.
+    """Repeated measurements of one number.
 
     Attributes:
-        values: them, all finite.
-        mean, deviation: and their standard deviation; 0 of a single one.
+        values: the finite ones.
+        mean: of the values.
+        deviation: their standard deviation; 0 for a single value.
     """
 
     values: tuple[float, ...]
@@ -38,7 +39,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread | None:
-        """None where no value is finite."""
+        """From any values; None if none is finite."""
         finite = tuple(value for value in values if math.isfinite(value))
         if not finite:
             return None
@@ -49,11 +50,11 @@ class Tally:
     """The cells of a study by method, sparsity and length.
 
     Attributes:
-        results: what it counts.
-        variants: the methods with nothing added, in the registry's order, each before its variants with options.
-        recipes: the methods with something added, likewise; those with recovery after others, published forms last.
+        results: what was measured.
+        variants: methods with nothing added, in the registry's order, each before its variants with options.
+        recipes: methods with something added, in the same order; then those with recovery; then published forms.
         sparsities: fractions first, then patterns.
-        lengths: ascending; methods without calibration have none.
+        lengths: tokens in a calibration sequence, ascending.
     """
 
     def __init__(self, results: Results) -> None:
@@ -71,18 +72,18 @@ class Tally:
 
     @property
     def everything(self) -> list[Variant]:
-        """The methods with nothing added, then those with something."""
+        """Methods with nothing added, then recipes."""
         return self.variants + self.recipes
 
     @property
     def calibrated(self) -> list[Variant]:
-        """The methods with nothing added that look at calibration tokens."""
+        """Methods with nothing added that depend on calibration tokens."""
         return [variant for variant in self.variants if variant.calibrated]
 
     def select(
         self, variant: Variant | None = None, sparsity: str | None = None, length: int | None = None
     ) -> list[CellResult]:
-        """The results of those cells; a method without calibration has the same at every length."""
+        """The results of matching cells; one without calibration matches every length."""
         return [
             found
             for cell, found in self.results.cells.items()
@@ -92,18 +93,18 @@ class Tally:
         ]
 
     def perplexity(self, variant: Variant, sparsity: str, length: int | None = None) -> Spread | None:
-        """Over seeds; None where nothing was measured."""
+        """Perplexity over seeds; None if nothing was measured."""
         return Spread.of(found.perplexity for found in self.select(variant, sparsity, length))
 
     def cpu_seconds(self, variant: Variant, sparsity: str | None = None, length: int | None = None) -> float | None:
-        """The median over seeds, and over sparsities where none is named; None where nothing was measured."""
+        """Median CPU seconds over seeds, and over sparsities if none is given; None if nothing was measured."""
         times = [found.cpu_seconds for found in self.select(variant, sparsity, length)]
         return statistics.median(times) if times else None
 
     def stages(self, variant: Variant, length: int) -> StageSeconds | None:
-        """CPU seconds, split over the stages as wall clock was: medians over seeds and sparsities.
+        """CPU seconds by stage, in the proportions of the wall clock: medians over seeds and sparsities.
 
-        None where nothing was measured.
+        None if nothing was measured.
         """
         found = self.select(variant, length=length)
         if not found:
@@ -115,13 +116,22 @@ class Tally:
         return StageSeconds(median("calibration"), median("statistics"), median("select"), median("total"))
 
     def over(self, window_length: int) -> Measure:
-        """Perplexity over windows of that length; NaN where it was not measured."""
+        """The measure of perplexity over windows of a length; NaN if it was not measured."""
         if window_length == self.results.setting.window_length:
             return _perplexity
         return lambda found: found.perplexity_over(window_length)
 
+    def dense_over(self, window_length: int) -> float:
+        """The dense model's perplexity over windows of a length; NaN if it was not measured."""
+        dense = self.results.dense
+        if dense is None:
+            return math.nan
+        found = {self.results.setting.window_length: dense.perplexity}
+        found |= {evaluation.length: evaluation.perplexity for evaluation in dense.further}
+        return found.get(window_length, math.nan)
+
     def paired(self, one: Variant, other: Variant, sparsity: str, measure: Measure | None = None) -> dict[Draw, float]:
-        """log(perplexity of one / of other), or of another measure, for every draw that both were measured on."""
+        """log(one / other) of perplexity, or of another measure, for every draw that both were measured on."""
         cells, ratios, measure = self.results.cells, {}, measure or _perplexity
         for cell, found in cells.items():
             twin = cells.get(Cell(other, sparsity, cell.length, cell.seed))
@@ -132,7 +142,7 @@ class Tally:
         return ratios
 
     def samples(self, sparsity: str) -> list[Sample]:
-        """Texts and divergences of the methods at a sparsity, in their order."""
+        """Texts and divergences at a sparsity, in the order of :attr:`everything`."""
         found = {cell.variant: s for cell, s in self.results.samples.items() if cell and cell.sparsity == sparsity}
         return [found[variant] for variant in self.everything if variant in found]
 
@@ -142,12 +152,12 @@ def _perplexity(found: CellResult) -> float:
 
 
 def shown_sparsity(sparsity: str) -> str:
-    """ "50%" for "0.5"; a pattern as it is."""
+    """ "50%" for "0.5"; a pattern unchanged."""
     return sparsity if Sparsity(sparsity).n is not None else f"{float(sparsity) * 100:.4g}%"
 
 
 def shown_variant(variant: Variant) -> str:
-    """A method as its papers write it, with its options and what is added."""
+    """A method as its paper writes it, with options and what is added."""
     names = {"wanda": "Wanda", "ria": "RIA", "stade": "STADE", "dass": "DaSS", "cosp": "CosP", "varp": "VarP"}
     names |= {"ace": "ACE", "ace-paper": "ACE as published", "saap": "SAAP", "sparsegpt": "SparseGPT"}
     name = names.get(variant.method, variant.method)

@@ -1,4 +1,4 @@
-"""A model held in memory with its dense weights, pruned again and again on the same texts."""
+"""A model in memory together with its dense weights, pruned repeatedly on the same texts."""
 
 from __future__ import annotations
 
@@ -16,34 +16,32 @@ from typing import Any
 import torch
 
 from .. import checkpoint
-from ..batches import TOKENS_OF_A_FORWARD, check_positions, longest_sequence
+from ..batches import check_positions, longest_sequence
 from ..beginnings import Beginning, Bos, own_beginning, text_ids
 from ..calibration import MOST_DOCUMENTS, SELF, crop, pieces, token_stream
 from ..evaluate import perplexity
 from ..prune_model import prune_model
 from ..recover import RecoveryProgress, RecoveryReport, RecoverySettings, recover
 from ..recovery_text import TEXT_SEQUENCES
-from ..sparsity import Sparsity
 from ..text import TextError, read_documents, wikitext_rows
 from ..timing import Seconds
 from ..written_text import TEXT_LENGTH
-from . import published_model
 from .cells import Cell
 from .records import Evaluation, Setting
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a study is run on.
+    """What a study runs on.
 
     Attributes:
         model: as for :func:`ace_triton.checkpoint.load`.
         calibration, evaluation: as for :func:`ace_triton.text.read_documents`.
-        wikitext: the evaluation text is a raw WikiText file, whose lines are joined as its dataset's rows.
-        samples: calibration sequences.
-        windows, window_length: of the evaluation.
-        further_window_lengths: of further evaluations over the same tokens.
-        dtype: of weights and forwards; statistics are fp32 whatever it is.
+        wikitext: whether the evaluation text is a raw WikiText file, whose lines are joined like its dataset's rows.
+        samples: number of calibration sequences.
+        windows, window_length: number and tokens of the evaluation windows.
+        further_window_lengths: tokens of the windows of further evaluations, over the same text.
+        dtype: type of weights and forwards; statistics are always fp32.
         device: where to run.
         bos: what calibration sequences and windows begin with.
         trust_remote_code: run Python code that comes with the model.
@@ -72,12 +70,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Pruning:
-    """A pruning that was done.
+    """Result of a pruning.
 
     Attributes:
-        kept: mean share of the pruned layers' weights that is left.
+        kept: mean share of the pruned layers' weights that is kept.
         seconds: wall clock by stage.
-        cpu_seconds: that the process spent on it.
+        cpu_seconds: CPU time of the process.
     """
 
     kept: float
@@ -90,14 +88,14 @@ class Workbench:
 
     Attributes:
         model, tokenizer: loaded once; the model is dense outside of :meth:`pruned`.
-        teacher: a copy of the model that stays dense, made when it is first asked for.
-        setting: what is compared when a study is resumed.
+        teacher: a copy of the model that stays dense, made on first use.
+        setting: what must be the same when a study is resumed.
         ids: int64 [n_tokens], the evaluation text.
         beginning: what calibration sequences and windows begin with.
 
     Raises:
-        TextError: texts that cannot be read or are too short.
-        CheckpointError: a model that cannot be loaded.
+        TextError: if a text cannot be read or is too short.
+        CheckpointError: if the model cannot be loaded.
     """
 
     def __init__(self, protocol: Protocol) -> None:
@@ -142,22 +140,22 @@ class Workbench:
         return crop(self._stream, self.protocol.samples, length, seed, self.beginning)
 
     def perplexity(self) -> float:
-        """Of the model as it is now."""
+        """Perplexity of the model in its present state."""
         return self._perplexity(self.setting.window_length)
 
     def further_perplexities(self) -> tuple[Evaluation, ...]:
-        """The same over windows of the setting's further lengths."""
+        """Perplexities over windows of the setting's further lengths."""
         return tuple(Evaluation(n, self._perplexity(n)) for n in self.setting.further_window_lengths)
 
     @contextmanager
     def pruned(self, cell: Cell) -> Iterator[Pruning]:
-        """The model is pruned inside, and dense again after; recovery is :meth:`recover`'s."""
+        """Prune the model for the duration of a ``with`` block; recovery, if any, is left to :meth:`recover`."""
         ids = None
         if cell.length is not None and cell.seed is not None:
             ids = self.calibration(cell.length, cell.seed)
         try:
             start = time.process_time()
-            kept, seconds = self._prune(cell, ids)
+            kept, seconds = self.prune(cell, ids)
             yield Pruning(kept, seconds, time.process_time() - start)
         finally:
             self.model.load_state_dict(self._dense)
@@ -165,28 +163,33 @@ class Workbench:
     def recover(
         self, settings: RecoverySettings, state: Path | None = None, progress: RecoveryProgress | None = None
     ) -> RecoveryReport:
-        """Train the model as it is pruned now on the calibration text, cut by the settings' seed.
+        """Train the pruned model on the calibration text, in pieces chosen by the settings' seed.
 
         Args:
             settings: as for :func:`ace_triton.recover`.
-            state: file that a training which was stopped goes on from; None to keep none.
+            state: file that an interrupted training resumes from; None to keep none.
             progress: called after each step.
         """
         length = min(TEXT_LENGTH, longest_sequence(self.model) or TEXT_LENGTH)
         ids = pieces(self._stream, TEXT_SEQUENCES, length, settings.seed, self.beginning)
         return recover(self.model, self.teacher, ids, settings, state=state, progress=progress)
 
-    def _prune(self, cell: Cell, ids: torch.Tensor | None) -> tuple[float, Seconds]:
+    def prune(self, cell: Cell, ids: torch.Tensor | None) -> tuple[float, Seconds]:
+        """Prune the model in place; a subclass can add implementations of its own.
+
+        Args:
+            cell: what to run.
+            ids: calibration sequences, int64 [samples, length]; None for a method without calibration.
+
+        Returns:
+            the mean share of the pruned layers' weights that is kept, and wall-clock seconds by stage.
+
+        Raises:
+            ValueError: for a published form, which this class does not have.
+        """
         method, recipe = cell.variant.method, cell.variant.recipe
         if recipe.published:
-            pattern = Sparsity(cell.sparsity)
-            if ids is None or pattern.n is None or pattern.m is None or cell.variant.options:
-                raise ValueError(f"{cell}: published forms are there for n:m, with calibration and without options")
-            batch_size = max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
-            ids = ids.to(self.model.device)
-            return pattern.n / pattern.m, published_model.prune_model(
-                self.model, ids, method, pattern.n, pattern.m, batch_size
-            )
+            raise ValueError(f"{cell}: published forms of methods are not part of ace_triton")
         report = prune_model(
             self.model,
             ids,
@@ -202,7 +205,7 @@ class Workbench:
 
     @cached_property
     def teacher(self) -> Any:
-        """The dense model, beside the one that is pruned."""
+        """A copy of the dense model."""
         teacher = copy.deepcopy(self.model)
         teacher.load_state_dict(self._dense)
         return teacher
@@ -213,7 +216,7 @@ class Workbench:
 
 
 def processor_name() -> str:
-    """What the processor calls itself."""
+    """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -223,7 +226,7 @@ def processor_name() -> str:
 
 
 def _short(name: str) -> str:
-    """A source's name without this machine's folders."""
+    """A source's name without folders."""
     return Path(name).name if Path(name).exists() else name
 
 

@@ -1,4 +1,4 @@
-"""What a study of quality was to show, and whether it does: claims over paired draws, noise counted in."""
+"""This project's targets for perplexity and time, and whether the study in docs/curve meets them."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .cells import Variant
-from .findings import ACE, FROM_BEST, RIA, WANDA, Comparison, Finding, Verdict, compare, worst
-from .quality_grid import PATTERN, SPARSEGPT
-from .recipe import Recipe
-from .records import CellResult
-from .tally import Draw, Tally, listed, shown_sparsity, shown_variant
+from ace_triton.study.cells import Variant
+from ace_triton.study.comparison import Comparison, compare
+from ace_triton.study.recipe import Recipe
+from ace_triton.study.recipes_grid import PATTERN, SPARSEGPT
+from ace_triton.study.records import CellResult
+from ace_triton.study.tally import Draw, Tally, listed, shown_sparsity, shown_variant
+
+from .findings import ACE, FROM_BEST, RIA, WANDA, Finding, Verdict, within, worst
 
 PATTERNS = ("0.5", "2:4", "4:8")
-"""Over which a metric alone is judged."""
+"""The sparsities at which a metric alone is judged."""
 
 MOST_PERMUTED = 0.95
-"""Of the same metric alone."""
+"""Perplexity with permuted channels, over the same metric alone."""
 
 MOST_OF_WANDA, MOST_OF_SPARSEGPT = 0.45, 0.75
-"""With a weight update."""
+"""Perplexity with a weight update, over Wanda's and SparseGPT's."""
 
 MOST_RECOVERED = {5.0: 0.33, 20.0: 0.25}
-"""Of Wanda's perplexity, after so many minutes."""
+"""Perplexity after so many minutes of recovery, over Wanda's."""
 
 MEANING = (
     "Ratios are geometric means ± their standard error over the draws (length and seed) that both were measured on, by "
-    "tokens of a window; what lies within two standard errors of its bound is open."
+    "tokens in a window. A ratio within two standard errors of its target is open."
 )
 
 
 def goals(tally: Tally) -> list[Finding]:
-    """What the cells of a study of quality allow to be said; nothing of a study that is none."""
+    """All targets that the study has cells for; none for a study without recipes."""
     if not tally.recipes:
         return []
     permuted = [permutation(tally, v) for v in tally.recipes if v.recipe == Recipe(permute=True)]
@@ -44,13 +46,13 @@ def goals(tally: Tally) -> list[Finding]:
 
 @dataclass(frozen=True)
 class Claim:
-    """That one method has at most so much of another's perplexity, over windows of every length, or of its time.
+    """One method has at most ``most`` times another's perplexity, over windows of every length, or its time.
 
     Attributes:
         comparisons: by what they compare: "512" for perplexity over windows of 512 tokens, or "CPU time".
-        most: the bound of the ratio.
-        missing: lengths of windows over which nothing was measured with both.
-        verdict: the worst of theirs; at best open where something is missing.
+        most: the upper bound of the ratio.
+        missing: window lengths that no draw was measured over with both.
+        verdict: the worst verdict; at best open if something is missing.
     """
 
     comparisons: Mapping[str, Comparison]
@@ -59,8 +61,8 @@ class Claim:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of the comparisons'."""
-        verdicts = [comparison.within(self.most) for comparison in self.comparisons.values()]
+        """The worst verdict on the comparisons."""
+        verdicts = [within(comparison, self.most) for comparison in self.comparisons.values()]
         return worst([*verdicts, "open"] if self.missing else verdicts)
 
     @property
@@ -78,7 +80,7 @@ class Claim:
 
 
 def perplexity_claim(tally: Tally, one: Variant, other: Variant, sparsity: str, most: float) -> Claim | None:
-    """None where the first window length was not measured with both."""
+    """None if the first window length was not measured with both."""
     lengths = tally.results.setting.window_lengths
     compared = {f"{n:,}": compare(tally, one, other, sparsity, tally.over(n)) for n in lengths}
     found = {name: comparison for name, comparison in compared.items() if comparison is not None}
@@ -87,18 +89,18 @@ def perplexity_claim(tally: Tally, one: Variant, other: Variant, sparsity: str, 
 
 
 def time_claim(tally: Tally, one: Variant, other: Variant, sparsity: str) -> Claim | None:
-    """That one takes no more CPU time; None where there is no pair."""
+    """One takes no more CPU time than the other; None without a pair."""
     comparison = compare(tally, one, other, sparsity, cpu_time)
     return None if comparison is None else Claim({"CPU time": comparison}, 1.0)
 
 
 def cpu_time(found: CellResult) -> float:
-    """Of pruning and recovery."""
+    """CPU seconds of pruning and recovery."""
     return found.cpu_seconds_in_all
 
 
 def metric_alone(tally: Tally) -> Finding | None:
-    """ACE against the better of Wanda and RIA, pattern by pattern and on the mean."""
+    """ACE against the better of Wanda and RIA, at each sparsity and on average."""
     verdicts: list[Verdict] = []
     ratios: dict[Draw, list[float]] = defaultdict(list)
     parts = []
@@ -110,7 +112,7 @@ def metric_alone(tally: Tally) -> Finding | None:
         claim = perplexity_claim(tally, ACE, best, sparsity, 1.0)
         if claim is not None:
             verdicts.append(claim.verdict)
-            parts.append(f"{shown_sparsity(sparsity)}: {claim} of {shown_variant(best)}'s")
+            parts.append(f"{shown_sparsity(sparsity)}: {claim} times {shown_variant(best)}'s")
             for draw, ratio in tally.paired(ACE, best, sparsity).items():
                 ratios[draw].append(ratio)
     mean = Comparison.of([sum(found) / len(found) for found in ratios.values() if len(found) == len(verdicts)])
@@ -118,24 +120,24 @@ def metric_alone(tally: Tally) -> Finding | None:
         return None
     missing = len(PATTERNS) - len(verdicts)
     whole: Verdict = "open" if missing else "holds"
-    verdict = worst([*verdicts, mean.within(1.0), whole])
-    headline = f"The metric alone: on the mean ACE has {_ratio(mean)} of the perplexity of the better of Wanda and RIA"
-    aim = f"Aim: no worse at {listed([shown_sparsity(sparsity) for sparsity in PATTERNS])}, and better on the mean"
+    verdict = worst([*verdicts, within(mean, 1.0), whole])
+    headline = f"Metric alone: on average ACE has {_ratio(mean)} times the perplexity of the better of Wanda and RIA"
+    target = f"Target: no worse at {listed([shown_sparsity(s) for s in PATTERNS])}, and better on average"
     not_yet = f"; {missing} of these not measured yet" if missing else ""
-    return Finding(verdict, headline, f"{'; '.join(parts)}. {aim}{not_yet}.")
+    return Finding(verdict, headline, f"{'; '.join(parts)}. {target}{not_yet}.")
 
 
 def permutation(tally: Tally, variant: Variant) -> Finding | None:
-    """A metric with channels permuted against the same alone."""
+    """A metric with channels permuted against the same metric alone."""
     claim = perplexity_claim(tally, variant, variant.alone, PATTERN, MOST_PERMUTED)
     if claim is None:
         return None
-    headline = f"{PATTERN}: {shown_variant(variant)} has {claim.first:.2f} of the perplexity of the same alone"
-    return Finding(claim.verdict, headline, f"{claim}. Aim: at most {MOST_PERMUTED}.")
+    headline = f"{PATTERN}: {shown_variant(variant)} has {claim.first:.2f} times the perplexity of the metric alone"
+    return Finding(claim.verdict, headline, f"{claim}. Target: at most {MOST_PERMUTED}.")
 
 
 def weight_update(tally: Tally) -> Finding | None:
-    """The weight update that comes nearest to the aims."""
+    """The weight update that comes nearest to the targets."""
     tried: list[tuple[Verdict, float, Variant, list[Claim]]] = []
     for variant in tally.recipes:
         if variant.recipe.update is None or variant.recipe.minutes is not None:
@@ -152,18 +154,18 @@ def weight_update(tally: Tally) -> Finding | None:
         return None
     verdict, _, variant, (wanda, sparsegpt, time) = min(tried, key=lambda entry: (FROM_BEST.index(entry[0]), entry[1]))
     headline = (
-        f"{PATTERN}: {shown_variant(variant)} has {wanda.first:.2f} of Wanda's perplexity and {sparsegpt.first:.2f} of "
-        f"SparseGPT's, in {time.first:.2f} of SparseGPT's time"
+        f"{PATTERN}: {shown_variant(variant)} has {wanda.first:.2f} times Wanda's perplexity and {sparsegpt.first:.2f} "
+        f"times SparseGPT's, in {time.first:.2f} times SparseGPT's time"
     )
     text = (
-        f"Of Wanda's {wanda}; of SparseGPT's {sparsegpt}; {time}. The nearest of {len(tried)} to the aim: at most "
-        f"{MOST_OF_WANDA} and {MOST_OF_SPARSEGPT}, in no more time."
+        f"Over Wanda's: {wanda}. Over SparseGPT's: {sparsegpt}; {time}. The best of {len(tried)} recipes. Target: at "
+        f"most {MOST_OF_WANDA} and {MOST_OF_SPARSEGPT}, in no more time."
     )
     return Finding(verdict, headline, text)
 
 
 def recovery(tally: Tally, minutes: float) -> Finding | None:
-    """The best that so many minutes of recovery reach."""
+    """The best recipe with so many minutes of recovery."""
     claims = [
         (claim, variant)
         for variant in tally.recipes
@@ -176,17 +178,17 @@ def recovery(tally: Tally, minutes: float) -> Finding | None:
     costs = [found.recovery for found in tally.select(variant, PATTERN) if found.recovery is not None]
     threads = sorted({found.threads for found in tally.select(variant, PATTERN)})
     steps = sum(cost.steps for cost in costs) / len(costs)
-    headline = f"{PATTERN}: {shown_variant(variant)} has {claim.first:.2f} of Wanda's perplexity"
+    headline = f"{PATTERN}: {shown_variant(variant)} has {claim.first:.2f} times Wanda's perplexity"
     text = (
         f"{claim}. {steps:.0f} steps of {costs[0].tokens // costs[0].steps:,} tokens on "
         f"{listed([str(count) for count in threads])} thread{'s' if threads != [1] else ''}. "
-        f"Aim: at most {MOST_RECOVERED[minutes]}, on two cores."
+        f"Target: at most {MOST_RECOVERED[minutes]}, on two cores."
     )
     return Finding(claim.verdict, headline, text)
 
 
 def dominance(tally: Tally) -> Finding | None:
-    """Whether each published form is matched by something of ours that takes no more time."""
+    """Whether for each published form a recipe of this package is as good and takes no more time."""
     published = [v for v in tally.recipes if v.recipe.published and tally.select(v, PATTERN)]
     ours = [v for v in tally.everything if not v.recipe.published and tally.select(v, PATTERN)]
     verdicts, parts = [], []
@@ -201,14 +203,14 @@ def dominance(tally: Tally) -> Finding | None:
             nearest = min(tried, key=lambda entry: (FROM_BEST.index(entry[0]), entry[4].first > 1, entry[1]))
             verdict, _, variant, quality, time = nearest
             verdicts.append(verdict)
-            parts.append(f"{shown_variant(rival)}: {shown_variant(variant)} has {quality} of its perplexity, {time}")
+            parts.append(f"{shown_variant(rival)}: {shown_variant(variant)} has {quality} times its perplexity, {time}")
     if not verdicts:
         return None
     overall = worst(verdicts)
     headline = {
-        "holds": "for every published form there is a point of ours that is no worse, in no more time",
-        "open": "whether there is a point of ours for every published form, no worse in no more time, is not settled",
-        "fails": "not every published form has a point of ours that is no worse, in no more time",
+        "holds": "for every published form, a recipe of this package is as good and takes no more time",
+        "open": "it is open whether a recipe of this package is as good as every published form in no more time",
+        "fails": "for some published form, no recipe of this package is as good and takes no more time",
     }[overall]
     return Finding(overall, f"{PATTERN}: {headline}", f"{'. '.join(parts)}.")
 

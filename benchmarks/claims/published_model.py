@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import Batch
-from ..blocks import find_blocks, linears_of, stacks_of
-from ..calibration_mode import calibration_mode
-from ..prune import linear_weight
-from ..replay import make_runner
-from ..timing import Seconds, Stopwatch
+from ace_triton.batches import Batch
+from ace_triton.blocks import find_blocks, linears_of, stacks_of
+from ace_triton.calibration_mode import calibration_mode
+from ace_triton.prune import linear_weight
+from ace_triton.replay import make_runner
+from ace_triton.timing import Seconds, Stopwatch
+
 from . import published
 
 METHODS = ("magnitude", "wanda", "ria", "ace", "ace-paper", "sparsegpt")
