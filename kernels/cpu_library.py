@@ -49,6 +49,7 @@ _SIGNATURES = {
     "ace_nm_linear": [*_MATRIX, _POINTER, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _POINTER, _INT],
     "ace_dense_linear": [*_MATRIX, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT],
     "ace_use_isa": [ctypes.c_char_p],
+    "ace_threads_for": [_LONG, _LONG, _INT],
     "ace_prefer_huge_pages": [_POINTER, _LONG],
 }
 

@@ -22,7 +22,8 @@ from ace_triton.kernels.divergence import divergence
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
-from ace_triton.kernels.pack_nm import pack_nm_reference
+from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.pack_nm import pack_nm_reference, pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import GROUP_SIZES, select_nm, select_nm_reference
 from ace_triton.kernels.select_rows import select_rows, select_rows_reference
@@ -37,6 +38,7 @@ needs_library = pytest.mark.skipif(
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PACKED_PATTERNS = ((2, 4), (1, 4), (3, 4), (3, 8), (7, 8), (8, 16), (5, 32), (31, 32))
 Results = dict[str, torch.Tensor]
 
 
@@ -92,6 +94,13 @@ def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
         results[f"{name} layer"] = select_rows(weight, terms, rows * cols // 3, scope="layer", output="bits")
         if cols % 4 == 0:
             results[f"{name} pruned"] = select_nm(weight.clone(), terms, 2, 4).view(torch.uint8)
+    for n, m in PACKED_PATTERNS:
+        if cols % m == 0:
+            packed = pack_scored(weight, wanda, n, m)
+            results[f"unpacked {n}:{m}"] = unpack_nm(packed).view(torch.uint8)
+            for count in (1, 5):
+                tokens = matrix(count, cols, torch.float32, seed=3)
+                results[f"{count} rows of outputs, {n}:{m}"] = nm_linear(tokens, packed)
     valid = torch.arange(rows) % 5 > 0
     sums = moments(weight, valid)
     results |= {"total": sums.total, "deviation": sums.deviation, "square": sums.sequence_square}
@@ -144,7 +153,7 @@ def test_unpacking_agrees_and_stays_inside_where_metadata_are_damaged(isas, dtyp
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "cols"), [(32, 96), (7, 2052), (64, 33), (130, 1), (1, 4)])
+@pytest.mark.parametrize(("rows", "cols"), [(32, 96), (7, 2052), (10, 1048), (64, 33), (130, 1), (1, 4)])
 def test_every_instruction_set_agrees(isas, dtype, rows, cols):
     results = {}
     for isa in isas:
@@ -162,11 +171,24 @@ def test_every_number_of_threads_agrees(dtype):
         results = {}
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results[threads] = every_operation(1280, 1536, dtype)
+            results[threads] = every_operation(1600, 1536, dtype)
     finally:
         torch.set_num_threads(before)
     for threads, got in results.items():
         assert_same(got, results[1], f"{threads} threads")
+
+
+@needs_library
+def test_a_thread_is_started_only_if_it_saves_more_than_its_start_takes():
+    threads_for = cpu_library.library().ace_threads_for
+    mebibyte, many = 2**20, 10**6
+    assert [threads_for(count * mebibyte, many, 64) for count in (0, 1, 3, 4, 8, 9, 16, 255, 256)] == [
+        *(1, 1, 1, 2, 2, 3, 4, 15, 16)
+    ]
+    assert threads_for(256 * mebibyte, many, 4) == 4
+    assert threads_for(256 * mebibyte, 3, 64) == 3
+    assert threads_for(256 * mebibyte, 0, 64) == 1
+    assert threads_for(2**62, many, 200) == 200
 
 
 @needs_library
@@ -238,6 +260,23 @@ def test_nothing_behind_a_tensor_is_touched(isas, before_a_guard_page, dtype, ro
         adamw(values, kept, weight, Step(0.1, 1), rounded=trained)
         weighted_squares(weight, token_weights)
         assert all_finite(weight)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (5, 32), (9, 160)])
+def test_nothing_behind_a_packed_weight_is_read(isas, before_a_guard_page, dtype, rows, cols):
+    place = before_a_guard_page
+    weight, tokens = matrix(rows, cols, dtype), matrix(5, cols, dtype, seed=1)
+    for n, m in PACKED_PATTERNS:
+        packed = pack_scored(weight, ScoreTerms(), n, m)
+        guarded = replace(packed, values=place(packed.values), meta=place(packed.meta))
+        damaged = replace(guarded, meta=place(torch.full_like(packed.meta, -1)))
+        for isa in isas:
+            cpu_library.use_isa(isa)
+            assert torch.equal(nm_linear(tokens, guarded), nm_linear(tokens, packed))
+            for count in (1, 5):
+                nm_linear(tokens[:count], damaged)
 
 
 @needs_library

@@ -123,8 +123,9 @@ int linear(const Matrix& tokens, int64_t rows, int64_t weight_bytes, const float
         std::vector<float> widened(tokens.rows * padded);
         bodies->widen_rows(tokens, padded, widened.data());
         const LinearTask task = {widened.data(), tokens.rows, padded, bias, out};
-        deal(rows, threads_for(weight_bytes, rows, threads),
-             [&](int64_t begin, int64_t end, int) { work(task, begin, end); });
+        // A token takes half as long as the weight's way from memory.
+        const int shares = threads_for(weight_bytes * (1 + tokens.rows) / 2, rows, threads);
+        deal(rows, shares, [&](int64_t begin, int64_t end, int) { work(task, begin, end); });
     });
 }
 
@@ -150,6 +151,11 @@ ACE_EXPORT int ace_use_isa(const char* name) {
         }
     }
     return 1;
+}
+
+// How many threads a call takes that reads and writes `bytes` in `n_units` units of work, out of `most`.
+ACE_EXPORT int ace_threads_for(int64_t bytes, int64_t n_units, int32_t most) {
+    return threads_for(bytes, n_units, most);
 }
 
 // Ask for huge pages under a large output that nobody has written yet: its page faults can cost more than its making.
@@ -184,7 +190,8 @@ ACE_EXPORT int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t
                                int32_t whole_layer, int32_t most_threads) {
     const Selection s =
         selection(weight, rows, cols, stride, element, row, col, scale, coupling, power, output, delivered);
-    const int threads = threads_for(bytes_of(s.weight), rows, most_threads);
+    // It takes eight times as long as a read.
+    const int threads = threads_for(8 * bytes_of(s.weight), rows, most_threads);
     return selecting(s, checked, most_threads, [&] {
         if (whole_layer) {
             const Cut cut = k == 0 ? Cut{INT32_MAX, 0} : cut_layer(s, k, threads);

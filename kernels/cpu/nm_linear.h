@@ -4,6 +4,7 @@
 #pragma once
 
 #include "elements.h"
+#include "octets.h"
 
 namespace ace {
 namespace {
@@ -14,11 +15,13 @@ constexpr int OUTPUT_TILE = 4, TOKENS_AT_ONCE = 16, INPUT_TILE = 512;
 // Bytes between what is read of a row and what memory is asked for meanwhile: those that each loop is fastest with.
 template <typename E>
 constexpr int DENSE_AHEAD = sizeof(typename E::Stored) == 4 ? 1536 : 2048;
+constexpr int PACKED_AHEAD = 2048;
 
-// Asks for the byte at `ahead` of a row of `bytes`: past its end, of the row OUTPUTS below.
-template <int OUTPUTS>
-ACE_INLINE void ask_ahead(const void* row, int64_t ahead, int64_t bytes) {
-    __builtin_prefetch(static_cast<const char*>(row) + (ahead < bytes ? ahead : ahead + (OUTPUTS - 1) * bytes));
+// Asks for the byte at `offset` of ROWS rows of `bytes` one after the other: past their end, of the ROWS rows below.
+template <int ROWS>
+ACE_INLINE void ask_rows_ahead(const void* first, int64_t offset, int64_t bytes) {
+    const char* asked = static_cast<const char*>(first) + (offset < bytes ? offset : offset + (ROWS - 1) * bytes);
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(asked + r * bytes);
 }
 
 ACE_INLINE float tree_sum(const Floats& v) {
@@ -37,73 +40,101 @@ struct DenseRows {
     int64_t stride;
 
     template <int OUTPUTS>
-    ACE_INLINE void ahead(int r, int64_t j) const {
+    ACE_INLINE void ahead(int64_t j) const {
         constexpr int SIZE = sizeof(typename E::Stored);
-        ask_ahead<OUTPUTS>(first + r * stride, j * SIZE + DENSE_AHEAD<E>, stride * SIZE);
+        ask_rows_ahead<OUTPUTS>(first, j * SIZE + DENSE_AHEAD<E>, stride * SIZE);
     }
     ACE_INLINE Floats at(int r, int64_t j, int lanes) const { return E::load(first + r * stride + j, lanes); }
 };
 
+#if ACE_WIDTH == 8
+ACE_INLINE NativeFloats spread_octet(Fp32, const float* from, int octet) {
+    return (NativeFloats)spread_octet(reinterpret_cast<const uint32_t*>(from), octet);
+}
+ACE_INLINE NativeFloats spread_octet(Fp16, const uint16_t* from, int octet) {
+    return (NativeFloats)_mm256_cvtph_ps(spread_octet(from, octet));
+}
+ACE_INLINE NativeFloats spread_octet(Bf16, const uint16_t* from, int octet) {
+    return (NativeFloats)spread_upper_halves(from, octet);
+}
+#endif
+
 // Bits of sixteen neighbouring weights; words of metadata are little-endian, as is every machine this is built for.
-ACE_INLINE uint16_t kept_bits(const uint32_t* meta, int64_t j) {
+ACE_INLINE uint32_t kept_bits(const uint32_t* meta, int64_t j) {
     uint16_t bits;
     memcpy(&bits, reinterpret_cast<const char*>(meta) + j / 8, sizeof bits);
     return bits;
 }
 
-// Lane k is the next of the first `count` values where bit k is set, else 0.
-ACE_INLINE Floats spread(const Floats& values, int count, uint16_t bits) {
+// Sixteen weights of a row: lane k is the next of the values from `from` on if bit k is set, else 0. `count` of the values
+// belong to these weights, `half` of them to the first eight. The portable code is slow: the bytes that it stores do not
+// forward to the vector that it loads.
+template <typename E>
+ACE_INLINE Floats spread(const typename E::Stored* from, int half, int count, uint32_t bits) {
 #if ACE_WIDTH == 16
+    (void)half;
+    return Floats{{(NativeFloats)_mm512_maskz_expand_ps(uint16_t(bits), (__m512)E::load(from, count).part[0])}};
+#elif ACE_WIDTH == 8
     (void)count;
-    return Floats{{(NativeFloats)_mm512_maskz_expand_ps(bits, (__m512)values.part[0])}};
+    return Floats{{spread_octet(E{}, from, bits & 0xff), spread_octet(E{}, from + half, bits >> 8)}};
 #else
-    float from[LANES + 1], to[LANES];
-    store(from, values);
-    from[LANES] = 0;
-    for (int k = 0, next = 0; k < LANES; ++k) {
-        const bool kept = bits >> k & 1;
-        to[k] = from[kept && next < count ? next : LANES];
-        next += kept;
-    }
-    return load(to);
+    (void)half;
+    float lane[LANES] = {}, value[LANES];
+    store(value, E::load(from));
+    int next = 0;
+    for (; bits && next < count; bits &= bits - 1) lane[__builtin_ctz(bits)] = value[next++];
+    return load(lane);
 #endif
 }
 
-template <typename E>
+// Packed rows from one on. m is at most GROUP: 8, 16 or 32. `end` is the end of all values; LAST if a vector may lie so
+// close to it that sixteen values cannot be read.
+template <typename E, int GROUP, bool LAST>
 struct PackedRows {
-    const typename E::Stored* values;
+    const typename E::Stored *values, *end;
     const uint32_t* meta;
     int64_t stride, words;
-    int n, m;
+    int n, log_m;
 
     template <int OUTPUTS>
-    ACE_INLINE void ahead(int, int64_t) const {}
+    ACE_INLINE void ahead(int64_t j) const {
+        constexpr int SIZE = sizeof(typename E::Stored);
+        ask_rows_ahead<OUTPUTS>(values, (j >> log_m) * n * SIZE + PACKED_AHEAD, stride * SIZE);
+        // The rows' metadata lie together and are short: those of the rows below, all rows' share at once.
+        __builtin_prefetch(reinterpret_cast<const char*>(meta + OUTPUTS * words) + j / 8 * OUTPUTS);
+    }
     ACE_INLINE Floats at(int r, int64_t j, int lanes) const {
-        const uint16_t bits = kept_bits(meta + r * words, j);
-        int64_t from = j / m * n;
-        int count = (lanes + m - 1) / m * n;
-        if (m > LANES) {
-            const int earlier = j % m ? __builtin_popcount(kept_bits(meta + r * words, j - LANES)) : 0;
+        const uint32_t bits = kept_bits(meta + r * words, j);
+        int64_t from = r * stride + (j >> log_m) * n;
+        int count = ((lanes + (1 << log_m) - 1) >> log_m) * n;
+        if (GROUP > LANES) {
+            const int earlier = j % GROUP ? __builtin_popcount(kept_bits(meta + r * words, j - LANES)) : 0;
             from += earlier < n ? earlier : n;
             count -= earlier < n ? earlier : n;
         }
         if (count > LANES) count = LANES;
-        return spread(E::load(values + r * stride + from, count), count, bits);
+        const int half = GROUP > 8 ? __builtin_popcount(bits & 0xff) : (8 >> log_m) * n;
+        const int64_t left = end - (values + from);
+        if (LAST && left < LANES) {
+            typename E::Stored some[LANES] = {};
+            memcpy(some, values + from, left * sizeof *some);
+            return spread<E>(some, half, count, bits);
+        }
+        return spread<E>(values + from, half, count, bits);
     }
 };
 
-// One token: weights go from memory to products in registers.
+// One token: weights go from memory to products in registers. Not inlined, as some_tokens is not: the compiler keeps all
+// of a loop in registers only if it sees that loop alone.
 template <int OUTPUTS, typename Rows>
-ACE_INLINE void one_token(const Rows& rows, int64_t cols, const float* x, Floats* sums) {
+ACE_OUTLINED void one_token(const Rows& rows, int64_t cols, const float* x, Floats* sums) {
     Floats sum[OUTPUTS];
     for (int r = 0; r < OUTPUTS; ++r) sum[r] = Floats::all(0.0f);
     int64_t j = 0;
     for (; j + LANES <= cols; j += LANES) {
         const Floats v = load(x + j);
-        for (int r = 0; r < OUTPUTS; ++r) {
-            rows.template ahead<OUTPUTS>(r, j);
-            sum[r] = sum[r] + rows.at(r, j, LANES) * v;
-        }
+        rows.template ahead<OUTPUTS>(j);
+        for (int r = 0; r < OUTPUTS; ++r) sum[r] = sum[r] + rows.at(r, j, LANES) * v;
     }
     if (j < cols) {
         for (int r = 0; r < OUTPUTS; ++r) sum[r] = sum[r] + rows.at(r, j, int(cols - j)) * load(x + j);
@@ -133,17 +164,15 @@ ACE_INLINE void add_tile(const float (*tile)[INPUT_TILE], int count, const float
 
 // Several tokens: each tile of weights is unpacked once.
 template <int OUTPUTS, typename Rows>
-ACE_INLINE void some_tokens(const Rows& rows, int64_t cols, const float* x, int64_t padded, int tokens, Floats* sums) {
+ACE_OUTLINED void some_tokens(const Rows& rows, int64_t cols, const float* x, int64_t padded, int tokens, Floats* sums) {
     alignas(64) float tile[OUTPUTS][INPUT_TILE];
     for (int k = 0; k < OUTPUTS * TOKENS_AT_ONCE; ++k) sums[k] = Floats::all(0.0f);
     for (int64_t from = 0; from < cols; from += INPUT_TILE) {
         const int count = int(cols - from < INPUT_TILE ? cols - from : INPUT_TILE);
-        for (int r = 0; r < OUTPUTS; ++r) {
-            each_vector(count, [&](int j, int lanes) ACE_INLINED {
-                rows.template ahead<OUTPUTS>(r, from + j);
-                store(tile[r] + j, rows.at(r, from + j, lanes));
-            });
-        }
+        each_vector(count, [&](int j, int lanes) ACE_INLINED {
+            rows.template ahead<OUTPUTS>(from + j);
+            for (int r = 0; r < OUTPUTS; ++r) store(tile[r] + j, rows.at(r, from + j, lanes));
+        });
         int t = 0;
         for (; t + 4 <= tokens; t += 4) add_tile<OUTPUTS, 4>(tile, count, x + t * padded + from, padded, sums + t);
         for (; t < tokens; ++t) add_tile<OUTPUTS, 1>(tile, count, x + t * padded + from, padded, sums + t);
@@ -174,26 +203,33 @@ ACE_INLINE void outputs_of(const Rows& rows, int64_t n_rows, int64_t cols, const
     }
 }
 
-// rows_from(i) are the rows from i on.
-template <typename RowsFrom>
+// Outputs begin..end, MOST at a time; rows_from(i) are the rows from i on.
+template <int MOST, typename RowsFrom>
 ACE_INLINE void linear(RowsFrom rows_from, int64_t n_rows, int64_t cols, const LinearTask& task, int64_t begin,
                        int64_t end) {
     int64_t i = begin;
-    for (; i + OUTPUT_TILE <= end; i += OUTPUT_TILE) {
-        outputs_of<OUTPUT_TILE>(rows_from(i), n_rows, cols, task, i);
-    }
+    for (; i + MOST <= end; i += MOST) outputs_of<MOST>(rows_from(i), n_rows, cols, task, i);
     for (; i < end; ++i) outputs_of<1>(rows_from(i), n_rows, cols, task, i);
 }
 
+template <int GROUP>
 inline void packed_linear(const PackedWeight& w, const LinearTask& task, int64_t begin, int64_t end) {
-    const int64_t stride = w.cols / w.m * w.n, words = (w.cols + 31) / 32;
+    const int log_m = __builtin_ctz(unsigned(w.m));
+    const int64_t stride = (w.cols >> log_m) * w.n, words = (w.cols + 31) / 32;
+    // Sixteen values or more follow each of the first rows.
+    const int64_t first = stride > 0 ? w.rows - (LANES + stride - 1) / stride : 0;
+    const int64_t middle = first < begin ? begin : first < end ? first : end;
     with_element(w.element, [&](auto element) ACE_INLINED {
         using E = decltype(element);
         const auto* values = static_cast<const typename E::Stored*>(w.values);
-        const auto rows = [&](int64_t i) ACE_INLINED {
-            return PackedRows<E>{values + i * stride, w.meta + i * words, stride, words, w.n, w.m};
+        const auto rows = [&](int64_t i, auto last) ACE_INLINED {
+            return PackedRows<E, GROUP, decltype(last)::value>{
+                values + i * stride, values + w.rows * stride, w.meta + i * words, stride, words, w.n, log_m};
         };
-        linear(rows, w.rows, w.cols, task, begin, end);
+        const auto first_rows = [&](int64_t i) ACE_INLINED { return rows(i, std::false_type{}); };
+        const auto last_rows = [&](int64_t i) ACE_INLINED { return rows(i, std::true_type{}); };
+        linear<OUTPUT_TILE>(first_rows, w.rows, w.cols, task, begin, middle);
+        linear<1>(last_rows, w.rows, w.cols, task, middle, end);
     });
 }
 
@@ -202,7 +238,7 @@ inline void dense_linear(const Matrix& w, const LinearTask& task, int64_t begin,
         using E = decltype(element);
         const auto* first = static_cast<const typename E::Stored*>(w.data);
         const auto rows = [&](int64_t i) ACE_INLINED { return DenseRows<E>{first + i * w.stride, w.stride}; };
-        linear(rows, w.rows, w.cols, task, begin, end);
+        linear<OUTPUT_TILE>(rows, w.rows, w.cols, task, begin, end);
     });
 }
 

@@ -229,7 +229,8 @@ ACE_EXPORT int ace_gram_product(const uint16_t* tokens, int64_t n_tokens, int64_
                                 int32_t threads) {
     return guarded([&] {
         const int64_t panels = units(width, GRAM_PANEL);
-        const int shares = threads_for(n_tokens * width * 2, panels, threads);
+        // Sixteen products take as long as a byte.
+        const int shares = threads_for(n_tokens * width * width / 2 / 16, panels, threads);
         std::vector<uint32_t> packed(panels * GRAM_PANEL * std::min(GRAM_PAIRS, units(n_tokens, 2)));
         const auto each = [&](const auto& work) {
             deal(panels, shares, [&](int64_t begin, int64_t end, int) {

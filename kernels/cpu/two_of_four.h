@@ -19,13 +19,6 @@ constexpr int VALUES_AHEAD = sizeof(typename E::Stored) == 4 ? 1536 : 3072;
 template <typename E>
 constexpr int META_AHEAD = sizeof(typename E::Stored) == 4 ? 128 : 512;
 
-// Asks for the byte at `offset` of ROWS rows of `bytes` one after the other: past their end, of the ROWS rows below.
-template <int ROWS>
-ACE_INLINE void ask_rows_ahead(const void* first, int64_t offset, int64_t bytes) {
-    const char* asked = static_cast<const char*>(first) + (offset < bytes ? offset : offset + (ROWS - 1) * bytes);
-    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(asked + r * bytes);
-}
-
 // Words of sixteen 2-bit places inside their groups from words of 32 bits, nibble by nibble: the lower place is 0 where
 // bit 0 is set, else 1 where bit 1 is, else 2; the higher one 3, 2 or 1 by bits 3 and 2. No bits lead outside a group.
 ACE_INLINE void places_of(const uint32_t* meta, int words, uint32_t* places) {
@@ -180,7 +173,9 @@ inline void two_of_four_linear(const PackedWeight& w, const LinearTask& task, in
 
 inline void nm_linear(const PackedWeight& w, const LinearTask& task, int64_t begin, int64_t end) {
     if (w.n == 2 && w.m == 4) two_of_four_linear(w, task, begin, end);
-    else packed_linear(w, task, begin, end);
+    else if (w.m <= 8 && WIDTH == 8) packed_linear<8>(w, task, begin, end);
+    else if (w.m <= LANES) packed_linear<LANES>(w, task, begin, end);
+    else packed_linear<2 * LANES>(w, task, begin, end);
 }
 
 }  // namespace

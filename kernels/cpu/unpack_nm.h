@@ -1,54 +1,21 @@
 // Dense rows from weights packed n:m, sixteen at a time: bits are moved, whatever they stand for.
 #pragma once
 
+#include "octets.h"
 #include "tasks.h"
-#include "vector.h"
 
 namespace ace {
 namespace {
 
-// to[k] is the next of `from` where bit k is set, else 0; of `from`, `available` may be read.
+// to[k] is the next of `from` if bit k is set, else 0; of `from`, `available` may be read.
 template <typename Stored>
 ACE_INLINE void spread_some(const Stored* from, int64_t available, uint16_t bits, Stored* to, int lanes) {
-    for (int k = 0, next = 0; k < lanes; ++k) {
-        const bool kept = bits >> k & 1;
-        to[k] = kept && next < available ? from[next] : Stored(0);
-        next += kept;
+    for (int k = 0; k < lanes; ++k) to[k] = Stored(0);
+    int64_t next = 0;
+    for (uint32_t left = bits & ((1u << lanes) - 1); left && next < available; left &= left - 1) {
+        to[__builtin_ctz(left)] = from[next++];
     }
 }
-
-#if ACE_WIDTH == 8
-// For every octet of bits: which of the values goes to each place, 0xff for none.
-struct Places {
-    uint8_t of[256][8];
-
-    constexpr Places() : of() {
-        for (int bits = 0; bits < 256; ++bits) {
-            for (int k = 0, next = 0; k < 8; ++k) of[bits][k] = bits >> k & 1 ? uint8_t(next++) : uint8_t(0xff);
-        }
-    }
-};
-alignas(64) constexpr Places PLACES;
-
-ACE_INLINE void spread_eight(const uint32_t* from, __m128i places, uint32_t* to) {
-    const __m256i index = _mm256_cvtepi8_epi32(places);
-    const __m256i moved = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), index);
-    const __m256i none = _mm256_srai_epi32(index, 31);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_andnot_si256(none, moved));
-}
-
-ACE_INLINE void spread_eight(const uint16_t* from, __m128i places, uint16_t* to) {
-    const __m128i twice = _mm_adds_epi8(places, places);
-    const __m128i bytes = _mm_or_si128(_mm_unpacklo_epi8(twice, twice), _mm_set1_epi16(0x0100));
-    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(values, bytes));
-}
-
-ACE_INLINE void spread_eight(const uint8_t* from, __m128i places, uint8_t* to) {
-    const __m128i values = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(values, places));
-}
-#endif
 
 #if ACE_WIDTH == 16
 ACE_INLINE void spread_sixteen(const uint32_t* from, uint16_t bits, uint32_t* to) {
@@ -67,14 +34,15 @@ ACE_INLINE void spread_sixteen(const uint8_t* from, uint16_t bits, uint8_t* to) 
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, moved));
 }
 #elif ACE_WIDTH == 8
+ACE_INLINE void store_octet(const __m256i& v, uint32_t* to) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
+ACE_INLINE void store_octet(const __m128i& v, uint16_t* to) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), v); }
+ACE_INLINE void store_octet(const __m128i& v, uint8_t* to) { _mm_storel_epi64(reinterpret_cast<__m128i*>(to), v); }
+
 template <typename Stored>
 ACE_INLINE void spread_sixteen(const Stored* from, uint16_t bits, Stored* to) {
     const int first = bits & 0xff;
-    const auto places = [](int octet) ACE_INLINED {
-        return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(PLACES.of[octet]));
-    };
-    spread_eight(from, places(first), to);
-    spread_eight(from + __builtin_popcount(first), places(bits >> 8), to + 8);
+    store_octet(spread_octet(from, first), to);
+    store_octet(spread_octet(from + __builtin_popcount(first), bits >> 8), to + 8);
 }
 #else
 template <typename Stored>

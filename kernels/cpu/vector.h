@@ -11,6 +11,7 @@
 
 #define ACE_INLINED __attribute__((always_inline))
 #define ACE_INLINE inline ACE_INLINED
+#define ACE_OUTLINED __attribute__((noinline))
 
 namespace ace {
 namespace {

@@ -1,0 +1,72 @@
+// Values spread to the places of an octet's bits by table, with AVX2: place k takes the next value if bit k is set, else 0.
+// Eight values are read, whatever the bits.
+#pragma once
+
+#include "vector.h"
+
+#if ACE_WIDTH == 8
+namespace ace {
+namespace {
+
+// For every octet: the number of the value that goes to each place, 0xff for none.
+struct Places {
+    uint8_t of[256][8];
+
+    constexpr Places() : of() {
+        for (int bits = 0; bits < 256; ++bits) {
+            for (int k = 0, next = 0; k < 8; ++k) of[bits][k] = bits >> k & 1 ? uint8_t(next++) : uint8_t(0xff);
+        }
+    }
+};
+alignas(64) constexpr Places PLACES;
+
+// For every octet: which byte of eight two-byte values goes to each byte of them spread, and of the upper halves of eight
+// words; 0x80 for zero.
+struct HalfPlaces {
+    uint8_t of[256][16], upper[256][32];
+
+    constexpr HalfPlaces() : of(), upper() {
+        for (int bits = 0; bits < 256; ++bits) {
+            for (int k = 0, next = 0; k < 8; ++k) {
+                const bool kept = bits >> k & 1;
+                for (int byte = 0; byte < 2; ++byte) {
+                    const uint8_t from = kept ? uint8_t(2 * next + byte) : uint8_t(0x80);
+                    of[bits][2 * k + byte] = upper[bits][4 * k + 2 + byte] = from;
+                    upper[bits][4 * k + byte] = 0x80;
+                }
+                next += kept;
+            }
+        }
+    }
+};
+alignas(64) constexpr HalfPlaces HALF_PLACES;
+
+ACE_INLINE __m128i places_of_octet(int octet) {
+    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(PLACES.of[octet]));
+}
+
+ACE_INLINE __m256i spread_octet(const uint32_t* from, int octet) {
+    const __m256i index = _mm256_cvtepi8_epi32(places_of_octet(octet));
+    const __m256i moved = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), index);
+    return _mm256_andnot_si256(_mm256_srai_epi32(index, 31), moved);
+}
+
+ACE_INLINE __m128i spread_octet(const uint16_t* from, int octet) {
+    return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)),
+                            _mm_load_si128(reinterpret_cast<const __m128i*>(HALF_PLACES.of[octet])));
+}
+
+// In the lower eight bytes.
+ACE_INLINE __m128i spread_octet(const uint8_t* from, int octet) {
+    return _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), places_of_octet(octet));
+}
+
+// Two-byte values in the upper halves of words: what fp32 is of bf16.
+ACE_INLINE __m256i spread_upper_halves(const uint16_t* from, int octet) {
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm256_shuffle_epi8(twice, _mm256_load_si256(reinterpret_cast<const __m256i*>(HALF_PLACES.upper[octet])));
+}
+
+}  // namespace
+}  // namespace ace
+#endif
