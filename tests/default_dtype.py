@@ -39,7 +39,7 @@ def use_default_dtype(dtype: torch.dtype) -> None:
     def change(chosen: torch.dtype) -> None:
         """What others set, transformers for one, holds for all; what they put back is what it was."""
         nonlocal seen_by_tests
-        put_back = chosen is torch.float32 or (chosen is dtype and _called_by_the_package())
+        put_back = chosen is (dtype if _called_by_the_package() else torch.float32)
         seen_by_tests = torch.float32 if put_back else chosen
         set_default_dtype(dtype if put_back else chosen)
 
