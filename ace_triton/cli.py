@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # Plain text: no emoji codes, no box characters, for every console.
 )
-COMMANDS = {
+COMMANDS: dict[Callable[..., None], str] = {
     prune: "Prune a model and save it.",
     recover: "Train the kept weights of a pruned model.",
     pack: "Pack a pruned model, to run it sparse.",

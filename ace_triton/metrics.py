@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 
@@ -65,6 +65,8 @@ class Needs:
 MetricFunction = Callable[..., ScoreTerms | torch.Tensor]
 """``(weight, stats, **options) -> ScoreTerms``, or the scores themselves: [out_features, in_features], 0 or more."""
 
+Function = TypeVar("Function", bound=MetricFunction)
+
 Solver = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """``(weight, stats, pattern, axis, **options) -> (weight, mask)``: fp32 [out_features, in_features] in and out."""
 
@@ -103,7 +105,7 @@ def register_metric(
     name: str,
     needs: Needs | Callable[[Mapping[str, Any]], Needs] | None = None,
     solve: Solver | None = None,
-) -> Callable[[MetricFunction], MetricFunction]:
+) -> Callable[[Function], Function]:
     """Decorator: make a function ``(weight, stats, **options) -> ScoreTerms`` a method by this name.
 
     The function may also return the scores themselves, a tensor [out_features, in_features] of numbers from 0 on.
@@ -121,7 +123,7 @@ def register_metric(
     """
     needed = needs if callable(needs) else (lambda _options, fixed=needs or Needs(): fixed)
 
-    def register(function: MetricFunction) -> MetricFunction:
+    def register(function: Function) -> Function:
         if name in _REGISTRY and _REGISTRY[name].terms.__module__ != function.__module__:
             raise ValueError(f"there is a metric {name!r} already: choose another name")
         new = Metric(name, function, needed, solve)
