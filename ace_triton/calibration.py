@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,8 @@ class Calibration:
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
 
-def read_calibration(source: str) -> str | list[str]:
-    """The documents of a source, or "self" as it is: what :func:`load_calibration` takes once a model is loaded."""
-    return source if source == SELF else read_documents(source, most=MOST_DOCUMENTS)
-
-
 def load_calibration(
-    source: str | list[str],
+    source: str | Sequence[str],
     tokenizer: Any,
     *,
     samples: int = 128,
@@ -58,8 +53,8 @@ def load_calibration(
     random places.
 
     Args:
-        source: as for :func:`~ace_triton.text.read_documents`, or "self": the model writes its own text
-            (:mod:`~ace_triton.written_text`); or the documents themselves.
+        source: as for :func:`~ace_triton.text.read_documents`; its documents, already read; or "self": the model writes
+            its own text (:mod:`~ace_triton.written_text`).
         tokenizer: the model's.
         samples, length: how many sequences, of how many tokens.
         seed: of the crops, or of the sampling.
@@ -83,10 +78,10 @@ def load_calibration(
     return Calibration(ids)
 
 
-def token_stream(documents: list[str], tokenizer: Any) -> torch.Tensor:
+def token_stream(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
     """All documents' token ids, int64 [n_tokens], each document ended by the end-of-text id."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([token for ids in encoded for token in (*ids, *end)], dtype=torch.int64)
 
 

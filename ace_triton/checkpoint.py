@@ -53,8 +53,7 @@ def load(
     except CheckpointError:
         raise
     except Exception as error:
-        here = "" if path.exists() else "there is no such folder here, and as a hub name "
-        raise CheckpointError(f"{source}: {here}cannot be loaded as a causal language model ({error})") from error
+        raise CheckpointError(f"{source}: cannot be loaded as a causal language model ({error})") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -113,12 +112,11 @@ def save(model: Any, tokenizer: Any, out: str | Path, report: dict[str, Any], *,
 
 
 def read_report(folder: str | Path) -> dict[str, Any] | None:
-    """What :func:`save` left beside a model; None if it is missing or cannot be read."""
+    """What :func:`save` left beside a model; None where it is not there or cannot be read."""
     try:
-        report = json.loads((Path(folder) / REPORT_FILE).read_text())
+        return json.loads((Path(folder) / REPORT_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return report if isinstance(report, dict) else None
 
 
 def check_out(out: str | Path, *, overwrite: bool) -> None:

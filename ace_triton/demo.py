@@ -114,15 +114,15 @@ class Demo:
         self.measure("dense", None)
         for recipe in self.settings.recipes:
             self.step(recipe.words, partial(self.prune, recipe))
-        self.step(f"... and {self.settings.minutes:g} min of recovery", self.recover)
+        self.step(f"+ {self.settings.minutes:g} min of recovery", self.recover)
         with stage(self.progress, "save the model"):
             save(self.model, self.tokenizer, out, with_provenance(self.report), overwrite=overwrite)
-        self.step("... packed", self.pack)
+        self.step("+ packed", self.pack)
 
     def step(self, name: str, work: Callable[[Callable[..., None]], object]) -> None:
         """Do something to the model, timed, and measure it."""
         start = time.perf_counter()
-        work(progress_bar(self.progress, name.removeprefix("... ").removeprefix("and ")))
+        work(progress_bar(self.progress, name))
         self.measure(name, time.perf_counter() - start)
 
     def prune(self, recipe: Preset, bar: Callable[..., None]) -> None:
@@ -155,7 +155,7 @@ class Demo:
 
     def measure(self, name: str, seconds: float | None) -> None:
         """Add the row of the model as it is now."""
-        value = self.perplexity(self.held_out, f"evaluate: {name.removeprefix('... ')}")
+        value = self.perplexity(self.held_out, f"evaluate: {name}")
         own = None if self.own_ids is None else self.perplexity(self.own_ids, f"evaluate on your text: {name}")
         written = generate(self.model, self.tokenizer, self.settings.prompt, max_new_tokens=self.settings.new_tokens)
         self.rows.append(DemoRow(name, seconds, value, own, written.text, written.tokens_per_second))

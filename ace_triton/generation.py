@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from .text import is_unicode
-
 
 class GenerationError(ValueError):
     """A prompt that cannot be continued."""
@@ -91,8 +89,6 @@ def generate(
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
-    if not is_unicode(prompt):
-        raise GenerationError("the prompt holds half a surrogate pair, which is no character: give it as UTF-8 text")
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise GenerationError("the tokenizer has no chat template: leave --chat out")

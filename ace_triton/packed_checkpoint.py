@@ -98,8 +98,6 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
             version.
         CheckpointError: transformers cannot make a causal language model of its configuration.
     """
-    if dtype is not None and dtype not in DTYPES.values():
-        raise PackedError(f"packed layers run in {', '.join(DTYPES)}, not in {dtype}")
     path = Path(folder)
     manifest = Manifest.read(path)
     manifest.check_files(path)

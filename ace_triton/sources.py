@@ -27,16 +27,14 @@ def check_source(source: str | Path, *, packed: bool = False, hub: bool = True) 
     elif path.is_dir():
         if is_packed(path):
             if not packed:
-                raise CheckpointError(
-                    f"{name} is a packed checkpoint, which holds no dense weights: name the dense checkpoint"
-                )
+                raise CheckpointError(f"{name}: is a packed checkpoint, and its dense one is needed here")
         elif not (path / "config.json").is_file():
             raise CheckpointError(f"{name}: a folder without config.json is no checkpoint")
     elif path.exists():
         if path.suffix != ".gguf":
-            raise CheckpointError(f"{name} is a file: name a checkpoint folder, a hub name or a .gguf file")
+            raise CheckpointError(f"{name}: is a file; name a folder or a .gguf file")
     elif path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name) or not (hub or "/" in name):
-        raise CheckpointError(f"{name}: there is no such file or folder{', and it is no hub name' * hub}")
+        raise CheckpointError(f"{name}: cannot be loaded: no such file or folder")
 
 
 def check_length(source: str | Path, length: int, option: str) -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
-import zlib
 from pathlib import Path
 
 PYDOC_SPLITS = ("calibration", "evaluation")
-
-FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".gz", ".md"}
 
 
 class TextError(ValueError):
@@ -32,11 +29,14 @@ def read_documents(source: str | Path, *, most: int | None = None) -> list[str]:
     """
     name = str(source)
     path = Path(name)
-    check_text(name)
     if name.startswith("pydoc:"):
         documents = _pydoc(name.removeprefix("pydoc:"))
-    elif path.exists():
+    elif path.is_file():
         documents = _from_file(path)
+    elif path.exists():
+        raise TextError(f"{name} is a folder: name a text or .jsonl file in it")
+    elif path.suffix in {".txt", ".jsonl", ".gz", ".md"} or name.startswith((".", "/")):
+        raise TextError(f"{name}: no such file")
     else:
         documents = _from_dataset(name, most)
     documents = documents[:most]
@@ -45,34 +45,14 @@ def read_documents(source: str | Path, *, most: int | None = None) -> list[str]:
     return documents
 
 
-def check_text(source: str) -> None:
-    """Raise TextError for a source that is not there, as far as this machine can tell; a dataset is not looked up."""
-    path = Path(source)
-    if source.startswith("pydoc:"):
-        split = source.removeprefix("pydoc:")
-        if split not in PYDOC_SPLITS:
-            raise TextError(f"pydoc:{split}: use {' or '.join('pydoc:' + s for s in PYDOC_SPLITS)}")
-    elif path.is_dir():
-        raise TextError(f"{source} is a folder: name a text or .jsonl file in it")
-    elif not path.exists() and (path.suffix in FILE_SUFFIXES or source.startswith((".", "/"))):
-        raise TextError(f"{source}: no such file")
-
-
 def wikitext_rows(text: str) -> list[str]:
     """The lines of a raw WikiText file as the rows of its dataset: a line with its end, or "" for a blank one."""
-    return [line + "\n" if line.strip() else "" for line in text.removesuffix("\n").split("\n")]
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a string can be encoded: Python's may hold halves of surrogate pairs, which tokenizers refuse."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return [line + "\n" if line.strip() else "" for line in text.split("\n")[:-1]]
 
 
 def _pydoc(split: str) -> list[str]:
+    if split not in PYDOC_SPLITS:
+        raise TextError(f"pydoc:{split}: use {' or '.join('pydoc:' + s for s in PYDOC_SPLITS)}")
     topics = importlib.import_module("pydoc_data.topics").topics
     start = PYDOC_SPLITS.index(split)
     distinct = list(dict.fromkeys(topics[name] for name in sorted(topics)))
@@ -83,7 +63,7 @@ def _from_file(path: Path) -> list[str]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise TextError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     if not path.name.removesuffix(".gz").endswith(".jsonl"):
         return [text]
@@ -97,8 +77,6 @@ def _from_file(path: Path) -> list[str]:
             raise TextError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise TextError(f'{path}, line {number}: wanted {{"text": "..."}}')
-        if not is_unicode(record["text"]):
-            raise TextError(f"{path}, line {number}: holds half a surrogate pair, which is no character")
         documents.append(record["text"])
     return documents
 

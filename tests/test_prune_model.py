@@ -409,7 +409,7 @@ def test_progress_and_report(make_decoder, ids):
     assert (told["method"], told["sparsity"]) == ("ria", "1:4")
     assert told["layers"][0] == {"name": "model.layers.0.self_attn.q_proj", "kept": 0.25, "pattern": "1:4"}
     seconds = told["seconds"]
-    assert list(seconds) == ["load", "calibration", "statistics", "select", "total", "permute"]
+    assert list(seconds) == ["load", "calibration", "statistics", "select", "total", "permute", "update"]
     assert seconds["load"] == 0
     assert 0 < seconds["calibration"] + seconds["statistics"] + seconds["select"] <= seconds["total"]
     assert told["peak_bytes"] > 10_000_000
@@ -445,7 +445,7 @@ def test_the_model_is_left_as_it_was(make_decoder, ids):
         ({"batch_size": 0}, "batch_size must be a positive int, got 0"),
         ({"method": "wander"}, "unknown method 'wander'"),
         ({"sparsity": "4:2"}, "'4:2'"),
-        ({"base": "wander"}, "base or prefactor must be"),
+        ({"base": "wander"}, "base must be one of 'none', 'relative', 'wanda', 'ria'; got 'wander'"),
         ({"nonsense": 1}, "no option 'nonsense'"),
         ({"include": "*.q_porj"}, r"include pattern '\*.q_porj' matches no linear layer; .* 'model.layers.0"),
         ({"exclude": ["*q_proj", "x"]}, "exclude pattern 'x'"),

@@ -244,8 +244,8 @@ def test_the_demo_shows_what_each_step_gains(tiny_checkpoint, some_text, tmp_pat
         "dense",
         "ace",
         "wanda, permuted, lstsq",
-        "... and 0.01 min of recovery",
-        "... packed",
+        "+ 0.01 min of recovery",
+        "+ packed",
     ]
     assert rows[0].seconds is None
     assert all(row.seconds > 0 and row.tokens_per_second > 0 and row.written for row in rows[1:])

@@ -161,19 +161,11 @@ def test_without_a_prompt_it_starts_at_the_start(command, packed):
     assert "1 tokens of prompt" in errors
 
 
-def test_a_prompt_or_template_that_fails_is_one_line(command, tiny_checkpoint, tokenizer):
-    code, _, errors = command("generate", tiny_checkpoint, "--prompt", "\ud83d", "--max-new-tokens", 2)
-    assert code == 1
-    assert errors.splitlines()[-1].startswith("error: the prompt holds half a surrogate pair")
+def test_a_chat_template_that_fails_is_one_line(command, tiny_checkpoint):
     (tiny_checkpoint / "chat_template.jinja").write_text("{{ nothing.of.that }}")
     code, _, errors = command("generate", tiny_checkpoint, "--prompt", "a", "--chat", "--max-new-tokens", 2)
     assert code == 1
     assert errors.splitlines()[-1].startswith("error: the chat template fails (")
-
-
-def test_a_packed_model_is_not_loaded_in_a_dtype_that_no_kernel_has(packed):
-    with pytest.raises(ValueError, match=r"run in float32, float16, bfloat16, not in torch\.float64"):
-        load(packed, dtype=torch.float64)
 
 
 def test_a_damaged_folder_is_one_line(command, packed, some_text):

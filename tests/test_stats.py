@@ -132,9 +132,3 @@ def test_misuse_says_what_to_do():
         stats.merge(ActivationStats(9))
     with pytest.raises(StatsError, match="merge"):
         OutputStats("abs").merge(OutputStats("rms"))
-
-
-def test_a_missing_folder_is_said(tmp_path):
-    stats = ActivationStats.from_tokens(torch.randn(4, 8))
-    with pytest.raises(StatsError, match="the folder does not exist"):
-        stats.save(tmp_path / "none" / "stats.safetensors")

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from .. import checkpoint, report
+from ..calibration import SELF
 from ..demo import DemoSettings, demo_json, demo_table, run_demo
 from ..provenance import with_provenance
 from ..sources import check_source
 from ..sparsity import Sparsity
-from ..text import check_text
 from .console import console, print_backend, print_line, progress_bars
 from .options import TEXT_SOURCES, DeviceOption, JsonOption, OverwriteOption, check_json, parse_device
 
@@ -39,14 +39,13 @@ def demo(
     """
     if Sparsity(sparsity).n is None:
         raise ValueError(f"--sparsity {sparsity!r}: the demo packs what it prunes, so give n:m, as 2:4")
+    if calibration == SELF:
+        raise ValueError(f"--calibration {SELF}: the demo calibrates on text; name a file or a dataset")
     check_json(json)
     where = parse_device(device)
     checkpoint.check_out(out, overwrite=overwrite)
     settings = DemoSettings(sparsity=sparsity, text=text, calibration=calibration, device=where)
     check_source(settings.source)
-    for source in (calibration, text):
-        if source is not None:
-            check_text(source)
     print_backend(where)
     with progress_bars() as progress:
         rows = run_demo(settings, out, overwrite=overwrite, progress=progress)

@@ -12,7 +12,7 @@ import typer
 
 from .. import checkpoint, report
 from ..budgets import check_budgets
-from ..calibration import SELF, load_calibration, read_calibration
+from ..calibration import MOST_DOCUMENTS, SELF, load_calibration
 from ..metrics import metric_names
 from ..packed_checkpoint import save_packed
 from ..packed_manifest import DTYPES as PACKED_DTYPES
@@ -24,6 +24,7 @@ from ..request import Request
 from ..sources import check_length, check_source
 from ..sparsify import sparsify
 from ..sparsity import Sparsity
+from ..text import read_documents
 from ..update import Update
 from .console import console, print_backend, print_line, progress_bars
 from .options import (
@@ -179,7 +180,9 @@ def prune(
     check_source(src)
     if needs_text:
         check_length(src, length, "--length")
-    documents = read_calibration(calibration) if needs_text else None
+    documents: str | list[str] = SELF
+    if needs_text and calibration != SELF:
+        documents = read_documents(calibration, most=MOST_DOCUMENTS)
     print_backend(where)
     with progress_bars() as progress:
         started = time.perf_counter()
@@ -189,7 +192,7 @@ def prune(
         if packed:
             _check_packed(pattern, model.dtype)
         sequences = None
-        if documents is not None:
+        if needs_text:
             sequences = load_calibration(
                 documents,
                 tokenizer,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import checkpoint, report
-from ..calibration import SELF, load_calibration, read_calibration
+from ..calibration import MOST_DOCUMENTS, SELF, load_calibration
 from ..packed_manifest import is_packed
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
@@ -18,6 +18,7 @@ from ..recover import RecoverySettings
 from ..recover import recover as train
 from ..recovery_text import TEXT_LENGTH, TEXT_SEQUENCES, WrittenText
 from ..sources import check_length, check_source
+from ..text import read_documents
 from ..written_text import start_token
 from .console import console, print_backend, print_line, progress_bars
 from .options import (
@@ -102,7 +103,7 @@ def recover(
         )
     check_source(source)
     check_length(model_dir, length, "--length")
-    text_source = read_calibration(calibration)
+    documents = None if calibration == SELF else read_documents(calibration, most=MOST_DOCUMENTS)
     print_backend(where)
     state = out.absolute().parent / f".{out.name}.recovery" / "state.pt"
     with progress_bars() as progress:
@@ -112,8 +113,8 @@ def recover(
         with stage(progress, "text"):
             text = (
                 WrittenText(start_token(dense, tokenizer), length)
-                if text_source == SELF
-                else load_calibration(text_source, tokenizer, samples=samples, length=length, seed=seed, apart=True).ids
+                if documents is None
+                else load_calibration(documents, tokenizer, samples=samples, length=length, seed=seed, apart=True).ids
             )
         bar = progress.add_task("recover", total=None)
 

@@ -19,7 +19,6 @@ from ..study.journal import Journal, Results, StudyError, read_results
 from ..study.quality_grid import QualityGrid
 from ..study.run import run_study
 from ..study.workbench import Protocol, Workbench
-from ..text import check_text
 from .console import print_backend, print_line, progress_bars
 from .options import (
     DTYPES,
@@ -201,12 +200,10 @@ def _cells_bar(progress: Progress) -> Callable[[int, int, str], None]:
 
 
 def _check_places(protocol: Protocol, out: Path, length: int) -> None:
-    """ValueError for a model, text or folder that would fail once the model is loaded."""
+    """ValueError for a model or folder that would fail once the model is loaded."""
     check_source(protocol.model)
     check_length(protocol.model, length, "--lengths")
     check_length(protocol.model, max(protocol.window_length, *protocol.further_window_lengths, 0), "--window-lengths")
-    for text in (protocol.calibration, protocol.evaluation):
-        check_text(text)
     if (out / "config.json").exists():
         raise StudyError(f"{out} holds a model: name another folder for the study")
 
