@@ -25,9 +25,13 @@ from .provenance import with_provenance
 from .prune_model import prune_model
 from .recover import RecoverySettings, recover
 from .report import headed_table
+from .runs_on import multiplies_bfloat16
 from .sparsify import sparsify
 from .sparsity import Sparsity
 from .text import read_documents
+
+MOST_SEQUENCES = 10_000
+"""For recovery; more than the text has."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class DemoSettings:
     evaluation: str = "pydoc:evaluation"
     text: str | None = None
     samples: int = 32
-    length: int = 128
+    length: int = 64
     windows: int = 4
     window_length: int = 512
     minutes: float = 1.0
@@ -92,14 +96,19 @@ class Demo:
         own_text = None if settings.text is None else read_documents(settings.text)
         calibration = read_documents(settings.calibration)
         with stage(progress, "load the model"):
-            self.model, self.tokenizer = load(settings.source, device=settings.device)
+            dtype = "auto" if multiplies_bfloat16(settings.device) else torch.float32
+            self.model, self.tokenizer = load(settings.source, dtype=dtype, device=settings.device)
             self.teacher = copy.deepcopy(self.model)
         self.beginning = Beginning.of(self.tokenizer)
         self.held_out = token_stream(read_documents(settings.evaluation), self.tokenizer)
         self.own_ids = None if own_text is None else token_stream(own_text, self.tokenizer)
-        draw = partial(load_calibration, calibration, self.tokenizer, seed=settings.seed)
-        self.sequences = draw(samples=settings.samples, length=settings.length)
-        self.training = draw(samples=10_000, length=settings.recovery_length, apart=True)
+        self.sequences = load_calibration(
+            calibration, self.tokenizer, samples=settings.samples, length=settings.length, seed=settings.seed
+        )
+        length = settings.recovery_length
+        self.training = load_calibration(
+            calibration, self.tokenizer, samples=MOST_SEQUENCES, length=length, seed=settings.seed, apart=True
+        )
         self.report: dict[str, Any] = {}
 
     def run(self, out: Path, *, overwrite: bool) -> None:
@@ -107,15 +116,15 @@ class Demo:
         self.measure("dense", None)
         for recipe in self.settings.recipes:
             self.step(recipe.words, partial(self.prune, recipe))
-        self.step(f"... and {self.settings.minutes:g} min of recovery", self.recover)
+        self.step(f"+ {self.settings.minutes:g} min of recovery", self.recover)
         with stage(self.progress, "save the model"):
             save(self.model, self.tokenizer, out, with_provenance(self.report), overwrite=overwrite)
-        self.step("... packed", lambda bar: bar(1, bool(sparsify(self.model).layers)))
+        self.step("+ packed", self.pack)
 
     def step(self, name: str, work: Callable[[Callable[..., None]], object]) -> None:
         """Do something to the model, timed, and measure it."""
         start = time.perf_counter()
-        work(progress_bar(self.progress, name.removeprefix("... ").removeprefix("and ")))
+        work(progress_bar(self.progress, name))
         self.measure(name, time.perf_counter() - start)
 
     def prune(self, recipe: Preset, bar: Callable[..., None]) -> None:
@@ -136,13 +145,19 @@ class Demo:
 
     def recover(self, bar: Callable[..., None]) -> None:
         """Train what the last recipe kept."""
-        settings = RecoverySettings(minutes=self.settings.minutes, seed=self.settings.seed)
+        dtype = torch.float32 if self.model.dtype == torch.float32 else torch.bfloat16
+        settings = RecoverySettings(minutes=self.settings.minutes, seed=self.settings.seed, forward_dtype=dtype)
         result = recover(self.model, self.teacher, self.training.ids, settings, progress=bar)
         self.report["recovery"] = result.to_dict()
 
+    def pack(self, bar: Callable[..., None]) -> None:
+        """Replace the pruned layers by packed ones."""
+        sparsify(self.model)
+        bar(1, 1)
+
     def measure(self, name: str, seconds: float | None) -> None:
         """Add the row of the model as it is now."""
-        value = self.perplexity(self.held_out, f"evaluate: {name.removeprefix('... ')}")
+        value = self.perplexity(self.held_out, f"evaluate: {name}")
         own = None if self.own_ids is None else self.perplexity(self.own_ids, f"evaluate on your text: {name}")
         written = generate(self.model, self.tokenizer, self.settings.prompt, max_new_tokens=self.settings.new_tokens)
         self.rows.append(DemoRow(name, seconds, value, own, written.text, written.tokens_per_second))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +49,6 @@ def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
         CheckpointError: if there is no safetensors file, if one that the index names is missing, or one cannot be
             read.
     """
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder; name the folder of a saved model")
     if is_packed(folder):
         manifest = Manifest.read(folder)
         manifest.check_files(Path(folder))
@@ -75,18 +72,6 @@ def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read ({reason(error)}); the file may be damaged") from error
     return sorted(found, key=lambda tensor: tensor.name)
-
-
-def _check_index(folder: Path, files: list[Path]) -> None:
-    """Raise CheckpointError for a file that an index in the folder names and that is not there."""
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: cannot be read ({error}); the file may be damaged") from error
-        missing = sorted(named - {file.name for file in files})
-        if missing:
-            raise CheckpointError(f"{folder}: {missing[0]}, which {index.name} names, is missing")
 
 
 def find_pattern(weight: torch.Tensor) -> str:

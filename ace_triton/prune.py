@@ -182,7 +182,7 @@ def prune_checked(
         chosen_mask = _solve(weight, gathered, request, axis, label, looked_at, clock)
         mask = chosen_mask if return_mask else None
         return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
-    terms = _scores(request, served, gathered, label, looked_at)
+    terms = _terms(request, served, gathered, label, looked_at)
     try:
         mask = _select(weight, served, terms, pattern, axis, return_mask)
     except ValueError as error:
@@ -223,6 +223,7 @@ def _statistics(
     if not isinstance(given, (torch.Tensor, ActivationStats)):
         raise StatsError(f"{label}: pass an ActivationStats or the raw tokens, got a {type(given).__name__}")
     if isinstance(given, torch.Tensor):
+        _check_tokens(given, weight, needs, label)
         if given.dim() not in (2, 3) or given.shape[-1] != weight.shape[1]:
             raise StatsError(
                 f"{label}: tokens must be [n_tokens, {weight.shape[1]}] or [n_sequences, length, {weight.shape[1]}], "
@@ -247,7 +248,18 @@ def _statistics(
     return given
 
 
-def _scores(
+def _check_tokens(tokens: torch.Tensor, weight: torch.Tensor, needs: Needs, label: str) -> None:
+    """StatsError for tokens that are not a plain tensor, or that the layer cannot be run on."""
+    if tokens.is_nested or tokens.layout != torch.strided:
+        raise StatsError(f"{label}: tokens must be a plain dense tensor: pad nested ones and say which are valid")
+    if needs.outputs and tokens.dtype != weight.dtype:
+        raise StatsError(
+            f"{label}: this method runs the layer, in {weight.dtype}, on the tokens, which are {tokens.dtype}: convert "
+            "one of them"
+        )
+
+
+def _terms(
     request: Request, weight: torch.Tensor, stats: ActivationStats | None, label: str, looked_at: bool
 ) -> ScoreTerms | torch.Tensor:
     """What the metric gives: terms of a score, or the scores themselves, fp32 [out_features, in_features]."""
@@ -331,7 +343,7 @@ def _solve(
     """Prune in place and move what is kept; returns the mask."""
     chosen, pattern, update = request.metric, request.pattern, request.update
     dense = weight.float().contiguous()
-    terms = ScoreTerms() if update is None else _scores(request, dense, stats, label, looked_at)
+    terms = ScoreTerms() if update is None else _terms(request, dense, stats, label, looked_at)
     try:
         solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **request.options)
         if update is not None:

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .kernels import cpu_library
+from .kernels import cpu, cpu_library
 from .kernels.backend import ENVIRONMENT_VARIABLE, HAS_TRITON
 
 
@@ -26,3 +26,9 @@ def describe_backend(device: str | torch.device = "cpu") -> str:
         return f"CPU: {cpu_library.isa()}, {counted}"
     why = cpu_library.why_unavailable()
     return f"CPU: no compiled library, so plain torch, slow; {counted} ({why})"
+
+
+def multiplies_bfloat16(device: str | torch.device) -> bool:
+    """Whether a device has instructions for products of bf16, so that forwards in it are not slower than in fp32."""
+    on_cpu = torch.device(device).type == "cpu"
+    return cpu_library.available() and cpu.has_gram_product() if on_cpu else True

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 import torch
 
-from ace_triton import PruneError, ScoreTerms, Update, prune_linear, prune_model, register_metric
+from ace_triton import PruneError, ScoreTerms, StatsError, Update, prune_linear, prune_model, register_metric
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.method_options import Range, option_types, read_options
@@ -237,3 +237,21 @@ def test_options_named_like_an_argument_are_refused(register, function):
 def test_a_metric_whose_options_cannot_be_passed_is_refused(register, function, message):
     with pytest.raises(ValueError, match=message):
         register("odd")(function)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (lambda: [[1.0] * 8], "got a list"),
+        (lambda: torch.randn(20, 8).to_sparse(), "must be a plain dense tensor"),
+        (lambda: torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(2, 8)]), "must be a plain dense tensor"),
+        (
+            lambda: torch.randn(20, 8).bfloat16(),
+            r"in torch\.float32, on the tokens, which are torch\.bf",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tokens_that_will_not_do_are_explained(tokens, message):
+    with pytest.raises(StatsError, match=message):
+        prune_linear(torch.nn.Linear(8, 4), tokens(), "ace")

@@ -610,7 +610,7 @@ def test_the_model_is_left_as_it_was(make_decoder, ids):
         ({"batch_size": 0}, "batch_size must be a positive int, got 0"),
         ({"method": "wander"}, "unknown method 'wander'"),
         ({"sparsity": "4:2"}, "'4:2'"),
-        ({"base": "wander"}, "base must be one of"),
+        ({"base": "wander"}, "base must be one of 'none', 'relative', 'wanda', 'ria'; got 'wander'"),
         ({"nonsense": 1}, "no option 'nonsense'"),
         ({"include": "*.q_porj"}, r"include pattern '\*.q_porj' matches no linear layer; .* 'model.layers.0"),
         ({"exclude": ["*q_proj", "x"]}, "exclude pattern 'x'"),

@@ -162,6 +162,13 @@ def test_without_a_prompt_it_starts_at_the_start(command, packed):
     assert "1 tokens of prompt" in errors
 
 
+def test_a_chat_template_that_fails_is_one_line(command, tiny_checkpoint):
+    (tiny_checkpoint / "chat_template.jinja").write_text("{{ nothing.of.that }}")
+    code, _, errors = command("generate", tiny_checkpoint, "--prompt", "a", "--chat", "--max-new-tokens", 2)
+    assert code == 1
+    assert errors.splitlines()[-1].startswith("error: the chat template fails (")
+
+
 def test_a_damaged_folder_is_one_line(command, packed, some_text):
     path = packed / "packed.safetensors"
     path.write_bytes(path.read_bytes()[:-10])

@@ -79,7 +79,8 @@ def test_the_command_line_from_end_to_end(smollm2, tmp_path):
 
     out, text = tmp_path / "pruned", "pydoc:evaluation"
     small = ("--samples", 16, "--length", 32)
-    run("prune", "smollm2", out, "--calibration", "pydoc:calibration", *small, "--json", tmp_path / "prune.json")
+    fast = ("--preset", "fast", "--calibration", "pydoc:calibration", *small)
+    run("prune", "smollm2", out, *fast, "--json", tmp_path / "prune.json")
     run("evaluate", out, "--text", text, "--length", 256, "--windows", 2, "--json", tmp_path / "evaluate.json")
     report = json.loads((tmp_path / "prune.json").read_text())
     assert len(report["layers"]) == 210

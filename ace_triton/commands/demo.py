@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import checkpoint, report
+from ..calibration import SELF
 from ..demo import DemoSettings, demo_json, demo_table, run_demo
 from ..provenance import with_provenance
 from ..sources import check_source
@@ -39,6 +40,8 @@ def demo(
     """
     if Sparsity(sparsity).n is None:
         raise ValueError(f"--sparsity {sparsity!r}: the demo packs what it prunes, so give n:m, as 2:4")
+    if calibration == SELF:
+        raise ValueError(f"--calibration {SELF}: the demo calibrates on text; name a file or a dataset")
     check_json(json)
     where = parse_device(device)
     checkpoint.check_out(out, overwrite=overwrite)
