@@ -1,0 +1,35 @@
+"""What operations run on here, in words for a user."""
+
+from __future__ import annotations
+
+import torch
+
+from .kernels import cpu_library
+from .kernels.backend import SLOW, SlowBackendWarning, backend_of_device, interpreting
+
+__all__ = ["SlowBackendWarning", "describe_backend", "warn_if_slow"]
+
+
+def describe_backend(device: torch.device | str = "cpu") -> str:
+    """One phrase: what serves tensors on ``device``, as "compiled CPU library (avx2), 2 threads".
+
+    Raises:
+        BackendError: ``ACE_TRITON_BACKEND`` forces what cannot serve it.
+    """
+    device = torch.device(device)
+    backend = backend_of_device(device)
+    if backend == "triton":
+        return "Triton's interpreter" if interpreting() else f"Triton kernels on {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    counted = f"{threads} thread" if threads == 1 else f"{threads} threads"
+    if backend == "cpu":
+        return f"compiled CPU library ({cpu_library.isa()}), {counted}"
+    why = f" (no compiled CPU library: {cpu_library.why_unavailable()})" if cpu_library.why_unavailable() else ""
+    return f"plain torch, slow{why}, {counted}" if device.type == "cpu" else "plain torch, slow"
+
+
+def warn_if_slow(device: torch.device | str = "cpu") -> None:
+    """Warn, once per process, if operations on ``device`` run in plain torch because something is not installed."""
+    device = torch.device(device)
+    if device.type in SLOW:
+        backend_of_device(device)
