@@ -22,6 +22,7 @@ from .commands.pack import pack
 from .commands.prune import prune
 from .commands.recover import recover
 from .commands.study import study
+from .threads import respect_processors
 
 TRACEBACK_VARIABLE = "ACE_TRITON_TRACEBACK"
 
@@ -48,6 +49,7 @@ def _root(
 def main() -> None:
     """Run the command line; a user's mistake ends in one line and exit code 1, a wrong call in 2."""
     _quieten_libraries()
+    respect_processors()
     try:
         app()
     except (ValueError, OSError, RuntimeError, MemoryError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .text import TextError
+from .threads import few_threads, forward_work
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,13 @@ def perplexity(
     model.eval()
     loss = 0.0
     try:
-        for index in range(count):
-            window = ids[index * length : (index + 1) * length].to(model.device)[None]
-            logits = model(window, use_cache=False).logits[0, :-1].float()
-            loss += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
-            if progress is not None:
-                progress(index + 1, count)
+        with few_threads(forward_work(model, length)):
+            for index in range(count):
+                window = ids[index * length : (index + 1) * length].to(model.device)[None]
+                logits = model(window, use_cache=False).logits[0, :-1].float()
+                loss += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
+                if progress is not None:
+                    progress(index + 1, count)
     finally:
         model.train(was_training)
     tokens = count * (length - 1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from .batches import Batch, CalibrationSet, batches_of, trial_ids
+from .batches import TOKENS_OF_A_FORWARD, Batch, CalibrationSet, batches_of, trial_ids
 from .blocks import Block, finished_modules, gated_consumers, stacks_of
 from .budgets import check_budgets, find_budgets
 from .collect import InputCollector
@@ -25,6 +25,7 @@ from .replay import Runner, WholeForward, calibration_mode, make_runner
 from .request import Request
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats
+from .threads import few_threads
 from .timing import Seconds, Stopwatch
 from .update import Update
 
@@ -175,7 +176,8 @@ def prune_model(
         weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
         _rehearse(request, next(iter(weights.values())))
     selection = _Selection(request, clock, plan, weights)
-    with calibration_mode(model):
+    largest = max(weight.numel() for weight in weights.values())
+    with calibration_mode(model), few_threads(TOKENS_OF_A_FORWARD * largest):
         if budgets:
             selection.patterns = find_budgets(model, plan.units, pattern, batches[:1], clock)
         if permute:

@@ -43,6 +43,7 @@ from .distillation import Distillation
 from .kept_adamw import KeptAdamW
 from .recovery_state import RecoveryState
 from .recovery_text import Batches, GivenBatches, WrittenBatches, WrittenText
+from .threads import few_threads, forward_work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,6 +170,7 @@ def recover(
         _trainable(model, masks, settings) as optimizer,
         _frozen(teacher),
         _quick_attention((model, teacher), batches.length),
+        few_threads(forward_work(model, settings.tokens_per_step)),
     ):
         run = RecoveryState.begin(state, settings, batches.digest(), optimizer)
         clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
