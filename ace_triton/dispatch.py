@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 
 from .kernels import cpu_library
-from .kernels.backend import backend_of_device
 from .kernels.nm_linear import DTYPES, nm_linear
 from .kernels.packed_nm import PackedNM
 from .kernels.unpack_nm import unpack_nm
@@ -109,10 +108,7 @@ def default_limits(device: torch.device, dtype: torch.dtype, pattern: tuple[int,
     measured: ``ace-triton bench`` says which fit.
     """
     if device.type == "cpu":
-        served_by = backend_of_device(device)
-        if served_by == "cpu":
-            return cpu_limits(cpu_library.isa(), dtype, pattern == (2, 4))
-        return RowLimits(packed=0) if served_by == "reference" else OTHER_LIMITS
+        return cpu_limits(cpu_library.isa() if cpu_library.available() else None, dtype, pattern == (2, 4))
     if pattern != (2, 4):
         return ANY_PATTERN_LIMITS
     backend = backend_of(device)
@@ -122,8 +118,10 @@ def default_limits(device: torch.device, dtype: torch.dtype, pattern: tuple[int,
 
 
 @functools.cache
-def cpu_limits(isa: str, dtype: torch.dtype, two_of_four: bool) -> RowLimits:
-    """The limits of a CPU with an instruction set of the compiled library."""
+def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLimits:
+    """The limits of a CPU with an instruction set of the compiled library; None without the library."""
+    if isa is None:
+        return RowLimits(packed=0)
     capabilities = torch.cpu.get_capabilities()
     native = any(capabilities.get(name, False) for name in NATIVE.get(dtype, ()))
     rows = NATIVE_LIMITS[isa] if native else CPU_LIMITS[isa].get(dtype, PatternRows(0, 0))

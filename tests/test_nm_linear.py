@@ -234,7 +234,7 @@ def compiled(monkeypatch):
         names = ("avx512_bf16", "avx512_fp16") if native else ()
         monkeypatch.setattr(cpu_library, "isa", lambda: isa)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
-        monkeypatch.setattr(dispatch, "backend_of_device", lambda device: "cpu")
+        monkeypatch.setattr(cpu_library, "available", lambda: True)
         dispatch.cpu_limits.cache_clear()
 
     yield pretend
