@@ -1,11 +1,21 @@
-"""Build script: ``kernels/`` installs as ``ace_triton.kernels``, with the CPU library where a C++ compiler is found."""
+"""Build script: ``kernels/`` installs as ``ace_triton.kernels``, with the CPU library if a C++ compiler is found."""
 
 from glob import glob
 from runpy import run_path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, PlatformError
+
+NOT_BUILT = """
+the compiled CPU library of ace_triton was not built: {error}
+The installation continues without it. On a GPU nothing is lost; on a CPU everything runs in plain torch, which is many
+times slower. To build it, install a C++17 compiler (g++ or clang++; on Debian: apt install g++), name it in CXX if it
+is not the default one, and install ace_triton again.
+"""
 
 # A plain C library that kernels/cpu_library.py opens with ctypes; without it every operation runs in plain torch.
+# GCC and Clang know all of these flags.
 cpu_library = Extension(
     "ace_triton.kernels._cpu",
     sources=sorted(glob("kernels/cpu/*.cpp")),
@@ -25,10 +35,25 @@ cpu_library = Extension(
     optional=True,
 )
 
+
+class BuildLibrary(build_ext):
+    """Builds the CPU library, or says what its absence means and how to get it; the rest installs all the same."""
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            if self.compiler.compiler_type == "msvc":
+                raise PlatformError("Microsoft's compiler has no vector extensions; GCC or Clang is needed")
+            super().build_extension(extension)
+        except (CCompilerError, PlatformError) as error:
+            self.warn(NOT_BUILT.format(error=error))
+            raise
+
+
 setup(
     packages=["ace_triton", "ace_triton.commands", "ace_triton.kernels", "ace_triton.study"],
     package_dir={"ace_triton": "ace_triton", "ace_triton.kernels": "kernels"},
     include_package_data=False,
     package_data={"ace_triton": ["py.typed"], "ace_triton.study": ["*.j2"]},
     ext_modules=[cpu_library],
+    cmdclass={"build_ext": BuildLibrary},
 )

@@ -1,5 +1,6 @@
 """Fused Triton kernels that prune large language models to N:M sparsity and run them sparse."""
 
+from . import passive_waiting as _waiting  # noqa: F401, before anything that imports torch
 from .dispatch import RowLimits
 from .gram import Gram
 from .kernels.score_terms import ScoreTerms

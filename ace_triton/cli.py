@@ -28,6 +28,7 @@ from .commands.pack import pack
 from .commands.prune import prune
 from .commands.recover import recover
 from .commands.study import study
+from .threads import respect_processors
 
 TRACEBACK_VARIABLE = "ACE_TRITON_TRACEBACK"
 
@@ -74,6 +75,7 @@ def main() -> None:
     """
     _quieten_libraries()
     accept_any_text()
+    respect_processors()
     with _stopped_by_signals(), warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         _run()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from .kernels import cpu_library
 from .kernels.nm_linear import DTYPES, nm_linear
 from .kernels.packed_nm import PackedNM
 from .kernels.unpack_nm import unpack_nm
@@ -41,13 +43,49 @@ class RowLimits:
                 raise ValueError(f"{name} must be a number of rows from 0 on, got {rows!r}")
 
 
+ALWAYS = 1 << 30
+"""Rows that no call has."""
+
+
+@dataclass(frozen=True)
+class PatternRows:
+    """The most rows that our kernel takes on a CPU: at 2:4, which has a loop of its own, and at other patterns."""
+
+    two_of_four: int
+    other: int
+
+
 CPU_LIMITS = {
-    torch.float32: RowLimits(packed=384),
-    torch.float16: RowLimits(packed=1 << 30),
-    torch.bfloat16: RowLimits(packed=16),
+    "avx512": {
+        torch.float32: PatternRows(128, 64),
+        torch.float16: PatternRows(ALWAYS, ALWAYS),
+        torch.bfloat16: PatternRows(64, 32),
+    },
+    "avx2": {
+        torch.float32: PatternRows(8, 8),
+        torch.float16: PatternRows(ALWAYS, ALWAYS),
+        torch.bfloat16: PatternRows(ALWAYS, ALWAYS),
+    },
+    "portable": {
+        torch.float32: PatternRows(4, 0),
+        torch.float16: PatternRows(4, 0),
+        torch.bfloat16: PatternRows(4, 0),
+    },
 }
-"""Where unpacking for the call becomes faster, measured on one core of an AMD EPYC with AVX-512 and bf16 instructions:
-soonest in bf16, whose dense product is fast there, never in fp16, whose is slow."""
+"""By instruction set of the compiled library and dtype: up to these rows, our kernel is faster than unpacking for the
+call. ``ace-triton bench --rows 1,2,4,8,16,32,64,128`` measures it, with --sparsity and --dtype, under
+``ACE_TRITON_CPU_ISA=avx512|avx2|portable``. Measured on one core of AMD EPYC processors (AVX-512: Zen 4 and 5; AVX2 and
+portable: Zen 4 without AVX-512); other patterns under AVX-512, and bf16 there without bf16 instructions, are estimates.
+"""
+
+NATIVE_LIMITS = {"avx512": PatternRows(8, 4), "avx2": PatternRows(4, 4), "portable": PatternRows(1, 0)}
+"""The same for fp16 or bf16 on a processor that multiplies that dtype itself, as torch's dense product does."""
+
+NATIVE = {
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+}
+"""Of ``torch.cpu.get_capabilities()``: the ones with which a processor multiplies a dtype itself."""
 
 BLOCK_BYTES = 4 * 2**20
 """Of the dense weight, unpacked at a time on a CPU; measured: blocks of 1 MiB make the dense product slower."""
@@ -65,16 +103,29 @@ ANY_PATTERN_LIMITS = RowLimits(packed=4)
 def default_limits(device: torch.device, dtype: torch.dtype, pattern: tuple[int, int] = (2, 4)) -> RowLimits:
     """The limits for a device, a weight's dtype and its n:m.
 
-    Those of GPUs are estimated from machine code, not measured: ``ace-triton bench`` says which fit.
+    On a CPU they depend on the instruction set of the compiled library. Without the library a weight is always unpacked
+    for the call, which is slow, but less so than our reference. The limits of GPUs are estimated from machine code, not
+    measured: ``ace-triton bench`` says which fit.
     """
     if device.type == "cpu":
-        return CPU_LIMITS.get(dtype, OTHER_LIMITS)
+        return cpu_limits(cpu_library.isa() if cpu_library.available() else None, dtype, pattern == (2, 4))
     if pattern != (2, 4):
         return ANY_PATTERN_LIMITS
     backend = backend_of(device)
     if backend is None or dtype == torch.float32:
         return OTHER_LIMITS
     return CUTLASS_LIMITS if backend == "cutlass" else CUSPARSELT_LIMITS
+
+
+@functools.cache
+def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLimits:
+    """The limits of a CPU with an instruction set of the compiled library; None without the library."""
+    if isa is None:
+        return RowLimits(packed=0)
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name, False) for name in NATIVE.get(dtype, ()))
+    rows = NATIVE_LIMITS[isa] if native else CPU_LIMITS[isa].get(dtype, PatternRows(0, 0))
+    return RowLimits(packed=rows.two_of_four if two_of_four else rows.other)
 
 
 def choose_product(rows: int, packed: PackedNM, limits: RowLimits | None = None) -> Product:

@@ -11,6 +11,7 @@ import torch
 
 from .beginnings import NO_BEGINNING, Beginning
 from .text import TextError
+from .threads import few_threads, forward_work
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,12 @@ def perplexity_of(
     model.eval()
     loss = 0.0
     try:
-        for index, window in enumerate(windows.to(model.device)):
-            logits = model(window[None], use_cache=False).logits[0, skipped - 1 : -1].float()
-            loss += float(torch.nn.functional.cross_entropy(logits, window[skipped:], reduction="sum"))
-            if progress is not None:
-                progress(index + 1, len(windows))
+        with few_threads(forward_work(model, windows.shape[1])):
+            for index, window in enumerate(windows.to(model.device)):
+                logits = model(window[None], use_cache=False).logits[0, skipped - 1 : -1].float()
+                loss += float(torch.nn.functional.cross_entropy(logits, window[skipped:], reduction="sum"))
+                if progress is not None:
+                    progress(index + 1, len(windows))
     finally:
         model.train(was_training)
     mean = loss / (len(windows) * (windows.shape[1] - skipped))

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from .kernels.gram_product import bfloat16_products
+from .threads import cholesky_work, few_threads
 
 TOLERANCE = 0.02
 """Conjugate gradients end where the residual, in the preconditioner's norm, is below this share of what the outputs'
@@ -117,7 +118,8 @@ def _inverse(matrix: torch.Tensor) -> torch.Tensor:
     triangular solves."""
     width = len(matrix)
     if width <= WIDEST_FACTOR:
-        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+        with few_threads(cholesky_work(width)):
+            return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
     half = width // 2
     first, beside, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
     inverse = torch.empty_like(matrix)

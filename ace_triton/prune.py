@@ -20,6 +20,7 @@ from .metrics import Needs
 from .request import Request
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats, StatsError
+from .threads import few_threads
 from .tied import Owners
 from .timing import Stopwatch
 from .update import Update, updated_weight
@@ -179,7 +180,8 @@ def prune_checked(
     axis = pattern.axis or default_axis(chosen.name, gathered)
     if chosen.solve is not None or request.update is not None:
         assert gathered is not None
-        chosen_mask = _solve(weight, gathered, request, axis, label, looked_at, clock)
+        with few_threads(weight.numel() * weight.shape[1]):
+            chosen_mask = _solve(weight, gathered, request, axis, label, looked_at, clock)
         mask = chosen_mask if return_mask else None
         return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
     terms = _terms(request, served, gathered, label, looked_at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -98,13 +99,16 @@ def prune_model(
     check_budgets(budgets, pattern)
     _check_model(model)
     clock = Stopwatch(next(model.parameters()).device)
-    with calibration_mode(model), weights_as_loaded(model):
+    with ExitStack() as running:
+        running.enter_context(calibration_mode(model))
+        running.enter_context(weights_as_loaded(model))
         plan = _plan(model, request, include, exclude)
         batches = batches_of(model, calibration, batch_size) if needs.tokens or budgets else []
         with clock.measure("select"):
             weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
             rehearse(request, next(iter(weights.values())))
         selection = _Selection(request, clock, plan, weights)
+        running.enter_context(few_threads(TOKENS_OF_A_FORWARD * max(w.numel() for w in weights.values())))
         if budgets:
             selection.patterns = find_budgets(model, plan.units, pattern, batches[:1], clock)
         if permute:

@@ -37,6 +37,7 @@ from .kept_adamw import KeptAdamW
 from .loaded_weights import weights_as_loaded
 from .recovery_state import RecoveryState, fingerprint, locked
 from .recovery_text import Batches, GivenBatches, WrittenBatches
+from .threads import few_threads, forward_work
 from .written_text import WrittenText
 
 if TYPE_CHECKING:
@@ -217,6 +218,7 @@ def _train(
         _trainable(model, masks, settings) as optimizer,
         _frozen(teacher),
         _quick_attention((model, teacher), batches.length),
+        few_threads(forward_work(model, settings.tokens_per_step)),
     ):
         run = RecoveryState.begin(keeping.path, keeping.identity, optimizer)
         clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds

@@ -1,31 +1,38 @@
-"""What the kernels run on, in one line."""
+"""What operations run on here, in words for a user."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 
 from .kernels import cpu, cpu_library
-from .kernels.backend import ENVIRONMENT_VARIABLE, HAS_TRITON
+from .kernels.backend import SLOW, SlowBackendWarning, backend_of_device, interpreting
+
+__all__ = ["SlowBackendWarning", "describe_backend", "multiplies_bfloat16", "warn_if_slow"]
 
 
-def describe_backend(device: str | torch.device = "cpu") -> str:
-    """ "CPU: avx512, 2 threads", "CUDA: NVIDIA H100, Triton", or why plain torch does the work."""
-    where = torch.device(device)
-    forced = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
-    suffix = f" ({ENVIRONMENT_VARIABLE}={forced})" if forced else ""
-    if where.type == "cuda":
-        body = "Triton" if HAS_TRITON else "Triton is not installed: plain torch, slow"
-        return f"CUDA: {torch.cuda.get_device_name(where)}, {body}{suffix}"
-    if where.type != "cpu":
-        return f"{where.type}: plain torch, slow{suffix}"
+def describe_backend(device: torch.device | str = "cpu") -> str:
+    """One phrase: what serves tensors on ``device``, as "compiled CPU library (avx2), 2 threads".
+
+    Raises:
+        BackendError: ``ACE_TRITON_BACKEND`` forces what cannot serve it.
+    """
+    device = torch.device(device)
+    backend = backend_of_device(device)
+    if backend == "triton":
+        return "Triton's interpreter" if interpreting() else f"Triton kernels on {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
-    counted = f"{threads} thread{'s' * (threads != 1)}{suffix}"
-    if cpu_library.available():
-        return f"CPU: {cpu_library.isa()}, {counted}"
-    why = cpu_library.why_unavailable()
-    return f"CPU: no compiled library, so plain torch, slow; {counted} ({why})"
+    counted = f"{threads} thread" if threads == 1 else f"{threads} threads"
+    if backend == "cpu":
+        return f"compiled CPU library ({cpu_library.isa()}), {counted}"
+    why = f" (no compiled CPU library: {cpu_library.why_unavailable()})" if cpu_library.why_unavailable() else ""
+    return f"plain torch, slow{why}, {counted}" if device.type == "cpu" else "plain torch, slow"
+
+
+def warn_if_slow(device: torch.device | str = "cpu") -> None:
+    """Warn, once per process, if operations on ``device`` run in plain torch because something is not installed."""
+    device = torch.device(device)
+    if device.type in SLOW:
+        backend_of_device(device)
 
 
 def multiplies_bfloat16(device: str | torch.device) -> bool:

@@ -13,6 +13,7 @@ from .kernels.select_rows import select_rows
 from .method_options import Range
 from .sparsity import Axis, Sparsity
 from .stats import ActivationStats, StatsError
+from .threads import cholesky_work, few_threads
 from .update import gram_of
 
 MOST_DAMPING = 1.0
@@ -59,7 +60,8 @@ def sparsegpt_weight(
     mask = torch.zeros_like(current, dtype=torch.bool)
     for start in range(0, current.shape[1], block_size):
         block = slice(start, min(start + block_size, current.shape[1]))
-        errors = _sweep(current[:, block], mask[:, block], factor[block, block].contiguous(), pattern)
+        with few_threads(weight.shape[0] * block_size):
+            errors = _sweep(current[:, block], mask[:, block], factor[block, block].contiguous(), pattern)
         current[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
     return current.where(mask, 0.0), mask
 
@@ -95,11 +97,12 @@ def inverse_factor(stats: ActivationStats, damping: float) -> torch.Tensor:
     gram = matrix + (diagonal == 0).float().diag()
     level = gram.diagonal().mean()
     while damping <= MOST_DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(gram + (damping * level).expand_as(diagonal).diag())
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        with few_threads(cholesky_work(len(gram))):
+            lower, failed = torch.linalg.cholesky_ex(gram + (damping * level).expand_as(diagonal).diag())
             if not failed:
-                return upper
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not failed:
+                    return upper
         damping = max(damping, 1e-3) * 10
     raise StatsError(
         f"the Gram matrix has no Cholesky factor, even damped by {MOST_DAMPING:g} of its mean diagonal: calibrate on "

@@ -17,13 +17,15 @@ import torch
 import typer
 
 from ace_triton.dispatch import (
+    ALWAYS,
     ANY_PATTERN_LIMITS,
     BLOCK_BYTES,
     CPU_LIMITS,
     CUSPARSELT_LIMITS,
     CUTLASS_LIMITS,
+    NATIVE_LIMITS,
     OTHER_LIMITS,
-    RowLimits,
+    PatternRows,
 )
 from ace_triton.study.cells import Variant
 from ace_triton.study.curve import Point, curve
@@ -55,6 +57,7 @@ CPU_ROWS = (
 WHOLE_MODEL = "score and mask 2:4, "
 RESULTS = Path("benchmarks/results.csv")
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
+ISA_NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "others"}
 ANY_ROWS = 2**20
 """From this value on, a limit of rows means no limit."""
 TRAFFIC_ROWS = ("select_nm 2:4, Wanda's terms", "RIA in all", "select_rows 50 %", "moments")
@@ -205,20 +208,28 @@ def whole_model(results: Path) -> list[str]:
 
 def row_limits() -> list[str]:
     """The products of packed layers by number of rows, with the dispatch's limits."""
-    on_cpu = [f"{_up_to(CPU_LIMITS[dtype])} in {name}" for dtype, name in DTYPE_NAMES.items()]
+    on_cpu = "; ".join(f"{name}: {_of_instruction_set(isa)}" for isa, name in ISA_NAMES.items())
     halves = " or ".join(str(limits.packed) for limits in (CUTLASS_LIMITS, CUSPARSELT_LIMITS))
     on_cuda = f"at 2:4 up to {halves} in fp16 and bf16, {OTHER_LIMITS.packed} in fp32; else {ANY_PATTERN_LIMITS.packed}"
     return [
         "| rows | CPU | CUDA |",
         "|---|---|---|",
-        f"| few | our kernel ({', '.join(on_cpu)}) | our kernel ({on_cuda}) |",
+        f"| few | our kernel (2:4; {on_cpu}) | our kernel ({on_cuda}) |",
         f"| more | unpacked for the call {BLOCK_BYTES // 2**20} MiB at a time, then dense | "
         "2:4 in fp16 and bf16 on capability 8.x: torch's semi-structured product; else unpacked, then dense |",
     ]
 
 
-def _up_to(limits: RowLimits) -> str:
-    return "always" if limits.packed >= ANY_ROWS else f"up to {limits.packed}"
+def _of_instruction_set(isa: str) -> str:
+    """Its limits at 2:4. bf16 under AVX-512 is given for processors with bf16 instructions."""
+    rows = dict(CPU_LIMITS[isa])
+    if isa == "avx512":
+        rows[torch.bfloat16] = NATIVE_LIMITS[isa]
+    return ", ".join(f"{_up_to(rows[dtype])} in {name}" for dtype, name in DTYPE_NAMES.items())
+
+
+def _up_to(rows: PatternRows) -> str:
+    return "always" if rows.two_of_four >= ALWAYS else f"up to {rows.two_of_four}"
 
 
 SECTIONS = {"sparse": sparse, "cpu": cpu, "traffic": traffic}

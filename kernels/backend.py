@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Literal
 
@@ -56,15 +58,7 @@ def choose_backend(*tensors: torch.Tensor | None) -> Backend:
                 )
             device = its_device
     assert device is not None
-    forced = os.environ[ENVIRONMENT_VARIABLE].strip() if ENVIRONMENT_VARIABLE in os.environ else ""
-    if forced:
-        backend = _forced(forced.lower(), device)
-    elif device.type == "cuda" and HAS_TRITON:
-        backend = "triton"
-    elif device.type == "cpu" and cpu_library.available():
-        return "cpu"
-    else:
-        return "reference"
+    backend = backend_of_device(device)
     if backend == "triton":
         _check_memory(tensors)
     return backend
@@ -79,6 +73,42 @@ def _check_memory(tensors: Iterable[torch.Tensor | None]) -> None:
 
 def _shape_of(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def backend_of_device(device: torch.device) -> Backend:
+    """What :func:`choose_backend` chooses for tensors on ``device``; warns once if that is slow.
+
+    Raises:
+        BackendError: as there.
+    """
+    forced = os.environ[ENVIRONMENT_VARIABLE].strip() if ENVIRONMENT_VARIABLE in os.environ else ""
+    if forced:
+        return _forced(forced.lower(), device)
+    if device.type == "cuda" and HAS_TRITON:
+        return "triton"
+    if device.type == "cpu" and cpu_library.available():
+        return "cpu"
+    if device.type in SLOW:
+        warn_of_slow_backend(device.type)
+    return "reference"
+
+
+class SlowBackendWarning(UserWarning):
+    """Operations run in plain torch, since what makes them fast is missing."""
+
+
+SLOW = {
+    "cpu": "no compiled CPU library ({why}): on the CPU, pruning takes up to 60 times as long, and a packed layer "
+    "about 40 times as long as a dense one. Install a C++ compiler (g++ or clang++) and reinstall ace_triton",
+    "cuda": "Triton is not installed: on the GPU, operations run in plain torch and are slow. Install triton",
+}
+
+
+@functools.cache
+def warn_of_slow_backend(device_type: str) -> None:
+    """Warn that plain torch serves such a device; once per process."""
+    why = cpu_library.why_unavailable() if device_type == "cpu" else ""
+    warnings.warn(SLOW[device_type].format(why=why), SlowBackendWarning, stacklevel=4)
 
 
 def _forced(name: str, device: torch.device) -> Backend:

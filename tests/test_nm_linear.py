@@ -9,6 +9,8 @@ from torch import nn
 
 from ace_triton import NMLinear, RowLimits, dispatch, prune_linear
 from ace_triton.dispatch import choose_product, default_limits, multiply
+from ace_triton.kernels import cpu_library
+from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, SlowBackendWarning, warn_of_slow_backend
 from ace_triton.kernels.pack_nm import PatternError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -212,11 +214,63 @@ def test_the_product_is_picked_by_rows_and_any_pick_is_right(rows, packed_rows, 
         torch.testing.assert_close(multiply(tokens, packed, layer.bias, limits), layer(tokens))
 
 
-def test_every_dtype_has_limits_of_its_own_on_a_cpu():
-    fewest = {dtype: default_limits(torch.device("cpu"), dtype).packed for dtype in DTYPES}
-    assert fewest[torch.bfloat16] < fewest[torch.float32] < fewest[torch.float16]
-    double = packed_linear(pruned_linear(8, 16)).double().packed
-    assert choose_product(1, double) == "dense"
+MOST_ROWS = {
+    ("avx512", False): {torch.float32: (128, 64), torch.float16: (None, None), torch.bfloat16: (64, 32)},
+    ("avx512", True): {torch.float32: (128, 64), torch.float16: (8, 4), torch.bfloat16: (8, 4)},
+    ("avx2", False): {torch.float32: (8, 8), torch.float16: (None, None), torch.bfloat16: (None, None)},
+    ("avx2", True): {torch.float32: (8, 8), torch.float16: (4, 4), torch.bfloat16: (4, 4)},
+    ("portable", False): {torch.float32: (4, 0), torch.float16: (4, 0), torch.bfloat16: (4, 0)},
+    ("portable", True): {torch.float32: (4, 0), torch.float16: (1, 0), torch.bfloat16: (1, 0)},
+}
+"""Rows up to which our kernel was faster than unpacking, at 2:4 and else, by instruction set and whether the processor
+multiplies fp16 and bf16 itself; None for any number."""
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """compiled(isa, native): as if the compiled library ran here with an instruction set; the limits are made anew."""
+
+    def pretend(isa: str, native: bool = False) -> None:
+        names = ("avx512_bf16", "avx512_fp16") if native else ()
+        monkeypatch.setattr(cpu_library, "isa", lambda: isa)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+        monkeypatch.setattr(cpu_library, "available", lambda: True)
+        dispatch.cpu_limits.cache_clear()
+
+    yield pretend
+    dispatch.cpu_limits.cache_clear()
+
+
+@pytest.mark.parametrize(("isa", "native"), MOST_ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:8", "16:32"])
+def test_our_kernel_is_never_taken_beyond_where_it_wins(compiled, isa, native, dtype, pattern):
+    compiled(isa, native)
+    packed = packed_linear(pruned_linear(8, 32, pattern, dtype), pattern).packed
+    most = MOST_ROWS[isa, native][dtype][pattern != "2:4"]
+    if most is None:
+        assert choose_product(10**6, packed) == "packed"
+        return
+    assert choose_product(most, packed) == "packed"
+    assert choose_product(most + 1, packed) == "dense"
+
+
+def test_what_our_kernel_does_not_serve_is_unpacked(compiled):
+    compiled("avx512")
+    assert choose_product(1, packed_linear(pruned_linear(8, 16)).double().packed) == "dense"
+
+
+def test_without_the_compiled_library_a_weight_is_unpacked_for_every_call(monkeypatch):
+    layer = pruned_linear(8, 16)
+    packed, tokens = packed_linear(layer), torch.randn(3, 16)
+    monkeypatch.setattr(cpu_library, "load", lambda: "it was not built")
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    warn_of_slow_backend.cache_clear()
+    with pytest.warns(SlowBackendWarning, match=r"it was not built.*Install a C\+\+ compiler") as caught:
+        outputs = [packed(tokens).detach() for _ in range(3)]
+    assert len(caught) == 1
+    assert choose_product(1, packed.packed) == "dense"
+    torch.testing.assert_close(outputs, [layer(tokens).detach()] * 3)
 
 
 @pytest.mark.parametrize(("backend", "rows"), [("cutlass", (32, 33)), ("cusparselt", (64, None)), (None, (16, None))])
