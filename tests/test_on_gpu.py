@@ -46,7 +46,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_an_unknown_section_is_refused(tmp_path):
-    with pytest.raises(typer.BadParameter, match="no section speed; there are tests, kernels"):
+    with pytest.raises(typer.BadParameter, match="unknown section speed: use one of tests, kernels"):
         main(out=tmp_path, only=["speed"], dry_run=True)
 
 
