@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from .batches import Batch, CalibrationSet, batches_of, trial_ids
+from .batches import TOKENS_OF_A_FORWARD, Batch, CalibrationSet, batches_of, trial_ids
 from .blocks import Block, find_blocks, finished_modules, gated_consumers, possible_stacks
 from .budgets import check_budgets, find_budgets
 from .calibration_mode import calibration_mode
@@ -28,6 +28,7 @@ from .replay import Runner, WholeForward, make_runner
 from .request import Request
 from .sparsity import Sparsity
 from .stats import ActivationStats
+from .threads import few_threads
 from .timing import Stopwatch
 from .update import Update
 

@@ -1,30 +1,30 @@
-"""Whether two ways to prune keep the same weights, ties aside."""
+"""Checks that two implementations keep the same weights, apart from ties."""
 
 from __future__ import annotations
 
 import torch
 
 ROUNDING = 1e-5
-"""Relative; scores nearer than this are a tie, as two orders of the same multiplications part by less."""
+"""Relative difference up to which scores count as tied: the same multiplications in another order differ by less."""
 
 CHAOS = 1e-3
-"""Share of weights that may be chosen otherwise where choices follow from updated weights."""
+"""Share of weights that may differ if choices depend on weights that were updated before."""
 
 
 class Disagreement(AssertionError):
-    """Two providers of one operation do not do the same: no time of theirs may be compared."""
+    """Two implementations give different results, so their times cannot be compared."""
 
 
 def check_same_choice(scores: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor, group: int) -> None:
-    """Every group keeps weights of the same scores in both; which of those whose score is 0, does not matter.
+    """Check that in every group both masks keep weights of the same scores; weights of score 0 may differ.
 
     Args:
-        scores: [out_features, in_features], what both chose by.
-        ours, theirs: bool of that shape, True where kept.
-        group: neighbours in a row that compete: m for n:m, in_features for a row, or the whole size for the layer.
+        scores: [out_features, in_features], the scores that both used.
+        ours, theirs: bool masks of that shape, True if kept.
+        group: number of adjacent weights in a group: m for n:m, in_features for a row, all weights for a layer.
 
     Raises:
-        Disagreement: a group differs by more than ties.
+        Disagreement: if a group differs by more than ties.
     """
     if not (scores.shape == ours.shape == theirs.shape):
         raise Disagreement(
@@ -39,25 +39,25 @@ def check_same_choice(scores: torch.Tensor, ours: torch.Tensor, theirs: torch.Te
     wrong = ~torch.isclose(*kept, rtol=ROUNDING, atol=0).all(1)
     if wrong.any():
         raise Disagreement(
-            f"{int(wrong.sum())} of {len(ours)} groups of {group} keep other weights, and not because scores tie "
+            f"{int(wrong.sum())} of {len(ours)} groups of {group} keep different weights, and their scores do not tie "
             "(another metric or pattern? a wrong kernel?)"
         )
 
 
 def check_nearly_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """All but a thousandth of the weights are pruned in both or in neither, and those kept are close.
+    """Check that all but a thousandth of the weights are pruned in both or in neither, and that the others are close.
 
-    For methods that choose among weights they have updated: there the rounding of one choice moves the next.
+    For methods that choose among weights they have updated: there, rounding in one choice changes the next one.
 
     Args:
         ours, theirs: pruned and updated weights [out_features, in_features].
 
     Raises:
-        Disagreement: more of them differ.
+        Disagreement: if more weights differ.
     """
     same = ((ours != 0) == (theirs != 0)).float().mean().item()
     if same < 1 - CHAOS:
         raise Disagreement(f"{1 - same:.2%} of the weights are pruned in one and kept in the other")
     far = float((ours - theirs).norm() / theirs.norm())
     if not far < CHAOS**0.5:
-        raise Disagreement(f"the weights lie {far:.2%} of their norm apart")
+        raise Disagreement(f"the weights differ by {far:.2%} of their norm")

@@ -1,4 +1,4 @@
-"""A step of recovery's optimiser, beside torch's with a mask, a clipped gradient and a cast."""
+"""A step of recovery's optimizer, compared with torch's plus a mask, gradient clipping and a cast."""
 
 from __future__ import annotations
 

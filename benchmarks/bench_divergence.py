@@ -1,4 +1,4 @@
-"""The loss of recovery and its gradient, beside the same in torch."""
+"""The loss of recovery and its gradient, compared with torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operations that read tokens, beside a plain read of them and the published hooks."""
+"""Operations that read tokens, compared with a plain read and with the published hooks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
 
 
 def test_statistics(compare: Compare, tokens: torch.Tensor) -> None:
-    """Wanda's norms come with means, variances and every sequence's squares."""
+    """Ours also computes means, variances and the squares of every sequence."""
 
     def theirs() -> torch.Tensor:
         norms = published.InputNorms(torch.zeros(tokens.shape[2], device=tokens.device))
@@ -108,7 +108,7 @@ def test_weighted_squares(compare: Compare, tokens: torch.Tensor, n_layers: int)
 
 
 def test_coupling(compare: Compare, tokens: torch.Tensor) -> None:
-    """CosP's matrix of a layer with 512 outputs: bound by arithmetic, so bytes say nothing."""
+    """CosP's matrix for a layer with 512 outputs. It is bound by arithmetic, so bytes are not counted."""
     flat = tokens.flatten(0, 1)[:2048]
     outputs = torch.randn(len(flat), 512, device=tokens.device).bfloat16()
     weights = 1 / (outputs.float().square().sum(1) * len(flat))

@@ -1,4 +1,4 @@
-"""nm_linear beside torch and, on a CPU, beside its own loop over the dense weight; packing beside a pass."""
+"""nm_linear compared with torch and, on a CPU, with the same loop over the dense weight; packing, with a pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def packed(matrix: Matrix) -> PackedNM:
 
 
 def check_products(tokens: torch.Tensor, packed: PackedNM, weight: torch.Tensor) -> None:
-    """Raise Disagreement where sampled outputs are further from the dense product than fp32 sums and rounding allow."""
+    """Raise Disagreement if sampled outputs differ from the dense product by more than fp32 sums and rounding allow."""
     got = nm_linear(tokens, packed)[:, :SAMPLED_ROWS].double()
     expected = tokens.double() @ weight[:SAMPLED_ROWS].double().t()
     worst = float((got - expected).abs().max() / expected.abs().max())
@@ -61,7 +61,7 @@ def test_pack(compare: Compare, matrix: Matrix, packed: PackedNM, scored: bool) 
     def check() -> None:
         matrix.restore()
         if not torch.equal(unpack_nm(pack()), pruned):
-            raise Disagreement("what was packed is not what comes back")
+            raise Disagreement("unpacking does not give back the weight that was packed")
 
     compare(
         Comparison(

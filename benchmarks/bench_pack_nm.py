@@ -1,4 +1,4 @@
-"""pack_nm, and scoring, pruning and packing in one pass, beside the same in plain torch."""
+"""pack_nm, and scoring, pruning and packing in one pass, compared with plain torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.matrices import Matrix
 TESTS = ("tests/kernels/test_pack_nm.py",)
 
 CPU_ROWS = 512
-"""Of the matrix; plain torch takes a CPU ten seconds for all of it."""
+"""Rows of the matrix that are used on a CPU, where plain torch is slow."""
 
 
 @pytest.mark.parametrize("scored", [False, True], ids=["pruned", "scored"])
@@ -48,4 +48,4 @@ def test_two_of_four(compare: Compare, matrix: Matrix, scored: bool) -> None:
 def check_same(ours: Callable[[], PackedNM], theirs: Callable[[], PackedNM]) -> None:
     found, expected = ours(), theirs()
     if not (torch.equal(found.values, expected.values) and torch.equal(found.meta, expected.meta)):
-        raise Disagreement("the packed values or their places are not those of the plain-torch reference")
+        raise Disagreement("packed values or their places differ from the plain-torch reference")

@@ -1,4 +1,4 @@
-"""prune_linear on given statistics, beside the published score and selection, at the layers of real models."""
+"""prune_linear on given statistics, compared with the published score and selection, at layers of real models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST_SORTED = 2**24
 
 @dataclass
 class Layer:
-    """A random layer, what it saw, and its weight as it was."""
+    """A random layer, its statistics, and a copy of its dense weight."""
 
     module: nn.Linear
     dense: torch.Tensor
@@ -39,7 +39,7 @@ class Layer:
         self.module.weight.data.copy_(self.dense)
 
     def published_scores(self, method: str) -> torch.Tensor:
-        """By hooks that have seen what the statistics have seen."""
+        """The published scores, from the same tokens as the statistics."""
         outputs = self.stats.outputs
         assert outputs is not None
         loss = outputs.mean_coupling() if method == "ace-paper" else outputs.mean_weighted_square().float()
@@ -120,7 +120,7 @@ def test_two_of_four(compare: Compare, layer: Layer, method: str) -> None:
 
 def test_half_of_every_row(compare: Compare, layer: Layer, shape: LayerShape) -> None:
     if not layer.dense.is_cuda and shape.rows * shape.cols > MOST_SORTED:
-        pytest.skip("a CPU sorts for seconds; bench_select_rows.py has one such layer")
+        pytest.skip("sorting takes seconds on a CPU; bench_select_rows.py has one such layer")
     weight, half = layer.module.weight.data, shape.cols // 2
     select = lambda s: published.prune_rows_by_sort(weight, s, half)  # noqa: E731
     compare(side_by_side(layer, "wanda", 0.5, select, "published sort"))

@@ -1,4 +1,4 @@
-"""All of SmolLM2-135M: score and mask on the same statistics, and whole runs split into their stages."""
+"""All of SmolLM2-135M: score and mask on the same statistics, and whole runs by stage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAMPLES, LENGTH = 128, 16
 
 @dataclass
 class LoadedModel:
-    """The model, its prunable layers and their weights as they were, and calibration ids."""
+    """The model, its prunable layers, copies of their dense weights, and calibration ids."""
 
     name: str
     model: Any
@@ -70,7 +70,7 @@ def loaded(device: torch.device, tiny: bool) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def statistics(loaded: LoadedModel) -> Iterator[dict[str, ActivationStats]]:
-    """What every layer of the dense model sees; layers of one input share what is theirs."""
+    """Statistics of every layer of the dense model; layers that read one input share them."""
     collector = InputCollector(loaded.layers, Needs(outputs=True, reduce="abs"), Stopwatch(loaded.ids.device))
     with calibration_mode(loaded.model), collector.batch((len(loaded.ids), LENGTH), None):
         loaded.model(loaded.ids)
@@ -84,8 +84,8 @@ def statistics(loaded: LoadedModel) -> Iterator[dict[str, ActivationStats]]:
 def test_score_and_mask(
     compare: Compare, loaded: LoadedModel, statistics: dict[str, ActivationStats], method: str
 ) -> None:
-    """Ours checks every weight besides, and derives what it needs of the statistics anew in every round: as in
-    prune_model once for the layers that share an input."""
+    """Ours also checks every weight for NaN. As in prune_model, layers that share an input share the vectors that are
+    derived from its statistics, once in every round."""
     fresh: dict[str, ActivationStats] = {}
     mean_square = {name: stats.norm.square() for name, stats in statistics.items()}
 
@@ -139,7 +139,7 @@ def test_score_and_mask(
 
 @pytest.mark.parametrize("method", ["wanda", "ria", "ace"])
 def test_stages(compare_stages: CompareStages, loaded: LoadedModel, method: str) -> None:
-    """Both run the same forwards in batches of the same size; what differs is what happens in between."""
+    """Both run the same forwards in batches of the same size; only the work between them differs."""
 
     def ours() -> Any:
         loaded.restore()

@@ -1,4 +1,4 @@
-"""select_nm beside an in-place pass over the same bytes: each family of terms, other patterns, other outputs."""
+"""select_nm compared with an in-place pass over the same bytes, for each family of terms, pattern and output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""select_rows beside torch's top-k, the published stable sort and, over the layer, the published threshold."""
+"""select_rows compared with torch's top-k, the published stable sort and, for a layer, the published threshold."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def test_half_of_the_layer(compare: Compare, matrix: Matrix) -> None:
         matrix.restore()
         kept_more = masks[0] & ~masks[1]
         if int(masks[0].sum()) != weight.numel() - half or bool((masks[1] & ~masks[0]).any()):
-            raise Disagreement("ours keeps another number, or prunes what the published threshold keeps")
+            raise Disagreement(
+                "ours keeps a different number of weights, or prunes some that the published threshold keeps"
+            )
         if scores(matrix)[kept_more].unique().numel() > 1:
             raise Disagreement("ours keeps weights below the published threshold that do not tie with it")
 

@@ -1,4 +1,4 @@
-"""SparseGPT, 2:4, from a given Gram matrix, beside the published sweep: SmolLM2's layers, and LLaMA-7B's on a GPU."""
+"""SparseGPT at 2:4 from a given Gram matrix, compared with the published sweep, at layers of SmolLM2 and LLaMA-7B."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def params() -> list[Any]:
 @pytest.mark.parametrize("shape", params())
 def test_two_of_four(compare: Compare, shape: LayerShape, device: torch.device, tiny: bool) -> None:
     if device.type == "cpu" and shape.model != SMOLLM2:
-        pytest.skip("a minute and more on a CPU")
+        pytest.skip("takes more than a minute on a CPU")
     shape = TINY if tiny else shape
     torch.manual_seed(0)
     layer = nn.Linear(shape.cols, shape.rows, bias=False, device=device)

@@ -1,4 +1,4 @@
-"""weight_sums beside RIA's two sums in torch."""
+"""weight_sums compared with RIA's two sums in torch."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Whether layer-wise budgets pay: perplexities with the same share kept in every block and with shares by outliers;
-writes docs/budgets.{json,md}.
+"""Perplexity with the same share kept in every block, and with shares by outliers; writes docs/budgets.{json,md}.
 
     python -m benchmarks.budgets --calibration c4.jsonl.gz --evaluation wiki.test.raw.gz
 
-SmolLM2-135M on windows of WikiText-2, pairs of the same calibration. What docs/budgets.json holds is not run again.
+SmolLM2-135M on windows of WikiText-2, in pairs with the same calibration. Results in docs/budgets.json are reused.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ console = Console()
 
 @dataclass(frozen=True)
 class Pair:
-    """A model pruned twice on one calibration.
+    """A model pruned twice with the same calibration.
 
     Attributes:
-        variant: the method's label, with what is added to it.
-        sparsity, seed: of the prunings.
+        variant: label of the recipe.
+        sparsity, seed: of both prunings.
         even: perplexity with the same share in every block.
-        outliers: with shares by outliers.
-        kept: share of the pruned layers' weights that shares by outliers leave.
+        outliers: perplexity with shares by outliers.
+        kept: share of the pruned layers' weights that is kept with shares by outliers.
     """
 
     variant: str
@@ -66,7 +65,7 @@ def main(
     evaluation: Annotated[str, typer.Option(help="A raw WikiText file.")],
     out: Annotated[Path, typer.Option(help="Folder of budgets.json and budgets.md.")] = Path("docs"),
 ) -> None:
-    """Measure what is missing and write the page."""
+    """Measure what is missing, and write the page."""
     protocol = Protocol("smollm2", calibration, evaluation, wikitext=True, samples=SAMPLES)
     pairs = measured(out)
     done = {(pair.variant, pair.sparsity, pair.seed) for pair in pairs}
@@ -85,22 +84,22 @@ def main(
 
 
 def measured(out: Path) -> list[Pair]:
-    """What was measured before."""
+    """Earlier results."""
     path = out / "budgets.json"
     return [Pair(**record) for record in json.loads(path.read_text())] if path.exists() else []
 
 
 def page(pairs: list[Pair], protocol: Protocol) -> str:
-    """The table as markdown."""
+    """docs/budgets.md."""
     lines = [
         "# Layer-wise budgets",
         "",
         f"Measured on a CPU by `make budgets`: SmolLM2-135M, {SAMPLES} x {LENGTH} tokens of C4, {protocol.windows} "
-        f"windows of {protocol.window_length} tokens of WikiText-2, seeds of the calibration in pairs. "
-        '`budgets="outliers"` is OWL\'s rule (arXiv 2310.05175): what a block keeps is linear in its share of scores '
-        f"above five times their layer's mean, {2 * SPREAD:g} from the least to the most. Of a fraction rows lose "
-        "whole weights, which is why a little more is kept; of n:m the blocks that the rule raises the most keep one "
-        "more of every m, and as many one less.",
+        f"windows of {protocol.window_length} tokens of WikiText-2, in pairs of the same calibration seed. "
+        '`budgets="outliers"` is OWL\'s rule (arXiv 2310.05175): the share that a block keeps is linear in its share '
+        f"of scores above five times their layer's mean, with a range of {2 * SPREAD:g} from the lowest to the "
+        "highest. With a fraction, rows lose whole weights, so a little more is kept. With n:m, the highest-ranked "
+        "blocks keep n + 1 of every m, and equally many low-ranked blocks keep n - 1.",
         "",
         *table(pairs),
     ]
@@ -108,8 +107,8 @@ def page(pairs: list[Pair], protocol: Protocol) -> str:
 
 
 def table(pairs: list[Pair]) -> list[str]:
-    """Means over seeds, and of the pairs' ratios with its standard error."""
-    lines = ["| method, sparsity | kept | even | by outliers | ratio, pair by pair |", "|---|---:|---:|---:|---:|"]
+    """Means over seeds, and the mean ratio of the pairs with its standard error."""
+    lines = ["| method, sparsity | kept | even | by outliers | ratio, over pairs |", "|---|---:|---:|---:|---:|"]
     for variant, sparsity in PRUNINGS:
         chosen = [pair for pair in pairs if (pair.variant, pair.sparsity) == (variant.label, sparsity)]
         if not chosen:

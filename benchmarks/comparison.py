@@ -1,4 +1,4 @@
-"""Two or more ways to do one thing, timed in turn by pytest-benchmark's fixture."""
+"""Times several implementations of one operation in turn, with pytest-benchmark's fixture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STAGES = ("calibration", "statistics", "select", "total")
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to do it, and whose."""
+    """An implementation and its name."""
 
     name: str
     call: Callable[[], object]
@@ -34,12 +34,12 @@ class Comparison:
 
     Attributes:
         op: operation and variant.
-        shape, dtype: of the weight or the tokens; the name alone of a whole model.
+        shape, dtype: of the weight or the tokens; for a whole model, the shape is its name.
         ours: the call to time.
-        others: what it is compared with.
-        least_bytes: the fewest bytes that the operation moves; 0 where time is not spent on that.
-        check: runs all providers on the very input that is timed, and raises where they disagree.
-        restore: puts the input back; run untimed before every call.
+        others: implementations to compare with.
+        least_bytes: the fewest bytes that the operation can move; 0 if its time does not depend on them.
+        check: runs all implementations on the input that is timed, and raises Disagreement if results differ.
+        restore: restores the input; runs untimed before every call.
     """
 
     op: str
@@ -55,18 +55,18 @@ class Comparison:
 def time_in_turn(
     benchmark: Any, comparison: Comparison, stopwatch: Stopwatch, setting: Setting, verdict: Verdict, budget: float
 ) -> Outcome:
-    """Check, then time all providers in rounds A B A B, ours by pytest-benchmark.
+    """Check all implementations, then time them in alternating rounds (A B A B), ours by pytest-benchmark.
 
     Args:
-        benchmark: its fixture.
+        benchmark: pytest-benchmark's fixture.
         comparison: what to time.
-        stopwatch: for the others; pytest-benchmark reads the same clock.
-        setting: what it is measured with.
-        verdict: what the operation's tests say.
-        budget: seconds that the rounds may take together, unless the fewest rounds take longer.
+        stopwatch: times the others, with the same clock as pytest-benchmark.
+        setting: recorded with every result.
+        verdict: result of the operation's tests.
+        budget: seconds for all rounds together; FEWEST_ROUNDS run even if they take longer.
 
     Raises:
-        Disagreement: from the check; nothing was timed.
+        Disagreement: if the check fails; nothing is timed then.
     """
     start = time.perf_counter()
     comparison.check()
@@ -127,10 +127,12 @@ def time_stages_in_turn(
     setting: Setting,
     verdict: Verdict,
 ) -> list[Outcome]:
-    """Time whole runs in turn; one outcome for every stage, in seconds of the wall clock, as the runs tell them."""
-    told: dict[str, list[Seconds]] = {OURS: [], "published": []}
+    """Time whole runs in turn; one outcome for every stage, in the wall-clock seconds that the runs report."""
+    reported: dict[str, list[Seconds]] = {OURS: [], "published": []}
     benchmark.pedantic(
-        lambda: told[OURS].append(ours()), setup=lambda: told["published"].append(theirs()), rounds=FEWEST_ROUNDS
+        lambda: reported[OURS].append(ours()),
+        setup=lambda: reported["published"].append(theirs()),
+        rounds=FEWEST_ROUNDS,
     )
     by_wall = replace(setting, evidence=setting.evidence.replace("CPU time", "wall time").replace("GPU", "wall"))
     return [
@@ -146,7 +148,7 @@ def time_stages_in_turn(
                     verdict,
                     by_wall,
                 )
-                for provider, runs in told.items()
+                for provider, runs in reported.items()
             )
         )
         for stage in STAGES
@@ -154,7 +156,7 @@ def time_stages_in_turn(
 
 
 def _wall(provider: Provider, comparison: Comparison, stopwatch: Stopwatch) -> float:
-    """Median wall time on a GPU; on a CPU the time of one thread says the same and is steadier."""
+    """Median wall time on a GPU; 0 on a CPU, where the CPU time of one thread is the same and steadier."""
     if stopwatch.device.type != "cuda":
         return 0.0
     walls = []

@@ -1,9 +1,10 @@
-"""What every benchmark shares: one core on a CPU, the device's own clock on a GPU, and the file of results.
+"""What all benchmarks share: one core on a CPU, device time on a GPU, and the file of results.
 
---bench-device cpu|cuda   where; default: the GPU where there is one
+--bench-device cpu|cuda   where to run; default: the GPU if there is one
 --results FILE            append every figure to FILE
---tiny                    small inputs: a dry run, marked as such
---tested FILE             JUnit report of tests that ran just before, on that device; without it every
+--budget SECONDS          time for all rounds of a comparison; default: 3
+--tiny                    use small inputs: a dry run, marked as such
+--tested FILE             JUnit report of tests that ran just before on that device; without it every
                           benchmark runs the tests of its operation first
 """
 
@@ -103,16 +104,16 @@ def stopwatch(device: torch.device) -> Stopwatch:
 
 @pytest.fixture
 def verdict(request: pytest.FixtureRequest, gate: Gate) -> Verdict:
-    """What the tests that the module names in TESTS say; the benchmark fails where they do."""
+    """Result of the tests in the module's TESTS; if they fail, so does the benchmark."""
     found, file = verdict_of(gate, request.module.TESTS)
     if found == "failed":
-        pytest.fail(f"{file} fails: what it tests is wrong, so its speed says nothing; make it pass first", False)
+        pytest.fail(f"{file} fails: the speed of a wrong operation means nothing; make the tests pass first", False)
     return found
 
 
 @pytest.fixture
 def keep(request: pytest.FixtureRequest) -> Callable[[Outcome], None]:
-    """keep(outcome): for the summary, and for the file of results."""
+    """keep(outcome): add it to the summary and to the file of results."""
     path = request.config.getoption("--results")
 
     def keep(outcome: Outcome) -> None:
@@ -125,7 +126,7 @@ def keep(request: pytest.FixtureRequest) -> Callable[[Outcome], None]:
 
 @pytest.fixture
 def compare(benchmark, request, verdict: Verdict, keep, stopwatch: Stopwatch, tiny: bool) -> Compare:
-    """compare(comparison): check it, time it and keep the figures."""
+    """compare(comparison): check, time and keep the results."""
     budget = request.config.getoption("--budget")
 
     def run(comparison: Comparison) -> Outcome:
@@ -139,7 +140,7 @@ def compare(benchmark, request, verdict: Verdict, keep, stopwatch: Stopwatch, ti
 
 @pytest.fixture
 def compare_stages(benchmark, verdict: Verdict, keep, device: torch.device, tiny: bool) -> CompareStages:
-    """compare_stages(what, shape, dtype, ours, theirs): time whole runs that tell the seconds of their stages."""
+    """compare_stages(what, shape, dtype, ours, theirs): time whole runs that return seconds by stage."""
 
     def run(
         what: str,

@@ -1,9 +1,9 @@
-"""Times of the CPU operations against plain passes over the same bytes and against the published ways, on one core.
+"""Times of the CPU operations on one core, against plain passes over the same bytes and against published forms.
 
     python -m benchmarks.cpu_ratios [--rounds 15] [--out docs/cpu]
 
-Each ratio is of medians of CPU time (user and system, of this process) over rounds in which the two sides alternate,
-so that a change of clocks meets both. Weights are put back, untimed, before every call. Writes OUT.md and OUT.json.
+A ratio is one of medians of this process's CPU time (user and system). Both sides alternate in every round, so that a
+change of clock frequency affects both. Weights are restored before every call, untimed. Writes OUT.md and OUT.json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHAPE = (4096, 11008)
 TOKENS = ((512, 16, 4096), (64, 128, 4096), (4, 2048, 4096), (2, 2048, 11008))
 SMOLLM2_BLOCKS = 30
 SMOLLM2_SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
-# First layer of each distinct input: q, k and v read one tensor, then o, then gate and up, then down.
+# The first layer of each distinct input: q, k and v read one tensor, then o, then gate and up, then down.
 SMOLLM2_INPUTS = (0, 3, 4, 6)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOW_ROUNDS = 3
@@ -54,13 +54,13 @@ class Comparison:
     """Two calls to time in turn.
 
     Attributes:
-        what, against: the two sides, in words.
-        dtype: of the weight or the tokens.
+        what, against: names of the two sides.
+        dtype: type of the weight or the tokens.
         call, baseline: the two sides.
-        restore: run untimed before each of them.
+        restore: runs untimed before each side.
         at_most: target for the time of ``call`` over that of ``baseline``.
-        at_least: target for the inverse, where the baseline is the slow one.
-        few_rounds: take SLOW_ROUNDS, for a baseline of seconds.
+        at_least: target for the inverse, if the baseline is the slow side.
+        few_rounds: take SLOW_ROUNDS, for a baseline that takes seconds.
     """
 
     what: str
@@ -76,7 +76,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A measured comparison; ``ratio`` is the slower way round where the target is ``at_least``."""
+    """A measured comparison; ``ratio`` is theirs over ours if the target is ``at_least``, else ours over theirs."""
 
     what: str
     against: str
@@ -89,7 +89,7 @@ class Ratio:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Rounds of each comparison; the slow baselines take three.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Number of rounds of each comparison; slow baselines take three.")] = 15,
     out: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path("docs/cpu"),
 ) -> None:
     """Measure every ratio, print a table, write OUT.md and OUT.json."""
@@ -109,7 +109,7 @@ def main(
 
 
 def against_passes(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
-    """One-pass operations beside an in-place multiplication by 1, or a read."""
+    """One-pass operations against an in-place multiplication by 1, or a read."""
     torch.manual_seed(0)
     dense = torch.randn(SHAPE).mul_(0.02).to(dtype)
     layer = nn.Linear(SHAPE[1], SHAPE[0], bias=False, dtype=dtype)
@@ -149,7 +149,7 @@ def against_passes(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 def against_published(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
-    """Selections beside the published ones, scores included on both sides."""
+    """Selections against the published ones, including the scores on both sides."""
     torch.manual_seed(0)
     dense = torch.randn(SHAPE).mul_(0.02).to(dtype)
     weight, mean_square = dense.clone(), torch.rand(SHAPE[1]) + 0.1
@@ -182,7 +182,7 @@ def against_published(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 def over_tokens(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
-    """Statistics beside a read of the same tokens."""
+    """Statistics against a read of the same tokens."""
     for shape in TOKENS:
         tokens = torch.randn(shape).to(dtype)
         yield Comparison(
@@ -197,7 +197,7 @@ def over_tokens(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 def over_small_layers(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
-    """SmolLM2-135M's 210 layers, scored and masked one by one."""
+    """Score and mask of SmolLM2-135M's 210 layers, one by one."""
     weights = [torch.randn(shape).to(dtype) for _ in range(SMOLLM2_BLOCKS) for shape in SMOLLM2_SHAPES]
     terms = {cols: ScoreTerms(scale=torch.rand(cols) + 0.1) for _, cols in SMOLLM2_SHAPES}
     yield Comparison(
@@ -212,8 +212,10 @@ def over_small_layers(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 def over_a_model(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
-    """Score and mask of all of SmolLM2-135M: terms, checks and selection, layers that share an input sharing its
-    statistics, which hold 128 sequences and nothing derived from them yet."""
+    """Score and mask of all of SmolLM2-135M: terms, checks and selection.
+
+    Layers that read one input share its statistics, which come from 128 sequences and have nothing derived yet.
+    """
     blocks = [
         [nn.Linear(cols, rows, bias=False, dtype=dtype) for rows, cols in SMOLLM2_SHAPES] for _ in range(SMOLLM2_BLOCKS)
     ]
@@ -249,8 +251,10 @@ def over_a_model(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 def packed_products(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
-    """2:4 products of few rows beside the same loop over the dense weight and beside torch, and packing beside a pass;
-    the weights are larger than any cache."""
+    """2:4 products of few rows against the same loop over the dense weight and against torch; packing against a pass.
+
+    The weights are larger than any cache.
+    """
     torch.manual_seed(0)
     weight = torch.randn(SHAPE).mul_(0.02).to(dtype)
     terms = ScoreTerms(scale=torch.rand(SHAPE[1]) + 0.1)
@@ -311,7 +315,7 @@ def measure(comparison: Comparison, rounds: int) -> Ratio:
 
 
 def call_overhead() -> Ratio:
-    """What a call costs that has next to nothing to do, against 20 microseconds."""
+    """The cost of a call on a tiny weight, against 20 microseconds."""
     weight, terms, calls = torch.randn(4, 16), ScoreTerms(scale=torch.ones(16)), 2000
     start = time.process_time()
     for _ in range(calls):
@@ -323,7 +327,7 @@ def call_overhead() -> Ratio:
 
 
 def environment() -> dict[str, str]:
-    """What the figures were measured with."""
+    """What the times were measured on."""
     return {
         "processor": processor(),
         "instruction set": cpu_library.isa(),
@@ -335,7 +339,7 @@ def environment() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's name, with family and model where Linux tells them."""
+    """The processor's name, with family and model if Linux reports them."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
@@ -346,14 +350,14 @@ def processor() -> str:
 
 
 def cells(ratio: Ratio) -> tuple[str, ...]:
-    """One row of either table."""
+    """One row of a table."""
     target = f"{ratio.target}{'' if ratio.met else ' (missed)'}"
     times = (milliseconds(ratio.milliseconds), milliseconds(ratio.baseline_milliseconds))
     return ratio.what, ratio.against, ratio.dtype, *times, f"{ratio.ratio:.{2 if ratio.ratio < 10 else 0}f}x", target
 
 
 def milliseconds(value: float) -> str:
-    """Three digits, never an exponent."""
+    """Three digits without an exponent."""
     return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
@@ -361,12 +365,12 @@ HEADINGS = ("what", "against", "dtype", "time", "baseline", "ratio", "target")
 
 
 def line(ratio: Ratio) -> str:
-    """One comparison as it is measured."""
+    """One comparison in a line."""
     return "  ".join(cells(ratio))
 
 
 def table(ratios: list[Ratio]) -> Table:
-    """All comparisons for a terminal."""
+    """All comparisons, for a terminal."""
     shown = Table(*HEADINGS, title="CPU time on one core")
     for ratio in ratios:
         shown.add_row(*cells(ratio))
@@ -382,13 +386,13 @@ def markdown(facts: dict[str, str], ratios: list[Ratio]) -> str:
 
 PREAMBLE = """# What the CPU library costs
 
-Measured on a CPU by `make figures`; written by `benchmarks/cpu_ratios.py`. Times are medians of CPU time (user and
-system) on one core, the two sides of a row alternating. Against a pass or a read the ratio is our time over
-theirs; against a published way it is their time over ours. Weights are put back, untimed, before every call.
+Measured on a CPU by `make figures`. Times are medians of CPU time (user and system) on one core; the two sides of a row
+alternate. Against a pass or a read, the ratio is our time over theirs. Against a published form or a dense product, it
+is their time over ours. Weights are restored before every call, untimed.
 
-A plain read is `all_finite`, the fastest read that we have: one load, one AND and one maximum a register, no store; the
-row of `torch.sum` shows that torch's own is no faster. Statistics include the tensors they return: at 16 tokens a
-sequence `moments` also writes a sixteenth of the elements it reads, in fp32.
+A plain read is `all_finite`, the fastest read in this package: one load, one AND and one maximum per register, and no
+store. The row of `torch.sum` shows that torch's own read is no faster. Statistics include the tensors they return: with
+16 tokens in a sequence, `moments` also writes a sixteenth of the elements it reads, in fp32.
 
 | | |
 |---|---|"""

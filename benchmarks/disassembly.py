@@ -1,4 +1,4 @@
-"""What a compiled kernel will do, by its machine code: registers, spills, access widths, instructions by pipe."""
+"""Reads a kernel's machine code: registers, spills, access widths, and instructions by pipe."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class MachineCode:
     """One kernel for one target.
 
     Attributes:
-        registers: of a thread.
-        spills: accesses to local memory (NVIDIA), or words of scratch of a thread (AMD).
-        shared: bytes of shared memory of a program.
-        occupancy: resident warps over the most an SM holds; NaN on AMD.
-        loads, stores: global accesses by bits, in the main loop where there is one.
+        registers: registers per thread.
+        spills: accesses to local memory (NVIDIA), or words of scratch per thread (AMD).
+        shared: bytes of shared memory per program.
+        occupancy: resident warps over the maximum of an SM; NaN on AMD.
+        loads, stores: global accesses by bits, in the main loop if there is one.
         loop: instructions of one pass of the main loop by pipe; empty without a loop.
         rest: all other instructions by pipe.
-        threads: of a program.
+        threads: threads per program.
     """
 
     registers: int
@@ -100,7 +100,7 @@ def _output(tool: str, *arguments: str) -> str:
 
 
 def _parse(listing: str) -> tuple[list[str], dict[str, int]]:
-    """Instructions without their guards up to the last EXIT, and where the labels stand."""
+    """Instructions without guards up to the last EXIT, and the positions of labels."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -113,7 +113,7 @@ def _parse(listing: str) -> tuple[list[str], dict[str, int]]:
 
 
 def _main_loop(instructions: list[str], labels: dict[str, int]) -> tuple[int, int]:
-    """Bounds of the innermost loop that loads most from global memory; (0, 0) without one."""
+    """Bounds of the innermost loop with the most loads from global memory; (0, 0) without a loop."""
     bounds = []
     for k, text in enumerate(instructions):
         branch = re.match(r"BRA.*`\((\.L_\w+)\)", text)

@@ -1,4 +1,4 @@
-"""Speed-ups of tested code only: whether the tests of what is timed pass, found out now."""
+"""Finds out whether the tests of an operation pass, since only tested code has a speed-up."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ Verdict = Literal["passed", "failed", "unknown"]
 
 
 class Gate(Protocol):
-    """Tells whether test files pass."""
+    """Whether test files pass."""
 
     def verdict(self, test_file: str) -> Verdict:
-        """Of a file, by its path from the root of the repository."""
+        """The verdict on a file, by its path from the root of the repository."""
         ...
 
 
 class RunTests:
-    """Runs the tests, each file once a session: an earlier run's outcome says nothing of the code as it is now."""
+    """Runs the tests, each file once per session, since the code may have changed after an earlier run."""
 
     def __init__(self) -> None:
         self._verdict = functools.cache(_run)
 
     def verdict(self, test_file: str) -> Verdict:
-        """Passed or failed; a file that is not there, or holds no test, has failed."""
+        """Passed or failed; a missing file, or one without tests, counts as failed."""
         return self._verdict(test_file)
 
 
 class ReadReport:
-    """Reads a JUnit report that the caller wrote a moment ago; what it does not hold is unknown.
+    """Reads a JUnit report of tests that ran just before; tests that are not in it are unknown.
 
     Args:
-        report: as ``pytest --junitxml`` writes it.
-        must_name: part of the name of at least one passed test ("cuda": on a CPU alone nothing is shown of a GPU).
+        report: a file from ``pytest --junitxml``.
+        must_name: a word that the name of at least one passed test must have, as "cuda" if a GPU is timed.
     """
 
     def __init__(self, report: Path, must_name: str = "") -> None:
@@ -48,7 +48,7 @@ class ReadReport:
         self._must_name = must_name
 
     def verdict(self, test_file: str) -> Verdict:
-        """Failed where a test of the file failed, passed where some ran and none failed."""
+        """Failed if a test of the file failed; passed if some ran and none failed."""
         module = Path(test_file).with_suffix("").as_posix().replace("/", ".")
         cases = [case for case in self._cases if f"{case.get('classname')}.".startswith(f"{module}.")]
         if any(case.find("failure") is not None or case.find("error") is not None for case in cases):
@@ -58,7 +58,7 @@ class ReadReport:
 
 
 def verdict_of(gate: Gate, test_files: Sequence[str]) -> tuple[Verdict, str]:
-    """The worst verdict of some files, and the first file that has it."""
+    """The worst verdict on some files, and the first file that has it."""
     verdicts = {file: gate.verdict(file) for file in test_files}
     for bad in ("failed", "unknown"):
         for file, verdict in verdicts.items():

@@ -1,7 +1,7 @@
-"""Catch Triton launches before they reach a driver, specialised as the JIT would for a target that is not here.
+"""Catches Triton launches before they reach a driver, specialized as the JIT would for a target that is not here.
 
-What is compiled from a caught launch has the very signature, alignment promises, constants and block
-sizes that a public launcher chose, so a machine-code report or an executor never repeats them.
+A caught launch has the signature, alignment promises, constants and block sizes that a public launcher chose. So a
+machine-code report or an executor never repeats them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ace_triton.kernels import backend, launch
 
 @dataclass(frozen=True)
 class Specialised:
-    """A launch bound to a target: what to compile, and the arguments that remain at run time."""
+    """A launch for one target: what to compile, and the arguments that remain at run time."""
 
     source: ASTSource
     options: dict[str, Any]
@@ -64,7 +64,7 @@ def launches_on(target: GPUTarget, call: Callable[[], object]) -> list[JitLaunch
 def caught_launches(
     handle: Callable[[JitLaunch], None], lanes: int = 32, amd: bool = False, before_ampere: bool = False
 ) -> Iterator[None]:
-    """Serve CPU tensors by the Triton bodies, and hand every launch to ``handle`` instead of a driver.
+    """Run CPU tensors through the Triton bodies, and pass every launch to ``handle`` instead of a driver.
 
     Args:
         handle: called with each launch, in order.

@@ -1,4 +1,4 @@
-"""What the machine-code report compiles: public launchers, at the shapes of a real layer, in every dtype."""
+"""The cases of the machine-code report: public launchers, at the shapes of a real layer, in every dtype."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ace_triton.kernels.weighted_squares import weighted_squares
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Terms of the metrics, as they reach the selection kernels.
+# Terms of the metrics, as the selection kernels get them.
 TERMS = {
     "magnitude": (),
     "scale": ("scale",),
@@ -47,12 +47,12 @@ class Case:
 
     Attributes:
         name: operation and variant.
-        dtype: of the weight or the tokens.
-        call: makes the call; its tensors hold nothing.
-        elements: weights or token elements of the call.
-        loaded: bytes per element read through the widest loads.
-        moved: bytes per element that must cross DRAM; 0 where the call is bound by arithmetic, or by latency.
-        launch: which of its launches is looked at.
+        dtype: type of the weight or the tokens.
+        call: makes the call, with uninitialized tensors.
+        elements: number of weights or token elements.
+        loaded: bytes per element that the widest loads read.
+        moved: bytes per element that must cross DRAM; 0 if the call is bound by arithmetic or latency.
+        launch: index of the launch that the report shows.
     """
 
     name: str
@@ -121,9 +121,9 @@ def weight_sums_case(dtype: torch.dtype) -> Case:
 
 
 def finite_pair_case(dtype: torch.dtype) -> Case:
-    """A weight and its coupling matrix in one look, as ACE's published form takes it.
+    """A check of a weight and its coupling matrix in one launch, for ACE's published form.
 
-    A program runs one of two branches, and both are counted.
+    A program runs one of two branches; both are counted.
     """
     call = lambda: all_finite(torch.empty(SHAPE, dtype=dtype), torch.empty(SHAPE))  # noqa: E731
     moved = (dtype.itemsize + 4) / 2
@@ -131,7 +131,7 @@ def finite_pair_case(dtype: torch.dtype) -> Case:
 
 
 def vector_cases() -> Iterator[Case]:
-    """The short vectors of ACE's terms: a launch of a layer's sums, its scale alone, and both launches of VarP."""
+    """The vectors of ACE's terms: a launch for a layer's sums, one for its scale, and both launches of VarP."""
     rows, cols = SHAPE
     of = ColumnScale(torch.empty(cols, dtype=torch.float64), 2.0, factor=torch.empty(cols), sign=-1)
     call = lambda: relative_importance(torch.empty(SHAPE, dtype=torch.bfloat16), of)  # noqa: E731
@@ -143,9 +143,9 @@ def vector_cases() -> Iterator[Case]:
 
 
 def divergence_case(dtype: torch.dtype) -> Case:
-    """A step of recovery: logits of a model beside another's, the gradient written over the first.
+    """Loss of recovery: two models' logits; the gradient overwrites the first.
 
-    The second loop over a row is taken to be as long as the first.
+    The second loop over a row is assumed to be as long as the first.
     """
     size = dtype.itemsize
 
@@ -157,7 +157,7 @@ def divergence_case(dtype: torch.dtype) -> Case:
 
 
 def adamw_case(dtype: torch.dtype) -> Case:
-    """A step of recovery's optimiser: gradients and rounded values in this dtype."""
+    """A step of recovery's optimizer, with gradients and rounded values in this dtype."""
     size = dtype.itemsize
 
     def call() -> None:
@@ -192,7 +192,7 @@ def cosp_select_case(dtype: torch.dtype, reduce: str, metric: str = "scale") -> 
 
 
 def join_gains_case() -> Case:
-    """Gains of a round of the search for a permutation: every pair of groups of a layer's channels, in every row."""
+    """Gains in a round of the permutation search: every pair of groups of a layer's channels, in every row."""
     rows, groups = SHAPE[0], SHAPE[1] // 4
     call = lambda: join_gains(*torch.empty(2, 1, rows, groups))  # noqa: E731
     pairs_a_load = 16
@@ -200,7 +200,7 @@ def join_gains_case() -> Case:
 
 
 def pack_case(dtype: torch.dtype, scored: bool, n: int = 2, m: int = 4) -> Case:
-    """A layer packed in the selection, or pruned before."""
+    """A layer packed: in the selection, or after it."""
     rows, cols = SHAPE
     size = dtype.itemsize
 
@@ -213,7 +213,7 @@ def pack_case(dtype: torch.dtype, scored: bool, n: int = 2, m: int = 4) -> Case:
 
 
 def pack_cutlass_case(dtype: torch.dtype, scored: bool) -> Case:
-    """A layer in CUTLASS's layout, pruned on the way or before."""
+    """A layer packed in CUTLASS's layout: in the selection, or after it."""
     rows, cols = SHAPE
     size = dtype.itemsize
     call = lambda: pack_cutlass(  # noqa: E731
@@ -224,7 +224,7 @@ def pack_cutlass_case(dtype: torch.dtype, scored: bool) -> Case:
 
 
 def empty_packed(dtype: torch.dtype, n: int, m: int) -> PackedNM:
-    """A packed layer that holds nothing."""
+    """A packed layer with uninitialized values."""
     rows, cols = SHAPE
     values, meta = torch.empty(rows, cols * n // m, dtype=dtype), torch.empty(rows, cols // 32, dtype=torch.int32)
     return PackedNM(values, meta, n, m, SHAPE)
@@ -238,8 +238,11 @@ def unpack_case(dtype: torch.dtype, n: int = 2, m: int = 4) -> Case:
 
 
 def nm_linear_case(dtype: torch.dtype, n_tokens: int, n: int = 2, m: int = 4) -> Case:
-    """A layer times a few tokens. The widest loads are those of 2:4 values and, but on matrix units, of tokens: each of
-    those that share a read of the weight is read once for four outputs, in every program from the cache."""
+    """A layer times a few tokens.
+
+    The widest loads read the 2:4 values and, without matrix units, the tokens. Tokens that share a read of the weight
+    are read once for four outputs, in every program from the cache.
+    """
     rows, cols = SHAPE
     size = dtype.itemsize
 

@@ -10,10 +10,10 @@ class LayerShape:
     """One kind of linear layer in a decoder block.
 
     Attributes:
-        model: its family and size.
-        layers: which projections have this shape.
+        model: family and size of the model.
+        layers: the projections with this shape.
         rows, cols: out_features and in_features.
-        count: how many a block has.
+        count: number of them in a block.
     """
 
     model: str
@@ -24,7 +24,7 @@ class LayerShape:
 
     @property
     def label(self) -> str:
-        """As the tables call it."""
+        """Its name in tables."""
         return f"{self.model} {self.layers}"
 
 

@@ -1,4 +1,4 @@
-"""Compile every kernel for every target, without a GPU, and write what its machine code says to docs/kernels.md.
+"""Compiles every kernel for every target, without a GPU, and reports its machine code in docs/kernels.md.
 
 python -m benchmarks.machine_code [--target sm_103 ...] [--output docs/kernels.md]
 """
@@ -26,7 +26,7 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gf
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data-sheet numbers: target, multiprocessors, boost clock in GHz, DRAM in TB/s."""
+    """Data-sheet values: target, number of multiprocessors, boost clock in GHz, DRAM bandwidth in TB/s."""
 
     target: str
     multiprocessors: int
@@ -44,35 +44,35 @@ GPUS = {
     "RTX 5090": Gpu("sm_120", 170, 2.41, 1.792),
 }
 
-# Lanes that a multiprocessor serves per clock (CUDA programming guide); 128 are issued in all.
+# Lanes that a multiprocessor processes per clock (CUDA programming guide); it issues 128 in total.
 LANES = {"fp32": 128, "alu": 64, "imad": 64, "special": 16, "memory": 32}
 ISSUED = 128
 
 PREAMBLE = """# What the kernels compile to
 
-Written by `make kernels-report`: every Triton body, compiled for every target with the arguments,
-alignment and block sizes that its public launcher chooses, and disassembled. No GPU is involved, so
+Written by `make kernels-report`, which compiles every Triton body for every target, with the arguments,
+alignment and block sizes that its public launcher chooses, and disassembles it. No GPU is involved, so
 **the times below are estimates from machine code, not measurements**.
 
 - Shapes: a weight of 4096 x 11008 (rows of the stated length for select_rows), 16384 tokens of 4096.
-- Instructions per element: all of a program's, over its elements; loops by their trips, and both sides
-  of every branch (in select_rows that counts the steps that settle ties, which most rows skip).
-- Compute over memory: the time that the busiest pipe needs at boost clock (128 lanes issued per
-  multiprocessor and clock; 64 for integer and logic, 128 for fp32, 64 on A100, 16 for conversions and bit
-  counts, 32 for memory), over the time that the bytes which must cross DRAM need at data-sheet
-  bandwidth. Below 1 the kernel is bound by memory. Latency, launches and caches are not in it.
-- Where several launches make up an operation the first one is shown. coupling and cosp_select are bound
-  by matrix products and have no such ratio; 12 passes of select_rows over a layer are not shown.
+- Instructions per element: all instructions of a program over its elements. Loops count by their trips, and
+  branches with both sides. (In select_rows this counts the steps that resolve ties, which most rows skip.)
+- Compute over memory: the time of the busiest pipe at boost clock (per multiprocessor and clock 128 lanes
+  issued; 64 for integer and logic, 128 for fp32, 64 on A100, 16 for conversions and bit counts, 32 for
+  memory), over the time for the bytes that must cross DRAM, at data-sheet bandwidth. Below 1, the kernel is
+  bound by memory. Latency, launches and caches are not included.
+- If an operation has several launches, the first one is shown. coupling and cosp_select are bound by matrix
+  products and have no such ratio; 12 passes of select_rows over a layer are not shown.
 """
 
 ONE_PASS = """
 ## The published CosP in one pass
 
-cosp_select (RIA's base, 2:4) beside coupling followed by select_nm, for a square layer of {width} in {dtype}.
-Estimated: the busiest pipe's time for the products, which differ in the epilogue alone, and on the side of two
-steps DRAM's time for clearing the matrix and for select_nm. The matrix units' own time, alike on both sides, is
-not in it. A share below 1 means that one pass is faster: the fewer the tokens, the more of the time is the matrix
-that it never stores. It needs all tokens in one call; statistics that stream go by coupling.
+cosp_select (RIA's base, 2:4) compared with coupling followed by select_nm, for a square layer of {width} in {dtype}.
+Estimated: the busiest pipe's time for the products, which differ only in the epilogue, and for the two steps also the
+DRAM time for clearing the matrix and for select_nm. The time of the matrix units is the same on both sides and is not
+included. A share below 1 means that one pass is faster. The fewer the tokens, the larger is the share of the matrix,
+which one pass never stores. One pass needs all tokens in one call; streamed statistics use coupling.
 """
 
 
@@ -90,14 +90,14 @@ def compiled(launch: JitLaunch, target: GPUTarget) -> MachineCode:
 
 
 def kernel_of(case: Case, target_name: str) -> tuple[JitLaunch, MachineCode]:
-    """The launch of a case that it is about, most often the first, and its machine code."""
+    """The launch that a case shows, usually the first, and its machine code."""
     target = gpu_target(target_name)
     launch = launches_on(target, case.call)[case.launch]
     return launch, compiled(launch, target)
 
 
 def per_element(case: Case, launch: JitLaunch, code: MachineCode) -> Counter[str]:
-    """Instructions per element by pipe, as lanes."""
+    """Instructions per element by pipe, in lanes."""
     programs = math.prod(launch.grid)
     counts = Counter({pipe: n * code.threads * programs / case.elements for pipe, n in code.rest.items()})
     if code.loop:
@@ -108,19 +108,19 @@ def per_element(case: Case, launch: JitLaunch, code: MachineCode) -> Counter[str
 
 
 def compute_over_memory(case: Case, counts: Counter[str], gpu: Gpu) -> float:
-    """Time of the busiest pipe over time of the bytes; below 1 is bound by memory."""
+    """Time of the busiest pipe over the time of the bytes; below 1, the kernel is bound by memory."""
     return busiest_pipe(counts, gpu) / (case.moved / (gpu.terabytes * 1e12))
 
 
 def busiest_pipe(counts: Counter[str], gpu: Gpu) -> float:
-    """Seconds that the busiest pipe of all multiprocessors needs for ``counts`` lanes."""
+    """Seconds of the busiest pipe of all multiprocessors for ``counts`` lanes."""
     lanes = LANES | ({"fp32": 64} if gpu.target == "sm_80" else {})
     clocks = max(counts.total() / ISSUED, *(counts[pipe] / width for pipe, width in lanes.items()))
     return clocks / (gpu.multiprocessors * gpu.gigahertz * 1e9)
 
 
 def over_tokens(launch: JitLaunch, code: MachineCode, n_tokens: int) -> Counter[str]:
-    """Instructions of a whole GEMM over tokens by pipe, as lanes."""
+    """Instructions of a whole GEMM over tokens by pipe, in lanes."""
     trips = -(-n_tokens // launch.keywords["BLOCK_TOKENS"])
     threads = launch.grid[0] * code.threads
     counts = Counter({pipe: n * threads for pipe, n in code.rest.items()})
@@ -129,7 +129,7 @@ def over_tokens(launch: JitLaunch, code: MachineCode, n_tokens: int) -> Counter[
 
 
 def one_pass_lines(dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
-    """cosp_select beside coupling and select_nm."""
+    """cosp_select compared with coupling and select_nm."""
     width = TOKENS[2]
     stored, pruned = coupling_case(dtype, "abs"), cosp_select_case(dtype, "abs", "RIA")
     yield ONE_PASS.format(width=width, dtype=_name(dtype))
@@ -153,13 +153,13 @@ def report(targets: tuple[str, ...]) -> Iterator[str]:
     yield PREAMBLE
     cases = list(every_case())
     codes = {(case.name, case.dtype, t): kernel_of(case, t) for case in cases for t in targets}
-    yield "## Registers of a thread\n\nSpilled accesses in brackets where there are any; vector registers on AMD.\n"
+    yield "## Registers of a thread\n\nSpilled accesses, if any, in brackets; vector registers on AMD.\n"
     yield _row("kernel", "dtype", *targets)
     yield _row(*["---"] * (2 + len(targets)))
     for case in cases:
         found = (codes[case.name, case.dtype, target][1] for target in targets)
         yield _row(case.name, _name(case.dtype), *(f"{c.registers}{f' ({c.spills})' * (c.spills > 0)}" for c in found))
-    yield "\n## Instructions and time, from sm_90 unless the GPU is of another kind\n"
+    yield "\n## Instructions and time, for sm_90 unless a column names another GPU\n"
     yield _row("kernel", "dtype", "shared bytes", "occupancy", "loads", "stores", "instructions", *GPUS)
     yield _row(*["---"] * (7 + len(GPUS)))
     for case in cases:
@@ -196,7 +196,9 @@ def _widths(accesses: Counter[int]) -> str:
 def main() -> None:
     """Write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", action="append", default=[], help="one more target, as sm_103 or gfx950")
+    parser.add_argument(
+        "--target", action="append", default=[], help="additional target, as sm_103 or gfx950; repeatable"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/kernels.md"))
     arguments = parser.parse_args()
     lines = list(report((*TARGETS, *arguments.target)))

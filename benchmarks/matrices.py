@@ -1,4 +1,4 @@
-"""The weight that the kernels' benchmarks share, and what a metric makes of it."""
+"""The weight that the kernels' benchmarks share, and score terms for it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Select = Callable[[torch.Tensor, ScoreTerms], torch.Tensor]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight that is pruned in place and put back.
+    """A weight that is pruned in place and restored.
 
     Attributes:
         weight: [out_features, in_features].
-        dense: as it was.
+        dense: a copy of the dense weight.
         row, col, scale: positive vectors, fp32.
     """
 
@@ -35,7 +35,7 @@ class Matrix:
 
     @classmethod
     def random(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Matrix:
-        """The same for the same arguments."""
+        """A random matrix, the same for the same arguments."""
         generator = torch.Generator(device).manual_seed(0)
         dense = torch.randn(shape, generator=generator, device=device).mul_(0.02).to(dtype)
         sizes = (shape[0], shape[1], shape[1])
@@ -43,11 +43,11 @@ class Matrix:
         return cls(dense.clone(), dense, *vectors)
 
     def restore(self) -> None:
-        """Put the weight back."""
+        """Restore the dense weight."""
         self.weight.copy_(self.dense)
 
     def terms(self, metric: str) -> ScoreTerms:
-        """Terms of the form that "magnitude", "wanda", "ria" or "ace" gives them."""
+        """Terms of the form that the metric "magnitude", "wanda", "ria" or "ace" has."""
         if metric == "magnitude":
             return ScoreTerms()
         if metric == "wanda":
@@ -56,16 +56,16 @@ class Matrix:
 
 
 def check_sample(matrix: Matrix, metric: str, group: int, select: Select, reference: Select) -> None:
-    """``select`` on the whole matrix gives what ``reference`` gives for some of its rows, bit for bit.
+    """Check that ``select`` on the whole matrix equals ``reference`` on some of its rows, bit for bit.
 
     Args:
-        matrix: what is timed.
-        metric: whose terms.
-        group: rows that must stay together, where groups run along the outputs.
-        select, reference: take a weight and terms; the result has the weight's rows.
+        matrix: the weight that is timed.
+        metric: the metric whose terms are used.
+        group: number of rows that belong together if groups run along the outputs.
+        select, reference: take a weight and terms, and return a tensor with the weight's rows.
 
     Raises:
-        Disagreement: they differ.
+        Disagreement: if they differ.
     """
     matrix.restore()
     terms = matrix.terms(metric)
@@ -80,4 +80,4 @@ def check_sample(matrix: Matrix, metric: str, group: int, select: Select, refere
     expected = reference(matrix.dense[index].clone(), part)
     if not torch.equal(result[index], expected):
         wrong = int((result[index] != expected).any(1).sum())
-        raise Disagreement(f"{wrong} of {len(index)} sampled rows are not what the plain-torch reference makes of them")
+        raise Disagreement(f"{wrong} of {len(index)} sampled rows differ from the plain-torch reference")

@@ -1,10 +1,10 @@
-"""Everything that only a GPU can show: tests of the kernels on it, then times. In under ten minutes.
+"""Runs the kernels' tests on a GPU, then times them, in under ten minutes.
 
     benchmarks/on_gpu.sh [--out DIR] [--only NAME ...] [--dry-run]
 
-A section has its own process and time limit, so that one which fails or hangs costs no other; DIR/on_gpu.json is
-written anew after each. A dry run takes the same way on a CPU with small inputs, and is marked as such: nothing in it
-says anything of a GPU.
+Every section has its own process and time limit, so that a section that fails or hangs does not affect the others.
+DIR/on_gpu.json is written again after each. A dry run does the same on a CPU with small inputs and is marked as such;
+it says nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ DRY_RUN_TESTS = "says_what_is_wrong or whole_layer or layout_is"
 
 @dataclass(frozen=True)
 class Environment:
-    """What was measured on, and with what; "" for what is not there.
+    """Hardware and software of the run; "" for parts that are missing.
 
     Attributes:
-        dry_run: True where it ran on a CPU, with small inputs.
+        dry_run: True if it ran on a CPU, with small inputs.
         gpu, capability, driver, runtime: the GPU's name, "9.0", the driver's and CUDA's (or ROCm's) version.
         torch, triton, cusparselt, ace_triton, python: versions.
         date: UTC, ISO 8601.
@@ -66,7 +66,7 @@ class Environment:
 
     @classmethod
     def here(cls, dry_run: bool) -> Environment:
-        """This machine, now."""
+        """The present time on this machine."""
         there = torch.cuda.is_available() and not dry_run
         sparse = torch.backends.cusparselt
         return cls(
@@ -86,7 +86,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Section:
-    """One process: its name, what follows the interpreter, and its limit in seconds."""
+    """One process: its name, the interpreter's arguments, and its limit in seconds."""
 
     name: str
     arguments: tuple[str, ...]
@@ -95,13 +95,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Finished:
-    """How a section ended.
+    """Result of a section.
 
     Attributes:
-        name: of the section.
-        status: "failed" for any exit status but 0.
-        seconds: that it took.
-        tail: the last lines it printed; all of them are in DIR/NAME.log.
+        name: name of the section.
+        status: "failed" for any exit status other than 0.
+        seconds: wall-clock seconds.
+        tail: the last lines of its output; DIR/NAME.log has all of it.
     """
 
     name: str
@@ -140,7 +140,7 @@ def sections(out: Path, dry_run: bool) -> tuple[Section, ...]:
 
 
 def run_section(section: Section, out: Path) -> Finished:
-    """Run it, and end it with all its children when its time is up."""
+    """Run a section, and kill it with all its children at its time limit."""
     log = out / f"{section.name}.log"
     start = time.perf_counter()
     with log.open("wb") as sink:
@@ -164,14 +164,14 @@ def run_section(section: Section, out: Path) -> Finished:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and what it started."""
+    """Kill a process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def driver_version() -> str:
-    """The NVIDIA driver's version, "" where nvidia-smi does not tell."""
+    """The NVIDIA driver's version; "" if nvidia-smi does not report one."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
@@ -180,7 +180,7 @@ def driver_version() -> str:
 
 
 def write_record(out: Path, environment: Environment, finished: Sequence[Finished]) -> None:
-    """DIR/on_gpu.json and DIR/on_gpu.md from what there is so far."""
+    """Write DIR/on_gpu.json and DIR/on_gpu.md from the sections that have ended."""
     results = load(out / RESULTS)
     record = {
         "environment": asdict(environment),
@@ -189,7 +189,7 @@ def write_record(out: Path, environment: Environment, finished: Sequence[Finishe
         "sparse": json.loads((out / SPARSE).read_text()) if (out / SPARSE).is_file() else None,
     }
     write_json(out / "on_gpu.json", record)
-    title = "# A dry run on a CPU: nothing here says anything of a GPU" if environment.dry_run else "# On a GPU"
+    title = "# A dry run on a CPU: it says nothing about a GPU" if environment.dry_run else "# On a GPU"
     facts = [f"| {name} | {value} |" for name, value in asdict(environment).items()]
     ended = [f"| {one.name} | {one.status} | {one.seconds:.0f} s |" for one in finished]
     lines = [title, "", "| | |", "|---|---|", *facts, "", "| section | status | took |", "|---|---|---:|", *ended, ""]
@@ -201,22 +201,24 @@ def write_record(out: Path, environment: Environment, finished: Sequence[Finishe
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="A folder for the results; made, and its old ones replaced.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the results; earlier results in it are replaced.")] = Path(
         "on_gpu"
     ),
-    only: Annotated[list[str] | None, typer.Option(help="Names of sections; all where none is given.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="On a CPU, with small inputs.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Name of a section to run; repeatable; default: all.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run on a CPU, with small inputs.")] = False,
 ) -> None:
     """Run the sections in turn; write DIR/on_gpu.json and DIR/on_gpu.md."""
     if not dry_run and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no GPU here (torch.cuda.is_available() is False); try it with --dry-run")
+        raise typer.BadParameter(
+            "torch finds no GPU (torch.cuda.is_available() is False); add --dry-run to try this without one"
+        )
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     all_sections = sections(out, dry_run)
     unknown = set(only or ()) - {section.name for section in all_sections}
     if unknown:
         names = ", ".join(section.name for section in all_sections)
-        raise typer.BadParameter(f"no section {', '.join(sorted(unknown))}; there are {names}")
+        raise typer.BadParameter(f"unknown section {', '.join(sorted(unknown))}: use one of {names}")
     for stale in (RESULTS, TESTS, SPARSE):
         (out / stale).unlink(missing_ok=True)
     console = Console()

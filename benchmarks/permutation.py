@@ -1,10 +1,10 @@
-"""What an order of channels retains of the score at 2:4, and what its search takes; writes docs/permutation.{json,md}.
+"""The score that channel orders retain at 2:4, and the time of their search; writes docs/permutation.{json,md}.
 
     python -m benchmarks.permutation --calibration c4.jsonl.gz
 
-On the down and output projections of SmolLM2-135M: the order given; RIA's heuristic; the heuristic and one sweep of
-linear sum assignment over a plain-torch cost matrix, as RIA's published code does it, with SciPy's solver; and ours.
-Times are CPU seconds of one thread.
+Four searches on the down and output projections of SmolLM2-135M: none; RIA's heuristic; the heuristic with one sweep
+of linear sum assignment over a plain-torch cost matrix and SciPy's solver, as in RIA's published code; and ours. Times
+are CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Row:
     """A search on all layers of one kind.
 
     Attributes:
-        layers: their kind.
-        search: its name.
-        retained: mean over the layers of the retained score over that of the given order, less 1.
-        seconds: mean CPU seconds a layer.
+        layers: kind of layer.
+        search: name of the search.
+        retained: retained score over that of the given order, minus 1; mean over the layers.
+        seconds: mean CPU seconds per layer.
     """
 
     layers: str
@@ -51,12 +51,12 @@ class Row:
 
 
 def given_order(scores: torch.Tensor) -> torch.Tensor:
-    """The slots [n_pools, M, groups] of the order as it is."""
+    """The slots [n_pools, M, groups] of the given order."""
     return torch.arange(scores.shape[2]).reshape(-1, M).t().expand(len(scores), -1, -1)
 
 
 def sweep_of_assignments(scores: torch.Tensor) -> torch.Tensor:
-    """RIA's search with --lsa: each slot's channels are dealt out again, once."""
+    """RIA's search with --lsa: assigns each slot's channels to groups again, once."""
     slots = snake_order(scores, M)
     for taken in range(M):
         columns = torch.stack([scores.gather(2, s[:, None].expand(-1, scores.shape[1], -1)) for s in slots.unbind(1)])
@@ -81,7 +81,7 @@ SEARCHES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def collect_scores(model: torch.nn.Module, ids: torch.Tensor, method: str) -> dict[str, list[torch.Tensor]]:
-    """Scores fp32 [n_pools, rows, channels] of every down and output projection, by kind."""
+    """Scores, fp32 [n_pools, rows, channels], of every down and output projection, by kind."""
     scores: dict[str, list[torch.Tensor]] = {"down_proj": [], "o_proj": []}
     heads, width = model.config.num_key_value_heads, model.config.head_dim
 
@@ -103,7 +103,7 @@ def collect_scores(model: torch.nn.Module, ids: torch.Tensor, method: str) -> di
 
 
 def measure(kind: str, layers: list[torch.Tensor]) -> list[Row]:
-    """Every search on every layer, in turn."""
+    """Run every search on every layer."""
     retained: dict[str, list[float]] = {name: [] for name in SEARCHES}
     seconds: dict[str, list[float]] = {name: [] for name in SEARCHES}
     for scores in layers:
@@ -120,10 +120,10 @@ def measure(kind: str, layers: list[torch.Tensor]) -> list[Row]:
 def main(
     calibration: Annotated[str, typer.Option()] = "allenai/c4:en",
     method: Annotated[str, typer.Option()] = "ria",
-    layers: Annotated[int | None, typer.Option(help="Only so many of each kind.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of layers of each kind; default: all.")] = None,
     out: Annotated[Path, typer.Option()] = Path("docs/permutation.json"),
 ) -> None:
-    """Measure and write OUT and the table beside it."""
+    """Measure, and write OUT and the page beside it."""
     torch.set_num_threads(1)
     model, tokenizer = checkpoint.load("smollm2")
     ids = load_calibration(calibration, tokenizer, samples=16, length=128).ids
@@ -131,19 +131,24 @@ def main(
         row for kind, scores in collect_scores(model, ids, method).items() for row in measure(kind, scores[:layers])
     ]
     write_json(out, {"method": method, "pattern": f"{N}:{M}", "rows": [asdict(row) for row in rows]})
+    text = page(method, rows)
+    out.with_suffix(".md").write_text(text)
+    console.print(text, highlight=False)
+
+
+def page(method: str, rows: list[Row]) -> str:
+    """docs/permutation.md."""
     lines = [
-        "# Orders of channels",
+        "# Channel orders",
         "",
-        f"Measured on one CPU thread by `make permutation`: SmolLM2-135M, {method}'s score, {N}:{M}, "
-        "means over the layers. Retained: the score of kept weights over that in the given order.",
+        f"Measured on one CPU thread by `make permutation`: SmolLM2-135M at {N}:{M} with the score of {method}, means "
+        "over layers. Retained: the score of the kept weights, compared with the given order.",
         "",
-        "| layers | order | retained | CPU seconds a layer |",
+        "| layers | search | retained | CPU seconds per layer |",
         "|---|---|---:|---:|",
         *(f"| {row.layers} | {row.search} | {row.retained:+.2%} | {row.seconds:.3f} |" for row in rows),
     ]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    for line in lines[4:]:
-        console.print(line, highlight=False)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The README's picture: perplexity against CPU time at 2:4, from the records in docs/curve, as a small SVG.
+"""Draws the README's picture: perplexity against CPU time at 2:4, from the records in docs/curve, as a small SVG.
 
 python -m benchmarks.readme_picture [--check]
 
-Methods with options of their own are left out. Colors follow the reader's light or dark scheme; the picture brings its
-own background, so it is legible on a page that does not.
+Methods with changed options are left out. Colors follow the reader's light or dark scheme. The picture has a background
+of its own, so it is readable on any page.
 """
 
 from __future__ import annotations

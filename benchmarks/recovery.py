@@ -1,9 +1,9 @@
-"""What a recovery's settings do: the same pruned model recovered with each; writes docs/recovery.{json,md}.
+"""The same pruned model recovered with different settings; writes docs/recovery.{json,md}.
 
     python -m benchmarks.recovery --calibration c4.jsonl.gz --held-out other-c4.jsonl.gz --evaluation wiki.test.raw.gz
 
-SmolLM2-135M at 2:4, Wanda's mask, channels permuted, weights fitted; every recovery reads the same tokens once. What
-docs/recovery.json holds is not run again.
+SmolLM2-135M at 2:4 with Wanda's mask, permuted channels and fitted weights. Every recovery reads the same number of
+tokens, each once. Results in docs/recovery.json are reused.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ SAMPLES, LENGTH, SEED = 64, 128, 0
 WINDOWS = 60
 
 MOST_HELD_OUT = 1000
-"""Documents of the held-out text."""
+"""At most this many documents of the held-out text are read."""
 
 HELD_OUT_SEQUENCES, HELD_OUT_LENGTH = 256, 256
-"""Of the text that the divergence is taken over, at most."""
+"""At most this many sequences of this length are used for the divergence."""
 
 TOKENS = 102_400
-"""That every recovery reads: 400 steps of 256."""
+"""Tokens that every recovery reads: 400 steps of 256."""
 
 DEFAULT = RecoverySettings(steps=1)
-"""Each trial's settings but for their steps."""
+"""The settings that a trial starts from; the number of steps is set later."""
 
 WRITTEN = "text that the dense model writes"
-"""The trial that does not read the calibration text."""
+"""The trial that does not use the calibration text."""
 
 TRIALS: dict[str, RecoverySettings] = {
-    "as it is by default": DEFAULT,
+    "the defaults": DEFAULT,
     "other pieces of the text": replace(DEFAULT, seed=1),
-    "rate 0.0012": replace(DEFAULT, learning_rate=1.2e-3),
-    "rate 0.0025": replace(DEFAULT, learning_rate=2.5e-3),
-    "steps of 512 tokens, rate 0.002": replace(DEFAULT, tokens_per_step=512, learning_rate=2e-3),
-    "steps of 1,024 tokens, rate 0.0025": replace(DEFAULT, tokens_per_step=1024, learning_rate=2.5e-3),
+    "learning rate 0.0012": replace(DEFAULT, learning_rate=1.2e-3),
+    "learning rate 0.0025": replace(DEFAULT, learning_rate=2.5e-3),
+    "steps of 512 tokens, learning rate 0.002": replace(DEFAULT, tokens_per_step=512, learning_rate=2e-3),
+    "steps of 1,024 tokens, learning rate 0.0025": replace(DEFAULT, tokens_per_step=1024, learning_rate=2.5e-3),
     "norms trained too": replace(DEFAULT, norms=True),
     WRITTEN: DEFAULT,
 }
@@ -64,11 +64,11 @@ class Outcome:
     """A recovered model.
 
     Attributes:
-        trial: its name in :data:`TRIALS`; "" for the model before any recovery.
-        divergence: from the dense model's predictions, in nats a token, on text held out.
+        trial: name in :data:`TRIALS`; "" for the model before recovery.
+        divergence: from the dense model's predictions, in nats per token, on held-out text.
         perplexity: over windows of 512 tokens.
-        long_perplexity: of 2,048.
-        cpu_seconds: that the recovery took, of all threads together.
+        long_perplexity: over windows of 2,048 tokens.
+        cpu_seconds: of the recovery, all threads together.
     """
 
     trial: str
@@ -80,13 +80,13 @@ class Outcome:
 
 def main(
     calibration: Annotated[str, typer.Option()],
-    held_out: Annotated[str, typer.Option(help="Text of the calibration's kind, none of which is in it.")],
+    held_out: Annotated[str, typer.Option(help="Text like the calibration text, but not part of it.")],
     evaluation: Annotated[str, typer.Option(help="A raw WikiText file.")],
     out: Annotated[Path, typer.Option(help="Folder of recovery.json and recovery.md.")] = Path("docs"),
-    trial: Annotated[list[str] | None, typer.Option(help="Only those; given once for each.")] = None,
-    tokens: Annotated[int, typer.Option(help="That every recovery reads.")] = TOKENS,
+    trial: Annotated[list[str] | None, typer.Option(help="Name of a trial to run; repeatable; default: all.")] = None,
+    tokens: Annotated[int, typer.Option(help="Number of tokens that every recovery reads.")] = TOKENS,
 ) -> None:
-    """Measure what is missing and write the page."""
+    """Measure what is missing, and write the page."""
     wanted = trial or list(TRIALS)
     if unknown := set(wanted) - set(TRIALS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(TRIALS)}")
@@ -116,7 +116,7 @@ def main(
 
 
 def outcome_of(bench: Workbench, held_out: torch.Tensor, name: str, tokens: int) -> Outcome:
-    """A trial on the model as it is pruned now."""
+    """Run a trial on the pruned model."""
     cpu_seconds = 0.0
     if name:
         settings = TRIALS[name]
@@ -133,7 +133,7 @@ def outcome_of(bench: Workbench, held_out: torch.Tensor, name: str, tokens: int)
 
 @torch.no_grad()
 def divergence(bench: Workbench, ids: torch.Tensor) -> float:
-    """Of the model as it is now from the dense one, mean over tokens."""
+    """Divergence of the model from the dense one, mean over tokens."""
     total = 0.0
     for window in ids:
         dense, recovered = (
@@ -144,30 +144,33 @@ def divergence(bench: Workbench, ids: torch.Tensor) -> float:
 
 
 def record(outcomes: list[Outcome], tokens: int) -> dict[str, Any]:
-    """As JSON types."""
+    """The record of all outcomes, as JSON types."""
     return {"tokens": tokens, "outcomes": [asdict(each) for each in outcomes]}
 
 
 def measured(out: Path, tokens: int) -> list[Outcome]:
-    """What was measured before on as many tokens."""
+    """Earlier results with the same number of tokens."""
     path = out / "recovery.json"
     found = json.loads(path.read_text()) if path.exists() else {"tokens": tokens, "outcomes": []}
     if found["tokens"] != tokens:
-        raise typer.BadParameter(f"{path} was measured on {found['tokens']} tokens: give as many, or remove it")
+        raise typer.BadParameter(
+            f"{path} was measured on {found['tokens']} tokens: use --tokens {found['tokens']}, or remove it"
+        )
     return [Outcome(**each) for each in found["outcomes"]]
 
 
 def page(outcomes: list[Outcome], tokens: int) -> str:
-    """The table as markdown."""
+    """docs/recovery.md."""
     rows = {outcome.trial: outcome for outcome in outcomes}
     lines = [
         "# Settings of a recovery",
         "",
-        f"Measured on a CPU by `make recovery-trials`: SmolLM2-135M at {PATTERN}, Wanda's mask, channels permuted, "
-        f"weights fitted on {SAMPLES} x {LENGTH} tokens of C4; {tokens:,} tokens of it read once, in sequences of 256; "
-        "divergence from the dense model in nats a token, on other text of C4; perplexity on WikiText-2, "
-        f"{WINDOWS} windows of 512 tokens and as many tokens in windows of 2,048. How much is chance, other pieces of "
-        "the text tell. CPU seconds are for 1,024 tokens. Rates count in units of each weight's root mean square.",
+        f"Measured on a CPU by `make recovery-trials`: SmolLM2-135M at {PATTERN} with Wanda's mask, permuted channels, "
+        f"and weights fitted on {SAMPLES} x {LENGTH} tokens of C4. Every recovery reads {tokens:,} tokens of C4 once, "
+        "in sequences of 256. Divergence from the dense model is in nats per token, on held-out text of C4. Perplexity "
+        f"is on WikiText-2: {WINDOWS} windows of 512 tokens, and the same text in windows of 2,048. The row with other "
+        "pieces of the text shows the noise. CPU seconds are per 1,024 tokens. Learning rates are in units of each "
+        "weight's root mean square.",
         "",
         "| settings | divergence | perplexity, 512 | 2,048 | CPU seconds |",
         "|---|---:|---:|---:|---:|",
@@ -176,7 +179,7 @@ def page(outcomes: list[Outcome], tokens: int) -> str:
         if (row := rows.get(name)) is not None:
             cost = f"{row.cpu_seconds * 1024 / tokens:.1f}" if name else ""
             figures = f"{row.divergence:.3f} | {row.perplexity:.1f} | {row.long_perplexity:.1f}"
-            lines.append(f"| {name or 'before'} | {figures} | {cost} |")
+            lines.append(f"| {name or 'before recovery'} | {figures} | {cost} |")
     return "\n".join(lines) + "\n"
 
 

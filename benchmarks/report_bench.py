@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and docs/benchmarks.svg from benchmarks/results.csv: ``make bench-report``."""
+"""Writes docs/benchmarks.md and docs/benchmarks.svg from benchmarks/results.csv (``make bench-report``)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rich.table import Table
 from .layer_shapes import labels_of
 from .results import Outcome, Result, load, outcomes
 
-HEADINGS = ("operation", "layer", "dtype", "ours", "GB/s", "beside", "its time", "times as long", "rounds")
+HEADINGS = ("operation", "layer", "dtype", "ours", "GB/s", "compared with", "its time", "times as long", "rounds")
 
 PREAMBLE = """# Side by side
 
 Written by `make bench-report` from `benchmarks/results.csv`, to which `make bench` appends. Every row is one
-comparison whose sides were timed in turn (A B A B) on the same input, after both had been seen to choose the same
-weights and the tests of the operation had passed; where they had not, there is no ratio. Times are medians. GB/s
-counts the fewest bytes that the operation can move. The published ways are those of
-`benchmarks/claims/published.py`, written from the papers; they start from the statistics that ours start from.
+comparison. Both sides were timed in turn (A B A B) on the same input, after a check that they choose the same weights
+and that the operation's tests pass; without that there is no ratio. Times are medians. GB/s counts the fewest bytes
+that the operation can move. The published forms are those of `benchmarks/claims/published.py`, written from the
+papers; they use the same statistics as ours.
 """
 
 
 def cells(outcome: Outcome) -> Iterable[tuple[str, ...]]:
-    """One row for each provider beside ours."""
+    """One row for each of the other providers."""
     ours = outcome.ours
     rate = f"{ours.bandwidth:.1f}" if ours.bytes else ""
     for other in outcome.others:
@@ -41,19 +41,19 @@ def cells(outcome: Outcome) -> Iterable[tuple[str, ...]]:
 
 
 def layer_of(result: Result) -> str:
-    """The shape, and the first model that has it."""
+    """The shape, and the first model with such a layer."""
     sides = result.shape.split("x")
     labels = labels_of(*map(int, sides)) if len(sides) == 2 else []
     return " x ".join(sides) + (f" ({labels[0]})" if labels else "")
 
 
 def time_of(result: Result) -> str:
-    """The median, and on a GPU that by the wall clock."""
+    """The median, and on a GPU also the median by the wall clock."""
     return duration(result.p50) + (f" (wall {duration(result.wall)})" if result.wall else "")
 
 
 def duration(seconds: float) -> str:
-    """Three digits in a fitting unit."""
+    """Seconds with three digits, in a suitable unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -61,7 +61,7 @@ def duration(seconds: float) -> str:
 
 
 def outcome_table(found: Sequence[Outcome]) -> str:
-    """For a terminal."""
+    """The table for a terminal."""
     table = Table(*HEADINGS)
     for outcome in found:
         for row in cells(outcome):
@@ -89,13 +89,13 @@ def page(found: Sequence[Outcome]) -> str:
 
 
 def markdown_table(found: Sequence[Outcome]) -> list[str]:
-    """Lines of a table in Markdown."""
+    """The table in Markdown, line by line."""
     rows = [f"| {' | '.join(row)} |" for outcome in found for row in cells(outcome)]
     return [f"| {' | '.join(HEADINGS)} |", "|---|---|---|---:|---:|---|---:|---:|---:|", *rows]
 
 
 def plot(found: Sequence[Outcome], path: Path) -> None:
-    """Seconds over the number of weights, a panel for every operation on layers that has a published form."""
+    """Plot seconds over the number of weights, with a panel for every pruning of layers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,7 +146,7 @@ def main(
     """Write OUT.md and OUT.svg."""
     found = outcomes(load(results))
     if not found:
-        raise typer.BadParameter(f"{results} holds no figures: run `make bench` or `make bench-quick` first")
+        raise typer.BadParameter(f"{results} has no results: run `make bench` or `make bench-quick` first")
     out.with_suffix(".md").write_text(page(found))
     plot(found, out.with_suffix(".svg"))
 

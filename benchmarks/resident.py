@@ -2,7 +2,7 @@
 
     python -m benchmarks.resident DIR NEW_TOKENS
 
-prints one JSON object, the fields of :class:`Resident`, in bytes.
+Prints one JSON object with the fields of :class:`Resident`, in bytes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Resident:
     """Resident bytes of one process.
 
     Attributes:
-        after: with the model in memory and a prompt continued.
-        peak: the most from start to end.
+        after: after the model was loaded and continued a prompt.
+        peak: the maximum from start to end.
     """
 
     after: int
@@ -37,10 +37,10 @@ class Resident:
 
 
 def measure_resident(folder: Path, new_tokens: int) -> Resident:
-    """That of a process which loads the model of a folder, packed or not, and writes so many tokens on one thread.
+    """Measure a new process that loads a model, packed or not, and generates ``new_tokens`` tokens on one thread.
 
     Raises:
-        RuntimeError: it failed; its errors are the message.
+        RuntimeError: if the process fails, with its errors as the message.
     """
     words = [sys.executable, "-m", "benchmarks.resident", str(folder.resolve()), str(new_tokens)]
     root = Path(__file__).resolve().parents[1]
@@ -51,14 +51,14 @@ def measure_resident(folder: Path, new_tokens: int) -> Resident:
 
 
 def resident() -> Resident:
-    """Of this process, as Linux counts it.
+    """Resident memory of this process.
 
     Raises:
-        RuntimeError: this is no Linux.
+        RuntimeError: if the system is not Linux.
     """
     status = Path("/proc/self/status")
     if not status.exists():
-        raise RuntimeError("resident memory is read from /proc/self/status: measure it on Linux")
+        raise RuntimeError("resident memory is read from /proc/self/status, which only Linux has")
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
     return Resident(*(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")))
 

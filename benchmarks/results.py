@@ -1,4 +1,4 @@
-"""The one file that every benchmark appends to."""
+"""The file of results that every benchmark appends to."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Setting:
     """What a figure was measured with.
 
     Attributes:
-        device: the processor's or the GPU's name.
-        threads: of torch on the CPU.
-        evidence: "CPU time, measured", "GPU time, measured" or "wall time, measured"; or "dry run", which says
-            nothing of speed.
-        torch, triton, ace_triton: versions; "" for what is not installed.
+        device: name of the processor or the GPU.
+        threads: number of torch's threads on the CPU.
+        evidence: "CPU time, measured", "GPU time, measured" or "wall time, measured"; or "dry run", which means that
+            times say nothing.
+        torch, triton, ace_triton: versions; "" if not installed.
         date: UTC, ISO 8601; the same for all providers of one comparison.
     """
 
@@ -40,7 +40,7 @@ class Setting:
 
     @classmethod
     def here(cls, device: torch.device, dry_run: bool = False) -> Setting:
-        """This moment on this machine."""
+        """The present time on this machine."""
         on_gpu = device.type == "cuda"
         return cls(
             torch.cuda.get_device_name(device) if on_gpu else processor(),
@@ -59,14 +59,14 @@ class Result:
 
     Attributes:
         op: operation and variant ("prune 2:4, wanda").
-        provider: "ace_triton", or whom it is compared with.
-        shape: "4096x11008", or a model.
+        provider: "ace_triton", or the name of another implementation.
+        shape: "4096x11008", or the name of a model.
         dtype: "bfloat16".
         p20, p50, p80: percentiles of the seconds of a call; CPU time on a CPU, device time on a GPU.
         wall: median seconds by the wall clock on a GPU; 0 on a CPU.
-        rounds: how many calls.
-        bytes: the fewest that it can move; 0 where that says nothing.
-        tests: "passed" where the operation's tests passed just before; else there is no speed-up to speak of.
+        rounds: number of calls.
+        bytes: the fewest bytes that the operation can move; 0 if its time does not depend on them.
+        tests: "passed" if the operation's tests passed just before; without that there is no speed-up.
     """
 
     op: str
@@ -95,7 +95,7 @@ class Result:
         setting: Setting,
         wall: float = 0.0,
     ) -> Result:
-        """From the seconds of every round, two at least."""
+        """From the seconds of at least two rounds."""
         tenths = statistics.quantiles(seconds, n=10, method="inclusive")
         return cls(
             op,
@@ -118,23 +118,23 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one comparison came to: a result for each provider, ours first."""
+    """Results of one comparison, one for each provider, ours first."""
 
     results: tuple[Result, ...]
 
     @property
     def ours(self) -> Result:
-        """Our own."""
+        """The result of ace_triton."""
         return self.results[0]
 
     @property
     def others(self) -> tuple[Result, ...]:
-        """Whom it is compared with."""
+        """The results of the other providers."""
         return self.results[1:]
 
     @property
     def speedups(self) -> dict[str, float]:
-        """Provider -> its median time over ours; empty unless the operation's tests passed."""
+        """By provider, its median time over ours; empty unless the operation's tests passed."""
         if any(result.tests != "passed" for result in self.results):
             return {}
         return {other.provider: other.p50 / self.ours.p50 for other in self.others}
@@ -144,10 +144,10 @@ COLUMNS = (*(f.name for f in fields(Result) if f.name != "setting"), *(f.name fo
 
 
 def append(path: Path, results: Iterable[Result]) -> None:
-    """Add lines to the file, in one write; it is made with its header where there is none.
+    """Append lines to the file in one write; a new file gets a header.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: if the file has different columns.
     """
     fresh = not path.exists()
     if not fresh:
@@ -163,7 +163,7 @@ def append(path: Path, results: Iterable[Result]) -> None:
 
 
 def load(path: Path) -> list[Result]:
-    """All lines, oldest first."""
+    """All results in the file, oldest first; empty if there is no file."""
     if not path.exists():
         return []
     _check_header(path)
@@ -172,7 +172,7 @@ def load(path: Path) -> list[Result]:
 
 
 def outcomes(results: Iterable[Result]) -> list[Outcome]:
-    """The newest comparison of every operation, shape, dtype and machine, in the order they were first made."""
+    """The newest comparison of every operation, shape, dtype and machine, in the order of the first ones."""
     together: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         together.setdefault((*_what(result), result.setting.date), []).append(result)
@@ -204,11 +204,11 @@ def _check_header(path: Path) -> None:
     with path.open(newline="") as file:
         header = tuple(next(csv.reader(file), ()))
     if header != COLUMNS:
-        raise ValueError(f"{path} has columns {','.join(header)}; wanted {','.join(COLUMNS)}: move it away")
+        raise ValueError(f"{path} has columns {','.join(header)}; expected {','.join(COLUMNS)}: rename the file")
 
 
 def installed(package: str) -> str:
-    """A package's version, "" where it is not installed."""
+    """A package's version; "" if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -216,7 +216,7 @@ def installed(package: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,9 +1,9 @@
-"""A model pruned to 2:4, dense with zeros beside packed: bytes, memory, tokens; writes docs/sparse.{json,md}.
+"""A model pruned to 2:4, dense with zeros and packed: bytes, memory, tokens; writes docs/sparse.{json,md}.
 
     python -m benchmarks.sparse
 
-Both sides are loaded from their own folder. Memory is that of a fresh process for each; tokens are greedy, one
-sequence, on one thread, the two sides in turn. Rates are of CPU time, prompt included.
+Each side is loaded from its own folder. Memory is measured in a new process for each. Tokens are greedy, in one
+sequence, on one thread; both sides run in turn. Rates are of CPU time and include the prompt.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ console = Console()
 
 @dataclass(frozen=True)
 class Side:
-    """One way to hold the pruned model.
+    """One form of the pruned model.
 
     Attributes:
-        file_bytes: of its tensors on disk.
-        resident: of a process that loads it and generates.
-        tokens_per_second: median over the rounds.
+        file_bytes: bytes of its tensors on disk.
+        resident: memory of a process that loads it and generates.
+        tokens_per_second: median over rounds.
     """
 
     file_bytes: int
@@ -50,14 +50,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both ways in one dtype.
+    """Both forms in one dtype.
 
     Attributes:
         dtype: "fp32" or "bf16".
-        dense, packed: the model with its zeros, and packed.
-        layer_bytes: bytes of the packed layers over what they take dense.
-        faster: how many times as many tokens a second packed, the median over rounds of both sides.
-        same_tokens: of the generated tokens, how many are equal before the first that is not.
+        dense, packed: the model with zeros, and the packed one.
+        layer_bytes: bytes of the packed layers over their dense bytes.
+        faster: tokens per second of the packed form over those of the dense one, median over rounds.
+        same_tokens: number of generated tokens before the first difference.
     """
 
     dtype: str
@@ -70,11 +70,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Generated:
-    """What both sides wrote, and in what time.
+    """Tokens and times of both sides.
 
     Attributes:
-        tokens: int64 [new_tokens] of each side.
-        seconds: CPU seconds of each round of each side.
+        tokens: int64 [new_tokens], for each side.
+        seconds: CPU seconds by round, for each side.
     """
 
     tokens: tuple[torch.Tensor, torch.Tensor]
@@ -87,10 +87,10 @@ def main(
     method: Annotated[str, typer.Option()] = "wanda",
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
-    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="fp32 or bf16; both by default.")] = None,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="fp32 or bf16; default: both.")] = None,
     out: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path("docs/sparse"),
 ) -> None:
-    """Prune, write both forms, measure; write OUT.json and OUT.md."""
+    """Prune, save both forms and measure them; write OUT.json and OUT.md."""
     torch.set_num_threads(1)
     pruned, tokenizer = checkpoint.load(model)
     ids = load_calibration(calibration, tokenizer, samples=SAMPLES, length=LENGTH).ids
@@ -121,7 +121,7 @@ def main(
 
 
 def measure(label: str, model: Any, tokenizer: Any, folder: Path, new_tokens: int, rounds: int) -> Pair:
-    """Write both forms of a pruned model under ``folder`` and measure them."""
+    """Save both forms of a pruned model under ``folder`` and measure them."""
     dense, packed = folder / "dense", folder / "packed"
     checkpoint.save(model, tokenizer, dense, {})
     sparse, _ = checkpoint.load(dense)
@@ -143,7 +143,7 @@ def measure(label: str, model: Any, tokenizer: Any, folder: Path, new_tokens: in
 
 @torch.inference_mode()
 def generate_in_turn(dense: Path, packed: Path, new_tokens: int, rounds: int) -> Generated:
-    """Greedy tokens of the models in two folders, each round one after the other; a first round is not timed."""
+    """Generate greedy tokens with the models in two folders, in turn; a first round is not timed."""
     models = [load_model(folder) for folder in (dense, packed)]
     tokens: list[torch.Tensor] = []
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -167,7 +167,7 @@ def generate_in_turn(dense: Path, packed: Path, new_tokens: int, rounds: int) ->
 
 
 def table(content: dict[str, Any]) -> list[str]:
-    """Both sides in each dtype, as a table of Markdown."""
+    """Both sides in each dtype, as a Markdown table."""
     setting, pairs = content["setting"], content["pairs"]
     sides = [(pair, side) for pair in pairs for side in ("dense", "packed")]
     given = setting["new_tokens"]
@@ -185,17 +185,17 @@ def table(content: dict[str, Any]) -> list[str]:
         row(f"{setting['model']} at {setting['pattern']}", [f"{pair['dtype']}, {side}" for pair, side in sides]),
         "|---" + "|---:" * len(sides) + "|",
         row("tensors on disk", of_side(lambda side: megabytes(side["file_bytes"]))),
-        row("packed layers over dense", of_packed(lambda pair: f"{pair['layer_bytes']:.2f}")),
-        row("resident after generating", of_side(lambda side: megabytes(side["resident"]["after"]))),
-        row("resident at most", of_side(lambda side: megabytes(side["resident"]["peak"]))),
-        row("greedy tokens a second, one thread", of_side(lambda side: f"{side['tokens_per_second']:.1f}")),
-        row("as many times as dense", of_packed(lambda pair: f"{pair['faster']:.2f}x")),
-        row(f"the same tokens, of {given}", of_packed(lambda pair: f"{pair['same_tokens']}")),
+        row("packed layers, bytes over dense", of_packed(lambda pair: f"{pair['layer_bytes']:.2f}")),
+        row("resident memory after generating", of_side(lambda side: megabytes(side["resident"]["after"]))),
+        row("resident memory, maximum", of_side(lambda side: megabytes(side["resident"]["peak"]))),
+        row("greedy tokens per second, one thread", of_side(lambda side: f"{side['tokens_per_second']:.1f}")),
+        row("tokens per second, over dense", of_packed(lambda pair: f"{pair['faster']:.2f}x")),
+        row(f"tokens before the first difference, of {given}", of_packed(lambda pair: f"{pair['same_tokens']}")),
     ]
 
 
 def megabytes(count: float) -> str:
-    """Of a number of bytes, in millions."""
+    """A number of bytes in MB."""
     return f"{count / 1e6:.0f} MB"
 
 
@@ -207,9 +207,10 @@ def page(content: dict[str, Any]) -> list[str]:
         "",
         f"Measured by `make sparse` on one thread of an {setting['processor']}, torch {setting['torch']}: "
         f"{setting['model']} pruned by {setting['method']} to {setting['pattern']} on {setting['samples']} x "
-        f"{setting['length']} tokens, each side loaded from its own folder, memory that of a fresh process. "
-        f'{setting["new_tokens"]} greedy tokens after "{setting["prompt"]}", '
-        f"the two sides in turn, medians over {setting['rounds']} rounds of CPU time, prompt included.",
+        f"{setting['length']} tokens. Each side is loaded from its own folder; memory is that of a new process. "
+        "Tokens: "
+        f'{setting["new_tokens"]}, greedy, after "{setting["prompt"]}"; both sides in turn, medians over '
+        f"{setting['rounds']} rounds of CPU time, including the prompt.",
         "",
         *table(content),
     ]

@@ -1,14 +1,14 @@
-"""What a layer's weights should be fitted to: its own dense outputs, or the dense model's; writes docs/targets.md.
+"""What to fit a layer's weights to: its own dense outputs, or the dense model's; writes docs/targets.md.
 
     python -m benchmarks.targets --calibration c4.jsonl.gz --held-out c4-heldout.jsonl.gz
 
-Behind pruned blocks a layer sees inputs x~ where the dense model has x. Its kept weights w can be fitted to its own
-outputs W x~, or drawn towards the dense model's, W x, so as to make good what went wrong before:
+After pruned blocks, a layer reads inputs x~ instead of the dense model's x. Its kept weights w can be fitted to its own
+outputs W x~, or toward the dense model's outputs W x, to correct earlier errors:
 
-    minimise sum_t |w x~_t - (1 - alpha) W x~_t - alpha W x_t|^2,   solved with X^T X~ beside the Gram matrix of x~.
+    minimize sum_t |w x~_t - (1 - alpha) W x~_t - alpha W x_t|^2,   which needs X^T X~ besides the Gram matrix of x~.
 
-All blocks before one are pruned and updated; four layers of that one are fitted for several alpha, and judged on text
-they were not fitted to.
+All blocks before one block are pruned and updated. Four layers of that block are fitted for several alpha, and
+evaluated on text that they were not fitted to.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ console = Console()
 
 @dataclass(frozen=True)
 class Fit:
-    """A layer fitted with one alpha; errors and norms are relative to the outputs that are named.
+    """A layer fitted with one alpha; errors and norms are relative.
 
     Attributes:
-        layer, alpha: which.
-        fitted, held_out: distance from the dense model's outputs, on the calibration text and on other text.
-        own: distance from the layer's own dense outputs on the inputs it has, on other text.
-        norm: norm of its outputs over that of the dense model's, on other text.
+        layer, alpha: name of the layer, and the weight of the dense model's outputs.
+        fitted, held_out: distance from the dense model's outputs, on the calibration text and on held-out text.
+        own: distance from the layer's own dense outputs on its present inputs, on held-out text.
+        norm: norm of its outputs over that of the dense model's, on held-out text.
     """
 
     layer: str
@@ -61,7 +61,7 @@ def main(
     length: Annotated[int, typer.Option()] = 128,
     out: Annotated[Path, typer.Option()] = Path("docs/targets.md"),
 ) -> None:
-    """Fit, judge and write the table."""
+    """Fit, evaluate and write the page."""
     torch.set_grad_enabled(False)
     dense, tokenizer = checkpoint.load(checkpoint.SMOLLM2)
     texts = [
@@ -83,16 +83,16 @@ def main(
         mask = select_nm(weight, ScoreTerms(scale=scale), 2, 4, output="mask")
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + held))
         for alpha in ALPHAS:
-            # The free solution: with the same Gram matrix, masked least squares from it is that of the target.
+            # The solution without a mask. Masked least squares from it, with the same Gram matrix, fits the target.
             target = weight @ ((1 - alpha) * gram + alpha * cross + held) @ inverse
             kept = solve_kept(target, mask, gram + held, 40, tolerance=1e-3)
-            lines.append(judged(name, alpha, weight, kept, (x, moved), (judge[name], judge_pruned[name])))
+            lines.append(evaluated(name, alpha, weight, kept, (x, moved), (judge[name], judge_pruned[name])))
             console.print(lines[-1], highlight=False)
     out.write_text(page(lines, block, samples, length))
 
 
 def inputs(model: Any, block: int, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the layers of a block read, fp32 [n_tokens, in_features] by name."""
+    """Inputs of the layers of a block, fp32 [n_tokens, in_features], by name."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in LAYERS}
     hooks = [
         model.model.layers[block]
@@ -107,7 +107,7 @@ def inputs(model: Any, block: int, ids: torch.Tensor) -> dict[str, torch.Tensor]
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
-def judged(
+def evaluated(
     layer: str,
     alpha: float,
     dense: torch.Tensor,
@@ -115,7 +115,7 @@ def judged(
     fit: tuple[torch.Tensor, torch.Tensor],
     judge: tuple[torch.Tensor, torch.Tensor],
 ) -> Fit:
-    """Errors of ``kept``; inputs come in pairs, the dense model's and those behind pruned blocks."""
+    """Errors of ``kept``; inputs are pairs, of the dense model and of the model with pruned blocks."""
 
     def distance(inputs: torch.Tensor, dense_inputs: torch.Tensor) -> float:
         wanted = dense_inputs @ dense.t()
@@ -126,16 +126,17 @@ def judged(
 
 
 def page(fits: list[Fit], block: int, samples: int, length: int) -> str:
-    """The table as markdown."""
+    """docs/targets.md."""
     head = [
         "# What to fit a layer's weights to",
         "",
-        "Measured on a CPU by `python -m benchmarks.targets`. SmolLM2-135M-Instruct, 2:4 by Wanda with masked least "
-        f"squares in all blocks before block {block}; its layers fitted on {samples} x {length} tokens of C4 to "
-        "(1 - alpha) times their own dense outputs plus alpha times the dense model's. Errors are relative norms.",
+        "Measured on a CPU by `python -m benchmarks.targets`. SmolLM2-135M-Instruct: all blocks before block "
+        f"{block} are pruned to 2:4 by Wanda, with masked least squares. The layers of block {block} are fitted on "
+        f"{samples} x {length} tokens of C4 to (1 - alpha) times their own dense outputs plus alpha times the dense "
+        "model's. Errors are relative norms.",
         "",
-        "| layer | alpha | to the dense model's outputs: calibration | held out | to its own dense outputs: held out "
-        "| norm of outputs over the dense model's |",
+        "| layer | alpha | error against the dense model's outputs: calibration | held out "
+        "| error against its own dense outputs: held out | norm of outputs over the dense model's |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     rows = [
@@ -143,9 +144,9 @@ def page(fits: list[Fit], block: int, samples: int, length: int) -> str:
     ]
     tail = [
         "",
-        "Drawn towards the dense model's outputs, a layer regresses on inputs that are to a good part error by then. "
-        "Its outputs shrink, which adds up over the blocks; part of what the fit gains on the calibration text is gone "
-        "on other text; and the layer moves away from its own function. `prune_model` fits to a layer's own outputs.",
+        "A fit to the dense model's outputs regresses on inputs that already contain much error. The layer's outputs "
+        "shrink, which accumulates over the blocks. Part of the gain on the calibration text is lost on held-out text, "
+        "and the layer moves away from its own function. So `prune_model` fits to a layer's own outputs.",
     ]
     return "\n".join(head + rows + tail) + "\n"
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 FLUSHED_BYTES = 256 * 2**20
-"""More than the L2 cache of any GPU there is."""
+"""More than the L2 cache of any GPU."""
 
 
 @dataclass(frozen=True)
 class Instant:
-    """A point on a GPU's time line; the difference of two is in seconds, and waits for the later one."""
+    """A point in a GPU's stream; the difference of two is in seconds, and waits for the later one."""
 
     event: torch.cuda.Event
 
@@ -30,17 +30,17 @@ def cpu_time() -> float:
 
 
 def device_time() -> Instant:
-    """When the GPU gets here."""
+    """The present point in the GPU's stream."""
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return Instant(event)
 
 
 class Stopwatch:
-    """Times calls on one device; every call finds the GPU's L2 cache overwritten.
+    """Times calls on one device, on a GPU with an L2 cache that was overwritten before each call.
 
-    The write that overwrites it is still running when the call is made, so that the time to prepare the first launch
-    is hidden, as it is in a stream of work.
+    The write that overwrites the cache is still running when the call is made. This hides the time to prepare the first
+    launch, as in a stream of work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +49,7 @@ class Stopwatch:
         self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
     def flush(self) -> None:
-        """Overwrite the L2 cache; nothing on a CPU, whose caches a model's weights pass through anyway."""
+        """Overwrite a GPU's L2 cache. Does nothing on a CPU, where a model's weights are larger than the caches."""
         if self._flushed is not None:
             self._flushed.zero_()
 

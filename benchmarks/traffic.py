@@ -1,8 +1,8 @@
-"""Bytes and launches of every operation, counted by running it, over the fewest possible.
+"""Counts bytes and launches of every operation by running it, over the fewest possible.
 
     TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton python -m benchmarks.traffic [--out docs/traffic]
 
-How is in :mod:`benchmarks.traffic_counter`.
+See :mod:`benchmarks.traffic_counter`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ SHAPE = (512, 2048)
 N_TOKENS = 2048
 FEW_TOKENS = 256
 
-# Sums leave partial sums in the measure of what a program sums, which depends on the whole: they are counted over a few
-# programs' share of a layer and of a batch of tokens, with the blocks that the launchers plan for all of it.
+# Sums write partial sums, and how many depends on the size of the whole. So sums are counted over the share that a few
+# programs have of a layer or of a batch of tokens, with the block sizes that the launchers choose for the whole.
 LAYER, LAYER_SHARE = (4096, 11008), (752, 2048)
 BATCH, BATCH_SHARE = (128, 128, 4096), (32, 128, 512)
 
@@ -57,7 +57,7 @@ LAYER_METHODS = ("magnitude", "wanda", "stade", "ria", "saap", "cosp", "varp", "
 
 @dataclass(frozen=True)
 class Row:
-    """One operation's line: bytes against the fewest, per element of the matrix it passes over."""
+    """One operation: bytes per element of the matrix it reads, compared with the fewest."""
 
     what: str
     elements: int
@@ -71,7 +71,7 @@ class Row:
 
 
 def count(what: str, elements: int, least: int, call: Callable[[], object]) -> Row:
-    """Run ``call`` and count."""
+    """Run ``call`` and count its traffic."""
     with Counter().counting() as traffic:
         call()
     return Row(what, elements, least, traffic)
@@ -79,14 +79,14 @@ def count(what: str, elements: int, least: int, call: Callable[[], object]) -> R
 
 @contextmanager
 def planned_for(plan: str, whole: tuple[int, ...]) -> Iterator[None]:
-    """Inside, launches take the blocks that ``launch``'s function ``plan`` gives a tensor of the shape ``whole``."""
+    """Inside, launches use the block sizes that ``launch``'s function ``plan`` gives for tensors of shape ``whole``."""
     planned = getattr(launch, plan)
     with mock.patch.object(launch, plan, lambda tensor: planned(torch.empty(whole, dtype=tensor.dtype, device="meta"))):
         yield
 
 
 def rows_of_sums(dtype: torch.dtype) -> list[Row]:
-    """What sums over all of a layer or of a batch."""
+    """Operations that sum over a whole layer or batch."""
     weight, tokens = torch.randn(LAYER_SHARE).to(dtype), torch.randn(BATCH_SHARE).to(dtype)
     (rows, cols), (sequences, _, channels) = LAYER_SHARE, BATCH_SHARE
     e, n, x = weight.element_size(), weight.numel(), tokens.numel()
@@ -112,7 +112,7 @@ def rows_of_sums(dtype: torch.dtype) -> list[Row]:
 
 
 def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
-    """Every operation of ours."""
+    """Every operation of this package."""
     rows, cols = SHAPE
     torch.manual_seed(0)
     weight = torch.randn(SHAPE).to(dtype)
@@ -182,7 +182,7 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
 def rows_of_published_cosp(
     weight: torch.Tensor, terms: ScoreTerms, tokens: torch.Tensor, outputs: torch.Tensor
 ) -> list[Row]:
-    """The published CosP in two steps, with its matrix between them, and in one."""
+    """The published CosP in two steps, which store its matrix in between, and in one step."""
     e, n, token_weights = weight.element_size(), weight.numel(), torch.rand(len(tokens))
     least = e * (tokens.numel() + outputs.numel() + 2 * n) + 4 * (len(tokens) + weight.shape[1])
 
@@ -202,13 +202,13 @@ def rows_of_published_cosp(
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What :func:`~ace_triton.prune_linear` does to a layer, all in all.
+    """Total traffic of :func:`~ace_triton.prune_linear` on a layer.
 
     Attributes:
-        method: by its name.
-        first: for the first layer of an input, whose vectors are made for it.
-        further: for a layer that shares the input.
-        elements: weights of the layer.
+        method: name of the method.
+        first: for the first layer of an input, including the vectors that layers of one input share.
+        further: for another layer of the same input.
+        elements: number of weights.
         least: bytes that any implementation must move.
     """
 
@@ -225,7 +225,7 @@ class LayerRow:
 
 
 def rows_of_layers(dtype: torch.dtype = torch.bfloat16) -> list[LayerRow]:
-    """Every metric at 2:4, on statistics as they are collected."""
+    """Every metric at 2:4, on newly collected statistics."""
     torch.manual_seed(0)
     rows, cols = LAYER_SHARE
     tokens = torch.randn(16, 8, cols).to(dtype)
@@ -248,7 +248,7 @@ def rows_of_layers(dtype: torch.dtype = torch.bfloat16) -> list[LayerRow]:
 
 
 def published_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
-    """The published ways to do the same, from scores to zeros in place."""
+    """The published forms of the same, from scores to zeros in place."""
     weight = torch.randn(SHAPE).to(dtype)
     square = torch.rand(SHAPE[1])
     n = weight.numel()
@@ -265,21 +265,20 @@ def published_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
 
 
 def layer_lines(rows: list[LayerRow]) -> Iterator[str]:
-    """The table of :func:`rows_of_layers` in Markdown."""
-    yield "## prune_linear at 2:4, all in all"
+    """The Markdown table of :func:`rows_of_layers`."""
+    yield "## prune_linear at 2:4, in total"
     yield ""
     yield (
-        f"Statistics as collected, weight {LAYER_SHARE[0]} x {LAYER_SHARE[1]} with the blocks planned for "
-        f"{LAYER[0]} x {LAYER[1]}. A metric that sums the weight sees NaN and infinity in its sums; for the others a "
-        "launch reads the weight once more beforehand, so that nothing is changed where it holds one (prune_model "
-        "looks at all weights before it changes any, and here launches one less); ace-paper and dass look at their "
-        "coupling matrix and row vector in the same launch, which prune_model has for these too. The GPU is waited "
-        "for once a layer, for ace-paper twice. "
-        "In brackets: the first layer of an input, with the vectors that layers of one input share (q, k and v; gate "
-        "and up)."
+        f"Newly collected statistics; a weight of {LAYER_SHARE[0]} x {LAYER_SHARE[1]} with the block sizes chosen for "
+        f"{LAYER[0]} x {LAYER[1]}. A metric that sums the weight finds NaN and infinity in its sums. For the others, "
+        "one more launch reads the weight first, so that a weight with NaN stays unchanged. (prune_model checks all "
+        "weights before it changes any, and needs one launch less here.) ace-paper and dass check their coupling "
+        "matrix and row vector in the same launch; prune_model also has a launch for these. The host waits for the GPU "
+        "once per layer, for ace-paper twice. In brackets: the first layer of an input, with the vectors that layers "
+        "of one input share (q, k and v; gate and up)."
     )
     yield ""
-    yield "| method | launches | bytes a weight | issued | over the fewest |"
+    yield "| method | launches | bytes per weight | issued | over the fewest |"
     yield "|---|---:|---:|---:|---:|"
     for row in rows:
         moved, issued = (row.further.read + row.further.written) / row.elements, row.further.issued / row.elements
@@ -289,17 +288,17 @@ def layer_lines(rows: list[LayerRow]) -> Iterator[str]:
 
 
 def page(ours: list[Row], layers: list[LayerRow], published: list[Row]) -> str:
-    """All tables in Markdown."""
+    """docs/traffic.md."""
     lines = [
         "# Memory traffic",
         "",
-        "Counted by running each operation, not timed, by `make traffic`. Weight "
-        f"{SHAPE[0]} x {SHAPE[1]}, {N_TOKENS} tokens, bf16; sums, whose partial results depend on the whole, over a "
-        "share of the layer or batch in brackets, with the blocks that are planned for all of it. *Bytes an element* "
-        "counts a byte once a launch (a cache "
-        "serves repeats within one, nothing survives between two); *issued* counts every load and store. *Fewest* is "
-        "what any implementation must read and write once. Launches are kernels, or torch operations that touch data; "
-        "for the published ways most of these are one or more kernels each.",
+        "Counted, not timed, by `make traffic`, which runs each operation: a weight of "
+        f"{SHAPE[0]} x {SHAPE[1]} and {N_TOKENS} tokens, in bf16. Sums run over a share of the layer or batch in "
+        "brackets, with the block sizes chosen for the whole, since the number of partial sums depends on it. *Bytes "
+        "per element* counts a byte once per launch, as if the cache served repeats within a launch and nothing "
+        "between two. *Issued* counts every load and store. *Fewest* is what any implementation must read and write "
+        "once. Launches are kernels, or torch operations that touch data; in the published forms, most operations are "
+        "one or more kernels.",
         "",
     ]
     for title, rows in (
@@ -309,7 +308,7 @@ def page(ours: list[Row], layers: list[LayerRow], published: list[Row]) -> str:
         lines += [
             f"## {title}",
             "",
-            "| operation | launches | bytes an element | issued | fewest | over the fewest |",
+            "| operation | launches | bytes per element | issued | fewest | over the fewest |",
             "|---|---:|---:|---:|---:|---:|",
         ]
         for row in rows:
@@ -325,9 +324,9 @@ def page(ours: list[Row], layers: list[LayerRow], published: list[Row]) -> str:
 
 
 def main(out: Annotated[Path, typer.Option()] = Path("docs/traffic")) -> None:
-    """Count, print the page and write OUT.json and OUT.md."""
+    """Count, write OUT.json and OUT.md, and print the page."""
     if not interpreting():
-        raise typer.BadParameter("run it as `make traffic`: it counts in Triton's interpreter (TRITON_INTERPRET=1)")
+        raise typer.BadParameter("run `make traffic`: counting needs Triton's interpreter (TRITON_INTERPRET=1)")
     ours, layers, published = our_rows(), rows_of_layers(), published_rows()
     text = page(ours, layers, published)
     write_json(

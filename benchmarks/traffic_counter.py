@@ -1,6 +1,6 @@
-"""Counts bytes and launches of a call: Triton's kernels in its interpreter, torch's operations as they are dispatched.
+"""Counts bytes and launches of a call: Triton kernels in the interpreter, torch operations at dispatch.
 
-Within one launch a byte counts once, as if the cache served repeats; nothing survives between launches.
+Within a launch, a byte counts once, as if the cache served repeats. Between launches nothing is cached.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 @dataclass
 class Traffic:
-    """What one call moved.
+    """Traffic of one call.
 
     Attributes:
-        read, written: bytes, each counted once a launch.
-        issued: bytes of all loads and stores, repeats included; torch's operations count once.
-        launches: Triton kernels and torch operations that touch data.
+        read, written: bytes, each counted once per launch.
+        issued: bytes of all loads and stores, including repeats; torch operations count once.
+        launches: number of Triton kernels and of torch operations that touch data.
     """
 
     read: int = 0
@@ -35,7 +35,7 @@ class Traffic:
 
 @dataclass
 class Counter(TorchDispatchMode):
-    """Counts while it is entered."""
+    """Counts inside its ``with`` block."""
 
     traffic: Traffic = field(default_factory=Traffic)
     _inside_kernel: bool = False
@@ -69,7 +69,7 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def counting(self) -> Iterator[Traffic]:
-        """Count torch's operations and Triton's kernels."""
+        """Count torch operations and Triton kernels."""
         loads: list[tuple[np.ndarray, int]] = []
         stores: list[tuple[np.ndarray, int]] = []
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -106,13 +106,13 @@ class Counter(TorchDispatchMode):
 
 
 def _addresses(pointers: Any, mask: Any) -> tuple[np.ndarray, int]:
-    """Where a load or store touches elements, and their size in bytes."""
+    """Addresses of the elements that a load or store touches, and their size in bytes."""
     inside = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
     return pointers.data[inside].astype(np.uint64).ravel(), max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
 
 
 def _distinct(accesses: list[tuple[np.ndarray, int]]) -> int:
-    """Distinct bytes of many accesses; elements of one size lie on its multiples."""
+    """Distinct bytes of many accesses; elements of one size are aligned to it."""
     sizes = {size for _, size in accesses}
     return sum(size * np.unique(np.concatenate([p for p, s in accesses if s == size])).size for size in sizes)
 

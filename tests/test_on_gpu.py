@@ -47,7 +47,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_an_unknown_section_is_refused(tmp_path):
-    with pytest.raises(typer.BadParameter, match="no section speed; there are tests, races, kernels, sums"):
+    with pytest.raises(typer.BadParameter, match="unknown section speed: use one of tests, races, kernels, sums"):
         main(out=tmp_path, only=["speed"], dry_run=True)
 
 

@@ -1,7 +1,7 @@
-"""The published ways to prune, written from their formulas: what speed and masks are compared with.
+"""Published pruning methods, written from their formulas, to compare speed and masks with.
 
-Scores are "higher is kept"; the selections count what they *prune*, as the published codes do, and write zeros in
-place.
+Higher scores are kept. The selections take the number of weights to *prune*, as the published code does, and write
+zeros in place.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ class InputNorms:
 
     Attributes:
         mean_square: fp32 [in_features], sum of x^2 over all tokens, over the number of sequences.
-        n_sequences: seen so far.
+        n_sequences: number of sequences so far.
     """
 
     mean_square: torch.Tensor
     n_sequences: int = 0
 
     def add(self, tokens: torch.Tensor) -> None:
-        """Add tokens [n_sequences, length, in_features] as the published hooks do: rescale, then add the batch."""
+        """Add tokens [n_sequences, length, in_features] like the published hooks: rescale, then add the batch."""
         n_before, self.n_sequences = self.n_sequences, self.n_sequences + len(tokens)
         channels = tokens.flatten(0, 1).t().float()
         self.mean_square *= n_before / self.n_sequences
@@ -32,27 +32,31 @@ class InputNorms:
 
 
 def cosine_loss(tokens: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-    """CosP's mean_t |a_ti x_tj| / ||a_t||^2, [out, in], of tokens [T, in] and outputs [T, out] (ACE; the mean of
-    absolute values over tokens is a reconstruction)."""
+    """CosP's mean_t |a_ti x_tj| / ||a_t||^2, [out, in], from tokens [T, in] and outputs [T, out] (ACE).
+
+    The mean of absolute values over tokens is a reconstruction.
+    """
     tokens, outputs = tokens.float(), outputs.float()
     weighted = outputs.abs() / outputs.square().sum(1, keepdim=True)
     return weighted.t() @ tokens.abs() / len(tokens)
 
 
 def exact_cosine_loss(tokens: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-    """mean_t x_tj^2 / ||a_t||^2, [in]: the second-order term of 1 - cos without |W|^2 / 2, which ACE's text skips."""
+    """mean_t x_tj^2 / ||a_t||^2, [in]: the second-order term of 1 - cos without |W|^2 / 2, which ACE's text omits."""
     return (tokens.float().square() / outputs.float().square().sum(1, keepdim=True)).mean(0)
 
 
 def variance_factor(sequence_square: torch.Tensor, eps: float = 0.01) -> torch.Tensor:
-    """VarP's E[1 / (1 - y)], [in], of squared norms [n_sequences, in] divided by their largest (ACE; the divisor is
-    a reconstruction)."""
+    """VarP's E[1 / (1 - y)], [in], from squared norms [n_sequences, in] over their maximum (ACE).
+
+    The divisor is a reconstruction.
+    """
     y = (1 - eps) * sequence_square / sequence_square.max()
     return (1 / (1 - y)).mean(0)
 
 
 def convergent_variance_factor(sequence_square: torch.Tensor, eps: float = 0.01) -> torch.Tensor:
-    """The same with every sequence divided by its sum over channels, for which ACE's power series converges."""
+    """VarP with every sequence divided by its sum over channels, so that ACE's power series converges."""
     y = sequence_square / sequence_square.sum(1, keepdim=True)
     return (1 / (1 - y.clamp(max=1 - eps))).mean(0)
 
@@ -87,12 +91,12 @@ def ace_scores(
 
 
 def exact_ace_scores(weight: torch.Tensor, loss: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """What the package calls "ace", in plain torch: relative importance times the root of the loss over the factor."""
+    """The package's "ace" in plain torch: relative importance times the root of the loss over the factor."""
     return relative_importance(weight) * (loss.sqrt() / factor).reshape(1, -1)
 
 
 def prune_groups(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int, m: int) -> None:
-    """Of every m consecutive columns the n lowest of each row, by a loop over the groups."""
+    """Prune the n lowest of every m consecutive columns in each row, by a loop over the groups."""
     pruned = torch.zeros_like(scores, dtype=torch.bool)
     for first in range(0, scores.shape[1], m):
         lowest = scores[:, first : first + m].float().topk(n_pruned, dim=1, largest=False).indices
@@ -101,7 +105,7 @@ def prune_groups(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int, m: i
 
 
 def prune_rows_by_sort(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int) -> None:
-    """The n lowest of every row, by a stable sort: the published code for unstructured Wanda."""
+    """Prune the n lowest of every row by a stable sort, as the published code for unstructured Wanda does."""
     pruned = torch.zeros_like(scores, dtype=torch.bool)
     lowest = scores.sort(dim=-1, stable=True).indices[:, :n_pruned]
     pruned.scatter_(1, lowest, True)
@@ -109,14 +113,14 @@ def prune_rows_by_sort(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int
 
 
 def prune_rows_by_topk(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int) -> None:
-    """The n lowest of every row, by top-k: faster than the sort, ties in no order."""
+    """Prune the n lowest of every row by top-k: faster than the sort, but ties have no order."""
     pruned = torch.zeros_like(scores, dtype=torch.bool)
     pruned.scatter_(1, scores.topk(n_pruned, dim=1, largest=False).indices, True)
     weight[pruned] = 0
 
 
 def prune_layer(weight: torch.Tensor, scores: torch.Tensor, n_pruned: int) -> None:
-    """The n lowest of the whole layer, by a threshold from a sort; more of them where scores tie at it."""
+    """Prune the n lowest of the whole layer by a threshold from a sort; more if scores tie at the threshold."""
     threshold = scores.flatten().sort().values[n_pruned - 1]
     weight[scores <= threshold] = 0
 
@@ -127,14 +131,14 @@ class Hessian:
 
     Attributes:
         matrix: fp32 [in_features, in_features], 2 X^T X over all tokens, over the number of sequences.
-        n_sequences: seen so far.
+        n_sequences: number of sequences so far.
     """
 
     matrix: torch.Tensor
     n_sequences: int = 0
 
     def add(self, tokens: torch.Tensor) -> None:
-        """Add tokens [n_sequences, length, in_features] as the published hook does: rescale, then add the batch."""
+        """Add tokens [n_sequences, length, in_features] like the published hook: rescale, then add the batch."""
         n_before, self.n_sequences = self.n_sequences, self.n_sequences + len(tokens)
         flat = (2 / self.n_sequences) ** 0.5 * tokens.flatten(0, 1).float()
         self.matrix *= n_before / self.n_sequences
@@ -142,7 +146,7 @@ class Hessian:
 
 
 def hessian(tokens: torch.Tensor) -> torch.Tensor:
-    """That of a single batch, fp32 [in, in], of tokens [n_sequences, length, in]."""
+    """The matrix of a single batch, fp32 [in, in], from tokens [n_sequences, length, in]."""
     whole = Hessian(tokens.new_zeros(tokens.shape[-1], tokens.shape[-1], dtype=torch.float32))
     whole.add(tokens)
     return whole.matrix
@@ -151,11 +155,11 @@ def hessian(tokens: torch.Tensor) -> torch.Tensor:
 def prune_by_sparsegpt(
     weight: torch.Tensor, hessian: torch.Tensor, n_pruned: int, m: int, block: int = 128, damping: float = 0.01
 ) -> None:
-    """Groups of m along the inputs, the kept weights updated (Frantar and Alistarh, ICML 2023, algorithm 1).
+    """Prune groups of m along the inputs and update the kept weights (Frantar and Alistarh, ICML 2023, algorithm 1).
 
-    Column by column: at the first column of a group the n of lowest W^2 / U_jj^2 are marked, U the upper Cholesky
-    factor of the damped inverse; what a column loses is made up for by the columns to its right, within the block at
-    once and beyond it when the block is done.
+    The columns go from left to right. At the first column of a group, the n weights of lowest W^2 / U_jj^2 are marked,
+    where U is the upper Cholesky factor of the damped inverse. The columns to the right compensate a column's error: at
+    once within the block, and after the block for those outside.
     """
     w, h = weight.float(), hessian.clone()
     dead = h.diagonal() == 0

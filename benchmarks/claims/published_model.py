@@ -1,4 +1,4 @@
-"""A model pruned block by block in the published form: the package's forwards, everything else in plain torch."""
+"""Prunes a model block by block as published: forwards of the package, everything else in plain torch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ace_triton.timing import Seconds, Stopwatch
 from . import published
 
 METHODS = ("magnitude", "wanda", "ria", "ace", "ace-paper", "sparsegpt")
-"""What :func:`prune_model` takes."""
+"""The methods of :func:`prune_model`."""
 
 
 @dataclass
 class LayerStatistics:
-    """What the published hooks keep of one layer: every layer its own, also where several read one tensor.
+    """Statistics of one layer as the published hooks keep them, also if several layers read one tensor.
 
     Attributes:
-        norms: Wanda's and RIA's.
-        squares: for VarP, sums of x^2 over every sequence, one tensor a batch.
-        loss: for CosP, the sum over batches of its mean loss ("ace-paper": a matrix, "ace": a vector); None where it
-            is not wanted.
-        n_batches: in it.
-        hessian: SparseGPT's; None where it is not wanted.
+        norms: for Wanda and RIA.
+        squares: for VarP, sums of x^2 over every sequence, one tensor per batch.
+        loss: for CosP, the sum over batches of its mean loss ("ace-paper": a matrix, "ace": a vector); None for other
+            methods.
+        n_batches: number of batches in ``loss``.
+        hessian: for SparseGPT; None for other methods.
     """
 
     norms: published.InputNorms
@@ -67,7 +67,7 @@ class LayerStatistics:
 
 
 class Hooks:
-    """Statistics of some layers, taken as the published code does."""
+    """Collects statistics of some layers like the published code."""
 
     def __init__(self, layers: dict[str, nn.Module], method: str, clock: Stopwatch) -> None:
         self._layers, self._method, self._clock = layers, method, clock
@@ -80,9 +80,9 @@ class Hooks:
 
     @contextmanager
     def batch(self, shape: tuple[int, int], valid: torch.Tensor | None, *, leave_early: bool) -> Iterator[None]:
-        """Watch while one batch runs, all of it: the published form knows no other way."""
+        """Collect statistics while one whole batch runs, as the published form does."""
         handles = [
-            layer.register_forward_hook(lambda _, args, output, name=name: self._see(name, args[0], output))
+            layer.register_forward_hook(lambda _, args, output, name=name: self._add(name, args[0], output))
             for name, layer in self._layers.items()
         ]
         try:
@@ -91,7 +91,7 @@ class Hooks:
             for handle in handles:
                 handle.remove()
 
-    def _see(self, name: str, tokens: torch.Tensor, output: torch.Tensor) -> None:
+    def _add(self, name: str, tokens: torch.Tensor, output: torch.Tensor) -> None:
         if self._method == "magnitude":
             return
         with self._clock.measure("statistics"):
@@ -118,22 +118,25 @@ def weights_of(layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
 
 
 def prune_model(model: Any, ids: torch.Tensor, method: str, n: int, m: int, batch_size: int) -> Seconds:
-    """Prune a decoder in place to n:m by one of :data:`METHODS`; seconds by stage.
+    """Prune a decoder in place to n:m by one of :data:`METHODS`.
 
     Args:
         model: a causal decoder of transformers.
         ids: int64 [n_sequences, length].
-        method: whose score.
-        n, m: n of every m are kept.
-        batch_size: sequences of one forward, a divisor of n_sequences.
+        method: method whose score is used.
+        n, m: n of every m weights are kept.
+        batch_size: number of sequences in a forward, a divisor of n_sequences.
+
+    Returns:
+        wall-clock seconds by stage.
 
     Raises:
-        ValueError: a method that has no published form here, or a model with stacked experts; nothing was changed.
+        ValueError: if the method has no published form here, or the model has stacked experts; nothing is changed.
     """
     if method not in METHODS:
-        raise ValueError(f"no published form of {method!r} here; there is one of {', '.join(METHODS)}")
+        raise ValueError(f"no published form of {method!r} here; use one of {', '.join(METHODS)}")
     if stacks_of(model):
-        raise ValueError("the published codes prune linear layers only; this model's experts are stacked")
+        raise ValueError("the published code prunes linear layers only; this model's experts are stacked")
     clock = Stopwatch(ids.device)
     blocks = find_blocks(model)
     batches = [Batch(part, None) for part in ids.split(batch_size)]

@@ -1,0 +1,64 @@
+"""The pages that commands write say what their records say, in the words that the commands have now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ace_triton.study.workbench import Protocol
+from benchmarks import budgets, cpu_ratios, permutation, recovery, report_bench, results, sparse, traffic
+from benchmarks.traffic_counter import Traffic
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+def record(name: str) -> dict:
+    return json.loads((DOCS / f"{name}.json").read_text())
+
+
+def cpu() -> str:
+    found = record("cpu")
+    return cpu_ratios.markdown(found["environment"], [cpu_ratios.Ratio(**ratio) for ratio in found["ratios"]])
+
+
+def channel_orders() -> str:
+    found = record("permutation")
+    return permutation.page(found["method"], [permutation.Row(**row) for row in found["rows"]])
+
+
+def memory_traffic() -> str:
+    def row(found: dict) -> traffic.Row:
+        return traffic.Row(found["what"], found["elements"], found["least"], Traffic(**found["traffic"]))
+
+    def layer(found: dict) -> traffic.LayerRow:
+        first, further = Traffic(**found["first"]), Traffic(**found["further"])
+        return traffic.LayerRow(found["method"], first, further, found["elements"], found["least"])
+
+    found = record("traffic")
+    ours, layers, published = map(row, found["ours"]), map(layer, found["layers"]), map(row, found["published"])
+    return traffic.page(list(ours), list(layers), list(published))
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "benchmarks": lambda: report_bench.page(results.outcomes(results.load(ROOT / "benchmarks" / "results.csv"))),
+    "budgets": lambda: budgets.page(budgets.measured(DOCS), Protocol("smollm2")),
+    "cpu": cpu,
+    "permutation": channel_orders,
+    "recovery": lambda: recovery.page(recovery.measured(DOCS, recovery.TOKENS), recovery.TOKENS),
+    "sparse": lambda: "\n".join(sparse.page(record("sparse"))) + "\n",
+    "traffic": memory_traffic,
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_what_its_command_writes(name):
+    assert (DOCS / f"{name}.md").read_text() == PAGES[name]()
+
+
+def test_every_trial_of_a_record_is_on_its_page():
+    """A trial that is renamed must be renamed in its record too."""
+    assert {outcome.trial for outcome in recovery.measured(DOCS, recovery.TOKENS)} <= {"", *recovery.TRIALS}
