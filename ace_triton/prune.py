@@ -12,7 +12,7 @@ from torch import nn
 
 from .computed_weight import computed_weight
 from .kernels.finite import all_finite
-from .kernels.memory import why_not_plain
+from .kernels.memory import overlaps, why_not_plain
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
@@ -124,6 +124,8 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
         raise PruneError(f"{label}: the weight {why}")
     if weight.layout is not torch.strided:
         raise PruneError(f"{label}: the weight is sparse ({weight.layout}); make it dense first (weight.to_dense())")
+    if not weight.is_contiguous() and overlaps(weight):
+        raise PruneError(f"{label}: numbers of the weight share memory with each other; clone it first (weight.clone())")
     if weight.device.type == "meta":
         raise PruneError(f"{label}: the weight is on the meta device and holds no numbers; load it first")
     if not weight.dtype.is_floating_point:

@@ -70,6 +70,12 @@ def why_not_plain(tensor: torch.Tensor) -> str | None:
     return f"is a {kind.__name__}, {remedy}"
 
 
+def overlaps(matrix: torch.Tensor) -> bool:
+    """Whether two numbers of a matrix share a place in memory, as those of an expanded one do."""
+    (least, n_least), (most, n_most) = sorted(zip(matrix.stride(), matrix.shape, strict=True))
+    return (n_least > 1 and least < 1) or (n_most > 1 and most <= least * (n_least - 1))
+
+
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, int]:
     """A tensor on the CPU, not written yet, and its address; on huge pages if it is large enough to be new memory."""
     made = _EMPTY[dtype].new_empty(*shape)
@@ -133,6 +139,8 @@ def matrix(tensor: torch.Tensor, what: str, *, written: bool = False) -> tuple[t
             rows, cols = tensor.shape
             stride, step = tensor.stride()
             if (step != 1 and cols > 1) or (written and stride < cols and rows > 1) or tensor.is_neg():
+                if written and overlaps(tensor):
+                    raise ValueError
                 tensor, stride = tensor.detach().resolve_neg().contiguous(), cols
             element, size = ELEMENTS[dtype]
             place = tensor.data_ptr()
@@ -143,7 +151,8 @@ def matrix(tensor: torch.Tensor, what: str, *, written: bool = False) -> tuple[t
                 return tensor, (0, rows, cols, stride, element)
     except (RuntimeError, ValueError):  # of torch, for a tensor without memory; of Python, for one of other dimensions
         pass
-    raise ValueError(_refusal(tensor, "[rows, columns] in float32, float16 or bfloat16", what))
+    wanted = "[rows, columns] in float32, float16 or bfloat16"
+    raise ValueError(_refusal(tensor, wanted + ", each number in a place of its own" if written else wanted, what))
 
 
 def contiguous(tensor: torch.Tensor) -> torch.Tensor:
