@@ -118,23 +118,31 @@ def stacks_of(module: nn.Module, name: str = "") -> list[Stack]:
 
 
 def possible_stacks(module: nn.Module, name: str = "") -> list[Stack]:
-    """The weights in a module that may hold experts: :func:`stacks_of`, and two-dimensional parameters of modules that
-    are no layers (DBRX has its experts one below the other). A trial tells which do."""
+    """The weights in a module that may hold experts: :func:`stacks_of`; three-dimensional parameters with a single
+    matrix (one shared expert); and two-dimensional parameters of modules that are no layers (DBRX has its experts one
+    below the other). A trial tells which do."""
     found = stacks_of(module, name)
+    known = {stack.name for stack in found}
     for path, child in module.named_modules(prefix=name):
         if linear_weight(child) is None and not isinstance(child, (nn.Embedding, parametrize.ParametrizationList)):
-            loose = child.named_parameters(recurse=False)
-            found += [Stack(f"{path}.{key}", p) for key, p in loose if p.dim() == 2 and min(p.shape) > 1]
+            for key, p in child.named_parameters(recurse=False):
+                if p.dim() in (2, 3) and min(p.shape[-2:]) > 1 and f"{path}.{key}" not in known:
+                    found.append(Stack(f"{path}.{key}", p))
     return found
 
 
 def routers(block: Block) -> set[str]:
     """Names of the layers that choose or weigh experts: linear layers, and modules with a matrix called weight.
 
-    Such a layer has "router" in its name, or stands alone beside experts in one module and has one output
-    for each of them, or a single one (the gate of a shared expert).
+    Such a layer has "router" in its name or in its class's, or stands alone beside experts in one module and has one
+    output for each of them, or a single one (the gate of a shared expert).
     """
-    found = {path for path in _matrices_in(block.module, block.name) if "router" in path.removeprefix(block.name)}
+    found = {
+        path
+        for path in _matrices_in(block.module, block.name)
+        if "router" in path.removeprefix(block.name)
+        or "router" in type(block.module.get_submodule(".".join(block.path_to(path)))).__name__.lower()
+    }
     for path, module in block.module.named_modules(prefix=block.name):
         experts = _experts_in(module)
         if path == block.name or not experts:

@@ -140,7 +140,7 @@ def _layout(stack: torch.Tensor, factor: torch.Tensor, transposed: bool) -> Layo
     else:
         spacing, count = rows * stack.stride(0), stack.shape[0] // rows if stack.shape[0] % rows == 0 else 0
     start = stored.storage_offset() - stack.storage_offset()
-    if count < 2 or start % spacing or not 0 <= start // spacing < count:
+    if count < 4 - stack.dim() or start % spacing or not 0 <= start // spacing < count:
         return None
     return Layout(rows, transposed == (stored is factor))
 

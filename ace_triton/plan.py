@@ -77,7 +77,7 @@ class NameFilter:
         Args:
             model: whose layers the patterns name.
             include, exclude: shell patterns.
-            experts: names of experts beside those of three-dimensional weights.
+            experts: names of experts, beside those in stacks that :func:`~ace_triton.blocks.stacks_of` finds.
         """
         wanted, unwanted = _patterns(include), _patterns(exclude)
         known = [name for name, _ in linears_of(model)]

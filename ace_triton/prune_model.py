@@ -144,8 +144,8 @@ def _plan(
     blocks = find_blocks(model)
     stacks = [stack for block in blocks for stack in possible_stacks(block.module, block.name)]
     layouts = find_layouts(lambda: model(input_ids=trial_ids(model)), stacks) if stacks else {}
-    further = [stack for stack in stacks if stack.weight.dim() == 2 and stack.name in layouts]
-    experts = [stack.expert_name(i) for stack in further for i in range(len(stack.weight) // layouts[stack.name].rows)]
+    laid_out = [(stack, layouts[stack.name]) for stack in stacks if stack.name in layouts]
+    experts = [name for stack, layout in laid_out for name in stack.linears(transposed=False, rows=layout.rows)]
     names = NameFilter.of(model, include, exclude, experts)
     return Plan(model, request.metric.name, request.needs, request.pattern, names, blocks, stacks, layouts)
 

@@ -148,6 +148,20 @@ def test_a_router_may_be_no_linear_layer(make_decoder):
         assert routers(block) == {f"{block.name}.mlp.gate"}
 
 
+class TopRouter(nn.Module):
+    """Has an output for two shared experts beside the eight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(10, 16))
+
+
+def test_a_router_may_be_known_by_its_class():
+    block = mixture(8)
+    block["mlp"]["gate"] = TopRouter()
+    assert routers(Block("b", block)) == {"b.mlp.gate", "b.mlp.shared_expert_gate"}
+
+
 class Adapted(nn.Module):
     """A layer with LoRA's A and B beside it, laid out as peft does."""
 

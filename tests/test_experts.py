@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ace_triton import PruneError, prune_linear, prune_model, sparsify
-from ace_triton.blocks import find_blocks, stacks_of
+from ace_triton.blocks import find_blocks, possible_stacks, stacks_of
 from ace_triton.experts import ExpertLinear, Layout, Stack, find_layouts
 
 _SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -141,6 +141,24 @@ def test_layouts_are_read_off_the_products():
         unused.weight.sum()
 
     assert find_layouts(run, [rows, cols, unused]) == {"rows": Layout(4, False), "cols": Layout(4, True)}
+
+
+@pytest.mark.parametrize("n_experts", [1, 3])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 6)])
+def test_layouts_of_stacks_that_are_read_transposed(n_experts, shape):
+    """As Inkling's shared experts, of which there may be one."""
+    block = nn.Module()
+    block.gate, block.down = (nn.Parameter(torch.randn(n_experts, *sizes)) for sizes in (shape, shape[::-1]))
+    stacks = possible_stacks(block, "b")
+    assert [stack.name for stack in stacks] == ["b.gate", "b.down"]
+
+    def run():
+        hidden = torch.bmm(torch.randn(n_experts, 5, shape[1]), block.gate.transpose(1, 2))
+        nn.functional.linear(torch.randn(5, shape[1]), block.down[0].t())
+        assert hidden.shape == (n_experts, 5, shape[0])
+
+    assert find_layouts(run, stacks) == {"b.gate": Layout(shape[0], False), "b.down": Layout(shape[1], True)}
+    assert stacks[0].linears(transposed=False, rows=shape[0]).keys() == {f"b.{i}.gate" for i in range(n_experts)}
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 6)])

@@ -25,6 +25,7 @@ FAMILIES = {
     "qwen3_5": 16,
     "dbrx": 28,
     "gemma3n_text": 26,
+    "inkling_text": 32,
 }
 """Families, with the number of layers that are pruned in a small model of each."""
 
