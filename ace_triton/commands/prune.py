@@ -18,7 +18,7 @@ from ..packed_checkpoint import save_packed
 from ..packed_manifest import DTYPES as PACKED_DTYPES
 from ..presets import DEFAULT_PRESET, PRESETS, Preset
 from ..progress import progress_bar, stage
-from ..provenance import name_of, source_facts, with_provenance
+from ..provenance import name_of, option_facts, source_facts, with_provenance
 from ..prune_model import Sequential, prune_model, rehearse
 from ..request import Request
 from ..sources import check_length, check_source
@@ -225,7 +225,7 @@ def prune(
             calibration=None
             if sequences is None
             else {"text": name_of(calibration), "samples": len(sequences.ids), "length": length, "seed": seed},
-            options=dict(request.options),
+            options=option_facts(request.options),
             scope=pattern.scope,
             permute=recipe.permute,
             include=include or None,
