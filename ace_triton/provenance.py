@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,11 @@ LIBRARIES = ("torch", "transformers", "triton")
 def with_provenance(content: dict[str, Any], **facts: Any) -> dict[str, Any]:
     """The content with further facts, the versions of the libraries and the date; for JSON."""
     return {**content, **facts, "versions": versions(), "date": now()}
+
+
+def option_facts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's options for JSON; a value that JSON does not have as Python writes it."""
+    return {name: value if _is_json(value) else repr(value) for name, value in options.items()}
 
 
 def versions() -> dict[str, str | None]:
@@ -66,6 +73,14 @@ def source_of(report: dict[str, Any], folder: str | Path) -> str | None:
         return source
     path = report["source_path"]
     return None if not isinstance(path, str) else str(Path(os.path.normpath(Path(folder).resolve() / path)))
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _version(name: str) -> str | None:

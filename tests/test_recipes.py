@@ -139,7 +139,7 @@ PLUGIN = """
 import ace_triton
 
 @ace_triton.register_metric("norm_to")
-def norm_to(weight, stats, power: float = 1.0):
+def norm_to(weight, stats, power: float = 1.0, kind=float):
     return ace_triton.ScoreTerms(scale=stats.norm**power)
 """
 
@@ -157,11 +157,11 @@ def test_a_metric_of_ones_own_is_pruned_by(command, prune, plugin, tmp_path):
     prune("--method", "wanda")
     wanda = load_file(tmp_path / "out" / "model.safetensors")
     report, _ = prune("--plugin", plugin, "--method", "norm_to")
-    assert report["options"] == {"power": 1.0}
+    assert report["options"] == {"power": 1.0, "kind": "<class 'float'>"}
     mine = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(mine[name], wanda[name]) for name in wanda)
     report, _ = prune("--plugin", plugin, "--method", "norm_to", "-o", "power=2", "--permute", "--update", "lstsq")
-    assert report["options"] == {"power": 2.0}
+    assert report["options"]["power"] == 2.0
     code, shown, _ = command("methods", "--plugin", plugin)
     assert code == 0
     assert "norm_to" in shown
@@ -169,6 +169,7 @@ def test_a_metric_of_ones_own_is_pruned_by(command, prune, plugin, tmp_path):
 
 def test_a_metric_of_ones_own_is_studied(study, plugin, tmp_path, monkeypatch):
     monkeypatch.setattr("ace_triton.commands.study._page_writer", lambda: lambda results, page: None)
+    plugin.write_text(PLUGIN.replace(", kind=float", ""))
     words = ("--plugin", plugin, "--methods", "wanda,norm_to:power=2", "--sparsities", "2:4")
     code, _, errors = study(tmp_path / "s", *words, "--lengths", "8", "--seeds", "1")
     assert code == 0, errors

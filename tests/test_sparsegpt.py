@@ -129,7 +129,7 @@ def test_what_it_cannot_serve_is_refused_and_changes_nothing():
         prune_linear(layer, tokens, "sparsegpt", Sparsity("2:4", axis="out"))
     with pytest.raises(PruneError, match="multiple of 8, got 12"):
         prune_linear(layer, tokens, "sparsegpt", "4:8", block_size=12)
-    with pytest.raises(ValueError, match="damping must be"):
+    with pytest.raises(ValueError, match="damping must be a number, 0 or more"):
         prune_linear(layer, tokens, "sparsegpt", damping=-1.0)
     with pytest.raises(StatsError, match="gram=True"):
         prune_linear(layer, ActivationStats.from_tokens(tokens), "sparsegpt")

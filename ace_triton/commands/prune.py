@@ -20,7 +20,7 @@ from ..packed_checkpoint import save_packed
 from ..packed_manifest import DTYPES as PACKED_DTYPES
 from ..presets import DEFAULT_PRESET, PRESETS, Preset
 from ..progress import progress_bar, stage
-from ..provenance import source_facts, with_provenance
+from ..provenance import option_facts, source_facts, with_provenance
 from ..prune_model import prune_model, rehearse
 from ..request import Request
 from ..sources import check_length, check_source
@@ -232,7 +232,7 @@ def prune(
             result.to_dict(),
             **source_facts(src, out),
             **found,
-            options=dict(request.options),
+            options=option_facts(request.options),
             scope=pattern.scope,
             permute=recipe.permute,
             include=include or None,
