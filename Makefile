@@ -62,10 +62,10 @@ bench-quick: setup  ## the same for a few layers and all of SmolLM2-135M
 	$(BENCH) -m quick
 
 bench-report: setup  ## docs/benchmarks.md and its plot from benchmarks/results.csv
-	$(BIN)/python -m benchmarks.report_bench
+	$(BIN)/python -m benchmarks.reports.report_bench
 
 figures: setup  ## measure the CPU ratios of docs/cpu.md again
-	$(BIN)/python -m benchmarks.cpu_ratios
+	$(BIN)/python -m benchmarks.reports.cpu_ratios
 
 study: setup  ## the paper's experiments on SmolLM2-135M, for docs/study; hours on a CPU, resumable
 	OMP_NUM_THREADS=1 $(BIN)/ace-triton study smollm2 docs/study --calibration $(CALIBRATION) --evaluation $(EVALUATION)
@@ -80,38 +80,38 @@ pages: setup  ## the pages of docs/study and docs/curve, as HTML files, from the
 	$(BIN)/python -m benchmarks.claims.pages
 
 permutation: setup  ## what orders of channels retain, and what their search takes, for docs/permutation.md
-	$(BIN)/python -m benchmarks.permutation --calibration $(CALIBRATION)
+	$(BIN)/python -m benchmarks.reports.permutation --calibration $(CALIBRATION)
 
 families: setup  ## a small model of every family in transformers, pruned, for docs/families.md; 3 minutes
-	$(BIN)/python -m benchmarks.families
+	$(BIN)/python -m benchmarks.reports.families
 
 sparse: setup  ## a pruned SmolLM2-135M dense and packed: bytes, memory, tokens, for docs/sparse.md; 3 minutes
-	$(BIN)/python -m benchmarks.sparse
+	$(BIN)/python -m benchmarks.reports.sparse
 
 budgets: setup  ## whether layer-wise budgets pay, for docs/budgets.md; minutes, and goes on where it was stopped
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.budgets --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.budgets --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 recovery-trials: setup  ## what a recovery's settings do, for docs/recovery.md; an hour, and goes on where it was stopped
-	$(BIN)/python -m benchmarks.recovery --calibration $(CALIBRATION) --held-out $(HELD_OUT) --evaluation $(EVALUATION)
+	$(BIN)/python -m benchmarks.reports.recovery --calibration $(CALIBRATION) --held-out $(HELD_OUT) --evaluation $(EVALUATION)
 
 traffic: setup  ## count bytes and launches again, for docs/traffic.md
-	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m benchmarks.traffic
+	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m benchmarks.reports.traffic
 
 compile-sweep: setup  ## compile every launch at edge shapes for every kind of GPU; 10 minutes of CPU time
-	$(BIN)/python -m benchmarks.compile_sweep
+	$(BIN)/python -m benchmarks.reports.compile_sweep
 
 kernels-report: setup  ## compile every kernel for every target and write docs/kernels.md
-	$(BIN)/python -m benchmarks.machine_code
+	$(BIN)/python -m benchmarks.reports.machine_code
 
 tables: setup  ## the figures of docs/ into the README and the guides, between their markers
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.reports.readme
 
 tables-check: setup
-	$(BIN)/python -m benchmarks.readme --check
-	$(BIN)/python -m benchmarks.readme_picture --check
+	$(BIN)/python -m benchmarks.reports.readme --check
+	$(BIN)/python -m benchmarks.reports.readme_picture --check
 
 picture: setup  ## the README's picture, docs/images/curve.svg, from the records in docs/curve
-	$(BIN)/python -m benchmarks.readme_picture
+	$(BIN)/python -m benchmarks.reports.readme_picture
 
 docs: setup  ## the documentation as a site, into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

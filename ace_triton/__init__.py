@@ -1,21 +1,20 @@
 """Fused Triton kernels that prune large language models to N:M sparsity and run them sparse."""
 
-from . import passive_waiting as _waiting  # noqa: F401, before anything that imports torch
-from .dispatch import RowLimits
-from .gram import Gram
+from .inputs.written_text import WrittenText
 from .kernels.score_terms import ScoreTerms
-from .metrics import metric_names, register_metric
+from .methods.registry import metric_names, register_metric
 from .model_report import ModelReport
-from .nm_linear import NMLinear
-from .packed_checkpoint import load, save_packed
+from .packed.checkpoint import load, save_packed
+from .packed.dispatch import RowLimits
+from .packed.nm_linear import NMLinear
+from .packed.pack_model import SparsifyReport, set_row_limits, sparsify
 from .prune import PruneError, PruneResult, prune_linear
-from .prune_model import prune_model
-from .recover import RecoveryReport, RecoverySettings, recover
-from .sparsify import SparsifyReport, set_row_limits, sparsify
+from .prune_blocks import prune_model
+from .recovery.train import RecoveryReport, RecoverySettings, recover
+from .solvers.update import Update
 from .sparsity import Sparsity
-from .stats import ActivationStats, StatsError
-from .update import Update
-from .written_text import WrittenText
+from .statistics.activation import ActivationStats, StatsError
+from .statistics.gram import Gram
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,5 @@
 """``python -m ace_triton`` is ``ace-triton``."""
 
-from .cli import main
+from .commands.cli import main
 
 main()

@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .batches import Batch
-from .collect import InputCollector
+from .decoders.batches import Batch
+from .decoders.collect import InputCollector
+from .decoders.plan import Unit
+from .decoders.replay import WholeForward
 from .kernels.score_terms import ScoreTerms, scores_reference
-from .metrics import Needs
-from .plan import Unit
+from .methods.registry import Needs
 from .prune import as_kernel_dtype, check_weight
-from .replay import WholeForward
 from .sparsity import Sparsity
 from .timing import Stopwatch
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .calibration import Calibration
 from .evaluate import perplexity_of
+from .inputs.calibration import Calibration
 
 SPAN = 16
 """Tokens of a span that is counted as repeated if the same span came before."""
@@ -95,7 +95,7 @@ def report_on(calibration: Calibration, model: Any, source: str) -> CalibrationR
     """Look at calibration sequences, and run the dense model on the first of them.
 
     Args:
-        calibration: as :func:`~ace_triton.calibration.load_calibration` gives it.
+        calibration: as :func:`~ace_triton.inputs.calibration.load_calibration` gives it.
         model: not pruned yet.
         source: name of the text.
     """

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .beginnings import NO_BEGINNING, Beginning
-from .text import TextError
+from .inputs.beginnings import NO_BEGINNING, Beginning
+from .inputs.text import TextError
 from .threads import few_threads, forward_work
 
 
@@ -49,7 +49,7 @@ def perplexity(
 
     Args:
         model: a Hugging Face causal model; it runs as it is, in its own dtype. Log-likelihoods are fp32.
-        ids: int64 [n_tokens], as :func:`~ace_triton.beginnings.text_ids` gives them.
+        ids: int64 [n_tokens], as :func:`~ace_triton.inputs.beginnings.text_ids` gives them.
         length: tokens of a window (:func:`windows_of`).
         windows: only the first windows, this many at most; None for all.
         beginning: what every window begins with. Without one in each window, its first token is context only.

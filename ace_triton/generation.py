@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .batches import longest_sequence
-from .text import has_lone_surrogate
+from .decoders.batches import longest_sequence
+from .inputs.text import has_lone_surrogate
 
 
 class GenerationError(ValueError):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from .account import Account
-from .plan import Excluded, Skipped
-from .reorder import PermutationReport
+from .decoders.account import Account
+from .decoders.plan import Excluded, Skipped
+from .reordering.reorder import PermutationReport
+from .solvers.update import Update
 from .sparsity import Axis
 from .timing import Seconds
-from .update import Update
 
 Sequential = Literal["none", "blocks", "layers"]
 """What is pruned between two looks at the model: all of it, a block, or the layers of a block that share an input.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .prune_model import Sequential
-from .update import Update
+from .prune_blocks import Sequential
+from .solvers.update import Update
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Arguments of :func:`~ace_triton.prune_model.prune_model` that go together.
+    """Arguments of :func:`~ace_triton.prune_blocks.prune_model` that go together.
 
     Attributes:
         method: a metric's name.

@@ -16,14 +16,14 @@ from .kernels.memory import overlaps, why_not_plain
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
-from .metrics import Needs
-from .request import Request
+from .methods.registry import Needs
+from .recipe import Request
+from .solvers.update import Update, updated_weight
 from .sparsity import Axis, Sparsity
-from .stats import ActivationStats, StatsError
+from .statistics.activation import ActivationStats, StatsError
 from .threads import few_threads
 from .tied import Owners
 from .timing import Stopwatch
-from .update import Update, updated_weight
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -82,10 +82,10 @@ def prune_linear(
             device), or a Conv1D of transformers (weight [in_features, out_features]).
         stats: statistics of the layer's input, or the raw tokens: [n_tokens, in_features] or
             [n_sequences, length, in_features]. None for magnitude, which needs neither.
-        method: a metric's name (:func:`~ace_triton.metrics.metric_names`).
+        method: a metric's name (:func:`~ace_triton.methods.registry.metric_names`).
         sparsity: "n:m" (n of every m kept), the pruned fraction of every row, or a :class:`Sparsity`.
         update: "rescale" scales each row so that its outputs have the dense row's energy; "lstsq" moves the kept
-            weights to where they best reproduce the dense layer's outputs; an :class:`~ace_triton.update.Update`
+            weights to where they best reproduce the dense layer's outputs; an :class:`~ace_triton.solvers.update.Update`
             says more. Needs raw tokens, or statistics with a sample of them or with a Gram matrix.
         name: how errors and the result call the layer.
         return_mask: also return which weights were kept; costs a byte a weight and a second pass.

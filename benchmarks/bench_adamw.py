@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ace_triton.kernels.adamw import GradientMoments, Step, adamw
-from benchmarks.agreement import Disagreement
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
+from benchmarks.harness.agreement import Disagreement
+from benchmarks.harness.comparison import Comparison, Provider
 
 TESTS = ("tests/kernels/test_adamw.py",)
 SHAPES = [pytest.param((1536, 576), marks=pytest.mark.quick), (4096, 11008)]

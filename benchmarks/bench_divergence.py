@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ace_triton.kernels.divergence import divergence
-from benchmarks.agreement import Disagreement
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
+from benchmarks.harness.agreement import Disagreement
+from benchmarks.harness.comparison import Comparison, Provider
 
 TESTS = ("tests/kernels/test_divergence.py",)
 SHAPES = [pytest.param((170, 49152), marks=pytest.mark.quick), (512, 131072)]

@@ -11,10 +11,10 @@ from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.token_norms import token_norms
 from ace_triton.kernels.weighted_squares import weighted_squares
-from benchmarks.agreement import Disagreement
 from benchmarks.claims import published
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
+from benchmarks.harness.agreement import Disagreement
+from benchmarks.harness.comparison import Comparison, Provider
 
 TESTS = (
     "tests/kernels/test_moments.py",

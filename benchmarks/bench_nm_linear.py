@@ -9,10 +9,10 @@ from ace_triton.kernels import cpu, cpu_library
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import PackedNM, pack_nm, pack_scored
 from ace_triton.kernels.unpack_nm import unpack_nm
-from benchmarks.agreement import Disagreement
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
-from benchmarks.matrices import SAMPLED_ROWS, Matrix
+from benchmarks.harness.agreement import Disagreement
+from benchmarks.harness.comparison import Comparison, Provider
+from benchmarks.harness.matrices import SAMPLED_ROWS, Matrix
 
 TESTS = ("tests/kernels/test_nm_linear.py", "tests/kernels/test_pack_nm.py")
 

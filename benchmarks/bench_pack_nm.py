@@ -9,10 +9,10 @@ import torch
 
 from ace_triton.kernels.pack_nm import PackedNM, pack_nm, pack_nm_reference, pack_scored, pack_scored_reference
 from ace_triton.kernels.select_nm import select_nm
-from benchmarks.agreement import Disagreement
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
-from benchmarks.matrices import Matrix
+from benchmarks.harness.agreement import Disagreement
+from benchmarks.harness.comparison import Comparison, Provider
+from benchmarks.harness.matrices import Matrix
 
 TESTS = ("tests/kernels/test_pack_nm.py",)
 

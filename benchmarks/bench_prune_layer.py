@@ -11,14 +11,18 @@ import torch
 from torch import nn
 
 from ace_triton import ActivationStats, prune_linear
-from benchmarks.agreement import check_same_choice
 from benchmarks.claims import published
 from benchmarks.claims.published_model import LayerStatistics
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
-from benchmarks.layer_shapes import TINY, LayerShape, distinct
+from benchmarks.harness.agreement import check_same_choice
+from benchmarks.harness.comparison import Comparison, Provider
+from benchmarks.harness.layer_shapes import TINY, LayerShape, distinct
 
-TESTS = ("tests/test_published_baselines.py", "tests/kernels/test_select_nm.py", "tests/kernels/test_select_rows.py")
+TESTS = (
+    "tests/benchmarks/test_published_baselines.py",
+    "tests/kernels/test_select_nm.py",
+    "tests/kernels/test_select_rows.py",
+)
 SEQUENCES = (8, 16)
 
 METHODS = ("magnitude", "wanda", "ria", "ace", "ace-paper")

@@ -11,20 +11,22 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ace_triton import ActivationStats, checkpoint, prune_linear, prune_model
-from ace_triton.blocks import find_blocks, linears_of
-from ace_triton.calibration import load_calibration
-from ace_triton.calibration_mode import calibration_mode
-from ace_triton.collect import InputCollector
-from ace_triton.metrics import Needs
+from ace_triton import ActivationStats, prune_linear
+from ace_triton import prune_blocks as prune_model
+from ace_triton.decoders.blocks import find_blocks, linears_of
+from ace_triton.decoders.calibration_mode import calibration_mode
+from ace_triton.decoders.collect import InputCollector
+from ace_triton.inputs import checkpoint
+from ace_triton.inputs.calibration import load_calibration
+from ace_triton.methods.registry import Needs
 from ace_triton.timing import Stopwatch
-from benchmarks.agreement import check_same_choice
 from benchmarks.bench_prune_layer import METHODS
 from benchmarks.claims import published, published_model
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare, CompareStages
+from benchmarks.harness.agreement import check_same_choice
+from benchmarks.harness.comparison import Comparison, Provider
 
-TESTS = ("tests/test_published_baselines.py", "tests/kernels/test_select_nm.py")
+TESTS = ("tests/benchmarks/test_published_baselines.py", "tests/kernels/test_select_nm.py")
 SAMPLES, LENGTH = 128, 16
 
 

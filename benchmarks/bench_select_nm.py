@@ -9,9 +9,9 @@ import torch
 
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm, select_nm_reference
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
-from benchmarks.matrices import Matrix, check_sample
+from benchmarks.harness.comparison import Comparison, Provider
+from benchmarks.harness.matrices import Matrix, check_sample
 
 TESTS = ("tests/kernels/test_select_nm.py",)
 WRITTEN = {"weight": None, "mask": 1, "bits": 1 / 8}

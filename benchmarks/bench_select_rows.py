@@ -6,13 +6,13 @@ import torch
 
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_rows import select_rows, select_rows_reference
-from benchmarks.agreement import Disagreement
 from benchmarks.claims import published
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
-from benchmarks.matrices import Matrix, check_sample
+from benchmarks.harness.agreement import Disagreement
+from benchmarks.harness.comparison import Comparison, Provider
+from benchmarks.harness.matrices import Matrix, check_sample
 
-TESTS = ("tests/kernels/test_select_rows.py", "tests/test_published_baselines.py")
+TESTS = ("tests/kernels/test_select_rows.py", "tests/benchmarks/test_published_baselines.py")
 
 
 def scores(matrix: Matrix) -> torch.Tensor:

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ace_triton import ActivationStats, prune_linear
-from benchmarks.agreement import check_nearly_same
 from benchmarks.claims import published
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
-from benchmarks.layer_shapes import SMOLLM2, TINY, LayerShape, distinct
+from benchmarks.harness.agreement import check_nearly_same
+from benchmarks.harness.comparison import Comparison, Provider
+from benchmarks.harness.layer_shapes import SMOLLM2, TINY, LayerShape, distinct
 
-TESTS = ("tests/test_published_baselines.py", "tests/kernels/test_select_nm.py")
+TESTS = ("tests/benchmarks/test_published_baselines.py", "tests/kernels/test_select_nm.py")
 SEQUENCES = (32, 64)
 
 

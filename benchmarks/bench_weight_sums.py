@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ace_triton.kernels.weight_sums import weight_sums
-from benchmarks.comparison import Comparison, Provider
 from benchmarks.conftest import Compare
-from benchmarks.matrices import Matrix
+from benchmarks.harness.comparison import Comparison, Provider
+from benchmarks.harness.matrices import Matrix
 
 TESTS = ("tests/kernels/test_weight_sums.py",)
 

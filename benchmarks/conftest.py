@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from ace_triton.timing import Seconds
-from benchmarks.comparison import Comparison, time_in_turn, time_stages_in_turn
-from benchmarks.gate import Gate, ReadReport, RunTests, Verdict, verdict_of
-from benchmarks.matrices import SHAPE, TINY_SHAPE, Matrix
-from benchmarks.report_bench import outcome_table
-from benchmarks.results import Outcome, Setting, append
-from benchmarks.timer import Stopwatch
+from benchmarks.harness.comparison import Comparison, time_in_turn, time_stages_in_turn
+from benchmarks.harness.gate import Gate, ReadReport, RunTests, Verdict, verdict_of
+from benchmarks.harness.matrices import SHAPE, TINY_SHAPE, Matrix
+from benchmarks.harness.results import Outcome, Setting, append
+from benchmarks.harness.timer import Stopwatch
+from benchmarks.reports.report_bench import outcome_table
 
 Compare = Callable[[Comparison], Outcome]
 CompareStages = Callable[[str, tuple[str, ...], torch.dtype, Callable[[], Seconds], Callable[[], Seconds]], None]
@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: part of `make bench-quick`")
     on_gpu = config.getoption("--bench-device") == "cuda"
-    config.option.benchmark_timer = f"benchmarks.timer.{'device_time' if on_gpu else 'cpu_time'}"
+    config.option.benchmark_timer = f"benchmarks.harness.timer.{'device_time' if on_gpu else 'cpu_time'}"
     config.stash[_OUTCOMES] = []
 
 

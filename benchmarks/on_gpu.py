@@ -27,11 +27,11 @@ import torch
 import typer
 from rich.console import Console
 
-from ace_triton.report import write_json
+from ace_triton.commands.report import write_json
 
-from .gate import ROOT
-from .report_bench import markdown_table
-from .results import installed, load, outcomes
+from .harness.gate import ROOT
+from .harness.results import installed, load, outcomes
+from .reports.report_bench import markdown_table
 
 Status = Literal["passed", "failed", "timed out"]
 
@@ -129,9 +129,9 @@ def sections(out: Path, dry_run: bool) -> tuple[Section, ...]:
     sparse = ("-m", "ace_triton", "bench", *layer, "--json", str(out / SPARSE))
     return (
         Section("tests", ("-m", "pytest", "-q", *tests, *workers), 200),
-        Section("races", ("-m", "benchmarks.races"), 40),
+        Section("races", ("-m", "benchmarks.harness.races"), 40),
         timed("kernels", 80, *kernels, "-k", "not other_patterns and not masks"),
-        Section("sums", ("-m", "benchmarks.sum_warps", *(("--dry-run",) if dry_run else ())), 30),
+        Section("sums", ("-m", "benchmarks.reports.sum_warps", *(("--dry-run",) if dry_run else ())), 30),
         timed("layers", 70, "benchmarks/bench_prune_layer.py"),
         timed("model", 60, "benchmarks/bench_prune_model.py", "-k", "score_and_mask or ria"),
         Section("sparse", sparse, 50),

@@ -21,14 +21,7 @@ from .coupling import Reduce, checked_shape, coupling, coupling_reference, produ
 from .group_choice import best_of_group
 from .registers import masked, unzip, zipped
 from .score_terms import ScoreTerms, score
-from .select_nm import (
-    check_pattern,
-    check_selection,
-    delivered,
-    select_nm,
-    select_nm_reference,
-    with_unit_stride,
-)
+from .select_nm import check_pattern, check_selection, delivered, select_nm, select_nm_reference, with_unit_stride
 from .triton_import import tl, triton
 from .written import mark_written
 

@@ -14,15 +14,7 @@ from .pack_cutlass import pack_cutlass
 from .packed_nm import LAYOUT_VERSION, WORD, PackedNM, PatternError, check_packable, refuse_first
 from .registers import bits_of, compacted, zipped
 from .score_terms import ScoreTerms, score
-from .select_nm import (
-    check_selection,
-    columns,
-    members,
-    pack_bits,
-    select_nm_reference,
-    store_bits,
-    with_unit_stride,
-)
+from .select_nm import check_selection, columns, members, pack_bits, select_nm_reference, store_bits, with_unit_stride
 from .triton_import import tl, triton
 
 __all__ = [

@@ -133,7 +133,7 @@ def some_text(tmp_path: Path) -> Path:
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command(*words): run ``ace-triton`` in this process; its exit code, output and errors."""
-    from ace_triton.cli import main
+    from ace_triton.commands.cli import main
 
     def run(*words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["ace-triton", *map(str, words)])

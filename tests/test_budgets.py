@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ace_triton import Sparsity
-from ace_triton.blocks import find_blocks, linears_of
 from ace_triton.budgets import block_patterns, group_sizes, kept_shares, outliers
-from ace_triton.prune_model import prune_model
-from ace_triton.sparsify import sparsify
+from ace_triton.decoders.blocks import find_blocks, linears_of
+from ace_triton.packed.pack_model import sparsify
+from ace_triton.prune_blocks import prune_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from ace_triton.calibration import load_calibration
 from ace_triton.calibration_report import CalibrationReport, repeated_share, report_on
+from ace_triton.inputs.calibration import load_calibration
 
 PLAIN = CalibrationReport(
     source="some.jsonl",

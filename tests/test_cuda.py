@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import ActivationStats, NMLinear, prune_linear, prune_model
+from ace_triton import ActivationStats, NMLinear, prune_linear
+from ace_triton import prune_blocks as prune_model
 from ace_triton.kernels import launch
 from ace_triton.kernels.coupling import coupling, coupling_reference
 from ace_triton.kernels.divergence import divergence, divergence_reference
@@ -25,7 +26,7 @@ from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm, select_nm_reference
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.weight_sums import weight_sums, weight_sums_reference
-from ace_triton.output_stats import OutputStats
+from ace_triton.statistics.outputs import OutputStats
 from ace_triton.timing import Stopwatch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

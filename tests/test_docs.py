@@ -15,9 +15,10 @@ import torch
 import typer.main
 
 import ace_triton
-from ace_triton import metric_names, metrics
-from ace_triton.cli import app
-from benchmarks.readme import PAGES, filled, tables_of
+from ace_triton import metric_names
+from ace_triton.commands.cli import app
+from ace_triton.methods import registry as metrics
+from benchmarks.reports.readme import PAGES, filled, tables_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -8,17 +8,20 @@ import sys
 import pytest
 import torch
 
-from ace_triton import ActivationStats, NMLinear, checkpoint, load, prune_model, sparsify
-from ace_triton.calibration import crop, token_stream
+from ace_triton import ActivationStats, NMLinear, load
+from ace_triton import prune_blocks as prune_model
 from ace_triton.evaluate import perplexity
 from ace_triton.generation import generate
-from ace_triton.inspect_checkpoint import inspect_checkpoint
+from ace_triton.inputs import checkpoint
+from ace_triton.inputs.calibration import crop, token_stream
+from ace_triton.inputs.text import read_documents
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
-from ace_triton.metrics import metric
-from ace_triton.packed_checkpoint import save_packed
-from ace_triton.packed_manifest import TENSORS_FILE
-from ace_triton.text import read_documents
+from ace_triton.methods.registry import metric
+from ace_triton.packed import pack_model as sparsify
+from ace_triton.packed.checkpoint import save_packed
+from ace_triton.packed.inspect import inspect_checkpoint
+from ace_triton.packed.manifest import TENSORS_FILE
 
 
 @pytest.fixture(scope="module")

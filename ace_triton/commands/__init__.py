@@ -1,1 +1,1 @@
-"""The commands of ``ace-triton``, one a file; :mod:`ace_triton.cli` puts them together."""
+"""The commands of ``ace-triton``, one a file; :mod:`ace_triton.commands.cli` puts them together."""

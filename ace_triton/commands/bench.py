@@ -9,17 +9,17 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from .. import report
-from ..linear_bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, kinds_of, totals
-from ..nm_linear import NMLinear
-from ..packed_checkpoint import load_model
+from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, kinds_of, totals
+from ..packed.checkpoint import load_model
+from ..packed.nm_linear import NMLinear
+from ..packed.pack_model import sparsify
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
-from ..sources import check_source
-from ..sparsify import sparsify
 from ..sparsity import Sparsity
+from . import report
 from .console import console, print_backend, print_line, progress_bars
 from .options import DTYPES, DeviceOption, JsonOption, TrustOption, check_json, parse_device, parse_dtype
+from .sources import check_source
 
 SHAPE = "4096x4096"
 

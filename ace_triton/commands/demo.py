@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
-from .. import checkpoint, report
-from ..calibration import SELF
-from ..demo import DemoSettings, demo_json, demo_table, run_demo
+from ..inputs import checkpoint
+from ..inputs.calibration import SELF
+from ..inputs.text import check_text
 from ..provenance import with_provenance
-from ..sources import check_source
 from ..sparsity import Sparsity
-from ..text import check_text
+from . import report
 from .console import console, print_backend, print_line, progress_bars
+from .demo_run import DemoSettings, demo_json, demo_table, run_demo
 from .options import TEXT_SOURCES, DeviceOption, JsonOption, OverwriteOption, check_json, parse_device
+from .sources import check_source
 
 
 def demo(

@@ -6,15 +6,14 @@ from typing import Annotated
 
 import typer
 
-from .. import report
-from ..batches import check_positions, longest_sequence
-from ..beginnings import Beginning, text_ids
+from ..decoders.batches import check_positions, longest_sequence
 from ..evaluate import perplexity
-from ..packed_checkpoint import load_model
+from ..inputs.beginnings import Beginning, text_ids
+from ..inputs.text import read_documents, wikitext_rows
+from ..packed.checkpoint import load_model
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
-from ..sources import check_length, check_source
-from ..text import read_documents, wikitext_rows
+from . import report
 from .console import console, print_backend, progress_bars
 from .options import (
     TEXT_SOURCES,
@@ -30,6 +29,7 @@ from .options import (
     parse_device,
     parse_dtype,
 )
+from .sources import check_length, check_source
 
 
 def evaluate(

@@ -8,12 +8,11 @@ from typing import Annotated
 import torch
 import typer
 
-from .. import report
 from ..generation import generate as continue_prompt
-from ..packed_checkpoint import load_model
+from ..packed.checkpoint import load_model
 from ..progress import stage
 from ..provenance import name_of, with_provenance
-from ..sources import check_length, check_source
+from . import report
 from .console import print_backend, print_note, progress_bars
 from .options import (
     LARGEST_SEED,
@@ -27,6 +26,7 @@ from .options import (
     parse_device,
     parse_dtype,
 )
+from .sources import check_length, check_source
 
 
 def generate(

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .. import report
-from ..inspect_checkpoint import inspect_checkpoint
+from ..packed.inspect import inspect_checkpoint
 from ..provenance import name_of, with_provenance
+from . import report
 from .console import console, print_line
 from .options import JsonOption, check_json
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .. import report
-from ..metrics import metric, metric_names
-from ..update import Update
+from ..methods.registry import metric, metric_names
+from ..solvers.update import Update
+from . import report
 from .console import console
 from .options import PluginOption
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..beginnings import Bos
-from ..method_options import Range, read_options
-from ..metrics import metric
-from ..plugins import load_plugins
-from ..report import check_json_target
-from ..update import UPDATES, Update
+from ..inputs.beginnings import Bos
+from ..methods.plugins import load_plugins
+from ..methods.registry import metric
+from ..option_types import Range, read_options
+from ..solvers.update import UPDATES, Update
+from .report import check_json_target
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -28,7 +28,7 @@ TEXT_SOURCES = "a text, .jsonl or .json file (also .gz), a dataset as name[:conf
 
 
 def within(**bounds: float) -> Callable[[Any], Any]:
-    """A check of a number, or of None, by :class:`~ace_triton.method_options.Range`'s bounds; infinity is refused."""
+    """A check of a number, or of None, by :class:`~ace_triton.option_types.Range`'s bounds; infinity is refused."""
     allowed = Range(**bounds)
 
     def check(value: float | None) -> float | None:

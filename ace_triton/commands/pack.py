@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from .. import checkpoint, report
-from ..packed_checkpoint import save_packed
-from ..packed_manifest import is_packed
+from ..inputs import checkpoint
+from ..packed.checkpoint import save_packed
+from ..packed.manifest import is_packed
+from ..packed.pack_model import sparsify
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
-from ..sources import check_source
-from ..sparsify import sparsify
 from ..sparsity import Sparsity
+from . import report
 from .console import console, print_backend, print_line, progress_bars
 from .options import (
     DeviceOption,
@@ -28,6 +28,7 @@ from .options import (
     parse_device,
     parse_dtype,
 )
+from .sources import check_source
 
 
 def pack(

@@ -10,23 +10,23 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import checkpoint, report
 from ..budgets import check_budgets
-from ..calibration import SELF, load_calibration, read_calibration
 from ..calibration_report import report_on
-from ..metrics import metric_names
+from ..inputs import checkpoint
+from ..inputs.calibration import SELF, load_calibration, read_calibration
+from ..methods.registry import metric_names
 from ..model_report import Sequential
-from ..packed_checkpoint import save_packed
-from ..packed_manifest import DTYPES as PACKED_DTYPES
+from ..packed.checkpoint import save_packed
+from ..packed.manifest import DTYPES as PACKED_DTYPES
+from ..packed.pack_model import sparsify
 from ..presets import DEFAULT_PRESET, PRESETS, Preset
 from ..progress import progress_bar, stage
 from ..provenance import option_facts, source_facts, with_provenance
-from ..prune_model import prune_model, rehearse
-from ..request import Request
-from ..sources import check_length, check_source
-from ..sparsify import sparsify
+from ..prune_blocks import prune_model, rehearse
+from ..recipe import Request
+from ..solvers.update import Update
 from ..sparsity import Sparsity
-from ..update import Update
+from . import report
 from .console import console, print_backend, print_line, print_warning, progress_bars
 from .options import (
     NO_UPDATE,
@@ -49,6 +49,7 @@ from .options import (
     parse_options,
     parse_update,
 )
+from .sources import check_length, check_source
 
 _PRESETS = "; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items())
 _UPDATE_OPTIONS = ", ".join(Update.types())

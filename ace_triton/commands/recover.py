@@ -9,18 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import checkpoint, report
-from ..beginnings import Beginning
-from ..calibration import SELF, load_calibration, read_calibration
-from ..packed_manifest import is_packed
+from ..inputs import checkpoint
+from ..inputs.beginnings import Beginning
+from ..inputs.calibration import SELF, load_calibration, read_calibration
+from ..inputs.written_text import TEXT_LENGTH, text_to_write
+from ..packed.manifest import is_packed
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
-from ..recover import DEFAULT_MINUTES, RecoverySettings
-from ..recover import recover as train
-from ..recovery_state import remove_state
-from ..recovery_text import TEXT_SEQUENCES
-from ..sources import check_length, check_source
-from ..written_text import TEXT_LENGTH, text_to_write
+from ..recovery.state import remove_state
+from ..recovery.text import TEXT_SEQUENCES
+from ..recovery.train import DEFAULT_MINUTES, RecoverySettings
+from ..recovery.train import recover as train
+from . import report
 from .console import console, print_backend, print_line, progress_bars
 from .options import (
     LARGEST_SEED,
@@ -34,6 +34,7 @@ from .options import (
     number,
     parse_device,
 )
+from .sources import check_length, check_source
 
 
 def recover(

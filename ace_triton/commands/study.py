@@ -13,15 +13,14 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, TaskID
 
+from ..inputs.text import check_text
 from ..progress import stage
-from ..sources import check_length, check_source
 from ..study.cells import Grid, Variant
 from ..study.command_line import without_folders
 from ..study.journal import Journal, Results, StudyError, read_results
 from ..study.recipes_grid import RecipesGrid
 from ..study.run import run_study
 from ..study.workbench import Protocol, Workbench
-from ..text import check_text
 from .console import print_backend, print_line, progress_bars
 from .options import (
     DTYPES,
@@ -36,6 +35,7 @@ from .options import (
     parse_dtype,
     parse_options,
 )
+from .sources import check_length, check_source
 
 PageWriter = Callable[[Results, Path], None]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..metrics import metric
-from ..request import needs_with
+from ..methods.registry import metric
+from ..recipe import needs_with
 from ..sparsity import Sparsity
 from .recipe import PLAIN, Recipe
 

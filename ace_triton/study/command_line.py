@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ..update import Update
+from ..solvers.update import Update
 from .cells import Cell
 from .records import Setting
 

@@ -6,13 +6,13 @@ from typing import get_args
 
 import torch
 
-from ..batches import TOKENS_OF_A_FORWARD, Batch
-from ..blocks import find_blocks, linears_of
-from ..calibration_mode import calibration_mode
-from ..collect import InputCollector
-from ..metrics import Needs, VarianceNorm, metric, variance_factor
-from ..replay import WholeForward
-from ..stats import ActivationStats
+from ..decoders.batches import TOKENS_OF_A_FORWARD, Batch
+from ..decoders.blocks import find_blocks, linears_of
+from ..decoders.calibration_mode import calibration_mode
+from ..decoders.collect import InputCollector
+from ..decoders.replay import WholeForward
+from ..methods.registry import Needs, VarianceNorm, metric, variance_factor
+from ..statistics.activation import ActivationStats
 from ..timing import Stopwatch
 from .records import InputNorms, ModelNorms, Pole
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..metrics import metric
+from ..methods.registry import metric
 from .norms import NEAR_POLE
 from .tally import Tally, listed, shown_sparsity, shown_variant
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..prune_model import Sequential
-from ..update import Update
+from ..prune_blocks import Sequential
+from ..solvers.update import Update
 
 _SEQUENTIAL = {"none": "at once", "layers": "layer by layer"}
 
@@ -19,7 +19,7 @@ class Recipe:
     Attributes:
         permute: reorder channels first.
         update: how kept weights are changed; None leaves them.
-        sequential: what is pruned before the model runs again, as in :func:`~ace_triton.prune_model.prune_model`.
+        sequential: what is pruned before the model runs again, as in :func:`~ace_triton.prune_blocks.prune_model`.
         budgets: rule for the share that each block keeps; None for the same share in all.
         minutes: of recovery afterwards; None for no recovery.
         published: the method's published form with nothing added. Only a workbench with implementations of its own

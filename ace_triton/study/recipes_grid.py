@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from ..solvers.update import Update
 from ..sparsity import Sparsity
-from ..update import Update
 from .cells import Cell, Variant, check_axes, draws, shown_draw
 from .recipe import Recipe
 

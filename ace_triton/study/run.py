@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from .. import __version__
-from ..recover import RecoverySettings
+from ..recovery.train import RecoverySettings
 from .cells import Cell
 from .journal import Journal
 from .norms import model_norms

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..beginnings import NO_BEGINNING, Beginning
 from ..evaluate import windows_of
+from ..inputs.beginnings import NO_BEGINNING, Beginning
 from .records import QUANTILES, Divergence, Sample
 
 PROMPTS = (

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..metrics import metric_names
+from ..methods.registry import metric_names
 from ..sparsity import Sparsity
 from .cells import Cell, Variant
 from .journal import Results

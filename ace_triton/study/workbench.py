@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint
-from ..batches import check_positions, longest_sequence
-from ..beginnings import Beginning, Bos, own_beginning, text_ids
-from ..calibration import MOST_DOCUMENTS, SELF, crop, pieces, token_stream
+from ..decoders.batches import check_positions, longest_sequence
 from ..evaluate import perplexity
-from ..prune_model import prune_model
-from ..recover import RecoveryProgress, RecoveryReport, RecoverySettings, recover
-from ..recovery_text import TEXT_SEQUENCES
-from ..text import TextError, read_documents, wikitext_rows
+from ..inputs import checkpoint
+from ..inputs.beginnings import Beginning, Bos, own_beginning, text_ids
+from ..inputs.calibration import MOST_DOCUMENTS, SELF, crop, pieces, token_stream
+from ..inputs.text import TextError, read_documents, wikitext_rows
+from ..inputs.written_text import TEXT_LENGTH
+from ..prune_blocks import prune_model
+from ..recovery.text import TEXT_SEQUENCES
+from ..recovery.train import RecoveryProgress, RecoveryReport, RecoverySettings, recover
 from ..timing import Seconds
-from ..written_text import TEXT_LENGTH
 from .cells import Cell
 from .records import Evaluation, Setting
 
@@ -35,8 +35,8 @@ class Protocol:
     """What a study runs on.
 
     Attributes:
-        model: as for :func:`ace_triton.checkpoint.load`.
-        calibration, evaluation: as for :func:`ace_triton.text.read_documents`.
+        model: as for :func:`ace_triton.inputs.checkpoint.load`.
+        calibration, evaluation: as for :func:`ace_triton.inputs.text.read_documents`.
         wikitext: whether the evaluation text is a raw WikiText file, whose lines are joined like its dataset's rows.
         samples: number of calibration sequences.
         windows, window_length: number and tokens of the evaluation windows.

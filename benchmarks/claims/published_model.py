@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ace_triton.batches import Batch
-from ace_triton.blocks import find_blocks, linears_of, stacks_of
-from ace_triton.calibration_mode import calibration_mode
+from ace_triton.decoders.batches import Batch
+from ace_triton.decoders.blocks import find_blocks, linears_of, stacks_of
+from ace_triton.decoders.calibration_mode import calibration_mode
+from ace_triton.decoders.replay import make_runner
 from ace_triton.prune import linear_weight
-from ace_triton.replay import make_runner
 from ace_triton.timing import Seconds, Stopwatch
 
 from . import published

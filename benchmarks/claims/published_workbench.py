@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ace_triton.batches import TOKENS_OF_A_FORWARD
+from ace_triton.decoders.batches import TOKENS_OF_A_FORWARD
 from ace_triton.sparsity import Sparsity
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Workbench

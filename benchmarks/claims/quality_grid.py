@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ace_triton.solvers.update import Update
 from ace_triton.study.cells import Cell, Variant, draws, shown_draw
 from ace_triton.study.recipe import Recipe
 from ace_triton.study.recipes_grid import BEST, PATTERN, RECIPES, SPARSEGPT
-from ace_triton.update import Update
 
 WANDA, RIA, COSP, ACE = map(Variant, ("wanda", "ria", "cosp", "ace"))
 ACE_TIMES = Variant("ace", (("sign", 1),))

@@ -13,8 +13,8 @@ from typing import Any
 import typer.main
 
 from ace_triton import metric_names
-from ace_triton.cli import app
-from ace_triton.metrics import metric
+from ace_triton.commands.cli import app
+from ace_triton.methods.registry import metric
 
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
 ROLE = re.compile(r":\w+:`~?(?:\w+\.)*(\w+)`")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ace_triton.study.workbench import Protocol
-from benchmarks import budgets, cpu_ratios, permutation, recovery, report_bench, results, sparse, traffic
-from benchmarks.traffic_counter import Traffic
+from benchmarks.harness import results
+from benchmarks.harness.traffic_counter import Traffic
+from benchmarks.reports import budgets, cpu_ratios, permutation, recovery, report_bench, sparse, traffic
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

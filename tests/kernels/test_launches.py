@@ -7,7 +7,7 @@ import torch
 
 from ace_triton import ActivationStats, prune_linear
 from ace_triton.kernels.backend import interpreting
-from benchmarks.traffic_counter import Counter
+from benchmarks.harness.traffic_counter import Counter
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter")
 

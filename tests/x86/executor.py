@@ -29,7 +29,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget, Language
 from triton.compiler import make_backend
 
-from benchmarks.jit_launches import JitLaunch, Specialised, caught_launches
+from benchmarks.harness.jit_launches import JitLaunch, Specialised, caught_launches
 
 TARGET = GPUTarget("hip", "gfx1010", 1)  # no matrix units: tl.dot becomes plain multiply-adds
 SCALARS = {"i1": ctypes.c_int8, "i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}

@@ -10,14 +10,7 @@ import torch
 from ace_triton.kernels import launch_packed
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear
-from ace_triton.kernels.pack_nm import (
-    PackedNM,
-    PatternError,
-    pack_cutlass,
-    pack_nm,
-    pack_scored,
-    pack_scored_reference,
-)
+from ace_triton.kernels.pack_nm import PackedNM, PatternError, pack_cutlass, pack_nm, pack_scored, pack_scored_reference
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.unpack_nm import unpack_nm, unpack_nm_reference
 from tests.x86.executor import executed_on_x86

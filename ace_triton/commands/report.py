@@ -1,0 +1,241 @@
+"""Tables and JSON for what the commands found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..decoders.plan import Skipped
+from ..evaluate import Perplexity
+from ..model_report import ModelReport
+from ..packed.inspect import TensorSparsity
+from ..packed.pack_model import SparsifyReport
+from ..recovery.train import RecoveryReport
+
+CHECKPOINT_JSON = re.compile(
+    r"(.*config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template|modules|.*\.index|ace_triton.*)\.json"
+)
+"""Names of JSON files that belong to checkpoints."""
+
+
+def check_json_target(path: str | Path) -> None:
+    """Raise ValueError if :func:`write_json` would lose something at ``path``, or could not write there.
+
+    An existing file is replaced only if it is empty or holds JSON, and its name is not that of a checkpoint's file.
+    """
+    target = Path(path)
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise ValueError(f"{target}: name a file in a folder that exists")
+    if not target.is_file():
+        return
+    with target.open("rb") as file:
+        start = file.read(1024).lstrip()
+    if start and start[:1] not in b"{[":
+        raise ValueError(f"{target}: is there already and holds no JSON: name another file")
+    if CHECKPOINT_JSON.fullmatch(target.resolve().name):
+        raise ValueError(f"{target}: is there already and named as a checkpoint's file: name another one")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON so that the file is either the old one or the complete new one.
+
+    A link, a device or a pipe is written to, and not replaced by a file.
+
+    Raises:
+        ValueError: as :func:`check_json_target`.
+    """
+    target = Path(path)
+    check_json_target(target)
+    text = json.dumps(content, indent=2) + "\n"
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        mode = 0
+    if mode and not stat.S_ISREG(mode):
+        target.write_text(text)
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(text)
+        if mode:
+            partial.chmod(stat.S_IMODE(mode))
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+_STAGE_LABELS = {
+    "select": "score and mask",
+    "calibration": "calibration forwards",
+    "permute": "order of channels",
+    "update": "update of weights",
+}
+
+
+def facts_table(title: str | None = None) -> Table:
+    """An empty table of names and values; names are folded, never cut."""
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(justify="right", overflow="fold")
+    return table
+
+
+def headed_table(*headings: str, title: str | None = None, left: Sequence[str] = ()) -> Table:
+    """An empty table with headings, figures to the right but for those columns in ``left``; cells are folded."""
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
+    return table
+
+
+def prune_table(report: ModelReport) -> Table:
+    """What a pruning run did and how long it took."""
+    added = ["permuted"] * (report.permutation is not None)
+    added += [] if report.update is None else [report.update.kind]
+    table = facts_table(", ".join([report.method, *added, report.sparsity]))
+    account = report.account
+    kept = sum(layer.kept * layer.parameters for layer in report.layers) / max(
+        sum(layer.parameters for layer in report.layers), 1
+    )
+    table.add_row("layers pruned", str(len(report.layers)))
+    table.add_row("weights kept in them", f"{kept:.1%}")
+    table.add_row("of the blocks' weights: pruned", f"{account.share('pruned'):.1%}")
+    table.add_row("skipped, as listed below", f"{account.share('skipped'):.1%}")
+    table.add_row("excluded by name", f"{account.share('excluded'):.1%}")
+    table.add_row("outside the blocks, of the model", f"{account.outside / account.model:.1%}")
+    if report.budgets is not None:
+        _add_shares(table, report)
+    if report.permutation is not None:
+        gains = [layer.after / layer.before - 1 for layer in report.permutation.reordered if layer.before]
+        mean = sum(gains) / max(len(gains), 1)
+        table.add_row("layers reordered", str(len(report.permutation.reordered)))
+        table.add_row("score they retain", f"{mean:+.2%}")
+    permute = ("permute",) if report.permutation is not None else ()
+    update = ("update",) if report.update is not None else ()
+    for stage in ("load", "calibration", "statistics", *permute, "select", *update, "total"):
+        table.add_row(_STAGE_LABELS.get(stage, stage), f"{getattr(report.seconds, stage):.2f} s")
+    table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
+    return table
+
+
+def _add_shares(table: Table, report: ModelReport) -> None:
+    """What budgets gave to the layers: how many are at each n:m, or the least and the most that one keeps."""
+    if ":" in report.sparsity:
+        for pattern, count in Counter(layer.pattern for layer in report.layers).most_common():
+            table.add_row(f"layers at {pattern}", str(count))
+    elif report.layers:
+        shares = [layer.kept for layer in report.layers]
+        table.add_row("kept in one, least to most", f"{min(shares):.1%} to {max(shares):.1%}")
+
+
+def packing_table(report: SparsifyReport) -> Table:
+    """How much smaller the packed layers are."""
+    table = facts_table()
+    patterns = Counter(layer.pattern for layer in report.layers)
+    for pattern, count in patterns.most_common():
+        table.add_row(f"layers packed {pattern}", str(count))
+    table.add_row("their weights, dense", f"{report.dense_bytes / 2**20:.1f} MiB")
+    table.add_row("packed", f"{report.packed_bytes / 2**20:.1f} MiB ({report.packed_bytes / report.dense_bytes:.1%})")
+    return table
+
+
+def skipped_lines(report: ModelReport | SparsifyReport, most: int = 12) -> list[str]:
+    """One line for each reason why weights were left dense, with their share of the model; the largest first."""
+    layers: dict[str, list[Skipped]] = {}
+    for skipped in report.skipped:
+        layers.setdefault(skipped.reason, []).append(skipped)
+    ranked = sorted(layers.items(), key=lambda item: -sum(s.parameters for s in item[1]))
+    lines = [
+        f"{_first_of([s.name for s in of_reason])}: {reason} ({sum(s.share for s in of_reason):.1%} of the model's "
+        "parameters)"
+        for reason, of_reason in ranked
+    ]
+    if len(lines) > most:
+        rest = [s for _, of_reason in ranked[most:] for s in of_reason]
+        lines = [*lines[:most], f"and {len(rest)} more ({sum(s.share for s in rest):.1%})"]
+    return lines
+
+
+def unfolded_lines(report: ModelReport) -> list[str]:
+    """One line for each reason why inputs of some layers could not be reordered."""
+    layers: dict[str, list[str]] = {}
+    for unfolded in report.permutation.unfolded if report.permutation is not None else ():
+        layers.setdefault(unfolded.reason, []).append(unfolded.name)
+    return [f"{_first_of(names)}: {reason}" for reason, names in layers.items()]
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
+    """What a recovery did; losses are means over its first and last steps."""
+    table = facts_table("recovery")
+    first, last = result.losses[:most], result.losses[-most:]
+    table.add_row("steps", f"{result.steps:,}")
+    table.add_row("tokens", f"{result.tokens:,}")
+    table.add_row("passes over the text", f"{result.passes:.2f}")
+    table.add_row("time", f"{result.seconds:.0f} s")
+    table.add_row("loss at first", f"{sum(first) / len(first):.3f} nats a token")
+    table.add_row("loss at last", f"{sum(last) / len(last):.3f} nats a token")
+    table.add_row("weights trained", f"{result.trained:,}")
+    table.add_row("weights still 0", f"{result.zeros:,}")
+    return table
+
+
+def perplexity_table(result: Perplexity) -> Table:
+    """One perplexity."""
+    table = facts_table()
+    table.add_row("perplexity", f"{result.perplexity:.3f}")
+    table.add_row("windows", f"{result.windows} of {result.length} tokens")
+    table.add_row("tokens predicted", f"{result.tokens:,}")
+    table.add_row("bos", result.bos)
+    return table
+
+
+def info_table(tensors: Sequence[TensorSparsity]) -> Table:
+    """Sparsity and pattern of every matrix."""
+    table = headed_table("layer", "shape", "zeros", "pattern", left=("layer", "shape", "pattern"))
+    for tensor in tensors:
+        table.add_row(tensor.name.removesuffix(".weight"), _shape(tensor), f"{tensor.zeros:.2%}", _pattern(tensor))
+    return table
+
+
+def info_groups(tensors: Sequence[TensorSparsity]) -> Table:
+    """The same for layers of one kind together: names without their numbers, shape and pattern."""
+    table = headed_table("layers", "shape", "count", "zeros", "pattern", left=("layers", "shape", "pattern"))
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for tensor in tensors:
+        name = re.sub(r"\.\d+(?=\.)", ".*", tensor.name.removesuffix(".weight"))
+        groups.setdefault((name, _shape(tensor), _pattern(tensor)), []).append(tensor.zeros)
+    for (name, shape, pattern), zeros in groups.items():
+        table.add_row(name, shape, str(len(zeros)), f"{sum(zeros) / len(zeros):.2%}", pattern)
+    return table
+
+
+def _shape(tensor: TensorSparsity) -> str:
+    return " x ".join(map(str, tensor.shape))
+
+
+def _pattern(tensor: TensorSparsity) -> str:
+    return f"{tensor.pattern}, packed" if tensor.packed else tensor.pattern
+
+
+def info_summary(tensors: Sequence[TensorSparsity]) -> str:
+    """One line: share of zeros over all matrices, and how many have which pattern."""
+    sizes = [tensor.shape[0] * tensor.shape[1] for tensor in tensors]
+    zeros = sum(size * tensor.zeros for size, tensor in zip(sizes, tensors, strict=True)) / max(sum(sizes), 1)
+    patterns: dict[str, int] = {}
+    for tensor in tensors:
+        patterns[tensor.pattern] = patterns.get(tensor.pattern, 0) + 1
+    counted = ", ".join(f"{count} {pattern}" for pattern, count in sorted(patterns.items(), key=lambda p: -p[1]))
+    return f"{len(tensors)} matrices, {zeros:.1%} zeros: {counted}"

@@ -1,0 +1,79 @@
+"""Checks of a model that need no weights, made before anything is loaded."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..decoders.batches import check_positions, positions_of
+from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file
+from ..packed.manifest import is_packed
+
+
+def check_source(source: str | Path, *, packed: bool = False, hub: bool = True) -> None:
+    """Raise CheckpointError if ``source`` names no model.
+
+    Args:
+        source: as for :func:`ace_triton.inputs.checkpoint.load`.
+        packed: accept a packed folder too.
+        hub: accept a hub name.
+    """
+    path = Path(source)
+    if not (packed and is_packed(path)):
+        ModelSource.find(str(source) if hub else path)
+
+
+def check_length(source: str | Path, length: int, option: str) -> None:
+    """Raise ValueError if sequences are longer than the model's context, as far as its files tell."""
+    check_positions(context_length(source), length, option)
+
+
+def context_length(source: str | Path) -> int | None:
+    """The model's number of positions, from its config alone; None if that does not say, or is not on this machine."""
+    path = smollm2_file() if str(source) == SMOLLM2 else Path(source)
+    try:
+        found = _gguf_context_length(path) if path.suffix == ".gguf" else _config_context_length(str(source))
+    except Exception:  # Loading the model reads the same files, and says what is wrong with them.
+        return None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _config_context_length(source: str) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    return positions_of(config)
+
+
+_GGUF_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+
+
+def _gguf_context_length(path: Path) -> Any:
+    """From a GGUF file's first entries: architecture before vocabulary, as every writer puts them."""
+    with path.open("rb") as file:
+        magic, _, _, entries = struct.unpack("<4sIQQ", file.read(24))
+        for _ in range(entries if magic == b"GGUF" else 0):
+            key, kind = _gguf_string(file), _gguf_number(file, "<I")
+            value = _gguf_value(file, kind)
+            if key.endswith(b".context_length"):
+                return value
+    return None
+
+
+def _gguf_value(file: BinaryIO, kind: int) -> Any:
+    if kind == _GGUF_STRING:
+        return _gguf_string(file)
+    if kind == _GGUF_ARRAY:
+        item, count = _gguf_number(file, "<I"), _gguf_number(file, "<Q")
+        return [_gguf_value(file, item) for _ in range(count)]
+    return _gguf_number(file, _GGUF_NUMBERS[kind])
+
+
+def _gguf_string(file: BinaryIO) -> bytes:
+    return file.read(_gguf_number(file, "<Q"))
+
+
+def _gguf_number(file: BinaryIO, form: str) -> Any:
+    return struct.unpack(form, file.read(struct.calcsize(form)))[0]

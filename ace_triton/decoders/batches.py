@@ -1,0 +1,122 @@
+"""A calibration set, checked against the model and cut into batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+TOKENS_OF_A_FORWARD = 2048
+
+TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
+"""What a trial of the model's forward takes: a few tokens, and more than one sequence of them."""
+
+
+class CalibrationSet(Protocol):
+    """Token ids, int64 [n_sequences, length], and bool of that shape, True for real tokens, or None."""
+
+    @property
+    def ids(self) -> torch.Tensor: ...
+
+    @property
+    def mask(self) -> torch.Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A part of the calibration set, on the device of the model's embedding.
+
+    Attributes:
+        ids: int64 [n_sequences, length].
+        valid: bool of the same shape, False for padding; None where there is none.
+    """
+
+    ids: torch.Tensor
+    valid: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """n_sequences and length."""
+        return self.ids.shape[0], self.ids.shape[1]
+
+
+def batches_of(
+    model: PreTrainedModel, calibration: torch.Tensor | CalibrationSet | None, batch_size: int | None
+) -> list[Batch]:
+    """A calibration set as batches on the device of the model's embedding.
+
+    Args:
+        model: what the ids are for.
+        calibration: as for :func:`~ace_triton.prune_blocks.prune_model`.
+        batch_size: sequences of a batch; None for as many as make about TOKENS_OF_A_FORWARD tokens.
+
+    Raises:
+        ValueError: ids, a mask or a batch size that the model cannot take.
+    """
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+    ids, mask = _ids_and_mask(calibration)
+    table = _embedding(model)
+    vocabulary, device = table.shape[0], table.device
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"calibration ids run from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary from 0 to "
+            f"{vocabulary - 1}: tokenize with the model's own tokenizer"
+        )
+    longest = longest_sequence(model)
+    if longest is not None and longest < ids.shape[1]:
+        raise ValueError(
+            f"calibration sequences have {ids.shape[1]} tokens, the model takes {longest} at most: cut them shorter"
+        )
+    batch_size = batch_size or max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
+    parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
+    return [Batch(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """Number of positions that a model has; None if its configuration does not say."""
+    return positions_of(model.config)
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Number of positions by a model's configuration; None if it does not say."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def check_positions(longest: int | None, length: int, option: str = "--length") -> None:
+    """Raise ValueError for sequences that are longer than a model's number of positions, if that is known."""
+    if longest is not None and length > longest:
+        raise ValueError(f"{option} {length} is more than the model's {longest} positions: give a smaller one")
+
+
+def trial_ids(model: PreTrainedModel) -> torch.Tensor:
+    """int64 [1, TRIAL_LENGTH], the first ids of the vocabulary, where the model's embedding is."""
+    return torch.arange(TRIAL_LENGTH, device=_embedding(model).device)[None]
+
+
+def _embedding(model: PreTrainedModel) -> torch.Tensor:
+    return next(model.get_input_embeddings().parameters())
+
+
+def _ids_and_mask(calibration: torch.Tensor | CalibrationSet | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ids = calibration if isinstance(calibration, torch.Tensor) else getattr(calibration, "ids", None)
+    mask = None if isinstance(calibration, torch.Tensor) else getattr(calibration, "mask", None)
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else repr(type(calibration).__name__)
+        raise ValueError(
+            f"calibration must be token ids, int64 [n_sequences, length], or an object with such ids; got {given}"
+        )
+    if ids.numel() == 0:
+        raise ValueError(f"calibration of shape {tuple(ids.shape)} is empty: give at least one sequence of one token")
+    if mask is None:
+        return ids, None
+    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(f"calibration.mask must be bool of shape {tuple(ids.shape)}, True for real tokens")
+    if not mask.any(1).all():
+        raise ValueError(f"calibration sequence {int((~mask.any(1)).nonzero()[0])} is all padding: leave it out")
+    return ids, None if mask.all() else mask

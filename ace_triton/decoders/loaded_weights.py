@@ -1,0 +1,143 @@
+"""Keeps a model's weights as they were loaded, though its own forward changes them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..tied import memory_of
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@contextmanager
+def weights_as_loaded(model: nn.Module) -> Iterator[None]:
+    """A context in which the model may run; at its end, changes that the model made to its own weights are taken back.
+
+    RWKV divides some weights by powers of two in its first forward, in place, and notes that in an attribute. What is
+    pruned inside is then multiplied by the same powers, which is exact, and plain attributes (numbers, flags, texts) of
+    the modules are set as they were: the model is as if it had never run.
+
+    Raises:
+        ValueError: from the model's first forward inside, if a parameter changed by anything but a power of two. Its
+            weights are as before.
+    """
+    guard = _Guard(model)
+    own = vars(model).get("forward")
+    forward = model.forward
+    if callable(forward):
+        model.forward = guard.watching(forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is not None:
+            model.forward = own  # type: ignore[method-assign]
+        else:
+            vars(model).pop("forward", None)
+        guard.restore()
+
+
+class _Guard:
+    """Notes what the first forward of a model changes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._plain = {module: _plain_attributes(module) for module in model.modules()}
+        self._factors: dict[nn.Parameter, float] = {}
+        self._known = False
+
+    def watching(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward, watched until one call of it has shown what it changes."""
+
+        @functools.wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._known:
+                return forward(*args, **kwargs)
+            with _Writes(self._names) as writes:
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    self._settle(writes.before)
+
+        return watched
+
+    def _settle(self, before: dict[nn.Parameter, torch.Tensor]) -> None:
+        for parameter, loaded in before.items():
+            factor = _power_of_two(parameter.detach(), loaded)
+            if factor is None:
+                self._factors.clear()
+                for changed, dense in before.items():
+                    changed.data.copy_(dense)
+                self._reset_attributes()
+                raise ValueError(
+                    f"{self._names[parameter]} is changed by the model's own forward, so the pruned weights would not "
+                    "be the loaded ones; use method='magnitude', or prune_linear for each layer"
+                )
+            if factor != 1:
+                self._factors[parameter] = factor
+        self._known = True
+
+    def restore(self) -> None:
+        """Take the changes back."""
+        for parameter, factor in self._factors.items():
+            parameter.data.div_(factor)
+        if self._factors:
+            self._reset_attributes()
+
+    def _reset_attributes(self) -> None:
+        for module, values in self._plain.items():
+            for name, value in values.items():
+                if vars(module).get(name) != value:
+                    setattr(module, name, value)
+
+
+class _Writes(TorchDispatchMode):
+    """Keeps a copy of each parameter that an operation inside writes to, from before."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.before: dict[nn.Parameter, torch.Tensor] = {}
+        self._by_memory: dict[object, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            self._by_memory.setdefault(memory_of(parameter), []).append(parameter)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for place, name in _written_arguments(func):
+            value = args[place] if place < len(args) else (kwargs or {}).get(name)
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                for parameter in self._by_memory.get(memory_of(tensor), ()) if isinstance(tensor, torch.Tensor) else ():
+                    if parameter not in self.before:
+                        self.before[parameter] = parameter.detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Place and name of the arguments that an operation of torch writes to."""
+    schema = getattr(func, "_schema", None)
+    arguments = enumerate(schema.arguments) if schema is not None else ()
+    return tuple((place, a.name) for place, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _power_of_two(after: torch.Tensor, before: torch.Tensor) -> float | None:
+    """The power of two by which a tensor was multiplied, if that can be taken back to the bit; else None."""
+    if torch.equal(after, before):
+        return 1.0
+    largest = before.abs().argmax()
+    factor = float(after.flatten()[largest]) / (float(before.flatten()[largest]) or math.nan)
+    if not (0 < factor < math.inf and math.frexp(factor)[0] == 0.5):
+        return None
+    return factor if torch.equal(before * factor, after) and torch.equal(after / factor, before) else None
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {n: v for n, v in vars(module).items() if n != "training" and isinstance(v, _PLAIN)}

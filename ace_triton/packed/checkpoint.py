@@ -1,0 +1,228 @@
+"""Packed checkpoints: plain tensors in one safetensors file, a small JSON beside it, config and tokenizer as ever.
+
+A model is loaded from one without its dense weights ever being built: its parameters start on the meta device
+(buffers that no file holds, rotary tables for example, are computed as ever) and the file's tensors take their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..decoders.blocks import stacks_of
+from ..inputs import checkpoint
+from ..inputs.model_source import check_device, open_safetensors, reason
+from ..inputs.output_folder import CheckpointError
+from ..kernels.pack_nm import PatternError
+from ..prune import linear_weight
+from .expert_stack import ExpertStack, stores_transposed
+from .manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry, PackedError, is_packed
+from .nm_linear import NMLinear
+from .saving import SavePretrained, save_packed
+
+__all__ = ["load", "load_model", "save_packed"]
+
+AT_ONCE = 16 * 2**20
+"""Bytes read of a file before it is opened anew."""
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model of a packed checkpoint, in eval mode; its dense weights are never built.
+
+    Its ``save_pretrained`` writes the packed format (:class:`~ace_triton.packed.saving.SavePretrained`).
+
+    Args:
+        folder: what ``ace-triton pack``, ``prune --packed`` or :func:`save_packed` wrote.
+        device: where to put the weights.
+        dtype: to convert to, float32, float16 or bfloat16; None keeps the checkpoint's own.
+        trust_remote_code: run Python code that comes with the checkpoint. Without it such code is never run.
+
+    Raises:
+        PackedError: the folder holds no packed checkpoint, or one that is truncated, altered or of a newer
+            version.
+        CheckpointError: transformers cannot make a causal language model of its configuration, or the device or dtype
+            is not available.
+    """
+    check_device(device)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise CheckpointError(f"dtype {dtype}: packed checkpoints are loaded as {', '.join(DTYPES)}")
+    path = Path(folder)
+    manifest = Manifest.read(path)
+    manifest.check_files(path)
+    model = _without_weights(path, manifest, dtype or DTYPES[manifest.dtype], trust_remote_code)
+    _put_stacks(model, manifest)
+    for name, entry in manifest.layers.items():
+        _put_packed(model, name, entry, dtype or DTYPES[manifest.dtype])
+    tensors = _read_tensors(path / TENSORS_FILE, model, manifest, torch.device(device), dtype)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    for alias, name in manifest.tied.items():
+        _tie(model, alias, name)
+    for name, layer in model.named_modules():
+        if isinstance(layer, NMLinear):
+            _check_layer(name, layer)
+    SavePretrained.attach(model)
+    return model.to(device).eval()
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A model and its tokenizer from a packed checkpoint, or from whatever :func:`ace_triton.inputs.checkpoint.load` takes."""
+    if not is_packed(source):
+        return checkpoint.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    from transformers import AutoTokenizer
+
+    wanted = None if isinstance(dtype, str) else dtype
+    model = load(source, device=device, dtype=wanted, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise CheckpointError(f"{source}: its tokenizer cannot be loaded ({reason(error)})") from error
+    return model, tokenizer
+
+
+def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    with open_safetensors(folder / TENSORS_FILE) as file:
+        names = {*file.keys(), *manifest.tied}
+    try:
+        config = AutoConfig.from_pretrained(str(folder), **options)
+        checkpoint.check_config(folder, config, names, trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(checkpoint.loading_message(folder, error)) from error
+    return model
+
+
+def _put_stacks(model: nn.Module, manifest: Manifest) -> None:
+    """A layer for each expert of every stack that has packed ones."""
+    packed = {name.rpartition(".")[0] for name in manifest.layers}
+    for stack in stacks_of(model):
+        if stack.name in packed:
+            experts, _ = _owner(model, stack.name)
+            transposed = stores_transposed(experts)
+            if transposed is None:
+                raise PackedError(
+                    f"{stack.name}: its experts are packed, and this {type(experts).__name__} does not multiply by "
+                    "them one by one; was it packed with another transformers?"
+                )
+            ExpertStack.take_place(experts, stack, stack.linears(transposed=transposed).values())
+
+
+def _put_packed(model: nn.Module, name: str, entry: PackedEntry, dtype: torch.dtype) -> None:
+    parent, _, leaf = name.rpartition(".")
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise PackedError(
+            f"{name} is no layer of {type(model).__name__}; was it packed with another transformers?"
+        ) from None
+    weight = linear_weight(layer)
+    if not leaf or weight is None or tuple(weight.shape) != entry.shape:
+        raise PackedError(f"{name}: packed as a linear layer {entry.shape}, the model has {layer} there")
+    if entry.shape[1] % entry.m:
+        raise PackedError(f"{name}: its {entry.shape[1]} inputs are no multiple of {entry.m}")
+    packed = NMLinear.empty(entry.shape, entry.n, entry.m, bias=entry.bias, dtype=dtype)
+    setattr(model.get_submodule(parent), leaf, packed)
+
+
+def _read_tensors(
+    path: Path, model: nn.Module, manifest: Manifest, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    expected = model.state_dict()
+    stored = DTYPES[manifest.dtype]
+    tensors = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+        _check_names(path, set(names), set(expected), manifest.tied)
+        for name, tensor in _each_tensor(path, names):
+            wanted = expected[name]
+            if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
+                raise PackedError(
+                    f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the model takes {wanted.dtype} "
+                    f"{tuple(wanted.shape)}; pack it again with this transformers"
+                )
+            convert = dtype if dtype is not None and tensor.dtype == stored else tensor.dtype
+            tensors[name] = tensor.to(device, convert, copy=True)
+    except (OSError, SafetensorError) as error:
+        raise PackedError(f"{path}: cannot be read ({error}); the file is damaged, pack the model again") from error
+    return tensors
+
+
+def _each_tensor(path: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a file, which is opened anew every AT_ONCE bytes: the pages of those already copied would stay in
+    memory until it is closed."""
+    waiting = list(reversed(names))
+    while waiting:
+        with safe_open(str(path), framework="pt") as file:
+            read = 0
+            while waiting and read < AT_ONCE:
+                name = waiting.pop()
+                tensor = file.get_tensor(name)
+                read += tensor.nbytes
+                yield name, tensor
+
+
+def _check_names(path: Path, there: set[str], expected: set[str], tied: dict[str, str]) -> None:
+    missing, unexpected = expected - there - set(tied), there - expected
+    dangling = (set(tied) - expected) | (set(tied.values()) - there) | (set(tied) & there)
+    if missing or unexpected or dangling:
+        found = [
+            f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrongly tied", dangling))
+            if names
+        ]
+        raise PackedError(f"{path}: tensors do not fit the model: {'; '.join(found)}; pack it with this transformers")
+
+
+def _tie(model: nn.Module, alias: str, name: str) -> None:
+    """Let ``alias`` be the very parameter or buffer that ``name`` is."""
+    target, taken = _owner(model, alias)
+    source, given = _owner(model, name)
+    for theirs, ours in ((source._parameters, target._parameters), (source._buffers, target._buffers)):
+        tensor, replaced = theirs.get(given), ours.get(taken)
+        if tensor is not None and replaced is not None and tensor.shape == replaced.shape:
+            ours[taken] = tensor  # type: ignore[assignment]
+            return
+    raise PackedError(f"{alias} cannot be tied to {name}: they differ in shape or kind; pack the model again")
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor, and the tensor's name in it."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _check_layer(name: str, layer: NMLinear) -> None:
+    try:
+        layer.packed.check()
+    except PatternError as error:
+        raise PackedError(f"{name}: {error}") from error
+    except ValueError as error:
+        raise PackedError(f"{name}: {error}; the file is damaged, pack the model again") from error

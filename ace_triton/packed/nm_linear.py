@@ -1,0 +1,282 @@
+"""NMLinear: a linear layer that holds its n:m weight packed, and multiplies from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from ..kernels.pack_nm import PackedNM, pack_nm
+from ..kernels.packed_nm import WORD, check_meta
+from ..kernels.unpack_nm import unpack_nm
+from ..prune import linear_weight
+from .dispatch import RowLimits, multiply
+from .weight import PackedWeight
+
+
+class NMLinear(nn.Module):
+    """y = x W^T + b with one packed copy of W, in plain buffers.
+
+    ``values`` and ``meta`` (layout: :mod:`ace_triton.kernels.packed_nm`) go where other buffers go:
+    ``state_dict``, ``model.to``, ``deepcopy``. Metadata are bits: they keep their dtype whatever the module is cast to,
+    and a state dict whose metadata are damaged or were cast is refused. The weight is frozen; gradients flow to the
+    input and the bias, in reverse and in forward mode.
+    A call picks its product by its number of rows (:func:`~ace_triton.packed.dispatch.choose_product`). For adapters of
+    peft: ``config._register_custom_module({NMLinear: peft.tuners.lora.Linear})``.
+
+    Attributes:
+        in_features, out_features: as of ``nn.Linear``.
+        n, m: n of every m inputs are kept.
+        bias: [out_features] or None.
+        limits: number of rows from which on another product is taken; None for the device's own.
+    """
+
+    values: torch.Tensor
+    meta: torch.Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: PackedNM, bias: nn.Parameter | None = None, limits: RowLimits | None = None) -> None:
+        super().__init__()
+        packed.check_tensors()
+        self.out_features, self.in_features = packed.shape
+        self.n, self.m = packed.n, packed.m
+        self.limits = limits
+        self.register_buffer("values", packed.values)
+        self.register_buffer("meta", packed.meta)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(cls, layer: nn.Module, n: int, m: int, limits: RowLimits | None = None) -> NMLinear:
+        """Pack an ``nn.Linear`` or Conv1D; the bias is shared, not copied.
+
+        Raises:
+            ValueError: no linear layer, or a shape or dtype that cannot be packed.
+            PatternError: a group with more than n non-zeros.
+        """
+        weight = linear_weight(layer)
+        if weight is None:
+            raise ValueError(f"a {type(layer).__name__} is no nn.Linear or Conv1D: only linear layers can be packed")
+        bias = layer.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        return cls(pack_nm(weight.resolve_neg().contiguous(), n, m), bias, limits).train(layer.training)
+
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, int],
+        n: int,
+        m: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+    ) -> NMLinear:
+        """A layer without numbers yet, for a weight of ``shape`` [out_features, in_features]."""
+        rows, cols = shape
+        values = torch.empty(rows, cols * n // m, dtype=dtype, device=device)
+        meta = torch.empty(rows, -(-cols // WORD), dtype=torch.int32, device=device)
+        offset = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
+        return cls(PackedNM(values, meta, n, m, (rows, cols)), offset)
+
+    @property
+    def packed(self) -> PackedNM:
+        """The weight as the kernels take it; shares the buffers."""
+        return PackedNM(self.values, self.meta, self.n, self.m, (self.out_features, self.in_features))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Stands for the dense weight: shape, dtype and device are free, reading it unpacks, writing raises."""
+        return PackedWeight(self.packed)
+
+    def unpack(self) -> torch.Tensor:
+        """The weight [out_features, in_features], bit for bit what was packed."""
+        return unpack_nm(self.packed)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Outputs [..., out_features] of tokens [..., in_features].
+
+        Raises:
+            ValueError: tokens of another width, or of another dtype than the weight's outside autocast.
+        """
+        kind = tokens.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self(tokens.to(self.values.dtype)).to(torch.get_autocast_dtype(kind))
+        _check_tokens(tokens, self.in_features, self.values.dtype)
+        rows, bias = tokens.reshape(-1, self.in_features), self.bias
+        if torch.compiler.is_compiling():
+            outputs = _product(rows, bias, *_parts(self.packed), *_arguments(self.limits))
+        elif _is_differentiated(rows) or (bias is not None and _is_differentiated(bias)):
+            outputs = _Differentiable.apply(rows, bias, self.packed, self.limits)
+        else:
+            outputs = multiply(rows.resolve_neg(), self.packed, bias, self.limits)
+        return outputs if tokens.dim() == 2 else outputs.view(*tokens.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NMLinear:
+        """As of any module, but metadata only change their device."""
+        meta = self.meta
+        super()._apply(fn, recurse)
+        if self.meta.dtype != meta.dtype:
+            self.meta = meta.to(self.meta.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """As of any module, but metadata that do not fit are an error of ``load_state_dict``, and nothing is loaded."""
+        meta = state_dict.get(f"{prefix}meta")
+        if meta is not None and meta.shape == self.meta.shape:
+            try:
+                PackedNM(self.values, meta.to(self.values.device), self.n, self.m, self.packed.shape).check_tensors()
+                # A layer without numbers yet is checked by who fills it, once all of it is there.
+                if not (meta.is_meta or self.meta.is_meta):
+                    check_meta(meta, self.n, self.m, self.packed.shape)
+            except ValueError as error:
+                errors: list[str] = rest[-1]
+                errors.append(f"{prefix}meta: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"pattern={self.n}:{self.m}"
+        )
+
+
+def _check_tokens(tokens: torch.Tensor, in_features: int, dtype: torch.dtype) -> None:
+    if tokens.shape[-1] != in_features or tokens.dtype != dtype:
+        raise ValueError(f"tokens must be [..., {in_features}] {dtype}, got {tuple(tokens.shape)} {tokens.dtype}")
+
+
+def _is_differentiated(tensor: torch.Tensor) -> bool:
+    """Whether derivatives go through ``tensor``, in reverse or in forward mode."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _parts(packed: PackedNM) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
+    """The weight as operations of torch take it."""
+    return packed.values, packed.meta, packed.n, packed.m, packed.shape[1]
+
+
+def _arguments(limits: RowLimits | None) -> tuple[int | None, int | None, bool]:
+    return (None, None, False) if limits is None else (limits.packed, limits.semi_structured, limits.second_copy)
+
+
+@torch.library.custom_op("ace_triton::nm_linear", mutates_args=())
+def _product(
+    tokens: torch.Tensor,
+    bias: torch.Tensor | None,
+    values: torch.Tensor,
+    meta: torch.Tensor,
+    n: int,
+    m: int,
+    in_features: int,
+    packed_rows: int | None,
+    semi_structured_rows: int | None,
+    second_copy: bool,
+) -> torch.Tensor:
+    """The product for tokens [n_tokens, in_features] as one operation, which torch.compile sees nothing of."""
+    limits = None if packed_rows is None else RowLimits(packed_rows, semi_structured_rows, second_copy)
+    return multiply(tokens, PackedNM(values, meta, n, m, (len(values), in_features)), bias, limits)
+
+
+@_product.register_fake
+def _(tokens: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor, *_: Any) -> torch.Tensor:
+    return tokens.new_empty(tokens.shape[0], values.shape[0])
+
+
+@torch.library.custom_op("ace_triton::nm_linear_input_gradient", mutates_args=())
+def _input_gradient(
+    gradient: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, n: int, m: int, in_features: int
+) -> torch.Tensor:
+    """dL/dx = dL/dy W, by way of the dense weight, which lives as long as this call."""
+    return gradient @ unpack_nm(PackedNM(values, meta, n, m, (len(values), in_features)))
+
+
+@torch.library.custom_op("ace_triton::unpack_nm", mutates_args=())
+def _unpacked(values: torch.Tensor, meta: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tensor:
+    """The dense weight, as one operation that torch.func does not look into."""
+    return unpack_nm(PackedNM(values, meta, n, m, (len(values), in_features)))
+
+
+@_input_gradient.register_fake
+def _(
+    gradient: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, n: int, m: int, in_features: int
+) -> torch.Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], in_features)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, _, values, meta, n, m, in_features, *_ = inputs
+    ctx.save_for_backward(values, meta)
+    ctx.pattern = n, m, in_features
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    values, meta = ctx.saved_tensors
+    of_tokens = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_tokens = _input_gradient(gradient, values, meta, *ctx.pattern)
+    if ctx.needs_input_grad[1]:
+        of_bias = gradient.sum(0)
+    return of_tokens, of_bias, *[None] * 8
+
+
+_product.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The product outside of torch.compile: gradients in reverse and forward mode, and under torch.func.
+
+    The weight comes as one object, not as tensors, which torch.func would wrap.
+    """
+
+    @staticmethod
+    def forward(
+        tokens: torch.Tensor, bias: torch.Tensor | None, packed: PackedNM, limits: RowLimits | None
+    ) -> torch.Tensor:
+        return multiply(tokens.resolve_neg(), packed, bias, limits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        tokens, _, ctx.packed, ctx.limits = inputs
+        ctx.n_tokens, ctx.versions = len(tokens), _versions(ctx.packed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.versions != _versions(ctx.packed):
+            raise RuntimeError("a packed weight was written between the forward and the backward pass through it")
+        of_tokens = gradient @ _unpacked(*_parts(ctx.packed)) if ctx.needs_input_grad[0] else None
+        return of_tokens, gradient.sum(0) if ctx.needs_input_grad[1] else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tokens: torch.Tensor | None, bias: torch.Tensor | None, *_: None) -> torch.Tensor:
+        if tokens is None:
+            assert bias is not None
+            return bias.expand(ctx.n_tokens, -1)
+        return _Differentiable.apply(tokens, bias, ctx.packed, ctx.limits)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        dimensions: tuple[int | None, ...],
+        tokens: torch.Tensor,
+        bias: torch.Tensor | None,
+        packed: PackedNM,
+        limits: RowLimits | None,
+    ) -> tuple[torch.Tensor, int]:
+        of_tokens, of_bias, *_ = dimensions
+        tokens = tokens[None] if of_tokens is None else tokens.movedim(of_tokens, 0)
+        outputs = _Differentiable.apply(tokens.flatten(0, 1), None, packed, limits).unflatten(0, tokens.shape[:2])
+        if bias is not None:
+            outputs = outputs + (bias if of_bias is None else bias.movedim(of_bias, 0)[:, None])
+        return outputs, 0
+
+
+def _versions(packed: PackedNM) -> tuple[int, ...]:
+    """How often values and metadata were written; inference tensors do not count it."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in (packed.values, packed.meta))

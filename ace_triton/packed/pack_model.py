@@ -1,0 +1,273 @@
+"""Replace the n:m linear layers of a model by packed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..decoders.blocks import linears_of, possible_stacks, stacks_of
+from ..decoders.experts import Stack
+from ..decoders.plan import NameFilter, Skipped
+from ..kernels.pack_nm import PackedNM
+from ..process_memory import give_back_free_memory
+from ..prune import linear_weight
+from ..sparsity import Sparsity
+from .dispatch import RowLimits
+from .expert_stack import ExpertStack, stores_transposed
+from .inspect import find_pattern
+from .nm_linear import NMLinear
+from .saving import SavePretrained
+
+PROBE_TOKENS = 3
+
+MOST_KEPT = 64 * 2**20
+"""Bytes of dense weights that are freed before the allocator is asked to return them."""
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer that was packed.
+
+    Attributes:
+        name: its dotted name in the model.
+        pattern: "n:m".
+        dense_bytes, packed_bytes: of its weight, before and after.
+    """
+
+    name: str
+    pattern: str
+    dense_bytes: int
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class SparsifyReport:
+    """What :func:`sparsify` did.
+
+    Attributes:
+        layers: the packed layers, in order.
+        skipped: what was left as it is, and why; what ``include`` and ``exclude`` ruled out is not listed.
+    """
+
+    layers: tuple[PackedLayer, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the packed layers' weights before."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed layers' weights now."""
+        return sum(layer.packed_bytes for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        sizes = {"dense_bytes": self.dense_bytes, "packed_bytes": self.packed_bytes}
+        return {**asdict(self), **sizes}
+
+
+class _NotEligible(Exception):
+    """Why a layer is left as it is."""
+
+
+def sparsify(
+    model: nn.Module,
+    pattern: str | None = None,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    limits: RowLimits | None = None,
+) -> SparsifyReport:
+    """Replace every linear layer that was pruned to n:m by an :class:`~ace_triton.packed.nm_linear.NMLinear`, in place.
+
+    A layer's dense weight is freed as soon as it is packed. Products are those of the dense weight with its
+    zeros, up to the order of summation. Experts stacked in one parameter become layers of their own
+    (:class:`~ace_triton.packed.expert_stack.ExpertStack`), and their module takes them one by one from then on.
+
+    Args:
+        model: any module with ``nn.Linear`` or Conv1D layers or stacked experts in it, pruned before.
+        pattern: "n:m" for all layers; None to find each layer's own.
+        include: shell patterns; only layers whose dotted name matches one are packed.
+        exclude: shell patterns of layers to leave.
+        limits: number of rows from which on packed layers take another product; None for the device's own.
+
+    Raises:
+        ValueError: a pattern that is none, or no layer that can be packed; nothing was changed.
+    """
+    wanted = None if pattern is None else _parse(pattern)
+    names = NameFilter.of(model, include, exclude)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tied = _tied(model)
+    packed: list[PackedLayer] = []
+    skipped: list[Skipped] = []
+    freed = 0
+
+    def note(entries: list[PackedLayer]) -> None:
+        nonlocal freed
+        packed.extend(entries)
+        freed += sum(entry.dense_bytes for entry in entries)
+        if freed > MOST_KEPT:
+            give_back_free_memory()
+            freed = 0
+
+    def skip(name: str, weight: torch.Tensor, reason: str) -> None:
+        skipped.append(Skipped(name, reason, weight.numel(), weight.numel() / parameters))
+
+    for name in [name for name, _ in linears_of(model) if name and names.wants(name)]:
+        layer = model.get_submodule(name)
+        weight = linear_weight(layer)
+        assert weight is not None
+        try:
+            if id(layer.weight) in tied:
+                raise _NotEligible("its weight is tied to another layer's")
+            replacement = _pack(layer, weight, wanted, limits)
+        except _NotEligible as why_not:
+            skip(name, weight, str(why_not))
+            continue
+        _replace(model, layer, replacement)
+        note([_entry(name, replacement.packed)])
+    stacks = stacks_of(model)
+    while stacks:
+        # Popped, so that one that was packed is freed before the next is.
+        stack = stacks.pop(0)
+        if id(stack.weight) in tied:
+            skip(stack.name, stack.weight, "its weight is tied to another layer's")
+        else:
+            note(_pack_experts(model, stack, wanted, limits, names, skip))
+    for stack in possible_stacks(model):
+        if stack.weight.dim() == 2 and names.wants(stack.name) and ":" in find_pattern(stack.weight.detach()):
+            skip(stack.name, stack.weight, "it is no linear layer, and no three-dimensional stack of experts")
+    if not packed:
+        reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it holds no linear layer"
+        raise ValueError(
+            f"no layer of {type(model).__name__} can be packed: {reasons}; prune it to n:m first "
+            "(ace-triton prune --sparsity 2:4)"
+        )
+    give_back_free_memory()
+    SavePretrained.attach(model)
+    return SparsifyReport(tuple(packed), tuple(skipped))
+
+
+def set_row_limits(model: nn.Module, limits: RowLimits | None) -> None:
+    """Set from how many rows on all packed layers of a model take another product."""
+    for module in model.modules():
+        if isinstance(module, NMLinear):
+            module.limits = limits
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Ids of the parameters whose memory another module's parameter uses too, all or a part of it."""
+    spans = []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            # A tensor without memory takes the address of its object, which no other tensor's memory can have.
+            start = (0 if parameter.is_meta else parameter.data_ptr()) or id(parameter)
+            last = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+            if parameter.numel():
+                spans.append((start, start + (last + 1) * parameter.element_size(), id(parameter)))
+    tied: set[int] = set()
+    furthest, holder = 0, 0
+    for start, end, identity in sorted(spans):
+        if start < furthest:
+            tied |= {identity, holder}
+        if end > furthest:
+            furthest, holder = end, identity
+    return tied
+
+
+def _pack(layer: nn.Module, weight: torch.Tensor, wanted: tuple[int, int] | None, limits: RowLimits | None) -> NMLinear:
+    if any(getattr(layer, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")) or "forward" in vars(layer):
+        raise _NotEligible("it has hooks or a forward of its own, which would be lost")
+    n, m = wanted or _detect(weight)
+    try:
+        packed = NMLinear.from_linear(layer, n, m, limits)
+    except ValueError as error:
+        raise _NotEligible(str(error)) from error
+    size = packed.packed
+    if size.packed_bytes >= size.dense_bytes:
+        raise _NotEligible(f"packed {n}:{m} is no smaller: {size.packed_bytes} bytes of {size.dense_bytes}")
+    if type(layer).forward is not nn.Linear.forward and not _multiplies(layer, weight):
+        raise _NotEligible(f"a {type(layer).__name__} computes something else than x W^T + b")
+    return packed
+
+
+def _pack_experts(
+    model: nn.Module,
+    stack: Stack,
+    wanted: tuple[int, int] | None,
+    limits: RowLimits | None,
+    names: NameFilter,
+    skip: Callable[[str, torch.Tensor, str], None],
+) -> list[PackedLayer]:
+    """Replace a stack by layers, packed where they can be; leave it where none can."""
+    experts = model.get_submodule(stack.name.rpartition(".")[0])
+    transposed = stores_transposed(experts)
+    if transposed is None:
+        skip(stack.name, stack.weight, f"a {type(experts).__name__} does not multiply by its experts one by one")
+        return []
+    layers: list[nn.Module] = []
+    entries: list[PackedLayer] = []
+    for name, expert in stack.linears(transposed=transposed).items():
+        layers.append(expert)
+        if names.wants(name):
+            try:
+                packed = _pack(expert, expert.weight, wanted, limits)
+            except _NotEligible as why_not:
+                skip(name, expert.weight, str(why_not))
+                continue
+            layers[-1] = packed
+            entries.append(_entry(name, packed.packed))
+    if entries:
+        ExpertStack.take_place(experts, stack, layers)
+    return entries
+
+
+def _detect(weight: torch.Tensor) -> tuple[int, int]:
+    found = find_pattern(weight)
+    if found == "dense":
+        raise _NotEligible("it is dense: it was not pruned")
+    if found == "unstructured":
+        raise _NotEligible("its zeros follow no n:m pattern")
+    if "along" in found:
+        raise _NotEligible(f"it is {found}; products from packed weights need groups along the inputs")
+    return _parse(found)
+
+
+def _parse(pattern: str) -> tuple[int, int]:
+    sparsity = Sparsity(pattern)
+    if sparsity.n is None or sparsity.m is None:
+        raise ValueError(f"pattern {pattern!r}: packing takes 'n:m', as '2:4', or None to find each layer's own")
+    return sparsity.n, sparsity.m
+
+
+@torch.no_grad()
+def _multiplies(layer: nn.Module, weight: torch.Tensor) -> bool:
+    """Whether a linear layer with a forward of its own computes x W^T + b all the same."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, PROBE_TOKENS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")
+    tokens = tokens.to(weight)
+    bias: Any = layer.bias
+    expected = torch.nn.functional.linear(tokens.float(), weight.float(), None if bias is None else bias.float())
+    given = layer(tokens)
+    if not isinstance(given, torch.Tensor) or given.shape != expected.shape:
+        return False
+    tolerance = 8 * torch.finfo(weight.dtype).eps * float(expected.abs().amax())
+    return bool((given.float() - expected).abs().amax() <= tolerance)
+
+
+def _replace(model: nn.Module, layer: nn.Module, replacement: nn.Module) -> None:
+    """Put ``replacement`` wherever ``layer`` is."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child is layer:
+                setattr(module, name, replacement)
+
+
+def _entry(name: str, packed: PackedNM) -> PackedLayer:
+    return PackedLayer(name, f"{packed.n}:{packed.m}", packed.dense_bytes, packed.packed_bytes)

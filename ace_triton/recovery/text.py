@@ -1,0 +1,97 @@
+"""What a recovery reads, step by step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..inputs.written_text import AT_ONCE, WrittenText, write_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TEXT_SEQUENCES = 2048
+"""Default for the largest number of sequences to train on."""
+
+
+class Batches(ABC):
+    """The sequences of each step.
+
+    Args:
+        length: tokens of a sequence.
+        tokens_per_step: rounded to whole sequences.
+        seed: of the text, or of the order in which it is read.
+    """
+
+    def __init__(self, length: int, tokens_per_step: int, seed: int) -> None:
+        self.length, self._seed = length, seed
+        self._sequences = max(1, round(tokens_per_step / length))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self._sequences * self.length
+
+    def of(self, step: int) -> torch.Tensor:
+        """The sequences of a step, int64 [n_sequences, length]; the same at every call."""
+        places = range(step * self._sequences, (step + 1) * self._sequences)
+        return torch.stack([self._sequence(place) for place in places])
+
+    @abstractmethod
+    def passes(self, steps: int) -> float:
+        """How often this many steps read the text."""
+
+    @abstractmethod
+    def digest(self) -> bytes:
+        """Bytes that differ between two texts."""
+
+    @abstractmethod
+    def _sequence(self, place: int) -> torch.Tensor:
+        """The sequence that is read at a place, int64 [length]."""
+
+
+class GivenBatches(Batches):
+    """All sequences of ``ids``, int64 [n_sequences, length], once in each epoch, in another random order each time."""
+
+    def __init__(self, ids: torch.Tensor, tokens_per_step: int, seed: int) -> None:
+        super().__init__(ids.shape[1], tokens_per_step, seed)
+        self._ids = ids
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def passes(self, steps: int) -> float:
+        return steps * self.tokens / self._ids.numel()
+
+    def digest(self) -> bytes:
+        return self._ids.cpu().numpy().tobytes()
+
+    def _sequence(self, place: int) -> torch.Tensor:
+        epoch, place = divmod(place, len(self._ids))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._order = torch.randperm(len(self._ids), generator=generator, device="cpu")
+            self._epoch = epoch
+        return self._ids[self._order[place]]
+
+
+class WrittenBatches(Batches):
+    """What ``teacher`` writes, ``AT_ONCE`` sequences at a time, when the first of them is read."""
+
+    def __init__(self, text: WrittenText, teacher: PreTrainedModel, tokens_per_step: int, seed: int) -> None:
+        super().__init__(text.length, tokens_per_step, seed)
+        self._text, self._teacher = text, teacher
+        self._place, self._batch = -1, torch.empty(0, dtype=torch.int64, device="cpu")
+
+    def passes(self, steps: int) -> float:
+        return 1.0
+
+    def digest(self) -> bytes:
+        return repr(self._text).encode()
+
+    def _sequence(self, place: int) -> torch.Tensor:
+        batch, place = divmod(place, AT_ONCE)
+        if batch != self._place:
+            self._batch = write_batch(self._teacher, self._text, seed=self._seed, place=batch, sequences=AT_ONCE)
+            self._place = batch
+        return self._batch[place]

@@ -1,0 +1,388 @@
+"""Recovery: a few minutes of training in which only kept weights move, toward the dense model's predictions.
+
+The loss is :class:`~ace_triton.recovery.distillation.Distillation`'s. AdamW steps on fp32 copies of the kept weights, in a pass
+that rounds them to bfloat16, the dtype of forwards (:mod:`~ace_triton.kernels.adamw`). Weights of 0 stay exactly 0.
+
+The learning rate is in units of each weight's root mean square, as Adafactor's relative step sizes are (Shazeer and
+Stern, arXiv 1804.04235, section 8): AdamW moves a weight by about its rate whatever the gradient is, and the size of
+weights differs between models and layers. docs/recovery.md compares settings.
+
+A second epoch overfits. A budget of minutes should see each token once, so the teacher runs in every step and its
+outputs are not cached.
+
+Each step passes over all trained weights, however few tokens it reads. If a forward is fast beside that pass, as on a
+GPU, more tokens in a step may pay.
+
+Memory, in bytes: 15 for each trained weight beside the model's own (4 for the copy, 2 for its gradient, 8 for AdamW, 1
+for the mask), the dense model, and the activations that a step's backward needs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..decoders.batches import check_positions, longest_sequence, trial_ids
+from ..decoders.blocks import find_blocks
+from ..decoders.loaded_weights import weights_as_loaded
+from ..inputs.written_text import WrittenText
+from ..threads import few_threads, forward_work
+from .distillation import Distillation
+from .optimizer import KeptAdamW
+from .state import RecoveryState, fingerprint, locked
+from .text import Batches, GivenBatches, WrittenBatches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RecoveryProgress = Callable[[float, float, float], None]
+
+DEFAULT_MINUTES = 5.0
+"""Budget if no settings are given."""
+
+LEAST_ZEROS = 0.05
+"""A weight with a smaller share of zeros was not pruned, and stays as it is."""
+
+EAGER_LENGTH = 256
+"""Tokens of a sequence up to which attention by plain products is faster on a CPU than torch's own."""
+
+FIRST_RATE = 0.1
+"""Share of the peak learning rate that the first step takes."""
+
+LARGEST_GRADIENT = 1.0
+"""Norm that gradients are clipped to."""
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """How to recover.
+
+    Attributes:
+        steps: number of optimizer steps; None if ``minutes`` is given.
+        minutes: time to train for; None if ``steps`` is given. The step that passes it is the last.
+        tokens_per_step: rounded to whole sequences.
+        learning_rate: the peak, in units of each weight's root mean square. The rate rises to it linearly over the
+            first ``warmup`` of the budget, then falls linearly to 0.
+        warmup: share of the budget.
+        norms: train the blocks' one-dimensional weights (norms, biases) too.
+        forward_dtype: bfloat16, or float32 for models in float32.
+        seed: of the order of sequences, or of the text that the teacher writes.
+
+    Raises:
+        ValueError: not exactly one of steps and minutes is given, or a number is out of range.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    tokens_per_step: int = 256
+    learning_rate: float = 1.7e-3
+    warmup: float = 0.04
+    norms: bool = False
+    forward_dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(f"give steps or minutes, one of them; got steps={self.steps}, minutes={self.minutes}")
+        budget = self.steps if self.minutes is None else self.minutes
+        if not all(0 < n < math.inf for n in (budget or 0, self.tokens_per_step, self.learning_rate)):
+            raise ValueError(
+                f"steps, minutes, tokens_per_step and learning_rate must be above 0 and finite; got {self}"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit into 64 bits, got {self.seed}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must lie in [0, 1), got {self.warmup}")
+        if self.forward_dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"forward_dtype must be torch.bfloat16 or torch.float32, got {self.forward_dtype}")
+
+    def rate(self, fraction: float) -> float:
+        """The learning rate when ``fraction`` of the budget is spent."""
+        if fraction < self.warmup:
+            return self.learning_rate * max(FIRST_RATE, fraction / self.warmup)
+        return self.learning_rate * (1 - fraction) / (1 - self.warmup)
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What :func:`recover` did.
+
+    Attributes:
+        steps, tokens, seconds: taken since the first start, resumed runs included.
+        passes: epochs over the text; above 1, training overfits. 1 if the teacher wrote the text.
+        cpu_seconds: CPU time of the process over the same span, all threads together.
+        losses: mean loss of each step, in nats per token.
+        trained, zeros: number of weights that moved, and that stayed 0.
+    """
+
+    steps: int
+    tokens: int
+    passes: float
+    seconds: float
+    cpu_seconds: float
+    losses: tuple[float, ...]
+    trained: int
+    zeros: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {**asdict(self), "losses": list(self.losses)}
+
+
+def recover(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    text: torch.Tensor | WrittenText,
+    settings: RecoverySettings | None = None,
+    *,
+    state: str | Path | None = None,
+    save_every: float = 120.0,
+    progress: RecoveryProgress | None = None,
+) -> RecoveryReport:
+    """Train a pruned model's kept weights, in place; weights of 0 stay 0.
+
+    Args:
+        model: pruned. The weights of its blocks with at least 5 % zeros are trained; embeddings and head are not.
+        teacher: the dense model, with the same vocabulary.
+        text: what to train on: token ids, int64 [n_sequences, length], read again in another order if the budget
+            outlasts them; or :class:`~ace_triton.inputs.written_text.WrittenText`, which the teacher writes as it is read.
+        settings: how; None trains for DEFAULT_MINUTES with all other settings at their defaults.
+        state: file to resume from after a kill, written atomically every ``save_every`` seconds and at the end. If it
+            exists, the training resumes from it. Remove it once the model is saved. None keeps no state.
+        save_every: seconds; the time to write 12 bytes for each trained weight counts in the budget of minutes.
+        progress: called after each step with the spent budget, the whole budget (steps, or seconds) and the loss.
+
+    Raises:
+        ValueError: the model has no zeros or the teacher has, the ids or vocabularies do not fit, the sequences are
+            longer than a model's positions, the state belongs to another training or is in use, or a loss is not
+            finite.
+        OSError: the state cannot be written.
+    """
+    settings = settings or RecoverySettings(minutes=DEFAULT_MINUTES)
+    masks = pruned_masks(model)
+    _check(model, teacher, text, settings)
+    _check_teacher(model, teacher, masks)
+    batches = _batches(text, teacher, settings)
+    with locked(state):
+        identity = "" if state is None else fingerprint(settings, batches.digest(), model, teacher)
+        run = _train(model, teacher, masks, batches, settings, _Keeping(state, identity, save_every), progress)
+    _check_zeros(model, masks)
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    total = sum(mask.numel() for mask in masks.values())
+    return RecoveryReport(
+        run.steps,
+        run.steps * batches.tokens,
+        batches.passes(run.steps),
+        run.seconds,
+        run.cpu_seconds,
+        tuple(run.losses),
+        trained=kept,
+        zeros=total - kept,
+    )
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """Where, and how often, the state is kept.
+
+    Attributes:
+        path: of the state; None to keep none.
+        identity: fingerprint of the training.
+        every: seconds between two writes.
+    """
+
+    path: str | Path | None
+    identity: str
+    every: float
+
+
+def _train(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    masks: dict[str, torch.Tensor],
+    batches: Batches,
+    settings: RecoverySettings,
+    keeping: _Keeping,
+    progress: RecoveryProgress | None,
+) -> RecoveryState:
+    with (
+        weights_as_loaded(model),
+        _trainable(model, masks, settings) as optimizer,
+        _frozen(teacher),
+        _quick_attention((model, teacher), batches.length),
+        few_threads(forward_work(model, settings.tokens_per_step)),
+    ):
+        run = RecoveryState.begin(keeping.path, keeping.identity, optimizer)
+        clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
+        saved = run.seconds
+        objective = Distillation(model, teacher, batches.of(run.steps), settings.forward_dtype)
+        while (fraction := _spent(settings, run)) < 1:
+            loss = objective.backward(batches.of(run.steps).to(model.device))
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
+            optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
+            run.record(loss, time.monotonic() - clock, time.process_time() - cpu)
+            if keeping.path is not None and (run.seconds - saved >= keeping.every or _spent(settings, run) >= 1):
+                run.save(keeping.path, optimizer)
+                saved = run.seconds
+            if progress is not None:
+                budget = settings.steps if settings.minutes is None else 60 * settings.minutes
+                assert budget is not None
+                progress(min(_spent(settings, run), 1) * budget, budget, loss)
+    return run
+
+
+def pruned_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The masks of all pruned weights of a model's blocks, True for kept weights; ValueError if none was pruned."""
+    masks = {}
+    for block in find_blocks(model):
+        for name, parameter in block.module.named_parameters(prefix=block.name):
+            if parameter.dim() >= 2 and float((parameter == 0).float().mean()) >= LEAST_ZEROS:
+                masks[name] = (parameter != 0).detach()
+    if not masks:
+        raise ValueError(
+            f"no weight of this {type(model).__name__} has {LEAST_ZEROS:.0%} of zeros: recovery is for pruned models"
+        )
+    return masks
+
+
+def _check(
+    model: PreTrainedModel, teacher: PreTrainedModel, text: torch.Tensor | WrittenText, settings: RecoverySettings
+) -> None:
+    if isinstance(text, WrittenText):
+        kept = len(text.prompt) if text.keep_start else 0
+        if not text.prompt or text.length <= kept:
+            raise ValueError(
+                f"sequences must follow a token and have one at least, got a length of {text.length} after "
+                f"{text.prompt}"
+            )
+        least, most = min(text.prompt), max(text.prompt)
+        length = text.length
+    elif text.dim() != 2 or text.dtype != torch.int64 or text.numel() == 0:
+        raise ValueError(f"ids must be int64 [n_sequences, length], not empty; got {text.dtype} {tuple(text.shape)}")
+    else:
+        least, most = int(text.min()), int(text.max())
+        length = text.shape[1]
+    for decoder in (model, teacher):
+        check_positions(longest_sequence(decoder), length, "a length of")
+    sizes = [next(m.get_input_embeddings().parameters()).shape[0] for m in (model, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the pruned model's vocabulary has {sizes[0]} tokens, the teacher's {sizes[1]}: give the dense model that "
+            "it was pruned from as the teacher"
+        )
+    if least < 0 or most >= sizes[0]:
+        raise ValueError(f"ids run from {least} to {most}, the vocabulary from 0 to {sizes[0] - 1}")
+    dtypes = {parameter.dtype for decoder in (model, teacher) for parameter in decoder.parameters()}
+    if settings.forward_dtype == torch.float32 and dtypes != {torch.float32}:
+        raise ValueError(
+            f"forwards in float32 need both models in float32, not {', '.join(sorted(map(str, dtypes)))}: load them "
+            "so, or leave forward_dtype at torch.bfloat16"
+        )
+
+
+def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, masks: dict[str, torch.Tensor]) -> None:
+    """ValueError if the teacher is pruned: a model learns nothing from itself, and little from another pruned one."""
+    there = dict(teacher.named_parameters())
+    shared = [(there[name], mask) for name, mask in masks.items() if name in there and there[name].shape == mask.shape]
+    if teacher is model or (shared and not any(bool(weight[~mask.to(weight.device)].any()) for weight, mask in shared)):
+        raise ValueError(
+            "the teacher is the pruned model itself, or has the same zeros: give the dense model that it was pruned "
+            "from"
+        )
+    matrices = [p for block in find_blocks(teacher) for p in block.module.parameters() if p.dim() >= 2]
+    total = sum(matrix.numel() for matrix in matrices)
+    share = 1 - sum(int(matrix.count_nonzero()) for matrix in matrices) / max(1, total)
+    if share >= LEAST_ZEROS:
+        raise ValueError(
+            f"the teacher is pruned too ({share:.0%} of its blocks' weights are 0): give the dense model that the "
+            "pruned one was made from"
+        )
+
+
+def _batches(text: torch.Tensor | WrittenText, teacher: PreTrainedModel, settings: RecoverySettings) -> Batches:
+    if isinstance(text, WrittenText):
+        return WrittenBatches(text, teacher, settings.tokens_per_step, settings.seed)
+    return GivenBatches(text, settings.tokens_per_step, settings.seed)
+
+
+def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
+    """Share of the budget; 1 and above ends the training."""
+    if settings.minutes is not None:
+        return run.seconds / (60 * settings.minutes)
+    assert settings.steps is not None
+    return run.steps / settings.steps
+
+
+@contextmanager
+def _trainable(
+    model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings
+) -> Iterator[KeptAdamW]:
+    """The optimizer of the parameters that are trained; inside, they have the dtype of forwards."""
+    blocks = [block.module.named_parameters(prefix=block.name) for block in find_blocks(model)]
+    names = {parameter: name for block in blocks for name, parameter in block}  # blocks may share a parameter
+    moving = {n: p for p, n in names.items() if n in masks or (settings.norms and p.dim() == 1)}
+    dtypes = {name: parameter.dtype for name, parameter in moving.items()}
+    with _frozen(model):
+        with torch.no_grad():
+            model(input_ids=trial_ids(model), use_cache=False)  # RWKV rescales its weights here: before they are copied
+        optimizer = KeptAdamW(moving, settings.forward_dtype)
+        try:
+            for parameter in moving.values():
+                parameter.requires_grad_(True)
+            yield optimizer
+        finally:
+            for name, parameter in moving.items():
+                parameter.grad = None
+                parameter.requires_grad_(False)
+                parameter.data = optimizer.values[name].to(dtypes[name])
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; what was set before is set again at the end."""
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter, requires_grad in wanted.items():
+            parameter.requires_grad_(requires_grad)
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _quick_attention(models: tuple[PreTrainedModel, ...], length: int) -> Iterator[None]:
+    """Inside, the kind of attention that is quickest for sequences of that length."""
+    slower = [
+        model
+        for model in models
+        if model.device.type == "cpu"
+        and length <= EAGER_LENGTH
+        and getattr(model.config, "_attn_implementation", None) == "sdpa"
+        and not model.config.sub_configs
+    ]
+    try:
+        for model in slower:
+            model.set_attn_implementation("eager")
+        yield
+    finally:
+        for model in slower:
+            model.set_attn_implementation("sdpa")
+
+
+def _check_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+    for name, mask in masks.items():
+        if bool(model.get_parameter(name).masked_select(~mask).any()):
+            raise RuntimeError(f"{name}: a pruned weight moved, which is a bug of ace_triton; please report it")

@@ -1,0 +1,1 @@
+"""What moves the kept weights after the mask is chosen."""

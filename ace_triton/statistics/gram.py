@@ -1,0 +1,63 @@
+"""The Gram matrix of a layer's input, sum_t x_t x_t^T: all that a weight update must know of the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..kernels.gram_product import gram_product
+
+
+@dataclass
+class Gram:
+    """sum_t x_t x_t^T over the tokens seen, streamed and mergeable with ``+``.
+
+    Attributes:
+        in_features: number of channels.
+        count: tokens seen, padding left out.
+        matrix: fp32 [in_features, in_features], symmetric, on the device of the tokens; None before the first.
+    """
+
+    in_features: int
+    count: int = 0
+    matrix: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            tokens: [..., in_features], any floating dtype.
+            valid: bool [...], False for tokens to leave out (padding).
+
+        Raises:
+            ValueError: tokens of another width.
+        """
+        rows = token_rows(tokens, valid, self.in_features, "Gram matrix")
+        self.matrix = gram_product(rows, into=self.matrix)
+        self.count += rows.shape[0]
+
+    def __add__(self, other: Gram) -> Gram:
+        """That of the tokens of both; neither changes."""
+        if other.in_features != self.in_features:
+            raise ValueError(f"Gram matrices of {self.in_features} and {other.in_features} channels do not merge")
+        if self.matrix is None or other.matrix is None:
+            return replace(other if self.matrix is None else self)
+        return Gram(self.in_features, self.count + other.count, self.matrix + other.matrix)
+
+    def reordered(self, order: torch.Tensor) -> Gram:
+        """With the channels in another order: place p takes channel ``order[p]``, int64 [in_features]."""
+        matrix = None if self.matrix is None else self.matrix[order].index_select(1, order)
+        return replace(self, matrix=matrix)
+
+    def to(self, device: torch.device | str) -> Gram:
+        """A copy on ``device``."""
+        return replace(self, matrix=None if self.matrix is None else self.matrix.to(device, copy=True))
+
+
+def token_rows(tokens: torch.Tensor, valid: torch.Tensor | None, in_features: int, owner: str) -> torch.Tensor:
+    """The tokens [..., in_features] of a batch as rows, without padding; ValueError where the width is another."""
+    if tokens.shape[-1] != in_features:
+        raise ValueError(f"tokens have {tokens.shape[-1]} channels, this {owner} {in_features}")
+    return tokens.reshape(-1, in_features) if valid is None else tokens[valid]

@@ -1,0 +1,193 @@
+"""What depends on a layer's own outputs: CosP's token weights, and the input's squares under them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ..kernels.coupling import coupling
+from ..kernels.memory import why_not_plain
+from ..kernels.token_norms import token_norms
+from ..kernels.weighted_squares import MOST_LAYERS, weighted_squares
+from .settled import Settled, Tally, is_at_hand
+
+Reduce = Literal["abs", "rms"]
+
+NEGLIGIBLE_NORM = 1e-8
+"""Tokens whose squared output norm is below this share of the batch's mean take no part in CosP."""
+
+
+NOT_FINITE = (
+    "the layer's outputs hold NaN or infinity; look for overflow in the calibration forward (run it in bfloat16 or "
+    "float32)"
+)
+
+
+class StatsError(ValueError):
+    """Statistics that cannot be used as asked, with what to do."""
+
+
+@dataclass
+class OutputStats:
+    """Token-weighted statistics of one layer, for CosP.
+
+    With s_t = sum_i a_ti^2 (the squared norm of the layer's output, bias included) and d_t = unit / s_t:
+
+    Attributes:
+        reduce: also keep the matrix of the published loss, as a mean of absolute values ("abs") or of
+            squares ("rms"); None keeps the vector only.
+        count: tokens counted.
+        unit: the mean s_t of the first batch; keeps d_t near 1, where fp16 and tf32 can hold it.
+        weighted_square: fp64 [in_features], sum_t d_t x_tj^2.
+        matrix: fp32 [out_features, in_features], sum_t |a_ti x_tj| d_t ("abs") or its squares ("rms").
+    """
+
+    reduce: Reduce | None = None
+    count: Settled[int] = Settled(0)  # noqa: RUF009 (a descriptor)
+    unit: Settled[float] = Settled(0.0)  # noqa: RUF009 (a descriptor)
+    weighted_square: torch.Tensor | None = None
+    matrix: torch.Tensor | None = None
+    tally: Tally | None = field(default=None, init=False, repr=False, compare=False)
+    """Count and unit where they are not read yet."""
+
+    def settle(self) -> None:
+        """Read count and unit from the device, the one place that waits for a GPU.
+
+        Raises:
+            StatsError: NaN or infinity in the outputs of tokens that count.
+        """
+        if self.tally is not None:
+            count, unit, finite = self.tally.read()
+            if not finite:
+                raise StatsError(NOT_FINITE)
+            self.tally, self.count, self.unit = None, count, unit
+
+    def mean_weighted_square(self) -> torch.Tensor:
+        """mean_t x_tj^2 / s_t, fp64 [in_features] (METHODS "exact2"; second-order term of 1 - cos)."""
+        square, divisor = self.weighted_square_and_divisor()
+        return square / divisor
+
+    def weighted_square_and_divisor(self) -> tuple[torch.Tensor, float]:
+        """The quotient of :meth:`mean_weighted_square` before it is taken."""
+        assert self.weighted_square is not None
+        return self.weighted_square, self.unit * max(self.count, 1)
+
+    def mean_coupling(self) -> torch.Tensor:
+        """mean_t |a_ti x_tj| / s_t, or the root of the mean of its square, fp32 [out_features, in_features]."""
+        count = max(self.count, 1)
+        return self.relative_coupling() / (self.unit * (math.sqrt(count) if self.reduce == "rms" else count))
+
+    def relative_coupling(self) -> torch.Tensor:
+        """:meth:`mean_coupling` times a positive number of the layer's own, which orders weights alike: for "abs" the
+        matrix as it was summed, and no launch."""
+        self.settle()
+        if self.matrix is None:
+            raise StatsError("these statistics hold no coupling matrix: collect them with reduce='abs' or 'rms'")
+        return self.matrix.sqrt() if self.reduce == "rms" else self.matrix
+
+    def reorder(self, *, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> None:
+        """Put channels in another order, as the layer's weight: place p takes channel ``inputs[p]``, ``outputs[p]``."""
+        if inputs is not None and self.weighted_square is not None:
+            self.weighted_square = self.weighted_square[inputs]
+        if self.matrix is not None:
+            self.matrix = self.matrix if inputs is None else self.matrix[:, inputs].contiguous()
+            self.matrix = self.matrix if outputs is None else self.matrix[outputs]
+
+    def check_mergeable(self, other: OutputStats) -> None:
+        """Raise StatsError where :meth:`merge` cannot add ``other``."""
+        if other.reduce != self.reduce:
+            raise StatsError(f"statistics with reduce={self.reduce!r} and {other.reduce!r} do not merge")
+        pairs = {"channels": (self.weighted_square, other.weighted_square), "shape": (self.matrix, other.matrix)}
+        for what, (mine, theirs) in pairs.items():
+            if mine is not None and theirs is not None and mine.shape != theirs.shape:
+                raise StatsError(
+                    f"statistics of layers of different {what} do not merge: {tuple(mine.shape)} and "
+                    f"{tuple(theirs.shape)}"
+                )
+
+    def merge(self, other: OutputStats) -> None:
+        """Add the tokens of ``other``.
+
+        Raises:
+            StatsError: statistics of another layer's shape, or with another ``reduce``; nothing was added.
+        """
+        self.check_mergeable(other)
+        if other.count == 0:
+            return
+        unit = self.unit if self.count else other.unit
+        ratio = unit / other.unit
+        assert other.weighted_square is not None
+        square = other.weighted_square * ratio
+        square = square if self.weighted_square is None else self.weighted_square + square
+        matrix = self.matrix
+        if other.matrix is not None:
+            matrix = other.matrix * (ratio**2 if self.reduce == "rms" else ratio)
+            matrix = matrix if self.matrix is None else self.matrix + matrix
+        self.unit, self.weighted_square, self.matrix = unit, square, matrix
+        self.count += other.count
+
+
+def update_outputs(
+    stats: Sequence[OutputStats],
+    tokens: torch.Tensor,
+    outputs: Sequence[torch.Tensor],
+    valid: torch.Tensor | None = None,
+) -> None:
+    """Add a batch to the output statistics of all layers that read ``tokens``, in one pass over them.
+
+    Args:
+        stats: one for each layer.
+        tokens: [..., in_features].
+        outputs: each layer's [..., out_features] for these tokens.
+        valid: bool [...], False for tokens to leave out.
+
+    Raises:
+        StatsError: outputs of another shape than the tokens', or NaN or infinity in those of tokens that count; no
+            statistics were changed. A GPU is not waited for: there the statistics raise it when they are used.
+    """
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    rows, tallies = [], []
+    for stat, output in zip(stats, outputs, strict=True):
+        _check_outputs(stat, tokens, output)
+        norms = token_norms(output.reshape(-1, output.shape[-1]))
+        used = torch.ones_like(norms, dtype=torch.bool) if valid is None else valid.reshape(-1)
+        level = (torch.where(used, norms, 0.0).sum() / used.sum().clamp(min=1)).double()
+        if is_at_hand(level) and not level.isfinite():
+            raise StatsError(NOT_FINITE)
+        used = used & (norms > (NEGLIGIBLE_NORM * level).float())
+        tally = (stat.tally or Tally.of(stat.count, stat.unit, level.device)).add(level, used)
+        rows.append(torch.where(used, norms.reciprocal() * tally.unit, 0.0))
+        tallies.append(tally)
+    for start in range(0, len(rows), MOST_LAYERS):
+        stop = start + MOST_LAYERS
+        sums = weighted_squares(flat, torch.stack(rows[start:stop]))
+        for stat, row, tally, output, weighted in zip(
+            stats[start:stop], rows[start:stop], tallies[start:stop], outputs[start:stop], sums.double(), strict=True
+        ):
+            stat.weighted_square = weighted if stat.weighted_square is None else stat.weighted_square + weighted
+            if stat.reduce is not None:
+                a = output.reshape(-1, output.shape[-1])
+                stat.matrix = coupling(flat, a, row, stat.reduce, into=stat.matrix)
+            stat.tally = tally
+            if is_at_hand(tally.unit):
+                stat.settle()
+
+
+def _check_outputs(stat: OutputStats, tokens: torch.Tensor, output: torch.Tensor) -> None:
+    """Raise StatsError where a layer's output does not belong to ``tokens``."""
+    if (why := why_not_plain(output)) is not None:
+        raise StatsError(f"the outputs' tensor {why}")
+    if output.shape[:-1].numel() != tokens.shape[:-1].numel() or output.device != tokens.device:
+        raise StatsError(
+            f"outputs must have a row for each token of {tuple(tokens.shape)} and lie on {tokens.device}, got "
+            f"{tuple(output.shape)} on {output.device}"
+        )
+    if stat.matrix is not None and stat.matrix.shape[0] != output.shape[-1]:
+        raise StatsError(
+            f"outputs have {output.shape[-1]} channels, those of these statistics {stat.matrix.shape[0]}: is this "
+            "another layer?"
+        )

@@ -1,0 +1,349 @@
+"""Counts bytes and launches of every operation by running it, over the fewest possible.
+
+    TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton python -m benchmarks.reports.traffic [--out docs/traffic]
+
+See :mod:`benchmarks.harness.traffic_counter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+from unittest import mock
+
+import torch
+import typer
+from torch import nn
+
+from ace_triton import ActivationStats, prune_linear
+from ace_triton.commands.report import write_json
+from ace_triton.kernels import launch
+from ace_triton.kernels.adamw import GradientMoments, Step, adamw
+from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.column_scale import ColumnScale, column_scale
+from ace_triton.kernels.cosp_select import cosp_select
+from ace_triton.kernels.coupling import coupling
+from ace_triton.kernels.divergence import divergence
+from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.moments import moments
+from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_scored
+from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.select_nm import select_nm
+from ace_triton.kernels.select_rows import select_rows
+from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.unpack_nm import unpack_nm
+from ace_triton.kernels.variance_factor import variance_factor
+from ace_triton.kernels.weight_sums import weight_sums
+from ace_triton.kernels.weighted_squares import weighted_squares
+from ace_triton.methods.registry import metric, ria, wanda
+from benchmarks.claims.published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
+from benchmarks.harness.traffic_counter import Counter, Traffic
+
+SHAPE = (512, 2048)
+N_TOKENS = 2048
+FEW_TOKENS = 256
+
+# Sums write partial sums, and how many depends on the size of the whole. So sums are counted over the share that a few
+# programs have of a layer or of a batch of tokens, with the block sizes that the launchers choose for the whole.
+LAYER, LAYER_SHARE = (4096, 11008), (752, 2048)
+BATCH, BATCH_SHARE = (128, 128, 4096), (32, 128, 512)
+
+LAYER_METHODS = ("magnitude", "wanda", "stade", "ria", "saap", "cosp", "varp", "ace", "ace-paper", "dass")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation: bytes per element of the matrix it reads, compared with the fewest."""
+
+    what: str
+    elements: int
+    least: int
+    traffic: Traffic
+
+    @property
+    def ratio(self) -> float:
+        """Distinct bytes over the fewest possible."""
+        return (self.traffic.read + self.traffic.written) / self.least
+
+
+def count(what: str, elements: int, least: int, call: Callable[[], object]) -> Row:
+    """Run ``call`` and count its traffic."""
+    with Counter().counting() as traffic:
+        call()
+    return Row(what, elements, least, traffic)
+
+
+@contextmanager
+def planned_for(plan: str, whole: tuple[int, ...]) -> Iterator[None]:
+    """Inside, launches use the block sizes that ``launch``'s function ``plan`` gives for tensors of shape ``whole``."""
+    planned = getattr(launch, plan)
+    with mock.patch.object(launch, plan, lambda tensor: planned(torch.empty(whole, dtype=tensor.dtype, device="meta"))):
+        yield
+
+
+def rows_of_sums(dtype: torch.dtype) -> list[Row]:
+    """Operations that sum over a whole layer or batch."""
+    weight, tokens = torch.randn(LAYER_SHARE).to(dtype), torch.randn(BATCH_SHARE).to(dtype)
+    (rows, cols), (sequences, _, channels) = LAYER_SHARE, BATCH_SHARE
+    e, n, x = weight.element_size(), weight.numel(), tokens.numel()
+    stats = ActivationStats.from_tokens(torch.randn(2, 4, cols))
+    ria(weight[:4], stats)
+    of_layer = f" ({LAYER[0]} x {LAYER[1]})"
+    with planned_for("weight_sums", LAYER), planned_for("moments", BATCH):
+        return [
+            count("weight_sums" + of_layer, n, e * n + 4 * (rows + cols), lambda: weight_sums(weight)),
+            count(
+                "RIA in all: sums, terms, 2:4" + of_layer,
+                n,
+                3 * e * n,
+                lambda: select_nm(weight, ria(weight, stats), 2, 4),
+            ),
+            count(
+                f"moments ({' x '.join(map(str, BATCH))})",
+                x,
+                e * x + 4 * sequences * channels + 16 * channels,
+                lambda: moments(tokens),
+            ),
+        ]
+
+
+def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+    """Every operation of this package."""
+    rows, cols = SHAPE
+    torch.manual_seed(0)
+    weight = torch.randn(SHAPE).to(dtype)
+    tokens = torch.randn(N_TOKENS // 32, 32, cols).to(dtype)
+    flat = tokens.view(N_TOKENS, cols)
+    outputs = torch.randn(N_TOKENS, rows).to(dtype)
+    norms = torch.rand(3, N_TOKENS)
+    stats = ActivationStats.from_tokens(tokens)
+    plain, relative = wanda(weight, stats), ria(weight, stats)
+    packed = pack_scored(weight, plain, 2, 4)
+    pruned = unpack_nm(packed)
+    e, n = weight.element_size(), weight.numel()
+    vectors = sum(t.numel() * 4 for t in relative.tensors.values())
+    x = flat.numel()
+    all_finite(norms)  # the first call ever makes a flag
+    scale = ColumnScale(torch.rand(cols, dtype=torch.float64), 2.0, factor=torch.rand(cols))
+    square = torch.rand(128, cols), "frobenius", 1.0, 0.01
+    logits, wanted = torch.randn(2, 64, 4 * cols).to(dtype)
+    diverge = lambda: divergence(logits, wanted, into=logits)  # noqa: E731
+    values, rounded = weight.float(), weight.clone()
+    kept, step, factor = GradientMoments.like(values), Step(1e-3, 1), torch.ones(1)
+    train = lambda: adamw(values, kept, weight, step, factor=factor, rounded=rounded)  # noqa: E731
+    return [
+        count("select_nm 2:4, Wanda's terms", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 2, 4)),
+        count("select_nm 2:4, RIA's terms", n, 2 * e * n + vectors, lambda: select_nm(weight, relative, 2, 4)),
+        count("select_nm 4:8", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 4, 8)),
+        count("select_nm 2:4, mask", n, (e + 1) * n, lambda: select_nm(weight, ScoreTerms(), 2, 4, output="mask")),
+        count(
+            "select_nm 2:4, bit mask", n, e * n + n // 8, lambda: select_nm(weight, ScoreTerms(), 2, 4, output="bits")
+        ),
+        count("pack_scored 2:4", n, e * n + 4 * cols + packed.packed_bytes, lambda: pack_scored(weight, plain, 2, 4)),
+        count("pack_nm 2:4", n, e * n + packed.packed_bytes, lambda: pack_nm(pruned, 2, 4)),
+        count("pack_cutlass, scored", n, e * n + 4 * cols + packed.packed_bytes, lambda: pack_cutlass(weight, plain)),
+        count("pack_cutlass", n, e * n + packed.packed_bytes, lambda: pack_cutlass(pruned)),
+        count("unpack_nm 2:4", n, e * n + packed.packed_bytes, lambda: unpack_nm(packed)),
+        count(
+            "nm_linear 2:4, 1 row",
+            n,
+            packed.packed_bytes + e * (rows + cols),
+            lambda: nm_linear(flat[:1], packed),
+        ),
+        count(
+            "nm_linear 2:4, 16 rows",
+            n,
+            packed.packed_bytes + 16 * e * (rows + cols),
+            lambda: nm_linear(flat[:16], packed),
+        ),
+        count("select_rows 50 %", n, 2 * e * n + 4 * cols, lambda: select_rows(weight, plain, cols // 2)),
+        *rows_of_sums(dtype),
+        count("all_finite", n, e * n, lambda: all_finite(weight)),
+        count("weighted_squares, 3 layers", x, e * x + 12 * (N_TOKENS + cols), lambda: weighted_squares(flat, norms)),
+        count("column_scale, ACE's", cols, 16 * cols, lambda: column_scale(scale)),
+        count("variance_factor, 128 sequences", 128 * cols, 4 * 129 * cols, lambda: variance_factor(*square)),
+        count("token_norms", outputs.numel(), e * outputs.numel() + 4 * N_TOKENS, lambda: token_norms(outputs)),
+        count("divergence, over its logits", logits.numel(), 3 * e * logits.numel() + 4 * len(logits), diverge),
+        count("adamw, with a rounded copy", n, (24 + 2 * e) * n, train),
+        count(
+            "coupling",
+            n,
+            e * (x + outputs.numel()) + 8 * n,
+            lambda: coupling(flat, outputs, norms[0], "abs", into=torch.empty(SHAPE).fill_(0)),
+        ),
+        *rows_of_published_cosp(weight, plain, flat[:FEW_TOKENS], outputs[:FEW_TOKENS]),
+    ]
+
+
+def rows_of_published_cosp(
+    weight: torch.Tensor, terms: ScoreTerms, tokens: torch.Tensor, outputs: torch.Tensor
+) -> list[Row]:
+    """The published CosP in two steps, which store its matrix in between, and in one step."""
+    e, n, token_weights = weight.element_size(), weight.numel(), torch.rand(len(tokens))
+    least = e * (tokens.numel() + outputs.numel() + 2 * n) + 4 * (len(tokens) + weight.shape[1])
+
+    def two_steps() -> object:
+        matrix = coupling(tokens, outputs, token_weights, "abs")
+        return select_nm(weight, replace(terms, coupling=matrix), 2, 4)
+
+    def one_step() -> object:
+        return cosp_select(weight, terms, tokens, outputs, token_weights, 2, 4)
+
+    of_tokens = f", {len(tokens)} tokens"
+    return [
+        count("published CosP: coupling, select_nm 2:4" + of_tokens, n, least, two_steps),
+        count("published CosP: cosp_select 2:4" + of_tokens, n, least, one_step),
+    ]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """Total traffic of :func:`~ace_triton.prune_linear` on a layer.
+
+    Attributes:
+        method: name of the method.
+        first: for the first layer of an input, including the vectors that layers of one input share.
+        further: for another layer of the same input.
+        elements: number of weights.
+        least: bytes that any implementation must move.
+    """
+
+    method: str
+    first: Traffic
+    further: Traffic
+    elements: int
+    least: int
+
+    @property
+    def ratio(self) -> float:
+        """Distinct bytes of a further layer over the fewest possible."""
+        return (self.further.read + self.further.written) / self.least
+
+
+def rows_of_layers(dtype: torch.dtype = torch.bfloat16) -> list[LayerRow]:
+    """Every metric at 2:4, on newly collected statistics."""
+    torch.manual_seed(0)
+    rows, cols = LAYER_SHARE
+    tokens = torch.randn(16, 8, cols).to(dtype)
+    found = []
+    for method in LAYER_METHODS:
+        layers = [nn.Linear(cols, rows, bias=False, dtype=dtype) for _ in range(2)]
+        first, other = (ActivationStats.from_tokens(tokens, layer=layer, reduce="abs") for layer in layers)
+        first.consumer_norm = torch.rand(rows) if method == "dass" else None
+        further = first.with_outputs(other.outputs)
+        counts = []
+        with planned_for("weight_sums", LAYER):
+            for layer, stats in zip(layers, (first, further), strict=True):
+                with Counter().counting() as traffic:
+                    prune_linear(layer, stats, method)
+                counts.append(traffic)
+        coupling = 4 if metric(method).needs(metric(method).options).reduce else 0
+        least = (2 * dtype.itemsize + coupling) * rows * cols
+        found.append(LayerRow(method, counts[0], counts[1], rows * cols, least))
+    return found
+
+
+def published_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
+    """The published forms of the same, from scores to zeros in place."""
+    weight = torch.randn(SHAPE).to(dtype)
+    square = torch.rand(SHAPE[1])
+    n = weight.numel()
+    least = 2 * weight.element_size() * n
+
+    def rows_by_sort() -> None:
+        prune_rows_by_sort(weight, wanda_scores(weight, square), SHAPE[1] // 2)
+
+    return [
+        count("Wanda, 2:4", n, least, lambda: prune_groups(weight, wanda_scores(weight, square), 2, 4)),
+        count("RIA, 2:4", n, least, lambda: prune_groups(weight, ria_scores(weight, square), 2, 4)),
+        count("Wanda, 50 % of a row", n, least, rows_by_sort),
+    ]
+
+
+def layer_lines(rows: list[LayerRow]) -> Iterator[str]:
+    """The Markdown table of :func:`rows_of_layers`."""
+    yield "## prune_linear at 2:4, in total"
+    yield ""
+    yield (
+        f"Newly collected statistics; a weight of {LAYER_SHARE[0]} x {LAYER_SHARE[1]} with the block sizes chosen for "
+        f"{LAYER[0]} x {LAYER[1]}. A metric that sums the weight finds NaN and infinity in its sums. For the others, "
+        "one more launch reads the weight first, so that a weight with NaN stays unchanged. (prune_model checks all "
+        "weights before it changes any, and needs one launch less here.) ace-paper and dass check their coupling "
+        "matrix and row vector in the same launch; prune_model also has a launch for these. The host waits for the GPU "
+        "once per layer, for ace-paper twice. In brackets: the first layer of an input, with the vectors that layers "
+        "of one input share (q, k and v; gate and up)."
+    )
+    yield ""
+    yield "| method | launches | bytes per weight | issued | over the fewest |"
+    yield "|---|---:|---:|---:|---:|"
+    for row in rows:
+        moved, issued = (row.further.read + row.further.written) / row.elements, row.further.issued / row.elements
+        launches = f"{row.further.launches} ({row.first.launches})"
+        yield f"| {row.method} | {launches} | {moved:.2f} | {issued:.2f} | {row.ratio:.2f} |"
+    yield ""
+
+
+def page(ours: list[Row], layers: list[LayerRow], published: list[Row]) -> str:
+    """docs/traffic.md."""
+    lines = [
+        "# Memory traffic",
+        "",
+        "Counted, not timed, by `make traffic`, which runs each operation: a weight of "
+        f"{SHAPE[0]} x {SHAPE[1]} and {N_TOKENS} tokens, in bf16. Sums run over a share of the layer or batch in "
+        "brackets, with the block sizes chosen for the whole, since the number of partial sums depends on it. *Bytes "
+        "per element* counts a byte once per launch, as if the cache served repeats within a launch and nothing "
+        "between two. *Issued* counts every load and store. *Fewest* is what any implementation must read and write "
+        "once. Launches are kernels, or torch operations that touch data; in the published forms, most operations are "
+        "one or more kernels.",
+        "",
+    ]
+    for title, rows in (
+        ("ace_triton", ours),
+        ("Published forms, as written in benchmarks/claims/published.py", published),
+    ):
+        lines += [
+            f"## {title}",
+            "",
+            "| operation | launches | bytes per element | issued | fewest | over the fewest |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in rows:
+            moved = (row.traffic.read + row.traffic.written) / row.elements
+            lines.append(
+                f"| {row.what} | {row.traffic.launches:,} | {moved:.2f} | {row.traffic.issued / row.elements:.2f} | "
+                f"{row.least / row.elements:.2f} | {row.ratio:.2f} |"
+            )
+        lines.append("")
+        if rows is ours:
+            lines += layer_lines(layers)
+    return "\n".join(lines)
+
+
+def main(out: Annotated[Path, typer.Option()] = Path("docs/traffic")) -> None:
+    """Count, write OUT.json and OUT.md, and print the page."""
+    if not interpreting():
+        raise typer.BadParameter("run `make traffic`: counting needs Triton's interpreter (TRITON_INTERPRET=1)")
+    ours, layers, published = our_rows(), rows_of_layers(), published_rows()
+    text = page(ours, layers, published)
+    write_json(
+        out.with_suffix(".json"),
+        {
+            "shape": SHAPE,
+            "n_tokens": N_TOKENS,
+            "layers": [{**asdict(row), "ratio": row.ratio} for row in layers],
+            **{
+                name: [{**asdict(row), "ratio": row.ratio} for row in rows]
+                for name, rows in (("ours", ours), ("published", published))
+            },
+        },
+    )
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)

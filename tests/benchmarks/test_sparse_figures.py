@@ -1,0 +1,73 @@
+"""The figures of a pruned model, dense and packed, taken of a tiny one, and where the guide gets them from."""
+
+import json
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+
+from ace_triton import prune_blocks as prune_model
+from ace_triton.packed import pack_model as sparsify
+from ace_triton.packed.checkpoint import save_packed
+from ace_triton.packed.dispatch import CPU_LIMITS
+from benchmarks.harness.resident import resident
+from benchmarks.reports.readme import row_limits
+from benchmarks.reports.sparse import generate_in_turn, main, page, table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_both_sides_of_a_tiny_model(tiny_checkpoint, tmp_path):
+    out = tmp_path / "sparse"
+    main(str(tiny_checkpoint), "pydoc:calibration", new_tokens=6, rounds=2, dtypes=["bf16"], out=out)
+    content = json.loads(out.with_suffix(".json").read_text())
+    (pair,) = content["pairs"]
+    dense, packed = pair["dense"], pair["packed"]
+    assert pair["layer_bytes"] == 0.5625
+    assert packed["file_bytes"] < dense["file_bytes"]
+    assert (pair["dtype"], pair["same_tokens"]) == ("bf16", 6)
+    assert min(dense["tokens_per_second"], packed["tokens_per_second"], pair["faster"]) > 0
+    for side in (dense, packed):
+        assert 10**7 < side["resident"]["after"] <= side["resident"]["peak"]
+    assert out.with_suffix(".md").read_text() == "\n".join(page(content)) + "\n"
+
+
+def test_models_that_differ_are_seen_to(tiny_model, tokenizer, tmp_path):
+    """One side is given other weights: what it writes is not called the same."""
+    prune_model(tiny_model, torch.randint(3, 99, (4, 16)), "magnitude", "2:4")
+    sparsify(tiny_model)
+    save_packed(tiny_model, tokenizer, tmp_path / "one")
+    with torch.no_grad():
+        tiny_model.model.embed_tokens.weight.copy_(torch.randn_like(tiny_model.model.embed_tokens.weight))
+    save_packed(tiny_model, tokenizer, tmp_path / "other")
+    written = generate_in_turn(tmp_path / "one", tmp_path / "other", 8, 1)
+    assert [len(tokens) for tokens in written.tokens] == [8, 8]
+    assert not torch.equal(*written.tokens)
+    assert [len(seconds) for seconds in written.seconds] == [1, 1]
+
+
+def test_resident_memory_grows_by_what_is_held():
+    """New pages of the system's: an allocator may hand out what is resident already."""
+    size = 2**26
+    before = resident()
+    with mmap.mmap(-1, size) as pages:
+        held = torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
+        after = resident()
+        del held
+    assert after.after - before.after == pytest.approx(size, rel=0.2)
+    assert after.peak >= after.after
+
+
+def test_the_table_has_a_column_for_each_side():
+    lines = table(json.loads((ROOT / "docs" / "sparse.json").read_text()))
+    assert {line.count("|") for line in lines} == {6}
+    assert (ROOT / "docs" / "sparse.md").read_text().endswith("\n".join(lines) + "\n")
+
+
+def test_the_guide_has_the_figures_and_the_limits_of_the_dispatch():
+    guide = (ROOT / "docs" / "guides" / "run-sparse.md").read_text()
+    limits = "\n".join(row_limits())
+    assert "\n".join(table(json.loads((ROOT / "docs" / "sparse.json").read_text()))) in guide
+    assert limits in guide
+    assert f"AVX2: always in bf16, up to {CPU_LIMITS['avx2'][torch.float32].two_of_four} in fp32" in limits

@@ -1,0 +1,100 @@
+"""``ace-triton recover``: what it writes, and what it refuses before any training."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+
+import torch
+
+from ace_triton.inputs import checkpoint
+from ace_triton.inputs.output_folder import LOCK, SUFFIX
+from ace_triton.recovery.train import pruned_masks
+
+
+def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
+    small = ("--calibration", some_text, "--samples", 4, "--length", 16)
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    assert command("prune", tiny_checkpoint, pruned, "--method", "wanda", *small)[0] == 0
+    told = tmp_path / "told.json"
+    code, shown, errors = command("recover", pruned, out, *small, "--steps", 3, "--tokens-per-step", 32, "--json", told)
+    assert code == 0, errors
+    assert "loss at last" in shown
+    assert "outlasted the text" in shown
+    assert json.loads(told.read_text())["steps"] == 3
+    assert json.loads(told.read_text())["passes"] == 3 * 32 / (4 * 16)
+    before, after = (checkpoint.load(folder)[0] for folder in (pruned, out))
+    masks = pruned_masks(before)
+    assert masks.keys() == pruned_masks(after).keys()
+    assert all(torch.equal(mask, pruned_masks(after)[name]) for name, mask in masks.items())
+    facts = json.loads((out / checkpoint.REPORT_FILE).read_text())
+    assert (facts["source"], facts["source_path"]) == ("tiny", "../tiny")
+    assert facts["recovery"]["steps"] == 3
+    assert not list(tmp_path.glob(".out*"))
+    code, shown, errors = command("recover", pruned, tmp_path / "once", *small, "--steps", 2, "--tokens-per-step", 32)
+    assert code == 0, errors
+    assert "outlasted" not in shown
+    own = ("--calibration", "self", "--length", 16, "--steps", 9, "--tokens-per-step", 64)
+    code, shown, errors = command("recover", pruned, tmp_path / "self", *own, "--json", told)
+    assert code == 0, errors
+    assert "outlasted" not in shown
+    assert (json.loads(told.read_text())["tokens"], json.loads(told.read_text())["passes"]) == (9 * 64, 1.0)
+    code, _, errors = command("recover", tiny_checkpoint, tmp_path / "other", *small, "--steps", 1)
+    assert code == 1
+    assert "--teacher" in errors
+    assert command("pack", pruned, tmp_path / "packed")[0] == 0
+    code, _, errors = command("recover", tmp_path / "packed", tmp_path / "other", *small, "--steps", 1)
+    assert code == 1
+    assert "then pack" in errors
+
+
+def test_the_command_refuses_what_is_no_dense_teacher(command, tiny_checkpoint, some_text, tokenizer, tmp_path):
+    small = ("--calibration", some_text, "--samples", 4, "--length", 16)
+    pruned, packed, renamed = tmp_path / "pruned", tmp_path / "packed", tmp_path / "renamed"
+    shutil.copytree(tiny_checkpoint, renamed)
+    changed = json.loads((renamed / "tokenizer.json").read_text())
+    vocabulary = changed["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (renamed / "tokenizer.json").write_text(json.dumps(changed))
+    assert command("prune", tiny_checkpoint, pruned, "--method", "wanda", *small)[0] == 0
+    assert command("pack", pruned, packed)[0] == 0
+    shutil.copytree(tiny_checkpoint, tmp_path / "dense")
+    shutil.rmtree(tiny_checkpoint)
+    shutil.copytree(pruned, tiny_checkpoint)
+
+    def refusal(folder, *words) -> str:
+        code, _, errors = command("recover", folder, tmp_path / "out", *small, "--steps", 1, *words)
+        assert code == 1
+        assert not list(tmp_path.glob(".out*"))
+        return errors
+
+    assert "that is the pruned model itself; it replaced the dense one" in refusal(tiny_checkpoint)
+    assert "that is a pruned model (ace_triton.json lies in it)" in refusal(pruned)
+    assert "that is the pruned model itself: name" in refusal(pruned, "--teacher", pruned)
+    assert f"{packed} is a packed checkpoint, which holds no dense weights" in refusal(pruned, "--teacher", packed)
+    shown = f"token {tokenizer.convert_tokens_to_ids('a')} is 'a' in the pruned model and 'b' in the teacher"
+    assert shown in refusal(pruned, "--teacher", renamed)
+    dense = ("--teacher", tmp_path / "dense")
+    assert "--length 129 is more than the model's 128" in refusal(pruned, *dense, "--length", 129)
+    assert "no such file" in refusal(pruned, *dense, "--calibration", "none.txt")
+    for content in ("[1, 2]", '{"source": 3}'):
+        (pruned / checkpoint.REPORT_FILE).write_text(content)
+        assert "does not say what it was pruned from" in refusal(pruned)
+    assert command("recover", pruned, tmp_path / "out", *small, "--steps", 1, *dense)[0] == 0
+
+
+def test_two_commands_at_once_are_refused(command, tiny_checkpoint, some_text, tmp_path):
+    small = ("--calibration", some_text, "--samples", 4, "--length", 16)
+    assert command("prune", tiny_checkpoint, tmp_path / "pruned", "--method", "wanda", *small)[0] == 0
+    recovering = ("recover", tmp_path / "pruned", tmp_path / "out", *small, "--steps", 1)
+    work = tmp_path / f".out{SUFFIX}"
+    work.mkdir()
+    with (work / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, errors = command(*recovering)
+    assert code == 1
+    assert "another ace-triton is writing to it" in errors
+    code, _, errors = command(*recovering)
+    assert code == 0, errors
+    assert not list(tmp_path.glob(".out*"))

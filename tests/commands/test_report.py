@@ -1,0 +1,46 @@
+"""The table and the lines that the commands print say what share of the weights was pruned, skipped and excluded."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ace_triton import prune_blocks as prune_model
+from ace_triton.commands.report import prune_table, skipped_lines
+
+
+@pytest.fixture
+def report(make_decoder, ids):
+    """Of a model whose down projections do not fit 2:4, with the value projections excluded."""
+    return prune_model(make_decoder("llama", intermediate_size=50), ids, "magnitude", exclude="*.v_proj")
+
+
+def rows_of(table) -> dict[str, str]:
+    out = io.StringIO()
+    Console(file=out, width=100).print(table)
+    cells = (line.strip("│").split("│") for line in out.getvalue().splitlines() if line.startswith("│"))
+    return {name.strip(): value.strip() for name, value in cells}
+
+
+def test_the_table_gives_the_shares_of_all_block_weights(report):
+    rows = rows_of(prune_table(report))
+    down, values, block = 50 * 32, 16 * 32, 2 * 32 * 32 + 2 * 16 * 32 + 3 * 50 * 32
+    assert rows["layers pruned"] == str(3 * 5)
+    assert rows["weights kept in them"] == "50.0%"
+    assert rows["of the blocks' weights: pruned"] == f"{(block - down - values) / block:.1%}"
+    assert rows["skipped, as listed below"] == f"{down / block:.1%}"
+    assert rows["excluded by name"] == f"{values / block:.1%}"
+    model = 3 * (block + 2 * 32) + 32 + 2 * 101 * 32
+    assert rows["outside the blocks, of the model"] == f"{2 * 101 * 32 / model:.1%}"
+
+
+def test_layers_skipped_for_one_reason_are_one_line(report):
+    share = 3 * 50 * 32 / report.account.model
+    assert skipped_lines(report) == [
+        f"model.layers.0.mlp.down_proj and 2 more: its 50 inputs are no multiple of 4 ({share:.1%} of the model's "
+        "parameters)"
+    ]
+
+
+def test_what_is_left_out_of_the_lines_is_counted(report):
+    assert skipped_lines(report, most=0) == [f"and 3 more ({3 * 50 * 32 / report.account.model:.1%})"]

@@ -1,0 +1,85 @@
+"""Ctrl-C and signals: what is cleaned up, what is said, and the exit code."""
+
+import os
+import signal
+
+import pytest
+
+from ace_triton.inputs import checkpoint
+from ace_triton.packed.checkpoint import load_model
+
+
+@pytest.fixture
+def stopped_while_saving(monkeypatch):
+    """stopped_while_saving(number): the process gets this signal in the middle of writing a checkpoint."""
+
+    def arm(number):
+        write_report = checkpoint.write_report
+
+        def stop(folder, report):
+            write_report(folder, report)
+            os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(checkpoint, "write_report", stop)
+
+    return arm
+
+
+@pytest.mark.parametrize(
+    ("number", "how"), [(signal.SIGINT, "stopped"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "terminated")]
+)
+def test_a_run_that_is_stopped_leaves_nothing_and_says_so(
+    command, stopped_while_saving, tiny_checkpoint, tmp_path, number, how
+):
+    stopped_while_saving(number)
+    out = tmp_path / "deep" / "out"
+    code, _, errors = command("prune", tiny_checkpoint, out, "--method", "magnitude")
+    assert code == 128 + number
+    assert f"{how}; nothing was written to {out}" in errors
+    assert [path.name for path in tmp_path.iterdir()] == [tiny_checkpoint.name]
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_there_stays_if_a_run_is_stopped(command, stopped_while_saving, tiny_checkpoint, tmp_path, number):
+    words = ("prune", tiny_checkpoint, tmp_path / "out", "--method", "magnitude")
+    assert command(*words)[0] == 0
+    before = checkpoint.read_report(tmp_path / "out")
+    stopped_while_saving(number)
+    assert command(*words, "--overwrite")[0] == 128 + number
+    assert checkpoint.read_report(tmp_path / "out") == before
+    assert load_model(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", tiny_checkpoint.name]
+
+
+def test_without_an_output_it_says_that_nothing_was_written(command, monkeypatch, tiny_checkpoint):
+    monkeypatch.setattr("ace_triton.commands.generate.load_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    code, _, errors = command("generate", tiny_checkpoint, "--prompt", "a")
+    assert code == 130
+    assert "stopped; nothing was written\n" in errors
+
+
+def test_a_second_run_on_the_same_folder_is_refused_before_any_work(command, tiny_checkpoint, tmp_path):
+    child_holds, parent_done = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        with checkpoint.reserved(tmp_path / "out", overwrite=False):
+            os.write(child_holds[1], b".")
+            os.read(parent_done[0], 1)
+        os._exit(0)
+    os.read(child_holds[0], 1)
+    code, _, errors = command("prune", tmp_path / "nosuch", tmp_path / "out", "--method", "magnitude")
+    os.write(parent_done[1], b".")
+    assert os.waitpid(child, 0)[1] == 0
+    assert code == 1
+    assert "another ace-triton is writing to it" in errors
+    assert [path.name for path in tmp_path.iterdir()] == [tiny_checkpoint.name]
+
+
+def test_a_warning_is_one_line(command, monkeypatch, tiny_checkpoint, tmp_path):
+    left = tmp_path / ".out.ace-triton"
+    (left / "new").mkdir(parents=True)
+    (left / "lock").touch()
+    code, _, errors = command("prune", tiny_checkpoint, tmp_path / "out", "--method", "magnitude")
+    assert code == 0
+    assert f"warning: removed {left}, which a killed run on {tmp_path / 'out'} left\n" in errors

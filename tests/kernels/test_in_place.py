@@ -1,0 +1,86 @@
+"""Pruning is an in-place operation: autograd sees it, and torch's inference mode allows it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ace_triton import Sparsity, prune_linear
+from ace_triton import prune_blocks as prune_model
+
+WAYS = {
+    "groups": {"method": "wanda"},
+    "rows": {"method": "wanda", "sparsity": 0.5},
+    "a mask": {"method": "ace", "return_mask": True},
+    "columns": {"method": "magnitude", "sparsity": Sparsity(0.5, axis="out")},
+    "a layer": {"method": "magnitude", "sparsity": Sparsity(0.5, scope="layer")},
+    "a solver": {"method": "sparsegpt"},
+    "an update": {"method": "ria", "update": "lstsq"},
+}
+
+
+def layers() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {"Linear": nn.Linear(16, 8), "Conv1D": Conv1D(8, 16)}
+
+
+def tokens_of(layer: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(40, 16, generator=generator).to(layer.weight.dtype)
+
+
+@pytest.mark.parametrize("kind", layers())
+@pytest.mark.parametrize("way", WAYS)
+def test_backward_through_a_layer_pruned_since_raises(way, kind):
+    layer = layers()[kind]
+    inputs = tokens_of(layer).requires_grad_()
+    outputs = layer(inputs)
+    prune_linear(layer, tokens_of(layer), **WAYS[way])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
+
+
+def test_backward_through_a_model_pruned_since_raises(make_decoder, ids):
+    model = make_decoder("llama")
+    loss = model(input_ids=ids, labels=ids).loss
+    prune_model(model, ids, "wanda")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", layers())
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_and_inference_mode(way, kind):
+    expected, layer = layers()[kind], layers()[kind]
+    prune_linear(expected, tokens_of(expected), **WAYS[way])
+    with torch.inference_mode():
+        made_inside, left = layers()[kind], layers()[kind]
+        for one in (layer, made_inside):
+            prune_linear(one, tokens_of(one), **WAYS[way])
+    prune_linear(left, tokens_of(left), **WAYS[way])
+    for one in (layer, made_inside, left):
+        assert torch.equal(one.weight, expected.weight)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"method": "ace"}),
+        ("llama", {"method": "magnitude", "permute": True}),
+        ("llama", {"method": "ria", "update": "rescale", "sequential": "none"}),
+        ("gpt2", {"method": "ace"}),
+        ("qwen3_moe", {"method": "cosp"}),
+    ],
+)
+def test_a_model_in_inference_mode(make_decoder, ids, family, options, made_inside):
+    expected = make_decoder(family)
+    prune_model(expected, ids, **options)
+    model = make_decoder(family)
+    with torch.inference_mode():
+        model = make_decoder(family) if made_inside else model
+        prune_model(model, ids.clone(), **options)
+    for (name, weight), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(weight, other), name

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ace_triton.inputs.checkpoint import CheckpointError
+from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.select_nm import select_nm
+from ace_triton.kernels.select_rows import select_rows
+from ace_triton.packed.inspect import find_pattern, inspect_checkpoint
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (5, 16), (1, 2), (31, 32)])
+def test_patterns_are_found(n, m):
+    weight = select_nm(torch.randn(64, 64), ScoreTerms(), n, m)
+    assert find_pattern(weight) == f"{n}:{m}"
+    assert find_pattern(weight.t()) == f"{n}:{m} along outputs"
+
+
+def test_a_stack_of_experts_counts_as_one():
+    stack = torch.stack([select_nm(torch.randn(8, 16), ScoreTerms(), 2, 4) for _ in range(3)])
+    assert find_pattern(stack) == "2:4"
+    assert find_pattern(stack.mT) == "2:4 along the middle axis"
+
+
+def test_others():
+    assert find_pattern(torch.randn(8, 8)) == "dense"
+    assert find_pattern(select_rows(torch.randn(128, 128), ScoreTerms(), 64)) == "unstructured"
+
+
+def test_a_folder(tmp_path):
+    pruned = select_nm(torch.randn(8, 16), ScoreTerms(), 2, 4)
+    save_file({"b.weight": pruned, "norm": torch.ones(8)}, tmp_path / "model-1.safetensors")
+    save_file({"a.weight": torch.ones(4, 4)}, tmp_path / "model-2.safetensors")
+    found = inspect_checkpoint(tmp_path)
+    assert [(t.name, t.shape, t.zeros, t.pattern) for t in found] == [
+        ("a.weight", (4, 4), 0.0, "dense"),
+        ("b.weight", (8, 16), 0.5, "2:4"),
+    ]
+
+
+def test_a_matrix_without_elements_is_dense(tmp_path, command):
+    save_file({"[/]": torch.ones(0, 4), "b": torch.ones(4, 0)}, tmp_path / "model.safetensors")
+    assert [(t.name, t.zeros, t.pattern) for t in inspect_checkpoint(tmp_path)] == [
+        ("[/]", 0.0, "dense"),
+        ("b", 0.0, "dense"),
+    ]
+    code, _, errors = command("info", tmp_path)
+    assert code == 0, errors
+
+
+def test_an_index_says_which_files_count(tmp_path):
+    save_file({"a": torch.ones(4, 4)}, tmp_path / "model-1.safetensors")
+    save_file({"stale": torch.ones(4, 4)}, tmp_path / "consolidated.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert [tensor.name for tensor in inspect_checkpoint(tmp_path)] == ["a"]
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors: is missing, and .*index\.json names it"):
+        inspect_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: lacks b, which"):
+        inspect_checkpoint(tmp_path)
+
+
+def test_errors(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
+        inspect_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        inspect_checkpoint(tmp_path / "nosuch")
+    (tmp_path / "model.safetensors").write_bytes(b"\x10" + b"\x00" * 20)
+    with pytest.raises(CheckpointError, match="may be damaged"):
+        inspect_checkpoint(tmp_path)

@@ -1,0 +1,154 @@
+"""Saving packed models, by save_packed and by their own save_pretrained."""
+
+import copy
+import gc
+import io
+import json
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, CLIPConfig, LlamaModel
+
+import ace_triton
+from ace_triton import NMLinear, prune_linear
+from ace_triton import prune_blocks as prune_model
+from ace_triton.inputs.checkpoint import CheckpointError
+from ace_triton.packed import pack_model as sparsify
+from ace_triton.packed.checkpoint import load, load_model, save_packed
+
+IDS = torch.arange(3, 35).reshape(2, 16)
+
+
+def packed(make_decoder):
+    model = make_decoder("llama", attention="sdpa")
+    prune_model(model, None, "magnitude")
+    sparsify(model)
+    return model
+
+
+@pytest.fixture
+def model(make_decoder):
+    """A small packed Llama."""
+    return packed(make_decoder)
+
+
+def test_save_pretrained_writes_the_packed_format(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "one")
+    tokenizer.save_pretrained(tmp_path / "one")
+    again, _ = load_model(tmp_path / "one")
+    again.save_pretrained(tmp_path / "two", max_shard_size="1MB", safe_serialization=True)
+    last = load(tmp_path / "two")
+    assert torch.equal(last(IDS).logits, model(IDS).logits)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    modes = {path.stat().st_mode for path in (tmp_path / "two").iterdir()}
+    assert modes == {(tmp_path / "two" / "config.json").stat().st_mode}
+
+
+def test_save_pretrained_goes_into_a_folder_that_is_there(model, tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / ".ace-triton").mkdir()
+    (tmp_path / ".ace-triton" / "half").touch()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    state = model.state_dict()
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert torch.equal(load(tmp_path)(IDS).logits, model(IDS).logits)
+    assert (tmp_path / "trainer_state.json").exists()
+    assert not (tmp_path / ".ace-triton").exists()
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_save_pretrained_refuses_what_would_mislead(model, make_decoder, tmp_path):
+    make_decoder("llama").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds model\.safetensors of a dense model"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "out", push_to_hub=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_copies_save_themselves(model, tmp_path, duplicate):
+    other = duplicate(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(load(tmp_path / "other")(IDS).logits, other(IDS).logits)
+    assert torch.equal(load(tmp_path / "model")(IDS).logits, model(IDS).logits)
+
+
+def test_a_model_is_freed_without_the_garbage_collector(make_decoder):
+    model = packed(make_decoder)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_was_unpacked_is_saved_dense(model, tmp_path):
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, NMLinear):
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            dense.weight = nn.Parameter(layer.unpack())
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, dense)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_models_that_would_not_come_back(model, tmp_path):
+    headless = LlamaModel(model.config)
+    for block in headless.layers:
+        prune_linear(block.mlp.up_proj, method="magnitude")
+    sparsify(headless)
+    plain = nn.Sequential(nn.Linear(16, 16))
+    prune_linear(plain[0], method="magnitude")
+    sparsify(plain)
+    assert "save_pretrained" not in vars(plain)
+    for wrong, message in (
+        (headless, "a LlamaModel would not be given back by AutoModelForCausalLM"),
+        (plain, "this is a Sequential"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            save_packed(wrong, None, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="LlamaModel"):
+        headless.save_pretrained(tmp_path / "out")
+    model.config = CLIPConfig()
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM would not be given back"):
+        save_packed(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overlapping_weights_are_tied():
+    memory = torch.randn(24, 16)
+    layers = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in ("one", "two", "alone")})
+    layers["one"].weight, layers["two"].weight = nn.Parameter(memory[:16]), nn.Parameter(memory[8:])
+    for layer in (layers["two"], layers["one"], layers["alone"]):
+        with torch.no_grad():
+            layer.weight.view(-1, 4)[:, :2] = 0
+    report = ace_triton.sparsify(layers)
+    assert [layer.name for layer in report.layers] == ["alone"]
+    assert {skipped.name: skipped.reason for skipped in report.skipped} == dict.fromkeys(
+        ("one", "two"), "its weight is tied to another layer's"
+    )
