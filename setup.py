@@ -49,8 +49,25 @@ class BuildLibrary(build_ext):
             raise
 
 
+WINGS = [
+    "commands",
+    "decoders",
+    "inputs",
+    "kernels",
+    "methods",
+    "packed",
+    "recovery",
+    "reordering",
+    "solvers",
+    "statistics",
+    "study",
+]
+
 setup(
-    packages=["ace_triton", "ace_triton.commands", "ace_triton.kernels", "ace_triton.study"],
+    packages=[
+        "ace_triton",
+        *(f"ace_triton.{wing}" for wing in WINGS),
+    ],
     package_dir={"ace_triton": "ace_triton", "ace_triton.kernels": "kernels"},
     include_package_data=False,
     package_data={"ace_triton": ["py.typed"], "ace_triton.study": ["*.j2"]},

@@ -16,9 +16,11 @@ from .decoders.batches import Batch
 from .decoders.collect import InputCollector
 from .decoders.plan import Unit
 from .decoders.replay import WholeForward
+from .errors import RecipeError
 from .kernels.score_terms import ScoreTerms, scores_reference
+from .linears import as_kernel_dtype
 from .methods.registry import Needs
-from .prune import as_kernel_dtype, check_weight
+from .prune import check_weight
 from .sparsity import Sparsity
 from .timing import Stopwatch
 
@@ -36,9 +38,9 @@ def check_budgets(budgets: str | None, pattern: Sparsity) -> None:
     if budgets is None:
         return
     if budgets not in BUDGETS:
-        raise ValueError(f"budgets must be one of {', '.join(BUDGETS)}, or None; got {budgets!r}")
+        raise RecipeError(f"budgets must be one of {', '.join(BUDGETS)}, or None; got {budgets!r}")
     if pattern.n is not None and pattern.m is not None and not 1 < pattern.n < pattern.m - 1:
-        raise ValueError(
+        raise RecipeError(
             f"budgets let some blocks keep one more and some one less of every {pattern.m}, which {pattern} has no "
             "room for: give a pattern as 2:4 or 4:8, or a fraction"
         )

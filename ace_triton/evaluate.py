@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from .errors import TextError
 from .inputs.beginnings import NO_BEGINNING, Beginning
-from .inputs.text import TextError
 from .threads import few_threads, forward_work
 
 

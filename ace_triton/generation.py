@@ -10,11 +10,8 @@ from typing import Any
 import torch
 
 from .decoders.batches import longest_sequence
+from .errors import GenerationError
 from .inputs.text import has_lone_surrogate
-
-
-class GenerationError(ValueError):
-    """A prompt that cannot be continued."""
 
 
 @dataclass(frozen=True)

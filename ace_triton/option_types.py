@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from .errors import ArgumentError
+
 Kind = Literal["number", "whole", "switch", "text", "any"]
 
 _KINDS: dict[Any, Kind] = {float: "number", int: "whole", bool: "switch", str: "text"}
@@ -82,7 +84,7 @@ class OptionType:
         """The value, a number as the Python type that is wanted; ValueError if it is not allowed."""
         checked = self._checked(value)
         if checked is _INVALID:
-            raise ValueError(f"{self.name} must be {self.allowed}; got {value!r}")
+            raise ArgumentError(f"{self.name} must be {self.allowed}; got {value!r}")
         return checked
 
     def read(self, text: str) -> Any:
@@ -146,7 +148,7 @@ def option_types(function: Callable[..., Any], skip: int = 0) -> dict[str, Optio
     parameters = list(inspect.signature(function).parameters.values())
     name = getattr(function, "__name__", str(function))
     if len(parameters) < skip:
-        raise ValueError(f"{name} takes {len(parameters)} arguments; it needs {skip} before its options")
+        raise ArgumentError(f"{name} takes {len(parameters)} arguments; it needs {skip} before its options")
     try:
         hints = typing.get_type_hints(function, include_extras=True)
     except Exception:  # An annotation that cannot be evaluated says nothing; the default still does.
@@ -154,9 +156,9 @@ def option_types(function: Callable[..., Any], skip: int = 0) -> dict[str, Optio
     found = {}
     for parameter in parameters[skip:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise ValueError(f"{name} takes {parameter}: write out its options, each with a default")
+            raise ArgumentError(f"{name} takes {parameter}: write out its options, each with a default")
         if parameter.default is parameter.empty:
-            raise ValueError(f"{name}: option {parameter.name!r} has no default; give it one")
+            raise ArgumentError(f"{name}: option {parameter.name!r} has no default; give it one")
         found[parameter.name] = _option_type(parameter.name, parameter.default, hints.get(parameter.name))
     return found
 
@@ -183,9 +185,9 @@ def read_options(known: Mapping[str, OptionType], pairs: Sequence[str], owner: s
         name, equals, text = pair.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise ValueError(f"{flag} {pair!r}: write name=value")
+            raise ArgumentError(f"{flag} {pair!r}: write name=value")
         if name in texts:
-            raise ValueError(f"{flag} {pair!r}: {name} is given twice")
+            raise ArgumentError(f"{flag} {pair!r}: {name} is given twice")
         texts[name] = text.strip()
     return _each(known, texts, owner, OptionType.read)
 
@@ -197,11 +199,11 @@ def _each(
     for name, value in values.items():
         if name not in known:
             has = ", ".join(f"{option.name}={option.default!r}" for option in known.values()) or "none"
-            raise ValueError(f"{owner} has no option {name!r}; its options: {has}")
+            raise ArgumentError(f"{owner} has no option {name!r}; its options: {has}")
         try:
             taken[name] = take(known[name], value)
         except ValueError as error:
-            raise ValueError(f"{owner}: {error}") from None
+            raise ArgumentError(f"{owner}: {error}") from None
     return taken
 
 

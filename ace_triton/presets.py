@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .prune_blocks import Sequential
+from .model_report import Sequential
 from .solvers.update import Update
 
 

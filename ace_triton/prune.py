@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from .computed_weight import computed_weight
+from .errors import PruneError
 from .kernels.finite import all_finite
 from .kernels.memory import overlaps, why_not_plain
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
+from .linears import as_kernel_dtype, is_linear, linear_weight
 from .methods.registry import Needs
 from .recipe import Request
 from .solvers.update import Update, updated_weight
@@ -24,12 +26,6 @@ from .statistics.activation import ActivationStats, StatsError
 from .threads import few_threads
 from .tied import Owners
 from .timing import Stopwatch
-
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class PruneError(ValueError):
-    """A layer that cannot be pruned as asked; nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,9 @@ def prune_linear(
         method: a metric's name (:func:`~ace_triton.methods.registry.metric_names`).
         sparsity: "n:m" (n of every m kept), the pruned fraction of every row, or a :class:`Sparsity`.
         update: "rescale" scales each row so that its outputs have the dense row's energy; "lstsq" moves the kept
-            weights to where they best reproduce the dense layer's outputs; an :class:`~ace_triton.solvers.update.Update`
-            says more. Needs raw tokens, or statistics with a sample of them or with a Gram matrix.
+            weights to where they best reproduce the dense layer's outputs; an
+            :class:`~ace_triton.solvers.update.Update` says more. Needs raw tokens, or statistics with a sample of them
+            or with a Gram matrix.
         name: how errors and the result call the layer.
         return_mask: also return which weights were kept; costs a byte a weight and a second pass.
         model: the model that holds the layer: a weight that shares memory with another of its parameters is refused.
@@ -196,27 +193,9 @@ def prune_checked(
     return PruneResult(label, chosen.name, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
 
 
-def as_kernel_dtype(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or in fp32 where no kernel takes its dtype (fp64, fp8)."""
-    return tensor if tensor.dtype in KERNEL_DTYPES else tensor.float()
-
-
 def default_axis(method: str, stats: ActivationStats | None) -> Axis:
     """What a metric's groups run along where the user does not say: the outputs for DaSS's gate and up."""
     return "out" if method == "dass" and stats is not None and stats.consumer_norm is not None else "in"
-
-
-def linear_weight(layer: nn.Module) -> torch.Tensor | None:
-    """The weight as [out_features, in_features] (a view), or None where ``layer`` is no linear layer."""
-    weight = getattr(layer, "weight", None) if is_linear(layer) else None
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-        return None
-    return weight.detach() if isinstance(layer, nn.Linear) else weight.detach().t()
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Whether ``layer`` is an ``nn.Linear`` or a Conv1D of transformers."""
-    return isinstance(layer, nn.Linear) or (type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"))
 
 
 def _statistics(

@@ -22,8 +22,10 @@ from .decoders.experts import ExpertLinear, find_layouts
 from .decoders.loaded_weights import weights_as_loaded
 from .decoders.plan import NameFilter, Plan, Unit, misfit
 from .decoders.replay import Runner, WholeForward, make_runner
+from .errors import RecipeError
+from .linears import as_kernel_dtype
 from .model_report import LayerReport, ModelReport, Sequential
-from .prune import as_kernel_dtype, check_weight, default_axis, prune_checked, score_matrix
+from .prune import check_weight, default_axis, prune_checked, score_matrix
 from .recipe import Request
 from .reordering.reorder import Reorderer, find_folds
 from .solvers.update import Update
@@ -95,7 +97,7 @@ def prune_model(
     request = Request.of(method, sparsity, update, options)
     needs, pattern = request.needs, request.pattern
     if sequential not in get_args(Sequential):
-        raise ValueError(f"sequential must be one of {', '.join(get_args(Sequential))}; got {sequential!r}")
+        raise RecipeError(f"sequential must be one of {', '.join(get_args(Sequential))}; got {sequential!r}")
     request.check_permute(permute, sequential)
     check_budgets(budgets, pattern)
     _check_model(model)
@@ -302,13 +304,13 @@ def _tell(progress: Progress | None, done: int, total: int, name: str) -> None:
 
 def _check_model(model: PreTrainedModel) -> None:
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
-        raise ValueError(
+        raise RecipeError(
             f"prune_model takes a Hugging Face causal decoder, got a {type(model).__name__}; prune_linear prunes a "
             "single layer"
         )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(
+            raise RecipeError(
                 f"{name} is on the meta device (offloaded, or never loaded); load the model whole, without "
                 "device_map offloading to CPU or disk"
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from .errors import RecipeError
 from .methods.registry import Metric, Needs, metric
 from .solvers.update import Update
 from .sparsity import Sparsity
@@ -48,12 +49,12 @@ class Request:
     def check_permute(self, permute: bool, sequential: str) -> None:
         """ValueError if channels cannot be reordered for this pattern and metric."""
         if permute and self.pattern.n is None:
-            raise ValueError(
+            raise RecipeError(
                 f"permute orders channels into the groups of n:m; a sparsity of {self.pattern} has none: leave permute "
                 "out, or give a pattern such as 2:4"
             )
         if permute and sequential == "layers" and self.needs.consumer:
-            raise ValueError(
+            raise RecipeError(
                 f'permute reorders the rows of gate and up, which {self.metric.name} with sequential="layers" has '
                 "pruned in groups by then: leave one of them out"
             )

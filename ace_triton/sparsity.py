@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
+from .errors import PatternError
 from .kernels.select_nm import GROUP_SIZES
 
 Axis = Literal["in", "out"]
@@ -42,14 +43,16 @@ class Sparsity:
 
     def __post_init__(self) -> None:
         if self.axis not in (None, "in", "out"):
-            raise ValueError(f"axis must be 'in', 'out' or None, got {self.axis!r}")
+            raise PatternError(f"axis must be 'in', 'out' or None, got {self.axis!r}")
         if self.scope not in ("row", "layer"):
-            raise ValueError(f"scope must be 'row' or 'layer', got {self.scope!r}")
+            raise PatternError(f"scope must be 'row' or 'layer', got {self.scope!r}")
         n, m, fraction = _parse(self.pattern)
         if n is not None and self.scope == "layer":
-            raise ValueError(f"scope 'layer' is for a fraction such as 0.5; {self.pattern!r} is decided in its groups")
+            raise PatternError(
+                f"scope 'layer' is for a fraction such as 0.5; {self.pattern!r} is decided in its groups"
+            )
         if self.scope == "layer" and self.axis == "out":
-            raise ValueError("scope 'layer' compares all weights with each other: leave axis out")
+            raise PatternError("scope 'layer' compares all weights with each other: leave axis out")
         object.__setattr__(self, "n", n)
         object.__setattr__(self, "m", m)
         object.__setattr__(self, "fraction", fraction)
@@ -87,17 +90,17 @@ def _parse(pattern: str | float) -> tuple[int | None, int | None, float]:
         if group:
             n, m = int(group[1]), int(group[2])
             if m not in GROUP_SIZES or not 0 < n < m:
-                raise ValueError(f"{pattern!r}: n:m needs m in {GROUP_SIZES} and 0 < n < m; {allowed}")
+                raise PatternError(f"{pattern!r}: n:m needs m in {GROUP_SIZES} and 0 < n < m; {allowed}")
             return n, m, 1 - n / m
         number = pattern.strip()
         try:
             fraction = float(_decimal(float(number[:-1])) / 100) if number.endswith("%") else float(number)
         except ValueError:
-            raise ValueError(f"{pattern!r} is not a sparsity: {allowed}") from None
+            raise PatternError(f"{pattern!r} is not a sparsity: {allowed}") from None
     elif isinstance(pattern, (int, float)) and not isinstance(pattern, bool):
         fraction = float(pattern)
     else:
-        raise ValueError(f"{pattern!r} is not a sparsity: {allowed}")
+        raise PatternError(f"{pattern!r} is not a sparsity: {allowed}")
     if not 0 <= fraction < 1:
-        raise ValueError(f"the pruned fraction must lie in [0, 1), got {fraction}; {allowed}")
+        raise PatternError(f"the pruned fraction must lie in [0, 1), got {fraction}; {allowed}")
     return None, None, fraction

@@ -19,6 +19,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .errors import ArgumentError
 from .triton_import import tl, triton
 from .written import mark_written
 
@@ -41,7 +42,7 @@ class Step:
 
     def __post_init__(self) -> None:
         if not (self.rate >= 0 and self.number >= 1 and self.eps > 0 and all(0 <= beta < 1 for beta in self.betas)):
-            raise ValueError(
+            raise ArgumentError(
                 f"a step needs a rate of 0 or more, a number from 1 on, betas in [0, 1) and eps above 0; got {self}"
             )
 
@@ -140,14 +141,14 @@ def _check(
     others = {"gradient": gradient} | ({} if rounded is None else {"rounded copy": rounded})
     for what, tensor in {**exact, **others}.items():
         if tensor.shape != values.shape or not tensor.is_contiguous():
-            raise ValueError(
+            raise ArgumentError(
                 f"the {what} must be contiguous, in the values' shape {tuple(values.shape)}; got {tuple(tensor.shape)} "
                 f"with strides {tensor.stride()}"
             )
         if what in exact and tensor.dtype != torch.float32:
-            raise ValueError(f"the {what} must be fp32, got {tensor.dtype}")
+            raise ArgumentError(f"the {what} must be fp32, got {tensor.dtype}")
     if factor is not None and (factor.numel() != 1 or factor.dtype != torch.float32):
-        raise ValueError(f"the factor must be fp32 of one element, got {factor.dtype} {tuple(factor.shape)}")
+        raise ArgumentError(f"the factor must be fp32 of one element, got {factor.dtype} {tuple(factor.shape)}")
 
 
 def _adamw_triton(

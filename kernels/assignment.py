@@ -10,6 +10,7 @@ import torch
 
 from . import cpu
 from .backend import choose_backend
+from .errors import ArgumentError
 from .finite import all_finite
 
 NEGLIGIBLE = 1e-6
@@ -32,9 +33,9 @@ def assignment(gains: torch.Tensor) -> torch.Tensor:
         ValueError: another shape or dtype, gains that are not finite, or so large that their sums are not.
     """
     if gains.dim() != 3 or gains.shape[1] != gains.shape[2] or gains.dtype != torch.float32:
-        raise ValueError(f"gains must be float32 [n_pools, groups, groups], got {gains.dtype} {tuple(gains.shape)}")
+        raise ArgumentError(f"gains must be float32 [n_pools, groups, groups], got {gains.dtype} {tuple(gains.shape)}")
     if not all_finite(gains):
-        raise ValueError("gains hold NaN or infinity: look for overflow in the scores that they were made of")
+        raise ArgumentError("gains hold NaN or infinity: look for overflow in the scores that they were made of")
     if choose_backend(gains) == "cpu":
         return cpu.assign(gains.contiguous())
     return assignment_by_exchange(gains)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from . import cpu_library
+from .errors import ArgumentError, BackendError
 from .memory import why_no_memory, why_not_plain
 
 Backend = Literal["triton", "cpu", "reference"]
@@ -21,10 +22,6 @@ ENVIRONMENT_VARIABLE = "ACE_TRITON_BACKEND"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-class BackendError(RuntimeError):
-    """The backend that was asked for cannot serve this tensor."""
 
 
 def interpreting() -> bool:
@@ -47,12 +44,12 @@ def choose_backend(*tensors: torch.Tensor | None) -> Backend:
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN and (why := why_not_plain(tensor)) is not None:
-            raise ValueError(f"a {_shape_of(tensor)} tensor {why}")
+            raise ArgumentError(f"a {_shape_of(tensor)} tensor {why}")
         its_device = tensor.device
         if its_device != device:
             if device is not None:
                 where = sorted({str(t.device) for t in tensors if t is not None})
-                raise ValueError(
+                raise ArgumentError(
                     f"all tensors of one operation must be on one device, these are on {where}: "
                     "move them with .to(device)"
                 )
@@ -68,7 +65,7 @@ def _check_memory(tensors: Iterable[torch.Tensor | None]) -> None:
     """Raise ValueError for a tensor that Triton would read elsewhere than where its numbers lie."""
     for tensor in tensors:
         if tensor is not None and (why := why_no_memory(tensor)) is not None:
-            raise ValueError(f"a {_shape_of(tensor)} tensor {why}")
+            raise ArgumentError(f"a {_shape_of(tensor)} tensor {why}")
 
 
 def _shape_of(tensor: torch.Tensor) -> str:

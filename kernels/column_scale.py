@@ -16,6 +16,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .errors import ArgumentError
 from .finite import not_finite, not_finite_reference
 from .triton_import import tl, triton
 
@@ -39,15 +40,15 @@ class ColumnScale:
 
     def __post_init__(self) -> None:
         if self.sign not in (1, -1):
-            raise ValueError(f"sign must be +1 or -1, got {self.sign!r}")
+            raise ArgumentError(f"sign must be +1 or -1, got {self.sign!r}")
         vectors = self.vectors()
         if len({vector.shape for vector in vectors.values()}) != 1:
             shapes = {name: tuple(vector.shape) for name, vector in vectors.items()}
-            raise ValueError(f"a column scale needs square, base or factor, of one length; got {shapes or 'none'}")
+            raise ArgumentError(f"a column scale needs square, base or factor, of one length; got {shapes or 'none'}")
         for name, vector in vectors.items():
             wanted = torch.float64 if name == "square" else torch.float32
             if vector.dtype != wanted or vector.dim() != 1 or not vector.is_contiguous():
-                raise ValueError(
+                raise ArgumentError(
                     f"{name} must be a contiguous {wanted} vector, got {vector.dtype} of shape {tuple(vector.shape)}"
                 )
 

@@ -18,6 +18,7 @@ import torch
 from . import launch
 from .backend import choose_backend
 from .coupling import Reduce, checked_shape, coupling, coupling_reference, products_over_tokens
+from .errors import ArgumentError
 from .group_choice import best_of_group
 from .registers import masked, unzip, zipped
 from .score_terms import ScoreTerms, score
@@ -57,9 +58,9 @@ def cosp_select(
     check_pattern(weight, n, m, "in")
     shape = checked_shape(tokens, outputs, token_weights, reduce)
     if shape != tuple(weight.shape):
-        raise ValueError(f"tokens and outputs are of a weight {shape}, got one of {tuple(weight.shape)}")
+        raise ArgumentError(f"tokens and outputs are of a weight {shape}, got one of {tuple(weight.shape)}")
     if terms.coupling is not None:
-        raise ValueError("cosp_select makes the score's coupling itself: leave that term out, or call select_nm")
+        raise ArgumentError("cosp_select makes the score's coupling itself: leave that term out, or call select_nm")
     backend = choose_backend(weight, tokens, outputs, token_weights, *terms.tensors.values())
     if backend == "triton":
         mark_written(weight)

@@ -14,6 +14,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .errors import ArgumentError
 from .triton_import import tl, triton
 from .written import mark_written
 
@@ -42,7 +43,7 @@ def coupling(
     if into is None:
         into = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
     elif tuple(into.shape) != shape or into.dtype != torch.float32 or not into.is_contiguous():
-        raise ValueError(f"into must be contiguous float32 {shape}, got {into.dtype} {tuple(into.shape)}")
+        raise ArgumentError(f"into must be contiguous float32 {shape}, got {into.dtype} {tuple(into.shape)}")
     backend = choose_backend(tokens, outputs, weights, into)
     if backend == "cpu":
         return cpu.coupling(tokens, outputs, weights, reduce, into)
@@ -70,10 +71,10 @@ def checked_shape(
 ) -> tuple[int, int]:
     """The matrix's [out_features, in_features]; ValueError where the arguments do not fit each other."""
     if reduce not in ("abs", "rms"):
-        raise ValueError(f"reduce must be 'abs' or 'rms', got {reduce!r}")
+        raise ArgumentError(f"reduce must be 'abs' or 'rms', got {reduce!r}")
     n_tokens = tokens.shape[0]
     if tokens.dim() != 2 or outputs.dim() != 2 or outputs.shape[0] != n_tokens or weights.shape != (n_tokens,):
-        raise ValueError(
+        raise ArgumentError(
             "coupling needs tokens [n_tokens, in_features], outputs [n_tokens, out_features] and weights [n_tokens], "
             f"got {tuple(tokens.shape)}, {tuple(outputs.shape)}, {tuple(weights.shape)}"
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cpu_library import call, library
+from .errors import ArgumentError
 from .memory import ELEMENTS, address, contiguous, elements, matrix, new, sequences
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def gram_product(rows: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
     """Body of :func:`~ace_triton.kernels.gram_product.gram_product`."""
     laid, source = matrix(rows, "tokens")
     if laid.dtype != torch.bfloat16:
-        raise ValueError(f"tokens must be bfloat16, got {laid.dtype}")
+        raise ArgumentError(f"tokens must be bfloat16, got {laid.dtype}")
     width = source[2]
     added = new((width, width), _FLOAT)[0].zero_() if into is None else into
     place = address(added, _FLOAT, (width, width), "into")
@@ -306,7 +307,7 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None)
     rows, cols = packed.shape
     _laid, source = matrix(tokens, "tokens")
     if source[2] != cols:
-        raise ValueError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
     out, place = new((source[1], rows), _FLOAT)
     offset = None
     if bias is not None:
@@ -325,7 +326,7 @@ def dense_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     _laid, source = matrix(tokens, "tokens")
     _rows, (weight_at, rows, cols, stride, element) = matrix(weight, "weight")
     if source[2] != cols:
-        raise ValueError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
     out, place = new((source[1], rows), _FLOAT)
     call("ace_dense_linear", *source, weight_at, rows, stride, element, None, place, torch.get_num_threads())
     return out

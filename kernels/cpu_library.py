@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from .cpu_sources import digest
+from .errors import ArgumentError
 
 ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
 ISAS = ("avx512", "avx2", "portable")
@@ -77,7 +78,7 @@ def use_isa(name: str) -> None:
         ValueError: there is none of that name, or this processor cannot run it.
     """
     if library().ace_use_isa(name.encode()) != 0:
-        raise ValueError(f"instruction set {name!r} must be one of {ISAS} and one that this processor has")
+        raise ArgumentError(f"instruction set {name!r} must be one of {ISAS} and one that this processor has")
 
 
 @functools.cache
@@ -103,7 +104,7 @@ def load() -> ctypes.CDLL | str:
     loaded.ace_isa.restype = ctypes.c_char_p
     forced = os.environ.get(ISA_VARIABLE, "").strip().lower()
     if forced and loaded.ace_use_isa(forced.encode()) != 0:
-        raise ValueError(f"{ISA_VARIABLE}={forced!r} must be one of {ISAS} and one that this processor has")
+        raise ArgumentError(f"{ISA_VARIABLE}={forced!r} must be one of {ISAS} and one that this processor has")
     return loaded
 
 
@@ -133,10 +134,10 @@ def call(name: str, *arguments: object) -> None:
     code = getattr(library(), name)(*arguments)
     if code != 0:
         if code in _REFUSED_TERMS:
-            raise ValueError(
+            raise ArgumentError(
                 f"score term {_REFUSED_TERMS[code]!r} holds NaN, infinity or a number below 0: a score is a product of "
                 "finite factors, 0 or more"
             )
         if code == _REFUSED_GAINS:
-            raise ValueError("sums of these gains leave the range of float32: divide all gains by one number first")
+            raise ArgumentError("sums of these gains leave the range of float32: divide all gains by one number first")
         raise MemoryError(f"{name} ran out of memory for its working buffers")

@@ -14,6 +14,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .errors import ArgumentError
 from .triton_import import tl, triton
 from .written import mark_written
 
@@ -45,12 +46,12 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor, into: torch.Tensor | 
         ValueError: shapes that differ, no vocabulary, or an ``into`` that does not fit.
     """
     if logits.dim() != 2 or logits.shape != wanted.shape or not logits.shape[1]:
-        raise ValueError(
+        raise ArgumentError(
             "logits and what is wanted must both be [n_tokens, vocabulary], of one shape; got "
             f"{tuple(logits.shape)} and {tuple(wanted.shape)}"
         )
     if into is not None and (into.shape != logits.shape or into.dtype != logits.dtype or into.stride(1) != 1):
-        raise ValueError(
+        raise ArgumentError(
             f"the gradient of {logits.dtype} logits {tuple(logits.shape)} must go into a tensor of that shape and "
             f"dtype with contiguous rows; got {into.dtype} {tuple(into.shape)}"
         )

@@ -15,6 +15,7 @@ import torch
 
 from . import cpu
 from .backend import choose_backend
+from .errors import ArgumentError
 from .written import mark_written
 
 SYMMETRIC_BLOCK = 384
@@ -32,10 +33,10 @@ def gram_product(rows: torch.Tensor, into: torch.Tensor | None = None) -> torch.
         ValueError: ``rows`` is no matrix, or ``into`` does not fit it.
     """
     if rows.dim() != 2:
-        raise ValueError(f"tokens must be [n_tokens, in_features], got shape {tuple(rows.shape)}")
+        raise ArgumentError(f"tokens must be [n_tokens, in_features], got shape {tuple(rows.shape)}")
     square = (rows.shape[1], rows.shape[1])
     if into is not None and (into.shape != square or into.dtype != torch.float32 or not into.is_contiguous()):
-        raise ValueError(f"into must be contiguous, fp32 and {list(square)}, got {into.dtype} {list(into.shape)}")
+        raise ArgumentError(f"into must be contiguous, fp32 and {list(square)}, got {into.dtype} {list(into.shape)}")
     if choose_backend(rows, into) == "cpu" and rows.dtype == torch.bfloat16 and cpu.has_gram_product():
         mark_written(into)
         return cpu.gram_product(rows, into)

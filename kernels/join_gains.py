@@ -13,6 +13,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .errors import ArgumentError
 from .triton_import import tl, triton
 
 STRIP = 128
@@ -57,12 +58,12 @@ def check_join(candidates: torch.Tensor, thresholds: torch.Tensor) -> None:
     """Raise ValueError for what no body serves."""
     fits = candidates.dim() == thresholds.dim() == 3 and candidates.shape[:2] == thresholds.shape[:2]
     if not fits:
-        raise ValueError(
+        raise ArgumentError(
             "candidates must be [n_pools, rows, candidates] and thresholds [n_pools, rows, groups], got "
             f"{tuple(candidates.shape)} and {tuple(thresholds.shape)}"
         )
     if candidates.dtype != torch.float32 or thresholds.dtype != torch.float32:
-        raise ValueError(f"scores must be float32, got {candidates.dtype} and {thresholds.dtype}: use .float()")
+        raise ArgumentError(f"scores must be float32, got {candidates.dtype} and {thresholds.dtype}: use .float()")
 
 
 def _join_gains_triton(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from .cpu_library import call
+from .errors import ArgumentError
 
 ELEMENTS = {torch.float32: (0, 4), torch.float16: (1, 2), torch.bfloat16: (2, 2)}
 """The dtypes of weights and tokens, as the library counts them, with their bytes."""
@@ -84,7 +85,7 @@ def new(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, int]:
     except RuntimeError:
         place = 0
     if not place and made.numel():
-        raise ValueError(f"a new tensor {why_no_memory(made)}")
+        raise ArgumentError(f"a new tensor {why_no_memory(made)}")
     if made.nbytes >= LARGE_BYTES:
         call("ace_prefer_huge_pages", place, made.nbytes)
     return made, place
@@ -113,7 +114,7 @@ def address(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], wh
                 return 0
     except RuntimeError:  # of torch, for a tensor without memory
         pass
-    raise ValueError(_refusal(tensor, f"contiguous {dtype} {tuple(shape)}", what))
+    raise ArgumentError(_refusal(tensor, f"contiguous {dtype} {tuple(shape)}", what))
 
 
 def elements(tensor: torch.Tensor, shape: torch.Size, what: str) -> tuple[int, int]:
@@ -152,7 +153,7 @@ def matrix(tensor: torch.Tensor, what: str, *, written: bool = False) -> tuple[t
     except (RuntimeError, ValueError):  # of torch, for a tensor without memory; of Python, for one of other dimensions
         pass
     wanted = "[rows, columns] in float32, float16 or bfloat16"
-    raise ValueError(_refusal(tensor, wanted + ", each number in a place of its own" if written else wanted, what))
+    raise ArgumentError(_refusal(tensor, wanted + ", each number in a place of its own" if written else wanted, what))
 
 
 def contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -179,7 +180,7 @@ def sequences(tensor: torch.Tensor, what: str) -> tuple[torch.Tensor, tuple[int,
                 return tensor, (place, number, length, cols, outer, inner, element)
     except (RuntimeError, ValueError):  # as in matrix
         pass
-    raise ValueError(_refusal(tensor, "[n_sequences, length, columns] in float32, float16 or bfloat16", what))
+    raise ArgumentError(_refusal(tensor, "[n_sequences, length, columns] in float32, float16 or bfloat16", what))
 
 
 def _refusal(tensor: torch.Tensor, wanted: str, what: str) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .errors import ArgumentError
 from .triton_import import tl, triton
 
 # Tile of the merge of partial sums: a few dozen loads in flight for a warp.
@@ -83,12 +84,12 @@ def as_sequences(tokens: torch.Tensor, valid: torch.Tensor | None) -> tuple[torc
         tokens = tokens[None]
         valid = None if valid is None else valid.reshape(1, -1)
     if tokens.dim() != 3:
-        raise ValueError(
+        raise ArgumentError(
             "tokens must be [n_tokens, in_features] or [n_sequences, length, in_features], "
             f"got shape {tuple(tokens.shape)}"
         )
     if valid is not None and (valid.shape != tokens.shape[:2] or valid.dtype != torch.bool):
-        raise ValueError(
+        raise ArgumentError(
             f"valid must be bool of shape {tuple(tokens.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
         )
     return tokens, valid

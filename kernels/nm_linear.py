@@ -14,6 +14,7 @@ import torch
 
 from . import cpu, launch, launch_packed
 from .backend import choose_backend
+from .errors import ArgumentError
 from .nm_linear_dot import nm_linear_dot
 from .packed_nm import PackedNM
 from .registers import kept_before, unzip
@@ -63,16 +64,16 @@ def check_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | No
     """Raise ValueError for what :func:`nm_linear` does not serve."""
     out_features, in_features = packed.shape
     if tokens.dim() < 1 or tokens.shape[-1] != in_features:
-        raise ValueError(
+        raise ArgumentError(
             f"tokens must be [..., {in_features}] for a weight {packed.shape}, got shape {tuple(tokens.shape)}"
         )
     if tokens.dtype not in DTYPES or packed.values.dtype not in DTYPES:
-        raise ValueError(
+        raise ArgumentError(
             "tokens and weight must be float32, float16 or bfloat16, "
             f"got {tokens.dtype} and {packed.values.dtype}: convert them"
         )
     if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ValueError(f"bias must be [{out_features}] for a weight {packed.shape}, got {tuple(bias.shape)}")
+        raise ArgumentError(f"bias must be [{out_features}] for a weight {packed.shape}, got {tuple(bias.shape)}")
 
 
 def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:

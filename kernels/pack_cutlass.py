@@ -13,6 +13,7 @@ import torch
 
 from . import launch, launch_packed
 from .backend import choose_backend
+from .errors import ArgumentError
 from .group_choice import best_of_group
 from .packed_nm import PackedNM, refuse_first, unpack_bits
 from .registers import bits_of, joined_bits, spread, unzip, zipped
@@ -45,7 +46,7 @@ def pack_cutlass(weight: torch.Tensor | PackedNM, terms: ScoreTerms | None = Non
     check_cutlass(weight)
     if isinstance(weight, PackedNM):
         if terms is not None:
-            raise ValueError("terms prune a dense weight, this one is packed: unpack it first (unpack_nm)")
+            raise ArgumentError("terms prune a dense weight, this one is packed: unpack it first (unpack_nm)")
         if choose_backend(weight.values, weight.meta) == "triton":
             return _pack_cutlass_triton(weight.values, weight.meta, None, *weight.shape)[:2]
         return pack_cutlass_reference(*four_of(weight))
@@ -116,18 +117,20 @@ def check_cutlass(weight: torch.Tensor | PackedNM) -> None:
     shape: tuple[int, ...] = tuple(weight.shape)
     if isinstance(weight, PackedNM):
         if (weight.n, weight.m) != (2, 4):
-            raise ValueError(f"CUTLASS takes 2:4 alone, the weight is packed {weight.n}:{weight.m}")
+            raise ArgumentError(f"CUTLASS takes 2:4 alone, the weight is packed {weight.n}:{weight.m}")
         weight.check_tensors()
         dtype = weight.values.dtype
     else:
         dtype = weight.dtype
     if len(shape) != 2:
-        raise ValueError(f"weight must be [out_features, in_features], got shape {shape}")
+        raise ArgumentError(f"weight must be [out_features, in_features], got shape {shape}")
     if dtype not in META:
-        raise ValueError(f"CUTLASS takes float16, bfloat16 and int8 here, got {dtype}: convert the weight")
+        raise ArgumentError(f"CUTLASS takes float16, bfloat16 and int8 here, got {dtype}: convert the weight")
     rows, cols = (16, 64) if dtype == torch.int8 else (32, 32)
     if shape[0] % rows or shape[1] % cols:
-        raise ValueError(f"in {dtype} CUTLASS needs outputs a multiple of {rows}, inputs of {cols}, got shape {shape}")
+        raise ArgumentError(
+            f"in {dtype} CUTLASS needs outputs a multiple of {rows}, inputs of {cols}, got shape {shape}"
+        )
 
 
 def _pack_cutlass_triton(

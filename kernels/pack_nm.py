@@ -9,9 +9,10 @@ import torch
 
 from . import cpu, launch
 from .backend import Backend, choose_backend
+from .errors import PatternError
 from .group_choice import best_of_group
 from .pack_cutlass import pack_cutlass
-from .packed_nm import LAYOUT_VERSION, WORD, PackedNM, PatternError, check_packable, refuse_first
+from .packed_nm import LAYOUT_VERSION, WORD, PackedNM, check_packable, refuse_first
 from .registers import bits_of, compacted, zipped
 from .score_terms import ScoreTerms, score
 from .select_nm import check_selection, columns, members, pack_bits, select_nm_reference, store_bits, with_unit_stride

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import ArgumentError, PatternError
 from .select_nm import GROUP_SIZES, check_pattern
 
 LAYOUT_VERSION = 1
@@ -29,19 +30,6 @@ WORD = 32
 """Weights of one word of metadata."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
-
-
-class PatternError(ValueError):
-    """A group that does not hold what n:m allows.
-
-    Attributes:
-        row, group: which group of which output, from 0.
-        count: its non-zeros, or its kept weights where metadata were checked.
-    """
-
-    def __init__(self, message: str, row: int, group: int, count: int) -> None:
-        super().__init__(message)
-        self.row, self.group, self.count = row, group, count
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ class PackedNM:
         """
         self.check_tensors()
         if self.values.dtype not in DTYPES:
-            raise ValueError(f"values must be one of {DTYPES}, got {self.values.dtype}")
+            raise ArgumentError(f"values must be one of {DTYPES}, got {self.values.dtype}")
         check_meta(self.meta, self.n, self.m, self.shape)
 
     def check_tensors(self) -> None:
@@ -104,16 +92,16 @@ class PackedNM:
         rows, cols = self.shape
         n, m, values, meta = self.n, self.m, self.values, self.meta
         if values.shape != (rows, cols // m * n) or not values.is_contiguous():
-            raise ValueError(self._misfit("values", values, (rows, cols // m * n)))
+            raise ArgumentError(self._misfit("values", values, (rows, cols // m * n)))
         if meta.shape != (rows, -(-cols // WORD)) or not meta.is_contiguous():
-            raise ValueError(self._misfit("meta", meta, (rows, -(-cols // WORD))))
+            raise ArgumentError(self._misfit("meta", meta, (rows, -(-cols // WORD))))
         if meta.dtype != torch.int32:
-            raise ValueError(
+            raise ArgumentError(
                 f"meta must be torch.int32, got {meta.dtype}: it is made of bits, which a cast destroys; pack the "
                 "weight again, or load it again and cast only what is a floating-point tensor"
             )
         if values.device != meta.device:
-            raise ValueError(f"values are on {values.device} and meta on {meta.device}: move one of them")
+            raise ArgumentError(f"values are on {values.device} and meta on {meta.device}: move one of them")
 
     def check_pattern(self) -> None:
         """Raise ValueError if n:m cannot be laid over a weight of this shape."""
@@ -178,9 +166,9 @@ def unpack_bits(meta: torch.Tensor) -> torch.Tensor:
 def check_packable(weight: torch.Tensor, n: int, m: int) -> None:
     """Raise ValueError where layout 1 does not serve ``weight``."""
     if weight.dim() != 2:
-        raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
+        raise ArgumentError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     if weight.dtype not in DTYPES:
-        raise ValueError(f"weight must be float32, float16, bfloat16 or int8, got {weight.dtype}")
+        raise ArgumentError(f"weight must be float32, float16, bfloat16 or int8, got {weight.dtype}")
     check_pattern(weight, n, m, "in")
 
 

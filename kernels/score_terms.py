@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from .errors import ArgumentError
 from .triton_import import tl, triton
 
 
@@ -45,10 +46,10 @@ class ScoreTerms:
 
     def __post_init__(self) -> None:
         if self.power not in (1, 2):
-            raise ValueError(f"power must be 1 or 2, got {self.power!r}")
+            raise ArgumentError(f"power must be 1 or 2, got {self.power!r}")
         for name, tensor in self.tensors.items():
             if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise ValueError(
+                raise ArgumentError(
                     f"score term {name!r} must be a contiguous float32 tensor, got {tensor.dtype}: "
                     "use .float().contiguous()"
                 )
@@ -67,7 +68,7 @@ class ScoreTerms:
         """Raise ValueError if a term holds NaN, infinity or a number below 0; on a GPU this waits for it."""
         for name, tensor in self.tensors.items():
             if not self.checked and not tensor.is_meta and not bool((tensor.isfinite() & (tensor >= 0)).all()):
-                raise ValueError(
+                raise ArgumentError(
                     f"score term {name!r} holds NaN, infinity or a number below 0: a score is a product of finite "
                     "factors, 0 or more"
                 )
@@ -75,18 +76,18 @@ class ScoreTerms:
     def check_shape(self, weight: torch.Tensor) -> None:
         """Raise ValueError where a term does not fit ``weight`` [out_features, in_features]."""
         if weight.dim() != 2:
-            raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
+            raise ArgumentError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
         out_features, in_features = shape = weight.shape
         device = weight.device
         for name, tensor in self.tensors.items():
             expected = shape if name == "coupling" else (out_features if name == "row" else in_features,)
             if tensor.shape != expected:
-                raise ValueError(
+                raise ArgumentError(
                     f"score term {name!r} has shape {tuple(tensor.shape)}, but a weight of shape "
                     f"{tuple(shape)} needs {tuple(expected)}"
                 )
             if tensor.device != device:
-                raise ValueError(
+                raise ArgumentError(
                     f"score term {name!r} is on {tensor.device}, the weight on {weight.device}: move one of them"
                 )
 

@@ -14,6 +14,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .errors import ArgumentError
 from .group_choice import best_of_group
 from .registers import joined_bits, masked, unzip, zipped
 from .score_terms import ScoreTerms, score, scores_reference
@@ -108,22 +109,22 @@ def check_selection(weight: torch.Tensor, terms: ScoreTerms, output: Output) -> 
     """Raise ValueError for what no selection serves."""
     terms.check_shape(weight)
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
+        raise ArgumentError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
     if output not in ("weight", "mask", "bits"):
-        raise ValueError(f"output must be 'weight', 'mask' or 'bits', got {output!r}")
+        raise ArgumentError(f"output must be 'weight', 'mask' or 'bits', got {output!r}")
 
 
 def check_pattern(weight: torch.Tensor, n: int, m: int, axis: Axis) -> None:
     """Raise ValueError where n:m cannot be laid over ``weight`` along ``axis``."""
     if axis not in ("in", "out"):
-        raise ValueError(f"axis must be 'in' or 'out', got {axis!r}")
+        raise ArgumentError(f"axis must be 'in' or 'out', got {axis!r}")
     if m not in GROUP_SIZES:
-        raise ValueError(f"m must be one of {GROUP_SIZES}, got {m!r}")
+        raise ArgumentError(f"m must be one of {GROUP_SIZES}, got {m!r}")
     if not 0 < n < m:
-        raise ValueError(f"n of n:m must lie between 1 and {m - 1}, got {n!r}")
+        raise ArgumentError(f"n of n:m must lie between 1 and {m - 1}, got {n!r}")
     size = weight.shape[1] if axis == "in" else weight.shape[0]
     if size % m:
-        raise ValueError(
+        raise ArgumentError(
             f"{n}:{m} groups along {axis!r} need a multiple of {m}, but the weight has {size} "
             f"{'inputs' if axis == 'in' else 'outputs'} (shape {tuple(weight.shape)})"
         )

@@ -15,6 +15,7 @@ import torch
 from . import cpu, launch
 from .backend import choose_backend
 from .bit_planes import highest, planes_of, valid_words
+from .errors import ArgumentError
 from .registers import joined_bits, masked, unzip
 from .score_terms import ScoreTerms, score, scores_reference
 from .select_nm import Output, check_selection, deliver, delivered, output_like, with_unit_stride
@@ -47,10 +48,10 @@ def select_rows(
     """
     check_selection(weight, terms, output)
     if scope not in ("row", "layer"):
-        raise ValueError(f"scope must be 'row' or 'layer', got {scope!r}")
+        raise ArgumentError(f"scope must be 'row' or 'layer', got {scope!r}")
     most = weight.shape[1] if scope == "row" else weight.numel()
     if not 0 <= k <= most:
-        raise ValueError(f"k must lie between 0 and {most} for a {scope} of shape {tuple(weight.shape)}, got {k}")
+        raise ArgumentError(f"k must lie between 0 and {most} for a {scope} of shape {tuple(weight.shape)}, got {k}")
     backend = choose_backend(weight, *terms.tensors.values())
     if backend != "reference" and output == "weight":
         mark_written(weight)

@@ -6,6 +6,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .errors import ArgumentError
 from .triton_import import tl, triton
 
 
@@ -15,7 +16,7 @@ def token_norms(outputs: torch.Tensor) -> torch.Tensor:
     fp32 because s_t passes fp16's largest number on massive-activation tokens.
     """
     if outputs.dim() != 2:
-        raise ValueError(f"outputs must be [n_tokens, out_features], got shape {tuple(outputs.shape)}")
+        raise ArgumentError(f"outputs must be [n_tokens, out_features], got shape {tuple(outputs.shape)}")
     backend = choose_backend(outputs)
     if backend == "cpu":
         return cpu.token_norms(outputs)

@@ -9,6 +9,7 @@ import torch
 
 from . import cpu, launch, launch_packed
 from .backend import choose_backend
+from .errors import ArgumentError
 from .packed_nm import DTYPES, PackedNM, unpack_bits
 from .registers import bits_of, kept_before, spread, unzip, zipped
 from .triton_import import tl, triton
@@ -28,7 +29,7 @@ def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tenso
     """
     dtype = packed.values.dtype
     if into is not None and (tuple(into.shape) != packed.shape or into.dtype != dtype or not into.is_contiguous()):
-        raise ValueError(
+        raise ArgumentError(
             f"into must be contiguous {dtype} {packed.shape}, got {into.dtype} {tuple(into.shape)} "
             f"with strides {into.stride()}"
         )

@@ -14,6 +14,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .errors import ArgumentError
 from .triton_import import tl, triton
 
 VarianceNorm = Literal["max_layer", "max_sequence", "channel", "frobenius"]
@@ -35,14 +36,14 @@ def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: fl
         ValueError: another shape, dtype or norm, or eps outside of (0, 1).
     """
     if not 0 < eps < 1:
-        raise ValueError(f"eps must lie in (0, 1), got {eps!r}")
+        raise ArgumentError(f"eps must lie in (0, 1), got {eps!r}")
     if sequence_square.dim() != 2 or sequence_square.dtype != torch.float32:
-        raise ValueError(
+        raise ArgumentError(
             "sums of squares must be float32 [n_sequences, in_features], got "
             f"{sequence_square.dtype} {tuple(sequence_square.shape)}"
         )
     if norm not in get_args(VarianceNorm):
-        raise ValueError(f"norm must be 'max_layer', 'max_sequence', 'channel' or 'frobenius', got {norm!r}")
+        raise ArgumentError(f"norm must be 'max_layer', 'max_sequence', 'channel' or 'frobenius', got {norm!r}")
     backend = choose_backend(sequence_square)
     if backend == "cpu":
         return cpu.variance_factor(sequence_square, norm, power, eps)

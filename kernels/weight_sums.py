@@ -16,6 +16,7 @@ import torch
 from . import cpu, launch
 from .backend import Backend, choose_backend
 from .column_scale import ColumnScale, column_scale_reference, scale_at
+from .errors import ArgumentError
 from .finite import not_finite_reference, note_not_finite
 from .score_terms import ScoreTerms
 from .triton_import import tl, triton
@@ -67,7 +68,7 @@ def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) 
     """
     _check(weight)
     if scale is not None and scale.in_features != weight.shape[1]:
-        raise ValueError(f"a scale of {scale.in_features} columns for a weight of shape {tuple(weight.shape)}")
+        raise ArgumentError(f"a scale of {scale.in_features} columns for a weight of shape {tuple(weight.shape)}")
     backend = choose_backend(weight, *(() if scale is None else scale.vectors().values()))
     if backend == "reference":
         return relative_importance_reference(weight, scale)
@@ -93,7 +94,7 @@ def relative_importance_reference(weight: torch.Tensor, scale: ColumnScale | Non
 
 def _check(weight: torch.Tensor) -> None:
     if weight.dim() != 2:
-        raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
+        raise ArgumentError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
 
 
 def _inverse(sums: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .errors import ArgumentError
 from .triton_import import tl, triton
 
 MOST_LAYERS = 8
@@ -43,14 +44,14 @@ def weighted_squares_reference(tokens: torch.Tensor, weights: torch.Tensor) -> t
 def check_weights(tokens: torch.Tensor, weights: torch.Tensor) -> None:
     """Raise ValueError where ``weights`` do not fit ``tokens``."""
     if tokens.dim() != 2:
-        raise ValueError(f"tokens must be [n_tokens, in_features], got shape {tuple(tokens.shape)}")
+        raise ArgumentError(f"tokens must be [n_tokens, in_features], got shape {tuple(tokens.shape)}")
     if weights.dim() != 2 or weights.shape[1] != tokens.shape[0] or not 1 <= weights.shape[0] <= MOST_LAYERS:
-        raise ValueError(
+        raise ArgumentError(
             f"weights must be [1..{MOST_LAYERS}, {tokens.shape[0]}] for tokens of shape {tuple(tokens.shape)}, "
             f"got {tuple(weights.shape)}"
         )
     if weights.dtype != torch.float32:
-        raise ValueError(f"weights must be float32, got {weights.dtype}")
+        raise ArgumentError(f"weights must be float32, got {weights.dtype}")
 
 
 def _weighted_squares_triton(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ace_triton.decoders.batches import check_positions, longest_sequence
+from ace_triton.errors import TextError
 from ace_triton.evaluate import perplexity
-from ace_triton.inputs.text import TextError
 
 
 def test_against_the_formula(tiny_model):

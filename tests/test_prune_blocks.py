@@ -10,8 +10,8 @@ from torch import nn
 from ace_triton import ActivationStats, PruneError, ScoreTerms, Sparsity, metric_names, register_metric
 from ace_triton.decoders.blocks import find_blocks, linears_of, stacks_of
 from ace_triton.decoders.collect import InputCollector
+from ace_triton.linears import linear_weight
 from ace_triton.methods.registry import _REGISTRY, Needs
-from ace_triton.prune import linear_weight
 from ace_triton.prune_blocks import prune_model
 
 LENGTHS = torch.tensor([16, 9, 12, 16, 5, 16])

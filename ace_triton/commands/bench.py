@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
+from ..errors import ArgumentError
 from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, kinds_of, totals
 from ..packed.checkpoint import load_model
 from ..packed.nm_linear import NMLinear
@@ -56,13 +57,13 @@ def bench(
     counts = _counts(rows)
     where = parse_device(device)
     if model is not None and shape is not None:
-        raise ValueError("--model and --shape: give one of them")
+        raise ArgumentError("--model and --shape: give one of them")
     wanted = parse_dtype(dtype)
     if model is None:
         usual = "float32" if where == "cpu" else "bfloat16"
         pattern = Sparsity(sparsity)
         if pattern.n is None or pattern.m is None:
-            raise ValueError(f"--sparsity {sparsity!r}: packed layers are n:m, as 2:4")
+            raise ArgumentError(f"--sparsity {sparsity!r}: packed layers are n:m, as 2:4")
         kinds = [_one_kind(shape or SHAPE, pattern.n, pattern.m, usual if dtype == "auto" else dtype)]
     else:
         check_source(model, packed=True)
@@ -98,16 +99,16 @@ def _kinds(source: str, dtype: object, trust_remote_code: bool, progress: Progre
 def _one_kind(text: str, n: int, m: int, dtype: str) -> LayerKind:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
-        raise ValueError(f"--shape {text!r}: write OUTxIN, each 1 or more, as {SHAPE}")
+        raise ArgumentError(f"--shape {text!r}: write OUTxIN, each 1 or more, as {SHAPE}")
     out_features, in_features = int(match[1]), int(match[2])
     if in_features % m:
-        raise ValueError(f"--shape {text!r}: the {in_features} inputs are not a multiple of {m}")
+        raise ArgumentError(f"--shape {text!r}: the {in_features} inputs are not a multiple of {m}")
     return LayerKind((out_features, in_features), n, m, parse_dtype(dtype))
 
 
 def _counts(text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise ValueError(f"--rows {text!r}: write numbers from 1 on, as 1,16,256")
+        raise ArgumentError(f"--rows {text!r}: write numbers from 1 on, as 1,16,256")
     return [int(count) for count in text.split(",")]
 
 

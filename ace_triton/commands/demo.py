@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ArgumentError
 from ..inputs import checkpoint
 from ..inputs.calibration import SELF
 from ..inputs.text import check_text
@@ -40,9 +41,9 @@ def demo(
     Takes under four minutes on two CPU cores, and needs no network.
     """
     if Sparsity(sparsity).n is None:
-        raise ValueError(f"--sparsity {sparsity!r}: the demo packs what it prunes, so give n:m, as 2:4")
+        raise ArgumentError(f"--sparsity {sparsity!r}: the demo packs what it prunes, so give n:m, as 2:4")
     if calibration == SELF:
-        raise ValueError(f"--calibration {SELF}: the demo calibrates on text; name a file or a dataset")
+        raise ArgumentError(f"--calibration {SELF}: the demo calibrates on text; name a file or a dataset")
     check_json(json)
     where = parse_device(device)
     checkpoint.check_out(out, overwrite=overwrite)

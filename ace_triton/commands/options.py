@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..errors import ArgumentError
 from ..inputs.beginnings import Bos
 from ..methods.plugins import load_plugins
 from ..methods.registry import metric
@@ -123,11 +124,11 @@ def parse_update(kind: str | None, pairs: list[str] | None, usual: Update | None
     """
     options = read_options(Update.types(), pairs or [], "--update", "--update-option")
     if kind not in (None, NO_UPDATE, *UPDATES):
-        raise ValueError(f"--update {kind!r}: use one of {', '.join(UPDATES)} or {NO_UPDATE}")
+        raise ArgumentError(f"--update {kind!r}: use one of {', '.join(UPDATES)} or {NO_UPDATE}")
     update = usual if kind is None else None if kind == NO_UPDATE else Update(kind)  # type: ignore[arg-type]
     if update is None:
         if options:
-            raise ValueError("--update-option without --update: say which update it is for (--update lstsq)")
+            raise ArgumentError("--update-option without --update: say which update it is for (--update lstsq)")
         return None
     return replace(update, **options)
 
@@ -135,7 +136,7 @@ def parse_update(kind: str | None, pairs: list[str] | None, usual: Update | None
 def parse_dtype(name: str) -> Any:
     """What transformers takes as ``dtype``; ValueError for an unknown name."""
     if name not in DTYPES:
-        raise ValueError(f"--dtype {name!r}: use one of {', '.join(DTYPES)}")
+        raise ArgumentError(f"--dtype {name!r}: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -146,9 +147,9 @@ def parse_device(name: str) -> str:
     try:
         kind = torch.empty(0, dtype=torch.float32, device=name).device.type
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name!r} is not available here ({str(error).splitlines()[0]})") from error
+        raise ArgumentError(f"--device {name!r} is not available here ({str(error).splitlines()[0]})") from error
     if kind == "meta":
-        raise ValueError(f"--device {name!r} holds no numbers: use cpu or cuda")
+        raise ArgumentError(f"--device {name!r} holds no numbers: use cpu or cuda")
     return "cpu" if kind == "cpu" else name
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ArgumentError
 from ..inputs import checkpoint
 from ..packed.checkpoint import save_packed
 from ..packed.manifest import is_packed
@@ -48,9 +49,9 @@ def pack(
     """Pack the n:m layers of a pruned checkpoint into a smaller one, which ace_triton.load runs sparse."""
     check_json(json)
     if is_packed(src):
-        raise ValueError(f"{src} is packed already")
+        raise ArgumentError(f"{src} is packed already")
     if sparsity is not None and Sparsity(sparsity).n is None:
-        raise ValueError(f"--sparsity {sparsity!r}: packed layers are n:m, as 2:4")
+        raise ArgumentError(f"--sparsity {sparsity!r}: packed layers are n:m, as 2:4")
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     checkpoint.check_out(out, overwrite=overwrite)
     check_source(src, hub=False)

@@ -12,6 +12,7 @@ import typer
 
 from ..budgets import check_budgets
 from ..calibration_report import report_on
+from ..errors import ArgumentError
 from ..inputs import checkpoint
 from ..inputs.calibration import SELF, load_calibration, read_calibration
 from ..methods.registry import metric_names
@@ -279,7 +280,7 @@ def _recipe(
     A method that is named without a preset runs alone; a preset's permutation holds for n:m only.
     """
     if preset not in (None, *PRESETS):
-        raise ValueError(f"--preset {preset!r}: use one of {', '.join(PRESETS)}")
+        raise ArgumentError(f"--preset {preset!r}: use one of {', '.join(PRESETS)}")
     usual = Preset(method) if method is not None and preset is None else PRESETS[preset or DEFAULT_PRESET]
     return Preset(
         method or usual.method,
@@ -292,9 +293,9 @@ def _recipe(
 def _check_packed(pattern: Sparsity, dtype: Any) -> None:
     """ValueError if a model pruned so could not be packed."""
     if pattern.n is None or pattern.m is None:
-        raise ValueError(f"--packed needs groups, as --sparsity 2:4; {pattern} has none")
+        raise ArgumentError(f"--packed needs groups, as --sparsity 2:4; {pattern} has none")
     if dtype not in PACKED_DTYPES.values():
-        raise ValueError(f"--packed: packed checkpoints hold {', '.join(PACKED_DTYPES)}, the model is {dtype}")
+        raise ArgumentError(f"--packed: packed checkpoints hold {', '.join(PACKED_DTYPES)}, the model is {dtype}")
     # Layout 1 holds n values and a bit for each of the m weights.
     if pattern.n * dtype.itemsize + pattern.m / 8 >= pattern.m * dtype.itemsize:
-        raise ValueError(f"--packed: {pattern} packed is no smaller than dense; keep fewer of every {pattern.m}")
+        raise ArgumentError(f"--packed: {pattern} packed is no smaller than dense; keep fewer of every {pattern.m}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ArgumentError
 from ..inputs import checkpoint
 from ..inputs.beginnings import Beginning
 from ..inputs.calibration import SELF, load_calibration, read_calibration
@@ -94,7 +95,7 @@ def recover(
     )
     check_json(json)
     if is_packed(model_dir):
-        raise ValueError(f"{model_dir} is packed: recover the dense checkpoint with zeros, then pack the result")
+        raise ArgumentError(f"{model_dir} is packed: recover the dense checkpoint with zeros, then pack the result")
     checkpoint.check_out(out, overwrite=overwrite)
     where = parse_device(device)
     check_source(model_dir, hub=False)
@@ -176,7 +177,7 @@ def _check_vocabulary(tokenizer: Any, teachers: Any) -> None:
     its = {index: token for token, index in teachers.get_vocab().items()}
     if differing := [index for index in names.keys() & its.keys() if names[index] != its[index]]:
         first = min(differing)
-        raise ValueError(
+        raise ArgumentError(
             f"the teacher's vocabulary is another: token {first} is {names[first]!r} in the pruned model and "
             f"{its[first]!r} in the teacher; name the dense model that it was pruned from with --teacher"
         )

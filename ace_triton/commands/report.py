@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from ..decoders.plan import Skipped
+from ..errors import ArgumentError
 from ..evaluate import Perplexity
 from ..model_report import ModelReport
 from ..packed.inspect import TensorSparsity
@@ -33,15 +34,15 @@ def check_json_target(path: str | Path) -> None:
     """
     target = Path(path)
     if target.is_dir() or not target.absolute().parent.is_dir():
-        raise ValueError(f"{target}: name a file in a folder that exists")
+        raise ArgumentError(f"{target}: name a file in a folder that exists")
     if not target.is_file():
         return
     with target.open("rb") as file:
         start = file.read(1024).lstrip()
     if start and start[:1] not in b"{[":
-        raise ValueError(f"{target}: is there already and holds no JSON: name another file")
+        raise ArgumentError(f"{target}: is there already and holds no JSON: name another file")
     if CHECKPOINT_JSON.fullmatch(target.resolve().name):
-        raise ValueError(f"{target}: is there already and named as a checkpoint's file: name another one")
+        raise ArgumentError(f"{target}: is there already and named as a checkpoint's file: name another one")
 
 
 def write_json(path: str | Path, content: Any) -> None:

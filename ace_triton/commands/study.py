@@ -13,11 +13,12 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, TaskID
 
+from ..errors import ArgumentError, StudyError
 from ..inputs.text import check_text
 from ..progress import stage
 from ..study.cells import Grid, Variant
 from ..study.command_line import without_folders
-from ..study.journal import Journal, Results, StudyError, read_results
+from ..study.journal import Journal, Results, read_results
 from ..study.recipes_grid import RecipesGrid
 from ..study.run import run_study
 from ..study.workbench import Protocol, Workbench
@@ -156,7 +157,7 @@ def study(
         _render(write_page, read_results(out), out)
         return
     if minutes and not quality:
-        raise ValueError("--minutes is for --quality: recovery goes on from what that measures")
+        raise ArgumentError("--minutes is for --quality: recovery goes on from what that measures")
     usual = (QUALITY_QUICK if quick else QUALITY) if quality else (PAPER_QUICK if quick else PAPER)
     variants = tuple(_variant(word) for word in _words(methods or usual.methods))
     patterns = _words(sparsities or usual.sparsities)
@@ -247,7 +248,7 @@ def _words(text: str) -> tuple[str, ...]:
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     words = _words(text)
     if not words or not all(word.isdecimal() and int(word) >= 2 for word in words):
-        raise ValueError(f"{option} {text!r}: write whole numbers of 2 or more with commas between them")
+        raise ArgumentError(f"{option} {text!r}: write whole numbers of 2 or more with commas between them")
     return tuple(map(int, words))
 
 
@@ -257,5 +258,5 @@ def _minutes(text: str | None) -> tuple[float, ...]:
     except ValueError:
         found = (math.nan,)
     if not all(0 < minutes < math.inf for minutes in found):
-        raise ValueError(f"--minutes {text!r}: write numbers above 0 with commas between them")
+        raise ArgumentError(f"--minutes {text!r}: write numbers above 0 with commas between them")
     return found

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..prune import linear_weight
+from ..linears import linear_weight
 
 Kind = Literal["pruned", "skipped", "excluded"]
 

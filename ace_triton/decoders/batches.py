@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ..errors import ArgumentError
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -58,18 +60,18 @@ def batches_of(
         ValueError: ids, a mask or a batch size that the model cannot take.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+        raise ArgumentError(f"batch_size must be a positive int, got {batch_size!r}")
     ids, mask = _ids_and_mask(calibration)
     table = _embedding(model)
     vocabulary, device = table.shape[0], table.device
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise ValueError(
+        raise ArgumentError(
             f"calibration ids run from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary from 0 to "
             f"{vocabulary - 1}: tokenize with the model's own tokenizer"
         )
     longest = longest_sequence(model)
     if longest is not None and longest < ids.shape[1]:
-        raise ValueError(
+        raise ArgumentError(
             f"calibration sequences have {ids.shape[1]} tokens, the model takes {longest} at most: cut them shorter"
         )
     batch_size = batch_size or max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
@@ -91,7 +93,7 @@ def positions_of(config: PretrainedConfig) -> int | None:
 def check_positions(longest: int | None, length: int, option: str = "--length") -> None:
     """Raise ValueError for sequences that are longer than a model's number of positions, if that is known."""
     if longest is not None and length > longest:
-        raise ValueError(f"{option} {length} is more than the model's {longest} positions: give a smaller one")
+        raise ArgumentError(f"{option} {length} is more than the model's {longest} positions: give a smaller one")
 
 
 def trial_ids(model: PreTrainedModel) -> torch.Tensor:
@@ -108,15 +110,17 @@ def _ids_and_mask(calibration: torch.Tensor | CalibrationSet | None) -> tuple[to
     mask = None if isinstance(calibration, torch.Tensor) else getattr(calibration, "mask", None)
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else repr(type(calibration).__name__)
-        raise ValueError(
+        raise ArgumentError(
             f"calibration must be token ids, int64 [n_sequences, length], or an object with such ids; got {given}"
         )
     if ids.numel() == 0:
-        raise ValueError(f"calibration of shape {tuple(ids.shape)} is empty: give at least one sequence of one token")
+        raise ArgumentError(
+            f"calibration of shape {tuple(ids.shape)} is empty: give at least one sequence of one token"
+        )
     if mask is None:
         return ids, None
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or mask.dtype != torch.bool:
-        raise ValueError(f"calibration.mask must be bool of shape {tuple(ids.shape)}, True for real tokens")
+        raise ArgumentError(f"calibration.mask must be bool of shape {tuple(ids.shape)}, True for real tokens")
     if not mask.any(1).all():
-        raise ValueError(f"calibration sequence {int((~mask.any(1)).nonzero()[0])} is all padding: leave it out")
+        raise ArgumentError(f"calibration sequence {int((~mask.any(1)).nonzero()[0])} is all padding: leave it out")
     return ids, None if mask.all() else mask

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..errors import ArgumentError
+from ..linears import linear_weight
 from ..out_of_memory import raise_if_out_of_memory
-from ..prune import linear_weight
 from .batches import trial_ids
 from .calibration_mode import calibration_mode
 from .experts import Stack
@@ -52,10 +53,10 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
         ValueError: an encoder-decoder, or a model without such a list.
     """
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; only causal decoders can be pruned")
+        raise ArgumentError(f"{type(model).__name__} is an encoder-decoder; only causal decoders can be pruned")
     lists = _outermost_lists(model, inside=model.get_decoder()) or _outermost_lists(model, inside=model)
     if not lists:
-        raise ValueError(
+        raise ArgumentError(
             f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers; is it a decoder, and in "
             "floating point? (layers of some quantised checkpoints are no nn.Linear)"
         )

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import PruneError, StatsError
+from ..linears import as_kernel_dtype
 from ..methods.registry import Needs
-from ..prune import PruneError, as_kernel_dtype
 from ..statistics.activation import ActivationStats
 from ..statistics.gram import Gram
-from ..statistics.outputs import OutputStats, StatsError, update_outputs
+from ..statistics.outputs import OutputStats, update_outputs
 from ..statistics.token_sample import TokenSample
 from ..timing import Stopwatch
 from .experts import watch_experts

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import ArgumentError
 from ..tied import memory_of
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -76,7 +77,7 @@ class _Guard:
                 for changed, dense in before.items():
                     changed.data.copy_(dense)
                 self._reset_attributes()
-                raise ValueError(
+                raise ArgumentError(
                     f"{self._names[parameter]} is changed by the model's own forward, so the pruned weights would not "
                     "be the loaded ones; use method='magnitude', or prune_linear for each layer"
                 )

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..computed_weight import computed_weight
+from ..errors import ArgumentError
+from ..linears import linear_weight
 from ..methods.registry import Needs
-from ..prune import linear_weight
 from ..sparsity import Axis, Sparsity
 from ..tied import Owners
 from .account import Account, Kind, Ledger
@@ -86,7 +87,7 @@ class NameFilter:
         for argument, patterns in (("include", wanted), ("exclude", unwanted)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in known):
-                    raise ValueError(
+                    raise ArgumentError(
                         f"{argument} pattern {pattern!r} matches no linear layer; their names are like "
                         f"{', '.join(repr(name) for name in known[:3])} (shell patterns: '*.q_proj')"
                     )
@@ -186,7 +187,7 @@ class Plan:
         self._add_outside(model)
         if not self.layers:
             reasons = "; ".join(dict.fromkeys(s.reason for s in self.skipped)) or "include and exclude leave none"
-            raise ValueError(f"no layer of {type(model).__name__} can be pruned so: {reasons}")
+            raise ArgumentError(f"no layer of {type(model).__name__} can be pruned so: {reasons}")
 
     @property
     def layers(self) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..errors import ArgumentError
 from ..out_of_memory import raise_if_out_of_memory
 from ..timing import Stopwatch
 from .batches import TRIAL_LENGTH, TRIAL_SEQUENCES, Batch
@@ -241,7 +242,7 @@ def _try_replay(
     wanted = [hidden_of(output) for _, output in trace]
     for block, hidden in zip(blocks, wanted, strict=True):
         if not torch.isfinite(hidden).all():
-            raise ValueError(
+            raise ArgumentError(
                 f"{block.name} gives NaN or infinity on the calibration text: run the model in bfloat16 or float32, "
                 "or repair its weights"
             )

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from .text import TextError
+from ..errors import TextError
 
 Bos = Literal["auto", "each", "stream", "none"]
 """What a user may ask for: a BOS at the start of ``each`` sequence, one at the start of the whole text before it is cut

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ..errors import TextError
 from .beginnings import NO_BEGINNING, Beginning, Bos
-from .text import TextError, read_documents
+from .text import read_documents
 from .written_text import AT_ONCE, text_to_write, write_batch
 
 SELF = "self"
@@ -66,16 +67,16 @@ def load_calibration(
     Documents are tokenized one by one, joined with the end-of-text id between them, and cropped at random places.
 
     Args:
-        source: as for :func:`~ace_triton.inputs.text.read_documents`; its documents, already read; or "self": the model writes
-            its own text (:mod:`~ace_triton.inputs.written_text`).
+        source: as for :func:`~ace_triton.inputs.text.read_documents`; its documents, already read; or "self": the model
+            writes its own text (:mod:`~ace_triton.inputs.written_text`).
         tokenizer: the model's.
         samples, length: number of sequences, and tokens of each.
         seed: of the crops, or of the sampling.
         model: the model, for "self".
         apart: cut the text into consecutive pieces that share no token, at most ``samples`` of them, instead of random
             crops.
-        bos: what every sequence begins with (:data:`~ace_triton.inputs.beginnings.Bos`); counted in ``length``. For "self",
-            "stream" is as "none".
+        bos: what every sequence begins with (:data:`~ace_triton.inputs.beginnings.Bos`); counted in ``length``. For
+            "self", "stream" is the same as "none".
         progress: called with sequences done and sequences in all.
 
     Raises:

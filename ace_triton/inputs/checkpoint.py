@@ -12,17 +12,9 @@ from typing import Any
 import torch
 
 from .. import process_memory
+from ..errors import CheckpointError
 from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names
-from .output_folder import (
-    REPORT_FILE,
-    CheckpointError,
-    check_out,
-    listing,
-    read_json_object,
-    replacing,
-    reserved,
-    write_report,
-)
+from .output_folder import REPORT_FILE, check_out, listing, read_json_object, replacing, reserved, write_report
 
 __all__ = [
     "REPORT_FILE",

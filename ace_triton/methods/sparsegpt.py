@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 
+from ..errors import RecipeError
 from ..kernels.score_terms import ScoreTerms
 from ..kernels.select_nm import select_nm
 from ..kernels.select_rows import select_rows
@@ -48,11 +49,13 @@ def sparsegpt_weight(
         StatsError: no Gram matrix, or one that no damping makes positive definite.
     """
     if axis == "out":
-        raise ValueError("sparsegpt sweeps over input columns: a pattern along the outputs cannot be chosen on the way")
+        raise RecipeError(
+            "sparsegpt sweeps over input columns: a pattern along the outputs cannot be chosen on the way"
+        )
     if pattern.m is not None and weight.shape[1] % pattern.m:
-        raise ValueError(f"its {weight.shape[1]} inputs are no multiple of {pattern.m}")
+        raise RecipeError(f"its {weight.shape[1]} inputs are no multiple of {pattern.m}")
     if block_size < 1 or block_size % (pattern.m or 1):
-        raise ValueError(f"block_size must be a positive multiple of {pattern.m or 1}, got {block_size}")
+        raise RecipeError(f"block_size must be a positive multiple of {pattern.m or 1}, got {block_size}")
     factor = stats.derive(("sparsegpt", damping), lambda: inverse_factor(stats, damping))
     gram = gram_of(stats).matrix
     assert gram is not None

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from ..errors import ArgumentError
 from ..kernels.nm_linear import nm_linear
 from ..kernels.pack_nm import PackedNM, pack_nm
 from ..kernels.score_terms import ScoreTerms
@@ -150,7 +151,7 @@ def bench_layer(
         ValueError: no number of rows, or one below 1.
     """
     if not rows or min(rows) < 1:
-        raise ValueError(f"rows must be numbers from 1 on, got {list(rows)}")
+        raise ArgumentError(f"rows must be numbers from 1 on, got {list(rows)}")
     device = torch.device(device)
     weights = _weights(kind, device)
     why_not = refusal(weights[0])

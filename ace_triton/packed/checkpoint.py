@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..decoders.blocks import stacks_of
+from ..errors import CheckpointError, PackedError
 from ..inputs import checkpoint
 from ..inputs.model_source import check_device, open_safetensors, reason
-from ..inputs.output_folder import CheckpointError
 from ..kernels.pack_nm import PatternError
-from ..prune import linear_weight
+from ..linears import linear_weight
 from .expert_stack import ExpertStack, stores_transposed
-from .manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry, PackedError, is_packed
+from .manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry, is_packed
 from .nm_linear import NMLinear
 from .saving import SavePretrained, save_packed
 
@@ -82,7 +82,7 @@ def load_model(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A model and its tokenizer from a packed checkpoint, or from whatever :func:`ace_triton.inputs.checkpoint.load` takes."""
+    """A model and its tokenizer from a packed checkpoint or any source of :func:`ace_triton.inputs.checkpoint.load`."""
     if not is_packed(source):
         return checkpoint.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     from transformers import AutoTokenizer

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from ..errors import ArgumentError
 from ..kernels import cpu_library
 from ..kernels.nm_linear import DTYPES, nm_linear
 from ..kernels.packed_nm import PackedNM
@@ -40,7 +41,7 @@ class RowLimits:
         for name in ("packed", "semi_structured"):
             rows = getattr(self, name)
             if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 0):
-                raise ValueError(f"{name} must be a number of rows from 0 on, got {rows!r}")
+                raise ArgumentError(f"{name} must be a number of rows from 0 on, got {rows!r}")
 
 
 ALWAYS = 1 << 30

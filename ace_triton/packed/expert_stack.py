@@ -39,7 +39,7 @@ class ExpertStack(nn.Module):
     def take_place(cls, experts: nn.Module, stack: Stack, layers: Iterable[nn.Module]) -> None:
         """Put one layer for each expert where the module ``experts`` has ``stack``.
 
-        An :class:`~ace_triton.decoders.experts.ExpertLinear` among them gets a weight of its own, so that the stack is freed.
+        An ``ExpertLinear`` among them gets a weight of its own, so that the stack is freed.
         The module takes its experts one by one from then on, whatever implementation the model is set to: it gets a
         copy of the configuration that says so. The model's own setting stays.
         """

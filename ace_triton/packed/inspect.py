@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from ..errors import CheckpointError
 from ..inputs.model_source import open_safetensors, reason, safetensors_files
-from ..inputs.output_folder import CheckpointError
 from ..kernels.select_nm import GROUP_SIZES
 from .manifest import TENSORS_FILE, Manifest, PackedEntry, is_packed
 

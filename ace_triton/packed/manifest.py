@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..inputs.output_folder import MANIFEST_FILE, CheckpointError, files_in
+from ..errors import PackedError
+from ..inputs.output_folder import MANIFEST_FILE, files_in
 from ..kernels.pack_nm import LAYOUT_VERSION
 from ..sparsity import Sparsity
 
@@ -29,10 +30,6 @@ OLDEST_VERSION = 1
 UNMARKED = (MANIFEST_FILE, "README.md")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class PackedError(CheckpointError):
-    """A packed checkpoint that is damaged, altered, of a newer version, or none."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class Manifest:
             raise PackedError(f"{folder}: holds no {MANIFEST_FILE}; name a folder that ace-triton pack wrote")
         try:
             if path.stat().st_size > LARGEST_MANIFEST:
-                raise ValueError(f"it has more than {LARGEST_MANIFEST:,} bytes")
+                raise PackedError(f"it has more than {LARGEST_MANIFEST:,} bytes")
             content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise PackedError(f"{path}: cannot be read ({error}); the file is damaged, pack the model again") from error
@@ -131,14 +128,14 @@ class Manifest:
     @classmethod
     def _parse(cls, content: dict[str, Any]) -> Manifest:
         if content["dtype"] not in DTYPES:
-            raise ValueError(f"dtype {content['dtype']!r} is none of {', '.join(DTYPES)}")
+            raise PackedError(f"dtype {content['dtype']!r} is none of {', '.join(DTYPES)}")
         layers = {name: _entry(fields) for name, fields in content["layers"].items()}
         files = {name: FileMark(_whole(mark["bytes"]), str(mark["sha256"])) for name, mark in content["files"].items()}
         if not set(NEEDED_FILES) <= set(files):
-            raise ValueError(f"files must have {', '.join(NEEDED_FILES)}, got {', '.join(files)}")
+            raise PackedError(f"files must have {', '.join(NEEDED_FILES)}, got {', '.join(files)}")
         outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
         if outside:
-            raise ValueError(f"{outside[0]!r} is not a file in the folder")
+            raise PackedError(f"{outside[0]!r} is not a file in the folder")
         tied = {str(name): str(other) for name, other in content["tied"].items()}
         return cls(content["dtype"], layers, tied, files, content["version"])
 
@@ -192,7 +189,7 @@ def _check_version(path: Path, content: Any) -> None:
 
 def _entry(fields: dict[str, Any]) -> PackedEntry:
     if not re.fullmatch(r"\d+:\d+", fields["pattern"]):
-        raise ValueError(f"pattern {fields['pattern']!r} is no n:m")
+        raise PackedError(f"pattern {fields['pattern']!r} is no n:m")
     pattern = Sparsity(fields["pattern"])
     assert pattern.n is not None
     assert pattern.m is not None
@@ -204,7 +201,7 @@ def _entry(fields: dict[str, Any]) -> PackedEntry:
 
 def _whole(number: Any) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"expected a whole number, got {number!r}")
+        raise PackedError(f"expected a whole number, got {number!r}")
     return number
 
 

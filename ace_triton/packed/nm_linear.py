@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from ..errors import ArgumentError
 from ..kernels.pack_nm import PackedNM, pack_nm
 from ..kernels.packed_nm import WORD, check_meta
 from ..kernels.unpack_nm import unpack_nm
-from ..prune import linear_weight
+from ..linears import linear_weight
 from .dispatch import RowLimits, multiply
 from .weight import PackedWeight
 
@@ -58,7 +59,7 @@ class NMLinear(nn.Module):
         """
         weight = linear_weight(layer)
         if weight is None:
-            raise ValueError(f"a {type(layer).__name__} is no nn.Linear or Conv1D: only linear layers can be packed")
+            raise ArgumentError(f"a {type(layer).__name__} is no nn.Linear or Conv1D: only linear layers can be packed")
         bias = layer.bias
         assert bias is None or isinstance(bias, nn.Parameter)
         return cls(pack_nm(weight.resolve_neg().contiguous(), n, m), bias, limits).train(layer.training)
@@ -147,7 +148,7 @@ class NMLinear(nn.Module):
 
 def _check_tokens(tokens: torch.Tensor, in_features: int, dtype: torch.dtype) -> None:
     if tokens.shape[-1] != in_features or tokens.dtype != dtype:
-        raise ValueError(f"tokens must be [..., {in_features}] {dtype}, got {tuple(tokens.shape)} {tokens.dtype}")
+        raise ArgumentError(f"tokens must be [..., {in_features}] {dtype}, got {tuple(tokens.shape)} {tokens.dtype}")
 
 
 def _is_differentiated(tensor: torch.Tensor) -> bool:

@@ -12,9 +12,10 @@ from torch import nn
 from ..decoders.blocks import linears_of, possible_stacks, stacks_of
 from ..decoders.experts import Stack
 from ..decoders.plan import NameFilter, Skipped
+from ..errors import ArgumentError
 from ..kernels.pack_nm import PackedNM
+from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
-from ..prune import linear_weight
 from ..sparsity import Sparsity
 from .dispatch import RowLimits
 from .expert_stack import ExpertStack, stores_transposed
@@ -145,7 +146,7 @@ def sparsify(
             skip(stack.name, stack.weight, "it is no linear layer, and no three-dimensional stack of experts")
     if not packed:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it holds no linear layer"
-        raise ValueError(
+        raise ArgumentError(
             f"no layer of {type(model).__name__} can be packed: {reasons}; prune it to n:m first "
             "(ace-triton prune --sparsity 2:4)"
         )
@@ -242,7 +243,7 @@ def _detect(weight: torch.Tensor) -> tuple[int, int]:
 def _parse(pattern: str) -> tuple[int, int]:
     sparsity = Sparsity(pattern)
     if sparsity.n is None or sparsity.m is None:
-        raise ValueError(f"pattern {pattern!r}: packing takes 'n:m', as '2:4', or None to find each layer's own")
+        raise ArgumentError(f"pattern {pattern!r}: packing takes 'n:m', as '2:4', or None to find each layer's own")
     return sparsity.n, sparsity.m
 
 

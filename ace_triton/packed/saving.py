@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..inputs.output_folder import MANIFEST_FILE, CheckpointError, files_in, give_mode, replacing, write_report
+from ..errors import CheckpointError
+from ..inputs.output_folder import MANIFEST_FILE, files_in, give_mode, replacing, write_report
 from .manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry
 from .nm_linear import NMLinear
 

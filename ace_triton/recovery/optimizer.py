@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import RecoveryError
 from ..kernels.adamw import GradientMoments, Step, adamw
 
 BETAS = (0.9, 0.95)
@@ -85,22 +86,22 @@ class KeptAdamW:
         """
         fields = {"values", "first", "second", "taken"}
         if not isinstance(state, dict) or state.keys() != fields:
-            raise ValueError(f"the optimizer's state must be a dict of {', '.join(sorted(fields))}")
+            raise RecoveryError(f"the optimizer's state must be a dict of {', '.join(sorted(fields))}")
         for part in fields:
             if not isinstance(state[part], dict) or state[part].keys() != self.values.keys():
-                raise ValueError(f"{part}: of other parameters")
+                raise RecoveryError(f"{part}: of other parameters")
         for name, values in self.values.items():
             for part in ("values", "first", "second"):
                 tensor = state[part][name]
                 if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (values.shape, values.dtype):
-                    raise ValueError(f"{name}, {part}: must be {values.dtype} of shape {tuple(values.shape)}")
+                    raise RecoveryError(f"{name}, {part}: must be {values.dtype} of shape {tuple(values.shape)}")
                 if not bool(tensor.isfinite().all()) or (part == "second" and bool((tensor < 0).any())):
-                    raise ValueError(f"{name}, {part}: invalid numbers")
+                    raise RecoveryError(f"{name}, {part}: invalid numbers")
             if values.dim() > 1 and bool(state["values"][name].to(values.device)[values == 0].any()):
-                raise ValueError(f"{name}: a pruned weight is not 0")
+                raise RecoveryError(f"{name}: a pruned weight is not 0")
             taken = state["taken"][name]
             if isinstance(taken, bool) or not isinstance(taken, int) or taken < 0:
-                raise ValueError(f"{name}: invalid number of steps")
+                raise RecoveryError(f"{name}: invalid number of steps")
         for name, values in self.values.items():
             values.copy_(state["values"][name])
             self._moments[name].first.copy_(state["first"][name])

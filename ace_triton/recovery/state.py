@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import RecoveryError
 from .optimizer import KeptAdamW
 
 FORMAT = "ace_triton.recovery.4"
@@ -57,24 +58,24 @@ class RecoveryState:
         try:
             saved: Any = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{path}: cannot be read as the state of a recovery ({error}); remove it") from error
+            raise RecoveryError(f"{path}: cannot be read as the state of a recovery ({error}); remove it") from error
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise ValueError(f"{path}: not the state of a recovery of this version ({FORMAT}); remove it")
+            raise RecoveryError(f"{path}: not the state of a recovery of this version ({FORMAT}); remove it")
         if saved.get("fingerprint") != fingerprint:
-            raise ValueError(
+            raise RecoveryError(
                 f"{path}: the state of a recovery with other settings, text, weights or teacher; remove it, or give "
                 "the same"
             )
         try:
             for name, kind in _COUNTERS.items():
                 if not isinstance(saved.get(name), kind) or not 0 <= saved[name] < math.inf:
-                    raise ValueError(f"invalid {name}")
+                    raise RecoveryError(f"invalid {name}")
             losses = saved.get("losses")
             if not isinstance(losses, list) or len(losses) != saved["steps"] or not all(map(_is_finite, losses)):
-                raise ValueError("invalid losses")
+                raise RecoveryError("invalid losses")
             optimizer.load_state_dict(saved.get("optimizer"))
         except ValueError as error:
-            raise ValueError(f"{path}: the state of a recovery is damaged ({error}); remove it") from error
+            raise RecoveryError(f"{path}: the state of a recovery is damaged ({error}); remove it") from error
         return cls(fingerprint, losses=losses, **{name: saved[name] for name in _COUNTERS})
 
     def record(self, loss: float, seconds: float, cpu_seconds: float) -> None:
@@ -156,7 +157,7 @@ def locked(path: str | Path | None) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     file = _lock(lock)
     if file is None:
-        raise ValueError(f"{path}: another process is running this recovery; let it finish, or end it")
+        raise RecoveryError(f"{path}: another process is running this recovery; let it finish, or end it")
     try:
         yield
     finally:

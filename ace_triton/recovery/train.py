@@ -1,7 +1,8 @@
 """Recovery: a few minutes of training in which only kept weights move, toward the dense model's predictions.
 
-The loss is :class:`~ace_triton.recovery.distillation.Distillation`'s. AdamW steps on fp32 copies of the kept weights, in a pass
-that rounds them to bfloat16, the dtype of forwards (:mod:`~ace_triton.kernels.adamw`). Weights of 0 stay exactly 0.
+The loss is :class:`~ace_triton.recovery.distillation.Distillation`'s. AdamW steps on fp32 copies of the kept weights,
+in a pass that rounds them to bfloat16, the dtype of forwards (:mod:`~ace_triton.kernels.adamw`). Weights of 0 stay
+exactly 0.
 
 The learning rate is in units of each weight's root mean square, as Adafactor's relative step sizes are (Shazeer and
 Stern, arXiv 1804.04235, section 8): AdamW moves a weight by about its rate whatever the gradient is, and the size of
@@ -33,6 +34,7 @@ from torch import nn
 from ..decoders.batches import check_positions, longest_sequence, trial_ids
 from ..decoders.blocks import find_blocks
 from ..decoders.loaded_weights import weights_as_loaded
+from ..errors import RecoveryError
 from ..inputs.written_text import WrittenText
 from ..threads import few_threads, forward_work
 from .distillation import Distillation
@@ -91,18 +93,18 @@ class RecoverySettings:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
-            raise ValueError(f"give steps or minutes, one of them; got steps={self.steps}, minutes={self.minutes}")
+            raise RecoveryError(f"give steps or minutes, one of them; got steps={self.steps}, minutes={self.minutes}")
         budget = self.steps if self.minutes is None else self.minutes
         if not all(0 < n < math.inf for n in (budget or 0, self.tokens_per_step, self.learning_rate)):
-            raise ValueError(
+            raise RecoveryError(
                 f"steps, minutes, tokens_per_step and learning_rate must be above 0 and finite; got {self}"
             )
         if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must fit into 64 bits, got {self.seed}")
+            raise RecoveryError(f"seed must fit into 64 bits, got {self.seed}")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must lie in [0, 1), got {self.warmup}")
+            raise RecoveryError(f"warmup must lie in [0, 1), got {self.warmup}")
         if self.forward_dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"forward_dtype must be torch.bfloat16 or torch.float32, got {self.forward_dtype}")
+            raise RecoveryError(f"forward_dtype must be torch.bfloat16 or torch.float32, got {self.forward_dtype}")
 
     def rate(self, fraction: float) -> float:
         """The learning rate when ``fraction`` of the budget is spent."""
@@ -153,7 +155,8 @@ def recover(
         model: pruned. The weights of its blocks with at least 5 % zeros are trained; embeddings and head are not.
         teacher: the dense model, with the same vocabulary.
         text: what to train on: token ids, int64 [n_sequences, length], read again in another order if the budget
-            outlasts them; or :class:`~ace_triton.inputs.written_text.WrittenText`, which the teacher writes as it is read.
+            outlasts them; or :class:`~ace_triton.inputs.written_text.WrittenText`, which the teacher writes as it is
+            read.
         settings: how; None trains for DEFAULT_MINUTES with all other settings at their defaults.
         state: file to resume from after a kill, written atomically every ``save_every`` seconds and at the end. If it
             exists, the training resumes from it. Remove it once the model is saved. None keeps no state.
@@ -227,7 +230,7 @@ def _train(
         while (fraction := _spent(settings, run)) < 1:
             loss = objective.backward(batches.of(run.steps).to(model.device))
             if not math.isfinite(loss):
-                raise ValueError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
+                raise RecoveryError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
             optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
             run.record(loss, time.monotonic() - clock, time.process_time() - cpu)
             if keeping.path is not None and (run.seconds - saved >= keeping.every or _spent(settings, run) >= 1):
@@ -248,7 +251,7 @@ def pruned_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             if parameter.dim() >= 2 and float((parameter == 0).float().mean()) >= LEAST_ZEROS:
                 masks[name] = (parameter != 0).detach()
     if not masks:
-        raise ValueError(
+        raise RecoveryError(
             f"no weight of this {type(model).__name__} has {LEAST_ZEROS:.0%} of zeros: recovery is for pruned models"
         )
     return masks
@@ -260,14 +263,14 @@ def _check(
     if isinstance(text, WrittenText):
         kept = len(text.prompt) if text.keep_start else 0
         if not text.prompt or text.length <= kept:
-            raise ValueError(
+            raise RecoveryError(
                 f"sequences must follow a token and have one at least, got a length of {text.length} after "
                 f"{text.prompt}"
             )
         least, most = min(text.prompt), max(text.prompt)
         length = text.length
     elif text.dim() != 2 or text.dtype != torch.int64 or text.numel() == 0:
-        raise ValueError(f"ids must be int64 [n_sequences, length], not empty; got {text.dtype} {tuple(text.shape)}")
+        raise RecoveryError(f"ids must be int64 [n_sequences, length], not empty; got {text.dtype} {tuple(text.shape)}")
     else:
         least, most = int(text.min()), int(text.max())
         length = text.shape[1]
@@ -275,15 +278,15 @@ def _check(
         check_positions(longest_sequence(decoder), length, "a length of")
     sizes = [next(m.get_input_embeddings().parameters()).shape[0] for m in (model, teacher)]
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise RecoveryError(
             f"the pruned model's vocabulary has {sizes[0]} tokens, the teacher's {sizes[1]}: give the dense model that "
             "it was pruned from as the teacher"
         )
     if least < 0 or most >= sizes[0]:
-        raise ValueError(f"ids run from {least} to {most}, the vocabulary from 0 to {sizes[0] - 1}")
+        raise RecoveryError(f"ids run from {least} to {most}, the vocabulary from 0 to {sizes[0] - 1}")
     dtypes = {parameter.dtype for decoder in (model, teacher) for parameter in decoder.parameters()}
     if settings.forward_dtype == torch.float32 and dtypes != {torch.float32}:
-        raise ValueError(
+        raise RecoveryError(
             f"forwards in float32 need both models in float32, not {', '.join(sorted(map(str, dtypes)))}: load them "
             "so, or leave forward_dtype at torch.bfloat16"
         )
@@ -294,7 +297,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, masks: dict
     there = dict(teacher.named_parameters())
     shared = [(there[name], mask) for name, mask in masks.items() if name in there and there[name].shape == mask.shape]
     if teacher is model or (shared and not any(bool(weight[~mask.to(weight.device)].any()) for weight, mask in shared)):
-        raise ValueError(
+        raise RecoveryError(
             "the teacher is the pruned model itself, or has the same zeros: give the dense model that it was pruned "
             "from"
         )
@@ -302,7 +305,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, masks: dict
     total = sum(matrix.numel() for matrix in matrices)
     share = 1 - sum(int(matrix.count_nonzero()) for matrix in matrices) / max(1, total)
     if share >= LEAST_ZEROS:
-        raise ValueError(
+        raise RecoveryError(
             f"the teacher is pruned too ({share:.0%} of its blocks' weights are 0): give the dense model that the "
             "pruned one was made from"
         )

@@ -21,8 +21,8 @@ from torch import nn
 
 from ..decoders.blocks import Block, gated_consumers
 from ..decoders.replay import CANNOT_RUN_AGAIN, hidden_of
+from ..linears import linear_weight
 from ..out_of_memory import raise_if_out_of_memory
-from ..prune import linear_weight
 
 LOOSE = 0.25
 """Relative change that rounding may grow to further down the model; a wrong order changes a layer's output by 1.4."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import ArgumentError
 from ..kernels.assignment import assignment
 from ..kernels.join_gains import join_gains
 
@@ -63,7 +64,7 @@ def search_permutation(scores: torch.Tensor, n: int, m: int, *, cycles: int = CY
         ValueError: scores of another shape or not finite, or n:m that does not fit them.
     """
     if scores.dim() != 3 or not scores.shape[2] or scores.shape[2] % m or not 0 < n < m:
-        raise ValueError(
+        raise ArgumentError(
             f"scores must be [n_pools, rows, channels] with channels a multiple of m above 0, and 0 < n < m; got "
             f"{tuple(scores.shape)} and {n}:{m}"
         )
@@ -71,7 +72,7 @@ def search_permutation(scores: torch.Tensor, n: int, m: int, *, cycles: int = CY
     before = retained_score(scores, given, n)
     retained = float(before.sum())
     if not math.isfinite(retained):
-        raise ValueError("scores hold NaN or infinity: look for overflow in the weights or the statistics")
+        raise ArgumentError("scores hold NaN or infinity: look for overflow in the weights or the statistics")
     # All scores together are at most m / n of what is retained; a power of two changes no comparison between sums.
     unit = 2.0 ** max(0, math.frexp(retained * m / n)[1] - LARGEST_EXPONENT)
     if unit > 1:

@@ -11,8 +11,8 @@ from torch import nn
 from ..decoders.batches import TRIAL_LENGTH, TRIAL_SEQUENCES
 from ..decoders.blocks import Block, in_attention, linears_of
 from ..decoders.collect import InputCollector
+from ..linears import linear_weight
 from ..methods.registry import Needs
-from ..prune import linear_weight
 from ..timing import Stopwatch
 from .fold import Fold, FoldTrial, Unfolded, attention_folds, feed_forward_folds, parent
 from .permutation import search_permutation

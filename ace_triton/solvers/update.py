@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from ..errors import RecipeError
 from ..kernels.finite import all_finite
 from ..kernels.gram_product import bfloat16_products
 from ..option_types import OptionType, Range, check_options, option_types
@@ -32,7 +33,8 @@ class Update:
     "rescale" multiplies every row by one number, so that its outputs have the energy, the sum of squares over the
     calibration tokens, that the dense row's have on the same inputs: a mask takes energy away, and what is missing
     adds up from block to block. It costs next to nothing. "lstsq" moves every kept weight, by masked least squares
-    (:mod:`ace_triton.solvers.least_squares`), and rescales then: a regression's outputs have less energy than its targets.
+    (:mod:`ace_triton.solvers.least_squares`), and rescales then: a regression's outputs have less energy than its
+    targets.
 
     Attributes:
         kind: "rescale" or "lstsq". What follows is for "lstsq".
@@ -55,13 +57,13 @@ class Update:
 
     def __post_init__(self) -> None:
         if self.kind not in UPDATES:
-            raise ValueError(f"update must be one of {', '.join(UPDATES)}, or None; got {self.kind!r}")
+            raise RecipeError(f"update must be one of {', '.join(UPDATES)}, or None; got {self.kind!r}")
         options = {name: getattr(self, name) for name in self.types()}
         check_options(self.types(), options, f"the update {self.kind!r}")
         if self.damping == self.prior == 0:
-            raise ValueError("damping and prior are both 0: dependent channels would have no unique solution; set one")
+            raise RecipeError("damping and prior are both 0: dependent channels would have no unique solution; set one")
         if self.kind == "rescale" and replace(self, kind="lstsq") != Update():
-            raise ValueError("the update 'rescale' has no options: they are those of 'lstsq'")
+            raise RecipeError("the update 'rescale' has no options: they are those of 'lstsq'")
 
     @classmethod
     @cache
@@ -84,7 +86,7 @@ class Update:
             options = {name: value for name, value in update.items() if name != "kind"}
             check_options(cls.types(), options, f"the update {update['kind']!r}")
             return cls(update["kind"], **options)
-        raise ValueError(
+        raise RecipeError(
             f'update must be one of {", ".join(UPDATES)}, an ace_triton.Update, a dict with a "kind", or None; got '
             f"{update!r}"
         )

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
+from ..errors import StatsError
 from ..kernels.column_scale import ColumnScale, column_scale
 from ..kernels.finite import all_finite
 from ..kernels.memory import why_not_plain
 from ..kernels.moments import moments
 from . import file as stats_file
 from .gram import Gram
-from .outputs import OutputStats, Reduce, StatsError, update_outputs
+from .outputs import OutputStats, Reduce, update_outputs
 from .token_sample import TokenSample
 
 

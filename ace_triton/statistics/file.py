@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .outputs import StatsError
+from ..errors import StatsError
 
 FORMAT = "ace_triton.activation_stats.1"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..errors import StatsError
 from ..kernels.gram_product import gram_product
 
 
@@ -41,7 +42,7 @@ class Gram:
     def __add__(self, other: Gram) -> Gram:
         """That of the tokens of both; neither changes."""
         if other.in_features != self.in_features:
-            raise ValueError(f"Gram matrices of {self.in_features} and {other.in_features} channels do not merge")
+            raise StatsError(f"Gram matrices of {self.in_features} and {other.in_features} channels do not merge")
         if self.matrix is None or other.matrix is None:
             return replace(other if self.matrix is None else self)
         return Gram(self.in_features, self.count + other.count, self.matrix + other.matrix)
@@ -59,5 +60,5 @@ class Gram:
 def token_rows(tokens: torch.Tensor, valid: torch.Tensor | None, in_features: int, owner: str) -> torch.Tensor:
     """The tokens [..., in_features] of a batch as rows, without padding; ValueError where the width is another."""
     if tokens.shape[-1] != in_features:
-        raise ValueError(f"tokens have {tokens.shape[-1]} channels, this {owner} {in_features}")
+        raise StatsError(f"tokens have {tokens.shape[-1]} channels, this {owner} {in_features}")
     return tokens.reshape(-1, in_features) if valid is None else tokens[valid]

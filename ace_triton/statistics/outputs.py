@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from ..errors import StatsError
 from ..kernels.coupling import coupling
 from ..kernels.memory import why_not_plain
 from ..kernels.token_norms import token_norms
@@ -25,10 +26,6 @@ NOT_FINITE = (
     "the layer's outputs hold NaN or infinity; look for overflow in the calibration forward (run it in bfloat16 or "
     "float32)"
 )
-
-
-class StatsError(ValueError):
-    """Statistics that cannot be used as asked, with what to do."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..errors import StatsError
 from .gram import token_rows
 
 SAMPLE_TOKENS = 512
@@ -61,7 +62,7 @@ class TokenSample:
     def __add__(self, other: TokenSample) -> TokenSample:
         """That of the tokens of both; neither changes."""
         if other.in_features != self.in_features:
-            raise ValueError(f"samples of {self.in_features} and {other.in_features} channels do not merge")
+            raise StatsError(f"samples of {self.in_features} and {other.in_features} channels do not merge")
         if self.tokens is None or self.draws is None or other.tokens is None or other.draws is None:
             return replace(other if self.tokens is None else self)
         draws = torch.cat([self.draws, other.draws])

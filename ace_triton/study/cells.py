@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import StudyError
 from ..methods.registry import metric
 from ..recipe import needs_with
 from ..sparsity import Sparsity
@@ -153,9 +154,9 @@ def check_axes(lengths: Sequence[int], **axes: Sequence[Any]) -> None:
     """ValueError for an empty axis or an invalid length."""
     for name, axis in {"lengths": lengths, **axes}.items():
         if not axis:
-            raise ValueError(f"a study needs at least one of its {name}, got none")
+            raise StudyError(f"a study needs at least one of its {name}, got none")
     if min(lengths) < 2:
-        raise ValueError(f"a calibration sequence needs at least 2 tokens, got {min(lengths)}")
+        raise StudyError(f"a calibration sequence needs at least 2 tokens, got {min(lengths)}")
 
 
 def draws(lengths: Sequence[int], seeds: Sequence[int]) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from ..errors import StudyError
 from ..solvers.update import Update
 from .cells import Cell
 from .records import Setting
@@ -25,7 +26,7 @@ def commands_of(setting: Setting, cell: Cell) -> tuple[str, ...]:
     """
     recipe = cell.variant.recipe
     if recipe.published:
-        raise ValueError(f"{cell}: no command prunes by a published form")
+        raise StudyError(f"{cell}: no command prunes by a published form")
     words = ["ace-triton", "prune", setting.model, PRUNED, "--method", cell.variant.method]
     words += [word for name, value in cell.variant.options for word in ("-o", f"{name}={value}")]
     words += ["--sparsity", cell.sparsity]

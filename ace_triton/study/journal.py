@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..errors import StudyError
 from .cells import Cell
 from .records import CellResult, DenseResult, ModelNorms, Record, Run, Sample, Setting
 
@@ -27,10 +28,6 @@ _KINDS: dict[str, type[Any]] = {
     "run": Run,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
-
-
-class StudyError(ValueError):
-    """A study cannot be started or resumed."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from ..errors import StudyError
 from ..prune_blocks import Sequential
 from ..solvers.update import Update
 
@@ -38,9 +39,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.published and replace(self, published=False) != Recipe():
-            raise ValueError(f"nothing can be added to a published form; got {self}")
+            raise StudyError(f"nothing can be added to a published form; got {self}")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
-            raise ValueError(f"minutes of recovery must be above 0, or None for no recovery; got {self.minutes}")
+            raise StudyError(f"minutes of recovery must be above 0, or None for no recovery; got {self.minutes}")
 
     @property
     def words(self) -> tuple[str, ...]:

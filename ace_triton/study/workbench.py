@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from ..decoders.batches import check_positions, longest_sequence
+from ..errors import StudyError, TextError
 from ..evaluate import perplexity
 from ..inputs import checkpoint
 from ..inputs.beginnings import Beginning, Bos, own_beginning, text_ids
 from ..inputs.calibration import MOST_DOCUMENTS, SELF, crop, pieces, token_stream
-from ..inputs.text import TextError, read_documents, wikitext_rows
+from ..inputs.text import read_documents, wikitext_rows
 from ..inputs.written_text import TEXT_LENGTH
 from ..prune_blocks import prune_model
 from ..recovery.text import TEXT_SEQUENCES
@@ -189,7 +190,7 @@ class Workbench:
         """
         method, recipe = cell.variant.method, cell.variant.recipe
         if recipe.published:
-            raise ValueError(f"{cell}: published forms of methods are not part of ace_triton")
+            raise StudyError(f"{cell}: published forms of methods are not part of ace_triton")
         report = prune_model(
             self.model,
             ids,

@@ -14,7 +14,7 @@ from ace_triton.decoders.batches import Batch
 from ace_triton.decoders.blocks import find_blocks, linears_of, stacks_of
 from ace_triton.decoders.calibration_mode import calibration_mode
 from ace_triton.decoders.replay import make_runner
-from ace_triton.prune import linear_weight
+from ace_triton.linears import linear_weight
 from ace_triton.timing import Seconds, Stopwatch
 
 from . import published

@@ -26,8 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ace_triton import ModelReport
 from ace_triton import prune_blocks as prune_model
 from ace_triton.decoders.blocks import find_blocks, linears_of
+from ace_triton.linears import linear_weight
 from ace_triton.model_report import LayerReport
-from ace_triton.prune import linear_weight
 
 from ..harness.small_models import NotMade, small_model
 

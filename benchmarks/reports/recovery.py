@@ -1,6 +1,7 @@
 """The same pruned model recovered with different settings; writes docs/recovery.{json,md}.
 
-    python -m benchmarks.reports.recovery --calibration c4.jsonl.gz --held-out other-c4.jsonl.gz --evaluation wiki.test.raw.gz
+    python -m benchmarks.reports.recovery --calibration c4.jsonl.gz --held-out other-c4.jsonl.gz --evaluation
+    wiki.test.raw.gz
 
 SmolLM2-135M at 2:4 with Wanda's mask, permuted channels and fitted weights. Every recovery reads the same number of
 tokens, each once. Results in docs/recovery.json are reused.

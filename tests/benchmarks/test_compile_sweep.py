@@ -1,8 +1,8 @@
 """Every Triton body compiles for every kind of GPU, at the edge shapes of its launcher.
 
 The interpreter never sees what the JIT makes of a size of 1, and tests on real layers have none. Here all launches of
-benchmarks/harness/edge_cases.py go through the compiler's front end, and some of them through all of it; `make compile-sweep`
-takes all of them all the way, for every target.
+benchmarks/harness/edge_cases.py go through the compiler's front end, and some of them through all of it; `make
+compile-sweep` takes all of them all the way, for every target.
 """
 
 from __future__ import annotations

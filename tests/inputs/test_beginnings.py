@@ -9,11 +9,11 @@ import math
 import pytest
 import torch
 
+from ace_triton.errors import TextError
 from ace_triton.evaluate import perplexity, windows_of
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.beginnings import Beginning, text_ids
 from ace_triton.inputs.calibration import load_calibration, token_stream
-from ace_triton.inputs.text import TextError
 from ace_triton.inputs.written_text import text_to_write
 from ace_triton.recovery.text import WrittenBatches
 from ace_triton.study.samples import Sampler

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from ace_triton.errors import TextError
 from ace_triton.inputs.calibration import Calibration, crop, load_calibration, pieces, token_stream
-from ace_triton.inputs.text import TextError
 
 
 def test_documents_end_with_the_end_of_text(tokenizer):

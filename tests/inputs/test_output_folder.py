@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ace_triton.errors import CheckpointError
 from ace_triton.inputs import output_folder
-from ace_triton.inputs.output_folder import CheckpointError, check_out, replacing, reserved, write_report
+from ace_triton.inputs.output_folder import check_out, replacing, reserved, write_report
 
 MINE = "years of work"
 EXCHANGE = output_folder._exchange

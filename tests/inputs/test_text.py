@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from ace_triton.errors import TextError
 from ace_triton.inputs import text
-from ace_triton.inputs.text import TextError, read_documents, wikitext_rows
+from ace_triton.inputs.text import read_documents, wikitext_rows
 
 
 def test_files(tmp_path):

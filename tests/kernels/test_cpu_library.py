@@ -15,10 +15,11 @@ import torch
 from ace_triton.kernels import cpu, cpu_library
 from ace_triton.kernels.adamw import GradientMoments, Step, adamw
 from ace_triton.kernels.assignment import assignment
-from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, BackendError, choose_backend
+from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, choose_backend
 from ace_triton.kernels.column_scale import ColumnScale
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
+from ace_triton.kernels.errors import BackendError
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ace_triton.kernels.packed_nm import PackedNM, PatternError, group_counts, unpack_bits
+from ace_triton.kernels.errors import PatternError
+from ace_triton.kernels.packed_nm import PackedNM, group_counts, unpack_bits
 from ace_triton.kernels.select_nm import GROUP_SIZES, pack_bits
 
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 import ace_triton
 from ace_triton import NMLinear
 from ace_triton import prune_blocks as prune_model
+from ace_triton.errors import PackedError
 from ace_triton.inputs.checkpoint import CheckpointError
 from ace_triton.packed import pack_model as sparsify
 from ace_triton.packed.checkpoint import load, load_model, save_packed
-from ace_triton.packed.manifest import MANIFEST_FILE, TENSORS_FILE, PackedError
+from ace_triton.packed.manifest import MANIFEST_FILE, TENSORS_FILE
 
 FUZZ = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from ace_triton import NMLinear, RowLimits, load, set_row_limits
 from ace_triton import prune_blocks as prune_model
+from ace_triton.errors import PackedError
 from ace_triton.packed import pack_model as sparsify
 from ace_triton.packed.checkpoint import save_packed
 from ace_triton.packed.expert_stack import ExpertStack
-from ace_triton.packed.manifest import TENSORS_FILE, Manifest, PackedError
+from ace_triton.packed.manifest import TENSORS_FILE, Manifest
 
 _SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GATED = {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 16, "num_experts_per_tok": 2}

@@ -8,7 +8,7 @@ from torch import nn
 
 from ace_triton import prune_blocks as prune_model
 from ace_triton.decoders.blocks import find_blocks
-from ace_triton.prune import linear_weight
+from ace_triton.linears import linear_weight
 from ace_triton.reordering.fold import Fold
 from ace_triton.reordering.reorder import Folds, find_folds
 

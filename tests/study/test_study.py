@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ace_triton import prune_blocks as prune_model
+from ace_triton.errors import StudyError
 from ace_triton.evaluate import perplexity
 from ace_triton.inputs.calibration import crop, token_stream
 from ace_triton.inputs.checkpoint import load
 from ace_triton.inputs.text import read_documents
 from ace_triton.methods.registry import metric
 from ace_triton.study.cells import Cell, Grid, Variant
-from ace_triton.study.journal import FILE, Journal, Results, StudyError, read_results
+from ace_triton.study.journal import FILE, Journal, Results, read_results
 from ace_triton.study.norms import model_norms
 from ace_triton.study.page import page, shared_words
 from ace_triton.study.records import DenseResult, Sample, Setting

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ace_triton import Update
 from ace_triton import prune_blocks as prune_model
+from ace_triton.errors import StudyError
 from ace_triton.evaluate import perplexity
 from ace_triton.inputs.calibration import crop, token_stream
 from ace_triton.inputs.checkpoint import load
@@ -24,7 +25,7 @@ from ace_triton.study.advice import advice
 from ace_triton.study.cells import Cell, Grid, Variant
 from ace_triton.study.command_line import commands_of, without_folders
 from ace_triton.study.curve import curve, frontier
-from ace_triton.study.journal import FILE, Journal, StudyError, read_results
+from ace_triton.study.journal import FILE, Journal, read_results
 from ace_triton.study.marks import series
 from ace_triton.study.page import page
 from ace_triton.study.recipe import PLAIN, Recipe
