@@ -28,7 +28,7 @@ from .prune_blocks import prune_model
 from .recovery.train import RecoveryReport, RecoverySettings, recover
 from .solvers.update import Update
 from .sparsity import Sparsity
-from .statistics.activation import ActivationStats, StatsError
+from .statistics.activation import ActivationStats
 from .statistics.gram import Gram
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ from ace_triton.recovery import train as recover
 from ace_triton.recovery.text import GivenBatches, WrittenBatches
 from ace_triton.recovery.train import pruned_masks
 
-recovery = importlib.import_module("ace_triton.recover")
+recovery = importlib.import_module("ace_triton.recovery.train")
 """The module: in the package its name is the function's."""
 
 SHORT = RecoverySettings(steps=6, tokens_per_step=32, learning_rate=0.03)
