@@ -63,7 +63,7 @@ class TestAgreement:
         theirs = ours.clone()
         theirs[0, :5] = 0
         check_nearly_same(ours, theirs)
-        with pytest.raises(Disagreement, match="the weights differ by .* of their norm"):
+        with pytest.raises(Disagreement, match=r"the weights differ by .* of their norm"):
             check_nearly_same(ours, theirs * 1.1)
         theirs[1, :50] = 0
         with pytest.raises(Disagreement, match="of the weights are pruned in one"):
