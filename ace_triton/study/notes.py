@@ -8,18 +8,20 @@ from .tally import Tally, listed, shown_sparsity, shown_variant
 
 
 def longer_calibration(tally: Tally) -> str | None:
-    """How much longer calibration sequences change perplexity; None with a single length."""
+    """Change of perplexity from the shortest to the longest calibration sequences; None with a single length."""
+    if len(tally.lengths) < 2:
+        return None
+    short, long = tally.lengths[0], tally.lengths[-1]
     parts = []
     for sparsity in tally.sparsities:
         changes = []
         for variant in tally.calibrated:
-            spreads = [(n, s) for n in tally.lengths if (s := tally.perplexity(variant, sparsity, n)) is not None]
-            if len(spreads) > 1:
-                (short, first), (long, last) = spreads[0], spreads[-1]
-                changes.append(f"{shown_variant(variant)} {last.mean / first.mean - 1:+.0%} (L={short} to {long:,})")
+            first, last = (tally.perplexity(variant, sparsity, length) for length in (short, long))
+            if first is not None and last is not None:
+                changes.append(f"{shown_variant(variant)} {last.mean / first.mean - 1:+.0%}")
         if changes:
             parts.append(f"at {shown_sparsity(sparsity)} {', '.join(changes)}")
-    return f"Change of perplexity from the shortest to the longest sequences: {'; '.join(parts)}." if parts else None
+    return f"Change of perplexity from L={short} to L={long:,}: {'; '.join(parts)}." if parts else None
 
 
 def nearest_text(tally: Tally) -> str | None:

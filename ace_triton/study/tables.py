@@ -59,7 +59,7 @@ def perplexity_table(tally: Tally, sparsity: str) -> NumberTable:
         f"Perplexity at {shown_sparsity(sparsity)}: mean ± standard deviation over seeds (number of seeds), and the "
         "lowest mean over the dense model's",
         (*_length_columns(lengths), "times dense, at best"),
-        tuple(map(row, tally.variants)),
+        tuple(row(variant) for variant in tally.variants if tally.select(variant, sparsity)),
     )
 
 

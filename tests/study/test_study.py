@@ -19,8 +19,9 @@ from ace_triton.methods.registry import metric
 from ace_triton.study.cells import Cell, Grid, Variant
 from ace_triton.study.journal import FILE, Journal, Results, read_results
 from ace_triton.study.norms import model_norms
+from ace_triton.study.notes import longer_calibration
 from ace_triton.study.page import page, shared_words
-from ace_triton.study.records import DenseResult, Sample, Setting
+from ace_triton.study.records import CellResult, DenseResult, Sample, Setting, StageSeconds
 from ace_triton.study.run import run_study
 from ace_triton.study.samples import next_token_divergence
 from ace_triton.study.tally import Tally
@@ -290,3 +291,11 @@ def test_text_is_escaped_and_compared_by_words():
     assert shared_words("a", "b") == 0
     html = page(Results(Setting("<b>tiny</b>", *list(SETTING.to_dict().values())[1:])))
     assert "<b>tiny" not in html
+
+
+def test_what_longer_sequences_change():
+    results = Results(SETTING, DenseResult(10.0))
+    for length, value in ((8, 40.0), (16, 36.0)):
+        cell = Cell(Variant("wanda"), "2:4", length, 0)
+        results.add(CellResult(cell, value, 0.5, StageSeconds(1, 1, 1, 3), 1.0, "a processor", 1))
+    assert longer_calibration(Tally(results)) == "Change of perplexity from L=8 to L=16: at 2:4 Wanda -10%."

@@ -356,3 +356,9 @@ def test_a_page_has_a_table_of_contents_and_its_command(measured):
     assert "2026-11-28, ace-triton 0.1.0" in html
     assert "ace-triton study tiny out --quality" in html
     assert "<title>tiny: perplexity against time</title>" in html
+
+
+def test_a_table_leaves_out_what_was_not_measured_at_its_sparsity(measured):
+    tally = measured({(WANDA, "2:4"): NEAR, (WANDA, "0.5"): NEAR, (SPARSEGPT, "2:4"): NEAR})
+    names = {sparsity: [row.name for row in perplexity_table(tally, sparsity).rows] for sparsity in tally.sparsities}
+    assert names == {"0.5": ["Wanda"], "2:4": ["Wanda", "SparseGPT"]}
