@@ -15,7 +15,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -38,6 +38,16 @@ test: setup interpreter  ## all tests; the kernels' once more in Triton's interp
 
 interpreter: setup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m pytest tests/kernels $(WORKERS)
+
+# Of the package: its tests see float32.
+DTYPE_TESTS = tests/kernels $(addprefix tests/test_,$(addsuffix .py,cpu_library nm_linear packed_checkpoint packed_derivatives \
+	prune prune_model stats metrics update rescale sparsegpt least_squares permutation budgets sparsify kept_adamw gram collect))
+test-dtypes: setup  ## the tests of kernels, pruning and packed layers under other default dtypes of torch
+	for dtype in float64 bfloat16; do \
+		OMP_NUM_THREADS=1 ACE_TRITON_TEST_DTYPE=$$dtype $(BIN)/python -m pytest $(DTYPE_TESTS) $(WORKERS) || exit 1; done
+
+sanitize: setup  ## the kernels' tests on a CPU library built with AddressSanitizer; TESTS names others
+	bash tests/sanitize.sh $(BIN)/python $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

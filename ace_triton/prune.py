@@ -122,9 +122,7 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
     if weight.layout is not torch.strided:
         raise PruneError(f"{label}: the weight is sparse ({weight.layout}); make it dense first (weight.to_dense())")
     if not weight.is_contiguous() and overlaps(weight):
-        raise PruneError(
-            f"{label}: numbers of the weight share memory with each other; clone it first (weight.clone())"
-        )
+        raise PruneError(f"{label}: numbers of the weight share memory with each other; clone it (weight.clone())")
     if weight.device.type == "meta":
         raise PruneError(f"{label}: the weight is on the meta device and holds no numbers; load it first")
     if not weight.dtype.is_floating_point:

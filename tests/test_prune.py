@@ -4,8 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ace_triton import ActivationStats, PruneError, Sparsity, StatsError, metric_names, prune_linear
+from ace_triton import (
+    ActivationStats,
+    PruneError,
+    ScoreTerms,
+    Sparsity,
+    StatsError,
+    metric_names,
+    prune_linear,
+    register_metric,
+)
 
 METHODS = ["magnitude", "wanda", "ria", "stade", "dass", "cosp", "varp", "ace", "ace-paper", "saap"]
 BUILT_IN = [name for name in metric_names() if name in METHODS]
@@ -270,3 +280,86 @@ def test_what_cannot_be_pruned_says_why():
         prune_linear(layer, ActivationStats(30), "wanda", 0.5)
     with pytest.raises(ValueError, match="unknown method"):
         prune_linear(layer, tokens, "obs")
+
+
+def unwilling(kind: str) -> torch.nn.Linear:
+    """A layer whose weight no kernel can work on where it lies."""
+    layer = torch.nn.Linear(16, 8)
+    weight = layer.weight.detach().clone()
+    if kind == "fake":
+        with FakeTensorMode():
+            return torch.nn.Linear(16, 8)
+    if kind == "freed":
+        layer.weight.data = torch.cat([weight, weight])[8:]
+        layer.weight.untyped_storage().resize_(0)
+    elif kind == "sparse":
+        layer.weight = torch.nn.Parameter(weight.to_sparse())
+    elif kind == "expanded":
+        layer.weight = torch.nn.Parameter(weight[:1].expand(8, 16))
+    elif kind == "overlapping":
+        layer.weight = torch.nn.Parameter(torch.ones(100).as_strided((8, 16), (8, 1)))
+    return layer
+
+
+@pytest.mark.parametrize("method", ["magnitude", "ace"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("fake", "the weight is a FakeTensor"),
+        ("freed", "the weight cannot be read: .* has no memory"),
+        ("sparse", "the weight is sparse"),
+        ("expanded", ".* share memory with each other"),
+        ("overlapping", ".* share memory with each other"),
+    ],
+)
+def test_weights_without_memory_of_their_own_are_refused(kind, message, method):
+    layer = unwilling(kind)
+    with pytest.raises(PruneError, match=f"q: {message}"):
+        prune_linear(layer, torch.randn(6, 16), method, name="q")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_torchs_defaults_change_no_mask(method):
+    tokens, masks = torch.randn(4, 5, 64), []
+    layer = torch.nn.Linear(64, 32)
+    before = torch.get_default_dtype()
+    try:
+        for dtype, device in ((torch.float32, None), (torch.bfloat16, None), (torch.float64, None), (before, "meta")):
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(device)
+            pruned = copy.deepcopy(layer)
+            masks.append(prune_linear(pruned, tokens, method, return_mask=True).mask)
+            assert torch.equal(pruned.weight != 0, masks[0])
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("where", ["row", "scale", "coupling"])
+def test_a_metric_that_gives_numbers_below_zero_is_refused(where, shared):
+    def below_zero(weight, stats):
+        shape = {"row": weight.shape[:1], "scale": weight.shape[1:], "coupling": weight.shape}[where]
+        term = torch.full(shape, 2.0)
+        term.view(-1)[3] = -1
+        return ScoreTerms(**{where: stats.derive("below zero", lambda: term) if shared else term})
+
+    register_metric("below_zero")(below_zero)
+    layer = torch.nn.Linear(16, 8)
+    before = layer.weight.detach().clone()
+    for sparsity in ("2:4", 0.5, Sparsity(0.5, axis="out")):
+        with pytest.raises(PruneError, match=f"'below_zero' gives numbers below 0 in the score's {where}"):
+            prune_linear(layer, torch.randn(6, 16), "below_zero", sparsity)
+    assert torch.equal(layer.weight, before)
+
+
+def test_statistics_whose_logarithm_is_below_zero_are_no_score():
+    """Norms below 1: what chose opposite masks on the compiled library and in plain torch."""
+
+    @register_metric("log_norm")
+    def log_norm(weight, stats):
+        return ScoreTerms(scale=stats.norm.log())
+
+    with pytest.raises(PruneError, match="numbers below 0 in the score's scale"):
+        prune_linear(torch.nn.Linear(16, 8), torch.randn(6, 16) / 100, "log_norm")

@@ -60,3 +60,26 @@ def test_no_groups_at_all(device):
 def test_says_what_is_wrong(gains):
     with pytest.raises(ValueError, match="n_pools, groups, groups"):
         assignment(gains)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_gains_that_are_not_finite_are_refused(device, bad, everywhere):
+    gains = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0))
+    gains[1, 3 : 20 if everywhere else 4] = bad
+    with pytest.raises(ValueError, match="gains hold NaN or infinity"):
+        assignment(gains.to(device))
+
+
+@pytest.mark.parametrize("groups", [3, 16, 33])
+def test_gains_whose_differences_leave_fp32_end_the_search(device, groups):
+    """All groups but the last want the first candidate, by more than fp32 can say."""
+    gains = torch.full((2, groups, groups), -3e38)
+    gains[:, :, 0] = gains[:, -1] = 3e38
+    gains = gains.to(device)
+    if choose_backend(gains) == "cpu":
+        with pytest.raises(ValueError, match="divide all gains by one number"):
+            assignment(gains)
+    else:
+        sums(gains, assignment(gains))
+    check(gains / 2**10)

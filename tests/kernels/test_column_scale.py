@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ace_triton.kernels.column_scale import ColumnScale, checked_column_scale, column_scale, column_scale_reference
+from ace_triton.kernels.weight_sums import relative_importance
 
 
 def made_of(cols: int, parts: set[str], sign: int = 1, seed: int = 0) -> ColumnScale:
@@ -42,6 +43,14 @@ def test_sees_what_is_not_finite(part, bad, place):
     of = made_of(1536, {"square", "base", "factor"})
     of.vectors()[part][place] = bad
     assert any(checked_column_scale(of).not_finite.tolist())
+
+
+@pytest.mark.parametrize("part", ["base", "factor"])
+def test_sees_a_scale_below_zero(part):
+    of = made_of(1536, {"square", "base", "factor"})
+    of.vectors()[part][900] *= -1
+    assert any(checked_column_scale(of).not_finite.tolist())
+    assert relative_importance(torch.ones(4, 1536), of).not_finite.tolist() == [1]
 
 
 def test_sees_what_overflows_in_the_product():

@@ -92,3 +92,16 @@ def test_threads_do_not_share_a_flag():
     assert addresses["this"].isdisjoint(addresses["other"])
     assert all(len(of) == 1 for of in addresses.values())
     assert all(first != second for (_, first), (_, second) in flags.values())
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_score_terms_may_not_be_below_zero(make_matrix, length):
+    weight, term = make_matrix(3, length, torch.bfloat16), make_matrix(1, length, torch.float32)[0].abs()
+    term[length // 2] = -0.0
+    assert all_finite(weight, terms=[term, term])
+    assert all_finite(terms=[term])
+    for bad in (-1e-45, -1.0, torch.nan, torch.inf, -torch.inf):
+        spoilt = term.clone()
+        spoilt[length - 1] = bad
+        assert not all_finite(terms=[spoilt])
+        assert not all_finite(weight, terms=[term, spoilt])

@@ -302,3 +302,40 @@ def test_under_lora_the_adapter_learns_and_the_base_stays_sparse():
     assert torch.equal(adapted.base_model.model[0].base_layer.unpack(), before)
     with pytest.raises(RuntimeError, match="cannot be written to"):
         adapted.merge_and_unload()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {name: tensor.bfloat16() for name, tensor in state.items()}, "bits, which a cast destroys"),
+        (lambda state: state | {"meta": state["meta"].long()}, r"got torch\.int64"),
+        (lambda state: state | {"meta": state["meta"] ^ 1}, "metadata of row 0, group 0 keep"),
+        (lambda state: packed_linear(pruned_linear(24, 32, "4:8"), "4:8").state_dict(), "keeps exactly 2"),
+    ],
+    ids=["cast", "another integer", "a flipped bit", "another pattern"],
+)
+def test_a_state_dict_whose_metadata_do_not_fit_is_refused(assign, change, message):
+    model = nn.Sequential(packed_linear(pruned_linear(24, 32)))
+    before = model[0].unpack()
+    state = {f"0.{name}": tensor for name, tensor in change(model[0].state_dict()).items()}
+    with pytest.raises(RuntimeError, match=rf"0\.meta: .*{message}"):
+        model.load_state_dict(state, assign=assign)
+    assert torch.equal(model[0].unpack(), before)
+
+
+def test_metadata_keep_their_dtype_whatever_the_module_is_cast_to():
+    layer = pruned_linear(24, 32)
+    tokens = torch.randn(3, 32)
+    for cast in (lambda module: module.type(torch.bfloat16), lambda module: module._apply(lambda t: t.bfloat16())):
+        packed = cast(packed_linear(copy.deepcopy(layer)))
+        assert (packed.values.dtype, packed.meta.dtype) == (torch.bfloat16, torch.int32)
+        torch.testing.assert_close(packed(tokens.bfloat16()).float(), layer(tokens), rtol=3e-2, atol=3e-2)
+
+
+def test_metadata_cast_behind_the_modules_back_are_refused():
+    packed = packed_linear(pruned_linear(24, 32))
+    packed.meta = packed.meta.bfloat16()
+    for use in (packed.unpack, lambda: packed(torch.randn(3, 32)), lambda: packed(torch.randn(500, 32))):
+        with pytest.raises(ValueError, match="bits, which a cast destroys"):
+            use()

@@ -109,3 +109,18 @@ def test_retains_nearly_what_linear_sum_assignment_does():
 def test_says_what_is_wrong(shape, n, m):
     with pytest.raises(ValueError, match="multiple of m"):
         search_permutation(torch.zeros(shape), n, m)
+
+
+def test_scores_at_the_end_of_fp32s_range_are_ordered_as_small_ones_are():
+    scores = torch.rand(2, 64, 32, generator=torch.Generator().manual_seed(3))
+    small, large = search_permutation(scores, 2, 4), search_permutation(scores * 2.0**127, 2, 4)
+    assert torch.equal(large.order, small.order)
+    assert (large.before / 2.0**127, large.after / 2.0**127) == (small.before, small.after)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite_are_refused(bad):
+    scores = torch.rand(1, 8, 16)
+    scores[0, 3, 5] = bad
+    with pytest.raises(ValueError, match="scores hold NaN or infinity"):
+        search_permutation(scores, 2, 4)

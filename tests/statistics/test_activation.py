@@ -1,7 +1,12 @@
+import json
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ace_triton import ActivationStats, StatsError
 from ace_triton.statistics.outputs import OutputStats, update_outputs
@@ -106,8 +111,6 @@ def test_saved_statistics_load_the_same(tmp_path, reduce):
 
 
 def test_files_that_are_not_ours_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
     with pytest.raises(StatsError, match="cannot be read"):
         ActivationStats.load(tmp_path / "none.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 40)
@@ -132,3 +135,126 @@ def test_misuse_says_what_to_do():
         stats.merge(ActivationStats(9))
     with pytest.raises(StatsError, match="merge"):
         OutputStats("abs").merge(OutputStats("rms"))
+
+
+def saved(tmp_path, change) -> str:
+    """A file of statistics after ``change(facts, tensors)``."""
+    layer = torch.nn.Linear(16, 4)
+    stats = ActivationStats.from_tokens(torch.randn(3, 5, 16), layer=layer, reduce="abs", gram=True, sample=True)
+    stats.consumer_norm = torch.rand(4)
+    path = str(tmp_path / "stats.safetensors")
+    stats.save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(file.metadata()["ace_triton"])
+    change(facts, tensors)
+    save_file(tensors, path, metadata={"ace_triton": json.dumps(facts)})
+    return path
+
+
+def spoilt(name, value):
+    def change(facts, tensors):
+        tensors[name].view(-1)[-1] = value
+
+    return change
+
+
+def changed(name, change):
+    return lambda facts, tensors: tensors.update({name: change(tensors[name]).clone()})
+
+
+DAMAGED = {
+    "squares in bf16": (changed("sequence_square", torch.Tensor.bfloat16), "sequence_square must be torch.float32"),
+    "squares in fp64": (changed("sequence_square", torch.Tensor.double), "got torch.float64"),
+    "a mean of one channel": (changed("mean", lambda t: t[:1]), r"mean must be of shape \[16\], got \[1\]"),
+    "a mean in int64": (changed("mean", torch.Tensor.long), "mean must be torch.float64"),
+    "draws of other tokens": (changed("draws", lambda t: t[1:]), "of shape"),
+    "a Gram matrix of other channels": (changed("gram", lambda t: t[:4]), r"gram must be of shape \[16, 16\]"),
+    "no deviation": (lambda f, t: t.pop("deviation"), "no tensor deviation"),
+    "a tensor too many": (lambda f, t: t.update(more=torch.zeros(2)), "do not have: more"),
+    "no draws": (lambda f, t: t.pop("draws"), "sample and draws belong together"),
+    "no outputs": (lambda f, t: f.pop("outputs"), "outputs and weighted_square belong together"),
+    "no coupling": (lambda f, t: t.pop("coupling"), "reduce='abs'"),
+    "a negative count": (lambda f, t: f.update(count=-1), "count must be a whole number from 1 on, got -1"),
+    "a count in words": (lambda f, t: f.update(count="15"), "got '15'"),
+    "another count": (lambda f, t: f.update(count=14), "adds up to 15 tokens, but count is 14"),
+    "no in_features": (lambda f, t: f.pop("in_features"), "its header must have"),
+    "other in_features": (lambda f, t: f.update(in_features=8), "must be of shape"),
+    "outputs that are a list": (lambda f, t: f.update(outputs=[]), "outputs must have"),
+    "a reduce of its own": (lambda f, t: f["outputs"].update(reduce="max"), "reduce of outputs"),
+    "a unit of 0": (lambda f, t: f["outputs"].update(unit=0), "unit of outputs must be a number above 0"),
+    "a mean of NaN": (spoilt("mean", torch.nan), "mean holds NaN or infinity"),
+    "squares of infinity": (spoilt("sequence_square", torch.inf), "sequence_square holds NaN or infinity"),
+    "a negative square": (spoilt("sequence_square", -1.0), "sequence_square holds numbers below 0"),
+    "a negative deviation": (spoilt("deviation", -1.0), "deviation holds numbers below 0"),
+    "a negative coupling": (spoilt("coupling", -1.0), "coupling holds numbers below 0"),
+    "a negative norm": (spoilt("consumer_norm", -1.0), "consumer_norm holds numbers below 0"),
+    "a sequence of -1 tokens": (spoilt("sequence_count", -1), "sequence_count holds numbers below 0"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_is_refused_with_its_name_and_what_is_wrong(tmp_path, damage):
+    change, message = DAMAGED[damage]
+    path = saved(tmp_path, change)
+    with pytest.raises(StatsError, match=f"{re.escape(path)}: .*{message}"):
+        ActivationStats.load(path)
+
+
+def test_what_cannot_be_written_is_one_error(tmp_path):
+    stats = ActivationStats.from_tokens(torch.randn(3, 16))
+    with pytest.raises(StatsError, match="statistics cannot be written"):
+        stats.save(tmp_path / "none" / "stats.safetensors")
+
+
+def state(stats: ActivationStats) -> list[object]:
+    """All that statistics hold, in plain lists."""
+    outputs = stats.outputs
+    tensors = [stats.mean, stats.deviation, stats.sequence_square, stats.sequence_count]
+    tensors += [stats.gram.matrix, stats.sample.tokens, outputs.weighted_square, outputs.matrix]
+    return [
+        stats.count,
+        stats.gram.count,
+        stats.sample.count,
+        outputs.count,
+        outputs.unit,
+        *(t.tolist() for t in tensors),
+    ]
+
+
+@pytest.mark.parametrize("reduce", ["abs", "rms"])
+def test_what_is_refused_leaves_the_statistics_as_they_were(reduce):
+    layer, tokens = torch.nn.Linear(8, 4), torch.randn(2, 5, 8)
+    kept = {"gram": True, "sample": True}
+    stats = ActivationStats.from_tokens(tokens, layer=layer, reduce=reduce, **kept)
+    before = state(stats)
+    outputs = layer(tokens).detach()
+    poisoned = outputs.clone()
+    poisoned[0, 0] = torch.nan
+    other = "rms" if reduce == "abs" else "abs"
+    wider = torch.nn.Linear(8, 6)
+    refused = [
+        lambda: stats.update(tokens, outputs=poisoned),
+        lambda: stats.update(tokens, outputs=outputs[:, :3]),
+        lambda: stats.update(tokens, outputs=wider(tokens).detach()),
+        lambda: stats.update(tokens[..., :4], outputs=outputs),
+        lambda: stats.update(tokens.to("meta"), outputs=outputs),
+        lambda: stats.update(tokens[0, 0], outputs=outputs[0, 0]),
+        lambda: stats.update(tokens, outputs=outputs, valid=torch.ones(2, 4, dtype=torch.bool)),
+        lambda: stats.merge(ActivationStats.from_tokens(tokens, layer=layer, reduce=other, **kept)),
+        lambda: stats.merge(ActivationStats.from_tokens(tokens, layer=wider, reduce=reduce, **kept)),
+        lambda: stats.merge(ActivationStats.from_tokens(tokens, layer=layer, reduce=reduce, gram=True)),
+    ]
+    for refuse in refused:
+        with pytest.raises(ValueError):  # noqa: PT011
+            refuse()
+        assert state(stats) == before
+
+
+def test_layers_that_share_an_input_are_all_left_as_they_were_if_one_is_refused():
+    tokens = torch.randn(2, 6, 10)
+    stats = [OutputStats("abs"), OutputStats("abs")]
+    good, bad = torch.randn(2, 6, 4), torch.full((2, 6, 3), torch.inf)
+    with pytest.raises(StatsError, match="NaN or infinity"):
+        update_outputs(stats, tokens, [good, bad])
+    assert stats == [OutputStats("abs"), OutputStats("abs")]
