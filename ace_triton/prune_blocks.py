@@ -59,7 +59,9 @@ def prune_model(
     """Prune the linear layers of a Hugging Face causal decoder in place.
 
     Every block is run on the calibration set, its layers are pruned by what they saw of it, and it is run again: the
-    pruned block's outputs are the next one's inputs. Embeddings, norms, routers and the head stay dense.
+    pruned block's outputs are the next one's inputs. Embeddings, norms, routers, adapters and the head stay dense; the
+    report names every matrix of the blocks that does, and why. A model whose own forward rescales its weights (RWKV)
+    ends with the weights as they were loaded, pruned.
 
     Args:
         model: with its weights in memory, on any device and in any floating dtype; forwards run in it.
@@ -89,7 +91,8 @@ def prune_model(
         options: the metric's own.
 
     Raises:
-        ValueError: arguments, calibration or a model that will not do; nothing was changed.
+        ValueError: invalid arguments or calibration, a model that is no causal decoder, or one whose own forward
+            changes its weights beyond repair; nothing was changed.
         PruneError: a weight that cannot be pruned (NaN or infinity, quantised): nothing was changed. Or
             statistics with NaN or infinity (an overflow in fp16): the blocks before that layer, and the
             layers before it in its block, are pruned already.
