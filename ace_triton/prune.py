@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .kernels.finite import all_finite
-from .kernels.memory import overlaps, why_not_plain
+from .kernels.memory import overlaps, why_no_memory, why_not_plain
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
@@ -116,9 +116,7 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
     if weight.layout is not torch.strided:
         raise PruneError(f"{label}: the weight is sparse ({weight.layout}); make it dense first (weight.to_dense())")
     if not weight.is_contiguous() and overlaps(weight):
-        raise PruneError(
-            f"{label}: numbers of the weight share memory with each other; clone it (weight.clone())"
-        )
+        raise PruneError(f"{label}: numbers of the weight share memory with each other; clone it (weight.clone())")
     if weight.device.type == "meta":
         raise PruneError(f"{label}: the weight is on the meta device and holds no numbers; load it first")
     if not weight.dtype.is_floating_point:
@@ -126,6 +124,8 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
             f"{label}: the weight is stored as {weight.dtype} (quantised?); prune the floating-point model and "
             "quantise afterwards"
         )
+    if weight.dtype not in KERNEL_DTYPES and (why := why_no_memory(weight)) is not None:
+        raise PruneError(f"{label}: the weight {why}")
     if finite:
         _check_finite(as_kernel_dtype(weight), label)
     return weight
