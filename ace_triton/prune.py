@@ -13,11 +13,11 @@ from torch import nn
 from .computed_weight import computed_weight
 from .errors import PruneError
 from .kernels.finite import all_finite
-from .kernels.memory import overlaps, why_not_plain
+from .kernels.memory import overlaps, why_no_memory, why_not_plain
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
-from .linears import as_kernel_dtype, is_linear, linear_weight
+from .linears import KERNEL_DTYPES, as_kernel_dtype, is_linear, linear_weight
 from .methods.registry import Needs
 from .recipe import Request
 from .solvers.update import Update, updated_weight
@@ -130,6 +130,8 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
             f"{label}: the weight is stored as {weight.dtype} (quantised?); prune the floating-point model and "
             "quantise afterwards"
         )
+    if weight.dtype not in KERNEL_DTYPES and (why := why_no_memory(weight)) is not None:
+        raise PruneError(f"{label}: the weight {why}")
     if finite:
         _check_finite(as_kernel_dtype(weight), label)
     return weight

@@ -22,6 +22,8 @@ LARGE_BYTES = 16 * 2**20
 _TENSOR = torch.Tensor
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
+_DTYPES = "in float32, float16 or bfloat16 (convert others with .float())"
+
 # What new tensors are made like: quicker than naming dtype and device to torch.empty, and as independent of defaults.
 _EMPTY = {
     dtype: torch.empty(0, dtype=dtype, device="cpu")
@@ -52,14 +54,18 @@ def why_no_memory(tensor: torch.Tensor) -> str | None:
     if tensor.is_neg():
         return "is a view that negates when it is read: call .resolve_neg() first"
     try:
-        place, storage = tensor.data_ptr(), tensor.untyped_storage()
+        inside = _lies_inside(tensor)
     except RuntimeError:
         return "is wrapped by a transform (torch.func, vmap), which hides its memory: call this outside of it"
+    return None if inside else "has no memory (freed by FSDP, or offloaded): load or gather it first"
+
+
+def _lies_inside(tensor: torch.Tensor) -> bool:
+    """Whether all numbers lie in the memory that the tensor's storage still has."""
+    place, storage = tensor.data_ptr(), tensor.untyped_storage()
     extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     end = place + extent * tensor.element_size()
-    if tensor.numel() and (not place or end > storage.data_ptr() + storage.nbytes()):
-        return "has no memory (freed by FSDP, or offloaded): load or gather it first"
-    return None
+    return not tensor.numel() or (place != 0 and end <= storage.data_ptr() + storage.nbytes())
 
 
 def why_not_plain(tensor: torch.Tensor) -> str | None:
@@ -140,7 +146,7 @@ def matrix(tensor: torch.Tensor, what: str, *, written: bool = False) -> tuple[t
             rows, cols = tensor.shape
             stride, step = tensor.stride()
             if (step != 1 and cols > 1) or (written and stride < cols and rows > 1) or tensor.is_neg():
-                if written and overlaps(tensor):
+                if (written and overlaps(tensor)) or not _lies_inside(tensor):
                     raise ValueError
                 tensor, stride = tensor.detach().resolve_neg().contiguous(), cols
             element, size = ELEMENTS[dtype]
@@ -152,13 +158,15 @@ def matrix(tensor: torch.Tensor, what: str, *, written: bool = False) -> tuple[t
                 return tensor, (0, rows, cols, stride, element)
     except (RuntimeError, ValueError):  # of torch, for a tensor without memory; of Python, for one of other dimensions
         pass
-    wanted = "[rows, columns] in float32, float16 or bfloat16"
+    wanted = f"[rows, columns] {_DTYPES}"
     raise ArgumentError(_refusal(tensor, wanted + ", each number in a place of its own" if written else wanted, what))
 
 
 def contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` itself if it is contiguous and not negated lazily; else a copy that is."""
-    return tensor.detach().resolve_neg().contiguous() if tensor.is_neg() else tensor.contiguous()
+    """``tensor`` itself if it is contiguous and not negated lazily, or has no memory; else a copy that is."""
+    if (tensor.is_contiguous() and not tensor.is_neg()) or not _lies_inside(tensor):
+        return tensor
+    return tensor.detach().resolve_neg().contiguous()
 
 
 def sequences(tensor: torch.Tensor, what: str) -> tuple[torch.Tensor, tuple[int, int, int, int, int, int, int]]:
@@ -170,6 +178,8 @@ def sequences(tensor: torch.Tensor, what: str) -> tuple[torch.Tensor, tuple[int,
             number, length, cols = tensor.shape
             outer, inner, step = tensor.stride()
             if (step != 1 and cols > 1) or tensor.is_neg():
+                if not _lies_inside(tensor):
+                    raise ValueError
                 tensor = tensor.detach().resolve_neg().contiguous()
                 outer, inner, _ = tensor.stride()
             element, size = ELEMENTS[dtype]
@@ -180,7 +190,7 @@ def sequences(tensor: torch.Tensor, what: str) -> tuple[torch.Tensor, tuple[int,
                 return tensor, (place, number, length, cols, outer, inner, element)
     except (RuntimeError, ValueError):  # as in matrix
         pass
-    raise ArgumentError(_refusal(tensor, "[n_sequences, length, columns] in float32, float16 or bfloat16", what))
+    raise ArgumentError(_refusal(tensor, f"[n_sequences, length, columns] {_DTYPES}", what))
 
 
 def _refusal(tensor: torch.Tensor, wanted: str, what: str) -> str:

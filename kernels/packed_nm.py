@@ -95,11 +95,7 @@ class PackedNM:
             raise ArgumentError(self._misfit("values", values, (rows, cols // m * n)))
         if meta.shape != (rows, -(-cols // WORD)) or not meta.is_contiguous():
             raise ArgumentError(self._misfit("meta", meta, (rows, -(-cols // WORD))))
-        if meta.dtype != torch.int32:
-            raise ArgumentError(
-                f"meta must be torch.int32, got {meta.dtype}: it is made of bits, which a cast destroys; pack the "
-                "weight again, or load it again and cast only what is a floating-point tensor"
-            )
+        check_meta_dtype(meta)
         if values.device != meta.device:
             raise ArgumentError(f"values are on {values.device} and meta on {meta.device}: move one of them")
 
@@ -112,6 +108,15 @@ class PackedNM:
         return (
             f"{name} of a {self.n}:{self.m} weight {self.shape} must be contiguous {expected}, "
             f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+
+
+def check_meta_dtype(meta: torch.Tensor) -> None:
+    """Raise ValueError if metadata are not int32."""
+    if meta.dtype != torch.int32:
+        raise ArgumentError(
+            f"meta must be torch.int32, got {meta.dtype}: it is made of bits, which a cast destroys; pack the weight "
+            "again, or load it again and cast only what is a floating-point tensor"
         )
 
 

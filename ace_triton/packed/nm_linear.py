@@ -10,8 +10,9 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from ..errors import ArgumentError
+from ..kernels.memory import why_not_plain
 from ..kernels.pack_nm import PackedNM, pack_nm
-from ..kernels.packed_nm import WORD, check_meta
+from ..kernels.packed_nm import WORD, check_meta, check_meta_dtype
 from ..kernels.unpack_nm import unpack_nm
 from ..linears import linear_weight
 from .dispatch import RowLimits, multiply
@@ -129,9 +130,9 @@ class NMLinear(nn.Module):
         meta = state_dict.get(f"{prefix}meta")
         if meta is not None and meta.shape == self.meta.shape:
             try:
-                PackedNM(self.values, meta.to(self.values.device), self.n, self.m, self.packed.shape).check_tensors()
+                check_meta_dtype(meta)
                 # A layer without numbers yet is checked by who fills it, once all of it is there.
-                if not (meta.is_meta or self.meta.is_meta):
+                if not (meta.is_meta or self.meta.is_meta) and why_not_plain(meta) is None:
                     check_meta(meta, self.n, self.m, self.packed.shape)
             except ValueError as error:
                 errors: list[str] = rest[-1]
@@ -147,7 +148,7 @@ class NMLinear(nn.Module):
 
 
 def _check_tokens(tokens: torch.Tensor, in_features: int, dtype: torch.dtype) -> None:
-    if tokens.shape[-1] != in_features or tokens.dtype != dtype:
+    if not tokens.dim() or tokens.shape[-1] != in_features or tokens.dtype != dtype:
         raise ArgumentError(f"tokens must be [..., {in_features}] {dtype}, got {tuple(tokens.shape)} {tokens.dtype}")
 
 

@@ -33,7 +33,7 @@ class Gram:
             valid: bool [...], False for tokens to leave out (padding).
 
         Raises:
-            ValueError: tokens of another width.
+            ValueError: tokens of another width, or ``valid`` of another shape.
         """
         rows = token_rows(tokens, valid, self.in_features, "Gram matrix")
         self.matrix = gram_product(rows, into=self.matrix)
@@ -57,8 +57,17 @@ class Gram:
         return replace(self, matrix=None if self.matrix is None else self.matrix.to(device, copy=True))
 
 
+def check_valid(tokens: torch.Tensor, valid: torch.Tensor | None) -> None:
+    """Raise ValueError if ``valid`` is not a mask of ``tokens`` [..., in_features]."""
+    if valid is not None and (valid.shape != tokens.shape[:-1] or valid.dtype != torch.bool):
+        raise StatsError(
+            f"valid must be bool of shape {tuple(tokens.shape[:-1])}, got {valid.dtype} {tuple(valid.shape)}"
+        )
+
+
 def token_rows(tokens: torch.Tensor, valid: torch.Tensor | None, in_features: int, owner: str) -> torch.Tensor:
-    """The tokens [..., in_features] of a batch as rows, without padding; ValueError where the width is another."""
+    """The tokens [..., in_features] of a batch as rows, without padding; ValueError for another width or mask."""
     if tokens.shape[-1] != in_features:
         raise StatsError(f"tokens have {tokens.shape[-1]} channels, this {owner} {in_features}")
+    check_valid(tokens, valid)
     return tokens.reshape(-1, in_features) if valid is None else tokens[valid]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import StatsError
-from .gram import token_rows
+from .gram import check_valid, token_rows
 
 SAMPLE_TOKENS = 512
 """Tokens kept. SmolLM2-135M, Wanda at 2:4, rows rescaled, one seed: perplexity 212.4; of all 8,192 tokens, 210.1."""
@@ -45,9 +45,10 @@ class TokenSample:
             valid: bool, the shape of ``tokens`` without its last axis; False leaves a token out (padding).
 
         Raises:
-            ValueError: tokens of another width.
+            ValueError: tokens of another width, or ``valid`` of another shape.
         """
         rows = token_rows(tokens, None, self.in_features, "sample")
+        check_valid(tokens, valid)
         counted = _without_first(valid, tokens.shape[:-1], tokens.device)
         places = None if counted is None else counted.to(rows.device).flatten().nonzero()[:, 0]
         count = len(rows if places is None else places)

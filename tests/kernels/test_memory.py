@@ -80,10 +80,11 @@ def masked(values: torch.Tensor) -> torch.Tensor:
         return masked_tensor(values, torch.ones(values.shape, dtype=torch.bool))
 
 
-def freed(values: torch.Tensor) -> torch.Tensor:
+def freed(values: torch.Tensor, transposed: bool) -> torch.Tensor:
     """As FSDP leaves a module's weights between its forwards: a view, at an offset, of memory given back."""
     whole = torch.cat([values.flatten(), values.flatten()])
     view = whole[values.numel() :].view(values.shape)
+    view = view.t() if transposed else view
     whole.untyped_storage().resize_(0)
     return view
 
@@ -100,10 +101,13 @@ def test_what_stands_for_other_tensors_is_refused(operation, make, message):
 
 
 @pytest.mark.skipif(choose_backend(torch.ones(1)) == "reference", reason="torch's own operations read the tensor")
-@pytest.mark.parametrize("operation", ["select_nm", "select_rows", "pack_nm", "weight_sums", "all_finite", "adamw"])
-def test_weights_whose_memory_was_given_back_are_refused(operation):
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "operation", ["select_nm", "select_rows", "pack_nm", "weight_sums", "all_finite", "token_norms"]
+)
+def test_weights_whose_memory_was_given_back_are_refused(operation, transposed):
     with pytest.raises(ValueError, match="has no memory"):
-        OPERATIONS[operation](freed(torch.full((16, 16), 0.5)))
+        OPERATIONS[operation](freed(torch.full((16, 16), 0.5), transposed))
 
 
 def test_a_distributed_tensor_is_refused_with_what_to_do():

@@ -3,6 +3,7 @@ import torch
 
 from ace_triton import ActivationStats, Gram, StatsError
 from ace_triton.kernels.gram_product import bfloat16_products, gram_product
+from ace_triton.statistics.token_sample import TokenSample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -103,3 +104,11 @@ def test_statistics_carry_one_through_merging_moving_and_saving(tmp_path):
         torch.testing.assert_close(carried.gram.matrix.double(), wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(StatsError, match="with and without a Gram matrix"):
         stats.merge(ActivationStats.from_tokens(second))
+
+
+@pytest.mark.parametrize("valid", [torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5)])
+def test_a_mask_of_another_shape_or_dtype_is_refused_and_nothing_is_added(valid):
+    for taker in (Gram(8), TokenSample(8)):
+        with pytest.raises(ValueError, match=r"valid must be bool of shape \(2, 5\)"):
+            taker.update(torch.randn(2, 5, 8), valid)
+        assert taker.count == 0
