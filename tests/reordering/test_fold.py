@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import prune_blocks as prune_model
+from ace_triton import prune_model
 from ace_triton.decoders.blocks import find_blocks
 from ace_triton.linears import linear_weight
 from ace_triton.reordering.fold import Fold
