@@ -594,7 +594,7 @@ def test_the_model_is_left_as_it_was(make_decoder, ids):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"calibration": torch.full((2, 8), 101)}, r"vocabulary from 0 to 100: tokenize"),
+        ({"calibration": torch.full((2, 8), 101)}, r"vocabulary runs from 0 to 100: tokenize"),
         ({"calibration": torch.full((2, 8), -1)}, r"run from -1"),
         ({"calibration": torch.zeros(0, 8, dtype=torch.int64)}, "empty"),
         ({"calibration": torch.zeros(2, 8)}, r"int64 .* got torch.float32 \(2, 8\)"),

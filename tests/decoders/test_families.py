@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ace_triton import prune_blocks as prune_model
+from ace_triton import prune_model
 from benchmarks.harness.small_models import OWN, SMALL, NotMade, small_model
 from benchmarks.reports.families import NOT_JUDGED, Family, _misses, judged, page
 
