@@ -8,7 +8,7 @@ from transformers import RwkvConfig, RwkvForCausalLM
 
 from ace_triton import RecoverySettings, prune_model, recover
 from ace_triton.decoders.loaded_weights import weights_as_loaded
-from ace_triton.inputs.written_text import write_batch
+from ace_triton.inputs.written_text import WrittenText, write_batch
 
 RESCALED = ("attention.output.weight", "feed_forward.value.weight")
 """The weights that RWKV divides by 2 in every second block here, in its first forward."""
@@ -66,7 +66,7 @@ def test_an_error_during_pruning_restores_the_loaded_weights(rwkv, ids):
 
 def test_generating_text_restores_the_loaded_weights(rwkv):
     dense = copy.deepcopy(rwkv.state_dict())
-    texts = [write_batch(rwkv, 1, 4, seed=0, place=0, sequences=2) for _ in range(2)]
+    texts = [write_batch(rwkv, WrittenText(1, 4), seed=0, place=0, sequences=2) for _ in range(2)]
     assert torch.equal(*texts)
     assert all(torch.equal(tensor, dense[name]) for name, tensor in rwkv.state_dict().items())
 
