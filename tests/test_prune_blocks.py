@@ -280,7 +280,7 @@ def test_layers_that_do_not_fit_the_pattern_are_named(make_decoder, ids):
     model = make_decoder("llama", intermediate_size=50)
     report = prune_model(model, ids)
     assert {(s.name.rpartition(".")[2], s.reason) for s in report.skipped} == {
-        ("down_proj", "its 50 inputs are no multiple of 4")
+        ("down_proj", "its 50 inputs are not a multiple of 4")
     }
     assert len(report.layers) == 18
 
@@ -469,7 +469,7 @@ def test_the_model_is_left_as_it_was(make_decoder, ids):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"calibration": torch.full((2, 8), 101)}, r"vocabulary from 0 to 100: tokenize"),
+        ({"calibration": torch.full((2, 8), 101)}, r"vocabulary runs from 0 to 100: tokenize"),
         ({"calibration": torch.full((2, 8), -1)}, r"run from -1"),
         ({"calibration": torch.zeros(0, 8, dtype=torch.int64)}, "empty"),
         ({"calibration": torch.zeros(2, 8)}, r"int64 .* got torch.float32 \(2, 8\)"),
@@ -489,8 +489,11 @@ def test_the_model_is_left_as_it_was(make_decoder, ids):
         ({"nonsense": 1}, "no option 'nonsense'"),
         ({"include": "*.q_porj"}, r"include pattern '\*.q_porj' matches no linear layer; .* 'model.layers.0"),
         ({"exclude": ["*q_proj", "x"]}, "exclude pattern 'x'"),
-        ({"exclude": "*"}, "no layer of LlamaForCausalLM can be pruned so: include and exclude leave none"),
-        ({"include": "*.down_proj", "sparsity": "2:32"}, "its 48 inputs are no multiple of 32"),
+        (
+            {"exclude": "*"},
+            "no layer of LlamaForCausalLM can be pruned with these settings: include and exclude leave none",
+        ),
+        ({"include": "*.down_proj", "sparsity": "2:32"}, "its 48 inputs are not a multiple of 32"),
     ],
 )
 def test_mistakes_are_named_before_anything_changes(make_decoder, ids, arguments, message):

@@ -1,4 +1,4 @@
-"""Counts where the weights of a model went: each of its matrices is pruned, skipped, excluded or outside the blocks."""
+"""Counts a model's weights: each matrix is pruned, skipped, excluded or outside the decoder blocks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ Kind = Literal["pruned", "skipped", "excluded"]
 
 @dataclass(frozen=True)
 class Account:
-    """Parameters by what became of them; a parameter that several layers share counts once.
+    """Number of parameters per outcome. A parameter that several layers share counts once.
 
-    Matrices are the weights of linear layers and all other parameters with more than one row and column, but biases.
+    Matrices are the weights of linear layers, and all other parameters with more than one row and column. Biases are
+    not matrices.
 
     Attributes:
-        pruned: in pruned layers, kept weights too.
-        skipped: in matrices that stayed dense though they were not ruled out by name.
-        excluded: in matrices of the blocks that ``include`` and ``exclude`` ruled out.
-        outside: in matrices outside the decoder blocks (embeddings, the head, other towers) that were not asked for.
-        model: all parameters of the model, vectors too.
+        pruned: parameters in pruned layers, including the weights kept there.
+        skipped: parameters in matrices that stayed dense although ``include`` and ``exclude`` allow pruning them.
+        excluded: parameters in matrices of the blocks that ``include`` or ``exclude`` rules out.
+        outside: parameters in matrices outside the decoder blocks (embeddings, the head, other towers) that
+            ``include`` does not name.
+        model: all parameters of the model, including vectors.
     """
 
     pruned: int
@@ -35,16 +37,16 @@ class Account:
 
     @property
     def blocks(self) -> int:
-        """In all matrices of the blocks, and of layers outside them that were asked for."""
+        """Parameters in all matrices of the blocks, and in the layers outside the blocks that ``include`` names."""
         return self.pruned + self.skipped + self.excluded
 
     def share(self, kind: Kind) -> float:
-        """Of :attr:`blocks`."""
+        """One count as a fraction of :attr:`blocks`; 0 if :attr:`blocks` is 0."""
         count: int = getattr(self, kind)
         return count / self.blocks if self.blocks else 0.0
 
     def to_dict(self) -> dict[str, float]:
-        """As JSON types: counts, and shares of the blocks' matrices."""
+        """Counts, and fractions of :attr:`blocks`, as JSON types."""
         shares = {f"{kind}_share": self.share(kind) for kind in ("pruned", "skipped", "excluded")}
         return {**asdict(self), "blocks": self.blocks, **shares}
 
@@ -53,8 +55,8 @@ class Ledger:
     """Keeps the account while a model is pruned.
 
     Args:
-        model: all of it.
-        inside: the modules whose matrices are to be accounted for.
+        model: the whole model.
+        inside: modules whose matrices need an entry: the decoder blocks.
     """
 
     def __init__(self, model: nn.Module, inside: Iterable[nn.Module]) -> None:
@@ -66,25 +68,25 @@ class Ledger:
             self.open(module.parameters())
 
     def open(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Expect entries for these, as far as they are matrices."""
+        """Expect entries for the matrices among these parameters."""
         self._open.update((p, self._sizes[p]) for p in parameters if p in self._sizes and p not in self._open)
 
     def rest(self, parameter: nn.Parameter) -> int:
-        """How many elements of a parameter have no entry yet."""
+        """Number of elements of a parameter without an entry."""
         return self._open.get(parameter, 0)
 
     def enter(self, kind: Kind, parameter: nn.Parameter, count: int) -> None:
-        """Record what became of ``count`` elements of a parameter.
+        """Record the outcome of ``count`` elements of a parameter.
 
-        A skipped or excluded parameter that is shared may be entered again, and counts once.
+        A shared parameter may be entered as skipped or excluded several times; it counts once.
 
         Raises:
-            RuntimeError: more elements were pruned than the parameter has left.
+            RuntimeError: if ``count`` elements were pruned but fewer have no entry yet.
         """
         taken = min(count, self.rest(parameter))
         if kind == "pruned" and taken != count:
             raise RuntimeError(
-                f"{count:,} weights were pruned where {taken:,} were left to prune, which is a bug of ace_triton; "
+                f"{count:,} weights were pruned, but only {taken:,} were left to prune: this is a bug in ace_triton; "
                 "please report it"
             )
         if taken:
@@ -92,15 +94,15 @@ class Ledger:
             self._counts[kind] += taken
 
     def account(self) -> Account:
-        """The account; what has no entry is in none of its counts."""
+        """The account so far. Elements of the blocks without an entry are in no count except ``model``."""
         outside = sum(size for parameter, size in self._sizes.items() if parameter not in self._open)
         return Account(**self._counts, outside=outside, model=self._model)
 
 
 def matrices(model: nn.Module) -> dict[nn.Parameter, int]:
-    """The elements of each weight of a linear layer, and of each other parameter with more than one row and column.
+    """Number of elements of each linear layer's weight, and of each other parameter with several rows and columns.
 
-    Biases that a mixture stacks by expert are vectors.
+    Biases of experts, stacked in one parameter, count as vectors and are left out.
     """
     linears = {module._parameters.get("weight") for module in model.modules() if linear_weight(module) is not None}
     named = [(name.rpartition(".")[2], parameter) for name, parameter in model.named_parameters()]

@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 TOKENS_OF_A_FORWARD = 2048
+"""Number of tokens in a batch, if no batch size is given."""
 
 TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
-"""What a trial of the model's forward takes: a few tokens, and more than one sequence of them."""
+"""Number of sequences, and tokens per sequence, in a trial forward of the model."""
 
 
 class CalibrationSet(Protocol):
-    """Token ids, int64 [n_sequences, length], and bool of that shape, True for real tokens, or None."""
+    """Token ids, int64 [n_sequences, length], and a mask.
+
+    The mask is bool of the same shape, True for real tokens, or None if all tokens are real.
+    """
 
     @property
     def ids(self) -> torch.Tensor: ...
@@ -30,11 +34,11 @@ class CalibrationSet(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """A part of the calibration set, on the device of the model's embedding.
+    """Some sequences of the calibration set, on the device of the model's embedding.
 
     Attributes:
         ids: int64 [n_sequences, length].
-        valid: bool of the same shape, False for padding; None where there is none.
+        valid: bool of the same shape, False for padding; None if there is no padding.
     """
 
     ids: torch.Tensor
@@ -49,15 +53,15 @@ class Batch:
 def batches_of(
     model: PreTrainedModel, calibration: torch.Tensor | CalibrationSet | None, batch_size: int | None
 ) -> list[Batch]:
-    """A calibration set as batches on the device of the model's embedding.
+    """Split a calibration set into batches on the device of the model's embedding.
 
     Args:
-        model: what the ids are for.
+        model: the model that the batches will run through.
         calibration: as for :func:`~ace_triton.prune_blocks.prune_model`.
-        batch_size: sequences of a batch; None for as many as make about TOKENS_OF_A_FORWARD tokens.
+        batch_size: sequences per batch; None for as many as make about TOKENS_OF_A_FORWARD tokens.
 
     Raises:
-        ValueError: ids, a mask or a batch size that the model cannot take.
+        ArgumentError: if the ids, the mask or the batch size are invalid for this model.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ArgumentError(f"batch_size must be a positive int, got {batch_size!r}")
@@ -66,13 +70,13 @@ def batches_of(
     vocabulary, device = table.shape[0], table.device
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise ArgumentError(
-            f"calibration ids run from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary from 0 to "
+            f"calibration ids run from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary runs from 0 to "
             f"{vocabulary - 1}: tokenize with the model's own tokenizer"
         )
     longest = longest_sequence(model)
     if longest is not None and longest < ids.shape[1]:
         raise ArgumentError(
-            f"calibration sequences have {ids.shape[1]} tokens, the model takes {longest} at most: cut them shorter"
+            f"calibration sequences have {ids.shape[1]} tokens, but the model takes at most {longest}: use shorter ones"
         )
     batch_size = batch_size or max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
     parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
@@ -80,24 +84,24 @@ def batches_of(
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
-    """Number of positions that a model has; None if its configuration does not say."""
+    """Maximum number of positions of a model; None if its configuration does not say."""
     return positions_of(model.config)
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
-    """Number of positions by a model's configuration; None if it does not say."""
+    """Maximum number of positions according to a model's configuration; None if it does not say."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def check_positions(longest: int | None, length: int, option: str = "--length") -> None:
-    """Raise ValueError for sequences that are longer than a model's number of positions, if that is known."""
+    """Raise ArgumentError if sequences are longer than the model's number of positions (None: unknown, not checked)."""
     if longest is not None and length > longest:
-        raise ArgumentError(f"{option} {length} is more than the model's {longest} positions: give a smaller one")
+        raise ArgumentError(f"{option} {length} is more than the model's {longest} positions: use a smaller number")
 
 
 def trial_ids(model: PreTrainedModel) -> torch.Tensor:
-    """int64 [1, TRIAL_LENGTH], the first ids of the vocabulary, where the model's embedding is."""
+    """The first ids of the vocabulary, int64 [1, TRIAL_LENGTH], on the device of the model's embedding."""
     return torch.arange(TRIAL_LENGTH, device=_embedding(model).device)[None]
 
 
@@ -115,12 +119,12 @@ def _ids_and_mask(calibration: torch.Tensor | CalibrationSet | None) -> tuple[to
         )
     if ids.numel() == 0:
         raise ArgumentError(
-            f"calibration of shape {tuple(ids.shape)} is empty: give at least one sequence of one token"
+            f"calibration of shape {tuple(ids.shape)} is empty: give at least one sequence with one token"
         )
     if mask is None:
         return ids, None
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or mask.dtype != torch.bool:
         raise ArgumentError(f"calibration.mask must be bool of shape {tuple(ids.shape)}, True for real tokens")
     if not mask.any(1).all():
-        raise ArgumentError(f"calibration sequence {int((~mask.any(1)).nonzero()[0])} is all padding: leave it out")
+        raise ArgumentError(f"calibration sequence {int((~mask.any(1)).nonzero()[0])} is all padding: remove it")
     return ids, None if mask.all() else mask

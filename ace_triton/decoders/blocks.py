@@ -1,4 +1,4 @@
-"""Finds the decoder blocks of a model, and the linear layers in them, by structure and not by family name."""
+"""Finds the decoder blocks of a model, and their linear layers, by structure instead of by family name."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ class Block:
     """One decoder block.
 
     Attributes:
-        name: its dotted name in the model.
-        module: the block.
+        name: dotted name in the model.
+        module: the module of the block.
     """
 
     name: str
     module: nn.Module
 
     def path_to(self, layer_name: str) -> list[str]:
-        """The parts of a layer's dotted name from the block on."""
+        """The parts of a layer's dotted name after the block's name."""
         return layer_name.removeprefix(f"{self.name}.").split(".")
 
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
-    """The decoder blocks, in the order in which they run.
+    """Find the decoder blocks, in the order in which they run.
 
-    They are the members of the outermost ``nn.ModuleList`` that holds linear layers (lists of experts lie inside
-    blocks). A list of bare linear layers holds heads or projections, no blocks. If several lists remain, a forward of a
-    few tokens tells: blocks are the members that run, of all lists, in the order of their first calls. If that forward
-    fails, they are the members of the list with the most parameters. In a model with several towers only the text
-    decoder is looked at.
+    Blocks are the members of an outermost ``nn.ModuleList`` that contains linear layers (lists of experts are nested in
+    blocks). A list of bare linear layers is ignored: it contains heads or projections. If several lists remain, a
+    forward of a few tokens decides: blocks are the members of any list that run, in the order of their first calls. If
+    that forward fails, blocks are the members of the list with the most parameters. If the model has several towers,
+    only the text decoder is searched.
 
     Raises:
-        ValueError: an encoder-decoder, or a model without such a list.
+        ArgumentError: if the model is an encoder-decoder, or has no such list.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ArgumentError(f"{type(model).__name__} is an encoder-decoder; only causal decoders can be pruned")
     lists = _outermost_lists(model, inside=model.get_decoder()) or _outermost_lists(model, inside=model)
     if not lists:
         raise ArgumentError(
-            f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers; is it a decoder, and in "
-            "floating point? (layers of some quantised checkpoints are no nn.Linear)"
+            f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers; load a causal decoder in "
+            "floating point (some quantized checkpoints have other layers)"
         )
     members = {name: [Block(f"{name}.{i}", module) for i, module in enumerate(lists[name])] for name in lists}
     if len(members) == 1:
@@ -82,17 +82,17 @@ def _outermost_lists(model: nn.Module, inside: nn.Module) -> dict[str, nn.Module
 
 
 def _in_order_of_calls(model: PreTrainedModel, blocks: Iterable[Block]) -> list[Block]:
-    """Those of some blocks that run in a forward of a few tokens, by their first call; none if the forward fails."""
+    """The blocks that run in a forward of a few tokens, in the order of first calls; none if the forward fails."""
     by_module = {block.module: block for block in blocks}
     called: dict[nn.Module, Block] = {}
 
-    def note(module: nn.Module, _args: object) -> None:
+    def record_call(module: nn.Module, _args: object) -> None:
         called.setdefault(module, by_module[module])
 
     try:
         with calibration_mode(model), ExitStack() as hooks:
             for module in by_module:
-                hooks.callback(module.register_forward_pre_hook(note).remove)
+                hooks.callback(module.register_forward_pre_hook(record_call).remove)
             model(input_ids=trial_ids(model), use_cache=False)
     except Exception as error:
         raise_if_out_of_memory(error)
@@ -101,14 +101,14 @@ def _in_order_of_calls(model: PreTrainedModel, blocks: Iterable[Block]) -> list[
 
 
 def linears_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers (``nn.Linear``, Conv1D) in a module whose dotted name is ``name``, in order."""
+    """The linear layers (``nn.Linear``, Conv1D) in a module with dotted name ``name``, in order of definition."""
     for path, child in module.named_modules(prefix=name):
         if linear_weight(child) is not None:
             yield path, child
 
 
 def stacks_of(module: nn.Module, name: str = "") -> list[Stack]:
-    """The weights of three dimensions in a module whose dotted name is ``name``, convolutions apart: experts mostly."""
+    """The three-dimensional weights, usually experts, in a module with dotted name ``name``; without convolutions."""
     return [
         Stack(f"{path}.{key}", parameter, getattr(child, "is_concatenated", True))
         for path, child in module.named_modules(prefix=name)
@@ -119,9 +119,12 @@ def stacks_of(module: nn.Module, name: str = "") -> list[Stack]:
 
 
 def possible_stacks(module: nn.Module, name: str = "") -> list[Stack]:
-    """The weights in a module that may hold experts: :func:`stacks_of`; three-dimensional parameters with a single
-    matrix (one shared expert); and two-dimensional parameters of modules that are no layers (DBRX has its experts one
-    below the other). A trial tells which do."""
+    """The weights in a module that may contain experts.
+
+    These are the stacks of :func:`stacks_of`, three-dimensional parameters with a single matrix (one shared expert),
+    and two-dimensional parameters of modules that are not linear layers (DBRX stores experts one below the other).
+    :func:`~ace_triton.decoders.experts.find_layouts` finds out which of them do.
+    """
     found = stacks_of(module, name)
     known = {stack.name for stack in found}
     for path, child in module.named_modules(prefix=name):
@@ -133,10 +136,10 @@ def possible_stacks(module: nn.Module, name: str = "") -> list[Stack]:
 
 
 def routers(block: Block) -> set[str]:
-    """Names of the layers that choose or weigh experts: linear layers, and modules with a matrix called weight.
+    """Names of the layers that select or weight experts: linear layers, and modules with a matrix called ``weight``.
 
-    Such a layer has "router" in its name or in its class's, or stands alone beside experts in one module and has one
-    output for each of them, or a single one (the gate of a shared expert).
+    A router has "router" in its name or in the name of its class. Or a module contains experts, and the router is the
+    only layer in another child of that module, with one output per expert or one output (the gate of a shared expert).
     """
     found = {
         path
@@ -158,7 +161,7 @@ def routers(block: Block) -> set[str]:
 
 
 def _matrices_in(module: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The weights [out_features, in_features] of linear layers, and of others that call a matrix their weight."""
+    """The weights [out_features, in_features] of linear layers, and other matrices called ``weight``."""
     found = {}
     for path, child in module.named_modules(prefix=name):
         weight = linear_weight(child)
@@ -170,7 +173,7 @@ def _matrices_in(module: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def _experts_in(module: nn.Module) -> dict[str, int]:
-    """Children that hold experts, with the number of them."""
+    """Number of experts by name of the child module that contains them."""
     experts = {}
     for name, child in module.named_children():
         stacked = [p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1]
@@ -182,11 +185,11 @@ def _experts_in(module: nn.Module) -> dict[str, int]:
 
 
 def adapters(module: nn.Module, name: str = "") -> set[str]:
-    """Names of the linear layers of low rank that are added to another layer's output, as LoRA's A and B are.
+    """Names of the low-rank linear layers whose output is added to that of another layer, such as LoRA's A and B.
 
-    Such a pair leads from the inputs of a layer to its outputs through fewer channels than either, and lies in
-    containers beside that layer in a module that holds no other layer (peft), or below the layer itself. Layers with
-    a ``lora_`` in their path are adapters too.
+    Such a pair maps the inputs of a base layer to its outputs through fewer channels than either has. The pair is in
+    containers beside the base layer, in a module without other layers (peft), or below the base layer itself. Layers
+    with ``lora_`` in their path are adapters too.
     """
     linears = dict(linears_of(module, name))
     found = {path for path in linears if any(part.lower().startswith("lora_") for part in path.split("."))}
@@ -219,9 +222,9 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def in_attention(block: Block, layer_name: str) -> bool:
-    """Whether a layer lies in a module of the block that mixes tokens: one whose forward takes a mask.
+    """True if a layer is inside a module of the block whose forward takes a mask, which means that it mixes tokens.
 
-    An expert of a stack is named below the module that holds the stack, and has none of its own.
+    The name of an expert in a stack has no module of its own; the search stops at the module that contains the stack.
     """
     module = block.module
     for part in block.path_to(layer_name)[:-1]:
@@ -235,21 +238,21 @@ def in_attention(block: Block, layer_name: str) -> bool:
 
 
 def finished_modules(block: Block, names: Iterable[str], rest: Iterable[str]) -> list[nn.Module]:
-    """Modules directly below a block, no layers themselves, that hold some of its layers and none of ``rest``."""
-    held = {child for child, *below in map(block.path_to, names) if below}
+    """Direct children of a block that contain some layers in ``names`` and none in ``rest``; never layers."""
+    with_layers = {child for child, *below in map(block.path_to, names) if below}
     pending = {block.path_to(name)[0] for name in rest}
-    return [child for name, child in block.module.named_children() if name in held - pending]
+    return [child for name, child in block.module.named_children() if name in with_layers - pending]
 
 
 def gated_consumers(layers: dict[str, nn.Module], groups: list[list[str]]) -> dict[str, str]:
-    """For gate and up projections, the name of the down projection that their product feeds.
+    """Map gate and up projections to the down projection that reads their product, by name.
 
-    Two layers of one module that share an input, and have as many outputs each as a third layer of it has
-    inputs, are gate and up; so is one layer with twice as many (both fused, one half after the other).
+    Two layers of one module are gate and up if they share an input, and each has as many outputs as a third layer of
+    the module has inputs. One layer with twice as many outputs is a fused gate and up, one half after the other.
 
     Args:
-        layers: the linear layers of one block by name, those of attention left out.
-        groups: names of layers that read the same tensor.
+        layers: linear layers of one block outside attention, by name.
+        groups: names of layers that read the same tensor, group by group.
     """
     outs, ins = {}, {}
     for name, layer in layers.items():

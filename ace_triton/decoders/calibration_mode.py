@@ -12,7 +12,10 @@ from torch import nn
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode, no key-value cache, one expert at a time; what was set before is set again."""
+    """A context without gradients and key-value cache, in evaluation mode, with experts run one by one.
+
+    All settings are restored at exit.
+    """
     training = {module: module.training for module in model.modules()}
     configs: dict[int, Any] = {
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")
@@ -23,7 +26,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         model.eval()
         for config, name, _ in before:
             setattr(config, name, settings[name])
-        # Tensors of inference mode have no versions, by which one overwritten in place is known.
+        # Tensors created in inference mode have no version counter, which detects changes in place.
         with torch.inference_mode(False), torch.no_grad():
             yield
     finally:

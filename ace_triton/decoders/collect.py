@@ -1,4 +1,4 @@
-"""Collects activation statistics from hooks on linear layers, once for every distinct input."""
+"""Collects activation statistics by hooks on linear layers, once per distinct input tensor."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..statistics.gram import Gram
 from ..statistics.outputs import OutputStats, update_outputs
 from ..statistics.token_sample import TokenSample
 from ..timing import Stopwatch
-from .experts import watch_experts
+from .experts import observe_experts
 
 
 @dataclass(eq=False)
 class _Group:
-    """Layers that share an input, and its statistics."""
+    """Layers that share an input, and the statistics of that input."""
 
     names: list[str]
     stats: ActivationStats
@@ -33,53 +33,55 @@ class _Group:
 
 @dataclass(eq=False)
 class _Reading:
-    """A tensor that a group read in this batch; outputs wait here until they can be processed together.
+    """A tensor that a group of layers read in the current batch, with pending outputs of these layers.
 
     Attributes:
-        version: the tensor's version counter when it was read: a higher one means changed in place.
-        founding: whether the group was founded by this reading, and takes new members.
-        names: who read it.
-        before: the group's statistics without this tensor, if the group was founded in this batch by another one.
-        outputs: by layer, with their version.
+        tensor: the tensor that was read.
+        version: version counter of the tensor when it was read. A higher one means that it was changed in place.
+        group: the layers that share this input.
+        is_first: True if this is the first tensor of the group. Only then may other layers join the group.
+        names: names of the layers that read this tensor.
+        before: the group's statistics without this tensor, if another tensor created the group in this batch.
+        outputs: pending outputs by layer, each with its version counter.
     """
 
     tensor: torch.Tensor
     version: int
     group: _Group
-    founding: bool
+    is_first: bool
     names: set[str]
     before: ActivationStats | None = None
     outputs: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
-    def is_of(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is the one that was read, unchanged."""
-        mine = self.tensor
+    def matches(self, tensor: torch.Tensor) -> bool:
+        """True if ``tensor`` is the tensor that was read, and unchanged since."""
+        own = self.tensor
         return self.version == tensor._version and (
-            mine is tensor
+            own is tensor
             or (
-                mine.data_ptr() == tensor.data_ptr()
-                and mine.shape == tensor.shape
-                and mine.stride() == tensor.stride()
-                and mine.dtype == tensor.dtype
+                own.data_ptr() == tensor.data_ptr()
+                and own.shape == tensor.shape
+                and own.stride() == tensor.stride()
+                and own.dtype == tensor.dtype
             )
         )
 
 
-class _AllRead(Exception):
-    """Every layer has read its input in this batch, and written its output where that is wanted."""
+class _AllCollected(Exception):
+    """Ends a run early: the input of every layer, and its output if needed, is collected for this batch."""
 
 
 class InputCollector:
-    """Statistics of what some linear layers read and, where the metric needs it, write.
+    """Collects statistics of the inputs of linear layers and, if the metric needs them, of their outputs.
 
-    Layers that read the very same tensors in the first batch that reaches them form a group with one
-    :class:`ActivationStats`, updated once a batch.
+    Layers that read the same tensors in the first batch that reaches them form a group. A group shares one
+    :class:`ActivationStats`, updated once per tensor.
 
     Args:
-        layers: by name.
-        needs: what is wanted of them.
-        clock: whose "statistics" count.
-        each_once: it is known that no batch calls a layer twice.
+        layers: linear layers by name.
+        needs: the statistics that the metric needs.
+        clock: measures the time spent here as "statistics".
+        each_once: True if it is known that no batch calls a layer more than once.
     """
 
     def __init__(
@@ -94,27 +96,27 @@ class InputCollector:
         self._readings: list[_Reading] = []
         self._shape = (0, 0)
         self._valid: torch.Tensor | None = None
-        self._read: list[str] = []
+        self._calls: list[str] = []
         self.each_once = each_once
         self._leave_early = False
 
     @property
-    def reading(self) -> bool:
-        """Whether a layer has read its input in this batch."""
-        return bool(self._read)
+    def has_read(self) -> bool:
+        """True if a layer has read its input in the current batch."""
+        return bool(self._calls)
 
     @property
     def groups(self) -> list[list[str]]:
-        """Names of the layers that share an input, in order of first use."""
+        """Names of the layers of each group, in the order in which groups first read an input."""
         return [group.names for group in dict.fromkeys(self._group_of.values())]
 
     def statistics(self, name: str) -> ActivationStats | None:
-        """A layer's statistics; None where no token reached it."""
+        """A layer's statistics; None if no token reached it."""
         group = self._group_of.get(name)
         return None if group is None else group.stats.with_outputs(self._outputs.get(name))
 
     def reorder_inputs(self, name: str, order: torch.Tensor) -> None:
-        """Put a layer's input channels in another order, for all layers that share them."""
+        """Reorder the input channels of a layer, and of all layers in its group, in the statistics."""
         group = self._group_of[name]
         group.stats.reorder(order)
         for member in group.names:
@@ -122,51 +124,52 @@ class InputCollector:
                 self._outputs[member].reorder(inputs=order)
 
     def reorder_outputs(self, name: str, order: torch.Tensor) -> None:
-        """Put a layer's output channels in another order."""
+        """Reorder a layer's output channels in the statistics."""
         if name in self._outputs:
             self._outputs[name].reorder(outputs=order)
 
     @contextmanager
     def batch(self, shape: tuple[int, int], valid: torch.Tensor | None, *, leave_early: bool = False) -> Iterator[None]:
-        """Watch the layers while one batch runs.
+        """Collect the statistics of one batch, which runs inside this context.
 
         Args:
             shape: n_sequences and length of the batch.
-            valid: bool of that shape, False for padding; None where there is none. It is applied to inputs
-                with a row for every token of the batch, whatever their shape; others (the tokens routed to
-                one expert) count as one sequence without padding.
-            leave_early: nothing is wanted but the statistics: what runs inside is left, by an exception that goes no
-                further than this, as soon as the last layer has read its input, or written its output where that is
-                wanted. Where it is not known that each is called once, the first batch runs whole and shows it.
+            valid: bool of that shape, False for padding; None if there is no padding. It applies to every input with
+                one row per token of the batch, in any shape. Other inputs (the tokens routed to one expert) count as
+                one sequence without padding.
+            leave_early: end the run as soon as the last layer is collected, by an exception that this context
+                suppresses. If :attr:`each_once` is still False, the first batch runs to its end to find out.
 
         Raises:
-            PruneError: layers that shared an input before do not in this batch, an input was overwritten
-                before its statistics were complete, or outputs hold NaN or infinity.
+            PruneError: if layers that shared an input in an earlier batch do not share it in this one, if an input is
+                overwritten before its statistics are complete, or if outputs contain NaN or infinity.
         """
-        self._shape, self._valid, self._read = shape, valid, []
+        self._shape, self._valid, self._calls = shape, valid, []
         self._leave_early = leave_early and self.each_once
-        handles = [self._watch(module) for module in self._layers.values()]
+        handles = [self._register_hook(module) for module in self._layers.values()]
         try:
             with (
-                suppress(_AllRead),
-                watch_experts(self._layers, lambda layer, tokens, output: self._see(layer, (tokens,), {}, output)),
+                suppress(_AllCollected),
+                observe_experts(
+                    self._layers, lambda layer, tokens, output: self._collect(layer, (tokens,), {}, output)
+                ),
             ):
                 yield
-            self.each_once = len(set(self._read)) == len(self._read)
+            self.each_once = len(set(self._calls)) == len(self._calls)
             with self._clock.measure("statistics"):
-                self._settle()
-            self._check_groups()
+                self._process_outputs()
+            self._split_groups()
         finally:
             for handle in handles:
                 handle.remove()
             self._readings = []
 
-    def _watch(self, module: nn.Module) -> RemovableHandle:
+    def _register_hook(self, module: nn.Module) -> RemovableHandle:
         if self._needs.outputs:
-            return module.register_forward_hook(self._see, with_kwargs=True)
-        return module.register_forward_pre_hook(self._see, with_kwargs=True)
+            return module.register_forward_hook(self._collect, with_kwargs=True)
+        return module.register_forward_pre_hook(self._collect, with_kwargs=True)
 
-    def _see(
+    def _collect(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor | None = None
     ) -> None:
         name = self._names[module]
@@ -174,27 +177,28 @@ class InputCollector:
         if tensor.numel() == 0:
             return
         with self._clock.measure("statistics"):
-            reading = self._reading_of(name, tensor)
+            reading = self._add_input(name, tensor)
             if self._needs.outputs and output is not None:
                 reading.outputs[name] = (output, output._version)
-        self._read.append(name)
-        if self._leave_early and len(self._read) == len(self._layers):
-            raise _AllRead
+        self._calls.append(name)
+        if self._leave_early and len(self._calls) == len(self._layers):
+            raise _AllCollected
 
-    def _reading_of(self, name: str, tensor: torch.Tensor) -> _Reading:
+    def _add_input(self, name: str, tensor: torch.Tensor) -> _Reading:
+        """Add an input to the statistics of the layer's group, unless another layer of the group has added it."""
         group = self._group_of.get(name)
         for reading in self._readings:
-            joins = reading.founding if group is None else reading.group is group and name not in reading.names
-            if joins and reading.is_of(tensor):
+            may_join = reading.is_first if group is None else reading.group is group and name not in reading.names
+            if may_join and reading.matches(tensor):
                 if group is None:
                     reading.group.names.append(name)
                     self._group_of[name] = reading.group
                 reading.names.add(name)
                 return reading
-        self._settle()
-        founding = group is None
-        new = any(reading.founding and reading.group is group for reading in self._readings)
-        before = copy.deepcopy(group.stats) if group is not None and new else None
+        self._process_outputs()
+        is_first = group is None
+        is_new_group = any(reading.is_first and reading.group is group for reading in self._readings)
+        before = copy.deepcopy(group.stats) if group is not None and is_new_group else None
         if group is None:
             width = tensor.shape[-1]
             gram = Gram(width) if self._needs.gram else None
@@ -202,12 +206,12 @@ class InputCollector:
             group = self._group_of[name] = _Group([name], ActivationStats(width, gram=gram, sample=sample))
         tokens, valid = self._sequences(tensor)
         group.stats.update(tokens, valid=valid)
-        reading = _Reading(tensor, tensor._version, group, founding, {name}, before)
+        reading = _Reading(tensor, tensor._version, group, is_first, {name}, before)
         self._readings.append(reading)
         return reading
 
-    def _settle(self) -> None:
-        """Process the outputs that wait."""
+    def _process_outputs(self) -> None:
+        """Add the pending outputs to the statistics."""
         for reading in self._readings:
             if not reading.outputs:
                 continue
@@ -215,8 +219,8 @@ class InputCollector:
             names = list(reading.outputs)
             if reading.version != reading.tensor._version:
                 raise PruneError(
-                    f"{names[0]}: its input is overwritten in place right after it is read, so output-aware "
-                    "metrics cannot follow it; use a metric without outputs (wanda, ria, varp)"
+                    f"{names[0]}: its input is overwritten in place right after it is read, so metrics that need "
+                    "outputs cannot be used; use a metric that needs only inputs (wanda, ria, varp)"
                 )
             outputs = []
             for name, (output, version) in reading.outputs.items():
@@ -230,7 +234,10 @@ class InputCollector:
             reading.outputs.clear()
 
     def _sequences(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """An input as [n_sequences, length, in_features] with its padding, as far as it still shows them."""
+        """An input as [n_sequences, length, in_features], and its padding mask.
+
+        An input without one row per token of the batch becomes one sequence without padding.
+        """
         tensor = as_kernel_dtype(tensor)
         n_sequences, length = self._shape
         rows = tensor.numel() // tensor.shape[-1]
@@ -242,8 +249,8 @@ class InputCollector:
             valid = valid.repeat_interleave(rows // (n_sequences * length), dim=1)
         return tensor.reshape(n_sequences, -1, tensor.shape[-1]), valid
 
-    def _check_groups(self) -> None:
-        """Divide each group that did not read its tensors together in the batch that founded it."""
+    def _split_groups(self) -> None:
+        """Split each new group whose layers did not read all its tensors together; PruneError for an older group."""
         for group in dict.fromkeys(reading.group for reading in self._readings):
             readings = [reading for reading in self._readings if reading.group is group]
             partial = [reading for reading in readings if len(reading.names) < len(group.names)]
@@ -254,8 +261,8 @@ class InputCollector:
             alike = all(reading.names == names for reading in partial)
             if before is None or not alike or readings[-len(partial) :] != partial:
                 raise PruneError(
-                    f"{', '.join(sorted(names))} and {', '.join(sorted(others))} read one tensor in an "
-                    "earlier batch and not in this one, so their statistics cannot be shared; prune one after the "
+                    f"{', '.join(sorted(names))} and {', '.join(sorted(others))} read the same tensor in an "
+                    "earlier batch but not in this one, so they cannot share statistics; prune one after the "
                     "other with include="
                 )
             group.names = [name for name in group.names if name in names]

@@ -1,4 +1,4 @@
-"""Experts of a mixture whose weights are stacked in one parameter, as linear layers of their own."""
+"""Presents experts whose weights are stacked in one parameter as separate linear layers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ PRODUCTS = frozenset(
     {torch.matmul, torch.mm, torch.bmm}
     | {torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm}
 )
-"""Products with a second factor [in, out]; that of F.linear is [out, in]."""
+"""Products whose second factor is [in_features, out_features]. That of F.linear is [out_features, in_features]."""
 
 
 class ExpertLinear(nn.Linear):
-    """One expert's share of a stack: weight [out_features, in_features] is a view of it, so pruned with it.
+    """One expert of a stack. Its weight [out_features, in_features] is a view, so pruning it prunes the stack.
 
-    The stack's own bias, where the mixture has one, is added elsewhere: outputs are seen without it.
+    The layer has no bias. If a mixture has biases, it adds them after the product, so collected outputs exclude them.
 
     Args:
         matrix: a view of the stack, [out_features, in_features], or [in_features, out_features] if ``transposed``.
+        transposed: True if ``matrix`` is [in_features, out_features].
     """
 
     def __init__(self, matrix: torch.Tensor, *, transposed: bool) -> None:
@@ -40,7 +41,7 @@ class Layout:
     """How the matrices of a stack are stored.
 
     Attributes:
-        rows: of one matrix.
+        rows: number of rows of one matrix.
         transposed: True if a matrix is [in_features, out_features].
     """
 
@@ -50,12 +51,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stack:
-    """A parameter that holds the same matrix of every expert of a mixture.
+    """A parameter that contains one matrix of every expert of a mixture.
 
     Attributes:
-        name: its dotted name in the model.
+        name: dotted name in the model.
         weight: [n_experts, rows, columns]; or [n_experts * rows, columns], one matrix below the other (DBRX).
-        concatenated: False where gate and up alternate in one matrix.
+        concatenated: False if gate and up are interleaved in one matrix.
     """
 
     name: str
@@ -63,16 +64,16 @@ class Stack:
     concatenated: bool = True
 
     def expert_name(self, index: int) -> str:
-        """``...experts.7.down_proj`` for ``...experts.down_proj``."""
+        """Name of an expert: ``...experts.7.down_proj`` for the stack ``...experts.down_proj``."""
         module, _, matrix = self.name.rpartition(".")
         return f"{module}.{index}.{matrix}"
 
     def linears(self, *, transposed: bool, rows: int | None = None) -> dict[str, ExpertLinear]:
-        """Its experts by name.
+        """The experts as linear layers, by name.
 
         Args:
             transposed: True if a matrix is [in_features, out_features].
-            rows: of one matrix, for a weight of two dimensions.
+            rows: number of rows of one matrix. Needed only for a weight of two dimensions.
         """
         weight = self.weight.detach()
         matrices = weight if rows is None or weight.dim() == 3 else weight.unflatten(0, (-1, rows))
@@ -83,7 +84,10 @@ class Stack:
 
 
 class _Products(TorchFunctionMode):
-    """Reports every matrix product, as (inputs, weight, whether that is [..., in, out], outputs)."""
+    """Calls ``report(inputs, weight, transposed, outputs)`` for each matrix product.
+
+    ``transposed`` is True if ``weight`` is [..., in_features, out_features].
+    """
 
     def __init__(self, report: Callable[[torch.Tensor, torch.Tensor, bool, torch.Tensor], None]) -> None:
         super().__init__()
@@ -100,34 +104,39 @@ class _Products(TorchFunctionMode):
 
 
 def find_layouts(run: Callable[[], object], stacks: Iterable[Stack]) -> dict[str, Layout]:
-    """How a model multiplies by its stacks, by name; a stack that no product reads has no entry.
+    """Find the layout of stacks from the matrix products in a forward of the model.
 
     Args:
-        run: a forward of the model that reaches every block, with eager experts.
-        stacks: stacks, and weights of two dimensions that may be: they have an entry if a product reads an equal part
-            of their rows.
+        run: runs a forward of the model that reaches every block, with eager experts.
+        stacks: stacks, and weights of two dimensions that may be stacks.
+
+    Returns:
+        layouts by name of the stack. A stack that no product reads has no entry. A weight of two dimensions has an
+        entry only if a product reads one of several equal parts of its rows.
     """
     by_memory: dict[int, list[Stack]] = {}
     for stack in stacks:
         by_memory.setdefault(stack.weight.untyped_storage().data_ptr(), []).append(stack)
     found: dict[str, Layout] = {}
 
-    def look(tokens: torch.Tensor, weight: torch.Tensor, transposed: bool, output: torch.Tensor) -> None:
+    def find(tokens: torch.Tensor, weight: torch.Tensor, transposed: bool, output: torch.Tensor) -> None:
         for stack in by_memory.get(weight.untyped_storage().data_ptr(), ()):
             layout = _layout(stack.weight, weight, transposed)
             if layout is not None:
                 found[stack.name] = layout
 
-    with _Products(look):
+    with _Products(find):
         run()
     return found
 
 
 def _layout(stack: torch.Tensor, factor: torch.Tensor, transposed: bool) -> Layout | None:
-    """The layout of a stack of which ``factor`` is one matrix or more; None if it is none of its matrices.
+    """The layout of a stack if ``factor`` is one or more of its matrices, else None.
 
     Args:
-        factor: second factor of a product, [..., in_features, out_features] if ``transposed``.
+        stack: the weight of the stack.
+        factor: second factor of a product.
+        transposed: True if ``factor`` is [..., in_features, out_features].
     """
     if factor.dim() not in (2, 3):
         return None
@@ -145,16 +154,16 @@ def _layout(stack: torch.Tensor, factor: torch.Tensor, transposed: bool) -> Layo
     return Layout(rows, transposed == (stored is factor))
 
 
-def watch_experts(
-    layers: Mapping[str, nn.Module], see: Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
+def observe_experts(
+    layers: Mapping[str, nn.Module], report: Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
 ) -> AbstractContextManager[object]:
-    """A context in which ``see(layer, inputs, outputs)`` is called for each product with an expert of ``layers``.
+    """A context in which ``report(layer, inputs, outputs)`` is called for each product with an expert of ``layers``.
 
-    Where there is none nothing is watched: every torch function costs a call more in there.
+    Without experts in ``layers`` the context does nothing, because observing adds a call to every torch function.
     """
     experts = {layer.weight.data_ptr(): layer for layer in layers.values() if isinstance(layer, ExpertLinear)}
 
-    def look(tokens: torch.Tensor, weight: torch.Tensor, transposed: bool, output: torch.Tensor) -> None:
+    def find(tokens: torch.Tensor, weight: torch.Tensor, transposed: bool, output: torch.Tensor) -> None:
         if weight.dim() not in (2, 3):
             return
         stacked = weight.dim() == 3
@@ -162,6 +171,6 @@ def watch_experts(
             layer = experts.get(matrix.data_ptr())
             if layer is None or matrix.shape != (layer.weight.t() if transposed else layer.weight).shape:
                 return
-            see(layer, tokens[index] if stacked else tokens, output[index] if stacked else output)
+            report(layer, tokens[index] if stacked else tokens, output[index] if stacked else output)
 
-    return _Products(look) if experts else nullcontext()
+    return _Products(find) if experts else nullcontext()

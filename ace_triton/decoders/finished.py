@@ -1,4 +1,4 @@
-"""Outputs of a block's modules that pruning is done with, so that later runs of the block need not compute them."""
+"""Caches outputs of a block's fully pruned modules, so that later runs of the block need not compute them."""
 
 from __future__ import annotations
 
@@ -9,65 +9,65 @@ from typing import Any
 import torch
 from torch import nn
 
-from .collect import InputCollector
+from .watcher import Watcher
 
 
 class FinishedOutputs:
-    """What finished modules of one block gave, by batch.
+    """Cached outputs of the finished modules of one block, by module and batch.
 
-    An output is kept where no watched layer had read its input yet: what is still to be pruned comes later then, and
-    cannot change it. Of a tuple the first tensor is kept, with None for the rest (attention's weights, which no
-    block should need): of attention as much memory as the calibration set's hidden states take.
+    An output is cached only if the module ran before every layer still to be pruned, so later pruning cannot change it.
+    If a module returns a tuple, only its first tensor is cached; the rest is replaced by None (attention weights, which
+    blocks rarely read). The cached outputs of attention take as much memory as the calibration set's hidden states.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[nn.Module, dict[int, Any]] = {}
+        self._cache: dict[nn.Module, dict[int, Any]] = {}
 
-    def forget(self) -> None:
-        """Drop all of it."""
-        self._kept.clear()
+    def clear(self) -> None:
+        """Remove all outputs from the cache."""
+        self._cache.clear()
 
-    def of(self, modules: Sequence[nn.Module], number: int) -> list[nn.Module]:
-        """The modules whose output for batch ``number`` is kept."""
-        return [module for module in modules if number in self._kept.get(module, ())]
+    def cached_for(self, modules: Sequence[nn.Module], number: int) -> list[nn.Module]:
+        """Those of ``modules`` whose output for batch ``number`` is cached."""
+        return [module for module in modules if number in self._cache.get(module, ())]
 
     @contextmanager
-    def kept(self, modules: Sequence[nn.Module], number: int, collector: InputCollector) -> Iterator[None]:
-        """Inside, batch ``number`` runs and outputs are kept.
+    def caching(self, modules: Sequence[nn.Module], number: int, watcher: Watcher) -> Iterator[None]:
+        """A context in which batch ``number`` runs and outputs are cached.
 
         Args:
-            modules: finished.
-            number: of the batch.
-            collector: watches the layers whose turn it is.
+            modules: finished modules.
+            number: index of the batch.
+            watcher: watches the layers still to be pruned.
         """
 
-        def note(module: nn.Module, _args: Any, output: Any) -> None:
-            whole = output if isinstance(output, tuple) else (output,)
-            if not collector.reading and whole and isinstance(whole[0], torch.Tensor):
-                short = (whole[0], *[None] * (len(whole) - 1))
-                self._kept.setdefault(module, {})[number] = short if isinstance(output, tuple) else short[0]
+        def cache(module: nn.Module, _args: Any, output: Any) -> None:
+            values = output if isinstance(output, tuple) else (output,)
+            if not watcher.has_read and values and isinstance(values[0], torch.Tensor):
+                cached = (values[0], *[None] * (len(values) - 1)) if isinstance(output, tuple) else output
+                self._cache.setdefault(module, {})[number] = cached
 
         with ExitStack() as hooks:
             for module in modules:
-                hooks.callback(module.register_forward_hook(note).remove)
+                hooks.callback(module.register_forward_hook(cache).remove)
             yield
 
     @contextmanager
-    def reused(self, modules: Sequence[nn.Module], number: int) -> Iterator[None]:
-        """Inside, the modules give what they gave for batch ``number``, whatever they are called with."""
+    def reusing(self, modules: Sequence[nn.Module], number: int) -> Iterator[None]:
+        """A context in which the modules return their cached outputs for batch ``number``, for any arguments."""
         with ExitStack() as replaced:
             for module in modules:
-                replaced.enter_context(forward_replaced(module, _giving(self._kept[module][number])))
+                replaced.enter_context(forward_replaced(module, _returning(self._cache[module][number])))
             yield
 
 
-def _giving(output: Any) -> Callable[..., Any]:
+def _returning(output: Any) -> Callable[..., Any]:
     return lambda *_args, **_kwargs: output
 
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a call of the module is one of ``forward``."""
+    """A context in which ``forward`` replaces the module's own forward."""
     own = vars(module).get("forward")
     module.forward = forward  # type: ignore[method-assign]
     try:

@@ -1,4 +1,4 @@
-"""Keeps a model's weights as they were loaded, though its own forward changes them."""
+"""Restores a model's loaded weights if its own forward changes them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @contextmanager
 def weights_as_loaded(model: nn.Module) -> Iterator[None]:
-    """A context in which the model may run; at its end, changes that the model made to its own weights are taken back.
+    """A context in which the model may run; at exit, changes that the model made to its own weights are reverted.
 
-    RWKV divides some weights by powers of two in its first forward, in place, and notes that in an attribute. What is
-    pruned inside is then multiplied by the same powers, which is exact, and plain attributes (numbers, flags, texts) of
-    the modules are set as they were: the model is as if it had never run.
+    RWKV divides some weights by powers of two in its first forward, in place, and records that in an attribute. At exit
+    those weights, pruned or not, are multiplied by the same powers, which is exact. Plain attributes (numbers, flags,
+    strings) of the modules are restored.
 
     Raises:
-        ValueError: from the model's first forward inside, if a parameter changed by anything but a power of two. Its
-            weights are as before.
+        ArgumentError: raised by the model's first forward in the context if a parameter changed other than by a power
+            of two. The weights are restored first.
     """
     guard = _Guard(model)
     own = vars(model).get("forward")
     forward = model.forward
     if callable(forward):
-        model.forward = guard.watching(forward)  # type: ignore[method-assign]
+        model.forward = guard.guarded(forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -46,30 +46,30 @@ def weights_as_loaded(model: nn.Module) -> Iterator[None]:
 
 
 class _Guard:
-    """Notes what the first forward of a model changes."""
+    """Records the changes that the first forward of a model makes to its weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._plain = {module: _plain_attributes(module) for module in model.modules()}
         self._factors: dict[nn.Parameter, float] = {}
-        self._known = False
+        self._has_run = False
 
-    def watching(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward, watched until one call of it has shown what it changes."""
+    def guarded(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward, with the writes of its first call recorded."""
 
         @functools.wraps(forward)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if self._known:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if self._has_run:
                 return forward(*args, **kwargs)
             with _Writes(self._names) as writes:
                 try:
                     return forward(*args, **kwargs)
                 finally:
-                    self._settle(writes.before)
+                    self._find_factors(writes.before)
 
-        return watched
+        return recorded
 
-    def _settle(self, before: dict[nn.Parameter, torch.Tensor]) -> None:
+    def _find_factors(self, before: dict[nn.Parameter, torch.Tensor]) -> None:
         for parameter, loaded in before.items():
             factor = _power_of_two(parameter.detach(), loaded)
             if factor is None:
@@ -78,15 +78,15 @@ class _Guard:
                     changed.data.copy_(dense)
                 self._reset_attributes()
                 raise ArgumentError(
-                    f"{self._names[parameter]} is changed by the model's own forward, so the pruned weights would not "
-                    "be the loaded ones; use method='magnitude', or prune_linear for each layer"
+                    f"{self._names[parameter]} is changed by the model's own forward, so the pruned weights would "
+                    "differ from the loaded ones; use method='magnitude', or prune_linear for each layer"
                 )
             if factor != 1:
                 self._factors[parameter] = factor
-        self._known = True
+        self._has_run = True
 
     def restore(self) -> None:
-        """Take the changes back."""
+        """Revert the changes."""
         for parameter, factor in self._factors.items():
             parameter.data.div_(factor)
         if self._factors:
@@ -100,7 +100,7 @@ class _Guard:
 
 
 class _Writes(TorchDispatchMode):
-    """Keeps a copy of each parameter that an operation inside writes to, from before."""
+    """Copies each parameter before the first operation in the context that writes to it."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
@@ -123,14 +123,14 @@ class _Writes(TorchDispatchMode):
 
 @functools.cache
 def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
-    """Place and name of the arguments that an operation of torch writes to."""
+    """Position and name of each argument that a torch operation writes to."""
     schema = getattr(func, "_schema", None)
     arguments = enumerate(schema.arguments) if schema is not None else ()
     return tuple((place, a.name) for place, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _power_of_two(after: torch.Tensor, before: torch.Tensor) -> float | None:
-    """The power of two by which a tensor was multiplied, if that can be taken back to the bit; else None."""
+    """The power of two by which a tensor was multiplied, or None if dividing by it does not restore every bit."""
     if torch.equal(after, before):
         return 1.0
     largest = before.abs().argmax()

@@ -1,4 +1,4 @@
-"""Decides which layers of a model are pruned, in which units, and says why the others are not."""
+"""Decides which layers of a model are pruned, groups them into units, and gives the reason for each other layer."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ ROUTER = "routers stay dense"
 
 @dataclass(frozen=True)
 class Skipped:
-    """A weight that was left dense though it was not ruled out by name.
+    """A weight that stays dense although ``include`` and ``exclude`` allow pruning it.
 
     Attributes:
-        name: its layer's dotted name, or its own if no linear layer holds it.
-        reason: why.
-        parameters: how many.
-        share: of the model's parameters.
+        name: dotted name of its linear layer, or of the weight itself if no linear layer contains it.
+        reason: why the weight stays dense.
+        parameters: number of elements.
+        share: fraction of the model's parameters.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A weight of the decoder blocks that ``include`` and ``exclude`` ruled out.
+    """A weight of the decoder blocks that ``include`` or ``exclude`` rules out.
 
     Attributes:
         name: as in :class:`Skipped`.
-        parameters: how many.
+        parameters: number of elements.
     """
 
     name: str
@@ -60,7 +60,12 @@ class Excluded:
 
 @dataclass(frozen=True)
 class NameFilter:
-    """``include`` and ``exclude``: shell patterns on the dotted names of layers; None includes all blocks."""
+    """Selects layers by shell patterns on their dotted names.
+
+    Attributes:
+        include: patterns of layers to prune; None for all layers in the blocks.
+        exclude: patterns of layers to leave dense.
+    """
 
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
@@ -73,12 +78,15 @@ class NameFilter:
         exclude: str | Sequence[str] | None,
         experts: Sequence[str] = (),
     ) -> NameFilter:
-        """Checked against the names of linear layers and experts; ValueError for a pattern that matches none.
+        """Make a filter and check its patterns against the names of linear layers and experts.
 
         Args:
-            model: whose layers the patterns name.
+            model: the model with the named layers.
             include, exclude: shell patterns.
-            experts: names of experts, beside those in stacks that :func:`~ace_triton.decoders.blocks.stacks_of` finds.
+            experts: names of experts, in addition to those that :func:`~ace_triton.decoders.blocks.stacks_of` finds.
+
+        Raises:
+            ArgumentError: if a pattern matches no layer.
         """
         wanted, unwanted = _patterns(include), _patterns(exclude)
         known = [name for name, _ in linears_of(model)]
@@ -94,7 +102,7 @@ class NameFilter:
         return cls(None if include is None else wanted, unwanted)
 
     def wants(self, name: str, *, outside: bool = False) -> bool:
-        """Whether a layer, inside or outside the blocks, is asked for."""
+        """True if the patterns select a layer; ``outside`` is True for a layer outside the blocks."""
         if any(fnmatchcase(name, pattern) for pattern in self.exclude):
             return False
         if self.include is None:
@@ -108,13 +116,13 @@ def _patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers that are pruned by what one pass showed: those of a block, or those outside the blocks.
+    """Layers that are pruned with the statistics of one pass: those of a block, or those outside the blocks.
 
     Attributes:
-        name: the block's.
-        layers: to be pruned, by dotted name.
-        feed_forward: for a metric that looks at a layer's consumer, where to look for one: the block's
-            layers outside attention, pruned or not.
+        name: name of the block.
+        layers: layers to prune, by dotted name.
+        feed_forward: all layers of the block outside attention, pruned or not, in which to find a layer's consumer.
+            Empty unless the metric needs consumers.
     """
 
     name: str
@@ -123,38 +131,41 @@ class Unit:
 
     @property
     def observed(self) -> dict[str, nn.Module]:
-        """The layers whose inputs are wanted."""
+        """The layers whose inputs are collected."""
         return {**self.layers, **self.feed_forward}
 
     @property
     def names_inside(self) -> frozenset[str]:
-        """Of the layers whose inputs are wanted, without the block's: blocks of a kind have the same."""
+        """Names of the observed layers inside the block, which are equal in blocks of one type."""
         return frozenset(map(self.name_inside, self.observed))
 
     def name_inside(self, name: str) -> str:
-        """A layer's name without the block's."""
+        """A layer's name without the name of the block."""
         return name.removeprefix(f"{self.name}.")
 
 
 class Plan:
-    """What is pruned, and what is not.
+    """The layers that are pruned, and the weights that are not, with reasons.
 
     Args:
-        model: all of it, in evaluation mode.
-        method, needs, pattern, names: what is asked for.
+        model: the whole model, in evaluation mode.
+        method: name of the metric.
+        needs: the statistics that the metric needs.
+        pattern: the sparsity pattern.
+        names: selects layers by name.
         blocks: the model's decoder blocks, in order.
-        stacks: weights of the blocks that may hold experts.
-        layouts: of those that do, by name, as :func:`~ace_triton.decoders.experts.find_layouts` gives them.
+        stacks: weights of the blocks that may contain experts.
+        layouts: layouts of the stacks, by name, from :func:`~ace_triton.decoders.experts.find_layouts`.
 
     Attributes:
         blocks: the model's decoder blocks.
-        units: one for each block, up to the last with a layer to prune.
-        outside: layers outside the blocks that were asked for, or None.
-        skipped: what stays dense though it was not ruled out by name.
-        excluded: what was ruled out by name.
+        units: one unit per block, up to the last block with a layer to prune.
+        outside: the selected layers outside the blocks, or None.
+        skipped: weights that stay dense although their names are selected.
+        excluded: weights in the blocks whose names are not selected.
 
     Raises:
-        ValueError: no layer is left to prune.
+        ArgumentError: if no layer is left to prune.
     """
 
     def __init__(
@@ -179,7 +190,7 @@ class Plan:
         self._owners = Owners(model)
         self._done: set[str] = set()
         self._ledger = Ledger(model, [block.module for block in blocks])
-        self._held: dict[str, _Held] = {}
+        self._storage: dict[str, _Storage] = {}
         for block in blocks:
             self._add_block(block)
         while self.units and not self.units[-1].layers:
@@ -187,7 +198,7 @@ class Plan:
         self._add_outside(model)
         if not self.layers:
             reasons = "; ".join(dict.fromkeys(s.reason for s in self.skipped)) or "include and exclude leave none"
-            raise ArgumentError(f"no layer of {type(model).__name__} can be pruned so: {reasons}")
+            raise ArgumentError(f"no layer of {type(model).__name__} can be pruned with these settings: {reasons}")
 
     @property
     def layers(self) -> dict[str, nn.Module]:
@@ -196,7 +207,7 @@ class Plan:
         return {name: layer for unit in units for name, layer in unit.layers.items()}
 
     def shares(self, name: str) -> bool:
-        """Whether the weight of the layer of that name serves other layers too."""
+        """True if other layers use the weight of this layer too."""
         weight = self._owners.tensors.get(f"{name}.weight")
         return weight is not None and bool(self._owners.others(weight, f"{name}.weight"))
 
@@ -211,11 +222,11 @@ class Plan:
         self._enter("pruned", name, count)
 
     def close(self) -> Account:
-        """The account; a layer of the plan that was neither pruned nor skipped is recorded as skipped."""
+        """The account. A layer of the plan that was neither pruned nor skipped is recorded as skipped."""
         missing = self.layers.keys() - self._done - {skipped.name for skipped in self.skipped}
         for name, layer in self.layers.items():
             if name in missing:
-                self.skip(name, _weight(layer), "not recognized: planned and not pruned, a bug of ace_triton")
+                self.skip(name, _weight(layer), "not recognized: planned but not pruned, which is a bug in ace_triton")
         return self._ledger.account()
 
     def _exclude(self, name: str, count: int) -> None:
@@ -223,12 +234,12 @@ class Plan:
         self._enter("excluded", name, count)
 
     def _enter(self, kind: Kind, name: str, count: int) -> None:
-        for parameter in self._held[name].parameters:
+        for parameter in self._storage[name].parameters:
             self._ledger.enter(kind, parameter, count)
 
     def _add_block(self, block: Block) -> None:
         linears = dict(linears_of(block.module, block.name))
-        self._held |= {name: _Held.of(name, layer) for name, layer in linears.items()}
+        self._storage |= {name: _Storage.of(name, layer) for name, layer in linears.items()}
         linears |= self._experts(block)
         reasons = dict.fromkeys(adapters(block.module, block.name), ADAPTER) | dict.fromkeys(routers(block), ROUTER)
         attention = {name for name in linears if self._needs.consumer and in_attention(block, name)}
@@ -242,10 +253,10 @@ class Plan:
                 layers[name] = layer
         rest = {name: layer for name, layer in linears.items() if name not in attention and name not in reasons}
         self.units.append(Unit(block.name, layers, rest if self._needs.consumer else {}))
-        self._add_loose(block, reasons)
+        self._add_other_matrices(block, reasons)
 
     def _experts(self, block: Block) -> dict[str, ExpertLinear]:
-        """The experts of a block's stacks that a product of the model reads one by one."""
+        """The experts in a block's stacks as linear layers, if their layout is known and the metric supports it."""
         found: dict[str, ExpertLinear] = {}
         for stack in self._stacks:
             layout = self._layouts.get(stack.name)
@@ -254,25 +265,25 @@ class Plan:
             if self._needs.consumer and not stack.concatenated:
                 continue
             experts = stack.linears(transposed=layout.transposed, rows=layout.rows)
-            self._held |= dict.fromkeys(experts, _Held(stack.name, (stack.weight,)))
+            self._storage |= dict.fromkeys(experts, _Storage(stack.name, (stack.weight,)))
             found |= experts
         return found
 
-    def _add_loose(self, block: Block, reasons: Mapping[str, str]) -> None:
-        """Record the matrices of a block that no layer of it holds."""
-        held = {parameter for entry in self._held.values() for parameter in entry.parameters}
+    def _add_other_matrices(self, block: Block, reasons: Mapping[str, str]) -> None:
+        """Record the matrices of a block that are not in one of its linear layers or experts."""
+        stored = {parameter for entry in self._storage.values() for parameter in entry.parameters}
         for path, module in block.module.named_modules(prefix=block.name):
             for key, parameter in module.named_parameters(recurse=False):
-                if parameter in held or not self._ledger.rest(parameter):
+                if parameter in stored or not self._ledger.rest(parameter):
                     continue
                 name = path if key == "weight" else f"{path}.{key}"
-                self._held[name] = _Held(f"{path}.{key}", (parameter,))
+                self._storage[name] = _Storage(f"{path}.{key}", (parameter,))
                 if self._names.wants(name):
-                    self.skip(name, parameter, reasons.get(name) or self._why_loose(module, parameter))
+                    self.skip(name, parameter, reasons.get(name) or self._why_not_a_layer(module, parameter))
                 else:
                     self._exclude(name, parameter.numel())
 
-    def _why_loose(self, module: nn.Module, parameter: nn.Parameter) -> str:
+    def _why_not_a_layer(self, module: nn.Module, parameter: nn.Parameter) -> str:
         if isinstance(module, _ConvNd):
             return "a convolution"
         if isinstance(module, nn.Embedding):
@@ -281,13 +292,13 @@ class Plan:
         if stack is None:
             return f"a parameter of a {type(module).__name__}, not the weight of a linear layer"
         if stack.name in self._layouts:
-            return "gate and up alternate in its experts, where DaSS cannot tell them apart"
+            return "gate and up alternate in its experts, so DaSS cannot tell them apart"
         return "a 3-D weight that no matrix product of the model's forward reads"
 
     def _add_outside(self, model: PreTrainedModel) -> None:
-        rest = {n: m for n, m in linears_of(model) if n not in self._held and self._names.wants(n, outside=True)}
-        self._held |= {name: _Held.of(name, layer) for name, layer in rest.items()}
-        self._ledger.open(parameter for name in rest for parameter in self._held[name].parameters)
+        rest = {n: m for n, m in linears_of(model) if n not in self._storage and self._names.wants(n, outside=True)}
+        self._storage |= {name: _Storage.of(name, layer) for name, layer in rest.items()}
+        self._ledger.open(parameter for name in rest for parameter in self._storage[name].parameters)
         layers = {name: layer for name, layer in rest.items() if self._accepts(name, layer, None)}
         if layers:
             self.outside = Unit("outside the blocks", layers, {})
@@ -297,7 +308,7 @@ class Plan:
         tied = (
             []
             if computed_weight(layer)
-            else self._owners.others(layer.get_parameter("weight"), self._held[name].tensor)
+            else self._owners.others(layer.get_parameter("weight"), self._storage[name].tensor)
         )
         if tied:
             why_not = f"its weight is tied to {tied[0].removesuffix('.weight')}"
@@ -310,29 +321,29 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What a layer's weight is stored in.
+class _Storage:
+    """Where a layer's weight is stored.
 
     Attributes:
-        tensor: dotted name of the weight, or of the stack that it is a part of.
-        parameters: what holds its elements: one parameter, those that a computed weight is made of, or none for a
-            weight that is a buffer.
+        tensor: dotted name of the weight, or of the stack that contains it.
+        parameters: the parameters that contain its elements: one; several if the weight is computed from them; none
+            if the weight is a buffer.
     """
 
     tensor: str
     parameters: tuple[nn.Parameter, ...]
 
     @classmethod
-    def of(cls, name: str, layer: nn.Module) -> _Held:
-        """Of a linear layer."""
+    def of(cls, name: str, layer: nn.Module) -> _Storage:
+        """The storage of a linear layer's weight."""
         own = layer._parameters.get("weight")
         if own is not None:
             return cls(f"{name}.weight", (own,))
-        made_of = [
+        sources = [
             *layer.named_parameters(recurse=False),
             *getattr(layer, "parametrizations", nn.Module()).named_parameters(),
         ]
-        return cls(f"{name}.weight", tuple(p for key, p in made_of if key.startswith("weight")))
+        return cls(f"{name}.weight", tuple(p for key, p in sources if key.startswith("weight")))
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:
@@ -342,8 +353,8 @@ def _weight(layer: nn.Module) -> torch.Tensor:
 
 
 def misfit(weight: torch.Tensor, pattern: Sparsity, axis: Axis) -> str | None:
-    """Why a pattern cannot be laid over a weight [out_features, in_features] along an axis, or None."""
+    """Why a pattern does not fit a weight [out_features, in_features] along an axis; None if it fits."""
     size = weight.shape[1] if axis == "in" else weight.shape[0]
     if pattern.m is None or size % pattern.m == 0:
         return None
-    return f"its {size} {'inputs' if axis == 'in' else 'outputs'} are no multiple of {pattern.m}"
+    return f"its {size} {'inputs' if axis == 'in' else 'outputs'} are not a multiple of {pattern.m}"

@@ -1,7 +1,7 @@
 """Runs the calibration set through a model, one decoder block at a time.
 
-A block's own arguments (attention mask, rotary tables, ...) differ by family, and by block within one
-model. They are recorded in the model's own forward, with a stub in place of every block, and replayed.
+The other arguments of a block (attention mask, rotary tables, ...) differ between families, and between blocks of one
+model. They are recorded in the model's own forward, with a stub in place of every block, and then replayed.
 """
 
 from __future__ import annotations
@@ -20,36 +20,33 @@ from ..out_of_memory import raise_if_out_of_memory
 from ..timing import Stopwatch
 from .batches import TRIAL_LENGTH, TRIAL_SEQUENCES, Batch
 from .blocks import Block
-from .collect import InputCollector
 from .finished import FinishedOutputs, forward_replaced
+from .watcher import Watcher
 
 
 class Runner(Protocol):
-    """What runs the calibration set through a model's blocks, in order."""
+    """Runs the calibration set through a model's blocks, in order."""
 
-    def run(
-        self, index: int, collector: InputCollector | None, *, advance: bool, finished: Sequence[nn.Module] = ()
-    ) -> None:
+    def run(self, index: int, watcher: Watcher | None, *, advance: bool, finished: Sequence[nn.Module] = ()) -> None:
         """Run block ``index`` on every batch.
 
         Args:
-            index: of the block.
-            collector: watches layers of it meanwhile.
-            advance: whether these outputs are what the next block reads.
-            finished: modules of the block that will not change any more before it advances: their outputs may be
-                those of an earlier run.
+            index: index of the block.
+            watcher: watches layers of the block during the run; None for a run without a watcher.
+            advance: True if the outputs of this run become the inputs of the next block.
+            finished: modules of the block that do not change until it advances, so that their outputs may be cached.
         """
 
 
 def make_runner(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], clock: Stopwatch) -> Runner:
-    """A :class:`Replay`; or a :class:`WholeForward` and a warning where a trial shows that replay would err.
+    """Make a :class:`Replay`, or warn and make a :class:`WholeForward` if replay gives wrong results in a trial.
 
-    In the trial a few tokens go through the model itself and block by block, twice: all must agree. They
-    do not where blocks share more than hidden states, where the model changes these between blocks, or
-    where a block changes its arguments.
+    The trial runs a few tokens through the model itself, and through each block twice. All hidden states must agree.
+    They differ if blocks share more than hidden states, if the model changes hidden states between blocks, or if a
+    block changes its arguments.
 
     Raises:
-        ValueError: the model's hidden states hold NaN or infinity.
+        ArgumentError: if the model's hidden states contain NaN or infinity.
     """
     with clock.measure("calibration"):
         trial = Batch(batches[0].ids[:TRIAL_SEQUENCES, :TRIAL_LENGTH], None)
@@ -58,8 +55,8 @@ def make_runner(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Bat
             sizes = _try_replay(model, blocks, trial, trace)
         except NotReplayable as reason:
             warnings.warn(
-                f"{type(model).__name__}: {reason}. Its blocks cannot be run one at a time: the whole model is run "
-                "for each block instead, which takes longer",
+                f"{type(model).__name__}: {reason}. Its blocks cannot be run one at a time, so the whole model is run "
+                "for each block, which takes longer",
                 stacklevel=4,
             )
             return WholeForward(model, batches, clock)
@@ -67,7 +64,7 @@ def make_runner(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Bat
 
 
 class WholeForward:
-    """Runs the model itself for every block: right for any model, and slow."""
+    """Runs the whole model for every block: correct for any model, but slow."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], clock: Stopwatch) -> None:
         self._model, self._batches, self._clock = model, batches, clock
@@ -75,24 +72,28 @@ class WholeForward:
     def run(
         self,
         index: int,
-        collector: InputCollector | None,
+        watcher: Watcher | None,
         *,
         advance: bool = True,
         finished: Sequence[nn.Module] = (),
     ) -> None:
-        """As in :class:`Runner`; without a collector there is nothing to do."""
-        if collector is not None:
-            self.run_all(collector)
+        """As in :class:`Runner`, but does nothing without a watcher."""
+        if watcher is not None:
+            self.run_all(watcher)
 
-    def run_all(self, collector: InputCollector) -> None:
-        """Run everything on every batch, under the eyes of ``collector``."""
+    def run_all(self, watcher: Watcher) -> None:
+        """Run the whole model on every batch while ``watcher`` watches."""
         for batch in self._batches:
-            with self._clock.measure("calibration"), collector.batch(batch.shape, batch.valid, leave_early=True):
+            with self._clock.measure("calibration"), watcher.batch(batch.shape, batch.valid, leave_early=True):
                 _forward(self._model, batch)
 
 
 class Replay:
-    """Keeps the calibration set's hidden states, in the model's dtype, and takes them from block to block."""
+    """Keeps the hidden states of the calibration set, in the model's dtype, and runs one block at a time on them.
+
+    Attributes:
+        hidden: by batch, the hidden states [n_sequences, length, width] that the next block reads.
+    """
 
     def __init__(
         self,
@@ -106,73 +107,82 @@ class Replay:
         self.hidden: list[torch.Tensor] = []
         self._calls: list[list[_Call]] = []
         self._outputs = FinishedOutputs()
-        self._reuses: dict[tuple[type, type], bool] = {}
+        self._reusable: dict[tuple[type, type], bool] = {}
         for batch in batches:
             calls = _record(model, blocks, batch, sizes)
             self.hidden.append(calls[0].hidden)
             calls = [call.with_hidden(None) for call in calls]
-            self._calls.append(_sharing(calls, self._calls[-1]) if self._calls else calls)
+            self._calls.append(_deduplicated(calls, self._calls[-1]) if self._calls else calls)
 
-    def run(
-        self, index: int, collector: InputCollector | None, *, advance: bool, finished: Sequence[nn.Module] = ()
-    ) -> None:
+    def run(self, index: int, watcher: Watcher | None, *, advance: bool, finished: Sequence[nn.Module] = ()) -> None:
         """As in :class:`Runner`."""
         for number, batch in enumerate(self._batches):
-            with self._clock.measure("calibration"), ExitStack() as inside:
-                known = [m for m in self._outputs.of(finished, number) if self._may_reuse(index, m, number)]
-                inside.enter_context(self._outputs.reused(known, number))
-                if collector is not None:
-                    fresh = [module for module in finished if module not in known]
-                    inside.enter_context(self._outputs.kept(fresh, number, collector))
-                    inside.enter_context(collector.batch(batch.shape, batch.valid, leave_early=not advance))
+            with self._clock.measure("calibration"), ExitStack() as contexts:
+                cached = self._outputs.cached_for(finished, number)
+                reused = [module for module in cached if self._may_reuse(index, module, number)]
+                contexts.enter_context(self._outputs.reusing(reused, number))
+                if watcher is not None:
+                    computed = [module for module in finished if module not in reused]
+                    contexts.enter_context(self._outputs.caching(computed, number, watcher))
+                    contexts.enter_context(watcher.batch(batch.shape, batch.valid, leave_early=not advance))
                 output = self._call(index, number)
                 if advance:
                     self.hidden[number] = output
         if advance:
-            self._outputs.forget()
+            self._outputs.clear()
 
     def _call(self, index: int, number: int) -> torch.Tensor:
         return self._calls[number][index].run(self._blocks[index].module, self.hidden[number])
 
     def _may_reuse(self, index: int, module: nn.Module, number: int) -> bool:
-        """Whether blocks of this kind give the same with an output of this module that was kept; tried once for each
-        kind: a block may need more of a module than its output, or change that in place."""
+        """True if blocks of this type return the same with a cached output of this type of module.
+
+        Tried once per pair of types. The result differs if a block needs more of a module than its output, or changes
+        that output in place.
+        """
         kind = (type(self._blocks[index].module), type(module))
-        if kind not in self._reuses:
+        if kind not in self._reusable:
             whole = self._call(index, number)
             try:
-                with self._outputs.reused([module], number):
-                    self._reuses[kind] = _agree(self._call(index, number), whole)
+                with self._outputs.reusing([module], number):
+                    self._reusable[kind] = _agree(self._call(index, number), whole)
             except CANNOT_RUN_AGAIN as error:
                 raise_if_out_of_memory(error)
-                self._reuses[kind] = False
+                self._reusable[kind] = False
                 warnings.warn(
                     f"{kind[0].__name__}: the output of its {kind[1].__name__} is computed again for each group of "
-                    f"layers, since the block fails with a cached one ({error})",
+                    f"layers, because the block fails with a cached output ({error})",
                     stacklevel=4,
                 )
-        return self._reuses[kind]
+        return self._reusable[kind]
 
 
 class _Stop(Exception):
-    """Ends a forward of the model where nothing more is wanted of it."""
+    """Ends a forward of the model early, once the calls of all blocks are recorded."""
 
 
 class NotReplayable(Exception):
-    """Why blocks cannot be run one at a time, as half a sentence."""
+    """Blocks cannot be run one at a time. The message is a clause with the reason."""
 
 
 RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-"""What a block may raise when it is called outside the model's forward. A full memory is among them, and says nothing
-about the block: :func:`~ace_triton.out_of_memory.raise_if_out_of_memory` tells it apart."""
+"""Errors that a block may raise when it is called outside the model's forward.
+
+These classes include errors of a full memory, which have nothing to do with the block. Call
+:func:`~ace_triton.out_of_memory.raise_if_out_of_memory` first to raise those again."""
 
 CANNOT_RUN_AGAIN = (NotReplayable, *RUN_ERRORS)
-"""What says that a block cannot be run so, if memory is not full."""
+"""Errors that show that a block cannot be run again, unless memory is full."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How the model calls a block: its arguments, with the hidden states at ``place``."""
+    """How the model calls a block.
+
+    Attributes:
+        args, kwargs: the arguments.
+        place: index in ``args``, or key in ``kwargs``, of the hidden states.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -184,7 +194,7 @@ class _Call:
         for place, value in places:
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3:
                 return cls(args, kwargs, place)
-        raise NotReplayable("a block is given no hidden states [n_sequences, length, width]")
+        raise NotReplayable("no argument of a block is hidden states [n_sequences, length, width]")
 
     @property
     def hidden(self) -> Any:
@@ -208,18 +218,20 @@ def _forward(model: nn.Module, batch: Batch) -> None:
 
 
 def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states in what a block returns; NotReplayable where they are not to be found."""
+    """The hidden states in the output of a block; NotReplayable if the output contains none."""
     first = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(first, torch.Tensor):
-        raise NotReplayable(f"a block returns a {type(output).__name__}, neither hidden states nor a tuple of them")
+        raise NotReplayable(
+            f"a block returns a {type(output).__name__}; expected hidden states or a tuple that starts with them"
+        )
     return first
 
 
 def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> list[tuple[int, Any]]:
-    """What each block returned in the model's own forward, in order of its calls."""
+    """The index and the output of each block in the model's own forward, in order of the calls."""
     trace: list[tuple[int, Any]] = []
 
-    def note(index: int) -> Callable[..., None]:
+    def record_output(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             copy = (output[0].clone(), *output[1:]) if isinstance(output, tuple) and output else output
             trace.append((index, copy.clone() if isinstance(copy, torch.Tensor) else copy))
@@ -228,7 +240,7 @@ def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> list[tupl
 
     with ExitStack() as hooks:
         for index, block in enumerate(blocks):
-            hooks.callback(block.module.register_forward_hook(note(index)).remove)
+            hooks.callback(block.module.register_forward_hook(record_output(index)).remove)
         _forward(model, batch)
     return trace
 
@@ -236,21 +248,25 @@ def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> list[tupl
 def _try_replay(
     model: nn.Module, blocks: Sequence[Block], batch: Batch, trace: list[tuple[int, Any]]
 ) -> list[int | None]:
-    """For each block None where it returns a tensor, or the size of the tuple it returns."""
+    """Check that replay gives the outputs in ``trace``; NotReplayable if not.
+
+    Returns:
+        for each block, the size of the tuple that it returns, or None if it returns a tensor.
+    """
     if [index for index, _ in trace] != list(range(len(blocks))):
         raise NotReplayable("its forward does not call each block once, in order")
-    wanted = [hidden_of(output) for _, output in trace]
-    for block, hidden in zip(blocks, wanted, strict=True):
+    expected = [hidden_of(output) for _, output in trace]
+    for block, hidden in zip(blocks, expected, strict=True):
         if not torch.isfinite(hidden).all():
             raise ArgumentError(
                 f"{block.name} gives NaN or infinity on the calibration text: run the model in bfloat16 or float32, "
-                "or repair its weights"
+                "or check its weights for NaN and infinity"
             )
     sizes = [len(output) if isinstance(output, tuple) else None for _, output in trace]
     try:
         calls = _record(model, blocks, batch, sizes)
         hidden = calls[0].hidden
-        for block, call, want in zip(blocks, calls, wanted, strict=True):
+        for block, call, want in zip(blocks, calls, expected, strict=True):
             once, again = call.run(block.module, hidden), call.run(block.module, hidden)
             if not (_agree(once, want) and _agree(again, want)):
                 raise NotReplayable(f"{block.name} needs more than its hidden states and constant arguments")
@@ -269,9 +285,9 @@ def _agree(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 
 def _record(model: nn.Module, blocks: Sequence[Block], batch: Batch, sizes: Sequence[int | None]) -> list[_Call]:
-    """The call of every block in the model's forward of a batch; no block is computed.
+    """The call of every block in the model's forward of a batch, without computing any block.
 
-    Stubs hand their hidden states on, so only the first call's are true.
+    The stubs return their input, so only the hidden states of the first call are correct.
     """
     calls: list[_Call] = []
 
@@ -292,9 +308,11 @@ def _record(model: nn.Module, blocks: Sequence[Block], batch: Batch, sizes: Sequ
     return calls
 
 
-def _sharing(calls: list[_Call], earlier: list[_Call]) -> list[_Call]:
-    """The calls, with the tensors of ``earlier`` in place of equal ones: without padding, masks and tables are
-    the same for every batch."""
+def _deduplicated(calls: list[_Call], earlier: list[_Call]) -> list[_Call]:
+    """The calls, with each tensor that equals its counterpart in ``earlier`` replaced by that one to save memory.
+
+    Without padding, masks and tables are equal in all batches.
+    """
     known: dict[int, Any] = {}
 
     def shared(value: Any, old: Any) -> Any:

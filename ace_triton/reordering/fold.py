@@ -1,10 +1,10 @@
-"""Finds where an order of a layer's inputs can be folded into the weights that feed it, at no cost when the model runs.
+"""Finds layers whose input order can be folded into the weights of the layers before them, at no cost at run time.
 
-The inputs of a down projection are, one by one, the outputs of gate and up; the inputs of an attention's output
-projection are those of the value projection, head by head, and query heads that share a key-value head share its
-order. Such places are found by shape and by who reads what. Whether nothing but element-wise work lies
-between is not guessed: a random order is folded in, the block is run again on a few tokens, and the order is taken
-back; then the model is run with all orders at once. Where either shows a change, each fold is tried in the whole model.
+Input channel j of a down projection is output channel j of gate and up. The inputs of an attention's output projection
+are the outputs of the value projection, head by head; query heads that share a key-value head share its order. Such
+pairs are found by shape and by which layers read the same tensor. A fold is valid only if all operations between the
+layers are element-wise, which a trial checks: it folds in a random order, runs the block again on a few tokens, and
+reverts the order. Then the model runs once with all orders. If outputs change, each fold is tried in the whole model.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ..linears import linear_weight
 from ..out_of_memory import raise_if_out_of_memory
 
 LOOSE = 0.25
-"""Relative change that rounding may grow to further down the model; a wrong order changes a layer's output by 1.4."""
+"""Largest relative change of later outputs that counts as rounding. A wrong order changes an output by about 1.4."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Where an order of a layer's inputs goes.
+    """A layer whose inputs can be reordered, and the layers whose outputs must be reordered with them.
 
     Attributes:
-        consumer: the layer, with in_features = pools * shares * width.
-        producers: layers whose outputs make up these inputs, with out_features a multiple of pools * width.
-        pools: sets of channels that are ordered each on its own: key-value heads, or 1.
-        shares: how many of the consumer's runs of ``width`` inputs share the order of a pool: query heads of a
-            key-value head, or 1.
-        width: channels of a pool.
+        consumer: name of the layer, with in_features = pools * shares * width.
+        producers: names of the layers that compute these inputs, with out_features a multiple of pools * width.
+        pools: number of sets of channels, each with its own order: key-value heads, or 1.
+        shares: number of runs of ``width`` inputs that share the order of one pool: query heads per key-value head,
+            or 1.
+        width: number of channels in a pool.
     """
 
     consumer: str
@@ -53,19 +53,19 @@ class Fold:
         return split.permute(1, 0, 2, 3).flatten(1, 2)
 
     def inputs(self, order: torch.Tensor) -> torch.Tensor:
-        """The order int64 [in_features] of the consumer's inputs for one of each pool [pools, width]."""
+        """Convert an order of each pool, int64 [pools, width], to the order of the consumer's inputs [in_features]."""
         start = torch.arange(self.pools * self.shares, device=order.device) * self.width
         return (order.repeat_interleave(self.shares, dim=0) + start[:, None]).flatten()
 
     def outputs(self, order: torch.Tensor, out_features: int) -> torch.Tensor:
-        """The order int64 [out_features] of a producer's outputs for one of each pool [pools, width]."""
+        """Convert an order of each pool, int64 [pools, width], to that of a producer's outputs [out_features]."""
         copies = out_features // order.numel()
         start = torch.arange(copies * self.pools, device=order.device) * self.width
         return (order.repeat(copies, 1) + start[:, None]).flatten()
 
     @torch.inference_mode()
     def apply(self, layers: Mapping[str, nn.Module], order: torch.Tensor) -> None:
-        """Reorder the consumer's inputs and the producers' outputs in place; bits are moved, not changed."""
+        """Reorder the consumer's inputs and the producers' outputs in place; values are moved, not changed."""
         weight = _weight(layers[self.consumer])
         weight.copy_(weight.gather(1, self.inputs(order).to(weight.device).expand(weight.shape)))
         for name in self.producers:
@@ -82,8 +82,8 @@ class Unfolded:
     """A layer whose inputs could not be reordered.
 
     Attributes:
-        name: its dotted name.
-        reason: why.
+        name: dotted name of the layer.
+        reason: why its inputs keep their order.
     """
 
     name: str
@@ -91,20 +91,21 @@ class Unfolded:
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:
-    """[out_features, in_features], as bytes where torch cannot index the dtype (fp8)."""
+    """The weight [out_features, in_features]; viewed as bytes if torch cannot index the dtype (fp8)."""
     weight = linear_weight(layer)
     assert weight is not None
     return weight.view(torch.uint8) if weight.element_size() == 1 else weight
 
 
 def feed_forward_folds(layers: Mapping[str, nn.Module], groups: Sequence[Sequence[str]]) -> dict[str, list[Fold]]:
-    """Possible folds into the layers of a block that lie outside attention, by consumer.
+    """Possible folds into the layers of a block outside attention, by consumer.
 
-    Gate and up into down; or a layer into the one beside it that has as many inputs as it has outputs.
+    A fold reorders gate and up for down; or one layer for a later layer of the same module that has as many inputs as
+    the first layer has outputs.
 
     Args:
         layers: linear layers by name.
-        groups: names of layers that read the same tensor, in order of use.
+        groups: names of layers that read the same tensor, group by group, in order of use.
     """
     sizes = {name: _weight(layer).shape for name, layer in layers.items()}
     feeding: dict[str, list[str]] = {}
@@ -130,13 +131,13 @@ def attention_folds(
 ) -> dict[str, list[Fold]]:
     """Possible folds into the output projections of a block's attention modules, by consumer.
 
-    The output projection is what such a module runs last; every other layer whose outputs are whole heads, as many as
-    divide those of the output projection's inputs, may be its values. Of equals the later comes first.
+    The output projection is the layer that the module runs last. Any other layer may be the value projection if its
+    outputs form whole heads and their number divides that of the output projection's inputs. Later layers come first.
 
     Args:
         layers: linear layers of attention by name.
-        groups: names of layers that read the same tensor, in order of use.
-        head_dims: width of a head by name of the attention module; None where it is not known.
+        groups: names of layers that read the same tensor, group by group, in order of use.
+        head_dims: width of a head by name of the attention module; None if unknown.
     """
     found: dict[str, list[Fold]] = {}
     for module, width in head_dims.items():
@@ -155,17 +156,17 @@ def attention_folds(
 
 
 def parent(name: str) -> str:
-    """The dotted name of the module that a layer lies in."""
+    """The dotted name of the module that contains a layer."""
     return name.rpartition(".")[0]
 
 
 class FoldTrial:
-    """Tries folds out on a few tokens.
+    """Checks on a few tokens that folds do not change the model's function.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         layers: all linear layers that a fold may name.
-        consumers: names of those whose inputs are to be reordered.
+        consumers: names of the layers whose inputs may be reordered.
         ids: int64 [n_sequences, length].
     """
 
@@ -176,26 +177,28 @@ class FoldTrial:
 
     @cached_property
     def _dense(self) -> dict[str, torch.Tensor]:
-        return self._outputs()
+        return self._collect_outputs({})
 
     def reaches(self, name: str) -> bool:
-        """Whether a token reached the layer."""
+        """True if a token reached the consumer of that name."""
         return name in self._dense
 
     def unchanged_by(self, fold: Fold) -> bool:
-        """Whether the model computes the same with a random order folded in: what the consumer puts out to rounding,
-        what others put out to rounding as it grows on its way."""
+        """True if the model computes the same with a random order folded in.
+
+        The consumer's outputs must agree up to rounding; later outputs up to :data:`LOOSE`, because rounding grows.
+        """
         with self._folded([fold]):
-            return _same(self._outputs(), self._dense, fold.consumer)
+            return _same(self._collect_outputs({}), self._dense, fold.consumer)
 
     def unchanged_at_once(self, folds: Sequence[Fold], blocks: Sequence[Block]) -> list[Fold]:
-        """Those of some folds, one a consumer, that need no trial of their own.
+        """The folds that pass a combined trial and need no trial of their own; at most one fold per consumer is given.
 
-        In two forwards: each block is run again with each of its folds, on what it is given in the model's own
-        forward; then the model with all that passed, which must show rounding and no more, or none of them is sure.
+        The trial takes two forwards. In the first, each block runs again with each of its folds. The second runs the
+        model with all folds that passed. If it changes outputs by more than rounding, no fold passes.
         """
-        local: list[Fold] = []
-        seen: dict[str, torch.Tensor] = {}
+        passed: list[Fold] = []
+        outputs: dict[str, torch.Tensor] = {}
         failed: dict[str, Exception] = {}
 
         def check(block: Block, of_block: Sequence[Fold]) -> Callable[..., None]:
@@ -205,18 +208,18 @@ class FoldTrial:
                 nonlocal running
                 if running:
                     return
-                running, before = True, dict(seen)
+                running, before = True, dict(outputs)
                 try:
                     dense = before | {block.name: hidden_of(output).clone()}
                     for fold in of_block:
                         with self._folded([fold]):
                             again = hidden_of(module(*args, **kwargs))
-                        if fold.consumer in dense and _same(seen | {block.name: again}, dense, fold.consumer):
-                            local.append(fold)
+                        if fold.consumer in dense and _same(outputs | {block.name: again}, dense, fold.consumer):
+                            passed.append(fold)
                 except CANNOT_RUN_AGAIN as error:
                     raise_if_out_of_memory(error)
                     failed[block.name] = error
-                seen.update(before)
+                outputs.update(before)
                 running = False
 
             return hook
@@ -227,47 +230,47 @@ class FoldTrial:
                 if of_block:
                     handle = block.module.register_forward_hook(check(block, of_block), with_kwargs=True)
                     hooks.callback(handle.remove)
-            self._dense = self._outputs(seen)
+            self._dense = self._collect_outputs(outputs)
         if failed:
             name, error = next(iter(failed.items()))
             others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
             warnings.warn(
-                f"{name}{others}: the block fails when it is run again ({error}), so each order of its channels is "
-                "tried in the whole model, which takes longer",
+                f"{name}{others}: the block fails when it is run again ({error}), so each reordering in it is tried in "
+                "the whole model, which takes longer",
                 stacklevel=5,
             )
-        with self._folded(local):
-            return local if _same(self._outputs(), self._dense) else []
+        with self._folded(passed):
+            return passed if _same(self._collect_outputs({}), self._dense) else []
 
     @contextmanager
     def _folded(self, folds: Iterable[Fold]) -> Iterator[None]:
-        """A random order is folded in inside, and taken back after, to the bit."""
+        """A context in which random orders are folded in; at exit the weights are restored bit for bit."""
         generator = torch.Generator().manual_seed(0)
         with ExitStack() as undo:
             for fold in folds:
-                drawn = [torch.randperm(fold.width, generator=generator, device="cpu") for _ in range(fold.pools)]
-                order = torch.stack(drawn)
+                orders = [torch.randperm(fold.width, generator=generator, device="cpu") for _ in range(fold.pools)]
+                order = torch.stack(orders)
                 undo.callback(fold.apply, self._layers, order.argsort(1))
                 fold.apply(self._layers, order)
             yield
 
-    def _outputs(self, seen: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        seen = {} if seen is None else seen
+    def _collect_outputs(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run the model; add the outputs of each consumer, by name, and the logits to ``outputs``, and return it."""
         with ExitStack() as hooks:
             for name in self._consumers:
-                hooks.enter_context(_output_noted(self._layers[name], seen, name))
+                hooks.enter_context(_output_collected(self._layers[name], outputs, name))
             with torch.no_grad():
-                seen["logits"] = self._model(input_ids=self._ids, use_cache=False).logits
-        return seen
+                outputs["logits"] = self._model(input_ids=self._ids, use_cache=False).logits
+        return outputs
 
 
 @contextmanager
-def _output_noted(layer: nn.Module, seen: dict[str, torch.Tensor], name: str) -> Iterator[None]:
-    def note(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
+def _output_collected(layer: nn.Module, outputs: dict[str, torch.Tensor], name: str) -> Iterator[None]:
+    def collect(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
         if output.numel():
-            seen[name] = output.clone()
+            outputs[name] = output.clone()
 
-    handle = layer.register_forward_hook(note)
+    handle = layer.register_forward_hook(collect)
     try:
         yield
     finally:
@@ -275,10 +278,10 @@ def _output_noted(layer: nn.Module, seen: dict[str, torch.Tensor], name: str) ->
 
 
 def _same(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor], consumer: str | None = None) -> bool:
-    """Whether outputs agree: the consumer's closely, as nothing before it changed; the others' loosely."""
-    near = {} if consumer is None else {consumer: max(1e-4, 2 * torch.finfo(want[consumer].dtype).eps)}
+    """True if outputs agree: closely for the consumer, since nothing before it changed; loosely for all others."""
+    close = {} if consumer is None else {consumer: max(1e-4, 2 * torch.finfo(want[consumer].dtype).eps)}
     return got.keys() == want.keys() and all(
-        _close(got[name], tensor, near.get(name, LOOSE)) for name, tensor in want.items()
+        _close(got[name], tensor, close.get(name, LOOSE)) for name, tensor in want.items()
     )
 
 

@@ -1,11 +1,11 @@
 """Finds an order of a layer's input channels in which n:m loses less of the score.
 
-A group of m channels retains, in every row, the scores of its best n. Which channels share a group is free as long as
-whatever feeds the layer can be reordered with it (:mod:`.fold`). The search goes on from RIA's heuristic order
-("Plug-and-Play", ICLR 2024: channels by their sums, dealt out to and fro), as theirs does by linear sum assignment:
-one channel is taken out of every group, and those are dealt out again so that the groups retain the most, over and
-over, with others taken out together from cycle to cycle. What each group would gain by each channel comes from one
-kernel, :func:`~ace_triton.kernels.join_gains.join_gains`.
+In every row, a group of m channels retains its n largest scores. Channels may be assigned to groups freely if the
+layers before can be reordered too (:mod:`.fold`). The search starts from RIA's heuristic order ("Plug-and-Play", ICLR
+2024: channels sorted by their sum of scores, assigned to groups in alternating direction) and, like RIA, improves it
+by linear sum assignment. Each round removes one channel from every group and assigns the removed channels to groups so
+that the groups retain the most. A cycle removes every channel once; the next cycle combines channels differently. The
+kernel :func:`~ace_triton.kernels.join_gains.join_gains` computes the gain of each group by each channel.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from ..kernels.assignment import assignment
 from ..kernels.join_gains import join_gains
 
 CYCLES = 2
-"""Times that every channel of every group is taken out, at most."""
+"""Maximum number of cycles; each removes every channel of every group once."""
 
 MOST_STARTS, GROUPS_OF_ALL_STARTS = 16, 64
-"""A search starts from so many orders at most, and from as many as have so many groups together."""
+"""Maximum number of starting orders, and of groups in all starting orders together."""
 
 LARGEST_EXPONENT = 120
-"""Binary exponent below which all scores together must stay, so that sums and differences of them fit fp32."""
+"""Binary exponent below which the sum of all scores must stay, so that sums and differences of scores fit fp32."""
 
 LEAST_GAIN = 1e-4
-"""A cycle that adds less than this share of the retained score is the last."""
+"""The search stops after a cycle that adds at most this fraction of the retained score."""
 
 
 @dataclass(frozen=True)
 class Permutation:
-    """An order of channels, pool by pool.
+    """An order of the channels in each pool.
 
     Attributes:
-        order: int64 [n_pools, channels]; place p takes channel ``order[pool, p]``.
-        before, after: score retained over all rows and pools in the given order and in this one.
+        order: int64 [n_pools, channels]; position p gets channel ``order[pool, p]``.
+        before, after: score retained over all rows and pools in the original order and in this one.
     """
 
     order: torch.Tensor
@@ -48,32 +48,32 @@ class Permutation:
 
 
 def search_permutation(scores: torch.Tensor, n: int, m: int, *, cycles: int = CYCLES, seed: int = 0) -> Permutation:
-    """An order in which the best n of every m consecutive channels retain more.
+    """Search for an order of channels in which n:m retains a larger sum of scores.
 
-    The retained score never falls from round to round, and the result retains at least what the given order does. A
-    round costs rows * (channels / m)^2 steps of three instructions; there are m rounds in a cycle.
+    The retained score never decreases between rounds, and the result retains at least as much as the original order. A
+    round takes rows * (channels / m)^2 steps of three instructions. A cycle has m rounds.
 
     Args:
         scores: fp32 [n_pools, rows, channels], not negative. Channels stay in their pool.
-        n: how many of a group are kept.
-        m: size of a group; divides the channels.
-        cycles: at most so many.
-        seed: of the draw of which channels are taken out together.
+        n: number of channels kept per group.
+        m: size of a group; must divide the number of channels.
+        cycles: maximum number of cycles.
+        seed: random seed for the starting orders and for the channels that are removed together.
 
     Raises:
-        ValueError: scores of another shape or not finite, or n:m that does not fit them.
+        ArgumentError: if the scores have another shape or are not finite, or if n:m does not fit them.
     """
     if scores.dim() != 3 or not scores.shape[2] or scores.shape[2] % m or not 0 < n < m:
         raise ArgumentError(
-            f"scores must be [n_pools, rows, channels] with channels a multiple of m above 0, and 0 < n < m; got "
+            f"scores must be [n_pools, rows, channels] with channels a positive multiple of m, and 0 < n < m; got "
             f"{tuple(scores.shape)} and {n}:{m}"
         )
     given = torch.arange(scores.shape[2], device=scores.device).reshape(-1, m).t().expand(len(scores), -1, -1)
     before = retained_score(scores, given, n)
     retained = float(before.sum())
     if not math.isfinite(retained):
-        raise ArgumentError("scores hold NaN or infinity: look for overflow in the weights or the statistics")
-    # All scores together are at most m / n of what is retained; a power of two changes no comparison between sums.
+        raise ArgumentError("scores contain NaN or infinity: check the weights and the statistics for overflow")
+    # All scores sum to at most m / n times the retained score. Scaling by a power of two changes no comparison.
     unit = 2.0 ** max(0, math.frexp(retained * m / n)[1] - LARGEST_EXPONENT)
     if unit > 1:
         scores, before = scores / unit, before / unit
@@ -85,25 +85,25 @@ def search_permutation(scores: torch.Tensor, n: int, m: int, *, cycles: int = CY
 
 
 def _starts(scores: torch.Tensor, given: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
-    """The heuristic order; where groups are few, and a search quick and short-sighted, the given one and others too."""
+    """The heuristic order; with few groups, where local optima are likely, also the given and random orders."""
     _, m, groups = given.shape
     yield snake_order(scores, m)
     generator = torch.Generator().manual_seed(seed)
     for attempt in range(1, min(MOST_STARTS, GROUPS_OF_ALL_STARTS // groups)):
-        drawn = torch.rand(len(scores), m * groups, generator=generator, dtype=torch.float32, device="cpu")
-        yield given if attempt == 1 else drawn.argsort(1).to(given.device).unflatten(1, (m, groups))
+        random = torch.rand(len(scores), m * groups, generator=generator, dtype=torch.float32, device="cpu")
+        yield given if attempt == 1 else random.argsort(1).to(given.device).unflatten(1, (m, groups))
 
 
 def _better(
-    best: torch.Tensor, score: torch.Tensor, found: torch.Tensor, reached: torch.Tensor
+    best: torch.Tensor, score: torch.Tensor, found: torch.Tensor, found_score: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pool by pool, the slots that retain more."""
-    wins = reached > score
-    return torch.where(wins[:, None, None], found, best), torch.where(wins, reached, score)
+    """For each pool, the slots that retain more, and their retained score."""
+    wins = found_score > score
+    return torch.where(wins[:, None, None], found, best), torch.where(wins, found_score, score)
 
 
 def snake_order(scores: torch.Tensor, m: int) -> torch.Tensor:
-    """RIA's heuristic: channels by their sum of scores, dealt out to and fro over the groups.
+    """RIA's heuristic: channels sorted by their sum of scores, assigned to the groups in alternating direction.
 
     Args:
         scores: [n_pools, rows, channels].
@@ -118,7 +118,7 @@ def snake_order(scores: torch.Tensor, m: int) -> torch.Tensor:
 
 
 def retained_score(scores: torch.Tensor, slots: torch.Tensor, n: int) -> torch.Tensor:
-    """Sum of the best n of every group over all rows, fp64 [n_pools], of scores [n_pools, rows, channels]."""
+    """Sum of the n largest scores of every group over all rows, fp64 [n_pools]; scores [n_pools, rows, channels]."""
     best = _largest(_columns(scores, slots), n)
     return torch.stack([values.sum((1, 2), dtype=torch.float64) for values in best]).sum(0)
 
@@ -132,14 +132,14 @@ def _search(scores: torch.Tensor, slots: torch.Tensor, n: int, cycles: int, seed
             slots = slots.gather(1, shuffle.argsort(1).to(slots.device))
         columns = _columns(scores, slots)
         gained = 0.0
-        for taken in range(len(columns)):
-            threshold = _largest([column for slot, column in enumerate(columns) if slot != taken], n)[-1]
-            gains = join_gains(columns[taken], threshold)
+        for removed in range(len(columns)):
+            threshold = _largest([column for slot, column in enumerate(columns) if slot != removed], n)[-1]
+            gains = join_gains(columns[removed], threshold)
             joins = assignment(gains)
             gained += float((gains.gather(2, joins[:, :, None]) - gains.diagonal(dim1=1, dim2=2)[:, :, None]).sum())
-            columns[taken] = columns[taken].gather(2, joins[:, None, :].expand_as(columns[taken]))
+            columns[removed] = columns[removed].gather(2, joins[:, None, :].expand_as(columns[removed]))
             slots = slots.clone()
-            slots[:, taken] = slots[:, taken].gather(1, joins)
+            slots[:, removed] = slots[:, removed].gather(1, joins)
         total += gained
         if gained <= LEAST_GAIN * total:
             break
@@ -153,7 +153,7 @@ def _columns(scores: torch.Tensor, slots: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _largest(values: list[torch.Tensor], n: int) -> list[torch.Tensor]:
-    """The n largest of ``values`` at every place, in falling order; by insertion, since there are few."""
+    """The n largest of ``values`` at every position, in descending order; by insertion, since there are few."""
     best: list[torch.Tensor] = []
     for rest in values:
         for k, held in enumerate(best):

@@ -1,4 +1,4 @@
-"""Reorders channels of a model's layers so that n:m loses less, wherever that costs nothing when the model runs."""
+"""Reorders channels of a model's layers so that n:m loses less, if the reordering costs nothing at run time."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..timing import Stopwatch
 from .fold import Fold, FoldTrial, Unfolded, attention_folds, feed_forward_folds, parent
 from .permutation import search_permutation
 
-NOT_FOUND = "no layer of its module puts out just its inputs (its values are fused with other outputs?)"
+NOT_FOUND = "no layer of its module has exactly its inputs as outputs (its values may be fused with other outputs)"
 NOT_REACHED = "no token of the trial reached it"
-SHARED = "its weight, or that of what feeds it, serves other layers too"
-CHANGES_THE_MODEL = "more than element-wise work lies between it and what feeds it, or something else reads that too"
+SHARED = "its weight, or the weight of a layer that computes its inputs, is shared with other layers"
+CHANGES_THE_MODEL = "an operation before it is not element-wise, or another layer reads the same values"
 
 
 @dataclass(frozen=True)
 class Reordered:
-    """A layer whose inputs were put in another order.
+    """A layer whose inputs were reordered.
 
     Attributes:
-        name: its dotted name.
-        before, after: share of its score that n:m retains in the old order and in the new.
+        name: dotted name of the layer.
+        before, after: fraction of its score that n:m retains in the old and in the new order.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Reordered:
 
 @dataclass(frozen=True)
 class PermutationReport:
-    """What ``permute=True`` did.
+    """The layers that ``permute=True`` reordered, and those it could not reorder.
 
     Attributes:
-        reordered: the layers, in order.
-        unfolded: output and down projections left as they were, and why. Layers that read the residual stream (q, k,
-            v, gate, up) are not listed: one order would have to suit them all, in every block.
-        seconds: spent on finding places and orders.
+        reordered: the reordered layers, in order of pruning.
+        unfolded: output and down projections that keep their order, with reasons. Layers that read the residual stream
+            (q, k, v, gate, up) are not listed, because all of them, in every block, would need the same order.
+        seconds: time spent on finding folds and orders.
     """
 
     reordered: tuple[Reordered, ...]
@@ -55,12 +55,12 @@ class PermutationReport:
 
 @dataclass(frozen=True)
 class Folds:
-    """Where orders fold into a model.
+    """The folds of a model.
 
     Attributes:
-        layers: the linear layers of its blocks, by name.
-        proven: folds that leave the model's function unchanged, by consumer.
-        unfolded: consumers without one.
+        layers: linear layers of the blocks, by name.
+        proven: folds that do not change the model's function, by name of the consumer.
+        unfolded: possible consumers without such a fold.
     """
 
     layers: Mapping[str, nn.Module]
@@ -77,15 +77,15 @@ def find_folds(
     wanted: Callable[[str], bool],
     shared: Callable[[str], bool],
 ) -> Folds:
-    """Every place in a model's blocks where an order of a layer's inputs costs nothing.
+    """Find all layers in a model's blocks whose inputs can be reordered at no cost at run time.
 
     Args:
-        model: in evaluation mode; unchanged afterwards, bit for bit.
-        blocks: its decoder blocks.
-        ids: int64 [n_sequences, length]; a few tokens of it are run through the model.
+        model: the model, in evaluation mode; unchanged at return, bit for bit.
+        blocks: decoder blocks of the model.
+        ids: int64 [n_sequences, length]; a few of these tokens run through the model.
         m: size of a group.
-        wanted: whether the inputs of a layer of that name are to be ordered.
-        shared: whether a layer's weight serves other layers too.
+        wanted: True for the name of a layer whose inputs may be reordered.
+        shared: True for the name of a layer whose weight other layers use too.
     """
     ids = ids[:TRIAL_SEQUENCES, :TRIAL_LENGTH]
     layers = {name: layer for block in blocks for name, layer in linears_of(block.module, block.name)}
@@ -93,11 +93,11 @@ def find_folds(
     trial = FoldTrial(model, layers, list(candidates), ids)
     proven: dict[str, Fold] = {}
     unfolded: list[Unfolded] = []
-    sole = {
+    unshared = {
         consumer: [fold for fold in folds if not any(map(shared, (consumer, *fold.producers)))]
         for consumer, folds in candidates.items()
     }
-    fitting = {consumer: [fold for fold in folds if fold.width % m == 0] for consumer, folds in sole.items()}
+    fitting = {consumer: [fold for fold in folds if fold.width % m == 0] for consumer, folds in unshared.items()}
     at_once = trial.unchanged_at_once([folds[0] for folds in fitting.values() if folds], blocks)
     for consumer, folds in candidates.items():
         unchanging = (fold for fold in fitting[consumer] if fold in at_once or trial.unchanged_by(fold))
@@ -108,11 +108,11 @@ def find_folds(
             continue
         elif not folds:
             reason = NOT_FOUND
-        elif not sole[consumer]:
+        elif not unshared[consumer]:
             reason = SHARED
         else:
-            runs = sole[consumer][0].width
-            reason = CHANGES_THE_MODEL if fitting[consumer] else f"its runs of {runs} inputs are no multiple of {m}"
+            width = unshared[consumer][0].width
+            reason = CHANGES_THE_MODEL if fitting[consumer] else f"its runs of {width} inputs are not a multiple of {m}"
         unfolded.append(Unfolded(consumer, reason))
     return Folds(layers, proven, tuple(unfolded))
 
@@ -120,7 +120,7 @@ def find_folds(
 def _candidates(
     model: nn.Module, blocks: Sequence[Block], layers: Mapping[str, nn.Module], ids: torch.Tensor
 ) -> Iterator[tuple[str, list[Fold]]]:
-    """Consumers and where an order of their inputs might fold in, most likely first."""
+    """Consumers with their possible folds, the most likely fold first."""
     collector = InputCollector(layers, Needs(), Stopwatch(ids.device))
     with collector.batch((ids.shape[0], ids.shape[1]), None), torch.no_grad():
         model(input_ids=ids, use_cache=False)
@@ -139,7 +139,7 @@ def _head_dims(model: nn.Module, modules: Iterable[str]) -> dict[str, int | None
 
 
 class Reorderer:
-    """Puts the inputs of layers in the order in which n:m retains the most, and keeps the record."""
+    """Reorders the inputs of layers so that n:m retains more of the score, and records the results."""
 
     def __init__(self, folds: Folds, m: int, clock: Stopwatch) -> None:
         self._folds, self._m, self._clock = folds, m, clock
@@ -152,29 +152,29 @@ class Reorderer:
         scores: Callable[[str], torch.Tensor | None],
         collector: InputCollector | None,
     ) -> None:
-        """Reorder those of some layers that a fold serves, with the weights that feed them and the statistics.
+        """Reorder each layer that has a fold, the layers that compute its inputs, and the statistics.
 
         Args:
-            names: of layers that are all still dense.
-            n: kept of every m inputs.
-            scores: a layer's fp32 [out_features, in_features]; None where it is left alone.
-            collector: of the statistics that follow, or None.
+            names: names of layers that are still dense.
+            n: number of inputs kept of every m.
+            scores: returns the scores of a layer, fp32 [out_features, in_features], or None to skip the layer.
+            collector: contains the statistics to reorder; None if there are none.
         """
         for name in names:
             fold = self._folds.proven.get(name)
-            of_layer = None if fold is None else scores(name)
-            if fold is None or of_layer is None or not bool(of_layer.isfinite().all()):
+            layer_scores = None if fold is None else scores(name)
+            if fold is None or layer_scores is None or not bool(layer_scores.isfinite().all()):
                 continue
-            found = search_permutation(fold.by_pool(of_layer), n, self._m)
+            found = search_permutation(fold.by_pool(layer_scores), n, self._m)
             if found.after > found.before:
                 fold.apply(self._folds.layers, found.order)
                 if collector is not None:
                     _reorder_statistics(collector, fold, self._folds.layers, found.order)
-            total = float(of_layer.sum(dtype=torch.float64)) or 1.0
+            total = float(layer_scores.sum(dtype=torch.float64)) or 1.0
             self._reordered.append(Reordered(name, found.before / total, found.after / total))
 
     def report(self) -> PermutationReport:
-        """What was done so far."""
+        """The layers reordered so far."""
         return PermutationReport(tuple(self._reordered), self._folds.unfolded, self._clock.seconds().permute)
 
 

@@ -67,10 +67,15 @@ class LayerStatistics:
 
 
 class Hooks:
-    """Collects statistics of some layers like the published code."""
+    """Collects statistics of some layers like the published code.
+
+    Attributes:
+        has_read: True if a layer has run in the current batch.
+    """
 
     def __init__(self, layers: dict[str, nn.Module], method: str, clock: Stopwatch) -> None:
         self._layers, self._method, self._clock = layers, method, clock
+        self.has_read = False
         self.statistics = {
             name: LayerStatistics(
                 published.InputNorms(torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device))
@@ -79,8 +84,9 @@ class Hooks:
         }
 
     @contextmanager
-    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None, *, leave_early: bool) -> Iterator[None]:
+    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None, *, leave_early: bool = False) -> Iterator[None]:
         """Collect statistics while one whole batch runs, as the published form does."""
+        self.has_read = False
         handles = [
             layer.register_forward_hook(lambda _, args, output, name=name: self._add(name, args[0], output))
             for name, layer in self._layers.items()
@@ -92,6 +98,7 @@ class Hooks:
                 handle.remove()
 
     def _add(self, name: str, tokens: torch.Tensor, output: torch.Tensor) -> None:
+        self.has_read = True
         if self._method == "magnitude":
             return
         with self._clock.measure("statistics"):
@@ -145,7 +152,7 @@ def prune_model(model: Any, ids: torch.Tensor, method: str, n: int, m: int, batc
         for index, block in enumerate(blocks):
             layers = dict(linears_of(block.module, block.name))
             hooks = Hooks(layers, method, clock)
-            runner.run(index, hooks, advance=False)  # type: ignore[arg-type]
+            runner.run(index, hooks, advance=False)
             with clock.measure("select"):
                 for name, weight in weights_of(layers).items():
                     hooks.statistics[name].prune(method, weight, m - n, m)

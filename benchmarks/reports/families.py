@@ -23,8 +23,7 @@ from rich.progress import track
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ace_triton import ModelReport
-from ace_triton import prune_blocks as prune_model
+from ace_triton import ModelReport, prune_model
 from ace_triton.decoders.blocks import find_blocks, linears_of
 from ace_triton.linears import linear_weight
 from ace_triton.model_report import LayerReport

@@ -37,7 +37,7 @@ def test_the_table_gives_the_shares_of_all_block_weights(report):
 def test_layers_skipped_for_one_reason_are_one_line(report):
     share = 3 * 50 * 32 / report.account.model
     assert skipped_lines(report) == [
-        f"model.layers.0.mlp.down_proj and 2 more: its 50 inputs are no multiple of 4 ({share:.1%} of the model's "
+        f"model.layers.0.mlp.down_proj and 2 more: its 50 inputs are not a multiple of 4 ({share:.1%} of the model's "
         "parameters)"
     ]
 

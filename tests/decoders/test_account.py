@@ -1,10 +1,10 @@
-"""The account counts every matrix once, and a bug in the pruning loop shows in it."""
+"""The account counts every matrix once and reveals a bug in the pruning loop."""
 
 import pytest
 import torch
 from torch import nn
 
-from ace_triton import prune_blocks as prune_model
+from ace_triton import prune_model
 from ace_triton.decoders.account import Account, Ledger, matrices
 from ace_triton.prune_blocks import _Selection
 
@@ -21,7 +21,7 @@ class Mixed(nn.Module):
         self.mix = nn.Parameter(torch.zeros(1, 1, 8))
 
 
-def test_matrices_are_what_has_rows_and_columns():
+def test_matrices_have_several_rows_and_columns():
     module = Mixed()
     names = {parameter: name for name, parameter in module.named_parameters()}
     assert {names[p]: count for p, count in matrices(module).items()} == {
@@ -55,11 +55,13 @@ def test_entries_add_up_and_shared_parameters_count_once():
     assert (ledger.account().pruned, ledger.account().outside) == (104, 0)
 
 
-def test_what_is_pruned_twice_is_a_bug():
+def test_pruning_a_weight_twice_is_reported_as_a_bug():
     layer = nn.Linear(8, 4)
     ledger = Ledger(layer, [layer])
     ledger.enter("pruned", layer.weight, 32)
-    with pytest.raises(RuntimeError, match=r"32 weights were pruned where 0 were left to prune, .* please report it"):
+    with pytest.raises(
+        RuntimeError, match=r"32 weights were pruned, but only 0 were left to prune: .* please report it"
+    ):
         ledger.enter("pruned", layer.weight, 32)
 
 
@@ -77,14 +79,14 @@ def test_an_empty_account_has_shares_of_zero():
     }
 
 
-def test_a_layer_that_the_loop_forgets_is_named(make_decoder, ids, monkeypatch):
+def test_a_layer_that_is_not_pruned_by_mistake_is_named(make_decoder, ids, monkeypatch):
     prune = _Selection.prune
 
-    def forgetful(self, unit, collector):
+    def prune_all_but_one(self, unit, collector):
         if unit.name != "model.layers.1":
             prune(self, unit, collector)
 
-    monkeypatch.setattr(_Selection, "prune", forgetful)
+    monkeypatch.setattr(_Selection, "prune", prune_all_but_one)
     report = prune_model(make_decoder("llama"), ids, "magnitude")
     assert len(report.skipped) == 7
     assert all(s.name.startswith("model.layers.1.") and s.reason.startswith("not recognized") for s in report.skipped)

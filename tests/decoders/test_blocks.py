@@ -1,4 +1,4 @@
-"""Blocks and layers are found by structure alone."""
+"""Blocks and layers are found by structure only."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def model_with(**children: nn.Module) -> PreTrainedModel:
 
 
 def mixture(n_experts: int) -> nn.Module:
-    """A block with a mixture of experts as separate modules, all router-like traps included."""
+    """A block with experts as separate modules, and layers that resemble routers by their number of outputs."""
 
     def expert(width: int = 24) -> nn.ModuleDict:
         return nn.ModuleDict({"gate_proj": nn.Linear(16, width), "down_proj": nn.Linear(width, 16)})
@@ -66,7 +66,7 @@ def mixture(n_experts: int) -> nn.Module:
     return nn.ModuleDict({"k_proj": nn.Linear(16, n_experts), "mlp": mlp})
 
 
-def test_lists_of_experts_are_no_blocks():
+def test_lists_of_experts_are_not_blocks():
     model = model_with(layers=nn.ModuleList([mixture(8) for _ in range(2)]))
     assert [block.name for block in find_blocks(model)] == ["layers.0", "layers.1"]
 
@@ -79,14 +79,14 @@ def test_without_a_forward_the_list_with_the_most_parameters_holds_the_blocks():
 
 
 def test_a_list_of_bare_linear_layers_holds_no_blocks():
-    """As Gemma 3n's projections between streams, and the heads of models with many codebooks."""
+    """Examples: projections between streams in Gemma 3n, and heads of models with many codebooks."""
     heads = nn.ModuleList([nn.Linear(64, 64) for _ in range(5)])
     layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
     assert {block.name.partition(".")[0] for block in find_blocks(model_with(heads=heads, layers=layers))} == {"layers"}
 
 
 class Alternating(PreTrainedModel):
-    """Attentions and feed-forwards in lists of their own, as XLM has them, and a large list that never runs."""
+    """Attention and feed-forward modules in separate lists, as in XLM, and a large list that never runs."""
 
     def __init__(self) -> None:
         super().__init__(PretrainedConfig())
@@ -114,7 +114,7 @@ def test_members_of_several_lists_are_blocks_in_the_order_in_which_they_run():
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_full_memory_is_no_reason_to_choose_other_blocks():
+def test_a_full_memory_does_not_change_the_blocks():
     model = Alternating()
     model.feed_forwards[1].register_forward_hook(lambda *_: torch.empty(10**15))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
@@ -134,7 +134,7 @@ def test_an_encoder_decoder_is_refused():
         find_blocks(T5ForConditionalGeneration(config))
 
 
-def test_routers_are_told_from_layers_of_the_same_shape():
+def test_routers_are_distinguished_from_layers_of_the_same_shape():
     assert routers(Block("b", mixture(8))) == {"b.mlp.gate", "b.mlp.shared_expert_gate"}
 
 
@@ -142,28 +142,28 @@ def test_a_dense_block_has_no_routers(make_decoder):
     assert not any(routers(block) for block in find_blocks(make_decoder("llama")))
 
 
-def test_a_router_may_be_no_linear_layer(make_decoder):
+def test_a_router_need_not_be_a_linear_layer(make_decoder):
     for block in find_blocks(make_decoder("qwen3_moe")):
         assert not isinstance(block.module.mlp.gate, nn.Linear)
         assert routers(block) == {f"{block.name}.mlp.gate"}
 
 
 class TopRouter(nn.Module):
-    """Has an output for two shared experts beside the eight."""
+    """Has ten outputs: one per expert for eight experts, and two for shared experts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(10, 16))
 
 
-def test_a_router_may_be_known_by_its_class():
+def test_a_router_is_recognized_by_its_class():
     block = mixture(8)
     block["mlp"]["gate"] = TopRouter()
     assert routers(Block("b", block)) == {"b.mlp.gate", "b.mlp.shared_expert_gate"}
 
 
 class Adapted(nn.Module):
-    """A layer with LoRA's A and B beside it, laid out as peft does."""
+    """A layer with LoRA's A and B beside it, in the structure that peft uses."""
 
     def __init__(self, base: nn.Linear, names: tuple[str, str], rank: int = 4) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def test_adapters_are_found_by_structure(names):
     block = nn.ModuleDict({"q_proj": Adapted(nn.Linear(16, 24), names), "o_proj": nn.Linear(24, 16)})
     assert adapters(block, "b") == {f"b.q_proj.{name}.default" for name in names}
     wide = nn.ModuleDict({"q_proj": Adapted(nn.Linear(16, 24), names, rank=16)})
-    assert bool(adapters(wide, "b")) == (names[0] == "lora_A"), "as many channels as inputs are no low rank"
+    assert bool(adapters(wide, "b")) == (names[0] == "lora_A"), "a rank equal to the number of inputs is not low"
 
 
 def test_adapters_below_their_layer_are_found():
@@ -196,14 +196,14 @@ def test_models_without_adapters_have_none(make_decoder, family):
     assert not adapters(latent, "b")
 
 
-def test_stacked_weights_are_experts_and_not_convolutions(make_decoder):
+def test_stacked_weights_are_experts_but_convolutions_are_not(make_decoder):
     block = find_blocks(make_decoder("qwen3_moe"))[0]
     found = {stack.name for stack in stacks_of(block.module, block.name)}
     assert found == {f"{block.name}.mlp.experts.{p}" for p in ("gate_up_proj", "down_proj")}
     assert stacks_of(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4))) == []
 
 
-def test_attention_is_what_takes_a_mask(make_decoder, family):
+def test_attention_is_recognized_by_its_mask(make_decoder, family):
     for block in find_blocks(make_decoder(family)):
         for name, _ in linears_of(block.module, block.name):
             attends = any(part in name for part in ("attn", "attention"))

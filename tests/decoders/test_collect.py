@@ -1,4 +1,4 @@
-"""Hooks gather each distinct input once, and what they gather is what the layers saw."""
+"""Each distinct input is collected once, and the statistics are those of the layers' real inputs and outputs."""
 
 import pytest
 import torch
@@ -117,7 +117,7 @@ def test_tokens_routed_to_an_expert_are_one_sequence(layers):
     close(collector.statistics("one"), ActivationStats.from_tokens(tokens))
 
 
-def test_layers_that_nothing_reaches_have_no_statistics(layers):
+def test_layers_without_tokens_have_no_statistics(layers):
     collector = collector_of(layers)
     run(collector, (layers["one"], torch.randn(2, 3, 4)), (layers["two"], torch.empty(0, 4)))
     assert collector.statistics("two") is None
@@ -132,7 +132,7 @@ def test_a_layer_called_twice_in_a_batch_sees_all_its_tokens(layers):
     assert collector.statistics("two").outputs.count == 12
 
 
-def test_a_latecomer_does_not_inherit_earlier_batches(layers):
+def test_a_layer_first_called_in_a_later_batch_does_not_inherit_earlier_ones(layers):
     first, second = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     collector = collector_of(layers)
     run(collector, (layers["one"], first))
@@ -142,7 +142,7 @@ def test_a_latecomer_does_not_inherit_earlier_batches(layers):
 
 
 def test_a_layer_that_reads_more_than_its_group_in_the_first_batch_leaves_it(layers):
-    """As ZAYA's delayed values, which are computed for a row of zeros too."""
+    """ZAYA does this: its delayed values are also computed for a row of zeros."""
     shared, extra, second = torch.randn(2, 3, 4), torch.randn(2, 1, 4), torch.randn(2, 3, 4)
     collector = collector_of(layers, outputs=True)
     for tokens in (shared, second):
@@ -167,11 +167,11 @@ def test_a_layer_that_joins_after_another_read_more_keeps_to_its_own(layers):
     close(collector.statistics("two"), ActivationStats.from_tokens(shared))
 
 
-def test_a_group_that_parts_is_refused(layers):
+def test_a_group_that_splits_later_is_refused(layers):
     shared = torch.randn(2, 3, 4)
     collector = collector_of(layers)
     run(collector, (layers["one"], shared), (layers["two"], shared))
-    with pytest.raises(PruneError, match="one and two read one tensor in an earlier batch"):
+    with pytest.raises(PruneError, match="one and two read the same tensor in an earlier batch but not in this one"):
         run(collector, (layers["one"], shared), (layers["two"], shared.clone()))
 
 
@@ -216,7 +216,7 @@ def test_outputs_that_overflow_are_refused(layers, bad):
         run(collector_of(layers, outputs=True), (layers["one"], torch.randn(2, 3, 4)))
 
 
-def test_what_padding_gives_does_not_matter(layers):
+def test_outputs_of_padding_do_not_matter(layers):
     tokens, valid = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, True, True]])
     collector = collector_of(layers, outputs=True)
     run(collector, (layers["one"], tokens.masked_fill(~valid[..., None], torch.nan)), valid=valid)
@@ -233,14 +233,14 @@ def test_hooks_are_removed_after_an_error(layers):
     assert not any(layer._forward_hooks for layer in layers.values())
 
 
-def test_double_precision_is_served(layers):
+def test_double_precision_is_supported(layers):
     tokens = torch.randn(2, 3, 4, dtype=torch.float64)
     collector = collector_of(layers, outputs=True)
     run(collector, (layers["one"].double(), tokens))
     close(collector.statistics("one"), ActivationStats.from_tokens(tokens.float()))
 
 
-def test_leaves_as_soon_as_every_layer_has_read(layers):
+def test_leaves_early_once_every_layer_has_read_its_input(layers):
     parts = torch.randn(3, 2, 3, 4)
     collector, calls = collector_of(layers), []
     layers["two"].register_forward_hook(lambda *_: calls.append("two"))
@@ -255,7 +255,7 @@ def test_leaves_as_soon_as_every_layer_has_read(layers):
     close(collector.statistics("two"), ActivationStats.from_tokens(second))
 
 
-def test_stays_for_a_layer_that_is_called_again(layers):
+def test_does_not_leave_early_if_a_layer_is_called_again(layers):
     parts, again = torch.randn(3, 2, 3, 4), torch.randn(2, 3, 4)
     collector = collector_of(layers)
     for tokens in parts:
@@ -266,7 +266,7 @@ def test_stays_for_a_layer_that_is_called_again(layers):
     assert collector.statistics("two").count == 18
 
 
-def test_leaves_after_the_last_output_where_outputs_are_wanted(layers):
+def test_leaves_after_the_last_output_if_outputs_are_needed(layers):
     parts = torch.randn(3, 2, 3, 4)
     collector, early, calls = collector_of(layers, outputs=True), collector_of(layers, outputs=True), []
     for tokens in parts:

@@ -1,14 +1,12 @@
-"""Experts stacked in 3-D parameters are pruned one by one, by the tokens that each saw."""
+"""Experts stacked in one parameter are pruned one by one, by the tokens routed to each."""
 
 import pytest
 import torch
 from torch import nn
 
-from ace_triton import PruneError, prune_linear
-from ace_triton import prune_blocks as prune_model
+from ace_triton import PruneError, prune_linear, prune_model, sparsify
 from ace_triton.decoders.blocks import find_blocks, possible_stacks, stacks_of
 from ace_triton.decoders.experts import ExpertLinear, Layout, Stack, find_layouts
-from ace_triton.packed import pack_model as sparsify
 
 _SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GATED = {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 16, "num_experts_per_tok": 2}
@@ -20,11 +18,11 @@ MIXTURES = {
     "gpt_oss": ({**_GATED, "head_dim": 8, "num_local_experts": 4}, True),
     "llama4_text": ({**_GATED, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48}, True),
 }
-"""Configurations of mixtures, and whether their stacks are stored [n_experts, in, out]."""
+"""Configurations of mixtures, and True if their stacks are [n_experts, in_features, out_features]."""
 
 
 def make_mixture(family: str, *, experts_implementation: str | None = None, **changes):
-    """A random mixture, the same every time."""
+    """A mixture with random weights from a fixed seed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -34,7 +32,7 @@ def make_mixture(family: str, *, experts_implementation: str | None = None, **ch
 
 @pytest.fixture(params=MIXTURES)
 def mixture(request):
-    """A mixture of each family, and how it stores its experts."""
+    """A mixture of each family, and True if its stacks are [n_experts, in_features, out_features]."""
     return make_mixture(request.param), MIXTURES[request.param][1]
 
 
@@ -131,7 +129,7 @@ def test_an_expert_is_a_view_of_its_stack(transposed):
     assert stack.weight[2].all()
 
 
-def test_layouts_are_read_off_the_products():
+def test_layouts_are_found_from_the_products():
     rows, cols, unused = (Stack(n, nn.Parameter(torch.randn(2, 4, 4))) for n in ("rows", "cols", "unused"))
     tokens = torch.randn(3, 4)
     index = torch.tensor(1)
@@ -148,7 +146,7 @@ def test_layouts_are_read_off_the_products():
 @pytest.mark.parametrize("n_experts", [1, 3])
 @pytest.mark.parametrize("shape", [(4, 6), (6, 6)])
 def test_layouts_of_stacks_that_are_read_transposed(n_experts, shape):
-    """As Inkling's shared experts, of which there may be one."""
+    """Inkling reads its shared experts like this; there may be only one of them."""
     block = nn.Module()
     block.gate, block.down = (nn.Parameter(torch.randn(n_experts, *sizes)) for sizes in (shape, shape[::-1]))
     stacks = possible_stacks(block, "b")
@@ -165,7 +163,7 @@ def test_layouts_of_stacks_that_are_read_transposed(n_experts, shape):
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 6)])
 def test_layouts_of_matrices_stored_one_below_the_other(shape):
-    """As [out, in] and as [in, out], each read as it is stored and transposed; what is read whole is no stack."""
+    """As [out, in] and as [in, out], each read as stored and transposed. A weight read whole is not a stack."""
     names = ("linear", "linear_t", "product", "product_t", "whole", "uneven")
     stacks = {name: Stack(name, nn.Parameter(torch.randn(3 * shape[0], shape[1]))) for name in names}
     parts = {name: stack.weight.view(3, *shape)[2] for name, stack in stacks.items()}
@@ -198,7 +196,7 @@ def test_a_stack_that_no_product_reads_is_named(ids):
 
 
 def make_dbrx():
-    """A random mixture whose experts lie one below the other in matrices of two dimensions."""
+    """A random mixture whose experts are stored one below the other in two-dimensional matrices."""
     from transformers import DbrxConfig, DbrxForCausalLM
 
     torch.manual_seed(0)

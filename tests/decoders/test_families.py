@@ -1,4 +1,4 @@
-"""The page of families: what it counts as pruned, and what it says of those that are not."""
+"""The page of families lists how many layers are pruned, and the reason for families that are not."""
 
 import copy
 import dataclasses
@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ace_triton import prune_blocks as prune_model
+from ace_triton import prune_model
 from benchmarks.harness.small_models import OWN, SMALL, NotMade, small_model
 from benchmarks.reports.families import NOT_JUDGED, Family, _misses, judged, page
 
@@ -27,7 +27,7 @@ FAMILIES = {
     "gemma3n_text": 26,
     "inkling_text": 32,
 }
-"""Families, with the number of layers that are pruned in a small model of each."""
+"""Number of layers that are pruned in a small model of each family."""
 
 
 @pytest.fixture
@@ -46,12 +46,12 @@ def test_a_small_model_of_a_family_is_pruned(ids, name):
 
 
 def test_blocks_in_several_lists_are_all_pruned(ids):
-    """XLM's attentions and feed-forwards lie in lists of their own."""
+    """XLM has its attention and feed-forward modules in separate lists."""
     family = judged("xlm", small_model("xlm", ids), ids, OPTIONS)
     assert (family.error, family.layers, family.pruned, family.whole) == (None, 2 * (4 + 2), 1.0, True)
 
 
-def test_says_what_went_wrong(ids):
+def test_the_error_of_a_family_is_reported(ids):
     model = small_model("llama", ids)
     broken = judged("llama", model, ids, {**OPTIONS, "method": "wonder"})
     assert broken.error is not None
@@ -75,7 +75,7 @@ def test_an_account_that_misses_weights_is_an_error(ids):
     assert "other weights than its account" in _misses(dataclasses.replace(report, account=fewer), matrices)
 
 
-def test_experts_that_are_not_pruned_are_found_out(ids, monkeypatch):
+def test_experts_that_are_not_pruned_are_detected(ids, monkeypatch):
     dense = small_model("mixtral", ids)
 
     def without_pruning_experts(model, *arguments, **options):

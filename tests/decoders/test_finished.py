@@ -24,21 +24,21 @@ def test_an_output_that_a_pending_layer_may_change_is_not_cached():
     early, pending, late = Pair(), nn.Linear(4, 4), nn.Identity()
     outputs, collector, x = FinishedOutputs(), collector_of(pending), torch.randn(2, 3, 4)
     for number in range(2):
-        with torch.no_grad(), collector.batch((2, 3), None), outputs.kept([early, late], number, collector):
+        with torch.no_grad(), collector.batch((2, 3), None), outputs.caching([early, late], number, collector):
             late(pending(early(x)[0]))
-    assert [outputs.of([early, late], number) for number in range(3)] == [[early], [early], []]
-    with outputs.reused([early], 0):
+    assert [outputs.cached_for([early, late], number) for number in range(3)] == [[early], [early], []]
+    with outputs.reusing([early], 0):
         first, second = early(torch.zeros(1))
     assert torch.equal(first, 2 * x)
     assert second is None
     assert float(early(torch.ones(1))[0]) == 2
-    outputs.forget()
-    assert outputs.of([early], 0) == []
+    outputs.clear()
+    assert outputs.cached_for([early], 0) == []
 
 
 def test_an_output_before_any_pending_layer_is_cached_whatever_follows():
     early, late, pending = nn.Identity(), nn.Identity(), nn.Linear(4, 4)
     outputs, collector, x = FinishedOutputs(), collector_of(pending), torch.randn(1, 2, 4)
-    with torch.no_grad(), collector.batch((1, 2), None), outputs.kept([early, late], 0, collector):
+    with torch.no_grad(), collector.batch((1, 2), None), outputs.caching([early, late], 0, collector):
         pending(late(early(x)))
-    assert outputs.of([early, late], 0) == [early, late]
+    assert outputs.cached_for([early, late], 0) == [early, late]

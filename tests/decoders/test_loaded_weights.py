@@ -1,4 +1,4 @@
-"""A model whose forward changes its weights is pruned as it was loaded."""
+"""A model whose forward changes its weights keeps the loaded weights when it is pruned."""
 
 import copy
 
@@ -6,14 +6,12 @@ import pytest
 import torch
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from ace_triton import RecoverySettings
-from ace_triton import prune_blocks as prune_model
+from ace_triton import RecoverySettings, prune_model, recover
 from ace_triton.decoders.loaded_weights import weights_as_loaded
-from ace_triton.inputs.written_text import write_batch
-from ace_triton.recovery import train as recover
+from ace_triton.inputs.written_text import WrittenText, write_batch
 
 RESCALED = ("attention.output.weight", "feed_forward.value.weight")
-"""What RWKV divides by 2 in every second block here, in its first forward."""
+"""The weights that RWKV divides by 2 in every second block here, in its first forward."""
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def rwkv():
 @pytest.mark.parametrize(
     "how", [{}, {"permute": True}, {"budgets": "outliers", "sparsity": 0.5}, {"sequential": "none"}]
 )
-def test_what_is_kept_is_what_was_loaded(rwkv, ids, how):
+def test_kept_weights_equal_the_loaded_ones(rwkv, ids, how):
     dense, dtype = copy.deepcopy(rwkv), torch.bfloat16
     for model in (rwkv, dense):
         model.to(dtype)
@@ -52,7 +50,7 @@ def test_what_is_kept_is_what_was_loaded(rwkv, ids, how):
 
 
 @pytest.mark.filterwarnings("ignore:.*the whole model is run")
-def test_an_error_on_the_way_leaves_the_loaded_weights(rwkv, ids):
+def test_an_error_during_pruning_restores_the_loaded_weights(rwkv, ids):
     dense = copy.deepcopy(rwkv.state_dict())
 
     def stop(*_args):
@@ -66,15 +64,15 @@ def test_an_error_on_the_way_leaves_the_loaded_weights(rwkv, ids):
     assert "forward" not in vars(rwkv)
 
 
-def test_text_that_a_model_writes_leaves_its_weights(rwkv):
+def test_generating_text_restores_the_loaded_weights(rwkv):
     dense = copy.deepcopy(rwkv.state_dict())
-    texts = [write_batch(rwkv, 1, 4, seed=0, place=0, sequences=2) for _ in range(2)]
+    texts = [write_batch(rwkv, WrittenText(1, 4), seed=0, place=0, sequences=2) for _ in range(2)]
     assert torch.equal(*texts)
     assert all(torch.equal(tensor, dense[name]) for name, tensor in rwkv.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:.*the whole model is run")
-def test_a_recovered_model_is_the_one_that_was_trained(rwkv, ids):
+def test_a_recovered_model_keeps_its_training_and_the_loaded_scale(rwkv, ids):
     teacher = copy.deepcopy(rwkv)
     prune_model(rwkv, ids, "wanda")
     pruned = copy.deepcopy(rwkv)
@@ -82,7 +80,7 @@ def test_a_recovered_model_is_the_one_that_was_trained(rwkv, ids):
     assert losses[-1] < 0.9 * losses[0]
     assert not rwkv.rwkv.layers_are_rescaled
     again = recover(rwkv, teacher, ids, RecoverySettings(steps=1, forward_dtype=torch.float32)).losses
-    assert again[0] < 0.9 * losses[0], "what is trained on goes on from there"
+    assert again[0] < 0.9 * losses[0], "training continues from the recovered weights"
     for name in RESCALED:
         weight, before = (m.get_parameter(f"rwkv.blocks.3.{name}").detach() for m in (rwkv, pruned))
         assert torch.equal(weight == 0, before == 0)
@@ -110,7 +108,7 @@ def scale_many(weight):
 
 
 @pytest.mark.parametrize("change", [add, scale, scale_out, scale_rows, scale_many])
-def test_a_change_that_cannot_be_taken_back_is_refused(make_decoder, ids, change):
+def test_a_change_that_cannot_be_reverted_is_refused(make_decoder, ids, change):
     model = make_decoder("llama")
     block = model.model.layers[1]
     block.register_forward_pre_hook(lambda *_: change(block.mlp.up_proj.weight))
@@ -122,7 +120,7 @@ def test_a_change_that_cannot_be_taken_back_is_refused(make_decoder, ids, change
     assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items())
 
 
-def test_powers_of_two_are_taken_back_and_nothing_else_is_touched(make_decoder, ids):
+def test_powers_of_two_are_reverted_and_nothing_else_changes(make_decoder, ids):
     model = make_decoder("llama").train()
     first, second, _ = model.model.layers
     dense = copy.deepcopy(model.state_dict())

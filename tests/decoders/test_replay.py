@@ -1,5 +1,7 @@
-"""Running blocks one at a time gives what the model's own forward gives."""
+"""Running blocks one at a time gives the same results as the model's own forward."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -33,7 +35,7 @@ def runner_of(model: nn.Module, batches: list[Batch]):
 
 
 def own_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """What the last block returns in the model's own forward."""
+    """The output of the last block in the model's own forward."""
     seen = []
     last = find_blocks(model)[-1].module
     hook = last.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
@@ -65,13 +67,39 @@ def test_hidden_states_keep_the_models_dtype(make_decoder, ids):
     assert {hidden.dtype for hidden in runner.hidden} == {torch.bfloat16}
 
 
-def test_a_pass_without_advance_moves_nothing(make_decoder, ids):
+def test_a_run_without_advance_keeps_the_hidden_states(make_decoder, ids):
     model = make_decoder("llama")
     with calibration_mode(model):
         runner = runner_of(model, batches_of(ids, None))
         before = [hidden.clone() for hidden in runner.hidden]
         runner.run(0, None, advance=False)
     assert all(map(torch.equal, runner.hidden, before))
+
+
+class ShapesOnly:
+    """A watcher of its own kind: records the batches it is given."""
+
+    has_read = False
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[tuple[int, int], torch.Tensor | None, bool]] = []
+
+    @contextmanager
+    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None, *, leave_early: bool = False) -> Iterator[None]:
+        self.batches.append((shape, valid, leave_early))
+        yield
+
+
+@pytest.mark.parametrize("advance", [False, True])
+def test_any_watcher_is_given_every_batch(make_decoder, ids, advance):
+    model, batches = make_decoder("llama"), batches_of(ids, padding("right"))
+    block, watcher, whole = model.model.layers[0], ShapesOnly(), ShapesOnly()
+    with calibration_mode(model):
+        runner_of(model, batches).run(0, watcher, advance=advance, finished=[block.self_attn])
+        WholeForward(model, batches, Stopwatch(torch.device("cpu"))).run(0, whole, advance=advance)
+    for seen, leave_early in ((watcher, not advance), (whole, True)):
+        assert [(shape, early) for shape, _, early in seen.batches] == [((4, 16), leave_early), ((2, 16), leave_early)]
+        assert all(valid is batch.valid for (_, valid, _), batch in zip(seen.batches, batches, strict=True))
 
 
 def test_recording_computes_no_block(make_decoder, ids):
@@ -96,19 +124,19 @@ def test_masks_and_tables_are_kept_once_for_all_batches(make_decoder, ids):
 
 
 class Borrowing(nn.Module):
-    """A block's feed-forward that also reads what another one kept."""
+    """A feed-forward that also reads state stored by the feed-forward of another block."""
 
-    def __init__(self, inner: nn.Module, lender: "Borrowing | None") -> None:
+    def __init__(self, inner: nn.Module, owner: "Borrowing | None") -> None:
         super().__init__()
         self.inner = inner
-        self.shelf = lender.shelf if lender else {}
-        self.borrows = lender is not None
+        self.state = owner.state if owner else {}
+        self.is_owner = owner is None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.borrows:
-            self.shelf["calls"] = self.shelf.get("calls", 0) + 1
+        if self.is_owner:
+            self.state["calls"] = self.state.get("calls", 0) + 1
             return self.inner(x)
-        return self.inner(x) * self.shelf["calls"]
+        return self.inner(x) * self.state["calls"]
 
 
 def test_blocks_that_share_state_are_noticed(make_decoder, ids):
@@ -138,7 +166,7 @@ def test_blocks_called_twice_are_noticed(make_decoder, ids):
         assert isinstance(runner_of(model, batches_of(ids, None)), WholeForward)
 
 
-def test_overflow_in_the_forward_is_named(make_decoder, ids):
+def test_overflow_in_the_forward_names_the_block(make_decoder, ids):
     model = make_decoder("llama")
     torch.nn.init.constant_(model.model.layers[1].mlp.down_proj.weight, float("inf"))
     with calibration_mode(model), pytest.raises(ValueError, match=r"model\.layers\.1 gives NaN or infinity"):
@@ -186,11 +214,11 @@ def test_other_errors_of_a_block_are_named(make_decoder, ids):
         (ValueError("out of memory"), False),
     ],
 )
-def test_errors_of_a_full_memory_are_told_from_others(error, is_memory):
+def test_errors_of_a_full_memory_are_distinguished_from_others(error, is_memory):
     assert is_out_of_memory(error) == is_memory
 
 
-def test_the_model_is_left_as_it_was(make_decoder, ids):
+def test_the_model_is_restored_after_an_error(make_decoder, ids):
     model = make_decoder("llama").train()
     model.model.layers[1].eval()
     modes = [module.training for module in model.modules()]
@@ -224,7 +252,7 @@ def test_stubs_are_taken_out_after_an_error(make_decoder, ids):
 
 
 class AttentionAdded(nn.Module):
-    """A block that adds to its attention's output in place: an output that was kept would hold the sum."""
+    """A block that adds to its attention's output in place, so a cached output would contain the sum."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -251,15 +279,15 @@ class NeedsAttentionWeights(AttentionAdded):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         attended, weights = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        attended = attended + hidden_states + self.look_at(weights)
+        attended = attended + hidden_states + self.read(weights)
         return attended + self.mlp(self.post_attention_layernorm(attended))
 
-    def look_at(self, weights: torch.Tensor) -> torch.Tensor:
+    def read(self, weights: torch.Tensor) -> torch.Tensor:
         return weights.sum() * 0
 
 
 class FillsMemory(NeedsAttentionWeights):
-    def look_at(self, weights: torch.Tensor | None) -> torch.Tensor:
+    def read(self, weights: torch.Tensor | None) -> torch.Tensor:
         return torch.empty(10**15 if weights is None else 1) * 0
 
 
@@ -283,7 +311,7 @@ def test_a_full_memory_is_not_taken_for_a_block_that_needs_more_than_is_cached(m
         prune_model(model, ids, "wanda", sequential="layers", batch_size=2)
 
 
-def test_outputs_of_finished_modules_change_nothing(make_decoder, ids, family, monkeypatch):
+def test_reusing_outputs_of_finished_modules_changes_nothing(make_decoder, ids, family, monkeypatch):
     pruned = []
     for reuse in (True, False):
         model = make_decoder(family)

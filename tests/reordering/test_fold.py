@@ -1,4 +1,4 @@
-"""Orders folded into models: the function stays, the weights are the same ones, and what cannot be folded is named."""
+"""Folding orders into a model keeps its function and its weights, and layers without a fold are reported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import prune_blocks as prune_model
+from ace_triton import prune_model
 from ace_triton.decoders.blocks import find_blocks
 from ace_triton.linears import linear_weight
 from ace_triton.reordering.fold import Fold
@@ -51,18 +51,18 @@ def random_order(fold: Fold, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FOLDED)
-def test_where_orders_fold_in(make_decoder, ids, family):
+def test_folds_of_each_family(make_decoder, ids, family):
     model, dense = make_decoder(family), make_decoder(family)
     folds = folds_of(model, ids)
     assert {within_block(name) for name in folds.proven} == FOLDED[family]
     assert len(folds.proven) == 3 * len(FOLDED[family])
     for name, tensor in dense.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), f"{name} was not put back"
+        assert torch.equal(model.state_dict()[name], tensor), f"{name} was not restored"
 
 
 @pytest.mark.parametrize("family", FOLDED)
 def test_the_function_is_unchanged(make_decoder, ids, family):
-    """With random orders in every place, biases too: only the order of additions differs."""
+    """With random orders in all folds, and random biases, only the order of additions differs."""
     model = make_decoder(family)
     model = model if family == "qwen3_moe" else model.double()  # torch's grouped product takes no fp64
     rounding = 10 * torch.finfo(model.dtype).eps
@@ -78,7 +78,7 @@ def test_the_function_is_unchanged(make_decoder, ids, family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
-def test_an_order_taken_back_leaves_every_bit(make_decoder, ids, family):
+def test_a_reverted_order_restores_every_bit(make_decoder, ids, family):
     model, dense = make_decoder(family).bfloat16(), make_decoder(family).bfloat16()
     folds = folds_of(model, ids)
     assert len(folds.proven) == 3 * len(FOLDED[family])
@@ -106,16 +106,16 @@ def test_query_heads_share_the_order_of_their_values():
     assert fold.by_pool(scores)[1, 1].tolist() == [12, 13, 14, 15]
 
 
-def test_a_lender_of_keys_and_values_is_left_alone(make_decoder, ids):
-    """Gemma 4's last block reads the values of an earlier one, which must keep their order."""
+def test_values_that_another_block_reads_keep_their_order(make_decoder, ids):
+    """Gemma 4's last block reads the values of an earlier block."""
     folds = folds_of(make_decoder("gemma4_text"), ids)
     reasons = {u.name: u.reason for u in folds.unfolded}
     assert "model.layers.2.self_attn.o_proj" in reasons
-    assert "reads that too" in reasons["model.layers.1.self_attn.o_proj"]
+    assert "another layer reads the same values" in reasons["model.layers.1.self_attn.o_proj"]
     assert "model.layers.0.self_attn.o_proj" in folds.proven
 
 
-def test_finding_them_takes_three_forwards_however_many_there_are(make_decoder, ids):
+def test_finding_folds_takes_three_forwards_for_any_number_of_folds(make_decoder, ids):
     model, forwards = make_decoder("llama"), []
     model.register_forward_hook(lambda *_: forwards.append(1))
     assert len(folds_of(model, ids).proven) == 6
@@ -123,13 +123,13 @@ def test_finding_them_takes_three_forwards_however_many_there_are(make_decoder, 
 
 
 def fail_when_run_again(model: nn.Module, fail) -> None:
-    """In one forward of the model its second block may be called once."""
+    """Make the second block fail if it is called twice in one forward of the model."""
     calls: list[int] = []
     model.register_forward_pre_hook(lambda *_: calls.clear())
     model.model.layers[1].register_forward_pre_hook(lambda *_: fail() if calls else calls.append(1))
 
 
-def test_a_block_that_cannot_be_run_again_is_named_and_its_orders_are_tried_in_the_model(make_decoder, ids):
+def test_a_block_that_fails_when_run_again_is_named_and_its_folds_are_tried_in_the_model(make_decoder, ids):
     def fail() -> None:
         raise LookupError("no second call")
 
@@ -149,7 +149,7 @@ def test_a_full_memory_is_not_taken_for_a_block_that_cannot_be_run_again(make_de
 
 
 class Scaled(nn.Module):
-    """A projection followed by a factor of its own for every channel, as a norm has."""
+    """A projection followed by a separate factor per channel, as in a norm."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Scaled(nn.Module):
         return self.layer(x) * self.factor
 
 
-def test_what_depends_on_the_order_is_found_out(make_decoder, ids):
+def test_operations_that_depend_on_the_order_are_detected(make_decoder, ids):
     model = make_decoder("llama").bfloat16()
     value = model.model.layers[1].self_attn.v_proj
     value.register_forward_hook(lambda _m, _a, out: out * torch.linspace(0.9, 1.1, out.shape[-1]).to(out.dtype))
@@ -169,19 +169,19 @@ def test_what_depends_on_the_order_is_found_out(make_decoder, ids):
     model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), Scaled(nn.Linear(48, 48)).bfloat16())
     folds = folds_of(model, ids)
     assert {u.name for u in folds.unfolded} == {"model.layers.1.self_attn.o_proj", "model.layers.0.mlp.down_proj"}
-    assert "model.layers.2.mlp.down_proj" in folds.proven, "a softmax over all channels keeps to their order"
+    assert "model.layers.2.mlp.down_proj" in folds.proven, "a softmax over all channels does not depend on their order"
 
 
-def test_runs_that_do_not_fit_the_groups_are_named(make_decoder, ids):
+def test_widths_that_do_not_fit_the_groups_are_reported(make_decoder, ids):
     folds = folds_of(make_decoder("llama"), ids, m=16)
     reasons = {within_block(u.name): u.reason for u in folds.unfolded}
-    assert reasons == {"self_attn.o_proj": "its runs of 8 inputs are no multiple of 16"}
+    assert reasons == {"self_attn.o_proj": "its runs of 8 inputs are not a multiple of 16"}
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "cosp", "ace"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "opt"])
 def test_pruning_with_permutation_is_pruning_of_the_reordered_model(make_decoder, ids, family, method):
-    """Fold the very orders in by hand and prune without permutation: the same model, statistics and all."""
+    """Fold in the same orders by hand and prune without permutation: models and statistics are the same."""
     model, dense = make_decoder(family), make_decoder(family)
     report = prune_model(model, ids, method, permute=True)
     assert {within_block(r.name) for r in report.permutation.reordered} == FOLDED[family]
@@ -197,14 +197,14 @@ def test_pruning_with_permutation_is_pruning_of_the_reordered_model(make_decoder
 
 
 def order_between(dense: torch.Tensor, pruned: torch.Tensor, fold: Fold) -> torch.Tensor:
-    """The order in which columns of ``dense`` became those of ``pruned``, by the weights that are left."""
+    """The order that turns the columns of ``dense`` into those of ``pruned``, found from the kept weights."""
     matches = (dense[:, :, None] == pruned[:, None, :]).sum(0)
     order = matches.argmax(0).reshape(fold.pools, fold.shares, fold.width)[:, 0]
     return order - torch.arange(fold.pools)[:, None] * fold.shares * fold.width
 
 
 @pytest.mark.parametrize("options", [{"method": "cosp", "reduce": "abs"}, {"method": "dass"}, {"sequential": "none"}])
-def test_statistics_of_rows_and_couplings_move_along(make_decoder, ids, options):
+def test_statistics_of_rows_and_couplings_are_reordered_too(make_decoder, ids, options):
     model, dense = make_decoder("llama"), make_decoder("llama")
     prune_model(model, ids, permute=True, **options)
     folds = folds_of(dense, ids)
@@ -217,13 +217,13 @@ def test_statistics_of_rows_and_couplings_move_along(make_decoder, ids, options)
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_only_what_is_pruned_is_reordered(make_decoder, ids):
+def test_only_layers_to_prune_are_reordered(make_decoder, ids):
     model = make_decoder("llama")
     report = prune_model(model, ids, permute=True, include="*.1.mlp.*")
     assert [r.name for r in report.permutation.reordered] == ["model.layers.1.mlp.down_proj"]
 
 
-def test_a_fraction_has_no_groups_to_order(make_decoder, ids):
+def test_permutation_needs_a_pattern_with_groups(make_decoder, ids):
     model, dense = make_decoder("llama"), make_decoder("llama")
     with pytest.raises(ValueError, match="n:m"):
         prune_model(model, ids, sparsity=0.5, permute=True)
@@ -231,8 +231,8 @@ def test_a_fraction_has_no_groups_to_order(make_decoder, ids):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3_text"])
-def test_a_permuted_model_generates_what_it_did(make_decoder, ids, family):
-    """Keys and values in a cache, too, are in the new order."""
+def test_a_permuted_model_generates_the_same_text(make_decoder, ids, family):
+    """Values in the cache are in the new order too."""
     model, dense = make_decoder(family).double(), make_decoder(family).double()
     folds = folds_of(model, ids)
     for fold in folds.proven.values():
@@ -242,8 +242,8 @@ def test_a_permuted_model_generates_what_it_did(make_decoder, ids, family):
 
 
 @pytest.mark.parametrize("options", [{"update": "lstsq"}, {"method": "sparsegpt"}, {"sequential": "layers"}])
-def test_composes_with_what_moves_weights(make_decoder, ids, options):
-    """The Gram matrix moves along: the output error falls as it does for the reordered model."""
+def test_permutation_combines_with_methods_that_update_weights(make_decoder, ids, options):
+    """The Gram matrix is reordered too, so the output error is about as low as without permutation."""
     model = make_decoder("llama")
     report = prune_model(model, ids, permute=True, **{"method": "wanda", **options})
     assert len(report.permutation.reordered) == 6
@@ -255,9 +255,9 @@ def test_composes_with_what_moves_weights(make_decoder, ids, options):
         pruned, dense = make_decoder("llama"), make_decoder("llama")
         prune_model(pruned, ids, permute=permute, include="*.0.*", **{"method": "wanda", **options})
         errors[permute] = float((logits(pruned, ids) - logits(dense, ids)).norm())
-    assert errors[True] < 1.2 * errors[False], "statistics out of order would cost far more"
+    assert errors[True] < 1.2 * errors[False], "statistics in the wrong order would give a much larger error"
 
 
-def test_dass_cannot_reorder_what_it_has_pruned(make_decoder, ids):
+def test_dass_cannot_reorder_layers_that_it_has_pruned(make_decoder, ids):
     with pytest.raises(ValueError, match="leave one of them out"):
         prune_model(make_decoder("llama"), ids, "dass", permute=True, sequential="layers")

@@ -1,4 +1,4 @@
-"""The search for an order: never worse, exact where everything can be tried, near linear sum assignment elsewhere."""
+"""The search is never worse than the given order, exact for small problems, and close to linear sum assignment."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ace_triton.reordering.permutation import retained_score, search_permutation
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Scores as a metric gives them: heavy channels, and weights of both signs."""
+    """Random scores like those of a metric, with some channels much larger than others."""
     generator = torch.Generator().manual_seed(seed)
     channels = torch.randn(shape[0], 1, shape[2], generator=generator).exp()
     return torch.randn(shape, generator=generator).abs() * channels
 
 
 def retained(scores: torch.Tensor, order: torch.Tensor, n: int, m: int) -> float:
-    """Independent of the package: sort every group of every row."""
+    """The retained score, computed without the package: sort every group of every row."""
     ordered = torch.stack([pool[:, o] for pool, o in zip(scores, order, strict=True)])
     groups = ordered.double().unflatten(2, (-1, m)).sort(-1).values
     return float(groups[..., m - n :].sum())
@@ -53,7 +53,7 @@ def test_equal_scores_and_zeros():
     check(torch.zeros(2, 7, 16), 2, 4)
 
 
-def test_pools_do_not_mix_and_do_not_matter_to_each_other():
+def test_pools_are_independent():
     scores = draw(3, 40, 32)
     together = search_permutation(scores, 2, 4)
     assert bool((together.order < 32).all())
@@ -61,16 +61,16 @@ def test_pools_do_not_mix_and_do_not_matter_to_each_other():
     assert together.after == pytest.approx(alone, rel=0.01)
 
 
-def test_never_falls_from_cycle_to_cycle():
+def test_retained_score_does_not_decrease_with_more_cycles():
     scores = draw(1, 60, 64)
-    reached = [search_permutation(scores, 2, 4, cycles=cycles).after for cycles in range(6)]
-    assert reached == sorted(reached)
-    assert reached[0] < reached[1] < reached[-1]
+    retained_by_cycles = [search_permutation(scores, 2, 4, cycles=cycles).after for cycles in range(6)]
+    assert retained_by_cycles == sorted(retained_by_cycles)
+    assert retained_by_cycles[0] < retained_by_cycles[1] < retained_by_cycles[-1]
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_two_groups_of_four_are_solved(seed):
-    """Against all 35 ways to part eight channels into two groups."""
+    """Compared with all 35 ways to divide eight channels into two groups."""
     scores = draw(1, 30, 8, seed=seed)
     groups = [(0, *three) for three in combinations(range(1, 8), 3)]
     every = [torch.tensor([[*group, *(set(range(8)) - set(group))]]) for group in groups]
@@ -79,13 +79,13 @@ def test_two_groups_of_four_are_solved(seed):
     assert search_permutation(scores, 2, 4).after == pytest.approx(best, rel=1e-9)
 
 
-def test_the_heuristic_deals_channels_out_to_and_fro():
+def test_the_heuristic_assigns_channels_in_alternating_direction():
     scores = torch.arange(12.0)[None, None]
     assert snake_order(scores, 3).tolist() == [[[0, 1, 2, 3], [7, 6, 5, 4], [8, 9, 10, 11]]]
 
 
-def test_retains_nearly_what_linear_sum_assignment_does():
-    """RIA's search, one sweep from its heuristic order, on a layer of two hundred groups."""
+def test_retains_nearly_as_much_as_linear_sum_assignment():
+    """Compared with one sweep of RIA's search from its heuristic order, on a layer of 200 groups."""
     from scipy.optimize import linear_sum_assignment
 
     from ace_triton.kernels.join_gains import join_gains_reference
@@ -93,11 +93,11 @@ def test_retains_nearly_what_linear_sum_assignment_does():
     scores = draw(1, 128, 800)
     slots = snake_order(scores, 4)
     given = torch.arange(800)[None]
-    for taken in range(4):
+    for removed in range(4):
         columns = scores[0, :, slots[0].flatten()].unflatten(1, (4, 200))
-        others = columns[:, [slot for slot in range(4) if slot != taken]].sort(1).values[:, 1]
-        gains = join_gains_reference(columns[None, :, taken].contiguous(), others[None])
-        slots[0, taken] = slots[0, taken, linear_sum_assignment(gains[0].numpy(), maximize=True)[1]]
+        others = columns[:, [slot for slot in range(4) if slot != removed]].sort(1).values[:, 1]
+        gains = join_gains_reference(columns[None, :, removed].contiguous(), others[None])
+        slots[0, removed] = slots[0, removed, linear_sum_assignment(gains[0].numpy(), maximize=True)[1]]
     reference = float(retained_score(scores, slots, 2).sum())
     found = search_permutation(scores, 2, 4)
     assert found.after - found.before >= 0.95 * (reference - retained(scores, given, 2, 4))
@@ -106,7 +106,7 @@ def test_retains_nearly_what_linear_sum_assignment_does():
 @pytest.mark.parametrize(
     ("shape", "n", "m"), [((3, 8), 2, 4), ((1, 3, 6), 2, 4), ((1, 3, 8), 4, 4), ((1, 3, 8), 0, 4), ((1, 3, 0), 2, 4)]
 )
-def test_says_what_is_wrong(shape, n, m):
+def test_invalid_arguments_are_refused(shape, n, m):
     with pytest.raises(ValueError, match="multiple of m"):
         search_permutation(torch.zeros(shape), n, m)
 
