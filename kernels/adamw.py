@@ -46,8 +46,8 @@ class Step:
     def __post_init__(self) -> None:
         if not (self.rate >= 0 and self.number >= 1 and self.eps > 0 and all(0 <= beta < 1 for beta in self.betas)):
             raise ArgumentError(
-                "an optimizer step needs a rate of at least 0, a number of at least 1, betas in [0, 1) and eps above 0; "
-                f"got {self}"
+                "an optimizer step needs a rate of at least 0, a number of at least 1, betas in [0, 1) and eps above "
+                f"0; got {self}"
             )
 
     @property
