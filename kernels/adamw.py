@@ -1,13 +1,13 @@
-"""adamw: a step of AdamW without decay on fp32 values, their rounded copy written in the same pass.
+"""adamw: one AdamW step without weight decay on fp32 values; it also writes a rounded copy in the same pass.
 
-With g the gradient times ``factor``, t the number of this step and b the two decays (Kingma and Ba, arXiv 1412.6980,
-algorithm 1; Loshchilov and Hutter, arXiv 1711.05101, with decay 0):
+g is the gradient times ``factor``, t the number of this step, b_1 and b_2 the decays of the moments (Kingma and Ba,
+arXiv 1412.6980, algorithm 1; Loshchilov and Hutter, arXiv 1711.05101, with weight decay 0):
 
     m = b_1 m + (1 - b_1) g,   v = b_2 v + (1 - b_2) g^2,
     x = x - rate / (1 - b_1^t) m / (sqrt(v) / sqrt(1 - b_2^t) + eps)
 
-A value that is 0 counts as having no gradient: what was pruned has moments of 0, and stays exactly 0. Values, moments
-and gradient are read once, values and moments written once.
+With ``zeros_stay``, the gradient of a value that is 0 counts as 0, so a pruned weight whose moments are 0 stays
+exactly 0. The kernel reads values, moments and gradient once, and writes values and moments once.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from .written import mark_written
 
 @dataclass(frozen=True)
 class Step:
-    """Of the optimiser.
+    """Hyperparameters of one optimizer step.
 
     Attributes:
-        rate: of learning, 0 or more.
-        number: from 1 on.
+        rate: learning rate, 0 or more.
+        number: number of the step, counted from 1.
         betas: decays of the first and the second moment, in [0, 1).
-        eps: added to the root of the second moment.
+        eps: added to the square root of the second moment, above 0.
+
+    Raises:
+        ArgumentError: if a value is outside its range.
     """
 
     rate: float
@@ -43,12 +46,13 @@ class Step:
     def __post_init__(self) -> None:
         if not (self.rate >= 0 and self.number >= 1 and self.eps > 0 and all(0 <= beta < 1 for beta in self.betas)):
             raise ArgumentError(
-                f"a step needs a rate of 0 or more, a number from 1 on, betas in [0, 1) and eps above 0; got {self}"
+                "an optimizer step needs a rate of at least 0, a number of at least 1, betas in [0, 1) and eps above "
+                f"0; got {self}"
             )
 
     @property
     def scalars(self) -> tuple[float, float, float, float, float]:
-        """rate / (1 - b_1^t), 1 - b_1, 1 - b_2, 1 / sqrt(1 - b_2^t) and eps."""
+        """What the kernels take: rate / (1 - b_1^t), 1 - b_1, 1 - b_2, 1 / sqrt(1 - b_2^t) and eps."""
         first, second = self.betas
         unbiased = [1 - beta**self.number for beta in self.betas]
         return self.rate / unbiased[0], 1 - first, 1 - second, 1 / math.sqrt(unbiased[1]), self.eps
@@ -56,14 +60,14 @@ class Step:
 
 @dataclass(frozen=True)
 class GradientMoments:
-    """Running means of a gradient and of its square, each fp32 in the values' shape."""
+    """Running means of the gradient (``first``) and of its square (``second``), fp32 in the shape of the values."""
 
     first: torch.Tensor
     second: torch.Tensor
 
     @classmethod
     def like(cls, values: torch.Tensor) -> GradientMoments:
-        """All 0."""
+        """Moments of 0, in the shape, dtype and device of ``values``."""
         return cls(torch.zeros_like(values), torch.zeros_like(values))
 
 
@@ -77,19 +81,19 @@ def adamw(
     rounded: torch.Tensor | None = None,
     zeros_stay: bool = True,
 ) -> None:
-    """Take a step, in place.
+    """Take one optimizer step, in place.
 
     Args:
-        values: fp32, of any shape, contiguous; so are all that follow, in that shape.
-        moments: fp32.
+        values: fp32, any shape, contiguous. Moments, gradient and rounded copy must have this shape and be contiguous.
+        moments: fp32; updated in place.
         gradient: fp32, fp16 or bf16.
-        step: which, and how long.
-        factor: times the gradient; fp32 of one element, on the values' device. None for 1.
-        rounded: takes the new values in its own dtype, fp32, fp16 or bf16.
-        zeros_stay: whether a value of 0 counts as having no gradient.
+        step: number and hyperparameters of the step.
+        factor: multiplies the gradient; fp32 with one element, on the device of ``values``. None for 1.
+        rounded: if given, receives the new values in its own dtype: fp32, fp16 or bf16.
+        zeros_stay: treat the gradient of a value that is 0 as 0.
 
     Raises:
-        ValueError: a shape, dtype or layout that does not fit.
+        ArgumentError: if a shape, dtype or layout does not fit.
     """
     _check(values, moments, gradient, factor, rounded)
     backend = choose_backend(values, moments.first, moments.second, gradient, factor, rounded)
@@ -118,7 +122,7 @@ def adamw_reference(
     factor: torch.Tensor | None = None,
     zeros_stay: bool = True,
 ) -> tuple[torch.Tensor, GradientMoments]:
-    """The values and moments after the step in plain torch, in fp64; nothing is written."""
+    """The values and moments after the step, computed with plain torch in fp64. The arguments are not changed."""
     old, first, second, slope = (of.detach().double() for of in (values, moments.first, moments.second, gradient))
     if factor is not None:
         slope = slope * factor.double()
@@ -142,13 +146,13 @@ def _check(
     for what, tensor in {**exact, **others}.items():
         if tensor.shape != values.shape or not tensor.is_contiguous():
             raise ArgumentError(
-                f"the {what} must be contiguous, in the values' shape {tuple(values.shape)}; got {tuple(tensor.shape)} "
-                f"with strides {tensor.stride()}"
+                f"the {what} must be contiguous and of the values' shape {tuple(values.shape)}; "
+                f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
         if what in exact and tensor.dtype != torch.float32:
             raise ArgumentError(f"the {what} must be fp32, got {tensor.dtype}")
     if factor is not None and (factor.numel() != 1 or factor.dtype != torch.float32):
-        raise ArgumentError(f"the factor must be fp32 of one element, got {factor.dtype} {tuple(factor.shape)}")
+        raise ArgumentError(f"the factor must be fp32 with one element, got {factor.dtype} {tuple(factor.shape)}")
 
 
 def _adamw_triton(

@@ -1,7 +1,7 @@
-"""assignment: candidates dealt out to groups, one each, for a large sum of gains.
+"""assignment: assign one candidate to each group so that the sum of gains is large.
 
-The compiled CPU library finds the largest by shortest augmenting paths. They follow one another, which suits no GPU:
-elsewhere pairs of groups exchange candidates, all pairs at once, until no pair gains.
+The compiled CPU library finds the optimal assignment by shortest augmenting paths. That algorithm is sequential, so it
+does not suit a GPU. Elsewhere, pairs of groups exchange candidates, all pairs in parallel, until no exchange gains.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from .errors import ArgumentError
 from .finite import all_finite
 
 NEGLIGIBLE = 1e-6
-"""Exchanges that gain less than this share of a group's gain are left alone: rounding makes them look like gains."""
+"""An exchange must gain more than this share of the mean gain of a group; smaller gains are rounding errors."""
 
 MOST_PASSES = 1000
-"""Of exchanges; tens are needed."""
+"""Limit on passes of exchanges; tens are usually enough."""
 
 
 def assignment(gains: torch.Tensor) -> torch.Tensor:
-    """The candidate that each group takes, int64 [n_pools, groups], a permutation in every pool.
+    """The candidate assigned to each group, int64 [n_pools, groups]: a permutation in every pool.
 
-    Their gains sum to at least what they do with candidate g in group g, to rounding; to the most that any assignment
-    reaches on the compiled library, and to most of what lies between elsewhere.
+    The sum of gains is never below that of the identity (candidate g in group g), up to rounding. The compiled library
+    returns an optimal assignment; other backends return one that is close to it.
 
     Args:
-        gains: fp32 [n_pools, groups, groups], finite, of group g with candidate y at [g, y].
+        gains: fp32 [n_pools, groups, groups], finite; [g, y] is the gain of group g with candidate y.
 
     Raises:
-        ValueError: another shape or dtype, gains that are not finite, or so large that their sums are not.
+        ArgumentError: if the shape or dtype does not fit, or if a gain or a sum of gains is not finite.
     """
     if gains.dim() != 3 or gains.shape[1] != gains.shape[2] or gains.dtype != torch.float32:
         raise ArgumentError(f"gains must be float32 [n_pools, groups, groups], got {gains.dtype} {tuple(gains.shape)}")
     if not all_finite(gains):
-        raise ArgumentError("gains hold NaN or infinity: look for overflow in the scores that they were made of")
+        raise ArgumentError("gains contain NaN or infinity: check the scores they were computed from for overflow")
     if choose_backend(gains) == "cpu":
         return cpu.assign(gains.contiguous())
     return assignment_by_exchange(gains)
 
 
 def assignment_by_exchange(gains: torch.Tensor) -> torch.Tensor:
-    """The same in plain torch, close to the largest sum.
+    """An assignment by pairwise exchange, in plain torch; its sum is close to the largest one.
 
-    Every group looks for the group with which it would gain the most by exchanging candidates; pairs that choose each
-    other exchange.
+    Every group finds the partner with which an exchange of candidates gains most. Two groups that choose each other
+    exchange.
     """
     groups = torch.arange(gains.shape[1], device=gains.device).expand(gains.shape[:2])
     dealt = groups

@@ -1,4 +1,4 @@
-"""Which body of an operation serves a tensor: Triton, the compiled CPU library, or plain torch."""
+"""Dispatch: chooses Triton, the compiled CPU library or plain torch for the tensors of an operation."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
-    """True where Triton kernels run in Triton's own interpreter (``TRITON_INTERPRET=1``)."""
+    """True if Triton kernels run in Triton's own interpreter (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes", "y"}
 
 
 def choose_backend(*tensors: torch.Tensor | None) -> Backend:
-    """The backend for an operation on these tensors (None entries are passed over).
+    """The backend for an operation on these tensors (None entries are ignored).
 
-    Triton for CUDA and HIP tensors, the compiled library for CPU tensors, the plain-torch reference
-    where neither is there. ``ACE_TRITON_BACKEND=triton|cpu|reference`` forces one.
+    CUDA and HIP tensors use Triton, CPU tensors use the compiled library. If the one that is needed is not available,
+    the plain-torch reference runs. ``ACE_TRITON_BACKEND=triton|cpu|reference`` forces one of them.
 
     Raises:
-        BackendError: the forced backend is unknown or cannot serve these tensors.
-        ValueError: the tensors lie on different devices, or one has no memory of its own.
+        BackendError: if the forced backend is unknown or cannot run on these tensors.
+        ArgumentError: if the tensors are on different devices, or if a tensor has no memory that a kernel can read.
     """
     device = None
     for tensor in tensors:
@@ -50,7 +50,7 @@ def choose_backend(*tensors: torch.Tensor | None) -> Backend:
             if device is not None:
                 where = sorted({str(t.device) for t in tensors if t is not None})
                 raise ArgumentError(
-                    f"all tensors of one operation must be on one device, these are on {where}: "
+                    f"all tensors of an operation must be on one device, but these are on {where}: "
                     "move them with .to(device)"
                 )
             device = its_device
@@ -62,7 +62,7 @@ def choose_backend(*tensors: torch.Tensor | None) -> Backend:
 
 
 def _check_memory(tensors: Iterable[torch.Tensor | None]) -> None:
-    """Raise ValueError for a tensor that Triton would read elsewhere than where its numbers lie."""
+    """Raise ArgumentError if a tensor's numbers are not at its address, so that Triton would read other memory."""
     for tensor in tensors:
         if tensor is not None and (why := why_no_memory(tensor)) is not None:
             raise ArgumentError(f"a {_shape_of(tensor)} tensor {why}")
@@ -73,10 +73,10 @@ def _shape_of(tensor: torch.Tensor) -> str:
 
 
 def backend_of_device(device: torch.device) -> Backend:
-    """What :func:`choose_backend` chooses for tensors on ``device``; warns once if that is slow.
+    """The backend that :func:`choose_backend` returns for tensors on ``device``; warns once if that backend is slow.
 
     Raises:
-        BackendError: as there.
+        BackendError: if the forced backend is unknown or cannot run on ``device``.
     """
     forced = os.environ[ENVIRONMENT_VARIABLE].strip() if ENVIRONMENT_VARIABLE in os.environ else ""
     if forced:
@@ -91,7 +91,7 @@ def backend_of_device(device: torch.device) -> Backend:
 
 
 class SlowBackendWarning(UserWarning):
-    """Operations run in plain torch, since what makes them fast is missing."""
+    """Operations run in plain torch because the compiled library or Triton is missing."""
 
 
 SLOW = {
@@ -103,7 +103,7 @@ SLOW = {
 
 @functools.cache
 def warn_of_slow_backend(device_type: str) -> None:
-    """Warn that plain torch serves such a device; once per process."""
+    """Warn, once per process, that operations on this type of device run in plain torch."""
     why = cpu_library.why_unavailable() if device_type == "cpu" else ""
     warnings.warn(SLOW[device_type].format(why=why), SlowBackendWarning, stacklevel=4)
 
@@ -119,14 +119,17 @@ def _forced(name: str, device: torch.device) -> Backend:
             )
         if not cpu_library.available():
             raise BackendError(
-                f"{ENVIRONMENT_VARIABLE}=cpu, but the compiled library is not there "
+                f"{ENVIRONMENT_VARIABLE}=cpu, but the compiled library is not available "
                 f"({cpu_library.why_unavailable()}): install a C++ compiler and reinstall ace_triton, "
                 f"or unset {ENVIRONMENT_VARIABLE}"
             )
         return "cpu"
     if name == "triton":
         if not HAS_TRITON:
-            raise BackendError(f"{ENVIRONMENT_VARIABLE}=triton, but triton is not installed")
+            raise BackendError(
+                f"{ENVIRONMENT_VARIABLE}=triton, but triton is not installed: install it, "
+                f"or unset {ENVIRONMENT_VARIABLE}"
+            )
         if device.type == "cpu" and not interpreting():
             raise BackendError(
                 f"{ENVIRONMENT_VARIABLE}=triton, but the tensors are on the CPU: move them to a GPU, or "

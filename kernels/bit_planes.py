@@ -1,11 +1,12 @@
-"""Exact top-k by radix selection on bit planes: a bit of the threshold a step, 32 keys an instruction.
+"""Exact top-k by radix selection on bit planes: each step finds one bit of the threshold, for 32 keys per instruction.
 
-A thread turns each 32 of its uint32 keys into words, word b holding bit b of all of them (not their sign
-bits: keys are the bits of non-negative fp32 numbers). From the highest bit down, a step counts the keys
-that still tie with the threshold and have the bit; if they are enough the others are out, if not they
-are in. The same steps over the bits of the index settle ties, from the highest index down.
+A thread transposes 32 of its uint32 keys into words: word b holds bit b of all 32 keys. The sign bit is left out, since
+keys are the bits of non-negative fp32 numbers. Steps go from the highest bit to the lowest. Each counts the candidates
+(keys equal to the threshold so far) that have the bit set. If there are at least as many as are still needed, the other
+candidates are rejected; if there are fewer, they are all selected, and the search goes on among the others. The same
+steps over the bits of the index resolve ties, from the highest index to the lowest.
 
-A part is a tile of words that a program holds; all parts of a row are stepped together.
+A part is a tile of words that a program holds; a step covers all parts of a row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .triton_import import tl, triton
 
 @triton.jit
 def planes_of(keys):
-    """[WORDS, 32] keys -> 32 tiles [WORDS, 1]; bit e of tile b is bit b of key e."""
+    """Transpose [WORDS, 32] keys to 32 tiles [WORDS, 1]: bit e of tile b is bit b of key e."""
     for log_distance in tl.static_range(5):
         keys = _exchanged(keys, 16 >> log_distance)
     return unzip(keys, 32)
@@ -24,7 +25,7 @@ def planes_of(keys):
 
 @triton.jit
 def _exchanged(words, DISTANCE: tl.constexpr):
-    """One butterfly of the 32 x 32 transpose, between words DISTANCE apart; five of them restore the order."""
+    """One butterfly stage of the 32 x 32 transpose, between words DISTANCE apart; after five the order is restored."""
     LOW: tl.constexpr = 0xFFFFFFFF // ((1 << DISTANCE) + 1)
     HIGH: tl.constexpr = 0xFFFFFFFF - LOW
     count: tl.constexpr = words.shape[0]
@@ -36,7 +37,7 @@ def _exchanged(words, DISTANCE: tl.constexpr):
 
 @triton.jit
 def valid_words(index, accesses, VECTOR: tl.constexpr, LOG_THREADS: tl.constexpr):
-    """Words with a bit for each key that is there, of ``accesses`` accesses in the whole row."""
+    """Words with a set bit for each key inside the row; the row has ``accesses`` accesses of VECTOR keys."""
     SHARE: tl.constexpr = 32 // VECTOR
     thread = index & ((1 << LOG_THREADS) - 1)
     left = ((accesses - thread + ((1 << LOG_THREADS) - 1)) >> LOG_THREADS) - (index >> LOG_THREADS) * SHARE
@@ -46,17 +47,17 @@ def valid_words(index, accesses, VECTOR: tl.constexpr, LOG_THREADS: tl.constexpr
 
 @triton.jit
 def highest(planes, valid, indices, k, VECTOR: tl.constexpr, LOG_THREADS: tl.constexpr):
-    """The k highest keys; among equal ones those of the highest index.
+    """Select the k highest keys; among equal keys, those with the highest index.
 
     Args:
-        planes: for each part, what :func:`planes_of` returned.
-        valid: for each part, what :func:`valid_words` returned; k keys at least are there.
+        planes: for each part, the result of :func:`planes_of`.
+        valid: for each part, the result of :func:`valid_words`; at least k keys are valid.
         indices: for each part, the numbers [WORDS, 1] of its words in the row, w * THREADS + t. Key e of
             word (w, t) has the index ((w * 32 / VECTOR + e / VECTOR) * THREADS + t) * VECTOR + e % VECTOR.
-        k: at least 1.
+        k: how many keys to select, at least 1.
 
     Returns:
-        For each part, words [WORDS, 1] with the bits of the k keys.
+        For each part, words [WORDS, 1] with a set bit for each selected key.
     """
     tied = valid
     above = ()
@@ -78,7 +79,7 @@ def highest(planes, valid, indices, k, VECTOR: tl.constexpr, LOG_THREADS: tl.con
 
 @triton.jit
 def _settled(tied, above, need, indices, VECTOR: tl.constexpr, LOG_THREADS: tl.constexpr):
-    """Steps over the bits of the index, from the highest: word of the row, access, thread, place in the access."""
+    """Resolve ties by the bits of the index, highest first: word of the row, access, thread, position in the access."""
     for step in tl.static_range(3 + 5 + LOG_THREADS):
         plane = ()
         for p in tl.static_range(len(tied)):
@@ -103,7 +104,7 @@ def _index_plane(index, STEP: tl.constexpr, VECTOR: tl.constexpr, LOG_THREADS: t
 
 @triton.jit
 def _narrowed(tied, above, need, plane, LOG_THREADS: tl.constexpr):
-    """One step: those with the bit are ``above`` where they are too few, and all that is left where they are enough."""
+    """One step: candidates with the bit set move to ``above`` if they are too few, else only they stay candidates."""
     ones = ()
     for p in tl.static_range(len(tied)):
         ones = ones + (tied[p] & plane[p],)
@@ -119,7 +120,7 @@ def _narrowed(tied, above, need, plane, LOG_THREADS: tl.constexpr):
 
 @triton.jit
 def _count(words, LOG_THREADS: tl.constexpr):
-    """Set bits of all words of a program: each thread's own first, then across threads."""
+    """Number of set bits in all words of a program: first within each thread, then across threads."""
     counts = tl.zeros([1 << LOG_THREADS], tl.int32)
     for p in tl.static_range(len(words)):
         population = tl.reshape(_population(words[p]), [words[p].shape[0] >> LOG_THREADS, 1 << LOG_THREADS])
@@ -129,7 +130,7 @@ def _count(words, LOG_THREADS: tl.constexpr):
 
 @triton.jit
 def _population(word):
-    """Set bits of each word; LLVM knows this form and makes it one instruction."""
+    """Number of set bits in each word; LLVM recognizes this form and emits one instruction."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F

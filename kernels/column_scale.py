@@ -1,10 +1,10 @@
-"""column_scale: the column vector that multiplies a score, of a layer's statistics, in one launch.
+"""column_scale: computes the column vector of a score from a layer's statistics, in one launch.
 
-    scale_j = base_j sqrt(square_j / divisor) factor_j^sign      (an absent factor left out)
+    scale_j = base_j sqrt(square_j / divisor) factor_j^sign      (absent factors are 1)
 
-For ACE (arXiv 2505.21987) square_j / divisor is CosP's exact second-order term mean_t x_tj^2 / s_t and factor_j VarP's
-mean_s 1 / (1 - y_sj). Where a metric also wants sums of the weight, :func:`~ace_triton.kernels.weight_sums.
-relative_importance` makes this vector in its own second launch.
+For ACE (arXiv 2505.21987), square_j / divisor is CosP's exact second-order term mean_t x_tj^2 / s_t, and factor_j is
+VarP's mean_s 1 / (1 - y_sj). If a metric also needs sums of the weight,
+:func:`~ace_triton.kernels.weight_sums.relative_importance` computes this vector in its own second launch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from .triton_import import tl, triton
 
 @dataclass(frozen=True)
 class ColumnScale:
-    """What the vector is made of; at least one of ``square``, ``base`` and ``factor``.
+    """Inputs of the column vector; at least one of ``square``, ``base`` and ``factor`` is given.
 
     Attributes:
-        square: fp64 [in_features], sums of squares.
-        divisor: of ``square``. Triton takes its inverse in fp32.
-        base, factor: fp32 [in_features].
-        sign: 1 multiplies by ``factor``, -1 divides.
+        square: fp64 [in_features], sums of squares; None to leave the factor out.
+        divisor: divides ``square``. Triton multiplies by its inverse, rounded to fp32.
+        base, factor: fp32 [in_features], or None for 1.
+        sign: 1 multiplies by ``factor``, -1 divides by it.
+
+    Raises:
+        ArgumentError: if no vector is given, or if a shape, dtype or the sign is invalid.
     """
 
     square: torch.Tensor | None = None
@@ -44,7 +47,9 @@ class ColumnScale:
         vectors = self.vectors()
         if len({vector.shape for vector in vectors.values()}) != 1:
             shapes = {name: tuple(vector.shape) for name, vector in vectors.items()}
-            raise ArgumentError(f"a column scale needs square, base or factor, of one length; got {shapes or 'none'}")
+            raise ArgumentError(
+                f"a column scale needs square, base or factor, all of the same length; got {shapes or 'none'}"
+            )
         for name, vector in vectors.items():
             wanted = torch.float64 if name == "square" else torch.float32
             if vector.dtype != wanted or vector.dim() != 1 or not vector.is_contiguous():
@@ -53,12 +58,12 @@ class ColumnScale:
                 )
 
     def vectors(self) -> dict[str, torch.Tensor]:
-        """Those that are there, by name."""
+        """The vectors that are given, by name."""
         named = {"square": self.square, "base": self.base, "factor": self.factor}
         return {name: vector for name, vector in named.items() if vector is not None}
 
     def parts(self) -> tuple[torch.Tensor | None, float, torch.Tensor | None, torch.Tensor | None]:
-        """What the bodies take: square, the inverse of its divisor, base and factor."""
+        """The kernels' arguments: square, the inverse of its divisor, base and factor."""
         return self.square, 1 / self.divisor, self.base, self.factor
 
     @property
@@ -68,11 +73,11 @@ class ColumnScale:
 
 
 class CheckedScale(NamedTuple):
-    """A column vector and what was seen in it.
+    """A column vector and flags that tell if it is a valid score term.
 
     Attributes:
         scale: fp32 [in_features].
-        not_finite: int32 [n], one of them other than 0 if ``scale`` holds NaN, infinity or a number below 0.
+        not_finite: int32 [n] flags; any is non-zero if ``scale`` contains NaN, infinity or a negative number.
     """
 
     scale: torch.Tensor
@@ -80,12 +85,12 @@ class CheckedScale(NamedTuple):
 
 
 def column_scale(of: ColumnScale) -> torch.Tensor:
-    """The vector, fp32 [in_features]."""
+    """The column vector, fp32 [in_features]."""
     return checked_column_scale(of).scale
 
 
 def checked_column_scale(of: ColumnScale) -> CheckedScale:
-    """The vector, and whether it can be a term of a score."""
+    """The column vector, with flags that tell if it is a valid score term."""
     backend = choose_backend(*of.vectors().values())
     if backend == "cpu":
         return CheckedScale(*cpu.column_scale(of))
@@ -96,7 +101,7 @@ def checked_column_scale(of: ColumnScale) -> CheckedScale:
 
 
 def column_scale_reference(of: ColumnScale) -> torch.Tensor:
-    """The same in plain torch, in fp64."""
+    """The column vector, computed with plain torch in fp64."""
     like = next(iter(of.vectors().values()))
     scale = torch.ones((), dtype=torch.float64, device=like.device) if of.base is None else of.base.double()
     if of.square is not None:
@@ -138,7 +143,7 @@ def _scale_columns(
 
 @triton.jit
 def scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, inside, SIGN: tl.constexpr):
-    """The scale of columns ``j`` in a Triton body; 1 outside."""
+    """The scale of columns ``j`` in a Triton kernel; 1 outside the row."""
     scale = tl.where(inside, 1.0, 1.0)
     if base_ptr is not None:
         scale = tl.load(base_ptr + j, mask=inside, other=1.0)

@@ -1,12 +1,12 @@
-"""cosp_select: prune n:m by the published CosP without ever storing its matrix.
+"""cosp_select: prune to n:m by the published CosP loss without storing its coupling matrix.
 
     "abs":  K_ij = sum_t |a_ti x_tj| d_t          "rms":  K_ij = sqrt(sum_t (a_ti x_tj d_t)^2)
-    score_ij = |W_ij|^power * (row_i + col_j) * scale_j * K_ij;  the best n of m stay
+    score_ij = |W_ij|^power * (row_i + col_j) * scale_j * K_ij;  the n highest of every m are kept
 
-The GEMM over tokens of :mod:`.coupling`, whose epilogue scores a tile of W and writes it back pruned: e bytes a weight
-read and e written, where coupling and select_nm move 12 more. It needs every token in one call, so statistics that
-stream (all of ``ace_triton``'s) go by coupling instead. d_t may be off by any factor that all tokens share: it decides
-nothing within a group.
+This is the GEMM over tokens of :mod:`.coupling`; its epilogue scores a tile of W and writes the pruned tile back.
+Bytes per weight of e bytes: e read, e written; coupling followed by select_nm moves 12 bytes more. All tokens must be
+in one call, so the streamed statistics of ``ace_triton`` use coupling instead. A constant factor in all d_t does not
+change the selection.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ def cosp_select(
     *,
     reduce: Reduce = "abs",
 ) -> torch.Tensor:
-    """Keep the n weights of every m consecutive inputs that score highest; +0.0 goes over the others, in place.
+    """Keep the n weights with the highest score of every m consecutive inputs; set the others to +0.0, in place.
 
     Args:
-        weight: [out_features, in_features], fp32, fp16 or bf16; returned.
+        weight: [out_features, in_features], fp32, fp16 or bf16; pruned in place and returned.
         terms: the score's other factors; their coupling must be None.
         tokens: [n_tokens, in_features], fp32, fp16 or bf16.
-        outputs: [n_tokens, out_features], the layer's outputs, bias included; same dtypes.
-        token_weights: fp32 [n_tokens], d_t; a token whose weight is 0 is not used, whatever it holds. Keep them near 1
-            by scaling (1 / s_t is below fp16's range).
-        n: how many of a group are kept, 0 < n < m.
+        outputs: [n_tokens, out_features], the layer's outputs with bias, fp32, fp16 or bf16.
+        token_weights: fp32 [n_tokens], d_t. Tokens with weight 0 are ignored, even if they contain NaN. Scale the
+            weights to be near 1 (1 / s_t is below fp16's range).
+        n: how many weights of a group are kept, 0 < n < m.
         m: group size, one of 2, 4, 8, 16, 32; divides in_features.
         reduce: "abs" or "rms".
 
     Raises:
-        ValueError: a pattern, shape or dtype that cannot be served, with what would be.
+        ArgumentError: if the pattern, a shape or a dtype is not supported; the message says what is.
     """
     check_selection(weight, terms, "weight")
     check_pattern(weight, n, m, "in")
     shape = checked_shape(tokens, outputs, token_weights, reduce)
     if shape != tuple(weight.shape):
-        raise ArgumentError(f"tokens and outputs are of a weight {shape}, got one of {tuple(weight.shape)}")
+        raise ArgumentError(f"tokens and outputs need a weight of shape {shape}, got {tuple(weight.shape)}")
     if terms.coupling is not None:
-        raise ArgumentError("cosp_select makes the score's coupling itself: leave that term out, or call select_nm")
+        raise ArgumentError("cosp_select computes the score term 'coupling' itself: leave it out, or call select_nm")
     backend = choose_backend(weight, tokens, outputs, token_weights, *terms.tensors.values())
     if backend == "triton":
         mark_written(weight)
@@ -85,7 +85,7 @@ def cosp_select_reference(
     *,
     reduce: Reduce = "abs",
 ) -> torch.Tensor:
-    """The same in plain torch, with the matrix."""
+    """The same selection in plain torch, with the whole coupling matrix."""
     matrix = coupling_reference(tokens, outputs, token_weights, reduce)
     return select_nm_reference(weight, _with_matrix(terms, matrix, reduce), n, m)
 
@@ -149,7 +149,7 @@ def _cosp_select_body(
     BLOCK_COLS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """A tile of the weight: its products over all tokens, then whole groups of it in the registers of a thread."""
+    """One tile of the weight: products over all tokens, then the selection of whole groups in a thread's registers."""
     across = tl.cdiv(cols, BLOCK_COLS)
     i = tl.program_id(0) // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -186,7 +186,7 @@ def _cosp_select_body(
 
 @triton.jit
 def _column_members(pointer, j, cols, M: tl.constexpr):
-    """A vector over the columns j [1, BLOCK_COLS / M] a tile, member k of every group in tile k; nothing for none."""
+    """A column vector as M tiles [1, BLOCK_COLS / M], member k of every group in tile k; () if there is no vector."""
     if pointer is None:
         members = ()
     else:

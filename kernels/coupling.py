@@ -1,9 +1,9 @@
-"""coupling: the matrix of CosP's published loss, accumulated over batches in fp32.
+"""coupling: the coupling matrix of CosP's published loss, accumulated over batches in fp32.
 
     "abs":  K_ij += sum_t |a_ti x_tj| d_t          "rms":  K_ij += sum_t (a_ti x_tj d_t)^2
 
-with d_t = 1 / s_t (0 for a token left out). A GEMM over the tokens whose operands are made on the way
-in: |a| d and |x|, or their squares; nothing of size [n_tokens, ...] is written.
+with d_t = 1 / s_t (0 for an excluded token). This is a GEMM over the tokens. Its operands, |a| d and |x| or their
+squares, are computed as tiles are loaded; no tensor of size [n_tokens, ...] is written.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ def coupling(
 
     Args:
         tokens: [n_tokens, in_features], fp32, fp16 or bf16.
-        outputs: [n_tokens, out_features], the layer's outputs, bias included; same dtypes.
-        weights: fp32 [n_tokens], d_t; a token whose weight is 0 is not used, whatever it holds. Keep them near 1 by
-            scaling (1 / s_t is below fp16's range).
+        outputs: [n_tokens, out_features], the layer's outputs with bias, fp32, fp16 or bf16.
+        weights: fp32 [n_tokens], d_t. Tokens with weight 0 are ignored, even if they contain NaN. Scale the weights to
+            be near 1 (1 / s_t is below fp16's range).
         reduce: "abs" or "rms".
-        into: fp32 [out_features, in_features], added to in place and returned; None starts from 0.
+        into: fp32 [out_features, in_features], contiguous; the batch is added in place and the matrix returned. None
+            starts from a new matrix of 0.
+
+    Raises:
+        ArgumentError: if a shape or dtype does not fit, or if ``reduce`` is invalid.
     """
     shape = checked_shape(tokens, outputs, weights, reduce)
     if into is None:
@@ -57,7 +61,7 @@ def coupling(
 def coupling_reference(
     tokens: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor, reduce: Reduce = "abs"
 ) -> torch.Tensor:
-    """One batch's matrix in plain torch, in fp64."""
+    """The matrix of one batch, computed with plain torch in fp64."""
     used = weights != 0
     x, a, d = tokens[used].detach().double().abs(), outputs[used].detach().double().abs(), weights[used].double()
     a = a * d[:, None]
@@ -69,7 +73,7 @@ def coupling_reference(
 def checked_shape(
     tokens: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor, reduce: Reduce
 ) -> tuple[int, int]:
-    """The matrix's [out_features, in_features]; ValueError where the arguments do not fit each other."""
+    """The shape [out_features, in_features] of the matrix; ArgumentError if the arguments do not fit each other."""
     if reduce not in ("abs", "rms"):
         raise ArgumentError(f"reduce must be 'abs' or 'rms', got {reduce!r}")
     n_tokens = tokens.shape[0]
@@ -118,7 +122,7 @@ def _add_products(
     BLOCK_COLS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """A tile of the matrix, over all tokens."""
+    """One tile of the matrix, summed over all tokens."""
     across = tl.cdiv(cols, BLOCK_COLS)
     i = tl.program_id(0) // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -147,7 +151,7 @@ def products_over_tokens(
     PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """Rows i and columns j of the matrix of one batch, in fp32."""
+    """Rows i and columns j of one batch's matrix, in fp32."""
     products = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     for first in tl.range(0, n_tokens, BLOCK_TOKENS):
         t = first + tl.arange(0, BLOCK_TOKENS)

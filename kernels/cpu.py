@@ -1,7 +1,7 @@
-"""The operations' bodies in the compiled CPU library (:mod:`~ace_triton.kernels.cpu_library`).
+"""Calls into the compiled CPU library (:mod:`~ace_triton.kernels.cpu_library`), one function per operation.
 
-Functions here take what the launchers have checked, and are called by the launchers alone. Addresses are taken by
-:mod:`~ace_triton.kernels.memory` alone, which checks what they lead to. Threads are torch's own.
+Only the launchers call these functions; they have checked the arguments. Only :mod:`~ace_triton.kernels.memory` takes
+addresses of tensors; it checks the memory behind them. The library uses as many threads as torch.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ _OUTPUTS = {"weight": 0, "mask": 1, "bits": 2}
 
 _VARIANCE_NORMS = {"max_layer": 0, "max_sequence": 1, "channel": 2, "frobenius": 3}
 
-# A chunk of tokens whose coupling operands are made at a time: a few MB in fp32 for the widest layers.
+# Tokens per chunk of the coupling's GEMM: its fp32 operands take a few MB for the widest layers.
 _COUPLING_CHUNK = 256
 
 
 def select_nm(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int, axis: str, output: str) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.select_nm.select_nm`."""
+    """CPU body of :func:`~ace_triton.kernels.select_nm.select_nm`."""
     along_out = int(axis == "out")
     return _select("ace_select_nm", weight, terms, output, n, m, along_out)
 
 
 def select_rows(weight: torch.Tensor, terms: ScoreTerms, k: int, scope: str, output: str) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.select_rows.select_rows`."""
+    """CPU body of :func:`~ace_triton.kernels.select_rows.select_rows`."""
     whole_layer = int(scope == "layer")
     return _select("ace_select_rows", weight, terms, output, k, whole_layer)
 
 
 def _select(name: str, weight: torch.Tensor, terms: ScoreTerms, output: str, *rule: int) -> torch.Tensor:
     rows, cols = weight.shape
-    delivered, place = weight, None
+    selection, place = weight, None
     if output == "mask":
-        delivered, place = new((rows, cols), torch.bool)
+        selection, place = new((rows, cols), torch.bool)
     elif output == "bits":
-        delivered, place = new((rows, (cols + 7) // 8), torch.uint8)
-    laid, source = matrix(weight, "weight", written=output == "weight")
+        selection, place = new((rows, (cols + 7) // 8), torch.uint8)
+    owner, source = matrix(weight, "weight", written=output == "weight")
     call(name, *source, *_factors(terms, rows, cols), _OUTPUTS[output], place, *rule, torch.get_num_threads())
-    if output == "weight" and laid is not weight:
+    if output == "weight" and owner is not weight:
         with torch.no_grad():
-            weight.copy_(laid)
-    return delivered
+            weight.copy_(owner)
+    return selection
 
 
 def _factors(terms: ScoreTerms | None, rows: int, cols: int) -> tuple[int | None, ...]:
-    """The four factors of a score, its power, and whether they were checked already."""
+    """Addresses of the four score terms, the power, and whether the terms were checked already."""
     if terms is None:
         return (None, None, None, None, 1, 1)
     row, col, scale, coupling = terms.row, terms.col, terms.scale, terms.coupling
@@ -75,9 +75,13 @@ def _factors(terms: ScoreTerms | None, rows: int, cols: int) -> tuple[int | None
 def weight_sums(
     weight: torch.Tensor, inverse: bool = False, scale: ColumnScale | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Body of both operations of :mod:`ace_triton.kernels.weight_sums`: row and column sums or their inverses, the
-    scale, and whether one of these is not finite."""
-    _laid, source = matrix(weight, "weight")
+    """CPU body of both operations of :mod:`ace_triton.kernels.weight_sums`.
+
+    Returns:
+        Row sums and column sums or, with ``inverse``, their inverses; the column scale or None; an int32 [1] flag that
+        is non-zero if one of these is not finite.
+    """
+    _owner, source = matrix(weight, "weight")
     (rows, rows_at), (cols, cols_at) = new((source[1],), _FLOAT), new((source[2],), _FLOAT)
     columns, columns_at = (None, None) if scale is None else new((source[2],), _FLOAT)
     found, found_at = new((1,), _INT)
@@ -87,17 +91,17 @@ def weight_sums(
 
 
 def column_scale(of: ColumnScale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Body of :func:`~ace_triton.kernels.column_scale.checked_column_scale`."""
+    """CPU body of :func:`~ace_triton.kernels.column_scale.checked_column_scale`."""
     (scale, scale_at), (found, found_at) = new((of.in_features,), _FLOAT), new((1,), _INT)
     call("ace_column_scale", of.in_features, *_columns(of, of.in_features), scale_at, found_at)
     return scale, found
 
 
 def variance_factor(sequence_square: torch.Tensor, norm: str, power: float, eps: float) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.variance_factor.variance_factor`."""
+    """CPU body of :func:`~ace_triton.kernels.variance_factor.variance_factor`."""
     n_sequences, channels = sequence_square.shape
-    laid = contiguous(sequence_square)
-    square = address(laid, _FLOAT, (n_sequences, channels), "sequence_square")
+    owner = contiguous(sequence_square)
+    square = address(owner, _FLOAT, (n_sequences, channels), "sequence_square")
     factor, place = new((channels,), _FLOAT)
     rule = _VARIANCE_NORMS[norm], power, eps
     call("ace_variance_factor", square, n_sequences, channels, *rule, place, torch.get_num_threads())
@@ -118,19 +122,19 @@ def _columns(of: ColumnScale | None, cols: int) -> tuple[int | None, float, int 
 
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.divergence.divergence`: the losses; the gradient goes into its tensor."""
+    """CPU body of :func:`~ace_triton.kernels.divergence.divergence`; returns the losses and writes ``gradient``."""
     if logits.dtype != wanted.dtype or logits.dtype == torch.float16:
         exact, _ = new(tuple(logits.shape), _FLOAT)
         loss = divergence(logits.float(), wanted.float(), exact)
         gradient.copy_(exact)
         return loss
-    _laid, source = matrix(logits, "logits")
-    _aim, aim = matrix(wanted, "wanted")
-    whole, into = matrix(gradient, "into", written=True)
+    _owner, source = matrix(logits, "logits")
+    _target_owner, target = matrix(wanted, "wanted")
+    gradient_owner, into = matrix(gradient, "into", written=True)
     loss, place = new((source[1],), _FLOAT)
-    call("ace_divergence", *source, aim[0], aim[3], into[0], into[3], place, torch.get_num_threads())
-    if whole is not gradient:
-        gradient.copy_(whole)
+    call("ace_divergence", *source, target[0], target[3], into[0], into[3], place, torch.get_num_threads())
+    if gradient_owner is not gradient:
+        gradient.copy_(gradient_owner)
     return loss
 
 
@@ -143,7 +147,7 @@ def adamw(
     rounded: torch.Tensor | None,
     zeros_stay: bool,
 ) -> None:
-    """Body of :func:`~ace_triton.kernels.adamw.adamw`."""
+    """CPU body of :func:`~ace_triton.kernels.adamw.adamw`."""
     copy = None if rounded is None or rounded.dtype == torch.float16 else rounded
     shape = values.shape
     call(
@@ -163,16 +167,16 @@ def adamw(
 
 
 def token_norms(outputs: torch.Tensor) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.token_norms.token_norms`."""
-    _laid, source = matrix(outputs, "outputs")
+    """CPU body of :func:`~ace_triton.kernels.token_norms.token_norms`."""
+    _owner, source = matrix(outputs, "outputs")
     norms, place = new((source[1],), _FLOAT)
     call("ace_token_norms", *source, place, torch.get_num_threads())
     return norms
 
 
 def all_finite(tensor: torch.Tensor, *, not_below_zero: bool = False) -> bool:
-    """Body of :func:`~ace_triton.kernels.finite.all_finite`; ``not_below_zero`` is for fp32."""
-    _laid, source = matrix(tensor.view(1, -1) if tensor.is_contiguous() else tensor.flatten(0, -2), "tensor")
+    """CPU body of :func:`~ace_triton.kernels.finite.all_finite`; ``not_below_zero`` (fp32) rejects negatives too."""
+    _owner, source = matrix(tensor.view(1, -1) if tensor.is_contiguous() else tensor.flatten(0, -2), "tensor")
     finite = ctypes.c_int32()
     call("ace_all_finite", *source, int(not_below_zero), torch.get_num_threads(), ctypes.byref(finite))
     return bool(finite.value)
@@ -181,8 +185,8 @@ def all_finite(tensor: torch.Tensor, *, not_below_zero: bool = False) -> bool:
 def moments(
     tokens: torch.Tensor, valid: torch.Tensor | None
 ) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Body of :func:`~ace_triton.kernels.moments.moments`; returns the fields of Moments in order."""
-    _laid, source = sequences(tokens, "tokens")
+    """CPU body of :func:`~ace_triton.kernels.moments.moments`; returns the fields of Moments in order."""
+    _owner, source = sequences(tokens, "tokens")
     _, n_sequences, length, channels, *_ = source
     valid = None if valid is None else valid.contiguous()
     (total, total_at), (deviation, deviation_at) = new((channels,), _DOUBLE), new((channels,), _DOUBLE)
@@ -198,8 +202,8 @@ def moments(
 
 
 def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.weighted_squares.weighted_squares`."""
-    _laid, source = matrix(tokens, "tokens")
+    """CPU body of :func:`~ace_triton.kernels.weighted_squares.weighted_squares`."""
+    _owner, source = matrix(tokens, "tokens")
     weights, layers = contiguous(weights), weights.shape[0]
     given = address(weights, _FLOAT, (layers, source[1]), "weights")
     out, place = new((layers, source[2]), _FLOAT)
@@ -208,38 +212,38 @@ def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
 
 
 def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.join_gains.join_gains`; takes contiguous tensors."""
+    """CPU body of :func:`~ace_triton.kernels.join_gains.join_gains`; takes contiguous tensors."""
     n_pools, rows, n_candidates = candidates.shape
     groups = thresholds.shape[2]
     given = address(candidates, _FLOAT, (n_pools, rows, n_candidates), "candidates")
-    beaten = address(thresholds, _FLOAT, (n_pools, rows, groups), "thresholds")
+    thresholds_at = address(thresholds, _FLOAT, (n_pools, rows, groups), "thresholds")
     gains, place = new((n_pools, groups, n_candidates), _FLOAT)
     if not rows:
         return gains.zero_()
-    call("ace_join_gains", given, beaten, n_pools, rows, groups, n_candidates, place, torch.get_num_threads())
+    call("ace_join_gains", given, thresholds_at, n_pools, rows, groups, n_candidates, place, torch.get_num_threads())
     return gains
 
 
 def has_gram_product() -> bool:
-    """Whether this processor multiplies bf16 in pairs, and may under the instruction set in use; torch's product, which
-    serves the others, rounds its sums otherwise."""
+    """True if the processor has AVX512-BF16 and the instruction set in use allows it. Otherwise torch multiplies, and
+    rounds its sums differently."""
     return bool(library().ace_has_gram_product())
 
 
 def gram_product(rows: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.gram_product.gram_product`."""
-    laid, source = matrix(rows, "tokens")
-    if laid.dtype != torch.bfloat16:
-        raise ArgumentError(f"tokens must be bfloat16, got {laid.dtype}")
+    """CPU body of :func:`~ace_triton.kernels.gram_product.gram_product`."""
+    owner, source = matrix(rows, "tokens")
+    if owner.dtype != torch.bfloat16:
+        raise ArgumentError(f"tokens must be bfloat16, got {owner.dtype}")
     width = source[2]
-    added = new((width, width), _FLOAT)[0].zero_() if into is None else into
-    place = address(added, _FLOAT, (width, width), "into")
+    gram = new((width, width), _FLOAT)[0].zero_() if into is None else into
+    place = address(gram, _FLOAT, (width, width), "into")
     call("ace_gram_product", *source[:4], place, torch.get_num_threads())
-    return added
+    return gram
 
 
 def assign(gains: torch.Tensor) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.assignment.assignment`; takes a contiguous tensor."""
+    """CPU body of :func:`~ace_triton.kernels.assignment.assignment`; takes a contiguous tensor."""
     n_pools, size, _ = gains.shape
     given = address(gains, _FLOAT, (n_pools, size, size), "gains")
     joins, place = new((n_pools, size), _INT)
@@ -250,7 +254,7 @@ def assign(gains: torch.Tensor) -> torch.Tensor:
 def coupling(
     tokens: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor, reduce: str, into: torch.Tensor
 ) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.coupling.coupling`: torch's own GEMM, a chunk of tokens at a time."""
+    """CPU body of :func:`~ace_triton.kernels.coupling.coupling`: torch's own GEMM, one chunk of tokens at a time."""
     used = weights.nonzero()[:, 0]
     with torch.no_grad():
         for index in used.split(_COUPLING_CHUNK):
@@ -263,9 +267,12 @@ def coupling(
 
 
 def pack_nm(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Body of :func:`~ace_triton.kernels.pack_nm.pack_nm` and ``pack_scored``: values, metadata, and whether all that
-    is not 0 found a place."""
-    _laid, source = matrix(weight, "weight")
+    """CPU body of :func:`~ace_triton.kernels.pack_nm.pack_nm` and ``pack_scored``.
+
+    Returns:
+        Values, metadata, and whether no group had more than n non-zeros, so that none was lost.
+    """
+    _owner, source = matrix(weight, "weight")
     rows, cols = weight.shape
     values, values_at = new((rows, cols // m * n), weight.dtype)
     meta, meta_at = new((rows, (cols + 31) // 32), _INT)
@@ -279,7 +286,7 @@ def pack_nm(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> t
 
 
 def _packed(packed: PackedNM) -> tuple[int, int]:
-    """The addresses of values and metadata; ValueError if they do not fit the pattern and the shape."""
+    """The addresses of values and metadata; ArgumentError if they do not fit the pattern and the shape."""
     (rows, cols), n, m, values = packed.shape, packed.n, packed.m, packed.values
     packed.check_pattern()
     try:
@@ -291,7 +298,7 @@ def _packed(packed: PackedNM) -> tuple[int, int]:
 
 
 def unpack_nm(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.unpack_nm.unpack_nm`."""
+    """CPU body of :func:`~ace_triton.kernels.unpack_nm.unpack_nm`."""
     dtype = packed.values.dtype
     source = *_packed(packed), *packed.shape, packed.n, packed.m, packed.values.element_size()
     if into is None:
@@ -303,9 +310,9 @@ def unpack_nm(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
 
 
 def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
-    """Body of :func:`~ace_triton.kernels.nm_linear.nm_linear` for tokens [n_tokens, in]: outputs in fp32."""
+    """CPU body of :func:`~ace_triton.kernels.nm_linear.nm_linear` for tokens [n_tokens, in]; outputs are fp32."""
     rows, cols = packed.shape
-    _laid, source = matrix(tokens, "tokens")
+    _owner, source = matrix(tokens, "tokens")
     if source[2] != cols:
         raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
     out, place = new((source[1], rows), _FLOAT)
@@ -322,9 +329,9 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None)
 
 
 def dense_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The loop of :func:`nm_linear` over a dense weight [out, in]: what benchmarks hold it against."""
-    _laid, source = matrix(tokens, "tokens")
-    _rows, (weight_at, rows, cols, stride, element) = matrix(weight, "weight")
+    """The loop of :func:`nm_linear` over a dense weight [out, in]; the baseline of benchmarks."""
+    _owner, source = matrix(tokens, "tokens")
+    _weight_owner, (weight_at, rows, cols, stride, element) = matrix(weight, "weight")
     if source[2] != cols:
         raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
     out, place = new((source[1], rows), _FLOAT)

@@ -1,7 +1,8 @@
-"""The compiled CPU library, loaded with ctypes; :mod:`~ace_triton.kernels.cpu` has its operations.
+"""Loads the compiled CPU library with ctypes; :mod:`~ace_triton.kernels.cpu` calls its operations.
 
-It is built from ``kernels/cpu`` by setup.py. It picks AVX-512, AVX2 or portable code by the processor;
-``ACE_TRITON_CPU_ISA=avx512|avx2|portable`` forces one. Results do not depend on that, nor on the number of threads.
+setup.py builds the library from ``kernels/cpu``. The library selects AVX-512, AVX2 or portable code for the processor;
+``ACE_TRITON_CPU_ISA=avx512|avx2|portable`` forces one. Results depend neither on the instruction set nor on the number
+of threads.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 from pathlib import Path
 
 from .cpu_sources import digest
-from .errors import ArgumentError
+from .errors import ArgumentError, BackendError
 
 ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
 ISAS = ("avx512", "avx2", "portable")
@@ -25,7 +26,7 @@ _TERMS = [*[_POINTER] * 4, _INT, _INT]
 _SELECTION = [*_MATRIX, *_TERMS, _INT, _POINTER]
 _COLUMNS = [_POINTER, _DOUBLE, _POINTER, _POINTER, _INT]
 
-# What a function returns instead of 0 where it refuses its arguments.
+# Return codes of functions that reject their arguments; 0 is success, any other code means out of memory.
 _REFUSED_TERMS = {2: "row", 3: "col", 4: "scale", 5: "coupling"}
 _REFUSED_GAINS = 6
 
@@ -56,12 +57,12 @@ _SIGNATURES = {
 
 
 def available() -> bool:
-    """True where the compiled library was built and loads."""
+    """True if the compiled library was built and can be loaded."""
     return not isinstance(load(), str)
 
 
 def why_unavailable() -> str:
-    """One phrase: why :func:`available` is False."""
+    """Why :func:`available` is False, as part of a sentence; "" if it is True."""
     loaded = load()
     return loaded if isinstance(loaded, str) else ""
 
@@ -72,18 +73,24 @@ def isa() -> str:
 
 
 def use_isa(name: str) -> None:
-    """Use another instruction set from now on.
+    """Use another instruction set from now on: "avx512", "avx2" or "portable".
 
     Raises:
-        ValueError: there is none of that name, or this processor cannot run it.
+        ArgumentError: if the name is unknown, or if the processor does not support the instruction set.
+        BackendError: if the compiled library is not available.
     """
     if library().ace_use_isa(name.encode()) != 0:
-        raise ArgumentError(f"instruction set {name!r} must be one of {ISAS} and one that this processor has")
+        raise ArgumentError(f"instruction set {name!r} must be one of {ISAS}, and supported by this processor")
 
 
 @functools.cache
 def load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """The loaded library, or the reason why it is not available.
+
+    Raises:
+        BackendError: if the library was built from other sources than those in ``kernels/cpu``.
+        ArgumentError: if ``ACE_TRITON_CPU_ISA`` is not a supported instruction set.
+    """
     here = Path(__file__).parent
     files = [here / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     built = next((file for file in files if file.exists()), None)
@@ -94,8 +101,8 @@ def load() -> ctypes.CDLL | str:
     except OSError as error:
         return f"it does not load: {error}"
     if (sources := digest()) and sources != _built_from(loaded):
-        raise RuntimeError(
-            f"{built.name} was built from other sources than lie in {here / 'cpu'}; build it again "
+        raise BackendError(
+            f"{built.name} was built from other sources than those in {here / 'cpu'}: build it again "
             "(python setup.py build_ext --inplace --force, or pip install .)"
         )
     for name, arguments in _SIGNATURES.items():
@@ -104,12 +111,12 @@ def load() -> ctypes.CDLL | str:
     loaded.ace_isa.restype = ctypes.c_char_p
     forced = os.environ.get(ISA_VARIABLE, "").strip().lower()
     if forced and loaded.ace_use_isa(forced.encode()) != 0:
-        raise ArgumentError(f"{ISA_VARIABLE}={forced!r} must be one of {ISAS} and one that this processor has")
+        raise ArgumentError(f"{ISA_VARIABLE}={forced!r} must be one of {ISAS}, and supported by this processor")
     return loaded
 
 
 def _built_from(loaded: ctypes.CDLL) -> str:
-    """The digest of its sources; "" of a library that is too old to tell."""
+    """The digest of the sources that the library was built from; "" if an old library does not record it."""
     if not hasattr(loaded, "ace_sources"):
         return ""
     loaded.ace_sources.restype = ctypes.c_char_p
@@ -117,27 +124,30 @@ def _built_from(loaded: ctypes.CDLL) -> str:
 
 
 def library() -> ctypes.CDLL:
-    """The library; RuntimeError where there is none."""
+    """The loaded library; BackendError if it is not available."""
     loaded = load()
     if isinstance(loaded, str):
-        raise RuntimeError(f"the compiled CPU library is not there: {loaded}")
+        raise BackendError(
+            f"the compiled CPU library is not available ({loaded}): install a C++ compiler and reinstall ace_triton"
+        )
     return loaded
 
 
 def call(name: str, *arguments: object) -> None:
-    """Call one of its functions.
+    """Call a function of the library by name.
 
     Raises:
-        MemoryError: memory ran out for its working buffers.
-        ValueError: numbers that it refuses; nothing was written.
+        MemoryError: if there is not enough memory for the function's working buffers.
+        ArgumentError: if score terms or gains are out of range; nothing was written.
+        BackendError: if the library is not available.
     """
     code = getattr(library(), name)(*arguments)
     if code != 0:
         if code in _REFUSED_TERMS:
             raise ArgumentError(
-                f"score term {_REFUSED_TERMS[code]!r} holds NaN, infinity or a number below 0: a score is a product of "
-                "finite factors, 0 or more"
+                f"score term {_REFUSED_TERMS[code]!r} contains NaN, infinity or a negative number: all factors of a "
+                "score must be finite and at least 0"
             )
         if code == _REFUSED_GAINS:
-            raise ArgumentError("sums of these gains leave the range of float32: divide all gains by one number first")
-        raise MemoryError(f"{name} ran out of memory for its working buffers")
+            raise ArgumentError("sums of these gains overflow float32: divide all gains by the same number first")
+        raise MemoryError(f"{name} could not allocate its working buffers: out of memory")

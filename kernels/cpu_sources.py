@@ -1,4 +1,4 @@
-"""What the compiled CPU library was built from. setup.py runs this file too: it imports nothing of the package."""
+"""Digest of the compiled CPU library's sources. setup.py runs this file too, so it imports nothing from the package."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hashlib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "cpu"
-"""Of the sources; an installed package has none."""
+"""Folder of the C++ sources; missing from an installed package."""
 
 
 def digest(folder: Path = FOLDER) -> str:
-    """SHA-256 of names and contents, in hexadecimal; "" where there are no sources."""
+    """SHA-256 of the sources' names and contents, in hexadecimal; "" if there are no sources."""
     files = sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
     found = hashlib.sha256()
     for file in files:

@@ -1,9 +1,10 @@
-"""divergence: how far next-token distributions are from those that are wanted, and the gradient of that.
+"""divergence: the KL divergence of next-token distributions from a teacher's, with its gradient.
 
     KL(p || q) = sum_v p_v (log p_v - log q_v),   d KL / d logits = q - p
 
-with q the softmax of a token's logits and p that of the wanted ones. A row is read twice, mostly from a cache then:
-once for what normalises it, once for loss and gradient, which may be written over the logits. No probability is stored.
+q is the softmax of a token's logits, p that of the teacher's logits. Each row is read twice, the second time mostly
+from cache: first for the normalizers, then for loss and gradient. The gradient may be written over the logits, and
+probabilities are never stored.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 class Divergence(NamedTuple):
-    """Of tokens, from what is wanted of them.
+    """The divergence of each token and its gradient.
 
     Attributes:
-        loss: KL(p || q) in nats, fp32 [n_tokens]. What is wanted with probability 0 adds nothing to it.
+        loss: KL(p || q) in nats, fp32 [n_tokens]. Entries with p_v = 0 add nothing.
         gradient: q - p, in the shape and dtype of the logits.
     """
 
@@ -34,26 +35,26 @@ class Divergence(NamedTuple):
 
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor, into: torch.Tensor | None = None) -> Divergence:
-    """The Kullback-Leibler divergence of each token's distribution, and its gradient.
+    """The Kullback-Leibler divergence of each token's distribution from the teacher's, and its gradient.
 
     Args:
         logits: [n_tokens, vocabulary]; fp32, fp16 or bf16.
-        wanted: the same of the model to follow; where the dtypes differ, fp32 serves both.
-        into: takes the gradient: of the shape and dtype of ``logits``, with contiguous rows. It may be ``logits``
-            itself, or the gradient of one that is needed no more. Left out: a new tensor.
+        wanted: the teacher's logits, in the same shape. If the dtypes differ, both are converted to fp32.
+        into: receives the gradient, in the shape and dtype of ``logits``, with contiguous rows. It may be ``logits``
+            itself or any other tensor that is no longer needed. None for a new tensor.
 
     Raises:
-        ValueError: shapes that differ, no vocabulary, or an ``into`` that does not fit.
+        ArgumentError: if the shapes differ, the vocabulary is empty, or ``into`` does not fit.
     """
     if logits.dim() != 2 or logits.shape != wanted.shape or not logits.shape[1]:
         raise ArgumentError(
-            "logits and what is wanted must both be [n_tokens, vocabulary], of one shape; got "
+            "logits and wanted logits must both be [n_tokens, vocabulary] and have the same shape; got "
             f"{tuple(logits.shape)} and {tuple(wanted.shape)}"
         )
     if into is not None and (into.shape != logits.shape or into.dtype != logits.dtype or into.stride(1) != 1):
         raise ArgumentError(
-            f"the gradient of {logits.dtype} logits {tuple(logits.shape)} must go into a tensor of that shape and "
-            f"dtype with contiguous rows; got {into.dtype} {tuple(into.shape)}"
+            f"into must have the logits' shape and dtype, {logits.dtype} {tuple(logits.shape)}, and contiguous rows; "
+            f"got {into.dtype} {tuple(into.shape)} with strides {into.stride()}"
         )
     backend = choose_backend(logits, wanted, into)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
@@ -69,7 +70,7 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor, into: torch.Tensor | 
 
 
 def divergence_reference(logits: torch.Tensor, wanted: torch.Tensor) -> Divergence:
-    """The same in plain torch, in fp64; its gradient too."""
+    """Loss (rounded to fp32) and gradient (fp64), computed with plain torch in fp64."""
     log_q, log_p = (of.detach().double().log_softmax(-1) for of in (logits, wanted))
     p = log_p.exp()
     terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
@@ -103,7 +104,8 @@ def _diverge(
     LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One token. Each lane keeps the largest logit of its own columns and its sum of powers; lanes meet once."""
+    """One token. Each lane keeps the largest logit and the sum of exponentials of its own columns; one reduction
+    combines the lanes."""
     t = tl.program_id(0).to(tl.int64)
     logits_row, wanted_row = logits_ptr + t * stride, wanted_ptr + t * wanted_stride
     gradient_row = gradient_ptr + t * gradient_stride
@@ -115,8 +117,8 @@ def _diverge(
         y = tl.load(wanted_row + v, mask=v < cols, other=-float("inf")).to(tl.float32)
         most, sums = _add_power(most, sums, x)
         most_wanted, sums_wanted = _add_power(most_wanted, sums_wanted, y)
-    largest, log_total = _meet(most, sums)
-    largest_wanted, log_total_wanted = _meet(most_wanted, sums_wanted)
+    largest, log_total = _combine(most, sums)
+    largest_wanted, log_total_wanted = _combine(most_wanted, sums_wanted)
     losses = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, cols, BLOCK):
         v = first + tl.arange(0, BLOCK)
@@ -131,14 +133,20 @@ def _diverge(
 
 @triton.jit
 def _add_power(most, sums, x):
-    """One power, since of the sum's and the logit's own the larger is e^0."""
+    """Update a running maximum and sum of exponentials with a logit.
+
+    One exp is enough: of the two exponents relative to the new maximum, one is 0.
+    """
     above = x - most
     power = tl.exp(-tl.abs(above))
     return tl.maximum(most, x), tl.where(above > 0, sums * power + 1, sums + power)
 
 
 @triton.jit
-def _meet(most, sums):
-    """A row's largest logit, and the logarithm of its sum of powers; added up, large logits would round that away."""
+def _combine(most, sums):
+    """A row's largest logit, and the log of its sum of exponentials relative to that logit.
+
+    They stay separate: in one number, a large logit would round the log away.
+    """
     largest = tl.max(most, 0)
     return largest, tl.log(tl.sum(sums * tl.exp(most - largest), 0))

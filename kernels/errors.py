@@ -1,8 +1,10 @@
-"""The errors of the kernels, and the base of every error that this package raises on purpose."""
+"""Errors of the kernels, and the base class of every error that this package raises on purpose."""
+
+from __future__ import annotations
 
 
 class AceError(Exception):
-    """Base of all errors that name a mistake in what was given, and what to do about it."""
+    """Base of all errors about invalid input; the message says what was given, what is allowed and what to do."""
 
 
 class ArgumentError(AceError, ValueError):
@@ -10,8 +12,19 @@ class ArgumentError(AceError, ValueError):
 
 
 class PatternError(AceError, ValueError):
-    """The n:m pattern or the sparsity is invalid, or does not fit the weight."""
+    """The n:m pattern or the sparsity is invalid, or a group of the weight breaks it.
+
+    Attributes:
+        row, group: output and group at fault, counted from 0; None if the error is not about one group.
+        count: non-zeros of that group, or its kept weights if packed metadata were checked.
+    """
+
+    def __init__(
+        self, message: str, row: int | None = None, group: int | None = None, count: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.row, self.group, self.count = row, group, count
 
 
 class BackendError(AceError, RuntimeError):
-    """The requested backend cannot serve this tensor."""
+    """The requested backend is not available, or cannot run on these tensors."""

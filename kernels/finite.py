@@ -1,6 +1,6 @@
-"""all_finite: is every element a finite number, and every score term 0 or more, in one read and no write.
+"""all_finite: checks in one read that all elements are finite, and that all score terms are 0 or more.
 
-Two tensors share a launch.
+One launch checks up to two tensors.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ LAST_MARK = 2**31 - 1
 
 
 def all_finite(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:
-    """True if tensors hold neither NaN nor infinity, and score terms neither these nor numbers below 0.
+    """True if no tensor contains NaN or infinity, and no score term contains NaN, infinity or a negative number.
 
-    The answer is read on the host, which waits for a GPU and cannot be recorded in a CUDA graph.
+    The host reads the result, so a GPU call synchronizes and cannot be captured in a CUDA graph.
 
     Args:
-        tensors: of any shapes; fp32, fp16 or bf16; on one device.
-        terms: fp32, on that device.
+        tensors: any shapes; fp32, fp16 or bf16; all on one device.
+        terms: score terms, fp32, on that device.
     """
     backend = choose_backend(*tensors, *terms)
     if backend == "cpu":
@@ -37,19 +37,19 @@ def all_finite(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bo
 
 
 def all_finite_reference(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:
-    """The same in plain torch."""
+    """The same check in plain torch."""
     finite = all(bool(tensor.detach().isfinite().all()) for tensor in (*tensors, *terms))
     return finite and all(bool((term.detach() >= 0).all()) for term in terms)
 
 
 def not_finite_reference(*vectors: torch.Tensor) -> torch.Tensor:
-    """Int32 [1]: 1 if one of the vectors holds NaN, infinity or a number below 0, else 0."""
+    """A flag, int32 [1]: 1 if a vector contains NaN, infinity or a negative number, else 0."""
     whole = torch.cat(vectors)
     return (whole.isfinite() & (whole >= 0)).all().logical_not().int().reshape(1)
 
 
 def _all_finite_triton(tensors: Sequence[torch.Tensor], n_signed: int) -> bool:
-    """Of contiguous tensors; those from ``n_signed`` on are score terms."""
+    """The check for contiguous tensors; those from index ``n_signed`` on are score terms."""
     found, mark = _flags.next(tensors[0].device)
     there = [(tensor, place < n_signed) for place, tensor in enumerate(tensors) if tensor.numel()]
     for (first, signed), *second in (there[k : k + 2] for k in range(0, len(there), 2)):
@@ -68,9 +68,10 @@ def _all_finite_triton(tensors: Sequence[torch.Tensor], n_signed: int) -> bool:
 
 
 class _Flags(threading.local):
-    """An int32 [1] on each device, this thread's own, and a mark that no earlier call wrote there.
+    """A flag (int32 [1]) per device and thread, with a new mark for each call.
 
-    So no call begins by clearing it, and what another thread finds, or a call that was interrupted, is not seen.
+    A call compares the flag with its own mark. So it need not clear the flag first, and the results of other threads
+    and of interrupted calls have no effect.
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ class _Flags(threading.local):
         self._calls = 0
 
     def next(self, device: torch.device) -> tuple[torch.Tensor, int]:
-        """Where to write, and what."""
+        """The flag on ``device``, and the mark that a kernel writes if it finds an invalid number."""
         if device not in self._found:
             with torch.inference_mode(False):
                 self._found[device] = torch.zeros(1, dtype=torch.int32, device=device)
@@ -102,18 +103,18 @@ def _find_non_finite(
     OTHER_SIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The tensor in the first ``blocks`` programs, the other one in those that follow."""
+    """The first ``blocks`` programs check the first tensor, the others check the second one."""
     block = tl.program_id(0)
     if other_ptr is None:  # noqa: SIM114 (decided when Triton compiles)
-        _look_at(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
+        _check_block(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
     elif block < blocks:
-        _look_at(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
+        _check_block(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
     else:
-        _look_at(other_ptr, found_ptr, mark, block - blocks, other_size, OTHER_SIGNED, BLOCK)
+        _check_block(other_ptr, found_ptr, mark, block - blocks, other_size, OTHER_SIGNED, BLOCK)
 
 
 @triton.jit
-def _look_at(tensor_ptr, found_ptr, mark, block, size, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _check_block(tensor_ptr, found_ptr, mark, block, size, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
     offset = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(tensor_ptr + offset, mask=offset < size, other=0.0).to(tl.float32)
     note_not_finite(value, found_ptr, mark, SIGNED)
@@ -121,13 +122,13 @@ def _look_at(tensor_ptr, found_ptr, mark, block, size, SIGNED: tl.constexpr, BLO
 
 @triton.jit
 def note_not_finite(vector, found_ptr, mark, SIGNED: tl.constexpr):
-    """Every program that finds NaN, infinity or a forbidden sign in its fp32 vector writes the same ``mark``."""
+    """Write ``mark`` if an fp32 vector contains NaN or infinity or, unless it is ``SIGNED``, a negative number."""
     tl.store(found_ptr, mark, mask=not_finite(vector, SIGNED) == 1)
 
 
 @triton.jit
 def not_finite(vector, SIGNED: tl.constexpr):
-    """1 if a fp32 vector holds NaN or infinity or, unless it is ``SIGNED``, a number below 0; else 0."""
+    """1 if an fp32 vector contains NaN or infinity or, unless it is ``SIGNED``, a negative number; else 0."""
     if SIGNED:
         good = tl.abs(vector) < float("inf")
     else:

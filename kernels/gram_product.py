@@ -1,8 +1,9 @@
-"""gram_product: X^T X of tokens X, each product of 16-bit tokens exact and added in fp32.
+"""gram_product: the Gram matrix X^T X of tokens X. Products of 16-bit tokens are exact and are summed in fp32.
 
-The body is ours for bf16 tokens on processors with AVX512-BF16, two tokens an instruction: a read of the tokens, a read
-and a write of the matrix for every 1,024 of them, and half of the products. Elsewhere torch multiplies: on NVIDIA GPUs
-on tensor cores, out of 16 bits into fp32; on other CPUs the blocks on and above the diagonal.
+For bf16 tokens on processors with AVX512-BF16, the compiled library multiplies two tokens per instruction. It reads the
+tokens once, reads and writes the matrix once per 1,024 tokens, and computes half of the products (the matrix is
+symmetric). In all other cases torch multiplies: on NVIDIA GPUs with tensor cores from 16 bits to fp32, on other CPUs
+only the blocks on and above the diagonal.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .errors import ArgumentError
 from .written import mark_written
 
 SYMMETRIC_BLOCK = 384
-"""Columns of a block of torch's product on a CPU: 30 % off at 1,536 channels, where smaller ones save no more."""
+"""Columns per block of torch's product on a CPU; smaller blocks save no further time."""
 
 
 def gram_product(rows: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -27,10 +28,11 @@ def gram_product(rows: torch.Tensor, into: torch.Tensor | None = None) -> torch.
 
     Args:
         rows: X, [n_tokens, in_features], any floating dtype; fp64 is rounded to fp32 first.
-        into: a matrix that this function returned, on the device of ``rows``: it is added to, and returned.
+        into: a Gram matrix on the device of ``rows``, contiguous fp32 [in_features, in_features]; the product is added
+            to it in place. None for a new matrix.
 
     Raises:
-        ValueError: ``rows`` is no matrix, or ``into`` does not fit it.
+        ArgumentError: if ``rows`` is not a matrix, or if ``into`` does not fit it.
     """
     if rows.dim() != 2:
         raise ArgumentError(f"tokens must be [n_tokens, in_features], got shape {tuple(rows.shape)}")
@@ -45,7 +47,7 @@ def gram_product(rows: torch.Tensor, into: torch.Tensor | None = None) -> torch.
 
 
 def gram_product_reference(rows: torch.Tensor) -> torch.Tensor:
-    """The same in plain torch, in fp64."""
+    """X^T X of the tokens rounded to fp32, computed with plain torch in fp64."""
     exact = rows.float().double()
     return (exact.t() @ exact).float()
 
@@ -61,7 +63,7 @@ def _by_torch(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _symmetric_product(rows: torch.Tensor) -> torch.Tensor:
-    """X^T X by the blocks on and above the diagonal."""
+    """X^T X of fp32 tokens: computes the blocks on and above the diagonal and mirrors the others."""
     columns = rows.t()
     width = len(columns)
     product = rows.new_empty(width, width)
@@ -74,10 +76,10 @@ def _symmetric_product(rows: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """On a CPU, oneDNN may round fp32 factors to bf16; sums stay fp32. Exact where the factors are bf16 already.
+    """Let oneDNN round fp32 factors to bf16 on a CPU; sums stay fp32. Exact if the factors are bf16 numbers.
 
-    The setting is the process's: products of other threads are rounded too while a thread is inside. The first thread
-    in notes the setting from before, the last one out restores it.
+    The setting is global to the process: while the context is open, products in other threads are rounded too. The
+    first thread to enter saves the previous setting, the last one to leave restores it.
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _inside.lock:
@@ -95,7 +97,7 @@ def bfloat16_products() -> Iterator[None]:
 
 
 class _Inside:
-    """How many contexts of :func:`bfloat16_products` are open, and the setting from before the first."""
+    """The number of open contexts of :func:`bfloat16_products`, and the setting before the first one."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

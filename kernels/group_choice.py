@@ -1,8 +1,8 @@
-"""Which n of a group of m survive, for groups whose members lie in the registers of one thread.
+"""Selects the n highest keys of every group of m, for groups whose members are in the registers of one thread.
 
-Scores come as int32 keys, their bits without the sign: those of a non-negative fp32 number order as the
-number does, and they order infinities and NaN too, so that exactly n survive whatever the scores hold.
-Survivors go as int32 words, -1 where kept and 0 where pruned.
+Keys are int32: the bits of fp32 scores without the sign. The bits of non-negative fp32 numbers sort like the numbers.
+They sort infinities and NaN too, so exactly n members are kept for any scores. Results are int32 masks: -1 if kept, 0
+if pruned.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .triton_import import tl, triton
 
 @triton.jit
 def best_of_group(keys, N: tl.constexpr):
-    """A tuple of M tiles of keys, member k of every group in tile k -> a tuple of M tiles, N of them -1."""
+    """Masks of the N highest keys of every group: M tiles of keys -> M tiles of masks; tile k holds member k."""
     if len(keys) == 2:
         lost = (keys[0] - keys[1] - 1) >> 31
         kept = (~lost, lost)
@@ -25,10 +25,10 @@ def best_of_group(keys, N: tl.constexpr):
 
 @triton.jit
 def _best_of_four(a, b, c, d, N: tl.constexpr):
-    """Who beats at least 4 - N of three; among equals the later one does.
+    """Keep each member that beats at least 4 - N of the other three; among equal keys the later one wins.
 
-    Comparisons are left in the sign bits of six differences (keys are not negative, so none overflows):
-    predicates would be moved one by one, signs are combined three at a time.
+    The comparisons stay in the sign bits of six differences (keys are not negative, so none overflows). One instruction
+    combines three signs, while predicates would have to be moved one by one.
     """
     ab = b - a
     ac = c - a
@@ -47,17 +47,20 @@ def _best_of_four(a, b, c, d, N: tl.constexpr):
 @triton.jit
 def _wins(x, y, z, N: tl.constexpr):
     if N == 1:
-        enough = x & y & z
+        signs = x & y & z
     elif N == 2:
-        enough = (x & y) | (x & z) | (y & z)
+        signs = (x & y) | (x & z) | (y & z)
     else:
-        enough = x | y | z
-    return enough >> 31
+        signs = x | y | z
+    return signs >> 31
 
 
 @triton.jit
 def _best_of_many(keys, N: tl.constexpr):
-    """The N-th best key by a sorting network (of which only its cone is compiled), ties from the last one down."""
+    """Find the N-th highest key with a sorting network; among ties with it, the last members are kept.
+
+    The compiler keeps only the comparisons that this one key depends on.
+    """
     threshold = _sorted(keys)[len(keys) - N]
     spare = tl.full(threshold.shape, N, tl.int32)
     for k in tl.static_range(len(keys)):
@@ -73,7 +76,7 @@ def _best_of_many(keys, N: tl.constexpr):
 
 @triton.jit
 def _sorted(keys):
-    """Ascending, by Batcher's odd-even merge sort: 19, 63 and 191 exchanges for 8, 16 and 32 keys."""
+    """Keys in ascending order, by Batcher's odd-even merge sort: 19, 63 and 191 exchanges for 8, 16 and 32 keys."""
     for p in tl.static_range(5):
         for q in tl.static_range(5):
             if q <= p and (2 << p) <= len(keys):
@@ -83,7 +86,7 @@ def _sorted(keys):
 
 @triton.jit
 def _exchanges(keys, P: tl.constexpr, K: tl.constexpr):
-    """One layer of the network: keys K apart put in order, inside runs of 2 P."""
+    """One layer of the network: orders pairs of keys that are K apart, within runs of 2 P."""
     out = ()
     for k in tl.static_range(len(keys)):
         if _is_lower(k, P, K, len(keys)):

@@ -1,10 +1,10 @@
-"""join_gains: what every group of channels would retain more if a candidate joined it.
+"""join_gains: how much more score a group of channels retains if a candidate channel joins it.
 
     G_gy = sum_i max(s_iy - t_ig, 0)
 
-s_iy is the score of candidate y in row i, t_ig the n-th largest score of group g's other channels in that row: the
-one that y must beat to be among the n best. Three instructions for each row, group and candidate, as a matrix product
-has one: it is bound by arithmetic, and reads rows * (groups + candidates) numbers.
+s_iy is the score of candidate y in row i. t_ig is the n-th largest score of group g's other channels in that row, which
+y must exceed to be among the n highest. Each row, group and candidate takes three instructions (a matrix product takes
+one), so the kernel is bound by arithmetic. It reads rows * (groups + candidates) numbers.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from .errors import ArgumentError
 from .triton_import import tl, triton
 
 STRIP = 128
-"""Rows summed on their own, so that fp32 rounding does not grow with the number of rows."""
+"""Rows per partial sum, so that fp32 rounding errors do not grow with the number of rows."""
 
 REFERENCE_ELEMENTS = 2**24
 
 
 def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """Gains fp32 [n_pools, groups, candidates], pool by pool.
+    """Gains of every pool, fp32 [n_pools, groups, candidates].
 
     Args:
         candidates: fp32 [n_pools, rows, candidates].
         thresholds: fp32 [n_pools, rows, groups].
 
     Raises:
-        ValueError: other shapes or dtypes.
+        ArgumentError: if a shape or dtype does not fit.
     """
     check_join(candidates, thresholds)
     backend = choose_backend(candidates, thresholds)
@@ -43,7 +43,7 @@ def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tens
 
 
 def join_gains_reference(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """The same in plain torch, in fp64 a few groups at a time."""
+    """The gains, computed with plain torch in fp64, a few groups at a time."""
     n_pools, groups, n_candidates = candidates.shape[0], thresholds.shape[2], candidates.shape[2]
     gains = candidates.new_zeros(n_pools, groups, n_candidates)
     at_once = max(1, REFERENCE_ELEMENTS // max(1, candidates.numel()))
@@ -55,7 +55,7 @@ def join_gains_reference(candidates: torch.Tensor, thresholds: torch.Tensor) -> 
 
 
 def check_join(candidates: torch.Tensor, thresholds: torch.Tensor) -> None:
-    """Raise ValueError for what no body serves."""
+    """Raise ArgumentError if a shape or dtype does not fit."""
     fits = candidates.dim() == thresholds.dim() == 3 and candidates.shape[:2] == thresholds.shape[:2]
     if not fits:
         raise ArgumentError(
@@ -97,7 +97,7 @@ def _join_gains_body(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_CANDIDATES: tl.constexpr,
 ):
-    """A tile of groups and candidates of one pool, every pair's sum in a register."""
+    """A tile of groups and candidates of one pool; each pair's sum stays in a register."""
     across = tl.cdiv(n_candidates, BLOCK_CANDIDATES)
     pool = tl.program_id(1).to(tl.int64)
     g = tl.program_id(0) // across * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]

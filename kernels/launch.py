@@ -1,7 +1,7 @@
-"""Block sizes and warps of every Triton body, from shape, dtype and device; nothing is tuned at run time.
+"""Block sizes and warps of every Triton kernel, chosen from shape, dtype and device; nothing is tuned at run time.
 
-Each choice is argued here, once, from machine code (docs/kernels.md), so that a kernel can be read
-without its constants and a constant changed without its kernel.
+This file gives the reason for each choice, based on machine code (docs/kernels.md). Kernels hold no such constants, so
+a constant can change without its kernel.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import torch
 
 ACCESS_BYTES = 16
 
-# Warps of a program where nothing argues for another number.
+# Warps per program unless there is a reason for another number.
 WARPS = 4
 
-# Enough programs to fill every current GPU twice over; more of them only reload what a program shares.
+# Enough programs to fill every current GPU twice; more programs only load shared data again.
 MOST_PROGRAMS = 4096
 
-# Enough programs of one warp, with four accesses of 16 bytes a lane in flight, to hide an H100's latency:
-# 1024 * 2 KiB is its bandwidth over 600 ns.
+# Enough one-warp programs, each lane with four 16-byte accesses in flight, to hide the memory latency of an H100:
+# 1024 * 2 KiB is what its bandwidth transfers in 600 ns.
 MOST_WARPS = 1024
 LEAST_TRIPS = 4
 
-# Warps of a sum on each multiprocessor: two programs of WIDE_WARPS, so that none waits for a second turn.
+# Warps per multiprocessor for sums: two programs of WIDE_WARPS, so that all programs run in one wave.
 SUM_WARPS = 16
 
-# Programs along the second and third axis of a grid.
+# The largest number of programs along the second and third axis of a grid.
 MOST_ALONG_Y = 65535
 
-# Warps of a program that sums down a matrix: the more of them meet, the fewer partial sums are written.
+# Warps per program that sums down a matrix: with more warps per program, fewer partial sums are written.
 WIDE_WARPS = 8
 
 
 def on_amd() -> bool:
-    """True where torch drives AMD GPUs."""
+    """True if torch was built for AMD GPUs."""
     return torch.version.hip is not None
 
 
@@ -48,7 +48,7 @@ def lanes(device: torch.device) -> int:
 
 
 def before_ampere(device: torch.device) -> bool:
-    """True on an NVIDIA GPU older than Ampere, whose matrix units take neither bf16 nor asynchronous copies."""
+    """True for an NVIDIA GPU older than Ampere, which has neither bf16 matrix units nor asynchronous copies."""
     return device.type == "cuda" and not on_amd() and _capability(device)[0] < 8
 
 
@@ -68,11 +68,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def sum_warps(device: torch.device) -> int:
-    """Warps of all programs of a sum: SUM_WARPS on each multiprocessor, MOST_WARPS where no GPU is known.
+    """Total warps of a sum: SUM_WARPS per multiprocessor, or MOST_WARPS if the device is not a GPU.
 
-    The number of partial sums, and with it the last bits of a sum in fp32, depends on the GPU's multiprocessors, as it
-    does on the lanes of a warp: GPUs of one kind agree bit by bit, others to rounding. Without a GPU (in the
-    interpreter, on x86, in the machine-code report) sizes are always the same.
+    The number of partial sums depends on the multiprocessors and on the lanes of a warp. So fp32 sums are equal bit for
+    bit on GPUs of the same model, and up to rounding on others. Without a GPU (in the interpreter, on x86, in the
+    machine-code report) the number is always the same.
     """
     there = multiprocessors(device)
     return MOST_WARPS if there is None else SUM_WARPS * there
@@ -84,7 +84,7 @@ def vector(tensor: torch.Tensor) -> int:
 
 
 def narrowest(size: int, widths: tuple[int, ...]) -> int:
-    """The width that covers ``size`` with the fewest elements beyond it; of equals, the widest."""
+    """The width whose multiples cover ``size`` with the least padding; on a tie, the widest."""
     return min(widths, key=lambda width: (math.ceil(size / width) * width, -width))
 
 
@@ -93,9 +93,9 @@ class SelectNm:
     """Tile of ``select_nm``.
 
     Attributes:
-        split: members of a group that lie in one access; a group takes m // split accesses.
-        block_rows, block_cols: tile of one access, in rows (of groups, along "out") and columns.
-        trips: tiles that one program walks down, with the column terms held.
+        split: members of a group in one access; a group takes m // split accesses.
+        block_rows, block_cols: tile of one access, in rows (rows of groups along "out") and columns.
+        trips: tiles, one below the other, that one program processes; it loads the column terms once.
     """
 
     split: int
@@ -106,7 +106,7 @@ class SelectNm:
 
 
 def select_nm(weight: torch.Tensor, m: int, axis: str) -> SelectNm:
-    """Four warps, each thread with whole groups in its registers: two accesses of 16 bytes for 2:4 along "in"."""
+    """Four warps; each thread holds whole groups in registers: two 16-byte accesses for 2:4 along "in"."""
     threads = WARPS * lanes(weight.device)
     rows, cols = weight.shape
     if axis == "in":
@@ -126,11 +126,11 @@ def select_nm(weight: torch.Tensor, m: int, axis: str) -> SelectNm:
 
 @dataclass(frozen=True)
 class Reduction:
-    """Tile of a sum over rows or columns, made by one warp on its own: no shared memory, no barrier.
+    """Tile of a sum over rows or columns by programs of one warp: no shared memory, no barrier.
 
     Attributes:
-        block_rows, block_cols: what is loaded at once, 16 bytes a lane at a time.
-        trips: tiles that one program adds up in registers before it writes its partial sums.
+        block_rows, block_cols: tile that is loaded at once, with 16-byte accesses per lane.
+        trips: tiles that one program sums in registers before it writes its partial sums.
     """
 
     block_rows: int
@@ -139,14 +139,14 @@ class Reduction:
 
 
 def down_rows(rows: int, like: torch.Tensor) -> Reduction:
-    """Sums over ``rows`` rows of a matrix like ``like`` [..., cols], one access a row: four rows are in flight."""
+    """Sums over ``rows`` rows of a matrix like ``like`` [..., cols]: one access per row, four rows in flight."""
     block_cols = lanes(like.device) * vector(like)
     blocks = math.ceil(like.shape[-1] / block_cols) * rows
     return Reduction(4, block_cols, _trips(math.ceil(rows / 4), blocks // 4, sum_warps(like.device), most=64))
 
 
 def along_rows(matrix: torch.Tensor) -> Reduction:
-    """Sums along each row of ``matrix``, and down its columns in the same read where they are wanted."""
+    """Sums along each row of ``matrix``, and, if needed, down its columns in the same read."""
     access = lanes(matrix.device) * vector(matrix)
     block_cols = narrowest(matrix.shape[1], (access * 4, access * 2, access))
     blocks = math.ceil(matrix.shape[1] / block_cols) * math.ceil(matrix.shape[0] / 2)
@@ -154,20 +154,24 @@ def along_rows(matrix: torch.Tensor) -> Reduction:
 
 
 def _trips(needed: int, blocks: int, warps: int, most: int) -> int:
-    """As many as leave ``warps`` of all ``blocks``, and LEAST_TRIPS: each program writes partial sums of its own."""
+    """Trips per program, so that about ``warps`` programs cover all ``blocks``.
+
+    Between LEAST_TRIPS and ``most``, but never more than ``needed``. Each program writes its own partial sums, so fewer
+    programs write less.
+    """
     return max(1, min(most, needed, max(LEAST_TRIPS, blocks // warps)))
 
 
 @dataclass(frozen=True)
 class WeightSums:
-    """Tile of ``weight_sums``, whose warps each take rows of their own and meet once, at a program's end.
+    """Tile of ``weight_sums``. Each warp of a program sums its own rows; one reduction at the end combines the warps.
 
     Attributes:
-        block_rows: rows of a trip, one for each warp.
-        block_cols: columns of one piece, 16 bytes a lane.
-        pieces: pieces side by side.
-        trips: blocks of rows that one program adds up in registers.
-        num_warps: of a program.
+        block_rows: rows per trip, one for each warp.
+        block_cols: columns of one piece, 16 bytes per lane.
+        pieces: number of pieces side by side.
+        trips: blocks of rows that one program sums in registers.
+        num_warps: warps per program.
     """
 
     block_rows: int
@@ -178,9 +182,10 @@ class WeightSums:
 
 
 def weight_sums(weight: torch.Tensor) -> WeightSums:
-    """As many programs of eight warps as make :func:`sum_warps`: what one sums leaves 8 bytes a row and a column.
+    """As many programs of eight warps as :func:`sum_warps` allows.
 
-    At 4096 x 11008 in bf16 that is 1.5 % of the weight with MOST_WARPS; small weights are waited for, not their bytes.
+    The partial sums of a program cost 8 bytes per row and column, written and read again. For small weights, latency
+    matters rather than these bytes.
     """
     rows, cols = weight.shape
     block_cols = lanes(weight.device) * vector(weight)
@@ -192,32 +197,33 @@ def weight_sums(weight: torch.Tensor) -> WeightSums:
 
 
 def all_finite(tensor: torch.Tensor) -> int:
-    """Elements of a program: four accesses of 16 bytes a thread."""
+    """Elements per program: four 16-byte accesses per thread."""
     return 4 * WARPS * lanes(tensor.device) * vector(tensor)
 
 
 def adamw(values: torch.Tensor) -> int:
-    """Values of a program: 8 a thread, so that those in 16 bits come 16 bytes at a time too."""
+    """Values per program: 8 per thread, so that 16-bit tensors also use 16-byte accesses."""
     return WARPS * lanes(values.device) * 8
 
 
 def divergence(logits: torch.Tensor) -> int:
-    """Logits of a token in one trip: eight a thread of WIDE_WARPS, of each of the two rows; four of fp32 spill."""
+    """Logits of a token per trip: eight per thread from each of the two rows, with WIDE_WARPS. With four
+    warps, fp32 would spill registers."""
     return WIDE_WARPS * lanes(logits.device) * 8
 
 
 def column_scale(like: torch.Tensor) -> int:
-    """Channels of a program of one warp: the vector is short, and the more programs share it, the less each waits."""
+    """Channels per one-warp program: the vector is short, so many small programs hide latency best."""
     return 4 * lanes(like.device)
 
 
 @dataclass(frozen=True)
 class VarianceFactor:
-    """Tiles of ``variance_factor``, each of one warp.
+    """Tiles of ``variance_factor`` for programs of one warp.
 
     Attributes:
-        levels_block: channels of a sequence that are loaded at once where its level is found.
-        block_rows, block_cols: sequences and channels that are loaded at once.
+        levels_block: channels of a sequence that are loaded at once to find its level.
+        block_rows, block_cols: sequences and channels that are loaded at once to average.
     """
 
     levels_block: int
@@ -226,20 +232,20 @@ class VarianceFactor:
 
 
 def variance_factor(square: torch.Tensor) -> VarianceFactor:
-    """Four accesses of 16 bytes a lane where a level is found; a channel a lane, of 16 sequences, where they meet."""
+    """To find a level: four 16-byte accesses per lane. To average: one channel per lane, 16 sequences at a time."""
     return VarianceFactor(4 * lanes(square.device) * vector(square), 16, lanes(square.device))
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Tile of ``moments``, whose warps each take tokens of their own and meet once a sequence.
+    """Tile of ``moments``. Each warp sums its own tokens; the warps are combined once per sequence.
 
     Attributes:
-        sequences: neighbouring sequences of which a program takes one chunk each.
-        block_rows, block_cols: what is loaded at once: a token for each warp, 16 bytes a lane.
+        sequences: neighboring sequences per program; the program processes one chunk of each.
+        block_rows, block_cols: tile that is loaded at once: one token per warp, 16 bytes per lane.
         pieces: loads in flight.
-        trips: steps of ``pieces`` loads that make a chunk.
-        num_warps: of a program.
+        trips: steps of ``pieces`` loads per chunk.
+        num_warps: warps per program.
     """
 
     sequences: int
@@ -251,14 +257,15 @@ class Moments:
 
     @property
     def chunk(self) -> int:
-        """Tokens of a chunk."""
+        """Tokens per chunk."""
         return self.trips * self.pieces * self.block_rows
 
 
 def moments(tokens: torch.Tensor) -> Moments:
-    """As many programs as make :func:`sum_warps`: what each sums leaves 12 bytes a channel, written and read again.
+    """As many programs as :func:`sum_warps` allows. Each program writes 12 bytes of partial sums per channel, which are
+    read again.
 
-    Short sequences are taken several at a time, by few warps; long ones are cut into chunks only where there are few.
+    Short sequences share a program, with few warps. Long ones are cut into chunks only if there are few sequences.
     """
     n_sequences, length, cols = tokens.shape
     block_cols = lanes(tokens.device) * vector(tokens)
@@ -273,13 +280,13 @@ def moments(tokens: torch.Tensor) -> Moments:
 
 @dataclass(frozen=True)
 class SelectRows:
-    """Tiles of ``select_rows``: a row in the registers of one program, 32 weights a word.
+    """Tiles of ``select_rows``: one program holds a row in its registers, 32 weights per word.
 
     Attributes:
-        vector: neighbouring weights in a thread, 16 bytes of them, or 1 where rows are not aligned.
-        log_threads: binary logarithm of the program's threads.
-        parts: words of a thread, as at most two powers of two.
-        num_warps: threads over the lanes of a warp.
+        vector: neighboring weights per thread and access: 16 bytes of them, or 1 if rows are not aligned.
+        log_threads: binary logarithm of the threads per program.
+        parts: words per thread, as a sum of at most two powers of two.
+        num_warps: warps per program.
     """
 
     vector: int
@@ -289,10 +296,10 @@ class SelectRows:
 
 
 def select_rows(weight: torch.Tensor) -> SelectRows | None:
-    """As few warps as hold a row, since warps must meet for every bit; None where eight do not.
+    """The fewest warps that hold a row, since warps synchronize for every bit; None if eight warps cannot hold it.
 
-    A thread holds four words, 124 registers of bit planes; two of fp32 weights or on AMD; one where rows
-    are not aligned and every weight has an address of its own: more would spill.
+    A thread holds four words, 124 registers of bit planes; two words for fp32 weights or on AMD; one word if rows are
+    not aligned, because every weight then needs its own address. More would spill registers.
     """
     threads = lanes(weight.device)
     aligned = weight.data_ptr() % ACCESS_BYTES == 0 and all(n % 16 == 0 for n in (weight.stride(0), weight.shape[1]))
@@ -309,13 +316,13 @@ def select_rows(weight: torch.Tensor) -> SelectRows | None:
 
 
 def threshold_search(weight: torch.Tensor) -> int:
-    """Columns of a program of ``threshold_search``: 32 a thread, so that a count is rare beside its keys."""
+    """Columns per program of ``threshold_search``: 32 per thread, so that counts are few compared with keys."""
     return min(32 * WARPS * lanes(weight.device), max(8, 1 << (weight.shape[1] - 1).bit_length()))
 
 
 @dataclass(frozen=True)
 class JoinGains:
-    """Tile of ``join_gains``: groups and candidates of one program, and its warps."""
+    """Tile of ``join_gains``: groups, candidates and warps per program."""
 
     block_rows: int
     block_cols: int
@@ -323,7 +330,7 @@ class JoinGains:
 
 
 def join_gains(groups: int, candidates: int) -> JoinGains:
-    """Thirty-two pairs a thread, which reuse each number loaded four to eight times; smaller where pairs are few."""
+    """Thirty-two pairs per thread, which use each loaded number four to eight times; fewer if there are few pairs."""
     side = 64 if groups * candidates >= 64 * 64 * 64 else 32
     return JoinGains(side, side, side * side // (32 * 32))
 
@@ -333,9 +340,9 @@ class Coupling:
     """Tile of ``coupling``'s GEMM.
 
     Attributes:
-        block_rows, block_cols, block_tokens: tile of the matrix, and tokens of a step.
-        precision: of the products; ``tl.dot``'s ``input_precision``.
-        num_warps: of a program.
+        block_rows, block_cols, block_tokens: tile of the matrix, and tokens per step.
+        precision: precision of the products, ``tl.dot``'s ``input_precision``.
+        num_warps: warps per program.
     """
 
     block_rows: int
@@ -346,11 +353,11 @@ class Coupling:
 
 
 def coupling(matrix: torch.Tensor) -> Coupling:
-    """Large tiles where there are enough of them to fill a GPU.
+    """Large tiles if there are enough of them to fill a GPU.
 
-    On NVIDIA three TF32 products make one of fp32 accuracy, still at twice the rate of the fp32 units:
-    one alone errs by 5e-4, which reorders near ties of the score. CDNA's matrix units multiply fp32; RDNA's
-    do not, and its fp32 units take a small tile.
+    On NVIDIA, three TF32 products make one of fp32 accuracy, at twice the rate of the fp32 units. A single TF32 product
+    has a relative error of up to 5e-4, which would reorder scores that are nearly equal. CDNA's matrix units multiply
+    fp32. RDNA's do not, and its fp32 units need a small tile.
     """
     precision = "ieee" if on_amd() else "tf32x3"
     if on_amd() and lanes(matrix.device) == 32:

@@ -1,4 +1,4 @@
-"""Block sizes and warps of the Triton bodies that read or write packed weights (see also :mod:`.launch`)."""
+"""Block sizes and warps of the Triton kernels that read or write packed weights (see also :mod:`.launch`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from . import launch
 
 @dataclass(frozen=True)
 class UnpackNm:
-    """Tile of ``unpack_nm``, and of ``pack_cutlass`` on the way back.
+    """Tile of ``unpack_nm`` and of ``pack_cutlass``.
 
     Attributes:
-        block_rows: rows of a program.
-        vector: values of a thread in one access.
-        threads: side by side along a row.
+        block_rows: rows per program.
+        vector: packed values per thread and access.
+        threads: threads side by side along a row.
     """
 
     block_rows: int
@@ -27,7 +27,7 @@ class UnpackNm:
 
 
 def unpack_nm(values: torch.Tensor, cols: int) -> UnpackNm:
-    """One 16-byte access of values a thread, and the two of weights that belong to them."""
+    """One 16-byte access of packed values per thread, and the two accesses of weights that belong to them."""
     threads = launch.WARPS * launch.lanes(values.device)
     across = launch.narrowest(
         math.ceil(cols / (2 * launch.vector(values))), tuple(threads >> k for k in range(5) if threads >> k)
@@ -40,11 +40,11 @@ class NmLinear:
     """Tile of ``nm_linear``.
 
     Attributes:
-        tokens: rows of tokens that share a read of the weight.
-        block_rows: outputs of a program, which share a read of the tokens.
-        vector: values of a thread in one access.
-        threads: of a program, side by side along the inputs.
-        num_warps: threads over the lanes of a warp.
+        tokens: tokens that share a read of the weight.
+        block_rows: outputs per program, which share a read of the tokens.
+        vector: packed values per thread and access.
+        threads: threads per program, side by side along the inputs.
+        num_warps: warps per program.
     """
 
     tokens: int
@@ -55,8 +55,8 @@ class NmLinear:
 
 
 def nm_linear(values: torch.Tensor, n_tokens: int, cols: int) -> NmLinear:
-    """Enough warps to hide the latency of memory four times over, by splitting the inputs of an output among the warps
-    of a program; fewer outputs a program where the matrix is narrow."""
+    """Four times the warps that hide memory latency. To get them, the warps of a program share the inputs of an output,
+    and a program takes fewer outputs if the weight has few rows."""
     block_rows = 4
     while block_rows > 1 and values.shape[0] // block_rows < launch.MOST_WARPS // 8:
         block_rows //= 2
@@ -74,13 +74,13 @@ class NmLinearDot:
     """Tile of ``nm_linear_dot``.
 
     Attributes:
-        tokens, block_rows: tokens and outputs of a program.
-        words: words of metadata of a row in one trip, each with the 32 inputs around it.
-        vector: values of a thread in one access.
-        run: neighbouring inputs that a thread of the matrix units wants.
-        splits: programs that share out the inputs.
-        num_warps: of a program.
-        num_stages: buffers of loads, the one in use among them.
+        tokens, block_rows: tokens and outputs per program.
+        words: words of metadata per row and trip; each describes 32 inputs.
+        vector: packed values per thread and access.
+        run: neighboring inputs that a thread supplies to the matrix units.
+        splits: number of programs among which the inputs are split.
+        num_warps: warps per program.
+        num_stages: buffers for loads, including the one in use.
     """
 
     tokens: int
@@ -94,11 +94,11 @@ class NmLinearDot:
 
 
 def nm_linear_dot(values: torch.Tensor, n_tokens: int) -> NmLinearDot:
-    """64 outputs a program, which read half as much of up to 32 tokens as of the weight, from the cache, and splits of
-    four trips at least until there are enough warps: a thread has eight accesses of 16 bytes under way.
+    """64 outputs per program, and splits of at least four trips until there are enough warps.
 
-    Two warps a program, since four would choose Hopper's units for warp groups, which read the weight from shared
-    memory. Four threads hold a row, with a word of metadata each.
+    A program reads half as many bytes of its up to 32 tokens (from cache) as of the weight. A thread has eight 16-byte
+    accesses in flight. Programs have two warps: with four, Triton would use Hopper's warp-group instructions, which
+    read the weight from shared memory. Four threads hold a row, each with one word of metadata.
     """
     words, block_rows, num_warps = 4, 64, 2
     tokens = 16 if n_tokens <= 16 or values.element_size() == 4 else 32
@@ -110,11 +110,12 @@ def nm_linear_dot(values: torch.Tensor, n_tokens: int) -> NmLinearDot:
 
 
 def suits_nm_linear_dot(tokens: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether that takes less than ``nm_linear``'s own body, which reads 2:4 ``values`` once for four tokens.
+    """True if ``nm_linear_dot`` is faster than ``nm_linear``'s own kernel, which reads 2:4 ``values`` once per four
+    tokens.
 
-    It multiplies by sixteen tokens or more, whatever their number: on matrix units, or in fp32 on the fp32 units, for
-    which two reads of the weight are as good. Rows that are not aligned are too much for it, and so are the registers
-    of RDNA and of NVIDIA's GPUs before Ampere, where it spills.
+    ``nm_linear_dot`` always multiplies by at least sixteen tokens: on matrix units, or for fp32 on the fp32 units, at
+    the cost of about two reads of the weight. It needs aligned rows. On RDNA and on NVIDIA GPUs before Ampere it would
+    spill registers.
     """
     least = 9 if values.element_size() == 4 else 3
     aligned = tokens.shape[1] % 16 == 0 and tokens.stride(0) % 16 == 0
@@ -124,7 +125,7 @@ def suits_nm_linear_dot(tokens: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def within_grid(tokens: torch.Tensor, outputs: torch.Tensor, of_program: int) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Tokens and their outputs in pieces of which each fits into one launch, ``of_program`` tokens to a program."""
+    """Split tokens and their outputs into pieces that fit one launch, with ``of_program`` tokens per program."""
     most = launch.MOST_ALONG_Y * of_program
     if len(tokens) <= most:
         return ((tokens, outputs),)

@@ -1,9 +1,9 @@
-"""The door to the compiled library: every address that leaves Python is checked and taken here.
+"""Checks tensors and takes their addresses for the compiled library; no other module does.
 
-The library reads and writes what it is told to. So a tensor must have memory of its own on the CPU, and the dtype,
-shape and layout that its body walks, before its address is handed on; and every new tensor names its dtype and its
-device, whatever torch's defaults are. An address is good as long as its tensor lives: a copy made for a call needs a
-name.
+The library does not check the memory behind an address. So before its address is taken, a tensor must own memory on the
+CPU and have the dtype, shape and layout that the C++ code expects. New tensors get an explicit dtype and device,
+independent of torch's defaults. An address is valid only while its tensor is alive, so a copy made for a call must be
+kept in a variable.
 """
 
 from __future__ import annotations
@@ -14,45 +14,45 @@ from .cpu_library import call
 from .errors import ArgumentError
 
 ELEMENTS = {torch.float32: (0, 4), torch.float16: (1, 2), torch.bfloat16: (2, 2)}
-"""The dtypes of weights and tokens, as the library counts them, with their bytes."""
+"""For each dtype of weights and tokens: its number in the library, and bytes per element."""
 
 LARGE_BYTES = 16 * 2**20
-"""From here on an output is most likely new memory rather than what the allocator kept."""
+"""Outputs of this size or more are most likely new memory from the system, not reused by the allocator."""
 
 _TENSOR = torch.Tensor
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 _DTYPES = "in float32, float16 or bfloat16 (convert others with .float())"
 
-# What new tensors are made like: quicker than naming dtype and device to torch.empty, and as independent of defaults.
+# Templates for new tensors: faster than torch.empty with dtype and device, and equally independent of torch's defaults.
 _EMPTY = {
     dtype: torch.empty(0, dtype=dtype, device="cpu")
     for dtype in (*ELEMENTS, torch.float64, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
 }
 
-# Subclasses that stand for numbers kept elsewhere have a dispatcher of their own.
+# Tensor subclasses whose numbers are stored elsewhere define their own __torch_dispatch__.
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
 _REMEDIES = {
     "DTensor": "sharded by FSDP2 or tensor parallelism: gather it first, with tensor.full_tensor() or module.unshard()",
-    "FakeTensor": "which holds no numbers: leave FakeTensorMode, and make the tensors outside of it",
-    "MaskedTensor": "whose mask no kernel knows: pass .to_tensor(value)",
+    "FakeTensor": "which has no data: create the tensors outside of FakeTensorMode",
+    "MaskedTensor": "whose mask kernels do not support: pass .to_tensor(value)",
 }
 
 Region = tuple[int, int, int, int, int]
-"""Address, rows, columns, elements from row to row, and the dtype's number: how the library takes a matrix."""
+"""The library's arguments for a matrix: address, rows, columns, row stride in elements, and the dtype's number."""
 
 
 def why_no_memory(tensor: torch.Tensor) -> str | None:
-    """Why no kernel can work on ``tensor`` where it lies, as the end of a sentence about it; None if one can."""
+    """Why kernels cannot access the memory of ``tensor``, as the end of a sentence about it; None if they can."""
     if (why := why_not_plain(tensor)) is not None:
         return why
     if tensor.layout is not torch.strided:
         return f"is sparse ({tensor.layout}): call .to_dense() first"
     if tensor.is_meta:
-        return "is on the meta device and holds no numbers: load it first"
+        return "is on the meta device and has no data: load it first"
     if tensor.is_neg():
-        return "is a view that negates when it is read: call .resolve_neg() first"
+        return "is a lazily negated view: call .resolve_neg() first"
     try:
         inside = _lies_inside(tensor)
     except RuntimeError:
@@ -69,22 +69,22 @@ def _lies_inside(tensor: torch.Tensor) -> bool:
 
 
 def why_not_plain(tensor: torch.Tensor) -> str | None:
-    """The same for the tensor's class alone, which is all that can be said of one on another device at no cost."""
+    """As :func:`why_no_memory`, but checks only the tensor's class, which costs nothing on any device."""
     kind = type(tensor)
     if kind in _PLAIN or kind.__torch_dispatch__ is _NO_DISPATCH:
         return None
-    remedy = _REMEDIES.get(kind.__name__, "whose numbers lie elsewhere: convert it to a plain torch.Tensor first")
+    remedy = _REMEDIES.get(kind.__name__, "whose data is stored elsewhere: convert it to a plain torch.Tensor first")
     return f"is a {kind.__name__}, {remedy}"
 
 
 def overlaps(matrix: torch.Tensor) -> bool:
-    """Whether two numbers of a matrix share a place in memory, as those of an expanded one do."""
+    """True if two elements of a matrix share memory, as in an expanded tensor."""
     (least, n_least), (most, n_most) = sorted(zip(matrix.stride(), matrix.shape, strict=True))
     return (n_least > 1 and least < 1) or (n_most > 1 and most <= least * (n_least - 1))
 
 
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """A tensor on the CPU, not written yet, and its address; on huge pages if it is large enough to be new memory."""
+    """An uninitialized CPU tensor and its address; large tensors use huge pages if the system allows it."""
     made = _EMPTY[dtype].new_empty(*shape)
     try:
         place = made.data_ptr() if type(made) is _TENSOR else 0
@@ -98,10 +98,11 @@ def new(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, int]:
 
 
 def address(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> int:
-    """The address of a contiguous tensor of that dtype and shape.
+    """The address of a contiguous CPU tensor with this dtype and shape.
 
     Raises:
-        ValueError: another dtype, shape, layout or device, or no memory; ``what`` names the tensor.
+        ArgumentError: if dtype, shape, layout or device is wrong, or if the tensor has no memory. ``what`` names the
+            tensor in the message.
     """
     try:
         if (
@@ -118,27 +119,28 @@ def address(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], wh
                 return place
             if not tensor.numel():
                 return 0
-    except RuntimeError:  # of torch, for a tensor without memory
+    except RuntimeError:  # from torch, if the tensor has no memory
         pass
-    raise ArgumentError(_refusal(tensor, f"contiguous {dtype} {tuple(shape)}", what))
+    raise ArgumentError(_why_invalid(tensor, f"contiguous {dtype} {tuple(shape)}", what))
 
 
 def elements(tensor: torch.Tensor, shape: torch.Size, what: str) -> tuple[int, int]:
-    """:func:`address` of a tensor of any of ELEMENTS, and its dtype's number."""
+    """:func:`address` of a tensor whose dtype is one of ELEMENTS, and the dtype's number."""
     dtype = tensor.dtype if tensor.dtype in ELEMENTS else torch.float32
     return address(tensor, dtype, shape, what), ELEMENTS[dtype][0]
 
 
 def matrix(tensor: torch.Tensor, what: str, *, written: bool = False) -> tuple[torch.Tensor, Region]:
-    """A matrix of any of ELEMENTS with contiguous rows: the tensor itself or, if it is laid out otherwise, a copy.
+    """The tensor, or a copy of it with contiguous rows, and the library's arguments for it.
 
     Args:
-        tensor: to be taken.
-        what: names it in errors.
-        written: the library will write to it, so its rows may not overlap. Whoever gets a copy writes it back.
+        tensor: a matrix; its dtype is one of ELEMENTS.
+        what: name of the tensor in error messages.
+        written: True if the library writes to the matrix; its elements must not overlap then. If a copy is returned,
+            the caller copies the result back.
 
     Raises:
-        ValueError: as :func:`address`.
+        ArgumentError: as :func:`address`.
     """
     dtype = tensor.dtype
     try:
@@ -156,22 +158,25 @@ def matrix(tensor: torch.Tensor, what: str, *, written: bool = False) -> tuple[t
                 return tensor, (place, rows, cols, stride, element)
             if not rows * cols:
                 return tensor, (0, rows, cols, stride, element)
-    except (RuntimeError, ValueError):  # of torch, for a tensor without memory; of Python, for one of other dimensions
+    except (RuntimeError, ValueError):  # from torch, if it has no memory; from Python, if it is not two-dimensional
         pass
-    wanted = f"[rows, columns] {_DTYPES}"
-    raise ArgumentError(_refusal(tensor, wanted + ", each number in a place of its own" if written else wanted, what))
+    expected = f"[rows, columns] {_DTYPES}" + (", without overlapping elements" if written else "")
+    raise ArgumentError(_why_invalid(tensor, expected, what))
 
 
 def contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` itself if it is contiguous and not negated lazily, or has no memory; else a copy that is."""
+    """``tensor`` itself if it is contiguous and not lazily negated, or has no memory; else a contiguous copy."""
     if (tensor.is_contiguous() and not tensor.is_neg()) or not _lies_inside(tensor):
         return tensor
     return tensor.detach().resolve_neg().contiguous()
 
 
 def sequences(tensor: torch.Tensor, what: str) -> tuple[torch.Tensor, tuple[int, int, int, int, int, int, int]]:
-    """The same of [n_sequences, length, columns]: address, the three sizes, the strides of the first two dimensions,
-    and the dtype's number."""
+    """As :func:`matrix`, for a tensor [n_sequences, length, columns].
+
+    The library's arguments are address, the three sizes, the strides of the first two dimensions, and the dtype's
+    number.
+    """
     dtype = tensor.dtype
     try:
         if dtype in ELEMENTS and (type(tensor) in _PLAIN or why_not_plain(tensor) is None) and tensor.is_cpu:
@@ -190,13 +195,13 @@ def sequences(tensor: torch.Tensor, what: str) -> tuple[torch.Tensor, tuple[int,
                 return tensor, (place, number, length, cols, outer, inner, element)
     except (RuntimeError, ValueError):  # as in matrix
         pass
-    raise ArgumentError(_refusal(tensor, f"[n_sequences, length, columns] {_DTYPES}", what))
+    raise ArgumentError(_why_invalid(tensor, f"[n_sequences, length, columns] {_DTYPES}", what))
 
 
-def _refusal(tensor: torch.Tensor, wanted: str, what: str) -> str:
-    """What is wrong with a tensor that the library cannot take."""
+def _why_invalid(tensor: torch.Tensor, expected: str, what: str) -> str:
+    """The error message for a tensor that the library cannot use."""
     if (why := why_no_memory(tensor)) is not None:
         return f"{what} {why}"
     if not tensor.is_cpu:
-        return f"{what} is on {tensor.device}, the compiled library works on the CPU: move it with .cpu()"
-    return f"{what} must be {wanted}; got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
+        return f"{what} is on {tensor.device}, but the compiled library needs CPU tensors: move it with .cpu()"
+    return f"{what} must be {expected}; got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"

@@ -1,9 +1,9 @@
-"""moments: what every activation-aware metric needs of its tokens, in one read of them.
+"""moments: the token statistics that activation-aware metrics need, in one read of the tokens.
 
     per sequence s:  sum_t x_tj^2;   over all tokens:  count, sum_t x_tj, sum_t (x_tj - mean_j)^2
 
-Squared deviations are taken about a token of the same chunk and merged by Chan's rule, so a large mean
-does not cancel. Bytes per token element of e bytes: e read; fp32 vectors a chunk written.
+Deviations are computed relative to a token of the same chunk and merged by Chan's rule, so a large mean causes no
+cancellation. Bytes per token element of e bytes: e read; a few fp32 vectors are written per chunk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .backend import choose_backend
 from .errors import ArgumentError
 from .triton_import import tl, triton
 
-# Tile of the merge of partial sums: a few dozen loads in flight for a warp.
+# Tile for merging partial sums: a few dozen loads in flight per warp.
 MERGED_PARTS, MERGED_COLS = 16, 32
 
 
@@ -27,10 +27,10 @@ class Moments:
 
     Attributes:
         count: number of tokens counted.
-        total: fp64 [in_features], sum of x. In fp32 a large mean would hide what merging batches needs.
+        total: fp64 [in_features], sum of x. In fp32, a large mean would round away what merging batches needs.
         deviation: fp64 [in_features], sum of squared deviations from the batch's own mean.
         sequence_square: fp32 [n_sequences, in_features], sum of x^2 over each sequence's tokens.
-        sequence_count: [n_sequences] int64, tokens counted in each sequence.
+        sequence_count: int64 [n_sequences], tokens counted in each sequence.
     """
 
     count: int
@@ -46,12 +46,12 @@ def moments(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> Moments:
     Args:
         tokens: [n_sequences, length, in_features], or [n_tokens, in_features] as one sequence; fp32,
             fp16 or bf16.
-        valid: bool [n_sequences, length] (or [n_tokens]), False for tokens to leave out (padding).
-            What stands in tokens left out is never used, NaN included. Their number is read on the host, which
-            waits for a GPU and cannot be recorded in a CUDA graph.
+        valid: bool [n_sequences, length] (or [n_tokens]), False for tokens to ignore (padding), even if they contain
+            NaN. The host reads how many are valid, so a GPU call synchronizes and cannot be captured in a CUDA graph.
+            None to use all tokens.
 
     Raises:
-        ValueError: a shape that does not fit.
+        ArgumentError: if a shape or the dtype of ``valid`` does not fit.
     """
     tokens, valid = as_sequences(tokens, valid)
     backend = choose_backend(tokens, valid)
@@ -64,7 +64,7 @@ def moments(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> Moments:
 
 
 def moments_reference(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> Moments:
-    """The same in plain torch, in fp64."""
+    """The moments, computed with plain torch in fp64."""
     tokens, valid = as_sequences(tokens, valid)
     x = tokens.detach().double()
     if valid is None:
@@ -79,7 +79,7 @@ def moments_reference(tokens: torch.Tensor, valid: torch.Tensor | None = None) -
 
 
 def as_sequences(tokens: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens as [n_sequences, length, in_features] and valid as bool [n_sequences, length]."""
+    """Tokens as [n_sequences, length, in_features] and ``valid`` as bool [n_sequences, length] or None."""
     if tokens.dim() == 2:
         tokens = tokens[None]
         valid = None if valid is None else valid.reshape(1, -1)
@@ -134,7 +134,7 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
     return Moments(count, total, deviation, sequence_square, sequence_count)
 
 
-# Numbers that change from batch to batch, and from expert to expert, do not make kernels of their own.
+# Sizes that vary between batches and experts must not cause recompilation.
 @triton.jit(do_not_specialize=["sequences", "length", "chunks", "trips"])
 def _sum_moments(
     tokens_ptr,
@@ -156,10 +156,10 @@ def _sum_moments(
     BLOCK_COLS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """A part is one chunk of ``trips`` * PIECES * BLOCK_ROWS tokens in each of SEQUENCES neighbouring sequences.
+    """Sums of one part: a chunk of ``trips`` * PIECES * BLOCK_ROWS tokens in each of SEQUENCES neighboring sequences.
 
-    A tile is as wide as one access of a warp: every warp sums tokens of its own, and they meet once a sequence. A
-    part's mean is left relative to its shift: their sum would lose what a large mean hides.
+    A tile is as wide as one access of a warp, so every warp sums its own tokens, and warps are combined once per
+    sequence. The shift and the mean relative to it are stored separately, because their fp32 sum would lose precision.
     """
     STEP: tl.constexpr = PIECES * BLOCK_ROWS
     chunk_tokens = trips * STEP
@@ -231,7 +231,7 @@ def _merge_parts(
     BLOCK_PARTS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """BLOCK_COLS channels of what all parts sum to, or, in later programs, of what the chunks of one sequence do."""
+    """The first programs merge all parts for BLOCK_COLS channels each; later ones merge the chunks of one sequence."""
     across = tl.cdiv(cols, BLOCK_COLS)
     j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     if tl.program_id(0) >= across:
@@ -264,7 +264,7 @@ def _merge_moments(
     cols,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Total and deviation of the channels j over all parts, in fp64: the mean first, then what lies about it."""
+    """Total and deviation of the channels j over all parts, in fp64: the mean first, then the deviations from it."""
     total = tl.zeros(j.shape, tl.float64)
     for first in tl.range(0, parts, BLOCK_PARTS):
         counted, mean = _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
@@ -283,7 +283,7 @@ def _merge_moments(
 
 @triton.jit
 def _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS: tl.constexpr):
-    """Token counts [BLOCK_PARTS, 1] and means [BLOCK_PARTS, cols of j] of neighbouring parts, in fp64."""
+    """Token counts [BLOCK_PARTS, 1] and means [BLOCK_PARTS, columns of j] of consecutive parts, in fp64."""
     part = first + tl.arange(0, BLOCK_PARTS)[:, None]
     place = part.to(tl.int64) * cols + j
     inside = (part < parts) & (j < cols)
@@ -303,7 +303,7 @@ def _first_valid(
     SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Place of a part's first valid token, counted through its chunks; beyond them all if there is none."""
+    """Index of a part's first valid token, counted over its chunks; the number of its tokens if none is valid."""
     if valid_ptr is None:
         return tl.full([], 0, tl.int32)
     else:

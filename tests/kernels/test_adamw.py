@@ -115,8 +115,8 @@ def of_ones(**changed: torch.Tensor) -> dict[str, torch.Tensor]:
         (of_ones(gradient=torch.ones(4, 3)), "gradient must be contiguous, in the values' shape"),
         (of_ones(gradient=torch.ones(4, 3).t()), "gradient must be contiguous"),
         (of_ones(rounded=torch.ones(12)), "rounded copy must be contiguous, in the values' shape"),
-        (of_ones(factor=torch.ones(2)), "factor must be fp32 of one element"),
-        (of_ones(factor=torch.ones(1).double()), "factor must be fp32 of one element"),
+        (of_ones(factor=torch.ones(2)), "factor must be fp32 with one element"),
+        (of_ones(factor=torch.ones(1).double()), "factor must be fp32 with one element"),
     ],
 )
 def test_says_what_is_wrong(tensors, message):
@@ -130,5 +130,5 @@ def test_says_what_is_wrong(tensors, message):
     "words", [{"rate": -1.0, "number": 1}, {"rate": 1.0, "number": 0}, {"rate": 1.0, "number": 1, "betas": (0.9, 1.0)}]
 )
 def test_steps_that_will_not_do(words):
-    with pytest.raises(ValueError, match="a step needs"):
+    with pytest.raises(ValueError, match="an optimizer step needs"):
         Step(**words)

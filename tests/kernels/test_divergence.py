@@ -124,8 +124,8 @@ def test_what_is_not_a_number_is_seen(bad, place, side):
         ((torch.ones(3), torch.ones(3)), "must both be"),
         ((torch.ones(3, 4), torch.ones(3, 5)), "must both be"),
         ((torch.ones(3, 0), torch.ones(3, 0)), "must both be"),
-        ((torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 4).bfloat16()), "must go into"),
-        ((torch.ones(3, 4), torch.ones(3, 4), torch.ones(4, 3).t()), "must go into"),
+        ((torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 4).bfloat16()), "into must have"),
+        ((torch.ones(3, 4), torch.ones(3, 4), torch.ones(4, 3).t()), "into must have"),
     ],
 )
 def test_says_what_is_wrong(arguments, message):

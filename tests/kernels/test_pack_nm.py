@@ -127,6 +127,7 @@ def test_refuses_what_breaks_the_pattern(device, dtype, n, m):
     with pytest.raises(PatternError, match=rf"row 5, group 3 \(inputs {3 * m} to .* has {n + 1} non-zeros") as caught:
         pack_nm(weight, n, m)
     assert (caught.value.row, caught.value.group, caught.value.count) == (5, 3, n + 1)
+    assert str(caught.value).startswith("row 5, group 3 ")
     weight[5:] = 0
     assert torch.equal(unpack_nm(pack_nm(weight, n, m)), weight)
 
