@@ -47,7 +47,7 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class SparsifyReport:
-    """What :func:`sparsify` did.
+    """What :func:`pack_model` did.
 
     Attributes:
         layers: the packed layers, in order.
@@ -77,7 +77,7 @@ class _NotEligible(Exception):
     """Why a layer is left as it is."""
 
 
-def sparsify(
+def pack_model(
     model: nn.Module,
     pattern: str | None = None,
     *,
@@ -153,6 +153,10 @@ def sparsify(
     give_back_free_memory()
     SavePretrained.attach(model)
     return SparsifyReport(tuple(packed), tuple(skipped))
+
+
+sparsify = pack_model
+"""Another name for :func:`pack_model`, which does not prune; use ``pack_model`` in new code."""
 
 
 def set_row_limits(model: nn.Module, limits: RowLimits | None) -> None:

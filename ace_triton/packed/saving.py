@@ -30,7 +30,7 @@ def save_packed(
     report: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a model with packed layers (:func:`~ace_triton.packed.pack_model.sparsify`), atomically.
+    """Write a model with packed layers (:func:`~ace_triton.packed.pack_model.pack_model`), atomically.
 
     ``model.save_pretrained(folder)`` of a packed model writes the same format into a folder that may be there.
 
@@ -117,7 +117,7 @@ def _check_model(model: Any) -> None:
             "save its state_dict"
         )
     if not any(isinstance(layer, NMLinear) for layer in model.modules()):
-        raise CheckpointError("the model has no packed layer: call ace_triton.sparsify(model) first")
+        raise CheckpointError("the model has no packed layer: call ace_triton.pack_model(model) first")
     if model.dtype not in DTYPES.values():
         raise CheckpointError(f"packed checkpoints hold {', '.join(DTYPES)}, the model is {model.dtype}: convert it")
     given_back: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import PruneError, prune_linear
-from ace_triton import prune_blocks as prune_model
+from ace_triton import PruneError, prune_linear, prune_model
 from ace_triton.decoders.blocks import find_blocks, possible_stacks, stacks_of
 from ace_triton.decoders.experts import ExpertLinear, Layout, Stack, find_layouts
-from ace_triton.packed import pack_model as sparsify
+from ace_triton.packed.pack_model import pack_model
 
 _SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GATED = {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 16, "num_experts_per_tok": 2}
@@ -251,7 +250,7 @@ def test_an_expert_stored_below_another_is_scored_by_the_tokens_routed_to_it(ids
 def test_experts_stored_one_below_the_other_are_named_when_a_model_is_packed(ids):
     model = make_dbrx()
     prune_model(model, ids, "wanda")
-    report = sparsify(model)
+    report = pack_model(model)
     assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"Wqkv", "out_proj"}
     named = {s.name: s.reason for s in report.skipped if "experts" in s.name}
     assert named.keys() == {f"transformer.blocks.{b}.ffn.experts.mlp.{w}" for b in range(2) for w in ("w1", "v1", "w2")}

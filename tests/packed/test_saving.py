@@ -12,11 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CLIPConfig, LlamaModel
 
 import ace_triton
-from ace_triton import NMLinear, prune_linear
-from ace_triton import prune_blocks as prune_model
+from ace_triton import NMLinear, prune_linear, prune_model
 from ace_triton.inputs.checkpoint import CheckpointError
-from ace_triton.packed import pack_model as sparsify
 from ace_triton.packed.checkpoint import load, load_model, save_packed
+from ace_triton.packed.pack_model import pack_model
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -24,7 +23,7 @@ IDS = torch.arange(3, 35).reshape(2, 16)
 def packed(make_decoder):
     model = make_decoder("llama", attention="sdpa")
     prune_model(model, None, "magnitude")
-    sparsify(model)
+    pack_model(model)
     return model
 
 
@@ -121,10 +120,10 @@ def test_models_that_would_not_come_back(model, tmp_path):
     headless = LlamaModel(model.config)
     for block in headless.layers:
         prune_linear(block.mlp.up_proj, method="magnitude")
-    sparsify(headless)
+    pack_model(headless)
     plain = nn.Sequential(nn.Linear(16, 16))
     prune_linear(plain[0], method="magnitude")
-    sparsify(plain)
+    pack_model(plain)
     assert "save_pretrained" not in vars(plain)
     for wrong, message in (
         (headless, "a LlamaModel would not be given back by AutoModelForCausalLM"),
@@ -147,7 +146,7 @@ def test_overlapping_weights_are_tied():
     for layer in (layers["two"], layers["one"], layers["alone"]):
         with torch.no_grad():
             layer.weight.view(-1, 4)[:, :2] = 0
-    report = ace_triton.sparsify(layers)
+    report = ace_triton.pack_model(layers)
     assert [layer.name for layer in report.layers] == ["alone"]
     assert {skipped.name: skipped.reason for skipped in report.skipped} == dict.fromkeys(
         ("one", "two"), "its weight is tied to another layer's"
