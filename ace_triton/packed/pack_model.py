@@ -19,8 +19,8 @@ from ..process_memory import give_back_free_memory
 from ..sparsity import Sparsity
 from .dispatch import RowLimits
 from .expert_stack import ExpertStack, stores_transposed
-from .inspect import find_pattern
 from .nm_linear import NMLinear
+from .pattern import find_pattern
 from .saving import SavePretrained
 
 PROBE_TOKENS = 3
@@ -142,7 +142,7 @@ def pack_model(
         else:
             note(_pack_experts(model, stack, wanted, limits, names, skip))
     for stack in possible_stacks(model):
-        if stack.weight.dim() == 2 and names.wants(stack.name) and ":" in find_pattern(stack.weight.detach()):
+        if stack.weight.dim() == 2 and names.wants(stack.name) and find_pattern(stack.weight.detach()).nm:
             skip(stack.name, stack.weight, "it is no linear layer, and no three-dimensional stack of experts")
     if not packed:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it holds no linear layer"
@@ -235,13 +235,13 @@ def _pack_experts(
 
 def _detect(weight: torch.Tensor) -> tuple[int, int]:
     found = find_pattern(weight)
-    if found == "dense":
+    if found.dense:
         raise _NotEligible("it is dense: it was not pruned")
-    if found == "unstructured":
+    if found.nm is None:
         raise _NotEligible("its zeros follow no n:m pattern")
-    if "along" in found:
-        raise _NotEligible(f"it is {found}; products from packed weights need groups along the inputs")
-    return _parse(found)
+    if found.across is not None:
+        raise _NotEligible(f"it is {found}; packed layers need groups along the inputs")
+    return found.nm
 
 
 def _parse(pattern: str) -> tuple[int, int]:
