@@ -54,7 +54,7 @@ def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
             raise CheckpointError(f"{folder}: no such folder; name the folder of a saved model")
         files, layers = safetensors_files(Path(folder)), {}
     if not files:
-        raise CheckpointError(f"{folder}: holds no .safetensors file; name the folder of a saved model")
+        raise CheckpointError(f"{folder}: has no .safetensors file; name the folder of a saved model")
     packed_tensors = {f"{name}.{part}" for name in layers for part in ("values", "meta")}
     found = []
     for path in files:

@@ -254,7 +254,7 @@ def test_experts_stored_one_below_the_other_are_named_when_a_model_is_packed(ids
     assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"Wqkv", "out_proj"}
     named = {s.name: s.reason for s in report.skipped if "experts" in s.name}
     assert named.keys() == {f"transformer.blocks.{b}.ffn.experts.mlp.{w}" for b in range(2) for w in ("w1", "v1", "w2")}
-    assert set(named.values()) == {"it is no linear layer, and no three-dimensional stack of experts"}
+    assert set(named.values()) == {"it is neither a linear layer nor a three-dimensional stack of experts"}
 
 
 @pytest.mark.parametrize("make", [lambda: make_mixture("qwen3_moe"), make_dbrx])
