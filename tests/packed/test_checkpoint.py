@@ -275,7 +275,9 @@ def test_an_older_folder_loads_and_its_gap_is_named(sound, tmp_path):
     content["version"] = 1
     content["files"] = {name: content["files"][name] for name in (TENSORS_FILE, "config.json")}
     (folder / MANIFEST_FILE).write_text(signed(content))
-    with pytest.warns(UserWarning, match="its tokenizer and generation config have no checksums; pack it again"):
+    with pytest.warns(
+        UserWarning, match="without checksums of the tokenizer and the generation config; pack the model again"
+    ):
         assert not refuse_or_same(folder, sound[1])
 
 
@@ -321,7 +323,7 @@ def test_a_sealed_config_of_another_model_is_refused(sound, tmp_path, changes, m
 
 
 def test_what_load_cannot_give(sound, tmp_path):
-    with pytest.raises(CheckpointError, match=r"dtype torch\.float64: packed checkpoints are loaded as float32, "):
+    with pytest.raises(CheckpointError, match=r"dtype torch\.float64: packed checkpoints can be loaded as float32, "):
         load(sound[0], dtype=torch.float64)
     with pytest.raises(CheckpointError, match="device 'nosuch' is not available here"):
         load(sound[0], device="nosuch")

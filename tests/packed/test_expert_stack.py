@@ -213,5 +213,5 @@ def test_an_expert_that_the_model_has_not_is_refused(ids, tmp_path):
         layers = dict(manifest.layers)
         layers[wrong] = layers["model.layers.0.mlp.experts.down_proj.3"]
         dataclasses.replace(manifest, layers=layers).write(tmp_path / "out")
-        with pytest.raises(PackedError, match="is no layer of Qwen3MoeForCausalLM"):
+        with pytest.raises(PackedError, match="is not a layer of Qwen3MoeForCausalLM"):
             load(tmp_path / "out")

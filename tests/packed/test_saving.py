@@ -65,7 +65,7 @@ def test_save_pretrained_goes_into_a_folder_that_is_there(model, tmp_path):
 
 def test_save_pretrained_refuses_what_would_mislead(model, make_decoder, tmp_path):
     make_decoder("llama").save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds model\.safetensors of a dense model"):
+    with pytest.raises(CheckpointError, match=r"contains model\.safetensors of a dense model"):
         model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="push_to_hub"):
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
@@ -126,15 +126,15 @@ def test_models_that_would_not_come_back(model, tmp_path):
     pack_model(plain)
     assert "save_pretrained" not in vars(plain)
     for wrong, message in (
-        (headless, "a LlamaModel would not be given back by AutoModelForCausalLM"),
-        (plain, "this is a Sequential"),
+        (headless, "a LlamaModel cannot be loaded by AutoModelForCausalLM"),
+        (plain, "got a Sequential"),
     ):
         with pytest.raises(CheckpointError, match=message):
             save_packed(wrong, None, tmp_path / "out")
     with pytest.raises(CheckpointError, match="LlamaModel"):
         headless.save_pretrained(tmp_path / "out")
     model.config = CLIPConfig()
-    with pytest.raises(CheckpointError, match="LlamaForCausalLM would not be given back"):
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM cannot be loaded by AutoModelForCausalLM"):
         save_packed(model, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
