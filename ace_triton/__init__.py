@@ -7,6 +7,7 @@ from .errors import (
     CheckpointError,
     GenerationError,
     PackedError,
+    PackedWeightError,
     PatternError,
     PruneError,
     RecipeError,
@@ -15,14 +16,15 @@ from .errors import (
     StudyError,
     TextError,
 )
+from .inputs.calibration import load_calibration
 from .inputs.written_text import WrittenText
 from .kernels.score_terms import ScoreTerms
-from .methods.registry import metric_names, register_metric
+from .methods.registry import Needs, metric_names, register_metric
 from .model_report import ModelReport
 from .packed.checkpoint import load, save_packed
 from .packed.dispatch import RowLimits
 from .packed.nm_linear import NMLinear
-from .packed.pack_model import SparsifyReport, set_row_limits, sparsify
+from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
 from .recovery.train import RecoveryReport, RecoverySettings, recover
@@ -43,7 +45,9 @@ __all__ = [
     "Gram",
     "ModelReport",
     "NMLinear",
+    "Needs",
     "PackedError",
+    "PackedWeightError",
     "PatternError",
     "PruneError",
     "PruneResult",
@@ -61,7 +65,9 @@ __all__ = [
     "Update",
     "WrittenText",
     "load",
+    "load_calibration",
     "metric_names",
+    "pack_model",
     "prune_linear",
     "prune_model",
     "recover",

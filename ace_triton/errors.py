@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointError",
     "GenerationError",
     "PackedError",
+    "PackedWeightError",
     "PatternError",
     "PruneError",
     "RecipeError",
@@ -29,6 +30,10 @@ class GenerationError(AceError, ValueError):
 
 class PackedError(CheckpointError):
     """A packed checkpoint that is damaged, altered, of a newer version, or none."""
+
+
+class PackedWeightError(AceError, RuntimeError):
+    """A packed weight was written to, or changed between its forward and its backward pass."""
 
 
 class PruneError(AceError, ValueError):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ace_triton import Sparsity
 from ace_triton.budgets import block_patterns, group_sizes, kept_shares, outliers
 from ace_triton.decoders.blocks import find_blocks, linears_of
-from ace_triton.packed.pack_model import sparsify
+from ace_triton.packed.pack_model import pack_model
 from ace_triton.prune_blocks import prune_model
 
 
@@ -180,6 +180,6 @@ def test_blocks_of_other_patterns_are_packed(make_decoder, ids):
     model = with_outliers(make_decoder)
     prune_model(model, ids, "wanda", "4:8", budgets="outliers")
     packed = copy.deepcopy(model)
-    report = sparsify(packed)
+    report = pack_model(packed)
     assert {layer.pattern for layer in report.layers} == {"3:8", "4:8", "5:8"}
     torch.testing.assert_close(packed(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)

@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-from ace_triton import ActivationStats, NMLinear, load
-from ace_triton import prune_blocks as prune_model
+from ace_triton import ActivationStats, NMLinear, load, prune_model
 from ace_triton.evaluate import perplexity
 from ace_triton.generation import generate
 from ace_triton.inputs import checkpoint
@@ -18,10 +17,10 @@ from ace_triton.inputs.text import read_documents
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.methods.registry import metric
-from ace_triton.packed import pack_model as sparsify
 from ace_triton.packed.checkpoint import save_packed
 from ace_triton.packed.inspect import inspect_checkpoint
 from ace_triton.packed.manifest import TENSORS_FILE
+from ace_triton.packed.pack_model import pack_model
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def packed(smollm2, tmp_path_factory):
     stream = token_stream(read_documents("pydoc:calibration"), tokenizer)
     prune_model(dense, crop(stream, 8, 32, seed=0), "wanda", "2:4", sequential="none")
     sparse = copy.deepcopy(dense)
-    assert len(sparsify(sparse).layers) == 210
+    assert len(pack_model(sparse).layers) == 210
     folder = tmp_path_factory.mktemp("smollm2") / "packed"
     save_packed(sparse, tokenizer, folder)
     return dense, load(folder), tokenizer, folder

@@ -1,4 +1,4 @@
-"""Time a packed linear layer beside the dense one, by number of rows."""
+"""Time packed linear layers against dense ones, for several numbers of rows."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ from .nm_linear import NMLinear
 from .semi_structured import refusal, semi_structured_linear
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
+"""Numbers of rows (tokens of a call) that are timed by default."""
 
 COLD_BYTES = 128 * 2**20
-"""Copies of the layer that fill this much take turns, as a model's layers do: none finds itself in a cache."""
+"""Total size in bytes of the copies of a layer, which are used in turn, so that none of them is still in a cache."""
 
 SECONDS = 1.5
+"""Default time to spend on one number of rows."""
+
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
 
 LOSES = 1.02
-"""A product that takes more than this many times the dense one's time is called slower."""
+"""A packed layer is called slower if it takes more than this many times the time of the dense layer."""
 
 Side = Literal["dense", "packed", "unpacked", "semi_structured"]
 
@@ -45,9 +48,9 @@ class LayerKind:
 
     Attributes:
         shape: (out_features, in_features).
-        n, m: the pattern.
-        dtype: of weights and tokens.
-        count: how many such layers there are.
+        n, m: n of every m inputs are kept.
+        dtype: dtype of weights and tokens.
+        count: number of such layers in the model.
     """
 
     shape: tuple[int, int]
@@ -62,15 +65,16 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class RowTimes:
-    """Medians of one layer's time for a number of rows, in milliseconds.
+    """Median times of one layer for one number of rows, in milliseconds.
 
     Attributes:
-        rows: tokens in a call.
+        rows: tokens of the call.
         dense: ``F.linear`` with the dense weight in memory.
         packed: our kernel.
-        unpacked: the weight unpacked for the call, then ``F.linear``.
-        semi_structured: torch's 2:4 product, conversion done before; None where torch has none for the layer.
-        product: which of them NMLinear takes.
+        unpacked: the weight is unpacked during the call, then ``F.linear``.
+        semi_structured: torch's 2:4 product, without the conversion of the weight; None if torch does not support the
+            layer.
+        product: the product that NMLinear chooses.
     """
 
     rows: int
@@ -82,7 +86,7 @@ class RowTimes:
 
     @property
     def taken(self) -> float:
-        """Time of the product that NMLinear takes."""
+        """Time of the product that NMLinear chooses."""
         if self.product == "semi_structured":
             assert self.semi_structured is not None
             return self.semi_structured
@@ -90,20 +94,20 @@ class RowTimes:
 
     @property
     def loses(self) -> bool:
-        """Whether NMLinear is slower than a dense layer."""
+        """True if NMLinear is slower than the dense layer."""
         return self.taken > LOSES * self.dense
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """One kind of layer on one device.
+    """Times of one kind of layer on one device.
 
     Attributes:
-        kind: the layers.
-        device: what they ran on.
-        dense_bytes, packed_bytes: of one layer's weight.
-        why_no_semi_structured: why torch's 2:4 product was not timed, or None.
-        times: one entry for each number of rows, in order.
+        kind: the kind of layer.
+        device: name of the device.
+        dense_bytes, packed_bytes: size of one layer's weight, dense and packed.
+        why_no_semi_structured: why torch's 2:4 product was not timed; None if it was.
+        times: one entry per number of rows, in the given order.
     """
 
     kind: LayerKind
@@ -114,12 +118,12 @@ class LayerTimes:
     times: tuple[RowTimes, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The times as JSON types."""
         return {**asdict(self), "kind": {**asdict(self.kind), "dtype": str(self.kind.dtype).removeprefix("torch.")}}
 
 
 def kinds_of(model: nn.Module) -> list[LayerKind]:
-    """The kinds of packed layers in a model, in order of first appearance."""
+    """List the kinds of packed layers in a model, in order of first appearance."""
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     counts = Counter(((a.out_features, a.in_features), a.n, a.m, a.values.dtype) for a in layers)
     return [LayerKind(*key, count) for key, count in counts.items()]
@@ -134,24 +138,24 @@ def bench_layer(
     seconds: float = SECONDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> LayerTimes:
-    """Time a layer of random weights of a kind.
+    """Time one kind of layer, with random weights.
 
-    All sides are called in turn in every round, each time with the next of several copies of the weight, so
-    that a change of clocks meets all of them and none finds its weight in a cache.
+    Every round calls each product once, and each round uses the next copy of the weight. So a change of the clock rate
+    affects all products alike, and no weight is still in a cache.
 
     Args:
-        kind: the layer.
-        device: where to.
-        rows: numbers of rows.
-        limits: of the dispatch; None for the device's own.
-        seconds: to spend on each number of rows, about; at least three rounds are made.
-        progress: called with (done, total).
+        kind: the kind of layer.
+        device: device to run on.
+        rows: numbers of rows to time.
+        limits: limits that choose NMLinear's product; None for the defaults of the device.
+        seconds: approximate time to spend on each number of rows; at least three rounds are run.
+        progress: called with (done, total) after each number of rows.
 
     Raises:
-        ValueError: no number of rows, or one below 1.
+        ArgumentError: if ``rows`` is empty or has a number below 1.
     """
     if not rows or min(rows) < 1:
-        raise ArgumentError(f"rows must be numbers from 1 on, got {list(rows)}")
+        raise ArgumentError(f"rows must be one or more numbers of at least 1, got {list(rows)}")
     device = torch.device(device)
     weights = _weights(kind, device)
     why_not = refusal(weights[0])
@@ -171,12 +175,12 @@ def bench_layer(
 
 @dataclass(frozen=True)
 class TotalTimes:
-    """All packed layers of a model, one call each, in milliseconds.
+    """Total time of one call of every packed layer of a model, in milliseconds.
 
     Attributes:
-        rows: tokens in a call.
-        dense: with dense weights in memory.
-        taken: as NMLinear runs them.
+        rows: tokens of a call.
+        dense: time with dense layers.
+        taken: time with NMLinear.
     """
 
     rows: int
@@ -185,7 +189,7 @@ class TotalTimes:
 
 
 def totals(layers: Sequence[LayerTimes]) -> list[TotalTimes]:
-    """Sums over kinds of layers that were timed with the same numbers of rows, by how many there are of each."""
+    """Sum the times of all layers, for each number of rows. All kinds must be timed with the same numbers of rows."""
     found = []
     for entries in zip(*(layer.times for layer in layers), strict=True):
         counted = list(zip(entries, (layer.kind.count for layer in layers), strict=True))
@@ -195,7 +199,7 @@ def totals(layers: Sequence[LayerTimes]) -> list[TotalTimes]:
 
 
 def best_limits(times: Sequence[RowTimes]) -> RowLimits:
-    """Limits under which each number of rows that was timed takes the fastest product, as far as limits can say."""
+    """The limits that choose the fastest product for each timed number of rows, as far as limits can express it."""
     ordered = sorted(times, key=lambda entry: entry.rows)
     packed = 0
     for entry in ordered:
@@ -207,7 +211,7 @@ def best_limits(times: Sequence[RowTimes]) -> RowLimits:
 
 
 def _weights(kind: LayerKind, device: torch.device) -> list[PackedNM]:
-    """Copies of a packed weight."""
+    """Make copies of one packed weight, COLD_BYTES in total."""
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(kind.shape, generator=generator, dtype=torch.float32, device="cpu").to(device, kind.dtype)
     first = pack_nm(select_nm(dense, ScoreTerms(), kind.n, kind.m), kind.n, kind.m)
@@ -216,7 +220,7 @@ def _weights(kind: LayerKind, device: torch.device) -> list[PackedNM]:
 
 
 def _calls(weights: Sequence[PackedNM]) -> dict[Side, Call]:
-    """The sides; each takes tokens and the number of the copy."""
+    """The products to time. Each takes tokens and the index of a copy of the weight."""
     dense = [unpack_nm(weight) for weight in weights]
     calls: dict[Side, Call] = {
         "dense": lambda tokens, copy: nn.functional.linear(tokens, dense[copy]),
@@ -234,7 +238,7 @@ def _calls(weights: Sequence[PackedNM]) -> dict[Side, Call]:
 
 @torch.inference_mode()
 def _medians(calls: Mapping[Side, Call], copies: int, tokens: torch.Tensor, seconds: float) -> dict[Side, float | None]:
-    """Milliseconds of each side, None for one that is not there."""
+    """Median milliseconds of each product; None for a product that is not timed."""
     spent: dict[Side, list[float]] = {side: [] for side in calls}
     for call in calls.values():
         call(tokens, -1)

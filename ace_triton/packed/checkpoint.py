@@ -1,7 +1,7 @@
-"""Packed checkpoints: plain tensors in one safetensors file, a small JSON beside it, config and tokenizer as ever.
+"""Load packed checkpoints: tensors in one safetensors file, a JSON manifest, and the usual config and tokenizer.
 
-A model is loaded from one without its dense weights ever being built: its parameters start on the meta device
-(buffers that no file holds, rotary tables for example, are computed as ever) and the file's tensors take their place.
+The dense weights are never built. The model is created on the meta device, and then the tensors of the file replace its
+parameters. Buffers that are not in the file, such as rotary tables, are computed as usual.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .saving import SavePretrained, save_packed
 
 __all__ = ["load", "load_model", "save_packed"]
 
-AT_ONCE = 16 * 2**20
-"""Bytes read of a file before it is opened anew."""
+REOPEN_BYTES = 16 * 2**20
+"""A file is closed and opened again after this many bytes were read."""
 
 
 def load(
@@ -38,25 +38,29 @@ def load(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model of a packed checkpoint, in eval mode; its dense weights are never built.
+    """Load a packed checkpoint. The dense weights are never built.
 
-    Its ``save_pretrained`` writes the packed format (:class:`~ace_triton.packed.saving.SavePretrained`).
+    ``save_pretrained`` of the loaded model writes the packed format
+    (:class:`~ace_triton.packed.saving.SavePretrained`).
 
     Args:
-        folder: what ``ace-triton pack``, ``prune --packed`` or :func:`save_packed` wrote.
-        device: where to put the weights.
-        dtype: to convert to, float32, float16 or bfloat16; None keeps the checkpoint's own.
+        folder: a folder that ``ace-triton pack``, ``prune --packed`` or :func:`save_packed` wrote.
+        device: device of the weights.
+        dtype: float32, float16 or bfloat16 to convert the weights to; None keeps the dtype of the checkpoint.
         trust_remote_code: run Python code that comes with the checkpoint. Without it such code is never run.
 
+    Returns:
+        The model, in eval mode.
+
     Raises:
-        PackedError: the folder holds no packed checkpoint, or one that is truncated, altered or of a newer
+        PackedError: if the folder has no packed checkpoint, or the checkpoint is truncated, altered or of a newer
             version.
-        CheckpointError: transformers cannot make a causal language model of its configuration, or the device or dtype
-            is not available.
+        CheckpointError: if transformers cannot build a causal language model from the configuration, or the device or
+            the dtype is not available.
     """
     check_device(device)
     if dtype is not None and dtype not in DTYPES.values():
-        raise CheckpointError(f"dtype {dtype}: packed checkpoints are loaded as {', '.join(DTYPES)}")
+        raise CheckpointError(f"dtype {dtype}: packed checkpoints can be loaded as {', '.join(DTYPES)}")
     path = Path(folder)
     manifest = Manifest.read(path)
     manifest.check_files(path)
@@ -82,7 +86,7 @@ def load_model(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A model and its tokenizer from a packed checkpoint or any source of :func:`ace_triton.inputs.checkpoint.load`."""
+    """Load a model and its tokenizer from a packed checkpoint, or from a source that inputs.checkpoint.load accepts."""
     if not is_packed(source):
         return checkpoint.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     from transformers import AutoTokenizer
@@ -120,7 +124,7 @@ def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype, trust
 
 
 def _put_stacks(model: nn.Module, manifest: Manifest) -> None:
-    """A layer for each expert of every stack that has packed ones."""
+    """Replace each stack that has packed experts by one layer per expert."""
     packed = {name.rpartition(".")[0] for name in manifest.layers}
     for stack in stacks_of(model):
         if stack.name in packed:
@@ -128,8 +132,8 @@ def _put_stacks(model: nn.Module, manifest: Manifest) -> None:
             transposed = stores_transposed(experts)
             if transposed is None:
                 raise PackedError(
-                    f"{stack.name}: its experts are packed, and this {type(experts).__name__} does not multiply by "
-                    "them one by one; was it packed with another transformers?"
+                    f"{stack.name}: its experts are packed, but this {type(experts).__name__} does not multiply by "
+                    "them one by one; use the version of transformers that packed the model"
                 )
             ExpertStack.take_place(experts, stack, stack.linears(transposed=transposed).values())
 
@@ -140,13 +144,13 @@ def _put_packed(model: nn.Module, name: str, entry: PackedEntry, dtype: torch.dt
         layer = model.get_submodule(name)
     except AttributeError:
         raise PackedError(
-            f"{name} is no layer of {type(model).__name__}; was it packed with another transformers?"
+            f"{name} is not a layer of {type(model).__name__}; use the version of transformers that packed the model"
         ) from None
     weight = linear_weight(layer)
     if not leaf or weight is None or tuple(weight.shape) != entry.shape:
-        raise PackedError(f"{name}: packed as a linear layer {entry.shape}, the model has {layer} there")
+        raise PackedError(f"{name}: packed as a linear layer {entry.shape}, but the model has {layer}")
     if entry.shape[1] % entry.m:
-        raise PackedError(f"{name}: its {entry.shape[1]} inputs are no multiple of {entry.m}")
+        raise PackedError(f"{name}: its {entry.shape[1]} inputs are not a multiple of {entry.m}; pack the model again")
     packed = NMLinear.empty(entry.shape, entry.n, entry.m, bias=entry.bias, dtype=dtype)
     setattr(model.get_submodule(parent), leaf, packed)
 
@@ -165,24 +169,26 @@ def _read_tensors(
             wanted = expected[name]
             if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
                 raise PackedError(
-                    f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the model takes {wanted.dtype} "
-                    f"{tuple(wanted.shape)}; pack it again with this transformers"
+                    f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {wanted.dtype} "
+                    f"{tuple(wanted.shape)}; pack the model again with this version of transformers"
                 )
             convert = dtype if dtype is not None and tensor.dtype == stored else tensor.dtype
             tensors[name] = tensor.to(device, convert, copy=True)
     except (OSError, SafetensorError) as error:
-        raise PackedError(f"{path}: cannot be read ({error}); the file is damaged, pack the model again") from error
+        raise PackedError(f"{path}: cannot be read ({error}): the file is damaged; pack the model again") from error
     return tensors
 
 
 def _each_tensor(path: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a file, which is opened anew every AT_ONCE bytes: the pages of those already copied would stay in
-    memory until it is closed."""
+    """Read the tensors of a file one by one.
+
+    The file is opened again after every REOPEN_BYTES, because its pages stay in memory until it is closed.
+    """
     waiting = list(reversed(names))
     while waiting:
         with safe_open(str(path), framework="pt") as file:
             read = 0
-            while waiting and read < AT_ONCE:
+            while waiting and read < REOPEN_BYTES:
                 name = waiting.pop()
                 tensor = file.get_tensor(name)
                 read += tensor.nbytes
@@ -198,11 +204,14 @@ def _check_names(path: Path, there: set[str], expected: set[str], tied: dict[str
             for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrongly tied", dangling))
             if names
         ]
-        raise PackedError(f"{path}: tensors do not fit the model: {'; '.join(found)}; pack it with this transformers")
+        raise PackedError(
+            f"{path}: tensors do not fit the model: {'; '.join(found)}; pack the model again with this version of "
+            "transformers"
+        )
 
 
 def _tie(model: nn.Module, alias: str, name: str) -> None:
-    """Let ``alias`` be the very parameter or buffer that ``name`` is."""
+    """Make ``alias`` the same parameter or buffer as ``name``."""
     target, taken = _owner(model, alias)
     source, given = _owner(model, name)
     for theirs, ours in ((source._parameters, target._parameters), (source._buffers, target._buffers)):
@@ -214,7 +223,7 @@ def _tie(model: nn.Module, alias: str, name: str) -> None:
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a tensor, and the tensor's name in it."""
+    """The module that a tensor belongs to, and the tensor's name in that module."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
 
@@ -225,4 +234,4 @@ def _check_layer(name: str, layer: NMLinear) -> None:
     except PatternError as error:
         raise PackedError(f"{name}: {error}") from error
     except ValueError as error:
-        raise PackedError(f"{name}: {error}; the file is damaged, pack the model again") from error
+        raise PackedError(f"{name}: {error}: the file is damaged; pack the model again") from error

@@ -1,4 +1,4 @@
-"""Which product an :class:`~ace_triton.packed.nm_linear.NMLinear` takes, by number of rows."""
+"""Choose the product of an :class:`~ace_triton.packed.nm_linear.NMLinear` by the number of rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ Product = Literal["packed", "semi_structured", "dense"]
 
 @dataclass(frozen=True)
 class RowLimits:
-    """From how many rows (tokens of a call) on another product is taken.
+    """Numbers of rows (tokens of a call) that choose the product of a packed layer.
+
+    Calls with more than ``packed`` and fewer than ``semi_structured`` rows unpack the weight and multiply dense.
 
     Attributes:
-        packed: our kernel takes up to so many rows.
-        semi_structured: torch's 2:4 product takes so many and more, where it takes the weight at all; None
-            for never. What lies between is unpacked for the call and multiplied dense.
-        second_copy: where torch's product is cuSPARSELt's, keep its copy of the weight from its first call
-            on (9/16 of the dense bytes in bf16), instead of making one in each call.
+        packed: our kernel is used for up to this many rows.
+        semi_structured: torch's 2:4 product is used from this many rows on, if it supports the weight; None for never.
+        second_copy: if torch uses cuSPARSELt, keep cuSPARSELt's copy of the weight after the first call (9/16 of the
+            dense bytes in bf16) instead of making it in each call.
 
     Raises:
-        ValueError: a number of rows below 0.
+        ArgumentError: if a number of rows is invalid.
     """
 
     packed: int
@@ -41,16 +42,16 @@ class RowLimits:
         for name in ("packed", "semi_structured"):
             rows = getattr(self, name)
             if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 0):
-                raise ArgumentError(f"{name} must be a number of rows from 0 on, got {rows!r}")
+                raise ArgumentError(f"{name} must be a number of rows, 0 or more; got {rows!r}")
 
 
 ALWAYS = 1 << 30
-"""Rows that no call has."""
+"""A limit above the number of rows of any call."""
 
 
 @dataclass(frozen=True)
 class PatternRows:
-    """The most rows that our kernel takes on a CPU: at 2:4, which has a loop of its own, and at other patterns."""
+    """Largest number of rows for our CPU kernel: at 2:4, which has a specialized loop, and at other patterns."""
 
     two_of_four: int
     other: int
@@ -73,40 +74,43 @@ CPU_LIMITS = {
         torch.bfloat16: PatternRows(4, 0),
     },
 }
-"""By instruction set of the compiled library and dtype: up to these rows, our kernel is faster than unpacking for the
-call. ``ace-triton bench --rows 1,2,4,8,16,32,64,128`` measures it, with --sparsity and --dtype, under
-``ACE_TRITON_CPU_ISA=avx512|avx2|portable``. Measured on one core of AMD EPYC processors (AVX-512: Zen 4 and 5; AVX2 and
-portable: Zen 4 without AVX-512); other patterns under AVX-512, and bf16 there without bf16 instructions, are estimates.
+"""Up to these numbers of rows our kernel is faster than unpacking the weight in the call, by instruction set of the
+compiled library and by dtype. To measure them: ``ace-triton bench --rows 1,2,4,8,16,32,64,128`` with ``--sparsity`` and
+``--dtype``, under ``ACE_TRITON_CPU_ISA=avx512|avx2|portable``. Measured on one core of AMD EPYC processors (AVX-512:
+Zen 4 and 5; AVX2 and portable: Zen 4 without AVX-512). Estimated for AVX-512: patterns other than 2:4, and bf16 without
+bf16 instructions.
 """
 
 NATIVE_LIMITS = {"avx512": PatternRows(8, 4), "avx2": PatternRows(4, 4), "portable": PatternRows(1, 0)}
-"""The same for fp16 or bf16 on a processor that multiplies that dtype itself, as torch's dense product does."""
+"""The same limits for fp16 or bf16 if the processor has multiply instructions for that dtype, as torch's dense product
+then uses them."""
 
 NATIVE = {
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
 }
-"""Of ``torch.cpu.get_capabilities()``: the ones with which a processor multiplies a dtype itself."""
+"""Names in ``torch.cpu.get_capabilities()`` that mean multiply instructions for a dtype."""
 
 BLOCK_BYTES = 4 * 2**20
-"""Of the dense weight, unpacked at a time on a CPU; measured: blocks of 1 MiB make the dense product slower."""
+"""Bytes of the dense weight that a CPU unpacks at a time. Blocks of 1 MiB make the dense product slower."""
 
 CUTLASS_LIMITS = RowLimits(packed=32, semi_structured=33)
 CUSPARSELT_LIMITS = RowLimits(packed=64)
-"""Our kernel reads the weight once for 32 rows, twice for 64: less than unpacking moves. cuSPARSELt multiplies only if
-limits ask for it, best with ``second_copy``: a copy for one call costs an unpacked weight and its compression."""
+"""Our kernel reads the weight once for 32 rows and twice for 64, which moves fewer bytes than unpacking. cuSPARSELt is
+used only if the caller's limits ask for it, best with ``second_copy``: otherwise each call unpacks and compresses the
+weight."""
 
 OTHER_LIMITS = RowLimits(packed=16)
 ANY_PATTERN_LIMITS = RowLimits(packed=4)
-"""Not 2:4: our kernel spends as long on four rows as unpacking takes."""
+"""For patterns other than 2:4: our kernel takes as long for four rows as unpacking."""
 
 
 def default_limits(device: torch.device, dtype: torch.dtype, pattern: tuple[int, int] = (2, 4)) -> RowLimits:
-    """The limits for a device, a weight's dtype and its n:m.
+    """The default limits for a device, a weight's dtype and its n:m pattern.
 
-    On a CPU they depend on the instruction set of the compiled library. Without the library a weight is always unpacked
-    for the call, which is slow, but less so than our reference. The limits of GPUs are estimated from machine code, not
-    measured: ``ace-triton bench`` says which fit.
+    On a CPU they depend on the instruction set of the compiled library. Without the library every call unpacks the
+    weight, which is slow but faster than our reference. The GPU limits are estimated from machine code, not measured;
+    ``ace-triton bench`` finds the best limits for a machine.
     """
     if device.type == "cpu":
         return cpu_limits(cpu_library.isa() if cpu_library.available() else None, dtype, pattern == (2, 4))
@@ -120,7 +124,7 @@ def default_limits(device: torch.device, dtype: torch.dtype, pattern: tuple[int,
 
 @functools.cache
 def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLimits:
-    """The limits of a CPU with an instruction set of the compiled library; None without the library."""
+    """The default limits of a CPU. ``isa`` is the instruction set of the compiled library, None without the library."""
     if isa is None:
         return RowLimits(packed=0)
     capabilities = torch.cpu.get_capabilities()
@@ -130,7 +134,7 @@ def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLim
 
 
 def choose_product(rows: int, packed: PackedNM, limits: RowLimits | None = None) -> Product:
-    """The product for so many rows; ``limits`` None for the device's own."""
+    """Choose the product for a number of rows. ``limits`` None means the defaults of the device."""
     limits = limits or default_limits(packed.values.device, packed.values.dtype, (packed.n, packed.m))
     if rows <= limits.packed and packed.values.dtype in DTYPES:
         return "packed"
@@ -142,7 +146,7 @@ def choose_product(rows: int, packed: PackedNM, limits: RowLimits | None = None)
 def multiply(
     tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits | None = None
 ) -> torch.Tensor:
-    """Outputs [n_tokens, out_features] = tokens W^T + bias, for tokens [n_tokens, in_features] of W's dtype."""
+    """Compute outputs [n_tokens, out_features] = tokens W^T + bias, for tokens [n_tokens, in_features] of W's dtype."""
     product = choose_product(len(tokens), packed, limits)
     if product == "packed":
         return nm_linear(tokens, packed, bias)
@@ -153,10 +157,9 @@ def multiply(
 
 
 def unpacked_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
-    """Arguments and result of :func:`multiply`, by the dense product.
+    """Like :func:`multiply`, always by unpacking the weight and multiplying dense.
 
-    A CPU unpacks BLOCK_BYTES of the weight at a time, which stay in its cache: the whole of it, in new memory, would
-    cost more than it takes to unpack it.
+    A CPU unpacks BLOCK_BYTES of the weight at a time, so that each block is still in the cache when it is multiplied.
     """
     out_features, in_features = packed.shape
     at_once = max(1, BLOCK_BYTES // max(1, in_features * packed.values.element_size()))

@@ -1,4 +1,4 @@
-"""Experts of a mixture, each a layer of its own, where their module had them stacked in one parameter."""
+"""Replace the stacked experts of a mixture by one layer per expert."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ EAGER = "eager"
 
 
 class ExpertStack(nn.Module):
-    """Stands in for a parameter of a mixture's experts, [n_experts, out_features, in_features] or transposed.
+    """Replaces a parameter that holds all experts, [n_experts, out_features, in_features] or transposed.
 
-    The module's own forward goes on as it is, ``F.linear(tokens, self.down_proj[i])``, or ``tokens @
-    self.down_proj[i]`` where the parameter was transposed: what ``stack[i]`` returns hands the product to layer i,
-    packed or dense. Anything else is asked of it by an implementation that wants all experts in one tensor
-    (``grouped_mm``, ``batched_mm``), and is an error that says so. Its tensors go by the names
-    ``<parameter>.<i>.<tensor>``, weights as [out_features, in_features].
+    The forward of the experts' module stays as it is: ``F.linear(tokens, self.down_proj[i])``, or ``tokens @
+    self.down_proj[i]`` if the parameter was transposed. ``stack[i]`` returns an object that passes the product to layer
+    i, packed or dense. Implementations that need all experts in one tensor (``grouped_mm``, ``batched_mm``) get an
+    error that says what to set. Tensors are named ``<parameter>.<i>.<tensor>``. Weights are
+    [out_features, in_features].
 
     Args:
-        layers: the experts'.
-        transposed: whether the parameter was [n_experts, in_features, out_features].
+        layers: one layer per expert.
+        transposed: True if the parameter was [n_experts, in_features, out_features].
     """
 
     def __init__(self, layers: Iterable[nn.Module], *, transposed: bool = False) -> None:
@@ -37,11 +37,11 @@ class ExpertStack(nn.Module):
 
     @classmethod
     def take_place(cls, experts: nn.Module, stack: Stack, layers: Iterable[nn.Module]) -> None:
-        """Put one layer for each expert where the module ``experts`` has ``stack``.
+        """Replace ``stack`` in the module ``experts`` by one layer per expert.
 
-        An ``ExpertLinear`` among them gets a weight of its own, so that the stack is freed.
-        The module takes its experts one by one from then on, whatever implementation the model is set to: it gets a
-        copy of the configuration that says so. The model's own setting stays.
+        The weight of each ``ExpertLinear`` is copied, so that the stack is freed. The module gets a copy of the
+        configuration that selects the eager implementation, which computes one expert at a time. The model's own
+        configuration is not changed.
         """
         requires_grad = stack.weight.requires_grad
         own = [_alone(layer, requires_grad) if isinstance(layer, ExpertLinear) else layer for layer in layers]
@@ -57,7 +57,7 @@ class ExpertStack(nn.Module):
 
     def __getitem__(self, index: Any) -> ExpertWeight:
         if isinstance(index, slice) or (isinstance(index, torch.Tensor) and index.dim() > 0):
-            raise TypeError(f"experts are packed one by one and not to be had as one tensor: {_advice()}")
+            raise TypeError(f"packed experts cannot be read as one tensor: {_advice()}")
         layer = self._modules.get(str(int(index)))
         if layer is None:
             raise IndexError(f"expert {int(index)} of {len(self)}")
@@ -71,11 +71,11 @@ class ExpertStack(nn.Module):
 
 
 class ExpertWeight:
-    """What an expert's tokens are multiplied by: the product calls the expert's layer.
+    """Stands for the weight of one expert in a product. The product calls the expert's layer.
 
     Args:
-        layer: the expert's.
-        transposed: whether that is ``tokens @ weight``; else ``F.linear(tokens, weight)``.
+        layer: the layer of the expert.
+        transposed: True if the product is ``tokens @ weight``; False if it is ``F.linear(tokens, weight)``.
     """
 
     def __init__(self, layer: nn.Module, transposed: bool) -> None:
@@ -89,7 +89,7 @@ class ExpertWeight:
         products = () if not isinstance(weight, cls) else PRODUCTS if weight._transposed else (F.linear,)
         if function not in products:
             name = getattr(function, "__name__", function)
-            raise TypeError(f"{name}: packed experts are multiplied by their tokens alone, one by one; {_advice()}")
+            raise TypeError(f"{name}: packed experts support only the product with their tokens: {_advice()}")
         assert isinstance(weight, cls)
         outputs: torch.Tensor = weight._layer(args[0])
         bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
@@ -97,9 +97,9 @@ class ExpertWeight:
 
 
 def stores_transposed(experts: nn.Module) -> bool | None:
-    """Whether a module's eager forward is ``tokens @ stack[i]``, expert by expert, or ``F.linear(tokens, stack[i])``.
+    """Whether a module's eager forward is ``tokens @ stack[i]`` for each expert, instead of ``F.linear``.
 
-    None where it does not say of itself that it is one of them.
+    None if the module declares neither (it has no ``is_transposed`` or no ``config``).
     """
     transposed = getattr(experts, "is_transposed", None)
     return transposed if isinstance(transposed, bool) and hasattr(experts, "config") else None
@@ -113,4 +113,4 @@ def _alone(expert: ExpertLinear, requires_grad: bool) -> nn.Linear:
 
 
 def _advice() -> str:
-    return f"set config._experts_implementation of the module that holds them to {EAGER!r}"
+    return f"set config._experts_implementation of the experts' module to {EAGER!r}"

@@ -1,4 +1,4 @@
-"""The JSON beside a packed checkpoint's tensors: what is packed, in which layout, and checksums of all of it."""
+"""The manifest of a packed checkpoint: a JSON file with the packed layers, their layout, and checksums of all files."""
 
 from __future__ import annotations
 
@@ -20,21 +20,28 @@ from ..sparsity import Sparsity
 TENSORS_FILE = "packed.safetensors"
 NEEDED_FILES = (TENSORS_FILE, "config.json")
 LARGEST_MANIFEST = 2**26
-"""Bytes: enough for 300,000 packed layers."""
+"""Largest accepted size of a manifest in bytes; enough for 300,000 packed layers."""
 
 FORMAT = "ace-triton packed n:m"
 FORMAT_VERSION = 2
 OLDEST_VERSION = 1
-"""Has checksums of NEEDED_FILES alone."""
+"""Version 1 has checksums of NEEDED_FILES only."""
 
 UNMARKED = (MANIFEST_FILE, "README.md")
+"""Files without a checksum."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class PackedEntry:
-    """A packed layer: n of every m inputs of a weight of ``shape`` (out_features, in_features) are kept."""
+    """One packed layer of a checkpoint.
+
+    Attributes:
+        n, m: n of every m consecutive inputs are kept.
+        shape: (out_features, in_features) of the dense weight.
+        bias: True if the layer has a bias.
+    """
 
     n: int
     m: int
@@ -44,29 +51,29 @@ class PackedEntry:
 
 @dataclass(frozen=True)
 class FileMark:
-    """Size and SHA-256 of a file."""
+    """Size in bytes and SHA-256 of a file."""
 
     size: int
     sha256: str
 
     @classmethod
     def of(cls, path: Path) -> FileMark:
-        """Of a file as it is now."""
+        """Read a file and compute both."""
         with path.open("rb") as file:
             return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed checkpoint holds.
+    """Content of a packed checkpoint.
 
     Attributes:
-        dtype: the model's, "float32", "float16" or "bfloat16".
+        dtype: dtype of the model: "float32", "float16" or "bfloat16".
         layers: the packed layers by dotted name.
-        tied: tensors that are not in the file because they are another one, by name, with the other's name.
-        files: size and checksum of every file that was written with it, by relative path. Files that were added later
-            are not covered.
-        version: of the format that was read, or that is written.
+        tied: tied tensors, which are not in the file: the name of each, and the name of the tensor it is tied to.
+        files: size and checksum of every file of the checkpoint, by relative path. Files that were added later are
+            not covered.
+        version: format version that was read, or that is written.
     """
 
     dtype: str
@@ -77,11 +84,11 @@ class Manifest:
 
     @staticmethod
     def marks(folder: Path) -> dict[str, FileMark]:
-        """Sizes and checksums of all files in a folder but the manifest and the model card, which people edit."""
+        """Sizes and checksums of all files in a folder, except the manifest and the model card, which users edit."""
         return {name: FileMark.of(folder / name) for name in files_in(folder) if name not in UNMARKED}
 
     def write(self, folder: Path) -> None:
-        """Write it into a folder."""
+        """Write the manifest into a folder."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": self.version,
@@ -99,25 +106,25 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
-        """Read and check it.
+        """Read and check the manifest of a folder.
 
         Raises:
-            PackedError: there is none, it is damaged or was altered, or a newer ace-triton wrote it.
+            PackedError: if the manifest is missing, damaged or altered, or was written by a newer ace-triton.
         """
         path = Path(folder) / MANIFEST_FILE
         if not Path(folder).is_dir():
             raise PackedError(f"{folder}: no such folder; name a folder that ace-triton pack wrote")
         if not path.is_file():
-            raise PackedError(f"{folder}: holds no {MANIFEST_FILE}; name a folder that ace-triton pack wrote")
+            raise PackedError(f"{folder}: has no {MANIFEST_FILE}; name a folder that ace-triton pack wrote")
         try:
             if path.stat().st_size > LARGEST_MANIFEST:
-                raise PackedError(f"it has more than {LARGEST_MANIFEST:,} bytes")
+                raise PackedError(f"larger than {LARGEST_MANIFEST:,} bytes")
             content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            raise PackedError(f"{path}: cannot be read ({error}); the file is damaged, pack the model again") from error
+            raise PackedError(f"{path}: cannot be read ({error}): the file is damaged; pack the model again") from error
         _check_version(path, content)
         if content.get("sha256") != _digest(content):
-            raise PackedError(f"{path}: does not match its checksum; it was altered or damaged, pack the model again")
+            raise PackedError(f"{path}: does not match its checksum: it was altered or damaged; pack the model again")
         try:
             return cls._parse(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -128,11 +135,11 @@ class Manifest:
     @classmethod
     def _parse(cls, content: dict[str, Any]) -> Manifest:
         if content["dtype"] not in DTYPES:
-            raise PackedError(f"dtype {content['dtype']!r} is none of {', '.join(DTYPES)}")
+            raise PackedError(f"dtype must be one of {', '.join(DTYPES)}, got {content['dtype']!r}")
         layers = {name: _entry(fields) for name, fields in content["layers"].items()}
-        files = {name: FileMark(_whole(mark["bytes"]), str(mark["sha256"])) for name, mark in content["files"].items()}
+        files = {name: FileMark(_size(mark["bytes"]), str(mark["sha256"])) for name, mark in content["files"].items()}
         if not set(NEEDED_FILES) <= set(files):
-            raise PackedError(f"files must have {', '.join(NEEDED_FILES)}, got {', '.join(files)}")
+            raise PackedError(f"files must include {', '.join(NEEDED_FILES)}, got {', '.join(files)}")
         outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
         if outside:
             raise PackedError(f"{outside[0]!r} is not a file in the folder")
@@ -140,40 +147,40 @@ class Manifest:
         return cls(content["dtype"], layers, tied, files, content["version"])
 
     def check_files(self, folder: Path) -> None:
-        """Raise PackedError if a file is missing, has another size, or was altered.
+        """Raise PackedError if a file is missing, has the wrong size, or was altered.
 
-        Warns if the folder is of a version that has no checksums of the tokenizer and the generation config.
+        Warns if the manifest is of version 1, which has no checksums of the tokenizer and the generation config.
         """
         if self.version < FORMAT_VERSION:
             warnings.warn(
-                f"{folder}: an older ace-triton packed it: its tokenizer and generation config have no checksums; pack "
-                "it again to add them",
+                f"{folder}: was packed by an older ace-triton, without checksums of the tokenizer and the generation "
+                "config; pack the model again to add them",
                 stacklevel=3,
             )
         for name, mark in self.files.items():
             path = folder / name
             if not path.is_file():
-                raise PackedError(f"{path}: is missing; pack the model again")
+                raise PackedError(f"{path}: is missing; copy or pack the model again")
             size = path.stat().st_size
             if size != mark.size:
                 raise PackedError(
-                    f"{path}: has {size} bytes instead of {mark.size}; it is truncated or was altered, copy or pack "
-                    "it again"
+                    f"{path}: has {size} bytes instead of {mark.size}: it is truncated or altered; copy or pack the "
+                    "model again"
                 )
             if FileMark.of(path) != mark:
                 raise PackedError(
-                    f"{path}: does not match its checksum; it was altered or damaged, pack the model again"
+                    f"{path}: does not match its checksum: it was altered or damaged; copy or pack the model again"
                 )
 
 
 def is_packed(folder: str | Path) -> bool:
-    """Whether a folder holds a packed checkpoint, sound or not."""
+    """True if a folder has the manifest of a packed checkpoint, valid or not."""
     return (Path(folder) / MANIFEST_FILE).is_file()
 
 
 def _check_version(path: Path, content: Any) -> None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise PackedError(f"{path}: is no manifest of a packed checkpoint; pack the model again")
+        raise PackedError(f"{path}: is not the manifest of a packed checkpoint; pack the model again")
     for field, oldest, newest in (
         ("version", OLDEST_VERSION, FORMAT_VERSION),
         ("layout", LAYOUT_VERSION, LAYOUT_VERSION),
@@ -183,29 +190,30 @@ def _check_version(path: Path, content: Any) -> None:
             raise PackedError(f"{path}: {field} must be {oldest} or newer, got {given!r}; pack the model again")
         if given > newest:
             raise PackedError(
-                f"{path}: {field} {given} is newer than the {newest} that this ace-triton reads; upgrade ace-triton"
+                f"{path}: {field} {given} is newer than {newest}, the newest one that this ace-triton reads; upgrade "
+                "ace-triton"
             )
 
 
 def _entry(fields: dict[str, Any]) -> PackedEntry:
     if not re.fullmatch(r"\d+:\d+", fields["pattern"]):
-        raise PackedError(f"pattern {fields['pattern']!r} is no n:m")
+        raise PackedError(f"pattern must be n:m, got {fields['pattern']!r}")
     pattern = Sparsity(fields["pattern"])
     assert pattern.n is not None
     assert pattern.m is not None
-    rows, cols = (_whole(size) for size in fields["shape"])
+    rows, cols = (_size(size) for size in fields["shape"])
     if not isinstance(fields["bias"], bool):
         raise TypeError(f"bias must be true or false, got {fields['bias']!r}")
     return PackedEntry(pattern.n, pattern.m, (rows, cols), fields["bias"])
 
 
-def _whole(number: Any) -> int:
+def _size(number: Any) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise PackedError(f"expected a whole number, got {number!r}")
+        raise PackedError(f"expected a whole number, 0 or more; got {number!r}")
     return number
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """SHA-256 of everything but the digest itself, whatever the spacing."""
+    """SHA-256 of all fields except the digest. White space in the file does not matter."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""NMLinear: a linear layer that holds its n:m weight packed, and multiplies from there."""
+"""NMLinear: a linear layer that stores its n:m weight packed and multiplies with the packed weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, PackedWeightError
 from ..kernels.memory import why_not_plain
 from ..kernels.pack_nm import PackedNM, pack_nm
 from ..kernels.packed_nm import WORD, check_meta, check_meta_dtype
@@ -20,20 +20,21 @@ from .weight import PackedWeight
 
 
 class NMLinear(nn.Module):
-    """y = x W^T + b with one packed copy of W, in plain buffers.
+    """Computes y = x W^T + b from one packed copy of W, which is stored in ordinary buffers.
 
-    ``values`` and ``meta`` (layout: :mod:`ace_triton.kernels.packed_nm`) go where other buffers go:
-    ``state_dict``, ``model.to``, ``deepcopy``. Metadata are bits: they keep their dtype whatever the module is cast to,
-    and a state dict whose metadata are damaged or were cast is refused. The weight is frozen; gradients flow to the
+    The buffers ``values`` and ``meta`` (layout: :mod:`ace_triton.kernels.packed_nm`) work with ``state_dict``,
+    ``model.to`` and ``deepcopy``. Metadata are bits, so they keep their dtype when the module is cast, and
+    ``load_state_dict`` refuses metadata that are damaged or were cast. The weight is frozen. Gradients flow to the
     input and the bias, in reverse and in forward mode.
-    A call picks its product by its number of rows (:func:`~ace_triton.packed.dispatch.choose_product`). For adapters of
-    peft: ``config._register_custom_module({NMLinear: peft.tuners.lora.Linear})``.
+
+    Each call chooses its product by the number of rows (:func:`~ace_triton.packed.dispatch.choose_product`).
+    To use peft adapters: ``config._register_custom_module({NMLinear: peft.tuners.lora.Linear})``.
 
     Attributes:
-        in_features, out_features: as of ``nn.Linear``.
+        in_features, out_features: as in ``nn.Linear``.
         n, m: n of every m inputs are kept.
         bias: [out_features] or None.
-        limits: number of rows from which on another product is taken; None for the device's own.
+        limits: numbers of rows that choose the product; None for the defaults of the device.
     """
 
     values: torch.Tensor
@@ -52,15 +53,15 @@ class NMLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, layer: nn.Module, n: int, m: int, limits: RowLimits | None = None) -> NMLinear:
-        """Pack an ``nn.Linear`` or Conv1D; the bias is shared, not copied.
+        """Pack an ``nn.Linear`` or Conv1D. The bias is shared, not copied.
 
         Raises:
-            ValueError: no linear layer, or a shape or dtype that cannot be packed.
-            PatternError: a group with more than n non-zeros.
+            ArgumentError: if ``layer`` is not linear, or its shape or dtype cannot be packed.
+            PatternError: if a group has more than n non-zeros.
         """
         weight = linear_weight(layer)
         if weight is None:
-            raise ArgumentError(f"a {type(layer).__name__} is no nn.Linear or Conv1D: only linear layers can be packed")
+            raise ArgumentError(f"only nn.Linear and Conv1D can be packed, got a {type(layer).__name__}")
         bias = layer.bias
         assert bias is None or isinstance(bias, nn.Parameter)
         return cls(pack_nm(weight.resolve_neg().contiguous(), n, m), bias, limits).train(layer.training)
@@ -76,7 +77,7 @@ class NMLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str = "meta",
     ) -> NMLinear:
-        """A layer without numbers yet, for a weight of ``shape`` [out_features, in_features]."""
+        """Make a layer with uninitialized tensors, for a weight of ``shape`` (out_features, in_features)."""
         rows, cols = shape
         values = torch.empty(rows, cols * n // m, dtype=dtype, device=device)
         meta = torch.empty(rows, -(-cols // WORD), dtype=torch.int32, device=device)
@@ -85,23 +86,24 @@ class NMLinear(nn.Module):
 
     @property
     def packed(self) -> PackedNM:
-        """The weight as the kernels take it; shares the buffers."""
+        """The packed weight for the kernels; it shares the buffers."""
         return PackedNM(self.values, self.meta, self.n, self.m, (self.out_features, self.in_features))
 
     @property
     def weight(self) -> torch.Tensor:
-        """Stands for the dense weight: shape, dtype and device are free, reading it unpacks, writing raises."""
+        """The dense weight, read-only: shape, dtype and device cost nothing, reading it unpacks, writing raises."""
         return PackedWeight(self.packed)
 
     def unpack(self) -> torch.Tensor:
-        """The weight [out_features, in_features], bit for bit what was packed."""
+        """The dense weight [out_features, in_features], bit for bit as before packing."""
         return unpack_nm(self.packed)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Outputs [..., out_features] of tokens [..., in_features].
+        """Compute outputs [..., out_features] from tokens [..., in_features].
 
         Raises:
-            ValueError: tokens of another width, or of another dtype than the weight's outside autocast.
+            ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
+                autocast.
         """
         kind = tokens.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
@@ -118,7 +120,7 @@ class NMLinear(nn.Module):
         return outputs if tokens.dim() == 2 else outputs.view(*tokens.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NMLinear:
-        """As of any module, but metadata only change their device."""
+        """As in ``nn.Module``, but metadata change only their device, never their dtype."""
         meta = self.meta
         super()._apply(fn, recurse)
         if self.meta.dtype != meta.dtype:
@@ -126,12 +128,12 @@ class NMLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """As of any module, but metadata that do not fit are an error of ``load_state_dict``, and nothing is loaded."""
+        """As in ``nn.Module``, but a layer with invalid metadata is not loaded, and ``load_state_dict`` raises."""
         meta = state_dict.get(f"{prefix}meta")
         if meta is not None and meta.shape == self.meta.shape:
             try:
                 check_meta_dtype(meta)
-                # A layer without numbers yet is checked by who fills it, once all of it is there.
+                # The code that fills an empty layer checks it after all tensors are loaded.
                 if not (meta.is_meta or self.meta.is_meta) and why_not_plain(meta) is None:
                     check_meta(meta, self.n, self.m, self.packed.shape)
             except ValueError as error:
@@ -153,14 +155,14 @@ def _check_tokens(tokens: torch.Tensor, in_features: int, dtype: torch.dtype) ->
 
 
 def _is_differentiated(tensor: torch.Tensor) -> bool:
-    """Whether derivatives go through ``tensor``, in reverse or in forward mode."""
+    """True if derivatives flow through ``tensor``, in reverse or in forward mode."""
     if tensor.requires_grad and torch.is_grad_enabled():
         return True
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _parts(packed: PackedNM) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
-    """The weight as operations of torch take it."""
+    """The packed weight as arguments of a torch operation."""
     return packed.values, packed.meta, packed.n, packed.m, packed.shape[1]
 
 
@@ -181,7 +183,7 @@ def _product(
     semi_structured_rows: int | None,
     second_copy: bool,
 ) -> torch.Tensor:
-    """The product for tokens [n_tokens, in_features] as one operation, which torch.compile sees nothing of."""
+    """The product for tokens [n_tokens, in_features] as one operation that torch.compile does not trace into."""
     limits = None if packed_rows is None else RowLimits(packed_rows, semi_structured_rows, second_copy)
     return multiply(tokens, PackedNM(values, meta, n, m, (len(values), in_features)), bias, limits)
 
@@ -195,13 +197,13 @@ def _(tokens: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor, *_:
 def _input_gradient(
     gradient: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, n: int, m: int, in_features: int
 ) -> torch.Tensor:
-    """dL/dx = dL/dy W, by way of the dense weight, which lives as long as this call."""
+    """dL/dx = dL/dy W. The dense weight is unpacked for this call only."""
     return gradient @ unpack_nm(PackedNM(values, meta, n, m, (len(values), in_features)))
 
 
 @torch.library.custom_op("ace_triton::unpack_nm", mutates_args=())
 def _unpacked(values: torch.Tensor, meta: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tensor:
-    """The dense weight, as one operation that torch.func does not look into."""
+    """The dense weight, as one operation that torch.func does not trace into."""
     return unpack_nm(PackedNM(values, meta, n, m, (len(values), in_features)))
 
 
@@ -232,9 +234,9 @@ _product.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 class _Differentiable(torch.autograd.Function):
-    """The product outside of torch.compile: gradients in reverse and forward mode, and under torch.func.
+    """The product outside torch.compile, with gradients in reverse and forward mode and under torch.func.
 
-    The weight comes as one object, not as tensors, which torch.func would wrap.
+    The packed weight is passed as one object, because torch.func would wrap tensors.
     """
 
     @staticmethod
@@ -251,7 +253,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.versions != _versions(ctx.packed):
-            raise RuntimeError("a packed weight was written between the forward and the backward pass through it")
+            raise PackedWeightError(
+                "a packed weight was written between the forward and the backward pass: run the forward pass again"
+            )
         of_tokens = gradient @ _unpacked(*_parts(ctx.packed)) if ctx.needs_input_grad[0] else None
         return of_tokens, gradient.sum(0) if ctx.needs_input_grad[1] else None, None, None
 
@@ -280,5 +284,5 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _versions(packed: PackedNM) -> tuple[int, ...]:
-    """How often values and metadata were written; inference tensors do not count it."""
+    """Version counters of values and metadata; 0 for inference tensors, which have none."""
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in (packed.values, packed.meta))

@@ -1,4 +1,4 @@
-"""Replace the n:m linear layers of a model by packed ones."""
+"""Replace the linear layers of a model that were pruned to n:m by packed layers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from ..process_memory import give_back_free_memory
 from ..sparsity import Sparsity
 from .dispatch import RowLimits
 from .expert_stack import ExpertStack, stores_transposed
-from .inspect import find_pattern
 from .nm_linear import NMLinear
+from .pattern import find_pattern
 from .saving import SavePretrained
 
 PROBE_TOKENS = 3
+"""Random tokens for the check that a layer with its own forward computes x W^T + b."""
 
-MOST_KEPT = 64 * 2**20
-"""Bytes of dense weights that are freed before the allocator is asked to return them."""
+FREED_BYTES = 64 * 2**20
+"""The allocator is asked to return free memory each time this many bytes of dense weights were freed."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class PackedLayer:
     """A layer that was packed.
 
     Attributes:
-        name: its dotted name in the model.
+        name: dotted name in the model.
         pattern: "n:m".
-        dense_bytes, packed_bytes: of its weight, before and after.
+        dense_bytes, packed_bytes: size of the weight before and after packing.
     """
 
     name: str
@@ -47,11 +48,12 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class SparsifyReport:
-    """What :func:`sparsify` did.
+    """The result of :func:`pack_model`.
 
     Attributes:
-        layers: the packed layers, in order.
-        skipped: what was left as it is, and why; what ``include`` and ``exclude`` ruled out is not listed.
+        layers: the packed layers, in the order of the model.
+        skipped: layers that stayed dense, each with the reason. Layers that ``include`` or ``exclude`` ruled out are
+            not listed.
     """
 
     layers: tuple[PackedLayer, ...]
@@ -59,25 +61,25 @@ class SparsifyReport:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the packed layers' weights before."""
+        """Total size of these layers' weights before packing."""
         return sum(layer.dense_bytes for layer in self.layers)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed layers' weights now."""
+        """Total size of these layers' weights after packing."""
         return sum(layer.packed_bytes for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The report as JSON types."""
         sizes = {"dense_bytes": self.dense_bytes, "packed_bytes": self.packed_bytes}
         return {**asdict(self), **sizes}
 
 
 class _NotEligible(Exception):
-    """Why a layer is left as it is."""
+    """A layer cannot be packed; the message says why."""
 
 
-def sparsify(
+def pack_model(
     model: nn.Module,
     pattern: str | None = None,
     *,
@@ -87,19 +89,24 @@ def sparsify(
 ) -> SparsifyReport:
     """Replace every linear layer that was pruned to n:m by an :class:`~ace_triton.packed.nm_linear.NMLinear`, in place.
 
-    A layer's dense weight is freed as soon as it is packed. Products are those of the dense weight with its
-    zeros, up to the order of summation. Experts stacked in one parameter become layers of their own
-    (:class:`~ace_triton.packed.expert_stack.ExpertStack`), and their module takes them one by one from then on.
+    This does not prune: use :func:`~ace_triton.prune_blocks.prune_model` first. Each dense weight is freed as soon as
+    its layer is packed. A packed layer computes the same product as the pruned dense layer, up to the order of
+    summation. Experts that are stacked in one parameter become separate layers
+    (:class:`~ace_triton.packed.expert_stack.ExpertStack`). ``sparsify`` is another name for this function.
 
     Args:
-        model: any module with ``nn.Linear`` or Conv1D layers or stacked experts in it, pruned before.
-        pattern: "n:m" for all layers; None to find each layer's own.
-        include: shell patterns; only layers whose dotted name matches one are packed.
-        exclude: shell patterns of layers to leave.
-        limits: number of rows from which on packed layers take another product; None for the device's own.
+        model: a pruned module that contains ``nn.Linear`` layers, Conv1D layers or stacked experts.
+        pattern: "n:m" for all layers; None detects the pattern of each layer.
+        include: shell patterns; only layers whose dotted name matches one of them are packed.
+        exclude: shell patterns; layers whose dotted name matches one of them stay dense.
+        limits: numbers of rows that choose the product of the packed layers; None for the defaults of the device.
+
+    Returns:
+        The packed layers, and the skipped layers with their reasons.
 
     Raises:
-        ValueError: a pattern that is none, or no layer that can be packed; nothing was changed.
+        ArgumentError: if no layer can be packed, or ``pattern`` is not an n:m; nothing was changed.
+        PatternError: if ``pattern`` cannot be read; nothing was changed.
     """
     wanted = None if pattern is None else _parse(pattern)
     names = NameFilter.of(model, include, exclude)
@@ -113,7 +120,7 @@ def sparsify(
         nonlocal freed
         packed.extend(entries)
         freed += sum(entry.dense_bytes for entry in entries)
-        if freed > MOST_KEPT:
+        if freed > FREED_BYTES:
             give_back_free_memory()
             freed = 0
 
@@ -135,17 +142,17 @@ def sparsify(
         note([_entry(name, replacement.packed)])
     stacks = stacks_of(model)
     while stacks:
-        # Popped, so that one that was packed is freed before the next is.
+        # The list must hold no reference to a packed stack, so that its memory is freed before the next one is packed.
         stack = stacks.pop(0)
         if id(stack.weight) in tied:
             skip(stack.name, stack.weight, "its weight is tied to another layer's")
         else:
             note(_pack_experts(model, stack, wanted, limits, names, skip))
     for stack in possible_stacks(model):
-        if stack.weight.dim() == 2 and names.wants(stack.name) and ":" in find_pattern(stack.weight.detach()):
-            skip(stack.name, stack.weight, "it is no linear layer, and no three-dimensional stack of experts")
+        if stack.weight.dim() == 2 and names.wants(stack.name) and find_pattern(stack.weight.detach()).nm:
+            skip(stack.name, stack.weight, "it is neither a linear layer nor a three-dimensional stack of experts")
     if not packed:
-        reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it holds no linear layer"
+        reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it has no linear layer"
         raise ArgumentError(
             f"no layer of {type(model).__name__} can be packed: {reasons}; prune it to n:m first "
             "(ace-triton prune --sparsity 2:4)"
@@ -155,19 +162,28 @@ def sparsify(
     return SparsifyReport(tuple(packed), tuple(skipped))
 
 
+sparsify = pack_model
+"""Alias of :func:`pack_model`. New code should call ``pack_model``: the function packs, it does not prune."""
+
+
 def set_row_limits(model: nn.Module, limits: RowLimits | None) -> None:
-    """Set from how many rows on all packed layers of a model take another product."""
+    """Set the limits that choose the product by the number of rows, for all packed layers of a model.
+
+    Args:
+        model: a model with :class:`~ace_triton.packed.nm_linear.NMLinear` layers.
+        limits: the limits; None for the defaults of the device.
+    """
     for module in model.modules():
         if isinstance(module, NMLinear):
             module.limits = limits
 
 
 def _tied(model: nn.Module) -> set[int]:
-    """Ids of the parameters whose memory another module's parameter uses too, all or a part of it."""
+    """Ids (``id()``) of the parameters that share memory, in whole or in part, with a parameter of another module."""
     spans = []
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            # A tensor without memory takes the address of its object, which no other tensor's memory can have.
+            # A tensor without memory gets the address of its Python object, which lies in no other tensor's memory.
             start = (0 if parameter.is_meta else parameter.data_ptr()) or id(parameter)
             last = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
             if parameter.numel():
@@ -184,7 +200,7 @@ def _tied(model: nn.Module) -> set[int]:
 
 def _pack(layer: nn.Module, weight: torch.Tensor, wanted: tuple[int, int] | None, limits: RowLimits | None) -> NMLinear:
     if any(getattr(layer, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")) or "forward" in vars(layer):
-        raise _NotEligible("it has hooks or a forward of its own, which would be lost")
+        raise _NotEligible("it has hooks or its own forward, which packing would remove")
     n, m = wanted or _detect(weight)
     try:
         packed = NMLinear.from_linear(layer, n, m, limits)
@@ -192,9 +208,11 @@ def _pack(layer: nn.Module, weight: torch.Tensor, wanted: tuple[int, int] | None
         raise _NotEligible(str(error)) from error
     size = packed.packed
     if size.packed_bytes >= size.dense_bytes:
-        raise _NotEligible(f"packed {n}:{m} is no smaller: {size.packed_bytes} bytes of {size.dense_bytes}")
+        raise _NotEligible(
+            f"packed as {n}:{m} it is no smaller: {size.packed_bytes} bytes instead of {size.dense_bytes}"
+        )
     if type(layer).forward is not nn.Linear.forward and not _multiplies(layer, weight):
-        raise _NotEligible(f"a {type(layer).__name__} computes something else than x W^T + b")
+        raise _NotEligible(f"a {type(layer).__name__} does not compute x W^T + b")
     return packed
 
 
@@ -206,7 +224,7 @@ def _pack_experts(
     names: NameFilter,
     skip: Callable[[str, torch.Tensor, str], None],
 ) -> list[PackedLayer]:
-    """Replace a stack by layers, packed where they can be; leave it where none can."""
+    """Replace a stack by one layer per expert, packed if possible. Leave the stack if no expert can be packed."""
     experts = model.get_submodule(stack.name.rpartition(".")[0])
     transposed = stores_transposed(experts)
     if transposed is None:
@@ -231,25 +249,27 @@ def _pack_experts(
 
 def _detect(weight: torch.Tensor) -> tuple[int, int]:
     found = find_pattern(weight)
-    if found == "dense":
+    if found.dense:
         raise _NotEligible("it is dense: it was not pruned")
-    if found == "unstructured":
+    if found.nm is None:
         raise _NotEligible("its zeros follow no n:m pattern")
-    if "along" in found:
-        raise _NotEligible(f"it is {found}; products from packed weights need groups along the inputs")
-    return _parse(found)
+    if found.across is not None:
+        raise _NotEligible(f"it is {found}; packed layers need groups along the inputs")
+    return found.nm
 
 
 def _parse(pattern: str) -> tuple[int, int]:
     sparsity = Sparsity(pattern)
     if sparsity.n is None or sparsity.m is None:
-        raise ArgumentError(f"pattern {pattern!r}: packing takes 'n:m', as '2:4', or None to find each layer's own")
+        raise ArgumentError(
+            f"pattern {pattern!r}: packing takes 'n:m', for example '2:4', or None to detect each layer's pattern"
+        )
     return sparsity.n, sparsity.m
 
 
 @torch.no_grad()
 def _multiplies(layer: nn.Module, weight: torch.Tensor) -> bool:
-    """Whether a linear layer with a forward of its own computes x W^T + b all the same."""
+    """True if a linear layer with its own forward computes x W^T + b."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, PROBE_TOKENS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")
     tokens = tokens.to(weight)
@@ -263,7 +283,7 @@ def _multiplies(layer: nn.Module, weight: torch.Tensor) -> bool:
 
 
 def _replace(model: nn.Module, layer: nn.Module, replacement: nn.Module) -> None:
-    """Put ``replacement`` wherever ``layer`` is."""
+    """Put ``replacement`` in every place of the model that holds ``layer``."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if child is layer:

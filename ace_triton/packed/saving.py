@@ -1,4 +1,4 @@
-"""Write packed checkpoints, by :func:`save_packed` or by a packed model's own ``save_pretrained``."""
+"""Write packed checkpoints, with :func:`save_packed` or with ``save_pretrained`` of a packed model."""
 
 from __future__ import annotations
 
@@ -30,20 +30,23 @@ def save_packed(
     report: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a model with packed layers (:func:`~ace_triton.packed.pack_model.sparsify`), atomically.
+    """Write a model with packed layers (:func:`~ace_triton.packed.pack_model.pack_model`) atomically.
 
-    ``model.save_pretrained(folder)`` of a packed model writes the same format into a folder that may be there.
+    ``model.save_pretrained(folder)`` of a packed model writes the same format and accepts an existing folder.
 
     Args:
         model: a Hugging Face causal language model with its weights in memory.
-        tokenizer: saved beside it; None saves none.
-        out: the folder; it is made, with its parents.
+        tokenizer: tokenizer to save with the model, or None.
+        out: folder to write. It is created together with its parents.
         report: the pruning report, written as ``ace_triton.json``.
-        overwrite: replace ``out``, as :func:`~ace_triton.inputs.checkpoint.check_out` allows it.
+        overwrite: replace an existing ``out``, if :func:`~ace_triton.inputs.checkpoint.check_out` allows it.
+
+    Returns:
+        The manifest that was written.
 
     Raises:
-        CheckpointError: the model is no causal language model, has no packed layer or has a dtype that packed
-            checkpoints lack; or ``out`` is there and may not be replaced, or cannot be written.
+        CheckpointError: if the model is not a causal language model, has no packed layer or has an unsupported dtype;
+            or if ``out`` exists and may not be replaced, or cannot be written.
     """
     _check_model(model)
     with replacing(out, overwrite=overwrite) as folder:
@@ -53,10 +56,10 @@ def save_packed(
 
 
 class SavePretrained:
-    """``save_pretrained`` of one model: writes the packed format as long as the model has a packed layer.
+    """``save_pretrained`` of one model. It writes the packed format if the model has a packed layer.
 
-    Files of the same names in the folder are replaced, the manifest last. Arguments of transformers that mean nothing
-    to packed checkpoints (``max_shard_size``, ``variant`` and so on) are ignored.
+    Existing files with the same names are replaced, the manifest last. Arguments of transformers that do not apply to
+    packed checkpoints (``max_shard_size``, ``variant`` and so on) are ignored.
     """
 
     def __init__(self, model: Any) -> None:
@@ -64,7 +67,7 @@ class SavePretrained:
 
     @classmethod
     def attach(cls, model: nn.Module) -> None:
-        """Give a transformers model this ``save_pretrained``; other modules are left alone."""
+        """Replace ``save_pretrained`` of a transformers model. Other modules are not changed."""
         if hasattr(type(model), "save_pretrained"):
             model.save_pretrained = cls(model)  # type: ignore[assignment]
 
@@ -77,10 +80,10 @@ class SavePretrained:
         push_to_hub: bool = False,
         **others: Any,
     ) -> None:
-        """Write the model into a folder that may be there.
+        """Write the model into a folder, which may exist.
 
         Raises:
-            CheckpointError: as :func:`save_packed`, or the folder holds a dense model's weights.
+            CheckpointError: as in :func:`save_packed`, or if the folder contains the weights of a dense model.
         """
         model = self._model()
         assert model is not None
@@ -102,7 +105,7 @@ class SavePretrained:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
         model = self._model()
-        return type(self)(memo.get(id(model), model))  # The model's copy, if the model is being copied.
+        return type(self)(memo.get(id(model), model))  # If the model is being copied, this is the copy.
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._model(),)
@@ -113,25 +116,25 @@ def _check_model(model: Any) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(
-            f"packed checkpoints hold causal language models of transformers, and this is a {type(model).__name__}: "
-            "save its state_dict"
+            f"only causal language models of transformers can be saved as packed checkpoints, got a "
+            f"{type(model).__name__}: save its state_dict"
         )
     if not any(isinstance(layer, NMLinear) for layer in model.modules()):
-        raise CheckpointError("the model has no packed layer: call ace_triton.sparsify(model) first")
+        raise CheckpointError("the model has no packed layer: call ace_triton.pack_model(model) first")
     if model.dtype not in DTYPES.values():
-        raise CheckpointError(f"packed checkpoints hold {', '.join(DTYPES)}, the model is {model.dtype}: convert it")
-    given_back: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
-    if not model.is_remote_code() and not isinstance(model, given_back):
+        raise CheckpointError(f"packed checkpoints support {', '.join(DTYPES)}, the model is {model.dtype}: convert it")
+    loaded_classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
+    if not model.is_remote_code() and not isinstance(model, loaded_classes):
         raise CheckpointError(
-            f"packed checkpoints hold causal language models, and a {type(model).__name__} would not be given back by "
-            "AutoModelForCausalLM: save its state_dict"
+            f"a {type(model).__name__} cannot be loaded by AutoModelForCausalLM, so it cannot be a packed checkpoint: "
+            "save its state_dict"
         )
 
 
 def _write(
     model: PreTrainedModel, folder: Path, state: Mapping[str, torch.Tensor], report: dict[str, Any] | None
 ) -> Manifest:
-    """Everything but the tokenizer, the manifest last."""
+    """Write all files of a packed checkpoint except the tokenizer, the manifest last."""
     from transformers.dynamic_module_utils import custom_object_save
 
     dtype = next(name for name, known in DTYPES.items() if known == model.dtype)
@@ -153,13 +156,13 @@ def _write(
 
 
 def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write a packed model into a folder that may hold other files."""
+    """Write a packed model into a folder that may exist and contain other files."""
     folder.mkdir(parents=True, exist_ok=True)
     dense = next((path.name for path in folder.glob("model*.safetensors*")), None)
     if dense is not None:
-        raise CheckpointError(f"{folder} holds {dense} of a dense model: save the packed one in another folder")
+        raise CheckpointError(f"{folder} contains {dense} of a dense model: save the packed model in another folder")
     fresh = folder / ".ace-triton"
-    shutil.rmtree(fresh, ignore_errors=True)  # A save that was killed left it.
+    shutil.rmtree(fresh, ignore_errors=True)  # Left by a save that was killed.
     fresh.mkdir()
     try:
         _write(model, fresh, state, None)
@@ -177,14 +180,16 @@ def _entry_of(layer: NMLinear) -> PackedEntry:
 
 
 def _distinct(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Every tensor once, and the names of those that are another one; views of others become copies."""
+    """Each distinct tensor by name, and for each tied name the name of its tensor. Other views are copied."""
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
     storages: set[int] = set()
     for name, tensor in state.items():
         if tensor.is_meta:
-            raise CheckpointError(f"{name} is on the meta device (offloaded, or never loaded); load the model whole")
+            raise CheckpointError(
+                f"{name} is on the meta device (offloaded or not loaded): load the whole model into memory"
+            )
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in seen:
             tied[name] = seen[identity]

@@ -1,4 +1,4 @@
-"""What stands for the weight of a packed layer where code asks for ``layer.weight``."""
+"""A read-only tensor that stands for the dense weight of a packed layer, as ``layer.weight``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..errors import PackedWeightError
 from ..kernels.packed_nm import PackedNM
 from ..kernels.unpack_nm import unpack_nm
 
 
 class ReadOnly(torch.Tensor):
-    """A tensor to look at: an operation that would write to it raises RuntimeError, and so do its views."""
+    """A read-only tensor. An operation that writes to it or to a view of it raises PackedWeightError."""
 
     dense: torch.Tensor
 
@@ -36,21 +37,21 @@ class ReadOnly(torch.Tensor):
 
     @property  # type: ignore[override]
     def data(self) -> torch.Tensor:
-        """As of any tensor; writing to it raises."""
+        """As in any tensor, but read-only."""
         return self.detach()
 
     @data.setter
     def data(self, other: torch.Tensor) -> None:
-        raise RuntimeError(_refusal("data"))
+        raise PackedWeightError(_refusal("data"))
 
     def numpy(self, *, force: bool = False) -> np.ndarray[Any, Any]:
-        """As of any tensor, but not to be written to."""
+        """As in any tensor, but the array is read-only."""
         array = self.dense.numpy(force=force)
         array.flags.writeable = False
         return array
 
     def tolist(self) -> Any:
-        """As of any tensor."""
+        """As in any tensor."""
         return self.dense.tolist()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -67,7 +68,7 @@ class ReadOnly(torch.Tensor):
         if function is torch.ops.aten.detach.default:
             return args[0]._alias()
         if any(isinstance(leaf, ReadOnly) for leaf in _written(function, args, kwargs or {})):
-            raise RuntimeError(_refusal(function.name()))
+            raise PackedWeightError(_refusal(function.name()))
         result = function(*_dense(args), **_dense(kwargs or {}))
         if any(returned.alias_info and not returned.alias_info.is_write for returned in function._schema.returns):
             return tree_map(lambda leaf: ReadOnly(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
@@ -78,10 +79,10 @@ class ReadOnly(torch.Tensor):
 
 
 class PackedWeight(ReadOnly):
-    """The weight [out_features, in_features] to look at: its shape, dtype and device cost nothing.
+    """The read-only weight [out_features, in_features] of a packed layer. Its shape, dtype and device cost nothing.
 
-    Every operation on it unpacks the weight first, so that it is right and slow; operations that write to it or to a
-    view of it raise RuntimeError, since nothing would come of them.
+    Every operation on it first unpacks the weight, so the result is correct but slow. Writing to it, or to a view of
+    it, raises PackedWeightError, because the packed weight would not change.
     """
 
     packed: PackedNM
@@ -97,7 +98,7 @@ class PackedWeight(ReadOnly):
 
     @property
     def dense(self) -> torch.Tensor:  # type: ignore[override]
-        """The weight, unpacked anew."""
+        """The unpacked weight; it is unpacked each time."""
         return unpack_nm(self.packed)
 
     def _alias(self) -> PackedWeight:
@@ -106,13 +107,13 @@ class PackedWeight(ReadOnly):
 
 def _refusal(operation: str) -> str:
     return (
-        f"{operation}: the weight of a packed layer cannot be written to; put nn.Linear(...) with layer.unpack() "
-        "in its place first"
+        f"{operation}: the weight of a packed layer cannot be written to; replace the layer by an nn.Linear with "
+        "layer.unpack() as its weight first"
     )
 
 
 def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """What a call of ``function`` writes to."""
+    """The arguments that a call of ``function`` writes to."""
     for place, argument in enumerate(function._schema.arguments):
         if argument.is_write:
             yield from tree_leaves(args[place] if place < len(args) else kwargs.get(argument.name))

@@ -20,12 +20,12 @@ import torch
 import typer
 from rich.console import Console
 
-from ace_triton import prune_blocks as prune_model
+from ace_triton import prune_model
 from ace_triton.commands.report import write_json
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.calibration import load_calibration
-from ace_triton.packed import pack_model as sparsify
 from ace_triton.packed.checkpoint import load_model, save_packed
+from ace_triton.packed.pack_model import pack_model
 
 from ..harness.resident import PROMPT, Resident, measure_resident
 from .cpu_ratios import DTYPES, processor
@@ -127,7 +127,7 @@ def measure(label: str, model: Any, tokenizer: Any, folder: Path, new_tokens: in
     dense, packed = folder / "dense", folder / "packed"
     checkpoint.save(model, tokenizer, dense, {})
     sparse, _ = checkpoint.load(dense)
-    report = sparsify(sparse)
+    report = pack_model(sparse)
     save_packed(sparse, tokenizer, packed)
     del sparse
     residents = [measure_resident(side, new_tokens) for side in (dense, packed)]

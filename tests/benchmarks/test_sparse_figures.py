@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ace_triton import prune_blocks as prune_model
-from ace_triton.packed import pack_model as sparsify
+from ace_triton import prune_model
 from ace_triton.packed.checkpoint import save_packed
 from ace_triton.packed.dispatch import CPU_LIMITS
+from ace_triton.packed.pack_model import pack_model
 from benchmarks.harness.resident import resident
 from benchmarks.reports.readme import row_limits
 from benchmarks.reports.sparse import generate_in_turn, main, page, table
@@ -36,7 +36,7 @@ def test_both_sides_of_a_tiny_model(tiny_checkpoint, tmp_path):
 def test_models_that_differ_are_seen_to(tiny_model, tokenizer, tmp_path):
     """One side is given other weights: what it writes is not called the same."""
     prune_model(tiny_model, torch.randint(3, 99, (4, 16)), "magnitude", "2:4")
-    sparsify(tiny_model)
+    pack_model(tiny_model)
     save_packed(tiny_model, tokenizer, tmp_path / "one")
     with torch.no_grad():
         tiny_model.model.embed_tokens.weight.copy_(torch.randn_like(tiny_model.model.embed_tokens.weight))

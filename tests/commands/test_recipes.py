@@ -204,7 +204,7 @@ def test_bench_gives_limits_as_a_line_of_python(command):
     (line,) = [line.strip() for line in shown.splitlines() if "set_row_limits" in line]
     model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
     ace_triton.prune_linear(model[0], None, "magnitude")
-    ace_triton.sparsify(model)
+    ace_triton.pack_model(model)
     exec(line, {"ace_triton": ace_triton, "model": model})
     assert model[0].limits is not None
 

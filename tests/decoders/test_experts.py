@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import PruneError, prune_linear, prune_model, sparsify
+from ace_triton import PruneError, pack_model, prune_linear, prune_model
 from ace_triton.decoders.blocks import find_blocks, possible_stacks, stacks_of
 from ace_triton.decoders.experts import ExpertLinear, Layout, Stack, find_layouts
 
@@ -249,11 +249,11 @@ def test_an_expert_stored_below_another_is_scored_by_the_tokens_routed_to_it(ids
 def test_experts_stored_one_below_the_other_are_named_when_a_model_is_packed(ids):
     model = make_dbrx()
     prune_model(model, ids, "wanda")
-    report = sparsify(model)
+    report = pack_model(model)
     assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"Wqkv", "out_proj"}
     named = {s.name: s.reason for s in report.skipped if "experts" in s.name}
     assert named.keys() == {f"transformer.blocks.{b}.ffn.experts.mlp.{w}" for b in range(2) for w in ("w1", "v1", "w2")}
-    assert set(named.values()) == {"it is no linear layer, and no three-dimensional stack of experts"}
+    assert set(named.values()) == {"it is neither a linear layer nor a three-dimensional stack of experts"}
 
 
 @pytest.mark.parametrize("make", [lambda: make_mixture("qwen3_moe"), make_dbrx])

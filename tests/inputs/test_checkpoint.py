@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_line(full_disk, tmp_path, tiny_model, tokenizer, mos
     """In the config, the tokenizer (packed models write it first) or the weights."""
     packed = copy.deepcopy(tiny_model)
     ace_triton.prune_model(packed, None, "magnitude")
-    ace_triton.sparsify(packed)
+    ace_triton.pack_model(packed)
     full_disk(most)
     for save in (
         lambda: checkpoint.save(tiny_model, tokenizer, tmp_path / "out", {}),
@@ -263,7 +263,7 @@ def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(own_code, tiny_checkpoi
     assert own_code.exists()
     assert type(model).__name__ == "CustomForCausalLM"
     ace_triton.prune_model(model, None, "magnitude")
-    ace_triton.sparsify(model)
+    ace_triton.pack_model(model)
     ace_triton.save_packed(model, tokenizer, tmp_path / "packed")
     own_code.unlink()
     with pytest.raises(CheckpointError, match="--trust-remote-code"):

@@ -49,5 +49,5 @@ def test_a_layer_is_timed_in_its_own_dtype_and_pattern():
 
 def test_rows_must_be_some():
     for rows in ((), (0,), (4, -1)):
-        with pytest.raises(ValueError, match="rows must be numbers from 1 on"):
+        with pytest.raises(ValueError, match="rows must be one or more numbers of at least 1"):
             bench_layer(LayerKind((16, 64), 2, 4, torch.float32), "cpu", rows=rows)

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ace_triton
-from ace_triton import NMLinear
-from ace_triton import prune_blocks as prune_model
+from ace_triton import NMLinear, prune_model
 from ace_triton.errors import PackedError
 from ace_triton.inputs.checkpoint import CheckpointError
-from ace_triton.packed import pack_model as sparsify
 from ace_triton.packed.checkpoint import load, load_model, save_packed
 from ace_triton.packed.manifest import MANIFEST_FILE, TENSORS_FILE
+from ace_triton.packed.pack_model import pack_model
 
 FUZZ = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
@@ -27,7 +26,7 @@ def sparse_model(make_decoder, family="llama", sparsity="2:4", dtype=torch.float
     model = make_decoder(family, attention="sdpa", dtype=dtype)
     assert model.dtype == dtype
     prune_model(model, torch.arange(3, 35).reshape(2, 16), "magnitude", sparsity)
-    sparsify(model)
+    pack_model(model)
     return model
 
 
@@ -126,7 +125,7 @@ def sound(tmp_path_factory, tokenizer) -> tuple[Path, dict[str, torch.Tensor]]:
     shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=True)).eval()
     prune_model(model, None, "magnitude", "2:4")
-    sparsify(model)
+    pack_model(model)
     folder = tmp_path_factory.mktemp("packed") / "sound"
     save_packed(model, tokenizer, folder)
     return folder, {**model.state_dict(), **dict(model.named_buffers())}
@@ -276,7 +275,9 @@ def test_an_older_folder_loads_and_its_gap_is_named(sound, tmp_path):
     content["version"] = 1
     content["files"] = {name: content["files"][name] for name in (TENSORS_FILE, "config.json")}
     (folder / MANIFEST_FILE).write_text(signed(content))
-    with pytest.warns(UserWarning, match="its tokenizer and generation config have no checksums; pack it again"):
+    with pytest.warns(
+        UserWarning, match="without checksums of the tokenizer and the generation config; pack the model again"
+    ):
         assert not refuse_or_same(folder, sound[1])
 
 
@@ -297,7 +298,7 @@ def test_a_newer_file_says_so(sound, tmp_path, field):
     known = content[field]
     content[field] += 1
     (folder / MANIFEST_FILE).write_text(signed(content))
-    with pytest.raises(PackedError, match=f"{field} {known + 1} is newer than the {known} .* upgrade ace-triton"):
+    with pytest.raises(PackedError, match=f"{field} {known + 1} is newer than {known}, .* upgrade ace-triton"):
         load(folder)
 
 
@@ -322,7 +323,7 @@ def test_a_sealed_config_of_another_model_is_refused(sound, tmp_path, changes, m
 
 
 def test_what_load_cannot_give(sound, tmp_path):
-    with pytest.raises(CheckpointError, match=r"dtype torch\.float64: packed checkpoints are loaded as float32, "):
+    with pytest.raises(CheckpointError, match=r"dtype torch\.float64: packed checkpoints can be loaded as float32, "):
         load(sound[0], dtype=torch.float64)
     with pytest.raises(CheckpointError, match="device 'nosuch' is not available here"):
         load(sound[0], device="nosuch")

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from ace_triton import NMLinear, RowLimits, load, set_row_limits
-from ace_triton import prune_blocks as prune_model
+from ace_triton import NMLinear, RowLimits, load, prune_model, set_row_limits
 from ace_triton.errors import PackedError
-from ace_triton.packed import pack_model as sparsify
 from ace_triton.packed.checkpoint import save_packed
 from ace_triton.packed.expert_stack import ExpertStack
 from ace_triton.packed.manifest import TENSORS_FILE, Manifest
+from ace_triton.packed.pack_model import pack_model
 
 _SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GATED = {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 16, "num_experts_per_tok": 2}
@@ -57,7 +56,7 @@ def test_a_packed_mixture_computes_and_writes_as_with_its_zeros(ids, family, imp
     model = pruned(ids, family)
     model.set_experts_implementation(implementation)
     dense = copy.deepcopy(model)
-    report = sparsify(model)
+    report = pack_model(model)
     assert len(stacks(model)) == 4
     assert all(isinstance(layer, NMLinear) for stack in stacks(model).values() for layer in stack.children())
     assert not [p for p in model.parameters() if p.dim() == 3]
@@ -75,7 +74,7 @@ def test_a_packed_mixture_computes_and_writes_as_with_its_zeros(ids, family, imp
 def test_a_packed_mixture_comes_back_from_its_file(ids, family, dtype, tmp_path):
     model = pruned(ids, family, dtype=dtype)
     dense = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
-    sparsify(model)
+    pack_model(model)
     save_packed(model, None, tmp_path / "out")
     stored = load_file(tmp_path / "out" / TENSORS_FILE)
     experts = [tensor for name, tensor in stored.items() if ".experts." in name and "_bias" not in name]
@@ -94,7 +93,7 @@ def test_an_expert_that_saw_no_token_stays_dense_and_is_named(ids, tmp_path):
     unseen = {entry.name for entry in skipped if entry.reason == "no calibration token reached it"}
     assert unseen
     dense = copy.deepcopy(model)
-    report = sparsify(model)
+    report = pack_model(model)
     assert unseen <= {entry.name for entry in report.skipped}
     assert {type(layer) for stack in stacks(model).values() for layer in stack.children()} == {
         NMLinear,
@@ -109,13 +108,13 @@ def test_an_expert_that_saw_no_token_stays_dense_and_is_named(ids, tmp_path):
 
 def test_only_what_was_asked_for_is_packed(ids):
     model = pruned(ids)
-    report = sparsify(model, include=["*.experts.1.*"])
+    report = pack_model(model, include=["*.experts.1.*"])
     assert {layer.name for layer in report.layers} == {
         f"model.layers.{block}.mlp.experts.1.{matrix}" for block in (0, 1) for matrix in ("gate_up_proj", "down_proj")
     }
     assert not [entry for entry in report.skipped if ".experts." in entry.name]
     model = pruned(ids)
-    sparsify(model, exclude=["*.experts.*"])
+    pack_model(model, exclude=["*.experts.*"])
     assert not stacks(model)
 
 
@@ -123,7 +122,7 @@ def test_stacks_that_are_multiplied_whole_stay_with_a_reason(ids):
     model = pruned(ids, "llama4_text", num_local_experts=4, head_dim=8, intermediate_size_mlp=48)
     with torch.no_grad():
         dense = model(ids).logits
-        report = sparsify(model)
+        report = pack_model(model)
         assert not stacks(model)
         assert "one by one" in next(entry.reason for entry in report.skipped if ".experts." in entry.name)
         torch.testing.assert_close(model(ids).logits, dense, rtol=1e-4, atol=1e-5)
@@ -134,12 +133,12 @@ def test_the_models_setting_stays_and_packed_experts_do_not_depend_on_it(ids, im
     model = pruned(ids)
     model.set_experts_implementation(implementation)
     dense = copy.deepcopy(model)
-    sparsify(model, exclude="model.layers.1.*")
+    pack_model(model, exclude="model.layers.1.*")
     assert model.config._experts_implementation == implementation
     first, second = (layer.mlp.experts.config for layer in model.model.layers)
     assert first._experts_implementation == "eager"
     assert second is model.config
-    sparsify(model)
+    pack_model(model)
     save_packed(model, None, tmp_path / "out")
     again = load(tmp_path / "out")
     for packed in (model, again, copy.deepcopy(model)):
@@ -152,7 +151,7 @@ def test_the_models_setting_stays_and_packed_experts_do_not_depend_on_it(ids, im
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_another_implementation_of_the_experts_is_an_error_that_says_what_to_do(ids, implementation):
     model = pruned(ids)
-    sparsify(model)
+    pack_model(model)
     for layer in model.model.layers:
         layer.mlp.experts.config._experts_implementation = implementation
     with (
@@ -187,7 +186,7 @@ def test_an_expert_s_weight_is_multiplied_by_and_nothing_else():
 
 def test_row_limits_reach_every_expert(ids):
     model = pruned(ids)
-    sparsify(model)
+    pack_model(model)
     set_row_limits(model, RowLimits(packed=0))
     limits = {layer.limits for stack in stacks(model).values() for layer in stack.children()}
     assert limits == {RowLimits(packed=0)}
@@ -196,7 +195,7 @@ def test_row_limits_reach_every_expert(ids):
 def test_gradients_reach_the_inputs(ids):
     model = pruned(ids)
     dense = copy.deepcopy(model)
-    sparsify(model)
+    pack_model(model)
     gradients = []
     for one in (model, dense):
         embedded = one.get_input_embeddings()(ids[:2]).detach().requires_grad_()
@@ -207,12 +206,12 @@ def test_gradients_reach_the_inputs(ids):
 
 def test_an_expert_that_the_model_has_not_is_refused(ids, tmp_path):
     model = pruned(ids)
-    sparsify(model)
+    pack_model(model)
     save_packed(model, None, tmp_path / "out")
     manifest = Manifest.read(tmp_path / "out")
     for wrong in ("model.layers.0.mlp.experts.down_proj.4", "model.layers.0.mlp.experts.down_proj.one"):
         layers = dict(manifest.layers)
         layers[wrong] = layers["model.layers.0.mlp.experts.down_proj.3"]
         dataclasses.replace(manifest, layers=layers).write(tmp_path / "out")
-        with pytest.raises(PackedError, match="is no layer of Qwen3MoeForCausalLM"):
+        with pytest.raises(PackedError, match="is not a layer of Qwen3MoeForCausalLM"):
             load(tmp_path / "out")

@@ -7,26 +7,7 @@ from safetensors.torch import save_file
 from ace_triton.inputs.checkpoint import CheckpointError
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
-from ace_triton.kernels.select_rows import select_rows
-from ace_triton.packed.inspect import find_pattern, inspect_checkpoint
-
-
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (5, 16), (1, 2), (31, 32)])
-def test_patterns_are_found(n, m):
-    weight = select_nm(torch.randn(64, 64), ScoreTerms(), n, m)
-    assert find_pattern(weight) == f"{n}:{m}"
-    assert find_pattern(weight.t()) == f"{n}:{m} along outputs"
-
-
-def test_a_stack_of_experts_counts_as_one():
-    stack = torch.stack([select_nm(torch.randn(8, 16), ScoreTerms(), 2, 4) for _ in range(3)])
-    assert find_pattern(stack) == "2:4"
-    assert find_pattern(stack.mT) == "2:4 along the middle axis"
-
-
-def test_others():
-    assert find_pattern(torch.randn(8, 8)) == "dense"
-    assert find_pattern(select_rows(torch.randn(128, 128), ScoreTerms(), 64)) == "unstructured"
+from ace_triton.packed.inspect import inspect_checkpoint
 
 
 def test_a_folder(tmp_path):

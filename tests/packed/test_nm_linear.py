@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ace_triton import NMLinear, RowLimits, prune_linear
+from ace_triton import NMLinear, PackedWeightError, RowLimits, prune_linear
 from ace_triton.kernels import cpu_library
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, SlowBackendWarning, warn_of_slow_backend
 from ace_triton.kernels.pack_nm import PatternError
@@ -180,7 +180,7 @@ def test_the_weight_can_be_looked_at_and_read_but_not_written():
 )
 def test_writing_to_the_weight_is_refused_and_never_lost(write):
     packed = packed_linear(pruned_linear(24, 32))
-    with pytest.raises(RuntimeError, match="cannot be written to"):
+    with pytest.raises(PackedWeightError, match="cannot be written to"):
         write(packed.weight)
 
 
@@ -300,7 +300,7 @@ def test_under_lora_the_adapter_learns_and_the_base_stays_sparse():
     learning = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
     assert learning == {f"base_model.model.0.lora_{side}.default.weight" for side in "AB"}
     assert torch.equal(adapted.base_model.model[0].base_layer.unpack(), before)
-    with pytest.raises(RuntimeError, match="cannot be written to"):
+    with pytest.raises(PackedWeightError, match="cannot be written to"):
         adapted.merge_and_unload()
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import NMLinear, RowLimits, prune_linear, set_row_limits
-from ace_triton import prune_blocks as prune_model
-from ace_triton.packed import pack_model as sparsify
+import ace_triton
+from ace_triton import NMLinear, RowLimits, prune_linear, prune_model, set_row_limits
+from ace_triton.packed.pack_model import pack_model
 
 
 def packed_names(model: nn.Module) -> set[str]:
@@ -17,7 +17,7 @@ def test_every_family_answers_and_generates_as_before(family, make_decoder, ids)
     model = make_decoder(family)
     pruned = {layer.name for layer in prune_model(model, ids, "magnitude", "2:4").layers}
     dense = copy.deepcopy(model)
-    report = sparsify(model)
+    report = pack_model(model)
     assert {layer.name for layer in report.layers} == pruned
     assert len(packed_names(model)) == len(pruned)
     assert all(layer.pattern == "2:4" for layer in report.layers)
@@ -53,7 +53,7 @@ def test_each_layer_s_pattern_is_found_and_the_rest_is_left_with_a_reason():
         hooked=pruned(8, 32),
     )
     model["hooked"].register_forward_hook(lambda *_: None)
-    report = sparsify(model)
+    report = pack_model(model)
     assert [(layer.name, layer.pattern) for layer in report.layers] == [("two", "2:4"), ("three", "3:8")]
     reasons = {skipped.name: skipped.reason for skipped in report.skipped}
     assert set(reasons) == {"dense", "fraction", "along_out", "large", "hooked"}
@@ -69,7 +69,7 @@ def test_a_layer_that_breaks_the_pattern_is_left_with_row_and_group():
     model = layers(good=pruned(8, 16), bad=pruned(8, 16))
     with torch.no_grad():
         model["bad"].weight[3, 4:8] = 1
-    report = sparsify(model, "2:4")
+    report = pack_model(model, "2:4")
     assert packed_names(model) == {"good"}
     assert [(s.name, s.reason[: len("row 3, group 1")]) for s in report.skipped] == [("bad", "row 3, group 1")]
 
@@ -78,7 +78,7 @@ def test_shared_layers_stay_shared_and_tied_weights_stay_dense():
     shared = pruned(8, 16)
     model = layers(one=shared, two=shared, head=pruned(8, 16), embedding=nn.Embedding(8, 16))
     model["embedding"].weight = model["head"].weight
-    report = sparsify(model)
+    report = pack_model(model)
     assert model["one"] is model["two"]
     assert isinstance(model["one"], NMLinear)
     assert [(s.name, s.reason) for s in report.skipped] == [("head", "its weight is tied to another layer's")]
@@ -98,14 +98,14 @@ def test_a_layer_with_a_forward_of_its_own_is_packed_only_where_it_multiplies():
     model = layers(spelled=Spelled(16, 8), doubled=Doubled(16, 8))
     for layer in model.values():
         prune_linear(layer, method="magnitude")
-    report = sparsify(model)
+    report = pack_model(model)
     assert packed_names(model) == {"spelled"}
-    assert "something else than x W^T + b" in report.skipped[0].reason
+    assert "does not compute x W^T + b" in report.skipped[0].reason
 
 
 def test_include_exclude_and_limits():
     model = layers(a=pruned(8, 16), b=pruned(8, 16), c=pruned(8, 16))
-    sparsify(model, include=["a", "b"], exclude="b", limits=RowLimits(3))
+    pack_model(model, include=["a", "b"], exclude="b", limits=RowLimits(3))
     assert packed_names(model) == {"a"}
     assert model["a"].limits == RowLimits(3)
     set_row_limits(model, None)
@@ -115,11 +115,11 @@ def test_include_exclude_and_limits():
 def test_nothing_to_pack_is_an_error_and_changes_nothing():
     model = layers(a=nn.Linear(16, 8))
     with pytest.raises(ValueError, match="not pruned; prune it to n:m first"):
-        sparsify(model)
+        pack_model(model)
     with pytest.raises(ValueError, match="packing takes 'n:m'"):
-        sparsify(model, "50%")
-    with pytest.raises(ValueError, match="holds no linear layer"):
-        sparsify(nn.ReLU())
+        pack_model(model, "50%")
+    with pytest.raises(ValueError, match="has no linear layer"):
+        pack_model(nn.ReLU())
     assert type(model["a"]) is nn.Linear
 
 
@@ -128,5 +128,9 @@ def test_dense_weights_are_freed_one_after_the_other():
 
     model = layers(a=pruned(8, 16), b=pruned(8, 16))
     weights = [weakref.ref(layer.weight) for layer in model.values()]
-    sparsify(model)
+    pack_model(model)
     assert [weight() for weight in weights] == [None, None]
+
+
+def test_sparsify_is_another_name_for_pack_model():
+    assert ace_triton.sparsify is ace_triton.pack_model is pack_model

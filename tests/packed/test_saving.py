@@ -12,11 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CLIPConfig, LlamaModel
 
 import ace_triton
-from ace_triton import NMLinear, prune_linear
-from ace_triton import prune_blocks as prune_model
+from ace_triton import NMLinear, prune_linear, prune_model
 from ace_triton.inputs.checkpoint import CheckpointError
-from ace_triton.packed import pack_model as sparsify
 from ace_triton.packed.checkpoint import load, load_model, save_packed
+from ace_triton.packed.pack_model import pack_model
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -24,7 +23,7 @@ IDS = torch.arange(3, 35).reshape(2, 16)
 def packed(make_decoder):
     model = make_decoder("llama", attention="sdpa")
     prune_model(model, None, "magnitude")
-    sparsify(model)
+    pack_model(model)
     return model
 
 
@@ -66,7 +65,7 @@ def test_save_pretrained_goes_into_a_folder_that_is_there(model, tmp_path):
 
 def test_save_pretrained_refuses_what_would_mislead(model, make_decoder, tmp_path):
     make_decoder("llama").save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds model\.safetensors of a dense model"):
+    with pytest.raises(CheckpointError, match=r"contains model\.safetensors of a dense model"):
         model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="push_to_hub"):
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
@@ -121,21 +120,21 @@ def test_models_that_would_not_come_back(model, tmp_path):
     headless = LlamaModel(model.config)
     for block in headless.layers:
         prune_linear(block.mlp.up_proj, method="magnitude")
-    sparsify(headless)
+    pack_model(headless)
     plain = nn.Sequential(nn.Linear(16, 16))
     prune_linear(plain[0], method="magnitude")
-    sparsify(plain)
+    pack_model(plain)
     assert "save_pretrained" not in vars(plain)
     for wrong, message in (
-        (headless, "a LlamaModel would not be given back by AutoModelForCausalLM"),
-        (plain, "this is a Sequential"),
+        (headless, "a LlamaModel cannot be loaded by AutoModelForCausalLM"),
+        (plain, "got a Sequential"),
     ):
         with pytest.raises(CheckpointError, match=message):
             save_packed(wrong, None, tmp_path / "out")
     with pytest.raises(CheckpointError, match="LlamaModel"):
         headless.save_pretrained(tmp_path / "out")
     model.config = CLIPConfig()
-    with pytest.raises(CheckpointError, match="LlamaForCausalLM would not be given back"):
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM cannot be loaded by AutoModelForCausalLM"):
         save_packed(model, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -147,7 +146,7 @@ def test_overlapping_weights_are_tied():
     for layer in (layers["two"], layers["one"], layers["alone"]):
         with torch.no_grad():
             layer.weight.view(-1, 4)[:, :2] = 0
-    report = ace_triton.sparsify(layers)
+    report = ace_triton.pack_model(layers)
     assert [layer.name for layer in report.layers] == ["alone"]
     assert {skipped.name: skipped.reason for skipped in report.skipped} == dict.fromkeys(
         ("one", "two"), "its weight is tied to another layer's"
