@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from .cpu_sources import digest
-from .errors import ArgumentError
+from .errors import ArgumentError, BackendError
 
 ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
 ISAS = ("avx512", "avx2", "portable")
@@ -94,7 +94,7 @@ def load() -> ctypes.CDLL | str:
     except OSError as error:
         return f"it does not load: {error}"
     if (sources := digest()) and sources != _built_from(loaded):
-        raise RuntimeError(
+        raise BackendError(
             f"{built.name} was built from other sources than lie in {here / 'cpu'}; build it again "
             "(python setup.py build_ext --inplace --force, or pip install .)"
         )
@@ -117,10 +117,10 @@ def _built_from(loaded: ctypes.CDLL) -> str:
 
 
 def library() -> ctypes.CDLL:
-    """The library; RuntimeError where there is none."""
+    """The library; BackendError if it is not installed."""
     loaded = load()
     if isinstance(loaded, str):
-        raise RuntimeError(f"the compiled CPU library is not there: {loaded}")
+        raise BackendError(f"the compiled CPU library is not available: {loaded}")
     return loaded
 
 
