@@ -96,6 +96,11 @@ def check_positions(longest: int | None, length: int, option: str = "--length") 
         raise ArgumentError(f"{option} {length} is more than the model's {longest} positions: give a smaller one")
 
 
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Number of rows of a model's embedding."""
+    return _embedding(model).shape[0]
+
+
 def trial_ids(model: PreTrainedModel) -> torch.Tensor:
     """int64 [1, TRIAL_LENGTH], the first ids of the vocabulary, where the model's embedding is."""
     return torch.arange(TRIAL_LENGTH, device=_embedding(model).device)[None]
