@@ -32,7 +32,7 @@ from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .statistics.gram import Gram
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AceError",
