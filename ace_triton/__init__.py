@@ -1,5 +1,6 @@
 """Fused Triton kernels that prune large language models to N:M sparsity and run them sparse."""
 
+from . import command_environment as _environment  # noqa: F401, before anything that imports torch
 from .errors import (
     AceError,
     ArgumentError,
@@ -33,7 +34,7 @@ from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .statistics.gram import Gram
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AceError",

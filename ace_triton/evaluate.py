@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .decoders.batches import vocabulary_of
 from .errors import TextError
 from .inputs.beginnings import NO_BEGINNING, Beginning
 from .threads import few_threads, forward_work
@@ -20,9 +21,10 @@ class Perplexity:
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of a token, in nats, over all predicted tokens.
-        windows, length: number of windows and tokens of each.
-        tokens: number of predicted tokens: all tokens of a window but its beginning, which has one token at least.
-        bos: what every window begins with, as "each (1)" with the token id, "stream (1)" or "none".
+        windows, length: number of windows, and of tokens in each.
+        tokens: number of predicted tokens: in each window all but its beginning, or all but the first token if the
+            beginning is empty.
+        bos: the beginning of every window: "none", or as "each (1)" or "stream (1)", with the token id.
     """
 
     perplexity: float
@@ -48,15 +50,15 @@ def perplexity(
     """Perplexity of a causal model on a stream of tokens.
 
     Args:
-        model: a Hugging Face causal model; it runs as it is, in its own dtype. Log-likelihoods are fp32.
-        ids: int64 [n_tokens], as :func:`~ace_triton.inputs.beginnings.text_ids` gives them.
-        length: tokens of a window (:func:`windows_of`).
-        windows: only the first windows, this many at most; None for all.
-        beginning: what every window begins with. Without one in each window, its first token is context only.
-        progress: called with (windows done, windows in all).
+        model: a Hugging Face causal model; it runs in its own dtype. Log-likelihoods are fp32.
+        ids: int64 [n_tokens], from :func:`~ace_triton.inputs.beginnings.text_ids`.
+        length: tokens in a window (:func:`windows_of`).
+        windows: largest number of windows, counted from the start; None for all.
+        beginning: tokens that every window begins with. If it is empty, each window's first token is only context.
+        progress: called with the number of windows done and the number of all windows.
 
     Raises:
-        TextError: fewer tokens than one window.
+        TextError: the text has fewer tokens than one window, or a token id that the model's vocabulary does not have.
     """
     cut = windows_of(ids, length, beginning, windows)
     skipped = max(1, len(beginning.of_each))
@@ -67,16 +69,16 @@ def perplexity(
 def windows_of(
     ids: torch.Tensor, length: int, beginning: Beginning = NO_BEGINNING, most: int | None = None
 ) -> torch.Tensor:
-    """A stream of tokens cut into windows without overlap, int64 [n_windows, length]; the rest is dropped.
+    """Cut a stream of tokens into windows without overlap, int64 [n_windows, length], and drop the rest.
 
     Args:
         ids: int64 [n_tokens].
-        length: tokens of a window, its beginning included.
-        beginning: what every window begins with.
-        most: only the first windows, this many at most; None for all.
+        length: tokens in a window, its beginning included.
+        beginning: tokens that every window begins with.
+        most: largest number of windows, counted from the start; None for all.
 
     Raises:
-        TextError: fewer tokens than one window.
+        TextError: the text has fewer tokens than one window.
     """
     check_windows(length, most)
     text = beginning.text_length(length)
@@ -89,7 +91,7 @@ def windows_of(
 
 
 def check_windows(length: int, windows: int | None) -> None:
-    """Raise TextError for a window, or a number of windows, that nothing can be evaluated on."""
+    """Raise TextError if a window has fewer than 2 tokens, or if there is no window."""
     if length < 2:
         raise TextError(f"a window needs at least 2 tokens, got {length}")
     if windows is not None and windows < 1:
@@ -100,14 +102,22 @@ def check_windows(length: int, windows: int | None) -> None:
 def perplexity_of(
     model: Any, windows: torch.Tensor, *, skipped: int = 1, progress: Callable[[int, int], None] | None = None
 ) -> float:
-    """Perplexity of a causal model over windows, one forward each.
+    """Perplexity of a causal model over windows, one forward for each.
 
     Args:
         model: as for :func:`perplexity`.
         windows: int64 [n_windows, length].
-        skipped: tokens at the start of a window that are context only, at least 1.
-        progress: called with (windows done, windows in all).
+        skipped: number of tokens at the start of a window that are only context, at least 1.
+        progress: called with the number of windows done and the number of all windows.
+
+    Raises:
+        TextError: a token id is not in the model's vocabulary.
     """
+    if (largest := int(windows.max())) >= vocabulary_of(model):
+        raise TextError(
+            f"the text has token id {largest}, the model's vocabulary ends at {vocabulary_of(model) - 1}: evaluate it "
+            "with the model's own tokenizer"
+        )
     was_training = model.training
     model.eval()
     loss = 0.0

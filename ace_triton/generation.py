@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -9,9 +10,14 @@ from typing import Any
 
 import torch
 
-from .decoders.batches import longest_sequence
-from .errors import GenerationError
+from .decoders.batches import longest_sequence, vocabulary_of
+from .errors import AceError, GenerationError
+from .inputs.beginnings import token_ids
+from .inputs.model_source import reason
 from .inputs.text import has_lone_surrogate
+
+INVALID_PROBABILITIES = "probability tensor contains"
+"""In torch's message if it cannot sample."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +25,10 @@ class Generation:
     """A continued prompt.
 
     Attributes:
-        text: what was written, without the prompt and special tokens.
-        prompt_tokens, new_tokens: how many.
-        prompt_seconds: from the start to the first new token.
-        seconds: from there to the last.
+        text: the new text, without the prompt and special tokens.
+        prompt_tokens, new_tokens: number of tokens in the prompt and in the new text.
+        prompt_seconds: time from the start to the first new token.
+        seconds: time from the first new token to the last.
     """
 
     text: str
@@ -33,11 +39,11 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding alone: the new tokens after the first."""
+        """Speed of decoding: the new tokens after the first, by ``seconds``; 0 for a single token."""
         return (self.new_tokens - 1) / self.seconds if self.new_tokens > 1 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """As JSON types."""
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
@@ -54,36 +60,57 @@ def generate(
     """Continue a prompt.
 
     Args:
-        model, tokenizer: of transformers.
-        prompt: text; with ``chat``, a user's message for the tokenizer's chat template.
-        max_new_tokens: stop after so many.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from torch's global generator.
-        write: called with every piece of text as soon as it is known.
+        model, tokenizer: from transformers.
+        prompt: the text to continue; with ``chat``, a user's message for the tokenizer's chat template.
+        max_new_tokens: largest number of new tokens.
+        temperature: 0 takes the most likely token. Otherwise tokens are sampled with torch's global generator.
+        chat: put the prompt into the chat template.
+        write: called with every piece of text as soon as it is complete.
 
     Raises:
-        GenerationError: nothing to continue, no chat template, or more tokens than the model has positions.
+        GenerationError: the prompt has no token or one that the model does not know, there is no chat template, the
+            tokens do not fit the model's positions, or the model predicts NaN.
     """
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise GenerationError(
-            f"max_new_tokens must be at least 1 and temperature at least 0, got {max_new_tokens} and {temperature}"
+            "max_new_tokens must be at least 1, and temperature finite and at least 0; "
+            f"got {max_new_tokens} and {temperature}"
         )
     ids = _encode(tokenizer, prompt, chat).to(model.device)
     longest = longest_sequence(model)
     if longest is not None and ids.shape[1] + max_new_tokens > longest:
         raise GenerationError(
-            f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones pass the model's {longest} positions"
+            f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the model's {longest} "
+            "positions: shorten the prompt, or give a smaller --max-new-tokens"
+        )
+    if (largest := int(ids.max())) >= vocabulary_of(model):
+        raise GenerationError(
+            f"the prompt has token id {largest}, the model's vocabulary ends at {vocabulary_of(model) - 1}: use the "
+            "model's own tokenizer"
         )
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = _Streamer(tokenizer, write)
-    with torch.inference_mode():
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            streamer=streamer,
-            **sampling,
-        )
+    try:
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                streamer=streamer,
+                **sampling,
+            )
+    except AceError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        if INVALID_PROBABILITIES in str(error):
+            raise GenerationError(
+                f"the model's predictions at temperature {temperature} are NaN or infinite: give a larger temperature, "
+                "or 0; if they stay so, the model's weights are damaged"
+            ) from error
+        if isinstance(error, RuntimeError):
+            raise
+        raise GenerationError(f"transformers does not generate with this model ({reason(error)})") from error
     start, *times = streamer.times
     return Generation("".join(streamer.pieces), ids.shape[1], len(times), times[0] - start, times[-1] - times[0])
 
@@ -97,25 +124,25 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
         messages = [{"role": "user", "content": prompt}]
         try:
             rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # A template is a program of the model's, and may raise anything.
+        except Exception as error:  # A template is a program, and may raise anything.
             raise GenerationError(f"the chat template fails ({error}): leave --chat out, or repair it") from error
         encoded = rendered["input_ids"]
     else:
-        encoded = tokenizer(prompt)["input_ids"]
+        encoded = token_ids(tokenizer, prompt)
     if not encoded and tokenizer.bos_token_id is not None:
         encoded = [tokenizer.bos_token_id]
     if not encoded:
-        raise GenerationError("the prompt holds no token: give some text")
+        raise GenerationError("the prompt has no token: give some text")
     return torch.tensor([encoded], dtype=torch.int64, device="cpu")
 
 
 @dataclass
 class _Streamer:
-    """What transformers hands tokens to: the prompt first, then every new token.
+    """Receives tokens from transformers: the prompt first, then each new token.
 
     Attributes:
-        times: when the prompt came, then each token, in seconds.
-        pieces: the text so far, in the pieces that were written.
+        times: time at which the prompt and then each token arrived, in seconds.
+        pieces: the text so far, in pieces as they were written.
     """
 
     tokenizer: Any
@@ -123,25 +150,25 @@ class _Streamer:
     times: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     _line: list[int] = field(default_factory=list)
-    _shown: int = 0
+    _written: int = 0
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
         if len(self.times) > 1:
             self._line += value.flatten().tolist()
-            self._show(last=False)
+            self._write_new(last=False)
 
     def end(self) -> None:
-        self._show(last=True)
+        self._write_new(last=True)
 
-    def _show(self, *, last: bool) -> None:
+    def _write_new(self, *, last: bool) -> None:
         text = self.tokenizer.decode(self._line, skip_special_tokens=True)
         if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
-            return  # The rest of this character is still to come.
-        piece = text[self._shown :]
-        self._shown = len(text)
+            return  # The next token completes this character.
+        piece = text[self._written :]
+        self._written = len(text)
         if text.endswith("\n"):
-            self._line, self._shown = [], 0
+            self._line, self._written = [], 0
         if piece:
             self.pieces.append(piece)
             if self.write is not None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "kernels",
     "errors",
-    "passive_waiting",
+    "command_environment",
     "timing",
     "out_of_memory",
     "process_memory",

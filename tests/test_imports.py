@@ -1,9 +1,12 @@
 """The package imports where it should, and its folder kernels/ is never taken for another package."""
 
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+
+import ace_triton
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,3 +48,12 @@ def test_it_imports_without_triton():
         "layer = torch.nn.Linear(8, 4)\n"
         "assert ace_triton.prune_linear(layer, torch.randn(3, 8)).kept == 16\n"
     )
+
+
+def test_no_public_name_hides_a_submodule():
+    """``import ace_triton.prune`` must give the module, not a function of the same name."""
+    submodules = {module.name for module in pkgutil.iter_modules(ace_triton.__path__)}
+    assert submodules > {"evaluate", "prune", "recovery"}
+    assert not submodules & set(ace_triton.__all__)
+    for name in submodules & vars(ace_triton).keys():
+        assert vars(ace_triton)[name] is sys.modules[f"ace_triton.{name}"]

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ace_triton import prune_blocks as prune_model
-from ace_triton import prune_linear, threads
+from ace_triton import prune_linear, prune_model, threads
+from ace_triton.command_environment import is_command, set_environment
 from ace_triton.evaluate import perplexity
-from ace_triton.passive_waiting import is_command, wait_passively
 from ace_triton.recovery.train import RecoverySettings, recover
 from ace_triton.threads import few_threads, forward_work, respect_processors, usable_processors
 
@@ -154,29 +153,32 @@ def test_the_command_line_takes_no_more_threads_than_processors(monkeypatch, thr
         ([], [], False),
     ],
 )
-def test_only_the_command_line_waits_passively(argv, original, command):
+def test_only_the_command_line_changes_its_environment(argv, original, command):
     assert is_command(argv, original) == command
     environment: dict[str, str] = {}
-    wait_passively(argv, original, environment)
-    assert environment == ({"OMP_WAIT_POLICY": "PASSIVE"} if command else {})
+    set_environment(argv, original, environment)
+    assert environment == ({"OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1"} if command else {})
 
 
 @pytest.mark.parametrize("variable", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
-def test_what_the_user_says_of_waiting_stays(variable):
-    environment = {variable: "1"}
-    wait_passively(["ace-triton"], ["python", "ace-triton"], environment)
-    assert environment == {variable: "1"}
+def test_variables_of_the_user_stay(variable):
+    environment = {variable: "1", "TQDM_DISABLE": "0"}
+    set_environment(["ace-triton"], ["python", "ace-triton"], environment)
+    assert environment == {variable: "1", "TQDM_DISABLE": "0"}
 
 
-def test_the_variable_is_set_before_torch_is_imported():
+def test_the_variables_are_set_before_torch_is_imported():
     code = (
         "import sys, os; sys.argv[:] = ['/bin/ace-triton']\n"
         "class Watch:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY')); sys.exit()\n"
+        "        if name != 'torch': return\n"
+        "        print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('TQDM_DISABLE'))\n"
+        "        sys.exit()\n"
         "sys.meta_path.insert(0, Watch())\n"
         "import ace_triton"
     )
-    unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    variables = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TQDM_DISABLE")
+    unset = {name: value for name, value in os.environ.items() if name not in variables}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=unset, capture_output=True, text=True)
-    assert done.stdout == "PASSIVE\n", done.stderr
+    assert done.stdout == "PASSIVE 1\n", done.stderr

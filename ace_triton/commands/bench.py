@@ -24,6 +24,8 @@ from .sources import check_source
 
 SHAPE = "4096x4096"
 
+COUNT, LARGEST = r"[1-9]\d{0,8}", 10**9 - 1
+
 
 def bench(
     model: Annotated[
@@ -97,9 +99,9 @@ def _kinds(source: str, dtype: object, trust_remote_code: bool, progress: Progre
 
 
 def _one_kind(text: str, n: int, m: int, dtype: str) -> LayerKind:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(rf"({COUNT})x({COUNT})", text)
     if not match:
-        raise ArgumentError(f"--shape {text!r}: write OUTxIN, each 1 or more, as {SHAPE}")
+        raise ArgumentError(f"--shape {text!r}: write OUTxIN, each from 1 to {LARGEST:,}, as {SHAPE}")
     out_features, in_features = int(match[1]), int(match[2])
     if in_features % m:
         raise ArgumentError(f"--shape {text!r}: the {in_features} inputs are not a multiple of {m}")
@@ -107,8 +109,8 @@ def _one_kind(text: str, n: int, m: int, dtype: str) -> LayerKind:
 
 
 def _counts(text: str) -> list[int]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise ArgumentError(f"--rows {text!r}: write numbers from 1 on, as 1,16,256")
+    if not re.fullmatch(rf"{COUNT}(,{COUNT})*", text):
+        raise ArgumentError(f"--rows {text!r}: write numbers from 1 to {LARGEST:,} with commas, as 1,16,256")
     return [int(count) for count in text.split(",")]
 
 

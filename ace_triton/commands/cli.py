@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
 from .. import __version__
+from ..errors import AceError
+from ..out_of_memory import is_out_of_memory
 from ..threads import respect_processors
 from .bench import bench
 from .console import accept_any_text, errors, print_error, print_line, print_note
@@ -36,7 +37,7 @@ STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(s
 
 app = typer.Typer(
     name="ace-triton",
-    help="Prune language models to n:m sparsity, run them sparse, and see what it cost.",
+    help="Prune language models to n:m sparsity, run them sparse, and measure the loss.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -70,10 +71,11 @@ def _root(
 def main() -> None:
     """Run the command line.
 
-    A user's mistake ends in one line and exit code 1, a wrong call in 2. Ctrl-C and the signals of STOPPING clean up,
-    say what became of the run, and end in 128 plus the signal's number.
+    A user's mistake, an error of the system and a full memory print one line and exit with code 1. Any other exception
+    is a bug: it prints its traceback and asks for a report, and exits with code 1. A wrong call exits with code 2.
+    Ctrl-C and the signals of STOPPING clean up, print what was written, and exit with 128 plus the signal's number.
     """
-    _quieten_libraries()
+    _quiet_libraries()
     accept_any_text()
     respect_processors()
     with _stopped_by_signals(), warnings.catch_warnings():
@@ -86,21 +88,29 @@ def _run() -> None:
         app()
     except SystemExit as stop:  # typer turns Ctrl-C into one.
         if any(isinstance(error, KeyboardInterrupt) for error in _chain(stop)):
-            _say_stopped("stopped", stop)
+            _print_stopped("stopped", stop)
             sys.exit(128 + signal.SIGINT)
         if stop.code in [128 + number for number in STOPPING]:
-            _say_stopped("terminated", stop)
+            _print_stopped("terminated", stop)
         raise
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except KeyboardInterrupt as stop:
+        _print_stopped("stopped", stop)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print_error(str(error) or type(error).__name__)
-        if not isinstance(error, (ValueError, OSError)):
-            errors.print(f"(set {TRACEBACK_VARIABLE}=1 for the traceback)")
+        if isinstance(error, (AceError, OSError)) or is_out_of_memory(error):
+            print_error(str(error) or type(error).__name__)
+        else:
+            _print_bug(error)
         sys.exit(1)
-    except KeyboardInterrupt as stop:
-        _say_stopped("stopped", stop)
-        sys.exit(128 + signal.SIGINT)
+
+
+def _print_bug(error: Exception) -> None:
+    errors.print("".join(traceback.format_exception(error)), end="", soft_wrap=True)
+    print_error(
+        f"this is a bug in ace-triton {__version__}: please open an issue, with the command and the lines above"
+    )
 
 
 @contextmanager
@@ -110,24 +120,24 @@ def _stopped_by_signals() -> Iterator[None]:
     def stop(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
 
-    own = threading.current_thread() is threading.main_thread()
-    taken = [number for number in STOPPING if own and signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled = [number for number in STOPPING if in_main_thread and signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number in taken:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _say_stopped(how: str, stop: BaseException) -> None:
+def _print_stopped(how: str, stop: BaseException) -> None:
     notes = [note for error in _chain(stop) for note in getattr(error, "__notes__", ())]
     print_note(f"{how}; {'; '.join(notes) or 'nothing was written'}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it was raised from, one after the other."""
+    """An exception, the exception that it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -137,10 +147,18 @@ def _show_warning(message: Warning | str, *_: object) -> None:
     print_note(f"warning: {message}")
 
 
-def _quieten_libraries() -> None:
+def _quiet_libraries() -> None:
+    """Hide the log and the progress bars of libraries, which read these variables when they are first imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # TQDM_DISABLE would come too late: tqdm reads it when it is imported, which torch has done by now.
-    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
+    if "transformers" in sys.modules:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    if "datasets" in sys.modules:
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()

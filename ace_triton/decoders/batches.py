@@ -100,6 +100,11 @@ def check_positions(longest: int | None, length: int, option: str = "--length") 
         raise ArgumentError(f"{option} {length} is more than the model's {longest} positions: use a smaller number")
 
 
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Number of rows of a model's embedding."""
+    return _embedding(model).shape[0]
+
+
 def trial_ids(model: PreTrainedModel) -> torch.Tensor:
     """The first ids of the vocabulary, int64 [1, TRIAL_LENGTH], on the device of the model's embedding."""
     return torch.arange(TRIAL_LENGTH, device=_embedding(model).device)[None]

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..errors import TextError
+from ..out_of_memory import raise_if_out_of_memory
 
 Bos = Literal["auto", "each", "stream", "none"]
 """What a user may ask for: a BOS at the start of ``each`` sequence, one at the start of the whole text before it is cut
@@ -81,10 +82,25 @@ class Beginning:
 NO_BEGINNING = Beginning()
 
 
+def token_ids(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+    """A text's token ids as a list; of a list of texts, a list of such lists.
+
+    Raises:
+        TextError: the tokenizer fails.
+    """
+    try:
+        return tokenizer(text, **options)["input_ids"]
+    except Exception as error:  # The tokenizers library raises plain Exceptions.
+        raise_if_out_of_memory(error)
+        raise TextError(
+            f"the model's tokenizer cannot tokenize the text ({error}): are its files complete, and the model's own?"
+        ) from error
+
+
 def own_beginning(tokenizer: Any) -> tuple[int, ...]:
     """The special tokens that a tokenizer puts before a text by itself; empty if there are none."""
-    whole = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = token_ids(tokenizer, "a")
+    plain = token_ids(tokenizer, "a", add_special_tokens=False)
     for start in range(len(whole) - len(plain) + 1):
         if plain and whole[start : start + len(plain)] == plain:
             return tuple(whole[:start])
@@ -93,7 +109,7 @@ def own_beginning(tokenizer: Any) -> tuple[int, ...]:
 
 def text_ids(text: str, tokenizer: Any, beginning: Beginning) -> torch.Tensor:
     """A whole text's token ids to cut into windows, int64 [n_tokens]; its own beginning is there only for "stream"."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text, verbose=False)
     own = own_beginning(tokenizer)
     if beginning.mode != "stream" and tuple(ids[: len(own)]) == own:
         ids = ids[len(own) :]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import TextError
-from .beginnings import NO_BEGINNING, Beginning, Bos
+from .beginnings import NO_BEGINNING, Beginning, Bos, token_ids
 from .text import read_documents
 from .written_text import AT_ONCE, text_to_write, write_batch
 
@@ -99,7 +99,7 @@ def load_calibration(
 def token_stream(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
     """All documents' token ids, int64 [n_tokens], each document ended by the end-of-text id; no BOS."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = token_ids(tokenizer, list(documents), add_special_tokens=False, verbose=False)
     return torch.tensor([token for ids in encoded for token in (*ids, *end)], dtype=torch.int64, device="cpu")
 
 

@@ -223,8 +223,14 @@ def save(model: Any, tokenizer: Any, out: str | Path, report: dict[str, Any], *,
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
         raise CheckpointError("the model has a PEFT adapter, and only that would be saved: merge it first")
     with replacing(out, overwrite=overwrite) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except (ValueError, TypeError) as error:  # A generation config that contradicts itself, for example.
+            why = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{out}: transformers refuses to save the model, and nothing there was changed: {why}"
+            ) from error
         write_report(folder, report)
 
 

@@ -8,10 +8,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from ..errors import RecipeError
 from .registry import metric, metric_names
 
 
-class PluginError(ValueError):
+class PluginError(RecipeError):
     """A plugin that cannot be imported, or registers nothing."""
 
 

@@ -65,6 +65,8 @@ def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
                         found.append(_inspect(name, file.get_tensor(name)))
                 for name, entry in layers.items():
                     found.append(_inspect_packed(f"{name}.weight", entry, file.get_tensor(f"{name}.values")))
+        except NotImplementedError as error:  # torch does not compare numbers of a few dtypes, fp4 for example.
+            raise CheckpointError(f"{path}: holds numbers that torch does not compare ({reason(error)})") from error
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read ({reason(error)}); the file may be damaged") from error
     return sorted(found, key=lambda tensor: tensor.name)

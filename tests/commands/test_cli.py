@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import ace_triton
+
 
 @pytest.fixture
 def prune(command, tiny_checkpoint, some_text):
@@ -176,11 +178,64 @@ def test_version_and_help(command):
 
 
 def test_libraries_show_no_bars_of_their_own(command, capsys):
+    import datasets
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    if not datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS:
+        datasets.enable_progress_bars()
+    command("--version")
+    assert list(logging.tqdm(range(3))) == [0, 1, 2]
+    assert list(datasets.utils.tqdm(range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_program_that_uses_tqdm_keeps_its_bars(command, capsys):
     from tqdm.auto import tqdm
 
     command("--version")
     assert list(tqdm(range(3))) == [0, 1, 2]
-    assert capsys.readouterr().err == ""
+    assert "3/3" in capsys.readouterr().err
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ace_triton.TextError("a mistake"),
+        ace_triton.BackendError("a mistake"),
+        OSError("a mistake"),
+        MemoryError("a mistake"),
+        RuntimeError("a mistake: CUDA out of memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_no_bug_is_one_line(command, monkeypatch, tmp_path, error):
+    monkeypatch.setattr("ace_triton.commands.info.inspect_checkpoint", failing(error))
+    assert command("info", tmp_path) == (1, "", f"error: {error}\n")
+    monkeypatch.setenv("ACE_TRITON_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        command("info", tmp_path)
+
+
+@pytest.mark.parametrize("error", [ValueError("[/]"), RuntimeError("[/]"), KeyError("[/]"), AssertionError("[/]")])
+def test_a_bug_shows_its_traceback_and_asks_for_a_report(command, monkeypatch, tmp_path, error):
+    monkeypatch.setattr("ace_triton.commands.info.inspect_checkpoint", failing(error))
+    code, out, errors = command("info", tmp_path)
+    assert (code, out) == (1, "")
+    *lines, last = errors.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith(f"{type(error).__name__}: ")
+    assert last == (
+        f"error: this is a bug in ace-triton {ace_triton.__version__}: please open an issue, with the command and the "
+        "lines above"
+    )
 
 
 def test_permute_reorders_and_says_so(prune, tmp_path, tiny_checkpoint):

@@ -142,7 +142,7 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
         (("generate", "PACKED", "--prompt", "a\udcff"), "not valid Unicode text"),
         (("bench", "--shape", "32by64"), "write OUTxIN"),
         (("bench", "--shape", "32x66"), "multiple of 4"),
-        (("bench", "--rows", "1,0"), "numbers from 1 on"),
+        (("bench", "--rows", "1,0"), "write numbers from 1 to 999,999,999 with commas, as 1,16,256"),
         (("bench", "--sparsity", "50%"), "packed layers are n:m"),
         (("bench", "--shape", "4x4", "--model", "PACKED"), "give one of them"),
     ],
