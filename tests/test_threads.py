@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ace_triton import prune_blocks as prune_model
 from ace_triton import prune_linear, threads
 from ace_triton.evaluate import perplexity
 from ace_triton.passive_waiting import is_command, wait_passively
+from ace_triton.prune_blocks import prune_model
 from ace_triton.recovery.train import RecoverySettings, recover
 from ace_triton.threads import few_threads, forward_work, respect_processors, usable_processors
 

@@ -217,11 +217,11 @@ def _train(
     progress: RecoveryProgress | None,
 ) -> RecoveryState:
     with (
+        few_threads(forward_work(model, settings.tokens_per_step)),
         weights_as_loaded(model),
         _trainable(model, masks, settings) as optimizer,
         _frozen(teacher),
         _quick_attention((model, teacher), batches.length),
-        few_threads(forward_work(model, settings.tokens_per_step)),
     ):
         run = RecoveryState.begin(keeping.path, keeping.identity, optimizer)
         clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
