@@ -1,5 +1,6 @@
 """Fused Triton kernels that prune large language models to N:M sparsity and run them sparse."""
 
+from . import passive_waiting as _waiting  # noqa: F401, before anything that imports torch
 from .errors import (
     AceError,
     ArgumentError,
