@@ -231,8 +231,8 @@ def test_options_named_like_an_argument_are_refused(register, function):
     ("function", "message"),
     [
         (lambda w, s, a: None, "option 'a' has no default"),
-        (lambda w, s, **options: None, "write out its options"),
-        (lambda w: None, "takes 1 arguments; it needs 2"),
+        (lambda w, s, **options: None, "name each option instead"),
+        (lambda w: None, "takes 1 arguments; it must take 2"),
     ],
 )
 def test_a_metric_whose_options_cannot_be_passed_is_refused(register, function, message):
