@@ -1,4 +1,4 @@
-"""Layers whose weight is computed from other tensors: what is written into such a weight is lost."""
+"""Detects layers whose weight is computed from other tensors. A write to such a weight is lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch.nn.utils import parametrize, prune
 
 
 def computed_weight(layer: nn.Module) -> str | None:
-    """Why a write to ``layer.weight`` would be lost, and how to make the weight permanent; None if it is stored.
+    """The reason why a write to ``layer.weight`` would be lost, and how to make the weight permanent.
+
+    None if the weight is stored.
 
     A stored weight is a parameter or a buffer of the layer. Other weights come from a parametrization, a mask of
     ``torch.nn.utils.prune``, or a hook that sets the weight before each forward (old weight and spectral norm).

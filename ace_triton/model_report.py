@@ -1,4 +1,4 @@
-"""What became of a pruned model."""
+"""The report of a pruned model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from .sparsity import Axis
 from .timing import Seconds
 
 Sequential = Literal["none", "blocks", "layers"]
-"""What is pruned between two looks at the model: all of it, a block, or the layers of a block that share an input.
-
-A block's attention before the rest of it, in hardly more time than the whole block, was tried and left out: over five
-seeds it gained nothing."""
+"""What is pruned before statistics are collected again: "none": the whole model; "blocks": one block; "layers": the
+layers of a block that share an input."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,11 @@ class LayerReport:
     """A pruned layer.
 
     Attributes:
-        name: its dotted name in the model.
-        kept: share of its weights kept.
+        name: the layer's dotted name in the model.
+        kept: share of the layer's weights that were kept.
         pattern: "2:4", or the pruned fraction.
-        axis: what groups or rows run along.
-        parameters: its weights, kept or not.
+        axis: the direction of groups or rows.
+        parameters: number of the layer's weights, kept and pruned.
     """
 
     name: str
@@ -40,22 +38,22 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What :func:`prune_model` did.
+    """The result of :func:`prune_model`.
 
     Attributes:
         method: the metric's name.
         sparsity: the pattern.
         seconds: time by stage.
-        peak_bytes: on CUDA, the most memory that torch had allocated since the process started, over the
-            model's devices; on the CPU, the most that the process had resident.
+        peak_bytes: on CUDA, the peak memory that torch allocated on the model's devices since the process started. On
+            the CPU, the peak resident memory of the process.
         layers: the pruned layers, in order.
-        skipped: what was left dense, and why.
+        skipped: weights that were left dense, and why.
         excluded: matrices of the blocks that ``include`` and ``exclude`` ruled out.
-        account: how many parameters were pruned, skipped and excluded: together all matrices of the blocks.
-        permutation: what ``permute=True`` did.
-        update: how the kept weights were moved.
-        budgets: by what the blocks' shares were set; what each layer kept is in ``layers``.
-        sequential: what was pruned between two looks at the model; None where tokens were not needed.
+        account: number of parameters pruned, skipped and excluded. Their sum is all matrices of the blocks.
+        permutation: the result of ``permute=True``, or None.
+        update: the update of the kept weights, or None.
+        budgets: the rule that set the share of each block, or None; ``layers`` has the share that each layer kept.
+        sequential: what was pruned before statistics were collected again; None if the method needs no tokens.
     """
 
     method: str
@@ -72,7 +70,7 @@ class ModelReport:
     sequential: Sequential | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The report as JSON types."""
         return {
             "method": self.method,
             "sparsity": self.sparsity,

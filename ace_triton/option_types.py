@@ -1,4 +1,4 @@
-"""Options of methods and updates: their types come from a signature; values are checked before any work starts."""
+"""Options of methods and updates. Types come from function signatures; values are checked before any work starts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Range:
     """Bounds of a number, as in ``eps: Annotated[float, Range(above=0, below=1)] = 0.01``.
 
     Attributes:
-        least, most: bounds that are allowed values themselves; None for no bound.
-        above, below: bounds that are not.
+        least, most: inclusive bounds; None for no bound.
+        above, below: exclusive bounds; None for no bound.
     """
 
     least: float | None = None
@@ -50,14 +50,14 @@ class Range:
 
 @dataclass(frozen=True)
 class OptionType:
-    """What values an option takes.
+    """The allowed values of an option.
 
     Attributes:
         name: the option's name.
         default: its default value.
         kind: "number" (finite), "whole" (an int), "switch" (a bool), "text", or "any" if the signature does not say.
-        choices: the allowed values, of whatever type; empty if there is no such list.
-        optional: whether None is allowed too.
+        choices: the allowed values, of any type; empty if there is no list of values.
+        optional: True if None is allowed too.
         range: bounds of a number; None for no bounds.
     """
 
@@ -72,23 +72,23 @@ class OptionType:
     def allowed(self) -> str:
         """The allowed values in words, as in "a number above 0 and below 1"."""
         if self.choices:
-            said = f"one of {', '.join(map(repr, self.choices))}"
+            words = f"one of {', '.join(map(repr, self.choices))}"
         else:
-            words = {"number": "a number", "whole": "a whole number", "switch": "True or False", "text": "text"}
-            said = words.get(self.kind, "any value")
+            kinds = {"number": "a number", "whole": "a whole number", "switch": "True or False", "text": "text"}
+            words = kinds.get(self.kind, "any value")
         if self.range is not None:
-            said += f", {self.range}"
-        return f"{said}, or None" if self.optional else said
+            words += f", {self.range}"
+        return f"{words}, or None" if self.optional else words
 
     def check(self, value: Any) -> Any:
-        """The value, a number as the Python type that is wanted; ValueError if it is not allowed."""
+        """The value, with a number converted to int or float; ArgumentError if the value is not allowed."""
         checked = self._checked(value)
         if checked is _INVALID:
             raise ArgumentError(f"{self.name} must be {self.allowed}; got {value!r}")
         return checked
 
     def read(self, text: str) -> Any:
-        """The value that a command line's text stands for; ValueError if it is not allowed."""
+        """The value of a text from the command line; ArgumentError if the value is not allowed."""
         for choice in self.choices:
             if text == str(choice):
                 return choice
@@ -134,29 +134,29 @@ _INVALID = object()
 def option_types(function: Callable[..., Any], skip: int = 0) -> dict[str, OptionType]:
     """The options of a function or dataclass, by name, from its signature.
 
-    The type of an option is its annotation (float, int, bool, str, a Literal, each also ``| None``, or Annotated with a
-    :class:`Range`); without one, the type of its default, where 1 and 1.0 both stand for any number. Other annotations
-    and defaults allow any value.
+    The type of an option is its annotation: float, int, bool, str or a Literal, each also ``| None``, or Annotated with
+    a :class:`Range`. Without an annotation it is the type of the default; a default of 1 or 1.0 allows any number.
+    Other annotations and defaults allow any value.
 
     Args:
-        function: what takes the options.
-        skip: how many parameters come before the options.
+        function: the function or dataclass.
+        skip: number of parameters before the options.
 
     Raises:
-        ValueError: too few parameters, an option without a default, or ``*args`` or ``**kwargs``.
+        ArgumentError: there are too few parameters, an option has no default, or there is ``*args`` or ``**kwargs``.
     """
     parameters = list(inspect.signature(function).parameters.values())
     name = getattr(function, "__name__", str(function))
     if len(parameters) < skip:
-        raise ArgumentError(f"{name} takes {len(parameters)} arguments; it needs {skip} before its options")
+        raise ArgumentError(f"{name} takes {len(parameters)} arguments; it must take {skip} before its options")
     try:
         hints = typing.get_type_hints(function, include_extras=True)
-    except Exception:  # An annotation that cannot be evaluated says nothing; the default still does.
+    except Exception:  # An annotation cannot be evaluated: use the types of the defaults.
         hints = {}
     found = {}
     for parameter in parameters[skip:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise ArgumentError(f"{name} takes {parameter}: write out its options, each with a default")
+            raise ArgumentError(f"{name} takes {parameter}: name each option instead, with a default")
         if parameter.default is parameter.empty:
             raise ArgumentError(f"{name}: option {parameter.name!r} has no default; give it one")
         found[parameter.name] = _option_type(parameter.name, parameter.default, hints.get(parameter.name))
@@ -164,21 +164,21 @@ def option_types(function: Callable[..., Any], skip: int = 0) -> dict[str, Optio
 
 
 def check_options(known: Mapping[str, OptionType], options: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """The options, checked; ValueError for one that ``owner`` does not have or of a value that it does not take."""
+    """The options, checked; ArgumentError if ``owner`` has no such option or a value is invalid."""
     return _each(known, options, owner, OptionType.check)
 
 
 def read_options(known: Mapping[str, OptionType], pairs: Sequence[str], owner: str, flag: str) -> dict[str, Any]:
-    """``["a=0.5", "base=ria"]`` as ``{"a": 0.5, "base": "ria"}``, checked.
+    """Convert ``["a=0.5", "base=ria"]`` to ``{"a": 0.5, "base": "ria"}`` and check the values.
 
     Args:
-        known: the options that there are.
-        pairs: as given on the command line.
-        owner: what has the options, for messages.
-        flag: the command line's option, for messages.
+        known: all existing options.
+        pairs: the pairs from the command line.
+        owner: the method or update that has the options, for messages.
+        flag: the option of the command line that was used, for messages.
 
     Raises:
-        ValueError: a pair without ``=``, an option given twice, an unknown option, or a value it does not take.
+        ArgumentError: a pair has no ``=``, an option is given twice or unknown, or a value is invalid.
     """
     texts: dict[str, str] = {}
     for pair in pairs:
@@ -209,8 +209,8 @@ def _each(
 
 def _option_type(name: str, default: Any, hint: Any) -> OptionType:
     if hint is None:
-        of_default = {bool: "switch", int: "number", float: "number", str: "text"}
-        return OptionType(name, default, typing.cast(Kind, of_default.get(type(default), "any")))
+        default_kinds = {bool: "switch", int: "number", float: "number", str: "text"}
+        return OptionType(name, default, typing.cast(Kind, default_kinds.get(type(default), "any")))
     bounds = None
     if typing.get_origin(hint) is typing.Annotated:
         hint, *notes = typing.get_args(hint)

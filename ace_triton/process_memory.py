@@ -1,4 +1,4 @@
-"""Give memory back to the system that a mapped file or the allocator would hold."""
+"""Return memory to the system that a mapped file or the allocator would keep."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MADV_PAGEOUT = 21
 
 
 def own_memory(model: nn.Module) -> None:
-    """Give each parameter on a CPU memory of its own, so that it can be freed alone.
+    """Copy each parameter on the CPU to its own memory, so that it can be freed separately.
 
-    A checkpoint's tensors lie in one mapped file, and what is written to them is held until the last of them is freed.
-    Parameters that share memory share it afterwards too.
+    The tensors of a loaded checkpoint are views of one mapped file. Pages that were written stay in memory until the
+    last tensor is freed. Parameters that share memory still share it after the copy.
     """
     copies: dict[tuple[object, ...], torch.Tensor] = {}
     for parameter in model.parameters():
@@ -31,12 +31,12 @@ def own_memory(model: nn.Module) -> None:
 
 
 def give_back_free_memory() -> None:
-    """Return what the allocator keeps of freed memory, if it is glibc's."""
+    """Return freed memory that the allocator keeps, if it is glibc's allocator."""
     _call("malloc_trim", 0)
 
 
 def _page_out(tensor: torch.Tensor) -> None:
-    """Tell Linux that a tensor's pages are not needed in memory. Nothing of them is lost."""
+    """Tell Linux that a tensor's pages may leave memory. Their contents are not lost."""
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
@@ -44,5 +44,5 @@ def _page_out(tensor: torch.Tensor) -> None:
 
 
 def _call(function: str, *arguments: object) -> None:
-    with suppress(AttributeError, OSError, TypeError):  # Another system may not have it.
+    with suppress(AttributeError, OSError, TypeError):  # Other systems may not have the function.
         getattr(ctypes.CDLL(None), function)(*arguments)

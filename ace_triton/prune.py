@@ -178,7 +178,7 @@ def prune_checked(
     gathered = _statistics(layer, weight, stats, request.needs, label)
     served = as_kernel_dtype(weight)
     chosen, pattern = request.metric, request.pattern
-    axis = pattern.axis or default_axis(chosen.name, gathered)
+    axis = pattern.axis or chosen.axis(gathered)
     if chosen.solve is not None or request.update is not None:
         assert gathered is not None
         with few_threads(weight.numel() * weight.shape[1]):
@@ -191,11 +191,6 @@ def prune_checked(
     except ValueError as error:
         raise PruneError(f"{label}: {error}") from error
     return PruneResult(label, chosen.name, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
-
-
-def default_axis(method: str, stats: ActivationStats | None) -> Axis:
-    """What a metric's groups run along where the user does not say: the outputs for DaSS's gate and up."""
-    return "out" if method == "dass" and stats is not None and stats.consumer_norm is not None else "in"
 
 
 def _statistics(

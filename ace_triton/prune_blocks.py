@@ -25,7 +25,7 @@ from .decoders.replay import Runner, WholeForward, make_runner
 from .errors import RecipeError
 from .linears import as_kernel_dtype
 from .model_report import LayerReport, ModelReport, Sequential
-from .prune import check_weight, default_axis, prune_checked, score_matrix
+from .prune import check_weight, prune_checked, score_matrix
 from .recipe import Request
 from .reordering.reorder import Reorderer, find_folds
 from .solvers.update import Update
@@ -152,7 +152,7 @@ def _plan(
     laid_out = [(stack, layouts[stack.name]) for stack in stacks if stack.name in layouts]
     experts = [name for stack, layout in laid_out for name in stack.linears(transposed=False, rows=layout.rows)]
     names = NameFilter.of(model, include, exclude, experts)
-    return Plan(model, request.metric.name, request.needs, request.pattern, names, blocks, stacks, layouts)
+    return Plan(model, request.metric, request.needs, request.pattern, names, blocks, stacks, layouts)
 
 
 @dataclass
@@ -193,7 +193,7 @@ class _Selection:
                 if stats is None:
                     self.plan.skip(name, weight, "no calibration token reached it")
                     continue
-            why_not = misfit(weight, pattern, pattern.axis or default_axis(request.metric.name, stats))
+            why_not = misfit(weight, pattern, pattern.axis or request.metric.axis(stats))
             if why_not is not None:
                 self.plan.skip(name, weight, why_not)
                 continue
@@ -205,7 +205,7 @@ class _Selection:
     def _scores(self, name: str, *, collector: InputCollector | None) -> torch.Tensor | None:
         """By which a layer's inputs are ordered; None where no token reached it or its groups do not lie along them."""
         stats = None if collector is None else collector.statistics(name)
-        axis = self.request.pattern.axis or default_axis(self.request.metric.name, stats)
+        axis = self.request.pattern.axis or self.request.metric.axis(stats)
         if axis == "out" or (stats is None and self.request.needs.tokens):
             return None
         return score_matrix(self.request, as_kernel_dtype(self.weights[name]), stats)

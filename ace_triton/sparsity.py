@@ -1,4 +1,4 @@
-"""What share of a weight is kept, and along which lines."""
+"""Sparsity patterns: how many weights are kept, and in which groups."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Sparsity:
 
     Attributes:
         pattern: "n:m" (n of every m are **kept**), or the pruned fraction: 0.5, "0.5" or "50%".
-        axis: what a group or row runs along: "in" (consecutive inputs of an output, what sparse tensor
-            cores need), "out" (outputs of an input), or None for what the metric says ("in", but "out"
-            for DaSS's gate and up projections).
-        scope: for a fraction, whether every row loses its share ("row") or the layer as a whole does
-            ("layer", one threshold).
-        n, m: the group, or None for a fraction.
-        fraction: share of weights pruned. It is taken as the decimal that Python prints for it: 0.29 of 100 weights
-            is 29, though the float lies below 0.29.
+        axis: the direction of a group or row. "in": consecutive inputs of one output, as sparse tensor cores need.
+            "out": consecutive outputs of one input. None: the metric's default, which is "in" except for DaSS's gate
+            and up projections.
+        scope: for a fraction: "row" prunes this share of each row, "layer" this share of the whole layer, by one
+            threshold.
+        n, m: n of every m weights are kept; None for a fraction.
+        fraction: share of weights pruned, exactly the decimal number that Python prints. So 0.29 of 100 weights is 29,
+            although the float is slightly below 0.29.
 
     Raises:
-        ValueError: a pattern that is none.
+        PatternError: if the pattern, axis or scope is invalid.
     """
 
     pattern: str | float
@@ -49,23 +49,23 @@ class Sparsity:
         n, m, fraction = _parse(self.pattern)
         if n is not None and self.scope == "layer":
             raise PatternError(
-                f"scope 'layer' is for a fraction such as 0.5; {self.pattern!r} is decided in its groups"
+                f"scope 'layer' needs a fraction such as 0.5; {self.pattern!r} selects weights within groups"
             )
         if self.scope == "layer" and self.axis == "out":
-            raise PatternError("scope 'layer' compares all weights with each other: leave axis out")
+            raise PatternError("scope 'layer' compares all weights of the layer and has no axis: leave axis out")
         object.__setattr__(self, "n", n)
         object.__setattr__(self, "m", m)
         object.__setattr__(self, "fraction", fraction)
 
     @classmethod
     def of(cls, pattern: str | float | Sparsity) -> Sparsity:
-        """The pattern itself, or one made of it."""
+        """The given Sparsity, or one made from the pattern."""
         if isinstance(pattern, Sparsity):
             return pattern
         return _of_text(pattern) if isinstance(pattern, str) else cls(pattern)
 
     def kept_of(self, size: int) -> int:
-        """How many of ``size`` compared weights are kept: all but ``fraction`` of them, rounded down."""
+        """Number of weights kept out of ``size``. The number of pruned weights, size * fraction, is rounded down."""
         return size - int(size * _decimal(self.fraction))
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Sparsity:
 
 @lru_cache
 def _decimal(fraction: float) -> Fraction:
-    """The shortest decimal that the float stands for, as an exact number."""
+    """The shortest decimal number that rounds to the float, as an exact fraction."""
     return Fraction(repr(float(fraction)))
 
 

@@ -1,4 +1,4 @@
-"""How many threads torch and the compiled library use: few for little work, none beyond the processors there are."""
+"""The number of threads of torch and the compiled library: one for small work, never more than usable processors."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from pathlib import Path
 import torch
 
 SMALL_WORK = 2**26
-"""Multiply-adds of an operation that takes a thread about a millisecond. Sharing less among threads gains little, and
-loses a scheduler's time slice at every barrier if another process has the core of one of the threads."""
+"""Multiply-adds that take one thread about a millisecond. Splitting less work over threads gains little. It can cost a
+scheduler time slice at every barrier, if another process occupies the core of one thread."""
 
 CHOLESKY_BLOCK = 64
-"""Columns of a matrix that LAPACK's Cholesky factorization takes at a time: an operation each."""
+"""Columns per operation of LAPACK's blocked Cholesky factorization."""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @contextmanager
 def few_threads(work: int) -> Iterator[None]:
-    """Inside, torch and the compiled library use one thread if the work is small; afterwards as many as before.
+    """Use one thread inside the context if the work is small; restore the number of threads afterwards.
 
-    The number belongs to the Python thread that enters. A thread that starts meanwhile keeps the lower number.
+    The setting applies to torch and the compiled library, in the Python thread that enters the context. A thread that
+    starts during the context keeps the lower number.
 
     Args:
         work: multiply-adds of the largest operation inside.
@@ -41,19 +42,19 @@ def few_threads(work: int) -> Iterator[None]:
 
 
 def forward_work(model: torch.nn.Module, tokens: int) -> int:
-    """Multiply-adds of the largest operation of a forward of ``tokens`` tokens: its product with the largest weight."""
+    """Multiply-adds of the largest operation in a forward of ``tokens`` tokens: the product with the largest weight."""
     return tokens * max((parameter.numel() for parameter in model.parameters() if parameter.dim() > 1), default=0)
 
 
 def cholesky_work(width: int) -> int:
-    """Multiply-adds of a step of the Cholesky factorization of a matrix [width, width]."""
+    """Multiply-adds of one step of the Cholesky factorization of a matrix [width, width]."""
     return CHOLESKY_BLOCK * width * width
 
 
 def respect_processors() -> None:
-    """Take no more threads than this process may use processors at once, unless the user has set a number.
+    """Limit the number of threads to the usable processors, unless the user has set a number of threads.
 
-    torch counts processors, not what share of them a container's quota allows.
+    torch counts all processors and ignores the CPU quota of a container.
     """
     if any(os.environ.get(name) for name in THREAD_VARIABLES):
         return
@@ -63,17 +64,17 @@ def respect_processors() -> None:
 
 
 def usable_processors(root: Path = Path("/")) -> int:
-    """Processors of this process by its affinity and, on Linux, the CPU quotas of its control groups.
+    """Number of processors that this process may use: by its affinity and, on Linux, the CPU quotas of its cgroups.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: the folder that contains ``proc`` and ``sys``.
     """
     counted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([counted, *(math.ceil(quota) for quota in _quotas(root))]))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Processors' worth of time that each control group of this process, or one above it, allows."""
+    """The CPU quotas of this process's control groups (cgroups) and their parents, in processors."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -91,7 +92,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _text(file: Path) -> str:
-    """What the file says; "" if it cannot be read."""
+    """The text of the file; "" if it cannot be read."""
     try:
         return file.read_text()
     except OSError:

@@ -11,15 +11,15 @@ from torch import nn
 class Owners:
     """Which parameters and buffers of a model share memory.
 
-    Two tensors are tied if at least one element of both lies at the same address: a head that is an embedding's
-    parameter, a parameter that is a slice of another. Tensors without memory (meta device) are tied only if they are
-    one object.
+    Two tensors are tied if they have at least one element at the same address. Examples: an output head that uses the
+    parameter of the embedding, or a parameter that is a slice of another. Tensors without memory (meta device) are tied
+    only if they are the same object.
 
     Args:
-        model: any module; one pass over its parameters and buffers.
+        model: any module. Creating this object takes one pass over its parameters and buffers.
 
     Attributes:
-        tensors: the parameters and buffers by name; one that several modules hold has several names.
+        tensors: the parameters and buffers by name. A tensor shared by several modules has several names.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,13 +30,13 @@ class Owners:
             self._by_memory.setdefault(memory_of(tensor), []).append(name)
 
     def others(self, tensor: torch.Tensor, name: str | None) -> list[str]:
-        """Names of the parameters and buffers that share memory with a tensor, all but ``name``."""
+        """Names of all parameters and buffers that share memory with a tensor, except ``name``."""
         sharing = (other for other in self._by_memory.get(memory_of(tensor), ()) if other != name)
         return [other for other in sharing if self.tensors[other] is tensor or overlap(self.tensors[other], tensor)]
 
 
 def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """True if two tensors of one storage have the address of an element in common."""
+    """True if two tensors of the same storage have at least one element at the same address."""
     if one.is_meta or one.numel() == 0 or other.numel() == 0:
         return False
     first, second = _span(one), _span(other)
@@ -44,7 +44,8 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     if (one.is_contiguous() and other.is_contiguous()) or one.element_size() != other.element_size():
         return True
-    # Two column ranges of one matrix have no element in common: mark the elements of one, look up those of the other.
+    # Byte ranges can overlap without a shared element, as for two column ranges of one matrix. So mark the elements of
+    # one tensor and look up those of the other.
     begin = min(one.storage_offset(), other.storage_offset())
     marks = torch.zeros(max(first[1], second[1]) // one.element_size() - begin, dtype=torch.bool)
     marks.as_strided(one.shape, one.stride(), one.storage_offset() - begin).fill_(True)
@@ -52,7 +53,7 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def memory_of(tensor: torch.Tensor) -> object:
-    """A key that is equal for tensors that may overlap: those of one storage."""
+    """A key that is equal for tensors that may overlap, because they have the same storage."""
     try:
         start = tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a sparse tensor or a wrapper around others
@@ -61,7 +62,7 @@ def memory_of(tensor: torch.Tensor) -> object:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte of a tensor in its storage, and the first byte after it."""
+    """Offset of a tensor's first byte in its storage, and of the first byte after the tensor."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset()) * tensor.element_size()
     return start, start + int(reach + 1) * tensor.element_size()

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from ace_triton import PruneError, ScoreTerms, StatsError, Update, prune_linear, register_metric
-from ace_triton import prune_blocks as prune_model
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.methods.registry import _REGISTRY, metric
 from ace_triton.option_types import Range, option_types, read_options
+from ace_triton.prune_blocks import prune_model
 
 
 @pytest.fixture
@@ -231,8 +231,8 @@ def test_options_named_like_an_argument_are_refused(register, function):
     ("function", "message"),
     [
         (lambda w, s, a: None, "option 'a' has no default"),
-        (lambda w, s, **options: None, "write out its options"),
-        (lambda w: None, "takes 1 arguments; it needs 2"),
+        (lambda w, s, **options: None, "name each option instead"),
+        (lambda w: None, "takes 1 arguments; it must take 2"),
     ],
 )
 def test_a_metric_whose_options_cannot_be_passed_is_refused(register, function, message):

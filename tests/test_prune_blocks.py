@@ -318,7 +318,7 @@ def test_layers_that_nothing_reaches_are_named(make_decoder, ids):
 def test_dass_leaves_attention_dense(make_decoder, ids):
     model, dense = make_decoder("llama"), make_decoder("llama")
     report = prune_model(model, ids, "dass")
-    assert {s.reason for s in report.skipped} == {"DaSS leaves attention dense"}
+    assert {s.reason for s in report.skipped} == {"method 'dass' leaves attention dense"}
     assert len(report.skipped) == 12
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, dense.model.layers[0].self_attn.q_proj.weight)
     axes = {layer.name.rpartition(".")[2]: layer.axis for layer in report.layers}
@@ -360,6 +360,29 @@ def test_a_metric_of_ones_own_may_look_at_consumers(make_decoder, ids):
     prune_model(wanda, ids, "wanda")
     assert same_masks(model, wanda)
     assert seen[1:8] == [None, None, None, None, (48,), (48,), None]
+
+
+def test_a_metric_may_leave_attention_dense_and_group_along_the_outputs(make_decoder, ids):
+    @register_metric("no_attention", skips_attention=True)
+    def no_attention(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
+        return ScoreTerms(scale=stats.norm)
+
+    @register_metric("outputs_of_gated", Needs(consumer=True), consumer_axis="out")
+    def outputs_of_gated(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
+        return ScoreTerms(scale=stats.norm)
+
+    try:
+        report = prune_model(make_decoder("llama"), ids, "no_attention")
+        assert {s.reason for s in report.skipped} == {"method 'no_attention' leaves attention dense"}
+        assert {layer.name.split(".")[3] for layer in report.layers} == {"mlp"}
+        axes = {
+            layer.name.split(".")[-1]: layer.axis
+            for layer in prune_model(make_decoder("llama"), ids, "outputs_of_gated").layers
+        }
+        assert {name for name, axis in axes.items() if axis == "out"} == {"gate_proj", "up_proj"}
+    finally:
+        _REGISTRY.pop("no_attention")
+        _REGISTRY.pop("outputs_of_gated")
 
 
 def test_include_and_exclude(make_decoder, ids):

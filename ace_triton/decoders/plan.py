@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..computed_weight import computed_weight
 from ..errors import ArgumentError
 from ..linears import linear_weight
-from ..methods.registry import Needs
+from ..methods.registry import Metric, Needs
 from ..sparsity import Axis, Sparsity
 from ..tied import Owners
 from .account import Account, Kind, Ledger
@@ -149,7 +149,7 @@ class Plan:
 
     Args:
         model: the whole model, in evaluation mode.
-        method: name of the metric.
+        metric: the metric.
         needs: the statistics that the metric needs.
         pattern: the sparsity pattern.
         names: selects layers by name.
@@ -171,7 +171,7 @@ class Plan:
     def __init__(
         self,
         model: PreTrainedModel,
-        method: str,
+        metric: Metric,
         needs: Needs,
         pattern: Sparsity,
         names: NameFilter,
@@ -185,7 +185,7 @@ class Plan:
         self.skipped: list[Skipped] = []
         self.excluded: list[Excluded] = []
         self._stacks, self._layouts = stacks, layouts
-        self._method, self._needs, self._pattern, self._names = method, needs, pattern, names
+        self._metric, self._needs, self._pattern, self._names = metric, needs, pattern, names
         self._parameters = sum(p.numel() for p in model.parameters())
         self._owners = Owners(model)
         self._done: set[str] = set()
@@ -242,9 +242,11 @@ class Plan:
         self._storage |= {name: _Storage.of(name, layer) for name, layer in linears.items()}
         linears |= self._experts(block)
         reasons = dict.fromkeys(adapters(block.module, block.name), ADAPTER) | dict.fromkeys(routers(block), ROUTER)
-        attention = {name for name in linears if self._needs.consumer and in_attention(block, name)}
-        if self._method == "dass":
-            reasons |= dict.fromkeys(attention, "DaSS leaves attention dense")
+        attention: set[str] = set()
+        if self._needs.consumer or self._metric.skips_attention:
+            attention = {name for name in linears if in_attention(block, name)}
+        if self._metric.skips_attention:
+            reasons |= dict.fromkeys(attention, f"method {self._metric.name!r} leaves attention dense")
         layers: dict[str, nn.Module] = {}
         for name, layer in linears.items():
             if not self._names.wants(name):
@@ -292,7 +294,7 @@ class Plan:
         if stack is None:
             return f"a parameter of a {type(module).__name__}, not the weight of a linear layer"
         if stack.name in self._layouts:
-            return "gate and up alternate in its experts, so DaSS cannot tell them apart"
+            return f"gate and up alternate in its experts, so method {self._metric.name!r} cannot tell them apart"
         return "a 3-D weight that no matrix product of the model's forward reads"
 
     def _add_outside(self, model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of one's own for the command line: Python code that registers them, run on request."""
+"""Plugins: Python files and modules that register your own metrics, for the command line."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .registry import metric, metric_names
 
 
 class PluginError(RecipeError):
-    """A plugin that cannot be imported, or registers nothing."""
+    """A plugin that cannot be imported or registers no metric."""
 
 
 def load_plugins(names: list[str] | None) -> list[str] | None:
-    """Import files and modules, which runs their code; the names as they were.
+    """Import plugins, which runs their code. Returns the names unchanged.
 
     Args:
-        names: each a ``.py`` file, or a module as ``import`` takes it.
+        names: ``.py`` files, or names of modules as in ``import``.
 
     Raises:
-        PluginError: there is no such file or module, its code fails, or it registers no metric.
+        PluginError: a file or module does not exist, its code fails, or it registers no metric.
     """
     for name in names or ():
         _load(name)
@@ -46,7 +46,7 @@ def _load(name: str) -> None:
 
 
 def _module_name(path: Path) -> str:
-    """One for each file, wherever it lies."""
+    """A module name that is unique for each file path."""
     return f"ace_triton_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
 
 

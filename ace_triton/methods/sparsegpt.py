@@ -1,5 +1,5 @@
-"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column, each error spread over the columns
-that are still to come."""
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column and spread each column's error over the
+later columns."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from ..solvers.update import gram_of
 from ..sparsity import Axis, Sparsity
 from ..statistics.activation import ActivationStats, StatsError
 from ..threads import cholesky_work, few_threads
+from .registry import Needs, register_metric
 
 MOST_DAMPING = 1.0
+"""The largest damping that is tried, as a share of the Gram matrix's mean diagonal."""
 
 
 def sparsegpt_weight(
@@ -28,29 +30,31 @@ def sparsegpt_weight(
     damping: float = 0.01,
     block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pruned and updated weight, as published (algorithm 1 and its code at 147d215).
+    """Prune and update a weight as published (algorithm 1 and its code at 147d215).
 
-    For n:m the survivors of a group are chosen when the sweep reaches it, from the weights as they are by then; for a
-    fraction they are chosen in every block of columns, the share of the whole block [out_features, block_size].
+    For n:m, the sweep chooses the kept weights of a group when it reaches the group, from the weights updated so far.
+    For a fraction, it chooses them once per block of columns; the fraction applies to the whole block
+    [out_features, block_size].
 
     Args:
         weight: dense, fp32 [out_features, in_features].
         stats: with a Gram matrix.
-        pattern: of any kind but along the outputs; a fraction's scope plays no part.
-        axis: what groups run along.
-        damping: share of the Gram matrix's mean diagonal added to it; raised tenfold as long as Cholesky fails.
-        block_size: columns updated together, a multiple of m.
+        pattern: any pattern that runs along the inputs; the scope of a fraction is ignored.
+        axis: the direction of the groups; only "in" is valid.
+        damping: share of the Gram matrix's mean diagonal that is added to its diagonal. It is raised tenfold, up to
+            :data:`MOST_DAMPING`, while the Cholesky factorization fails.
+        block_size: columns per block, a multiple of m.
 
     Returns:
-        fp32 [out_features, in_features], +0.0 where pruned, and the mask.
+        The weight, fp32 [out_features, in_features], +0.0 where pruned; and the mask.
 
     Raises:
-        ValueError: a pattern or option that it cannot serve.
-        StatsError: no Gram matrix, or one that no damping makes positive definite.
+        RecipeError: the pattern or an option is invalid.
+        StatsError: there is no Gram matrix, or no damping makes it positive definite.
     """
     if axis == "out":
         raise RecipeError(
-            "sparsegpt sweeps over input columns: a pattern along the outputs cannot be chosen on the way"
+            "sparsegpt prunes input columns one after another, so groups cannot run along the outputs: use axis='in'"
         )
     if pattern.m is not None and weight.shape[1] % pattern.m:
         raise RecipeError(f"its {weight.shape[1]} inputs are no multiple of {pattern.m}")
@@ -70,7 +74,7 @@ def sparsegpt_weight(
 
 
 def _sweep(current: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, pattern: Sparsity) -> torch.Tensor:
-    """Prune a block's columns in place; returns each column's error over its pivot, [out_features, columns]."""
+    """Prune a block's columns in place; returns each column's error divided by its pivot, [out_features, columns]."""
     columns = current.t().contiguous()
     errors = torch.empty_like(columns)
     scale = factor.diagonal().reciprocal()
@@ -92,7 +96,7 @@ def _sweep(current: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, patt
 def inverse_factor(stats: ActivationStats, damping: float) -> torch.Tensor:
     """U, upper triangular, with U^T U = (G + damping mean(diag G))^-1; fp32 [in_features, in_features].
 
-    Channels that were never active have 1 on G's diagonal, as in the published code.
+    A channel that was never active gets 1 on G's diagonal, as in the published code.
     """
     matrix = gram_of(stats).matrix
     assert matrix is not None
@@ -108,21 +112,22 @@ def inverse_factor(stats: ActivationStats, damping: float) -> torch.Tensor:
                     return upper
         damping = max(damping, 1e-3) * 10
     raise StatsError(
-        f"the Gram matrix has no Cholesky factor, even damped by {MOST_DAMPING:g} of its mean diagonal: calibrate on "
-        "more tokens, in float32 or bfloat16"
+        f"the Gram matrix has no Cholesky factor, even with a damping of {MOST_DAMPING:g} times its mean diagonal: "
+        "calibrate on more tokens, in float32 or bfloat16"
     )
 
 
+@register_metric("sparsegpt", Needs(gram=True), solve=sparsegpt_weight)
 def sparsegpt(
     weight: torch.Tensor,
     stats: ActivationStats,
     damping: Annotated[float, Range(least=0)] = 0.01,
     block_size: Annotated[int, Range(least=1)] = 128,
 ) -> ScoreTerms:
-    """|W_ij| / U_jj, the root of SparseGPT's criterion, for weights that are not updated yet.
+    """|W_ij| / U_jj, the square root of SparseGPT's criterion, for weights that are not updated yet.
 
-    Pruning itself is :func:`sparsegpt_weight`'s, which applies it to the updated weights. This form serves what must
-    rank weights beforehand.
+    :func:`sparsegpt_weight` prunes; it applies the criterion to the updated weights. This form ranks the dense weights,
+    for channel orders, budgets and weight updates.
     """
     factor = stats.derive(("sparsegpt", damping), lambda: inverse_factor(stats, damping))
     return ScoreTerms(scale=factor.diagonal().reciprocal())

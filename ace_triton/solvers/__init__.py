@@ -1,1 +1,1 @@
-"""What moves the kept weights after the mask is chosen."""
+"""Solvers that update the kept weights after the mask is chosen."""

@@ -1,10 +1,10 @@
 """Masked least squares: the kept weights that best reproduce the dense layer's outputs.
 
-For the dense weight W, the input's Gram matrix G (damped) and a mask, row by row
+W is the dense weight and G the damped Gram matrix of the input. For each row i
 
-    minimise (w_i - W_i) G (w_i - W_i)^T   over w_i with zeros where the mask has them.
+    minimize (w_i - W_i) G (w_i - W_i)^T   over all w_i that are zero where the mask is False.
 
-All rows are solved at once; a step is one product [out, in] x [in, in].
+All rows are solved at once. One step is one product [out_features, in_features] x [in_features, in_features].
 """
 
 from __future__ import annotations
@@ -18,45 +18,44 @@ from ..kernels.gram_product import bfloat16_products
 from ..threads import cholesky_work, few_threads
 
 TOLERANCE = 0.02
-"""Conjugate gradients end where the residual, in the preconditioner's norm, is below this share of what the outputs'
-norm would be if channels were uncorrelated. The mask itself costs ten times that."""
+"""Conjugate gradients stop if the residual, in the preconditioner's norm, is below this share of the norm that the
+outputs would have if channels were uncorrelated."""
 
 PENALTY = 0.8
-"""Of the mask search, in units of G's diagonal. SmolLM2-135M, 2:4: four or five rounds at it give the perplexity
-that eight to twelve give at penalties that rise from 0.4 to 1.2."""
+"""The penalty rho of the mask search, in units of G's diagonal."""
 
 WIDEST_FACTOR = 1024
-"""Channels of a matrix that is inverted from its Cholesky factor: at 1,536 halves take 68 ms on a core, not 86."""
+"""Largest matrix that is inverted from its Cholesky factor. A larger one is split in halves, which is faster."""
 
 Choose = Callable[[torch.Tensor, Literal["mask", "weight"]], torch.Tensor]
-"""A metric's choice among weights fp32 [out_features, in_features]: the mask (True where kept), or the weights
-themselves, in place, with 0 where they are not kept."""
+"""Applies a metric's selection to weights, fp32 [out_features, in_features]. "mask" returns the mask, True where kept.
+"weight" sets the other weights to 0, in place, and returns the weights."""
 
 
 def energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """sum_t (w_i x_t)^2 of every row, fp32 [out_features]; on a CPU from factors of eight bits, as they are in bf16."""
-    return coarse_product(weight, gram).mul_(weight).sum(1)
+    """sum_t (w_i x_t)^2 for each row, fp32 [out_features]; factors are rounded as in :func:`rounded_product`."""
+    return rounded_product(weight, gram).mul_(weight).sum(1)
 
 
-def coarse(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix in bf16 where its products are fast, for what eight bits are enough for; else as it is."""
+def rounded(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix in bf16 if its device has fast bf16 products, else unchanged. Use it if 8 bits are precise enough."""
     fast = matrix.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return matrix.bfloat16() if fast else matrix
 
 
-def coarse_product(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """weight @ matrix in the weight's dtype, from factors of eight bits where those are fast.
+def rounded_product(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """weight @ matrix in the weight's dtype; on a CPU with fast bf16 products, both factors are rounded to bf16.
 
     Args:
         weight: fp32 or fp64 [out_features, in_features].
-        matrix: [in_features, in_features]; what :func:`coarse` gave takes half the time on a CPU.
+        matrix: [in_features, in_features]; a result of :func:`rounded` is faster.
     """
     with bfloat16_products():
         return (weight.to(matrix.dtype) @ matrix).to(weight.dtype)
 
 
-def under(mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The weight, finite, with +0.0 where the mask has none: on a CPU in a seventh of torch.where's time."""
+def masked(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The weight with +0.0 where the mask is False. The weight must be finite. Faster than torch.where on a CPU."""
     return (weight * mask).add_(0.0)
 
 
@@ -68,14 +67,14 @@ def solve_kept(
     start: torch.Tensor | None = None,
     tolerance: float = TOLERANCE,
 ) -> torch.Tensor:
-    """The least-squares weights on a mask, by conjugate gradients with G's diagonal as preconditioner.
+    """The least-squares weights for a mask, by conjugate gradients with G's diagonal as preconditioner.
 
     Args:
         dense: W, fp32 [out_features, in_features].
-        mask: bool of that shape, True where kept.
+        mask: bool [out_features, in_features], True where kept.
         gram: G, fp32 [in_features, in_features], positive definite.
-        iterations: at most so many, one product each; each lowers the error.
-        start: where to start from; None for the dense weights under the mask.
+        iterations: the largest number of iterations. Each takes one product and lowers the error.
+        start: the weights to start from; None for the masked dense weights.
         tolerance: as :data:`TOLERANCE`.
 
     Returns:
@@ -88,9 +87,9 @@ def solve_kept(
     scaled = residual * inverse_diagonal
     direction = scaled
     size = (residual * scaled).sum(1, keepdim=True)
-    enough = tolerance**2 * (dense.square() @ gram.diagonal()).sum()
+    threshold = tolerance**2 * (dense.square() @ gram.diagonal()).sum()
     for _ in range(iterations):
-        if bool(size.sum() <= enough):
+        if bool(size.sum() <= threshold):
             break
         product = (direction @ gram).mul_(keep)
         curvature = (direction * product).sum(1, keepdim=True)
@@ -104,36 +103,38 @@ def solve_kept(
 
 
 def penalty_step(gram: torch.Tensor, penalty: float = PENALTY) -> torch.Tensor:
-    """rho D (G + rho D)^-1 with D = diag(G), [in_features, in_features], in bf16 where its products are fast.
+    """rho D (G + rho D)^-1 with D = diag(G), [in_features, in_features], in the dtype of :func:`rounded`.
 
-    The step of :func:`search_mask` is written so that this factor only multiplies what the weights move by: eight
-    bits of it are enough to choose a mask.
+    :func:`search_mask` multiplies only the change of the weights by this factor, so bf16 is precise threshold.
     """
     strength = gram.diagonal() * penalty
-    return coarse(_inverse(raised(gram, strength)).mul_(strength[:, None]))
+    return rounded(_inverse(add_to_diagonal(gram, strength)).mul_(strength[:, None]))
 
 
 def _inverse(matrix: torch.Tensor) -> torch.Tensor:
-    """Of a symmetric positive definite matrix: by its Schur complement where it is wide, since products are faster than
-    triangular solves."""
+    """The inverse of a symmetric positive definite matrix.
+
+    A matrix wider than :data:`WIDEST_FACTOR` is inverted by its Schur complement, because products are faster than
+    triangular solves.
+    """
     width = len(matrix)
     if width <= WIDEST_FACTOR:
         with few_threads(cholesky_work(width)):
             return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
     half = width // 2
-    first, beside, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    a, b, c = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
     inverse = torch.empty_like(matrix)
-    of_first = _inverse(first)
-    solved = of_first @ beside
-    inverse[half:, half:] = of_rest = _inverse(last - beside.t() @ solved)
-    inverse[:half, half:] = corner = (solved @ of_rest).neg_()
+    a_inverse = _inverse(a)
+    a_inverse_b = a_inverse @ b
+    inverse[half:, half:] = schur_inverse = _inverse(c - b.t() @ a_inverse_b)
+    inverse[:half, half:] = corner = (a_inverse_b @ schur_inverse).neg_()
     inverse[half:, :half] = corner.t()
-    inverse[:half, :half] = of_first.addmm_(corner, solved.t(), alpha=-1)
+    inverse[:half, :half] = a_inverse.addmm_(corner, a_inverse_b.t(), alpha=-1)
     return inverse
 
 
-def raised(gram: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix with ``added`` [in_features] on its diagonal."""
+def add_to_diagonal(gram: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """A copy of the Gram matrix with ``added`` [in_features] added to its diagonal."""
     matrix = gram.clone()
     matrix.diagonal().add_(added)
     return matrix
@@ -142,27 +143,27 @@ def raised(gram: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
 def search_mask(
     dense: torch.Tensor, mask: torch.Tensor, step: torch.Tensor, rounds: int, choose: Choose
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let mask and weights move together: the alternating direction method of multipliers.
+    """Optimize mask and weights together, by the alternating direction method of multipliers (ADMM).
 
-    The splitting is that of Boža (arXiv 2401.02938), W = (G + rho D)^-1 (G W0 + rho D (Z - U)), Z = kept part of
-    W + U, U = W + U - Z; here with the penalty in the norm of D = diag(G), and in the form
-    W = W0 + (Z - U - W0) rho D (G + rho D)^-1, whose rounding errors are small beside what the weights move by.
+    The splitting follows Boža (arXiv 2401.02938): W = (G + rho D)^-1 (G W0 + rho D (Z - U)), Z = the kept part of
+    W + U, U = W + U - Z. Here the penalty uses the norm of D = diag(G). The step is computed as
+    W = W0 + (Z - U - W0) rho D (G + rho D)^-1, so rounding errors are small compared with the change of the weights.
 
     Args:
         dense: W0, fp32 [out_features, in_features].
         mask: the first mask.
         step: :func:`penalty_step` of the layer's Gram matrix.
-        rounds: how often the mask is chosen again, 1 or more.
-        choose: the metric's choice.
+        rounds: number of times that the mask is chosen again, 1 or more.
+        choose: the metric's selection.
 
     Returns:
         The last mask, and weights near its least-squares solution.
     """
-    kept, beyond = under(mask, dense), dense
+    kept, offset = masked(dense, mask), dense
     for index in range(rounds):
-        free = coarse_product(kept.sub_(beyond), step).add_(beyond)
+        free = rounded_product(kept.sub_(offset), step).add_(offset)
         if index + 1 < rounds:
             kept = choose(free.clone(), "weight")
-            beyond = free.sub_(kept).add_(dense)
+            offset = free.sub_(kept).add_(dense)
     mask = choose(free, "mask")
-    return mask, under(mask, free)
+    return mask, masked(free, mask)

@@ -1,4 +1,4 @@
-"""Weight updates: what happens to the kept weights once a metric has chosen them."""
+"""Weight updates: change the kept weights after a metric has chosen them."""
 
 from __future__ import annotations
 
@@ -15,37 +15,49 @@ from ..kernels.gram_product import bfloat16_products
 from ..option_types import OptionType, Range, check_options, option_types
 from ..statistics.activation import ActivationStats, StatsError
 from ..statistics.gram import Gram
-from .least_squares import Choose, coarse, coarse_product, energy, penalty_step, raised, search_mask, solve_kept, under
+from .least_squares import (
+    Choose,
+    add_to_diagonal,
+    energy,
+    masked,
+    penalty_step,
+    rounded,
+    rounded_product,
+    search_mask,
+    solve_kept,
+)
 
 UPDATES = ("rescale", "lstsq")
 
-FEW_ROWS, NO_DOUBT = 8, 0.9
-"""Every eighth row tells whether a search helped where their error fell below 0.9 of what it was."""
+ROW_STRIDE, CLEAR_GAIN = 8, 0.9
+"""Compare every eighth row first. If the error of these rows fell below 0.9 times the old error, accept the result;
+otherwise compare all rows."""
 
 LARGEST_SCALE = 2.0
-"""A row is never scaled by more, nor by less than its inverse: one that lost so much is no matter of scale."""
+"""The largest scale of a row; its inverse is the smallest. A row that lost more cannot be repaired by a scale."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """How kept weights are moved.
+    """How the kept weights are updated.
 
-    "rescale" multiplies every row by one number, so that its outputs have the energy, the sum of squares over the
-    calibration tokens, that the dense row's have on the same inputs: a mask takes energy away, and what is missing
-    adds up from block to block. It costs next to nothing. "lstsq" moves every kept weight, by masked least squares
-    (:mod:`ace_triton.solvers.least_squares`), and rescales then: a regression's outputs have less energy than its
-    targets.
+    "rescale" multiplies each row by one number. The energy of a row is the sum of its squared outputs over the
+    calibration tokens. Masks reduce it, and the loss adds up from block to block. The number restores the energy of
+    the dense row on the same inputs. This costs little time.
+
+    "lstsq" updates every kept weight by masked least squares (:mod:`ace_triton.solvers.least_squares`), then rescales
+    the rows, because the outputs of a regression have less energy than its targets.
 
     Attributes:
-        kind: "rescale" or "lstsq". What follows is for "lstsq".
-        damping: holds every weight near its dense value, as a share of the mean diagonal of the Gram matrix.
-        prior: does the same channel by channel, as so many tokens' worth of the channel's own energy: it hardly
-            shows in 10,000 tokens, and stands in for what a few hundred do not tell. Both defaults lie where the
-            output error on held-out text was least, for 512 as for 8,192 tokens of SmolLM2-135M; it is flat there.
-        iterations: conjugate-gradient steps at most, where the mask is kept; mask rounds end near the solution.
-        mask_rounds: how often the mask is chosen again, by the metric, while the weights move; 0 keeps the mask
-            that the metric chose for the dense weights.
-        rescale: whether rows are scaled at the end, as "rescale" does.
+        kind: "rescale" or "lstsq". All other options are for "lstsq".
+        damping: added to the Gram matrix's diagonal, as a share of its mean. It keeps each weight near its dense value.
+        prior: also added to the diagonal, as a number of tokens with the channel's mean energy. It keeps weights near
+            their dense values if there are few calibration tokens, and has little effect if there are many.
+        iterations: the largest number of conjugate-gradient iterations. They run only if mask_rounds is 0 or does not
+            lower the error.
+        mask_rounds: number of times that the metric chooses the mask again while the weights change. 0 keeps the mask
+            for the dense weights.
+        rescale: True to rescale rows at the end.
     """
 
     kind: Literal["rescale", "lstsq"] = "lstsq"
@@ -61,22 +73,25 @@ class Update:
         options = {name: getattr(self, name) for name in self.types()}
         check_options(self.types(), options, f"the update {self.kind!r}")
         if self.damping == self.prior == 0:
-            raise RecipeError("damping and prior are both 0: dependent channels would have no unique solution; set one")
+            raise RecipeError(
+                "damping and prior are both 0, so dependent channels have no unique solution: set one of them above 0"
+            )
         if self.kind == "rescale" and replace(self, kind="lstsq") != Update():
-            raise RecipeError("the update 'rescale' has no options: they are those of 'lstsq'")
+            raise RecipeError("the update 'rescale' has no options; use 'lstsq' to set them")
 
     @classmethod
     @cache
     def types(cls) -> dict[str, OptionType]:
-        """The options of "lstsq" and the values that they take."""
+        """The options of "lstsq" and their allowed values."""
         return {name: option for name, option in option_types(cls).items() if name != "kind"}
 
     @classmethod
     def of(cls, update: str | Mapping[str, Any] | Update | None) -> Update | None:
-        """The update itself, one by name or from a dict as :meth:`to_dict` gives it, or None for none.
+        """An update from its name, from a dict like that of :meth:`to_dict`, or from an Update; None for no update.
 
         Raises:
-            ValueError: an unknown update or option, or a value that an option does not take.
+            RecipeError: the update is unknown.
+            ArgumentError: an option is unknown, or its value is invalid.
         """
         if update is None or isinstance(update, Update):
             return update
@@ -92,21 +107,21 @@ class Update:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types: the kind and the options that it has."""
+        """The kind and its options, as JSON types."""
         return {"kind": self.kind} if self.kind == "rescale" else asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Update:
-        """What :meth:`to_dict` gave; of a "rescale" written with options, which it never had, the kind alone."""
+        """An update from :meth:`to_dict`. Options of a "rescale" are ignored."""
         return cls("rescale") if record["kind"] == "rescale" else cls(**record)
 
 
 def gram_of(stats: ActivationStats | None) -> Gram:
-    """The Gram matrix that statistics carry, finite and with tokens in it; StatsError where they do not."""
+    """The Gram matrix of the statistics; StatsError if it is missing, empty, or not finite."""
     gram = None if stats is None else stats.gram
     if gram is None or gram.matrix is None:
         raise StatsError(
-            "a weight update needs the input's Gram matrix, which these statistics do not hold: pass raw tokens, or "
+            "a weight update needs the input's Gram matrix, but these statistics have none: pass raw tokens, or "
             "collect with ActivationStats.from_tokens(tokens, gram=True)"
         )
     if not all_finite(gram.matrix):
@@ -128,50 +143,50 @@ def updated_weight(
 
     Args:
         dense: fp32 [out_features, in_features].
-        stats: with a Gram matrix, or for "rescale" a sample of tokens.
-        update: how.
-        choose: the metric's choice.
-        start: weights and mask to start from, of a method with a solver of its own; None for the dense weights
-            under the metric's choice.
+        stats: with a Gram matrix; a sample of tokens is enough for "rescale".
+        update: the update.
+        choose: the metric's selection.
+        start: weights and mask from a method that has its own solver. None for the dense weights, masked by the
+            metric's selection.
 
     Returns:
-        fp32 weights, +0.0 where not kept, and the mask. Before rows are scaled, their output error, damping counted
-        in, is not above that of the start.
+        fp32 weights, +0.0 where pruned, and the mask. Before rows are rescaled, the output error (with damping) is not
+        larger than at the start.
 
     Raises:
-        StatsError: no Gram matrix or sample of tokens, as the update needs, or NaN or infinity in it.
+        StatsError: the Gram matrix or the sample that the update needs is missing, or holds NaN or infinity.
     """
     first, mask = start or (None, choose(dense, "mask"))
-    fit = _Fit(under(mask, dense) if first is None else first, mask)
+    fit = _Fit(masked(dense, mask) if first is None else first, mask)
     if update.kind == "lstsq":
         fit = _fitted(dense, stats, update, choose, fit)
-    return (rescaled(fit.weight, dense, stats, fit.gained) if update.rescale else fit.weight), fit.mask
+    return (rescaled(fit.weight, dense, stats, fit.energy_change) if update.rescale else fit.weight), fit.mask
 
 
 def rescaled(
-    weight: torch.Tensor, dense: torch.Tensor, stats: ActivationStats, gained: torch.Tensor | None = None
+    weight: torch.Tensor, dense: torch.Tensor, stats: ActivationStats, energy_change: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The weight, each row times sqrt(sum_t (W_i x_t)^2 / sum_t (w_i x_t)^2); W is the dense weight, w this one.
+    """The weight w with row i times sqrt(sum_t (W_i x_t)^2 / sum_t (w_i x_t)^2), where W is the dense weight.
 
     Args:
         weight, dense: fp32 [out_features, in_features].
         stats: with a Gram matrix, or a sample of tokens.
-        gained: sum_t (w_i x_t)^2 - (W_i x_t)^2, fp32 [out_features], where it is known already.
+        energy_change: sum_t (w_i x_t)^2 - (W_i x_t)^2, fp32 [out_features]; None to compute it.
     """
-    given = output_energy(dense, stats)
-    left = output_energy(weight, stats) if gained is None else given + gained
-    scale = torch.where((given > 0) & (left > 0), given / left, 1.0).sqrt_()
+    before = output_energy(dense, stats)
+    after = output_energy(weight, stats) if energy_change is None else before + energy_change
+    scale = torch.where((before > 0) & (after > 0), before / after, 1.0).sqrt_()
     return weight * scale.clamp_(1 / LARGEST_SCALE, LARGEST_SCALE)[:, None]
 
 
 def output_energy(weight: torch.Tensor, stats: ActivationStats) -> torch.Tensor:
-    """sum_t (w_i x_t)^2 over the tokens, or over the sample where there is no Gram matrix; fp32 [out_features]."""
+    """sum_t (w_i x_t)^2 over all tokens, or over the sample if there is no Gram matrix; fp32 [out_features]."""
     if stats.gram is not None:
-        return energy(weight, _coarse_gram(stats))
+        return energy(weight, _rounded_gram(stats))
     tokens = None if stats.sample is None else stats.sample.tokens
     if tokens is None:
         raise StatsError(
-            "the update 'rescale' needs some of the input's tokens, which these statistics do not hold: pass raw "
+            "the update 'rescale' needs a sample of the input's tokens, but these statistics have none: pass raw "
             "tokens, or collect with ActivationStats.from_tokens(tokens, sample=True)"
         )
     with bfloat16_products():
@@ -180,11 +195,11 @@ def output_energy(weight: torch.Tensor, stats: ActivationStats) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Weights and their mask; ``gained`` as in :func:`rescaled`, where finding them told it."""
+    """Weights and their mask; ``energy_change`` as in :func:`rescaled`, or None."""
 
     weight: torch.Tensor
     mask: torch.Tensor
-    gained: torch.Tensor | None = None
+    energy_change: torch.Tensor | None = None
 
 
 def _fitted(dense: torch.Tensor, stats: ActivationStats, update: Update, choose: Choose, first: _Fit) -> _Fit:
@@ -196,45 +211,45 @@ def _fitted(dense: torch.Tensor, stats: ActivationStats, update: Update, choose:
         return first
     if update.mask_rounds:
         step = stats.derive(
-            ("penalty_step", update.damping, update.prior), lambda: penalty_step(raised(matrix, damping))
+            ("penalty_step", update.damping, update.prior), lambda: penalty_step(add_to_diagonal(matrix, damping))
         )
         mask, moved = search_mask(dense, first.mask, step, update.mask_rounds, choose)
-        change, coarse_gram = moved - dense, _coarse_gram(stats)
-        product = coarse_product(change, coarse_gram)
+        change, gram = moved - dense, _rounded_gram(stats)
+        product = rounded_product(change, gram)
         error = _row_products(product, change) + change.square() @ damping
-        if _errs_less(error, first.weight - dense, coarse_gram, damping):
+        if _is_less(error, first.weight - dense, gram, damping):
             return _Fit(moved, mask, _row_products(product, moved + dense))
-    damped = stats.derive(("damped_gram", update.damping, update.prior), lambda: raised(matrix, damping))
+    damped = stats.derive(("damped_gram", update.damping, update.prior), lambda: add_to_diagonal(matrix, damping))
     return _Fit(solve_kept(dense, first.mask, damped, update.iterations, first.weight), first.mask)
 
 
-def _errs_less(error: torch.Tensor, change: torch.Tensor, gram: torch.Tensor, damping: torch.Tensor) -> bool:
-    """Whether rows err less, in sum, than those changed by ``change``: by a few rows where these leave no doubt."""
-    for rows, doubt in ((slice(None, None, FEW_ROWS), NO_DOUBT), (slice(None), 1.0)):
+def _is_less(error: torch.Tensor, change: torch.Tensor, gram: torch.Tensor, damping: torch.Tensor) -> bool:
+    """True if the sum of ``error`` over the rows is not above the error of changing the dense weights by ``change``."""
+    for rows, share in ((slice(None, None, ROW_STRIDE), CLEAR_GAIN), (slice(None), 1.0)):
         other = energy(change[rows], gram) + change[rows].square() @ damping
-        if bool(error[rows].sum() <= doubt * other.sum()):
+        if bool(error[rows].sum() <= share * other.sum()):
             return True
     return False
 
 
 def _row_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """<left_i, right_i> of every row."""
+    """The dot product of each row of ``left`` with the same row of ``right``."""
     return (left * right).sum(1)
 
 
-def _coarse_gram(stats: ActivationStats) -> torch.Tensor:
-    """The Gram matrix itself, not damped, as :func:`coarse` has it."""
+def _rounded_gram(stats: ActivationStats) -> torch.Tensor:
+    """The Gram matrix without damping, through :func:`rounded`; cached."""
 
     def compute() -> torch.Tensor:
         matrix = gram_of(stats).matrix
         assert matrix is not None
-        return coarse(matrix)
+        return rounded(matrix)
 
-    return stats.derive("coarse_gram", compute)
+    return stats.derive("rounded_gram", compute)
 
 
 def _damping(gram: Gram, update: Update) -> torch.Tensor:
-    """What is added to the Gram matrix's diagonal: damping mean(diag G) + prior / n_tokens diag(G), [in_features]."""
+    """The damping on the Gram matrix's diagonal: damping mean(diag G) + prior / n_tokens diag(G), [in_features]."""
     assert gram.matrix is not None
     diagonal = gram.matrix.diagonal()
     return update.damping * diagonal.mean() + update.prior / max(gram.count, 1) * diagonal

@@ -1,1 +1,1 @@
-"""What a layer's inputs and outputs looked like over the calibration data."""
+"""Statistics of the inputs and outputs of layers, collected on calibration text."""

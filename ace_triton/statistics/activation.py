@@ -1,8 +1,8 @@
-"""What a layer's inputs and outputs looked like over the calibration text, small enough to keep.
+"""Statistics of a layer's inputs on the calibration text.
 
-One :class:`ActivationStats` stands for one distinct input: layers that read the same tokens (q, k and v;
-gate and up) share it. What depends on a layer's own outputs (CosP's token weights) is an
-:class:`OutputStats`, one a layer.
+There is one :class:`ActivationStats` per distinct input. Layers that read the same tokens (q, k and v; gate and up)
+share it. Statistics that depend on a layer's outputs (CosP's token weights) are in an :class:`OutputStats`, one per
+layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .token_sample import TokenSample
 
 @dataclass
 class _Derived:
-    """A vector made of statistics, and whether it can be a term of a score; None where nobody looked."""
+    """A vector computed from statistics. ``is_term``: whether it is finite and not negative; None if not checked."""
 
     vector: torch.Tensor
     is_term: bool | None = None
@@ -36,8 +36,8 @@ class _Derived:
 class ActivationStats:
     """Channel statistics of one distinct input, streamed and mergeable.
 
-    Any split of the tokens over calls of :meth:`update`, and over objects joined by :meth:`merge`, gives
-    the one-shot result to about 1e-6 relative.
+    The tokens may be split in any way over calls of :meth:`update`, and over objects joined by :meth:`merge`. The
+    result is the same to a relative difference of about 1e-6.
 
     Attributes:
         in_features: number of channels.
@@ -45,11 +45,11 @@ class ActivationStats:
         mean, deviation: fp64 [in_features], mean of x and sum of squared deviations from it.
         sequence_square: fp32 [n_sequences, in_features], sum of x^2 over each sequence.
         sequence_count: int64 [n_sequences], tokens of each sequence.
-        outputs: what depends on one layer's outputs, or None.
-        consumer_norm: fp32 [out_features], for DaSS's gate and up projections: the input norms of the
-            layer that consumes what they feed (down_proj); None elsewhere.
-        gram: the input's Gram matrix, for weight updates; None where it is not wanted.
-        sample: some of the tokens, for ``update="rescale"``; None where they are not wanted.
+        outputs: statistics that depend on one layer's outputs, or None.
+        consumer_norm: fp32 [out_features], for a gate or up projection, if the metric needs it (DaSS does): the input
+            norms of the layer that reads its outputs (down_proj). None for other layers.
+        gram: the input's Gram matrix, for weight updates, or None.
+        sample: some of the tokens, for ``update="rescale"``, or None.
     """
 
     in_features: int
@@ -79,9 +79,9 @@ class ActivationStats:
 
         Args:
             tokens: [n_tokens, in_features] as one sequence, or [n_sequences, length, in_features].
-            layer: the layer that reads them; its outputs are computed for CosP. Left out: inputs only.
+            layer: the layer that reads the tokens. Its outputs are computed for CosP. By default, only inputs are used.
             valid: bool, the shape of ``tokens`` without its last axis; False leaves a token out (padding).
-            reduce: with ``layer``, also keep the matrix of the published CosP loss ("abs" or "rms").
+            reduce: "abs" or "rms": also keep the matrix of the published CosP loss; needs ``layer``.
             gram: also keep the Gram matrix, for ``update="lstsq"`` and SparseGPT.
             sample: also keep some of the tokens, for ``update="rescale"``.
         """
@@ -104,19 +104,19 @@ class ActivationStats:
         Args:
             tokens: [n_tokens, in_features] as one sequence, or [n_sequences, length, in_features]; fp32,
                 fp16 or bf16.
-            outputs: the layer's outputs for them, wanted where :attr:`outputs` is set.
+            outputs: the layer's outputs for these tokens; required if :attr:`outputs` is set.
             valid: bool, the shape of ``tokens`` without its last axis; False leaves a token out.
 
         Raises:
-            StatsError: tokens of another width, on another device or without memory, outputs missing, of another shape,
-                or not finite; nothing was added.
+            StatsError: the tokens have another width, another device or no memory; or outputs are missing, have another
+                shape, or are not finite. Nothing was added.
         """
         self._check_tokens(tokens)
         if (self.outputs is None) != (outputs is None):
             raise StatsError(
-                "these statistics follow a layer's outputs: pass outputs= with every batch"
+                "these statistics include a layer's outputs: pass outputs= with every batch"
                 if outputs is None
-                else "outputs given, but these statistics do not follow them: make them with layer="
+                else "outputs were given, but these statistics do not include outputs: create them with layer="
             )
         batch = moments(tokens, valid)
         if self.outputs is not None and outputs is not None:
@@ -134,11 +134,11 @@ class ActivationStats:
         )
 
     def _check_tokens(self, tokens: torch.Tensor) -> None:
-        """Raise StatsError for tokens that cannot be added."""
+        """Raise StatsError if the tokens cannot be added."""
         if (why := why_not_plain(tokens)) is not None:
             raise StatsError(f"the tokens' tensor {why}")
         if tokens.is_meta:
-            raise StatsError("tokens are on the meta device and hold no numbers: pass real ones")
+            raise StatsError("tokens are on the meta device and have no values: pass real tokens")
         if tokens.dim() not in (2, 3):
             raise StatsError(
                 f"tokens must be [n_tokens, {self.in_features}] or [n_sequences, length, {self.in_features}], got "
@@ -155,7 +155,7 @@ class ActivationStats:
         """Add the tokens of ``other`` (Chan, Golub and LeVeque's rule for the variance).
 
         Raises:
-            StatsError: statistics that hold other things or lie on another device; nothing was added.
+            StatsError: the other statistics have other fields, or are on another device. Nothing was added.
         """
         if other.in_features != self.in_features:
             raise StatsError(f"statistics of {self.in_features} and {other.in_features} channels do not merge")
@@ -183,9 +183,9 @@ class ActivationStats:
         self._add(other.count, other.mean, other.deviation, other.sequence_square, other.sequence_count)
 
     def reorder(self, order: torch.Tensor) -> None:
-        """Put channels in another order: place p takes channel ``order[p]``, int64 [in_features].
+        """Reorder the channels: position p gets channel ``order[p]``, int64 [in_features].
 
-        :attr:`outputs` is put in order too; :attr:`consumer_norm` follows the layer's outputs and stays.
+        :attr:`outputs` is reordered too. :attr:`consumer_norm` belongs to the layer's outputs and does not change.
         """
         self._derived = {}
         self.mean = None if self.mean is None else self.mean[order]
@@ -220,7 +220,7 @@ class ActivationStats:
 
     @property
     def n_sequences(self) -> int:
-        """Sequences seen."""
+        """Number of sequences."""
         return sum(len(c) for c in self._counts)
 
     @property
@@ -233,7 +233,7 @@ class ActivationStats:
 
     @property
     def sequence_count(self) -> torch.Tensor:
-        """Tokens of each sequence, int64 [n_sequences]."""
+        """Number of tokens in each sequence, int64 [n_sequences]."""
         return torch.cat(self._counts) if self._counts else torch.zeros(0, dtype=torch.int64, device="cpu")
 
     @property
@@ -249,14 +249,16 @@ class ActivationStats:
         return column_scale(ColumnScale(square, self.n_sequences))
 
     def derive(self, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A vector made of these statistics, computed once for all layers that share them."""
+        """A vector computed from these statistics, cached for all layers that share them."""
         if key not in self._derived:
             self._derived[key] = _Derived(compute())
         return self._derived[key].vector
 
     def is_term(self, vector: torch.Tensor) -> bool | None:
-        """Whether a vector of :meth:`derive` can be a term of a score: finite and not below 0. The answer is cached;
-        None for any other vector."""
+        """True if a vector from :meth:`derive` is finite and not negative, as a term of a score must be; cached.
+
+        None for a vector that does not come from :meth:`derive`.
+        """
         for derived in self._derived.values():
             if derived.vector is vector:
                 if derived.is_term is None:
@@ -266,26 +268,26 @@ class ActivationStats:
 
     @property
     def variance(self) -> torch.Tensor:
-        """Variance of x over tokens (divided by the count), fp32 [in_features]."""
+        """Variance of x over tokens, divided by :attr:`count`, fp32 [in_features]."""
         self.require_tokens()
         assert self.deviation is not None
         return (self.deviation / self.count).float()
 
     @property
     def standard_deviation(self) -> torch.Tensor:
-        """Root of :attr:`variance`, fp32 [in_features]."""
+        """Square root of :attr:`variance`, fp32 [in_features]."""
         self.require_tokens()
         assert self.deviation is not None
-        of = ColumnScale(self.deviation, self.count)
-        return self.derive("standard_deviation", lambda: column_scale(of))
+        variance = ColumnScale(self.deviation, self.count)
+        return self.derive("standard_deviation", lambda: column_scale(variance))
 
     def require_tokens(self) -> None:
-        """Raise StatsError where no token was counted."""
+        """Raise StatsError if no token was counted."""
         if self.count == 0:
-            raise StatsError("these statistics have seen no token: call update() with calibration tokens first")
+            raise StatsError("these statistics contain no token: call update() with calibration tokens first")
 
     def with_outputs(self, outputs: OutputStats | None) -> ActivationStats:
-        """The same input's statistics as they are now (tensors shared, not copied), seen from another layer."""
+        """A snapshot of these statistics with the outputs of another layer; tensors are shared, not copied."""
         return replace(self, outputs=outputs, _squares=list(self._squares), _counts=list(self._counts))
 
     def to(self, device: torch.device | str) -> ActivationStats:
@@ -311,7 +313,7 @@ class ActivationStats:
         return moved
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file (:mod:`ace_triton.statistics.file`).
+        """Write the statistics to a safetensors file (:mod:`ace_triton.statistics.file`).
 
         Raises:
             StatsError: no token was counted, or the file cannot be written.
@@ -341,10 +343,10 @@ class ActivationStats:
 
     @classmethod
     def load(cls, path: str | Path) -> ActivationStats:
-        """Read what :meth:`save` wrote, onto the CPU; every tensor is checked.
+        """Read a file that :meth:`save` wrote, onto the CPU. Every tensor is checked.
 
         Raises:
-            StatsError: no such file, not a file of ours, or one whose contents do not fit together.
+            StatsError: the file is missing, has another format, or its contents are inconsistent.
         """
         facts, tensors = stats_file.read(path)
         outputs = None

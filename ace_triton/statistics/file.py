@@ -1,6 +1,6 @@
-"""The safetensors file of a layer's statistics: a few facts as JSON, plain tensors, and a check of all of them.
+"""The safetensors file of a layer's statistics: tensors, and a header with a few values as JSON.
 
-Every tensor is checked on the way in: kernels trust what statistics hold.
+All values and tensors are checked when a file is read, because kernels do not check statistics again.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from ..errors import StatsError
 FORMAT = "ace_triton.activation_stats.1"
 
 ROUNDING = 1e-5
-"""Of sums of squares in fp32, as a share of them."""
+"""Relative rounding error of a sum of squares in fp32."""
 
 _TOKEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class _Form:
-    """What a tensor must be.
+    """The required form of a tensor.
 
     Attributes:
-        shape: its dimensions, by letter: "j" is in_features, any other letter one length of the file.
-        dtypes: that it may have.
-        signed: whether numbers below 0 are allowed.
-        needed: whether every file has it.
+        shape: one letter per dimension. "j" is in_features. Any other letter is a length that is the same for all
+            tensors of the file.
+        dtypes: allowed dtypes.
+        signed: True if negative values are allowed.
+        needed: True if every file must have this tensor.
     """
 
     shape: str
@@ -57,11 +58,11 @@ _FORMS = {
 }
 
 _TOGETHER = (("sample", "draws"), ("outputs", "weighted_square"))
-"""Facts and tensors of which a file has both or neither."""
+"""Pairs of header values and tensors. A file has both of a pair, or neither."""
 
 
 def write(path: str | Path, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write facts and tensors.
+    """Write header values and tensors.
 
     Raises:
         StatsError: the file cannot be written.
@@ -74,10 +75,10 @@ def write(path: str | Path, facts: Mapping[str, Any], tensors: Mapping[str, torc
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Facts and tensors of a file, all checked; tensors are on the CPU.
+    """Read and check the header values and tensors of a file; tensors are on the CPU.
 
     Raises:
-        StatsError: no such file, not a file of ours, or contents that do not fit together; says which.
+        StatsError: the file is missing, has another format, or its contents are inconsistent; the message says which.
     """
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
@@ -88,24 +89,24 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     found = facts.pop("format", None) if isinstance(facts, dict) else None
     if found != FORMAT:
         raise StatsError(
-            f"{path}: not activation statistics of this version (format {found!r}, wanted {FORMAT!r}): collect them "
-            "again"
+            f"{path}: not activation statistics of this version (format {found!r}, expected {FORMAT!r}): collect "
+            "them again"
         )
     try:
         _check_facts(facts)
         _check_names(facts, tensors)
         _check_tensors(facts, tensors)
     except StatsError as error:
-        raise StatsError(f"{path}: {error}; the file is damaged or made by hand: collect statistics again") from None
+        raise StatsError(f"{path}: {error}; the file is damaged or was edited: collect statistics again") from None
     return facts, tensors
 
 
 def _check_facts(facts: dict[str, Any]) -> None:
     if set(facts) - {"outputs"} != {"in_features", "count"}:
-        raise StatsError(f"its header must have in_features and count, and may have outputs; it has {sorted(facts)}")
+        raise StatsError(f"the header must have in_features and count, and may have outputs; it has {sorted(facts)}")
     for name in ("in_features", "count"):
         if not _is_count(facts[name]) or facts[name] < 1:
-            raise StatsError(f"{name} must be a whole number from 1 on, got {facts[name]!r}")
+            raise StatsError(f"{name} must be a whole number, 1 or more, got {facts[name]!r}")
     if "outputs" not in facts:
         return
     outputs = facts["outputs"]
@@ -114,7 +115,7 @@ def _check_facts(facts: dict[str, Any]) -> None:
     if outputs["reduce"] not in (None, "abs", "rms"):
         raise StatsError(f"reduce of outputs must be null, 'abs' or 'rms', got {outputs['reduce']!r}")
     if not _is_count(outputs["count"]):
-        raise StatsError(f"count of outputs must be a whole number from 0 on, got {outputs['count']!r}")
+        raise StatsError(f"count of outputs must be a whole number, 0 or more, got {outputs['count']!r}")
     unit = outputs["unit"]
     if isinstance(unit, bool) or not isinstance(unit, (int, float)) or not (math.isfinite(unit) and unit > 0):
         raise StatsError(f"unit of outputs must be a number above 0, got {unit!r}")
@@ -126,17 +127,17 @@ def _is_count(value: object) -> bool:
 
 def _check_names(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     needed = {name for name, form in _FORMS.items() if form.needed}
-    there = {*tensors, *facts}
+    present = {*tensors, *facts}
     if missing := needed - set(tensors):
-        raise StatsError(f"it has no tensor {', '.join(sorted(missing))}")
+        raise StatsError(f"the file has no tensor {', '.join(sorted(missing))}")
     if unknown := set(tensors) - set(_FORMS):
-        raise StatsError(f"it has tensors that statistics do not have: {', '.join(sorted(unknown))}")
+        raise StatsError(f"the file has unknown tensors: {', '.join(sorted(unknown))}")
     for one, other in _TOGETHER:
-        if (one in there) != (other in there):
-            raise StatsError(f"{one} and {other} belong together, and it has only one of them")
+        if (one in present) != (other in present):
+            raise StatsError(f"the file has only one of {one} and {other}, which belong together")
     reduce = facts["outputs"]["reduce"] if "outputs" in facts else None
     if (reduce is None) != ("coupling" not in tensors):
-        raise StatsError(f"its outputs are of reduce={reduce!r}, with which a coupling matrix does not go together")
+        raise StatsError(f"outputs with reduce={reduce!r} must have {'no' if reduce is None else 'a'} coupling matrix")
 
 
 def _check_tensors(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -148,17 +149,17 @@ def _check_tensors(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
         lengths = zip(form.shape, tensor.shape, strict=False)
         if tensor.dim() != len(form.shape) or any(sizes.setdefault(letter, size) != size for letter, size in lengths):
             wanted = ", ".join(str(sizes.get(letter, "any")) for letter in form.shape)
-            raise StatsError(f"{name} must be of shape [{wanted}], got {list(tensor.shape)}")
+            raise StatsError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
         if not bool(tensor.isfinite().all()):
             raise StatsError(
                 f"{name} holds NaN or infinity (look for overflow in the calibration forward: run it in bfloat16 or "
                 "float32)"
             )
         if not form.signed and bool((tensor < 0).any()):
-            raise StatsError(f"{name} holds numbers below 0")
-    # The sum of squared deviations of a channel that never changes may be below 0 by rounding.
+            raise StatsError(f"{name} holds negative values")
+    # In a channel with constant values, rounding can make the sum of squared deviations slightly negative.
     if bool((tensors["deviation"] < -ROUNDING * facts["count"] * tensors["mean"].square()).any()):
-        raise StatsError("deviation holds numbers below 0")
+        raise StatsError("deviation holds negative values")
     counted = int(tensors["sequence_count"].sum())
     if counted != facts["count"]:
-        raise StatsError(f"sequence_count adds up to {counted} tokens, but count is {facts['count']}")
+        raise StatsError(f"the sum of sequence_count is {counted} tokens, but count is {facts['count']}")

@@ -1,4 +1,4 @@
-"""The Gram matrix of a layer's input, sum_t x_t x_t^T: all that a weight update must know of the tokens."""
+"""The Gram matrix of a layer's input, sum_t x_t x_t^T: the only token statistic that a least-squares update needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Gram:
     Attributes:
         in_features: number of channels.
         count: tokens seen, padding left out.
-        matrix: fp32 [in_features, in_features], symmetric, on the device of the tokens; None before the first.
+        matrix: fp32 [in_features, in_features], symmetric, on the device of the tokens; None before the first update.
     """
 
     in_features: int
@@ -33,14 +33,14 @@ class Gram:
             valid: bool [...], False for tokens to leave out (padding).
 
         Raises:
-            ValueError: tokens of another width, or ``valid`` of another shape.
+            StatsError: the tokens have another width, or ``valid`` another shape.
         """
         rows = token_rows(tokens, valid, self.in_features, "Gram matrix")
         self.matrix = gram_product(rows, into=self.matrix)
         self.count += rows.shape[0]
 
     def __add__(self, other: Gram) -> Gram:
-        """That of the tokens of both; neither changes."""
+        """The Gram matrix of the tokens of both; neither operand changes."""
         if other.in_features != self.in_features:
             raise StatsError(f"Gram matrices of {self.in_features} and {other.in_features} channels do not merge")
         if self.matrix is None or other.matrix is None:
@@ -48,7 +48,7 @@ class Gram:
         return Gram(self.in_features, self.count + other.count, self.matrix + other.matrix)
 
     def reordered(self, order: torch.Tensor) -> Gram:
-        """With the channels in another order: place p takes channel ``order[p]``, int64 [in_features]."""
+        """A copy with reordered channels: position p gets channel ``order[p]``, int64 [in_features]."""
         matrix = None if self.matrix is None else self.matrix[order].index_select(1, order)
         return replace(self, matrix=matrix)
 
@@ -66,7 +66,14 @@ def check_valid(tokens: torch.Tensor, valid: torch.Tensor | None) -> None:
 
 
 def token_rows(tokens: torch.Tensor, valid: torch.Tensor | None, in_features: int, owner: str) -> torch.Tensor:
-    """The tokens [..., in_features] of a batch as rows, without padding; ValueError for another width or mask."""
+    """The tokens [..., in_features] of a batch as rows, without padding.
+
+    Args:
+        owner: what the tokens are for, named in the error message.
+
+    Raises:
+        StatsError: the tokens have another width, or ``valid`` another shape.
+    """
     if tokens.shape[-1] != in_features:
         raise StatsError(f"tokens have {tokens.shape[-1]} channels, this {owner} {in_features}")
     check_valid(tokens, valid)

@@ -1,4 +1,4 @@
-"""What depends on a layer's own outputs: CosP's token weights, and the input's squares under them."""
+"""Statistics that depend on a layer's outputs: sums of squared inputs with CosP's token weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from ..kernels.coupling import coupling
 from ..kernels.memory import why_not_plain
 from ..kernels.token_norms import token_norms
 from ..kernels.weighted_squares import MOST_LAYERS, weighted_squares
-from .settled import Settled, Tally, is_at_hand
+from .deferred import Deferred, DeviceCounts, is_on_cpu
 
 Reduce = Literal["abs", "rms"]
 
 NEGLIGIBLE_NORM = 1e-8
-"""Tokens whose squared output norm is below this share of the batch's mean take no part in CosP."""
-
+"""CosP ignores tokens whose squared output norm is below this share of the batch's mean."""
 
 NOT_FINITE = (
     "the layer's outputs hold NaN or infinity; look for overflow in the calibration forward (run it in bfloat16 or "
@@ -32,62 +31,65 @@ NOT_FINITE = (
 class OutputStats:
     """Token-weighted statistics of one layer, for CosP.
 
-    With s_t = sum_i a_ti^2 (the squared norm of the layer's output, bias included) and d_t = unit / s_t:
+    s_t = sum_i a_ti^2 is the squared norm of the layer's output for token t, with bias. The token weight is
+    d_t = unit / s_t.
 
     Attributes:
-        reduce: also keep the matrix of the published loss, as a mean of absolute values ("abs") or of
-            squares ("rms"); None keeps the vector only.
-        count: tokens counted.
-        unit: the mean s_t of the first batch; keeps d_t near 1, where fp16 and tf32 can hold it.
+        reduce: also keep the matrix of the published loss, a mean of absolute values ("abs") or of squares ("rms").
+            None keeps only the vector.
+        count: number of tokens with a weight.
+        unit: the mean s_t of the first batch. It keeps d_t near 1, in the range of fp16 and tf32.
         weighted_square: fp64 [in_features], sum_t d_t x_tj^2.
         matrix: fp32 [out_features, in_features], sum_t |a_ti x_tj| d_t ("abs") or its squares ("rms").
     """
 
     reduce: Reduce | None = None
-    count: Settled[int] = Settled(0)  # noqa: RUF009 (a descriptor)
-    unit: Settled[float] = Settled(0.0)  # noqa: RUF009 (a descriptor)
+    count: Deferred[int] = Deferred(0)  # noqa: RUF009 (a descriptor)
+    unit: Deferred[float] = Deferred(0.0)  # noqa: RUF009 (a descriptor)
     weighted_square: torch.Tensor | None = None
     matrix: torch.Tensor | None = None
-    tally: Tally | None = field(default=None, init=False, repr=False, compare=False)
-    """Count and unit where they are not read yet."""
+    on_device: DeviceCounts | None = field(default=None, init=False, repr=False, compare=False)
+    """Count and unit on the device, while they are not read; None afterwards."""
 
-    def settle(self) -> None:
-        """Read count and unit from the device, the one place that waits for a GPU.
+    def read_deferred(self) -> None:
+        """Read count and unit from the device. Nothing else here waits for a GPU.
 
         Raises:
-            StatsError: NaN or infinity in the outputs of tokens that count.
+            StatsError: the outputs of valid tokens hold NaN or infinity.
         """
-        if self.tally is not None:
-            count, unit, finite = self.tally.read()
+        if self.on_device is not None:
+            count, unit, finite = self.on_device.read()
             if not finite:
                 raise StatsError(NOT_FINITE)
-            self.tally, self.count, self.unit = None, count, unit
+            self.on_device, self.count, self.unit = None, count, unit
 
     def mean_weighted_square(self) -> torch.Tensor:
-        """mean_t x_tj^2 / s_t, fp64 [in_features] (METHODS "exact2"; second-order term of 1 - cos)."""
+        """mean_t x_tj^2 / s_t, fp64 [in_features]: the second-order term of 1 - cos."""
         square, divisor = self.weighted_square_and_divisor()
         return square / divisor
 
     def weighted_square_and_divisor(self) -> tuple[torch.Tensor, float]:
-        """The quotient of :meth:`mean_weighted_square` before it is taken."""
+        """Numerator and denominator of :meth:`mean_weighted_square`."""
         assert self.weighted_square is not None
         return self.weighted_square, self.unit * max(self.count, 1)
 
     def mean_coupling(self) -> torch.Tensor:
-        """mean_t |a_ti x_tj| / s_t, or the root of the mean of its square, fp32 [out_features, in_features]."""
+        """mean_t |a_ti x_tj| / s_t for "abs", or its root mean square for "rms"; fp32 [out_features, in_features]."""
         count = max(self.count, 1)
         return self.relative_coupling() / (self.unit * (math.sqrt(count) if self.reduce == "rms" else count))
 
     def relative_coupling(self) -> torch.Tensor:
-        """:meth:`mean_coupling` times a positive number of the layer's own, which orders weights alike: for "abs" the
-        matrix as it was summed, and no launch."""
-        self.settle()
+        """:meth:`mean_coupling` times a positive constant of the layer, so the ranking of weights is the same.
+
+        For "abs" this is the summed matrix itself, and no kernel is launched.
+        """
+        self.read_deferred()
         if self.matrix is None:
-            raise StatsError("these statistics hold no coupling matrix: collect them with reduce='abs' or 'rms'")
+            raise StatsError("these statistics have no coupling matrix: collect them with reduce='abs' or 'rms'")
         return self.matrix.sqrt() if self.reduce == "rms" else self.matrix
 
     def reorder(self, *, inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None) -> None:
-        """Put channels in another order, as the layer's weight: place p takes channel ``inputs[p]``, ``outputs[p]``."""
+        """Reorder channels like those of the weight: position p gets channel ``inputs[p]`` or ``outputs[p]``."""
         if inputs is not None and self.weighted_square is not None:
             self.weighted_square = self.weighted_square[inputs]
         if self.matrix is not None:
@@ -95,7 +97,7 @@ class OutputStats:
             self.matrix = self.matrix if outputs is None else self.matrix[outputs]
 
     def check_mergeable(self, other: OutputStats) -> None:
-        """Raise StatsError where :meth:`merge` cannot add ``other``."""
+        """Raise StatsError if :meth:`merge` cannot add ``other``."""
         if other.reduce != self.reduce:
             raise StatsError(f"statistics with reduce={self.reduce!r} and {other.reduce!r} do not merge")
         pairs = {"channels": (self.weighted_square, other.weighted_square), "shape": (self.matrix, other.matrix)}
@@ -110,7 +112,7 @@ class OutputStats:
         """Add the tokens of ``other``.
 
         Raises:
-            StatsError: statistics of another layer's shape, or with another ``reduce``; nothing was added.
+            StatsError: the other statistics have another shape or another ``reduce``. Nothing was added.
         """
         self.check_mergeable(other)
         if other.count == 0:
@@ -134,57 +136,57 @@ def update_outputs(
     outputs: Sequence[torch.Tensor],
     valid: torch.Tensor | None = None,
 ) -> None:
-    """Add a batch to the output statistics of all layers that read ``tokens``, in one pass over them.
+    """Add a batch to the output statistics of all layers that read ``tokens``, in one pass over the tokens.
 
     Args:
         stats: one for each layer.
         tokens: [..., in_features].
-        outputs: each layer's [..., out_features] for these tokens.
+        outputs: for each layer, its outputs [..., out_features] for these tokens.
         valid: bool [...], False for tokens to leave out.
 
     Raises:
-        StatsError: outputs of another shape than the tokens', or NaN or infinity in those of tokens that count; no
-            statistics were changed. A GPU is not waited for: there the statistics raise it when they are used.
+        StatsError: the shapes of outputs and tokens do not match, or the outputs of valid tokens hold NaN or infinity.
+            No statistics were changed. On a GPU, NaN and infinity raise this error only when the statistics are used.
     """
     flat = tokens.reshape(-1, tokens.shape[-1])
-    rows, tallies = [], []
+    rows, counts = [], []
     for stat, output in zip(stats, outputs, strict=True):
         _check_outputs(stat, tokens, output)
         norms = token_norms(output.reshape(-1, output.shape[-1]))
         used = torch.ones_like(norms, dtype=torch.bool) if valid is None else valid.reshape(-1)
         level = (torch.where(used, norms, 0.0).sum() / used.sum().clamp(min=1)).double()
-        if is_at_hand(level) and not level.isfinite():
+        if is_on_cpu(level) and not level.isfinite():
             raise StatsError(NOT_FINITE)
         used = used & (norms > (NEGLIGIBLE_NORM * level).float())
-        tally = (stat.tally or Tally.of(stat.count, stat.unit, level.device)).add(level, used)
-        rows.append(torch.where(used, norms.reciprocal() * tally.unit, 0.0))
-        tallies.append(tally)
+        count = (stat.on_device or DeviceCounts.of(stat.count, stat.unit, level.device)).add(level, used)
+        rows.append(torch.where(used, norms.reciprocal() * count.unit, 0.0))
+        counts.append(count)
     for start in range(0, len(rows), MOST_LAYERS):
         stop = start + MOST_LAYERS
         sums = weighted_squares(flat, torch.stack(rows[start:stop]))
-        for stat, row, tally, output, weighted in zip(
-            stats[start:stop], rows[start:stop], tallies[start:stop], outputs[start:stop], sums.double(), strict=True
+        for stat, row, count, output, weighted in zip(
+            stats[start:stop], rows[start:stop], counts[start:stop], outputs[start:stop], sums.double(), strict=True
         ):
             stat.weighted_square = weighted if stat.weighted_square is None else stat.weighted_square + weighted
             if stat.reduce is not None:
                 a = output.reshape(-1, output.shape[-1])
                 stat.matrix = coupling(flat, a, row, stat.reduce, into=stat.matrix)
-            stat.tally = tally
-            if is_at_hand(tally.unit):
-                stat.settle()
+            stat.on_device = count
+            if is_on_cpu(count.unit):
+                stat.read_deferred()
 
 
 def _check_outputs(stat: OutputStats, tokens: torch.Tensor, output: torch.Tensor) -> None:
-    """Raise StatsError where a layer's output does not belong to ``tokens``."""
+    """Raise StatsError if a layer's output does not match ``tokens``."""
     if (why := why_not_plain(output)) is not None:
         raise StatsError(f"the outputs' tensor {why}")
     if output.shape[:-1].numel() != tokens.shape[:-1].numel() or output.device != tokens.device:
         raise StatsError(
-            f"outputs must have a row for each token of {tuple(tokens.shape)} and lie on {tokens.device}, got "
+            f"outputs must have one row for each token of {tuple(tokens.shape)} and be on {tokens.device}, got "
             f"{tuple(output.shape)} on {output.device}"
         )
     if stat.matrix is not None and stat.matrix.shape[0] != output.shape[-1]:
         raise StatsError(
-            f"outputs have {output.shape[-1]} channels, those of these statistics {stat.matrix.shape[0]}: is this "
-            "another layer?"
+            f"outputs have {output.shape[-1]} channels, but these statistics have {stat.matrix.shape[0]}: pass the "
+            "outputs of the same layer"
         )

@@ -1,4 +1,4 @@
-"""A few of a layer's input tokens: enough to see how much energy a mask leaves each output, without a Gram matrix."""
+"""A sample of a layer's input tokens. It replaces the Gram matrix when only the energy of each output is needed."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from ..errors import StatsError
 from .gram import check_valid, token_rows
 
 SAMPLE_TOKENS = 512
-"""Tokens kept. SmolLM2-135M, Wanda at 2:4, rows rescaled, one seed: perplexity 212.4; of all 8,192 tokens, 210.1."""
+"""Number of tokens kept at most."""
 
 
 @dataclass
 class TokenSample:
     """A uniform sample of the tokens seen, streamed and mergeable with ``+``.
 
-    Every token draws a number, the tokens with the lowest numbers stay. The draws depend on how many tokens came
-    before, so that the same batches give the same sample.
+    Each token gets a random number, and the tokens with the lowest numbers are kept. The random seed is the number of
+    earlier tokens, so the same batches give the same sample.
 
-    The first token of each sequence is left out: attention sinks there (Xiao et al., arXiv 2309.17453), activations are
-    far above all others' (Sun et al., arXiv 2402.17762), and its energy would decide a row's. SmolLM2-135M, ACE with
-    rows rescaled, two seeds: perplexity 204.0 at 2:4 and 128 tokens a sequence; with first tokens, 222.3.
+    The first token of each sequence is left out. It is an attention sink (Xiao et al., arXiv 2309.17453), and its
+    activations are far larger than those of other tokens (Sun et al., arXiv 2402.17762). Its energy would dominate the
+    energy of a row.
 
     Attributes:
         in_features: number of channels.
-        count: tokens that could be drawn.
-        tokens: [n, in_features], n at most :data:`SAMPLE_TOKENS`, as they came; None before the first.
-        draws: fp64 [n] on the CPU.
+        count: tokens that the sample was drawn from.
+        tokens: [n, in_features], n at most :data:`SAMPLE_TOKENS`, in their dtype; None before the first update.
+        draws: the random numbers of the kept tokens, fp64 [n] on the CPU.
     """
 
     in_features: int
@@ -41,27 +41,27 @@ class TokenSample:
         """Add a batch.
 
         Args:
-            tokens: [n_sequences, length, in_features], or [n_tokens, in_features] of any order; any floating dtype.
+            tokens: [n_sequences, length, in_features], or [n_tokens, in_features] in any order; any floating dtype.
             valid: bool, the shape of ``tokens`` without its last axis; False leaves a token out (padding).
 
         Raises:
-            ValueError: tokens of another width, or ``valid`` of another shape.
+            StatsError: the tokens have another width, or ``valid`` another shape.
         """
         rows = token_rows(tokens, None, self.in_features, "sample")
         check_valid(tokens, valid)
         counted = _without_first(valid, tokens.shape[:-1], tokens.device)
-        places = None if counted is None else counted.to(rows.device).flatten().nonzero()[:, 0]
-        count = len(rows if places is None else places)
+        indices = None if counted is None else counted.to(rows.device).flatten().nonzero()[:, 0]
+        count = len(rows if indices is None else indices)
         generator = torch.Generator().manual_seed(self.count)
         draws = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
         lowest = _lowest(draws)
         chosen = lowest.to(rows.device)
-        drawn = rows[chosen if places is None else places[chosen]]
+        drawn = rows[chosen if indices is None else indices[chosen]]
         merged = self + TokenSample(self.in_features, count, drawn, draws[lowest])
         self.count, self.tokens, self.draws = merged.count, merged.tokens, merged.draws
 
     def __add__(self, other: TokenSample) -> TokenSample:
-        """That of the tokens of both; neither changes."""
+        """The sample of the tokens of both; neither operand changes."""
         if other.in_features != self.in_features:
             raise StatsError(f"samples of {self.in_features} and {other.in_features} channels do not merge")
         if self.tokens is None or self.draws is None or other.tokens is None or other.draws is None:
@@ -72,7 +72,7 @@ class TokenSample:
         return TokenSample(self.in_features, self.count + other.count, tokens, draws[chosen])
 
     def reordered(self, order: torch.Tensor) -> TokenSample:
-        """With the channels in another order: place p takes channel ``order[p]``, int64 [in_features]."""
+        """A copy with reordered channels: position p gets channel ``order[p]``, int64 [in_features]."""
         return replace(self, tokens=None if self.tokens is None else self.tokens[:, order])
 
     def to(self, device: torch.device | str) -> TokenSample:
@@ -81,7 +81,10 @@ class TokenSample:
 
 
 def _without_first(valid: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
-    """``valid`` without the first token of each sequence, but for a sequence that has only one; None for all tokens."""
+    """``valid`` without the first token of each sequence; a sequence with a single token keeps it.
+
+    None if all tokens are used.
+    """
     if len(shape) < 2:
         return valid
     counted = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
@@ -90,5 +93,5 @@ def _without_first(valid: torch.Tensor | None, shape: torch.Size, device: torch.
 
 
 def _lowest(draws: torch.Tensor) -> torch.Tensor:
-    """Places of the draws that stay, in order."""
+    """Indices of the lowest draws, at most :data:`SAMPLE_TOKENS` of them, in ascending order."""
     return draws.topk(min(SAMPLE_TOKENS, len(draws)), largest=False).indices.sort().values

@@ -11,7 +11,8 @@ from ..decoders.blocks import find_blocks, linears_of
 from ..decoders.calibration_mode import calibration_mode
 from ..decoders.collect import InputCollector
 from ..decoders.replay import WholeForward
-from ..methods.registry import Needs, VarianceNorm, metric, variance_factor
+from ..kernels.variance_factor import VarianceNorm, variance_factor
+from ..methods.registry import Needs, metric
 from ..statistics.activation import ActivationStats
 from ..timing import Stopwatch
 from .records import InputNorms, ModelNorms, Pole

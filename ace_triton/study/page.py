@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from .. import __version__
-from ..methods.registry import VarianceNorm
+from ..kernels.variance_factor import VarianceNorm
 from .advice import advice
 from .curve import curve, curved_sparsities
 from .curve_plot import curve_figure, curve_marks, curve_methods

@@ -34,7 +34,7 @@ from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.weight_sums import weight_sums
-from ace_triton.methods.registry import ria, wanda
+from ace_triton.methods.wanda_ria import ria, wanda
 from benchmarks.claims.published import prune_groups, prune_rows_by_sort, prune_rows_by_topk, wanda_scores
 
 SHAPE = (4096, 11008)

@@ -39,7 +39,8 @@ from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
-from ace_triton.methods.registry import metric, ria, wanda
+from ace_triton.methods.registry import metric
+from ace_triton.methods.wanda_ria import ria, wanda
 from benchmarks.claims.published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
 from benchmarks.harness.traffic_counter import Counter, Traffic
 

@@ -11,7 +11,10 @@ from ace_triton import ActivationStats, ScoreTerms, StatsError, metric_names, pr
 from ace_triton.kernels.score_terms import scores_reference
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
-from ace_triton.methods.registry import cosp, metric, ria, stade, variance_factor, varp, wanda
+from ace_triton.kernels.variance_factor import variance_factor
+from ace_triton.methods.ace import cosp, varp
+from ace_triton.methods.registry import metric
+from ace_triton.methods.wanda_ria import ria, stade, wanda
 from ace_triton.statistics.outputs import OutputStats, update_outputs
 
 seeds = st.integers(0, 10_000)
@@ -221,6 +224,11 @@ def test_saap_ranks_by_the_product_of_both_importances():
     fused = own * own.sum(0)
     scores = scores_reference(weight, metric("saap").terms(weight, stats))
     torch.testing.assert_close(scores, fused)
+
+
+def test_built_in_methods_come_first_and_by_family():
+    families = ["magnitude", "wanda", "ria", "stade", "dass", "cosp", "varp", "ace", "ace-paper", "saap", "sparsegpt"]
+    assert metric_names()[: len(families)] == families
 
 
 def test_a_metric_of_ones_own():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ace_triton import ActivationStats, StatsError, Update, prune_linear
-from ace_triton import prune_blocks as prune_model
+from ace_triton.prune_blocks import prune_model
 from ace_triton.solvers.update import LARGEST_SCALE
 from ace_triton.statistics.token_sample import SAMPLE_TOKENS, TokenSample
 

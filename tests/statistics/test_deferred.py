@@ -1,4 +1,4 @@
-"""Statistics that leave their numbers on the device, as on a GPU: nothing waits while they are collected."""
+"""Statistics whose numbers stay on the device, as on a GPU: collecting them does not wait."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.fixture
-def left_there(monkeypatch):
-    """Numbers are not at hand, as on a GPU."""
-    monkeypatch.setattr("ace_triton.statistics.outputs.is_at_hand", lambda tensor: False)
+def deferred(monkeypatch):
+    """Numbers are not read while collecting, as on a GPU."""
+    monkeypatch.setattr("ace_triton.statistics.outputs.is_on_cpu", lambda tensor: False)
 
 
 def collected(reduce: str | None) -> tuple[list[OutputStats], int]:
-    """Statistics of two layers, over batches of which some tokens and at first all count nothing, and the reads."""
+    """Statistics of two layers, and the number of reads. Some tokens get no weight, at first none of one layer."""
     generator = torch.Generator().manual_seed(0)
     stats = [OutputStats(reduce) for _ in range(2)]
     reads = Reads()
@@ -47,7 +47,7 @@ def collected(reduce: str | None) -> tuple[list[OutputStats], int]:
 def test_nothing_is_read_and_the_numbers_are_the_same(monkeypatch, reduce):
     at_once, reads = collected(reduce)
     assert reads > 0
-    monkeypatch.setattr("ace_triton.statistics.outputs.is_at_hand", lambda tensor: False)
+    monkeypatch.setattr("ace_triton.statistics.outputs.is_on_cpu", lambda tensor: False)
     later, reads = collected(reduce)
     assert reads == 0
     for now, then in zip(at_once, later, strict=True):
@@ -71,7 +71,7 @@ def test_nothing_is_read_and_the_numbers_are_the_same(monkeypatch, reduce):
     ],
     ids=["count", "vector", "matrix", "merge", "to", "save"],
 )
-def test_outputs_that_are_not_finite_show_when_they_are_used(left_there, use):
+def test_outputs_that_are_not_finite_are_refused_when_they_are_used(deferred, use):
     tokens, outputs = torch.ones(4, 8), torch.ones(4, 3)
     stats = ActivationStats(8, outputs=OutputStats("abs"))
     stats.update(tokens, outputs=outputs)

@@ -1,0 +1,83 @@
+"""Numbers that stay on the device until they are read, so that collecting statistics does not wait for a GPU."""
+
+from __future__ import annotations
+
+from typing import Generic, NamedTuple, Protocol, TypeVar, overload
+
+import torch
+
+T = TypeVar("T")
+
+
+class HasDeferred(Protocol):
+    """An object with :class:`Deferred` attributes."""
+
+    def read_deferred(self) -> None:
+        """Read the values from the device and set the attributes."""
+
+
+class Deferred(Generic[T]):
+    """A dataclass attribute whose value is read from the device on first access."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, holder: None, owner: type) -> T: ...
+    @overload
+    def __get__(self, holder: HasDeferred, owner: type) -> T: ...
+    def __get__(self, holder: HasDeferred | None, owner: type) -> T:
+        if holder is None:
+            return self._default
+        holder.read_deferred()
+        value: T = vars(holder)[self._name]
+        return value
+
+    def __set__(self, holder: HasDeferred, value: T) -> None:
+        vars(holder)[self._name] = value
+
+
+class DeviceCounts(NamedTuple):
+    """Count and unit of token-weighted statistics, on their device.
+
+    Attributes:
+        counted: 0-d int64, number of tokens with a weight.
+        unit: 0-d fp64, the numerator of the token weights.
+        finite: 0-d bool, True if all outputs were finite.
+    """
+
+    counted: torch.Tensor
+    unit: torch.Tensor
+    finite: torch.Tensor
+
+    @classmethod
+    def of(cls, count: int, unit: float, device: torch.device) -> DeviceCounts:
+        """From numbers on the host; the device itself fills the tensors, so nothing is copied."""
+        return cls(
+            torch.full((), count, device=device),
+            torch.full((), unit, dtype=torch.float64, device=device),
+            torch.ones((), dtype=torch.bool, device=device),
+        )
+
+    def add(self, level: torch.Tensor, used: torch.Tensor) -> DeviceCounts:
+        """The counts with one more batch. The first batch with a used token sets the unit.
+
+        Args:
+            level: 0-d fp64, the mean squared output norm of the batch.
+            used: bool, True for each token that gets a weight.
+        """
+        unit = torch.where(self.counted > 0, self.unit, torch.where(level == 0, 1.0, level))
+        return DeviceCounts(self.counted + used.sum(), unit, self.finite & level.isfinite())
+
+    def read(self) -> tuple[int, float, bool]:
+        """The numbers on the host, which waits for the device."""
+        counted, unit, finite = torch.stack([number.double() for number in self]).tolist()
+        return int(counted), unit, bool(finite)
+
+
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """True if the tensor is on the CPU, so that reading a number does not wait."""
+    return tensor.device.type == "cpu"
