@@ -22,7 +22,7 @@ from .errors import ArgumentError
 from .group_choice import best_of_group
 from .registers import masked, unzip, zipped
 from .score_terms import ScoreTerms, score
-from .select_nm import check_pattern, check_selection, delivered, select_nm, select_nm_reference, with_unit_stride
+from .select_nm import check_pattern, check_selection, finished_output, select_nm, select_nm_reference, with_unit_stride
 from .triton_import import tl, triton
 from .written import mark_written
 
@@ -122,7 +122,7 @@ def _cosp_select_triton(
             BLOCK_TOKENS=tile.block_tokens,
             num_warps=tile.num_warps,
         )
-    return delivered(weight, source, "weight")
+    return finished_output(weight, source, "weight")
 
 
 @triton.jit

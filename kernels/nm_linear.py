@@ -1,11 +1,11 @@
-"""nm_linear: y = x W^T + b from a packed n:m weight, for the few rows of decoding.
+"""nm_linear: y = x W^T + b from a packed n:m weight, for the few tokens of decoding.
 
-    y_ti = sum_j x_tj W_ij + b_i
+    y_ti = sum_j x_tj W_ij + b_i,   over the kept (i, j), summed in fp32
 
-over the kept (i, j) alone, summed in fp32. Bytes per weight of e bytes: e * n / m + 1/8, once for four tokens, or at
-2:4 once for up to 32 by :mod:`~ace_triton.kernels.nm_linear_dot`, which sums in another order. Beside this choice, made
-by the number of tokens, an output does not depend on the other tokens of the call. Inputs that are not finite may or
-may not show in outputs that have pruned them.
+Bytes per weight of e bytes: e * n / m + 1/8, read once per four tokens. At 2:4,
+:mod:`~ace_triton.kernels.nm_linear_dot` reads them once for up to 32 tokens and sums in another order. The number of
+tokens decides which kernel runs; apart from that, an output does not depend on the other tokens of the call. If the
+input of a pruned weight is NaN or infinite, the output may or may not be NaN.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None 
     """Outputs [..., out_features] in the dtype of ``tokens``.
 
     Args:
-        tokens: [..., in_features], fp32, fp16 or bf16; any number of rows is right, 1 to 32 are fast.
-        packed: the weight, fp32, fp16 or bf16, of any pattern; 2:4 is fast.
+        tokens: [..., in_features], fp32, fp16 or bf16. Any number of rows works; 1 to 32 are fast.
+        packed: the weight, fp32, fp16 or bf16. Any pattern works; 2:4 is fast.
         bias: [out_features] or None.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ArgumentError: if a shape or dtype does not fit.
     """
     check_linear(tokens, packed, bias)
     backend = choose_backend(tokens, packed.values, packed.meta, bias)
@@ -52,7 +52,7 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None 
 
 
 def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The same in plain torch, by way of the dense weight in fp32."""
+    """The outputs, computed with plain torch from the dense weight in fp32."""
     weight = unpack_nm_reference(packed).float()
     outputs = tokens.float() @ weight.t()
     if bias is not None:
@@ -61,7 +61,7 @@ def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tens
 
 
 def check_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> None:
-    """Raise ValueError for what :func:`nm_linear` does not serve."""
+    """Raise ArgumentError if :func:`nm_linear` does not support the shapes or dtypes."""
     out_features, in_features = packed.shape
     if tokens.dim() < 1 or tokens.shape[-1] != in_features:
         raise ArgumentError(
@@ -126,7 +126,7 @@ def _two_of_four_body(
     SPLIT: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A thread takes VECTOR values of a row in one access, and the 2 * VECTOR inputs that they choose from."""
+    """A thread loads VECTOR values of a row in one access, and the 2 * VECTOR inputs of their groups."""
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     value = tl.arange(0, VECTOR * LANES)[None, :]
@@ -162,13 +162,13 @@ def _two_of_four_body(
 
 @triton.jit
 def _chosen(keep, this, other):
-    """The bits of ``this`` where ``keep`` is -1, of ``other`` where it is 0."""
+    """The bits of ``this`` if ``keep`` is -1, the bits of ``other`` if it is 0."""
     return (this & keep) | (other & ~keep)
 
 
 @triton.jit
 def _inputs(line, first, inside, cols, VECTOR: tl.constexpr, SPLIT: tl.constexpr, LANES: tl.constexpr):
-    """The inputs first + 2 * VECTOR * lane and on, as a tuple of 2 * VECTOR tiles [1, LANES] of the bits of fp32."""
+    """Each lane's inputs from first + 2 * VECTOR * lane on, as 2 * VECTOR tiles [1, LANES] of fp32 bits (int32)."""
     place = tl.arange(0, LANES * SPLIT)[None, :]
     parts = ()
     for access in tl.static_range(2 * VECTOR // SPLIT):
@@ -195,7 +195,7 @@ def _any_pattern_body(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Weight by weight: a kept one is the value whose place is the number of kept ones before it in its group."""
+    """One weight at a time. A kept weight's index in its group's values is the number of kept ones before it."""
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     value_start = i.to(tl.int64) * (cols // M * N)
     word_start = i.to(tl.int64) * tl.cdiv(cols, 32)

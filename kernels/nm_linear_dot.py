@@ -1,11 +1,11 @@
-"""nm_linear on matrix units, for more tokens than share a read in nm_linear's own body: 2:4 alone.
+"""nm_linear for 2:4 weights on matrix units, for more tokens than share a read in nm_linear's own kernel.
 
-A program expands a tile of the weight in registers and multiplies it by the tile of up to 32 tokens, summed in fp32.
-Inputs of a tile may be summed in any order, so they are taken in the one in which the threads of a warp hold them, and
-the matrix units of NVIDIA want them: nothing of the weight goes through shared memory once it is expanded. Where
-there are few outputs, programs share out the inputs and a second kernel adds up what they found, in order.
+A program expands a tile of the weight in registers and multiplies it by a tile of up to 32 tokens, summed in fp32. The
+inputs of a tile may be summed in any order. The kernel uses the order in which the threads of a warp hold them, which
+is also the order that NVIDIA's matrix units expect, so the expanded weight never goes through shared memory. If there
+are few outputs, the inputs are split among programs, and a second kernel adds their sums in a fixed order.
 
-Bytes per weight of e bytes: e / 2 + 1/8, once for 32 tokens, and 8 * splits / in_features for each token.
+Bytes per weight of e bytes: e / 2 + 1/8 once per 32 tokens, and 8 * splits / in_features per token.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .triton_import import tl, triton
 
 
 def nm_linear_dot(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
-    """Outputs [n_tokens, out_features] of tokens [n_tokens, in_features], of the weight's dtype, rows contiguous.
+    """Outputs [n_tokens, out_features] of tokens [n_tokens, in_features] in the weight's dtype with contiguous rows.
 
-    For :func:`~ace_triton.kernels.nm_linear.nm_linear`, which has checked them; neither size is 0.
+    Called by :func:`~ace_triton.kernels.nm_linear.nm_linear`, which has checked the arguments; no size is 0.
     """
     n_tokens, cols = tokens.shape
     rows = packed.shape[0]
@@ -31,7 +31,7 @@ def nm_linear_dot(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
     pieces = launch_packed.within_grid(tokens, outputs, tile.tokens)
     if tile.splits > 1:
         sums = torch.empty(tile.splits, n_tokens, rows, dtype=torch.float32, device=tokens.device)
-        pieces = ((tokens, sums),)  # few programs, so few tokens
+        pieces = ((tokens, sums),)  # splits are used only for few tokens, which fit one launch
     width = 32 * tile.words
     trips = triton.cdiv(triton.cdiv(cols, width), tile.splits)
     for some_tokens, target in pieces:
@@ -79,19 +79,19 @@ def _dot_body(
     WARPS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Rows, tokens and a share of the inputs; a thread expands one word of metadata of a row in every trip.
+    """A tile of rows and tokens, over one split of the inputs; in every trip a thread expands one word of metadata.
 
     WIDEN multiplies in fp32, for the interpreter: NumPy has no bf16.
     """
     WIDTH: tl.constexpr = 32 * WORDS
-    # Rows and tokens past the last are those again: loads go unmasked, and what they give is not stored.
+    # Indices past the last row or token are clamped, so loads need no mask; their results are not stored.
     i = tl.minimum(tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), rows - 1)[:, None].to(tl.int64)
     t = tl.minimum(tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), n_tokens - 1)[:, None].to(tl.int64)
     words_of_row = tl.cdiv(cols, 32)
     word = tl.arange(0, WORDS)[None, :]
     place = tl.arange(0, VECTOR * WORDS)[None, :]
     value = place // VECTOR * 16 + place % VECTOR
-    # Column k of the tile is part k // RUN // WORDS of RUN inputs, of word k // RUN % WORDS.
+    # Column k of the tile belongs to word k // RUN % WORDS, and there to run k // RUN // WORDS of RUN inputs.
     k = tl.arange(0, WIDTH)[None, :]
     j = k // RUN % WORDS * 32 + k // (RUN * WORDS) * RUN + k % RUN
     sums = tl.zeros([BLOCK_ROWS, TOKENS], tl.float32)
@@ -105,7 +105,7 @@ def _dot_body(
             for g in tl.static_range(VECTOR // 2):
                 bits = bits_of(kept[2 * g]), bits_of(kept[2 * g + 1])
                 members = members + spread(bits[0], bits[1], words, (access * VECTOR + 2 * g) * 2)
-        # [row, word, input of the word], in the order of the threads: two rows of a warp, warps, eight rows.
+        # [row, word, input of the word], in thread order: rows are split into two per thread, warps, eight per warp.
         tile = tl.reshape(zipped(members), [BLOCK_ROWS // (16 * WARPS), 2, WARPS, 8, WORDS, 32 // RUN, RUN])
         tile = tl.reshape(tl.permute(tile, (0, 2, 1, 3, 5, 4, 6)), [BLOCK_ROWS, WIDTH])
         weight = tile.to(values_ptr.dtype.element_ty, bitcast=True)
@@ -125,7 +125,7 @@ def _dot_body(
 
 @triton.jit
 def _loaded(line, place, first, size, EVEN: tl.constexpr):
-    """Elements ``place + first`` of each line, 0 from ``size`` on; EVEN says that there are none."""
+    """Elements ``place + first`` of each line; 0 from index ``size`` on. EVEN: no index reaches ``size``."""
     if EVEN:
         found = tl.load(line + place + first)
     else:
@@ -135,7 +135,7 @@ def _loaded(line, place, first, size, EVEN: tl.constexpr):
 
 @triton.jit
 def _add_splits(sums_ptr, bias_ptr, outputs_ptr, n_tokens, rows, splits, BLOCK: tl.constexpr):
-    """The splits' sums of one token, first to last."""
+    """Add the sums of all splits for one token, from the first split to the last, and the bias."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)

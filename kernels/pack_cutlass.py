@@ -1,10 +1,10 @@
-"""pack_cutlass: 2:4 weights in the layout that CUTLASS, and so torch's semi-structured tensors, multiply from.
+"""pack_cutlass: packs 2:4 weights in the layout of CUTLASS, which torch's semi-structured tensors use.
 
-Of every group of four, two values and two 2-bit places, which four groups (eight in int8) share a word of; the words
-are interleaved as the tensor cores read them. All of it is defined by torch.sparse._semi_structured_conversions, and
-equal to its results bit by bit.
+Every group of four is stored as two values and two 2-bit indices. One word of metadata holds the indices of four groups
+(eight for int8). Words are interleaved in the order in which tensor cores read them. The layout is defined by
+torch.sparse._semi_structured_conversions; results equal those of torch bit for bit.
 
-Bytes per weight of e bytes: e read (e / 2 + 1/8 of a packed one), e / 2 + 1/8 written, in one pass.
+Bytes per weight of e bytes: e read (e / 2 + 1/8 if packed), e / 2 + 1/8 written, in one pass.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ from .select_nm import check_selection, members, select_nm_reference, with_unit_
 from .triton_import import tl, triton
 
 META = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.int8: torch.int32}
-"""Metadata's dtype for each dtype of the weight."""
+"""The metadata's dtype for each dtype of the weight."""
 
 BITS = {1: torch.int8, 2: torch.int16}
-"""An integer of as many bytes."""
+"""The integer dtype with the same number of bytes."""
 
 
 def pack_cutlass(weight: torch.Tensor | PackedNM, terms: ScoreTerms | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Values [out, in / 2] and metadata [out, in / 16] (int16; [out, in / 32], int32, for int8) of a 2:4 weight.
 
-    Whether a dense weight is 2:4 is read on the host, which waits for a GPU and cannot be recorded in a CUDA graph.
+    The host reads if a dense weight is 2:4, so a GPU call synchronizes and cannot be captured in a CUDA graph.
 
     Args:
-        weight: [out, in], fp16, bf16 or int8, out a multiple of 32 (16 for int8), in of 32 (64); or packed 2:4, from
-            which the values and metadata are made without the dense weight between.
-        terms: prune a dense fp16 or bf16 weight by these scores on the way, which is only read; None for a weight that
-            is 2:4 already.
+        weight: dense [out, in], fp16 or bf16 (out and in multiples of 32) or int8 (out a multiple of 16, in of 64); or
+            packed 2:4, which is converted without a dense copy.
+        terms: score terms by which a dense fp16 or bf16 weight is pruned in the same pass; ``weight`` itself is not
+            changed. None if the weight is 2:4 already.
 
     Raises:
-        ValueError: a shape, dtype or pattern that CUTLASS does not take, or terms that do not fit.
-        PatternError: a group has more than two non-zeros; torch's converter would drop one in silence.
+        ArgumentError: if CUTLASS does not support the shape, dtype or pattern, or if the terms do not fit.
+        PatternError: if a group has more than two non-zeros; torch's converter would silently drop one.
     """
     check_cutlass(weight)
     if isinstance(weight, PackedNM):
         if terms is not None:
-            raise ArgumentError("terms prune a dense weight, this one is packed: unpack it first (unpack_nm)")
+            raise ArgumentError(
+                "score terms need a dense weight, but this one is packed: unpack it (unpack_nm), or leave terms out"
+            )
         if choose_backend(weight.values, weight.meta) == "triton":
             return _pack_cutlass_triton(weight.values, weight.meta, None, *weight.shape)[:2]
         return pack_cutlass_reference(*four_of(weight))
@@ -67,13 +69,13 @@ def pack_cutlass(weight: torch.Tensor | PackedNM, terms: ScoreTerms | None = Non
 def pack_cutlass_reference(
     a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain torch, from the members [out, in / 4] of every group."""
+    """Values and metadata, computed with plain torch from the four members [out, in / 4] of every group."""
     meta_dtype = META[a.dtype]
     in_a, in_b, in_d = a != 0, b != 0, d != 0
     first = torch.where(in_a, 0, torch.where(in_b, 1, 2))
     both = in_a & in_b
     second = torch.where(both, 1, torch.where((in_a | in_b) & ~in_d, 2, 3))
-    # As integers: torch.where changes the bits of a bf16 NaN.
+    # Select integers, because torch.where changes the bits of a bf16 NaN.
     bits = [member.view(BITS[a.element_size()]) for member in (a, b, c, d)]
     low = torch.where(in_a, bits[0], torch.where(in_b, bits[1], bits[2]))
     high = torch.where(both, bits[1], torch.where(second == 2, bits[2], bits[3]))
@@ -88,7 +90,10 @@ def pack_cutlass_reference(
 
 
 def word_places(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Where each word [rows, cols] of metadata lies: rows dealt out in blocks, 2 x 2 swapped, columns in pairs."""
+    """The index in memory of each word [rows, cols] of metadata.
+
+    Rows are interleaved in blocks, 2 x 2 tiles are transposed, and columns are stored in pairs.
+    """
     block, ways = (32, 4) if dtype == torch.int16 else (16, 2)
     i = torch.arange(rows, device=device)[:, None]
     j = torch.arange(cols, device=device)[None, :]
@@ -113,11 +118,11 @@ def four_of(packed: PackedNM) -> tuple[torch.Tensor, ...]:
 
 
 def check_cutlass(weight: torch.Tensor | PackedNM) -> None:
-    """Raise ValueError for what CUTLASS does not take."""
+    """Raise ArgumentError if CUTLASS does not support the weight's shape, dtype or pattern."""
     shape: tuple[int, ...] = tuple(weight.shape)
     if isinstance(weight, PackedNM):
         if (weight.n, weight.m) != (2, 4):
-            raise ArgumentError(f"CUTLASS takes 2:4 alone, the weight is packed {weight.n}:{weight.m}")
+            raise ArgumentError(f"CUTLASS supports only 2:4, but the weight is packed {weight.n}:{weight.m}")
         weight.check_tensors()
         dtype = weight.values.dtype
     else:
@@ -125,18 +130,19 @@ def check_cutlass(weight: torch.Tensor | PackedNM) -> None:
     if len(shape) != 2:
         raise ArgumentError(f"weight must be [out_features, in_features], got shape {shape}")
     if dtype not in META:
-        raise ArgumentError(f"CUTLASS takes float16, bfloat16 and int8 here, got {dtype}: convert the weight")
+        raise ArgumentError(f"pack_cutlass needs float16, bfloat16 or int8, got {dtype}: convert the weight")
     rows, cols = (16, 64) if dtype == torch.int8 else (32, 32)
     if shape[0] % rows or shape[1] % cols:
         raise ArgumentError(
-            f"in {dtype} CUTLASS needs outputs a multiple of {rows}, inputs of {cols}, got shape {shape}"
+            f"for {dtype}, CUTLASS needs a multiple of {rows} outputs and of {cols} inputs, got shape {shape}"
         )
 
 
 def _pack_cutlass_triton(
     source: torch.Tensor, bits: torch.Tensor | None, terms: ScoreTerms | None, rows: int, cols: int
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Values, metadata, and whether all that is not 0 found a place, of a dense weight or of packed values and bits."""
+    """Values, metadata, and whether no group had more than two non-zeros; ``source`` is a dense weight, or the values
+    of a packed one with its metadata ``bits``."""
     values = torch.empty(rows, cols // 2, dtype=source.dtype, device=source.device)
     meta_dtype = META[source.dtype]
     meta = torch.empty(rows, cols // (8 * meta_dtype.itemsize), dtype=meta_dtype, device=source.device)
@@ -179,7 +185,7 @@ def _pack_cutlass_body(
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A thread makes one word of metadata and the VECTOR values of one access, from the 2 * VECTOR weights of both."""
+    """A thread writes one word of metadata and VECTOR values in one access, from 2 * VECTOR weights."""
     blocks_across = tl.cdiv(cols, 2 * VECTOR * LANES)
     block = tl.program_id(0) % blocks_across
     row = (tl.program_id(0) // blocks_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -239,7 +245,7 @@ def _pack_cutlass_body(
 
 @triton.jit
 def _pruned(weights, keys):
-    """Bits of the members of groups of four, 0 where two others of a group have higher keys."""
+    """Bits of the members of groups of four; 0 for the two members with the lowest keys."""
     pruned = ()
     for g in tl.static_range(len(weights) // 4):
         kept = best_of_group((keys[4 * g], keys[4 * g + 1], keys[4 * g + 2], keys[4 * g + 3]), 2)
@@ -250,7 +256,8 @@ def _pruned(weights, keys):
 
 @triton.jit
 def _of_words(pointer, line, block, inside, cols, VECTOR: tl.constexpr, SPLIT: tl.constexpr, LANES: tl.constexpr):
-    """What lies at the 2 * VECTOR columns of a word, a tile each, SPLIT of them an access; nothing for no pointer."""
+    """The elements at the 2 * VECTOR columns of each word, one tile per column, SPLIT columns per access; () without a
+    pointer."""
     parts = ()
     if pointer is not None:
         place = tl.arange(0, LANES * SPLIT)[None, :]
@@ -262,7 +269,7 @@ def _of_words(pointer, line, block, inside, cols, VECTOR: tl.constexpr, SPLIT: t
 
 @triton.jit
 def _two_of_four(a, b, c, d):
-    """The bits of the values, the places as four bits, and how many are not 0, as torch's converter chooses them."""
+    """Bits of the two values, their indices as four bits, and the number of non-zeros; as in torch's converter."""
     in_a, in_b, in_c, in_d = _not_zero(a), _not_zero(b), _not_zero(c), _not_zero(d)
     both = in_a & in_b
     third = (in_a | in_b) & (in_d == 0)
@@ -276,7 +283,7 @@ def _two_of_four(a, b, c, d):
 
 @triton.jit
 def _not_zero(bits):
-    """Of fp16 and bf16 the sign does not count."""
+    """True for non-zeros. The sign bit of fp16 and bf16 is ignored, so -0.0 counts as zero."""
     if bits.dtype.primitive_bitwidth == 16:
         found = (bits & 0x7FFF) != 0
     else:
@@ -286,7 +293,7 @@ def _not_zero(bits):
 
 @triton.jit
 def _word_place(i, j, rows, VECTOR: tl.constexpr):
-    """:func:`word_places`, for words of 2 * VECTOR weights."""
+    """:func:`word_places` for words of 2 * VECTOR weights."""
     BLOCK: tl.constexpr = 32 if VECTOR == 8 else 16
     i = i // BLOCK * BLOCK + i % 8 * (BLOCK // 8) + i % BLOCK // 8
     swap = (j & 1) - (i & 1)

@@ -1,4 +1,4 @@
-"""pack_nm: n:m weights in the layout of packed_nm, from a pruned weight or in the selection itself.
+"""pack_nm: packs n:m weights in the layout of packed_nm, from a pruned weight or in the same pass as the selection.
 
 Bytes per weight of e bytes: e read, e * n / m + 1/8 written, in one pass.
 """
@@ -31,18 +31,18 @@ __all__ = [
 
 
 def pack_nm(weight: torch.Tensor, n: int, m: int) -> PackedNM:
-    """Pack a weight that is n:m already.
+    """Pack a weight that is already n:m.
 
-    Whether it is so is read on the host, which waits for a GPU and cannot be recorded in a CUDA graph.
+    The host reads if the weight is n:m, so a GPU call synchronizes and cannot be captured in a CUDA graph.
 
     Args:
-        weight: [out_features, in_features], fp32, fp16, bf16 or int8, at most n of every m inputs not 0.
-        n: how many of a group are kept, 0 < n < m.
+        weight: [out_features, in_features], fp32, fp16, bf16 or int8; at most n of every m inputs are non-zero.
+        n: how many weights of a group are kept, 0 < n < m.
         m: group size, one of 2, 4, 8, 16, 32; divides in_features.
 
     Raises:
-        ValueError: a pattern, shape or dtype that cannot be served, with what would be.
-        PatternError: a group has more than n non-zeros; nothing is packed.
+        ArgumentError: if the pattern, shape or dtype is not supported; the message says what is.
+        PatternError: if a group has more than n non-zeros.
     """
     check_packable(weight, n, m)
     backend = choose_backend(weight)
@@ -68,10 +68,10 @@ def pack_nm_reference(weight: torch.Tensor, n: int, m: int) -> PackedNM:
 
 
 def pack_scored(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> PackedNM:
-    """Prune by score and pack in one pass: ``weight`` is only read, and the pruned matrix never written.
+    """Prune by score and pack in one pass. ``weight`` is only read; the pruned dense weight is never written.
 
-    Arguments and ValueErrors as for :func:`~ace_triton.kernels.select_nm.select_nm`. Equal to
-    ``pack_nm(select_nm(weight, terms, n, m), n, m)`` where no score is NaN; where one is, equal when unpacked.
+    Arguments and errors are those of :func:`~ace_triton.kernels.select_nm.select_nm`. If no score is NaN, the result
+    equals ``pack_nm(select_nm(weight, terms, n, m), n, m)``. Otherwise the two are equal after unpacking.
     """
     check_packable(weight, n, m)
     check_selection(weight, terms, "weight")
@@ -87,7 +87,7 @@ def pack_scored_reference(weight: torch.Tensor, terms: ScoreTerms, n: int, m: in
 
 
 def packed_by(weight: torch.Tensor, keep: torch.Tensor, n: int, m: int) -> PackedNM:
-    """Pack what a mask [out, in] keeps, exactly n of every m."""
+    """Pack the weights that a mask [out, in] keeps; it keeps exactly n of every m."""
     rows, cols = weight.shape
     octets = pack_bits(keep)
     meta = torch.zeros(rows, -(-cols // WORD), dtype=torch.int32, device=weight.device)
@@ -96,7 +96,7 @@ def packed_by(weight: torch.Tensor, keep: torch.Tensor, n: int, m: int) -> Packe
 
 
 def _pack(backend: Backend, weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[PackedNM, bool]:
-    """Packed by score or, without terms, by what is not 0; and whether all that is not 0 found a place."""
+    """The weight packed by score or, without terms, by its non-zeros; and whether no group lost a non-zero."""
     if backend == "cpu":
         values, meta, whole = cpu.pack_nm(weight.detach(), terms, n, m)
         return PackedNM(values, meta, n, m, (weight.shape[0], weight.shape[1])), whole
@@ -155,7 +155,7 @@ def _pack_nm_body(
     BLOCK_COLS: tl.constexpr,
     TRIPS: tl.constexpr,
 ):
-    """As the body of select_nm along "in", but what is kept leaves in order; POWER 0 keeps what is not 0."""
+    """As select_nm's kernel along "in", but it writes the kept weights packed, in order; POWER 0 keeps non-zeros."""
     ACCESSES: tl.constexpr = M // SPLIT
     GROUPS: tl.constexpr = BLOCK_COLS // SPLIT
     blocks_across = tl.cdiv(cols // ACCESSES, BLOCK_COLS)
@@ -217,12 +217,12 @@ def _pack_nm_body(
 
 @triton.jit
 def _presence(weight):
-    """0 for zero, 1 for negative zero, 2 or more for what is not 0."""
+    """0 for positive zero, 1 for negative zero, 2 or more for non-zeros."""
     bits = bits_of(weight).to(tl.int32)
     if weight.dtype == tl.int8:
         key = (bits & 0xFF) << 1
     elif weight.dtype.primitive_bitwidth == 16:
-        # The sign goes round to the last bit.
+        # Rotate left by one, so that the sign becomes the last bit.
         key = (bits << 1 & 0xFFFE) | (bits >> 15 & 1)
     else:
         key = (-(bits & 0x7FFFFFFF) >> 31 & 2) | (bits >> 31 & 1)

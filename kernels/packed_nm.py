@@ -1,18 +1,18 @@
-"""packed_nm: what n:m pruning keeps, as values and one bit a weight.
+"""packed_nm: a packed n:m weight, stored as its kept values and one bit per weight.
 
-Layout 1, ours, for any n:m with m in 2, 4, 8, 16, 32, along the inputs of a weight [out, in]:
+Layout 1 of this package, for n:m along the inputs of a weight [out, in], with m in 2, 4, 8, 16, 32:
 
     values [out, in * n / m], the weight's dtype: the kept weights of a row in the order of their inputs,
-        exactly n of every group; a group with fewer non-zeros is filled up with zeros of its own
-    meta   [out, ceil(in / 32)], int32: bit j % 32 of word j // 32 is set where weight (i, j) is kept;
+        exactly n of every group; a group with fewer non-zeros is filled up with some of its zeros
+    meta   [out, ceil(in / 32)], int32: bit j % 32 of word j // 32 is set if weight (i, j) is kept;
         exactly n bits of every group are set, bits past the last input are 0
 
-Both are row-major and contiguous. Rows of values are 16-byte aligned, which the fast kernels need, where
-in * n / m elements fill a multiple of 16 bytes. Of a group with fewer than n non-zeros negative zeros are
-kept before positive ones, and among equal zeros the higher index, so that packing what
-:func:`~ace_triton.kernels.select_nm.select_nm` wrote keeps what it had chosen. NaN counts as non-zero.
+Both are row-major and contiguous. If in * n / m elements fill a multiple of 16 bytes, rows of values are 16-byte
+aligned, which the fast kernels need. In a group with fewer than n non-zeros, negative zeros are kept before positive
+ones, and among equal zeros the higher index. So packing the result of
+:func:`~ace_triton.kernels.select_nm.select_nm` keeps the weights that it selected. NaN counts as non-zero.
 
-Bytes per weight of e bytes: e * n / m + 1/8; in 2:4 and bf16 that is 0.5625 of dense.
+Bytes per weight of e bytes: e * n / m + 1/8. For 2:4 and bf16 that is 0.5625 of the dense size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .select_nm import GROUP_SIZES, check_pattern
 LAYOUT_VERSION = 1
 
 WORD = 32
-"""Weights of one word of metadata."""
+"""Weights per word of metadata."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
@@ -60,20 +60,20 @@ class PackedNM:
         return self.values.nbytes + self.meta.nbytes
 
     def to(self, device: torch.device | str) -> PackedNM:
-        """The same on ``device``."""
+        """The packed weight on ``device``."""
         return PackedNM(self.values.to(device), self.meta.to(device), self.n, self.m, self.shape)
 
     def outputs(self, first: int, last: int) -> PackedNM:
-        """Those from ``first`` to ``last`` (not included) alone; shares memory."""
+        """The packed weight of outputs ``first`` to ``last`` (exclusive); it shares memory with this one."""
         values, meta = self.values[first:last], self.meta[first:last]
         return PackedNM(values, meta, self.n, self.m, (len(values), self.shape[1]))
 
     def check(self) -> None:
-        """Raise where this is not a weight in layout 1, for what comes from a file.
+        """Check that this is a valid weight in layout 1; use it for data that was read from a file.
 
         Raises:
-            ValueError: a pattern, shape, dtype or device that layout 1 does not have.
-            PatternError: a group of which not exactly n are kept, or a bit past the last input.
+            ArgumentError: if the pattern, a shape, dtype or device is invalid.
+            PatternError: if a group does not keep exactly n weights, or if a bit past the last input is set.
         """
         self.check_tensors()
         if self.values.dtype not in DTYPES:
@@ -81,12 +81,13 @@ class PackedNM:
         check_meta(self.meta, self.n, self.m, self.shape)
 
     def check_tensors(self) -> None:
-        """Raise where values and metadata are not what kernels take for a weight of this pattern and shape.
+        """Check shapes, dtypes and devices of values and metadata, which is all that kernels need.
 
-        Costs no look at what the tensors hold; kernels stay inside them whatever it is.
+        The contents are not read, so this costs nothing. Kernels never access memory outside the tensors, whatever the
+        contents are.
 
         Raises:
-            ValueError: as :meth:`check`.
+            ArgumentError: if the pattern, a shape, dtype or device is invalid.
         """
         self.check_pattern()
         rows, cols = self.shape
@@ -100,7 +101,7 @@ class PackedNM:
             raise ArgumentError(f"values are on {values.device} and meta on {meta.device}: move one of them")
 
     def check_pattern(self) -> None:
-        """Raise ValueError if n:m cannot be laid over a weight of this shape."""
+        """Raise ArgumentError if n:m is invalid or does not divide a weight of this shape."""
         if self.m not in GROUP_SIZES or not 0 < self.n < self.m or self.shape[1] % self.m:
             check_pattern(torch.empty(self.shape, dtype=torch.int8, device="meta"), self.n, self.m, "in")
 
@@ -121,7 +122,7 @@ def check_meta_dtype(meta: torch.Tensor) -> None:
 
 
 def check_meta(meta: torch.Tensor, n: int, m: int, shape: tuple[int, int]) -> None:
-    """Raise PatternError where metadata int32 [out, ceil(in / 32)] do not keep exactly n of every m inputs."""
+    """Raise PatternError if the metadata, int32 [out, ceil(in / 32)], does not keep exactly n of every m inputs."""
     rows, cols = shape
     if torch.equal(group_counts(meta, m), _sound_counts(n, m, cols).to(meta.device).expand_as(meta)):
         return
@@ -129,7 +130,7 @@ def check_meta(meta: torch.Tensor, n: int, m: int, shape: tuple[int, int]) -> No
     if bool(bits[:, cols:].any()):
         row = int(bits[:, cols:].any(1).int().argmax())
         raise PatternError(
-            f"metadata of row {row} marks inputs past the last one, {cols - 1}: the file is damaged, pack it again",
+            f"the metadata of row {row} marks inputs past the last one, {cols - 1}: the file is damaged, pack it again",
             row,
             cols // m,
             int(bits[row, cols:].sum()),
@@ -137,7 +138,7 @@ def check_meta(meta: torch.Tensor, n: int, m: int, shape: tuple[int, int]) -> No
     counts = bits[:, :cols].reshape(rows, cols // m, m).sum(-1)
     row, group = divmod(int((counts != n).flatten().int().argmax()), cols // m)
     raise PatternError(
-        f"metadata of row {row}, group {group} keep {int(counts[row, group])} of {m}, "
+        f"the metadata of row {row}, group {group} keeps {int(counts[row, group])} of {m} weights, "
         f"but {n}:{m} keeps exactly {n}: the file is damaged, pack it again",
         row,
         group,
@@ -146,7 +147,7 @@ def check_meta(meta: torch.Tensor, n: int, m: int, shape: tuple[int, int]) -> No
 
 
 def _sound_counts(n: int, m: int, cols: int) -> torch.Tensor:
-    """What :func:`group_counts` gives for every row that is right: [ceil(in / 32)], int32."""
+    """The result of :func:`group_counts` for a valid row: int32 [ceil(in / 32)]."""
     full = sum(n << place for place in range(0, WORD, m))
     words, rest = divmod(cols, WORD)
     last = [sum(n << place for place in range(0, rest, m))] if rest else []
@@ -154,7 +155,7 @@ def _sound_counts(n: int, m: int, cols: int) -> torch.Tensor:
 
 
 def group_counts(meta: torch.Tensor, m: int) -> torch.Tensor:
-    """How many bits are set in every group, in the place of the group's own m bits: int32, of the shape of ``meta``."""
+    """The number of set bits of every group, stored in the group's own m bits: int32, in the shape of ``meta``."""
     counts = meta - ((meta >> 1) & 0x55555555)
     for width, lanes in ((2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
         if width < m:
@@ -163,13 +164,13 @@ def group_counts(meta: torch.Tensor, m: int) -> torch.Tensor:
 
 
 def unpack_bits(meta: torch.Tensor) -> torch.Tensor:
-    """int32 [rows, words] -> bool [rows, 32 * words], True where kept."""
+    """Unpack int32 [rows, words] to bool [rows, 32 * words], True if kept."""
     bits = meta[..., None] >> torch.arange(WORD, dtype=torch.int32, device=meta.device)
     return (bits & 1).bool().flatten(1)
 
 
 def check_packable(weight: torch.Tensor, n: int, m: int) -> None:
-    """Raise ValueError where layout 1 does not serve ``weight``."""
+    """Raise ArgumentError if layout 1 does not support the weight's shape, dtype or pattern."""
     if weight.dim() != 2:
         raise ArgumentError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     if weight.dtype not in DTYPES:
@@ -178,7 +179,7 @@ def check_packable(weight: torch.Tensor, n: int, m: int) -> None:
 
 
 def refuse_first(counts: torch.Tensor, n: int, m: int, cols: int) -> None:
-    """Raise PatternError for the first of the groups' counts [groups], row by row, that passes n."""
+    """Raise PatternError for the first group, row by row, whose count in ``counts`` [groups] exceeds n."""
     wrong = counts > n
     if bool(wrong.any()):
         first = int(wrong.int().argmax())
@@ -186,11 +187,11 @@ def refuse_first(counts: torch.Tensor, n: int, m: int, cols: int) -> None:
 
 
 def refuse(first: int, count: int, n: int, m: int, cols: int) -> None:
-    """Raise PatternError for group ``first`` of the matrix, counted row by row."""
+    """Raise PatternError for the group with index ``first``, counted row by row."""
     row, group = divmod(first, cols // m)
     raise PatternError(
         f"row {row}, group {group} (inputs {group * m} to {group * m + m - 1}) has {count} non-zeros, but {n}:{m} "
-        f"keeps at most {n}: prune the weight to {n}:{m} first (select_nm, prune_linear), or name the pattern it has",
+        f"keeps at most {n}: prune the weight to {n}:{m} first (select_nm, prune_linear), or pass the pattern it has",
         row,
         group,
         count,

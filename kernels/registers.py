@@ -1,4 +1,4 @@
-"""Moves inside registers: columns of a Triton tile taken apart and put together, weights masked, bits packed."""
+"""Register operations for Triton kernels: split and join the columns of a tile, mask weights, pack bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .triton_import import tl, triton
 
 @triton.jit
 def unzip(tile, WAYS: tl.constexpr):
-    """[R, C] -> a tuple of WAYS tiles [R, C / WAYS]; tile k holds the columns j with j % WAYS == k."""
+    """Split a tile [R, C] into WAYS tiles [R, C / WAYS]; tile k holds the columns j with j % WAYS == k."""
     parts = (tile,)
     for _ in tl.static_range(5):
         if len(parts) < WAYS:
@@ -37,7 +37,7 @@ def zipped(parts):
 
 @triton.jit
 def masked(weight, keep):
-    """The weight's own bits where ``keep`` is -1, +0.0 where it is 0."""
+    """The weight, bit for bit, if ``keep`` is -1; +0.0 if it is 0."""
     if weight.dtype.primitive_bitwidth == 32:
         bits = weight.to(tl.int32, bitcast=True) & keep
     else:
@@ -47,7 +47,7 @@ def masked(weight, keep):
 
 @triton.jit
 def joined_bits(codes, WIDTH: tl.constexpr):
-    """The lowest WIDTH bits of each code side by side, the first one lowest."""
+    """Concatenate the lowest WIDTH bits of all codes; the first code is lowest."""
     word = codes[0] & ((1 << WIDTH) - 1)
     for k in tl.static_range(1, len(codes)):
         word = word | ((codes[k] & ((1 << WIDTH) - 1)) << (k * WIDTH))
@@ -56,7 +56,7 @@ def joined_bits(codes, WIDTH: tl.constexpr):
 
 @triton.jit
 def bits_of(tile):
-    """A tile's own bits, as integers of its width."""
+    """The bits of a tile, as integers of the same width."""
     if tile.dtype.primitive_bitwidth == 32:
         bits = tile.to(tl.int32, bitcast=True)
     elif tile.dtype.primitive_bitwidth == 16:
@@ -68,7 +68,7 @@ def bits_of(tile):
 
 @triton.jit
 def compacted(bits, kept, N: tl.constexpr):
-    """Of M tiles of bits, with kept -1 in N of them for every group and 0 in the others: N tiles, in order."""
+    """Compact M tiles of bits to the N kept ones, in order; ``kept`` is -1 for N members of every group, else 0."""
     out = ()
     if N == 2 and len(kept) == 4:
         b = kept[1] & ~kept[0]
@@ -92,9 +92,9 @@ def compacted(bits, kept, N: tl.constexpr):
 
 @triton.jit
 def spread(low, high, words, PLACE: tl.constexpr):
-    """The inverse of :func:`compacted` at 2:4: of two tiles of bits the four members of their groups, 0 where pruned.
+    """The inverse of :func:`compacted` at 2:4: the four members of every group from its two values; 0 if pruned.
 
-    Bits PLACE to PLACE + 3 of ``words`` say which are kept, exactly two.
+    Exactly two of the bits PLACE to PLACE + 3 of ``words`` are set; they mark the kept members.
     """
     a = words << (31 - PLACE) < 0
     b = words << (30 - PLACE) < 0
@@ -107,7 +107,7 @@ def spread(low, high, words, PLACE: tl.constexpr):
 
 @triton.jit
 def kept_before(words, j, M: tl.constexpr):
-    """How many inputs of j's group of M are kept before j; ``words`` hold a bit for each of the 32 inputs around it."""
+    """The number of kept inputs before j in its group of M; ``words`` is the word of metadata that contains j."""
     before = words & ((1 << j % 32) - (1 << j % 32 // M * M))
     pairs = before - (before >> 1 & 0x55555555)
     fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)

@@ -1,9 +1,9 @@
-"""The one form that every score of this family takes.
+"""The common form of all scores.
 
     score_ij = |W_ij|^power * (row_i + col_j) * scale_j * coupling_ij
 
-computed in fp32, from left to right, an absent factor left out. A metric is whatever fills these
-terms in; the selection kernels read them and never know which metric it was.
+computed in fp32, from left to right; absent factors are 1. A metric computes these terms. The selection kernels read
+the terms and do not depend on the metric.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ from .triton_import import tl, triton
 
 @dataclass(frozen=True)
 class ScoreTerms:
-    """Factors of a score, all fp32, contiguous, finite, 0 or more, and on the weight's device.
+    """Factors of a score: fp32, contiguous, finite, 0 or more, and on the weight's device.
 
-    Selections refuse other numbers on the CPU. On a GPU they do not look, since that would wait for it;
-    :func:`~ace_triton.prune.prune_linear` looks on every device.
+    On the CPU, selections reject terms that are out of range. On a GPU they do not check, since a check would
+    synchronize; :func:`~ace_triton.prune.prune_linear` checks on every device.
 
     Attributes:
-        row: [out_features], added to ``col``; None counts as 0 beside ``col``.
-        col: [in_features], added to ``row``; with both None the factor is 1.
+        row: [out_features], added to ``col``. If only one of ``row`` and ``col`` is None, it counts as 0.
+        col: [in_features], added to ``row``. If both are None, the factor is 1.
         scale: [in_features], or None for 1.
         coupling: [out_features, in_features], or None for 1.
         power: 1 or 2, the exponent of the weight's magnitude.
-        not_finite: int32 [n], one of them other than 0 if a row, col or scale that was made for these terms holds
-            NaN or infinity, or the scale a number below 0; None if nobody looked. Says nothing of vectors that layers
-            share, nor of ``coupling``.
-        checked: True if all terms are known to be in range, so that selections need not look.
+        not_finite: int32 [n] flags; any is non-zero if a row, col or scale computed for these terms contains NaN or
+            infinity, or if the scale contains a negative number. None if unchecked. Vectors that several layers share
+            and ``coupling`` are not covered.
+        checked: True if all terms are known to be in range, so that selections need not check them.
+
+    Raises:
+        ArgumentError: if ``power`` is invalid, or if a term is not a contiguous fp32 tensor.
     """
 
     row: torch.Tensor | None = None
@@ -56,25 +59,25 @@ class ScoreTerms:
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The terms that are there, by name."""
+        """The terms that are not None, by name."""
         named = {"row": self.row, "col": self.col, "scale": self.scale, "coupling": self.coupling}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def vouch(self) -> None:
-        """Note that all terms are known to be finite and 0 or more."""
+        """Mark all terms as checked: finite and 0 or more."""
         object.__setattr__(self, "checked", True)
 
     def check_range(self) -> None:
-        """Raise ValueError if a term holds NaN, infinity or a number below 0; on a GPU this waits for it."""
+        """Raise ArgumentError if a term contains NaN, infinity or a negative number; synchronizes a GPU."""
         for name, tensor in self.tensors.items():
             if not self.checked and not tensor.is_meta and not bool((tensor.isfinite() & (tensor >= 0)).all()):
                 raise ArgumentError(
-                    f"score term {name!r} holds NaN, infinity or a number below 0: a score is a product of finite "
-                    "factors, 0 or more"
+                    f"score term {name!r} contains NaN, infinity or a negative number: all factors of a score must be "
+                    "finite and at least 0"
                 )
 
     def check_shape(self, weight: torch.Tensor) -> None:
-        """Raise ValueError where a term does not fit ``weight`` [out_features, in_features]."""
+        """Raise ArgumentError if a term's shape or device does not fit ``weight`` [out_features, in_features]."""
         if weight.dim() != 2:
             raise ArgumentError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
         out_features, in_features = shape = weight.shape
@@ -93,7 +96,7 @@ class ScoreTerms:
 
 
 def scores_reference(weight: torch.Tensor, terms: ScoreTerms) -> torch.Tensor:
-    """The scores [out_features, in_features] in fp32, in the order of factors that every body uses."""
+    """The scores [out_features, in_features] in fp32, with the factors in the order that all kernels use."""
     terms.check_shape(weight)
     score = weight.detach().float().abs()
     if terms.power == 2:
@@ -113,7 +116,7 @@ def scores_reference(weight: torch.Tensor, terms: ScoreTerms) -> torch.Tensor:
 
 @triton.jit
 def score(weight, row, col, scale, coupling, POWER: tl.constexpr):
-    """The same for a tile of fp32 weights in a Triton body; an absent factor is None."""
+    """The scores of a tile of fp32 weights in a Triton kernel; absent factors are None."""
     value = tl.abs(weight)
     if POWER == 2:
         value = value * value

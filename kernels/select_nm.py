@@ -1,9 +1,9 @@
-"""select_nm: score and keep the best n of every m, in one read and one write of the weight.
+"""select_nm: scores the weight and keeps the n highest of every m, in one read and one write.
 
-    rank_k = #{l in the group : s_l < s_k, or s_l = s_k and l < k};  kept where rank_k >= m - n
+    rank_k = #{l in the group : s_l < s_k, or s_l = s_k and l < k};  kept if rank_k >= m - n
 
-Among equal scores the lower index is pruned first. Bytes per weight of e bytes: e read, e written in
-place (or 1 for a mask, 1/8 for a bit mask), and the score's vectors once.
+Among equal scores, the lower index is pruned first. Bytes per weight of e bytes: e read, e written in place (or 1 for a
+mask, 1/8 for a bit mask). The vectors of the score are read once.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def select_nm(
     Args:
         weight: [out_features, in_features], fp32, fp16 or bf16.
         terms: the score's factors.
-        n: how many of a group are kept, 0 < n < m.
-        m: group size, one of 2, 4, 8, 16, 32; divides the axis that is grouped.
-        axis: groups of consecutive inputs of one row ("in", what sparse tensor cores need), or of
-            consecutive outputs of one column ("out").
-        output: "weight" writes +0.0 over the pruned weights in place and returns ``weight``; "mask"
-            returns bool [out_features, in_features], True where kept; "bits" returns uint8
-            [out_features, ceil(in_features / 8)], bit j % 8 of byte j // 8 set where kept. Only
-            "weight" changes ``weight``.
+        n: how many weights of a group are kept, 0 < n < m.
+        m: group size, one of 2, 4, 8, 16, 32; divides the size of the grouped axis.
+        axis: "in" groups consecutive inputs of one row (sparse tensor cores need this); "out" groups consecutive
+            outputs of one column.
+        output: "weight" sets pruned weights to +0.0 in place and returns ``weight``. "mask" returns bool
+            [out_features, in_features], True if kept. "bits" returns uint8 [out_features, ceil(in_features / 8)]; bit
+            j % 8 of byte j // 8 is set if weight j of the row is kept. Only "weight" changes ``weight``.
 
     Raises:
-        ValueError: a pattern, shape or dtype that cannot be served, with what would be; terms below 0 or not finite.
+        ArgumentError: if the pattern, a shape or a dtype is not supported (the message says what is), or, on the CPU,
+            if a score term is negative or not finite.
     """
     check_selection(weight, terms, output)
     check_pattern(weight, n, m, axis)
@@ -75,7 +75,7 @@ def select_nm_reference(
     axis: Axis = "in",
     output: Output = "weight",
 ) -> torch.Tensor:
-    """The same in plain torch, by a stable sort of every group."""
+    """The same selection in plain torch, by a stable sort of every group."""
     terms.check_range()
     scores = scores_reference(weight, terms)
     grouped = scores if axis == "in" else scores.t()
@@ -84,11 +84,11 @@ def select_nm_reference(
     keep = torch.ones_like(groups, dtype=torch.bool)
     keep.scatter_(-1, pruned_first[..., : m - n], False)
     keep = keep.reshape(grouped.shape)
-    return deliver(weight, keep if axis == "in" else keep.t(), output)
+    return output_of_mask(weight, keep if axis == "in" else keep.t(), output)
 
 
-def deliver(weight: torch.Tensor, keep: torch.Tensor, output: Output) -> torch.Tensor:
-    """Turn a bool mask into what the caller asked for."""
+def output_of_mask(weight: torch.Tensor, keep: torch.Tensor, output: Output) -> torch.Tensor:
+    """The requested output for a bool mask [out_features, in_features]; "weight" prunes ``weight`` in place."""
     if output == "mask":
         return keep.contiguous()
     if output == "bits":
@@ -99,14 +99,14 @@ def deliver(weight: torch.Tensor, keep: torch.Tensor, output: Output) -> torch.T
 
 
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:
-    """Bool [rows, cols] -> uint8 [rows, ceil(cols / 8)], lowest bit first; spare bits are 0."""
+    """Pack bool [rows, cols] to uint8 [rows, ceil(cols / 8)], lowest bit first; unused bits are 0."""
     padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8))
     place = (2 ** torch.arange(8, device=keep.device)).to(torch.uint8)
     return (padded.reshape(keep.shape[0], padded.shape[1] // 8, 8) * place).sum(-1, dtype=torch.uint8)
 
 
 def check_selection(weight: torch.Tensor, terms: ScoreTerms, output: Output) -> None:
-    """Raise ValueError for what no selection serves."""
+    """Raise ArgumentError if the terms, the weight's dtype or the output are not supported."""
     terms.check_shape(weight)
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ArgumentError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
@@ -115,13 +115,13 @@ def check_selection(weight: torch.Tensor, terms: ScoreTerms, output: Output) -> 
 
 
 def check_pattern(weight: torch.Tensor, n: int, m: int, axis: Axis) -> None:
-    """Raise ValueError where n:m cannot be laid over ``weight`` along ``axis``."""
+    """Raise ArgumentError if n:m is invalid, or if m does not divide the size of ``weight`` along ``axis``."""
     if axis not in ("in", "out"):
         raise ArgumentError(f"axis must be 'in' or 'out', got {axis!r}")
     if m not in GROUP_SIZES:
         raise ArgumentError(f"m must be one of {GROUP_SIZES}, got {m!r}")
     if not 0 < n < m:
-        raise ArgumentError(f"n of n:m must lie between 1 and {m - 1}, got {n!r}")
+        raise ArgumentError(f"n of n:m must be between 1 and {m - 1}, got {n!r}")
     size = weight.shape[1] if axis == "in" else weight.shape[0]
     if size % m:
         raise ArgumentError(
@@ -156,25 +156,25 @@ def _select_nm_triton(
             TRIPS=tile.trips,
             num_warps=tile.num_warps,
         )
-    return delivered(weight, out, output)
+    return finished_output(weight, out, output)
 
 
 def with_unit_stride(weight: torch.Tensor) -> torch.Tensor:
-    """``weight`` itself where consecutive inputs are neighbours in memory, else a contiguous copy."""
+    """``weight`` itself if consecutive inputs are adjacent in memory, else a contiguous copy."""
     weight = weight.detach()
     return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
 def output_like(source: torch.Tensor, output: Output) -> torch.Tensor:
-    """Where a Triton body writes: over the weight, or new bytes."""
+    """The tensor that a Triton kernel writes to: the weight itself, or a new uint8 tensor for a mask or bits."""
     if output == "weight":
         return source
     rows, cols = source.shape
     return torch.empty(rows, cols if output == "mask" else -(-cols // 8), dtype=torch.uint8, device=source.device)
 
 
-def delivered(weight: torch.Tensor, out: torch.Tensor, output: Output) -> torch.Tensor:
-    """What the caller asked for, from what a Triton body wrote."""
+def finished_output(weight: torch.Tensor, out: torch.Tensor, output: Output) -> torch.Tensor:
+    """The requested output from the tensor ``out`` that a Triton kernel wrote."""
     if output == "mask":
         return out.view(torch.bool)
     if output == "bits":
@@ -207,10 +207,10 @@ def _select_nm_body(
     BLOCK_COLS: tl.constexpr,
     TRIPS: tl.constexpr,
 ):
-    """A program takes TRIPS tiles of whole groups, one below the other.
+    """A program processes TRIPS tiles of whole groups, one below the other.
 
-    A group is M // SPLIT accesses of SPLIT neighbours: along "in" accesses follow one another in a row,
-    along "out" they lie in M consecutive rows.
+    A group consists of M // SPLIT accesses of SPLIT neighbors. Along "in", the accesses are consecutive in a row. Along
+    "out", they are in M consecutive rows.
     """
     ACCESSES: tl.constexpr = M // SPLIT
     DOWN: tl.constexpr = 1 if AXIS == "in" else M
@@ -287,7 +287,7 @@ def columns(block, access, SPLIT: tl.constexpr, M: tl.constexpr, AXIS: tl.conste
 
 @triton.jit
 def members(pointer, offset, inside, SPLIT: tl.constexpr):
-    """What lies at ``offset``, as the members of its groups; nothing for no pointer."""
+    """Load the elements at ``offset``, split into the members of their groups; () if there is no pointer."""
     if pointer is None:
         members = ()
     else:
@@ -297,7 +297,7 @@ def members(pointer, offset, inside, SPLIT: tl.constexpr):
 
 @triton.jit
 def store_bits(out_ptr, start, kept, block, valid_rows, cols, out_stride, AXIS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Eight neighbouring columns a byte, wherever their groups lie."""
+    """Write one bit per column; a byte holds eight neighboring columns, also if they belong to several groups."""
     if AXIS == "out":
         byte = block * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
         valid = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :] < cols

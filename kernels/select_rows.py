@@ -1,9 +1,9 @@
-"""select_rows: score and keep exactly k weights of every row, or of the whole layer.
+"""select_rows: scores the weight and keeps exactly k weights of every row, or of the whole layer.
 
-    threshold = the k-th highest score; kept above it, and at it from the higher index down until k
+    threshold = the k-th highest score; kept if above it, or equal to it, highest index first, until k are kept
 
-Among equal scores the lower index is pruned first, as a stable ascending sort does. Bytes per weight
-of e bytes: e read and e written where a row fits on chip.
+Among equal scores, the lower index is pruned first, as in a stable ascending sort. Bytes per weight of e bytes: e read
+and e written if a row fits on chip.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .bit_planes import highest, planes_of, valid_words
 from .errors import ArgumentError
 from .registers import joined_bits, masked, unzip
 from .score_terms import ScoreTerms, score, scores_reference
-from .select_nm import Output, check_selection, deliver, delivered, output_like, with_unit_stride
+from .select_nm import Output, check_selection, finished_output, output_like, output_of_mask, with_unit_stride
 from .threshold_search import select_by_threshold
 from .triton_import import tl, triton
 from .written import mark_written
@@ -39,19 +39,22 @@ def select_rows(
     Args:
         weight: [out_features, in_features], fp32, fp16 or bf16.
         terms: the score's factors.
-        k: how many are kept, of each row (0 to in_features) or of the layer (0 to its size).
-        scope: "row", or "layer" for one threshold over the whole weight; index order is row-major.
+        k: how many weights are kept, per row (0 to in_features) or in the layer (0 to its size).
+        scope: "row", or "layer" for one threshold over the whole weight, whose indices are row-major.
         output: as in :func:`~ace_triton.kernels.select_nm.select_nm`.
 
     Raises:
-        ValueError: a count, shape or dtype that cannot be served, with what would be; terms below 0 or not finite.
+        ArgumentError: if the count, a shape or a dtype is not supported (the message says what is), or, on the CPU, if
+            a score term is negative or not finite.
     """
     check_selection(weight, terms, output)
     if scope not in ("row", "layer"):
         raise ArgumentError(f"scope must be 'row' or 'layer', got {scope!r}")
     most = weight.shape[1] if scope == "row" else weight.numel()
     if not 0 <= k <= most:
-        raise ArgumentError(f"k must lie between 0 and {most} for a {scope} of shape {tuple(weight.shape)}, got {k}")
+        raise ArgumentError(
+            f"k must be between 0 and {most} for scope {scope!r} and a weight of shape {tuple(weight.shape)}, got {k}"
+        )
     backend = choose_backend(weight, *terms.tensors.values())
     if backend != "reference" and output == "weight":
         mark_written(weight)
@@ -71,14 +74,14 @@ def select_rows_reference(
     scope: Scope = "row",
     output: Output = "weight",
 ) -> torch.Tensor:
-    """The same in plain torch, by a stable sort."""
+    """The same selection in plain torch, by a stable sort."""
     terms.check_range()
     scores = scores_reference(weight, terms)
     rows = scores if scope == "row" else scores.reshape(1, -1)
     pruned_first = rows.argsort(dim=-1, stable=True)
     keep = torch.ones_like(rows, dtype=torch.bool)
     keep.scatter_(-1, pruned_first[:, : rows.shape[1] - k], False)
-    return deliver(weight, keep.reshape(weight.shape), output)
+    return output_of_mask(weight, keep.reshape(weight.shape), output)
 
 
 def _select_rows_triton(weight: torch.Tensor, terms: ScoreTerms, k: int, scope: Scope, output: Output) -> torch.Tensor:
@@ -103,7 +106,7 @@ def _select_rows_triton(weight: torch.Tensor, terms: ScoreTerms, k: int, scope: 
         )
     else:
         select_by_threshold(source, out, terms, k, by_row=scope == "row", output=output)
-    return delivered(weight, out, output)
+    return finished_output(weight, out, output)
 
 
 @triton.jit
@@ -124,7 +127,7 @@ def _select_row(
     OUTPUT: tl.constexpr,
     POWER: tl.constexpr,
 ):
-    """A program scores its row, keeps only bit planes of the scores, and reads the row once more to write it."""
+    """A program scores its row and keeps only bit planes of the scores; it reads the row again to write the output."""
     THREADS: tl.constexpr = 1 << LOG_THREADS
     SHARE: tl.constexpr = 32 // VECTOR
     i = tl.program_id(0).to(tl.int64)
@@ -167,6 +170,6 @@ def _select_row(
 
 @triton.jit
 def _part_columns(PART: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns [PARTS[PART] * SHARE, WIDTH] of a part: each row of the tile is one access of all threads."""
+    """Columns [PARTS[PART] * SHARE, WIDTH] of a part; each row of this tile is one access of all threads."""
     access = PART * PARTS[0] * SHARE + tl.arange(0, PARTS[PART] * SHARE)
     return access[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]

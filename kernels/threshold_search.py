@@ -1,9 +1,9 @@
-"""Exact top-k of what one program cannot hold: a whole layer, or rows of more than 32768 weights.
+"""Exact top-k for sets that one program cannot hold: a whole layer, or rows of more than 32768 weights.
 
-    keys at or above prefix + d * 2^shift are counted for d = 1..7, three bits of the threshold a pass
+    each pass counts the keys >= prefix + d * 2^shift for d = 1..7, which gives three bits of the threshold
 
-Eleven passes read the weight and write a few counts each; a twelfth counts ties, the last one writes.
-Counts are summed by torch, in whole numbers, so the result is the same on every run.
+Eleven passes read the weight and write a few counts each. A twelfth pass counts ties, and the last one writes the
+output. torch sums the counts as integers, so every run gives the same result.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ KEY_BITS = 31
 def select_by_threshold(
     weight: torch.Tensor, out: torch.Tensor, terms: ScoreTerms, k: int, *, by_row: bool, output: str
 ) -> None:
-    """Write the selection of the k highest scores, of each row or of all, into ``out``.
+    """Select the k highest scores and write the result into ``out``.
 
     Args:
         weight: [out_features, in_features], last stride 1, not empty.
-        out: what ``output`` ("weight", "mask" or "bits") asks for; may be ``weight``.
+        out: the tensor to write; may be ``weight``.
         terms: the score's factors.
-        k: at least 1.
+        k: how many weights to keep, at least 1.
+        by_row: keep k weights of each row; otherwise k of the whole weight.
+        output: format of ``out``: "weight", "mask" or "bits".
     """
     rows, cols = weight.shape
     block = launch.threshold_search(weight)
@@ -45,8 +47,8 @@ def select_by_threshold(
     threshold = torch.zeros(groups, dtype=torch.int32, device=weight.device)
     for top in range(KEY_BITS, 0, -DIGIT_BITS):
         shift = max(top - DIGIT_BITS, 0)
-        enough = count_above(threshold + ((1 << shift) - 1), shift, (1 << (top - shift)) - 1) >= k
-        threshold += (enough.sum(0) << shift).to(torch.int32)
+        at_least_k = count_above(threshold + ((1 << shift) - 1), shift, (1 << (top - shift)) - 1) >= k
+        threshold += (at_least_k.sum(0) << shift).to(torch.int32)
     above = count_above(threshold - 1, 0, 2)[1]
     ties = counts[0] - counts[1]
     later = ties.flip(1).cumsum(1).flip(1) - ties
@@ -56,7 +58,7 @@ def select_by_threshold(
 
 @triton.jit
 def _keys(weight_ptr, row_ptr, col_ptr, scale_ptr, coupling_ptr, i, j, cols, stride, POWER: tl.constexpr):
-    """Weights and the bits of their scores; -1 beyond the row."""
+    """Weights and the bits of their scores (int32); -1 outside the row."""
     inside = j < cols
     weight = tl.load(weight_ptr + i * stride + j, mask=inside, other=0.0)
     value = score(
@@ -88,7 +90,7 @@ def _count_above(
     POWER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Keys of one block of one row above each candidate: base, base + 2^shift and so on."""
+    """Count the keys of one block of a row that are above each candidate: base, base + 2^shift and so on."""
     blocks = tl.cdiv(cols, BLOCK)
     i = (tl.program_id(0) // blocks).to(tl.int64)
     j = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -119,7 +121,7 @@ def _write(
     POWER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What lies above the threshold, and the last ``spare`` keys of the block that lie on it."""
+    """Keep the keys above the threshold, and the last ``spare`` keys of the block that are equal to it."""
     blocks = tl.cdiv(cols, BLOCK)
     block = tl.program_id(0) % blocks
     i = (tl.program_id(0) // blocks).to(tl.int64)

@@ -1,4 +1,4 @@
-"""token_norms: s_t = sum_i a_ti^2 of every token, in one read, summed in fp32."""
+"""token_norms: s_t = sum_i a_ti^2 for every token, in one read, summed in fp32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .triton_import import tl, triton
 def token_norms(outputs: torch.Tensor) -> torch.Tensor:
     """Squared L2 norms [n_tokens] in fp32 of outputs [n_tokens, out_features] (fp32, fp16 or bf16).
 
-    fp32 because s_t passes fp16's largest number on massive-activation tokens.
+    The result is fp32 because s_t exceeds fp16's range for tokens with massive activations.
+
+    Raises:
+        ArgumentError: if ``outputs`` is not a matrix.
     """
     if outputs.dim() != 2:
         raise ArgumentError(f"outputs must be [n_tokens, out_features], got shape {tuple(outputs.shape)}")
@@ -27,7 +30,7 @@ def token_norms(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def token_norms_reference(outputs: torch.Tensor) -> torch.Tensor:
-    """The same in plain torch, in fp64."""
+    """The squared norms, computed with plain torch in fp64."""
     return outputs.detach().double().square().sum(-1).float()
 
 
@@ -49,7 +52,7 @@ def _token_norms_triton(outputs: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _sum_squares(outputs_ptr, norms_ptr, n_tokens, cols, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Each lane adds up its own columns; lanes meet once, at the end."""
+    """Each lane sums its own columns; one reduction at the end combines the lanes."""
     t = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     line = outputs_ptr + t.to(tl.int64) * stride
     squares = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)

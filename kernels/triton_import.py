@@ -1,7 +1,7 @@
-"""``triton`` and ``tl`` for the modules that hold Triton bodies, or stand-ins where triton is not installed.
+"""``triton`` and ``tl`` for the modules with Triton kernels, or stand-ins if triton is not installed.
 
-The stand-ins let those modules import; :func:`~ace_triton.kernels.backend.choose_backend` never picks a
-Triton body then.
+With the stand-ins, those modules can be imported; :func:`~ace_triton.kernels.backend.choose_backend` then never chooses
+Triton.
 """
 
 from __future__ import annotations

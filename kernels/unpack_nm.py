@@ -1,4 +1,4 @@
-"""unpack_nm: the dense weight of a packed n:m one, bit for bit, +0.0 where nothing was kept.
+"""unpack_nm: the dense weight of a packed n:m weight, bit for bit; pruned weights are +0.0.
 
 Bytes per weight of e bytes: e * n / m + 1/8 read, e written, in one pass.
 """
@@ -17,15 +17,15 @@ from .written import mark_written
 
 
 def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tensor:
-    """The weight [out, in] that was packed, with its dtype, -0.0 and NaN included.
+    """The dense weight [out, in] in its own dtype; kept weights are equal bit for bit, -0.0 and NaN included.
 
     Args:
-        packed: the weight. Metadata that layout 1 does not have (:meth:`PackedNM.check`) give a wrong weight or an
-            error.
-        into: contiguous, of the weight's shape and dtype, written and returned; None for new memory.
+        packed: the packed weight. Invalid metadata (see :meth:`PackedNM.check`) gives a wrong weight or an error.
+        into: if given, receives the result and is returned; contiguous, with the weight's shape and dtype. None for a
+            new tensor.
 
     Raises:
-        ValueError: values, metadata or an ``into`` that do not fit, or tensors on different devices.
+        ArgumentError: if values, metadata or ``into`` do not fit, or if tensors are on different devices.
     """
     dtype = packed.values.dtype
     if into is not None and (tuple(into.shape) != packed.shape or into.dtype != dtype or not into.is_contiguous()):
@@ -47,7 +47,7 @@ def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tenso
 
 
 def unpack_nm_reference(packed: PackedNM) -> torch.Tensor:
-    """The same in plain torch."""
+    """The dense weight, computed with plain torch."""
     dense = packed.values.new_zeros(packed.shape)
     return dense.masked_scatter_(unpack_bits(packed.meta)[:, : packed.shape[1]], packed.values)
 
@@ -79,7 +79,7 @@ def _two_of_four_body(
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A thread takes VECTOR values of a row in one access and writes the 2 * VECTOR weights that they make."""
+    """A thread reads VECTOR values of a row in one access and writes the 2 * VECTOR weights of their groups."""
     blocks_across = tl.cdiv(cols, 2 * VECTOR * LANES)
     block = tl.program_id(0) % blocks_across
     i = tl.program_id(0) // blocks_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -110,7 +110,7 @@ def _any_pattern_body(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Weight by weight: a kept one is the value whose place is the number of kept ones before it in its group."""
+    """One weight at a time. A kept weight's index in its group's values is the number of kept ones before it."""
     blocks_across = tl.cdiv(cols, BLOCK_COLS)
     i = tl.program_id(0) // blocks_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     j = tl.program_id(0) % blocks_across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]

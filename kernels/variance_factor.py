@@ -1,9 +1,9 @@
-"""variance_factor: VarP's factor of every input channel (ACE, arXiv 2505.21987).
+"""variance_factor: VarP's factor for every input channel (ACE, arXiv 2505.21987).
 
     f_j = mean_s (1 - y_sj)^(-power),   y_sj = square_sj / level      (square_sj = sum over sequence s of x_tj^2)
 
-What a channel's energy is divided by, the level, is one of four: see :func:`variance_factor`. Two launches, the levels
-of the sequences and the means; one where a channel's level is its own.
+The energy of a channel is divided by a level; :func:`variance_factor` lists the four kinds of level. Two launches
+compute the levels of the sequences and the means. The level "channel" needs only one launch.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: fl
 
     Args:
         sequence_square: fp32 [n_sequences, in_features], sums of squares.
-        norm: the level: "max_layer", the largest of all; "max_sequence", the largest of each sequence; "channel", the
-            channel's own largest; "frobenius", the sum of each sequence.
-        power: of 1 / (1 - y).
-        eps: y stays at or below 1 - eps.
+        norm: kind of level: "max_layer", the largest sum of all; "max_sequence", the largest of each sequence;
+            "channel", the largest of each channel; "frobenius", the total of each sequence.
+        power: exponent of 1 / (1 - y).
+        eps: y is clamped to at most 1 - eps.
 
     Raises:
-        ValueError: another shape, dtype or norm, or eps outside of (0, 1).
+        ArgumentError: if the shape, dtype or norm is invalid, or if eps is not in (0, 1).
     """
     if not 0 < eps < 1:
-        raise ArgumentError(f"eps must lie in (0, 1), got {eps!r}")
+        raise ArgumentError(f"eps must be in (0, 1), got {eps!r}")
     if sequence_square.dim() != 2 or sequence_square.dtype != torch.float32:
         raise ArgumentError(
             "sums of squares must be float32 [n_sequences, in_features], got "
@@ -56,7 +56,7 @@ def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: fl
 def variance_factor_reference(
     sequence_square: torch.Tensor, norm: VarianceNorm, power: float, eps: float
 ) -> torch.Tensor:
-    """The same in plain torch, in fp64."""
+    """The factors, computed with plain torch in fp64."""
     square = sequence_square.double()
     if norm == "max_layer":
         level = square.amax().reshape(1, 1) if square.numel() else square.new_zeros(1, 1)
@@ -94,7 +94,7 @@ def _variance_factor_triton(square: torch.Tensor, norm: VarianceNorm, power: flo
 
 @triton.jit
 def _find_levels(square_ptr, levels_ptr, channels, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """Each program's sequence: the sum of its channels, or the largest."""
+    """The level of one sequence per program: the sum of its channels if ADD, else the largest."""
     row = square_ptr + tl.program_id(0).to(tl.int64) * channels
     found = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, channels, BLOCK):
@@ -119,7 +119,7 @@ def _average_inverses(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Each program's channels, BLOCK_ROWS sequences at a time; levels below ``least`` count as that."""
+    """The factors of a program's channels, BLOCK_ROWS sequences at a time; levels are clamped to at least ``least``."""
     j = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     level = tl.zeros([1, BLOCK_COLS], tl.float32) + least
     if NORM == "channel":

@@ -1,10 +1,10 @@
-"""weight_sums: RIA's row and column sums of |W| in one read of the weight; or all terms of a score made of them.
+"""weight_sums: RIA's row and column sums of |W| in one read of the weight, or the score terms computed from them.
 
 R_i = sum_j |W_ij|,   C_j = sum_i |W_ij|      (RIA, "Plug-and-Play", ICLR 2024)
 
-Two launches: sums of a few hundred rows and columns each, and their merge, which also inverts the sums and makes the
-column vector that multiplies the score. Bytes per weight of e bytes: e read, and the partial sums, 1 % of them at the
-size of a layer.
+Two launches. The first computes partial sums over a few hundred rows and columns each. The second merges them; it can
+also invert the sums and compute the column vector of the score. Bytes per weight of e bytes: e read, and about 1 % more
+for the partial sums of a large layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .finite import not_finite_reference, note_not_finite
 from .score_terms import ScoreTerms
 from .triton_import import tl, triton
 
-# Tile of the merge of partial sums: a few dozen loads in flight for a warp.
+# Tile for merging partial sums: a few dozen loads in flight per warp.
 MERGED_PARTS, MERGED_SUMS = 16, 32
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -31,9 +31,9 @@ class WeightSums(NamedTuple):
     """Sums of |weight|.
 
     Attributes:
-        row: fp32 [out_features].
-        col: fp32 [in_features].
-        not_finite: int32 [1], other than 0 where a sum is NaN or infinite.
+        row: fp32 [out_features], the sum of each row.
+        col: fp32 [in_features], the sum of each column.
+        not_finite: int32 [1] flag, non-zero if a sum is NaN or infinite.
     """
 
     row: torch.Tensor
@@ -42,10 +42,13 @@ class WeightSums(NamedTuple):
 
 
 def weight_sums(weight: torch.Tensor) -> WeightSums:
-    """Row and column sums of |weight|, deterministic.
+    """Row and column sums of |weight|; deterministic.
 
     Args:
         weight: [out_features, in_features], fp32, fp16 or bf16.
+
+    Raises:
+        ArgumentError: if the shape or dtype does not fit.
     """
     _check(weight)
     backend = choose_backend(weight)
@@ -58,17 +61,23 @@ def weight_sums(weight: torch.Tensor) -> WeightSums:
 def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) -> ScoreTerms:
     """RIA's |W_ij| / C_j + |W_ij| / R_i, times a column vector: the terms ``row``, ``col`` and ``scale`` of a score.
 
-    The inverse of a sum of 0 is large, but finite: its weights are 0 too. That of a sum which is not finite is NaN, so
-    that NaN and infinity in a weight are seen in both vectors; ``not_finite`` of the terms says whether any vector
-    holds one.
+    The inverse of a sum of 0 is large but finite; its weights are 0, so their scores are too. The inverse of a sum that
+    is not finite is NaN, so NaN and infinity in the weight show in both vectors. The terms' ``not_finite`` tells if any
+    vector contains NaN or infinity.
 
     Args:
         weight: [out_features, in_features], fp32, fp16 or bf16.
-        scale: of in_features columns; None for none.
+        scale: column scale of in_features columns, or None.
+
+    Raises:
+        ArgumentError: if a shape or dtype does not fit.
     """
     _check(weight)
     if scale is not None and scale.in_features != weight.shape[1]:
-        raise ArgumentError(f"a scale of {scale.in_features} columns for a weight of shape {tuple(weight.shape)}")
+        raise ArgumentError(
+            f"the scale must have the weight's {weight.shape[1]} columns, got {scale.in_features} columns "
+            f"for a weight of shape {tuple(weight.shape)}"
+        )
     backend = choose_backend(weight, *(() if scale is None else scale.vectors().values()))
     if backend == "reference":
         return relative_importance_reference(weight, scale)
@@ -77,14 +86,14 @@ def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) 
 
 
 def weight_sums_reference(weight: torch.Tensor) -> WeightSums:
-    """The same as :func:`weight_sums` in plain torch, summed in fp64."""
+    """As :func:`weight_sums`, computed with plain torch in fp64."""
     magnitude = weight.detach().double().abs()
     sums = magnitude.sum(1).float(), magnitude.sum(0).float()
     return WeightSums(*sums, not_finite_reference(*sums))
 
 
 def relative_importance_reference(weight: torch.Tensor, scale: ColumnScale | None = None) -> ScoreTerms:
-    """The same as :func:`relative_importance` in plain torch, in fp64."""
+    """As :func:`relative_importance`, computed with plain torch from sums in fp64."""
     sums = weight_sums_reference(weight)
     row, col = _inverse(sums.row), _inverse(sums.col)
     columns = None if scale is None else column_scale_reference(scale)
@@ -104,7 +113,7 @@ def _inverse(sums: torch.Tensor) -> torch.Tensor:
 def _sums(
     backend: Backend, weight: torch.Tensor, inverse: bool, scale: ColumnScale | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Row and column sums or their inverses, the columns' scale, and whether one of these is not finite."""
+    """Row and column sums or their inverses, the column scale, and a flag that is non-zero if one is not finite."""
     if backend == "cpu":
         return cpu.weight_sums(weight, inverse, scale)
     with torch.cuda.device_of(weight):
@@ -123,7 +132,7 @@ def _weight_sums_triton(
     row_parts, row_sums = (torch.empty(n, rows, dtype=torch.float32, device=weight.device) for n in (across, 1))
     col_parts, col_sums = (torch.empty(n, cols, dtype=torch.float32, device=weight.device) for n in (down, 1))
     columns = None if scale is None else torch.empty_like(col_sums[0])
-    # The first launch says that nothing was found yet.
+    # The first launch clears the flag.
     make = torch.empty if weight.numel() else torch.zeros
     found = make(1, dtype=torch.int32, device=weight.device)
     if weight.numel():
@@ -165,9 +174,10 @@ def _sum_magnitudes(
     PIECES: tl.constexpr,
     TRIPS: tl.constexpr,
 ):
-    """A program's share of TRIPS * BLOCK_ROWS rows and PIECES * BLOCK_COLS columns.
+    """Partial sums over TRIPS * BLOCK_ROWS rows and PIECES * BLOCK_COLS columns per program.
 
-    A piece is as wide as one access of a warp: every warp sums rows of its own, and they meet once, at the end.
+    A piece is as wide as one access of a warp, so every warp sums its own rows. One reduction at the end combines the
+    warps.
     """
     tl.store(found_ptr, 0, mask=tl.program_id(0) == 0)
     across = tl.cdiv(cols, PIECES * BLOCK_COLS)
@@ -221,7 +231,7 @@ def _merge_parts(
     BLOCK_PARTS: tl.constexpr,
     BLOCK_SUMS: tl.constexpr,
 ):
-    """Column sums, and the columns' scale, in the first ``col_blocks`` programs; row sums in the others."""
+    """The first ``col_blocks`` programs merge column sums and compute the column scale; the others merge row sums."""
     block = tl.program_id(0)
     if block < col_blocks:
         _merge(

@@ -1,8 +1,8 @@
-"""weighted_squares: exact second-order CosP's column vectors, for all layers that share an input at once.
+"""weighted_squares: the column vectors of exact second-order CosP, for several layers that share an input.
 
-    v_kj = sum_t d_kt x_tj^2      (d_kt = 1 / s_t of layer k, 0 for a token left out)
+    v_kj = sum_t d_kt x_tj^2      (d_kt = 1 / s_t of layer k, 0 for an excluded token)
 
-One read of the tokens for up to 8 layers (q, k and v share one input but not their output norms).
+The tokens are read once for up to 8 layers. For example, q, k and v share one input but have their own output norms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
 
     Args:
         tokens: [n_tokens, in_features], fp32, fp16 or bf16.
-        weights: fp32 [n_layers, n_tokens], 1 to 8 layers; a token whose weight is 0 is not used, whatever it holds.
+        weights: fp32 [n_layers, n_tokens], 1 to 8 layers. Tokens with weight 0 are ignored, even if they contain NaN.
+
+    Raises:
+        ArgumentError: if a shape or dtype does not fit.
     """
     check_weights(tokens, weights)
     backend = choose_backend(tokens, weights)
@@ -35,14 +38,14 @@ def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
 
 
 def weighted_squares_reference(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The same in plain torch, in fp64."""
+    """The weighted sums, computed with plain torch in fp64."""
     squares = tokens.detach().double().square()
     weighted = [torch.where(w[:, None] != 0, w[:, None] * squares, 0.0).sum(0) for w in weights.double()]
     return torch.stack(weighted).float()
 
 
 def check_weights(tokens: torch.Tensor, weights: torch.Tensor) -> None:
-    """Raise ValueError where ``weights`` do not fit ``tokens``."""
+    """Raise ArgumentError if the shape or dtype of ``weights`` does not fit ``tokens``."""
     if tokens.dim() != 2:
         raise ArgumentError(f"tokens must be [n_tokens, in_features], got shape {tuple(tokens.shape)}")
     if weights.dim() != 2 or weights.shape[1] != tokens.shape[0] or not 1 <= weights.shape[0] <= MOST_LAYERS:
@@ -73,7 +76,7 @@ def _weighted_squares_triton(tokens: torch.Tensor, weights: torch.Tensor) -> tor
     return parts.sum(0)
 
 
-# Batches of other lengths, as those of experts, do not make kernels of their own.
+# Batches of other lengths, such as those of experts, must not cause recompilation.
 @triton.jit(do_not_specialize=["trips"])
 def _sum_weighted_squares(
     tokens_ptr,
@@ -87,7 +90,7 @@ def _sum_weighted_squares(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """A program's share of ``trips`` * BLOCK_ROWS tokens and BLOCK_COLS columns, for every layer."""
+    """Partial sums over ``trips`` * BLOCK_ROWS tokens and BLOCK_COLS columns per program, for every layer."""
     across = tl.cdiv(cols, BLOCK_COLS)
     part = tl.program_id(0) // across
     j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]

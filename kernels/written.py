@@ -1,4 +1,4 @@
-"""Tells autograd what a kernel writes, since the kernel itself only has an address."""
+"""Tells autograd about in-place writes of kernels, which it cannot see."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 
 
 def mark_written(*tensors: torch.Tensor | None) -> None:
-    """Move the version counters of tensors that are written in place; None entries are passed over.
+    """Increment the version counters of tensors that a kernel writes in place; None entries are ignored.
 
-    A backward that saved one of them before then raises, as after an in-place operation of torch, and does not use
-    the new numbers. Tensors made under ``torch.inference_mode()`` have no counter, and are left alone.
+    If autograd saved such a tensor for a backward pass, that pass raises an error, as after an in-place torch
+    operation, instead of using the new numbers. Tensors created under ``torch.inference_mode()`` have no counter and
+    are skipped.
     """
     torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])

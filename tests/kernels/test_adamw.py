@@ -112,9 +112,9 @@ def of_ones(**changed: torch.Tensor) -> dict[str, torch.Tensor]:
     [
         (of_ones(values=torch.ones(3, 4).bfloat16()), "values must be fp32"),
         (of_ones(second=torch.ones(3, 4).double()), "second moments must be fp32"),
-        (of_ones(gradient=torch.ones(4, 3)), "gradient must be contiguous, in the values' shape"),
+        (of_ones(gradient=torch.ones(4, 3)), "gradient must be contiguous and of the values' shape"),
         (of_ones(gradient=torch.ones(4, 3).t()), "gradient must be contiguous"),
-        (of_ones(rounded=torch.ones(12)), "rounded copy must be contiguous, in the values' shape"),
+        (of_ones(rounded=torch.ones(12)), "rounded copy must be contiguous and of the values' shape"),
         (of_ones(factor=torch.ones(2)), "factor must be fp32 with one element"),
         (of_ones(factor=torch.ones(1).double()), "factor must be fp32 with one element"),
     ],

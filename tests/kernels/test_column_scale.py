@@ -68,7 +68,7 @@ def test_squares_of_zero_and_beyond_fp32s_range_of_squares():
     ("arguments", "message"),
     [
         ({}, "needs square, base or factor"),
-        ({"base": torch.ones(3), "factor": torch.ones(4)}, "of one length"),
+        ({"base": torch.ones(3), "factor": torch.ones(4)}, "of the same length"),
         ({"base": torch.ones(3, dtype=torch.float64)}, "base must be a contiguous torch.float32"),
         ({"square": torch.ones(3)}, "square must be a contiguous torch.float64"),
         ({"factor": torch.ones(6)[::2]}, "factor must be a contiguous"),

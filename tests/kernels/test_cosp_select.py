@@ -92,8 +92,8 @@ def test_any_strides(make_matrix, layout):
     [
         ({"reduce": "mean"}, "reduce must be"),
         ({"token_weights": torch.ones(4)}, "coupling needs"),
-        ({"outputs": torch.ones(5, 4)}, "of a weight"),
-        ({"terms": ScoreTerms(coupling=torch.ones(3, 8))}, "leave that term out"),
+        ({"outputs": torch.ones(5, 4)}, "need a weight of shape"),
+        ({"terms": ScoreTerms(coupling=torch.ones(3, 8))}, "leave it out"),
         ({"m": 3}, "m must be"),
         ({"weight": torch.zeros(3, 8, dtype=torch.float64)}, "weight must be"),
     ],

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ace_triton import Sparsity, prune_linear
-from ace_triton import prune_blocks as prune_model
+from ace_triton import Sparsity, prune_linear, prune_model
 
 WAYS = {
     "groups": {"method": "wanda"},

@@ -109,9 +109,9 @@ def test_nothing_to_do(device, shape, scope, output):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": -1}, "k must lie between 0 and 16"),
-        ({"k": 17}, "k must lie between 0 and 16"),
-        ({"k": 129, "scope": "layer"}, "k must lie between 0 and 128"),
+        ({"k": -1}, "k must be between 0 and 16"),
+        ({"k": 17}, "k must be between 0 and 16"),
+        ({"k": 129, "scope": "layer"}, "k must be between 0 and 128"),
         ({"scope": "model"}, "scope must be"),
         ({"output": "sparse"}, "output must be"),
         ({"weight": torch.zeros(8, 16, dtype=torch.int8)}, "float32, float16 or bfloat16"),

@@ -64,7 +64,7 @@ def test_shows_what_is_not_finite(norm, value):
 
 
 def test_says_what_is_wrong():
-    with pytest.raises(ValueError, match="eps must lie"):
+    with pytest.raises(ValueError, match="eps must be in"):
         variance_factor(torch.ones(2, 2), "channel", 1.0, 0.0)
     with pytest.raises(ValueError, match="norm must be"):
         variance_factor(torch.ones(2, 2), "largest", 1.0, 0.01)

@@ -106,5 +106,5 @@ def test_same_result_on_every_run(make_matrix):
 def test_says_what_is_wrong():
     with pytest.raises(ValueError, match="out_features"):
         weight_sums(torch.zeros(3))
-    with pytest.raises(ValueError, match="scale of 5 columns"):
+    with pytest.raises(ValueError, match="got 5 columns"):
         relative_importance(torch.zeros(3, 4), made_of(5, {"base"}))

@@ -240,8 +240,8 @@ GATE = "model.layers.0.mlp.gate_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t[f"{GATE}.meta"][3].bitwise_xor_(1 << 5), rf"{GATE}: metadata of row 3, group 1 keep [13] of 4"),
-        (lambda t: t[f"{GATE}.meta"][2].bitwise_or_(1 << 20), rf"{GATE}: metadata of row 2 marks inputs past"),
+        (lambda t: t[f"{GATE}.meta"][3].bitwise_xor_(1 << 5), rf"{GATE}: the metadata of row 3, group 1 keeps [13] of"),
+        (lambda t: t[f"{GATE}.meta"][2].bitwise_or_(1 << 20), rf"{GATE}: the metadata of row 2 marks inputs past"),
         (lambda t: t.update({f"{GATE}.meta": t[f"{GATE}.meta"].float()}), r"gate_proj\.meta is torch\.float32"),
         (lambda t: t.update({f"{GATE}.values": t[f"{GATE}.values"][:, :6].clone()}), r"values is .* \(24, 6\)"),
         (lambda t: t.pop(f"{GATE}.values"), rf"1 missing \({GATE}\.values\)"),
