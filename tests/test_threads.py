@@ -1,4 +1,4 @@
-"""Little work runs on one thread, and no more threads are used than there are processors."""
+"""Small work runs on one thread, and there are never more threads than usable processors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def three_threads():
 
 
 def threads_of(monkeypatch, owner: object, name: str) -> list[int]:
-    """The number of threads in each call of a function from now on."""
+    """A list that gets the number of threads of each later call of a function."""
     found, function = [], getattr(owner, name)
 
     def watched(*arguments, **named):
@@ -162,7 +162,7 @@ def test_only_the_command_line_waits_passively(argv, original, command):
 
 
 @pytest.mark.parametrize("variable", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
-def test_what_the_user_says_of_waiting_stays(variable):
+def test_the_users_own_setting_is_kept(variable):
     environment = {variable: "1"}
     wait_passively(["ace-triton"], ["python", "ace-triton"], environment)
     assert environment == {variable: "1"}
