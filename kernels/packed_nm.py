@@ -113,7 +113,7 @@ class PackedNM:
 
 
 def check_meta_dtype(meta: torch.Tensor) -> None:
-    """Raise ValueError if metadata are not int32."""
+    """Raise ArgumentError if the metadata are not int32."""
     if meta.dtype != torch.int32:
         raise ArgumentError(
             f"meta must be torch.int32, got {meta.dtype}: it is made of bits, which a cast destroys; pack the weight "

@@ -1,4 +1,4 @@
-"""Options of methods and updates: types from signatures, one clear line for a wrong value, before anything runs."""
+"""Options of methods and updates: types come from signatures; an invalid value gives one clear line before any work."""
 
 import inspect
 from typing import Annotated, Literal
@@ -16,7 +16,7 @@ from ace_triton.prune_blocks import prune_model
 
 @pytest.fixture
 def register(monkeypatch):
-    """register_metric, undone after the test."""
+    """register_metric; registrations are removed after the test."""
     monkeypatch.setattr("ace_triton.methods.registry._REGISTRY", dict(_REGISTRY))
     return register_metric
 
@@ -132,7 +132,7 @@ def test_numbers_of_numpy_and_whole_numbers_are_numbers():
         (Update, "an ace_triton.Update"),
     ],
 )
-def test_an_update_that_is_none_is_explained(update, message):
+def test_an_invalid_update_is_explained(update, message):
     with pytest.raises(ValueError, match="update") as error:
         prune_linear(torch.nn.Linear(8, 4), torch.randn(20, 8), "wanda", update=update)
     assert message in str(error.value)
@@ -169,7 +169,7 @@ def test_a_metric_may_return_the_scores_themselves(register, update, dtype):
         assert torch.equal(layer.weight, dense.where(result.mask, 0.0))
 
 
-def test_scores_of_ones_own_serve_rows_and_outputs_too(register):
+def test_scores_of_ones_own_work_for_rows_and_outputs(register):
     scores = torch.rand(16, 32, generator=torch.Generator().manual_seed(0))
 
     @register("hand_made")
@@ -208,7 +208,7 @@ def test_a_model_is_pruned_and_permuted_by_scores_of_ones_own(register, make_dec
         (lambda weight: weight.abs() / 0, "scores must be finite and 0 or more"),
     ],
 )
-def test_what_is_no_score_is_refused(register, returned, message):
+def test_invalid_scores_are_refused(register, returned, message):
     register("broken")(lambda weight, stats: returned(weight))
     layer = torch.nn.Linear(8, 4)
     before = layer.weight.detach().clone()
@@ -253,6 +253,6 @@ def test_a_metric_whose_options_cannot_be_passed_is_refused(register, function, 
     ],
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_tokens_that_will_not_do_are_explained(tokens, message):
+def test_invalid_tokens_are_explained(tokens, message):
     with pytest.raises(StatsError, match=message):
         prune_linear(torch.nn.Linear(8, 4), tokens(), "ace")

@@ -28,7 +28,7 @@ def test_patterns(pattern, n, m, fraction):
 @pytest.mark.parametrize(
     "pattern", ["2:3", "4:4", "0:4", "5:4", "2:64", "half", "", 1.0, -0.1, 1.5, None, True, "120%", "1/2%", "nan%"]
 )
-def test_what_is_no_pattern_is_refused(pattern):
+def test_invalid_patterns_are_refused(pattern):
     with pytest.raises(ValueError, match=r"n:m|pruned fraction"):
         Sparsity(pattern)
 

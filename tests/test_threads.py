@@ -1,4 +1,4 @@
-"""Little work runs on one thread, and no more threads are used than there are processors."""
+"""Small work runs on one thread, and there are never more threads than usable processors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def three_threads():
 
 
 def threads_of(monkeypatch, owner: object, name: str) -> list[int]:
-    """The number of threads in each call of a function from now on."""
+    """A list that gets the number of threads of each later call of a function."""
     found, function = [], getattr(owner, name)
 
     def watched(*arguments, **named):

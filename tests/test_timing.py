@@ -10,7 +10,7 @@ from ace_triton.timing import Stopwatch
 
 
 class Device:
-    """Stands for a GPU that is behind: its clock runs on its own, and events are marks in it."""
+    """A fake GPU that runs behind the host. It has its own clock, and events record the time of that clock."""
 
     def __init__(self) -> None:
         self.now, self.waits = 0.0, 0
@@ -53,7 +53,7 @@ def run(clock: Stopwatch, gpu: Device) -> None:
         gpu.now += 16
 
 
-def test_a_gpu_is_waited_for_at_the_end_alone(gpu):
+def test_the_host_waits_for_the_gpu_only_at_the_end(gpu):
     clock = Stopwatch(torch.device("cuda"))
     run(clock, gpu)
     assert gpu.waits == 0
@@ -63,7 +63,7 @@ def test_a_gpu_is_waited_for_at_the_end_alone(gpu):
     assert clock.seconds().statistics == 4
 
 
-def test_marks_do_not_pile_up(gpu, monkeypatch):
+def test_events_do_not_pile_up(gpu, monkeypatch):
     monkeypatch.setattr(timing, "MOST_EVENTS", 8)
     clock = Stopwatch(torch.device("cuda"))
     for _ in range(50):

@@ -1,4 +1,4 @@
-"""The oracles that every implementation of these metrics must satisfy."""
+"""The metrics compared with their formulas and with each other."""
 
 import math
 

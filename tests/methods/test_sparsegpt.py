@@ -1,4 +1,4 @@
-"""SparseGPT against its algorithm written out column by column, in fp64."""
+"""SparseGPT compared with a naive version of its algorithm, column by column in fp64."""
 
 import copy
 
@@ -10,7 +10,7 @@ from ace_triton.methods.sparsegpt import inverse_factor, sparsegpt_weight
 
 
 def oracle(dense, tokens, *, n=None, m=None, fraction=0.0, block=128, damping=0.01):
-    """Eliminates one column after the other from the inverse itself (no Cholesky factor, no lazy updates)."""
+    """Eliminates the columns one by one from the inverse itself, without Cholesky factor or lazy updates."""
     weight, tokens = dense.double().clone(), tokens.double().reshape(-1, dense.shape[1])
     gram = tokens.t() @ tokens
     dead = gram.diagonal() == 0
@@ -122,7 +122,7 @@ def test_it_errs_less_than_its_first_criterion_alone():
     assert (layer(tokens) - dense).square().sum() < 0.8 * (alone(tokens) - dense).square().sum()
 
 
-def test_what_it_cannot_serve_is_refused_and_changes_nothing():
+def test_unsupported_requests_are_refused_and_change_nothing():
     layer, tokens = torch.nn.Linear(32, 16), tokens_of(32)
     before = layer.weight.detach().clone()
     with pytest.raises(PruneError, match="along the outputs"):

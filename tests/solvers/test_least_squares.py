@@ -1,4 +1,4 @@
-"""Masked least squares against a solve of every row on its own, in fp64."""
+"""Masked least squares compared with a separate solution of each row in fp64."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def output_error(weight: torch.Tensor, dense: torch.Tensor, gram: torch.Tensor) 
 
 
 def row_by_row(dense: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """The minimum by lstsq on a root of the Gram matrix, each row's columns alone."""
+    """The minimum, by lstsq on a square root of the Gram matrix, with the kept columns of each row."""
     values, vectors = torch.linalg.eigh(gram.double())
     root = values.clamp(min=0).sqrt()[:, None] * vectors.t()
     solved = torch.zeros_like(dense, dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_no_step_raises_the_error(seed, iterations, n_tokens):
     assert bool((after <= before * (1 + 1e-4) + 1e-6 * float(gram.diagonal().sum())).all())
 
 
-def test_nothing_moves_where_everything_is_kept_or_nothing_is():
+def test_full_and_empty_masks_are_exact():
     gram, dense = damped(correlated(50, 16)), torch.randn(4, 16)
     assert torch.equal(solve_kept(dense, torch.ones(4, 16, dtype=torch.bool), gram, 5), dense)
     assert torch.equal(solve_kept(dense, torch.zeros(4, 16, dtype=torch.bool), gram, 5), torch.zeros(4, 16))
@@ -77,7 +77,7 @@ def test_orthogonal_channels_leave_the_kept_weights_alone():
 
 
 def test_two_equal_channels_share_their_weight():
-    """Of two channels that are the same, the kept one takes over the other's weight."""
+    """If two channels are equal, the kept channel also gets the weight of the other."""
     column = torch.randn(30, 1)
     gram = damped(torch.cat([column, column], 1), 1e-6)
     solved = solve_kept(torch.tensor([[2.0, 3.0]]), torch.tensor([[True, False]]), gram, 10, tolerance=0)

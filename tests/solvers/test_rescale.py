@@ -1,4 +1,4 @@
-"""Rows scaled to the dense rows' energy, from a sample of tokens or from the Gram matrix; the sample itself."""
+"""The update "rescale", with a sample of tokens or the Gram matrix, and the sample itself."""
 
 import copy
 
@@ -48,7 +48,7 @@ def test_least_squares_gives_energy_back_too():
 
 
 def test_dead_rows_and_rows_that_lost_nearly_all():
-    """A row without outputs keeps its scale; one that lost nearly all is scaled by the limit and no more."""
+    """A row without outputs keeps its scale. A row that lost nearly all energy is scaled by the limit."""
     layer = torch.nn.Linear(4, 3, bias=False)
     layer.weight.data = torch.tensor([[0.0, 0, 0, 0], [1e-3, 1e-3, 1, 1], [1.0, 1, 1e-3, 1e-3]])
     tokens = torch.tensor([[1.0, 1, 1e-3, 1e-3]]).repeat(8, 1)
@@ -79,7 +79,7 @@ def test_a_model_is_rescaled_from_samples(make_decoder, ids):
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_a_sample_leaves_out_where_attention_sinks(padding):
-    """Of tokens that carry their place in the text, with sequences of four, two and one."""
+    """Each token holds its position in the text. Sequences have four, two and one tokens."""
     tokens = torch.arange(12.0).view(3, 4, 1)
     lengths = [4, 4, 4] if padding == "none" else [4, 2, 1]
     valid = torch.stack([torch.arange(4) < length for length in lengths])
@@ -106,7 +106,7 @@ def test_the_first_tokens_energy_does_not_scale_rows():
 
 
 def test_a_sample_is_uniform_and_mergeable(tmp_path):
-    """Of tokens that carry their own number: none twice, none of the padding, spread evenly, whatever the batches."""
+    """Each token holds its number. For any batches, draws are uniform, without repeats and without padding."""
     total = 6 * SAMPLE_TOKENS
     numbers = torch.arange(total, dtype=torch.float32)
     tokens = torch.stack([numbers, -numbers], 1)

@@ -70,8 +70,8 @@ def test_more_rounds_err_less_than_none():
     assert errors[2] < 0.9 * errors[1]
 
 
-def test_a_prior_holds_where_tokens_are_few():
-    """Fitted on 32 tokens of 128 channels, judged on others: the prior keeps what the tokens do not tell."""
+def test_a_prior_lowers_the_error_if_tokens_are_few():
+    """Fitted on 32 tokens of 128 channels, evaluated on other tokens: the prior lowers the error."""
     torch.manual_seed(3)
     dense, tokens = torch.nn.Linear(128, 64), tokens_of(3000, 128)
     seen, unseen = tokens[:32], tokens[32:]
@@ -121,7 +121,7 @@ def test_padding_takes_no_part():
     torch.testing.assert_close(layer.weight, other.weight, rtol=1e-3, atol=1e-5)
 
 
-def test_what_will_not_do_is_refused_and_changes_nothing():
+def test_invalid_requests_are_refused_and_change_nothing():
     layer, tokens = torch.nn.Linear(32, 16), torch.randn(50, 32)
     before = layer.weight.detach().clone()
     with pytest.raises(StatsError, match=r"q_proj: .*gram=True"):
@@ -168,7 +168,7 @@ def test_a_model_errs_less_on_its_calibration_text(make_decoder, ids, options):
 
 
 def test_layers_of_one_input_share_its_gram_matrix(make_decoder, ids):
-    """What q, k and v become is what each becomes on its own."""
+    """q, k and v get the same weights together as each of them alone."""
     model, single = make_decoder("llama"), make_decoder("llama")
     prune_model(model, ids, "wanda", update=ON_THE_MASK, include="*.layers.0.*")
     seen = []

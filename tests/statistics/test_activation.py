@@ -110,7 +110,9 @@ def test_saved_statistics_load_the_same(tmp_path, reduce):
     assert again.n_sequences == 5
 
 
-def test_files_that_are_not_ours_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
     with pytest.raises(StatsError, match="cannot be read"):
         ActivationStats.load(tmp_path / "none.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 40)

@@ -27,7 +27,10 @@ def deferred(monkeypatch):
 
 
 def collected(reduce: str | None) -> tuple[list[OutputStats], int]:
-    """Statistics of two layers, and the number of reads. Some tokens get no weight, at first none of one layer."""
+    """Statistics of two layers, and the number of reads.
+
+    Some tokens have outputs of 0 and get no weight; in the first batch, all tokens of the first layer.
+    """
     generator = torch.Generator().manual_seed(0)
     stats = [OutputStats(reduce) for _ in range(2)]
     reads = Reads()
