@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,17 +38,32 @@ class Batch:
     """Some sequences of the calibration set, on the device of the model's embedding.
 
     Attributes:
-        ids: int64 [n_sequences, length].
-        valid: bool of the same shape, False for padding; None if there is no padding.
+        inputs: the model's inputs by argument name, without the attention mask, each [n_sequences, length, ...].
+        valid: bool [n_sequences, length], False for padding; None if there is no padding.
     """
 
-    ids: torch.Tensor
+    inputs: Mapping[str, torch.Tensor]
     valid: torch.Tensor | None
+
+    @classmethod
+    def of_ids(cls, ids: torch.Tensor, valid: torch.Tensor | None = None) -> Batch:
+        """A batch of token ids, int64 [n_sequences, length]."""
+        return cls({"input_ids": ids}, valid)
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Token ids, int64 [n_sequences, length]; KeyError if the model reads other inputs instead."""
+        return self.inputs["input_ids"]
 
     @property
     def shape(self) -> tuple[int, int]:
         """n_sequences and length."""
-        return self.ids.shape[0], self.ids.shape[1]
+        n_sequences, length = next(iter(self.inputs.values())).shape[:2]
+        return n_sequences, length
+
+    def beginning(self, n_sequences: int, length: int) -> Batch:
+        """The first tokens of the first sequences, padding included, as a batch without a mask."""
+        return Batch({name: tensor[:n_sequences, :length] for name, tensor in self.inputs.items()}, None)
 
 
 def batches_of(
@@ -80,7 +96,7 @@ def batches_of(
         )
     batch_size = batch_size or max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
     parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
-    return [Batch(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
+    return [Batch.of_ids(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:

@@ -49,7 +49,7 @@ def make_runner(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Bat
         ArgumentError: if the model's hidden states contain NaN or infinity.
     """
     with clock.measure("calibration"):
-        trial = Batch(batches[0].ids[:TRIAL_SEQUENCES, :TRIAL_LENGTH], None)
+        trial = batches[0].beginning(TRIAL_SEQUENCES, TRIAL_LENGTH)
         trace = _trace(model, blocks, trial)
         try:
             sizes = _try_replay(model, blocks, trial, trace)
@@ -214,7 +214,7 @@ class _Call:
 def _forward(model: nn.Module, batch: Batch) -> None:
     mask = None if batch.valid is None else batch.valid.long()
     with suppress(_Stop):
-        model(input_ids=batch.ids, attention_mask=mask, use_cache=False)
+        model(**batch.inputs, attention_mask=mask, use_cache=False)
 
 
 def hidden_of(output: Any) -> torch.Tensor:

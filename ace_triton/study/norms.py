@@ -38,7 +38,7 @@ def model_norms(model: torch.nn.Module, ids: torch.Tensor) -> ModelNorms:
     device = next(model.parameters()).device
     parts = ids.to(device).split(max(1, TOKENS_OF_A_FORWARD // ids.shape[1]))
     with calibration_mode(model):
-        WholeForward(model, [Batch(part, None) for part in parts], clock).run_all(collector)
+        WholeForward(model, [Batch.of_ids(part) for part in parts], clock).run_all(collector)
     found = []
     for index, block in enumerate(blocks):
         prefix = f"{block.name}."

@@ -146,7 +146,7 @@ def prune_model(model: Any, ids: torch.Tensor, method: str, n: int, m: int, batc
         raise ValueError("the published code prunes linear layers only; this model's experts are stacked")
     clock = Stopwatch(ids.device)
     blocks = find_blocks(model)
-    batches = [Batch(part, None) for part in ids.split(batch_size)]
+    batches = [Batch.of_ids(part) for part in ids.split(batch_size)]
     with calibration_mode(model):
         runner = make_runner(model, blocks, batches, clock)
         for index, block in enumerate(blocks):

@@ -27,7 +27,7 @@ def padding(side: str | None) -> torch.Tensor | None:
 
 def batches_of(ids: torch.Tensor, valid: torch.Tensor | None, size: int = 4) -> list[Batch]:
     masks = [None] * len(ids) if valid is None else valid.split(size)
-    return [Batch(part, mask) for part, mask in zip(ids.split(size), masks, strict=False)]
+    return [Batch.of_ids(part, mask) for part, mask in zip(ids.split(size), masks, strict=False)]
 
 
 def runner_of(model: nn.Module, batches: list[Batch]):
@@ -40,7 +40,7 @@ def own_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
     last = find_blocks(model)[-1].module
     hook = last.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
     mask = None if batch.valid is None else batch.valid.long()
-    model(input_ids=batch.ids, attention_mask=mask, use_cache=False)
+    model(**batch.inputs, attention_mask=mask, use_cache=False)
     hook.remove()
     return seen[0]
 
@@ -57,6 +57,27 @@ def test_replay_is_the_models_own_forward_bit_for_bit(make_decoder, ids, family,
             runner.run(index, None, advance=True)
         for batch, hidden in zip(batches, runner.hidden, strict=True):
             assert torch.equal(hidden, own_hidden(model, batch))
+
+
+@pytest.mark.parametrize("side", [None, "right"])
+def test_batches_of_other_inputs_than_ids_are_run(make_decoder, ids, side):
+    model = make_decoder("llama")
+    embedded = model.get_input_embeddings()(ids).detach() + 1
+    positions = torch.arange(16).expand(6, 16) * 2
+    mask = padding(side)
+    batches = [
+        Batch({"inputs_embeds": embedded[part], "position_ids": positions[part]}, None if mask is None else mask[part])
+        for part in (slice(0, 4), slice(4, 6))
+    ]
+    assert [batch.shape for batch in batches] == [(4, 16), (2, 16)]
+    with calibration_mode(model):
+        runner, of_ids = runner_of(model, batches), runner_of(model, batches_of(ids, mask))
+        for index in range(3):
+            runner.run(index, None, advance=True)
+            of_ids.run(index, None, advance=True)
+        for batch, hidden, other in zip(batches, runner.hidden, of_ids.hidden, strict=True):
+            assert torch.equal(hidden, own_hidden(model, batch))
+            assert not torch.equal(hidden, other)
 
 
 def test_hidden_states_keep_the_models_dtype(make_decoder, ids):
@@ -244,7 +265,7 @@ def test_stubs_are_taken_out_after_an_error(make_decoder, ids):
     own = model.model.layers[0].forward
     model.model.layers[0].forward = lambda *args, **kwargs: own(*args, **kwargs)
     patched = vars(model.model.layers[0])["forward"]
-    failing = [*batches_of(ids, None), Batch(torch.full((1, 16), 10_000), None)]
+    failing = [*batches_of(ids, None), Batch.of_ids(torch.full((1, 16), 10_000))]
     with calibration_mode(model), pytest.raises(IndexError):
         runner_of(model, failing)
     assert vars(model.model.layers[0])["forward"] is patched
