@@ -1,12 +1,12 @@
-"""Run Triton kernels as x86 machine code: the same bodies, launched by the same public launchers, without a GPU.
+"""Runs Triton kernels as x86 machine code, through the public launchers and without a GPU.
 
-A launch is lowered by Triton's own AMD pipeline for one warp of one lane, so that a program becomes
-plain scalar LLVM IR; the IR is stripped of what names a GPU and compiled for this machine by llvmlite.
-Arithmetic, rounding and addresses are the real ones (bf16 too, which the interpreter gets wrong).
-Sums over a warp become sums in one lane. What needs shared memory even so cannot run.
+Triton's own AMD pipeline lowers a launch for one warp of one lane, so a program becomes plain scalar LLVM IR. Everything
+specific to GPUs is removed from the IR, and llvmlite compiles it for this machine. Arithmetic, rounding and addresses
+are those of the kernel (also for bf16, which the interpreter gets wrong). Sums over a warp become sums in one lane.
+Kernels that need shared memory even with one lane cannot run.
 
-Every launch works on copies of its tensors that lie between unmapped pages, in a child process: a read
-or write outside a tensor ends the child, and the launch raises :class:`OutOfBounds`.
+Every launch runs in a child process, on copies of its tensors between unmapped pages. A read or write outside a tensor
+ends the child, and the launch raises :class:`OutOfBounds`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.harness.jit_launches import JitLaunch, Specialised, caught_launc
 
 TARGET = GPUTarget("hip", "gfx1010", 1)  # no matrix units: tl.dot becomes plain multiply-adds
 SCALARS = {"i1": ctypes.c_int8, "i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
-QUICK_COMPILE = {"DISABLE_LLVM_OPT": "1"}  # ten times the speed to compile; what runs is the same
+QUICK_COMPILE = {"DISABLE_LLVM_OPT": "1"}  # compiles much faster; the code that runs is the same
 UNUSED = 0xFF  # a NaN in every floating dtype
 PAGE = mmap.PAGESIZE
 NO_ACCESS = 0
@@ -44,16 +44,16 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class OutOfBounds(AssertionError):
-    """A kernel touched memory outside its tensors."""
+    """A kernel accessed memory outside its tensors."""
 
 
 @contextmanager
 def executed_on_x86(lanes: int = 2) -> Iterator[None]:
-    """Inside, public launchers given CPU tensors run their Triton bodies; torch.empty holds NaN or the largest int.
+    """Run the Triton kernels of public launchers on CPU tensors; torch.empty is filled with NaN or the largest integer.
 
     Args:
-        lanes: what the launchers plan for. Blocks grow with it, and the time to compile one lane's scalar
-            code faster than they do; 32 gives a GPU's own blocks.
+        lanes: lanes per warp that the launchers assume. More lanes mean larger blocks, and the compile time of one
+            lane's scalar code grows faster than they do; 32 gives the blocks of a GPU.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -66,11 +66,11 @@ def executed_on_x86(lanes: int = 2) -> Iterator[None]:
 
 
 def execute(launch: JitLaunch) -> None:
-    """Run all programs of a launch, one after the other."""
-    specialised = launch.specialise(TARGET)
-    program = Program.of(specialised)
+    """Run all programs of a launch in sequence."""
+    specialized = launch.specialise(TARGET)
+    program = Program.of(specialized)
     with ExitStack() as stack:
-        guarded = [stack.enter_context(GuardedCopy(a)) if torch.is_tensor(a) else a for a in specialised.arguments]
+        guarded = [stack.enter_context(GuardedCopy(a)) if torch.is_tensor(a) else a for a in specialized.arguments]
         arguments = [a.address if isinstance(a, GuardedCopy) else a for a in guarded]
         child = os.fork()
         if child == 0:
@@ -86,7 +86,7 @@ def execute(launch: JitLaunch) -> None:
 
 
 class GuardedCopy:
-    """A tensor's bytes between two unmapped pages, ending as close to the second as its alignment allows."""
+    """A copy of a tensor's bytes between two unmapped pages; it ends as close to the second as alignment allows."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -116,7 +116,7 @@ class GuardedCopy:
                 raise OSError(ctypes.get_errno(), "mprotect")
 
     def give_back(self, kernel: str) -> None:
-        """Copy what the kernel left into the tensor; raise OutOfBounds if it wrote beside it."""
+        """Copy the kernel's results into the tensor; raise OutOfBounds if the kernel wrote outside of it."""
         for start, stop in self.margins:
             if ctypes.string_at(start, stop - start).strip(bytes([UNUSED])):
                 raise OutOfBounds(f"{kernel} wrote beside a tensor of shape {tuple(self.tensor.shape)}")
@@ -124,20 +124,20 @@ class GuardedCopy:
 
 
 class Program:
-    """One specialised kernel as a native function."""
+    """One specialized kernel as a native function."""
 
     compiled: ClassVar[dict[str, Program]] = {}
 
     @classmethod
-    def of(cls, specialised: Specialised) -> Program:
-        """The compiled program, from the cache where it was built before."""
-        key = specialised.source.hash()
+    def of(cls, specialized: Specialised) -> Program:
+        """The compiled program, from the cache if it was built before."""
+        key = specialized.source.hash()
         if key not in cls.compiled:
-            cls.compiled[key] = cls(specialised)
+            cls.compiled[key] = cls(specialized)
         return cls.compiled[key]
 
-    def __init__(self, specialised: Specialised) -> None:
-        text = without_gpu(lowered(specialised))
+    def __init__(self, specialized: Specialised) -> None:
+        text = without_gpu(lowered(specialized))
         machine = llvm.Target.from_default_triple().create_target_machine(
             opt=0, cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten()
         )
@@ -146,7 +146,7 @@ class Program:
         self.engine = llvm.create_mcjit_compiler(module, machine)
         self.engine.finalize_object()
         name, parameters = re.search(r"define void @(\w+)\(([^)]*)\)", text).groups()
-        kinds = [kind for kind in specialised.source.signature.values() if kind != "constexpr"]
+        kinds = [kind for kind in specialized.source.signature.values() if kind != "constexpr"]
         types = [ctypes.c_void_p if kind.startswith("*") else SCALARS[kind] for kind in kinds]
         self.spare = [None] * (parameters.count(",") + 1 - len(types))
         signature = ctypes.CFUNCTYPE(None, *types, *(ctypes.c_void_p for _ in self.spare))
@@ -162,7 +162,7 @@ class Program:
             self.function(*arguments, *self.spare)
 
 
-def lowered(specialised: Specialised) -> str:
+def lowered(specialized: Specialised) -> str:
     """LLVM IR for one lane, by Triton's AMD pipeline."""
     backend = make_backend(TARGET)
     options = backend.parse_options({"num_warps": 1, "num_stages": 1})
@@ -170,7 +170,7 @@ def lowered(specialised: Specialised) -> str:
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    module = specialised.source.make_ir(
+    module = specialized.source.make_ir(
         TARGET, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
     )
     stages: dict[str, Callable[..., Any]] = {}
@@ -178,15 +178,15 @@ def lowered(specialised: Specialised) -> str:
     metadata = {"target": TARGET, **options.__dict__}
     for stage in ("ttir", "ttgir", "llir"):
         module = stages[stage](module, metadata)
-    assert not metadata["shared"], f"{specialised.source.fn.__name__} needs shared memory: one lane cannot run it"
+    assert not metadata["shared"], f"{specialized.source.fn.__name__} needs shared memory: one lane cannot run it"
     return str(module)
 
 
 def without_gpu(text: str) -> str:
-    """The IR with metadata, attributes, address spaces and AMD intrinsics replaced by what x86 has.
+    """The IR without metadata and attributes, and with address spaces and AMD intrinsics replaced by those of x86.
 
-    bf16 is only moved and widened by shifts, so it goes as i16: x86 would widen and narrow it on every
-    move, and flush subnormals.
+    The IR only moves bf16 and widens it by shifts, so it becomes i16: x86 code for bf16 would widen and narrow it on
+    every move, and flush subnormals.
     """
     text = re.sub(r"^(target (datalayout|triple)|attributes|!).*$", "", text, flags=re.M)
     text = re.sub(r",? !(?:amdgpu\.)?\w+(?:\.\w+)* !\d+", "", text)
