@@ -1,9 +1,9 @@
 """Runs Triton kernels as x86 machine code, through the public launchers and without a GPU.
 
-Triton's own AMD pipeline lowers a launch for one warp of one lane, so a program becomes plain scalar LLVM IR. Everything
-specific to GPUs is removed from the IR, and llvmlite compiles it for this machine. Arithmetic, rounding and addresses
-are those of the kernel (also for bf16, which the interpreter gets wrong). Sums over a warp become sums in one lane.
-Kernels that need shared memory even with one lane cannot run.
+Triton's own AMD pipeline lowers a launch for one warp of one lane, so a program becomes plain scalar LLVM IR. All that
+is specific to GPUs is removed from the IR, and llvmlite compiles it for this machine. Arithmetic, rounding and
+addresses are those of the kernel (also for bf16, which the interpreter gets wrong). Sums over a warp become sums in one
+lane. Kernels that need shared memory even with one lane cannot run.
 
 Every launch runs in a child process, on copies of its tensors between unmapped pages. A read or write outside a tensor
 ends the child, and the launch raises :class:`OutOfBounds`.
@@ -67,10 +67,10 @@ def executed_on_x86(lanes: int = 2) -> Iterator[None]:
 
 def execute(launch: JitLaunch) -> None:
     """Run all programs of a launch in sequence."""
-    specialized = launch.specialise(TARGET)
-    program = Program.of(specialized)
+    specialised = launch.specialise(TARGET)
+    program = Program.of(specialised)
     with ExitStack() as stack:
-        guarded = [stack.enter_context(GuardedCopy(a)) if torch.is_tensor(a) else a for a in specialized.arguments]
+        guarded = [stack.enter_context(GuardedCopy(a)) if torch.is_tensor(a) else a for a in specialised.arguments]
         arguments = [a.address if isinstance(a, GuardedCopy) else a for a in guarded]
         child = os.fork()
         if child == 0:
@@ -129,15 +129,15 @@ class Program:
     compiled: ClassVar[dict[str, Program]] = {}
 
     @classmethod
-    def of(cls, specialized: Specialised) -> Program:
+    def of(cls, specialised: Specialised) -> Program:
         """The compiled program, from the cache if it was built before."""
-        key = specialized.source.hash()
+        key = specialised.source.hash()
         if key not in cls.compiled:
-            cls.compiled[key] = cls(specialized)
+            cls.compiled[key] = cls(specialised)
         return cls.compiled[key]
 
-    def __init__(self, specialized: Specialised) -> None:
-        text = without_gpu(lowered(specialized))
+    def __init__(self, specialised: Specialised) -> None:
+        text = without_gpu(lowered(specialised))
         machine = llvm.Target.from_default_triple().create_target_machine(
             opt=0, cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten()
         )
@@ -146,7 +146,7 @@ class Program:
         self.engine = llvm.create_mcjit_compiler(module, machine)
         self.engine.finalize_object()
         name, parameters = re.search(r"define void @(\w+)\(([^)]*)\)", text).groups()
-        kinds = [kind for kind in specialized.source.signature.values() if kind != "constexpr"]
+        kinds = [kind for kind in specialised.source.signature.values() if kind != "constexpr"]
         types = [ctypes.c_void_p if kind.startswith("*") else SCALARS[kind] for kind in kinds]
         self.spare = [None] * (parameters.count(",") + 1 - len(types))
         signature = ctypes.CFUNCTYPE(None, *types, *(ctypes.c_void_p for _ in self.spare))
@@ -162,7 +162,7 @@ class Program:
             self.function(*arguments, *self.spare)
 
 
-def lowered(specialized: Specialised) -> str:
+def lowered(specialised: Specialised) -> str:
     """LLVM IR for one lane, by Triton's AMD pipeline."""
     backend = make_backend(TARGET)
     options = backend.parse_options({"num_warps": 1, "num_stages": 1})
@@ -170,7 +170,7 @@ def lowered(specialized: Specialised) -> str:
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    module = specialized.source.make_ir(
+    module = specialised.source.make_ir(
         TARGET, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
     )
     stages: dict[str, Callable[..., Any]] = {}
@@ -178,7 +178,7 @@ def lowered(specialized: Specialised) -> str:
     metadata = {"target": TARGET, **options.__dict__}
     for stage in ("ttir", "ttgir", "llir"):
         module = stages[stage](module, metadata)
-    assert not metadata["shared"], f"{specialized.source.fn.__name__} needs shared memory: one lane cannot run it"
+    assert not metadata["shared"], f"{specialised.source.fn.__name__} needs shared memory: one lane cannot run it"
     return str(module)
 
 
