@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ace_triton import ActivationStats, prune_linear
-from ace_triton import prune_blocks as prune_model
+from ace_triton import ActivationStats, prune_linear, prune_model
 from ace_triton.decoders.blocks import find_blocks, linears_of
 from ace_triton.decoders.calibration_mode import calibration_mode
 from ace_triton.decoders.collect import InputCollector

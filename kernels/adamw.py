@@ -12,63 +12,16 @@ exactly 0. The kernel reads values, moments and gradient once, and writes values
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 
 from . import cpu, launch
 from .backend import choose_backend
 from .errors import ArgumentError
+from .records import GradientMoments, Step
 from .triton_import import tl, triton
 from .written import mark_written
 
-
-@dataclass(frozen=True)
-class Step:
-    """Hyperparameters of one optimizer step.
-
-    Attributes:
-        rate: learning rate, 0 or more.
-        number: number of the step, counted from 1.
-        betas: decays of the first and the second moment, in [0, 1).
-        eps: added to the square root of the second moment, above 0.
-
-    Raises:
-        ArgumentError: if a value is outside its range.
-    """
-
-    rate: float
-    number: int
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        if not (self.rate >= 0 and self.number >= 1 and self.eps > 0 and all(0 <= beta < 1 for beta in self.betas)):
-            raise ArgumentError(
-                "an optimizer step needs a rate of at least 0, a number of at least 1, betas in [0, 1) and eps above "
-                f"0; got {self}"
-            )
-
-    @property
-    def scalars(self) -> tuple[float, float, float, float, float]:
-        """What the kernels take: rate / (1 - b_1^t), 1 - b_1, 1 - b_2, 1 / sqrt(1 - b_2^t) and eps."""
-        first, second = self.betas
-        unbiased = [1 - beta**self.number for beta in self.betas]
-        return self.rate / unbiased[0], 1 - first, 1 - second, 1 / math.sqrt(unbiased[1]), self.eps
-
-
-@dataclass(frozen=True)
-class GradientMoments:
-    """Running means of the gradient (``first``) and of its square (``second``), fp32 in the shape of the values."""
-
-    first: torch.Tensor
-    second: torch.Tensor
-
-    @classmethod
-    def like(cls, values: torch.Tensor) -> GradientMoments:
-        """Moments of 0, in the shape, dtype and device of ``values``."""
-        return cls(torch.zeros_like(values), torch.zeros_like(values))
+__all__ = ["GradientMoments", "Step", "adamw", "adamw_reference"]
 
 
 def adamw(

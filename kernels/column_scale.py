@@ -9,67 +9,24 @@ VarP's mean_s 1 / (1 - y_sj). If a metric also needs sums of the weight,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from . import cpu, launch
 from .backend import choose_backend
-from .errors import ArgumentError
 from .finite import not_finite, not_finite_reference
+from .records import ColumnScale
 from .triton_import import tl, triton
 
-
-@dataclass(frozen=True)
-class ColumnScale:
-    """Inputs of the column vector; at least one of ``square``, ``base`` and ``factor`` is given.
-
-    Attributes:
-        square: fp64 [in_features], sums of squares; None to leave the factor out.
-        divisor: divides ``square``. Triton multiplies by its inverse, rounded to fp32.
-        base, factor: fp32 [in_features], or None for 1.
-        sign: 1 multiplies by ``factor``, -1 divides by it.
-
-    Raises:
-        ArgumentError: if no vector is given, or if a shape, dtype or the sign is invalid.
-    """
-
-    square: torch.Tensor | None = None
-    divisor: float = 1.0
-    base: torch.Tensor | None = None
-    factor: torch.Tensor | None = None
-    sign: int = 1
-
-    def __post_init__(self) -> None:
-        if self.sign not in (1, -1):
-            raise ArgumentError(f"sign must be +1 or -1, got {self.sign!r}")
-        vectors = self.vectors()
-        if len({vector.shape for vector in vectors.values()}) != 1:
-            shapes = {name: tuple(vector.shape) for name, vector in vectors.items()}
-            raise ArgumentError(
-                f"a column scale needs square, base or factor, all of the same length; got {shapes or 'none'}"
-            )
-        for name, vector in vectors.items():
-            wanted = torch.float64 if name == "square" else torch.float32
-            if vector.dtype != wanted or vector.dim() != 1 or not vector.is_contiguous():
-                raise ArgumentError(
-                    f"{name} must be a contiguous {wanted} vector, got {vector.dtype} of shape {tuple(vector.shape)}"
-                )
-
-    def vectors(self) -> dict[str, torch.Tensor]:
-        """The vectors that are given, by name."""
-        named = {"square": self.square, "base": self.base, "factor": self.factor}
-        return {name: vector for name, vector in named.items() if vector is not None}
-
-    def parts(self) -> tuple[torch.Tensor | None, float, torch.Tensor | None, torch.Tensor | None]:
-        """The kernels' arguments: square, the inverse of its divisor, base and factor."""
-        return self.square, 1 / self.divisor, self.base, self.factor
-
-    @property
-    def in_features(self) -> int:
-        """Length of the vectors."""
-        return next(iter(self.vectors().values())).shape[0]
+__all__ = [
+    "CheckedScale",
+    "ColumnScale",
+    "checked_column_scale",
+    "column_scale",
+    "column_scale_reference",
+    "scale_at",
+]
 
 
 class CheckedScale(NamedTuple):

@@ -20,9 +20,10 @@ from .backend import choose_backend
 from .coupling import Reduce, checked_shape, coupling, coupling_reference, products_over_tokens
 from .errors import ArgumentError
 from .group_choice import best_of_group
+from .pattern import check_pattern
 from .registers import masked, unzip, zipped
 from .score_terms import ScoreTerms, score
-from .select_nm import check_pattern, check_selection, finished_output, select_nm, select_nm_reference, with_unit_stride
+from .select_nm import check_selection, finished_output, select_nm, select_nm_reference, with_unit_stride
 from .triton_import import tl, triton
 from .written import mark_written
 

@@ -7,19 +7,15 @@ addresses of tensors; it checks the memory behind them. The library uses as many
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import torch
 
 from .cpu_library import call, library
 from .errors import ArgumentError
 from .memory import ELEMENTS, address, contiguous, elements, matrix, new, sequences
-
-if TYPE_CHECKING:
-    from .adamw import GradientMoments, Step
-    from .column_scale import ColumnScale
-    from .packed_nm import PackedNM
-    from .score_terms import ScoreTerms
+from .packed_nm import PackedNM
+from .records import ColumnScale, GradientMoments, Step
+from .score_terms import ScoreTerms
 
 _FLOAT, _DOUBLE, _INT, _LONG = torch.float32, torch.float64, torch.int32, torch.int64
 _OUTPUTS = {"weight": 0, "mask": 1, "bits": 2}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import ArgumentError, PatternError
-from .select_nm import GROUP_SIZES, check_pattern
+from .pattern import GROUP_SIZES, check_pattern
 
 LAYOUT_VERSION = 1
 

@@ -16,14 +16,30 @@ from . import cpu, launch
 from .backend import choose_backend
 from .errors import ArgumentError
 from .group_choice import best_of_group
+from .pattern import GROUP_SIZES, Axis, check_pattern
 from .registers import joined_bits, masked, unzip, zipped
 from .score_terms import ScoreTerms, score, scores_reference
 from .triton_import import tl, triton
 from .written import mark_written
 
-GROUP_SIZES = (2, 4, 8, 16, 32)
+__all__ = [
+    "GROUP_SIZES",
+    "Axis",
+    "Output",
+    "check_pattern",
+    "check_selection",
+    "columns",
+    "finished_output",
+    "members",
+    "output_like",
+    "output_of_mask",
+    "pack_bits",
+    "select_nm",
+    "select_nm_reference",
+    "store_bits",
+    "with_unit_stride",
+]
 
-Axis = Literal["in", "out"]
 Output = Literal["weight", "mask", "bits"]
 
 
@@ -112,22 +128,6 @@ def check_selection(weight: torch.Tensor, terms: ScoreTerms, output: Output) -> 
         raise ArgumentError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
     if output not in ("weight", "mask", "bits"):
         raise ArgumentError(f"output must be 'weight', 'mask' or 'bits', got {output!r}")
-
-
-def check_pattern(weight: torch.Tensor, n: int, m: int, axis: Axis) -> None:
-    """Raise ArgumentError if n:m is invalid, or if m does not divide the size of ``weight`` along ``axis``."""
-    if axis not in ("in", "out"):
-        raise ArgumentError(f"axis must be 'in' or 'out', got {axis!r}")
-    if m not in GROUP_SIZES:
-        raise ArgumentError(f"m must be one of {GROUP_SIZES}, got {m!r}")
-    if not 0 < n < m:
-        raise ArgumentError(f"n of n:m must be between 1 and {m - 1}, got {n!r}")
-    size = weight.shape[1] if axis == "in" else weight.shape[0]
-    if size % m:
-        raise ArgumentError(
-            f"{n}:{m} groups along {axis!r} need a multiple of {m}, but the weight has {size} "
-            f"{'inputs' if axis == 'in' else 'outputs'} (shape {tuple(weight.shape)})"
-        )
 
 
 def _select_nm_triton(

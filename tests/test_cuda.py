@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import ActivationStats, NMLinear, prune_linear
-from ace_triton import prune_blocks as prune_model
+from ace_triton import ActivationStats, NMLinear, prune_linear, prune_model
 from ace_triton.kernels import launch
 from ace_triton.kernels.coupling import coupling, coupling_reference
 from ace_triton.kernels.divergence import divergence, divergence_reference

@@ -18,12 +18,11 @@ import torch
 import typer
 from rich.console import Console
 
-from ace_triton import RecoverySettings, WrittenText
+from ace_triton import RecoverySettings, WrittenText, recover
 from ace_triton.commands.report import write_json
 from ace_triton.inputs.calibration import pieces, token_stream
 from ace_triton.inputs.text import read_documents
 from ace_triton.inputs.written_text import start_token
-from ace_triton.recovery import train as recover
 from ace_triton.study.cells import Cell, Variant
 from ace_triton.study.recipes_grid import BEST, PATTERN
 from ace_triton.study.samples import next_token_divergence

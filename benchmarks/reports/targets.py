@@ -22,8 +22,7 @@ import torch
 import typer
 from rich.console import Console
 
-from ace_triton import Update
-from ace_triton import prune_blocks as prune_model
+from ace_triton import Update, prune_model
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.calibration import load_calibration
 from ace_triton.kernels.score_terms import ScoreTerms

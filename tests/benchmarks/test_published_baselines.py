@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import ActivationStats, Sparsity, prune_linear
-from ace_triton import prune_blocks as prune_model
+from ace_triton import ActivationStats, Sparsity, prune_linear, prune_model
 from benchmarks.claims import published, published_model
 
 ROWS, COLS = 48, 96

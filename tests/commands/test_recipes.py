@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ace_triton import Update
-from ace_triton import prune_blocks as prune_model
+from ace_triton import Update, prune_model
 from ace_triton.commands.demo_run import DemoSettings, demo_json, demo_table, run_demo
 from ace_triton.inputs.checkpoint import load
 from ace_triton.methods.registry import _REGISTRY

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ace_triton import prune_blocks as prune_model
+from ace_triton import prune_model
 from ace_triton.commands.report import prune_table, skipped_lines
 
 

@@ -1,4 +1,4 @@
-"""Cases for the operations. Every test calls the public launcher, so it checks whichever backend serves the device."""
+"""Test data for the operations. Tests call the public launchers, so they check the backend that the device uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.score_terms import ScoreTerms
 
-# The interpreter is slow, and on a GPU nearly every example compiles kernels of its own.
+# Fewer examples: the interpreter is slow, and on a GPU nearly every example compiles new kernels.
 FEW = interpreting() or torch.cuda.is_available()
 hypothesis.settings.register_profile("kernels", deadline=None, max_examples=15 if FEW else 60, derandomize=True)
 hypothesis.settings.load_profile("kernels")
@@ -30,7 +30,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def make_matrix(device: str) -> MakeWeight:
-    """make_matrix(rows, cols, dtype, values, seed): a matrix with one of VALUES in it."""
+    """make_matrix(rows, cols, dtype, values, seed): a random matrix; ``values`` is one of VALUES."""
 
     def make(rows: int, cols: int, dtype: torch.dtype, values: str = "normal", seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

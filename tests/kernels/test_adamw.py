@@ -1,4 +1,4 @@
-"""adamw against the fp64 reference, and that against torch's optimiser."""
+"""adamw against the fp64 reference, and the reference against torch's optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 3000 if interpreting() else 100_000
 
 
 def make(size: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, GradientMoments, torch.Tensor]:
-    """Values of which half are 0, moments that are 0 there, and a gradient that is not."""
+    """Values of which half are 0, moments that are 0 at the same places, and a gradient without zeros."""
     generator = torch.Generator().manual_seed(seed)
     values, first, second, gradient = torch.randn(4, size, generator=generator)
     kept = torch.rand(size, generator=generator) < 0.5
@@ -27,14 +27,14 @@ def make(size: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, Gr
 
 
 def check(values, moments, gradient, step, rounded=None, **options):
-    """GradientMoments to fp32's rounding, what a value moves by to the rounding of the value."""
+    """Moments agree to fp32 rounding, values to the rounding of the value."""
     old = values.double()
     exact, exact_moments = adamw_reference(values, moments, gradient, step, **options)
     adamw(values, moments, gradient, step, rounded=rounded, **options)
     assert bool(((values - exact).abs() <= 2e-7 * old.abs() + 1e-5 * (exact - old).abs()).all())
     torch.testing.assert_close(moments.first.double(), exact_moments.first, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(moments.second.double(), exact_moments.second, rtol=1e-5, atol=1e-15)
-    if rounded is not None and interpreting():  # where Triton's cast to 16 bits cuts off
+    if rounded is not None and interpreting():  # the interpreter's cast to 16 bits truncates
         torch.testing.assert_close(rounded.float(), values, rtol=torch.finfo(rounded.dtype).eps, atol=1e-7)
     elif rounded is not None:
         assert torch.equal(rounded, values.to(rounded.dtype))

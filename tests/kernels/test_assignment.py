@@ -1,4 +1,4 @@
-"""assignment against SciPy's: the largest sum on the compiled library, near it elsewhere."""
+"""assignment against SciPy's: the optimal sum with the compiled library, a sum close to it elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cosp_select against the reference, bit by bit: inputs are small whole numbers, so that every sum is exact."""
+"""cosp_select against the reference, bit for bit. Inputs are small integers, so every sum is exact."""
 
 from __future__ import annotations
 

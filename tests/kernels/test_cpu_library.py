@@ -1,4 +1,4 @@
-"""The compiled CPU library: one result on every instruction set and number of threads, and no byte out of bounds."""
+"""The compiled CPU library: same results for all instruction sets and thread counts, and no access out of bounds."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def runs(isa: str) -> bool:
 
 @pytest.fixture
 def isas() -> Iterator[list[str]]:
-    """Every instruction set of this machine; the one in use is put back."""
+    """Every instruction set of this machine; the one in use is restored afterwards."""
     in_use = cpu_library.isa()
     yield [isa for isa in cpu_library.ISAS if runs(isa)]
     cpu_library.use_isa(in_use)
 
 
 def matrix(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Normal values with ties, subnormals and signed zeros among them."""
+    """Normally distributed values, with some ties, subnormals and signed zeros."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, cols, generator=generator)
     few = torch.tensor([0.0, -0.0, 0.5, -0.5, torch.finfo(dtype).smallest_normal / 8])
@@ -80,7 +80,7 @@ def full_terms(rows: int, cols: int, power: int = 1) -> ScoreTerms:
 
 
 def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
-    """All results of all operations on one matrix."""
+    """The results of all operations on one matrix."""
     weight = matrix(rows, cols, dtype)
     wanda = ScoreTerms(scale=full_terms(rows, cols).scale)
     ria = ScoreTerms(row=full_terms(rows, cols).row, col=full_terms(rows, cols).col, scale=wanda.scale)
@@ -211,7 +211,7 @@ def test_nan_scores_rank_as_the_reference_ranks_them(isas, dtype):
 
 @pytest.fixture
 def before_a_guard_page() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Copies a tensor to the end of a mapping behind which nothing can be read or written."""
+    """Copies a tensor to the end of a mapping; any access behind it faults."""
     page = mmap.PAGESIZE
     protect = ctypes.CDLL(None, use_errno=True).mprotect
     protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -347,7 +347,7 @@ def test_coupling_works_chunk_by_chunk():
 
 @pytest.fixture
 def reload(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forget the loaded library before and after."""
+    """Unload the library before and after the test."""
     cpu_library.load.cache_clear()
     yield
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""divergence against the fp64 reference, and that against autograd."""
+"""divergence against the fp64 reference, and the reference against autograd."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_logits(n_tokens: int, vocabulary: int, dtype: torch.dtype, spread: floa
 
 
 def check(logits: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Losses to fp32's rounding of sums of both signs, gradients to the rounding of their dtype."""
+    """Losses agree to the fp32 rounding of sums with mixed signs, gradients to the rounding of their dtype."""
     loss, gradient = divergence(logits, wanted)
     exact = divergence_reference(logits, wanted)
     assert loss.dtype == torch.float32
@@ -91,7 +91,7 @@ def test_a_constant_on_all_logits_changes_little(level):
 
 
 def test_what_is_excluded():
-    """Excluded by both, or by what is wanted, adds nothing; excluded against what is wanted is infinitely far."""
+    """A token that the teacher excludes adds nothing; one that only the student excludes makes the loss infinite."""
     excluded = -torch.inf
     logits = torch.tensor([[1.0, 2.0, excluded], [1.0, 2.0, 0.0], [1.0, excluded, 0.0]])
     wanted = torch.tensor([[0.5, 0.0, excluded], [0.5, excluded, 0.0], [0.5, 0.0, 0.0]])

@@ -1,4 +1,4 @@
-"""join_gains against the fp64 reference, and against what it stands for: the best n of a group."""
+"""join_gains against the fp64 reference, and against its definition: the best n of a group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST = 20 if interpreting() else 70
 
 @pytest.fixture(scope="session")
 def make_scores(device):
-    """make_scores(*shape, seed): scores as they come, not negative, some of them 0."""
+    """make_scores(*shape, seed): typical scores: not negative, some of them 0."""
 
     def make(*shape: int, seed: int = 0) -> torch.Tensor:
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -49,7 +49,7 @@ def test_strips_of_rows(make_scores, rows):
 
 @pytest.mark.skipif(interpreting(), reason="too many rows for the interpreter")
 def test_many_rows_round_little(make_scores):
-    """A million rows in one fp32 sum would err by 1e-3."""
+    """A single fp32 sum over a million rows would have an error of 1e-3."""
     scores = make_scores(1, 2**20, 3)
     check(scores, scores.flip(1))
 

@@ -1,4 +1,4 @@
-"""Sizes of launches that depend on the GPU: how they are planned, and that results do not."""
+"""Launch sizes that depend on the GPU: how they are chosen, and that results do not depend on them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ace_triton.kernels.weight_sums import weight_sums, weight_sums_reference
 from ace_triton.kernels.weighted_squares import weighted_squares, weighted_squares_reference
 
 GPUS = {"T4": 40, "A100": 108, "H100": 132, "RTX 5090": 170, "MI300X": 304}
-"""Multiprocessors."""
+"""Numbers of multiprocessors."""
 
 
 @pytest.fixture
 def gpu_of(monkeypatch):
-    """gpu_of(n): launchers plan for a GPU of n multiprocessors."""
+    """gpu_of(n): launchers choose sizes for a GPU with n multiprocessors."""
     return lambda n: monkeypatch.setattr(launch, "multiprocessors", lambda device: n)
 
 
@@ -41,7 +41,7 @@ def test_every_multiprocessor_has_its_share_of_a_weight(gpu_of, multiprocessors,
 @pytest.mark.parametrize("multiprocessors", GPUS.values(), ids=GPUS)
 @pytest.mark.parametrize("shape", [(1, 16384, 4096), (8, 2048, 4096)])
 def test_every_multiprocessor_has_its_share_of_a_batch(gpu_of, multiprocessors, shape):
-    """At most four programs, which even the smallest of these holds at once."""
+    """At most four programs, which even the smallest of these GPUs runs at once."""
     gpu_of(multiprocessors)
     tile = launch.moments(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
     parts = math.ceil(shape[0] / tile.sequences) * math.ceil(shape[1] / tile.chunk)

@@ -1,4 +1,4 @@
-"""How many kernels and torch operations on data it takes to prune a layer, counted in Triton's interpreter."""
+"""The number of kernels and torch operations on data that prune a layer, counted in Triton's interpreter."""
 
 from __future__ import annotations
 

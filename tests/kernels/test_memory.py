@@ -1,4 +1,4 @@
-"""What has no memory of its own, or not where its shape says, is refused in one line before any kernel sees it."""
+"""A tensor without its own memory, or with too little for its shape, gets a one-line error before any kernel runs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def masked(values: torch.Tensor) -> torch.Tensor:
 
 
 def freed(values: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """As FSDP leaves a module's weights between its forwards: a view, at an offset, of memory given back."""
+    """A weight as FSDP leaves it between forward passes: a view with an offset into freed memory."""
     whole = torch.cat([values.flatten(), values.flatten()])
     view = whole[values.numel() :].view(values.shape)
     view = view.t() if transposed else view
@@ -133,7 +133,7 @@ def test_a_call_inside_of_a_transform_or_a_fake_mode_is_refused():
 
 
 def numbers(result: object) -> object:
-    """All that an operation gave, in plain lists."""
+    """All results of an operation, as plain lists."""
     if isinstance(result, torch.Tensor):
         return result.tolist()
     if dataclasses.is_dataclass(result):
@@ -142,7 +142,7 @@ def numbers(result: object) -> object:
 
 
 class Labelled(torch.Tensor):
-    """A subclass with memory of its own, as many libraries make them."""
+    """A tensor subclass with memory of its own, as many libraries define."""
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_subclasses_with_memory_are_served(operation):
 
 
 def negated(values: torch.Tensor) -> torch.Tensor:
-    """The same numbers, which lie in memory with the other sign."""
+    """The same numbers as a lazily negated view: memory holds the opposite sign."""
     view = torch._neg_view(-values)
     assert view.is_neg()
     return view
@@ -170,7 +170,7 @@ TAKEN_AS_THEY_LIE = {
     "assignment",
     "adamw",
 }
-"""What the compiled library is given without a copy."""
+"""Operations that pass tensors to the compiled library without a copy."""
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

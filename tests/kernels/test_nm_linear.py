@@ -17,11 +17,11 @@ from ace_triton.kernels.unpack_nm import unpack_nm
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 2), (3, 8), (8, 16), (5, 32), (31, 32)]
 STEP = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Relative spacing of each dtype's numbers, and a little more: what rounding the output once may cost."""
+"""Relative tolerance per dtype: a little more than the error of rounding the output once."""
 
 
 def check(tokens, weight, n, m, bias=None) -> torch.Tensor:
-    """Within what fp32 sums and one rounding of the output allow."""
+    """Outputs agree within the errors of fp32 sums and one rounding of the output."""
     packed = pack_scored(weight, ScoreTerms(), n, m)
     outputs = nm_linear(tokens, packed, bias)
     dense = unpack_nm(packed).double()
@@ -65,7 +65,7 @@ def test_layer_sized(make_matrix, dtype, n_tokens, shape):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("shape", "n_tokens"), [((70, 128), 16), ((3, 1104), 9), ((3, 16), 17), ((9, 48), 33)])
 def test_tiles_of_tokens(make_matrix, dtype, shape, n_tokens):
-    """What the Triton bodies multiply on matrix units: whole tiles and parts of them, with the inputs split and not."""
+    """Products on matrix units: whole and partial tiles, with and without split inputs."""
     tokens, weight = make_matrix(n_tokens, shape[1], dtype), make_matrix(*shape, dtype)
     outputs = check(tokens, weight, 2, 4, make_matrix(1, shape[0], dtype)[0])
     if not interpreting():
@@ -95,7 +95,7 @@ def test_any_leading_shape_and_stride(make_matrix):
 
 
 def test_pruned_infinities_of_the_tokens_stay_out(device):
-    """At 2:4 the inputs of pruned weights are not multiplied by 0."""
+    """At 2:4, the inputs of pruned weights are skipped, not multiplied by 0."""
     packed = pack_nm(torch.tensor([[0.0, 1.0, 2.0, 0.0]], device=device), 2, 4)
     tokens = torch.tensor([[torch.inf, 3.0, 4.0, torch.nan]], device=device)
     assert nm_linear(tokens, packed).tolist() == [[11.0]]
@@ -164,7 +164,7 @@ def test_damaged_metadata_do_not_lead_outside(pattern):
     ],
 )
 def test_more_tokens_than_one_launch_takes(monkeypatch, device, dtype, pattern, cols, rows):
-    """The third in tiles of 16 tokens or more; the last launch has fewer than the others."""
+    """The third case uses tiles of 16 tokens or more; the last launch has fewer tokens than the others."""
     generator = torch.Generator().manual_seed(0)
     tokens, weight = (torch.randn(n, cols, generator=generator).to(dtype).to(device) for n in (rows, 5))
     at_once = check(tokens, weight, *pattern)

@@ -1,4 +1,4 @@
-"""pack_nm, pack_scored and unpack_nm against the references and against each other, bit by bit."""
+"""pack_nm, pack_scored and unpack_nm against the references and against each other, bit for bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def assert_same(got: PackedNM, expected: PackedNM) -> None:
 
 
 def make_pruned(make_matrix, rows: int, cols: int, dtype: torch.dtype, n: int, m: int, seed: int = 0) -> torch.Tensor:
-    """At most n of every m not 0, with NaN among them, and zeros of both signs."""
+    """A weight with at most n non-zeros of every m, some of them NaN, and zeros of both signs."""
     weight = make_matrix(rows, cols, dtype, "ties" if seed % 2 else "special", seed)
     weight[::3, ::5] = torch.nan
     drawn = torch.rand(rows, cols // m, m, generator=torch.Generator().manual_seed(seed))
@@ -81,7 +81,7 @@ def test_pruned_weights_come_back_bit_by_bit(make_matrix, dtype, n, m, seed):
     packed.check()
     assert_same(packed, pack_nm_reference(weight, n, m))
     back = unpack_nm(packed)
-    # A group may hold more negative zeros than it keeps: those alone come back positive.
+    # A group may contain more negative zeros than it keeps: the others are unpacked as positive zeros.
     signed = (weight != 0) | ~torch.signbit(weight)
     assert torch.equal(bits_of(back)[signed], bits_of(weight)[signed])
     assert bool((back[~signed] == 0).all())
@@ -96,7 +96,7 @@ def test_layout_is_the_documented_one(device):
     packed = pack_nm(weight, 2, 4)
     assert packed.meta.shape == (2, 2)
     kept = unpack_bits(packed.meta)[0].nonzero()[:, 0].tolist()
-    # Filled up from the highest index: {1, 2}, {6, 7}, {8, 11}, ... and {34, 35}; no bit past input 35.
+    # Groups are filled up from the highest index: {1, 2}, {6, 7}, {8, 11}, ... and {34, 35}; no bit past input 35.
     assert kept == [1, 2, 6, 7, 8, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31, 34, 35]
     assert packed.meta[0, 0].item() & 0xFFF == 0b1001_1100_0110
     assert packed.values[0, :6].tolist() == [3.0, -4.0, 0.0, 0.0, 5.0, 0.0]

@@ -1,4 +1,4 @@
-"""Every operation gives the same to the bit under any default dtype and any default device of torch."""
+"""Every operation gives the same bits under any default dtype and default device of torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def inputs(device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def every_operation(of: dict[str, torch.Tensor]) -> Iterator[tuple[str, object]]:
-    """Names and results of all public launchers."""
+    """The results of all public launchers, by name."""
     weight, tokens, outputs, valid = of["weight"], of["tokens"], of["outputs"], of["valid"]
     flat, token_weights = tokens.flatten(0, 1), of["token_weights"]
     terms = ScoreTerms(of["row"], of["col"], of["col"], of["coupling"])

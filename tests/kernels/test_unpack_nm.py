@@ -1,4 +1,4 @@
-"""unpack_nm against its reference, bit by bit; tests/kernels/test_pack_nm.py holds it against what was packed."""
+"""unpack_nm against its reference, bit for bit; tests/kernels/test_pack_nm.py compares it with the packed weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def random_packed(rows: int, groups: int, n: int, m: int, dtype: torch.dtype, device: str, seed: int = 0) -> PackedNM:
-    """Any bits as values, so NaNs of all kinds, infinities and -0.0 too, at any places."""
+    """A packed weight with random bits as values (including any NaN, infinities and -0.0) at random positions."""
     generator = torch.Generator().manual_seed(seed)
     places = pack_scored_reference(torch.rand(rows, groups * m, generator=generator), ScoreTerms(), n, m)
     drawn = torch.randint(-(2**31), 2**31, (rows, groups * n), generator=generator)

@@ -16,7 +16,7 @@ NORMS = get_args(VarianceNorm)
 
 
 def make_squares(sequences: int, channels: int, seed: int = 0) -> torch.Tensor:
-    """Sums of squares, with channels of 0, a sequence of 0, and one entry that outweighs the rest."""
+    """Sums of squares with some channels of 0, one sequence of 0, and one dominant entry."""
     square = torch.randn(sequences, channels, generator=torch.Generator().manual_seed(seed)).square()
     square[:, ::7] = 0.0
     square[sequences // 2] = 0.0

@@ -1,4 +1,4 @@
-"""What an operation writes in place, autograd knows of: a backward that needs the old numbers raises."""
+"""Autograd notices in-place writes of an operation: a backward pass that needs the old numbers raises an error."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ WRITERS: dict[str, Callable[[torch.Tensor], object]] = {
 
 @pytest.fixture(params=["own", "reference"])
 def backend(request, monkeypatch):
-    """The device's own bodies, and those in plain torch."""
+    """The device's own backend, and plain torch."""
     if request.param == "reference":
         monkeypatch.setenv("ACE_TRITON_BACKEND", "reference")
 

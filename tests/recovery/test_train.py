@@ -9,10 +9,8 @@ import shutil
 import pytest
 import torch
 
-from ace_triton import RecoverySettings, WrittenText
-from ace_triton import prune_blocks as prune_model
+from ace_triton import RecoverySettings, WrittenText, prune_model, recover
 from ace_triton.recovery import text as recovery_text
-from ace_triton.recovery import train as recover
 from ace_triton.recovery.text import GivenBatches, WrittenBatches
 from ace_triton.recovery.train import pruned_masks
 

@@ -1,12 +1,12 @@
-"""Run Triton kernels as x86 machine code: the same bodies, launched by the same public launchers, without a GPU.
+"""Runs Triton kernels as x86 machine code, through the public launchers and without a GPU.
 
-A launch is lowered by Triton's own AMD pipeline for one warp of one lane, so that a program becomes
-plain scalar LLVM IR; the IR is stripped of what names a GPU and compiled for this machine by llvmlite.
-Arithmetic, rounding and addresses are the real ones (bf16 too, which the interpreter gets wrong).
-Sums over a warp become sums in one lane. What needs shared memory even so cannot run.
+Triton's own AMD pipeline lowers a launch for one warp of one lane, so a program becomes plain scalar LLVM IR. All that
+is specific to GPUs is removed from the IR, and llvmlite compiles it for this machine. Arithmetic, rounding and
+addresses are those of the kernel (also for bf16, which the interpreter gets wrong). Sums over a warp become sums in one
+lane. Kernels that need shared memory even with one lane cannot run.
 
-Every launch works on copies of its tensors that lie between unmapped pages, in a child process: a read
-or write outside a tensor ends the child, and the launch raises :class:`OutOfBounds`.
+Every launch runs in a child process, on copies of its tensors between unmapped pages. A read or write outside a tensor
+ends the child, and the launch raises :class:`OutOfBounds`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.harness.jit_launches import JitLaunch, Specialised, caught_launc
 
 TARGET = GPUTarget("hip", "gfx1010", 1)  # no matrix units: tl.dot becomes plain multiply-adds
 SCALARS = {"i1": ctypes.c_int8, "i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
-QUICK_COMPILE = {"DISABLE_LLVM_OPT": "1"}  # ten times the speed to compile; what runs is the same
+QUICK_COMPILE = {"DISABLE_LLVM_OPT": "1"}  # compiles much faster; the code that runs is the same
 UNUSED = 0xFF  # a NaN in every floating dtype
 PAGE = mmap.PAGESIZE
 NO_ACCESS = 0
@@ -44,16 +44,16 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class OutOfBounds(AssertionError):
-    """A kernel touched memory outside its tensors."""
+    """A kernel accessed memory outside its tensors."""
 
 
 @contextmanager
 def executed_on_x86(lanes: int = 2) -> Iterator[None]:
-    """Inside, public launchers given CPU tensors run their Triton bodies; torch.empty holds NaN or the largest int.
+    """Run the Triton kernels of public launchers on CPU tensors; torch.empty is filled with NaN or the largest integer.
 
     Args:
-        lanes: what the launchers plan for. Blocks grow with it, and the time to compile one lane's scalar
-            code faster than they do; 32 gives a GPU's own blocks.
+        lanes: lanes per warp that the launchers assume. More lanes mean larger blocks, and the compile time of one
+            lane's scalar code grows faster than they do; 32 gives the blocks of a GPU.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -66,7 +66,7 @@ def executed_on_x86(lanes: int = 2) -> Iterator[None]:
 
 
 def execute(launch: JitLaunch) -> None:
-    """Run all programs of a launch, one after the other."""
+    """Run all programs of a launch in sequence."""
     specialised = launch.specialise(TARGET)
     program = Program.of(specialised)
     with ExitStack() as stack:
@@ -86,7 +86,7 @@ def execute(launch: JitLaunch) -> None:
 
 
 class GuardedCopy:
-    """A tensor's bytes between two unmapped pages, ending as close to the second as its alignment allows."""
+    """A copy of a tensor's bytes between two unmapped pages; it ends as close to the second as alignment allows."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -116,7 +116,7 @@ class GuardedCopy:
                 raise OSError(ctypes.get_errno(), "mprotect")
 
     def give_back(self, kernel: str) -> None:
-        """Copy what the kernel left into the tensor; raise OutOfBounds if it wrote beside it."""
+        """Copy the kernel's results into the tensor; raise OutOfBounds if the kernel wrote outside of it."""
         for start, stop in self.margins:
             if ctypes.string_at(start, stop - start).strip(bytes([UNUSED])):
                 raise OutOfBounds(f"{kernel} wrote beside a tensor of shape {tuple(self.tensor.shape)}")
@@ -124,13 +124,13 @@ class GuardedCopy:
 
 
 class Program:
-    """One specialised kernel as a native function."""
+    """One specialized kernel as a native function."""
 
     compiled: ClassVar[dict[str, Program]] = {}
 
     @classmethod
     def of(cls, specialised: Specialised) -> Program:
-        """The compiled program, from the cache where it was built before."""
+        """The compiled program, from the cache if it was built before."""
         key = specialised.source.hash()
         if key not in cls.compiled:
             cls.compiled[key] = cls(specialised)
@@ -183,10 +183,10 @@ def lowered(specialised: Specialised) -> str:
 
 
 def without_gpu(text: str) -> str:
-    """The IR with metadata, attributes, address spaces and AMD intrinsics replaced by what x86 has.
+    """The IR without metadata and attributes, and with address spaces and AMD intrinsics replaced by those of x86.
 
-    bf16 is only moved and widened by shifts, so it goes as i16: x86 would widen and narrow it on every
-    move, and flush subnormals.
+    The IR only moves bf16 and widens it by shifts, so it becomes i16: x86 code for bf16 would widen and narrow it on
+    every move, and flush subnormals.
     """
     text = re.sub(r"^(target (datalayout|triple)|attributes|!).*$", "", text, flags=re.M)
     text = re.sub(r",? !(?:amdgpu\.)?\w+(?:\.\w+)* !\d+", "", text)

@@ -1,4 +1,4 @@
-"""The executor itself: it sees what a kernel does outside its tensors."""
+"""The executor itself: it detects accesses outside a kernel's tensors."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_products(dtype, pattern, shape, n_tokens):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "n_tokens"), [((37, 160), 9), ((20, 48), 18)])
 def test_tiles_of_tokens(monkeypatch, dtype, shape, n_tokens):
-    """Smaller ones than a GPU's, with the inputs of every output split."""
+    """Smaller tiles than on a GPU, with the inputs of every output split."""
     planned = launch_packed.nm_linear_dot
     small = {"tokens": 16, "block_rows": 16, "words": 1, "splits": 2, "num_warps": 1}
     monkeypatch.setattr(launch_packed, "nm_linear_dot", lambda *arguments: replace(planned(*arguments), **small))

@@ -1,7 +1,7 @@
-"""select_nm and select_rows as machine code, at the sizes of real layers, against their references bit by bit.
+"""select_nm and select_rows as machine code, at the sizes of real layers, against their references bit for bit.
 
-The executor runs all of their kernels. Blocks are those that the launchers plan for a warp of a few
-lanes (see :func:`tests.x86.executor.executed_on_x86`); one test runs a GPU's own.
+The executor runs all kernels, with the blocks that the launchers choose for a warp of a few lanes (see
+:func:`tests.x86.executor.executed_on_x86`). One test uses the blocks of a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ METRICS = ((), ("scale",), ("row",), ("row", "col", "scale", "coupling"))
 
 
 def make_weight(rows: int, cols: int, dtype: torch.dtype, ties: bool = False) -> torch.Tensor:
-    """A weight with every kind of number in it, or one of few values."""
+    """A weight with all kinds of numbers, or one with few distinct values."""
     generator = torch.Generator().manual_seed(rows * cols)
     if ties:
         return torch.randint(-2, 3, (rows, cols), generator=generator).to(dtype)
@@ -119,7 +119,7 @@ def test_large_layer_in_the_blocks_of_a_gpu():
     assert torch.equal(bits_of(weight), expected)
 
 
-# One word a thread, unaligned and aligned; two parts in several warps (288 weights, nine words).
+# One word per thread, unaligned and aligned; two parts in several warps (288 weights, nine words).
 @pytest.mark.parametrize(
     ("cols", "dtype"), [*((20, dtype) for dtype in DTYPES), (64, torch.float32), (288, torch.bfloat16)]
 )

@@ -1,7 +1,7 @@
 """The sums, the check for finite numbers and the GEMMs over tokens as machine code, at the sizes of real layers.
 
-The executor runs all of their kernels; ``tl.dot`` as plain multiply-adds and in small tiles, so the
-rounding of the tensor cores is not seen here.
+The executor runs all kernels. ``tl.dot`` becomes plain multiply-adds in small tiles, so these tests do not cover the
+rounding of tensor cores.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def test_moments(dtype, shape, masked):
 
 
 def test_moments_of_one_long_sequence_that_starts_late():
-    """In chunks, of which one has its first valid token far in."""
+    """Sequences in chunks; in one chunk, the first valid token comes late."""
     tokens = make_matrix(1, 5000, 576, dtype=torch.bfloat16) + 20
     valid = torch.arange(5000)[None] >= 1200
     tokens[~valid] = torch.nan
