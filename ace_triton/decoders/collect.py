@@ -134,9 +134,9 @@ class InputCollector:
 
         Args:
             shape: n_sequences and length of the batch.
-            valid: bool of that shape, False for padding; None if there is no padding. It applies to every input with
-                one row per token of the batch, in any shape. Other inputs (the tokens routed to one expert) count as
-                one sequence without padding.
+            valid: bool of that shape, False for padding; None if there is no padding. It applies to inputs with one row
+                per token of the batch, in any shape, and to inputs [n_sequences, length, ...]. Other inputs (the tokens
+                routed to one expert) count as one sequence without padding.
             leave_early: end the run as soon as the last layer is collected, by an exception that this context
                 suppresses. If :attr:`each_once` is still False, the first batch runs to its end to find out.
 
@@ -236,7 +236,8 @@ class InputCollector:
     def _sequences(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """An input as [n_sequences, length, in_features], and its padding mask.
 
-        An input without one row per token of the batch becomes one sequence without padding.
+        An input with neither one row per token of the batch nor the shape [n_sequences, length, ...] becomes one
+        sequence without padding.
         """
         tensor = as_kernel_dtype(tensor)
         n_sequences, length = self._shape
