@@ -1,4 +1,4 @@
-"""What a calibration text is like, and whether it is like the text that the model was trained on."""
+"""Describe a calibration text, and warn if it is repetitive or if the dense model hardly predicts it."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from .evaluate import perplexity_of
 from .inputs.calibration import Calibration
 
 SPAN = 16
-"""Tokens of a span that is counted as repeated if the same span came before."""
+"""Length in tokens of the spans that are compared. A span is repeated if the same span occurred before."""
 
 MOST_REPEATED = 0.5
-"""Share of repeated spans above which a text is called repetitive."""
+"""Share of repeated spans above which the report warns."""
 
 TRIAL_TOKENS = 512
-"""Tokens of the calibration sequences that the dense model's perplexity is measured on, about."""
+"""Approximate number of calibration tokens for the perplexity of the dense model."""
 
 ADVICE = "Calibrate on text like the text that the model will be used on."
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What a model was calibrated on.
+    """Facts about a calibration text.
 
     Attributes:
         source: name of the text, without folders; "self" if the model wrote it.
-        sequences, length: number of calibration sequences, and tokens of each.
-        bos: what every sequence begins with, as "each (1)" with the token id, "stream (1)" or "none".
-        documents, distinct_documents: read from the source; None if the model wrote the text.
-        text_tokens: tokens of all documents, which the sequences were cut out of; None likewise.
-        distinct_tokens: different token ids in the sequences.
-        repeated: share of the sequences' spans of SPAN tokens that came before in them.
-        perplexity: of the dense model on the first sequences; None if it is not finite.
-        limit: perplexity above which the model hardly predicts the text: the square root of its vocabulary's size.
-            Above it, the model needs more than half the bits of a uniform guess.
+        sequences, length: number of calibration sequences, and number of tokens in each.
+        bos: the beginning of the sequences: "each (1)" or "stream (1)" with the token id, or "none".
+        documents, distinct_documents: number of documents read from the source; None if the model wrote the text.
+        text_tokens: number of tokens in all documents; None if the model wrote the text.
+        distinct_tokens: number of different token ids in the sequences.
+        repeated: share of the spans of SPAN tokens that occurred before in the sequences.
+        perplexity: perplexity of the dense model on the first sequences; None if it is not finite.
+        limit: perplexity above which the report warns: the square root of the vocabulary size. Above it, the model
+            needs more than half the bits of a uniform guess.
     """
 
     source: str
@@ -54,11 +54,11 @@ class CalibrationReport:
     limit: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The report as JSON types."""
         return {**asdict(self), "warnings": self.warnings()}
 
     def lines(self) -> list[str]:
-        """For people: what was read, and what it means."""
+        """Text for the user: what was read, and one line of advice."""
         origin = "written by the model itself"
         if self.documents is not None:
             many = "1 document" if self.documents == 1 else f"{self.documents:,} documents"
@@ -73,30 +73,30 @@ class CalibrationReport:
         ]
 
     def warnings(self) -> list[str]:
-        """What speaks against this text; empty if nothing does."""
+        """Reasons not to use this text; empty if there are none."""
         found = []
         if self.repeated > MOST_REPEATED:
             documents = "" if self.documents is None else f" (distinct documents: {self.distinct_documents:,})"
             found.append(
-                f"{self.repeated:.0%} of the calibration text repeats itself{documents}: pruning fits the few passages "
-                "in it; give more text, or more varied text"
+                f"{self.repeated:.0%} of the calibration text repeats itself{documents}: pruning would fit these few "
+                "passages; give more text, or more varied text"
             )
         if self.perplexity is None or self.perplexity > self.limit:
             value = "not finite" if self.perplexity is None else f"{self.perplexity:.0f}"
             found.append(
                 f"the dense model hardly predicts the calibration text (perplexity {value}, warned above "
-                f"{self.limit:.0f}): it is unlike the text that the model was trained on; give text in its language "
-                "and domain"
+                f"{self.limit:.0f}): it is unlike the text that the model was trained on; give text in the model's "
+                "language and domain"
             )
         return found
 
 
 def report_on(calibration: Calibration, model: Any, source: str) -> CalibrationReport:
-    """Look at calibration sequences, and run the dense model on the first of them.
+    """Examine calibration sequences, and run the dense model on the first ones.
 
     Args:
-        calibration: as :func:`~ace_triton.inputs.calibration.load_calibration` gives it.
-        model: not pruned yet.
+        calibration: the result of :func:`~ace_triton.inputs.calibration.load_calibration`.
+        model: the model before pruning.
         source: name of the text.
     """
     sequences, length = calibration.ids.shape
@@ -119,11 +119,11 @@ def report_on(calibration: Calibration, model: Any, source: str) -> CalibrationR
 
 
 def repeated_share(sequences: torch.Tensor, span: int = SPAN) -> float:
-    """Share of the spans of consecutive tokens that are equal to one before them.
+    """Share of the spans of consecutive tokens that are equal to an earlier span.
 
     Args:
         sequences: int64 [n_sequences, length].
-        span: tokens of a span; all of a shorter sequence.
+        span: tokens in a span; a shorter sequence is one span.
     """
     span = min(span, sequences.shape[1])
     count = sequences.shape[1] - span + 1

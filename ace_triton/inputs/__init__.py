@@ -1,1 +1,1 @@
-"""Reads checkpoints and text, and writes checkpoints."""
+"""Read checkpoints and text, and write checkpoints."""

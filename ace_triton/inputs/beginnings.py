@@ -1,7 +1,7 @@
-"""How a sequence of tokens begins: with the tokenizer's beginning-of-text token (BOS), or without.
+"""The beginning of a token sequence: with or without the tokenizer's beginning-of-text token (BOS).
 
-A model that was trained with a BOS before every text predicts badly without it, and its statistics are of inputs that
-it never sees in use. Calibration, evaluation and recovery all begin their sequences as a :class:`Beginning` says.
+A model that was trained with a BOS before every text predicts badly without it, and statistics collected without it are
+of inputs that do not occur in use. Calibration, evaluation and recovery all use a :class:`Beginning`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from ..errors import TextError
 from ..out_of_memory import raise_if_out_of_memory
 
 Bos = Literal["auto", "each", "stream", "none"]
-"""What a user may ask for: a BOS at the start of ``each`` sequence, one at the start of the whole text before it is cut
-(``stream``, as the papers evaluate), or ``none``. ``auto`` is ``each`` if the tokenizer adds one itself, else ``none``.
+"""Where to put a BOS: at the start of ``each`` sequence, once at the start of the whole text before it is cut
+(``stream``, as papers evaluate), or ``none``. ``auto`` means ``each`` if the tokenizer adds a BOS itself, otherwise
+``none``.
 """
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What sequences begin with.
+    """The tokens that sequences begin with.
 
     Attributes:
         mode: "each", "stream" or "none".
-        tokens: ids of the beginning, most often a single BOS; empty for "none".
+        tokens: token ids of the beginning, usually a single BOS; empty for "none".
     """
 
     mode: Literal["each", "stream", "none"] = "none"
@@ -34,10 +35,10 @@ class Beginning:
 
     @classmethod
     def of(cls, tokenizer: Any, bos: Bos = "auto") -> Beginning:
-        """How sequences of this tokenizer begin.
+        """Choose the beginning for a tokenizer.
 
         Raises:
-            TextError: ``bos`` is unknown, or it is "each" and the tokenizer has no BOS.
+            TextError: if ``bos`` is unknown, or it is "each" and the tokenizer has no BOS.
         """
         if bos not in get_args(Bos):
             raise TextError(f"bos {bos!r}: use {', '.join(get_args(Bos))}")
@@ -52,28 +53,28 @@ class Beginning:
 
     @property
     def of_each(self) -> tuple[int, ...]:
-        """The tokens at the start of every sequence."""
+        """Tokens at the start of every sequence; empty unless the mode is "each"."""
         return self.tokens if self.mode == "each" else ()
 
     def text_length(self, length: int) -> int:
-        """Tokens of text in a sequence of ``length`` tokens; TextError if there is no room for one."""
+        """Number of text tokens in a sequence of ``length`` tokens. Raises TextError if it is below 1."""
         room = length - len(self.of_each)
         if room < 1:
             raise TextError(f"a sequence of {length} tokens has no room for text after {self}: give a larger --length")
         return room
 
     def before(self, sequences: torch.Tensor) -> torch.Tensor:
-        """int64 [n_sequences, length] with :attr:`of_each` in front of every row."""
+        """Put :attr:`of_each` in front of every row of int64 [n_sequences, length]."""
         if not self.of_each:
             return sequences
         return torch.cat([sequences.new_tensor(self.of_each).expand(len(sequences), -1), sequences], 1)
 
     def before_stream(self, stream: torch.Tensor) -> torch.Tensor:
-        """int64 [n_tokens], a whole text, with the tokens in front if the mode is "stream"."""
+        """Put the tokens in front of a whole text, int64 [n_tokens], if the mode is "stream"."""
         return torch.cat([stream.new_tensor(self.tokens), stream]) if self.mode == "stream" else stream
 
     def __str__(self) -> str:
-        """As "each (1)", with the token ids; or "none"."""
+        """For example "each (1)", with the token ids, or "none"."""
         if self.mode == "none":
             return "none"
         return f"{self.mode} ({', '.join(map(str, self.tokens)) or 'the tokenizer adds none'})"
@@ -98,7 +99,7 @@ def token_ids(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
 
 
 def own_beginning(tokenizer: Any) -> tuple[int, ...]:
-    """The special tokens that a tokenizer puts before a text by itself; empty if there are none."""
+    """Special tokens that a tokenizer adds before a text by itself; empty if it adds none."""
     whole = token_ids(tokenizer, "a")
     plain = token_ids(tokenizer, "a", add_special_tokens=False)
     for start in range(len(whole) - len(plain) + 1):
@@ -108,7 +109,7 @@ def own_beginning(tokenizer: Any) -> tuple[int, ...]:
 
 
 def text_ids(text: str, tokenizer: Any, beginning: Beginning) -> torch.Tensor:
-    """A whole text's token ids to cut into windows, int64 [n_tokens]; its own beginning is there only for "stream"."""
+    """Token ids of a whole text, int64 [n_tokens]. The tokenizer's beginning is included only for "stream"."""
     ids = token_ids(tokenizer, text, verbose=False)
     own = own_beginning(tokenizer)
     if beginning.mode != "stream" and tuple(ids[: len(own)]) == own:

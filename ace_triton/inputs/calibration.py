@@ -1,4 +1,4 @@
-"""Calibration sequences: token ids cut out of text, or written by the model itself."""
+"""Make calibration sequences: token ids cut from text, or text written by the model itself."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from .text import read_documents
 from .written_text import AT_ONCE, text_to_write, write_batch
 
 SELF = "self"
+"""Source name: the model writes its own text."""
 
 MOST_DOCUMENTS = 20_000
-"""Documents that are read from one source: enough for any calibration, and a bound on the cost of a huge source."""
+"""Largest number of documents read from one source. It limits the cost of a huge source."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids to calibrate on.
+    """Token ids for calibration.
 
     Attributes:
         ids: int64 [n_sequences, length].
         mask: bool [n_sequences, length], False for padding; None if there is no padding.
-        beginning: what every sequence begins with; its tokens are in ``ids``.
-        documents, distinct_documents: read from the source; None if the model wrote the text.
-        text_tokens: tokens of all documents together, which the sequences were cut out of; None likewise.
+        beginning: the beginning of every sequence; its tokens are included in ``ids``.
+        documents, distinct_documents: number of documents read from the source; None if the model wrote the text.
+        text_tokens: number of tokens in all documents; None if the model wrote the text.
     """
 
     ids: torch.Tensor
@@ -46,7 +47,10 @@ class Calibration:
 
 
 def read_calibration(source: str) -> str | list[str]:
-    """The documents of a source, or "self" as it is: what :func:`load_calibration` takes once a model is loaded."""
+    """Read the documents of a source before the model is loaded. "self" is returned unchanged.
+
+    Pass the result to :func:`load_calibration` as its source.
+    """
     return source if source == SELF else read_documents(source, most=MOST_DOCUMENTS)
 
 
@@ -62,25 +66,31 @@ def load_calibration(
     bos: Bos = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Calibration sequences from a source.
+    """Make calibration sequences from text, for :func:`~ace_triton.prune_blocks.prune_model` and recovery.
 
-    Documents are tokenized one by one, joined with the end-of-text id between them, and cropped at random places.
+    Documents are tokenized one by one and each is followed by the end-of-text id. Sequences are cut from the resulting
+    stream at random places.
 
     Args:
-        source: as for :func:`~ace_triton.inputs.text.read_documents`; its documents, already read; or "self": the model
-            writes its own text (:mod:`~ace_triton.inputs.written_text`).
-        tokenizer: the model's.
-        samples, length: number of sequences, and tokens of each.
-        seed: of the crops, or of the sampling.
-        model: the model, for "self".
+        source: a text file, a ``.jsonl`` or ``.json`` file with the documents under "text" (each also as ``.gz``),
+            ``pydoc:calibration`` for text that comes with Python, or the name of a dataset,
+            ``name[:config[:split]]``; or a list of documents; or "self", and the model writes its own text.
+        tokenizer: the tokenizer of the model.
+        samples, length: number of sequences, and number of tokens in each.
+        seed: random seed for the places of the cuts, or for the text that the model writes.
+        model: the model, needed for "self" only.
         apart: cut the text into consecutive pieces that share no token, at most ``samples`` of them, instead of random
-            crops.
-        bos: what every sequence begins with (:data:`~ace_triton.inputs.beginnings.Bos`); counted in ``length``. For
-            "self", "stream" is the same as "none".
-        progress: called with sequences done and sequences in all.
+            cuts.
+        bos: where to put the beginning-of-text token (BOS): at the start of "each" sequence, of the whole text
+            ("stream"), or "none". "auto" means "each" if the tokenizer adds a BOS itself, otherwise "none". The token
+            counts toward ``length``. For "self", "stream" is the same as "none".
+        progress: called with (done, total), in sequences.
+
+    Returns:
+        An object with ``ids``, int64 [n_sequences, length], and ``mask``, which is None because nothing is padded.
 
     Raises:
-        TextError: text that cannot be read, or is shorter than one sequence.
+        TextError: if the text cannot be read or is shorter than one sequence, or an argument is invalid.
     """
     if samples < 1 or length < 2:
         raise TextError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
@@ -97,7 +107,7 @@ def load_calibration(
 
 
 def token_stream(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
-    """All documents' token ids, int64 [n_tokens], each document ended by the end-of-text id; no BOS."""
+    """Token ids of all documents, int64 [n_tokens], without BOS. The end-of-text id follows each document."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = token_ids(tokenizer, list(documents), add_special_tokens=False, verbose=False)
     return torch.tensor([token for ids in encoded for token in (*ids, *end)], dtype=torch.int64, device="cpu")
@@ -106,7 +116,7 @@ def token_stream(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
 def crop(
     stream: torch.Tensor, samples: int, length: int, seed: int, beginning: Beginning = NO_BEGINNING
 ) -> torch.Tensor:
-    """``samples`` random crops of a stream, each after its beginning, int64 [samples, length]."""
+    """Cut ``samples`` sequences from random places of a stream and add the beginning, int64 [samples, length]."""
     text = _text_length(stream, length, beginning)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(stream) - text + 1, (samples,), generator=generator, device="cpu")
@@ -116,9 +126,10 @@ def crop(
 def pieces(
     stream: torch.Tensor, samples: int, length: int, seed: int, beginning: Beginning = NO_BEGINNING
 ) -> torch.Tensor:
-    """Consecutive pieces of a stream from a random place on, at most ``samples`` of them, int64 [n_pieces, length].
+    """Cut a stream into consecutive pieces, at most ``samples`` of them, int64 [n_pieces, length].
 
-    No token of the stream is in two pieces. If ``samples`` allows it, fewer than ``length`` of them are in none.
+    The first piece starts at a random place. No token of the stream is in two pieces. If ``samples`` is large enough,
+    fewer than ``length`` tokens of the stream are in no piece.
     """
     text = _text_length(stream, length, beginning)
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +158,7 @@ def _written_by(
     progress: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
     if model is None:
-        raise TextError('source "self" needs the model: pass model=')
+        raise TextError('source "self" needs the model that writes the text: pass model=')
     text, size = text_to_write(model, tokenizer, length, beginning), min(samples, AT_ONCE)
     batches = []
     for place in range(math.ceil(samples / size)):

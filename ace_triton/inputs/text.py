@@ -1,4 +1,4 @@
-"""Text to calibrate on and to evaluate: files, datasets, and what every Python brings along."""
+"""Read text for calibration and evaluation: from files, from datasets, and from Python's own documentation."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from ..errors import TextError
 PYDOC_SPLITS = ("calibration", "evaluation")
 
 MOST_BYTES = 2**27
-"""Bytes of text that are read from one source, unpacked: 128 MiB. It bounds what a small ``.gz`` may unpack to."""
+"""Limit on the uncompressed text of one source: 128 MiB. It also limits what a small ``.gz`` may expand to."""
 
 FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".gz", ".md"}
-"""Of a name that means a file, not a dataset."""
+"""A name with one of these suffixes means a file, not a dataset."""
 
 
 class _TooMuchError(TextError):
     def __init__(self, source: str | Path) -> None:
-        super().__init__(f"{source}: holds more than {MOST_BYTES >> 20} MiB of text; give a part of it")
+        super().__init__(f"{source}: has more than {MOST_BYTES >> 20} MiB of text; give a part of it")
 
 
 def read_documents(source: str | Path, *, most: int | None = None) -> list[str]:
-    """The documents of a source.
+    """Read the documents of a source.
 
     Args:
-        source: a text file (one document); a ``.jsonl`` file (JSON lines, each with the document under "text"); a
-            ``.json`` file (a list of such records, or JSON lines); each also as ``.gz``. Or ``pydoc:calibration`` or
-            ``pydoc:evaluation``, two halves of Python's own English reference topics. Or the name of a dataset,
-            ``name[:config[:split]]``, whose "text" column is read.
-        most: stop after this many documents, or at the one that passes MOST_BYTES; None reads all of them, and refuses
-            a source with more than MOST_BYTES.
+        source: a text file (one document), a ``.jsonl`` file (JSON lines, each with the document under "text") or a
+            ``.json`` file (a list of such records, or JSON lines), each also as ``.gz``. Or ``pydoc:calibration`` or
+            ``pydoc:evaluation``, two halves of the English reference topics in Python's documentation. Or the name of
+            a dataset, ``name[:config[:split]]``, whose "text" column is read.
+        most: stop after this many documents, or before the document that exceeds MOST_BYTES. None reads all documents,
+            and refuses a source with more than MOST_BYTES.
 
     Raises:
-        TextError: the source does not exist, holds no text, too much of it, or something that is not text.
+        TextError: if the source does not exist, or has no text, too much text, or content that is not text.
     """
     name = str(source)
     path = Path(name)
@@ -51,18 +51,18 @@ def read_documents(source: str | Path, *, most: int | None = None) -> list[str]:
     else:
         documents = _from_dataset(name, most)
     if not any(document.strip() for document in documents):
-        raise TextError(f"{name}: holds no text")
+        raise TextError(f"{name}: has no text; give a source with text in it")
     for number, document in enumerate(documents, 1):
         if has_lone_surrogate(document):
             raise TextError(
-                f"{name}, document {number}: holds a lone surrogate (\\ud800 to \\udfff without its pair), which is "
+                f"{name}, document {number}: has a lone surrogate (\\ud800 to \\udfff without its pair), which is "
                 "not valid Unicode text; remove the character"
             )
     return documents
 
 
 def check_text(source: str) -> None:
-    """Raise TextError for a source that is not there, as far as this machine can tell; a dataset is not looked up."""
+    """Raise TextError if a source is known to be missing. Datasets are not looked up."""
     path = Path(source)
     if source.startswith("pydoc:"):
         split = source.removeprefix("pydoc:")
@@ -77,7 +77,7 @@ def check_text(source: str) -> None:
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """True if a text cannot be encoded as UTF-8, so that no tokenizer takes it."""
+    """True if a text cannot be encoded as UTF-8. Tokenizers refuse such text."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -86,7 +86,7 @@ def has_lone_surrogate(text: str) -> bool:
 
 
 def wikitext_rows(text: str) -> list[str]:
-    """The lines of a raw WikiText file as the rows of its dataset: a line with its end, or "" for a blank one."""
+    """Split a raw WikiText file into the rows of its dataset: each line with its line feed, and "" for a blank line."""
     *lines, last = text.split("\n")
     rows = [line + "\n" if line.strip() else "" for line in lines]
     return [*rows, last] if last.strip() else rows
@@ -114,7 +114,7 @@ def _from_file(path: Path, most: int | None) -> list[str]:
 
 
 def _taken(documents: Iterable[str], most: int | None) -> list[str]:
-    """The first ``most`` documents, or those before the limit; all of them for None."""
+    """The first ``most`` documents, fewer if the limit on bytes comes first; all documents if ``most`` is None."""
     if most is None:
         return list(documents)
     taken: list[str] = []
@@ -135,7 +135,7 @@ def _all_of(file: BinaryIO | gzip.GzipFile, path: Path, start: bytes = b"") -> b
 
 
 def _lines(file: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[bytes]:
-    """Lines end at a line feed: JSON strings may hold any other line separator of Unicode."""
+    """Split a file at line feeds only, because JSON strings may contain the other line separators of Unicode."""
     left = MOST_BYTES
     while line := file.readline(left + 1):
         left -= len(line)
@@ -160,7 +160,7 @@ def _json_lines(lines: Iterable[bytes], path: Path) -> Iterator[str]:
 
 
 def _json_records(file: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[str]:
-    """Of a ``.json`` file: JSON lines if its first line is a record, otherwise one list of records."""
+    """Read a ``.json`` file: as JSON lines if its first line is a record, otherwise as one list of records."""
     lines = _lines(file, path)
     head = []
     for line in lines:
@@ -189,7 +189,7 @@ def _parsed(text: str, where: str | Path) -> object:
 
 def _document(record: object, where: str) -> str:
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise TextError(f'{where}: wanted {{"text": "..."}}')
+        raise TextError(f'{where}: must be a record {{"text": "..."}}')
     return record["text"]
 
 
@@ -206,7 +206,7 @@ def _from_dataset(name: str, most: int | None) -> list[str]:
         raise
     except Exception as error:
         raise TextError(
-            f"{name}: neither a file here nor a dataset that loads ({type(error).__name__}: {error}); "
+            f"{name}: not a file, and cannot be loaded as a dataset ({type(error).__name__}: {error}); "
             "give a text or .jsonl file, or a dataset as name[:config[:split]]"
         ) from error
 

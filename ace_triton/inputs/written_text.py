@@ -1,7 +1,7 @@
-"""Text that a model writes itself, if there is no other or not enough.
+"""Text that a model writes itself, for use if there is no other text or too little.
 
-Tokens are drawn from its own predictions at temperature 1, as LLM-QAT (Liu et al., arXiv 2305.17888, section 3.1) makes
-its training data.
+Tokens are sampled from the model's predictions at temperature 1, as LLM-QAT (Liu et al., arXiv 2305.17888, section 3.1)
+does for its training data.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from ..decoders.loaded_weights import weights_as_loaded
 from .beginnings import Beginning
 
 AT_ONCE = 32
-"""Sequences in one batch."""
+"""Number of sequences in one batch."""
 
 TEXT_LENGTH = 256
 """Default number of tokens in a sequence to recover on."""
 
 SEEDS_APART = 1_000_003
-"""Between the seeds of two batches. Torch takes the lower 32 bits of a seed on a CPU, so the upper ones cannot hold the
-batch."""
+"""Difference between the seeds of consecutive batches. On a CPU torch uses only the lower 32 bits of a seed, so the
+index of the batch cannot be stored in the upper bits."""
 
 
 @dataclass(frozen=True)
 class WrittenText:
-    """Text that a model writes as it is read: as much as is needed, and never the same sequence twice.
+    """Text that a model writes on demand. Each sequence is used once.
 
     Attributes:
-        start: token id, or ids, that the model continues (:func:`start_token`).
-        length: tokens of a sequence.
-        keep_start: every sequence begins with ``start``, counted in ``length``; otherwise ``start`` is not in it.
+        start: token id, or ids, that the model continues; :func:`start_token` gives the usual one.
+        length: number of tokens in a sequence.
+        keep_start: True if every sequence begins with ``start``, which then counts toward ``length``; False if
+            ``start`` is left out.
     """
 
     start: int | tuple[int, ...]
@@ -46,7 +47,7 @@ class WrittenText:
 
 
 def text_to_write(model: Any, tokenizer: Any, length: int, beginning: Beginning) -> WrittenText:
-    """How a model writes sequences that begin as ``beginning`` says; TextError if there is no room for text."""
+    """Describe the text that a model writes. Raises TextError if the beginning leaves no room for text."""
     if beginning.of_each:
         beginning.text_length(length)
         return WrittenText(beginning.of_each, length, keep_start=True)
@@ -54,21 +55,26 @@ def text_to_write(model: Any, tokenizer: Any, length: int, beginning: Beginning)
 
 
 def start_token(model: Any, tokenizer: Any) -> int:
-    """The token that a model's texts continue: its beginning of text, or the end of the text before."""
+    """The token that starts a written text: the first that exists of the tokenizer's BOS, its end-of-text token and the
+    configuration's BOS; otherwise 0.
+    """
     tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id)
     return next((token for token in tokens if token is not None), 0)
 
 
 @torch.no_grad()
 def write_batch(model: Any, text: WrittenText, *, seed: int, place: int, sequences: int = AT_ONCE) -> torch.Tensor:
-    """A batch of sequences, int64 [sequences, text.length] on the CPU.
+    """Let a model write one batch of sequences.
 
     Args:
-        model: from transformers.
-        text: what to write.
-        seed: of the text.
-        place: index of the batch; the same seed and place give the same tokens.
-        sequences: how many.
+        model: a model of transformers.
+        text: start and length of the sequences.
+        seed: random seed of the text.
+        place: index of the batch; the same seed and index give the same tokens.
+        sequences: number of sequences.
+
+    Returns:
+        int64 [sequences, text.length], on the CPU.
     """
     start = torch.tensor([text.prompt] * sequences, dtype=torch.int64, device=model.device)
     kept = start.shape[1] if text.keep_start else 0

@@ -1,1 +1,1 @@
-"""Layers and checkpoints that hold n:m weights packed, and run from there."""
+"""Layers and checkpoints that store n:m weights packed, and products with packed weights."""

@@ -82,4 +82,4 @@ def test_a_warning_is_one_line(command, monkeypatch, tiny_checkpoint, tmp_path):
     (left / "lock").touch()
     code, _, errors = command("prune", tiny_checkpoint, tmp_path / "out", "--method", "magnitude")
     assert code == 0
-    assert f"warning: removed {left}, which a killed run on {tmp_path / 'out'} left\n" in errors
+    assert f"warning: removed {left}, left by a killed run that wrote {tmp_path / 'out'}\n" in errors

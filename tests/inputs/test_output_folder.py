@@ -56,7 +56,7 @@ def test_only_what_was_written_here_is_replaced(tmp_path, exchange):
     assert contents(out) == ["ace_triton.json", "c"]
     (out / "results.jsonl").write_text(MINE)
     (out / "notes").mkdir()
-    with pytest.raises(CheckpointError, match=r"also holds notes, results\.jsonl, not written by ace-triton"):
+    with pytest.raises(CheckpointError, match=r"also contains notes, results\.jsonl, not written by ace-triton"):
         write(out, "d", overwrite=True)
     assert contents(out) == ["ace_triton.json", "c", "results.jsonl"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -74,11 +74,11 @@ def test_a_folder_of_others_stays(tmp_path, victim, overwrite):
 
 
 def test_the_error_names_what_would_be_lost(victim):
-    with pytest.raises(CheckpointError, match=r"holds thesis\.tex: name another folder, or remove it yourself"):
+    with pytest.raises(CheckpointError, match=r"contains thesis\.tex: name another folder, or remove it yourself"):
         check_out(victim, overwrite=True)
     for index in range(9):
         (victim / f"part{index}").touch()
-    with pytest.raises(CheckpointError, match=r"holds part0, part1, part2, part3 and 6 more"):
+    with pytest.raises(CheckpointError, match=r"contains part0, part1, part2, part3 and 6 more"):
         check_out(victim, overwrite=True)
 
 
@@ -183,12 +183,12 @@ def test_what_a_killed_run_left_is_named(tmp_path):
     left = tmp_path / ".out.ace-triton"
     (left / "new").mkdir(parents=True)
     (left / "lock").touch()
-    with pytest.warns(UserWarning, match=r"removed .*\.out\.ace-triton, which a killed run on .*out left"):
+    with pytest.warns(UserWarning, match=r"removed .*\.out\.ace-triton, left by a killed run that wrote .*out"):
         write(tmp_path / "out", "a")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (left / "old").mkdir(parents=True)
     (tmp_path / "out").rename(left / "old")
-    with pytest.warns(UserWarning, match="out is back"), pytest.raises(CheckpointError, match="is there already"):
+    with pytest.warns(UserWarning, match="out was restored"), pytest.raises(CheckpointError, match="already exists"):
         write(tmp_path / "out", "b")
     assert contents(tmp_path) == ["out/a", "out/ace_triton.json"]
 
@@ -275,6 +275,6 @@ def test_a_run_killed_at_any_step_leaves_nothing_after_the_next_one(tmp_path, ex
 def test_a_folder_in_the_way_is_not_touched(tmp_path):
     (tmp_path / ".out.ace-triton").mkdir()
     (tmp_path / ".out.ace-triton" / "thesis.tex").write_text(MINE)
-    with pytest.raises(CheckpointError, match="not ace-triton's own"):
+    with pytest.raises(CheckpointError, match="was not made by ace-triton"):
         write(tmp_path / "out", "a")
     assert contents(tmp_path) == [".out.ace-triton/thesis.tex"]

@@ -72,7 +72,7 @@ def test_what_a_small_file_unpacks_to_is_bounded(tmp_path, monkeypatch):
         ("c.jsonl.gz", 5 * lines),
     ):
         (tmp_path / name).write_bytes(gzip.compress(content))
-        with pytest.raises(TextError, match="holds more than 1 MiB of text; give a part of it"):
+        with pytest.raises(TextError, match="has more than 1 MiB of text; give a part of it"):
             read_documents(tmp_path / name)
     assert [len(document) for document in read_documents(tmp_path / "c.jsonl.gz", most=9)] == 3 * [2**18]
 
@@ -87,17 +87,17 @@ def test_python_s_own_topics_fall_in_two_halves():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"  \n", "holds no text"),
+        ("empty.txt", b"  \n", "has no text"),
         ("latin.txt", "Äpfel".encode("latin-1"), "UTF-8"),
         ("a.jsonl", b'{"text": "fine"}\nnot json\n', "line 2: not JSON"),
-        ("b.jsonl", b'{"content": "x"}\n', "line 1: wanted"),
+        ("b.jsonl", b'{"content": "x"}\n', "line 1: must be a record"),
         ("c.txt.gz", b"not gzip", "cannot be read"),
         ("d.txt.gz", gzip.compress(b"some text" * 99, mtime=0)[:-20], "cannot be read"),
         ("e.txt.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 99, "cannot be read"),
-        ("f.jsonl", b'{"text": "one"}\n{"text": "a\\ud800b"}', "document 2: holds a lone surrogate"),
+        ("f.jsonl", b'{"text": "one"}\n{"text": "a\\ud800b"}', "document 2: has a lone surrogate"),
         ("g.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: not JSON"),
         ("h.jsonl", b'{"text": "one"}\n\xff', "line 2: cannot be read as UTF-8"),
-        ("i.json", b'["one", "two"]', "record 1: wanted"),
+        ("i.json", b'["one", "two"]', "record 1: must be a record"),
         ("j.json", b'[{"text": "one"},', "not JSON"),
     ],
 )
@@ -122,7 +122,7 @@ def test_what_is_not_there(tmp_path):
 
 def test_a_dataset_that_does_not_load(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(TextError, match="neither a file here nor a dataset"):
+    with pytest.raises(TextError, match="not a file, and cannot be loaded as a dataset"):
         read_documents("nobody/nothing", most=3)
 
 
@@ -139,7 +139,7 @@ def test_a_dataset_is_read_by_name(monkeypatch):
     assert read_documents("Salesforce/wikitext:wikitext-2-raw-v1:test") == ["one", "two", "three"]
     assert asked == [("allenai/c4", "en", "train", True), ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", False)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": ["one", None]}))
-    with pytest.raises(TextError, match="row 2: wanted"):
+    with pytest.raises(TextError, match="row 2: must be a record"):
         read_documents("allenai/c4:en")
 
 

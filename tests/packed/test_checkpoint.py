@@ -275,9 +275,8 @@ def test_an_older_folder_loads_and_its_gap_is_named(sound, tmp_path):
     content["version"] = 1
     content["files"] = {name: content["files"][name] for name in (TENSORS_FILE, "config.json")}
     (folder / MANIFEST_FILE).write_text(signed(content))
-    with pytest.warns(
-        UserWarning, match="without checksums of the tokenizer and the generation config; pack the model again"
-    ):
+    message = "without checksums of the tokenizer and the generation config; pack the model again"
+    with pytest.warns(UserWarning, match=message):
         assert not refuse_or_same(folder, sound[1])
 
 
