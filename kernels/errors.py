@@ -1,8 +1,8 @@
-"""The errors of the kernels, and the base of every error that this package raises on purpose."""
+"""The errors of the kernels, and the base class of all errors that this package raises on purpose."""
 
 
 class AceError(Exception):
-    """Base of all errors that name a mistake in what was given, and what to do about it."""
+    """Base class of all errors about a user's input. The message says what was given, what is allowed, what to do."""
 
 
 class ArgumentError(AceError, ValueError):
@@ -14,4 +14,4 @@ class PatternError(AceError, ValueError):
 
 
 class BackendError(AceError, RuntimeError):
-    """The requested backend cannot serve this tensor."""
+    """The requested backend is not available, or does not support this tensor."""
