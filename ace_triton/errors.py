@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose; :class:`AceError` catches them all."""
+"""The errors that this package raises on purpose. All derive from :class:`AceError`."""
 
 from .kernels.errors import AceError, ArgumentError, BackendError, PatternError
 
@@ -21,15 +21,15 @@ __all__ = [
 
 
 class CheckpointError(AceError, ValueError):
-    """A checkpoint that cannot be read or written. The message says what to do."""
+    """A checkpoint cannot be read or written."""
 
 
 class GenerationError(AceError, ValueError):
-    """A prompt that cannot be continued."""
+    """A prompt cannot be continued."""
 
 
 class PackedError(CheckpointError):
-    """A packed checkpoint that is damaged, altered, of a newer version, or none."""
+    """A packed checkpoint is missing, damaged, altered or of a newer version."""
 
 
 class PackedWeightError(AceError, RuntimeError):
@@ -37,11 +37,11 @@ class PackedWeightError(AceError, RuntimeError):
 
 
 class PruneError(AceError, ValueError):
-    """A layer that cannot be pruned as asked; nothing was changed."""
+    """A layer cannot be pruned with these arguments; it is unchanged."""
 
 
 class StatsError(AceError, ValueError):
-    """Statistics that cannot be used as asked, with what to do."""
+    """Statistics are invalid, or lack what a method needs."""
 
 
 class StudyError(AceError, ValueError):
@@ -49,12 +49,12 @@ class StudyError(AceError, ValueError):
 
 
 class TextError(AceError, ValueError):
-    """Text that cannot be read, with what can."""
+    """Text cannot be read or tokenized, or is too short."""
 
 
 class RecipeError(AceError, ValueError):
-    """What is asked for is invalid: an unknown method, option, update or combination."""
+    """A recipe is invalid: a method, option or update is unknown, or they do not go together."""
 
 
 class RecoveryError(AceError, ValueError):
-    """A recovery that cannot start or resume, with what to do."""
+    """A recovery cannot start, resume or continue."""

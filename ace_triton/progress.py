@@ -1,4 +1,4 @@
-"""How far a long call has come: bars in a terminal, lines elsewhere."""
+"""Progress of long calls: bars in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from rich.progress import (
 SECONDS_BETWEEN_LINES = 10.0
 
 MOST_LINES = 20
-"""Of a stage, about: later lines come further apart, each after a twentieth of the time so far."""
+"""Approximate number of lines for a stage: the time between two lines grows to a twentieth of the time so far."""
 
 
 def bars(console: Console) -> Progress:
-    """A bar for each stage, with the time that it has taken and an estimate of the time left."""
+    """A bar for each stage, with its time so far and an estimate of the time left."""
     name = TextColumn("{task.description:<32}", markup=False)
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     return Progress(name, BarColumn(), MofNCompleteColumn(), *times, console=console)
 
 
 class ProgressLines(Progress):
-    """The same for a console that is no terminal: a line when a stage starts, at intervals, and when it is done.
+    """Progress for a console that is not a terminal: a line when a stage starts, at intervals, and when it is done.
 
     Args:
         console: where lines are printed.
-        every: seconds between two lines of a stage.
+        every: least number of seconds between two lines of a stage.
     """
 
     def __init__(self, console: Console, every: float = SECONDS_BETWEEN_LINES) -> None:
         super().__init__(console=console, disable=True)
         self._every = every
-        self._over = threading.Event()
+        self._ended = threading.Event()
         self._first: dict[TaskID, float] = {}
         self._last_line = 0.0
-        self._thread = threading.Thread(target=self._tell_at_intervals, daemon=True)
+        self._thread = threading.Thread(target=self._print_at_intervals, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        self._over.set()
+        self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -70,8 +70,8 @@ class ProgressLines(Progress):
         if task.finished and not was_finished:
             self._print(f"{task.description}: done in {_duration(task.elapsed or 0.0)}")
 
-    def _tell_at_intervals(self) -> None:
-        while not self._over.wait(self._every / 10):
+    def _print_at_intervals(self) -> None:
+        while not self._ended.wait(self._every / 10):
             running = [task for task in list(self.tasks) if not task.finished]
             if running and self._is_time(running[-1]):
                 self._print(self._state(running[-1]))
@@ -80,15 +80,15 @@ class ProgressLines(Progress):
         return time.monotonic() - self._last_line >= max(self._every, (task.elapsed or 0.0) / MOST_LINES)
 
     def _state(self, task: Task) -> str:
-        """As in "prune: 3 of 30, 12 s so far, about 1:48 left"."""
+        """For example "prune: 3 of 30, 12 s so far, about 1:48 left"."""
         spent = task.elapsed or 0.0
-        said, total = [f"{_duration(spent)} so far"], task.total or 1
+        parts, total = [f"{_duration(spent)} so far"], task.total or 1
         if total > 1:
-            said.insert(0, f"{task.completed:,.0f} of {total:,.0f}")
+            parts.insert(0, f"{task.completed:,.0f} of {total:,.0f}")
         done = task.completed - self._first[task.id]
         if total > 1 and done > 0:
-            said.append(f"about {_duration(spent * (total - task.completed) / done)} left")
-        return f"{task.description}: {', '.join(said)}"
+            parts.append(f"about {_duration(spent * (total - task.completed) / done)} left")
+        return f"{task.description}: {', '.join(parts)}"
 
     def _print(self, line: str) -> None:
         self._last_line = time.monotonic()
@@ -96,7 +96,7 @@ class ProgressLines(Progress):
 
 
 def progress_bar(progress: Progress, label: str) -> Callable[..., None]:
-    """A new bar, as the callback (done, total, ...) that moves it."""
+    """Add a bar. Returns the callback (done, total, ...) that moves it."""
     task = progress.add_task(label, total=None)
 
     def move(done: float, total: float, *_: object) -> None:
@@ -107,14 +107,14 @@ def progress_bar(progress: Progress, label: str) -> Callable[..., None]:
 
 @contextmanager
 def stage(progress: Progress, name: str) -> Iterator[None]:
-    """A stage that is either done or not."""
+    """Show a stage without steps, which is done if the block succeeds."""
     task = progress.add_task(name, total=1)
     yield
     progress.update(task, completed=1)
 
 
 def _duration(seconds: float) -> str:
-    """As in "8 s", "1:05" or "2:01:05"."""
+    """Seconds as text: "8.0 s", "1:05" or "2:01:05"."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

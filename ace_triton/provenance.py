@@ -1,4 +1,4 @@
-"""What a result was made from and with: the same facts in every file that this package writes."""
+"""Where a result comes from: the source, library versions and date that this package writes into each file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ LIBRARIES = ("torch", "transformers", "triton")
 
 
 def with_provenance(content: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    """The content with further facts, the versions of the libraries and the date; for JSON."""
+    """The content with further facts, the versions of the libraries and the date, as JSON types."""
     return {**content, **facts, "versions": versions(), "date": now()}
 
 
 def option_facts(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's options for JSON; a value that JSON does not have as Python writes it."""
+    """A method's options as JSON types; any other value becomes its ``repr``."""
     return {name: value if _is_json(value) else repr(value) for name, value in options.items()}
 
 
 def versions() -> dict[str, str | None]:
-    """Versions by name; None for a library that is not installed."""
+    """Versions by library name; None if a library is not installed."""
     from . import __version__
 
     return {
@@ -36,7 +36,7 @@ def versions() -> dict[str, str | None]:
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601 has it."""
+    """The time in UTC, to the second, in ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -47,25 +47,25 @@ def name_of(source: str | Path) -> str:
 
 
 def source_facts(source: str | Path, out: str | Path) -> dict[str, Any]:
-    """What a report in the folder ``out`` says of the model that it was made from.
+    """The facts about the source model that a report in the folder ``out`` records.
 
     Returns:
-        ``source``, its name. For a model on this machine also ``source_path``: its path from ``out``, if it lies in the
-        folder that ``out`` lies in, and None elsewhere, so that no path of the machine is written.
+        ``source``, the model's name. For a model on this machine also ``source_path``: its path relative to ``out`` if
+        the model is below ``out``'s parent folder, else None, so that no other path of the machine is written.
     """
     path = Path(source)
     if not path.exists():
         return {"source": str(source)}
-    place, beside = path.resolve(), Path(out).resolve().parent
-    inside = place.is_relative_to(beside) and beside != Path(beside.anchor)
+    place, parent = path.resolve(), Path(out).resolve().parent
+    inside = place.is_relative_to(parent) and parent != Path(parent.anchor)
     return {
         "source": name_of(source),
-        "source_path": Path(os.pardir, place.relative_to(beside)).as_posix() if inside else None,
+        "source_path": Path(os.pardir, place.relative_to(parent)).as_posix() if inside else None,
     }
 
 
 def source_of(report: dict[str, Any], folder: str | Path) -> str | None:
-    """The model that a folder's report was made from, as a name that loads; None if it does not say where that is."""
+    """The source model in a folder's report, as a name that loads; None if the report does not say where it is."""
     source = report.get("source")
     if not isinstance(source, str):
         return None

@@ -1,4 +1,4 @@
-"""What operations run on here, in words for a user."""
+"""Describe the backend and device that operations run on."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ __all__ = ["SlowBackendWarning", "describe_backend", "multiplies_bfloat16", "war
 
 
 def describe_backend(device: torch.device | str = "cpu") -> str:
-    """One phrase: what serves tensors on ``device``, as "compiled CPU library (avx2), 2 threads".
+    """The backend for tensors on ``device`` in words, for example "compiled CPU library (avx2), 2 threads".
 
     Raises:
-        BackendError: ``ACE_TRITON_BACKEND`` forces what cannot serve it.
+        BackendError: ``ACE_TRITON_BACKEND`` names a backend that does not support ``device``.
     """
     device = torch.device(device)
     backend = backend_of_device(device)
     if backend == "triton":
         return "Triton's interpreter" if interpreting() else f"Triton kernels on {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
-    counted = f"{threads} thread" if threads == 1 else f"{threads} threads"
+    thread_count = f"{threads} thread" if threads == 1 else f"{threads} threads"
     if backend == "cpu":
-        return f"compiled CPU library ({cpu_library.isa()}), {counted}"
+        return f"compiled CPU library ({cpu_library.isa()}), {thread_count}"
     why = f" (no compiled CPU library: {cpu_library.why_unavailable()})" if cpu_library.why_unavailable() else ""
-    return f"plain torch, slow{why}, {counted}" if device.type == "cpu" else "plain torch, slow"
+    return f"plain torch, slow{why}, {thread_count}" if device.type == "cpu" else "plain torch, slow"
 
 
 def warn_if_slow(device: torch.device | str = "cpu") -> None:
-    """Warn, once per process, if operations on ``device`` run in plain torch because something is not installed."""
+    """Warn, once per process, if operations on ``device`` run in plain torch since no faster backend is installed."""
     device = torch.device(device)
     if device.type in SLOW:
         backend_of_device(device)
 
 
 def multiplies_bfloat16(device: str | torch.device) -> bool:
-    """Whether a device has instructions for products of bf16, so that forwards in it are not slower than in fp32."""
+    """True if a device has bf16 matrix instructions, so that a forward in bf16 is not slower than in fp32."""
     on_cpu = torch.device(device).type == "cpu"
     return cpu_library.available() and cpu.has_gram_product() if on_cpu else True

@@ -1,14 +1,15 @@
-"""The loss of a recovery and its gradient: how far a model's predictions are from another's.
+"""The loss of a recovery and its gradient: the divergence of a model's predictions from the teacher's.
 
-It is the Kullback-Leibler divergence of the model's next-token distribution q from the teacher's p, at temperature 1
-(Hinton et al., arXiv 1503.02531), mean over tokens:
+The loss is the Kullback-Leibler divergence of the model's next-token distribution q from the teacher's p, at
+temperature 1 (Hinton et al., arXiv 1503.02531), averaged over tokens:
 
     KL(p || q) = sum_v p_v (log p_v - log q_v),   d KL / d logits = q - p.
 
-:mod:`~ace_triton.kernels.divergence` makes both, and writes the gradient over logits. Where a model's logits are its
-head times its last hidden states h and nothing more, they are formed from h in chunks of tokens, d KL / dh =
-(q - p) W_head: they never exist whole, and nothing of them is kept for a backward. A model that does more to
-its logits (Gemma 2 caps them, Cohere scales them) has them whole, ``WHOLE_TOKENS`` at once.
+:mod:`~ace_triton.kernels.divergence` computes both, and overwrites the logits with the gradient. If a model's logits
+are exactly its head times its last hidden states h, they are computed from h in chunks of tokens, with the gradient
+d KL / dh = (q - p) W_head. Then the logits of all tokens never exist at once, and none are kept for a backward pass. If
+a model changes its logits further (Gemma 2 caps them, Cohere scales them), the logits of up to ``WHOLE_TOKENS`` tokens
+exist at once.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 2**23
-"""Logits formed at once on a CPU: 170 tokens of a vocabulary of 49,152; more of them fall out of its caches."""
+"""Logits in a chunk on a CPU: 170 tokens with a vocabulary of 49,152. A larger chunk does not fit the caches."""
 
 GPU_CHUNK_LOGITS = 2**26
-"""On a GPU: 512 tokens of a vocabulary of 131,072, enough to fill one."""
+"""Logits in a chunk on a GPU: 512 tokens with a vocabulary of 131,072, enough to occupy it."""
 
 WHOLE_TOKENS = 1024
-"""Tokens of one forward and backward where logits exist whole, since those of a step would fill the memory."""
+"""Tokens in one forward and backward pass if logits are not chunked: those of a whole step could fill the memory."""
 
 TRIAL_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a tensor is from what is wanted of it.
+    """A loss and its gradient with respect to a tensor.
 
     Attributes:
         loss: 0-d fp32, summed over tokens.
-        gradient: of the loss, with respect to the tensor, of its shape.
+        gradient: gradient of the loss, with the tensor's shape.
     """
 
     loss: torch.Tensor
@@ -51,16 +52,16 @@ class Gap:
 
 
 class Distillation:
-    """Of a model from a teacher with the same vocabulary.
+    """The loss of a model against a teacher with the same vocabulary.
 
     Args:
-        model: in evaluation mode; the parameters to train require gradients, others do not.
+        model: the student, in evaluation mode; only the parameters to train require gradients.
         teacher: in evaluation mode.
-        ids: int64 [n_sequences, length]; its first tokens show what the models do to their logits.
-        dtype: of forwards; float32 for no autocast.
+        ids: int64 [n_sequences, length]; a trial on the first tokens shows if the models change their logits.
+        dtype: dtype of forwards; float32 means no autocast.
 
     Attributes:
-        from_hidden: whether logits are formed in chunks.
+        from_hidden: True if logits are computed in chunks.
     """
 
     def __init__(
@@ -76,36 +77,39 @@ class Distillation:
             self.from_hidden = all(logits_are_head_of_hidden(decoder, trial) for decoder in (model, teacher))
 
     def backward(self, ids: torch.Tensor) -> float:
-        """Add the gradient of the mean loss over these tokens to the parameters'; the loss, in nats a token.
+        """Add the gradient of the mean loss over these tokens to the parameters' gradients.
 
         Args:
             ids: int64 [n_sequences, length], on the model's device.
+
+        Returns:
+            The mean loss, in nats per token.
         """
         size = len(ids) if self.from_hidden else max(1, WHOLE_TOKENS // ids.shape[1])
         return sum(self._backward(part, 1 / ids.numel()) for part in ids.split(size))
 
     def _backward(self, part: torch.Tensor, weight: float) -> float:
-        """The loss is summed over tokens and times ``weight``."""
+        """Backward pass for some sequences; the loss is summed over their tokens and multiplied by ``weight``."""
         with self._autocast():
             with torch.no_grad():
-                wanted = self._last(self._teacher, part)
-            got = self._last(self._model, part)
-            gap = self._divergence(got, wanted)
-        got.backward(gap.gradient.mul_(weight))
+                target = self._last(self._teacher, part)
+            output = self._last(self._model, part)
+            gap = self._divergence(output, target)
+        output.backward(gap.gradient.mul_(weight))
         return float(gap.loss) * weight
 
     def _last(self, decoder: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-        """What the divergence is formed from: hidden states, or logits."""
+        """The last hidden states if logits are computed in chunks, else the logits."""
         if self.from_hidden:
             return decoder.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return decoder(input_ids=ids, use_cache=False).logits
 
-    def _divergence(self, got: torch.Tensor, wanted: torch.Tensor) -> Gap:
+    def _divergence(self, output: torch.Tensor, target: torch.Tensor) -> Gap:
         if self.from_hidden:
             heads = self._model.get_output_embeddings(), self._teacher.get_output_embeddings()
-            return divergence_of_hidden(got, heads[0], wanted, heads[1])
-        loss, gradient = divergence(got.flatten(0, -2), wanted.flatten(0, -2))
-        return Gap(loss.sum(), gradient.view_as(got))
+            return divergence_of_hidden(output, heads[0], target, heads[1])
+        loss, gradient = divergence(output.flatten(0, -2), target.flatten(0, -2))
+        return Gap(loss.sum(), gradient.view_as(output))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._model.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
@@ -113,11 +117,11 @@ class Distillation:
 
 @torch.no_grad()
 def logits_are_head_of_hidden(model: PreTrainedModel, ids: torch.Tensor) -> bool:
-    """Whether a model's logits are its head of its last hidden states, bit for bit.
+    """True if a model's logits equal its head applied to its last hidden states, bit for bit.
 
     Args:
         model: any causal decoder.
-        ids: int64 [n_sequences, length] to try it on.
+        ids: int64 [n_sequences, length] for the trial.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or model.base_model is model:
@@ -130,11 +134,11 @@ def logits_are_head_of_hidden(model: PreTrainedModel, ids: torch.Tensor) -> bool
 
 @torch.no_grad()
 def divergence_of_hidden(hidden: torch.Tensor, head: nn.Linear, wanted: torch.Tensor, wanted_head: nn.Linear) -> Gap:
-    """The divergence from hidden states, in chunks of tokens; its gradient is the hidden states'.
+    """The divergence computed from hidden states in chunks of tokens, and its gradient with respect to ``hidden``.
 
     Args:
-        hidden, wanted: [..., width], of the model and of the teacher.
-        head, wanted_head: from there to logits.
+        hidden, wanted: hidden states [..., width] of the model and of the teacher.
+        head, wanted_head: their heads, which map hidden states to logits.
     """
     most = CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
     size = max(1, most // head.out_features)

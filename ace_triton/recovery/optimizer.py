@@ -1,4 +1,4 @@
-"""AdamW on what is not 0 in a model's weights."""
+"""AdamW for the nonzero entries of a model's weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..kernels.adamw import GradientMoments, Step, adamw
 BETAS = (0.9, 0.95)
 
 LEAST_SCALE = 1e-3
-"""Root mean square that a weight counts with at least, so that biases which begin at 0 move too; Adafactor's."""
+"""Lower bound of a parameter's scale, so that biases of 0 move too; the value is Adafactor's."""
 
 
 class KeptAdamW:
-    """Holds fp32 values of parameters, which themselves hold them in the dtype of forwards.
+    """AdamW on fp32 copies of parameters; the parameters themselves are in the dtype of forwards.
 
-    A matrix's entries of 0 stay 0; vectors (norms, biases) move whole. The learning rate counts in units of each
-    parameter's scale, the root mean square of what is not 0 in it.
+    Entries of 0 in a matrix stay 0; all entries of a vector (norms, biases) are trained. The learning rate is in units
+    of each parameter's scale: the root mean square of its nonzero entries.
 
     Args:
-        parameters: to train, by name; from here on contiguous, and in ``dtype``.
-        dtype: of forwards. In fp32 parameters are the values themselves.
+        parameters: parameters to train, by name. They become contiguous and are converted to ``dtype``.
+        dtype: dtype of forwards. With fp32 the parameters and their copies are the same tensors.
 
     Attributes:
-        values: fp32, by name.
+        values: the fp32 copies, by name.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
@@ -37,31 +37,31 @@ class KeptAdamW:
         self.values = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()}
         self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
         self._scales = {name: _scale_of(value) for name, value in self.values.items()}
-        self._taken = dict.fromkeys(parameters, 0)
+        self._steps = dict.fromkeys(parameters, 0)
         self._rounds = dtype != torch.float32
         held = {name: value.to(dtype) for name, value in self.values.items()}
-        for name, parameter in parameters.items():  # only when all are there: memory may run out
+        for name, parameter in parameters.items():  # After all copies are made, since memory may run out.
             parameter.data = held[name]
 
     @torch.no_grad()
     def step(self, rate: float, largest: float) -> None:
-        """Move every parameter that has a gradient, and drop the gradients.
+        """Update every parameter that has a gradient, and clear the gradients.
 
         Args:
-            rate: of learning, in units of each parameter's scale.
-            largest: norm that all gradients together are cut to.
+            rate: learning rate, in units of each parameter's scale.
+            largest: norm that the gradients are clipped to, all together.
         """
         gradients = {name: p.grad.contiguous() for name, p in self._parameters.items() if p.grad is not None}
         norm = nn.utils.get_total_norm(gradients.values())
         factor = (largest / (norm.float() + 1e-6)).clamp_(max=1.0)
         for name, gradient in gradients.items():
-            self._taken[name] += 1
+            self._steps[name] += 1
             values, parameter = self.values[name], self._parameters[name]
             adamw(
                 values,
                 self._moments[name],
                 gradient,
-                Step(rate * self._scales[name], self._taken[name], BETAS),
+                Step(rate * self._scales[name], self._steps[name], BETAS),
                 factor=factor.to(values.device),
                 rounded=parameter.detach() if self._rounds else None,
                 zeros_stay=values.dim() > 1,
@@ -69,12 +69,12 @@ class KeptAdamW:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes: tensors and numbers."""
+        """The state that :meth:`load_state_dict` takes, of tensors and numbers."""
         return {
             "values": self.values,
             "first": {name: moments.first for name, moments in self._moments.items()},
             "second": {name: moments.second for name, moments in self._moments.items()},
-            "taken": self._taken,
+            "taken": self._steps,
         }
 
     @torch.no_grad()
@@ -82,14 +82,14 @@ class KeptAdamW:
         """Resume from the state of another optimizer with the same parameters.
 
         Raises:
-            ValueError: something is missing, or does not fit these parameters; nothing has changed then.
+            RecoveryError: the state is incomplete or does not fit these parameters; nothing is changed.
         """
         fields = {"values", "first", "second", "taken"}
         if not isinstance(state, dict) or state.keys() != fields:
             raise RecoveryError(f"the optimizer's state must be a dict of {', '.join(sorted(fields))}")
         for part in fields:
             if not isinstance(state[part], dict) or state[part].keys() != self.values.keys():
-                raise RecoveryError(f"{part}: of other parameters")
+                raise RecoveryError(f"{part}: it belongs to other parameters")
         for name, values in self.values.items():
             for part in ("values", "first", "second"):
                 tensor = state[part][name]
@@ -99,15 +99,15 @@ class KeptAdamW:
                     raise RecoveryError(f"{name}, {part}: invalid numbers")
             if values.dim() > 1 and bool(state["values"][name].to(values.device)[values == 0].any()):
                 raise RecoveryError(f"{name}: a pruned weight is not 0")
-            taken = state["taken"][name]
-            if isinstance(taken, bool) or not isinstance(taken, int) or taken < 0:
+            steps = state["taken"][name]
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
                 raise RecoveryError(f"{name}: invalid number of steps")
         for name, values in self.values.items():
             values.copy_(state["values"][name])
             self._moments[name].first.copy_(state["first"][name])
             self._moments[name].second.copy_(state["second"][name])
             self._parameters[name].copy_(values)
-        self._taken = dict(state["taken"])
+        self._steps = dict(state["taken"])
 
 
 def _scale_of(values: torch.Tensor) -> float:

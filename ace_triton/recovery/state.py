@@ -1,4 +1,4 @@
-"""What a recovery resumes from after a kill."""
+"""The saved state from which a recovery resumes after a kill."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _COUNTERS = {"steps": int, "seconds": float, "cpu_seconds": float}
 
 @dataclass
 class RecoveryState:
-    """How far a training has come.
+    """Progress of a training.
 
     Attributes:
-        fingerprint: of everything that decides what the training does (:func:`fingerprint`).
-        steps, seconds: taken so far.
+        fingerprint: digest of the settings, text and models of the training (:func:`fingerprint`).
+        steps, seconds: number of steps, and wall-clock time so far.
         cpu_seconds: CPU time of the process over the same span, all threads together.
-        losses: one for each step.
+        losses: loss of each step.
     """
 
     fingerprint: str
@@ -43,15 +43,15 @@ class RecoveryState:
 
     @classmethod
     def begin(cls, path: str | Path | None, fingerprint: str, optimizer: KeptAdamW) -> RecoveryState:
-        """The state at the start; or that of a file, whose weights and moments go into the optimizer.
+        """A new state, or the state in a file, whose weights and moments are loaded into the optimizer.
 
         Args:
-            path: of the file; None, or a path without a file, begins anew.
-            fingerprint: of this training.
-            optimizer: at its start.
+            path: path of the file. None, or a path without a file, gives a new state.
+            fingerprint: fingerprint of this training.
+            optimizer: a new optimizer.
 
         Raises:
-            ValueError: the file cannot be read, is damaged, or belongs to another training.
+            RecoveryError: the file cannot be read, is damaged, or belongs to another training.
         """
         if path is None or not Path(path).is_file():
             return cls(fingerprint)
@@ -60,11 +60,11 @@ class RecoveryState:
         except Exception as error:
             raise RecoveryError(f"{path}: cannot be read as the state of a recovery ({error}); remove it") from error
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise RecoveryError(f"{path}: not the state of a recovery of this version ({FORMAT}); remove it")
+            raise RecoveryError(f"{path}: is not the state of a recovery of this version ({FORMAT}); remove it")
         if saved.get("fingerprint") != fingerprint:
             raise RecoveryError(
-                f"{path}: the state of a recovery with other settings, text, weights or teacher; remove it, or give "
-                "the same"
+                f"{path}: is the state of a recovery with other settings, text, weights or teacher; remove it, or "
+                "repeat that recovery's command"
             )
         try:
             for name, kind in _COUNTERS.items():
@@ -79,13 +79,13 @@ class RecoveryState:
         return cls(fingerprint, losses=losses, **{name: saved[name] for name in _COUNTERS})
 
     def record(self, loss: float, seconds: float, cpu_seconds: float) -> None:
-        """Count a step, which ended this many seconds after the start."""
+        """Add a step that ended this many seconds after the start."""
         self.steps += 1
         self.seconds, self.cpu_seconds = seconds, cpu_seconds
         self.losses.append(loss)
 
     def save(self, path: str | Path, optimizer: KeptAdamW) -> None:
-        """Write the file atomically; OSError, and the old file, if that fails."""
+        """Write the file atomically; raise OSError and leave the old file unchanged if that fails."""
         target, partial = Path(path), _partial(path)
         content = {
             "format": FORMAT,
@@ -102,12 +102,12 @@ class RecoveryState:
             partial.unlink(missing_ok=True)
             raise OSError(
                 f"{path}: the state of the recovery could not be written ({error}); the same call resumes from the "
-                "last one that was"
+                "last saved state"
             ) from error
 
 
 def remove_state(path: str | Path) -> None:
-    """Remove the file, and what a kill left while it was written."""
+    """Remove the file, and the partial file that a kill may have left."""
     for file in (Path(path), _partial(path)):
         file.unlink(missing_ok=True)
 
@@ -121,12 +121,12 @@ def _is_finite(loss: object) -> bool:
 
 
 def fingerprint(settings: object, text: bytes, *models: nn.Module) -> str:
-    """A digest that differs between two trainings.
+    """A digest that differs if two trainings differ.
 
     Args:
-        settings: their ``repr`` counts.
-        text: bytes that differ between two texts.
-        models: all their parameters and buffers count, bit by bit.
+        settings: hashed by their ``repr``.
+        text: bytes that identify the text.
+        models: hashed by all bits of their parameters and buffers.
     """
     tensors = [(name, tensor) for model in models for name, tensor in model.state_dict().items()]
     digest = hashlib.sha256(f"{settings!r}\n".encode())
@@ -145,10 +145,10 @@ def _digest_of(tensor: torch.Tensor) -> bytes:
 
 @contextmanager
 def locked(path: str | Path | None) -> Iterator[None]:
-    """Inside, no other process has the lock of ``path``, a file that may not exist yet; None locks nothing.
+    """Hold the lock of ``path``, a file that may not exist yet; None locks nothing.
 
     Raises:
-        ValueError: another process has it.
+        RecoveryError: another process holds the lock.
     """
     if path is None:
         yield
@@ -157,7 +157,7 @@ def locked(path: str | Path | None) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     file = _lock(lock)
     if file is None:
-        raise RecoveryError(f"{path}: another process is running this recovery; let it finish, or end it")
+        raise RecoveryError(f"{path}: another process runs this recovery; wait until it ends, or stop it")
     try:
         yield
     finally:
@@ -166,7 +166,7 @@ def locked(path: str | Path | None) -> Iterator[None]:
 
 
 def _lock(lock: Path) -> int | None:
-    """An open file that is locked and still the one at that path; None if another process has the lock."""
+    """Open and lock the file at a path. Returns its descriptor; None if another process holds the lock."""
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:

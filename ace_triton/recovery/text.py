@@ -1,4 +1,4 @@
-"""What a recovery reads, step by step."""
+"""The training text of a recovery, in batches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ TEXT_SEQUENCES = 2048
 
 
 class Batches(ABC):
-    """The sequences of each step.
+    """The sequences for each optimizer step.
 
     Args:
-        length: tokens of a sequence.
-        tokens_per_step: rounded to whole sequences.
-        seed: of the text, or of the order in which it is read.
+        length: number of tokens in a sequence.
+        tokens_per_step: number of tokens in a step, rounded to whole sequences.
+        seed: random seed of the text, or of the order of its sequences.
     """
 
     def __init__(self, length: int, tokens_per_step: int, seed: int) -> None:
@@ -31,29 +31,29 @@ class Batches(ABC):
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Number of tokens in a step."""
         return self._sequences * self.length
 
     def of(self, step: int) -> torch.Tensor:
-        """The sequences of a step, int64 [n_sequences, length]; the same at every call."""
+        """The sequences of a step, int64 [n_sequences, length]; every call gives the same."""
         places = range(step * self._sequences, (step + 1) * self._sequences)
         return torch.stack([self._sequence(place) for place in places])
 
     @abstractmethod
     def passes(self, steps: int) -> float:
-        """How often this many steps read the text."""
+        """Number of epochs that this many steps take."""
 
     @abstractmethod
     def digest(self) -> bytes:
-        """Bytes that differ between two texts."""
+        """Bytes that identify the text."""
 
     @abstractmethod
     def _sequence(self, place: int) -> torch.Tensor:
-        """The sequence that is read at a place, int64 [length]."""
+        """The sequence at a position of the training, int64 [length]."""
 
 
 class GivenBatches(Batches):
-    """All sequences of ``ids``, int64 [n_sequences, length], once in each epoch, in another random order each time."""
+    """Each sequence of ``ids``, int64 [n_sequences, length], once per epoch, in a new random order."""
 
     def __init__(self, ids: torch.Tensor, tokens_per_step: int, seed: int) -> None:
         super().__init__(ids.shape[1], tokens_per_step, seed)
@@ -76,7 +76,7 @@ class GivenBatches(Batches):
 
 
 class WrittenBatches(Batches):
-    """What ``teacher`` writes, ``AT_ONCE`` sequences at a time, when the first of them is read."""
+    """Sequences that ``teacher`` writes on demand, ``AT_ONCE`` at a time."""
 
     def __init__(self, text: WrittenText, teacher: PreTrainedModel, tokens_per_step: int, seed: int) -> None:
         super().__init__(text.length, tokens_per_step, seed)

@@ -1,21 +1,21 @@
-"""Recovery: a few minutes of training in which only kept weights move, toward the dense model's predictions.
+"""Recovery: a few minutes of training of the kept weights toward the dense model's predictions.
 
-The loss is :class:`~ace_triton.recovery.distillation.Distillation`'s. AdamW steps on fp32 copies of the kept weights,
-in a pass that rounds them to bfloat16, the dtype of forwards (:mod:`~ace_triton.kernels.adamw`). Weights of 0 stay
+The loss is in :class:`~ace_triton.recovery.distillation.Distillation`. AdamW updates fp32 copies of the kept weights,
+and the same pass rounds them to bfloat16, the dtype of forwards (:mod:`~ace_triton.kernels.adamw`). Weights of 0 stay
 exactly 0.
 
-The learning rate is in units of each weight's root mean square, as Adafactor's relative step sizes are (Shazeer and
-Stern, arXiv 1804.04235, section 8): AdamW moves a weight by about its rate whatever the gradient is, and the size of
-weights differs between models and layers. docs/recovery.md compares settings.
+The learning rate is in units of each weight's root mean square, as Adafactor's relative step sizes (Shazeer and Stern,
+arXiv 1804.04235, section 8). AdamW changes a weight by about the learning rate, whatever the size of the gradient, and
+the size of weights differs between models and layers. docs/recovery.md compares settings.
 
-A second epoch overfits. A budget of minutes should see each token once, so the teacher runs in every step and its
+A second epoch overfits. A budget of minutes should read each token once, so the teacher runs in every step and its
 outputs are not cached.
 
-Each step passes over all trained weights, however few tokens it reads. If a forward is fast beside that pass, as on a
-GPU, more tokens in a step may pay.
+Each optimizer step updates all trained weights, however few tokens it reads. If a forward is fast compared with that
+update, as on a GPU, more tokens per step may be better.
 
-Memory, in bytes: 15 for each trained weight beside the model's own (4 for the copy, 2 for its gradient, 8 for AdamW, 1
-for the mask), the dense model, and the activations that a step's backward needs.
+Memory beside the two models: 15 bytes for each trained weight (4 for the copy, 2 for its gradient, 8 for AdamW, 1 for
+the mask), and the activations that the backward pass of a step needs.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ DEFAULT_MINUTES = 5.0
 """Budget if no settings are given."""
 
 LEAST_ZEROS = 0.05
-"""A weight with a smaller share of zeros was not pruned, and stays as it is."""
+"""A weight with a smaller share of zeros counts as not pruned, and is not trained."""
 
 EAGER_LENGTH = 256
-"""Tokens of a sequence up to which attention by plain products is faster on a CPU than torch's own."""
+"""Longest sequence, in tokens, for which eager attention is faster than torch's sdpa on a CPU."""
 
 FIRST_RATE = 0.1
-"""Share of the peak learning rate that the first step takes."""
+"""Learning rate of the first step, as a share of the peak."""
 
 LARGEST_GRADIENT = 1.0
 """Norm that gradients are clipped to."""
@@ -65,21 +65,21 @@ LARGEST_GRADIENT = 1.0
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """How to recover.
+    """Settings of a recovery.
 
     Attributes:
         steps: number of optimizer steps; None if ``minutes`` is given.
-        minutes: time to train for; None if ``steps`` is given. The step that passes it is the last.
-        tokens_per_step: rounded to whole sequences.
-        learning_rate: the peak, in units of each weight's root mean square. The rate rises to it linearly over the
-            first ``warmup`` of the budget, then falls linearly to 0.
+        minutes: time to train; None if ``steps`` is given. Training stops after the step that exceeds it.
+        tokens_per_step: number of tokens in an optimizer step, rounded to whole sequences.
+        learning_rate: peak learning rate, in units of each weight's root mean square. The rate rises linearly to the
+            peak during ``warmup``, then falls linearly to 0.
         warmup: share of the budget.
-        norms: train the blocks' one-dimensional weights (norms, biases) too.
-        forward_dtype: bfloat16, or float32 for models in float32.
-        seed: of the order of sequences, or of the text that the teacher writes.
+        norms: also train the blocks' one-dimensional weights (norms, biases).
+        forward_dtype: dtype of forwards: bfloat16, or float32 if both models are in float32.
+        seed: random seed of the order of sequences, or of the text that the teacher writes.
 
     Raises:
-        ValueError: not exactly one of steps and minutes is given, or a number is out of range.
+        RecoveryError: not exactly one of steps and minutes is given, or a number is out of range.
     """
 
     steps: int | None = None
@@ -118,11 +118,11 @@ class RecoveryReport:
     """What :func:`recover` did.
 
     Attributes:
-        steps, tokens, seconds: taken since the first start, resumed runs included.
-        passes: epochs over the text; above 1, training overfits. 1 if the teacher wrote the text.
+        steps, tokens, seconds: totals since the first start, resumed runs included.
+        passes: number of epochs; above 1, training overfits. 1 if the teacher wrote the text.
         cpu_seconds: CPU time of the process over the same span, all threads together.
         losses: mean loss of each step, in nats per token.
-        trained, zeros: number of weights that moved, and that stayed 0.
+        trained, zeros: number of weights that were trained, and that stayed 0.
     """
 
     steps: int
@@ -154,19 +154,20 @@ def recover(
     Args:
         model: pruned. The weights of its blocks with at least 5 % zeros are trained; embeddings and head are not.
         teacher: the dense model, with the same vocabulary.
-        text: what to train on: token ids, int64 [n_sequences, length], read again in another order if the budget
-            outlasts them; or :class:`~ace_triton.inputs.written_text.WrittenText`, which the teacher writes as it is
-            read.
-        settings: how; None trains for DEFAULT_MINUTES with all other settings at their defaults.
+        text: the training text. Either token ids, int64 [n_sequences, length], which are read again in a new order if
+            they are fewer than the budget needs; or :class:`~ace_triton.inputs.written_text.WrittenText`, which the
+            teacher writes on demand.
+        settings: None trains for DEFAULT_MINUTES, with the other settings at their defaults.
         state: file to resume from after a kill, written atomically every ``save_every`` seconds and at the end. If it
-            exists, the training resumes from it. Remove it once the model is saved. None keeps no state.
-        save_every: seconds; the time to write 12 bytes for each trained weight counts in the budget of minutes.
-        progress: called after each step with the spent budget, the whole budget (steps, or seconds) and the loss.
+            exists, the training resumes from it. Remove it after the model is saved. None saves no state.
+        save_every: seconds between two writes of the state. A write takes 12 bytes for each trained weight, and its
+            time counts in the budget of minutes.
+        progress: called after each step with the spent budget, the whole budget (steps or seconds) and the loss.
 
     Raises:
-        ValueError: the model has no zeros or the teacher has, the ids or vocabularies do not fit, the sequences are
-            longer than a model's positions, the state belongs to another training or is in use, or a loss is not
-            finite.
+        RecoveryError: the model is not pruned or the teacher is, the ids or vocabularies do not fit, the state belongs
+            to another training or is in use, or a loss is not finite.
+        ArgumentError: the sequences are longer than a model's positions.
         OSError: the state cannot be written.
     """
     settings = settings or RecoverySettings(minutes=DEFAULT_MINUTES)
@@ -194,10 +195,10 @@ def recover(
 
 @dataclass(frozen=True)
 class _Keeping:
-    """Where, and how often, the state is kept.
+    """Where and how often the state is saved.
 
     Attributes:
-        path: of the state; None to keep none.
+        path: path of the state; None saves none.
         identity: fingerprint of the training.
         every: seconds between two writes.
     """
@@ -244,7 +245,7 @@ def _train(
 
 
 def pruned_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The masks of all pruned weights of a model's blocks, True for kept weights; ValueError if none was pruned."""
+    """Masks of all pruned weights in a model's blocks, True for kept weights; RecoveryError if none is pruned."""
     masks = {}
     for block in find_blocks(model):
         for name, parameter in block.module.named_parameters(prefix=block.name):
@@ -252,7 +253,7 @@ def pruned_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
                 masks[name] = (parameter != 0).detach()
     if not masks:
         raise RecoveryError(
-            f"no weight of this {type(model).__name__} has {LEAST_ZEROS:.0%} of zeros: recovery is for pruned models"
+            f"no weight of this {type(model).__name__} has {LEAST_ZEROS:.0%} zeros or more: prune the model first"
         )
     return masks
 
@@ -264,8 +265,8 @@ def _check(
         kept = len(text.prompt) if text.keep_start else 0
         if not text.prompt or text.length <= kept:
             raise RecoveryError(
-                f"sequences must follow a token and have one at least, got a length of {text.length} after "
-                f"{text.prompt}"
+                f"written text needs a start token and at least one token after it, got a length of {text.length} "
+                f"with start {text.prompt}"
             )
         least, most = min(text.prompt), max(text.prompt)
         length = text.length
@@ -293,9 +294,9 @@ def _check(
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, masks: dict[str, torch.Tensor]) -> None:
-    """ValueError if the teacher is pruned: a model learns nothing from itself, and little from another pruned one."""
-    there = dict(teacher.named_parameters())
-    shared = [(there[name], mask) for name, mask in masks.items() if name in there and there[name].shape == mask.shape]
+    """RecoveryError if the teacher is pruned: a model learns nothing from itself, and little from a pruned one."""
+    weights = dict(teacher.named_parameters())
+    shared = [(weights[n], mask) for n, mask in masks.items() if n in weights and weights[n].shape == mask.shape]
     if teacher is model or (shared and not any(bool(weight[~mask.to(weight.device)].any()) for weight, mask in shared)):
         raise RecoveryError(
             "the teacher is the pruned model itself, or has the same zeros: give the dense model that it was pruned "
@@ -318,7 +319,7 @@ def _batches(text: torch.Tensor | WrittenText, teacher: PreTrainedModel, setting
 
 
 def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
-    """Share of the budget; 1 and above ends the training."""
+    """Spent share of the budget; training ends at 1."""
     if settings.minutes is not None:
         return run.seconds / (60 * settings.minutes)
     assert settings.steps is not None
@@ -329,14 +330,14 @@ def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
 def _trainable(
     model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings
 ) -> Iterator[KeptAdamW]:
-    """The optimizer of the parameters that are trained; inside, they have the dtype of forwards."""
+    """The optimizer of the parameters to train, which have the dtype of forwards inside the block."""
     blocks = [block.module.named_parameters(prefix=block.name) for block in find_blocks(model)]
     names = {parameter: name for block in blocks for name, parameter in block}  # blocks may share a parameter
     moving = {n: p for p, n in names.items() if n in masks or (settings.norms and p.dim() == 1)}
     dtypes = {name: parameter.dtype for name, parameter in moving.items()}
     with _frozen(model):
         with torch.no_grad():
-            model(input_ids=trial_ids(model), use_cache=False)  # RWKV rescales its weights here: before they are copied
+            model(input_ids=trial_ids(model), use_cache=False)  # RWKV rescales its weights here, so before the copy.
         optimizer = KeptAdamW(moving, settings.forward_dtype)
         try:
             for parameter in moving.values():
@@ -351,15 +352,15 @@ def _trainable(
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; what was set before is set again at the end."""
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    """Evaluation mode and no gradients inside the block; restores the previous settings."""
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
         model.requires_grad_(False)
         yield
     finally:
-        for parameter, requires_grad in wanted.items():
+        for parameter, requires_grad in trainable.items():
             parameter.requires_grad_(requires_grad)
         for module, mode in training.items():
             module.training = mode
@@ -367,7 +368,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quick_attention(models: tuple[PreTrainedModel, ...], length: int) -> Iterator[None]:
-    """Inside, the kind of attention that is quickest for sequences of that length."""
+    """Eager attention on a CPU for short sequences, for which it is faster than sdpa."""
     slower = [
         model
         for model in models
@@ -388,4 +389,4 @@ def _quick_attention(models: tuple[PreTrainedModel, ...], length: int) -> Iterat
 def _check_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
     for name, mask in masks.items():
         if bool(model.get_parameter(name).masked_select(~mask).any()):
-            raise RuntimeError(f"{name}: a pruned weight moved, which is a bug of ace_triton; please report it")
+            raise RuntimeError(f"{name}: a pruned weight is no longer 0")

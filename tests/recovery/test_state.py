@@ -56,9 +56,9 @@ def with_value(name: str, value: object):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: [1, 2], "not the state of a recovery of this version"),
-        (lambda content: torch.ones(3), "not the state of a recovery of this version"),
-        (with_value("format", "ace_triton.recovery.3"), "not the state of a recovery of this version"),
+        (lambda content: [1, 2], "is not the state of a recovery of this version"),
+        (lambda content: torch.ones(3), "is not the state of a recovery of this version"),
+        (with_value("format", "ace_triton.recovery.3"), "is not the state of a recovery of this version"),
         (with_value("fingerprint", "yours"), "other settings, text, weights or teacher"),
         (without("fingerprint"), "other settings, text, weights or teacher"),
         (without("steps"), "damaged .invalid steps"),
@@ -67,7 +67,7 @@ def with_value(name: str, value: object):
         (with_value("losses", "ab"), "damaged .invalid losses"),
         (without("optimizer"), "must be a dict of first, second, taken, values"),
         (without("optimizer", "taken"), "must be a dict of first, second, taken, values"),
-        (with_tensor("values", "other", torch.ones(4)), "values: of other parameters"),
+        (with_tensor("values", "other", torch.ones(4)), "values: it belongs to other parameters"),
         (with_tensor("values", "matrix", torch.zeros(1)), r"matrix, values: must be torch.float32 of shape .3, 4."),
         (with_tensor("first", "norm", torch.zeros(1)), r"norm, first: must be torch.float32 of shape .4,."),
         (with_tensor("second", "norm", torch.ones(4).double()), "norm, second: must be torch.float32"),
@@ -113,7 +113,7 @@ def test_everything_that_decides_a_training_is_in_its_fingerprint():
 def test_a_full_disk_is_one_line_and_keeps_the_state(saved):
     path, content = saved
     path.with_name(".state.pt.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"could not be written .*resumes from the last one"):
+    with pytest.raises(OSError, match=r"could not be written .*resumes from the last saved state"):
         RecoveryState("mine").save(path, optimizer())
     assert torch.load(path)["losses"] == content["losses"]
     assert [file.name for file in path.parent.iterdir()] == ["state.pt"]
@@ -122,7 +122,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_state(saved):
 def test_one_process_at_a_time(tmp_path):
     path = tmp_path / "run" / "state.pt"
     with locked(path):
-        with pytest.raises(ValueError, match="another process is running this recovery"), locked(path):
+        with pytest.raises(ValueError, match="another process runs this recovery"), locked(path):
             pass
         with locked(tmp_path / "run" / "other.pt"), locked(None):
             pass

@@ -173,7 +173,7 @@ def test_two_runs_at_once_are_refused(pair, text, tmp_path):
 
     def again(*_told: float) -> None:
         other, _ = pair()
-        with pytest.raises(ValueError, match="another process is running this recovery"):
+        with pytest.raises(ValueError, match="another process runs this recovery"):
             recover(other, teacher, text, SHORT, state=path)
 
     recover(model, teacher, text, RecoverySettings(steps=1, tokens_per_step=32), state=path, progress=again)
