@@ -1,22 +1,17 @@
-"""What became of a pruned model."""
+"""What pruning did to a model."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from .decoders.account import Account
 from .decoders.plan import Excluded, Skipped
+from .recipe import Recipe, Sequential
 from .reordering.reorder import PermutationReport
 from .solvers.update import Update
 from .sparsity import Axis
 from .timing import Seconds
-
-Sequential = Literal["none", "blocks", "layers"]
-"""What is pruned between two looks at the model: all of it, a block, or the layers of a block that share an input.
-
-A block's attention before the rest of it, in hardly more time than the whole block, was tried and left out: over five
-seeds it gained nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +38,18 @@ class ModelReport:
     """What :func:`prune_model` did.
 
     Attributes:
-        method: the metric's name.
-        sparsity: the pattern.
+        recipe: what was asked for.
         seconds: time by stage.
         peak_bytes: on CUDA, the most memory that torch had allocated since the process started, over the
             model's devices; on the CPU, the most that the process had resident.
         layers: the pruned layers, in order.
         skipped: what was left dense, and why.
-        excluded: matrices of the blocks that ``include`` and ``exclude`` ruled out.
-        account: how many parameters were pruned, skipped and excluded: together all matrices of the blocks.
-        permutation: what ``permute=True`` did.
-        update: how the kept weights were moved.
-        budgets: by what the blocks' shares were set; what each layer kept is in ``layers``.
-        sequential: what was pruned between two looks at the model; None where tokens were not needed.
+        excluded: matrices of the blocks that ``include`` and ``exclude`` left out.
+        account: how many parameters were pruned, skipped and excluded; together all matrices of the blocks.
+        permutation: what ``permute=True`` did; None without it.
     """
 
-    method: str
-    sparsity: str
+    recipe: Recipe
     seconds: Seconds
     peak_bytes: int
     layers: tuple[LayerReport, ...]
@@ -67,9 +57,31 @@ class ModelReport:
     excluded: tuple[Excluded, ...]
     account: Account
     permutation: PermutationReport | None = None
-    update: Update | None = None
-    budgets: str | None = None
-    sequential: Sequential | None = None
+
+    @property
+    def method(self) -> str:
+        """The metric's name."""
+        return self.recipe.method
+
+    @property
+    def sparsity(self) -> str:
+        """The pattern, as "2:4" or "0.5"."""
+        return str(self.recipe.sparsity)
+
+    @property
+    def update(self) -> Update | None:
+        """How the kept weights were changed."""
+        return self.recipe.update
+
+    @property
+    def budgets(self) -> str | None:
+        """The rule for each block's share; what each layer kept is in ``layers``."""
+        return self.recipe.budgets
+
+    @property
+    def sequential(self) -> Sequential | None:
+        """What was pruned before the model ran again; None if no tokens were needed."""
+        return self.recipe.sequential if self.recipe.needs.tokens else None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -89,4 +101,5 @@ class ModelReport:
             "update": None if self.update is None else self.update.to_dict(),
             "budgets": self.budgets,
             "sequential": self.sequential,
+            "recipe": self.recipe.to_dict(),
         }
