@@ -263,9 +263,10 @@ def _changed_options(chosen: Metric, options: Mapping[str, Any]) -> dict[str, An
 
 
 def _same(value: Any, default: Any) -> bool:
-    if value is default:
-        return True
-    return type(value) is type(default) and isinstance(value, (bool, int, float, str)) and value == default
+    plain = (int, float, str, list, tuple, dict)
+    if value is default or not isinstance(value, plain) or not isinstance(default, plain):
+        return value is default
+    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
 
 
 def _update(update: str | Mapping[str, Any] | Update | None) -> Update | None:

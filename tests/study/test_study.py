@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ace_triton import prune_blocks as prune_model
+from ace_triton import prune_model
 from ace_triton.errors import StudyError
 from ace_triton.evaluate import perplexity
 from ace_triton.inputs.calibration import crop, token_stream
