@@ -28,6 +28,7 @@ from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
+from .recipe import Recipe
 from .recovery.train import RecoveryReport, RecoverySettings, recover
 from .solvers.update import Update
 from .sparsity import Sparsity
@@ -52,6 +53,7 @@ __all__ = [
     "PatternError",
     "PruneError",
     "PruneResult",
+    "Recipe",
     "RecipeError",
     "RecoveryError",
     "RecoveryReport",

@@ -1,7 +1,7 @@
-"""Layer-wise budgets: blocks whose scores have more outliers keep more of their weights, the total kept.
+"""Block budgets: blocks whose scores have more outliers keep more of their weights; the total stays the same.
 
-That is OWL (Yin et al., arXiv 2310.05175), with its two numbers. For n:m a block keeps n - 1, n or n + 1 of every m,
-and about as many weights go from block to block as by OWL's shares.
+The rule and its two constants are OWL's (Yin et al., arXiv 2310.05175). For n:m a block keeps n - 1, n or n + 1 of
+every m, and about as many weights move between blocks as with OWL's shares.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from .decoders.batches import Batch
 from .decoders.collect import InputCollector
 from .decoders.plan import Unit
 from .decoders.replay import WholeForward
-from .errors import RecipeError
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .linears import as_kernel_dtype
 from .methods.registry import Needs
@@ -24,39 +23,24 @@ from .prune import check_weight
 from .sparsity import Sparsity
 from .timing import Stopwatch
 
-BUDGETS = ("outliers",)
-
 OUTLIER = 5.0
-"""A score above so many times its layer's mean is an outlier."""
+"""A score above this many times its layer's mean is an outlier."""
 
 SPREAD = 0.08
-"""The block that keeps the most and the one that keeps the least lie twice this apart."""
-
-
-def check_budgets(budgets: str | None, pattern: Sparsity) -> None:
-    """ValueError for budgets that there are not, or for a pattern that has none."""
-    if budgets is None:
-        return
-    if budgets not in BUDGETS:
-        raise RecipeError(f"budgets must be one of {', '.join(BUDGETS)}, or None; got {budgets!r}")
-    if pattern.n is not None and pattern.m is not None and not 1 < pattern.n < pattern.m - 1:
-        raise RecipeError(
-            f"budgets let some blocks keep one more and some one less of every {pattern.m}, which {pattern} has no "
-            "room for: give a pattern as 2:4 or 4:8, or a fraction"
-        )
+"""Half the difference between the largest and the smallest share that a block keeps."""
 
 
 def find_budgets(
     model: nn.Module, units: Sequence[Unit], pattern: Sparsity, batches: Sequence[Batch], clock: Stopwatch
 ) -> dict[str, Sparsity]:
-    """The pattern of each block, by what the dense model does with some batches.
+    """The pattern of each block, from one forward of the dense model.
 
     Args:
         model: dense, in evaluation mode.
-        units: its blocks, with the layers to prune; layers that no token reaches do not count.
-        pattern: of the whole.
-        batches: run through the model once; outliers hardly depend on which.
-        clock: charged with it.
+        units: its blocks, with the layers to prune; layers that no token reaches are not counted.
+        pattern: of the whole model.
+        batches: run through the model once; the choice of text hardly changes the number of outliers.
+        clock: measures the time.
     """
     collector = InputCollector({name: layer for unit in units for name, layer in unit.layers.items()}, Needs(), clock)
     WholeForward(model, batches, clock).run_all(collector)
@@ -72,11 +56,11 @@ def find_budgets(
 
 
 def outliers(weight: torch.Tensor, norm: torch.Tensor) -> int:
-    """How many of Wanda's scores |W_ij| n_j are more than :data:`OUTLIER` times their mean.
+    """Number of Wanda scores |W_ij| n_j above :data:`OUTLIER` times their mean.
 
     Args:
         weight: [out_features, in_features], fp32, fp16 or bf16.
-        norm: n, fp32 [in_features].
+        norm: n_j, fp32 [in_features].
     """
     scores = scores_reference(weight, ScoreTerms(scale=norm))
     return int((scores > OUTLIER * scores.mean(dtype=torch.float64)).sum())
@@ -85,16 +69,16 @@ def outliers(weight: torch.Tensor, norm: torch.Tensor) -> int:
 def kept_shares(
     outlier_shares: Sequence[float], sizes: Sequence[int], kept: float, spread: float = SPREAD
 ) -> list[float]:
-    """What each block keeps, linear in its share of outliers.
+    """The share that each block keeps, linear in its share of outliers.
 
     Args:
-        outlier_shares: of each block's scores.
-        sizes: how many weights each has, above 0.
+        outlier_shares: share of outliers among each block's scores.
+        sizes: number of weights of each block, above 0.
         kept: share of all weights to keep, in (0, 1].
-        spread: as :data:`SPREAD`; less where some block would keep all or nothing.
+        spread: as :data:`SPREAD`; it is reduced if a block would keep all or none of its weights.
 
     Returns:
-        Shares in (0, 1], ``kept`` in the mean over all weights.
+        Shares in (0, 1]; their mean over all weights is ``kept``.
     """
     lowest, highest = min(outlier_shares), max(outlier_shares)
     if highest == lowest:
@@ -106,18 +90,19 @@ def kept_shares(
 
 
 def group_sizes(shares: Sequence[float], sizes: Sequence[int], n: int, m: int) -> list[int]:
-    """How many of every m each block keeps: n + 1 where the share is highest, n - 1 where it is lowest, n between.
+    """How many of every m each block keeps: n + 1 for the highest shares, n - 1 for the lowest, n for the others.
 
-    A raised block keeps 1 / m of its weights more. So many are raised that this comes near to what the shares above
-    n / m would keep more, and blocks with as many weights are lowered.
+    A raised block keeps 1 / m more of its weights. Blocks are raised until this comes near to what the shares above
+    n / m ask for; then blocks with as many weights are lowered.
 
     Args:
-        shares: of the weights that each block is to keep, n / m in the mean over all weights.
-        sizes: how many weights each has, above 0.
-        n, m: of the whole.
+        shares: share of its weights that each block should keep; the mean over all weights is n / m.
+        sizes: number of weights of each block, above 0.
+        n, m: the pattern of the whole model.
 
     Returns:
-        Sizes, n in the mean over all weights where blocks are of one size, and to within a block elsewhere.
+        One number for each block. If all blocks have one size, the mean is n; otherwise it differs from n by at most
+        one block's weights.
     """
     moved = m * sum(size * max(share - n / m, 0.0) for share, size in zip(shares, sizes, strict=True))
     order = sorted(range(len(sizes)), key=lambda block: shares[block])
@@ -127,7 +112,7 @@ def group_sizes(shares: Sequence[float], sizes: Sequence[int], n: int, m: int) -
 
 
 def _filled(blocks: Sequence[int], sizes: Sequence[int], amount: float) -> set[int]:
-    """Blocks in order, so many that their weights come near an amount; one too large for the rest is passed over."""
+    """Blocks in order until their weights come near an amount; a block too large for the rest is skipped."""
     taken: set[int] = set()
     for block in blocks:
         if sizes[block] / 2 < amount:
@@ -142,8 +127,8 @@ def block_patterns(
     """The pattern of each block.
 
     Args:
-        counts: outliers by block.
-        sizes: weights by block.
+        counts: number of outliers by block.
+        sizes: number of weights by block.
         pattern: of the whole model.
         spread: as for :func:`kept_shares`.
     """

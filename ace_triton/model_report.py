@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from .decoders.account import Account
 from .decoders.plan import Excluded, Skipped
+from .recipe import Recipe, Sequential
 from .reordering.reorder import PermutationReport
 from .solvers.update import Update
 from .sparsity import Axis
 from .timing import Seconds
-
-Sequential = Literal["none", "blocks", "layers"]
-"""What is pruned before statistics are collected again: "none": the whole model; "blocks": one block; "layers": the
-layers of a block that share an input."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,7 @@ class ModelReport:
     """The result of :func:`prune_model`.
 
     Attributes:
-        method: the metric's name.
-        sparsity: the pattern.
+        recipe: what was asked for.
         seconds: time by stage.
         peak_bytes: on CUDA, the peak memory that torch allocated on the model's devices since the process started. On
             the CPU, the peak resident memory of the process.
@@ -51,13 +47,9 @@ class ModelReport:
         excluded: matrices of the blocks that ``include`` and ``exclude`` ruled out.
         account: number of parameters pruned, skipped and excluded. Their sum is all matrices of the blocks.
         permutation: the result of ``permute=True``, or None.
-        update: the update of the kept weights, or None.
-        budgets: the rule that set the share of each block, or None; ``layers`` has the share that each layer kept.
-        sequential: what was pruned before statistics were collected again; None if the method needs no tokens.
     """
 
-    method: str
-    sparsity: str
+    recipe: Recipe
     seconds: Seconds
     peak_bytes: int
     layers: tuple[LayerReport, ...]
@@ -65,9 +57,31 @@ class ModelReport:
     excluded: tuple[Excluded, ...]
     account: Account
     permutation: PermutationReport | None = None
-    update: Update | None = None
-    budgets: str | None = None
-    sequential: Sequential | None = None
+
+    @property
+    def method(self) -> str:
+        """The metric's name."""
+        return self.recipe.method
+
+    @property
+    def sparsity(self) -> str:
+        """The pattern, as "2:4" or "0.5"."""
+        return str(self.recipe.sparsity)
+
+    @property
+    def update(self) -> Update | None:
+        """How the kept weights were changed."""
+        return self.recipe.update
+
+    @property
+    def budgets(self) -> str | None:
+        """The rule for each block's share; what each layer kept is in ``layers``."""
+        return self.recipe.budgets
+
+    @property
+    def sequential(self) -> Sequential | None:
+        """What was pruned before the model ran again; None if no tokens were needed."""
+        return self.recipe.sequential if self.recipe.needs.tokens else None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
@@ -87,4 +101,5 @@ class ModelReport:
             "update": None if self.update is None else self.update.to_dict(),
             "budgets": self.budgets,
             "sequential": self.sequential,
+            "recipe": self.recipe.to_dict(),
         }

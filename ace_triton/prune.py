@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .computed_weight import computed_weight
-from .errors import PruneError
+from .errors import PruneError, RecipeError
 from .kernels.finite import all_finite
 from .kernels.memory import overlaps, why_no_memory, why_not_plain
 from .kernels.score_terms import ScoreTerms, scores_reference
@@ -19,7 +19,8 @@ from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
 from .linears import KERNEL_DTYPES, as_kernel_dtype, is_linear, linear_weight
 from .methods.registry import Needs
-from .recipe import Request
+from .presets import NOT_GIVEN, NotGiven, recipe_of
+from .recipe import Recipe
 from .solvers.update import Update, updated_weight
 from .sparsity import Axis, Sparsity
 from .statistics.activation import ActivationStats, StatsError
@@ -33,13 +34,13 @@ class PruneResult:
     """What :func:`prune_linear` kept.
 
     Attributes:
-        name: the layer's name, or its class where none was given.
+        name: the layer's name, or its class if no name was given.
         method: the metric's name.
         pattern: "2:4", or the pruned fraction.
         axis: what groups or rows ran along.
         kept: number of weights kept.
         total: number of weights.
-        mask: bool [out_features, in_features], True where kept; only where it was asked for.
+        mask: bool [out_features, in_features], True where a weight is kept; None without ``return_mask``.
     """
 
     name: str
@@ -59,10 +60,10 @@ class PruneResult:
 def prune_linear(
     layer: nn.Module,
     stats: ActivationStats | torch.Tensor | None = None,
-    method: str = "ace",
-    sparsity: str | float | Sparsity = "2:4",
+    method: str | Recipe = "ace",
+    sparsity: str | float | Sparsity | NotGiven = NOT_GIVEN,
     *,
-    update: str | Mapping[str, Any] | Update | None = None,
+    update: str | Mapping[str, Any] | Update | NotGiven | None = NOT_GIVEN,
     name: str | None = None,
     return_mask: bool = False,
     model: nn.Module | None = None,
@@ -78,38 +79,53 @@ def prune_linear(
             device), or a Conv1D of transformers (weight [in_features, out_features]).
         stats: statistics of the layer's input, or the raw tokens: [n_tokens, in_features] or
             [n_sequences, length, in_features]. None for magnitude, which needs neither.
-        method: a metric's name (:func:`~ace_triton.methods.registry.metric_names`).
-        sparsity: "n:m" (n of every m kept), the pruned fraction of every row, or a :class:`Sparsity`.
+        method: a metric's name (:func:`~ace_triton.methods.registry.metric_names`), a preset's name ("fast"), or a
+            :class:`~ace_triton.recipe.Recipe`. A recipe takes no sparsity, update or options beside it. Its
+            ``sequential`` has no meaning for one layer.
+        sparsity: "n:m" (n of every m kept), the pruned fraction of every row, or a :class:`Sparsity`. Default: "2:4".
         update: "rescale" scales each row so that its outputs have the dense row's energy; "lstsq" moves the kept
             weights to where they best reproduce the dense layer's outputs; an
-            :class:`~ace_triton.solvers.update.Update` says more. Needs raw tokens, or statistics with a sample of them
-            or with a Gram matrix.
-        name: how errors and the result call the layer.
-        return_mask: also return which weights were kept; costs a byte a weight and a second pass.
-        model: the model that holds the layer: a weight that shares memory with another of its parameters is refused.
-            One pass over its parameters; ``prune_model`` makes it once for all layers.
+            :class:`~ace_triton.solvers.update.Update` sets its options. Needs raw tokens, or statistics with a sample
+            of them or with a Gram matrix. Default: no update.
+        name: the layer's name in errors and in the result.
+        return_mask: also return which weights were kept; costs one byte a weight and a second pass.
+        model: the model that holds the layer. If given, a weight that shares memory with another parameter of the model
+            is refused. This takes one pass over the parameters; ``prune_model`` makes it once for all layers.
         options: the metric's own.
 
     Raises:
-        PruneError: a layer that cannot be pruned so (shape, dtype, computed or tied weight, NaN or infinity); nothing
-            was changed.
-        ValueError: an unknown method, option or pattern, or statistics that do not fit.
+        PruneError: if the layer cannot be pruned (shape, dtype, computed or tied weight, NaN or infinity); nothing was
+            changed.
+        RecipeError: if the method, an option or the update is invalid, or the recipe needs a whole model.
+        PatternError: if the sparsity is invalid.
+        StatsError: if the statistics do not fit the layer or the method.
     """
     label = name or type(layer).__name__
-    request = Request.of(method, sparsity, update, options)
-    # Raw tokens go through the layer first: then a weight that is not finite would be blamed on its outputs.
-    look_later = request.looks_at_terms and not isinstance(stats, torch.Tensor)
-    weight = check_weight(layer, label, finite=not look_later)
+    recipe = recipe_of(method, options, sparsity=sparsity, update=update)
+    _check_one_layer(recipe)
+    # Raw tokens go through the layer first, so a weight that is not finite would be blamed on the layer's outputs.
+    check_later = recipe.checked_by_terms and not isinstance(stats, torch.Tensor)
+    weight = check_weight(layer, label, finite=not check_later)
     if model is not None:
         _check_untied(layer, model, label)
-    return prune_checked(layer, weight, stats, request, label, looked_at=not look_later, return_mask=return_mask)
+    return prune_checked(layer, weight, stats, recipe, label, weight_checked=not check_later, return_mask=return_mask)
+
+
+def _check_one_layer(recipe: Recipe) -> None:
+    """RecipeError if a recipe has parts that only a whole model can follow."""
+    parts = {"permute": recipe.permute, "budgets": recipe.budgets, "include": recipe.include, "exclude": recipe.exclude}
+    if wanted := [name for name, part in parts.items() if part not in (None, False, ())]:
+        raise RecipeError(
+            f"the recipe's {' and '.join(wanted)} need a whole model: use prune_model, or drop them with "
+            "dataclasses.replace(recipe, ...)"
+        )
 
 
 def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.Tensor:
-    """The weight as [out_features, in_features]; PruneError where it is none that can be pruned.
+    """The weight as [out_features, in_features]; PruneError if it cannot be pruned.
 
     Args:
-        finite: also look for NaN and infinity, in a read of the weight.
+        finite: also check for NaN and infinity, which reads the whole weight.
     """
     computed = computed_weight(layer) if is_linear(layer) else None
     if computed is not None:
@@ -122,13 +138,15 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
     if weight.layout is not torch.strided:
         raise PruneError(f"{label}: the weight is sparse ({weight.layout}); make it dense first (weight.to_dense())")
     if not weight.is_contiguous() and overlaps(weight):
-        raise PruneError(f"{label}: numbers of the weight share memory with each other; clone it (weight.clone())")
+        raise PruneError(
+            f"{label}: elements of the weight share memory with each other; clone it first (weight.clone())"
+        )
     if weight.device.type == "meta":
         raise PruneError(f"{label}: the weight is on the meta device and holds no numbers; load it first")
     if not weight.dtype.is_floating_point:
         raise PruneError(
-            f"{label}: the weight is stored as {weight.dtype} (quantised?); prune the floating-point model and "
-            "quantise afterwards"
+            f"{label}: the weight is stored as {weight.dtype} (quantized?); prune the floating-point model and "
+            "quantize afterwards"
         )
     if weight.dtype not in KERNEL_DTYPES and (why := why_no_memory(weight)) is not None:
         raise PruneError(f"{label}: the weight {why}")
@@ -161,33 +179,33 @@ def prune_checked(
     layer: nn.Module,
     weight: torch.Tensor,
     stats: ActivationStats | torch.Tensor | None,
-    request: Request,
+    recipe: Recipe,
     label: str,
     *,
-    looked_at: bool = True,
+    weight_checked: bool = True,
     return_mask: bool = False,
     clock: Stopwatch | None = None,
 ) -> PruneResult:
     """:func:`prune_linear` without its checks of the weight.
 
     Args:
-        weight: what :func:`check_weight` returned; known to belong to ``layer`` alone.
-        looked_at: whether NaN and infinity were looked for in it already.
-        clock: charged with the update of the weights, as "update".
+        weight: what :func:`check_weight` returned; no other layer uses it.
+        weight_checked: True if the weight was checked for NaN and infinity.
+        clock: measures the update of the weights, as "update".
     """
-    gathered = _statistics(layer, weight, stats, request.needs, label)
-    served = as_kernel_dtype(weight)
-    chosen, pattern = request.metric, request.pattern
+    gathered = _statistics(layer, weight, stats, recipe.needs, label)
+    kernel_weight = as_kernel_dtype(weight)
+    chosen, pattern = recipe.metric, recipe.sparsity
     axis = pattern.axis or chosen.axis(gathered)
-    if chosen.solve is not None or request.update is not None:
+    if chosen.solve is not None or recipe.update is not None:
         assert gathered is not None
         with few_threads(weight.numel() * weight.shape[1]):
-            chosen_mask = _solve(weight, gathered, request, axis, label, looked_at, clock)
+            chosen_mask = _solve(weight, gathered, recipe, axis, label, weight_checked, clock)
         mask = chosen_mask if return_mask else None
         return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
-    terms = _terms(request, served, gathered, label, looked_at)
+    terms = _terms(recipe, kernel_weight, gathered, label, weight_checked)
     try:
-        mask = _select(weight, served, terms, pattern, axis, return_mask)
+        mask = _select(weight, kernel_weight, terms, pattern, axis, return_mask)
     except ValueError as error:
         raise PruneError(f"{label}: {error}") from error
     return PruneResult(label, chosen.name, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
@@ -240,19 +258,19 @@ def _check_tokens(tokens: torch.Tensor, weight: torch.Tensor, needs: Needs, labe
 
 
 def _terms(
-    request: Request, weight: torch.Tensor, stats: ActivationStats | None, label: str, looked_at: bool
+    recipe: Recipe, weight: torch.Tensor, stats: ActivationStats | None, label: str, weight_checked: bool
 ) -> ScoreTerms | torch.Tensor:
-    """What the metric gives: terms of a score, or the scores themselves, fp32 [out_features, in_features]."""
+    """The metric's result: terms of a score, or the scores themselves, fp32 [out_features, in_features]."""
     try:
-        terms = request.metric.terms(weight, stats, **request.options)
+        terms = recipe.metric.terms(weight, stats, **recipe.complete_options)
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
     if not isinstance(terms, ScoreTerms):
-        if not looked_at:
+        if not weight_checked:
             _check_finite(weight, label)
-        return _checked_matrix(terms, weight, f"{label}: the metric {request.metric.name!r}")
-    shown = looked_at or request.needs.weight_sums
-    if not _in_range(terms, stats, () if shown else (weight,)):
+        return _checked_matrix(terms, weight, f"{label}: the metric {recipe.method!r}")
+    in_terms = weight_checked or recipe.needs.weight_sums
+    if not _in_range(terms, stats, () if in_terms else (weight,)):
         _check_finite(weight, label)
         bad = [name for name, tensor in terms.tensors.items() if not bool(tensor.isfinite().all())]
         if bad:
@@ -262,7 +280,7 @@ def _terms(
             )
         negative = [name for name, tensor in terms.tensors.items() if bool((tensor < 0).any())]
         raise PruneError(
-            f"{label}: method {request.metric.name!r} gives numbers below 0 in the score's {' and '.join(negative)}; "
+            f"{label}: method {recipe.method!r} gives numbers below 0 in the score's {' and '.join(negative)}; "
             "a score is a product of factors that are 0 or more: change the metric"
         )
     terms.vouch()
@@ -270,7 +288,7 @@ def _terms(
 
 
 def _checked_matrix(scores: object, weight: torch.Tensor, label: str) -> torch.Tensor:
-    """A metric's own scores, fp32 and contiguous; PruneError if they are not finite numbers from 0 on, one a weight."""
+    """A metric's own scores, fp32 and contiguous; PruneError unless each weight has a finite score of 0 or more."""
     if not isinstance(scores, torch.Tensor):
         raise PruneError(
             f"{label} returned a {type(scores).__name__}; return an ace_triton.ScoreTerms, or a tensor of scores "
@@ -287,16 +305,16 @@ def _checked_matrix(scores: object, weight: torch.Tensor, label: str) -> torch.T
     return matrix
 
 
-def score_matrix(request: Request, weight: torch.Tensor, stats: ActivationStats | None) -> torch.Tensor:
+def score_matrix(recipe: Recipe, weight: torch.Tensor, stats: ActivationStats | None) -> torch.Tensor:
     """The scores of all weights, fp32 [out_features, in_features]."""
-    scores = request.metric.terms(weight, stats, **request.options)
+    scores = recipe.metric.terms(weight, stats, **recipe.complete_options)
     return scores if isinstance(scores, torch.Tensor) else scores_reference(weight, scores)
 
 
 def _in_range(terms: ScoreTerms, stats: ActivationStats | None, further: Sequence[torch.Tensor]) -> bool:
-    """True if terms are finite and not below 0, and what comes ``further`` is finite.
+    """True if the terms are finite and not below 0, and the ``further`` tensors are finite.
 
-    Checks the tensors no kernel has checked yet; results for vectors of shared statistics are cached.
+    Checks the tensors no kernel has checked yet; results for shared statistics are cached.
     """
     flags = [] if terms.not_finite is None else terms.not_finite.tolist()
     if any(flags):
@@ -314,18 +332,18 @@ def _in_range(terms: ScoreTerms, stats: ActivationStats | None, further: Sequenc
 def _solve(
     weight: torch.Tensor,
     stats: ActivationStats,
-    request: Request,
+    recipe: Recipe,
     axis: Axis,
     label: str,
-    looked_at: bool,
+    weight_checked: bool,
     clock: Stopwatch | None,
 ) -> torch.Tensor:
-    """Prune in place and move what is kept; returns the mask."""
-    chosen, pattern, update = request.metric, request.pattern, request.update
+    """Prune in place and update the kept weights; returns the mask."""
+    chosen, pattern, update = recipe.metric, recipe.sparsity, recipe.update
     dense = weight.float().contiguous()
-    terms = ScoreTerms() if update is None else _terms(request, dense, stats, label, looked_at)
+    terms = ScoreTerms() if update is None else _terms(recipe, dense, stats, label, weight_checked)
     try:
-        solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **request.options)
+        solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **recipe.complete_options)
         if update is not None:
             with nullcontext() if clock is None else clock.measure("update"):
                 solved = updated_weight(
@@ -349,17 +367,17 @@ def _solve(
 
 def _select(
     weight: torch.Tensor,
-    served: torch.Tensor,
+    kernel_weight: torch.Tensor,
     terms: ScoreTerms | torch.Tensor,
     pattern: Sparsity,
     axis: Axis,
     want_mask: bool,
 ) -> torch.Tensor | None:
-    if served is weight and not want_mask:
+    if kernel_weight is weight and not want_mask:
         with _writing_to(weight):
             _choose(weight, terms, pattern, axis, "weight")
         return None
-    mask = _choose(served, terms, pattern, axis, "mask")
+    mask = _choose(kernel_weight, terms, pattern, axis, "mask")
     with _writing_to(weight):
         zero = weight.view(torch.uint8) if weight.element_size() == 1 else weight
         zero.masked_fill_(~mask, 0)
@@ -367,7 +385,7 @@ def _select(
 
 
 def _writing_to(weight: torch.Tensor) -> AbstractContextManager[object]:
-    """Inference mode for a weight that was made in it, which torch lets nothing else change."""
+    """Inference mode if the weight was made in it: torch lets only inference mode change such a weight."""
     return torch.inference_mode() if weight.is_inference() else nullcontext()
 
 
@@ -378,7 +396,11 @@ def _choose(
     axis: Axis,
     output: Literal["mask", "weight"],
 ) -> torch.Tensor:
-    """What the terms, or scores of their own, keep: the mask, or the weight itself, in place, with 0 elsewhere."""
+    """Select the weights to keep: returns the mask, or sets the other weights to 0 in place and returns the weight.
+
+    Args:
+        terms: the terms of a score, or the scores themselves.
+    """
     if isinstance(terms, torch.Tensor):
         mask = _choose(terms, ScoreTerms(), pattern, axis, "mask")
         return mask if output == "mask" else weight.masked_fill_(~mask, 0)

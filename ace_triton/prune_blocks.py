@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .budgets import check_budgets, find_budgets
+from .budgets import find_budgets
 from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, CalibrationSet, batches_of, trial_ids
 from .decoders.blocks import Block, find_blocks, finished_modules, gated_consumers, possible_stacks
 from .decoders.calibration_mode import calibration_mode
@@ -24,9 +24,10 @@ from .decoders.plan import NameFilter, Plan, Unit, misfit
 from .decoders.replay import Runner, WholeForward, make_runner
 from .errors import RecipeError
 from .linears import as_kernel_dtype
-from .model_report import LayerReport, ModelReport, Sequential
+from .model_report import LayerReport, ModelReport
+from .presets import NOT_GIVEN, NotGiven, recipe_of
 from .prune import check_weight, prune_checked, score_matrix
-from .recipe import Request
+from .recipe import Recipe, Sequential
 from .reordering.reorder import Reorderer, find_folds
 from .solvers.update import Update
 from .sparsity import Sparsity
@@ -43,123 +44,123 @@ Progress = Callable[[int, int, str], None]
 def prune_model(
     model: PreTrainedModel,
     calibration: torch.Tensor | CalibrationSet | None,
-    method: str = "ace",
-    sparsity: str | float | Sparsity = "2:4",
+    method: str | Recipe = "ace",
+    sparsity: str | float | Sparsity | NotGiven = NOT_GIVEN,
     *,
-    sequential: Sequential = "blocks",
-    permute: bool = False,
-    update: str | Mapping[str, Any] | Update | None = None,
-    budgets: str | None = None,
+    sequential: Sequential | NotGiven = NOT_GIVEN,
+    permute: bool | NotGiven = NOT_GIVEN,
+    update: str | Mapping[str, Any] | Update | NotGiven | None = NOT_GIVEN,
+    budgets: str | NotGiven | None = NOT_GIVEN,
     batch_size: int | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: str | Sequence[str] | NotGiven | None = NOT_GIVEN,
+    exclude: str | Sequence[str] | NotGiven | None = NOT_GIVEN,
     progress: Progress | None = None,
     **options: Any,
 ) -> ModelReport:
     """Prune the linear layers of a Hugging Face causal decoder in place.
 
-    Every block is run on the calibration set, its layers are pruned by what they saw of it, and it is run again: the
-    pruned block's outputs are the next one's inputs. Embeddings, norms, routers, adapters and the head stay dense; the
-    report names every matrix of the blocks that does, and why. A model whose own forward rescales its weights (RWKV)
-    ends with the weights as they were loaded, pruned.
+    The model runs block by block on the calibration set. A block's layers are pruned by the statistics of their inputs;
+    then the pruned block runs again, and its outputs are the next block's inputs. Embeddings, norms, routers, adapters
+    and the head stay dense; the report names every matrix of the blocks that stays dense, and why. A model whose own
+    forward rescales its weights (RWKV) ends with the weights as they were loaded, pruned.
 
     Args:
-        model: with its weights in memory, on any device and in any floating dtype; forwards run in it.
+        model: with its weights in memory, on any device and in any floating dtype; forwards run in that dtype.
         calibration: token ids, int64 [n_sequences, length], or an object with such ``ids`` and a ``mask``
-            (bool, True for real tokens; None where all are). Padding takes no part. None will do for a
-            method that needs no tokens (magnitude).
-        method: a metric's name (:func:`~ace_triton.methods.registry.metric_names`).
-        sparsity: as in :func:`~ace_triton.prune.prune_linear`.
-        sequential: what is pruned between two looks at the model. "none": all, by statistics of the dense model: half
-            the forwards, and coarser masks. "blocks": a block. "layers": the layers that share an input, so that inside
-            a block too a layer sees what the pruned ones before it give (SparseGPT's ``true_sequential``); in
-            about a fifth more time.
+            (bool, True for real tokens; None if there is no padding). Padding is ignored. None is allowed for a method
+            that needs no tokens (magnitude).
+        method: a :class:`~ace_triton.recipe.Recipe`, which takes no parts beside it; the name of a preset ("fast",
+            "balanced", "best"), whose parts the arguments below replace; or a metric's name
+            (:func:`~ace_triton.methods.registry.metric_names`).
+        sparsity: as in :func:`~ace_triton.prune.prune_linear`. Default: "2:4".
+        sequential: what is pruned before the model runs again on its pruned weights. "none": the whole model, by
+            statistics of the dense model; half the forwards, and coarser masks. "blocks": a block. "layers": the layers
+            that share an input, so that inside a block too each layer sees the outputs of the pruned layers before it
+            (SparseGPT's ``true_sequential``); takes more time. Default: "blocks".
         permute: for n:m, first reorder the input channels of each down and output projection, and with them the
-            rows of the layers that feed it (excluded ones too), so that less of the score is lost. The model
-            computes the same: what cannot be reordered so stays as it is and is in the report.
-        update: "rescale" also scales each row of a pruned layer so that its outputs have the energy that the dense
-            row gives them on the inputs that the layer now has, those that the pruned blocks before it make;
-            "lstsq" moves every kept weight to where they best reproduce what the dense weights give; an
-            :class:`~ace_triton.solvers.update.Update` says more.
-        budgets: "outliers" lets blocks whose scores have more outliers keep more, with the total kept: by up to 0.16
-            of a fraction, by one of every m of n:m (:mod:`ace_triton.budgets`); takes one more forward of a batch.
+            rows of the layers that feed it (excluded layers too), so that less of the score is lost. The model
+            computes the same. Layers that cannot be reordered keep their order and are listed in the report. Default:
+            False.
+        update: "rescale" scales each row of a pruned layer so that its outputs have the energy of the dense row's
+            outputs on the layer's present inputs, which come from the pruned blocks before it. "lstsq" moves every kept
+            weight to where the layer best reproduces its dense outputs. An
+            :class:`~ace_triton.solvers.update.Update` sets options. Default: no update.
+        budgets: "outliers" lets blocks whose scores have more outliers keep more, with the same total: up to 0.16 more
+            of a fraction, or one more of every m for n:m (:mod:`ace_triton.budgets`). Takes one more forward of a
+            batch. Default: the same share in every block.
         batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
-        include: shell patterns; only layers whose dotted name matches one are pruned. The only way to the
-            linear layers outside the blocks ("lm_head").
-        exclude: shell patterns of layers to leave dense.
-        progress: called with blocks done, blocks in all and the name of the block after each.
+        include: shell patterns; only layers whose dotted name matches one are pruned. This is the only way to prune
+            linear layers outside the blocks ("lm_head"). Default: all layers of the blocks.
+        exclude: shell patterns of layers to leave dense. Default: none.
+        progress: called after each block with the number of finished blocks, of all blocks, and the block's name.
         options: the metric's own.
 
     Raises:
-        ValueError: invalid arguments or calibration, a model that is no causal decoder, or one whose own forward
-            changes its weights beyond repair; nothing was changed.
-        PruneError: a weight that cannot be pruned (NaN or infinity, quantised): nothing was changed. Or
-            statistics with NaN or infinity (an overflow in fp16): the blocks before that layer, and the
-            layers before it in its block, are pruned already.
+        RecipeError: if the method, an option or another part of the recipe is invalid, something is given beside a
+            Recipe, or the model is no causal decoder in memory; nothing was changed.
+        PatternError: if the sparsity is invalid; nothing was changed.
+        ValueError: if the calibration set does not fit the model, a name pattern matches no layer, or the model's own
+            forward changes its weights beyond repair; nothing was changed.
+        PruneError: if a weight cannot be pruned (NaN or infinity, quantized); nothing was changed. Or if statistics
+            have NaN or infinity (an overflow in fp16): the blocks before that layer, and the layers before it in its
+            block, are already pruned.
     """
-    request = Request.of(method, sparsity, update, options)
-    needs, pattern = request.needs, request.pattern
-    if sequential not in get_args(Sequential):
-        raise RecipeError(f"sequential must be one of {', '.join(get_args(Sequential))}; got {sequential!r}")
-    request.check_permute(permute, sequential)
-    check_budgets(budgets, pattern)
+    recipe = recipe_of(
+        method,
+        options,
+        sparsity=sparsity,
+        sequential=sequential,
+        permute=permute,
+        update=update,
+        budgets=budgets,
+        include=include,
+        exclude=exclude,
+    )
     _check_model(model)
     clock = Stopwatch(next(model.parameters()).device)
     with ExitStack() as running:
         running.enter_context(calibration_mode(model))
         running.enter_context(weights_as_loaded(model))
-        plan = _plan(model, request, include, exclude)
-        batches = batches_of(model, calibration, batch_size) if needs.tokens or budgets else []
+        plan = _plan(model, recipe)
+        batches = batches_of(model, calibration, batch_size) if recipe.calibrated else []
         with clock.measure("select"):
             weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
-            rehearse(request, next(iter(weights.values())))
-        selection = _Selection(request, clock, plan, weights)
+            rehearse(recipe, next(iter(weights.values())))
+        selection = _Selection(recipe, clock, plan, weights)
         running.enter_context(few_threads(TOKENS_OF_A_FORWARD * max(w.numel() for w in weights.values())))
-        if budgets:
-            selection.patterns = find_budgets(model, plan.units, pattern, batches[:1], clock)
-        if permute:
-            selection.reorderer = _reorderer(model, plan, pattern, batches, clock)
-        if needs.tokens:
-            _with_statistics(model, plan, batches, sequential, selection, progress)
+        selection.prepare(model, batches)
+        if recipe.needs.tokens:
+            _with_statistics(model, plan, batches, selection, progress)
         else:
-            units = [*plan.units, plan.outside] if plan.outside else plan.units
-            for done, unit in enumerate(units, 1):
-                selection.prune(unit, None)
-                _tell(progress, done, len(units), unit.name)
+            _without_statistics(plan, selection, progress)
         account = plan.close()
     return ModelReport(
-        method,
-        str(pattern),
+        recipe,
         clock.seconds(),
         _peak_bytes(model),
         tuple(selection.layers),
         tuple(plan.skipped),
         tuple(plan.excluded),
         account,
-        permutation=None if selection.reorderer is None else selection.reorderer.report(),
-        update=request.update,
-        budgets=budgets,
-        sequential=sequential if needs.tokens else None,
+        None if selection.reorderer is None else selection.reorderer.report(),
     )
 
 
-def _plan(
-    model: PreTrainedModel, request: Request, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> Plan:
+def _plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     blocks = find_blocks(model)
     stacks = [stack for block in blocks for stack in possible_stacks(block.module, block.name)]
     layouts = find_layouts(lambda: model(input_ids=trial_ids(model)), stacks) if stacks else {}
     laid_out = [(stack, layouts[stack.name]) for stack in stacks if stack.name in layouts]
     experts = [name for stack, layout in laid_out for name in stack.linears(transposed=False, rows=layout.rows)]
-    names = NameFilter.of(model, include, exclude, experts)
-    return Plan(model, request.metric, request.needs, request.pattern, names, blocks, stacks, layouts)
+    names = NameFilter.of(model, recipe.include, recipe.exclude, experts)
+    return Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, blocks, stacks, layouts)
 
 
 @dataclass
 class _Selection:
-    """Prunes units and keeps the record."""
+    """Prunes units and records the result."""
 
-    request: Request
+    recipe: Recipe
     clock: Stopwatch
     plan: Plan
     weights: Mapping[str, torch.Tensor]
@@ -167,20 +168,28 @@ class _Selection:
     reorderer: Reorderer | None = None
     patterns: Mapping[str, Sparsity] = field(default_factory=dict)
     called_once: set[frozenset[str]] = field(default_factory=set)
-    """Layers, named inside their block, of which a whole batch showed that each is called once."""
-    turns: dict[tuple[type, frozenset[str]], list[set[str]]] = field(default_factory=dict)
-    """Of a kind of block, its layers in the order in which they read their inputs, those of one input together; named
-    inside the block."""
+    """Sets of layers, by their names inside the block, that were each called once in a whole batch."""
+    groups: dict[tuple[type, frozenset[str]], list[set[str]]] = field(default_factory=dict)
+    """For each kind of block, groups of layers that share an input, in the order in which they run; layers are named by
+    their names inside the block."""
+
+    def prepare(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+        """Find each block's pattern and the channels that can be reordered, if the recipe asks for that."""
+        pattern = self.recipe.sparsity
+        if self.recipe.budgets:
+            self.patterns = find_budgets(model, self.plan.units, pattern, batches[:1], self.clock)
+        if self.recipe.permute:
+            self.reorderer = _reorderer(model, self.plan, pattern, batches, self.clock)
 
     def collector(self, unit: Unit) -> InputCollector:
         known = unit.names_inside in self.called_once
-        return InputCollector(unit.observed, self.request.needs, self.clock, each_once=known)
+        return InputCollector(unit.observed, self.recipe.needs, self.clock, each_once=known)
 
     def prune(self, unit: Unit, collector: InputCollector | None) -> None:
         if collector is not None and collector.each_once:
             self.called_once.add(unit.names_inside)
-        pattern = self.patterns.get(unit.name, self.request.pattern)
-        request = replace(self.request, pattern=pattern)
+        pattern = self.patterns.get(unit.name, self.recipe.sparsity)
+        recipe = replace(self.recipe, sparsity=pattern, permute=False, budgets=None)
         if self.reorderer is not None and pattern.n is not None:
             with self.clock.measure("permute"):
                 scores = partial(self._scores, collector=collector)
@@ -193,22 +202,22 @@ class _Selection:
                 if stats is None:
                     self.plan.skip(name, weight, "no calibration token reached it")
                     continue
-            why_not = misfit(weight, pattern, pattern.axis or request.metric.axis(stats))
+            why_not = misfit(weight, pattern, pattern.axis or recipe.metric.axis(stats))
             if why_not is not None:
                 self.plan.skip(name, weight, why_not)
                 continue
             with self.clock.measure("select"):
-                result = prune_checked(layer, weight, stats, request, name, clock=self.clock)
+                result = prune_checked(layer, weight, stats, recipe, name, clock=self.clock)
             self.plan.pruned(name, result.total)
             self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis, result.total))
 
     def _scores(self, name: str, *, collector: InputCollector | None) -> torch.Tensor | None:
-        """By which a layer's inputs are ordered; None where no token reached it or its groups do not lie along them."""
+        """Scores to order a layer's inputs by; None if no token reached it or its groups run along the outputs."""
         stats = None if collector is None else collector.statistics(name)
-        axis = self.request.pattern.axis or self.request.metric.axis(stats)
-        if axis == "out" or (stats is None and self.request.needs.tokens):
+        axis = self.recipe.sparsity.axis or self.recipe.metric.axis(stats)
+        if axis == "out" or (stats is None and self.recipe.needs.tokens):
             return None
-        return score_matrix(self.request, as_kernel_dtype(self.weights[name]), stats)
+        return score_matrix(self.recipe, as_kernel_dtype(self.weights[name]), stats)
 
 
 def _statistics(
@@ -225,14 +234,13 @@ def _with_statistics(
     model: PreTrainedModel,
     plan: Plan,
     batches: Sequence[Batch],
-    sequential: Sequential,
     selection: _Selection,
     progress: Progress | None,
 ) -> None:
+    sequential = selection.recipe.sequential
     runner = make_runner(model, plan.blocks, batches, selection.clock)
     whole = WholeForward(model, batches, selection.clock)
-    units = [*plan.units, plan.outside] if plan.outside else plan.units
-
+    units = _units(plan)
     at_once = sequential == "none"
 
     def observe(index: int) -> InputCollector:
@@ -248,30 +256,42 @@ def _with_statistics(
     for index, unit in enumerate(units):
         finished: Sequence[nn.Module] = ()
         if sequential == "layers" and index < len(plan.units):
-            finished = _prune_in_turn(plan.blocks[index], unit, runner, index, selection)
+            finished = _prune_by_input(plan.blocks[index], unit, runner, index, selection)
         else:
             selection.prune(unit, observed.pop(index, None) or observe(index))
         if not at_once and index + 1 < len(plan.units):
             runner.run(index, None, advance=True, finished=finished)
-        _tell(progress, index + 1, len(units), unit.name)
+        _report(progress, index + 1, len(units), unit.name)
 
 
-def _prune_in_turn(block: Block, unit: Unit, runner: Runner, index: int, selection: _Selection) -> Sequence[nn.Module]:
-    """Prune a block's layers input by input, running it for each; the modules that are finished in the end.
+def _without_statistics(plan: Plan, selection: _Selection, progress: Progress | None) -> None:
+    units = _units(plan)
+    for done, unit in enumerate(units, 1):
+        selection.prune(unit, None)
+        _report(progress, done, len(units), unit.name)
 
-    A stack of experts counts as one layer. The first run of a first block of its kind watches all layers and shows
-    their order; each of the others only the layers that it is for.
+
+def _units(plan: Plan) -> Sequence[Unit]:
+    """The blocks, then the layers outside them if any are pruned."""
+    return [*plan.units, plan.outside] if plan.outside else plan.units
+
+
+def _prune_by_input(block: Block, unit: Unit, runner: Runner, index: int, selection: _Selection) -> Sequence[nn.Module]:
+    """Prune a block in groups of layers that share an input, with a run before each; returns the finished modules.
+
+    A stack of experts counts as one layer. The first block of a kind observes all layers in its first run, to find
+    their order. Every other run observes only the layers that are pruned next.
     """
     kind, inside = (type(block.module), unit.names_inside), unit.name_inside
     rest = dict(unit.layers)
     while rest:
         pending = set(map(inside, rest))
-        watched = next((turn for turn in selection.turns.get(kind, ()) if turn & pending), pending)
-        layers = {name: layer for name, layer in rest.items() if inside(name) in watched}
+        observed = next((group for group in selection.groups.get(kind, ()) if group & pending), pending)
+        layers = {name: layer for name, layer in rest.items() if inside(name) in observed}
         collector = selection.collector(replace(unit, layers=layers))
         runner.run(index, collector, advance=False, finished=finished_modules(block, unit.layers, rest))
-        if not selection.turns.get(kind):
-            selection.turns[kind] = [set(map(inside, _with_stacks(set(group), rest))) for group in collector.groups]
+        if not selection.groups.get(kind):
+            selection.groups[kind] = [set(map(inside, _with_stacks(set(group), rest))) for group in collector.groups]
         reached = next((group for group in collector.groups if not layers.keys().isdisjoint(group)), list(layers))
         now = {name: layer for name, layer in layers.items() if name in _with_stacks(set(reached), layers)}
         selection.prune(replace(unit, layers=now), collector)
@@ -280,13 +300,13 @@ def _prune_in_turn(block: Block, unit: Unit, runner: Runner, index: int, selecti
 
 
 def _with_stacks(names: set[str], layers: Mapping[str, nn.Module]) -> set[str]:
-    """Names, and those of all experts that are stored in one tensor with one of them."""
+    """The names, and the names of all experts that are stored in one tensor with a named expert."""
     stacks = {_matrix(name) for name in names if isinstance(layers.get(name), ExpertLinear)}
     return names | {name for name in layers if _matrix(name) in stacks}
 
 
 def _matrix(name: str) -> str:
-    """The last part of a layer's name, which the experts of a stack have in common."""
+    """The last part of a layer's name, which all experts of a stack share."""
     return name.rpartition(".")[2]
 
 
@@ -300,7 +320,7 @@ def _reorderer(
     return Reorderer(folds, pattern.m, clock)
 
 
-def _tell(progress: Progress | None, done: int, total: int, name: str) -> None:
+def _report(progress: Progress | None, done: int, total: int, name: str) -> None:
     if progress is not None:
         progress(done, total, name)
 
@@ -319,19 +339,19 @@ def _check_model(model: PreTrainedModel) -> None:
             )
 
 
-def rehearse(request: Request, like: torch.Tensor | None = None) -> None:
-    """Prune a throw-away layer, so that an option of a wrong value is found before anything runs.
+def rehearse(recipe: Recipe, like: torch.Tensor | None = None) -> None:
+    """Prune a temporary small layer, so that an invalid option is found before anything runs.
 
     Args:
-        request: how to prune.
-        like: a weight of the dtype and device to try; None for fp32 on the CPU.
+        recipe: how to prune.
+        like: a weight whose dtype and device are used; None for fp32 on the CPU.
     """
     like = torch.empty(0, dtype=torch.float32, device="cpu") if like is None else like
     dtype = as_kernel_dtype(like[:1]).dtype
     layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=like.device, dtype=dtype)
     ramp = torch.linspace(-1, 1, 32 * 32, dtype=torch.float32, device=like.device).reshape(32, 32).to(dtype)
     weight = layer.weight.detach().copy_(ramp)
-    prune_checked(layer, weight, ramp, request, f"method {request.metric.name!r}")
+    prune_checked(layer, weight, ramp, recipe, f"method {recipe.method!r}")
 
 
 def _peak_bytes(model: PreTrainedModel) -> int:

@@ -1,75 +1,302 @@
-"""What is asked of a pruning, of a layer or of a model, in one piece."""
+"""A recipe says everything that pruning does to a model. It is checked once, and it can be written as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from .errors import RecipeError
 from .methods.registry import Metric, Needs, metric
 from .solvers.update import Update
 from .sparsity import Sparsity
 
+Sequential = Literal["none", "blocks", "layers"]
+"""What is pruned before the model runs again on its pruned weights: the whole model, a block, or the layers of a block
+that share an input."""
 
-@dataclass(frozen=True)
-class Request:
-    """How to prune a layer.
+BUDGETS = ("outliers",)
+
+_SEQUENTIAL_WORDS = {"none": "at once", "layers": "layer by layer"}
+
+
+@dataclass(frozen=True, init=False)
+class Recipe:
+    """What pruning does to a model.
+
+    ``dataclasses.replace(recipe, sparsity="4:8")`` gives a recipe with one part changed. Recipes compare equal if they
+    do the same.
 
     Attributes:
-        metric: that scores the weights.
-        options: of the metric, all of them.
-        pattern: to keep.
-        update: of the kept weights; None leaves them as they are.
+        method: name of the metric that scores the weights (:func:`~ace_triton.methods.registry.metric_names`).
+        options: the metric's options that differ from its defaults.
+        sparsity: the pattern, with its axis and scope.
+        update: how the kept weights are changed; None leaves them as they are.
+        permute: if True, input channels are reordered first, so that n:m keeps more of the score.
+        sequential: what is pruned before the model runs again: "none" for the whole model, "blocks" for a block,
+            "layers" for the layers of a block that share an input.
+        budgets: "outliers" lets blocks keep different shares of their weights; None gives every block the same share.
+        include: shell patterns of the layers to prune; None for all layers of the blocks.
+        exclude: shell patterns of the layers to leave dense.
+
+    Raises:
+        RecipeError: if a part is invalid, or two parts do not go together.
+        PatternError: if the sparsity is invalid.
     """
 
-    metric: Metric
-    options: Mapping[str, Any]
-    pattern: Sparsity
-    update: Update | None = None
+    method: str
+    options: Mapping[str, Any] = field(hash=False)
+    sparsity: Sparsity
+    update: Update | None
+    permute: bool
+    sequential: Sequential
+    budgets: str | None
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...]
 
-    @classmethod
-    def of(
-        cls,
-        method: str,
-        sparsity: str | float | Sparsity,
-        update: str | Mapping[str, Any] | Update | None,
-        options: Mapping[str, Any],
-    ) -> Request:
-        """From a user's arguments; ValueError for an unknown method, option, pattern or update, or a wrong value."""
-        chosen = metric(method)
-        return cls(chosen, chosen.complete(options), Sparsity.of(sparsity), Update.of(update))
+    def __init__(
+        self,
+        method: str = "ace",
+        options: Mapping[str, Any] | None = None,
+        sparsity: str | float | Mapping[str, Any] | Sparsity = "2:4",
+        *,
+        update: str | Mapping[str, Any] | Update | None = None,
+        permute: bool = False,
+        sequential: Sequential = "blocks",
+        budgets: str | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+    ) -> None:
+        parts = {
+            "method": method,
+            "options": _changed_options(metric(method), {} if options is None else options),
+            "sparsity": Sparsity.of(sparsity),
+            "update": _update(update),
+            "permute": permute,
+            "sequential": sequential,
+            "budgets": budgets,
+            "include": None if include is None else _name_patterns("include", include),
+            "exclude": () if exclude is None else _name_patterns("exclude", exclude),
+        }
+        for name, value in parts.items():
+            object.__setattr__(self, name, value)
+        self._check()
 
-    @cached_property
-    def needs(self) -> Needs:
-        """Of the metric and the update together."""
-        return needs_with(self.metric.needs(self.options), self.update)
-
-    def check_permute(self, permute: bool, sequential: str) -> None:
-        """ValueError if channels cannot be reordered for this pattern and metric."""
-        if permute and self.pattern.n is None:
+    def _check(self) -> None:
+        if not isinstance(self.permute, bool):
+            raise RecipeError(f"permute must be True or False; got {self.permute!r}")
+        if self.sequential not in get_args(Sequential):
+            raise RecipeError(f"sequential must be one of {', '.join(get_args(Sequential))}; got {self.sequential!r}")
+        _check_budgets(self.budgets, self.sparsity)
+        if self.permute and self.sparsity.n is None:
             raise RecipeError(
-                f"permute orders channels into the groups of n:m; a sparsity of {self.pattern} has none: leave permute "
-                "out, or give a pattern such as 2:4"
+                f"permute orders channels into the groups of n:m; a sparsity of {self.sparsity} has none: leave "
+                "permute out, or give a pattern such as 2:4"
             )
-        if permute and sequential == "layers" and self.needs.consumer:
+        if self.permute and self.sequential == "layers" and self.needs.consumer:
             raise RecipeError(
-                f'permute reorders the rows of gate and up, which {self.metric.name} with sequential="layers" has '
+                f'permute reorders the rows of gate and up, which {self.method} with sequential="layers" has '
                 "pruned in groups by then: leave one of them out"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: cached properties hold functions, which cannot be pickled."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+    @cached_property
+    def metric(self) -> Metric:
+        """The metric that scores the weights."""
+        return metric(self.method)
+
+    @cached_property
+    def complete_options(self) -> dict[str, Any]:
+        """All options of the metric, with its defaults."""
+        return self.metric.complete(self.options)
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the metric and the update need beside the weight."""
+        return needs_with(self.metric.needs(self.complete_options), self.update)
+
     @property
-    def looks_at_terms(self) -> bool:
-        """Whether each layer has terms of its own to look for NaN in: its weight shows in them, or is looked at in the
-        same launch."""
+    def calibrated(self) -> bool:
+        """True if the result depends on calibration tokens."""
+        return self.needs.tokens or self.budgets is not None
+
+    @property
+    def checked_by_terms(self) -> bool:
+        """True if NaN and infinity in a weight are found with its score terms, so that no separate check is needed."""
         of_layer = self.needs.weight_sums or self.needs.reduce is not None or self.needs.consumer
         return of_layer and self.metric.solve is None
 
+    @property
+    def words(self) -> str:
+        """Everything but the sparsity and the layer names, as in "wanda, permuted, lstsq, 8 mask rounds"."""
+        pairs = "+".join(f"{name}={value}" for name, value in self.options.items())
+        return ", ".join([f"{self.method}:{pairs}" if pairs else self.method, *self.additions])
+
+    @property
+    def additions(self) -> tuple[str, ...]:
+        """What is added to the metric, as in ("permuted", "lstsq", "8 mask rounds"); empty for a metric alone."""
+        words = ["permuted"] if self.permute else []
+        words += [] if self.update is None else _update_words(self.update)
+        words += [] if self.sequential == "blocks" else [_SEQUENTIAL_WORDS[self.sequential]]
+        words += [] if self.budgets is None else [f"shares by {self.budgets}"]
+        return tuple(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types, with all options, so that a saved recipe keeps its meaning if a default changes.
+
+        A default that JSON cannot hold is left out. An option that was given keeps its value, whatever it is.
+        """
+        options = self.complete_options.items()
+        return {
+            "method": self.method,
+            "options": {name: value for name, value in options if name in self.options or is_json(value)},
+            "sparsity": self.sparsity.to_dict(),
+            "update": None if self.update is None else self.update.to_dict(),
+            "permute": self.permute,
+            "sequential": self.sequential,
+            "budgets": self.budgets,
+            "include": None if self.include is None else list(self.include),
+            "exclude": list(self.exclude),
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_dict`; entries that are missing have their defaults, but "method" is required.
+
+        Raises:
+            RecipeError: if the record is no mapping, has an unknown entry or no method, or the recipe is invalid.
+            PatternError: if the sparsity is invalid.
+        """
+        known = [entry.name for entry in fields(cls)]
+        if not isinstance(record, Mapping):
+            raise RecipeError(f"a recipe is a mapping with the entries {', '.join(known)}; got {record!r}")
+        if unknown := [name for name in record if name not in known]:
+            raise RecipeError(f"a recipe has no entry {unknown[0]!r}; its entries: {', '.join(known)}")
+        if "method" not in record:
+            raise RecipeError("a recipe needs the entry 'method', such as \"wanda\"")
+        return cls(**record)
+
+    def to_json(self) -> str:
+        """As JSON text; RecipeError if an option has a value that JSON cannot hold."""
+        for name, value in self.options.items():
+            if not is_json(value):
+                raise RecipeError(
+                    f"option {name}={value!r} of method {self.method!r} cannot be saved as JSON: give a number, text, "
+                    "True, False, None, or a list of such values"
+                )
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The inverse of :meth:`to_json`; errors as in :meth:`from_dict`, or RecipeError if the text is not JSON."""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"the recipe is not JSON ({error})") from error
+        return cls.from_dict(record)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """A recipe from a JSON file: one that holds :meth:`to_json`, or the ``ace_triton.json`` beside a pruned model.
+
+        Raises:
+            RecipeError: if the file cannot be read or holds no valid recipe.
+        """
+        return recipe_in(read_recipe_file(path), path)
+
+
+def read_recipe_file(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file; RecipeError if there is none."""
+    if Path(path).is_dir():
+        raise RecipeError(f"{path} is a folder: name the recipe's JSON file, such as the ace_triton.json in it")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: the recipe cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: the recipe is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a JSON object; this file holds a {type(content).__name__}")
+    return content
+
+
+def recipe_in(content: Mapping[str, Any], path: str | Path) -> Recipe:
+    """The recipe in the content of a file: its entry "recipe", or all of it if there is no such entry."""
+    try:
+        return Recipe.from_dict(content.get("recipe", content))
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
 
 def needs_with(needs: Needs, update: Update | None) -> Needs:
-    """What a metric needs, and an update beside it."""
+    """What a metric and an update need together."""
     if update is None:
         return needs
     exact = needs.gram or update.kind == "lstsq"
     return replace(needs, tokens=True, gram=exact, sample=not exact)
+
+
+def is_json(value: Any) -> bool:
+    """True if a value is the same after it was written as JSON and read again."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def _changed_options(chosen: Metric, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that differ from the metric's defaults."""
+    if not isinstance(options, Mapping):
+        raise RecipeError(f"options must be a mapping from names to values; got {options!r}")
+    try:
+        complete = chosen.complete(options)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    defaults = chosen.options
+    return {name: value for name, value in complete.items() if name in options and not _same(value, defaults[name])}
+
+
+def _same(value: Any, default: Any) -> bool:
+    plain = (int, float, str, list, tuple, dict)
+    if value is default or not isinstance(value, plain) or not isinstance(default, plain):
+        return value is default
+    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
+
+
+def _update(update: str | Mapping[str, Any] | Update | None) -> Update | None:
+    try:
+        return Update.of(update)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _name_patterns(part: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    patterns = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else (given,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise RecipeError(f"{part} must be a shell pattern such as '*.q_proj', or a list of patterns; got {given!r}")
+    return patterns
+
+
+def _check_budgets(budgets: str | None, pattern: Sparsity) -> None:
+    if budgets is None:
+        return
+    if budgets not in BUDGETS:
+        raise RecipeError(f"budgets must be one of {', '.join(BUDGETS)}, or None; got {budgets!r}")
+    if pattern.n is not None and pattern.m is not None and not 1 < pattern.n < pattern.m - 1:
+        raise RecipeError(
+            f"budgets let some blocks keep one more and some one less of every {pattern.m}, which {pattern} has no "
+            "room for: give a pattern as 2:4 or 4:8, or a fraction"
+        )
+
+
+def _update_words(update: Update) -> list[str]:
+    changed = {f.name: getattr(update, f.name) for f in fields(Update) if getattr(update, f.name) != f.default}
+    rounds = changed.pop("mask_rounds", None)
+    words = [update.kind] if rounds is None else [update.kind, f"{rounds} mask rounds"]
+    return words + [f"{name}={value}" for name, value in changed.items() if name != "kind"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import PatternError
 from .kernels.select_nm import GROUP_SIZES
@@ -58,11 +59,26 @@ class Sparsity:
         object.__setattr__(self, "fraction", fraction)
 
     @classmethod
-    def of(cls, pattern: str | float | Sparsity) -> Sparsity:
-        """The given Sparsity, or one made from the pattern."""
+    def of(cls, pattern: str | float | Mapping[str, Any] | Sparsity) -> Sparsity:
+        """The pattern itself, or one made from text, a fraction, or a dict as :meth:`to_dict` writes it.
+
+        Raises:
+            PatternError: if the pattern is invalid, or a dict has no entry "pattern" or an unknown entry.
+        """
         if isinstance(pattern, Sparsity):
             return pattern
+        if isinstance(pattern, Mapping):
+            known = ("pattern", "axis", "scope")
+            if unknown := [name for name in pattern if name not in known]:
+                raise PatternError(f"a sparsity has no entry {unknown[0]!r}; its entries: {', '.join(known)}")
+            if "pattern" not in pattern:
+                raise PatternError("a sparsity needs the entry 'pattern', such as \"2:4\" or 0.5")
+            return cls(**pattern)
         return _of_text(pattern) if isinstance(pattern, str) else cls(pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {"pattern": self.pattern, "axis": self.axis, "scope": self.scope}
 
     def kept_of(self, size: int) -> int:
         """Number of weights kept out of ``size``. The number of pruned weights, size * fraction, is rounded down."""

@@ -269,7 +269,7 @@ def test_what_cannot_be_pruned_says_why():
         prune_linear(torch.nn.Linear(30, 8, device="meta"), tokens)
     quantised = torch.nn.Linear(30, 8)
     quantised.weight = torch.nn.Parameter(torch.zeros(8, 30, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(PruneError, match="quantised"):
+    with pytest.raises(PruneError, match="quantized"):
         prune_linear(quantised, tokens, "wanda", 0.5)
     layer = torch.nn.Linear(30, 8)
     with pytest.raises(StatsError, match="ActivationStats or the raw tokens"):

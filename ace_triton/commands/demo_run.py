@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from ..inputs.calibration import load_calibration, token_stream
 from ..inputs.checkpoint import SMOLLM2, check_out, load, save
 from ..inputs.text import read_documents
 from ..packed.pack_model import sparsify
-from ..presets import BALANCED, FAST, Preset
+from ..presets import BALANCED, FAST, replaced
 from ..progress import progress_bar, stage
 from ..provenance import with_provenance
 from ..prune_blocks import prune_model
+from ..recipe import Recipe
 from ..recovery.train import RecoverySettings, recover
 from ..runs_on import multiplies_bfloat16
-from ..sparsity import Sparsity
 from .report import headed_table
 
 MOST_SEQUENCES = 10_000
@@ -45,7 +45,7 @@ class DemoSettings:
 
     source: str = SMOLLM2
     sparsity: str = "2:4"
-    recipes: tuple[Preset, ...] = (FAST, BALANCED)
+    recipes: tuple[Recipe, ...] = (FAST, BALANCED)
     calibration: str = "pydoc:calibration"
     evaluation: str = "pydoc:evaluation"
     text: str | None = None
@@ -59,6 +59,13 @@ class DemoSettings:
     new_tokens: int = 24
     seed: int = 0
     device: str = "cpu"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            **{entry.name: getattr(self, entry.name) for entry in fields(self)},
+            "recipes": [recipe.to_dict() for recipe in self.recipes],
+        }
 
 
 @dataclass(frozen=True)
@@ -127,21 +134,12 @@ class Demo:
         work(progress_bar(self.progress, name))
         self.measure(name, time.perf_counter() - start)
 
-    def prune(self, recipe: Preset, bar: Callable[..., None]) -> None:
+    def prune(self, recipe: Recipe, bar: Callable[..., None]) -> None:
         """Prune the dense weights by a recipe."""
         self.model.load_state_dict(self.teacher.state_dict())
-        permute = recipe.permute and Sparsity(self.settings.sparsity).n is not None
-        report = prune_model(
-            self.model,
-            self.sequences,
-            recipe.method,
-            self.settings.sparsity,
-            permute=permute,
-            update=recipe.update,
-            sequential=recipe.sequential,
-            progress=bar,
-        )
-        self.report = {**report.to_dict(), "source": self.settings.source, "demo": asdict(self.settings)}
+        asked = replaced(recipe, {"sparsity": self.settings.sparsity})
+        report = prune_model(self.model, self.sequences, asked, progress=bar)
+        self.report = {**report.to_dict(), "source": self.settings.source, "demo": self.settings.to_dict()}
 
     def recover(self, bar: Callable[..., None]) -> None:
         """Train what the last recipe kept."""
@@ -192,4 +190,4 @@ def demo_table(rows: list[DemoRow], settings: DemoSettings) -> Table:
 
 def demo_json(rows: list[DemoRow], settings: DemoSettings) -> dict[str, Any]:
     """The demo's results for JSON."""
-    return {"settings": asdict(settings), "rows": [asdict(row) for row in rows]}
+    return {"settings": settings.to_dict(), "rows": [asdict(row) for row in rows]}

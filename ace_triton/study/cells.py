@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import StudyError
-from ..methods.registry import metric
-from ..recipe import needs_with
+from ..recipe import Recipe
 from ..sparsity import Sparsity
-from .recipe import PLAIN, Recipe
+from .recipe import PLAIN, StudyRecipe
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,10 @@ class Variant:
 
     method: str
     options: tuple[tuple[str, Any], ...] = ()
-    recipe: Recipe = PLAIN
+    recipe: StudyRecipe = PLAIN
 
     def __post_init__(self) -> None:
-        defaults = metric(self.method).options
-        given = metric(self.method).complete(dict(self.options))
-        kept = tuple((name, value) for name, value in given.items() if value != defaults[name])
-        object.__setattr__(self, "options", kept)
+        object.__setattr__(self, "options", tuple(Recipe(self.method, dict(self.options)).options.items()))
 
     @property
     def label(self) -> str:
@@ -47,20 +43,19 @@ class Variant:
         """The same method with nothing added."""
         return self.with_recipe(PLAIN)
 
-    def with_recipe(self, recipe: Recipe) -> Variant:
+    def with_recipe(self, recipe: StudyRecipe) -> Variant:
         """The same method with another recipe."""
         return replace(self, recipe=recipe)
 
     @property
     def complete(self) -> dict[str, Any]:
         """All options, including the metric's defaults."""
-        return metric(self.method).complete(dict(self.options))
+        return Recipe(self.method, dict(self.options)).complete_options
 
     @property
     def calibrated(self) -> bool:
         """Whether the result depends on calibration tokens."""
-        needs = needs_with(metric(self.method).needs(self.complete), self.recipe.update)
-        return needs.tokens or self.recipe.budgets is not None
+        return replace(self.recipe, permute=False).of(self.method, dict(self.options)).calibrated
 
 
 @dataclass(frozen=True)
@@ -88,6 +83,11 @@ class Cell:
         drawn = "" if self.length is None else f", L={self.length}, seed {self.seed}"
         return f"{self.variant.label}, {self.sparsity}{drawn}"
 
+    @property
+    def recipe(self) -> Recipe:
+        """What the pruning does; RecipeError if its parts do not go together."""
+        return self.variant.recipe.of(self.variant.method, dict(self.variant.options), self.sparsity)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, with all options, so that a result keeps its meaning if a default changes."""
         recipe = self.variant.recipe
@@ -103,7 +103,7 @@ class Cell:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Cell:
         """The inverse of :meth:`to_dict`."""
-        recipe = Recipe.from_dict(record["recipe"]) if "recipe" in record else PLAIN
+        recipe = StudyRecipe.from_dict(record["recipe"]) if "recipe" in record else PLAIN
         variant = Variant(record["method"], tuple(record["options"].items()), recipe)
         return cls(variant, record["sparsity"], record["length"], record["seed"])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .cells import Variant
 from .drawing import GLYPHS, MARKERS
-from .recipe import Recipe
+from .recipe import StudyRecipe
 from .tally import Tally
 
 GREY = "magnitude"
@@ -49,7 +49,7 @@ PUBLISHED = Mark("published form", "X", "✖", 8.5)
 MARKS = (ALONE, PERMUTED, RESCALED, PERMUTED_RESCALED, FITTED, RECOVERED, PUBLISHED)
 
 
-def mark_of(recipe: Recipe) -> Mark:
+def mark_of(recipe: StudyRecipe) -> Mark:
     """The marker of the last thing that a recipe adds."""
     if recipe.published:
         return PUBLISHED

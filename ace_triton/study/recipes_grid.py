@@ -7,21 +7,21 @@ from dataclasses import dataclass, field, replace
 from ..solvers.update import Update
 from ..sparsity import Sparsity
 from .cells import Cell, Variant, check_axes, draws, shown_draw
-from .recipe import Recipe
+from .recipe import StudyRecipe
 
 PATTERN = "2:4"
 """The pattern that recipes are compared at, if it is among the sparsities."""
 
 RESCALE, LEAST_SQUARES = Update("rescale"), Update()
 
-BEST = Recipe(permute=True, update=LEAST_SQUARES)
+BEST = StudyRecipe(permute=True, update=LEAST_SQUARES)
 """The recipe that recovery starts from."""
 
 RECIPES = (
-    Recipe(update=RESCALE),
-    Recipe(permute=True),
-    Recipe(permute=True, update=RESCALE),
-    Recipe(update=LEAST_SQUARES),
+    StudyRecipe(update=RESCALE),
+    StudyRecipe(permute=True),
+    StudyRecipe(permute=True, update=RESCALE),
+    StudyRecipe(update=LEAST_SQUARES),
     BEST,
 )
 """From cheap to expensive."""
@@ -53,7 +53,7 @@ class RecipesGrid:
     seeds: tuple[int, ...]
     minutes: tuple[float, ...] = ()
     compared_at: str = field(init=False, default=PATTERN)
-    recipes: tuple[Recipe, ...] = field(init=False, default=())
+    recipes: tuple[StudyRecipe, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         check_axes(self.lengths, methods=self.metrics, sparsities=self.sparsities, seeds=self.seeds)

@@ -188,20 +188,9 @@ class Workbench:
         Raises:
             ValueError: for a published form, which this class does not have.
         """
-        method, recipe = cell.variant.method, cell.variant.recipe
-        if recipe.published:
+        if cell.variant.recipe.published:
             raise StudyError(f"{cell}: published forms of methods are not part of ace_triton")
-        report = prune_model(
-            self.model,
-            ids,
-            method,
-            cell.sparsity,
-            permute=recipe.permute,
-            update=recipe.update,
-            sequential=recipe.sequential,
-            budgets=recipe.budgets,
-            **dict(cell.variant.options),
-        )
+        report = prune_model(self.model, ids, cell.recipe)
         return sum(layer.kept for layer in report.layers) / len(report.layers), report.seconds
 
     @cached_property

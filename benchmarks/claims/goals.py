@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ace_triton.study.cells import Variant
 from ace_triton.study.comparison import Comparison, compare
-from ace_triton.study.recipe import Recipe
+from ace_triton.study.recipe import StudyRecipe
 from ace_triton.study.recipes_grid import PATTERN, SPARSEGPT
 from ace_triton.study.records import CellResult
 from ace_triton.study.tally import Draw, Tally, listed, shown_sparsity, shown_variant
@@ -38,7 +38,7 @@ def goals(tally: Tally) -> list[Finding]:
     """All targets that the study has cells for; none for a study without recipes."""
     if not tally.recipes:
         return []
-    permuted = [permutation(tally, v) for v in tally.recipes if v.recipe == Recipe(permute=True)]
+    permuted = [permutation(tally, v) for v in tally.recipes if v.recipe == StudyRecipe(permute=True)]
     recovered = [recovery(tally, minutes) for minutes in MOST_RECOVERED]
     found = [metric_alone(tally), *permuted, weight_update(tally), *recovered, dominance(tally)]
     return [finding for finding in found if finding is not None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ace_triton.solvers.update import Update
 from ace_triton.study.cells import Cell, Variant, draws, shown_draw
-from ace_triton.study.recipe import Recipe
+from ace_triton.study.recipe import StudyRecipe
 from ace_triton.study.recipes_grid import BEST, PATTERN, RECIPES, SPARSEGPT
 
 WANDA, RIA, COSP, ACE = map(Variant, ("wanda", "ria", "cosp", "ace"))
@@ -23,7 +23,7 @@ ADDED = (
 )
 """Run at PATTERN."""
 
-PUBLISHED = tuple(Variant(method, recipe=Recipe(published=True)) for method in ("wanda", "ria", "sparsegpt"))
+PUBLISHED = tuple(Variant(method, recipe=StudyRecipe(published=True)) for method in ("wanda", "ria", "sparsegpt"))
 """The methods' published forms, run at PATTERN."""
 
 RECOVERED = (

@@ -11,7 +11,7 @@ import pytest
 from ace_triton.study.cells import Cell, Variant
 from ace_triton.study.comparison import Comparison
 from ace_triton.study.journal import Results, read_results
-from ace_triton.study.recipe import Recipe
+from ace_triton.study.recipe import StudyRecipe
 from ace_triton.study.recipes_grid import BEST, SPARSEGPT
 from ace_triton.study.records import CellResult, DenseResult, Setting, StageSeconds
 from ace_triton.study.tally import Tally, shown_variant
@@ -33,7 +33,7 @@ from benchmarks.claims.quality_study import measure
 ROOT = Path(__file__).parents[2]
 SETTING = Setting("tiny", "w", "float32", "c", "cs", "e", "es", 4, 2, 16)
 WANDA, RIA, ACE = map(Variant, ("wanda", "ria", "ace"))
-PERMUTED = ACE.with_recipe(Recipe(permute=True))
+PERMUTED = ACE.with_recipe(StudyRecipe(permute=True))
 UPDATED = ACE.with_recipe(BEST)
 
 

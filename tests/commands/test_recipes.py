@@ -1,12 +1,14 @@
 """What prune does by default, by preset and by its parts; metrics of one's own on the command line; the demo."""
 
+import dataclasses
+import hashlib
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ace_triton import Update, prune_model
+from ace_triton import Recipe, Update, prune_model
 from ace_triton.commands.demo_run import DemoSettings, demo_json, demo_table, run_demo
 from ace_triton.inputs.checkpoint import load
 from ace_triton.methods.registry import _REGISTRY
@@ -66,29 +68,104 @@ def test_a_preset_is_the_call_that_it_says(prune, tmp_path, tiny_checkpoint, tok
     from ace_triton.inputs.calibration import load_calibration
 
     prune("--preset", name)
-    preset = PRESETS[name]
     model, _ = load(tiny_checkpoint)
     sequences = load_calibration(str(some_text), tokenizer, samples=4, length=16)
-    prune_model(
-        model,
-        sequences,
-        preset.method,
-        permute=preset.permute,
-        update=preset.update,
-        sequential=preset.sequential,
-    )
+    assert prune_model(model, sequences, name).recipe == PRESETS[name]
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[TIED], model.state_dict()[TIED])
 
 
-def test_presets_differ_in_what_they_say():
+def test_presets_differ_in_their_words():
     assert BALANCED.words == "wanda, permuted, lstsq"
-    assert BEST != BALANCED
+    assert BEST.words == "wanda, permuted, lstsq, 8 mask rounds, layer by layer"
+
+
+def weight_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_a_saved_recipe_repeats_the_model_bit_for_bit(command, prune, tiny_checkpoint, tmp_path):
+    words = ("--preset", "best", "--method", "ria", "-o", "a=0.3", "-u", "damping=0.1", "--sparsity", "4:8")
+    further = ("--exclude", "*.q_proj", "--seed", 5, "--bos", "each", "--batch-size", 3, "--dtype", "bfloat16")
+    report, _ = prune(*words, *further)
+    file = tmp_path / "out" / "ace_triton.json"
+    again = tmp_path / "again"
+    code, _, errors = command("prune", tiny_checkpoint, again, "--recipe", file)
+    assert code == 0, errors
+    assert "is replaced by" not in errors
+    assert weight_bytes(again) == weight_bytes(tmp_path / "out")
+    second = json.loads((again / "ace_triton.json").read_text())
+    assert [second[name] for name in ("recipe", "calibration", "dtype_option")] == [
+        report[name] for name in ("recipe", "calibration", "dtype_option")
+    ]
+    assert report["calibration"]["bos"] == "each"
+    assert Recipe.load(file).to_dict() == report["recipe"]
+
+
+def test_flags_beside_a_recipe_replace_its_parts_and_the_output_says_so(command, prune, tiny_checkpoint, tmp_path):
+    prune("--exclude", "*.q_proj")
+    out, file = tmp_path / "again", tmp_path / "out" / "ace_triton.json"
+    words = ("--recipe", file, "--sparsity", "0.5", "--update", "rescale", "--samples", 2)
+    code, _, errors = command("prune", tiny_checkpoint, out, *words)
+    assert code == 0, errors
+    report = json.loads((out / "ace_triton.json").read_text())
+    asked = Recipe("wanda", sparsity="0.5", update="rescale", exclude="*.q_proj")
+    assert Recipe.from_dict(report["recipe"]) == asked
+    assert (report["calibration"]["samples"], report["calibration"]["length"]) == (2, 16)
+    told = [line for line in errors.splitlines() if "is replaced by" in line]
+    assert [line.split()[0] for line in told] == ["sparsity", "update", "permute", "samples"]
+    assert told[0] == f"sparsity 2:4, scope=row of {file} is replaced by 0.5, scope=row"
+    assert told[-1] == f"samples 4 of {file} is replaced by 2"
+
+
+def test_a_bare_recipe_has_the_default_calibration(command, tiny_checkpoint, some_text, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(Recipe("ria", {"a": 0.4}, "4:8").to_json())
+    words = ("--recipe", file, "--calibration", some_text, "--samples", 4)
+    code, _, errors = command("prune", tiny_checkpoint, tmp_path / "out", *words)
+    assert code == 0, errors
+    report = json.loads((tmp_path / "out" / "ace_triton.json").read_text())
+    assert Recipe.from_dict(report["recipe"]) == Recipe.load(file)
+    assert (report["calibration"]["samples"], report["calibration"]["length"]) == (4, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        ({"recipe": {"method": "wanda", "sparsty": "2:4"}}, (), "a recipe has no entry 'sparsty'; its entries: method"),
+        ({"calibration": {"sample": 4}}, (), "calibration has no entry 'sample'; its entries: text, samples"),
+        ({"calibration": {"samples": 0}}, (), "calibration: samples must be a whole number, 1 or more; got 0"),
+        ({"calibration": {"text": "gone.txt"}}, (), "the calibration text gone.txt was not found here or near"),
+        ({"calibration": {"text": "some.txt", "sha256": "0"}}, (), "some.txt is not the text that the recipe was used"),
+        ({"dtype_option": "int3"}, (), "dtype_option must be one of auto, float32, float16, bfloat16; got 'int3'"),
+        ({}, ("--preset", "fast"), "--preset and --recipe both name a recipe: give one of them"),
+        ({}, ("--sparsity", "0.5", "--permute"), "permute orders channels into the groups of n:m"),
+    ],
+)
+def test_a_recipe_file_that_cannot_be_used(command, tiny_checkpoint, some_text, tmp_path, change, words, message):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"recipe": {"method": "wanda"}, **change}))
+    code, _, errors = command("prune", tiny_checkpoint, tmp_path / "out", "--recipe", file, *words)
+    assert code == 1
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_report_says_what_was_done_to_what_with_what(prune, tmp_path):
     report, _ = prune("--seed", 3, "--exclude", "*.q_proj", "--json", tmp_path / "told.json")
+    files = report.pop("files")
+    assert "model.safetensors" in files
     assert report == json.loads((tmp_path / "told.json").read_text())
-    assert report["calibration"] == {"text": "some.txt", "samples": 4, "length": 16, "seed": 3}
+    assert report["calibration"] == {
+        "text": "some.txt",
+        "samples": 4,
+        "length": 16,
+        "seed": 3,
+        "bos": "auto",
+        "batch_size": None,
+        "sha256": hashlib.sha256((tmp_path / "some.txt").read_bytes()).hexdigest(),
+    }
+    assert report["recipe"] == dataclasses.replace(BALANCED, exclude="*.q_proj").to_dict()
     assert (report["source"], report["source_path"]) == ("tiny", "../tiny")
     assert (report["dtype"], report["device"], report["scope"]) == ("float32", "cpu", "row")
     assert (report["include"], report["exclude"]) == (None, ["*.q_proj"])

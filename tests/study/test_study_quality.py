@@ -27,7 +27,7 @@ from ace_triton.study.curve import curve, frontier
 from ace_triton.study.journal import FILE, Journal, read_results
 from ace_triton.study.marks import series
 from ace_triton.study.page import page
-from ace_triton.study.recipe import PLAIN, Recipe
+from ace_triton.study.recipe import PLAIN, StudyRecipe
 from ace_triton.study.recipes_grid import BEST, RECIPES, SPARSEGPT, RecipesGrid
 from ace_triton.study.records import CellResult, Evaluation, Run, Setting, StageSeconds
 from ace_triton.study.run import RECOVERY_FOLDER, run_study
@@ -36,13 +36,15 @@ from ace_triton.study.tally import Tally, shown_variant
 from ace_triton.study.workbench import Workbench
 
 WANDA, RIA, ACE = map(Variant, ("wanda", "ria", "ace"))
-PERMUTED = ACE.with_recipe(Recipe(permute=True))
+PERMUTED = ACE.with_recipe(StudyRecipe(permute=True))
 UPDATED = ACE.with_recipe(BEST)
-PUBLISHED = SPARSEGPT.with_recipe(Recipe(published=True))
+PUBLISHED = SPARSEGPT.with_recipe(StudyRecipe(published=True))
 SETTING = Setting("tiny", "w", "float32", "c", "cs", "e", "es", 4, 8, 16, (32,))
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, Recipe(minutes=5), PUBLISHED.recipe, Recipe(sequential="layers")])
+@pytest.mark.parametrize(
+    "recipe", [*RECIPES, StudyRecipe(minutes=5), PUBLISHED.recipe, StudyRecipe(sequential="layers")]
+)
 def test_a_recipe_lives_in_a_cells_record(recipe):
     cell = Cell(ACE.with_recipe(recipe), "2:4", 16, 0)
     written = json.loads(json.dumps(cell.to_dict()))
@@ -53,7 +55,7 @@ def test_a_recipe_lives_in_a_cells_record(recipe):
 
 
 def test_a_changed_default_of_lstsq_leaves_records_of_rescale_as_they_were():
-    written = Cell(ACE.with_recipe(Recipe(update=Update("rescale"))), "2:4", 16, 0).to_dict()
+    written = Cell(ACE.with_recipe(StudyRecipe(update=Update("rescale"))), "2:4", 16, 0).to_dict()
     assert written["recipe"]["update"] == {"kind": "rescale"}
     with_options = {**written, "recipe": {**written["recipe"], "update": {"kind": "rescale", "mask_rounds": 99}}}
     assert Cell.from_dict(with_options) == Cell.from_dict(written)
@@ -72,11 +74,11 @@ def test_records_from_before_recipes_are_plain():
 
 def test_what_is_said_of_a_recipe():
     assert shown_variant(UPDATED) == "ACE, permuted, lstsq"
-    assert shown_variant(WANDA.with_recipe(Recipe(update=Update(damping=0.5), minutes=2.5))) == (
+    assert shown_variant(WANDA.with_recipe(StudyRecipe(update=Update(damping=0.5), minutes=2.5))) == (
         "Wanda, lstsq, damping=0.5, 2.5 min of recovery"
     )
     assert shown_variant(PUBLISHED) == "SparseGPT, published form"
-    assert Variant("magnitude", recipe=Recipe(update=Update())).calibrated
+    assert Variant("magnitude", recipe=StudyRecipe(update=Update())).calibrated
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_what_is_said_of_a_recipe():
 )
 def test_a_recipe_that_is_none(words, message):
     with pytest.raises(ValueError, match=message):
-        Recipe(**words)
+        StudyRecipe(**words)
 
 
 def test_what_is_run_and_in_which_order():
@@ -116,7 +118,7 @@ def test_recipes_run_at_a_pattern_that_was_asked_for(sparsities, compared_at, pe
     recipes = [cell.variant.recipe for cell in cells if cell.variant.recipe != PLAIN]
     assert {cell.sparsity for cell in cells if cell.variant.recipe != PLAIN} == {compared_at}
     assert any(recipe.permute for recipe in recipes) == permuted
-    assert recipes[-1] == Recipe(permute=permuted, update=Update(), minutes=5.0)
+    assert recipes[-1] == StudyRecipe(permute=permuted, update=Update(), minutes=5.0)
 
 
 def test_a_study_of_quality_end_to_end(study, protocol, tmp_path):
@@ -194,7 +196,7 @@ def test_further_windows_are_added_to_a_study(study, tmp_path):
 
 def test_a_recovery_that_was_stopped_goes_on(protocol, tmp_path):
     bench = Workbench(protocol)
-    recovered = WANDA.with_recipe(Recipe(minutes=0.02))
+    recovered = WANDA.with_recipe(StudyRecipe(minutes=0.02))
     grid = Grid((recovered,), ("2:4",), (16,), (0,))
     (cell,) = grid.cells()
     states = tmp_path / RECOVERY_FOLDER
@@ -236,7 +238,7 @@ def test_a_mistake_is_one_line(study, tmp_path, words, message):
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(1, 100)), min_size=1, max_size=8))
 def test_the_curve_holds_what_nothing_beats(measured, places):
-    recipes = [ACE.with_recipe(Recipe(minutes=1.0 + number)) for number in range(len(places))]
+    recipes = [ACE.with_recipe(StudyRecipe(minutes=1.0 + number)) for number in range(len(places))]
     tally = measured(
         {(v, "2:4"): (value,) for v, (_, value) in zip(recipes, places, strict=True)},
         {v: seconds for v, (seconds, _) in zip(recipes, places, strict=True)},
@@ -271,7 +273,7 @@ NEAR = (100.0, 101.0, 102.0)
 CELLS = (
     Cell(Variant("magnitude"), "0.7", None, None),
     Cell(Variant("ace", (("sign", 1), ("reduce", "abs"))), "4:8", 16, 0),
-    Cell(WANDA.with_recipe(Recipe(permute=True, update=Update(mask_rounds=1), sequential="layers")), "2:4", 16, 0),
+    Cell(WANDA.with_recipe(StudyRecipe(permute=True, update=Update(mask_rounds=1), sequential="layers")), "2:4", 16, 0),
 )
 
 

@@ -1,0 +1,191 @@
+"""One run of ``ace-triton prune``: its checks, its work and what is written beside the model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from ..calibration_report import CalibrationReport, report_on
+from ..errors import ArgumentError, RecipeError
+from ..inputs import checkpoint
+from ..inputs.calibration import Calibration, load_calibration, read_calibration
+from ..model_report import ModelReport
+from ..packed.checkpoint import save_packed
+from ..packed.manifest import DTYPES as PACKED_DTYPES
+from ..packed.pack_model import SparsifyReport, sparsify
+from ..progress import progress_bar, stage
+from ..provenance import option_facts, source_facts, with_provenance
+from ..prune_blocks import prune_model, rehearse
+from ..recipe import Recipe
+from ..sparsity import Sparsity
+from .options import parse_device, parse_dtype
+from .recipe_file import CalibrationSettings, digest_of
+from .sources import check_length, check_source
+
+
+@dataclass(frozen=True)
+class PruneResults:
+    """What a run found.
+
+    Attributes:
+        facts: the JSON that is written beside the model.
+        report: of the pruning.
+        calibration: of the calibration text; None if the method needs no text.
+        packing: of the packing; None for a dense checkpoint.
+    """
+
+    facts: dict[str, Any]
+    report: ModelReport
+    calibration: CalibrationReport | None
+    packing: SparsifyReport | None
+
+
+@dataclass(frozen=True)
+class PruneRun:
+    """What to prune and how.
+
+    Attributes:
+        source: the model.
+        out: folder for the pruned model.
+        recipe: what pruning does.
+        calibration: which calibration sequences to take; its digest is the one that the text must have.
+        dtype, device: as the command's options.
+        packed: write a packed checkpoint.
+        trust_remote_code: run code that comes with the model.
+        overwrite: replace ``out`` if it exists.
+    """
+
+    source: str
+    out: Path
+    recipe: Recipe
+    calibration: CalibrationSettings
+    dtype: str = "auto"
+    device: str = "auto"
+    packed: bool = False
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+    def check_recipe(self) -> None:
+        """ValueError if the model cannot be pruned so, or the recipe cannot be saved; loads nothing."""
+        dtype = parse_dtype(self.dtype)
+        parse_device(self.device)
+        if self.packed:
+            check_packed(self.recipe.sparsity, torch.float32 if self.dtype == "auto" else dtype)
+        rehearse(self.recipe)
+        self.recipe.to_json()
+
+    def read_text(self) -> tuple[CalibrationSettings, str | list[str] | None]:
+        """The calibration settings with the text's digest, and the documents; None if the method needs no text.
+
+        Raises:
+            ValueError: if the output, the model or the text cannot be used, or the text is not the recorded one.
+        """
+        checkpoint.check_out(self.out, overwrite=self.overwrite)
+        check_source(self.source)
+        if not self.recipe.calibrated:
+            return self.calibration, None
+        check_length(self.source, self.calibration.length, "--length")
+        documents = read_calibration(self.calibration.text)
+        digest = None if isinstance(documents, str) else digest_of(documents)
+        if self.calibration.sha256 not in (None, digest):
+            raise RecipeError(
+                f"{self.calibration.text} is not the text that the recipe was used with (its content differs): give "
+                "the text to use with --calibration"
+            )
+        return replace(self.calibration, sha256=digest), documents
+
+    def run(self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None) -> PruneResults:
+        """Load, calibrate, prune and save.
+
+        Args:
+            progress: shows the stages.
+            settings, documents: from :meth:`read_text`.
+        """
+        where = parse_device(self.device)
+        with checkpoint.reserved(self.out, overwrite=self.overwrite):
+            started = time.perf_counter()
+            with stage(progress, "load the model"):
+                model, tokenizer = checkpoint.load(
+                    self.source,
+                    dtype=parse_dtype(self.dtype),
+                    device=where,
+                    trust_remote_code=self.trust_remote_code,
+                    own_memory=self.packed,
+                )
+            load_seconds = time.perf_counter() - started
+            if self.packed:
+                check_packed(self.recipe.sparsity, model.dtype)
+            sequences = calibrated = None
+            if documents is not None:
+                sequences = _sequences(documents, tokenizer, model, settings, progress)
+                with stage(progress, "check the calibration text"):
+                    calibrated = report_on(sequences, model, settings.text)
+            bar = progress_bar(progress, "prune")
+            report = prune_model(model, sequences, self.recipe, batch_size=settings.batch_size, progress=bar)
+            seconds = replace(report.seconds, load=load_seconds, total=report.seconds.total + load_seconds)
+            report = replace(report, seconds=seconds)
+            facts = self._facts(model, report, None if documents is None else settings, calibrated)
+            packing = None
+            with stage(progress, "save the model"):
+                if self.packed:
+                    packing = sparsify(model)
+                    save_packed(model, tokenizer, self.out, report=facts, overwrite=self.overwrite)
+                else:
+                    checkpoint.save(model, tokenizer, self.out, facts, overwrite=self.overwrite)
+        return PruneResults(facts, report, calibrated, packing)
+
+    def _facts(
+        self,
+        model: Any,
+        report: ModelReport,
+        settings: CalibrationSettings | None,
+        calibrated: CalibrationReport | None,
+    ) -> dict[str, Any]:
+        recipe, found = self.recipe, {}
+        if calibrated is not None:
+            found["calibration_report"] = {**calibrated.to_dict(), "seed": self.calibration.seed}
+        return with_provenance(
+            report.to_dict(),
+            **source_facts(self.source, self.out),
+            **found,
+            calibration=None if settings is None else settings.to_dict(),
+            options=option_facts(recipe.complete_options),
+            scope=recipe.sparsity.scope,
+            permute=recipe.permute,
+            include=None if recipe.include is None else list(recipe.include),
+            exclude=list(recipe.exclude) or None,
+            dtype=str(model.dtype).removeprefix("torch."),
+            dtype_option=self.dtype,
+            device=str(model.device),
+        )
+
+
+def _sequences(
+    documents: str | list[str], tokenizer: Any, model: Any, settings: CalibrationSettings, progress: Progress
+) -> Calibration:
+    return load_calibration(
+        documents,
+        tokenizer,
+        samples=settings.samples,
+        length=settings.length,
+        seed=settings.seed,
+        model=model,
+        bos=settings.bos,
+        progress=progress_bar(progress, "calibration text"),
+    )
+
+
+def check_packed(pattern: Sparsity, dtype: Any) -> None:
+    """ValueError if a model pruned to this pattern could not be packed."""
+    if pattern.n is None or pattern.m is None:
+        raise ArgumentError(f"--packed needs groups, as --sparsity 2:4; {pattern} has none")
+    if dtype not in PACKED_DTYPES.values():
+        raise ArgumentError(f"--packed: packed checkpoints hold {', '.join(PACKED_DTYPES)}, the model is {dtype}")
+    # Layout 1 holds n values and a bit for each of the m weights.
+    if pattern.n * dtype.itemsize + pattern.m / 8 >= pattern.m * dtype.itemsize:
+        raise ArgumentError(f"--packed: {pattern} packed is no smaller than dense; keep fewer of every {pattern.m}")

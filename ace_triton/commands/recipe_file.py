@@ -1,0 +1,121 @@
+"""What ``prune --recipe FILE`` reads: a recipe, and if a prune command wrote the file, its calibration settings too."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from ..errors import RecipeError
+from ..inputs.beginnings import Bos
+from ..inputs.text import FILE_SUFFIXES
+from ..provenance import name_of
+from ..recipe import Recipe, read_recipe_file, recipe_in
+from .options import DTYPES, LARGEST_SEED
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Which calibration sequences a model is pruned with.
+
+    Attributes:
+        text: the source, as ``--calibration`` takes it.
+        samples, length: number of sequences, and tokens of each.
+        seed: random seed of the sequences.
+        bos: place of beginning-of-text tokens.
+        batch_size: sequences in one forward; None for the default.
+        sha256: digest of the source's documents; None if it is unknown or the model writes the text.
+    """
+
+    text: str = "allenai/c4:en"
+    samples: int = 128
+    length: int = 128
+    seed: int = 0
+    bos: Bos = "auto"
+    batch_size: int | None = None
+    sha256: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; a file is named without its folders."""
+        return {**asdict(self), "text": name_of(self.text)}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> CalibrationSettings:
+        """The inverse of :meth:`to_dict`; RecipeError for an unknown entry or an invalid value."""
+        known = [entry.name for entry in fields(cls)]
+        if not isinstance(record, Mapping):
+            raise RecipeError(f"calibration must be an object with the entries {', '.join(known)}; got {record!r}")
+        if unknown := [name for name in record if name not in known]:
+            raise RecipeError(f"calibration has no entry {unknown[0]!r}; its entries: {', '.join(known)}")
+        settings = cls(**record)
+        for name, least, most in (("samples", 1, None), ("length", 2, None), ("seed", 0, LARGEST_SEED)):
+            _check_whole(name, getattr(settings, name), least, most)
+        if settings.batch_size is not None:
+            _check_whole("batch_size", settings.batch_size, 1, None)
+        if settings.bos not in get_args(Bos):
+            raise RecipeError(f"calibration: bos must be one of {', '.join(get_args(Bos))}; got {settings.bos!r}")
+        for name, value in (("text", settings.text), ("sha256", settings.sha256 or "")):
+            if not isinstance(value, str):
+                raise RecipeError(f"calibration: {name} must be text; got {value!r}")
+        return settings
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The content of a recipe's file.
+
+    Attributes:
+        recipe: the recipe.
+        calibration: how the sequences were chosen; None if the file does not say.
+        dtype: what ``--dtype`` was; None if the file does not say.
+    """
+
+    recipe: Recipe
+    calibration: CalibrationSettings | None = None
+    dtype: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> SavedRun:
+        """From a JSON file; RecipeError if it cannot be read or is invalid."""
+        content = read_recipe_file(path)
+        recipe = recipe_in(content, path)
+        if "recipe" not in content:
+            return cls(recipe)
+        dtype = content.get("dtype_option")
+        if dtype is not None and dtype not in DTYPES:
+            raise RecipeError(f"{path}: dtype_option must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        if content.get("calibration") is None:
+            return cls(recipe, None, dtype)
+        try:
+            settings = CalibrationSettings.from_dict(content["calibration"])
+        except ValueError as error:
+            raise RecipeError(f"{path}: {error}") from error
+        return cls(recipe, replace(settings, text=_found(settings.text, path)), dtype)
+
+
+def digest_of(documents: Sequence[str]) -> str:
+    """SHA-256 of a text's documents."""
+    return hashlib.sha256("\0".join(documents).encode()).hexdigest()
+
+
+def _found(text: str, path: Path) -> str:
+    """A text that is named without folders: here, beside the recipe's file, or beside that file's folder."""
+    beside = path.absolute().parent
+    for place in (Path(text), beside / text, beside.parent / text):
+        if place.is_file():
+            return str(place)
+    return text
+
+
+def is_missing_file(text: str) -> bool:
+    """True if the name of a text means a file that is not there."""
+    return Path(text).suffix.lower() in FILE_SUFFIXES and not Path(text).exists()
+
+
+def _check_whole(name: str, value: Any, least: int, most: int | None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        bounds = f"{least} or more" + ("" if most is None else f" and {most} or less")
+        raise RecipeError(f"calibration: {name} must be a whole number, {bounds}; got {value!r}")

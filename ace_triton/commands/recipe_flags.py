@@ -1,0 +1,106 @@
+"""The recipe and the calibration settings that the flags of ``ace-triton prune`` ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..errors import ArgumentError, RecipeError
+from ..presets import DEFAULT_PRESET, PRESETS, replaced
+from ..recipe import Recipe
+from ..sparsity import Sparsity
+from .options import parse_options, parse_update
+from .recipe_file import CalibrationSettings, SavedRun, is_missing_file
+
+
+def given_flags(context: typer.Context) -> dict[str, Any]:
+    """The values of the flags that are on the command line, by parameter name."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+
+
+def recipe_from(given: Mapping[str, Any], saved: SavedRun | None) -> Recipe:
+    """The recipe: a saved one, a preset, or a method alone, with the parts that flags replace.
+
+    A method that is named without a preset or a file runs alone.
+
+    Raises:
+        ValueError: if a flag's value is invalid, or flags do not go together.
+    """
+    start = _start(given.get("preset"), given.get("method"), saved)
+    method = given.get("method", start.method)
+    parts: dict[str, Any] = {"method": method}
+    if given.get("option"):
+        kept = start.options if method == start.method else {}
+        parts["options"] = {**kept, **parse_options(method, given["option"])}
+    if "sparsity" in given or "scope" in given:
+        parts["sparsity"] = _sparsity(given, start.sparsity)
+    if given.get("update") is not None or given.get("update_option"):
+        parts["update"] = parse_update(given.get("update"), given.get("update_option"), start.update)
+    for name in ("permute", "sequential", "budgets", "include", "exclude"):
+        if name in given:
+            parts[name] = given[name]
+    return replaced(start, parts)
+
+
+def calibration_from(given: Mapping[str, Any], saved: SavedRun | None) -> CalibrationSettings:
+    """The calibration settings: saved ones or the defaults, with those that flags replace."""
+    start = CalibrationSettings() if saved is None or saved.calibration is None else saved.calibration
+    names = [entry.name for entry in fields(CalibrationSettings)]
+    parts = {name: given[name] for name in names if name in given}
+    if "calibration" in given:
+        parts |= {"text": given["calibration"], "sha256": None}
+    return replace(start, **parts)
+
+
+def check_text_is_there(settings: CalibrationSettings, path: Path) -> None:
+    """RecipeError if the text is a file that was not found."""
+    if is_missing_file(settings.text):
+        raise RecipeError(
+            f"{path}: the calibration text {settings.text} was not found here or near the recipe: give it with "
+            "--calibration"
+        )
+
+
+def replaced_lines(path: Path, saved: SavedRun, recipe: Recipe, settings: CalibrationSettings, dtype: str) -> list[str]:
+    """One line for each part of a saved run that a flag replaced."""
+    pairs = _pairs(saved.recipe.to_dict(), recipe.to_dict())
+    if saved.calibration is not None:
+        pairs += _pairs(saved.calibration.to_dict(), settings.to_dict())
+    if saved.dtype is not None:
+        pairs += _pairs({"dtype": saved.dtype}, {"dtype": dtype})
+    return [f"{name} {old} of {path} is replaced by {new}" for name, old, new in pairs]
+
+
+def _pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    return [(name, _short(old), _short(after[name])) for name, old in before.items() if after[name] != old]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping) and "pattern" in value:
+        return str(Sparsity.of(value)) + "".join(f", {name}={value[name]}" for name in ("axis", "scope") if value[name])
+    return "none" if value is None else str(value)
+
+
+def _start(preset: str | None, method: str | None, saved: SavedRun | None) -> Recipe:
+    if preset not in (None, *PRESETS):
+        raise ArgumentError(f"--preset {preset!r}: use one of {', '.join(PRESETS)}")
+    if saved is not None:
+        if preset is not None:
+            raise ArgumentError("--preset and --recipe both name a recipe: give one of them")
+        return saved.recipe
+    return Recipe(method) if method is not None and preset is None else PRESETS[preset or DEFAULT_PRESET]
+
+
+def _sparsity(given: Mapping[str, Any], start: Sparsity) -> Sparsity:
+    """The pattern with the scope that was given, or else, for a fraction, with the old scope."""
+    pattern = given.get("sparsity", start.pattern)
+    usual = "row" if Sparsity.of(pattern).n is not None else start.scope
+    return Sparsity(pattern, axis=start.axis, scope=given.get("scope", usual))
