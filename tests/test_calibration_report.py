@@ -1,4 +1,4 @@
-"""What is said of a calibration text: counts by hand, the dense model's perplexity, and when it warns."""
+"""The calibration report: counts checked by hand, the dense model's perplexity, and the warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beginning-of-text tokens: where they go in calibration, evaluation, recovery and a study, and what is predicted."""
+"""Beginning-of-text tokens: their places in calibration, evaluation, recovery and a study, and the predicted tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EACH = Beginning("each", (BOS,))
 
 @pytest.fixture
 def beginning_tokenizer(tokenizer):
-    """The tests' tokenizer, which also puts <s> before a text and </s> behind it."""
+    """The tests' tokenizer, changed to put <s> before a text and </s> after it."""
     from tokenizers.processors import TemplateProcessing
 
     changed = copy.deepcopy(tokenizer)
@@ -81,7 +81,7 @@ def test_a_tokenizer_that_adds_none(tokenizer):
 
 
 def test_several_tokens_may_begin_a_text(tokenizer):
-    """As GLM's two."""
+    """A tokenizer with two beginning tokens, like GLM's."""
     from tokenizers.processors import TemplateProcessing
 
     changed = copy.deepcopy(tokenizer)

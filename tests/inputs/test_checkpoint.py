@@ -67,7 +67,7 @@ def test_a_failure_midway_leaves_the_old_whole(tmp_path, tiny_model, tokenizer, 
 
 @pytest.fixture
 def full_disk():
-    """full_disk(most): from now on no file may grow past so many bytes, which fails as a full disk does."""
+    """full_disk(most) limits the size of new files, so that a write fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -75,7 +75,7 @@ def full_disk():
 
 @pytest.mark.parametrize("most", [100, 2_000, 20_000])
 def test_a_full_disk_is_one_line(full_disk, tmp_path, tiny_model, tokenizer, most):
-    """In the config, the tokenizer (packed models write it first) or the weights."""
+    """The disk is full at the config, at the tokenizer (packed models write it first), or at the weights."""
     packed = copy.deepcopy(tiny_model)
     ace_triton.prune_model(packed, None, "magnitude")
     ace_triton.pack_model(packed)
@@ -109,7 +109,7 @@ def test_a_report_that_is_no_object_is_none(tmp_path):
 
 
 def test_no_family_raises_a_false_alarm(family, make_decoder, tokenizer, tmp_path):
-    """Tied and untied, in several files: whatever transformers saves is loaded."""
+    """Checkpoints that transformers saved are loaded: with tied and untied weights, in several files."""
     for tied in (True, False):
         model = make_decoder(family, tie_word_embeddings=tied)
         folder = tmp_path / str(tied)
@@ -241,7 +241,7 @@ class CustomForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def own_code(tiny_checkpoint, tmp_path, monkeypatch) -> Iterator[Path]:
-    """A sentinel that appears when the code of the tiny checkpoint runs."""
+    """The path of a file that the tiny checkpoint's own code creates when it runs."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     sentinel = tmp_path / "sentinel"
@@ -312,7 +312,7 @@ def test_a_path_that_is_not_there_never_goes_to_the_hub(source, tmp_path, monkey
 
 
 def test_a_hub_name_is_tried_once(monkeypatch):
-    """By a server that knows no model, and after it is gone."""
+    """The hub is a server that knows no model, and then it cannot be reached."""
     asked = []
 
     class Nothing(BaseHTTPRequestHandler):
@@ -372,7 +372,7 @@ def test_an_unreadable_file_is_not_called_missing(tiny_checkpoint):
 
 
 def mapped_from(tensor: torch.Tensor) -> str:
-    """The file that a tensor's memory is mapped from, or nothing."""
+    """The file that a tensor's memory is mapped from; empty if there is none."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, *_, name = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))

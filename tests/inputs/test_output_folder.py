@@ -1,4 +1,4 @@
-"""Folders that are written atomically, with links, races, signals and kills."""
+"""Folders are written atomically, also with links, races, signals and kills."""
 
 import json
 import os
@@ -20,7 +20,7 @@ EXCHANGE = output_folder._exchange
 
 
 def write(out, *names, overwrite=False):
-    """A folder as the commands write it."""
+    """Write a folder as the commands do."""
     with replacing(out, overwrite=overwrite) as folder:
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
@@ -34,7 +34,7 @@ def contents(folder: Path) -> list[str]:
 
 @pytest.fixture
 def victim(tmp_path) -> Path:
-    """A folder with somebody's work."""
+    """A folder with files of the user."""
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "thesis.tex").write_text(MINE)
     return tmp_path / "victim"
@@ -42,7 +42,7 @@ def victim(tmp_path) -> Path:
 
 @pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
 def exchange(request, monkeypatch):
-    """With and without a file system that lets folders change places."""
+    """With and without a file system that can exchange two folders."""
     if not request.param:
         monkeypatch.setattr(output_folder, "_exchange", lambda *_: False)
 
@@ -209,7 +209,7 @@ def test_parents_that_a_failed_run_made_are_removed(tmp_path):
 
 
 def in_a_child(task) -> int:
-    """Run a task in a forked process; its process id."""
+    """Run a task in a forked process and return its process id."""
     child = os.fork()
     if not child:
         try:
@@ -241,7 +241,7 @@ def test_two_runs_on_one_folder_are_kept_apart(tmp_path):
 
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "ctypes.dlsym"}
-"""Audit events of what a run changes on disk. The last one comes before two folders change places."""
+"""Audit events of what a run changes on disk. The last one comes before two folders are exchanged."""
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -22,7 +22,7 @@ def test_files(tmp_path):
 
 
 def test_json_lines_end_at_line_feeds_only(tmp_path):
-    """JSON strings may hold the other line separators of Unicode as they are."""
+    """JSON strings may contain the other line separators of Unicode."""
     documents = ["a\u2028b", "c\x85d", "e\u2029f"]
     lines = "\r\n".join(json.dumps({"text": document}, ensure_ascii=False) for document in documents)
     (tmp_path / "a.jsonl").write_bytes(lines.encode())
@@ -51,7 +51,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 def test_reading_stops_where_enough_is_read(tmp_path):
-    """What follows the last wanted document is not unpacked: it is damaged here."""
+    """Data after the last requested document is not decompressed: here it is damaged."""
     noise = random.Random(0).randbytes(300_000).hex()
     packed = gzip.compress(b"\n".join(json.dumps({"text": t}).encode() for t in ("one", "two", noise)))
     (tmp_path / "a.jsonl.gz").write_bytes(packed[:-100_000])

@@ -118,7 +118,7 @@ def test_what_cannot_be_saved_or_is_no_packed_folder(make_decoder, tiny_checkpoi
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory, tokenizer) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A packed folder, and the tensors of the model that it holds."""
+    """A valid packed folder, and the tensors of its model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def copy_of(sound: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> Path
 
 
 def refuse_or_same(folder: Path, tensors: dict[str, torch.Tensor]) -> bool:
-    """True where the folder was refused; else what it gave must be what was saved."""
+    """True if loading the folder is refused. Otherwise asserts that the loaded model equals the saved one."""
     try:
         model = load(folder)
     except CheckpointError:
@@ -183,7 +183,7 @@ def test_a_cut_or_longer_file_is_found(sound, tmp_path, name, cut, more):
 
 
 def signed(content) -> str:
-    """A manifest whose own checksum is right, whatever it says."""
+    """A manifest with any content and a correct checksum."""
     if isinstance(content, dict):
         content.pop("sha256", None)
         content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -223,7 +223,7 @@ def test_any_json_at_all_is_refused(sound, tmp_path, content):
 
 
 def resigned(folder: Path, change) -> Path:
-    """The folder with its tensors changed and every checksum made right again."""
+    """The folder with changed tensors and correct checksums."""
     tensors = load_file(folder / TENSORS_FILE)
     change(tensors)
     save_file(tensors, folder / TENSORS_FILE)

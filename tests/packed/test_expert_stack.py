@@ -1,4 +1,4 @@
-"""Stacked experts, packed one by one: the model's own eager forward, from memory and from a file."""
+"""Stacked experts that are packed one by one and run by the model's own eager forward, in memory and from a file."""
 
 import copy
 import dataclasses

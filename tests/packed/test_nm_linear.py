@@ -223,13 +223,13 @@ MOST_ROWS = {
     ("portable", False): {torch.float32: (4, 0), torch.float16: (4, 0), torch.bfloat16: (4, 0)},
     ("portable", True): {torch.float32: (4, 0), torch.float16: (1, 0), torch.bfloat16: (1, 0)},
 }
-"""Rows up to which our kernel was faster than unpacking, at 2:4 and else, by instruction set and whether the processor
-multiplies fp16 and bf16 itself; None for any number."""
+"""Largest numbers of rows for which our kernel was faster than unpacking, at 2:4 and at other patterns. The keys are
+the instruction set and whether the processor multiplies fp16 and bf16 itself; None stands for any number."""
 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """compiled(isa, native): as if the compiled library ran here with an instruction set; the limits are made anew."""
+    """compiled(isa, native) pretends that the compiled library has an instruction set, and clears cached limits."""
 
     def pretend(isa: str, native: bool = False) -> None:
         names = ("avx512_bf16", "avx512_fp16") if native else ()

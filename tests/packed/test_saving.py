@@ -1,4 +1,4 @@
-"""Saving packed models, by save_packed and by their own save_pretrained."""
+"""Packed models are saved with save_packed and with their own save_pretrained."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""What can be seen of torch's 2:4 product without a GPU: what it is given; on one, what it computes."""
+"""torch's 2:4 product: its arguments are tested everywhere, its results on a GPU only."""
 
 import pytest
 import torch
