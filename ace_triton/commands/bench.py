@@ -30,49 +30,47 @@ COUNT, LARGEST = r"[1-9]\d{0,8}", 10**9 - 1
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Folder of a model, pruned to n:m or packed, whose kinds of layers are timed.", show_default="no model"
-        ),
+        typer.Option(help="Model whose layers to time: a folder, pruned to n:m or packed.", show_default="no model"),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Shape of one layer to time, as OUTxIN.", show_default=SHAPE, metavar="OUTxIN")
     ] = None,
     sparsity: Annotated[
-        str, typer.Option(help="Pattern n:m of the layer of --shape; a model's layers have their own.")
+        str, typer.Option(help="Pattern n:m for --shape; the layers of --model have their own.")
     ] = "2:4",
     rows: Annotated[
-        str, typer.Option(help="Comma-separated numbers of rows, the tokens of a call, to time.")
+        str, typer.Option(help="Comma-separated numbers of rows to time: the tokens in one call.")
     ] = ",".join(map(str, ROWS)),
     dtype: Annotated[
         str,
         typer.Option(
-            help=f"Type of weights and tokens, one of {', '.join(DTYPES)}; auto is the model's own, or what the device "
-            "runs best."
+            help=f"Type of weights and tokens, one of {', '.join(DTYPES)}; auto is the model's own, else float32 on a "
+            "CPU and bfloat16 on a GPU."
         ),
     ] = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Time packed layers beside dense ones, and show where sparse loses."""
+    """Time packed layers beside dense ones, and show at which numbers of rows sparse is slower."""
     check_json(json)
     counts = _counts(rows)
     where = parse_device(device)
     if model is not None and shape is not None:
-        raise ArgumentError("--model and --shape: give one of them")
-    wanted = parse_dtype(dtype)
+        raise ArgumentError("--model and --shape: give only one of them")
+    weights_dtype = parse_dtype(dtype)
     if model is None:
-        usual = "float32" if where == "cpu" else "bfloat16"
+        default = "float32" if where == "cpu" else "bfloat16"
         pattern = Sparsity(sparsity)
         if pattern.n is None or pattern.m is None:
-            raise ArgumentError(f"--sparsity {sparsity!r}: packed layers are n:m, as 2:4")
-        kinds = [_one_kind(shape or SHAPE, pattern.n, pattern.m, usual if dtype == "auto" else dtype)]
+            raise ArgumentError(f"--sparsity {sparsity!r}: a packed layer needs a pattern n:m, as 2:4")
+        kinds = [_one_kind(shape or SHAPE, pattern.n, pattern.m, default if dtype == "auto" else dtype)]
     else:
         check_source(model, packed=True)
     print_backend(where)
     with progress_bars() as progress:
         if model is not None:
-            kinds = _kinds(model, wanted, trust_remote_code, progress)
+            kinds = _kinds(model, weights_dtype, trust_remote_code, progress)
         found = [
             bench_layer(kind, where, rows=counts, progress=progress_bar(progress, f"bench {kind.shape}"))
             for kind in kinds
@@ -131,9 +129,9 @@ def _show(layer: LayerTimes) -> None:
     if layer.why_no_semi_structured:
         print_line(f"torch 2:4 was not timed: {layer.why_no_semi_structured}")
     slower = [f"{entry.rows} ({entry.taken / entry.dense:.2f}x the time)" for entry in layer.times if entry.loses]
-    losses = f"slower than dense at rows {', '.join(slower)}" if slower else "nowhere slower than dense"
+    losses = f"slower than dense at rows {', '.join(slower)}" if slower else "never slower than dense"
     print_line(f"sparse is {losses}")
-    print_line("to use the limits that fit these times:")
+    print_line("to use row limits that fit these times:")
     limits = best_limits(layer.times)
     print_line(f"    ace_triton.set_row_limits(model, ace_triton.{limits})")
 

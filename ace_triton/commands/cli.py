@@ -52,8 +52,8 @@ COMMANDS: dict[Callable[..., None], str] = {
     info: "Show how sparse a saved model is.",
     methods: "List the pruning methods and their options.",
     bench: "Time packed layers beside dense ones.",
-    demo: "Show it all on a small model, in minutes.",
-    study: "Compare methods on a model, on one page.",
+    demo: "Run every step on a small model, in minutes.",
+    study: "Compare methods on a model, and draw a page.",
 }
 for command, summary in COMMANDS.items():
     app.command(short_help=summary, context_settings={"max_content_width": 100})(command)

@@ -1,4 +1,4 @@
-"""Where the commands print: results to stdout, progress and errors to stderr; every string as plain text."""
+"""Output of the commands: results to stdout, progress and errors to stderr, all as plain text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 
 def accept_any_text() -> None:
-    """Let stdout and stderr replace the characters that their encoding does not have, instead of failing."""
+    """Let stdout and stderr escape characters that their encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -28,25 +28,25 @@ def progress_bars() -> Progress:
 
 
 def print_line(line: str) -> None:
-    """A line of the result, whatever its length."""
+    """Print a line of the result, without breaking it."""
     console.print(line, soft_wrap=True)
 
 
 def print_note(line: str) -> None:
-    """A line beside the result, on stderr."""
+    """Print a line about the run to stderr."""
     errors.print(line, soft_wrap=True)
 
 
 def print_warning(message: str) -> None:
-    """What speaks against the result, on stderr."""
+    """Print a warning to stderr."""
     errors.print(Text.assemble(("warning:", "bold yellow"), " ", message), soft_wrap=True)
 
 
 def print_error(message: str) -> None:
-    """What a command ended with."""
+    """Print the error that ended a command to stderr."""
     errors.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
 
 
 def print_backend(device: str) -> None:
-    """What the kernels run on."""
+    """Print the backend that the kernels run on to stderr."""
     print_note(f"running on {describe_backend(device)}")

@@ -22,12 +22,8 @@ from .sources import check_source
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the recovered model.")] = Path("demo-model"),
-    sparsity: Annotated[
-        str, typer.Option(help="Pattern n:m, which keeps n of every m weights; a fraction is not packed.")
-    ] = "2:4",
-    text: Annotated[
-        str | None, typer.Option(help="Text of yours to evaluate on as well.", show_default="no other text")
-    ] = None,
+    sparsity: Annotated[str, typer.Option(help="Pattern n:m: keep n of every m weights.")] = "2:4",
+    text: Annotated[str | None, typer.Option(help="Another text to evaluate on.", show_default="no other text")] = None,
     calibration: Annotated[
         str, typer.Option(help=f"Calibration text: {TEXT_SOURCES.format(half='calibration')} (Python's manual).")
     ] = DemoSettings.calibration,
@@ -35,13 +31,13 @@ def demo(
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Prune SmolLM2-135M by a metric alone and by the default recipe, recover it for a minute, pack it, and show what
-    each step costs and gains.
+    """Prune SmolLM2-135M by a metric alone and by the default recipe, recover it for a minute, pack it, and show the
+    time and perplexity of each step.
 
     Takes under four minutes on two CPU cores, and needs no network.
     """
     if Sparsity(sparsity).n is None:
-        raise ArgumentError(f"--sparsity {sparsity!r}: the demo packs what it prunes, so give n:m, as 2:4")
+        raise ArgumentError(f"--sparsity {sparsity!r}: the demo packs the pruned model, so give a pattern n:m, as 2:4")
     if calibration == SELF:
         raise ArgumentError(f"--calibration {SELF}: the demo calibrates on text; name a file or a dataset")
     check_json(json)
@@ -61,7 +57,7 @@ def demo(
     print_line(f"\n{settings.prompt} ...")
     for row in rows:
         print_line(f"  {row.model}: {' '.join(row.written.split())}")
-    print_line(f"\nThe recovered model is in {out}, dense with zeros. Next:")
+    print_line(f"\nThe recovered model is in {out}, as a dense model with zeros. Next:")
     print_line(f"  ace-triton pack {out} {out}-packed")
     print_line(f'  ace-triton generate {out}-packed --prompt "{settings.prompt}"')
     print_line("  ace-triton prune YOUR-MODEL OUT --calibration YOUR-TEXT")

@@ -1,4 +1,4 @@
-"""The demo: one real model pruned in three ways, recovered, packed and measured, on any machine in minutes."""
+"""The demo: one real model, pruned by two recipes, recovered, packed and measured."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from ..runs_on import multiplies_bfloat16
 from .report import headed_table
 
 MOST_SEQUENCES = 10_000
-"""For recovery; more than the text has."""
+"""Largest number of sequences to recover on; the text has fewer."""
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo runs on; small enough for four minutes on two cores.
+    """Settings of the demo; the defaults take four minutes on two cores.
 
     Attributes:
-        prompt: what every model continues, greedily, by ``new_tokens``.
-        minutes: of recovery, after the last recipe.
+        prompt: text that every model continues greedily by ``new_tokens`` tokens.
+        minutes: time of the recovery after the last recipe.
     """
 
     source: str = SMOLLM2
@@ -70,15 +70,15 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One model of the demo; times in seconds of wall clock on this machine.
+    """Results for one model of the demo; times are wall-clock seconds on this machine.
 
     Attributes:
-        model: "dense", or what was done to it.
-        seconds: that this step took; None for the dense model.
-        perplexity: on text that calibration and recovery did not see.
-        own_text_perplexity: on the user's text, if one was given.
-        written: how the model continues the prompt.
-        tokens_per_second: at which it does.
+        model: "dense", or the step that made the model.
+        seconds: time of the step; None for the dense model.
+        perplexity: perplexity on text that calibration and recovery did not read.
+        own_text_perplexity: perplexity on the user's text, if there is one.
+        written: the model's continuation of the prompt.
+        tokens_per_second: speed of that continuation.
     """
 
     model: str
@@ -90,11 +90,11 @@ class DemoRow:
 
 
 class Demo:
-    """The model, the texts and what was measured so far.
+    """The model, the texts and the results so far.
 
     Args:
-        settings: what to run.
-        progress: where stages are shown.
+        settings: settings of the demo.
+        progress: shows the stages.
     """
 
     def __init__(self, settings: DemoSettings, progress: Progress) -> None:
@@ -119,7 +119,7 @@ class Demo:
         self.report: dict[str, Any] = {}
 
     def run(self, out: Path, *, overwrite: bool) -> None:
-        """All steps; the recovered model, dense with zeros, is saved to ``out``."""
+        """Run all steps, and save the recovered model to ``out``, dense with zeros."""
         self.measure("dense", None)
         for recipe in self.settings.recipes:
             self.step(recipe.words, partial(self.prune, recipe))
@@ -129,20 +129,20 @@ class Demo:
         self.step("+ packed", self.pack)
 
     def step(self, name: str, work: Callable[[Callable[..., None]], object]) -> None:
-        """Do something to the model, timed, and measure it."""
+        """Change the model by ``work``, time that, and measure the model."""
         start = time.perf_counter()
         work(progress_bar(self.progress, name))
         self.measure(name, time.perf_counter() - start)
 
     def prune(self, recipe: Recipe, bar: Callable[..., None]) -> None:
-        """Prune the dense weights by a recipe."""
+        """Prune the dense model by a recipe."""
         self.model.load_state_dict(self.teacher.state_dict())
         asked = replaced(recipe, {"sparsity": self.settings.sparsity})
         report = prune_model(self.model, self.sequences, asked, progress=bar)
         self.report = {**report.to_dict(), "source": self.settings.source, "demo": self.settings.to_dict()}
 
     def recover(self, bar: Callable[..., None]) -> None:
-        """Train what the last recipe kept."""
+        """Train the weights that the last recipe kept."""
         dtype = torch.float32 if self.model.dtype == torch.float32 else torch.bfloat16
         settings = RecoverySettings(minutes=self.settings.minutes, seed=self.settings.seed, forward_dtype=dtype)
         result = recover(self.model, self.teacher, self.training.ids, settings, progress=bar)
@@ -154,14 +154,14 @@ class Demo:
         bar(1, 1)
 
     def measure(self, name: str, seconds: float | None) -> None:
-        """Add the row of the model as it is now."""
+        """Measure the model and add its row."""
         value = self.perplexity(self.held_out, f"evaluate: {name}")
         own = None if self.own_ids is None else self.perplexity(self.own_ids, f"evaluate on your text: {name}")
         written = generate(self.model, self.tokenizer, self.settings.prompt, max_new_tokens=self.settings.new_tokens)
         self.rows.append(DemoRow(name, seconds, value, own, written.text, written.tokens_per_second))
 
     def perplexity(self, ids: torch.Tensor, label: str) -> float:
-        """Of the model as it is now."""
+        """Perplexity of the current model."""
         bar = progress_bar(self.progress, label)
         length, windows = self.settings.window_length, self.settings.windows
         measured = perplexity(self.model, ids, length=length, windows=windows, beginning=self.beginning, progress=bar)
@@ -169,7 +169,7 @@ class Demo:
 
 
 def run_demo(settings: DemoSettings, out: str | Path, *, overwrite: bool, progress: Progress) -> list[DemoRow]:
-    """Prune the model by every recipe in turn, recover and pack the last, measure each, and save it to ``out``."""
+    """Prune a model by each recipe, recover and pack the last one, and measure every step. Saves it to ``out``."""
     check_out(out, overwrite=overwrite)
     demo = Demo(settings, progress)
     demo.run(Path(out), overwrite=overwrite)
@@ -189,5 +189,5 @@ def demo_table(rows: list[DemoRow], settings: DemoSettings) -> Table:
 
 
 def demo_json(rows: list[DemoRow], settings: DemoSettings) -> dict[str, Any]:
-    """The demo's results for JSON."""
+    """The demo's results as JSON types."""
     return {"settings": settings.to_dict(), "rows": [asdict(row) for row in rows]}

@@ -48,7 +48,7 @@ def evaluate(
     trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Measure a model's perplexity over windows of a text that do not overlap."""
+    """Measure a model's perplexity on a text, over windows that do not overlap."""
     check_json(json)
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, packed=True)

@@ -38,14 +38,14 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, number("Random seed of the sampling.", least=0, most=LARGEST_SEED)] = 0,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Take the prompt as a user's message, in the model's chat template.")
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template, as a user's message.")
     ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Continue a prompt with a model; the text goes to stdout, tokens per second to stderr."""
+    """Continue a prompt with a model. Prints the text to stdout and its speed to stderr."""
     check_json(json)
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, packed=True)
@@ -77,7 +77,7 @@ def generate(
         )
         report.write_json(json, facts)
     print_note(
-        f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} a second; "
+        f"{result.new_tokens} new tokens, {result.tokens_per_second:.1f} per second; "
         f"{result.prompt_tokens} tokens of prompt in {result.prompt_seconds:.2f} s"
     )
 

@@ -16,7 +16,7 @@ from .options import JsonOption, check_json
 
 def info(
     model_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a saved model, dense or packed.")],
-    full: Annotated[bool, typer.Option("--full", help="List every layer, not only the kinds of layers.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="List every layer instead of each kind of layer.")] = False,
     json: JsonOption = None,
 ) -> None:
     """Show the sparsity and pattern of a saved model's layers."""

@@ -10,7 +10,7 @@ from .options import PluginOption
 
 
 def methods(plugin: PluginOption = None) -> None:
-    """List the pruning methods and the updates with their options: defaults and allowed values."""
+    """List the pruning methods and weight updates, with the default and the allowed values of each option."""
     table = report.headed_table(
         "method", "option", "default", "allowed", left=("method", "option", "default", "allowed")
     )

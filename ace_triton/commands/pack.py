@@ -33,7 +33,7 @@ from .sources import check_source
 
 
 def pack(
-    src: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a model that was pruned to n:m.")],
+    src: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a model pruned to n:m.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed model.")],
     sparsity: Annotated[
         str | None, typer.Option(help="Pattern n:m of all layers.", show_default="found for each layer")
@@ -46,12 +46,12 @@ def pack(
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Pack the n:m layers of a pruned checkpoint into a smaller one, which ace_triton.load runs sparse."""
+    """Pack the n:m layers of a pruned checkpoint into a smaller one. Load it with ace_triton.load to run it sparse."""
     check_json(json)
     if is_packed(src):
-        raise ArgumentError(f"{src} is packed already")
+        raise ArgumentError(f"{src} is packed already: use it as it is, or name the dense folder it was packed from")
     if sparsity is not None and Sparsity(sparsity).n is None:
-        raise ArgumentError(f"--sparsity {sparsity!r}: packed layers are n:m, as 2:4")
+        raise ArgumentError(f"--sparsity {sparsity!r}: packed layers need a pattern n:m, as 2:4")
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     checkpoint.check_out(out, overwrite=overwrite)
     check_source(src, hub=False)
@@ -63,11 +63,11 @@ def pack(
             )
         with stage(progress, "pack"):
             result = sparsify(model, sparsity, include=include or None, exclude=exclude or None)
-        told = checkpoint.read_report(src)
-        if told is not None and (source := source_of(told, src)) is not None:
-            told = {**told, **source_facts(source, out)}
+        facts = checkpoint.read_report(src)
+        if facts is not None and (source := source_of(facts, src)) is not None:
+            facts = {**facts, **source_facts(source, out)}
         with stage(progress, "save the model"):
-            save_packed(model, tokenizer, out, report=told, overwrite=overwrite)
+            save_packed(model, tokenizer, out, report=facts, overwrite=overwrite)
     if json:
         report.write_json(json, with_provenance(result.to_dict(), model=name_of(src)))
     console.print(report.packing_table(result))

@@ -43,7 +43,7 @@ def recover(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the recovered model.")],
     teacher: Annotated[
         str | None,
-        typer.Option(help="Dense model to learn from, named as SRC of prune.", show_default="what DIR was pruned from"),
+        typer.Option(help="Dense model to learn from, as SRC of prune.", show_default="the one DIR was pruned from"),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -57,13 +57,13 @@ def recover(
         str,
         typer.Option(
             help=f"Text to train on: {TEXT_SOURCES.format(half='calibration')} (Python's manual), or '{SELF}' for text "
-            "that the dense model writes as it is read."
+            "that the dense model writes."
         ),
     ] = "allenai/c4:en",
     samples: Annotated[
         int,
         number(
-            f"Largest number of training sequences, which share no token; does not apply to --calibration {SELF}.",
+            f"Largest number of training sequences, which do not overlap; unused with --calibration {SELF}.",
             least=1,
         ),
     ] = TEXT_SEQUENCES,
@@ -84,7 +84,7 @@ def recover(
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Train the kept weights of the pruned model in DIR toward the dense model's predictions, and write it to OUT.
+    """Train the kept weights of the pruned model in DIR toward the dense model's predictions, and write OUT.
 
     Weights of 0 stay 0. An interrupted run resumes when the same command is repeated.
     """
@@ -99,8 +99,8 @@ def recover(
     checkpoint.check_out(out, overwrite=overwrite)
     where = parse_device(device)
     check_source(model_dir, hub=False)
-    told = checkpoint.read_report(model_dir) or {}
-    source = _teacher(model_dir, teacher, told)
+    pruning = checkpoint.read_report(model_dir) or {}
+    source = _teacher(model_dir, teacher, pruning)
     check_length(model_dir, length, "--length")
     folder = out.absolute().parent / f".{out.name}.recovery"
     with ExitStack() as stack:
@@ -136,8 +136,8 @@ def recover(
                 calibration={"text": name_of(calibration), "samples": samples, "length": length, "seed": seed},
                 device=where,
             )
-            told.pop("source_path", None)  # A teacher from the hub has none.
-            facts = {**told, **source_facts(source, out), "recovery": recovery}
+            pruning.pop("source_path", None)  # A teacher from the hub has no path.
+            facts = {**pruning, **source_facts(source, out), "recovery": recovery}
             checkpoint.save(model, tokenizer, out, facts, overwrite=overwrite)
             remove_state(folder / "state.pt")
     if json:
@@ -146,40 +146,41 @@ def recover(
     print_line(f"sequences begin with bos: {beginning}")
     if result.passes > 1:
         print_line(
-            "The budget outlasted the text: a second epoch overfits, and helps little on other text. Give more text "
-            "(--calibration, --samples), or fewer minutes."
+            "The text was read more than once. A second epoch overfits: give more text (--calibration, --samples), or "
+            "fewer minutes."
         )
     print_line(f"written to {out}")
 
 
-def _teacher(model_dir: Path, named: str | None, told: dict[str, Any]) -> str:
-    """The dense model's name; CheckpointError, before anything is loaded, if it is unknown or not dense."""
-    source = source_of(told, model_dir) if named is None else named
+def _teacher(model_dir: Path, named: str | None, pruning: dict[str, Any]) -> str:
+    """The dense model's name. Raises CheckpointError before anything is loaded if it is unknown or not dense."""
+    source = source_of(pruning, model_dir) if named is None else named
     if not source:
-        name, what = told.get("source"), "what it was pruned from"
-        if isinstance(name, str) and name:
-            what = f"where the model is that it was pruned from, only that its name was {name}"
-        raise checkpoint.CheckpointError(f"{model_dir} does not say {what}: name it with --teacher")
+        name = pruning.get("source")
+        known = f"; only its name is known, {name}" if isinstance(name, str) and name else ""
+        raise checkpoint.CheckpointError(
+            f"{model_dir} does not say where its dense model is{known}: name it with --teacher"
+        )
     check_source(source)
     folder = Path(source)
     if folder.is_dir() and folder.samefile(model_dir):
         why = "that is the pruned model itself" + ("; it replaced the dense one" if named is None else "")
     elif folder.is_dir() and checkpoint.read_report(folder) is not None:
-        why = f"that is a pruned model ({checkpoint.REPORT_FILE} lies in it)"
+        why = f"that is a pruned model (it has {checkpoint.REPORT_FILE})"
     else:
         return source
     raise checkpoint.CheckpointError(f"the teacher is {source}, but {why}: name the dense model with --teacher")
 
 
-def _check_vocabulary(tokenizer: Any, teachers: Any) -> None:
-    """ValueError if a token id stands for two different tokens."""
-    names = {index: token for token, index in tokenizer.get_vocab().items()}
-    its = {index: token for token, index in teachers.get_vocab().items()}
-    if differing := [index for index in names.keys() & its.keys() if names[index] != its[index]]:
+def _check_vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> None:
+    """Raise ArgumentError if a token id means different tokens in the two tokenizers."""
+    own = {index: token for token, index in tokenizer.get_vocab().items()}
+    other = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
+    if differing := [index for index in own.keys() & other.keys() if own[index] != other[index]]:
         first = min(differing)
         raise ArgumentError(
-            f"the teacher's vocabulary is another: token {first} is {names[first]!r} in the pruned model and "
-            f"{its[first]!r} in the teacher; name the dense model that it was pruned from with --teacher"
+            f"the teacher has another vocabulary: token {first} is {own[first]!r} in the pruned model and "
+            f"{other[first]!r} in the teacher; name the dense model that it was pruned from with --teacher"
         )
 
 

@@ -15,7 +15,7 @@ def check_source(source: str | Path, *, packed: bool = False, hub: bool = True) 
     """Raise CheckpointError if ``source`` names no model.
 
     Args:
-        source: as for :func:`ace_triton.inputs.checkpoint.load`.
+        source: a source of :func:`ace_triton.inputs.checkpoint.load`.
         packed: accept a packed folder too.
         hub: accept a hub name.
     """
@@ -25,16 +25,16 @@ def check_source(source: str | Path, *, packed: bool = False, hub: bool = True) 
 
 
 def check_length(source: str | Path, length: int, option: str) -> None:
-    """Raise ValueError if sequences are longer than the model's context, as far as its files tell."""
+    """Raise ArgumentError if sequences are longer than the model's context, if its files give that."""
     check_positions(context_length(source), length, option)
 
 
 def context_length(source: str | Path) -> int | None:
-    """The model's number of positions, from its config alone; None if that does not say, or is not on this machine."""
+    """The model's number of positions from its config; None if that is unknown or not on this machine."""
     path = smollm2_file() if str(source) == SMOLLM2 else Path(source)
     try:
         found = _gguf_context_length(path) if path.suffix == ".gguf" else _config_context_length(str(source))
-    except Exception:  # Loading the model reads the same files, and says what is wrong with them.
+    except Exception:  # Loading the model reads the same files and reports what is wrong with them.
         return None
     return found if isinstance(found, int) and found > 0 else None
 
@@ -51,7 +51,7 @@ _GGUF_STRING, _GGUF_ARRAY = 8, 9
 
 
 def _gguf_context_length(path: Path) -> Any:
-    """From a GGUF file's first entries: architecture before vocabulary, as every writer puts them."""
+    """The context length in a GGUF file. Reads its entries in order; every writer puts the vocabulary later."""
     with path.open("rb") as file:
         magic, _, _, entries = struct.unpack("<4sIQQ", file.read(24))
         for _ in range(entries if magic == b"GGUF" else 0):

@@ -43,7 +43,7 @@ PageWriter = Callable[[Results, Path], None]
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a study takes unless you say otherwise, as on the command line."""
+    """Default values of a study's options, as on the command line."""
 
     methods: str
     sparsities: str
@@ -61,8 +61,8 @@ QUALITY_QUICK = Defaults(QUALITY.methods, "2:4", "32", 1, 32, 4, "512")
 
 
 def _default(name: str) -> str:
-    """For a help page: the default, and that of ``--quality`` if it is different."""
-    paper, quality = (str(getattr(usual, name)).replace(",", ", ") for usual in (PAPER, QUALITY))
+    """An option's default for the help, and its default with ``--quality`` if that is different."""
+    paper, quality = (str(getattr(defaults, name)).replace(",", ", ") for defaults in (PAPER, QUALITY))
     return paper if paper == quality else f"{paper}; {quality} with --quality"
 
 
@@ -71,27 +71,27 @@ def study(
         str, typer.Argument(metavar="MODEL", help="Model: a checkpoint folder, a hub name, a .gguf file, or smollm2.")
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder for results and page; a study that is there resumes.")
+        Path, typer.Argument(metavar="OUT", help="Folder for the results and the page; a study in it resumes.")
     ],
     quality: Annotated[
         bool,
         typer.Option(
             "--quality",
-            help="Compare perplexity with time instead: the metrics alone, and at 2:4 also SparseGPT, and the last of "
-            "--methods with channels permuted and weights updated.",
+            help="Compare perplexity against time: the metrics alone, and at 2:4 also SparseGPT, and the last of "
+            "--methods with permuted channels and weight updates.",
         ),
     ] = False,
     minutes: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated minutes of recovery to add to the best, as 5,20; for --quality.",
+            help="Comma-separated minutes of recovery to add to the best recipe, as 5,20; only with --quality.",
             show_default="no recovery",
         ),
     ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated methods, with options as ace:base=wanda+reduce=abs.",
+            help="Comma-separated methods; options follow a colon, as in ace:base=wanda+reduce=abs.",
             show_default=_default("methods"),
         ),
     ] = None,
@@ -103,11 +103,11 @@ def study(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated lengths of a calibration sequence, in tokens.", show_default=_default("lengths")
+            help="Comma-separated lengths of calibration sequences, in tokens.", show_default=_default("lengths")
         ),
     ] = None,
     seeds: Annotated[
-        int | None, number("Number of calibration seeds, from 0 on.", least=1, show_default=_default("seeds"))
+        int | None, number("Number of calibration seeds, starting at 0.", least=1, show_default=_default("seeds"))
     ] = None,
     samples: Annotated[
         int | None, number("Number of calibration sequences.", least=1, show_default=_default("samples"))
@@ -120,8 +120,8 @@ def study(
         typer.Option(
             "--window-lengths",
             "--window-length",
-            help="Comma-separated lengths of a window, in tokens; --windows counts the first, and the others cover the "
-            "same tokens.",
+            help="Comma-separated window lengths, in tokens; --windows is for the first, and the others cover the same "
+            "tokens.",
             show_default=_default("window_lengths"),
         ),
     ] = None,
@@ -140,12 +140,10 @@ def study(
     trust_remote_code: TrustOption = False,
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick", help="Run a small study: 2:4, sequences up to 32 tokens, one seed, unless you say more."
-        ),
+        typer.Option("--quick", help="Run a small study by default: 2:4, sequences up to 32 tokens, one seed."),
     ] = False,
     render_only: Annotated[
-        bool, typer.Option("--render-only", help="Only draw the page again from the results in OUT.")
+        bool, typer.Option("--render-only", help="Draw the page again from the results in OUT, and measure nothing.")
     ] = False,
 ) -> None:
     """Prune MODEL by many methods, calibration lengths and seeds, and show the results on one page in OUT.
@@ -157,26 +155,26 @@ def study(
         _render(write_page, read_results(out), out)
         return
     if minutes and not quality:
-        raise ArgumentError("--minutes is for --quality: recovery goes on from what that measures")
-    usual = (QUALITY_QUICK if quick else QUALITY) if quality else (PAPER_QUICK if quick else PAPER)
-    variants = tuple(_variant(word) for word in _words(methods or usual.methods))
-    patterns = _words(sparsities or usual.sparsities)
-    calibrated = _numbers("--lengths", lengths or usual.lengths)
-    drawn = tuple(range(seeds if seeds is not None else usual.seeds))
+        raise ArgumentError("--minutes needs --quality: recovery starts from the best recipe of that comparison")
+    defaults = (QUALITY_QUICK if quick else QUALITY) if quality else (PAPER_QUICK if quick else PAPER)
+    variants = tuple(_variant(word) for word in _words(methods or defaults.methods))
+    patterns = _words(sparsities or defaults.sparsities)
+    calibrated = _numbers("--lengths", lengths or defaults.lengths)
+    chosen_seeds = tuple(range(seeds if seeds is not None else defaults.seeds))
     grid = (
-        RecipesGrid(variants, patterns, calibrated, drawn, _minutes(minutes))
+        RecipesGrid(variants, patterns, calibrated, chosen_seeds, _minutes(minutes))
         if quality
-        else Grid(variants, patterns, calibrated, drawn)
+        else Grid(variants, patterns, calibrated, chosen_seeds)
     )
-    window_length, *further = _numbers("--window-lengths", window_lengths or usual.window_lengths)
+    window_length, *further = _numbers("--window-lengths", window_lengths or defaults.window_lengths)
     where = parse_device(device)
     protocol = Protocol(
         model,
         calibration=calibration,
         evaluation=evaluation,
         wikitext=wikitext,
-        samples=samples if samples is not None else usual.samples,
-        windows=windows if windows is not None else usual.windows,
+        samples=samples if samples is not None else defaults.samples,
+        windows=windows if windows is not None else defaults.windows,
         window_length=window_length,
         further_window_lengths=tuple(further),
         dtype=parse_dtype(dtype),
@@ -198,7 +196,7 @@ def study(
 
 
 def _cells_bar(progress: Progress) -> Callable[[int, int, str], None]:
-    """A bar over the cells, named after the one that runs; those measured before do not count as time spent."""
+    """A bar over the cells with the name of the running one; its time starts without the cells measured before."""
     tasks: list[TaskID] = []
 
     def move(done: int, total: int, what: str) -> None:
@@ -210,14 +208,14 @@ def _cells_bar(progress: Progress) -> Callable[[int, int, str], None]:
 
 
 def _check_places(protocol: Protocol, out: Path, length: int) -> None:
-    """ValueError for a model, text or folder that would fail once the model is loaded."""
+    """Raise an AceError for a model, text or folder that would fail after the model is loaded."""
     check_source(protocol.model)
     check_length(protocol.model, length, "--lengths")
     check_length(protocol.model, max(protocol.window_length, *protocol.further_window_lengths, 0), "--window-lengths")
     for text in (protocol.calibration, protocol.evaluation):
         check_text(text)
     if (out / "config.json").exists():
-        raise StudyError(f"{out} holds a model: name another folder for the study")
+        raise StudyError(f"{out} is a model's folder: name another one for the study")
 
 
 def _render(write_page: PageWriter, results: Results, out: Path) -> None:
@@ -227,10 +225,10 @@ def _render(write_page: PageWriter, results: Results, out: Path) -> None:
 
 
 def _page_writer() -> PageWriter:
-    """The function that draws the page, loaded before hours of measuring; StudyError if a library is missing."""
+    """The function that draws the page. Raises StudyError before hours of measuring if a library is missing."""
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
-        raise StudyError(f"a study draws its page with {' and '.join(missing)}: pip install 'ace-triton[study]'")
+        raise StudyError(f"a study needs {' and '.join(missing)} to draw its page: pip install 'ace-triton[study]'")
     from ..study.page import write_page
 
     return write_page
@@ -248,7 +246,7 @@ def _words(text: str) -> tuple[str, ...]:
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     words = _words(text)
     if not words or not all(word.isdecimal() and int(word) >= 2 for word in words):
-        raise ArgumentError(f"{option} {text!r}: write whole numbers of 2 or more with commas between them")
+        raise ArgumentError(f"{option} {text!r}: write whole numbers of 2 or more, separated by commas")
     return tuple(map(int, words))
 
 
@@ -258,5 +256,5 @@ def _minutes(text: str | None) -> tuple[float, ...]:
     except ValueError:
         found = (math.nan,)
     if not all(0 < minutes < math.inf for minutes in found):
-        raise ArgumentError(f"--minutes {text!r}: write numbers above 0 with commas between them")
+        raise ArgumentError(f"--minutes {text!r}: write numbers above 0, separated by commas")
     return found

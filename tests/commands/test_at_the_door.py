@@ -112,7 +112,7 @@ def test_a_number_out_of_range_is_a_wrong_call(at_the_door, words, message):
         (("prune", "./no/such/folder", "OUT"), "./no/such/folder: cannot be loaded: no such file or folder"),
         (("prune", "no.gguf", "OUT"), "no.gguf: cannot be loaded: no such file or folder"),
         (("pack", "pruned_50x", "OUT"), "pruned_50x: cannot be loaded: no such file or folder"),
-        (("pack", "PRUNED", "OUT", "--sparsity", "0.5"), "packed layers are n:m"),
+        (("pack", "PRUNED", "OUT", "--sparsity", "0.5"), "packed layers need a pattern n:m"),
         ((*RECOVER, "--length", "1000"), "--length 1000 is more than the model's 128 positions"),
         ((*RECOVER, "--calibration", "none.txt"), "none.txt: no such file"),
         ((*RECOVER, "--teacher", "./none"), "./none: cannot be loaded: no such file or folder"),
@@ -126,13 +126,13 @@ def test_a_number_out_of_range_is_a_wrong_call(at_the_door, words, message):
         ((*STUDY, "--methods", "ria:a=x"), "method 'ria': a must be a number; got 'x'"),
         ((*STUDY, "--quality", "--minutes", "nan"), "--minutes 'nan': write numbers above 0"),
         ((*STUDY, "--evaluation", "none.txt"), "none.txt: no such file"),
-        (("study", "TINY", "PRUNED", *STUDY[3:]), "holds a model: name another folder"),
+        (("study", "TINY", "PRUNED", *STUDY[3:]), "is a model's folder: name another one"),
         ((*BENCH, "--shape", "0x0"), "--shape '0x0': write OUTxIN, each from 1 to 999,999,999, as"),
         ((*BENCH, "--shape", "99999999999999999999x4"), "write OUTxIN, each from 1 to 999,999,999, as 4096x4096"),
         (("bench", "--shape", "8x8", "--rows", "99999999999999999999"), "numbers from 1 to 999,999,999 with commas"),
         ((*BENCH, "--shape", "a:b:c"), "--shape 'a:b:c': write OUTxIN"),
         ((*BENCH, "--shape", "4x66"), "the 66 inputs are not a multiple of 4"),
-        (("demo", "--out", "OUT", "--sparsity", "0.5"), "the demo packs what it prunes"),
+        (("demo", "--out", "OUT", "--sparsity", "0.5"), "the demo packs the pruned model, so give a pattern n:m"),
         (("demo", "--out", "OUT", "--text", "none.txt"), "none.txt: no such file"),
         (("demo", "--out", "OUT", "--calibration", "self"), "--calibration self: the demo calibrates on text"),
     ],
@@ -149,7 +149,7 @@ def test_a_report_without_a_place_asks_for_the_teacher(at_the_door, tmp_path):
     (tmp_path / "pruned" / "ace_triton.json").write_text(json.dumps({"source": "llama", "source_path": None}))
     code, errors = at_the_door(*RECOVER)
     assert code == 1
-    assert "its name was llama: name it with --teacher" in errors
+    assert "only its name is known, llama: name it with --teacher" in errors
     (tmp_path / "pruned" / "ace_triton.json").write_text(json.dumps({"source": 3}))
     code, errors = at_the_door(*RECOVER)
     assert code == 1

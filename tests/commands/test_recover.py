@@ -21,7 +21,7 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     code, shown, errors = command("recover", pruned, out, *small, "--steps", 3, "--tokens-per-step", 32, "--json", told)
     assert code == 0, errors
     assert "loss at last" in shown
-    assert "outlasted the text" in shown
+    assert "The text was read more than once" in shown
     assert json.loads(told.read_text())["steps"] == 3
     assert json.loads(told.read_text())["passes"] == 3 * 32 / (4 * 16)
     before, after = (checkpoint.load(folder)[0] for folder in (pruned, out))
@@ -34,11 +34,11 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     assert not list(tmp_path.glob(".out*"))
     code, shown, errors = command("recover", pruned, tmp_path / "once", *small, "--steps", 2, "--tokens-per-step", 32)
     assert code == 0, errors
-    assert "outlasted" not in shown
+    assert "read more than once" not in shown
     own = ("--calibration", "self", "--length", 16, "--steps", 9, "--tokens-per-step", 64)
     code, shown, errors = command("recover", pruned, tmp_path / "self", *own, "--json", told)
     assert code == 0, errors
-    assert "outlasted" not in shown
+    assert "read more than once" not in shown
     assert (json.loads(told.read_text())["tokens"], json.loads(told.read_text())["passes"]) == (9 * 64, 1.0)
     code, _, errors = command("recover", tiny_checkpoint, tmp_path / "other", *small, "--steps", 1)
     assert code == 1
@@ -70,9 +70,9 @@ def test_the_command_refuses_what_is_no_dense_teacher(command, tiny_checkpoint, 
         return errors
 
     assert "that is the pruned model itself; it replaced the dense one" in refusal(tiny_checkpoint)
-    assert "that is a pruned model (ace_triton.json lies in it)" in refusal(pruned)
+    assert "that is a pruned model (it has ace_triton.json)" in refusal(pruned)
     assert "that is the pruned model itself: name" in refusal(pruned, "--teacher", pruned)
-    assert f"{packed} is a packed checkpoint, which holds no dense weights" in refusal(pruned, "--teacher", packed)
+    assert f"{packed}: is a packed checkpoint" in refusal(pruned, "--teacher", packed)
     shown = f"token {tokenizer.convert_tokens_to_ids('a')} is 'a' in the pruned model and 'b' in the teacher"
     assert shown in refusal(pruned, "--teacher", renamed)
     dense = ("--teacher", tmp_path / "dense")
@@ -80,7 +80,7 @@ def test_the_command_refuses_what_is_no_dense_teacher(command, tiny_checkpoint, 
     assert "no such file" in refusal(pruned, *dense, "--calibration", "none.txt")
     for content in ("[1, 2]", '{"source": 3}'):
         (pruned / checkpoint.REPORT_FILE).write_text(content)
-        assert "does not say what it was pruned from" in refusal(pruned)
+        assert "does not say where its dense model is: name it with --teacher" in refusal(pruned)
     assert command("recover", pruned, tmp_path / "out", *small, "--steps", 1, *dense)[0] == 0
 
 

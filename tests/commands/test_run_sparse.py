@@ -7,6 +7,7 @@ import torch
 
 from ace_triton import NMLinear, load
 from ace_triton.inputs.checkpoint import load as load_dense
+from ace_triton.packed.dispatch import default_limits
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_generate_streams_the_same_text_packed_or_dense(command, pruned, packed,
         result = json.loads((tmp_path / "g.json").read_text())
         assert out == result["text"] + "\n"
         assert (result["prompt_tokens"], result["new_tokens"]) == (9, 12)
-        assert f"12 tokens, {result['tokens_per_second']:.1f} a second" in errors
+        assert f"12 new tokens, {result['tokens_per_second']:.1f} per second" in errors
         texts.append(result["text"])
     assert texts[0] == texts[1]
     model, tokenizer = load_dense(pruned)
@@ -113,7 +114,9 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
     assert code == 0, errors
     (layer,) = json.loads((tmp_path / "b.json").read_text())["layers"]
     assert layer["kind"] == {"shape": [32, 64], "n": 2, "m": 4, "dtype": "bfloat16", "count": 1}
-    assert [(entry["rows"], entry["product"]) for entry in layer["times"]] == [(1, "packed"), (200, "dense")]
+    most = default_limits(torch.device("cpu"), torch.bfloat16).packed  # Differs between instruction sets.
+    products = {rows: "packed" if rows <= most else "dense" for rows in (1, 200)}
+    assert {entry["rows"]: entry["product"] for entry in layer["times"]} == products
     assert all(entry[side] > 0 for entry in layer["times"] for side in ("dense", "packed", "unpacked"))
     assert layer["packed_bytes"] / layer["dense_bytes"] == 0.5625
     lost = [
@@ -143,8 +146,8 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
         (("bench", "--shape", "32by64"), "write OUTxIN"),
         (("bench", "--shape", "32x66"), "multiple of 4"),
         (("bench", "--rows", "1,0"), "write numbers from 1 to 999,999,999 with commas, as 1,16,256"),
-        (("bench", "--sparsity", "50%"), "packed layers are n:m"),
-        (("bench", "--shape", "4x4", "--model", "PACKED"), "give one of them"),
+        (("bench", "--sparsity", "50%"), "a packed layer needs a pattern n:m"),
+        (("bench", "--shape", "4x4", "--model", "PACKED"), "give only one of them"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(command, tiny_checkpoint, pruned, packed, tmp_path, words, message):

@@ -68,11 +68,12 @@ def test_a_second_run_on_the_same_folder_is_refused_before_any_work(command, tin
             os.read(parent_done[0], 1)
         os._exit(0)
     os.read(child_holds[0], 1)
-    code, _, errors = command("prune", tmp_path / "nosuch", tmp_path / "out", "--method", "magnitude")
+    code, _, errors = command("prune", tiny_checkpoint, tmp_path / "out", "--method", "magnitude")
     os.write(parent_done[1], b".")
     assert os.waitpid(child, 0)[1] == 0
     assert code == 1
     assert "another ace-triton is writing to it" in errors
+    assert "load the model" not in errors
     assert [path.name for path in tmp_path.iterdir()] == [tiny_checkpoint.name]
 
 

@@ -222,7 +222,7 @@ def test_a_recovery_that_was_stopped_goes_on(protocol, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--minutes", "5"), "--minutes is for --quality"),
+        (("--minutes", "5"), "--minutes needs --quality"),
         (("--quality", "--minutes", "5,soon"), "write numbers"),
         (("--quality", "--minutes", "0"), "above 0"),
         (("--quality", "--window-lengths", "16,256"), "128 positions"),
