@@ -19,9 +19,9 @@ from .decoders.replay import WholeForward
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .linears import as_kernel_dtype
 from .methods.registry import Needs
-from .prune import check_weight
 from .sparsity import Sparsity
 from .timing import Stopwatch
+from .weight_checks import check_weight
 
 OUTLIER = 5.0
 """A score above this many times its layer's mean is an outlier."""

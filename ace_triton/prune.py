@@ -10,14 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .computed_weight import computed_weight
 from .errors import PruneError, RecipeError
 from .kernels.finite import all_finite
-from .kernels.memory import overlaps, why_no_memory, why_not_plain
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
-from .linears import KERNEL_DTYPES, as_kernel_dtype, is_linear, linear_weight
+from .linears import as_kernel_dtype
 from .methods.registry import Needs
 from .presets import NOT_GIVEN, NotGiven, recipe_of
 from .recipe import Recipe
@@ -25,8 +23,8 @@ from .solvers.update import Update, updated_weight
 from .sparsity import Axis, Sparsity
 from .statistics.activation import ActivationStats, StatsError
 from .threads import few_threads
-from .tied import Owners
 from .timing import Stopwatch
+from .weight_checks import check_finite, check_untied, check_weight
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def prune_linear(
     check_later = recipe.checked_by_terms and not isinstance(stats, torch.Tensor)
     weight = check_weight(layer, label, finite=not check_later)
     if model is not None:
-        _check_untied(layer, model, label)
+        check_untied(layer, model, label)
     return prune_checked(layer, weight, stats, recipe, label, weight_checked=not check_later, return_mask=return_mask)
 
 
@@ -119,60 +117,6 @@ def _check_one_layer(recipe: Recipe) -> None:
             f"the recipe's {' and '.join(wanted)} need a whole model: use prune_model, or drop them with "
             "dataclasses.replace(recipe, ...)"
         )
-
-
-def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.Tensor:
-    """The weight as [out_features, in_features]; PruneError if it cannot be pruned.
-
-    Args:
-        finite: also check for NaN and infinity, which reads the whole weight.
-    """
-    computed = computed_weight(layer) if is_linear(layer) else None
-    if computed is not None:
-        raise PruneError(f"{label}: {computed}")
-    weight = linear_weight(layer)
-    if weight is None:
-        raise PruneError(f"{label}: a {type(layer).__name__} is no nn.Linear; only linear layers can be pruned")
-    if (why := why_not_plain(weight)) is not None:
-        raise PruneError(f"{label}: the weight {why}")
-    if weight.layout is not torch.strided:
-        raise PruneError(f"{label}: the weight is sparse ({weight.layout}); make it dense first (weight.to_dense())")
-    if not weight.is_contiguous() and overlaps(weight):
-        raise PruneError(
-            f"{label}: elements of the weight share memory with each other; clone it first (weight.clone())"
-        )
-    if weight.device.type == "meta":
-        raise PruneError(f"{label}: the weight is on the meta device and holds no numbers; load it first")
-    if not weight.dtype.is_floating_point:
-        raise PruneError(
-            f"{label}: the weight is stored as {weight.dtype} (quantized?); prune the floating-point model and "
-            "quantize afterwards"
-        )
-    if weight.dtype not in KERNEL_DTYPES and (why := why_no_memory(weight)) is not None:
-        raise PruneError(f"{label}: the weight {why}")
-    if finite:
-        _check_finite(as_kernel_dtype(weight), label)
-    return weight
-
-
-def _check_untied(layer: nn.Module, model: nn.Module, label: str) -> None:
-    weight = layer.get_parameter("weight")
-    name = next((f"{name}.weight" for name, module in model.named_modules() if module is layer), None)
-    tied = Owners(model).others(weight, name)
-    if tied:
-        raise PruneError(
-            f"{label}: its weight is tied to {tied[0]}, which would be pruned with it; "
-            "untie it first (layer.weight = nn.Parameter(layer.weight.clone()))"
-        )
-
-
-def _check_finite(weight: torch.Tensor, label: str) -> None:
-    try:
-        finite = all_finite(weight)
-    except ValueError as error:
-        raise PruneError(f"{label}: the weight cannot be read: {error}") from error
-    if not finite:
-        raise PruneError(f"{label}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
 
 
 def prune_checked(
@@ -267,11 +211,11 @@ def _terms(
         raise StatsError(f"{label}: {error}") from error
     if not isinstance(terms, ScoreTerms):
         if not weight_checked:
-            _check_finite(weight, label)
+            check_finite(weight, label)
         return _checked_matrix(terms, weight, f"{label}: the metric {recipe.method!r}")
     in_terms = weight_checked or recipe.needs.weight_sums
     if not _in_range(terms, stats, () if in_terms else (weight,)):
-        _check_finite(weight, label)
+        check_finite(weight, label)
         bad = [name for name, tensor in terms.tensors.items() if not bool(tensor.isfinite().all())]
         if bad:
             raise PruneError(

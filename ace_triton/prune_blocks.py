@@ -26,7 +26,7 @@ from .errors import RecipeError
 from .linears import as_kernel_dtype
 from .model_report import LayerReport, ModelReport
 from .presets import NOT_GIVEN, NotGiven, recipe_of
-from .prune import check_weight, prune_checked, score_matrix
+from .prune import prune_checked, score_matrix
 from .recipe import Recipe, Sequential
 from .reordering.reorder import Reorderer, find_folds
 from .solvers.update import Update
@@ -34,6 +34,7 @@ from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .threads import few_threads
 from .timing import Stopwatch
+from .weight_checks import check_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,8 +151,8 @@ def _plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     blocks = find_blocks(model)
     stacks = [stack for block in blocks for stack in possible_stacks(block.module, block.name)]
     layouts = find_layouts(lambda: model(input_ids=trial_ids(model)), stacks) if stacks else {}
-    laid_out = [(stack, layouts[stack.name]) for stack in stacks if stack.name in layouts]
-    experts = [name for stack, layout in laid_out for name in stack.linears(transposed=False, rows=layout.rows)]
+    known_stacks = [(stack, layouts[stack.name]) for stack in stacks if stack.name in layouts]
+    experts = [name for stack, layout in known_stacks for name in stack.linears(transposed=False, rows=layout.rows)]
     names = NameFilter.of(model, recipe.include, recipe.exclude, experts)
     return Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, blocks, stacks, layouts)
 

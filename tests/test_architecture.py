@@ -21,6 +21,7 @@ ORDER = [
     "linears",
     "tied",
     "computed_weight",
+    "weight_checks",
     "statistics",
     "solvers",
     "methods",

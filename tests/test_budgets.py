@@ -158,7 +158,7 @@ def test_on_the_command_line(command, tmp_path, tiny_checkpoint, some_text):
         "prune", tiny_checkpoint, out, "--method", "magnitude", "--calibration", some_text, *arguments
     )
     assert code == 0, said
-    assert re.search(r"kept in one, least to most *│ *4\d\.\d% to 5\d\.\d%", said), said
+    assert re.search(r"kept in a layer, least to most *│ *4\d\.\d% to 5\d\.\d%", said), said
     report = json.loads((out / "ace_triton.json").read_text())
     assert report["budgets"] == "outliers"
     assert len({layer["pattern"] for layer in report["layers"]}) > 1

@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 import pytest
 import torch
 
-from ace_triton import PruneError, ScoreTerms, StatsError, Update, prune_linear, register_metric
+from ace_triton import PruneError, ScoreTerms, StatsError, Update, prune_linear, prune_model, register_metric
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.methods.registry import _REGISTRY, metric
 from ace_triton.option_types import Range, option_types, read_options
-from ace_triton.prune_blocks import prune_model
 
 
 @pytest.fixture

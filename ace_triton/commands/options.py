@@ -1,4 +1,4 @@
-"""Options that several commands take, and their checks, which run before a command starts its work."""
+"""Options that several commands share, and their checks, which run before a command starts its work."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ PluginOption = Annotated[
 
 
 def parse_options(method: str, pairs: list[str] | None) -> dict[str, Any]:
-    """``["a=0.5"]`` of a method as ``{"a": 0.5}``; ValueError for an unknown one or a value that it does not take."""
+    """A method's ``["a=0.5"]`` as ``{"a": 0.5}``; ArgumentError if an option or its value is invalid."""
     return read_options(metric(method).types, pairs or [], f"method {method!r}", "--option")
 
 
@@ -117,10 +117,10 @@ def parse_update(kind: str | None, pairs: list[str] | None, usual: Update | None
     Args:
         kind: the update's name, "none", or None for the usual one.
         pairs: its options, as ``name=value``.
-        usual: what is meant if ``--update`` is not given.
+        usual: the update if ``--update`` is not given.
 
     Raises:
-        ValueError: an unknown update or option, a value that the option does not take, or options of no update.
+        ArgumentError: if the update, an option or its value is invalid, or there are options but no update.
     """
     options = read_options(Update.types(), pairs or [], "--update", "--update-option")
     if kind not in (None, NO_UPDATE, *UPDATES):
@@ -128,20 +128,20 @@ def parse_update(kind: str | None, pairs: list[str] | None, usual: Update | None
     update = usual if kind is None else None if kind == NO_UPDATE else Update(kind)  # type: ignore[arg-type]
     if update is None:
         if options:
-            raise ArgumentError("--update-option without --update: say which update it is for (--update lstsq)")
+            raise ArgumentError("--update-option without --update: name the update too (--update lstsq)")
         return None
     return replace(update, **options)
 
 
 def parse_dtype(name: str) -> Any:
-    """What transformers takes as ``dtype``; ValueError for an unknown name."""
+    """The ``dtype`` argument for transformers; ArgumentError if the name is unknown."""
     if name not in DTYPES:
         raise ArgumentError(f"--dtype {name!r}: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def parse_device(name: str) -> str:
-    """An available device; ValueError for any other."""
+    """The device, after a check that it is available; ArgumentError if it is not."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -149,11 +149,11 @@ def parse_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"--device {name!r} is not available here ({str(error).splitlines()[0]})") from error
     if kind == "meta":
-        raise ArgumentError(f"--device {name!r} holds no numbers: use cpu or cuda")
+        raise ArgumentError(f"--device {name!r} holds no data: use cpu or cuda")
     return "cpu" if kind == "cpu" else name
 
 
 def check_json(path: Path | None) -> None:
-    """ValueError for a ``--json`` that could not be written, before any work is done."""
+    """ArgumentError if the file of ``--json`` could not be written; called before any work is done."""
     if path is not None:
         check_json_target(path)

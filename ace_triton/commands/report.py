@@ -1,4 +1,4 @@
-"""Tables and JSON for what the commands found."""
+"""Tables and JSON files for the commands' results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHECKPOINT_JSON = re.compile(
 
 
 def check_json_target(path: str | Path) -> None:
-    """Raise ValueError if :func:`write_json` would lose something at ``path``, or could not write there.
+    """Raise ArgumentError if :func:`write_json` would destroy something at ``path``, or could not write there.
 
     An existing file is replaced only if it is empty or holds JSON, and its name is not that of a checkpoint's file.
     """
@@ -40,18 +40,18 @@ def check_json_target(path: str | Path) -> None:
     with target.open("rb") as file:
         start = file.read(1024).lstrip()
     if start and start[:1] not in b"{[":
-        raise ArgumentError(f"{target}: is there already and holds no JSON: name another file")
+        raise ArgumentError(f"{target}: exists and holds no JSON: name another file")
     if CHECKPOINT_JSON.fullmatch(target.resolve().name):
-        raise ArgumentError(f"{target}: is there already and named as a checkpoint's file: name another one")
+        raise ArgumentError(f"{target}: exists and has the name of a checkpoint's file: name another one")
 
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON so that the file is either the old one or the complete new one.
 
-    A link, a device or a pipe is written to, and not replaced by a file.
+    A link, a device or a pipe is written to; it is not replaced by a file.
 
     Raises:
-        ValueError: as :func:`check_json_target`.
+        ArgumentError: as :func:`check_json_target`.
     """
     target = Path(path)
     check_json_target(target)
@@ -77,13 +77,13 @@ def write_json(path: str | Path, content: Any) -> None:
 _STAGE_LABELS = {
     "select": "score and mask",
     "calibration": "calibration forwards",
-    "permute": "order of channels",
-    "update": "update of weights",
+    "permute": "channel order",
+    "update": "weight update",
 }
 
 
 def facts_table(title: str | None = None) -> Table:
-    """An empty table of names and values; names are folded, never cut."""
+    """An empty table of names and values; long cells wrap."""
     table = Table(title=title, show_header=False)
     table.add_column(style="bold", overflow="fold")
     table.add_column(justify="right", overflow="fold")
@@ -91,7 +91,7 @@ def facts_table(title: str | None = None) -> Table:
 
 
 def headed_table(*headings: str, title: str | None = None, left: Sequence[str] = ()) -> Table:
-    """An empty table with headings, figures to the right but for those columns in ``left``; cells are folded."""
+    """An empty table with headings; columns are aligned right, except those in ``left``; long cells wrap."""
     table = Table(title=title)
     for heading in headings:
         table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
@@ -109,17 +109,17 @@ def prune_table(report: ModelReport) -> Table:
     )
     table.add_row("layers pruned", str(len(report.layers)))
     table.add_row("weights kept in them", f"{kept:.1%}")
-    table.add_row("of the blocks' weights: pruned", f"{account.share('pruned'):.1%}")
-    table.add_row("skipped, as listed below", f"{account.share('skipped'):.1%}")
+    table.add_row("pruned, of the blocks' weights", f"{account.share('pruned'):.1%}")
+    table.add_row("skipped (listed below)", f"{account.share('skipped'):.1%}")
     table.add_row("excluded by name", f"{account.share('excluded'):.1%}")
-    table.add_row("outside the blocks, of the model", f"{account.outside / account.model:.1%}")
+    table.add_row("outside the blocks, of the model's weights", f"{account.outside / account.model:.1%}")
     if report.budgets is not None:
         _add_shares(table, report)
     if report.permutation is not None:
         gains = [layer.after / layer.before - 1 for layer in report.permutation.reordered if layer.before]
         mean = sum(gains) / max(len(gains), 1)
         table.add_row("layers reordered", str(len(report.permutation.reordered)))
-        table.add_row("score they retain", f"{mean:+.2%}")
+        table.add_row("change of their retained score", f"{mean:+.2%}")
     permute = ("permute",) if report.permutation is not None else ()
     update = ("update",) if report.update is not None else ()
     for stage in ("load", "calibration", "statistics", *permute, "select", *update, "total"):
@@ -129,28 +129,30 @@ def prune_table(report: ModelReport) -> Table:
 
 
 def _add_shares(table: Table, report: ModelReport) -> None:
-    """What budgets gave to the layers: how many are at each n:m, or the least and the most that one keeps."""
+    """Add how many layers have each n:m, or for a fraction the smallest and the largest share that a layer keeps."""
     if ":" in report.sparsity:
         for pattern, count in Counter(layer.pattern for layer in report.layers).most_common():
             table.add_row(f"layers at {pattern}", str(count))
     elif report.layers:
         shares = [layer.kept for layer in report.layers]
-        table.add_row("kept in one, least to most", f"{min(shares):.1%} to {max(shares):.1%}")
+        table.add_row("kept in a layer, least to most", f"{min(shares):.1%} to {max(shares):.1%}")
 
 
 def packing_table(report: SparsifyReport) -> Table:
-    """How much smaller the packed layers are."""
+    """The size of the packed layers, beside their dense size."""
     table = facts_table()
     patterns = Counter(layer.pattern for layer in report.layers)
     for pattern, count in patterns.most_common():
         table.add_row(f"layers packed {pattern}", str(count))
-    table.add_row("their weights, dense", f"{report.dense_bytes / 2**20:.1f} MiB")
-    table.add_row("packed", f"{report.packed_bytes / 2**20:.1f} MiB ({report.packed_bytes / report.dense_bytes:.1%})")
+    table.add_row("size of these layers, dense", f"{report.dense_bytes / 2**20:.1f} MiB")
+    table.add_row(
+        "size packed", f"{report.packed_bytes / 2**20:.1f} MiB ({report.packed_bytes / report.dense_bytes:.1%})"
+    )
     return table
 
 
 def skipped_lines(report: ModelReport | SparsifyReport, most: int = 12) -> list[str]:
-    """One line for each reason why weights were left dense, with their share of the model; the largest first."""
+    """One line for each reason why weights were left dense, with their share of the model; largest share first."""
     layers: dict[str, list[Skipped]] = {}
     for skipped in report.skipped:
         layers.setdefault(skipped.reason, []).append(skipped)
@@ -167,7 +169,7 @@ def skipped_lines(report: ModelReport | SparsifyReport, most: int = 12) -> list[
 
 
 def unfolded_lines(report: ModelReport) -> list[str]:
-    """One line for each reason why inputs of some layers could not be reordered."""
+    """One line for each reason why the inputs of some layers keep their order."""
     layers: dict[str, list[str]] = {}
     for unfolded in report.permutation.unfolded if report.permutation is not None else ():
         layers.setdefault(unfolded.reason, []).append(unfolded.name)
@@ -179,15 +181,15 @@ def _first_of(names: Sequence[str]) -> str:
 
 
 def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
-    """What a recovery did; losses are means over its first and last steps."""
+    """A recovery's results; losses are means over its first and its last steps."""
     table = facts_table("recovery")
     first, last = result.losses[:most], result.losses[-most:]
     table.add_row("steps", f"{result.steps:,}")
     table.add_row("tokens", f"{result.tokens:,}")
     table.add_row("passes over the text", f"{result.passes:.2f}")
     table.add_row("time", f"{result.seconds:.0f} s")
-    table.add_row("loss at first", f"{sum(first) / len(first):.3f} nats a token")
-    table.add_row("loss at last", f"{sum(last) / len(last):.3f} nats a token")
+    table.add_row("loss, first steps", f"{sum(first) / len(first):.3f} nats a token")
+    table.add_row("loss, last steps", f"{sum(last) / len(last):.3f} nats a token")
     table.add_row("weights trained", f"{result.trained:,}")
     table.add_row("weights still 0", f"{result.zeros:,}")
     return table
@@ -212,7 +214,7 @@ def info_table(tensors: Sequence[TensorSparsity]) -> Table:
 
 
 def info_groups(tensors: Sequence[TensorSparsity]) -> Table:
-    """The same for layers of one kind together: names without their numbers, shape and pattern."""
+    """Like :func:`info_table`, with one row for layers with the same shape, pattern and name up to block numbers."""
     table = headed_table("layers", "shape", "count", "zeros", "pattern", left=("layers", "shape", "pattern"))
     groups: dict[tuple[str, str, str], list[float]] = {}
     for tensor in tensors:

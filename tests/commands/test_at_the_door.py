@@ -101,7 +101,7 @@ def test_a_number_out_of_range_is_a_wrong_call(at_the_door, words, message):
         ((*PRUNE, "--calibration", "none.jsonl"), "none.jsonl: no such file"),
         ((*PRUNE, "--calibration", "pydoc:all"), "use pydoc:calibration or pydoc:evaluation"),
         ((*PRUNE, "--device", "warp"), "--device 'warp' is not available here"),
-        ((*PRUNE, "--device", "meta"), "--device 'meta' holds no numbers"),
+        ((*PRUNE, "--device", "meta"), "--device 'meta' holds no data"),
         ((*PRUNE, "--dtype", "int3"), "--dtype 'int3': use one of auto"),
         ((*PRUNE, "--packed", "--sparsity", "0.5"), "--packed needs groups"),
         ((*PRUNE, "--packed", "--sparsity", "31:32"), "31:32 packed is no smaller than dense"),

@@ -59,7 +59,7 @@ def test_a_checkpoint_s_file_is_refused_at_once(command, tiny_checkpoint, tmp_pa
 
 def test_what_holds_no_json_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"thesis\.tex: is there already and holds no JSON"):
+    with pytest.raises(ValueError, match=r"thesis\.tex: exists and holds no JSON"):
         check_json_target(tmp_path / "thesis.tex")
     (tmp_path / "weights").write_bytes(b"\x00" * 100)
     with pytest.raises(ValueError, match="holds no JSON"):

@@ -59,7 +59,7 @@ def test_a_recipe_and_its_parts(prune, words, method, permute, update, sequentia
     assert (report["method"], report["permute"], report["sequential"]) == (method, permute, sequential)
     assert report["update"] == update
     assert (report["permutation"] is not None) == permute
-    assert ("update of weights" in shown) == (update is not None)
+    assert ("weight update" in shown) == (update is not None)
     assert ("permuted" in shown.splitlines()[0]) == permute
 
 
