@@ -1,4 +1,4 @@
-// A step of AdamW on fp32 values and moments, vector by vector.
+// One AdamW step on fp32 values and moments, vector by vector.
 #pragma once
 
 #include "elements.h"
@@ -28,7 +28,7 @@ ACE_INLINE void adamw_of(const AdamWTask& task, int64_t begin, int count) {
     });
 }
 
-// `count` values from `begin` on.
+// Updates `count` values, from `begin` on.
 inline void adamw(const AdamWTask& task, int64_t begin, int count) {
     const auto of_gradient = [&](auto rounded) {
         using Rounded = decltype(rounded);

@@ -1,5 +1,5 @@
-// Candidates dealt out to groups for the largest sum of gains: shortest augmenting paths over reduced costs (Jonker and
-// Volgenant, 1987), without their reduction of rows. Prices and lengths are fp32, sixteen candidates at a time.
+// Optimal assignment of candidates to groups for the largest sum of gains: shortest augmenting paths over reduced costs
+// (Jonker and Volgenant, 1987), without their row reduction. Prices and lengths are fp32, sixteen candidates at a time.
 #pragma once
 
 #include "tasks.h"
@@ -15,7 +15,7 @@ struct Nearest {
     int32_t candidate;
 };
 
-// Lane by lane the smaller length, and the value that goes with it.
+// In each lane, keeps the smaller length and its value.
 ACE_INLINE void keep_smaller(const Floats& length, const Ints& value, Floats& least, Ints& of_least) {
     for (int p = 0; p < PARTS; ++p) {
         const auto closer = length.part[p] < least.part[p];
@@ -24,7 +24,7 @@ ACE_INLINE void keep_smaller(const Floats& length, const Ints& value, Floats& le
     }
 }
 
-// Of equal lengths the lower candidate.
+// The candidate with the smallest length; on ties, the one with the lowest index.
 ACE_INLINE Nearest nearest_of(const Floats& least, const Ints& candidate) {
     float length[LANES];
     int32_t index[LANES];
@@ -45,7 +45,7 @@ ACE_INLINE Ints counting() {
     return load(k);
 }
 
-// Lengths of paths over one group: `from` is the length up to it. Candidates that are done have length FAR in `done`.
+// Extends paths over one group; `from` is the length of the path to it. `done` is FAR for finished candidates, else 0.
 ACE_INLINE Nearest extend(const AssignmentTask& task, const float* gains, int32_t group, float from) {
     Floats least = Floats::all(FAR);
     Ints nearest = Ints::all(0), index = counting();
@@ -62,8 +62,8 @@ ACE_INLINE Nearest extend(const AssignmentTask& task, const float* gains, int32_
     return nearest_of(least, nearest);
 }
 
-// Arrays of the task are a multiple of 16 long; what lies behind the last candidate is done from the start. A path is
-// at most `size` candidates long; a length that is not finite has no nearest candidate, so the search ends there.
+// Arrays of the task are padded to a multiple of 16; padding is marked as done. A path has at most `size` candidates.
+// If lengths are not finite, there is no nearest candidate, and the search ends.
 inline bool assign(const AssignmentTask& task) {
     const int32_t size = int32_t(task.size), padded = (size + LANES - 1) / LANES * LANES;
     for (int32_t y = 0; y < padded; ++y) {

@@ -1,6 +1,6 @@
-// Every body, compiled for the instruction set that the including file has set, as the table ACE_BODIES.
-// No standard-library template may be used in here: the linker keeps one copy of each, and would hand code for a
-// newer instruction set to an older machine.
+// All operations as the table ACE_BODIES, compiled for the instruction set that the including file selects.
+// Do not use standard-library templates here: the linker keeps only one copy of each, so code for a newer instruction
+// set could run on an older machine.
 #pragma once
 
 #include "adamw.h"

@@ -1,4 +1,4 @@
-// How far next-token distributions are from others, row by row of logits. fp32 over strips, fp64 across them.
+// KL divergence of next-token distributions, row by row of logits. Sums are fp32 within strips, fp64 across strips.
 #pragma once
 
 #include "elements.h"
@@ -7,10 +7,10 @@ namespace ace {
 namespace {
 
 constexpr int64_t LOGIT_STRIP = 1024;
-// Below it, e^x leaves fp32's normal range.
+// Below this exponent, e^x is not a normal fp32 number.
 constexpr float LEAST_EXPONENT = -87.3f;
 
-// e^x of x <= 0, 0 below LEAST_EXPONENT, NaN of NaN: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes).
+// e^x for x <= 0, as 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes). 0 below LEAST_EXPONENT, NaN for NaN.
 ACE_INLINE Floats exp_of_negative(const Floats& x) {
     constexpr float ROUNDS = 0x1.8p23f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
     constexpr float TERMS[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
@@ -28,7 +28,7 @@ ACE_INLINE Floats exp_of_negative(const Floats& x) {
     return floats_of(bits);
 }
 
-// Logits past the end of a row are those of what never comes.
+// Logits past the end of a row are -inf, so their probability is 0.
 template <typename E>
 ACE_INLINE Floats load_logits(const typename E::Stored* from, int lanes) {
     const Floats logits = E::load(from, lanes);
@@ -39,13 +39,13 @@ ACE_INLINE Floats load_logits(const typename E::Stored* from, int lanes) {
     return load(lane);
 }
 
-// One row's: e^(x - largest) / total.
+// Normalizers of one row: its softmax is e^(x - largest) / total.
 struct Softmax {
     float largest;
     double total;
 };
 
-// part(from, count) for every strip of a row; the sum of what they return.
+// Calls part(from, count) for every strip of a row and returns the sum of the results.
 template <typename Part>
 ACE_INLINE double over_strips(int64_t cols, Part part) {
     double total = 0;
@@ -82,7 +82,7 @@ ACE_INLINE void divergence_of_rows(const DivergenceTask& task, int64_t begin, in
         Stored* gradient = row_of(task.gradient, t);
         const Softmax got = softmax_of<E>(logits, cols), aim = softmax_of<E>(wanted, cols);
         const Floats of_got = Floats::all(float(1 / got.total)), of_aim = Floats::all(float(1 / aim.total));
-        // Log p - log q is this and the difference of the logits over their largest.
+        // log p - log q is `apart` plus the difference of the logits, each relative to its row's largest logit.
         const Floats apart = Floats::all(float(__builtin_log(got.total) - __builtin_log(aim.total)));
         task.loss[t] = float(over_strips(cols, [&](int64_t from, int count) ACE_INLINED {
             Floats part = Floats::all(0.0f);
@@ -98,7 +98,7 @@ ACE_INLINE void divergence_of_rows(const DivergenceTask& task, int64_t begin, in
     }
 }
 
-// Rows begin..end; fp32 or bf16. What is wanted with probability 0 adds nothing.
+// Rows begin..end of fp32 or bf16 logits. Entries with a target probability of 0 add nothing to the loss.
 inline void divergence(const DivergenceTask& task, int64_t begin, int64_t end) {
     if (task.logits.element == Element::bf16) divergence_of_rows<Bf16>(task, begin, end);
     else divergence_of_rows<Fp32>(task, begin, end);

@@ -1,5 +1,5 @@
-// The three element types, each loaded as fp32. `exponent` is all ones in NaN and infinity alone; a Register is as
-// many raw elements as the machine holds in one.
+// The three element types; all are loaded as fp32. `exponent` is the mask of the exponent bits: only in NaN and
+// infinity are all of them set. A Register holds as many raw elements as one machine register.
 #pragma once
 
 #include "tasks.h"
@@ -23,7 +23,7 @@ struct Bf16 {
     static ACE_INLINE Floats load(const Stored* from, int lanes = LANES) {
         return floats_of(widen(load_raw<Halves>(from, lanes)) << 16);
     }
-    // To nearest, ties to even.
+    // Round to nearest, ties to even.
     static ACE_INLINE void keep(Stored* to, const Floats& v, int lanes) {
         Ints rounded = bits_of(v);
         for (int p = 0; p < PARTS; ++p) {
@@ -54,7 +54,7 @@ struct Fp16 {
     }
 
 private:
-    // Rebias the exponent by 112; a subnormal half is what exceeds 2^-14 once it is given that exponent.
+    // Rebias the exponent by 112. A subnormal half gets the exponent of 2^-14; subtracting 2^-14 then gives its value.
     static ACE_INLINE NativeFloats from_bits(NativeInts half) {
         const NativeInts body = (half & 0x7fff) << 13, rebias = (112 << 23) - NativeInts{};
         const NativeFloats shifted = (NativeFloats)(body + rebias + (1 << 23));

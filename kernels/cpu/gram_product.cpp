@@ -9,12 +9,13 @@
 namespace ace {
 namespace {
 
-// Rows by vectors of columns whose sums stay in registers: 24 of 32, enough for two products a cycle to wait for none.
+// Rows and vectors of columns whose sums stay in registers: 24 of 32 registers. At two
+// products per cycle, that hides their latency.
 constexpr int TILE = 8, VECTORS = GRAM_PANEL / 16;
 
 int64_t pairs_of(const GramTask& task) { return (task.n_tokens + 1) / 2; }
 
-// Sums of rows i.. of the Gram matrix; the order of additions depends on the chunk alone.
+// Adds the chunk to TILE rows of the Gram matrix, from row i on; the order of additions depends only on the chunk.
 ACE_PAIRS inline void add_tile(const GramTask& task, int64_t i, int64_t panel) {
     const int64_t pairs = pairs_of(task), step = pairs * GRAM_PANEL, j = panel * GRAM_PANEL;
     const uint32_t* row = task.packed + i / GRAM_PANEL * step + i % GRAM_PANEL;

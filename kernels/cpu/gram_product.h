@@ -1,31 +1,31 @@
-// Products of every two channels summed over tokens, of bf16 tokens, by processors that multiply bf16 in pairs.
+// Gram matrix of bf16 tokens, on processors that multiply pairs of bf16 numbers (AVX512-BF16).
 #pragma once
 
 #include <cstdint>
 
 namespace ace {
 
-// Columns of a panel, and token pairs that are packed at a time.
+// Columns per panel, and token pairs that are packed at once.
 constexpr int64_t GRAM_PANEL = 48, GRAM_PAIRS = 512;
 
-// Two tokens' values of a channel lie side by side in `packed`, uint32 [panels, pairs, GRAM_PANEL].
+// One word of `packed`, uint32 [panels, pairs, GRAM_PANEL], holds the values of two tokens for one channel.
 struct GramTask {
-    const uint16_t* tokens;  // of this chunk, [n_tokens, width], bf16, rows `stride` apart
+    const uint16_t* tokens;  // this chunk's tokens, bf16 [n_tokens, width], rows `stride` elements apart
     int64_t n_tokens, width, stride;
     uint32_t* packed;
     float* gram;  // fp32 [width, width]
 };
 
-// Whether this processor and this build have them.
+// True if this processor and this build support such products.
 bool has_bf16_pairs();
 
-// Panel `panel` of the chunk, zeros behind the last channel and the last token.
+// Packs panel `panel` of the chunk, with zeros behind the last channel and the last token.
 void pack_gram_panel(const GramTask& task, int64_t panel);
 
-// Adds the chunk to columns of `panel` and the rows up to its end.
+// Adds the chunk's products to the columns of `panel`, in all rows up to the panel's end.
 void add_gram_panel(const GramTask& task, int64_t panel);
 
-// Rows below the diagonal become the columns beside it, for the columns of `panel`.
+// Mirrors the columns of `panel` at the diagonal.
 void mirror_gram_panel(float* gram, int64_t width, int64_t panel);
 
 }  // namespace ace

@@ -1,4 +1,5 @@
-// What a group of channels would gain if a candidate joined it: like a matrix product with max(s - t, 0) for s * t.
+// How much score a group of channels gains if a candidate joins it: like a matrix product, with max(s - t, 0) in place
+// of s * t.
 #pragma once
 
 #include "tasks.h"
@@ -7,11 +8,11 @@
 namespace ace {
 namespace {
 
-// Groups whose sums stay in registers: half of the registers there are.
+// Groups whose sums stay in registers; they use half of the registers.
 constexpr int GROUP_TILE = WIDTH == 16 ? 8 : 4;
 
-// Adds rows begin..end to the gains of TILE groups from g on for one vector of candidates; the order of additions, and
-// so the result, does not depend on TILE.
+// Adds rows begin..end to the gains of TILE groups, from group g on, for one vector of candidates. The order of
+// additions does not depend on TILE, so neither does the result.
 template <int TILE>
 ACE_INLINE void add_gains(const JoinTask& task, int64_t pool, int64_t begin, int64_t end, int64_t g, int64_t y,
                           int lanes) {

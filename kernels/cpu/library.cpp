@@ -1,4 +1,4 @@
-// The C ABI of what works on weights, and the choice of the instruction set.
+// The C ABI of operations on weights, and the choice of the instruction set.
 
 #include "term_range.h"
 #include "threads.h"
@@ -27,7 +27,7 @@ bool runs_here(const Bodies& candidate) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     }
-    // Every processor with AVX2 converts halves too.
+    // Every processor with AVX2 also has F16C.
     if (&candidate == &avx2_bodies) return __builtin_cpu_supports("avx2");
 #endif
     return &candidate == &portable_bodies;
@@ -48,14 +48,14 @@ const Bodies* bodies = best_bodies();
 
 namespace {
 
-// The largest bin from which on at least `wanted` keys lie; `wanted` becomes how many of that bin are.
+// The highest bin with at least `wanted` keys in it and above; `wanted` becomes the number of keys needed from it.
 int32_t find_bin(const std::vector<int64_t>& bins, int64_t& wanted) {
     int32_t bin = int32_t(bins.size()) - 1;
     while (bin > 0 && bins[bin] < wanted) wanted -= bins[bin--];
     return bin;
 }
 
-// Two histograms, of the upper 16 and the lower 15 bits of a key, find the threshold of a whole layer.
+// Finds the threshold of a whole layer with two histograms, of the upper 16 and the lower 15 bits of the keys.
 Cut cut_layer(const Selection& s, int64_t k, int threads) {
     constexpr int32_t LOWER_BITS = 15, UPPER_MASK = 0xffff, LOWER_MASK = 0x7fff;
     const auto histogram = [&](const Histogram& h) {
@@ -86,7 +86,7 @@ Selection selection(void* weight, int64_t rows, int64_t cols, int64_t stride, in
             static_cast<uint8_t*>(delivered)};
 }
 
-// What a call returns beside 0 and 1 (memory ran out): which of its arguments it refuses, with nothing written.
+// Return values of a call apart from 0 and 1 (memory ran out): the argument that is out of range. Nothing was written.
 enum Refusal : int { BAD_ROW = 2, BAD_COL, BAD_SCALE, BAD_COUPLING, BAD_GAINS };
 
 int refused_term(const Selection& s, int threads) {
@@ -103,7 +103,7 @@ int refused_term(const Selection& s, int threads) {
     return so_far ? 0 : BAD_COUPLING;
 }
 
-// work(), unless a term is out of range; `checked` terms are known to be in range.
+// Calls work() unless a term is out of range; terms that are `checked` are not checked again.
 template <typename Work>
 int selecting(const Selection& s, int32_t checked, int threads, const Work& work) {
     int refusal = 0;
@@ -114,7 +114,7 @@ int selecting(const Selection& s, int32_t checked, int threads, const Work& work
     return failure ? failure : refusal;
 }
 
-// y = x W^T + b by `work(task, begin, end)` over shares of the outputs.
+// Computes y = x W^T + b with `work(task, begin, end)` for shares of the outputs.
 template <typename Work>
 int linear(const Matrix& tokens, int64_t rows, int64_t weight_bytes, const float* bias, float* out, int threads,
            const Work& work) {
@@ -123,7 +123,7 @@ int linear(const Matrix& tokens, int64_t rows, int64_t weight_bytes, const float
         std::vector<float> widened(tokens.rows * padded);
         bodies->widen_rows(tokens, padded, widened.data());
         const LinearTask task = {widened.data(), tokens.rows, padded, bias, out};
-        // A token takes half as long as the weight's way from memory.
+        // A token takes half as long as reading the weight from memory.
         const int shares = threads_for(weight_bytes * (1 + tokens.rows) / 2, rows, threads);
         deal(rows, shares, [&](int64_t begin, int64_t end, int) { work(task, begin, end); });
     });
@@ -139,10 +139,10 @@ extern "C" {
 // The name of the instruction set in use.
 ACE_EXPORT const char* ace_isa() { return bodies->name; }
 
-// The digest of the sources that this was built from, as kernels/cpu_sources.py makes it.
+// The digest of the sources of this build, as kernels/cpu_sources.py computes it.
 ACE_EXPORT const char* ace_sources() { return ACE_SOURCES; }
 
-// Use another one: returns 1 where there is none of that name or this machine cannot run it.
+// Selects another instruction set; returns 1 if the name is unknown or the processor does not support it.
 ACE_EXPORT int ace_use_isa(const char* name) {
     for (const Bodies* const* candidate = all_bodies(); *candidate; ++candidate) {
         if (strcmp((*candidate)->name, name) == 0 && runs_here(**candidate)) {
@@ -153,12 +153,12 @@ ACE_EXPORT int ace_use_isa(const char* name) {
     return 1;
 }
 
-// How many threads a call takes that reads and writes `bytes` in `n_units` units of work, out of `most`.
+// The number of threads, at most `most`, for a call that reads and writes `bytes` in `n_units` units of work.
 ACE_EXPORT int ace_threads_for(int64_t bytes, int64_t n_units, int32_t most) {
     return threads_for(bytes, n_units, most);
 }
 
-// Ask for huge pages under a large output that nobody has written yet: its page faults can cost more than its making.
+// Requests huge pages for a large output before it is written: its page faults can cost more than its computation.
 ACE_EXPORT int ace_prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t PAGE = 4096;
@@ -190,7 +190,7 @@ ACE_EXPORT int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t
                                int32_t whole_layer, int32_t most_threads) {
     const Selection s =
         selection(weight, rows, cols, stride, element, row, col, scale, coupling, power, output, delivered);
-    // It takes eight times as long as a read.
+    // The selection takes eight times as long as reading the weight.
     const int threads = threads_for(8 * bytes_of(s.weight), rows, most_threads);
     return selecting(s, checked, most_threads, [&] {
         if (whole_layer) {
@@ -240,7 +240,7 @@ ACE_EXPORT int ace_assign(const float* gains, int64_t n_pools, int64_t size, int
     return failure ? failure : so_far ? 0 : BAD_GAINS;
 }
 
-// `whole` becomes 0 if, without scores, a group has more than n weights that are not 0.
+// `whole` becomes 0 if, without scores, a group has more than n non-zeros.
 ACE_EXPORT int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                            const float* row, const float* col, const float* scale, const float* coupling,
                            int32_t power, int32_t checked, void* values, uint32_t* meta, int32_t by_score, int32_t n,
@@ -256,7 +256,7 @@ ACE_EXPORT int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t str
     });
 }
 
-// `bytes` of an element: 1, 2 or 4.
+// `bytes`: size of an element, 1, 2 or 4.
 ACE_EXPORT int ace_unpack_nm(const void* values, const uint32_t* meta, int64_t rows, int64_t cols, int32_t n,
                              int32_t m, int32_t bytes, void* weight, int32_t threads) {
     const Unpacking task = {values, meta, rows, cols, n, m, bytes, weight};
@@ -277,7 +277,7 @@ ACE_EXPORT int ace_nm_linear(void* tokens, int64_t n_tokens, int64_t cols, int64
                   });
 }
 
-// The same loop over a dense weight, to measure against.
+// The same loop over a dense weight, as a baseline.
 ACE_EXPORT int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
                                 void* weight, int64_t rows, int64_t weight_stride, int32_t weight_element,
                                 const float* bias, float* out, int32_t threads) {

@@ -1,4 +1,4 @@
-// Channel sums over tokens, one strip of channels at a time. Lanes are channels, so nothing is summed across lanes.
+// Channel sums over tokens, one strip of channels at a time. Each lane is a channel, so there are no sums across lanes.
 #pragma once
 
 #include "elements.h"
@@ -6,12 +6,12 @@
 namespace ace {
 namespace {
 
-// Tokens whose sums are kept in fp32 before they go to fp64.
+// Tokens that are summed in fp32 before their sum is added in fp64.
 constexpr int64_t CHUNK = 128;
-// Bytes between a token element that is read and the one of the same token that memory is asked for meanwhile.
+// Prefetch distance within a token, in bytes.
 constexpr int TOKENS_AHEAD = 1024;
 
-// Sums of sixteen channels lie side by side: strips of their own would compete with the tokens for the same cache sets.
+// All sums of sixteen channels are adjacent: separate arrays would compete with the tokens for the same cache sets.
 struct alignas(64) ChannelSums {
     float shift[LANES], first[LANES], second[LANES], square[LANES];
 };
@@ -24,7 +24,7 @@ ACE_INLINE Floats median(const Floats& a, const Floats& b, const Floats& c) {
     return max(min(a, b), min(max(a, b), c));
 }
 
-// Where the sums of x^2 of a sequence go: `begins` where none of it came before this run.
+// The output row for a sequence's sums of x^2; `begins` is true if this run is the first of its sequence.
 struct SquareRow {
     float* row;
     bool begins;
@@ -35,9 +35,9 @@ ACE_INLINE void deliver(const Floats& square, const SquareRow& out, int j, int l
     else store(out.row + j, load(out.row + j, lanes) + square, lanes);
 }
 
-// Adds x^2, d = x - shift and d^2 of TILE tokens; near the strip's end memory is asked for the TILE tokens after them.
-// The tile that opens a chunk sets the shift to the median of three of its tokens: one massive token does not spoil that.
-// A tile that is not INSIDE its run opens it, or closes it and moves its sums of x^2 out.
+// Adds x^2, d = x - shift and d^2 of TILE tokens; near the strip's end it prefetches the next TILE tokens. The first
+// tile of a chunk sets the shift to the median of three of its tokens, which one massive token does not affect. A tile
+// that is not INSIDE its run opens the run, or closes it and writes its sums of x^2.
 template <typename E, int TILE, bool OPENS, bool INSIDE>
 ACE_INLINE void add_tokens(const void* const* tokens, int64_t from, int count, bool opens_run, bool closes_run,
                            ChannelSums* sums, const SquareRow& out) {
@@ -95,7 +95,7 @@ ACE_INLINE void add_run(const void* const* tokens, int64_t length, bool opens_ch
     }
 }
 
-// Chan's rule, for `length` tokens after `before` of them.
+// Merges a chunk of `length` tokens into the moments of the `before` tokens so far, by Chan's rule.
 ACE_INLINE void merge_chunk(const ChannelSums* sums, double before, double length, int count,
                             ChannelMoments* merged) {
     const double share = 1 / length, weight = length / (before + length), between = before * weight;

@@ -1,6 +1,6 @@
-// y = x W^T for the few tokens of decoding, from a weight packed n:m or, to measure against, a dense one.
-// Lane l of an output's sum takes the inputs j with j % 16 = l, one after the other, whatever the instruction set, the
-// number of threads or the other tokens of the call; then the lanes are added up as a tree.
+// y = x W^T for the few tokens of decoding, from a weight packed n:m or, as a baseline, a dense one.
+// Lane l of an output's sum adds the inputs j with j % 16 = l in order; then a tree adds the lanes. So results do not
+// depend on the instruction set, the number of threads or the other tokens of the call.
 #pragma once
 
 #include "elements.h"
@@ -9,15 +9,15 @@
 namespace ace {
 namespace {
 
-// Outputs that share a load of the tokens, tokens that share a load of the weights, and inputs of a tile of unpacked
-// weights; a tile and its sixteen tokens stay in the first-level cache.
+// Outputs that share a load of the tokens, tokens that share a load of the weights, and inputs per tile of unpacked
+// weights; a tile and its sixteen tokens fit in the first-level cache.
 constexpr int OUTPUT_TILE = 4, TOKENS_AT_ONCE = 16, INPUT_TILE = 512;
-// Bytes between what is read of a row and what memory is asked for meanwhile: those that each loop is fastest with.
+// Prefetch distances within a row, in bytes: the fastest for each loop.
 template <typename E>
 constexpr int DENSE_AHEAD = sizeof(typename E::Stored) == 4 ? 1536 : 2048;
 constexpr int PACKED_AHEAD = 2048;
 
-// Asks for the byte at `offset` of ROWS rows of `bytes` one after the other: past their end, of the ROWS rows below.
+// Prefetches the byte at `offset` in ROWS consecutive rows of `bytes` each; past their end, in the next ROWS rows.
 template <int ROWS>
 ACE_INLINE void ask_rows_ahead(const void* first, int64_t offset, int64_t bytes) {
     const char* asked = static_cast<const char*>(first) + (offset < bytes ? offset : offset + (ROWS - 1) * bytes);
@@ -33,7 +33,7 @@ ACE_INLINE float tree_sum(const Floats& v) {
     return lane[0];
 }
 
-// Vectors of the weights of a row, by their first input; rows are counted from the first.
+// Vectors of weights, by row (relative to the first) and first input.
 template <typename E>
 struct DenseRows {
     const typename E::Stored* first;
@@ -59,16 +59,16 @@ ACE_INLINE NativeFloats spread_octet(Bf16, const uint16_t* from, int octet) {
 }
 #endif
 
-// Bits of sixteen neighbouring weights; words of metadata are little-endian, as is every machine this is built for.
+// Metadata bits of sixteen neighboring weights. Words are little-endian, as are all machines that this is built for.
 ACE_INLINE uint32_t kept_bits(const uint32_t* meta, int64_t j) {
     uint16_t bits;
     memcpy(&bits, reinterpret_cast<const char*>(meta) + j / 8, sizeof bits);
     return bits;
 }
 
-// Sixteen weights of a row: lane k is the next of the values from `from` on if bit k is set, else 0. `count` of the values
-// belong to these weights, `half` of them to the first eight. The portable code is slow: the bytes that it stores do not
-// forward to the vector that it loads.
+// Sixteen weights of a row: lane k is the next value, from `from` on, if bit k is set, else 0. `count` values belong to
+// these weights, `half` of them to the first eight. The portable code is slow, because its element stores do not
+// forward to the vector load.
 template <typename E>
 ACE_INLINE Floats spread(const typename E::Stored* from, int half, int count, uint32_t bits) {
 #if ACE_WIDTH == 16
@@ -87,8 +87,8 @@ ACE_INLINE Floats spread(const typename E::Stored* from, int half, int count, ui
 #endif
 }
 
-// Packed rows from one on. m is at most GROUP: 8, 16 or 32. `end` is the end of all values; LAST if a vector may lie so
-// close to it that sixteen values cannot be read.
+// Packed rows, from some row on. m is at most GROUP: 8, 16 or 32. `end` is the end of all values. LAST is true if fewer
+// than sixteen values may be left to read.
 template <typename E, int GROUP, bool LAST>
 struct PackedRows {
     const typename E::Stored *values, *end;
@@ -100,7 +100,7 @@ struct PackedRows {
     ACE_INLINE void ahead(int64_t j) const {
         constexpr int SIZE = sizeof(typename E::Stored);
         ask_rows_ahead<OUTPUTS>(values, (j >> log_m) * n * SIZE + PACKED_AHEAD, stride * SIZE);
-        // The rows' metadata lie together and are short: those of the rows below, all rows' share at once.
+        // The metadata of these rows is short and contiguous: prefetch that of the next rows, an equal share each time.
         __builtin_prefetch(reinterpret_cast<const char*>(meta + OUTPUTS * words) + j / 8 * OUTPUTS);
     }
     ACE_INLINE Floats at(int r, int64_t j, int lanes) const {
@@ -124,8 +124,8 @@ struct PackedRows {
     }
 };
 
-// One token: weights go from memory to products in registers. Not inlined, as some_tokens is not: the compiler keeps all
-// of a loop in registers only if it sees that loop alone.
+// One token: weights are multiplied directly as they are loaded. This function and some_tokens are not inlined: the
+// compiler keeps a whole loop in registers only if the loop is in a function of its own.
 template <int OUTPUTS, typename Rows>
 ACE_OUTLINED void one_token(const Rows& rows, int64_t cols, const float* x, Floats* sums) {
     Floats sum[OUTPUTS];
@@ -142,7 +142,7 @@ ACE_OUTLINED void one_token(const Rows& rows, int64_t cols, const float* x, Floa
     for (int r = 0; r < OUTPUTS; ++r) sums[r * TOKENS_AT_ONCE] = sum[r];
 }
 
-// TOKENS more tokens by a tile of unpacked weights; their sums lie TOKENS_AT_ONCE an output apart.
+// Multiplies TOKENS tokens by a tile of unpacked weights; each output has TOKENS_AT_ONCE sums.
 template <int OUTPUTS, int TOKENS>
 ACE_INLINE void add_tile(const float (*tile)[INPUT_TILE], int count, const float* x, int64_t padded, Floats* sums) {
     Floats sum[OUTPUTS][TOKENS];
@@ -179,7 +179,7 @@ ACE_OUTLINED void some_tokens(const Rows& rows, int64_t cols, const float* x, in
     }
 }
 
-// The outputs i .. of `tokens` tokens from `first` on.
+// Stores OUTPUTS outputs, from output i on, for `tokens` tokens from `first` on.
 template <int OUTPUTS>
 ACE_INLINE void deliver_sums(const Floats* sums, int tokens, int64_t first, int64_t n_rows, const LinearTask& task,
                              int64_t i) {
@@ -203,7 +203,7 @@ ACE_INLINE void outputs_of(const Rows& rows, int64_t n_rows, int64_t cols, const
     }
 }
 
-// Outputs begin..end, MOST at a time; rows_from(i) are the rows from i on.
+// Computes outputs begin..end, MOST at a time; rows_from(i) returns the rows from i on.
 template <int MOST, typename RowsFrom>
 ACE_INLINE void linear(RowsFrom rows_from, int64_t n_rows, int64_t cols, const LinearTask& task, int64_t begin,
                        int64_t end) {
@@ -216,7 +216,7 @@ template <int GROUP>
 inline void packed_linear(const PackedWeight& w, const LinearTask& task, int64_t begin, int64_t end) {
     const int log_m = __builtin_ctz(unsigned(w.m));
     const int64_t stride = (w.cols >> log_m) * w.n, words = (w.cols + 31) / 32;
-    // Sixteen values or more follow each of the first rows.
+    // Behind each row before `first`, at least sixteen more values can be read.
     const int64_t first = stride > 0 ? w.rows - (LANES + stride - 1) / stride : 0;
     const int64_t middle = first < begin ? begin : first < end ? first : end;
     with_element(w.element, [&](auto element) ACE_INLINED {

@@ -1,5 +1,5 @@
-// Values spread to the places of an octet's bits by table, with AVX2: place k takes the next value if bit k is set, else 0.
-// Eight values are read, whatever the bits.
+// Spreads values to the set bits of an octet with a table, for AVX2: element k is the next value if bit k is set,
+// else 0. Eight values are always read.
 #pragma once
 
 #include "vector.h"
@@ -8,7 +8,7 @@
 namespace ace {
 namespace {
 
-// For every octet: the number of the value that goes to each place, 0xff for none.
+// For every octet: the index of the value for each element, 0xff for none.
 struct Places {
     uint8_t of[256][8];
 
@@ -20,8 +20,8 @@ struct Places {
 };
 alignas(64) constexpr Places PLACES;
 
-// For every octet: which byte of eight two-byte values goes to each byte of them spread, and of the upper halves of eight
-// words; 0x80 for zero.
+// For every octet: the source byte, out of eight two-byte values, for each byte of the spread values (`of`), and for
+// each byte of eight words whose upper halves are the spread values (`upper`); 0x80 for zero.
 struct HalfPlaces {
     uint8_t of[256][16], upper[256][32];
 
@@ -56,12 +56,12 @@ ACE_INLINE __m128i spread_octet(const uint16_t* from, int octet) {
                             _mm_load_si128(reinterpret_cast<const __m128i*>(HALF_PLACES.of[octet])));
 }
 
-// In the lower eight bytes.
+// The result is in the lower eight bytes.
 ACE_INLINE __m128i spread_octet(const uint8_t* from, int octet) {
     return _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), places_of_octet(octet));
 }
 
-// Two-byte values in the upper halves of words: what fp32 is of bf16.
+// Two-byte values in the upper halves of words, which converts bf16 to fp32.
 ACE_INLINE __m256i spread_upper_halves(const uint16_t* from, int octet) {
     const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     return _mm256_shuffle_epi8(twice, _mm256_load_si256(reinterpret_cast<const __m256i*>(HALF_PLACES.upper[octet])));

@@ -1,4 +1,4 @@
-// Survivors of n:m selections moved together: values in the order of their inputs, and a bit a weight.
+// Packs the kept weights of n:m selections: values in the order of their inputs, and one bit per weight.
 #pragma once
 
 #include "select_nm.h"
@@ -6,13 +6,13 @@
 namespace ace {
 namespace {
 
-// Keys of a weight that is pruned already: 2 where it is not 0, 1 for negative zero, 0 for zero.
+// Keys of a weight that is already pruned: 2 for non-zeros, 1 for negative zero, 0 for positive zero.
 ACE_INLINE Ints presence(const Ints& bits) {
     const Ints magnitude = bits & Ints::all(0x7fffffff);
     return (((Ints::all(0) - magnitude) >> 31) & Ints::all(2)) | ((bits >> 31) & Ints::all(1));
 }
 
-// Moves the lanes marked by `kept` to the front of `to`, which has room for them alone.
+// Writes the lanes marked by `kept` contiguously to `to`, which has room only for those.
 ACE_INLINE void compact(const uint32_t* from, int lanes, uint16_t kept, uint32_t* to) {
 #if ACE_WIDTH == 16
     const __m512i v = _mm512_maskz_loadu_epi32(uint16_t((1u << lanes) - 1), from);
@@ -36,7 +36,7 @@ ACE_INLINE void compact(const uint16_t* from, int lanes, uint16_t kept, uint16_t
 #endif
 }
 
-// Columns from .. of row i, by `keep(j, lanes)`.
+// Packs `count` columns of row i, from `from` on; `keep(j, lanes)` marks the kept ones.
 template <typename Stored, typename Keep>
 ACE_INLINE void deliver_packed(const Selection& s, const Pattern& pattern, const Packing& to, int64_t i, int64_t from,
                                int count, Keep keep) {
@@ -59,7 +59,7 @@ ACE_INLINE void deliver_packed(const Selection& s, const Pattern& pattern, const
     else deliver_packed<uint16_t>(s, pattern, to, i, from, count, keep);
 }
 
-// Keys of a pruned row's columns from ..
+// Keys of a pruned row.
 template <typename E>
 struct PresenceOf {
     const typename E::Stored* weight;
@@ -82,7 +82,7 @@ ACE_INLINE void choose_in_place(int32_t* keys, int count, const Pattern& pattern
     for (int j = 0; j < count; j += LANES) store(keys + j, two_of_four(load(keys + j)));
 }
 
-// Rows begin .. end; false where the presence of some weight found no room.
+// Packs rows begin..end; false if a group has more than n non-zeros.
 inline bool pack_nm(const Selection& s, const Pattern& pattern, const Packing& to, int64_t begin, int64_t end) {
     alignas(64) int32_t keys[KEY_STRIP];
     const int64_t words = (s.weight.cols + 31) / 32;

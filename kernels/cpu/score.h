@@ -1,4 +1,4 @@
-// Scores as integer keys, and survivors delivered.
+// Scores as integer keys, and the output of a selection.
 #pragma once
 
 #include "elements.h"
@@ -6,18 +6,18 @@
 namespace ace {
 namespace {
 
-// A non-negative float orders as its own bits. Every NaN counts as one value above infinity, so a key is at most
-// HIGHEST_KEY, and a - b of two keys cannot overflow: its sign says which is larger.
+// Non-negative floats sort like their bits. All NaN become one key above infinity, so a key is at most HIGHEST_KEY. The
+// difference of two keys cannot overflow; its sign tells which is larger.
 constexpr int32_t HIGHEST_KEY = 0x7f800001;
 
 ACE_INLINE Ints key_of(const Floats& score) {
     return min(bits_of(score) & Ints::all(0x7fffffff), Ints::all(HIGHEST_KEY));
 }
 
-// Elements between a weight that is scored and the one that memory is asked for meanwhile.
+// Prefetch distance of weights, in elements.
 constexpr int PREFETCH = 4096;
 
-// The metrics that are all scale (Wanda) or sum and scale (RIA) get loops of their own.
+// Scores with only a scale (Wanda) and scores with a sum and a scale (RIA) have specialized loops.
 enum class Form { scale, sum_and_scale, any };
 
 ACE_INLINE Form form_of(const Terms& terms) {
@@ -26,7 +26,7 @@ ACE_INLINE Form form_of(const Terms& terms) {
     return terms.row || terms.col ? Form::any : Form::scale;
 }
 
-// Keys of columns from .. of row i, sixteen at a time.
+// Keys of row i from column `from` on, sixteen at a time.
 template <typename E, Form FORM>
 struct Scorer {
     const typename E::Stored* weight;
@@ -60,7 +60,7 @@ struct Scorer {
     }
 };
 
-// use(scorer) with the scorer that fits the weight and the terms.
+// Calls use(scorer) with the scorer for the weight's dtype and the form of the terms.
 template <typename Use>
 ACE_INLINE void with_scorer(const Selection& s, int64_t i, int64_t from, Use use) {
     with_element(s.weight.element, [&](auto element) ACE_INLINED {
@@ -73,14 +73,14 @@ ACE_INLINE void with_scorer(const Selection& s, int64_t i, int64_t from, Use use
     });
 }
 
-// Writes whole vectors, so `keys` is a multiple of 16 long.
+// Writes whole vectors, so the length of `keys` must be a multiple of 16.
 inline void score_keys(const Selection& s, int64_t i, int64_t from, int count, int32_t* keys) {
     with_scorer(s, i, from, [&](const auto& score) {
         each_vector(count, [&](int j, int lanes) ACE_INLINED { store(keys + j, score(j, lanes)); });
     });
 }
 
-// `keep(j, lanes)` is all ones in lanes whose column from + j + lane survives, 0 in the others.
+// Writes the output of a selection; `keep(j, lanes)` is all ones in lanes whose column from + j + lane is kept, else 0.
 template <typename Keep>
 ACE_INLINE void deliver(const Selection& s, int64_t i, int64_t from, int count, Keep keep) {
     const int64_t cols = s.weight.cols;

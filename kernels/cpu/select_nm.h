@@ -1,5 +1,5 @@
-// n of every m by rank counting: a lane survives where it beats at least m - n others of its group.
-// Lane k beats lane l where key_l - key_k - [k > l] is negative, which is the tie rule: of equals the lower loses.
+// Keeps n of every m by rank counting: a lane is kept if it beats at least m - n others of its group.
+// Lane k beats lane l if key_l - key_k - [k > l] is negative; so among equal keys, the lower index loses.
 #pragma once
 
 #include "score.h"
@@ -7,7 +7,7 @@
 namespace ace {
 namespace {
 
-// All ones in lanes whose place in their group of GROUP is at least `place`.
+// All ones in lanes whose index in their group of GROUP lanes is at least `place`, else 0.
 template <int GROUP>
 ACE_INLINE Ints from_place(int place) {
     int32_t lane[LANES];
@@ -15,7 +15,7 @@ ACE_INLINE Ints from_place(int place) {
     return load(lane);
 }
 
-// Where lane k beats the lane BY places on (round the group): a negative number.
+// Negative in lane k if it beats the lane BY positions after it (modulo the group).
 template <int GROUP, int BY>
 ACE_INLINE Ints beats(const Ints& keys) {
     return rotate<GROUP, BY>(keys) - (keys - from_place<GROUP>(GROUP - BY));
@@ -26,8 +26,8 @@ ACE_INLINE Ints two_of_four(const Ints& keys) {
     return ((first & second) | (third & (first | second))) >> 31;
 }
 
-// Minus the number of lanes of `others` that each lane of `keys` beats. A group of more than 16 spans vectors:
-// `offset` is how many vectors `keys` stands after `others`.
+// For each lane of `keys`, minus the number of lanes of `others` that it beats. A group of more than 16 spans several
+// vectors: `keys` is `offset` vectors after `others`.
 template <int GROUP, int... BY>
 ACE_INLINE Ints beaten(const Ints& keys, const Ints& others, int offset, std::integer_sequence<int, BY...>) {
     Ints count = Ints::all(0);
@@ -65,7 +65,7 @@ ACE_INLINE void choose_along_in(int32_t* keys, int count, const Pattern& pattern
     }
 }
 
-// Groups run down the m rows of `keys`, which lie `stride` apart.
+// Groups run along the m rows of `keys`, which are `stride` elements apart.
 ACE_INLINE void choose_along_out(int32_t* keys, int count, int stride, const Pattern& pattern) {
     const int m = pattern.m;
     for (int j = 0; j < count; j += LANES) {
@@ -83,7 +83,7 @@ ACE_INLINE void choose_along_out(int32_t* keys, int count, int stride, const Pat
     }
 }
 
-// The pattern of sparse tensor cores goes from score to survivors in registers.
+// 2:4, the pattern of sparse tensor cores: from scores to the selection in registers.
 inline void select_two_of_four(const Selection& s, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         with_scorer(s, i, 0, [&](const auto& score) {

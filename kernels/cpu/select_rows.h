@@ -1,4 +1,4 @@
-// Exactly k survivors of every row, or of the whole layer, without a sort.
+// Keeps exactly k weights of every row, or of the whole layer, without a sort.
 #pragma once
 
 #include "score.h"
@@ -6,7 +6,7 @@
 namespace ace {
 namespace {
 
-// Keys below 0 are padding and never counted.
+// The number of keys at or above the threshold. Negative keys are padding and are not counted.
 ACE_INLINE int64_t count_from(const int32_t* keys, int64_t padded, int32_t threshold) {
     const Ints at = Ints::all(threshold);
     Ints below = Ints::all(0);
@@ -14,17 +14,17 @@ ACE_INLINE int64_t count_from(const int32_t* keys, int64_t padded, int32_t thres
     return padded + sum(below);
 }
 
-// Position of the first of the last `wanted` keys that equal `threshold`.
+// Index of the first of the last `wanted` keys that equal `threshold`.
 ACE_INLINE int64_t last_ties(const int32_t* keys, int64_t count, int32_t threshold, int64_t wanted) {
     int64_t j = count;
     while (wanted && j > 0) wanted -= keys[--j] == threshold;
     return j;
 }
 
-// Bisection of the key range, until a threshold splits off exactly k or only ties are left.
+// Bisects the key range until exactly k keys are at or above the threshold, or only ties are left.
 inline Cut cut_row(const int32_t* keys, int64_t count, int64_t padded, int64_t k) {
     int32_t low = 0, high = HIGHEST_KEY + 1;
-    int64_t above = 0;  // keys from `high` on: fewer than k, where those from `low` on are at least k
+    int64_t above = 0;  // number of keys >= `high`, fewer than k; at least k keys are >= `low`
     if (k == 0) return {high, 0};
     if (k == count) return {low, 0};
     while (high - low > 1) {
@@ -41,7 +41,8 @@ inline Cut cut_row(const int32_t* keys, int64_t count, int64_t padded, int64_t k
     return {low, last_ties(keys, count, low, k - above)};
 }
 
-// `keys(j)` loads the keys of columns from + j on; ties survive from column `ties_from` on.
+// Writes the output of a cut. `keys(j)` loads the keys of columns from + j on. Ties are kept if their column is at
+// least `ties_from`.
 template <typename Keys>
 ACE_INLINE void deliver_cut(const Selection& s, int64_t i, int64_t from, int count, int32_t threshold,
                             int64_t ties_from, Keys keys) {
@@ -72,7 +73,7 @@ inline void select_rows(const Selection& s, int64_t k, int64_t begin, int64_t en
     }
 }
 
-// Scores rows begin..end strip by strip: visit(i, from, count, keys).
+// Scores rows begin..end strip by strip and calls visit(i, from, count, keys) for each strip.
 template <typename Visit>
 ACE_INLINE void each_strip(const Selection& s, int64_t begin, int64_t end, Visit visit) {
     alignas(64) int32_t keys[KEY_STRIP];
@@ -96,7 +97,7 @@ inline void count_keys(const Selection& s, const Histogram& h, int64_t begin, in
 inline int64_t find_ties(const Selection& s, int32_t threshold, int64_t wanted) {
     int64_t found = s.weight.rows * s.weight.cols;
     for (int64_t i = s.weight.rows - 1; wanted && i >= 0; --i) {
-        // Strips of a row come in ascending order: count the row's ties, then place the last `wanted` of them.
+        // Strips of a row are visited in ascending order: count the row's ties, then find the last `wanted` of them.
         int64_t ties = 0;
         each_strip(s, i, i + 1, [&](int64_t, int64_t, int count, const int32_t* keys) {
             for (int j = 0; j < count; ++j) ties += keys[j] == threshold;

@@ -1,4 +1,4 @@
-// The C ABI of what sums over tokens, sequences, or all of a weight, and of what a recovery's step takes.
+// The C ABI of operations that sum over tokens, sequences or a whole weight, and of those for a recovery step.
 
 #include "gram_product.h"
 #include "term_range.h"
@@ -12,7 +12,7 @@
 namespace ace {
 namespace {
 
-// scale_j = base_j sqrt(square_j * inverse) factor_j^sign, a null factor left out.
+// scale_j = base_j sqrt(square_j * inverse) factor_j^sign; null factors are left out.
 struct ColumnScale {
     const double* square;
     double inverse;
@@ -20,7 +20,7 @@ struct ColumnScale {
     int32_t sign;
 };
 
-// Whether all that it makes is finite and not below 0.
+// Computes the scale; returns whether all of it is finite and not negative.
 bool scale_columns(const ColumnScale& of, int64_t cols, float* scale) {
     for (int64_t j = 0; j < cols; ++j) scale[j] = of.base ? of.base[j] : 1;
     if (of.square) {
@@ -34,10 +34,10 @@ bool scale_columns(const ColumnScale& of, int64_t cols, float* scale) {
     return in_range(scale, cols);
 }
 
-// Finite for a sum of 0, NaN for one that is not finite.
+// Inverts sums. The inverse of 0 is finite; the inverse of a sum that is not finite is NaN.
 void invert(float* sums, int64_t count) {
     constexpr float SMALLEST = std::numeric_limits<float>::min();
-    // What is added is 0 for a finite sum and NaN for another.
+    // The second summand is 0 for finite sums and NaN for others.
     for (int64_t k = 0; k < count; ++k) sums[k] = 1 / (sums[k] > SMALLEST ? sums[k] : SMALLEST) + (sums[k] - sums[k]);
 }
 
@@ -48,8 +48,8 @@ using namespace ace;
 
 extern "C" {
 
-// Row and column sums or their inverses and, where it is not null, the columns' scale with them; `found` becomes 1 if
-// one of these is NaN or infinite, or the scale is below 0, else 0.
+// Row and column sums or their inverses and, if `scale` is not null, the column scale. `found` becomes 1 if one of
+// these is NaN or infinite, or if the scale is negative, else 0.
 ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                                float* row_sums, float* col_sums, int32_t inverse, const double* square,
                                double inverse_divisor, const float* base, const float* factor, int32_t sign,
@@ -77,14 +77,14 @@ ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t
     });
 }
 
-// `found` becomes 1 if the scale holds NaN, infinity or a number below 0, else 0.
+// `found` becomes 1 if the scale contains NaN, infinity or a negative number, else 0.
 ACE_EXPORT int ace_column_scale(int64_t cols, const double* square, double inverse_divisor, const float* base,
                                 const float* factor, int32_t sign, float* scale, int32_t* found) {
     *found = !scale_columns({square, inverse_divisor, base, factor, sign}, cols, scale);
     return 0;
 }
 
-// `norm` as VarianceNorm counts them.
+// `norm` is a value of VarianceNorm.
 ACE_EXPORT int ace_variance_factor(const float* square, int64_t n_sequences, int64_t channels, int32_t norm,
                                    float power, float eps, float* factor, int32_t threads) {
     return guarded([&] {
@@ -108,7 +108,7 @@ ACE_EXPORT int ace_variance_factor(const float* square, int64_t n_sequences, int
     });
 }
 
-// Of rows of logits, all three of one element; a row of `loss` each.
+// Logits, wanted logits and gradient have the same element type; `loss` has one entry per row.
 ACE_EXPORT int ace_divergence(void* logits, int64_t rows, int64_t cols, int64_t stride, int32_t element, void* wanted,
                               int64_t wanted_stride, void* gradient, int64_t gradient_stride, float* loss,
                               int32_t threads) {
@@ -123,7 +123,7 @@ ACE_EXPORT int ace_divergence(void* logits, int64_t rows, int64_t cols, int64_t 
     });
 }
 
-// `size` values with two moments of each; `rounded`, fp32 or bf16, and `factor` may be null.
+// `size` values with two moments each; `rounded` (fp32 or bf16) and `factor` may be null.
 ACE_EXPORT int ace_adamw(float* values, float* first, float* second, int64_t size, const void* gradient,
                          int32_t gradient_element, void* rounded, int32_t rounded_element, const float* factor,
                          float rate, float gain_first, float gain_second, float unbias, float eps, int32_t zeros_stay,
@@ -150,7 +150,7 @@ ACE_EXPORT int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_
     });
 }
 
-// `finite` becomes 0 if an element is NaN or infinite or, where `not_below_zero` is set for fp32, below 0; else 1.
+// `finite` becomes 0 if an element is NaN or infinite or, for fp32 with `not_below_zero`, negative; else 1.
 ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                               int32_t not_below_zero, int32_t threads, int32_t* finite) {
     const Matrix m = {const_cast<void*>(data), rows, cols, stride, Element(element)};
@@ -173,7 +173,7 @@ ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int6
     });
 }
 
-// `valid` is null or one byte a token; `count` is one number a sequence.
+// `valid` is null or has one byte per token; `count` has one number per sequence.
 ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t length, int64_t channels,
                            int64_t sequence_stride, int64_t token_stride, int32_t element, const uint8_t* valid,
                            double* total, double* deviation, float* sequence_square, int64_t* count,
@@ -220,16 +220,16 @@ ACE_EXPORT int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t chan
     });
 }
 
-// 1 where ace_gram_product serves this processor under the instruction set in use.
+// 1 if ace_gram_product can run on this processor with the instruction set in use.
 ACE_EXPORT int ace_has_gram_product() { return strcmp(bodies->name, "avx512") == 0 && has_bf16_pairs(); }
 
-// Adds bf16 tokens' products to a symmetric matrix, fp32 [width, width]. Panels are dealt out from both ends: later
-// ones have more rows.
+// Adds the products of bf16 tokens to a symmetric matrix, fp32 [width, width]. Panels are distributed to threads from
+// both ends, because later ones have more rows.
 ACE_EXPORT int ace_gram_product(const uint16_t* tokens, int64_t n_tokens, int64_t width, int64_t stride, float* gram,
                                 int32_t threads) {
     return guarded([&] {
         const int64_t panels = units(width, GRAM_PANEL);
-        // Sixteen products take as long as a byte.
+        // Sixteen products take as long as reading a byte.
         const int shares = threads_for(n_tokens * width * width / 2 / 16, panels, threads);
         std::vector<uint32_t> packed(panels * GRAM_PANEL * std::min(GRAM_PAIRS, units(n_tokens, 2)));
         const auto each = [&](const auto& work) {

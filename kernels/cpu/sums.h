@@ -1,4 +1,4 @@
-// Sums over rows and columns, and the search for what is not finite. fp32 inside a strip, fp64 across strips.
+// Sums over rows and columns, and the check for NaN and infinity. Sums are fp32 within a strip, fp64 across strips.
 #pragma once
 
 #include "score.h"
@@ -7,17 +7,17 @@ namespace ace {
 namespace {
 
 constexpr int ROW_TILE = 8;
-// Bytes between an element that is read and the one of the same row that memory is asked for meanwhile.
+// Prefetch distance within a row, in bytes.
 constexpr int ROWS_AHEAD = 2048;
 
-// Whether no vector before that of element j asked for its line of 64 bytes.
+// True if element j's vector is the first in its 64-byte cache line, so that each line is prefetched once.
 template <typename E>
 ACE_INLINE bool first_of_line(int j) {
     return j % int(64 / sizeof(typename E::Stored)) < LANES;
 }
 
-// Adds |w| of TILE rows to the column sums, and each row's own sum to `rows`; near the end of the rows memory is asked
-// for the TILE rows after them.
+// Adds |w| of TILE rows to the column sums, and each row's sum to `rows`; near the end of the rows it prefetches the
+// next TILE rows.
 template <typename E, int TILE>
 ACE_INLINE void add_magnitudes(const typename E::Stored* weight, const Matrix& w, float* cols, double* rows) {
     constexpr int AHEAD = ROWS_AHEAD / sizeof(typename E::Stored);
@@ -77,7 +77,7 @@ inline void token_norms(const Matrix& outputs, int64_t begin, int64_t end, float
     });
 }
 
-// The largest exponent decides: NaN and infinity are the elements whose exponent bits are all ones.
+// Finds the largest exponent: only NaN and infinity have all exponent bits set.
 inline bool all_finite(Element element, const void* data, int64_t count) {
     return with_element(element, [&](auto tag) ACE_INLINED {
         using E = decltype(tag);

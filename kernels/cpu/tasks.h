@@ -1,5 +1,5 @@
-// What one call asks for, in plain pointers and counts, and the table of bodies that serve it.
-// Each instruction set compiles the same bodies into its own table; library.cpp picks one and splits the work.
+// The arguments of each operation as plain pointers and counts, and the table of functions that implement them.
+// Each instruction set compiles the same functions into its own table; library.cpp selects one and splits the work.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,14 @@ namespace ace {
 enum class Element : int32_t { fp32, fp16, bf16 };
 enum class Output : int32_t { weight, mask, bits };
 
-// A matrix whose rows are contiguous; stride counts elements from row to row.
+// A matrix with contiguous rows; `stride` is the number of elements from row to row.
 struct Matrix {
     void* data;
     int64_t rows, cols, stride;
     Element element;
 };
 
-// score = |w|^power * (row_i + col_j) * scale_j * coupling_ij, a null factor left out.
+// score = |w|^power * (row_i + col_j) * scale_j * coupling_ij; null factors are left out.
 struct Terms {
     const float *row, *col, *scale, *coupling;
     int32_t power;
@@ -26,7 +26,7 @@ struct Selection {
     Matrix weight;
     Terms terms;
     Output output;
-    uint8_t* delivered;  // bool [rows, cols] or bits [rows, ceil(cols / 8)]; unused when the weight is written
+    uint8_t* delivered;  // bool [rows, cols] or bits [rows, ceil(cols / 8)]; unused if the output is the weight
 };
 
 struct Pattern {
@@ -34,20 +34,20 @@ struct Pattern {
     bool along_out;
 };
 
-// A key survives above the threshold, and at it from flat index `ties_from` on.
+// Keys above the threshold are kept, and keys equal to it from flat index `ties_from` on.
 struct Cut {
     int32_t threshold;
     int64_t ties_from;
 };
 
-// Rows of the weight share one histogram: keys whose bits above `prefix_shift` equal `prefix`, by their next bits.
+// One histogram for all rows: it counts keys whose bits above `prefix_shift` equal `prefix`, by their next bits.
 struct Histogram {
     int32_t prefix, prefix_shift, bin_shift, bin_mask;
 };
 
 struct MomentsTask {
-    const void* const* tokens;  // a row pointer for each token that counts, in order, then TOKEN_TILE to spare
-    const int64_t* sequence;    // which sequence each of them belongs to
+    const void* const* tokens;  // a row pointer per valid token, in order, then TOKEN_TILE spare pointers
+    const int64_t* sequence;    // the sequence of each token
     int64_t n_tokens, channels, strip;
     Element element;
     double *total, *deviation;
@@ -67,21 +67,21 @@ struct VarianceTask {
     const float* square;  // [n_sequences, channels]
     int64_t n_sequences, channels;
     VarianceNorm norm;
-    float power, eps, least;  // least: the level that a smaller one counts as
-    float* levels;                    // [n_sequences]: what each row is divided by; null for a channel's own
+    float power, eps, least;  // least: smallest level; smaller ones are raised to it
+    float* levels;                    // [n_sequences]: each row's divisor; null if each channel has its own level
     float* factor;                    // [channels]
 };
 
 struct DivergenceTask {
-    Matrix logits, wanted, gradient;  // of one shape and element; the gradient may lie over the logits
+    Matrix logits, wanted, gradient;  // same shape and element type; the gradient may overwrite the logits
     float* loss;                      // [rows]
 };
 
 struct AdamWTask {
     float *values, *first, *second;
     const void* gradient;
-    void* rounded;        // a copy of the new values, or null; fp32 or bf16
-    const float* factor;  // of the gradient; null for 1
+    void* rounded;        // receives a copy of the new values, fp32 or bf16; may be null
+    const float* factor;  // multiplies the gradient; null for 1
     Element gradient_element, rounded_element;
     float rate, gain_first, gain_second, unbias, eps;
     bool zeros_stay;
@@ -94,15 +94,15 @@ struct JoinTask {
 };
 
 struct AssignmentTask {
-    const float* gains;  // [size, size]: of a group with a candidate
+    const float* gains;  // [size, size]: gain of each group (row) with each candidate
     int64_t size;
     int32_t* joins;  // [size]: the candidate of each group
-    // For work, [size rounded up to 16]:
+    // Working buffers, [size rounded up to 16]:
     float *price, *length, *done;
     int32_t *before, *group_of, *path;
 };
 
-// n of every m along contiguous rows: values one after the other, and a bit a weight in words of 32, lowest first.
+// n of every m along contiguous rows: the kept values in order, and one bit per weight in 32-bit words, lowest first.
 struct PackedWeight {
     const void* values;
     const uint32_t* meta;
@@ -111,7 +111,7 @@ struct PackedWeight {
     Element element;
 };
 
-// Where a packed weight goes to, by the bytes of an element.
+// The output of unpacking a weight, for elements of a given number of bytes.
 struct Unpacking {
     const void* values;
     const uint32_t* meta;
@@ -120,7 +120,7 @@ struct Unpacking {
     void* weight;  // [rows, cols]
 };
 
-// Where a selection packs to: by score, or by what of a pruned weight is not 0.
+// The output of packing, by score or by the non-zeros of a pruned weight.
 struct Packing {
     void* values;
     uint32_t* meta;
@@ -134,31 +134,31 @@ struct LinearTask {
     float* out;         // [n_tokens, rows]
 };
 
-// Rows of a unit of summing: column sums do not depend on how units are dealt to threads.
+// Rows per unit of summing: column sums do not depend on how units are distributed to threads.
 constexpr int64_t SUM_ROWS = 128;
-// Tokens whose channels are summed at a time, and the most channels of a strip of moments.
+// Tokens that are summed at once, and the largest number of channels in a strip of moments.
 constexpr int64_t TOKEN_TILE = 8, MOST_CHANNELS = 4096;
 constexpr int64_t CHANNEL_STRIP = 1024;
-// Rows that join_gains sums on their own.
+// Rows per partial sum of join_gains.
 constexpr int64_t JOIN_ROWS = 128;
-// Selection works strip by strip, so that keys stay in the first-level cache.
+// Columns per strip of a selection, so that keys stay in the first-level cache.
 constexpr int64_t KEY_STRIP = 1024;
 
 struct Bodies {
     const char* name;
-    // Groups of rows begin..end: single rows along the inputs, m rows along the outputs.
+    // Groups of rows begin..end: a group is one row along the inputs, or m rows along the outputs.
     void (*select_nm)(const Selection&, const Pattern&, int64_t begin, int64_t end);
-    // Rows begin..end, k survivors in each; `keys` holds a row rounded up to 16.
+    // Keeps k weights in each of the rows begin..end; `keys` has room for a row rounded up to 16.
     void (*select_rows)(const Selection&, int64_t k, int64_t begin, int64_t end, int32_t* keys);
     void (*count_keys)(const Selection&, const Histogram&, int64_t begin, int64_t end, int64_t* bins);
     // The flat index of the first of the last `wanted` keys equal to `threshold`.
     int64_t (*find_ties)(const Selection&, int32_t threshold, int64_t wanted);
     void (*apply_cut)(const Selection&, const Cut&, int64_t begin, int64_t end);
-    // Row sums of one block of SUM_ROWS rows, and the block's own column sums.
+    // Row sums of one block of SUM_ROWS rows, and the column sums of that block.
     void (*weight_sums)(const Matrix&, int64_t block, float* row_sums, float* block_cols);
     void (*token_norms)(const Matrix&, int64_t begin, int64_t end, float* norms);
     bool (*all_finite)(Element, const void* data, int64_t count);
-    // Channels of one strip, as wide as the task says.
+    // Channels of one strip; the task holds the strip's width.
     void (*moments)(const MomentsTask&, int64_t strip);
     // Channels of one strip of CHANNEL_STRIP.
     void (*weighted_squares)(const SquaresTask&, int64_t strip);
@@ -167,15 +167,15 @@ struct Bodies {
     void (*variance_factor)(const VarianceTask&, int64_t strip);
     void (*divergence)(const DivergenceTask&, int64_t begin, int64_t end);
     void (*adamw)(const AdamWTask&, int64_t begin, int count);
-    // One vector of one pool's candidates; zero rows leave the gains unwritten.
+    // One vector of candidates of one pool; without rows, nothing is written.
     void (*join_gains)(const JoinTask&, int64_t pool, int64_t block);
-    // False if sums of gains leave the range of fp32.
+    // False if sums of gains overflow fp32.
     bool (*assign)(const AssignmentTask&);
-    // Rows begin..end; false where a group of a pruned weight has more than n that are not 0.
+    // Rows begin..end; false if a group of a pruned weight has more than n non-zeros.
     bool (*pack_nm)(const Selection&, const Pattern&, const Packing&, int64_t begin, int64_t end);
     // Rows begin..end.
     void (*unpack_nm)(const Unpacking&, int64_t begin, int64_t end);
-    // fp32 copies of rows, `padded` apart, zeros behind them.
+    // fp32 copies of rows, `padded` elements apart and padded with zeros.
     void (*widen_rows)(const Matrix&, int64_t padded, float* out);
     // Outputs begin..end of all tokens.
     void (*nm_linear)(const PackedWeight&, const LinearTask&, int64_t begin, int64_t end);

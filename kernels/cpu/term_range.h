@@ -1,4 +1,4 @@
-// Whether numbers can be terms of a score: finite, and not below 0.
+// Checks score terms: they must be finite and not negative.
 #pragma once
 
 #include <cfloat>

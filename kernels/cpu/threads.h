@@ -1,5 +1,5 @@
-// What the files of the C ABI share. Its functions check nothing (the Python side has), deal units of work to threads,
-// and return 0, or 1 where memory ran out.
+// Shared code of the C ABI. Its functions do not check their arguments (the Python side does), distribute units of work
+// to threads, and return 0, or 1 if memory ran out.
 #pragma once
 
 #include "tasks.h"
@@ -16,21 +16,21 @@
 
 namespace ace {
 
-// Of the instruction set in use.
+// The functions for the instruction set in use.
 extern const Bodies* bodies;
 
 namespace {
 
-// What one thread reads while another is started: 60 us on a busy machine.
+// Bytes that one thread reads in the time in which another one starts: 60 us on a busy machine.
 constexpr int64_t BYTES_PER_START = 1 << 20;
 
 int64_t bytes_of(const Matrix& m) { return m.rows * m.cols * (m.element == Element::fp32 ? 4 : 2); }
 
 int64_t units(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
 
-// Threads for `bytes` of memory that are read or written; work that takes longer counts as more of them. Threads are
-// started one after the other, so t of them take bytes / t + BYTES_PER_START t, which is least where t is the square
-// root of bytes / BYTES_PER_START.
+// The number of threads for `bytes` of memory to read or write; slower work counts as more bytes. Threads start one
+// after the other, so t threads cost bytes / t + BYTES_PER_START t. The minimum is at
+// t = sqrt(bytes / BYTES_PER_START).
 int threads_for(int64_t bytes, int64_t n_units, int most) {
     const int64_t limit = std::max<int64_t>(1, std::min<int64_t>(most, n_units));
     int64_t threads = 1;
@@ -38,8 +38,8 @@ int threads_for(int64_t bytes, int64_t n_units, int most) {
     return int(threads);
 }
 
-// work(begin, end, thread) over even shares of n_units; the calling thread takes the first, and any that the
-// system would not start a thread for.
+// Calls work(begin, end, thread) for equal shares of n_units. The calling thread does the first share, and all shares
+// for which the system could not start a thread.
 template <typename Work>
 void deal(int64_t n_units, int threads, const Work& work) {
     const auto share = [&](int thread) { work(n_units * thread / threads, n_units * (thread + 1) / threads, thread); };

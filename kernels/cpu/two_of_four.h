@@ -1,5 +1,5 @@
-// y = x W^T from a weight packed 2:4, value by value: sixteen values, two of each group of four, take the inputs that
-// their places name, and pruned weights cost nothing. Lane l of an output's sum takes the values k with k % 16 = l.
+// y = x W^T from a weight packed 2:4, value by value. Sixteen values, two per group of four, gather their inputs by
+// index, so pruned weights cost nothing. Lane l of an output's sum adds the values k with k % 16 = l.
 #pragma once
 
 #include "nm_linear.h"
@@ -7,20 +7,21 @@
 namespace ace {
 namespace {
 
-// Weights of a word, and of the values in a vector.
+// Weights per word of metadata, and per vector of values.
 constexpr int WORD = 32;
-// Inputs whose places are made at a time for one token. Making them holds up the reading of memory: little and often is
-// best where a register of values is a whole line.
+// Inputs whose indices are computed at once for one token. This stalls memory reads, so short steps are best if a
+// register of values fills a whole cache line.
 template <typename E>
 constexpr int ONE_TOKEN_TILE = WIDTH * sizeof(typename E::Stored) == 64 ? 128 : INPUT_TILE;
-// Bytes between what is read of a row and what memory is asked for meanwhile.
+// Prefetch distances within a row, in bytes.
 template <typename E>
 constexpr int VALUES_AHEAD = sizeof(typename E::Stored) == 4 ? 1536 : 3072;
 template <typename E>
 constexpr int META_AHEAD = sizeof(typename E::Stored) == 4 ? 128 : 512;
 
-// Words of sixteen 2-bit places inside their groups from words of 32 bits, nibble by nibble: the lower place is 0 where
-// bit 0 is set, else 1 where bit 1 is, else 2; the higher one 3, 2 or 1 by bits 3 and 2. No bits lead outside a group.
+// Converts words of 32 bits to words of sixteen 2-bit indices into groups, nibble by nibble. The lower index is 0 if
+// bit 0 is set, else 1 if bit 1 is set, else 2. The higher index is 3, 2 or 1 by bits 3 and 2. Any bits give
+// indices from 0 to 3.
 ACE_INLINE void places_of(const uint32_t* meta, int words, uint32_t* places) {
     for (int k = 0; k < words; ++k) {
         const uint32_t bits = meta[k], down = bits >> 1, up = bits << 1;
@@ -29,7 +30,7 @@ ACE_INLINE void places_of(const uint32_t* meta, int words, uint32_t* places) {
     }
 }
 
-// The inputs of sixteen values, out of the 32 at `x`.
+// Gathers the inputs of sixteen values out of the 32 inputs at `x`.
 struct Inputs {
 #if ACE_WIDTH == 16
     __m512i index;
@@ -50,7 +51,7 @@ struct Inputs {
         index[0] = _mm256_srlv_epi32(_mm256_set1_epi32(int32_t(places)), shifts);
         index[1] = _mm256_srlv_epi32(_mm256_set1_epi32(int32_t(places >> 16)), shifts);
     }
-    // Four groups at a time, the first two of which fill the lower half of the values.
+    // Four groups at a time; the first two fill the lower half of the register.
     ACE_INLINE Floats of(const float* x) const {
         Floats v;
         for (int p = 0; p < 2; ++p, x += LANES) {
@@ -72,7 +73,7 @@ struct Inputs {
 #endif
 };
 
-// OUTPUTS rows of a packed weight.
+// Rows of a packed weight.
 template <typename E>
 struct TwoOfFour {
     const typename E::Stored* values;
@@ -80,7 +81,7 @@ struct TwoOfFour {
     int64_t stride, words;
 };
 
-// A word of OUTPUTS rows times TOKENS tokens; the last one of a row may hold `lanes` values, not a whole vector.
+// Multiplies one word of OUTPUTS rows by TOKENS tokens; a row's last word may have only `lanes` values.
 template <int OUTPUTS, int TOKENS, bool WHOLE, typename E, int TILE_WORDS>
 ACE_INLINE void add_word(const typename E::Stored* const* row, int lanes, const uint32_t (*places)[TILE_WORDS], int k,
                          const float* x, int64_t padded, Floats (*sum)[TOKENS]) {
@@ -91,8 +92,8 @@ ACE_INLINE void add_word(const typename E::Stored* const* row, int lanes, const 
     }
 }
 
-// Inputs of one tile, `count` of them, from `from` on. With one token there are registers to spare: memory is asked ahead
-// once for every line.
+// Multiplies one tile of `count` inputs, from `from` on. One token leaves registers free, so the loop is unrolled and
+// prefetches each cache line once.
 template <int OUTPUTS, int TOKENS, typename E, int TILE_WORDS>
 ACE_INLINE void add_tile(const TwoOfFour<E>& w, int64_t from, int count, const uint32_t (*places)[TILE_WORDS],
                          const float* x, int64_t padded, Floats* sums) {
@@ -120,7 +121,7 @@ ACE_INLINE void add_tile(const TwoOfFour<E>& w, int64_t from, int count, const u
     }
 }
 
-// All inputs, TILE of them after the other: the number of words is a constant in every tile but the last.
+// All inputs, TILE at a time; the number of words is a constant in every tile but the last.
 template <int OUTPUTS, int TILE, typename E>
 ACE_INLINE void add_row(const TwoOfFour<E>& w, int64_t cols, const float* x, int64_t padded, int tokens, Floats* sums) {
     const auto add = [&](int64_t from, int count) ACE_INLINED {

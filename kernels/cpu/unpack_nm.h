@@ -1,4 +1,4 @@
-// Dense rows from weights packed n:m, sixteen at a time: bits are moved, whatever they stand for.
+// Unpacks n:m weights to dense rows, sixteen weights at a time; elements are moved as raw bits.
 #pragma once
 
 #include "octets.h"
@@ -7,7 +7,7 @@
 namespace ace {
 namespace {
 
-// to[k] is the next of `from` if bit k is set, else 0; of `from`, `available` may be read.
+// to[k] is the next element of `from` if bit k is set, else 0; only `available` elements of `from` may be read.
 template <typename Stored>
 ACE_INLINE void spread_some(const Stored* from, int64_t available, uint16_t bits, Stored* to, int lanes) {
     for (int k = 0; k < lanes; ++k) to[k] = Stored(0);
@@ -51,7 +51,7 @@ ACE_INLINE void spread_sixteen(const Stored* from, uint16_t bits, Stored* to) {
 }
 #endif
 
-// Bytes between what is read of the values and what memory is asked for meanwhile.
+// Prefetch distance of values, in bytes.
 constexpr int AHEAD = 2048;
 
 template <typename Stored>
@@ -65,7 +65,7 @@ inline void unpack_rows(const Unpacking& task, int64_t begin, int64_t end) {
         int64_t before = 0;
         for (int64_t j = 0; j < task.cols; j += LANES) {
             const uint16_t bits = uint16_t(meta[j / 32] >> (j % 32));
-            // Counted from the group, so that damaged metadata do not lead outside.
+            // Computed from the group's index, so that damaged metadata cannot cause a read out of bounds.
             int64_t next = i * stride + (j >> log_m) * task.n;
             if (task.m == 2 * LANES && j % 32) next += before < task.n ? before : task.n;
             before = __builtin_popcount(bits);

@@ -1,4 +1,4 @@
-// VarP's factor of a channel: the mean over sequences of (1 - y)^(-power). fp32 over a few sequences, then over those.
+// VarP's factor of a channel: the mean over sequences of (1 - y)^(-power), from fp32 partial sums over a few sequences.
 #pragma once
 
 #include "score.h"
@@ -6,10 +6,10 @@
 namespace ace {
 namespace {
 
-// Sequences whose terms are added up on their own.
+// Sequences per partial sum.
 constexpr int64_t SEQUENCE_TILE = 64;
 
-// The sum or the largest of each row begin..end.
+// The level of each row begin..end: its sum or its largest entry.
 inline void variance_levels(const VarianceTask& task, int64_t begin, int64_t end) {
     const bool adding = task.norm == VarianceNorm::frobenius;
     for (int64_t s = begin; s < end; ++s) {
@@ -30,7 +30,7 @@ inline void variance_levels(const VarianceTask& task, int64_t begin, int64_t end
     }
 }
 
-// Factors of one strip of LANES channels. Levels of 0 count as `least`. `max` keeps a NaN that is its second.
+// Factors of one strip of LANES channels. Levels are at least `least`. `max` returns NaN if its second argument is NaN.
 inline void variance_factor(const VarianceTask& task, int64_t strip) {
     const int64_t first = strip * LANES;
     const int lanes = int(task.channels - first < LANES ? task.channels - first : LANES);

@@ -1,5 +1,5 @@
-// Sixteen lanes, whatever the register width: results are the same on every instruction set by construction.
-// The including file sets ACE_WIDTH, the 32-bit lanes of one register: 16, 8 or 4.
+// Vectors of sixteen lanes for any register width, so results are the same on every instruction set.
+// The including file sets ACE_WIDTH, the number of 32-bit lanes per register: 16, 8 or 4.
 #pragma once
 
 #include <cstdint>
@@ -107,15 +107,15 @@ ACE_INLINE Floats square_root(Floats v) {
     return v;
 }
 
-// 0 where `v` is 0, even for another that is not finite.
+// 0 if `v` is 0, even if `other` is not finite; else `other`.
 ACE_INLINE Floats unless_zero(const Floats& v, const Floats& other) {
     Ints bits = bits_of(other);
     for (int p = 0; p < PARTS; ++p) bits.part[p] &= (NativeInts)(v.part[p] != 0);
     return floats_of(bits);
 }
 
-// The first `lanes` of a vector from or to memory; the other lanes are 0, and their memory is not touched. Whole vectors
-// move register by register: a copy of all parts at once goes through the stack, in pieces that do not forward.
+// Loads or stores the first `lanes` of a vector. Other lanes are 0, and their memory is not accessed. Whole vectors are
+// copied register by register: one copy of all parts would go through the stack, without store forwarding.
 template <typename Loaded, typename Stored>
 ACE_INLINE Loaded load_raw(const Stored* from, int lanes) {
     static_assert(sizeof(Loaded) == LANES * sizeof(Stored), "one element a lane");
@@ -166,7 +166,7 @@ struct Bytes {
 ACE_INLINE Ints widen(const Halves& halves) {
     Ints v;
     for (int p = 0; p < PARTS; ++p) {
-        // GCC 12 makes several instructions of the conversion.
+        // GCC 12 compiles __builtin_convertvector to several instructions here.
 #if ACE_WIDTH == 16
         v.part[p] = (NativeInts)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves.part[p]);
 #elif ACE_WIDTH == 8
@@ -178,7 +178,7 @@ ACE_INLINE Ints widen(const Halves& halves) {
     return v;
 }
 
-// For lanes that 16 bits hold, with their sign.
+// For lanes that fit in 16 bits, including the sign.
 ACE_INLINE Halves narrow(const Ints& v) {
     Halves halves;
     for (int p = 0; p < PARTS; ++p) {
@@ -193,8 +193,8 @@ ACE_INLINE Halves narrow(const Ints& v) {
     return halves;
 }
 
-// A store past the caches where whole registers are aligned: what nobody reads soon displaces nothing, and its memory is
-// not read first. `settle` has to come before another thread reads it.
+// Stores around the caches if whole registers are aligned: data that is not read soon displaces nothing, and its memory
+// is not read first. Call `settle` before another thread reads the data.
 ACE_INLINE void stream(float* to, const Floats& v, int lanes) {
 #if ACE_WIDTH > 4
     if (lanes == LANES && reinterpret_cast<uintptr_t>(to) % sizeof(v.part[0]) == 0) {
@@ -222,7 +222,7 @@ template <int GROUP, int BY>
 struct Rotation {
     static constexpr int source(int lane) { return lane - lane % GROUP + (lane % GROUP + BY) % GROUP; }
 
-    // Each register of the result draws on at most two: the one its first lane comes from, and the one of its last.
+    // Each result register needs at most two source registers: those of its first and of its last lane.
     template <int PART, int... LANE>
     static ACE_INLINE NativeInts gather(const Ints& v, std::integer_sequence<int, LANE...>) {
         constexpr int first = source(PART * WIDTH) / WIDTH, last = source(PART * WIDTH + WIDTH - 1) / WIDTH;
@@ -264,7 +264,7 @@ ACE_INLINE uint16_t signs(const Ints& v) {
     return uint16_t(bits);
 }
 
-// Sums of a power of two of vectors: as a tree, which is shorter than a chain and rounds less.
+// Adds vectors, a power of two of them, as a tree, which has less latency and rounding error than a chain.
 template <int COUNT>
 ACE_INLINE Floats sum_of(const Floats* terms) {
     return sum_of<COUNT / 2>(terms) + sum_of<COUNT / 2>(terms + COUNT / 2);
@@ -275,7 +275,7 @@ ACE_INLINE Floats sum_of<1>(const Floats* terms) {
     return terms[0];
 }
 
-// Always in the same order.
+// Adds the lanes, always in the same order.
 ACE_INLINE double sum(const Floats& v) {
     float lane[LANES];
     store(lane, v);
@@ -284,7 +284,7 @@ ACE_INLINE double sum(const Floats& v) {
     return total;
 }
 
-// The largest of the lanes and `least`; NaN is passed over.
+// The largest of the lanes and `least`; NaN is ignored.
 ACE_INLINE float largest(const Floats& v, float least) {
     float lane[LANES];
     store(lane, v);
@@ -300,7 +300,7 @@ ACE_INLINE int64_t sum(const Ints& v) {
     return total;
 }
 
-// function(j, lanes) for every vector of `count` elements, the last one maybe in part.
+// Calls function(j, lanes) for every vector of `count` elements; the last vector may be partial.
 template <typename Function>
 ACE_INLINE void each_vector(int count, Function function) {
     int j = 0;
