@@ -52,7 +52,7 @@ def test_a_checkpoint_s_file_is_refused_at_once(command, tiny_checkpoint, tmp_pa
     words = ("--method", "magnitude", "--json", path)
     code, _, errors = command("prune", tiny_checkpoint, tmp_path / "out", *words)
     assert code == 1
-    assert "named as a checkpoint's file" in errors
+    assert "has the name of a checkpoint's file" in errors
     assert path.read_bytes() == before
     assert not (tmp_path / "out").exists()
 
