@@ -37,7 +37,7 @@ STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(s
 
 app = typer.Typer(
     name="ace-triton",
-    help="Prune language models to n:m sparsity, run them sparse, and measure the loss.",
+    help="Prune language models to n:m sparsity, run them sparse, and compare methods.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

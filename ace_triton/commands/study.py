@@ -140,7 +140,7 @@ def study(
     trust_remote_code: TrustOption = False,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Run a small study by default: 2:4, sequences up to 32 tokens, one seed."),
+        typer.Option("--quick", help="Use the defaults of a small study: 2:4, sequences up to 32 tokens, one seed."),
     ] = False,
     render_only: Annotated[
         bool, typer.Option("--render-only", help="Draw the page again from the results in OUT, and measure nothing.")
