@@ -127,7 +127,7 @@ def repeated_share(sequences: torch.Tensor, span: int = SPAN) -> float:
     """
     span = min(span, sequences.shape[1])
     count = sequences.shape[1] - span + 1
-    hashed = torch.zeros(len(sequences), count, dtype=torch.int64)
+    hashed = torch.zeros(len(sequences), count, dtype=torch.int64, device=sequences.device)
     for offset in range(span):
         hashed = hashed * 6364136223846793005 + sequences[:, offset : offset + count] + 1442695040888963407
     return 1 - len(hashed.unique()) / hashed.numel()

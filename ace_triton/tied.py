@@ -47,7 +47,7 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     # Byte ranges can overlap without a shared element, as for two column ranges of one matrix. So mark the elements of
     # one tensor and look up those of the other.
     begin = min(one.storage_offset(), other.storage_offset())
-    marks = torch.zeros(max(first[1], second[1]) // one.element_size() - begin, dtype=torch.bool)
+    marks = torch.zeros(max(first[1], second[1]) // one.element_size() - begin, dtype=torch.bool, device="cpu")
     marks.as_strided(one.shape, one.stride(), one.storage_offset() - begin).fill_(True)
     return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset() - begin).any())
 

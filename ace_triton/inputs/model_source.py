@@ -135,7 +135,7 @@ def open_safetensors(path: Path) -> Any:
 def check_device(device: str | torch.device) -> None:
     """Raise CheckpointError if tensors cannot be created on a device."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"device {str(device)!r} is not available here ({reason(error)})") from error
 

@@ -58,7 +58,7 @@ class GivenBatches(Batches):
     def __init__(self, ids: torch.Tensor, tokens_per_step: int, seed: int) -> None:
         super().__init__(ids.shape[1], tokens_per_step, seed)
         self._ids = ids
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def passes(self, steps: int) -> float:
         return steps * self.tokens / self._ids.numel()

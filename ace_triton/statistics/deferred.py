@@ -57,7 +57,7 @@ class DeviceCounts(NamedTuple):
     def of(cls, count: int, unit: float, device: torch.device) -> DeviceCounts:
         """From numbers on the host; the device itself fills the tensors, so nothing is copied."""
         return cls(
-            torch.full((), count, device=device),
+            torch.full((), count, dtype=torch.int64, device=device),
             torch.full((), unit, dtype=torch.float64, device=device),
             torch.ones((), dtype=torch.bool, device=device),
         )

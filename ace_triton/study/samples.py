@@ -78,7 +78,7 @@ class Sampler:
 
     def _continue(self, prompt: str) -> str:
         given = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        given = torch.cat([torch.tensor([self._beginning], dtype=torch.int64), given], 1)
+        given = torch.cat([torch.tensor([self._beginning], dtype=torch.int64, device="cpu"), given], 1)
         ids = given.to(self._model.device)
         written = self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=self._greedy)
         return self._tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)

@@ -191,7 +191,7 @@ def test_what_cannot_be_packed_is_refused_with_row_and_group():
     with pytest.raises(PatternError, match="row 5, group 2") as caught:
         packed_linear(layer)
     assert (caught.value.row, caught.value.group) == (5, 2)
-    with pytest.raises(ValueError, match=r"no nn\.Linear"):
+    with pytest.raises(ValueError, match=r"only nn\.Linear and Conv1D can be packed"):
         packed_linear(nn.Embedding(4, 4))
 
 
