@@ -40,8 +40,9 @@ interpreter: setup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m pytest tests/kernels $(WORKERS)
 
 # Of the package: its tests see float32.
-DTYPE_TESTS = tests/kernels $(addprefix tests/test_,$(addsuffix .py,cpu_library nm_linear packed_checkpoint packed_derivatives \
-	prune prune_model stats metrics update rescale sparsegpt least_squares permutation budgets sparsify kept_adamw gram collect))
+DTYPE_TESTS = tests/kernels tests/statistics tests/methods tests/solvers $(addprefix tests/,$(addsuffix .py,test_prune \
+	test_prune_blocks test_budgets packed/test_nm_linear packed/test_checkpoint packed/test_derivatives packed/test_pack_model \
+	reordering/test_permutation recovery/test_optimizer decoders/test_collect))
 test-dtypes: setup  ## the tests of kernels, pruning and packed layers under other default dtypes of torch
 	for dtype in float64 bfloat16; do \
 		OMP_NUM_THREADS=1 ACE_TRITON_TEST_DTYPE=$$dtype $(BIN)/python -m pytest $(DTYPE_TESTS) $(WORKERS) || exit 1; done

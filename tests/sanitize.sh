@@ -7,7 +7,7 @@ python=$(realpath -s "$1")
 shift
 cd "$(dirname "$0")/.."
 tests=("$@")
-[ ${#tests[@]} -gt 0 ] || tests=(tests/kernels tests/test_cpu_library.py tests/test_nm_linear.py)
+[ ${#tests[@]} -gt 0 ] || tests=(tests/kernels tests/packed/test_nm_linear.py)
 compiler=${CXX:-g++}
 folder=build/sanitize
 
