@@ -122,7 +122,11 @@ def sections(out: Path, dry_run: bool) -> tuple[Section, ...]:
         return Section(name, ("-m", "pytest", "-q", *arguments, *options, *device, *files), limit)
 
     which = DRY_RUN_TESTS if dry_run else "cuda"
-    alone = [f"tests/test_{name}.py" for name in ("cuda", "semi_structured", "published_baselines")]
+    alone = (
+        "tests/test_cuda.py",
+        "tests/packed/test_semi_structured.py",
+        "tests/benchmarks/test_published_baselines.py",
+    )
     tests = ("tests/kernels", *alone, "-k", which, "--junitxml", str(report))
     kernels = [f"benchmarks/bench_{name}.py" for name in KERNELS]
     layer = ("--device", "cpu", "--shape", "64x128", "--rows", "1") if dry_run else ("--shape", "4096x11008")

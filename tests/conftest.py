@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ace_triton.methods.registry import _REGISTRY
+
 VOCABULARY = 320
 
 _SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -48,6 +50,15 @@ def pytest_configure() -> None:
         from tests.default_dtype import use_default_dtype
 
         use_default_dtype(getattr(torch, dtype))
+
+
+@pytest.fixture(autouse=True)
+def registered_metrics():
+    """A metric that a test registers is forgotten afterwards."""
+    before = dict(_REGISTRY)
+    yield
+    _REGISTRY.clear()
+    _REGISTRY.update(before)
 
 
 @pytest.fixture(params=FAMILIES)

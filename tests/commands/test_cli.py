@@ -107,7 +107,7 @@ def test_an_existing_folder_is_left_alone_unless_told(prune, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     code, _, errors = prune(tmp_path / "out", "--overwrite")
     assert code == 1
-    assert "holds mine" in errors
+    assert "contains mine" in errors
     (tmp_path / "out" / "mine").unlink()
     for seed in range(2):
         assert prune(tmp_path / "out", "--overwrite", "--seed", seed)[0] == 0

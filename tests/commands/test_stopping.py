@@ -9,6 +9,16 @@ from ace_triton.inputs import checkpoint
 from ace_triton.packed.checkpoint import load_model
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """A test run in the background inherits signals that are ignored; here they have Python's own handlers."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def stopped_while_saving(monkeypatch):
     """stopped_while_saving(number): the process gets this signal in the middle of writing a checkpoint."""

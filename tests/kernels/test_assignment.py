@@ -67,7 +67,7 @@ def test_says_what_is_wrong(gains):
 def test_gains_that_are_not_finite_are_refused(device, bad, everywhere):
     gains = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0))
     gains[1, 3 : 20 if everywhere else 4] = bad
-    with pytest.raises(ValueError, match="gains hold NaN or infinity"):
+    with pytest.raises(ValueError, match="gains contain NaN or infinity"):
         assignment(gains.to(device))
 
 
@@ -78,7 +78,7 @@ def test_gains_whose_differences_leave_fp32_end_the_search(device, groups):
     gains[:, :, 0] = gains[:, -1] = 3e38
     gains = gains.to(device)
     if choose_backend(gains) == "cpu":
-        with pytest.raises(ValueError, match="divide all gains by one number"):
+        with pytest.raises(ValueError, match="divide all gains by the same number"):
             assignment(gains)
     else:
         sums(gains, assignment(gains))

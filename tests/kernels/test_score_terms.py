@@ -33,7 +33,7 @@ def test_terms_out_of_range_are_refused_and_nothing_is_written(selection, name, 
     weight = torch.ones(8, 16)
     named = {name: torch.ones(shape) for name, shape in SHAPES.items()}
     named[name].view(-1)[-1] = bad
-    with pytest.raises(ValueError, match=f"score term '{name}' holds NaN, infinity or a number below 0"):
+    with pytest.raises(ValueError, match=f"score term '{name}' contains NaN, infinity or a negative number"):
         SELECTIONS[selection](weight, ScoreTerms(**named))
     assert torch.equal(weight, torch.ones(8, 16))
 

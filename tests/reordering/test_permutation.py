@@ -122,5 +122,5 @@ def test_scores_at_the_end_of_fp32s_range_are_ordered_as_small_ones_are():
 def test_scores_that_are_not_finite_are_refused(bad):
     scores = torch.rand(1, 8, 16)
     scores[0, 3, 5] = bad
-    with pytest.raises(ValueError, match="scores hold NaN or infinity"):
+    with pytest.raises(ValueError, match="scores contain NaN or infinity"):
         search_permutation(scores, 2, 4)
