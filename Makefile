@@ -42,7 +42,7 @@ interpreter: setup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m pytest tests/kernels $(WORKERS)
 
 # Of the package: its tests see float32.
-DTYPE_TESTS = tests/kernels $(addprefix tests/test_,$(addsuffix .py,cpu_library nm_linear packed_checkpoint packed_derivatives \
+DTYPE_TESTS = tests/kernels $(addprefix tests/test_,$(addsuffix .py,cpu_library nm_linear packed_checkpoint \
 	prune prune_model stats metrics update rescale sparsegpt least_squares permutation budgets sparsify kept_adamw gram collect))
 test-dtypes: setup  ## the tests of kernels, pruning and packed layers under other default dtypes of torch
 	for dtype in float64 bfloat16; do \
