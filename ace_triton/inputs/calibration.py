@@ -76,7 +76,8 @@ def load_calibration(
             ``pydoc:calibration`` for text that comes with Python, or the name of a dataset,
             ``name[:config[:split]]``; or a list of documents; or "self", and the model writes its own text.
         tokenizer: the tokenizer of the model.
-        samples, length: number of sequences, and number of tokens in each.
+        samples: number of sequences.
+        length: number of tokens in each sequence.
         seed: random seed for the places of the cuts, or for the text that the model writes.
         model: the model, needed for "self" only.
         apart: cut the text into consecutive pieces that share no token, at most ``samples`` of them, instead of random
