@@ -38,7 +38,7 @@ def find_budgets(
     Args:
         model: dense, in evaluation mode.
         units: its blocks, with the layers to prune; layers that no token reaches are not counted.
-        pattern: of the whole model.
+        pattern: the pattern of the whole model.
         batches: run through the model once; the choice of text hardly changes the number of outliers.
         clock: measures the time.
     """
@@ -129,7 +129,7 @@ def block_patterns(
     Args:
         counts: number of outliers by block.
         sizes: number of weights by block.
-        pattern: of the whole model.
+        pattern: the pattern of the whole model.
         spread: as for :func:`kept_shares`.
     """
     names = [name for name, size in sizes.items() if size]

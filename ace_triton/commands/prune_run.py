@@ -34,9 +34,9 @@ class PruneResults:
 
     Attributes:
         facts: the JSON that is written beside the model.
-        report: of the pruning.
-        calibration: of the calibration text; None if the method needs no text.
-        packing: of the packing; None for a dense checkpoint.
+        report: what was pruned.
+        calibration: what the model was calibrated on; None if the method needs no text.
+        packing: what was packed; None for a dense checkpoint.
     """
 
     facts: dict[str, Any]

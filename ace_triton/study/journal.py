@@ -73,7 +73,7 @@ class Journal:
 
     Args:
         folder: created if it does not exist.
-        setting: of the study to start or resume; further window lengths are added to those in the file.
+        setting: the study to start or resume; further window lengths are added to those in the file.
 
     Attributes:
         folder: where the file is.

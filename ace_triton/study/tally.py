@@ -29,7 +29,7 @@ class Spread:
 
     Attributes:
         values: the finite ones.
-        mean: of the values.
+        mean: mean of the values.
         deviation: their standard deviation; 0 for a single value.
     """
 
