@@ -166,13 +166,6 @@ def _statistics(
         raise StatsError(f"{label}: pass an ActivationStats or the raw tokens, got a {type(given).__name__}")
     if isinstance(given, torch.Tensor):
         _check_tokens(given, weight, needs, label)
-        if given.dim() not in (2, 3) or given.shape[-1] != weight.shape[1]:
-            raise StatsError(
-                f"{label}: tokens must be [n_tokens, {weight.shape[1]}] or [n_sequences, length, {weight.shape[1]}], "
-                f"got {tuple(given.shape)}"
-            )
-        if given.device != weight.device:
-            raise StatsError(f"{label}: tokens on {given.device}, weight on {weight.device}: use tokens.to(device)")
         try:
             given = ActivationStats.from_tokens(
                 given, layer=layer if needs.outputs else None, reduce=needs.reduce, gram=needs.gram, sample=needs.sample
@@ -191,7 +184,7 @@ def _statistics(
 
 
 def _check_tokens(tokens: torch.Tensor, weight: torch.Tensor, needs: Needs, label: str) -> None:
-    """StatsError for tokens that are not a plain tensor, or that the layer cannot be run on."""
+    """StatsError if the tokens are not a plain tensor, do not fit the layer, or lie on another device."""
     if tokens.is_nested or tokens.layout != torch.strided:
         raise StatsError(f"{label}: tokens must be a plain dense tensor: pad nested ones and say which are valid")
     if needs.outputs and tokens.dtype != weight.dtype:
@@ -199,6 +192,13 @@ def _check_tokens(tokens: torch.Tensor, weight: torch.Tensor, needs: Needs, labe
             f"{label}: this method runs the layer, in {weight.dtype}, on the tokens, which are {tokens.dtype}: convert "
             "one of them"
         )
+    if tokens.dim() not in (2, 3) or tokens.shape[-1] != weight.shape[1]:
+        raise StatsError(
+            f"{label}: tokens must be [n_tokens, {weight.shape[1]}] or [n_sequences, length, {weight.shape[1]}], "
+            f"got {tuple(tokens.shape)}"
+        )
+    if tokens.device != weight.device:
+        raise StatsError(f"{label}: tokens on {tokens.device}, weight on {weight.device}: use tokens.to(device)")
 
 
 def _terms(

@@ -34,7 +34,7 @@ class Comparison:
 
     Attributes:
         op: operation and variant.
-        shape, dtype: of the weight or the tokens; for a whole model, the shape is its name.
+        shape, dtype: shape and dtype of the weight or the tokens; for a whole model, the shape is its name.
         ours: the call to time.
         others: implementations to compare with.
         least_bytes: the fewest bytes that the operation can move; 0 if its time does not depend on them.

@@ -50,7 +50,7 @@ class Family:
     """What became of one.
 
     Attributes:
-        name: of the family.
+        name: the family's name.
         layers: pruned.
         dense: why others stayed dense.
         whole: True if the whole model was run for each block.
@@ -175,7 +175,7 @@ def _line(what: str, families: Sequence[Family]) -> str:
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help="Families to try; all where none is named.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Families to try; default: all.")] = None,
     method: Annotated[str, typer.Option()] = "ace",
     output: Annotated[Path, typer.Option()] = Path("docs/families.md"),
 ) -> None:

@@ -69,7 +69,7 @@ class Outcome:
         divergence: from the dense model's predictions, in nats per token, on held-out text.
         perplexity: over windows of 512 tokens.
         long_perplexity: over windows of 2,048 tokens.
-        cpu_seconds: of the recovery, all threads together.
+        cpu_seconds: CPU time of the recovery, all threads together.
     """
 
     trial: str
