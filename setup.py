@@ -60,6 +60,7 @@ WINGS = [
     "reordering",
     "solvers",
     "statistics",
+    "streaming",
     "study",
 ]
 

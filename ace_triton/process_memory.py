@@ -9,6 +9,8 @@ from contextlib import suppress
 import torch
 from torch import nn
 
+_MADV_WILLNEED = 3
+_MADV_DONTNEED = 4
 _MADV_PAGEOUT = 21
 
 
@@ -26,8 +28,21 @@ def own_memory(model: nn.Module) -> None:
         identity = (mapped.data_ptr(), mapped.shape, mapped.stride(), mapped.dtype)
         if identity not in copies:
             copies[identity] = mapped.clone()
-            _page_out(mapped)
+            page_out(mapped)
         parameter.data = copies[identity]
+
+
+def drop_pages(tensor: torch.Tensor) -> None:
+    """Remove the pages of a tensor that is a shared mapping of a file from this process's memory.
+
+    Values that were written are not lost: the system keeps them until they are in the file.
+    """
+    _advise(tensor, _MADV_DONTNEED)
+
+
+def prefetch_pages(tensor: torch.Tensor) -> None:
+    """Tell the system that a mapped tensor will be read soon, so that it starts to read the file."""
+    _advise(tensor, _MADV_WILLNEED)
 
 
 def give_back_free_memory() -> None:
@@ -35,12 +50,17 @@ def give_back_free_memory() -> None:
     _call("malloc_trim", 0)
 
 
-def _page_out(tensor: torch.Tensor) -> None:
+def page_out(tensor: torch.Tensor) -> None:
     """Tell Linux that a tensor's pages may leave memory. Their contents are not lost."""
+    _advise(tensor, _MADV_PAGEOUT)
+
+
+def _advise(tensor: torch.Tensor, advice: int) -> None:
+    """Give the system advice about the pages that belong to a contiguous tensor alone."""
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
-        _call("madvise", ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
+        _call("madvise", ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 def _call(function: str, *arguments: object) -> None:

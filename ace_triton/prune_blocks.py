@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +15,21 @@ from torch import nn
 
 from .budgets import find_budgets
 from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, CalibrationSet, batches_of, trial_ids
-from .decoders.blocks import Block, find_blocks, finished_modules, gated_consumers, possible_stacks
+from .decoders.blocks import Block, find_blocks, finished_modules, gated_consumers, linears_of, possible_stacks
 from .decoders.calibration_mode import calibration_mode
 from .decoders.collect import InputCollector
 from .decoders.experts import ExpertLinear, find_layouts
 from .decoders.loaded_weights import weights_as_loaded
 from .decoders.plan import NameFilter, Plan, Unit, misfit
 from .decoders.replay import Runner, WholeForward, make_runner
+from .decoders.weight_store import InMemory, WeightStore
 from .errors import RecipeError
 from .linears import as_kernel_dtype
 from .model_report import LayerReport, ModelReport
 from .presets import NOT_GIVEN, NotGiven, recipe_of
 from .prune import prune_checked, score_matrix
 from .recipe import Recipe, Sequential
-from .reordering.reorder import Reorderer, find_folds
+from .reordering.reorder import Folds, Reorderer, find_folds
 from .solvers.update import Update
 from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
@@ -118,17 +119,38 @@ def prune_model(
         exclude=exclude,
     )
     _check_model(model)
+    return prune_stored(model, calibration, recipe, InMemory(), batch_size=batch_size, progress=progress)
+
+
+def prune_stored(
+    model: PreTrainedModel,
+    calibration: torch.Tensor | CalibrationSet | None,
+    recipe: Recipe,
+    store: WeightStore,
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> ModelReport:
+    """:func:`prune_model` for a model whose weights a store keeps, such as one larger than memory.
+
+    Args:
+        model, calibration, batch_size, progress: as for :func:`prune_model`.
+        recipe: how to prune.
+        store: keeps the weights; units that it has finished before are not pruned again.
+
+    Raises:
+        AceError: as :func:`prune_model`; what the store has finished stays finished.
+    """
     clock = Stopwatch(next(model.parameters()).device)
     with ExitStack() as running:
         running.enter_context(calibration_mode(model))
-        running.enter_context(weights_as_loaded(model))
+        running.enter_context(weights_as_loaded(model, restorable=store.keeps_changes_private))
         plan = _plan(model, recipe)
         batches = batches_of(model, calibration, batch_size) if recipe.calibrated else []
         with clock.measure("select"):
-            weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
-            rehearse(recipe, next(iter(weights.values())))
-        selection = _Selection(recipe, clock, plan, weights)
-        running.enter_context(few_threads(TOKENS_OF_A_FORWARD * max(w.numel() for w in weights.values())))
+            largest = _check_weights(plan, recipe, store)
+        selection = _Selection(recipe, clock, plan, store)
+        running.enter_context(few_threads(TOKENS_OF_A_FORWARD * largest))
         selection.prepare(model, batches)
         if recipe.needs.tokens:
             _with_statistics(model, plan, batches, selection, progress)
@@ -157,6 +179,25 @@ def _plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     return Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, blocks, stacks, layouts)
 
 
+def _check_weights(plan: Plan, recipe: Recipe, store: WeightStore) -> int:
+    """Check that all weights can be pruned by the recipe; returns the number of elements of the largest."""
+    largest = 0
+    for unit in _units(plan):
+        for name, layer in unit.layers.items():
+            weight = check_weight(layer, name, finite=store.finished(unit.name) is None)
+            if not largest:
+                rehearse(recipe, weight)
+            largest = max(largest, weight.numel())
+        for module in _modules(plan, unit):
+            store.release(module)
+    return largest
+
+
+def _modules(plan: Plan, unit: Unit) -> list[nn.Module]:
+    """The modules whose weights a unit may change: its block, or its layers outside the blocks."""
+    return [block.module for block in plan.blocks if block.name == unit.name] or list(unit.layers.values())
+
+
 @dataclass
 class _Selection:
     """Prunes units and records the result."""
@@ -164,7 +205,7 @@ class _Selection:
     recipe: Recipe
     clock: Stopwatch
     plan: Plan
-    weights: Mapping[str, torch.Tensor]
+    store: WeightStore
     layers: list[LayerReport] = field(default_factory=list)
     reorderer: Reorderer | None = None
     patterns: Mapping[str, Sparsity] = field(default_factory=dict)
@@ -178,9 +219,56 @@ class _Selection:
         """Find each block's pattern and the channels that can be reordered, if the recipe asks for that."""
         pattern = self.recipe.sparsity
         if self.recipe.budgets:
-            self.patterns = find_budgets(model, self.plan.units, pattern, batches[:1], self.clock)
+            found = self.store.once("budgets", lambda: self._budgets(model, batches))
+            self.patterns = {unit: replace(pattern, pattern=own) for unit, own in found.items()}
         if self.recipe.permute:
-            self.reorderer = _reorderer(model, self.plan, pattern, batches, self.clock)
+            assert pattern.m is not None
+            with self.clock.measure("permute"):
+                folds = self.store.once("folds", lambda: self._folds(model, batches).to_dict())
+            layers = {name: layer for block in self.plan.blocks for name, layer in linears_of(block.module, block.name)}
+            self.reorderer = Reorderer(Folds.from_dict(folds, layers), pattern.m, self.clock)
+
+    def _budgets(self, model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, str | float]:
+        """By block, its pattern, or the fraction that is pruned."""
+        found = find_budgets(model, self.plan.units, self.recipe.sparsity, batches[:1], self.clock)
+        return {unit: pattern.pattern for unit, pattern in found.items()}
+
+    def _folds(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Folds:
+        ids, m, plan = batches[0].ids if batches else trial_ids(model), self.recipe.sparsity.m, self.plan
+        assert m is not None
+        return find_folds(model, plan.blocks, ids, m, wanted=set(plan.layers).__contains__, shared=plan.shares)
+
+    def restore(self, unit: Unit, record: Mapping[str, Any]) -> None:
+        """Take over what an earlier run recorded of a unit that it finished."""
+        for entry in record["layers"]:
+            self.layers.append(LayerReport(**entry))
+            self.plan.pruned(entry["name"], entry["parameters"])
+        for name, reason in record["skipped"].items():
+            self.plan.skip(name, check_weight(unit.layers[name], name, finite=False), reason)
+        if self.reorderer is not None:
+            self.reorderer.restore(record["reordered"])
+
+    @contextmanager
+    def dense(self, units: Sequence[Unit]) -> Iterator[None]:
+        """A context in which those of the units that an earlier run finished have their dense weights again."""
+        with ExitStack() as dense:
+            for unit in units:
+                if self.store.finished(unit.name) is not None:
+                    dense.enter_context(self.store.as_loaded(_modules(self.plan, unit)))
+            yield
+
+    @contextmanager
+    def recorded(self, unit: Unit) -> Iterator[None]:
+        """A context in which a unit is pruned; at its end the store saves the unit with the record of what was done."""
+        layers, skipped = len(self.layers), len(self.plan.skipped)
+        reordered = 0 if self.reorderer is None else len(self.reorderer.reordered)
+        yield
+        record = {
+            "layers": [asdict(layer) for layer in self.layers[layers:]],
+            "skipped": {entry.name: entry.reason for entry in self.plan.skipped[skipped:]},
+            "reordered": [] if self.reorderer is None else [asdict(e) for e in self.reorderer.reordered[reordered:]],
+        }
+        self.store.finish(unit.name, _modules(self.plan, unit), record)
 
     def collector(self, unit: Unit) -> InputCollector:
         known = unit.names_inside in self.called_once
@@ -197,7 +285,7 @@ class _Selection:
                 self.reorderer.reorder(list(unit.layers), pattern.n, scores, collector)
         consumers = gated_consumers(unit.feed_forward, collector.groups) if collector is not None else {}
         for name, layer in unit.layers.items():
-            weight, stats = self.weights[name], None
+            weight, stats = check_weight(layer, name, finite=False), None
             if collector is not None:
                 stats = _statistics(collector, name, consumers.get(name), weight.shape[0])
                 if stats is None:
@@ -218,7 +306,8 @@ class _Selection:
         axis = self.recipe.sparsity.axis or self.recipe.metric.axis(stats)
         if axis == "out" or (stats is None and self.recipe.needs.tokens):
             return None
-        return score_matrix(self.recipe, as_kernel_dtype(self.weights[name]), stats)
+        weight = check_weight(self.plan.layers[name], name, finite=False)
+        return score_matrix(self.recipe, as_kernel_dtype(weight), stats)
 
 
 def _statistics(
@@ -253,13 +342,22 @@ def _with_statistics(
         return collector
 
     ahead = range(0 if isinstance(runner, WholeForward) else len(plan.units), len(units)) if at_once else ()
-    observed = {index: observe(index) for index in ahead}
+    with selection.dense(units if at_once else ()):
+        observed = {index: observe(index) for index in ahead if selection.store.finished(units[index].name) is None}
     for index, unit in enumerate(units):
         finished: Sequence[nn.Module] = ()
-        if sequential == "layers" and index < len(plan.units):
-            finished = _prune_by_input(plan.blocks[index], unit, runner, index, selection)
+        record = selection.store.finished(unit.name)
+        if record is not None:
+            selection.restore(unit, record)
+            if at_once and index < len(plan.units):
+                with selection.dense([unit]):
+                    runner.run(index, None, advance=True)
         else:
-            selection.prune(unit, observed.pop(index, None) or observe(index))
+            with selection.recorded(unit):
+                if sequential == "layers" and index < len(plan.units):
+                    finished = _prune_by_input(plan.blocks[index], unit, runner, index, selection)
+                else:
+                    selection.prune(unit, observed.pop(index, None) or observe(index))
         if not at_once and index + 1 < len(plan.units):
             runner.run(index, None, advance=True, finished=finished)
         _report(progress, index + 1, len(units), unit.name)
@@ -268,7 +366,12 @@ def _with_statistics(
 def _without_statistics(plan: Plan, selection: _Selection, progress: Progress | None) -> None:
     units = _units(plan)
     for done, unit in enumerate(units, 1):
-        selection.prune(unit, None)
+        record = selection.store.finished(unit.name)
+        if record is not None:
+            selection.restore(unit, record)
+        else:
+            with selection.recorded(unit):
+                selection.prune(unit, None)
         _report(progress, done, len(units), unit.name)
 
 
@@ -309,16 +412,6 @@ def _with_stacks(names: set[str], layers: Mapping[str, nn.Module]) -> set[str]:
 def _matrix(name: str) -> str:
     """The last part of a layer's name, which all experts of a stack share."""
     return name.rpartition(".")[2]
-
-
-def _reorderer(
-    model: PreTrainedModel, plan: Plan, pattern: Sparsity, batches: Sequence[Batch], clock: Stopwatch
-) -> Reorderer:
-    assert pattern.m is not None
-    with clock.measure("permute"):
-        ids = batches[0].ids if batches else trial_ids(model)
-        folds = find_folds(model, plan.blocks, ids, pattern.m, wanted=set(plan.layers).__contains__, shared=plan.shares)
-    return Reorderer(folds, pattern.m, clock)
 
 
 def _report(progress: Progress | None, done: int, total: int, name: str) -> None:

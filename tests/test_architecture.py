@@ -40,6 +40,7 @@ ORDER = [
     "generation",
     "provenance",
     "packed",
+    "streaming",
     "recovery",
     "study",
     "commands",

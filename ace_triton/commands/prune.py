@@ -151,6 +151,17 @@ def prune(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Keep the weights in files and only one block in memory; if interrupted, the same command resumes.",
+            show_default="if the model does not fit in memory",
+        ),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted streamed run has left, and start again.")
+    ] = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -173,6 +184,8 @@ def prune(
         packed=packed,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
+        stream=stream,
+        restart=restart,
     )
     run.check_recipe()
     check_json(json)

@@ -20,9 +20,10 @@ from ..packed.manifest import DTYPES as PACKED_DTYPES
 from ..packed.pack_model import SparsifyReport, sparsify
 from ..progress import progress_bar, stage
 from ..provenance import option_facts, source_facts, with_provenance
-from ..prune_blocks import prune_model, rehearse
+from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
 from ..sparsity import Sparsity
+from ..streaming.streamed_prune import streamed, tensor_digest
 from .options import parse_device, parse_dtype
 from .recipe_file import CalibrationSettings, digest_of
 from .sources import check_length, check_source
@@ -58,6 +59,8 @@ class PruneRun:
         packed: write a packed checkpoint.
         trust_remote_code: run code that comes with the model.
         overwrite: replace ``out`` if it exists.
+        stream: keep the weights in files, and only the block in work in memory; None to decide by the memory.
+        restart: throw away the state of an interrupted streamed run.
     """
 
     source: str
@@ -69,6 +72,8 @@ class PruneRun:
     packed: bool = False
     trust_remote_code: bool = False
     overwrite: bool = False
+    stream: bool | None = None
+    restart: bool = False
 
     def check_recipe(self) -> None:
         """ValueError if the model cannot be pruned so, or the recipe cannot be saved; loads nothing."""
@@ -106,29 +111,29 @@ class PruneRun:
             progress: shows the stages.
             settings, documents: from :meth:`read_text`.
         """
-        where = parse_device(self.device)
+        return (self._run_streamed if self.stream else self._run_in_memory)(progress, settings, documents)
+
+    def _run_in_memory(
+        self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None
+    ) -> PruneResults:
         with checkpoint.reserved(self.out, overwrite=self.overwrite):
             started = time.perf_counter()
             with stage(progress, "load the model"):
                 model, tokenizer = checkpoint.load(
                     self.source,
                     dtype=parse_dtype(self.dtype),
-                    device=where,
+                    device=parse_device(self.device),
                     trust_remote_code=self.trust_remote_code,
                     own_memory=self.packed,
                 )
             load_seconds = time.perf_counter() - started
             if self.packed:
                 check_packed(self.recipe.sparsity, model.dtype)
-            sequences = calibrated = None
-            if documents is not None:
-                sequences = _sequences(documents, tokenizer, model, settings, progress)
-                with stage(progress, "check the calibration text"):
-                    calibrated = report_on(sequences, model, settings.text)
+            sequences = None if documents is None else _sequences(documents, tokenizer, model, settings, progress)
+            calibrated = self._calibration_report(sequences, model, settings, progress)
             bar = progress_bar(progress, "prune")
             report = prune_model(model, sequences, self.recipe, batch_size=settings.batch_size, progress=bar)
-            seconds = replace(report.seconds, load=load_seconds, total=report.seconds.total + load_seconds)
-            report = replace(report, seconds=seconds)
+            report = _with_load(report, load_seconds)
             facts = self._facts(model, report, None if documents is None else settings, calibrated)
             packing = None
             with stage(progress, "save the model"):
@@ -138,6 +143,53 @@ class PruneRun:
                 else:
                     checkpoint.save(model, tokenizer, self.out, facts, overwrite=self.overwrite)
         return PruneResults(facts, report, calibrated, packing)
+
+    def _run_streamed(
+        self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None
+    ) -> PruneResults:
+        started = time.perf_counter()
+        with streamed(
+            self.source,
+            self.out,
+            dtype=parse_dtype(self.dtype),
+            trust_remote_code=self.trust_remote_code,
+            overwrite=self.overwrite,
+            restart=self.restart,
+        ) as stream:
+            model = stream.model
+            sequences = None
+            if documents is not None:
+                sequences = _sequences(documents, stream.tokenizer, model, settings, progress)
+            with stage(progress, "copy the weights"):
+                store = stream.start(
+                    {
+                        "recipe": self.recipe.to_dict(),
+                        "calibration": None if sequences is None else tensor_digest(sequences.ids),
+                        "batch_size": settings.batch_size,
+                        "dtype": str(model.dtype),
+                    }
+                )
+            load_seconds = time.perf_counter() - started
+            with store.open():
+                calibrated = self._calibration_report(sequences, model, settings, progress)
+                bar = progress_bar(progress, "prune")
+                report = prune_stored(
+                    model, sequences, self.recipe, store, batch_size=settings.batch_size, progress=bar
+                )
+            report = _with_load(report, load_seconds)
+            facts = self._facts(model, report, None if documents is None else settings, calibrated)
+            facts["streamed"] = {"resumed_units": list(store.resumed)}
+            with stage(progress, "complete the files"):
+                stream.publish(facts)
+        return PruneResults(facts, report, calibrated, None)
+
+    def _calibration_report(
+        self, sequences: Calibration | None, model: Any, settings: CalibrationSettings, progress: Progress
+    ) -> CalibrationReport | None:
+        if sequences is None:
+            return None
+        with stage(progress, "check the calibration text"):
+            return report_on(sequences, model, settings.text)
 
     def _facts(
         self,
@@ -163,6 +215,11 @@ class PruneRun:
             dtype_option=self.dtype,
             device=str(model.device),
         )
+
+
+def _with_load(report: ModelReport, load_seconds: float) -> ModelReport:
+    seconds = report.seconds
+    return replace(report, seconds=replace(seconds, load=load_seconds, total=seconds.total + load_seconds))
 
 
 def _sequences(

@@ -19,18 +19,23 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 @contextmanager
-def weights_as_loaded(model: nn.Module) -> Iterator[None]:
+def weights_as_loaded(model: nn.Module, *, restorable: bool = True) -> Iterator[None]:
     """A context in which the model may run; at exit, changes that the model made to its own weights are reverted.
 
     RWKV divides some weights by powers of two in its first forward, in place, and records that in an attribute. At exit
     those weights, pruned or not, are multiplied by the same powers, which is exact. Plain attributes (numbers, flags,
     strings) of the modules are restored.
 
+    Args:
+        model: the model.
+        restorable: False if the end of the context may never come, because a killed run would be resumed; then every
+            change is an error.
+
     Raises:
         ArgumentError: raised by the model's first forward in the context if a parameter changed other than by a power
-            of two. The weights are restored first.
+            of two, or at all if it is not ``restorable``. The weights are restored first.
     """
-    guard = _Guard(model)
+    guard = _Guard(model, restorable)
     own = vars(model).get("forward")
     forward = model.forward
     if callable(forward):
@@ -48,7 +53,8 @@ def weights_as_loaded(model: nn.Module) -> Iterator[None]:
 class _Guard:
     """Records the changes that the first forward of a model makes to its weights."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, restorable: bool) -> None:
+        self._restorable = restorable
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._plain = {module: _plain_attributes(module) for module in model.modules()}
         self._factors: dict[nn.Parameter, float] = {}
@@ -72,7 +78,7 @@ class _Guard:
     def _find_factors(self, before: dict[nn.Parameter, torch.Tensor]) -> None:
         for parameter, loaded in before.items():
             factor = _power_of_two(parameter.detach(), loaded)
-            if factor is None:
+            if factor is None or (factor != 1 and not self._restorable):
                 self._factors.clear()
                 for changed, dense in before.items():
                     changed.data.copy_(dense)
@@ -80,6 +86,9 @@ class _Guard:
                 raise ArgumentError(
                     f"{self._names[parameter]} is changed by the model's own forward, so the pruned weights would "
                     "differ from the loaded ones; use method='magnitude', or prune_linear for each layer"
+                    if factor is None
+                    else f"{self._names[parameter]} is rescaled by the model's own forward, so a run on weights in "
+                    "files could not be resumed: prune the model in memory, without --stream"
                 )
             if factor != 1:
                 self._factors[parameter] = factor

@@ -37,6 +37,7 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     own_memory: bool = False,
+    offload_folder: Path | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
@@ -49,6 +50,9 @@ def load(
         trust_remote_code: run Python code that comes with the checkpoint. Without it such code is never run.
         own_memory: on a CPU, copy each weight into its own memory, so that it can be freed alone. Otherwise all weights
             share one mapped file.
+        offload_folder: leave the weights in their files: parameters are on the meta device, with accelerate's hooks
+            that load them. Weights that transformers converts (experts stored one by one) are written to this folder.
+            ``device`` and ``own_memory`` then have no effect.
 
     Returns:
         The model, in eval mode, and the tokenizer.
@@ -59,31 +63,40 @@ def load(
     check_device(device)
     found = ModelSource.find(source)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": found.offline}
+    placing: dict[str, Any] = {}
+    if offload_folder is not None:
+        if found.is_gguf:
+            raise CheckpointError(f"{source}: a GGUF file cannot stay on disk while it runs: load it whole")
+        placing = {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
     try:
         with _reports() as reports:
             if found.is_gguf:
                 model, tokenizer = _load_gguf(found, torch.bfloat16 if dtype == "auto" else dtype, options)
             else:
-                model, tokenizer = _load_saved(found, dtype, options)
+                model, tokenizer = _load_saved(found, dtype, options, placing)
     except CheckpointError:
         raise
     except MemoryError:
         raise
     except Exception as error:
         raise CheckpointError(loading_message(source, error, reports)) from error
+    if offload_folder is not None:
+        return model.eval(), tokenizer
     if own_memory:
         process_memory.own_memory(model)
     return model.to(device).eval(), tokenizer
 
 
-def _load_saved(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_saved(
+    found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any], placing: dict[str, Any]
+) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     where = str(found.path or found.name)
     config = AutoConfig.from_pretrained(where, **options)
     check_config(found.name, config, tensor_names(found.path) if found.path else None, options["trust_remote_code"])
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    return _checked_model(found.name, where, dtype=dtype, **options), tokenizer
+    return _checked_model(found.name, where, dtype=dtype, **options, **placing), tokenizer
 
 
 def _load_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[Any, Any]:

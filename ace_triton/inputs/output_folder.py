@@ -1,7 +1,8 @@
 """Write a folder atomically: reserve its name at the start, write to a work folder, and rename it at the end.
 
 ``OUT`` is reserved by a locked work folder ``.OUT.ace-triton`` beside it, and the new content is written there. If a
-run is killed, its work folder stays, and the next run with the same ``OUT`` removes it.
+run is killed, its work folder stays, and the next run with the same ``OUT`` removes it. A run that can be resumed keeps
+its state in the work folder; then only the same run resumes it, and ``restart`` removes it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ except ImportError:  # Windows has no fcntl: there, two runs that write one fold
 REPORT_FILE = "ace_triton.json"
 MANIFEST_FILE = "ace_triton_packed.json"
 
-NEW, OLD, LOCK = "new", "old", "lock"
+NEW, OLD, LOCK, KEPT = "new", "old", "lock", "kept"
+IDENTITY = "identity"
+"""A file in KEPT with the inode number of NEW, which is another folder once NEW has become OUT."""
 SUFFIX = ".ace-triton"
 LONGEST_NAME = 255
 ATTEMPTS = 100
@@ -48,11 +51,42 @@ class Reservation:
         path: the folder.
         work: the locked folder beside it.
         written: True once ``path`` holds the new content.
+        resumable: True if the work folder stays when the run is interrupted.
     """
 
     path: Path
     work: Path
     written: bool = False
+    resumable: bool = False
+
+    @property
+    def new(self) -> Path:
+        """The folder that becomes ``path``."""
+        return self.work / NEW
+
+    @property
+    def kept(self) -> Path:
+        """The folder with the state of a run that can be resumed."""
+        return self.work / KEPT
+
+    def keep(self) -> None:
+        """Create both folders, or go on with those of an interrupted run."""
+        self.new.mkdir(exist_ok=True)
+        self.kept.mkdir(exist_ok=True)
+        identity = self.kept / IDENTITY
+        if not identity.exists():
+            # Replaced in one step, so that it is never half written.
+            partial = self.kept / f"{IDENTITY}.partial"
+            partial.write_text(str(self.new.stat().st_ino))
+            partial.rename(identity)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """True if an interrupted run has left its state, and its new folder has not become ``path``."""
+        try:
+            return int((self.kept / IDENTITY).read_text()) == self.new.stat().st_ino
+        except (OSError, ValueError):
+            return False
 
 
 _RESERVED: dict[Path, Reservation] = {}
@@ -87,14 +121,24 @@ def check_out(out: str | Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def reserved(out: str | Path, *, overwrite: bool) -> Iterator[Reservation]:
+def reserved(
+    out: str | Path, *, overwrite: bool, resumable: bool = False, restart: bool = False
+) -> Iterator[Reservation]:
     """Reserve ``out`` for this process. Other ace-triton runs cannot write to it until the block ends.
 
     Remains of a killed run on the same folder are removed first, with a warning. A KeyboardInterrupt or SystemExit gets
     a note that says whether ``out`` was written.
 
+    Args:
+        out: the folder to write.
+        overwrite: as in :func:`check_out`.
+        resumable: leave the state of an interrupted run (:attr:`Reservation.kept`), and the folder that it was writing.
+            Set :attr:`Reservation.resumable` to leave them also if this run is interrupted.
+        restart: remove the state of an interrupted run.
+
     Raises:
-        CheckpointError: as in :func:`check_out`, or if another process has reserved ``out``.
+        CheckpointError: as in :func:`check_out`, or if another process has reserved ``out``, or if an interrupted run
+            left its state and neither ``resumable`` nor ``restart`` is given.
     """
     path = _place(out)
     if path in _RESERVED:
@@ -111,18 +155,21 @@ def reserved(out: str | Path, *, overwrite: bool) -> Iterator[Reservation]:
         _remove_empty(made)
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
     try:
-        _recover(place)
+        _recover(place, resumable=resumable, restart=restart)
         check_out(out, overwrite=overwrite)
         _RESERVED[path] = place
         yield place
     except (KeyboardInterrupt, SystemExit) as stop:
-        stop.add_note(f"{out} was written" if place.written else f"nothing was written to {out}")
+        unfinished = f"{out} is not finished: the same command resumes it" if place.resumable else None
+        stop.add_note(f"{out} was written" if place.written else unfinished or f"nothing was written to {out}")
         raise
     finally:
         _RESERVED.pop(path, None)
-        for folder in (NEW, OLD):
-            if folder == NEW or place.written:
+        if not place.resumable or place.written:
+            for folder in (NEW, KEPT):
                 shutil.rmtree(place.work / folder, ignore_errors=True)
+        if place.written:
+            shutil.rmtree(place.work / OLD, ignore_errors=True)
         with suppress(OSError):
             (place.work / LOCK).unlink()
             place.work.rmdir()
@@ -141,21 +188,32 @@ def replacing(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         CheckpointError: as in :func:`reserved`, or if the content cannot be written.
     """
-    with reserved(out, overwrite=overwrite) as place:
-        fresh = place.work / NEW
-        try:
-            fresh.mkdir()
-            yield fresh
-            give_mode(fresh, place.work / LOCK)
-            _put(place, fresh, out, overwrite=overwrite)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            # The tokenizers library raises a plain Exception when the disk is full.
-            if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
-                unchanged = "" if place.written else "; nothing there was changed"
-                raise CheckpointError(f"{out}: could not be written ({error}){unchanged}") from error
-            raise
+    with reserved(out, overwrite=overwrite) as place, writing(place, out):
+        place.new.mkdir()
+        yield place.new
+        publish(place, out, overwrite=overwrite)
+
+
+@contextmanager
+def writing(place: Reservation, out: str | Path) -> Iterator[None]:
+    """A context in which errors of the disk become one CheckpointError that names ``out``."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # The tokenizers library raises a plain Exception when the disk is full.
+        if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
+            unchanged = "" if place.written else "; nothing there was changed"
+            resume = "; the same command resumes the run" if place.resumable else ""
+            raise CheckpointError(f"{out}: could not be written ({error}){unchanged}{resume}") from error
+        raise
+
+
+def publish(place: Reservation, out: str | Path, *, overwrite: bool) -> None:
+    """Make the new folder of a reservation ``out``; its files get the mode that the umask gives."""
+    give_mode(place.new, place.work / LOCK)
+    _put(place, place.new, out, overwrite=overwrite)
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -252,7 +310,7 @@ def _lock(place: Reservation, out: str | Path) -> int:
     for _ in range(ATTEMPTS):
         with suppress(FileNotFoundError):  # Another run has just removed its work folder: try again.
             place.work.mkdir(exist_ok=True)
-            if place.work.is_symlink() or set(os.listdir(place.work)) - {NEW, OLD, LOCK}:
+            if place.work.is_symlink() or set(os.listdir(place.work)) - {NEW, OLD, LOCK, KEPT}:
                 raise CheckpointError(f"{out}: {place.work} was not made by ace-triton: move it elsewhere")
             lock = os.open(place.work / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             if not _hold(lock):
@@ -279,13 +337,21 @@ def _hold(lock: int) -> bool:
     return True
 
 
-def _recover(place: Reservation) -> None:
-    """Clean up after a run that was killed."""
-    new, old = place.work / NEW, place.work / OLD
+def _recover(place: Reservation, *, resumable: bool, restart: bool) -> None:
+    """Clean up after a run that was killed, or keep what it needs to be resumed."""
+    new, old, kept = place.new, place.work / OLD, place.kept
+    if place.is_unfinished and not restart:
+        place.resumable = True  # Whatever happens from here on, the state stays.
+        if not resumable:
+            raise CheckpointError(
+                f"{place.path}: an interrupted run has left its state: repeat its command to resume it, or add "
+                "--restart to it to throw the state away"
+            )
+        return
     if old.exists() and not os.path.lexists(place.path):
         old.rename(place.path)
         warnings.warn(f"{place.path} was restored: a run was killed while it replaced this folder", stacklevel=4)
-    left = [folder for folder in (new, old) if folder.exists()]
+    left = [folder for folder in (new, old, kept) if folder.exists()]
     for folder in left:
         shutil.rmtree(folder)
     if left:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,6 +67,21 @@ class Folds:
     layers: Mapping[str, nn.Module]
     proven: Mapping[str, Fold]
     unfolded: tuple[Unfolded, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the layers, as JSON types."""
+        return {
+            "proven": {name: asdict(fold) for name, fold in self.proven.items()},
+            "unfolded": {entry.name: entry.reason for entry in self.unfolded},
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> Folds:
+        """The inverse of :meth:`to_dict`."""
+        proven = {
+            name: Fold(**{**fold, "producers": tuple(fold["producers"])}) for name, fold in record["proven"].items()
+        }
+        return cls(layers, proven, tuple(Unfolded(*entry) for entry in record["unfolded"].items()))
 
 
 def find_folds(
@@ -139,11 +155,15 @@ def _head_dims(model: nn.Module, modules: Iterable[str]) -> dict[str, int | None
 
 
 class Reorderer:
-    """Reorders the inputs of layers so that n:m retains more of the score, and records the results."""
+    """Reorders the inputs of layers so that n:m retains more of the score, and records the results.
+
+    Attributes:
+        reordered: the layers reordered so far.
+    """
 
     def __init__(self, folds: Folds, m: int, clock: Stopwatch) -> None:
         self._folds, self._m, self._clock = folds, m, clock
-        self._reordered: list[Reordered] = []
+        self.reordered: list[Reordered] = []
 
     def reorder(
         self,
@@ -171,11 +191,15 @@ class Reorderer:
                 if collector is not None:
                     _reorder_statistics(collector, fold, self._folds.layers, found.order)
             total = float(layer_scores.sum(dtype=torch.float64)) or 1.0
-            self._reordered.append(Reordered(name, found.before / total, found.after / total))
+            self.reordered.append(Reordered(name, found.before / total, found.after / total))
+
+    def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Take over the records of layers that an earlier run reordered."""
+        self.reordered += [Reordered(**record) for record in records]
 
     def report(self) -> PermutationReport:
         """The layers reordered so far."""
-        return PermutationReport(tuple(self._reordered), self._folds.unfolded, self._clock.seconds().permute)
+        return PermutationReport(tuple(self.reordered), self._folds.unfolded, self._clock.seconds().permute)
 
 
 def _reorder_statistics(

@@ -1,0 +1,95 @@
+"""The store of a model whose weights stay in files: what is finished is on disk, and survives an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+
+from .journal import Journal
+from .mapped_model import MappedModel
+
+_UNIT = "unit "
+
+
+class FileStore:
+    """A :class:`~ace_triton.decoders.weight_store.WeightStore` of mapped weights with a journal.
+
+    A finished unit is written to disk in the background, and enters the journal once it is there.
+
+    Args:
+        mapped: the model.
+        journal: results of an earlier run on the same files, if it was interrupted.
+        on_finish: called when the first unit has entered the journal.
+    """
+
+    keeps_changes_private = False
+
+    def __init__(self, mapped: MappedModel, journal: Journal, on_finish: Callable[[], None]) -> None:
+        self._mapped, self._journal, self._on_finish = mapped, journal, on_finish
+        self._writer = ThreadPoolExecutor(1, "ace-triton-writer")
+        self._pending: Future[None] | None = None
+        self.resumed = tuple(name.removeprefix(_UNIT) for name in journal.names if name.startswith(_UNIT))
+
+    @property
+    def finished_parameters(self) -> list[str]:
+        """Names of the parameters of all units that an earlier run finished."""
+        records = (self._journal.get(_UNIT + unit) for unit in self.resumed)
+        return [name for record in records for name in record["parameters"]]
+
+    def release(self, module: nn.Module) -> None:
+        """As in :class:`~ace_triton.decoders.weight_store.WeightStore`."""
+        self._mapped.release(module)
+
+    def finished(self, unit: str) -> dict[str, Any] | None:
+        """As in :class:`~ace_triton.decoders.weight_store.WeightStore`; units of this run do not count."""
+        return self._journal.get(_UNIT + unit) if unit in self.resumed else None
+
+    def finish(self, unit: str, modules: Sequence[nn.Module], record: dict[str, Any]) -> None:
+        """As in :class:`~ace_triton.decoders.weight_store.WeightStore`; errors of the disk may come one unit later."""
+        names = self._mapped.names_of(modules)
+        for module in modules:
+            self._mapped.release(module)
+        self.wait()
+        self._pending = self._writer.submit(self._write, unit, names, {**record, "parameters": names})
+
+    def as_loaded(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """As in :class:`~ace_triton.decoders.weight_store.WeightStore`."""
+        return self._mapped.as_in_source(modules)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """As in :class:`~ace_triton.decoders.weight_store.WeightStore`."""
+        known = self._journal.get(name)
+        if known is None:
+            known = compute()
+            self.wait()
+            self._journal.add(name, known)
+        return known
+
+    def wait(self) -> None:
+        """Wait until every finished unit is on disk.
+
+        Raises:
+            OSError: if a unit could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """A context in which units are pruned; at its end the background thread has stopped."""
+        try:
+            with self._mapped.released_after_use():
+                yield
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def _write(self, unit: str, names: list[str], record: dict[str, Any]) -> None:
+        self._mapped.sync(names)
+        self._journal.add(_UNIT + unit, record)
+        self._on_finish()

@@ -1,0 +1,200 @@
+"""A model whose weights stay in the files of the checkpoint that is being written.
+
+Every parameter is a mapped region of a file: the system loads what is read and writes what is changed. A module's pages
+leave the memory of the process once the module has run. To all other code the model looks like one in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..process_memory import drop_pages, page_out, prefetch_pages
+from .weight_files import WeightFiles
+
+PIECE = 2**24
+"""Elements that are copied at once."""
+
+_BLOCK = re.compile(r"^(.*?\.\d+)\.")
+
+Source = Callable[[], torch.Tensor]
+
+
+class MappedModel:
+    """A model whose parameters are mapped regions of files. It runs on the CPU.
+
+    Args:
+        model: with its parameters on the meta device and accelerate's hooks, as
+            :func:`~ace_triton.inputs.checkpoint.load` gives it with an ``offload_folder``. The hooks are removed.
+        folder: folder for the checkpoint's weight files; files of an earlier run are used again.
+        own_form: folder for weights that the model stores in another form than the checkpoint (such as the experts of
+            a mixture, in one tensor).
+
+    Attributes:
+        model: the model. Before it runs, :meth:`fill` its weights.
+        files: the checkpoint's weight files.
+    """
+
+    def __init__(self, model: Any, folder: Path, own_form: Path) -> None:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        self.model = model
+        self._sources = _sources(model)
+        remove_hook_from_submodules(model)
+        vars(model).pop("hf_device_map", None)
+        saved, self._direct = _saved_form(model)
+        self._converted = {name: p for name, p in model.named_parameters() if name not in self._direct}
+        self.files = WeightFiles.create(folder, saved)
+        own_form.mkdir(exist_ok=True)
+        self._own_form = WeightFiles.create_one_each(own_form, self._converted)
+        self._map()
+
+    def fill(self, *, except_for: Iterable[str] = ()) -> None:
+        """Copy the weights from their source, except for parameters of these names."""
+        done = set(except_for)
+        for name, parameter in self.model.named_parameters():
+            if name not in done:
+                _copy(self._sources[name](), parameter.data)
+        for name, buffer in self.model.named_buffers():
+            if name in self._direct:
+                _copy(buffer, self.files.tensor(self._direct[name]))
+
+    def names_of(self, modules: Sequence[nn.Module]) -> list[str]:
+        """Names of all parameters of these modules."""
+        wanted = {parameter for module in modules for parameter in module.parameters()}
+        return [name for name, parameter in self.model.named_parameters() if parameter in wanted]
+
+    @contextmanager
+    def as_in_source(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """A context in which modules have the weights of the source; they may run, but not change."""
+        swapped: list[tuple[nn.Parameter, torch.Tensor]] = []
+        try:
+            for name in self.names_of(modules):
+                parameter = self.model.get_parameter(name)
+                swapped.append((parameter, parameter.data))
+                parameter.data = self._sources[name]().to(parameter.dtype)
+            yield
+        finally:
+            for parameter, mapped in swapped:
+                parameter.data = mapped
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Wait until these parameters are on disk."""
+        direct = [self._direct[name] for name in names if name in self._direct]
+        self.files.sync(direct)
+        self._own_form.sync(name for name in names if name not in self._direct)
+
+    def write_converted(self) -> None:
+        """Write the weights that the model stores in another form than the checkpoint."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        by_block: dict[str, dict[str, torch.Tensor]] = {}
+        for name in self._converted:
+            found = _BLOCK.match(name)
+            by_block.setdefault(found.group(1) if found else "", {})[name] = self.model.get_parameter(name).data
+        for state in by_block.values():
+            for key, value in revert_weight_conversion(self.model, dict(state)).items():
+                if key in self.files:
+                    _copy(value, self.files.tensor(key))
+            for tensor in state.values():
+                drop_pages(tensor)
+
+    def release(self, module: nn.Module) -> None:
+        """Remove a module's weights from memory; the next access loads them again from their files."""
+        for parameter in module.parameters():
+            drop_pages(parameter.data)
+
+    @contextmanager
+    def released_after_use(self) -> Iterator[None]:
+        """A context in which each module that has parameters of its own releases them after its forward.
+
+        While a member of an ``nn.ModuleList`` runs, the system reads the weights of the next one.
+        """
+
+        def release(module: nn.Module, _args: object, _output: object) -> None:
+            for parameter in module.parameters(recurse=False):
+                drop_pages(parameter.data)
+
+        def prefetch(following: nn.Module) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: object) -> None:
+                for parameter in following.parameters():
+                    prefetch_pages(parameter.data)
+
+            return hook
+
+        with ExitStack() as hooks:
+            for module in self.model.modules():
+                if next(module.parameters(recurse=False), None) is not None:
+                    hooks.callback(module.register_forward_hook(release).remove)
+                if isinstance(module, nn.ModuleList):
+                    for one, following in zip(module, list(module)[1:], strict=False):
+                        hooks.callback(one.register_forward_pre_hook(prefetch(following)).remove)
+            yield
+
+    def _map(self) -> None:
+        """Replace the parameters by mapped ones; parameters that are tied stay tied."""
+        places = list(self.model.named_parameters(remove_duplicate=False))
+        mapped: dict[int, nn.Parameter] = {}
+        for name, old in places:
+            key = self._direct.get(name)
+            if key is not None:
+                tensor = self.files.tensor(key)
+            elif name in self._own_form:
+                tensor = self._own_form.tensor(name)
+            else:
+                continue
+            mapped[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        for path, old in places:
+            module, _, key = path.rpartition(".")
+            self.model.get_submodule(module)._parameters[key] = mapped[id(old)]
+
+
+def _sources(model: nn.Module) -> dict[str, Source]:
+    """For each parameter on the meta device, a function that reads its values from their file."""
+    found: dict[str, Source] = {}
+    weights: Any
+    for path, module in model.named_modules():
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights is None:
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                found[f"{path}.{key}" if path else key] = partial(weights.__getitem__, key)
+    return found
+
+
+def _saved_form(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Which tensors ``save_pretrained`` writes for a model.
+
+    Returns:
+        the tensors of the checkpoint by name, on the meta device; and for each tensor of the model that is saved as it
+        is, its name in the checkpoint.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    state = model.state_dict()
+    for ignored in model._keys_to_ignore_on_save or ():
+        state.pop(ignored, None)
+    state = remove_tied_weights_from_state_dict(state, model)
+    state = {name: tensor if tensor.is_meta else tensor.to("meta") for name, tensor in state.items()}
+    saved = revert_weight_conversion(model, dict(state))
+    keys = {id(tensor): key for key, tensor in saved.items()}
+    return saved, {name: keys[id(tensor)] for name, tensor in state.items() if id(tensor) in keys}
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy to a mapped tensor in pieces, converting the dtype, so that neither is in memory as a whole."""
+    pieces = zip(source.reshape(-1).split(PIECE), target.view(-1).split(PIECE), strict=True)
+    with torch.no_grad():
+        for values, place in pieces:
+            place.copy_(values)
+            page_out(values)
+            drop_pages(place)
