@@ -191,8 +191,10 @@ def study(
         with Journal(out, bench.setting) as journal:
             try:
                 run_study(bench, journal, grid, _cells_bar(progress), without_folders(sys.argv))
-            except KeyboardInterrupt:
-                print_line("stopped; the same command resumes here")
+            except (KeyboardInterrupt, SystemExit) as stop:
+                stop.add_note(f"the same command resumes the study in {out}")
+                _render(write_page, journal.results, out)
+                raise
             _render(write_page, journal.results, out)
 
 
