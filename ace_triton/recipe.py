@@ -296,7 +296,7 @@ def _check_budgets(budgets: str | None, pattern: Sparsity) -> None:
 
 
 def _update_words(update: Update) -> list[str]:
-    changed = {f.name: getattr(update, f.name) for f in fields(Update) if getattr(update, f.name) != f.default}
+    changed = update.changed
     rounds = changed.pop("mask_rounds", None)
     words = [update.kind] if rounds is None else [update.kind, f"{rounds} mask rounds"]
-    return words + [f"{name}={value}" for name, value in changed.items() if name != "kind"]
+    return words + [f"{name}={value}" for name, value in changed.items()]

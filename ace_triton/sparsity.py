@@ -35,7 +35,7 @@ class Sparsity:
         PatternError: if the pattern, axis or scope is invalid.
     """
 
-    pattern: str | float
+    pattern: str | float = field(compare=False)
     axis: Axis | None = None
     scope: Scope = "row"
     n: int | None = field(init=False, default=None)

@@ -184,7 +184,6 @@ def measured():
 
     Perplexity over the further windows, of 32 tokens, is twice that. Each takes a CPU second, or ``seconds`` of it.
     """
-    from ace_triton.study.cells import Cell
     from ace_triton.study.journal import Results
     from ace_triton.study.records import CellResult, DenseResult, Evaluation, RecoveryCost, Setting, StageSeconds
     from ace_triton.study.tally import Tally
@@ -194,10 +193,10 @@ def measured():
         results = Results(setting, DenseResult(10.0, (Evaluation(32, 20.0),)))
         for (variant, sparsity), found in values.items():
             for seed, value in enumerate(found):
-                minutes = variant.recipe.minutes
+                minutes = variant.minutes
                 results.add(
                     CellResult(
-                        Cell(variant, sparsity, 16, seed),
+                        variant.at(sparsity, 16, seed),
                         value,
                         0.5,
                         StageSeconds(1, 1, 1, 4),

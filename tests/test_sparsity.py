@@ -62,3 +62,4 @@ def test_a_fraction_prunes_as_many_as_the_published_code():
     assert Sparsity(0.0).kept_of(10) == 10
     assert str(Sparsity("2:4")) == "2:4"
     assert str(Sparsity(0.5)) == "0.5"
+    assert Sparsity(0.5) == Sparsity("0.5") == Sparsity("50%") != Sparsity(0.5, scope="layer")

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import ArgumentError
 from ..inputs.beginnings import Bos
+from ..inputs.model_source import check_device
 from ..methods.plugins import load_plugins
 from ..methods.registry import metric
 from ..option_types import Range, read_options
@@ -141,16 +142,9 @@ def parse_dtype(name: str) -> Any:
 
 
 def parse_device(name: str) -> str:
-    """The device, after a check that it is available; ArgumentError if it is not."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.empty(0, dtype=torch.float32, device=name).device.type
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"--device {name!r} is not available here ({str(error).splitlines()[0]})") from error
-    if kind == "meta":
-        raise ArgumentError(f"--device {name!r} holds no data: use cpu or cuda")
-    return "cpu" if kind == "cpu" else name
+    """The device, after a check that it is available; CheckpointError if it is not."""
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    return check_device(usual if name == "auto" else name)
 
 
 def check_json(path: Path | None) -> None:

@@ -16,7 +16,8 @@ from rich.progress import Progress, TaskID
 from ..errors import ArgumentError, StudyError
 from ..inputs.text import check_text
 from ..progress import stage
-from ..study.cells import Grid, Variant
+from ..recipe import Recipe
+from ..study.cells import Cell, Grid
 from ..study.command_line import without_folders
 from ..study.journal import Journal, Results, read_results
 from ..study.recipes_grid import RecipesGrid
@@ -190,8 +191,10 @@ def study(
         with Journal(out, bench.setting) as journal:
             try:
                 run_study(bench, journal, grid, _cells_bar(progress), without_folders(sys.argv))
-            except KeyboardInterrupt:
-                print_line("stopped; the same command resumes here")
+            except (KeyboardInterrupt, SystemExit) as stop:
+                stop.add_note(f"the same command resumes the study in {out}")
+                _render(write_page, journal.results, out)
+                raise
             _render(write_page, journal.results, out)
 
 
@@ -234,9 +237,9 @@ def _page_writer() -> PageWriter:
     return write_page
 
 
-def _variant(word: str) -> Variant:
+def _variant(word: str) -> Cell:
     method, _, options = word.partition(":")
-    return Variant(method, tuple(parse_options(method, options.split("+") if options else None).items()))
+    return Cell(Recipe(method, parse_options(method, options.split("+") if options else None)))
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -132,12 +132,15 @@ def open_safetensors(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({reason(error)}); the file may be damaged") from error
 
 
-def check_device(device: str | torch.device) -> None:
-    """Raise CheckpointError if tensors cannot be created on a device."""
+def check_device(device: str | torch.device) -> str:
+    """The name of a device that can hold weights; CheckpointError if it is not available or is "meta"."""
     try:
-        torch.empty(0, dtype=torch.float32, device=device)
+        kind = torch.empty(0, dtype=torch.float32, device=device).device.type
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"device {str(device)!r} is not available here ({reason(error)})") from error
+    if kind == "meta":
+        raise CheckpointError(f"device {str(device)!r} holds no data: use cpu or cuda")
+    return "cpu" if kind == "cpu" else str(device)
 
 
 def reason(error: BaseException) -> str:

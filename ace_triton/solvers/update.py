@@ -85,6 +85,11 @@ class Update:
         """The options of "lstsq" and their allowed values."""
         return {name: option for name, option in option_types(cls).items() if name != "kind"}
 
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {name: getattr(self, name) for name in self.types() if getattr(self, name) != getattr(Update, name)}
+
     @classmethod
     def of(cls, update: str | Mapping[str, Any] | Update | None) -> Update | None:
         """An update from its name, from a dict like that of :meth:`to_dict`, or from an Update; None for no update.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cells import Cell
 from .command_line import commands_of
 from .comparison import FEWEST_PAIRS, compare
 from .curve import Point, curve
@@ -49,13 +48,13 @@ class Advice:
 
 def advice(tally: Tally, sparsity: str) -> Advice | None:
     """What to take at a sparsity; None if nothing was measured that a command can run."""
-    points = [p for p in curve(tally, sparsity, tally.results.setting.window_length) if not p.variant.recipe.published]
+    points = [p for p in curve(tally, sparsity, tally.results.setting.window_length) if not p.variant.published]
     if not points:
         return None
     best = _lowest(points)
-    quick = [point for point in points if point.variant.recipe.minutes is None]
+    quick = [point for point in points if point.variant.minutes is None]
     choices = [("Lowest perplexity", best)]
-    if best.variant.recipe.minutes is not None and quick:
+    if best.variant.minutes is not None and quick:
         choices.append(("Lowest perplexity without recovery", _lowest(quick)))
     chosen = choices[-1][1]
     near = [
@@ -84,8 +83,7 @@ def _choice(tally: Tally, sparsity: str, wanted: str, point: Point) -> Choice:
         *([f"{times} times the dense model's"] if times else []),
         f"{_duration(point.cpu_seconds)} of CPU time",
     ]
-    seed = None if point.length is None else 0
-    commands = commands_of(tally.results.setting, Cell(point.variant, sparsity, point.length, seed))
+    commands = commands_of(tally.results.setting, point.variant.at(sparsity, point.length, 0))
     return Choice(wanted, shown_point(tally, point), "; ".join(figures), commands)
 
 
@@ -96,7 +94,7 @@ def _duration(seconds: float) -> str:
 def _note(tally: Tally, sparsity: str, best: Point, others: list[Point]) -> str:
     """Which other recipes the study cannot tell from the best one."""
     seeds = len(best.perplexity.values)
-    if best.variant.calibrated and seeds < FEWEST_PAIRS:
+    if best.variant.recipe.calibrated and seeds < FEWEST_PAIRS:
         count = "a single seed" if seeds == 1 else f"{seeds} seeds"
         return (
             f"The first rests on {count}: differences of a few percent may be noise. Run the study with --seeds "

@@ -4,108 +4,118 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ..errors import StudyError
 from ..recipe import Recipe
+from ..solvers.update import Update
 from ..sparsity import Sparsity
-from .recipe import PLAIN, StudyRecipe
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method with its options, and what is added to it.
-
-    Attributes:
-        method: name of a metric.
-        options: pairs of name and value; values equal to the metric's defaults are dropped.
-        recipe: what is added.
-
-    Raises:
-        ValueError: if the metric or one of the options is unknown.
-    """
-
-    method: str
-    options: tuple[tuple[str, Any], ...] = ()
-    recipe: StudyRecipe = PLAIN
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "options", tuple(Recipe(self.method, dict(self.options)).options.items()))
-
-    @property
-    def label(self) -> str:
-        """ "ace", or "ace:base=wanda+reduce=abs, permuted"."""
-        pairs = "+".join(f"{name}={value}" for name, value in self.options)
-        return ", ".join([f"{self.method}:{pairs}" if pairs else self.method, *self.recipe.words])
-
-    @property
-    def alone(self) -> Variant:
-        """The same method with nothing added."""
-        return self.with_recipe(PLAIN)
-
-    def with_recipe(self, recipe: StudyRecipe) -> Variant:
-        """The same method with another recipe."""
-        return replace(self, recipe=recipe)
-
-    @property
-    def complete(self) -> dict[str, Any]:
-        """All options, including the metric's defaults."""
-        return Recipe(self.method, dict(self.options)).complete_options
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the result depends on calibration tokens."""
-        return replace(self.recipe, permute=False).of(self.method, dict(self.options)).calibrated
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One pruning.
+    """One pruning of a study: a recipe, and what only the study knows.
 
     Attributes:
-        variant: the method, and what is added to it.
-        sparsity: "2:4", or the pruned fraction as "0.5".
-        length: tokens in a calibration sequence; None for a method without calibration.
-        seed: random seed of the calibration samples; None for a method without calibration.
+        recipe: what pruning does, with its sparsity.
+        length: tokens in a calibration sequence; None for a recipe without calibration.
+        seed: random seed of the calibration samples; None for a recipe without calibration.
+        minutes: of recovery afterwards; None for no recovery.
+        published: the method's published form with nothing added. Only a workbench with implementations of its own
+            runs it (:meth:`.workbench.Workbench.prune`).
+
+    Raises:
+        StudyError: if something is added to a published form, minutes are invalid, or the recipe has include, exclude,
+            an axis, a scope, or a fraction of more than 4 digits.
     """
 
-    variant: Variant
-    sparsity: str
-    length: int | None
-    seed: int | None
+    recipe: Recipe
+    length: int | None = None
+    seed: int | None = None
+    minutes: float | None = None
+    published: bool = False
 
-    @classmethod
-    def of(cls, variant: Variant, sparsity: str, length: int, seed: int) -> Cell:
-        """A pruning; length and seed are dropped for a method without calibration."""
-        return cls(variant, sparsity, length, seed) if variant.calibrated else cls(variant, sparsity, None, None)
+    def __post_init__(self) -> None:
+        if self.published and (self.recipe.additions or self.minutes is not None):
+            raise StudyError(f"nothing can be added to a published form; got {self}")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise StudyError(f"minutes of recovery must be above 0, or None for no recovery; got {self.minutes}")
+        everywhere = self.recipe.include is None and not self.recipe.exclude
+        if not everywhere or Sparsity.of(self.sparsity) != self.recipe.sparsity:
+            raise StudyError(
+                "a study prunes all layers, to n:m or to a fraction of every row with at most 4 digits: leave include, "
+                f"exclude, axis and scope out; got {self.recipe}"
+            )
+
+    @property
+    def sparsity(self) -> str:
+        """ "2:4", or the pruned fraction as "0.5"."""
+        return str(self.recipe.sparsity)
+
+    @property
+    def additions(self) -> tuple[str, ...]:
+        """("permuted", "lstsq", "12 mask rounds", "5 min of recovery"); empty for a metric alone."""
+        return (*self.recipe.additions, *self._words)
+
+    @property
+    def label(self) -> str:
+        """ "ace", or "ace:base=wanda+reduce=abs, permuted"; without the sparsity."""
+        return ", ".join([self.recipe.words, *self._words])
+
+    @property
+    def _words(self) -> tuple[str, ...]:
+        """What the study adds to the recipe."""
+        recovery = () if self.minutes is None else (f"{self.minutes:g} min of recovery",)
+        return ("published form", *recovery) if self.published else recovery
+
+    @cached_property
+    def variant(self) -> Cell:
+        """The same at 2:4, which every recipe allows, without length and seed: equal for all cells that a table or
+        figure compares over sparsities, lengths and seeds."""
+        return replace(self.with_recipe(sparsity="2:4"), length=None, seed=None)
+
+    @cached_property
+    def alone(self) -> Cell:
+        """The metric with nothing added, at the same sparsity, length and seed."""
+        recipe = Recipe(self.recipe.method, self.recipe.options, self.recipe.sparsity)
+        return Cell(recipe, self.length, self.seed)
+
+    def with_recipe(self, **parts: Any) -> Cell:
+        """The same with some parts of the recipe replaced."""
+        return replace(self, recipe=replace(self.recipe, **parts))
+
+    def at(self, sparsity: str, length: int | None = None, seed: int | None = None) -> Cell:
+        """The same at another sparsity, length and seed; a recipe without calibration drops length and seed."""
+        draw = {"length": length, "seed": seed} if self.recipe.calibrated else {"length": None, "seed": None}
+        return replace(self.with_recipe(sparsity=sparsity), **draw)
 
     def __str__(self) -> str:
         drawn = "" if self.length is None else f", L={self.length}, seed {self.seed}"
-        return f"{self.variant.label}, {self.sparsity}{drawn}"
-
-    @property
-    def recipe(self) -> Recipe:
-        """What the pruning does; RecipeError if its parts do not go together."""
-        return self.variant.recipe.of(self.variant.method, dict(self.variant.options), self.sparsity)
+        return f"{self.label}, {self.sparsity}{drawn}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, with all options, so that a result keeps its meaning if a default changes."""
-        recipe = self.variant.recipe
+        recipe = self.recipe.to_dict()
+        added = {name: recipe[name] for name in ("permute", "update", "sequential", "budgets")}
         return {
-            "method": self.variant.method,
-            "options": self.variant.complete,
+            "method": recipe["method"],
+            "options": recipe["options"],
             "sparsity": self.sparsity,
             "length": self.length,
             "seed": self.seed,
-            **({} if recipe == PLAIN else {"recipe": recipe.to_dict()}),
+            **({"recipe": {**added, "minutes": self.minutes, "published": self.published}} if self.additions else {}),
         }
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Cell:
         """The inverse of :meth:`to_dict`."""
-        recipe = StudyRecipe.from_dict(record["recipe"]) if "recipe" in record else PLAIN
-        variant = Variant(record["method"], tuple(record["options"].items()), recipe)
-        return cls(variant, record["sparsity"], record["length"], record["seed"])
+        added = dict(record.get("recipe", {}))
+        own = {name: added.pop(name) for name in ("minutes", "published") if name in added}
+        if added.get("update") is not None:
+            added["update"] = Update.from_dict(added["update"])
+        parts = {name: record[name] for name in ("method", "options", "sparsity")}
+        return cls(Recipe.from_dict(parts | added), record["length"], record["seed"], **own)
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ class Grid:
     """The cells of one call of a study.
 
     Attributes:
-        variants: the methods.
+        variants: the recipes, whatever their sparsity.
         sparsities: patterns or pruned fractions, as :class:`~ace_triton.sparsity.Sparsity` takes them.
         lengths: tokens in a calibration sequence.
         seeds: random seeds of the calibration samples.
@@ -122,7 +132,7 @@ class Grid:
         ValueError: if an axis is empty or has an invalid value.
     """
 
-    variants: tuple[Variant, ...]
+    variants: tuple[Cell, ...]
     sparsities: tuple[str, ...]
     lengths: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -137,11 +147,10 @@ class Grid:
         Methods without calibration come first. Then every method and sparsity runs at the shortest length and the first
         seed, before longer sequences and further seeds.
         """
-        free = [variant for variant in self.variants if not variant.calibrated]
-        drawn = [variant for variant in self.variants if variant.calibrated]
-        ordered = [Cell(variant, sparsity, None, None) for sparsity in self.sparsities for variant in free]
+        pairs = [(variant, sparsity) for sparsity in self.sparsities for variant in self.variants]
+        ordered = [variant.at(sparsity) for variant, sparsity in pairs if not variant.recipe.calibrated]
         for length, seed in draws(self.lengths, self.seeds):
-            ordered += [Cell(variant, sparsity, length, seed) for sparsity in self.sparsities for variant in drawn]
+            ordered += [variant.at(sparsity, length, seed) for variant, sparsity in pairs]
         return list(dict.fromkeys(ordered))
 
     @property

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import StudyError
-from ..solvers.update import Update
 from .cells import Cell
 from .records import Setting
 
@@ -17,38 +16,35 @@ PRUNED, RECOVERED = "pruned", "recovered"
 
 
 def commands_of(setting: Setting, cell: Cell) -> tuple[str, ...]:
-    """``ace-triton prune`` with the options of a cell, and ``recover`` if the cell's recipe has minutes.
+    """``ace-triton prune`` with the options of a cell, and ``recover`` if the cell has minutes.
 
     The model and the texts are named without their folders, as the setting has them.
 
     Raises:
         ValueError: for a published form, which no command runs.
     """
-    recipe = cell.variant.recipe
-    if recipe.published:
+    recipe = cell.recipe
+    if cell.published:
         raise StudyError(f"{cell}: no command prunes by a published form")
-    words = ["ace-triton", "prune", setting.model, PRUNED, "--method", cell.variant.method]
-    words += [word for name, value in cell.variant.options for word in ("-o", f"{name}={value}")]
+    words = ["ace-triton", "prune", setting.model, PRUNED, "--method", recipe.method]
+    words += _assignments("-o", recipe.options)
     words += ["--sparsity", cell.sparsity]
     words += ["--permute"] if recipe.permute else []
-    words += _update_words(recipe.update)
+    if recipe.update is not None:
+        words += ["--update", recipe.update.kind, *_assignments("-u", recipe.update.changed)]
     words += ["--sequential", recipe.sequential] if recipe.sequential != "blocks" else []
     words += ["--budgets", recipe.budgets] if recipe.budgets is not None else []
     text = ["--calibration", setting.calibration]
     if cell.length is not None:
         words += [*text, "--samples", str(setting.samples), "--length", str(cell.length)]
     commands = [[*words, "--dtype", setting.dtype]]
-    if recipe.minutes is not None:
-        commands.append(["ace-triton", "recover", PRUNED, RECOVERED, "--minutes", f"{recipe.minutes:g}", *text])
+    if cell.minutes is not None:
+        commands.append(["ace-triton", "recover", PRUNED, RECOVERED, "--minutes", f"{cell.minutes:g}", *text])
     return tuple(map(shlex.join, commands))
 
 
-def _update_words(update: Update | None) -> list[str]:
-    if update is None:
-        return []
-    changed = {f.name: getattr(update, f.name) for f in fields(Update) if getattr(update, f.name) != f.default}
-    options = [word for name, value in changed.items() if name != "kind" for word in ("-u", f"{name}={value}")]
-    return ["--update", update.kind, *options]
+def _assignments(option: str, values: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in values.items() for word in (option, f"{name}={value}")]
 
 
 def without_folders(words: Sequence[str]) -> str:

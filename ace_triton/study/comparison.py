@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from .cells import Variant
+from .cells import Cell
 from .tally import Measure, Tally
 
 FEWEST_PAIRS = 3
@@ -43,7 +43,7 @@ class Comparison:
 
 
 def compare(
-    tally: Tally, one: Variant, other: Variant, sparsity: str, measure: Measure | None = None, length: int | None = None
+    tally: Tally, one: Cell, other: Cell, sparsity: str, measure: Measure | None = None, length: int | None = None
 ) -> Comparison | None:
     """Compare two recipes by perplexity, or by another measure.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from .cells import Variant
+from .cells import Cell
 from .tally import Spread, Tally
 
 
@@ -22,7 +22,7 @@ class Point:
         dominated: whether another point is at least as fast and as good, and better in one of the two.
     """
 
-    variant: Variant
+    variant: Cell
     length: int | None
     perplexity: Spread
     cpu_seconds: float
@@ -34,7 +34,7 @@ def curve(tally: Tally, sparsity: str, window_length: int) -> list[Point]:
     """The points at a sparsity, from fast to slow; empty if nothing was measured over windows of this length."""
     measured = []
     for variant in tally.everything:
-        for length in tally.lengths if variant.calibrated else [None]:
+        for length in tally.lengths if variant.recipe.calibrated else [None]:
             found = [f for f in tally.select(variant, sparsity, length) if f.cell.length == length]
             spread = Spread.of(map(tally.over(window_length), found))
             if spread is not None:

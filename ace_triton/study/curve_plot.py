@@ -20,7 +20,7 @@ LABEL_HEIGHT = 13.0
 
 def curve_marks(points: list[Point]) -> tuple[Mark, ...]:
     """The markers that occur, from metrics alone to recovery."""
-    there = {mark_of(point.variant.recipe) for point in points}
+    there = {mark_of(point.variant) for point in points}
     return tuple(mark for mark in MARKS if mark in there)
 
 
@@ -56,7 +56,7 @@ def curve_figure(tally: Tally, points: list[Point], sparsity: str, window_length
         axes.set_title(f"{shown_sparsity(sparsity)}, windows of {window_length:,} tokens")
         figure.draw_without_rendering()
         _name(axes, tally, best, "left")
-        _name(axes, tally, [p for p in points if p.variant.recipe.published and p.dominated], "right")
+        _name(axes, tally, [p for p in points if p.variant.published and p.dominated], "right")
         described = [f"{shown_point(tally, p)} {p.perplexity.mean:,.1f} in {p.cpu_seconds:,.0f} s" for p in best]
         description = (
             f"Perplexity at {shown_sparsity(sparsity)} against CPU seconds. Not dominated are {listed(described)}. "
@@ -67,7 +67,7 @@ def curve_figure(tally: Tally, points: list[Point], sparsity: str, window_length
 
 
 def _draw(axes: Any, tally: Tally, point: Point) -> None:
-    mark = mark_of(point.variant.recipe)
+    mark = mark_of(point.variant)
     color = SERIES[series(tally, point.variant)]
     axes.errorbar(
         point.cpu_seconds,

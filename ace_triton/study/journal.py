@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import StudyError
+from ..errors import RecipeError, StudyError
 from .cells import Cell
 from .records import CellResult, DenseResult, ModelNorms, Record, Run, Sample, Setting
 
@@ -147,6 +147,8 @@ def read_results(path: str | Path) -> Results:
         setting, *rest = [_KINDS[record.pop("kind")].from_dict(record) for record in records]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise StudyError(f"{file}: cannot be read as the results of a study ({error!r})") from error
+    except RecipeError as error:
+        raise StudyError(f"{file}: {error}") from error
     results = Results(setting)
     for record in rest:
         results.add(record)

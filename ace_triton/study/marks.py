@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cells import Variant
+from .cells import Cell
 from .drawing import GLYPHS, MARKERS
-from .recipe import StudyRecipe
 from .tally import Tally
 
 GREY = "magnitude"
@@ -49,26 +48,27 @@ PUBLISHED = Mark("published form", "X", "✖", 8.5)
 MARKS = (ALONE, PERMUTED, RESCALED, PERMUTED_RESCALED, FITTED, RECOVERED, PUBLISHED)
 
 
-def mark_of(recipe: StudyRecipe) -> Mark:
-    """The marker of the last thing that a recipe adds."""
-    if recipe.published:
+def mark_of(variant: Cell) -> Mark:
+    """The marker of the last thing that is added to a metric."""
+    recipe = variant.recipe
+    if variant.published:
         return PUBLISHED
-    if recipe.minutes is not None:
+    if variant.minutes is not None:
         return RECOVERED
     if recipe.update is not None:
         return FITTED if recipe.update.kind == "lstsq" else PERMUTED_RESCALED if recipe.permute else RESCALED
     return PERMUTED if recipe.permute else ALONE
 
 
-def series(tally: Tally, variant: Variant) -> int:
+def series(tally: Tally, variant: Cell) -> int:
     """The color of a method, whatever is added to it, as an index into SERIES."""
     methods = dict.fromkeys(found.alone for found in tally.everything)
-    if variant.method == GREY:
+    if variant.recipe.method == GREY:
         return 0
-    colored = [method for method in methods if method.method != GREY]
+    colored = [method for method in methods if method.recipe.method != GREY]
     return 1 + colored.index(variant.alone) % (len(MARKERS) - 1)
 
 
-def glyph(tally: Tally, variant: Variant) -> str:
+def glyph(tally: Tally, variant: Cell) -> str:
     """The marker of a method with nothing added, as a character."""
     return GLYPHS[series(tally, variant)]

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from .cells import Variant
+from .cells import Cell
 from .drawing import GRID, MARKERS, PAPER, SERIES, STAGE_COLORS, canvas, drawing, plain_number
 from .marks import mark_of, series
 from .tally import STAGES, Tally, listed, shown_sparsity, shown_variant
@@ -64,7 +64,7 @@ def perplexity_by_length(tally: Tally, sparsity: str, number: int) -> Markup | N
         if dense is not None:
             axes.annotate(f"dense: {dense.perplexity:,.1f} ↓", (0.02, 0.03), xycoords="axes fraction", fontsize=10)
         for variant in tally.variants:
-            spread = None if variant.calibrated else tally.perplexity(variant, sparsity)
+            spread = None if variant.recipe.calibrated else tally.perplexity(variant, sparsity)
             if spread is not None:
                 text = f"{shown_variant(variant)}: {spread.mean:,.0f} ↑"
                 axes.annotate(text, (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=10)
@@ -118,7 +118,7 @@ def perplexity_by_time(tally: Tally, sparsity: str, number: int) -> Markup | Non
 def time_bars(tally: Tally, length: int) -> Markup | None:
     """CPU seconds of a pruning, by stage."""
     rows = [(v, times) for v in tally.variants if (times := tally.stages(v, length)) is not None]
-    if not any(variant.calibrated for variant, _ in rows):
+    if not any(variant.recipe.calibrated for variant, _ in rows):
         return None
     with canvas(4.6, 0.9 + 0.33 * len(rows)) as (figure, axes):
         names = [fill(shown_variant(variant), NAME_WIDTH) for variant, _ in rows]
@@ -155,7 +155,7 @@ def divergence(tally: Tally, sparsity: str, number: int) -> Markup | None:
         for row, (variant, far) in enumerate(rows):
             low, left, middle, right, high = (max(value, 1e-4) for value in far.quantiles)
             color = SERIES[series(tally, variant)]
-            marker = mark_of(variant.recipe).marker if tally.recipes else MARKERS[series(tally, variant)]
+            marker = mark_of(variant).marker if tally.recipes else MARKERS[series(tally, variant)]
             axes.plot([low, high], [row, row], color=color, linewidth=1.5)
             axes.plot([left, right], [row, row], color=color, linewidth=7, alpha=0.45, solid_capstyle="butt")
             axes.plot(middle, row, marker=marker, color=color, markersize=8, markeredgecolor=PAPER)
@@ -181,9 +181,9 @@ def divergence(tally: Tally, sparsity: str, number: int) -> Markup | None:
         return drawing(figure, f"divergence{number}", f"Divergence from the dense model, {sparsity}", description)
 
 
-def _line(tally: Tally, variant: Variant) -> dict[str, Any]:
+def _line(tally: Tally, variant: Cell) -> dict[str, Any]:
     index = series(tally, variant)
-    ours = variant.method == "ace"
+    ours = variant.recipe.method == "ace"
     return {
         "color": SERIES[index],
         "marker": MARKERS[index],
@@ -195,7 +195,7 @@ def _line(tally: Tally, variant: Variant) -> dict[str, Any]:
     }
 
 
-def _lowest(tally: Tally, variant: Variant, sparsity: str) -> float:
+def _lowest(tally: Tally, variant: Cell, sparsity: str) -> float:
     spreads = [tally.perplexity(variant, sparsity, length) for length in tally.lengths]
     return min((spread.mean for spread in spreads if spread is not None), default=math.inf)
 

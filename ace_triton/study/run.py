@@ -119,7 +119,7 @@ def _measure(
 
 
 def _recover(bench: Workbench, cell: Cell, state: Path, report: Callable[[str], None]) -> RecoveryCost | None:
-    minutes = cell.variant.recipe.minutes
+    minutes = cell.minutes
     if minutes is None:
         return None
 

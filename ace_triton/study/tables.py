@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cells import Variant
+from ..recipe import Recipe
+from .cells import Cell
 from .comparison import Comparison, compare
 from .curve import Point, curve
 from .recipes_grid import SPARSEGPT
 from .tally import Spread, Tally, shown_sparsity, shown_variant
 
-WANDA = Variant("wanda")
+WANDA = Cell(Recipe("wanda"))
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def best(tally: Tally, sparsity: str) -> TableRow:
     found = [
         (spread.mean, shown_variant(variant), "" if length is None else f"L={length:,}")
         for variant in tally.everything
-        for length in (tally.lengths if variant.calibrated else [None])
+        for length in (tally.lengths if variant.recipe.calibrated else [None])
         if (spread := tally.perplexity(variant, sparsity, length)) is not None
     ]
     if not found:
@@ -48,7 +49,7 @@ def perplexity_table(tally: Tally, sparsity: str) -> NumberTable:
     """Mean, spread and number of seeds, and the lowest mean over the dense model's perplexity."""
     lengths: list[int | None] = list(tally.lengths) or [None]
 
-    def row(variant: Variant) -> TableRow:
+    def row(variant: Cell) -> TableRow:
         spreads = [tally.perplexity(variant, sparsity, length) for length in lengths]
         means = [spread.mean for spread in spreads if spread is not None]
         return TableRow(
@@ -67,7 +68,7 @@ def time_table(tally: Tally) -> NumberTable:
     """Median CPU seconds."""
     lengths: list[int | None] = list(tally.lengths) or [None]
 
-    def shown(variant: Variant, length: int | None) -> str:
+    def shown(variant: Cell, length: int | None) -> str:
         seconds = tally.cpu_seconds(variant, None, length)
         return "" if seconds is None else f"{seconds:,.2f}"
 
@@ -139,7 +140,7 @@ def paired_table(tally: Tally, sparsity: str) -> NumberTable | None:
     )
 
 
-def _curves(tally: Tally, sparsity: str) -> list[dict[tuple[Variant, int | None], Point]]:
+def _curves(tally: Tally, sparsity: str) -> list[dict[tuple[Cell, int | None], Point]]:
     """For every window length, the points by method and calibration length."""
     lengths = tally.results.setting.window_lengths
     return [{(p.variant, p.length): p for p in curve(tally, sparsity, length)} for length in lengths]

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from ..methods.registry import metric_names
 from ..sparsity import Sparsity
-from .cells import Cell, Variant
+from .cells import Cell
 from .journal import Results
-from .recipe import PLAIN
 from .records import CellResult, Sample, StageSeconds
 
 STAGES = ("calibration", "statistics", "select")
@@ -61,27 +60,27 @@ class Tally:
         self.results = results
         cells = list(results.cells)
         order = metric_names()
-        found = sorted({cell.variant for cell in cells}, key=lambda v: (order.index(v.method), v.label))
-        self.variants: list[Variant] = [variant for variant in found if variant.recipe == PLAIN]
-        self.recipes: list[Variant] = sorted(
-            (variant for variant in found if variant.recipe != PLAIN),
-            key=lambda v: (v.recipe.published, v.recipe.minutes or 0.0),
+        found = sorted({cell.variant for cell in cells}, key=lambda v: (order.index(v.recipe.method), v.label))
+        self.variants: list[Cell] = [variant for variant in found if not variant.additions]
+        self.recipes: list[Cell] = sorted(
+            (variant for variant in found if variant.additions),
+            key=lambda v: (v.published, v.minutes or 0.0),
         )
         self.sparsities: list[str] = sorted({cell.sparsity for cell in cells}, key=lambda s: (":" in s, len(s), s))
         self.lengths: list[int] = sorted({cell.length for cell in cells if cell.length is not None})
 
     @property
-    def everything(self) -> list[Variant]:
+    def everything(self) -> list[Cell]:
         """Methods with nothing added, then recipes."""
         return self.variants + self.recipes
 
     @property
-    def calibrated(self) -> list[Variant]:
+    def calibrated(self) -> list[Cell]:
         """Methods with nothing added that depend on calibration tokens."""
-        return [variant for variant in self.variants if variant.calibrated]
+        return [variant for variant in self.variants if variant.recipe.calibrated]
 
     def select(
-        self, variant: Variant | None = None, sparsity: str | None = None, length: int | None = None
+        self, variant: Cell | None = None, sparsity: str | None = None, length: int | None = None
     ) -> list[CellResult]:
         """The results of matching cells; one without calibration matches every length."""
         return [
@@ -92,16 +91,16 @@ class Tally:
             and (length is None or cell.length in (None, length))
         ]
 
-    def perplexity(self, variant: Variant, sparsity: str, length: int | None = None) -> Spread | None:
+    def perplexity(self, variant: Cell, sparsity: str, length: int | None = None) -> Spread | None:
         """Perplexity over seeds; None if nothing was measured."""
         return Spread.of(found.perplexity for found in self.select(variant, sparsity, length))
 
-    def cpu_seconds(self, variant: Variant, sparsity: str | None = None, length: int | None = None) -> float | None:
+    def cpu_seconds(self, variant: Cell, sparsity: str | None = None, length: int | None = None) -> float | None:
         """Median CPU seconds over seeds, and over sparsities if none is given; None if nothing was measured."""
         times = [found.cpu_seconds for found in self.select(variant, sparsity, length)]
         return statistics.median(times) if times else None
 
-    def stages(self, variant: Variant, length: int) -> StageSeconds | None:
+    def stages(self, variant: Cell, length: int) -> StageSeconds | None:
         """CPU seconds by stage, in the proportions of the wall clock: medians over seeds and sparsities.
 
         None if nothing was measured.
@@ -130,15 +129,16 @@ class Tally:
         found |= {evaluation.length: evaluation.perplexity for evaluation in dense.further}
         return found.get(window_length, math.nan)
 
-    def paired(self, one: Variant, other: Variant, sparsity: str, measure: Measure | None = None) -> dict[Draw, float]:
+    def paired(self, one: Cell, other: Cell, sparsity: str, measure: Measure | None = None) -> dict[Draw, float]:
         """log(one / other) of perplexity, or of another measure, for every draw that both were measured on."""
-        cells, ratios, measure = self.results.cells, {}, measure or _perplexity
-        for cell, found in cells.items():
-            twin = cells.get(Cell(other, sparsity, cell.length, cell.seed))
-            if cell.variant == one and cell.sparsity == sparsity and twin is not None:
-                ratio = measure(found) / measure(twin)
-                if math.isfinite(ratio) and ratio > 0:
-                    ratios[cell.length, cell.seed] = math.log(ratio)
+        measure = measure or _perplexity
+        theirs = {(found.cell.length, found.cell.seed): found for found in self.select(other, sparsity)}
+        ratios = {}
+        for found in self.select(one, sparsity):
+            draw = found.cell.length, found.cell.seed
+            ratio = measure(found) / measure(theirs[draw]) if draw in theirs else math.nan
+            if math.isfinite(ratio) and ratio > 0:
+                ratios[draw] = math.log(ratio)
         return ratios
 
     def samples(self, sparsity: str) -> list[Sample]:
@@ -156,13 +156,13 @@ def shown_sparsity(sparsity: str) -> str:
     return sparsity if Sparsity(sparsity).n is not None else f"{float(sparsity) * 100:.4g}%"
 
 
-def shown_variant(variant: Variant) -> str:
+def shown_variant(variant: Cell) -> str:
     """A method as its paper writes it, with options and what is added."""
     names = {"wanda": "Wanda", "ria": "RIA", "stade": "STADE", "dass": "DaSS", "cosp": "CosP", "varp": "VarP"}
     names |= {"ace": "ACE", "ace-paper": "ACE as published", "saap": "SAAP", "sparsegpt": "SparseGPT"}
-    name = names.get(variant.method, variant.method)
-    options = ", ".join(f"{key}={value}" for key, value in variant.options)
-    return ", ".join([f"{name} ({options})" if options else name, *variant.recipe.words])
+    name = names.get(variant.recipe.method, variant.recipe.method)
+    options = ", ".join(f"{key}={value}" for key, value in variant.recipe.options.items())
+    return ", ".join([f"{name} ({options})" if options else name, *variant.additions])
 
 
 def listed(words: Sequence[str]) -> str:

@@ -188,7 +188,7 @@ class Workbench:
         Raises:
             ValueError: for a published form, which this class does not have.
         """
-        if cell.variant.recipe.published:
+        if cell.published:
             raise StudyError(f"{cell}: published forms of methods are not part of ace_triton")
         report = prune_model(self.model, ids, cell.recipe)
         return sum(layer.kept for layer in report.layers) / len(report.layers), report.seconds

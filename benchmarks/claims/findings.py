@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ace_triton.study.cells import Variant
+from ace_triton.recipe import Recipe
+from ace_triton.study.cells import Cell
 from ace_triton.study.comparison import FEWEST_PAIRS, Comparison, compare
 from ace_triton.study.tally import Tally, listed, shown_sparsity, shown_variant
 
@@ -15,8 +16,7 @@ Verdict = Literal["holds", "open", "fails"]
 
 FROM_BEST: tuple[Verdict, ...] = ("holds", "open", "fails")
 
-ACE, RIA, WANDA = Variant("ace"), Variant("ria"), Variant("wanda")
-PUBLISHED_ACE = Variant("ace-paper")
+ACE, RIA, WANDA, PUBLISHED_ACE = map(Cell, map(Recipe, ("ace", "ria", "wanda", "ace-paper")))
 
 MEANING = (
     "Mean change of perplexity ± its standard error over paired draws (the same length and seed for both methods). "

@@ -7,9 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ace_triton.study.cells import Variant
+from ace_triton.study.cells import Cell
 from ace_triton.study.comparison import Comparison, compare
-from ace_triton.study.recipe import StudyRecipe
 from ace_triton.study.recipes_grid import PATTERN, SPARSEGPT
 from ace_triton.study.records import CellResult
 from ace_triton.study.tally import Draw, Tally, listed, shown_sparsity, shown_variant
@@ -38,7 +37,7 @@ def goals(tally: Tally) -> list[Finding]:
     """All targets that the study has cells for; none for a study without recipes."""
     if not tally.recipes:
         return []
-    permuted = [permutation(tally, v) for v in tally.recipes if v.recipe == StudyRecipe(permute=True)]
+    permuted = [permutation(tally, v) for v in tally.recipes if v == v.alone.with_recipe(permute=True)]
     recovered = [recovery(tally, minutes) for minutes in MOST_RECOVERED]
     found = [metric_alone(tally), *permuted, weight_update(tally), *recovered, dominance(tally)]
     return [finding for finding in found if finding is not None]
@@ -79,7 +78,7 @@ class Claim:
         return ", ".join([*shown, *(f"not measured over {length}" for length in self.missing)])
 
 
-def perplexity_claim(tally: Tally, one: Variant, other: Variant, sparsity: str, most: float) -> Claim | None:
+def perplexity_claim(tally: Tally, one: Cell, other: Cell, sparsity: str, most: float) -> Claim | None:
     """None if the first window length was not measured with both."""
     lengths = tally.results.setting.window_lengths
     compared = {f"{n:,}": compare(tally, one, other, sparsity, tally.over(n)) for n in lengths}
@@ -88,7 +87,7 @@ def perplexity_claim(tally: Tally, one: Variant, other: Variant, sparsity: str, 
     return Claim(found, most, missing) if f"{lengths[0]:,}" in found else None
 
 
-def time_claim(tally: Tally, one: Variant, other: Variant, sparsity: str) -> Claim | None:
+def time_claim(tally: Tally, one: Cell, other: Cell, sparsity: str) -> Claim | None:
     """One takes no more CPU time than the other; None without a pair."""
     comparison = compare(tally, one, other, sparsity, cpu_time)
     return None if comparison is None else Claim({"CPU time": comparison}, 1.0)
@@ -127,7 +126,7 @@ def metric_alone(tally: Tally) -> Finding | None:
     return Finding(verdict, headline, f"{'; '.join(parts)}. {target}{not_yet}.")
 
 
-def permutation(tally: Tally, variant: Variant) -> Finding | None:
+def permutation(tally: Tally, variant: Cell) -> Finding | None:
     """A metric with channels permuted against the same metric alone."""
     claim = perplexity_claim(tally, variant, variant.alone, PATTERN, MOST_PERMUTED)
     if claim is None:
@@ -138,9 +137,9 @@ def permutation(tally: Tally, variant: Variant) -> Finding | None:
 
 def weight_update(tally: Tally) -> Finding | None:
     """The weight update that comes nearest to the targets."""
-    tried: list[tuple[Verdict, float, Variant, list[Claim]]] = []
+    tried: list[tuple[Verdict, float, Cell, list[Claim]]] = []
     for variant in tally.recipes:
-        if variant.recipe.update is None or variant.recipe.minutes is not None:
+        if variant.recipe.update is None or variant.minutes is not None:
             continue
         claims = [
             perplexity_claim(tally, variant, WANDA, PATTERN, MOST_OF_WANDA),
@@ -169,7 +168,7 @@ def recovery(tally: Tally, minutes: float) -> Finding | None:
     claims = [
         (claim, variant)
         for variant in tally.recipes
-        if variant.recipe.minutes == minutes
+        if variant.minutes == minutes
         and (claim := perplexity_claim(tally, variant, WANDA, PATTERN, MOST_RECOVERED[minutes])) is not None
     ]
     if not claims:
@@ -189,11 +188,11 @@ def recovery(tally: Tally, minutes: float) -> Finding | None:
 
 def dominance(tally: Tally) -> Finding | None:
     """Whether for each published form a recipe of this package is as good and takes no more time."""
-    published = [v for v in tally.recipes if v.recipe.published and tally.select(v, PATTERN)]
-    ours = [v for v in tally.everything if not v.recipe.published and tally.select(v, PATTERN)]
+    published = [v for v in tally.recipes if v.published and tally.select(v, PATTERN)]
+    ours = [v for v in tally.everything if not v.published and tally.select(v, PATTERN)]
     verdicts, parts = [], []
     for rival in published:
-        tried: list[tuple[Verdict, float, Variant, Claim, Claim]] = []
+        tried: list[tuple[Verdict, float, Cell, Claim, Claim]] = []
         for variant in ours:
             quality = perplexity_claim(tally, variant, rival, PATTERN, 1.0)
             time = time_claim(tally, variant, rival, PATTERN)

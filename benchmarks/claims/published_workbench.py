@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ace_triton.decoders.batches import TOKENS_OF_A_FORWARD
-from ace_triton.sparsity import Sparsity
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Workbench
 from ace_triton.timing import Seconds
@@ -14,7 +13,7 @@ from . import published_model
 
 
 class PublishedWorkbench(Workbench):
-    """Runs a cell whose recipe is ``published`` in plain torch, as the published code does it."""
+    """Runs a cell that is ``published`` in plain torch, as the published code does it."""
 
     def prune(self, cell: Cell, ids: torch.Tensor | None) -> tuple[float, Seconds]:
         """As in the base class.
@@ -22,12 +21,12 @@ class PublishedWorkbench(Workbench):
         Raises:
             ValueError: for a published form at a fraction, without calibration or with options.
         """
-        if not cell.variant.recipe.published:
+        if not cell.published:
             return super().prune(cell, ids)
-        pattern = Sparsity(cell.sparsity)
-        if ids is None or pattern.n is None or pattern.m is None or cell.variant.options:
+        pattern = cell.recipe.sparsity
+        if ids is None or pattern.n is None or pattern.m is None or cell.recipe.options:
             raise ValueError(f"{cell}: a published form needs an n:m pattern and calibration, and takes no options")
         ids = ids.to(self.model.device)
         batch_size = max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
-        seconds = published_model.prune_model(self.model, ids, cell.variant.method, pattern.n, pattern.m, batch_size)
+        seconds = published_model.prune_model(self.model, ids, cell.recipe.method, pattern.n, pattern.m, batch_size)
         return pattern.n / pattern.m, seconds

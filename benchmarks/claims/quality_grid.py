@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ace_triton.recipe import Recipe
 from ace_triton.solvers.update import Update
-from ace_triton.study.cells import Cell, Variant, draws, shown_draw
-from ace_triton.study.recipe import StudyRecipe
+from ace_triton.study.cells import Cell, draws, shown_draw
 from ace_triton.study.recipes_grid import BEST, PATTERN, RECIPES, SPARSEGPT
 
-WANDA, RIA, COSP, ACE = map(Variant, ("wanda", "ria", "cosp", "ace"))
-ACE_TIMES = Variant("ace", (("sign", 1),))
+WANDA, RIA, COSP, ACE = map(Cell, map(Recipe, ("wanda", "ria", "cosp", "ace")))
+ACE_TIMES = Cell(Recipe("ace", {"sign": 1}))
 """ACE multiplied by VarP, as its paper has it, in place of divided."""
 
 SPARSITIES = ("0.5", "2:4", "4:8")
@@ -18,17 +18,17 @@ METRICS = (WANDA, RIA, COSP, ACE, ACE_TIMES)
 """Run alone at every sparsity."""
 
 ADDED = (
-    *(metric.with_recipe(recipe) for metric in (WANDA, ACE, ACE_TIMES) for recipe in RECIPES),
-    COSP.with_recipe(BEST),
+    *(metric.with_recipe(**parts) for metric in (WANDA, ACE, ACE_TIMES) for parts in RECIPES),
+    COSP.with_recipe(**BEST),
 )
 """Run at PATTERN."""
 
-PUBLISHED = tuple(Variant(method, recipe=StudyRecipe(published=True)) for method in ("wanda", "ria", "sparsegpt"))
+PUBLISHED = tuple(Cell(Recipe(method), published=True) for method in ("wanda", "ria", "sparsegpt"))
 """The methods' published forms, run at PATTERN."""
 
 RECOVERED = (
-    WANDA.with_recipe(replace(BEST, minutes=5.0)),
-    WANDA.with_recipe(replace(BEST, update=Update(mask_rounds=8), minutes=20.0)),
+    replace(WANDA.with_recipe(**BEST), minutes=5.0),
+    replace(WANDA.with_recipe(permute=True, update=Update(mask_rounds=8)), minutes=20.0),
 )
 """Run at PATTERN."""
 
@@ -54,7 +54,7 @@ class QualityGrid:
         wanted = [(metric, sparsity) for sparsity in SPARSITIES for metric in alone]
         wanted += [(variant, PATTERN) for variant in at_pattern]
         return [
-            Cell.of(variant, sparsity, length, seed)
+            variant.at(sparsity, length, seed)
             for length, seed in draws(self.lengths, self.seeds)
             for variant, sparsity in wanted
         ]

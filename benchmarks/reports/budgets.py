@@ -19,20 +19,16 @@ from rich.console import Console
 
 from ace_triton.budgets import SPREAD
 from ace_triton.commands.report import write_json
-from ace_triton.study.cells import Cell, Variant
+from ace_triton.recipe import Recipe
+from ace_triton.study.cells import Cell
 from ace_triton.study.recipes_grid import BEST
 from ace_triton.study.tally import shown_sparsity, shown_variant
 from ace_triton.study.workbench import Protocol, Workbench
 
-WANDA, ACE = Variant("wanda"), Variant("ace")
+WANDA, ACE = Cell(Recipe("wanda")), Cell(Recipe("ace"))
 PRUNINGS = (
-    (WANDA, "0.5"),
-    (ACE, "0.5"),
-    (WANDA, "2:4"),
-    (ACE, "2:4"),
-    (WANDA, "4:8"),
-    (ACE, "4:8"),
-    (WANDA.with_recipe(BEST), "2:4"),
+    *(metric.at(sparsity) for sparsity in ("0.5", "2:4", "4:8") for metric in (WANDA, ACE)),
+    WANDA.with_recipe(**BEST),
 )
 SEEDS = (0, 1, 2)
 SAMPLES, LENGTH = 64, 128
@@ -69,15 +65,16 @@ def main(
     protocol = Protocol("smollm2", calibration, evaluation, wikitext=True, samples=SAMPLES)
     pairs = measured(out)
     done = {(pair.variant, pair.sparsity, pair.seed) for pair in pairs}
-    todo = [(v, p, seed) for seed in SEEDS for v, p in PRUNINGS if (v.label, p, seed) not in done]
+    cells = [replace(pruning, length=LENGTH, seed=seed) for seed in SEEDS for pruning in PRUNINGS]
+    todo = [cell for cell in cells if (cell.label, cell.sparsity, cell.seed) not in done]
     bench = Workbench(protocol) if todo else None
-    for variant, sparsity, seed in todo:
+    for cell in todo:
         assert bench is not None
-        with bench.pruned(Cell(variant, sparsity, LENGTH, seed)):
+        assert cell.seed is not None
+        with bench.pruned(cell):
             even = bench.perplexity()
-        spread = variant.with_recipe(replace(variant.recipe, budgets="outliers"))
-        with bench.pruned(Cell(spread, sparsity, LENGTH, seed)) as pruning:
-            pairs.append(Pair(variant.label, sparsity, seed, even, bench.perplexity(), pruning.kept))
+        with bench.pruned(cell.with_recipe(budgets="outliers")) as pruning:
+            pairs.append(Pair(cell.label, cell.sparsity, cell.seed, even, bench.perplexity(), pruning.kept))
         console.print(pairs[-1], highlight=False)
         write_json(out / "budgets.json", [asdict(pair) for pair in pairs])
     (out / "budgets.md").write_text(page(pairs, protocol))
@@ -109,8 +106,8 @@ def page(pairs: list[Pair], protocol: Protocol) -> str:
 def table(pairs: list[Pair]) -> list[str]:
     """Means over seeds, and the mean ratio of the pairs with its standard error."""
     lines = ["| method, sparsity | kept | even | by outliers | ratio, over pairs |", "|---|---:|---:|---:|---:|"]
-    for variant, sparsity in PRUNINGS:
-        chosen = [pair for pair in pairs if (pair.variant, pair.sparsity) == (variant.label, sparsity)]
+    for cell in PRUNINGS:
+        chosen = [pair for pair in pairs if (pair.variant, pair.sparsity) == (cell.label, cell.sparsity)]
         if not chosen:
             continue
         kept = statistics.fmean(pair.kept for pair in chosen)
@@ -118,7 +115,7 @@ def table(pairs: list[Pair]) -> list[str]:
         ratios = [pair.outliers / pair.even for pair in chosen]
         error = f" ± {statistics.stdev(ratios) / math.sqrt(len(ratios)):.3f}" if len(ratios) > 1 else ""
         lines.append(
-            f"| {shown_variant(variant)}, {shown_sparsity(sparsity)} | {kept:.2%} | {even:.1f} | {other:.1f} | "
+            f"| {shown_variant(cell)}, {shown_sparsity(cell.sparsity)} | {kept:.2%} | {even:.1f} | {other:.1f} | "
             f"{statistics.fmean(ratios):.3f}{error} ({len(ratios)}) |"
         )
     return lines

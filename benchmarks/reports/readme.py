@@ -27,7 +27,8 @@ from ace_triton.packed.dispatch import (
     OTHER_LIMITS,
     PatternRows,
 )
-from ace_triton.study.cells import Variant
+from ace_triton.recipe import Recipe
+from ace_triton.study.cells import Cell
 from ace_triton.study.curve import Point, curve
 from ace_triton.study.journal import read_results
 from ace_triton.study.tables import shown_spread
@@ -160,7 +161,7 @@ def recipes(docs: Path) -> list[str]:
     assert dense is not None
     of_dense = [dense.perplexity, *(found.perplexity for found in dense.further)]
     by_length = [{p.variant: p for p in curve(tally, "2:4", length)} for length in lengths]
-    first: dict[Variant, Point] = by_length[0]
+    first: dict[Cell, Point] = by_length[0]
     heads = (f"windows of {n:,}, dense {value:.1f}" for n, value in zip(lengths, of_dense, strict=True))
     lines = [f"| 2:4 | CPU time | {' | '.join(heads)} | times dense |", "|---|---:|" + "---:|" * (len(lengths) + 1)]
     for variant, point in sorted(first.items(), key=lambda entry: entry[1].perplexity.mean):
@@ -179,13 +180,13 @@ def lengths(docs: Path) -> list[str]:
         "|---" + "|---:" * len(others) + "|",
     ]
     for method in LENGTH_METHODS:
-        variant = Variant(method)
+        variant = Cell(Recipe(method))
         base = tally.perplexity(variant, "2:4", BASE_LENGTH)
         assert base is not None
         found = [tally.perplexity(variant, "2:4", length) for length in others]
         changes = ("" if s is None else f"{s.mean / base.mean - 1:+.1%} ({len(s.values)})" for s in found)
         lines.append(f"| {shown_variant(variant)} | {' | '.join(changes)} |")
-    seconds = [tally.cpu_seconds(Variant("wanda"), "2:4", length) or 0.0 for length in others]
+    seconds = [tally.cpu_seconds(Cell(Recipe("wanda")), "2:4", length) or 0.0 for length in others]
     return [*lines, f"| CPU seconds, Wanda | {' | '.join(f'{value:,.0f}' for value in seconds)} |"]
 
 

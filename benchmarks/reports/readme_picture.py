@@ -84,9 +84,9 @@ def picture(tally: Tally) -> str:
     """The SVG, the same for the same records."""
     length, dense = tally.results.setting.window_length, tally.results.dense
     assert dense is not None
-    points = [point for point in curve(tally, "2:4", length) if not point.variant.options]
+    points = [point for point in curve(tally, "2:4", length) if not point.variant.recipe.options]
     front = [point for point in points if not any(_beats(other, point) for other in points)]
-    published = [point for point in points if point.variant.recipe.published]
+    published = [point for point in points if point.variant.published]
     described = ", ".join(
         f"{shown_variant(point.variant)} {point.perplexity.mean:.1f} in {point.cpu_seconds:.0f} s" for point in front
     )
@@ -158,13 +158,13 @@ def _front(front: Sequence[Point]) -> str:
 def _bar(point: Point) -> str:
     """A standard deviation up and down."""
     x, mean, deviation = across(point.cpu_seconds), point.perplexity.mean, point.perplexity.deviation
-    kind = "theirs" if point.variant.recipe.published else "ours"
+    kind = "theirs" if point.variant.published else "ours"
     return f'<path class="{kind}" stroke-width="1" d="M{x:g} {up(mean - deviation):g}V{up(mean + deviation):g}"/>'
 
 
 def _mark(point: Point, best: bool) -> str:
     x, y = across(point.cpu_seconds), up(point.perplexity.mean)
-    if point.variant.recipe.published:
+    if point.variant.published:
         return f'<path class="theirs" d="M{x - 4.5:g} {y - 4.5:g}l9 9m0 -9l-9 9"/>'
     return f'<circle class="{"ours" if best else "beaten"}" cx="{x:g}" cy="{y:g}" r="{5 if best else 4}"/>'
 
@@ -178,7 +178,7 @@ def _names(points: Sequence[Point], *, left: bool) -> Iterable[str]:
     named = [shown_variant(point.variant) for point in points]
     for point in sorted(points, key=lambda point: -point.perplexity.mean):
         x, y = across(point.cpu_seconds), up(point.perplexity.mean)
-        late = point.variant.recipe.minutes is not None
+        late = point.variant.minutes is not None
         middle = max(y + 19 if late else y, ceiling + LABEL_HEIGHT)
         ceiling = middle
         name = _after(shown_variant(point.variant), named) if late else shown_variant(point.variant)

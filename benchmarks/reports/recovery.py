@@ -23,7 +23,8 @@ from ace_triton.commands.report import write_json
 from ace_triton.inputs.calibration import pieces, token_stream
 from ace_triton.inputs.text import read_documents
 from ace_triton.inputs.written_text import start_token
-from ace_triton.study.cells import Cell, Variant
+from ace_triton.recipe import Recipe
+from ace_triton.study.cells import Cell
 from ace_triton.study.recipes_grid import BEST, PATTERN
 from ace_triton.study.samples import next_token_divergence
 from ace_triton.study.workbench import Protocol, Workbench
@@ -106,7 +107,7 @@ def main(
         bench = Workbench(protocol)
         stream = token_stream(read_documents(held_out, most=MOST_HELD_OUT), bench.tokenizer)
         other = pieces(stream, HELD_OUT_SEQUENCES, HELD_OUT_LENGTH, SEED)
-        with bench.pruned(Cell(Variant("wanda", recipe=BEST), PATTERN, LENGTH, SEED)):
+        with bench.pruned(Cell(Recipe("wanda", sparsity=PATTERN, **BEST), LENGTH, SEED)):
             start = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
             for name in todo:
                 bench.model.load_state_dict(start)

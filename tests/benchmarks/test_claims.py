@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ace_triton.study.cells import Cell, Variant
+from ace_triton.recipe import Recipe
+from ace_triton.study.cells import Cell
 from ace_triton.study.comparison import Comparison
 from ace_triton.study.journal import Results, read_results
-from ace_triton.study.recipe import StudyRecipe
 from ace_triton.study.recipes_grid import BEST, SPARSEGPT
 from ace_triton.study.records import CellResult, DenseResult, Setting, StageSeconds
 from ace_triton.study.tally import Tally, shown_variant
@@ -32,16 +32,16 @@ from benchmarks.claims.quality_study import measure
 
 ROOT = Path(__file__).parents[2]
 SETTING = Setting("tiny", "w", "float32", "c", "cs", "e", "es", 4, 2, 16)
-WANDA, RIA, ACE = map(Variant, ("wanda", "ria", "ace"))
-PERMUTED = ACE.with_recipe(StudyRecipe(permute=True))
-UPDATED = ACE.with_recipe(BEST)
+WANDA, RIA, ACE = map(Cell, map(Recipe, ("wanda", "ria", "ace")))
+PERMUTED = ACE.with_recipe(permute=True)
+UPDATED = ACE.with_recipe(**BEST)
 
 
 def results_of(values: dict[tuple, tuple[float, float]], sparsity: str = "2:4") -> Tally:
     """Results of (method, length, seed) -> (perplexity, CPU seconds)."""
     results = Results(SETTING, DenseResult(10.0))
     for (method, length, seed), (value, seconds) in values.items():
-        cell = Cell(Variant(method), sparsity, length, seed)
+        cell = Cell(Recipe(method, sparsity=sparsity), length, seed)
         results.add(CellResult(cell, value, 0.5, StageSeconds(1, 1, 1, 4), seconds, "a processor", 1))
     return Tally(results)
 
@@ -70,7 +70,7 @@ def test_a_mean_change_is_over_pairs():
         {("ace", 16, 0): (50, 1), ("ria", 16, 0): (100, 1), ("wanda", 16, 0): (100, 1), ("ria", 16, 1): (1, 1)}
     )
     assert "ACE against RIA: -50.0% (a single draw); RIA against Wanda: +0.0%" in ordering(tally, "2:4").text
-    tally.results.add(replace(next(iter(tally.results.cells.values())), cell=Cell(Variant("ace-paper"), "2:4", 16, 0)))
+    tally.results.add(replace(next(iter(tally.results.cells.values())), cell=Cell(Recipe("ace-paper"), 16, 0)))
     assert "ACE as published against Wanda: -50.0% (a single draw)" in ordering(tally, "2:4").text
 
 
@@ -163,7 +163,7 @@ def test_a_weight_update(measured, share, seconds, verdict):
     [(5.0, 0.3, "holds"), (5.0, 0.35, "fails"), (20.0, 0.24, "holds"), (20.0, 0.3, "fails")],
 )
 def test_a_recovery(measured, minutes, share, verdict):
-    recovered = UPDATED.with_recipe(replace(BEST, minutes=minutes))
+    recovered = replace(UPDATED, minutes=minutes)
     tally = measured({(WANDA, "2:4"): NEAR, (recovered, "2:4"): tuple(share * value for value in NEAR)})
     finding = recovery(tally, minutes)
     assert finding.verdict == verdict
@@ -190,7 +190,7 @@ def test_a_published_form_is_compared_with_a_recipe_that_takes_no_more_time(meas
 
 
 def test_nothing_is_claimed_if_cells_are_missing(measured):
-    recipes = [PERMUTED, UPDATED, UPDATED.with_recipe(replace(BEST, minutes=5.0)), *PUBLISHED]
+    recipes = [PERMUTED, UPDATED, replace(UPDATED, minutes=5.0), *PUBLISHED]
     for variant in recipes:
         assert goals(measured({(variant, "2:4"): NEAR})) == []
     assert weight_update(measured({(UPDATED, "2:4"): NEAR, (WANDA, "2:4"): NEAR})) is None
@@ -213,11 +213,11 @@ def test_a_claim_names_the_windows_that_are_missing(measured):
 
 def test_a_published_form_needs_a_pattern_and_its_own_workbench(protocol):
     bench = PublishedWorkbench(protocol)
-    with pytest.raises(ValueError, match="needs an n:m pattern"), bench.pruned(Cell(PUBLISHED[0], "0.5", 16, 0)):
+    with pytest.raises(ValueError, match="needs an n:m pattern"), bench.pruned(PUBLISHED[0].at("0.5", 16, 0)):
         pass
     with (
         pytest.raises(ValueError, match="not part of ace_triton"),
-        Workbench(protocol).pruned(Cell(PUBLISHED[0], "2:4", 16, 0)),
+        Workbench(protocol).pruned(PUBLISHED[0].at("2:4", 16, 0)),
     ):
         pass
 
@@ -239,7 +239,7 @@ def test_published_forms_run_beside_ours_and_the_page_has_the_claims(protocol, t
     results = read_results(tmp_path / "s")
 
     def perplexity(variant):
-        return results.cells[Cell(variant, "2:4", 16, 0)].perplexity
+        return results.cells[variant.at("2:4", 16, 0)].perplexity
 
     assert len(results.cells) == 2 + len(PUBLISHED)
     assert perplexity(PUBLISHED[0]) == perplexity(WANDA)

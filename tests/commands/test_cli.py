@@ -127,7 +127,7 @@ def test_an_existing_folder_is_left_alone_unless_told(prune, tmp_path):
         (("--calibration", "./none.txt"), "no such file"),
         (("--length", "99999"), "--length 99999 is more than the model's 128 positions"),
         (("--dtype", "int3"), "use one of auto"),
-        (("--device", "cuda:77"), "--device 'cuda:77' is not available here"),
+        (("--device", "cuda:77"), "device 'cuda:77' is not available here"),
         (("--json", "no-such-folder/x.json"), "folder that exists"),
         (("--include", "nothing*"), "nothing*"),
     ],

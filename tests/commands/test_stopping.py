@@ -7,6 +7,8 @@ import pytest
 
 from ace_triton.inputs import checkpoint
 from ace_triton.packed.checkpoint import load_model
+from ace_triton.study.journal import FILE, read_results
+from ace_triton.study.workbench import Workbench
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +69,30 @@ def test_without_an_output_it_says_that_nothing_was_written(command, monkeypatch
     code, _, errors = command("generate", tiny_checkpoint, "--prompt", "a")
     assert code == 130
     assert "stopped; nothing was written\n" in errors
+
+
+@pytest.mark.parametrize(("number", "how"), [(signal.SIGINT, "stopped"), (signal.SIGTERM, "terminated")])
+def test_a_study_that_is_stopped_shows_what_it_has_and_resumes(study, monkeypatch, tmp_path, number, how):
+    out = tmp_path / "s"
+    words = ("--methods", "magnitude,wanda,ria", "--sparsities", "2:4", "--lengths", 8, "--seeds", 1)
+    prune = Workbench.prune
+
+    def stop_at_ria(bench, cell, ids):
+        if cell.recipe.method == "ria":
+            os.kill(os.getpid(), number)
+        return prune(bench, cell, ids)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Workbench, "prune", stop_at_ria)
+        code, printed, errors = study(out, *words)
+    assert code == 128 + number
+    assert f"{how}; the same command resumes the study in {out}\n" in errors
+    assert f"2 cells; the page is {out / 'tiny.html'}\n" in printed
+    assert "Wanda" in (out / "tiny.html").read_text()
+    before = (out / FILE).read_bytes()
+    assert study(out, *words)[0] == 0
+    assert (out / FILE).read_bytes().startswith(before)
+    assert len(read_results(out).cells) == 3
 
 
 def test_a_second_run_on_the_same_folder_is_refused_before_any_work(command, tiny_checkpoint, tmp_path):

@@ -362,6 +362,8 @@ def test_sources_that_are_something_else(tiny_checkpoint, tmp_path):
 def test_a_device_that_is_not_there(tiny_checkpoint):
     with pytest.raises(CheckpointError, match="device 'nosuch' is not available here"):
         checkpoint.load(tiny_checkpoint, device="nosuch")
+    with pytest.raises(CheckpointError, match="device 'meta' holds no data: use cpu or cuda"):
+        checkpoint.load(tiny_checkpoint, device="meta")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -16,7 +16,8 @@ from ace_triton.inputs.calibration import crop, token_stream
 from ace_triton.inputs.checkpoint import load
 from ace_triton.inputs.text import read_documents
 from ace_triton.methods.registry import metric
-from ace_triton.study.cells import Cell, Grid, Variant
+from ace_triton.recipe import Recipe
+from ace_triton.study.cells import Cell, Grid
 from ace_triton.study.journal import FILE, Journal, Results, read_results
 from ace_triton.study.norms import model_norms
 from ace_triton.study.notes import longer_calibration
@@ -28,7 +29,7 @@ from ace_triton.study.tally import Tally
 from ace_triton.study.workbench import Workbench
 
 METHODS = ("magnitude", "wanda", "ria", "ace")
-GRID = Grid(tuple(map(Variant, METHODS)), ("50%", "2:4"), (8, 16), (0, 1))
+GRID = Grid(tuple(map(Cell, map(Recipe, METHODS))), ("50%", "2:4"), (8, 16), (0, 1))
 CELLS = 2 * 1 + 2 * 3 * 2 * 2
 SETTING = Setting("tiny", "w", "float32", "c", "cs", "e", "es", 4, 2, 16)
 
@@ -50,33 +51,31 @@ def without_times(results: Results) -> dict:
     st.integers(1, 4),
 )
 def test_every_cell_once_and_cheap_ones_first(methods, lengths, seeds):
-    grid = Grid(tuple(map(Variant, methods)), ("0.5", "2:4"), tuple(lengths), tuple(range(seeds)))
+    grid = Grid(tuple(map(Cell, map(Recipe, methods))), ("0.5", "2:4"), tuple(lengths), tuple(range(seeds)))
     cells = grid.cells()
     drawn = len([method for method in methods if method != "magnitude"])
     assert len(cells) == len(set(cells)) == 2 * (len(methods) - drawn) + 2 * drawn * len(lengths) * seeds
     costs = [0 if cell.length is None else cell.length * (cell.seed + 1) for cell in cells]
     assert costs == sorted(costs)
-    assert all((cell.length is None) == (cell.variant.method == "magnitude") for cell in cells)
+    assert all((cell.length is None) == (cell.recipe.method == "magnitude") for cell in cells)
     assert all(Cell.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell for cell in cells)
 
 
 def test_a_grid_that_is_none():
     with pytest.raises(ValueError, match="at least one of its seeds"):
-        Grid((Variant("ace"),), ("2:4",), (16,), ())
-    with pytest.raises(ValueError, match="no option 'bsae'"):
-        Variant("ace", (("bsae", "ria"),))
+        Grid((Cell(Recipe("ace")),), ("2:4",), (16,), ())
     with pytest.raises(ValueError, match="at least 2 tokens"):
-        Grid((Variant("ace"),), ("2:4",), (1, 16), (0,))
+        Grid((Cell(Recipe("ace")),), ("2:4",), (1, 16), (0,))
 
 
 def test_a_result_keeps_its_meaning_when_a_default_changes(monkeypatch):
-    written = json.loads(json.dumps(Cell(Variant("ace"), "2:4", 16, 0).to_dict()))
+    written = json.loads(json.dumps(Cell(Recipe("ace"), 16, 0).to_dict()))
     base, other = metric("ace").options["base"], "wanda"
-    assert Variant("ace", (("base", base),)) == Variant("ace")
+    assert Recipe("ace", {"base": base}) == Recipe("ace")
     assert written["options"]["base"] == base
     monkeypatch.setitem(metric("ace").options, "base", other)
     assert Cell.from_dict(written).variant.label == f"ace:base={base}"
-    assert Cell.from_dict(written).variant != Variant("ace")
+    assert Cell.from_dict(written).variant != Cell(Recipe("ace"))
 
 
 def test_divergence_against_the_formula():
@@ -135,7 +134,7 @@ def test_a_study_end_to_end(study, protocol, tmp_path):
     dense = perplexity(model, ids, length=16, windows=2).perplexity
     assert results.dense == DenseResult(dense)
     options = {"base": "wanda", "reduce": "abs", "norm": "max_layer"}
-    cell = Cell(Variant("ace", tuple(options.items())), "2:4", 16, 1)
+    cell = Cell(Recipe("ace", options), 16, 1)
     prune_model(model, crop(token_stream(text, tokenizer), 4, 16, 1), "ace", "2:4", **options)
     found = results.cells[cell]
     assert found.perplexity == perplexity(model, ids, length=16, windows=2).perplexity
@@ -296,6 +295,6 @@ def test_text_is_escaped_and_compared_by_words():
 def test_what_longer_sequences_change():
     results = Results(SETTING, DenseResult(10.0))
     for length, value in ((8, 40.0), (16, 36.0)):
-        cell = Cell(Variant("wanda"), "2:4", length, 0)
+        cell = Cell(Recipe("wanda"), length, 0)
         results.add(CellResult(cell, value, 0.5, StageSeconds(1, 1, 1, 3), 1.0, "a processor", 1))
     assert longer_calibration(Tally(results)) == "Change of perplexity from L=8 to L=16: at 2:4 Wanda -10%."

@@ -20,14 +20,15 @@ from ace_triton.evaluate import perplexity
 from ace_triton.inputs.calibration import crop, token_stream
 from ace_triton.inputs.checkpoint import load
 from ace_triton.inputs.text import read_documents
+from ace_triton.recipe import Recipe
+from ace_triton.sparsity import Sparsity
 from ace_triton.study.advice import advice
-from ace_triton.study.cells import Cell, Grid, Variant
+from ace_triton.study.cells import Cell, Grid
 from ace_triton.study.command_line import commands_of, without_folders
 from ace_triton.study.curve import curve, frontier
 from ace_triton.study.journal import FILE, Journal, read_results
 from ace_triton.study.marks import series
 from ace_triton.study.page import page
-from ace_triton.study.recipe import PLAIN, StudyRecipe
 from ace_triton.study.recipes_grid import BEST, RECIPES, SPARSEGPT, RecipesGrid
 from ace_triton.study.records import CellResult, Evaluation, Run, Setting, StageSeconds
 from ace_triton.study.run import RECOVERY_FOLDER, run_study
@@ -35,37 +36,43 @@ from ace_triton.study.tables import best, curve_table, perplexity_table
 from ace_triton.study.tally import Tally, shown_variant
 from ace_triton.study.workbench import Workbench
 
-WANDA, RIA, ACE = map(Variant, ("wanda", "ria", "ace"))
-PERMUTED = ACE.with_recipe(StudyRecipe(permute=True))
-UPDATED = ACE.with_recipe(BEST)
-PUBLISHED = SPARSEGPT.with_recipe(StudyRecipe(published=True))
+WANDA, RIA, ACE = map(Cell, map(Recipe, ("wanda", "ria", "ace")))
+PERMUTED = ACE.with_recipe(permute=True)
+UPDATED = ACE.with_recipe(**BEST)
+PUBLISHED = replace(SPARSEGPT, published=True)
 SETTING = Setting("tiny", "w", "float32", "c", "cs", "e", "es", 4, 8, 16, (32,))
 
 
 @pytest.mark.parametrize(
-    "recipe", [*RECIPES, StudyRecipe(minutes=5), PUBLISHED.recipe, StudyRecipe(sequential="layers")]
+    "variant",
+    [
+        *(ACE.with_recipe(**parts) for parts in RECIPES),
+        ACE.with_recipe(sequential="layers", budgets="outliers"),
+        replace(ACE, minutes=5),
+        replace(ACE, published=True),
+    ],
+    ids=str,
 )
-def test_a_recipe_lives_in_a_cells_record(recipe):
-    cell = Cell(ACE.with_recipe(recipe), "2:4", 16, 0)
+def test_a_recipe_lives_in_a_cells_record(variant):
+    cell = variant.at("4:8", 16, 0)
     written = json.loads(json.dumps(cell.to_dict()))
     assert Cell.from_dict(written) == cell
-    assert Cell.from_dict(written).variant.recipe == recipe
-    assert cell != Cell(ACE, "2:4", 16, 0)
-    assert cell.variant.alone == ACE
+    assert Cell.from_dict(written).variant == cell.variant == variant
+    assert cell.alone == ACE.at("4:8", 16, 0) != cell
 
 
 def test_a_changed_default_of_lstsq_leaves_records_of_rescale_as_they_were():
-    written = Cell(ACE.with_recipe(StudyRecipe(update=Update("rescale"))), "2:4", 16, 0).to_dict()
+    written = ACE.with_recipe(update="rescale").at("2:4", 16, 0).to_dict()
     assert written["recipe"]["update"] == {"kind": "rescale"}
     with_options = {**written, "recipe": {**written["recipe"], "update": {"kind": "rescale", "mask_rounds": 99}}}
     assert Cell.from_dict(with_options) == Cell.from_dict(written)
 
 
 def test_records_from_before_recipes_are_plain():
-    written = Cell(ACE, "2:4", 16, 0).to_dict()
+    written = ACE.at("2:4", 16, 0).to_dict()
     assert set(written) == {"method", "options", "sparsity", "length", "seed"}
-    assert Cell.from_dict(written).variant.recipe == PLAIN
-    result = CellResult(Cell(ACE, "2:4", 16, 0), 1.0, 0.5, StageSeconds(1, 1, 1, 3), 1.0, "a processor", 1)
+    assert not Cell.from_dict(written).additions
+    result = CellResult(ACE.at("2:4", 16, 0), 1.0, 0.5, StageSeconds(1, 1, 1, 3), 1.0, "a processor", 1)
     assert set(result.to_dict()) == {
         *("cell", "perplexity", "kept", "seconds", "cpu_seconds", "processor", "threads"),
     }
@@ -74,36 +81,54 @@ def test_records_from_before_recipes_are_plain():
 
 def test_what_is_said_of_a_recipe():
     assert shown_variant(UPDATED) == "ACE, permuted, lstsq"
-    assert shown_variant(WANDA.with_recipe(StudyRecipe(update=Update(damping=0.5), minutes=2.5))) == (
+    assert shown_variant(replace(WANDA.with_recipe(update=Update(damping=0.5)), minutes=2.5)) == (
         "Wanda, lstsq, damping=0.5, 2.5 min of recovery"
     )
     assert shown_variant(PUBLISHED) == "SparseGPT, published form"
-    assert Variant("magnitude", recipe=StudyRecipe(update=Update())).calibrated
+    assert Cell(Recipe("magnitude", update="lstsq")).at("2:4", 16, 0).length == 16
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"published": True, "permute": True}, "nothing can be added to a published form"),
+        ({"published": True, "recipe": Recipe(permute=True)}, "nothing can be added to a published form"),
         ({"published": True, "minutes": 5}, "nothing can be added to a published form"),
         ({"minutes": 0}, "above 0"),
         ({"minutes": math.nan}, "above 0"),
+        ({"recipe": Recipe(exclude="*.o_proj")}, "prunes all layers"),
+        ({"recipe": Recipe(sparsity=Sparsity("0.5", scope="layer"))}, "of every row"),
+        ({"recipe": Recipe(sparsity=1 / 3)}, "at most 4 digits"),
     ],
 )
-def test_a_recipe_that_is_none(words, message):
-    with pytest.raises(ValueError, match=message):
-        StudyRecipe(**words)
+def test_a_cell_that_is_none(words, message):
+    with pytest.raises(StudyError, match=message):
+        Cell(**{"recipe": Recipe(), **words})
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe", "message"),
+    [("wnada", {}, "unknown method 'wnada'"), ("ace", {"permuted": True}, "no entry 'permuted'")],
+)
+def test_a_record_with_an_invalid_recipe_names_its_file(tmp_path, method, recipe, message):
+    with Journal(tmp_path, SETTING) as journal:
+        journal.append(CellResult(ACE.at("2:4", 16, 0), 1.0, 0.5, StageSeconds(1, 1, 1, 3), 1.0, "a processor", 1))
+    first, last = (tmp_path / FILE).read_text().splitlines()
+    record = json.loads(last)
+    record["cell"] |= {"method": method, "recipe": recipe}
+    (tmp_path / FILE).write_text(f"{first}\n{json.dumps(record)}\n")
+    with pytest.raises(StudyError, match=f"{FILE}: .*{message}"):
+        read_results(tmp_path)
 
 
 def test_what_is_run_and_in_which_order():
     grid = RecipesGrid((WANDA, ACE), ("50%", "2:4"), (128, 16), (0, 1), (20.0, 5.0))
     cells = grid.cells()
     assert len(cells) == len(set(cells)) == 4 * (2 * 2 + len(RECIPES) + 1 + 2)
-    assert {cell.variant.alone for cell in cells if cell.variant.recipe.update} == {ACE}
-    assert all(cell.sparsity == "2:4" for cell in cells if cell.variant.recipe != PLAIN)
-    long = [cell.variant.recipe.minutes for cell in cells if cell.variant.recipe.minutes]
+    assert {cell.variant.alone for cell in cells if cell.recipe.update} == {ACE}
+    assert all(cell.sparsity == "2:4" for cell in cells if cell.additions)
+    long = [cell.minutes for cell in cells if cell.minutes]
     assert long == [5.0, 20.0] * 4
-    assert [cell.variant.recipe.minutes for cell in cells][-len(long) :] == long
+    assert [cell.minutes for cell in cells][-len(long) :] == long
     assert (cells[0].length, cells[0].seed, grid.shown) == (16, 0, (128, 0))
     with pytest.raises(ValueError, match="at least one of its methods"):
         RecipesGrid((), ("2:4",), (16,), (0,))
@@ -115,10 +140,10 @@ def test_what_is_run_and_in_which_order():
 )
 def test_recipes_run_at_a_pattern_that_was_asked_for(sparsities, compared_at, permuted):
     cells = RecipesGrid((ACE,), sparsities, (16,), (0,), (5.0,)).cells()
-    recipes = [cell.variant.recipe for cell in cells if cell.variant.recipe != PLAIN]
-    assert {cell.sparsity for cell in cells if cell.variant.recipe != PLAIN} == {compared_at}
-    assert any(recipe.permute for recipe in recipes) == permuted
-    assert recipes[-1] == StudyRecipe(permute=permuted, update=Update(), minutes=5.0)
+    added = [cell.variant for cell in cells if cell.additions]
+    assert {cell.sparsity for cell in cells if cell.additions} == {compared_at}
+    assert any(variant.recipe.permute for variant in added) == permuted
+    assert added[-1] == replace(ACE.with_recipe(permute=permuted, update="lstsq"), minutes=5.0)
 
 
 def test_a_study_of_quality_end_to_end(study, protocol, tmp_path):
@@ -136,19 +161,18 @@ def test_a_study_of_quality_end_to_end(study, protocol, tmp_path):
     ids = torch.tensor(tokenizer("\n\n".join(text))["input_ids"])
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert results.dense.further == (Evaluation(32, perplexity(model, ids, length=32, windows=2).perplexity),)
-    for recipe in RECIPES:
+    for parts in RECIPES:
         model.load_state_dict(dense)
-        how = {"permute": recipe.permute, "update": recipe.update, "sequential": recipe.sequential}
-        prune_model(model, crop(token_stream(text, tokenizer), 4, 16, 0), "ace", "2:4", **how)
-        found = results.cells[Cell(ACE.with_recipe(recipe), "2:4", 16, 0)]
+        prune_model(model, crop(token_stream(text, tokenizer), 4, 16, 0), "ace", "2:4", **parts)
+        found = results.cells[Cell(Recipe("ace", **parts), 16, 0)]
         assert found.perplexity == perplexity(model, ids, length=16, windows=4).perplexity
         assert found.further == (Evaluation(32, perplexity(model, ids, length=32, windows=2).perplexity),)
         assert found.recovery is None
 
     def value(variant):
-        return results.cells[Cell(variant, "2:4", 16, 0)].perplexity
+        return results.cells[variant.at("2:4", 16, 0)].perplexity
 
-    recovered = results.cells[Cell(ACE.with_recipe(replace(BEST, minutes=0.002)), "2:4", 16, 0)]
+    recovered = results.cells[replace(UPDATED, minutes=0.002).at("2:4", 16, 0)]
     assert recovered.recovery.steps >= 1
     assert recovered.seconds_in_all > recovered.seconds.total + 0.1
     assert recovered.perplexity != value(UPDATED)
@@ -196,7 +220,7 @@ def test_further_windows_are_added_to_a_study(study, tmp_path):
 
 def test_a_recovery_that_was_stopped_goes_on(protocol, tmp_path):
     bench = Workbench(protocol)
-    recovered = WANDA.with_recipe(StudyRecipe(minutes=0.02))
+    recovered = replace(WANDA, minutes=0.02)
     grid = Grid((recovered,), ("2:4",), (16,), (0,))
     (cell,) = grid.cells()
     states = tmp_path / RECOVERY_FOLDER
@@ -238,7 +262,7 @@ def test_a_mistake_is_one_line(study, tmp_path, words, message):
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(1, 100)), min_size=1, max_size=8))
 def test_the_curve_holds_what_nothing_beats(measured, places):
-    recipes = [ACE.with_recipe(StudyRecipe(minutes=1.0 + number)) for number in range(len(places))]
+    recipes = [replace(ACE, minutes=1.0 + number) for number in range(len(places))]
     tally = measured(
         {(v, "2:4"): (value,) for v, (_, value) in zip(recipes, places, strict=True)},
         {v: seconds for v, (seconds, _) in zip(recipes, places, strict=True)},
@@ -271,9 +295,9 @@ def test_another_setting_is_another_study(tmp_path):
 
 NEAR = (100.0, 101.0, 102.0)
 CELLS = (
-    Cell(Variant("magnitude"), "0.7", None, None),
-    Cell(Variant("ace", (("sign", 1), ("reduce", "abs"))), "4:8", 16, 0),
-    Cell(WANDA.with_recipe(StudyRecipe(permute=True, update=Update(mask_rounds=1), sequential="layers")), "2:4", 16, 0),
+    Cell(Recipe("magnitude", sparsity="0.7")),
+    Cell(Recipe("ace", {"sign": 1, "reduce": "abs"}, "4:8"), 16, 0),
+    Cell(Recipe("wanda", permute=True, update=Update(mask_rounds=1), sequential="layers"), 16, 0),
 )
 
 
@@ -291,11 +315,11 @@ def test_the_command_of_a_cell_makes_what_was_measured(cell, protocol, command, 
 
 
 def test_a_recovery_is_two_commands_and_a_published_form_is_none():
-    prune, recover = commands_of(SETTING, Cell(UPDATED.with_recipe(replace(BEST, minutes=2.5)), "2:4", 16, 0))
+    prune, recover = commands_of(SETTING, replace(UPDATED, minutes=2.5).at("2:4", 16, 0))
     assert prune.endswith("--permute --update lstsq --calibration c --samples 4 --length 16 --dtype float32")
     assert recover == "ace-triton recover pruned recovered --minutes 2.5 --calibration c"
     with pytest.raises(ValueError, match="no command"):
-        commands_of(SETTING, Cell(PUBLISHED, "2:4", 16, 0))
+        commands_of(SETTING, PUBLISHED.at("2:4", 16, 0))
 
 
 def test_a_recorded_command_names_no_folder(tmp_path):
@@ -305,7 +329,7 @@ def test_a_recorded_command_names_no_folder(tmp_path):
 
 
 def test_what_to_take(measured):
-    recovered = UPDATED.with_recipe(replace(BEST, minutes=5.0))
+    recovered = replace(UPDATED, minutes=5.0)
     values = {WANDA: 60, ACE: 50.0, PERMUTED: 31.0, UPDATED: 30.0, recovered: 20.0, PUBLISHED: 10.0}
     tally = measured(
         {(variant, "2:4"): (value, value + 1, value + 2) for variant, value in values.items()}, {UPDATED: 9.0}
@@ -330,10 +354,10 @@ def test_how_sure_the_advice_is(measured):
 
 
 def test_a_method_has_one_color_whatever_is_added(measured):
-    recovered = WANDA.with_recipe(replace(BEST, minutes=5.0))
-    variants = (Variant("magnitude"), RIA, WANDA, recovered, UPDATED)
+    recovered = replace(WANDA.with_recipe(**BEST), minutes=5.0)
+    variants = (Cell(Recipe("magnitude")), RIA, WANDA, recovered, UPDATED)
     tally = measured({(variant, "2:4"): (9.0,) for variant in variants})
-    assert series(tally, Variant("magnitude")) == 0
+    assert series(tally, Cell(Recipe("magnitude"))) == 0
     assert series(tally, recovered) == series(tally, WANDA)
     assert len({series(tally, variant) for variant in (WANDA, RIA, ACE)} - {0}) == 3
 
