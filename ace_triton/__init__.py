@@ -28,6 +28,7 @@ from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
+from .streaming.streamed_prune import prune_checkpoint
 from .recipe import Recipe
 from .recovery.train import RecoveryReport, RecoverySettings, recover
 from .solvers.update import Update
@@ -72,6 +73,7 @@ __all__ = [
     "metric_names",
     "pack_model",
     "prune_linear",
+    "prune_checkpoint",
     "prune_model",
     "recover",
     "register_metric",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..provenance import option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
 from ..sparsity import Sparsity
-from ..streaming.streamed_prune import streamed, tensor_digest
+from ..streaming.streamed_prune import StreamedModel, streamed
 from .options import parse_device, parse_dtype
 from .recipe_file import CalibrationSettings, digest_of
 from .sources import check_length, check_source
@@ -157,31 +157,43 @@ class PruneRun:
             restart=self.restart,
         ) as stream:
             model = stream.model
-            sequences = None
-            if documents is not None:
-                sequences = _sequences(documents, stream.tokenizer, model, settings, progress)
             with stage(progress, "copy the weights"):
                 store = stream.start(
                     {
                         "recipe": self.recipe.to_dict(),
-                        "calibration": None if sequences is None else tensor_digest(sequences.ids),
-                        "batch_size": settings.batch_size,
+                        "calibration": None if documents is None else settings.to_dict(),
                         "dtype": str(model.dtype),
                     }
                 )
             load_seconds = time.perf_counter() - started
             with store.open():
-                calibrated = self._calibration_report(sequences, model, settings, progress)
+                sequences = calibrated = None
+                if documents is not None:
+                    # A resumed run has no dense model to write the text or to judge it, so both are kept.
+                    kept = store.once("calibration", lambda: self._calibrate(stream, documents, settings, progress))
+                    sequences = torch.tensor(kept["ids"], dtype=torch.int64, device="cpu")
+                    calibrated = CalibrationReport(**kept["report"])
                 bar = progress_bar(progress, "prune")
                 report = prune_stored(
                     model, sequences, self.recipe, store, batch_size=settings.batch_size, progress=bar
                 )
             report = _with_load(report, load_seconds)
             facts = self._facts(model, report, None if documents is None else settings, calibrated)
-            facts["streamed"] = {"resumed_units": list(store.resumed)}
             with stage(progress, "complete the files"):
                 stream.publish(facts)
         return PruneResults(facts, report, calibrated, None)
+
+    def _calibrate(
+        self,
+        stream: StreamedModel,
+        documents: str | list[str],
+        settings: CalibrationSettings,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        sequences = _sequences(documents, stream.tokenizer, stream.model, settings, progress)
+        report = self._calibration_report(sequences, stream.model, settings, progress)
+        assert report is not None
+        return {"ids": sequences.ids.tolist(), "report": asdict(report)}
 
     def _calibration_report(
         self, sequences: Calibration | None, model: Any, settings: CalibrationSettings, progress: Progress

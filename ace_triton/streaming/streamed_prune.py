@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..decoders.batches import CalibrationSet
 from ..inputs import checkpoint
 from ..inputs.model_source import ModelSource, safetensors_files
 from ..inputs.output_folder import Reservation, publish, reserved, write_report, writing
-from ..provenance import versions
+from ..model_report import ModelReport
+from ..presets import DEFAULT_PRESET, recipe_of
+from ..provenance import source_facts, versions, with_provenance
+from ..prune_blocks import Progress, prune_stored
+from ..recipe import Recipe
 from .file_store import FileStore
 from .journal import Journal
 from .mapped_model import MappedModel
@@ -62,8 +68,11 @@ class StreamedModel:
         """Complete the checkpoint and rename it to its final name.
 
         Args:
-            report: as for :func:`~ace_triton.inputs.checkpoint.save`.
+            report: as for :func:`~ace_triton.inputs.checkpoint.save`. The units that an interrupted run had finished
+                are added.
         """
+        assert self._store is not None, "start() comes first"
+        report = {**report, "streamed": {"resumed_units": list(self._store.resumed)}}
         with writing(self._place, self._out):
             self._mapped.write_converted()
             with tempfile.TemporaryDirectory(dir=self._place.kept) as rest:
@@ -110,6 +119,73 @@ def streamed(
         yield StreamedModel(model, tokenizer, mapped, place, source, out, overwrite)
 
 
+def prune_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    calibration: torch.Tensor | CalibrationSet | None,
+    recipe: Recipe | str = DEFAULT_PRESET,
+    *,
+    dtype: torch.dtype | str = "auto",
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> ModelReport:
+    """Prune a checkpoint into another one, with one block of the model in memory at a time.
+
+    The weights are copied to the new checkpoint first, and pruned there block by block. The result has the same bytes
+    as pruning in memory and saving. If the run is interrupted in any way, the same call resumes it at the block it was
+    in, and the result still has the same bytes. It runs on the CPU.
+
+    Args:
+        source: a folder or hub name that transformers loads; no GGUF file.
+        out: folder for the pruned model.
+        calibration: as for :func:`~ace_triton.prune_blocks.prune_model`.
+        recipe: a :class:`~ace_triton.recipe.Recipe`, or the name of a preset or of a method.
+        dtype: dtype of the weights; "auto" keeps the checkpoint's.
+        batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        overwrite: replace ``out`` if ace-triton wrote it.
+        restart: throw away the state of an interrupted run.
+        progress: as for :func:`~ace_triton.prune_blocks.prune_model`.
+
+    Raises:
+        CheckpointError: if the model cannot be loaded or streamed, ``out`` cannot be written, or an interrupted run
+            did something else (the difference is named).
+        AceError: as :func:`~ace_triton.prune_blocks.prune_model`. Blocks that were pruned before stay so, and the same
+            call resumes the run.
+    """
+    whole = recipe_of(recipe, {})
+    started = time.perf_counter()
+    with streamed(
+        str(source),
+        Path(out),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        restart=restart,
+    ) as stream:
+        model = stream.model
+        ids = calibration if calibration is None or isinstance(calibration, torch.Tensor) else calibration.ids
+        mask = None if ids is calibration else getattr(calibration, "mask", None)
+        store = stream.start(
+            {
+                "recipe": whole.to_dict(),
+                "calibration": [None if tensor is None else _digest(tensor) for tensor in (ids, mask)],
+                "batch_size": batch_size,
+                "dtype": str(model.dtype),
+            }
+        )
+        load_seconds = time.perf_counter() - started
+        with store.open():
+            report = prune_stored(model, calibration, whole, store, batch_size=batch_size, progress=progress)
+        seconds = replace(report.seconds, load=load_seconds, total=report.seconds.total + load_seconds)
+        report = replace(report, seconds=seconds)
+        stream.publish(with_provenance(report.to_dict(), **source_facts(source, out)))
+    return report
+
+
 def source_state(source: str) -> dict[str, Any]:
     """Which files a model is loaded from: names, sizes and times of change; a hub name alone for a model of the hub."""
     found = ModelSource.find(source)
@@ -120,6 +196,6 @@ def source_state(source: str) -> dict[str, Any]:
     return {"files": {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}}
 
 
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's values, on the CPU."""
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+def _digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's values."""
+    return hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,264 @@
+"""A checkpoint pruned block by block in its files: the same bytes as in memory, also after an interruption."""
+
+import json
+import os
+import signal
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ace_triton import Recipe, prune_checkpoint, prune_model
+from ace_triton.decoders.replay import WholeForward
+from ace_triton.errors import AceError, CheckpointError
+from ace_triton.inputs import checkpoint
+from ace_triton.streaming.file_store import FileStore
+from ace_triton.streaming.journal import Journal
+from ace_triton.streaming.mapped_model import MappedModel
+
+BALANCED = Recipe("wanda", permute=True, update="lstsq")
+RECIPES = {
+    "magnitude": Recipe("magnitude"),
+    "ace": Recipe("ace"),
+    "balanced": BALANCED,
+    "layers": replace(BALANCED, sequential="layers"),
+    "dense statistics": Recipe("wanda", sequential="none"),
+    "head": Recipe("wanda", sequential="none", include=("*.down_proj", "lm_head")),
+    "budgets": Recipe("wanda", sparsity="4:8", budgets="outliers", update="rescale"),
+    "fraction": Recipe("sparsegpt", sparsity=0.5, exclude=("*.q_proj",)),
+}
+
+
+@pytest.fixture
+def tiny_ids():
+    return torch.randint(3, 300, (6, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def save(tmp_path, tokenizer):
+    """save(model, name): the folder of its checkpoint."""
+
+    def save(model, name="source", **options):
+        folder = tmp_path / name
+        model.save_pretrained(folder, **options)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def pruned_in_memory(source, out, ids, recipe, dtype="auto"):
+    model, tokenizer = checkpoint.load(source, dtype=dtype)
+    report = prune_model(model, ids, recipe)
+    checkpoint.save(model, tokenizer, out, report.to_dict())
+    return report
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "ace_triton.json"}
+
+
+class Stop(BaseException):
+    """Stands for anything that ends a run."""
+
+
+@pytest.fixture
+def stopped_after(monkeypatch):
+    """stopped_after(units): the run ends once the journal has this many units, before the next is pruned."""
+    finish = FileStore.finish
+
+    def arm(units):
+        done = 0
+
+        def stopping(self, *args):
+            nonlocal done
+            if done == units:
+                raise Stop
+            done += 1
+            finish(self, *args)
+            self.wait()
+
+        monkeypatch.setattr(FileStore, "finish", stopping)
+
+    yield arm
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_the_files_are_those_of_a_model_pruned_in_memory(tiny_checkpoint, tmp_path, tiny_ids, recipe):
+    whole = pruned_in_memory(tiny_checkpoint, tmp_path / "memory", tiny_ids, recipe)
+    streamed = prune_checkpoint(tiny_checkpoint, tmp_path / "streamed", tiny_ids, recipe)
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+    same = ("layers", "skipped", "excluded", "account")
+    assert [getattr(streamed, name) for name in same] == [getattr(whole, name) for name in same]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory", "streamed", tiny_checkpoint.name]
+
+
+def test_every_family(make_decoder, save, tmp_path, ids, family):
+    source = save(make_decoder(family))
+    pruned_in_memory(source, tmp_path / "memory", ids, BALANCED)
+    prune_checkpoint(source, tmp_path / "streamed", ids, BALANCED)
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+
+
+def test_experts_that_the_checkpoint_stores_one_by_one(save, tmp_path, ids):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=101, num_hidden_layers=2, num_local_experts=4, **sizes)
+    source = save(MixtralForCausalLM(config).eval())
+    pruned_in_memory(source, tmp_path / "memory", ids, "fast")
+    prune_checkpoint(source, tmp_path / "streamed", ids, "fast")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+    expert = load_file(tmp_path / "streamed" / "model.safetensors")[
+        "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    ]
+    assert (expert == 0).float().mean() == 0.5
+
+
+def test_shards_and_another_dtype(tiny_model, save, tmp_path, tiny_ids):
+    source = save(tiny_model, max_shard_size="40KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    pruned_in_memory(source, tmp_path / "memory", tiny_ids, BALANCED, dtype=torch.bfloat16)
+    prune_checkpoint(source, tmp_path / "streamed", tiny_ids, BALANCED, dtype=torch.bfloat16)
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+
+
+def test_large_models_have_several_files(tiny_model, save, tmp_path, tiny_ids, monkeypatch):
+    monkeypatch.setattr("ace_triton.streaming.weight_files.LARGEST_FILE", "40KB")
+    source = save(tiny_model, max_shard_size="40KB")
+    prune_checkpoint(source, tmp_path / "streamed", tiny_ids, Recipe("magnitude", include=("*.q_proj",)))
+    assert contents(tmp_path / "streamed").keys() == contents(source).keys()
+    index, dense = (
+        json.loads((f / "model.safetensors.index.json").read_text()) for f in (tmp_path / "streamed", source)
+    )
+    assert index["metadata"] == dense["metadata"]
+    assert index["weight_map"].keys() == dense["weight_map"].keys()
+    model, _ = checkpoint.load(tmp_path / "streamed")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight != 0, tiny_model.get_parameter(name) != 0) != ("q_proj.weight" in name)
+
+
+@pytest.mark.parametrize("units", [0, 1, 2])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_the_same_call_resumes_a_run(tiny_checkpoint, tmp_path, tiny_ids, recipe, units, stopped_after, monkeypatch):
+    expected, out = tmp_path / "expected", tmp_path / "out"
+    whole = prune_checkpoint(tiny_checkpoint, expected, tiny_ids, recipe)
+    stopped_after(units)
+    try:
+        prune_checkpoint(tiny_checkpoint, out, tiny_ids, recipe)
+    except Stop:
+        assert not out.exists()
+    monkeypatch.undo()
+    if not out.exists():
+        resumed = prune_checkpoint(tiny_checkpoint, out, tiny_ids, recipe)
+        assert resumed.layers == whole.layers
+        assert (resumed.skipped, resumed.account) == (whole.skipped, whole.account)
+        reordered = None if whole.permutation is None else whole.permutation.reordered
+        assert (None if resumed.permutation is None else resumed.permutation.reordered) == reordered
+        assert len(checkpoint.read_report(out)["streamed"]["resumed_units"]) == units
+    assert contents(out) == contents(expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out", tiny_checkpoint.name]
+
+
+def test_a_resumed_run_that_has_no_replay(make_decoder, save, tmp_path, ids, stopped_after, monkeypatch):
+    def runner(model, _blocks, batches, clock):
+        return WholeForward(model, batches, clock)
+
+    source = save(make_decoder("llama"))
+    for sequential in ("none", "blocks"):
+        recipe = Recipe("wanda", sequential=sequential)
+        expected, out = tmp_path / f"expected-{sequential}", tmp_path / f"out-{sequential}"
+        monkeypatch.setattr("ace_triton.prune_blocks.make_runner", runner)
+        prune_checkpoint(source, expected, ids, recipe)
+        stopped_after(1)
+        with pytest.raises(Stop):
+            prune_checkpoint(source, out, ids, recipe)
+        monkeypatch.undo()
+        monkeypatch.setattr("ace_triton.prune_blocks.make_runner", runner)
+        prune_checkpoint(source, out, ids, recipe)
+        assert contents(out) == contents(expected)
+
+
+def test_another_recipe_text_or_source_is_refused_by_name(
+    tiny_model, save, tmp_path, tiny_ids, stopped_after, monkeypatch
+):
+    source, out = save(tiny_model), tmp_path / "out"
+    stopped_after(1)
+    with pytest.raises(Stop):
+        prune_checkpoint(source, out, tiny_ids, BALANCED)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"another recipe.method .'wanda', now 'ria'"):
+        prune_checkpoint(source, out, tiny_ids, replace(BALANCED, method="ria"))
+    with pytest.raises(CheckpointError, match="another calibration"):
+        prune_checkpoint(source, out, tiny_ids + 1, BALANCED)
+    with pytest.raises(CheckpointError, match=r"another dtype .'torch.float32', now 'torch.bfloat16'"):
+        prune_checkpoint(source, out, tiny_ids, BALANCED, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match="an interrupted run has left its state"):
+        pruned_in_memory(source, out, tiny_ids, BALANCED)
+    save(tiny_model)
+    with pytest.raises(CheckpointError, match=r"another source.files.*add --restart"):
+        prune_checkpoint(source, out, tiny_ids, BALANCED)
+    prune_checkpoint(source, out, tiny_ids, replace(BALANCED, method="ria"), restart=True)
+    assert json.loads((out / "ace_triton.json").read_text())["method"] == "ria"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_bad_input_leaves_nothing(tiny_checkpoint, tmp_path, tiny_ids):
+    with pytest.raises(AceError, match="vocabulary"):
+        prune_checkpoint(tiny_checkpoint, tmp_path / "out", tiny_ids + 300, BALANCED)
+    assert [path.name for path in tmp_path.iterdir()] == [tiny_checkpoint.name]
+
+
+def test_a_model_that_changes_its_own_weights_is_refused(save, tmp_path, ids):
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    config = RwkvConfig(vocab_size=101, hidden_size=32, num_hidden_layers=8, attention_hidden_size=32, rescale_every=2)
+    source = save(RwkvForCausalLM(config).eval())
+    with pytest.raises(AceError, match="without --stream"):
+        prune_checkpoint(source, tmp_path / "out", ids, "fast")
+
+
+MOMENTS = {
+    "the weights are copied": (MappedModel, "fill", 1, True),
+    "the second block is pruned": (FileStore, "finish", 2, False),
+    "the first block of this run is on its way to the disk": (FileStore, "finish", 1, True),
+    "a block is in the journal": (Journal, "add", 2, True),
+    "all blocks are there": (MappedModel, "write_converted", 1, True),
+}
+
+
+def kill_at(owner: type, name: str, call: int, after: bool) -> None:
+    """Kill this process at a call of a method: before or after it runs."""
+    method, calls = getattr(owner, name), []
+
+    def killed(self, *args, **kwargs):
+        calls.append(1)
+        result = method(self, *args, **kwargs) if after or len(calls) < call else None
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, killed)
+
+
+def test_a_killed_run_resumes(make_decoder, save, tmp_path, ids):
+    """One run is killed at several moments, one after the other, and then finishes."""
+    source = save(make_decoder("llama", num_hidden_layers=6))
+    for moment in MOMENTS.values():
+        child = os.fork()
+        if not child:
+            kill_at(*moment)
+            with suppress(BaseException):
+                prune_checkpoint(source, tmp_path / "out", ids, BALANCED)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, moment
+    prune_checkpoint(source, tmp_path / "out", ids, BALANCED)
+    prune_checkpoint(source, tmp_path / "expected", ids, BALANCED)
+    assert len(checkpoint.read_report(tmp_path / "out")["streamed"]["resumed_units"]) == 6
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert not list(tmp_path.glob(".*"))
