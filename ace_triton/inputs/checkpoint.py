@@ -189,26 +189,31 @@ def _checked_model(source: str, where: str, **options: Any) -> Any:
     )
 
 
+_LOADING_LOGS = ("transformers.modeling_utils", "accelerate.big_modeling")
+
+
 @contextmanager
 def _reports() -> Iterator[list[str]]:
-    """Collect transformers' loading reports in a list instead of the log, for use in our error messages."""
+    """Collect the loading reports of transformers and accelerate in a list instead of the log, for use in our error messages."""
     lines: list[str] = []
 
     class Keeper(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.extend(record.getMessage().splitlines())
 
-    logger, keeper = logging.getLogger("transformers.modeling_utils"), Keeper()
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(keeper)
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
+    loggers, keeper = [logging.getLogger(name) for name in _LOADING_LOGS], Keeper()
+    before = [(logger, logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(keeper)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
     try:
         yield lines
     finally:
-        logger.removeHandler(keeper)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        for logger, level, propagate in before:
+            logger.removeHandler(keeper)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 def loading_message(source: str | Path, error: Exception, reports: Sequence[str] = ()) -> str:
