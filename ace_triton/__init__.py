@@ -35,6 +35,7 @@ from .solvers.update import Update
 from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .statistics.gram import Gram
+from .statistics.statistic import Statistic, TensorForm, register_statistic
 
 __version__ = "0.2.0"
 
@@ -63,8 +64,10 @@ __all__ = [
     "ScoreTerms",
     "SparsifyReport",
     "Sparsity",
+    "Statistic",
     "StatsError",
     "StudyError",
+    "TensorForm",
     "TextError",
     "Update",
     "WrittenText",
@@ -77,6 +80,7 @@ __all__ = [
     "prune_model",
     "recover",
     "register_metric",
+    "register_statistic",
     "save_packed",
     "set_row_limits",
     "sparsify",

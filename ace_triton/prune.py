@@ -168,7 +168,7 @@ def _statistics(
         _check_tokens(given, weight, needs, label)
         try:
             given = ActivationStats.from_tokens(
-                given, layer=layer if needs.outputs else None, reduce=needs.reduce, gram=needs.gram, sample=needs.sample
+                given, layer=layer if needs.outputs else None, reduce=needs.reduce, parts=needs.all_parts
             )
         except StatsError as error:
             raise StatsError(f"{label}: {error}") from error

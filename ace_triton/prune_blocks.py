@@ -315,9 +315,9 @@ def _statistics(
 ) -> ActivationStats | None:
     stats = collector.statistics(name)
     fed = collector.statistics(consumer) if consumer is not None else None
-    if stats is None or fed is None:
-        return stats
-    return replace(stats, consumer_norm=fed.norm.repeat(out_features // fed.in_features))
+    if stats is not None and fed is not None:
+        stats.consumer_norm = fed.norm.repeat(out_features // fed.in_features)
+    return stats
 
 
 def _with_statistics(

@@ -16,9 +16,7 @@ from ..errors import PruneError, StatsError
 from ..linears import as_kernel_dtype
 from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
-from ..statistics.gram import Gram
 from ..statistics.outputs import OutputStats, update_outputs
-from ..statistics.token_sample import TokenSample
 from ..timing import Stopwatch
 from .experts import observe_experts
 
@@ -111,7 +109,7 @@ class InputCollector:
         return [group.names for group in dict.fromkeys(self._group_of.values())]
 
     def statistics(self, name: str) -> ActivationStats | None:
-        """A layer's statistics; None if no token reached it."""
+        """A new snapshot of a layer's statistics; None if no token reached it."""
         group = self._group_of.get(name)
         return None if group is None else group.stats.with_outputs(self._outputs.get(name))
 
@@ -201,9 +199,8 @@ class InputCollector:
         before = copy.deepcopy(group.stats) if group is not None and is_new_group else None
         if group is None:
             width = tensor.shape[-1]
-            gram = Gram(width) if self._needs.gram else None
-            sample = TokenSample(width) if self._needs.sample else None
-            group = self._group_of[name] = _Group([name], ActivationStats(width, gram=gram, sample=sample))
+            stats = ActivationStats(width, parts=[kind(width) for kind in self._needs.all_parts])
+            group = self._group_of[name] = _Group([name], stats)
         tokens, valid = self._sequences(tensor)
         group.stats.update(tokens, valid=valid)
         reading = _Reading(tensor, tensor._version, group, is_first, {name}, before)

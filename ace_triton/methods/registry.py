@@ -12,7 +12,7 @@ token, and n_j the norm of input j as in Wanda.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -24,6 +24,10 @@ from ..kernels.score_terms import ScoreTerms
 from ..option_types import OptionType, check_options, option_types
 from ..sparsity import Axis
 from ..statistics.activation import ActivationStats, Reduce
+from ..statistics.channel_moments import ChannelMoments
+from ..statistics.gram import Gram
+from ..statistics.statistic import Statistic, input_statistics
+from ..statistics.token_sample import TokenSample
 
 _LAYER_ARGUMENTS = {"layer", "stats", "weight", "method", "sparsity", "update", "name", "return_mask"}
 _MODEL_ARGUMENTS = {"model", "calibration", "sequential", "permute", "budgets", "batch_size", "include", "exclude"}
@@ -44,6 +48,12 @@ class Needs:
         sample: some of the input's tokens.
         weight_sums: the terms contain sums over the whole weight. NaN and infinity in the weight show up in these
             terms, so the weight need not be checked first.
+        parts: other statistics of the layer's input: classes that are registered with
+            :func:`~ace_triton.statistics.statistic.register_statistic`.
+
+    Raises:
+        StatsError: if one of ``parts`` is not registered, or needs a layer's outputs.
+        RecipeError: if ``parts`` are wanted without tokens.
     """
 
     tokens: bool = True
@@ -53,6 +63,20 @@ class Needs:
     gram: bool = False
     sample: bool = False
     weight_sums: bool = False
+    parts: Sequence[type[Statistic]] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", input_statistics(self.parts))
+        if self.parts and not self.tokens:
+            raise RecipeError("Needs(parts=...) are statistics of tokens: leave tokens=False out")
+
+    @property
+    def all_parts(self) -> tuple[type[Statistic], ...]:
+        """The classes of all statistics of the layer's input."""
+        kinds: list[type[Statistic]] = [ChannelMoments]
+        kinds += [Gram] if self.gram else []
+        kinds += [TokenSample] if self.sample else []
+        return tuple(dict.fromkeys([*kinds, *self.parts]))
 
 
 MetricFunction = Callable[..., ScoreTerms | torch.Tensor]

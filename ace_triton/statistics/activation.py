@@ -7,9 +7,11 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+import copy
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Self, cast, overload
 
 import torch
 
@@ -17,10 +19,11 @@ from ..errors import StatsError
 from ..kernels.column_scale import ColumnScale, column_scale
 from ..kernels.finite import all_finite
 from ..kernels.memory import why_not_plain
-from ..kernels.moments import moments
 from . import file as stats_file
+from .channel_moments import ChannelMoments
 from .gram import Gram
-from .outputs import OutputStats, Reduce, update_outputs
+from .outputs import OutputStats, Reduce
+from .statistic import Kind, Statistic, check_registered, input_statistics
 from .token_sample import TokenSample
 
 
@@ -32,15 +35,36 @@ class _Derived:
     is_term: bool | None = None
 
 
-@dataclass
-class ActivationStats:
-    """Channel statistics of one distinct input, streamed and mergeable.
+class _Part(Generic[Kind]):
+    """An attribute that holds the part of one kind, or None."""
 
-    The tokens may be split in any way over calls of :meth:`update`, and over objects joined by :meth:`merge`. The
-    result is the same to a relative difference of about 1e-6.
+    def __init__(self, kind: type[Kind]) -> None:
+        self._kind = kind
+
+    @overload
+    def __get__(self, holder: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, holder: ActivationStats, owner: type) -> Kind | None: ...
+    def __get__(self, holder: ActivationStats | None, owner: type) -> Self | Kind | None:
+        return self if holder is None else cast("Kind | None", holder.parts.get(self._kind))
+
+    def __set__(self, holder: ActivationStats, part: Kind | None) -> None:
+        if part is None:
+            holder.parts.pop(self._kind, None)
+        else:
+            holder.parts[self._kind] = part
+
+
+class ActivationStats:
+    """Statistics of one distinct input, streamed and mergeable.
+
+    It consists of parts, one per kind of statistic: the channel moments, which are always there, and others as a metric
+    needs them. The tokens may be split in any way over calls of :meth:`update`, and over objects joined by
+    :meth:`merge`. The result is the same to a relative difference of about 1e-6.
 
     Attributes:
         in_features: number of channels.
+        parts: the statistics, by their class.
         count: tokens seen, padding left out.
         mean, deviation: fp64 [in_features], mean of x and sum of squared deviations from it.
         sequence_square: fp32 [n_sequences, in_features], sum of x^2 over each sequence.
@@ -52,17 +76,35 @@ class ActivationStats:
         sample: some of the tokens, for ``update="rescale"``, or None.
     """
 
-    in_features: int
-    count: int = 0
-    mean: torch.Tensor | None = None
-    deviation: torch.Tensor | None = None
-    outputs: OutputStats | None = None
-    consumer_norm: torch.Tensor | None = None
-    gram: Gram | None = None
-    sample: TokenSample | None = None
-    _squares: list[torch.Tensor] = field(default_factory=list, repr=False)
-    _counts: list[torch.Tensor] = field(default_factory=list, repr=False)
-    _derived: dict[Hashable, _Derived] = field(default_factory=dict, repr=False, compare=False)
+    outputs = _Part(OutputStats)
+    gram = _Part(Gram)
+    sample = _Part(TokenSample)
+
+    def __init__(
+        self,
+        in_features: int,
+        count: int = 0,
+        mean: torch.Tensor | None = None,
+        deviation: torch.Tensor | None = None,
+        outputs: OutputStats | None = None,
+        consumer_norm: torch.Tensor | None = None,
+        gram: Gram | None = None,
+        sample: TokenSample | None = None,
+        *,
+        parts: Iterable[Statistic] = (),
+    ) -> None:
+        given = [ChannelMoments(in_features, count, mean, deviation), outputs, gram, sample, *parts]
+        for part in given:
+            if part is not None:
+                check_registered(type(part))
+        self.in_features = in_features
+        self.consumer_norm = consumer_norm
+        self.parts: dict[type[Statistic], Statistic] = {type(part): part for part in given if part is not None}
+        self._derived: dict[Hashable, _Derived] = {}
+
+    def __repr__(self) -> str:
+        parts = ", ".join(map(repr, self.parts.values()))
+        return f"{type(self).__name__}({self.in_features}, consumer_norm={self.consumer_norm}, parts=[{parts}])"
 
     @classmethod
     def from_tokens(
@@ -74,6 +116,7 @@ class ActivationStats:
         reduce: Reduce | None = None,
         gram: bool = False,
         sample: bool = False,
+        parts: Iterable[type[Statistic]] = (),
     ) -> ActivationStats:
         """Statistics of one tensor of tokens.
 
@@ -84,9 +127,12 @@ class ActivationStats:
             reduce: "abs" or "rms": also keep the matrix of the published CosP loss; needs ``layer``.
             gram: also keep the Gram matrix, for ``update="lstsq"`` and SparseGPT.
             sample: also keep some of the tokens, for ``update="rescale"``.
+            parts: other statistics to keep: classes that are registered with
+                :func:`~ace_triton.statistics.statistic.register_statistic`.
         """
         width = tokens.shape[-1] if tokens.dim() else 0
         stats = cls(width, gram=Gram(width) if gram else None, sample=TokenSample(width) if sample else None)
+        stats.parts |= {kind: kind(width) for kind in input_statistics(parts)}
         if layer is None:
             stats.update(tokens, valid=valid)
             return stats
@@ -94,6 +140,16 @@ class ActivationStats:
         with torch.no_grad():
             stats.update(tokens, outputs=layer(tokens), valid=valid)
         return stats
+
+    def part(self, kind: type[Kind]) -> Kind:
+        """The statistic of one class; StatsError if it was not collected."""
+        if kind not in self.parts:
+            name = getattr(kind, "words", kind.__name__)
+            raise StatsError(
+                f"these statistics do not include {name}: pass raw tokens, or collect with "
+                f"ActivationStats.from_tokens(tokens, parts=[{kind.__name__}])"
+            )
+        return cast("Kind", self.parts[kind])
 
     @torch.no_grad()
     def update(
@@ -118,20 +174,24 @@ class ActivationStats:
                 if outputs is None
                 else "outputs were given, but these statistics do not include outputs: create them with layer="
             )
-        batch = moments(tokens, valid)
-        if self.outputs is not None and outputs is not None:
-            update_outputs([self.outputs], tokens, [outputs], valid)
-        if self.gram is not None:
-            self.gram.update(tokens, valid)
-        if self.sample is not None:
-            self.sample.update(tokens, valid)
-        self._add(
-            batch.count,
-            batch.total / max(batch.count, 1),
-            batch.deviation,
-            batch.sequence_square,
-            batch.sequence_count,
-        )
+        before = {kind: copy.copy(part) for kind, part in self.parts.items() if not part.in_place}
+        try:
+            self._update_parts(tokens, outputs, valid)
+        except BaseException:
+            self.parts |= before
+            raise
+        self._derived = {}
+
+    def _update_parts(self, tokens: torch.Tensor, outputs: torch.Tensor | None, valid: torch.Tensor | None) -> None:
+        """Update all parts. Those that change a tensor in place come last, when no other part can refuse the batch."""
+        for part in self.parts.values():
+            if not part.in_place and part is not self.outputs:
+                part.update(tokens, valid)
+        if self.outputs is not None:
+            self.outputs.update(tokens, valid, outputs=outputs)
+        for part in self.parts.values():
+            if part.in_place:
+                part.update(tokens, valid)
 
     def _check_tokens(self, tokens: torch.Tensor) -> None:
         """Raise StatsError if the tokens cannot be added."""
@@ -152,89 +212,65 @@ class ActivationStats:
             )
 
     def merge(self, other: ActivationStats) -> None:
-        """Add the tokens of ``other`` (Chan, Golub and LeVeque's rule for the variance).
+        """Add the tokens of ``other``.
 
         Raises:
-            StatsError: the other statistics have other fields, or are on another device. Nothing was added.
+            StatsError: the other statistics have other parts, or are on another device. Nothing was added.
         """
         if other.in_features != self.in_features:
             raise StatsError(f"statistics of {self.in_features} and {other.in_features} channels do not merge")
-        if (self.outputs is None) != (other.outputs is None):
-            raise StatsError("statistics with and without a layer's outputs do not merge")
-        if (self.gram is None) != (other.gram is None):
-            raise StatsError("statistics with and without a Gram matrix do not merge")
-        if (self.sample is None) != (other.sample is None):
-            raise StatsError("statistics with and without a sample of tokens do not merge")
-        if self.outputs is not None and other.outputs is not None:
-            self.outputs.check_mergeable(other.outputs)
-        if other.count == 0:
-            return
-        assert other.mean is not None
-        assert other.deviation is not None
-        if self.mean is not None and self.mean.device != other.mean.device:
+        for kind in {**self.parts, **other.parts}:
+            if (kind in self.parts) != (kind in other.parts):
+                raise StatsError(f"statistics with and without {kind.words} do not merge")
+        if self.mean is not None and other.mean is not None and self.mean.device != other.mean.device:
             raise StatsError(
                 f"statistics on {self.mean.device} and {other.mean.device} do not merge: use other.to(device)"
             )
-        gram = self.gram + other.gram if self.gram is not None and other.gram is not None else self.gram
-        sample = self.sample + other.sample if self.sample is not None and other.sample is not None else self.sample
-        if self.outputs is not None and other.outputs is not None:
-            self.outputs.merge(other.outputs)
-        self.gram, self.sample = gram, sample
-        self._add(other.count, other.mean, other.deviation, other.sequence_square, other.sequence_count)
+        merged = {kind: part + other.parts[kind] for kind, part in self.parts.items()}
+        if other.count:
+            self.parts, self._derived = merged, {}
 
     def reorder(self, order: torch.Tensor) -> None:
         """Reorder the channels: position p gets channel ``order[p]``, int64 [in_features].
 
-        :attr:`outputs` is reordered too. :attr:`consumer_norm` belongs to the layer's outputs and does not change.
+        All parts are reordered. :attr:`consumer_norm` belongs to the layer's outputs and does not change.
         """
+        self.parts = {kind: part.reordered(order) for kind, part in self.parts.items()}
         self._derived = {}
-        self.mean = None if self.mean is None else self.mean[order]
-        self.deviation = None if self.deviation is None else self.deviation[order]
-        self._squares = [square[:, order] for square in self._squares]
-        self.gram = None if self.gram is None else self.gram.reordered(order)
-        self.sample = None if self.sample is None else self.sample.reordered(order)
-        if self.outputs is not None:
-            self.outputs.reorder(inputs=order)
 
-    def _add(
-        self,
-        count: int,
-        mean: torch.Tensor,
-        deviation: torch.Tensor,
-        sequence_square: torch.Tensor,
-        sequence_count: torch.Tensor,
-    ) -> None:
-        self._derived = {}
-        self._squares.append(sequence_square)
-        self._counts.append(sequence_count)
-        if self.mean is None or self.deviation is None:
-            self.count, self.mean, self.deviation = count, mean, deviation
-            return
-        total = self.count + count
-        if count == 0:
-            return
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.deviation = self.deviation + deviation + delta.square() * (self.count * count / total)
-        self.count = total
+    @property
+    def _moments(self) -> ChannelMoments:
+        return self.part(ChannelMoments)
+
+    @property
+    def count(self) -> int:
+        """Tokens seen, padding left out."""
+        return self._moments.count
+
+    @property
+    def mean(self) -> torch.Tensor | None:
+        """Mean of x, fp64 [in_features]; None before the first update."""
+        return self._moments.mean
+
+    @property
+    def deviation(self) -> torch.Tensor | None:
+        """Sum of squared deviations from the mean, fp64 [in_features]; None before the first update."""
+        return self._moments.deviation
 
     @property
     def n_sequences(self) -> int:
         """Number of sequences."""
-        return sum(len(c) for c in self._counts)
+        return self._moments.n_sequences
 
     @property
     def sequence_square(self) -> torch.Tensor:
         """Sum of x^2 over each sequence, fp32 [n_sequences, in_features]."""
-        self._squares = [torch.cat(self._squares)] if len(self._squares) > 1 else self._squares
-        if self._squares:
-            return self._squares[0]
-        return torch.zeros(0, self.in_features, dtype=torch.float32, device="cpu")
+        return self._moments.sequence_square
 
     @property
     def sequence_count(self) -> torch.Tensor:
         """Number of tokens in each sequence, int64 [n_sequences]."""
-        return torch.cat(self._counts) if self._counts else torch.zeros(0, dtype=torch.int64, device="cpu")
+        return self._moments.sequence_count
 
     @property
     def norm(self) -> torch.Tensor:
@@ -288,29 +324,16 @@ class ActivationStats:
 
     def with_outputs(self, outputs: OutputStats | None) -> ActivationStats:
         """A snapshot of these statistics with the outputs of another layer; tensors are shared, not copied."""
-        return replace(self, outputs=outputs, _squares=list(self._squares), _counts=list(self._counts))
+        snapshot = copy.copy(self)
+        snapshot.parts = {kind: copy.copy(part) for kind, part in self.parts.items()}
+        snapshot.outputs = outputs
+        return snapshot
 
     def to(self, device: torch.device | str) -> ActivationStats:
         """A copy on ``device``."""
-        moved = replace(
-            self,
-            mean=None if self.mean is None else self.mean.to(device),
-            deviation=None if self.deviation is None else self.deviation.to(device),
-            consumer_norm=None if self.consumer_norm is None else self.consumer_norm.to(device),
-            gram=None if self.gram is None else self.gram.to(device),
-            sample=None if self.sample is None else self.sample.to(device),
-            _squares=[s.to(device) for s in self._squares],
-            _counts=[c.to(device) for c in self._counts],
-            _derived={},
-        )
-        if self.outputs is not None:
-            o = self.outputs
-            moved.outputs = replace(
-                o,
-                weighted_square=None if o.weighted_square is None else o.weighted_square.to(device),
-                matrix=None if o.matrix is None else o.matrix.to(device),
-            )
-        return moved
+        norm = None if self.consumer_norm is None else self.consumer_norm.to(device)
+        parts = [part.to(device) for part in self.parts.values()]
+        return ActivationStats(self.in_features, consumer_norm=norm, parts=parts)
 
     def save(self, path: str | Path) -> None:
         """Write the statistics to a safetensors file (:mod:`ace_triton.statistics.file`).
@@ -319,27 +342,8 @@ class ActivationStats:
             StatsError: no token was counted, or the file cannot be written.
         """
         self.require_tokens()
-        assert self.mean is not None
-        assert self.deviation is not None
-        tensors = {
-            "mean": self.mean,
-            "deviation": self.deviation,
-            "sequence_square": self.sequence_square,
-            "sequence_count": self.sequence_count,
-        }
-        facts: dict[str, object] = {"in_features": self.in_features, "count": self.count}
-        if self.consumer_norm is not None:
-            tensors["consumer_norm"] = self.consumer_norm
-        if self.gram is not None and self.gram.matrix is not None:
-            tensors["gram"] = self.gram.matrix
-        if self.sample is not None and self.sample.tokens is not None and self.sample.draws is not None:
-            tensors |= {"sample": self.sample.tokens, "draws": self.sample.draws}
-        if self.outputs is not None and self.outputs.weighted_square is not None:
-            facts["outputs"] = {"reduce": self.outputs.reduce, "count": self.outputs.count, "unit": self.outputs.unit}
-            tensors["weighted_square"] = self.outputs.weighted_square
-            if self.outputs.matrix is not None:
-                tensors["coupling"] = self.outputs.matrix
-        stats_file.write(path, facts, tensors)
+        parts = tuple(self.parts.values())
+        stats_file.write(path, stats_file.Contents(self.in_features, self.count, parts, self.consumer_norm))
 
     @classmethod
     def load(cls, path: str | Path) -> ActivationStats:
@@ -348,21 +352,5 @@ class ActivationStats:
         Raises:
             StatsError: the file is missing, has another format, or its contents are inconsistent.
         """
-        facts, tensors = stats_file.read(path)
-        outputs = None
-        if "outputs" in facts:
-            outputs = OutputStats(
-                **facts["outputs"], weighted_square=tensors["weighted_square"], matrix=tensors.get("coupling")
-            )
-        seen = (facts["in_features"], facts["count"])
-        return cls(
-            *seen,
-            tensors["mean"],
-            tensors["deviation"],
-            outputs,
-            tensors.get("consumer_norm"),
-            Gram(*seen, tensors["gram"]) if "gram" in tensors else None,
-            TokenSample(*seen, tensors["sample"], tensors["draws"]) if "sample" in tensors else None,
-            [tensors["sequence_square"]],
-            [tensors["sequence_count"]],
-        )
+        contents = stats_file.read(path)
+        return cls(contents.in_features, consumer_norm=contents.consumer_norm, parts=contents.parts)

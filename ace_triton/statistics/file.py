@@ -6,8 +6,7 @@ All values and tensors are checked when a file is read, because kernels do not c
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,68 +16,63 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import StatsError
+from .channel_moments import ChannelMoments
+from .statistic import Saved, Statistic, TensorForm, is_count, statistics
 
 FORMAT = "ace_triton.activation_stats.1"
 
-ROUNDING = 1e-5
-"""Relative rounding error of a sum of squares in fp32."""
+_OTHER_FORMS = {"consumer_norm": TensorForm("i", optional=True)}
+"""Tensors that belong to no statistic."""
 
-_TOKEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SHARED_LENGTHS = "ijs"
+"""Letters of a form that mean the same length in all statistics of a file."""
 
 
 @dataclass(frozen=True)
-class _Form:
-    """The required form of a tensor.
+class Contents:
+    """What a file holds.
 
     Attributes:
-        shape: one letter per dimension. "j" is in_features. Any other letter is a length that is the same for all
-            tensors of the file.
-        dtypes: allowed dtypes.
-        signed: True if negative values are allowed.
-        needed: True if every file must have this tensor.
+        in_features: number of channels.
+        count: tokens seen, padding left out.
+        parts: the statistics.
+        consumer_norm: input norms of the layer that reads the outputs, or None.
     """
 
-    shape: str
-    dtypes: tuple[torch.dtype, ...]
-    signed: bool = False
-    needed: bool = False
+    in_features: int
+    count: int
+    parts: tuple[Statistic, ...]
+    consumer_norm: torch.Tensor | None = None
 
 
-_FORMS = {
-    "mean": _Form("j", (torch.float64,), signed=True, needed=True),
-    "deviation": _Form("j", (torch.float64,), signed=True, needed=True),
-    "sequence_square": _Form("sj", (torch.float32,), needed=True),
-    "sequence_count": _Form("s", (torch.int64,), needed=True),
-    "consumer_norm": _Form("i", (torch.float32,)),
-    "gram": _Form("jj", (torch.float32,), signed=True),
-    "sample": _Form("kj", _TOKEN_DTYPES, signed=True),
-    "draws": _Form("k", (torch.float64,)),
-    "weighted_square": _Form("j", (torch.float64,)),
-    "coupling": _Form("ij", (torch.float32,)),
-}
-
-_TOGETHER = (("sample", "draws"), ("outputs", "weighted_square"))
-"""Pairs of header values and tensors. A file has both of a pair, or neither."""
-
-
-def write(path: str | Path, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write header values and tensors.
+def write(path: str | Path, contents: Contents) -> None:
+    """Write statistics; those that have seen no token are left out.
 
     Raises:
         StatsError: the file cannot be written.
     """
+    facts: dict[str, Any] = {"format": FORMAT, "in_features": contents.in_features, "count": contents.count}
+    tensors = {} if contents.consumer_norm is None else {"consumer_norm": contents.consumer_norm}
+    for part in contents.parts:
+        own = part.tensors()
+        if unknown := set(own) - set(part.forms):
+            raise StatsError(f"{part.words} cannot be saved: its forms lack {', '.join(sorted(unknown))}")
+        tensors |= {part.file_prefix + name: tensor for name, tensor in own.items()}
+        if own and part.fact_names:
+            facts[part.name] = part.facts()
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(on_cpu, str(path), metadata={"ace_triton": json.dumps({"format": FORMAT, **facts})})
+        save_file(on_cpu, str(path), metadata={"ace_triton": json.dumps(facts)})
     except (OSError, SafetensorError) as error:
         raise StatsError(f"{path}: statistics cannot be written ({error})") from error
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read and check the header values and tensors of a file; tensors are on the CPU.
+def read(path: str | Path) -> Contents:
+    """Read and check a file; tensors are on the CPU.
 
     Raises:
-        StatsError: the file is missing, has another format, or its contents are inconsistent; the message says which.
+        StatsError: the file is missing, has another format, holds a statistic that is not registered, or its contents
+            are inconsistent; the message says which.
     """
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
@@ -92,63 +86,78 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             f"{path}: not activation statistics of this version (format {found!r}, expected {FORMAT!r}): collect "
             "them again"
         )
+    if missing := sorted({name.partition(".")[0] for name in tensors if "." in name} - set(statistics())):
+        raise StatsError(
+            f"{path}: it holds the statistic {missing[0]!r}, which is not registered: first import the module that "
+            "registers it"
+        )
     try:
         _check_facts(facts)
-        _check_names(facts, tensors)
+        parts = [kind for kind in statistics().values() if _is_in(kind, facts, tensors)]
+        _check_names(parts, facts, tensors)
         _check_tensors(facts, tensors)
+        loaded = tuple(kind.load(_saved(kind, facts, tensors)) for kind in parts)
     except StatsError as error:
         raise StatsError(f"{path}: {error}; the file is damaged or was edited: collect statistics again") from None
-    return facts, tensors
+    return Contents(facts["in_features"], facts["count"], loaded, tensors.get("consumer_norm"))
 
 
 def _check_facts(facts: dict[str, Any]) -> None:
-    if set(facts) - {"outputs"} != {"in_features", "count"}:
-        raise StatsError(f"the header must have in_features and count, and may have outputs; it has {sorted(facts)}")
+    with_facts = {kind.name: kind.fact_names for kind in statistics().values() if kind.fact_names}
+    if set(facts) - set(with_facts) != {"in_features", "count"}:
+        raise StatsError(
+            f"the header must have in_features and count, and may have {', '.join(with_facts)}; it has {sorted(facts)}"
+        )
     for name in ("in_features", "count"):
-        if not _is_count(facts[name]) or facts[name] < 1:
+        if not is_count(facts[name]) or facts[name] < 1:
             raise StatsError(f"{name} must be a whole number, 1 or more, got {facts[name]!r}")
-    if "outputs" not in facts:
-        return
-    outputs = facts["outputs"]
-    if not isinstance(outputs, dict) or set(outputs) != {"reduce", "count", "unit"}:
-        raise StatsError(f"outputs must have reduce, count and unit, got {outputs!r}")
-    if outputs["reduce"] not in (None, "abs", "rms"):
-        raise StatsError(f"reduce of outputs must be null, 'abs' or 'rms', got {outputs['reduce']!r}")
-    if not _is_count(outputs["count"]):
-        raise StatsError(f"count of outputs must be a whole number, 0 or more, got {outputs['count']!r}")
-    unit = outputs["unit"]
-    if isinstance(unit, bool) or not isinstance(unit, (int, float)) or not (math.isfinite(unit) and unit > 0):
-        raise StatsError(f"unit of outputs must be a number above 0, got {unit!r}")
+    for name, wanted in with_facts.items():
+        own = facts.get(name, dict.fromkeys(wanted))
+        if not isinstance(own, dict) or set(own) != set(wanted):
+            raise StatsError(f"{name} must have {', '.join(wanted)}, got {own!r}")
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _names(kind: type[Statistic], *, needed: bool = False) -> list[str]:
+    """The names of a statistic in a file: of its facts, and of its tensors; with ``needed``, without optional ones."""
+    tensors = [kind.file_prefix + name for name, form in kind.forms.items() if not (needed and form.optional)]
+    return [*([kind.name] if kind.fact_names else []), *tensors]
 
 
-def _check_names(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    needed = {name for name, form in _FORMS.items() if form.needed}
-    present = {*tensors, *facts}
-    if missing := needed - set(tensors):
-        raise StatsError(f"the file has no tensor {', '.join(sorted(missing))}")
-    if unknown := set(tensors) - set(_FORMS):
+def _is_in(kind: type[Statistic], facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """True if a file has anything of a statistic. All files have the moments."""
+    return kind is ChannelMoments or any(name in facts or name in tensors for name in _names(kind))
+
+
+def _check_names(
+    parts: Iterable[type[Statistic]], facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    known = set(_OTHER_FORMS)
+    for kind in parts:
+        known |= set(_names(kind))
+        needed = _names(kind, needed=True)
+        missing = [name for name in needed if name not in tensors and name not in facts]
+        if missing and kind is ChannelMoments:
+            raise StatsError(f"the file has no tensor {', '.join(sorted(missing))}")
+        if missing:
+            share = "one" if len(needed) == 2 else "some"
+            raise StatsError(f"the file has only {share} of {' and '.join(needed)}, which belong together")
+    if unknown := set(tensors) - known:
         raise StatsError(f"the file has unknown tensors: {', '.join(sorted(unknown))}")
-    for one, other in _TOGETHER:
-        if (one in present) != (other in present):
-            raise StatsError(f"the file has only one of {one} and {other}, which belong together")
-    reduce = facts["outputs"]["reduce"] if "outputs" in facts else None
-    if (reduce is None) != ("coupling" not in tensors):
-        raise StatsError(f"outputs with reduce={reduce!r} must have {'no' if reduce is None else 'a'} coupling matrix")
 
 
 def _check_tensors(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    sizes = {"j": facts["in_features"]}
+    forms = {name: ("", form) for name, form in _OTHER_FORMS.items()}
+    for kind in statistics().values():
+        forms |= {kind.file_prefix + name: (kind.name, form) for name, form in kind.forms.items()}
+    lengths: dict[tuple[str, str], int] = {("", "j"): facts["in_features"]}
     for name, tensor in tensors.items():
-        form = _FORMS[name]
+        owner, form = forms[name]
+        axes = [("" if letter in _SHARED_LENGTHS else owner, letter) for letter in form.shape]
         if tensor.dtype not in form.dtypes:
             raise StatsError(f"{name} must be {' or '.join(map(str, form.dtypes))}, got {tensor.dtype}")
-        lengths = zip(form.shape, tensor.shape, strict=False)
-        if tensor.dim() != len(form.shape) or any(sizes.setdefault(letter, size) != size for letter, size in lengths):
-            wanted = ", ".join(str(sizes.get(letter, "any")) for letter in form.shape)
+        sizes = zip(axes, tensor.shape, strict=False)
+        if tensor.dim() != len(axes) or any(lengths.setdefault(axis, size) != size for axis, size in sizes):
+            wanted = ", ".join(str(lengths.get(axis, "any")) for axis in axes)
             raise StatsError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
         if not bool(tensor.isfinite().all()):
             raise StatsError(
@@ -157,9 +166,8 @@ def _check_tensors(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
             )
         if not form.signed and bool((tensor < 0).any()):
             raise StatsError(f"{name} holds negative values")
-    # In a channel with constant values, rounding can make the sum of squared deviations slightly negative.
-    if bool((tensors["deviation"] < -ROUNDING * facts["count"] * tensors["mean"].square()).any()):
-        raise StatsError("deviation holds negative values")
-    counted = int(tensors["sequence_count"].sum())
-    if counted != facts["count"]:
-        raise StatsError(f"the sum of sequence_count is {counted} tokens, but count is {facts['count']}")
+
+
+def _saved(kind: type[Statistic], facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Saved:
+    own = {name: tensors[kind.file_prefix + name] for name in kind.forms if kind.file_prefix + name in tensors}
+    return Saved(facts["in_features"], facts["count"], own, facts.get(kind.name, {}))

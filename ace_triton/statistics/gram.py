@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from ..errors import StatsError
 from ..kernels.gram_product import gram_product
+from .statistic import Saved, Statistic, TensorForm, register_statistic
 
 
+@register_statistic("gram", words="a Gram matrix")
 @dataclass
-class Gram:
+class Gram(Statistic):
     """sum_t x_t x_t^T over the tokens seen, streamed and mergeable with ``+``.
 
     Attributes:
@@ -23,6 +26,10 @@ class Gram:
     in_features: int
     count: int = 0
     matrix: torch.Tensor | None = None
+
+    forms: ClassVar = {"gram": TensorForm("jj", signed=True)}
+    file_prefix: ClassVar = ""
+    in_place: ClassVar = True
 
     @torch.no_grad()
     def update(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -55,6 +62,15 @@ class Gram:
     def to(self, device: torch.device | str) -> Gram:
         """A copy on ``device``."""
         return replace(self, matrix=None if self.matrix is None else self.matrix.to(device, copy=True))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The matrix; empty before the first update."""
+        return {} if self.matrix is None else {"gram": self.matrix}
+
+    @classmethod
+    def load(cls, saved: Saved) -> Gram:
+        """The Gram matrix from a file."""
+        return cls(saved.in_features, saved.count, saved.tensors["gram"])
 
 
 def check_valid(tokens: torch.Tensor, valid: torch.Tensor | None) -> None:

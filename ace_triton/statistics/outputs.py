@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -15,6 +15,7 @@ from ..kernels.memory import why_not_plain
 from ..kernels.token_norms import token_norms
 from ..kernels.weighted_squares import MOST_LAYERS, weighted_squares
 from .deferred import Deferred, DeviceCounts, is_on_cpu
+from .statistic import Saved, Statistic, TensorForm, is_count, register_statistic
 
 Reduce = Literal["abs", "rms"]
 
@@ -27,8 +28,9 @@ NOT_FINITE = (
 )
 
 
+@register_statistic("outputs", words="a layer's outputs")
 @dataclass
-class OutputStats:
+class OutputStats(Statistic):
     """Token-weighted statistics of one layer, for CosP.
 
     s_t = sum_i a_ti^2 is the squared norm of the layer's output for token t, with bias. The token weight is
@@ -50,6 +52,22 @@ class OutputStats:
     matrix: torch.Tensor | None = None
     on_device: DeviceCounts | None = field(default=None, init=False, repr=False, compare=False)
     """Count and unit on the device, while they are not read; None afterwards."""
+
+    forms: ClassVar = {
+        "weighted_square": TensorForm("j", (torch.float64,)),
+        "coupling": TensorForm("ij", optional=True),
+    }
+    fact_names: ClassVar = ("reduce", "count", "unit")
+    file_prefix: ClassVar = ""
+    of_outputs: ClassVar = True
+
+    def update(
+        self, tokens: torch.Tensor, valid: torch.Tensor | None = None, *, outputs: torch.Tensor | None = None
+    ) -> None:
+        """Add a batch and the layer's outputs for it (:func:`update_outputs`)."""
+        if outputs is None:
+            raise StatsError("these statistics include a layer's outputs: pass outputs= with every batch")
+        update_outputs([self], tokens, [outputs], valid)
 
     def read_deferred(self) -> None:
         """Read count and unit from the device. Nothing else here waits for a GPU.
@@ -128,6 +146,53 @@ class OutputStats:
             matrix = matrix if self.matrix is None else self.matrix + matrix
         self.unit, self.weighted_square, self.matrix = unit, square, matrix
         self.count += other.count
+
+    def __add__(self, other: OutputStats) -> OutputStats:
+        """The statistics of the tokens of both; neither operand changes."""
+        both = replace(self)
+        both.merge(other)
+        return both
+
+    def reordered(self, order: torch.Tensor) -> OutputStats:
+        """A copy with reordered input channels."""
+        copied = replace(self)
+        copied.reorder(inputs=order)
+        return copied
+
+    def to(self, device: torch.device | str) -> OutputStats:
+        """A copy on ``device``."""
+        return replace(
+            self,
+            weighted_square=None if self.weighted_square is None else self.weighted_square.to(device),
+            matrix=None if self.matrix is None else self.matrix.to(device),
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The vector and, with ``reduce``, the matrix; empty before the first update."""
+        named = {"weighted_square": self.weighted_square, "coupling": self.matrix}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def load(cls, saved: Saved) -> OutputStats:
+        """The statistics from a file."""
+        facts, matrix = saved.facts, saved.tensors.get("coupling")
+        _check_facts(facts)
+        reduce = facts["reduce"]
+        if (reduce is None) != (matrix is None):
+            wanted = "no" if reduce is None else "a"
+            raise StatsError(f"outputs with reduce={reduce!r} must have {wanted} coupling matrix")
+        return cls(reduce, facts["count"], facts["unit"], saved.tensors["weighted_square"], matrix)
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """StatsError if a value from the header of a file is invalid."""
+    reduce, count, unit = facts["reduce"], facts["count"], facts["unit"]
+    if reduce is not None and reduce not in get_args(Reduce):
+        raise StatsError(f"reduce of outputs must be null, 'abs' or 'rms', got {reduce!r}")
+    if not is_count(count):
+        raise StatsError(f"count of outputs must be a whole number, 0 or more, got {count!r}")
+    if isinstance(unit, bool) or not isinstance(unit, (int, float)) or not (math.isfinite(unit) and unit > 0):
+        raise StatsError(f"unit of outputs must be a number above 0, got {unit!r}")
 
 
 def update_outputs(

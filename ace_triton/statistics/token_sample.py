@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from ..errors import StatsError
 from .gram import check_valid, token_rows
+from .statistic import Saved, Statistic, TensorForm, register_statistic
 
 SAMPLE_TOKENS = 512
 """Number of tokens kept at most."""
 
 
+@register_statistic("sample", words="a sample of tokens")
 @dataclass
-class TokenSample:
+class TokenSample(Statistic):
     """A uniform sample of the tokens seen, streamed and mergeable with ``+``.
 
     Each token gets a random number, and the tokens with the lowest numbers are kept. The random seed is the number of
@@ -35,6 +38,12 @@ class TokenSample:
     count: int = 0
     tokens: torch.Tensor | None = None
     draws: torch.Tensor | None = None
+
+    forms: ClassVar = {
+        "sample": TensorForm("kj", (torch.float32, torch.float16, torch.bfloat16), signed=True),
+        "draws": TensorForm("k", (torch.float64,)),
+    }
+    file_prefix: ClassVar = ""
 
     @torch.no_grad()
     def update(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -78,6 +87,15 @@ class TokenSample:
     def to(self, device: torch.device | str) -> TokenSample:
         """A copy on ``device``."""
         return replace(self, tokens=None if self.tokens is None else self.tokens.to(device, copy=True))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Tokens and draws; empty before the first update."""
+        return {} if self.tokens is None or self.draws is None else {"sample": self.tokens, "draws": self.draws}
+
+    @classmethod
+    def load(cls, saved: Saved) -> TokenSample:
+        """The sample from a file."""
+        return cls(saved.in_features, saved.count, saved.tensors["sample"], saved.tensors["draws"])
 
 
 def _without_first(valid: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
