@@ -28,7 +28,6 @@ from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
-from .streaming.streamed_prune import prune_checkpoint
 from .recipe import Recipe
 from .recovery.train import RecoveryReport, RecoverySettings, recover
 from .solvers.update import Update
@@ -36,6 +35,7 @@ from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .statistics.gram import Gram
 from .statistics.statistic import Statistic, TensorForm, register_statistic
+from .streaming.streamed_prune import prune_checkpoint
 
 __version__ = "0.2.0"
 
@@ -75,8 +75,8 @@ __all__ = [
     "load_calibration",
     "metric_names",
     "pack_model",
-    "prune_linear",
     "prune_checkpoint",
+    "prune_linear",
     "prune_model",
     "recover",
     "register_metric",

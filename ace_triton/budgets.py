@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .decoders.batches import Batch
+from .decoders.blocks import Tower
 from .decoders.collect import InputCollector
 from .decoders.plan import Unit
 from .decoders.replay import WholeForward
@@ -31,27 +32,34 @@ SPREAD = 0.08
 
 
 def find_budgets(
-    model: nn.Module, units: Sequence[Unit], pattern: Sparsity, batches: Sequence[Batch], clock: Stopwatch
+    model: nn.Module,
+    towers: Sequence[tuple[Tower, Sequence[Unit]]],
+    pattern: Sparsity,
+    batches: Sequence[Batch],
+    clock: Stopwatch,
 ) -> dict[str, Sparsity]:
-    """The pattern of each block, from one forward of the dense model.
+    """The pattern of each block, from one forward of the dense model for each tower.
 
     Args:
         model: dense, in evaluation mode.
-        units: its blocks, with the layers to prune; layers that no token reaches are not counted.
+        towers: its towers, with the layers to prune by block; layers that no token reaches are not counted.
         pattern: the pattern of the whole model.
         batches: run through the model once; the choice of text hardly changes the number of outliers.
         clock: measures the time.
     """
-    collector = InputCollector({name: layer for unit in units for name, layer in unit.layers.items()}, Needs(), clock)
-    WholeForward(model, batches, clock).run_all(collector)
-    counts, sizes = {}, {}
-    with clock.measure("statistics"):
-        for unit in units:
-            stats = {name: collector.statistics(name) for name in unit.layers}
-            reached = {name: seen.norm for name, seen in stats.items() if seen is not None}
-            weights = {name: as_kernel_dtype(check_weight(unit.layers[name], name, finite=False)) for name in reached}
-            counts[unit.name] = sum(outliers(weights[name], norm) for name, norm in reached.items())
-            sizes[unit.name] = sum(weight.numel() for weight in weights.values())
+    counts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for tower, units in (pair for pair in towers if pair[1]):
+        layers = {name: layer for unit in units for name, layer in unit.layers.items()}
+        collector = InputCollector(layers, Needs(), clock)
+        WholeForward(model, batches, clock, tower.blocks, tower.masks).run_all(collector)
+        with clock.measure("statistics"):
+            for unit in units:
+                stats = {name: collector.statistics(name) for name in unit.layers}
+                reached = {name: seen.norm for name, seen in stats.items() if seen is not None}
+                weights = {n: as_kernel_dtype(check_weight(unit.layers[n], n, finite=False)) for n in reached}
+                counts[unit.name] = sum(outliers(weights[name], norm) for name, norm in reached.items())
+                sizes[unit.name] = sum(weight.numel() for weight in weights.values())
     return block_patterns(counts, sizes, pattern)
 
 

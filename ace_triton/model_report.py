@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .decoders.account import Account
 from .decoders.plan import Excluded, Skipped
@@ -34,6 +34,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class TowerReport:
+    """A tower of the model.
+
+    Attributes:
+        name: dotted name of the module that contains the tower's blocks.
+        blocks: number of its blocks.
+        run: "blocks" if its blocks were run one at a time; "forwards" if the whole model was run for each of them;
+            "none" if nothing had to run, because the method needs no tokens or no layer of the tower was selected;
+            "unreached" if no block runs on the calibration inputs, so that its matrices count as outside the blocks.
+    """
+
+    name: str
+    blocks: int
+    run: Literal["blocks", "forwards", "none", "unreached"]
+
+
+@dataclass(frozen=True)
 class ModelReport:
     """The result of :func:`prune_model`.
 
@@ -47,6 +64,7 @@ class ModelReport:
         excluded: matrices of the blocks that ``include`` and ``exclude`` ruled out.
         account: number of parameters pruned, skipped and excluded. Their sum is all matrices of the blocks.
         permutation: the result of ``permute=True``, or None.
+        towers: the towers of the model, in the order in which they were pruned.
     """
 
     recipe: Recipe
@@ -57,6 +75,7 @@ class ModelReport:
     excluded: tuple[Excluded, ...]
     account: Account
     permutation: PermutationReport | None = None
+    towers: tuple[TowerReport, ...] = ()
 
     @property
     def method(self) -> str:
@@ -102,4 +121,5 @@ class ModelReport:
             "budgets": self.budgets,
             "sequential": self.sequential,
             "recipe": self.recipe.to_dict(),
+            "towers": [asdict(tower) for tower in self.towers],
         }

@@ -1,4 +1,4 @@
-"""Prune the decoder blocks of a model, one after the other."""
+"""Prune the blocks of a model, one after the other."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from .budgets import find_budgets
-from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, CalibrationSet, batches_of, trial_ids
-from .decoders.blocks import Block, find_blocks, finished_modules, gated_consumers, linears_of, possible_stacks
+from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, Calibration, batches_of, run_model, trial_batch
+from .decoders.blocks import Block, Tower, find_towers, finished_modules, gated_consumers, linears_of, possible_stacks
 from .decoders.calibration_mode import calibration_mode
 from .decoders.collect import InputCollector
 from .decoders.experts import ExpertLinear, find_layouts
@@ -24,8 +24,8 @@ from .decoders.plan import NameFilter, Plan, Unit, misfit
 from .decoders.replay import Runner, WholeForward, make_runner
 from .decoders.weight_store import InMemory, WeightStore
 from .errors import RecipeError
-from .linears import as_kernel_dtype
-from .model_report import LayerReport, ModelReport
+from .linears import as_kernel_dtype, linear_weight
+from .model_report import LayerReport, ModelReport, TowerReport
 from .presets import NOT_GIVEN, NotGiven, recipe_of
 from .prune import prune_checked, score_matrix
 from .recipe import Recipe, Sequential
@@ -37,15 +37,12 @@ from .threads import few_threads
 from .timing import Stopwatch
 from .weight_checks import check_weight
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 Progress = Callable[[int, int, str], None]
 
 
 def prune_model(
-    model: PreTrainedModel,
-    calibration: torch.Tensor | CalibrationSet | None,
+    model: nn.Module,
+    calibration: Calibration | None,
     method: str | Recipe = "ace",
     sparsity: str | float | Sparsity | NotGiven = NOT_GIVEN,
     *,
@@ -59,18 +56,24 @@ def prune_model(
     progress: Progress | None = None,
     **options: Any,
 ) -> ModelReport:
-    """Prune the linear layers of a Hugging Face causal decoder in place.
+    """Prune the linear layers in the blocks of a transformer in place.
 
     The model runs block by block on the calibration set. A block's layers are pruned by the statistics of their inputs;
     then the pruned block runs again, and its outputs are the next block's inputs. Embeddings, norms, routers, adapters
     and the head stay dense; the report names every matrix of the blocks that stays dense, and why. A model whose own
     forward rescales its weights (RWKV) ends with the weights as they were loaded, pruned.
 
+    A model with several towers (an encoder and a decoder, vision and text) is pruned tower by tower, in the order in
+    which they run: the decoder sees the outputs of the pruned encoder.
+
     Args:
-        model: with its weights in memory, on any device and in any floating dtype; forwards run in that dtype.
-        calibration: token ids, int64 [n_sequences, length], or an object with such ``ids`` and a ``mask``
-            (bool, True for real tokens; None if there is no padding). Padding is ignored. None is allowed for a method
-            that needs no tokens (magnitude).
+        model: any module with an ``nn.ModuleList`` of blocks, with its weights in memory, on any device and in any
+            floating dtype; forwards run in that dtype.
+        calibration: token ids, int64 [n_sequences, length]; or an object with such ``ids`` and a ``mask`` (bool, True
+            for real tokens; None if there is no padding); or a list of batches, each a dict of tensors with what the
+            model's forward takes (``input_ids``, ``pixel_values``, ``decoder_input_ids``, ``input_features``).
+            Inputs of two dimensions whose name ends in "attention_mask" are padding masks, 1 for real tokens. Padding
+            is ignored. None is allowed for a method that needs no tokens (magnitude).
         method: a :class:`~ace_triton.recipe.Recipe`, which takes no parts beside it; the name of a preset ("fast",
             "balanced", "best"), whose parts the arguments below replace; or a metric's name
             (:func:`~ace_triton.methods.registry.metric_names`).
@@ -90,7 +93,7 @@ def prune_model(
         budgets: "outliers" lets blocks whose scores have more outliers keep more, with the same total: up to 0.16 more
             of a fraction, or one more of every m for n:m (:mod:`ace_triton.budgets`). Takes one more forward of a
             batch. Default: the same share in every block.
-        batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
+        batch_size: sequences of token ids in one forward; None for as many as make about 2,048 tokens.
         include: shell patterns; only layers whose dotted name matches one are pruned. This is the only way to prune
             linear layers outside the blocks ("lm_head"). Default: all layers of the blocks.
         exclude: shell patterns of layers to leave dense. Default: none.
@@ -99,7 +102,7 @@ def prune_model(
 
     Raises:
         RecipeError: if the method, an option or another part of the recipe is invalid, something is given beside a
-            Recipe, or the model is no causal decoder in memory; nothing was changed.
+            Recipe, or the model is a single layer or not in memory; nothing was changed.
         PatternError: if the sparsity is invalid; nothing was changed.
         ValueError: if the calibration set does not fit the model, a name pattern matches no layer, or the model's own
             forward changes its weights beyond repair; nothing was changed.
@@ -123,8 +126,8 @@ def prune_model(
 
 
 def prune_stored(
-    model: PreTrainedModel,
-    calibration: torch.Tensor | CalibrationSet | None,
+    model: nn.Module,
+    calibration: Calibration | None,
     recipe: Recipe,
     store: WeightStore,
     *,
@@ -145,17 +148,18 @@ def prune_stored(
     with ExitStack() as running:
         running.enter_context(calibration_mode(model))
         running.enter_context(weights_as_loaded(model, restorable=store.keeps_changes_private))
-        plan = _plan(model, recipe)
         batches = batches_of(model, calibration, batch_size) if recipe.calibrated else []
+        towers = find_towers(model, batches[0] if batches else None)
+        plan = _plan(model, recipe, [tower for tower in towers if tower.is_reached], batches)
         with clock.measure("select"):
             largest = _check_weights(plan, recipe, store)
         selection = _Selection(recipe, clock, plan, store)
         running.enter_context(few_threads(TOKENS_OF_A_FORWARD * largest))
         selection.prepare(model, batches)
         if recipe.needs.tokens:
-            _with_statistics(model, plan, batches, selection, progress)
+            runs = _with_statistics(model, plan, batches, selection, progress)
         else:
-            _without_statistics(plan, selection, progress)
+            runs = _without_statistics(plan, selection, progress)
         account = plan.close()
     return ModelReport(
         recipe,
@@ -166,23 +170,33 @@ def prune_stored(
         tuple(plan.excluded),
         account,
         None if selection.reorderer is None else selection.reorderer.report(),
+        tuple(_tower_report(tower, runs.get(tower.name)) for tower in towers),
     )
 
 
-def _plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
-    blocks = find_blocks(model)
+def _tower_report(tower: Tower, runner: Runner | None) -> TowerReport:
+    if not tower.is_reached:
+        return TowerReport(tower.name, len(tower.blocks), "unreached")
+    run: Literal["none", "forwards", "blocks"] = "none"
+    if runner is not None:
+        run = "forwards" if isinstance(runner, WholeForward) else "blocks"
+    return TowerReport(tower.name, len(tower.blocks), run)
+
+
+def _plan(model: nn.Module, recipe: Recipe, towers: Sequence[Tower], batches: Sequence[Batch]) -> Plan:
+    blocks = [block for tower in towers for block in tower.blocks]
     stacks = [stack for block in blocks for stack in possible_stacks(block.module, block.name)]
-    layouts = find_layouts(lambda: model(input_ids=trial_ids(model)), stacks) if stacks else {}
+    layouts = find_layouts(lambda: run_model(model, trial_batch(model, batches)), stacks) if stacks else {}
     known_stacks = [(stack, layouts[stack.name]) for stack in stacks if stack.name in layouts]
     experts = [name for stack, layout in known_stacks for name in stack.linears(transposed=False, rows=layout.rows)]
     names = NameFilter.of(model, recipe.include, recipe.exclude, experts)
-    return Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, blocks, stacks, layouts)
+    return Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, towers, stacks, layouts)
 
 
 def _check_weights(plan: Plan, recipe: Recipe, store: WeightStore) -> int:
     """Check that all weights can be pruned by the recipe; returns the number of elements of the largest."""
     largest = 0
-    for unit in _units(plan):
+    for unit in plan.units:
         for name, layer in unit.layers.items():
             weight = check_weight(layer, name, finite=store.finished(unit.name) is None)
             if not largest:
@@ -215,7 +229,7 @@ class _Selection:
     """For each kind of block, groups of layers that share an input, in the order in which they run; layers are named by
     their names inside the block."""
 
-    def prepare(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+    def prepare(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Find each block's pattern and the channels that can be reordered, if the recipe asks for that."""
         pattern = self.recipe.sparsity
         if self.recipe.budgets:
@@ -228,18 +242,21 @@ class _Selection:
             layers = {name: layer for block in self.plan.blocks for name, layer in linears_of(block.module, block.name)}
             self.reorderer = Reorderer(Folds.from_dict(folds, layers), pattern.m, self.clock)
 
-    def _budgets(self, model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, str | float]:
+    def _budgets(self, model: nn.Module, batches: Sequence[Batch]) -> dict[str, str | float]:
         """By block, its pattern, or the fraction that is pruned."""
-        found = find_budgets(model, self.plan.units, self.recipe.sparsity, batches[:1], self.clock)
+        found = find_budgets(model, self.plan.towers, self.recipe.sparsity, batches[:1], self.clock)
         return {unit: pattern.pattern for unit, pattern in found.items()}
 
-    def _folds(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Folds:
-        ids, m, plan = batches[0].ids if batches else trial_ids(model), self.recipe.sparsity.m, self.plan
+    def _folds(self, model: nn.Module, batches: Sequence[Batch]) -> Folds:
+        batch, m, plan = trial_batch(model, batches), self.recipe.sparsity.m, self.plan
         assert m is not None
-        return find_folds(model, plan.blocks, ids, m, wanted=set(plan.layers).__contains__, shared=plan.shares)
+        return find_folds(model, plan.blocks, batch, m, wanted=set(plan.layers).__contains__, shared=plan.shares)
 
-    def restore(self, unit: Unit, record: Mapping[str, Any]) -> None:
-        """Take over what an earlier run recorded of a unit that it finished."""
+    def restored(self, unit: Unit) -> bool:
+        """True if an earlier run finished the unit; its record is taken over."""
+        record = self.store.finished(unit.name)
+        if record is None:
+            return False
         for entry in record["layers"]:
             self.layers.append(LayerReport(**entry))
             self.plan.pruned(entry["name"], entry["parameters"])
@@ -247,6 +264,7 @@ class _Selection:
             self.plan.skip(name, check_weight(unit.layers[name], name, finite=False), reason)
         if self.reorderer is not None:
             self.reorderer.restore(record["reordered"])
+        return True
 
     @contextmanager
     def dense(self, units: Sequence[Unit]) -> Iterator[None]:
@@ -269,6 +287,11 @@ class _Selection:
             "reordered": [] if self.reorderer is None else [asdict(e) for e in self.reorderer.reordered[reordered:]],
         }
         self.store.finish(unit.name, _modules(self.plan, unit), record)
+
+    def start_tower(self) -> None:
+        """Forget what is known of the order of layers: blocks of another tower may be called in other ways."""
+        self.called_once.clear()
+        self.groups.clear()
 
     def collector(self, unit: Unit) -> InputCollector:
         known = unit.names_inside in self.called_once
@@ -321,63 +344,107 @@ def _statistics(
 
 
 def _with_statistics(
-    model: PreTrainedModel,
+    model: nn.Module,
     plan: Plan,
     batches: Sequence[Batch],
     selection: _Selection,
     progress: Progress | None,
-) -> None:
-    sequential = selection.recipe.sequential
-    runner = make_runner(model, plan.blocks, batches, selection.clock)
-    whole = WholeForward(model, batches, selection.clock)
-    units = _units(plan)
-    at_once = sequential == "none"
+) -> dict[str, Runner]:
+    """Prune everything by the statistics of its inputs; returns the runner of each tower, by name."""
+    at_once = selection.recipe.sequential == "none"
+    last = plan.towers[-1][0]
+    outside: InputCollector | None = None
+    passes = [_TowerPass(model, tower, units, batches, selection) for tower, units in plan.towers if units]
 
-    def observe(index: int) -> InputCollector:
-        collector = selection.collector(units[index])
-        if index == len(plan.units):
-            whole.run_all(collector)
-        elif units[index].layers or at_once:
-            runner.run(index, collector, advance=at_once)
+    def observe_outside(unit: Unit) -> InputCollector:
+        collector = selection.collector(unit)
+        WholeForward(model, batches, selection.clock, last.blocks, last.masks).run_all(collector)
         return collector
 
-    ahead = range(0 if isinstance(runner, WholeForward) else len(plan.units), len(units)) if at_once else ()
-    with selection.dense(units if at_once else ()):
-        observed = {index: observe(index) for index in ahead if selection.store.finished(units[index].name) is None}
-    for index, unit in enumerate(units):
-        finished: Sequence[nn.Module] = ()
-        record = selection.store.finished(unit.name)
-        if record is not None:
-            selection.restore(unit, record)
-            if at_once and index < len(plan.units):
-                with selection.dense([unit]):
-                    runner.run(index, None, advance=True)
-        else:
-            with selection.recorded(unit):
-                if sequential == "layers" and index < len(plan.units):
-                    finished = _prune_by_input(plan.blocks[index], unit, runner, index, selection)
-                else:
-                    selection.prune(unit, observed.pop(index, None) or observe(index))
-        if not at_once and index + 1 < len(plan.units):
-            runner.run(index, None, advance=True, finished=finished)
-        _report(progress, index + 1, len(units), unit.name)
+    if at_once:
+        with selection.dense(plan.units):
+            for tower in passes:
+                tower.start()
+                tower.observe_ahead()
+            outside = observe_outside(plan.outside) if plan.outside else None
+    done = 0
+    for tower in passes:
+        if not at_once:
+            tower.start()
+        selection.start_tower()
+        for unit in tower.prune():
+            done += 1
+            _report(progress, done, len(plan.units), unit.name)
+    if plan.outside:
+        if not selection.restored(plan.outside):
+            with selection.recorded(plan.outside):
+                selection.prune(plan.outside, outside or observe_outside(plan.outside))
+        _report(progress, done + 1, len(plan.units), plan.outside.name)
+    return {tower.tower.name: tower.runner for tower in passes}
 
 
-def _without_statistics(plan: Plan, selection: _Selection, progress: Progress | None) -> None:
-    units = _units(plan)
-    for done, unit in enumerate(units, 1):
-        record = selection.store.finished(unit.name)
-        if record is not None:
-            selection.restore(unit, record)
-        else:
+@dataclass
+class _TowerPass:
+    """Prunes the blocks of one tower, one after the other."""
+
+    model: nn.Module
+    tower: Tower
+    units: Sequence[Unit]
+    batches: Sequence[Batch]
+    selection: _Selection
+    runner: Runner = field(init=False)
+    observed: dict[int, InputCollector] = field(default_factory=dict)
+    """Statistics of the dense model, by unit, if they were collected before anything was pruned."""
+
+    def start(self) -> None:
+        """Record what the tower's blocks read, with the present weights of the towers before it."""
+        blocks, clock = self.tower.blocks, self.selection.clock
+        self.runner = make_runner(self.model, blocks, self.batches, clock, self.tower.masks)
+
+    def observe_ahead(self) -> None:
+        """Collect the statistics of the dense model now, if a later run could not."""
+        if isinstance(self.runner, WholeForward):
+            todo = [i for i, unit in enumerate(self.units) if self.selection.store.finished(unit.name) is None]
+            self.observed = {index: self._observe(index) for index in todo}
+
+    def prune(self) -> Iterator[Unit]:
+        """Prune the tower; yields each finished unit."""
+        runner, at_once = self.runner, self.selection.recipe.sequential == "none"
+        for index, unit in enumerate(self.units):
+            finished: Sequence[nn.Module] = ()
+            if self.selection.restored(unit):
+                if at_once:
+                    with self.selection.dense([unit]):
+                        runner.run(index, None, advance=True)
+            else:
+                with self.selection.recorded(unit):
+                    finished = self._prune(index, unit)
+            if not at_once and index + 1 < len(self.units):
+                runner.run(index, None, advance=True, finished=finished)
+            yield unit
+
+    def _prune(self, index: int, unit: Unit) -> Sequence[nn.Module]:
+        """Prune a unit; returns the modules of its block whose outputs may be cached."""
+        if self.selection.recipe.sequential == "layers":
+            return _prune_by_input(self.tower.blocks[index], unit, self.runner, index, self.selection)
+        self.selection.prune(unit, self.observed.pop(index, None) or self._observe(index))
+        return ()
+
+    def _observe(self, index: int) -> InputCollector:
+        collector = self.selection.collector(self.units[index])
+        at_once = self.selection.recipe.sequential == "none"
+        if self.units[index].layers or at_once:
+            self.runner.run(index, collector, advance=at_once)
+        return collector
+
+
+def _without_statistics(plan: Plan, selection: _Selection, progress: Progress | None) -> dict[str, Runner]:
+    for done, unit in enumerate(plan.units, 1):
+        if not selection.restored(unit):
             with selection.recorded(unit):
                 selection.prune(unit, None)
-        _report(progress, done, len(units), unit.name)
-
-
-def _units(plan: Plan) -> Sequence[Unit]:
-    """The blocks, then the layers outside them if any are pruned."""
-    return [*plan.units, plan.outside] if plan.outside else plan.units
+        _report(progress, done, len(plan.units), unit.name)
+    return {}
 
 
 def _prune_by_input(block: Block, unit: Unit, runner: Runner, index: int, selection: _Selection) -> Sequence[nn.Module]:
@@ -419,11 +486,10 @@ def _report(progress: Progress | None, done: int, total: int, name: str) -> None
         progress(done, total, name)
 
 
-def _check_model(model: PreTrainedModel) -> None:
-    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module) or linear_weight(model) is not None:
         raise RecipeError(
-            f"prune_model takes a Hugging Face causal decoder, got a {type(model).__name__}; prune_linear prunes a "
-            "single layer"
+            f"prune_model takes a model with blocks, got a {type(model).__name__}; prune_linear prunes a single layer"
         )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -448,7 +514,7 @@ def rehearse(recipe: Recipe, like: torch.Tensor | None = None) -> None:
     prune_checked(layer, weight, ramp, recipe, f"method {recipe.method!r}")
 
 
-def _peak_bytes(model: PreTrainedModel) -> int:
+def _peak_bytes(model: nn.Module) -> int:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     if devices:
         return sum(torch.cuda.max_memory_allocated(device) for device in devices)

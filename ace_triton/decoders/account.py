@@ -1,4 +1,4 @@
-"""Counts a model's weights: each matrix is pruned, skipped, excluded or outside the decoder blocks."""
+"""Counts a model's weights: each matrix is pruned, skipped, excluded or outside the blocks."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Account:
         pruned: parameters in pruned layers, including the weights kept there.
         skipped: parameters in matrices that stayed dense although ``include`` and ``exclude`` allow pruning them.
         excluded: parameters in matrices of the blocks that ``include`` or ``exclude`` rules out.
-        outside: parameters in matrices outside the decoder blocks (embeddings, the head, other towers) that
-            ``include`` does not name.
+        outside: parameters in matrices outside the blocks (embeddings, the head, towers that no calibration
+            input reaches) that ``include`` does not name.
         model: all parameters of the model, including vectors.
     """
 
@@ -56,7 +56,7 @@ class Ledger:
 
     Args:
         model: the whole model.
-        inside: modules whose matrices need an entry: the decoder blocks.
+        inside: modules whose matrices need an entry: the blocks of all towers.
     """
 
     def __init__(self, model: nn.Module, inside: Iterable[nn.Module]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 
 from ..errors import ArgumentError
 
@@ -18,6 +21,9 @@ TOKENS_OF_A_FORWARD = 2048
 
 TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
 """Number of sequences, and tokens per sequence, in a trial forward of the model."""
+
+TEXT_MASK = "attention_mask"
+"""Name of the padding mask of token ids. Names of other padding masks end like this too."""
 
 
 class CalibrationSet(Protocol):
@@ -33,17 +39,28 @@ class CalibrationSet(Protocol):
     def mask(self) -> torch.Tensor | None: ...
 
 
+Inputs = Mapping[str, torch.Tensor]
+"""What a model's forward takes, by argument name."""
+
+Calibration = torch.Tensor | CalibrationSet | Sequence[Inputs]
+"""Token ids, token ids with a mask, or batches of any inputs of the model's forward."""
+
+MaskedInput = tuple[torch.Tensor, torch.Tensor | None]
+"""A tensor [n_sequences, length, width] and its padding mask, bool [n_sequences, length]; None without padding."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Some sequences of the calibration set, on the device of the model's embedding.
+    """Some sequences of the calibration set, on the model's device.
 
     Attributes:
-        inputs: the model's inputs by argument name, without the attention mask, each [n_sequences, length, ...].
-        valid: bool [n_sequences, length], False for padding; None if there is no padding.
+        inputs: the model's inputs by argument name, each [n_sequences, ...].
+        valid: bool [n_sequences, length], False for padding; it becomes the model's ``attention_mask``. None if there
+            is no padding, or if ``inputs`` contains the masks.
     """
 
-    inputs: Mapping[str, torch.Tensor]
-    valid: torch.Tensor | None
+    inputs: Inputs
+    valid: torch.Tensor | None = None
 
     @classmethod
     def of_ids(cls, ids: torch.Tensor, valid: torch.Tensor | None = None) -> Batch:
@@ -56,20 +73,124 @@ class Batch:
         return self.inputs["input_ids"]
 
     @property
+    def of_text(self) -> bool:
+        """True if the batch has token ids alone, with or without a mask."""
+        return self.inputs.keys() <= {"input_ids"}
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """n_sequences and length."""
-        n_sequences, length = next(iter(self.inputs.values())).shape[:2]
+        """n_sequences and length of the first input."""
+        n_sequences, length, *_ = (*next(iter(self.inputs.values())).shape, 1, 1)
         return n_sequences, length
 
+    @property
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """The arguments of the model's forward."""
+        mask = {} if self.valid is None else {TEXT_MASK: self.valid.long()}
+        return {**self.inputs, **mask}
+
+    @cached_property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """The padding masks by argument name, bool [n_sequences, length], True for real tokens.
+
+        Masks are inputs of two dimensions whose name ends in "attention_mask" and that contain only 0 and 1.
+        """
+        given = {name: mask for name, mask in self.inputs.items() if name.endswith(TEXT_MASK) and mask.dim() == 2}
+        found = {name: mask.bool() for name, mask in given.items() if bool(((mask == 0) | (mask == 1)).all())}
+        return found if self.valid is None else {TEXT_MASK: self.valid, **found}
+
     def beginning(self, n_sequences: int, length: int) -> Batch:
-        """The first tokens of the first sequences, padding included, as a batch without a mask."""
-        return Batch({name: tensor[:n_sequences, :length] for name, tensor in self.inputs.items()}, None)
+        """The first tokens of the first sequences as a batch in which padding counts as real tokens.
+
+        Sequences keep their length unless there are token ids, or other integers, and all inputs have one entry per
+        token. The batch keeps all its sequences unless all inputs have one entry per sequence.
+        """
+        inputs = {name: torch.ones_like(t) if name in self.masks else t for name, t in self.inputs.items()}
+        tensors = inputs.values()
+        if len({tensor.shape[:1] for tensor in tensors}) == 1 and all(tensor.dim() for tensor in tensors):
+            per_token = any(tensor.dim() == 2 and not tensor.is_floating_point() for tensor in tensors)
+            per_token &= len({tensor.shape[:2] for tensor in tensors}) == 1
+            inputs = {name: t[:n_sequences, :length] if per_token else t[:n_sequences] for name, t in inputs.items()}
+        return Batch(inputs)
+
+    def with_input(self, name: str, tensor: torch.Tensor) -> Batch:
+        """The batch with one input replaced."""
+        return Batch({**self.inputs, name: tensor}, self.valid)
 
 
-def batches_of(
-    model: PreTrainedModel, calibration: torch.Tensor | CalibrationSet | None, batch_size: int | None
-) -> list[Batch]:
-    """Split a calibration set into batches on the device of the model's embedding.
+@dataclass(frozen=True)
+class Masks:
+    """The padding masks that apply to what the blocks of one tower read.
+
+    Attributes:
+        own: argument name of the mask of the tower's own tokens; None if there is no such mask (images).
+        others: masks of the towers before it, whose outputs it may read (cross-attention), the latest first.
+        is_first: True if no tower runs before it.
+    """
+
+    own: str | None = TEXT_MASK
+    others: tuple[str, ...] = ()
+    is_first: bool = True
+
+    def of_hidden(self, batch: Batch, hidden: torch.Tensor | None) -> tuple[tuple[int, int], torch.Tensor | None]:
+        """The shape (n_sequences, length) and the padding mask of hidden states; None if there is no padding.
+
+        The shape is that of the batch if the hidden states have one row per token of the batch, or are None.
+        """
+        shape = batch.shape
+        if hidden is not None and hidden.numel() != shape[0] * shape[1] * hidden.shape[-1]:
+            shape = (hidden.shape[0], hidden.shape[1])
+        valid = batch.masks.get(self.own) if self.own is not None else None
+        return shape, valid if valid is not None and valid.shape == shape else None
+
+    def of_others(self, batch: Batch, arguments: Iterable[Any], shape: tuple[int, int]) -> list[MaskedInput]:
+        """Those arguments of a block that are outputs of other towers, each with its padding mask.
+
+        Args:
+            batch: the batch that runs.
+            arguments: the arguments of the block.
+            shape: n_sequences and length of the tower's own hidden states.
+        """
+        found: list[MaskedInput] = []
+        for tensor in () if self.is_first else arguments:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dim() == 3:
+                fitting = (batch.masks[name] for name in self.others if name in batch.masks)
+                valid = next((mask for mask in fitting if mask.shape == tensor.shape[:2]), None)
+                if valid is not None or tensor.shape[:2] != shape:
+                    found.append((tensor, valid))
+        return found
+
+
+TEXT_ALONE = Masks()
+"""The mask of a model with one tower that reads token ids."""
+
+
+def trial_batch(model: nn.Module, batches: Sequence[Batch]) -> Batch:
+    """The first inputs of a calibration set, or the first token ids of the vocabulary if it is empty."""
+    if not batches:
+        return Batch.of_ids(trial_ids(model))
+    return batches[0].beginning(TRIAL_SEQUENCES, TRIAL_LENGTH)
+
+
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """The output of the model's forward on a batch, without a key-value cache."""
+    uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return model(**batch.arguments, **uncached)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, entry.name) for entry in fields(value)])
+
+
+def batches_of(model: nn.Module, calibration: Calibration | None, batch_size: int | None) -> list[Batch]:
+    """Split a calibration set into batches on the model's device.
 
     Args:
         model: the model that the batches will run through.
@@ -77,18 +198,20 @@ def batches_of(
         batch_size: sequences per batch; None for as many as make about TOKENS_OF_A_FORWARD tokens.
 
     Raises:
-        ArgumentError: if the ids, the mask or the batch size are invalid for this model.
+        ArgumentError: if the inputs, the mask or the batch size are invalid for this model.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ArgumentError(f"batch_size must be a positive int, got {batch_size!r}")
+    if isinstance(calibration, (list, tuple)) and all(isinstance(inputs, Mapping) for inputs in calibration):
+        if batch_size is not None:
+            raise ArgumentError(
+                "batch_size is only for token ids; a list of dicts runs one dict after the other, so cut the dicts"
+            )
+        return _batches_of_inputs(model, calibration)
     ids, mask = _ids_and_mask(calibration)
-    table = _embedding(model)
+    table = _token_table(model)
     vocabulary, device = table.shape[0], table.device
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise ArgumentError(
-            f"calibration ids run from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary runs from 0 to "
-            f"{vocabulary - 1}: tokenize with the model's own tokenizer"
-        )
+    _check_ids("calibration ids", ids, vocabulary)
     longest = longest_sequence(model)
     if longest is not None and longest < ids.shape[1]:
         raise ArgumentError(
@@ -99,9 +222,47 @@ def batches_of(
     return [Batch.of_ids(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
 
 
-def longest_sequence(model: PreTrainedModel) -> int | None:
+def _batches_of_inputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Batch]:
+    """Batches of any inputs, on the device of the model, floating inputs in its dtype."""
+    if not batches:
+        raise ArgumentError("calibration is an empty list: give at least one dict of the model's inputs")
+    parameters = list(model.parameters())
+    device = parameters[0].device
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+    found = []
+    for number, inputs in enumerate(batches):
+        for name, value in inputs.items():
+            if not isinstance(value, torch.Tensor) or value.numel() == 0:
+                given = "an empty tensor" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+                raise ArgumentError(
+                    f"calibration[{number}][{name!r}] is {given}; each input must be a tensor with data (a processor "
+                    "makes them with return_tensors='pt')"
+                )
+        if not inputs:
+            raise ArgumentError(f"calibration[{number}] is an empty dict: give the inputs of the model's forward")
+        batch = Batch({k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()})
+        for name, mask in batch.masks.items():
+            if not mask.any(1).all():
+                row = int((~mask.any(1)).nonzero()[0])
+                raise ArgumentError(f"calibration[{number}][{name!r}]: sequence {row} is all padding: remove it")
+        if "input_ids" in batch.inputs and (table := _embedding_table(model)) is not None:
+            _check_ids(f"calibration[{number}]['input_ids']", batch.ids, table.shape[0])
+        found.append(batch)
+    return found
+
+
+def _check_ids(what: str, ids: torch.Tensor, vocabulary: int) -> None:
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ArgumentError(
+            f"{what} run from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary runs from 0 to "
+            f"{vocabulary - 1}: tokenize with the model's own tokenizer"
+        )
+
+
+def longest_sequence(model: nn.Module) -> int | None:
     """Maximum number of positions of a model; None if its configuration does not say."""
-    return positions_of(model.config)
+    config = getattr(model, "config", None)
+    return None if config is None else positions_of(config)
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
@@ -118,25 +279,46 @@ def check_positions(longest: int | None, length: int, option: str = "--length") 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Number of rows of a model's embedding."""
-    return _embedding(model).shape[0]
+    return _token_table(model).shape[0]
 
 
-def trial_ids(model: PreTrainedModel) -> torch.Tensor:
-    """The first ids of the vocabulary, int64 [1, TRIAL_LENGTH], on the device of the model's embedding."""
-    return torch.arange(TRIAL_LENGTH, device=_embedding(model).device)[None]
+def trial_ids(model: nn.Module) -> torch.Tensor:
+    """The first ids of the vocabulary, int64 [1, TRIAL_LENGTH], on the device of the model's embedding.
+
+    Raises:
+        ArgumentError: if the model has no embedding of tokens.
+    """
+    return torch.arange(TRIAL_LENGTH, device=_token_table(model).device)[None]
 
 
-def _embedding(model: PreTrainedModel) -> torch.Tensor:
-    return next(model.get_input_embeddings().parameters())
+def _token_table(model: nn.Module) -> torch.Tensor:
+    table = _embedding_table(model)
+    if table is None:
+        raise ArgumentError(
+            f"{type(model).__name__} has no embedding of token ids; give the inputs of its forward as a list of dicts "
+            "of tensors, such as [{'pixel_values': images}]"
+        )
+    return table
 
 
-def _ids_and_mask(calibration: torch.Tensor | CalibrationSet | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _embedding_table(model: nn.Module) -> torch.Tensor | None:
+    """The weight of the model's embedding of tokens [vocabulary, width]; None if it has none."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    table = next(embedding.parameters(), None) if isinstance(embedding, nn.Module) else None
+    return table if table is not None and table.dim() == 2 else None
+
+
+def _ids_and_mask(calibration: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     ids = calibration if isinstance(calibration, torch.Tensor) else getattr(calibration, "ids", None)
     mask = None if isinstance(calibration, torch.Tensor) else getattr(calibration, "mask", None)
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else repr(type(calibration).__name__)
         raise ArgumentError(
-            f"calibration must be token ids, int64 [n_sequences, length], or an object with such ids; got {given}"
+            "calibration must be token ids, int64 [n_sequences, length], an object with such ids, or a list of dicts "
+            f"with the inputs of the model's forward; got {given}"
         )
     if ids.numel() == 0:
         raise ArgumentError(

@@ -1,12 +1,13 @@
-"""Finds the decoder blocks of a model, and their linear layers, by structure instead of by family name."""
+"""Finds the towers of a model, their blocks and the linear layers in them, by structure instead of by family name."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,17 +16,14 @@ from torch.nn.utils import parametrize
 from ..errors import ArgumentError
 from ..linears import linear_weight
 from ..out_of_memory import raise_if_out_of_memory
-from .batches import trial_ids
+from .batches import TEXT_ALONE, TEXT_MASK, Batch, Masks, run_model, tensors_in, trial_batch
 from .calibration_mode import calibration_mode
 from .experts import Stack
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block.
+    """One block of a transformer.
 
     Attributes:
         name: dotted name in the model.
@@ -40,40 +38,80 @@ class Block:
         return layer_name.removeprefix(f"{self.name}.").split(".")
 
 
-def find_blocks(model: PreTrainedModel) -> list[Block]:
-    """Find the decoder blocks, in the order in which they run.
+@dataclass(frozen=True)
+class Tower:
+    """Blocks that run one after the other, each on the hidden states of the one before.
+
+    Attributes:
+        name: dotted name of the module that contains the blocks.
+        blocks: the blocks, in the order in which they run.
+        masks: the padding masks of what the blocks read.
+        is_reached: False if no block runs on the model's inputs, such as a vision tower without images.
+    """
+
+    name: str
+    blocks: Sequence[Block]
+    masks: Masks = TEXT_ALONE
+    is_reached: bool = True
+
+
+def find_blocks(model: nn.Module, batch: Batch | None = None) -> list[Block]:
+    """The blocks of all towers of a model that run, in the order in which they run.
+
+    Args, errors: as for :func:`find_towers`.
+    """
+    return [block for tower in find_towers(model, batch) if tower.is_reached for block in tower.blocks]
+
+
+def find_towers(model: nn.Module, batch: Batch | None = None) -> list[Tower]:
+    """Find the towers of a model, in the order in which they run; towers that do not run come last.
 
     Blocks are the members of an outermost ``nn.ModuleList`` that contains linear layers (lists of experts are nested in
-    blocks). A list of bare linear layers is ignored: it contains heads or projections. If several lists remain, a
-    forward of a few tokens decides: blocks are the members of any list that run, in the order of their first calls. If
-    that forward fails, blocks are the members of the list with the most parameters. If the model has several towers,
-    only the text decoder is searched.
+    blocks). A list of bare linear layers is ignored: it contains heads or projections. If several lists remain, the
+    order of the first calls of their members in a forward of a few inputs decides: lists whose members alternate are
+    one tower, all others are towers of their own.
+
+    Args:
+        model: the model.
+        batch: inputs of the model. If it is None, the first token ids of the vocabulary run; if the model cannot run
+            on token ids alone, every list is a tower, in order of definition.
 
     Raises:
-        ArgumentError: if the model is an encoder-decoder, or has no such list.
+        ArgumentError: if the model has no such list, or cannot run on the batch.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ArgumentError(f"{type(model).__name__} is an encoder-decoder; only causal decoders can be pruned")
-    lists = _outermost_lists(model, inside=model.get_decoder()) or _outermost_lists(model, inside=model)
+    lists = _outermost_lists(model)
     if not lists:
         raise ArgumentError(
-            f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers; load a causal decoder in "
+            f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers; load a transformer in "
             "floating point (some quantized checkpoints have other layers)"
         )
     members = {name: [Block(f"{name}.{i}", module) for i, module in enumerate(lists[name])] for name in lists}
-    if len(members) == 1:
-        return next(iter(members.values()))
-    running = _in_order_of_calls(model, [block for blocks in members.values() for block in blocks])
-    largest = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    return running or members[largest]
+    as_defined = [Tower(name, blocks) for name, blocks in members.items()]
+    if len(members) == 1 and (batch is None or batch.of_text):
+        return as_defined
+    try:
+        trial = trial_batch(model, [] if batch is None else [batch])
+        calls = _first_calls(model, as_defined, trial)
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        if batch is None:
+            return as_defined
+        raise ArgumentError(
+            f"{type(model).__name__} cannot run on the calibration inputs ({', '.join(batch.arguments)}): {error}. "
+            "Give everything that its forward needs, as a list of dicts of tensors"
+        ) from error
+    if not calls:
+        return as_defined
+    found = _split(calls, members)
+    reached = found if batch is None else _with_masks(model, found, trial, list(batch.masks))
+    running = {block for tower in found for block in tower.blocks}
+    idle = [replace(tower, is_reached=False) for tower in as_defined if running.isdisjoint(tower.blocks)]
+    return [*reached, *idle]
 
 
-def _outermost_lists(model: nn.Module, inside: nn.Module) -> dict[str, nn.ModuleList]:
+def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
-    start = next((name for name, module in model.named_modules() if module is inside), None)
-    if start is None:
-        return found
-    for name, module in inside.named_modules(prefix=start):
+    for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
             has_linears = any(True for _ in linears_of(module))
             if has_linears and not all(linear_weight(member) is not None for member in module):
@@ -81,23 +119,73 @@ def _outermost_lists(model: nn.Module, inside: nn.Module) -> dict[str, nn.Module
     return found
 
 
-def _in_order_of_calls(model: PreTrainedModel, blocks: Iterable[Block]) -> list[Block]:
-    """The blocks that run in a forward of a few tokens, in the order of first calls; none if the forward fails."""
-    by_module = {block.module: block for block in blocks}
-    called: dict[nn.Module, Block] = {}
+def _first_calls(model: nn.Module, towers: Sequence[Tower], batch: Batch) -> dict[Block, list[torch.Tensor]]:
+    """The tensors that each block reads in its first call in a forward, by block in the order of first calls."""
+    by_module = {block.module: block for tower in towers for block in tower.blocks}
+    called: dict[Block, list[torch.Tensor]] = {}
 
-    def record_call(module: nn.Module, _args: object) -> None:
-        called.setdefault(module, by_module[module])
+    def record_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called.setdefault(by_module[module], list(tensors_in((args, kwargs))))
 
-    try:
-        with calibration_mode(model), ExitStack() as hooks:
-            for module in by_module:
-                hooks.callback(module.register_forward_pre_hook(record_call).remove)
-            model(input_ids=trial_ids(model), use_cache=False)
-    except Exception as error:
-        raise_if_out_of_memory(error)
-        return []
-    return list(called.values())
+    with calibration_mode(model), ExitStack() as hooks:
+        for module in by_module:
+            hooks.callback(module.register_forward_pre_hook(record_call, with_kwargs=True).remove)
+        run_model(model, batch)
+    return called
+
+
+def _split(calls: Iterable[Block], members: Mapping[str, Sequence[Block]]) -> list[Tower]:
+    """Split blocks, in the order of their calls, into towers: lists whose members alternate are one tower."""
+    list_of = {block: name for name, blocks in members.items() for block in blocks}
+    found: list[tuple[list[str], list[Block]]] = []
+    for block in calls:
+        name = list_of[block]
+        place = next((i for i, (names, _) in enumerate(found) if name in names), len(found))
+        joined = [*found[place:], ([name], [block])]
+        names = list(dict.fromkeys(name for names, _ in joined for name in names))
+        found[place:] = [(names, [block for _, blocks in joined for block in blocks])]
+    return [Tower(_common_name(names), blocks) for names, blocks in found]
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """The dotted name of the innermost module that contains all the named modules."""
+    paths = [name.split(".") for name in names]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared) or ", ".join(names)
+
+
+def _with_masks(model: nn.Module, towers: Sequence[Tower], batch: Batch, names: Sequence[str]) -> list[Tower]:
+    """The towers with their masks: a mask belongs to the first tower whose first block it has an effect on.
+
+    A single tower owns the first mask, even if the model ignores it.
+
+    Args:
+        model: the model.
+        towers: the towers that run.
+        batch: a batch whose masks hide nothing.
+        names: names of the masks.
+    """
+    if len(towers) == 1:
+        return [replace(towers[0], masks=Masks(names[0] if names else TEXT_MASK))]
+    owned: dict[int, str] = {}
+    dense = _first_calls(model, towers, batch)
+    for name in names:
+        like = batch.arguments.get(name, next(iter(batch.inputs.values())))
+        mask = torch.ones(like.shape[:2], dtype=torch.int64, device=like.device)
+        mask[:, 0] = 0
+        masked = _first_calls(model, towers, batch.with_input(name, mask))
+        entries = ((dense[tower.blocks[0]], masked[tower.blocks[0]]) for tower in towers)
+        changed = (index for index, (before, after) in enumerate(entries) if not _equal(before, after))
+        owned.setdefault(next(changed, -1), name)
+    before = [tuple(owned[i] for i in range(index - 1, -1, -1) if i in owned) for index in range(len(towers))]
+    return [
+        replace(tower, masks=Masks(owned.get(index), before[index], is_first=index == 0))
+        for index, tower in enumerate(towers)
+    ]
+
+
+def _equal(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def linears_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -222,19 +310,24 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def in_attention(block: Block, layer_name: str) -> bool:
-    """True if a layer is inside a module of the block whose forward takes a mask, which means that it mixes tokens.
+    """True if a layer is inside a module of the block whose forward takes a mask, which means that it mixes tokens."""
+    return attention_of(block, layer_name) is not None
+
+
+def attention_of(block: Block, layer_name: str) -> str | None:
+    """The dotted name of the outermost module of the block with a layer in it whose forward takes a mask, if any.
 
     The name of an expert in a stack has no module of its own; the search stops at the module that contains the stack.
     """
-    module = block.module
+    module, name = block.module, block.name
     for part in block.path_to(layer_name)[:-1]:
         child = dict(module.named_children()).get(part)
         if child is None:
             break
-        module = child
+        module, name = child, f"{name}.{part}"
         if any("mask" in parameter for parameter in inspect.signature(module.forward).parameters):
-            return True
-    return False
+            return name
+    return None
 
 
 def finished_modules(block: Block, names: Iterable[str], rest: Iterable[str]) -> list[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
 from ..statistics.outputs import OutputStats, update_outputs
 from ..timing import Stopwatch
+from .batches import MaskedInput
 from .experts import observe_experts
 
 
@@ -94,6 +95,7 @@ class InputCollector:
         self._readings: list[_Reading] = []
         self._shape = (0, 0)
         self._valid: torch.Tensor | None = None
+        self._others: Sequence[MaskedInput] = ()
         self._calls: list[str] = []
         self.each_once = each_once
         self._leave_early = False
@@ -127,7 +129,14 @@ class InputCollector:
             self._outputs[name].reorder(outputs=order)
 
     @contextmanager
-    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None, *, leave_early: bool = False) -> Iterator[None]:
+    def batch(
+        self,
+        shape: tuple[int, int],
+        valid: torch.Tensor | None,
+        *,
+        others: Sequence[MaskedInput] = (),
+        leave_early: bool = False,
+    ) -> Iterator[None]:
         """Collect the statistics of one batch, which runs inside this context.
 
         Args:
@@ -135,6 +144,7 @@ class InputCollector:
             valid: bool of that shape, False for padding; None if there is no padding. It applies to inputs with one row
                 per token of the batch, in any shape, and to inputs [n_sequences, length, ...]. Other inputs (the tokens
                 routed to one expert) count as one sequence without padding.
+            others: tensors with padding masks of their own, such as an encoder's outputs that a decoder reads.
             leave_early: end the run as soon as the last layer is collected, by an exception that this context
                 suppresses. If :attr:`each_once` is still False, the first batch runs to its end to find out.
 
@@ -142,7 +152,7 @@ class InputCollector:
             PruneError: if layers that shared an input in an earlier batch do not share it in this one, if an input is
                 overwritten before its statistics are complete, or if outputs contain NaN or infinity.
         """
-        self._shape, self._valid, self._calls = shape, valid, []
+        self._shape, self._valid, self._others, self._calls = shape, valid, others, []
         self._leave_early = leave_early and self.each_once
         handles = [self._register_hook(module) for module in self._layers.values()]
         try:
@@ -160,7 +170,7 @@ class InputCollector:
         finally:
             for handle in handles:
                 handle.remove()
-            self._readings = []
+            self._readings, self._others = [], ()
 
     def _register_hook(self, module: nn.Module) -> RemovableHandle:
         if self._needs.outputs:
@@ -236,6 +246,9 @@ class InputCollector:
         An input with neither one row per token of the batch nor the shape [n_sequences, length, ...] becomes one
         sequence without padding.
         """
+        for other, mask in self._others:
+            if tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape:
+                return as_kernel_dtype(tensor), mask
         tensor = as_kernel_dtype(tensor)
         n_sequences, length = self._shape
         rows = tensor.numel() // tensor.shape[-1]

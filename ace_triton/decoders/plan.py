@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,11 +17,8 @@ from ..methods.registry import Metric, Needs
 from ..sparsity import Axis, Sparsity
 from ..tied import Owners
 from .account import Account, Kind, Ledger
-from .blocks import Block, adapters, in_attention, linears_of, routers, stacks_of
+from .blocks import Block, Tower, adapters, in_attention, linears_of, routers, stacks_of
 from .experts import ExpertLinear, Layout, Stack
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ADAPTER = "an adapter of low rank; merge it into its layer to prune both"
 ROUTER = "routers stay dense"
@@ -47,7 +43,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A weight of the decoder blocks that ``include`` or ``exclude`` rules out.
+    """A weight of the blocks that ``include`` or ``exclude`` rules out.
 
     Attributes:
         name: as in :class:`Skipped`.
@@ -153,13 +149,12 @@ class Plan:
         needs: the statistics that the metric needs.
         pattern: the sparsity pattern.
         names: selects layers by name.
-        blocks: the model's decoder blocks, in order.
+        towers: the model's towers that run, in order.
         stacks: weights of the blocks that may contain experts.
         layouts: layouts of the stacks, by name, from :func:`~ace_triton.decoders.experts.find_layouts`.
 
     Attributes:
-        blocks: the model's decoder blocks.
-        units: one unit per block, up to the last block with a layer to prune.
+        towers: the model's towers, each with one unit per block, up to the tower's last block with a layer to prune.
         outside: the selected layers outside the blocks, or None.
         skipped: weights that stay dense although their names are selected.
         excluded: weights in the blocks whose names are not selected.
@@ -170,17 +165,16 @@ class Plan:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         metric: Metric,
         needs: Needs,
         pattern: Sparsity,
         names: NameFilter,
-        blocks: Sequence[Block],
+        towers: Sequence[Tower],
         stacks: Sequence[Stack],
         layouts: Mapping[str, Layout],
     ) -> None:
-        self.blocks = blocks
-        self.units: list[Unit] = []
+        self.towers: list[tuple[Tower, list[Unit]]] = []
         self.outside: Unit | None = None
         self.skipped: list[Skipped] = []
         self.excluded: list[Excluded] = []
@@ -189,22 +183,33 @@ class Plan:
         self._parameters = sum(p.numel() for p in model.parameters())
         self._owners = Owners(model)
         self._done: set[str] = set()
-        self._ledger = Ledger(model, [block.module for block in blocks])
+        self._ledger = Ledger(model, [block.module for tower in towers for block in tower.blocks])
         self._storage: dict[str, _Storage] = {}
-        for block in blocks:
-            self._add_block(block)
-        while self.units and not self.units[-1].layers:
-            self.units.pop()
+        for tower in towers:
+            units = [self._unit(block) for block in tower.blocks]
+            while units and not units[-1].layers:
+                units.pop()
+            self.towers.append((tower, units))
         self._add_outside(model)
         if not self.layers:
             reasons = "; ".join(dict.fromkeys(s.reason for s in self.skipped)) or "include and exclude leave none"
             raise ArgumentError(f"no layer of {type(model).__name__} can be pruned with these settings: {reasons}")
 
     @property
+    def blocks(self) -> list[Block]:
+        """The blocks of all towers."""
+        return [block for tower, _ in self.towers for block in tower.blocks]
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units of all towers, then the layers outside the blocks if any are pruned."""
+        inside = [unit for _, units in self.towers for unit in units]
+        return [*inside, self.outside] if self.outside else inside
+
+    @property
     def layers(self) -> dict[str, nn.Module]:
         """All layers to prune, by dotted name."""
-        units = [*self.units, self.outside] if self.outside else self.units
-        return {name: layer for unit in units for name, layer in unit.layers.items()}
+        return {name: layer for unit in self.units for name, layer in unit.layers.items()}
 
     def shares(self, name: str) -> bool:
         """True if other layers use the weight of this layer too."""
@@ -237,7 +242,8 @@ class Plan:
         for parameter in self._storage[name].parameters:
             self._ledger.enter(kind, parameter, count)
 
-    def _add_block(self, block: Block) -> None:
+    def _unit(self, block: Block) -> Unit:
+        """The unit of a block; all its other matrices are recorded with reasons."""
         linears = dict(linears_of(block.module, block.name))
         self._storage |= {name: _Storage.of(name, layer) for name, layer in linears.items()}
         linears |= self._experts(block)
@@ -254,8 +260,8 @@ class Plan:
             elif self._accepts(name, layer, reasons.get(name)):
                 layers[name] = layer
         rest = {name: layer for name, layer in linears.items() if name not in attention and name not in reasons}
-        self.units.append(Unit(block.name, layers, rest if self._needs.consumer else {}))
         self._add_other_matrices(block, reasons)
+        return Unit(block.name, layers, rest if self._needs.consumer else {})
 
     def _experts(self, block: Block) -> dict[str, ExpertLinear]:
         """The experts in a block's stacks as linear layers, if their layout is known and the metric supports it."""
@@ -297,7 +303,7 @@ class Plan:
             return f"gate and up alternate in its experts, so method {self._metric.name!r} cannot tell them apart"
         return "a 3-D weight that no matrix product of the model's forward reads"
 
-    def _add_outside(self, model: PreTrainedModel) -> None:
+    def _add_outside(self, model: nn.Module) -> None:
         rest = {n: m for n, m in linears_of(model) if n not in self._storage and self._names.wants(n, outside=True)}
         self._storage |= {name: _Storage.of(name, layer) for name, layer in rest.items()}
         self._ledger.open(parameter for name in rest for parameter in self._storage[name].parameters)

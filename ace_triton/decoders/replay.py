@@ -1,14 +1,15 @@
-"""Runs the calibration set through a model, one decoder block at a time.
+"""Runs the calibration set through a tower of a model, one block at a time.
 
 The other arguments of a block (attention mask, rotary tables, ...) differ between families, and between blocks of one
-model. They are recorded in the model's own forward, with a stub in place of every block, and then replayed.
+model. They are recorded in the model's own forward, with a stub in place of every block, and then replayed. Towers that
+run before are not replaced, so the recorded outputs of an encoder are those of its present weights.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,14 +19,15 @@ from torch import nn
 from ..errors import ArgumentError
 from ..out_of_memory import raise_if_out_of_memory
 from ..timing import Stopwatch
-from .batches import TRIAL_LENGTH, TRIAL_SEQUENCES, Batch
+from .batches import TEXT_ALONE, Batch, MaskedInput, Masks, run_model, trial_batch
 from .blocks import Block
 from .finished import FinishedOutputs, forward_replaced
+from .links import Carried, Link, links_found
 from .watcher import Watcher
 
 
 class Runner(Protocol):
-    """Runs the calibration set through a model's blocks, in order."""
+    """Runs the calibration set through the blocks of a tower, in order."""
 
     def run(self, index: int, watcher: Watcher | None, *, advance: bool, finished: Sequence[nn.Module] = ()) -> None:
         """Run block ``index`` on every batch.
@@ -38,36 +40,63 @@ class Runner(Protocol):
         """
 
 
-def make_runner(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], clock: Stopwatch) -> Runner:
+def make_runner(
+    model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], clock: Stopwatch, masks: Masks = TEXT_ALONE
+) -> Runner:
     """Make a :class:`Replay`, or warn and make a :class:`WholeForward` if replay gives wrong results in a trial.
 
     The trial runs a few tokens through the model itself, and through each block twice. All hidden states must agree.
     They differ if blocks share more than hidden states, if the model changes hidden states between blocks, or if a
     block changes its arguments.
 
+    Args:
+        model: the model, in evaluation mode.
+        blocks: the blocks of one tower.
+        batches: the calibration set.
+        clock: measures the time.
+        masks: the padding masks of the tower.
+
     Raises:
         ArgumentError: if the model's hidden states contain NaN or infinity.
     """
     with clock.measure("calibration"):
-        trial = batches[0].beginning(TRIAL_SEQUENCES, TRIAL_LENGTH)
-        trace = _trace(model, blocks, trial)
+        trial = trial_batch(model, batches)
+        with links_found([block.module for block in blocks]) as links:
+            trace = _trace(model, blocks, trial)
         try:
-            sizes = _try_replay(model, blocks, trial, trace)
+            sizes = _try_replay(model, blocks, trial, trace, links)
         except NotReplayable as reason:
             warnings.warn(
                 f"{type(model).__name__}: {reason}. Its blocks cannot be run one at a time, so the whole model is run "
                 "for each block, which takes longer",
-                stacklevel=4,
+                stacklevel=5,
             )
-            return WholeForward(model, batches, clock)
-        return Replay(model, blocks, batches, clock, sizes)
+            return WholeForward(model, batches, clock, blocks, masks)
+        return Replay(model, blocks, batches, clock, sizes, links, masks)
 
 
 class WholeForward:
-    """Runs the whole model for every block: correct for any model, but slow."""
+    """Runs the whole model for every block: correct for any model, but slow.
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], clock: Stopwatch) -> None:
+    Args:
+        model: the model, in evaluation mode.
+        batches: the calibration set.
+        clock: measures the time.
+        blocks: the blocks of the tower whose layers are watched; without them, inputs have the shape of the batch.
+        masks: the padding masks of that tower.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        clock: Stopwatch,
+        blocks: Sequence[Block] = (),
+        masks: Masks = TEXT_ALONE,
+    ) -> None:
         self._model, self._batches, self._clock = model, batches, clock
+        self._blocks, self._masks = blocks, masks
+        self._hidden: dict[int, torch.Tensor | None] = {}
 
     def run(
         self,
@@ -83,9 +112,36 @@ class WholeForward:
 
     def run_all(self, watcher: Watcher) -> None:
         """Run the whole model on every batch while ``watcher`` watches."""
-        for batch in self._batches:
-            with self._clock.measure("calibration"), watcher.batch(batch.shape, batch.valid, leave_early=True):
-                _forward(self._model, batch)
+        for number, batch in enumerate(self._batches):
+            with self._clock.measure("calibration"):
+                shape, valid = self._masks.of_hidden(batch, self._hidden_like(number, batch))
+                with (
+                    self._others(batch, shape) as others,
+                    watcher.batch(shape, valid, others=others, leave_early=True),
+                ):
+                    _forward(self._model, batch)
+
+    def _hidden_like(self, number: int, batch: Batch) -> torch.Tensor | None:
+        """A tensor without data, of the shape of the hidden states that the first block reads; None if unknown."""
+        if number not in self._hidden:
+            self._hidden[number] = None
+            if self._blocks and not batch.of_text:
+                with suppress(NotReplayable):
+                    self._hidden[number] = _record(self._model, self._blocks[:1], batch, [None])[0].hidden.to("meta")
+        return self._hidden[number]
+
+    @contextmanager
+    def _others(self, batch: Batch, shape: tuple[int, int]) -> Iterator[list[MaskedInput]]:
+        """A context in which the list contains what the block that runs reads of other towers."""
+        found: list[MaskedInput] = []
+
+        def find(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[:] = self._masks.of_others(batch, [*args, *kwargs.values()], shape)
+
+        with ExitStack() as hooks:
+            for block in () if self._masks.is_first else self._blocks:
+                hooks.callback(block.module.register_forward_pre_hook(find, with_kwargs=True).remove)
+            yield found
 
 
 class Replay:
@@ -102,14 +158,17 @@ class Replay:
         batches: Sequence[Batch],
         clock: Stopwatch,
         sizes: Sequence[int | None],
+        links: Sequence[Link] = (),
+        masks: Masks = TEXT_ALONE,
     ) -> None:
-        self._blocks, self._batches, self._clock = blocks, batches, clock
+        self._blocks, self._batches, self._clock, self._masks = blocks, batches, clock, masks
+        self._carried = [Carried(links) for _ in batches]
         self.hidden: list[torch.Tensor] = []
         self._calls: list[list[_Call]] = []
         self._outputs = FinishedOutputs()
         self._reusable: dict[tuple[type, type], bool] = {}
         for batch in batches:
-            calls = _record(model, blocks, batch, sizes)
+            calls = _record(model, blocks, batch, sizes, links)
             self.hidden.append(calls[0].hidden)
             calls = [call.with_hidden(None) for call in calls]
             self._calls.append(_deduplicated(calls, self._calls[-1]) if self._calls else calls)
@@ -124,15 +183,26 @@ class Replay:
                 if watcher is not None:
                     computed = [module for module in finished if module not in reused]
                     contexts.enter_context(self._outputs.caching(computed, number, watcher))
-                    contexts.enter_context(watcher.batch(batch.shape, batch.valid, leave_early=not advance))
+                    contexts.enter_context(self._watched(watcher, index, number, batch, leave_early=not advance))
                 output = self._call(index, number)
                 if advance:
-                    self.hidden[number] = output
+                    self.hidden[number] = hidden_of(output)
+                    self._carried[number].add(index, output, like=self._carried[number - 1] if number else None)
         if advance:
             self._outputs.clear()
 
-    def _call(self, index: int, number: int) -> torch.Tensor:
-        return self._calls[number][index].run(self._blocks[index].module, self.hidden[number])
+    def _watched(
+        self, watcher: Watcher, index: int, number: int, batch: Batch, *, leave_early: bool
+    ) -> AbstractContextManager[None]:
+        shape, valid = self._masks.of_hidden(batch, self.hidden[number])
+        call = self._calls[number][index]
+        others = self._masks.of_others(batch, [*call.args, *call.kwargs.values()], shape)
+        return watcher.batch(shape, valid, others=others, leave_early=leave_early)
+
+    def _call(self, index: int, number: int) -> Any:
+        """The output of a block on the present hidden states of a batch."""
+        call = self._calls[number][index].with_arguments(self._carried[number].arguments(index))
+        return call.run(self._blocks[index].module, self.hidden[number])
 
     def _may_reuse(self, index: int, module: nn.Module, number: int) -> bool:
         """True if blocks of this type return the same with a cached output of this type of module.
@@ -142,10 +212,14 @@ class Replay:
         """
         kind = (type(self._blocks[index].module), type(module))
         if kind not in self._reusable:
-            whole = self._call(index, number)
+            whole, carried = self._call(index, number), self._carried[number]
             try:
                 with self._outputs.reusing([module], number):
-                    self._reusable[kind] = _agree(self._call(index, number), whole)
+                    again = self._call(index, number)
+                pairs = [(hidden_of(again), hidden_of(whole))]
+                linked = carried.outputs_of(index, whole)
+                pairs += [(value, linked[key]) for key, value in carried.outputs_of(index, again).items()]
+                self._reusable[kind] = all(got is want or _agree(got, want) for got, want in pairs)
             except CANNOT_RUN_AGAIN as error:
                 raise_if_out_of_memory(error)
                 self._reusable[kind] = False
@@ -201,20 +275,22 @@ class _Call:
         return self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
 
     def with_hidden(self, hidden: torch.Tensor | None) -> _Call:
-        if isinstance(self.place, int):
-            args = (*self.args[: self.place], hidden, *self.args[self.place + 1 :])
-            return _Call(args, self.kwargs, self.place)
-        return _Call(self.args, {**self.kwargs, self.place: hidden}, self.place)
+        return self.with_arguments({self.place: hidden})
 
-    def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def with_arguments(self, replaced: Mapping[int | str, torch.Tensor | None]) -> _Call:
+        """The call with some arguments replaced, by their place."""
+        args = tuple(replaced.get(place, value) for place, value in enumerate(self.args))
+        named = {place: value for place, value in replaced.items() if isinstance(place, str)}
+        return _Call(args, {**self.kwargs, **named}, self.place)
+
+    def run(self, module: nn.Module, hidden: torch.Tensor) -> Any:
         call = self.with_hidden(hidden)
-        return hidden_of(module(*call.args, **call.kwargs))
+        return module(*call.args, **call.kwargs)
 
 
 def _forward(model: nn.Module, batch: Batch) -> None:
-    mask = None if batch.valid is None else batch.valid.long()
     with suppress(_Stop):
-        model(**batch.inputs, attention_mask=mask, use_cache=False)
+        run_model(model, batch)
 
 
 def hidden_of(output: Any) -> torch.Tensor:
@@ -246,7 +322,7 @@ def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> list[tupl
 
 
 def _try_replay(
-    model: nn.Module, blocks: Sequence[Block], batch: Batch, trace: list[tuple[int, Any]]
+    model: nn.Module, blocks: Sequence[Block], batch: Batch, trace: list[tuple[int, Any]], links: Sequence[Link]
 ) -> list[int | None]:
     """Check that replay gives the outputs in ``trace``; NotReplayable if not.
 
@@ -264,13 +340,15 @@ def _try_replay(
             )
     sizes = [len(output) if isinstance(output, tuple) else None for _, output in trace]
     try:
-        calls = _record(model, blocks, batch, sizes)
-        hidden = calls[0].hidden
-        for block, call, want in zip(blocks, calls, expected, strict=True):
-            once, again = call.run(block.module, hidden), call.run(block.module, hidden)
-            if not (_agree(once, want) and _agree(again, want)):
+        calls = _record(model, blocks, batch, sizes, links)
+        hidden, carried = calls[0].hidden, Carried(links)
+        for index, (block, call, want) in enumerate(zip(blocks, calls, expected, strict=True)):
+            linked = call.with_arguments(carried.arguments(index))
+            once, again = linked.run(block.module, hidden), linked.run(block.module, hidden)
+            if not (_agree(hidden_of(once), want) and _agree(hidden_of(again), want)):
                 raise NotReplayable(f"{block.name} needs more than its hidden states and constant arguments")
-            hidden = once
+            hidden = hidden_of(once)
+            carried.add(index, once)
     except RUN_ERRORS as error:
         raise_if_out_of_memory(error)
         raise NotReplayable(f"a block fails outside the model's forward ({error})") from error
@@ -284,26 +362,36 @@ def _agree(got: torch.Tensor, want: torch.Tensor) -> bool:
     return bool((got.float() - want.float()).norm() <= tolerance * want.float().norm())
 
 
-def _record(model: nn.Module, blocks: Sequence[Block], batch: Batch, sizes: Sequence[int | None]) -> list[_Call]:
+def _record(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batch: Batch,
+    sizes: Sequence[int | None],
+    links: Sequence[Link] = (),
+) -> list[_Call]:
     """The call of every block in the model's forward of a batch, without computing any block.
 
-    The stubs return their input, so only the hidden states of the first call are correct.
+    The stubs return their input, so only the hidden states of the first call are correct, and linked arguments are
+    None.
     """
     calls: list[_Call] = []
+    written = {(link.writer, link.output) for link in links}
+    absent = [{link.place: None for link in links if link.reader == index} for index in range(len(blocks))]
 
-    def stub(size: int | None) -> Callable[..., Any]:
+    def stub(index: int, size: int | None) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = _Call.of(args, kwargs)
-            calls.append(call)
+            calls.append(call.with_arguments(absent[index]))
             if len(calls) == len(blocks):
                 raise _Stop
-            return call.hidden if size is None else (call.hidden, *[None] * (size - 1))
+            rest = (call.hidden if (index, place) in written else None for place in range(1, size or 1))
+            return call.hidden if size is None else (call.hidden, *rest)
 
         return forward
 
     with ExitStack() as stubs:
-        for block, size in zip(blocks, sizes, strict=True):
-            stubs.enter_context(forward_replaced(block.module, stub(size)))
+        for index, (block, size) in enumerate(zip(blocks, sizes, strict=True)):
+            stubs.enter_context(forward_replaced(block.module, stub(index, size)))
         _forward(model, batch)
     return calls
 

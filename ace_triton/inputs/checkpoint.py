@@ -194,7 +194,7 @@ _LOADING_LOGS = ("transformers.modeling_utils", "accelerate.big_modeling")
 
 @contextmanager
 def _reports() -> Iterator[list[str]]:
-    """Collect the loading reports of transformers and accelerate in a list instead of the log, for use in our error messages."""
+    """Collect the loading reports of the libraries in a list instead of the log, for use in our error messages."""
     lines: list[str] = []
 
     class Keeper(logging.Handler):

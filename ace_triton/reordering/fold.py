@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..decoders.batches import Batch, run_model, tensors_in
 from ..decoders.blocks import Block, gated_consumers
 from ..decoders.replay import CANNOT_RUN_AGAIN, hidden_of
 from ..linears import linear_weight
@@ -101,7 +102,7 @@ def feed_forward_folds(layers: Mapping[str, nn.Module], groups: Sequence[Sequenc
     """Possible folds into the layers of a block outside attention, by consumer.
 
     A fold reorders gate and up for down; or one layer for a later layer of the same module that has as many inputs as
-    the first layer has outputs.
+    the first layer has outputs. A module with a single layer (BERT's intermediate and output) counts as that layer.
 
     Args:
         layers: linear layers by name.
@@ -116,7 +117,8 @@ def feed_forward_folds(layers: Mapping[str, nn.Module], groups: Sequence[Sequenc
         if len(members) != 1:
             continue
         (producer,) = members
-        later = [name for group in order[place + 1 :] for name in group if parent(name) == parent(producer)]
+        home = _home(producer, layers)
+        later = [name for group in order[place + 1 :] for name in group if _home(name, layers) == home]
         matching = [name for name in later if sizes[name][1] == sizes[producer][0]]
         if len(matching) == 1 and producer not in {p for ps in feeding.values() for p in ps}:
             feeding.setdefault(matching[0], [producer])
@@ -127,7 +129,7 @@ def feed_forward_folds(layers: Mapping[str, nn.Module], groups: Sequence[Sequenc
 
 
 def attention_folds(
-    layers: Mapping[str, nn.Module], groups: Sequence[Sequence[str]], head_dims: Mapping[str, int | None]
+    modules: Mapping[str, Mapping[str, nn.Module]], groups: Sequence[Sequence[str]], head_dims: Mapping[str, int | None]
 ) -> dict[str, list[Fold]]:
     """Possible folds into the output projections of a block's attention modules, by consumer.
 
@@ -135,13 +137,13 @@ def attention_folds(
     outputs form whole heads and their number divides that of the output projection's inputs. Later layers come first.
 
     Args:
-        layers: linear layers of attention by name.
+        modules: the linear layers of each attention module, by name.
         groups: names of layers that read the same tensor, group by group, in order of use.
-        head_dims: width of a head by name of the attention module; None if unknown.
+        head_dims: width of a head by name of the module with the layer; None if unknown.
     """
     found: dict[str, list[Fold]] = {}
-    for module, width in head_dims.items():
-        members = [[name for name in group if name in layers and parent(name) == module] for group in groups]
+    for layers in modules.values():
+        members = [[name for name in group if name in layers] for group in groups]
         used = [group for group in members if group]
         if len(used) < 2 or len(used[-1]) != 1:
             continue
@@ -149,7 +151,7 @@ def attention_folds(
         inputs = _weight(layers[consumer]).shape[1]
         found[consumer] = []
         for name in reversed([name for group in used[:-1] for name in group]):
-            outputs = _weight(layers[name]).shape[0]
+            outputs, width = _weight(layers[name]).shape[0], head_dims[parent(name)]
             if width is not None and outputs % width == 0 and inputs % outputs == 0:
                 found[consumer].append(Fold(consumer, (name,), outputs // width, inputs // outputs, width))
     return found
@@ -160,20 +162,26 @@ def parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _home(name: str, layers: Iterable[str]) -> str:
+    """The module that contains a layer and others: its own, or the one around that if the layer is alone in its own."""
+    own = parent(name)
+    return own if any(other.startswith(f"{own}.") and other != name for other in layers) else parent(own)
+
+
 class FoldTrial:
-    """Checks on a few tokens that folds do not change the model's function.
+    """Checks on a few inputs that folds do not change the model's function.
 
     Args:
         model: the model, in evaluation mode.
         layers: all linear layers that a fold may name.
         consumers: names of the layers whose inputs may be reordered.
-        ids: int64 [n_sequences, length].
+        batch: a few inputs of the model.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], consumers: Sequence[str], ids: torch.Tensor
+        self, model: nn.Module, layers: Mapping[str, nn.Module], consumers: Sequence[str], batch: Batch
     ) -> None:
-        self._model, self._layers, self._consumers, self._ids = model, layers, consumers, ids
+        self._model, self._layers, self._consumers, self._batch = model, layers, consumers, batch
 
     @cached_property
     def _dense(self) -> dict[str, torch.Tensor]:
@@ -255,12 +263,13 @@ class FoldTrial:
             yield
 
     def _collect_outputs(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run the model; add the outputs of each consumer, by name, and the logits to ``outputs``, and return it."""
+        """Run the model; add the outputs of each consumer and of the model to ``outputs``, and return it."""
         with ExitStack() as hooks:
             for name in self._consumers:
                 hooks.enter_context(_output_collected(self._layers[name], outputs, name))
             with torch.no_grad():
-                outputs["logits"] = self._model(input_ids=self._ids, use_cache=False).logits
+                results = [t for t in tensors_in(run_model(self._model, self._batch)) if t.is_floating_point()]
+        outputs.update((f"output {index} of the model", tensor) for index, tensor in enumerate(results))
         return outputs
 
 

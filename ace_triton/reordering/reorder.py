@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..decoders.batches import TRIAL_LENGTH, TRIAL_SEQUENCES
-from ..decoders.blocks import Block, in_attention, linears_of
+from ..decoders.batches import Batch, run_model
+from ..decoders.blocks import Block, attention_of, linears_of
 from ..decoders.collect import InputCollector
 from ..linears import linear_weight
 from ..methods.registry import Needs
@@ -22,6 +22,9 @@ NOT_FOUND = "no layer of its module has exactly its inputs as outputs (its value
 NOT_REACHED = "no token of the trial reached it"
 SHARED = "its weight, or the weight of a layer that computes its inputs, is shared with other layers"
 CHANGES_THE_MODEL = "an operation before it is not element-wise, or another layer reads the same values"
+
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
+"""Attributes of attention modules that contain the width of a head. A wrong width fails the trial."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Folds:
 def find_folds(
     model: nn.Module,
     blocks: Sequence[Block],
-    ids: torch.Tensor,
+    batch: Batch,
     m: int,
     *,
     wanted: Callable[[str], bool],
@@ -97,16 +100,15 @@ def find_folds(
 
     Args:
         model: the model, in evaluation mode; unchanged at return, bit for bit.
-        blocks: decoder blocks of the model.
-        ids: int64 [n_sequences, length]; a few of these tokens run through the model.
+        blocks: blocks of the model.
+        batch: a few inputs of the model, for the trial.
         m: size of a group.
         wanted: True for the name of a layer whose inputs may be reordered.
         shared: True for the name of a layer whose weight other layers use too.
     """
-    ids = ids[:TRIAL_SEQUENCES, :TRIAL_LENGTH]
     layers = {name: layer for block in blocks for name, layer in linears_of(block.module, block.name)}
-    candidates = {consumer: folds for consumer, folds in _candidates(model, blocks, layers, ids) if wanted(consumer)}
-    trial = FoldTrial(model, layers, list(candidates), ids)
+    candidates = {consumer: folds for consumer, folds in _candidates(model, blocks, layers, batch) if wanted(consumer)}
+    trial = FoldTrial(model, layers, list(candidates), batch)
     proven: dict[str, Fold] = {}
     unfolded: list[Unfolded] = []
     unshared = {
@@ -134,24 +136,31 @@ def find_folds(
 
 
 def _candidates(
-    model: nn.Module, blocks: Sequence[Block], layers: Mapping[str, nn.Module], ids: torch.Tensor
+    model: nn.Module, blocks: Sequence[Block], layers: Mapping[str, nn.Module], batch: Batch
 ) -> Iterator[tuple[str, list[Fold]]]:
     """Consumers with their possible folds, the most likely fold first."""
-    collector = InputCollector(layers, Needs(), Stopwatch(ids.device))
-    with collector.batch((ids.shape[0], ids.shape[1]), None), torch.no_grad():
-        model(input_ids=ids, use_cache=False)
+    collector = InputCollector(layers, Needs(), Stopwatch(next(iter(batch.inputs.values())).device))
+    with collector.batch(batch.shape, None), torch.no_grad():
+        run_model(model, batch)
     for block in blocks:
         inside = {name: layer for name, layer in layers.items() if name.startswith(f"{block.name}.")}
-        attention = {name: layer for name, layer in inside.items() if in_attention(block, name)}
-        feed_forward = {name: layer for name, layer in inside.items() if name not in attention}
-        groups = [group for group in collector.groups if group[0] in inside]
-        yield from attention_folds(attention, groups, _head_dims(model, map(parent, attention))).items()
+        attention: dict[str, dict[str, nn.Module]] = {}
+        feed_forward: dict[str, nn.Module] = {}
+        for name, layer in inside.items():
+            module = attention_of(block, name)
+            (feed_forward if module is None else attention.setdefault(module, {}))[name] = layer
+        groups = [[name for name in group if name in inside] for group in collector.groups]
+        widths = _head_dims(model, [parent(name) for layers in attention.values() for name in layers])
+        yield from attention_folds(attention, groups, widths).items()
         yield from feed_forward_folds(feed_forward, groups).items()
 
 
 def _head_dims(model: nn.Module, modules: Iterable[str]) -> dict[str, int | None]:
-    stated = {name: getattr(model.get_submodule(name), "head_dim", None) for name in modules}
-    return {name: width if isinstance(width, int) else None for name, width in stated.items()}
+    found: dict[str, int | None] = {}
+    for name in modules:
+        stated = (getattr(model.get_submodule(name), attribute, None) for attribute in HEAD_WIDTHS)
+        found[name] = next((width for width in stated if isinstance(width, int)), None)
+    return found
 
 
 class Reorderer:

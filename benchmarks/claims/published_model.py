@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ace_triton.decoders.batches import Batch
+from ace_triton.decoders.batches import Batch, MaskedInput
 from ace_triton.decoders.blocks import find_blocks, linears_of, stacks_of
 from ace_triton.decoders.calibration_mode import calibration_mode
 from ace_triton.decoders.replay import make_runner
@@ -84,7 +84,14 @@ class Hooks:
         }
 
     @contextmanager
-    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None, *, leave_early: bool = False) -> Iterator[None]:
+    def batch(
+        self,
+        shape: tuple[int, int],
+        valid: torch.Tensor | None,
+        *,
+        others: Sequence[MaskedInput] = (),
+        leave_early: bool = False,
+    ) -> Iterator[None]:
         """Collect statistics while one whole batch runs, as the published form does."""
         self.has_read = False
         handles = [

@@ -9,6 +9,7 @@ from ace_triton.decoders.blocks import (
     Block,
     adapters,
     find_blocks,
+    find_towers,
     gated_consumers,
     in_attention,
     linears_of,
@@ -71,11 +72,15 @@ def test_lists_of_experts_are_not_blocks():
     assert [block.name for block in find_blocks(model)] == ["layers.0", "layers.1"]
 
 
-def test_without_a_forward_the_list_with_the_most_parameters_holds_the_blocks():
-    extra = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
+def test_without_a_forward_every_list_of_blocks_is_a_tower():
+    extra = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(2)])
     layers = nn.ModuleList([nn.Sequential(nn.Linear(64, 64))])
     norms = nn.ModuleList([nn.LayerNorm(8) for _ in range(9)])
-    assert [block.name for block in find_blocks(model_with(extra=extra, layers=layers, norms=norms))] == ["layers.0"]
+    towers = find_towers(model_with(extra=extra, layers=layers, norms=norms))
+    assert {tower.name: [block.name for block in tower.blocks] for tower in towers} == {
+        "extra": ["extra.0", "extra.1"],
+        "layers": ["layers.0"],
+    }
 
 
 def test_a_list_of_bare_linear_layers_holds_no_blocks():
@@ -124,14 +129,6 @@ def test_a_full_memory_does_not_change_the_blocks():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match=r"no nn\.ModuleList of blocks"):
         find_blocks(model_with(layer=nn.Linear(4, 4)))
-
-
-def test_an_encoder_decoder_is_refused():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        find_blocks(T5ForConditionalGeneration(config))
 
 
 def test_routers_are_distinguished_from_layers_of_the_same_shape():

@@ -1,6 +1,6 @@
 """Running blocks one at a time gives the same results as the model's own forward."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton.decoders.batches import Batch
+from ace_triton.decoders.batches import Batch, MaskedInput
 from ace_triton.decoders.blocks import find_blocks
 from ace_triton.decoders.calibration_mode import calibration_mode
 from ace_triton.decoders.replay import Replay, WholeForward, make_runner
@@ -106,7 +106,14 @@ class ShapesOnly:
         self.batches: list[tuple[tuple[int, int], torch.Tensor | None, bool]] = []
 
     @contextmanager
-    def batch(self, shape: tuple[int, int], valid: torch.Tensor | None, *, leave_early: bool = False) -> Iterator[None]:
+    def batch(
+        self,
+        shape: tuple[int, int],
+        valid: torch.Tensor | None,
+        *,
+        others: Sequence[MaskedInput] = (),
+        leave_early: bool = False,
+    ) -> Iterator[None]:
         self.batches.append((shape, valid, leave_early))
         yield
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ace_triton import prune_model
+from ace_triton.decoders.batches import Batch
 from ace_triton.decoders.blocks import find_blocks
 from ace_triton.linears import linear_weight
 from ace_triton.reordering.fold import Fold
@@ -31,7 +32,8 @@ def folds_of(model: nn.Module, ids: torch.Tensor, m: int = 4) -> Folds:
     def always(_name: str) -> bool:
         return True
 
-    return find_folds(model, find_blocks(model), ids, m, wanted=always, shared=lambda _name: False)
+    batch = Batch.of_ids(ids[:2, :8])
+    return find_folds(model, find_blocks(model), batch, m, wanted=always, shared=lambda _name: False)
 
 
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
