@@ -166,8 +166,8 @@ def test_the_same_call_resumes_a_run(tiny_checkpoint, tmp_path, tiny_ids, recipe
 
 
 def test_a_resumed_run_that_has_no_replay(make_decoder, save, tmp_path, ids, stopped_after, monkeypatch):
-    def runner(model, _blocks, batches, clock):
-        return WholeForward(model, batches, clock)
+    def runner(model, blocks, batches, clock, masks):
+        return WholeForward(model, batches, clock, blocks, masks)
 
     source = save(make_decoder("llama"))
     for sequential in ("none", "blocks"):
