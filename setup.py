@@ -71,7 +71,7 @@ setup(
     ],
     package_dir={"ace_triton": "ace_triton", "ace_triton.kernels": "kernels"},
     include_package_data=False,
-    package_data={"ace_triton": ["py.typed"], "ace_triton.study": ["*.j2"]},
+    package_data={"ace_triton": ["py.typed"], "ace_triton.kernels": ["cpu/abi.h"], "ace_triton.study": ["*.j2"]},
     ext_modules=[cpu_library],
     cmdclass={"build_ext": BuildLibrary},
 )

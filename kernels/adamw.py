@@ -15,11 +15,10 @@ from __future__ import annotations
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .errors import ArgumentError
+from .op import Op, Work, bytes_of, launch_metadata
 from .records import GradientMoments, Step
 from .triton_import import tl, triton
-from .written import mark_written
 
 __all__ = ["GradientMoments", "Step", "adamw", "adamw_reference"]
 
@@ -49,21 +48,9 @@ def adamw(
         ArgumentError: if a shape, dtype or layout does not fit.
     """
     _check(values, moments, gradient, factor, rounded)
-    backend = choose_backend(values, moments.first, moments.second, gradient, factor, rounded)
-    if backend != "reference":
-        mark_written(values, moments.first, moments.second, rounded)
-    if backend == "cpu":
-        cpu.adamw(values, moments, gradient, step, factor, rounded, zeros_stay)
-    elif backend == "triton":
-        with torch.cuda.device_of(values):
-            _adamw_triton(values, moments, gradient, step, factor, rounded, zeros_stay)
-    else:
-        exact, exact_moments = adamw_reference(values, moments, gradient, step, factor=factor, zeros_stay=zeros_stay)
-        values.copy_(exact)
-        moments.first.copy_(exact_moments.first)
-        moments.second.copy_(exact_moments.second)
-        if rounded is not None:
-            rounded.copy_(values)
+    written = (values, moments.first, moments.second, rounded)
+    take_step = ADAMW.on(*written, gradient, factor, writes=written)
+    take_step(values, moments, gradient, step, factor, rounded, zeros_stay)
 
 
 def adamw_reference(
@@ -108,6 +95,23 @@ def _check(
         raise ArgumentError(f"the factor must be fp32 with one element, got {factor.dtype} {tuple(factor.shape)}")
 
 
+def _by_reference(
+    values: torch.Tensor,
+    moments: GradientMoments,
+    gradient: torch.Tensor,
+    step: Step,
+    factor: torch.Tensor | None,
+    rounded: torch.Tensor | None,
+    zeros_stay: bool,
+) -> None:
+    exact, exact_moments = adamw_reference(values, moments, gradient, step, factor=factor, zeros_stay=zeros_stay)
+    values.copy_(exact)
+    moments.first.copy_(exact_moments.first)
+    moments.second.copy_(exact_moments.second)
+    if rounded is not None:
+        rounded.copy_(values)
+
+
 def _adamw_triton(
     values: torch.Tensor,
     moments: GradientMoments,
@@ -127,7 +131,24 @@ def _adamw_triton(
         )
 
 
-@triton.jit
+def _work(
+    values: torch.Tensor,
+    moments: GradientMoments,
+    gradient: torch.Tensor,
+    step: Step,
+    factor: torch.Tensor | None,
+    rounded: torch.Tensor | None,
+    zeros_stay: bool,
+) -> Work:
+    read = bytes_of(values, moments.first, moments.second, gradient, factor)
+    written = bytes_of(values, moments.first, moments.second, rounded)
+    return Work(read + written, (13 + (factor is not None)) * values.numel())
+
+
+ADAMW = Op("adamw", _work, _by_reference, cpu.adamw, _adamw_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _step(
     values_ptr,
     first_ptr,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from . import cpu
-from .backend import choose_backend
 from .errors import ArgumentError
 from .finite import all_finite
+from .op import Op, Work
 
 NEGLIGIBLE = 1e-6
 """An exchange must gain more than this share of the mean gain of a group; smaller gains are rounding errors."""
@@ -36,9 +36,7 @@ def assignment(gains: torch.Tensor) -> torch.Tensor:
         raise ArgumentError(f"gains must be float32 [n_pools, groups, groups], got {gains.dtype} {tuple(gains.shape)}")
     if not all_finite(gains):
         raise ArgumentError("gains contain NaN or infinity: check the scores they were computed from for overflow")
-    if choose_backend(gains) == "cpu":
-        return cpu.assign(gains.contiguous())
-    return assignment_by_exchange(gains)
+    return ASSIGNMENT.on(gains)(gains)
 
 
 def assignment_by_exchange(gains: torch.Tensor) -> torch.Tensor:
@@ -60,3 +58,15 @@ def assignment_by_exchange(gains: torch.Tensor) -> torch.Tensor:
         dealt = dealt.gather(1, partner)
         gains = gains.gather(2, partner[:, None, :].expand_as(gains))
     return dealt
+
+
+def _assign_on_cpu(gains: torch.Tensor) -> torch.Tensor:
+    return cpu.assign(gains.contiguous())
+
+
+def _work(gains: torch.Tensor) -> Work:
+    """Each gain read once; how often searches read it again depends on the gains."""
+    return Work(gains.nbytes + 8 * gains.shape[0] * gains.shape[1])
+
+
+ASSIGNMENT = Op("assignment", _work, assignment_by_exchange, _assign_on_cpu)

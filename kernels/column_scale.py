@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .finite import not_finite, not_finite_reference
+from .op import Op, Work, bytes_of, launch_metadata
 from .records import ColumnScale
 from .triton_import import tl, triton
 
@@ -48,13 +48,7 @@ def column_scale(of: ColumnScale) -> torch.Tensor:
 
 def checked_column_scale(of: ColumnScale) -> CheckedScale:
     """The column vector, with flags that tell if it is a valid score term."""
-    backend = choose_backend(*of.vectors().values())
-    if backend == "cpu":
-        return CheckedScale(*cpu.column_scale(of))
-    if backend == "triton":
-        return _column_scale_triton(of)
-    scale = column_scale_reference(of)
-    return CheckedScale(scale, not_finite_reference(scale))
+    return COLUMN_SCALE.on(*of.vectors().values())(of)
 
 
 def column_scale_reference(of: ColumnScale) -> torch.Tensor:
@@ -68,6 +62,15 @@ def column_scale_reference(of: ColumnScale) -> torch.Tensor:
     return scale.float()
 
 
+def _by_reference(of: ColumnScale) -> CheckedScale:
+    scale = column_scale_reference(of)
+    return CheckedScale(scale, not_finite_reference(scale))
+
+
+def _column_scale_cpu(of: ColumnScale) -> CheckedScale:
+    return CheckedScale(*cpu.column_scale(of))
+
+
 def _column_scale_triton(of: ColumnScale) -> CheckedScale:
     like, cols = next(iter(of.vectors().values())), of.in_features
     block = launch.column_scale(like)
@@ -75,12 +78,20 @@ def _column_scale_triton(of: ColumnScale) -> CheckedScale:
     scale = torch.empty(cols, dtype=torch.float32, device=like.device)
     seen = torch.empty(blocks, dtype=torch.int32, device=like.device)
     if cols:
-        with torch.cuda.device_of(like):
-            _scale_columns[(blocks,)](*of.parts(), scale, seen, cols, SIGN=of.sign, BLOCK=block, num_warps=1)
+        _scale_columns[(blocks,)](*of.parts(), scale, seen, cols, SIGN=of.sign, BLOCK=block, num_warps=1)
     return CheckedScale(scale, seen)
 
 
-@triton.jit
+def column_scale_work(of: ColumnScale) -> Work:
+    """Reads the vectors and writes one; a root and a division for the square, and one operation per further factor."""
+    operations = len(of.vectors()) - 1 + (0 if of.square is None else 2)
+    return Work(bytes_of(*of.vectors().values()) + 4 * of.in_features, operations * of.in_features)
+
+
+COLUMN_SCALE = Op("column_scale", column_scale_work, _by_reference, _column_scale_cpu, _column_scale_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _scale_columns(
     square_ptr,
     inverse_divisor,

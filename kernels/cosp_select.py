@@ -16,16 +16,22 @@ from dataclasses import replace
 import torch
 
 from . import launch
-from .backend import choose_backend
 from .coupling import Reduce, checked_shape, coupling, coupling_reference, products_over_tokens
 from .errors import ArgumentError
 from .group_choice import best_of_group
+from .op import Op, Work, bytes_of, launch_metadata
 from .pattern import check_pattern
 from .registers import masked, unzip, zipped
 from .score_terms import ScoreTerms, score
-from .select_nm import check_selection, finished_output, select_nm, select_nm_reference, with_unit_stride
+from .select_nm import (
+    check_selection,
+    finished_output,
+    flops_of_scores,
+    select_nm,
+    select_nm_reference,
+    with_unit_stride,
+)
 from .triton_import import tl, triton
-from .written import mark_written
 
 
 def cosp_select(
@@ -62,17 +68,8 @@ def cosp_select(
         raise ArgumentError(f"tokens and outputs need a weight of shape {shape}, got {tuple(weight.shape)}")
     if terms.coupling is not None:
         raise ArgumentError("cosp_select computes the score term 'coupling' itself: leave it out, or call select_nm")
-    backend = choose_backend(weight, tokens, outputs, token_weights, *terms.tensors.values())
-    if backend == "triton":
-        mark_written(weight)
-        with torch.cuda.device_of(weight):
-            return _cosp_select_triton(
-                weight, terms, tokens.detach(), outputs.detach(), token_weights.contiguous(), n, m, reduce
-            )
-    if backend == "cpu":
-        matrix = coupling(tokens, outputs, token_weights, reduce)
-        return select_nm(weight, _with_matrix(terms, matrix, reduce), n, m)
-    return cosp_select_reference(weight, terms, tokens, outputs, token_weights, n, m, reduce=reduce)
+    select = COSP_SELECT.on(weight, tokens, outputs, token_weights, *terms.tensors.values(), writes=(weight,))
+    return select(weight, terms, tokens, outputs, token_weights, n, m, reduce=reduce)
 
 
 def cosp_select_reference(
@@ -95,6 +92,21 @@ def _with_matrix(terms: ScoreTerms, matrix: torch.Tensor, reduce: Reduce) -> Sco
     return replace(terms, coupling=matrix.sqrt() if reduce == "rms" else matrix)
 
 
+def _cosp_select_cpu(
+    weight: torch.Tensor,
+    terms: ScoreTerms,
+    tokens: torch.Tensor,
+    outputs: torch.Tensor,
+    token_weights: torch.Tensor,
+    n: int,
+    m: int,
+    *,
+    reduce: Reduce,
+) -> torch.Tensor:
+    matrix = coupling(tokens, outputs, token_weights, reduce)
+    return select_nm(weight, _with_matrix(terms, matrix, reduce), n, m)
+
+
 def _cosp_select_triton(
     weight: torch.Tensor,
     terms: ScoreTerms,
@@ -103,9 +115,11 @@ def _cosp_select_triton(
     token_weights: torch.Tensor,
     n: int,
     m: int,
+    *,
     reduce: Reduce,
 ) -> torch.Tensor:
-    tokens, outputs = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (tokens, outputs))
+    token_weights = token_weights.contiguous()
+    tokens, outputs = (of.detach() if of.stride(1) == 1 else of.detach().contiguous() for of in (tokens, outputs))
     source = with_unit_stride(weight)
     rows, cols = source.shape
     if source.numel():
@@ -126,7 +140,26 @@ def _cosp_select_triton(
     return finished_output(weight, source, "weight")
 
 
-@triton.jit
+def _work(
+    weight: torch.Tensor,
+    terms: ScoreTerms,
+    tokens: torch.Tensor,
+    outputs: torch.Tensor,
+    token_weights: torch.Tensor,
+    n: int,
+    m: int,
+    *,
+    reduce: Reduce,
+) -> Work:
+    moved = bytes_of(weight, weight, tokens, outputs, token_weights, *terms.tensors.values())
+    products, factors = 2 * len(tokens) * weight.numel(), weight.numel()
+    return Work(moved, products + factors + flops_of_scores(weight, terms))
+
+
+COSP_SELECT = Op("cosp_select", _work, cosp_select_reference, _cosp_select_cpu, _cosp_select_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _cosp_select_body(
     weight_ptr,
     row_ptr,

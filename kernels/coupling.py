@@ -13,10 +13,9 @@ from typing import Literal
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .errors import ArgumentError
+from .op import Op, Work, bytes_of, launch_metadata
 from .triton_import import tl, triton
-from .written import mark_written
 
 Reduce = Literal["abs", "rms"]
 
@@ -48,14 +47,8 @@ def coupling(
         into = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
     elif tuple(into.shape) != shape or into.dtype != torch.float32 or not into.is_contiguous():
         raise ArgumentError(f"into must be contiguous float32 {shape}, got {into.dtype} {tuple(into.shape)}")
-    backend = choose_backend(tokens, outputs, weights, into)
-    if backend == "cpu":
-        return cpu.coupling(tokens, outputs, weights, reduce, into)
-    if backend == "triton":
-        mark_written(into)
-        with torch.cuda.device_of(tokens):
-            return _coupling_triton(tokens.detach(), outputs.detach(), weights.contiguous(), reduce, into)
-    return into.add_(coupling_reference(tokens, outputs, weights, reduce))
+    add_batch = COUPLING.on(tokens, outputs, weights, into, writes=(into,))
+    return add_batch(tokens, outputs, weights, reduce, into)
 
 
 def coupling_reference(
@@ -85,10 +78,17 @@ def checked_shape(
     return outputs.shape[1], tokens.shape[1]
 
 
+def _by_reference(
+    tokens: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor, reduce: Reduce, into: torch.Tensor
+) -> torch.Tensor:
+    return into.add_(coupling_reference(tokens, outputs, weights, reduce))
+
+
 def _coupling_triton(
     tokens: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor, reduce: Reduce, into: torch.Tensor
 ) -> torch.Tensor:
-    tokens, outputs = (m if m.stride(1) == 1 else m.contiguous() for m in (tokens, outputs))
+    weights = weights.contiguous()
+    tokens, outputs = (m.detach() if m.stride(1) == 1 else m.detach().contiguous() for m in (tokens, outputs))
     rows, cols = into.shape
     if into.numel() and len(tokens):
         tile = launch.coupling(into)
@@ -105,7 +105,16 @@ def _coupling_triton(
     return into
 
 
-@triton.jit
+def _work(
+    tokens: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor, reduce: Reduce, into: torch.Tensor
+) -> Work:
+    return Work(bytes_of(tokens, outputs, weights, into, into), 2 * len(tokens) * into.numel())
+
+
+COUPLING = Op("coupling", _work, _by_reference, cpu.coupling, _coupling_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _add_products(
     tokens_ptr,
     outputs_ptr,

@@ -13,47 +13,16 @@ import importlib.machinery
 import os
 from pathlib import Path
 
+from .cpu_abi import HEADER, signatures
 from .cpu_sources import digest
 from .errors import ArgumentError, BackendError
 
 ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
 ISAS = ("avx512", "avx2", "portable")
 
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
-_MATRIX = [_POINTER, _LONG, _LONG, _LONG, _INT]
-_TERMS = [*[_POINTER] * 4, _INT, _INT]
-_SELECTION = [*_MATRIX, *_TERMS, _INT, _POINTER]
-_COLUMNS = [_POINTER, _DOUBLE, _POINTER, _POINTER, _INT]
-
-# Return codes of functions that reject their arguments; 0 is success, any other code means out of memory.
+# Values of AceFailure in cpu/abi.h for arguments out of range; 0 is success, any other value means out of memory.
 _REFUSED_TERMS = {2: "row", 3: "col", 4: "scale", 5: "coupling"}
 _REFUSED_GAINS = 6
-
-_SIGNATURES = {
-    "ace_select_nm": [*_SELECTION, _INT, _INT, _INT, _INT],
-    "ace_select_rows": [*_SELECTION, _LONG, _INT, _INT],
-    "ace_weight_sums": [*_MATRIX, _POINTER, _POINTER, _INT, *_COLUMNS, _POINTER, _POINTER, _INT],
-    "ace_column_scale": [_LONG, *_COLUMNS, _POINTER, _POINTER],
-    "ace_variance_factor": [_POINTER, _LONG, _LONG, _INT, _FLOAT, _FLOAT, _POINTER, _INT],
-    "ace_divergence": [*_MATRIX, *[_POINTER, _LONG] * 2, _POINTER, _INT],
-    "ace_adamw": [*[_POINTER] * 3, _LONG, *[_POINTER, _INT] * 2, _POINTER, *[_FLOAT] * 5, _INT, _INT],
-    "ace_token_norms": [*_MATRIX, _POINTER, _INT],
-    "ace_all_finite": [*_MATRIX, _INT, _INT, _POINTER],
-    "ace_moments": [_POINTER, *[_LONG] * 5, _INT, *[_POINTER] * 5, _INT],
-    "ace_weighted_squares": [*_MATRIX, _POINTER, _LONG, _POINTER, _INT],
-    "ace_join_gains": [_POINTER, _POINTER, *[_LONG] * 4, _POINTER, _INT],
-    "ace_has_gram_product": [],
-    "ace_gram_product": [_POINTER, *[_LONG] * 3, _POINTER, _INT],
-    "ace_assign": [_POINTER, _LONG, _LONG, _POINTER, _INT],
-    "ace_pack_nm": [*_MATRIX, *_TERMS, _POINTER, _POINTER, *[_INT] * 4, _POINTER],
-    "ace_unpack_nm": [_POINTER, _POINTER, _LONG, _LONG, *[_INT] * 3, _POINTER, _INT],
-    "ace_nm_linear": [*_MATRIX, _POINTER, _POINTER, _LONG, _INT, _INT, _INT, _POINTER, _POINTER, _INT],
-    "ace_dense_linear": [*_MATRIX, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT],
-    "ace_use_isa": [ctypes.c_char_p],
-    "ace_threads_for": [_LONG, _LONG, _INT],
-    "ace_prefer_huge_pages": [_POINTER, _LONG],
-}
 
 
 def available() -> bool:
@@ -97,7 +66,7 @@ def load() -> ctypes.CDLL | str:
     if built is None:
         return "it was not built: no C++ compiler was found when ace_triton was installed"
     try:
-        loaded = ctypes.CDLL(str(built))
+        loaded, declared = ctypes.CDLL(str(built)), signatures(HEADER.read_text())
     except OSError as error:
         return f"it does not load: {error}"
     if (sources := digest()) and sources != _built_from(loaded):
@@ -105,10 +74,9 @@ def load() -> ctypes.CDLL | str:
             f"{built.name} was built from other sources than those in {here / 'cpu'}: build it again "
             "(python setup.py build_ext --inplace --force, or pip install .)"
         )
-    for name, arguments in _SIGNATURES.items():
+    for name, signature in declared.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, _INT
-    loaded.ace_isa.restype = ctypes.c_char_p
+        function.restype, function.argtypes = signature
     forced = os.environ.get(ISA_VARIABLE, "").strip().lower()
     if forced and loaded.ace_use_isa(forced.encode()) != 0:
         raise ArgumentError(f"{ISA_VARIABLE}={forced!r} must be one of {ISAS}, and supported by this processor")

@@ -6,13 +6,16 @@ import hashlib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "cpu"
-"""Folder of the C++ sources; missing from an installed package."""
+"""Folder of the C++ sources; an installed package has only abi.h in it."""
 
 
 def digest(folder: Path = FOLDER) -> str:
-    """SHA-256 of the sources' names and contents, in hexadecimal; "" if there are no sources."""
-    files = sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
+    """SHA-256 of the sources' names and contents, in hexadecimal; "" if there are no C++ sources."""
+    sources = list(folder.glob("*.cpp"))
+    if not sources:
+        return ""
+    files = sorted([*sources, *folder.glob("*.h")])
     found = hashlib.sha256()
     for file in files:
         found.update(f"{file.name}\0".encode() + file.read_bytes() + b"\0")
-    return found.hexdigest() if files else ""
+    return found.hexdigest()

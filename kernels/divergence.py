@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .errors import ArgumentError
+from .op import Op, Work, bytes_of, launch_metadata
 from .triton_import import tl, triton
-from .written import mark_written
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -56,17 +55,9 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor, into: torch.Tensor | 
             f"into must have the logits' shape and dtype, {logits.dtype} {tuple(logits.shape)}, and contiguous rows; "
             f"got {into.dtype} {tuple(into.shape)} with strides {into.stride()}"
         )
-    backend = choose_backend(logits, wanted, into)
+    diverge = DIVERGENCE.on(logits, wanted, into, writes=(into,))
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if into is None else into
-    if backend != "reference":
-        mark_written(into)
-    if backend == "cpu":
-        return Divergence(cpu.divergence(logits.detach(), wanted.detach(), gradient), gradient)
-    if backend == "triton":
-        with torch.cuda.device_of(logits):
-            return Divergence(_divergence_triton(logits.detach(), wanted.detach(), gradient), gradient)
-    loss, exact = divergence_reference(logits, wanted)
-    return Divergence(loss, gradient.copy_(exact))
+    return Divergence(diverge(logits.detach(), wanted.detach(), gradient), gradient)
 
 
 def divergence_reference(logits: torch.Tensor, wanted: torch.Tensor) -> Divergence:
@@ -75,6 +66,12 @@ def divergence_reference(logits: torch.Tensor, wanted: torch.Tensor) -> Divergen
     p = log_p.exp()
     terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
     return Divergence(terms.sum(-1).float(), log_q.exp() - p)
+
+
+def _by_reference(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    loss, exact = divergence_reference(logits, wanted)
+    gradient.copy_(exact)
+    return loss
 
 
 def _divergence_triton(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -91,7 +88,15 @@ def _divergence_triton(logits: torch.Tensor, wanted: torch.Tensor, gradient: tor
     return loss
 
 
-@triton.jit
+def _work(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor) -> Work:
+    """14 operations per logit: 6 for the two normalizers, 4 for q and p, 4 for loss and gradient."""
+    return Work(bytes_of(logits, wanted, gradient) + 4 * len(logits), 14 * logits.numel())
+
+
+DIVERGENCE = Op("divergence", _work, _by_reference, cpu.divergence, _divergence_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _diverge(
     logits_ptr,
     wanted_ptr,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
+from .op import Op, Work, bytes_of, launch_metadata
 from .triton_import import tl, triton
 
 LAST_MARK = 2**31 - 1
@@ -26,14 +26,7 @@ def all_finite(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bo
         tensors: any shapes; fp32, fp16 or bf16; all on one device.
         terms: score terms, fp32, on that device.
     """
-    backend = choose_backend(*tensors, *terms)
-    if backend == "cpu":
-        return all(map(cpu.all_finite, tensors)) and all(cpu.all_finite(term, not_below_zero=True) for term in terms)
-    if backend == "triton":
-        given = [tensor.detach().contiguous() for tensor in (*tensors, *terms)]
-        with torch.cuda.device_of(given[0]):
-            return _all_finite_triton(given, len(tensors))
-    return all_finite_reference(*tensors, terms=terms)
+    return ALL_FINITE.on(*tensors, *terms)(*tensors, terms=terms)
 
 
 def all_finite_reference(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:
@@ -46,6 +39,14 @@ def not_finite_reference(*vectors: torch.Tensor) -> torch.Tensor:
     """A flag, int32 [1]: 1 if a vector contains NaN, infinity or a negative number, else 0."""
     whole = torch.cat(vectors)
     return (whole.isfinite() & (whole >= 0)).all().logical_not().int().reshape(1)
+
+
+def _all_finite_cpu(*tensors: torch.Tensor, terms: Sequence[torch.Tensor]) -> bool:
+    return all(map(cpu.all_finite, tensors)) and all(cpu.all_finite(term, not_below_zero=True) for term in terms)
+
+
+def _launched(*tensors: torch.Tensor, terms: Sequence[torch.Tensor]) -> bool:
+    return _all_finite_triton([tensor.detach().contiguous() for tensor in (*tensors, *terms)], len(tensors))
 
 
 def _all_finite_triton(tensors: Sequence[torch.Tensor], n_signed: int) -> bool:
@@ -65,6 +66,13 @@ def _all_finite_triton(tensors: Sequence[torch.Tensor], n_signed: int) -> bool:
             num_warps=launch.WARPS,
         )
     return found.item() != mark
+
+
+def _work(*tensors: torch.Tensor, terms: Sequence[torch.Tensor]) -> Work:
+    return Work(bytes_of(*tensors, *terms))
+
+
+ALL_FINITE = Op("all_finite", _work, all_finite_reference, _all_finite_cpu, _launched)
 
 
 class _Flags(threading.local):
@@ -90,7 +98,7 @@ class _Flags(threading.local):
 _flags = _Flags()
 
 
-@triton.jit(do_not_specialize=["mark"])
+@triton.jit(do_not_specialize=["mark"], launch_metadata=launch_metadata)
 def _find_non_finite(
     tensor_ptr,
     other_ptr,

@@ -15,9 +15,8 @@ from contextlib import contextmanager
 import torch
 
 from . import cpu
-from .backend import choose_backend
 from .errors import ArgumentError
-from .written import mark_written
+from .op import Op, Work, bytes_of
 
 SYMMETRIC_BLOCK = 384
 """Columns per block of torch's product on a CPU; smaller blocks save no further time."""
@@ -39,11 +38,7 @@ def gram_product(rows: torch.Tensor, into: torch.Tensor | None = None) -> torch.
     square = (rows.shape[1], rows.shape[1])
     if into is not None and (into.shape != square or into.dtype != torch.float32 or not into.is_contiguous()):
         raise ArgumentError(f"into must be contiguous, fp32 and {list(square)}, got {into.dtype} {list(into.shape)}")
-    if choose_backend(rows, into) == "cpu" and rows.dtype == torch.bfloat16 and cpu.has_gram_product():
-        mark_written(into)
-        return cpu.gram_product(rows, into)
-    product = _by_torch(rows)
-    return product if into is None else into.add_(product)
+    return GRAM_PRODUCT.on(rows, into, writes=(into,))(rows, into)
 
 
 def gram_product_reference(rows: torch.Tensor) -> torch.Tensor:
@@ -52,7 +47,27 @@ def gram_product_reference(rows: torch.Tensor) -> torch.Tensor:
     return (exact.t() @ exact).float()
 
 
-def _by_torch(rows: torch.Tensor) -> torch.Tensor:
+def _gram_product_cpu(rows: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+    if rows.dtype == torch.bfloat16 and cpu.has_gram_product():
+        return cpu.gram_product(rows, into)
+    return _by_torch(rows, into)
+
+
+def _by_torch(rows: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+    product = _product(rows)
+    return product if into is None else into.add_(product)
+
+
+def _work(rows: torch.Tensor, into: torch.Tensor | None) -> Work:
+    """The products of the distinct half of the matrix."""
+    n_tokens, width = rows.shape
+    return Work(bytes_of(rows, into) + 4 * width * width, n_tokens * width * (width + 1))
+
+
+GRAM_PRODUCT = Op("gram_product", _work, _by_torch, _gram_product_cpu)
+
+
+def _product(rows: torch.Tensor) -> torch.Tensor:
     if rows.is_cuda and torch.version.hip is None and rows.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(rows.t(), rows, out_dtype=torch.float32)
     if rows.device.type == "cpu" and rows.dtype == torch.bfloat16:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .errors import ArgumentError
+from .op import Op, Work, bytes_of, launch_metadata
 from .triton_import import tl, triton
 
 STRIP = 128
@@ -33,13 +33,7 @@ def join_gains(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tens
         ArgumentError: if a shape or dtype does not fit.
     """
     check_join(candidates, thresholds)
-    backend = choose_backend(candidates, thresholds)
-    if backend == "cpu":
-        return cpu.join_gains(candidates.contiguous(), thresholds.contiguous())
-    if backend == "triton":
-        with torch.cuda.device_of(candidates):
-            return _join_gains_triton(candidates.contiguous(), thresholds.contiguous())
-    return join_gains_reference(candidates, thresholds)
+    return JOIN_GAINS.on(candidates, thresholds)(candidates, thresholds)
 
 
 def join_gains_reference(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
@@ -66,7 +60,12 @@ def check_join(candidates: torch.Tensor, thresholds: torch.Tensor) -> None:
         raise ArgumentError(f"scores must be float32, got {candidates.dtype} and {thresholds.dtype}: use .float()")
 
 
+def _join_gains_cpu(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    return cpu.join_gains(candidates.contiguous(), thresholds.contiguous())
+
+
 def _join_gains_triton(candidates: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    candidates, thresholds = candidates.contiguous(), thresholds.contiguous()
     n_pools, rows, n_candidates = candidates.shape
     groups = thresholds.shape[2]
     gains = torch.empty(n_pools, groups, n_candidates, dtype=torch.float32, device=candidates.device)
@@ -85,7 +84,16 @@ def _join_gains_triton(candidates: torch.Tensor, thresholds: torch.Tensor) -> to
     return gains
 
 
-@triton.jit
+def _work(candidates: torch.Tensor, thresholds: torch.Tensor) -> Work:
+    n_pools, rows, groups = thresholds.shape
+    pairs = n_pools * groups * candidates.shape[2]
+    return Work(bytes_of(candidates, thresholds) + 4 * pairs, 2 * rows * pairs)
+
+
+JOIN_GAINS = Op("join_gains", _work, join_gains_reference, _join_gains_cpu, _join_gains_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _join_gains_body(
     candidates_ptr,
     thresholds_ptr,

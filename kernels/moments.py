@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .errors import ArgumentError
+from .op import Op, Work, bytes_of, launch_metadata
 from .triton_import import tl, triton
 
 # Tile for merging partial sums: a few dozen loads in flight per warp.
@@ -54,13 +54,7 @@ def moments(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> Moments:
         ArgumentError: if a shape or the dtype of ``valid`` does not fit.
     """
     tokens, valid = as_sequences(tokens, valid)
-    backend = choose_backend(tokens, valid)
-    if backend == "cpu":
-        return Moments(*cpu.moments(tokens, valid))
-    if backend == "triton" and tokens.numel():
-        with torch.cuda.device_of(tokens):
-            return _moments_triton(tokens.detach(), valid)
-    return moments_reference(tokens, valid)
+    return MOMENTS.on(tokens, valid)(tokens, valid)
 
 
 def moments_reference(tokens: torch.Tensor, valid: torch.Tensor | None = None) -> Moments:
@@ -95,7 +89,14 @@ def as_sequences(tokens: torch.Tensor, valid: torch.Tensor | None) -> tuple[torc
     return tokens, valid
 
 
+def _moments_cpu(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments:
+    return Moments(*cpu.moments(tokens, valid))
+
+
 def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments:
+    if not tokens.numel():
+        return moments_reference(tokens, valid)
+    tokens = tokens.detach()
     if tokens.stride(2) != 1:
         tokens = tokens.contiguous()
     sequences, length, cols = tokens.shape
@@ -134,8 +135,16 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
     return Moments(count, total, deviation, sequence_square, sequence_count)
 
 
+def _work(tokens: torch.Tensor, valid: torch.Tensor | None) -> Work:
+    sequences, _, cols = tokens.shape
+    return Work(bytes_of(tokens, valid) + (4 * sequences + 16) * cols + 8 * sequences, 6 * tokens.numel())
+
+
+MOMENTS = Op("moments", _work, moments_reference, _moments_cpu, _moments_triton)
+
+
 # Sizes that vary between batches and experts must not cause recompilation.
-@triton.jit(do_not_specialize=["sequences", "length", "chunks", "trips"])
+@triton.jit(do_not_specialize=["sequences", "length", "chunks", "trips"], launch_metadata=launch_metadata)
 def _sum_moments(
     tokens_ptr,
     valid_ptr,
@@ -213,7 +222,7 @@ def _sum_moments(
     tl.store(deviations_ptr + part * cols + j, tl.sum(deviations, 0, keep_dims=True) - total * mean, mask=j < cols)
 
 
-@triton.jit(do_not_specialize=["count", "parts", "chunks", "sequences"])
+@triton.jit(do_not_specialize=["count", "parts", "chunks", "sequences"], launch_metadata=launch_metadata)
 def _merge_parts(
     counts_ptr,
     shifts_ptr,

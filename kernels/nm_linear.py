@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 
 from . import cpu, launch, launch_packed
-from .backend import choose_backend
 from .errors import ArgumentError
 from .nm_linear_dot import nm_linear_dot
+from .op import Op, Work, bytes_of, launch_metadata
 from .packed_nm import PackedNM
 from .registers import kept_before, unzip
 from .triton_import import tl, triton
@@ -36,19 +36,7 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None 
         ArgumentError: if a shape or dtype does not fit.
     """
     check_linear(tokens, packed, bias)
-    backend = choose_backend(tokens, packed.values, packed.meta, bias)
-    if backend != "cpu":
-        packed.check_tensors()
-    if backend == "reference":
-        return nm_linear_reference(tokens, packed, bias)
-    rows = tokens.detach().reshape(-1, packed.shape[1])
-    if backend == "cpu":
-        outputs = cpu.nm_linear(rows, packed, None if bias is None else bias.detach())
-    else:
-        with torch.cuda.device_of(tokens):
-            outputs = _nm_linear_triton(rows, packed, bias)
-    outputs = outputs.to(tokens.dtype)
-    return outputs if tokens.dim() == 2 else outputs.reshape(*tokens.shape[:-1], packed.shape[0])
+    return NM_LINEAR.on(tokens, packed.values, packed.meta, bias)(tokens, packed, bias)
 
 
 def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,7 +64,32 @@ def check_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | No
         raise ArgumentError(f"bias must be [{out_features}] for a weight {packed.shape}, got {tuple(bias.shape)}")
 
 
+def _by_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    packed.check_tensors()
+    return nm_linear_reference(tokens, packed, bias)
+
+
+def _nm_linear_cpu(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    outputs = cpu.nm_linear(_rows_of(tokens, packed), packed, None if bias is None else bias.detach())
+    return _shaped(outputs, tokens)
+
+
 def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    packed.check_tensors()
+    return _shaped(_launched(_rows_of(tokens, packed), packed, bias), tokens)
+
+
+def _rows_of(tokens: torch.Tensor, packed: PackedNM) -> torch.Tensor:
+    return tokens.detach().reshape(-1, packed.shape[1])
+
+
+def _shaped(outputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Outputs [n_tokens, out_features] in the dtype of ``tokens`` [..., in_features], and in their shape."""
+    outputs = outputs.to(tokens.dtype)
+    return outputs if tokens.dim() == 2 else outputs.reshape(*tokens.shape[:-1], outputs.shape[1])
+
+
+def _launched(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     n_tokens, cols = tokens.shape
@@ -109,7 +122,18 @@ def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor
     return outputs
 
 
-@triton.jit
+def _work(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> Work:
+    """Reads the tokens once and the packed weight once, however many tokens there are."""
+    n_outputs = tokens.shape[:-1].numel() * packed.shape[0]
+    products = 2 * tokens.shape[:-1].numel() * packed.values.numel()
+    moved = bytes_of(tokens, packed.values, packed.meta, bias) + n_outputs * tokens.element_size()
+    return Work(moved, products if bias is None else products + n_outputs)
+
+
+NM_LINEAR = Op("nm_linear", _work, _by_reference, _nm_linear_cpu, _nm_linear_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _two_of_four_body(
     tokens_ptr,
     values_ptr,
@@ -178,7 +202,7 @@ def _inputs(line, first, inside, cols, VECTOR: tl.constexpr, SPLIT: tl.constexpr
     return parts
 
 
-@triton.jit
+@triton.jit(launch_metadata=launch_metadata)
 def _any_pattern_body(
     tokens_ptr,
     values_ptr,

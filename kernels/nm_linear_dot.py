@@ -14,6 +14,7 @@ import torch
 
 from . import launch, launch_packed
 from .backend import interpreting
+from .op import launch_metadata
 from .packed_nm import PackedNM
 from .registers import bits_of, spread, unzip, zipped
 from .triton_import import tl, triton
@@ -58,7 +59,7 @@ def nm_linear_dot(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
     return outputs
 
 
-@triton.jit
+@triton.jit(launch_metadata=launch_metadata)
 def _dot_body(
     tokens_ptr,
     values_ptr,
@@ -133,7 +134,7 @@ def _loaded(line, place, first, size, EVEN: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(launch_metadata=launch_metadata)
 def _add_splits(sums_ptr, bias_ptr, outputs_ptr, n_tokens, rows, splits, BLOCK: tl.constexpr):
     """Add the sums of all splits for one token, from the first split to the last, and the bias."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

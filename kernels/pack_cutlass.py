@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 
 from . import launch, launch_packed
-from .backend import choose_backend
 from .errors import ArgumentError
 from .group_choice import best_of_group
+from .op import Op, Work, bytes_of, launch_metadata
 from .packed_nm import PackedNM, refuse_first, unpack_bits
 from .registers import bits_of, joined_bits, spread, unzip, zipped
 from .score_terms import ScoreTerms, score
-from .select_nm import check_selection, members, select_nm_reference, with_unit_stride
+from .select_nm import check_selection, flops_of_scores, members, select_nm_reference, with_unit_stride
 from .triton_import import tl, triton
 
 META = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.int8: torch.int32}
@@ -49,15 +49,15 @@ def pack_cutlass(weight: torch.Tensor | PackedNM, terms: ScoreTerms | None = Non
             raise ArgumentError(
                 "score terms need a dense weight, but this one is packed: unpack it (unpack_nm), or leave terms out"
             )
-        if choose_backend(weight.values, weight.meta) == "triton":
-            return _pack_cutlass_triton(weight.values, weight.meta, None, *weight.shape)[:2]
-        return pack_cutlass_reference(*four_of(weight))
+        return PACK_CUTLASS.on(weight.values, weight.meta)(weight, terms)
     if terms is not None:
         check_selection(weight, terms, "weight")
-    if choose_backend(weight, *(terms.tensors.values() if terms else ())) == "triton":
-        values, meta, whole = _pack_cutlass_triton(with_unit_stride(weight), None, terms, *weight.shape)
-        if whole:
-            return values, meta
+    return PACK_CUTLASS.on(weight, *(terms.tensors.values() if terms else ()))(weight, terms)
+
+
+def _by_reference(weight: torch.Tensor | PackedNM, terms: ScoreTerms | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(weight, PackedNM):
+        return pack_cutlass_reference(*four_of(weight))
     if terms is not None:
         keep = select_nm_reference(weight, terms, 2, 4, output="mask")
         weight = weight.detach().view(BITS[weight.element_size()]).where(keep, 0).view(weight.dtype)
@@ -139,6 +139,15 @@ def check_cutlass(weight: torch.Tensor | PackedNM) -> None:
 
 
 def _pack_cutlass_triton(
+    weight: torch.Tensor | PackedNM, terms: ScoreTerms | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(weight, PackedNM):
+        return _launched(weight.values, weight.meta, None, *weight.shape)[:2]
+    values, meta, whole = _launched(with_unit_stride(weight), None, terms, *weight.shape)
+    return (values, meta) if whole else _by_reference(weight, terms)
+
+
+def _launched(
     source: torch.Tensor, bits: torch.Tensor | None, terms: ScoreTerms | None, rows: int, cols: int
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Values, metadata, and whether no group had more than two non-zeros; ``source`` is a dense weight, or the values
@@ -152,21 +161,32 @@ def _pack_cutlass_triton(
     grid = triton.cdiv(cols, 2 * tile.vector * tile.threads) * triton.cdiv(rows, tile.block_rows)
     lost = None if terms or bits is not None else torch.empty(grid, dtype=torch.int32, device=source.device)
     factors = (terms.row, terms.col, terms.scale, terms.coupling) if terms else (None,) * 4
-    with torch.cuda.device_of(source):
-        _pack_cutlass_body[(grid,)](
-            *(source, bits, values, meta, lost),
-            *factors,
-            *(rows, cols, source.stride(0)),
-            POWER=terms.power if terms else 0,
-            BLOCK_ROWS=tile.block_rows,
-            VECTOR=tile.vector,
-            LANES=tile.threads,
-            num_warps=launch.WARPS,
-        )
+    _pack_cutlass_body[(grid,)](
+        *(source, bits, values, meta, lost),
+        *factors,
+        *(rows, cols, source.stride(0)),
+        POWER=terms.power if terms else 0,
+        BLOCK_ROWS=tile.block_rows,
+        VECTOR=tile.vector,
+        LANES=tile.threads,
+        num_warps=launch.WARPS,
+    )
     return values, meta, lost is None or not bool(lost.any())
 
 
-@triton.jit
+def _work(weight: torch.Tensor | PackedNM, terms: ScoreTerms | None) -> Work:
+    if isinstance(weight, PackedNM):
+        return Work(2 * weight.packed_bytes)
+    packed = weight.nbytes // 2 + weight.numel() // 8
+    if terms is None:
+        return Work(weight.nbytes + packed)
+    return Work(bytes_of(weight, *terms.tensors.values()) + packed, flops_of_scores(weight, terms))
+
+
+PACK_CUTLASS = Op("pack_cutlass", _work, _by_reference, triton=_pack_cutlass_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _pack_cutlass_body(
     source_ptr,
     bits_ptr,

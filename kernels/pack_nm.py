@@ -8,14 +8,23 @@ from __future__ import annotations
 import torch
 
 from . import cpu, launch
-from .backend import Backend, choose_backend
 from .errors import PatternError
 from .group_choice import best_of_group
+from .op import Op, Work, bytes_of, launch_metadata
 from .pack_cutlass import pack_cutlass
 from .packed_nm import LAYOUT_VERSION, WORD, PackedNM, check_packable, refuse_first
 from .registers import bits_of, compacted, zipped
 from .score_terms import ScoreTerms, score
-from .select_nm import check_selection, columns, members, pack_bits, select_nm_reference, store_bits, with_unit_stride
+from .select_nm import (
+    check_selection,
+    columns,
+    flops_of_scores,
+    members,
+    pack_bits,
+    select_nm_reference,
+    store_bits,
+    with_unit_stride,
+)
 from .triton_import import tl, triton
 
 __all__ = [
@@ -45,13 +54,7 @@ def pack_nm(weight: torch.Tensor, n: int, m: int) -> PackedNM:
         PatternError: if a group has more than n non-zeros.
     """
     check_packable(weight, n, m)
-    backend = choose_backend(weight)
-    if backend == "reference" or (backend == "cpu" and weight.dtype == torch.int8):
-        return pack_nm_reference(weight, n, m)
-    packed, whole = _pack(backend, weight, None, n, m)
-    if not whole:
-        refuse_first((weight.detach() != 0).reshape(-1, m).sum(-1), n, m, weight.shape[1])
-    return packed
+    return PACK_NM.on(weight)(weight, n, m)
 
 
 def pack_nm_reference(weight: torch.Tensor, n: int, m: int) -> PackedNM:
@@ -75,10 +78,7 @@ def pack_scored(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> Pack
     """
     check_packable(weight, n, m)
     check_selection(weight, terms, "weight")
-    backend = choose_backend(weight, *terms.tensors.values())
-    if backend == "reference":
-        return pack_scored_reference(weight, terms, n, m)
-    return _pack(backend, weight, terms, n, m)[0]
+    return PACK_SCORED.on(weight, *terms.tensors.values())(weight, terms, n, m)
 
 
 def pack_scored_reference(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> PackedNM:
@@ -95,16 +95,39 @@ def packed_by(weight: torch.Tensor, keep: torch.Tensor, n: int, m: int) -> Packe
     return PackedNM(weight[keep].reshape(rows, cols // m * n), meta, n, m, (rows, cols))
 
 
-def _pack(backend: Backend, weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[PackedNM, bool]:
+def _pack_nm_cpu(weight: torch.Tensor, n: int, m: int) -> PackedNM:
+    if weight.dtype == torch.int8:
+        return pack_nm_reference(weight, n, m)
+    return _whole(weight, *_packed_cpu(weight, None, n, m))
+
+
+def _pack_nm_triton(weight: torch.Tensor, n: int, m: int) -> PackedNM:
+    return _whole(weight, *_packed_triton(weight, None, n, m))
+
+
+def _pack_scored_cpu(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> PackedNM:
+    return _packed_cpu(weight, terms, n, m)[0]
+
+
+def _pack_scored_triton(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> PackedNM:
+    return _packed_triton(weight, terms, n, m)[0]
+
+
+def _whole(weight: torch.Tensor, packed: PackedNM, whole: bool) -> PackedNM:
+    """``packed`` if it is ``whole``; else PatternError for the first group that lost a non-zero."""
+    if not whole:
+        refuse_first((weight.detach() != 0).reshape(-1, packed.m).sum(-1), packed.n, packed.m, weight.shape[1])
+    return packed
+
+
+def _packed_cpu(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[PackedNM, bool]:
     """The weight packed by score or, without terms, by its non-zeros; and whether no group lost a non-zero."""
-    if backend == "cpu":
-        values, meta, whole = cpu.pack_nm(weight.detach(), terms, n, m)
-        return PackedNM(values, meta, n, m, (weight.shape[0], weight.shape[1])), whole
-    with torch.cuda.device_of(weight):
-        return _pack_nm_triton(weight, terms, n, m)
+    values, meta, whole = cpu.pack_nm(weight.detach(), terms, n, m)
+    return PackedNM(values, meta, n, m, (weight.shape[0], weight.shape[1])), whole
 
 
-def _pack_nm_triton(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[PackedNM, bool]:
+def _packed_triton(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[PackedNM, bool]:
+    """As :func:`_packed_cpu`."""
     source = with_unit_stride(weight)
     rows, cols = source.shape
     values = torch.empty(rows, cols // m * n, dtype=weight.dtype, device=weight.device)
@@ -134,7 +157,21 @@ def _pack_nm_triton(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: i
     return packed, lost is None or not bool(lost.any())
 
 
-@triton.jit
+def _work(weight: torch.Tensor, n: int, m: int) -> Work:
+    rows, cols = weight.shape
+    return Work(weight.nbytes + weight.nbytes // m * n + 4 * rows * -(-cols // WORD))
+
+
+def _work_scored(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int) -> Work:
+    moved = _work(weight, n, m).bytes + bytes_of(*terms.tensors.values())
+    return Work(moved, flops_of_scores(weight, terms))
+
+
+PACK_NM = Op("pack_nm", _work, pack_nm_reference, _pack_nm_cpu, _pack_nm_triton)
+PACK_SCORED = Op("pack_scored", _work_scored, pack_scored_reference, _pack_scored_cpu, _pack_scored_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _pack_nm_body(
     weight_ptr,
     values_ptr,

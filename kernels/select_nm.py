@@ -13,23 +13,24 @@ from typing import Literal
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .errors import ArgumentError
 from .group_choice import best_of_group
+from .op import Op, Work, bytes_of, launch_metadata
 from .pattern import GROUP_SIZES, Axis, check_pattern
 from .registers import joined_bits, masked, unzip, zipped
 from .score_terms import ScoreTerms, score, scores_reference
 from .triton_import import tl, triton
-from .written import mark_written
 
 __all__ = [
     "GROUP_SIZES",
     "Axis",
     "Output",
+    "bytes_of_selection",
     "check_pattern",
     "check_selection",
     "columns",
     "finished_output",
+    "flops_of_scores",
     "members",
     "output_like",
     "output_of_mask",
@@ -71,15 +72,8 @@ def select_nm(
     """
     check_selection(weight, terms, output)
     check_pattern(weight, n, m, axis)
-    backend = choose_backend(weight, *terms.tensors.values())
-    if backend != "reference" and output == "weight":
-        mark_written(weight)
-    if backend == "cpu":
-        return cpu.select_nm(weight, terms, n, m, axis, output)
-    if backend == "triton":
-        with torch.cuda.device_of(weight):
-            return _select_nm_triton(weight, terms, n, m, axis, output)
-    return select_nm_reference(weight, terms, n, m, axis=axis, output=output)
+    select = SELECT_NM.on(weight, *terms.tensors.values(), writes=(weight,) if output == "weight" else ())
+    return select(weight, terms, n, m, axis=axis, output=output)
 
 
 def select_nm_reference(
@@ -185,7 +179,26 @@ def finished_output(weight: torch.Tensor, out: torch.Tensor, output: Output) -> 
     return weight
 
 
-@triton.jit
+def bytes_of_selection(weight: torch.Tensor, terms: ScoreTerms, output: Output) -> int:
+    """Bytes of the weight, of the terms and of the requested output."""
+    rows, cols = weight.shape
+    written = {"weight": weight.nbytes, "mask": rows * cols, "bits": rows * -(-cols // 8)}[output]
+    return bytes_of(weight, *terms.tensors.values()) + written
+
+
+def flops_of_scores(weight: torch.Tensor, terms: ScoreTerms) -> int:
+    """One operation per weight for the power, for each factor, and for the sum of row and column."""
+    return weight.numel() * (terms.power - 1 + len(terms.tensors))
+
+
+def _work(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int, *, axis: Axis, output: Output) -> Work:
+    return Work(bytes_of_selection(weight, terms, output), flops_of_scores(weight, terms))
+
+
+SELECT_NM = Op("select_nm", _work, select_nm_reference, cpu.select_nm, _select_nm_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _select_nm_body(
     weight_ptr,
     out_ptr,

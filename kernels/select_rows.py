@@ -13,15 +13,23 @@ from typing import Literal
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .bit_planes import highest, planes_of, valid_words
 from .errors import ArgumentError
+from .op import Op, Work, launch_metadata
 from .registers import joined_bits, masked, unzip
 from .score_terms import ScoreTerms, score, scores_reference
-from .select_nm import Output, check_selection, finished_output, output_like, output_of_mask, with_unit_stride
+from .select_nm import (
+    Output,
+    bytes_of_selection,
+    check_selection,
+    finished_output,
+    flops_of_scores,
+    output_like,
+    output_of_mask,
+    with_unit_stride,
+)
 from .threshold_search import select_by_threshold
 from .triton_import import tl, triton
-from .written import mark_written
 
 Scope = Literal["row", "layer"]
 
@@ -55,15 +63,8 @@ def select_rows(
         raise ArgumentError(
             f"k must be between 0 and {most} for scope {scope!r} and a weight of shape {tuple(weight.shape)}, got {k}"
         )
-    backend = choose_backend(weight, *terms.tensors.values())
-    if backend != "reference" and output == "weight":
-        mark_written(weight)
-    if backend == "cpu":
-        return cpu.select_rows(weight, terms, k, scope, output)
-    if backend == "triton":
-        with torch.cuda.device_of(weight):
-            return _select_rows_triton(weight, terms, k, scope, output)
-    return select_rows_reference(weight, terms, k, scope=scope, output=output)
+    select = SELECT_ROWS.on(weight, *terms.tensors.values(), writes=(weight,) if output == "weight" else ())
+    return select(weight, terms, k, scope=scope, output=output)
 
 
 def select_rows_reference(
@@ -109,7 +110,14 @@ def _select_rows_triton(weight: torch.Tensor, terms: ScoreTerms, k: int, scope: 
     return finished_output(weight, out, output)
 
 
-@triton.jit
+def _work(weight: torch.Tensor, terms: ScoreTerms, k: int, *, scope: Scope, output: Output) -> Work:
+    return Work(bytes_of_selection(weight, terms, output), flops_of_scores(weight, terms))
+
+
+SELECT_ROWS = Op("select_rows", _work, select_rows_reference, cpu.select_rows, _select_rows_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _select_row(
     weight_ptr,
     out_ptr,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from . import launch
+from .op import launch_metadata
 from .registers import joined_bits, masked, unzip
 from .score_terms import ScoreTerms, score
 from .triton_import import tl, triton
@@ -72,7 +73,7 @@ def _keys(weight_ptr, row_ptr, col_ptr, scale_ptr, coupling_ptr, i, j, cols, str
     return weight, tl.where(inside, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
 
 
-@triton.jit(do_not_specialize=["shift"])
+@triton.jit(do_not_specialize=["shift"], launch_metadata=launch_metadata)
 def _count_above(
     weight_ptr,
     row_ptr,
@@ -102,7 +103,7 @@ def _count_above(
         place += rows * blocks
 
 
-@triton.jit
+@triton.jit(launch_metadata=launch_metadata)
 def _write(
     weight_ptr,
     row_ptr,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .errors import ArgumentError
+from .op import Op, Work, launch_metadata
 from .triton_import import tl, triton
 
 
@@ -20,13 +20,7 @@ def token_norms(outputs: torch.Tensor) -> torch.Tensor:
     """
     if outputs.dim() != 2:
         raise ArgumentError(f"outputs must be [n_tokens, out_features], got shape {tuple(outputs.shape)}")
-    backend = choose_backend(outputs)
-    if backend == "cpu":
-        return cpu.token_norms(outputs)
-    if backend == "triton":
-        with torch.cuda.device_of(outputs):
-            return _token_norms_triton(outputs.detach())
-    return token_norms_reference(outputs)
+    return TOKEN_NORMS.on(outputs)(outputs)
 
 
 def token_norms_reference(outputs: torch.Tensor) -> torch.Tensor:
@@ -35,6 +29,7 @@ def token_norms_reference(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def _token_norms_triton(outputs: torch.Tensor) -> torch.Tensor:
+    outputs = outputs.detach()
     if outputs.stride(1) != 1:
         outputs = outputs.contiguous()
     n_tokens, cols = outputs.shape
@@ -50,7 +45,14 @@ def _token_norms_triton(outputs: torch.Tensor) -> torch.Tensor:
     return norms
 
 
-@triton.jit
+def _work(outputs: torch.Tensor) -> Work:
+    return Work(outputs.nbytes + 4 * len(outputs), 2 * outputs.numel())
+
+
+TOKEN_NORMS = Op("token_norms", _work, token_norms_reference, cpu.token_norms, _token_norms_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _sum_squares(outputs_ptr, norms_ptr, n_tokens, cols, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Each lane sums its own columns; one reduction at the end combines the lanes."""
     t = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]

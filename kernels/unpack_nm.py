@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 
 from . import cpu, launch, launch_packed
-from .backend import choose_backend
 from .errors import ArgumentError
+from .op import Op, Work, launch_metadata
 from .packed_nm import DTYPES, PackedNM, unpack_bits
 from .registers import bits_of, kept_before, spread, unzip, zipped
 from .triton_import import tl, triton
-from .written import mark_written
 
 
 def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -33,17 +32,7 @@ def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tenso
             f"into must be contiguous {dtype} {packed.shape}, got {into.dtype} {tuple(into.shape)} "
             f"with strides {into.stride()}"
         )
-    backend = choose_backend(packed.values, packed.meta, into)
-    if backend != "reference":
-        mark_written(into)
-    if backend == "cpu" and dtype in DTYPES:
-        return cpu.unpack_nm(packed, into)
-    packed.check_tensors()
-    if backend == "triton" and dtype in DTYPES:
-        with torch.cuda.device_of(packed.values):
-            return _unpack_nm_triton(packed, packed.values.new_empty(packed.shape) if into is None else into)
-    weight = unpack_nm_reference(packed)
-    return weight if into is None else into.copy_(weight)
+    return UNPACK_NM.on(packed.values, packed.meta, into, writes=(into,))(packed, into)
 
 
 def unpack_nm_reference(packed: PackedNM) -> torch.Tensor:
@@ -52,7 +41,21 @@ def unpack_nm_reference(packed: PackedNM) -> torch.Tensor:
     return dense.masked_scatter_(unpack_bits(packed.meta)[:, : packed.shape[1]], packed.values)
 
 
-def _unpack_nm_triton(packed: PackedNM, weight: torch.Tensor) -> torch.Tensor:
+def _by_reference(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
+    packed.check_tensors()
+    weight = unpack_nm_reference(packed)
+    return weight if into is None else into.copy_(weight)
+
+
+def _unpack_nm_cpu(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
+    return cpu.unpack_nm(packed, into) if packed.values.dtype in DTYPES else _by_reference(packed, into)
+
+
+def _unpack_nm_triton(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
+    if packed.values.dtype not in DTYPES:
+        return _by_reference(packed, into)
+    packed.check_tensors()
+    weight = packed.values.new_empty(packed.shape) if into is None else into
     if not weight.numel():
         return weight
     rows, cols = packed.shape
@@ -68,7 +71,14 @@ def _unpack_nm_triton(packed: PackedNM, weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-@triton.jit
+def _work(packed: PackedNM, into: torch.Tensor | None) -> Work:
+    return Work(packed.packed_bytes + packed.dense_bytes)
+
+
+UNPACK_NM = Op("unpack_nm", _work, _by_reference, _unpack_nm_cpu, _unpack_nm_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _two_of_four_body(
     values_ptr,
     meta_ptr,
@@ -98,7 +108,7 @@ def _two_of_four_body(
     tl.store(weight_ptr + i.to(tl.int64) * cols + j, whole, mask=(i < rows) & (j < cols))
 
 
-@triton.jit
+@triton.jit(launch_metadata=launch_metadata)
 def _any_pattern_body(
     values_ptr,
     meta_ptr,

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .errors import ArgumentError
+from .op import Op, Work, launch_metadata
 from .triton_import import tl, triton
 
 VarianceNorm = Literal["max_layer", "max_sequence", "channel", "frobenius"]
@@ -44,13 +44,7 @@ def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: fl
         )
     if norm not in get_args(VarianceNorm):
         raise ArgumentError(f"norm must be 'max_layer', 'max_sequence', 'channel' or 'frobenius', got {norm!r}")
-    backend = choose_backend(sequence_square)
-    if backend == "cpu":
-        return cpu.variance_factor(sequence_square, norm, power, eps)
-    if backend == "triton":
-        with torch.cuda.device_of(sequence_square):
-            return _variance_factor_triton(sequence_square.contiguous(), norm, power, eps)
-    return variance_factor_reference(sequence_square, norm, power, eps)
+    return VARIANCE_FACTOR.on(sequence_square)(sequence_square, norm, power, eps)
 
 
 def variance_factor_reference(
@@ -71,7 +65,10 @@ def variance_factor_reference(
     return (level / rest).pow(power).mean(0).float()
 
 
-def _variance_factor_triton(square: torch.Tensor, norm: VarianceNorm, power: float, eps: float) -> torch.Tensor:
+def _variance_factor_triton(
+    sequence_square: torch.Tensor, norm: VarianceNorm, power: float, eps: float
+) -> torch.Tensor:
+    square = sequence_square.contiguous()
     sequences, channels = square.shape
     tile = launch.variance_factor(square)
     levels = torch.empty(0 if norm == "channel" else sequences, dtype=torch.float32, device=square.device)
@@ -92,7 +89,16 @@ def _variance_factor_triton(square: torch.Tensor, norm: VarianceNorm, power: flo
     return factor
 
 
-@triton.jit
+def _work(sequence_square: torch.Tensor, norm: VarianceNorm, power: float, eps: float) -> Work:
+    """Per number: difference, division and sum; a power unless it is 1; the total of "frobenius"."""
+    operations = 3 + (power != 1) + (norm == "frobenius")
+    return Work(sequence_square.nbytes + 4 * sequence_square.shape[1], operations * sequence_square.numel())
+
+
+VARIANCE_FACTOR = Op("variance_factor", _work, variance_factor_reference, cpu.variance_factor, _variance_factor_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _find_levels(square_ptr, levels_ptr, channels, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """The level of one sequence per program: the sum of its channels if ADD, else the largest."""
     row = square_ptr + tl.program_id(0).to(tl.int64) * channels
@@ -104,7 +110,7 @@ def _find_levels(square_ptr, levels_ptr, channels, ADD: tl.constexpr, BLOCK: tl.
     tl.store(levels_ptr + tl.program_id(0), tl.sum(found, 0) if ADD else tl.max(found, 0))
 
 
-@triton.jit
+@triton.jit(launch_metadata=launch_metadata)
 def _average_inverses(
     square_ptr,
     levels_ptr,

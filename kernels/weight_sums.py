@@ -9,15 +9,16 @@ for the partial sums of a large layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from . import cpu, launch
-from .backend import Backend, choose_backend
-from .column_scale import ColumnScale, column_scale_reference, scale_at
+from .column_scale import ColumnScale, column_scale_reference, column_scale_work, scale_at
 from .errors import ArgumentError
 from .finite import not_finite_reference, note_not_finite
+from .op import Op, Work, launch_metadata
 from .score_terms import ScoreTerms
 from .triton_import import tl, triton
 
@@ -51,11 +52,7 @@ def weight_sums(weight: torch.Tensor) -> WeightSums:
         ArgumentError: if the shape or dtype does not fit.
     """
     _check(weight)
-    backend = choose_backend(weight)
-    if backend == "reference":
-        return weight_sums_reference(weight)
-    row, col, _, found = _sums(backend, weight, inverse=False, scale=None)
-    return WeightSums(row, col, found)
+    return WEIGHT_SUMS.on(weight)(weight)
 
 
 def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) -> ScoreTerms:
@@ -78,11 +75,8 @@ def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) 
             f"the scale must have the weight's {weight.shape[1]} columns, got {scale.in_features} columns "
             f"for a weight of shape {tuple(weight.shape)}"
         )
-    backend = choose_backend(weight, *(() if scale is None else scale.vectors().values()))
-    if backend == "reference":
-        return relative_importance_reference(weight, scale)
-    row, col, vector, found = _sums(backend, weight, inverse=True, scale=scale)
-    return ScoreTerms(row, col, vector, not_finite=found)
+    vectors = () if scale is None else scale.vectors().values()
+    return RELATIVE_IMPORTANCE.on(weight, *vectors)(weight, scale)
 
 
 def weight_sums_reference(weight: torch.Tensor) -> WeightSums:
@@ -110,19 +104,32 @@ def _inverse(sums: torch.Tensor) -> torch.Tensor:
     return torch.where(sums.isfinite(), sums.clamp(min=SMALLEST_NORMAL).reciprocal(), torch.nan)
 
 
-def _sums(
-    backend: Backend, weight: torch.Tensor, inverse: bool, scale: ColumnScale | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Row and column sums or their inverses, the column scale, and a flag that is non-zero if one is not finite."""
-    if backend == "cpu":
-        return cpu.weight_sums(weight, inverse, scale)
-    with torch.cuda.device_of(weight):
-        return _weight_sums_triton(weight.detach(), inverse, scale)
+_Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+"""Row and column sums or their inverses, the column scale, and a flag that is non-zero if one is not finite."""
 
 
-def _weight_sums_triton(
-    weight: torch.Tensor, inverse: bool, scale: ColumnScale | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def _weight_sums_by(sums: Callable[..., _Sums]) -> Callable[[torch.Tensor], WeightSums]:
+    """The body of :func:`weight_sums` that calls ``sums``."""
+
+    def body(weight: torch.Tensor) -> WeightSums:
+        row, col, _, found = sums(weight)
+        return WeightSums(row, col, found)
+
+    return body
+
+
+def _relative_importance_by(sums: Callable[..., _Sums]) -> Callable[[torch.Tensor, ColumnScale | None], ScoreTerms]:
+    """The body of :func:`relative_importance` that calls ``sums``."""
+
+    def body(weight: torch.Tensor, scale: ColumnScale | None) -> ScoreTerms:
+        row, col, vector, found = sums(weight, True, scale)
+        return ScoreTerms(row, col, vector, not_finite=found)
+
+    return body
+
+
+def _sums_triton(weight: torch.Tensor, inverse: bool = False, scale: ColumnScale | None = None) -> _Sums:
+    weight = weight.detach()
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     rows, cols = weight.shape
@@ -160,7 +167,31 @@ def _weight_sums_triton(
     return row_sums[0], col_sums[0], columns, found
 
 
-@triton.jit
+def _work(weight: torch.Tensor) -> Work:
+    return Work(weight.nbytes + 4 * sum(weight.shape), 2 * weight.numel())
+
+
+def _work_with_scale(weight: torch.Tensor, scale: ColumnScale | None) -> Work:
+    sums = _work(weight)
+    if scale is None:
+        return sums
+    columns = column_scale_work(scale)
+    return Work(sums.bytes + columns.bytes, sums.flops + columns.flops)
+
+
+WEIGHT_SUMS = Op(
+    "weight_sums", _work, weight_sums_reference, _weight_sums_by(cpu.weight_sums), _weight_sums_by(_sums_triton)
+)
+RELATIVE_IMPORTANCE = Op(
+    "relative_importance",
+    _work_with_scale,
+    relative_importance_reference,
+    _relative_importance_by(cpu.weight_sums),
+    _relative_importance_by(_sums_triton),
+)
+
+
+@triton.jit(launch_metadata=launch_metadata)
 def _sum_magnitudes(
     weight_ptr,
     row_parts_ptr,
@@ -208,7 +239,7 @@ def _sum_magnitudes(
         tl.store(place, tl.sum(col_sums[k], 0, keep_dims=True), mask=j < cols - k * BLOCK_COLS)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launch_metadata)
 def _merge_parts(
     row_parts_ptr,
     col_parts_ptr,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from . import cpu, launch
-from .backend import choose_backend
 from .errors import ArgumentError
+from .op import Op, Work, bytes_of, launch_metadata
 from .triton_import import tl, triton
 
 MOST_LAYERS = 8
@@ -28,13 +28,7 @@ def weighted_squares(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
         ArgumentError: if a shape or dtype does not fit.
     """
     check_weights(tokens, weights)
-    backend = choose_backend(tokens, weights)
-    if backend == "cpu":
-        return cpu.weighted_squares(tokens, weights)
-    if backend == "triton":
-        with torch.cuda.device_of(tokens):
-            return _weighted_squares_triton(tokens.detach(), weights.contiguous())
-    return weighted_squares_reference(tokens, weights)
+    return WEIGHTED_SQUARES.on(tokens, weights)(tokens, weights)
 
 
 def weighted_squares_reference(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -58,6 +52,7 @@ def check_weights(tokens: torch.Tensor, weights: torch.Tensor) -> None:
 
 
 def _weighted_squares_triton(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    tokens, weights = tokens.detach(), weights.contiguous()
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     n_tokens, cols = tokens.shape
@@ -76,8 +71,18 @@ def _weighted_squares_triton(tokens: torch.Tensor, weights: torch.Tensor) -> tor
     return parts.sum(0)
 
 
+def _work(tokens: torch.Tensor, weights: torch.Tensor) -> Work:
+    n_layers, cols = len(weights), tokens.shape[1]
+    return Work(bytes_of(tokens, weights) + 4 * n_layers * cols, (1 + 2 * n_layers) * tokens.numel())
+
+
+WEIGHTED_SQUARES = Op(
+    "weighted_squares", _work, weighted_squares_reference, cpu.weighted_squares, _weighted_squares_triton
+)
+
+
 # Batches of other lengths, such as those of experts, must not cause recompilation.
-@triton.jit(do_not_specialize=["trips"])
+@triton.jit(do_not_specialize=["trips"], launch_metadata=launch_metadata)
 def _sum_weighted_squares(
     tokens_ptr,
     weights_ptr,

@@ -1,5 +1,6 @@
-// The C ABI of operations on weights, and the choice of the instruction set.
+// Operations on weights, and the choice of the instruction set; abi.h declares what this file exports.
 
+#include "abi.h"
 #include "term_range.h"
 #include "threads.h"
 
@@ -86,21 +87,18 @@ Selection selection(void* weight, int64_t rows, int64_t cols, int64_t stride, in
             static_cast<uint8_t*>(delivered)};
 }
 
-// Return values of a call apart from 0 and 1 (memory ran out): the argument that is out of range. Nothing was written.
-enum Refusal : int { BAD_ROW = 2, BAD_COL, BAD_SCALE, BAD_COUPLING, BAD_GAINS };
-
 int refused_term(const Selection& s, int threads) {
     const int64_t rows = s.weight.rows, cols = s.weight.cols;
-    if (s.terms.row && !in_range(s.terms.row, rows)) return BAD_ROW;
-    if (s.terms.col && !in_range(s.terms.col, cols)) return BAD_COL;
-    if (s.terms.scale && !in_range(s.terms.scale, cols)) return BAD_SCALE;
+    if (s.terms.row && !in_range(s.terms.row, rows)) return ACE_BAD_ROW;
+    if (s.terms.col && !in_range(s.terms.col, cols)) return ACE_BAD_COL;
+    if (s.terms.scale && !in_range(s.terms.scale, cols)) return ACE_BAD_SCALE;
     if (!s.terms.coupling) return 0;
     std::atomic<bool> so_far{true};
     deal(rows, threads_for(rows * cols * int64_t(sizeof(float)), rows, threads),
          [&](int64_t begin, int64_t end, int) {
              if (!in_range(s.terms.coupling + begin * cols, (end - begin) * cols)) so_far = false;
          });
-    return so_far ? 0 : BAD_COUPLING;
+    return so_far ? 0 : ACE_BAD_COUPLING;
 }
 
 // Calls work() unless a term is out of range; terms that are `checked` are not checked again.
@@ -136,14 +134,11 @@ using namespace ace;
 
 extern "C" {
 
-// The name of the instruction set in use.
-ACE_EXPORT const char* ace_isa() { return bodies->name; }
+const char* ace_isa() { return bodies->name; }
 
-// The digest of the sources of this build, as kernels/cpu_sources.py computes it.
-ACE_EXPORT const char* ace_sources() { return ACE_SOURCES; }
+const char* ace_sources() { return ACE_SOURCES; }
 
-// Selects another instruction set; returns 1 if the name is unknown or the processor does not support it.
-ACE_EXPORT int ace_use_isa(const char* name) {
+int ace_use_isa(const char* name) {
     for (const Bodies* const* candidate = all_bodies(); *candidate; ++candidate) {
         if (strcmp((*candidate)->name, name) == 0 && runs_here(**candidate)) {
             bodies = *candidate;
@@ -153,13 +148,11 @@ ACE_EXPORT int ace_use_isa(const char* name) {
     return 1;
 }
 
-// The number of threads, at most `most`, for a call that reads and writes `bytes` in `n_units` units of work.
-ACE_EXPORT int ace_threads_for(int64_t bytes, int64_t n_units, int32_t most) {
+int ace_threads_for(int64_t bytes, int64_t n_units, int32_t most) {
     return threads_for(bytes, n_units, most);
 }
 
-// Requests huge pages for a large output before it is written: its page faults can cost more than its computation.
-ACE_EXPORT int ace_prefer_huge_pages(void* data, int64_t bytes) {
+int ace_prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     constexpr uintptr_t PAGE = 4096;
     const uintptr_t first = (uintptr_t(data) + PAGE - 1) / PAGE * PAGE, last = (uintptr_t(data) + bytes) / PAGE * PAGE;
@@ -170,10 +163,10 @@ ACE_EXPORT int ace_prefer_huge_pages(void* data, int64_t bytes) {
     return 0;
 }
 
-ACE_EXPORT int ace_select_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                             const float* row, const float* col, const float* scale, const float* coupling,
-                             int32_t power, int32_t checked, int32_t output, void* delivered, int32_t n, int32_t m,
-                             int32_t along_out, int32_t threads) {
+int ace_select_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                  const float* row, const float* col, const float* scale, const float* coupling,
+                  int32_t power, int32_t checked, int32_t output, void* delivered, int32_t n, int32_t m,
+                  int32_t along_out, int32_t threads) {
     const Selection s =
         selection(weight, rows, cols, stride, element, row, col, scale, coupling, power, output, delivered);
     const Pattern pattern = {n, m, along_out != 0};
@@ -184,10 +177,10 @@ ACE_EXPORT int ace_select_nm(void* weight, int64_t rows, int64_t cols, int64_t s
     });
 }
 
-ACE_EXPORT int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                               const float* row, const float* col, const float* scale, const float* coupling,
-                               int32_t power, int32_t checked, int32_t output, void* delivered, int64_t k,
-                               int32_t whole_layer, int32_t most_threads) {
+int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                    const float* row, const float* col, const float* scale, const float* coupling,
+                    int32_t power, int32_t checked, int32_t output, void* delivered, int64_t k,
+                    int32_t whole_layer, int32_t most_threads) {
     const Selection s =
         selection(weight, rows, cols, stride, element, row, col, scale, coupling, power, output, delivered);
     // The selection takes eight times as long as reading the weight.
@@ -206,8 +199,8 @@ ACE_EXPORT int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t
     });
 }
 
-ACE_EXPORT int ace_join_gains(const float* candidates, const float* thresholds, int64_t n_pools, int64_t rows,
-                              int64_t groups, int64_t n_candidates, float* gains, int32_t threads) {
+int ace_join_gains(const float* candidates, const float* thresholds, int64_t n_pools, int64_t rows,
+                   int64_t groups, int64_t n_candidates, float* gains, int32_t threads) {
     const JoinTask task = {candidates, thresholds, rows, groups, n_candidates, gains};
     return guarded([&] {
         constexpr int64_t LANES = 16;
@@ -219,7 +212,7 @@ ACE_EXPORT int ace_join_gains(const float* candidates, const float* thresholds, 
     });
 }
 
-ACE_EXPORT int ace_assign(const float* gains, int64_t n_pools, int64_t size, int32_t* joins, int32_t threads) {
+int ace_assign(const float* gains, int64_t n_pools, int64_t size, int32_t* joins, int32_t threads) {
     std::atomic<bool> so_far{true};
     const int failure = guarded([&] {
         const int64_t padded = units(size, 16) * 16;
@@ -237,14 +230,13 @@ ACE_EXPORT int ace_assign(const float* gains, int64_t n_pools, int64_t size, int
             }
         });
     });
-    return failure ? failure : so_far ? 0 : BAD_GAINS;
+    return failure ? failure : so_far ? 0 : ACE_BAD_GAINS;
 }
 
-// `whole` becomes 0 if, without scores, a group has more than n non-zeros.
-ACE_EXPORT int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                           const float* row, const float* col, const float* scale, const float* coupling,
-                           int32_t power, int32_t checked, void* values, uint32_t* meta, int32_t by_score, int32_t n,
-                           int32_t m, int32_t threads, int32_t* whole) {
+int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                const float* row, const float* col, const float* scale, const float* coupling,
+                int32_t power, int32_t checked, void* values, uint32_t* meta, int32_t by_score, int32_t n,
+                int32_t m, int32_t threads, int32_t* whole) {
     const Selection s = selection(weight, rows, cols, stride, element, row, col, scale, coupling, power,
                                   int32_t(Output::weight), nullptr);
     return selecting(s, checked, threads, [&] {
@@ -256,9 +248,8 @@ ACE_EXPORT int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t str
     });
 }
 
-// `bytes`: size of an element, 1, 2 or 4.
-ACE_EXPORT int ace_unpack_nm(const void* values, const uint32_t* meta, int64_t rows, int64_t cols, int32_t n,
-                             int32_t m, int32_t bytes, void* weight, int32_t threads) {
+int ace_unpack_nm(const void* values, const uint32_t* meta, int64_t rows, int64_t cols, int32_t n,
+                  int32_t m, int32_t bytes, void* weight, int32_t threads) {
     const Unpacking task = {values, meta, rows, cols, n, m, bytes, weight};
     return guarded([&] {
         deal(rows, threads_for(rows * cols * bytes, rows, threads),
@@ -266,9 +257,9 @@ ACE_EXPORT int ace_unpack_nm(const void* values, const uint32_t* meta, int64_t r
     });
 }
 
-ACE_EXPORT int ace_nm_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
-                             const void* values, const uint32_t* meta, int64_t rows, int32_t n, int32_t m,
-                             int32_t weight_element, const float* bias, float* out, int32_t threads) {
+int ace_nm_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
+                  const void* values, const uint32_t* meta, int64_t rows, int32_t n, int32_t m,
+                  int32_t weight_element, const float* bias, float* out, int32_t threads) {
     const PackedWeight weight = {values, meta, rows, cols, n, m, Element(weight_element)};
     const int64_t bytes = bytes_of({nullptr, rows, cols, cols, weight.element}) * n / m;
     return linear({tokens, n_tokens, cols, stride, Element(element)}, rows, bytes, bias, out, threads,
@@ -277,10 +268,9 @@ ACE_EXPORT int ace_nm_linear(void* tokens, int64_t n_tokens, int64_t cols, int64
                   });
 }
 
-// The same loop over a dense weight, as a baseline.
-ACE_EXPORT int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
-                                void* weight, int64_t rows, int64_t weight_stride, int32_t weight_element,
-                                const float* bias, float* out, int32_t threads) {
+int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
+                     void* weight, int64_t rows, int64_t weight_stride, int32_t weight_element,
+                     const float* bias, float* out, int32_t threads) {
     const Matrix w = {weight, rows, cols, weight_stride, Element(weight_element)};
     return linear({tokens, n_tokens, cols, stride, Element(element)}, rows, bytes_of(w), bias, out, threads,
                   [&](const LinearTask& task, int64_t begin, int64_t end) {

@@ -1,5 +1,7 @@
-// The C ABI of operations that sum over tokens, sequences or a whole weight, and of those for a recovery step.
+// Operations that sum over tokens, sequences or a whole weight, and those of a recovery step; abi.h declares what this
+// file exports.
 
+#include "abi.h"
 #include "gram_product.h"
 #include "term_range.h"
 #include "threads.h"
@@ -48,12 +50,10 @@ using namespace ace;
 
 extern "C" {
 
-// Row and column sums or their inverses and, if `scale` is not null, the column scale. `found` becomes 1 if one of
-// these is NaN or infinite, or if the scale is negative, else 0.
-ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                               float* row_sums, float* col_sums, int32_t inverse, const double* square,
-                               double inverse_divisor, const float* base, const float* factor, int32_t sign,
-                               float* scale, int32_t* found, int32_t threads) {
+int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                    float* row_sums, float* col_sums, int32_t inverse, const double* square,
+                    double inverse_divisor, const float* base, const float* factor, int32_t sign,
+                    float* scale, int32_t* found, int32_t threads) {
     const Matrix w = {weight, rows, cols, stride, Element(element)};
     return guarded([&] {
         const int64_t blocks = units(rows, SUM_ROWS);
@@ -77,16 +77,14 @@ ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t
     });
 }
 
-// `found` becomes 1 if the scale contains NaN, infinity or a negative number, else 0.
-ACE_EXPORT int ace_column_scale(int64_t cols, const double* square, double inverse_divisor, const float* base,
-                                const float* factor, int32_t sign, float* scale, int32_t* found) {
+int ace_column_scale(int64_t cols, const double* square, double inverse_divisor, const float* base,
+                     const float* factor, int32_t sign, float* scale, int32_t* found) {
     *found = !scale_columns({square, inverse_divisor, base, factor, sign}, cols, scale);
     return 0;
 }
 
-// `norm` is a value of VarianceNorm.
-ACE_EXPORT int ace_variance_factor(const float* square, int64_t n_sequences, int64_t channels, int32_t norm,
-                                   float power, float eps, float* factor, int32_t threads) {
+int ace_variance_factor(const float* square, int64_t n_sequences, int64_t channels, int32_t norm,
+                        float power, float eps, float* factor, int32_t threads) {
     return guarded([&] {
         const auto kind = VarianceNorm(norm);
         std::vector<float> levels(n_sequences);
@@ -108,10 +106,9 @@ ACE_EXPORT int ace_variance_factor(const float* square, int64_t n_sequences, int
     });
 }
 
-// Logits, wanted logits and gradient have the same element type; `loss` has one entry per row.
-ACE_EXPORT int ace_divergence(void* logits, int64_t rows, int64_t cols, int64_t stride, int32_t element, void* wanted,
-                              int64_t wanted_stride, void* gradient, int64_t gradient_stride, float* loss,
-                              int32_t threads) {
+int ace_divergence(void* logits, int64_t rows, int64_t cols, int64_t stride, int32_t element, void* wanted,
+                   int64_t wanted_stride, void* gradient, int64_t gradient_stride, float* loss,
+                   int32_t threads) {
     const Element kind = Element(element);
     const DivergenceTask task = {{logits, rows, cols, stride, kind},
                                  {wanted, rows, cols, wanted_stride, kind},
@@ -123,11 +120,10 @@ ACE_EXPORT int ace_divergence(void* logits, int64_t rows, int64_t cols, int64_t 
     });
 }
 
-// `size` values with two moments each; `rounded` (fp32 or bf16) and `factor` may be null.
-ACE_EXPORT int ace_adamw(float* values, float* first, float* second, int64_t size, const void* gradient,
-                         int32_t gradient_element, void* rounded, int32_t rounded_element, const float* factor,
-                         float rate, float gain_first, float gain_second, float unbias, float eps, int32_t zeros_stay,
-                         int32_t threads) {
+int ace_adamw(float* values, float* first, float* second, int64_t size, const void* gradient,
+              int32_t gradient_element, void* rounded, int32_t rounded_element, const float* factor,
+              float rate, float gain_first, float gain_second, float unbias, float eps, int32_t zeros_stay,
+              int32_t threads) {
     const AdamWTask task = {values, first, second, gradient, rounded, factor, Element(gradient_element),
                             Element(rounded_element), rate, gain_first, gain_second, unbias, eps, zeros_stay != 0};
     return guarded([&] {
@@ -141,8 +137,8 @@ ACE_EXPORT int ace_adamw(float* values, float* first, float* second, int64_t siz
     });
 }
 
-ACE_EXPORT int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                               float* norms, int32_t threads) {
+int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                    float* norms, int32_t threads) {
     const Matrix a = {outputs, rows, cols, stride, Element(element)};
     return guarded([&] {
         deal(rows, threads_for(bytes_of(a), rows, threads),
@@ -150,9 +146,8 @@ ACE_EXPORT int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_
     });
 }
 
-// `finite` becomes 0 if an element is NaN or infinite or, for fp32 with `not_below_zero`, negative; else 1.
-ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int64_t stride, int32_t element,
-                              int32_t not_below_zero, int32_t threads, int32_t* finite) {
+int ace_all_finite(const void* data, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                   int32_t not_below_zero, int32_t threads, int32_t* finite) {
     const Matrix m = {const_cast<void*>(data), rows, cols, stride, Element(element)};
     return guarded([&] {
         constexpr int64_t UNIT = 1 << 16;
@@ -173,11 +168,10 @@ ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int6
     });
 }
 
-// `valid` is null or has one byte per token; `count` has one number per sequence.
-ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t length, int64_t channels,
-                           int64_t sequence_stride, int64_t token_stride, int32_t element, const uint8_t* valid,
-                           double* total, double* deviation, float* sequence_square, int64_t* count,
-                           int32_t threads) {
+int ace_moments(const void* tokens, int64_t n_sequences, int64_t length, int64_t channels,
+                int64_t sequence_stride, int64_t token_stride, int32_t element, const uint8_t* valid,
+                double* total, double* deviation, float* sequence_square, int64_t* count,
+                int32_t threads) {
     return guarded([&] {
         const int64_t size = Element(element) == Element::fp32 ? 4 : 2;
         std::vector<const void*> rows;
@@ -208,9 +202,9 @@ ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t leng
     });
 }
 
-ACE_EXPORT int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t channels, int64_t stride,
-                                    int32_t element, const float* weights, int64_t n_layers, float* out,
-                                    int32_t threads) {
+int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t channels, int64_t stride,
+                         int32_t element, const float* weights, int64_t n_layers, float* out,
+                         int32_t threads) {
     const SquaresTask task = {{tokens, n_tokens, channels, stride, Element(element)}, weights, n_layers, out};
     return guarded([&] {
         const int64_t strips = units(channels, CHANNEL_STRIP);
@@ -220,13 +214,11 @@ ACE_EXPORT int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t chan
     });
 }
 
-// 1 if ace_gram_product can run on this processor with the instruction set in use.
-ACE_EXPORT int ace_has_gram_product() { return strcmp(bodies->name, "avx512") == 0 && has_bf16_pairs(); }
+int ace_has_gram_product() { return strcmp(bodies->name, "avx512") == 0 && has_bf16_pairs(); }
 
-// Adds the products of bf16 tokens to a symmetric matrix, fp32 [width, width]. Panels are distributed to threads from
-// both ends, because later ones have more rows.
-ACE_EXPORT int ace_gram_product(const uint16_t* tokens, int64_t n_tokens, int64_t width, int64_t stride, float* gram,
-                                int32_t threads) {
+// Panels are distributed to threads from both ends, because later ones have more rows.
+int ace_gram_product(const uint16_t* tokens, int64_t n_tokens, int64_t width, int64_t stride, float* gram,
+                     int32_t threads) {
     return guarded([&] {
         const int64_t panels = units(width, GRAM_PANEL);
         // Sixteen products take as long as reading a byte.

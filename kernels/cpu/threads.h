@@ -1,7 +1,7 @@
-// Shared code of the C ABI. Its functions do not check their arguments (the Python side does), distribute units of work
-// to threads, and return 0, or 1 if memory ran out.
+// Shared code of the exported functions: how they distribute units of work to threads and report that memory ran out.
 #pragma once
 
+#include "abi.h"
 #include "tasks.h"
 
 #include <algorithm>
@@ -11,8 +11,6 @@
 #include <system_error>
 #include <thread>
 #include <vector>
-
-#define ACE_EXPORT __attribute__((visibility("default")))
 
 namespace ace {
 
@@ -61,7 +59,7 @@ int guarded(const Work& work) {
         work();
         return 0;
     } catch (const std::bad_alloc&) {
-        return 1;
+        return ACE_OUT_OF_MEMORY;
     }
 }
 

@@ -416,6 +416,7 @@ def test_a_library_of_other_sources_is_refused(monkeypatch):
 
 @needs_library
 def test_an_installed_library_has_no_sources_to_be_compared_with(monkeypatch, tmp_path):
+    (tmp_path / "abi.h").write_text("int one;")
     assert cpu_library.digest(tmp_path) == ""
     monkeypatch.setattr(cpu_library, "digest", lambda: "")
     assert not isinstance(cpu_library.load.__wrapped__(), str)

@@ -1,0 +1,143 @@
+/* The C ABI of the CPU library: every function that Python calls, in plain C types. Nothing else states it: the C++
+ * sources include this file, so the compiler checks their definitions, and kernels/cpu_abi.py reads the signatures for
+ * ctypes from it.
+ *
+ * A matrix has contiguous rows; `stride` is the number of elements from row to row. `element` is the type of its
+ * elements: 0 for fp32, 1 for fp16, 2 for bf16. `threads` is the largest number of threads to use. The functions do not
+ * check their arguments, except where a value of AceFailure says so. They return 0 or a value of AceFailure, unless
+ * their comment says otherwise.
+ */
+#ifndef ACE_ABI_H
+#define ACE_ABI_H
+
+#include <stdint.h>
+
+#define ACE_EXPORT __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Out of memory, or the argument that is out of range; then nothing was written. */
+enum AceFailure {
+    ACE_OUT_OF_MEMORY = 1,
+    ACE_BAD_ROW = 2,
+    ACE_BAD_COL = 3,
+    ACE_BAD_SCALE = 4,
+    ACE_BAD_COUPLING = 5,
+    ACE_BAD_GAINS = 6
+};
+
+/* The name of the instruction set in use. */
+ACE_EXPORT const char* ace_isa(void);
+
+/* The digest of the sources of this build, as kernels/cpu_sources.py computes it. */
+ACE_EXPORT const char* ace_sources(void);
+
+/* Selects another instruction set; returns 1 if the name is unknown or the processor does not support it. */
+ACE_EXPORT int ace_use_isa(const char* name);
+
+/* Returns the number of threads, at most `most`, for a call that reads and writes `bytes` in `n_units` units of work. */
+ACE_EXPORT int ace_threads_for(int64_t bytes, int64_t n_units, int32_t most);
+
+/* Requests huge pages for a large output before it is written: its page faults can cost more than its computation. */
+ACE_EXPORT int ace_prefer_huge_pages(void* data, int64_t bytes);
+
+/* The score is |w|^power * (row_i + col_j) * scale_j * coupling_ij; null factors are left out. The factors are checked
+ * unless `checked`. `output`: 0 prunes the weight in place; 1 writes bool [rows, cols] and 2 writes bits
+ * [rows, ceil(cols / 8)] to `delivered`. Groups of m lie along the rows, or along the columns if `along_out`. */
+ACE_EXPORT int ace_select_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                             const float* row, const float* col, const float* scale, const float* coupling,
+                             int32_t power, int32_t checked, int32_t output, void* delivered, int32_t n, int32_t m,
+                             int32_t along_out, int32_t threads);
+
+/* Score and output as in ace_select_nm. Keeps k weights of each row, or of the whole layer. */
+ACE_EXPORT int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                               const float* row, const float* col, const float* scale, const float* coupling,
+                               int32_t power, int32_t checked, int32_t output, void* delivered, int64_t k,
+                               int32_t whole_layer, int32_t threads);
+
+/* Row and column sums or their inverses and, if `scale` is not null, the column scale. `found` becomes 1 if one of
+ * these is NaN or infinite, or if the scale is negative, else 0. */
+ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                               float* row_sums, float* col_sums, int32_t inverse, const double* square,
+                               double inverse_divisor, const float* base, const float* factor, int32_t sign,
+                               float* scale, int32_t* found, int32_t threads);
+
+/* `found` becomes 1 if the scale contains NaN, infinity or a negative number, else 0. */
+ACE_EXPORT int ace_column_scale(int64_t cols, const double* square, double inverse_divisor, const float* base,
+                                const float* factor, int32_t sign, float* scale, int32_t* found);
+
+/* `norm`: 0 for max_layer, 1 for max_sequence, 2 for channel, 3 for frobenius. */
+ACE_EXPORT int ace_variance_factor(const float* square, int64_t n_sequences, int64_t channels, int32_t norm,
+                                   float power, float eps, float* factor, int32_t threads);
+
+/* Logits, wanted logits and gradient have the same element type; `loss` has one entry per row. */
+ACE_EXPORT int ace_divergence(void* logits, int64_t rows, int64_t cols, int64_t stride, int32_t element, void* wanted,
+                              int64_t wanted_stride, void* gradient, int64_t gradient_stride, float* loss,
+                              int32_t threads);
+
+/* `size` values with two moments each; `rounded` (fp32 or bf16) and `factor` may be null. */
+ACE_EXPORT int ace_adamw(float* values, float* first, float* second, int64_t size, const void* gradient,
+                         int32_t gradient_element, void* rounded, int32_t rounded_element, const float* factor,
+                         float rate, float gain_first, float gain_second, float unbias, float eps, int32_t zeros_stay,
+                         int32_t threads);
+
+/* `norms` has one entry per row. */
+ACE_EXPORT int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                               float* norms, int32_t threads);
+
+/* `finite` becomes 0 if an element is NaN or infinite or, for fp32 with `not_below_zero`, negative; else 1. */
+ACE_EXPORT int ace_all_finite(const void* data, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                              int32_t not_below_zero, int32_t threads, int32_t* finite);
+
+/* `valid` is null or has one byte per token; `count` has one number per sequence. */
+ACE_EXPORT int ace_moments(const void* tokens, int64_t n_sequences, int64_t length, int64_t channels,
+                           int64_t sequence_stride, int64_t token_stride, int32_t element, const uint8_t* valid,
+                           double* total, double* deviation, float* sequence_square, int64_t* count, int32_t threads);
+
+/* `weights` is [n_layers, n_tokens], `out` [n_layers, channels]. */
+ACE_EXPORT int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t channels, int64_t stride, int32_t element,
+                                    const float* weights, int64_t n_layers, float* out, int32_t threads);
+
+/* `candidates` is [n_pools, rows, n_candidates], `thresholds` [n_pools, rows, groups] and `gains`
+ * [n_pools, groups, n_candidates]. */
+ACE_EXPORT int ace_join_gains(const float* candidates, const float* thresholds, int64_t n_pools, int64_t rows,
+                              int64_t groups, int64_t n_candidates, float* gains, int32_t threads);
+
+/* `gains` is [n_pools, size, size]: of each group (row) with each candidate; `joins` is [n_pools, size]. */
+ACE_EXPORT int ace_assign(const float* gains, int64_t n_pools, int64_t size, int32_t* joins, int32_t threads);
+
+/* Returns 1 if ace_gram_product can run on this processor with the instruction set in use, else 0. */
+ACE_EXPORT int ace_has_gram_product(void);
+
+/* Adds the products of bf16 tokens to a symmetric matrix, fp32 [width, width]. */
+ACE_EXPORT int ace_gram_product(const uint16_t* tokens, int64_t n_tokens, int64_t width, int64_t stride, float* gram,
+                                int32_t threads);
+
+/* Score as in ace_select_nm, used if `by_score`. `whole` becomes 0 if, without scores, a group has more than n
+ * non-zeros, else 1. */
+ACE_EXPORT int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element, const float* row,
+                           const float* col, const float* scale, const float* coupling, int32_t power,
+                           int32_t checked, void* values, uint32_t* meta, int32_t by_score, int32_t n, int32_t m,
+                           int32_t threads, int32_t* whole);
+
+/* `bytes`: size of an element, 1, 2 or 4. */
+ACE_EXPORT int ace_unpack_nm(const void* values, const uint32_t* meta, int64_t rows, int64_t cols, int32_t n,
+                             int32_t m, int32_t bytes, void* weight, int32_t threads);
+
+/* `bias` may be null; `out` is fp32 [n_tokens, rows]. */
+ACE_EXPORT int ace_nm_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
+                             const void* values, const uint32_t* meta, int64_t rows, int32_t n, int32_t m,
+                             int32_t weight_element, const float* bias, float* out, int32_t threads);
+
+/* The same loop over a dense weight, as a baseline. */
+ACE_EXPORT int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
+                                void* weight, int64_t rows, int64_t weight_stride, int32_t weight_element,
+                                const float* bias, float* out, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
