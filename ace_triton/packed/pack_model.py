@@ -17,10 +17,10 @@ from ..kernels.pack_nm import PackedNM
 from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
 from ..sparsity import Sparsity
-from .dispatch import RowLimits
 from .expert_stack import ExpertStack, stores_transposed
 from .nm_linear import NMLinear
 from .pattern import find_pattern
+from .products import RowLimits
 from .saving import SavePretrained
 
 PROBE_TOKENS = 3

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..kernels.pack_nm import PackedNM, pack_cutlass
 from ..kernels.unpack_nm import unpack_nm
+from .products import Product, RowLimits
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -33,6 +34,23 @@ class _Converted:
 
 _cache = WeakTensorKeyDictionary()
 _algorithms: dict[tuple[object, ...], int] = {}
+
+
+class SemiStructured(Product):
+    """:func:`semi_structured_linear`."""
+
+    name, label, converts = "semi_structured", "torch 2:4", True
+
+    def takes(self, rows: int, limits: RowLimits) -> bool:
+        return limits.semi_structured is not None and rows >= limits.semi_structured
+
+    def refusal(self, packed: PackedNM, rows: int) -> str | None:
+        return refusal(packed)
+
+    def multiply(
+        self, tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits
+    ) -> torch.Tensor:
+        return semi_structured_linear(tokens, packed, bias, second_copy=limits.second_copy)
 
 
 def backend_of(device: torch.device) -> str | None:

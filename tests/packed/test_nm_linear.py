@@ -11,7 +11,7 @@ from ace_triton import NMLinear, PackedWeightError, RowLimits, prune_linear
 from ace_triton.kernels import cpu_library
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, SlowBackendWarning, warn_of_slow_backend
 from ace_triton.kernels.pack_nm import PatternError
-from ace_triton.packed import dispatch
+from ace_triton.packed import dispatch, unpacked
 from ace_triton.packed.dispatch import choose_product, default_limits, multiply
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,7 +53,7 @@ def test_the_dense_product_a_block_of_outputs_at_a_time(monkeypatch, bias):
     packed = packed_linear(layer, limits=RowLimits(0))
     tokens = torch.randn(7, 96)
     for block_rows in (1, 5, 22, 23, 100):
-        monkeypatch.setattr(dispatch, "BLOCK_BYTES", block_rows * 96 * 4)
+        monkeypatch.setattr(unpacked, "BLOCK_BYTES", block_rows * 96 * 4)
         with torch.no_grad():
             torch.testing.assert_close(packed(tokens), layer(tokens))
 
