@@ -11,7 +11,7 @@ from ..kernels import cpu_library
 from ..kernels.packed_nm import PackedNM
 from .kernel import Kernel
 from .products import Product, RowLimits, register_product, registry
-from .semi_structured import SemiStructured, backend_of
+from .semi_structured import SemiStructured, backend_of, warn_of_no_second_copy
 from .unpacked import Unpacked
 
 DENSE = Unpacked()
@@ -121,6 +121,8 @@ def multiply(
 ) -> torch.Tensor:
     """Compute outputs [n_tokens, out_features] = tokens W^T + bias, for tokens [n_tokens, in_features] of W's dtype."""
     product, limits = _choose(len(tokens), packed, limits)
+    if limits.second_copy and product is DENSE:
+        warn_of_no_second_copy(packed)
     return product.multiply(tokens, packed, bias, limits)
 
 

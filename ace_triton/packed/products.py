@@ -24,12 +24,14 @@ class RowLimits:
         packed: our kernel is used for up to this many rows.
         semi_structured: torch's 2:4 product is used from this many rows on, if it supports the weight; None for never.
         second_copy: if torch uses cuSPARSELt, keep cuSPARSELt's copy of the weight after the first call (9/16 of the
-            dense bytes in bf16) instead of making it in each call.
+            dense bytes in bf16) instead of making it in each call. Needs ``semi_structured``. If torch has no 2:4
+            product for the weight, a call that unpacks it warns.
         others: (name, first, last) for products of your own (:func:`register_product`): each is used for ``first`` to
             ``last`` rows if it supports the call; ``last`` None for no limit. They precede the other products.
 
     Raises:
-        ArgumentError: if a number of rows is invalid, or ``others`` names a product that is not registered.
+        ArgumentError: if a number of rows is invalid, ``second_copy`` is given without ``semi_structured``, or
+            ``others`` names a product that is not registered.
     """
 
     packed: int
@@ -42,6 +44,11 @@ class RowLimits:
             rows = getattr(self, name)
             if rows is not None and not _is_count(rows):
                 raise ArgumentError(f"{name} must be a number of rows, 0 or more; got {rows!r}")
+        if self.second_copy and self.semi_structured is None:
+            raise ArgumentError(
+                "second_copy=True needs semi_structured, the number of rows from which torch's 2:4 product is used: "
+                f"write RowLimits({self.packed}, {self.packed + 1}, second_copy=True), or leave second_copy out"
+            )
         for entry in self.others:
             _check_range(entry)
 

@@ -10,6 +10,7 @@ unpacked weight in each call, or kept as a second copy (9/16 of the dense bytes 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,6 +77,13 @@ def refusal(packed: PackedNM) -> str | None:
     if packed.shape[0] % rows or packed.shape[1] % cols:
         return f"{backend} needs multiples of {rows} outputs and {cols} inputs, the weight is {packed.shape}"
     return None
+
+
+def warn_of_no_second_copy(packed: PackedNM) -> None:
+    """Warn if the caller's limits ask for a second copy of a weight that torch cannot multiply by."""
+    why_not = refusal(packed)
+    if why_not is not None:
+        warnings.warn(f"second_copy=True has no effect, the weight is unpacked in each call: {why_not}", stacklevel=3)
 
 
 def semi_structured_linear(

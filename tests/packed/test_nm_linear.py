@@ -1,5 +1,6 @@
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -287,6 +288,20 @@ def test_limits_are_checked():
     for wrong in ({"packed": -1}, {"packed": True}, {"packed": 4, "semi_structured": 2.5}):
         with pytest.raises(ValueError, match="number of rows"):
             RowLimits(**wrong)
+
+
+def test_a_second_copy_needs_rows_for_it_and_a_library(monkeypatch):
+    with pytest.raises(ValueError, match=r"needs semi_structured.*write RowLimits\(64, 65, second_copy=True\)"):
+        RowLimits(64, second_copy=True)
+    packed, tokens = packed_linear(pruned_linear(8, 16), limits=RowLimits(1, 2, second_copy=True)), torch.randn(3, 16)
+    with pytest.warns(UserWarning, match="second_copy=True has no effect.*torch has no 2:4 product for cpu"):
+        packed(tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed(tokens[:1])
+        monkeypatch.setattr("ace_triton.packed.semi_structured.refusal", lambda packed: None)
+        packed.limits = RowLimits(1, 4, second_copy=True)
+        packed(tokens)
 
 
 def test_under_lora_the_adapter_learns_and_the_base_stays_sparse():
