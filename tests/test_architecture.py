@@ -40,6 +40,7 @@ ORDER = [
     "generation",
     "provenance",
     "packed",
+    "formats",
     "recovery",
     "study",
     "commands",

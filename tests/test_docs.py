@@ -17,6 +17,7 @@ import typer.main
 import ace_triton
 from ace_triton import metric_names
 from ace_triton.commands.cli import app
+from ace_triton.formats import registry as formats
 from ace_triton.methods import registry as metrics
 from ace_triton.packed.products import registry
 from benchmarks.reports.readme import PAGES, filled, tables_of
@@ -67,6 +68,7 @@ def workspace(tmp_path, monkeypatch, tiny_model, tokenizer) -> Iterator[Path]:
     (tmp_path / "held-out.txt").write_text("Pack my box with five dozen liquor jugs. " * 60)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
+    monkeypatch.setattr(formats, "_REGISTRY", dict(formats._REGISTRY))
     monkeypatch.setattr(registry, "products", registry.products)
     monkeypatch.setattr(registry, "others", registry.others)
     environment = dict(os.environ)

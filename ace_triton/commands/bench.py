@@ -10,8 +10,8 @@ import typer
 from rich.progress import Progress
 
 from ..errors import ArgumentError
+from ..formats.registry import load_model
 from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, kinds_of, totals
-from ..packed.checkpoint import load_model
 from ..packed.nm_linear import NMLinear
 from ..packed.pack_model import sparsify
 from ..packed.products import registry
@@ -67,7 +67,7 @@ def bench(
             raise ArgumentError(f"--sparsity {sparsity!r}: a packed layer needs a pattern n:m, as 2:4")
         kinds = [_one_kind(shape or SHAPE, pattern.n, pattern.m, default if dtype == "auto" else dtype)]
     else:
-        check_source(model, packed=True)
+        check_source(model, any_format=True)
     print_backend(where)
     with progress_bars() as progress:
         if model is not None:

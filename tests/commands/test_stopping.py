@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
+from ace_triton.formats.registry import load_model
 from ace_triton.inputs import checkpoint
-from ace_triton.packed.checkpoint import load_model
 
 
 @pytest.fixture(autouse=True)
