@@ -23,9 +23,9 @@ from .kernels.score_terms import ScoreTerms
 from .methods.registry import Needs, metric_names, register_metric
 from .model_report import ModelReport
 from .packed.checkpoint import load, save_packed
-from .packed.dispatch import RowLimits
 from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
+from .packed.products import RowLimits
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
 from .recipe import Recipe

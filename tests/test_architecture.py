@@ -40,6 +40,7 @@ ORDER = [
     "generation",
     "provenance",
     "packed",
+    "formats",
     "streaming",
     "recovery",
     "study",

@@ -17,7 +17,9 @@ import typer.main
 import ace_triton
 from ace_triton import metric_names
 from ace_triton.commands.cli import app
+from ace_triton.formats import registry as formats
 from ace_triton.methods import registry as metrics
+from ace_triton.packed.products import registry
 from ace_triton.statistics import statistic
 from benchmarks.reports.readme import PAGES, filled, tables_of
 
@@ -68,6 +70,9 @@ def workspace(tmp_path, monkeypatch, tiny_model, tokenizer) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
     monkeypatch.setattr(statistic, "_REGISTRY", dict(statistic._REGISTRY))
+    monkeypatch.setattr(formats, "_REGISTRY", dict(formats._REGISTRY))
+    monkeypatch.setattr(registry, "products", registry.products)
+    monkeypatch.setattr(registry, "others", registry.others)
     environment = dict(os.environ)
     yield tmp_path
     os.environ.clear()

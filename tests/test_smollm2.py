@@ -10,6 +10,7 @@ import torch
 
 from ace_triton import ActivationStats, NMLinear, load, prune_model
 from ace_triton.evaluate import perplexity
+from ace_triton.formats.registry import inspect_checkpoint
 from ace_triton.generation import generate
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.calibration import crop, token_stream
@@ -18,7 +19,6 @@ from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.methods.registry import metric
 from ace_triton.packed.checkpoint import save_packed
-from ace_triton.packed.inspect import inspect_checkpoint
 from ace_triton.packed.manifest import TENSORS_FILE
 from ace_triton.packed.pack_model import pack_model
 

@@ -10,10 +10,11 @@ import typer
 from rich.progress import Progress
 
 from ..errors import ArgumentError
+from ..formats.registry import load_model
 from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, kinds_of, totals
-from ..packed.checkpoint import load_model
 from ..packed.nm_linear import NMLinear
 from ..packed.pack_model import sparsify
+from ..packed.products import registry
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
 from ..sparsity import Sparsity
@@ -66,7 +67,7 @@ def bench(
             raise ArgumentError(f"--sparsity {sparsity!r}: a packed layer needs a pattern n:m, as 2:4")
         kinds = [_one_kind(shape or SHAPE, pattern.n, pattern.m, default if dtype == "auto" else dtype)]
     else:
-        check_source(model, packed=True)
+        check_source(model, any_format=True)
     print_backend(where)
     with progress_bars() as progress:
         if model is not None:
@@ -115,19 +116,19 @@ def _counts(text: str) -> list[int]:
 def _show(layer: LayerTimes) -> None:
     kind = layer.kind
     layers = f"{kind.count} layers " if kind.count > 1 else ""
-    headings = ("rows", "dense", "ours", "unpacked", "torch 2:4", "NMLinear takes", "times as fast")
+    labels = {product.name: product.label for product in registry.products}
+    headings = ("rows", "dense", *labels.values(), "NMLinear takes", "times as fast")
     title = f"{layers}{kind} on {layer.device}; milliseconds, medians"
     table = report.headed_table(*headings, title=title, left=("NMLinear takes",))
-    names = {"packed": "ours", "unpacked": "unpacked", "dense": "unpacked", "semi_structured": "torch 2:4"}
     for entry in layer.times:
-        torchs = "-" if entry.semi_structured is None else f"{entry.semi_structured:.3f}"
-        cells = (f"{entry.dense:.3f}", f"{entry.packed:.3f}", f"{entry.unpacked:.3f}", torchs, names[entry.product])
-        table.add_row(str(entry.rows), *cells, f"{entry.dense / entry.taken:.2f}x")
+        times = entry.products
+        cells = [f"{entry.dense:.3f}", *(f"{times[name]:.3f}" if name in times else "-" for name in labels)]
+        table.add_row(str(entry.rows), *cells, labels[entry.product], f"{entry.dense / entry.taken:.2f}x")
     console.print(table)
     share = layer.packed_bytes / layer.dense_bytes
     print_line(f"weight {layer.packed_bytes / 2**20:.2f} MiB, {share:.1%} of dense")
-    if layer.why_no_semi_structured:
-        print_line(f"torch 2:4 was not timed: {layer.why_no_semi_structured}")
+    for name, refusal in layer.refusals.items():
+        print_line(f"{labels[name]} was not timed: {refusal}")
     slower = [f"{entry.rows} ({entry.taken / entry.dense:.2f}x the time)" for entry in layer.times if entry.loses]
     losses = f"slower than dense at rows {', '.join(slower)}" if slower else "never slower than dense"
     print_line(f"sparse is {losses}")

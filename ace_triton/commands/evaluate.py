@@ -8,9 +8,9 @@ import typer
 
 from ..decoders.batches import check_positions, longest_sequence
 from ..evaluate import perplexity
+from ..formats.registry import load_model
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.text import read_documents, wikitext_rows
-from ..packed.checkpoint import load_model
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
 from . import report
@@ -51,7 +51,7 @@ def evaluate(
     """Measure a model's perplexity on a text, over windows that do not overlap."""
     check_json(json)
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
-    check_source(model_dir, packed=True)
+    check_source(model_dir, any_format=True)
     check_length(model_dir, length, "--length")
     documents = read_documents(text)
     if wikitext:

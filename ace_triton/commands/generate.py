@@ -8,8 +8,8 @@ from typing import Annotated
 import torch
 import typer
 
+from ..formats.registry import load_model
 from ..generation import generate as continue_prompt
-from ..packed.checkpoint import load_model
 from ..progress import stage
 from ..provenance import name_of, with_provenance
 from . import report
@@ -48,7 +48,7 @@ def generate(
     """Continue a prompt with a model. Prints the text to stdout and its speed to stderr."""
     check_json(json)
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
-    check_source(model_dir, packed=True)
+    check_source(model_dir, any_format=True)
     check_length(model_dir, max_new_tokens, "--max-new-tokens")
     print_backend(where)
     with progress_bars() as progress, stage(progress, "load the model"):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..packed.inspect import inspect_checkpoint
+from ..formats.registry import inspect_checkpoint
 from ..provenance import name_of, with_provenance
 from . import report
 from .console import console, print_line

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import ArgumentError
+from ..formats.registry import format_of, save_model
 from ..inputs import checkpoint
-from ..packed.checkpoint import save_packed
-from ..packed.manifest import is_packed
 from ..packed.pack_model import sparsify
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
@@ -48,7 +47,7 @@ def pack(
 ) -> None:
     """Pack the n:m layers of a pruned checkpoint into a smaller one. Load it with ace_triton.load to run it sparse."""
     check_json(json)
-    if is_packed(src):
+    if format_of(src).name == "packed":
         raise ArgumentError(f"{src} is packed already: use it as it is, or name the dense folder it was packed from")
     if sparsity is not None and Sparsity(sparsity).n is None:
         raise ArgumentError(f"--sparsity {sparsity!r}: packed layers need a pattern n:m, as 2:4")
@@ -67,7 +66,7 @@ def pack(
         if facts is not None and (source := source_of(facts, src)) is not None:
             facts = {**facts, **source_facts(source, out)}
         with stage(progress, "save the model"):
-            save_packed(model, tokenizer, out, report=facts, overwrite=overwrite)
+            save_model(model, tokenizer, out, "packed", report=facts, overwrite=overwrite)
     if json:
         report.write_json(json, with_provenance(result.to_dict(), model=name_of(src)))
     console.print(report.packing_table(result))

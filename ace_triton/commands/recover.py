@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ArgumentError
+from ..formats.registry import format_of, save_model
 from ..inputs import checkpoint
 from ..inputs.beginnings import Beginning
 from ..inputs.calibration import SELF, load_calibration, read_calibration
 from ..inputs.written_text import TEXT_LENGTH, text_to_write
-from ..packed.manifest import is_packed
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
 from ..recovery.state import remove_state
@@ -94,8 +94,8 @@ def recover(
         steps, minutes, tokens_per_step=tokens_per_step, learning_rate=learning_rate, norms=norms, seed=seed
     )
     check_json(json)
-    if is_packed(model_dir):
-        raise ArgumentError(f"{model_dir} is packed: recover the dense checkpoint with zeros, then pack the result")
+    if (name := format_of(model_dir).name) != "dense":
+        raise ArgumentError(f"{model_dir} is {name}: recover the dense checkpoint with zeros, then pack the result")
     checkpoint.check_out(out, overwrite=overwrite)
     where = parse_device(device)
     check_source(model_dir, hub=False)
@@ -138,7 +138,7 @@ def recover(
             )
             pruning.pop("source_path", None)  # A teacher from the hub has no path.
             facts = {**pruning, **source_facts(source, out), "recovery": recovery}
-            checkpoint.save(model, tokenizer, out, facts, overwrite=overwrite)
+            save_model(model, tokenizer, out, report=facts, overwrite=overwrite)
             remove_state(folder / "state.pt")
     if json:
         report.write_json(json, {**recovery, "model": name_of(model_dir), **source_facts(source, out)})

@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..decoders.batches import check_positions, positions_of
+from ..errors import CheckpointError
+from ..formats.registry import format_of
 from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file
-from ..packed.manifest import is_packed
 
 
-def check_source(source: str | Path, *, packed: bool = False, hub: bool = True) -> None:
+def check_source(source: str | Path, *, any_format: bool = False, hub: bool = True) -> None:
     """Raise CheckpointError if ``source`` names no model.
 
     Args:
         source: a source of :func:`ace_triton.inputs.checkpoint.load`.
-        packed: accept a packed folder too.
+        any_format: accept a folder in another format too.
         hub: accept a hub name.
     """
-    path = Path(source)
-    if not (packed and is_packed(path)):
-        ModelSource.find(str(source) if hub else path)
+    name = format_of(source).name
+    if name != "dense" and any_format:
+        return
+    ModelSource.find(str(source) if hub else Path(source))
+    if name != "dense":
+        raise CheckpointError(
+            f"{source}: is in the format {name!r}, and this command reads dense checkpoints: name the one that it was "
+            "made from"
+        )
 
 
 def check_length(source: str | Path, length: int, option: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import process_memory
-from ..errors import CheckpointError
+from ..errors import AceError, CheckpointError
 from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names
 from .output_folder import REPORT_FILE, check_out, listing, read_json_object, replacing, reserved, write_report
 
@@ -241,18 +241,40 @@ def save(model: Any, tokenizer: Any, out: str | Path, report: dict[str, Any], *,
     Raises:
         CheckpointError: if ``out`` exists and may not be replaced, or cannot be written.
     """
+    refusal = why_not_saved(model)
+    if refusal is not None:
+        raise CheckpointError(refusal)
+    with replacing(out, overwrite=overwrite) as folder, refusals(out):
+        write(model, tokenizer, folder, report)
+
+
+@contextmanager
+def refusals(out: str | Path) -> Iterator[None]:
+    """A context in which transformers' refusal to save becomes a CheckpointError that names ``out``."""
+    try:
+        yield
+    except AceError:
+        raise
+    except (ValueError, TypeError) as error:  # A generation config that contradicts itself, for example.
+        why = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{out}: transformers refuses to save the model, and nothing there was changed: {why}"
+        ) from error
+
+
+def why_not_saved(model: Any) -> str | None:
+    """Why :func:`save` cannot write a model; None if it can."""
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
-        raise CheckpointError("the model has a PEFT adapter, and only the adapter would be saved: merge it first")
-    with replacing(out, overwrite=overwrite) as folder:
-        try:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        except (ValueError, TypeError) as error:  # A generation config that contradicts itself, for example.
-            why = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{out}: transformers refuses to save the model, and nothing there was changed: {why}"
-            ) from error
-        write_report(folder, report)
+        return "the model has a PEFT adapter, and only the adapter would be saved: merge it first"
+    return None
+
+
+def write(model: Any, tokenizer: Any, folder: Path, report: dict[str, Any]) -> None:
+    """Write the files of :func:`save` into an empty folder. ``tokenizer`` may be None."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_report(folder, report)
 
 
 def read_report(folder: str | Path) -> dict[str, Any] | None:

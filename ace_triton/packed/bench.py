@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from ..kernels.nm_linear import nm_linear
 from ..kernels.pack_nm import PackedNM, pack_nm
 from ..kernels.score_terms import ScoreTerms
 from ..kernels.select_nm import select_nm
 from ..kernels.unpack_nm import unpack_nm
-from .dispatch import Product, RowLimits, choose_product, unpacked_linear
+from .dispatch import choose_product
 from .nm_linear import NMLinear
-from .semi_structured import refusal, semi_structured_linear
+from .products import Product, RowLimits, registry
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 """Numbers of rows (tokens of a call) that are timed by default."""
@@ -37,7 +37,8 @@ FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
 LOSES = 1.02
 """A packed layer is called slower if it takes more than this many times the time of the dense layer."""
 
-Side = Literal["dense", "packed", "unpacked", "semi_structured"]
+DENSE_LAYER = "dense layer"
+"""Stands for ``F.linear`` with the dense weight beside the names of products."""
 
 Call = Callable[[torch.Tensor, int], object]
 
@@ -70,32 +71,32 @@ class RowTimes:
     Attributes:
         rows: tokens of the call.
         dense: ``F.linear`` with the dense weight in memory.
-        packed: our kernel.
-        unpacked: the weight is unpacked during the call, then ``F.linear``.
-        semi_structured: torch's 2:4 product, without the conversion of the weight; None if torch does not support the
-            layer.
+        products: time of each product by name, without the conversion of the weight. Products that cannot compute the
+            call are left out.
         product: the product that NMLinear chooses.
     """
 
     rows: int
     dense: float
-    packed: float
-    unpacked: float
-    semi_structured: float | None
-    product: Product
+    products: Mapping[str, float]
+    product: str
 
     @property
     def taken(self) -> float:
         """Time of the product that NMLinear chooses."""
-        if self.product == "semi_structured":
-            assert self.semi_structured is not None
-            return self.semi_structured
-        return self.packed if self.product == "packed" else self.unpacked
+        return self.products[self.product]
 
     @property
     def loses(self) -> bool:
         """True if NMLinear is slower than the dense layer."""
         return self.taken > LOSES * self.dense
+
+    def to_dict(self) -> dict[str, Any]:
+        """The times as JSON types. The time of the product "dense" is called "unpacked"."""
+        times = dict(self.products)
+        known = {"packed": times.pop("packed", None), "unpacked": times.pop("dense")}
+        known["semi_structured"] = times.pop("semi_structured", None)
+        return {"rows": self.rows, "dense": self.dense, **known, "product": self.product, "others": times}
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class LayerTimes:
         kind: the kind of layer.
         device: name of the device.
         dense_bytes, packed_bytes: size of one layer's weight, dense and packed.
-        why_no_semi_structured: why torch's 2:4 product was not timed; None if it was.
+        refusals: why a product could compute none of the calls, by name of the product.
         times: one entry per number of rows, in the given order.
     """
 
@@ -114,12 +115,17 @@ class LayerTimes:
     device: str
     dense_bytes: int
     packed_bytes: int
-    why_no_semi_structured: str | None
+    refusals: Mapping[str, str]
     times: tuple[RowTimes, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The times as JSON types."""
-        return {**asdict(self), "kind": {**asdict(self.kind), "dtype": str(self.kind.dtype).removeprefix("torch.")}}
+        return {
+            **asdict(self),
+            "kind": {**asdict(self.kind), "dtype": str(self.kind.dtype).removeprefix("torch.")},
+            "why_no_semi_structured": self.refusals.get("semi_structured"),
+            "times": [entry.to_dict() for entry in self.times],
+        }
 
 
 def kinds_of(model: nn.Module) -> list[LayerKind]:
@@ -158,19 +164,28 @@ def bench_layer(
         raise ArgumentError(f"rows must be one or more numbers of at least 1, got {list(rows)}")
     device = torch.device(device)
     weights = _weights(kind, device)
-    why_not = refusal(weights[0])
-    calls = _calls(weights)
+    timed: dict[str, Product] = {}
+    refusals: dict[str, str] = {}
+    for product in registry.products:
+        why_not = [product.refusal(weights[0], count) for count in rows]
+        if None in why_not:
+            timed[product.name] = product
+        else:
+            refusals[product.name] = str(why_not[0])
+    calls = _calls(weights, tuple(timed.values()), rows)
     times: list[RowTimes] = []
     for done, count in enumerate(rows, 1):
         generator = torch.Generator().manual_seed(count)
         tokens = torch.randn(count, kind.shape[1], generator=generator, dtype=torch.float32, device="cpu")
-        medians = _medians(calls, len(weights), tokens.to(device, kind.dtype), seconds)
-        product = choose_product(count, weights[0], limits)
-        times.append(RowTimes(count, **medians, product=product))  # type: ignore[arg-type]
+        able = [name for name, product in timed.items() if product.refusal(weights[0], count) is None]
+        run = {name: calls[name] for name in (DENSE_LAYER, *able)}
+        medians = _medians(run, len(weights), tokens.to(device, kind.dtype), seconds)
+        dense = medians.pop(DENSE_LAYER)
+        times.append(RowTimes(count, dense, medians, choose_product(count, weights[0], limits)))
         if progress is not None:
             progress(done, len(rows))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return LayerTimes(kind, name, weights[0].dense_bytes, weights[0].packed_bytes, why_not, tuple(times))
+    return LayerTimes(kind, name, weights[0].dense_bytes, weights[0].packed_bytes, refusals, tuple(times))
 
 
 @dataclass(frozen=True)
@@ -201,13 +216,27 @@ def totals(layers: Sequence[LayerTimes]) -> list[TotalTimes]:
 def best_limits(times: Sequence[RowTimes]) -> RowLimits:
     """The limits that choose the fastest product for each timed number of rows, as far as limits can express it."""
     ordered = sorted(times, key=lambda entry: entry.rows)
+    fastest = [_fastest(entry.products) for entry in ordered]
+    others = []
+    for name, run in itertools.groupby(range(len(ordered)), key=lambda index: fastest[index]):
+        places = list(run)
+        if name in registry.others:
+            last = None if places[-1] == len(ordered) - 1 else ordered[places[-1]].rows
+            others.append((name, ordered[places[0]].rows, last))
+    rest = [(entry.rows, name) for entry, name in zip(ordered, fastest, strict=True) if name not in registry.others]
     packed = 0
-    for entry in ordered:
-        if entry.packed > min(entry.unpacked, entry.semi_structured or entry.unpacked):
+    for rows, name in rest:
+        if name != "packed":
             break
-        packed = entry.rows
-    wins = [e.rows for e in ordered if e.semi_structured is not None and e.semi_structured < min(e.packed, e.unpacked)]
-    return RowLimits(packed, min(wins) if wins else None)
+        packed = rows
+    wins = [rows for rows, name in rest if name == "semi_structured"]
+    return RowLimits(packed, min(wins) if wins else None, others=tuple(others))
+
+
+def _fastest(times: Mapping[str, float]) -> str:
+    """Name of the fastest product. Of equally fast ones, "packed" precedes "dense", and both precede the others."""
+    order = ("packed", "dense")
+    return min(times, key=lambda name: (times[name], order.index(name) if name in order else len(order)))
 
 
 def _weights(kind: LayerKind, device: torch.device) -> list[PackedNM]:
@@ -219,36 +248,41 @@ def _weights(kind: LayerKind, device: torch.device) -> list[PackedNM]:
     return [dataclasses.replace(first, values=first.values.clone(), meta=first.meta.clone()) for _ in range(copies)]
 
 
-def _calls(weights: Sequence[PackedNM]) -> dict[Side, Call]:
-    """The products to time. Each takes tokens and the index of a copy of the weight."""
+def _calls(weights: Sequence[PackedNM], products: Sequence[Product], rows: Sequence[int]) -> dict[str, Call]:
+    """What to time, by name of the product. Each takes tokens and the index of a copy of the weight.
+
+    In one round the products read different copies, so that none finds its weight in a cache.
+    """
     dense = [unpack_nm(weight) for weight in weights]
-    calls: dict[Side, Call] = {
-        "dense": lambda tokens, copy: nn.functional.linear(tokens, dense[copy]),
-        "packed": lambda tokens, copy: nm_linear(tokens, weights[copy]),
-        "unpacked": lambda tokens, copy: unpacked_linear(tokens, weights[copy - len(weights) // 2], None),
-    }
-    if refusal(weights[0]) is None:
-        calls["semi_structured"] = lambda tokens, copy: semi_structured_linear(
-            tokens, weights[copy], None, second_copy=True
-        )
-        for weight in weights:
-            semi_structured_linear(weight.values.new_zeros(1, weight.shape[1]), weight, None, second_copy=True)
+    calls: dict[str, Call] = {DENSE_LAYER: lambda tokens, copy: nn.functional.linear(tokens, dense[copy])}
+    limits = RowLimits(packed=0, semi_structured=0, second_copy=True)
+    for place, product in enumerate(products):
+        shift = place * len(weights) // len(products)
+        calls[product.name] = _call(product, [*weights[shift:], *weights[:shift]], limits)
+        if product.converts:
+            least = min(count for count in rows if product.refusal(weights[0], count) is None)
+            for weight in weights:
+                product.multiply(weight.values.new_zeros(least, weight.shape[1]), weight, None, limits)
     return calls
 
 
+def _call(product: Product, weights: Sequence[PackedNM], limits: RowLimits) -> Call:
+    return lambda tokens, copy: product.multiply(tokens, weights[copy], None, limits)
+
+
 @torch.inference_mode()
-def _medians(calls: Mapping[Side, Call], copies: int, tokens: torch.Tensor, seconds: float) -> dict[Side, float | None]:
-    """Median milliseconds of each product; None for a product that is not timed."""
-    spent: dict[Side, list[float]] = {side: [] for side in calls}
+def _medians(calls: Mapping[str, Call], copies: int, tokens: torch.Tensor, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each call."""
+    spent: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call(tokens, -1)
     started = time.perf_counter()
     for turn in range(MOST_ROUNDS):
         if turn >= FEWEST_ROUNDS and time.perf_counter() - started > seconds:
             break
-        for side, call in calls.items():
-            spent[side].append(_milliseconds(call, tokens, turn % copies))
-    return {side: statistics.median(spent[side]) if side in spent else None for side in get_args(Side)}
+        for name, call in calls.items():
+            spent[name].append(_milliseconds(call, tokens, turn % copies))
+    return {name: statistics.median(found) for name, found in spent.items()}
 
 
 def _milliseconds(call: Call, tokens: torch.Tensor, copy: int) -> float:

@@ -17,15 +17,15 @@ from torch import nn
 from ..decoders.blocks import stacks_of
 from ..errors import CheckpointError, PackedError
 from ..inputs import checkpoint
-from ..inputs.model_source import check_device, open_safetensors, reason
+from ..inputs.model_source import check_device, open_safetensors
 from ..kernels.pack_nm import PatternError
 from ..linears import linear_weight
 from .expert_stack import ExpertStack, stores_transposed
-from .manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry, is_packed
+from .manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry
 from .nm_linear import NMLinear
 from .saving import SavePretrained, save_packed
 
-__all__ = ["load", "load_model", "save_packed"]
+__all__ = ["load", "save_packed"]
 
 REOPEN_BYTES = 16 * 2**20
 """A file is closed and opened again after this many bytes were read."""
@@ -77,29 +77,6 @@ def load(
             _check_layer(name, layer)
     SavePretrained.attach(model)
     return model.to(device).eval()
-
-
-def load_model(
-    source: str | Path,
-    *,
-    dtype: torch.dtype | str = "auto",
-    device: str | torch.device = "cpu",
-    trust_remote_code: bool = False,
-) -> tuple[Any, Any]:
-    """Load a model and its tokenizer from a packed checkpoint, or from a source that inputs.checkpoint.load accepts."""
-    if not is_packed(source):
-        return checkpoint.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    from transformers import AutoTokenizer
-
-    wanted = None if isinstance(dtype, str) else dtype
-    model = load(source, device=device, dtype=wanted, trust_remote_code=trust_remote_code)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(source), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:
-        raise CheckpointError(f"{source}: its tokenizer cannot be loaded ({reason(error)})") from error
-    return model, tokenizer
 
 
 def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import ArgumentError
 from ..kernels import cpu_library
-from ..kernels.nm_linear import DTYPES, nm_linear
 from ..kernels.packed_nm import PackedNM
-from ..kernels.unpack_nm import unpack_nm
-from .semi_structured import backend_of, refusal, semi_structured_linear
+from .kernel import Kernel
+from .products import Product, RowLimits, register_product, registry
+from .semi_structured import SemiStructured, backend_of, warn_of_no_second_copy
+from .unpacked import Unpacked
 
-Product = Literal["packed", "semi_structured", "dense"]
-
-
-@dataclass(frozen=True)
-class RowLimits:
-    """Numbers of rows (tokens of a call) that choose the product of a packed layer.
-
-    Calls with more than ``packed`` and fewer than ``semi_structured`` rows unpack the weight and multiply dense.
-
-    Attributes:
-        packed: our kernel is used for up to this many rows.
-        semi_structured: torch's 2:4 product is used from this many rows on, if it supports the weight; None for never.
-        second_copy: if torch uses cuSPARSELt, keep cuSPARSELt's copy of the weight after the first call (9/16 of the
-            dense bytes in bf16) instead of making it in each call.
-
-    Raises:
-        ArgumentError: if a number of rows is invalid.
-    """
-
-    packed: int
-    semi_structured: int | None = None
-    second_copy: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("packed", "semi_structured"):
-            rows = getattr(self, name)
-            if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 0):
-                raise ArgumentError(f"{name} must be a number of rows, 0 or more; got {rows!r}")
-
+DENSE = Unpacked()
+for _product in (DENSE, SemiStructured(), Kernel()):  # The last one is asked first.
+    register_product(_product)
 
 ALWAYS = 1 << 30
 """A limit above the number of rows of any call."""
@@ -91,9 +64,6 @@ NATIVE = {
 }
 """Names in ``torch.cpu.get_capabilities()`` that mean multiply instructions for a dtype."""
 
-BLOCK_BYTES = 4 * 2**20
-"""Bytes of the dense weight that a CPU unpacks at a time. Blocks of 1 MiB make the dense product slower."""
-
 CUTLASS_LIMITS = RowLimits(packed=32, semi_structured=33)
 CUSPARSELT_LIMITS = RowLimits(packed=64)
 """Our kernel reads the weight once for 32 rows and twice for 64, which moves fewer bytes than unpacking. cuSPARSELt is
@@ -110,16 +80,24 @@ def default_limits(device: torch.device, dtype: torch.dtype, pattern: tuple[int,
 
     On a CPU they depend on the instruction set of the compiled library. Without the library every call unpacks the
     weight, which is slow but faster than our reference. The GPU limits are estimated from machine code, not measured;
-    ``ace-triton bench`` finds the best limits for a machine.
+    ``ace-triton bench`` finds the best limits for a machine. Products that you registered may take any number of rows.
     """
     if device.type == "cpu":
-        return cpu_limits(cpu_library.isa() if cpu_library.available() else None, dtype, pattern == (2, 4))
-    if pattern != (2, 4):
-        return ANY_PATTERN_LIMITS
-    backend = backend_of(device)
-    if backend is None or dtype == torch.float32:
-        return OTHER_LIMITS
-    return CUTLASS_LIMITS if backend == "cutlass" else CUSPARSELT_LIMITS
+        limits = cpu_limits(cpu_library.isa() if cpu_library.available() else None, dtype, pattern == (2, 4))
+    elif pattern != (2, 4):
+        limits = ANY_PATTERN_LIMITS
+    else:
+        backend = backend_of(device)
+        if backend is None or dtype == torch.float32:
+            limits = OTHER_LIMITS
+        else:
+            limits = CUTLASS_LIMITS if backend == "cutlass" else CUSPARSELT_LIMITS
+    return _with_others(limits, registry.others) if registry.others else limits
+
+
+@functools.cache
+def _with_others(limits: RowLimits, names: tuple[str, ...]) -> RowLimits:
+    return replace(limits, others=tuple((name, 0, None) for name in names))
 
 
 @functools.cache
@@ -133,43 +111,25 @@ def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLim
     return RowLimits(packed=rows.two_of_four if two_of_four else rows.other)
 
 
-def choose_product(rows: int, packed: PackedNM, limits: RowLimits | None = None) -> Product:
-    """Choose the product for a number of rows. ``limits`` None means the defaults of the device."""
-    limits = limits or default_limits(packed.values.device, packed.values.dtype, (packed.n, packed.m))
-    if rows <= limits.packed and packed.values.dtype in DTYPES:
-        return "packed"
-    if limits.semi_structured is not None and rows >= limits.semi_structured and refusal(packed) is None:
-        return "semi_structured"
-    return "dense"
+def choose_product(rows: int, packed: PackedNM, limits: RowLimits | None = None) -> str:
+    """Name of the product for a number of rows. ``limits`` None means the defaults of the device."""
+    return _choose(rows, packed, limits)[0].name
 
 
 def multiply(
     tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits | None = None
 ) -> torch.Tensor:
     """Compute outputs [n_tokens, out_features] = tokens W^T + bias, for tokens [n_tokens, in_features] of W's dtype."""
-    product = choose_product(len(tokens), packed, limits)
-    if product == "packed":
-        return nm_linear(tokens, packed, bias)
-    if product == "semi_structured":
-        second_copy = limits is not None and limits.second_copy
-        return semi_structured_linear(tokens, packed, bias, second_copy=second_copy)
-    return unpacked_linear(tokens, packed, bias)
+    product, limits = _choose(len(tokens), packed, limits)
+    if limits.second_copy and product is DENSE:
+        warn_of_no_second_copy(packed)
+    return product.multiply(tokens, packed, bias, limits)
 
 
-def unpacked_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
-    """Like :func:`multiply`, always by unpacking the weight and multiplying dense.
-
-    A CPU unpacks BLOCK_BYTES of the weight at a time, so that each block is still in the cache when it is multiplied.
-    """
-    out_features, in_features = packed.shape
-    at_once = max(1, BLOCK_BYTES // max(1, in_features * packed.values.element_size()))
-    if tokens.device.type != "cpu" or at_once >= out_features:
-        return torch.nn.functional.linear(tokens, unpack_nm(packed), bias)
-    outputs = tokens.new_empty(len(tokens), out_features)
-    weights = packed.values.new_empty(at_once, in_features)
-    for first in range(0, out_features, at_once):
-        block = packed.outputs(first, first + at_once)
-        part = slice(first, first + block.shape[0])
-        weight = unpack_nm(block, weights[: block.shape[0]])
-        outputs[:, part] = torch.nn.functional.linear(tokens, weight, None if bias is None else bias[part])
-    return outputs
+def _choose(rows: int, packed: PackedNM, limits: RowLimits | None) -> tuple[Product, RowLimits]:
+    """The first product that the limits choose and that does not refuse the call, and these limits."""
+    limits = limits or default_limits(packed.values.device, packed.values.dtype, (packed.n, packed.m))
+    for product in registry.products:
+        if product.takes(rows, limits) and product.refusal(packed, rows) is None:
+            return product, limits
+    return DENSE, limits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 from ..inputs.model_source import open_safetensors, reason, safetensors_files
-from .manifest import TENSORS_FILE, Manifest, PackedEntry, is_packed
+from .manifest import TENSORS_FILE, Manifest, PackedEntry
 from .pattern import find_pattern
 
 
@@ -33,10 +34,24 @@ class TensorSparsity:
     packed: bool = False
 
 
-def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
-    """Inspect all matrices, and stacks of matrices, in the safetensors files of a folder.
+def inspect_packed(folder: str | Path) -> list[TensorSparsity]:
+    """Inspect all matrices of a packed checkpoint.
 
     A packed layer is listed as ``<layer>.weight``, with the shape of its dense weight.
+
+    Returns:
+        One entry per matrix or stack, sorted by name.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged.
+    """
+    manifest = Manifest.read(folder)
+    manifest.check_files(Path(folder))
+    return _inspect_files([Path(folder) / TENSORS_FILE], manifest.layers)
+
+
+def inspect_dense(folder: str | Path) -> list[TensorSparsity]:
+    """Inspect all matrices, and stacks of matrices, in the safetensors files of a folder.
 
     Returns:
         One entry per matrix or stack, sorted by name.
@@ -45,16 +60,15 @@ def inspect_checkpoint(folder: str | Path) -> list[TensorSparsity]:
         CheckpointError: if the folder has no safetensors file, a file that its index names is missing, or a file cannot
             be read.
     """
-    if is_packed(folder):
-        manifest = Manifest.read(folder)
-        manifest.check_files(Path(folder))
-        files, layers = [Path(folder) / TENSORS_FILE], manifest.layers
-    else:
-        if not Path(folder).is_dir():
-            raise CheckpointError(f"{folder}: no such folder; name the folder of a saved model")
-        files, layers = safetensors_files(Path(folder)), {}
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: no such folder; name the folder of a saved model")
+    files = safetensors_files(Path(folder))
     if not files:
         raise CheckpointError(f"{folder}: has no .safetensors file; name the folder of a saved model")
+    return _inspect_files(files, {})
+
+
+def _inspect_files(files: Sequence[Path], layers: Mapping[str, PackedEntry]) -> list[TensorSparsity]:
     packed_tensors = {f"{name}.{part}" for name in layers for part in ("values", "meta")}
     found = []
     for path in files:

@@ -15,7 +15,8 @@ from ..kernels.pack_nm import PackedNM, pack_nm
 from ..kernels.packed_nm import WORD, check_meta, check_meta_dtype
 from ..kernels.unpack_nm import unpack_nm
 from ..linears import linear_weight
-from .dispatch import RowLimits, multiply
+from .dispatch import multiply
+from .products import RowLimits
 from .weight import PackedWeight
 
 
@@ -166,8 +167,8 @@ def _parts(packed: PackedNM) -> tuple[torch.Tensor, torch.Tensor, int, int, int]
     return packed.values, packed.meta, packed.n, packed.m, packed.shape[1]
 
 
-def _arguments(limits: RowLimits | None) -> tuple[int | None, int | None, bool]:
-    return (None, None, False) if limits is None else (limits.packed, limits.semi_structured, limits.second_copy)
+def _arguments(limits: RowLimits | None) -> tuple[int | None, int | None, bool, str]:
+    return (None, None, False, "") if limits is None else limits.flat()
 
 
 @torch.library.custom_op("ace_triton::nm_linear", mutates_args=())
@@ -182,9 +183,14 @@ def _product(
     packed_rows: int | None,
     semi_structured_rows: int | None,
     second_copy: bool,
+    others: str = "",
 ) -> torch.Tensor:
-    """The product for tokens [n_tokens, in_features] as one operation that torch.compile does not trace into."""
-    limits = None if packed_rows is None else RowLimits(packed_rows, semi_structured_rows, second_copy)
+    """The product for tokens [n_tokens, in_features] as one operation that torch.compile does not trace into.
+
+    The arguments from ``packed_rows`` on are :meth:`RowLimits.flat`; without ``packed_rows`` the device's defaults.
+    """
+    flat = semi_structured_rows, second_copy, others
+    limits = None if packed_rows is None else RowLimits.from_flat(packed_rows, *flat)
     return multiply(tokens, PackedNM(values, meta, n, m, (len(values), in_features)), bias, limits)
 
 
@@ -227,7 +233,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
         of_tokens = _input_gradient(gradient, values, meta, *ctx.pattern)
     if ctx.needs_input_grad[1]:
         of_bias = gradient.sum(0)
-    return of_tokens, of_bias, *[None] * 8
+    return of_tokens, of_bias, *[None] * 9
 
 
 _product.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -17,10 +17,10 @@ from ..kernels.pack_nm import PackedNM
 from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
 from ..sparsity import Sparsity
-from .dispatch import RowLimits
 from .expert_stack import ExpertStack, stores_transposed
 from .nm_linear import NMLinear
 from .pattern import find_pattern
+from .products import RowLimits
 from .saving import SavePretrained
 
 PROBE_TOKENS = 3
@@ -141,6 +141,7 @@ def pack_model(
         _replace(model, layer, replacement)
         note([_entry(name, replacement.packed)])
     stacks = stacks_of(model)
+    tried = {stack.name for stack in stacks}
     while stacks:
         # The list must hold no reference to a packed stack, so that its memory is freed before the next one is packed.
         stack = stacks.pop(0)
@@ -149,8 +150,9 @@ def pack_model(
         else:
             note(_pack_experts(model, stack, wanted, limits, names, skip))
     for stack in possible_stacks(model):
-        if stack.weight.dim() == 2 and names.wants(stack.name) and find_pattern(stack.weight.detach()).nm:
-            skip(stack.name, stack.weight, "it is neither a linear layer nor a three-dimensional stack of experts")
+        if stack.name not in tried and names.wants(stack.name) and not find_pattern(stack.weight.detach()).dense:
+            reason = "it is neither a linear layer nor a three-dimensional stack of two or more experts"
+            skip(stack.name, stack.weight, reason)
     if not packed:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it has no linear layer"
         raise ArgumentError(

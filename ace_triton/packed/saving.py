@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import CheckpointError
+from ..inputs.checkpoint import refusals
 from ..inputs.output_folder import MANIFEST_FILE, files_in, give_mode, replacing, write_report
 from .manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry
 from .nm_linear import NMLinear
@@ -49,10 +50,15 @@ def save_packed(
             or if ``out`` exists and may not be replaced, or cannot be written.
     """
     _check_model(model)
-    with replacing(out, overwrite=overwrite) as folder:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        return _write(model, folder, model.state_dict(), report)
+    with replacing(out, overwrite=overwrite) as folder, refusals(out):
+        return write_packed(model, tokenizer, folder, report)
+
+
+def write_packed(model: PreTrainedModel, tokenizer: Any, folder: Path, report: dict[str, Any] | None) -> Manifest:
+    """Write a model that :func:`why_not_saved` allows into an empty folder. Arguments: as for :func:`save_packed`."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return _write(model, folder, model.state_dict(), report)
 
 
 class SavePretrained:
@@ -111,24 +117,32 @@ class SavePretrained:
         return type(self), (self._model(),)
 
 
-def _check_model(model: Any) -> None:
+def why_not_saved(model: Any) -> str | None:
+    """Why a model cannot be saved as a packed checkpoint; None if it can."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise CheckpointError(
+        return (
             f"only causal language models of transformers can be saved as packed checkpoints, got a "
             f"{type(model).__name__}: save its state_dict"
         )
     if not any(isinstance(layer, NMLinear) for layer in model.modules()):
-        raise CheckpointError("the model has no packed layer: call ace_triton.pack_model(model) first")
+        return "the model has no packed layer: call ace_triton.pack_model(model) first"
     if model.dtype not in DTYPES.values():
-        raise CheckpointError(f"packed checkpoints support {', '.join(DTYPES)}, the model is {model.dtype}: convert it")
+        return f"packed checkpoints support {', '.join(DTYPES)}, the model is {model.dtype}: convert it"
     loaded_classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
     if not model.is_remote_code() and not isinstance(model, loaded_classes):
-        raise CheckpointError(
+        return (
             f"a {type(model).__name__} cannot be loaded by AutoModelForCausalLM, so it cannot be a packed checkpoint: "
             "save its state_dict"
         )
+    return None
+
+
+def _check_model(model: Any) -> None:
+    refusal = why_not_saved(model)
+    if refusal is not None:
+        raise CheckpointError(refusal)
 
 
 def _write(

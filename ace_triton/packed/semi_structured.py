@@ -10,6 +10,7 @@ unpacked weight in each call, or kept as a second copy (9/16 of the dense bytes 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..kernels.pack_nm import PackedNM, pack_cutlass
 from ..kernels.unpack_nm import unpack_nm
+from .products import Product, RowLimits
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -33,6 +35,23 @@ class _Converted:
 
 _cache = WeakTensorKeyDictionary()
 _algorithms: dict[tuple[object, ...], int] = {}
+
+
+class SemiStructured(Product):
+    """:func:`semi_structured_linear`."""
+
+    name, label, converts = "semi_structured", "torch 2:4", True
+
+    def takes(self, rows: int, limits: RowLimits) -> bool:
+        return limits.semi_structured is not None and rows >= limits.semi_structured
+
+    def refusal(self, packed: PackedNM, rows: int) -> str | None:
+        return refusal(packed)
+
+    def multiply(
+        self, tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits
+    ) -> torch.Tensor:
+        return semi_structured_linear(tokens, packed, bias, second_copy=limits.second_copy)
 
 
 def backend_of(device: torch.device) -> str | None:
@@ -58,6 +77,13 @@ def refusal(packed: PackedNM) -> str | None:
     if packed.shape[0] % rows or packed.shape[1] % cols:
         return f"{backend} needs multiples of {rows} outputs and {cols} inputs, the weight is {packed.shape}"
     return None
+
+
+def warn_of_no_second_copy(packed: PackedNM) -> None:
+    """Warn if the caller's limits ask for a second copy of a weight that torch cannot multiply by."""
+    why_not = refusal(packed)
+    if why_not is not None:
+        warnings.warn(f"second_copy=True has no effect, the weight is unpacked in each call: {why_not}", stacklevel=3)
 
 
 def semi_structured_linear(

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import typer
 
+from ace_triton.formats.registry import load_model
 from ace_triton.generation import generate
-from ace_triton.packed.checkpoint import load_model
 
 PROMPT = "The capital of France is"
 

@@ -19,7 +19,6 @@ import typer
 from ace_triton.packed.dispatch import (
     ALWAYS,
     ANY_PATTERN_LIMITS,
-    BLOCK_BYTES,
     CPU_LIMITS,
     CUSPARSELT_LIMITS,
     CUTLASS_LIMITS,
@@ -27,6 +26,7 @@ from ace_triton.packed.dispatch import (
     OTHER_LIMITS,
     PatternRows,
 )
+from ace_triton.packed.unpacked import BLOCK_BYTES
 from ace_triton.recipe import Recipe
 from ace_triton.study.cells import Cell
 from ace_triton.study.curve import Point, curve

@@ -22,9 +22,10 @@ from rich.console import Console
 
 from ace_triton import prune_model
 from ace_triton.commands.report import write_json
+from ace_triton.formats.registry import load_model
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.calibration import load_calibration
-from ace_triton.packed.checkpoint import load_model, save_packed
+from ace_triton.packed.checkpoint import save_packed
 from ace_triton.packed.pack_model import pack_model
 
 from ..harness.resident import PROMPT, Resident, measure_resident

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
+from ace_triton.formats.registry import load_model
 from ace_triton.inputs import checkpoint
-from ace_triton.packed.checkpoint import load_model
 from ace_triton.study.journal import FILE, read_results
 from ace_triton.study.workbench import Workbench
 

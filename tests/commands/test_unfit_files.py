@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ace_triton import pack_model, prune_model, save_packed
 from ace_triton.errors import CheckpointError
 from ace_triton.inputs.checkpoint import save
 
@@ -52,6 +53,10 @@ def test_a_generation_config_that_transformers_does_not_save(tiny_model, tokeniz
     text = "refuses to save the model, and nothing there was changed: GenerationConfig is invalid: .*`temperature`"
     with pytest.raises(CheckpointError, match=text):
         save(tiny_model, tokenizer, tmp_path / "out", {})
+    prune_model(tiny_model, None, "magnitude")
+    pack_model(tiny_model)
+    with pytest.raises(CheckpointError, match=text):
+        save_packed(tiny_model, tokenizer, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

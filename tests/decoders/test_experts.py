@@ -246,14 +246,21 @@ def test_an_expert_stored_below_another_is_scored_by_the_tokens_routed_to_it(ids
         assert torch.equal(ffn.experts.mlp.w1.view(4, 16, 32)[index], layer.weight)
 
 
-def test_experts_stored_one_below_the_other_are_named_when_a_model_is_packed(ids):
+@pytest.mark.parametrize("how", [{"sparsity": "2:4"}, {"sparsity": "0.5"}, {"include": ["*.mlp.2.*", "*.attn*"]}])
+def test_experts_stored_one_below_the_other_are_named_when_a_model_is_packed(ids, how):
+    """Also if their zeros follow no pattern, or only some of the experts are pruned."""
     model = make_dbrx()
-    prune_model(model, ids, "wanda")
+    if how.get("sparsity") == "0.5":
+        prune_model(model, ids, "wanda", "2:4", include="*.attn*")
+    prune_model(model, ids, "wanda", **how)
     report = pack_model(model)
     assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"Wqkv", "out_proj"}
-    named = {s.name: s.reason for s in report.skipped if "experts" in s.name}
+    named = {s.name: s for s in report.skipped if "experts" in s.name}
     assert named.keys() == {f"transformer.blocks.{b}.ffn.experts.mlp.{w}" for b in range(2) for w in ("w1", "v1", "w2")}
-    assert set(named.values()) == {"it is neither a linear layer nor a three-dimensional stack of experts"}
+    parameters = sum(p.numel() for p in make_dbrx().parameters())
+    for skipped in named.values():
+        assert skipped.reason == "it is neither a linear layer nor a three-dimensional stack of two or more experts"
+        assert (skipped.parameters, skipped.share) == (4 * 16 * 32, 4 * 16 * 32 / parameters)
 
 
 @pytest.mark.parametrize("make", [lambda: make_mixture("qwen3_moe"), make_dbrx])

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ace_triton
+from ace_triton.formats.registry import load_model
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.checkpoint import CheckpointError
-from ace_triton.packed.checkpoint import load_model
 from ace_triton.study.workbench import Protocol, Workbench
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -5,8 +5,9 @@ from ace_triton import RowLimits
 from ace_triton.packed.bench import LayerKind, LayerTimes, RowTimes, bench_layer, best_limits, totals
 
 
-def times(rows, dense, packed, unpacked, semi_structured=None, product="packed") -> RowTimes:
-    return RowTimes(rows, dense, packed, unpacked, semi_structured, product)
+def times(rows, dense, packed, unpacked, semi_structured=None, product="packed", **others) -> RowTimes:
+    found = {"packed": packed, "dense": unpacked, "semi_structured": semi_structured, **others}
+    return RowTimes(rows, dense, {name: spent for name, spent in found.items() if spent is not None}, product)
 
 
 def test_limits_that_fit():
@@ -27,7 +28,7 @@ def test_what_a_layer_takes_and_whether_it_loses():
 
 def test_totals_count_every_layer():
     layers = [
-        LayerTimes(LayerKind((4, 4), 2, 4, torch.float32, count), "cpu", 1, 1, None, (times(1, dense, 1.0, 9.0),))
+        LayerTimes(LayerKind((4, 4), 2, 4, torch.float32, count), "cpu", 1, 1, {}, (times(1, dense, 1.0, 9.0),))
         for count, dense in ((3, 2.0), (5, 4.0))
     ]
     (total,) = totals(layers)
@@ -40,11 +41,17 @@ def test_a_layer_is_timed_in_its_own_dtype_and_pattern():
         LayerKind((16, 64), 4, 8, torch.bfloat16), "cpu", rows=(2, 1), seconds=0.0, progress=lambda *p: seen.append(p)
     )
     assert [entry.rows for entry in found.times] == [2, 1]
-    assert all(min(entry.dense, entry.packed, entry.unpacked) > 0 for entry in found.times)
+    assert all(min(entry.dense, entry.products["packed"], entry.products["dense"]) > 0 for entry in found.times)
     assert found.packed_bytes == 16 * (32 * 2 + 2 * 4)
-    assert "no 2:4 product for cpu" in found.why_no_semi_structured
+    assert found.refusals.keys() == {"semi_structured"}
+    assert "no 2:4 product for cpu" in found.refusals["semi_structured"]
     assert seen == [(1, 2), (2, 2)]
-    assert found.to_dict()["kind"]["dtype"] == "bfloat16"
+    content = found.to_dict()
+    assert content["kind"]["dtype"] == "bfloat16"
+    assert "no 2:4 product for cpu" in content["why_no_semi_structured"]
+    entry = content["times"][0]
+    assert list(entry) == ["rows", "dense", "packed", "unpacked", "semi_structured", "product", "others"]
+    assert (entry["unpacked"], entry["semi_structured"]) == (found.times[0].products["dense"], None)
 
 
 def test_rows_must_be_some():

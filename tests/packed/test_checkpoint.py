@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 import ace_triton
 from ace_triton import NMLinear, prune_model
 from ace_triton.errors import PackedError
+from ace_triton.formats.registry import load_model
 from ace_triton.inputs.checkpoint import CheckpointError
-from ace_triton.packed.checkpoint import load, load_model, save_packed
+from ace_triton.packed.checkpoint import load, save_packed
 from ace_triton.packed.manifest import MANIFEST_FILE, TENSORS_FILE
 from ace_triton.packed.pack_model import pack_model
 

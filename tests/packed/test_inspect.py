@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ace_triton.formats.registry import inspect_checkpoint
 from ace_triton.inputs.checkpoint import CheckpointError
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
-from ace_triton.packed.inspect import inspect_checkpoint
 
 
 def test_a_folder(tmp_path):

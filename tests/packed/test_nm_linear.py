@@ -1,5 +1,6 @@
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ace_triton import NMLinear, PackedWeightError, RowLimits, prune_linear
 from ace_triton.kernels import cpu_library
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, SlowBackendWarning, warn_of_slow_backend
 from ace_triton.kernels.pack_nm import PatternError
-from ace_triton.packed import dispatch
+from ace_triton.packed import dispatch, unpacked
 from ace_triton.packed.dispatch import choose_product, default_limits, multiply
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,7 +54,7 @@ def test_the_dense_product_a_block_of_outputs_at_a_time(monkeypatch, bias):
     packed = packed_linear(layer, limits=RowLimits(0))
     tokens = torch.randn(7, 96)
     for block_rows in (1, 5, 22, 23, 100):
-        monkeypatch.setattr(dispatch, "BLOCK_BYTES", block_rows * 96 * 4)
+        monkeypatch.setattr(unpacked, "BLOCK_BYTES", block_rows * 96 * 4)
         with torch.no_grad():
             torch.testing.assert_close(packed(tokens), layer(tokens))
 
@@ -287,6 +288,20 @@ def test_limits_are_checked():
     for wrong in ({"packed": -1}, {"packed": True}, {"packed": 4, "semi_structured": 2.5}):
         with pytest.raises(ValueError, match="number of rows"):
             RowLimits(**wrong)
+
+
+def test_a_second_copy_needs_rows_for_it_and_a_library(monkeypatch):
+    with pytest.raises(ValueError, match=r"needs semi_structured.*write RowLimits\(64, 65, second_copy=True\)"):
+        RowLimits(64, second_copy=True)
+    packed, tokens = packed_linear(pruned_linear(8, 16), limits=RowLimits(1, 2, second_copy=True)), torch.randn(3, 16)
+    with pytest.warns(UserWarning, match="second_copy=True has no effect.*torch has no 2:4 product for cpu"):
+        packed(tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed(tokens[:1])
+        monkeypatch.setattr("ace_triton.packed.semi_structured.refusal", lambda packed: None)
+        packed.limits = RowLimits(1, 4, second_copy=True)
+        packed(tokens)
 
 
 def test_under_lora_the_adapter_learns_and_the_base_stays_sparse():

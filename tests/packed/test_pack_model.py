@@ -134,3 +134,15 @@ def test_dense_weights_are_freed_one_after_the_other():
 
 def test_sparsify_is_another_name_for_pack_model():
     assert ace_triton.sparsify is ace_triton.pack_model is pack_model
+
+
+def test_a_stack_of_a_single_matrix_is_named():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Module())
+    prune_linear(model[0], method="magnitude")
+    model[1].shared = nn.Parameter(model[0].weight.detach()[None].clone())
+    model[1].dense = nn.Parameter(torch.ones(1, 16, 16))
+    report = pack_model(model)
+    reason = "it is neither a linear layer nor a three-dimensional stack of two or more experts"
+    assert [(skipped.name, skipped.reason, skipped.parameters) for skipped in report.skipped] == [
+        ("1.shared", reason, 256)
+    ]

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, CLIPConfig, LlamaModel
 
 import ace_triton
 from ace_triton import NMLinear, prune_linear, prune_model
+from ace_triton.formats.registry import load_model
 from ace_triton.inputs.checkpoint import CheckpointError
-from ace_triton.packed.checkpoint import load, load_model, save_packed
+from ace_triton.packed.checkpoint import load, save_packed
 from ace_triton.packed.pack_model import pack_model
 
 IDS = torch.arange(3, 35).reshape(2, 16)
