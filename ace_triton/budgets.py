@@ -49,7 +49,7 @@ def find_budgets(
         for unit in units:
             stats = {name: collector.statistics(name) for name in unit.layers}
             reached = {name: seen.norm for name, seen in stats.items() if seen is not None}
-            weights = {name: as_kernel_dtype(check_weight(unit.layers[name], name, finite=False)) for name in reached}
+            weights = {name: as_kernel_dtype(check_weight(unit.layers[name], name)) for name in reached}
             counts[unit.name] = sum(outliers(weights[name], norm) for name, norm in reached.items())
             sizes[unit.name] = sum(weight.numel() for weight in weights.values())
     return block_patterns(counts, sizes, pattern)

@@ -23,6 +23,7 @@ from .decoders.loaded_weights import weights_as_loaded
 from .decoders.plan import NameFilter, Plan, Unit, misfit
 from .decoders.replay import Runner, WholeForward, make_runner
 from .errors import RecipeError
+from .kernels.finite_check import FiniteCheck
 from .linears import as_kernel_dtype
 from .model_report import LayerReport, ModelReport
 from .presets import NOT_GIVEN, NotGiven, recipe_of
@@ -34,7 +35,7 @@ from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .threads import few_threads
 from .timing import Stopwatch
-from .weight_checks import check_weight
+from .weight_checks import checked_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,9 +126,9 @@ def prune_model(
         plan = _plan(model, recipe)
         batches = batches_of(model, calibration, batch_size) if recipe.calibrated else []
         with clock.measure("select"):
-            weights = {name: check_weight(layer, name) for name, layer in plan.layers.items()}
+            weights, finite = checked_weights(plan.layers)
             rehearse(recipe, next(iter(weights.values())))
-        selection = _Selection(recipe, clock, plan, weights)
+        selection = _Selection(recipe, clock, plan, weights, finite)
         running.enter_context(few_threads(TOKENS_OF_A_FORWARD * max(w.numel() for w in weights.values())))
         selection.prepare(model, batches)
         if recipe.needs.tokens:
@@ -165,6 +166,7 @@ class _Selection:
     clock: Stopwatch
     plan: Plan
     weights: Mapping[str, torch.Tensor]
+    finite: FiniteCheck
     layers: list[LayerReport] = field(default_factory=list)
     reorderer: Reorderer | None = None
     patterns: Mapping[str, Sparsity] = field(default_factory=dict)
@@ -208,7 +210,7 @@ class _Selection:
                 self.plan.skip(name, weight, why_not)
                 continue
             with self.clock.measure("select"):
-                result = prune_checked(layer, weight, stats, recipe, name, clock=self.clock)
+                result = prune_checked(layer, weight, stats, recipe, name, self.finite, clock=self.clock)
             self.plan.pruned(name, result.total)
             self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis, result.total))
 
@@ -352,7 +354,7 @@ def rehearse(recipe: Recipe, like: torch.Tensor | None = None) -> None:
     layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=like.device, dtype=dtype)
     ramp = torch.linspace(-1, 1, 32 * 32, dtype=torch.float32, device=like.device).reshape(32, 32).to(dtype)
     weight = layer.weight.detach().copy_(ramp)
-    prune_checked(layer, weight, ramp, recipe, f"method {recipe.method!r}")
+    prune_checked(layer, weight, ramp, recipe, f"method {recipe.method!r}", FiniteCheck().record(weight))
 
 
 def _peak_bytes(model: PreTrainedModel) -> int:

@@ -1,23 +1,25 @@
 """all_finite: checks in one read that all elements are finite, and that all score terms are 0 or more.
 
-One launch checks up to two tensors.
+One launch checks up to two tensors. A :class:`~ace_triton.kernels.finite_check.FiniteCheck` records what was checked,
+so that nothing is checked twice.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from . import cpu, launch
 from .backend import choose_backend
+from .finite_check import FiniteCheck
 from .triton_import import tl, triton
 
 LAST_MARK = 2**31 - 1
 
 
-def all_finite(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:
+def all_finite(*tensors: torch.Tensor, terms: Iterable[torch.Tensor] = (), known: FiniteCheck | None = None) -> bool:
     """True if no tensor contains NaN or infinity, and no score term contains NaN, infinity or a negative number.
 
     The host reads the result, so a GPU call synchronizes and cannot be captured in a CUDA graph.
@@ -25,7 +27,24 @@ def all_finite(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bo
     Args:
         tensors: any shapes; fp32, fp16 or bf16; all on one device.
         terms: score terms, fp32, on that device.
+        known: what was checked before. Only the other tensors are read, and recorded here if all are in range.
     """
+    if known is None:
+        return _all_finite(tensors, list(terms))
+    unknown: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for tensor, is_term in [*((tensor, False) for tensor in tensors), *((term, True) for term in terms)]:
+        passed = known.passed(tensor, is_term=is_term)
+        if passed is False:
+            return False
+        if passed is None:
+            unknown[is_term].append(tensor)
+    if any(unknown.values()) and not _all_finite(unknown[False], unknown[True]):
+        return False
+    known.record(*unknown[False], terms=unknown[True])
+    return True
+
+
+def _all_finite(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> bool:
     backend = choose_backend(*tensors, *terms)
     if backend == "cpu":
         return all(map(cpu.all_finite, tensors)) and all(cpu.all_finite(term, not_below_zero=True) for term in terms)

@@ -18,6 +18,7 @@ from .backend import Backend, choose_backend
 from .column_scale import ColumnScale, column_scale_reference, scale_at
 from .errors import ArgumentError
 from .finite import not_finite_reference, note_not_finite
+from .finite_check import FiniteCheck
 from .score_terms import ScoreTerms
 from .triton_import import tl, triton
 
@@ -62,8 +63,8 @@ def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) 
     """RIA's |W_ij| / C_j + |W_ij| / R_i, times a column vector: the terms ``row``, ``col`` and ``scale`` of a score.
 
     The inverse of a sum of 0 is large but finite; its weights are 0, so their scores are too. The inverse of a sum that
-    is not finite is NaN, so NaN and infinity in the weight show in both vectors. The terms' ``not_finite`` tells if any
-    vector contains NaN or infinity.
+    is not finite is NaN, so NaN and infinity in the weight show in both vectors. The terms' ``finite`` covers the
+    weight and all vectors.
 
     Args:
         weight: [out_features, in_features], fp32, fp16 or bf16.
@@ -82,7 +83,7 @@ def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) 
     if backend == "reference":
         return relative_importance_reference(weight, scale)
     row, col, vector, found = _sums(backend, weight, inverse=True, scale=scale)
-    return ScoreTerms(row, col, vector, not_finite=found)
+    return _checked_terms(weight, row, col, vector, found)
 
 
 def weight_sums_reference(weight: torch.Tensor) -> WeightSums:
@@ -98,7 +99,15 @@ def relative_importance_reference(weight: torch.Tensor, scale: ColumnScale | Non
     row, col = _inverse(sums.row), _inverse(sums.col)
     columns = None if scale is None else column_scale_reference(scale)
     made = (row, col) if columns is None else (row, col, columns)
-    return ScoreTerms(row, col, columns, not_finite=not_finite_reference(*made))
+    return _checked_terms(weight, row, col, columns, not_finite_reference(*made))
+
+
+def _checked_terms(
+    weight: torch.Tensor, row: torch.Tensor, col: torch.Tensor, scale: torch.Tensor | None, flags: torch.Tensor
+) -> ScoreTerms:
+    """The terms, with the flags of the launch that computed them."""
+    vectors = [vector for vector in (row, col, scale) if vector is not None]
+    return ScoreTerms(row, col, scale, finite=FiniteCheck().record(weight, terms=vectors, flags=flags))
 
 
 def _check(weight: torch.Tensor) -> None:
