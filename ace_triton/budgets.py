@@ -57,7 +57,7 @@ def find_budgets(
             for unit in units:
                 stats = {name: collector.statistics(name) for name in unit.layers}
                 reached = {name: seen.norm for name, seen in stats.items() if seen is not None}
-                weights = {n: as_kernel_dtype(check_weight(unit.layers[n], n, finite=False)) for n in reached}
+                weights = {n: as_kernel_dtype(check_weight(unit.layers[n], n)) for n in reached}
                 counts[unit.name] = sum(outliers(weights[name], norm) for name, norm in reached.items())
                 sizes[unit.name] = sum(weight.numel() for weight in weights.values())
     return block_patterns(counts, sizes, pattern)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from torch import nn
 
 from .errors import PruneError, RecipeError
 from .kernels.finite import all_finite
+from .kernels.finite_check import FiniteCheck
 from .kernels.score_terms import ScoreTerms, scores_reference
 from .kernels.select_nm import select_nm
 from .kernels.select_rows import select_rows
@@ -101,12 +102,13 @@ def prune_linear(
     label = name or type(layer).__name__
     recipe = recipe_of(method, options, sparsity=sparsity, update=update)
     _check_one_layer(recipe)
-    # Raw tokens go through the layer first, so a weight that is not finite would be blamed on the layer's outputs.
-    check_later = recipe.checked_by_terms and not isinstance(stats, torch.Tensor)
-    weight = check_weight(layer, label, finite=not check_later)
+    weight, finite = check_weight(layer, label), FiniteCheck()
+    if isinstance(stats, torch.Tensor):
+        # Raw tokens go through the layer first, so a weight that is not finite would be blamed on the layer's outputs.
+        check_finite(weight, label, finite)
     if model is not None:
         check_untied(layer, model, label)
-    return prune_checked(layer, weight, stats, recipe, label, weight_checked=not check_later, return_mask=return_mask)
+    return prune_checked(layer, weight, stats, recipe, label, finite, return_mask=return_mask)
 
 
 def _check_one_layer(recipe: Recipe) -> None:
@@ -125,8 +127,8 @@ def prune_checked(
     stats: ActivationStats | torch.Tensor | None,
     recipe: Recipe,
     label: str,
+    finite: FiniteCheck,
     *,
-    weight_checked: bool = True,
     return_mask: bool = False,
     clock: Stopwatch | None = None,
 ) -> PruneResult:
@@ -134,7 +136,8 @@ def prune_checked(
 
     Args:
         weight: what :func:`check_weight` returned; no other layer uses it.
-        weight_checked: True if the weight was checked for NaN and infinity.
+        finite: what is known of the weight. If it was not checked for NaN and infinity yet, it is checked with the
+            score's terms.
         clock: measures the update of the weights, as "update".
     """
     gathered = _statistics(layer, weight, stats, recipe.needs, label)
@@ -144,10 +147,10 @@ def prune_checked(
     if chosen.solve is not None or recipe.update is not None:
         assert gathered is not None
         with few_threads(weight.numel() * weight.shape[1]):
-            chosen_mask = _solve(weight, gathered, recipe, axis, label, weight_checked, clock)
+            chosen_mask = _solve(weight, gathered, recipe, axis, label, finite, clock)
         mask = chosen_mask if return_mask else None
         return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
-    terms = _terms(recipe, kernel_weight, gathered, label, weight_checked)
+    terms = _terms(recipe, kernel_weight, gathered, label, _known_of(weight, kernel_weight, finite))
     try:
         mask = _select(weight, kernel_weight, terms, pattern, axis, return_mask)
     except ValueError as error:
@@ -202,20 +205,26 @@ def _check_tokens(tokens: torch.Tensor, weight: torch.Tensor, needs: Needs, labe
 
 
 def _terms(
-    recipe: Recipe, weight: torch.Tensor, stats: ActivationStats | None, label: str, weight_checked: bool
+    recipe: Recipe, weight: torch.Tensor, stats: ActivationStats | None, label: str, finite: FiniteCheck
 ) -> ScoreTerms | torch.Tensor:
-    """The metric's result: terms of a score, or the scores themselves, fp32 [out_features, in_features]."""
+    """The metric's result: terms of a score, or the scores themselves, fp32 [out_features, in_features].
+
+    Raises:
+        PruneError: the weight or the result holds NaN or infinity, or a score is negative.
+    """
     try:
         terms = recipe.metric.terms(weight, stats, **recipe.complete_options)
-    except StatsError as error:
-        raise StatsError(f"{label}: {error}") from error
+        in_range = isinstance(terms, ScoreTerms) and _in_range(weight, terms, stats, finite)
+    except Exception as error:
+        check_finite(weight, label, finite)  # A weight that is not finite, or has no memory, explains any error.
+        if isinstance(error, StatsError):
+            raise StatsError(f"{label}: {error}") from error
+        raise
     if not isinstance(terms, ScoreTerms):
-        if not weight_checked:
-            check_finite(weight, label)
+        check_finite(weight, label, finite)
         return _checked_matrix(terms, weight, f"{label}: the metric {recipe.method!r}")
-    in_terms = weight_checked or recipe.needs.weight_sums
-    if not _in_range(terms, stats, () if in_terms else (weight,)):
-        check_finite(weight, label)
+    if not in_range:
+        check_finite(weight, label, finite)
         bad = [name for name, tensor in terms.tensors.items() if not bool(tensor.isfinite().all())]
         if bad:
             raise PruneError(
@@ -229,6 +238,16 @@ def _terms(
         )
     terms.vouch()
     return terms
+
+
+def _in_range(weight: torch.Tensor, terms: ScoreTerms, stats: ActivationStats | None, finite: FiniteCheck) -> bool:
+    """True if the weight is finite, and the terms are finite and not below 0.
+
+    One launch or two read the tensors that no launch has checked yet. Results for vectors that layers share stay in
+    their statistics.
+    """
+    known = [check for check in (finite, terms.finite, None if stats is None else stats.finite) if check is not None]
+    return all_finite(weight, terms=terms.tensors.values(), known=FiniteCheck(*known))
 
 
 def _checked_matrix(scores: object, weight: torch.Tensor, label: str) -> torch.Tensor:
@@ -255,22 +274,9 @@ def score_matrix(recipe: Recipe, weight: torch.Tensor, stats: ActivationStats | 
     return scores if isinstance(scores, torch.Tensor) else scores_reference(weight, scores)
 
 
-def _in_range(terms: ScoreTerms, stats: ActivationStats | None, further: Sequence[torch.Tensor]) -> bool:
-    """True if the terms are finite and not below 0, and the ``further`` tensors are finite.
-
-    Checks the tensors no kernel has checked yet; results for shared statistics are cached.
-    """
-    flags = [] if terms.not_finite is None else terms.not_finite.tolist()
-    if any(flags):
-        return False
-    of_layer = []
-    for name, tensor in terms.tensors.items():
-        good = None if stats is None else stats.is_term(tensor)
-        if good is None and (not flags or name == "coupling"):
-            of_layer.append(tensor)
-        elif good is False:
-            return False
-    return not (of_layer or further) or all_finite(*further, terms=of_layer)
+def _known_of(weight: torch.Tensor, copied: torch.Tensor, finite: FiniteCheck) -> FiniteCheck:
+    """What is known of a copy of the weight in another dtype."""
+    return FiniteCheck().record(copied) if finite.passed(weight) else FiniteCheck()
 
 
 def _solve(
@@ -279,13 +285,16 @@ def _solve(
     recipe: Recipe,
     axis: Axis,
     label: str,
-    weight_checked: bool,
+    finite: FiniteCheck,
     clock: Stopwatch | None,
 ) -> torch.Tensor:
     """Prune in place and update the kept weights; returns the mask."""
     chosen, pattern, update = recipe.metric, recipe.sparsity, recipe.update
     dense = weight.float().contiguous()
-    terms = ScoreTerms() if update is None else _terms(recipe, dense, stats, label, weight_checked)
+    known = _known_of(weight, dense, finite)
+    if update is None:
+        check_finite(dense, label, known)
+    terms = ScoreTerms() if update is None else _terms(recipe, dense, stats, label, known)
     try:
         solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **recipe.complete_options)
         if update is not None:

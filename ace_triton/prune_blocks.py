@@ -24,6 +24,7 @@ from .decoders.plan import NameFilter, Plan, Unit, misfit
 from .decoders.replay import Runner, WholeForward, make_runner
 from .decoders.weight_store import InMemory, WeightStore
 from .errors import RecipeError
+from .kernels.finite_check import FiniteCheck
 from .linears import as_kernel_dtype, linear_weight
 from .model_report import LayerReport, ModelReport, TowerReport
 from .presets import NOT_GIVEN, NotGiven, recipe_of
@@ -35,7 +36,7 @@ from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .threads import few_threads
 from .timing import Stopwatch
-from .weight_checks import check_weight
+from .weight_checks import check_finite, check_weight
 
 Progress = Callable[[int, int, str], None]
 
@@ -152,9 +153,10 @@ def prune_stored(
         towers = find_towers(model, batches[0] if batches else None)
         plan = _plan(model, recipe, [tower for tower in towers if tower.is_reached], batches)
         with clock.measure("select"):
-            largest = _check_weights(plan, recipe, store)
-        selection = _Selection(recipe, clock, plan, store)
-        running.enter_context(few_threads(TOKENS_OF_A_FORWARD * largest))
+            weights, finite = _checked_weights(plan, store)
+            rehearse(recipe, next(iter(weights.values())))
+        selection = _Selection(recipe, clock, plan, store, weights, finite)
+        running.enter_context(few_threads(TOKENS_OF_A_FORWARD * max(w.numel() for w in weights.values())))
         selection.prepare(model, batches)
         if recipe.needs.tokens:
             runs = _with_statistics(model, plan, batches, selection, progress)
@@ -193,18 +195,17 @@ def _plan(model: nn.Module, recipe: Recipe, towers: Sequence[Tower], batches: Se
     return Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, towers, stacks, layouts)
 
 
-def _check_weights(plan: Plan, recipe: Recipe, store: WeightStore) -> int:
-    """Check that all weights can be pruned by the recipe; returns the number of elements of the largest."""
-    largest = 0
+def _checked_weights(plan: Plan, store: WeightStore) -> tuple[dict[str, torch.Tensor], FiniteCheck]:
+    """The weights of all layers, checked for NaN and infinity, and the check that knows them."""
+    weights, finite = {}, FiniteCheck()
     for unit in plan.units:
         for name, layer in unit.layers.items():
-            weight = check_weight(layer, name, finite=store.finished(unit.name) is None)
-            if not largest:
-                rehearse(recipe, weight)
-            largest = max(largest, weight.numel())
+            weights[name] = check_weight(layer, name)
+            if store.finished(unit.name) is None:
+                check_finite(weights[name], name, finite)
         for module in _modules(plan, unit):
             store.release(module)
-    return largest
+    return weights, finite
 
 
 def _modules(plan: Plan, unit: Unit) -> list[nn.Module]:
@@ -220,6 +221,8 @@ class _Selection:
     clock: Stopwatch
     plan: Plan
     store: WeightStore
+    weights: Mapping[str, torch.Tensor]
+    finite: FiniteCheck
     layers: list[LayerReport] = field(default_factory=list)
     reorderer: Reorderer | None = None
     patterns: Mapping[str, Sparsity] = field(default_factory=dict)
@@ -261,7 +264,7 @@ class _Selection:
             self.layers.append(LayerReport(**entry))
             self.plan.pruned(entry["name"], entry["parameters"])
         for name, reason in record["skipped"].items():
-            self.plan.skip(name, check_weight(unit.layers[name], name, finite=False), reason)
+            self.plan.skip(name, self.weights[name], reason)
         if self.reorderer is not None:
             self.reorderer.restore(record["reordered"])
         return True
@@ -308,7 +311,7 @@ class _Selection:
                 self.reorderer.reorder(list(unit.layers), pattern.n, scores, collector)
         consumers = gated_consumers(unit.feed_forward, collector.groups) if collector is not None else {}
         for name, layer in unit.layers.items():
-            weight, stats = check_weight(layer, name, finite=False), None
+            weight, stats = self.weights[name], None
             if collector is not None:
                 stats = _statistics(collector, name, consumers.get(name), weight.shape[0])
                 if stats is None:
@@ -319,7 +322,7 @@ class _Selection:
                 self.plan.skip(name, weight, why_not)
                 continue
             with self.clock.measure("select"):
-                result = prune_checked(layer, weight, stats, recipe, name, clock=self.clock)
+                result = prune_checked(layer, weight, stats, recipe, name, self.finite, clock=self.clock)
             self.plan.pruned(name, result.total)
             self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis, result.total))
 
@@ -329,8 +332,7 @@ class _Selection:
         axis = self.recipe.sparsity.axis or self.recipe.metric.axis(stats)
         if axis == "out" or (stats is None and self.recipe.needs.tokens):
             return None
-        weight = check_weight(self.plan.layers[name], name, finite=False)
-        return score_matrix(self.recipe, as_kernel_dtype(weight), stats)
+        return score_matrix(self.recipe, as_kernel_dtype(self.weights[name]), stats)
 
 
 def _statistics(
@@ -511,7 +513,7 @@ def rehearse(recipe: Recipe, like: torch.Tensor | None = None) -> None:
     layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=like.device, dtype=dtype)
     ramp = torch.linspace(-1, 1, 32 * 32, dtype=torch.float32, device=like.device).reshape(32, 32).to(dtype)
     weight = layer.weight.detach().copy_(ramp)
-    prune_checked(layer, weight, ramp, recipe, f"method {recipe.method!r}")
+    prune_checked(layer, weight, ramp, recipe, f"method {recipe.method!r}", FiniteCheck().record(weight))
 
 
 def _peak_bytes(model: nn.Module) -> int:

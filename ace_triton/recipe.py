@@ -127,12 +127,6 @@ class Recipe:
         return self.needs.tokens or self.budgets is not None
 
     @property
-    def checked_by_terms(self) -> bool:
-        """True if NaN and infinity in a weight are found with its score terms, so that no separate check is needed."""
-        of_layer = self.needs.weight_sums or self.needs.reduce is not None or self.needs.consumer
-        return of_layer and self.metric.solve is None
-
-    @property
     def words(self) -> str:
         """Everything but the sparsity and the layer names, as in "wanda, permuted, lstsq, 8 mask rounds"."""
         pairs = "+".join(f"{name}={value}" for name, value in self.options.items())

@@ -8,17 +8,14 @@ from torch import nn
 from .computed_weight import computed_weight
 from .errors import PruneError
 from .kernels.finite import all_finite
+from .kernels.finite_check import FiniteCheck
 from .kernels.memory import overlaps, why_no_memory, why_not_plain
 from .linears import KERNEL_DTYPES, as_kernel_dtype, is_linear, linear_weight
 from .tied import Owners
 
 
-def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.Tensor:
-    """The weight as [out_features, in_features]; PruneError if it cannot be pruned.
-
-    Args:
-        finite: also check for NaN and infinity, which reads the whole weight.
-    """
+def check_weight(layer: nn.Module, label: str) -> torch.Tensor:
+    """The weight as [out_features, in_features], not read yet; PruneError if it cannot be pruned."""
     computed = computed_weight(layer) if is_linear(layer) else None
     if computed is not None:
         raise PruneError(f"{label}: {computed}")
@@ -42,8 +39,6 @@ def check_weight(layer: nn.Module, label: str, *, finite: bool = True) -> torch.
         )
     if weight.dtype not in KERNEL_DTYPES and (why := why_no_memory(weight)) is not None:
         raise PruneError(f"{label}: the weight {why}")
-    if finite:
-        check_finite(as_kernel_dtype(weight), label)
     return weight
 
 
@@ -59,11 +54,18 @@ def check_untied(layer: nn.Module, model: nn.Module, label: str) -> None:
         )
 
 
-def check_finite(weight: torch.Tensor, label: str) -> None:
-    """PruneError if the weight holds NaN or infinity."""
+def check_finite(weight: torch.Tensor, label: str, finite: FiniteCheck) -> None:
+    """PruneError if the weight holds NaN or infinity; reads it unless a launch has checked it already.
+
+    Args:
+        finite: what is known; keeps the result.
+    """
+    if finite.passed(weight):
+        return
     try:
-        finite = all_finite(weight)
+        passed = all_finite(as_kernel_dtype(weight))
     except ValueError as error:
         raise PruneError(f"{label}: the weight cannot be read: {error}") from error
-    if not finite:
+    if not passed:
         raise PruneError(f"{label}: the weight holds NaN or infinity; repair the checkpoint before pruning it")
+    finite.record(weight)

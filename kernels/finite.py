@@ -1,23 +1,25 @@
 """all_finite: checks in one read that all elements are finite, and that all score terms are 0 or more.
 
-One launch checks up to two tensors.
+One launch checks up to two tensors. A :class:`~ace_triton.kernels.finite_check.FiniteCheck` records what was checked,
+so that nothing is checked twice.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from . import cpu, launch
+from .finite_check import FiniteCheck
 from .op import Op, Work, bytes_of, launch_metadata
 from .triton_import import tl, triton
 
 LAST_MARK = 2**31 - 1
 
 
-def all_finite(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:
+def all_finite(*tensors: torch.Tensor, terms: Iterable[torch.Tensor] = (), known: FiniteCheck | None = None) -> bool:
     """True if no tensor contains NaN or infinity, and no score term contains NaN, infinity or a negative number.
 
     The host reads the result, so a GPU call synchronizes and cannot be captured in a CUDA graph.
@@ -25,8 +27,21 @@ def all_finite(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bo
     Args:
         tensors: any shapes; fp32, fp16 or bf16; all on one device.
         terms: score terms, fp32, on that device.
+        known: what was checked before. Only the other tensors are read, and recorded here if all are in range.
     """
-    return ALL_FINITE.on(*tensors, *terms)(*tensors, terms=terms)
+    if known is None:
+        return ALL_FINITE.on(*tensors, *terms)(*tensors, terms=terms)
+    unknown: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for tensor, is_term in [*((tensor, False) for tensor in tensors), *((term, True) for term in terms)]:
+        passed = known.passed(tensor, is_term=is_term)
+        if passed is False:
+            return False
+        if passed is None:
+            unknown[is_term].append(tensor)
+    if any(unknown.values()) and not all_finite(*unknown[False], terms=unknown[True]):
+        return False
+    known.record(*unknown[False], terms=unknown[True])
+    return True
 
 
 def all_finite_reference(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:

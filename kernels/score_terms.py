@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from .errors import ArgumentError
+from .finite_check import FiniteCheck
 from .triton_import import tl, triton
 
 
@@ -30,9 +31,8 @@ class ScoreTerms:
         scale: [in_features], or None for 1.
         coupling: [out_features, in_features], or None for 1.
         power: 1 or 2, the exponent of the weight's magnitude.
-        not_finite: int32 [n] flags; any is non-zero if a row, col or scale computed for these terms contains NaN or
-            infinity, or if the scale contains a negative number. None if unchecked. Vectors that several layers share
-            and ``coupling`` are not covered.
+        finite: what the launches that computed these terms found out about them, and about the weight that they read;
+            None if they checked nothing.
         checked: True if all terms are known to be in range, so that selections need not check them.
 
     Raises:
@@ -44,7 +44,7 @@ class ScoreTerms:
     scale: torch.Tensor | None = None
     coupling: torch.Tensor | None = None
     power: int = 1
-    not_finite: torch.Tensor | None = None
+    finite: FiniteCheck | None = field(default=None, repr=False, compare=False)
     checked: bool = field(default=False, init=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from . import cpu, launch
 from .column_scale import ColumnScale, column_scale_reference, column_scale_work, scale_at
 from .errors import ArgumentError
 from .finite import not_finite_reference, note_not_finite
+from .finite_check import FiniteCheck
 from .op import Op, Work, launch_metadata
 from .score_terms import ScoreTerms
 from .triton_import import tl, triton
@@ -59,8 +60,8 @@ def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) 
     """RIA's |W_ij| / C_j + |W_ij| / R_i, times a column vector: the terms ``row``, ``col`` and ``scale`` of a score.
 
     The inverse of a sum of 0 is large but finite; its weights are 0, so their scores are too. The inverse of a sum that
-    is not finite is NaN, so NaN and infinity in the weight show in both vectors. The terms' ``not_finite`` tells if any
-    vector contains NaN or infinity.
+    is not finite is NaN, so NaN and infinity in the weight show in both vectors. The terms' ``finite`` covers the
+    weight and all vectors.
 
     Args:
         weight: [out_features, in_features], fp32, fp16 or bf16.
@@ -92,7 +93,15 @@ def relative_importance_reference(weight: torch.Tensor, scale: ColumnScale | Non
     row, col = _inverse(sums.row), _inverse(sums.col)
     columns = None if scale is None else column_scale_reference(scale)
     made = (row, col) if columns is None else (row, col, columns)
-    return ScoreTerms(row, col, columns, not_finite=not_finite_reference(*made))
+    return _checked_terms(weight, row, col, columns, not_finite_reference(*made))
+
+
+def _checked_terms(
+    weight: torch.Tensor, row: torch.Tensor, col: torch.Tensor, scale: torch.Tensor | None, flags: torch.Tensor
+) -> ScoreTerms:
+    """The terms, with the flags of the launch that computed them."""
+    vectors = [vector for vector in (row, col, scale) if vector is not None]
+    return ScoreTerms(row, col, scale, finite=FiniteCheck().record(weight, terms=vectors, flags=flags))
 
 
 def _check(weight: torch.Tensor) -> None:
@@ -123,7 +132,7 @@ def _relative_importance_by(sums: Callable[..., _Sums]) -> Callable[[torch.Tenso
 
     def body(weight: torch.Tensor, scale: ColumnScale | None) -> ScoreTerms:
         row, col, vector, found = sums(weight, True, scale)
-        return ScoreTerms(row, col, vector, not_finite=found)
+        return _checked_terms(weight, row, col, vector, found)
 
     return body
 

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from ace_triton import (
     prune_linear,
     register_metric,
 )
+from ace_triton.kernels.column_scale import ColumnScale
+from ace_triton.kernels.weight_sums import relative_importance
 
 METHODS = ["magnitude", "wanda", "ria", "stade", "dass", "cosp", "varp", "ace", "ace-paper", "saap"]
 
@@ -155,6 +158,50 @@ def test_a_term_of_the_layer_alone_is_looked_at(method, term):
     before = layer.weight.detach().clone()
     with pytest.raises(PruneError, match=f"NaN or infinity in the score's {term}"):
         prune_linear(layer, stats, method)
+    assert torch.equal(before, layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("method", "update"),
+    [("sparsegpt", None), ("sparsegpt", "lstsq"), ("ria", "rescale"), ("raises", None), ("matrix", None)],
+)
+def test_a_weight_that_is_not_finite_is_blamed_whatever_reads_it_first(method, update, dtype):
+    @register_metric("raises")
+    def raises(weight, stats):
+        raise ArithmeticError("NaN")
+
+    register_metric("matrix")(lambda weight, stats: torch.ones_like(weight))
+    layer, tokens = torch.nn.Linear(32, 16, dtype=dtype), torch.randn(40, 32)
+    stats = ActivationStats.from_tokens(tokens, gram=True, sample=True)
+    with torch.no_grad():
+        layer.weight[3, 5] = torch.nan
+    before = layer.weight.detach().clone()
+    with pytest.raises(PruneError, match=r"^up: the weight holds NaN"):
+        prune_linear(layer, stats, method, update=update, name="up")
+    assert torch.equal(before.nan_to_num(), layer.weight.nan_to_num())
+
+
+def test_an_error_of_a_metric_is_its_own_if_the_weight_is_finite():
+    @register_metric("raises")
+    def raises(weight, stats):
+        raise ArithmeticError("no NaN")
+
+    with pytest.raises(ArithmeticError, match="no NaN"):
+        prune_linear(torch.nn.Linear(32, 16), torch.randn(40, 32), "raises")
+
+
+@pytest.mark.parametrize("name", ["row", "col", "scale"])
+def test_terms_that_a_metric_puts_in_place_of_checked_ones_are_checked(name):
+    @register_metric("changed")
+    def changed(weight, stats):
+        terms = relative_importance(weight, ColumnScale(base=stats.norm))
+        return replace(terms, **{name: terms.tensors[name] / 0})
+
+    layer = torch.nn.Linear(32, 16)
+    before = layer.weight.detach().clone()
+    with pytest.raises(PruneError, match=f"NaN or infinity in the score's {name}"):
+        prune_linear(layer, ActivationStats.from_tokens(torch.randn(40, 32)), "changed")
     assert torch.equal(before, layer.weight)
 
 
@@ -313,9 +360,10 @@ def unwilling(kind: str) -> torch.nn.Linear:
     ],
 )
 def test_weights_without_memory_of_their_own_are_refused(kind, message, method):
-    layer = unwilling(kind)
-    with pytest.raises(PruneError, match=f"q: {message}"):
-        prune_linear(layer, torch.randn(6, 16), method, name="q")
+    layer, tokens = unwilling(kind), torch.randn(6, 16)
+    for stats in (tokens, ActivationStats.from_tokens(tokens, layer=torch.nn.Linear(16, 8))):
+        with pytest.raises(PruneError, match=f"q: {message}"):
+            prune_linear(layer, stats, method, name="q")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import RecipeError
 from ..kernels.column_scale import ColumnScale, checked_column_scale
+from ..kernels.finite_check import FiniteCheck
 from ..kernels.score_terms import ScoreTerms
 from ..kernels.variance_factor import VarianceNorm, variance_factor
 from ..kernels.weight_sums import relative_importance
@@ -29,9 +30,7 @@ Epsilon = Annotated[float, Range(above=0, below=1)]
 
 
 def _cosp_needs(options: Mapping[str, Any]) -> Needs:
-    base = options["base"] if "base" in options else options["prefactor"]
-    reduce = None if options["reduce"] == "exact" else options["reduce"]
-    return Needs(outputs=True, reduce=reduce, weight_sums=base in ("relative", "ria"))
+    return Needs(outputs=True, reduce=None if options["reduce"] == "exact" else options["reduce"])
 
 
 @register_metric("cosp", _cosp_needs)
@@ -59,7 +58,7 @@ def cosp(
     return _times_cosine(weight, stats, prefactor or ("none" if reduce == "exact" else "wanda"), reduce)
 
 
-@register_metric("varp", lambda options: Needs(weight_sums=options["base"] == "ria"))
+@register_metric("varp")
 def varp(
     weight: torch.Tensor,
     stats: ActivationStats,
@@ -149,8 +148,8 @@ def _on_columns(weight: torch.Tensor, relative: bool, scale: ColumnScale | None,
         return terms if power == 1 else replace(terms, power=power)
     if scale is None:
         return ScoreTerms(power=power)
-    vector, not_finite = checked_column_scale(scale)
-    return ScoreTerms(scale=vector, power=power, not_finite=not_finite)
+    vector, flags = checked_column_scale(scale)
+    return ScoreTerms(scale=vector, power=power, finite=FiniteCheck().record(terms=[vector], flags=flags))
 
 
 def _times_cosine(

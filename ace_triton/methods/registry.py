@@ -46,8 +46,6 @@ class Needs:
         consumer: the input norms of the layer that reads this layer's outputs.
         gram: the Gram matrix of the input.
         sample: some of the input's tokens.
-        weight_sums: the terms contain sums over the whole weight. NaN and infinity in the weight show up in these
-            terms, so the weight need not be checked first.
         parts: other statistics of the layer's input: classes that are registered with
             :func:`~ace_triton.statistics.statistic.register_statistic`.
 
@@ -62,7 +60,6 @@ class Needs:
     consumer: bool = False
     gram: bool = False
     sample: bool = False
-    weight_sums: bool = False
     parts: Sequence[type[Statistic]] = ()
 
     def __post_init__(self) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels.finite_check import FiniteCheck
 from ..kernels.score_terms import ScoreTerms
 from ..kernels.weight_sums import weight_sums
 from ..statistics.activation import ActivationStats
-from .registry import Needs, register_metric
+from .registry import register_metric
 from .wanda_ria import norm_to_power
 
 
-@register_metric("saap", Needs(weight_sums=True))
+@register_metric("saap")
 def saap(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
     """SAAP's adaptive fusion (arXiv 2412.15127) of a weight's importance and its channel's importance.
 
@@ -21,4 +22,5 @@ def saap(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
     gradients. Only its fusion rule is used here, and it is *reconstructed*.
     """
     sums = weight_sums(weight)
-    return ScoreTerms(col=sums.col, scale=norm_to_power(stats, 2), not_finite=sums.not_finite)
+    finite = FiniteCheck().record(weight, terms=[sums.col], flags=sums.not_finite)
+    return ScoreTerms(col=sums.col, scale=norm_to_power(stats, 2), finite=finite)

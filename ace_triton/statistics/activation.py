@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Self, cast, overload
 
@@ -17,7 +16,7 @@ import torch
 
 from ..errors import StatsError
 from ..kernels.column_scale import ColumnScale, column_scale
-from ..kernels.finite import all_finite
+from ..kernels.finite_check import FiniteCheck
 from ..kernels.memory import why_not_plain
 from . import file as stats_file
 from .channel_moments import ChannelMoments
@@ -25,14 +24,6 @@ from .gram import Gram
 from .outputs import OutputStats, Reduce
 from .statistic import Kind, Statistic, check_registered, input_statistics
 from .token_sample import TokenSample
-
-
-@dataclass
-class _Derived:
-    """A vector computed from statistics. ``is_term``: whether it is finite and not negative; None if not checked."""
-
-    vector: torch.Tensor
-    is_term: bool | None = None
 
 
 class _Part(Generic[Kind]):
@@ -65,6 +56,7 @@ class ActivationStats:
     Attributes:
         in_features: number of channels.
         parts: the statistics, by their class.
+        finite: which vectors of :meth:`derive` are known to be valid terms of a score.
         count: tokens seen, padding left out.
         mean, deviation: fp64 [in_features], mean of x and sum of squared deviations from it.
         sequence_square: fp32 [n_sequences, in_features], sum of x^2 over each sequence.
@@ -100,7 +92,8 @@ class ActivationStats:
         self.in_features = in_features
         self.consumer_norm = consumer_norm
         self.parts: dict[type[Statistic], Statistic] = {type(part): part for part in given if part is not None}
-        self._derived: dict[Hashable, _Derived] = {}
+        self.finite = FiniteCheck()
+        self._derived: dict[Hashable, torch.Tensor] = {}
 
     def __repr__(self) -> str:
         parts = ", ".join(map(repr, self.parts.values()))
@@ -180,7 +173,7 @@ class ActivationStats:
         except BaseException:
             self.parts |= before
             raise
-        self._derived = {}
+        self._forget_derived()
 
     def _update_parts(self, tokens: torch.Tensor, outputs: torch.Tensor | None, valid: torch.Tensor | None) -> None:
         """Update all parts. Those that change a tensor in place come last, when no other part can refuse the batch."""
@@ -228,7 +221,8 @@ class ActivationStats:
             )
         merged = {kind: part + other.parts[kind] for kind, part in self.parts.items()}
         if other.count:
-            self.parts, self._derived = merged, {}
+            self.parts = merged
+            self._forget_derived()
 
     def reorder(self, order: torch.Tensor) -> None:
         """Reorder the channels: position p gets channel ``order[p]``, int64 [in_features].
@@ -236,7 +230,7 @@ class ActivationStats:
         All parts are reordered. :attr:`consumer_norm` belongs to the layer's outputs and does not change.
         """
         self.parts = {kind: part.reordered(order) for kind, part in self.parts.items()}
-        self._derived = {}
+        self._forget_derived()
 
     @property
     def _moments(self) -> ChannelMoments:
@@ -287,20 +281,12 @@ class ActivationStats:
     def derive(self, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A vector computed from these statistics, cached for all layers that share them."""
         if key not in self._derived:
-            self._derived[key] = _Derived(compute())
-        return self._derived[key].vector
+            self._derived[key] = compute()
+            self.finite.share(self._derived[key])
+        return self._derived[key]
 
-    def is_term(self, vector: torch.Tensor) -> bool | None:
-        """True if a vector from :meth:`derive` is finite and not negative, as a term of a score must be; cached.
-
-        None for a vector that does not come from :meth:`derive`.
-        """
-        for derived in self._derived.values():
-            if derived.vector is vector:
-                if derived.is_term is None:
-                    derived.is_term = all_finite(terms=[vector])
-                return derived.is_term
-        return None
+    def _forget_derived(self) -> None:
+        self._derived, self.finite = {}, FiniteCheck()
 
     @property
     def variance(self) -> torch.Tensor:

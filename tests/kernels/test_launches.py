@@ -39,3 +39,12 @@ def test_launches_of_a_layer_that_shares_its_input(method, launches):
     with Counter().counting() as traffic:
         prune_linear(layers[1], further, method)
     assert traffic.launches == launches
+
+
+@pytest.mark.parametrize(("method", "launches"), [("wanda", 4), ("stade", 3)])
+def test_the_first_layer_of_an_input_checks_weight_and_shared_vector_in_one_launch(method, launches):
+    layer = torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16)
+    stats = ActivationStats.from_tokens(torch.randn(2, 4, 32).bfloat16())
+    with Counter().counting() as traffic:
+        prune_linear(layer, stats, method)
+    assert traffic.launches == launches

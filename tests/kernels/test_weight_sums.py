@@ -32,9 +32,11 @@ def check_terms(got: ScoreTerms, expected: ScoreTerms) -> None:
     for name, tensor in got.tensors.items():
         torch.testing.assert_close(tensor, expected.tensors[name], rtol=1e-5, atol=0.0, equal_nan=True)
     assert got.power == expected.power == 1
-    assert got.not_finite is not None
-    assert expected.not_finite is not None
-    assert bool(got.not_finite.item()) == bool(expected.not_finite.item())
+    assert got.finite is not None
+    assert expected.finite is not None
+    for name, tensor in got.tensors.items():
+        passed = got.finite.passed(tensor, is_term=True)
+        assert passed is expected.finite.passed(expected.tensors[name], is_term=True) is not None
 
 
 @given(
@@ -59,12 +61,14 @@ def test_terms_show_a_weight_that_is_not_finite(make_matrix, value):
     weight[7], weight[:, 9] = 0.0, 0.0
     of_zeros = relative_importance(weight)
     check_terms(of_zeros, relative_importance_reference(weight))
-    assert of_zeros.not_finite is not None
-    assert of_zeros.not_finite.tolist() == [0]
+    assert of_zeros.finite is not None
+    assert of_zeros.finite.passed(weight) is True
     weight[3, 5] = value
     assert weight_sums(weight).not_finite.tolist() == [1]
     terms = relative_importance(weight)
     check_terms(terms, relative_importance_reference(weight))
+    assert terms.finite is not None
+    assert terms.finite.passed(weight) is False
     assert terms.row is not None
     assert terms.col is not None
     assert terms.row.isnan().nonzero().tolist() == [[3]]
@@ -77,8 +81,8 @@ def test_terms_show_a_scale_that_is_not_finite(make_matrix, part, value):
     weight, scale = make_matrix(20, 50, torch.bfloat16), made_of(50, {"square", "base", "factor"})
     scale.vectors()[part][49] = value
     terms = relative_importance(weight, scale)
-    assert terms.not_finite is not None
-    assert terms.not_finite.tolist() == [1]
+    assert terms.finite is not None
+    assert terms.finite.passed(weight) is False
     assert terms.scale is not None
     assert terms.scale.isfinite().tolist() == [True] * 49 + [False]
 

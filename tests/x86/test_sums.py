@@ -67,13 +67,14 @@ def test_relative_importance(dtype, shape, parts):
     expected = relative_importance_reference(weight, scale)
     for name, tensor in terms.tensors.items():
         check(tensor, expected.tensors[name])
-    assert terms.not_finite is not None
-    assert terms.not_finite.tolist() == [0]
+    assert terms.finite is not None
+    assert terms.finite.passed(weight)
+    assert all(terms.finite.passed(tensor, is_term=True) for tensor in terms.tensors.values())
     weight[-1, -1] = torch.inf
     with executed_on_x86():
         terms = relative_importance(weight, scale)
-    assert terms.not_finite is not None
-    assert terms.not_finite.tolist() == [1]
+    assert terms.finite is not None
+    assert terms.finite.passed(weight) is False
 
 
 @pytest.mark.parametrize("cols", [1, 50, 1536])
