@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -365,6 +366,34 @@ def test_a_head_is_pruned_by_what_the_last_tower_gives_it():
     report = prune_model(model, batches, "wanda", include=["classifier", "*.fc2"])
     assert report.layers[-1].name == "classifier"
     assert report.layers[-1].kept == 0.5
+
+
+class OfTorch(nn.Module):
+    """Blocks of torch itself, in an nn.Sequential with names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 32)
+        blocks = {f"block_{i}": nn.TransformerEncoderLayer(32, 4, 64, batch_first=True) for i in range(2)}
+        self.encoder = nn.Sequential(OrderedDict(blocks))
+
+    def forward(self, series: torch.Tensor) -> torch.Tensor:
+        return self.encoder(self.first(series))
+
+
+def test_blocks_in_a_sequence_are_found_and_what_stays_dense_in_them_is_named():
+    torch.manual_seed(0)
+    report = prune_model(OfTorch(), [{"series": torch.randn(4, 6, 8)}], "wanda")
+    assert [(tower.name, tower.blocks, tower.run) for tower in report.towers] == [("encoder", 2, "blocks")]
+    assert [layer.name for layer in report.layers] == [
+        f"encoder.block_{i}.{name}" for i in range(2) for name in ("linear1", "linear2")
+    ]
+    attention = "encoder.block_0.self_attn."
+    assert {s.name: s.reason for s in report.skipped if s.name.startswith(attention)} == {
+        f"{attention}in_proj_weight": "a parameter of a MultiheadAttention, not the weight of a linear layer",
+        f"{attention}out_proj": "no calibration token reached it",
+    }
+    assert report.account.blocks == report.account.pruned + report.account.skipped
 
 
 class Counting(nn.Module):
