@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .decoders.account import Account
+from .decoders.blocks import Tower
 from .decoders.plan import Excluded, Skipped
 from .recipe import Recipe, Sequential
 from .reordering.reorder import PermutationReport
@@ -33,6 +34,15 @@ class LayerReport:
     parameters: int
 
 
+TowerRun = Literal["blocks", "forwards", "none", "unreached"]
+"""How a tower was run.
+
+"blocks": its blocks were run one at a time. "forwards": the whole model was run for each of them. "none": nothing had
+to run, because the method needs no tokens or no layer of the tower was selected. "unreached": no block runs on the
+calibration inputs, so its matrices count as outside the blocks.
+"""
+
+
 @dataclass(frozen=True)
 class TowerReport:
     """A tower of the model.
@@ -40,14 +50,17 @@ class TowerReport:
     Attributes:
         name: dotted name of the module that contains the tower's blocks.
         blocks: number of its blocks.
-        run: "blocks" if its blocks were run one at a time; "forwards" if the whole model was run for each of them;
-            "none" if nothing had to run, because the method needs no tokens or no layer of the tower was selected;
-            "unreached" if no block runs on the calibration inputs, so that its matrices count as outside the blocks.
+        run: how it was run.
     """
 
     name: str
     blocks: int
-    run: Literal["blocks", "forwards", "none", "unreached"]
+    run: TowerRun
+
+    @classmethod
+    def of(cls, tower: Tower, run: TowerRun) -> TowerReport:
+        """The report of a tower that was run in this way if any input reaches it."""
+        return cls(tower.name, len(tower.blocks), run if tower.is_reached else "unreached")
 
 
 @dataclass(frozen=True)

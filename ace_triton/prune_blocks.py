@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from .decoders.weight_store import InMemory, WeightStore
 from .errors import RecipeError
 from .kernels.finite_check import FiniteCheck
 from .linears import as_kernel_dtype, linear_weight
-from .model_report import LayerReport, ModelReport, TowerReport
+from .model_report import LayerReport, ModelReport, TowerReport, TowerRun
 from .presets import NOT_GIVEN, NotGiven, recipe_of
 from .prune import prune_checked, score_matrix
 from .recipe import Recipe, Sequential
@@ -172,17 +172,8 @@ def prune_stored(
         tuple(plan.excluded),
         account,
         None if selection.reorderer is None else selection.reorderer.report(),
-        tuple(_tower_report(tower, runs.get(tower.name)) for tower in towers),
+        tuple(TowerReport.of(tower, runs.get(tower.name, "none")) for tower in towers),
     )
-
-
-def _tower_report(tower: Tower, runner: Runner | None) -> TowerReport:
-    if not tower.is_reached:
-        return TowerReport(tower.name, len(tower.blocks), "unreached")
-    run: Literal["none", "forwards", "blocks"] = "none"
-    if runner is not None:
-        run = "forwards" if isinstance(runner, WholeForward) else "blocks"
-    return TowerReport(tower.name, len(tower.blocks), run)
 
 
 def _plan(model: nn.Module, recipe: Recipe, towers: Sequence[Tower], batches: Sequence[Batch]) -> Plan:
@@ -351,8 +342,8 @@ def _with_statistics(
     batches: Sequence[Batch],
     selection: _Selection,
     progress: Progress | None,
-) -> dict[str, Runner]:
-    """Prune everything by the statistics of its inputs; returns the runner of each tower, by name."""
+) -> dict[str, TowerRun]:
+    """Prune everything by the statistics of its inputs; returns how each tower was run, by name."""
     at_once = selection.recipe.sequential == "none"
     last = plan.towers[-1][0]
     outside: InputCollector | None = None
@@ -370,19 +361,22 @@ def _with_statistics(
                 tower.observe_ahead()
             outside = observe_outside(plan.outside) if plan.outside else None
     done = 0
-    for tower in passes:
+    runs: dict[str, TowerRun] = {}
+    while passes:
+        tower = passes.pop(0)
         if not at_once:
             tower.start()
         selection.start_tower()
         for unit in tower.prune():
             done += 1
             _report(progress, done, len(plan.units), unit.name)
+        runs[tower.tower.name] = "forwards" if isinstance(tower.runner, WholeForward) else "blocks"
     if plan.outside:
         if not selection.restored(plan.outside):
             with selection.recorded(plan.outside):
                 selection.prune(plan.outside, outside or observe_outside(plan.outside))
         _report(progress, done + 1, len(plan.units), plan.outside.name)
-    return {tower.tower.name: tower.runner for tower in passes}
+    return runs
 
 
 @dataclass
@@ -440,7 +434,7 @@ class _TowerPass:
         return collector
 
 
-def _without_statistics(plan: Plan, selection: _Selection, progress: Progress | None) -> dict[str, Runner]:
+def _without_statistics(plan: Plan, selection: _Selection, progress: Progress | None) -> dict[str, TowerRun]:
     for done, unit in enumerate(plan.units, 1):
         if not selection.restored(unit):
             with selection.recorded(unit):

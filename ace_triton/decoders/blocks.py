@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -67,7 +67,8 @@ def find_towers(model: nn.Module, batch: Batch | None = None) -> list[Tower]:
     """Find the towers of a model, in the order in which they run; towers that do not run come last.
 
     Blocks are the members of an outermost ``nn.ModuleList`` that contains linear layers (lists of experts are nested in
-    blocks). A list of bare linear layers is ignored: it contains heads or projections. If several lists remain, the
+    blocks). A list of bare linear layers is ignored: it contains heads or projections. A model without such lists may
+    have its blocks in an ``nn.Sequential`` whose members are of one type. If several lists remain, the
     order of the first calls of their members in a forward of a few inputs decides: lists whose members alternate are
     one tower, all others are towers of their own.
 
@@ -79,13 +80,13 @@ def find_towers(model: nn.Module, batch: Batch | None = None) -> list[Tower]:
     Raises:
         ArgumentError: if the model has no such list, or cannot run on the batch.
     """
-    lists = _outermost_lists(model)
+    lists = _outermost_lists(model, _is_list) or _outermost_lists(model, _is_sequence_of_one_type)
     if not lists:
         raise ArgumentError(
-            f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers; load a transformer in "
+            f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers; give a transformer in "
             "floating point (some quantized checkpoints have other layers)"
         )
-    members = {name: [Block(f"{name}.{i}", module) for i, module in enumerate(lists[name])] for name in lists}
+    members = {name: [Block(f"{name}.{i}", m) for i, m in modules.named_children()] for name, modules in lists.items()}
     as_defined = [Tower(name, blocks) for name, blocks in members.items()]
     if len(members) == 1 and (batch is None or batch.of_text):
         return as_defined
@@ -109,14 +110,22 @@ def find_towers(model: nn.Module, batch: Batch | None = None) -> list[Tower]:
     return [*reached, *idle]
 
 
-def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    found: dict[str, nn.ModuleList] = {}
+def _outermost_lists(model: nn.Module, is_list: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+        if is_list(module) and not any(name.startswith(f"{outer}.") for outer in found):
             has_linears = any(True for _ in linears_of(module))
-            if has_linears and not all(linear_weight(member) is not None for member in module):
+            if has_linears and not all(linear_weight(member) is not None for member in module.children()):
                 found[name] = module
     return found
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList)
+
+
+def _is_sequence_of_one_type(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and len(module) > 1 and len(set(map(type, module))) == 1
 
 
 def _first_calls(model: nn.Module, towers: Sequence[Tower], batch: Batch) -> dict[Block, list[torch.Tensor]]:

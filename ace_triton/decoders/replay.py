@@ -136,7 +136,8 @@ class WholeForward:
         found: list[MaskedInput] = []
 
         def find(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[:] = self._masks.of_others(batch, [*args, *kwargs.values()], shape)
+            with suppress(NotReplayable):
+                found[:] = self._masks.of_others(batch, _Call.of(args, kwargs).others, shape)
 
         with ExitStack() as hooks:
             for block in () if self._masks.is_first else self._blocks:
@@ -195,8 +196,7 @@ class Replay:
         self, watcher: Watcher, index: int, number: int, batch: Batch, *, leave_early: bool
     ) -> AbstractContextManager[None]:
         shape, valid = self._masks.of_hidden(batch, self.hidden[number])
-        call = self._calls[number][index]
-        others = self._masks.of_others(batch, [*call.args, *call.kwargs.values()], shape)
+        others = self._masks.of_others(batch, self._calls[number][index].others, shape)
         return watcher.batch(shape, valid, others=others, leave_early=leave_early)
 
     def _call(self, index: int, number: int) -> Any:
@@ -273,6 +273,11 @@ class _Call:
     @property
     def hidden(self) -> Any:
         return self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
+
+    @property
+    def others(self) -> list[Any]:
+        """All arguments except the hidden states."""
+        return [value for place, value in [*enumerate(self.args), *self.kwargs.items()] if place != self.place]
 
     def with_hidden(self, hidden: torch.Tensor | None) -> _Call:
         return self.with_arguments({self.place: hidden})

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 
 from ..decoders.batches import Batch, run_model, tensors_in
 from ..decoders.blocks import Block, gated_consumers
-from ..decoders.replay import CANNOT_RUN_AGAIN, hidden_of
+from ..decoders.replay import CANNOT_RUN_AGAIN, NotReplayable, hidden_of
 from ..linears import linear_weight
 from ..out_of_memory import raise_if_out_of_memory
 
@@ -202,49 +202,47 @@ class FoldTrial:
     def unchanged_at_once(self, folds: Sequence[Fold], blocks: Sequence[Block]) -> list[Fold]:
         """The folds that pass a combined trial and need no trial of their own; at most one fold per consumer is given.
 
-        The trial takes two forwards. In the first, each block runs again with each of its folds. The second runs the
+        The trial takes two forwards. After the first, each block runs again with each of its folds. The second runs the
         model with all folds that passed. If it changes outputs by more than rounding, no fold passes.
         """
         passed: list[Fold] = []
         outputs: dict[str, torch.Tensor] = {}
         failed: dict[str, Exception] = {}
+        calls: list[tuple[Block, Callable[[], Any], dict[str, torch.Tensor]]] = []
 
-        def check(block: Block, of_block: Sequence[Fold]) -> Callable[..., None]:
-            running = False
-
+        def record(block: Block) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                nonlocal running
-                if running:
-                    return
-                running, before = True, dict(outputs)
                 try:
-                    dense = before | {block.name: hidden_of(output).clone()}
-                    for fold in of_block:
-                        with self._folded([fold]):
-                            again = hidden_of(module(*args, **kwargs))
-                        if fold.consumer in dense and _same(outputs | {block.name: again}, dense, fold.consumer):
-                            passed.append(fold)
-                except CANNOT_RUN_AGAIN as error:
-                    raise_if_out_of_memory(error)
+                    hidden = hidden_of(output).clone()
+                except NotReplayable as error:
                     failed[block.name] = error
-                outputs.update(before)
-                running = False
+                else:
+                    calls.append((block, partial(module, *args, **kwargs), outputs | {block.name: hidden}))
 
             return hook
 
+        of_block = {b: [fold for fold in folds if fold.consumer.startswith(f"{b.name}.")] for b in blocks}
         with ExitStack() as hooks:
             for block in blocks:
-                of_block = [fold for fold in folds if fold.consumer.startswith(f"{block.name}.")]
-                if of_block:
-                    handle = block.module.register_forward_hook(check(block, of_block), with_kwargs=True)
-                    hooks.callback(handle.remove)
+                if of_block[block]:
+                    hooks.callback(block.module.register_forward_hook(record(block), with_kwargs=True).remove)
             self._dense = self._collect_outputs(outputs)
+        for block, run, dense in calls:
+            try:
+                for fold in of_block[block]:
+                    with self._folded([fold]), self._collected(again := dict(dense)), torch.no_grad():
+                        again[block.name] = hidden_of(run())
+                    if fold.consumer in dense and _same(again, dense, fold.consumer):
+                        passed.append(fold)
+            except CANNOT_RUN_AGAIN as error:
+                raise_if_out_of_memory(error)
+                failed[block.name] = error
         if failed:
-            name, error = next(iter(failed.items()))
+            name, reason = next(iter(failed.items()))
             others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
             warnings.warn(
-                f"{name}{others}: the block fails when it is run again ({error}), so each reordering in it is tried in "
-                "the whole model, which takes longer",
+                f"{name}{others}: the block fails when it is run again ({reason}), so each reordering in it is tried "
+                "in the whole model, which takes longer",
                 stacklevel=5,
             )
         with self._folded(passed):
@@ -262,13 +260,18 @@ class FoldTrial:
                 fold.apply(self._layers, order)
             yield
 
-    def _collect_outputs(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run the model; add the outputs of each consumer and of the model to ``outputs``, and return it."""
+    @contextmanager
+    def _collected(self, outputs: dict[str, torch.Tensor]) -> Iterator[None]:
+        """A context in which the outputs of each consumer that runs are added to ``outputs``."""
         with ExitStack() as hooks:
             for name in self._consumers:
                 hooks.enter_context(_output_collected(self._layers[name], outputs, name))
-            with torch.no_grad():
-                results = [t for t in tensors_in(run_model(self._model, self._batch)) if t.is_floating_point()]
+            yield
+
+    def _collect_outputs(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run the model; add the outputs of each consumer and of the model to ``outputs``, and return it."""
+        with self._collected(outputs), torch.no_grad():
+            results = [t for t in tensors_in(run_model(self._model, self._batch)) if t.is_floating_point()]
         outputs.update((f"output {index} of the model", tensor) for index, tensor in enumerate(results))
         return outputs
 

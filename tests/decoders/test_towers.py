@@ -1,0 +1,464 @@
+"""Models with one or more towers, of any inputs, are pruned tower by tower."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from ace_triton import prune_model
+from ace_triton.decoders.batches import batches_of
+from ace_triton.decoders.blocks import Tower, find_blocks, find_towers, linears_of
+from ace_triton.decoders.calibration_mode import calibration_mode
+from ace_triton.decoders.collect import InputCollector
+from ace_triton.decoders.replay import Replay, WholeForward, make_runner
+from ace_triton.linears import linear_weight
+from ace_triton.methods.registry import Needs
+from ace_triton.timing import Stopwatch
+
+Inputs = dict[str, torch.Tensor]
+
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGES = {**TEXT, "image_size": 16, "patch_size": 8}
+VOCABULARY = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TWO_STACKS = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+TWO_STACKS |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+IMAGE_TOKEN = 100
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(**TEXT, **VOCABULARY, max_position_embeddings=32))
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**sizes, **VOCABULARY, decoder_start_token_id=0))
+
+
+def bart() -> nn.Module:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(BartConfig(**TWO_STACKS, **VOCABULARY, max_position_embeddings=32))
+
+
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(**IMAGES))
+
+
+def clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {**TEXT, **VOCABULARY, "max_position_embeddings": 32}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=IMAGES, projection_dim=16))
+
+
+def whisper() -> nn.Module:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {**TWO_STACKS, "num_mel_bins": 12, "max_source_positions": 8, "max_target_positions": 32}
+    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **VOCABULARY, decoder_start_token_id=1))
+
+
+def llava() -> nn.Module:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(**TEXT, **VOCABULARY)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**IMAGES), text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=4
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Plain(nn.Module):
+    """No configuration and no embedding of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 32), nn.Linear(32, 3)
+        self.stages = nn.ModuleList([PlainBlock() for _ in range(3)])
+
+    def forward(self, series: torch.Tensor) -> torch.Tensor:
+        x = self.first(series)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+
+def ids(length: int) -> torch.Tensor:
+    return torch.randint(3, IMAGE_TOKEN, (4, length))
+
+
+def mask(*lengths: int) -> torch.Tensor:
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 16, 16)
+
+
+def with_image_tokens() -> torch.Tensor:
+    return torch.cat([torch.full((4, 4), IMAGE_TOKEN), ids(8)], 1)
+
+
+SOURCE, TARGET = mask(12, 7, 9, 5), mask(6, 12, 4, 8)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model.
+
+    Attributes:
+        make: makes a random model.
+        inputs: makes a batch.
+        towers: names of its towers, in order, each with the number of layers in it.
+        masks: the input that masks the padding of what a tower reads, by name of the tower.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], Inputs]
+    towers: dict[str, int]
+    masks: dict[str, str]
+
+
+KINDS = {
+    "bert": Kind(
+        bert,
+        lambda: {"input_ids": ids(12), "attention_mask": SOURCE},
+        {"encoder.layer": 12},
+        {"encoder.layer": "attention_mask"},
+    ),
+    "t5": Kind(
+        t5,
+        lambda: {"input_ids": ids(12), "attention_mask": SOURCE, "decoder_input_ids": ids(9)},
+        {"encoder.block": 12, "decoder.block": 20},
+        {"encoder.block": "attention_mask"},
+    ),
+    "bart": Kind(
+        bart,
+        lambda: {
+            "input_ids": ids(12),
+            "attention_mask": SOURCE,
+            "decoder_input_ids": ids(12),
+            "decoder_attention_mask": TARGET,
+        },
+        {"model.encoder.layers": 12, "model.decoder.layers": 20},
+        {"model.encoder.layers": "attention_mask", "model.decoder.layers": "decoder_attention_mask"},
+    ),
+    "vit": Kind(vit, lambda: {"pixel_values": images()}, {"vit.layers": 12}, {}),
+    "clip": Kind(
+        clip,
+        lambda: {"input_ids": ids(5), "attention_mask": mask(5, 3, 2, 4), "pixel_values": images()},
+        {"vision_model.encoder.layers": 12, "text_model.encoder.layers": 12},
+        {"text_model.encoder.layers": "attention_mask"},
+    ),
+    "whisper": Kind(
+        whisper,
+        lambda: {"input_features": torch.randn(4, 12, 16), "decoder_input_ids": ids(9)},
+        {"model.encoder.layers": 12, "model.decoder.layers": 20},
+        {},
+    ),
+    "llava": Kind(
+        llava,
+        lambda: {"input_ids": with_image_tokens(), "attention_mask": SOURCE, "pixel_values": images()},
+        {"model.vision_tower.encoder.layers": 12, "model.language_model.layers": 14},
+        {"model.language_model.layers": "attention_mask"},
+    ),
+    "plain": Kind(Plain, lambda: {"series": torch.randn(4, 6, 8)}, {"stages": 6}, {}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> Kind:
+    return KINDS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(kind: Kind) -> tuple[nn.Module, list[Inputs]]:
+    """A random model and two batches, the same every time."""
+    torch.manual_seed(0)
+    return kind.make().eval(), [kind.inputs(), kind.inputs()]
+
+
+def layers_of(tower: Tower) -> list[dict[str, nn.Module]]:
+    return [dict(linears_of(block.module, block.name)) for block in tower.blocks]
+
+
+def prune_naively(kind: Kind) -> nn.Module:
+    """Wanda 2:4, block by block, by whole forwards of the model, sharing nothing with the package."""
+    model, batches = make(kind)
+    modules = dict(model.named_modules())
+    for tower in kind.towers:
+        for block in modules[tower]:
+            layers = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+            square: dict[str, torch.Tensor] = dict.fromkeys(layers, torch.zeros(1, dtype=torch.float64))
+            for inputs in batches:
+                seen: dict[str, torch.Tensor] = {}
+                hooks = [
+                    m.register_forward_hook(lambda _m, args, _o, n=n, seen=seen: seen.update({n: args[0]}))
+                    for n, m in layers.items()
+                ]
+                with torch.no_grad():
+                    model(**inputs)
+                for hook in hooks:
+                    hook.remove()
+                for name, tokens in seen.items():
+                    crossing = any(part in name for part in ("EncDecAttention", "encoder_attn"))
+                    source = crossing and name.split(".")[-1] in ("k", "v", "k_proj", "v_proj")
+                    valid = inputs.get(kind.masks.get(next(iter(kind.towers)) if source else tower, ""))
+                    rows = tokens.double() if valid is None else tokens[valid.bool()].double()
+                    square[name] = square[name] + rows.reshape(-1, rows.shape[-1]).square().sum(0)
+            for name, layer in layers.items():
+                score = (layer.weight.detach().double().abs() * square[name].sqrt()).reshape(-1, 4)
+                dropped = torch.zeros_like(score, dtype=torch.bool)
+                dropped.scatter_(1, torch.sort(score, dim=1, stable=True).indices[:, :2], True)
+                layer.weight.data[dropped.reshape(layer.weight.shape)] = 0
+    return model
+
+
+def test_masks_are_those_of_a_naive_implementation(kind):
+    """So each tower sees the pruned towers before it, and no tower sees padding."""
+    model, batches = make(kind)
+    naive = prune_naively(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = prune_model(model, batches, "wanda", "2:4")
+    weights = naive.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    assert [(tower.name, tower.run) for tower in report.towers] == [(name, "blocks") for name in kind.towers]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sequential": "layers"}, {"sequential": "none", "budgets": "outliers"}], ids=str
+)
+def test_every_layer_of_every_tower_has_exactly_the_pattern(kind, options):
+    model, batches = make(kind)
+    dense, _ = make(kind)
+    with torch.no_grad():
+        expected = model(**batches[0])
+    report = prune_model(model, batches, "ace", "4:8", permute=True, **options)
+    counts = [sum(layer.name.startswith(f"{tower}.") for layer in report.layers) for tower in kind.towers]
+    assert counts == list(kind.towers.values())
+    assert len(report.layers) == sum(counts)
+    for layer in report.layers:
+        groups = linear_weight(model.get_submodule(layer.name)).reshape(-1, 8)
+        assert set((groups != 0).sum(1).tolist()) == {int(layer.pattern[0])}
+    blocks = [block.module for block in find_blocks(dense, batches_of(dense, batches, None)[0])]
+    matrices = {p: p.numel() for block in blocks for p in block.parameters() if p.dim() > 1}
+    account = report.account
+    assert account.blocks == account.pruned + account.skipped == sum(matrices.values())
+    assert account.pruned == sum(layer.parameters for layer in report.layers)
+    assert {skipped.reason for skipped in report.skipped} <= {"an embedding"}
+    assert report.permutation.reordered
+    assert not report.permutation.unfolded
+    with torch.no_grad():
+        assert type(model(**batches[0])) is type(expected)
+
+
+def collected(runner: Replay | WholeForward, layers: dict[str, nn.Module], index: int) -> InputCollector:
+    collector = InputCollector(layers, Needs(), Stopwatch(torch.device("cpu")))
+    runner.run(index, collector, advance=True)
+    return collector
+
+
+def test_replayed_statistics_are_those_of_a_whole_forward(kind):
+    model, inputs = make(kind)
+    batches, clock = batches_of(model, inputs, None), Stopwatch(torch.device("cpu"))
+    with calibration_mode(model):
+        towers = find_towers(model, batches[0])
+        assert [tower.masks.own for tower in towers if tower.masks.own in batches[0].masks] == list(kind.masks.values())
+        for tower in towers:
+            replay = make_runner(model, tower.blocks, batches, clock, tower.masks)
+            whole = WholeForward(model, batches, clock, tower.blocks, tower.masks)
+            assert isinstance(replay, Replay)
+            for index, layers in enumerate(layers_of(tower)):
+                ours, theirs = collected(replay, layers, index), collected(whole, layers, index)
+                assert ours.groups == theirs.groups
+                for name in layers:
+                    one, other = ours.statistics(name), theirs.statistics(name)
+                    assert torch.equal(one.norm, other.norm), name
+                    assert torch.equal(one.sequence_square, other.sequence_square), name
+
+
+def test_a_tower_that_no_input_reaches_is_reported(recwarn):
+    """Token ids alone do not reach a vision tower."""
+    torch.manual_seed(0)
+    model, text = llava().eval(), ids(12)
+    report = prune_model(model, text, "wanda")
+    assert [(tower.name, tower.blocks, tower.run) for tower in report.towers] == [
+        ("model.language_model.layers", 2, "blocks"),
+        ("model.vision_tower.encoder.layers", 2, "unreached"),
+    ]
+    assert len(report.layers) == 14
+    assert report.to_dict()["towers"][1] == {
+        "name": "model.vision_tower.encoder.layers",
+        "blocks": 2,
+        "run": "unreached",
+    }
+
+
+def test_token_ids_and_a_dict_of_them_give_the_same():
+    kind = KINDS["bert"]
+    (one, batches), (other, _) = make(kind), make(kind)
+    (plain, _), (masked, _) = make(kind), make(kind)
+    prune_model(one, [{"input_ids": batches[0]["input_ids"]}])
+    prune_model(other, batches[0]["input_ids"])
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+    calibration = type("Calibration", (), {"ids": batches[0]["input_ids"], "mask": SOURCE.bool()})()
+    prune_model(plain, calibration)
+    prune_model(masked, batches[:1])
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, masked.state_dict()[name]), name
+
+
+def test_layers_are_chosen_by_their_dotted_names():
+    model, batches = make(KINDS["bart"])
+    report = prune_model(model, batches, "wanda", include="model.decoder.*", exclude="*.fc1")
+    assert len(report.layers) == 18
+    assert all(layer.name.startswith("model.decoder.") for layer in report.layers)
+    assert [tower.run for tower in report.towers] == ["none", "blocks"]
+    assert {e.name.split(".")[1] for e in report.excluded} == {"encoder", "decoder"}
+
+
+def test_all_towers_are_pruned_without_a_forward():
+    model, _ = make(KINDS["t5"])
+    report = prune_model(model, None, "magnitude")
+    assert len(report.layers) == 32
+    assert [(tower.name, tower.run) for tower in report.towers] == [
+        ("encoder.block", "none"),
+        ("decoder.block", "none"),
+    ]
+
+
+def test_a_head_is_pruned_by_what_the_last_tower_gives_it():
+    model, batches = make(KINDS["bart"])
+    report = prune_model(model, batches, "wanda", include=["lm_head", "*.fc2"], sequential="none")
+    assert [skipped.reason[:22] for skipped in report.skipped] == ["its weight is tied to "]
+    model, batches = make(KINDS["vit"])
+    report = prune_model(model, batches, "wanda", include=["classifier", "*.fc2"])
+    assert report.layers[-1].name == "classifier"
+    assert report.layers[-1].kept == 0.5
+
+
+class OfTorch(nn.Module):
+    """Blocks of torch itself, in an nn.Sequential with names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 32)
+        blocks = {f"block_{i}": nn.TransformerEncoderLayer(32, 4, 64, batch_first=True) for i in range(2)}
+        self.encoder = nn.Sequential(OrderedDict(blocks))
+
+    def forward(self, series: torch.Tensor) -> torch.Tensor:
+        return self.encoder(self.first(series))
+
+
+def test_blocks_in_a_sequence_are_found_and_what_stays_dense_in_them_is_named():
+    torch.manual_seed(0)
+    report = prune_model(OfTorch(), [{"series": torch.randn(4, 6, 8)}], "wanda")
+    assert [(tower.name, tower.blocks, tower.run) for tower in report.towers] == [("encoder", 2, "blocks")]
+    assert [layer.name for layer in report.layers] == [
+        f"encoder.block_{i}.{name}" for i in range(2) for name in ("linear1", "linear2")
+    ]
+    attention = "encoder.block_0.self_attn."
+    assert {s.name: s.reason for s in report.skipped if s.name.startswith(attention)} == {
+        f"{attention}in_proj_weight": "a parameter of a MultiheadAttention, not the weight of a linear layer",
+        f"{attention}out_proj": "no calibration token reached it",
+    }
+    assert report.account.blocks == report.account.pruned + report.account.skipped
+
+
+class Counting(nn.Module):
+    """A feed-forward that needs to know how often the model has run."""
+
+    def __init__(self, inner: nn.Module, calls: list[int], *, counts: bool) -> None:
+        super().__init__()
+        self.inner, self.calls, self.counts = inner, calls, counts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.counts:
+            self.calls[:] = [0]
+            return self.inner(x)
+        self.calls[0] += 1
+        return self.inner(x) / self.calls[0]
+
+
+def test_a_tower_that_cannot_be_replayed_is_run_by_whole_forwards():
+    (model, batches), (odd, _) = make(KINDS["bart"]), make(KINDS["bart"])
+    calls: list[int] = []
+    layers = odd.model.decoder.layers
+    layers[0].fc2 = Counting(layers[0].fc2, calls, counts=True)
+    layers[1].fc2 = Counting(layers[1].fc2, calls, counts=False)
+    with pytest.warns(UserWarning, match="cannot be run one at a time"):
+        report = prune_model(odd, batches, "wanda")
+    assert [tower.run for tower in report.towers] == ["blocks", "forwards"]
+    prune_model(model, batches, "wanda")
+    theirs = {name.replace(".inner", ""): weight for name, weight in odd.state_dict().items()}
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "calibration", "message"),
+    [
+        ("bart", [], "calibration is an empty list"),
+        ("bart", [{}], r"calibration\[0\] is an empty dict"),
+        ("bart", [{"input_ids": [[1, 2]]}], r"calibration\[0\]\['input_ids'\] is a list; each input must be a tensor"),
+        ("bart", [{"input_ids": torch.zeros(0, 3)}], r"\['input_ids'\] is an empty tensor"),
+        ("bart", [{"input_ids": torch.full((1, 3), 101)}], r"run from 101 to 101, .* runs from 0 to 100"),
+        (
+            "bart",
+            [{"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.eye(2, 3)[[0, 0]] * torch.eye(2)[:, :1]}],
+            "'attention_mask'.: sequence 1 is all padding",
+        ),
+        ("t5", [{"input_ids": torch.ones(1, 3).long()}], r"cannot run on the calibration inputs \(input_ids\)"),
+        ("t5", torch.ones(1, 3).long(), "Give everything that its forward needs, as a list of dicts of tensors"),
+        ("vit", torch.ones(1, 3).long(), "has no embedding of token ids; give the inputs of its forward"),
+        ("plain", torch.ones(1, 3).long(), "has no embedding of token ids; give the inputs of its forward"),
+        ("plain", [{"x": torch.ones(1, 3)}], r"cannot run on the calibration inputs \(x\)"),
+    ],
+)
+def test_wrong_inputs_are_named(name, calibration, message):
+    model, _ = make(KINDS[name])
+    with pytest.raises(ValueError, match=message):
+        prune_model(model, calibration, "wanda")
+
+
+def test_a_batch_size_is_only_for_token_ids():
+    model, batches = make(KINDS["bert"])
+    with pytest.raises(ValueError, match="batch_size is only for token ids"):
+        prune_model(model, batches, "wanda", batch_size=2)
+
+
+def test_inputs_get_the_dtype_of_the_model():
+    model, batches = make(KINDS["vit"])
+    report = prune_model(model.bfloat16(), batches, "wanda")
+    assert len(report.layers) == 12
