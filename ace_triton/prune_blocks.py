@@ -19,15 +19,18 @@ from .decoders.blocks import Block, Tower, find_towers, finished_modules, gated_
 from .decoders.calibration_mode import calibration_mode
 from .decoders.collect import InputCollector
 from .decoders.experts import ExpertLinear, find_layouts
+from .decoders.lanes import Lanes
 from .decoders.loaded_weights import weights_as_loaded
 from .decoders.plan import NameFilter, Plan, Unit, misfit
 from .decoders.replay import Runner, WholeForward, make_runner
+from .decoders.watcher import Watcher
 from .decoders.weight_store import InMemory, WeightStore
 from .errors import RecipeError
 from .kernels.finite_check import FiniteCheck
 from .linears import as_kernel_dtype, linear_weight
 from .model_report import LayerReport, ModelReport, TowerReport, TowerRun
 from .presets import NOT_GIVEN, NotGiven, recipe_of
+from .processes import Processes, shares
 from .prune import prune_checked, score_matrix
 from .recipe import Recipe, Sequential
 from .reordering.reorder import Folds, Reorderer, find_folds
@@ -155,7 +158,8 @@ def prune_stored(
         with clock.measure("select"):
             weights, finite = _checked_weights(plan, store)
             rehearse(recipe, next(iter(weights.values())))
-        selection = _Selection(recipe, clock, plan, store, weights, finite)
+        lanes = Lanes(len(batches), Processes.now())
+        selection = _Selection(recipe, clock, plan, store, weights, finite, lanes)
         running.enter_context(few_threads(TOKENS_OF_A_FORWARD * max(w.numel() for w in weights.values())))
         selection.prepare(model, batches)
         if recipe.needs.tokens:
@@ -214,6 +218,7 @@ class _Selection:
     store: WeightStore
     weights: Mapping[str, torch.Tensor]
     finite: FiniteCheck
+    lanes: Lanes
     layers: list[LayerReport] = field(default_factory=list)
     reorderer: Reorderer | None = None
     patterns: Mapping[str, Sparsity] = field(default_factory=dict)
@@ -287,9 +292,14 @@ class _Selection:
         self.called_once.clear()
         self.groups.clear()
 
-    def collector(self, unit: Unit) -> InputCollector:
-        known = unit.names_inside in self.called_once
-        return InputCollector(unit.observed, self.recipe.needs, self.clock, each_once=known)
+    def observe(self, unit: Unit, run: Callable[[Watcher], None] | None) -> InputCollector:
+        """The statistics of a unit's layers from a run of the calibration set, in all processes; None: no run."""
+
+        def make(lane: int, each_once: bool) -> InputCollector:
+            known = each_once or unit.names_inside in self.called_once
+            return InputCollector(unit.observed, self.recipe.needs, self.clock, each_once=known, lane=lane)
+
+        return make(0, False) if run is None else self.lanes.collect(make, run)
 
     def prune(self, unit: Unit, collector: InputCollector | None) -> None:
         if collector is not None and collector.each_once:
@@ -301,7 +311,8 @@ class _Selection:
                 scores = partial(self._scores, collector=collector)
                 self.reorderer.reorder(list(unit.layers), pattern.n, scores, collector)
         consumers = gated_consumers(unit.feed_forward, collector.groups) if collector is not None else {}
-        for name, layer in unit.layers.items():
+        chosen: dict[str, ActivationStats | None] = {}
+        for name in unit.layers:
             weight, stats = self.weights[name], None
             if collector is not None:
                 stats = _statistics(collector, name, consumers.get(name), weight.shape[0])
@@ -312,10 +323,31 @@ class _Selection:
             if why_not is not None:
                 self.plan.skip(name, weight, why_not)
                 continue
-            with self.clock.measure("select"):
-                result = prune_checked(layer, weight, stats, recipe, name, self.finite, clock=self.clock)
-            self.plan.pruned(name, result.total)
-            self.layers.append(LayerReport(name, result.kept / result.total, result.pattern, result.axis, result.total))
+            chosen[name] = stats
+        self._prune_layers(unit.layers, chosen, recipe)
+
+    def _prune_layers(
+        self, layers: Mapping[str, nn.Module], chosen: Mapping[str, ActivationStats | None], recipe: Recipe
+    ) -> None:
+        """Prune layers by their statistics; each process does its share, and gets the others' from them."""
+        processes = self.lanes.processes
+        costs = [float(self.weights[name].numel() * self.weights[name].shape[1]) for name in chosen]
+        owners = dict(zip(chosen, shares(costs, processes.size), strict=True))
+        done: dict[str, LayerReport] = {}
+        with self.clock.measure("select"):
+            for name, stats in chosen.items():
+                if owners[name] == processes.rank:
+                    result = prune_checked(
+                        layers[name], self.weights[name], stats, recipe, name, self.finite, clock=self.clock
+                    )
+                    kept = result.kept / result.total
+                    done[name] = LayerReport(name, kept, result.pattern, result.axis, result.total)
+            for name, owner in owners.items():
+                report = processes.broadcast(done.get(name), owner)
+                assert report is not None
+                processes.broadcast_into(self.weights[name], owner)
+                self.plan.pruned(name, report.parameters)
+                self.layers.append(report)
 
     def _scores(self, name: str, *, collector: InputCollector | None) -> torch.Tensor | None:
         """Scores to order a layer's inputs by; None if no token reached it or its groups run along the outputs."""
@@ -347,12 +379,13 @@ def _with_statistics(
     at_once = selection.recipe.sequential == "none"
     last = plan.towers[-1][0]
     outside: InputCollector | None = None
-    passes = [_TowerPass(model, tower, units, batches, selection) for tower, units in plan.towers if units]
+    trial = trial_batch(model, batches)
+    own = [batches[number] for number in selection.lanes.batches]
+    passes = [_TowerPass(model, tower, units, own, trial, selection) for tower, units in plan.towers if units]
 
     def observe_outside(unit: Unit) -> InputCollector:
-        collector = selection.collector(unit)
-        WholeForward(model, batches, selection.clock, last.blocks, last.masks).run_all(collector)
-        return collector
+        whole = WholeForward(model, own, selection.clock, last.blocks, last.masks)
+        return selection.observe(unit, whole.run_all)
 
     if at_once:
         with selection.dense(plan.units):
@@ -387,6 +420,7 @@ class _TowerPass:
     tower: Tower
     units: Sequence[Unit]
     batches: Sequence[Batch]
+    trial: Batch
     selection: _Selection
     runner: Runner = field(init=False)
     observed: dict[int, InputCollector] = field(default_factory=dict)
@@ -395,7 +429,7 @@ class _TowerPass:
     def start(self) -> None:
         """Record what the tower's blocks read, with the present weights of the towers before it."""
         blocks, clock = self.tower.blocks, self.selection.clock
-        self.runner = make_runner(self.model, blocks, self.batches, clock, self.tower.masks)
+        self.runner = make_runner(self.model, blocks, self.batches, clock, self.tower.masks, self.trial)
 
     def observe_ahead(self) -> None:
         """Collect the statistics of the dense model now, if a later run could not."""
@@ -427,11 +461,9 @@ class _TowerPass:
         return ()
 
     def _observe(self, index: int) -> InputCollector:
-        collector = self.selection.collector(self.units[index])
-        at_once = self.selection.recipe.sequential == "none"
-        if self.units[index].layers or at_once:
-            self.runner.run(index, collector, advance=at_once)
-        return collector
+        unit, at_once = self.units[index], self.selection.recipe.sequential == "none"
+        run = partial(self.runner.run, index, advance=at_once) if unit.layers or at_once else None
+        return self.selection.observe(unit, run)
 
 
 def _without_statistics(plan: Plan, selection: _Selection, progress: Progress | None) -> dict[str, TowerRun]:
@@ -455,8 +487,9 @@ def _prune_by_input(block: Block, unit: Unit, runner: Runner, index: int, select
         pending = set(map(inside, rest))
         observed = next((group for group in selection.groups.get(kind, ()) if group & pending), pending)
         layers = {name: layer for name, layer in rest.items() if inside(name) in observed}
-        collector = selection.collector(replace(unit, layers=layers))
-        runner.run(index, collector, advance=False, finished=finished_modules(block, unit.layers, rest))
+        finished = finished_modules(block, unit.layers, rest)
+        run = partial(runner.run, index, advance=False, finished=finished)
+        collector = selection.observe(replace(unit, layers=layers), run)
         if not selection.groups.get(kind):
             selection.groups[kind] = [set(map(inside, _with_stacks(set(group), rest))) for group in collector.groups]
         reached = next((group for group in collector.groups if not layers.keys().isdisjoint(group)), list(layers))

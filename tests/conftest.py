@@ -135,6 +135,19 @@ def tiny_checkpoint(tmp_path: Path, tiny_model, tokenizer) -> Path:
 
 
 @pytest.fixture
+def save(tmp_path, tokenizer):
+    """save(model, name): the folder of its checkpoint."""
+
+    def save(model, name="source", **options):
+        folder = tmp_path / name
+        model.save_pretrained(folder, **options)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
 def some_text(tmp_path: Path) -> Path:
     path = tmp_path / "some.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 60)

@@ -12,6 +12,7 @@ ORDER = [
     "errors",
     "command_environment",
     "timing",
+    "processes",
     "out_of_memory",
     "process_memory",
     "runs_on",

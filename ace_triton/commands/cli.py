@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,11 +17,12 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import AceError
+from ..errors import AceError, ArgumentError
 from ..out_of_memory import is_out_of_memory
+from ..processes import started
 from ..threads import respect_processors
 from .bench import bench
-from .console import accept_any_text, errors, print_error, print_line, print_note
+from .console import accept_any_text, errors, print_error, print_line, print_note, quiet
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
@@ -59,13 +61,29 @@ for command, summary in COMMANDS.items():
     app.command(short_help=summary, context_settings={"max_content_width": 100})(command)
 
 
+SHARED = ("prune",)
+"""Commands that several processes can share."""
+
+SECONDS_AFTER_THE_FIRST = 3.0
+"""Other processes report an error later than the first one; by then they are stopped if it has the same error."""
+
+
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
 ) -> None:
     if version:
         print_line(f"ace-triton {__version__}")
         raise typer.Exit
+    if started() > 1:
+        if context.invoked_subcommand not in SHARED:
+            raise ArgumentError(
+                f"torchrun started {started()} processes, but only {', '.join(SHARED)} shares its work: run this "
+                "command without torchrun"
+            )
+        if os.environ.get("RANK") != "0":
+            quiet()
 
 
 def main() -> None:
@@ -99,6 +117,8 @@ def _run() -> None:
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
+        if started() > 1 and os.environ.get("RANK") != "0":
+            time.sleep(SECONDS_AFTER_THE_FIRST)
         if isinstance(error, (AceError, OSError)) or is_out_of_memory(error):
             print_error(str(error) or type(error).__name__)
         else:

@@ -22,6 +22,11 @@ def accept_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def quiet() -> None:
+    """Print nothing from now on, except the error that ends the command."""
+    console.quiet = errors.quiet = True
+
+
 def progress_bars() -> Progress:
     """Bars if stderr is a terminal, else lines."""
     return bars(errors) if errors.is_terminal else ProgressLines(errors)
@@ -44,6 +49,7 @@ def print_warning(message: str) -> None:
 
 def print_error(message: str) -> None:
     """Print the error that ended a command to stderr."""
+    errors.quiet = False
     errors.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
 
 

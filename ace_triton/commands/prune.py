@@ -10,6 +10,7 @@ import typer
 from ..inputs.calibration import SELF
 from ..methods.registry import metric_names
 from ..presets import DEFAULT_PRESET, PRESETS
+from ..processes import joined
 from ..recipe import Sequential
 from ..solvers.update import Update
 from . import report
@@ -169,7 +170,8 @@ def prune(
 
     Without options this is wanda with channels permuted and weights updated by least squares, which measures best for
     its time. A method that you name runs alone; --preset, --permute and --update add to it. OUT/ace_triton.json holds
-    the recipe and the calibration settings, which --recipe repeats.
+    the recipe and the calibration settings, which --recipe repeats. Several processes share the work, and write the
+    same bytes as one: torchrun --nproc-per-node 4 -m ace_triton prune SRC OUT.
     """
     given = given_flags(context)
     saved = None if recipe is None else SavedRun.read(recipe)
@@ -196,8 +198,10 @@ def prune(
         for line in replaced_lines(recipe, saved, asked, settings, run.dtype):
             print_note(line)
     print_backend(parse_device(device))
-    with progress_bars() as progress:
+    with joined() as processes, progress_bars() as progress:
         results = run.run(progress, settings, documents)
+    if not processes.is_first:
+        return
     if json:
         report.write_json(json, results.facts)
     _print(results)

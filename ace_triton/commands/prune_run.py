@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from rich.progress import Progress
 
 from ..calibration_report import CalibrationReport, report_on
 from ..errors import ArgumentError, RecipeError
+from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.calibration import Calibration, load_calibration, read_calibration
 from ..model_report import ModelReport
-from ..packed.checkpoint import save_packed
 from ..packed.manifest import DTYPES as PACKED_DTYPES
 from ..packed.pack_model import SparsifyReport, sparsify
+from ..processes import Processes
 from ..progress import progress_bar, stage
 from ..provenance import option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
@@ -116,7 +118,10 @@ class PruneRun:
     def _run_in_memory(
         self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None
     ) -> PruneResults:
-        with checkpoint.reserved(self.out, overwrite=self.overwrite):
+        processes = Processes.now()
+        with ExitStack() as running:
+            if processes.is_first:
+                running.enter_context(checkpoint.reserved(self.out, overwrite=self.overwrite))
             started = time.perf_counter()
             with stage(progress, "load the model"):
                 model, tokenizer = checkpoint.load(
@@ -136,12 +141,12 @@ class PruneRun:
             report = _with_load(report, load_seconds)
             facts = self._facts(model, report, None if documents is None else settings, calibrated)
             packing = None
-            with stage(progress, "save the model"):
-                if self.packed:
-                    packing = sparsify(model)
-                    save_packed(model, tokenizer, self.out, report=facts, overwrite=self.overwrite)
-                else:
-                    checkpoint.save(model, tokenizer, self.out, facts, overwrite=self.overwrite)
+            if processes.is_first:
+                with stage(progress, "save the model"):
+                    packing = sparsify(model) if self.packed else None
+                    kind = "packed" if self.packed else "dense"
+                    save_model(model, tokenizer, self.out, kind, report=facts, overwrite=self.overwrite)
+            processes.wait()
         return PruneResults(facts, report, calibrated, packing)
 
     def _run_streamed(

@@ -17,6 +17,7 @@ from ..linears import as_kernel_dtype
 from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
 from ..statistics.outputs import OutputStats, update_outputs
+from ..statistics.statistic import Saved, Statistic, statistics
 from ..timing import Stopwatch
 from .batches import MaskedInput
 from .experts import observe_experts
@@ -81,12 +82,20 @@ class InputCollector:
         needs: the statistics that the metric needs.
         clock: measures the time spent here as "statistics".
         each_once: True if it is known that no batch calls a layer more than once.
+        lane: number of the part of the calibration set (:mod:`ace_triton.decoders.lanes`).
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], needs: Needs, clock: Stopwatch, *, each_once: bool = False
+        self,
+        layers: Mapping[str, nn.Module],
+        needs: Needs,
+        clock: Stopwatch,
+        *,
+        each_once: bool = False,
+        lane: int = 0,
     ) -> None:
         self._layers = layers
+        self._lane = lane
         self._names = {module: name for name, module in layers.items()}
         self._needs = needs
         self._clock = clock
@@ -127,6 +136,52 @@ class InputCollector:
         """Reorder a layer's output channels in the statistics."""
         if name in self._outputs:
             self._outputs[name].reorder(outputs=order)
+
+    def merge(self, other: InputCollector) -> None:
+        """Add what another collector has collected of other batches of the same layers.
+
+        Raises:
+            PruneError: if layers shared an input in one of the two and did not in the other.
+        """
+        for group in dict.fromkeys(other._group_of.values()):
+            own = {id(self._group_of[name]): self._group_of[name] for name in group.names if name in self._group_of}
+            if not own:
+                self._group_of |= dict.fromkeys(group.names, group)
+                continue
+            mine = next(iter(own.values()))
+            if len(own) > 1 or set(mine.names) != set(group.names):
+                raise PruneError(
+                    f"{', '.join(sorted(group.names))} read the same tensor in one part of the calibration text and "
+                    "not in another, so they cannot share statistics; prune one after the other with include="
+                )
+            mine.stats.merge(group.stats)
+        for name, outputs in other._outputs.items():
+            self._outputs[name] = self._outputs[name] + outputs if name in self._outputs else outputs
+        self.each_once = self.each_once and other.each_once
+
+    def state(self) -> dict[str, Any]:
+        """What was collected, with tensors on the CPU, for another process."""
+        groups = [
+            (group.names, group.stats.in_features, [_saved(part, group.stats) for part in group.stats.parts.values()])
+            for group in dict.fromkeys(self._group_of.values())
+        ]
+        outputs = {name: _saved(part, self._group_of[name].stats)[1] for name, part in self._outputs.items()}
+        return {"groups": groups, "outputs": outputs, "each_once": self.each_once}
+
+    def with_state(self, state: Mapping[str, Any] | None) -> InputCollector:
+        """This collector with what another process has collected of the same layers; None for nothing."""
+        if state is None:
+            return self
+        device = next((p.device for layer in self._layers.values() for p in layer.parameters()), torch.device("cpu"))
+        kinds = statistics()
+        for names, width, parts in state["groups"]:
+            loaded = [
+                kinds[kind].load(saved).to(device) if saved.tensors else kinds[kind](width) for kind, saved in parts
+            ]
+            self._group_of |= dict.fromkeys(names, _Group(list(names), ActivationStats(width, parts=loaded)))
+        self._outputs |= {name: OutputStats.load(saved).to(device) for name, saved in state["outputs"].items()}
+        self.each_once = state["each_once"]
+        return self
 
     @contextmanager
     def batch(
@@ -209,7 +264,10 @@ class InputCollector:
         before = copy.deepcopy(group.stats) if group is not None and is_new_group else None
         if group is None:
             width = tensor.shape[-1]
-            stats = ActivationStats(width, parts=[kind(width) for kind in self._needs.all_parts])
+            parts = [kind(width) for kind in self._needs.all_parts]
+            for part in parts:
+                part.draw_for_lane(self._lane)
+            stats = ActivationStats(width, parts=parts)
             group = self._group_of[name] = _Group([name], stats)
         tokens, valid = self._sequences(tensor)
         group.stats.update(tokens, valid=valid)
@@ -278,3 +336,9 @@ class InputCollector:
                 )
             group.names = [name for name in group.names if name in names]
             self._group_of |= dict.fromkeys(others, _Group(others, before))
+
+
+def _saved(part: Statistic, stats: ActivationStats) -> tuple[str, Saved]:
+    """A part's registered name and contents, on the CPU."""
+    tensors = {name: tensor.cpu() for name, tensor in part.tensors().items()}
+    return part.name, Saved(stats.in_features, stats.count, tensors, part.facts())

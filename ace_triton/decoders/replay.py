@@ -41,7 +41,12 @@ class Runner(Protocol):
 
 
 def make_runner(
-    model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], clock: Stopwatch, masks: Masks = TEXT_ALONE
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch],
+    clock: Stopwatch,
+    masks: Masks = TEXT_ALONE,
+    trial: Batch | None = None,
 ) -> Runner:
     """Make a :class:`Replay`, or warn and make a :class:`WholeForward` if replay gives wrong results in a trial.
 
@@ -55,12 +60,13 @@ def make_runner(
         batches: the calibration set.
         clock: measures the time.
         masks: the padding masks of the tower.
+        trial: a few tokens for the trial; None for the beginning of the calibration set.
 
     Raises:
         ArgumentError: if the model's hidden states contain NaN or infinity.
     """
     with clock.measure("calibration"):
-        trial = trial_batch(model, batches)
+        trial = trial or trial_batch(model, batches)
         with links_found([block.module for block in blocks]) as links:
             trace = _trace(model, blocks, trial)
         try:

@@ -59,6 +59,12 @@ class Reservation:
     written: bool = False
     resumable: bool = False
 
+    @classmethod
+    def of(cls, out: str | Path) -> Reservation:
+        """The place of ``out``, for a process whose first process has reserved it."""
+        path = _place(out)
+        return cls(path, path.with_name(f".{path.name}{SUFFIX}"))
+
     @property
     def new(self) -> Path:
         """The folder that becomes ``path``."""
@@ -145,7 +151,7 @@ def reserved(
         yield _RESERVED[path]
         return
     check_out(out, overwrite=overwrite)
-    place = Reservation(path, path.with_name(f".{path.name}{SUFFIX}"))
+    place = Reservation.of(out)
     made: list[Path] = []
     try:
         made += [p for p in path.parents if not p.exists()]

@@ -117,6 +117,12 @@ class Statistic(ABC):
     def reordered(self, order: torch.Tensor) -> Self:
         """A copy with reordered channels: position p gets channel ``order[p]``, int64 [in_features]."""
 
+    def draw_for_lane(self, lane: int) -> None:  # noqa: B027 (most statistics draw nothing)
+        """Use other random numbers than in other lanes, which are parts of the tokens that are merged later.
+
+        The default does nothing.
+        """
+
     def to(self, device: torch.device | str) -> Self:
         """A copy on ``device``."""
         moved = copy.copy(self)

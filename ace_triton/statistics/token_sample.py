@@ -11,6 +11,9 @@ from ..errors import StatsError
 from .gram import check_valid, token_rows
 from .statistic import Saved, Statistic, TensorForm, register_statistic
 
+LANE_STEP = 2**32
+"""The seeds of two lanes differ by this at least, which is more than the tokens of a lane."""
+
 SAMPLE_TOKENS = 512
 """Number of tokens kept at most."""
 
@@ -32,18 +35,24 @@ class TokenSample(Statistic):
         count: tokens that the sample was drawn from.
         tokens: [n, in_features], n at most :data:`SAMPLE_TOKENS`, in their dtype; None before the first update.
         draws: the random numbers of the kept tokens, fp64 [n] on the CPU.
+        lane: number of the part of the tokens that this sample is for.
     """
 
     in_features: int
     count: int = 0
     tokens: torch.Tensor | None = None
     draws: torch.Tensor | None = None
+    lane: int = 0
 
     forms: ClassVar = {
         "sample": TensorForm("kj", (torch.float32, torch.float16, torch.bfloat16), signed=True),
         "draws": TensorForm("k", (torch.float64,)),
     }
     file_prefix: ClassVar = ""
+
+    def draw_for_lane(self, lane: int) -> None:
+        """Draw other random numbers than in other lanes."""
+        self.lane = lane
 
     @torch.no_grad()
     def update(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -61,7 +70,7 @@ class TokenSample(Statistic):
         counted = _without_first(valid, tokens.shape[:-1], tokens.device)
         indices = None if counted is None else counted.to(rows.device).flatten().nonzero()[:, 0]
         count = len(rows if indices is None else indices)
-        generator = torch.Generator().manual_seed(self.count)
+        generator = torch.Generator().manual_seed(self.count + LANE_STEP * self.lane)
         draws = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
         lowest = _lowest(draws)
         chosen = lowest.to(rows.device)

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .journal import Journal
+from ..processes import Processes
+from .journal import Results
 from .mapped_model import MappedModel
 
 _UNIT = "unit "
@@ -22,22 +23,25 @@ class FileStore:
 
     Args:
         mapped: the model.
-        journal: results of an earlier run on the same files, if it was interrupted.
-        on_finish: called when the first unit has entered the journal.
+        journal: results of an earlier run on the same files, if it was interrupted; only the first process has a file.
+        on_finish: called when a unit has entered the journal.
+        processes: this process and the others that prune the same files.
     """
 
     keeps_changes_private = False
 
-    def __init__(self, mapped: MappedModel, journal: Journal, on_finish: Callable[[], None]) -> None:
-        self._mapped, self._journal, self._on_finish = mapped, journal, on_finish
+    def __init__(
+        self, mapped: MappedModel, journal: Results, on_finish: Callable[[], None], processes: Processes
+    ) -> None:
+        self._mapped, self._journal, self._on_finish, self._processes = mapped, journal, on_finish, processes
         self._writer = ThreadPoolExecutor(1, "ace-triton-writer")
         self._pending: Future[None] | None = None
-        self.resumed = tuple(name.removeprefix(_UNIT) for name in journal.names if name.startswith(_UNIT))
+        self.resumed = tuple(name.removeprefix(_UNIT) for name in journal.results if name.startswith(_UNIT))
 
     @property
     def finished_parameters(self) -> list[str]:
         """Names of the parameters of all units that an earlier run finished."""
-        records = (self._journal.get(_UNIT + unit) for unit in self.resumed)
+        records = (self._journal.results[_UNIT + unit] for unit in self.resumed)
         return [name for record in records for name in record["parameters"]]
 
     def release(self, module: nn.Module) -> None:
@@ -46,13 +50,17 @@ class FileStore:
 
     def finished(self, unit: str) -> dict[str, Any] | None:
         """As in :class:`~ace_triton.decoders.weight_store.WeightStore`; units of this run do not count."""
-        return self._journal.get(_UNIT + unit) if unit in self.resumed else None
+        return self._journal.results[_UNIT + unit] if unit in self.resumed else None
 
     def finish(self, unit: str, modules: Sequence[nn.Module], record: dict[str, Any]) -> None:
         """As in :class:`~ace_triton.decoders.weight_store.WeightStore`; errors of the disk may come one unit later."""
         names = self._mapped.names_of(modules)
         for module in modules:
             self._mapped.release(module)
+        self._processes.wait()
+        if not self._processes.is_first:
+            self._mapped.adopt(names)
+            return
         self.wait()
         self._pending = self._writer.submit(self._write, unit, names, {**record, "parameters": names})
 
@@ -62,12 +70,11 @@ class FileStore:
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """As in :class:`~ace_triton.decoders.weight_store.WeightStore`."""
-        known = self._journal.get(name)
-        if known is None:
-            known = compute()
+        if name not in self._journal.results:
+            result = self._processes.first_does(compute)
             self.wait()
-            self._journal.add(name, known)
-        return known
+            self._journal.add(name, result)
+        return self._journal.results[name]
 
     def wait(self) -> None:
         """Wait until every finished unit is on disk.

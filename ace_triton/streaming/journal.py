@@ -17,7 +17,22 @@ from ..errors import CheckpointError
 FORMAT = "ace_triton.journal.1"
 
 
-class Journal:
+class Results:
+    """Results of a run by name.
+
+    Attributes:
+        results: the results so far, in order.
+    """
+
+    def __init__(self, results: Mapping[str, Any] | None = None) -> None:
+        self.results: dict[str, Any] = dict(results or {})
+
+    def add(self, name: str, result: Any) -> None:
+        """Add a result."""
+        self.results[name] = result
+
+
+class Journal(Results):
     """Results of a run by name, in a file.
 
     Args:
@@ -30,8 +45,8 @@ class Journal:
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        super().__init__()
         self._path = path
-        self._results: dict[str, Any] = {}
         lines = _complete_lines(path)
         if not lines:
             self._write({"format": FORMAT, "facts": dict(facts)}, fresh=True)
@@ -39,7 +54,7 @@ class Journal:
         try:
             first, *rest = map(json.loads, lines)
             known, kept = first["format"] == FORMAT, first["facts"]
-            self._results = {entry["name"]: entry["result"] for entry in rest}
+            self.results = {entry["name"]: entry["result"] for entry in rest}
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: the state of the interrupted run is damaged: add --restart") from error
         if not known:
@@ -52,18 +67,9 @@ class Journal:
             )
         self._write_all(lines)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the results, in order."""
-        return list(self._results)
-
-    def get(self, name: str) -> Any:
-        """A result; None if there is none of this name."""
-        return self._results.get(name)
-
     def add(self, name: str, result: Any) -> None:
         """Add a result, as JSON types. It is on disk when this returns."""
-        self._results[name] = result
+        super().add(name, result)
         self._write({"name": name, "result": result})
 
     def _write(self, entry: Mapping[str, Any], *, fresh: bool = False) -> None:

@@ -36,13 +36,15 @@ class MappedModel:
         folder: folder for the checkpoint's weight files; files of an earlier run are used again.
         own_form: folder for weights that the model stores in another form than the checkpoint (such as the experts of
             a mixture, in one tensor).
+        is_copy: True for a process that does not write the files. Its parameters are private maps of the source until
+            :meth:`adopt` takes the written ones.
 
     Attributes:
         model: the model. Before it runs, :meth:`fill` its weights.
         files: the checkpoint's weight files.
     """
 
-    def __init__(self, model: Any, folder: Path, own_form: Path) -> None:
+    def __init__(self, model: Any, folder: Path, own_form: Path, *, is_copy: bool = False) -> None:
         from accelerate.hooks import remove_hook_from_submodules
 
         self.model = model
@@ -54,7 +56,16 @@ class MappedModel:
         self.files = WeightFiles.create(folder, saved)
         own_form.mkdir(exist_ok=True)
         self._own_form = WeightFiles.create_one_each(own_form, self._converted)
-        self._map()
+        # A private page that was changed must not be dropped: its change is nowhere else.
+        self._drop = page_out if is_copy else drop_pages
+        self._map(is_copy)
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Take parameters from the files, which another process has written; own changes to them are dropped."""
+        for name in names:
+            parameter = self.model.get_parameter(name)
+            old, parameter.data = parameter.data, self._in_files(name)
+            drop_pages(old)
 
     def fill(self, *, except_for: Iterable[str] = ()) -> None:
         """Copy the weights from their source, except for parameters of these names."""
@@ -109,7 +120,7 @@ class MappedModel:
     def release(self, module: nn.Module) -> None:
         """Remove a module's weights from memory; the next access loads them again from their files."""
         for parameter in module.parameters():
-            drop_pages(parameter.data)
+            self._drop(parameter.data)
 
     @contextmanager
     def released_after_use(self) -> Iterator[None]:
@@ -120,7 +131,7 @@ class MappedModel:
 
         def release(module: nn.Module, _args: object, _output: object) -> None:
             for parameter in module.parameters(recurse=False):
-                drop_pages(parameter.data)
+                self._drop(parameter.data)
 
         def prefetch(following: nn.Module) -> Callable[..., None]:
             def hook(_module: nn.Module, _args: object) -> None:
@@ -138,22 +149,23 @@ class MappedModel:
                         hooks.callback(one.register_forward_pre_hook(prefetch(following)).remove)
             yield
 
-    def _map(self) -> None:
+    def _map(self, is_copy: bool) -> None:
         """Replace the parameters by mapped ones; parameters that are tied stay tied."""
         places = list(self.model.named_parameters(remove_duplicate=False))
+        known = {*self._direct, *self._converted}
         mapped: dict[int, nn.Parameter] = {}
         for name, old in places:
-            key = self._direct.get(name)
-            if key is not None:
-                tensor = self.files.tensor(key)
-            elif name in self._own_form:
-                tensor = self._own_form.tensor(name)
-            else:
-                continue
-            mapped[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            if name in known and id(old) not in mapped:
+                tensor = self._sources[name]().to(old.dtype) if is_copy else self._in_files(name)
+                mapped[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad)
         for path, old in places:
             module, _, key = path.rpartition(".")
             self.model.get_submodule(module)._parameters[key] = mapped[id(old)]
+
+    def _in_files(self, name: str) -> torch.Tensor:
+        """A parameter in the files that are written."""
+        key = self._direct.get(name)
+        return self._own_form.tensor(name) if key is None else self.files.tensor(key)
 
 
 def _sources(model: nn.Module) -> dict[str, Source]:

@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from ..inputs.model_source import ModelSource, safetensors_files
 from ..inputs.output_folder import Reservation, publish, reserved, write_report, writing
 from ..model_report import ModelReport
 from ..presets import DEFAULT_PRESET, recipe_of
+from ..processes import Processes
 from ..provenance import source_facts, versions, with_provenance
 from ..prune_blocks import Progress, prune_stored
 from ..recipe import Recipe
 from .file_store import FileStore
-from .journal import Journal
+from .journal import Journal, Results
 from .mapped_model import MappedModel
 
 JOURNAL = "journal.jsonl"
@@ -45,6 +46,7 @@ class StreamedModel:
     _source: str
     _out: Path
     _overwrite: bool
+    _processes: Processes
     _store: FileStore | None = None
 
     def start(self, facts: Mapping[str, Any]) -> FileStore:
@@ -59,9 +61,15 @@ class StreamedModel:
         """
         with writing(self._place, self._out):
             whole = {"source": source_state(self._source), **facts, "versions": versions()}
-            journal = Journal(self._place.kept / JOURNAL, whole)
-            self._store = FileStore(self._mapped, journal, self._keep)
-            self._mapped.fill(except_for=self._store.finished_parameters)
+            path = self._place.kept / JOURNAL
+            journal = Journal(path, whole) if self._processes.is_first else None
+            results = self._processes.first_does(lambda: journal.results if journal is not None else {})
+            self._store = FileStore(self._mapped, journal or Results(results), self._keep, self._processes)
+            if self._processes.is_first:
+                self._mapped.fill(except_for=self._store.finished_parameters)
+            else:
+                self._mapped.adopt(self._store.finished_parameters)
+            self._processes.wait()
         return self._store
 
     def publish(self, report: dict[str, Any]) -> None:
@@ -72,17 +80,22 @@ class StreamedModel:
                 are added.
         """
         assert self._store is not None, "start() comes first"
-        report = {**report, "streamed": {"resumed_units": list(self._store.resumed)}}
-        with writing(self._place, self._out):
-            self._mapped.write_converted()
-            with tempfile.TemporaryDirectory(dir=self._place.kept) as rest:
-                self.model.save_pretrained(rest, state_dict={})
-                self.tokenizer.save_pretrained(rest)
-                for path in Path(rest).iterdir():
-                    if not path.name.startswith("model") or not path.name.endswith((".safetensors", ".index.json")):
-                        path.replace(self._place.new / path.name)
-            write_report(self._place.new, report)
-            publish(self._place, self._out, overwrite=self._overwrite)
+        if self._processes.is_first:
+            report = {**report, "streamed": {"resumed_units": list(self._store.resumed)}}
+            with writing(self._place, self._out):
+                self._complete(report)
+        self._processes.wait()
+
+    def _complete(self, report: dict[str, Any]) -> None:
+        self._mapped.write_converted()
+        with tempfile.TemporaryDirectory(dir=self._place.kept) as rest:
+            self.model.save_pretrained(rest, state_dict={})
+            self.tokenizer.save_pretrained(rest)
+            for path in Path(rest).iterdir():
+                if not path.name.startswith("model") or not path.name.endswith((".safetensors", ".index.json")):
+                    path.replace(self._place.new / path.name)
+        write_report(self._place.new, report)
+        publish(self._place, self._out, overwrite=self._overwrite)
 
     def _keep(self) -> None:
         self._place.resumable = True
@@ -100,6 +113,8 @@ def streamed(
 ) -> Iterator[StreamedModel]:
     """Open a model whose weights stay in the files of a new checkpoint.
 
+    All processes of a run map the same files, so they must have one file system with shared memory: one machine.
+
     Args:
         source, dtype, trust_remote_code: as for :func:`~ace_triton.inputs.checkpoint.load`.
         out: folder for the new checkpoint; it is reserved until the context ends.
@@ -109,14 +124,25 @@ def streamed(
     Raises:
         CheckpointError: if the model cannot be loaded or streamed, or ``out`` cannot be written.
     """
-    with reserved(out, overwrite=overwrite, resumable=True, restart=restart) as place:
-        with writing(place, out):
+    processes = Processes.now()
+    with ExitStack() as running:
+        if processes.is_first:
+            place = running.enter_context(reserved(out, overwrite=overwrite, resumable=True, restart=restart))
             place.keep()
+        else:
+            place = Reservation.of(out)
+        processes.wait()
+        with writing(place, out):
+            converted = place.kept / f"converted-{processes.rank}"
             model, tokenizer = checkpoint.load(
-                source, dtype=dtype, trust_remote_code=trust_remote_code, offload_folder=place.kept / "converted"
+                source, dtype=dtype, trust_remote_code=trust_remote_code, offload_folder=converted
             )
-            mapped = MappedModel(model, place.new, place.kept / "own_form")
-        yield StreamedModel(model, tokenizer, mapped, place, source, out, overwrite)
+            if not processes.is_first:
+                processes.wait()
+            mapped = MappedModel(model, place.new, place.kept / "own_form", is_copy=not processes.is_first)
+            if processes.is_first:
+                processes.wait()
+        yield StreamedModel(model, tokenizer, mapped, place, source, out, overwrite, processes)
 
 
 def prune_checkpoint(

@@ -37,19 +37,6 @@ def tiny_ids():
     return torch.randint(3, 300, (6, 16), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def save(tmp_path, tokenizer):
-    """save(model, name): the folder of its checkpoint."""
-
-    def save(model, name="source", **options):
-        folder = tmp_path / name
-        model.save_pretrained(folder, **options)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return save
-
-
 def pruned_in_memory(source, out, ids, recipe, dtype="auto"):
     model, tokenizer = checkpoint.load(source, dtype=dtype)
     report = prune_model(model, ids, recipe)
@@ -166,7 +153,7 @@ def test_the_same_call_resumes_a_run(tiny_checkpoint, tmp_path, tiny_ids, recipe
 
 
 def test_a_resumed_run_that_has_no_replay(make_decoder, save, tmp_path, ids, stopped_after, monkeypatch):
-    def runner(model, blocks, batches, clock, masks):
+    def runner(model, blocks, batches, clock, masks, _trial):
         return WholeForward(model, batches, clock, blocks, masks)
 
     source = save(make_decoder("llama"))

@@ -1,0 +1,170 @@
+"""Several processes prune a model together, and give the same bytes as one."""
+
+import os
+import signal
+import subprocess
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from ace_triton import Recipe, prune_checkpoint, prune_model
+from ace_triton.decoders.lanes import Lanes
+from ace_triton.inputs import checkpoint
+from ace_triton.processes import Processes, shares
+from ace_triton.streaming.file_store import FileStore
+
+RECIPES = {
+    "balanced": Recipe("wanda", permute=True, update="lstsq"),
+    "outputs": Recipe("ace"),
+    "layers": Recipe("sparsegpt", sequential="layers"),
+    "dense statistics": Recipe("wanda", sequential="none", include=("*.down_proj", "lm_head")),
+    "sample": Recipe("stade", sparsity="4:8", update="rescale", budgets="outliers"),
+    "magnitude": Recipe("magnitude"),
+}
+
+
+@pytest.fixture
+def together(tmp_path):
+    """together(size, task): run ``task(rank)`` in forked processes of one group; the exit codes."""
+    meetings = iter(range(100))
+
+    def run(size, task):
+        meeting = tmp_path / f"meeting-{next(meetings)}"
+        children = []
+        for rank in range(size):
+            child = os.fork()
+            if not child:
+                try:
+                    torch.set_num_threads(1)
+                    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+                    task(rank)
+                    dist.barrier()
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        meeting.unlink(missing_ok=True)
+        return codes
+
+    return run
+
+
+@pytest.fixture
+def many_ids():
+    """Ten sequences, which are ten batches of one."""
+    return torch.randint(3, 101, (10, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_weights_do_not_depend_on_the_number_of_processes(make_decoder, together, tmp_path, many_ids, recipe, size):
+    alone = make_decoder("llama")
+    report = prune_model(alone, many_ids, recipe, batch_size=1)
+
+    def prune(rank):
+        model = make_decoder("llama")
+        assert prune_model(model, many_ids, recipe, batch_size=1).layers == report.layers
+        save_file({name: p.detach().clone() for name, p in model.named_parameters()}, tmp_path / f"{rank}.safetensors")
+
+    assert together(size, prune) == [0] * size
+    for rank in range(size):
+        shared = load_file(tmp_path / f"{rank}.safetensors")
+        assert all(torch.equal(shared[name], weight) for name, weight in alone.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma4_text"])
+def test_experts_and_odd_families(make_decoder, together, many_ids, family):
+    recipe, alone = Recipe("wanda", update="lstsq"), make_decoder(family)
+    prune_model(alone, many_ids, recipe, batch_size=1)
+
+    def prune(_rank):
+        model = make_decoder(family)
+        prune_model(model, many_ids, recipe, batch_size=1)
+        assert all(torch.equal(model.get_parameter(name), weight) for name, weight in alone.named_parameters())
+
+    assert together(2, prune) == [0, 0]
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "best", Recipe("wanda", sequential="none")], ids=str)
+def test_streamed_by_several_processes(tiny_checkpoint, together, tmp_path, recipe):
+    ids = torch.randint(3, 300, (6, 16), generator=torch.Generator().manual_seed(1))
+
+    def prune(out):
+        prune_checkpoint(tiny_checkpoint, tmp_path / out, ids, recipe, batch_size=1)
+
+    prune("one")
+    assert together(2, lambda _: prune("two")) == [0, 0]
+    for path in (tmp_path / "one").iterdir():
+        if path.name != "ace_triton.json":
+            assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_streamed_run_of_several_processes_resumes_in_one(make_decoder, save, together, tmp_path, many_ids):
+    source = save(make_decoder("llama"))
+
+    def prune(out):
+        prune_checkpoint(source, tmp_path / out, many_ids, "balanced", batch_size=1)
+
+    def killed(rank):
+        finish, done = FileStore.finish, []
+
+        def stop_in_the_second(self, *args):
+            done.append(1)
+            if len(done) == 2:
+                self.wait()
+                dist.barrier()
+                os.kill(os.getpid(), signal.SIGKILL)
+            finish(self, *args)
+
+        FileStore.finish = stop_in_the_second
+        prune("out")
+
+    assert together(2, killed) == [-signal.SIGKILL] * 2
+    assert together(2, lambda _: prune("out")) == [0, 0]
+    assert len(checkpoint.read_report(tmp_path / "out")["streamed"]["resumed_units"]) == 1
+    prune("expected")
+    for path in (tmp_path / "expected").glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("batches", [1, 2, 3, 10])
+def test_every_batch_is_run_once(size, batches):
+    runs = [list(Lanes(batches, Processes(rank, size)).batches) for rank in range(size)]
+    assert sorted(number for run in runs for number in run) == list(range(batches))
+    assert sum(bool(run) for run in runs) == min(size, batches, 4)
+
+
+def test_work_is_shared_out():
+    assert shares([1.0, 8.0, 1.0, 7.0], 2) == [1, 0, 0, 1]
+    assert shares([5.0, 5.0], 4) == [0, 1]
+    assert shares([1.0] * 3, 1) == [0, 0, 0]
+
+
+def torchrun(*words, size=2):
+    """Run the command line under torchrun; the finished process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size, "-m", "ace_triton", *words]
+    return subprocess.run(list(map(str, launcher)), capture_output=True, text=True, check=False)
+
+
+def test_the_command_under_torchrun(tiny_checkpoint, tmp_path, some_text):
+    words = ("prune", tiny_checkpoint, tmp_path / "out", "--method", "wanda", "--batch-size", "1")
+    ended = torchrun(*words, "--calibration", some_text, "--samples", "4", "--length", "16")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("written to") == 1
+    assert checkpoint.read_report(tmp_path / "out")["method"] == "wanda"
+
+
+def test_commands_that_do_not_share_their_work_say_so(command, monkeypatch, tiny_checkpoint):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = command("evaluate", tiny_checkpoint)
+    assert code == 1
+    assert "torchrun started 2 processes, but only prune shares its work" in errors
