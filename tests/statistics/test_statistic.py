@@ -112,6 +112,27 @@ def test_goes_through_batches_merging_moving_reordering_and_a_file(peaks, tmp_pa
         assert torch.equal(carried.part(peaks).largest, torch.full((16,), 9.0))
 
 
+def test_a_statistic_may_keep_numbers_and_own_shapes_in_a_file(peaks, tmp_path):
+    @register_statistic("histogram")
+    class Histogram(peaks):
+        forms = {"largest": TensorForm("j"), "bins": TensorForm("kj", (torch.int64,), optional=True)}  # noqa: RUF012
+        fact_names = ("width",)
+        bins, width = None, 0.5
+
+    path = tmp_path / "stats.safetensors"
+    stats = ActivationStats.from_tokens(torch.randn(4, 16), sample=True, parts=[Histogram])
+    stats.part(Histogram).bins, stats.part(Histogram).width = torch.arange(48).reshape(3, 16), 0.25
+    stats.save(path)
+    again = ActivationStats.load(path).part(Histogram)
+    assert again.width == 0.25
+    assert torch.equal(again.bins, stats.part(Histogram).bins)
+    assert torch.equal(again.largest, stats.part(Histogram).largest)
+    stats.part(Histogram).largest = None
+    stats.save(path)
+    with pytest.raises(StatsError, match=r"only one of histogram and histogram\.largest, which belong together"):
+        ActivationStats.load(path)
+
+
 def test_statistics_without_it_do_not_merge_and_say_how_to_collect_it(peaks):
     tokens = torch.randn(4, 16)
     stats = ActivationStats.from_tokens(tokens)
