@@ -26,7 +26,7 @@ def all_finite(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bo
         tensors: any shapes; fp32, fp16 or bf16; all on one device.
         terms: score terms, fp32, on that device.
     """
-    return ALL_FINITE.on(*tensors, *terms)(*tensors, terms=terms)
+    return ALL_FINITE.on(*tensors, *terms)(tensors, terms)
 
 
 def all_finite_reference(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:
@@ -41,11 +41,15 @@ def not_finite_reference(*vectors: torch.Tensor) -> torch.Tensor:
     return (whole.isfinite() & (whole >= 0)).all().logical_not().int().reshape(1)
 
 
-def _all_finite_cpu(*tensors: torch.Tensor, terms: Sequence[torch.Tensor]) -> bool:
+def _by_reference(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> bool:
+    return all_finite_reference(*tensors, terms=terms)
+
+
+def _all_finite_cpu(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> bool:
     return all(map(cpu.all_finite, tensors)) and all(cpu.all_finite(term, not_below_zero=True) for term in terms)
 
 
-def _launched(*tensors: torch.Tensor, terms: Sequence[torch.Tensor]) -> bool:
+def _launched(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> bool:
     return _all_finite_triton([tensor.detach().contiguous() for tensor in (*tensors, *terms)], len(tensors))
 
 
@@ -68,11 +72,11 @@ def _all_finite_triton(tensors: Sequence[torch.Tensor], n_signed: int) -> bool:
     return found.item() != mark
 
 
-def _work(*tensors: torch.Tensor, terms: Sequence[torch.Tensor]) -> Work:
+def _work(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> Work:
     return Work(bytes_of(*tensors, *terms))
 
 
-ALL_FINITE = Op("all_finite", _work, all_finite_reference, _all_finite_cpu, _launched)
+ALL_FINITE = Op("all_finite", _work, _by_reference, _all_finite_cpu, _launched)
 
 
 class _Flags(threading.local):
