@@ -81,12 +81,13 @@ def backend_of_device(device: torch.device) -> Backend:
     forced = os.environ[ENVIRONMENT_VARIABLE].strip() if ENVIRONMENT_VARIABLE in os.environ else ""
     if forced:
         return _forced(forced.lower(), device)
-    if device.type == "cuda" and HAS_TRITON:
+    kind = device.type
+    if kind == "cuda" and HAS_TRITON:
         return "triton"
-    if device.type == "cpu" and cpu_library.available():
+    if kind == "cpu" and cpu_library.available():
         return "cpu"
-    if device.type in SLOW:
-        warn_of_slow_backend(device.type)
+    if kind in SLOW:
+        warn_of_slow_backend(kind)
     return "reference"
 
 

@@ -30,7 +30,7 @@ def all_finite(*tensors: torch.Tensor, terms: Iterable[torch.Tensor] = (), known
         known: what was checked before. Only the other tensors are read, and recorded here if all are in range.
     """
     if known is None:
-        return ALL_FINITE.on(*tensors, *terms)(*tensors, terms=terms)
+        return ALL_FINITE.on(*tensors, *terms)(tensors, terms)
     unknown: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for tensor, is_term in [*((tensor, False) for tensor in tensors), *((term, True) for term in terms)]:
         passed = known.passed(tensor, is_term=is_term)
@@ -56,11 +56,15 @@ def not_finite_reference(*vectors: torch.Tensor) -> torch.Tensor:
     return (whole.isfinite() & (whole >= 0)).all().logical_not().int().reshape(1)
 
 
-def _all_finite_cpu(*tensors: torch.Tensor, terms: Sequence[torch.Tensor]) -> bool:
+def _by_reference(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> bool:
+    return all_finite_reference(*tensors, terms=terms)
+
+
+def _all_finite_cpu(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> bool:
     return all(map(cpu.all_finite, tensors)) and all(cpu.all_finite(term, not_below_zero=True) for term in terms)
 
 
-def _launched(*tensors: torch.Tensor, terms: Sequence[torch.Tensor]) -> bool:
+def _launched(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> bool:
     return _all_finite_triton([tensor.detach().contiguous() for tensor in (*tensors, *terms)], len(tensors))
 
 
@@ -83,11 +87,11 @@ def _all_finite_triton(tensors: Sequence[torch.Tensor], n_signed: int) -> bool:
     return found.item() != mark
 
 
-def _work(*tensors: torch.Tensor, terms: Sequence[torch.Tensor]) -> Work:
+def _work(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> Work:
     return Work(bytes_of(*tensors, *terms))
 
 
-ALL_FINITE = Op("all_finite", _work, all_finite_reference, _all_finite_cpu, _launched)
+ALL_FINITE = Op("all_finite", _work, _by_reference, _all_finite_cpu, _launched)
 
 
 class _Flags(threading.local):
