@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -181,11 +182,18 @@ def _with_masks(model: nn.Module, towers: Sequence[Tower], batch: Batch, names: 
     for name in names:
         like = batch.arguments.get(name, next(iter(batch.inputs.values())))
         mask = torch.ones(like.shape[:2], dtype=torch.int64, device=like.device)
-        mask[:, 0] = 0
+        mask[:, -1] = 0
         masked = _first_calls(model, towers, batch.with_input(name, mask))
         entries = ((dense[tower.blocks[0]], masked[tower.blocks[0]]) for tower in towers)
-        changed = (index for index, (before, after) in enumerate(entries) if not _equal(before, after))
-        owned.setdefault(next(changed, -1), name)
+        changed = next((i for i, (before, after) in enumerate(entries) if not _equal(before, after)), None)
+        if changed is not None:
+            owned.setdefault(changed, name)
+        else:
+            warnings.warn(
+                f"{name} has no effect on what the first block of any tower reads, so padding that it marks counts as "
+                "tokens",
+                stacklevel=4,
+            )
     before = [tuple(owned[i] for i in range(index - 1, -1, -1) if i in owned) for index in range(len(towers))]
     return [
         replace(tower, masks=Masks(owned.get(index), before[index], is_first=index == 0))
