@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
@@ -102,13 +103,14 @@ class Batch:
     def beginning(self, n_sequences: int, length: int) -> Batch:
         """The first tokens of the first sequences as a batch in which padding counts as real tokens.
 
-        Sequences keep their length unless there are token ids, or other integers, and all inputs have one entry per
-        token. The batch keeps all its sequences unless all inputs have one entry per sequence.
+        Sequences keep their length unless there are token ids, or other integers beside the masks, and all inputs have
+        one entry per token. The batch keeps all its sequences unless all inputs have one entry per sequence.
         """
         inputs = {name: torch.ones_like(t) if name in self.masks else t for name, t in self.inputs.items()}
         tensors = inputs.values()
         if len({tensor.shape[:1] for tensor in tensors}) == 1 and all(tensor.dim() for tensor in tensors):
-            per_token = any(tensor.dim() == 2 and not tensor.is_floating_point() for tensor in tensors)
+            integers = [t for name, t in inputs.items() if not t.is_floating_point() and name not in self.masks]
+            per_token = any(tensor.dim() == 2 for tensor in integers)
             per_token &= len({tensor.shape[:2] for tensor in tensors}) == 1
             inputs = {name: t[:n_sequences, :length] if per_token else t[:n_sequences] for name, t in inputs.items()}
         return Batch(inputs)
@@ -135,11 +137,12 @@ class Masks:
     def of_hidden(self, batch: Batch, hidden: torch.Tensor | None) -> tuple[tuple[int, int], torch.Tensor | None]:
         """The shape (n_sequences, length) and the padding mask of hidden states; None if there is no padding.
 
-        The shape is that of the batch if the hidden states have one row per token of the batch, or are None.
+        The shape is that of the batch if the hidden states have one row per token of the batch, or are None. Hidden
+        states [length, width] are one sequence.
         """
         shape = batch.shape
         if hidden is not None and hidden.numel() != shape[0] * shape[1] * hidden.shape[-1]:
-            shape = (hidden.shape[0], hidden.shape[1])
+            shape = (hidden.shape[0], hidden.shape[1]) if hidden.dim() > 2 else (1, hidden.shape[0])
         valid = batch.masks.get(self.own) if self.own is not None else None
         return shape, valid if valid is not None and valid.shape == shape else None
 
@@ -159,6 +162,22 @@ class Masks:
                 if valid is not None or tensor.shape[:2] != shape:
                     found.append((tensor, valid))
         return found
+
+    def warn_if_unused(self, batches: Sequence[Batch], hidden: torch.Tensor | None, stacklevel: int) -> None:
+        """Warn if the tower's own mask hides padding but does not have one entry per token of its hidden states.
+
+        Args:
+            batches: the calibration set.
+            hidden: hidden states that the first block reads in the first batch; None if unknown.
+            stacklevel: as for :func:`warnings.warn`.
+        """
+        found = [batch.masks[self.own] for batch in batches if self.own in batch.masks] if self.own is not None else []
+        if any(not mask.all() for mask in found) and self.of_hidden(batches[0], hidden)[1] is None:
+            warnings.warn(
+                f"{self.own} has shape {tuple(found[0].shape)}, which is not one entry per token of the blocks that "
+                "read it, so padding counts as tokens there; give sequences of one length to avoid that",
+                stacklevel=stacklevel + 1,
+            )
 
 
 TEXT_ALONE = Masks()

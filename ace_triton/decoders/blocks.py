@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -64,13 +65,13 @@ def find_blocks(model: nn.Module, batch: Batch | None = None) -> list[Block]:
 
 
 def find_towers(model: nn.Module, batch: Batch | None = None) -> list[Tower]:
-    """Find the towers of a model, in the order in which they run; towers that do not run come last.
+    """Find the towers of a model, in the order in which they run; blocks that do not run come last.
 
     Blocks are the members of an outermost ``nn.ModuleList`` that contains linear layers (lists of experts are nested in
     blocks). A list of bare linear layers is ignored: it contains heads or projections. A model without such lists may
-    have its blocks in an ``nn.Sequential`` whose members are of one type. If several lists remain, the
-    order of the first calls of their members in a forward of a few inputs decides: lists whose members alternate are
-    one tower, all others are towers of their own.
+    have its blocks in an ``nn.Sequential`` whose members are of one type. If several lists remain, the order of the
+    first calls of their members in a forward of a few inputs decides: lists whose members alternate are one tower, all
+    others are towers of their own.
 
     Args:
         model: the model.
@@ -106,8 +107,8 @@ def find_towers(model: nn.Module, batch: Batch | None = None) -> list[Tower]:
     found = _split(calls, members)
     reached = found if batch is None else _with_masks(model, found, trial, list(batch.masks))
     running = {block for tower in found for block in tower.blocks}
-    idle = [replace(tower, is_reached=False) for tower in as_defined if running.isdisjoint(tower.blocks)]
-    return [*reached, *idle]
+    idle = {tower.name: [block for block in tower.blocks if block not in running] for tower in as_defined}
+    return [*reached, *(Tower(name, blocks, is_reached=False) for name, blocks in idle.items() if blocks)]
 
 
 def _outermost_lists(model: nn.Module, is_list: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
@@ -181,11 +182,18 @@ def _with_masks(model: nn.Module, towers: Sequence[Tower], batch: Batch, names: 
     for name in names:
         like = batch.arguments.get(name, next(iter(batch.inputs.values())))
         mask = torch.ones(like.shape[:2], dtype=torch.int64, device=like.device)
-        mask[:, 0] = 0
+        mask[:, -1] = 0
         masked = _first_calls(model, towers, batch.with_input(name, mask))
         entries = ((dense[tower.blocks[0]], masked[tower.blocks[0]]) for tower in towers)
-        changed = (index for index, (before, after) in enumerate(entries) if not _equal(before, after))
-        owned.setdefault(next(changed, -1), name)
+        changed = next((i for i, (before, after) in enumerate(entries) if not _equal(before, after)), None)
+        if changed is not None:
+            owned.setdefault(changed, name)
+        else:
+            warnings.warn(
+                f"{name} has no effect on what the first block of any tower reads, so padding that it marks counts as "
+                "tokens",
+                stacklevel=4,
+            )
     before = [tuple(owned[i] for i in range(index - 1, -1, -1) if i in owned) for index in range(len(towers))]
     return [
         replace(tower, masks=Masks(owned.get(index), before[index], is_first=index == 0))

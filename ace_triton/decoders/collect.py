@@ -311,7 +311,7 @@ class InputCollector:
         n_sequences, length = self._shape
         rows = tensor.numel() // tensor.shape[-1]
         whole = rows == n_sequences * length
-        if not whole and tensor.shape[:2] != self._shape:
+        if not whole and (tensor.dim() < 3 or tensor.shape[:2] != self._shape):
             return tensor.reshape(1, rows, tensor.shape[-1]), None
         valid = None if self._valid is None else self._valid.to(tensor.device)
         if valid is not None and not whole:

@@ -77,8 +77,12 @@ def make_runner(
                 "for each block, which takes longer",
                 stacklevel=5,
             )
-            return WholeForward(model, batches, clock, blocks, masks)
-        return Replay(model, blocks, batches, clock, sizes, links, masks)
+            whole = WholeForward(model, batches, clock, blocks, masks)
+            masks.warn_if_unused(batches, whole.hidden_like(0, batches[0]), stacklevel=5)
+            return whole
+        replay = Replay(model, blocks, batches, clock, sizes, links, masks)
+        masks.warn_if_unused(batches, replay.hidden[0], stacklevel=5)
+        return replay
 
 
 class WholeForward:
@@ -120,14 +124,14 @@ class WholeForward:
         """Run the whole model on every batch while ``watcher`` watches."""
         for number, batch in enumerate(self._batches):
             with self._clock.measure("calibration"):
-                shape, valid = self._masks.of_hidden(batch, self._hidden_like(number, batch))
+                shape, valid = self._masks.of_hidden(batch, self.hidden_like(number, batch))
                 with (
                     self._others(batch, shape) as others,
                     watcher.batch(shape, valid, others=others, leave_early=True),
                 ):
                     _forward(self._model, batch)
 
-    def _hidden_like(self, number: int, batch: Batch) -> torch.Tensor | None:
+    def hidden_like(self, number: int, batch: Batch) -> torch.Tensor | None:
         """A tensor without data, of the shape of the hidden states that the first block reads; None if unknown."""
         if number not in self._hidden:
             self._hidden[number] = None
@@ -271,10 +275,12 @@ class _Call:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        for place, value in places:
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3:
-                return cls(args, kwargs, place)
-        raise NotReplayable("no argument of a block is hidden states [n_sequences, length, width]")
+        floating = [(place, v) for place, v in places if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        for least in (3, 2):
+            for place, value in floating:
+                if value.dim() >= least:
+                    return cls(args, kwargs, place)
+        raise NotReplayable("no argument of a block is hidden states [n_sequences, length, width] or [length, width]")
 
     @property
     def hidden(self) -> Any:

@@ -119,6 +119,23 @@ def test_members_of_several_lists_are_blocks_in_the_order_in_which_they_run():
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
 
 
+def test_lists_that_run_one_after_the_other_are_towers():
+    class InTurn(Alternating):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            hidden = self.embed(input_ids)
+            for block in [*self.attentions, self.feed_forwards[0]]:
+                hidden = block(hidden)
+            return hidden
+
+    towers = find_towers(InTurn())
+    assert [(tower.name, len(tower.blocks), tower.is_reached) for tower in towers] == [
+        ("attentions", 2, True),
+        ("feed_forwards", 1, True),
+        ("spare", 4, False),
+        ("feed_forwards", 1, False),
+    ]
+
+
 def test_a_full_memory_does_not_change_the_blocks():
     model = Alternating()
     model.feed_forwards[1].register_forward_hook(lambda *_: torch.empty(10**15))

@@ -102,6 +102,26 @@ def test_two_dimensional_inputs_with_every_token_keep_sequences_and_padding(laye
     close(collector.statistics("one"), ActivationStats.from_tokens(tokens, valid=valid))
 
 
+def test_rows_that_look_like_a_batch_count_as_one_sequence(layers):
+    """Two tokens of an expert with as many inputs as the batch has tokens in a sequence."""
+    layer, tokens = nn.Linear(3, 4), torch.randn(2, 3)
+    collector = collector_of({"one": layer})
+    run(collector, (layer, tokens), valid=torch.tensor([[True, True, False], [True, True, True]]))
+    close(collector.statistics("one"), ActivationStats.from_tokens(tokens[None]))
+
+
+def test_outputs_of_another_tower_have_a_mask_of_their_own(layers):
+    """Of the same shape as the tower's own tokens, so that only the tensor itself tells them apart."""
+    own, other = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    valid, mask = torch.tensor([[True, True, False], [True, True, True]]), torch.tensor([[True, False, False]] * 2)
+    collector = collector_of(layers)
+    with torch.no_grad(), collector.batch((2, 3), valid, others=[(other, mask)]):
+        layers["one"](own)
+        layers["two"](other)
+    close(collector.statistics("one"), ActivationStats.from_tokens(own, valid=valid))
+    close(collector.statistics("two"), ActivationStats.from_tokens(other, valid=mask))
+
+
 def test_heads_as_a_third_axis_count_as_tokens(layers):
     tokens, valid = torch.randn(2, 3, 5, 4), torch.tensor([[True, True, False], [True, True, True]])
     collector = collector_of(layers)

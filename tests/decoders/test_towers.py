@@ -80,6 +80,17 @@ def llava() -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
+def qwen2_vl() -> nn.Module:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = {**TEXT, **VOCABULARY, "num_key_value_heads": 2, "rope_parameters": rope}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN)
+    )
+
+
 class PlainBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -181,6 +192,18 @@ KINDS = {
         llava,
         lambda: {"input_ids": with_image_tokens(), "attention_mask": SOURCE, "pixel_values": images()},
         {"model.vision_tower.encoder.layers": 12, "model.language_model.layers": 14},
+        {"model.language_model.layers": "attention_mask"},
+    ),
+    "qwen2_vl": Kind(
+        qwen2_vl,
+        lambda: {
+            "input_ids": with_image_tokens(),
+            "attention_mask": SOURCE,
+            "mm_token_type_ids": (torch.arange(12) < 4).long().expand(4, 12),
+            "pixel_values": torch.randn(64, 96),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * 4),
+        },
+        {"model.visual.blocks": 8, "model.language_model.layers": 14},
         {"model.language_model.layers": "attention_mask"},
     ),
     "plain": Kind(Plain, lambda: {"series": torch.randn(4, 6, 8)}, {"stages": 6}, {}),
@@ -450,6 +473,27 @@ def test_wrong_inputs_are_named(name, calibration, message):
     model, _ = make(KINDS[name])
     with pytest.raises(ValueError, match=message):
         prune_model(model, calibration, "wanda")
+
+
+def test_a_mask_that_fits_no_tower_is_reported():
+    """The mask of a waveform has one entry per sample, and the blocks read fewer frames."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    torch.manual_seed(0)
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 8)}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = Wav2Vec2Model(Wav2Vec2Config(**TEXT, **convolutions, **positions)).eval()
+    sounds = {"input_values": torch.randn(2, 200), "attention_mask": mask(200, 120)}
+    with pytest.warns(UserWarning, match=r"attention_mask has shape \(2, 200\), .* padding counts as tokens there"):
+        report = prune_model(model, [sounds], "wanda")
+    assert [(tower.name, tower.run) for tower in report.towers] == [("encoder.layers", "blocks")]
+    assert len(report.layers) == 12
+
+
+def test_a_mask_without_effect_is_reported():
+    model, batches = make(KINDS["whisper"])
+    with pytest.warns(UserWarning, match="attention_mask has no effect on what the first block of any tower reads"):
+        prune_model(model, [{**batches[0], "attention_mask": mask(16, 9, 12, 16)}], "wanda")
 
 
 def test_a_batch_size_is_only_for_token_ids():
