@@ -83,6 +83,9 @@ class TestAgreement:
 
 class TestGate:
     def test_a_file_without_tests_has_failed(self, tmp_path):
+        empty = tmp_path / "test_empty.py"
+        empty.touch()
+        assert RunTests().verdict(str(empty)) == "failed"
         assert RunTests().verdict(str(tmp_path / "test_absent.py")) == "failed"
 
     def test_reads_a_report(self, tmp_path):
