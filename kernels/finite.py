@@ -29,6 +29,7 @@ def all_finite(*tensors: torch.Tensor, terms: Iterable[torch.Tensor] = (), known
         terms: score terms, fp32, on that device.
         known: what was checked before. Only the other tensors are read, and recorded here if all are in range.
     """
+    terms = list(terms)
     if known is None:
         return ALL_FINITE.on(*tensors, *terms)(tensors, terms)
     unknown: dict[bool, list[torch.Tensor]] = {False: [], True: []}
