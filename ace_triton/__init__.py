@@ -26,15 +26,16 @@ from .packed.checkpoint import load, save_packed
 from .packed.dispatch import RowLimits
 from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
+from .planning.pruning_plan import PruningPlan, plan_pruning
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
-from .streaming.streamed_prune import prune_checkpoint
 from .recipe import Recipe
 from .recovery.train import RecoveryReport, RecoverySettings, recover
 from .solvers.update import Update
 from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .statistics.gram import Gram
+from .streaming.streamed_prune import prune_checkpoint
 
 __version__ = "0.2.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "PatternError",
     "PruneError",
     "PruneResult",
+    "PruningPlan",
     "Recipe",
     "RecipeError",
     "RecoveryError",
@@ -72,8 +74,9 @@ __all__ = [
     "load_calibration",
     "metric_names",
     "pack_model",
-    "prune_linear",
+    "plan_pruning",
     "prune_checkpoint",
+    "prune_linear",
     "prune_model",
     "recover",
     "register_metric",

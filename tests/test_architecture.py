@@ -41,6 +41,7 @@ ORDER = [
     "provenance",
     "packed",
     "streaming",
+    "planning",
     "recovery",
     "study",
     "commands",
