@@ -26,6 +26,7 @@ from .packed.checkpoint import load, save_packed
 from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .packed.products import RowLimits
+from .planning.pruning_plan import PruningPlan, plan_pruning
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
 from .recipe import Recipe
@@ -55,6 +56,7 @@ __all__ = [
     "PatternError",
     "PruneError",
     "PruneResult",
+    "PruningPlan",
     "Recipe",
     "RecipeError",
     "RecoveryError",
@@ -75,6 +77,7 @@ __all__ = [
     "load_calibration",
     "metric_names",
     "pack_model",
+    "plan_pruning",
     "prune_checkpoint",
     "prune_linear",
     "prune_model",

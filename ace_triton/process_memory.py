@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import resource
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -43,6 +46,15 @@ def drop_pages(tensor: torch.Tensor) -> None:
 def prefetch_pages(tensor: torch.Tensor) -> None:
     """Tell the system that a mapped tensor will be read soon, so that it starts to read the file."""
     _advise(tensor, _MADV_WILLNEED)
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory; its peak if the system does not tell the present number."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def give_back_free_memory() -> None:

@@ -29,6 +29,7 @@ from .generate import generate
 from .info import info
 from .methods import methods
 from .pack import pack
+from .plan import plan
 from .prune import prune
 from .recover import recover
 from .study import study
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 COMMANDS: dict[Callable[..., None], str] = {
     prune: "Prune a model and save it.",
+    plan: "Say what prune would do and take.",
     recover: "Train the kept weights of a pruned model.",
     pack: "Pack a pruned model, to run it sparse.",
     generate: "Continue a prompt with a model.",

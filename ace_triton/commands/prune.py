@@ -29,13 +29,13 @@ from .options import (
     SeedOption,
     SourceArgument,
     TrustOption,
-    check_json,
     number,
     parse_device,
 )
-from .prune_run import PruneResults, PruneRun
-from .recipe_file import CalibrationSettings, SavedRun
-from .recipe_flags import calibration_from, check_text_is_there, given_flags, recipe_from, replaced_lines
+from .plan_run import run_from, show_plan
+from .prune_run import PruneResults
+from .recipe_file import CalibrationSettings
+from .recipe_flags import replaced_lines
 
 _PRESETS = "; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items())
 _DEFAULTS = CalibrationSettings()
@@ -164,6 +164,9 @@ def prune(
         bool, typer.Option("--restart", help="Throw away what an interrupted streamed run has left, and start again.")
     ] = False,
     overwrite: OverwriteOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, as 'ace-triton plan' does; write nothing.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Prune SRC and write it to OUT: a dense checkpoint with zeros that transformers loads, or a packed one.
@@ -173,29 +176,13 @@ def prune(
     the recipe and the calibration settings, which --recipe repeats. Several processes share the work, and write the
     same bytes as one: torchrun --nproc-per-node 4 -m ace_triton prune SRC OUT.
     """
-    given = given_flags(context)
-    saved = None if recipe is None else SavedRun.read(recipe)
-    asked, settings = recipe_from(given, saved), calibration_from(given, saved)
-    run = PruneRun(
-        src,
-        out,
-        asked,
-        settings,
-        dtype=dtype if "dtype" in given or saved is None else saved.dtype or dtype,
-        device=device,
-        packed=packed,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-        stream=stream,
-        restart=restart,
-    )
-    run.check_recipe()
-    check_json(json)
-    if recipe is not None and asked.calibrated:
-        check_text_is_there(settings, recipe)
+    if dry_run:
+        show_plan(context)
+        return
+    run, saved = run_from(context)
     settings, documents = run.read_text()
     if recipe is not None and saved is not None:
-        for line in replaced_lines(recipe, saved, asked, settings, run.dtype):
+        for line in replaced_lines(recipe, saved, run.recipe, settings, run.dtype):
             print_note(line)
     print_backend(parse_device(device))
     with joined() as processes, progress_bars() as progress:

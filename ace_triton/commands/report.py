@@ -19,6 +19,7 @@ from ..evaluate import Perplexity
 from ..model_report import ModelReport
 from ..packed.inspect import TensorSparsity
 from ..packed.pack_model import SparsifyReport
+from ..planning.pruning_plan import PruningPlan
 from ..recovery.train import RecoveryReport
 
 CHECKPOINT_JSON = re.compile(
@@ -151,7 +152,7 @@ def packing_table(report: SparsifyReport) -> Table:
     return table
 
 
-def skipped_lines(report: ModelReport | SparsifyReport, most: int = 12) -> list[str]:
+def skipped_lines(report: ModelReport | PruningPlan | SparsifyReport, most: int = 12) -> list[str]:
     """One line for each reason why weights were left dense, with their share of the model; largest share first."""
     layers: dict[str, list[Skipped]] = {}
     for skipped in report.skipped:

@@ -6,7 +6,7 @@ from torch import nn
 
 from ace_triton import prune_model
 from ace_triton.decoders.account import Account, Ledger, matrices
-from ace_triton.prune_blocks import _Selection
+from ace_triton.selection import Selection
 
 
 class Mixed(nn.Module):
@@ -80,13 +80,13 @@ def test_an_empty_account_has_shares_of_zero():
 
 
 def test_a_layer_that_is_not_pruned_by_mistake_is_named(make_decoder, ids, monkeypatch):
-    prune = _Selection.prune
+    prune = Selection.prune
 
     def prune_all_but_one(self, unit, collector):
         if unit.name != "model.layers.1":
             prune(self, unit, collector)
 
-    monkeypatch.setattr(_Selection, "prune", prune_all_but_one)
+    monkeypatch.setattr(Selection, "prune", prune_all_but_one)
     report = prune_model(make_decoder("llama"), ids, "magnitude")
     assert len(report.skipped) == 7
     assert all(s.name.startswith("model.layers.1.") and s.reason.startswith("not recognized") for s in report.skipped)

@@ -160,13 +160,13 @@ def test_a_resumed_run_that_has_no_replay(make_decoder, save, tmp_path, ids, sto
     for sequential in ("none", "blocks"):
         recipe = Recipe("wanda", sequential=sequential)
         expected, out = tmp_path / f"expected-{sequential}", tmp_path / f"out-{sequential}"
-        monkeypatch.setattr("ace_triton.prune_blocks.make_runner", runner)
+        monkeypatch.setattr("ace_triton.tower_pass.make_runner", runner)
         prune_checkpoint(source, expected, ids, recipe)
         stopped_after(1)
         with pytest.raises(Stop):
             prune_checkpoint(source, out, ids, recipe)
         monkeypatch.undo()
-        monkeypatch.setattr("ace_triton.prune_blocks.make_runner", runner)
+        monkeypatch.setattr("ace_triton.tower_pass.make_runner", runner)
         prune_checkpoint(source, out, ids, recipe)
         assert contents(out) == contents(expected)
 

@@ -1,0 +1,122 @@
+"""What ``ace-triton plan`` and ``ace-triton prune --dry-run`` do: read the options of ``prune`` and show the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.table import Table
+
+from ..planning.memory import Memory
+from ..planning.pruning_plan import PruningPlan, gib, plan_pruning
+from ..provenance import with_provenance
+from . import report
+from .console import console, print_line, print_note, print_warning
+from .options import check_json, parse_device, parse_dtype
+from .prune_run import PruneRun
+from .recipe_file import SavedRun
+from .recipe_flags import calibration_from, check_text_is_there, given_flags, recipe_from, replaced_lines
+
+
+def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
+    """The run that the options of ``prune`` ask for, and the content of the file of ``--recipe``.
+
+    Raises:
+        ValueError: if an option is invalid, or the model cannot be pruned so; nothing is loaded.
+    """
+    given, values = given_flags(context), context.params
+    path = None if values["recipe"] is None else Path(values["recipe"])
+    saved = None if path is None else SavedRun.read(path)
+    settings, dtype = calibration_from(given, saved), values["dtype"]
+    run = PruneRun(
+        values["src"],
+        Path(values["out"] or ""),
+        recipe_from(given, saved),
+        settings,
+        dtype=dtype if "dtype" in given or saved is None else saved.dtype or dtype,
+        device=values["device"],
+        packed=values["packed"],
+        trust_remote_code=values["trust_remote_code"],
+        overwrite=values["overwrite"],
+        stream=values["stream"],
+        restart=values["restart"],
+    )
+    run.check_recipe()
+    check_json(None if values["json"] is None else Path(values["json"]))
+    if path is not None and run.recipe.calibrated:
+        check_text_is_there(settings, path)
+    return run, saved
+
+
+def show_plan(context: typer.Context) -> None:
+    """Print the plan of the run that the options of ``prune`` ask for, and write its JSON file."""
+    run, saved = run_from(context)
+    values, settings = context.params, run.calibration
+    if saved is not None:
+        for line in replaced_lines(Path(values["recipe"]), saved, run.recipe, settings, run.dtype):
+            print_note(line)
+    plan = plan_pruning(
+        run.source,
+        run.recipe,
+        samples=settings.samples,
+        length=settings.length,
+        batch_size=settings.batch_size,
+        text=settings.text,
+        out=run.out if values["out"] else None,
+        dtype=parse_dtype(run.dtype),
+        device=parse_device(run.device),
+        packed=run.packed,
+        overwrite=run.overwrite,
+        stream=run.stream,
+        trust_remote_code=run.trust_remote_code,
+        probe=values.get("probe", False),
+    )
+    if values["json"]:
+        report.write_json(values["json"], with_provenance(plan.to_dict(), calibration=settings.to_dict()))
+    console.print(plan_table(plan))
+    for line in report.skipped_lines(plan):
+        print_line(f"stays dense: {line}")
+    for line in plan.unchecked:
+        print_line(f"not checked: {line}")
+    for line in plan.warnings:
+        print_warning(line)
+
+
+def plan_table(plan: PruningPlan) -> Table:
+    """What a run would prune, and what it would take; sizes and times are estimates."""
+    table = report.facts_table(f"{plan.recipe.words}, {plan.recipe.sparsity}")
+    account = plan.account
+    table.add_row("layers to prune", f"{len(plan.layers)}, in {plan.blocks} blocks")
+    table.add_row("pruned, of the blocks' weights", f"{account.share('pruned'):.1%}")
+    table.add_row("skipped (listed below)", f"{account.share('skipped'):.1%}")
+    table.add_row("excluded by name", f"{account.share('excluded'):.1%}")
+    table.add_row("outside the blocks, of the model's weights", f"{account.outside / account.model:.1%}")
+    table.add_row("type of the weights", plan.dtype)
+    table.add_row("memory with the model in memory", _memory(plan.in_memory))
+    table.add_row("memory if streamed", "cannot be streamed" if plan.streamed is None else _memory(plan.streamed))
+    table.add_row("memory of a GPU, if it runs there", _memory(plan.device))
+    table.add_row("memory available", gib(plan.available_bytes))
+    table.add_row("where the weights would be", "in files (--stream)" if plan.streams else "in memory")
+    table.add_row("size of the output", gib(plan.disk.output_bytes))
+    table.add_row("disk while it runs", gib(plan.disk.work_bytes))
+    if plan.disk.free_bytes is not None:
+        table.add_row("disk free", gib(plan.disk.free_bytes))
+    if plan.time is None:
+        table.add_row("time", "not estimated (plan --probe)")
+    else:
+        weights = "their own weights" if plan.time.real_weights else "random weights"
+        table.add_row("time to prune, estimated", f"{_duration(plan.time.seconds)}")
+        table.add_row("estimated from", f"{len(plan.time.blocks)} blocks with {weights}")
+    return table
+
+
+def _memory(need: Memory) -> str:
+    pages = need.peak_resident - need.peak
+    dropped = f", and up to {gib(pages)} of file pages" if pages > 0.01 * need.peak else ""
+    return f"{gib(need.peak)} (to {need.largest_phase}{dropped})"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,268 @@
+"""Which layers a recipe prunes, and which of them share statistics, found on a model without weights."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..decoders.batches import trial_ids
+from ..decoders.blocks import Block, find_blocks, find_towers, gated_consumers
+from ..decoders.calibration_mode import calibration_mode
+from ..decoders.collect import InputCollector
+from ..decoders.experts import ExpertLinear
+from ..decoders.plan import Plan, Unit, misfit
+from ..errors import AceError, ArgumentError
+from ..inputs.model_source import reason
+from ..linears import linear_weight
+from ..methods.registry import Needs
+from ..prune_blocks import plan_of
+from ..recipe import Recipe
+from ..timing import Stopwatch
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """A layer of a plan.
+
+    Attributes:
+        name: dotted name.
+        outputs, inputs: the sizes of its weight [out_features, in_features].
+        bytes: size of the weight.
+        group: number of the group of layers of its block that read the same input.
+        is_expert: True if the weight is part of a stack of experts.
+        is_pruned: False if only the layer's inputs are observed.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    bytes: int
+    group: int
+    is_expert: bool
+    is_pruned: bool = True
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return self.outputs * self.inputs
+
+
+@dataclass(frozen=True)
+class UnitSize:
+    """A unit of a plan.
+
+    Attributes:
+        name: name of the block.
+        layers: the layers whose inputs are observed, in the order in which they are pruned.
+        bytes: size of all parameters of the block, or of the layers outside the blocks.
+    """
+
+    name: str
+    layers: tuple[LayerSize, ...]
+    bytes: int
+
+    @property
+    def groups(self) -> list[tuple[LayerSize, ...]]:
+        """The layers by group, in order of the groups."""
+        found: dict[int, list[LayerSize]] = {}
+        for layer in self.layers:
+            found.setdefault(layer.group, []).append(layer)
+        return [tuple(found[group]) for group in sorted(found)]
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What a recipe does with a model.
+
+    Attributes:
+        plan: the layers to prune, and why the others stay dense.
+        units: the sizes of the blocks with layers to prune, then of the layers outside the blocks.
+        blocks: number of all blocks.
+        block_bytes: size of the largest block.
+        unchecked: what only a run on the weights and the text can tell.
+    """
+
+    plan: Plan
+    units: tuple[UnitSize, ...]
+    blocks: int
+    block_bytes: int
+    unchecked: tuple[str, ...] = field(default=())
+
+
+def planned(model: Any, recipe: Recipe) -> PlannedModel:
+    """Plan a recipe on a model whose weights have no meaning.
+
+    A few tokens run through one block of each kind to find the layout of experts and the layers that share an input.
+
+    Raises:
+        ArgumentError: if no layer can be pruned, a name pattern matches no layer, or the model cannot run here.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            plan, groups = _examined(model, recipe, one_of_each_kind)
+        except AceError:
+            raise
+        except Exception:  # A block may need what a block before it has computed, such as its keys and values.
+            try:
+                plan, groups = _examined(model, recipe, None)
+            except AceError:
+                raise
+            except Exception as error:
+                raise ArgumentError(
+                    f"{type(model).__name__} cannot run on this machine, so it cannot be planned ({reason(error)})"
+                ) from error
+    units = plan.units
+    numbers = {unit.name: _group_numbers(unit, groups) for unit in units}
+    for unit in units:
+        _account(plan, unit, recipe, numbers[unit.name])
+    unchecked = ["whether weights have NaN or infinity"]
+    if recipe.permute:
+        unchecked.append("which layers can be reordered")
+    if any(isinstance(layer, ExpertLinear) for layer in plan.layers.values()):
+        unchecked.append("whether calibration tokens reach every expert; others stay dense")
+    return PlannedModel(
+        plan,
+        tuple(_unit_size(plan, unit, numbers[unit.name]) for unit in units),
+        len(plan.blocks),
+        max(_bytes(block.module) for block in plan.blocks),
+        tuple(unchecked),
+    )
+
+
+Substitute = Callable[[Sequence[Block]], Any]
+
+
+def _examined(model: Any, recipe: Recipe, substitute: Substitute | None) -> tuple[Plan, list[list[str]]]:
+    with calibration_mode(model), ExitStack() as substitutes:
+        if substitute is not None:
+            substitutes.enter_context(substitute(find_blocks(model)))
+        towers = [tower for tower in find_towers(model, None) if tower.is_reached]
+        plan = plan_of(model, recipe, towers, [])
+        return plan, _groups(model, plan)
+
+
+def _groups(model: Any, plan: Plan) -> list[list[str]]:
+    """Names of layers that read the same tensor in a forward of a few tokens."""
+    observed = {name: layer for unit in plan.units for name, layer in unit.observed.items()}
+    ids = trial_ids(model)
+    collector = InputCollector(observed, Needs(), Stopwatch(ids.device))
+    with collector.batch((ids.shape[0], ids.shape[1]), None):
+        model(input_ids=ids, use_cache=False)
+    return collector.groups
+
+
+@contextmanager
+def one_of_each_kind(blocks: Sequence[Block]) -> Iterator[None]:
+    """A context in which only the first block of each kind computes; the others return what that one has returned.
+
+    Blocks are of one kind if their class and their parameters' names and shapes are the same.
+    """
+    first: dict[object, Block] = {}
+    outputs: dict[nn.Module, Any] = {}
+
+    def keep(module: nn.Module, _args: object, output: Any) -> None:
+        outputs[module] = output
+
+    with ExitStack() as undo:
+        for block in blocks:
+            earlier = first.setdefault(kind_of(block.module), block)
+            if earlier is block:
+                undo.callback(block.module.register_forward_hook(keep).remove)
+            else:
+                undo.enter_context(_returning(block.module, outputs, earlier.module))
+        yield
+
+
+@contextmanager
+def _returning(module: nn.Module, outputs: Mapping[nn.Module, Any], earlier: nn.Module) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = lambda *_args, **_kwargs: outputs[earlier]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def kind_of(module: nn.Module) -> object:
+    """A key that is equal for blocks of the same class with parameters of the same names and shapes."""
+    return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+
+
+def _account(plan: Plan, unit: Unit, recipe: Recipe, numbers: Mapping[str, int]) -> None:
+    """Record in the plan which layers of a unit are pruned, and which the pattern does not fit along their outputs."""
+    members: dict[int, list[str]] = {}
+    for name, number in numbers.items():
+        members.setdefault(number, []).append(name)
+    consumers = gated_consumers(unit.feed_forward, list(members.values()))
+    for name, layer in unit.layers.items():
+        weight = linear_weight(layer)
+        assert weight is not None
+        usual = recipe.metric.consumer_axis if name in consumers else "in"
+        why_not = misfit(weight, recipe.sparsity, recipe.sparsity.axis or usual)
+        if why_not is None:
+            plan.pruned(name, weight.numel())
+        else:
+            plan.skip(name, weight, why_not)
+
+
+def _unit_size(plan: Plan, unit: Unit, numbers: Mapping[str, int]) -> UnitSize:
+    skipped = {entry.name for entry in plan.skipped}
+    sizes = []
+    for name, layer in unit.observed.items():
+        weight = linear_weight(layer)
+        assert weight is not None
+        rows, columns = weight.shape
+        is_expert = isinstance(layer, ExpertLinear)
+        sizes.append(
+            LayerSize(
+                name,
+                rows,
+                columns,
+                weight.nbytes,
+                numbers[name],
+                is_expert,
+                name in unit.layers and name not in skipped,
+            )
+        )
+    block = next((block.module for block in plan.blocks if block.name == unit.name), None)
+    return UnitSize(unit.name, tuple(sizes), sum(s.bytes for s in sizes) if block is None else _bytes(block))
+
+
+def _group_numbers(unit: Unit, groups: Sequence[Sequence[str]]) -> dict[str, int]:
+    """For each layer of a unit, the number of its group.
+
+    Layers that the trial did not reach, in a block of a known kind or in an expert, are grouped like those that it
+    reached: by the same names but for their numbers.
+    """
+    alike: dict[str, int] = {}
+    for number, group in enumerate(groups):
+        for name in group:
+            alike.setdefault(_pattern(name), number)
+    own = {name: number for number, group in enumerate(groups) for name in group}
+    keys: dict[object, int] = {}
+    found = {}
+    for name in unit.observed:
+        key: object = (
+            ("reached", own[name]) if name in own else (name.rpartition(".")[0], alike.get(_pattern(name), name))
+        )
+        found[name] = keys.setdefault(key, len(keys))
+    return found
+
+
+def _pattern(name: str) -> str:
+    return _NUMBER.sub("*", name)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -1,0 +1,266 @@
+"""The plan of a pruning run: what it prunes and what it takes, without reading the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..decoders.account import Account
+from ..decoders.batches import check_positions, longest_sequence
+from ..decoders.plan import Excluded, Skipped
+from ..errors import ArgumentError, CheckpointError
+from ..inputs.calibration import MOST_DOCUMENTS, SELF, read_calibration
+from ..inputs.model_source import check_device
+from ..inputs.output_folder import check_out
+from ..inputs.text import check_text
+from ..presets import DEFAULT_PRESET, recipe_of
+from ..process_memory import resident_bytes
+from ..prune_blocks import rehearse
+from ..recipe import Recipe
+from ..streaming.fits import available_memory, fits_in_memory
+from .disk import Disk, converted_bytes, disk_of
+from .layers import PlannedModel, planned
+from .memory import Calibrated, Memory, Need
+from .probe import Estimate, estimate
+from .skeleton import Skeleton, skeleton
+
+CHARACTERS_PER_TOKEN = 4
+TOKENS_PER_DOCUMENT = 500
+"""Assumed sizes of a text that is not tokenized, or not read, for a plan."""
+
+DOES_NOT_FIT = "not a multiple of"
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What a pruning run would do and take, from :func:`plan_pruning`.
+
+    Attributes:
+        source: name of the model.
+        recipe: how to prune.
+        dtype: dtype of the weights in the run.
+        blocks: number of decoder blocks.
+        layers: names of the layers that are pruned, in order.
+        skipped: weights that stay dense although their names are selected, with reasons.
+        excluded: matrices of the blocks that ``include`` and ``exclude`` rule out.
+        account: number of parameters pruned, skipped and excluded.
+        in_memory: CPU memory of a run that loads the whole model.
+        streamed: CPU memory of a run whose weights stay in files; None if the model cannot be streamed.
+        device: memory of a GPU that the whole model is loaded on.
+        available_bytes: CPU memory that is available now.
+        streams: True if the run would keep the weights in files.
+        disk: disk space of the run.
+        time: estimated time; None without a probe.
+        unchecked: what only the run can tell.
+        warnings: problems that are known before the run.
+    """
+
+    source: str
+    recipe: Recipe
+    dtype: str
+    blocks: int
+    layers: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    excluded: tuple[Excluded, ...]
+    account: Account
+    in_memory: Memory
+    streamed: Memory | None
+    device: Memory
+    available_bytes: int
+    streams: bool
+    disk: Disk
+    time: Estimate | None
+    unchecked: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def memory(self) -> Memory:
+        """CPU memory of the run that would be chosen."""
+        return self.streamed if self.streams and self.streamed is not None else self.in_memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON types."""
+        return {
+            "source": self.source,
+            "recipe": self.recipe.to_dict(),
+            "dtype": self.dtype,
+            "blocks": self.blocks,
+            "layers": list(self.layers),
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "excluded": [asdict(excluded) for excluded in self.excluded],
+            "account": self.account.to_dict(),
+            "memory": {
+                "in_memory": self.in_memory.to_dict(),
+                "streamed": None if self.streamed is None else self.streamed.to_dict(),
+                "device": self.device.to_dict(),
+                "available_bytes": self.available_bytes,
+            },
+            "streams": self.streams,
+            "disk": self.disk.to_dict(),
+            "time": None if self.time is None else self.time.to_dict(),
+            "unchecked": list(self.unchecked),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan_pruning(
+    source: str | Path,
+    recipe: Recipe | str = DEFAULT_PRESET,
+    *,
+    samples: int = 128,
+    length: int = 128,
+    batch_size: int | None = None,
+    text: str | None = None,
+    out: str | Path | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    packed: bool = False,
+    overwrite: bool = False,
+    stream: bool | None = None,
+    trust_remote_code: bool = False,
+    probe: bool = False,
+) -> PruningPlan:
+    """Say what pruning a checkpoint would prune, and what memory, disk and time it would take.
+
+    The model is built from its configuration; its weights are not read. A few tokens run through one block of each kind
+    with zeros as weights. Sizes are estimates. They include what this process holds now.
+
+    Args:
+        source: as for :func:`~ace_triton.streaming.streamed_prune.prune_checkpoint`; also a GGUF file.
+        recipe: a :class:`~ace_triton.recipe.Recipe`, or the name of a preset or of a method.
+        samples, length: number of calibration sequences, and tokens in each.
+        batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
+        text: name of the calibration text, as ``--calibration`` takes it, whose tokens and check are counted too; None
+            if the sequences are given to :func:`~ace_triton.prune_blocks.prune_model`. A dataset is not read.
+        out: folder for the output; None if none is known.
+        dtype: dtype of the weights; "auto" keeps the checkpoint's.
+        device: device of the run; a run on a GPU is not streamed.
+        packed: True if a packed checkpoint is written.
+        overwrite: True if an existing ``out`` is replaced.
+        stream: True to stream, False not to, None to decide by the available memory.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        probe: also estimate the time. Two blocks are read and pruned on a few tokens.
+
+    Raises:
+        CheckpointError: if the model is not found, is no causal language model, or cannot be built.
+        AceError: if the recipe is invalid, no layer can be pruned, or a name pattern matches no layer.
+    """
+    whole = recipe_of(recipe, {})
+    if samples < 1 or length < 2:
+        raise ArgumentError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
+    on_gpu = check_device(device) != "cpu"
+    rehearse(whole)
+    tokens, unread = (None, ()) if text is None or not whole.calibrated else _text_tokens(text)
+    calibrated = Calibrated(samples, length, batch_size, tokens) if whole.calibrated else None
+    built = skeleton(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    layers = planned(built.model, whole)
+    converted = 0 if built.source.is_gguf else converted_bytes(built)
+    need = Need(
+        built.model,
+        layers,
+        whole,
+        calibrated,
+        resident_bytes(),
+        stored_bytes=built.stored_bytes or 0,
+        converts=built.converts or converted > 0,
+        is_gguf=built.source.is_gguf,
+    )
+    in_memory = need.in_memory()
+    streamed = None if built.source.is_gguf else need.streamed()
+    may_stream = streamed is not None and not on_gpu and not packed
+    streams = stream if stream is not None else may_stream and not fits_in_memory(in_memory.peak)
+    place = None if out is None else Path(out)
+    disk = disk_of(built, layers, whole, place, packed=packed, streamed_bytes=converted if streams else 0)
+    available = available_memory()
+    chosen = streamed if streams and streamed is not None else in_memory
+    warnings = [
+        *_of_model(built, layers, calibrated),
+        *_of_out(place, disk, overwrite),
+        *_of_memory(chosen, available, streams=streams, may_stream=may_stream, on_gpu=on_gpu),
+    ]
+    if streams and streamed is None:
+        warnings.append(f"{source}: a GGUF file cannot be streamed: leave --stream out")
+    plan = layers.plan
+    names = tuple(layer.name for unit in layers.units for layer in unit.layers if layer.is_pruned)
+    account = plan.close()
+    return PruningPlan(
+        str(source),
+        whole,
+        str(built.model.dtype).removeprefix("torch."),
+        layers.blocks,
+        names,
+        tuple(plan.skipped),
+        tuple(plan.excluded),
+        account,
+        in_memory,
+        streamed,
+        need.device(),
+        available,
+        streams,
+        disk,
+        estimate(built, layers, whole, calibrated) if probe else None,
+        (*layers.unchecked, *unread),
+        tuple(warnings),
+    )
+
+
+def _text_tokens(text: str) -> tuple[int, tuple[str, ...]]:
+    """About how many tokens a calibration text has, and what is not known of it.
+
+    Raises:
+        TextError: if the text does not exist, or a file has no text.
+    """
+    if text == SELF:
+        return 0, ()
+    check_text(text)
+    if text.startswith("pydoc:") or Path(text).is_file():
+        return sum(map(len, read_calibration(text))) // CHARACTERS_PER_TOKEN, ()
+    assumed = MOST_DOCUMENTS * TOKENS_PER_DOCUMENT
+    return assumed, (f"the text {text}, which was not read; {MOST_DOCUMENTS:,} documents are assumed",)
+
+
+def _of_model(built: Skeleton, layers: PlannedModel, calibrated: Calibrated | None) -> Iterator[str]:
+    if built.quantization is not None:
+        yield f"the weights are quantized ({built.quantization}), and only floating-point weights can be pruned"
+    unfit: dict[str, list[Skipped]] = {}
+    for skipped in layers.plan.skipped:
+        if DOES_NOT_FIT in skipped.reason:
+            unfit.setdefault(skipped.reason, []).append(skipped)
+    for reason, of_reason in unfit.items():
+        yield f"the pattern does not fit {_first_of([skipped.name for skipped in of_reason])}: {reason}"
+    if calibrated is not None:
+        try:
+            check_positions(longest_sequence(built.model), calibrated.length)
+        except ArgumentError as error:
+            yield str(error)
+
+
+def _of_out(out: Path | None, disk: Disk, overwrite: bool) -> Iterator[str]:
+    if out is None:
+        return
+    try:
+        check_out(out, overwrite=overwrite)
+    except CheckpointError as error:
+        yield str(error)
+    if disk.free_bytes is not None and disk.work_bytes > disk.free_bytes:
+        yield f"{out} needs {gib(disk.work_bytes)} of disk, but only {gib(disk.free_bytes)} are free there"
+
+
+def _of_memory(need: Memory, available: int, *, streams: bool, may_stream: bool, on_gpu: bool) -> Iterator[str]:
+    if need.peak > available and not on_gpu:
+        how = "streamed, the run" if streams else "the run"
+        advice = "; add --stream to keep the weights in files" if may_stream and not streams else ""
+        yield f"{how} needs {gib(need.peak)} of memory, but only {gib(available)} are available{advice}"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def gib(size: float) -> str:
+    """A number of bytes as text."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,127 @@
+"""A model whose weights are zeros that take no memory, so that its layers can be examined without reading weights."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..inputs.checkpoint import check_config, loading_message
+from ..inputs.model_source import ModelSource, open_safetensors, safetensors_files, tensor_names
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNMENT = 64
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its weights.
+
+    Attributes:
+        source: where the model is.
+        model: the model in eval mode on the CPU. Its parameters have their real shapes and dtypes, and are zeros; its
+            buffers have their real values.
+        tokenizer: its tokenizer.
+        stored_bytes: size of its weight files; None if they are not on this machine.
+        stored_dtype: dtype of the largest weight in the files; None if it is unknown.
+        quantization: how the stored weights are quantized; None if they are not.
+    """
+
+    source: ModelSource
+    model: Any
+    tokenizer: Any
+    stored_bytes: int | None
+    stored_dtype: torch.dtype | None
+    quantization: str | None = None
+
+    @property
+    def converts(self) -> bool:
+        """True if loading converts the weights to another dtype."""
+        return self.stored_dtype is not None and self.stored_dtype != self.model.dtype
+
+
+def skeleton(source: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Skeleton:
+    """Build a model from its configuration.
+
+    Args:
+        source, dtype, trust_remote_code: as for :func:`~ace_triton.inputs.checkpoint.load`.
+
+    Raises:
+        CheckpointError: if the model is not found, is no causal language model, or cannot be built.
+    """
+    found = ModelSource.find(source)
+    try:
+        return _build(found, dtype, {"trust_remote_code": trust_remote_code, "local_files_only": found.offline})
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(loading_message(source, error)) from error
+
+
+def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]) -> Skeleton:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where, own = str(found.path or found.name), dict(options)
+    stored_bytes, stored_dtype, names = _stored(found)
+    if found.is_gguf:
+        assert found.path is not None
+        where, own["gguf_file"] = str(found.path.parent), found.path.name
+    config = AutoConfig.from_pretrained(where, **own)
+    check_config(found.name, config, names, options["trust_remote_code"])
+    tokenizer = AutoTokenizer.from_pretrained(where, **own)
+    if dtype == "auto":
+        stated = torch.bfloat16 if found.is_gguf else getattr(config, "dtype", None)
+        dtype = stated if isinstance(stated, torch.dtype) else stored_dtype or torch.float32
+    quantized = vars(config).pop("quantization_config", None)
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=options["trust_remote_code"]
+        )
+    model.tie_weights()
+    _fill_with_zeros(model)
+    method = None if quantized is None else getattr(quantized, "quant_method", None) or dict(quantized)["quant_method"]
+    return Skeleton(found, model.eval(), tokenizer, stored_bytes, stored_dtype, method)
+
+
+def _stored(found: ModelSource) -> tuple[int | None, torch.dtype | None, set[str] | None]:
+    """Size of the weight files, their dtype, and the names of their tensors; None for what is unknown."""
+    if found.path is None:
+        return None, None, None
+    if found.is_gguf:
+        return found.path.stat().st_size, None, None
+    paths = safetensors_files(found.path)
+    if not paths:
+        return sum(path.stat().st_size for path in found.path.glob("*.bin")) or None, None, None
+    with open_safetensors(paths[0]) as file:
+        inside = file.keys()
+        slices = [file.get_slice(name) for name in inside]
+        largest = max(slices, key=lambda stored: math.prod(stored.get_shape()), default=None)
+        dtype = None if largest is None else _DTYPES.get(largest.get_dtype())
+    return sum(path.stat().st_size for path in paths), dtype, tensor_names(found.path)
+
+
+def _fill_with_zeros(model: nn.Module) -> None:
+    """Replace each parameter on the meta device by zeros. Their pages take no memory until they are written."""
+    parameters = [p for p in model.parameters() if p.is_meta]
+    sizes = [-(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT for parameter in parameters]
+    if not sum(sizes):
+        return
+    region = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    memory, start = torch.frombuffer(region, dtype=torch.uint8), 0
+    zeros: dict[int, nn.Parameter] = {}
+    for parameter, size in zip(parameters, sizes, strict=True):
+        values = memory[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        zeros[id(parameter)] = nn.Parameter(values, requires_grad=False)
+        start += size
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is not None and id(own) in zeros:
+                module._parameters[name] = zeros[id(own)]
