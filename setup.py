@@ -57,6 +57,7 @@ WINGS = [
     "kernels",
     "methods",
     "packed",
+    "planning",
     "recovery",
     "reordering",
     "solvers",
