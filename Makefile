@@ -15,7 +15,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets recovery-trials families sparse study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -74,6 +74,12 @@ bench-quick: setup  ## the same for a few layers and all of SmolLM2-135M
 
 bench-report: setup  ## docs/benchmarks.md and its plot from benchmarks/results.csv
 	$(BIN)/python -m benchmarks.reports.report_bench
+
+large-models: setup  ## memory and time of streamed runs and of several processes, for docs/large-models.md; 20 GB of disk
+	$(BIN)/python -m benchmarks.reports.large_models
+
+kill-test: setup  ## kill pruning, recovery and packing 100 times at random moments, and compare the bytes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill_test
 
 figures: setup  ## measure the CPU ratios of docs/cpu.md again
 	$(BIN)/python -m benchmarks.reports.cpu_ratios

@@ -16,19 +16,26 @@ from ..errors import ArgumentError, RecipeError
 from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.calibration import Calibration, load_calibration, read_calibration
+from ..inputs.model_source import weight_file_bytes
 from ..model_report import ModelReport
 from ..packed.manifest import DTYPES as PACKED_DTYPES
 from ..packed.pack_model import SparsifyReport, sparsify
+from ..planning.pruning_plan import gib, plan_pruning
 from ..processes import Processes
 from ..progress import progress_bar, stage
 from ..provenance import option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
 from ..sparsity import Sparsity
+from ..streaming.fits import fits_in_memory
 from ..streaming.streamed_prune import StreamedModel, streamed
+from .console import print_note
 from .options import parse_device, parse_dtype
 from .recipe_file import CalibrationSettings, digest_of
 from .sources import check_length, check_source
+
+SURELY_ENOUGH = 8
+"""A run in memory never needs this many times the size of the model's files."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,11 @@ class PruneRun:
     def check_recipe(self) -> None:
         """ValueError if the model cannot be pruned so, or the recipe cannot be saved; loads nothing."""
         dtype = parse_dtype(self.dtype)
-        parse_device(self.device)
+        device = parse_device(self.device)
+        if self.stream and torch.device(device).type != "cpu":
+            raise ArgumentError("--stream prunes on the CPU: leave --device out, or load it whole (--no-stream)")
+        if self.stream and self.packed:
+            raise ArgumentError("--stream writes dense checkpoints: leave --packed out, then use ace-triton pack")
         if self.packed:
             check_packed(self.recipe.sparsity, torch.float32 if self.dtype == "auto" else dtype)
         rehearse(self.recipe)
@@ -113,7 +124,31 @@ class PruneRun:
             progress: shows the stages.
             settings, documents: from :meth:`read_text`.
         """
-        return (self._run_streamed if self.stream else self._run_in_memory)(progress, settings, documents)
+        return (self._run_streamed if self._streams() else self._run_in_memory)(progress, settings, documents)
+
+    def _streams(self) -> bool:
+        """Whether to keep the weights in files: as the user says, or if the model does not fit in memory."""
+        if self.stream is not None:
+            return self.stream
+        device = torch.device(parse_device(self.device))
+        if self.packed or device.type != "cpu" or fits_in_memory(SURELY_ENOUGH * weight_file_bytes(self.source)):
+            return False
+        settings = self.calibration
+        plan = plan_pruning(
+            self.source,
+            self.recipe,
+            samples=settings.samples,
+            length=settings.length,
+            batch_size=settings.batch_size,
+            dtype=parse_dtype(self.dtype),
+            trust_remote_code=self.trust_remote_code,
+        )
+        if plan.streams:
+            print_note(
+                f"the model does not fit in memory ({gib(plan.in_memory.peak)} of {gib(plan.available_bytes)} "
+                "available), so its weights stay in files (--stream)"
+            )
+        return plan.streams
 
     def _run_in_memory(
         self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None

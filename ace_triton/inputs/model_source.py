@@ -118,6 +118,15 @@ def safetensors_files(folder: Path) -> list[Path]:
     return shards
 
 
+def weight_file_bytes(source: str | Path) -> int:
+    """Total size of a model's weight files; 0 if it is on the hub."""
+    found = ModelSource.find(source)
+    if found.path is None:
+        return 0
+    paths = [found.path] if found.is_gguf else safetensors_files(found.path)
+    return sum(path.stat().st_size for path in paths)
+
+
 def open_safetensors(path: Path) -> Any:
     """Open a safetensors file for reading, as a context manager.
 

@@ -1,0 +1,270 @@
+"""Memory and time of pruning in files, and of several processes; writes docs/large-models.{json,md}.
+
+    python -m benchmarks.reports.large_models --model smollm2 --calibration c4.jsonl.gz
+
+Every run is a process of its own. A made checkpoint of random weights (Llama's shape, 8 GB with 20 blocks) shows how
+memory depends on depth; it needs free disk for two copies. Results in the JSON file are kept, so one part can be
+measured again: ``--only depth``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from safetensors.torch import save_file
+
+DEPTHS = (10, 20)
+WIDTH, VOCABULARY = 4096, 49_152
+SEQUENCES, LENGTH = 4, 16
+ROUNDS = 3
+FILE_BYTES = 500e6
+
+STREAMED = """
+import sys, torch
+from ace_triton import prune_checkpoint
+ids = torch.randint(0, 1000, ({sequences}, {length}), generator=torch.Generator().manual_seed(0))
+prune_checkpoint(sys.argv[1], sys.argv[2], ids, "fast")
+"""
+
+console = Console()
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A real model for the time beside pruning in memory.")] = "smollm2",
+    calibration: Annotated[str, typer.Option()] = "pydoc:calibration",
+    out: Annotated[Path, typer.Option(help="Folder of large-models.json and large-models.md.")] = Path("docs"),
+    only: Annotated[str | None, typer.Option(help="One part: depth, time or processes.")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="Folder for the checkpoints, with 20 GB free.")] = None,
+) -> None:
+    """Measure what is asked for, and write the page."""
+    record = out / "large-models.json"
+    found: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    parts: dict[str, Callable[[Path], Any]] = {
+        "depth": depth,
+        "time": lambda folder: beside_memory(folder, model, calibration),
+        "processes": lambda folder: by_processes(folder, model, calibration),
+    }
+    for name, measure in parts.items():
+        if only in (None, name):
+            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                found[name] = measure(Path(folder))
+            record.write_text(json.dumps(found, indent=2) + "\n")
+            console.print(name, found[name], highlight=False)
+    (out / "large-models.md").write_text(page(found))
+
+
+def depth(folder: Path) -> list[dict[str, Any]]:
+    """Peak memory of a streamed run, for two depths of the same blocks."""
+    rows = []
+    for layers in DEPTHS:
+        source = folder / f"{layers}"
+        size, block = make_checkpoint(source, layers)
+        code = STREAMED.format(sequences=SEQUENCES, length=LENGTH)
+        run = measured([sys.executable, "-c", code, str(source), str(folder / "out")])
+        rows.append({"blocks": layers, "bytes": size, "block_bytes": block, **run})
+        shutil.rmtree(source)
+        shutil.rmtree(folder / "out")
+    return rows
+
+
+def make_checkpoint(folder: Path, layers: int) -> tuple[int, int]:
+    """Write a checkpoint of random bf16 weights; returns the bytes of the model and of a block."""
+    from accelerate import init_empty_weights
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from ace_triton.inputs.checkpoint import smollm2_file
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=11_264,
+        num_hidden_layers=layers,
+        num_attention_heads=WIDTH // 128,
+        num_key_value_heads=WIDTH // 512,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    folder.mkdir()
+    config.save_pretrained(folder)
+    tokens = smollm2_file()
+    AutoTokenizer.from_pretrained(tokens.parent, gguf_file=tokens.name).save_pretrained(folder)
+    with init_empty_weights():
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    places: dict[str, str] = {}
+    file: dict[str, torch.Tensor] = {}
+    known: dict[torch.Size, torch.Tensor] = {}
+    parameters = list(model.named_parameters())
+    for index, (name, parameter) in enumerate(parameters):
+        if parameter.shape not in known:
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+            known[parameter.shape] = (values * 0.02 if parameter.dim() > 1 else torch.ones_like(values)).bfloat16()
+        file[name] = known[parameter.shape].clone()
+        if sum(tensor.nbytes for tensor in file.values()) > FILE_BYTES or index + 1 == len(parameters):
+            path = f"model-{len(set(places.values())):05d}.safetensors"
+            save_file(file, folder / path, metadata={"format": "pt"})
+            places |= dict.fromkeys(file, path)
+            file = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    size = 2 * sum(parameter.numel() for _, parameter in parameters)
+    return size, 2 * sum(p.numel() for name, p in parameters if name.startswith("model.layers.0."))
+
+
+def beside_memory(folder: Path, model: str, calibration: str) -> dict[str, Any]:
+    """CPU time and peak memory of the default recipe, streamed and in memory, in turns; and whether files are equal."""
+    runs: dict[str, list[dict[str, Any]]] = {"--no-stream": [], "--stream": []}
+    digests: dict[str, str] = {}
+    for _ in range(ROUNDS):
+        for how, results in runs.items():
+            target = folder / how.strip("-")
+            results.append(measured(prune_words(model, target, calibration, how)))
+            digests[how] = digest(target)
+            shutil.rmtree(target)
+    ratios = [s["cpu_seconds"] / m["cpu_seconds"] for m, s in zip(runs["--no-stream"], runs["--stream"], strict=True)]
+    return {
+        "model": Path(model).name,
+        "streamed": runs["--stream"],
+        "in_memory": runs["--no-stream"],
+        "cpu_time_ratio": statistics.median(ratios),
+        "same_bytes": len(set(digests.values())) == 1,
+    }
+
+
+def by_processes(folder: Path, model: str, calibration: str) -> list[dict[str, Any]]:
+    """Wall-clock time of the calibration forwards with 1, 2 and 4 processes of one thread; and whether files are equal.
+
+    The machine must have a core for each process; figures with more processes than cores only show the bytes.
+    """
+    rows = []
+    for size in (1, 2, 4):
+        target = folder / f"{size}"
+        words = prune_words(model, target, calibration, "--no-stream")
+        if size > 1:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+            words = [*launcher, *words[1:]]
+        run = measured(words)
+        report = json.loads((target / "ace_triton.json").read_text())
+        rows.append(
+            {
+                "processes": size,
+                "calibration_seconds": report["seconds"]["calibration"],
+                "sha256": digest(target),
+                **run,
+            }
+        )
+        shutil.rmtree(target)
+    return rows
+
+
+def prune_words(model: str, out: Path, calibration: str, how: str) -> list[str]:
+    words = ["-m", "ace_triton", "prune", model, str(out), how, "--calibration", calibration]
+    return [sys.executable, *words, "--samples", "32", "--length", "128", "--batch-size", "4", "--dtype", "float32"]
+
+
+def measured(words: list[str]) -> dict[str, Any]:
+    """Run a command on one thread a process: wall-clock time, CPU time, and the peak memory of its largest process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.perf_counter()
+    watched = [sys.executable, "-m", "benchmarks.reports.large_models", "--watch", *words]
+    ended = subprocess.run(
+        watched, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    if ended.returncode:
+        raise RuntimeError(ended.stderr)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "peak_bytes": int(ended.stdout.strip().rpartition("\n")[2]),
+    }
+
+
+def watch(words: list[str]) -> None:
+    """Run a command and print the peak memory of its largest process: a fresh parent has no other children."""
+    ended = subprocess.run(words, stdout=subprocess.DEVNULL, check=False)
+    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+    sys.exit(ended.returncode)
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of all weight files of a folder."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page of the results."""
+    lines = [
+        "# Large models",
+        "",
+        "Made by `make large-models`; how it works is in the [guide](guides/very-large-models.md). Measured on a CPU,",
+        "one thread a process. Peak memory is the resident memory of the process, with all that Python and torch need.",
+    ]
+    if "depth" in found:
+        lines += [
+            "",
+            "## Memory does not grow with depth",
+            "",
+            f"`prune_checkpoint` with the recipe `fast` on random weights of Llama's shape, width {WIDTH:,}, bf16.",
+            "",
+            "| blocks | model | one block | peak memory |",
+            "|---:|---:|---:|---:|",
+            *(
+                f"| {row['blocks']} | {gb(row['bytes'])} | {gb(row['block_bytes'])} | {gb(row['peak_bytes'])} |"
+                for row in found["depth"]
+            ),
+        ]
+    if "time" in found:
+        of = found["time"]
+        peaks = {how: statistics.median(run["peak_bytes"] for run in of[how]) for how in ("in_memory", "streamed")}
+        same = "The weight files are equal byte for byte." if of["same_bytes"] else "The weight files DIFFER."
+        lines += [
+            "",
+            "## Time beside pruning in memory",
+            "",
+            f"`ace-triton prune` with its default recipe on {of['model']}, in turns: streamed takes",
+            f"{of['cpu_time_ratio']:.2f} times the CPU time (median of {len(of['streamed'])} pairs).",
+            f"Peak memory: {gb(peaks['streamed'])} streamed, {gb(peaks['in_memory'])} in memory. {same}",
+        ]
+    if "processes" in found:
+        rows = found["processes"]
+        same = "All files are equal byte for byte." if len({row["sha256"] for row in rows}) == 1 else "Files DIFFER."
+        lines += [
+            "",
+            "## Several processes",
+            "",
+            f"The same command under torchrun, on {os.cpu_count()} cores. {same}",
+            "",
+            "| processes | calibration forwards | whole run |",
+            "|---:|---:|---:|",
+            *(f"| {r['processes']} | {r['calibration_seconds']:.1f} s | {r['seconds']:.1f} s |" for r in rows),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--watch"]:
+        watch(sys.argv[2:])
+    typer.run(main)
