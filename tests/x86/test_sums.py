@@ -223,7 +223,7 @@ def test_coupling(monkeypatch, dtype, reduce):
 
 @pytest.mark.parametrize(("pools", "rows", "groups"), [(1, 576, 96), (3, 200, 37)])
 def test_join_gains(monkeypatch, pools, rows, groups):
-    monkeypatch.setattr(launch, "join_gains", lambda groups, candidates: launch.JoinGains(32, 32, 1))
+    monkeypatch.setattr(launch, "join_gains", lambda groups, candidates: launch.JoinGains(16, 16, 1))
     candidates = make_matrix(pools, rows, groups + 5, dtype=torch.float32).abs()
     thresholds = make_matrix(pools, rows, groups, dtype=torch.float32).abs()
     with executed_on_x86():
