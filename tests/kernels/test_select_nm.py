@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.score_terms import ScoreTerms, scores_reference
 from ace_triton.kernels.select_nm import GROUP_SIZES, pack_bits, select_nm, select_nm_reference
+from tests.pairwise import every_cell, pairwise
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PATTERNS = [(n, m) for m in GROUP_SIZES for n in sorted({1, m // 2, m - 1})]
 TERMS = ("row", "col", "scale", "coupling")
 MOST_GROUPS = 6 if interpreting() else 40
+cells = pairwise if interpreting() else every_cell
+"""Of the larger grids of parameters: the interpreter is slow, so it runs a pairwise cover."""
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,11 +58,12 @@ def test_equals_reference(make_matrix, make_terms, groups, across, pattern, axis
     check_every_output(weight, terms, n, m, axis)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 2), (8, 16), (5, 32)])
-@pytest.mark.parametrize("axis", ["in", "out"])
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 2.0**-24])
-def test_equal_scores_prune_the_lower_index(make_matrix, dtype, n, m, axis, value):
+@pytest.mark.parametrize(
+    ("dtype", "pattern", "axis", "value"),
+    cells(DTYPES, [(2, 4), (4, 8), (1, 2), (8, 16), (5, 32)], ["in", "out"], [0.0, -0.0, 1.0, 2.0**-24]),
+)
+def test_equal_scores_prune_the_lower_index(make_matrix, dtype, pattern, axis, value):
+    n, m = pattern
     weight = torch.full_like(make_matrix(m, m, dtype), value)
     mask = select_nm(weight, ScoreTerms(), n, m, axis=axis, output="mask")
     expected = (torch.arange(m, device=weight.device) >= m - n).expand(m, m)
@@ -77,10 +81,10 @@ def test_exactly_n_survive_infinities_and_nans(make_matrix, dtype, axis, n, m):
     assert (groups.reshape(-1, m).sum(1) == n).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("present", [(), ("scale",), ("row", "col", "scale"), TERMS])
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("cols", [4, 12, 36, 100, 260])
+@pytest.mark.parametrize(
+    ("dtype", "present", "power", "cols"),
+    cells(DTYPES, [(), ("scale",), ("row", "col", "scale"), TERMS], [1, 2], [4, 12, 36, 100, 260]),
+)
 def test_two_of_four_at_odd_widths(make_matrix, make_terms, dtype, present, power, cols):
     rows = 3 if interpreting() else 9
     for values in ("normal", "ties"):

@@ -11,11 +11,14 @@ from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import pack_bits
 from ace_triton.kernels.select_rows import select_rows, select_rows_reference
+from tests.pairwise import every_cell, pairwise
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TERMS = ("row", "col", "scale", "coupling")
 MOST_ROWS = 4 if interpreting() else 20
 MOST_COLS = 70 if interpreting() else 300
+cells = pairwise if interpreting() else every_cell
+"""Of the larger grids of parameters: the interpreter is slow, so it runs a pairwise cover."""
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -50,10 +53,10 @@ def test_equals_reference(make_matrix, make_terms, rows, cols, share, scope, dty
     check_every_output(weight, terms, k, scope)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scope", ["row", "layer"])
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 2.0**-24])
-@pytest.mark.parametrize("k", [0, 1, 13, 37])
+@pytest.mark.parametrize(
+    ("dtype", "scope", "value", "k"),
+    cells(DTYPES, ["row", "layer"], [0.0, -0.0, 1.0, 2.0**-24], [0, 1, 13, 37]),
+)
 def test_equal_scores_prune_the_lower_index(make_matrix, dtype, scope, value, k):
     weight = torch.full_like(make_matrix(3, 37, dtype), value)
     mask = select_rows(weight, ScoreTerms(), k, scope=scope, output="mask")

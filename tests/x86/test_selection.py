@@ -1,7 +1,8 @@
 """select_nm and select_rows as machine code, at the sizes of real layers, against their references bit for bit.
 
 The executor runs all kernels, with the blocks that the launchers choose for a warp of a few lanes (see
-:func:`tests.x86.executor.executed_on_x86`). One test uses the blocks of a GPU.
+:func:`tests.x86.executor.executed_on_x86`). One test uses the blocks of a GPU. Each kernel takes seconds to compile, so
+grids of three parameters are pairwise covers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm, select_nm_reference
 from ace_triton.kernels.select_rows import select_rows, select_rows_reference
+from tests.pairwise import pairwise
 from tests.x86.executor import executed_on_x86
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
@@ -58,17 +60,17 @@ def check_rows(weight: torch.Tensor, terms: ScoreTerms, k: int, lanes: int = 1, 
     assert torch.equal(bits_of(got), bits_of(expected))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(576, 1536), (1536, 576), (33, 20)])
-@pytest.mark.parametrize("names", METRICS)
+@pytest.mark.parametrize(("shape", "dtype", "names"), pairwise([(576, 1536), (1536, 576), (33, 20)], DTYPES, METRICS))
 def test_2_4_by_every_metric(shape, dtype, names):
     check_nm(make_weight(*shape, dtype), make_terms(*shape, names), 2, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("axis", ["in", "out"])
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (3, 4), (4, 8), (8, 16)])
-def test_other_patterns(dtype, axis, n, m):
+@pytest.mark.parametrize(
+    ("dtype", "axis", "pattern"),
+    pairwise([torch.bfloat16, torch.float32], ["in", "out"], [(1, 2), (1, 4), (3, 4), (4, 8), (8, 16)]),
+)
+def test_other_patterns(dtype, axis, pattern):
+    n, m = pattern
     check_nm(make_weight(96, 160, dtype, ties=m == 8), make_terms(96, 160, ("scale",), power=2), n, m, axis=axis)
 
 
@@ -77,10 +79,12 @@ def test_groups_of_32(axis):
     check_nm(make_weight(64, 96, torch.bfloat16), make_terms(64, 96, ("scale",)), 5, 32, lanes=1, axis=axis)
 
 
-@pytest.mark.parametrize(("m", "dtype"), [(4, torch.float16), (4, torch.float32), (16, torch.bfloat16)])
-@pytest.mark.parametrize("axis", ["in", "out"])
-@pytest.mark.parametrize("output", ["mask", "bits"])
-def test_masks_and_bits(dtype, axis, output, m):
+@pytest.mark.parametrize(
+    ("groups", "axis", "output"),
+    pairwise([(4, torch.float16), (4, torch.float32), (16, torch.bfloat16)], ["in", "out"], ["mask", "bits"]),
+)
+def test_masks_and_bits(groups, axis, output):
+    m, dtype = groups
     rows, cols = (37, 48) if axis == "in" else (48, 37)
     check_nm(make_weight(rows, cols, dtype, ties=True), make_terms(rows, cols, ()), m // 2, m, axis=axis, output=output)
 

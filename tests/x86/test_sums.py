@@ -1,7 +1,7 @@
 """The sums, the check for finite numbers and the GEMMs over tokens as machine code, at the sizes of real layers.
 
 The executor runs all kernels. ``tl.dot`` becomes plain multiply-adds in small tiles, so these tests do not cover the
-rounding of tensor cores.
+rounding of tensor cores. Each kernel takes seconds to compile, so grids of three parameters are pairwise covers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ace_triton.kernels.weight_sums import (
 from ace_triton.kernels.weighted_squares import weighted_squares, weighted_squares_reference
 from tests.kernels.test_column_scale import made_of
 from tests.kernels.test_variance_factor import NORMS, make_squares
+from tests.pairwise import pairwise
 from tests.x86.executor import executed_on_x86
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
@@ -57,9 +58,9 @@ def test_weight_sums(dtype, shape):
         check(got, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("parts", [{"square", "base", "factor"}, {"square"}, {"base"}])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "parts"), pairwise(DTYPES, SHAPES, [{"square", "base", "factor"}, {"square"}, {"base"}])
+)
 def test_relative_importance(dtype, shape, parts):
     weight, scale = make_matrix(*shape, dtype=dtype), made_of(shape[1], parts, sign=-1)
     with executed_on_x86():
@@ -91,9 +92,7 @@ def test_column_scale(cols, sign):
         assert any(checked_column_scale(of).not_finite.tolist())
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("power", [1.0, 0.5])
-@pytest.mark.parametrize("shape", [(128, 1536), (3, 50), (1, 1)])
+@pytest.mark.parametrize(("norm", "power", "shape"), pairwise(NORMS, [1.0, 0.5], [(128, 1536), (3, 50), (1, 1)]))
 def test_variance_factor(norm, power, shape):
     square = make_squares(*shape)
     with executed_on_x86():
@@ -141,9 +140,7 @@ def test_token_norms(dtype, shape):
     check(norms, token_norms_reference(outputs))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("n_layers", [1, 3])
+@pytest.mark.parametrize(("dtype", "shape", "n_layers"), pairwise(DTYPES, SHAPES, [1, 3]))
 def test_weighted_squares(dtype, shape, n_layers):
     tokens = make_matrix(*shape, dtype=dtype)
     weights = torch.rand(n_layers, shape[0])
@@ -154,9 +151,9 @@ def test_weighted_squares(dtype, shape, n_layers):
     check(squares, weighted_squares_reference(tokens, weights))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 1024, 576), (40, 16, 576), (3, 37, 50)])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "masked"), pairwise(DTYPES, [(3, 1024, 576), (40, 16, 576), (3, 37, 50)], [False, True])
+)
 def test_moments(dtype, shape, masked):
     tokens = make_matrix(*shape, dtype=dtype) + 20
     valid = None
@@ -227,7 +224,7 @@ def test_coupling(monkeypatch, dtype, reduce):
 
 @pytest.mark.parametrize(("pools", "rows", "groups"), [(1, 576, 96), (3, 200, 37)])
 def test_join_gains(monkeypatch, pools, rows, groups):
-    monkeypatch.setattr(launch, "join_gains", lambda groups, candidates: launch.JoinGains(32, 32, 1))
+    monkeypatch.setattr(launch, "join_gains", lambda groups, candidates: launch.JoinGains(16, 16, 1))
     candidates = make_matrix(pools, rows, groups + 5, dtype=torch.float32).abs()
     thresholds = make_matrix(pools, rows, groups, dtype=torch.float32).abs()
     with executed_on_x86():
