@@ -18,6 +18,7 @@ from ace_triton.decoders.replay import Replay, WholeForward, make_runner
 from ace_triton.linears import linear_weight
 from ace_triton.methods.registry import Needs
 from ace_triton.timing import Stopwatch
+from benchmarks.harness.small_models import small_model
 from tests.decoders.small_towers import KINDS, SOURCE, TEXT, Kind, ids, llava, make, mask
 
 
@@ -165,6 +166,20 @@ def test_token_ids_and_a_dict_of_them_give_the_same():
     prune_model(masked, batches[:1])
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, masked.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("family", ["hrm_text", "gemma3n_text"])
+def test_towers_of_the_same_tokens_have_the_same_mask(family):
+    """Two towers that read the same text, and hidden states in several streams."""
+    tokens, valid = ids(12), SOURCE.bool()
+    (one, other) = (small_model(family, tokens) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Not all of them can be replayed.
+        calibration = type("Calibration", (), {"ids": tokens, "mask": valid})()
+        prune_model(one, calibration, "wanda")
+        prune_model(other, [{"input_ids": tokens, "attention_mask": SOURCE}], "wanda")
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
 
 
 def test_layers_are_chosen_by_their_dotted_names():
