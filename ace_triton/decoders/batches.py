@@ -137,13 +137,16 @@ class Masks:
     def of_hidden(self, batch: Batch, hidden: torch.Tensor | None) -> tuple[tuple[int, int], torch.Tensor | None]:
         """The shape (n_sequences, length) and the padding mask of hidden states; None if there is no padding.
 
-        The shape is that of the batch if the hidden states have one row per token of the batch, or are None. Hidden
-        states [length, width] are one sequence.
+        The shape is that of the batch if it has token ids alone, or if the hidden states have one row per token of the
+        batch or are None. Hidden states [length, width] are one sequence; [streams, n_sequences, length, width] have
+        the shape of the mask.
         """
         shape = batch.shape
-        if hidden is not None and hidden.numel() != shape[0] * shape[1] * hidden.shape[-1]:
-            shape = (hidden.shape[0], hidden.shape[1]) if hidden.dim() > 2 else (1, hidden.shape[0])
         valid = batch.masks.get(self.own) if self.own is not None else None
+        if not batch.of_text and hidden is not None and hidden.numel() != shape[0] * shape[1] * hidden.shape[-1]:
+            shape = (hidden.shape[0], hidden.shape[1]) if hidden.dim() > 2 else (1, hidden.shape[0])
+            if valid is not None and hidden.shape[-3:-1] == valid.shape:
+                shape = (valid.shape[0], valid.shape[1])
         return shape, valid if valid is not None and valid.shape == shape else None
 
     def of_others(self, batch: Batch, arguments: Iterable[Any], shape: tuple[int, int]) -> list[MaskedInput]:

@@ -165,9 +165,11 @@ def _common_name(names: Sequence[str]) -> str:
 
 
 def _with_masks(model: nn.Module, towers: Sequence[Tower], batch: Batch, names: Sequence[str]) -> list[Tower]:
-    """The towers with their masks: a mask belongs to the first tower whose first block it has an effect on.
+    """The towers with their masks.
 
-    A single tower owns the first mask, even if the model ignores it.
+    A mask belongs to the first tower whose first block it has an effect on, and to later towers whose hidden states it
+    changes, since these are made of the same tokens. A single tower owns the first mask, and all towers own the mask of
+    token ids if the model reads nothing else, even if the model ignores it.
 
     Args:
         model: the model.
@@ -175,6 +177,8 @@ def _with_masks(model: nn.Module, towers: Sequence[Tower], batch: Batch, names: 
         batch: a batch whose masks hide nothing.
         names: names of the masks.
     """
+    if batch.of_text:
+        return list(towers)
     if len(towers) == 1:
         return [replace(towers[0], masks=Masks(names[0] if names else TEXT_MASK))]
     owned: dict[int, str] = {}
@@ -184,21 +188,27 @@ def _with_masks(model: nn.Module, towers: Sequence[Tower], batch: Batch, names: 
         mask = torch.ones(like.shape[:2], dtype=torch.int64, device=like.device)
         mask[:, -1] = 0
         masked = _first_calls(model, towers, batch.with_input(name, mask))
-        entries = ((dense[tower.blocks[0]], masked[tower.blocks[0]]) for tower in towers)
-        changed = next((i for i, (before, after) in enumerate(entries) if not _equal(before, after)), None)
-        if changed is not None:
-            owned.setdefault(changed, name)
-        else:
+        entries = [(dense[tower.blocks[0]], masked[tower.blocks[0]]) for tower in towers]
+        reading = [i for i, (before, after) in enumerate(entries) if not _equal(before, after)]
+        made_of = [i for i in reading[1:] if not _equal(*(_hidden_states(tensors) for tensors in entries[i]))]
+        for index in [*reading[:1], *made_of]:
+            owned.setdefault(index, name)
+        if not reading:
             warnings.warn(
                 f"{name} has no effect on what the first block of any tower reads, so padding that it marks counts as "
                 "tokens",
                 stacklevel=4,
             )
-    before = [tuple(owned[i] for i in range(index - 1, -1, -1) if i in owned) for index in range(len(towers))]
+    before = [tuple(dict.fromkeys(owned[i] for i in range(t - 1, -1, -1) if i in owned)) for t in range(len(towers))]
     return [
         replace(tower, masks=Masks(owned.get(index), before[index], is_first=index == 0))
         for index, tower in enumerate(towers)
     ]
+
+
+def _hidden_states(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The first tensor of a block's arguments that may be its hidden states."""
+    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() >= 2][:1]
 
 
 def _equal(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:

@@ -301,11 +301,13 @@ class InputCollector:
     def _sequences(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """An input as [n_sequences, length, in_features], and its padding mask.
 
-        An input with neither one row per token of the batch nor the shape [n_sequences, length, ...] becomes one
-        sequence without padding.
+        An input that is an output of another tower, or has the shape of one, has the mask of that output. An input with
+        neither one row per token of the batch nor the shape [n_sequences, length, ...] becomes one sequence without
+        padding.
         """
         for other, mask in self._others:
-            if tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape:
+            is_it = tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape
+            if is_it or (tensor.dim() == 3 and tensor.shape[:2] == other.shape[:2] != self._shape):
                 return as_kernel_dtype(tensor), mask
         tensor = as_kernel_dtype(tensor)
         n_sequences, length = self._shape

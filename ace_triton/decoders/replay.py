@@ -229,7 +229,7 @@ class Replay:
                 pairs = [(hidden_of(again), hidden_of(whole))]
                 linked = carried.outputs_of(index, whole)
                 pairs += [(value, linked[key]) for key, value in carried.outputs_of(index, again).items()]
-                self._reusable[kind] = all(got is want or _agree(got, want) for got, want in pairs)
+                self._reusable[kind] = all(isinstance(got, torch.Tensor) and _agree(got, want) for got, want in pairs)
             except CANNOT_RUN_AGAIN as error:
                 raise_if_out_of_memory(error)
                 self._reusable[kind] = False
