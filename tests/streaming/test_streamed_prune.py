@@ -249,3 +249,47 @@ def test_a_killed_run_resumes(make_decoder, save, tmp_path, ids):
     assert len(checkpoint.read_report(tmp_path / "out")["streamed"]["resumed_units"]) == 6
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("number", "how"), [(signal.SIGINT, "stopped"), (signal.SIGTERM, "terminated")])
+def test_a_stopped_command_says_that_it_resumes(
+    command, tiny_checkpoint, some_text, tmp_path, monkeypatch, number, how
+):
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)
+    finish, done = FileStore.finish, []
+
+    def stopping(self, *args):
+        done.append(1)
+        if len(done) == 2:
+            self.wait()
+            os.kill(os.getpid(), number)
+        finish(self, *args)
+
+    monkeypatch.setattr(FileStore, "finish", stopping)
+    words = ("prune", tiny_checkpoint, tmp_path / "out", "--stream", "--calibration", some_text, "--samples", "4")
+    try:
+        code, _, errors = command(*words, "--length", "16")
+    finally:
+        signal.signal(number, before)
+    assert code == 128 + number
+    assert f"{how}; {tmp_path / 'out'} is not finished: the same command resumes it" in errors
+    monkeypatch.undo()
+    code, _, errors = command(*words, "--length", "32")
+    assert code == 1
+    assert "the interrupted run had another calibration.length (16, now 32)" in errors
+    assert command(*words, "--length", "16")[0] == 0
+    assert checkpoint.read_report(tmp_path / "out")["streamed"]["resumed_units"] == ["model.layers.0"]
+
+
+def test_what_cannot_be_streamed_says_why(command, tiny_checkpoint, tmp_path):
+    words = ("prune", tiny_checkpoint, tmp_path / "out", "--method", "magnitude", "--stream")
+    assert "--stream writes dense checkpoints: leave --packed out" in command(*words, "--packed")[2]
+
+
+def test_a_model_that_does_not_fit_is_streamed(command, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("ace_triton.streaming.fits.available_memory", lambda: 1000)
+    code, _, errors = command("prune", tiny_checkpoint, tmp_path / "out", "--method", "magnitude")
+    assert code == 0
+    assert "so its weights stay in files (--stream)" in errors
+    assert "streamed" in checkpoint.read_report(tmp_path / "out")
