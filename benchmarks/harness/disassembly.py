@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import subprocess
@@ -72,11 +73,7 @@ def read(compiled: Any) -> MachineCode:
 def _read_cubin(compiled: Any) -> MachineCode:
     arch = compiled.metadata.target.arch
     warps = compiled.metadata.num_warps
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        listing = _output("nvdisasm", "-c", file.name)
-        usage = dict(re.findall(r"(\w+):(\d+)", _output("cuobjdump", "--dump-resource-usage", file.name)))
+    listing, usage = _disassembled(compiled.asm["cubin"])
     instructions, labels = _parse(listing)
     start, stop = _main_loop(instructions, labels)
     body, rest = instructions[start:stop], instructions[:start] + instructions[stop:]
@@ -93,6 +90,16 @@ def _read_cubin(compiled: Any) -> MachineCode:
         rest=Counter(_pipe(op) for op in rest),
         threads=warps * 32,
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _disassembled(cubin: bytes) -> tuple[str, dict[str, str]]:
+    """The listing, without the analysis of branches that only GPUs before Volta need, and the resources by name."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = _output("nvdisasm", "--no-dataflow", "-c", file.name)
+        return listing, dict(re.findall(r"(\w+):(\d+)", _output("cuobjdump", "--dump-resource-usage", file.name)))
 
 
 def _output(tool: str, *arguments: str) -> str:
