@@ -14,6 +14,7 @@ from .budgets import find_budgets
 from .decoders.batches import Batch, trial_batch
 from .decoders.blocks import gated_consumers, linears_of
 from .decoders.collect import InputCollector
+from .decoders.experts import ExpertLinear
 from .decoders.lanes import Lanes
 from .decoders.plan import Plan, Unit, misfit
 from .decoders.watcher import Watcher
@@ -28,6 +29,7 @@ from .reordering.reorder import Folds, Reorderer, find_folds
 from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .timing import Stopwatch
+from .weight_checks import check_weight
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Selection:
     clock: Stopwatch
     plan: Plan
     store: WeightStore
-    weights: Mapping[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
     finite: FiniteCheck
     lanes: Lanes
     layers: list[LayerReport] = field(default_factory=list)
@@ -86,6 +88,25 @@ class Selection:
         if self.reorderer is not None:
             self.reorderer.restore(record["reordered"])
         return True
+
+    @contextmanager
+    def in_use(self, unit: Unit) -> Iterator[None]:
+        """A context in which a unit runs and is pruned, where the store puts its weights meanwhile."""
+        with self.store.in_use(modules_of(self.plan, unit)) as elsewhere:
+            if not elsewhere:
+                yield
+                return
+            before = self.weights, self.finite
+            experts = [layer for layer in unit.layers.values() if isinstance(layer, ExpertLinear)]
+            for expert in experts:
+                expert.view_stack()
+            # Known by identity, which moved weights do not keep.
+            self.weights = {name: check_weight(layer, name) for name, layer in unit.layers.items()}
+            self.finite = FiniteCheck()
+            yield
+            self.weights, self.finite = before
+        for expert in experts:
+            expert.view_stack()
 
     @contextmanager
     def dense(self, units: Sequence[Unit]) -> Iterator[None]:

@@ -58,7 +58,7 @@ def prune_with_statistics(
         runs[tower.tower.name] = "forwards" if isinstance(tower.runner, WholeForward) else "blocks"
     if plan.outside:
         if not selection.restored(plan.outside):
-            with selection.recorded(plan.outside):
+            with selection.in_use(plan.outside), selection.recorded(plan.outside):
                 selection.prune(plan.outside, outside or observe_outside(plan.outside))
         _report(progress, done + 1, len(plan.units), plan.outside.name)
     return runs
@@ -94,15 +94,17 @@ class _TowerPass:
         runner, at_once = self.runner, self.selection.recipe.sequential == "none"
         for index, unit in enumerate(self.units):
             finished: Sequence[nn.Module] = ()
-            if self.selection.restored(unit):
-                if at_once:
-                    with self.selection.dense([unit]):
-                        runner.run(index, None, advance=True)
-            else:
-                with self.selection.recorded(unit):
-                    finished = self._prune(index, unit)
-            if not at_once and index + 1 < len(self.units):
-                runner.run(index, None, advance=True, finished=finished)
+            if self.selection.restored(unit) and at_once:
+                with self.selection.dense([unit]):
+                    runner.run(index, None, advance=True)
+                yield unit
+                continue
+            with self.selection.in_use(unit):
+                if self.selection.store.finished(unit.name) is None:
+                    with self.selection.recorded(unit):
+                        finished = self._prune(index, unit)
+                if not at_once and index + 1 < len(self.units):
+                    runner.run(index, None, advance=True, finished=finished)
             yield unit
 
     def _prune(self, index: int, unit: Unit) -> Sequence[nn.Module]:
@@ -121,7 +123,7 @@ class _TowerPass:
 def prune_without_statistics(plan: Plan, selection: Selection, progress: Progress | None) -> dict[str, TowerRun]:
     for done, unit in enumerate(plan.units, 1):
         if not selection.restored(unit):
-            with selection.recorded(unit):
+            with selection.in_use(unit), selection.recorded(unit):
                 selection.prune(unit, None)
         _report(progress, done, len(plan.units), unit.name)
     return {}

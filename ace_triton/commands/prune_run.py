@@ -27,7 +27,7 @@ from ..provenance import option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
 from ..sparsity import Sparsity
-from ..streaming.fits import fits_in_memory
+from ..streaming.fits import LARGEST_SHARE, fits_in_memory
 from ..streaming.streamed_prune import StreamedModel, streamed
 from .console import print_note
 from .options import parse_device, parse_dtype
@@ -87,9 +87,7 @@ class PruneRun:
     def check_recipe(self) -> None:
         """ValueError if the model cannot be pruned so, or the recipe cannot be saved; loads nothing."""
         dtype = parse_dtype(self.dtype)
-        device = parse_device(self.device)
-        if self.stream and torch.device(device).type != "cpu":
-            raise ArgumentError("--stream prunes on the CPU: leave --device out, or load it whole (--no-stream)")
+        parse_device(self.device)
         if self.stream and self.packed:
             raise ArgumentError("--stream writes dense checkpoints: leave --packed out, then use ace-triton pack")
         if self.packed:
@@ -130,8 +128,11 @@ class PruneRun:
         """Whether to keep the weights in files: as the user says, or if the model does not fit in memory."""
         if self.stream is not None:
             return self.stream
-        device = torch.device(parse_device(self.device))
-        if self.packed or device.type != "cpu" or fits_in_memory(SURELY_ENOUGH * weight_file_bytes(self.source)):
+        device, size = torch.device(parse_device(self.device)), weight_file_bytes(self.source)
+        if device.type == "cuda" and not self.packed and size > LARGEST_SHARE * torch.cuda.mem_get_info(device)[0]:
+            print_note("the model does not fit on the GPU, so its weights stay in files (--stream)")
+            return True
+        if self.packed or device.type != "cpu" or fits_in_memory(SURELY_ENOUGH * size):
             return False
         settings = self.calibration
         plan = plan_pruning(
@@ -164,7 +165,7 @@ class PruneRun:
                     dtype=parse_dtype(self.dtype),
                     device=parse_device(self.device),
                     trust_remote_code=self.trust_remote_code,
-                    own_memory=self.packed,
+                    own_memory=True,
                 )
             load_seconds = time.perf_counter() - started
             if self.packed:
@@ -192,6 +193,7 @@ class PruneRun:
             self.source,
             self.out,
             dtype=parse_dtype(self.dtype),
+            device=parse_device(self.device),
             trust_remote_code=self.trust_remote_code,
             overwrite=self.overwrite,
             restart=self.restart,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,15 +26,21 @@ class ExpertLinear(nn.Linear):
     The layer has no bias. If a mixture has biases, it adds them after the product, so collected outputs exclude them.
 
     Args:
-        matrix: a view of the stack, [out_features, in_features], or [in_features, out_features] if ``transposed``.
-        transposed: True if ``matrix`` is [in_features, out_features].
+        matrix: gives a view of the stack, [out_features, in_features], or [in_features, out_features] if
+            ``transposed``.
+        transposed: True if the view is [in_features, out_features].
     """
 
-    def __init__(self, matrix: torch.Tensor, *, transposed: bool) -> None:
+    def __init__(self, matrix: Callable[[], torch.Tensor], *, transposed: bool) -> None:
         nn.Module.__init__(self)
-        self.weight = nn.Parameter(matrix.t() if transposed else matrix, requires_grad=False)
+        self._matrix = (lambda: matrix().t()) if transposed else matrix
+        self.weight = nn.Parameter(self._matrix(), requires_grad=False)
         self.out_features, self.in_features = self.weight.shape
         self.register_parameter("bias", None)
+
+    def view_stack(self) -> None:
+        """View the stack's present memory, after the stack was moved."""
+        self.weight.data = self._matrix()
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,14 @@ class Stack:
             transposed: True if a matrix is [in_features, out_features].
             rows: number of rows of one matrix. Needed only for a weight of two dimensions.
         """
-        weight = self.weight.detach()
-        matrices = weight if rows is None or weight.dim() == 3 else weight.unflatten(0, (-1, rows))
+
+        def matrices() -> torch.Tensor:
+            weight = self.weight.detach()
+            return weight if rows is None or weight.dim() == 3 else weight.unflatten(0, (-1, rows))
+
         return {
-            self.expert_name(index): ExpertLinear(matrix, transposed=transposed)
-            for index, matrix in enumerate(matrices.unbind(0))
+            self.expert_name(index): ExpertLinear(partial(lambda i: matrices()[i], index), transposed=transposed)
+            for index in range(len(matrices()))
         }
 
 
@@ -114,16 +124,17 @@ def find_layouts(run: Callable[[], object], stacks: Iterable[Stack]) -> dict[str
         layouts by name of the stack. A stack that no product reads has no entry. A weight of two dimensions has an
         entry only if a product reads one of several equal parts of its rows.
     """
-    by_memory: dict[int, list[Stack]] = {}
-    for stack in stacks:
-        by_memory.setdefault(stack.weight.untyped_storage().data_ptr(), []).append(stack)
+    known = list(stacks)
     found: dict[str, Layout] = {}
 
     def find(tokens: torch.Tensor, weight: torch.Tensor, transposed: bool, output: torch.Tensor) -> None:
-        for stack in by_memory.get(weight.untyped_storage().data_ptr(), ()):
-            layout = _layout(stack.weight, weight, transposed)
-            if layout is not None:
-                found[stack.name] = layout
+        memory = weight.untyped_storage().data_ptr()
+        for stack in known:
+            # Read each time: a store of weights may move a stack while its block runs.
+            if stack.weight.untyped_storage().data_ptr() == memory:
+                layout = _layout(stack.weight, weight, transposed)
+                if layout is not None:
+                    found[stack.name] = layout
 
     with _Products(find):
         run()

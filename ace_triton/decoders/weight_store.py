@@ -22,6 +22,9 @@ class WeightStore(Protocol):
     def release(self, module: nn.Module) -> None:
         """The module's weights are not needed soon. Their values stay, and the next access loads them again."""
 
+    def in_use(self, modules: Sequence[nn.Module]) -> AbstractContextManager[bool]:
+        """A context in which modules run and are pruned; it gives True if their weights lie elsewhere meanwhile."""
+
     def finished(self, unit: str) -> dict[str, Any] | None:
         """The record of a unit that an earlier run pruned; None if the unit is still to be pruned."""
 
@@ -42,6 +45,10 @@ class InMemory:
 
     def release(self, module: nn.Module) -> None:
         """Nothing to do."""
+
+    def in_use(self, modules: Sequence[nn.Module]) -> AbstractContextManager[bool]:
+        """Nothing to do."""
+        return nullcontext(False)
 
     def finished(self, unit: str) -> dict[str, Any] | None:
         """None: no earlier run is known."""

@@ -7,9 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..process_memory import drop_pages
 from ..processes import Processes
+from .device_blocks import DeviceBlocks
 from .journal import Results
 from .mapped_model import MappedModel
 
@@ -26,13 +29,20 @@ class FileStore:
         journal: results of an earlier run on the same files, if it was interrupted; only the first process has a file.
         on_finish: called when a unit has entered the journal.
         processes: this process and the others that prune the same files.
+        device: where blocks run and are pruned.
     """
 
     keeps_changes_private = False
 
     def __init__(
-        self, mapped: MappedModel, journal: Results, on_finish: Callable[[], None], processes: Processes
+        self,
+        mapped: MappedModel,
+        journal: Results,
+        on_finish: Callable[[], None],
+        processes: Processes,
+        device: torch.device,
     ) -> None:
+        self._blocks = DeviceBlocks(mapped.model, device, mapped.drop)
         self._mapped, self._journal, self._on_finish, self._processes = mapped, journal, on_finish, processes
         self._writer = ThreadPoolExecutor(1, "ace-triton-writer")
         self._pending: Future[None] | None = None
@@ -48,6 +58,12 @@ class FileStore:
         """As in :class:`~ace_triton.decoders.weight_store.WeightStore`."""
         self._mapped.release(module)
 
+    @contextmanager
+    def in_use(self, modules: Sequence[nn.Module]) -> Iterator[bool]:
+        """As in :class:`~ace_triton.decoders.weight_store.WeightStore`."""
+        with self._blocks.in_use(modules):
+            yield True
+
     def finished(self, unit: str) -> dict[str, Any] | None:
         """As in :class:`~ace_triton.decoders.weight_store.WeightStore`; units of this run do not count."""
         return self._journal.results[_UNIT + unit] if unit in self.resumed else None
@@ -55,14 +71,20 @@ class FileStore:
     def finish(self, unit: str, modules: Sequence[nn.Module], record: dict[str, Any]) -> None:
         """As in :class:`~ace_triton.decoders.weight_store.WeightStore`; errors of the disk may come one unit later."""
         names = self._mapped.names_of(modules)
-        for module in modules:
-            self._mapped.release(module)
+        if self._processes.is_first:
+            self._blocks.write_back(modules)
         self._processes.wait()
         if not self._processes.is_first:
-            self._mapped.adopt(names)
+            self.adopt(names)
             return
         self.wait()
         self._pending = self._writer.submit(self._write, unit, names, {**record, "parameters": names})
+
+    def adopt(self, names: Sequence[str]) -> None:
+        """Take parameters from the files, which the first process has written."""
+        for name in names:
+            old = self._blocks.map_to(self._mapped.model.get_parameter(name), self._mapped.in_files(name))
+            drop_pages(old)
 
     def as_loaded(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         """As in :class:`~ace_triton.decoders.weight_store.WeightStore`."""
@@ -90,7 +112,7 @@ class FileStore:
     def open(self) -> Iterator[None]:
         """A context in which units are pruned; at its end the background thread has stopped."""
         try:
-            with self._mapped.released_after_use():
+            with self._blocks.placed():
                 yield
             self.wait()
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..process_memory import drop_pages, page_out, prefetch_pages
+from ..process_memory import drop_pages, page_out
 from .weight_files import WeightFiles
 
 PIECE = 2**24
@@ -37,11 +37,12 @@ class MappedModel:
         own_form: folder for weights that the model stores in another form than the checkpoint (such as the experts of
             a mixture, in one tensor).
         is_copy: True for a process that does not write the files. Its parameters are private maps of the source until
-            :meth:`adopt` takes the written ones.
+            :meth:`FileStore.adopt <ace_triton.streaming.file_store.FileStore.adopt>` takes the written ones.
 
     Attributes:
         model: the model. Before it runs, :meth:`fill` its weights.
         files: the checkpoint's weight files.
+        drop: removes the pages of a parameter from memory, and loses no change.
     """
 
     def __init__(self, model: Any, folder: Path, own_form: Path, *, is_copy: bool = False) -> None:
@@ -57,15 +58,8 @@ class MappedModel:
         own_form.mkdir(exist_ok=True)
         self._own_form = WeightFiles.create_one_each(own_form, self._converted)
         # A private page that was changed must not be dropped: its change is nowhere else.
-        self._drop = page_out if is_copy else drop_pages
+        self.drop = page_out if is_copy else drop_pages
         self._map(is_copy)
-
-    def adopt(self, names: Iterable[str]) -> None:
-        """Take parameters from the files, which another process has written; own changes to them are dropped."""
-        for name in names:
-            parameter = self.model.get_parameter(name)
-            old, parameter.data = parameter.data, self._in_files(name)
-            drop_pages(old)
 
     def fill(self, *, except_for: Iterable[str] = ()) -> None:
         """Copy the weights from their source, except for parameters of these names."""
@@ -90,7 +84,7 @@ class MappedModel:
             for name in self.names_of(modules):
                 parameter = self.model.get_parameter(name)
                 swapped.append((parameter, parameter.data))
-                parameter.data = self._sources[name]().to(parameter.dtype)
+                parameter.data = self._sources[name]().to(parameter)
             yield
         finally:
             for parameter, mapped in swapped:
@@ -120,34 +114,7 @@ class MappedModel:
     def release(self, module: nn.Module) -> None:
         """Remove a module's weights from memory; the next access loads them again from their files."""
         for parameter in module.parameters():
-            self._drop(parameter.data)
-
-    @contextmanager
-    def released_after_use(self) -> Iterator[None]:
-        """A context in which each module that has parameters of its own releases them after its forward.
-
-        While a member of an ``nn.ModuleList`` runs, the system reads the weights of the next one.
-        """
-
-        def release(module: nn.Module, _args: object, _output: object) -> None:
-            for parameter in module.parameters(recurse=False):
-                self._drop(parameter.data)
-
-        def prefetch(following: nn.Module) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: object) -> None:
-                for parameter in following.parameters():
-                    prefetch_pages(parameter.data)
-
-            return hook
-
-        with ExitStack() as hooks:
-            for module in self.model.modules():
-                if next(module.parameters(recurse=False), None) is not None:
-                    hooks.callback(module.register_forward_hook(release).remove)
-                if isinstance(module, nn.ModuleList):
-                    for one, following in zip(module, list(module)[1:], strict=False):
-                        hooks.callback(one.register_forward_pre_hook(prefetch(following)).remove)
-            yield
+            self.drop(parameter.data)
 
     def _map(self, is_copy: bool) -> None:
         """Replace the parameters by mapped ones; parameters that are tied stay tied."""
@@ -156,13 +123,13 @@ class MappedModel:
         mapped: dict[int, nn.Parameter] = {}
         for name, old in places:
             if name in known and id(old) not in mapped:
-                tensor = self._sources[name]().to(old.dtype) if is_copy else self._in_files(name)
+                tensor = self._sources[name]().to(old.dtype) if is_copy else self.in_files(name)
                 mapped[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad)
         for path, old in places:
             module, _, key = path.rpartition(".")
             self.model.get_submodule(module)._parameters[key] = mapped[id(old)]
 
-    def _in_files(self, name: str) -> torch.Tensor:
+    def in_files(self, name: str) -> torch.Tensor:
         """A parameter in the files that are written."""
         key = self._direct.get(name)
         return self._own_form.tensor(name) if key is None else self.files.tensor(key)

@@ -47,6 +47,7 @@ class StreamedModel:
     _out: Path
     _overwrite: bool
     _processes: Processes
+    _device: torch.device
     _store: FileStore | None = None
 
     def start(self, facts: Mapping[str, Any]) -> FileStore:
@@ -64,11 +65,13 @@ class StreamedModel:
             path = self._place.kept / JOURNAL
             journal = Journal(path, whole) if self._processes.is_first else None
             results = self._processes.first_does(lambda: journal.results if journal is not None else {})
-            self._store = FileStore(self._mapped, journal or Results(results), self._keep, self._processes)
+            self._store = FileStore(
+                self._mapped, journal or Results(results), self._keep, self._processes, self._device
+            )
             if self._processes.is_first:
                 self._mapped.fill(except_for=self._store.finished_parameters)
             else:
-                self._mapped.adopt(self._store.finished_parameters)
+                self._store.adopt(self._store.finished_parameters)
             self._processes.wait()
         return self._store
 
@@ -107,6 +110,7 @@ def streamed(
     out: Path,
     *,
     dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     overwrite: bool = False,
     restart: bool = False,
@@ -118,6 +122,7 @@ def streamed(
     Args:
         source, dtype, trust_remote_code: as for :func:`~ace_triton.inputs.checkpoint.load`.
         out: folder for the new checkpoint; it is reserved until the context ends.
+        device: where blocks run and are pruned, one at a time.
         overwrite: as for :func:`~ace_triton.inputs.output_folder.check_out`.
         restart: throw away the state of an interrupted run.
 
@@ -142,7 +147,17 @@ def streamed(
             mapped = MappedModel(model, place.new, place.kept / "own_form", is_copy=not processes.is_first)
             if processes.is_first:
                 processes.wait()
-        yield StreamedModel(model, tokenizer, mapped, place, source, out, overwrite, processes)
+        yield StreamedModel(
+            model,
+            tokenizer,
+            mapped,
+            place,
+            source,
+            out,
+            overwrite,
+            processes,
+            None if device is None else torch.device(device),
+        )
 
 
 def prune_checkpoint(
@@ -152,6 +167,7 @@ def prune_checkpoint(
     recipe: Recipe | str = DEFAULT_PRESET,
     *,
     dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
     batch_size: int | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -162,7 +178,7 @@ def prune_checkpoint(
 
     The weights are copied to the new checkpoint first, and pruned there block by block. The result has the same bytes
     as pruning in memory and saving. If the run is interrupted in any way, the same call resumes it at the block it was
-    in, and the result still has the same bytes. It runs on the CPU.
+    in, and the result still has the same bytes.
 
     Args:
         source: a folder or hub name that transformers loads; no GGUF file.
@@ -170,6 +186,7 @@ def prune_checkpoint(
         calibration: as for :func:`~ace_triton.prune_blocks.prune_model`.
         recipe: a :class:`~ace_triton.recipe.Recipe`, or the name of a preset or of a method.
         dtype: dtype of the weights; "auto" keeps the checkpoint's.
+        device: where blocks run and are pruned, one at a time, and what is outside the blocks lies.
         batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
         trust_remote_code: run Python code that comes with the checkpoint.
         overwrite: replace ``out`` if ace-triton wrote it.
@@ -188,6 +205,7 @@ def prune_checkpoint(
         str(source),
         Path(out),
         dtype=dtype,
+        device=device,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         restart=restart,

@@ -38,7 +38,7 @@ def tiny_ids():
 
 
 def pruned_in_memory(source, out, ids, recipe, dtype="auto"):
-    model, tokenizer = checkpoint.load(source, dtype=dtype)
+    model, tokenizer = checkpoint.load(source, dtype=dtype, own_memory=True)
     report = prune_model(model, ids, recipe)
     checkpoint.save(model, tokenizer, out, report.to_dict())
     return report
