@@ -143,7 +143,8 @@ class Need:
         mapped = {"copy the weights": self.stored_bytes}
         if self.recipe.permute:
             # The trial of the orders writes to these layers in all blocks.
-            mapped["prune"] = sum(layer.bytes for unit in self.layers.units for layer in unit.layers)
+            layers = (layer for unit in self.layers.units for layer in unit.layers)
+            mapped["prune"] = sum(layer.bytes for layer in layers if not layer.is_expert)
         return Memory(phases, mapped)
 
     def device(self) -> Memory:

@@ -22,7 +22,7 @@ from ..process_memory import resident_bytes
 from ..prune_blocks import rehearse
 from ..recipe import Recipe
 from ..streaming.fits import available_memory, fits_in_memory
-from .disk import Disk, converted_bytes, disk_of
+from .disk import Disk, disk_of
 from .layers import PlannedModel, planned
 from .memory import Calibrated, Memory, Need
 from .probe import Estimate, estimate
@@ -158,7 +158,6 @@ def plan_pruning(
     calibrated = Calibrated(samples, length, batch_size, tokens) if whole.calibrated else None
     built = skeleton(source, dtype=dtype, trust_remote_code=trust_remote_code)
     layers = planned(built.model, whole)
-    converted = 0 if built.source.is_gguf else converted_bytes(built)
     need = Need(
         built.model,
         layers,
@@ -166,7 +165,7 @@ def plan_pruning(
         calibrated,
         resident_bytes(),
         stored_bytes=built.stored_bytes or 0,
-        converts=built.converts or converted > 0,
+        converts=built.converts or built.converted_bytes > 0,
         is_gguf=built.source.is_gguf,
     )
     in_memory = need.in_memory()
@@ -174,7 +173,7 @@ def plan_pruning(
     may_stream = streamed is not None and not on_gpu and not packed
     streams = stream if stream is not None else may_stream and not fits_in_memory(in_memory.peak)
     place = None if out is None else Path(out)
-    disk = disk_of(built, layers, whole, place, packed=packed, streamed_bytes=converted if streams else 0)
+    disk = disk_of(built, layers, whole, place, packed=packed, streams=streams)
     available = available_memory()
     chosen = streamed if streams and streamed is not None else in_memory
     warnings = [
