@@ -8,7 +8,7 @@ those of the code that holds them: :mod:`ace_triton.decoders.collect` (statistic
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,10 +149,10 @@ class Need:
 
     def device(self) -> Memory:
         """The memory of a GPU that the whole model is loaded on, without what the driver takes."""
-        weights = self.weight_bytes
+        weights, there = self.weight_bytes, replace(self, on_gpu=True)
         phases = {"load the model": weights}
         phases |= {name: weights + size for name, size in self._of_text().items() if name != "tokenize the text"}
-        phases["prune"] = weights + self._hidden_bytes() + self._most_of_a_unit()
+        phases["prune"] = weights + self._hidden_bytes() + there._most_of_a_unit()
         return Memory(phases, {})
 
     def _of_text(self) -> dict[str, int]:

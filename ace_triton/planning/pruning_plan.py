@@ -152,7 +152,8 @@ def plan_pruning(
     whole = recipe_of(recipe, {})
     if samples < 1 or length < 2:
         raise ArgumentError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
-    on_gpu = check_device(device) != "cpu"
+    where = check_device(device)
+    on_gpu = where != "cpu"
     rehearse(whole)
     tokens, unread = (None, ()) if text is None or not whole.calibrated else _text_tokens(text)
     calibrated = Calibrated(samples, length, batch_size, tokens) if whole.calibrated else None
@@ -179,7 +180,8 @@ def plan_pruning(
     warnings = [
         *_of_model(built, layers, calibrated),
         *_of_out(place, disk, overwrite),
-        *_of_memory(chosen, available, streams=streams, may_stream=may_stream, on_gpu=on_gpu),
+        *_of_gpu(need.device(), where),
+        *([] if on_gpu else _of_memory(chosen, available, streams=streams, may_stream=may_stream)),
     ]
     if streams and streamed is None:
         warnings.append(f"{source}: a GGUF file cannot be streamed: leave --stream out")
@@ -249,11 +251,16 @@ def _of_out(out: Path | None, disk: Disk, overwrite: bool) -> Iterator[str]:
         yield f"{out} needs {gib(disk.work_bytes)} of disk, but only {gib(disk.free_bytes)} are free there"
 
 
-def _of_memory(need: Memory, available: int, *, streams: bool, may_stream: bool, on_gpu: bool) -> Iterator[str]:
-    if need.peak > available and not on_gpu:
+def _of_memory(need: Memory, available: int, *, streams: bool, may_stream: bool) -> Iterator[str]:
+    if need.peak > available:
         how = "streamed, the run" if streams else "the run"
         advice = "; add --stream to keep the weights in files" if may_stream and not streams else ""
         yield f"{how} needs {gib(need.peak)} of memory, but only {gib(available)} are available{advice}"
+
+
+def _of_gpu(need: Memory, device: str) -> Iterator[str]:
+    if device.startswith("cuda") and need.peak > (free := torch.cuda.mem_get_info(device)[0]):
+        yield f"the run needs {gib(need.peak)} on {device}, but only {gib(free)} are free there; use --device cpu"
 
 
 def _first_of(names: Sequence[str]) -> str:
