@@ -56,6 +56,7 @@ WINGS = [
     "kernels",
     "methods",
     "packed",
+    "planning",
     "recovery",
     "reordering",
     "solvers",
