@@ -140,7 +140,8 @@ class Need:
         phases = {"copy the weights": base + 2 * piece}
         phases |= {name: base + size + once for name, size in self._of_text().items()}
         phases["prune"] = base + max(once, self._hidden_bytes() + blocks + self._most_of_a_unit())
-        mapped = {"copy the weights": self.stored_bytes}
+        # Libraries read the whole files to convert them when they open the model, even if weights stay in files.
+        mapped = {"copy the weights": self.stored_bytes} if self.converts else {}
         if self.recipe.permute:
             # The trial of the orders writes to these layers in all blocks.
             layers = (layer for unit in self.layers.units for layer in unit.layers)

@@ -84,12 +84,15 @@ def test_streaming_holds_one_block(make_decoder):
     assert need.in_memory().phases["prune"] - need.streamed().phases["prune"] == whole - block
 
 
-def test_a_copy_in_another_type_counts_when_the_model_is_loaded(make_decoder):
+def test_files_count_when_they_are_converted(make_decoder):
     model = make_decoder("llama")
     need = need_of(model, RECIPES["wanda"], stored_bytes=1000, converts=True, base_bytes=10)
     loading = need.in_memory()
     assert loading.phases["load the model"] == 10 + need.weight_bytes
-    assert loading.file_pages["load the model"] == 1000
+    assert loading.file_pages["load the model"] == need.streamed().file_pages["copy the weights"] == 1000
+    as_stored = need_of(model, RECIPES["wanda"], stored_bytes=1000, base_bytes=10)
+    assert as_stored.in_memory().peak_resident == as_stored.in_memory().peak
+    assert as_stored.streamed().peak_resident == as_stored.streamed().peak
 
 
 def test_the_check_of_the_text_holds_logits_and_their_loss(make_decoder):
