@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe
-from ..streaming.mapped_model import _saved_form as saved_form
 from .layers import PlannedModel
 from .skeleton import Skeleton
 
@@ -40,7 +39,7 @@ def disk_of(
     out: Path | None,
     *,
     packed: bool,
-    streamed_bytes: int,
+    streams: bool,
 ) -> Disk:
     """The disk space of a run.
 
@@ -50,20 +49,14 @@ def disk_of(
         recipe: how they are pruned.
         out: folder for the output, if it is known.
         packed: True if a packed checkpoint is written.
-        streamed_bytes: size of the weights that a streamed run keeps in another form; 0 for a run in memory.
+        streams: True if the weights stay in files during the run.
     """
     output = sum(parameter.nbytes for parameter in built.model.parameters()) + _other_files(built)
     if packed:
         output -= _saved_by_packing(layers, recipe)
     # Weights that the model stores in another form than the checkpoint are in the work folder twice more.
-    work = output + 2 * streamed_bytes
+    work = output + (2 * built.converted_bytes if streams else 0)
     return Disk(output, work, None if out is None else free_bytes(out))
-
-
-def converted_bytes(built: Skeleton) -> int:
-    """Size of the weights that the model stores in another form than the checkpoint, such as experts in one tensor."""
-    _, direct = saved_form(built.model)
-    return sum(parameter.nbytes for name, parameter in built.model.named_parameters() if name not in direct)
 
 
 def free_bytes(out: Path) -> int:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ..decoders.batches import trial_ids
-from ..decoders.blocks import Block, find_blocks, find_towers, gated_consumers
+from ..decoders.blocks import Block, find_towers, gated_consumers, possible_stacks
 from ..decoders.calibration_mode import calibration_mode
 from ..decoders.collect import InputCollector
-from ..decoders.experts import ExpertLinear
-from ..decoders.plan import Plan, Unit, misfit
+from ..decoders.experts import ExpertLinear, Layout, find_layouts
+from ..decoders.plan import NameFilter, Plan, Unit, misfit
 from ..errors import AceError, ArgumentError
 from ..inputs.model_source import reason
 from ..linears import linear_weight
 from ..methods.registry import Needs
-from ..prune_blocks import plan_of
 from ..recipe import Recipe
 from ..timing import Stopwatch
 
@@ -113,7 +112,7 @@ def planned(model: Any, recipe: Recipe) -> PlannedModel:
             raise
         except Exception:  # A block may need what a block before it has computed, such as its keys and values.
             try:
-                plan, groups = _examined(model, recipe, None)
+                plan, groups = _examined(model, recipe, lambda _blocks: nullcontext())
             except AceError:
                 raise
             except Exception as error:
@@ -138,16 +137,35 @@ def planned(model: Any, recipe: Recipe) -> PlannedModel:
     )
 
 
-Substitute = Callable[[Sequence[Block]], Any]
+Substitute = Callable[[Sequence[Block]], AbstractContextManager[None]]
 
 
-def _examined(model: Any, recipe: Recipe, substitute: Substitute | None) -> tuple[Plan, list[list[str]]]:
-    with calibration_mode(model), ExitStack() as substitutes:
-        if substitute is not None:
-            substitutes.enter_context(substitute(find_blocks(model)))
-        towers = [tower for tower in find_towers(model, None) if tower.is_reached]
-        plan = plan_of(model, recipe, towers, [])
-        return plan, _groups(model, plan)
+def _examined(model: Any, recipe: Recipe, substitute: Substitute) -> tuple[Plan, list[list[str]]]:
+    """The plan, and the groups of layers that read the same tensor, while blocks are substituted."""
+    with calibration_mode(model):
+        towers = [tower for tower in find_towers(model) if tower.is_reached]
+        blocks = [block for tower in towers for block in tower.blocks]
+        stacks = [stack for block in blocks for stack in possible_stacks(block.module, block.name)]
+        with substitute(blocks):
+            layouts = find_layouts(lambda: model(input_ids=trial_ids(model), use_cache=False), stacks) if stacks else {}
+            layouts = _in_all_blocks(layouts, blocks)
+            known = [(stack, layouts[stack.name]) for stack in stacks if stack.name in layouts]
+            experts = [name for stack, layout in known for name in stack.linears(transposed=False, rows=layout.rows)]
+            names = NameFilter.of(model, recipe.include, recipe.exclude, experts)
+            plan = Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, towers, stacks, layouts)
+            return plan, _groups(model, plan)
+
+
+def _in_all_blocks(layouts: Mapping[str, Layout], blocks: Sequence[Block]) -> dict[str, Layout]:
+    """The layouts, also for the same stacks of all other blocks of the same kind."""
+    of_kind: dict[object, dict[str, Layout]] = {}
+    for block in blocks:
+        start = f"{block.name}."
+        inside = {name.removeprefix(start): layout for name, layout in layouts.items() if name.startswith(start)}
+        of_kind.setdefault(kind_of(block.module), {}).update(inside)
+    return {
+        f"{block.name}.{name}": layout for block in blocks for name, layout in of_kind[kind_of(block.module)].items()
+    }
 
 
 def _groups(model: Any, plan: Plan) -> list[list[str]]:

@@ -8,7 +8,7 @@ those of the code that holds them: :mod:`ace_triton.decoders.collect` (statistic
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -140,18 +140,20 @@ class Need:
         phases = {"copy the weights": base + 2 * piece}
         phases |= {name: base + size + once for name, size in self._of_text().items()}
         phases["prune"] = base + max(once, self._hidden_bytes() + blocks + self._most_of_a_unit())
-        mapped = {"copy the weights": self.stored_bytes}
+        # Libraries read the whole files to convert them when they open the model, even if weights stay in files.
+        mapped = {"copy the weights": self.stored_bytes} if self.converts else {}
         if self.recipe.permute:
             # The trial of the orders writes to these layers in all blocks.
-            mapped["prune"] = sum(layer.bytes for unit in self.layers.units for layer in unit.layers)
+            layers = (layer for unit in self.layers.units for layer in unit.layers)
+            mapped["prune"] = sum(layer.bytes for layer in layers if not layer.is_expert)
         return Memory(phases, mapped)
 
     def device(self) -> Memory:
         """The memory of a GPU that the whole model is loaded on, without what the driver takes."""
-        weights = self.weight_bytes
+        weights, there = self.weight_bytes, replace(self, on_gpu=True)
         phases = {"load the model": weights}
         phases |= {name: weights + size for name, size in self._of_text().items() if name != "tokenize the text"}
-        phases["prune"] = weights + self._hidden_bytes() + self._most_of_a_unit()
+        phases["prune"] = weights + self._hidden_bytes() + there._most_of_a_unit()
         return Memory(phases, {})
 
     def _of_text(self) -> dict[str, int]:

@@ -83,19 +83,24 @@ def estimate(built: Skeleton, layers: PlannedModel, recipe: Recipe, calibrated: 
 
 
 def _typical(blocks: Sequence[Block]) -> list[Block]:
-    """The first two blocks of the kind that has the most parameters in all."""
+    """The first two blocks of the kind that has the most parameters in all, in one list of blocks."""
     sizes: Counter[object] = Counter()
     for block in blocks:
         sizes[kind_of(block.module)] += sum(p.numel() for p in block.module.parameters())
     kind = sizes.most_common(1)[0][0]
-    return [block for block in blocks if kind_of(block.module) == kind][:2]
+    alike = [block for block in blocks if kind_of(block.module) == kind]
+    place = _list_of(alike[0])
+    return [block for block in alike if _list_of(block) == place][:2]
+
+
+def _list_of(block: Block) -> str:
+    return block.name.rpartition(".")[0]
 
 
 @contextmanager
 def only(model: nn.Module, blocks: Sequence[Block], kept: list[Block]) -> Iterator[None]:
     """A context in which the model has only some of its blocks."""
-    name = kept[0].name.rpartition(".")[0]
-    parent, _, key = name.rpartition(".")
+    parent, _, key = _list_of(kept[0]).rpartition(".")
     owner: Any = model.get_submodule(parent)
     whole = getattr(owner, key)
     try:

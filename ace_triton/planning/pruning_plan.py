@@ -22,7 +22,7 @@ from ..process_memory import resident_bytes
 from ..prune_blocks import rehearse
 from ..recipe import Recipe
 from ..streaming.fits import available_memory, fits_in_memory
-from .disk import Disk, converted_bytes, disk_of
+from .disk import Disk, disk_of
 from .layers import PlannedModel, planned
 from .memory import Calibrated, Memory, Need
 from .probe import Estimate, estimate
@@ -152,13 +152,13 @@ def plan_pruning(
     whole = recipe_of(recipe, {})
     if samples < 1 or length < 2:
         raise ArgumentError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
-    on_gpu = check_device(device) != "cpu"
+    where = check_device(device)
+    on_gpu = where != "cpu"
     rehearse(whole)
     tokens, unread = (None, ()) if text is None or not whole.calibrated else _text_tokens(text)
     calibrated = Calibrated(samples, length, batch_size, tokens) if whole.calibrated else None
     built = skeleton(source, dtype=dtype, trust_remote_code=trust_remote_code)
     layers = planned(built.model, whole)
-    converted = 0 if built.source.is_gguf else converted_bytes(built)
     need = Need(
         built.model,
         layers,
@@ -166,7 +166,7 @@ def plan_pruning(
         calibrated,
         resident_bytes(),
         stored_bytes=built.stored_bytes or 0,
-        converts=built.converts or converted > 0,
+        converts=built.converts or built.converted_bytes > 0,
         is_gguf=built.source.is_gguf,
     )
     in_memory = need.in_memory()
@@ -174,13 +174,14 @@ def plan_pruning(
     may_stream = streamed is not None and not on_gpu and not packed
     streams = stream if stream is not None else may_stream and not fits_in_memory(in_memory.peak)
     place = None if out is None else Path(out)
-    disk = disk_of(built, layers, whole, place, packed=packed, streamed_bytes=converted if streams else 0)
+    disk = disk_of(built, layers, whole, place, packed=packed, streams=streams)
     available = available_memory()
     chosen = streamed if streams and streamed is not None else in_memory
     warnings = [
         *_of_model(built, layers, calibrated),
         *_of_out(place, disk, overwrite),
-        *_of_memory(chosen, available, streams=streams, may_stream=may_stream, on_gpu=on_gpu),
+        *_of_gpu(need.device(), where),
+        *([] if on_gpu else _of_memory(chosen, available, streams=streams, may_stream=may_stream)),
     ]
     if streams and streamed is None:
         warnings.append(f"{source}: a GGUF file cannot be streamed: leave --stream out")
@@ -250,11 +251,16 @@ def _of_out(out: Path | None, disk: Disk, overwrite: bool) -> Iterator[str]:
         yield f"{out} needs {gib(disk.work_bytes)} of disk, but only {gib(disk.free_bytes)} are free there"
 
 
-def _of_memory(need: Memory, available: int, *, streams: bool, may_stream: bool, on_gpu: bool) -> Iterator[str]:
-    if need.peak > available and not on_gpu:
+def _of_memory(need: Memory, available: int, *, streams: bool, may_stream: bool) -> Iterator[str]:
+    if need.peak > available:
         how = "streamed, the run" if streams else "the run"
         advice = "; add --stream to keep the weights in files" if may_stream and not streams else ""
         yield f"{how} needs {gib(need.peak)} of memory, but only {gib(available)} are available{advice}"
+
+
+def _of_gpu(need: Memory, device: str) -> Iterator[str]:
+    if device.startswith("cuda") and need.peak > (free := torch.cuda.mem_get_info(device)[0]):
+        yield f"the run needs {gib(need.peak)} on {device}, but only {gib(free)} are free there; use --device cpu"
 
 
 def _first_of(names: Sequence[str]) -> str:

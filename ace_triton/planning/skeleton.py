@@ -14,9 +14,10 @@ from torch import nn
 from ..errors import CheckpointError
 from ..inputs.checkpoint import check_config, loading_message
 from ..inputs.model_source import ModelSource, open_safetensors, safetensors_files, tensor_names
+from ..streaming.mapped_model import _saved_form as saved_form
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ALIGNMENT = 64
+_LARGE_BYTES = 2**20
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
@@ -31,6 +32,8 @@ class Skeleton:
         tokenizer: its tokenizer.
         stored_bytes: size of its weight files; None if they are not on this machine.
         stored_dtype: dtype of the largest weight in the files; None if it is unknown.
+        converted_bytes: size of the weights that the model stores in another form than the checkpoint, such as experts
+            in one tensor.
         quantization: how the stored weights are quantized; None if they are not.
     """
 
@@ -39,6 +42,7 @@ class Skeleton:
     tokenizer: Any
     stored_bytes: int | None
     stored_dtype: torch.dtype | None
+    converted_bytes: int
     quantization: str | None = None
 
     @property
@@ -86,9 +90,10 @@ def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]
             config, dtype=dtype, trust_remote_code=options["trust_remote_code"]
         )
     model.tie_weights()
+    converted = 0 if found.is_gguf else _converted_bytes(model)
     _fill_with_zeros(model)
     method = None if quantized is None else getattr(quantized, "quant_method", None) or dict(quantized)["quant_method"]
-    return Skeleton(found, model.eval(), tokenizer, stored_bytes, stored_dtype, method)
+    return Skeleton(found, model.eval(), tokenizer, stored_bytes, stored_dtype, converted, method)
 
 
 def _stored(found: ModelSource) -> tuple[int | None, torch.dtype | None, set[str] | None]:
@@ -108,20 +113,26 @@ def _stored(found: ModelSource) -> tuple[int | None, torch.dtype | None, set[str
     return sum(path.stat().st_size for path in paths), dtype, tensor_names(found.path)
 
 
+def _converted_bytes(model: Any) -> int:
+    """Size of the weights that are stored in another form, of a model on the meta device."""
+    _, direct = saved_form(model)
+    return sum(parameter.nbytes for name, parameter in model.named_parameters() if name not in direct)
+
+
 def _fill_with_zeros(model: nn.Module) -> None:
-    """Replace each parameter on the meta device by zeros. Their pages take no memory until they are written."""
-    parameters = [p for p in model.parameters() if p.is_meta]
-    sizes = [-(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT for parameter in parameters]
-    if not sum(sizes):
-        return
-    region = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-    memory, start = torch.frombuffer(region, dtype=torch.uint8), 0
+    """Replace each parameter on the meta device by zeros of its own memory, whose pages are not there until written."""
     zeros: dict[int, nn.Parameter] = {}
-    for parameter, size in zip(parameters, sizes, strict=True):
-        values = memory[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        zeros[id(parameter)] = nn.Parameter(values, requires_grad=False)
-        start += size
     for module in model.modules():
         for name, own in module._parameters.items():
-            if own is not None and id(own) in zeros:
-                module._parameters[name] = zeros[id(own)]
+            if own is None or not own.is_meta:
+                continue
+            if id(own) not in zeros:
+                zeros[id(own)] = nn.Parameter(_zeros(own), requires_grad=False)
+            module._parameters[name] = zeros[id(own)]
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    if like.nbytes < _LARGE_BYTES:
+        return torch.zeros(like.shape, dtype=like.dtype, device="cpu")
+    region = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    return torch.frombuffer(region, dtype=like.dtype).view(like.shape)
