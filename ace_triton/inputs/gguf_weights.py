@@ -135,7 +135,8 @@ def _by_conversions(path: Path, model: Any, dtype: torch.dtype) -> dict[str, Rea
     def read(target: str) -> torch.Tensor:
         converter = copy.deepcopy(of_pattern[parts[target][0][1]])
         for name, pattern in parts[target]:
-            converter.add_tensor(target, name, pattern, partial(stored[name].__getitem__, ...))
+            value: Any = partial(stored[name].__getitem__, ...)
+            converter.add_tensor(target, name, pattern, value)
         result = converter.convert(target, model=model, config=model.config)[target]
         return result[0] if isinstance(result, list) else result
 
