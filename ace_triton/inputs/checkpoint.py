@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 
+DEQUANTIZED = ("fp8",)
+"""Quantization methods of which weights that stay in files are dequantized, tensor by tensor."""
+
+
 def load(
     source: str | Path,
     *,
@@ -52,8 +56,8 @@ def load(
         own_memory: on a CPU, copy each weight into its own memory, so that it can be freed alone. Otherwise all weights
             share one mapped file.
         offload_folder: leave the weights in their files: parameters are on the meta device, with accelerate's hooks
-            that load them. Weights that transformers converts (experts stored one by one) are written to this folder;
-            those of a GGUF file are dequantized each time instead.
+            that load them. Weights that transformers converts (experts stored one by one, or FP8) are written to this
+            folder; those of a GGUF file are dequantized each time instead.
             ``device`` and ``own_memory`` then have no effect.
 
     Returns:
@@ -96,8 +100,27 @@ def _load_saved(
     where = str(found.path or found.name)
     config = AutoConfig.from_pretrained(where, **options)
     check_config(found.name, config, tensor_names(found.path) if found.path else None, options["trust_remote_code"])
+    method = quantization_of(config)
+    if placing and method is not None:
+        if method not in DEQUANTIZED:
+            raise CheckpointError(
+                f"{found.name}: its weights are quantized ({method}) and cannot be streamed: name the floating-point "
+                "model that it was made from, and quantize after pruning"
+            )
+        config.quantization_config = {**_as_dict(config.quantization_config), "dequantize": True}
+        placing = {**placing, "config": config}
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
     return _checked_model(found.name, where, dtype=dtype, **options, **placing), tokenizer
+
+
+def quantization_of(config: Any) -> str | None:
+    """How a configuration says that the stored weights are quantized; None if they are not."""
+    stated = getattr(config, "quantization_config", None)
+    return None if stated is None else str(_as_dict(stated).get("quant_method", "in an unknown way"))
+
+
+def _as_dict(stated: Any) -> dict[str, Any]:
+    return dict(stated) if isinstance(stated, dict) else dict(stated.to_dict())
 
 
 def _load_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[Any, Any]:

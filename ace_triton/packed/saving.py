@@ -220,7 +220,8 @@ def _distinct(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     for name, tensor in state.items():
         if tensor.is_meta:
             raise CheckpointError(
-                f"{name} is on the meta device (offloaded or not loaded): load the whole model into memory"
+                f"{name} is on the meta device (offloaded or not loaded): load the whole model into memory, or pack "
+                "the checkpoint in its files (pack_checkpoint)"
             )
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in seen:

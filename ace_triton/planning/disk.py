@@ -61,7 +61,12 @@ def disk_of(
 
 
 def converted_bytes(built: Skeleton) -> int:
-    """Size of the weights that the model stores in another form than the checkpoint, such as experts in one tensor."""
+    """Size of the weights that the model stores in another form than the checkpoint, such as experts in one tensor.
+
+    For quantized weights this is the whole model, although a few of its weights are not quantized.
+    """
+    if built.quantization is not None:
+        return sum(parameter.nbytes for parameter in built.model.parameters())
     _, direct = saved_form(built.model)
     return sum(parameter.nbytes for name, parameter in built.model.named_parameters() if name not in direct)
 

@@ -14,6 +14,7 @@ from ..decoders.batches import check_positions, longest_sequence
 from ..decoders.plan import Excluded, Skipped
 from ..errors import ArgumentError, CheckpointError
 from ..inputs.calibration import MOST_DOCUMENTS, SELF, read_calibration
+from ..inputs.checkpoint import DEQUANTIZED
 from ..inputs.model_source import check_device
 from ..inputs.output_folder import check_out
 from ..inputs.text import check_text
@@ -222,7 +223,7 @@ def _text_tokens(text: str) -> tuple[int, tuple[str, ...]]:
 
 
 def _of_model(built: Skeleton, layers: PlannedModel, calibrated: Calibrated | None) -> Iterator[str]:
-    if built.quantization is not None:
+    if built.quantization not in (None, *DEQUANTIZED):
         yield f"the weights are quantized ({built.quantization}), and only floating-point weights can be pruned"
     unfit: dict[str, list[Skipped]] = {}
     for skipped in layers.plan.skipped:

@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from ace_triton import Recipe, prune_checkpoint, prune_model
 from ace_triton.errors import CheckpointError
 from ace_triton.inputs import checkpoint
+from ace_triton.planning.pruning_plan import plan_pruning
 
 HIDDEN, INNER, BLOCKS, HEADS, KEYS, VOCABULARY = 64, 96, 2, 4, 2, 101
 HEAD = HIDDEN // HEADS
@@ -121,6 +122,14 @@ def test_the_hooks_run_the_model_and_hold_no_weight(gguf, tmp_path):
     ids = torch.arange(3, 19, device="cpu")[None]
     assert torch.equal(mapped(ids).logits, whole(ids).logits)
     assert all(parameter.is_meta for parameter in mapped.parameters())
+
+
+def test_the_plan_counts_a_tensor_in_fp32_for_the_copy(gguf):
+    plan = plan_pruning(gguf("llama"), Recipe("magnitude"), stream=True)
+    assert plan.streams
+    assert not plan.warnings
+    copying = plan.streamed.phases["copy the weights"] - plan.streamed.phases["prune"]
+    assert copying > 4 * HIDDEN * VOCABULARY
 
 
 def test_a_tensor_that_the_file_lacks_is_named(gguf, tmp_path):
