@@ -36,6 +36,7 @@ from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .statistics.gram import Gram
 from .statistics.statistic import Statistic, TensorForm, register_statistic
+from .streaming.streamed_pack import pack_checkpoint
 from .streaming.streamed_prune import prune_checkpoint
 
 __version__ = "0.2.0"
@@ -76,6 +77,7 @@ __all__ = [
     "load",
     "load_calibration",
     "metric_names",
+    "pack_checkpoint",
     "pack_model",
     "plan_pruning",
     "prune_checkpoint",

@@ -211,8 +211,8 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise RecipeError(
-                f"{name} is on the meta device (offloaded, or never loaded); load the model whole, without "
-                "device_map offloading to CPU or disk"
+                f"{name} is on the meta device (offloaded by device_map, or never loaded): prune the checkpoint in its "
+                "files (prune_checkpoint, or ace-triton prune --stream), or load the model whole, without device_map"
             )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ..errors import ArgumentError
@@ -14,6 +16,7 @@ from ..packed.pack_model import sparsify
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
 from ..sparsity import Sparsity
+from ..streaming.streamed_pack import pack_checkpoint
 from . import report
 from .console import console, print_backend, print_line, progress_bars
 from .options import (
@@ -42,6 +45,9 @@ def pack(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Keep the weights in files and only one layer in memory; on the CPU.")
+    ] = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -54,19 +60,35 @@ def pack(
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     checkpoint.check_out(out, overwrite=overwrite)
     check_source(src, hub=False)
+    if stream and torch.device(where).type != "cpu":
+        raise ArgumentError("--stream packs on the CPU: add --device cpu, or leave --stream out")
     print_backend(where)
+    facts = checkpoint.read_report(src)
+    if facts is not None and (source := source_of(facts, src)) is not None:
+        facts = {**facts, **source_facts(source, out)}
     with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
-        with stage(progress, "load the model"):
-            model, tokenizer = checkpoint.load(
-                src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code
+        if stream:
+            result = pack_checkpoint(
+                src,
+                out,
+                sparsity,
+                include=include or None,
+                exclude=exclude or None,
+                dtype=weights_dtype,
+                trust_remote_code=trust_remote_code,
+                overwrite=overwrite,
+                report=facts,
+                stage=partial(stage, progress),
             )
-        with stage(progress, "pack"):
-            result = sparsify(model, sparsity, include=include or None, exclude=exclude or None)
-        facts = checkpoint.read_report(src)
-        if facts is not None and (source := source_of(facts, src)) is not None:
-            facts = {**facts, **source_facts(source, out)}
-        with stage(progress, "save the model"):
-            save_model(model, tokenizer, out, "packed", report=facts, overwrite=overwrite)
+        else:
+            with stage(progress, "load the model"):
+                model, tokenizer = checkpoint.load(
+                    src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code
+                )
+            with stage(progress, "pack"):
+                result = sparsify(model, sparsity, include=include or None, exclude=exclude or None)
+            with stage(progress, "save the model"):
+                save_model(model, tokenizer, out, "packed", report=facts, overwrite=overwrite)
     if json:
         report.write_json(json, with_provenance(result.to_dict(), model=name_of(src)))
     console.print(report.packing_table(result))

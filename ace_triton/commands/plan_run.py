@@ -93,7 +93,7 @@ def plan_table(plan: PruningPlan) -> Table:
     table.add_row("outside the blocks, of the model's weights", f"{account.outside / account.model:.1%}")
     table.add_row("type of the weights", plan.dtype)
     table.add_row("memory with the model in memory", _memory(plan.in_memory))
-    table.add_row("memory if streamed", "cannot be streamed" if plan.streamed is None else _memory(plan.streamed))
+    table.add_row("memory if streamed", _memory(plan.streamed))
     table.add_row("memory of a GPU, if it runs there", _memory(plan.device))
     table.add_row("memory available", gib(plan.available_bytes))
     table.add_row("where the weights would be", "in files (--stream)" if plan.streams else "in memory")

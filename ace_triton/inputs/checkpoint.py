@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from .. import process_memory
 from ..errors import AceError, CheckpointError
+from .gguf_weights import GgufWeights
 from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names
 from .output_folder import REPORT_FILE, check_out, listing, read_json_object, replacing, reserved, write_report
 
@@ -28,6 +29,10 @@ __all__ = [
     "save",
     "smollm2_file",
 ]
+
+
+DEQUANTIZED = ("fp8",)
+"""Quantization methods of which weights that stay in files are dequantized, tensor by tensor."""
 
 
 def load(
@@ -51,7 +56,8 @@ def load(
         own_memory: on a CPU, copy each weight into its own memory, so that it can be freed alone. Otherwise all weights
             share one mapped file.
         offload_folder: leave the weights in their files: parameters are on the meta device, with accelerate's hooks
-            that load them. Weights that transformers converts (experts stored one by one) are written to this folder.
+            that load them. Weights that transformers converts (experts stored one by one, or FP8) are written to this
+            folder; those of a GGUF file are dequantized each time instead.
             ``device`` and ``own_memory`` then have no effect.
 
     Returns:
@@ -65,13 +71,12 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": found.offline}
     placing: dict[str, Any] = {}
     if offload_folder is not None:
-        if found.is_gguf:
-            raise CheckpointError(f"{source}: a GGUF file cannot stay on disk while it runs: load it whole")
         placing = {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
     try:
         with _reports() as reports:
             if found.is_gguf:
-                model, tokenizer = _load_gguf(found, torch.bfloat16 if dtype == "auto" else dtype, options)
+                wanted = torch.bfloat16 if dtype == "auto" else dtype
+                model, tokenizer = (_load_gguf if offload_folder is None else _map_gguf)(found, wanted, options)
             else:
                 model, tokenizer = _load_saved(found, dtype, options, placing)
     except CheckpointError:
@@ -95,8 +100,27 @@ def _load_saved(
     where = str(found.path or found.name)
     config = AutoConfig.from_pretrained(where, **options)
     check_config(found.name, config, tensor_names(found.path) if found.path else None, options["trust_remote_code"])
+    method = quantization_of(config)
+    if placing and method is not None:
+        if method not in DEQUANTIZED:
+            raise CheckpointError(
+                f"{found.name}: its weights are quantized ({method}) and cannot be streamed: name the floating-point "
+                "model that it was made from, and quantize after pruning"
+            )
+        config.quantization_config = {**_as_dict(config.quantization_config), "dequantize": True}
+        placing = {**placing, "config": config}
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
     return _checked_model(found.name, where, dtype=dtype, **options, **placing), tokenizer
+
+
+def quantization_of(config: Any) -> str | None:
+    """How a configuration says that the stored weights are quantized; None if they are not."""
+    stated = getattr(config, "quantization_config", None)
+    return None if stated is None else str(_as_dict(stated).get("quant_method", "in an unknown way"))
+
+
+def _as_dict(stated: Any) -> dict[str, Any]:
+    return dict(stated) if isinstance(stated, dict) else dict(stated.to_dict())
 
 
 def _load_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -121,6 +145,37 @@ def _load_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, 
     model.load_state_dict(packed.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = packed.generation_config
+    return model, tokenizer
+
+
+def _map_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """As :func:`_load_gguf`, with the parameters on the meta device, and accelerate's hooks that dequantize them."""
+    from accelerate import init_empty_weights
+    from accelerate.hooks import attach_align_device_hook
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    assert found.path is not None
+    folder, own = str(found.path.parent), {**options, "gguf_file": found.path.name}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+    config = AutoConfig.from_pretrained(folder, **own)
+    check_config(found.name, config, None, options["trust_remote_code"])
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    if model._get_dtype_plan(model.dtype):
+        raise CheckpointError(
+            f"{found.name}: some weights of a {type(model).__name__} stay in float32, and from a GGUF file they cannot "
+            "be streamed so: give --dtype float32, or load the model whole"
+        )
+    weights = GgufWeights(found.path, model, model.dtype)
+    saved = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    missing = [name for name in (*dict(model.named_parameters()), *buffers) if name not in weights]
+    _refuse_unfit(found.name, model, ("missing", missing), ("unexpected", weights.unexpected))
+    for name, buffer in buffers.items():
+        buffer.copy_(weights[name])
+    attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
+    model.tie_weights()
     return model, tokenizer
 
 
@@ -172,14 +227,27 @@ def _checked_model(source: str, where: str, **options: Any) -> Any:
     )
     model, info = loaded
     mismatched = [f"{name} {tuple(given)} instead of {tuple(own)}" for name, given, own in info["mismatched_keys"]]
-    found = (
-        ("missing", sorted(info["missing_keys"])),
-        ("unexpected", sorted(info["unexpected_keys"])),
-        ("of another shape", sorted(mismatched)),
+    _refuse_unfit(
+        source,
+        model,
+        ("missing", info["missing_keys"]),
+        ("unexpected", info["unexpected_keys"]),
+        ("of another shape", mismatched),
     )
-    wrong = "; ".join(f"{len(names)} {kind} ({listing(names)})" for kind, names in found if names)
+    return model
+
+
+def _refuse_unfit(source: str, model: Any, *found: tuple[str, Iterable[str]]) -> None:
+    """Raise CheckpointError if tensors of a checkpoint do not fit a model.
+
+    Args:
+        source: name of the checkpoint.
+        model: the model.
+        found: what is wrong with which tensors.
+    """
+    wrong = "; ".join(f"{len(names)} {kind} ({listing(names)})" for kind, group in found if (names := sorted(group)))
     if not wrong:
-        return model
+        return
     own, saved_as = type(model).__name__, (model.config.architectures or [""])[0]
     if saved_as and saved_as != own:
         raise CheckpointError(f"{source}: was saved as a {saved_as}, not as a causal language model ({own}): {wrong}")

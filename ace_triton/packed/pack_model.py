@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +76,17 @@ class SparsifyReport:
         return {**asdict(self), **sizes}
 
 
+class WeightsInMemory:
+    """Where the weights are while a model is packed. A subclass may keep them elsewhere."""
+
+    def loaded(self, module: nn.Module, parameter: str | None = None) -> AbstractContextManager[object]:
+        """A context in which a module's own parameters, or one of them, have their values."""
+        return nullcontext()
+
+    def keep(self, layer: nn.Module) -> None:
+        """Called inside :meth:`loaded` with each layer that the model gets in place of a dense one."""
+
+
 class _NotEligible(Exception):
     """A layer cannot be packed; the message says why."""
 
@@ -108,6 +120,29 @@ def pack_model(
         ArgumentError: if no layer can be packed, or ``pattern`` is not an n:m; nothing was changed.
         PatternError: if ``pattern`` cannot be read; nothing was changed.
     """
+    return pack_layers(model, WeightsInMemory(), pattern, include=include, exclude=exclude, limits=limits)
+
+
+sparsify = pack_model
+"""Alias of :func:`pack_model`. New code should call ``pack_model``: the function packs, it does not prune."""
+
+
+def pack_layers(
+    model: nn.Module,
+    weights: WeightsInMemory,
+    pattern: str | None = None,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    limits: RowLimits | None = None,
+) -> SparsifyReport:
+    """As :func:`pack_model`, for a model whose weights may be elsewhere.
+
+    Args:
+        model: the model. Its parameters may be on the meta device if ``weights`` loads them.
+        weights: where the weights are.
+        pattern, include, exclude, limits: as for :func:`pack_model`.
+    """
     wanted = None if pattern is None else _parse(pattern)
     names = NameFilter.of(model, include, exclude)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -134,7 +169,9 @@ def pack_model(
         try:
             if id(layer.weight) in tied:
                 raise _NotEligible("its weight is tied to another layer's")
-            replacement = _pack(layer, weight, wanted, limits)
+            with weights.loaded(layer):
+                replacement = _pack(layer, wanted, limits)
+                weights.keep(replacement)
         except _NotEligible as why_not:
             skip(name, weight, str(why_not))
             continue
@@ -147,10 +184,18 @@ def pack_model(
         stack = stacks.pop(0)
         if id(stack.weight) in tied:
             skip(stack.name, stack.weight, "its weight is tied to another layer's")
-        else:
-            note(_pack_experts(model, stack, wanted, limits, names, skip))
+            continue
+        path, _, leaf = stack.name.rpartition(".")
+        with weights.loaded(model.get_submodule(path), leaf):
+            stack = replace(stack, weight=model.get_parameter(stack.name))
+            note(_pack_experts(model, stack, wanted, limits, names, skip, weights))
     for stack in possible_stacks(model):
-        if stack.name not in tried and names.wants(stack.name) and not find_pattern(stack.weight.detach()).dense:
+        if stack.name in tried or not names.wants(stack.name):
+            continue
+        path, _, leaf = stack.name.rpartition(".")
+        with weights.loaded(model.get_submodule(path), leaf):
+            dense = find_pattern(model.get_parameter(stack.name).detach()).dense
+        if not dense:
             reason = "it is neither a linear layer nor a three-dimensional stack of two or more experts"
             skip(stack.name, stack.weight, reason)
     if not packed:
@@ -162,10 +207,6 @@ def pack_model(
     give_back_free_memory()
     SavePretrained.attach(model)
     return SparsifyReport(tuple(packed), tuple(skipped))
-
-
-sparsify = pack_model
-"""Alias of :func:`pack_model`. New code should call ``pack_model``: the function packs, it does not prune."""
 
 
 def set_row_limits(model: nn.Module, limits: RowLimits | None) -> None:
@@ -185,11 +226,12 @@ def _tied(model: nn.Module) -> set[int]:
     spans = []
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            # A tensor without memory gets the address of its Python object, which lies in no other tensor's memory.
-            start = (0 if parameter.is_meta else parameter.data_ptr()) or id(parameter)
+            # A tensor without memory gets one byte at the address of its Python object, in no other tensor's memory.
+            address = 0 if parameter.is_meta else parameter.data_ptr()
             last = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+            size = (last + 1) * parameter.element_size() if address else 1
             if parameter.numel():
-                spans.append((start, start + (last + 1) * parameter.element_size(), id(parameter)))
+                spans.append((address or id(parameter), (address or id(parameter)) + size, id(parameter)))
     tied: set[int] = set()
     furthest, holder = 0, 0
     for start, end, identity in sorted(spans):
@@ -200,7 +242,9 @@ def _tied(model: nn.Module) -> set[int]:
     return tied
 
 
-def _pack(layer: nn.Module, weight: torch.Tensor, wanted: tuple[int, int] | None, limits: RowLimits | None) -> NMLinear:
+def _pack(layer: nn.Module, wanted: tuple[int, int] | None, limits: RowLimits | None) -> NMLinear:
+    weight = linear_weight(layer)
+    assert weight is not None
     if any(getattr(layer, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")) or "forward" in vars(layer):
         raise _NotEligible("it has hooks or its own forward, which packing would remove")
     n, m = wanted or _detect(weight)
@@ -225,6 +269,7 @@ def _pack_experts(
     limits: RowLimits | None,
     names: NameFilter,
     skip: Callable[[str, torch.Tensor, str], None],
+    weights: WeightsInMemory,
 ) -> list[PackedLayer]:
     """Replace a stack by one layer per expert, packed if possible. Leave the stack if no expert can be packed."""
     experts = model.get_submodule(stack.name.rpartition(".")[0])
@@ -238,14 +283,18 @@ def _pack_experts(
         layers.append(expert)
         if names.wants(name):
             try:
-                packed = _pack(expert, expert.weight, wanted, limits)
+                packed = _pack(expert, wanted, limits)
             except _NotEligible as why_not:
                 skip(name, expert.weight, str(why_not))
                 continue
+            weights.keep(packed)
             layers[-1] = packed
             entries.append(_entry(name, packed.packed))
     if entries:
         ExpertStack.take_place(experts, stack, layers)
+        for left in getattr(experts, stack.name.rpartition(".")[2]).children():
+            if isinstance(left, nn.Linear):
+                weights.keep(left)
     return entries
 
 

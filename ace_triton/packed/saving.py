@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,41 @@ def write_packed(model: PreTrainedModel, tokenizer: Any, folder: Path, report: d
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return _write(model, folder, model.state_dict(), report)
+
+
+def write_around(
+    model: PreTrainedModel,
+    folder: Path,
+    tied: dict[str, str],
+    report: dict[str, Any] | None,
+    save_tensors: Callable[[Path], object],
+) -> Manifest:
+    """Write all files of a packed checkpoint except the tokenizer, the manifest last.
+
+    Args:
+        model: a model that :func:`why_not_saved` allows.
+        folder: an empty folder.
+        tied: as in :class:`~ace_triton.packed.manifest.Manifest`.
+        report: the pruning report, or None.
+        save_tensors: writes the file of the tensors.
+    """
+    from transformers.dynamic_module_utils import custom_object_save
+
+    dtype = next(name for name, known in DTYPES.items() if known == model.dtype)
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: layer for name, layer in modules if isinstance(layer, NMLinear)}
+    model.config.architectures = [type(model).__name__]
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    save_tensors(folder / TENSORS_FILE)
+    if report is not None:
+        write_report(folder, report)
+    manifest = Manifest(dtype, {name: _entry_of(layer) for name, layer in layers.items()}, tied, Manifest.marks(folder))
+    manifest.write(folder)
+    return manifest
 
 
 class SavePretrained:
@@ -148,25 +183,8 @@ def _check_model(model: Any) -> None:
 def _write(
     model: PreTrainedModel, folder: Path, state: Mapping[str, torch.Tensor], report: dict[str, Any] | None
 ) -> Manifest:
-    """Write all files of a packed checkpoint except the tokenizer, the manifest last."""
-    from transformers.dynamic_module_utils import custom_object_save
-
-    dtype = next(name for name, known in DTYPES.items() if known == model.dtype)
-    modules = model.named_modules(remove_duplicate=False)
-    layers = {name: layer for name, layer in modules if isinstance(layer, NMLinear)}
     tensors, tied = _distinct(state)
-    model.config.architectures = [type(model).__name__]
-    if model.is_remote_code():
-        custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
-    model.config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
-    save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
-    if report is not None:
-        write_report(folder, report)
-    manifest = Manifest(dtype, {name: _entry_of(layer) for name, layer in layers.items()}, tied, Manifest.marks(folder))
-    manifest.write(folder)
-    return manifest
+    return write_around(model, folder, tied, report, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -202,7 +220,8 @@ def _distinct(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     for name, tensor in state.items():
         if tensor.is_meta:
             raise CheckpointError(
-                f"{name} is on the meta device (offloaded or not loaded): load the whole model into memory"
+                f"{name} is on the meta device (offloaded or not loaded): load the whole model into memory, or pack "
+                "the checkpoint in its files (pack_checkpoint)"
             )
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in seen:

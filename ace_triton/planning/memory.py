@@ -137,7 +137,9 @@ class Need:
         outside = max((p.nbytes for p in self._outside()), default=0)
         once = max(blocks, outside)
         piece = min(COPIED_AT_ONCE * self.model.dtype.itemsize, once)
-        phases = {"copy the weights": base + 2 * piece}
+        # A tensor of a GGUF file is dequantized as a whole in fp32, through about two copies.
+        read = 3 * FP32 * max(p.numel() for p in self.model.parameters()) if self.is_gguf else 0
+        phases = {"copy the weights": base + 2 * piece + read}
         phases |= {name: base + size + once for name, size in self._of_text().items()}
         phases["prune"] = base + max(once, self._hidden_bytes() + blocks + self._most_of_a_unit())
         # Libraries read the whole files to convert them when they open the model, even if weights stay in files.

@@ -14,6 +14,7 @@ from ..decoders.batches import check_positions, longest_sequence
 from ..decoders.plan import Excluded, Skipped
 from ..errors import ArgumentError, CheckpointError
 from ..inputs.calibration import MOST_DOCUMENTS, SELF, read_calibration
+from ..inputs.checkpoint import DEQUANTIZED
 from ..inputs.model_source import check_device
 from ..inputs.output_folder import check_out
 from ..inputs.text import check_text
@@ -49,7 +50,7 @@ class PruningPlan:
         excluded: matrices of the blocks that ``include`` and ``exclude`` rule out.
         account: number of parameters pruned, skipped and excluded.
         in_memory: CPU memory of a run that loads the whole model.
-        streamed: CPU memory of a run whose weights stay in files; None if the model cannot be streamed.
+        streamed: CPU memory of a run whose weights stay in files.
         device: memory of a GPU that the whole model is loaded on.
         available_bytes: CPU memory that is available now.
         streams: True if the run would keep the weights in files.
@@ -68,7 +69,7 @@ class PruningPlan:
     excluded: tuple[Excluded, ...]
     account: Account
     in_memory: Memory
-    streamed: Memory | None
+    streamed: Memory
     device: Memory
     available_bytes: int
     streams: bool
@@ -80,7 +81,7 @@ class PruningPlan:
     @property
     def memory(self) -> Memory:
         """CPU memory of the run that would be chosen."""
-        return self.streamed if self.streams and self.streamed is not None else self.in_memory
+        return self.streamed if self.streams else self.in_memory
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types."""
@@ -95,7 +96,7 @@ class PruningPlan:
             "account": self.account.to_dict(),
             "memory": {
                 "in_memory": self.in_memory.to_dict(),
-                "streamed": None if self.streamed is None else self.streamed.to_dict(),
+                "streamed": self.streamed.to_dict(),
                 "device": self.device.to_dict(),
                 "available_bytes": self.available_bytes,
             },
@@ -130,7 +131,7 @@ def plan_pruning(
     with zeros as weights. Sizes are estimates. They include what this process holds now.
 
     Args:
-        source: as for :func:`~ace_triton.streaming.streamed_prune.prune_checkpoint`; also a GGUF file.
+        source: as for :func:`~ace_triton.streaming.streamed_prune.prune_checkpoint`.
         recipe: a :class:`~ace_triton.recipe.Recipe`, or the name of a preset or of a method.
         samples, length: number of calibration sequences, and tokens in each.
         batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
@@ -170,21 +171,19 @@ def plan_pruning(
         is_gguf=built.source.is_gguf,
     )
     in_memory = need.in_memory()
-    streamed = None if built.source.is_gguf else need.streamed()
-    may_stream = streamed is not None and not on_gpu and not packed
+    streamed = need.streamed()
+    may_stream = not on_gpu and not packed
     streams = stream if stream is not None else may_stream and not fits_in_memory(in_memory.peak)
     place = None if out is None else Path(out)
     disk = disk_of(built, layers, whole, place, packed=packed, streams=streams)
     available = available_memory()
-    chosen = streamed if streams and streamed is not None else in_memory
+    chosen = streamed if streams else in_memory
     warnings = [
         *_of_model(built, layers, calibrated),
         *_of_out(place, disk, overwrite),
         *_of_gpu(need.device(), where),
         *([] if on_gpu else _of_memory(chosen, available, streams=streams, may_stream=may_stream)),
     ]
-    if streams and streamed is None:
-        warnings.append(f"{source}: a GGUF file cannot be streamed: leave --stream out")
     plan = layers.plan
     names = tuple(layer.name for unit in layers.units for layer in unit.layers if layer.is_pruned)
     account = plan.close()
@@ -225,7 +224,7 @@ def _text_tokens(text: str) -> tuple[int, tuple[str, ...]]:
 
 
 def _of_model(built: Skeleton, layers: PlannedModel, calibrated: Calibrated | None) -> Iterator[str]:
-    if built.quantization is not None:
+    if built.quantization not in (None, *DEQUANTIZED):
         yield f"the weights are quantized ({built.quantization}), and only floating-point weights can be pruned"
     unfit: dict[str, list[Skipped]] = {}
     for skipped in layers.plan.skipped:

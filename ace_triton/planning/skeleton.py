@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..inputs.checkpoint import check_config, loading_message
+from ..inputs.checkpoint import check_config, loading_message, quantization_of
 from ..inputs.model_source import ModelSource, open_safetensors, safetensors_files, tensor_names
-from ..streaming.mapped_model import _saved_form as saved_form
+from ..streaming.mapped_model import saved_form
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGE_BYTES = 2**20
@@ -84,15 +84,16 @@ def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]
     if dtype == "auto":
         stated = torch.bfloat16 if found.is_gguf else getattr(config, "dtype", None)
         dtype = stated if isinstance(stated, torch.dtype) else stored_dtype or torch.float32
-    quantized = vars(config).pop("quantization_config", None)
+    method = quantization_of(config)
+    vars(config).pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=options["trust_remote_code"]
         )
     model.tie_weights()
-    converted = 0 if found.is_gguf else _converted_bytes(model)
+    # Of a quantized model a few weights are not quantized, and are not converted.
+    converted = _converted_bytes(model) if method is None else sum(p.nbytes for p in model.parameters())
     _fill_with_zeros(model)
-    method = None if quantized is None else getattr(quantized, "quant_method", None) or dict(quantized)["quant_method"]
     return Skeleton(found, model.eval(), tokenizer, stored_bytes, stored_dtype, converted, method)
 
 

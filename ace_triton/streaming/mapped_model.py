@@ -46,13 +46,9 @@ class MappedModel:
     """
 
     def __init__(self, model: Any, folder: Path, own_form: Path, *, is_copy: bool = False) -> None:
-        from accelerate.hooks import remove_hook_from_submodules
-
         self.model = model
-        self._sources = _sources(model)
-        remove_hook_from_submodules(model)
-        vars(model).pop("hf_device_map", None)
-        saved, self._direct = _saved_form(model)
+        self._sources = taken_sources(model)
+        saved, self._direct = saved_form(model)
         self._converted = {name: p for name, p in model.named_parameters() if name not in self._direct}
         self.files = WeightFiles.create(folder, saved)
         own_form.mkdir(exist_ok=True)
@@ -66,10 +62,10 @@ class MappedModel:
         done = set(except_for)
         for name, parameter in self.model.named_parameters():
             if name not in done:
-                _copy(self._sources[name](), parameter.data)
+                copy_in_pieces(self._sources[name](), parameter.data)
         for name, buffer in self.model.named_buffers():
             if name in self._direct:
-                _copy(buffer, self.files.tensor(self._direct[name]))
+                copy_in_pieces(buffer, self.files.tensor(self._direct[name]))
 
     def names_of(self, modules: Sequence[nn.Module]) -> list[str]:
         """Names of all parameters of these modules."""
@@ -107,7 +103,7 @@ class MappedModel:
         for state in by_block.values():
             for key, value in revert_weight_conversion(self.model, dict(state)).items():
                 if key in self.files:
-                    _copy(value, self.files.tensor(key))
+                    copy_in_pieces(value, self.files.tensor(key))
             for tensor in state.values():
                 drop_pages(tensor)
 
@@ -135,8 +131,21 @@ class MappedModel:
         return self._own_form.tensor(name) if key is None else self.files.tensor(key)
 
 
+def taken_sources(model: nn.Module) -> dict[str, Source]:
+    """For each parameter on the meta device, a function that reads its values; accelerate's hooks are removed."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    found = _sources(model)
+    remove_hook_from_submodules(model)
+    vars(model).pop("hf_device_map", None)
+    for module in model.modules():
+        # accelerate leaves the class's own forward as an attribute of the module.
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+    return found
+
+
 def _sources(model: nn.Module) -> dict[str, Source]:
-    """For each parameter on the meta device, a function that reads its values from their file."""
     found: dict[str, Source] = {}
     weights: Any
     for path, module in model.named_modules():
@@ -149,7 +158,7 @@ def _sources(model: nn.Module) -> dict[str, Source]:
     return found
 
 
-def _saved_form(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def saved_form(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Which tensors ``save_pretrained`` writes for a model.
 
     Returns:
@@ -169,7 +178,7 @@ def _saved_form(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return saved, {name: keys[id(tensor)] for name, tensor in state.items() if id(tensor) in keys}
 
 
-def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+def copy_in_pieces(source: torch.Tensor, target: torch.Tensor) -> None:
     """Copy to a mapped tensor in pieces, converting the dtype, so that neither is in memory as a whole."""
     pieces = zip(source.reshape(-1).split(PIECE), target.view(-1).split(PIECE), strict=True)
     with torch.no_grad():

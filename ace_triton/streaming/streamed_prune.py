@@ -181,7 +181,7 @@ def prune_checkpoint(
     in, and the result still has the same bytes.
 
     Args:
-        source: a folder or hub name that transformers loads; no GGUF file.
+        source: a folder or hub name that transformers loads, or a GGUF file.
         out: folder for the pruned model.
         calibration: as for :func:`~ace_triton.prune_blocks.prune_model`.
         recipe: a :class:`~ace_triton.recipe.Recipe`, or the name of a preset or of a method.

@@ -96,6 +96,11 @@ class WeightFiles:
             regions |= _create(folder / f"{number:05d}.safetensors", {name: tensor})
         return cls(folder, regions)
 
+    @classmethod
+    def create_one(cls, path: Path, tensors: Mapping[str, torch.Tensor]) -> WeightFiles:
+        """As :meth:`create`, with a single file for all tensors and without an index."""
+        return cls(path.parent, _create(path, tensors))
+
     def __contains__(self, name: str) -> bool:
         return name in self._regions
 
