@@ -1,10 +1,12 @@
 """Several processes prune a model together, and give the same bytes as one."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import traceback
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from ace_triton import Recipe, prune_checkpoint, prune_model
+from ace_triton.commands import cli
 from ace_triton.decoders.lanes import Lanes
+from ace_triton.errors import ProcessError
+from ace_triton.evaluate import perplexity
 from ace_triton.inputs import checkpoint
-from ace_triton.processes import Processes, shares
+from ace_triton.processes import Processes, own_device, shares
 from ace_triton.streaming.file_store import FileStore
 
 RECIPES = {
@@ -148,6 +153,36 @@ def test_work_is_shared_out():
     assert shares([1.0] * 3, 1) == [0, 0, 0]
 
 
+@pytest.fixture
+def command_together(together, tmp_path, monkeypatch):
+    """command_together(size, *words): run ``ace-triton`` in ``size`` processes; the exit code and the texts of each."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "SECONDS_AFTER_THE_FIRST", 0)
+    monkeypatch.setattr(cli, "SECONDS_AFTER_THE_CAUSE", 0)
+
+    def run(size, *words):
+        def task(rank):
+            os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+            sys.argv = ["ace-triton", *map(str, words)]
+            with ExitStack() as streams:
+                out, errors = (streams.enter_context((tmp_path / f"{n}-{rank}").open("w")) for n in ("out", "err"))
+                streams.enter_context(redirect_stdout(out))
+                streams.enter_context(redirect_stderr(errors))
+                try:
+                    cli.main()
+                except SystemExit as stop:
+                    code = stop.code
+            if code:
+                os._exit(code)
+
+        codes = together(size, task)
+        texts = [[(tmp_path / f"{name}-{rank}").read_text() for name in ("out", "err")] for rank in range(size)]
+        return [(code, *text) for code, text in zip(codes, texts, strict=True)]
+
+    return run
+
+
 def torchrun(*words, size=2):
     """Run the command line under torchrun; the finished process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size, "-m", "ace_triton", *words]
@@ -165,6 +200,70 @@ def test_the_command_under_torchrun(tiny_checkpoint, tmp_path, some_text):
 def test_commands_that_do_not_share_their_work_say_so(command, monkeypatch, tiny_checkpoint):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, errors = command("evaluate", tiny_checkpoint)
+    code, _, errors = command("info", tiny_checkpoint)
     assert code == 1
-    assert "torchrun started 2 processes, but only prune shares its work" in errors
+    assert "torchrun started 2 processes, but info runs in one: run it without torchrun" in errors
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_perplexity_does_not_depend_on_the_number_of_processes(tiny_model, together, size):
+    ids = torch.randint(0, 320, (60,))
+    expected = perplexity(tiny_model, ids, length=16)
+
+    def evaluate(rank):
+        seen = []
+        found = perplexity(tiny_model, ids, length=16, progress=lambda *told: seen.append(told))
+        assert found == expected
+        assert rank or seen[-1] == (3, 3)
+
+    assert expected.windows == 3
+    assert together(size, evaluate) == [0] * size
+
+
+def test_evaluate_prints_and_writes_once(command, command_together, tiny_checkpoint, some_text, tmp_path):
+    words = ("evaluate", tiny_checkpoint, "--text", some_text, "--length", 16, "--windows", 3, "--json")
+    (_, shown, errors), other = command_together(2, *words, tmp_path / "two.json")
+    assert other == (0, "", "")
+    assert "perplexity" in shown, errors
+    assert command(*words, tmp_path / "one.json")[1] == shown
+    one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in ("one", "two"))
+    assert {**two, "date": one["date"]} == one
+
+
+def test_what_only_the_first_does_waits_for_nobody(tiny_model, together):
+    ids = torch.randint(0, 320, (48,))
+    expected = perplexity(tiny_model, ids, length=16)
+
+    def evaluate(rank):
+        assert Processes.now() == Processes(rank, 2)
+        assert Processes.now().first_does(lambda: perplexity(tiny_model, ids, length=16)) == expected
+
+    assert together(2, evaluate) == [0, 0]
+
+
+def test_a_process_that_lost_another_one_says_so(together):
+    def leave(rank):
+        if rank == 1:
+            os._exit(7)
+        with pytest.raises(ProcessError, match="another process of this run has ended or cannot be reached"):
+            Processes.now().gather(rank)
+        os._exit(8)
+
+    assert together(2, leave) == [8, 7]
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert own_device("cuda:1") == "cuda:1"
+    settings = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert [own_device(device) for device in ("cpu", "cuda")] == ["cpu", "cuda:1"]
+    assert taken == [1]
+    with pytest.raises(ValueError, match="--device cuda:1: torchrun started 3 processes on this machine"):
+        own_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="but it has 2: use --nproc-per-node 2, or --device cpu"):
+        own_device("cuda")

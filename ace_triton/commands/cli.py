@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import AceError, ArgumentError
+from ..errors import AceError, ArgumentError, ProcessError
 from ..out_of_memory import is_out_of_memory
 from ..processes import started
 from ..threads import respect_processors
@@ -63,11 +63,14 @@ for command, summary in COMMANDS.items():
     app.command(short_help=summary, context_settings={"max_content_width": 100})(command)
 
 
-SHARED = ("prune",)
+SHARED = ("prune", "evaluate")
 """Commands that several processes can share."""
 
 SECONDS_AFTER_THE_FIRST = 3.0
 """Other processes report an error later than the first one; by then they are stopped if it has the same error."""
+
+SECONDS_AFTER_THE_CAUSE = 10.0
+"""A process that lost another one reports it later than that one its error; torchrun stops it earlier than that."""
 
 
 @app.callback(invoke_without_command=True)
@@ -81,8 +84,8 @@ def _root(
     if started() > 1:
         if context.invoked_subcommand not in SHARED:
             raise ArgumentError(
-                f"torchrun started {started()} processes, but only {', '.join(SHARED)} shares its work: run this "
-                "command without torchrun"
+                f"torchrun started {started()} processes, but {context.invoked_subcommand} runs in one: run it without "
+                f"torchrun (the commands that several processes share are {', '.join(SHARED)})"
             )
         if os.environ.get("RANK") != "0":
             quiet()
@@ -119,7 +122,9 @@ def _run() -> None:
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        if started() > 1 and os.environ.get("RANK") != "0":
+        if isinstance(error, ProcessError):
+            time.sleep(SECONDS_AFTER_THE_CAUSE)
+        elif started() > 1 and os.environ.get("RANK") != "0":
             time.sleep(SECONDS_AFTER_THE_FIRST)
         if isinstance(error, (AceError, OSError)) or is_out_of_memory(error):
             print_error(str(error) or type(error).__name__)
