@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from ace_triton import Recipe, prune_checkpoint, prune_model
-from ace_triton.commands import cli
 from ace_triton.decoders.lanes import Lanes
 from ace_triton.errors import ProcessError
 from ace_triton.evaluate import perplexity
@@ -30,34 +27,6 @@ RECIPES = {
     "sample": Recipe("stade", sparsity="4:8", update="rescale", budgets="outliers"),
     "magnitude": Recipe("magnitude"),
 }
-
-
-@pytest.fixture
-def together(tmp_path):
-    """together(size, task): run ``task(rank)`` in forked processes of one group; the exit codes."""
-    meetings = iter(range(100))
-
-    def run(size, task):
-        meeting = tmp_path / f"meeting-{next(meetings)}"
-        children = []
-        for rank in range(size):
-            child = os.fork()
-            if not child:
-                try:
-                    torch.set_num_threads(1)
-                    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
-                    task(rank)
-                    dist.barrier()
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        meeting.unlink(missing_ok=True)
-        return codes
-
-    return run
 
 
 @pytest.fixture
@@ -81,6 +50,20 @@ def test_the_weights_do_not_depend_on_the_number_of_processes(make_decoder, toge
     for rank in range(size):
         shared = load_file(tmp_path / f"{rank}.safetensors")
         assert all(torch.equal(shared[name], weight) for name, weight in alone.named_parameters())
+
+
+@pytest.mark.parametrize("recipe", ["best", Recipe("wanda", sequential="none")], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma4_text"])
+def test_more_processes_than_batches(make_decoder, together, many_ids, family, recipe):
+    alone = make_decoder(family)
+    prune_model(alone, many_ids, recipe)
+
+    def prune(_rank):
+        model = make_decoder(family)
+        prune_model(model, many_ids, recipe)
+        assert all(torch.equal(model.get_parameter(name), weight) for name, weight in alone.named_parameters())
+
+    assert together(2, prune) == [0, 0]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma4_text"])
@@ -151,36 +134,6 @@ def test_work_is_shared_out():
     assert shares([1.0, 8.0, 1.0, 7.0], 2) == [1, 0, 0, 1]
     assert shares([5.0, 5.0], 4) == [0, 1]
     assert shares([1.0] * 3, 1) == [0, 0, 0]
-
-
-@pytest.fixture
-def command_together(together, tmp_path, monkeypatch):
-    """command_together(size, *words): run ``ace-triton`` in ``size`` processes; the exit code and the texts of each."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "SECONDS_AFTER_THE_FIRST", 0)
-    monkeypatch.setattr(cli, "SECONDS_AFTER_THE_CAUSE", 0)
-
-    def run(size, *words):
-        def task(rank):
-            os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-            sys.argv = ["ace-triton", *map(str, words)]
-            with ExitStack() as streams:
-                out, errors = (streams.enter_context((tmp_path / f"{n}-{rank}").open("w")) for n in ("out", "err"))
-                streams.enter_context(redirect_stdout(out))
-                streams.enter_context(redirect_stderr(errors))
-                try:
-                    cli.main()
-                except SystemExit as stop:
-                    code = stop.code
-            if code:
-                os._exit(code)
-
-        codes = together(size, task)
-        texts = [[(tmp_path / f"{name}-{rank}").read_text() for name in ("out", "err")] for rank in range(size)]
-        return [(code, *text) for code, text in zip(codes, texts, strict=True)]
-
-    return run
 
 
 def torchrun(*words, size=2):
