@@ -135,8 +135,9 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first = str(error).partition("\n")[0]
-        raise ProcessError(f"another process of this run has ended or cannot be reached ({first})") from error
+        raise ProcessError(
+            "another process of this run has ended or cannot be reached: its own error says why"
+        ) from error
 
 
 def started() -> int:
