@@ -63,7 +63,7 @@ for command, summary in COMMANDS.items():
     app.command(short_help=summary, context_settings={"max_content_width": 100})(command)
 
 
-SHARED = ("prune", "recover", "evaluate")
+SHARED = ("prune", "recover", "evaluate", "study")
 """Commands that several processes can share."""
 
 SECONDS_AFTER_THE_FIRST = 3.0
