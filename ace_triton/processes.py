@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 LONGEST_WAIT = timedelta(hours=12)
 """How long a process waits for another one. torchrun ends all processes as soon as one of them fails."""
 
+LONGEST_WAIT_FOR_TORCHRUN = timedelta(seconds=10)
+
 _APART = ContextVar("_APART", default=False)
 """True while this process works on its own (:func:`apart`)."""
 
@@ -143,6 +145,18 @@ def _connected() -> Iterator[None]:
 def started() -> int:
     """Number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def is_first_to_fail() -> bool:
+    """True for the first process of a run that calls this, so that only one prints an error; True without torchrun."""
+    if started() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(address, port, is_master=False, timeout=LONGEST_WAIT_FOR_TORCHRUN)
+        return store.add(f"ace_triton/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except RuntimeError:  # torchrun has ended.
+        return True
 
 
 def own_device(device: str) -> str:

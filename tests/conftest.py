@@ -266,14 +266,20 @@ def together(tmp_path):
 @pytest.fixture
 def command_together(together, tmp_path, monkeypatch):
     """command_together(size, *words): run ``ace-triton`` in ``size`` processes; the exit code and the texts of each."""
+    import torch.distributed as dist
+
     from ace_triton.commands import cli
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "SECONDS_AFTER_THE_FIRST", 0)
-    monkeypatch.setattr(cli, "SECONDS_AFTER_THE_CAUSE", 0)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(cli, "SECONDS_AFTER_THE_CAUSE", 1)
 
     def run(size, *words):
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # As torchrun has one.
+        monkeypatch.setenv("MASTER_PORT", str(store.port))
+
         def task(rank):
             os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
             sys.argv = ["ace-triton", *map(str, words)]

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from ace_triton import Recipe, prune_checkpoint, prune_model
+from ace_triton import Recipe, evaluate, prune_checkpoint, prune_model
 from ace_triton.decoders.lanes import Lanes
-from ace_triton.errors import ProcessError
+from ace_triton.errors import ProcessError, TextError
 from ace_triton.evaluate import perplexity
 from ace_triton.inputs import checkpoint
 from ace_triton.processes import Processes, own_device, shares
@@ -163,14 +163,14 @@ def test_the_perplexity_does_not_depend_on_the_number_of_processes(tiny_model, t
     ids = torch.randint(0, 320, (60,))
     expected = perplexity(tiny_model, ids, length=16)
 
-    def evaluate(rank):
+    def measure(rank):
         seen = []
         found = perplexity(tiny_model, ids, length=16, progress=lambda *told: seen.append(told))
         assert found == expected
         assert rank or seen[-1] == (3, 3)
 
     assert expected.windows == 3
-    assert together(size, evaluate) == [0] * size
+    assert together(size, measure) == [0] * size
 
 
 def test_evaluate_prints_and_writes_once(command, command_together, tiny_checkpoint, some_text, tmp_path):
@@ -183,15 +183,36 @@ def test_evaluate_prints_and_writes_once(command, command_together, tiny_checkpo
     assert {**two, "date": one["date"]} == one
 
 
+def test_an_error_of_all_processes_is_one_line(command_together, tiny_checkpoint, some_text):
+    ended = command_together(2, "evaluate", tiny_checkpoint, "--text", some_text, "--length", 129)
+    assert [code for code, *_ in ended] == [1, 1]
+    assert "".join(errors for *_, errors in ended).count("error: --length 129 is more than") == 1
+
+
+def test_an_error_of_one_process_ends_the_others(command_together, tiny_checkpoint, some_text, monkeypatch):
+    def fail_in_the_second(*_):
+        if Processes.now().rank == 1:
+            raise TextError("only here")
+        return 1
+
+    monkeypatch.setattr(evaluate, "forward_work", fail_in_the_second)
+    (first, _, errors), (second, _, own) = command_together(
+        2, "evaluate", tiny_checkpoint, "--text", some_text, "--length", 16
+    )
+    assert (first, second) == (1, 1)
+    assert own == "error: only here\n"
+    assert "error" not in errors
+
+
 def test_what_only_the_first_does_waits_for_nobody(tiny_model, together):
     ids = torch.randint(0, 320, (48,))
     expected = perplexity(tiny_model, ids, length=16)
 
-    def evaluate(rank):
+    def measure(rank):
         assert Processes.now() == Processes(rank, 2)
         assert Processes.now().first_does(lambda: perplexity(tiny_model, ids, length=16)) == expected
 
-    assert together(2, evaluate) == [0, 0]
+    assert together(2, measure) == [0, 0]
 
 
 def test_a_process_that_lost_another_one_says_so(together):
