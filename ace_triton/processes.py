@@ -147,6 +147,11 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
+def are_on_one_machine() -> bool:
+    """True if torchrun started all processes on this machine, or there is no torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", started())) == started()
+
+
 def is_first_to_fail() -> bool:
     """True for the first process of a run that calls this, so that only one prints an error; True without torchrun."""
     if started() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -94,6 +94,14 @@ def test_streamed_by_several_processes(tiny_checkpoint, together, tmp_path, reci
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_streamed_run_on_several_hosts_is_refused(tiny_checkpoint, tmp_path, many_ids, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="a streamed run needs all its processes on one machine"):
+        prune_checkpoint(tiny_checkpoint, tmp_path / "out", many_ids, "fast")
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_a_streamed_run_of_several_processes_resumes_in_one(make_decoder, save, together, tmp_path, many_ids):
     source = save(make_decoder("llama"))
 
