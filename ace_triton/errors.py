@@ -11,6 +11,7 @@ __all__ = [
     "PackedError",
     "PackedWeightError",
     "PatternError",
+    "ProcessError",
     "PruneError",
     "RecipeError",
     "RecoveryError",
@@ -34,6 +35,10 @@ class PackedError(CheckpointError):
 
 class PackedWeightError(AceError, RuntimeError):
     """A packed weight was written to, or changed between its forward and its backward pass."""
+
+
+class ProcessError(AceError, RuntimeError):
+    """Another process of the run has ended, so this one cannot continue. The other one's error is the cause."""
 
 
 class PruneError(AceError, ValueError):

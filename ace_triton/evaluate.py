@@ -12,6 +12,7 @@ import torch
 from .decoders.batches import vocabulary_of
 from .errors import TextError
 from .inputs.beginnings import NO_BEGINNING, Beginning
+from .processes import Processes
 from .threads import few_threads, forward_work
 
 
@@ -104,11 +105,15 @@ def perplexity_of(
 ) -> float:
     """Perplexity of a causal model over windows, one forward for each.
 
+    If several processes are in one group, all must call this with the same arguments. Each runs a share of the windows,
+    and their losses are added in the order of the windows, so the number of processes does not change the result.
+
     Args:
         model: as for :func:`perplexity`.
         windows: int64 [n_windows, length].
         skipped: number of tokens at the start of a window that are only context, at least 1.
-        progress: called with the number of windows done and the number of all windows.
+        progress: called with the number of windows done in all processes, as if they were equally fast, and the number
+            of all windows.
 
     Raises:
         TextError: a token id is not in the model's vocabulary.
@@ -118,17 +123,21 @@ def perplexity_of(
             f"the text has token id {largest}, the model's vocabulary ends at {vocabulary_of(model) - 1}: evaluate it "
             "with the model's own tokenizer"
         )
+    processes = Processes.now()
     was_training = model.training
     model.eval()
-    loss = 0.0
+    own: list[float] = []
     try:
         with few_threads(forward_work(model, windows.shape[1])):
-            for index, window in enumerate(windows.to(model.device)):
+            for window in windows[processes.rank :: processes.size].to(model.device):
                 logits = model(window[None], use_cache=False).logits[0, skipped - 1 : -1].float()
-                loss += float(torch.nn.functional.cross_entropy(logits, window[skipped:], reduction="sum"))
+                own.append(float(torch.nn.functional.cross_entropy(logits, window[skipped:], reduction="sum")))
                 if progress is not None:
-                    progress(index + 1, len(windows))
+                    progress(min(len(own) * processes.size, len(windows)), len(windows))
     finally:
         model.train(was_training)
+    loss = 0.0
+    for of_window in processes.in_order(own):  # sum() would round in another way.
+        loss += of_window
     mean = loss / (len(windows) * (windows.shape[1] - skipped))
     return math.exp(mean) if mean < 700 else math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,10 +13,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from .errors import ArgumentError, ProcessError
+
 Result = TypeVar("Result")
 
 LONGEST_WAIT = timedelta(hours=12)
 """How long a process waits for another one. torchrun ends all processes as soon as one of them fails."""
+
+LONGEST_WAIT_FOR_TORCHRUN = timedelta(seconds=10)
+
+_APART = ContextVar("_APART", default=False)
+"""True while this process works on its own (:func:`apart`)."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,8 @@ class Processes:
 
     @classmethod
     def now(cls) -> Processes:
-        """The processes of torch.distributed's default group; one process if there is no group."""
-        if not dist.is_available() or not dist.is_initialized():
+        """The processes of torch.distributed's default group; one process without a group, or inside :func:`apart`."""
+        if _APART.get() or not dist.is_available() or not dist.is_initialized():
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
@@ -44,12 +52,14 @@ class Processes:
 
     def send(self, value: Any, to: int) -> None:
         """Send an object with tensors on the CPU to another process."""
-        dist.send_object_list([value], dst=to)
+        with _connected():
+            dist.send_object_list([value], dst=to)
 
     def receive(self, sender: int) -> Any:
         """Receive an object from another process."""
         values = [None]
-        dist.recv_object_list(values, src=sender)
+        with _connected():
+            dist.recv_object_list(values, src=sender)
         return values[0]
 
     def broadcast(self, value: Result, sender: int = 0) -> Result:
@@ -57,7 +67,8 @@ class Processes:
         if self.size == 1:
             return value
         values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=sender)
+        with _connected():
+            dist.broadcast_object_list(values, src=sender)
         return values[0]
 
     def broadcast_into(self, tensor: torch.Tensor, sender: int) -> None:
@@ -65,25 +76,119 @@ class Processes:
         if self.size == 1:
             return
         sent = tensor.detach().contiguous()
-        dist.broadcast(sent.view(-1).view(torch.uint8), src=sender)
+        with _connected():
+            dist.broadcast(sent.view(-1).view(torch.uint8), src=sender)
         if self.rank != sender:
             with torch.no_grad():
                 tensor.copy_(sent)
 
+    def gather(self, value: Result) -> list[Result]:
+        """The objects of all processes, in the order of their ranks, in all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _connected():
+            dist.all_gather_object(values, value)
+        return values
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Overwrite a contiguous fp32 tensor with its sum over all processes; all of them have the same bits then."""
+        if self.size > 1:
+            with _connected():
+                dist.all_reduce(tensor)
+
+    def in_order(self, own: Sequence[Result]) -> list[Result]:
+        """The results of a sequence's items in their order, in all processes.
+
+        Args:
+            own: this process's results, of the items ``sequence[rank::size]``.
+        """
+        parts = self.gather(list(own))
+        return [parts[index % self.size][index // self.size] for index in range(sum(map(len, parts)))]
+
     def first_does(self, task: Callable[[], Result]) -> Result:
-        """The result of a task that only the first process does; the others wait for it."""
-        result: Any = task() if self.is_first else None
+        """The result of a task that only the first process does, on its own; the others wait for it."""
+        result: Any = None
+        if self.is_first:
+            with apart():
+                result = task()
         return self.broadcast(result)
 
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.size > 1:
-            dist.barrier()
+            with _connected():
+                dist.barrier()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """A context in which this process works on its own: no call inside waits for other processes."""
+    token = _APART.set(True)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Raise ProcessError if the connection to another process is lost inside the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            "another process of this run has ended or cannot be reached: its own error says why"
+        ) from error
 
 
 def started() -> int:
     """Number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def are_on_one_machine() -> bool:
+    """True if torchrun started all processes on this machine, or there is no torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", started())) == started()
+
+
+def is_first_to_fail() -> bool:
+    """True for the first process of a run that calls this, so that only one prints an error; True without torchrun."""
+    if started() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(address, port, is_master=False, timeout=LONGEST_WAIT_FOR_TORCHRUN)
+        return store.add(f"ace_triton/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except RuntimeError:  # torchrun has ended.
+        return True
+
+
+def own_device(device: str) -> str:
+    """The device of this process: if torchrun started several on this machine, each takes a GPU of its own.
+
+    Args:
+        device: a device that is available; "cuda" for any GPU.
+
+    Raises:
+        ArgumentError: there are fewer GPUs than processes, or all processes would take the same one.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if started() > 1 else 1
+    if here == 1 or not device.startswith("cuda"):
+        return device
+    if device != "cuda":
+        raise ArgumentError(
+            f"--device {device}: torchrun started {here} processes on this machine, and each needs a GPU of its own: "
+            "use --device cuda"
+        )
+    number, available = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= available:
+        raise ArgumentError(
+            f"torchrun started {here} processes on this machine, and each needs a GPU of its own, but it has "
+            f"{available}: use --nproc-per-node {available}, or --device cpu"
+        )
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
 
 
 @contextmanager

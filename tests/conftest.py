@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -229,3 +231,71 @@ def measured():
 def plain_environment() -> dict[str, str]:
     """The environment for a pytest in a process of its own, where this one may be a worker of pytest-xdist."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
+@pytest.fixture
+def together(tmp_path):
+    """together(size, task): run ``task(rank)`` in forked processes of one group; the exit codes."""
+    import torch.distributed as dist
+
+    meetings = iter(range(100))
+
+    def run(size, task):
+        meeting = tmp_path / f"meeting-{next(meetings)}"
+        children = []
+        for rank in range(size):
+            child = os.fork()
+            if not child:
+                try:
+                    torch.set_num_threads(1)
+                    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+                    task(rank)
+                    dist.barrier()
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        meeting.unlink(missing_ok=True)
+        return codes
+
+    return run
+
+
+@pytest.fixture
+def command_together(together, tmp_path, monkeypatch):
+    """command_together(size, *words): run ``ace-triton`` in ``size`` processes; the exit code and the texts of each."""
+    import torch.distributed as dist
+
+    from ace_triton.commands import cli
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(cli, "SECONDS_AFTER_THE_CAUSE", 1)
+
+    def run(size, *words):
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # As torchrun has one.
+        monkeypatch.setenv("MASTER_PORT", str(store.port))
+
+        def task(rank):
+            os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+            sys.argv = ["ace-triton", *map(str, words)]
+            with ExitStack() as streams:
+                out, errors = (streams.enter_context((tmp_path / f"{n}-{rank}").open("w")) for n in ("out", "err"))
+                streams.enter_context(redirect_stdout(out))
+                streams.enter_context(redirect_stderr(errors))
+                try:
+                    cli.main()
+                except SystemExit as stop:
+                    code = stop.code
+            if code:
+                os._exit(code)
+
+        codes = together(size, task)
+        texts = [[(tmp_path / f"{name}-{rank}").read_text() for name in ("out", "err")] for rank in range(size)]
+        return [(code, *text) for code, text in zip(codes, texts, strict=True)]
+
+    return run

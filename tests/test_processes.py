@@ -1,20 +1,22 @@
 """Several processes prune a model together, and give the same bytes as one."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from ace_triton import Recipe, prune_checkpoint, prune_model
+from ace_triton import Recipe, evaluate, prune_checkpoint, prune_model
 from ace_triton.decoders.lanes import Lanes
+from ace_triton.errors import ProcessError, TextError
+from ace_triton.evaluate import perplexity
 from ace_triton.inputs import checkpoint
-from ace_triton.processes import Processes, shares
+from ace_triton.processes import Processes, own_device, shares
 from ace_triton.streaming.file_store import FileStore
 
 RECIPES = {
@@ -25,34 +27,6 @@ RECIPES = {
     "sample": Recipe("stade", sparsity="4:8", update="rescale", budgets="outliers"),
     "magnitude": Recipe("magnitude"),
 }
-
-
-@pytest.fixture
-def together(tmp_path):
-    """together(size, task): run ``task(rank)`` in forked processes of one group; the exit codes."""
-    meetings = iter(range(100))
-
-    def run(size, task):
-        meeting = tmp_path / f"meeting-{next(meetings)}"
-        children = []
-        for rank in range(size):
-            child = os.fork()
-            if not child:
-                try:
-                    torch.set_num_threads(1)
-                    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
-                    task(rank)
-                    dist.barrier()
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        meeting.unlink(missing_ok=True)
-        return codes
-
-    return run
 
 
 @pytest.fixture
@@ -76,6 +50,20 @@ def test_the_weights_do_not_depend_on_the_number_of_processes(make_decoder, toge
     for rank in range(size):
         shared = load_file(tmp_path / f"{rank}.safetensors")
         assert all(torch.equal(shared[name], weight) for name, weight in alone.named_parameters())
+
+
+@pytest.mark.parametrize("recipe", ["best", Recipe("wanda", sequential="none")], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma4_text"])
+def test_more_processes_than_batches(make_decoder, together, many_ids, family, recipe):
+    alone = make_decoder(family)
+    prune_model(alone, many_ids, recipe)
+
+    def prune(_rank):
+        model = make_decoder(family)
+        prune_model(model, many_ids, recipe)
+        assert all(torch.equal(model.get_parameter(name), weight) for name, weight in alone.named_parameters())
+
+    assert together(2, prune) == [0, 0]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma4_text"])
@@ -104,6 +92,14 @@ def test_streamed_by_several_processes(tiny_checkpoint, together, tmp_path, reci
         if path.name != "ace_triton.json":
             assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_streamed_run_on_several_hosts_is_refused(tiny_checkpoint, tmp_path, many_ids, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="a streamed run needs all its processes on one machine"):
+        prune_checkpoint(tiny_checkpoint, tmp_path / "out", many_ids, "fast")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_streamed_run_of_several_processes_resumes_in_one(make_decoder, save, together, tmp_path, many_ids):
@@ -165,6 +161,91 @@ def test_the_command_under_torchrun(tiny_checkpoint, tmp_path, some_text):
 def test_commands_that_do_not_share_their_work_say_so(command, monkeypatch, tiny_checkpoint):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, errors = command("evaluate", tiny_checkpoint)
+    code, _, errors = command("info", tiny_checkpoint)
     assert code == 1
-    assert "torchrun started 2 processes, but only prune shares its work" in errors
+    assert "torchrun started 2 processes, but info runs in one: run it without torchrun" in errors
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_perplexity_does_not_depend_on_the_number_of_processes(tiny_model, together, size):
+    ids = torch.randint(0, 320, (60,))
+    expected = perplexity(tiny_model, ids, length=16)
+
+    def measure(rank):
+        seen = []
+        found = perplexity(tiny_model, ids, length=16, progress=lambda *told: seen.append(told))
+        assert found == expected
+        assert rank or seen[-1] == (3, 3)
+
+    assert expected.windows == 3
+    assert together(size, measure) == [0] * size
+
+
+def test_evaluate_prints_and_writes_once(command, command_together, tiny_checkpoint, some_text, tmp_path):
+    words = ("evaluate", tiny_checkpoint, "--text", some_text, "--length", 16, "--windows", 3, "--json")
+    (_, shown, errors), other = command_together(2, *words, tmp_path / "two.json")
+    assert other == (0, "", "")
+    assert "perplexity" in shown, errors
+    assert command(*words, tmp_path / "one.json")[1] == shown
+    one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in ("one", "two"))
+    assert {**two, "date": one["date"]} == one
+
+
+def test_an_error_of_all_processes_is_one_line(command_together, tiny_checkpoint, some_text):
+    ended = command_together(2, "evaluate", tiny_checkpoint, "--text", some_text, "--length", 129)
+    assert [code for code, *_ in ended] == [1, 1]
+    assert "".join(errors for *_, errors in ended).count("error: --length 129 is more than") == 1
+
+
+def test_an_error_of_one_process_ends_the_others(command_together, tiny_checkpoint, some_text, monkeypatch):
+    def fail_in_the_second(*_):
+        if Processes.now().rank == 1:
+            raise TextError("only here")
+        return 1
+
+    monkeypatch.setattr(evaluate, "forward_work", fail_in_the_second)
+    (first, _, errors), (second, _, own) = command_together(
+        2, "evaluate", tiny_checkpoint, "--text", some_text, "--length", 16
+    )
+    assert (first, second) == (1, 1)
+    assert own == "error: only here\n"
+    assert "error" not in errors
+
+
+def test_what_only_the_first_does_waits_for_nobody(tiny_model, together):
+    ids = torch.randint(0, 320, (48,))
+    expected = perplexity(tiny_model, ids, length=16)
+
+    def measure(rank):
+        assert Processes.now() == Processes(rank, 2)
+        assert Processes.now().first_does(lambda: perplexity(tiny_model, ids, length=16)) == expected
+
+    assert together(2, measure) == [0, 0]
+
+
+def test_a_process_that_lost_another_one_says_so(together):
+    def leave(rank):
+        if rank == 1:
+            os._exit(7)
+        with pytest.raises(ProcessError, match="another process of this run has ended or cannot be reached"):
+            Processes.now().gather(rank)
+        os._exit(8)
+
+    assert together(2, leave) == [8, 7]
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert own_device("cuda:1") == "cuda:1"
+    settings = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert [own_device(device) for device in ("cpu", "cuda")] == ["cpu", "cuda:1"]
+    assert taken == [1]
+    with pytest.raises(ValueError, match="--device cuda:1: torchrun started 3 processes on this machine"):
+        own_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="but it has 2: use --nproc-per-node 2, or --device cpu"):
+        own_device("cuda")

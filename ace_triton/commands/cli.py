@@ -17,9 +17,9 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import AceError, ArgumentError
+from ..errors import AceError, ArgumentError, ProcessError
 from ..out_of_memory import is_out_of_memory
-from ..processes import started
+from ..processes import is_first_to_fail, started
 from ..threads import respect_processors
 from .bench import bench
 from .console import accept_any_text, errors, print_error, print_line, print_note, quiet
@@ -63,11 +63,11 @@ for command, summary in COMMANDS.items():
     app.command(short_help=summary, context_settings={"max_content_width": 100})(command)
 
 
-SHARED = ("prune",)
+SHARED = ("prune", "recover", "evaluate", "study")
 """Commands that several processes can share."""
 
-SECONDS_AFTER_THE_FIRST = 3.0
-"""Other processes report an error later than the first one; by then they are stopped if it has the same error."""
+SECONDS_AFTER_THE_CAUSE = 10.0
+"""How long a process that lost another one waits before it reports that; torchrun stops it earlier."""
 
 
 @app.callback(invoke_without_command=True)
@@ -81,8 +81,8 @@ def _root(
     if started() > 1:
         if context.invoked_subcommand not in SHARED:
             raise ArgumentError(
-                f"torchrun started {started()} processes, but only {', '.join(SHARED)} shares its work: run this "
-                "command without torchrun"
+                f"torchrun started {started()} processes, but {context.invoked_subcommand} runs in one: run it without "
+                f"torchrun (the commands that several processes share are {', '.join(SHARED)})"
             )
         if os.environ.get("RANK") != "0":
             quiet()
@@ -92,7 +92,8 @@ def main() -> None:
     """Run the command line.
 
     A user's mistake, an error of the system and a full memory print one line and exit with code 1. Any other exception
-    is a bug: it prints its traceback and asks for a report, and exits with code 1. A wrong call exits with code 2.
+    is a bug: it prints its traceback and asks for a report, and exits with code 1. A wrong call exits with code 2. If
+    several processes fail, the first of them prints its error.
     Ctrl-C and the signals of STOPPING clean up, print what was written, and exit with 128 plus the signal's number.
     """
     _quiet_libraries()
@@ -119,9 +120,11 @@ def _run() -> None:
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        if started() > 1 and os.environ.get("RANK") != "0":
-            time.sleep(SECONDS_AFTER_THE_FIRST)
-        if isinstance(error, (AceError, OSError)) or is_out_of_memory(error):
+        if isinstance(error, ProcessError):
+            time.sleep(SECONDS_AFTER_THE_CAUSE)
+        if not is_first_to_fail():
+            pass
+        elif isinstance(error, (AceError, OSError)) or is_out_of_memory(error):
             print_error(str(error) or type(error).__name__)
         else:
             _print_bug(error)

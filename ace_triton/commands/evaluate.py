@@ -11,6 +11,7 @@ from ..evaluate import perplexity
 from ..formats.registry import load_model
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.text import read_documents, wikitext_rows
+from ..processes import joined
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
 from . import report
@@ -48,7 +49,10 @@ def evaluate(
     trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Measure a model's perplexity on a text, over windows that do not overlap."""
+    """Measure a model's perplexity on a text, over windows that do not overlap.
+
+    Several processes share the windows: torchrun --nproc-per-node 4 -m ace_triton evaluate DIR.
+    """
     check_json(json)
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, any_format=True)
@@ -57,7 +61,7 @@ def evaluate(
     if wikitext:
         documents = wikitext_rows("".join(documents))
     print_backend(where)
-    with progress_bars() as progress:
+    with joined() as processes, progress_bars() as progress:
         with stage(progress, "load the model"):
             model, tokenizer = load_model(
                 model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code
@@ -67,6 +71,8 @@ def evaluate(
         ids = text_ids("\n\n".join(documents), tokenizer, beginning)
         bar = progress_bar(progress, "evaluate")
         result = perplexity(model, ids, length=length, windows=windows, beginning=beginning, progress=bar)
+    if not processes.is_first:
+        return
     if json:
         facts = with_provenance(
             result.to_dict(),

@@ -17,6 +17,7 @@ from ..inputs.model_source import check_device
 from ..methods.plugins import load_plugins
 from ..methods.registry import metric
 from ..option_types import Range, read_options
+from ..processes import own_device
 from ..solvers.update import UPDATES, Update
 from .report import check_json_target
 
@@ -142,9 +143,9 @@ def parse_dtype(name: str) -> Any:
 
 
 def parse_device(name: str) -> str:
-    """The device, after a check that it is available; CheckpointError if it is not."""
+    """The device of this process, after a check that it is available; CheckpointError if it is not."""
     usual = "cuda" if torch.cuda.is_available() else "cpu"
-    return check_device(usual if name == "auto" else name)
+    return own_device(check_device(usual if name == "auto" else name))
 
 
 def check_json(path: Path | None) -> None:

@@ -15,8 +15,10 @@ from ..inputs import checkpoint
 from ..inputs.beginnings import Beginning
 from ..inputs.calibration import SELF, load_calibration, read_calibration
 from ..inputs.written_text import TEXT_LENGTH, text_to_write
+from ..processes import joined
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
+from ..recovery.sharing import whole_models
 from ..recovery.state import remove_state
 from ..recovery.text import TEXT_SEQUENCES
 from ..recovery.train import DEFAULT_MINUTES, RecoverySettings
@@ -86,7 +88,8 @@ def recover(
 ) -> None:
     """Train the kept weights of the pruned model in DIR toward the dense model's predictions, and write OUT.
 
-    Weights of 0 stay 0. An interrupted run resumes when the same command is repeated.
+    Weights of 0 stay 0. An interrupted run resumes when the same command is repeated. Several processes share the
+    sequences of each step: torchrun --nproc-per-node 4 -m ace_triton recover DIR OUT --tokens-per-step 1024.
     """
     if steps is None and minutes is None:
         minutes = DEFAULT_MINUTES
@@ -104,12 +107,14 @@ def recover(
     check_length(model_dir, length, "--length")
     folder = out.absolute().parent / f".{out.name}.recovery"
     with ExitStack() as stack:
-        stack.callback(_remove_if_empty, folder)
-        stack.enter_context(checkpoint.reserved(out, overwrite=overwrite))
+        processes = stack.enter_context(joined())
+        if processes.is_first:
+            stack.callback(_remove_if_empty, folder)
+            stack.enter_context(checkpoint.reserved(out, overwrite=overwrite))
         documents = read_calibration(calibration)
         print_backend(where)
         progress = stack.enter_context(progress_bars())
-        with stage(progress, "load the models"):
+        with stage(progress, "load the models"), whole_models(processes):
             model, tokenizer = checkpoint.load(model_dir, device=where, trust_remote_code=trust_remote_code)
             dense, dense_tokenizer = checkpoint.load(source, device=where, trust_remote_code=trust_remote_code)
         _check_vocabulary(tokenizer, dense_tokenizer)
@@ -128,18 +133,23 @@ def recover(
             progress.update(bar, completed=round(spent), total=round(budget), description=f"recover, loss {loss:.3f}")
 
         result = train(model, dense, text, settings, state=folder / "state.pt", progress=move)
-        with stage(progress, "save the model"):
-            recovery = with_provenance(
-                result.to_dict(),
-                bos=str(beginning),
-                settings={**asdict(settings), "forward_dtype": str(settings.forward_dtype).removeprefix("torch.")},
-                calibration={"text": name_of(calibration), "samples": samples, "length": length, "seed": seed},
-                device=where,
-            )
-            pruning.pop("source_path", None)  # A teacher from the hub has no path.
-            facts = {**pruning, **source_facts(source, out), "recovery": recovery}
-            save_model(model, tokenizer, out, report=facts, overwrite=overwrite)
-            remove_state(folder / "state.pt")
+        recovery = with_provenance(
+            result.to_dict(),
+            bos=str(beginning),
+            settings={**asdict(settings), "forward_dtype": str(settings.forward_dtype).removeprefix("torch.")},
+            calibration={"text": name_of(calibration), "samples": samples, "length": length, "seed": seed},
+            device=where,
+            processes=processes.size,
+        )
+        if processes.is_first:
+            with stage(progress, "save the model"):
+                pruning.pop("source_path", None)  # A teacher from the hub has no path.
+                facts = {**pruning, **source_facts(source, out), "recovery": recovery}
+                save_model(model, tokenizer, out, report=facts, overwrite=overwrite)
+                remove_state(folder / "state.pt")
+        processes.wait()
+    if not processes.is_first:
+        return
     if json:
         report.write_json(json, {**recovery, "model": name_of(model_dir), **source_facts(source, out)})
     console.print(report.recovery_table(result))

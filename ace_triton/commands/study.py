@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.progress import Progress, TaskID
 
 from ..errors import ArgumentError, StudyError
 from ..inputs.text import check_text
+from ..processes import joined
 from ..progress import stage
 from ..recipe import Recipe
 from ..study.cells import Cell, Grid
@@ -149,11 +151,14 @@ def study(
 ) -> None:
     """Prune MODEL by many methods, calibration lengths and seeds, and show the results on one page in OUT.
 
-    An interrupted study resumes when the same command is repeated; further --lengths or --seeds add to it.
+    An interrupted study resumes when the same command is repeated; further --lengths or --seeds add to it. Several
+    processes share the cells: torchrun --nproc-per-node 4 -m ace_triton study MODEL OUT.
     """
     write_page = _page_writer()
     if render_only:
-        _render(write_page, read_results(out), out)
+        with joined() as processes:
+            if processes.is_first:
+                _render(write_page, read_results(out), out)
         return
     if minutes and not quality:
         raise ArgumentError("--minutes needs --quality: recovery starts from the best recipe of that comparison")
@@ -185,17 +190,19 @@ def study(
     )
     _check_places(protocol, out, max(calibrated))
     print_backend(where)
-    with progress_bars() as progress:
+    with joined() as processes, progress_bars() as progress:
         with stage(progress, "load the model and the texts"):
             bench = Workbench(protocol)
-        with Journal(out, bench.setting) as journal:
+        with Journal(out, bench.setting) if processes.is_first else nullcontext() as journal:
             try:
-                run_study(bench, journal, grid, _cells_bar(progress), without_folders(sys.argv))
+                run_study(bench, journal, grid, _cells_bar(progress), without_folders(["ace-triton", *sys.argv[1:]]))
             except (KeyboardInterrupt, SystemExit) as stop:
                 stop.add_note(f"the same command resumes the study in {out}")
-                _render(write_page, journal.results, out)
+                if journal is not None:
+                    _render(write_page, journal.results, out)
                 raise
-            _render(write_page, journal.results, out)
+            if journal is not None:
+                _render(write_page, journal.results, out)
 
 
 def _cells_bar(progress: Progress) -> Callable[[int, int, str], None]:

@@ -57,7 +57,7 @@ def make_runner(
     Args:
         model: the model, in evaluation mode.
         blocks: the blocks of one tower.
-        batches: the calibration set.
+        batches: the batches that this process runs; none if other processes run them all.
         clock: measures the time.
         masks: the padding masks of the tower.
         trial: a few tokens for the trial; None for the beginning of the calibration set.
@@ -78,10 +78,12 @@ def make_runner(
                 stacklevel=5,
             )
             whole = WholeForward(model, batches, clock, blocks, masks)
-            masks.warn_if_unused(batches, whole.hidden_like(0, batches[0]), stacklevel=5)
+            if batches:
+                masks.warn_if_unused(batches, whole.hidden_like(0, batches[0]), stacklevel=5)
             return whole
         replay = Replay(model, blocks, batches, clock, sizes, links, masks)
-        masks.warn_if_unused(batches, replay.hidden[0], stacklevel=5)
+        if batches:
+            masks.warn_if_unused(batches, replay.hidden[0], stacklevel=5)
         return replay
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import RecoveryError
 from ..kernels.adamw import GradientMoments, Step, adamw
+from ..processes import Processes
 
 BETAS = (0.9, 0.95)
 
@@ -27,16 +28,19 @@ class KeptAdamW:
     Args:
         parameters: parameters to train, by name. They become contiguous and are converted to ``dtype``.
         dtype: dtype of forwards. With fp32 the parameters and their copies are the same tensors.
+        processes: processes that train the same parameters; None for this one alone. They must make the same calls.
 
     Attributes:
         values: the fp32 copies, by name.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-        self._parameters = parameters
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, processes: Processes | None = None
+    ) -> None:
+        self._parameters, self._processes = parameters, processes or Processes()
         self.values = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()}
         self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
-        self._scales = {name: _scale_of(value) for name, value in self.values.items()}
+        self._scales = self._processes.broadcast({name: _scale_of(value) for name, value in self.values.items()})
         self._steps = dict.fromkeys(parameters, 0)
         self._rounds = dtype != torch.float32
         held = {name: value.to(dtype) for name, value in self.values.items()}
@@ -47,13 +51,17 @@ class KeptAdamW:
     def step(self, rate: float, largest: float) -> None:
         """Update every parameter that has a gradient, and clear the gradients.
 
+        The gradients of all processes are added up first.
+
         Args:
             rate: learning rate, in units of each parameter's scale.
             largest: norm that the gradients are clipped to, all together.
         """
+        self._add_up_gradients()
         gradients = {name: p.grad.contiguous() for name, p in self._parameters.items() if p.grad is not None}
         norm = nn.utils.get_total_norm(gradients.values())
         factor = (largest / (norm.float() + 1e-6)).clamp_(max=1.0)
+        self._processes.broadcast_into(factor, 0)  # Another kind of processor may round the norm in another way.
         for name, gradient in gradients.items():
             self._steps[name] += 1
             values, parameter = self.values[name], self._parameters[name]
@@ -67,6 +75,27 @@ class KeptAdamW:
                 zeros_stay=values.dim() > 1,
             )
             parameter.grad = None
+
+    def _add_up_gradients(self) -> None:
+        """Replace each gradient with its sum over all processes; a process without that gradient adds 0."""
+        if self._processes.size == 1:
+            return
+        given = self._processes.gather([p.grad is not None for p in self._parameters.values()])
+        for parameter, anywhere in zip(self._parameters.values(), map(any, zip(*given, strict=True)), strict=True):
+            if anywhere:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                total = own.to(torch.float32).contiguous()
+                self._processes.add_up(total)
+                parameter.grad = total.to(parameter.dtype)
+
+    @torch.no_grad()
+    def take_from_first(self) -> None:
+        """Take the state of the first process's optimizer, in all processes."""
+        for name, values in self.values.items():
+            for tensor in (values, self._moments[name].first, self._moments[name].second):
+                self._processes.broadcast_into(tensor, 0)
+            self._parameters[name].copy_(values)
+        self._steps = self._processes.broadcast(self._steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The state that :meth:`load_state_dict` takes, of tensors and numbers."""

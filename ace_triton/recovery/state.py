@@ -31,7 +31,7 @@ class RecoveryState:
     Attributes:
         fingerprint: digest of the settings, text and models of the training (:func:`fingerprint`).
         steps, seconds: number of steps, and wall-clock time so far.
-        cpu_seconds: CPU time of the process over the same span, all threads together.
+        cpu_seconds: CPU time of all processes over the same span, all threads together.
         losses: loss of each step.
     """
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..inputs.written_text import AT_ONCE, WrittenText, write_batch
+from ..processes import Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,20 +24,23 @@ class Batches(ABC):
         length: number of tokens in a sequence.
         tokens_per_step: number of tokens in a step, rounded to whole sequences.
         seed: random seed of the text, or of the order of its sequences.
+
+    Attributes:
+        sequences: number of sequences in a step.
     """
 
     def __init__(self, length: int, tokens_per_step: int, seed: int) -> None:
         self.length, self._seed = length, seed
-        self._sequences = max(1, round(tokens_per_step / length))
+        self.sequences = max(1, round(tokens_per_step / length))
 
     @property
     def tokens(self) -> int:
         """Number of tokens in a step."""
-        return self._sequences * self.length
+        return self.sequences * self.length
 
     def of(self, step: int) -> torch.Tensor:
         """The sequences of a step, int64 [n_sequences, length]; every call gives the same."""
-        places = range(step * self._sequences, (step + 1) * self._sequences)
+        places = range(step * self.sequences, (step + 1) * self.sequences)
         return torch.stack([self._sequence(place) for place in places])
 
     @abstractmethod
@@ -76,12 +80,22 @@ class GivenBatches(Batches):
 
 
 class WrittenBatches(Batches):
-    """Sequences that ``teacher`` writes on demand, ``AT_ONCE`` at a time."""
+    """Sequences that ``teacher`` writes on demand, ``AT_ONCE`` at a time in each process.
 
-    def __init__(self, text: WrittenText, teacher: PreTrainedModel, tokens_per_step: int, seed: int) -> None:
+    If several processes share the work, all must ask for the same steps. The text is that of one process.
+    """
+
+    def __init__(
+        self,
+        text: WrittenText,
+        teacher: PreTrainedModel,
+        tokens_per_step: int,
+        seed: int,
+        processes: Processes | None = None,
+    ) -> None:
         super().__init__(text.length, tokens_per_step, seed)
-        self._text, self._teacher = text, teacher
-        self._place, self._batch = -1, torch.empty(0, dtype=torch.int64, device="cpu")
+        self._text, self._teacher, self._processes = text, teacher, processes or Processes()
+        self._turn, self._batches = -1, list[torch.Tensor]()
 
     def passes(self, steps: int) -> float:
         return 1.0
@@ -91,7 +105,22 @@ class WrittenBatches(Batches):
 
     def _sequence(self, place: int) -> torch.Tensor:
         batch, place = divmod(place, AT_ONCE)
-        if batch != self._place:
-            self._batch = write_batch(self._teacher, self._text, seed=self._seed, place=batch, sequences=AT_ONCE)
-            self._place = batch
-        return self._batch[place]
+        turn, writer = divmod(batch, self._processes.size)
+        if turn != self._turn:
+            own = turn * self._processes.size + self._processes.rank
+            written = write_batch(self._teacher, self._text, seed=self._seed, place=own, sequences=AT_ONCE)
+            self._turn, self._batches = turn, self._processes.gather(written)
+        return self._batches[writer][place]
+
+
+def batches_of(
+    text: torch.Tensor | WrittenText,
+    teacher: PreTrainedModel,
+    tokens_per_step: int,
+    seed: int,
+    processes: Processes | None = None,
+) -> Batches:
+    """The batches of a text, as :func:`~ace_triton.recovery.train.recover` takes it."""
+    if isinstance(text, WrittenText):
+        return WrittenBatches(text, teacher, tokens_per_step, seed, processes)
+    return GivenBatches(text, tokens_per_step, seed)

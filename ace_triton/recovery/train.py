@@ -14,6 +14,8 @@ outputs are not cached.
 Each optimizer step updates all trained weights, however few tokens it reads. If a forward is fast compared with that
 update, as on a GPU, more tokens per step may be better.
 
+Several processes share each step (:mod:`~ace_triton.recovery.sharing`).
+
 Memory beside the two models: 15 bytes for each trained weight (4 for the copy, 2 for its gradient, 8 for AdamW, 1 for
 the mask), and the activations that the backward pass of a step needs.
 """
@@ -36,11 +38,13 @@ from ..decoders.blocks import find_blocks
 from ..decoders.loaded_weights import weights_as_loaded
 from ..errors import RecoveryError
 from ..inputs.written_text import WrittenText
+from ..processes import Processes
 from ..threads import few_threads, forward_work
 from .distillation import Distillation
 from .optimizer import KeptAdamW
+from .sharing import check_equal, check_shares, share_of, whole_models
 from .state import RecoveryState, fingerprint, locked
-from .text import Batches, GivenBatches, WrittenBatches
+from .text import Batches, batches_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +74,8 @@ class RecoverySettings:
     Attributes:
         steps: number of optimizer steps; None if ``minutes`` is given.
         minutes: time to train; None if ``steps`` is given. Training stops after the step that exceeds it.
-        tokens_per_step: number of tokens in an optimizer step, rounded to whole sequences.
+        tokens_per_step: number of tokens in an optimizer step, rounded to whole sequences; with several processes, of
+            all of them together.
         learning_rate: peak learning rate, in units of each weight's root mean square. The rate rises linearly to the
             peak during ``warmup``, then falls linearly to 0.
         warmup: share of the budget.
@@ -120,7 +125,7 @@ class RecoveryReport:
     Attributes:
         steps, tokens, seconds: totals since the first start, resumed runs included.
         passes: number of epochs; above 1, training overfits. 1 if the teacher wrote the text.
-        cpu_seconds: CPU time of the process over the same span, all threads together.
+        cpu_seconds: CPU time of all processes over the same span, all threads together.
         losses: mean loss of each step, in nats per token.
         trained, zeros: number of weights that were trained, and that stayed 0.
     """
@@ -151,6 +156,9 @@ def recover(
 ) -> RecoveryReport:
     """Train a pruned model's kept weights, in place; weights of 0 stay 0.
 
+    If several processes are in one group of torch.distributed, all must call this with the same arguments. They share
+    the sequences of each step, and all get the trained weights.
+
     Args:
         model: pruned. The weights of its blocks with at least 5 % zeros are trained; embeddings and head are not.
         teacher: the dense model, with the same vocabulary.
@@ -159,25 +167,33 @@ def recover(
             teacher writes on demand.
         settings: None trains for DEFAULT_MINUTES, with the other settings at their defaults.
         state: file to resume from after a kill, written atomically every ``save_every`` seconds and at the end. If it
-            exists, the training resumes from it. Remove it after the model is saved. None saves no state.
+            exists, the training resumes from it. Remove it after the model is saved. None saves no state. The first
+            process reads and writes it, and the number of processes may change.
         save_every: seconds between two writes of the state. A write takes 12 bytes for each trained weight, and its
             time counts in the budget of minutes.
         progress: called after each step with the spent budget, the whole budget (steps or seconds) and the loss.
 
     Raises:
         RecoveryError: the model is not pruned or the teacher is, the ids or vocabularies do not fit, the state belongs
-            to another training or is in use, or a loss is not finite.
+            to another training or is in use, or a loss is not finite. With several processes also: a step has fewer
+            sequences than processes, their models or text differ, or memory ran out.
         ArgumentError: the sequences are longer than a model's positions.
         OSError: the state cannot be written.
     """
     settings = settings or RecoverySettings(minutes=DEFAULT_MINUTES)
+    processes = Processes.now()
     masks = pruned_masks(model)
     _check(model, teacher, text, settings)
     _check_teacher(model, teacher, masks)
-    batches = _batches(text, teacher, settings)
-    with locked(state):
-        identity = "" if state is None else fingerprint(settings, batches.digest(), model, teacher)
-        run = _train(model, teacher, masks, batches, settings, _Keeping(state, identity, save_every), progress)
+    batches = batches_of(text, teacher, settings.tokens_per_step, settings.seed, processes)
+    check_shares(batches, processes)
+    file = state if processes.is_first else None
+    with locked(file), whole_models(processes):
+        alone = state is None and processes.size == 1
+        identity = "" if alone else fingerprint(settings, batches.digest(), model, teacher)
+        check_equal(identity, processes)
+        keeping = _Keeping(file, identity, save_every)
+        run = _train(model, teacher, masks, batches, settings, keeping, processes, progress)
     _check_zeros(model, masks)
     kept = sum(int(mask.sum()) for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
@@ -215,25 +231,30 @@ def _train(
     batches: Batches,
     settings: RecoverySettings,
     keeping: _Keeping,
+    processes: Processes,
     progress: RecoveryProgress | None,
 ) -> RecoveryState:
     with (
         few_threads(forward_work(model, settings.tokens_per_step)),
         weights_as_loaded(model),
-        _trainable(model, masks, settings) as optimizer,
+        _trainable(model, masks, settings, processes) as optimizer,
         _frozen(teacher),
         _quick_attention((model, teacher), batches.length),
     ):
-        run = RecoveryState.begin(keeping.path, keeping.identity, optimizer)
-        clock, cpu = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
+        run = processes.broadcast(RecoveryState.begin(keeping.path, keeping.identity, optimizer))
+        if run.steps:
+            optimizer.take_from_first()
+        clock, cpu, cpu_before = time.monotonic() - run.seconds, time.process_time(), run.cpu_seconds
         saved = run.seconds
         objective = Distillation(model, teacher, batches.of(run.steps), settings.forward_dtype)
         while (fraction := _spent(settings, run)) < 1:
-            loss = objective.backward(batches.of(run.steps).to(model.device))
+            own = share_of(batches.of(run.steps), processes)
+            loss = sum(processes.gather(objective.backward(own.to(model.device), batches.tokens)))
             if not math.isfinite(loss):
                 raise RecoveryError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
             optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
-            run.record(loss, time.monotonic() - clock, time.process_time() - cpu)
+            spent = processes.gather((time.monotonic() - clock, time.process_time() - cpu))
+            run.record(loss, spent[0][0], cpu_before + sum(of_process for _, of_process in spent))
             if keeping.path is not None and (run.seconds - saved >= keeping.every or _spent(settings, run) >= 1):
                 run.save(keeping.path, optimizer)
                 saved = run.seconds
@@ -312,12 +333,6 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, masks: dict
         )
 
 
-def _batches(text: torch.Tensor | WrittenText, teacher: PreTrainedModel, settings: RecoverySettings) -> Batches:
-    if isinstance(text, WrittenText):
-        return WrittenBatches(text, teacher, settings.tokens_per_step, settings.seed)
-    return GivenBatches(text, settings.tokens_per_step, settings.seed)
-
-
 def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
     """Spent share of the budget; training ends at 1."""
     if settings.minutes is not None:
@@ -328,7 +343,7 @@ def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
 
 @contextmanager
 def _trainable(
-    model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings
+    model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings, processes: Processes
 ) -> Iterator[KeptAdamW]:
     """The optimizer of the parameters to train, which have the dtype of forwards inside the block."""
     blocks = [block.module.named_parameters(prefix=block.name) for block in find_blocks(model)]
@@ -338,7 +353,7 @@ def _trainable(
     with _frozen(model):
         with torch.no_grad():
             model(input_ids=trial_ids(model), use_cache=False)  # RWKV rescales its weights here, so before the copy.
-        optimizer = KeptAdamW(moving, settings.forward_dtype)
+        optimizer = KeptAdamW(moving, settings.forward_dtype, processes)
         try:
             for parameter in moving.values():
                 parameter.requires_grad_(True)

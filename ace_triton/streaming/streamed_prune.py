@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from ..decoders.batches import CalibrationSet
+from ..errors import ArgumentError
 from ..inputs import checkpoint
 from ..inputs.model_source import ModelSource, safetensors_files
 from ..inputs.output_folder import Reservation, publish, reserved, write_report, writing
 from ..model_report import ModelReport
 from ..presets import DEFAULT_PRESET, recipe_of
-from ..processes import Processes
+from ..processes import Processes, are_on_one_machine
 from ..provenance import source_facts, versions, with_provenance
 from ..prune_blocks import Progress, prune_stored
 from ..recipe import Recipe
@@ -127,9 +128,15 @@ def streamed(
         restart: throw away the state of an interrupted run.
 
     Raises:
+        ArgumentError: if the processes are on several hosts.
         CheckpointError: if the model cannot be loaded or streamed, or ``out`` cannot be written.
     """
     processes = Processes.now()
+    if not are_on_one_machine():
+        raise ArgumentError(
+            "a streamed run needs all its processes on one machine, because they map the same files: use one host, or "
+            "--no-stream if each host can hold the model"
+        )
     with ExitStack() as running:
         if processes.is_first:
             place = running.enter_context(reserved(out, overwrite=overwrite, resumable=True, restart=restart))

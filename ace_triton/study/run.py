@@ -9,16 +9,19 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .. import __version__
+from ..errors import StudyError
+from ..processes import Processes, apart
 from ..recovery.train import RecoverySettings
 from .cells import Cell
+from .dealing import Dealer, Worker
 from .journal import Journal
 from .norms import model_norms
-from .records import CellResult, DenseResult, RecoveryCost, Run, Sample, StageSeconds
+from .records import CellResult, DenseResult, Record, RecoveryCost, Run, Sample, StageSeconds
 from .samples import Sampler
 from .workbench import Pruning, Workbench, processor_name
 
@@ -44,25 +47,36 @@ class Cells(Protocol):
 
 
 def run_study(
-    bench: Workbench, journal: Journal, grid: Cells, progress: Progress | None = None, command: str = ""
+    bench: Workbench, journal: Journal | None, grid: Cells, progress: Progress | None = None, command: str = ""
 ) -> None:
     """Measure what is missing: the dense model, its input norms, then each cell.
 
-    Every result is in the journal before the next cell starts, so an interrupted study loses at most one cell, or a
-    few minutes of a recovery.
+    Every result is in the journal before its process starts the next cell, so an interrupted study loses at most one
+    cell of each process, or a few minutes of a recovery.
+
+    If several processes are in one group of torch.distributed, all must call this. Each takes the next cell that no
+    process has taken, and prunes, recovers and evaluates it on its own.
 
     Args:
         bench: the model and the texts.
-        journal: opened with ``bench.setting``.
+        journal: opened with ``bench.setting`` by the first process; None in the others.
         grid: what to run; a cell in the journal runs again only if it lacks one of the window lengths.
         progress: called with the number of finished cells, of all cells, and the name of the next one.
         command: recorded beside the date if anything is measured.
 
     Raises:
+        StudyError: if the processes have different models, texts or settings.
         TextError: if the model or the text is too short for a calibration length.
     """
     bench.check_lengths(grid.lengths)
-    cells, found = grid.cells(), journal.results
+    processes = Processes.now()
+    if len(set(processes.gather(bench.setting))) > 1:
+        raise StudyError(
+            "the processes have different models, texts or settings: give all hosts the same files and the same command"
+        )
+    of_first: Any = None if journal is None else (journal.folder, journal.results)
+    folder, found = processes.broadcast(of_first)
+    cells = grid.cells()
     draw = next(((cell.length, cell.seed) for cell in found.samples if cell is not None and cell.length), grid.shown)
     shown = {cell for cell in cells if cell.length is None or (cell.length, cell.seed) == draw}
     windows = bench.setting.further_window_lengths
@@ -76,46 +90,49 @@ def run_study(
         if progress is not None:
             progress(done, len(cells), what)
 
+    def keep(record: Record) -> None:
+        if journal is not None:
+            journal.append(record)
+
+    lacks_sample = None not in found.samples
     report(len(cells) - len(todo), "the dense model")
     if todo or not _measured(found.dense, windows) or found.norms is None:
-        journal.append(Run(datetime.now(UTC).date().isoformat(), __version__, command))
+        keep(Run(datetime.now(UTC).date().isoformat(), __version__, command))
     if not _measured(found.dense, windows):
-        journal.append(DenseResult(bench.perplexity(), bench.further_perplexities()))
+        keep(DenseResult(bench.perplexity(), bench.further_perplexities()))
     if found.norms is None:
-        journal.append(model_norms(bench.model, bench.calibration(*grid.shown)))
+        keep(processes.first_does(lambda: model_norms(bench.model, bench.calibration(*grid.shown))))
     sampler = None
-    if None not in found.samples or any(cell in shown for cell in todo):
+    if lacks_sample or any(cell in shown for cell in todo):
         setting = bench.setting
         sampler = Sampler(
             bench.model, bench.tokenizer, bench.ids, setting.window_length, setting.windows, bench.beginning
         )
-    if sampler is not None and None not in found.samples:
-        journal.append(sampler.dense())
-    for done, cell in enumerate(todo, len(cells) - len(todo)):
-        report(done, str(cell))
-        _measure(bench, journal, cell, sampler if cell in shown else None, partial(report, done))
+    if sampler is not None and lacks_sample and journal is not None:
+        keep(sampler.dense())
+    with apart(), Dealer(processes, len(todo), keep) if processes.is_first else Worker(processes) as deal:
+        while (number := deal.take()) is not None:
+            cell, done = todo[number], len(cells) - len(todo) + deal.finished
+            report(done, str(cell))
+            state = recovery_state(folder, cell)
+            measured = _measured(found.cells.get(cell), windows)
+            with bench.pruned(cell) as pruning:
+                recovery = _recover(bench, cell, state, partial(report, done))
+                if not measured:
+                    deal.append(_result(bench, cell, pruning, recovery))
+                if sampler is not None and cell in shown and cell not in found.samples:
+                    texts, divergence = sampler.texts_and_divergence()
+                    deal.append(Sample(cell, sampler.prompts, texts, divergence))
+            state.unlink(missing_ok=True)
+    if processes.is_first:
+        with suppress(OSError):
+            (folder / RECOVERY_FOLDER).rmdir()
     report(len(cells), "")
 
 
 def _measured(found: DenseResult | CellResult | None, windows: tuple[int, ...]) -> bool:
     """Whether perplexity was measured over windows of all lengths."""
     return found is not None and set(windows) <= {evaluation.length for evaluation in found.further}
-
-
-def _measure(
-    bench: Workbench, journal: Journal, cell: Cell, sampler: Sampler | None, report: Callable[[str], None]
-) -> None:
-    state = recovery_state(journal.folder, cell)
-    with bench.pruned(cell) as pruning:
-        recovery = _recover(bench, cell, state, report)
-        if not _measured(journal.results.cells.get(cell), bench.setting.further_window_lengths):
-            journal.append(_result(bench, cell, pruning, recovery))
-        if sampler is not None and cell not in journal.results.samples:
-            texts, divergence = sampler.texts_and_divergence()
-            journal.append(Sample(cell, sampler.prompts, texts, divergence))
-    state.unlink(missing_ok=True)
-    with suppress(OSError):
-        state.parent.rmdir()
 
 
 def _recover(bench: Workbench, cell: Cell, state: Path, report: Callable[[str], None]) -> RecoveryCost | None:
