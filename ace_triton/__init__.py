@@ -18,6 +18,7 @@ from .errors import (
     StudyError,
     TextError,
 )
+from .evaluate import Perplexity
 from .inputs.calibration import load_calibration
 from .inputs.written_text import WrittenText
 from .kernels.score_terms import ScoreTerms
@@ -37,6 +38,7 @@ from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .statistics.gram import Gram
 from .statistics.statistic import Statistic, TensorForm, register_statistic
+from .streaming.streamed_evaluate import perplexity_of_checkpoint
 from .streaming.streamed_pack import pack_checkpoint
 from .streaming.streamed_prune import prune_checkpoint
 
@@ -56,6 +58,7 @@ __all__ = [
     "PackedError",
     "PackedWeightError",
     "PatternError",
+    "Perplexity",
     "ProcessError",
     "PruneError",
     "PruneResult",
@@ -81,6 +84,7 @@ __all__ = [
     "metric_names",
     "pack_checkpoint",
     "pack_model",
+    "perplexity_of_checkpoint",
     "plan_pruning",
     "prune_checkpoint",
     "prune_linear",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from .errors import TextError
 from .inputs.beginnings import NO_BEGINNING, Beginning
 from .processes import Processes
 from .threads import few_threads, forward_work
+
+Logits = Callable[[torch.Tensor], Iterable[torch.Tensor]]
+"""Computes the logits [length, vocabulary] of each of some windows, int64 [n_windows, length], in order."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ def perplexity(
     windows: int | None = None,
     beginning: Beginning = NO_BEGINNING,
     progress: Callable[[int, int], None] | None = None,
+    logits: Logits | None = None,
 ) -> Perplexity:
     """Perplexity of a causal model on a stream of tokens.
 
@@ -57,13 +62,14 @@ def perplexity(
         windows: largest number of windows, counted from the start; None for all.
         beginning: tokens that every window begins with. If it is empty, each window's first token is only context.
         progress: called with the number of windows done and the number of all windows.
+        logits: computes the logits of all windows; None to run the model on one window after the other.
 
     Raises:
         TextError: the text has fewer tokens than one window, or a token id that the model's vocabulary does not have.
     """
     cut = windows_of(ids, length, beginning, windows)
     skipped = max(1, len(beginning.of_each))
-    value = perplexity_of(model, cut, skipped=skipped, progress=progress)
+    value = perplexity_of(model, cut, skipped=skipped, progress=progress, logits=logits)
     return Perplexity(value, len(cut), length, len(cut) * (length - skipped), str(beginning))
 
 
@@ -101,9 +107,14 @@ def check_windows(length: int, windows: int | None) -> None:
 
 @torch.no_grad()
 def perplexity_of(
-    model: Any, windows: torch.Tensor, *, skipped: int = 1, progress: Callable[[int, int], None] | None = None
+    model: Any,
+    windows: torch.Tensor,
+    *,
+    skipped: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    logits: Logits | None = None,
 ) -> float:
-    """Perplexity of a causal model over windows, one forward for each.
+    """Perplexity of a causal model over windows.
 
     If several processes are in one group, all must call this with the same arguments. Each runs a share of the windows,
     and their losses are added in the order of the windows, so the number of processes does not change the result.
@@ -114,6 +125,7 @@ def perplexity_of(
         skipped: number of tokens at the start of a window that are only context, at least 1.
         progress: called with the number of windows done in all processes, as if they were equally fast, and the number
             of all windows.
+        logits: as for :func:`perplexity`.
 
     Raises:
         TextError: a token id is not in the model's vocabulary.
@@ -129,9 +141,10 @@ def perplexity_of(
     own: list[float] = []
     try:
         with few_threads(forward_work(model, windows.shape[1])):
-            for window in windows[processes.rank :: processes.size].to(model.device):
-                logits = model(window[None], use_cache=False).logits[0, skipped - 1 : -1].float()
-                own.append(float(torch.nn.functional.cross_entropy(logits, window[skipped:], reduction="sum")))
+            mine = windows[processes.rank :: processes.size].to(model.device)
+            of_windows = _own_logits(model, mine) if logits is None else logits(mine)
+            for of_window in map(partial(_loss, skipped), of_windows, mine):
+                own.append(of_window)
                 if progress is not None:
                     progress(min(len(own) * processes.size, len(windows)), len(windows))
     finally:
@@ -141,3 +154,15 @@ def perplexity_of(
         loss += of_window
     mean = loss / (len(windows) * (windows.shape[1] - skipped))
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def _loss(skipped: int, logits: torch.Tensor, window: torch.Tensor) -> float:
+    """The sum of the negative log-likelihoods of a window's predicted tokens."""
+    predicted = logits[skipped - 1 : -1].float()
+    return float(torch.nn.functional.cross_entropy(predicted, window[skipped:], reduction="sum"))
+
+
+def _own_logits(model: Any, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The logits of each window in the model's own forward."""
+    for window in windows:
+        yield model(window[None], use_cache=False).logits[0]

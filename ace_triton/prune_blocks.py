@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, Calibration, batches_o
 from .decoders.blocks import Tower, find_towers, possible_stacks
 from .decoders.calibration_mode import calibration_mode
 from .decoders.experts import find_layouts
+from .decoders.kept_tensors import offload_to
 from .decoders.lanes import Lanes
 from .decoders.loaded_weights import weights_as_loaded
 from .decoders.plan import NameFilter, Plan
@@ -49,6 +51,7 @@ def prune_model(
     batch_size: int | None = None,
     include: str | Sequence[str] | NotGiven | None = NOT_GIVEN,
     exclude: str | Sequence[str] | NotGiven | None = NOT_GIVEN,
+    offload_folder: str | Path | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> ModelReport:
@@ -93,10 +96,14 @@ def prune_model(
         include: shell patterns; only layers whose dotted name matches one are pruned. This is the only way to prune
             linear layers outside the blocks ("lm_head"). Default: all layers of the blocks.
         exclude: shell patterns of layers to leave dense. Default: none.
+        offload_folder: keep the hidden states of the calibration set in files of this folder, which exists, and only
+            those of one batch in memory. The files are removed at the end, also after an error. Default: in memory.
         progress: called after each block with the number of finished blocks, of all blocks, and the block's name.
         options: the metric's own.
 
     Raises:
+        CheckpointError: if ``offload_folder`` does not exist; nothing was changed. Or if its disk is full: the blocks
+            before are already pruned.
         RecipeError: if the method, an option or another part of the recipe is invalid, something is given beside a
             Recipe, or the model is a single layer or not in memory; nothing was changed.
         PatternError: if the sparsity is invalid; nothing was changed.
@@ -118,7 +125,8 @@ def prune_model(
         exclude=exclude,
     )
     _check_model(model)
-    return prune_stored(model, calibration, recipe, InMemory(), batch_size=batch_size, progress=progress)
+    store = InMemory(offload_to(offload_folder))
+    return prune_stored(model, calibration, recipe, store, batch_size=batch_size, progress=progress)
 
 
 def prune_stored(

@@ -12,6 +12,7 @@ from .decoders.batches import Batch, trial_batch
 from .decoders.blocks import Block, Tower, finished_modules
 from .decoders.collect import InputCollector
 from .decoders.experts import ExpertLinear
+from .decoders.kept_tensors import keeper
 from .decoders.plan import Plan, Unit
 from .decoders.replay import Runner, WholeForward, make_runner
 from .model_report import TowerRun
@@ -81,7 +82,8 @@ class _TowerPass:
     def start(self) -> None:
         """Record what the tower's blocks read, with the present weights of the towers before it."""
         blocks, clock = self.tower.blocks, self.selection.clock
-        self.runner = make_runner(self.model, blocks, self.batches, clock, self.tower.masks, self.trial)
+        keep = keeper(self.selection.store.offload_folder)
+        self.runner = make_runner(self.model, blocks, self.batches, clock, self.tower.masks, self.trial, keep=keep)
 
     def observe_ahead(self) -> None:
         """Collect the statistics of the dense model now, if a later run could not."""

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from contextlib import ExitStack
+from typing import Annotated, Any
 
 import typer
 
 from ..decoders.batches import check_positions, longest_sequence
+from ..errors import ArgumentError
 from ..evaluate import perplexity
-from ..formats.registry import load_model
+from ..formats.registry import format_of, load_model
 from ..inputs.beginnings import Beginning, text_ids
+from ..inputs.model_source import weight_file_bytes
 from ..inputs.text import read_documents, wikitext_rows
+from ..planning.pruning_plan import gib
+from ..planning.skeleton import skeleton
+from ..process_memory import resident_bytes
 from ..processes import joined
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
+from ..streaming.fits import available_memory, fits_in_memory
+from ..streaming.streamed_evaluate import opened
 from . import report
-from .console import console, print_backend, progress_bars
+from .console import console, print_backend, print_note, progress_bars
 from .options import (
     TEXT_SOURCES,
     AnyModelArgument,
@@ -23,6 +31,7 @@ from .options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    OffloadOption,
     TrustOption,
     WikitextOption,
     check_json,
@@ -31,6 +40,12 @@ from .options import (
     parse_dtype,
 )
 from .sources import check_length, check_source
+
+SURELY_ENOUGH = 8
+"""A run in memory never needs this many times the size of the model's files."""
+
+LOGIT_BYTES = 12
+"""Bytes that a window needs at once for each of its logits: in the model's dtype, in fp32, and as log-likelihood."""
 
 
 def evaluate(
@@ -47,30 +62,51 @@ def evaluate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Keep the weights in files and only one block in memory; runs on the CPU.",
+            show_default="if the model does not fit in memory",
+        ),
+    ] = None,
+    offload: OffloadOption = "memory",
     json: JsonOption = None,
 ) -> None:
     """Measure a model's perplexity on a text, over windows that do not overlap.
 
     Several processes share the windows: torchrun --nproc-per-node 4 -m ace_triton evaluate DIR.
+    With --stream temporary files go to the folder TMPDIR; they hold weights that transformers converts and, with
+    --offload disk, the hidden states.
     """
     check_json(json)
-    weights_dtype, where = parse_dtype(dtype), parse_device(device)
+    weights_dtype, where = parse_dtype(dtype), parse_device("cpu" if stream and device == "auto" else device)
+    if stream and where != "cpu":
+        raise ArgumentError("--stream evaluates on the CPU: leave --device out, or load the model whole (--no-stream)")
     check_source(model_dir, any_format=True)
     check_length(model_dir, length, "--length")
+    options: dict[str, Any] = {"dtype": weights_dtype, "trust_remote_code": trust_remote_code}
+    if stream is None:
+        stream = where == "cpu" and not _fits(model_dir, length, options)
+    if offload == "disk" and not stream:
+        raise ArgumentError("--offload disk needs --stream: in memory no hidden states are kept between blocks")
     documents = read_documents(text)
     if wikitext:
         documents = wikitext_rows("".join(documents))
     print_backend(where)
-    with joined() as processes, progress_bars() as progress:
+    with joined() as processes, progress_bars() as progress, ExitStack() as until_done:
         with stage(progress, "load the model"):
-            model, tokenizer = load_model(
-                model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code
-            )
+            if stream:
+                found = until_done.enter_context(opened(model_dir, **options, offload=offload))
+                model, tokenizer = found.model, found.tokenizer
+            else:
+                model, tokenizer = load_model(model_dir, device=where, **options)
         check_positions(longest_sequence(model), length)
         beginning = Beginning.of(tokenizer, bos)
         ids = text_ids("\n\n".join(documents), tokenizer, beginning)
         bar = progress_bar(progress, "evaluate")
-        result = perplexity(model, ids, length=length, windows=windows, beginning=beginning, progress=bar)
+        run: dict[str, Any] = {"logits": found.logits(bar)} if stream else {"progress": bar}
+        result = perplexity(model, ids, length=length, windows=windows, beginning=beginning, **run)
     if not processes.is_first:
         return
     if json:
@@ -84,3 +120,20 @@ def evaluate(
         )
         report.write_json(json, facts)
     console.print(report.perplexity_table(result))
+
+
+def _fits(source: str, length: int, options: dict[str, Any]) -> bool:
+    """True if a model fits in memory, or cannot be streamed; a note says if it does not."""
+    if format_of(source).name != "dense" or fits_in_memory(SURELY_ENOUGH * weight_file_bytes(source)):
+        return True
+    built = skeleton(source, **options)
+    head = built.model.get_output_embeddings()
+    logits = 0 if head is None else length * next(head.parameters()).shape[0] * LOGIT_BYTES
+    needed = resident_bytes() + sum(parameter.nbytes for parameter in built.model.parameters()) + logits
+    if built.source.is_gguf or fits_in_memory(needed):
+        return True
+    print_note(
+        f"the model does not fit in memory ({gib(needed)} of {gib(available_memory())} available), so its weights stay "
+        "in files (--stream)"
+    )
+    return False

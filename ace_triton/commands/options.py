@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..decoders.kept_tensors import Offload
 from ..errors import ArgumentError
 from ..inputs.beginnings import Bos
 from ..inputs.model_source import check_device
@@ -57,6 +58,10 @@ DtypeOption = Annotated[
 ]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model; without it, never.")
+]
+OffloadOption = Annotated[
+    Offload,
+    typer.Option(help="Where the hidden states of the text are kept between two blocks: memory, or files on the disk."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 SourceArgument = Annotated[

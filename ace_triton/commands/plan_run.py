@@ -40,6 +40,7 @@ def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
         overwrite=values["overwrite"],
         stream=values["stream"],
         restart=values["restart"],
+        offload=values["offload"],
     )
     run.check_recipe()
     check_json(None if values["json"] is None else Path(values["json"]))
@@ -68,6 +69,7 @@ def show_plan(context: typer.Context) -> None:
         packed=run.packed,
         overwrite=run.overwrite,
         stream=run.stream,
+        offload=run.offload,
         trust_remote_code=run.trust_remote_code,
         probe=values.get("probe", False),
     )

@@ -24,6 +24,7 @@ from .options import (
     ExcludeOption,
     IncludeOption,
     JsonOption,
+    OffloadOption,
     OverwriteOption,
     PluginOption,
     SeedOption,
@@ -163,6 +164,7 @@ def prune(
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what an interrupted streamed run has left, and start again.")
     ] = False,
+    offload: OffloadOption = "memory",
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, as 'ace-triton plan' does; write nothing.")

@@ -12,11 +12,13 @@ import torch
 from rich.progress import Progress
 
 from ..calibration_report import CalibrationReport, report_on
+from ..decoders.kept_tensors import Offload
 from ..errors import ArgumentError, RecipeError
 from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.calibration import Calibration, load_calibration, read_calibration
 from ..inputs.model_source import weight_file_bytes
+from ..inputs.output_folder import Reservation
 from ..model_report import ModelReport
 from ..packed.manifest import DTYPES as PACKED_DTYPES
 from ..packed.pack_model import SparsifyReport, sparsify
@@ -70,6 +72,7 @@ class PruneRun:
         overwrite: replace ``out`` if it exists.
         stream: keep the weights in files, and only the block in work in memory; None to decide by the memory.
         restart: throw away the state of an interrupted streamed run.
+        offload: where the hidden states are kept; "disk" is the disk of ``out``.
     """
 
     source: str
@@ -83,6 +86,7 @@ class PruneRun:
     overwrite: bool = False
     stream: bool | None = None
     restart: bool = False
+    offload: Offload = "memory"
 
     def check_recipe(self) -> None:
         """ValueError if the model cannot be pruned so, or the recipe cannot be saved; loads nothing."""
@@ -142,6 +146,7 @@ class PruneRun:
             length=settings.length,
             batch_size=settings.batch_size,
             dtype=parse_dtype(self.dtype),
+            offload=self.offload,
             trust_remote_code=self.trust_remote_code,
         )
         if plan.streams:
@@ -158,6 +163,7 @@ class PruneRun:
         with ExitStack() as running:
             if processes.is_first:
                 running.enter_context(checkpoint.reserved(self.out, overwrite=self.overwrite))
+            processes.wait()
             started = time.perf_counter()
             with stage(progress, "load the model"):
                 model, tokenizer = checkpoint.load(
@@ -173,7 +179,14 @@ class PruneRun:
             sequences = None if documents is None else _sequences(documents, tokenizer, model, settings, progress)
             calibrated = self._calibration_report(sequences, model, settings, progress)
             bar = progress_bar(progress, "prune")
-            report = prune_model(model, sequences, self.recipe, batch_size=settings.batch_size, progress=bar)
+            report = prune_model(
+                model,
+                sequences,
+                self.recipe,
+                batch_size=settings.batch_size,
+                offload_folder=Reservation.of(self.out).work if self.offload == "disk" else None,
+                progress=bar,
+            )
             report = _with_load(report, load_seconds)
             facts = self._facts(model, report, None if documents is None else settings, calibrated)
             packing = None
@@ -197,6 +210,7 @@ class PruneRun:
             trust_remote_code=self.trust_remote_code,
             overwrite=self.overwrite,
             restart=self.restart,
+            offload=self.offload,
         ) as stream:
             model = stream.model
             with stage(progress, "copy the weights"):

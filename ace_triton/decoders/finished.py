@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .kept_tensors import KeptTensors
 from .watcher import Watcher
 
 
@@ -18,18 +19,24 @@ class FinishedOutputs:
     An output is cached only if the module ran before every layer still to be pruned, so later pruning cannot change it.
     If a module returns a tuple, only its first tensor is cached; the rest is replaced by None (attention weights, which
     blocks rarely read). The cached outputs of attention take as much memory as the calibration set's hidden states.
+
+    Args:
+        keep: makes what keeps the tensors.
     """
 
-    def __init__(self) -> None:
-        self._cache: dict[nn.Module, dict[int, Any]] = {}
+    def __init__(self, keep: Callable[[], KeptTensors] = dict) -> None:
+        self._tensors = keep()
+        self._sizes: dict[tuple[nn.Module, int], int | None] = {}
+        """The size of the tuple that a module returned; None for a tensor."""
 
     def clear(self) -> None:
         """Remove all outputs from the cache."""
-        self._cache.clear()
+        self._tensors.clear()
+        self._sizes.clear()
 
     def cached_for(self, modules: Sequence[nn.Module], number: int) -> list[nn.Module]:
         """Those of ``modules`` whose output for batch ``number`` is cached."""
-        return [module for module in modules if number in self._cache.get(module, ())]
+        return [module for module in modules if (module, number) in self._sizes]
 
     @contextmanager
     def caching(self, modules: Sequence[nn.Module], number: int, watcher: Watcher) -> Iterator[None]:
@@ -44,8 +51,8 @@ class FinishedOutputs:
         def cache(module: nn.Module, _args: Any, output: Any) -> None:
             values = output if isinstance(output, tuple) else (output,)
             if not watcher.has_read and values and isinstance(values[0], torch.Tensor):
-                cached = (values[0], *[None] * (len(values) - 1)) if isinstance(output, tuple) else output
-                self._cache.setdefault(module, {})[number] = cached
+                self._tensors[module, number] = values[0]
+                self._sizes[module, number] = len(values) if isinstance(output, tuple) else None
 
         with ExitStack() as hooks:
             for module in modules:
@@ -57,11 +64,18 @@ class FinishedOutputs:
         """A context in which the modules return their cached outputs for batch ``number``, for any arguments."""
         with ExitStack() as replaced:
             for module in modules:
-                replaced.enter_context(forward_replaced(module, _returning(self._cache[module][number])))
+                tensor, size = self._tensors[module, number], self._sizes[module, number]
+                replaced.enter_context(forward_replaced(module, returning(in_tuple(tensor, size))))
             yield
 
 
-def _returning(output: Any) -> Callable[..., Any]:
+def in_tuple(tensor: torch.Tensor, size: int | None) -> Any:
+    """A tensor as the first member of a tuple of this size, with None for the others; the tensor alone for None."""
+    return tensor if size is None else (tensor, *[None] * (size - 1))
+
+
+def returning(output: Any) -> Callable[..., Any]:
+    """A forward that returns ``output`` for any arguments."""
     return lambda *_args, **_kwargs: output
 
 

@@ -67,7 +67,7 @@ class _Guard:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if self._has_run:
                 return forward(*args, **kwargs)
-            with _Writes(self._names) as writes:
+            with Writes(self._names) as writes:
                 try:
                     return forward(*args, **kwargs)
                 finally:
@@ -108,7 +108,7 @@ class _Guard:
                     setattr(module, name, value)
 
 
-class _Writes(TorchDispatchMode):
+class Writes(TorchDispatchMode):
     """Copies each parameter before the first operation in the context that writes to it."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -21,7 +21,8 @@ from ..out_of_memory import raise_if_out_of_memory
 from ..timing import Stopwatch
 from .batches import TEXT_ALONE, Batch, MaskedInput, Masks, run_model, trial_batch
 from .blocks import Block
-from .finished import FinishedOutputs, forward_replaced
+from .finished import FinishedOutputs, forward_replaced, in_tuple, returning
+from .kept_tensors import KeptTensors
 from .links import Carried, Link, links_found
 from .watcher import Watcher
 
@@ -47,6 +48,9 @@ def make_runner(
     clock: Stopwatch,
     masks: Masks = TEXT_ALONE,
     trial: Batch | None = None,
+    *,
+    keep: Callable[[], KeptTensors] = dict,
+    to_logits: bool = False,
 ) -> Runner:
     """Make a :class:`Replay`, or warn and make a :class:`WholeForward` if replay gives wrong results in a trial.
 
@@ -61,6 +65,8 @@ def make_runner(
         clock: measures the time.
         masks: the padding masks of the tower.
         trial: a few tokens for the trial; None for the beginning of the calibration set.
+        keep: makes what keeps the hidden states (:func:`~ace_triton.decoders.kept_tensors.keeper`).
+        to_logits: True if :meth:`Replay.logits` will be called; then the logits of the trial must agree too.
 
     Raises:
         ArgumentError: if the model's hidden states contain NaN or infinity.
@@ -68,20 +74,20 @@ def make_runner(
     with clock.measure("calibration"):
         trial = trial or trial_batch(model, batches)
         with links_found([block.module for block in blocks]) as links:
-            trace = _trace(model, blocks, trial)
+            trace, output = _trace(model, blocks, trial)
         try:
-            sizes = _try_replay(model, blocks, trial, trace, links)
+            sizes = _try_replay(model, blocks, trial, trace, links, output.logits if to_logits else None)
         except NotReplayable as reason:
             warnings.warn(
                 f"{type(model).__name__}: {reason}. Its blocks cannot be run one at a time, so the whole model is run "
-                "for each block, which takes longer",
+                "each time, which takes longer",
                 stacklevel=5,
             )
             whole = WholeForward(model, batches, clock, blocks, masks)
             if batches:
                 masks.warn_if_unused(batches, whole.hidden_like(0, batches[0]), stacklevel=5)
             return whole
-        replay = Replay(model, blocks, batches, clock, sizes, links, masks)
+        replay = Replay(model, blocks, batches, clock, sizes, links, masks, keep)
         if batches:
             masks.warn_if_unused(batches, replay.hidden[0], stacklevel=5)
         return replay
@@ -161,7 +167,7 @@ class Replay:
     """Keeps the hidden states of the calibration set, in the model's dtype, and runs one block at a time on them.
 
     Attributes:
-        hidden: by batch, the hidden states [n_sequences, length, width] that the next block reads.
+        hidden: by number of the batch, the hidden states [n_sequences, length, width] that the next block reads.
     """
 
     def __init__(
@@ -173,16 +179,18 @@ class Replay:
         sizes: Sequence[int | None],
         links: Sequence[Link] = (),
         masks: Masks = TEXT_ALONE,
+        keep: Callable[[], KeptTensors] = dict,
     ) -> None:
-        self._blocks, self._batches, self._clock, self._masks = blocks, batches, clock, masks
+        self._model, self._blocks, self._batches, self._sizes = model, blocks, batches, sizes
+        self._clock, self._masks = clock, masks
         self._carried = [Carried(links) for _ in batches]
-        self.hidden: list[torch.Tensor] = []
+        self.hidden = keep()
         self._calls: list[list[_Call]] = []
-        self._outputs = FinishedOutputs()
+        self._outputs = FinishedOutputs(keep)
         self._reusable: dict[tuple[type, type], bool] = {}
-        for batch in batches:
+        for number, batch in enumerate(batches):
             calls = _record(model, blocks, batch, sizes, links)
-            self.hidden.append(calls[0].hidden)
+            self.hidden[number] = calls[0].hidden
             calls = [call.with_hidden(None) for call in calls]
             self._calls.append(_deduplicated(calls, self._calls[-1]) if self._calls else calls)
 
@@ -203,6 +211,11 @@ class Replay:
                     self._carried[number].add(index, output, like=self._carried[number - 1] if number else None)
         if advance:
             self._outputs.clear()
+
+    def logits(self, number: int) -> torch.Tensor:
+        """The model's logits for a batch, after every block has advanced; only what follows the blocks is computed."""
+        with self._clock.measure("calibration"):
+            return _logits(self._model, self._blocks, self._batches[number], self._sizes, self.hidden[number])
 
     def _watched(
         self, watcher: Watcher, index: int, number: int, batch: Batch, *, leave_early: bool
@@ -307,9 +320,12 @@ class _Call:
         return module(*call.args, **call.kwargs)
 
 
-def _forward(model: nn.Module, batch: Batch) -> None:
-    with suppress(_Stop):
-        run_model(model, batch)
+def _forward(model: nn.Module, batch: Batch) -> Any:
+    """The model's output; None if its forward was ended early."""
+    try:
+        return run_model(model, batch)
+    except _Stop:
+        return None
 
 
 def hidden_of(output: Any) -> torch.Tensor:
@@ -322,8 +338,8 @@ def hidden_of(output: Any) -> torch.Tensor:
     return first
 
 
-def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> list[tuple[int, Any]]:
-    """The index and the output of each block in the model's own forward, in order of the calls."""
+def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> tuple[list[tuple[int, Any]], Any]:
+    """The index and the output of each block in the model's own forward, in order of the calls; and its own output."""
     trace: list[tuple[int, Any]] = []
 
     def record_output(index: int) -> Callable[..., None]:
@@ -336,14 +352,19 @@ def _trace(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> list[tupl
     with ExitStack() as hooks:
         for index, block in enumerate(blocks):
             hooks.callback(block.module.register_forward_hook(record_output(index)).remove)
-        _forward(model, batch)
-    return trace
+        output = _forward(model, batch)
+    return trace, output
 
 
 def _try_replay(
-    model: nn.Module, blocks: Sequence[Block], batch: Batch, trace: list[tuple[int, Any]], links: Sequence[Link]
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batch: Batch,
+    trace: list[tuple[int, Any]],
+    links: Sequence[Link],
+    logits: torch.Tensor | None = None,
 ) -> list[int | None]:
-    """Check that replay gives the outputs in ``trace``; NotReplayable if not.
+    """Check that replay gives the outputs in ``trace``, and the logits if they are given; NotReplayable if not.
 
     Returns:
         for each block, the size of the tuple that it returns, or None if it returns a tensor.
@@ -354,7 +375,7 @@ def _try_replay(
     for block, hidden in zip(blocks, expected, strict=True):
         if not torch.isfinite(hidden).all():
             raise ArgumentError(
-                f"{block.name} gives NaN or infinity on the calibration text: run the model in bfloat16 or float32, "
+                f"{block.name} gives NaN or infinity on the text: run the model in bfloat16 or float32, "
                 "or check its weights for NaN and infinity"
             )
     sizes = [len(output) if isinstance(output, tuple) else None for _, output in trace]
@@ -368,6 +389,8 @@ def _try_replay(
                 raise NotReplayable(f"{block.name} needs more than its hidden states and constant arguments")
             hidden = hidden_of(once)
             carried.add(index, once)
+        if logits is not None and not _agree(_logits(model, blocks, batch, sizes, hidden), logits):
+            raise NotReplayable("its logits need more than the hidden states of its last block")
     except RUN_ERRORS as error:
         raise_if_out_of_memory(error)
         raise NotReplayable(f"a block fails outside the model's forward ({error})") from error
@@ -413,6 +436,17 @@ def _record(
             stubs.enter_context(forward_replaced(block.module, stub(index, size)))
         _forward(model, batch)
     return calls
+
+
+def _logits(
+    model: nn.Module, blocks: Sequence[Block], batch: Batch, sizes: Sequence[int | None], hidden: torch.Tensor
+) -> torch.Tensor:
+    """The logits in the model's forward of a batch with these hidden states after the last block."""
+    with ExitStack() as stubs:
+        for block, size in zip(blocks, sizes, strict=True):
+            stubs.enter_context(forward_replaced(block.module, returning(in_tuple(hidden, size))))
+        logits: torch.Tensor = _forward(model, batch).logits
+    return logits
 
 
 def _deduplicated(calls: list[_Call], earlier: list[_Call]) -> list[_Call]:

@@ -1,9 +1,10 @@
-"""Where the weights of blocks are kept while a model is pruned, and what was finished before an interruption."""
+"""Where weights and hidden states are kept while a model is pruned, and what was finished before an interruption."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
@@ -18,6 +19,10 @@ class WeightStore(Protocol):
     @property
     def keeps_changes_private(self) -> bool:
         """False if a change to a weight stays even if this process is killed."""
+
+    @property
+    def offload_folder(self) -> Path | None:
+        """The folder for files with the hidden states; None to keep them in memory."""
 
     def release(self, module: nn.Module) -> None:
         """The module's weights are not needed soon. Their values stay, and the next access loads them again."""
@@ -39,9 +44,16 @@ class WeightStore(Protocol):
 
 
 class InMemory:
-    """Weights that stay in memory; nothing is saved."""
+    """Weights that stay in memory; nothing is saved.
+
+    Args:
+        offload_folder: folder for files with the hidden states; None to keep them in memory too.
+    """
 
     keeps_changes_private = True
+
+    def __init__(self, offload_folder: Path | None = None) -> None:
+        self.offload_folder = offload_folder
 
     def release(self, module: nn.Module) -> None:
         """Nothing to do."""

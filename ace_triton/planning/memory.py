@@ -38,12 +38,14 @@ class Calibrated:
         batch_size: sequences in one forward; None for the default.
         text_tokens: tokens of the text that the sequences are cut from; 0 if the model writes it, None if the sequences
             are given and not checked.
+        in_files: True if the hidden states are kept in files.
     """
 
     samples: int
     length: int
     batch_size: int | None = None
     text_tokens: int | None = None
+    in_files: bool = False
 
     @property
     def batch_tokens(self) -> int:
@@ -192,7 +194,8 @@ class Need:
         if self.calibrated is None or not self.recipe.needs.tokens:
             return 0
         kept = 2 if self.recipe.sequential == "layers" else 1
-        tokens = self.calibrated.samples * self.calibrated.length
+        whole = self.calibrated.samples * self.calibrated.length
+        tokens = self.calibrated.batch_tokens if self.calibrated.in_files else whole
         return kept * tokens * self._width() * self.model.dtype.itemsize
 
     def _most_of_a_unit(self) -> int:

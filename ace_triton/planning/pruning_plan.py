@@ -11,6 +11,7 @@ import torch
 
 from ..decoders.account import Account
 from ..decoders.batches import check_positions, longest_sequence
+from ..decoders.kept_tensors import Offload, check_offload
 from ..decoders.plan import Excluded, Skipped
 from ..errors import ArgumentError, CheckpointError
 from ..inputs.calibration import MOST_DOCUMENTS, SELF, read_calibration
@@ -122,6 +123,7 @@ def plan_pruning(
     packed: bool = False,
     overwrite: bool = False,
     stream: bool | None = None,
+    offload: Offload = "memory",
     trust_remote_code: bool = False,
     probe: bool = False,
 ) -> PruningPlan:
@@ -143,6 +145,7 @@ def plan_pruning(
         packed: True if a packed checkpoint is written.
         overwrite: True if an existing ``out`` is replaced.
         stream: True to stream, False not to, None to decide by the available memory.
+        offload: where the hidden states of the calibration set are kept.
         trust_remote_code: run Python code that comes with the checkpoint.
         probe: also estimate the time. Two blocks are read and pruned on a few tokens.
 
@@ -153,11 +156,12 @@ def plan_pruning(
     whole = recipe_of(recipe, {})
     if samples < 1 or length < 2:
         raise ArgumentError(f"calibration needs at least 1 sequence of 2 tokens, got {samples} of {length}")
+    check_offload(offload)
     where = check_device(device)
     on_gpu = where != "cpu"
     rehearse(whole)
     tokens, unread = (None, ()) if text is None or not whole.calibrated else _text_tokens(text)
-    calibrated = Calibrated(samples, length, batch_size, tokens) if whole.calibrated else None
+    calibrated = Calibrated(samples, length, batch_size, tokens, offload == "disk") if whole.calibrated else None
     built = skeleton(source, dtype=dtype, trust_remote_code=trust_remote_code)
     layers = planned(built.model, whole)
     need = Need(

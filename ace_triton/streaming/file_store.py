@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class FileStore:
         on_finish: called when a unit has entered the journal.
         processes: this process and the others that prune the same files.
         device: where blocks run and are pruned.
+        offload_folder: folder for files with the hidden states; None to keep them in memory.
     """
 
     keeps_changes_private = False
@@ -41,7 +43,9 @@ class FileStore:
         on_finish: Callable[[], None],
         processes: Processes,
         device: torch.device,
+        offload_folder: Path | None = None,
     ) -> None:
+        self.offload_folder = offload_folder
         self._blocks = DeviceBlocks(mapped.model, device, mapped.drop)
         self._mapped, self._journal, self._on_finish, self._processes = mapped, journal, on_finish, processes
         self._writer = ThreadPoolExecutor(1, "ace-triton-writer")

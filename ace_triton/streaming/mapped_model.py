@@ -7,7 +7,7 @@ leave the memory of the process once the module has run. To all other code the m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -116,19 +116,24 @@ class MappedModel:
         """Replace the parameters by mapped ones; parameters that are tied stay tied."""
         places = list(self.model.named_parameters(remove_duplicate=False))
         known = {*self._direct, *self._converted}
-        mapped: dict[int, nn.Parameter] = {}
+        mapped: dict[nn.Parameter, nn.Parameter] = {}
         for name, old in places:
-            if name in known and id(old) not in mapped:
+            if name in known and old not in mapped:
                 tensor = self._sources[name]().to(old.dtype) if is_copy else self.in_files(name)
-                mapped[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        for path, old in places:
-            module, _, key = path.rpartition(".")
-            self.model.get_submodule(module)._parameters[key] = mapped[id(old)]
+                mapped[old] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        replace_parameters(self.model, mapped)
 
     def in_files(self, name: str) -> torch.Tensor:
         """A parameter in the files that are written."""
         key = self._direct.get(name)
         return self._own_form.tensor(name) if key is None else self.files.tensor(key)
+
+
+def replace_parameters(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Replace each parameter by its new one; parameters that are tied stay tied."""
+    for path, old in list(model.named_parameters(remove_duplicate=False)):
+        module, _, key = path.rpartition(".")
+        model.get_submodule(module)._parameters[key] = new[old]
 
 
 def taken_sources(model: nn.Module) -> dict[str, Source]:

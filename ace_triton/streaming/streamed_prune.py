@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..decoders.batches import CalibrationSet
+from ..decoders.kept_tensors import Offload, check_offload
 from ..errors import ArgumentError
 from ..inputs import checkpoint
 from ..inputs.model_source import ModelSource, safetensors_files
@@ -49,6 +50,7 @@ class StreamedModel:
     _overwrite: bool
     _processes: Processes
     _device: torch.device
+    _offload: Offload = "memory"
     _store: FileStore | None = None
 
     def start(self, facts: Mapping[str, Any]) -> FileStore:
@@ -66,9 +68,9 @@ class StreamedModel:
             path = self._place.kept / JOURNAL
             journal = Journal(path, whole) if self._processes.is_first else None
             results = self._processes.first_does(lambda: journal.results if journal is not None else {})
-            self._store = FileStore(
-                self._mapped, journal or Results(results), self._keep, self._processes, self._device
-            )
+            folder = self._place.kept if self._offload == "disk" else None
+            known = Results(results) if journal is None else journal
+            self._store = FileStore(self._mapped, known, self._keep, self._processes, self._device, folder)
             if self._processes.is_first:
                 self._mapped.fill(except_for=self._store.finished_parameters)
             else:
@@ -115,6 +117,7 @@ def streamed(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     restart: bool = False,
+    offload: Offload = "memory",
 ) -> Iterator[StreamedModel]:
     """Open a model whose weights stay in the files of a new checkpoint.
 
@@ -126,11 +129,13 @@ def streamed(
         device: where blocks run and are pruned, one at a time.
         overwrite: as for :func:`~ace_triton.inputs.output_folder.check_out`.
         restart: throw away the state of an interrupted run.
+        offload: where the hidden states of the calibration set are kept; "disk" is the disk of ``out``.
 
     Raises:
-        ArgumentError: if the processes are on several hosts.
+        ArgumentError: if ``offload`` is unknown, or the processes are on several hosts.
         CheckpointError: if the model cannot be loaded or streamed, or ``out`` cannot be written.
     """
+    check_offload(offload)
     processes = Processes.now()
     if not are_on_one_machine():
         raise ArgumentError(
@@ -154,17 +159,8 @@ def streamed(
             mapped = MappedModel(model, place.new, place.kept / "own_form", is_copy=not processes.is_first)
             if processes.is_first:
                 processes.wait()
-        yield StreamedModel(
-            model,
-            tokenizer,
-            mapped,
-            place,
-            source,
-            out,
-            overwrite,
-            processes,
-            None if device is None else torch.device(device),
-        )
+        where = torch.device(device)
+        yield StreamedModel(model, tokenizer, mapped, place, source, out, overwrite, processes, where, offload)
 
 
 def prune_checkpoint(
@@ -179,6 +175,7 @@ def prune_checkpoint(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     restart: bool = False,
+    offload: Offload = "memory",
     progress: Progress | None = None,
 ) -> ModelReport:
     """Prune a checkpoint into another one, with one block of the model in memory at a time.
@@ -198,9 +195,12 @@ def prune_checkpoint(
         trust_remote_code: run Python code that comes with the checkpoint.
         overwrite: replace ``out`` if ace-triton wrote it.
         restart: throw away the state of an interrupted run.
+        offload: where the hidden states of the calibration set are kept between blocks: in memory, or on the "disk" of
+            ``out``. The result is the same.
         progress: as for :func:`~ace_triton.prune_blocks.prune_model`.
 
     Raises:
+        ArgumentError: if ``offload`` is unknown.
         CheckpointError: if the model cannot be loaded or streamed, ``out`` cannot be written, or an interrupted run
             did something else (the difference is named).
         AceError: as :func:`~ace_triton.prune_blocks.prune_model`. Blocks that were pruned before stay so, and the same
@@ -216,6 +216,7 @@ def prune_checkpoint(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         restart=restart,
+        offload=offload,
     ) as stream:
         model = stream.model
         ids = calibration if calibration is None or isinstance(calibration, torch.Tensor) else calibration.ids

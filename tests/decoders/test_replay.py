@@ -55,7 +55,7 @@ def test_replay_is_the_models_own_forward_bit_for_bit(make_decoder, ids, family,
         assert isinstance(runner, Replay)
         for index in range(3):
             runner.run(index, None, advance=True)
-        for batch, hidden in zip(batches, runner.hidden, strict=True):
+        for batch, hidden in zip(batches, runner.hidden.values(), strict=True):
             assert torch.equal(hidden, own_hidden(model, batch))
 
 
@@ -75,7 +75,7 @@ def test_batches_of_other_inputs_than_ids_are_run(make_decoder, ids, side):
         for index in range(3):
             runner.run(index, None, advance=True)
             of_ids.run(index, None, advance=True)
-        for batch, hidden, other in zip(batches, runner.hidden, of_ids.hidden, strict=True):
+        for batch, hidden, other in zip(batches, runner.hidden.values(), of_ids.hidden.values(), strict=True):
             assert torch.equal(hidden, own_hidden(model, batch))
             assert not torch.equal(hidden, other)
 
@@ -85,16 +85,16 @@ def test_hidden_states_keep_the_models_dtype(make_decoder, ids):
     with calibration_mode(model):
         runner = runner_of(model, batches_of(ids, None))
         runner.run(0, None, advance=True)
-    assert {hidden.dtype for hidden in runner.hidden} == {torch.bfloat16}
+    assert {hidden.dtype for hidden in runner.hidden.values()} == {torch.bfloat16}
 
 
 def test_a_run_without_advance_keeps_the_hidden_states(make_decoder, ids):
     model = make_decoder("llama")
     with calibration_mode(model):
         runner = runner_of(model, batches_of(ids, None))
-        before = [hidden.clone() for hidden in runner.hidden]
+        before = [hidden.clone() for hidden in runner.hidden.values()]
         runner.run(0, None, advance=False)
-    assert all(map(torch.equal, runner.hidden, before))
+    assert all(map(torch.equal, runner.hidden.values(), before))
 
 
 class ShapesOnly:

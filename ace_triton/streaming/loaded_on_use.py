@@ -1,0 +1,113 @@
+"""A model whose weights stay in the files of its checkpoint, and are in memory only while the part with them runs."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..decoders.loaded_weights import Writes
+from ..errors import ArgumentError
+from ..process_memory import give_back_free_memory
+from .mapped_model import replace_parameters, taken_sources
+
+
+class LoadedOnUse:
+    """A model that loads each part before its forward and releases it after. It runs on the CPU and cannot be changed.
+
+    Parts are the members of outermost ``nn.ModuleList``s (among them the decoder blocks), and the model for all weights
+    outside them. A loaded weight is a map of its file, of which the system reads what is used. A weight whose dtype is
+    converted is in memory as a whole.
+
+    Args:
+        model: with its parameters on the meta device and accelerate's hooks, as
+            :func:`~ace_triton.inputs.checkpoint.load` gives it with an ``offload_folder``. The hooks are removed.
+
+    Attributes:
+        model: the model. Outside :meth:`loaded` its weights are NaN.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._sources = taken_sources(model)
+        replace_parameters(model, {old: nn.Parameter(_unloaded(old), False) for old in model.parameters()})
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        parts = _members(model)
+        inside = {parameter for part in parts for parameter in part.parameters()}
+        self._outside = [parameter for parameter in self._names if parameter not in inside]
+        self._users: Counter[nn.Parameter] = Counter()
+        self._has_run = False
+        for part in (*parts, model):
+            part.forward = self._loading(part, part.forward)
+
+    @contextmanager
+    def loaded(self, part: nn.Module) -> Iterator[None]:
+        """A context in which a part keeps its weights between forwards.
+
+        Args:
+            part: any module; the model for the weights outside the other parts.
+        """
+        parameters = self._outside if part is self.model else list(part.parameters())
+        held = []
+        try:
+            for parameter in parameters:
+                held.append(parameter)
+                self._users[parameter] += 1
+                if self._users[parameter] == 1:
+                    parameter.data = self._sources[self._names[parameter]]().to(parameter.dtype)
+            yield
+        finally:
+            for parameter in held:
+                self._users[parameter] -= 1
+                if not self._users[parameter]:
+                    parameter.data = _unloaded(parameter)
+            give_back_free_memory()  # The allocator would keep converted weights.
+
+    def _loading(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def loading(*args: Any, **kwargs: Any) -> Any:
+            with self.loaded(part):
+                if self._has_run or part is not self.model:
+                    return forward(*args, **kwargs)
+                with self._unchanged():
+                    output = forward(*args, **kwargs)
+                self._has_run = True
+                return output
+
+        return loading
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """A context in which an operation that writes to a weight is an error."""
+        writes = Writes(self._names)
+        try:
+            with writes:
+                yield
+        finally:
+            for parameter in writes.before:
+                raise ArgumentError(
+                    f"{self._names[parameter]} is changed by the model's own forward, so its weights cannot stay in "
+                    "files: load the model into memory, without --stream"
+                )
+
+
+def _members(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost ``nn.ModuleList``s."""
+    outer: list[str] = []
+    found: dict[nn.Module, None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{other}.") for other in outer):
+            outer.append(name)
+            found.update(dict.fromkeys(module.children()))
+    return list(found)
+
+
+def _unloaded(like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape and dtype that takes no memory: NaN, or zero if the dtype has no NaN."""
+    value = float("nan") if like.is_floating_point() else 0
+    return torch.full((), value, dtype=like.dtype, device="cpu").expand(like.shape)
