@@ -26,6 +26,7 @@ from .packed.checkpoint import load, save_packed
 from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .packed.products import RowLimits
+from .packed.registration import register_if_imported, register_quantizer
 from .planning.pruning_plan import PruningPlan, plan_pruning
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
@@ -83,8 +84,11 @@ __all__ = [
     "prune_model",
     "recover",
     "register_metric",
+    "register_quantizer",
     "register_statistic",
     "save_packed",
     "set_row_limits",
     "sparsify",
 ]
+
+register_if_imported()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import weakref
@@ -16,8 +17,9 @@ from torch import nn
 from ..errors import CheckpointError
 from ..inputs.checkpoint import refusals
 from ..inputs.output_folder import MANIFEST_FILE, files_in, give_mode, replacing, write_report
-from .manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry
+from .manifest import DTYPES, QUANTIZATION, TENSORS_FILE, Manifest, PackedEntry
 from .nm_linear import NMLinear
+from .registration import register_quantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +77,7 @@ class SavePretrained:
     def attach(cls, model: nn.Module) -> None:
         """Replace ``save_pretrained`` of a transformers model. Other modules are not changed."""
         if hasattr(type(model), "save_pretrained"):
+            register_quantizer()
             model.save_pretrained = cls(model)  # type: ignore[assignment]
 
     def __call__(
@@ -159,6 +162,7 @@ def _write(
     if model.is_remote_code():
         custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
     model.config.save_pretrained(folder)
+    _complete_config(folder / "config.json", dtype)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
@@ -167,6 +171,12 @@ def _write(
     manifest = Manifest(dtype, {name: _entry_of(layer) for name, layer in layers.items()}, tied, Manifest.marks(folder))
     manifest.write(folder)
     return manifest
+
+
+def _complete_config(path: Path, dtype: str) -> None:
+    """Add what transformers needs to load the folder to its configuration: the dtype and our quantization method."""
+    config = {**json.loads(path.read_text()), "dtype": dtype, "quantization_config": QUANTIZATION}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
