@@ -60,7 +60,7 @@ def write_packed(model: PreTrainedModel, tokenizer: Any, folder: Path, report: d
     """Write a model that :func:`why_not_saved` allows into an empty folder. Arguments: as for :func:`save_packed`."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    return _write(model, folder, model.state_dict(), report)
+    return _write(model, folder, model.state_dict(), report or {})
 
 
 class SavePretrained:
