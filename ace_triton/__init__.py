@@ -1,5 +1,7 @@
 """Fused Triton kernels that prune large language models to N:M sparsity and run them sparse."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import command_environment as _environment  # noqa: F401, before anything that imports torch
 from .errors import (
     AceError,
@@ -28,11 +30,15 @@ from .packed.checkpoint import load, save_packed
 from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .packed.products import RowLimits
+from .packed.registration import register_if_imported as _register_if_imported
+from .packed.registration import register_quantizer
 from .planning.pruning_plan import PruningPlan, plan_pruning
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
 from .recipe import Recipe
+from .recovery.lora import LoraMerge, MergedLayer, merge_lora
 from .recovery.train import RecoveryReport, RecoverySettings, recover
+from .recovery.zeros import KeptZeros, keep_zeros
 from .solvers.update import Update
 from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
@@ -41,6 +47,9 @@ from .statistics.statistic import Statistic, TensorForm, register_statistic
 from .streaming.streamed_evaluate import perplexity_of_checkpoint
 from .streaming.streamed_pack import pack_checkpoint
 from .streaming.streamed_prune import prune_checkpoint
+
+if TYPE_CHECKING:
+    from .recovery.mask_callback import MaskCallback
 
 __version__ = "0.2.0"
 
@@ -52,6 +61,10 @@ __all__ = [
     "CheckpointError",
     "GenerationError",
     "Gram",
+    "KeptZeros",
+    "LoraMerge",
+    "MaskCallback",
+    "MergedLayer",
     "ModelReport",
     "NMLinear",
     "Needs",
@@ -79,8 +92,10 @@ __all__ = [
     "TextError",
     "Update",
     "WrittenText",
+    "keep_zeros",
     "load",
     "load_calibration",
+    "merge_lora",
     "metric_names",
     "pack_checkpoint",
     "pack_model",
@@ -91,8 +106,20 @@ __all__ = [
     "prune_model",
     "recover",
     "register_metric",
+    "register_quantizer",
     "register_statistic",
     "save_packed",
     "set_row_limits",
     "sparsify",
 ]
+
+_register_if_imported()
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``MaskCallback`` when it is used: its base class is in transformers, which takes seconds to import."""
+    if name == "MaskCallback":
+        from .recovery.mask_callback import MaskCallback
+
+        return MaskCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

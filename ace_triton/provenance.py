@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .inputs.model_card import license_of
+
 LIBRARIES = ("torch", "transformers", "triton")
 
 
@@ -51,16 +53,19 @@ def source_facts(source: str | Path, out: str | Path) -> dict[str, Any]:
 
     Returns:
         ``source``, the model's name. For a model on this machine also ``source_path``: its path relative to ``out`` if
-        the model is below ``out``'s parent folder, else None, so that no other path of the machine is written.
+        the model is below ``out``'s parent folder, else None, so that no other path of the machine is written. And
+        ``source_license``, if the model card beside it names a license.
     """
     path = Path(source)
     if not path.exists():
         return {"source": str(source)}
     place, parent = path.resolve(), Path(out).resolve().parent
     inside = place.is_relative_to(parent) and parent != Path(parent.anchor)
+    license = license_of(place if place.is_dir() else place.parent)
     return {
         "source": name_of(source),
         "source_path": Path(os.pardir, place.relative_to(parent)).as_posix() if inside else None,
+        **({} if license is None else {"source_license": license}),
     }
 
 

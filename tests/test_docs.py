@@ -8,6 +8,7 @@ import runpy
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,22 +31,26 @@ WRITTEN = sorted(page for folder in ("guides", "extend", "formats", ".") for pag
 
 README = ROOT / "README.md"
 RUN = "<!-- run -->"
-FENCE = re.compile(rf"^(?P<run>{RUN}\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+MARK = r"<!-- run(?: with (?P<needs>\w+))? -->"
+"""``<!-- run with peft -->`` marks code that is run if the package is installed."""
+
+FENCE = re.compile(rf"^(?P<run>{MARK}\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 INCLUDED = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of code on a page; ``run`` if the page marks it with RUN."""
+    """A piece of code on a page; ``run`` if the page marks it so, ``needs`` if the mark names a package."""
 
     language: str
     code: str
     run: bool
+    needs: str | None
 
 
 def blocks_of(page: Path) -> list[Block]:
     found = FENCE.finditer(page.read_text())
-    return [Block(match["language"], match["code"], match["run"] is not None) for match in found]
+    return [Block(match["language"], match["code"], match["run"] is not None, match["needs"]) for match in found]
 
 
 def commands_of(block: Block) -> list[list[str]]:
@@ -85,7 +90,7 @@ def test_its_code_runs(page, workspace, command):
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks_of(page):
-        if not block.run:
+        if not block.run or (block.needs and find_spec(block.needs) is None):
             continue
         if block.language == "python":
             exec(compile(block.code, str(page), "exec"), namespace)

@@ -31,7 +31,11 @@ def test_transformers_loads_a_model_from_the_repository_s_root():
 
 
 def test_importing_the_package_loads_neither_transformers_nor_datasets():
-    run("import sys, ace_triton; assert not {'transformers', 'datasets'} & set(sys.modules)")
+    run(
+        "import sys, ace_triton; assert not {'transformers', 'datasets'} & set(sys.modules)\n"
+        "from transformers.quantizers import auto; assert 'ace_triton' not in auto.AUTO_QUANTIZER_MAPPING\n"
+        "ace_triton.register_quantizer(); assert 'ace_triton' in auto.AUTO_QUANTIZER_MAPPING"
+    )
 
 
 def test_it_imports_without_triton():

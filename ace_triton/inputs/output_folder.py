@@ -22,6 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError
+from .model_card import write_card
 
 try:
     import fcntl
@@ -223,7 +224,8 @@ def publish(place: Reservation, out: str | Path, *, overwrite: bool) -> None:
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write ``ace_triton.json``. It lists all files in the folder, so that ``--overwrite`` may delete them later."""
+    """Write the model card and ``ace_triton.json``, which lists all files so that ``--overwrite`` may delete them."""
+    write_card(folder, report)
     files = sorted({*files_in(folder), REPORT_FILE})
     (folder / REPORT_FILE).write_text(json.dumps({**report, "files": files}, indent=2) + "\n")
 

@@ -7,6 +7,7 @@ parameters. Buffers that are not in the file, such as rotary tables, are compute
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +66,37 @@ def load(
     manifest = Manifest.read(path)
     manifest.check_files(path)
     model = _without_weights(path, manifest, dtype or DTYPES[manifest.dtype], trust_remote_code)
+    put_layers(model, manifest, dtype or DTYPES[manifest.dtype])
+    check_tensors(path / TENSORS_FILE, model, manifest)
+    tensors = _read_tensors(path / TENSORS_FILE, manifest, torch.device(device), dtype)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    finish(model, manifest)
+    return model.to(device).eval()
+
+
+def put_layers(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
+    """Replace the layers that a manifest lists by packed layers on the meta device.
+
+    Raises:
+        PackedError: if the model does not have these layers.
+    """
     _put_stacks(model, manifest)
     for name, entry in manifest.layers.items():
-        _put_packed(model, name, entry, dtype or DTYPES[manifest.dtype])
-    tensors = _read_tensors(path / TENSORS_FILE, model, manifest, torch.device(device), dtype)
-    model.load_state_dict(tensors, strict=False, assign=True)
+        _put_packed(model, name, entry, dtype)
+
+
+def finish(model: nn.Module, manifest: Manifest) -> None:
+    """Tie and check a model after its tensors are loaded, and let ``save_pretrained`` write the packed format.
+
+    Raises:
+        PackedError: if a tie is impossible, or the metadata of a layer are damaged.
+    """
     for alias, name in manifest.tied.items():
         _tie(model, alias, name)
     for name, layer in model.named_modules():
         if isinstance(layer, NMLinear):
             _check_layer(name, layer)
     SavePretrained.attach(model)
-    return model.to(device).eval()
 
 
 def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -89,6 +109,8 @@ def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype, trust
     try:
         config = AutoConfig.from_pretrained(str(folder), **options)
         checkpoint.check_config(folder, config, names, trust_remote_code)
+        if hasattr(config, "quantization_config"):  # It speaks of the folder, not of the model in memory.
+            del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         if (folder / "generation_config.json").is_file():
@@ -132,28 +154,48 @@ def _put_packed(model: nn.Module, name: str, entry: PackedEntry, dtype: torch.dt
     setattr(model.get_submodule(parent), leaf, packed)
 
 
-def _read_tensors(
-    path: Path, model: nn.Module, manifest: Manifest, device: torch.device, dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
+def check_tensors(path: Path, model: nn.Module, manifest: Manifest) -> None:
+    """Compare the tensors of a file with the model, without reading them.
+
+    Raises:
+        PackedError: if a tensor is missing, unexpected, or of another shape or kind; or if the file cannot be read.
+    """
     expected = model.state_dict()
-    stored = DTYPES[manifest.dtype]
-    tensors = {}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            names = list(file.keys())
-        _check_names(path, set(names), set(expected), manifest.tied)
-        for name, tensor in _each_tensor(path, names):
-            wanted = expected[name]
-            if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
+    with _readable(path), safe_open(str(path), framework="pt") as file:
+        names = set(file.keys())
+        _check_names(path, names, set(expected), manifest.tied)
+        for name in sorted(names):
+            stored, wanted = file.get_slice(name), expected[name]
+            floating = stored.get_dtype().startswith(("F", "BF"))
+            if tuple(stored.get_shape()) != wanted.shape or floating != wanted.is_floating_point():
+                tensor = file.get_tensor(name)
                 raise PackedError(
                     f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {wanted.dtype} "
                     f"{tuple(wanted.shape)}; pack the model again with this version of transformers"
                 )
+
+
+def _read_tensors(
+    path: Path, manifest: Manifest, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    stored = DTYPES[manifest.dtype]
+    tensors = {}
+    with _readable(path):
+        with safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+        for name, tensor in _each_tensor(path, names):
             convert = dtype if dtype is not None and tensor.dtype == stored else tensor.dtype
             tensors[name] = tensor.to(device, convert, copy=True)
+    return tensors
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A context in which a file that cannot be read becomes a PackedError."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise PackedError(f"{path}: cannot be read ({error}): the file is damaged; pack the model again") from error
-    return tensors
 
 
 def _each_tensor(path: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

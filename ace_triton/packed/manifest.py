@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +27,12 @@ FORMAT = "ace-triton packed n:m"
 FORMAT_VERSION = 2
 OLDEST_VERSION = 1
 """Version 1 has checksums of NEEDED_FILES only."""
+
+QUANTIZATION: dict[str, Any] = {"quant_method": "ace_triton", "layout": LAYOUT_VERSION}
+"""``quantization_config`` in the config.json of a packed checkpoint.
+
+transformers names the method in its error if it does not know it, so the method has the package's name.
+"""
 
 UNMARKED = (MANIFEST_FILE, "README.md")
 """Files without a checksum."""
@@ -146,8 +153,12 @@ class Manifest:
         tied = {str(name): str(other) for name, other in content["tied"].items()}
         return cls(content["dtype"], layers, tied, files, content["version"])
 
-    def check_files(self, folder: Path) -> None:
+    def check_files(self, folder: Path, names: Iterable[str] | None = None) -> None:
         """Raise PackedError if a file is missing, has the wrong size, or was altered.
+
+        Args:
+            folder: the checkpoint.
+            names: the files to check; None for all.
 
         Warns if the manifest is of version 1, which has no checksums of the tokenizer and the generation config.
         """
@@ -157,8 +168,8 @@ class Manifest:
                 "config; pack the model again to add them",
                 stacklevel=3,
             )
-        for name, mark in self.files.items():
-            path = folder / name
+        for name in self.files if names is None else names:
+            path, mark = folder / name, self.files[name]
             if not path.is_file():
                 raise PackedError(f"{path}: is missing; copy or pack the model again")
             size = path.stat().st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import weakref
@@ -16,8 +17,9 @@ from torch import nn
 from ..errors import CheckpointError
 from ..inputs.checkpoint import refusals
 from ..inputs.output_folder import MANIFEST_FILE, files_in, give_mode, replacing, write_report
-from .manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry
+from .manifest import DTYPES, QUANTIZATION, TENSORS_FILE, Manifest, PackedEntry
 from .nm_linear import NMLinear
+from .registration import register_quantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +60,7 @@ def write_packed(model: PreTrainedModel, tokenizer: Any, folder: Path, report: d
     """Write a model that :func:`why_not_saved` allows into an empty folder. Arguments: as for :func:`save_packed`."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    return _write(model, folder, model.state_dict(), report)
+    return _write(model, folder, model.state_dict(), report or {})
 
 
 def write_around(
@@ -86,6 +88,7 @@ def write_around(
     if model.is_remote_code():
         custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
     model.config.save_pretrained(folder)
+    _complete_config(folder / "config.json", dtype)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     save_tensors(folder / TENSORS_FILE)
@@ -110,6 +113,7 @@ class SavePretrained:
     def attach(cls, model: nn.Module) -> None:
         """Replace ``save_pretrained`` of a transformers model. Other modules are not changed."""
         if hasattr(type(model), "save_pretrained"):
+            register_quantizer()
             model.save_pretrained = cls(model)  # type: ignore[assignment]
 
     def __call__(
@@ -185,6 +189,12 @@ def _write(
 ) -> Manifest:
     tensors, tied = _distinct(state)
     return write_around(model, folder, tied, report, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def _complete_config(path: Path, dtype: str) -> None:
+    """Add what transformers needs to load the folder to its configuration: the dtype and our quantization method."""
+    config = {**json.loads(path.read_text()), "dtype": dtype, "quantization_config": QUANTIZATION}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.Tensor]) -> None:

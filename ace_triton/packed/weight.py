@@ -87,6 +87,9 @@ class PackedWeight(ReadOnly):
 
     packed: PackedNM
 
+    _is_hf_initialized = True
+    """transformers does not initialize a weight with this mark when it loads a model."""
+
     @staticmethod
     def __new__(cls, packed: PackedNM) -> PackedWeight:
         return torch.Tensor._make_wrapper_subclass(

@@ -53,12 +53,12 @@ def test_only_what_was_written_here_is_replaced(tmp_path, exchange):
     with pytest.raises(CheckpointError, match="--overwrite to replace it"):
         write(out, "c")
     write(out, "c", overwrite=True)
-    assert contents(out) == ["ace_triton.json", "c"]
+    assert contents(out) == ["README.md", "ace_triton.json", "c"]
     (out / "results.jsonl").write_text(MINE)
     (out / "notes").mkdir()
     with pytest.raises(CheckpointError, match=r"also contains notes, results\.jsonl, not written by ace-triton"):
         write(out, "d", overwrite=True)
-    assert contents(out) == ["ace_triton.json", "c", "results.jsonl"]
+    assert contents(out) == ["README.md", "ace_triton.json", "c", "results.jsonl"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -140,7 +140,7 @@ def test_what_appears_at_the_last_moment_stays(tmp_path, monkeypatch, exchange):
     monkeypatch.setattr(output_folder, "_flush", flush_and_change)
     with pytest.raises(CheckpointError, match=r"thesis\.tex.*; nothing there was changed"):
         write(out, "b", overwrite=True)
-    assert contents(tmp_path) == ["out/a", "out/ace_triton.json", "out/thesis.tex"]
+    assert contents(tmp_path) == ["out/README.md", "out/a", "out/ace_triton.json", "out/thesis.tex"]
 
 
 def test_there_is_always_a_complete_folder(tmp_path):
@@ -190,7 +190,7 @@ def test_what_a_killed_run_left_is_named(tmp_path):
     (tmp_path / "out").rename(left / "old")
     with pytest.warns(UserWarning, match="out was restored"), pytest.raises(CheckpointError, match="already exists"):
         write(tmp_path / "out", "b")
-    assert contents(tmp_path) == ["out/a", "out/ace_triton.json"]
+    assert contents(tmp_path) == ["out/README.md", "out/a", "out/ace_triton.json"]
 
 
 def test_a_reserved_folder_may_be_written_several_times(tmp_path, exchange):
@@ -198,7 +198,7 @@ def test_a_reserved_folder_may_be_written_several_times(tmp_path, exchange):
         for name in "abc":
             write(tmp_path / "out", name, overwrite=True)
             assert place.written
-    assert contents(tmp_path) == ["out/ace_triton.json", "out/c"]
+    assert contents(tmp_path) == ["out/README.md", "out/ace_triton.json", "out/c"]
 
 
 def test_parents_that_a_failed_run_made_are_removed(tmp_path):
@@ -264,7 +264,7 @@ def test_a_run_killed_at_any_step_leaves_nothing_after_the_next_one(tmp_path, ex
         status = os.waitpid(child, 0)[1]
         assert out.exists() or output_folder._exchange is not EXCHANGE
         write(out, "a", overwrite=True)
-        assert contents(tmp_path) == ["out/a", "out/ace_triton.json"]
+        assert contents(tmp_path) == ["out/README.md", "out/a", "out/ace_triton.json"]
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         if status == 0:
             break

@@ -15,6 +15,7 @@ from ace_triton import Recipe, prune_checkpoint, prune_model
 from ace_triton.decoders.replay import WholeForward
 from ace_triton.errors import AceError, CheckpointError
 from ace_triton.inputs import checkpoint
+from ace_triton.provenance import source_facts
 from ace_triton.streaming.file_store import FileStore
 from ace_triton.streaming.journal import Journal
 from ace_triton.streaming.mapped_model import MappedModel
@@ -40,7 +41,7 @@ def tiny_ids():
 def pruned_in_memory(source, out, ids, recipe, dtype="auto"):
     model, tokenizer = checkpoint.load(source, dtype=dtype, own_memory=True)
     report = prune_model(model, ids, recipe)
-    checkpoint.save(model, tokenizer, out, report.to_dict())
+    checkpoint.save(model, tokenizer, out, {**report.to_dict(), **source_facts(source, out)})
     return report
 
 
@@ -119,7 +120,7 @@ def test_large_models_have_several_files(tiny_model, save, tmp_path, tiny_ids, m
     monkeypatch.setattr("ace_triton.streaming.weight_files.LARGEST_FILE", "40KB")
     source = save(tiny_model, max_shard_size="40KB")
     prune_checkpoint(source, tmp_path / "streamed", tiny_ids, Recipe("magnitude", include=("*.q_proj",)))
-    assert contents(tmp_path / "streamed").keys() == contents(source).keys()
+    assert contents(tmp_path / "streamed").keys() == {*contents(source), "README.md"}
     index, dense = (
         json.loads((f / "model.safetensors.index.json").read_text()) for f in (tmp_path / "streamed", source)
     )

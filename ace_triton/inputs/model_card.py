@@ -1,0 +1,163 @@
+"""The model card: the README.md that is written beside a pruned or packed model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+CARD_FILE = "README.md"
+LARGEST_CARD = 2**20
+"""A source's card is read up to this many bytes."""
+
+_LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)[\"']?\s*$", re.MULTILINE)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+_DENSE = """The model is a dense checkpoint with zeros, which takes the memory and time of the dense model:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+If its pattern is n:m, `ace-triton pack` makes a smaller checkpoint of it that runs sparse.
+"""
+
+_PACKED = """The model is a packed checkpoint. It needs the package ace-triton:
+
+```python
+import ace_triton
+
+model = ace_triton.load("path/to/this/folder")
+```
+
+After `ace_triton.register_quantizer()`, `AutoModelForCausalLM.from_pretrained` of transformers loads it too.
+"""
+
+
+def license_of(folder: Path) -> str | None:
+    """The license that a model's card names in its metadata; None if there is no card or it names none."""
+    try:
+        with (folder / CARD_FILE).open(encoding="utf-8", errors="replace") as file:
+            text = file.read(LARGEST_CARD)
+    except OSError:
+        return None
+    found = _LICENSE.search(_metadata(text))
+    return None if found is None else found[1]
+
+
+def write_card(folder: Path, report: dict[str, Any]) -> None:
+    """Write the model card of a saved model. A card that is in the folder stays.
+
+    A card has no date, no times and not the folder's name, so equal runs write equal cards.
+
+    Args:
+        folder: the saved model, complete except for its reports.
+        report: the pruning report, which may lack any part.
+    """
+    if not (folder / CARD_FILE).exists():
+        (folder / CARD_FILE).write_text(_card(report, _loader(folder)), encoding="utf-8")
+
+
+def _card(report: dict[str, Any], usage: str | None) -> str:
+    source, pattern = _text(report, "source") or "A model", _text(report, "sparsity")
+    title = f"{source} pruned to {pattern}" if pattern else f"{source} written by ace-triton"
+    parts = [_front(report), f"# {title}\n"]
+    rows = [f"| {title} | {value} |" for title, value in _rows(report)]
+    if rows:
+        parts.append("\n".join(["| | |", "|---|---|", *rows]) + "\n")
+    if usage is not None:
+        parts.append("## Use\n\n" + usage)
+    if recipe := _dict(report, "recipe"):
+        parts.append(
+            "## Recipe\n\n`ace_triton.json` holds the recipe and the full report. "
+            "`ace-triton prune SOURCE OUT --recipe ace_triton.json` repeats it.\n\n"
+            f"```json\n{json.dumps(recipe, indent=2)}\n```\n"
+        )
+    return "\n".join(parts)
+
+
+def _front(report: dict[str, Any]) -> str:
+    """The metadata that model hubs read."""
+    source, pattern = _text(report, "source"), _text(report, "sparsity")
+    lines = ["---"]
+    if license := _text(report, "source_license"):
+        lines.append(f"license: {license}")
+    if source and "source_path" not in report and _HUB_NAME.fullmatch(source):
+        lines.append(f"base_model: {source}")
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- ace-triton", "- pruned"]
+    if pattern:
+        lines.append(f'- "{pattern}"')
+    return "\n".join([*lines, "---\n"])
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of the table: title and value."""
+    update, calibration, recovery = (_dict(report, key) for key in ("update", "calibration_report", "recovery"))
+    permutation = _dict(report, "permutation")
+    rows = [
+        ("Source", _text(report, "source")),
+        ("License of the source", _text(report, "source_license")),
+        ("Method", _text(report, "method")),
+        ("Pattern", _text(report, "sparsity")),
+        ("Update of the kept weights", _text(update, "kind")),
+        ("Channels reordered", None if not permutation else "yes"),
+        ("Budgets", _text(report, "budgets")),
+        *_amounts(report),
+    ]
+    if {"sequences", "length", "source"} <= calibration.keys():
+        words = f"{calibration['sequences']} sequences of {calibration['length']} tokens from {calibration['source']}"
+        rows.append(("Calibration", words))
+    if isinstance(perplexity := calibration.get("perplexity"), float):
+        rows.append(("Perplexity of the dense model on it", f"{perplexity:.4g}"))
+    if {"steps", "tokens"} <= recovery.keys():
+        rows.append(("Recovery", f"{recovery['steps']} optimizer steps, {recovery['tokens']} tokens"))
+    if (losses := recovery.get("losses")) and isinstance(losses, list) and isinstance(losses[-1], float):
+        rows.append(("Loss in the last step of recovery", f"{losses[-1]:.4g} nats per token"))
+    return [(title, value) for title, value in rows if value]
+
+
+def _amounts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of how many weights were pruned."""
+    layers = report.get("layers")
+    try:
+        sizes = [(float(layer["kept"]), int(layer["parameters"])) for layer in layers or ()]
+        whole = int(_dict(report, "account").get("model", 0))
+    except (TypeError, KeyError, ValueError):
+        return []
+    pruned = sum((1 - kept) * size for kept, size in sizes)
+    if not pruned:
+        return []
+    of_layers = f"{pruned / sum(size for _, size in sizes):.1%} of their weights"
+    of_model = f", {pruned / whole:.1%} of the model's" if whole else ""
+    return [("Pruned layers", str(len(sizes))), ("Zeros", of_layers + of_model)]
+
+
+def _loader(folder: Path) -> str | None:
+    """How a folder is loaded, as its configuration says; None if it has none."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    method = _dict(config, "quantization_config").get("quant_method")
+    return _PACKED if method == "ace_triton" else _DENSE if method is None else None
+
+
+def _metadata(text: str) -> str:
+    """The lines between the two "---" at the beginning of a card."""
+    parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
+    return parts[1] if len(parts) == 3 and not parts[0].strip() else ""
+
+
+def _text(report: dict[str, Any], key: str) -> str | None:
+    """A value if it is text of one line, else None."""
+    value = report.get(key)
+    return value if isinstance(value, str) and len(value.splitlines()) == 1 else None
+
+
+def _dict(report: Any, key: str) -> dict[str, Any]:
+    """A value if it is an object, else an empty one."""
+    value = report.get(key) if isinstance(report, dict) else None
+    return value if isinstance(value, dict) else {}
