@@ -93,7 +93,7 @@ class PruneRun:
         dtype = parse_dtype(self.dtype)
         parse_device(self.device)
         if self.stream and self.packed:
-            raise ArgumentError("--stream writes dense checkpoints: leave --packed out, then use ace-triton pack")
+            raise ArgumentError("--stream writes dense checkpoints: leave --packed out, then pack --stream")
         if self.packed:
             check_packed(self.recipe.sparsity, torch.float32 if self.dtype == "auto" else dtype)
         rehearse(self.recipe)
@@ -126,7 +126,8 @@ class PruneRun:
             progress: shows the stages.
             settings, documents: from :meth:`read_text`.
         """
-        return (self._run_streamed if self._streams() else self._run_in_memory)(progress, settings, documents)
+        streams = Processes.now().first_does(self._streams)
+        return (self._run_streamed if streams else self._run_in_memory)(progress, settings, documents)
 
     def _streams(self) -> bool:
         """Whether to keep the weights in files: as the user says, or if the model does not fit in memory."""
