@@ -21,7 +21,7 @@ from torch import nn
 
 from ..decoders.batches import Batch, run_model, tensors_in
 from ..decoders.blocks import Block, gated_consumers
-from ..decoders.replay import CANNOT_RUN_AGAIN, NotReplayable, hidden_of
+from ..decoders.calls import CANNOT_RUN_AGAIN, NotReplayable, hidden_of
 from ..linears import linear_weight
 from ..out_of_memory import raise_if_out_of_memory
 

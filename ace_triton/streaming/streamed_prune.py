@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,7 @@ class StreamedModel:
             known = Results(results) if journal is None else journal
             self._store = FileStore(self._mapped, known, self._keep, self._processes, self._device, folder)
             if self._processes.is_first:
+                self._write_all_but_weights()
                 self._mapped.fill(except_for=self._store.finished_parameters)
             else:
                 self._store.adopt(self._store.finished_parameters)
@@ -94,14 +96,16 @@ class StreamedModel:
 
     def _complete(self, report: dict[str, Any]) -> None:
         self._mapped.write_converted()
-        with tempfile.TemporaryDirectory(dir=self._place.kept) as rest:
-            self.model.save_pretrained(rest, state_dict={})
-            self.tokenizer.save_pretrained(rest)
-            for path in Path(rest).iterdir():
-                if not path.name.startswith("model") or not path.name.endswith((".safetensors", ".index.json")):
-                    path.replace(self._place.new / path.name)
         write_report(self._place.new, report)
         publish(self._place, self._out, overwrite=self._overwrite)
+
+    def _write_all_but_weights(self) -> None:
+        """Write the configuration, the tokenizer and what else belongs to the checkpoint."""
+        with tempfile.TemporaryDirectory(dir=self._place.kept) as rest, checkpoint.refusals(self._out):
+            self.model.save_pretrained(rest, state_dict={})
+            self.tokenizer.save_pretrained(rest)
+            weights = shutil.ignore_patterns("model*.safetensors", "model*.index.json")
+            shutil.copytree(rest, self._place.new, ignore=weights, dirs_exist_ok=True)
 
     def _keep(self) -> None:
         self._place.resumable = True
