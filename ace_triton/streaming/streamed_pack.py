@@ -133,7 +133,7 @@ def pack_checkpoint(
         with stage("save the model"), replacing(out, overwrite=overwrite) as folder, refusals(out):
             tokenizer.save_pretrained(folder)
             tensors, tied = _distinct(model)
-            write_around(model, folder, tied, report, lambda path: _save(tensors, weights, path))
+            write_around(model, folder, tied, report or {}, lambda path: _save(tensors, weights, path))
     return result
 
 

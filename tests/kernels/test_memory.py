@@ -136,6 +136,8 @@ def numbers(result: object) -> object:
     """All results of an operation, as plain lists."""
     if isinstance(result, torch.Tensor):
         return result.tolist()
+    if isinstance(result, ScoreTerms):
+        return {name: numbers(tensor) for name, tensor in result.tensors.items()}
     if dataclasses.is_dataclass(result):
         return {field.name: numbers(getattr(result, field.name)) for field in dataclasses.fields(result)}
     return [numbers(part) for part in result] if isinstance(result, tuple) else result

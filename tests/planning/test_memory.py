@@ -10,6 +10,8 @@ from ace_triton.decoders.blocks import find_blocks
 from ace_triton.decoders.collect import InputCollector
 from ace_triton.planning.layers import planned
 from ace_triton.planning.memory import Calibrated, Need
+from ace_triton.statistics.activation import ActivationStats
+from ace_triton.statistics.statistic import Statistic
 from ace_triton.timing import Stopwatch
 
 CALIBRATED = Calibrated(samples=6, length=16)
@@ -31,7 +33,8 @@ def held(value) -> dict[int, int]:
     """Bytes of all tensors that an object holds, by their memory."""
     if isinstance(value, torch.Tensor):
         return {value.untyped_storage().data_ptr(): value.nbytes}
-    inside = vars(value).values() if hasattr(value, "__dataclass_fields__") else ()
+    inside = vars(value).values() if isinstance(value, Statistic) else ()
+    inside = value.parts.values() if isinstance(value, ActivationStats) else inside
     inside = value if isinstance(value, (list, tuple)) else inside
     return {place: size for part in inside for place, size in held(part).items()}
 

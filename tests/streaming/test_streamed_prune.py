@@ -154,7 +154,7 @@ def test_the_same_call_resumes_a_run(tiny_checkpoint, tmp_path, tiny_ids, recipe
 
 
 def test_a_resumed_run_that_has_no_replay(make_decoder, save, tmp_path, ids, stopped_after, monkeypatch):
-    def runner(model, blocks, batches, clock, masks, _trial):
+    def runner(model, blocks, batches, clock, masks, _trial, *, keep):
         return WholeForward(model, batches, clock, blocks, masks)
 
     source = save(make_decoder("llama"))
