@@ -9,7 +9,8 @@ import torch
 
 from ..errors import CheckpointError
 from ..inputs.checkpoint import refusals
-from ..inputs.output_folder import MANIFEST_FILE, REPORT_FILE, replacing, write_report
+from ..inputs.output_folder import replacing, write_report
+from ..inputs.report_file import MANIFEST_FILE, REPORT_FILE
 from ..packed.inspect import TensorSparsity
 from .dense import Dense
 from .format import Format

@@ -15,7 +15,8 @@ from .. import process_memory
 from ..errors import AceError, CheckpointError
 from .gguf_weights import GgufWeights
 from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names
-from .output_folder import REPORT_FILE, check_out, listing, read_json_object, replacing, reserved, write_report
+from .output_folder import check_out, replacing, reserved, write_report
+from .report_file import REPORT_FILE, listing, read_json_object
 
 __all__ = [
     "REPORT_FILE",

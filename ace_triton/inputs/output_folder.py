@@ -16,21 +16,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 from .model_card import write_card
+from .replaceable import foreign_content, why_not_replaced
+from .report_file import REPORT_FILE
 
 try:
     import fcntl
 except ImportError:  # Windows has no fcntl: there, two runs that write one folder notice each other only at the rename.
     fcntl = None  # type: ignore[assignment]
 
-REPORT_FILE = "ace_triton.json"
-MANIFEST_FILE = "ace_triton_packed.json"
 
 NEW, OLD, LOCK, KEPT = "new", "old", "lock", "kept"
 IDENTITY = "identity"
@@ -38,8 +38,6 @@ IDENTITY = "identity"
 SUFFIX = ".ace-triton"
 LONGEST_NAME = 255
 ATTEMPTS = 100
-NAMED = 4
-"""An error names this many files and counts the others."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -112,7 +110,7 @@ def check_out(out: str | Path, *, overwrite: bool) -> None:
     if len(os.fsencode(path.name)) > room:
         raise CheckpointError(f"{out}: the name is too long; at most {room} bytes work")
     if os.path.lexists(path):
-        refusal = _why_not_replaced(path)
+        refusal = why_not_replaced(path)
         if not overwrite:
             also = (
                 f" (--overwrite would not replace it: it {refusal})"
@@ -230,15 +228,6 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     (folder / REPORT_FILE).write_text(json.dumps({**report, "files": files}, indent=2) + "\n")
 
 
-def read_json_object(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object from a file; None if the file cannot be read or has another JSON value."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def files_in(folder: Path) -> list[str]:
     """All files in a folder and its subfolders, as sorted relative POSIX paths."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
@@ -253,64 +242,10 @@ def give_mode(folder: Path, like: Path) -> None:
             path.chmod(mode)
 
 
-def listing(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
 def _place(out: str | Path) -> Path:
     """The absolute path of ``out``, with links resolved in its parents and not in itself."""
     path = Path(out).absolute()
     return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
-
-
-def _why_not_replaced(path: Path) -> str | None:
-    """Why ``--overwrite`` must not replace ``path``, as the end of a sentence; None if it may."""
-    if path.is_symlink():
-        return f"is a symbolic link to {os.readlink(path)}: name a folder"
-    if path.is_file():
-        return "is a file; name a folder"
-    if not path.is_dir():
-        return "is a device or a pipe; name a folder"
-    if os.path.ismount(path):
-        return "is a mount point, which cannot be replaced: name a folder inside it"
-    with suppress(OSError, RuntimeError):
-        for special, kind in ((Path.home(), "the home folder"), (Path.cwd(), "the working directory")):
-            if special.resolve().is_relative_to(path):
-                return f"is or contains {kind}: name another folder"
-    return _foreign_content(path)
-
-
-def _foreign_content(folder: Path) -> str | None:
-    """Files in a folder that its report and manifest do not list, as the end of a sentence; None if all are listed.
-
-    Version 1 of the packed manifest did not list all files, so it does not count.
-    """
-    listed: set[str] = set()
-    report, manifest = (read_json_object(folder / marker) or {} for marker in (REPORT_FILE, MANIFEST_FILE))
-    if isinstance(report.get("files"), list):
-        listed |= {REPORT_FILE, *map(str, report["files"])}
-    if manifest.get("version") != 1 and isinstance(manifest.get("files"), dict):
-        listed |= {MANIFEST_FILE, *manifest["files"]}
-    if not listed and (report or manifest):
-        return "was written by an older ace-triton, which did not list its files: name another folder, or remove it"
-    folders = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
-    foreign = []
-    for root, inner, files in os.walk(folder, onerror=_raise):
-        for name in (*inner, *files):
-            entry = Path(root, name)
-            relative = entry.relative_to(folder).as_posix()
-            is_folder = name in inner and not entry.is_symlink()
-            if relative not in (folders if is_folder else listed):
-                foreign.append(relative)
-        inner[:] = [name for name in inner if Path(root, name).relative_to(folder).as_posix() in folders]
-    if not foreign:
-        return None
-    found = listing(sorted(foreign))
-    if not listed:
-        return f"was not written by ace-triton and contains {found}: name another folder, or remove it yourself"
-    return f"also contains {found}, not written by ace-triton: name another folder, or move these files elsewhere"
 
 
 def _lock(place: Reservation, out: str | Path) -> int:
@@ -375,13 +310,13 @@ def _put(place: Reservation, fresh: Path, out: str | Path, *, overwrite: bool) -
         return
     if not overwrite:
         raise CheckpointError(f"{out} was created by another process; nothing there was changed: name another folder")
-    refusal = _why_not_replaced(path)
+    refusal = why_not_replaced(path)
     if refusal:
         raise CheckpointError(f"{out} {refusal}; nothing there was changed")
     _flush(fresh)
     if _exchange(fresh, path):
         place.written = True
-        refusal = _foreign_content(fresh)  # This is the old folder now; no other process knows its path.
+        refusal = foreign_content(fresh)  # This is the old folder now; no other process knows its path.
         if refusal:
             place.written = not _exchange(fresh, path)
             raise CheckpointError(f"{out} {refusal}; nothing there was changed")
@@ -389,7 +324,7 @@ def _put(place: Reservation, fresh: Path, out: str | Path, *, overwrite: bool) -
         return
     path.rename(old)
     try:
-        refusal = _foreign_content(old)
+        refusal = foreign_content(old)
         if refusal:
             raise CheckpointError(f"{out} {refusal}; nothing there was changed")
         fresh.rename(path)
@@ -417,10 +352,6 @@ def _exchange(one: Path, other: Path) -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..errors import PackedError
-from ..inputs.output_folder import MANIFEST_FILE, files_in
+from ..inputs.output_folder import files_in
+from ..inputs.report_file import MANIFEST_FILE
 from ..kernels.pack_nm import LAYOUT_VERSION
 from ..sparsity import Sparsity
 

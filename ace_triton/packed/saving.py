@@ -16,7 +16,8 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..inputs.checkpoint import refusals
-from ..inputs.output_folder import MANIFEST_FILE, files_in, give_mode, replacing, write_report
+from ..inputs.output_folder import files_in, give_mode, replacing, write_report
+from ..inputs.report_file import MANIFEST_FILE
 from .manifest import DTYPES, QUANTIZATION, TENSORS_FILE, Manifest, PackedEntry
 from .nm_linear import NMLinear
 from .registration import register_quantizer

@@ -104,7 +104,9 @@ def pack_checkpoint(
     Args:
         source: a folder with a model pruned to n:m.
         out: folder for the packed model.
-        pattern, include, exclude: as for :func:`~ace_triton.packed.pack_model.pack_model`.
+        pattern: as for :func:`~ace_triton.packed.pack_model.pack_model`.
+        include: as there.
+        exclude: as there.
         dtype: dtype of the weights; "auto" keeps the checkpoint's.
         trust_remote_code: run Python code that comes with the checkpoint.
         overwrite: replace ``out`` if ace-triton wrote it.
