@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, Calibration, batches_of, run_model, trial_batch
+from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, Calibration, batches_of, run_model, tensors_in, trial_batch
 from .decoders.blocks import Tower, find_towers, possible_stacks
 from .decoders.calibration_mode import calibration_mode
 from .decoders.experts import find_layouts
@@ -21,7 +22,7 @@ from .decoders.lanes import Lanes
 from .decoders.loaded_weights import weights_as_loaded
 from .decoders.plan import NameFilter, Plan
 from .decoders.weight_store import InMemory, WeightStore
-from .errors import RecipeError
+from .errors import ArgumentError, RecipeError
 from .kernels.finite_check import FiniteCheck
 from .linears import as_kernel_dtype, linear_weight
 from .model_report import ModelReport, TowerReport
@@ -158,7 +159,9 @@ def prune_stored(
         with clock.measure("select"):
             weights, finite = _checked_weights(plan, store)
             rehearse(recipe, next(iter(weights.values())))
-        lanes = Lanes(len(batches), Processes.now())
+        processes = Processes.now()
+        _check_same_inputs(processes, recipe, batches)
+        lanes = Lanes(len(batches), processes)
         selection = Selection(recipe, clock, plan, store, weights, finite, lanes)
         running.enter_context(few_threads(TOKENS_OF_A_FORWARD * max(w.numel() for w in weights.values())))
         selection.prepare(model, batches)
@@ -196,6 +199,22 @@ def plan_of(model: nn.Module, recipe: Recipe, towers: Sequence[Tower], batches: 
     experts = [name for stack, layout in known_stacks for name in stack.linears(transposed=False, rows=layout.rows)]
     names = NameFilter.of(model, recipe.include, recipe.exclude, experts)
     return Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, towers, stacks, layouts)
+
+
+def _check_same_inputs(processes: Processes, recipe: Recipe, batches: Sequence[Batch]) -> None:
+    """ArgumentError unless all processes were given the same recipe and the same calibration set."""
+    if processes.size == 1:
+        return
+    digest = hashlib.sha256(repr(recipe).encode())
+    for batch in batches:
+        for tensor in tensors_in([batch.inputs, batch.valid]):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    if len(set(processes.gather(digest.hexdigest()))) > 1:
+        raise ArgumentError(
+            "the processes of this run have different calibration sets or recipes: give all of them the same text, "
+            "model files and options"
+        )
 
 
 def _checked_weights(plan: Plan, store: WeightStore) -> tuple[dict[str, torch.Tensor], FiniteCheck]:

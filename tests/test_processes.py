@@ -130,6 +130,11 @@ def test_a_streamed_run_of_several_processes_resumes_in_one(make_decoder, save, 
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_processes_with_different_texts_say_so(make_decoder, together, many_ids, capfd):
+    assert together(2, lambda rank: prune_model(make_decoder("llama"), many_ids.roll(rank, 0), "fast")) == [1, 1]
+    assert "different calibration sets or recipes" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("batches", [1, 2, 3, 10])
 def test_every_batch_is_run_once(size, batches):

@@ -116,7 +116,11 @@ class Writes(TorchDispatchMode):
         self.before: dict[nn.Parameter, torch.Tensor] = {}
         self._by_memory: dict[object, list[nn.Parameter]] = {}
         for parameter in parameters:
-            self._by_memory.setdefault(memory_of(parameter), []).append(parameter)
+            self.add(parameter)
+
+    def add(self, parameter: nn.Parameter) -> None:
+        """Watch a parameter at its present memory, which may have changed since it was added."""
+        self._by_memory.setdefault(memory_of(parameter), []).append(parameter)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -124,8 +128,12 @@ class Writes(TorchDispatchMode):
         for place, name in _written_arguments(func):
             value = args[place] if place < len(args) else (kwargs or {}).get(name)
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                for parameter in self._by_memory.get(memory_of(tensor), ()) if isinstance(tensor, torch.Tensor) else ():
-                    if parameter not in self.before:
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                memory = memory_of(tensor)
+                for parameter in self._by_memory.get(memory, ()):
+                    # Memory that a parameter has left may belong to any other tensor.
+                    if parameter not in self.before and memory_of(parameter) == memory:
                         self.before[parameter] = parameter.detach().clone()
         return func(*args, **(kwargs or {}))
 

@@ -132,7 +132,8 @@ class SavePretrained:
             CheckpointError: as in :func:`save_packed`, or if the folder contains the weights of a dense model.
         """
         model = self._model()
-        assert model is not None
+        if model is None:
+            raise CheckpointError("the model is no longer in memory: keep it in a variable while it is saved")
         if not any(isinstance(module, NMLinear) for module in model.modules()):
             type(model).save_pretrained(
                 model,

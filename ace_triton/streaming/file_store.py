@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class FileStore:
         processes: this process and the others that prune the same files.
         device: where blocks run and are pruned.
         offload_folder: folder for files with the hidden states; None to keep them in memory.
+        errors: gives a context that explains errors of the disk.
     """
 
     keeps_changes_private = False
@@ -44,19 +45,20 @@ class FileStore:
         processes: Processes,
         device: torch.device,
         offload_folder: Path | None = None,
+        errors: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._errors = errors
         self.offload_folder = offload_folder
         self._blocks = DeviceBlocks(mapped.model, device, mapped.drop)
         self._mapped, self._journal, self._on_finish, self._processes = mapped, journal, on_finish, processes
         self._writer = ThreadPoolExecutor(1, "ace-triton-writer")
         self._pending: Future[None] | None = None
-        self.resumed = tuple(name.removeprefix(_UNIT) for name in journal.results if name.startswith(_UNIT))
+        self.resumed = finished_units(journal)
 
     @property
     def finished_parameters(self) -> list[str]:
         """Names of the parameters of all units that an earlier run finished."""
-        records = (self._journal.results[_UNIT + unit] for unit in self.resumed)
-        return [name for record in records for name in record["parameters"]]
+        return [name for unit in self.resumed for name in self._journal.results[_UNIT + unit]["parameters"]]
 
     def release(self, module: nn.Module) -> None:
         """As in :class:`~ace_triton.decoders.weight_store.WeightStore`."""
@@ -116,9 +118,9 @@ class FileStore:
     def open(self) -> Iterator[None]:
         """A context in which units are pruned; at its end the background thread has stopped."""
         try:
-            with self._blocks.placed():
+            with self._errors(), self._blocks.placed():
                 yield
-            self.wait()
+                self.wait()
         finally:
             self._writer.shutdown()
 
@@ -126,3 +128,8 @@ class FileStore:
         self._mapped.sync(names)
         self._journal.add(_UNIT + unit, record)
         self._on_finish()
+
+
+def finished_units(journal: Results) -> tuple[str, ...]:
+    """The units that a journal has, in order."""
+    return tuple(name.removeprefix(_UNIT) for name in journal.results if name.startswith(_UNIT))

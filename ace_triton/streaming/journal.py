@@ -47,14 +47,16 @@ class Journal(Results):
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         super().__init__()
         self._path = path
-        lines = _complete_lines(path)
-        if not lines:
-            self._write({"format": FORMAT, "facts": dict(facts)}, fresh=True)
-            return
         try:
+            lines = _complete_lines(path)
+            if not lines:
+                self._write({"format": FORMAT, "facts": dict(facts)}, fresh=True)
+                return
             first, *rest = map(json.loads, lines)
             known, kept = first["format"] == FORMAT, first["facts"]
             self.results = {entry["name"]: entry["result"] for entry in rest}
+            if not isinstance(kept, dict) or any(result is None for result in self.results.values()):
+                raise TypeError("an entry is empty")
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: the state of the interrupted run is damaged: add --restart") from error
         if not known:

@@ -42,6 +42,7 @@ class LoadedOnUse:
         self._outside = [parameter for parameter in self._names if parameter not in inside]
         self._users: Counter[nn.Parameter] = Counter()
         self._has_run = False
+        self._writes: Writes | None = None
         for part in (*parts, model):
             part.forward = self._loading(part, part.forward)
 
@@ -60,6 +61,8 @@ class LoadedOnUse:
                 self._users[parameter] += 1
                 if self._users[parameter] == 1:
                     parameter.data = self._sources[self._names[parameter]]().to(parameter.dtype)
+                    if self._writes is not None:
+                        self._writes.add(parameter)
             yield
         finally:
             for parameter in held:
@@ -84,11 +87,12 @@ class LoadedOnUse:
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
         """A context in which an operation that writes to a weight is an error."""
-        writes = Writes(self._names)
+        self._writes = writes = Writes(self._names)
         try:
             with writes:
                 yield
         finally:
+            self._writes = None
             for parameter in writes.before:
                 raise ArgumentError(
                     f"{self._names[parameter]} is changed by the model's own forward, so its weights cannot stay in "

@@ -33,9 +33,10 @@ class MappedModel:
     Args:
         model: with its parameters on the meta device and accelerate's hooks, as
             :func:`~ace_triton.inputs.checkpoint.load` gives it with an ``offload_folder``. The hooks are removed.
-        folder: folder for the checkpoint's weight files; files of an earlier run are used again.
+        folder: folder for the checkpoint's weight files.
         own_form: folder for weights that the model stores in another form than the checkpoint (such as the experts of
             a mixture, in one tensor).
+        existing: the files exist, and keep their contents.
         is_copy: True for a process that does not write the files. Its parameters are private maps of the source until
             :meth:`FileStore.adopt <ace_triton.streaming.file_store.FileStore.adopt>` takes the written ones.
 
@@ -45,14 +46,16 @@ class MappedModel:
         drop: removes the pages of a parameter from memory, and loses no change.
     """
 
-    def __init__(self, model: Any, folder: Path, own_form: Path, *, is_copy: bool = False) -> None:
+    def __init__(
+        self, model: Any, folder: Path, own_form: Path, *, existing: bool = False, is_copy: bool = False
+    ) -> None:
         self.model = model
         self._sources = taken_sources(model)
         saved, self._direct = saved_form(model)
         self._converted = {name: p for name, p in model.named_parameters() if name not in self._direct}
-        self.files = WeightFiles.create(folder, saved)
+        self.files = WeightFiles.create(folder, saved, existing=existing)
         own_form.mkdir(exist_ok=True)
-        self._own_form = WeightFiles.create_one_each(own_form, self._converted)
+        self._own_form = WeightFiles.create_one_each(own_form, self._converted, existing=existing)
         # A private page that was changed must not be dropped: its change is nowhere else.
         self.drop = page_out if is_copy else drop_pages
         self._map(is_copy)

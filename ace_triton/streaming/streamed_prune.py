@@ -6,9 +6,10 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import torch
 
 from ..decoders.batches import CalibrationSet
 from ..decoders.kept_tensors import Offload, check_offload
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CheckpointError
 from ..inputs import checkpoint
-from ..inputs.model_source import ModelSource, safetensors_files
+from ..inputs.model_source import ModelSource, check_device
 from ..inputs.output_folder import Reservation, publish, reserved, write_report, writing
 from ..model_report import ModelReport
 from ..presets import DEFAULT_PRESET, recipe_of
@@ -26,11 +27,11 @@ from ..processes import Processes, are_on_one_machine
 from ..provenance import source_facts, versions, with_provenance
 from ..prune_blocks import Progress, prune_stored
 from ..recipe import Recipe
-from .file_store import FileStore
+from .file_store import FileStore, finished_units
 from .journal import Journal, Results
 from .mapped_model import MappedModel
 
-JOURNAL = "journal.jsonl"
+JOURNAL, OWN_FORM = "journal.jsonl", "own_form"
 
 
 @dataclass
@@ -44,7 +45,6 @@ class StreamedModel:
 
     model: Any
     tokenizer: Any
-    _mapped: MappedModel
     _place: Reservation
     _source: str
     _out: Path
@@ -52,6 +52,7 @@ class StreamedModel:
     _processes: Processes
     _device: torch.device
     _offload: Offload = "memory"
+    _mapped: MappedModel | None = None
     _store: FileStore | None = None
 
     def start(self, facts: Mapping[str, Any]) -> FileStore:
@@ -62,22 +63,44 @@ class StreamedModel:
                 were the same.
 
         Raises:
-            CheckpointError: if an interrupted run had other facts (the difference is named).
+            CheckpointError: if an interrupted run had other facts (the difference is named), or its files are damaged.
         """
-        with writing(self._place, self._out):
-            whole = {"source": source_state(self._source), **facts, "versions": versions()}
-            path = self._place.kept / JOURNAL
-            journal = Journal(path, whole) if self._processes.is_first else None
-            results = self._processes.first_does(lambda: journal.results if journal is not None else {})
-            folder = self._place.kept if self._offload == "disk" else None
-            known = Results(results) if journal is None else journal
-            self._store = FileStore(self._mapped, known, self._keep, self._processes, self._device, folder)
-            if self._processes.is_first:
+        processes, place = self._processes, self._place
+        with writing(place, self._out):
+            journal: Results | None = None
+            if processes.is_first:
+                # Nothing is written before the facts are compared: a refused run must not touch the other's state.
+                revision = getattr(self.model.config, "_commit_hash", None)
+                source = {**source_state(self._source), "revision": revision}
+                journal = Journal(place.kept / JOURNAL, {"source": source, **facts, "versions": versions()})
+                resumes = bool(finished_units(journal))
+                if not resumes:
+                    _empty(place.new, place.kept / OWN_FORM)
+                self._mapped = MappedModel(self.model, place.new, place.kept / OWN_FORM, existing=resumes)
+                _empty(place.new, keep=self._mapped.files.names)
+            known = Results(processes.first_does(lambda: journal.results if journal is not None else {}))
+            if self._mapped is None:
+                self._mapped = MappedModel(self.model, place.new, place.kept / OWN_FORM, existing=True, is_copy=True)
+            folder = place.kept if self._offload == "disk" else None
+            self._store = FileStore(
+                self._mapped,
+                known if journal is None else journal,
+                self._keep,
+                processes,
+                self._device,
+                folder,
+                partial(writing, place, self._out),
+            )
+            try:
+                finished = self._store.finished_parameters
+            except (KeyError, TypeError) as error:
+                raise CheckpointError(f"{place.kept / JOURNAL}: is damaged: add --restart") from error
+            if processes.is_first:
                 self._write_all_but_weights()
-                self._mapped.fill(except_for=self._store.finished_parameters)
+                self._mapped.fill(except_for=finished)
             else:
-                self._store.adopt(self._store.finished_parameters)
-            self._processes.wait()
+                self._store.adopt(finished)
+            processes.wait()
         return self._store
 
     def publish(self, report: dict[str, Any]) -> None:
@@ -95,6 +118,7 @@ class StreamedModel:
         self._processes.wait()
 
     def _complete(self, report: dict[str, Any]) -> None:
+        assert self._mapped is not None
         self._mapped.write_converted()
         write_report(self._place.new, report)
         publish(self._place, self._out, overwrite=self._overwrite)
@@ -140,6 +164,7 @@ def streamed(
         CheckpointError: if the model cannot be loaded or streamed, or ``out`` cannot be written.
     """
     check_offload(offload)
+    where = torch.device(check_device(device))
     processes = Processes.now()
     if not are_on_one_machine():
         raise ArgumentError(
@@ -158,13 +183,7 @@ def streamed(
             model, tokenizer = checkpoint.load(
                 source, dtype=dtype, trust_remote_code=trust_remote_code, offload_folder=converted
             )
-            if not processes.is_first:
-                processes.wait()
-            mapped = MappedModel(model, place.new, place.kept / "own_form", is_copy=not processes.is_first)
-            if processes.is_first:
-                processes.wait()
-        where = torch.device(device)
-        yield StreamedModel(model, tokenizer, mapped, place, source, out, overwrite, processes, where, offload)
+        yield StreamedModel(model, tokenizer, place, source, out, overwrite, processes, where, offload)
 
 
 def prune_checkpoint(
@@ -211,6 +230,12 @@ def prune_checkpoint(
             call resumes the run.
     """
     whole = recipe_of(recipe, {})
+    ids = calibration if calibration is None else getattr(calibration, "ids", calibration)
+    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.is_meta):
+        raise ArgumentError(
+            f"prune_checkpoint takes token ids, int64 [n_sequences, length], or an object with such ids; got a "
+            f"{type(calibration).__name__}"
+        )
     started = time.perf_counter()
     with streamed(
         str(source),
@@ -223,7 +248,6 @@ def prune_checkpoint(
         offload=offload,
     ) as stream:
         model = stream.model
-        ids = calibration if calibration is None or isinstance(calibration, torch.Tensor) else calibration.ids
         mask = None if ids is calibration else getattr(calibration, "mask", None)
         store = stream.start(
             {
@@ -247,11 +271,20 @@ def source_state(source: str) -> dict[str, Any]:
     found = ModelSource.find(source)
     if found.path is None:
         return {"name": found.name}
-    paths = [found.path] if found.is_gguf else [found.path / "config.json", *safetensors_files(found.path)]
+    paths = [found.path] if found.is_gguf else [path for path in sorted(found.path.iterdir()) if path.is_file()]
     states = {path.name: path.stat() for path in paths}
     return {"files": {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}}
 
 
+def _empty(*folders: Path, keep: Collection[str] = ()) -> None:
+    """Remove everything in these folders, except for files of some names."""
+    for folder in folders:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def _digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's values."""
-    return hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    """SHA-256 of a tensor's dtype, shape and values."""
+    values = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + values).hexdigest()

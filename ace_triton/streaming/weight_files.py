@@ -62,13 +62,16 @@ class WeightFiles:
         self._maps: dict[Path, torch.UntypedStorage] = {}
 
     @classmethod
-    def create(cls, folder: Path, tensors: Mapping[str, torch.Tensor]) -> WeightFiles:
+    def create(cls, folder: Path, tensors: Mapping[str, torch.Tensor], *, existing: bool = False) -> WeightFiles:
         """Create the files for these tensors (on the meta device) and their index; their contents are undefined.
 
-        Files that exist with the right size keep their contents.
+        Args:
+            folder: folder of the files.
+            tensors: the tensors by name.
+            existing: the files exist, and keep their contents.
 
         Raises:
-            CheckpointError: if a dtype cannot be saved.
+            CheckpointError: if a dtype cannot be saved, or files that must exist are not those of these tensors.
             OSError: if the disk has too little space.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
@@ -78,7 +81,7 @@ class WeightFiles:
         split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=LARGEST_FILE)
         regions: dict[str, _Region] = {}
         for name, members in split.filename_to_tensors.items():
-            regions |= _create(folder / name, {member: tensors[member] for member in members})
+            regions |= _create(folder / name, {member: tensors[member] for member in members}, existing)
         if split.is_sharded:
             total = sum(tensor.numel() for tensor in tensors.values())
             index = {
@@ -89,11 +92,13 @@ class WeightFiles:
         return cls(folder, regions)
 
     @classmethod
-    def create_one_each(cls, folder: Path, tensors: Mapping[str, torch.Tensor]) -> WeightFiles:
+    def create_one_each(
+        cls, folder: Path, tensors: Mapping[str, torch.Tensor], *, existing: bool = False
+    ) -> WeightFiles:
         """As :meth:`create`, with a file for each tensor and without an index."""
         regions: dict[str, _Region] = {}
         for number, (name, tensor) in enumerate(tensors.items()):
-            regions |= _create(folder / f"{number:05d}.safetensors", {name: tensor})
+            regions |= _create(folder / f"{number:05d}.safetensors", {name: tensor}, existing)
         return cls(folder, regions)
 
     @classmethod
@@ -105,9 +110,9 @@ class WeightFiles:
         return name in self._regions
 
     @property
-    def paths(self) -> list[Path]:
-        """The files, in order."""
-        return sorted({region.path for region in self._regions.values()})
+    def names(self) -> set[str]:
+        """Names of the files, and of the index that belongs to several."""
+        return {INDEX_FILE, *(region.path.name for region in self._regions.values())}
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the files, mapped for reading and writing."""
@@ -127,8 +132,8 @@ class WeightFiles:
                 os.fsync(file.fileno())
 
 
-def _create(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, _Region]:
-    """Create a file of the right size with its header; returns the place of each tensor."""
+def _create(path: Path, tensors: Mapping[str, torch.Tensor], existing: bool = False) -> dict[str, _Region]:
+    """Create a file of the right size with its header, or check it; returns the place of each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: dict[str, int] = {}
     end = 0
@@ -139,7 +144,9 @@ def _create(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, _Regio
     content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     content += b" " * (-len(content) % 8)
     content = struct.pack("<Q", len(content)) + content
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    if existing:
+        _check(path, content, len(content) + end)
+    descriptor = os.open(path, os.O_RDWR | (0 if existing else os.O_CREAT | os.O_TRUNC), 0o666)
     try:
         # Reserves the disk's blocks: a write to a mapped page without one would kill the process.
         os.posix_fallocate(descriptor, 0, len(content) + end)
@@ -150,6 +157,17 @@ def _create(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, _Regio
         name: _Region(path, len(content) + start, tensors[name].dtype, tuple(tensors[name].shape))
         for name, start in places.items()
     }
+
+
+def _check(path: Path, header: bytes, size: int) -> None:
+    """CheckpointError unless a file has this header and size."""
+    try:
+        with path.open("rb") as file:
+            intact = file.read(len(header)) == header and path.stat().st_size == size
+    except OSError:
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{path}: the state of the interrupted run is damaged: add --restart")
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

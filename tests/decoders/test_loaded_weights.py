@@ -7,7 +7,7 @@ import torch
 from transformers import RwkvConfig, RwkvForCausalLM
 
 from ace_triton import RecoverySettings, prune_model, recover
-from ace_triton.decoders.loaded_weights import weights_as_loaded
+from ace_triton.decoders.loaded_weights import Writes, weights_as_loaded
 from ace_triton.inputs.written_text import WrittenText, write_batch
 
 RESCALED = ("attention.output.weight", "feed_forward.value.weight")
@@ -146,3 +146,15 @@ def test_powers_of_two_are_reverted_and_nothing_else_changes(make_decoder, ids):
     assert changed == {"model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"}
     assert torch.equal(second.mlp.up_proj.weight[1:], dense["model.layers.1.mlp.up_proj.weight"][1:])
     assert not second.mlp.up_proj.weight[0].any()
+
+
+def test_memory_that_a_weight_has_left_is_not_watched():
+    weight = torch.nn.Parameter(torch.ones(4))
+    left = weight.data
+    with Writes([weight]) as writes:
+        weight.data = torch.zeros(4)
+        left.add_(1)
+        assert not writes.before
+        writes.add(weight)
+        weight.data.mul_(2)
+    assert list(writes.before) == [weight]

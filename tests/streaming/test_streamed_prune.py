@@ -294,3 +294,85 @@ def test_a_model_that_does_not_fit_is_streamed(command, tiny_checkpoint, tmp_pat
     assert code == 0
     assert "so its weights stay in files (--stream)" in errors
     assert "streamed" in checkpoint.read_report(tmp_path / "out")
+
+
+def interrupted(source, out, ids, stopped_after, monkeypatch, units=1, **options):
+    stopped_after(units)
+    with pytest.raises(Stop):
+        prune_checkpoint(source, out, ids, BALANCED, **options)
+    monkeypatch.undo()
+
+
+def test_a_refused_run_leaves_the_state_as_it_was(make_decoder, save, tmp_path, ids, stopped_after, monkeypatch):
+    source, out = save(make_decoder("gpt2", n_embd=64)), tmp_path / "out"
+    interrupted(source, out, ids, stopped_after, monkeypatch, units=2)
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(CheckpointError, match="another dtype"):
+            prune_checkpoint(source, out, ids, BALANCED, dtype=dtype)
+    with pytest.raises(CheckpointError, match="another calibration"):
+        prune_checkpoint(source, out, ids.reshape(12, 8), BALANCED)
+    prune_checkpoint(source, out, ids, BALANCED)
+    prune_checkpoint(source, tmp_path / "expected", ids, BALANCED)
+    assert contents(out) == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "longer", "header", "journal"])
+def test_a_damaged_state_is_refused(tiny_checkpoint, tmp_path, tiny_ids, stopped_after, monkeypatch, damage):
+    out = tmp_path / "out"
+    interrupted(tiny_checkpoint, out, tiny_ids, stopped_after, monkeypatch)
+    kept = tmp_path / ".out.ace-triton"
+    weights, journal = kept / "new" / "model.safetensors", kept / "kept" / "journal.jsonl"
+    content = weights.read_bytes()
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "journal":
+        journal.write_text(journal.read_text().replace('"parameters"', '"others"'))
+    else:
+        changed = {"shorter": content[:-8], "longer": content + b"\0" * 8, "header": content[:9] + b"?" + content[10:]}
+        weights.write_bytes(changed[damage])
+    with pytest.raises(CheckpointError, match=r"damaged: add --restart"):
+        prune_checkpoint(tiny_checkpoint, out, tiny_ids, BALANCED)
+    (kept / "new" / "of-somebody-else").write_text("")
+    prune_checkpoint(tiny_checkpoint, out, tiny_ids, BALANCED, restart=True)
+    assert not (out / "of-somebody-else").exists()
+
+
+def test_a_changed_file_of_any_kind_is_noticed(tiny_model, save, tmp_path, tiny_ids, stopped_after, monkeypatch):
+    source = save(tiny_model)
+    (source / "model.safetensors").unlink()
+    torch.save(tiny_model.state_dict(), source / "pytorch_model.bin")
+    interrupted(source, tmp_path / "out", tiny_ids, stopped_after, monkeypatch)
+    torch.save({name: tensor * 2 for name, tensor in tiny_model.state_dict().items()}, source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"another source.files.pytorch_model.bin"):
+        prune_checkpoint(source, tmp_path / "out", tiny_ids, BALANCED)
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_run_resumes(tiny_checkpoint, tmp_path, tiny_ids, monkeypatch):
+    sync, calls = MappedModel.sync, []
+
+    def full(self, names):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        sync(self, names)
+
+    monkeypatch.setattr(MappedModel, "sync", full)
+    with pytest.raises(CheckpointError, match=r"could not be written .*No space.*the same command resumes"):
+        prune_checkpoint(tiny_checkpoint, tmp_path / "out", tiny_ids, BALANCED)
+    prune_checkpoint(tiny_checkpoint, tmp_path / "out", tiny_ids, BALANCED)
+    assert len(checkpoint.read_report(tmp_path / "out")["streamed"]["resumed_units"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": [{"input_ids": torch.ones(1, 4)}]}, "takes token ids"),
+        ({"calibration": "text"}, "takes token ids"),
+        ({"device": "nowhere"}, "device"),
+        ({"offload": "elsewhere"}, "offload"),
+    ],
+)
+def test_bad_arguments_are_one_line(tiny_checkpoint, tmp_path, tiny_ids, options, message):
+    with pytest.raises(AceError, match=message):
+        prune_checkpoint(tiny_checkpoint, tmp_path / "out", **{"calibration": tiny_ids, **options})
+    assert [path.name for path in tmp_path.iterdir()] == [tiny_checkpoint.name]
