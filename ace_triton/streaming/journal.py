@@ -53,12 +53,12 @@ class Journal(Results):
                 self._write({"format": FORMAT, "facts": dict(facts)}, fresh=True)
                 return
             first, *rest = map(json.loads, lines)
-            known, kept = first["format"] == FORMAT, first["facts"]
+            known, kept = first["format"] == FORMAT, dict(first["facts"])
             self.results = {entry["name"]: entry["result"] for entry in rest}
-            if not isinstance(kept, dict) or any(result is None for result in self.results.values()):
-                raise TypeError("an entry is empty")
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: the state of the interrupted run is damaged: add --restart") from error
+        if None in self.results.values():
+            raise CheckpointError(f"{path}: the state of the interrupted run is damaged: add --restart")
         if not known:
             raise CheckpointError(f"{path}: the interrupted run was of another version of ace-triton: add --restart")
         difference = _difference(kept, json.loads(json.dumps(dict(facts))))
