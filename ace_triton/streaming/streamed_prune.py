@@ -125,7 +125,8 @@ class StreamedModel:
 
     def _write_all_but_weights(self) -> None:
         """Write the configuration, the tokenizer and what else belongs to the checkpoint."""
-        with tempfile.TemporaryDirectory(dir=self._place.kept) as rest, checkpoint.refusals(self._out):
+        with tempfile.TemporaryDirectory(dir=self._place.kept) as private, checkpoint.refusals(self._out):
+            rest = Path(private) / "files"  # copytree copies the mode of its folder, and a temporary one is private.
             self.model.save_pretrained(rest, state_dict={})
             self.tokenizer.save_pretrained(rest)
             weights = shutil.ignore_patterns("model*.safetensors", "model*.index.json")

@@ -80,6 +80,7 @@ def test_the_files_are_those_of_a_model_pruned_in_memory(tiny_checkpoint, tmp_pa
     whole = pruned_in_memory(tiny_checkpoint, tmp_path / "memory", tiny_ids, recipe)
     streamed = prune_checkpoint(tiny_checkpoint, tmp_path / "streamed", tiny_ids, recipe)
     assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+    assert (tmp_path / "streamed").stat().st_mode == (tmp_path / "memory").stat().st_mode
     same = ("layers", "skipped", "excluded", "account")
     assert [getattr(streamed, name) for name in same] == [getattr(whole, name) for name in same]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory", "streamed", tiny_checkpoint.name]
