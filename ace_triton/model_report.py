@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .decoders.account import Account
@@ -114,6 +114,11 @@ class ModelReport:
     def sequential(self) -> Sequential | None:
         """What was pruned before the model ran again; None if no tokens were needed."""
         return self.recipe.sequential if self.recipe.needs.tokens else None
+
+    def with_load(self, seconds: float) -> ModelReport:
+        """The report of a run that also loaded the model, in this time."""
+        whole = replace(self.seconds, load=seconds, total=self.seconds.total + seconds)
+        return replace(self, seconds=whole)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""

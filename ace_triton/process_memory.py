@@ -1,13 +1,15 @@
-"""Return memory to the system that a mapped file or the allocator would keep."""
+"""Mapped files, and memory that goes back to the system although a mapped file or the allocator would keep it."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +35,21 @@ def own_memory(model: nn.Module) -> None:
             copies[identity] = mapped.clone()
             page_out(mapped)
         parameter.data = copies[identity]
+
+
+def map_file(path: str | Path, size: int) -> torch.UntypedStorage:
+    """A storage that is a shared mapping of a file: what is written to it goes to the file."""
+    storage: Any = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
+    return storage
+
+
+def reserve_space(descriptor: int, size: int) -> None:
+    """Give a file its size and its blocks on the disk: a write to a mapped page without one would kill the process.
+
+    Raises:
+        OSError: if the disk has too little space.
+    """
+    os.posix_fallocate(descriptor, 0, size)
 
 
 def drop_pages(tensor: torch.Tensor) -> None:

@@ -14,13 +14,13 @@ from ..formats.registry import format_of, load_model
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.model_source import weight_file_bytes
 from ..inputs.text import read_documents, wikitext_rows
-from ..planning.pruning_plan import gib
+from ..planning.pruning_plan import weights_stay_in_files
 from ..planning.skeleton import skeleton
 from ..process_memory import resident_bytes
 from ..processes import joined
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
-from ..streaming.fits import available_memory, fits_in_memory
+from ..streaming.fits import available_memory, fits_in_memory, surely_fits
 from ..streaming.streamed_evaluate import opened
 from . import report
 from .console import console, print_backend, print_note, progress_bars
@@ -40,9 +40,6 @@ from .options import (
     parse_dtype,
 )
 from .sources import check_length, check_source
-
-SURELY_ENOUGH = 8
-"""A run in memory never needs this many times the size of the model's files."""
 
 LOGIT_BYTES = 12
 """Bytes that a window needs at once for each of its logits: in the model's dtype, in fp32, and as log-likelihood."""
@@ -124,7 +121,7 @@ def evaluate(
 
 def _fits(source: str, length: int, options: dict[str, Any]) -> bool:
     """True if a model fits in memory, or cannot be streamed; a note says if it does not."""
-    if format_of(source).name != "dense" or fits_in_memory(SURELY_ENOUGH * weight_file_bytes(source)):
+    if format_of(source).name != "dense" or surely_fits(weight_file_bytes(source)):
         return True
     built = skeleton(source, **options)
     head = built.model.get_output_embeddings()
@@ -132,8 +129,5 @@ def _fits(source: str, length: int, options: dict[str, Any]) -> bool:
     needed = resident_bytes() + sum(parameter.nbytes for parameter in built.model.parameters()) + logits
     if built.source.is_gguf or fits_in_memory(needed):
         return True
-    print_note(
-        f"the model does not fit in memory ({gib(needed)} of {gib(available_memory())} available), so its weights stay "
-        "in files (--stream)"
-    )
+    print_note(weights_stay_in_files(needed, available_memory()))
     return False

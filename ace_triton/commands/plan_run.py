@@ -8,11 +8,11 @@ import typer
 from rich.table import Table
 
 from ..planning.memory import Memory
-from ..planning.pruning_plan import PruningPlan, gib, plan_pruning
+from ..planning.pruning_plan import PruningPlan, gib
 from ..provenance import with_provenance
 from . import report
 from .console import console, print_line, print_note, print_warning
-from .options import check_json, parse_device, parse_dtype
+from .options import check_json, parse_device
 from .prune_run import PruneRun
 from .recipe_file import SavedRun
 from .recipe_flags import calibration_from, check_text_is_there, given_flags, recipe_from, replaced_lines
@@ -56,21 +56,13 @@ def show_plan(context: typer.Context) -> None:
     if saved is not None:
         for line in replaced_lines(Path(values["recipe"]), saved, run.recipe, settings, run.dtype):
             print_note(line)
-    plan = plan_pruning(
-        run.source,
-        run.recipe,
-        samples=settings.samples,
-        length=settings.length,
-        batch_size=settings.batch_size,
+    plan = run.plan(
         text=settings.text,
         out=run.out if values["out"] else None,
-        dtype=parse_dtype(run.dtype),
         device=parse_device(run.device),
         packed=run.packed,
         overwrite=run.overwrite,
         stream=run.stream,
-        offload=run.offload,
-        trust_remote_code=run.trust_remote_code,
         probe=values.get("probe", False),
     )
     if values["json"]:

@@ -22,22 +22,19 @@ from ..inputs.output_folder import Reservation
 from ..model_report import ModelReport
 from ..packed.manifest import DTYPES as PACKED_DTYPES
 from ..packed.pack_model import SparsifyReport, sparsify
-from ..planning.pruning_plan import gib, plan_pruning
+from ..planning.pruning_plan import PruningPlan, plan_pruning, weights_stay_in_files
 from ..processes import Processes
 from ..progress import progress_bar, stage
 from ..provenance import option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
 from ..sparsity import Sparsity
-from ..streaming.fits import LARGEST_SHARE, fits_in_memory
+from ..streaming.fits import LARGEST_SHARE, surely_fits
 from ..streaming.streamed_prune import StreamedModel, streamed
 from .console import print_note
 from .options import parse_device, parse_dtype
 from .recipe_file import CalibrationSettings, digest_of
 from .sources import check_length, check_source
-
-SURELY_ENOUGH = 8
-"""A run in memory never needs this many times the size of the model's files."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +134,17 @@ class PruneRun:
         if device.type == "cuda" and not self.packed and size > LARGEST_SHARE * torch.cuda.mem_get_info(device)[0]:
             print_note("the model does not fit on the GPU, so its weights stay in files (--stream)")
             return True
-        if self.packed or device.type != "cpu" or fits_in_memory(SURELY_ENOUGH * size):
+        if self.packed or device.type != "cpu" or surely_fits(size):
             return False
+        plan = self.plan()
+        if plan.streams:
+            print_note(weights_stay_in_files(plan.in_memory.peak, plan.available_bytes))
+        return plan.streams
+
+    def plan(self, **more: Any) -> PruningPlan:
+        """The plan of this run; ``more`` are other arguments of plan_pruning."""
         settings = self.calibration
-        plan = plan_pruning(
+        return plan_pruning(
             self.source,
             self.recipe,
             samples=settings.samples,
@@ -149,13 +153,8 @@ class PruneRun:
             dtype=parse_dtype(self.dtype),
             offload=self.offload,
             trust_remote_code=self.trust_remote_code,
+            **more,
         )
-        if plan.streams:
-            print_note(
-                f"the model does not fit in memory ({gib(plan.in_memory.peak)} of {gib(plan.available_bytes)} "
-                "available), so its weights stay in files (--stream)"
-            )
-        return plan.streams
 
     def _run_in_memory(
         self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None
@@ -188,7 +187,7 @@ class PruneRun:
                 offload_folder=Reservation.of(self.out).work if self.offload == "disk" else None,
                 progress=bar,
             )
-            report = _with_load(report, load_seconds)
+            report = report.with_load(load_seconds)
             facts = self._facts(model, report, None if documents is None else settings, calibrated)
             packing = None
             if processes.is_first:
@@ -234,7 +233,7 @@ class PruneRun:
                 report = prune_stored(
                     model, sequences, self.recipe, store, batch_size=settings.batch_size, progress=bar
                 )
-            report = _with_load(report, load_seconds)
+            report = report.with_load(load_seconds)
             facts = self._facts(model, report, None if documents is None else settings, calibrated)
             with stage(progress, "complete the files"):
                 stream.publish(facts)
@@ -284,11 +283,6 @@ class PruneRun:
             dtype_option=self.dtype,
             device=str(model.device),
         )
-
-
-def _with_load(report: ModelReport, load_seconds: float) -> ModelReport:
-    seconds = report.seconds
-    return replace(report, seconds=replace(seconds, load=load_seconds, total=seconds.total + load_seconds))
 
 
 def _sequences(

@@ -215,6 +215,17 @@ def _equal(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
+def outermost_members(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost ``nn.ModuleList`` objects, each once, in order; with linear layers or without."""
+    outer: list[str] = []
+    found: dict[nn.Module, None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{other}.") for other in outer):
+            outer.append(name)
+            found.update(dict.fromkeys(module.children()))
+    return list(found)
+
+
 def linears_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The linear layers (``nn.Linear``, Conv1D) in a module with dotted name ``name``, in order of definition."""
     for path, child in module.named_modules(prefix=name):

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..errors import ArgumentError, CheckpointError
-from ..process_memory import drop_pages
+from ..process_memory import drop_pages, map_file, reserve_space
 
 Offload = Literal["memory", "disk"]
 """Where hidden states are kept."""
@@ -96,9 +96,8 @@ def _new_map(folder: Path, dtype: torch.dtype, shape: torch.Size, strides: tuple
     size = max(1, shape.numel() * dtype.itemsize)
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
-            # Reserves the disk's blocks: a write to a mapped page without one would kill the process.
-            os.posix_fallocate(file.fileno(), 0, size)
-            storage: Any = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=size)
+            reserve_space(file.fileno(), size)
+            storage: Any = map_file(file.name, size)
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or error
         raise CheckpointError(

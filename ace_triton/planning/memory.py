@@ -18,15 +18,13 @@ from ..methods.registry import metric
 from ..recipe import Recipe
 from ..solvers.least_squares import rounded
 from ..statistics.token_sample import SAMPLE_TOKENS
+from ..streaming.mapped_model import PIECE
 from .layers import LayerSize, PlannedModel, UnitSize
 
 FP32 = 4
 
 TEXT_BYTES_PER_TOKEN = 128
 """Memory of a text's token while the whole text is tokenized, in Python and in the tokenizer."""
-
-COPIED_AT_ONCE = 2**24
-"""Elements of a weight that a streamed run copies at once."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class Need:
         base, blocks = self.base_bytes, self.layers.block_bytes
         outside = max((p.nbytes for p in self._outside()), default=0)
         once = max(blocks, outside)
-        piece = min(COPIED_AT_ONCE * self.model.dtype.itemsize, once)
+        piece = min(PIECE * self.model.dtype.itemsize, once)
         # A tensor of a GGUF file is dequantized as a whole in fp32, through about two copies.
         read = 3 * FP32 * max(p.numel() for p in self.model.parameters()) if self.is_gguf else 0
         phases = {"copy the weights": base + 2 * piece + read}

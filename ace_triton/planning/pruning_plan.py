@@ -274,3 +274,11 @@ def _first_of(names: Sequence[str]) -> str:
 def gib(size: float) -> str:
     """A number of bytes as text."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def weights_stay_in_files(needed: float, available: int) -> str:
+    """The note that a run streams because it needs more bytes than are available."""
+    return (
+        f"the model does not fit in memory ({gib(needed)} of {gib(available)} available), so its weights stay in files "
+        "(--stream)"
+    )

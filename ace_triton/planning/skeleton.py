@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..inputs.checkpoint import check_config, loading_message, quantization_of
 from ..inputs.model_source import ModelSource, open_safetensors, safetensors_files, tensor_names
-from ..streaming.mapped_model import saved_form
+from ..streaming.mapped_model import replace_parameters, saved_form
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGE_BYTES = 2**20
@@ -93,7 +93,7 @@ def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]
     model.tie_weights()
     # Of a quantized model a few weights are not quantized, and are not converted.
     converted = _converted_bytes(model) if method is None else sum(p.nbytes for p in model.parameters())
-    _fill_with_zeros(model)
+    replace_parameters(model, {own: nn.Parameter(_zeros(own), requires_grad=False) for own in model.parameters()})
     return Skeleton(found, model.eval(), tokenizer, stored_bytes, stored_dtype, converted, method)
 
 
@@ -120,19 +120,8 @@ def _converted_bytes(model: Any) -> int:
     return sum(parameter.nbytes for name, parameter in model.named_parameters() if name not in direct)
 
 
-def _fill_with_zeros(model: nn.Module) -> None:
-    """Replace each parameter on the meta device by zeros of its own memory, whose pages are not there until written."""
-    zeros: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, own in module._parameters.items():
-            if own is None or not own.is_meta:
-                continue
-            if id(own) not in zeros:
-                zeros[id(own)] = nn.Parameter(_zeros(own), requires_grad=False)
-            module._parameters[name] = zeros[id(own)]
-
-
 def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros in memory of their own, whose pages are not there until they are written."""
     if like.nbytes < _LARGE_BYTES:
         return torch.zeros(like.shape, dtype=like.dtype, device="cpu")
     region = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)

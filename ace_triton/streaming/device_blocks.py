@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..decoders.blocks import outermost_members
 from ..process_memory import prefetch_pages
 
 
@@ -32,7 +33,7 @@ class DeviceBlocks:
     @contextmanager
     def placed(self) -> Iterator[None]:
         """A context in which the model runs on the device."""
-        blocks = _blocks(self._model)
+        blocks = outermost_members(self._model)
         inside = {parameter for block in blocks for parameter in block.parameters()}
         with ExitStack() as running:
             if self._device.type == "cpu":
@@ -110,11 +111,3 @@ class DeviceBlocks:
 
     def _restore(self, parameter: nn.Parameter) -> None:
         parameter.data = self._mapped.pop(parameter)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [
-        module for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists if other != name)
-    ]
-    return [member for module in outermost for member in module]

@@ -9,6 +9,9 @@ from pathlib import Path
 LARGEST_SHARE = 0.7
 """Largest share of the available memory that a run in memory may need."""
 
+SURELY_ENOUGH = 8
+"""A run in memory never needs this many times the size of the model's files."""
+
 _UNLIMITED = 2**60
 """A limit of a control group above this is no limit."""
 
@@ -18,8 +21,13 @@ def fits_in_memory(bytes_needed: float) -> bool:
     return bytes_needed <= LARGEST_SHARE * available_memory()
 
 
+def surely_fits(file_bytes: int) -> bool:
+    """True if a run in memory fits in any case, from the size of the model's files alone."""
+    return fits_in_memory(SURELY_ENOUGH * file_bytes)
+
+
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process can still allocate without swapping: of the machine, or of its control group if less.
+    """Bytes that this process can still allocate without swapping. A lower limit of its control group counts.
 
     Args:
         root: the folder that contains ``proc`` and ``sys``.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..decoders.blocks import outermost_members
 from ..decoders.loaded_weights import Writes
 from ..errors import ArgumentError
 from ..process_memory import give_back_free_memory
@@ -37,7 +38,7 @@ class LoadedOnUse:
         self._sources = taken_sources(model)
         replace_parameters(model, {old: nn.Parameter(_unloaded(old), False) for old in model.parameters()})
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        parts = _members(model)
+        parts = outermost_members(model)
         inside = {parameter for part in parts for parameter in part.parameters()}
         self._outside = [parameter for parameter in self._names if parameter not in inside]
         self._users: Counter[nn.Parameter] = Counter()
@@ -98,17 +99,6 @@ class LoadedOnUse:
                     f"{self._names[parameter]} is changed by the model's own forward, so its weights cannot stay in "
                     "files: load the model into memory, without --stream"
                 )
-
-
-def _members(model: nn.Module) -> list[nn.Module]:
-    """The members of the outermost ``nn.ModuleList``s."""
-    outer: list[str] = []
-    found: dict[nn.Module, None] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{other}.") for other in outer):
-            outer.append(name)
-            found.update(dict.fromkeys(module.children()))
-    return list(found)
 
 
 def _unloaded(like: torch.Tensor) -> torch.Tensor:

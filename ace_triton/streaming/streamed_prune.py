@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -261,8 +261,7 @@ def prune_checkpoint(
         load_seconds = time.perf_counter() - started
         with store.open():
             report = prune_stored(model, calibration, whole, store, batch_size=batch_size, progress=progress)
-        seconds = replace(report.seconds, load=load_seconds, total=report.seconds.total + load_seconds)
-        report = replace(report, seconds=seconds)
+        report = report.with_load(load_seconds)
         stream.publish(with_provenance(report.to_dict(), **source_facts(source, out)))
     return report
 

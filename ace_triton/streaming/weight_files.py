@@ -18,6 +18,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..inputs.model_source import INDEX_FILE
+from ..process_memory import map_file, reserve_space
 
 LARGEST_FILE = "50GB"
 """Largest weight file, as in transformers."""
@@ -119,11 +120,11 @@ class WeightFiles:
         region = self._regions[name]
         if region.path not in self._maps:
             size = region.path.stat().st_size
-            mapped: Any = torch.UntypedStorage.from_file(str(region.path), shared=True, nbytes=size)
-            self._maps[region.path] = mapped
+            self._maps[region.path] = map_file(region.path, size)
         start = region.offset // region.dtype.itemsize
-        view = torch.empty(0, dtype=region.dtype, device="cpu")
-        return view.set_(self._maps[region.path], start, region.shape, _strides(region.shape))  # type: ignore[call-overload]
+        view, storage = torch.empty(0, dtype=region.dtype, device="cpu"), self._maps[region.path]
+        strides = torch.empty(region.shape, dtype=region.dtype, device="meta").stride()
+        return view.set_(storage, start, region.shape, strides)  # type: ignore[call-overload]
 
     def sync(self, names: Iterable[str]) -> None:
         """Wait until the files that contain these tensors are on disk."""
@@ -148,8 +149,7 @@ def _create(path: Path, tensors: Mapping[str, torch.Tensor], existing: bool = Fa
         _check(path, content, len(content) + end)
     descriptor = os.open(path, os.O_RDWR | (0 if existing else os.O_CREAT | os.O_TRUNC), 0o666)
     try:
-        # Reserves the disk's blocks: a write to a mapped page without one would kill the process.
-        os.posix_fallocate(descriptor, 0, len(content) + end)
+        reserve_space(descriptor, len(content) + end)
         os.pwrite(descriptor, content, 0)
     finally:
         os.close(descriptor)
@@ -168,11 +168,3 @@ def _check(path: Path, header: bytes, size: int) -> None:
         intact = False
     if not intact:
         raise CheckpointError(f"{path}: the state of the interrupted run is damaged: add --restart")
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))

@@ -24,19 +24,6 @@ def stream() -> torch.Tensor:
 
 
 @pytest.fixture
-def save(tmp_path, tokenizer):
-    """save(model, name): the folder of its checkpoint."""
-
-    def save(model, name="source", **options):
-        folder = tmp_path / name
-        model.save_pretrained(folder, **options)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return save
-
-
-@pytest.fixture
 def loaded_together(monkeypatch):
     """The names of all weights that are loaded, each time that a part was loaded."""
     seen, loaded = [], LoadedOnUse.loaded
