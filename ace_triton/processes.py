@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -90,6 +90,10 @@ class Processes:
         with _connected():
             dist.all_gather_object(values, value)
         return values
+
+    def agree(self, value: Hashable) -> bool:
+        """True if all processes give equal values."""
+        return len(set(self.gather(value))) == 1
 
     def add_up(self, tensor: torch.Tensor) -> None:
         """Overwrite a contiguous fp32 tensor with its sum over all processes; all of them have the same bits then."""

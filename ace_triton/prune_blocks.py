@@ -210,7 +210,7 @@ def _check_same_inputs(processes: Processes, recipe: Recipe, batches: Sequence[B
         for tensor in tensors_in([batch.inputs, batch.valid]):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    if len(set(processes.gather(digest.hexdigest()))) > 1:
+    if not processes.agree(digest.hexdigest()):
         raise ArgumentError(
             "the processes of this run have different calibration sets or recipes: give all of them the same text, "
             "model files and options"

@@ -41,7 +41,7 @@ def check_shares(batches: Batches, processes: Processes) -> None:
 
 def check_equal(identity: str, processes: Processes) -> None:
     """Raise RecoveryError if the processes do not train the same model on the same text, by their fingerprints."""
-    if len(set(processes.gather(identity))) > 1:
+    if not processes.agree(identity):
         raise RecoveryError(
             "the processes have different settings, text, weights or teachers: give all hosts the same files and the "
             "same command"

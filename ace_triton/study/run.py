@@ -70,7 +70,7 @@ def run_study(
     """
     bench.check_lengths(grid.lengths)
     processes = Processes.now()
-    if len(set(processes.gather(bench.setting))) > 1:
+    if not processes.agree(bench.setting):
         raise StudyError(
             "the processes have different models, texts or settings: give all hosts the same files and the same command"
         )
