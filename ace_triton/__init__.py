@@ -30,8 +30,8 @@ from .packed.checkpoint import load, save_packed
 from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .packed.products import RowLimits
-from .packed.registration import register_if_imported as _register_if_imported
 from .packed.registration import register_quantizer
+from .packed.registration import register_with_transformers as _register_with_transformers
 from .planning.pruning_plan import PruningPlan, plan_pruning
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
@@ -113,7 +113,7 @@ __all__ = [
     "sparsify",
 ]
 
-_register_if_imported()
+_register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

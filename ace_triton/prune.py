@@ -219,6 +219,11 @@ def _terms(
         check_finite(weight, label, finite)  # A weight that is not finite, or has no memory, explains any error.
         if isinstance(error, StatsError):
             raise StatsError(f"{label}: {error}") from error
+        if isinstance(error, AttributeError) and error.obj is None and stats is not None:
+            raise StatsError(
+                f"{label}: the metric {recipe.method!r} reads a statistic that was not collected ({error}): name it in "
+                "register_metric(..., needs=ace_triton.Needs(...)), as outputs=True or gram=True"
+            ) from error
         raise
     if not isinstance(terms, ScoreTerms):
         check_finite(weight, label, finite)

@@ -38,6 +38,15 @@ def test_importing_the_package_loads_neither_transformers_nor_datasets():
     )
 
 
+def test_transformers_knows_packed_folders_when_it_is_imported_after_the_package():
+    run(
+        "import sys, inspect, ace_triton, transformers.modeling_utils as module\n"
+        "from transformers.quantizers import auto; assert 'ace_triton' in auto.AUTO_QUANTIZER_MAPPING\n"
+        "assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith('ace_triton')]\n"
+        "assert 'def from_pretrained' in inspect.getsource(module)"
+    )
+
+
 def test_it_imports_without_triton():
     run(
         "import sys\n"

@@ -60,7 +60,9 @@ COMMANDS: dict[Callable[..., None], str] = {
     study: "Compare methods on a model, and draw a page.",
 }
 for command, summary in COMMANDS.items():
-    app.command(short_help=summary, context_settings={"max_content_width": 100})(command)
+    app.command(short_help=summary, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})(
+        command
+    )
 
 
 SHARED = ("prune", "recover", "evaluate", "study")

@@ -33,7 +33,7 @@ import ace_triton
 model = ace_triton.load("path/to/this/folder")
 ```
 
-After `ace_triton.register_quantizer()`, `AutoModelForCausalLM.from_pretrained` of transformers loads it too.
+After `import ace_triton`, `AutoModelForCausalLM.from_pretrained` of transformers loads it too.
 """
 
 

@@ -175,7 +175,10 @@ def register_metric(
 def metric(name: str) -> Metric:
     """The metric with this name; RecipeError with all known names if there is none."""
     if not isinstance(name, str) or name not in _REGISTRY:
-        raise RecipeError(f"unknown method {name!r}: use one of {', '.join(metric_names())}")
+        raise RecipeError(
+            f"unknown method {name!r}: use one of {', '.join(metric_names())}, or your own after it is registered "
+            "(on the command line with --plugin FILE.py)"
+        )
     return _REGISTRY[name]
 
 

@@ -62,8 +62,8 @@ def merge_lora(model: Any) -> LoraMerge:
         The model without adapters, and how much of the update the mask dropped.
 
     Raises:
-        ArgumentError: if the model has no adapters, they are merged already, or no adapted layer is pruned; nothing was
-            changed.
+        ArgumentError: if the model has no adapters, they are merged already, disabled, or not finite, or no adapted
+            layer is pruned; nothing was changed.
     """
     layers = _adapted(model)
     _check(model, layers)
@@ -95,6 +95,13 @@ def _check(model: nn.Module, layers: dict[str, Any]) -> None:
             f"{merged[0]}: its adapter is merged already, so the zeros are lost: load the pruned model and the adapter "
             "again, and merge with ace_triton.merge_lora alone"
         )
+    disabled = [name for name, layer in layers.items() if layer.disable_adapters]
+    if disabled:
+        raise ArgumentError(f"{disabled[0]}: its adapter is disabled: call enable_adapter_layers() on the model first")
+    for name, layer in layers.items():
+        for part, parameter in layer.named_parameters():
+            if set(part.split(".")) & set(layer.active_adapters) and not bool(parameter.isfinite().all()):
+                raise ArgumentError(f"{name}.{part}: holds NaN or infinity; train the adapter again, with a lower rate")
     bases = [layer.get_base_layer() for layer in layers.values()]
     if not any(
         isinstance(base, NMLinear) or any(pruned_zeros(p) is not None for p in base.parameters(recurse=False))

@@ -13,7 +13,7 @@ from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.methods.ace import cosp, varp
-from ace_triton.methods.registry import metric
+from ace_triton.methods.registry import _REGISTRY, metric
 from ace_triton.methods.wanda_ria import ria, stade, wanda
 from ace_triton.statistics.outputs import OutputStats, update_outputs
 
@@ -243,6 +243,17 @@ def test_a_metric_of_ones_own():
     assert "last_channels" in metric_names()
     with pytest.raises(ValueError, match=r"bonus=1\.0"):
         prune_linear(layer, torch.randn(3, 8), "last_channels", malus=2.0)
+
+
+def test_a_metric_that_did_not_declare_its_statistics_is_told_how(monkeypatch):
+    monkeypatch.setattr("ace_triton.methods.registry._REGISTRY", dict(_REGISTRY))
+
+    @register_metric("undeclared")
+    def undeclared(weight, stats):
+        return ScoreTerms(scale=stats.gram.matrix.diagonal())
+
+    with pytest.raises(StatsError, match=r"'undeclared' reads a statistic that was not collected .*gram=True"):
+        prune_linear(torch.nn.Linear(8, 4), torch.randn(3, 8), "undeclared")
 
 
 def test_wrong_choices_say_what_there_is():

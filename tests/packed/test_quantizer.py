@@ -13,7 +13,7 @@ import ace_triton
 from ace_triton.errors import CheckpointError, PackedError
 from ace_triton.packed.manifest import MANIFEST_FILE, TENSORS_FILE
 from ace_triton.packed.quantizer import PackedConfig, _check_devices
-from ace_triton.packed.registration import register_if_imported
+from ace_triton.packed.registration import register_with_transformers
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -165,6 +165,6 @@ def test_without_the_package_transformers_names_it_and_stops(folder, unregistere
 
 
 def test_it_is_registered_once(unregistered):
-    register_if_imported()
+    register_with_transformers()
     assert "ace_triton" in auto.AUTO_QUANTIZER_MAPPING
     ace_triton.register_quantizer()

@@ -20,23 +20,24 @@ class LowRank(nn.Module):
         self.base_layer = base_layer
         rows, cols = base_layer.weight.shape
         generator = torch.Generator().manual_seed(rows + cols)
-        self.a = nn.Parameter(torch.randn(RANK, cols, generator=generator))
-        self.b = nn.Parameter(torch.randn(rows, RANK, generator=generator))
-        self.merged = False
+        self.a = nn.ParameterDict({"default": torch.randn(RANK, cols, generator=generator)})
+        self.b = nn.ParameterDict({"default": torch.randn(rows, RANK, generator=generator)})
+        self.active_adapters = ["default"]
+        self.disable_adapters = self.merged = False
 
     def get_base_layer(self):
         return self.base_layer
 
     @property
     def update(self):
-        return (self.b @ self.a).detach()
+        return (self.b["default"] @ self.a["default"]).detach()
 
     def merge(self):
         self.base_layer.weight.data += self.update
         self.merged = True
 
     def forward(self, tokens):
-        return self.base_layer(tokens) + tokens @ self.a.T @ self.b.T
+        return self.base_layer(tokens) + tokens @ self.update.T
 
 
 @pytest.fixture
@@ -100,7 +101,21 @@ def test_what_cannot_be_merged(pruned, make_decoder):
         merge_lora(dense)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     adapters = wrapped(pruned)
-    next(iter(adapters.values())).merge()
+    before = copy.deepcopy(pruned.state_dict())
+    first, *_, last = adapters.values()
+    first.disable_adapters = True
+    with pytest.raises(ArgumentError, match=r"up_proj: its adapter is disabled: call enable_adapter_layers"):
+        merge_lora(pruned)
+    first.disable_adapters = False
+    with torch.no_grad():
+        last.a["default"][0, 0] = float("nan")
+    with pytest.raises(ArgumentError, match=r"up_proj\.a\.default: holds NaN or infinity"):
+        merge_lora(pruned)
+    for name, tensor in pruned.state_dict().items():
+        assert torch.equal(tensor, before[name]) or name.endswith("a.default")
+    with torch.no_grad():
+        last.a["default"][0, 0] = 0
+    first.merge()
     with pytest.raises(ArgumentError, match=r"up_proj: its adapter is merged already, so the zeros are lost"):
         merge_lora(pruned)
 
