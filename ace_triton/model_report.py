@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from .block_fit import BlockFit
 from .decoders.account import Account
 from .decoders.blocks import Tower
 from .decoders.plan import Excluded, Skipped
@@ -78,6 +79,7 @@ class ModelReport:
         account: number of parameters pruned, skipped and excluded. Their sum is all matrices of the blocks.
         permutation: the result of ``permute=True``, or None.
         towers: the towers of the model, in the order in which they were pruned.
+        fits: what training did to each block, if the update has ``block_epochs``.
     """
 
     recipe: Recipe
@@ -89,6 +91,7 @@ class ModelReport:
     account: Account
     permutation: PermutationReport | None = None
     towers: tuple[TowerReport, ...] = ()
+    fits: tuple[BlockFit, ...] = ()
 
     @property
     def method(self) -> str:
@@ -140,4 +143,5 @@ class ModelReport:
             "sequential": self.sequential,
             "recipe": self.recipe.to_dict(),
             "towers": [asdict(tower) for tower in self.towers],
+            "fits": [asdict(fit) for fit in self.fits],
         }

@@ -114,6 +114,8 @@ def prune_linear(
 def _check_one_layer(recipe: Recipe) -> None:
     """RecipeError if a recipe has parts that only a whole model can follow."""
     parts = {"permute": recipe.permute, "budgets": recipe.budgets, "include": recipe.include, "exclude": recipe.exclude}
+    if recipe.update is not None:
+        parts["update's block_epochs"] = recipe.update.block_epochs > 0
     if wanted := [name for name, part in parts.items() if part not in (None, False, ())]:
         raise RecipeError(
             f"the recipe's {' and '.join(wanted)} need a whole model: use prune_model, or drop them with "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .block_fit import BATCH_TOKENS
 from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, Calibration, batches_of, run_model, tensors_in, trial_batch
 from .decoders.blocks import Tower, find_towers, possible_stacks
 from .decoders.calibration_mode import calibration_mode
@@ -153,14 +154,14 @@ def prune_stored(
     with ExitStack() as running:
         running.enter_context(calibration_mode(model))
         running.enter_context(weights_as_loaded(model, restorable=store.keeps_changes_private))
-        batches = batches_of(model, calibration, batch_size) if recipe.calibrated else []
+        batches = batches_of(model, calibration, batch_size, _tokens_of_a_batch(recipe)) if recipe.calibrated else []
         towers = find_towers(model, batches[0] if batches else None)
         plan = plan_of(model, recipe, [tower for tower in towers if tower.is_reached], batches)
         with clock.measure("select"):
             weights, finite = _checked_weights(plan, store)
             rehearse(recipe, next(iter(weights.values())))
         processes = Processes.now()
-        _check_same_inputs(processes, recipe, batches)
+        _check_processes(processes, recipe, batches)
         lanes = Lanes(len(batches), processes)
         selection = Selection(recipe, clock, plan, store, weights, finite, lanes)
         running.enter_context(few_threads(TOKENS_OF_A_FORWARD * max(w.numel() for w in weights.values())))
@@ -180,6 +181,7 @@ def prune_stored(
         account,
         None if selection.reorderer is None else selection.reorderer.report(),
         tuple(TowerReport.of(tower, runs.get(tower.name, "none")) for tower in towers),
+        tuple(selection.fits),
     )
 
 
@@ -201,10 +203,18 @@ def plan_of(model: nn.Module, recipe: Recipe, towers: Sequence[Tower], batches: 
     return Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, towers, stacks, layouts)
 
 
-def _check_same_inputs(processes: Processes, recipe: Recipe, batches: Sequence[Batch]) -> None:
-    """ArgumentError unless all processes were given the same recipe and the same calibration set."""
+def _tokens_of_a_batch(recipe: Recipe) -> int:
+    """Tokens of a forward; few if each is an optimizer step."""
+    fits = recipe.update is not None and recipe.update.block_epochs > 0
+    return BATCH_TOKENS if fits else TOKENS_OF_A_FORWARD
+
+
+def _check_processes(processes: Processes, recipe: Recipe, batches: Sequence[Batch]) -> None:
+    """ArgumentError unless the processes can share the recipe, and have the same recipe and calibration set."""
     if processes.size == 1:
         return
+    if recipe.update is not None and recipe.update.block_epochs:
+        raise ArgumentError("block_epochs trains in one process: start the run without torchrun, or leave it out")
     digest = hashlib.sha256(repr(recipe).encode())
     for batch in batches:
         for tensor in tensors_in([batch.inputs, batch.valid]):

@@ -91,6 +91,11 @@ class Recipe:
         if self.sequential not in get_args(Sequential):
             raise RecipeError(f"sequential must be one of {', '.join(get_args(Sequential))}; got {self.sequential!r}")
         _check_budgets(self.budgets, self.sparsity)
+        if self.update is not None and self.update.block_epochs and self.sequential == "none":
+            raise RecipeError(
+                "block_epochs trains each block on the outputs of the pruned blocks before it, which "
+                'sequential="none" never computes: leave one of them out'
+            )
         if self.permute and self.sparsity.n is None:
             raise RecipeError(
                 f"permute orders channels into the groups of n:m; a sparsity of {self.sparsity} has none: leave "
@@ -120,6 +125,11 @@ class Recipe:
     def needs(self) -> Needs:
         """What the metric and the update need beside the weight."""
         return needs_with(self.metric.needs(self.complete_options), self.update)
+
+    def for_layers(self, sparsity: Sparsity) -> Recipe:
+        """What is done to each layer alone, with the sparsity of its block."""
+        update = None if self.update is None else self.update.of_layers
+        return replace(self, sparsity=sparsity, update=update, permute=False, budgets=None)
 
     @property
     def calibrated(self) -> bool:

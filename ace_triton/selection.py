@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from .block_fit import BlockFit
 from .budgets import find_budgets
 from .decoders.batches import Batch, trial_batch
 from .decoders.blocks import gated_consumers, linears_of
@@ -44,6 +45,7 @@ class Selection:
     finite: FiniteCheck
     lanes: Lanes
     layers: list[LayerReport] = field(default_factory=list)
+    fits: list[BlockFit] = field(default_factory=list)
     reorderer: Reorderer | None = None
     patterns: Mapping[str, Sparsity] = field(default_factory=dict)
     called_once: set[frozenset[str]] = field(default_factory=set)
@@ -85,6 +87,7 @@ class Selection:
             self.plan.pruned(entry["name"], entry["parameters"])
         for name, reason in record["skipped"].items():
             self.plan.skip(name, self.weights[name], reason)
+        self.fits += [BlockFit(**entry) for entry in record["fits"]]
         if self.reorderer is not None:
             self.reorderer.restore(record["reordered"])
         return True
@@ -120,12 +123,13 @@ class Selection:
     @contextmanager
     def recorded(self, unit: Unit) -> Iterator[None]:
         """A context in which a unit is pruned; at its end the store saves the unit with the record of what was done."""
-        layers, skipped = len(self.layers), len(self.plan.skipped)
+        layers, skipped, fits = len(self.layers), len(self.plan.skipped), len(self.fits)
         reordered = 0 if self.reorderer is None else len(self.reorderer.reordered)
         yield
         record = {
             "layers": [asdict(layer) for layer in self.layers[layers:]],
             "skipped": {entry.name: entry.reason for entry in self.plan.skipped[skipped:]},
+            "fits": [asdict(fit) for fit in self.fits[fits:]],
             "reordered": [] if self.reorderer is None else [asdict(e) for e in self.reorderer.reordered[reordered:]],
         }
         self.store.finish(unit.name, modules_of(self.plan, unit), record)
@@ -148,7 +152,7 @@ class Selection:
         if collector is not None and collector.each_once:
             self.called_once.add(unit.names_inside)
         pattern = self.patterns.get(unit.name, self.recipe.sparsity)
-        recipe = replace(self.recipe, sparsity=pattern, permute=False, budgets=None)
+        recipe = self.recipe.for_layers(pattern)
         if self.reorderer is not None and pattern.n is not None:
             with self.clock.measure("permute"):
                 scores = partial(self._scores, collector=collector)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import nn
 
+from .block_fit import dense_outputs, fit_block
 from .decoders.batches import Batch, trial_batch
 from .decoders.blocks import Block, Tower, finished_modules
 from .decoders.collect import InputCollector
 from .decoders.experts import ExpertLinear
 from .decoders.kept_tensors import keeper
 from .decoders.plan import Plan, Unit
-from .decoders.replay import Runner, WholeForward, make_runner
+from .decoders.replay import Replay, Runner, WholeForward, make_runner
 from .model_report import TowerRun
 from .selection import Selection
 
@@ -84,6 +86,17 @@ class _TowerPass:
         blocks, clock = self.tower.blocks, self.selection.clock
         keep = keeper(self.selection.store.offload_folder)
         self.runner = make_runner(self.model, blocks, self.batches, clock, self.tower.masks, self.trial, keep=keep)
+        if self._epochs and not isinstance(self.runner, Replay):
+            warnings.warn(
+                f"block_epochs: the blocks of {self.tower.name or 'the model'} cannot be run one at a time, so they "
+                "are not trained",
+                stacklevel=5,
+            )
+
+    @property
+    def _epochs(self) -> int:
+        update = self.selection.recipe.update
+        return 0 if update is None else update.block_epochs
 
     def observe_ahead(self) -> None:
         """Collect the statistics of the dense model now, if a later run could not."""
@@ -110,6 +123,19 @@ class _TowerPass:
             yield unit
 
     def _prune(self, index: int, unit: Unit) -> Sequence[nn.Module]:
+        """Prune a unit and fit it; returns the modules of its block whose outputs may be cached."""
+        update, runner = self.selection.recipe.update, self.runner
+        if update is None or not self._epochs or not isinstance(runner, Replay):
+            return self._prune_layers(index, unit)
+        target = dense_outputs(runner, index, keeper(self.selection.store.offload_folder)())
+        self._prune_layers(index, unit)
+        with self.selection.clock.measure("update"):
+            self.selection.fits.append(
+                fit_block(unit.name, self.tower.blocks[index].module, runner, index, target, update)
+            )
+        return ()
+
+    def _prune_layers(self, index: int, unit: Unit) -> Sequence[nn.Module]:
         """Prune a unit; returns the modules of its block whose outputs may be cached."""
         if self.selection.recipe.sequential == "layers":
             return _prune_by_input(self.tower.blocks[index], unit, self.runner, index, self.selection)

@@ -32,6 +32,7 @@ ORDER = [
     "decoders",
     "budgets",
     "reordering",
+    "block_fit",
     "model_report",
     "selection",
     "tower_pass",

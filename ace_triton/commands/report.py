@@ -121,6 +121,10 @@ def prune_table(report: ModelReport) -> Table:
         mean = sum(gains) / max(len(gains), 1)
         table.add_row("layers reordered", str(len(report.permutation.reordered)))
         table.add_row("change of their retained score", f"{mean:+.2%}")
+    if report.fits:
+        before, after = (sum(getattr(fit, at) for fit in report.fits) / len(report.fits) for at in ("before", "after"))
+        table.add_row("held-out error of a block, before its training", f"{before:.4f}")
+        table.add_row("held-out error of a block, after it", f"{after:.4f}")
     permute = ("permute",) if report.permutation is not None else ()
     update = ("update",) if report.update is not None else ()
     for stage in ("load", "calibration", "statistics", *permute, "select", *update, "total"):

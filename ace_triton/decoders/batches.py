@@ -211,13 +211,16 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_in([getattr(value, entry.name) for entry in fields(value)])
 
 
-def batches_of(model: nn.Module, calibration: Calibration | None, batch_size: int | None) -> list[Batch]:
+def batches_of(
+    model: nn.Module, calibration: Calibration | None, batch_size: int | None, tokens: int = TOKENS_OF_A_FORWARD
+) -> list[Batch]:
     """Split a calibration set into batches on the model's device.
 
     Args:
         model: the model that the batches will run through.
         calibration: as for :func:`~ace_triton.prune_blocks.prune_model`.
-        batch_size: sequences per batch; None for as many as make about TOKENS_OF_A_FORWARD tokens.
+        batch_size: sequences per batch; None for as many as make about ``tokens`` tokens.
+        tokens: tokens of a batch if ``batch_size`` is None.
 
     Raises:
         ArgumentError: if the inputs, the mask or the batch size are invalid for this model.
@@ -239,7 +242,7 @@ def batches_of(model: nn.Module, calibration: Calibration | None, batch_size: in
         raise ArgumentError(
             f"calibration sequences have {ids.shape[1]} tokens, but the model takes at most {longest}: use shorter ones"
         )
-    batch_size = batch_size or max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
+    batch_size = batch_size or max(1, tokens // ids.shape[1])
     parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
     return [Batch.of_ids(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
 

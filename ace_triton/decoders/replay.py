@@ -223,6 +223,27 @@ class Replay:
         if advance:
             self._outputs.clear()
 
+    @property
+    def numbers(self) -> range:
+        """The numbers of the batches."""
+        return range(len(self._batches))
+
+    def output(self, index: int, number: int) -> torch.Tensor:
+        """The hidden states that a block returns for a batch; the next block's inputs stay as they are."""
+        with self._clock.measure("calibration"):
+            return hidden_of(self._call(index, number))
+
+    def shared(self, index: int) -> set[int]:
+        """Identities of the parameters that a block shares with the rest of the model."""
+        own = {id(parameter) for parameter in self._blocks[index].module.parameters()}
+        within = self._blocks[index].name + "."
+        named = self._model.named_parameters(remove_duplicate=False)
+        return own & {id(parameter) for name, parameter in named if not name.startswith(within)}
+
+    def valid(self, number: int) -> torch.Tensor | None:
+        """The padding mask of a batch's hidden states; None if there is no padding."""
+        return self._masks.of_hidden(self._batches[number], self.hidden[number])[1]
+
     def logits(self, number: int) -> torch.Tensor:
         """The model's logits for a batch, after every block has advanced; only what follows the blocks is computed."""
         with self._clock.measure("calibration"):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import RecoveryError
-from .optimizer import KeptAdamW
+from ..solvers.kept_adamw import KeptAdamW
 
 FORMAT = "ace_triton.recovery.4"
 

@@ -39,9 +39,9 @@ from ..decoders.loaded_weights import weights_as_loaded
 from ..errors import RecoveryError
 from ..inputs.written_text import WrittenText
 from ..processes import Processes
+from ..solvers.kept_adamw import LEAST_ZEROS, KeptAdamW
 from ..threads import few_threads, forward_work
 from .distillation import Distillation
-from .optimizer import KeptAdamW
 from .sharing import check_equal, check_shares, share_of, whole_models
 from .state import RecoveryState, fingerprint, locked
 from .text import Batches, batches_of
@@ -53,9 +53,6 @@ RecoveryProgress = Callable[[float, float, float], None]
 
 DEFAULT_MINUTES = 5.0
 """Budget if no settings are given."""
-
-LEAST_ZEROS = 0.05
-"""A weight with a smaller share of zeros counts as not pruned, and is not trained."""
 
 EAGER_LENGTH = 256
 """Longest sequence, in tokens, for which eager attention is faster than torch's sdpa on a CPU."""

@@ -58,6 +58,10 @@ class Update:
         mask_rounds: number of times that the metric chooses the mask again while the weights change. 0 keeps the mask
             for the dense weights.
         rescale: True to rescale rows at the end.
+        block_epochs: number of passes over the calibration text that train a block's kept weights after its layers are
+            fitted, so that the block's outputs come near those of the dense block (:mod:`ace_triton.block_fit`). Only
+            for whole models.
+        block_rate: the peak learning rate of these passes, in units of each weight's root mean square.
     """
 
     kind: Literal["rescale", "lstsq"] = "lstsq"
@@ -66,6 +70,8 @@ class Update:
     iterations: Annotated[int, Range(least=0)] = 8
     mask_rounds: Annotated[int, Range(least=0)] = 4
     rescale: bool = True
+    block_epochs: Annotated[int, Range(least=0)] = 0
+    block_rate: Annotated[float, Range(above=0)] = 5e-3
 
     def __post_init__(self) -> None:
         if self.kind not in UPDATES:
@@ -84,6 +90,11 @@ class Update:
     def types(cls) -> dict[str, OptionType]:
         """The options of "lstsq" and their allowed values."""
         return {name: option for name, option in option_types(cls).items() if name != "kind"}
+
+    @property
+    def of_layers(self) -> Update:
+        """The part of the update that is done layer by layer."""
+        return replace(self, block_epochs=0, block_rate=Update.block_rate)
 
     @property
     def changed(self) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton.recovery.optimizer import KeptAdamW
 from ace_triton.recovery.state import RecoveryState, fingerprint, locked, remove_state
+from ace_triton.solvers.kept_adamw import KeptAdamW
 
 
 def optimizer() -> KeptAdamW:

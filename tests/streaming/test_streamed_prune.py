@@ -26,6 +26,7 @@ RECIPES = {
     "ace": Recipe("ace"),
     "balanced": BALANCED,
     "layers": replace(BALANCED, sequential="layers"),
+    "block fit": replace(BALANCED, update={"kind": "lstsq", "block_epochs": 1}),
     "dense statistics": Recipe("wanda", sequential="none"),
     "head": Recipe("wanda", sequential="none", include=("*.down_proj", "lm_head")),
     "budgets": Recipe("wanda", sparsity="4:8", budgets="outliers", update="rescale"),
@@ -81,7 +82,7 @@ def test_the_files_are_those_of_a_model_pruned_in_memory(tiny_checkpoint, tmp_pa
     streamed = prune_checkpoint(tiny_checkpoint, tmp_path / "streamed", tiny_ids, recipe)
     assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
     assert (tmp_path / "streamed").stat().st_mode == (tmp_path / "memory").stat().st_mode
-    same = ("layers", "skipped", "excluded", "account")
+    same = ("layers", "skipped", "excluded", "account", "fits")
     assert [getattr(streamed, name) for name in same] == [getattr(whole, name) for name in same]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory", "streamed", tiny_checkpoint.name]
 

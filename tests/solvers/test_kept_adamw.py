@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton.recovery.optimizer import LEAST_SCALE, KeptAdamW
+from ace_triton.solvers.kept_adamw import LEAST_SCALE, KeptAdamW
 
 
 def parameters() -> dict[str, nn.Parameter]:

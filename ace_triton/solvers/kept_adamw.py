@@ -15,6 +15,9 @@ from ..processes import Processes
 
 BETAS = (0.9, 0.95)
 
+LEAST_ZEROS = 0.05
+"""A weight with a smaller share of zeros counts as not pruned, and is not trained."""
+
 LEAST_SCALE = 1e-3
 """Lower bound of a parameter's scale, so that biases of 0 move too; the value is Adafactor's."""
 
