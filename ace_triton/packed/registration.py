@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .manifest import QUANTIZATION
+from .manifest import QUANTIZATION_METHOD
 
 
 def register_quantizer() -> None:
@@ -17,7 +17,7 @@ def register_quantizer() -> None:
 
     from .quantizer import PackedConfig, PackedQuantizer
 
-    method = QUANTIZATION["quant_method"]
+    method = QUANTIZATION_METHOD
     if method not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(method)(PackedConfig)
         auto.register_quantizer(method)(PackedQuantizer)
