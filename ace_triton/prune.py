@@ -20,6 +20,8 @@ from .linears import as_kernel_dtype
 from .methods.registry import Needs
 from .presets import NOT_GIVEN, NotGiven, recipe_of
 from .recipe import Recipe
+from .solvers.least_squares import masked
+from .solvers.quantize import Quantization, quantized_weight
 from .solvers.update import Update, updated_weight
 from .sparsity import Axis, Sparsity
 from .statistics.activation import ActivationStats, StatsError
@@ -63,6 +65,7 @@ def prune_linear(
     sparsity: str | float | Sparsity | NotGiven = NOT_GIVEN,
     *,
     update: str | Mapping[str, Any] | Update | NotGiven | None = NOT_GIVEN,
+    quantize: int | Mapping[str, Any] | Quantization | NotGiven | None = NOT_GIVEN,
     name: str | None = None,
     return_mask: bool = False,
     model: nn.Module | None = None,
@@ -86,6 +89,9 @@ def prune_linear(
             weights to where they best reproduce the dense layer's outputs; an
             :class:`~ace_triton.solvers.update.Update` sets its options. Needs raw tokens, or statistics with a sample
             of them or with a Gram matrix. Default: no update.
+        quantize: 8 or 4 bits for the kept weights, or a :class:`~ace_triton.solvers.quantize.Quantization`, after the
+            update. The weight keeps its dtype; ``pack_model`` stores it in that many bits. By default the rule is
+            "gptq", which needs raw tokens, or statistics with a Gram matrix. Default: no quantization.
         name: the layer's name in errors and in the result.
         return_mask: also return which weights were kept; costs one byte a weight and a second pass.
         model: the model that holds the layer. If given, a weight that shares memory with another parameter of the model
@@ -100,7 +106,7 @@ def prune_linear(
         StatsError: if the statistics do not fit the layer or the method.
     """
     label = name or type(layer).__name__
-    recipe = recipe_of(method, options, sparsity=sparsity, update=update)
+    recipe = recipe_of(method, options, sparsity=sparsity, update=update, quantize=quantize)
     _check_one_layer(recipe)
     weight, finite = check_weight(layer, label), FiniteCheck()
     if isinstance(stats, torch.Tensor):
@@ -146,8 +152,7 @@ def prune_checked(
     kernel_weight = as_kernel_dtype(weight)
     chosen, pattern = recipe.metric, recipe.sparsity
     axis = pattern.axis or chosen.axis(gathered)
-    if chosen.solve is not None or recipe.update is not None:
-        assert gathered is not None
+    if chosen.solve is not None or recipe.update is not None or recipe.quantize is not None:
         with few_threads(weight.numel() * weight.shape[1]):
             chosen_mask = _solve(weight, gathered, recipe, axis, label, finite, clock)
         mask = chosen_mask if return_mask else None
@@ -288,32 +293,39 @@ def _known_of(weight: torch.Tensor, copied: torch.Tensor, finite: FiniteCheck) -
 
 def _solve(
     weight: torch.Tensor,
-    stats: ActivationStats,
+    stats: ActivationStats | None,
     recipe: Recipe,
     axis: Axis,
     label: str,
     finite: FiniteCheck,
     clock: Stopwatch | None,
 ) -> torch.Tensor:
-    """Prune in place and update the kept weights; returns the mask."""
+    """Prune in place, then update and quantize the kept weights; returns the mask."""
     chosen, pattern, update = recipe.metric, recipe.sparsity, recipe.update
     dense = weight.float().contiguous()
     known = _known_of(weight, dense, finite)
-    if update is None:
+    scored = update is not None or chosen.solve is None
+    if not scored:
         check_finite(dense, label, known)
-    terms = ScoreTerms() if update is None else _terms(recipe, dense, stats, label, known)
+    terms = _terms(recipe, dense, stats, label, known) if scored else ScoreTerms()
     try:
         solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **recipe.complete_options)
         if update is not None:
+            assert stats is not None
             with nullcontext() if clock is None else clock.measure("update"):
                 solved = updated_weight(
                     dense, stats, update, lambda w, out: _choose(w, terms, pattern, axis, out), solved
                 )
+        elif solved is None:
+            mask = _choose(dense, terms, pattern, axis, "mask")
+            solved = masked(dense, mask), mask
+        if recipe.quantize is not None:
+            with nullcontext() if clock is None else clock.measure("update"):
+                solved = quantized_weight(*solved, stats, recipe.quantize, weight.dtype), solved[1]
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error
     except ValueError as error:
         raise PruneError(f"{label}: {error}") from error
-    assert solved is not None
     values, mask = solved
     stored = values.to(weight.dtype)
     if not all_finite(as_kernel_dtype(stored)):

@@ -32,6 +32,7 @@ from .processes import Processes
 from .prune import prune_checked
 from .recipe import Recipe, Sequential
 from .selection import Selection, modules_of
+from .solvers.quantize import Quantization
 from .solvers.update import Update
 from .sparsity import Sparsity
 from .threads import few_threads
@@ -50,6 +51,7 @@ def prune_model(
     permute: bool | NotGiven = NOT_GIVEN,
     update: str | Mapping[str, Any] | Update | NotGiven | None = NOT_GIVEN,
     budgets: str | NotGiven | None = NOT_GIVEN,
+    quantize: int | Mapping[str, Any] | Quantization | NotGiven | None = NOT_GIVEN,
     batch_size: int | None = None,
     include: str | Sequence[str] | NotGiven | None = NOT_GIVEN,
     exclude: str | Sequence[str] | NotGiven | None = NOT_GIVEN,
@@ -94,6 +96,10 @@ def prune_model(
         budgets: "outliers" lets blocks whose scores have more outliers keep more, with the same total: up to 0.16 more
             of a fraction, or one more of every m for n:m (:mod:`ace_triton.budgets`). Takes one more forward of a
             batch. Default: the same share in every block.
+        quantize: 8 or 4 bits for the kept weights, or a :class:`~ace_triton.solvers.quantize.Quantization`, which also
+            sets the group and the rule. A layer is quantized after its update, so later blocks see quantized weights.
+            Weights keep their dtype; :func:`~ace_triton.packed.pack_model.pack_model` with the same bits and group
+            stores them without further loss. Default: no quantization.
         batch_size: sequences of token ids in one forward; None for as many as make about 2,048 tokens.
         include: shell patterns; only layers whose dotted name matches one are pruned. This is the only way to prune
             linear layers outside the blocks ("lm_head"). Default: all layers of the blocks.
@@ -123,6 +129,7 @@ def prune_model(
         permute=permute,
         update=update,
         budgets=budgets,
+        quantize=quantize,
         include=include,
         exclude=exclude,
     )

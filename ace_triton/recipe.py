@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from .errors import RecipeError
 from .methods.registry import Metric, Needs, metric
+from .solvers.quantize import Quantization
 from .solvers.update import Update
 from .sparsity import Sparsity
 
@@ -41,6 +42,7 @@ class Recipe:
         budgets: "outliers" lets blocks keep different shares of their weights; None gives every block the same share.
         include: shell patterns of the layers to prune; None for all layers of the blocks.
         exclude: shell patterns of the layers to leave dense.
+        quantize: how the kept weights are quantized at the end; None leaves them as they are.
 
     Raises:
         RecipeError: if a part is invalid, or two parts do not go together.
@@ -56,6 +58,7 @@ class Recipe:
     budgets: str | None
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
+    quantize: Quantization | None
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class Recipe:
         budgets: str | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        quantize: int | Mapping[str, Any] | Quantization | None = None,
     ) -> None:
         parts = {
             "method": method,
@@ -80,6 +84,7 @@ class Recipe:
             "budgets": budgets,
             "include": None if include is None else _name_patterns("include", include),
             "exclude": () if exclude is None else _name_patterns("exclude", exclude),
+            "quantize": Quantization.of(quantize),
         }
         for name, value in parts.items():
             object.__setattr__(self, name, value)
@@ -123,8 +128,8 @@ class Recipe:
 
     @cached_property
     def needs(self) -> Needs:
-        """What the metric and the update need beside the weight."""
-        return needs_with(self.metric.needs(self.complete_options), self.update)
+        """What the metric, the update and the quantization need beside the weight."""
+        return needs_with(self.metric.needs(self.complete_options), self.update, self.quantize)
 
     def for_layers(self, sparsity: Sparsity) -> Recipe:
         """What is done to each layer alone, with the sparsity of its block."""
@@ -149,12 +154,14 @@ class Recipe:
         words += [] if self.update is None else _update_words(self.update)
         words += [] if self.sequential == "blocks" else [_SEQUENTIAL_WORDS[self.sequential]]
         words += [] if self.budgets is None else [f"shares by {self.budgets}"]
+        words += [] if self.quantize is None else [str(self.quantize)]
         return tuple(words)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, with all options, so that a saved recipe keeps its meaning if a default changes.
 
-        A default that JSON cannot hold is left out. An option that was given keeps its value, whatever it is.
+        A default that JSON cannot hold is left out. An option that was given keeps its value, whatever it is. Without
+        quantization there is no entry for it.
         """
         options = self.complete_options.items()
         return {
@@ -167,6 +174,7 @@ class Recipe:
             "budgets": self.budgets,
             "include": None if self.include is None else list(self.include),
             "exclude": list(self.exclude),
+            **({} if self.quantize is None else {"quantize": self.quantize.to_dict()}),
         }
 
     @classmethod
@@ -238,8 +246,10 @@ def recipe_in(content: Mapping[str, Any], path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: {error}") from error
 
 
-def needs_with(needs: Needs, update: Update | None) -> Needs:
-    """What a metric and an update need together."""
+def needs_with(needs: Needs, update: Update | None, quantize: Quantization | None = None) -> Needs:
+    """What a metric, an update and a quantization need together."""
+    if quantize is not None and quantize.rule == "gptq":
+        needs = replace(needs, tokens=True, gram=True)
     if update is None:
         return needs
     exact = needs.gram or update.kind == "lstsq"

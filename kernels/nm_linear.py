@@ -17,6 +17,7 @@ from .errors import ArgumentError
 from .nm_linear_dot import nm_linear_dot
 from .op import Op, Work, bytes_of, launch_metadata
 from .packed_nm import PackedNM
+from .quantize_nm import dequantize_nm
 from .registers import kept_before, unzip
 from .triton_import import tl, triton
 from .unpack_nm import unpack_nm_reference
@@ -29,18 +30,20 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None 
 
     Args:
         tokens: [..., in_features], fp32, fp16 or bf16. Any number of rows works; 1 to 32 are fast.
-        packed: the weight, fp32, fp16 or bf16. Any pattern works; 2:4 is fast.
+        packed: the weight, fp32, fp16 or bf16, or quantized. Any pattern works; 2:4 is fast.
         bias: [out_features] or None.
 
     Raises:
         ArgumentError: if a shape or dtype does not fit.
     """
     check_linear(tokens, packed, bias)
-    return NM_LINEAR.on(tokens, packed.values, packed.meta, bias)(tokens, packed, bias)
+    return NM_LINEAR.on(tokens, packed.values, packed.meta, packed.absmax, bias)(tokens, packed, bias)
 
 
 def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The outputs, computed with plain torch from the dense weight in fp32."""
+    if packed.absmax is not None:
+        packed = dequantize_nm(packed, torch.float32)
     weight = unpack_nm_reference(packed).float()
     outputs = tokens.float() @ weight.t()
     if bias is not None:
@@ -55,10 +58,10 @@ def check_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | No
         raise ArgumentError(
             f"tokens must be [..., {in_features}] for a weight {packed.shape}, got shape {tuple(tokens.shape)}"
         )
-    if tokens.dtype not in DTYPES or packed.values.dtype not in DTYPES:
+    if tokens.dtype not in DTYPES or packed.dtype not in DTYPES:
         raise ArgumentError(
             "tokens and weight must be float32, float16 or bfloat16, "
-            f"got {tokens.dtype} and {packed.values.dtype}: convert them"
+            f"got {tokens.dtype} and {packed.dtype}: convert them"
         )
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ArgumentError(f"bias must be [{out_features}] for a weight {packed.shape}, got {tuple(bias.shape)}")
@@ -70,11 +73,15 @@ def _by_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
 
 
 def _nm_linear_cpu(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    if packed.absmax is not None:
+        return _by_reference(tokens, packed, bias)
     outputs = cpu.nm_linear(_rows_of(tokens, packed), packed, None if bias is None else bias.detach())
     return _shaped(outputs, tokens)
 
 
 def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    if packed.absmax is not None:
+        return _by_reference(tokens, packed, bias)
     packed.check_tensors()
     return _shaped(_launched(_rows_of(tokens, packed), packed, bias), tokens)
 
@@ -125,8 +132,8 @@ def _launched(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None)
 def _work(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> Work:
     """Reads the tokens once and the packed weight once, however many tokens there are."""
     n_outputs = tokens.shape[:-1].numel() * packed.shape[0]
-    products = 2 * tokens.shape[:-1].numel() * packed.values.numel()
-    moved = bytes_of(tokens, packed.values, packed.meta, bias) + n_outputs * tokens.element_size()
+    products = 2 * tokens.shape[:-1].numel() * packed.shape[0] * packed.kept_of_a_row
+    moved = bytes_of(tokens, bias) + packed.packed_bytes + n_outputs * tokens.element_size()
     return Work(moved, products if bias is None else products + n_outputs)
 
 

@@ -13,6 +13,15 @@ ones, and among equal zeros the higher index. So packing the result of
 :func:`~ace_triton.kernels.select_nm.select_nm` keeps the weights that it selected. NaN counts as non-zero.
 
 Bytes per weight of e bytes: e * n / m + 1/8. For 2:4 and bf16 that is 0.5625 of the dense size.
+
+Layout 2 has the same metadata, and values of 8 or 4 bits (:mod:`~ace_triton.kernels.few_bits`) in the same order:
+
+    values of 8 bits [out, in * n / m], int8: the integers q
+    values of 4 bits [out, ceil(in * n / m / 2)], uint8: q + 8, two in a byte, the first one in the lower 4 bits;
+        a last half byte that no value needs is 8
+    absmax [out, ceil(in / group)], float32, float16 or bfloat16: the largest magnitude among ``group`` inputs
+
+Bytes per weight of b bits, if absmax has e bytes: b / 8 * n / m + 1/8 + e / group.
 """
 
 from __future__ import annotations
@@ -21,10 +30,15 @@ from dataclasses import dataclass
 
 import torch
 
+from . import few_bits
 from .errors import ArgumentError, PatternError
 from .pattern import GROUP_SIZES, check_pattern
 
 LAYOUT_VERSION = 1
+"""Layout of weights that are not quantized."""
+
+FEW_BITS_LAYOUT_VERSION = 2
+"""Layout of quantized weights."""
 
 WORD = 32
 """Weights per word of metadata."""
@@ -34,13 +48,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 @dataclass(frozen=True)
 class PackedNM:
-    """A weight [out, in] packed in layout 1 (see the module's docstring).
+    """A weight [out, in] packed in layout 1, or in layout 2 if it has ``absmax`` (see the module's docstring).
 
     Attributes:
-        values: [out, in * n / m], float32, float16, bfloat16 or int8, contiguous.
+        values: [out, in * n / m], float32, float16, bfloat16 or int8, contiguous. In layout 2 int8 (8 bits), or uint8
+            [out, ceil(in * n / m / 2)] (4 bits).
         meta: [out, ceil(in / 32)], int32, contiguous, on the device of ``values``.
         n, m: n of every m inputs are kept.
         shape: (out, in) of the weight.
+        absmax: [out, ceil(in / group)], contiguous, on the device of ``values``; None if the weight is not quantized.
+        group: number of inputs that share an entry of ``absmax``; 0 without it.
     """
 
     values: torch.Tensor
@@ -48,37 +65,85 @@ class PackedNM:
     n: int
     m: int
     shape: tuple[int, int]
+    absmax: torch.Tensor | None = None
+    group: int = 0
+
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, int],
+        n: int,
+        m: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        bits: int | None = None,
+        group: int = 0,
+    ) -> PackedNM:
+        """A packed weight with uninitialized tensors; ``dtype`` is that of the dense weight."""
+        rows = shape[0]
+        stored = dtype if bits is None else torch.int8 if bits == 8 else torch.uint8
+        absmax = None if bits is None else torch.empty(rows, -(-shape[1] // group), dtype=dtype, device=device)
+        values = torch.empty(rows, 0, dtype=stored, device=device)
+        widths = cls(values, values, n, m, shape, absmax, group).widths
+        values = torch.empty(rows, widths["values"], dtype=stored, device=device)
+        meta = torch.empty(rows, widths["meta"], dtype=torch.int32, device=device)
+        return cls(values, meta, n, m, shape, absmax, group)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a quantized value; None if the weight is not quantized."""
+        return None if self.absmax is None else 8 if self.values.dtype == torch.int8 else 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense weight, and of the tokens that it multiplies."""
+        return self.values.dtype if self.absmax is None else self.absmax.dtype
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        absmax = {} if self.absmax is None else {"absmax": self.absmax}
+        return {"values": self.values, "meta": self.meta, **absmax}
+
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> PackedNM:
+        """A weight of the same kind with other :attr:`tensors`; it may have another number of rows."""
+        shape = (len(tensors["values"]), self.shape[1])
+        return PackedNM(tensors["values"], tensors["meta"], self.n, self.m, shape, tensors.get("absmax"), self.group)
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the weight before it was packed."""
-        return self.shape[0] * self.shape[1] * self.values.element_size()
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of values and metadata."""
-        return self.values.nbytes + self.meta.nbytes
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device | str) -> PackedNM:
         """The packed weight on ``device``."""
-        return PackedNM(self.values.to(device), self.meta.to(device), self.n, self.m, self.shape)
+        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def outputs(self, first: int, last: int) -> PackedNM:
         """The packed weight of outputs ``first`` to ``last`` (exclusive); it shares memory with this one."""
-        values, meta = self.values[first:last], self.meta[first:last]
-        return PackedNM(values, meta, self.n, self.m, (len(values), self.shape[1]))
+        parts = {name: tensor[first:last] for name, tensor in self.tensors.items()}
+        return self.with_tensors(parts)
 
     def check(self) -> None:
-        """Check that this is a valid weight in layout 1; use it for data that was read from a file.
+        """Check that this is a valid weight; use it for data that was read from a file.
 
         Raises:
-            ArgumentError: if the pattern, a shape, dtype or device is invalid.
+            ArgumentError: if the pattern, a shape, dtype or device is invalid; or if a quantized value or an entry of
+                ``absmax`` is out of range.
             PatternError: if a group does not keep exactly n weights, or if a bit past the last input is set.
         """
         self.check_tensors()
-        if self.values.dtype not in DTYPES:
+        if self.absmax is None and self.values.dtype not in DTYPES:
             raise ArgumentError(f"values must be one of {DTYPES}, got {self.values.dtype}")
         check_meta(self.meta, self.n, self.m, self.shape)
+        if self.absmax is not None:
+            _check_quantized(self.values, self.absmax, self.kept_of_a_row)
 
     def check_tensors(self) -> None:
         """Check shapes, dtypes and devices of values and metadata, which is all that kernels need.
@@ -90,15 +155,39 @@ class PackedNM:
             ArgumentError: if the pattern, a shape, dtype or device is invalid.
         """
         self.check_pattern()
-        rows, cols = self.shape
-        n, m, values, meta = self.n, self.m, self.values, self.meta
-        if values.shape != (rows, cols // m * n) or not values.is_contiguous():
-            raise ArgumentError(self._misfit("values", values, (rows, cols // m * n)))
-        if meta.shape != (rows, -(-cols // WORD)) or not meta.is_contiguous():
-            raise ArgumentError(self._misfit("meta", meta, (rows, -(-cols // WORD))))
-        check_meta_dtype(meta)
-        if values.device != meta.device:
-            raise ArgumentError(f"values are on {values.device} and meta on {meta.device}: move one of them")
+        if self.absmax is not None:
+            self._check_absmax()
+        for name, tensor in self.tensors.items():
+            expected = (self.shape[0], self.widths[name])
+            if tensor.shape != expected or not tensor.is_contiguous():
+                raise ArgumentError(self._misfit(name, tensor, expected))
+            if tensor.device != self.values.device:
+                raise ArgumentError(
+                    f"values are on {self.values.device} and {name} on {tensor.device}: move one of them"
+                )
+        check_meta_dtype(self.meta)
+
+    @property
+    def kept_of_a_row(self) -> int:
+        """The number of kept weights in a row."""
+        return self.shape[1] // self.m * self.n
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The number of columns of each tensor, by name."""
+        cols, kept = self.shape[1], self.kept_of_a_row
+        widths = {"values": -(-kept // 2) if self.bits == 4 else kept, "meta": -(-cols // WORD)}
+        return widths if self.absmax is None else {**widths, "absmax": -(-cols // self.group)}
+
+    def _check_absmax(self) -> None:
+        assert self.absmax is not None
+        if self.values.dtype not in (torch.int8, torch.uint8):
+            raise ArgumentError(
+                f"values beside absmax must be torch.int8 (8 bits) or torch.uint8 (4 bits), got {self.values.dtype}"
+            )
+        few_bits.check_bits(8, self.group)
+        if self.absmax.dtype not in few_bits.DTYPES:
+            raise ArgumentError(f"absmax must be float32, float16 or bfloat16, got {self.absmax.dtype}")
 
     def check_pattern(self) -> None:
         """Raise ArgumentError if n:m is invalid or does not divide a weight of this shape."""
@@ -110,6 +199,19 @@ class PackedNM:
             f"{name} of a {self.n}:{self.m} weight {self.shape} must be contiguous {expected}, "
             f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
         )
+
+
+def _check_quantized(values: torch.Tensor, absmax: torch.Tensor, kept: int) -> None:
+    """Raise ArgumentError if quantized values or absmax hold what no quantization gives."""
+    if values.dtype == torch.int8:
+        invalid = bool((values == -128).any())
+    else:
+        unused = values[:, -1:] >> 4 if kept % 2 else values[:0]
+        invalid = bool(((values & 15 == 0) | (values >> 4 == 0)).any()) or bool((unused != 8).any())
+    if invalid:
+        raise ArgumentError("its values hold a number that no quantization gives")
+    if not bool((absmax >= 0).all()) or bool(absmax.isinf().any()):
+        raise ArgumentError("its absmax holds NaN, infinity or a negative number")
 
 
 def check_meta_dtype(meta: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """unpack_nm: the dense weight of a packed n:m weight, bit for bit; pruned weights are +0.0.
 
+The values of a quantized weight are first converted to the weight's dtype.
+
 Bytes per weight of e bytes: e * n / m + 1/8 read, e written, in one pass.
 """
 
@@ -11,6 +13,7 @@ from . import cpu, launch, launch_packed
 from .errors import ArgumentError
 from .op import Op, Work, launch_metadata
 from .packed_nm import DTYPES, PackedNM, unpack_bits
+from .quantize_nm import dequantize_nm
 from .registers import bits_of, kept_before, spread, unzip, zipped
 from .triton_import import tl, triton
 
@@ -26,17 +29,22 @@ def unpack_nm(packed: PackedNM, into: torch.Tensor | None = None) -> torch.Tenso
     Raises:
         ArgumentError: if values, metadata or ``into`` do not fit, or if tensors are on different devices.
     """
-    dtype = packed.values.dtype
+    dtype = packed.dtype
     if into is not None and (tuple(into.shape) != packed.shape or into.dtype != dtype or not into.is_contiguous()):
         raise ArgumentError(
             f"into must be contiguous {dtype} {packed.shape}, got {into.dtype} {tuple(into.shape)} "
             f"with strides {into.stride()}"
         )
+    if packed.absmax is not None:
+        packed.check_tensors()
+        packed = dequantize_nm(packed)
     return UNPACK_NM.on(packed.values, packed.meta, into, writes=(into,))(packed, into)
 
 
 def unpack_nm_reference(packed: PackedNM) -> torch.Tensor:
     """The dense weight, computed with plain torch."""
+    if packed.absmax is not None:
+        packed = dequantize_nm(packed)
     dense = packed.values.new_zeros(packed.shape)
     return dense.masked_scatter_(unpack_bits(packed.meta)[:, : packed.shape[1]], packed.values)
 

@@ -17,10 +17,22 @@ from ..packed.pack_model import sparsify
 from ..packed.products import registry
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
+from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
 from . import report
 from .console import console, print_backend, print_line, progress_bars
-from .options import DTYPES, DeviceOption, JsonOption, TrustOption, check_json, parse_device, parse_dtype
+from .options import (
+    DTYPES,
+    BitsOption,
+    DeviceOption,
+    GroupOption,
+    JsonOption,
+    TrustOption,
+    check_json,
+    parse_bits,
+    parse_device,
+    parse_dtype,
+)
 from .sources import check_source
 
 SHAPE = "4096x4096"
@@ -39,6 +51,8 @@ def bench(
     sparsity: Annotated[
         str, typer.Option(help="Pattern n:m for --shape; the layers of --model have their own.")
     ] = "2:4",
+    bits: BitsOption = None,
+    group: GroupOption = GROUP,
     rows: Annotated[
         str, typer.Option(help="Comma-separated numbers of rows to time: the tokens in one call.")
     ] = ",".join(map(str, ROWS)),
@@ -65,13 +79,14 @@ def bench(
         pattern = Sparsity(sparsity)
         if pattern.n is None or pattern.m is None:
             raise ArgumentError(f"--sparsity {sparsity!r}: a packed layer needs a pattern n:m, as 2:4")
-        kinds = [_one_kind(shape or SHAPE, pattern.n, pattern.m, default if dtype == "auto" else dtype)]
+        kind = _one_kind(shape or SHAPE, pattern.n, pattern.m, default if dtype == "auto" else dtype)
+        kinds = [dataclasses.replace(kind, bits=parse_bits(bits, group), group=0 if bits is None else group)]
     else:
         check_source(model, any_format=True)
     print_backend(where)
     with progress_bars() as progress:
         if model is not None:
-            kinds = _kinds(model, weights_dtype, trust_remote_code, progress)
+            kinds = _kinds(model, weights_dtype, trust_remote_code, parse_bits(bits, group), group, progress)
         found = [
             bench_layer(kind, where, rows=counts, progress=progress_bar(progress, f"bench {kind.shape}"))
             for kind in kinds
@@ -89,11 +104,13 @@ def bench(
         _show_totals(found)
 
 
-def _kinds(source: str, dtype: object, trust_remote_code: bool, progress: Progress) -> list[LayerKind]:
+def _kinds(
+    source: str, dtype: object, trust_remote_code: bool, bits: int | None, group: int, progress: Progress
+) -> list[LayerKind]:
     with stage(progress, "load the model"):
         model, _ = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
         if not any(isinstance(module, NMLinear) for module in model.modules()):
-            sparsify(model)
+            sparsify(model, bits=bits, group=group)
     return kinds_of(model)
 
 

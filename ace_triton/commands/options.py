@@ -15,6 +15,7 @@ from ..decoders.kept_tensors import Offload
 from ..errors import ArgumentError
 from ..inputs.beginnings import Bos
 from ..inputs.model_source import check_device
+from ..kernels.few_bits import check_bits
 from ..methods.plugins import load_plugins
 from ..methods.registry import metric
 from ..option_types import Range, read_options
@@ -62,6 +63,13 @@ TrustOption = Annotated[
 OffloadOption = Annotated[
     Offload,
     typer.Option(help="Where the hidden states of the text are kept between two blocks: memory, or files on the disk."),
+]
+BitsOption = Annotated[
+    int | None,
+    typer.Option(help="Store each kept weight in 8 or 4 bits.", show_default="the weights' own type", metavar="8|4"),
+]
+GroupOption = Annotated[
+    int, typer.Option(help="For --bits: number of inputs that share a scale, a multiple of 32.", metavar="INPUTS")
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 SourceArgument = Annotated[
@@ -138,6 +146,16 @@ def parse_update(kind: str | None, pairs: list[str] | None, usual: Update | None
             raise ArgumentError("--update-option without --update: name the update too (--update lstsq)")
         return None
     return replace(update, **options)
+
+
+def parse_bits(bits: int | None, group: int) -> int | None:
+    """``--bits``; ArgumentError if it or ``--group`` is invalid."""
+    if bits is not None:
+        try:
+            check_bits(bits, group)
+        except ValueError as error:
+            raise ArgumentError(f"--bits and --group: {error}") from error
+    return bits
 
 
 def parse_dtype(name: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -15,19 +16,23 @@ from ..inputs import checkpoint
 from ..packed.pack_model import sparsify
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
+from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
 from ..streaming.streamed_pack import pack_checkpoint
 from . import report
-from .console import console, print_backend, print_line, progress_bars
+from .console import console, print_backend, print_line, print_note, progress_bars
 from .options import (
+    BitsOption,
     DeviceOption,
     DtypeOption,
     ExcludeOption,
+    GroupOption,
     IncludeOption,
     JsonOption,
     OverwriteOption,
     TrustOption,
     check_json,
+    parse_bits,
     parse_device,
     parse_dtype,
 )
@@ -40,6 +45,8 @@ def pack(
     sparsity: Annotated[
         str | None, typer.Option(help="Pattern n:m of all layers.", show_default="found for each layer")
     ] = None,
+    bits: BitsOption = None,
+    group: GroupOption = GROUP,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     dtype: DtypeOption = "auto",
@@ -51,12 +58,17 @@ def pack(
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Pack the n:m layers of a pruned checkpoint into a smaller one. Load it with ace_triton.load to run it sparse."""
+    """Pack the n:m layers of a pruned checkpoint into a smaller one. Load it with ace_triton.load to run it sparse.
+
+    --bits rounds each kept weight to the nearest value, because there is no calibration text here. 'ace-triton prune
+    --bits' chooses better values; pack its result with the same --bits and --group, which keeps them.
+    """
     check_json(json)
     if format_of(src).name == "packed":
         raise ArgumentError(f"{src} is packed already: use it as it is, or name the dense folder it was packed from")
     if sparsity is not None and Sparsity(sparsity).n is None:
         raise ArgumentError(f"--sparsity {sparsity!r}: packed layers need a pattern n:m, as 2:4")
+    few = parse_bits(bits, group)
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     checkpoint.check_out(out, overwrite=overwrite)
     check_source(src, hub=False)
@@ -79,6 +91,8 @@ def pack(
                 overwrite=overwrite,
                 report=facts,
                 stage=partial(stage, progress),
+                bits=few,
+                group=group,
             )
         else:
             with stage(progress, "load the model"):
@@ -86,7 +100,9 @@ def pack(
                     src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code
                 )
             with stage(progress, "pack"):
-                result = sparsify(model, sparsity, include=include or None, exclude=exclude or None)
+                result = sparsify(
+                    model, sparsity, include=include or None, exclude=exclude or None, bits=few, group=group
+                )
             with stage(progress, "save the model"):
                 save_model(model, tokenizer, out, "packed", report=facts, overwrite=overwrite)
     if json:
@@ -94,4 +110,16 @@ def pack(
     console.print(report.packing_table(result))
     for line in report.skipped_lines(result):
         print_line(f"left as it is: {line}")
+    if few is not None and quantization_of(facts) != (few, group):
+        print_note(
+            f"weights were rounded to the nearest value of {few} bits; ace-triton prune --bits {few} loses less, "
+            "because it uses the calibration text"
+        )
     print_line(f"written to {out}")
+
+
+def quantization_of(facts: Mapping[str, Any] | None) -> tuple[Any, Any] | None:
+    """Bits and group that a pruning report says the weights were quantized with; None if they were not."""
+    recipe = (facts or {}).get("recipe")
+    by = recipe.get("quantize") if isinstance(recipe, Mapping) else None
+    return (by.get("bits"), by.get("group")) if isinstance(by, Mapping) else None

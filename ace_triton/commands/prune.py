@@ -12,16 +12,19 @@ from ..methods.registry import metric_names
 from ..presets import DEFAULT_PRESET, PRESETS
 from ..processes import joined
 from ..recipe import Sequential
+from ..solvers.quantize import GROUP, Rule
 from ..solvers.update import Update
 from . import report
 from .console import console, print_backend, print_line, print_note, print_warning, progress_bars
 from .options import (
     NO_UPDATE,
     TEXT_SOURCES,
+    BitsOption,
     BosOption,
     DeviceOption,
     DtypeOption,
     ExcludeOption,
+    GroupOption,
     IncludeOption,
     JsonOption,
     OffloadOption,
@@ -119,6 +122,16 @@ def prune(
             help="Let blocks keep different shares, with the same total: 'outliers' gives more to blocks with more "
             "outlying scores.",
             show_default="the same share in all blocks",
+        ),
+    ] = None,
+    bits: BitsOption = None,
+    group: GroupOption = GROUP,
+    quantize: Annotated[
+        Rule | None,
+        typer.Option(
+            help="Rule for --bits: 'gptq' changes weights to make up for the rounding of others, by the calibration "
+            "text; 'absmax' rounds each weight alone.",
+            show_default="gptq",
         ),
     ] = None,
     sequential: Annotated[

@@ -192,11 +192,15 @@ class PruneRun:
             packing = None
             if processes.is_first:
                 with stage(progress, "save the model"):
-                    packing = sparsify(model) if self.packed else None
+                    packing = self._pack(model) if self.packed else None
                     kind = "packed" if self.packed else "dense"
                     save_model(model, tokenizer, self.out, kind, report=facts, overwrite=self.overwrite)
             processes.wait()
         return PruneResults(facts, report, calibrated, packing)
+
+    def _pack(self, model: Any) -> SparsifyReport:
+        by = self.recipe.quantize
+        return sparsify(model) if by is None else sparsify(model, bits=by.bits, group=by.group)
 
     def _run_streamed(
         self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None

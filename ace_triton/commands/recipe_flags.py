@@ -12,6 +12,7 @@ import typer
 from ..errors import ArgumentError, RecipeError
 from ..presets import DEFAULT_PRESET, PRESETS, replaced
 from ..recipe import Recipe
+from ..solvers.quantize import Quantization
 from ..sparsity import Sparsity
 from .options import parse_options, parse_update
 from .recipe_file import CalibrationSettings, SavedRun, is_missing_file
@@ -47,6 +48,8 @@ def recipe_from(given: Mapping[str, Any], saved: SavedRun | None) -> Recipe:
     for name in ("permute", "sequential", "budgets", "include", "exclude"):
         if name in given:
             parts[name] = given[name]
+    if any(name in given for name in ("bits", "group", "quantize")):
+        parts["quantize"] = _quantization(given, start.quantize)
     return replaced(start, parts)
 
 
@@ -97,6 +100,15 @@ def _start(preset: str | None, method: str | None, saved: SavedRun | None) -> Re
             raise ArgumentError("--preset and --recipe both name a recipe: give one of them")
         return saved.recipe
     return Recipe(method) if method is not None and preset is None else PRESETS[preset or DEFAULT_PRESET]
+
+
+def _quantization(given: Mapping[str, Any], start: Quantization | None) -> Quantization:
+    """The quantization with the parts that flags replace."""
+    if start is None and "bits" not in given:
+        raise ArgumentError("--group and --quantize are for quantized weights: add --bits 8 or --bits 4")
+    names = {"bits": "bits", "group": "group", "quantize": "rule"}
+    changed = {part: given[flag] for flag, part in names.items() if flag in given}
+    return replace(start or Quantization(), **changed)
 
 
 def _sparsity(given: Mapping[str, Any], start: Sparsity) -> Sparsity:

@@ -146,9 +146,9 @@ def _add_shares(table: Table, report: ModelReport) -> None:
 def packing_table(report: SparsifyReport) -> Table:
     """The size of the packed layers, beside their dense size."""
     table = facts_table()
-    patterns = Counter(layer.pattern for layer in report.layers)
-    for pattern, count in patterns.most_common():
-        table.add_row(f"layers packed {pattern}", str(count))
+    kinds = Counter((layer.pattern, layer.bits) for layer in report.layers)
+    for (pattern, bits), count in kinds.most_common():
+        table.add_row(f"layers packed {pattern}" + ("" if bits is None else f", {bits} bits"), str(count))
     table.add_row("size of these layers, dense", f"{report.dense_bytes / 2**20:.1f} MiB")
     table.add_row(
         "size packed", f"{report.packed_bytes / 2**20:.1f} MiB ({report.packed_bytes / report.dense_bytes:.1%})"
@@ -235,7 +235,8 @@ def _shape(tensor: TensorSparsity) -> str:
 
 
 def _pattern(tensor: TensorSparsity) -> str:
-    return f"{tensor.pattern}, packed" if tensor.packed else tensor.pattern
+    few = "" if tensor.bits is None else f", {tensor.bits} bits"
+    return f"{tensor.pattern}, packed{few}" if tensor.packed else tensor.pattern
 
 
 def info_summary(tensors: Sequence[TensorSparsity]) -> str:

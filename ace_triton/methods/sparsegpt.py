@@ -12,14 +12,12 @@ from ..kernels.score_terms import ScoreTerms
 from ..kernels.select_nm import select_nm
 from ..kernels.select_rows import select_rows
 from ..option_types import Range
+from ..solvers.inverse_factor import inverse_factor
 from ..solvers.update import gram_of
 from ..sparsity import Axis, Sparsity
-from ..statistics.activation import ActivationStats, StatsError
-from ..threads import cholesky_work, few_threads
+from ..statistics.activation import ActivationStats
+from ..threads import few_threads
 from .registry import Needs, register_metric
-
-MOST_DAMPING = 1.0
-"""The largest damping that is tried, as a share of the Gram matrix's mean diagonal."""
 
 
 def sparsegpt_weight(
@@ -41,8 +39,8 @@ def sparsegpt_weight(
         stats: with a Gram matrix.
         pattern: any pattern that runs along the inputs; the scope of a fraction is ignored.
         axis: the direction of the groups; only "in" is valid.
-        damping: share of the Gram matrix's mean diagonal that is added to its diagonal. It is raised tenfold, up to
-            :data:`MOST_DAMPING`, while the Cholesky factorization fails.
+        damping: share of the Gram matrix's mean diagonal that is added to its diagonal. It is raised while the
+            Cholesky factorization fails (:func:`~ace_triton.solvers.inverse_factor.inverse_factor`).
         block_size: columns per block, a multiple of m.
 
     Returns:
@@ -60,7 +58,7 @@ def sparsegpt_weight(
         raise RecipeError(f"its {weight.shape[1]} inputs are no multiple of {pattern.m}")
     if block_size < 1 or block_size % (pattern.m or 1):
         raise RecipeError(f"block_size must be a positive multiple of {pattern.m or 1}, got {block_size}")
-    factor = stats.derive(("sparsegpt", damping), lambda: inverse_factor(stats, damping))
+    factor = stats.derive(("inverse_factor", damping), lambda: inverse_factor(stats, damping))
     gram = gram_of(stats).matrix
     assert gram is not None
     current = weight.masked_fill(gram.diagonal() == 0, 0.0)
@@ -93,30 +91,6 @@ def _sweep(current: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, patt
     return errors.t()
 
 
-def inverse_factor(stats: ActivationStats, damping: float) -> torch.Tensor:
-    """U, upper triangular, with U^T U = (G + damping mean(diag G))^-1; fp32 [in_features, in_features].
-
-    A channel that was never active gets 1 on G's diagonal, as in the published code.
-    """
-    matrix = gram_of(stats).matrix
-    assert matrix is not None
-    diagonal = matrix.diagonal()
-    gram = matrix + (diagonal == 0).float().diag()
-    level = gram.diagonal().mean()
-    while damping <= MOST_DAMPING:
-        with few_threads(cholesky_work(len(gram))):
-            lower, failed = torch.linalg.cholesky_ex(gram + (damping * level).expand_as(diagonal).diag())
-            if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed:
-                    return upper
-        damping = max(damping, 1e-3) * 10
-    raise StatsError(
-        f"the Gram matrix has no Cholesky factor, even with a damping of {MOST_DAMPING:g} times its mean diagonal: "
-        "calibrate on more tokens, in float32 or bfloat16"
-    )
-
-
 @register_metric("sparsegpt", Needs(gram=True), solve=sparsegpt_weight)
 def sparsegpt(
     weight: torch.Tensor,
@@ -129,5 +103,5 @@ def sparsegpt(
     :func:`sparsegpt_weight` prunes; it applies the criterion to the updated weights. This form ranks the dense weights,
     for channel orders, budgets and weight updates.
     """
-    factor = stats.derive(("sparsegpt", damping), lambda: inverse_factor(stats, damping))
+    factor = stats.derive(("inverse_factor", damping), lambda: inverse_factor(stats, damping))
     return ScoreTerms(scale=factor.diagonal().reciprocal())

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..kernels.pack_nm import PackedNM, pack_nm
+from ..kernels.quantize_nm import quantize_nm
 from ..kernels.score_terms import ScoreTerms
 from ..kernels.select_nm import select_nm
 from ..kernels.unpack_nm import unpack_nm
@@ -52,6 +53,8 @@ class LayerKind:
         n, m: n of every m inputs are kept.
         dtype: dtype of weights and tokens.
         count: number of such layers in the model.
+        bits: bits of a quantized value; None for weights that are not quantized.
+        group: number of inputs that share a scale, for quantized weights.
     """
 
     shape: tuple[int, int]
@@ -59,9 +62,12 @@ class LayerKind:
     m: int
     dtype: torch.dtype
     count: int = 1
+    bits: int | None = None
+    group: int = 0
 
     def __str__(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]} {self.n}:{self.m} {str(self.dtype).removeprefix('torch.')}"
+        few = "" if self.bits is None else f", {self.bits} bits"
+        return f"{self.shape[0]}x{self.shape[1]} {self.n}:{self.m} {str(self.dtype).removeprefix('torch.')}{few}"
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,10 @@ class LayerTimes:
 def kinds_of(model: nn.Module) -> list[LayerKind]:
     """List the kinds of packed layers in a model, in order of first appearance."""
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
-    counts = Counter(((a.out_features, a.in_features), a.n, a.m, a.values.dtype) for a in layers)
-    return [LayerKind(*key, count) for key, count in counts.items()]
+    counts = Counter(
+        LayerKind((a.out_features, a.in_features), a.n, a.m, a.packed.dtype, bits=a.bits, group=a.group) for a in layers
+    )
+    return [dataclasses.replace(kind, count=count) for kind, count in counts.items()]
 
 
 def bench_layer(
@@ -244,8 +252,11 @@ def _weights(kind: LayerKind, device: torch.device) -> list[PackedNM]:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(kind.shape, generator=generator, dtype=torch.float32, device="cpu").to(device, kind.dtype)
     first = pack_nm(select_nm(dense, ScoreTerms(), kind.n, kind.m), kind.n, kind.m)
+    if kind.bits is not None:
+        first = quantize_nm(first, kind.bits, kind.group)
     copies = min(MOST_ROUNDS, max(2, -(-COLD_BYTES // first.packed_bytes)))
-    return [dataclasses.replace(first, values=first.values.clone(), meta=first.meta.clone()) for _ in range(copies)]
+    parts = first.tensors.items()
+    return [first.with_tensors({name: tensor.clone() for name, tensor in parts}) for _ in range(copies)]
 
 
 def _calls(weights: Sequence[PackedNM], products: Sequence[Product], rows: Sequence[int]) -> dict[str, Call]:
@@ -261,8 +272,9 @@ def _calls(weights: Sequence[PackedNM], products: Sequence[Product], rows: Seque
         calls[product.name] = _call(product, [*weights[shift:], *weights[:shift]], limits)
         if product.converts:
             least = min(count for count in rows if product.refusal(weights[0], count) is None)
+            tokens = weights[0].values.new_zeros(least, weights[0].shape[1], dtype=weights[0].dtype)
             for weight in weights:
-                product.multiply(weight.values.new_zeros(least, weight.shape[1]), weight, None, limits)
+                product.multiply(tokens, weight, None, limits)
     return calls
 
 

@@ -150,7 +150,9 @@ def _put_packed(model: nn.Module, name: str, entry: PackedEntry, dtype: torch.dt
         raise PackedError(f"{name}: packed as a linear layer {entry.shape}, but the model has {layer}")
     if entry.shape[1] % entry.m:
         raise PackedError(f"{name}: its {entry.shape[1]} inputs are not a multiple of {entry.m}; pack the model again")
-    packed = NMLinear.empty(entry.shape, entry.n, entry.m, bias=entry.bias, dtype=dtype)
+    packed = NMLinear.empty(
+        entry.shape, entry.n, entry.m, bias=entry.bias, dtype=dtype, bits=entry.bits, group=entry.group
+    )
     setattr(model.get_submodule(parent), leaf, packed)
 
 
@@ -166,13 +168,23 @@ def check_tensors(path: Path, model: nn.Module, manifest: Manifest) -> None:
         _check_names(path, names, set(expected), manifest.tied)
         for name in sorted(names):
             stored, wanted = file.get_slice(name), expected[name]
-            floating = stored.get_dtype().startswith(("F", "BF"))
-            if tuple(stored.get_shape()) != wanted.shape or floating != wanted.is_floating_point():
+            kind = stored.get_dtype()
+            fits = wanted.is_floating_point() if kind.startswith(("F", "BF")) else _fits(kind, wanted.dtype)
+            if tuple(stored.get_shape()) != wanted.shape or not fits:
                 tensor = file.get_tensor(name)
                 raise PackedError(
                     f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {wanted.dtype} "
                     f"{tuple(wanted.shape)}; pack the model again with this version of transformers"
                 )
+
+
+INTEGERS = {"I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
+"""Dtypes of metadata and quantized values, by their names in a safetensors file."""
+
+
+def _fits(kind: str, wanted: torch.dtype) -> bool:
+    """True if a tensor that is not floating-point has the dtype that the model needs."""
+    return INTEGERS.get(kind) == wanted if wanted in INTEGERS.values() else not wanted.is_floating_point
 
 
 def _read_tensors(

@@ -72,19 +72,26 @@ weight."""
 
 OTHER_LIMITS = RowLimits(packed=16)
 ANY_PATTERN_LIMITS = RowLimits(packed=4)
-"""For patterns other than 2:4: our kernel takes as long for four rows as unpacking."""
+"""For patterns other than 2:4, and for quantized weights: our kernel takes as long for four rows as unpacking."""
+
+FEW_BITS_ROWS = {"avx512": 64, "avx2": 64, "portable": 1}
+"""The limits for quantized weights, by instruction set of the compiled library."""
 
 
-def default_limits(device: torch.device, dtype: torch.dtype, pattern: tuple[int, int] = (2, 4)) -> RowLimits:
-    """The default limits for a device, a weight's dtype and its n:m pattern.
+def default_limits(
+    device: torch.device, dtype: torch.dtype, pattern: tuple[int, int] = (2, 4), bits: int | None = None
+) -> RowLimits:
+    """The default limits for a device, a weight's dtype, its n:m pattern and the bits of its values if it is quantized.
 
     On a CPU they depend on the instruction set of the compiled library. Without the library every call unpacks the
     weight, which is slow but faster than our reference. The GPU limits are estimated from machine code, not measured;
     ``ace-triton bench`` finds the best limits for a machine. Products that you registered may take any number of rows.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" and bits is not None:
+        limits = RowLimits(packed=FEW_BITS_ROWS[cpu_library.isa()] if cpu_library.available() else 0)
+    elif device.type == "cpu":
         limits = cpu_limits(cpu_library.isa() if cpu_library.available() else None, dtype, pattern == (2, 4))
-    elif pattern != (2, 4):
+    elif pattern != (2, 4) or bits is not None:
         limits = ANY_PATTERN_LIMITS
     else:
         backend = backend_of(device)
@@ -128,7 +135,7 @@ def multiply(
 
 def _choose(rows: int, packed: PackedNM, limits: RowLimits | None) -> tuple[Product, RowLimits]:
     """The first product that the limits choose and that does not refuse the call, and these limits."""
-    limits = limits or default_limits(packed.values.device, packed.values.dtype, (packed.n, packed.m))
+    limits = limits or default_limits(packed.values.device, packed.dtype, (packed.n, packed.m), packed.bits)
     for product in registry.products:
         if product.takes(rows, limits) and product.refusal(packed, rows) is None:
             return product, limits

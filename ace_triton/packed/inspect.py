@@ -25,6 +25,7 @@ class TensorSparsity:
         zeros: share of exact zeros.
         pattern: :class:`~ace_triton.packed.pattern.FoundPattern` as a string.
         packed: True for the weight of a packed layer, which is not a tensor of the file itself.
+        bits: bits of a packed value, if it is quantized.
     """
 
     name: str
@@ -32,6 +33,7 @@ class TensorSparsity:
     zeros: float
     pattern: str
     packed: bool = False
+    bits: int | None = None
 
 
 def inspect_packed(folder: str | Path) -> list[TensorSparsity]:
@@ -69,7 +71,7 @@ def inspect_dense(folder: str | Path) -> list[TensorSparsity]:
 
 
 def _inspect_files(files: Sequence[Path], layers: Mapping[str, PackedEntry]) -> list[TensorSparsity]:
-    packed_tensors = {f"{name}.{part}" for name in layers for part in ("values", "meta")}
+    packed_tensors = {f"{name}.{part}" for name in layers for part in ("values", "meta", "absmax")}
     found = []
     for path in files:
         try:
@@ -92,5 +94,8 @@ def _inspect(name: str, weight: torch.Tensor) -> TensorSparsity:
 
 
 def _inspect_packed(name: str, entry: PackedEntry, values: torch.Tensor) -> TensorSparsity:
-    zeros = 1 - float((values != 0).sum()) / max(entry.shape[0] * entry.shape[1], 1)
-    return TensorSparsity(name, entry.shape, zeros, f"{entry.n}:{entry.m}", packed=True)
+    """``values``: the stored values; a kept weight that was rounded to 0 counts as a zero."""
+    steps = values if entry.bits != 4 else torch.stack((values & 15, values >> 4), -1).flatten(1)
+    zero = 8 if entry.bits == 4 else 0
+    zeros = 1 - float((steps != zero).sum()) / max(entry.shape[0] * entry.shape[1], 1)
+    return TensorSparsity(name, entry.shape, zeros, f"{entry.n}:{entry.m}", packed=True, bits=entry.bits)

@@ -18,9 +18,9 @@ class Kernel(Product):
         return rows <= limits.packed
 
     def refusal(self, packed: PackedNM, rows: int) -> str | None:
-        if packed.values.dtype in DTYPES:
+        if packed.dtype in DTYPES:
             return None
-        return f"our kernel supports float32, float16 and bfloat16, the weight is {packed.values.dtype}"
+        return f"our kernel supports float32, float16 and bfloat16, the weight is {packed.dtype}"
 
     def multiply(
         self, tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits

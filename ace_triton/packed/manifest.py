@@ -16,7 +16,8 @@ import torch
 from ..errors import PackedError
 from ..inputs.output_folder import files_in
 from ..inputs.report_file import MANIFEST_FILE
-from ..kernels.pack_nm import LAYOUT_VERSION
+from ..kernels.few_bits import check_bits
+from ..kernels.packed_nm import FEW_BITS_LAYOUT_VERSION, LAYOUT_VERSION
 from ..sparsity import Sparsity
 
 TENSORS_FILE = "packed.safetensors"
@@ -29,8 +30,11 @@ FORMAT_VERSION = 2
 OLDEST_VERSION = 1
 """Version 1 has checksums of NEEDED_FILES only."""
 
-QUANTIZATION: dict[str, Any] = {"quant_method": "ace_triton", "layout": LAYOUT_VERSION}
-"""``quantization_config`` in the config.json of a packed checkpoint.
+FEW_BITS_VERSION = 3
+"""Version of checkpoints with quantized layers. Others have FORMAT_VERSION, so that an older ace-triton reads them."""
+
+QUANTIZATION_METHOD = "ace_triton"
+"""Name of the method in the ``quantization_config`` of a packed checkpoint.
 
 transformers names the method in its error if it does not know it, so the method has the package's name.
 """
@@ -49,12 +53,21 @@ class PackedEntry:
         n, m: n of every m consecutive inputs are kept.
         shape: (out_features, in_features) of the dense weight.
         bias: True if the layer has a bias.
+        bits: bits of a quantized value; None if the layer is not quantized.
+        group: number of inputs that share a scale; 0 if the layer is not quantized.
     """
 
     n: int
     m: int
     shape: tuple[int, int]
     bias: bool
+    bits: int | None = None
+    group: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        few = {} if self.bits is None else {"bits": self.bits, "group": self.group}
+        return {"pattern": f"{self.n}:{self.m}", "shape": list(self.shape), "bias": self.bias, **few}
 
 
 @dataclass(frozen=True)
@@ -81,14 +94,27 @@ class Manifest:
         tied: tied tensors, which are not in the file: the name of each, and the name of the tensor it is tied to.
         files: size and checksum of every file of the checkpoint, by relative path. Files that were added later are
             not covered.
-        version: format version that was read, or that is written.
+        version: format version that was read, or that is written; 0 for the oldest version that can hold the layers.
     """
 
     dtype: str
     layers: dict[str, PackedEntry]
     tied: dict[str, str]
     files: dict[str, FileMark]
-    version: int = FORMAT_VERSION
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.version:
+            object.__setattr__(self, "version", FEW_BITS_VERSION if self._quantized else FORMAT_VERSION)
+
+    @property
+    def _quantized(self) -> bool:
+        return any(entry.bits is not None for entry in self.layers.values())
+
+    @property
+    def layout(self) -> int:
+        """The newest layout among the layers."""
+        return FEW_BITS_LAYOUT_VERSION if self._quantized else LAYOUT_VERSION
 
     @staticmethod
     def marks(folder: Path) -> dict[str, FileMark]:
@@ -100,12 +126,9 @@ class Manifest:
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": self.version,
-            "layout": LAYOUT_VERSION,
+            "layout": self.layout,
             "dtype": self.dtype,
-            "layers": {
-                name: {"pattern": f"{entry.n}:{entry.m}", "shape": list(entry.shape), "bias": entry.bias}
-                for name, entry in self.layers.items()
-            },
+            "layers": {name: entry.to_dict() for name, entry in self.layers.items()},
             "tied": self.tied,
             "files": {name: {"bytes": mark.size, "sha256": mark.sha256} for name, mark in self.files.items()},
         }
@@ -145,6 +168,14 @@ class Manifest:
         if content["dtype"] not in DTYPES:
             raise PackedError(f"dtype must be one of {', '.join(DTYPES)}, got {content['dtype']!r}")
         layers = {name: _entry(fields) for name, fields in content["layers"].items()}
+        quantized = any(entry.bits is not None for entry in layers.values())
+        if quantized != (content["layout"] == FEW_BITS_LAYOUT_VERSION) or quantized != (
+            content["version"] == FEW_BITS_VERSION
+        ):
+            raise PackedError(
+                f"quantized layers need version {FEW_BITS_VERSION} and layout {FEW_BITS_LAYOUT_VERSION}, others an "
+                f"older one; got {content['version']} and {content['layout']}"
+            )
         files = {name: FileMark(_size(mark["bytes"]), str(mark["sha256"])) for name, mark in content["files"].items()}
         if not set(NEEDED_FILES) <= set(files):
             raise PackedError(f"files must include {', '.join(NEEDED_FILES)}, got {', '.join(files)}")
@@ -194,8 +225,8 @@ def _check_version(path: Path, content: Any) -> None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PackedError(f"{path}: is not the manifest of a packed checkpoint; pack the model again")
     for field, oldest, newest in (
-        ("version", OLDEST_VERSION, FORMAT_VERSION),
-        ("layout", LAYOUT_VERSION, LAYOUT_VERSION),
+        ("version", OLDEST_VERSION, FEW_BITS_VERSION),
+        ("layout", LAYOUT_VERSION, FEW_BITS_LAYOUT_VERSION),
     ):
         given = content.get(field)
         if not isinstance(given, int) or isinstance(given, bool) or given < oldest:
@@ -216,7 +247,10 @@ def _entry(fields: dict[str, Any]) -> PackedEntry:
     rows, cols = (_size(size) for size in fields["shape"])
     if not isinstance(fields["bias"], bool):
         raise TypeError(f"bias must be true or false, got {fields['bias']!r}")
-    return PackedEntry(pattern.n, pattern.m, (rows, cols), fields["bias"])
+    if "bits" not in fields and "group" not in fields:
+        return PackedEntry(pattern.n, pattern.m, (rows, cols), fields["bias"])
+    check_bits(fields["bits"], fields["group"])
+    return PackedEntry(pattern.n, pattern.m, (rows, cols), fields["bias"], fields["bits"], fields["group"])
 
 
 def _size(number: Any) -> int:

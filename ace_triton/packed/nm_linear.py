@@ -12,9 +12,11 @@ from torch.autograd import forward_ad
 from ..errors import ArgumentError, PackedWeightError
 from ..kernels.memory import why_not_plain
 from ..kernels.pack_nm import PackedNM, pack_nm
-from ..kernels.packed_nm import WORD, check_meta, check_meta_dtype
+from ..kernels.packed_nm import check_meta, check_meta_dtype
+from ..kernels.quantize_nm import quantize_nm
 from ..kernels.unpack_nm import unpack_nm
 from ..linears import linear_weight
+from ..solvers.quantize import GROUP
 from .dispatch import multiply
 from .products import RowLimits
 from .weight import PackedWeight
@@ -23,10 +25,10 @@ from .weight import PackedWeight
 class NMLinear(nn.Module):
     """Computes y = x W^T + b from one packed copy of W, which is stored in ordinary buffers.
 
-    The buffers ``values`` and ``meta`` (layout: :mod:`ace_triton.kernels.packed_nm`) work with ``state_dict``,
-    ``model.to`` and ``deepcopy``. Metadata are bits, so they keep their dtype when the module is cast, and
-    ``load_state_dict`` refuses metadata that are damaged or were cast. The weight is frozen. Gradients flow to the
-    input and the bias, in reverse and in forward mode.
+    The buffers ``values`` and ``meta``, and ``absmax`` of a quantized weight (layout:
+    :mod:`ace_triton.kernels.packed_nm`), work with ``state_dict``, ``model.to`` and ``deepcopy``. Metadata are bits, so
+    they keep their dtype when the module is cast, and ``load_state_dict`` refuses metadata that are damaged or were
+    cast. The weight is frozen. Gradients flow to the input and the bias, in reverse and in forward mode.
 
     Each call chooses its product by the number of rows (:func:`~ace_triton.packed.dispatch.choose_product`).
     To use peft adapters: ``config._register_custom_module({NMLinear: peft.tuners.lora.Linear})``.
@@ -34,12 +36,14 @@ class NMLinear(nn.Module):
     Attributes:
         in_features, out_features: as in ``nn.Linear``.
         n, m: n of every m inputs are kept.
+        bits: bits of a quantized value; None if the weight is not quantized.
         bias: [out_features] or None.
         limits: numbers of rows that choose the product; None for the defaults of the device.
     """
 
     values: torch.Tensor
     meta: torch.Tensor
+    absmax: torch.Tensor | None
     bias: nn.Parameter | None
 
     def __init__(self, packed: PackedNM, bias: nn.Parameter | None = None, limits: RowLimits | None = None) -> None:
@@ -47,17 +51,36 @@ class NMLinear(nn.Module):
         packed.check_tensors()
         self.out_features, self.in_features = packed.shape
         self.n, self.m = packed.n, packed.m
+        self.group = packed.group
         self.limits = limits
         self.register_buffer("values", packed.values)
         self.register_buffer("meta", packed.meta)
+        self.register_buffer("absmax", packed.absmax)
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_linear(cls, layer: nn.Module, n: int, m: int, limits: RowLimits | None = None) -> NMLinear:
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        n: int,
+        m: int,
+        limits: RowLimits | None = None,
+        *,
+        bits: int | None = None,
+        group: int = GROUP,
+    ) -> NMLinear:
         """Pack an ``nn.Linear`` or Conv1D. The bias is shared, not copied.
 
+        Args:
+            layer: the layer.
+            n, m: n of every m inputs are kept.
+            limits: numbers of rows that choose the product; None for the defaults of the device.
+            bits: 8 or 4 to round the kept weights to that many bits; None to keep them.
+            group: for ``bits``, the number of inputs that share a scale, a multiple of 32.
+
         Raises:
-            ArgumentError: if ``layer`` is not linear, or its shape or dtype cannot be packed.
+            ArgumentError: if ``layer`` is not linear, its shape or dtype cannot be packed, or bits or group are
+                invalid.
             PatternError: if a group has more than n non-zeros.
         """
         weight = linear_weight(layer)
@@ -65,7 +88,10 @@ class NMLinear(nn.Module):
             raise ArgumentError(f"only nn.Linear and Conv1D can be packed, got a {type(layer).__name__}")
         bias = layer.bias
         assert bias is None or isinstance(bias, nn.Parameter)
-        return cls(pack_nm(weight.resolve_neg().contiguous(), n, m), bias, limits).train(layer.training)
+        packed = pack_nm(weight.resolve_neg().contiguous(), n, m)
+        if bits is not None:
+            packed = quantize_nm(packed, bits, group)
+        return cls(packed, bias, limits).train(layer.training)
 
     @classmethod
     def empty(
@@ -77,18 +103,24 @@ class NMLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device | str = "meta",
+        bits: int | None = None,
+        group: int = 0,
     ) -> NMLinear:
         """Make a layer with uninitialized tensors, for a weight of ``shape`` (out_features, in_features)."""
-        rows, cols = shape
-        values = torch.empty(rows, cols * n // m, dtype=dtype, device=device)
-        meta = torch.empty(rows, -(-cols // WORD), dtype=torch.int32, device=device)
-        offset = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
-        return cls(PackedNM(values, meta, n, m, (rows, cols)), offset)
+        packed = PackedNM.empty(shape, n, m, dtype=dtype, device=device, bits=bits, group=group)
+        offset = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device)) if bias else None
+        return cls(packed, offset)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a quantized value; None if the weight is not quantized."""
+        return self.packed.bits
 
     @property
     def packed(self) -> PackedNM:
         """The packed weight for the kernels; it shares the buffers."""
-        return PackedNM(self.values, self.meta, self.n, self.m, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        return PackedNM(self.values, self.meta, self.n, self.m, shape, self.absmax, self.group)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -96,7 +128,7 @@ class NMLinear(nn.Module):
         return PackedWeight(self.packed)
 
     def unpack(self) -> torch.Tensor:
-        """The dense weight [out_features, in_features], bit for bit as before packing."""
+        """The dense weight [out_features, in_features]: as before packing, bit for bit, or rounded if quantized."""
         return unpack_nm(self.packed)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -106,11 +138,11 @@ class NMLinear(nn.Module):
             ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
                 autocast.
         """
-        kind = tokens.device.type
+        kind, dtype = tokens.device.type, self.values.dtype if self.absmax is None else self.absmax.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return self(tokens.to(self.values.dtype)).to(torch.get_autocast_dtype(kind))
-        _check_tokens(tokens, self.in_features, self.values.dtype)
+                return self(tokens.to(dtype)).to(torch.get_autocast_dtype(kind))
+        _check_tokens(tokens, self.in_features, dtype)
         rows, bias = tokens.reshape(-1, self.in_features), self.bias
         if torch.compiler.is_compiling():
             outputs = _product(rows, bias, *_parts(self.packed), *_arguments(self.limits))
@@ -146,7 +178,7 @@ class NMLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.n}:{self.m}"
+            f"pattern={self.n}:{self.m}" + ("" if self.absmax is None else f", bits={self.bits}, group={self.group}")
         )
 
 
@@ -162,9 +194,15 @@ def _is_differentiated(tensor: torch.Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _parts(packed: PackedNM) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
-    """The packed weight as arguments of a torch operation."""
-    return packed.values, packed.meta, packed.n, packed.m, packed.shape[1]
+def _parts(packed: PackedNM) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int, int, int]:
+    """The packed weight as arguments of a torch operation; :func:`_of_parts` is the inverse."""
+    return packed.values, packed.meta, packed.absmax, packed.n, packed.m, packed.group, packed.shape[1]
+
+
+def _of_parts(
+    values: torch.Tensor, meta: torch.Tensor, absmax: torch.Tensor | None, n: int, m: int, group: int, in_features: int
+) -> PackedNM:
+    return PackedNM(values, meta, n, m, (len(values), in_features), absmax, group)
 
 
 def _arguments(limits: RowLimits | None) -> tuple[int | None, int | None, bool, str]:
@@ -177,8 +215,10 @@ def _product(
     bias: torch.Tensor | None,
     values: torch.Tensor,
     meta: torch.Tensor,
+    absmax: torch.Tensor | None,
     n: int,
     m: int,
+    group: int,
     in_features: int,
     packed_rows: int | None,
     semi_structured_rows: int | None,
@@ -191,7 +231,7 @@ def _product(
     """
     flat = semi_structured_rows, second_copy, others
     limits = None if packed_rows is None else RowLimits.from_flat(packed_rows, *flat)
-    return multiply(tokens, PackedNM(values, meta, n, m, (len(values), in_features)), bias, limits)
+    return multiply(tokens, _of_parts(values, meta, absmax, n, m, group, in_features), bias, limits)
 
 
 @_product.register_fake
@@ -201,39 +241,45 @@ def _(tokens: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor, *_:
 
 @torch.library.custom_op("ace_triton::nm_linear_input_gradient", mutates_args=())
 def _input_gradient(
-    gradient: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, n: int, m: int, in_features: int
+    gradient: torch.Tensor,
+    values: torch.Tensor,
+    meta: torch.Tensor,
+    absmax: torch.Tensor | None,
+    n: int,
+    m: int,
+    group: int,
+    in_features: int,
 ) -> torch.Tensor:
     """dL/dx = dL/dy W. The dense weight is unpacked for this call only."""
-    return gradient @ unpack_nm(PackedNM(values, meta, n, m, (len(values), in_features)))
+    return gradient @ unpack_nm(_of_parts(values, meta, absmax, n, m, group, in_features))
 
 
 @torch.library.custom_op("ace_triton::unpack_nm", mutates_args=())
-def _unpacked(values: torch.Tensor, meta: torch.Tensor, n: int, m: int, in_features: int) -> torch.Tensor:
+def _unpacked(
+    values: torch.Tensor, meta: torch.Tensor, absmax: torch.Tensor | None, n: int, m: int, group: int, in_features: int
+) -> torch.Tensor:
     """The dense weight, as one operation that torch.func does not trace into."""
-    return unpack_nm(PackedNM(values, meta, n, m, (len(values), in_features)))
+    return unpack_nm(_of_parts(values, meta, absmax, n, m, group, in_features))
 
 
 @_input_gradient.register_fake
-def _(
-    gradient: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, n: int, m: int, in_features: int
-) -> torch.Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], in_features)
+def _(gradient: torch.Tensor, *parts: Any) -> torch.Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], parts[-1])
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, _, values, meta, n, m, in_features, *_ = inputs
-    ctx.save_for_backward(values, meta)
-    ctx.pattern = n, m, in_features
+    _, _, values, meta, absmax, n, m, group, in_features, *_ = inputs
+    ctx.save_for_backward(values, meta, absmax)
+    ctx.pattern = n, m, group, in_features
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    values, meta = ctx.saved_tensors
     of_tokens = of_bias = None
     if ctx.needs_input_grad[0]:
-        of_tokens = _input_gradient(gradient, values, meta, *ctx.pattern)
+        of_tokens = _input_gradient(gradient, *ctx.saved_tensors, *ctx.pattern)
     if ctx.needs_input_grad[1]:
         of_bias = gradient.sum(0)
-    return of_tokens, of_bias, *[None] * 9
+    return of_tokens, of_bias, *[None] * 11
 
 
 _product.register_autograd(_backward, setup_context=_keep_for_backward)
@@ -290,5 +336,5 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _versions(packed: PackedNM) -> tuple[int, ...]:
-    """Version counters of values and metadata; 0 for inference tensors, which have none."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in (packed.values, packed.meta))
+    """Version counters of the packed tensors; 0 for inference tensors, which have none."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in packed.tensors.values())

@@ -14,9 +14,11 @@ from ..decoders.blocks import linears_of, possible_stacks, stacks_of
 from ..decoders.experts import Stack
 from ..decoders.plan import NameFilter, Skipped
 from ..errors import ArgumentError
+from ..kernels.few_bits import check_bits
 from ..kernels.pack_nm import PackedNM
 from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
+from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
 from .expert_stack import ExpertStack, stores_transposed
 from .nm_linear import NMLinear
@@ -39,12 +41,14 @@ class PackedLayer:
         name: dotted name in the model.
         pattern: "n:m".
         dense_bytes, packed_bytes: size of the weight before and after packing.
+        bits: bits of a quantized value; None if the layer was not quantized.
     """
 
     name: str
     pattern: str
     dense_bytes: int
     packed_bytes: int
+    bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def pack_model(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     limits: RowLimits | None = None,
+    bits: int | None = None,
+    group: int = GROUP,
 ) -> SparsifyReport:
     """Replace every linear layer that was pruned to n:m by an :class:`~ace_triton.packed.nm_linear.NMLinear`, in place.
 
@@ -112,15 +118,21 @@ def pack_model(
         include: shell patterns; only layers whose dotted name matches one of them are packed.
         exclude: shell patterns; layers whose dotted name matches one of them stay dense.
         limits: numbers of rows that choose the product of the packed layers; None for the defaults of the device.
+        bits: 8 or 4 to round the kept weights to that many bits; None to keep them. Without calibration the rounding is
+            to the nearest value. ``prune_model(..., quantize=bits)`` chooses better values; packing keeps these.
+        group: for ``bits``, the number of neighboring inputs that share a scale, a multiple of 32.
 
     Returns:
         The packed layers, and the skipped layers with their reasons.
 
     Raises:
-        ArgumentError: if no layer can be packed, or ``pattern`` is not an n:m; nothing was changed.
+        ArgumentError: if no layer can be packed, ``pattern`` is not an n:m, or bits or group are invalid; nothing was
+            changed.
         PatternError: if ``pattern`` cannot be read; nothing was changed.
     """
-    return pack_layers(model, WeightsInMemory(), pattern, include=include, exclude=exclude, limits=limits)
+    return pack_layers(
+        model, WeightsInMemory(), pattern, include=include, exclude=exclude, limits=limits, bits=bits, group=group
+    )
 
 
 sparsify = pack_model
@@ -135,15 +147,19 @@ def pack_layers(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     limits: RowLimits | None = None,
+    bits: int | None = None,
+    group: int = GROUP,
 ) -> SparsifyReport:
     """As :func:`pack_model`, for a model whose weights may be elsewhere.
 
     Args:
         model: the model. Its parameters may be on the meta device if ``weights`` loads them.
         weights: where the weights are.
-        pattern, include, exclude, limits: as for :func:`pack_model`.
+        pattern, include, exclude, limits, bits, group: as for :func:`pack_model`.
     """
-    wanted = None if pattern is None else _parse(pattern)
+    if bits is not None:
+        check_bits(bits, group)
+    wanted = _Wanted(None if pattern is None else _parse(pattern), limits, bits, group)
     names = NameFilter.of(model, include, exclude)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tied = _tied(model)
@@ -170,7 +186,7 @@ def pack_layers(
             if id(layer.weight) in tied:
                 raise _NotEligible("its weight is tied to another layer's")
             with weights.loaded(layer):
-                replacement = _pack(layer, wanted, limits)
+                replacement = _pack(layer, wanted)
                 weights.keep(replacement)
         except _NotEligible as why_not:
             skip(name, weight, str(why_not))
@@ -188,7 +204,7 @@ def pack_layers(
         path, _, leaf = stack.name.rpartition(".")
         with weights.loaded(model.get_submodule(path), leaf):
             stack = replace(stack, weight=model.get_parameter(stack.name))
-            note(_pack_experts(model, stack, wanted, limits, names, skip, weights))
+            note(_pack_experts(model, stack, wanted, names, skip, weights))
     for stack in possible_stacks(model):
         if stack.name in tried or not names.wants(stack.name):
             continue
@@ -242,14 +258,24 @@ def _tied(model: nn.Module) -> set[int]:
     return tied
 
 
-def _pack(layer: nn.Module, wanted: tuple[int, int] | None, limits: RowLimits | None) -> NMLinear:
+@dataclass(frozen=True)
+class _Wanted:
+    """How layers are packed; ``pattern`` None to detect it."""
+
+    pattern: tuple[int, int] | None
+    limits: RowLimits | None
+    bits: int | None
+    group: int
+
+
+def _pack(layer: nn.Module, wanted: _Wanted) -> NMLinear:
     weight = linear_weight(layer)
     assert weight is not None
     if any(getattr(layer, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")) or "forward" in vars(layer):
         raise _NotEligible("it has hooks or its own forward, which packing would remove")
-    n, m = wanted or _detect(weight)
+    n, m = wanted.pattern or _detect(weight)
     try:
-        packed = NMLinear.from_linear(layer, n, m, limits)
+        packed = NMLinear.from_linear(layer, n, m, wanted.limits, bits=wanted.bits, group=wanted.group)
     except ValueError as error:
         raise _NotEligible(str(error)) from error
     size = packed.packed
@@ -265,8 +291,7 @@ def _pack(layer: nn.Module, wanted: tuple[int, int] | None, limits: RowLimits | 
 def _pack_experts(
     model: nn.Module,
     stack: Stack,
-    wanted: tuple[int, int] | None,
-    limits: RowLimits | None,
+    wanted: _Wanted,
     names: NameFilter,
     skip: Callable[[str, torch.Tensor, str], None],
     weights: WeightsInMemory,
@@ -283,7 +308,7 @@ def _pack_experts(
         layers.append(expert)
         if names.wants(name):
             try:
-                packed = _pack(expert, wanted, limits)
+                packed = _pack(expert, wanted)
             except _NotEligible as why_not:
                 skip(name, expert.weight, str(why_not))
                 continue
@@ -342,4 +367,4 @@ def _replace(model: nn.Module, layer: nn.Module, replacement: nn.Module) -> None
 
 
 def _entry(name: str, packed: PackedNM) -> PackedLayer:
-    return PackedLayer(name, f"{packed.n}:{packed.m}", packed.dense_bytes, packed.packed_bytes)
+    return PackedLayer(name, f"{packed.n}:{packed.m}", packed.dense_bytes, packed.packed_bytes, packed.bits)

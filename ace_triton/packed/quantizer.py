@@ -12,16 +12,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
 from ..inputs.model_source import reason
+from ..kernels.packed_nm import LAYOUT_VERSION
 from .checkpoint import check_tensors, finish, put_layers
-from .manifest import DTYPES, MANIFEST_FILE, NEEDED_FILES, QUANTIZATION, TENSORS_FILE, Manifest
+from .manifest import DTYPES, MANIFEST_FILE, NEEDED_FILES, QUANTIZATION_METHOD, TENSORS_FILE, Manifest
 
 
 class PackedConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed checkpoint. The manifest has everything else."""
 
     def __init__(self, **fields: Any) -> None:
-        self.quant_method = QUANTIZATION["quant_method"]
-        self.layout = fields.get("layout", QUANTIZATION["layout"])
+        self.quant_method: Any = QUANTIZATION_METHOD
+        self.layout = fields.get("layout", LAYOUT_VERSION)
 
 
 class PackedQuantizer(HfQuantizer):

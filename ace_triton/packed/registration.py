@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-from .manifest import QUANTIZATION
+from .manifest import QUANTIZATION_METHOD
 
 _LOADS_MODELS = "transformers.modeling_utils"
 """The module of transformers that every ``from_pretrained`` of a model imports."""
@@ -24,7 +24,7 @@ def register_quantizer() -> None:
 
     from .quantizer import PackedConfig, PackedQuantizer
 
-    method = QUANTIZATION["quant_method"]
+    method = QUANTIZATION_METHOD
     if method not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(method)(PackedConfig)
         auto.register_quantizer(method)(PackedQuantizer)

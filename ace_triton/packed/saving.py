@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..inputs.checkpoint import refusals
 from ..inputs.output_folder import files_in, give_mode, replacing, write_report
 from ..inputs.report_file import MANIFEST_FILE
-from .manifest import DTYPES, QUANTIZATION, TENSORS_FILE, Manifest, PackedEntry
+from .manifest import DTYPES, QUANTIZATION_METHOD, TENSORS_FILE, Manifest, PackedEntry
 from .nm_linear import NMLinear
 from .registration import register_quantizer
 
@@ -84,18 +84,18 @@ def write_around(
 
     dtype = next(name for name, known in DTYPES.items() if known == model.dtype)
     modules = model.named_modules(remove_duplicate=False)
-    layers = {name: layer for name, layer in modules if isinstance(layer, NMLinear)}
+    layers = {name: _entry_of(layer) for name, layer in modules if isinstance(layer, NMLinear)}
     model.config.architectures = [type(model).__name__]
     if model.is_remote_code():
         custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
     model.config.save_pretrained(folder)
-    _complete_config(folder / "config.json", dtype)
+    _complete_config(folder / "config.json", dtype, Manifest(dtype, layers, tied, {}).layout)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     save_tensors(folder / TENSORS_FILE)
     if report is not None:
         write_report(folder, report)
-    manifest = Manifest(dtype, {name: _entry_of(layer) for name, layer in layers.items()}, tied, Manifest.marks(folder))
+    manifest = Manifest(dtype, layers, tied, Manifest.marks(folder))
     manifest.write(folder)
     return manifest
 
@@ -193,9 +193,10 @@ def _write(
     return write_around(model, folder, tied, report, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
-def _complete_config(path: Path, dtype: str) -> None:
+def _complete_config(path: Path, dtype: str, layout: int) -> None:
     """Add what transformers needs to load the folder to its configuration: the dtype and our quantization method."""
-    config = {**json.loads(path.read_text()), "dtype": dtype, "quantization_config": QUANTIZATION}
+    method = {"quant_method": QUANTIZATION_METHOD, "layout": layout}
+    config = {**json.loads(path.read_text()), "dtype": dtype, "quantization_config": method}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -220,7 +221,8 @@ def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
 
 
 def _entry_of(layer: NMLinear) -> PackedEntry:
-    return PackedEntry(layer.n, layer.m, (layer.out_features, layer.in_features), layer.bias is not None)
+    shape = (layer.out_features, layer.in_features)
+    return PackedEntry(layer.n, layer.m, shape, layer.bias is not None, layer.bits, layer.group)
 
 
 def _distinct(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

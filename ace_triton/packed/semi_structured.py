@@ -71,6 +71,8 @@ def refusal(packed: PackedNM) -> str | None:
         return f"torch has no 2:4 product for {device}"
     if (packed.n, packed.m) != (2, 4):
         return f"torch supports only 2:4, the weight is {packed.n}:{packed.m}"
+    if packed.absmax is not None:
+        return f"torch's 2:4 product does not support weights of {packed.bits} bits"
     if dtype not in DTYPES:
         return f"torch's 2:4 product is used for float16 and bfloat16 only, the weight is {dtype}"
     rows, cols = (32, 64) if backend == "cutlass" else (16, 16)

@@ -32,11 +32,11 @@ def unpacked_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor |
     A CPU unpacks BLOCK_BYTES of the weight at a time, so that each block is still in the cache when it is multiplied.
     """
     out_features, in_features = packed.shape
-    at_once = max(1, BLOCK_BYTES // max(1, in_features * packed.values.element_size()))
+    at_once = max(1, BLOCK_BYTES // max(1, in_features * packed.dtype.itemsize))
     if tokens.device.type != "cpu" or at_once >= out_features:
         return torch.nn.functional.linear(tokens, unpack_nm(packed), bias)
     outputs = tokens.new_empty(len(tokens), out_features)
-    weights = packed.values.new_empty(at_once, in_features)
+    weights = packed.values.new_empty(at_once, in_features, dtype=packed.dtype)
     for first in range(0, out_features, at_once):
         block = packed.outputs(first, first + at_once)
         part = slice(first, first + block.shape[0])

@@ -92,9 +92,7 @@ class PackedWeight(ReadOnly):
 
     @staticmethod
     def __new__(cls, packed: PackedNM) -> PackedWeight:
-        return torch.Tensor._make_wrapper_subclass(
-            cls, packed.shape, dtype=packed.values.dtype, device=packed.values.device
-        )
+        return torch.Tensor._make_wrapper_subclass(cls, packed.shape, dtype=packed.dtype, device=packed.values.device)
 
     def __init__(self, packed: PackedNM) -> None:
         self.packed = packed

@@ -147,8 +147,8 @@ def _dense_base(layer: Any) -> Iterator[nn.Module]:
         yield dense
     finally:
         holder.base_layer = packed
-    merged = NMLinear.from_linear(dense, packed.n, packed.m)
-    packed.values, packed.meta = merged.values, merged.meta
+    merged = NMLinear.from_linear(dense, packed.n, packed.m, bits=packed.bits, group=packed.group)
+    packed.values, packed.meta, packed.absmax = merged.values, merged.meta, merged.absmax
 
 
 def _unload(model: Any, layers: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from ..inputs.output_folder import replacing, reserved, writing
 from ..packed.pack_model import SparsifyReport, WeightsInMemory, pack_layers
 from ..packed.saving import why_not_saved, write_around
 from ..process_memory import page_out
+from ..solvers.quantize import GROUP
 from .mapped_model import Source, copy_in_pieces, taken_sources
 from .weight_files import WeightFiles
 
@@ -95,6 +96,8 @@ def pack_checkpoint(
     overwrite: bool = False,
     report: dict[str, Any] | None = None,
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    bits: int | None = None,
+    group: int = GROUP,
 ) -> SparsifyReport:
     """Pack a pruned checkpoint into a packed one, with one layer of the model in memory at a time.
 
@@ -112,6 +115,7 @@ def pack_checkpoint(
         overwrite: replace ``out`` if ace-triton wrote it.
         report: the pruning report, written as ``ace_triton.json``.
         stage: gives a context for a stage by its name, to show the progress.
+        bits, group: as for :func:`~ace_triton.packed.pack_model.pack_model`.
 
     Returns:
         The packed layers, and the skipped layers with their reasons.
@@ -128,7 +132,7 @@ def pack_checkpoint(
             )
             weights = WeightsInFiles(model, place.kept)
         with stage("pack"):
-            result = pack_layers(model, weights, pattern, include=include, exclude=exclude)
+            result = pack_layers(model, weights, pattern, include=include, exclude=exclude, bits=bits, group=group)
         refusal = why_not_saved(model)
         if refusal is not None:
             raise CheckpointError(refusal)

@@ -97,7 +97,8 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, with all options, so that a result keeps its meaning if a default changes."""
         recipe = self.recipe.to_dict()
-        added = {name: recipe[name] for name in ("permute", "update", "sequential", "budgets")}
+        parts = ("permute", "update", "sequential", "budgets", "quantize")
+        added = {name: recipe[name] for name in parts if name in recipe}
         return {
             "method": recipe["method"],
             "options": recipe["options"],

@@ -34,6 +34,8 @@ def commands_of(setting: Setting, cell: Cell) -> tuple[str, ...]:
         words += ["--update", recipe.update.kind, *_assignments("-u", recipe.update.changed)]
     words += ["--sequential", recipe.sequential] if recipe.sequential != "blocks" else []
     words += ["--budgets", recipe.budgets] if recipe.budgets is not None else []
+    if (bits := recipe.quantize) is not None:
+        words += ["--bits", str(bits.bits), "--group", str(bits.group), "--quantize", bits.rule]
     text = ["--calibration", setting.calibration]
     if cell.length is not None:
         words += [*text, "--samples", str(setting.samples), "--length", str(cell.length)]

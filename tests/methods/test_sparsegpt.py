@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ace_triton import ActivationStats, PruneError, Sparsity, StatsError, prune_linear
-from ace_triton.methods.sparsegpt import inverse_factor, sparsegpt_weight
+from ace_triton.methods.sparsegpt import sparsegpt_weight
+from ace_triton.solvers.inverse_factor import inverse_factor
 
 
 def oracle(dense, tokens, *, n=None, m=None, fraction=0.0, block=128, damping=0.01):

@@ -83,14 +83,15 @@ def test_gradients_flow_to_the_input_and_the_bias():
     assert [name for name, _ in packed.named_parameters()] == ["bias"]
 
 
-def test_the_operation_is_sound_for_autograd_and_the_compiler():
-    packed = packed_linear(pruned_linear(24, 32))
-    arguments = (packed.bias, packed.values, packed.meta, 2, 4, 32, None, None, False)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_operation_is_sound_for_autograd_and_the_compiler(bits):
+    packed = NMLinear.from_linear(pruned_linear(24, 32), 2, 4, bits=bits, group=32)
+    weight = (packed.values, packed.meta, packed.absmax, 2, 4, packed.group, 32)
+    arguments = (packed.bias, *weight, None, None, False)
     tokens, gradient = torch.randn(3, 32, requires_grad=True), torch.randn(3, 24)
     parts = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
     torch.library.opcheck(torch.ops.ace_triton.nm_linear.default, (tokens, *arguments), **parts)
-    backward = (gradient, packed.values, packed.meta, 2, 4, 32)
-    torch.library.opcheck(torch.ops.ace_triton.nm_linear_input_gradient.default, backward, **parts)
+    torch.library.opcheck(torch.ops.ace_triton.nm_linear_input_gradient.default, (gradient, *weight), **parts)
 
 
 def test_it_compiles_in_one_graph_for_any_number_of_rows():

@@ -1,0 +1,180 @@
+"""Perplexity of pruned models with 16, 8 and 4 bits per kept weight; writes docs/quantization.{json,md}.
+
+    python -m benchmarks.reports.quantization --calibration c4.jsonl.gz --evaluation wiki.test.raw.gz
+
+Each metric alone, at 2:4 and 8:16. "absmax" quantizes the pruned model, as ``ace-triton pack --bits`` does; "gptq"
+quantizes while the model is pruned, as ``ace-triton prune --bits`` does. Results in docs/quantization.json are reused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from ace_triton.commands.report import write_json
+from ace_triton.packed.pattern import find_pattern
+from ace_triton.recipe import Recipe
+from ace_triton.solvers.quantize import GROUP, Quantization, Rule, quantized_weight
+from ace_triton.study.cells import Cell
+from ace_triton.study.workbench import Protocol, Workbench, processor_name
+
+METHODS = ("wanda", "ace", "ria", "magnitude")
+PATTERNS = ("8:16", "2:4")
+BITS = (8, 4)
+SAMPLES, LENGTH, SEED = 64, 128, 0
+CLOSE = 0.01
+"""A perplexity within this share of that of 16 bits is called close."""
+
+LABELS = {"wanda": "Wanda", "ace": "ACE", "ria": "RIA", "magnitude": "magnitude"}
+COLUMNS: tuple[tuple[int, Rule | None], ...] = ((16, None), (8, "absmax"), (8, "gptq"), (4, "absmax"), (4, "gptq"))
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Perplexity of a model.
+
+    Attributes:
+        model: its name.
+        method, pattern: of the pruning; "" for the dense model.
+        bits: 16 for weights that were not quantized.
+        rule: of the quantization, or None.
+        perplexity: on the evaluation text.
+    """
+
+    model: str
+    method: str
+    pattern: str
+    bits: int
+    rule: Rule | None
+    perplexity: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All but the result."""
+        return self.model, self.method, self.pattern, self.bits, self.rule
+
+
+def main(
+    calibration: Annotated[str, typer.Option()],
+    evaluation: Annotated[str, typer.Option(help="A raw WikiText file.")],
+    model: Annotated[str, typer.Option(help="Model to prune.")] = "smollm2",
+    name: Annotated[str, typer.Option(help="The model's name on the page.")] = "SmolLM2-135M",
+    windows: Annotated[int, typer.Option(help="Number of evaluation windows of 512 tokens.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder of quantization.json and quantization.md.")] = Path("docs"),
+) -> None:
+    """Measure what is missing, and write the page."""
+    protocol = Protocol(
+        model, calibration, evaluation, wikitext=True, samples=SAMPLES, windows=windows, dtype=torch.float32
+    )
+    outcomes = measured(out)
+    done = {outcome.key for outcome in outcomes}
+    todo = [(*pair, *column) for pair in pairs() for column in COLUMNS if (name, *pair, *column) not in done]
+    dense = (name, "", "", 16, None)
+    bench = Workbench(protocol) if todo or dense not in done else None
+
+    def note(method: str, pattern: str, bits: int, rule: Rule | None) -> None:
+        assert bench is not None
+        outcomes.append(Outcome(name, method, pattern, bits, rule, bench.perplexity()))
+        console.print(outcomes[-1], highlight=False)
+        write_json(out / "quantization.json", record(outcomes))
+
+    if bench is not None and dense not in done:
+        note("", "", 16, None)
+    for method, pattern in pairs():
+        missing = [column for column in COLUMNS if (method, pattern, *column) in todo]
+        cell = Cell(Recipe(method, sparsity=pattern), LENGTH, SEED)
+        assert bench is not None or not missing
+        if bench is not None and any(rule != "gptq" for _, rule in missing):
+            with bench.pruned(cell):
+                pruned = {key: tensor.clone() for key, tensor in bench.model.state_dict().items()}
+                for bits, rule in missing:
+                    if rule != "gptq":
+                        bench.model.load_state_dict(pruned)
+                        if rule is not None:
+                            quantize(bench.model, Quantization(bits, GROUP, rule))
+                        note(method, pattern, bits, rule)
+        for bits, rule in missing:
+            if bench is not None and rule == "gptq":
+                by = Quantization(bits, GROUP, rule)
+                with bench.pruned(replace(cell, recipe=replace(cell.recipe, quantize=by))):
+                    note(method, pattern, bits, rule)
+    (out / "quantization.md").write_text(page(outcomes))
+
+
+def pairs() -> list[tuple[str, str]]:
+    """All methods and patterns."""
+    return [(method, pattern) for pattern, method in itertools.product(PATTERNS, METHODS)]
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, by: Quantization) -> None:
+    """Quantize the pruned layers of a model in place."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and not find_pattern(layer.weight).dense:
+            weight = layer.weight
+            weight.copy_(quantized_weight(weight.float(), weight != 0, None, by, weight.dtype))
+
+
+def record(outcomes: list[Outcome]) -> dict[str, Any]:
+    """All outcomes as JSON types."""
+    return {"processor": processor_name(), "outcomes": [asdict(outcome) for outcome in outcomes]}
+
+
+def measured(out: Path) -> list[Outcome]:
+    """Earlier results."""
+    path = out / "quantization.json"
+    found = json.loads(path.read_text())["outcomes"] if path.exists() else []
+    return [Outcome(**entry) for entry in found]
+
+
+def page(outcomes: list[Outcome]) -> str:
+    """docs/quantization.md."""
+    lines = [
+        "# Pruned and quantized",
+        "",
+        f"Measured on a CPU by `make quantization`: {SAMPLES} x {LENGTH} tokens of C4, windows of 512 tokens of "
+        f'WikiText-2, float32, groups of {GROUP} inputs, each metric alone. "absmax" quantizes the pruned model, as '
+        '`ace-triton pack --bits` does. "gptq" quantizes each block while the model is pruned, and changes later '
+        "columns to make up for the errors, as `ace-triton prune --bits` does. The number in parentheses is the change "
+        "from 16 bits, which are here the weights without quantization.",
+        "",
+    ]
+    for model in dict.fromkeys(outcome.model for outcome in outcomes):
+        of_model = {outcome.key: outcome.perplexity for outcome in outcomes if outcome.model == model}
+        dense = of_model.get((model, "", "", 16, None))
+        lines += [f"## {model}", ""]
+        lines += [f"The dense model has a perplexity of {dense:.2f}.", ""] if dense is not None else []
+        lines += table(model, of_model)
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def table(model: str, found: dict[tuple[object, ...], float]) -> list[str]:
+    """One row per method and pattern."""
+    headings = [f"{bits} bits" + (f", {rule}" if rule else "") for bits, rule in COLUMNS]
+    lines = [f"| method, pattern | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
+    for method, pattern in pairs():
+        base = found.get((model, method, pattern, 16, None))
+        if base is None:
+            continue
+        cells = []
+        for bits, rule in COLUMNS:
+            value = found.get((model, method, pattern, bits, rule))
+            change = "" if rule is None or value is None else f" ({value / base - 1:+.1%})"
+            cells.append("" if value is None else f"{value:.2f}{change}")
+        lines.append(f"| {LABELS[method]}, {pattern} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,71 @@
+"""few_bits: weights of 8 or 4 bits, as integers and one largest magnitude per group of neighboring inputs.
+
+    w_ij = absmax_ig q_ij / Q,   q_ij an integer from -Q to Q, Q = 127 (8 bits) or 7 (4 bits), g = j // group
+
+``absmax`` has the model's dtype. It is the magnitude of a weight of the group, so it is exact, and it never underflows;
+a step ``absmax / Q`` in fp16 would. The weight with q = Q has exactly this magnitude. So quantizing the values that
+:func:`dequantized` returns gives the same integers and the same ``absmax`` again, in every dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import ArgumentError
+
+LARGEST = {8: 127, 4: 7}
+"""Q: the largest integer for each number of bits."""
+
+STEP = 32
+"""A group has a multiple of this many inputs: a multiple of every m of n:m."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of ``absmax``, which are those of the tokens."""
+
+
+def check_bits(bits: int, group: int) -> None:
+    """Raise ArgumentError if the number of bits or the group is not supported."""
+    if isinstance(bits, bool) or bits not in LARGEST:
+        raise ArgumentError(f"bits must be one of {', '.join(map(str, LARGEST))}; got {bits!r}")
+    if isinstance(group, bool) or not isinstance(group, int) or group < STEP or group % STEP:
+        raise ArgumentError(
+            f"group, the number of inputs that share a scale, must be a multiple of {STEP} above 0; got {group!r}"
+        )
+
+
+def largest_of_groups(values: torch.Tensor, size: int) -> torch.Tensor:
+    """The largest magnitude of every ``size`` neighbors in the rows of ``values``: [rows, ceil(cols / size)]."""
+    rows, cols = values.shape
+    magnitudes = values.abs()
+    if cols % size:
+        magnitudes = torch.nn.functional.pad(magnitudes, (0, size - cols % size))
+    return magnitudes.view(rows, -1, size).amax(-1)
+
+
+def spread_over_groups(absmax: torch.Tensor, size: int, cols: int) -> torch.Tensor:
+    """``absmax`` [rows, groups] repeated for each element of its group: [rows, cols]."""
+    return absmax.repeat_interleave(size, 1)[:, :cols]
+
+
+def quantized(values: torch.Tensor, absmax: torch.Tensor, bits: int) -> torch.Tensor:
+    """The nearest integers q, in fp32.
+
+    Args:
+        values: fp32 [rows, cols].
+        absmax: fp32, of the values' shape or of one that broadcasts to it.
+        bits: 8 or 4.
+    """
+    largest = LARGEST[bits]
+    steps = (values / absmax).mul_(largest).round_().clamp_(-largest, largest)
+    return steps.nan_to_num_(0.0)  # 0 / 0 in a group of zeros.
+
+
+def dequantized(steps: torch.Tensor, absmax: torch.Tensor, bits: int) -> torch.Tensor:
+    """The values of integers q, fp32.
+
+    Args:
+        steps: the integers, in any dtype.
+        absmax: fp32, of the integers' shape or of one that broadcasts to it.
+        bits: 8 or 4.
+    """
+    return (steps.float() / LARGEST[bits]).mul_(absmax)
