@@ -35,10 +35,14 @@ from .sources import check_source
 
 
 def pack(
-    src: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a model pruned to n:m.")],
+    src: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pruned model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed model.")],
     sparsity: Annotated[
-        str | None, typer.Option(help="Pattern n:m of all layers.", show_default="found for each layer")
+        str | None,
+        typer.Option(
+            help="Pattern n:m of all layers.",
+            show_default="found for each layer",
+        ),
     ] = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -51,7 +55,7 @@ def pack(
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Pack the n:m layers of a pruned checkpoint into a smaller one. Load it with ace_triton.load to run it sparse."""
+    """Pack the pruned layers of a checkpoint into a smaller one. Load it with ace_triton.load to run it sparse."""
     check_json(json)
     if format_of(src).name == "packed":
         raise ArgumentError(f"{src} is packed already: use it as it is, or name the dense folder it was packed from")

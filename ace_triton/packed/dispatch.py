@@ -10,7 +10,7 @@ import torch
 from ..kernels import cpu_library
 from ..kernels.packed_nm import PackedNM
 from .kernel import Kernel
-from .products import Product, RowLimits, register_product, registry
+from .products import Packed, Product, RowLimits, register_product, registry
 from .semi_structured import SemiStructured, backend_of, warn_of_no_second_copy
 from .unpacked import Unpacked
 
@@ -75,8 +75,8 @@ ANY_PATTERN_LIMITS = RowLimits(packed=4)
 """For patterns other than 2:4: our kernel takes as long for four rows as unpacking."""
 
 
-def default_limits(device: torch.device, dtype: torch.dtype, pattern: tuple[int, int] = (2, 4)) -> RowLimits:
-    """The default limits for a device, a weight's dtype and its n:m pattern.
+def default_limits(device: torch.device, dtype: torch.dtype, pattern: tuple[int, int] | None = (2, 4)) -> RowLimits:
+    """The default limits for a device, a weight's dtype and its n:m pattern, None if it has none.
 
     On a CPU they depend on the instruction set of the compiled library. Without the library every call unpacks the
     weight, which is slow but faster than our reference. The GPU limits are estimated from machine code, not measured;
@@ -111,13 +111,13 @@ def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLim
     return RowLimits(packed=rows.two_of_four if two_of_four else rows.other)
 
 
-def choose_product(rows: int, packed: PackedNM, limits: RowLimits | None = None) -> str:
+def choose_product(rows: int, packed: Packed, limits: RowLimits | None = None) -> str:
     """Name of the product for a number of rows. ``limits`` None means the defaults of the device."""
     return _choose(rows, packed, limits)[0].name
 
 
 def multiply(
-    tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits | None = None
+    tokens: torch.Tensor, packed: Packed, bias: torch.Tensor | None, limits: RowLimits | None = None
 ) -> torch.Tensor:
     """Compute outputs [n_tokens, out_features] = tokens W^T + bias, for tokens [n_tokens, in_features] of W's dtype."""
     product, limits = _choose(len(tokens), packed, limits)
@@ -126,10 +126,12 @@ def multiply(
     return product.multiply(tokens, packed, bias, limits)
 
 
-def _choose(rows: int, packed: PackedNM, limits: RowLimits | None) -> tuple[Product, RowLimits]:
+def _choose(rows: int, packed: Packed, limits: RowLimits | None) -> tuple[Product, RowLimits]:
     """The first product that the limits choose and that does not refuse the call, and these limits."""
-    limits = limits or default_limits(packed.values.device, packed.values.dtype, (packed.n, packed.m))
+    if limits is None:
+        pattern = (packed.n, packed.m) if isinstance(packed, PackedNM) else None
+        limits = default_limits(packed.values.device, packed.values.dtype, pattern)
     for product in registry.products:
-        if product.takes(rows, limits) and product.refusal(packed, rows) is None:
+        if product.takes(rows, limits) and product.why_not(packed, rows) is None:
             return product, limits
     return DENSE, limits

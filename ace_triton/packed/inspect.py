@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 from ..inputs.model_source import open_safetensors, reason, safetensors_files
-from .manifest import TENSORS_FILE, Manifest, PackedEntry
+from ..kernels.packed_rows import UNSTRUCTURED
+from .manifest import TENSORS_FILE, LayerEntry, Manifest, PackedEntry
 from .pattern import find_pattern
 
 
@@ -68,8 +69,8 @@ def inspect_dense(folder: str | Path) -> list[TensorSparsity]:
     return _inspect_files(files, {})
 
 
-def _inspect_files(files: Sequence[Path], layers: Mapping[str, PackedEntry]) -> list[TensorSparsity]:
-    packed_tensors = {f"{name}.{part}" for name in layers for part in ("values", "meta")}
+def _inspect_files(files: Sequence[Path], layers: Mapping[str, LayerEntry]) -> list[TensorSparsity]:
+    packed_tensors = {f"{name}.{part}" for name in layers for part in ("values", "meta", "starts")}
     found = []
     for path in files:
         try:
@@ -91,6 +92,7 @@ def _inspect(name: str, weight: torch.Tensor) -> TensorSparsity:
     return TensorSparsity(name, tuple(weight.shape), zeros, str(find_pattern(weight)))
 
 
-def _inspect_packed(name: str, entry: PackedEntry, values: torch.Tensor) -> TensorSparsity:
+def _inspect_packed(name: str, entry: LayerEntry, values: torch.Tensor) -> TensorSparsity:
     zeros = 1 - float((values != 0).sum()) / max(entry.shape[0] * entry.shape[1], 1)
-    return TensorSparsity(name, entry.shape, zeros, f"{entry.n}:{entry.m}", packed=True)
+    pattern = f"{entry.n}:{entry.m}" if isinstance(entry, PackedEntry) else UNSTRUCTURED
+    return TensorSparsity(name, entry.shape, zeros, pattern, packed=True)

@@ -17,6 +17,7 @@ from ..errors import PackedError
 from ..inputs.output_folder import files_in
 from ..inputs.report_file import MANIFEST_FILE
 from ..kernels.pack_nm import LAYOUT_VERSION
+from ..kernels.packed_rows import UNSTRUCTURED
 from ..sparsity import Sparsity
 
 TENSORS_FILE = "packed.safetensors"
@@ -25,9 +26,12 @@ LARGEST_MANIFEST = 2**26
 """Largest accepted size of a manifest in bytes; enough for 300,000 packed layers."""
 
 FORMAT = "ace-triton packed n:m"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 OLDEST_VERSION = 1
-"""Version 1 has checksums of NEEDED_FILES only."""
+CHECKSUMS_VERSION = 2
+ROWS_VERSION = 3
+"""Version 1 has checksums of NEEDED_FILES only. Version 3 has layers with row starts; a folder without such layers is
+written as version 2, which older readers know."""
 
 QUANTIZATION: dict[str, Any] = {"quant_method": "ace_triton", "layout": LAYOUT_VERSION}
 """``quantization_config`` in the config.json of a packed checkpoint.
@@ -58,6 +62,24 @@ class PackedEntry:
 
 
 @dataclass(frozen=True)
+class RowsEntry:
+    """One packed layer whose zeros follow no pattern.
+
+    Attributes:
+        n_values: number of kept weights.
+        shape: (out_features, in_features) of the dense weight.
+        bias: True if the layer has a bias.
+    """
+
+    n_values: int
+    shape: tuple[int, int]
+    bias: bool
+
+
+LayerEntry = PackedEntry | RowsEntry
+
+
+@dataclass(frozen=True)
 class FileMark:
     """Size in bytes and SHA-256 of a file."""
 
@@ -81,14 +103,14 @@ class Manifest:
         tied: tied tensors, which are not in the file: the name of each, and the name of the tensor it is tied to.
         files: size and checksum of every file of the checkpoint, by relative path. Files that were added later are
             not covered.
-        version: format version that was read, or that is written.
+        version: format version that was read; None for the oldest one that has such layers.
     """
 
     dtype: str
-    layers: dict[str, PackedEntry]
+    layers: dict[str, LayerEntry]
     tied: dict[str, str]
     files: dict[str, FileMark]
-    version: int = FORMAT_VERSION
+    version: int | None = None
 
     @staticmethod
     def marks(folder: Path) -> dict[str, FileMark]:
@@ -99,18 +121,22 @@ class Manifest:
         """Write the manifest into a folder."""
         content: dict[str, Any] = {
             "format": FORMAT,
-            "version": self.version,
+            "version": self._version(),
             "layout": LAYOUT_VERSION,
             "dtype": self.dtype,
-            "layers": {
-                name: {"pattern": f"{entry.n}:{entry.m}", "shape": list(entry.shape), "bias": entry.bias}
-                for name, entry in self.layers.items()
-            },
+            "layers": {name: _fields(entry) for name, entry in self.layers.items()},
             "tied": self.tied,
             "files": {name: {"bytes": mark.size, "sha256": mark.sha256} for name, mark in self.files.items()},
         }
         content["sha256"] = _digest(content)
         (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+    def _version(self) -> int:
+        if self.version is not None:
+            return self.version
+        return (
+            ROWS_VERSION if any(isinstance(entry, RowsEntry) for entry in self.layers.values()) else CHECKSUMS_VERSION
+        )
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -145,6 +171,8 @@ class Manifest:
         if content["dtype"] not in DTYPES:
             raise PackedError(f"dtype must be one of {', '.join(DTYPES)}, got {content['dtype']!r}")
         layers = {name: _entry(fields) for name, fields in content["layers"].items()}
+        if content["version"] < ROWS_VERSION and any(isinstance(entry, RowsEntry) for entry in layers.values()):
+            raise PackedError(f"version {content['version']} has no layers with pattern {UNSTRUCTURED!r}")
         files = {name: FileMark(_size(mark["bytes"]), str(mark["sha256"])) for name, mark in content["files"].items()}
         if not set(NEEDED_FILES) <= set(files):
             raise PackedError(f"files must include {', '.join(NEEDED_FILES)}, got {', '.join(files)}")
@@ -163,7 +191,7 @@ class Manifest:
 
         Warns if the manifest is of version 1, which has no checksums of the tokenizer and the generation config.
         """
-        if self.version < FORMAT_VERSION:
+        if self._version() < CHECKSUMS_VERSION:
             warnings.warn(
                 f"{folder}: was packed by an older ace-triton, without checksums of the tokenizer and the generation "
                 "config; pack the model again to add them",
@@ -207,15 +235,27 @@ def _check_version(path: Path, content: Any) -> None:
             )
 
 
-def _entry(fields: dict[str, Any]) -> PackedEntry:
-    if not re.fullmatch(r"\d+:\d+", fields["pattern"]):
-        raise PackedError(f"pattern must be n:m, got {fields['pattern']!r}")
-    pattern = Sparsity(fields["pattern"])
-    assert pattern.n is not None
-    assert pattern.m is not None
+def _fields(entry: LayerEntry) -> dict[str, Any]:
+    rest = {"shape": list(entry.shape), "bias": entry.bias}
+    if isinstance(entry, RowsEntry):
+        return {"pattern": UNSTRUCTURED, "values": entry.n_values, **rest}
+    return {"pattern": f"{entry.n}:{entry.m}", **rest}
+
+
+def _entry(fields: dict[str, Any]) -> LayerEntry:
     rows, cols = (_size(size) for size in fields["shape"])
     if not isinstance(fields["bias"], bool):
         raise TypeError(f"bias must be true or false, got {fields['bias']!r}")
+    if fields["pattern"] == UNSTRUCTURED:
+        n_values = _size(fields["values"])
+        if n_values > rows * cols:
+            raise PackedError(f"a weight of shape [{rows}, {cols}] cannot have {n_values} values")
+        return RowsEntry(n_values, (rows, cols), fields["bias"])
+    if not re.fullmatch(r"\d+:\d+", fields["pattern"]):
+        raise PackedError(f"pattern must be n:m or {UNSTRUCTURED}, got {fields['pattern']!r}")
+    pattern = Sparsity(fields["pattern"])
+    assert pattern.n is not None
+    assert pattern.m is not None
     return PackedEntry(pattern.n, pattern.m, (rows, cols), fields["bias"])
 
 
