@@ -134,9 +134,8 @@ class Manifest:
     def _version(self) -> int:
         if self.version is not None:
             return self.version
-        return (
-            ROWS_VERSION if any(isinstance(entry, RowsEntry) for entry in self.layers.values()) else CHECKSUMS_VERSION
-        )
+        has_rows = any(isinstance(entry, RowsEntry) for entry in self.layers.values())
+        return ROWS_VERSION if has_rows else CHECKSUMS_VERSION
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
