@@ -14,6 +14,7 @@ from .cpu_library import call, library
 from .errors import ArgumentError
 from .memory import ELEMENTS, address, contiguous, elements, matrix, new, sequences
 from .packed_nm import PackedNM
+from .packed_rows import PackedRows
 from .records import ColumnScale, GradientMoments, Step
 from .score_terms import ScoreTerms
 
@@ -305,8 +306,60 @@ def unpack_nm(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
     return into
 
 
+def pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """CPU body of :func:`~ace_triton.kernels.pack_rows.pack_rows`; returns values, metadata and row starts."""
+    _owner, source = matrix(weight, "weight")
+    rows, cols = weight.shape
+    meta, meta_at = new((rows, (cols + 31) // 32), _INT)
+    starts, starts_at = new((rows + 1,), _LONG)
+    call("ace_kept_bits", *source, meta_at, starts_at, torch.get_num_threads())
+    values, values_at = new((int(starts[-1]),), weight.dtype)
+    call("ace_pack_rows", *source, meta_at, starts_at, values_at, torch.get_num_threads())
+    return values, meta, starts
+
+
+def _packed_rows(packed: PackedRows) -> tuple[int, int, int, int]:
+    """The address and number of values, and the addresses of metadata and row starts, after checking the tensors."""
+    (rows, cols), values = packed.shape, packed.values
+    packed.check_tensors()
+    return (
+        address(values, values.dtype, values.shape, "values"),
+        len(values),
+        address(packed.meta, _INT, (rows, (cols + 31) // 32), "meta"),
+        address(packed.starts, _LONG, (rows + 1,), "starts"),
+    )
+
+
+def unpack_rows(packed: PackedRows, into: torch.Tensor | None) -> torch.Tensor:
+    """CPU body of :func:`~ace_triton.kernels.pack_rows.unpack_rows`."""
+    source, dtype = _packed_rows(packed), packed.values.dtype
+    if into is None:
+        into, place = new(packed.shape, dtype)
+    else:
+        place = address(into, dtype, packed.shape, "into")
+    call("ace_unpack_rows", *source, *packed.shape, packed.values.element_size(), place, torch.get_num_threads())
+    return into
+
+
 def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
     """CPU body of :func:`~ace_triton.kernels.nm_linear.nm_linear` for tokens [n_tokens, in]; outputs are fp32."""
+    weight = *_packed(packed), packed.shape[0], packed.n, packed.m
+    return _linear("ace_nm_linear", tokens, packed, weight, bias)
+
+
+def rows_linear(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
+    """CPU body of :func:`~ace_triton.kernels.rows_linear.rows_linear` for tokens [n_tokens, in]; outputs are fp32."""
+    weight = *_packed_rows(packed), packed.shape[0]
+    return _linear("ace_rows_linear", tokens, packed, weight, bias)
+
+
+def _linear(
+    name: str,
+    tokens: torch.Tensor,
+    packed: PackedNM | PackedRows,
+    weight: tuple[int, ...],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
     rows, cols = packed.shape
     _owner, source = matrix(tokens, "tokens")
     if source[2] != cols:
@@ -316,11 +369,7 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None)
     if bias is not None:
         bias = contiguous(bias if bias.dtype is _FLOAT else bias.float())
         offset = address(bias, _FLOAT, (rows,), "bias")
-    call(
-        "ace_nm_linear",
-        *(*source, *_packed(packed), rows, packed.n, packed.m, ELEMENTS[packed.values.dtype][0]),
-        *(offset, place, torch.get_num_threads()),
-    )
+    call(name, *source, *weight, ELEMENTS[packed.values.dtype][0], offset, place, torch.get_num_threads())
     return out
 
 

@@ -70,6 +70,37 @@ def nm_linear(values: torch.Tensor, n_tokens: int, cols: int) -> NmLinear:
 
 
 @dataclass(frozen=True)
+class RowsLinear:
+    """Tile of ``rows_linear`` and of ``unpack_rows``.
+
+    Attributes:
+        tokens: tokens that share a read of the weight.
+        block_rows: outputs per program, which share a read of the tokens.
+        words: words of metadata per row and trip; each describes 32 inputs.
+        num_warps: warps per program.
+    """
+
+    tokens: int
+    block_rows: int
+    words: int
+    num_warps: int
+
+
+def rows_linear(meta: torch.Tensor, n_tokens: int) -> RowsLinear:
+    """As for ``nm_linear``, with four inputs per thread and row."""
+    rows, words = meta.shape
+    block_rows = 4
+    while block_rows > 1 and rows // block_rows < launch.MOST_WARPS // 8:
+        block_rows //= 2
+    of_warp = max(1, 4 * launch.lanes(meta.device) // 32)
+    num_warps = 1
+    while num_warps < 8 and rows // block_rows * num_warps < 4 * launch.MOST_WARPS and num_warps * of_warp < words:
+        num_warps *= 2
+    tokens = min(4, 1 << max(n_tokens - 1, 0).bit_length())
+    return RowsLinear(tokens, block_rows, num_warps * of_warp, num_warps)
+
+
+@dataclass(frozen=True)
 class NmLinearDot:
     """Tile of ``nm_linear_dot``.
 

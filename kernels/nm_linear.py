@@ -17,6 +17,7 @@ from .errors import ArgumentError
 from .nm_linear_dot import nm_linear_dot
 from .op import Op, Work, bytes_of, launch_metadata
 from .packed_nm import PackedNM
+from .packed_rows import PackedRows
 from .quantize_nm import dequantize_nm
 from .registers import kept_before, unzip
 from .triton_import import tl, triton
@@ -51,8 +52,8 @@ def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tens
     return outputs.to(tokens.dtype)
 
 
-def check_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> None:
-    """Raise ArgumentError if :func:`nm_linear` does not support the shapes or dtypes."""
+def check_linear(tokens: torch.Tensor, packed: PackedNM | PackedRows, bias: torch.Tensor | None) -> None:
+    """Raise ArgumentError if the product with a packed weight does not support the shapes or dtypes."""
     out_features, in_features = packed.shape
     if tokens.dim() < 1 or tokens.shape[-1] != in_features:
         raise ArgumentError(
@@ -76,21 +77,21 @@ def _nm_linear_cpu(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | 
     if packed.absmax is not None:
         return _by_reference(tokens, packed, bias)
     outputs = cpu.nm_linear(_rows_of(tokens, packed), packed, None if bias is None else bias.detach())
-    return _shaped(outputs, tokens)
+    return of_shape(outputs, tokens)
 
 
 def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
     if packed.absmax is not None:
         return _by_reference(tokens, packed, bias)
     packed.check_tensors()
-    return _shaped(_launched(_rows_of(tokens, packed), packed, bias), tokens)
+    return of_shape(_launched(_rows_of(tokens, packed), packed, bias), tokens)
 
 
 def _rows_of(tokens: torch.Tensor, packed: PackedNM) -> torch.Tensor:
     return tokens.detach().reshape(-1, packed.shape[1])
 
 
-def _shaped(outputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def of_shape(outputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Outputs [n_tokens, out_features] in the dtype of ``tokens`` [..., in_features], and in their shape."""
     outputs = outputs.to(tokens.dtype)
     return outputs if tokens.dim() == 2 else outputs.reshape(*tokens.shape[:-1], outputs.shape[1])
@@ -188,7 +189,7 @@ def _two_of_four_body(
                 total += values[2 * g].to(tl.float32) * low.to(tl.float32, bitcast=True)
                 total += values[2 * g + 1].to(tl.float32) * high.to(tl.float32, bitcast=True)
             sums = sums[:t] + (total,) + sums[t + 1 :]
-    _store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
+    store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
 
 
 @triton.jit
@@ -245,11 +246,12 @@ def _any_pattern_body(
             line = tokens_ptr + token.to(tl.int64) * stride
             x = tl.load(line + j, mask=(token < n_tokens) & (j < cols), other=0.0).to(tl.float32)
             sums = sums[:t] + (sums[t] + tl.where(kept, weight * x, 0.0),) + sums[t + 1 :]
-    _store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
+    store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
 
 
 @triton.jit
-def _store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS: tl.constexpr):
+def store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS: tl.constexpr):
+    """Add the columns of each token's sums [R, C] and the bias, and store the outputs of rows i [R, 1]."""
     for t in tl.static_range(TOKENS):
         token = tl.program_id(1) * TOKENS + t
         total = tl.sum(sums[t], 1, keep_dims=True)

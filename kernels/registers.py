@@ -106,9 +106,14 @@ def spread(low, high, words, PLACE: tl.constexpr):
 
 
 @triton.jit
-def kept_before(words, j, M: tl.constexpr):
-    """The number of kept inputs before j in its group of M; ``words`` is the word of metadata that contains j."""
-    before = words & ((1 << j % 32) - (1 << j % 32 // M * M))
-    pairs = before - (before >> 1 & 0x55555555)
+def count_bits(words):
+    """The number of set bits of every int32 word."""
+    pairs = words - (words >> 1 & 0x55555555)
     fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
     return ((fours + (fours >> 4) & 0x0F0F0F0F) * 0x01010101) >> 24
+
+
+@triton.jit
+def kept_before(words, j, M: tl.constexpr):
+    """The number of kept inputs before j in its group of M; ``words`` is the word of metadata that contains j."""
+    return count_bits(words & ((1 << j % 32) - (1 << j % 32 // M * M)))

@@ -11,8 +11,8 @@ from rich.progress import Progress
 
 from ..errors import ArgumentError
 from ..formats.registry import load_model
-from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, kinds_of, totals
-from ..packed.nm_linear import NMLinear
+from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, fastest, kinds_of, totals
+from ..packed.nm_linear import PackedLinear
 from ..packed.pack_model import sparsify
 from ..packed.products import registry
 from ..progress import progress_bar, stage
@@ -43,13 +43,13 @@ COUNT, LARGEST = r"[1-9]\d{0,8}", 10**9 - 1
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(help="Model whose layers to time: a folder, pruned to n:m or packed.", show_default="no model"),
+        typer.Option(help="Model whose layers to time: a folder, pruned or packed.", show_default="no model"),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Shape of one layer to time, as OUTxIN.", show_default=SHAPE, metavar="OUTxIN")
     ] = None,
     sparsity: Annotated[
-        str, typer.Option(help="Pattern n:m for --shape; the layers of --model have their own.")
+        str, typer.Option(help="Pattern n:m, or pruned fraction, for --shape; the layers of --model have their own.")
     ] = "2:4",
     bits: BitsOption = None,
     group: GroupOption = GROUP,
@@ -76,10 +76,9 @@ def bench(
     weights_dtype = parse_dtype(dtype)
     if model is None:
         default = "float32" if where == "cpu" else "bfloat16"
-        pattern = Sparsity(sparsity)
-        if pattern.n is None or pattern.m is None:
-            raise ArgumentError(f"--sparsity {sparsity!r}: a packed layer needs a pattern n:m, as 2:4")
-        kind = _one_kind(shape or SHAPE, pattern.n, pattern.m, default if dtype == "auto" else dtype)
+        kind = _one_kind(shape or SHAPE, Sparsity(sparsity), default if dtype == "auto" else dtype)
+        if bits is not None and kind.n is None:
+            raise ArgumentError(f"--bits needs a pattern n:m, as --sparsity 8:16; got --sparsity {sparsity}")
         kinds = [dataclasses.replace(kind, bits=parse_bits(bits, group), group=0 if bits is None else group)]
     else:
         check_source(model, any_format=True)
@@ -109,19 +108,20 @@ def _kinds(
 ) -> list[LayerKind]:
     with stage(progress, "load the model"):
         model, _ = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
-        if not any(isinstance(module, NMLinear) for module in model.modules()):
+        if not any(isinstance(module, PackedLinear) for module in model.modules()):
             sparsify(model, bits=bits, group=group)
     return kinds_of(model)
 
 
-def _one_kind(text: str, n: int, m: int, dtype: str) -> LayerKind:
+def _one_kind(text: str, pattern: Sparsity, dtype: str) -> LayerKind:
     match = re.fullmatch(rf"({COUNT})x({COUNT})", text)
     if not match:
         raise ArgumentError(f"--shape {text!r}: write OUTxIN, each from 1 to {LARGEST:,}, as {SHAPE}")
     out_features, in_features = int(match[1]), int(match[2])
-    if in_features % m:
-        raise ArgumentError(f"--shape {text!r}: the {in_features} inputs are not a multiple of {m}")
-    return LayerKind((out_features, in_features), n, m, parse_dtype(dtype))
+    if pattern.m is not None and in_features % pattern.m:
+        raise ArgumentError(f"--shape {text!r}: the {in_features} inputs are not a multiple of {pattern.m}")
+    kept = None if pattern.n is not None else round(1 - pattern.fraction, 2)
+    return LayerKind((out_features, in_features), pattern.n, pattern.m, parse_dtype(dtype), kept=kept)
 
 
 def _counts(text: str) -> list[int]:
@@ -149,9 +149,12 @@ def _show(layer: LayerTimes) -> None:
     slower = [f"{entry.rows} ({entry.taken / entry.dense:.2f}x the time)" for entry in layer.times if entry.loses]
     losses = f"slower than dense at rows {', '.join(slower)}" if slower else "never slower than dense"
     print_line(f"sparse is {losses}")
-    print_line("to use row limits that fit these times:")
-    limits = best_limits(layer.times)
-    print_line(f"    ace_triton.set_row_limits(model, ace_triton.{limits})")
+    better = [f"{entry.rows} ({labels[fastest(entry.products)]})" for entry in layer.times if not entry.fits]
+    if not better:
+        print_line("the row limits in use fit these times")
+        return
+    print_line(f"another product is faster at rows {', '.join(better)}; to use row limits that fit these times:")
+    print_line(f"    ace_triton.set_row_limits(model, ace_triton.{best_limits(layer.times)})")
 
 
 def _show_totals(layers: list[LayerTimes]) -> None:

@@ -40,10 +40,14 @@ from .sources import check_source
 
 
 def pack(
-    src: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a model pruned to n:m.")],
+    src: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pruned model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed model.")],
     sparsity: Annotated[
-        str | None, typer.Option(help="Pattern n:m of all layers.", show_default="found for each layer")
+        str | None,
+        typer.Option(
+            help="Pattern n:m of all layers.",
+            show_default="found for each layer",
+        ),
     ] = None,
     bits: BitsOption = None,
     group: GroupOption = GROUP,

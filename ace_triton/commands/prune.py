@@ -161,7 +161,10 @@ def prune(
     exclude: ExcludeOption = None,
     packed: Annotated[
         bool,
-        typer.Option("--packed", help="Write a packed checkpoint, as 'ace-triton pack' does; for n:m only."),
+        typer.Option(
+            "--packed",
+            help="Write a packed checkpoint, as 'ace-triton pack' does; for n:m, or a fraction of at least 0.44.",
+        ),
     ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",

@@ -21,7 +21,7 @@ from ..inputs.model_source import weight_file_bytes
 from ..inputs.output_folder import Reservation
 from ..model_report import ModelReport
 from ..packed.manifest import DTYPES as PACKED_DTYPES
-from ..packed.pack_model import SparsifyReport, sparsify
+from ..packed.pack_model import LEAST_ZEROS, SparsifyReport, sparsify
 from ..planning.pruning_plan import PruningPlan, plan_pruning, weights_stay_in_files
 from ..processes import Processes
 from ..progress import progress_bar, stage
@@ -305,11 +305,16 @@ def _sequences(
 
 
 def check_packed(pattern: Sparsity, dtype: Any) -> None:
-    """ValueError if a model pruned to this pattern could not be packed."""
-    if pattern.n is None or pattern.m is None:
-        raise ArgumentError(f"--packed needs groups, as --sparsity 2:4; {pattern} has none")
+    """ArgumentError if a model pruned to this pattern could not be packed."""
     if dtype not in PACKED_DTYPES.values():
         raise ArgumentError(f"--packed: packed checkpoints hold {', '.join(PACKED_DTYPES)}, the model is {dtype}")
+    if pattern.n is None or pattern.m is None:
+        if pattern.fraction < LEAST_ZEROS:
+            raise ArgumentError(
+                f"--packed needs a pattern n:m, as --sparsity 2:4, or a fraction of at least {LEAST_ZEROS}; "
+                f"got {pattern}"
+            )
+        return
     # Layout 1 holds n values and a bit for each of the m weights.
     if pattern.n * dtype.itemsize + pattern.m / 8 >= pattern.m * dtype.itemsize:
         raise ArgumentError(f"--packed: {pattern} packed is no smaller than dense; keep fewer of every {pattern.m}")

@@ -9,7 +9,7 @@ import torch
 
 from ..inputs import checkpoint
 from ..packed.inspect import TensorSparsity, inspect_dense
-from ..packed.nm_linear import NMLinear
+from ..packed.nm_linear import PackedLinear
 from .format import Format
 
 
@@ -19,7 +19,7 @@ class Dense(Format):
     name = "dense"
 
     def check(self, model: Any) -> str | None:
-        if any(isinstance(module, NMLinear) for module in model.modules()):
+        if any(isinstance(module, PackedLinear) for module in model.modules()):
             return "the model has packed layers: save it as 'packed', or save the model that it was packed from"
         return checkpoint.why_not_saved(model)
 

@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from ..kernels.pack_nm import PackedNM, pack_nm
+from ..kernels.pack_nm import pack_nm
+from ..kernels.pack_rows import pack_rows
 from ..kernels.quantize_nm import quantize_nm
 from ..kernels.score_terms import ScoreTerms
 from ..kernels.select_nm import select_nm
-from ..kernels.unpack_nm import unpack_nm
 from .dispatch import choose_product
-from .nm_linear import NMLinear
-from .products import Product, RowLimits, registry
+from .nm_linear import NMLinear, PackedLinear
+from .products import Packed, Product, RowLimits, registry
+from .unpacked import unpacked_weight
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 """Numbers of rows (tokens of a call) that are timed by default."""
@@ -50,24 +51,27 @@ class LayerKind:
 
     Attributes:
         shape: (out_features, in_features).
-        n, m: n of every m inputs are kept.
+        n, m: n of every m inputs are kept; None if the zeros follow no pattern.
         dtype: dtype of weights and tokens.
         count: number of such layers in the model.
+        kept: share of kept weights, rounded to percents, if the zeros follow no pattern.
         bits: bits of a quantized value; None for weights that are not quantized.
         group: number of inputs that share a scale, for quantized weights.
     """
 
     shape: tuple[int, int]
-    n: int
-    m: int
+    n: int | None
+    m: int | None
     dtype: torch.dtype
     count: int = 1
+    kept: float | None = None
     bits: int | None = None
     group: int = 0
 
     def __str__(self) -> str:
+        pattern = f"{self.n}:{self.m}" if self.kept is None else f"unstructured, {self.kept:.0%} kept,"
         few = "" if self.bits is None else f", {self.bits} bits"
-        return f"{self.shape[0]}x{self.shape[1]} {self.n}:{self.m} {str(self.dtype).removeprefix('torch.')}{few}"
+        return f"{self.shape[0]}x{self.shape[1]} {pattern} {str(self.dtype).removeprefix('torch.')}{few}"
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,11 @@ class RowTimes:
     def loses(self) -> bool:
         """True if NMLinear is slower than the dense layer."""
         return self.taken > LOSES * self.dense
+
+    @property
+    def fits(self) -> bool:
+        """True if no product is clearly faster than the one that NMLinear chooses."""
+        return _nearly_fastest(self.product, self.products)
 
     def to_dict(self) -> dict[str, Any]:
         """The times as JSON types. The time of the product "dense" is called "unpacked"."""
@@ -136,11 +145,16 @@ class LayerTimes:
 
 def kinds_of(model: nn.Module) -> list[LayerKind]:
     """List the kinds of packed layers in a model, in order of first appearance."""
-    layers = [module for module in model.modules() if isinstance(module, NMLinear)]
-    counts = Counter(
-        LayerKind((a.out_features, a.in_features), a.n, a.m, a.packed.dtype, bits=a.bits, group=a.group) for a in layers
-    )
+    counts = Counter(_kind_of(module) for module in model.modules() if isinstance(module, PackedLinear))
     return [dataclasses.replace(kind, count=count) for kind, count in counts.items()]
+
+
+def _kind_of(layer: PackedLinear) -> LayerKind:
+    shape = (layer.out_features, layer.in_features)
+    if isinstance(layer, NMLinear):
+        return LayerKind(shape, layer.n, layer.m, layer.dtype, bits=layer.bits, group=layer.group)
+    kept = round(layer.values.numel() / max(1, shape[0] * shape[1]), 2)
+    return LayerKind(shape, None, None, layer.dtype, kept=kept)
 
 
 def bench_layer(
@@ -175,7 +189,7 @@ def bench_layer(
     timed: dict[str, Product] = {}
     refusals: dict[str, str] = {}
     for product in registry.products:
-        why_not = [product.refusal(weights[0], count) for count in rows]
+        why_not = [product.why_not(weights[0], count) for count in rows]
         if None in why_not:
             timed[product.name] = product
         else:
@@ -185,7 +199,7 @@ def bench_layer(
     for done, count in enumerate(rows, 1):
         generator = torch.Generator().manual_seed(count)
         tokens = torch.randn(count, kind.shape[1], generator=generator, dtype=torch.float32, device="cpu")
-        able = [name for name, product in timed.items() if product.refusal(weights[0], count) is None]
+        able = [name for name, product in timed.items() if product.why_not(weights[0], count) is None]
         run = {name: calls[name] for name in (DENSE_LAYER, *able)}
         medians = _medians(run, len(weights), tokens.to(device, kind.dtype), seconds)
         dense = medians.pop(DENSE_LAYER)
@@ -224,61 +238,71 @@ def totals(layers: Sequence[LayerTimes]) -> list[TotalTimes]:
 def best_limits(times: Sequence[RowTimes]) -> RowLimits:
     """The limits that choose the fastest product for each timed number of rows, as far as limits can express it."""
     ordered = sorted(times, key=lambda entry: entry.rows)
-    fastest = [_fastest(entry.products) for entry in ordered]
+    by_rows = [fastest(entry.products) for entry in ordered]
     others = []
-    for name, run in itertools.groupby(range(len(ordered)), key=lambda index: fastest[index]):
+    for name, run in itertools.groupby(range(len(ordered)), key=lambda index: by_rows[index]):
         places = list(run)
         if name in registry.others:
             last = None if places[-1] == len(ordered) - 1 else ordered[places[-1]].rows
             others.append((name, ordered[places[0]].rows, last))
-    rest = [(entry.rows, name) for entry, name in zip(ordered, fastest, strict=True) if name not in registry.others]
+    at = {entry.rows: entry.products for entry in ordered}
+    rest = [(entry.rows, name) for entry, name in zip(ordered, by_rows, strict=True) if name not in registry.others]
     packed = 0
     for rows, name in rest:
-        if name != "packed":
+        if name != "packed" and not _nearly_fastest("packed", at[rows]):
             break
         packed = rows
     wins = [rows for rows, name in rest if name == "semi_structured"]
     return RowLimits(packed, min(wins) if wins else None, others=tuple(others))
 
 
-def _fastest(times: Mapping[str, float]) -> str:
+def _nearly_fastest(name: str, times: Mapping[str, float]) -> bool:
+    """True if a product is within the noise of timing of the fastest one."""
+    return name in times and times[name] <= LOSES * min(times.values())
+
+
+def fastest(times: Mapping[str, float]) -> str:
     """Name of the fastest product. Of equally fast ones, "packed" precedes "dense", and both precede the others."""
     order = ("packed", "dense")
     return min(times, key=lambda name: (times[name], order.index(name) if name in order else len(order)))
 
 
-def _weights(kind: LayerKind, device: torch.device) -> list[PackedNM]:
+def _weights(kind: LayerKind, device: torch.device) -> list[Packed]:
     """Make copies of one packed weight, COLD_BYTES in total."""
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(kind.shape, generator=generator, dtype=torch.float32, device="cpu").to(device, kind.dtype)
-    first = pack_nm(select_nm(dense, ScoreTerms(), kind.n, kind.m), kind.n, kind.m)
-    if kind.bits is not None:
-        first = quantize_nm(first, kind.bits, kind.group)
-    copies = min(MOST_ROUNDS, max(2, -(-COLD_BYTES // first.packed_bytes)))
+    if kind.n is None or kind.m is None:
+        kept = torch.rand(kind.shape, generator=generator, dtype=torch.float32, device="cpu") < (kind.kept or 0)
+        first: Packed = pack_rows(dense * kept.to(device))
+    else:
+        first = pack_nm(select_nm(dense, ScoreTerms(), kind.n, kind.m), kind.n, kind.m)
+        if kind.bits is not None:
+            first = quantize_nm(first, kind.bits, kind.group)
+    copies = min(MOST_ROUNDS, max(2, -(-COLD_BYTES // max(1, first.packed_bytes))))
     parts = first.tensors.items()
     return [first.with_tensors({name: tensor.clone() for name, tensor in parts}) for _ in range(copies)]
 
 
-def _calls(weights: Sequence[PackedNM], products: Sequence[Product], rows: Sequence[int]) -> dict[str, Call]:
+def _calls(weights: Sequence[Packed], products: Sequence[Product], rows: Sequence[int]) -> dict[str, Call]:
     """What to time, by name of the product. Each takes tokens and the index of a copy of the weight.
 
     In one round the products read different copies, so that none finds its weight in a cache.
     """
-    dense = [unpack_nm(weight) for weight in weights]
+    dense = [unpacked_weight(weight) for weight in weights]
     calls: dict[str, Call] = {DENSE_LAYER: lambda tokens, copy: nn.functional.linear(tokens, dense[copy])}
     limits = RowLimits(packed=0, semi_structured=0, second_copy=True)
     for place, product in enumerate(products):
         shift = place * len(weights) // len(products)
         calls[product.name] = _call(product, [*weights[shift:], *weights[:shift]], limits)
         if product.converts:
-            least = min(count for count in rows if product.refusal(weights[0], count) is None)
+            least = min(count for count in rows if product.why_not(weights[0], count) is None)
             tokens = weights[0].values.new_zeros(least, weights[0].shape[1], dtype=weights[0].dtype)
             for weight in weights:
                 product.multiply(tokens, weight, None, limits)
     return calls
 
 
-def _call(product: Product, weights: Sequence[PackedNM], limits: RowLimits) -> Call:
+def _call(product: Product, weights: Sequence[Packed], limits: RowLimits) -> Call:
     return lambda tokens, copy: product.multiply(tokens, weights[copy], None, limits)
 
 

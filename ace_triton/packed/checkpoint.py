@@ -22,8 +22,9 @@ from ..inputs.model_source import check_device, open_safetensors
 from ..kernels.pack_nm import PatternError
 from ..linears import linear_weight
 from .expert_stack import ExpertStack, stores_transposed
-from .manifest import DTYPES, TENSORS_FILE, Manifest, PackedEntry
-from .nm_linear import NMLinear
+from .manifest import DTYPES, TENSORS_FILE, LayerEntry, Manifest, RowsEntry
+from .nm_linear import NMLinear, PackedLinear
+from .rows_linear import RowsLinear
 from .saving import SavePretrained, save_packed
 
 __all__ = ["load", "save_packed"]
@@ -94,7 +95,7 @@ def finish(model: nn.Module, manifest: Manifest) -> None:
     for alias, name in manifest.tied.items():
         _tie(model, alias, name)
     for name, layer in model.named_modules():
-        if isinstance(layer, NMLinear):
+        if isinstance(layer, PackedLinear):
             _check_layer(name, layer)
     SavePretrained.attach(model)
 
@@ -137,7 +138,7 @@ def _put_stacks(model: nn.Module, manifest: Manifest) -> None:
             ExpertStack.take_place(experts, stack, stack.linears(transposed=transposed).values())
 
 
-def _put_packed(model: nn.Module, name: str, entry: PackedEntry, dtype: torch.dtype) -> None:
+def _put_packed(model: nn.Module, name: str, entry: LayerEntry, dtype: torch.dtype) -> None:
     parent, _, leaf = name.rpartition(".")
     try:
         layer = model.get_submodule(name)
@@ -148,11 +149,14 @@ def _put_packed(model: nn.Module, name: str, entry: PackedEntry, dtype: torch.dt
     weight = linear_weight(layer)
     if not leaf or weight is None or tuple(weight.shape) != entry.shape:
         raise PackedError(f"{name}: packed as a linear layer {entry.shape}, but the model has {layer}")
-    if entry.shape[1] % entry.m:
+    if isinstance(entry, RowsEntry):
+        packed: PackedLinear = RowsLinear.empty(entry.shape, entry.n_values, bias=entry.bias, dtype=dtype)
+    elif entry.shape[1] % entry.m:
         raise PackedError(f"{name}: its {entry.shape[1]} inputs are not a multiple of {entry.m}; pack the model again")
-    packed = NMLinear.empty(
-        entry.shape, entry.n, entry.m, bias=entry.bias, dtype=dtype, bits=entry.bits, group=entry.group
-    )
+    else:
+        packed = NMLinear.empty(
+            entry.shape, entry.n, entry.m, bias=entry.bias, dtype=dtype, bits=entry.bits, group=entry.group
+        )
     setattr(model.get_submodule(parent), leaf, packed)
 
 
@@ -259,7 +263,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def _check_layer(name: str, layer: NMLinear) -> None:
+def _check_layer(name: str, layer: PackedLinear) -> None:
     try:
         layer.packed.check()
     except PatternError as error:

@@ -10,7 +10,7 @@ import torch
 from ..kernels import cpu_library
 from ..kernels.packed_nm import PackedNM
 from .kernel import Kernel
-from .products import Product, RowLimits, register_product, registry
+from .products import Packed, Product, RowLimits, register_product, registry
 from .semi_structured import SemiStructured, backend_of, warn_of_no_second_copy
 from .unpacked import Unpacked
 
@@ -79,9 +79,10 @@ FEW_BITS_ROWS = {"avx512": 64, "avx2": 64, "portable": 1}
 
 
 def default_limits(
-    device: torch.device, dtype: torch.dtype, pattern: tuple[int, int] = (2, 4), bits: int | None = None
+    device: torch.device, dtype: torch.dtype, pattern: tuple[int, int] | None = (2, 4), bits: int | None = None
 ) -> RowLimits:
-    """The default limits for a device, a weight's dtype, its n:m pattern and the bits of its values if it is quantized.
+    """The default limits for a device and a weight: its dtype, its n:m pattern (None if it has none), and the bits of
+    its values if it is quantized.
 
     On a CPU they depend on the instruction set of the compiled library. Without the library every call unpacks the
     weight, which is slow but faster than our reference. The GPU limits are estimated from machine code, not measured;
@@ -118,13 +119,13 @@ def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLim
     return RowLimits(packed=rows.two_of_four if two_of_four else rows.other)
 
 
-def choose_product(rows: int, packed: PackedNM, limits: RowLimits | None = None) -> str:
+def choose_product(rows: int, packed: Packed, limits: RowLimits | None = None) -> str:
     """Name of the product for a number of rows. ``limits`` None means the defaults of the device."""
     return _choose(rows, packed, limits)[0].name
 
 
 def multiply(
-    tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits | None = None
+    tokens: torch.Tensor, packed: Packed, bias: torch.Tensor | None, limits: RowLimits | None = None
 ) -> torch.Tensor:
     """Compute outputs [n_tokens, out_features] = tokens W^T + bias, for tokens [n_tokens, in_features] of W's dtype."""
     product, limits = _choose(len(tokens), packed, limits)
@@ -133,10 +134,12 @@ def multiply(
     return product.multiply(tokens, packed, bias, limits)
 
 
-def _choose(rows: int, packed: PackedNM, limits: RowLimits | None) -> tuple[Product, RowLimits]:
+def _choose(rows: int, packed: Packed, limits: RowLimits | None) -> tuple[Product, RowLimits]:
     """The first product that the limits choose and that does not refuse the call, and these limits."""
-    limits = limits or default_limits(packed.values.device, packed.dtype, (packed.n, packed.m), packed.bits)
+    if limits is None:
+        pattern, bits = ((packed.n, packed.m), packed.bits) if isinstance(packed, PackedNM) else (None, None)
+        limits = default_limits(packed.values.device, packed.dtype, pattern, bits)
     for product in registry.products:
-        if product.takes(rows, limits) and product.refusal(packed, rows) is None:
+        if product.takes(rows, limits) and product.why_not(packed, rows) is None:
             return product, limits
     return DENSE, limits

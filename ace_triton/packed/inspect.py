@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 from ..inputs.model_source import open_safetensors, reason, safetensors_files
-from .manifest import TENSORS_FILE, Manifest, PackedEntry
+from ..kernels.packed_rows import UNSTRUCTURED
+from .manifest import TENSORS_FILE, LayerEntry, Manifest, PackedEntry
 from .pattern import find_pattern
 
 
@@ -70,8 +71,8 @@ def inspect_dense(folder: str | Path) -> list[TensorSparsity]:
     return _inspect_files(files, {})
 
 
-def _inspect_files(files: Sequence[Path], layers: Mapping[str, PackedEntry]) -> list[TensorSparsity]:
-    packed_tensors = {f"{name}.{part}" for name in layers for part in ("values", "meta", "absmax")}
+def _inspect_files(files: Sequence[Path], layers: Mapping[str, LayerEntry]) -> list[TensorSparsity]:
+    packed_tensors = {f"{name}.{part}" for name in layers for part in ("values", "meta", "absmax", "starts")}
     found = []
     for path in files:
         try:
@@ -93,9 +94,11 @@ def _inspect(name: str, weight: torch.Tensor) -> TensorSparsity:
     return TensorSparsity(name, tuple(weight.shape), zeros, str(find_pattern(weight)))
 
 
-def _inspect_packed(name: str, entry: PackedEntry, values: torch.Tensor) -> TensorSparsity:
+def _inspect_packed(name: str, entry: LayerEntry, values: torch.Tensor) -> TensorSparsity:
     """``values``: the stored values; a kept weight that was rounded to 0 counts as a zero."""
-    steps = values if entry.bits != 4 else torch.stack((values & 15, values >> 4), -1).flatten(1)
-    zero = 8 if entry.bits == 4 else 0
+    bits = entry.bits if isinstance(entry, PackedEntry) else None
+    steps = values if bits != 4 else torch.stack((values & 15, values >> 4), -1).flatten(1)
+    zero = 8 if bits == 4 else 0
     zeros = 1 - float((steps != zero).sum()) / max(entry.shape[0] * entry.shape[1], 1)
-    return TensorSparsity(name, entry.shape, zeros, f"{entry.n}:{entry.m}", packed=True, bits=entry.bits)
+    pattern = f"{entry.n}:{entry.m}" if isinstance(entry, PackedEntry) else UNSTRUCTURED
+    return TensorSparsity(name, entry.shape, zeros, pattern, packed=True, bits=bits)

@@ -6,23 +6,28 @@ import torch
 
 from ..kernels.nm_linear import DTYPES, nm_linear
 from ..kernels.packed_nm import PackedNM
-from .products import Product, RowLimits
+from ..kernels.packed_rows import PackedRows
+from ..kernels.rows_linear import rows_linear
+from .products import Packed, Product, RowLimits
 
 
 class Kernel(Product):
-    """:func:`~ace_triton.kernels.nm_linear.nm_linear`."""
+    """:func:`~ace_triton.kernels.nm_linear.nm_linear` or :func:`~ace_triton.kernels.rows_linear.rows_linear`."""
 
     name, label = "packed", "ours"
+    forms = (PackedNM, PackedRows)
 
     def takes(self, rows: int, limits: RowLimits) -> bool:
         return rows <= limits.packed
 
-    def refusal(self, packed: PackedNM, rows: int) -> str | None:
+    def refusal(self, packed: Packed, rows: int) -> str | None:
         if packed.dtype in DTYPES:
             return None
         return f"our kernel supports float32, float16 and bfloat16, the weight is {packed.dtype}"
 
     def multiply(
-        self, tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits
+        self, tokens: torch.Tensor, packed: Packed, bias: torch.Tensor | None, limits: RowLimits
     ) -> torch.Tensor:
+        if isinstance(packed, PackedRows):
+            return rows_linear(tokens, packed, bias)
         return nm_linear(tokens, packed, bias)

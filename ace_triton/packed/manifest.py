@@ -18,6 +18,7 @@ from ..inputs.output_folder import files_in
 from ..inputs.report_file import MANIFEST_FILE
 from ..kernels.few_bits import check_bits
 from ..kernels.packed_nm import FEW_BITS_LAYOUT_VERSION, LAYOUT_VERSION
+from ..kernels.packed_rows import UNSTRUCTURED
 from ..sparsity import Sparsity
 
 TENSORS_FILE = "packed.safetensors"
@@ -26,12 +27,13 @@ LARGEST_MANIFEST = 2**26
 """Largest accepted size of a manifest in bytes; enough for 300,000 packed layers."""
 
 FORMAT = "ace-triton packed n:m"
-FORMAT_VERSION = 2
+NEWEST_VERSION = 3
+"""Version 3 has quantized layers and layers with row starts. A folder without them is written as version 2, which older
+readers know."""
+
+CHECKSUMS_VERSION = 2
 OLDEST_VERSION = 1
 """Version 1 has checksums of NEEDED_FILES only."""
-
-FEW_BITS_VERSION = 3
-"""Version of checkpoints with quantized layers. Others have FORMAT_VERSION, so that an older ace-triton reads them."""
 
 QUANTIZATION_METHOD = "ace_triton"
 """Name of the method in the ``quantization_config`` of a packed checkpoint.
@@ -64,10 +66,39 @@ class PackedEntry:
     bits: int | None = None
     group: int = 0
 
+    @property
+    def needs_newest(self) -> bool:
+        """True if only the newest version has such layers."""
+        return self.bits is not None
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         few = {} if self.bits is None else {"bits": self.bits, "group": self.group}
         return {"pattern": f"{self.n}:{self.m}", "shape": list(self.shape), "bias": self.bias, **few}
+
+
+@dataclass(frozen=True)
+class RowsEntry:
+    """One packed layer whose zeros follow no pattern.
+
+    Attributes:
+        n_values: number of kept weights.
+        shape: (out_features, in_features) of the dense weight.
+        bias: True if the layer has a bias.
+    """
+
+    n_values: int
+    shape: tuple[int, int]
+    bias: bool
+
+    needs_newest = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {"pattern": UNSTRUCTURED, "values": self.n_values, "shape": list(self.shape), "bias": self.bias}
+
+
+LayerEntry = PackedEntry | RowsEntry
 
 
 @dataclass(frozen=True)
@@ -98,23 +129,20 @@ class Manifest:
     """
 
     dtype: str
-    layers: dict[str, PackedEntry]
+    layers: dict[str, LayerEntry]
     tied: dict[str, str]
     files: dict[str, FileMark]
     version: int = 0
 
     def __post_init__(self) -> None:
         if not self.version:
-            object.__setattr__(self, "version", FEW_BITS_VERSION if self._quantized else FORMAT_VERSION)
-
-    @property
-    def _quantized(self) -> bool:
-        return any(entry.bits is not None for entry in self.layers.values())
+            newest = any(entry.needs_newest for entry in self.layers.values())
+            object.__setattr__(self, "version", NEWEST_VERSION if newest else CHECKSUMS_VERSION)
 
     @property
     def layout(self) -> int:
-        """The newest layout among the layers."""
-        return FEW_BITS_LAYOUT_VERSION if self._quantized else LAYOUT_VERSION
+        """The newest n:m layout among the layers."""
+        return _layout(self.layers.values())
 
     @staticmethod
     def marks(folder: Path) -> dict[str, FileMark]:
@@ -168,14 +196,10 @@ class Manifest:
         if content["dtype"] not in DTYPES:
             raise PackedError(f"dtype must be one of {', '.join(DTYPES)}, got {content['dtype']!r}")
         layers = {name: _entry(fields) for name, fields in content["layers"].items()}
-        quantized = any(entry.bits is not None for entry in layers.values())
-        if quantized != (content["layout"] == FEW_BITS_LAYOUT_VERSION) or quantized != (
-            content["version"] == FEW_BITS_VERSION
-        ):
-            raise PackedError(
-                f"quantized layers need version {FEW_BITS_VERSION} and layout {FEW_BITS_LAYOUT_VERSION}, others an "
-                f"older one; got {content['version']} and {content['layout']}"
-            )
+        if any(entry.needs_newest for entry in layers.values()) and content["version"] < NEWEST_VERSION:
+            raise PackedError(f"version {content['version']} has neither quantized layers nor row starts")
+        if content["layout"] != _layout(layers.values()):
+            raise PackedError(f"its layers have layout {_layout(layers.values())}, it says {content['layout']}")
         files = {name: FileMark(_size(mark["bytes"]), str(mark["sha256"])) for name, mark in content["files"].items()}
         if not set(NEEDED_FILES) <= set(files):
             raise PackedError(f"files must include {', '.join(NEEDED_FILES)}, got {', '.join(files)}")
@@ -194,7 +218,7 @@ class Manifest:
 
         Warns if the manifest is of version 1, which has no checksums of the tokenizer and the generation config.
         """
-        if self.version < FORMAT_VERSION:
+        if self.version < CHECKSUMS_VERSION:
             warnings.warn(
                 f"{folder}: was packed by an older ace-triton, without checksums of the tokenizer and the generation "
                 "config; pack the model again to add them",
@@ -225,7 +249,7 @@ def _check_version(path: Path, content: Any) -> None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PackedError(f"{path}: is not the manifest of a packed checkpoint; pack the model again")
     for field, oldest, newest in (
-        ("version", OLDEST_VERSION, FEW_BITS_VERSION),
+        ("version", OLDEST_VERSION, NEWEST_VERSION),
         ("layout", LAYOUT_VERSION, FEW_BITS_LAYOUT_VERSION),
     ):
         given = content.get(field)
@@ -238,15 +262,26 @@ def _check_version(path: Path, content: Any) -> None:
             )
 
 
-def _entry(fields: dict[str, Any]) -> PackedEntry:
-    if not re.fullmatch(r"\d+:\d+", fields["pattern"]):
-        raise PackedError(f"pattern must be n:m, got {fields['pattern']!r}")
-    pattern = Sparsity(fields["pattern"])
-    assert pattern.n is not None
-    assert pattern.m is not None
+def _layout(entries: Iterable[LayerEntry]) -> int:
+    """The newest n:m layout among the layers."""
+    quantized = any(isinstance(entry, PackedEntry) and entry.bits is not None for entry in entries)
+    return FEW_BITS_LAYOUT_VERSION if quantized else LAYOUT_VERSION
+
+
+def _entry(fields: dict[str, Any]) -> LayerEntry:
     rows, cols = (_size(size) for size in fields["shape"])
     if not isinstance(fields["bias"], bool):
         raise TypeError(f"bias must be true or false, got {fields['bias']!r}")
+    if fields["pattern"] == UNSTRUCTURED:
+        n_values = _size(fields["values"])
+        if n_values > rows * cols:
+            raise PackedError(f"a weight of shape [{rows}, {cols}] cannot have {n_values} values")
+        return RowsEntry(n_values, (rows, cols), fields["bias"])
+    if not re.fullmatch(r"\d+:\d+", fields["pattern"]):
+        raise PackedError(f"pattern must be n:m or {UNSTRUCTURED}, got {fields['pattern']!r}")
+    pattern = Sparsity(fields["pattern"])
+    assert pattern.n is not None
+    assert pattern.m is not None
     if "bits" not in fields and "group" not in fields:
         return PackedEntry(pattern.n, pattern.m, (rows, cols), fields["bias"])
     check_bits(fields["bits"], fields["group"])

@@ -1,4 +1,4 @@
-"""NMLinear: a linear layer that stores its n:m weight packed and multiplies with the packed weight."""
+"""Linear layers that store their weight packed and multiply with the packed weight; NMLinear is the one for n:m."""
 
 from __future__ import annotations
 
@@ -12,17 +12,102 @@ from torch.autograd import forward_ad
 from ..errors import ArgumentError, PackedWeightError
 from ..kernels.memory import why_not_plain
 from ..kernels.pack_nm import PackedNM, pack_nm
+from ..kernels.pack_rows import unpack_rows
 from ..kernels.packed_nm import check_meta, check_meta_dtype
+from ..kernels.packed_rows import PackedRows
 from ..kernels.quantize_nm import quantize_nm
 from ..kernels.unpack_nm import unpack_nm
 from ..linears import linear_weight
 from ..solvers.quantize import GROUP
 from .dispatch import multiply
-from .products import RowLimits
+from .products import Packed, RowLimits
+from .unpacked import unpacked_weight
 from .weight import PackedWeight
 
 
-class NMLinear(nn.Module):
+class PackedLinear(nn.Module):
+    """Computes y = x W^T + b from one packed copy of W, which is stored in ordinary buffers.
+
+    Each call chooses its product by the number of rows (:func:`~ace_triton.packed.dispatch.choose_product`). The weight
+    is frozen. Gradients flow to the input and the bias, in reverse and in forward mode.
+
+    Attributes:
+        in_features, out_features: as in ``nn.Linear``.
+        values, meta: the kept weights, and one bit per weight.
+        bias: [out_features] or None.
+        limits: numbers of rows that choose the product; None for the defaults of the device.
+    """
+
+    in_features: int
+    out_features: int
+    values: torch.Tensor
+    meta: torch.Tensor
+    bias: nn.Parameter | None
+    limits: RowLimits | None
+
+    @property
+    def packed(self) -> Packed:
+        """The packed weight for the kernels; it shares the buffers."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense weight, and of the tokens."""
+        return self.values.dtype
+
+    @property
+    def pattern(self) -> str:
+        """ "n:m", or "unstructured" if the zeros follow no pattern."""
+        raise NotImplementedError
+
+    def repacked(self, layer: nn.Module) -> PackedLinear:
+        """A linear layer with the same zeros, packed as this one is."""
+        raise NotImplementedError
+
+    def _traced(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product for tokens [n_tokens, in_features] as an operation that torch.compile does not trace into."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight, read-only: shape, dtype and device cost nothing, reading it unpacks, writing raises."""
+        return PackedWeight(self.packed)
+
+    def unpack(self) -> torch.Tensor:
+        """The dense weight [out_features, in_features]: as before packing, bit for bit, or rounded if quantized."""
+        return unpacked_weight(self.packed)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute outputs [..., out_features] from tokens [..., in_features].
+
+        Raises:
+            ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
+                autocast.
+        """
+        kind = tokens.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self(tokens.to(self.dtype)).to(torch.get_autocast_dtype(kind))
+        _check_tokens(tokens, self.in_features, self.dtype)
+        rows, bias = tokens.reshape(-1, self.in_features), self.bias
+        if torch.compiler.is_compiling():
+            outputs = self._traced(rows, bias)
+        elif _is_differentiated(rows) or (bias is not None and _is_differentiated(bias)):
+            outputs = _Differentiable.apply(rows, bias, self.packed, self.limits)
+        else:
+            outputs = multiply(rows.resolve_neg(), self.packed, bias, self.limits)
+        return outputs if tokens.dim() == 2 else outputs.view(*tokens.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        """As in ``nn.Module``, but metadata change only their device, never their dtype."""
+        meta = self.meta
+        super()._apply(fn, recurse)
+        if self.meta.dtype != meta.dtype:
+            self.meta = meta.to(self.meta.device)
+        return self
+
+
+class NMLinear(PackedLinear):
     """Computes y = x W^T + b from one packed copy of W, which is stored in ordinary buffers.
 
     The buffers ``values`` and ``meta``, and ``absmax`` of a quantized weight (layout:
@@ -41,10 +126,7 @@ class NMLinear(nn.Module):
         limits: numbers of rows that choose the product; None for the defaults of the device.
     """
 
-    values: torch.Tensor
-    meta: torch.Tensor
     absmax: torch.Tensor | None
-    bias: nn.Parameter | None
 
     def __init__(self, packed: PackedNM, bias: nn.Parameter | None = None, limits: RowLimits | None = None) -> None:
         super().__init__()
@@ -123,42 +205,18 @@ class NMLinear(nn.Module):
         return PackedNM(self.values, self.meta, self.n, self.m, shape, self.absmax, self.group)
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The dense weight, read-only: shape, dtype and device cost nothing, reading it unpacks, writing raises."""
-        return PackedWeight(self.packed)
+    def pattern(self) -> str:
+        return f"{self.n}:{self.m}"
 
-    def unpack(self) -> torch.Tensor:
-        """The dense weight [out_features, in_features]: as before packing, bit for bit, or rounded if quantized."""
-        return unpack_nm(self.packed)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype if self.absmax is None else self.absmax.dtype
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Compute outputs [..., out_features] from tokens [..., in_features].
+    def repacked(self, layer: nn.Module) -> NMLinear:
+        return NMLinear.from_linear(layer, self.n, self.m, self.limits, bits=self.bits, group=self.group or GROUP)
 
-        Raises:
-            ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
-                autocast.
-        """
-        kind, dtype = tokens.device.type, self.values.dtype if self.absmax is None else self.absmax.dtype
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return self(tokens.to(dtype)).to(torch.get_autocast_dtype(kind))
-        _check_tokens(tokens, self.in_features, dtype)
-        rows, bias = tokens.reshape(-1, self.in_features), self.bias
-        if torch.compiler.is_compiling():
-            outputs = _product(rows, bias, *_parts(self.packed), *_arguments(self.limits))
-        elif _is_differentiated(rows) or (bias is not None and _is_differentiated(bias)):
-            outputs = _Differentiable.apply(rows, bias, self.packed, self.limits)
-        else:
-            outputs = multiply(rows.resolve_neg(), self.packed, bias, self.limits)
-        return outputs if tokens.dim() == 2 else outputs.view(*tokens.shape[:-1], self.out_features)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NMLinear:
-        """As in ``nn.Module``, but metadata change only their device, never their dtype."""
-        meta = self.meta
-        super()._apply(fn, recurse)
-        if self.meta.dtype != meta.dtype:
-            self.meta = meta.to(self.meta.device)
-        return self
+    def _traced(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return _product(tokens, bias, *_parts(self.packed), *limits_as_arguments(self.limits))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """As in ``nn.Module``, but a layer with invalid metadata is not loaded, and ``load_state_dict`` raises."""
@@ -205,7 +263,7 @@ def _of_parts(
     return PackedNM(values, meta, n, m, (len(values), in_features), absmax, group)
 
 
-def _arguments(limits: RowLimits | None) -> tuple[int | None, int | None, bool, str]:
+def limits_as_arguments(limits: RowLimits | None) -> tuple[int | None, int | None, bool, str]:
     return (None, None, False, "") if limits is None else limits.flat()
 
 
@@ -262,6 +320,19 @@ def _unpacked(
     return unpack_nm(_of_parts(values, meta, absmax, n, m, group, in_features))
 
 
+@torch.library.custom_op("ace_triton::unpack_rows", mutates_args=())
+def _unpacked_rows(values: torch.Tensor, meta: torch.Tensor, starts: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The same for a weight with row starts."""
+    return unpack_rows(PackedRows(values, meta, starts, (len(meta), in_features)))
+
+
+def unpacked_operation(packed: Packed) -> torch.Tensor:
+    """The dense weight, as one operation that torch.func does not trace into."""
+    if isinstance(packed, PackedRows):
+        return _unpacked_rows(packed.values, packed.meta, packed.starts, packed.shape[1])
+    return _unpacked(*_parts(packed))
+
+
 @_input_gradient.register_fake
 def _(gradient: torch.Tensor, *parts: Any) -> torch.Tensor:
     return gradient.new_empty(*gradient.shape[:-1], parts[-1])
@@ -293,7 +364,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        tokens: torch.Tensor, bias: torch.Tensor | None, packed: PackedNM, limits: RowLimits | None
+        tokens: torch.Tensor, bias: torch.Tensor | None, packed: Packed, limits: RowLimits | None
     ) -> torch.Tensor:
         return multiply(tokens.resolve_neg(), packed, bias, limits)
 
@@ -308,7 +379,7 @@ class _Differentiable(torch.autograd.Function):
             raise PackedWeightError(
                 "a packed weight was written between the forward and the backward pass: run the forward pass again"
             )
-        of_tokens = gradient @ _unpacked(*_parts(ctx.packed)) if ctx.needs_input_grad[0] else None
+        of_tokens = gradient @ unpacked_operation(ctx.packed) if ctx.needs_input_grad[0] else None
         return of_tokens, gradient.sum(0) if ctx.needs_input_grad[1] else None, None, None
 
     @staticmethod
@@ -324,7 +395,7 @@ class _Differentiable(torch.autograd.Function):
         dimensions: tuple[int | None, ...],
         tokens: torch.Tensor,
         bias: torch.Tensor | None,
-        packed: PackedNM,
+        packed: Packed,
         limits: RowLimits | None,
     ) -> tuple[torch.Tensor, int]:
         of_tokens, of_bias, *_ = dimensions
@@ -335,6 +406,6 @@ class _Differentiable(torch.autograd.Function):
         return outputs, 0
 
 
-def _versions(packed: PackedNM) -> tuple[int, ...]:
+def _versions(packed: Packed) -> tuple[int, ...]:
     """Version counters of the packed tensors; 0 for inference tensors, which have none."""
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in packed.tensors.values())

@@ -1,4 +1,4 @@
-"""Replace the linear layers of a model that were pruned to n:m by packed layers."""
+"""Replace the linear layers of a model that were pruned by packed layers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from ..decoders.experts import Stack
 from ..decoders.plan import NameFilter, Skipped
 from ..errors import ArgumentError
 from ..kernels.few_bits import check_bits
-from ..kernels.pack_nm import PackedNM
 from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
 from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
 from .expert_stack import ExpertStack, stores_transposed
-from .nm_linear import NMLinear
+from .nm_linear import NMLinear, PackedLinear
 from .pattern import find_pattern
 from .products import RowLimits
+from .rows_linear import RowsLinear
 from .saving import SavePretrained
 
 PROBE_TOKENS = 3
 """Random tokens for the check that a layer with its own forward computes x W^T + b."""
+
+LEAST_ZEROS = 0.44
+"""A weight whose zeros follow no pattern is packed from this share of zeros on. With fewer zeros it would be little
+smaller, and slower than the dense one. A little below 45 %, because a share of a row is rounded down."""
 
 FREED_BYTES = 64 * 2**20
 """The allocator is asked to return free memory each time this many bytes of dense weights were freed."""
@@ -39,7 +43,7 @@ class PackedLayer:
 
     Attributes:
         name: dotted name in the model.
-        pattern: "n:m".
+        pattern: "n:m", or "unstructured".
         dense_bytes, packed_bytes: size of the weight before and after packing.
         bits: bits of a quantized value; None if the layer was not quantized.
     """
@@ -105,7 +109,10 @@ def pack_model(
     bits: int | None = None,
     group: int = GROUP,
 ) -> SparsifyReport:
-    """Replace every linear layer that was pruned to n:m by an :class:`~ace_triton.packed.nm_linear.NMLinear`, in place.
+    """Replace every linear layer that was pruned by a packed one, in place.
+
+    A layer pruned to n:m along its inputs becomes an :class:`~ace_triton.packed.nm_linear.NMLinear`. One with other
+    zeros becomes a :class:`~ace_triton.packed.rows_linear.RowsLinear` if at least 45 % of it are zeros.
 
     This does not prune: use :func:`~ace_triton.prune_blocks.prune_model` first. Each dense weight is freed as soon as
     its layer is packed. A packed layer computes the same product as the pruned dense layer, up to the order of
@@ -192,7 +199,7 @@ def pack_layers(
             skip(name, weight, str(why_not))
             continue
         _replace(model, layer, replacement)
-        note([_entry(name, replacement.packed)])
+        note([_entry(name, replacement)])
     stacks = stacks_of(model)
     tried = {stack.name for stack in stacks}
     while stacks:
@@ -217,7 +224,7 @@ def pack_layers(
     if not packed:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it has no linear layer"
         raise ArgumentError(
-            f"no layer of {type(model).__name__} can be packed: {reasons}; prune it to n:m first "
+            f"no layer of {type(model).__name__} can be packed: {reasons}; prune it first "
             "(ace-triton prune --sparsity 2:4)"
         )
     give_back_free_memory()
@@ -229,11 +236,11 @@ def set_row_limits(model: nn.Module, limits: RowLimits | None) -> None:
     """Set the limits that choose the product by the number of rows, for all packed layers of a model.
 
     Args:
-        model: a model with :class:`~ace_triton.packed.nm_linear.NMLinear` layers.
+        model: a model with packed layers.
         limits: the limits; None for the defaults of the device.
     """
     for module in model.modules():
-        if isinstance(module, NMLinear):
+        if isinstance(module, PackedLinear):
             module.limits = limits
 
 
@@ -268,20 +275,26 @@ class _Wanted:
     group: int
 
 
-def _pack(layer: nn.Module, wanted: _Wanted) -> NMLinear:
+def _pack(layer: nn.Module, wanted: _Wanted) -> PackedLinear:
     weight = linear_weight(layer)
     assert weight is not None
     if any(getattr(layer, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")) or "forward" in vars(layer):
         raise _NotEligible("it has hooks or its own forward, which packing would remove")
-    n, m = wanted.pattern or _detect(weight)
+    nm = wanted.pattern or _detect(weight)
+    if nm is None and wanted.bits is not None:
+        raise _NotEligible(f"its zeros follow no pattern n:m, and only n:m weights can be stored in {wanted.bits} bits")
     try:
-        packed = NMLinear.from_linear(layer, n, m, wanted.limits, bits=wanted.bits, group=wanted.group)
+        packed: PackedLinear = (
+            RowsLinear.from_linear(layer, wanted.limits)
+            if nm is None
+            else NMLinear.from_linear(layer, *nm, wanted.limits, bits=wanted.bits, group=wanted.group)
+        )
     except ValueError as error:
         raise _NotEligible(str(error)) from error
     size = packed.packed
     if size.packed_bytes >= size.dense_bytes:
         raise _NotEligible(
-            f"packed as {n}:{m} it is no smaller: {size.packed_bytes} bytes instead of {size.dense_bytes}"
+            f"packed as {packed.pattern} it is no smaller: {size.packed_bytes} bytes instead of {size.dense_bytes}"
         )
     if type(layer).forward is not nn.Linear.forward and not _multiplies(layer, weight):
         raise _NotEligible(f"a {type(layer).__name__} does not compute x W^T + b")
@@ -314,7 +327,7 @@ def _pack_experts(
                 continue
             weights.keep(packed)
             layers[-1] = packed
-            entries.append(_entry(name, packed.packed))
+            entries.append(_entry(name, packed))
     if entries:
         ExpertStack.take_place(experts, stack, layers)
         for left in getattr(experts, stack.name.rpartition(".")[2]).children():
@@ -323,15 +336,20 @@ def _pack_experts(
     return entries
 
 
-def _detect(weight: torch.Tensor) -> tuple[int, int]:
+def _detect(weight: torch.Tensor) -> tuple[int, int] | None:
+    """The pattern n:m to pack a weight in; None if its zeros follow no such pattern along the inputs."""
     found = find_pattern(weight)
     if found.dense:
         raise _NotEligible("it is dense: it was not pruned")
-    if found.nm is None:
-        raise _NotEligible("its zeros follow no n:m pattern")
-    if found.across is not None:
-        raise _NotEligible(f"it is {found}; packed layers need groups along the inputs")
-    return found.nm
+    if found.nm is not None and found.across is None:
+        return found.nm
+    zeros = 1 - float((weight != 0).sum()) / weight.numel()
+    if zeros < LEAST_ZEROS:
+        raise _NotEligible(
+            f"it is {found}, and {zeros:.0%} of it are zeros: weights that are not n:m along the inputs are packed "
+            f"from {LEAST_ZEROS:.0%} zeros on"
+        )
+    return None
 
 
 def _parse(pattern: str) -> tuple[int, int]:
@@ -366,5 +384,6 @@ def _replace(model: nn.Module, layer: nn.Module, replacement: nn.Module) -> None
                 setattr(module, name, replacement)
 
 
-def _entry(name: str, packed: PackedNM) -> PackedLayer:
-    return PackedLayer(name, f"{packed.n}:{packed.m}", packed.dense_bytes, packed.packed_bytes, packed.bits)
+def _entry(name: str, layer: PackedLinear) -> PackedLayer:
+    size, bits = layer.packed, layer.bits if isinstance(layer, NMLinear) else None
+    return PackedLayer(name, layer.pattern, size.dense_bytes, size.packed_bytes, bits)

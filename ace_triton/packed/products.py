@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from ..errors import ArgumentError
 from ..kernels.packed_nm import PackedNM
+from ..kernels.packed_rows import PackedRows
+
+Packed = PackedNM | PackedRows
+"""A packed weight of either form."""
 
 LIMITED = ("packed", "semi_structured", "dense")
 """The products that :class:`RowLimits` chooses by fields of their own; "dense" is chosen if no other product is."""
@@ -77,14 +82,17 @@ class Product(ABC):
         label: heading of the product's column in ``ace-triton bench``.
         converts: True if the first call with a weight converts it and keeps the result. ``ace-triton bench`` makes that
             call before it times the product.
+        forms: the forms of packed weights that the product is asked about. Those without an n:m pattern
+            (:class:`~ace_triton.kernels.packed_rows.PackedRows`) are left out unless named here.
     """
 
     name: str
     label: str
     converts: bool = False
+    forms: tuple[type, ...] = (PackedNM,)
 
     @abstractmethod
-    def refusal(self, packed: PackedNM, rows: int) -> str | None:
+    def refusal(self, packed: Any, rows: int) -> str | None:
         """Why the product cannot compute a call; None if it can.
 
         The answer must not depend on values, so that CUDA graphs can capture the call.
@@ -95,9 +103,7 @@ class Product(ABC):
         """
 
     @abstractmethod
-    def multiply(
-        self, tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None, limits: RowLimits
-    ) -> torch.Tensor:
+    def multiply(self, tokens: torch.Tensor, packed: Any, bias: torch.Tensor | None, limits: RowLimits) -> torch.Tensor:
         """Compute outputs [n_tokens, out_features] = tokens W^T + bias, for a call that :meth:`refusal` allows.
 
         Args:
@@ -106,6 +112,12 @@ class Product(ABC):
             bias: [out_features] or None.
             limits: the limits that chose the product.
         """
+
+    def why_not(self, packed: Packed, rows: int) -> str | None:
+        """As :meth:`refusal`, for a packed weight of any form."""
+        if not isinstance(packed, self.forms):
+            return "it supports weights n:m only"
+        return self.refusal(packed, rows)
 
     def takes(self, rows: int, limits: RowLimits) -> bool:
         """True if the limits choose this product for a number of rows."""

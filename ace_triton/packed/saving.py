@@ -18,8 +18,8 @@ from ..errors import CheckpointError
 from ..inputs.checkpoint import refusals
 from ..inputs.output_folder import files_in, give_mode, replacing, write_report
 from ..inputs.report_file import MANIFEST_FILE
-from .manifest import DTYPES, QUANTIZATION_METHOD, TENSORS_FILE, Manifest, PackedEntry
-from .nm_linear import NMLinear
+from .manifest import DTYPES, QUANTIZATION_METHOD, TENSORS_FILE, LayerEntry, Manifest, PackedEntry, RowsEntry
+from .nm_linear import NMLinear, PackedLinear
 from .registration import register_quantizer
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def write_around(
 
     dtype = next(name for name, known in DTYPES.items() if known == model.dtype)
     modules = model.named_modules(remove_duplicate=False)
-    layers = {name: _entry_of(layer) for name, layer in modules if isinstance(layer, NMLinear)}
+    layers = {name: _entry_of(layer) for name, layer in modules if isinstance(layer, PackedLinear)}
     model.config.architectures = [type(model).__name__]
     if model.is_remote_code():
         custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ class SavePretrained:
         model = self._model()
         if model is None:
             raise CheckpointError("the model is no longer in memory: keep it in a variable while it is saved")
-        if not any(isinstance(module, NMLinear) for module in model.modules()):
+        if not any(isinstance(module, PackedLinear) for module in model.modules()):
             type(model).save_pretrained(
                 model,
                 save_directory,
@@ -167,7 +167,7 @@ def why_not_saved(model: Any) -> str | None:
             f"only causal language models of transformers can be saved as packed checkpoints, got a "
             f"{type(model).__name__}: save its state_dict"
         )
-    if not any(isinstance(layer, NMLinear) for layer in model.modules()):
+    if not any(isinstance(layer, PackedLinear) for layer in model.modules()):
         return "the model has no packed layer: call ace_triton.pack_model(model) first"
     if model.dtype not in DTYPES.values():
         return f"packed checkpoints support {', '.join(DTYPES)}, the model is {model.dtype}: convert it"
@@ -220,9 +220,11 @@ def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _entry_of(layer: NMLinear) -> PackedEntry:
-    shape = (layer.out_features, layer.in_features)
-    return PackedEntry(layer.n, layer.m, shape, layer.bias is not None, layer.bits, layer.group)
+def _entry_of(layer: PackedLinear) -> LayerEntry:
+    shape, bias = (layer.out_features, layer.in_features), layer.bias is not None
+    if isinstance(layer, NMLinear):
+        return PackedEntry(layer.n, layer.m, shape, bias, layer.bits, layer.group)
+    return RowsEntry(layer.values.numel(), shape, bias)
 
 
 def _distinct(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..kernels.pack_nm import PackedNM, pack_cutlass
 from ..kernels.unpack_nm import unpack_nm
-from .products import Product, RowLimits
+from .products import Packed, Product, RowLimits
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -81,9 +81,9 @@ def refusal(packed: PackedNM) -> str | None:
     return None
 
 
-def warn_of_no_second_copy(packed: PackedNM) -> None:
+def warn_of_no_second_copy(packed: Packed) -> None:
     """Warn if the caller's limits ask for a second copy of a weight that torch cannot multiply by."""
-    why_not = refusal(packed)
+    why_not = refusal(packed) if isinstance(packed, PackedNM) else "its zeros follow no pattern n:m"
     if why_not is not None:
         warnings.warn(f"second_copy=True has no effect, the weight is unpacked in each call: {why_not}", stacklevel=3)
 

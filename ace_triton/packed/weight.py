@@ -10,8 +10,8 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import PackedWeightError
-from ..kernels.packed_nm import PackedNM
-from ..kernels.unpack_nm import unpack_nm
+from .products import Packed
+from .unpacked import unpacked_weight
 
 
 class ReadOnly(torch.Tensor):
@@ -85,22 +85,22 @@ class PackedWeight(ReadOnly):
     it, raises PackedWeightError, because the packed weight would not change.
     """
 
-    packed: PackedNM
+    packed: Packed
 
     _is_hf_initialized = True
     """transformers does not initialize a weight with this mark when it loads a model."""
 
     @staticmethod
-    def __new__(cls, packed: PackedNM) -> PackedWeight:
+    def __new__(cls, packed: Packed) -> PackedWeight:
         return torch.Tensor._make_wrapper_subclass(cls, packed.shape, dtype=packed.dtype, device=packed.values.device)
 
-    def __init__(self, packed: PackedNM) -> None:
+    def __init__(self, packed: Packed) -> None:
         self.packed = packed
 
     @property
     def dense(self) -> torch.Tensor:  # type: ignore[override]
         """The unpacked weight; it is unpacked each time."""
-        return unpack_nm(self.packed)
+        return unpacked_weight(self.packed)
 
     def _alias(self) -> PackedWeight:
         return PackedWeight(self.packed)

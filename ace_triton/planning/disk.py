@@ -74,11 +74,10 @@ def _other_files(built: Skeleton) -> int:
 
 
 def _saved_by_packing(layers: PlannedModel, recipe: Recipe) -> int:
-    """Packed, a group of m weights is n values and m bits."""
+    """Packed, a weight is its kept values and one bit per weight; without n:m also 8 bytes per row, left out here."""
     n, m = recipe.sparsity.n, recipe.sparsity.m
-    if n is None or m is None:
-        return 0
+    kept = 1 - recipe.sparsity.fraction if n is None or m is None else n / m
     saved = 0.0
     for layer in (layer for unit in layers.units for layer in unit.layers if layer.is_pruned):
-        saved += layer.bytes - layer.bytes * n / m - layer.elements / 8
+        saved += layer.bytes - layer.bytes * kept - layer.elements / 8
     return round(saved)

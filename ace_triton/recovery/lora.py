@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from ..packed.nm_linear import NMLinear
+from ..packed.nm_linear import PackedLinear
 from .zeros import pruned_zeros
 
 
@@ -104,7 +104,7 @@ def _check(model: nn.Module, layers: dict[str, Any]) -> None:
                 raise ArgumentError(f"{name}.{part}: holds NaN or infinity; train the adapter again, with a lower rate")
     bases = [layer.get_base_layer() for layer in layers.values()]
     if not any(
-        isinstance(base, NMLinear) or any(pruned_zeros(p) is not None for p in base.parameters(recurse=False))
+        isinstance(base, PackedLinear) or any(pruned_zeros(p) is not None for p in base.parameters(recurse=False))
         for base in bases
     ):
         raise ArgumentError("no adapted layer is pruned, so there is no mask to keep: merge with merge_and_unload()")
@@ -136,7 +136,7 @@ def _dense_base(layer: Any) -> Iterator[nn.Module]:
     while hasattr(holder.base_layer, "base_layer"):
         holder = holder.base_layer
     packed = holder.base_layer
-    if not isinstance(packed, NMLinear):
+    if not isinstance(packed, PackedLinear):
         yield packed
         return
     dense = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
@@ -147,8 +147,9 @@ def _dense_base(layer: Any) -> Iterator[nn.Module]:
         yield dense
     finally:
         holder.base_layer = packed
-    merged = NMLinear.from_linear(dense, packed.n, packed.m, bits=packed.bits, group=packed.group)
-    packed.values, packed.meta, packed.absmax = merged.values, merged.meta, merged.absmax
+    merged = packed.repacked(dense)
+    for name, tensor in merged.named_buffers():
+        setattr(packed, name, tensor)
 
 
 def _unload(model: Any, layers: dict[str, Any]) -> Any:

@@ -122,14 +122,32 @@ ACE_EXPORT int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t str
                            int32_t checked, void* values, uint32_t* meta, int32_t by_score, int32_t n, int32_t m,
                            int32_t threads, int32_t* whole);
 
+/* `meta` gets a bit for each non-zero, [rows, ceil(cols / 32)]; `starts` [rows + 1] gets the number of non-zeros before
+ * each row, and of all. */
+ACE_EXPORT int ace_kept_bits(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element, uint32_t* meta,
+                             int64_t* starts, int32_t threads);
+
+/* `meta` and `starts` are those of ace_kept_bits for the same weight; `values` is [starts[rows]]. */
+ACE_EXPORT int ace_pack_rows(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
+                             const uint32_t* meta, const int64_t* starts, void* values, int32_t threads);
+
 /* `bytes`: size of an element, 1, 2 or 4. */
 ACE_EXPORT int ace_unpack_nm(const void* values, const uint32_t* meta, int64_t rows, int64_t cols, int32_t n,
                              int32_t m, int32_t bytes, void* weight, int32_t threads);
+
+/* Row i has the values from starts[i] on, of `n_values`. Any starts and metadata are safe. */
+ACE_EXPORT int ace_unpack_rows(const void* values, int64_t n_values, const uint32_t* meta, const int64_t* starts,
+                               int64_t rows, int64_t cols, int32_t bytes, void* weight, int32_t threads);
 
 /* `bias` may be null; `out` is fp32 [n_tokens, rows]. */
 ACE_EXPORT int ace_nm_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
                              const void* values, const uint32_t* meta, int64_t rows, int32_t n, int32_t m,
                              int32_t weight_element, const float* bias, float* out, int32_t threads);
+
+/* The same for a weight with row starts, as in ace_unpack_rows. */
+ACE_EXPORT int ace_rows_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
+                               const void* values, int64_t n_values, const uint32_t* meta, const int64_t* starts,
+                               int64_t rows, int32_t weight_element, const float* bias, float* out, int32_t threads);
 
 /* The same loop over a dense weight, as a baseline. */
 ACE_EXPORT int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,

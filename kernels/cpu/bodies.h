@@ -10,6 +10,7 @@
 #include "moments.h"
 #include "nm_linear.h"
 #include "pack_nm.h"
+#include "pack_rows.h"
 #include "select_nm.h"
 #include "select_rows.h"
 #include "sums.h"
@@ -23,7 +24,7 @@ const Bodies ACE_BODIES = {
     ACE_ISA,    select_nm,   select_rows, count_keys, find_ties,        apply_cut,
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
     variance_levels, variance_factor, divergence, adamw, join_gains, assign,
-    pack_nm,    unpack_nm,   widen_rows,  nm_linear,   dense_linear,
+    pack_nm,    find_kept,   pack_rows,   unpack_nm,  widen_rows,       nm_linear, dense_linear,
 };
 
 }  // namespace ace

@@ -127,6 +127,27 @@ int linear(const Matrix& tokens, int64_t rows, int64_t weight_bytes, const float
     });
 }
 
+PackedWeight packed_nm(const void* values, const uint32_t* meta, int64_t rows, int64_t cols, int32_t n, int32_t m,
+                       Element element) {
+    return {values, meta, rows, cols, n, m, nullptr, rows * (cols / m * n), element};
+}
+
+int packed_linear(const Matrix& tokens, const PackedWeight& weight, const float* bias, float* out, int threads) {
+    const int64_t bytes = bytes_of({nullptr, 1, weight.n_values, 0, weight.element});
+    return linear(tokens, weight.rows, bytes, bias, out, threads,
+                  [&](const LinearTask& task, int64_t begin, int64_t end) {
+                      bodies->nm_linear(weight, task, begin, end);
+                  });
+}
+
+int unpack(const PackedWeight& packed, int32_t bytes, void* weight, int threads) {
+    const Unpacking task = {packed, bytes, weight};
+    return guarded([&] {
+        deal(packed.rows, threads_for(packed.rows * packed.cols * bytes, packed.rows, threads),
+             [&](int64_t begin, int64_t end, int) { bodies->unpack_nm(task, begin, end); });
+    });
+}
+
 }  // namespace
 }  // namespace ace
 
@@ -248,24 +269,49 @@ int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_
     });
 }
 
+int ace_kept_bits(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element, uint32_t* meta,
+                  int64_t* starts, int32_t threads) {
+    const Matrix w = {weight, rows, cols, stride, Element(element)};
+    return guarded([&] {
+        deal(rows, threads_for(bytes_of(w), rows, threads),
+             [&](int64_t begin, int64_t end, int) { bodies->find_kept(w, meta, starts + 1, begin, end); });
+        starts[0] = 0;
+        for (int64_t i = 0; i < rows; ++i) starts[i + 1] += starts[i];
+    });
+}
+
+int ace_pack_rows(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element, const uint32_t* meta,
+                  const int64_t* starts, void* values, int32_t threads) {
+    const Matrix w = {weight, rows, cols, stride, Element(element)};
+    return guarded([&] {
+        deal(rows, threads_for(bytes_of(w), rows, threads),
+             [&](int64_t begin, int64_t end, int) { bodies->pack_rows(w, meta, starts, values, begin, end); });
+    });
+}
+
 int ace_unpack_nm(const void* values, const uint32_t* meta, int64_t rows, int64_t cols, int32_t n,
                   int32_t m, int32_t bytes, void* weight, int32_t threads) {
-    const Unpacking task = {values, meta, rows, cols, n, m, bytes, weight};
-    return guarded([&] {
-        deal(rows, threads_for(rows * cols * bytes, rows, threads),
-             [&](int64_t begin, int64_t end, int) { bodies->unpack_nm(task, begin, end); });
-    });
+    return unpack(packed_nm(values, meta, rows, cols, n, m, Element::fp32), bytes, weight, threads);
+}
+
+int ace_unpack_rows(const void* values, int64_t n_values, const uint32_t* meta, const int64_t* starts, int64_t rows,
+                    int64_t cols, int32_t bytes, void* weight, int32_t threads) {
+    return unpack({values, meta, rows, cols, 0, 0, starts, n_values, Element::fp32}, bytes, weight, threads);
 }
 
 int ace_nm_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
                   const void* values, const uint32_t* meta, int64_t rows, int32_t n, int32_t m,
                   int32_t weight_element, const float* bias, float* out, int32_t threads) {
-    const PackedWeight weight = {values, meta, rows, cols, n, m, Element(weight_element)};
-    const int64_t bytes = bytes_of({nullptr, rows, cols, cols, weight.element}) * n / m;
-    return linear({tokens, n_tokens, cols, stride, Element(element)}, rows, bytes, bias, out, threads,
-                  [&](const LinearTask& task, int64_t begin, int64_t end) {
-                      bodies->nm_linear(weight, task, begin, end);
-                  });
+    return packed_linear({tokens, n_tokens, cols, stride, Element(element)},
+                         packed_nm(values, meta, rows, cols, n, m, Element(weight_element)), bias, out, threads);
+}
+
+int ace_rows_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element, const void* values,
+                    int64_t n_values, const uint32_t* meta, const int64_t* starts, int64_t rows,
+                    int32_t weight_element, const float* bias, float* out, int32_t threads) {
+    return packed_linear({tokens, n_tokens, cols, stride, Element(element)},
+                         {values, meta, rows, cols, 0, 0, starts, n_values, Element(weight_element)}, bias, out,
+                         threads);
 }
 
 int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,

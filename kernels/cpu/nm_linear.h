@@ -1,10 +1,11 @@
-// y = x W^T for the few tokens of decoding, from a weight packed n:m or, as a baseline, a dense one.
+// y = x W^T for the few tokens of decoding, from a packed weight or, as a baseline, a dense one.
 // Lane l of an output's sum adds the inputs j with j % 16 = l in order; then a tree adds the lanes. So results do not
 // depend on the instruction set, the number of threads or the other tokens of the call.
 #pragma once
 
 #include "elements.h"
 #include "octets.h"
+#include "packed_weight.h"
 
 namespace ace {
 namespace {
@@ -34,106 +35,118 @@ ACE_INLINE float tree_sum(const Floats& v) {
 }
 
 // Vectors of weights, by row (relative to the first) and first input.
-template <typename E>
+template <typename E, int OUTPUTS>
 struct DenseRows {
+    static constexpr int SIZE = sizeof(typename E::Stored), STEP = 64 / SIZE;
+
     const typename E::Stored* first;
     int64_t stride;
 
-    template <int OUTPUTS>
     ACE_INLINE void ahead(int64_t j) const {
-        constexpr int SIZE = sizeof(typename E::Stored);
         ask_rows_ahead<OUTPUTS>(first, j * SIZE + DENSE_AHEAD<E>, stride * SIZE);
     }
     ACE_INLINE Floats at(int r, int64_t j, int lanes) const { return E::load(first + r * stride + j, lanes); }
 };
 
 #if ACE_WIDTH == 8
-ACE_INLINE NativeFloats spread_octet(Fp32, const float* from, int octet) {
+ACE_INLINE NativeFloats spread_octet(Fp32, const float* from, uint64_t octet) {
     return (NativeFloats)spread_octet(reinterpret_cast<const uint32_t*>(from), octet);
 }
-ACE_INLINE NativeFloats spread_octet(Fp16, const uint16_t* from, int octet) {
+ACE_INLINE NativeFloats spread_octet(Fp16, const uint16_t* from, uint64_t octet) {
     return (NativeFloats)_mm256_cvtph_ps(spread_octet(from, octet));
 }
-ACE_INLINE NativeFloats spread_octet(Bf16, const uint16_t* from, int octet) {
+ACE_INLINE NativeFloats spread_octet(Bf16, const uint16_t* from, uint64_t octet) {
     return (NativeFloats)spread_upper_halves(from, octet);
 }
 #endif
 
 // Metadata bits of sixteen neighboring weights. Words are little-endian, as are all machines that this is built for.
-ACE_INLINE uint32_t kept_bits(const uint32_t* meta, int64_t j) {
+ACE_INLINE uint64_t kept_bits(const uint32_t* meta, int64_t j) {
     uint16_t bits;
     memcpy(&bits, reinterpret_cast<const char*>(meta) + j / 8, sizeof bits);
     return bits;
 }
 
-// Sixteen weights of a row: lane k is the next value, from `from` on, if bit k is set, else 0. `count` values belong to
-// these weights, `half` of them to the first eight. The portable code is slow, because its element stores do not
-// forward to the vector load.
+ACE_INLINE uint64_t count_bits(uint64_t bits) { return uint32_t(__builtin_popcountll(bits)); }
+
+// Sixteen weights of a row: lane k is the next value, from `from` on, if bit k is set, else 0. Sixteen values are read,
+// and `from` moves on by those that were used. The portable code is slow, because its element stores do not forward to
+// the vector load.
 template <typename E>
-ACE_INLINE Floats spread(const typename E::Stored* from, int half, int count, uint32_t bits) {
+ACE_INLINE Floats spread(const typename E::Stored*& from, uint64_t bits) {
 #if ACE_WIDTH == 16
-    (void)half;
-    return Floats{{(NativeFloats)_mm512_maskz_expand_ps(uint16_t(bits), (__m512)E::load(from, count).part[0])}};
+    const Floats values = E::load(from);
+    from += count_bits(bits);
+    return Floats{{(NativeFloats)_mm512_maskz_expand_ps(uint16_t(bits), (__m512)values.part[0])}};
 #elif ACE_WIDTH == 8
-    (void)count;
-    return Floats{{spread_octet(E{}, from, bits & 0xff), spread_octet(E{}, from + half, bits >> 8)}};
+    Floats v;
+    const uint64_t octet[] = {bits & 0xff, bits >> 8};
+    for (int p = 0; p < PARTS; ++p) {
+        v.part[p] = spread_octet(E{}, from, octet[p]);
+        from += count_bits(octet[p]);
+    }
+    return v;
 #else
-    (void)half;
     float lane[LANES] = {}, value[LANES];
     store(value, E::load(from));
     int next = 0;
-    for (; bits && next < count; bits &= bits - 1) lane[__builtin_ctz(bits)] = value[next++];
+    for (; bits; bits &= bits - 1) lane[__builtin_ctzll(bits)] = value[next++];
+    from += next;
     return load(lane);
 #endif
 }
 
-// Packed rows, from some row on. m is at most GROUP: 8, 16 or 32. `end` is the end of all values. LAST is true if fewer
-// than sixteen values may be left to read.
-template <typename E, int GROUP, bool LAST>
+// OUTPUTS packed rows, from some row on, read from the first input to the last. Values follow each other without gaps,
+// so a row's next value is behind those that it has read. `end` is the end of all values. LAST is true if a row with
+// damaged metadata could read past it; the row then reads zeros.
+template <typename E, int OUTPUTS, bool LAST>
 struct PackedRows {
-    const typename E::Stored *values, *end;
-    const uint32_t* meta;
-    int64_t stride, words;
-    int n, log_m;
+    using Stored = typename E::Stored;
+    // At half of the weights kept, a row reads one cache line per step.
+    static constexpr int STEP = 128 / sizeof(Stored);
 
-    template <int OUTPUTS>
+    const Stored *next[OUTPUTS], *first, *end;
+    const uint32_t* meta;
+    int64_t words, row_bytes;  // of metadata per row, and of values in an average row
+
     ACE_INLINE void ahead(int64_t j) const {
-        constexpr int SIZE = sizeof(typename E::Stored);
-        ask_rows_ahead<OUTPUTS>(values, (j >> log_m) * n * SIZE + PACKED_AHEAD, stride * SIZE);
+        const int64_t read = reinterpret_cast<const char*>(next[0]) - reinterpret_cast<const char*>(first);
+        ask_rows_ahead<OUTPUTS>(first, read + PACKED_AHEAD, row_bytes);
         // The metadata of these rows is short and contiguous: prefetch that of the next rows, an equal share each time.
         __builtin_prefetch(reinterpret_cast<const char*>(meta + OUTPUTS * words) + j / 8 * OUTPUTS);
     }
-    ACE_INLINE Floats at(int r, int64_t j, int lanes) const {
-        const uint32_t bits = kept_bits(meta + r * words, j);
-        int64_t from = r * stride + (j >> log_m) * n;
-        int count = ((lanes + (1 << log_m) - 1) >> log_m) * n;
-        if (GROUP > LANES) {
-            const int earlier = j % GROUP ? __builtin_popcount(kept_bits(meta + r * words, j - LANES)) : 0;
-            from += earlier < n ? earlier : n;
-            count -= earlier < n ? earlier : n;
+    ACE_INLINE Floats at(int r, int64_t j, int) {
+        const uint64_t bits = kept_bits(meta + r * words, j);
+        const Stored* from = next[r];
+        if (LAST && end - from < LANES) {
+            Stored some[LANES] = {};
+            memcpy(some, from, (end - from) * sizeof *some);
+            const uint32_t count = count_bits(bits);
+            next[r] = end - from < count ? end : from + count;
+            from = some;
+            return spread<E>(from, bits);
         }
-        if (count > LANES) count = LANES;
-        const int half = GROUP > 8 ? __builtin_popcount(bits & 0xff) : (8 >> log_m) * n;
-        const int64_t left = end - (values + from);
-        if (LAST && left < LANES) {
-            typename E::Stored some[LANES] = {};
-            memcpy(some, values + from, left * sizeof *some);
-            return spread<E>(some, half, count, bits);
-        }
-        return spread<E>(values + from, half, count, bits);
+        return spread<E>(next[r], bits);
     }
 };
 
 // One token: weights are multiplied directly as they are loaded. This function and some_tokens are not inlined: the
 // compiler keeps a whole loop in registers only if the loop is in a function of its own.
 template <int OUTPUTS, typename Rows>
-ACE_OUTLINED void one_token(const Rows& rows, int64_t cols, const float* x, Floats* sums) {
+ACE_OUTLINED void one_token(const Rows& of, int64_t cols, const float* x, Floats* sums) {
+    Rows rows = of;
     Floats sum[OUTPUTS];
     for (int r = 0; r < OUTPUTS; ++r) sum[r] = Floats::all(0.0f);
     int64_t j = 0;
+    for (; j + Rows::STEP <= cols; j += Rows::STEP) {
+        rows.ahead(j);
+        for (int k = 0; k < Rows::STEP; k += LANES) {
+            const Floats v = load(x + j + k);
+            for (int r = 0; r < OUTPUTS; ++r) sum[r] = sum[r] + rows.at(r, j + k, LANES) * v;
+        }
+    }
     for (; j + LANES <= cols; j += LANES) {
         const Floats v = load(x + j);
-        rows.template ahead<OUTPUTS>(j);
         for (int r = 0; r < OUTPUTS; ++r) sum[r] = sum[r] + rows.at(r, j, LANES) * v;
     }
     if (j < cols) {
@@ -164,13 +177,14 @@ ACE_INLINE void add_tile(const float (*tile)[INPUT_TILE], int count, const float
 
 // Several tokens: each tile of weights is unpacked once.
 template <int OUTPUTS, typename Rows>
-ACE_OUTLINED void some_tokens(const Rows& rows, int64_t cols, const float* x, int64_t padded, int tokens, Floats* sums) {
+ACE_OUTLINED void some_tokens(const Rows& of, int64_t cols, const float* x, int64_t padded, int tokens, Floats* sums) {
+    Rows rows = of;
     alignas(64) float tile[OUTPUTS][INPUT_TILE];
     for (int k = 0; k < OUTPUTS * TOKENS_AT_ONCE; ++k) sums[k] = Floats::all(0.0f);
     for (int64_t from = 0; from < cols; from += INPUT_TILE) {
         const int count = int(cols - from < INPUT_TILE ? cols - from : INPUT_TILE);
         each_vector(count, [&](int j, int lanes) ACE_INLINED {
-            rows.template ahead<OUTPUTS>(from + j);
+            if (j % Rows::STEP == 0) rows.ahead(from + j);
             for (int r = 0; r < OUTPUTS; ++r) store(tile[r] + j, rows.at(r, from + j, lanes));
         });
         int t = 0;
@@ -203,33 +217,52 @@ ACE_INLINE void outputs_of(const Rows& rows, int64_t n_rows, int64_t cols, const
     }
 }
 
-// Computes outputs begin..end, MOST at a time; rows_from(i) returns the rows from i on.
+// Computes outputs begin..end, MOST at a time; rows_from(i, count) returns `count` rows, a constant, from i on.
 template <int MOST, typename RowsFrom>
 ACE_INLINE void linear(RowsFrom rows_from, int64_t n_rows, int64_t cols, const LinearTask& task, int64_t begin,
                        int64_t end) {
     int64_t i = begin;
-    for (; i + MOST <= end; i += MOST) outputs_of<MOST>(rows_from(i), n_rows, cols, task, i);
-    for (; i < end; ++i) outputs_of<1>(rows_from(i), n_rows, cols, task, i);
+    for (; i + MOST <= end; i += MOST) {
+        outputs_of<MOST>(rows_from(i, std::integral_constant<int, MOST>{}), n_rows, cols, task, i);
+    }
+    for (; i < end; ++i) outputs_of<1>(rows_from(i, std::integral_constant<int, 1>{}), n_rows, cols, task, i);
 }
 
-template <int GROUP>
+// Whether rows from..to read no value past the end, whatever their metadata are: a row reads at most one value for each
+// of its inputs, and a register more.
+ACE_INLINE bool read_inside(const PackedWeight& w, int64_t stride, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+        if (first_value(w, stride, i) + w.cols + LANES > w.n_values) return false;
+    }
+    return true;
+}
+
 inline void packed_linear(const PackedWeight& w, const LinearTask& task, int64_t begin, int64_t end) {
-    const int log_m = __builtin_ctz(unsigned(w.m));
-    const int64_t stride = (w.cols >> log_m) * w.n, words = (w.cols + 31) / 32;
-    // Behind each row before `first`, at least sixteen more values can be read.
-    const int64_t first = stride > 0 ? w.rows - (LANES + stride - 1) / stride : 0;
-    const int64_t middle = first < begin ? begin : first < end ? first : end;
+    const int64_t words = (w.cols + 31) / 32, stride = row_stride(w);
     with_element(w.element, [&](auto element) ACE_INLINED {
         using E = decltype(element);
-        const auto* values = static_cast<const typename E::Stored*>(w.values);
-        const auto rows = [&](int64_t i, auto last) ACE_INLINED {
-            return PackedRows<E, GROUP, decltype(last)::value>{
-                values + i * stride, values + w.rows * stride, w.meta + i * words, stride, words, w.n, log_m};
+        using Stored = typename E::Stored;
+        const auto* values = static_cast<const Stored*>(w.values);
+        const auto rows = [&](int64_t i, auto count, auto last) ACE_INLINED {
+            constexpr int COUNT = decltype(count)::value;
+            PackedRows<E, COUNT, decltype(last)::value> made;
+            for (int r = 0; r < COUNT; ++r) made.next[r] = values + first_value(w, stride, i + r);
+            made.first = made.next[0];
+            made.end = values + w.n_values;
+            made.meta = w.meta + i * words;
+            made.words = words;
+            made.row_bytes = (made.next[COUNT - 1] - made.first) / (COUNT > 1 ? COUNT - 1 : 1) * int64_t(sizeof(Stored));
+            return made;
         };
-        const auto first_rows = [&](int64_t i) ACE_INLINED { return rows(i, std::false_type{}); };
-        const auto last_rows = [&](int64_t i) ACE_INLINED { return rows(i, std::true_type{}); };
-        linear<OUTPUT_TILE>(first_rows, w.rows, w.cols, task, begin, middle);
-        linear<1>(last_rows, w.rows, w.cols, task, middle, end);
+        const auto inside = [&](int64_t i, auto count) ACE_INLINED { return rows(i, count, std::false_type{}); };
+        const auto last = [&](int64_t i, auto count) ACE_INLINED { return rows(i, count, std::true_type{}); };
+        int64_t i = begin;
+        while (i < end) {
+            const int64_t count = end - i < OUTPUT_TILE ? 1 : OUTPUT_TILE;
+            if (read_inside(w, stride, i, i + count)) linear<OUTPUT_TILE>(inside, w.rows, w.cols, task, i, i + count);
+            else linear<1>(last, w.rows, w.cols, task, i, i + count);
+            i += count;
+        }
     });
 }
 
@@ -237,7 +270,9 @@ inline void dense_linear(const Matrix& w, const LinearTask& task, int64_t begin,
     with_element(w.element, [&](auto element) ACE_INLINED {
         using E = decltype(element);
         const auto* first = static_cast<const typename E::Stored*>(w.data);
-        const auto rows = [&](int64_t i) ACE_INLINED { return DenseRows<E>{first + i * w.stride, w.stride}; };
+        const auto rows = [&](int64_t i, auto count) ACE_INLINED {
+            return DenseRows<E, decltype(count)::value>{first + i * w.stride, w.stride};
+        };
         linear<OUTPUT_TILE>(rows, w.rows, w.cols, task, begin, end);
     });
 }

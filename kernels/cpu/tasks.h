@@ -102,21 +102,22 @@ struct AssignmentTask {
     int32_t *before, *group_of, *path;
 };
 
-// n of every m along contiguous rows: the kept values in order, and one bit per weight in 32-bit words, lowest first.
+// A packed weight with contiguous rows: the kept values in order, and one bit per weight in 32-bit words, lowest first.
+// n of every m are kept, or row i's values are those from starts[i] to starts[i + 1]; the pattern is unused then.
 struct PackedWeight {
     const void* values;
     const uint32_t* meta;
     int64_t rows, cols;
     int32_t n, m;
+    const int64_t* starts;  // [rows + 1], or null
+    int64_t n_values;
     Element element;
 };
 
-// The output of unpacking a weight, for elements of a given number of bytes.
+// The output of unpacking a weight, for elements of a given number of bytes; `packed.element` is unused.
 struct Unpacking {
-    const void* values;
-    const uint32_t* meta;
-    int64_t rows, cols;
-    int32_t n, m, bytes;
+    PackedWeight packed;
+    int32_t bytes;
     void* weight;  // [rows, cols]
 };
 
@@ -173,6 +174,11 @@ struct Bodies {
     bool (*assign)(const AssignmentTask&);
     // Rows begin..end; false if a group of a pruned weight has more than n non-zeros.
     bool (*pack_nm)(const Selection&, const Pattern&, const Packing&, int64_t begin, int64_t end);
+    // Rows begin..end: a bit for each non-zero, and the number of non-zeros.
+    void (*find_kept)(const Matrix&, uint32_t* meta, int64_t* counts, int64_t begin, int64_t end);
+    // Rows begin..end: the values of the set bits, row i's from starts[i] on.
+    void (*pack_rows)(const Matrix&, const uint32_t* meta, const int64_t* starts, void* values, int64_t begin,
+                      int64_t end);
     // Rows begin..end.
     void (*unpack_nm)(const Unpacking&, int64_t begin, int64_t end);
     // fp32 copies of rows, `padded` elements apart and padded with zeros.

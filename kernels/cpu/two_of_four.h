@@ -173,10 +173,8 @@ inline void two_of_four_linear(const PackedWeight& w, const LinearTask& task, in
 }
 
 inline void nm_linear(const PackedWeight& w, const LinearTask& task, int64_t begin, int64_t end) {
-    if (w.n == 2 && w.m == 4) two_of_four_linear(w, task, begin, end);
-    else if (w.m <= 8 && WIDTH == 8) packed_linear<8>(w, task, begin, end);
-    else if (w.m <= LANES) packed_linear<LANES>(w, task, begin, end);
-    else packed_linear<2 * LANES>(w, task, begin, end);
+    if (!w.starts && w.n == 2 && w.m == 4) two_of_four_linear(w, task, begin, end);
+    else packed_linear(w, task, begin, end);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-// Unpacks n:m weights to dense rows, sixteen weights at a time; elements are moved as raw bits.
+// Unpacks weights to dense rows, sixteen weights at a time; elements are moved as raw bits.
 #pragma once
 
 #include "octets.h"
-#include "tasks.h"
+#include "packed_weight.h"
 
 namespace ace {
 namespace {
@@ -56,23 +56,22 @@ constexpr int AHEAD = 2048;
 
 template <typename Stored>
 inline void unpack_rows(const Unpacking& task, int64_t begin, int64_t end) {
-    const int log_m = __builtin_ctz(unsigned(task.m));
-    const int64_t stride = (task.cols >> log_m) * task.n, words = (task.cols + 31) / 32;
-    const auto* values = static_cast<const Stored*>(task.values);
+    const PackedWeight& w = task.packed;
+    const int64_t stride = row_stride(w), words = (w.cols + 31) / 32;
+    const auto* values = static_cast<const Stored*>(w.values);
     for (int64_t i = begin; i < end; ++i) {
-        auto* row = static_cast<Stored*>(task.weight) + i * task.cols;
-        const uint32_t* meta = task.meta + i * words;
-        int64_t before = 0;
-        for (int64_t j = 0; j < task.cols; j += LANES) {
+        auto* row = static_cast<Stored*>(task.weight) + i * w.cols;
+        const uint32_t* meta = w.meta + i * words;
+        int64_t next = first_value(w, stride, i);
+        for (int64_t j = 0; j < w.cols; j += LANES) {
             const uint16_t bits = uint16_t(meta[j / 32] >> (j % 32));
-            // Computed from the group's index, so that damaged metadata cannot cause a read out of bounds.
-            int64_t next = i * stride + (j >> log_m) * task.n;
-            if (task.m == 2 * LANES && j % 32) next += before < task.n ? before : task.n;
-            before = __builtin_popcount(bits);
-            const int64_t available = task.rows * stride - next, lanes = task.cols - j;
+            // Damaged metadata cannot cause a read out of bounds.
+            const int64_t available = w.n_values - next, lanes = w.cols - j;
             __builtin_prefetch(values + next + AHEAD / sizeof(Stored));
             if (available >= LANES && lanes >= LANES) spread_sixteen(values + next, bits, row + j);
             else spread_some(values + next, available, bits, row + j, int(lanes < LANES ? lanes : LANES));
+            const int count = __builtin_popcount(bits);
+            next += count < available ? count : available;
         }
     }
 }

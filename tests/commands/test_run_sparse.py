@@ -135,7 +135,7 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("pack", "DENSE", "OUT"), "prune it to n:m first"),
+        (("pack", "DENSE", "OUT"), "prune it first"),
         (("pack", "PACKED", "OUT"), "is packed already"),
         (("pack", "PRUNED", "OUT", "--sparsity", "1:4"), "row 0, group 0"),
         (("pack", "PRUNED", "PRUNED"), "--overwrite"),

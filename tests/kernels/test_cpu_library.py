@@ -25,6 +25,8 @@ from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import pack_nm_reference, pack_scored
+from ace_triton.kernels.pack_rows import pack_rows, unpack_rows
+from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import GROUP_SIZES, select_nm, select_nm_reference
 from ace_triton.kernels.select_rows import select_rows, select_rows_reference
@@ -181,10 +183,10 @@ def test_every_number_of_threads_agrees(dtype):
 
 
 @needs_library
-def test_a_thread_is_started_only_if_it_saves_more_than_its_start_takes():
+def test_a_thread_is_used_only_if_it_saves_more_than_its_wake_takes():
     threads_for = cpu_library.library().ace_threads_for
-    mebibyte, many = 2**20, 10**6
-    assert [threads_for(count * mebibyte, many, 64) for count in (0, 1, 3, 4, 8, 9, 16, 255, 256)] == [
+    unit, mebibyte, many = 2**17, 2**20, 10**6
+    assert [threads_for(count * unit, many, 64) for count in (0, 1, 3, 4, 8, 9, 16, 255, 256)] == [
         *(1, 1, 1, 2, 2, 3, 4, 15, 16)
     ]
     assert threads_for(256 * mebibyte, many, 4) == 4
@@ -279,6 +281,18 @@ def test_nothing_behind_a_packed_weight_is_read(isas, before_a_guard_page, dtype
             assert torch.equal(nm_linear(tokens, guarded), nm_linear(tokens, packed))
             for count in (1, 5):
                 nm_linear(tokens[:count], damaged)
+    rows_packed = pack_rows(weight * (weight > 0))
+    guarded_rows = replace(
+        rows_packed, **{name: place(getattr(rows_packed, name)) for name in ("values", "meta", "starts")}
+    )
+    damaged_rows = replace(guarded_rows, meta=place(torch.full_like(rows_packed.meta, -1)))
+    for isa in isas:
+        cpu_library.use_isa(isa)
+        assert torch.equal(rows_linear(tokens, guarded_rows), rows_linear(tokens, rows_packed))
+        assert torch.equal(unpack_rows(guarded_rows), weight * (weight > 0))
+        for count in (1, 5):
+            rows_linear(tokens[:count], damaged_rows)
+        unpack_rows(damaged_rows)
 
 
 @needs_library

@@ -11,6 +11,8 @@ from ace_triton.kernels import launch_packed
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import PackedNM, PatternError, pack_cutlass, pack_nm, pack_scored, pack_scored_reference
+from ace_triton.kernels.pack_rows import pack_rows_reference, unpack_rows, unpack_rows_reference
+from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.unpack_nm import unpack_nm, unpack_nm_reference
 from tests.x86.executor import executed_on_x86
@@ -143,4 +145,26 @@ def test_tiles_of_tokens(monkeypatch, dtype, shape, n_tokens, words, splits):
     truth = tokens.double() @ unpack_nm_reference(packed).double().t() + bias.double()
     with executed_on_x86(2):
         outputs = nm_linear(tokens, packed, bias)
+    torch.testing.assert_close(outputs, truth.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "n_tokens", "kept"),
+    [
+        (torch.bfloat16, (7, 50), 1, 0.5),
+        (torch.float32, (3, 32), 2, 0.4),
+    ],
+)
+def test_row_starts(dtype, shape, n_tokens, kept):
+    """Unpacking and products, also with row starts and metadata that lead outside."""
+    torch.manual_seed(0)
+    packed = pack_rows_reference(torch.randn(shape).to(dtype) * (torch.rand(shape) < kept))
+    tokens, bias = torch.randn(n_tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    dense = unpack_rows_reference(packed)
+    truth = tokens.double() @ dense.double().t() + bias.double()
+    damaged = replace(packed, meta=torch.full_like(packed.meta, -1), starts=packed.starts - 70)
+    with executed_on_x86(2):
+        outputs = rows_linear(tokens, packed, bias)
+        assert torch.equal(bits_of(unpack_rows(packed)), bits_of(dense))
+        assert bool(rows_linear(tokens, damaged).isfinite().all())
     torch.testing.assert_close(outputs, truth.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)

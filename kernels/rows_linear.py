@@ -1,0 +1,120 @@
+"""rows_linear: y = x W^T + b for a few rows of x, from a weight packed with row starts (:mod:`.packed_rows`).
+
+Bytes per weight of e bytes, with a share d of non-zeros: e * d + 1/8 read, once for four rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import cpu, launch_packed
+from .nm_linear import check_linear, of_shape, store_sums
+from .op import Op, Work, bytes_of, launch_metadata
+from .pack_rows import load_kept, unpack_rows_reference
+from .packed_rows import PackedRows
+from .triton_import import tl, triton
+
+
+def rows_linear(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The outputs [..., out_features] in the dtype of ``tokens``.
+
+    Args:
+        tokens: [..., in_features], fp32, fp16 or bf16. Any number of rows works; 1 to 16 are fast.
+        packed: the weight, fp32, fp16 or bf16.
+        bias: [out_features] or None.
+
+    Raises:
+        ArgumentError: if a shape or dtype does not fit.
+    """
+    check_linear(tokens, packed, bias)
+    return ROWS_LINEAR.on(tokens, packed.values, packed.meta, packed.starts, bias)(tokens, packed, bias)
+
+
+def rows_linear_reference(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The outputs, computed with plain torch from the dense weight in fp32."""
+    outputs = tokens.float() @ unpack_rows_reference(packed).float().t()
+    if bias is not None:
+        outputs = outputs + bias.float()
+    return outputs.to(tokens.dtype)
+
+
+def _by_reference(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
+    packed.check_tensors()
+    return rows_linear_reference(tokens, packed, bias)
+
+
+def _rows_linear_cpu(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
+    rows = tokens.detach().reshape(-1, packed.shape[1])
+    return of_shape(cpu.rows_linear(rows, packed, None if bias is None else bias.detach()), tokens)
+
+
+def _rows_linear_triton(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
+    packed.check_tensors()
+    given = tokens.detach().reshape(-1, packed.shape[1])
+    if given.stride(1) != 1:
+        given = given.contiguous()
+    (n_tokens, cols), rows = given.shape, packed.shape[0]
+    outputs = torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
+    if outputs.numel():
+        tile = launch_packed.rows_linear(packed.meta, n_tokens)
+        for some_tokens, some_outputs in launch_packed.within_grid(given, outputs, tile.tokens):
+            grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(len(some_tokens), tile.tokens))
+            _rows_linear_body[grid](
+                *(some_tokens, packed.values, packed.meta, packed.starts, bias, some_outputs),
+                *(len(some_tokens), len(packed.values), rows, cols, given.stride(0)),
+                TOKENS=tile.tokens,
+                BLOCK_ROWS=tile.block_rows,
+                WORDS=tile.words,
+                num_warps=tile.num_warps,
+            )
+    return of_shape(outputs, tokens)
+
+
+def _work(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> Work:
+    """Reads the tokens once and the packed weight once, however many tokens there are."""
+    n_tokens = tokens.shape[:-1].numel()
+    n_outputs = n_tokens * packed.shape[0]
+    moved = bytes_of(tokens, packed.values, packed.meta, packed.starts, bias) + n_outputs * tokens.element_size()
+    products = 2 * n_tokens * packed.values.numel()
+    return Work(moved, products if bias is None else products + n_outputs)
+
+
+ROWS_LINEAR = Op("rows_linear", _work, _by_reference, _rows_linear_cpu, _rows_linear_triton)
+
+
+@triton.jit(launch_metadata=launch_metadata)
+def _rows_linear_body(
+    tokens_ptr,
+    values_ptr,
+    meta_ptr,
+    starts_ptr,
+    bias_ptr,
+    outputs_ptr,
+    n_tokens,
+    n_values,
+    rows,
+    cols,
+    stride,
+    TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """A program computes whole outputs, WORDS words of metadata at a time."""
+    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    place = tl.load(starts_ptr + i, mask=i < rows, other=0)
+    sums = ()
+    for _ in tl.static_range(TOKENS):
+        sums = sums + (tl.zeros([BLOCK_ROWS, WORDS, 32], tl.float32),)
+    for first in tl.range(0, tl.cdiv(cols, 32), WORDS):
+        weight, kept, place = load_kept(values_ptr, meta_ptr, place, i, first, n_values, rows, cols, WORDS)
+        j = (first + tl.arange(0, WORDS)[None, :, None]) * 32 + tl.arange(0, 32)[None, None, :]
+        for t in tl.static_range(TOKENS):
+            token = tl.program_id(1) * TOKENS + t
+            line = tokens_ptr + token.to(tl.int64) * stride
+            x = tl.load(line + j, mask=(token < n_tokens) & (j < cols), other=0.0).to(tl.float32)
+            products = tl.where(kept, weight.to(tl.float32) * x, 0.0)
+            sums = sums[:t] + (sums[t] + products,) + sums[t + 1 :]
+    totals = ()
+    for t in tl.static_range(TOKENS):
+        totals = totals + (tl.sum(sums[t], 2),)
+    store_sums(outputs_ptr, bias_ptr, totals, i, n_tokens, rows, TOKENS)
