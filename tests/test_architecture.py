@@ -36,6 +36,7 @@ ORDER = [
     "selection",
     "tower_pass",
     "prune_blocks",
+    "structures",
     "progress",
     "inputs",
     "evaluate",
