@@ -272,6 +272,7 @@ class PruneRun:
         return with_provenance(
             report.to_dict(),
             **source_facts(self.source, self.out),
+            **_earlier_steps(self.source),
             **found,
             calibration=None if settings is None else settings.to_dict(),
             options=option_facts(recipe.complete_options),
@@ -283,6 +284,12 @@ class PruneRun:
             dtype_option=self.dtype,
             device=str(model.device),
         )
+
+
+def _earlier_steps(source: str) -> dict[str, Any]:
+    """What the source's own report says of structured pruning, so that the result's report has both steps."""
+    earlier = checkpoint.read_report(source) or {}
+    return {name: earlier[name] for name in ("shrink",) if name in earlier}
 
 
 def _sequences(

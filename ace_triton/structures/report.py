@@ -51,8 +51,9 @@ class ShrinkReport:
         return 1 - self.blocks_after / self.blocks_before
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """As JSON types, without the indices of the kept structures."""
         content = {**asdict(self), "settings": self.settings.to_dict(), "removed": self.removed}
         content["widths"] = {kind: list(counts) for kind, counts in self.widths.items()}
         content["tried"] = {str(groups): loss for groups, loss in self.tried.items()}
+        del content["kept"]
         return content

@@ -43,7 +43,7 @@ Progress = Callable[[str, int, int], None]
 TOKENS_OF_A_BATCH = 1024
 """Number of tokens in a batch: a step of the gradient, and a sample of the stability."""
 
-TRIED_BATCHES = 4
+TRIED_BATCHES = 2
 """Number of batches on which possible shares are compared."""
 
 Tensors = dict[str, torch.Tensor]
