@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .compensation import Repair, mean_in_bias, repairs, write_repairs
 from .coupled import NAMES, Structures, find_structures, outputs_of, same_outputs
 from .depth import block_influences, kept_blocks
 from .gradients import batch_loss
-from .importance import InputStats, importance_of, input_statistics, merged, weight_of
+from .importance import Importance, InputStats, importance_of, input_statistics, merged, weight_of
 from .report import ShrinkReport
 from .settings import ShrinkSettings
 from .smaller import (
@@ -49,13 +50,45 @@ TRIED_BATCHES = 2
 Tensors = dict[str, torch.Tensor]
 
 
+@dataclass
+class Earlier:
+    """What runs on one model and calibration set have found, so that later runs with other settings reuse it.
+
+    Attributes:
+        structures: the structures; None before the first run.
+        stats: statistics of the dense model's inputs; None if no run needed them.
+        importance: by the settings that it depends on.
+        influence: of blocks, with the sizes of their tuples; None if no run needed it.
+        seconds: time that each part took, by a name of it.
+    """
+
+    structures: Structures | None = None
+    stats: InputStats | None = None
+    importance: dict[object, Importance] = field(default_factory=dict)
+    influence: tuple[torch.Tensor, list[int | None]] | None = None
+    seconds: dict[object, float] = field(default_factory=dict)
+
+
 class Run:
-    """One run of :func:`~ace_triton.structures.shrink.shrink_model`, with its arguments."""
+    """One run of :func:`~ace_triton.structures.shrink.shrink_model`, with its arguments.
+
+    Args:
+        model, calibration, settings, progress: as for ``shrink_model``.
+        earlier: what earlier runs on the same model and calibration set have found; this run adds to it.
+        clock: gives the time in seconds.
+    """
 
     def __init__(
-        self, model: nn.Module, calibration: Calibration | None, settings: ShrinkSettings, progress: Progress | None
+        self,
+        model: nn.Module,
+        calibration: Calibration | None,
+        settings: ShrinkSettings,
+        progress: Progress | None = None,
+        earlier: Earlier | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._model, self._settings, self._progress = model, settings, progress
+        self._model, self._settings, self._progress, self._clock = model, settings, progress, clock
+        self._earlier = earlier or Earlier()
         self._seconds: dict[str, float] = {}
         self._notes: list[str] = []
         text_config(model)
@@ -84,8 +117,9 @@ class Run:
 
     def _without_blocks(self, dry_run: bool) -> tuple[nn.Module | None, ShrinkReport]:
         model, blocks = self._model, self._tower.blocks
-        with self._stage("importance") as step:
-            influence, sizes = block_influences(model, self._tower, self._batches, step)
+        with self._stage("importance", "influence") as step:
+            found = self._earlier.influence or block_influences(model, self._tower, self._batches, step)
+            influence, sizes = self._earlier.influence = found
         kept = kept_blocks(influence, self._tower, self._settings.ratio)
         gone = tuple(index for index in range(len(blocks)) if index not in kept)
         tensors = kept_tensors(model, Structures({}, {}, {}), blocks, Kept({}, kept))
@@ -102,19 +136,28 @@ class Run:
 
     def _narrower(self, dry_run: bool) -> tuple[nn.Module | None, ShrinkReport]:
         model, settings, blocks = self._model, self._settings, self._tower.blocks
-        with self._stage("find structures"):
-            structures = without_unfit_kinds(model, find_structures(model, blocks, self._trial), blocks)
+        with self._stage("find structures", "structures"):
+            structures = self._earlier.structures or without_unfit_kinds(
+                model, find_structures(model, blocks, self._trial), blocks
+            )
+            self._earlier.structures = structures
         if not structures.coupled:
             reasons = "; ".join(f"{NAMES[kind]}: {reason}" for kind, reason in structures.refused.items())
             raise ArgumentError(
                 f"no structure of {type(model).__name__} can be removed ({reasons}); remove blocks (--method depth)"
             )
         shares = possible_shares(structures, blocks, settings)
-        with self._stage("importance") as step:
-            stats: InputStats | None = None
-            if settings.method in ("flap", "wanda-sp") or settings.chosen_update == "bias":
-                stats = input_statistics(model, structures, self._batches, step)
-            importance = importance_of(model, structures, self._batches, settings, stats, step)
+        stats: InputStats | None = None
+        if settings.method in ("flap", "wanda-sp") or settings.chosen_update == "bias":
+            with self._stage("statistics", "statistics") as step:
+                stats = self._earlier.stats or input_statistics(model, structures, self._batches, step)
+                self._earlier.stats = stats
+        ranking = settings.ranking
+        with self._stage("importance", ranking) as step:
+            importance = self._earlier.importance.get(ranking) or importance_of(
+                model, structures, self._batches, settings, stats, step
+            )
+            self._earlier.importance[ranking] = importance
         with self._stage("compare shares"):
             share, tried = self._best(shares, structures, importance)
         kept, left = kept_structures(structures, importance, share), share.left(structures)
@@ -237,9 +280,14 @@ class Run:
         )
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[Callable[..., None]]:
-        """A context whose time is recorded; it gives a function that shows progress."""
-        started = time.perf_counter()
+    def _stage(self, name: str, part: object = None) -> Iterator[Callable[..., None]]:
+        """A context whose time is recorded; it gives a function that shows progress.
+
+        Args:
+            name: the stage.
+            part: what of :class:`Earlier` is found inside. Its first time counts, also in a run that reuses it.
+        """
+        started = self._clock()
 
         def step(done: int, total: int, *_: object) -> None:
             if self._progress is not None:
@@ -248,7 +296,10 @@ class Run:
         step(0, 1)
         yield step
         step(1, 1)
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+        seconds = self._clock() - started
+        if part is not None:
+            seconds = self._earlier.seconds.setdefault(part, seconds)
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
 
 def _batches(model: nn.Module, calibration: Calibration) -> list[Batch]:

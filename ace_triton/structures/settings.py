@@ -144,6 +144,11 @@ class ShrinkSettings:
         """True if the run needs gradients of the loss."""
         return self.method == "llm-pruner" or (self.method == "saap" and self.importance == "taylor")
 
+    @property
+    def ranking(self) -> tuple[str, ...]:
+        """The settings on which the importance of structures depends."""
+        return (self.method, *(str(getattr(self, option)) for option in METHODS[self.method].options))
+
     def to_dict(self) -> dict[str, Any]:
         """The settings that apply to the method, as JSON types."""
         others = {option for name, method in METHODS.items() if name != self.method for option in method.options}

@@ -65,5 +65,5 @@ def shrink_model(
     if settings is not None and (options or (ratio, method) != (0.2, "saap")):
         raise RecipeError("give settings, or ratio, method and options; not both")
     record = {"ratio": ratio, "method": method, **options}
-    run = Run(model, calibration, settings or ShrinkSettings.from_dict(record), progress)
-    return Shrunk(*run.result(dry_run))
+    chosen = settings or ShrinkSettings.from_dict(record)
+    return Shrunk(*Run(model, calibration, chosen, progress).result(dry_run))
