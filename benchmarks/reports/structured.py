@@ -232,11 +232,11 @@ def page(record: dict[str, Any]) -> list[str]:
         "",
         f"Measured by `make structured` on a CPU ({', '.join(processors)}), in fp32 on one thread: {SAMPLES} x "
         f"{LENGTH} tokens of C4, seed 0, windows of {WINDOW_LENGTH} tokens of WikiText-2. At least the ratio of the "
-        "blocks' parameters is removed; feed-forward widths stay multiples of 64, so a little more may go, as the table says. "
-        "All methods keep every block equally wide, and the number of key-value groups to remove is the one with the "
-        "lowest loss on the calibration text. Seconds are CPU seconds of the whole run, without loading. Rates are "
-        "tokens per CPU second in transformers on one thread. *Promised* is the number of weights that a token is "
-        "multiplied with in the dense model, over that in the smaller one.",
+        "blocks' parameters is removed. Feed-forward widths stay multiples of 64, so a little more may go, as the "
+        "table says. All methods keep every block equally wide. The number of key-value groups to remove is the one "
+        "with the lowest loss on the calibration text. Seconds are CPU seconds of the whole run, without loading. "
+        "Rates are tokens per CPU second in transformers on one thread. *Promised* is the number of weights that a "
+        "token is multiplied with in the dense model, over that in the smaller one.",
     ]
     for name, dense in record["dense"].items():
         results = [result for result in record["results"] if result["model"] == name]
