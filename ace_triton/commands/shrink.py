@@ -14,7 +14,7 @@ from ..evaluate import check_windows, perplexity
 from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.beginnings import Beginning, text_ids
-from ..inputs.calibration import SELF, load_calibration, read_calibration
+from ..inputs.calibration import SELF, load_calibration
 from ..inputs.text import check_text, read_documents, wikitext_rows
 from ..progress import progress_bar, stage
 from ..provenance import source_facts, with_provenance
@@ -39,6 +39,7 @@ from .options import (
     parse_dtype,
 )
 from .recipe_file import CalibrationSettings
+from .shrink_settings import ShrinkWords
 from .shrink_table import shrink_table
 from .sources import check_length, check_memory, check_source
 
@@ -48,17 +49,27 @@ _UPDATES = "; ".join(f"'{name}': {words}" for name, words in UPDATES.items())
 
 
 def shrink(
+    context: typer.Context,
     src: SourceArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the smaller model.")],
     ratio: Annotated[
         float, number("Least share of the blocks' parameters to remove.", above=0, below=1)
     ] = _SETTINGS.ratio,
-    method: Annotated[str, typer.Option(help=f"What ranks the structures ({_METHODS}).")] = _SETTINGS.method,
+    method: Annotated[str, typer.Option(help=f"Method that ranks the structures ({_METHODS}).")] = _SETTINGS.method,
     update: Annotated[
         str | None,
         typer.Option(
-            help=f"How kept weights make up for what is removed ({_UPDATES}).",
+            help=f"Update of the kept weights, which make up for what is removed ({_UPDATES}).",
             show_default="that of the method's published form; lstsq for saap",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Settings to repeat: the ace_triton.json beside a model that this command made; other options replace "
+            "its parts.",
+            show_default="no file",
         ),
     ] = None,
     multiple: Annotated[
@@ -120,17 +131,8 @@ def shrink(
     other engines run it faster. Prune it to n:m afterwards with 'ace-triton prune', or train it toward SRC with
     'ace-triton recover'.
     """
-    settings = ShrinkSettings(
-        ratio,
-        method,
-        update,  # type: ignore[arg-type]
-        multiple,
-        groups,
-        importance=importance,
-        fusion=fusion,
-        stability=stability,
-        terms=terms,
-    )
+    words = ShrinkWords.of(context)
+    settings = words.settings
     check_json(json)
     check_windows(window_length, windows)
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
@@ -139,33 +141,33 @@ def shrink(
     check_source(src)
     check_memory(src, 6 if settings.needs_gradients else 3, "shrink")
     if settings.needs_text:
-        check_length(src, length, "--length")
+        check_length(src, words.calibration.length, "--length")
     if evaluation is not None:
         check_length(src, window_length, "--window-length")
         check_text(evaluation)
-    documents = read_calibration(calibration) if settings.needs_text else None
+    text, documents = words.read_text()
     print_backend(where)
     with progress_bars() as progress:
         with stage(progress, "load the model"):
             model, tokenizer = checkpoint.load(
                 src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code, own_memory=True
             )
-        beginning = Beginning.of(tokenizer, bos)
+        beginning = Beginning.of(tokenizer, text.bos)
         ids = None if evaluation is None else _evaluation_ids(evaluation, wikitext, tokenizer, beginning)
         sequences, calibrated = None, None
         if documents is not None:
             sequences = load_calibration(
                 documents,
                 tokenizer,
-                samples=samples,
-                length=length,
-                seed=seed,
+                samples=text.samples,
+                length=text.length,
+                seed=text.seed,
                 model=model,
-                bos=bos,
+                bos=text.bos,
                 progress=progress_bar(progress, "calibration text"),
             )
             with stage(progress, "check the calibration text"):
-                calibrated = report_on(sequences, model, calibration)
+                calibrated = report_on(sequences, model, text.text)
         result = shrink_model(model, sequences, settings=settings, dry_run=dry_run, progress=_bars(progress))
         measured = {}
         for which, of in (("before", model), ("after", result.model)) if result.model is not None else ():
@@ -177,8 +179,8 @@ def shrink(
         facts = with_provenance(
             {"shrink": result.report.to_dict()},
             **source_facts(src, out),
-            calibration=None if calibrated is None else _calibration_facts(calibration, samples, length, seed, bos),
-            calibration_report=None if calibrated is None else {**calibrated.to_dict(), "seed": seed},
+            calibration=None if calibrated is None else text.to_dict(),
+            calibration_report=None if calibrated is None else {**calibrated.to_dict(), "seed": text.seed},
             perplexity={which: found.to_dict() for which, found in measured.items()} or None,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
@@ -203,10 +205,6 @@ def _bars(progress: Progress) -> Callable[[str, int, int], None]:
         bars[name](done, total)
 
     return move
-
-
-def _calibration_facts(text: str, samples: int, length: int, seed: int, bos: Any) -> dict[str, Any]:
-    return CalibrationSettings(text, samples, length, seed, bos).to_dict()
 
 
 def _evaluation_ids(source: str, wikitext: bool, tokenizer: Any, beginning: Beginning) -> Any:

@@ -84,19 +84,6 @@ def _nothing_left(structures: Structures, settings: ShrinkSettings) -> str:
     )
 
 
-def most_equal(shares: Sequence[Share], structures: Structures) -> Share:
-    """The way that removes the most equal shares of channels and of groups."""
-
-    def difference(share: Share) -> float:
-        parts = (
-            share.channels / max(structures.count("channels"), 1),
-            share.groups / max(structures.count("groups"), 1),
-        )
-        return abs(parts[0] - parts[1])
-
-    return min(shares, key=difference)
-
-
 def kept_structures(
     structures: Structures, importance: Mapping[str, torch.Tensor], share: Share
 ) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from ..decoders.batches import Batch, Calibration, batches_of, trial_batch
 from ..decoders.blocks import Tower, find_towers
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
-from .budget import Share, block_parameters, kept_structures, most_equal, n_parameters, possible_shares
+from .budget import Share, block_parameters, kept_structures, n_parameters, possible_shares
 from .compensation import Repair, mean_in_bias, repairs, write_repairs
 from .coupled import NAMES, Structures, find_structures, outputs_of, same_outputs
 from .depth import block_influences, kept_blocks
@@ -190,10 +190,8 @@ class Run:
         self, shares: Sequence[Share], structures: Structures, importance: Mapping[str, torch.Tensor]
     ) -> tuple[Share, dict[int, float]]:
         """The share with the lowest loss on the first batches, and the losses by number of groups."""
-        if len(shares) == 1:
-            return shares[0], {}
-        if not self._batches:
-            return most_equal(shares, structures), {}
+        if len(shares) == 1 or not self._batches:
+            return shares[0], {}  # The fewest groups: heads are worth more than channels.
         with calibration_mode(self._model):
             tried = {
                 share.groups: self._loss(structures, kept_structures(structures, importance, share)) for share in shares

@@ -67,8 +67,8 @@ class ShrinkSettings:
         update: "lstsq", "bias" or "none"; None for that of the method's published form ("lstsq" for saap).
         multiple: the feed-forward width that is left is a multiple of this.
         groups: number of key-value groups to remove from each block, each with its query heads. None to try all
-            numbers that fit the ratio, and take the one with the lowest loss on the calibration text; without text,
-            the one that removes the most equal shares of channels and groups.
+            numbers that fit the ratio, and take the one with the lowest loss on the calibration text; without text, the
+            smallest number.
         damping, prior: for "lstsq", as in :class:`~ace_triton.solvers.update.Update`.
         importance: for saap, "taylor" (needs gradients) or "activations".
         fusion: for saap, how vector-wise and element-wise importance become one score
