@@ -153,11 +153,9 @@ def llm_pruner_terms(terms: str, entry: Coupled, structures: Structures, taylor:
         entry, structures: the structures.
         taylor: their Taylor terms, with sums.
     """
-    total = torch.zeros(entry.count, dtype=torch.float32, device=next(iter(taylor.gradient.values())).device)
     if terms == "vector":
-        for parts in taylor.products.values():
-            total += torch.stack(parts).mean(0).abs()
-        return total
+        return torch.stack([torch.stack(parts).mean(0).abs() for parts in taylor.products.values()]).sum(0)
+    total = torch.zeros(entry.count, dtype=torch.float32, device=taylor.elements[0].device)
     for layer, key, tensor, _ in entry.parts(structures.layers):
         name = f"{layer}.{key}"
         weight = tensor.detach().float()

@@ -96,17 +96,20 @@ def test_the_block_that_changes_least_goes(make_decoder, ids):
 
 def test_dead_channels_go_first_by_every_method_and_cost_nothing(make_decoder, ids):
     dead = torch.arange(1, 48, 3)
-    for method in ("saap", "flap", "llm-pruner", "wanda-sp", "magnitude"):
+    saap = [{"fusion": name} for name in ("structure", "mean", "learned", "vector", "element")]
+    pruner = [{"method": "llm-pruner", "terms": name} for name in ("vector", "element", "second", "mixed")]
+    others = [{"importance": "activations"}, {"stability": False}, *({"method": n} for n in ("flap", "wanda-sp"))]
+    for options in (*saap, *pruner, *others, {"method": "magnitude"}):
         model = make_decoder("llama")
         with torch.no_grad():
             for block in model.model.layers:
                 for weight in (block.mlp.gate_proj.weight, block.mlp.up_proj.weight):
                     weight[dead] = 0
                 block.mlp.down_proj.weight[:, dead] = 0
-        result = shrink_model(model, ids, ratio=0.19, method=method, multiple=16, groups=0)
+        result = shrink_model(model, ids, ratio=0.19, multiple=16, groups=0, update="none", **options)
         assert result.report.widths["channels"] == (48, 32)
         for kept in result.report.kept.values():
-            assert not set(kept) & set(dead.tolist()), method
+            assert not set(kept) & set(dead.tolist()), options
         torch.testing.assert_close(logits_of(result.model, ids), logits_of(model, ids), rtol=1e-4, atol=1e-5)
 
 
