@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,7 +140,7 @@ def shrink(
     if not dry_run:
         checkpoint.check_out(out, overwrite=overwrite)
     check_source(src)
-    check_memory(src, 6 if settings.needs_gradients else 3, "shrink")
+    check_memory(src, 8 if settings.needs_gradients else 3, "shrink")
     if settings.needs_text:
         check_length(src, words.calibration.length, "--length")
     if evaluation is not None:
@@ -147,7 +148,10 @@ def shrink(
         check_text(evaluation)
     text, documents = words.read_text()
     print_backend(where)
-    with progress_bars() as progress:
+    with ExitStack() as running:
+        if not dry_run:
+            running.enter_context(checkpoint.reserved(out, overwrite=overwrite))
+        progress = running.enter_context(progress_bars())
         with stage(progress, "load the model"):
             model, tokenizer = checkpoint.load(
                 src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code, own_memory=True

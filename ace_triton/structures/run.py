@@ -41,10 +41,10 @@ from .smaller import (
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the number of steps done and of all steps."""
 
-TOKENS_OF_A_BATCH = 1024
+TOKENS_OF_A_BATCH = 512
 """Number of tokens in a batch: a step of the gradient, and a sample of the stability."""
 
-TRIED_BATCHES = 2
+TRIED_BATCHES = 4
 """Number of batches on which possible shares are compared."""
 
 Tensors = dict[str, torch.Tensor]
