@@ -63,6 +63,7 @@ WINGS = [
     "solvers",
     "statistics",
     "streaming",
+    "structures",
     "study",
 ]
 

@@ -47,6 +47,9 @@ from .statistics.statistic import Statistic, TensorForm, register_statistic
 from .streaming.streamed_evaluate import perplexity_of_checkpoint
 from .streaming.streamed_pack import pack_checkpoint
 from .streaming.streamed_prune import prune_checkpoint
+from .structures.report import ShrinkReport
+from .structures.settings import ShrinkSettings
+from .structures.shrink import Shrunk, shrink_model
 
 if TYPE_CHECKING:
     from .recovery.mask_callback import MaskCallback
@@ -83,6 +86,9 @@ __all__ = [
     "RecoverySettings",
     "RowLimits",
     "ScoreTerms",
+    "ShrinkReport",
+    "ShrinkSettings",
+    "Shrunk",
     "SparsifyReport",
     "Sparsity",
     "Statistic",
@@ -110,6 +116,7 @@ __all__ = [
     "register_statistic",
     "save_packed",
     "set_row_limits",
+    "shrink_model",
     "sparsify",
 ]
 

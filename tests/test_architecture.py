@@ -37,6 +37,7 @@ ORDER = [
     "selection",
     "tower_pass",
     "prune_blocks",
+    "structures",
     "progress",
     "inputs",
     "evaluate",

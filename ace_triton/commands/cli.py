@@ -32,6 +32,7 @@ from .pack import pack
 from .plan import plan
 from .prune import prune
 from .recover import recover
+from .shrink import shrink
 from .study import study
 
 TRACEBACK_VARIABLE = "ACE_TRITON_TRACEBACK"
@@ -49,6 +50,7 @@ app = typer.Typer(
 COMMANDS: dict[Callable[..., None], str] = {
     prune: "Prune a model and save it.",
     plan: "Say what prune would do and take.",
+    shrink: "Remove channels, heads or blocks, for a smaller dense model.",
     recover: "Train the kept weights of a pruned model.",
     pack: "Pack a pruned model, to run it sparse.",
     generate: "Continue a prompt with a model.",

@@ -27,7 +27,7 @@ def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
     given, values = given_flags(context), context.params
     path = None if values["recipe"] is None else Path(values["recipe"])
     saved = None if path is None else SavedRun.read(path)
-    settings, dtype = calibration_from(given, saved), values["dtype"]
+    settings, dtype = calibration_from(given, None if saved is None else saved.calibration), values["dtype"]
     run = PruneRun(
         values["src"],
         Path(values["out"] or ""),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from rich.progress import Progress
 
 from ..calibration_report import CalibrationReport, report_on
 from ..decoders.kept_tensors import Offload
-from ..errors import ArgumentError, RecipeError
+from ..errors import ArgumentError
 from ..formats.registry import save_model
 from ..inputs import checkpoint
-from ..inputs.calibration import Calibration, load_calibration, read_calibration
+from ..inputs.calibration import Calibration, load_calibration
 from ..inputs.model_source import weight_file_bytes
 from ..inputs.output_folder import Reservation
 from ..model_report import ModelReport
@@ -33,7 +33,7 @@ from ..streaming.fits import LARGEST_SHARE, surely_fits
 from ..streaming.streamed_prune import StreamedModel, streamed
 from .console import print_note
 from .options import parse_device, parse_dtype
-from .recipe_file import CalibrationSettings, digest_of
+from .recipe_file import CalibrationSettings, read_documents_of
 from .sources import check_length, check_source
 
 
@@ -107,14 +107,7 @@ class PruneRun:
         if not self.recipe.calibrated:
             return self.calibration, None
         check_length(self.source, self.calibration.length, "--length")
-        documents = read_calibration(self.calibration.text)
-        digest = None if isinstance(documents, str) else digest_of(documents)
-        if self.calibration.sha256 not in (None, digest):
-            raise RecipeError(
-                f"{self.calibration.text} is not the text that the recipe was used with (its content differs): give "
-                "the text to use with --calibration"
-            )
-        return replace(self.calibration, sha256=digest), documents
+        return read_documents_of(self.calibration)
 
     def run(self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None) -> PruneResults:
         """Load, calibrate, prune and save.
@@ -276,6 +269,7 @@ class PruneRun:
         return with_provenance(
             report.to_dict(),
             **source_facts(self.source, self.out),
+            **_earlier_steps(self.source),
             **found,
             calibration=None if settings is None else settings.to_dict(),
             options=option_facts(recipe.complete_options),
@@ -287,6 +281,12 @@ class PruneRun:
             dtype_option=self.dtype,
             device=str(model.device),
         )
+
+
+def _earlier_steps(source: str) -> dict[str, Any]:
+    """What the source's own report says of structured pruning, so that the result's report has both steps."""
+    earlier = checkpoint.read_report(source) or {}
+    return {name: earlier[name] for name in ("shrink",) if name in earlier}
 
 
 def _sequences(

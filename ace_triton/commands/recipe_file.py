@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from ..errors import RecipeError
 from ..inputs.beginnings import Bos
+from ..inputs.calibration import read_calibration
 from ..inputs.text import FILE_SUFFIXES
 from ..provenance import name_of
 from ..recipe import Recipe, read_recipe_file, recipe_in
@@ -86,18 +87,40 @@ class SavedRun:
         dtype = content.get("dtype_option")
         if dtype is not None and dtype not in DTYPES:
             raise RecipeError(f"{path}: dtype_option must be one of {', '.join(DTYPES)}; got {dtype!r}")
-        if content.get("calibration") is None:
-            return cls(recipe, None, dtype)
-        try:
-            settings = CalibrationSettings.from_dict(content["calibration"])
-        except ValueError as error:
-            raise RecipeError(f"{path}: {error}") from error
-        return cls(recipe, replace(settings, text=_found(settings.text, path)), dtype)
+        return cls(recipe, saved_calibration(content, path), dtype)
 
 
 def digest_of(documents: Sequence[str]) -> str:
     """SHA-256 of a text's documents."""
     return hashlib.sha256("\0".join(documents).encode()).hexdigest()
+
+
+def saved_calibration(content: Mapping[str, Any], path: Path) -> CalibrationSettings | None:
+    """The calibration settings in the content of a file; None if it has none, RecipeError if they are invalid."""
+    if content.get("calibration") is None:
+        return None
+    try:
+        settings = CalibrationSettings.from_dict(content["calibration"])
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return replace(settings, text=_found(settings.text, path))
+
+
+def read_documents_of(settings: CalibrationSettings) -> tuple[CalibrationSettings, str | list[str]]:
+    """The settings with the digest of their text, and its documents.
+
+    Raises:
+        TextError: if the text cannot be read.
+        RecipeError: if the text is not the recorded one.
+    """
+    documents = read_calibration(settings.text)
+    digest = None if isinstance(documents, str) else digest_of(documents)
+    if settings.sha256 not in (None, digest):
+        raise RecipeError(
+            f"{settings.text} is not the text that the recipe was used with (its content differs): give the text to "
+            "use with --calibration"
+        )
+    return replace(settings, sha256=digest), documents
 
 
 def _found(text: str, path: Path) -> str:

@@ -53,9 +53,9 @@ def recipe_from(given: Mapping[str, Any], saved: SavedRun | None) -> Recipe:
     return replaced(start, parts)
 
 
-def calibration_from(given: Mapping[str, Any], saved: SavedRun | None) -> CalibrationSettings:
+def calibration_from(given: Mapping[str, Any], saved: CalibrationSettings | None) -> CalibrationSettings:
     """The calibration settings: saved ones or the defaults, with those that flags replace."""
-    start = CalibrationSettings() if saved is None or saved.calibration is None else saved.calibration
+    start = saved or CalibrationSettings()
     names = [entry.name for entry in fields(CalibrationSettings)]
     parts = {name: given[name] for name in names if name in given}
     if "calibration" in given:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..decoders.batches import check_positions, positions_of
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..formats.registry import format_of
-from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file
+from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file, weight_file_bytes
+from ..streaming.fits import available_memory, fits_in_memory
 
 
 def check_source(source: str | Path, *, any_format: bool = False, hub: bool = True) -> None:
@@ -34,6 +35,22 @@ def check_source(source: str | Path, *, any_format: bool = False, hub: bool = Tr
 def check_length(source: str | Path, length: int, option: str) -> None:
     """Raise ArgumentError if sequences are longer than the model's context, if its files give that."""
     check_positions(context_length(source), length, option)
+
+
+def check_memory(source: str | Path, times: float, command: str) -> None:
+    """Raise ArgumentError if a command that does not stream needs more memory than there is.
+
+    Args:
+        source: the model.
+        times: bytes that the command needs for each byte of the model's files.
+        command: its name.
+    """
+    needed = times * weight_file_bytes(source)
+    if not fits_in_memory(needed):
+        raise ArgumentError(
+            f"{source}: {command} needs about {needed / 1e9:.1f} GB, {available_memory() / 1e9:.1f} GB are available, "
+            "and it does not stream: use a machine with more memory, or prune to n:m with 'ace-triton prune --stream'"
+        )
 
 
 def context_length(source: str | Path) -> int | None:

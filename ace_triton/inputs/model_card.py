@@ -25,6 +25,17 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 If its pattern is n:m, `ace-triton pack` makes a smaller checkpoint of it that runs sparse.
 """
 
+_SMALLER = """The model is an ordinary dense checkpoint, with fewer channels, attention heads or blocks than its source:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+`ace-triton prune` prunes it further, to n:m.
+"""
+
 _PACKED = """The model is a packed checkpoint. It needs the package ace-triton:
 
 ```python
@@ -58,12 +69,13 @@ def write_card(folder: Path, report: dict[str, Any]) -> None:
         report: the pruning report, which may lack any part.
     """
     if not (folder / CARD_FILE).exists():
-        (folder / CARD_FILE).write_text(_card(report, _loader(folder)), encoding="utf-8")
+        (folder / CARD_FILE).write_text(_card(report, _loader(folder, report)), encoding="utf-8")
 
 
 def _card(report: dict[str, Any], usage: str | None) -> str:
     source, pattern = _text(report, "source") or "A model", _text(report, "sparsity")
-    title = f"{source} pruned to {pattern}" if pattern else f"{source} written by ace-triton"
+    what = "made smaller by structured pruning" if _dict(report, "shrink") else "written by ace-triton"
+    title = f"{source} pruned to {pattern}" if pattern else f"{source} {what}"
     parts = [_front(report), f"# {title}\n"]
     rows = [f"| {title} | {value} |" for title, value in _rows(report)]
     if rows:
@@ -105,6 +117,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Update of the kept weights", _text(update, "kind")),
         ("Channels reordered", None if not permutation else "yes"),
         ("Budgets", _text(report, "budgets")),
+        *_removed(report),
         *_amounts(report),
     ]
     if {"sequences", "length", "source"} <= calibration.keys():
@@ -117,6 +130,22 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if (losses := recovery.get("losses")) and isinstance(losses, list) and isinstance(losses[-1], float):
         rows.append(("Loss in the last step of recovery", f"{losses[-1]:.4g} nats per token"))
     return [(title, value) for title, value in rows if value]
+
+
+def _removed(report: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """Rows of what structured pruning removed."""
+    shrink, names = _dict(report, "shrink"), {"channels": "Feed-forward width", "groups": "Key-value groups in a block"}
+    rows = [("Structured pruning", _text(_dict(shrink, "settings"), "method"))]
+    rows.append(("Update after structured pruning", _text(_dict(shrink, "settings"), "update")))
+    if isinstance(removed := shrink.get("removed"), float):
+        rows.append(("Removed, of the blocks' parameters", f"{removed:.1%}"))
+    for kind, counts in _dict(shrink, "widths").items():
+        if isinstance(counts, list) and len(counts) == 2 and counts[0] != counts[1]:
+            rows.append((names.get(kind, kind.capitalize()), f"{counts[1]} of {counts[0]}"))
+    for which, found in _dict(report, "perplexity").items():
+        if isinstance(found, dict) and isinstance(value := found.get("perplexity"), float):
+            rows.append((f"Perplexity {which} structured pruning", f"{value:.4g}"))
+    return rows
 
 
 def _amounts(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -135,14 +164,15 @@ def _amounts(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [("Pruned layers", str(len(sizes))), ("Zeros", of_layers + of_model)]
 
 
-def _loader(folder: Path) -> str | None:
-    """How a folder is loaded, as its configuration says; None if it has none."""
+def _loader(folder: Path, report: dict[str, Any]) -> str | None:
+    """How a folder is loaded, as its configuration and its report say; None if it has no configuration."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return None
     method = _dict(config, "quantization_config").get("quant_method")
-    return _PACKED if method == "ace_triton" else _DENSE if method is None else None
+    dense = _SMALLER if _dict(report, "shrink") and not _text(report, "sparsity") else _DENSE
+    return _PACKED if method == "ace_triton" else dense if method is None else None
 
 
 def _metadata(text: str) -> str:

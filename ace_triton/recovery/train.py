@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from ..decoders.batches import check_positions, longest_sequence, trial_ids
-from ..decoders.blocks import find_blocks
+from ..decoders.blocks import Block, find_blocks
 from ..decoders.loaded_weights import weights_as_loaded
 from ..errors import RecoveryError
 from ..inputs.written_text import WrittenText
@@ -157,7 +157,8 @@ def recover(
     the sequences of each step, and all get the trained weights.
 
     Args:
-        model: pruned. The weights of its blocks with at least 5 % zeros are trained; embeddings and head are not.
+        model: pruned. The weights of its blocks with at least 5 % zeros are trained, or all matrices of its blocks if
+            structured pruning made it smaller than the teacher; embeddings and head are not.
         teacher: the dense model, with the same vocabulary.
         text: the training text. Either token ids, int64 [n_sequences, length], which are read again in a new order if
             they are fewer than the budget needs; or :class:`~ace_triton.inputs.written_text.WrittenText`, which the
@@ -179,7 +180,7 @@ def recover(
     """
     settings = settings or RecoverySettings(minutes=DEFAULT_MINUTES)
     processes = Processes.now()
-    masks = pruned_masks(model)
+    masks = pruned_masks(model, teacher)
     _check(model, teacher, text, settings)
     _check_teacher(model, teacher, masks)
     batches = batches_of(text, teacher, settings.tokens_per_step, settings.seed, processes)
@@ -262,18 +263,28 @@ def _train(
     return run
 
 
-def pruned_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Masks of all pruned weights in a model's blocks, True for kept weights; RecoveryError if none is pruned."""
-    masks = {}
-    for block in find_blocks(model):
+def pruned_masks(model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, torch.Tensor]:
+    """Masks of all pruned weights in a model's blocks, True for kept weights; RecoveryError if none is pruned.
+
+    If the teacher's blocks have more parameters, the model was made smaller by structured pruning. Then all matrices of
+    its blocks have a mask.
+    """
+    masks, blocks = {}, find_blocks(model)
+    smaller = teacher is not None and _size(blocks) < _size(find_blocks(teacher))
+    for block in blocks:
         for name, parameter in block.module.named_parameters(prefix=block.name):
-            if parameter.dim() >= 2 and float((parameter == 0).float().mean()) >= LEAST_ZEROS:
-                masks[name] = (parameter != 0).detach()
+            pruned = parameter.dim() >= 2 and float((parameter == 0).float().mean()) >= LEAST_ZEROS
+            if pruned or (smaller and parameter.dim() >= 2):
+                masks[name] = (parameter != 0).detach() if pruned else torch.ones_like(parameter, dtype=torch.bool)
     if not masks:
         raise RecoveryError(
             f"no weight of this {type(model).__name__} has {LEAST_ZEROS:.0%} zeros or more: prune the model first"
         )
     return masks
+
+
+def _size(blocks: Sequence[Block]) -> int:
+    return sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
 
 
 def _check(
@@ -314,7 +325,8 @@ def _check(
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, masks: dict[str, torch.Tensor]) -> None:
     """RecoveryError if the teacher is pruned: a model learns nothing from itself, and little from a pruned one."""
     weights = dict(teacher.named_parameters())
-    shared = [(weights[n], mask) for n, mask in masks.items() if n in weights and weights[n].shape == mask.shape]
+    zeros = {name: mask for name, mask in masks.items() if not mask.all()}
+    shared = [(weights[n], mask) for n, mask in zeros.items() if n in weights and weights[n].shape == mask.shape]
     if teacher is model or (shared and not any(bool(weight[~mask.to(weight.device)].any()) for weight, mask in shared)):
         raise RecoveryError(
             "the teacher is the pruned model itself, or has the same zeros: give the dense model that it was pruned "

@@ -1,0 +1,230 @@
+"""``ace-triton shrink``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from ..calibration_report import CalibrationReport, report_on
+from ..evaluate import check_windows, perplexity
+from ..formats.registry import save_model
+from ..inputs import checkpoint
+from ..inputs.beginnings import Beginning, text_ids
+from ..inputs.calibration import SELF, load_calibration
+from ..inputs.text import check_text, read_documents, wikitext_rows
+from ..progress import progress_bar, stage
+from ..provenance import source_facts, with_provenance
+from ..structures.settings import CHOICES, METHODS, UPDATES, ShrinkSettings
+from ..structures.shrink import shrink_model
+from . import report
+from .console import console, print_backend, print_line, print_note, print_warning, progress_bars
+from .options import (
+    TEXT_SOURCES,
+    BosOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    OverwriteOption,
+    SeedOption,
+    SourceArgument,
+    TrustOption,
+    WikitextOption,
+    check_json,
+    number,
+    parse_device,
+    parse_dtype,
+)
+from .recipe_file import CalibrationSettings
+from .shrink_settings import ShrinkWords
+from .shrink_table import shrink_table
+from .sources import check_length, check_memory, check_source
+
+_DEFAULTS, _SETTINGS = CalibrationSettings(), ShrinkSettings()
+_METHODS = "; ".join(f"{name}: {method.words}" for name, method in METHODS.items())
+_UPDATES = "; ".join(f"'{name}': {words}" for name, words in UPDATES.items())
+
+
+def shrink(
+    context: typer.Context,
+    src: SourceArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the smaller model.")],
+    ratio: Annotated[
+        float, number("Least share of the blocks' parameters to remove.", above=0, below=1)
+    ] = _SETTINGS.ratio,
+    method: Annotated[str, typer.Option(help=f"Method that ranks the structures ({_METHODS}).")] = _SETTINGS.method,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Update of the kept weights, which make up for what is removed ({_UPDATES}).",
+            show_default="that of the method's published form; lstsq for saap",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Settings to repeat: the ace_triton.json beside a model that this command made; other options replace "
+            "its parts.",
+            show_default="no file",
+        ),
+    ] = None,
+    multiple: Annotated[
+        int, number("The feed-forward width that is left is a multiple of this.", least=1)
+    ] = _SETTINGS.multiple,
+    groups: Annotated[
+        int | None,
+        number(
+            "Number of key-value groups to remove from each block, with their query heads.",
+            least=0,
+            show_default="the number with the lowest loss on the calibration text",
+        ),
+    ] = None,
+    importance: Annotated[
+        str, typer.Option(help="Importance for saap: 'taylor' needs gradients, 'activations' needs none.")
+    ] = _SETTINGS.importance,
+    fusion: Annotated[
+        str, typer.Option(help=f"Fusion of the two importances for saap, one of {', '.join(CHOICES['fusion'])}.")
+    ] = _SETTINGS.fusion,
+    stability: Annotated[
+        bool, typer.Option(help="For saap, rank structures lower whose importance changes between batches.")
+    ] = _SETTINGS.stability,
+    terms: Annotated[
+        str, typer.Option(help=f"Taylor terms for llm-pruner, one of {', '.join(CHOICES['terms'])}.")
+    ] = _SETTINGS.terms,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help=f"Calibration text: {TEXT_SOURCES.format(half='calibration')} (Python's manual), or '{SELF}' for "
+            "text that the model writes."
+        ),
+    ] = _DEFAULTS.text,
+    samples: Annotated[int, number("Number of calibration sequences.", least=1)] = _DEFAULTS.samples,
+    length: Annotated[int, number("Length of a calibration sequence, in tokens.", least=2)] = _DEFAULTS.length,
+    seed: SeedOption = _DEFAULTS.seed,
+    bos: BosOption = _DEFAULTS.bos,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(
+            help="Text on which to measure the perplexity before and after, as for 'evaluate --text'.",
+            show_default="no text",
+        ),
+    ] = None,
+    windows: Annotated[int, number("Number of windows of the evaluation text.", least=1)] = 20,
+    window_length: Annotated[int, number("Length of a window, in tokens.", least=2)] = 512,
+    wikitext: WikitextOption = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed; load the model, and write nothing.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Remove channels, attention heads or blocks from SRC, and write a smaller dense model to OUT.
+
+    OUT is an ordinary checkpoint with the same widths in every layer: transformers loads it with from_pretrained, and
+    other engines run it faster. Prune it to n:m afterwards with 'ace-triton prune', or train it toward SRC with
+    'ace-triton recover'.
+    """
+    words = ShrinkWords.of(context)
+    settings = words.settings
+    check_json(json)
+    check_windows(window_length, windows)
+    weights_dtype, where = parse_dtype(dtype), parse_device(device)
+    if not dry_run:
+        checkpoint.check_out(out, overwrite=overwrite)
+    check_source(src)
+    check_memory(src, 8 if settings.needs_gradients else 3, "shrink")
+    if settings.needs_text:
+        check_length(src, words.calibration.length, "--length")
+    if evaluation is not None:
+        check_length(src, window_length, "--window-length")
+        check_text(evaluation)
+    text, documents = words.read_text()
+    print_backend(where)
+    with ExitStack() as running:
+        if not dry_run:
+            running.enter_context(checkpoint.reserved(out, overwrite=overwrite))
+        progress = running.enter_context(progress_bars())
+        with stage(progress, "load the model"):
+            model, tokenizer = checkpoint.load(
+                src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code, own_memory=True
+            )
+        beginning = Beginning.of(tokenizer, text.bos)
+        ids = None if evaluation is None else _evaluation_ids(evaluation, wikitext, tokenizer, beginning)
+        sequences, calibrated = None, None
+        if documents is not None:
+            sequences = load_calibration(
+                documents,
+                tokenizer,
+                samples=text.samples,
+                length=text.length,
+                seed=text.seed,
+                model=model,
+                bos=text.bos,
+                progress=progress_bar(progress, "calibration text"),
+            )
+            with stage(progress, "check the calibration text"):
+                calibrated = report_on(sequences, model, text.text)
+        result = shrink_model(model, sequences, settings=settings, dry_run=dry_run, progress=_bars(progress))
+        measured = {}
+        for which, of in (("before", model), ("after", result.model)) if result.model is not None else ():
+            if ids is not None:
+                bar = progress_bar(progress, f"evaluate {which}")
+                measured[which] = perplexity(
+                    of, ids, length=window_length, windows=windows, beginning=beginning, progress=bar
+                )
+        facts = with_provenance(
+            {"shrink": result.report.to_dict()},
+            **source_facts(src, out),
+            calibration=None if calibrated is None else text.to_dict(),
+            calibration_report=None if calibrated is None else {**calibrated.to_dict(), "seed": text.seed},
+            perplexity={which: found.to_dict() for which, found in measured.items()} or None,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+        )
+        if result.model is not None:
+            with stage(progress, "save the model"):
+                save_model(result.model, tokenizer, out, report=facts, overwrite=overwrite)
+    if json:
+        report.write_json(json, facts)
+    console.print(shrink_table(result.report, measured))
+    _print_notes(result.report.refused, result.report.notes, calibrated)
+    print_line("nothing was written (--dry-run)" if dry_run else f"written to {out}")
+
+
+def _bars(progress: Progress) -> Callable[[str, int, int], None]:
+    """A function that shows a stage's progress, with one bar for each stage."""
+    bars: dict[str, Callable[..., None]] = {}
+
+    def move(name: str, done: int, total: int) -> None:
+        if name not in bars:
+            bars[name] = progress_bar(progress, name)
+        bars[name](done, total)
+
+    return move
+
+
+def _evaluation_ids(source: str, wikitext: bool, tokenizer: Any, beginning: Beginning) -> Any:
+    documents = read_documents(source)
+    if wikitext:
+        documents = wikitext_rows("".join(documents))
+    return text_ids("\n\n".join(documents), tokenizer, beginning)
+
+
+def _print_notes(refused: Any, notes: Any, calibrated: CalibrationReport | None) -> None:
+    for kind, reason in refused.items():
+        print_line(f"kept: {kind}: {reason}")
+    for note in notes:
+        print_note(note)
+    if calibrated is not None:
+        for line in calibrated.lines():
+            print_line(line)
+        for warning in calibrated.warnings():
+            print_warning(warning)

@@ -1,0 +1,238 @@
+"""Finds structures that can be removed as a whole, and proves by a trial run that nothing else depends on their order.
+
+A channel of a feed-forward is a row of gate and up and a column of down. A key-value group is the rows of k and v, the
+rows of q of all query heads that share them, and the columns of o. Candidates are the channel folds that
+:mod:`ace_triton.reordering` proves. The trial reorders whole structures in all blocks at once, runs the model, and
+restores the weights bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ..decoders.batches import Batch, run_model, tensors_in
+from ..decoders.blocks import Block, attention_of, linears_of, routers
+from ..decoders.calibration_mode import calibration_mode
+from ..linears import linear_weight
+from ..reordering.fold import Fold
+from ..reordering.reorder import find_folds
+from ..tied import Owners
+
+Kind = Literal["channels", "groups"]
+KINDS: tuple[Kind, ...] = ("channels", "groups")
+NAMES: dict[Kind, str] = {"channels": "feed-forward channels", "groups": "key-value groups"}
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """The structures of one kind in one block.
+
+    Attributes:
+        kind: "channels" or "groups".
+        consumer: name of the layer that reads the structures: equal runs of its columns, one run for each structure.
+        producers: names of the layers whose rows belong to the structures, each with its number of copies. In each
+            copy all structures have an equal run of rows. A fused gate and up has two copies.
+        count: number of structures.
+    """
+
+    kind: Kind
+    consumer: str
+    producers: tuple[tuple[str, int], ...]
+    count: int
+
+    def by_structure(self, layer: str, values: torch.Tensor) -> torch.Tensor:
+        """Sums over structures, [count].
+
+        Args:
+            layer: the consumer, or a producer.
+            values: of the layer's weight [out_features, in_features], or of its bias if it is a producer.
+        """
+        if layer == self.consumer:
+            return values.unflatten(1, (self.count, -1)).sum((0, 2))
+        runs = values.unflatten(0, (dict(self.producers)[layer], self.count, -1)).transpose(0, 1)
+        return runs.flatten(1).sum(1)
+
+    def index(self, layer: str, size: int, structures: torch.Tensor) -> torch.Tensor:
+        """The rows of a producer, or the columns of the consumer, that belong to some structures, in their order.
+
+        Args:
+            layer: the consumer, or a producer.
+            size: number of rows, or of columns, of its weight.
+            structures: int64 [n_structures].
+        """
+        copies = 1 if layer == self.consumer else dict(self.producers)[layer]
+        width = size // (self.count * copies)
+        starts = torch.arange(copies, device=structures.device)[:, None] * self.count + structures
+        return (starts[..., None] * width + torch.arange(width, device=structures.device)).flatten()
+
+    def parts(self, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, torch.Tensor, int]]:
+        """The tensors with structures: layer, name in the layer, tensor, and the dimension along which they lie."""
+        for layer in (*(name for name, _ in self.producers), self.consumer):
+            module = layers[layer]
+            along_columns = layer == self.consumer
+            weight = module.get_parameter("weight")
+            yield layer, "weight", weight, int(along_columns == isinstance(module, nn.Linear))
+            bias = module._parameters.get("bias")
+            if bias is not None and not along_columns:
+                yield layer, "bias", bias, 0
+
+    def parameters(self, layers: Mapping[str, nn.Module]) -> int:
+        """Number of parameters of one structure."""
+        return sum(tensor.numel() for *_, tensor, _ in self.parts(layers)) // self.count
+
+
+@dataclass(frozen=True)
+class Structures:
+    """The structures that a model has.
+
+    Attributes:
+        layers: linear layers of the blocks, by name.
+        coupled: by kind, one entry for each block, in order. A kind is absent if it cannot be removed.
+        refused: why a kind cannot be removed.
+    """
+
+    layers: Mapping[str, nn.Module]
+    coupled: Mapping[Kind, tuple[Coupled, ...]]
+    refused: Mapping[Kind, str]
+
+    def without(self, kind: Kind, reason: str) -> Structures:
+        """These structures without a kind."""
+        rest = {name: entries for name, entries in self.coupled.items() if name != kind}
+        return Structures(self.layers, rest, {**self.refused, kind: reason})
+
+    @property
+    def entries(self) -> dict[str, Coupled]:
+        """All entries by name of the consumer; those of attention first."""
+        kinds: tuple[Kind, ...] = ("groups", "channels")
+        return {entry.consumer: entry for kind in kinds for entry in self.coupled.get(kind, ())}
+
+    def count(self, kind: Kind) -> int:
+        """Number of structures in a block; 0 if the kind cannot be removed."""
+        return self.coupled[kind][0].count if kind in self.coupled else 0
+
+
+def find_structures(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Structures:
+    """Find the structures that all blocks have in equal number.
+
+    Args:
+        model: the model; unchanged at return, bit for bit.
+        blocks: its blocks.
+        batch: a few inputs, for the trial.
+    """
+    owners = Owners(model)
+
+    def is_shared(name: str) -> bool:
+        weight = owners.tensors.get(f"{name}.weight")
+        return weight is None or bool(owners.others(weight, f"{name}.weight"))
+
+    with calibration_mode(model):
+        folds = find_folds(model, blocks, batch, 1, wanted=lambda _: True, shared=is_shared)
+        coupled: dict[Kind, tuple[Coupled, ...]] = {}
+        refused: dict[Kind, str] = {}
+        for kind in KINDS:
+            found: list[Coupled] = []
+            for block in blocks:
+                entry = _coupled(kind, block, folds.proven)
+                if isinstance(entry, str):
+                    unfolded = {name.name: name.reason for name in folds.unfolded}
+                    own = [n for n in unfolded if n.startswith(f"{block.name}.") and _kind_of(block, n) == kind]
+                    refused[kind] = f"{own[0]}: {unfolded[own[0]]}" if own else f"{block.name}: {entry}"
+                    break
+                found.append(entry)
+            if kind in refused:
+                continue
+            if len(numbers := sorted({entry.count for entry in found})) > 1:
+                refused[kind] = f"blocks have different numbers of them ({', '.join(map(str, numbers))})"
+            elif numbers == [1]:
+                refused[kind] = "each block has only one"
+            else:
+                coupled[kind] = tuple(found)
+        result = Structures(folds.layers, coupled, refused)
+        for kind in list(coupled):
+            if not _unchanged(model, result, kind, batch):
+                result = result.without(kind, "the model computes something else if their order changes")
+    return result
+
+
+def _kind_of(block: Block, layer: str) -> Kind:
+    return "channels" if attention_of(block, layer) is None else "groups"
+
+
+def _coupled(kind: Kind, block: Block, proven: Mapping[str, Fold]) -> Coupled | str:
+    """The structures of a block, or the reason why it has none."""
+    folds = [
+        fold for name, fold in proven.items() if name.startswith(f"{block.name}.") and _kind_of(block, name) == kind
+    ]
+    if len(folds) != 1:
+        what = "feed-forward whose channels can be told apart" if kind == "channels" else "attention with whole groups"
+        more = f"{len(folds)} of them, and one is expected" if folds else f"no {what}"
+        experts = kind == "channels" and not folds and routers(block)
+        return "its feed-forward is a mixture of experts" if experts else more
+    (fold,) = folds
+    linears = dict(linears_of(block.module, block.name))
+    rows = {name: weight.shape[0] for name, layer in linears.items() if (weight := linear_weight(layer)) is not None}
+    if kind == "channels":
+        return Coupled(kind, fold.consumer, tuple((p, rows[p] // fold.width) for p in fold.producers), fold.width)
+    home = attention_of(block, fold.consumer)
+    members = [
+        name
+        for name in linears
+        if name != fold.consumer and attention_of(block, name) == home and rows[name] % fold.pools == 0
+    ]
+    return Coupled(kind, fold.consumer, tuple((name, 1) for name in members), fold.pools)
+
+
+LOOSE, CLOSE = 0.1, 1e-3
+"""Largest relative change of outputs that counts as rounding: in 16-bit types, and in fp32."""
+
+
+def same_outputs(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> bool:
+    """True if a model's floating-point outputs agree up to rounding."""
+
+    def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+        tolerance = LOOSE if other.element_size() < 4 else CLOSE
+        difference = (one.float() - other.float()).norm()
+        return one.shape == other.shape and bool(difference <= tolerance * other.float().norm())
+
+    return len(got) == len(want) > 0 and all(map(close, got, want))
+
+
+def outputs_of(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+    """The floating-point outputs of a model's forward."""
+    return [tensor.clone() for tensor in tensors_in(run_model(model, batch)) if tensor.is_floating_point()]
+
+
+def _unchanged(model: nn.Module, structures: Structures, kind: Kind, batch: Batch) -> bool:
+    dense = outputs_of(model, batch)
+    with _reordered(structures, kind):
+        return same_outputs(outputs_of(model, batch), dense)
+
+
+@contextmanager
+def _reordered(structures: Structures, kind: Kind) -> Iterator[None]:
+    """A context in which the structures have a random order; at exit the weights are restored bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    entries = structures.coupled[kind]
+    order = torch.randperm(entries[0].count, generator=generator, device="cpu")
+    if bool((order == torch.arange(len(order), device="cpu")).all()):
+        order = order.roll(1)
+    _reorder(structures, entries, order)
+    try:
+        yield
+    finally:
+        _reorder(structures, entries, order.argsort())
+
+
+@torch.inference_mode()
+def _reorder(structures: Structures, entries: Sequence[Coupled], order: torch.Tensor) -> None:
+    for entry in entries:
+        for layer, _, tensor, dim in entry.parts(structures.layers):
+            index = entry.index(layer, tensor.shape[dim], order).to(tensor.device)
+            bits = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+            bits.copy_(bits.index_select(dim, index))

@@ -1,0 +1,168 @@
+"""Taylor terms of the loss for structures: what changes if a structure's weights become 0, to second order.
+
+g is the gradient of the mean loss of a batch, w the weights of a structure, F the Fisher diagonal, which is the mean of
+g^2 over batches. One backward runs for each batch. Gradients are added up in fp32 and freed as soon as they are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..decoders.batches import Batch, run_model
+from ..decoders.calibration_mode import calibration_mode
+from ..errors import ArgumentError
+from .coupled import Coupled, Structures
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Taylor:
+    """Taylor terms of the structures of one consumer, summed over batches as they come.
+
+    Attributes:
+        products: g^T w over a structure, by layer, one entry for each batch, each [n_structures].
+        elements: sum of |g w - g^2 w^2 / 2| over a structure, one entry for each batch.
+        gradient, fisher: sums of g and of g^2 over batches, by tensor.
+    """
+
+    products: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    elements: list[torch.Tensor] = field(default_factory=list)
+    gradient: dict[str, torch.Tensor] = field(default_factory=dict)
+    fisher: dict[str, torch.Tensor] = field(default_factory=dict)
+    batches: int = 0
+
+    def vector(self) -> torch.Tensor:
+        """|g^T w - w^T H w / 2| of each batch, with w^T H w = (g^T w)^2, [n_batches, n_structures]."""
+        whole = torch.stack([torch.stack(parts) for parts in self.products.values()]).sum(0)
+        return (whole - whole.square() / 2).abs()
+
+    def element(self) -> torch.Tensor:
+        """The sum of |g w - F w^2 / 2| of each batch, with its own F, [n_batches, n_structures]."""
+        return torch.stack(self.elements)
+
+
+def taylor_terms(
+    model: nn.Module, structures: Structures, batches: Sequence[Batch], *, sums: bool, progress: Progress | None = None
+) -> dict[str, Taylor]:
+    """Taylor terms by name of the consumer.
+
+    Args:
+        model: a causal language model; unchanged at return.
+        structures: the structures.
+        batches: token ids.
+        sums: True to keep the sums of g and g^2, which take the memory of two fp32 copies of the weights.
+        progress: called with the number of batches done, and of all batches.
+
+    Raises:
+        ArgumentError: if the model is in fp16, in which gradients underflow, or no loss can be computed.
+    """
+    if next(model.parameters()).dtype == torch.float16:
+        raise ArgumentError("gradients underflow in float16: load the model in float32 or bfloat16 (--dtype float32)")
+    entries = structures.entries.values()
+    found = {entry.consumer: Taylor() for entry in entries}
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    gradients = {parameter: parameter.grad for parameter in before}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        with calibration_mode(model), torch.enable_grad(), ExitStack() as hooks:
+            for entry in entries:
+                for layer, key, tensor, _ in entry.parts(structures.layers):
+                    tensor.requires_grad_(True)
+                    hook = _adding(entry, layer, key, structures.layers[layer], found[entry.consumer], sums)
+                    hooks.callback(tensor.register_post_accumulate_grad_hook(hook).remove)
+            for number, batch in enumerate(batches):
+                for taylor in found.values():
+                    taylor.batches += 1
+                batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                if progress is not None:
+                    progress(number + 1, len(batches))
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+            parameter.grad = gradients[parameter]
+    if silent := [name for name, taylor in found.items() if not taylor.elements]:
+        raise ArgumentError(f"no gradient reached {silent[0]}: use a method without gradients (--method flap)")
+    return found
+
+
+def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The mean negative log-likelihood of a batch's next tokens, in nats.
+
+    Raises:
+        ArgumentError: if the model reads other inputs than token ids, or gives no logits.
+    """
+    output = run_model(model, batch)
+    logits = getattr(output, "logits", None)
+    if not batch.of_text or logits is None or logits.shape[:2] != batch.ids.shape:
+        raise ArgumentError(
+            f"{type(model).__name__} gives no logits for each token of its text, so there is no loss to take gradients "
+            "of: use a method without gradients (--method flap)"
+        )
+    targets = batch.ids[:, 1:] if batch.valid is None else batch.ids[:, 1:].masked_fill(~batch.valid[:, 1:], -100)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+
+
+def _adding(
+    entry: Coupled, layer: str, key: str, module: nn.Module, taylor: Taylor, sums: bool
+) -> Callable[[torch.Tensor], None]:
+    """A hook that adds a tensor's gradient to the terms and frees it."""
+    transposed = key == "weight" and not isinstance(module, nn.Linear)
+
+    @torch.no_grad()
+    def hook(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        gradient, weight = parameter.grad.float(), parameter.detach().float()
+        parameter.grad = None
+        if transposed:
+            gradient, weight = gradient.t(), weight.t()
+        product = gradient * weight
+        parts = taylor.products.setdefault(layer, [])
+        of_layer = entry.by_structure(layer, product)
+        if len(parts) < taylor.batches:
+            parts.append(of_layer)
+        else:
+            parts[-1] = parts[-1] + of_layer
+        element = entry.by_structure(layer, (product - product.square() / 2).abs())
+        if len(taylor.elements) < taylor.batches:
+            taylor.elements.append(element)
+        else:
+            taylor.elements[-1] = taylor.elements[-1] + element
+        if sums:
+            name = f"{layer}.{key}"
+            taylor.gradient[name] = taylor.gradient[name] + gradient if name in taylor.gradient else gradient
+            square = gradient.square()
+            taylor.fisher[name] = taylor.fisher[name] + square if name in taylor.fisher else square
+
+    return hook
+
+
+def llm_pruner_terms(terms: str, entry: Coupled, structures: Structures, taylor: Taylor) -> torch.Tensor:
+    """LLM-Pruner's importance of each structure (arXiv 2305.11627), summed over its layers, [n_structures].
+
+    Args:
+        terms: "vector", |sum of g w| over the part of a structure in one layer; "element", the sum of |g w|; "second",
+            the sum of |w F w|; or "mixed", the sum of |g w - w F w / 2|.
+        entry, structures: the structures.
+        taylor: their Taylor terms, with sums.
+    """
+    if terms == "vector":
+        return torch.stack([torch.stack(parts).mean(0).abs() for parts in taylor.products.values()]).sum(0)
+    total = torch.zeros(entry.count, dtype=torch.float32, device=taylor.elements[0].device)
+    for layer, key, tensor, _ in entry.parts(structures.layers):
+        name = f"{layer}.{key}"
+        weight = tensor.detach().float()
+        if key == "weight" and not isinstance(structures.layers[layer], nn.Linear):
+            weight = weight.t()
+        first = taylor.gradient[name] / taylor.batches * weight
+        second = taylor.fisher[name] / taylor.batches * weight.square()
+        value = {"element": first, "second": second, "mixed": first - second / 2}[terms]
+        total += entry.by_structure(layer, value.abs())
+    return total

@@ -1,0 +1,59 @@
+"""What a structured pruning run removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .settings import ShrinkSettings
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What a structured pruning run removed, and what it cost.
+
+    Attributes:
+        settings: the settings of the run.
+        blocks_before, blocks_after: number of parameters of the blocks.
+        model_before, model_after: number of parameters of the model.
+        widths: number of structures in each block before and after, by kind ("channels", "groups"); and of "blocks".
+        config: the fields of the configuration that changed, with their new values.
+        removed_blocks: indices of the removed blocks.
+        kept: indices of the kept structures by name of the layer that reads them.
+        refused: kinds of structures that this model cannot have fewer of, with reasons.
+        tried: loss on the calibration text, in nats per token, by number of removed groups; empty if one number was
+            possible.
+        output_error: error of the layers that read removed structures before and after the update, as a mean share of
+            their outputs' energy; None without an update.
+        notes: other facts that a user should know.
+        seconds: by stage.
+    """
+
+    settings: ShrinkSettings
+    blocks_before: int
+    blocks_after: int
+    model_before: int
+    model_after: int
+    widths: Mapping[str, tuple[int, int]]
+    config: Mapping[str, Any]
+    removed_blocks: tuple[int, ...] = ()
+    kept: Mapping[str, list[int]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    tried: Mapping[int, float] = field(default_factory=dict)
+    output_error: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> float:
+        """Share of the blocks' parameters that was removed."""
+        return 1 - self.blocks_after / self.blocks_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types, without the indices of the kept structures."""
+        content = {**asdict(self), "settings": self.settings.to_dict(), "removed": self.removed}
+        content["widths"] = {kind: list(counts) for kind, counts in self.widths.items()}
+        content["tried"] = {str(groups): loss for groups, loss in self.tried.items()}
+        del content["kept"]
+        return content

@@ -1,0 +1,164 @@
+"""What a structured pruning run removes, by which importance, and how the kept weights make up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from ..errors import RecipeError
+
+Update = Literal["lstsq", "bias", "none"]
+UPDATES: dict[Update, str] = {
+    "lstsq": "least squares on the layers that read what was removed",
+    "bias": "the mean of what was removed goes into a bias, as in FLAP",
+    "none": "kept weights stay as they are",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A structured method.
+
+    Attributes:
+        words: what it ranks by.
+        update: the update of its published form.
+        calibrated: True if it needs calibration text.
+        options: names of the settings that apply to it alone.
+    """
+
+    words: str
+    update: Update = "none"
+    calibrated: bool = True
+    options: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Method] = {
+    "saap": Method(
+        "vector-wise and element-wise importance, fused by adaptive weights, divided by instability",
+        "lstsq",
+        options=("importance", "fusion", "stability"),
+    ),
+    "flap": Method("fluctuation of a channel's input times its squared weights", "bias"),
+    "llm-pruner": Method("Taylor terms of the loss", options=("terms",)),
+    "wanda-sp": Method("absolute weights times input norms, summed"),
+    "magnitude": Method("norm of the structure's weights", calibrated=False),
+    "depth": Method("1 - cosine of a block's input and output; removes whole blocks (ShortGPT)"),
+}
+"""The structured methods by name."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
+    "importance": ("taylor", "activations"),
+    "fusion": ("structure", "mean", "learned", "vector", "element"),
+    "terms": ("element", "vector", "second", "mixed"),
+    "update": tuple(UPDATES),
+}
+"""The allowed values of settings that are names; the first one is the default, except for ``update``."""
+
+
+@dataclass(frozen=True)
+class ShrinkSettings:
+    """The settings of a structured pruning run.
+
+    Attributes:
+        ratio: least share of the blocks' parameters to remove, between 0 and 1. Widths are multiples, so more may go.
+        method: name in :data:`METHODS`.
+        update: "lstsq", "bias" or "none"; None for that of the method's published form ("lstsq" for saap).
+        multiple: the feed-forward width that is left is a multiple of this.
+        groups: number of key-value groups to remove from each block, each with its query heads. None to try all
+            numbers that fit the ratio, and take the one with the lowest loss on the calibration text; without text, the
+            smallest number.
+        damping, prior: for "lstsq", as in :class:`~ace_triton.solvers.update.Update`.
+        importance: for saap, "taylor" (needs gradients) or "activations".
+        fusion: for saap, how vector-wise and element-wise importance become one score
+            (:mod:`ace_triton.structures.fusion`); "vector" or "element" use one of them alone.
+        stability: for saap, divide by 1 + the coefficient of variation over calibration batches.
+        terms: for llm-pruner, "element" (sum of |g w|), "vector" (|sum of g w|), "second" (sum of |w F w|) or "mixed"
+            (sum of |g w - w F w / 2|), with the gradient g and the Fisher diagonal F.
+
+    Raises:
+        RecipeError: if a setting is invalid, or does not apply to the method.
+    """
+
+    ratio: float = 0.2
+    method: str = "saap"
+    update: Update | None = None
+    multiple: int = 64
+    groups: int | None = None
+    damping: float = 0.02
+    prior: float = 512.0
+    importance: str = "taylor"
+    fusion: str = "structure"
+    stability: bool = True
+    terms: str = "element"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
+            raise RecipeError(
+                f"ratio must be between 0 and 1 (0.2 removes a fifth of the blocks' parameters); got {self.ratio!r}"
+            )
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed and not (name == "update" and value is None):
+                raise RecipeError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        for name, least in (("multiple", 1), ("groups", 0)):
+            value = getattr(self, name)
+            if (value is None and name == "groups") or (type(value) is int and value >= least):
+                continue
+            raise RecipeError(f"{name} must be an integer of at least {least}; got {value!r}")
+        for name in ("damping", "prior"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise RecipeError(f"{name} must be a number of at least 0; got {value!r}")
+        if self.damping == self.prior == 0:
+            raise RecipeError("damping and prior are both 0, so dependent channels have no unique solution: set one")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        if self.method == "depth":
+            if self.update not in (None, "none"):
+                raise RecipeError(
+                    f"method 'depth' removes whole blocks, so no layer can make up for them: leave update out; got "
+                    f"{self.update!r}"
+                )
+            if self.groups is not None:
+                raise RecipeError("method 'depth' removes whole blocks: leave groups out")
+        for name, method in METHODS.items():
+            for option in method.options if name != self.method else ():
+                if getattr(self, option) != getattr(ShrinkSettings, option):
+                    raise RecipeError(f"{option} is a setting of method {name!r}; {self.method!r} does not have it")
+
+    @property
+    def chosen_update(self) -> Update:
+        """The update that is used."""
+        return METHODS[self.method].update if self.update is None else self.update
+
+    @property
+    def needs_text(self) -> bool:
+        """True if the run needs calibration text."""
+        return METHODS[self.method].calibrated or self.chosen_update != "none"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """True if the run needs gradients of the loss."""
+        return self.method == "llm-pruner" or (self.method == "saap" and self.importance == "taylor")
+
+    @property
+    def ranking(self) -> tuple[str, ...]:
+        """The settings on which the importance of structures depends."""
+        return (self.method, *(str(getattr(self, option)) for option in METHODS[self.method].options))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that apply to the method, as JSON types."""
+        others = {option for name, method in METHODS.items() if name != self.method for option in method.options}
+        facts = {name: value for name, value in asdict(self).items() if name not in others}
+        return {**facts, "update": self.chosen_update}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> ShrinkSettings:
+        """Settings from :meth:`to_dict`; RecipeError if an entry is unknown."""
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in record if name not in known]:
+            raise RecipeError(f"structured pruning has no setting {unknown[0]!r}; its settings: {', '.join(known)}")
+        return cls(**record)

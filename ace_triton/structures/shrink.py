@@ -1,0 +1,69 @@
+"""Make a smaller dense model from a model: remove channels, key-value groups or blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..decoders.batches import Calibration
+from ..errors import RecipeError
+from .report import ShrinkReport
+from .run import Progress, Run
+from .settings import ShrinkSettings
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """The result of :func:`shrink_model`.
+
+    Attributes:
+        model: the smaller model, of the same class, in evaluation mode; None after a dry run.
+        report: what was removed.
+    """
+
+    model: Any
+    report: ShrinkReport
+
+
+def shrink_model(
+    model: nn.Module,
+    calibration: Calibration | None = None,
+    *,
+    ratio: float = 0.2,
+    method: str = "saap",
+    settings: ShrinkSettings | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Shrunk:
+    """Make a smaller dense model by structured pruning. The given model does not change.
+
+    All blocks of the smaller model have the same widths, so its checkpoint is an ordinary one: ``save_pretrained``
+    writes it and ``from_pretrained`` of plain transformers loads it. What can be removed is found on the model:
+    channels of the feed-forward, key-value groups with their query heads, or whole blocks (method "depth"). A trial run
+    proves that nothing else depends on them, and a second one that the smaller model computes what the dense model
+    computes without them.
+
+    Args:
+        model: a transformers model with its weights in memory, in any floating dtype.
+        calibration: as for :func:`~ace_triton.prune_blocks.prune_model`. None is allowed for method "magnitude" without
+            an update.
+        ratio: least share of the blocks' parameters to remove.
+        method: "saap", "flap", "llm-pruner", "wanda-sp", "magnitude" or "depth".
+        settings: all settings at once, instead of ratio, method and options.
+        dry_run: only find what would be removed; the result has no model.
+        progress: called with the name of a stage, and the number of steps done and of all steps.
+        options: other fields of :class:`~ace_triton.structures.settings.ShrinkSettings`.
+
+    Raises:
+        RecipeError: if a setting is invalid.
+        ArgumentError: if the model's structures cannot be removed, the ratio leaves nothing, or the text does not fit
+            the model. The message names the reason.
+    """
+    if settings is not None and (options or (ratio, method) != (0.2, "saap")):
+        raise RecipeError("give settings, or ratio, method and options; not both")
+    record = {"ratio": ratio, "method": method, **options}
+    chosen = settings or ShrinkSettings.from_dict(record)
+    return Shrunk(*Run(model, calibration, chosen, progress).result(dry_run))

@@ -1,0 +1,287 @@
+"""Perplexity, time and speed of smaller dense models by every structured method; writes docs/structured.{json,md}.
+
+    python -m benchmarks.reports.structured --model smollm2 --calibration c4.jsonl.gz --evaluation wiki.test.raw.gz
+
+Results in docs/structured.json are reused, so a stopped run continues. Repeat with another --model to add it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from ace_triton.commands.report import write_json
+from ace_triton.evaluate import perplexity
+from ace_triton.inputs import checkpoint
+from ace_triton.inputs.beginnings import Beginning, text_ids
+from ace_triton.inputs.calibration import load_calibration
+from ace_triton.inputs.text import read_documents, wikitext_rows
+from ace_triton.provenance import name_of
+from ace_triton.structures.run import Earlier, Run
+from ace_triton.structures.settings import ShrinkSettings
+
+from .cpu_ratios import processor
+
+RATIOS = (0.2, 0.1, 0.3)
+SAMPLES, LENGTH, WINDOW_LENGTH = 64, 128, 512
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 16, 3
+
+PUBLISHED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("SAAP", {}),
+    ("FLAP", {"method": "flap"}),
+    ("LLM-Pruner, elements", {"method": "llm-pruner"}),
+    ("Wanda-sp", {"method": "wanda-sp"}),
+    ("magnitude", {"method": "magnitude"}),
+    ("depth (ShortGPT)", {"method": "depth"}),
+)
+FITTED: tuple[tuple[str, dict[str, Any]], ...] = tuple(
+    (name, {**options, "update": "lstsq"}) for name, options in PUBLISHED[1:5]
+)
+ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("SAAP", {"update": "none"}),
+    ("SAAP, stability off", {"update": "none", "stability": False}),
+    ("SAAP, vectors alone", {"update": "none", "fusion": "vector"}),
+    ("SAAP, elements alone", {"update": "none", "fusion": "element"}),
+    ("SAAP, one scale an importance", {"update": "none", "fusion": "mean"}),
+    ("SAAP, learned scales", {"update": "none", "fusion": "learned"}),
+    ("SAAP of activations", {"update": "none", "importance": "activations"}),
+    ("LLM-Pruner, vectors", {"method": "llm-pruner", "terms": "vector"}),
+    ("LLM-Pruner, mixed", {"method": "llm-pruner", "terms": "mixed"}),
+)
+"""Measured at the first ratio alone."""
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rates of a smaller model beside the dense one, in transformers, in tokens per CPU second on one thread.
+
+    Attributes:
+        prompt, dense_prompt: tokens of a prompt.
+        decode, dense_decode: generated tokens, prompt left out.
+        promised: weights that the dense model multiplies for a token, over those of the smaller one.
+    """
+
+    prompt: float
+    dense_prompt: float
+    decode: float
+    dense_decode: float
+    promised: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A smaller model.
+
+    Attributes:
+        model: name of the dense model.
+        method: name in the table.
+        update: "lstsq", "bias" or "none".
+        ratio: share of the blocks' parameters to remove.
+        removed: share that was removed.
+        widths: number of structures before and after, by kind.
+        seconds: CPU seconds of the run.
+        perplexity: on the evaluation text.
+        speed: None if a model of the same widths has it.
+    """
+
+    model: str
+    method: str
+    update: str
+    ratio: float
+    removed: float
+    widths: dict[str, list[int]]
+    seconds: float
+    perplexity: float
+    speed: Speed | None
+
+
+def main(
+    calibration: Annotated[str, typer.Option()],
+    evaluation: Annotated[str, typer.Option(help="A raw WikiText file.")],
+    model: Annotated[str, typer.Option()] = "smollm2",
+    windows: Annotated[int, typer.Option(min=1)] = 20,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    most: Annotated[int | None, typer.Option(help="Number of results to measure now; default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of structured.json and structured.md.")] = Path("docs"),
+) -> None:
+    """Measure what is missing, and write the page."""
+    torch.set_num_threads(threads)
+    record = read(out)
+    name = "SmolLM2-135M" if model == "smollm2" else name_of(model)
+    todo = [
+        cell for cell in cells() if key(name, *cell) not in {key(**found) for found in map(keys_of, record["results"])}
+    ]
+    bench = Bench(model, calibration, evaluation, windows) if todo[:most] else None
+    for ratio, method, options in todo[:most]:
+        assert bench is not None
+        dense = record["dense"].setdefault(name, {})
+        if "perplexity" not in dense:
+            dense.update(perplexity=bench.perplexity(bench.model), windows=windows, processor=processor())
+        widths = {tuple(map(str, r["widths"].items())) for r in record["results"] if r["model"] == name and r["speed"]}
+        result = bench.result(name, ratio, method, options, widths)
+        record["results"].append(asdict(result))
+        console.print(result, highlight=False)
+        write_json(out / "structured.json", record)
+    (out / "structured.md").write_text("\n".join(page(record)) + "\n")
+
+
+def cells() -> Iterator[tuple[float, str, dict[str, Any]]]:
+    """What is measured, the most important first: ratio, name in the table, and settings."""
+    for ratio in RATIOS:
+        for method, options in (*PUBLISHED, *FITTED, *(ABLATIONS if ratio == RATIOS[0] else ABLATIONS[:1])):
+            yield ratio, method, options
+
+
+def key(model: str, ratio: float, method: str, options: dict[str, Any]) -> tuple[str, float, str, str]:
+    """What tells results apart."""
+    return model, ratio, method, ShrinkSettings(ratio, **options).chosen_update
+
+
+def keys_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of :func:`key` for a recorded result."""
+    options = {} if result["update"] == "none" and "depth" in result["method"] else {"update": result["update"]}
+    return {"model": result["model"], "ratio": result["ratio"], "method": result["method"], "options": options}
+
+
+def read(out: Path) -> dict[str, Any]:
+    """Earlier results."""
+    path = out / "structured.json"
+    empty: dict[str, Any] = {"dense": {}, "results": []}
+    return json.loads(path.read_text()) if path.exists() else empty
+
+
+class Bench:
+    """A dense model, its texts, and what earlier runs on them have found."""
+
+    def __init__(self, source: str, calibration: str, evaluation: str, windows: int) -> None:
+        self.model, tokenizer = checkpoint.load(source, dtype=torch.float32, own_memory=True)
+        self._sequences = load_calibration(calibration, tokenizer, samples=SAMPLES, length=LENGTH)
+        rows = wikitext_rows("".join(read_documents(evaluation)))
+        self._ids = text_ids("\n\n".join(rows), tokenizer, Beginning.of(tokenizer, "auto"))
+        self._windows, self._earlier = windows, Earlier()
+
+    def perplexity(self, model: Any) -> float:
+        return perplexity(model, self._ids, length=WINDOW_LENGTH, windows=self._windows).perplexity
+
+    def result(self, name: str, ratio: float, method: str, options: dict[str, Any], timed: set[Any]) -> Result:
+        """Make the smaller model and measure it; its speed only if its widths are not among ``timed``."""
+        settings = ShrinkSettings(ratio, **options)
+        run = Run(self.model, self._sequences, settings, earlier=self._earlier, clock=time.process_time)
+        smaller, report = run.result(dry_run=False)
+        assert smaller is not None
+        widths = {kind: list(counts) for kind, counts in report.widths.items()}
+        speed = None if tuple(map(str, widths.items())) in timed else self._speed(smaller)
+        seconds = sum(report.seconds.values())
+        value = self.perplexity(smaller)
+        return Result(name, method, settings.chosen_update, ratio, report.removed, widths, seconds, value, speed)
+
+    def _speed(self, smaller: Any) -> Speed:
+        sides = (smaller, self.model)
+        rates: dict[str, list[list[float]]] = {"prompt": [[], []], "decode": [[], []]}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for _ in range(ROUNDS):
+                for place, model in enumerate(sides):
+                    prompt, decode = _rates(model, self._ids[None, :PROMPT_TOKENS])
+                    rates["prompt"][place].append(prompt)
+                    rates["decode"][place].append(decode)
+        finally:
+            torch.set_num_threads(threads)
+        (prompt, dense_prompt), (decode, dense_decode) = (map(median, rates[kind]) for kind in ("prompt", "decode"))
+        promised = _multiplied(self.model) / _multiplied(smaller)
+        return Speed(prompt, dense_prompt, decode, dense_decode, promised)
+
+
+@torch.no_grad()
+def _rates(model: Any, prompt: torch.Tensor) -> tuple[float, float]:
+    """Tokens of the prompt, and generated tokens, per CPU second."""
+    started = time.process_time()
+    output = model(prompt, use_cache=True, logits_to_keep=1)
+    read = time.process_time()
+    token = output.logits[:, -1:].argmax(-1)
+    for _ in range(NEW_TOKENS):
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+    return prompt.shape[1] / (read - started), NEW_TOKENS / (time.process_time() - read)
+
+
+def _multiplied(model: Any) -> int:
+    """Number of weights that one generated token is multiplied with: all matrices but the embedding, and the head."""
+    embedding = model.get_input_embeddings().weight
+    matrices = sum(p.numel() for p in set(model.parameters()) if p.dim() == 2 and p is not embedding)
+    return matrices + (embedding.numel() if model.get_output_embeddings().weight is embedding else 0)
+
+
+def page(record: dict[str, Any]) -> list[str]:
+    """docs/structured.md."""
+    processors = sorted({dense["processor"] for dense in record["dense"].values()})
+    lines = [
+        "# Structured pruning: smaller dense models",
+        "",
+        f"Measured by `make structured` on a CPU ({', '.join(processors)}), in fp32 on one thread: {SAMPLES} x "
+        f"{LENGTH} tokens of C4, seed 0, windows of {WINDOW_LENGTH} tokens of WikiText-2. At least the ratio of the "
+        "blocks' parameters is removed. Feed-forward widths stay multiples of 64, so a little more may go, as the "
+        "table says. All methods keep every block equally wide. The number of key-value groups to remove is the one "
+        "with the lowest loss on the calibration text. Seconds are CPU seconds of the whole run, without loading. "
+        "Rates are tokens per CPU second in transformers on one thread. *Promised* is the number of weights that a "
+        "token is multiplied with in the dense model, over that in the smaller one.",
+    ]
+    for name, dense in record["dense"].items():
+        results = [result for result in record["results"] if result["model"] == name]
+        lines += ["", f"## {name}", "", f"Dense perplexity: {dense['perplexity']:.2f}, {dense['windows']} windows.", ""]
+        lines += _methods(results, dense["perplexity"])
+        lines += ["", "### Speed", "", *_speeds(results)]
+    return lines
+
+
+def _methods(results: list[dict[str, Any]], dense: float) -> list[str]:
+    lines = [
+        "| method | update | ratio | removed | widths | CPU seconds | perplexity | over dense |",
+        "|---|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for result in sorted(results, key=lambda result: (result["ratio"], result["perplexity"])):
+        lines.append(
+            f"| {result['method']} | {result['update']} | {result['ratio']:.0%} | {result['removed']:.1%} | "
+            f"{_shown(result['widths'])} | {result['seconds']:.0f} | {result['perplexity']:.2f} | "
+            f"{result['perplexity'] / dense:.2f}x |"
+        )
+    return lines
+
+
+def _speeds(results: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| widths | removed | prompt, tokens/s | dense | gain | generated, tokens/s | dense | gain | promised |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for result in sorted((r for r in results if r["speed"]), key=lambda result: result["removed"]):
+        speed = Speed(**result["speed"])
+        lines.append(
+            f"| {_shown(result['widths'])} | {result['removed']:.1%} | {speed.prompt:.0f} | {speed.dense_prompt:.0f} | "
+            f"{speed.prompt / speed.dense_prompt:.2f}x | {speed.decode:.1f} | {speed.dense_decode:.1f} | "
+            f"{speed.decode / speed.dense_decode:.2f}x | {speed.promised:.2f}x |"
+        )
+    return lines
+
+
+_KINDS = {"channels": "width", "groups": "groups", "blocks": "blocks"}
+
+
+def _shown(widths: dict[str, list[int]]) -> str:
+    changed = [f"{_KINDS[kind]} {old} to {new}" for kind, (old, new) in widths.items() if old != new]
+    return ", ".join(changed)
+
+
+if __name__ == "__main__":
+    typer.run(main)

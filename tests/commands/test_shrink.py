@@ -1,0 +1,105 @@
+"""``ace-triton shrink``: its checkpoint, its report and its errors."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMALL = ("--samples", "4", "--length", "16", "--multiple", "16", "--dtype", "float32")
+
+
+def test_it_writes_an_ordinary_checkpoint_that_can_be_pruned(command, tiny_checkpoint, some_text, tmp_path):
+    out, result = tmp_path / "smaller", tmp_path / "result.json"
+    text = ("--calibration", some_text, "--evaluation", some_text, "--windows", "2", "--window-length", "16")
+    code, printed, errors = command("shrink", tiny_checkpoint, out, *SMALL, *text, "--groups", "1", "--json", result)
+    assert code == 0, errors
+    assert "perplexity after" in printed
+    assert "key-value groups in a block" in printed
+    facts = json.loads(result.read_text())
+    assert facts["shrink"]["widths"]["groups"] == [2, 1]
+    assert facts["shrink"]["removed"] >= 0.2
+    assert facts["shrink"]["settings"] == {**facts["shrink"]["settings"], "method": "saap", "update": "lstsq"}
+    assert facts["perplexity"].keys() == {"before", "after"}
+    assert facts["calibration"]["text"] == some_text.name
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.num_key_value_heads == 1
+    assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(tiny_checkpoint))
+    card = (out / "README.md").read_text()
+    assert "# tiny made smaller by structured pruning" in card
+    assert "| Key-value groups in a block | 1 of 2 |" in card
+    assert "with zeros" not in card
+    pruned = tmp_path / "pruned"
+    code, _, errors = command("prune", out, pruned, "--method", "magnitude")
+    assert code == 0, errors
+    assert json.loads((pruned / "ace_triton.json").read_text())["shrink"] == facts["shrink"]
+    recovered = tmp_path / "recovered"
+    code, _, errors = command("recover", out, recovered, "--calibration", some_text, "--length", "16", "--steps", "1")
+    assert code == 0, errors
+    assert AutoModelForCausalLM.from_pretrained(recovered).config.num_key_value_heads == 1
+
+
+def test_its_report_repeats_it(command, tiny_checkpoint, some_text, tmp_path):
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    text = ("--calibration", some_text, "--samples", "4", "--length", "16")
+    words = ("--method", "flap", "--ratio", "0.1", "--multiple", "16", "--update", "lstsq")
+    assert command("shrink", tiny_checkpoint, first, *text, *words)[0] == 0
+    code, _, errors = command("shrink", tiny_checkpoint, again, "--recipe", first / "ace_triton.json")
+    assert code == 0, errors
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    changed = ("--recipe", first / "ace_triton.json", "--method", "wanda-sp", "--groups", "0")
+    assert command("shrink", tiny_checkpoint, other, *changed)[0] == 0
+    settings = json.loads((other / "ace_triton.json").read_text())["shrink"]["settings"]
+    assert {name: settings[name] for name in ("method", "update", "multiple", "ratio", "groups")} == {
+        "method": "wanda-sp",
+        "update": "none",
+        "multiple": 16,
+        "ratio": 0.1,
+        "groups": 0,
+    }
+    some_text.write_text(some_text.read_text() + "More.")
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "no", "--recipe", first / "ace_triton.json")
+    assert code == 1
+    assert "is not the text that the recipe was used with" in errors
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "no", "--recipe", tiny_checkpoint / "config.json")
+    assert code == 1
+    assert "holds no settings of shrink" in errors
+
+
+def test_a_dry_run_writes_nothing(command, tiny_checkpoint, tmp_path):
+    words = ("--method", "magnitude", "--multiple", "16", "--dry-run")
+    code, printed, _ = command("shrink", tiny_checkpoint, tmp_path / "out", *words)
+    assert code == 0
+    assert "nothing was written (--dry-run)" in printed
+    assert "64 -> 32" in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "slice"], "error: method must be one of saap, flap, llm-pruner, wanda-sp, magnitude, depth; got"),
+        (["--method", "depth", "--update", "bias"], "error: method 'depth' removes whole blocks, so no layer can make"),
+        (["--method", "flap", "--terms", "mixed"], "error: terms is a setting of method 'llm-pruner'"),
+        (["--method", "magnitude", "--ratio", "0.95"], "error: ratio 0.95 leaves nothing of a feed-forward"),
+        (["--method", "depth", "--length", "129"], "error: --length 129 is more than the model's 128 positions"),
+        (["--evaluation", "missing.txt", "--window-length", "16"], "error: missing.txt"),
+    ],
+)
+def test_a_mistake_is_one_line(command, tiny_checkpoint, tmp_path, words, message):
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "out", *words)
+    assert code == 1
+    assert errors.splitlines()[-1].startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_loads(command, tiny_checkpoint, tmp_path, monkeypatch):
+    from ace_triton.commands import sources
+    from ace_triton.streaming import fits
+
+    for module in (sources, fits):
+        monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "out", "--method", "magnitude")
+    assert code == 1
+    assert "it does not stream: use a machine with more memory, or prune to n:m" in errors
+    assert "load the model" not in errors
+    assert command("shrink", tiny_checkpoint, tmp_path / "out", "--ratio", "1.5")[0] == 2
