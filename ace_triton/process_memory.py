@@ -23,11 +23,13 @@ def own_memory(model: nn.Module) -> None:
     """Copy each parameter on the CPU to its own memory, so that it can be freed separately.
 
     The tensors of a loaded checkpoint are views of one mapped file. Pages that were written stay in memory until the
-    last tensor is freed. Parameters that share memory still share it after the copy.
+    last tensor is freed. Parameters that share memory still share it after the copy. A parameter that has its own
+    memory, because its dtype was converted, is not copied.
     """
     copies: dict[tuple[object, ...], torch.Tensor] = {}
     for parameter in model.parameters():
-        if parameter.device.type != "cpu" or not parameter.numel():
+        alone = parameter.untyped_storage().nbytes() == parameter.nbytes
+        if parameter.device.type != "cpu" or not parameter.numel() or alone:
             continue
         mapped = parameter.data
         identity = (mapped.data_ptr(), mapped.shape, mapped.stride(), mapped.dtype)
@@ -35,6 +37,7 @@ def own_memory(model: nn.Module) -> None:
             copies[identity] = mapped.clone()
             page_out(mapped)
         parameter.data = copies[identity]
+    give_back_free_memory()
 
 
 def map_file(path: str | Path, size: int) -> torch.UntypedStorage:
