@@ -19,6 +19,7 @@ from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
 from ..sparsity import Sparsity
 from .expert_stack import ExpertStack, stores_transposed
+from .manifest import DTYPES
 from .nm_linear import NMLinear
 from .pattern import find_pattern
 from .products import RowLimits
@@ -207,6 +208,17 @@ def pack_layers(
     give_back_free_memory()
     SavePretrained.attach(model)
     return SparsifyReport(tuple(packed), tuple(skipped))
+
+
+def check_packed(pattern: Sparsity, dtype: torch.dtype) -> None:
+    """ArgumentError if a model of this dtype that is pruned to this pattern cannot be packed."""
+    if pattern.n is None or pattern.m is None:
+        raise ArgumentError(f"a packed checkpoint needs groups, as in 2:4; {pattern} has none")
+    if dtype not in DTYPES.values():
+        raise ArgumentError(f"packed checkpoints hold {', '.join(DTYPES)}, the model is {dtype}: convert it")
+    # Layout 1 holds n values and a bit for each of the m weights.
+    if pattern.n * dtype.itemsize + pattern.m / 8 >= pattern.m * dtype.itemsize:
+        raise ArgumentError(f"{pattern} packed is no smaller than dense: keep fewer of every {pattern.m}")
 
 
 def set_row_limits(model: nn.Module, limits: RowLimits | None) -> None:

@@ -284,11 +284,6 @@ def test_a_stopped_command_says_that_it_resumes(
     assert checkpoint.read_report(tmp_path / "out")["streamed"]["resumed_units"] == ["model.layers.0"]
 
 
-def test_what_cannot_be_streamed_says_why(command, tiny_checkpoint, tmp_path):
-    words = ("prune", tiny_checkpoint, tmp_path / "out", "--method", "magnitude", "--stream")
-    assert "--stream writes dense checkpoints: leave --packed out" in command(*words, "--packed")[2]
-
-
 def test_a_model_that_does_not_fit_is_streamed(command, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("ace_triton.streaming.fits.available_memory", lambda: 1000)
     code, _, errors = command("prune", tiny_checkpoint, tmp_path / "out", "--method", "magnitude")
