@@ -1,10 +1,10 @@
 """Memory and time of pruning in files, and of several processes; writes docs/large-models.{json,md}.
 
-    python -m benchmarks.reports.large_models --model smollm2 --calibration c4.jsonl.gz
+    python -m benchmarks.reports.large_models --model smollm2 --larger qwen --calibration c4.jsonl.gz
 
 Every run is a process of its own. A made checkpoint of random weights (Llama's shape, 8 GB with 20 blocks) shows how
 memory depends on depth; it needs free disk for two copies. Results in the JSON file are kept, so one part can be
-measured again: ``--only depth``.
+measured again: ``--only depth``. ``--larger`` is a folder of a model with a large vocabulary, for the part ``plan``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ import typer
 from rich.console import Console
 from safetensors.torch import save_file
 
+from benchmarks.harness.results import processor
+
 DEPTHS = (10, 20)
 WIDTH, VOCABULARY = 4096, 49_152
 SEQUENCES, LENGTH = 4, 16
 ROUNDS = 3
+INCLUDED = ("*.layers.[01].*",)
+SMALL = ("--samples", "8", "--length", "128", "--batch-size", "4")
 FILE_BYTES = 500e6
 
 STREAMED = """
@@ -48,7 +52,9 @@ def main(
     model: Annotated[str, typer.Option(help="A real model for the time beside pruning in memory.")] = "smollm2",
     calibration: Annotated[str, typer.Option()] = "pydoc:calibration",
     out: Annotated[Path, typer.Option(help="Folder of large-models.json and large-models.md.")] = Path("docs"),
-    only: Annotated[str | None, typer.Option(help="One part: depth, time or processes.")] = None,
+    evaluation: Annotated[str, typer.Option()] = "pydoc:evaluation",
+    larger: Annotated[Path | None, typer.Option(help="A second, larger model for the part plan.")] = None,
+    only: Annotated[str | None, typer.Option(help="One part: depth, time, processes or plan.")] = None,
     scratch: Annotated[Path | None, typer.Option(help="Folder for the checkpoints, with 20 GB free.")] = None,
 ) -> None:
     """Measure what is asked for, and write the page."""
@@ -58,6 +64,7 @@ def main(
         "depth": depth,
         "time": lambda folder: beside_memory(folder, model, calibration),
         "processes": lambda folder: by_processes(folder, model, calibration),
+        "plan": lambda folder: beside_plan(folder, model, larger, calibration, evaluation),
     }
     for name, measure in parts.items():
         if only in (None, name):
@@ -172,6 +179,32 @@ def by_processes(folder: Path, model: str, calibration: str) -> list[dict[str, A
     return rows
 
 
+def beside_plan(
+    folder: Path, model: str, larger: Path | None, calibration: str, evaluation: str
+) -> list[dict[str, Any]]:
+    """Peak memory of pruning in both dtypes beside what ``ace-triton plan`` says, and of evaluating what was pruned."""
+    cases = [(model, dtype, how) for dtype in ("bfloat16", "float32") for how in ("--no-stream", "--stream")]
+    if larger is not None:
+        of_larger = (("bfloat16", "--stream"), ("float32", "--no-stream"), ("float32", "--stream"))
+        cases += [(str(larger), dtype, how) for dtype, how in of_larger]
+    rows = []
+    for source, dtype, how in cases:
+        target, told = folder / "out", folder / "plan.json"
+        options = [how, "--dtype", dtype, "--calibration", calibration, "--include", *INCLUDED, *SMALL]
+        command = [sys.executable, "-m", "ace_triton"]
+        subprocess.run([*command, "plan", source, *options, "--json", str(told)], capture_output=True, check=True)
+        memory = json.loads(told.read_text())["memory"]["streamed" if how == "--stream" else "in_memory"]
+        pruned = measured([*command, "prune", source, str(target), *options])
+        words = [*command, "evaluate", str(target), how, "--text", evaluation, "--windows", "1"]
+        evaluated = measured(words)["peak_bytes"] if how == "--stream" else None
+        shutil.rmtree(target)
+        row = {"model": Path(source).name, "dtype": dtype, "streamed": how == "--stream", "processor": processor()}
+        row |= {"planned_bytes": memory["peak_resident_bytes"], "peak_bytes": pruned["peak_bytes"]}
+        rows.append({**row, "evaluate_bytes": evaluated})
+        console.print(rows[-1], highlight=False)
+    return rows
+
+
 def prune_words(model: str, out: Path, calibration: str, how: str) -> list[str]:
     words = ["-m", "ace_triton", "prune", model, str(out), how, "--calibration", calibration]
     return [sys.executable, *words, "--samples", "32", "--length", "128", "--batch-size", "4", "--dtype", "float32"]
@@ -257,11 +290,32 @@ def page(found: dict[str, Any]) -> str:
             "|---:|---:|---:|",
             *(f"| {r['processes']} | {r['calibration_seconds']:.1f} s | {r['seconds']:.1f} s |" for r in rows),
         ]
+    if "plan" in found:
+        rows = found["plan"]
+        worst = max(max(r["planned_bytes"] / r["peak_bytes"], r["peak_bytes"] / r["planned_bytes"]) for r in rows)
+        lines += [
+            "",
+            "## The plan beside the run",
+            "",
+            "`ace-triton prune` with its default recipe on 8 sequences of 128 tokens, two blocks pruned; then",
+            "`ace-triton evaluate --stream` of the result on a window of 2,048 tokens. Planned is what",
+            "`ace-triton plan` says, with file pages. The two peaks differ by a factor of at most",
+            f"{worst:.2f}.",
+            f"Measured on {rows[0]['processor']}.",
+            "",
+            "| model | dtype | weights | planned | pruned with | evaluated with |",
+            "|---|---|---|---:|---:|---:|",
+            *(
+                f"| {r['model']} | {r['dtype']} | {'in files' if r['streamed'] else 'in memory'} | "
+                f"" + " | ".join(gb(r[key]) for key in ("planned_bytes", "peak_bytes", "evaluate_bytes")) + " |"
+                for r in rows
+            ),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+def gb(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":
