@@ -119,6 +119,17 @@ def test_one_block_at_a_time_is_loaded(make_decoder, save, stream, loaded_togeth
     assert all(len(names) == 9 for names in loaded_together[-(1 + windows) * 4 : -(1 + windows)])
 
 
+def test_converted_weights_outside_the_blocks_are_maps(tiny_checkpoint):
+    """So the system reads the used rows of an embedding, and can drop the pages of a head."""
+    with opened(tiny_checkpoint, dtype=torch.bfloat16) as found, found._weights.loaded(found.model):
+        table = found.model.get_input_embeddings().weight
+        assert table.dtype == torch.bfloat16
+        assert table.untyped_storage().filename is not None
+        block = found.model.model.layers[0]
+        with found._weights.loaded(block):
+            assert block.mlp.up_proj.weight.untyped_storage().filename is None
+
+
 class Borrowing(nn.Module):
     """A feed-forward that also reads state stored by another one."""
 
