@@ -72,7 +72,8 @@ def main(
                 found[name] = measure(Path(folder))
             record.write_text(json.dumps(found, indent=2) + "\n")
             console.print(name, found[name], highlight=False)
-    (out / "large-models.md").write_text(page(found))
+    kills = out / "kill-test.json"
+    (out / "large-models.md").write_text(page(found, json.loads(kills.read_text()) if kills.exists() else None))
 
 
 def depth(folder: Path) -> list[dict[str, Any]]:
@@ -243,8 +244,13 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def page(found: dict[str, Any]) -> str:
-    """The page of the results."""
+def page(found: dict[str, Any], kills: dict[str, Any] | None) -> str:
+    """The page of the results.
+
+    Args:
+        found: the content of large-models.json.
+        kills: the content of kill-test.json, if it exists.
+    """
     lines = [
         "# Large models",
         "",
@@ -310,6 +316,18 @@ def page(found: dict[str, Any]) -> str:
                 f"" + " | ".join(gb(r[key]) for key in ("planned_bytes", "peak_bytes", "evaluate_bytes")) + " |"
                 for r in rows
             ),
+        ]
+    if kills is not None:
+        lines += [
+            "",
+            "## Killed at random moments",
+            "",
+            "`make kill-test` kills each kind of work (SIGKILL) on a small model and repeats it until it ends. Its files",
+            "are compared with those of a run that was not killed. The test ends without a table at a difference.",
+            "",
+            "| work | kills | results, all with the same bytes |",
+            "|---|---:|---:|",
+            *(f"| {job} | {row['kills']} | {row['results']} |" for job, row in kills["jobs"].items()),
         ]
     return "\n".join(lines) + "\n"
 
