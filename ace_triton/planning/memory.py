@@ -151,10 +151,6 @@ class Need:
         # transformers reads the files to convert them when it opens the model; one tensor of them is in memory.
         largest = max(p.numel() for p in self.model.parameters()) * self.model.dtype.itemsize
         mapped = {"copy the weights": min(self.stored_bytes, largest)} if self.converts else {}
-        if self.recipe.permute:
-            # The trial of the orders writes to these layers in all blocks.
-            layers = (layer for unit in self.layers.units for layer in unit.layers)
-            mapped["prune"] = sum(layer.bytes for layer in layers if not layer.is_expert)
         return Memory(phases, mapped)
 
     def device(self) -> Memory:

@@ -10,6 +10,7 @@ measured again: ``--only depth``. ``--larger`` is a folder of a model with a lar
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -64,7 +65,9 @@ def main(
         "depth": depth,
         "time": lambda folder: beside_memory(folder, model, calibration),
         "processes": lambda folder: by_processes(folder, model, calibration),
-        "plan": lambda folder: beside_plan(folder, model, larger, calibration, evaluation),
+        "plan": lambda folder: beside_plan(
+            folder, [model, *([] if larger is None else [str(larger)])], calibration, evaluation, found.get("plan", [])
+        ),
     }
     for name, measure in parts.items():
         if only in (None, name):
@@ -181,15 +184,18 @@ def by_processes(folder: Path, model: str, calibration: str) -> list[dict[str, A
 
 
 def beside_plan(
-    folder: Path, model: str, larger: Path | None, calibration: str, evaluation: str
+    folder: Path, models: list[str], calibration: str, evaluation: str, known: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Peak memory of pruning in both dtypes beside what ``ace-triton plan`` says, and of evaluating what was pruned."""
-    cases = [(model, dtype, how) for dtype in ("bfloat16", "float32") for how in ("--no-stream", "--stream")]
-    if larger is not None:
-        of_larger = (("bfloat16", "--stream"), ("float32", "--no-stream"), ("float32", "--stream"))
-        cases += [(str(larger), dtype, how) for dtype, how in of_larger]
-    rows = []
-    for source, dtype, how in cases:
+    """Peak memory of pruning in both dtypes beside what ``ace-triton plan`` says, and of evaluating what was pruned.
+
+    Args:
+        folder: folder for the checkpoints.
+        models: the models.
+        calibration, evaluation: texts.
+        known: rows of other models, which are kept.
+    """
+    rows = [row for row in known if row["model"] not in {Path(source).name for source in models}]
+    for source, dtype, how in itertools.product(models, ("float32", "bfloat16"), ("--stream", "--no-stream")):
         target, told = folder / "out", folder / "plan.json"
         options = [how, "--dtype", dtype, "--calibration", calibration, "--include", *INCLUDED, *SMALL]
         command = [sys.executable, "-m", "ace_triton"]
@@ -323,7 +329,7 @@ def page(found: dict[str, Any], kills: dict[str, Any] | None) -> str:
             "## Killed at random moments",
             "",
             "`make kill-test` kills each kind of work (SIGKILL) on a small model and repeats it until it ends. Its",
-            "files are compared with those of a run that was not killed. The test ends without a table at a difference.",
+            "files are compared with those of a run that was not killed. At a difference the test fails.",
             "",
             "| work | kills | results, all with the same bytes |",
             "|---|---:|---:|",
