@@ -75,10 +75,10 @@ bench-quick: setup  ## the same for a few layers and all of SmolLM2-135M
 bench-report: setup  ## docs/benchmarks.md and its plot from benchmarks/results.csv
 	$(BIN)/python -m benchmarks.reports.report_bench
 
-large-models: setup  ## memory and time of streamed runs and of several processes, for docs/large-models.md; 20 GB of disk
-	$(BIN)/python -m benchmarks.reports.large_models
+large-models: setup  ## memory and time of streamed runs and of several processes, for docs/large-models.md; 20 GB of disk; LARGER names a second model
+	$(BIN)/python -m benchmarks.reports.large_models $(if $(LARGER),--larger $(LARGER))
 
-kill-test: setup  ## kill pruning, recovery and packing 100 times at random moments, and compare the bytes
+kill-test: setup  ## kill pruning, recovery and packing 100 times at random moments and compare the bytes, for docs/kill-test.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill_test
 
 figures: setup  ## measure the CPU ratios of docs/cpu.md again

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from .decoders.batches import vocabulary_of
+from .decoders.parts_of_logits import head_by_parts, parts_of
 from .errors import TextError
 from .inputs.beginnings import NO_BEGINNING, Beginning
 from .processes import Processes
 from .threads import few_threads, forward_work
 
-Logits = Callable[[torch.Tensor], Iterable[torch.Tensor]]
-"""Computes the logits [length, vocabulary] of each of some windows, int64 [n_windows, length], in order."""
+Logits = Callable[[torch.Tensor], Iterable[Iterable[torch.Tensor]]]
+"""Computes the logits of each of some windows, int64 [n_windows, length], in order: for each window those of its parts
+(:mod:`~ace_triton.decoders.parts_of_logits`), [n_tokens, vocabulary]."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,9 @@ def perplexity_of(
         with few_threads(forward_work(model, windows.shape[1])):
             mine = windows[processes.rank :: processes.size].to(model.device)
             of_windows = _own_logits(model, mine) if logits is None else logits(mine)
-            for of_window in map(partial(_loss, skipped), of_windows, mine):
-                own.append(of_window)
+            for parts in of_windows:
+                own.append(_loss(skipped, parts, mine[len(own)]))
+                del parts  # Before the next window's logits are computed.
                 if progress is not None:
                     progress(min(len(own) * processes.size, len(windows)), len(windows))
     finally:
@@ -156,13 +158,27 @@ def perplexity_of(
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def _loss(skipped: int, logits: torch.Tensor, window: torch.Tensor) -> float:
-    """The sum of the negative log-likelihoods of a window's predicted tokens."""
-    predicted = logits[skipped - 1 : -1].float()
-    return float(torch.nn.functional.cross_entropy(predicted, window[skipped:], reduction="sum"))
+def _loss(skipped: int, parts: Iterable[torch.Tensor], window: torch.Tensor) -> float:
+    """The sum of the negative log-likelihoods of a window's predicted tokens, from the logits of its parts."""
+    loss, start = 0.0, 0
+    for logits in parts:
+        end = start + len(logits)
+        first, last = max(start, skipped - 1), min(end, len(window) - 1)
+        if first < last:
+            predicted, targets = logits[first - start : last - start].float(), window[first + 1 : last + 1]
+            loss += float(torch.nn.functional.cross_entropy(predicted, targets, reduction="sum"))
+        start = end
+    return loss
 
 
-def _own_logits(model: Any, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+def _own_logits(model: Any, windows: torch.Tensor) -> Iterator[Iterable[torch.Tensor]]:
     """The logits of each window in the model's own forward."""
     for window in windows:
-        yield model(window[None], use_cache=False).logits[0]
+        yield whole_logits(model, window)
+
+
+def whole_logits(model: Any, window: torch.Tensor) -> list[torch.Tensor]:
+    """The logits [n_tokens, vocabulary] of the parts of a window, int64 [length], from one forward of the model."""
+    with head_by_parts(model):
+        logits: torch.Tensor = model(window[None], use_cache=False).logits[0]
+    return [logits[part] for part in parts_of(len(logits))]

@@ -7,7 +7,9 @@ import mmap
 import os
 import resource
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,20 @@ _MADV_WILLNEED = 3
 _MADV_DONTNEED = 4
 _MADV_PAGEOUT = 21
 
+SECONDS_BETWEEN_PAGE_OUTS = 0.02
+
 
 def own_memory(model: nn.Module) -> None:
     """Copy each parameter on the CPU to its own memory, so that it can be freed separately.
 
     The tensors of a loaded checkpoint are views of one mapped file. Pages that were written stay in memory until the
-    last tensor is freed. Parameters that share memory still share it after the copy.
+    last tensor is freed. Parameters that share memory still share it after the copy. A parameter that has its own
+    memory, because its dtype was converted, is not copied.
     """
     copies: dict[tuple[object, ...], torch.Tensor] = {}
     for parameter in model.parameters():
-        if parameter.device.type != "cpu" or not parameter.numel():
+        alone = parameter.untyped_storage().nbytes() == parameter.nbytes
+        if parameter.device.type != "cpu" or not parameter.numel() or alone:
             continue
         mapped = parameter.data
         identity = (mapped.data_ptr(), mapped.shape, mapped.stride(), mapped.dtype)
@@ -35,6 +41,7 @@ def own_memory(model: nn.Module) -> None:
             copies[identity] = mapped.clone()
             page_out(mapped)
         parameter.data = copies[identity]
+    give_back_free_memory()
 
 
 def map_file(path: str | Path, size: int) -> torch.UntypedStorage:
@@ -82,6 +89,40 @@ def give_back_free_memory() -> None:
 def page_out(tensor: torch.Tensor) -> None:
     """Tell Linux that a tensor's pages may leave memory. Their contents are not lost."""
     _advise(tensor, _MADV_PAGEOUT)
+
+
+@contextmanager
+def few_pages_of(paths: Iterable[Path]) -> Iterator[None]:
+    """A context in which pages of mapped files leave this process's memory soon after they were read.
+
+    For files that another library maps and reads as a whole. On systems other than Linux it does nothing.
+    """
+    names, ended = {str(path.resolve()) for path in paths}, threading.Event()
+
+    def page_out_at_intervals() -> None:
+        while not ended.wait(SECONDS_BETWEEN_PAGE_OUTS):
+            for start, end in _maps_of(names):
+                _call("madvise", ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
+
+    thread = threading.Thread(target=page_out_at_intervals, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _maps_of(names: set[str]) -> list[tuple[int, int]]:
+    """The addresses at which this process maps files of these names."""
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5] in names:
+                start, end = (int(address, 16) for address in fields[0].split("-"))
+                found.append((start, end))
+    return found
 
 
 def _advise(tensor: torch.Tensor, advice: int) -> None:

@@ -152,7 +152,8 @@ def prune_stored(
     Args:
         model, calibration, batch_size, progress: as for :func:`prune_model`.
         recipe: how to prune.
-        store: keeps the weights; units that it has finished before are not pruned again.
+        store: keeps the weights; units that it has finished before are not pruned again. ``progress`` is first called
+            with their number.
 
     Raises:
         AceError: as :func:`prune_model`; what the store has finished stays finished.
@@ -170,6 +171,10 @@ def prune_stored(
         processes = Processes.now()
         _check_processes(processes, recipe, batches)
         lanes = Lanes(len(batches), processes)
+        store.once("units", lambda: [unit.name for unit in plan.units])
+        done = [unit.name for unit in plan.units if store.finished(unit.name) is not None]
+        if progress is not None and done:
+            progress(len(done), len(plan.units), done[-1])
         selection = Selection(recipe, clock, plan, store, weights, finite, lanes)
         running.enter_context(few_threads(TOKENS_OF_A_FORWARD * max(w.numel() for w in weights.values())))
         selection.prepare(model, batches)

@@ -57,12 +57,12 @@ def prune_with_statistics(
         selection.start_tower()
         for unit in tower.prune():
             done += 1
-            _report(progress, done, len(plan.units), unit.name)
+            if selection.store.finished(unit.name) is None:
+                _report(progress, done, len(plan.units), unit.name)
         runs[tower.tower.name] = "forwards" if isinstance(tower.runner, WholeForward) else "blocks"
-    if plan.outside:
-        if not selection.restored(plan.outside):
-            with selection.in_use(plan.outside), selection.recorded(plan.outside):
-                selection.prune(plan.outside, outside or observe_outside(plan.outside))
+    if plan.outside and not selection.restored(plan.outside):
+        with selection.in_use(plan.outside), selection.recorded(plan.outside):
+            selection.prune(plan.outside, outside or observe_outside(plan.outside))
         _report(progress, done + 1, len(plan.units), plan.outside.name)
     return runs
 
@@ -107,18 +107,21 @@ class _TowerPass:
     def prune(self) -> Iterator[Unit]:
         """Prune the tower; yields each finished unit."""
         runner, at_once = self.runner, self.selection.recipe.sequential == "none"
+        todo = [index for index, unit in enumerate(self.units) if self.selection.store.finished(unit.name) is None]
+        last = max(todo, default=-1)  # No hidden states are needed after the last unit that is not finished.
         for index, unit in enumerate(self.units):
             finished: Sequence[nn.Module] = ()
             if self.selection.restored(unit) and at_once:
-                with self.selection.dense([unit]):
-                    runner.run(index, None, advance=True)
+                if index < last:
+                    with self.selection.dense([unit]):
+                        runner.run(index, None, advance=True)
                 yield unit
                 continue
             with self.selection.in_use(unit):
                 if self.selection.store.finished(unit.name) is None:
                     with self.selection.recorded(unit):
                         finished = self._prune(index, unit)
-                if not at_once and index + 1 < len(self.units):
+                if not at_once and index < last:
                     runner.run(index, None, advance=True, finished=finished)
             yield unit
 
@@ -153,7 +156,7 @@ def prune_without_statistics(plan: Plan, selection: Selection, progress: Progres
         if not selection.restored(unit):
             with selection.in_use(unit), selection.recorded(unit):
                 selection.prune(unit, None)
-        _report(progress, done, len(plan.units), unit.name)
+            _report(progress, done, len(plan.units), unit.name)
     return {}
 
 

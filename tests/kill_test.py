@@ -3,12 +3,14 @@
     python -m tests.kill_test --kills 100
 
 Each job runs in a forked process that is killed after a random time, until it ends by itself; its files must be those
-of an undisturbed run. The random numbers are seeded, but the moments depend on the machine's speed.
+of an undisturbed run. The random numbers are seeded, but the moments depend on the machine's speed. What was compared
+is written to docs/kill-test.json, which docs/large-models.md shows.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -27,8 +29,10 @@ import typer
 
 from ace_triton import Recipe, pack_model, prune_checkpoint, recover, save_packed
 from ace_triton.inputs import checkpoint
+from ace_triton.provenance import with_provenance
 from ace_triton.recovery.state import remove_state
 from ace_triton.recovery.train import RecoverySettings
+from benchmarks.harness.results import processor
 
 REPORTS = ("ace_triton.json", "ace_triton_packed.json")
 """Files with times and dates, which no two runs share."""
@@ -37,6 +41,7 @@ REPORTS = ("ace_triton.json", "ace_triton_packed.json")
 def main(
     kills: Annotated[int, typer.Option(help="Number of kills, spread over the jobs.")] = 100,
     seed: Annotated[int, typer.Option(help="Random seed of the moments.")] = 0,
+    out: Annotated[Path, typer.Option(help="JSON file of the results.")] = Path("docs/kill-test.json"),
 ) -> None:
     """Run all jobs; fail at the first difference."""
     torch.set_num_threads(1)
@@ -45,13 +50,16 @@ def main(
         folder = Path(name)
         source = make_source(folder / "source")
         jobs = make_jobs(folder, source)
+        found = {}
         for number, (job, run) in enumerate(jobs.items()):
             started = time.perf_counter()
             run(folder / job)
             seconds = time.perf_counter() - started
             share = kills // len(jobs) + (number < kills % len(jobs))
             results = killed_and_repeated(folder, job, run, share, seconds, draws)
-            print(f"{job}: {share} kills, {results} results, all with the same bytes")
+            print(f"{job}: {share} kills, {results} results, all with the same bytes", flush=True)
+            found[job] = {"kills": share, "results": results}
+    out.write_text(json.dumps(with_provenance({"seed": seed, "jobs": found}, processor=processor()), indent=2) + "\n")
 
 
 def make_source(folder: Path) -> Path:
@@ -76,6 +84,9 @@ def make_jobs(folder: Path, source: Path) -> dict[str, Callable[[Path], None]]:
     def prune(out: Path) -> None:
         prune_checkpoint(source, out, ids, Recipe("wanda", permute=True, update="lstsq"), batch_size=2)
 
+    def prune_packed(out: Path) -> None:
+        prune_checkpoint(source, out, ids, Recipe("wanda", update="lstsq"), batch_size=2, packed=True)
+
     def train(out: Path) -> None:
         model, tokenizer = checkpoint.load(folder / "prune")
         teacher, _ = checkpoint.load(source)
@@ -89,7 +100,7 @@ def make_jobs(folder: Path, source: Path) -> dict[str, Callable[[Path], None]]:
         pack_model(model)
         save_packed(model, tokenizer, out, report={})
 
-    return {"prune": prune, "recover": train, "pack": pack}
+    return {"prune": prune, "prune --packed": prune_packed, "recover": train, "pack": pack}
 
 
 def killed_and_repeated(

@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from ..decoders.batches import check_positions, longest_sequence
+from ..decoders.parts_of_logits import PART
 from ..errors import ArgumentError
 from ..evaluate import perplexity
 from ..formats.registry import format_of, load_model
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.model_source import weight_file_bytes
 from ..inputs.text import read_documents, wikitext_rows
+from ..planning.memory import logit_bytes
 from ..planning.pruning_plan import weights_stay_in_files
 from ..planning.skeleton import skeleton
 from ..process_memory import resident_bytes
@@ -40,9 +42,6 @@ from .options import (
     parse_dtype,
 )
 from .sources import check_length, check_source
-
-LOGIT_BYTES = 12
-"""Bytes that a window needs at once for each of its logits: in the model's dtype, in fp32, and as log-likelihood."""
 
 
 def evaluate(
@@ -124,10 +123,9 @@ def _fits(source: str, length: int, options: dict[str, Any]) -> bool:
     if format_of(source).name != "dense" or surely_fits(weight_file_bytes(source)):
         return True
     built = skeleton(source, **options)
-    head = built.model.get_output_embeddings()
-    logits = 0 if head is None else length * next(head.parameters()).shape[0] * LOGIT_BYTES
-    needed = resident_bytes() + sum(parameter.nbytes for parameter in built.model.parameters()) + logits
-    if built.source.is_gguf or fits_in_memory(needed):
+    weights = sum(parameter.nbytes for parameter in built.model.parameters())
+    needed = resident_bytes() + weights + logit_bytes(built.model, length, PART)
+    if fits_in_memory(needed):
         return True
     print_note(weights_stay_in_files(needed, available_memory()))
     return False

@@ -57,10 +57,8 @@ def show_plan(context: typer.Context) -> None:
         for line in replaced_lines(Path(values["recipe"]), saved, run.recipe, settings, run.dtype):
             print_note(line)
     plan = run.plan(
-        text=settings.text,
         out=run.out if values["out"] else None,
         device=parse_device(run.device),
-        packed=run.packed,
         overwrite=run.overwrite,
         stream=run.stream,
         probe=values.get("probe", False),

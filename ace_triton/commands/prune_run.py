@@ -13,22 +13,19 @@ from rich.progress import Progress
 
 from ..calibration_report import CalibrationReport, report_on
 from ..decoders.kept_tensors import Offload
-from ..errors import ArgumentError
 from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.calibration import Calibration, load_calibration
 from ..inputs.model_source import weight_file_bytes
 from ..inputs.output_folder import Reservation
 from ..model_report import ModelReport
-from ..packed.manifest import DTYPES as PACKED_DTYPES
-from ..packed.pack_model import LEAST_ZEROS, SparsifyReport, sparsify
+from ..packed.pack_model import SparsifyReport, check_packed, sparsify
 from ..planning.pruning_plan import PruningPlan, plan_pruning, weights_stay_in_files
 from ..processes import Processes
 from ..progress import progress_bar, stage
 from ..provenance import option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
-from ..sparsity import Sparsity
 from ..streaming.fits import LARGEST_SHARE, surely_fits
 from ..streaming.streamed_prune import StreamedModel, streamed
 from .console import print_note
@@ -89,10 +86,8 @@ class PruneRun:
         """ValueError if the model cannot be pruned so, or the recipe cannot be saved; loads nothing."""
         dtype = parse_dtype(self.dtype)
         parse_device(self.device)
-        if self.stream and self.packed:
-            raise ArgumentError("--stream writes dense checkpoints: leave --packed out, then pack --stream")
         if self.packed:
-            check_packed(self.recipe.sparsity, torch.float32 if self.dtype == "auto" else dtype)
+            check_packed(self.recipe.sparsity, torch.float32 if self.dtype == "auto" else dtype, self.recipe.quantize)
         rehearse(self.recipe)
         self.recipe.to_json()
 
@@ -124,10 +119,10 @@ class PruneRun:
         if self.stream is not None:
             return self.stream
         device, size = torch.device(parse_device(self.device)), weight_file_bytes(self.source)
-        if device.type == "cuda" and not self.packed and size > LARGEST_SHARE * torch.cuda.mem_get_info(device)[0]:
+        if device.type == "cuda" and size > LARGEST_SHARE * torch.cuda.mem_get_info(device)[0]:
             print_note("the model does not fit on the GPU, so its weights stay in files (--stream)")
             return True
-        if self.packed or device.type != "cpu" or surely_fits(size):
+        if device.type != "cpu" or surely_fits(size):
             return False
         plan = self.plan()
         if plan.streams:
@@ -143,7 +138,9 @@ class PruneRun:
             samples=settings.samples,
             length=settings.length,
             batch_size=settings.batch_size,
+            text=settings.text,
             dtype=parse_dtype(self.dtype),
+            packed=self.packed,
             offload=self.offload,
             trust_remote_code=self.trust_remote_code,
             **more,
@@ -168,7 +165,7 @@ class PruneRun:
                 )
             load_seconds = time.perf_counter() - started
             if self.packed:
-                check_packed(self.recipe.sparsity, model.dtype)
+                check_packed(self.recipe.sparsity, model.dtype, self.recipe.quantize)
             sequences = None if documents is None else _sequences(documents, tokenizer, model, settings, progress)
             calibrated = self._calibration_report(sequences, model, settings, progress)
             bar = progress_bar(progress, "prune")
@@ -210,6 +207,8 @@ class PruneRun:
             offload=self.offload,
         ) as stream:
             model = stream.model
+            if self.packed:
+                check_packed(self.recipe.sparsity, model.dtype, self.recipe.quantize)
             with stage(progress, "copy the weights"):
                 store = stream.start(
                     {
@@ -219,6 +218,8 @@ class PruneRun:
                     }
                 )
             load_seconds = time.perf_counter() - started
+            if store.resumed and Processes.now().is_first:
+                print_note(f"resuming: {len(store.resumed)} of {len(store.units)} blocks are done")
             with store.open():
                 sequences = calibrated = None
                 if documents is not None:
@@ -232,9 +233,9 @@ class PruneRun:
                 )
             report = report.with_load(load_seconds)
             facts = self._facts(model, report, None if documents is None else settings, calibrated)
-            with stage(progress, "complete the files"):
-                stream.publish(facts)
-        return PruneResults(facts, report, calibrated, None)
+            with stage(progress, "pack" if self.packed else "complete the files"):
+                packing = stream.publish(facts, packed=self.packed, quantize=self.recipe.quantize)
+        return PruneResults(facts, report, calibrated, packing)
 
     def _calibrate(
         self,
@@ -302,19 +303,3 @@ def _sequences(
         bos=settings.bos,
         progress=progress_bar(progress, "calibration text"),
     )
-
-
-def check_packed(pattern: Sparsity, dtype: Any) -> None:
-    """ArgumentError if a model pruned to this pattern could not be packed."""
-    if dtype not in PACKED_DTYPES.values():
-        raise ArgumentError(f"--packed: packed checkpoints hold {', '.join(PACKED_DTYPES)}, the model is {dtype}")
-    if pattern.n is None or pattern.m is None:
-        if pattern.fraction < LEAST_ZEROS:
-            raise ArgumentError(
-                f"--packed needs a pattern n:m, as --sparsity 2:4, or a fraction of at least {LEAST_ZEROS}; "
-                f"got {pattern}"
-            )
-        return
-    # Layout 1 holds n values and a bit for each of the m weights.
-    if pattern.n * dtype.itemsize + pattern.m / 8 >= pattern.m * dtype.itemsize:
-        raise ArgumentError(f"--packed: {pattern} packed is no smaller than dense; keep fewer of every {pattern.m}")

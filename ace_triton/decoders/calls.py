@@ -16,6 +16,7 @@ from .batches import Batch, run_model
 from .blocks import Block
 from .finished import forward_replaced, in_tuple, returning
 from .links import Carried, Link
+from .parts_of_logits import head_by_parts, head_of_part
 
 
 class _Stop(Exception):
@@ -201,14 +202,51 @@ def recorded(
 
 
 def logits_after(
-    model: nn.Module, blocks: Sequence[Block], batch: Batch, sizes: Sequence[int | None], hidden: torch.Tensor
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batch: Batch,
+    sizes: Sequence[int | None],
+    hidden: torch.Tensor,
+    part: slice | None = None,
 ) -> torch.Tensor:
-    """The logits in the model's forward of a batch with these hidden states after the last block."""
-    with ExitStack() as stubs:
+    """The logits in the model's forward of a batch with these hidden states after the last block.
+
+    Args:
+        model, blocks, batch, sizes: as for :func:`try_replay`.
+        hidden: the hidden states.
+        part: tokens whose logits are computed; None for all.
+    """
+    with ExitStack() as changed:
         for block, size in zip(blocks, sizes, strict=True):
-            stubs.enter_context(forward_replaced(block.module, returning(in_tuple(hidden, size))))
+            changed.enter_context(forward_replaced(block.module, returning(in_tuple(hidden, size))))
+        changed.enter_context(head_by_parts(model) if part is None else head_of_part(model, part))
         logits: torch.Tensor = forward(model, batch).logits
     return logits
+
+
+def has_parts(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batch: Batch,
+    sizes: Sequence[int | None],
+    hidden: torch.Tensor,
+    logits: torch.Tensor,
+) -> bool:
+    """True if :func:`logits_after` gives the logits of a part of the tokens, in a trial of two parts.
+
+    Args:
+        model, blocks, batch, sizes, hidden: as for :func:`logits_after`.
+        logits: the logits of all tokens.
+    """
+    half = logits.shape[1] // 2
+    try:
+        return all(
+            agree(logits_after(model, blocks, batch, sizes, hidden, part), logits[:, part])
+            for part in (slice(0, half), slice(half, logits.shape[1]))
+        )
+    except RUN_ERRORS as error:
+        raise_if_out_of_memory(error)
+        return False
 
 
 def deduplicated(calls: list[Call], earlier: list[Call]) -> list[Call]:

@@ -360,9 +360,13 @@ def _weight(layer: nn.Module) -> torch.Tensor:
     return weight
 
 
-def misfit(weight: torch.Tensor, pattern: Sparsity, axis: Axis) -> str | None:
+class Misfit(str):
+    """A reason to skip a weight: the pattern does not fit its size."""
+
+
+def misfit(weight: torch.Tensor, pattern: Sparsity, axis: Axis) -> Misfit | None:
     """Why a pattern does not fit a weight [out_features, in_features] along an axis; None if it fits."""
     size = weight.shape[1] if axis == "in" else weight.shape[0]
     if pattern.m is None or size % pattern.m == 0:
         return None
-    return f"its {size} {'inputs' if axis == 'in' else 'outputs'} are not a multiple of {pattern.m}"
+    return Misfit(f"its {size} {'inputs' if axis == 'in' else 'outputs'} are not a multiple of {pattern.m}")

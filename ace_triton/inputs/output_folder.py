@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -33,8 +34,10 @@ except ImportError:  # Windows has no fcntl: there, two runs that write one fold
 
 
 NEW, OLD, LOCK, KEPT = "new", "old", "lock", "kept"
-IDENTITY = "identity"
-"""A file in KEPT with the inode number of NEW, which is another folder once NEW has become OUT."""
+TOKEN = "token"
+"""A file in KEPT. It is empty until the new content is complete. Then it names the folder with the content and the
+digest of its report, so a folder that has become OUT is told from one that has not, even if the work folder was copied.
+"""
 SUFFIX = ".ace-triton"
 LONGEST_NAME = 255
 ATTEMPTS = 100
@@ -78,20 +81,27 @@ class Reservation:
         """Create both folders, or go on with those of an interrupted run."""
         self.new.mkdir(exist_ok=True)
         self.kept.mkdir(exist_ok=True)
-        identity = self.kept / IDENTITY
-        if not identity.exists():
-            # Replaced in one step, so that it is never half written.
-            partial = self.kept / f"{IDENTITY}.partial"
-            partial.write_text(str(self.new.stat().st_ino))
-            partial.rename(identity)
+        self._write_token("")
+
+    def complete(self, fresh: Path) -> None:
+        """Record, for a run that can be resumed, that a folder of the work folder is complete and becomes ``path``."""
+        if (self.kept / TOKEN).exists():
+            self._write_token(f"{fresh.relative_to(self.work)}\n{_digest_of_report(fresh)}")
 
     @property
     def is_unfinished(self) -> bool:
-        """True if an interrupted run has left its state, and its new folder has not become ``path``."""
+        """True if an interrupted run has left its state, and its new content has not become ``path``."""
         try:
-            return int((self.kept / IDENTITY).read_text()) == self.new.stat().st_ino
+            folder, _, digest = (self.kept / TOKEN).read_text().partition("\n")
         except (OSError, ValueError):
             return False
+        return self.new.is_dir() and (not folder or _digest_of_report(self.work / folder) == digest)
+
+    def _write_token(self, content: str) -> None:
+        """Replace the token in one step, so that it is never half written."""
+        partial = self.kept / f"{TOKEN}.partial"
+        partial.write_text(content)
+        partial.rename(self.kept / TOKEN)
 
 
 _RESERVED: dict[Path, Reservation] = {}
@@ -215,10 +225,18 @@ def writing(place: Reservation, out: str | Path) -> Iterator[None]:
         raise
 
 
-def publish(place: Reservation, out: str | Path, *, overwrite: bool) -> None:
-    """Make the new folder of a reservation ``out``; its files get the mode that the umask gives."""
-    give_mode(place.new, place.work / LOCK)
-    _put(place, place.new, out, overwrite=overwrite)
+def publish(place: Reservation, out: str | Path, *, overwrite: bool, fresh: Path | None = None) -> None:
+    """Make a folder inside a reservation's work folder ``out``; its files get the mode that the umask gives.
+
+    Args:
+        place: the reservation.
+        out, overwrite: as for :func:`check_out`.
+        fresh: the folder; None for :attr:`Reservation.new`.
+    """
+    fresh = fresh or place.new
+    give_mode(fresh, place.work / LOCK)
+    place.complete(fresh)
+    _put(place, fresh, out, overwrite=overwrite)
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -240,6 +258,14 @@ def give_mode(folder: Path, like: Path) -> None:
         path = folder / name
         if not path.is_symlink() and path.stat().st_mode & 0o777 != mode:
             path.chmod(mode)
+
+
+def _digest_of_report(folder: Path) -> str:
+    """SHA-256 of a folder's report, which has its date; "" if there is none."""
+    try:
+        return hashlib.sha256((folder / REPORT_FILE).read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _place(out: str | Path) -> Path:

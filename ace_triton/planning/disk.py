@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe
-from .layers import PlannedModel
+from .layers import LayerSize, PlannedModel
 from .skeleton import Skeleton
 
 
@@ -19,7 +19,7 @@ class Disk:
 
     Attributes:
         output_bytes: size of the output.
-        work_bytes: most that the work folder beside the output takes; it becomes the output.
+        work_bytes: most that the work folder beside the output takes. A part of it becomes the output.
         free_bytes: free space where the output is written; None if no output is named.
     """
 
@@ -51,11 +51,14 @@ def disk_of(
         packed: True if a packed checkpoint is written.
         streams: True if the weights stay in files during the run.
     """
-    output = sum(parameter.nbytes for parameter in built.model.parameters()) + _other_files(built)
-    if packed:
-        output -= _saved_by_packing(layers, recipe)
-    # Weights that the model stores in another form than the checkpoint are in the work folder twice more.
-    work = output + (2 * built.converted_bytes if streams else 0)
+    dense = sum(parameter.nbytes for parameter in built.model.parameters()) + _other_files(built)
+    output = dense - (_saved_by_packing(layers, recipe) if packed else 0)
+    work = output
+    if streams:
+        # Weights that transformers converts are read from a copy; those of another form are pruned in that form.
+        work = dense + built.resaved_bytes + built.converted_bytes
+        if packed:  # Packed layers wait in files until all are packed.
+            work += output + _packed_layers(layers, recipe)
     return Disk(output, work, None if out is None else free_bytes(out))
 
 
@@ -73,11 +76,23 @@ def _other_files(built: Skeleton) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
 
 
-def _saved_by_packing(layers: PlannedModel, recipe: Recipe) -> int:
-    """Packed, a weight is its kept values and one bit per weight; without n:m also 8 bytes per row, left out here."""
-    n, m = recipe.sparsity.n, recipe.sparsity.m
+def _packed_layers(layers: PlannedModel, recipe: Recipe) -> int:
+    """Packed, a weight is its kept values, with their scales if they are quantized, and one bit for each weight.
+
+    Without n:m there are also 8 bytes for each row, which are left out here.
+    """
+    n, m, few = recipe.sparsity.n, recipe.sparsity.m, recipe.quantize
     kept = 1 - recipe.sparsity.fraction if n is None or m is None else n / m
-    saved = 0.0
-    for layer in (layer for unit in layers.units for layer in unit.layers if layer.is_pruned):
-        saved += layer.bytes - layer.bytes * kept - layer.elements / 8
-    return round(saved)
+    total = 0.0
+    for layer in _pruned(layers):
+        values = layer.bytes * kept if few is None else layer.elements * kept * few.bits / 8 + layer.bytes / few.group
+        total += values + layer.elements / 8
+    return round(total)
+
+
+def _saved_by_packing(layers: PlannedModel, recipe: Recipe) -> int:
+    return sum(layer.bytes for layer in _pruned(layers)) - _packed_layers(layers, recipe)
+
+
+def _pruned(layers: PlannedModel) -> list[LayerSize]:
+    return [layer for unit in layers.units for layer in unit.layers if layer.is_pruned]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..decoders.batches import TOKENS_OF_A_FORWARD
+from ..decoders.parts_of_logits import PART
 from ..methods.registry import metric
 from ..recipe import Recipe
 from ..solvers.least_squares import rounded
@@ -104,6 +105,7 @@ class Need:
         converts: True if loading copies the weights to another dtype or form.
         is_gguf: True if the weights are in a GGUF file.
         on_gpu: True if the layers are solved on a GPU.
+        packed: True if a packed checkpoint is written.
     """
 
     model: Any
@@ -115,6 +117,7 @@ class Need:
     converts: bool
     is_gguf: bool
     on_gpu: bool = False
+    packed: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -142,12 +145,12 @@ class Need:
         phases = {"copy the weights": base + 2 * piece + read}
         phases |= {name: base + size + once for name, size in self._of_text().items()}
         phases["prune"] = base + max(once, self._hidden_bytes() + blocks + self._most_of_a_unit())
-        # Libraries read the whole files to convert them when they open the model, even if weights stay in files.
-        mapped = {"copy the weights": self.stored_bytes} if self.converts else {}
-        if self.recipe.permute:
-            # The trial of the orders writes to these layers in all blocks.
-            layers = (layer for unit in self.layers.units for layer in unit.layers)
-            mapped["prune"] = sum(layer.bytes for layer in layers if not layer.is_expert)
+        if self.packed:
+            layer = max(layer.bytes for unit in self.layers.units for layer in unit.layers)
+            phases["pack"] = base + max(2 * layer, 2 * piece)
+        # transformers reads the files to convert them when it opens the model; one tensor of them is in memory.
+        largest = max(p.numel() for p in self.model.parameters()) * self.model.dtype.itemsize
+        mapped = {"copy the weights": min(self.stored_bytes, largest)} if self.converts else {}
         return Memory(phases, mapped)
 
     def device(self) -> Memory:
@@ -165,17 +168,10 @@ class Need:
         found: dict[str, int] = {}
         if self.calibrated.text_tokens is not None:
             found["tokenize the text"] = self.calibrated.text_tokens * TEXT_BYTES_PER_TOKEN
-            found["check the text"] = self.calibrated.length * self._logit_bytes(with_loss=True)
+            found["check the text"] = logit_bytes(self.model, self.calibrated.length, PART)
         if self.recipe.budgets:
-            found["find the shares"] = self.calibrated.batch_tokens * self._logit_bytes(with_loss=False)
+            found["find the shares"] = logit_bytes(self.model, self.calibrated.batch_tokens, 0)
         return found
-
-    def _logit_bytes(self, *, with_loss: bool) -> int:
-        """Bytes of one token's logits; with their loss, also those of the fp32 copies in it."""
-        head = self.model.get_output_embeddings()
-        vocabulary = 0 if head is None else next(head.parameters()).shape[0]
-        size = self.model.dtype.itemsize
-        return vocabulary * (size + (FP32 + FP32 * (size != FP32) if with_loss else 0))
 
     def _outside(self) -> Iterator[torch.Tensor]:
         """Parameters outside the blocks."""
@@ -209,7 +205,7 @@ class Need:
             return max(self._solve_bytes(layer) for layer in unit.layers)
         logits = 0
         if unit.name == "outside the blocks" and self.calibrated is not None:
-            logits = self.calibrated.batch_tokens * self._logit_bytes(with_loss=False)
+            logits = logit_bytes(self.model, self.calibrated.batch_tokens, 0)
         forward = self._activation_bytes(unit) + logits
         if self.recipe.sequential != "layers":
             own = held or self._statistics_bytes(unit.layers)
@@ -300,3 +296,17 @@ class Need:
         if metric(self.recipe.method).solve is not None:
             total = max(total, (4 * FP32 + 1) * elements + copy)
         return total
+
+
+def logit_bytes(model: Any, tokens: int, compared: int) -> int:
+    """Bytes of the logits of some tokens, and of the fp32 copies that their loss takes.
+
+    Args:
+        model: the model.
+        tokens: tokens whose logits are in memory at once.
+        compared: tokens whose loss is computed at once.
+    """
+    head = model.get_output_embeddings()
+    vocabulary = 0 if head is None else next(head.parameters()).shape[0]
+    size = model.dtype.itemsize
+    return int(vocabulary * (tokens * size + min(tokens, compared) * (FP32 + FP32 * (size != FP32))))

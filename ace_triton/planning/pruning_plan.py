@@ -12,7 +12,7 @@ import torch
 from ..decoders.account import Account
 from ..decoders.batches import check_positions, longest_sequence
 from ..decoders.kept_tensors import Offload, check_offload
-from ..decoders.plan import Excluded, Skipped
+from ..decoders.plan import Excluded, Misfit, Skipped
 from ..errors import ArgumentError, CheckpointError
 from ..inputs.calibration import MOST_DOCUMENTS, SELF, read_calibration
 from ..inputs.checkpoint import DEQUANTIZED
@@ -33,8 +33,6 @@ from .skeleton import Skeleton, skeleton
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_DOCUMENT = 500
 """Assumed sizes of a text that is not tokenized, or not read, for a plan."""
-
-DOES_NOT_FIT = "not a multiple of"
 
 
 @dataclass(frozen=True)
@@ -172,12 +170,13 @@ def plan_pruning(
         calibrated,
         resident_bytes(),
         stored_bytes=built.stored_bytes or 0,
-        converts=built.converts or built.converted_bytes > 0,
+        converts=built.converts or built.resaved_bytes > 0,
         is_gguf=built.source.is_gguf,
+        packed=packed,
     )
     in_memory = need.in_memory()
     streamed = need.streamed()
-    may_stream = not on_gpu and not packed
+    may_stream = not on_gpu
     streams = stream if stream is not None else may_stream and not fits_in_memory(in_memory.peak)
     place = None if out is None else Path(out)
     disk = disk_of(built, layers, whole, place, packed=packed, streams=streams)
@@ -233,7 +232,7 @@ def _of_model(built: Skeleton, layers: PlannedModel, calibrated: Calibrated | No
         yield f"the weights are quantized ({built.quantization}), and only floating-point weights can be pruned"
     unfit: dict[str, list[Skipped]] = {}
     for skipped in layers.plan.skipped:
-        if DOES_NOT_FIT in skipped.reason:
+        if isinstance(skipped.reason, Misfit):
             unfit.setdefault(skipped.reason, []).append(skipped)
     for reason, of_reason in unfit.items():
         yield f"the pattern does not fit {_first_of([skipped.name for skipped in of_reason])}: {reason}"

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..inputs.checkpoint import check_config, loading_message, quantization_of
-from ..inputs.model_source import ModelSource, open_safetensors, safetensors_files, tensor_names
+from ..inputs.model_source import ModelSource, open_safetensors, tensor_names, weight_files
 from ..streaming.mapped_model import replace_parameters, saved_form
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,6 +34,8 @@ class Skeleton:
         stored_dtype: dtype of the largest weight in the files; None if it is unknown.
         converted_bytes: size of the weights that the model stores in another form than the checkpoint, such as experts
             in one tensor.
+        resaved_bytes: size of the weights that are written to a work folder if the weights stay in files: those, or all
+            weights of files that ``torch.save`` wrote.
         quantization: how the stored weights are quantized; None if they are not.
     """
 
@@ -43,6 +45,7 @@ class Skeleton:
     stored_bytes: int | None
     stored_dtype: torch.dtype | None
     converted_bytes: int
+    resaved_bytes: int
     quantization: str | None = None
 
     @property
@@ -74,16 +77,16 @@ def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where, own = str(found.path or found.name), dict(options)
-    stored_bytes, stored_dtype, names = _stored(found)
+    stored = _Stored.of(found)
     if found.is_gguf:
         assert found.path is not None
         where, own["gguf_file"] = str(found.path.parent), found.path.name
     config = AutoConfig.from_pretrained(where, **own)
-    check_config(found.name, config, names, options["trust_remote_code"])
+    check_config(found.name, config, stored.names, options["trust_remote_code"])
     tokenizer = AutoTokenizer.from_pretrained(where, **own)
     if dtype == "auto":
         stated = torch.bfloat16 if found.is_gguf else getattr(config, "dtype", None)
-        dtype = stated if isinstance(stated, torch.dtype) else stored_dtype or torch.float32
+        dtype = stated if isinstance(stated, torch.dtype) else stored.dtype or torch.float32
     method = quantization_of(config)
     vars(config).pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
@@ -94,24 +97,45 @@ def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]
     # Of a quantized model a few weights are not quantized, and are not converted.
     converted = _converted_bytes(model) if method is None else sum(p.nbytes for p in model.parameters())
     replace_parameters(model, {own: nn.Parameter(_zeros(own), requires_grad=False) for own in model.parameters()})
-    return Skeleton(found, model.eval(), tokenizer, stored_bytes, stored_dtype, converted, method)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    resaved = 0 if found.is_gguf else whole if stored.of_torch else converted
+    return Skeleton(found, model.eval(), tokenizer, stored.size, stored.dtype, converted, resaved, method)
 
 
-def _stored(found: ModelSource) -> tuple[int | None, torch.dtype | None, set[str] | None]:
-    """Size of the weight files, their dtype, and the names of their tensors; None for what is unknown."""
-    if found.path is None:
-        return None, None, None
-    if found.is_gguf:
-        return found.path.stat().st_size, None, None
-    paths = safetensors_files(found.path)
-    if not paths:
-        return sum(path.stat().st_size for path in found.path.glob("*.bin")) or None, None, None
-    with open_safetensors(paths[0]) as file:
-        inside = file.keys()
-        slices = [file.get_slice(name) for name in inside]
-        largest = max(slices, key=lambda stored: math.prod(stored.get_shape()), default=None)
-        dtype = None if largest is None else _DTYPES.get(largest.get_dtype())
-    return sum(path.stat().st_size for path in paths), dtype, tensor_names(found.path)
+@dataclass(frozen=True)
+class _Stored:
+    """What a model's weight files hold; None for what is unknown."""
+
+    size: int | None = None
+    dtype: torch.dtype | None = None
+    names: set[str] | None = None
+    of_torch: bool = False
+
+    @classmethod
+    def of(cls, found: ModelSource) -> _Stored:
+        paths = weight_files(found)
+        if found.path is None or not paths:
+            return cls()
+        size = sum(path.stat().st_size for path in paths)
+        if found.is_gguf:
+            return cls(size)
+        if paths[0].suffix == ".bin":
+            return cls(size, _dtype_of_torch(paths[0]), None, of_torch=True)
+        with open_safetensors(paths[0]) as file:
+            inside = file.keys()
+            slices = [file.get_slice(name) for name in inside]
+            largest = max(slices, key=lambda stored: math.prod(stored.get_shape()), default=None)
+            dtype = None if largest is None else _DTYPES.get(largest.get_dtype())
+        return cls(size, dtype, tensor_names(found.path))
+
+
+def _dtype_of_torch(path: Path) -> torch.dtype | None:
+    """The dtype of the largest tensor in a file that ``torch.save`` wrote; None if it cannot be mapped or read."""
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        return max((value for value in state.values() if isinstance(value, torch.Tensor)), key=torch.numel).dtype
+    except Exception:  # Loading the model reads the same file and reports what is wrong with it.
+        return None
 
 
 def _converted_bytes(model: Any) -> int:

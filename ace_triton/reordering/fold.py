@@ -5,6 +5,8 @@ are the outputs of the value projection, head by head; query heads that share a 
 pairs are found by shape and by which layers read the same tensor. A fold is valid only if all operations between the
 layers are element-wise, which a trial checks: it folds in a random order, runs the block again on a few tokens, and
 reverts the order. Then the model runs once with all orders. If outputs change, each fold is tried in the whole model.
+An order is in a block's weights only while the block runs. If weights are in files, a copy of the block runs, so the
+files do not change.
 """
 
 from __future__ import annotations
@@ -182,6 +184,8 @@ class FoldTrial:
         self, model: nn.Module, layers: Mapping[str, nn.Module], consumers: Sequence[str], batch: Batch
     ) -> None:
         self._model, self._layers, self._consumers, self._batch = model, layers, consumers, batch
+        self._called: dict[str, nn.Module] = {}
+        """By name, the blocks with folds that a forward of the model has called."""
 
     @cached_property
     def _dense(self) -> dict[str, torch.Tensor]:
@@ -212,6 +216,7 @@ class FoldTrial:
 
         def record(block: Block) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                self._called[block.name] = module
                 try:
                     hidden = hidden_of(output).clone()
                 except NotReplayable as error:
@@ -250,14 +255,37 @@ class FoldTrial:
 
     @contextmanager
     def _folded(self, folds: Iterable[Fold]) -> Iterator[None]:
-        """A context in which random orders are folded in; at exit the weights are restored bit for bit."""
+        """A context in which blocks run with random orders folded in; their weights are restored bit for bit."""
         generator = torch.Generator().manual_seed(0)
+        orders: dict[str, list[tuple[Fold, torch.Tensor]]] = {}
         with ExitStack() as undo:
             for fold in folds:
-                orders = [torch.randperm(fold.width, generator=generator, device="cpu") for _ in range(fold.pools)]
-                order = torch.stack(orders)
-                undo.callback(fold.apply, self._layers, order.argsort(1))
+                pools = [torch.randperm(fold.width, generator=generator, device="cpu") for _ in range(fold.pools)]
+                order = torch.stack(pools)
+                block = next((name for name in self._called if fold.consumer.startswith(f"{name}.")), None)
+                if block is not None:
+                    orders.setdefault(block, []).append((fold, order))
+                else:  # The model calls the block's forward past its hooks.
+                    undo.callback(fold.apply, self._layers, order.argsort(1))
+                    fold.apply(self._layers, order)
+            for block, of_block in orders.items():
+                undo.enter_context(self._folded_while_it_runs(self._called[block], of_block))
+            yield
+
+    @contextmanager
+    def _folded_while_it_runs(self, block: nn.Module, orders: Sequence[tuple[Fold, torch.Tensor]]) -> Iterator[None]:
+        def fold_in(_module: nn.Module, _args: object) -> None:
+            for fold, order in orders:
                 fold.apply(self._layers, order)
+
+        def revert(_module: nn.Module, _args: object, _output: object) -> None:
+            for fold, order in reversed(orders):
+                fold.apply(self._layers, order.argsort(1))
+
+        with ExitStack() as hooks:
+            # Inside the hooks that copy a block's weights for its forward.
+            hooks.callback(block.register_forward_pre_hook(fold_in).remove)
+            hooks.callback(block.register_forward_hook(revert, prepend=True, always_call=True).remove)
             yield
 
     @contextmanager

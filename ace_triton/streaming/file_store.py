@@ -56,6 +56,11 @@ class FileStore:
         self.resumed = finished_units(journal)
 
     @property
+    def units(self) -> list[str]:
+        """Names of all units of the run; empty if it has not started to prune."""
+        return list(self._journal.results.get("units", ()))
+
+    @property
     def finished_parameters(self) -> list[str]:
         """Names of the parameters of all units that an earlier run finished."""
         return [name for unit in self.resumed for name in self._journal.results[_UNIT + unit]["parameters"]]

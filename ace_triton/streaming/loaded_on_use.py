@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,26 +15,28 @@ from torch import nn
 from ..decoders.blocks import outermost_members
 from ..decoders.loaded_weights import Writes
 from ..errors import ArgumentError
-from ..process_memory import give_back_free_memory
-from .mapped_model import replace_parameters, taken_sources
+from ..process_memory import drop_pages, give_back_free_memory
+from .mapped_model import copy_in_pieces, replace_parameters, taken_sources
+from .weight_files import WeightFiles
 
 
 class LoadedOnUse:
     """A model that loads each part before its forward and releases it after. It runs on the CPU and cannot be changed.
 
     Parts are the members of outermost ``nn.ModuleList``s (among them the decoder blocks), and the model for all weights
-    outside them. A loaded weight is a map of its file, of which the system reads what is used. A weight whose dtype is
-    converted is in memory as a whole.
+    outside them. A loaded weight is a map of its file, of which the system reads what is used. If the
+    dtype is converted, a part's weights are in memory as a whole, but those outside are converted once, into files.
 
     Args:
         model: with its parameters on the meta device and accelerate's hooks, as
             :func:`~ace_triton.inputs.checkpoint.load` gives it with an ``offload_folder``. The hooks are removed.
+        folder: folder for weights whose dtype is converted.
 
     Attributes:
         model: the model. Outside :meth:`loaded` its weights are NaN.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, folder: Path) -> None:
         self.model = model
         self._sources = taken_sources(model)
         replace_parameters(model, {old: nn.Parameter(_unloaded(old), False) for old in model.parameters()})
@@ -41,6 +44,8 @@ class LoadedOnUse:
         parts = outermost_members(model)
         inside = {parameter for part in parts for parameter in part.parameters()}
         self._outside = [parameter for parameter in self._names if parameter not in inside]
+        self._folder = folder
+        self._files: dict[str, WeightFiles] = {}
         self._users: Counter[nn.Parameter] = Counter()
         self._has_run = False
         self._writes: Writes | None = None
@@ -61,7 +66,7 @@ class LoadedOnUse:
                 held.append(parameter)
                 self._users[parameter] += 1
                 if self._users[parameter] == 1:
-                    parameter.data = self._sources[self._names[parameter]]().to(parameter.dtype)
+                    parameter.data = self._read(parameter, in_file=parameters is self._outside)
                     if self._writes is not None:
                         self._writes.add(parameter)
             yield
@@ -69,8 +74,28 @@ class LoadedOnUse:
             for parameter in held:
                 self._users[parameter] -= 1
                 if not self._users[parameter]:
+                    if self._names[parameter] in self._files:
+                        drop_pages(parameter.data)
                     parameter.data = _unloaded(parameter)
             give_back_free_memory()  # The allocator would keep converted weights.
+
+    def _read(self, parameter: nn.Parameter, *, in_file: bool) -> torch.Tensor:
+        """A weight in the model's dtype.
+
+        Args:
+            parameter: the parameter that it belongs to.
+            in_file: keep it in a file if its dtype is converted.
+        """
+        name = self._names[parameter]
+        if name in self._files:
+            return self._files[name].tensor(name)
+        stored = self._sources[name]()
+        if stored.dtype == parameter.dtype or not in_file:
+            return stored.to(parameter.dtype)
+        path = self._folder / f"outside-{len(self._files):05d}.safetensors"
+        self._files[name] = files = WeightFiles.create_one(path, {name: parameter.data.to("meta")})
+        copy_in_pieces(stored, files.tensor(name))
+        return files.tensor(name)
 
     def _loading(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)

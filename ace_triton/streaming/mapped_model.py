@@ -140,7 +140,10 @@ def replace_parameters(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter
 
 
 def taken_sources(model: nn.Module) -> dict[str, Source]:
-    """For each parameter on the meta device, a function that reads its values; accelerate's hooks are removed."""
+    """For each parameter on the meta device, a function that reads its values; accelerate's hooks are removed.
+
+    A value may have the dtype of its file instead of the model's, so that it is a map of the file if it can be.
+    """
     from accelerate.hooks import remove_hook_from_submodules
 
     found = _sources(model)
@@ -160,6 +163,8 @@ def _sources(model: nn.Module) -> dict[str, Source]:
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights is None:
             continue
+        for entry in getattr(getattr(weights, "dataset", None), "index", {}).values():
+            entry.pop("dtype", None)  # accelerate would convert the whole tensor.
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 found[f"{path}.{key}" if path else key] = partial(weights.__getitem__, key)

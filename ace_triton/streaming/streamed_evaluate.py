@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..decoders.blocks import find_blocks
 from ..decoders.kept_tensors import Offload, check_offload, keeper, offload_to
 from ..decoders.replay import Replay, make_runner
 from ..errors import ArgumentError, CheckpointError
-from ..evaluate import Logits, Perplexity, perplexity
+from ..evaluate import Logits, Perplexity, perplexity, whole_logits
 from ..formats.registry import format_of
 from ..inputs import checkpoint
 from ..inputs.beginnings import NO_BEGINNING, Beginning
@@ -49,7 +49,7 @@ class OpenCheckpoint:
         """
         return lambda windows: self._each_logits(windows, progress or _ignore)
 
-    def _each_logits(self, windows: torch.Tensor, progress: Steps) -> Iterator[torch.Tensor]:
+    def _each_logits(self, windows: torch.Tensor, progress: Steps) -> Iterator[Iterable[torch.Tensor]]:
         model, weights = self.model, self._weights
         blocks, batches = find_blocks(model), [Batch.of_ids(window[None]) for window in windows]
         clock = Stopwatch(torch.device("cpu"))
@@ -57,10 +57,11 @@ class OpenCheckpoint:
             runner = make_runner(model, blocks, batches, clock, keep=keeper(self._offload_folder), to_logits=True)
         if not isinstance(runner, Replay):
             for done, window in enumerate(windows, 1):
-                logits = model(window[None], use_cache=False).logits[0]
-                if logits.isnan().any():  # Weights that are not loaded are NaN.
+                parts = whole_logits(model, window)
+                if any(part.isnan().any() for part in parts):  # Weights that are not loaded are NaN.
                     raise ArgumentError("the logits have NaN: evaluate the model in memory, without --stream")
-                yield logits
+                yield parts
+                del parts  # Before the next window's logits are computed.
                 progress(done, len(windows))
             return
         for index, block in enumerate(blocks):
@@ -69,7 +70,7 @@ class OpenCheckpoint:
             progress(index + 1, len(blocks))
         with weights.loaded(model):
             for number in range(len(batches)):
-                yield runner.logits(number)[0]
+                yield (part[0] for part in runner.logits(number))
 
 
 @contextmanager
@@ -98,7 +99,7 @@ def opened(
         model, tokenizer = checkpoint.load(
             source, dtype=dtype, trust_remote_code=trust_remote_code, offload_folder=place / "converted"
         )
-        yield OpenCheckpoint(model, tokenizer, LoadedOnUse(model), place if offload == "disk" else None)
+        yield OpenCheckpoint(model, tokenizer, LoadedOnUse(model, place), place if offload == "disk" else None)
 
 
 def perplexity_of_checkpoint(
@@ -122,7 +123,7 @@ def perplexity_of_checkpoint(
     If the blocks cannot be run one at a time, the whole model runs on each window, with a warning.
 
     Args:
-        source: a folder or hub name that transformers loads; no GGUF file and no packed checkpoint.
+        source: a folder or hub name that transformers loads, or a GGUF file; no packed checkpoint.
         ids: int64 [n_tokens], the text by the model's own tokenizer.
         length: tokens in a window, its beginning included. Windows do not overlap.
         windows: largest number of windows, counted from the start; None for all.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..inputs.checkpoint import refusals
 from ..inputs.output_folder import replacing, reserved, writing
 from ..packed.pack_model import SparsifyReport, WeightsInMemory, pack_layers
 from ..packed.saving import why_not_saved, write_around
-from ..process_memory import page_out
+from ..process_memory import drop_pages, page_out
 from ..solvers.quantize import GROUP
 from .mapped_model import Source, copy_in_pieces, taken_sources
 from .weight_files import WeightFiles
@@ -26,17 +26,17 @@ class WeightsInFiles(WeightsInMemory):
     """Weights that are read from the files of a checkpoint, and packed layers that are mapped files of a folder.
 
     Args:
-        model: with its parameters on the meta device and accelerate's hooks, as
-            :func:`~ace_triton.inputs.checkpoint.load` gives it with an ``offload_folder``. The hooks are removed.
+        model: the model.
+        sources: for each parameter on the meta device, what reads its values, by name.
         folder: folder for the files of the packed layers.
     """
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        sources = taken_sources(model)
+    def __init__(self, model: nn.Module, sources: Mapping[str, Source], folder: Path) -> None:
         # By identity, because a packed layer keeps the bias but not its name. The parameters are kept alive here.
         self._sources: dict[int, tuple[nn.Parameter, Source]] = {}
         for name, parameter in model.named_parameters():
-            self._sources[id(parameter)] = parameter, sources[name]
+            if parameter.is_meta:
+                self._sources[id(parameter)] = parameter, sources[name]
         self._stands_for: dict[int, nn.Parameter] = {}
         self._folder, self._files = folder, 0
 
@@ -82,6 +82,27 @@ class WeightsInFiles(WeightsInMemory):
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """The values of a tensor of the model, wherever it is."""
         return self._sources[id(tensor)][1]().to(tensor.dtype) if tensor.is_meta else tensor.detach()
+
+
+class MappedWeights(WeightsInFiles):
+    """Weights of a model whose parameters are mapped files; what was read leaves memory when its layer is packed.
+
+    Args:
+        model: the model.
+        folder: folder for the files of the packed layers.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        super().__init__(model, {}, folder)
+
+    @contextmanager
+    def loaded(self, module: nn.Module, parameter: str | None = None) -> Iterator[None]:
+        """As in :class:`~ace_triton.packed.pack_model.WeightsInMemory`."""
+        try:
+            yield
+        finally:
+            for own in module.parameters(recurse=False):
+                drop_pages(own.data)
 
 
 def pack_checkpoint(
@@ -130,17 +151,35 @@ def pack_checkpoint(
             model, tokenizer = checkpoint.load(
                 source, dtype=dtype, trust_remote_code=trust_remote_code, offload_folder=place.kept / "converted"
             )
-            weights = WeightsInFiles(model, place.kept)
+            weights = WeightsInFiles(model, taken_sources(model), place.kept)
         with stage("pack"):
             result = pack_layers(model, weights, pattern, include=include, exclude=exclude, bits=bits, group=group)
-        refusal = why_not_saved(model)
-        if refusal is not None:
-            raise CheckpointError(refusal)
         with stage("save the model"), replacing(out, overwrite=overwrite) as folder, refusals(out):
-            tokenizer.save_pretrained(folder)
-            tensors, tied = _distinct(model)
-            write_around(model, folder, tied, report or {}, lambda path: _save(tensors, weights, path))
+            write_packed_files(model, tokenizer, weights, folder, report)
     return result
+
+
+def write_packed_files(
+    model: Any, tokenizer: Any, weights: WeightsInFiles, folder: Path, report: dict[str, Any] | None
+) -> None:
+    """Write a packed model, some of whose tensors are in files, into an empty folder.
+
+    Args:
+        model: a model that :func:`~ace_triton.packed.pack_model.pack_layers` has packed.
+        tokenizer: its tokenizer.
+        weights: reads its tensors.
+        folder: the folder.
+        report: the pruning report, written as ``ace_triton.json``.
+
+    Raises:
+        CheckpointError: if the model cannot be saved as a packed checkpoint.
+    """
+    refusal = why_not_saved(model)
+    if refusal is not None:
+        raise CheckpointError(refusal)
+    tokenizer.save_pretrained(folder)
+    tensors, tied = _distinct(model)
+    write_around(model, folder, tied, report or {}, lambda path: _save(tensors, weights, path))
 
 
 def _distinct(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

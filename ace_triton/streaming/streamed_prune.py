@@ -22,16 +22,20 @@ from ..inputs import checkpoint
 from ..inputs.model_source import ModelSource, check_device
 from ..inputs.output_folder import Reservation, publish, reserved, write_report, writing
 from ..model_report import ModelReport
+from ..packed.pack_model import SparsifyReport, check_packed, pack_layers
 from ..presets import DEFAULT_PRESET, recipe_of
 from ..processes import Processes, are_on_one_machine
 from ..provenance import source_facts, versions, with_provenance
 from ..prune_blocks import Progress, prune_stored
 from ..recipe import Recipe
+from ..solvers.quantize import GROUP, Quantization
 from .file_store import FileStore, finished_units
 from .journal import Journal, Results
 from .mapped_model import MappedModel
+from .streamed_pack import MappedWeights, write_packed_files
 
 JOURNAL, OWN_FORM = "journal.jsonl", "own_form"
+PACKED_LAYERS, PACKED = "packed_layers", "packed"
 
 
 @dataclass
@@ -103,25 +107,56 @@ class StreamedModel:
             processes.wait()
         return self._store
 
-    def publish(self, report: dict[str, Any]) -> None:
+    def publish(
+        self, report: dict[str, Any], *, packed: bool = False, quantize: Quantization | None = None
+    ) -> SparsifyReport | None:
         """Complete the checkpoint and rename it to its final name.
 
         Args:
             report: as for :func:`~ace_triton.inputs.checkpoint.save`. The units that an interrupted run had finished
                 are added.
+            packed: pack the pruned weights, and publish a packed checkpoint instead of the dense one. The model's
+                layers are replaced.
+            quantize: how the weights were quantized, for ``packed``; None if they were not.
+
+        Returns:
+            What was packed, in the first process; None for a dense checkpoint.
+
+        Raises:
+            CheckpointError: if the checkpoint cannot be written. The same run resumes.
+            ArgumentError: if no layer can be packed.
         """
         assert self._store is not None, "start() comes first"
+        packing = None
         if self._processes.is_first:
             report = {**report, "streamed": {"resumed_units": list(self._store.resumed)}}
             with writing(self._place, self._out):
-                self._complete(report)
+                if packed:
+                    packing = self._complete_packed(report, quantize)
+                else:
+                    self._complete(report)
         self._processes.wait()
+        return packing
 
     def _complete(self, report: dict[str, Any]) -> None:
         assert self._mapped is not None
         self._mapped.write_converted()
         write_report(self._place.new, report)
         publish(self._place, self._out, overwrite=self._overwrite)
+
+    def _complete_packed(self, report: dict[str, Any], quantize: Quantization | None) -> SparsifyReport:
+        """Pack the dense weights of the work folder into a folder beside them. They stay until that is published."""
+        layers, folder = self._place.kept / PACKED_LAYERS, self._place.kept / PACKED
+        for path in (layers, folder):
+            shutil.rmtree(path, ignore_errors=True)  # Left by a run that was interrupted while it packed.
+            path.mkdir()
+        weights = MappedWeights(self.model, layers)
+        bits, group = (None, GROUP) if quantize is None else (quantize.bits, quantize.group)
+        packing = pack_layers(self.model, weights, bits=bits, group=group)
+        with checkpoint.refusals(self._out):
+            write_packed_files(self.model, self.tokenizer, weights, folder, report)
+        publish(self._place, self._out, overwrite=self._overwrite, fresh=folder)
+        return packing
 
     def _write_all_but_weights(self) -> None:
         """Write the configuration, the tokenizer and what else belongs to the checkpoint."""
@@ -197,6 +232,7 @@ def prune_checkpoint(
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
     trust_remote_code: bool = False,
+    packed: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     offload: Offload = "memory",
@@ -217,14 +253,16 @@ def prune_checkpoint(
         device: where blocks run and are pruned, one at a time, and what is outside the blocks lies.
         batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
         trust_remote_code: run Python code that comes with the checkpoint.
+        packed: write a packed checkpoint (:func:`~ace_triton.packed.saving.save_packed`); for n:m only.
         overwrite: replace ``out`` if ace-triton wrote it.
         restart: throw away the state of an interrupted run.
         offload: where the hidden states of the calibration set are kept between blocks: in memory, or on the "disk" of
             ``out``. The result is the same.
-        progress: as for :func:`~ace_triton.prune_blocks.prune_model`.
+        progress: as for :func:`~ace_triton.prune_blocks.prune_model`. A resumed run first calls it with the number of
+            blocks that were pruned before.
 
     Raises:
-        ArgumentError: if ``offload`` is unknown.
+        ArgumentError: if ``offload`` is unknown, or a model pruned so cannot be packed.
         CheckpointError: if the model cannot be loaded or streamed, ``out`` cannot be written, or an interrupted run
             did something else (the difference is named).
         AceError: as :func:`~ace_triton.prune_blocks.prune_model`. Blocks that were pruned before stay so, and the same
@@ -249,6 +287,8 @@ def prune_checkpoint(
         offload=offload,
     ) as stream:
         model = stream.model
+        if packed:
+            check_packed(whole.sparsity, model.dtype, whole.quantize)
         mask = None if ids is calibration else getattr(calibration, "mask", None)
         store = stream.start(
             {
@@ -262,7 +302,9 @@ def prune_checkpoint(
         with store.open():
             report = prune_stored(model, calibration, whole, store, batch_size=batch_size, progress=progress)
         report = report.with_load(load_seconds)
-        stream.publish(with_provenance(report.to_dict(), **source_facts(source, out)))
+        stream.publish(
+            with_provenance(report.to_dict(), **source_facts(source, out)), packed=packed, quantize=whole.quantize
+        )
     return report
 
 

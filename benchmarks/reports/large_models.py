@@ -1,15 +1,16 @@
 """Memory and time of pruning in files, and of several processes; writes docs/large-models.{json,md}.
 
-    python -m benchmarks.reports.large_models --model smollm2 --calibration c4.jsonl.gz
+    python -m benchmarks.reports.large_models --model smollm2 --larger qwen --calibration c4.jsonl.gz
 
 Every run is a process of its own. A made checkpoint of random weights (Llama's shape, 8 GB with 20 blocks) shows how
 memory depends on depth; it needs free disk for two copies. Results in the JSON file are kept, so one part can be
-measured again: ``--only depth``.
+measured again: ``--only depth``. ``--larger`` is a folder of a model with a large vocabulary, for the part ``plan``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -28,10 +29,14 @@ import typer
 from rich.console import Console
 from safetensors.torch import save_file
 
+from benchmarks.harness.results import processor
+
 DEPTHS = (10, 20)
 WIDTH, VOCABULARY = 4096, 49_152
 SEQUENCES, LENGTH = 4, 16
 ROUNDS = 3
+INCLUDED = ("*.layers.[01].*",)
+SMALL = ("--samples", "8", "--length", "128", "--batch-size", "4")
 FILE_BYTES = 500e6
 
 STREAMED = """
@@ -48,7 +53,9 @@ def main(
     model: Annotated[str, typer.Option(help="A real model for the time beside pruning in memory.")] = "smollm2",
     calibration: Annotated[str, typer.Option()] = "pydoc:calibration",
     out: Annotated[Path, typer.Option(help="Folder of large-models.json and large-models.md.")] = Path("docs"),
-    only: Annotated[str | None, typer.Option(help="One part: depth, time or processes.")] = None,
+    evaluation: Annotated[str, typer.Option()] = "pydoc:evaluation",
+    larger: Annotated[Path | None, typer.Option(help="A second, larger model for the part plan.")] = None,
+    only: Annotated[str | None, typer.Option(help="One part: depth, time, processes or plan.")] = None,
     scratch: Annotated[Path | None, typer.Option(help="Folder for the checkpoints, with 20 GB free.")] = None,
 ) -> None:
     """Measure what is asked for, and write the page."""
@@ -58,6 +65,9 @@ def main(
         "depth": depth,
         "time": lambda folder: beside_memory(folder, model, calibration),
         "processes": lambda folder: by_processes(folder, model, calibration),
+        "plan": lambda folder: beside_plan(
+            folder, [model, *([] if larger is None else [str(larger)])], calibration, evaluation, found.get("plan", [])
+        ),
     }
     for name, measure in parts.items():
         if only in (None, name):
@@ -65,7 +75,8 @@ def main(
                 found[name] = measure(Path(folder))
             record.write_text(json.dumps(found, indent=2) + "\n")
             console.print(name, found[name], highlight=False)
-    (out / "large-models.md").write_text(page(found))
+    kills = out / "kill-test.json"
+    (out / "large-models.md").write_text(page(found, json.loads(kills.read_text()) if kills.exists() else None))
 
 
 def depth(folder: Path) -> list[dict[str, Any]]:
@@ -172,6 +183,35 @@ def by_processes(folder: Path, model: str, calibration: str) -> list[dict[str, A
     return rows
 
 
+def beside_plan(
+    folder: Path, models: list[str], calibration: str, evaluation: str, known: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Peak memory of pruning in both dtypes beside what ``ace-triton plan`` says, and of evaluating what was pruned.
+
+    Args:
+        folder: folder for the checkpoints.
+        models: the models.
+        calibration, evaluation: texts.
+        known: rows of other models, which are kept.
+    """
+    rows = [row for row in known if row["model"] not in {Path(source).name for source in models}]
+    for source, dtype, how in itertools.product(models, ("float32", "bfloat16"), ("--stream", "--no-stream")):
+        target, told = folder / "out", folder / "plan.json"
+        options = [how, "--dtype", dtype, "--calibration", calibration, "--include", *INCLUDED, *SMALL]
+        command = [sys.executable, "-m", "ace_triton"]
+        subprocess.run([*command, "plan", source, *options, "--json", str(told)], capture_output=True, check=True)
+        memory = json.loads(told.read_text())["memory"]["streamed" if how == "--stream" else "in_memory"]
+        pruned = measured([*command, "prune", source, str(target), *options])
+        words = [*command, "evaluate", str(target), how, "--text", evaluation, "--windows", "1"]
+        evaluated = measured(words)["peak_bytes"] if how == "--stream" else None
+        shutil.rmtree(target)
+        row = {"model": Path(source).name, "dtype": dtype, "streamed": how == "--stream", "processor": processor()}
+        row |= {"planned_bytes": memory["peak_resident_bytes"], "peak_bytes": pruned["peak_bytes"]}
+        rows.append({**row, "evaluate_bytes": evaluated})
+        console.print(rows[-1], highlight=False)
+    return rows
+
+
 def prune_words(model: str, out: Path, calibration: str, how: str) -> list[str]:
     words = ["-m", "ace_triton", "prune", model, str(out), how, "--calibration", calibration]
     return [sys.executable, *words, "--samples", "32", "--length", "128", "--batch-size", "4", "--dtype", "float32"]
@@ -210,8 +250,13 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def page(found: dict[str, Any]) -> str:
-    """The page of the results."""
+def page(found: dict[str, Any], kills: dict[str, Any] | None) -> str:
+    """The page of the results.
+
+    Args:
+        found: the content of large-models.json.
+        kills: the content of kill-test.json, if it exists.
+    """
     lines = [
         "# Large models",
         "",
@@ -257,11 +302,44 @@ def page(found: dict[str, Any]) -> str:
             "|---:|---:|---:|",
             *(f"| {r['processes']} | {r['calibration_seconds']:.1f} s | {r['seconds']:.1f} s |" for r in rows),
         ]
+    if "plan" in found:
+        rows = found["plan"]
+        worst = max(max(r["planned_bytes"] / r["peak_bytes"], r["peak_bytes"] / r["planned_bytes"]) for r in rows)
+        lines += [
+            "",
+            "## The plan beside the run",
+            "",
+            "`ace-triton prune` with its default recipe on 8 sequences of 128 tokens, two blocks pruned; then",
+            "`ace-triton evaluate --stream` of the result on a window of 2,048 tokens. Planned is what",
+            "`ace-triton plan` says, with file pages. The two peaks differ by a factor of at most",
+            f"{worst:.2f}.",
+            f"Measured on {rows[0]['processor']}.",
+            "",
+            "| model | dtype | weights | planned | pruned with | evaluated with |",
+            "|---|---|---|---:|---:|---:|",
+            *(
+                f"| {r['model']} | {r['dtype']} | {'in files' if r['streamed'] else 'in memory'} | "
+                f"" + " | ".join(gb(r[key]) for key in ("planned_bytes", "peak_bytes", "evaluate_bytes")) + " |"
+                for r in rows
+            ),
+        ]
+    if kills is not None:
+        lines += [
+            "",
+            "## Killed at random moments",
+            "",
+            "`make kill-test` kills each kind of work (SIGKILL) on a small model and repeats it until it ends. Its",
+            "files are compared with those of a run that was not killed. At a difference the test fails.",
+            "",
+            "| work | kills | results, all with the same bytes |",
+            "|---|---:|---:|",
+            *(f"| {job} | {row['kills']} | {row['results']} |" for job, row in kills["jobs"].items()),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+def gb(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from ace_triton import plan_pruning
 from ace_triton.commands.plan import plan
 from ace_triton.commands.prune import prune
 
@@ -61,7 +62,7 @@ def test_a_problem_is_a_warning_in_the_plan(command, tiny_checkpoint, small, tmp
     [
         (("--method", "nothing"), "unknown method 'nothing'"),
         (("--sparsity", "5:4"), "5:4"),
-        (("--packed", "--sparsity", "0.5"), "--packed needs groups"),
+        (("--packed", "--sparsity", "0.5"), "a packed checkpoint needs groups"),
         (("--include", "*.nothing"), "matches no linear layer"),
         (("--calibration", "missing.txt"), "missing.txt: no such file"),
         (("--dtype", "int8"), "--dtype 'int8'"),
@@ -72,3 +73,23 @@ def test_bad_input_is_one_error_as_in_prune(command, tiny_checkpoint, tmp_path, 
     assert code == 1
     assert message in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_prune_decides_by_the_plan_that_the_command_prints(command, tiny_checkpoint, small, tmp_path, monkeypatch):
+    """Among others the calibration text counts in both."""
+    asked = []
+
+    def planning(source, recipe, **options):
+        asked.append((source, recipe, options))
+        return plan_pruning(source, recipe, **options)
+
+    monkeypatch.setattr("ace_triton.commands.prune_run.plan_pruning", planning)
+    monkeypatch.setattr("ace_triton.commands.prune_run.surely_fits", lambda _size: False)
+    words = [tiny_checkpoint, tmp_path / "out", *small, "--packed", "--dtype", "bfloat16"]
+    for name in ("plan", "prune"):
+        assert command(name, *words)[0] == 0
+    of_plan, of_prune = (options for _, _, options in asked)
+    assert asked[0][:2] == asked[1][:2]
+    assert of_prune.items() <= of_plan.items()
+    assert of_prune["text"] == str(small[1])
+    assert of_plan.keys() - of_prune.keys() == {"out", "device", "overwrite", "stream", "probe"}

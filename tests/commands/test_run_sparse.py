@@ -139,7 +139,10 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
         (("pack", "PACKED", "OUT"), "is packed already"),
         (("pack", "PRUNED", "OUT", "--sparsity", "1:4"), "row 0, group 0"),
         (("pack", "PRUNED", "PRUNED"), "--overwrite"),
-        (("prune", "DENSE", "OUT", "--method", "magnitude", "--packed", "--sparsity", "0.5"), "--packed needs groups"),
+        (
+            ("prune", "DENSE", "OUT", "--method", "magnitude", "--packed", "--sparsity", "0.5"),
+            "a packed checkpoint needs groups",
+        ),
         (("generate", "PACKED", "--prompt", "a", "--max-new-tokens", "500"), "128 positions"),
         (("generate", "PACKED", "--prompt", "a", "--chat"), "no chat template"),
         (("generate", "PACKED", "--prompt", "a\udcff"), "not valid Unicode text"),

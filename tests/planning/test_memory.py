@@ -9,7 +9,7 @@ from ace_triton import Recipe, Update
 from ace_triton.decoders.blocks import find_blocks
 from ace_triton.decoders.collect import InputCollector
 from ace_triton.planning.layers import planned
-from ace_triton.planning.memory import Calibrated, Need
+from ace_triton.planning.memory import Calibrated, Need, logit_bytes
 from ace_triton.statistics.activation import ActivationStats
 from ace_triton.statistics.statistic import Statistic
 from ace_triton.timing import Stopwatch
@@ -106,6 +106,13 @@ def test_the_check_of_the_text_holds_logits_and_their_loss(make_decoder):
     assert "check the text" not in given.in_memory().phases
     assert read.in_memory().phases["check the text"] == read.weight_bytes + 16 * 101 * 8
     assert read.in_memory().phases["tokenize the text"] == read.weight_bytes + 1280
+
+
+def test_the_loss_of_a_long_text_is_computed_in_parts(make_decoder):
+    """200 tokens of 101 logits in float32; the loss of 128 of them. In bfloat16 their fp32 copies too."""
+    model = make_decoder("llama")
+    assert logit_bytes(model, 200, 128) == 101 * (200 + 128) * 4
+    assert logit_bytes(model.bfloat16(), 200, 128) == 101 * (200 * 2 + 128 * 8)
 
 
 def test_more_mask_rounds_take_no_more_memory(make_decoder):

@@ -12,6 +12,8 @@ from ace_triton.errors import AceError, ArgumentError, CheckpointError
 from ace_triton.inputs import checkpoint
 from ace_triton.packed.checkpoint import save_packed
 from ace_triton.packed.pack_model import pack_model
+from ace_triton.planning.layers import planned
+from ace_triton.planning.skeleton import skeleton
 from ace_triton.prune_blocks import prune_model
 
 
@@ -84,7 +86,7 @@ def test_streams_if_the_model_does_not_fit(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("ace_triton.planning.pruning_plan.fits_in_memory", lambda bytes_needed: False)
     assert plan().streams
     assert not plan(stream=False).streams
-    assert not plan(packed=True).streams
+    assert plan(packed=True).streams
 
 
 def test_each_known_problem_is_one_warning(make_decoder, tokenizer, tmp_path, monkeypatch):
@@ -134,3 +136,17 @@ def test_bad_input_is_refused_as_in_pruning(tiny_checkpoint, tmp_path):
         plan_pruning(tiny_checkpoint, text=str(tmp_path / "missing.txt"))
     with pytest.raises(AceError, match="unknown method"):
         plan_pruning(tiny_checkpoint, "nothing")
+
+
+def test_a_packed_run_that_streams_needs_disk_for_the_dense_and_twice_the_packed_layers(tiny_checkpoint):
+    dense, packed = (plan_pruning(tiny_checkpoint, "fast", stream=True, packed=value).disk for value in (False, True))
+    pruned = [layer for unit in plan_layers(tiny_checkpoint).units for layer in unit.layers if layer.is_pruned]
+    layers = sum(layer.bytes // 2 + layer.elements // 8 for layer in pruned)
+    assert packed.output_bytes == dense.output_bytes - sum(layer.bytes for layer in pruned) + layers
+    assert packed.work_bytes == dense.output_bytes + packed.output_bytes + layers
+    assert "pack" in plan_pruning(tiny_checkpoint, "fast", packed=True).streamed.phases
+
+
+def plan_layers(source):
+    recipe = plan_pruning(source, "fast").recipe
+    return planned(skeleton(source).model, recipe)

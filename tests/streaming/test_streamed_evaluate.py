@@ -52,6 +52,37 @@ def test_every_family(make_decoder, save, stream, family, offload, tmp_path):
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_a_few_tokens_are_there_at_once(make_decoder, save, stream, family, dtype, monkeypatch):
+    """Of 16 tokens 5, 5, 5 and 1: the value is that of the model in memory, and no larger product is computed."""
+    source = save(make_decoder(family))
+    model, _ = checkpoint.load(source, dtype=dtype)
+    whole = perplexity(model, stream, length=16)
+    monkeypatch.setattr("ace_triton.decoders.parts_of_logits.PART", 5)
+    expected = perplexity(model, stream, length=16)
+    assert expected.perplexity == pytest.approx(whole.perplexity, rel=2e-3 if dtype == torch.bfloat16 else 1e-6)
+    sizes = []
+    with opened(source, dtype=dtype) as found:
+        head = found.model.get_output_embeddings()
+        head.register_forward_hook(lambda _m, args, _out: sizes.append(args[0].shape[-2]))
+        assert perplexity(found.model, stream, length=16, logits=found.logits()) == expected
+    assert sizes[-4 * 4 :] == [5, 5, 5, 1] * 4
+
+
+def test_a_head_that_needs_all_tokens_gets_them(make_decoder, save, stream, monkeypatch):
+    def add_first(_module, args, output):
+        return output + args[0][..., :1, :1]
+
+    source = save(make_decoder("llama"))
+    monkeypatch.setattr("ace_triton.decoders.parts_of_logits.PART", 5)
+    model, _ = checkpoint.load(source)
+    model.get_output_embeddings().register_forward_hook(add_first)
+    with opened(source) as found:
+        found.model.get_output_embeddings().register_forward_hook(add_first)
+        streamed = perplexity(found.model, stream, length=16, logits=found.logits())
+    assert streamed == perplexity(model, stream, length=16)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_another_dtype_and_shards(tiny_model, save, stream, dtype):
     source = save(tiny_model, max_shard_size="40KB")
@@ -86,6 +117,17 @@ def test_one_block_at_a_time_is_loaded(make_decoder, save, stream, loaded_togeth
     after_trial, in_blocks = blocks[-(1 + windows) * 4 :], [{"0"}, {"1"}, {"2"}, set()]
     assert after_trial == [block for block in in_blocks for _ in range(1 + windows)]
     assert all(len(names) == 9 for names in loaded_together[-(1 + windows) * 4 : -(1 + windows)])
+
+
+def test_converted_weights_outside_the_blocks_are_maps(tiny_checkpoint):
+    """So the system reads the used rows of an embedding, and can drop the pages of a head."""
+    with opened(tiny_checkpoint, dtype=torch.bfloat16) as found, found._weights.loaded(found.model):
+        table = found.model.get_input_embeddings().weight
+        assert table.dtype == torch.bfloat16
+        assert table.untyped_storage().filename is not None
+        block = found.model.model.layers[0]
+        with found._weights.loaded(block):
+            assert block.mlp.up_proj.weight.untyped_storage().filename is None
 
 
 class Borrowing(nn.Module):

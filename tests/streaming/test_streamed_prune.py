@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ace_triton import Recipe, prune_checkpoint, prune_model
+from ace_triton import Recipe, prune_checkpoint, prune_model, selection
 from ace_triton.decoders.replay import WholeForward
 from ace_triton.errors import AceError, CheckpointError
 from ace_triton.inputs import checkpoint
@@ -85,6 +85,38 @@ def test_the_files_are_those_of_a_model_pruned_in_memory(tiny_checkpoint, tmp_pa
     same = ("layers", "skipped", "excluded", "account", "fits")
     assert [getattr(streamed, name) for name in same] == [getattr(whole, name) for name in same]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory", "streamed", tiny_checkpoint.name]
+
+
+def test_the_trial_of_orders_writes_no_file(tiny_checkpoint, tmp_path, tiny_ids, monkeypatch):
+    """The weights of all blocks would be written twice."""
+    find, seen = selection.find_folds, []
+
+    def watching(model, *args, **more):
+        [path] = tmp_path.glob(".out.ace-triton/new/*.safetensors")
+        clean(path)
+        folds = find(model, *args, **more)
+        seen.append((len(folds.proven), dirty_bytes(path)))
+        return folds
+
+    monkeypatch.setattr(selection, "find_folds", watching)
+    prune_checkpoint(tiny_checkpoint, tmp_path / "out", tiny_ids, BALANCED)
+    assert seen == [(4, 0)]
+
+
+def clean(path):
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def dirty_bytes(path):
+    """Bytes of a mapped file that this process has written and the system has not."""
+    dirty, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(f" {path}")
+        elif inside and line.startswith(("Shared_Dirty", "Private_Dirty")):
+            dirty += 1024 * int(line.split()[1])
+    return dirty
 
 
 def test_every_family(make_decoder, save, tmp_path, ids, family):
@@ -283,11 +315,6 @@ def test_a_stopped_command_says_that_it_resumes(
     assert "the interrupted run had another calibration.length (16, now 32)" in errors
     assert command(*words, "--length", "16")[0] == 0
     assert checkpoint.read_report(tmp_path / "out")["streamed"]["resumed_units"] == ["model.layers.0"]
-
-
-def test_what_cannot_be_streamed_says_why(command, tiny_checkpoint, tmp_path):
-    words = ("prune", tiny_checkpoint, tmp_path / "out", "--method", "magnitude", "--stream")
-    assert "--stream writes dense checkpoints: leave --packed out" in command(*words, "--packed")[2]
 
 
 def test_a_model_that_does_not_fit_is_streamed(command, tiny_checkpoint, tmp_path, monkeypatch):
