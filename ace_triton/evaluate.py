@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .decoders.batches import vocabulary_of
+from .dispatched.hooks import input_device
 from .errors import TextError
 from .inputs.beginnings import NO_BEGINNING, Beginning
 from .processes import Processes
@@ -141,7 +142,7 @@ def perplexity_of(
     own: list[float] = []
     try:
         with few_threads(forward_work(model, windows.shape[1])):
-            mine = windows[processes.rank :: processes.size].to(model.device)
+            mine = windows[processes.rank :: processes.size].to(input_device(model))
             of_windows = _own_logits(model, mine) if logits is None else logits(mine)
             for of_window in map(partial(_loss, skipped), of_windows, mine):
                 own.append(of_window)
