@@ -27,8 +27,8 @@ import typer
 
 from ace_triton import Recipe, pack_model, prune_checkpoint, recover, save_packed
 from ace_triton.inputs import checkpoint
+from ace_triton.recovery.settings import RecoverySettings
 from ace_triton.recovery.state import remove_state
-from ace_triton.recovery.train import RecoverySettings
 
 REPORTS = ("ace_triton.json", "ace_triton_packed.json")
 """Files with times and dates, which no two runs share."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from .train import LEAST_ZEROS
+from .checks import LEAST_ZEROS
 
 
 class KeptZeros:
