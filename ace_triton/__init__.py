@@ -37,7 +37,8 @@ from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
 from .recipe import Recipe
 from .recovery.lora import LoraMerge, MergedLayer, merge_lora
-from .recovery.train import RecoveryReport, RecoverySettings, recover
+from .recovery.settings import RecoveryReport, RecoverySettings
+from .recovery.train import recover
 from .recovery.zeros import KeptZeros, keep_zeros
 from .solvers.update import Update
 from .sparsity import Sparsity

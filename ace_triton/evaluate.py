@@ -11,6 +11,7 @@ import torch
 
 from .decoders.batches import vocabulary_of
 from .decoders.parts_of_logits import head_by_parts, parts_of
+from .dispatched.hooks import input_device
 from .errors import TextError
 from .inputs.beginnings import NO_BEGINNING, Beginning
 from .processes import Processes
@@ -142,7 +143,7 @@ def perplexity_of(
     own: list[float] = []
     try:
         with few_threads(forward_work(model, windows.shape[1])):
-            mine = windows[processes.rank :: processes.size].to(model.device)
+            mine = windows[processes.rank :: processes.size].to(input_device(model))
             of_windows = _own_logits(model, mine) if logits is None else logits(mine)
             for parts in of_windows:
                 own.append(_loss(skipped, parts, mine[len(own)]))

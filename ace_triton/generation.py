@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .decoders.batches import longest_sequence, vocabulary_of
+from .dispatched.hooks import input_device
 from .errors import AceError, GenerationError
 from .inputs.beginnings import token_ids
 from .inputs.model_source import reason
@@ -76,7 +77,7 @@ def generate(
             "max_new_tokens must be at least 1, and temperature finite and at least 0; "
             f"got {max_new_tokens} and {temperature}"
         )
-    ids = _encode(tokenizer, prompt, chat).to(model.device)
+    ids = _encode(tokenizer, prompt, chat).to(input_device(model))
     longest = longest_sequence(model)
     if longest is not None and ids.shape[1] + max_new_tokens > longest:
         raise GenerationError(

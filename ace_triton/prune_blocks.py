@@ -22,7 +22,8 @@ from .decoders.kept_tensors import offload_to
 from .decoders.lanes import Lanes
 from .decoders.loaded_weights import weights_as_loaded
 from .decoders.plan import NameFilter, Plan
-from .decoders.weight_store import InMemory, WeightStore
+from .decoders.weight_store import WeightStore
+from .dispatched.store import opened
 from .errors import ArgumentError, RecipeError
 from .kernels.finite_check import FiniteCheck
 from .linears import as_kernel_dtype, linear_weight
@@ -70,8 +71,9 @@ def prune_model(
     which they run: the decoder sees the outputs of the pruned encoder.
 
     Args:
-        model: any module with an ``nn.ModuleList`` of blocks, with its weights in memory, on any device and in any
-            floating dtype; forwards run in that dtype.
+        model: any module with an ``nn.ModuleList`` of blocks, on any device and in any floating dtype; forwards run in
+            that dtype. accelerate may have spread the model (``device_map``, ``cpu_offload``, ``disk_offload``): each
+            pruned weight stays where accelerate put it, and one on disk is written to the offload folder.
         calibration: token ids, int64 [n_sequences, length]; or an object with such ``ids`` and a ``mask`` (bool, True
             for real tokens; None if there is no padding); or a list of batches, each a dict of tensors with what the
             model's forward takes (``input_ids``, ``pixel_values``, ``decoder_input_ids``, ``input_features``).
@@ -110,10 +112,11 @@ def prune_model(
         options: the metric's own.
 
     Raises:
-        CheckpointError: if ``offload_folder`` does not exist; nothing was changed. Or if its disk is full: the blocks
-            before are already pruned.
+        CheckpointError: if ``offload_folder`` does not exist; nothing was changed. Or if its disk, or that of
+            accelerate's offload folder, is full: the blocks before are already pruned.
         RecipeError: if the method, an option or another part of the recipe is invalid, something is given beside a
-            Recipe, or the model is a single layer or not in memory; nothing was changed.
+            Recipe, the model is a single layer, or its weights were never loaded or cannot be written; nothing was
+            changed.
         PatternError: if the sparsity is invalid; nothing was changed.
         ValueError: if the calibration set does not fit the model, a name pattern matches no layer, or the model's own
             forward changes its weights beyond repair; nothing was changed.
@@ -134,8 +137,8 @@ def prune_model(
         exclude=exclude,
     )
     _check_model(model)
-    store = InMemory(offload_to(offload_folder))
-    return prune_stored(model, calibration, recipe, store, batch_size=batch_size, progress=progress)
+    with opened(model, offload_to(offload_folder)) as store:
+        return prune_stored(model, calibration, recipe, store, batch_size=batch_size, progress=progress)
 
 
 def prune_stored(
@@ -257,12 +260,6 @@ def _check_model(model: nn.Module) -> None:
         raise RecipeError(
             f"prune_model takes a model with blocks, got a {type(model).__name__}; prune_linear prunes a single layer"
         )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise RecipeError(
-                f"{name} is on the meta device (offloaded by device_map, or never loaded): prune the checkpoint in its "
-                "files (prune_checkpoint, or ace-triton prune --stream), or load the model whole, without device_map"
-            )
 
 
 def rehearse(recipe: Recipe, like: torch.Tensor | None = None) -> None:

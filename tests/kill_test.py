@@ -30,8 +30,8 @@ import typer
 from ace_triton import Recipe, pack_model, prune_checkpoint, recover, save_packed
 from ace_triton.inputs import checkpoint
 from ace_triton.provenance import with_provenance
+from ace_triton.recovery.settings import RecoverySettings
 from ace_triton.recovery.state import remove_state
-from ace_triton.recovery.train import RecoverySettings
 from benchmarks.harness.results import processor
 
 REPORTS = ("ace_triton.json", "ace_triton_packed.json")

@@ -30,6 +30,7 @@ ORDER = [
     "presets",
     "prune",
     "decoders",
+    "dispatched",
     "budgets",
     "reordering",
     "block_fit",

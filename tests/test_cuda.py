@@ -201,3 +201,16 @@ def test_a_model(make_decoder, ids, method):
         masks = [model.get_parameter(f"{layer.name}.weight").cpu() != 0 for model in (there, here)]
         assert (masks[0] == masks[1]).float().mean() > 0.98, layer.name
     assert 0 < report.seconds.statistics < report.seconds.total
+
+
+def test_a_model_spread_over_gpu_memory_and_disk(make_decoder, ids, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    there, spread = make_decoder("llama").cuda(), make_decoder("llama")
+    places = {name: 0 for name, _ in spread.named_children()}
+    del places["model"]
+    places |= {f"model.{name}": 0 for name, _ in spread.model.named_children() if name != "layers"}
+    places |= {f"model.layers.{i}": ("cpu", "disk", 0)[i % 3] for i in range(len(spread.model.layers))}
+    accelerate.dispatch_model(spread, places, offload_dir=tmp_path)
+    for model in (there, spread):
+        prune_model(model, ids.cuda())
+    torch.testing.assert_close(spread(ids.cuda()).logits, there(ids.cuda()).logits)

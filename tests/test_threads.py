@@ -13,7 +13,8 @@ import torch
 from ace_triton import prune_linear, prune_model, threads
 from ace_triton.command_environment import is_command, set_environment
 from ace_triton.evaluate import perplexity
-from ace_triton.recovery.train import RecoverySettings, recover
+from ace_triton.recovery.settings import RecoverySettings
+from ace_triton.recovery.train import recover
 from ace_triton.threads import few_threads, forward_work, respect_processors, usable_processors
 
 ROOT = Path(__file__).parents[1]

@@ -26,7 +26,8 @@ from ..progress import progress_bar, stage
 from ..provenance import with_provenance
 from ..prune_blocks import prune_model
 from ..recipe import Recipe
-from ..recovery.train import RecoverySettings, recover
+from ..recovery.settings import RecoverySettings
+from ..recovery.train import recover
 from ..runs_on import multiplies_bfloat16
 from .report import headed_table
 

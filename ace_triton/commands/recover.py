@@ -18,10 +18,10 @@ from ..inputs.written_text import TEXT_LENGTH, text_to_write
 from ..processes import joined
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
+from ..recovery.settings import DEFAULT_MINUTES, RecoverySettings
 from ..recovery.sharing import whole_models
 from ..recovery.state import remove_state
 from ..recovery.text import TEXT_SEQUENCES
-from ..recovery.train import DEFAULT_MINUTES, RecoverySettings
 from ..recovery.train import recover as train
 from . import report
 from .console import console, print_backend, print_line, progress_bars

@@ -20,7 +20,7 @@ from ..model_report import ModelReport
 from ..packed.inspect import TensorSparsity
 from ..packed.pack_model import SparsifyReport
 from ..planning.pruning_plan import PruningPlan
-from ..recovery.train import RecoveryReport
+from ..recovery.settings import RecoveryReport
 
 CHECKPOINT_JSON = re.compile(
     r"(.*config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template|modules|.*\.index|ace_triton.*)\.json"

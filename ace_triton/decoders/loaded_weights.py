@@ -87,8 +87,8 @@ class _Guard:
                     f"{self._names[parameter]} is changed by the model's own forward, so the pruned weights would "
                     "differ from the loaded ones; use method='magnitude', or prune_linear for each layer"
                     if factor is None
-                    else f"{self._names[parameter]} is rescaled by the model's own forward, so a run on weights in "
-                    "files could not be resumed: prune the model in memory, without --stream"
+                    else f"{self._names[parameter]} is rescaled by the model's own forward, so its weights cannot be "
+                    "pruned in files: load the whole model into memory, without --stream or device_map"
                 )
             if factor != 1:
                 self._factors[parameter] = factor

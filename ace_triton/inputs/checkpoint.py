@@ -6,7 +6,7 @@ import copy
 import logging
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from ..process_memory import few_pages_of
 from .gguf_weights import GgufWeights
 from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names, weight_files
 from .output_folder import check_out, replacing, reserved, write_report
+from .quantized_formats import Format
+from .quantized_weights import WAY_OUT, QuantizedCheckpoint, folder_of, layout_of
 from .report_file import REPORT_FILE, listing, read_json_object
 
 __all__ = [
@@ -34,8 +36,8 @@ __all__ = [
 ]
 
 
-DEQUANTIZED = ("fp8",)
-"""Quantization methods of which weights that stay in files are dequantized, tensor by tensor."""
+_BY_TRANSFORMERS = "fp8"
+"""The quantization method of which transformers dequantizes weights that stay in files."""
 
 
 def load(
@@ -103,16 +105,16 @@ def _load_saved(
     where = str(found.path or found.name)
     config = AutoConfig.from_pretrained(where, **options)
     check_config(found.name, config, tensor_names(found.path) if found.path else None, options["trust_remote_code"])
-    method = quantization_of(config)
-    if placing and method is not None:
-        if method not in DEQUANTIZED:
-            raise CheckpointError(
-                f"{found.name}: its weights are quantized ({method}) and cannot be streamed: name the floating-point "
-                "model that it was made from, and quantize after pruning"
-            )
-        config.quantization_config = {**_as_dict(config.quantization_config), "dequantize": True}
+    stated = stated_quantization(config)
+    layout = layout_of(found.name, stated)
+    if placing and layout is None and stated is not None:
+        if (why := why_not_dequantized(found.name, stated)) is not None:
+            raise CheckpointError(why)
+        config.quantization_config = {**stated, "dequantize": True}
         placing = {**placing, "config": config}
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if layout is not None:
+        return _load_dequantized(found, layout, config, dtype, options, placing), tokenizer
     # transformers reads all weights to convert their dtype, even if they stay in files.
     with few_pages_of(_mapped_files(found) if placing else ()):
         return _checked_model(found.name, where, dtype=dtype, **options, **placing), tokenizer
@@ -134,14 +136,46 @@ def _mapped_files(found: ModelSource) -> list[Path]:
     return paths
 
 
-def quantization_of(config: Any) -> str | None:
-    """How a configuration says that the stored weights are quantized; None if they are not."""
+def _load_dequantized(
+    found: ModelSource,
+    layout: Format,
+    config: Any,
+    dtype: torch.dtype | str,
+    options: dict[str, Any],
+    placing: dict[str, Any],
+) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    vars(config).pop("quantization_config")
+    with init_empty_weights():
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"]))
+    with closing(QuantizedCheckpoint(found.name, folder_of(found), layout)) as stored:
+        if dtype == "auto" and getattr(config, "dtype", None) is None:
+            dtype = stored.dtype
+        model = _checked_model(found.name, None, kind, config=config, state_dict=dict(stored), dtype=dtype, **placing)
+    with suppress(OSError):  # Without a file, the generation configuration comes from that of the model.
+        model.generation_config = GenerationConfig.from_pretrained(stored.folder)
+    return model
+
+
+def stated_quantization(config: Any) -> dict[str, Any] | None:
+    """What a configuration says about the quantization of the stored weights; None if they are not quantized."""
     stated = getattr(config, "quantization_config", None)
-    return None if stated is None else str(_as_dict(stated).get("quant_method", "in an unknown way"))
+    return None if stated is None else dict(stated if isinstance(stated, dict) else stated.to_dict())
 
 
-def _as_dict(stated: Any) -> dict[str, Any]:
-    return dict(stated) if isinstance(stated, dict) else dict(stated.to_dict())
+def why_not_dequantized(source: str | Path, stated: dict[str, Any] | None) -> str | None:
+    """Why quantized weights cannot be dequantized one by one, as a sentence; None if they can or are not quantized."""
+    try:
+        if layout_of(str(source), stated) is not None or stated is None:
+            return None
+    except CheckpointError as error:
+        return str(error)
+    method = stated.get("quant_method", "in an unknown way")
+    if method == _BY_TRANSFORMERS:
+        return None
+    return f"{source}: its weights are quantized ({method}) and cannot be streamed: {WAY_OUT}"
 
 
 def _load_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -233,20 +267,24 @@ def _causal_class(config: Any) -> str | None:
     return getattr(model_class, "__name__", None)
 
 
-def _checked_model(source: str, where: str, **options: Any) -> Any:
+def _checked_model(source: str, where: str | None, kind: Any = None, **options: Any) -> Any:
     """Load a model, and check that the files have exactly the model's tensors.
 
     Tied weights are not checked, nor are tensors that transformers declares ignorable.
+
+    Args:
+        source: name of the checkpoint, for messages.
+        where: folder or hub name; None if the options have a state dict.
+        kind: the model's class; None for the class of its configuration.
+        options: those of ``from_pretrained``.
 
     Raises:
         CheckpointError: if tensors are missing, unexpected or of another shape; the message names them.
     """
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        where, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    model, info = loaded
+    own: Any = kind or AutoModelForCausalLM
+    model, info = own.from_pretrained(where, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     mismatched = [f"{name} {tuple(given)} instead of {tuple(own)}" for name, given, own in info["mismatched_keys"]]
     _refuse_unfit(
         source,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..decoders.loaded_weights import weights_as_loaded
+from ..dispatched.hooks import input_device
 from .beginnings import Beginning
 
 AT_ONCE = 32
@@ -76,9 +77,10 @@ def write_batch(model: Any, text: WrittenText, *, seed: int, place: int, sequenc
     Returns:
         int64 [sequences, text.length], on the CPU.
     """
-    start = torch.tensor([text.prompt] * sequences, dtype=torch.int64, device=model.device)
+    device = input_device(model)
+    start = torch.tensor([text.prompt] * sequences, dtype=torch.int64, device=device)
     kept = start.shape[1] if text.keep_start else 0
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), weights_as_loaded(model):
         torch.manual_seed(seed + SEEDS_APART * place)
         written = model.generate(

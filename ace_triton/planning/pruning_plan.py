@@ -15,7 +15,7 @@ from ..decoders.kept_tensors import Offload, check_offload
 from ..decoders.plan import Excluded, Misfit, Skipped
 from ..errors import ArgumentError, CheckpointError
 from ..inputs.calibration import MOST_DOCUMENTS, SELF, read_calibration
-from ..inputs.checkpoint import DEQUANTIZED
+from ..inputs.checkpoint import why_not_dequantized
 from ..inputs.model_source import check_device
 from ..inputs.output_folder import check_out
 from ..inputs.text import check_text
@@ -228,8 +228,8 @@ def _text_tokens(text: str) -> tuple[int, tuple[str, ...]]:
 
 
 def _of_model(built: Skeleton, layers: PlannedModel, calibrated: Calibrated | None) -> Iterator[str]:
-    if built.quantization not in (None, *DEQUANTIZED):
-        yield f"the weights are quantized ({built.quantization}), and only floating-point weights can be pruned"
+    if (why := why_not_dequantized(built.source.name, built.quantization)) is not None:
+        yield why
     unfit: dict[str, list[Skipped]] = {}
     for skipped in layers.plan.skipped:
         if isinstance(skipped.reason, Misfit):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..inputs.checkpoint import check_config, loading_message, quantization_of
+from ..inputs.checkpoint import check_config, loading_message, stated_quantization
 from ..inputs.model_source import ModelSource, open_safetensors, tensor_names, weight_files
 from ..streaming.mapped_model import replace_parameters, saved_form
 
@@ -46,7 +46,7 @@ class Skeleton:
     stored_dtype: torch.dtype | None
     converted_bytes: int
     resaved_bytes: int
-    quantization: str | None = None
+    quantization: dict[str, Any] | None = None
 
     @property
     def converts(self) -> bool:
@@ -87,7 +87,7 @@ def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]
     if dtype == "auto":
         stated = torch.bfloat16 if found.is_gguf else getattr(config, "dtype", None)
         dtype = stated if isinstance(stated, torch.dtype) else stored.dtype or torch.float32
-    method = quantization_of(config)
+    quantization = stated_quantization(config)
     vars(config).pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(
@@ -95,11 +95,11 @@ def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]
         )
     model.tie_weights()
     # Of a quantized model a few weights are not quantized, and are not converted.
-    converted = _converted_bytes(model) if method is None else sum(p.nbytes for p in model.parameters())
+    converted = _converted_bytes(model) if quantization is None else sum(p.nbytes for p in model.parameters())
     replace_parameters(model, {own: nn.Parameter(_zeros(own), requires_grad=False) for own in model.parameters()})
     whole = sum(parameter.nbytes for parameter in model.parameters())
     resaved = 0 if found.is_gguf else whole if stored.of_torch else converted
-    return Skeleton(found, model.eval(), tokenizer, stored.size, stored.dtype, converted, resaved, method)
+    return Skeleton(found, model.eval(), tokenizer, stored.size, stored.dtype, converted, resaved, quantization)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..decoders.device_blocks import DeviceBlocks
 from ..process_memory import drop_pages
 from ..processes import Processes
-from .device_blocks import DeviceBlocks
 from .journal import Results
 from .mapped_model import MappedModel
 
@@ -49,7 +49,8 @@ class FileStore:
     ) -> None:
         self._errors = errors
         self.offload_folder = offload_folder
-        self._blocks = DeviceBlocks(mapped.model, device, mapped.drop)
+        self._device = device
+        self._blocks = DeviceBlocks(mapped.model, dict.fromkeys(mapped.model.parameters(), device), mapped.drop)
         self._mapped, self._journal, self._on_finish, self._processes = mapped, journal, on_finish, processes
         self._writer = ThreadPoolExecutor(1, "ace-triton-writer")
         self._pending: Future[None] | None = None
@@ -124,6 +125,9 @@ class FileStore:
         """A context in which units are pruned; at its end the background thread has stopped."""
         try:
             with self._errors(), self._blocks.placed():
+                for module in self._mapped.model.modules():
+                    for name, buffer in module.named_buffers(recurse=False):
+                        module._buffers[name] = buffer.to(self._device)
                 yield
                 self.wait()
         finally:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from ..recovery.train import RecoveryReport
+from ..recovery.settings import RecoveryReport
 from ..timing import Seconds
 from .cells import Cell
 

@@ -16,7 +16,7 @@ import torch
 from .. import __version__
 from ..errors import StudyError
 from ..processes import Processes, apart
-from ..recovery.train import RecoverySettings
+from ..recovery.settings import RecoverySettings
 from .cells import Cell
 from .dealing import Dealer, Worker
 from .journal import Journal

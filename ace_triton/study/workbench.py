@@ -24,8 +24,9 @@ from ..inputs.calibration import MOST_DOCUMENTS, SELF, crop, pieces, token_strea
 from ..inputs.text import read_documents, wikitext_rows
 from ..inputs.written_text import TEXT_LENGTH
 from ..prune_blocks import prune_model
+from ..recovery.settings import RecoveryReport, RecoverySettings
 from ..recovery.text import TEXT_SEQUENCES
-from ..recovery.train import RecoveryProgress, RecoveryReport, RecoverySettings, recover
+from ..recovery.train import RecoveryProgress, recover
 from ..timing import Seconds
 from .cells import Cell
 from .records import Evaluation, Setting

@@ -10,7 +10,7 @@ import torch
 
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.output_folder import LOCK, SUFFIX
-from ace_triton.recovery.train import pruned_masks
+from ace_triton.recovery.checks import pruned_masks
 
 
 def test_the_command(command, tiny_checkpoint, some_text, tmp_path):

@@ -51,7 +51,7 @@ def test_a_quantized_checkpoint_is_noticed(tiny_checkpoint):
     config = json.loads((tiny_checkpoint / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tiny_checkpoint / "config.json").write_text(json.dumps(config))
-    assert skeleton(tiny_checkpoint).quantization == "gptq"
+    assert skeleton(tiny_checkpoint).quantization == {"quant_method": "gptq", "bits": 4}
 
 
 def test_errors_are_those_of_loading(tmp_path):

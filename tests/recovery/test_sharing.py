@@ -16,10 +16,10 @@ from ace_triton.errors import RecoveryError
 from ace_triton.inputs import checkpoint
 from ace_triton.processes import Processes
 from ace_triton.recovery import text as recovery_text
+from ace_triton.recovery.checks import pruned_masks
 from ace_triton.recovery.distillation import Distillation
 from ace_triton.recovery.state import RecoveryState
 from ace_triton.recovery.text import WrittenBatches
-from ace_triton.recovery.train import pruned_masks
 from ace_triton.solvers.kept_adamw import KeptAdamW
 
 SHORT = RecoverySettings(steps=4, tokens_per_step=64, learning_rate=0.01)

@@ -11,8 +11,8 @@ import torch
 
 from ace_triton import RecoverySettings, WrittenText, prune_model, recover
 from ace_triton.recovery import text as recovery_text
+from ace_triton.recovery.checks import pruned_masks
 from ace_triton.recovery.text import GivenBatches, WrittenBatches
-from ace_triton.recovery.train import pruned_masks
 
 recovery = importlib.import_module("ace_triton.recovery.train")
 """The module: in the package its name is the function's."""

@@ -1,4 +1,4 @@
-"""Checkpoints with quantized weights: FP8 is dequantized tensor by tensor, and the others are refused in one line."""
+"""Checkpoints with quantized weights are dequantized tensor by tensor, or refused in one line."""
 
 import json
 import shutil
@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from ace_triton import Recipe, prune_checkpoint
 from ace_triton.errors import CheckpointError
+from ace_triton.inputs import checkpoint
 from ace_triton.planning.pruning_plan import plan_pruning
+from tests.inputs.quantizing import FORMATS
 
 MAGNITUDE = Recipe("magnitude")
 SIZES = {"hidden_size": 128, "intermediate_size": 128}
@@ -49,7 +51,72 @@ def test_fp8_weights_are_dequantized(make_decoder, save, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "of tomorrow"])
+def stored_in(layout, folder, target):
+    """A checkpoint's copy with its blocks' layers quantized, and beside it a dense copy of what its weights are."""
+    quantize, stated = FORMATS[layout]
+    dense = shutil.copytree(folder, target.with_name("dense"))
+    source = quantized(folder, target, {**stated, "ignore": ["lm_head"]})
+    tensors, values = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in tensors if "_proj." in name]:
+        ends, values[name] = quantize(tensors.pop(name))
+        tensors |= {f"{name.removesuffix('weight')}{end}": tensor.contiguous() for end, tensor in ends.items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    save_file({**load_file(folder / "model.safetensors"), **values}, dense / "model.safetensors", {"format": "pt"})
+    return source, dense
+
+
+def same_files(one, other):
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("layout", ["gptq in another order", "awq", "int4 with zero points", "bitsandbytes of 4 bits"])
+def test_the_dense_model_of_a_quantized_one_is_pruned(tiny_checkpoint, tmp_path, layout):
+    source, dense = stored_in(layout, tiny_checkpoint, tmp_path / "quantized")
+    assert not any("quantized" in line for line in plan_pruning(source, MAGNITUDE, stream=True).warnings)
+    model, tokenizer = checkpoint.load(source)
+    expected, _ = checkpoint.load(dense)
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in expected.named_parameters())
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+    checkpoint.save(model, tokenizer, tmp_path / "loaded", {})
+    prune_checkpoint(source, tmp_path / "streamed", None, MAGNITUDE)
+    prune_checkpoint(dense, tmp_path / "expected", None, MAGNITUDE)
+    assert same_files(tmp_path / "streamed", tmp_path / "expected")
+    for folder in ("streamed", "loaded"):
+        assert "quantization_config" not in json.loads((tmp_path / folder / "config.json").read_text())
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_experts_of_a_mixture_are_dequantized_one_by_one(make_decoder, save, tmp_path):
+    folder = save(make_decoder("qwen3_moe", num_hidden_layers=1))
+    source, dense = stored_in("gptq", folder, tmp_path / "quantized")
+    prune_checkpoint(source, tmp_path / "streamed", None, MAGNITUDE)
+    prune_checkpoint(dense, tmp_path / "expected", None, MAGNITUDE)
+    assert same_files(tmp_path / "streamed", tmp_path / "expected")
+
+
+def test_a_layer_without_its_scales_is_one_error(tiny_checkpoint, tmp_path):
+    source, _ = stored_in("gptq", tiny_checkpoint, tmp_path / "quantized")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.scales"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight cannot be dequantized: it lacks scales"
+    ):
+        checkpoint.load(source)
+
+
+def test_an_unknown_variant_is_refused_with_what_can_be_read(tiny_checkpoint, tmp_path):
+    stated = {"quant_method": "awq", "bits": 4, "version": "gemv"}
+    source = quantized(tiny_checkpoint, tmp_path / "quantized", stated)
+    message = r"its weights are quantized \(awq\): the version gemv of AWQ is unknown here; gemm can be read; name the"
+    assert any("version gemv" in line for line in plan_pruning(source, MAGNITUDE).warnings)
+    for call in (lambda: checkpoint.load(source), lambda: prune_checkpoint(source, tmp_path / "out", None, MAGNITUDE)):
+        with pytest.raises(CheckpointError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("method", ["torchao", "mxfp4", "of tomorrow"])
 def test_other_quantized_weights_are_refused_in_one_line(tiny_checkpoint, tmp_path, method):
     source = quantized(tiny_checkpoint, tmp_path / "quantized", {"quant_method": method, "bits": 4})
     message = rf"its weights are quantized \({method}\) and cannot be streamed: name the floating-point model"

@@ -1,0 +1,106 @@
+"""Checks of the models and the text before a recovery, and of the zeros after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..decoders.batches import check_positions, longest_sequence
+from ..decoders.blocks import Block, find_blocks
+from ..errors import RecoveryError
+from ..inputs.written_text import WrittenText
+from ..solvers.kept_adamw import LEAST_ZEROS
+from .settings import RecoverySettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def pruned_masks(model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, torch.Tensor]:
+    """Masks of all pruned weights in a model's blocks, True for kept weights; RecoveryError if none is pruned.
+
+    If the teacher's blocks have more parameters, the model was made smaller by structured pruning. Then all matrices of
+    its blocks have a mask.
+    """
+    masks, blocks = {}, find_blocks(model)
+    smaller = teacher is not None and _size(blocks) < _size(find_blocks(teacher))
+    for block in blocks:
+        for name, parameter in block.module.named_parameters(prefix=block.name):
+            pruned = parameter.dim() >= 2 and float((parameter == 0).float().mean()) >= LEAST_ZEROS
+            if pruned or (smaller and parameter.dim() >= 2):
+                masks[name] = (parameter != 0).detach() if pruned else torch.ones_like(parameter, dtype=torch.bool)
+    if not masks:
+        raise RecoveryError(
+            f"no weight of this {type(model).__name__} has {LEAST_ZEROS:.0%} zeros or more: prune the model first"
+        )
+    return masks
+
+
+def _size(blocks: Sequence[Block]) -> int:
+    return sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
+
+
+def check_arguments(
+    model: PreTrainedModel, teacher: PreTrainedModel, text: torch.Tensor | WrittenText, settings: RecoverySettings
+) -> None:
+    """Raise RecoveryError or ArgumentError if the models, the text and the settings do not fit each other."""
+    if isinstance(text, WrittenText):
+        kept = len(text.prompt) if text.keep_start else 0
+        if not text.prompt or text.length <= kept:
+            raise RecoveryError(
+                f"written text needs a start token and at least one token after it, got a length of {text.length} "
+                f"with start {text.prompt}"
+            )
+        least, most = min(text.prompt), max(text.prompt)
+        length = text.length
+    elif text.dim() != 2 or text.dtype != torch.int64 or text.numel() == 0:
+        raise RecoveryError(f"ids must be int64 [n_sequences, length], not empty; got {text.dtype} {tuple(text.shape)}")
+    else:
+        least, most = int(text.min()), int(text.max())
+        length = text.shape[1]
+    for decoder in (model, teacher):
+        check_positions(longest_sequence(decoder), length, "a length of")
+    sizes = [next(m.get_input_embeddings().parameters()).shape[0] for m in (model, teacher)]
+    if sizes[0] != sizes[1]:
+        raise RecoveryError(
+            f"the pruned model's vocabulary has {sizes[0]} tokens, the teacher's {sizes[1]}: give the dense model that "
+            "it was pruned from as the teacher"
+        )
+    if least < 0 or most >= sizes[0]:
+        raise RecoveryError(f"ids run from {least} to {most}, the vocabulary from 0 to {sizes[0] - 1}")
+    dtypes = {parameter.dtype for decoder in (model, teacher) for parameter in decoder.parameters()}
+    if settings.forward_dtype == torch.float32 and dtypes != {torch.float32}:
+        raise RecoveryError(
+            f"forwards in float32 need both models in float32, not {', '.join(sorted(map(str, dtypes)))}: load them "
+            "so, or leave forward_dtype at torch.bfloat16"
+        )
+
+
+def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, masks: dict[str, torch.Tensor]) -> None:
+    """RecoveryError if the teacher is pruned: a model learns nothing from itself, and little from a pruned one."""
+    weights = dict(teacher.named_parameters())
+    zeros = {name: mask for name, mask in masks.items() if not mask.all()}
+    shared = [(weights[n], mask) for n, mask in zeros.items() if n in weights and weights[n].shape == mask.shape]
+    if teacher is model or (shared and not any(bool(weight[~mask.to(weight.device)].any()) for weight, mask in shared)):
+        raise RecoveryError(
+            "the teacher is the pruned model itself, or has the same zeros: give the dense model that it was pruned "
+            "from"
+        )
+    matrices = [p for block in find_blocks(teacher) for p in block.module.parameters() if p.dim() >= 2]
+    total = sum(matrix.numel() for matrix in matrices)
+    share = 1 - sum(int(matrix.count_nonzero()) for matrix in matrices) / max(1, total)
+    if share >= LEAST_ZEROS:
+        raise RecoveryError(
+            f"the teacher is pruned too ({share:.0%} of its blocks' weights are 0): give the dense model that the "
+            "pruned one was made from"
+        )
+
+
+def check_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+    """RuntimeError if a pruned weight is no longer 0."""
+    for name, mask in masks.items():
+        if bool(model.get_parameter(name).masked_select(~mask).any()):
+            raise RuntimeError(f"{name}: a pruned weight is no longer 0")

@@ -1,0 +1,94 @@
+"""The settings of a recovery, and the report of what it did."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..errors import RecoveryError
+
+DEFAULT_MINUTES = 5.0
+"""Budget if no settings are given."""
+
+FIRST_RATE = 0.1
+"""Learning rate of the first step, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """Settings of a recovery.
+
+    Attributes:
+        steps: number of optimizer steps; None if ``minutes`` is given.
+        minutes: time to train; None if ``steps`` is given. Training stops after the step that exceeds it.
+        tokens_per_step: number of tokens in an optimizer step, rounded to whole sequences; with several processes, of
+            all of them together.
+        learning_rate: peak learning rate, in units of each weight's root mean square. The rate rises linearly to the
+            peak during ``warmup``, then falls linearly to 0.
+        warmup: share of the budget.
+        norms: also train the blocks' one-dimensional weights (norms, biases).
+        forward_dtype: dtype of forwards: bfloat16, or float32 if both models are in float32.
+        seed: random seed of the order of sequences, or of the text that the teacher writes.
+
+    Raises:
+        RecoveryError: not exactly one of steps and minutes is given, or a number is out of range.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    tokens_per_step: int = 256
+    learning_rate: float = 1.7e-3
+    warmup: float = 0.04
+    norms: bool = False
+    forward_dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise RecoveryError(f"give steps or minutes, one of them; got steps={self.steps}, minutes={self.minutes}")
+        budget = self.steps if self.minutes is None else self.minutes
+        if not all(0 < n < math.inf for n in (budget or 0, self.tokens_per_step, self.learning_rate)):
+            raise RecoveryError(
+                f"steps, minutes, tokens_per_step and learning_rate must be above 0 and finite; got {self}"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise RecoveryError(f"seed must fit into 64 bits, got {self.seed}")
+        if not 0 <= self.warmup < 1:
+            raise RecoveryError(f"warmup must lie in [0, 1), got {self.warmup}")
+        if self.forward_dtype not in (torch.bfloat16, torch.float32):
+            raise RecoveryError(f"forward_dtype must be torch.bfloat16 or torch.float32, got {self.forward_dtype}")
+
+    def rate(self, fraction: float) -> float:
+        """The learning rate when ``fraction`` of the budget is spent."""
+        if fraction < self.warmup:
+            return self.learning_rate * max(FIRST_RATE, fraction / self.warmup)
+        return self.learning_rate * (1 - fraction) / (1 - self.warmup)
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What :func:`recover` did.
+
+    Attributes:
+        steps, tokens, seconds: totals since the first start, resumed runs included.
+        passes: number of epochs; above 1, training overfits. 1 if the teacher wrote the text.
+        cpu_seconds: CPU time of all processes over the same span, all threads together.
+        losses: mean loss of each step, in nats per token.
+        trained, zeros: number of weights that were trained, and that stayed 0.
+    """
+
+    steps: int
+    tokens: int
+    passes: float
+    seconds: float
+    cpu_seconds: float
+    losses: tuple[float, ...]
+    trained: int
+    zeros: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {**asdict(self), "losses": list(self.losses)}
