@@ -16,6 +16,7 @@ from ..errors import PruneError, StatsError
 from ..linears import as_kernel_dtype
 from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
+from ..statistics.batch import reads_tokens_once
 from ..statistics.outputs import OutputStats, update_outputs
 from ..statistics.statistic import Saved, Statistic, statistics
 from ..timing import Stopwatch
@@ -43,6 +44,7 @@ class _Reading:
         names: names of the layers that read this tensor.
         before: the group's statistics without this tensor, if another tensor created the group in this batch.
         outputs: pending outputs by layer, each with its version counter.
+        without_moments: True while the group's moments lack this tensor. They are added with the outputs.
     """
 
     tensor: torch.Tensor
@@ -52,6 +54,7 @@ class _Reading:
     names: set[str]
     before: ActivationStats | None = None
     outputs: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    without_moments: bool = False
 
     def matches(self, tensor: torch.Tensor) -> bool:
         """True if ``tensor`` is the tensor that was read, and unchanged since."""
@@ -270,8 +273,12 @@ class InputCollector:
             stats = ActivationStats(width, parts=parts)
             group = self._group_of[name] = _Group([name], stats)
         tokens, valid = self._sequences(tensor)
-        group.stats.update(tokens, valid=valid)
         reading = _Reading(tensor, tensor._version, group, is_first, {name}, before)
+        reading.without_moments = self._needs.outputs and reads_tokens_once(tokens)
+        if reading.without_moments:
+            group.stats.update_without_moments(tokens, valid)
+        else:
+            group.stats.update(tokens, valid=valid)
         self._readings.append(reading)
         return reading
 
@@ -292,11 +299,16 @@ class InputCollector:
                 intact = output if output._version == version else self._layers[name].forward(reading.tensor)
                 outputs.append(as_kernel_dtype(intact))
                 self._outputs.setdefault(name, OutputStats(self._needs.reduce))
+            stats = [self._outputs[name] for name in names]
             try:
-                update_outputs([self._outputs[name] for name in names], tokens, outputs, valid)
+                if reading.without_moments:
+                    reading.group.stats.add_with_outputs(stats, tokens, outputs, valid)
+                else:
+                    update_outputs(stats, tokens, outputs, valid)
             except StatsError as error:
                 raise PruneError(f"{', '.join(names)}: {error}") from error
             reading.outputs.clear()
+            reading.without_moments = False
 
     def _sequences(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """An input as [n_sequences, length, in_features], and its padding mask.

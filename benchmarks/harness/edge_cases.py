@@ -26,6 +26,7 @@ from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.token_statistics import no_layer_sums, no_moments, token_statistics
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.kernels.weight_sums import relative_importance, weight_sums
@@ -170,6 +171,24 @@ def token_calls() -> Iterator[tuple[str, Call]]:
     yield "norms of 1 x 1, fp32", partial(token_norms, some(1, 1, dtype=FP32))
 
 
+def token_statistics_calls() -> Iterator[tuple[str, Call]]:
+    """With and without padding and token weights, for no layer, one, three of different widths, and eight."""
+    for s, l, c in ((1, 1, 1), (1, 7, 4096), (7, 1, 1), (300, 1, 16), (1, 5000, 64), (600, 64, 33)):
+        for widths in ((), (1,), (c, 1, 16), (4,) * 8):
+            for padded in (False, True):
+                yield (
+                    f"{s} x {l} x {c} for outputs of {widths}" + ", padded" * padded,
+                    lambda s=s, l=l, c=c, widths=widths, padded=padded: token_statistics(
+                        some(s, l, c),
+                        torch.ones(s, l, dtype=torch.bool) if padded else None,
+                        no_moments(c, torch.device("cpu")),
+                        [some(s * l, width) for width in widths],
+                        no_layer_sums(len(widths), c, torch.device("cpu")),
+                        token_weights=padded,
+                    ),
+                )
+
+
 def all_finite_calls() -> Iterator[tuple[str, Call]]:
     """One tensor and two."""
     for t, c in (*MATRICES, (0, 4)):
@@ -266,6 +285,7 @@ LAUNCHERS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "variance_factor": variance_factor_calls,
     "moments": moments_calls,
     "tokens": token_calls,
+    "token_statistics": token_statistics_calls,
     "all_finite": all_finite_calls,
     "training": training_calls,
     "coupling": coupling_calls,
