@@ -93,7 +93,8 @@ def prune_model(
         budgets: "outliers" lets blocks whose scores have more outliers keep more, with the same total: up to 0.16 more
             of a fraction, or one more of every m for n:m (:mod:`ace_triton.budgets`). Takes one more forward of a
             batch. Default: the same share in every block.
-        batch_size: sequences of token ids in one forward; None for as many as make about 2,048 tokens.
+        batch_size: sequences of token ids in one forward; None for as many as make about 2,048 tokens, or
+            16,384 on a GPU.
         include: shell patterns; only layers whose dotted name matches one are pruned. This is the only way to prune
             linear layers outside the blocks ("lm_head"). Default: all layers of the blocks.
         exclude: shell patterns of layers to leave dense. Default: none.
