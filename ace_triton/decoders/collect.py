@@ -17,6 +17,8 @@ from ..linears import as_kernel_dtype
 from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
 from ..statistics.batch import reads_tokens_once
+from ..statistics.channel_moments import ChannelMoments
+from ..statistics.deferred import read_together
 from ..statistics.outputs import OutputStats, update_outputs
 from ..statistics.statistic import Saved, Statistic, statistics
 from ..timing import Stopwatch
@@ -122,6 +124,12 @@ class InputCollector:
         """Names of the layers of each group, in the order in which groups first read an input."""
         return [group.names for group in dict.fromkeys(self._group_of.values())]
 
+    def read_numbers(self, *others: InputCollector) -> None:
+        """Read all counts and units from the device, also those of other collectors, with a single wait."""
+        groups = {id(group): group for own in (self, *others) for group in own._group_of.values()}
+        moments = [group.stats.part(ChannelMoments) for group in groups.values()]
+        read_together([*moments, *(outputs for own in (self, *others) for outputs in own._outputs.values())])
+
     def statistics(self, name: str) -> ActivationStats | None:
         """A new snapshot of a layer's statistics; None if no token reached it."""
         group = self._group_of.get(name)
@@ -146,6 +154,7 @@ class InputCollector:
         Raises:
             PruneError: if layers shared an input in one of the two and did not in the other.
         """
+        self.read_numbers(other)
         for group in dict.fromkeys(other._group_of.values()):
             own = {id(self._group_of[name]): self._group_of[name] for name in group.names if name in self._group_of}
             if not own:

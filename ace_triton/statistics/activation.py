@@ -15,7 +15,7 @@ from typing import Generic, Self, cast, overload
 import torch
 
 from ..errors import StatsError
-from ..kernels.column_scale import ColumnScale, column_scale
+from ..kernels.column_scale import CheckedScale, ColumnScale, checked_column_scale
 from ..kernels.finite_check import FiniteCheck
 from ..kernels.memory import why_not_plain
 from . import file as stats_file
@@ -305,18 +305,23 @@ class ActivationStats:
         """Wanda's n_j = sqrt(sum_t x_tj^2 / n_sequences), fp32 [in_features]."""
         return self.derive("norm", self._norm)
 
-    def _norm(self) -> torch.Tensor:
+    def _norm(self) -> CheckedScale:
         self.require_tokens()
         assert self.mean is not None
         assert self.deviation is not None
         square = torch.addcmul(self.deviation, self.mean, self.mean, value=self.count)
-        return column_scale(ColumnScale(square, self.n_sequences))
+        return checked_column_scale(ColumnScale(square, self.n_sequences))
 
-    def derive(self, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def derive(self, key: Hashable, compute: Callable[[], torch.Tensor | CheckedScale]) -> torch.Tensor:
         """A vector computed from these statistics, cached for all layers that share them."""
         if key not in self._derived:
-            self._derived[key] = compute()
-            self.finite.share(self._derived[key])
+            found = compute()
+            if isinstance(found, CheckedScale):
+                self._derived[key] = found.scale
+                self.finite.record(terms=[found.scale], flags=found.not_finite)
+            else:
+                self._derived[key] = found
+                self.finite.share(found)
         return self._derived[key]
 
     def _forget_derived(self) -> None:
@@ -335,7 +340,7 @@ class ActivationStats:
         self.require_tokens()
         assert self.deviation is not None
         variance = ColumnScale(self.deviation, self.count)
-        return self.derive("standard_deviation", lambda: column_scale(variance))
+        return self.derive("standard_deviation", lambda: checked_column_scale(variance))
 
     def require_tokens(self) -> None:
         """Raise StatsError if no token was counted."""

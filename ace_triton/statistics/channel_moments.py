@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from ..errors import StatsError
 from ..kernels.backend import backend_of_device
 from ..kernels.moments import moments
 from ..kernels.token_statistics import RunningMoments, TokenStatistics, no_moments, token_statistics
-from .deferred import Deferred
+from .deferred import Deferred, read_together
 from .statistic import Saved, Statistic, TensorForm, register_statistic
 
 ROUNDING = 1e-5
@@ -92,9 +93,15 @@ class ChannelMoments(Statistic):
 
     def read_deferred(self) -> None:
         """Read the count from the device."""
-        if self.unread is not None:
-            count, self.unread = int(self.unread.item()), None
-            self.count = count
+        read_together([self])
+
+    def numbers_on_device(self) -> torch.Tensor | None:
+        """The count, if it was not read yet."""
+        return self.unread
+
+    def set_numbers(self, numbers: Sequence[float]) -> None:
+        """Set the count."""
+        self.unread, self.count = None, int(numbers[0])
 
     def __add__(self, other: ChannelMoments) -> ChannelMoments:
         """The moments of the tokens of both (Chan, Golub and LeVeque's rule for the variance)."""

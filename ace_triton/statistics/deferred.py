@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar, overload
 
 import torch
@@ -16,6 +17,21 @@ class HasDeferred(Protocol):
 
     def read_deferred(self) -> None:
         """Read the values from the device and set the attributes."""
+
+    def numbers_on_device(self) -> torch.Tensor | None:
+        """The values that were not read yet, fp64 [n]; None if there are none."""
+
+    def set_numbers(self, numbers: Sequence[float]) -> None:
+        """Set the attributes to values that were read."""
+
+
+def read_together(holders: Iterable[HasDeferred]) -> None:
+    """Read the values of several objects, which waits for the device once."""
+    unread = [(holder, numbers) for holder in holders if (numbers := holder.numbers_on_device()) is not None]
+    read = torch.cat([numbers for _, numbers in unread]).tolist() if unread else []
+    for holder, numbers in unread:
+        own, read = read[: len(numbers)], read[len(numbers) :]
+        holder.set_numbers(own)
 
 
 class Deferred(Generic[T]):
@@ -87,10 +103,12 @@ class DeviceCounts(NamedTuple):
         unit = torch.where(self.counted > 0, self.unit, torch.where(level == 0, 1.0, level))
         return DeviceCounts(self.counted + used.sum(), unit, self.finite * level.isfinite())
 
-    def read(self) -> tuple[int, float, bool]:
-        """The numbers on the host, which waits for the device."""
-        counted, unit, finite = torch.stack([number.double() for number in self[:3]]).tolist()
-        return int(counted), unit, bool(finite)
+    @property
+    def numbers(self) -> torch.Tensor:
+        """Count, unit and whether all outputs were finite, fp64 [3]."""
+        if self.sums is not None:
+            return self.sums[self.row, :3]
+        return torch.stack([self.counted.double(), self.unit, self.finite.double()])
 
 
 def is_on_cpu(tensor: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from ..kernels.memory import why_not_plain
 from ..kernels.token_norms import token_norms
 from ..kernels.token_statistics import NEGLIGIBLE_NORM
 from ..kernels.weighted_squares import MOST_LAYERS, weighted_squares
-from .deferred import Deferred, DeviceCounts, is_on_cpu
+from .deferred import Deferred, DeviceCounts, is_on_cpu, read_together
 from .statistic import Saved, Statistic, TensorForm, is_count, register_statistic
 
 Reduce = Literal["abs", "rms"]
@@ -74,10 +74,19 @@ class OutputStats(Statistic):
             StatsError: the outputs of valid tokens hold NaN or infinity.
         """
         if self.on_device is not None:
-            count, unit, finite = self.on_device.read()
-            if not finite:
+            read_together([self])
+            if self.on_device is not None:
                 raise StatsError(NOT_FINITE)
-            self.on_device, self.count, self.unit = None, count, unit
+
+    def numbers_on_device(self) -> torch.Tensor | None:
+        """Count, unit and whether all outputs were finite, if they were not read yet."""
+        return None if self.on_device is None else self.on_device.numbers
+
+    def set_numbers(self, numbers: Sequence[float]) -> None:
+        """Set count and unit, unless the outputs were not finite."""
+        count, unit, finite = numbers
+        if finite:
+            self.on_device, self.count, self.unit = None, int(count), unit
 
     def mean_weighted_square(self) -> torch.Tensor:
         """mean_t x_tj^2 / s_t, fp64 [in_features]: the second-order term of 1 - cos."""

@@ -17,7 +17,7 @@ from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
-from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.finite import all_finite, find_not_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
@@ -102,6 +102,13 @@ def select_nm_calls() -> Iterator[tuple[str, Call]]:
     for n, m in ((1, 2), (3, 8), (5, 16)):
         yield f"{n}:{m} of 1 x {m}", partial(select_nm, some(1, m), terms(1, m, ALL_TERMS), n, m)
     yield "16:32 of 1 x 32", partial(select_nm, some(1, 32), ScoreTerms(), 16, 32)
+    for r, c in ((1, 4), (33, 48)):
+        flag = some(1, dtype=torch.int32)
+        yield f"2:4 of {r} x {c} unless", partial(select_nm, some(r, c), terms(r, c, VECTORS), 2, 4, unless=flag)
+    yield (
+        "2:4 of 4 x 1 along outputs unless",
+        partial(select_nm, some(4, 1), ScoreTerms(), 2, 4, axis="out", unless=some(1, dtype=torch.int32)),
+    )
     yield "2:4 of 0 x 4", partial(select_nm, some(0, 4), terms(0, 4, ALL_TERMS), 2, 4)
 
 
@@ -194,6 +201,8 @@ def all_finite_calls() -> Iterator[tuple[str, Call]]:
     for t, c in (*MATRICES, (0, 4)):
         yield f"{t} x {c}", partial(all_finite, some(t, c))
         yield f"{t} x {c} and {c}", partial(all_finite, some(t, c), some(c, dtype=FP32))
+        flag = some(1, dtype=torch.int32)
+        yield f"{t} x {c}, not read", partial(find_not_finite, some(t, c), also=flag)
 
 
 def training_calls() -> Iterator[tuple[str, Call]]:
