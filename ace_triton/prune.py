@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .checked_terms import UnreadCheck, read_checks, terms_of, unread_terms
 from .errors import PruneError, RecipeError
+from .kernels.backend import backend_of_device
 from .kernels.finite import all_finite
 from .kernels.finite_check import FiniteCheck
 from .kernels.score_terms import ScoreTerms, scores_reference
@@ -114,7 +116,10 @@ def prune_linear(
         check_finite(weight, label, finite)
     if model is not None:
         check_untied(layer, model, label)
-    return prune_checked(layer, weight, stats, recipe, label, finite, return_mask=return_mask)
+    unread: list[UnreadCheck] = []
+    result = prune_checked(layer, weight, stats, recipe, label, finite, return_mask=return_mask, unread=unread)
+    read_checks(unread)
+    return result
 
 
 def _check_one_layer(recipe: Recipe) -> None:
@@ -139,6 +144,7 @@ def prune_checked(
     *,
     return_mask: bool = False,
     clock: Stopwatch | None = None,
+    unread: list[UnreadCheck] | None = None,
 ) -> PruneResult:
     """:func:`prune_linear` without its checks of the weight.
 
@@ -147,6 +153,8 @@ def prune_checked(
         finite: what is known of the weight. If it was not checked for NaN and infinity yet, it is checked with the
             score's terms.
         clock: measures the update of the weights, as "update".
+        unread: takes the check of the weight and its terms if a GPU can prune without waiting for it; the caller must
+            then call :func:`read_checks`. None to wait here.
     """
     gathered = _statistics(layer, weight, stats, recipe.needs, label)
     kernel_weight = as_kernel_dtype(weight)
@@ -157,9 +165,14 @@ def prune_checked(
             chosen_mask = _solve(weight, gathered, recipe, axis, label, finite, clock)
         mask = chosen_mask if return_mask else None
         return PruneResult(label, chosen.name, str(pattern), axis, int(chosen_mask.sum()), weight.numel(), mask)
-    terms = _terms(recipe, kernel_weight, gathered, label, _known_of(weight, kernel_weight, finite))
+    known = _known_of(weight, kernel_weight, finite)
+    can_wait = kernel_weight is weight and pattern.n is not None and not return_mask
+    if unread is not None and can_wait and backend_of_device(weight.device) == "triton":
+        terms, unless = unread_terms(recipe, weight, gathered, label, finite, unread)
+    else:
+        terms, unless = terms_of(recipe, kernel_weight, gathered, label, known), None
     try:
-        mask = _select(weight, kernel_weight, terms, pattern, axis, return_mask)
+        mask = _select(weight, kernel_weight, terms, pattern, axis, return_mask, unless)
     except ValueError as error:
         raise PruneError(f"{label}: {error}") from error
     return PruneResult(label, chosen.name, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
@@ -211,81 +224,6 @@ def _check_tokens(tokens: torch.Tensor, weight: torch.Tensor, needs: Needs, labe
         raise StatsError(f"{label}: tokens on {tokens.device}, weight on {weight.device}: use tokens.to(device)")
 
 
-def _terms(
-    recipe: Recipe, weight: torch.Tensor, stats: ActivationStats | None, label: str, finite: FiniteCheck
-) -> ScoreTerms | torch.Tensor:
-    """The metric's result: terms of a score, or the scores themselves, fp32 [out_features, in_features].
-
-    Raises:
-        PruneError: the weight or the result holds NaN or infinity, or a score is negative.
-    """
-    try:
-        terms = recipe.metric.terms(weight, stats, **recipe.complete_options)
-        in_range = isinstance(terms, ScoreTerms) and _in_range(weight, terms, stats, finite)
-    except Exception as error:
-        check_finite(weight, label, finite)  # A weight that is not finite, or has no memory, explains any error.
-        if isinstance(error, StatsError):
-            raise StatsError(f"{label}: {error}") from error
-        if isinstance(error, AttributeError) and error.obj is None and stats is not None:
-            raise StatsError(
-                f"{label}: the metric {recipe.method!r} reads a statistic that was not collected ({error}): name it in "
-                "register_metric(..., needs=ace_triton.Needs(...)), as outputs=True or gram=True"
-            ) from error
-        raise
-    if not isinstance(terms, ScoreTerms):
-        check_finite(weight, label, finite)
-        return _checked_matrix(terms, weight, f"{label}: the metric {recipe.method!r}")
-    if not in_range:
-        check_finite(weight, label, finite)
-        bad = [name for name, tensor in terms.tensors.items() if not bool(tensor.isfinite().all())]
-        if bad:
-            raise PruneError(
-                f"{label}: the statistics give NaN or infinity in the score's {' and '.join(bad)}; look for overflow "
-                "in the calibration forward (run it in bfloat16 or float32)"
-            )
-        negative = [name for name, tensor in terms.tensors.items() if bool((tensor < 0).any())]
-        raise PruneError(
-            f"{label}: method {recipe.method!r} gives numbers below 0 in the score's {' and '.join(negative)}; "
-            "a score is a product of factors that are 0 or more: change the metric"
-        )
-    terms.vouch()
-    return terms
-
-
-def _in_range(weight: torch.Tensor, terms: ScoreTerms, stats: ActivationStats | None, finite: FiniteCheck) -> bool:
-    """True if the weight is finite, and the terms are finite and not below 0.
-
-    One launch or two read the tensors that no launch has checked yet. Results for vectors that layers share stay in
-    their statistics.
-    """
-    known = [check for check in (finite, terms.finite, None if stats is None else stats.finite) if check is not None]
-    return all_finite(weight, terms=terms.tensors.values(), known=FiniteCheck(*known))
-
-
-def _checked_matrix(scores: object, weight: torch.Tensor, label: str) -> torch.Tensor:
-    """A metric's own scores, fp32 and contiguous; PruneError unless each weight has a finite score of 0 or more."""
-    if not isinstance(scores, torch.Tensor):
-        raise PruneError(
-            f"{label} returned a {type(scores).__name__}; return an ace_triton.ScoreTerms, or a tensor of scores "
-            "[out_features, in_features]"
-        )
-    if scores.shape != weight.shape or scores.device != weight.device:
-        raise PruneError(
-            f"{label} returned scores of shape {tuple(scores.shape)} on {scores.device}; the weight is "
-            f"{tuple(weight.shape)} on {weight.device}"
-        )
-    matrix = scores.detach().float().contiguous()
-    if not all_finite(terms=[matrix]):
-        raise PruneError(f"{label} returned scores below 0, infinite or NaN; scores must be finite and 0 or more")
-    return matrix
-
-
-def score_matrix(recipe: Recipe, weight: torch.Tensor, stats: ActivationStats | None) -> torch.Tensor:
-    """The scores of all weights, fp32 [out_features, in_features]."""
-    scores = recipe.metric.terms(weight, stats, **recipe.complete_options)
-    return scores if isinstance(scores, torch.Tensor) else scores_reference(weight, scores)
-
-
 def _known_of(weight: torch.Tensor, copied: torch.Tensor, finite: FiniteCheck) -> FiniteCheck:
     """What is known of a copy of the weight in another dtype."""
     return FiniteCheck().record(copied) if finite.passed(weight) else FiniteCheck()
@@ -307,7 +245,7 @@ def _solve(
     scored = update is not None or chosen.solve is None
     if not scored:
         check_finite(dense, label, known)
-    terms = _terms(recipe, dense, stats, label, known) if scored else ScoreTerms()
+    terms = terms_of(recipe, dense, stats, label, known) if scored else ScoreTerms()
     try:
         solved = None if chosen.solve is None else chosen.solve(dense, stats, pattern, axis, **recipe.complete_options)
         if update is not None:
@@ -344,10 +282,11 @@ def _select(
     pattern: Sparsity,
     axis: Axis,
     want_mask: bool,
+    unless: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     if kernel_weight is weight and not want_mask:
         with _writing_to(weight):
-            _choose(weight, terms, pattern, axis, "weight")
+            _choose(weight, terms, pattern, axis, "weight", unless)
         return None
     mask = _choose(kernel_weight, terms, pattern, axis, "mask")
     with _writing_to(weight):
@@ -367,17 +306,19 @@ def _choose(
     pattern: Sparsity,
     axis: Axis,
     output: Literal["mask", "weight"],
+    unless: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Select the weights to keep: returns the mask, or sets the other weights to 0 in place and returns the weight.
 
     Args:
         terms: the terms of a score, or the scores themselves.
+        unless: as for :func:`~ace_triton.kernels.select_nm.select_nm`, for n:m.
     """
     if isinstance(terms, torch.Tensor):
         mask = _choose(terms, ScoreTerms(), pattern, axis, "mask")
         return mask if output == "mask" else weight.masked_fill_(~mask, 0)
     if pattern.n is not None and pattern.m is not None:
-        return select_nm(weight, terms, pattern.n, pattern.m, axis=axis, output=output)
+        return select_nm(weight, terms, pattern.n, pattern.m, axis=axis, output=output, unless=unless)
     if pattern.scope == "layer":
         return select_rows(weight, terms, pattern.kept_of(weight.numel()), scope="layer", output=output)
     if axis == "in":

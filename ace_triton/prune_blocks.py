@@ -25,8 +25,11 @@ from .decoders.plan import NameFilter, Plan
 from .decoders.weight_store import WeightStore
 from .dispatched.store import opened
 from .errors import ArgumentError, RecipeError
+from .kernels.backend import backend_of_device
+from .kernels.finite import find_not_finite
 from .kernels.finite_check import FiniteCheck
-from .linears import as_kernel_dtype, linear_weight
+from .kernels.weight_sums import keep_relative_importance
+from .linears import KERNEL_DTYPES, as_kernel_dtype, linear_weight
 from .model_report import ModelReport, TowerReport
 from .presets import NOT_GIVEN, NotGiven, recipe_of
 from .processes import Processes
@@ -102,7 +105,8 @@ def prune_model(
             sets the group and the rule. A layer is quantized after its update, so later blocks see quantized weights.
             Weights keep their dtype; :func:`~ace_triton.packed.pack_model.pack_model` with the same bits and group
             stores them without further loss. Default: no quantization.
-        batch_size: sequences of token ids in one forward; None for as many as make about 2,048 tokens.
+        batch_size: sequences of token ids in one forward; None for as many as make about 2,048 tokens, or
+            16,384 on a GPU.
         include: shell patterns; only layers whose dotted name matches one are pruned. This is the only way to prune
             linear layers outside the blocks ("lm_head"). Default: all layers of the blocks.
         exclude: shell patterns of layers to leave dense. Default: none.
@@ -121,8 +125,8 @@ def prune_model(
         ValueError: if the calibration set does not fit the model, a name pattern matches no layer, or the model's own
             forward changes its weights beyond repair; nothing was changed.
         PruneError: if a weight cannot be pruned (NaN or infinity, quantized); nothing was changed. Or if statistics
-            have NaN or infinity (an overflow in fp16): the blocks before that layer, and the layers before it in its
-            block, are already pruned.
+            have NaN or infinity (an overflow in fp16): that layer is not changed, but the blocks before it and other
+            layers of its block may be pruned.
     """
     recipe = recipe_of(
         method,
@@ -169,7 +173,7 @@ def prune_stored(
         towers = find_towers(model, batches[0] if batches else None)
         plan = plan_of(model, recipe, [tower for tower in towers if tower.is_reached], batches)
         with clock.measure("select"):
-            weights, finite = _checked_weights(plan, store)
+            weights, finite = _checked_weights(plan, store, recipe)
             rehearse(recipe, next(iter(weights.values())))
         processes = Processes.now()
         _check_processes(processes, recipe, batches)
@@ -218,10 +222,9 @@ def plan_of(model: nn.Module, recipe: Recipe, towers: Sequence[Tower], batches: 
     return Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, towers, stacks, layouts)
 
 
-def _tokens_of_a_batch(recipe: Recipe) -> int:
-    """Tokens of a forward; few if each is an optimizer step."""
-    fits = recipe.update is not None and recipe.update.block_epochs > 0
-    return BATCH_TOKENS if fits else TOKENS_OF_A_FORWARD
+def _tokens_of_a_batch(recipe: Recipe) -> int | None:
+    """Tokens of a forward, few if each is an optimizer step; None for the default."""
+    return BATCH_TOKENS if recipe.update is not None and recipe.update.block_epochs else None
 
 
 def _check_processes(processes: Processes, recipe: Recipe, batches: Sequence[Batch]) -> None:
@@ -242,17 +245,35 @@ def _check_processes(processes: Processes, recipe: Recipe, batches: Sequence[Bat
         )
 
 
-def _checked_weights(plan: Plan, store: WeightStore) -> tuple[dict[str, torch.Tensor], FiniteCheck]:
+def _checked_weights(plan: Plan, store: WeightStore, recipe: Recipe) -> tuple[dict[str, torch.Tensor], FiniteCheck]:
     """The weights of all layers, checked for NaN and infinity, and the check that knows them."""
     weights, finite = {}, FiniteCheck()
+    unread: list[str] = []
     for unit in plan.units:
         for name, layer in unit.layers.items():
             weights[name] = check_weight(layer, name)
             if store.finished(unit.name) is None:
-                check_finite(weights[name], name, finite)
+                if backend_of_device(weights[name].device) == "triton" and weights[name].dtype in KERNEL_DTYPES:
+                    _check_later(weights[name], recipe, finite)
+                    unread.append(name)
+                else:
+                    check_finite(weights[name], name, finite)
         for module in modules_of(plan, unit):
             store.release(module)
+    finite.read()
+    for name in unread:
+        if not finite.passed(weights[name]):
+            check_finite(weights[name], name, FiniteCheck())
     return weights, finite
+
+
+def _check_later(weight: torch.Tensor, recipe: Recipe, finite: FiniteCheck) -> None:
+    """Launch the check of a weight, and if the metric needs them, its sums in the same read; waits for nothing."""
+    scores_only = recipe.metric.solve is None and recipe.update is None
+    if recipe.needs.relative_importance and scores_only and not weight.is_inference():
+        keep_relative_importance(weight, finite)
+    else:
+        finite.record(weight, flags=find_not_finite(weight))
 
 
 def _check_model(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .block_fit import BlockFit
 from .budgets import find_budgets
+from .checked_terms import UnreadCheck, read_checks, score_matrix
 from .decoders.batches import Batch, trial_batch
 from .decoders.blocks import gated_consumers, linears_of
 from .decoders.collect import InputCollector
@@ -24,7 +25,7 @@ from .kernels.finite_check import FiniteCheck
 from .linears import as_kernel_dtype
 from .model_report import LayerReport
 from .processes import shares
-from .prune import prune_checked, score_matrix
+from .prune import prune_checked
 from .recipe import Recipe
 from .reordering.reorder import Folds, Reorderer, find_folds
 from .sparsity import Sparsity
@@ -149,8 +150,10 @@ class Selection:
         return make(0, False) if run is None else self.lanes.collect(make, run)
 
     def prune(self, unit: Unit, collector: InputCollector | None) -> None:
-        if collector is not None and collector.each_once:
-            self.called_once.add(unit.names_inside)
+        if collector is not None:
+            collector.read_numbers()
+            if collector.each_once:
+                self.called_once.add(unit.names_inside)
         pattern = self.patterns.get(unit.name, self.recipe.sparsity)
         recipe = self.recipe.for_layers(pattern)
         if self.reorderer is not None and pattern.n is not None:
@@ -181,14 +184,17 @@ class Selection:
         costs = [float(self.weights[name].numel() * self.weights[name].shape[1]) for name in chosen]
         owners = dict(zip(chosen, shares(costs, processes.size), strict=True))
         done: dict[str, LayerReport] = {}
+        unread: list[UnreadCheck] = []
         with self.clock.measure("select"):
             for name, stats in chosen.items():
                 if owners[name] == processes.rank:
+                    weight, finite, clock = self.weights[name], self.finite, self.clock
                     result = prune_checked(
-                        layers[name], self.weights[name], stats, recipe, name, self.finite, clock=self.clock
+                        layers[name], weight, stats, recipe, name, finite, clock=clock, unread=unread
                     )
                     kept = result.kept / result.total
                     done[name] = LayerReport(name, kept, result.pattern, result.axis, result.total)
+            read_checks(unread)
             for name, owner in owners.items():
                 report = processes.broadcast(done.get(name), owner)
                 assert report is not None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from . import cpu, launch
-from .finite import not_finite, not_finite_reference
+from .finite import new_flag, not_finite_reference, note_not_finite
 from .op import Op, Work, bytes_of, launch_metadata
 from .records import ColumnScale
 from .triton_import import tl, triton
@@ -30,11 +30,11 @@ __all__ = [
 
 
 class CheckedScale(NamedTuple):
-    """A column vector and flags that tell if it is a valid score term.
+    """A column vector and a flag that tells if it is a valid score term.
 
     Attributes:
         scale: fp32 [in_features].
-        not_finite: int32 [n] flags; any is non-zero if ``scale`` contains NaN, infinity or a negative number.
+        not_finite: int32 [1] flag, non-zero if ``scale`` contains NaN, infinity or a negative number.
     """
 
     scale: torch.Tensor
@@ -47,7 +47,7 @@ def column_scale(of: ColumnScale) -> torch.Tensor:
 
 
 def checked_column_scale(of: ColumnScale) -> CheckedScale:
-    """The column vector, with flags that tell if it is a valid score term."""
+    """The column vector, with a flag that tells if it is a valid score term."""
     return COLUMN_SCALE.on(*of.vectors().values())(of)
 
 
@@ -76,10 +76,10 @@ def _column_scale_triton(of: ColumnScale) -> CheckedScale:
     block = launch.column_scale(like)
     blocks = triton.cdiv(cols, block)
     scale = torch.empty(cols, dtype=torch.float32, device=like.device)
-    seen = torch.empty(blocks, dtype=torch.int32, device=like.device)
+    found = new_flag(like.device)
     if cols:
-        _scale_columns[(blocks,)](*of.parts(), scale, seen, cols, SIGN=of.sign, BLOCK=block, num_warps=1)
-    return CheckedScale(scale, seen)
+        _scale_columns[(blocks,)](*of.parts(), scale, found, cols, SIGN=of.sign, BLOCK=block, num_warps=1)
+    return CheckedScale(scale, found)
 
 
 def column_scale_work(of: ColumnScale) -> Work:
@@ -98,7 +98,7 @@ def _scale_columns(
     base_ptr,
     factor_ptr,
     scale_ptr,
-    not_finite_ptr,
+    found_ptr,
     cols,
     SIGN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -106,7 +106,7 @@ def _scale_columns(
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN)
     tl.store(scale_ptr + j, scale, mask=j < cols)
-    tl.store(not_finite_ptr + tl.program_id(0), not_finite(scale, False))
+    note_not_finite(scale, found_ptr, 1, False)
 
 
 @triton.jit

@@ -18,6 +18,12 @@ from .triton_import import tl, triton
 
 LAST_MARK = 2**31 - 1
 
+FLAGS_AT_ONCE = 16384
+"""Number of flags that are cleared in one launch."""
+
+FLAG_STRIDE = 4
+"""Elements from one flag to the next, so that all are aligned alike and a kernel compiles once."""
+
 
 def all_finite(*tensors: torch.Tensor, terms: Iterable[torch.Tensor] = (), known: FiniteCheck | None = None) -> bool:
     """True if no tensor contains NaN or infinity, and no score term contains NaN, infinity or a negative number.
@@ -43,6 +49,23 @@ def all_finite(*tensors: torch.Tensor, terms: Iterable[torch.Tensor] = (), known
         return False
     known.record(*unknown[False], terms=unknown[True])
     return True
+
+
+def find_not_finite(
+    *tensors: torch.Tensor, terms: Sequence[torch.Tensor] = (), also: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A flag for the same check, which no host has read: int32 [1], 0 if all tensors are in range.
+
+    Args:
+        tensors, terms: as for :func:`all_finite`, at least one.
+        also: a flag of an earlier check, int32 [1], that must be 0 too.
+    """
+    return FIND_NOT_FINITE.on(*tensors, *terms, also)(tensors, terms, also)
+
+
+def new_flag(device: torch.device) -> torch.Tensor:
+    """A flag, int32 [1], that is 0 and that nobody else uses. Many are cleared in one launch."""
+    return _cleared.next(device)
 
 
 def all_finite_reference(*tensors: torch.Tensor, terms: Sequence[torch.Tensor] = ()) -> bool:
@@ -72,6 +95,23 @@ def _launched(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) ->
 def _all_finite_triton(tensors: Sequence[torch.Tensor], n_signed: int) -> bool:
     """The check for contiguous tensors; those from index ``n_signed`` on are score terms."""
     found, mark = _flags.next(tensors[0].device)
+    _launch_checks(tensors, n_signed, found, mark)
+    return found.item() != mark
+
+
+def _find_triton(
+    tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor], also: torch.Tensor | None
+) -> torch.Tensor:
+    every = [tensor.detach().contiguous() for tensor in (*tensors, *terms)]
+    found = new_flag(every[0].device)
+    _launch_checks(every, len(tensors), found, 1, also)
+    return found
+
+
+def _launch_checks(
+    tensors: Sequence[torch.Tensor], n_signed: int, found: torch.Tensor, mark: int, also: torch.Tensor | None = None
+) -> None:
+    """Two tensors per launch; a kernel writes ``mark`` to ``found`` if it finds an invalid number."""
     there = [(tensor, place < n_signed) for place, tensor in enumerate(tensors) if tensor.numel()]
     for (first, signed), *second in (there[k : k + 2] for k in range(0, len(there), 2)):
         block = launch.all_finite(first)
@@ -79,20 +119,46 @@ def _all_finite_triton(tensors: Sequence[torch.Tensor], n_signed: int) -> bool:
         blocks = triton.cdiv(first.numel(), block)
         further = 0 if other is None else triton.cdiv(other.numel(), block)
         _find_non_finite[(blocks + further,)](
-            *(first, other, found, first.numel(), 0 if other is None else other.numel(), blocks, mark),
+            *(first, other, found, also, first.numel(), 0 if other is None else other.numel(), blocks, mark),
             SIGNED=signed,
             OTHER_SIGNED=other_signed,
             BLOCK=block,
             num_warps=launch.WARPS,
         )
-    return found.item() != mark
 
 
-def _work(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor]) -> Work:
+def _work(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor], also: torch.Tensor | None = None) -> Work:
     return Work(bytes_of(*tensors, *terms))
 
 
+def _find_by_reference(
+    tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor], also: torch.Tensor | None
+) -> torch.Tensor:
+    found = not_finite_reference(*(t.float().abs().flatten() for t in tensors), *(t.flatten() for t in terms))
+    return found if also is None else found | (also != 0)
+
+
 ALL_FINITE = Op("all_finite", _work, _by_reference, _all_finite_cpu, _launched)
+FIND_NOT_FINITE = Op("find_not_finite", _work, _find_by_reference, triton=_find_triton)
+
+
+class _Cleared(threading.local):
+    """Cleared flags by device and stream, and the number of those that were handed out."""
+
+    def __init__(self) -> None:
+        self._flags: dict[tuple[torch.device, int], tuple[torch.Tensor, int]] = {}
+
+    def next(self, device: torch.device) -> torch.Tensor:
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        flags, used = self._flags.get((device, stream), (None, FLAGS_AT_ONCE))
+        if flags is None or used == FLAGS_AT_ONCE:
+            with torch.inference_mode(False):
+                flags, used = torch.zeros(FLAGS_AT_ONCE * FLAG_STRIDE, dtype=torch.int32, device=device), 0
+        self._flags[device, stream] = flags, used + 1
+        return flags[used * FLAG_STRIDE : used * FLAG_STRIDE + 1]
+
+
+_cleared = _Cleared()
 
 
 class _Flags(threading.local):
@@ -123,6 +189,7 @@ def _find_non_finite(
     tensor_ptr,
     other_ptr,
     found_ptr,
+    also_ptr,
     size,
     other_size,
     blocks,
@@ -133,6 +200,8 @@ def _find_non_finite(
 ):
     """The first ``blocks`` programs check the first tensor, the others check the second one."""
     block = tl.program_id(0)
+    if also_ptr is not None:
+        tl.store(found_ptr, mark, mask=(block == 0) & (tl.load(also_ptr) != 0))
     if other_ptr is None:  # noqa: SIM114 (decided when Triton compiles)
         _check_block(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
     elif block < blocks:

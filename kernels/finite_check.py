@@ -57,6 +57,29 @@ class FiniteCheck:
                 self._results[id(tensor), is_term] = (tensor, new)
         return self
 
+    def pending(self, tensor: torch.Tensor, *, is_term: bool = False) -> bool | torch.Tensor | None:
+        """As :meth:`passed`, but the flags of a launch if they were not read yet. Never waits."""
+        result = self._find(tensor, is_term)
+        if result is None:
+            return None
+        return result.passed if result.flags is None else result.flags
+
+    def accept(self, *weights: torch.Tensor, terms: Iterable[torch.Tensor] = ()) -> None:
+        """Take over that flags which someone read were 0: the tensors that launches have checked are in range."""
+        for tensor, is_term in [*((weight, False) for weight in weights), *((term, True) for term in terms)]:
+            result = self._find(tensor, is_term)
+            if result is not None:
+                result.passed, result.flags = True, None
+
+    def read(self) -> None:
+        """Read the flags of all launches whose results are recorded here; waits for a GPU once."""
+        unread = {id(result): result for _, result in self._results.values() if result.flags is not None}
+        flags = [result.flags for result in unread.values() if result.flags is not None]
+        numbers = torch.cat(flags).tolist() if flags else []
+        for result, own in zip(unread.values(), flags, strict=True):
+            result.passed, result.flags = not any(numbers[: len(own)]), None
+            numbers = numbers[len(own) :]
+
     def share(self, term: torch.Tensor) -> None:
         """Keep the result for a score term here if a check that knows this one records it."""
         self._results[id(term), True] = (term, _Result())

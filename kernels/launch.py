@@ -153,6 +153,15 @@ def along_rows(matrix: torch.Tensor) -> Reduction:
     return Reduction(2, block_cols, _trips(math.ceil(matrix.shape[0] / 2), blocks, sum_warps(matrix.device), most=32))
 
 
+def along_rows_of(widest: torch.Tensor, matrices: int) -> Reduction:
+    """Sums along each row of ``matrices`` matrices in one launch; ``widest`` has the most columns.
+
+    As few programs as fill the GPU, because each writes partial sums over its rows, which all later programs read.
+    """
+    tile, rows = along_rows(widest), math.ceil(widest.shape[0] / 2)
+    return Reduction(tile.block_rows, tile.block_cols, max(1, rows * matrices // sum_warps(widest.device)))
+
+
 def _trips(needed: int, blocks: int, warps: int, most: int) -> int:
     """Trips per program, so that about ``warps`` programs cover all ``blocks``.
 

@@ -180,7 +180,7 @@ def _sum_moments(
     first_token = chunk * chunk_tokens
     j = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
 
-    origin = _first_valid(
+    origin = first_valid(
         *(valid_ptr, first_sequence, first_token, sequences, length, chunk_tokens), SEQUENCES, 128 * BLOCK_ROWS
     )
     start = (first_sequence + origin // chunk_tokens) * sequence_stride
@@ -244,19 +244,26 @@ def _merge_parts(
     across = tl.cdiv(cols, BLOCK_COLS)
     j = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     if tl.program_id(0) >= across:
-        place = (tl.program_id(0) // across - 1).to(tl.int64) * cols + j
-        step = tl.cast(sequences, tl.int64) * cols
-        square = tl.zeros([1, BLOCK_COLS], tl.float32)
-        for first in tl.range(0, chunks, BLOCK_PARTS):
-            chunk = first + tl.arange(0, BLOCK_PARTS)[:, None]
-            inside = (chunk < chunks) & (j < cols)
-            square += tl.sum(tl.load(squares_ptr + chunk * step + place, mask=inside, other=0.0), 0, keep_dims=True)
-        tl.store(sequence_square_ptr + place, square, mask=j < cols)
+        sequence = tl.program_id(0) // across - 1
+        merge_squares(squares_ptr, sequence_square_ptr, sequence, j, chunks, sequences, cols, BLOCK_PARTS)
     else:
         _merge_moments(
             *(counts_ptr, shifts_ptr, means_ptr, deviations_ptr, total_ptr, deviation_ptr, j, count, parts, cols),
             BLOCK_PARTS,
         )
+
+
+@triton.jit
+def merge_squares(squares_ptr, sequence_square_ptr, sequence, j, chunks, sequences, cols, BLOCK_PARTS: tl.constexpr):
+    """Sums of squares of one sequence over all its chunks, for the channels j."""
+    place = sequence.to(tl.int64) * cols + j
+    step = tl.cast(sequences, tl.int64) * cols
+    square = tl.zeros(j.shape, tl.float32)
+    for first in tl.range(0, chunks, BLOCK_PARTS):
+        chunk = first + tl.arange(0, BLOCK_PARTS)[:, None]
+        inside = (chunk < chunks) & (j < cols)
+        square += tl.sum(tl.load(squares_ptr + chunk * step + place, mask=inside, other=0.0), 0, keep_dims=True)
+    tl.store(sequence_square_ptr + place, square, mask=j < cols)
 
 
 @triton.jit
@@ -276,12 +283,12 @@ def _merge_moments(
     """Total and deviation of the channels j over all parts, in fp64: the mean first, then the deviations from it."""
     total = tl.zeros(j.shape, tl.float64)
     for first in tl.range(0, parts, BLOCK_PARTS):
-        counted, mean = _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
+        counted, mean = part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
         total += tl.sum(mean * counted, 0, keep_dims=True)
     middle = total / tl.cast(tl.maximum(count, 1), tl.float64)
     deviation = tl.zeros(j.shape, tl.float64)
     for first in tl.range(0, parts, BLOCK_PARTS):
-        counted, mean = _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
+        counted, mean = part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS)
         part = first + tl.arange(0, BLOCK_PARTS)[:, None]
         own = tl.load(deviations_ptr + part.to(tl.int64) * cols + j, mask=(part < parts) & (j < cols), other=0.0)
         apart = mean - middle
@@ -291,7 +298,7 @@ def _merge_moments(
 
 
 @triton.jit
-def _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS: tl.constexpr):
+def part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_PARTS: tl.constexpr):
     """Token counts [BLOCK_PARTS, 1] and means [BLOCK_PARTS, columns of j] of consecutive parts, in fp64."""
     part = first + tl.arange(0, BLOCK_PARTS)[:, None]
     place = part.to(tl.int64) * cols + j
@@ -302,7 +309,7 @@ def _part_means(counts_ptr, shifts_ptr, means_ptr, first, j, parts, cols, BLOCK_
 
 
 @triton.jit
-def _first_valid(
+def first_valid(
     valid_ptr,
     first_sequence,
     first_token,

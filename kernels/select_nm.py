@@ -52,6 +52,7 @@ def select_nm(
     *,
     axis: Axis = "in",
     output: Output = "weight",
+    unless: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Keep the n weights with the highest score in every group of m.
 
@@ -65,6 +66,8 @@ def select_nm(
         output: "weight" sets pruned weights to +0.0 in place and returns ``weight``. "mask" returns bool
             [out_features, in_features], True if kept. "bits" returns uint8 [out_features, ceil(in_features / 8)]; bit
             j % 8 of byte j // 8 is set if weight j of the row is kept. Only "weight" changes ``weight``.
+        unless: int32 [1] on the weight's device, or None. If it is not 0 when the kernel runs, ``weight`` stays as it
+            is. So a check of the terms needs no wait: a launch before this one writes its finding there.
 
     Raises:
         ArgumentError: if the pattern, a shape or a dtype is not supported (the message says what is), or, on the CPU,
@@ -72,8 +75,10 @@ def select_nm(
     """
     check_selection(weight, terms, output)
     check_pattern(weight, n, m, axis)
-    select = SELECT_NM.on(weight, *terms.tensors.values(), writes=(weight,) if output == "weight" else ())
-    return select(weight, terms, n, m, axis=axis, output=output)
+    if unless is not None and output != "weight":
+        raise ArgumentError(f"unless= is for output='weight', got output={output!r}")
+    select = SELECT_NM.on(weight, *terms.tensors.values(), unless, writes=(weight,) if output == "weight" else ())
+    return select(weight, terms, n, m, axis=axis, output=output, unless=unless)
 
 
 def select_nm_reference(
@@ -84,8 +89,11 @@ def select_nm_reference(
     *,
     axis: Axis = "in",
     output: Output = "weight",
+    unless: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same selection in plain torch, by a stable sort of every group."""
+    if unless is not None and bool(unless):
+        return weight
     terms.check_range()
     scores = scores_reference(weight, terms)
     grouped = scores if axis == "in" else scores.t()
@@ -124,8 +132,16 @@ def check_selection(weight: torch.Tensor, terms: ScoreTerms, output: Output) -> 
         raise ArgumentError(f"output must be 'weight', 'mask' or 'bits', got {output!r}")
 
 
+def _select_nm_cpu(
+    weight: torch.Tensor, terms: ScoreTerms, n: int, m: int, axis: Axis, output: Output, unless: torch.Tensor | None
+) -> torch.Tensor:
+    if unless is not None and bool(unless):
+        return weight
+    return cpu.select_nm(weight, terms, n, m, axis, output)
+
+
 def _select_nm_triton(
-    weight: torch.Tensor, terms: ScoreTerms, n: int, m: int, axis: Axis, output: Output
+    weight: torch.Tensor, terms: ScoreTerms, n: int, m: int, axis: Axis, output: Output, unless: torch.Tensor | None
 ) -> torch.Tensor:
     source = with_unit_stride(weight)
     out = output_like(source, output)
@@ -137,7 +153,7 @@ def _select_nm_triton(
         _select_nm_body[(grid,)](
             source,
             out,
-            *(terms.row, terms.col, terms.scale, terms.coupling),
+            *(terms.row, terms.col, terms.scale, terms.coupling, unless),
             *(rows, cols, source.stride(0), out.stride(0)),
             N=n,
             M=m,
@@ -191,11 +207,20 @@ def flops_of_scores(weight: torch.Tensor, terms: ScoreTerms) -> int:
     return weight.numel() * (terms.power - 1 + len(terms.tensors))
 
 
-def _work(weight: torch.Tensor, terms: ScoreTerms, n: int, m: int, *, axis: Axis, output: Output) -> Work:
+def _work(
+    weight: torch.Tensor,
+    terms: ScoreTerms,
+    n: int,
+    m: int,
+    *,
+    axis: Axis,
+    output: Output,
+    unless: torch.Tensor | None = None,
+) -> Work:
     return Work(bytes_of_selection(weight, terms, output), flops_of_scores(weight, terms))
 
 
-SELECT_NM = Op("select_nm", _work, select_nm_reference, cpu.select_nm, _select_nm_triton)
+SELECT_NM = Op("select_nm", _work, select_nm_reference, _select_nm_cpu, _select_nm_triton)
 
 
 @triton.jit(launch_metadata=launch_metadata)
@@ -206,6 +231,7 @@ def _select_nm_body(
     col_ptr,
     scale_ptr,
     coupling_ptr,
+    unless_ptr,
     rows,
     cols,
     stride,
@@ -232,6 +258,7 @@ def _select_nm_body(
     block = tl.program_id(0) % blocks_across
     top = tl.program_id(0) // blocks_across * (TRIPS * BLOCK_ROWS)
 
+    stored = rows if unless_ptr is None else tl.where(tl.load(unless_ptr) == 0, rows, 0)
     col_terms = ()
     scale_terms = ()
     for access in tl.static_range(ACCESSES):
@@ -279,7 +306,7 @@ def _select_nm_body(
                         piece = piece + (masked(weights[access * SPLIT + k], keep),)
                     else:
                         piece = piece + ((keep & 1).to(tl.int8),)
-                inside = (row < rows - down) & (j < cols)
+                inside = (row < stored - down) & (j < cols)
                 tl.store(out_ptr + out_start + down * out_stride + j, zipped(piece), mask=inside)
         row += BLOCK_ROWS * DOWN
         start += step * stride

@@ -10,12 +10,14 @@ for the partial sums of a large layer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import cpu, launch
-from .column_scale import ColumnScale, column_scale_reference, column_scale_work, scale_at
+from .column_scale import ColumnScale, checked_column_scale, column_scale_reference, column_scale_work, scale_at
 from .errors import ArgumentError
 from .finite import not_finite_reference, note_not_finite
 from .finite_check import FiniteCheck
@@ -76,8 +78,50 @@ def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) 
             f"the scale must have the weight's {weight.shape[1]} columns, got {scale.in_features} columns "
             f"for a weight of shape {tuple(weight.shape)}"
         )
+    kept = _kept.get(weight)
+    if kept is not None and kept.version == weight._version:
+        return kept.with_scale(scale)
     vectors = () if scale is None else scale.vectors().values()
     return RELATIVE_IMPORTANCE.on(weight, *vectors)(weight, scale)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The terms of a weight, its version counter when they were computed, and what is known of their range."""
+
+    version: int
+    row: torch.Tensor
+    col: torch.Tensor
+    finite: FiniteCheck
+
+    def with_scale(self, scale: ColumnScale | None) -> ScoreTerms:
+        """The terms with a column scale, which is all that is computed."""
+        if scale is None:
+            return ScoreTerms(self.row, self.col, finite=self.finite)
+        vector, flags = checked_column_scale(scale)
+        return ScoreTerms(
+            self.row, self.col, vector, finite=FiniteCheck(self.finite).record(terms=[vector], flags=flags)
+        )
+
+
+_kept = WeakTensorKeyDictionary()
+
+
+def keep_relative_importance(weight: torch.Tensor, finite: FiniteCheck) -> None:
+    """Compute the row and column terms of :func:`relative_importance` now.
+
+    Later calls for the same tensor then do not read the weight, until it is written. The check for NaN and infinity is
+    recorded in ``finite``, and nobody waits for it.
+    """
+    terms = RELATIVE_IMPORTANCE.on(weight)(weight, None)
+    assert terms.row is not None
+    assert terms.col is not None
+    assert terms.finite is not None
+    found = terms.finite.pending(weight)
+    flags = found if isinstance(found, torch.Tensor) else None
+    assert flags is not None or found
+    finite.record(weight, terms=[terms.row, terms.col], flags=flags)
+    _kept[weight] = _Kept(weight._version, terms.row, terms.col, finite)
 
 
 def weight_sums_reference(weight: torch.Tensor) -> WeightSums:

@@ -28,6 +28,7 @@ ORDER = [
     "methods",
     "recipe",
     "presets",
+    "checked_terms",
     "prune",
     "decoders",
     "dispatched",

@@ -67,14 +67,16 @@ def test_moments_of_one_sequence(length):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("reduce", [None, "rms"])
-def test_statistics_do_not_wait(reduce):
+def test_statistics_do_not_wait(reduce, padded):
+    valid = torch.arange(128, device="cuda").expand(2, 128) >= 28 if padded else None
     stats = ActivationStats(64, outputs=OutputStats(reduce))
     tokens, outputs = torch.randn(2, 128, 64, device="cuda"), torch.randn(2, 128, 48, device="cuda")
-    stats.update(tokens, outputs=outputs)
+    stats.update(tokens, outputs=outputs, valid=valid)
     with no_waits():
-        stats.update(tokens, outputs=outputs)
-    assert stats.outputs.count == 512
+        stats.update(tokens, outputs=outputs, valid=valid)
+    assert stats.count == stats.outputs.count == (400 if padded else 512)
 
 
 def test_stages_are_charged_with_what_they_launch():

@@ -155,7 +155,11 @@ def prune(
     bos: BosOption = _DEFAULTS.bos,
     batch_size: Annotated[
         int | None,
-        number("Number of sequences in one forward.", least=1, show_default="as many as make about 2,048 tokens"),
+        number(
+            "Number of sequences in one forward.",
+            least=1,
+            show_default="as many as make about 2,048 tokens, or 16,384 on a GPU",
+        ),
     ] = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 TOKENS_OF_A_FORWARD = 2048
-"""Number of tokens in a batch, if no batch size is given."""
+"""Number of tokens in a batch on a CPU, if no batch size is given."""
+
+TOKENS_ON_A_GPU = 16384
+"""The same on a GPU, where launches take more time than the kernels of a small batch."""
 
 TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
 """Number of sequences, and tokens per sequence, in a trial forward of the model."""
@@ -211,8 +214,13 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_in([getattr(value, entry.name) for entry in fields(value)])
 
 
+def sequences_of_a_forward(length: int, *, on_gpu: bool) -> int:
+    """Number of sequences of ``length`` tokens in a batch, if no batch size is given."""
+    return max(1, (TOKENS_ON_A_GPU if on_gpu else TOKENS_OF_A_FORWARD) // length)
+
+
 def batches_of(
-    model: nn.Module, calibration: Calibration | None, batch_size: int | None, tokens: int = TOKENS_OF_A_FORWARD
+    model: nn.Module, calibration: Calibration | None, batch_size: int | None, tokens: int | None = None
 ) -> list[Batch]:
     """Split a calibration set into batches on the model's device.
 
@@ -220,7 +228,7 @@ def batches_of(
         model: the model that the batches will run through.
         calibration: as for :func:`~ace_triton.prune_blocks.prune_model`.
         batch_size: sequences per batch; None for as many as make about ``tokens`` tokens.
-        tokens: tokens of a batch if ``batch_size`` is None.
+        tokens: tokens of a batch if ``batch_size`` is None; None for :func:`sequences_of_a_forward`.
 
     Raises:
         ArgumentError: if the inputs, the mask or the batch size are invalid for this model.
@@ -242,7 +250,9 @@ def batches_of(
         raise ArgumentError(
             f"calibration sequences have {ids.shape[1]} tokens, but the model takes at most {longest}: use shorter ones"
         )
-    batch_size = batch_size or max(1, tokens // ids.shape[1])
+    if batch_size is None and tokens is not None:
+        batch_size = max(1, tokens // ids.shape[1])
+    batch_size = batch_size or sequences_of_a_forward(ids.shape[1], on_gpu=device.type == "cuda")
     parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
     return [Batch.of_ids(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
 

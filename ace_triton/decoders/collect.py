@@ -16,6 +16,9 @@ from ..errors import PruneError, StatsError
 from ..linears import as_kernel_dtype
 from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
+from ..statistics.batch import reads_tokens_once
+from ..statistics.channel_moments import ChannelMoments
+from ..statistics.deferred import read_together
 from ..statistics.outputs import OutputStats, update_outputs
 from ..statistics.statistic import Saved, Statistic, statistics
 from ..timing import Stopwatch
@@ -43,6 +46,7 @@ class _Reading:
         names: names of the layers that read this tensor.
         before: the group's statistics without this tensor, if another tensor created the group in this batch.
         outputs: pending outputs by layer, each with its version counter.
+        without_moments: True while the group's moments lack this tensor. They are added with the outputs.
     """
 
     tensor: torch.Tensor
@@ -52,6 +56,7 @@ class _Reading:
     names: set[str]
     before: ActivationStats | None = None
     outputs: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    without_moments: bool = False
 
     def matches(self, tensor: torch.Tensor) -> bool:
         """True if ``tensor`` is the tensor that was read, and unchanged since."""
@@ -119,6 +124,12 @@ class InputCollector:
         """Names of the layers of each group, in the order in which groups first read an input."""
         return [group.names for group in dict.fromkeys(self._group_of.values())]
 
+    def read_numbers(self, *others: InputCollector) -> None:
+        """Read all counts and units from the device, also those of other collectors, with a single wait."""
+        groups = {id(group): group for own in (self, *others) for group in own._group_of.values()}
+        moments = [group.stats.part(ChannelMoments) for group in groups.values()]
+        read_together([*moments, *(outputs for own in (self, *others) for outputs in own._outputs.values())])
+
     def statistics(self, name: str) -> ActivationStats | None:
         """A new snapshot of a layer's statistics; None if no token reached it."""
         group = self._group_of.get(name)
@@ -143,6 +154,7 @@ class InputCollector:
         Raises:
             PruneError: if layers shared an input in one of the two and did not in the other.
         """
+        self.read_numbers(other)
         for group in dict.fromkeys(other._group_of.values()):
             own = {id(self._group_of[name]): self._group_of[name] for name in group.names if name in self._group_of}
             if not own:
@@ -270,8 +282,12 @@ class InputCollector:
             stats = ActivationStats(width, parts=parts)
             group = self._group_of[name] = _Group([name], stats)
         tokens, valid = self._sequences(tensor)
-        group.stats.update(tokens, valid=valid)
         reading = _Reading(tensor, tensor._version, group, is_first, {name}, before)
+        reading.without_moments = self._needs.outputs and reads_tokens_once(tokens)
+        if reading.without_moments:
+            group.stats.update_without_moments(tokens, valid)
+        else:
+            group.stats.update(tokens, valid=valid)
         self._readings.append(reading)
         return reading
 
@@ -292,11 +308,16 @@ class InputCollector:
                 intact = output if output._version == version else self._layers[name].forward(reading.tensor)
                 outputs.append(as_kernel_dtype(intact))
                 self._outputs.setdefault(name, OutputStats(self._needs.reduce))
+            stats = [self._outputs[name] for name in names]
             try:
-                update_outputs([self._outputs[name] for name in names], tokens, outputs, valid)
+                if reading.without_moments:
+                    reading.group.stats.add_with_outputs(stats, tokens, outputs, valid)
+                else:
+                    update_outputs(stats, tokens, outputs, valid)
             except StatsError as error:
                 raise PruneError(f"{', '.join(names)}: {error}") from error
             reading.outputs.clear()
+            reading.without_moments = False
 
     def _sequences(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """An input as [n_sequences, length, in_features], and its padding mask.

@@ -30,7 +30,13 @@ Epsilon = Annotated[float, Range(above=0, below=1)]
 
 
 def _cosp_needs(options: Mapping[str, Any]) -> Needs:
-    return Needs(outputs=True, reduce=None if options["reduce"] == "exact" else options["reduce"])
+    reduce = None if options["reduce"] == "exact" else options["reduce"]
+    relative = (options["base"] if "base" in options else options["prefactor"]) in ("relative", "ria")
+    return Needs(outputs=True, reduce=reduce, relative_importance=relative)
+
+
+def _varp_needs(options: Mapping[str, Any]) -> Needs:
+    return Needs(relative_importance=options["base"] == "ria")
 
 
 @register_metric("cosp", _cosp_needs)
@@ -58,7 +64,7 @@ def cosp(
     return _times_cosine(weight, stats, prefactor or ("none" if reduce == "exact" else "wanda"), reduce)
 
 
-@register_metric("varp")
+@register_metric("varp", _varp_needs)
 def varp(
     weight: torch.Tensor,
     stats: ActivationStats,

@@ -48,6 +48,8 @@ class Needs:
         sample: some of the input's tokens.
         parts: other statistics of the layer's input: classes that are registered with
             :func:`~ace_triton.statistics.statistic.register_statistic`.
+        relative_importance: the metric calls :func:`~ace_triton.kernels.weight_sums.relative_importance`. On a GPU,
+            ``prune_model`` then sums each weight in the pass that checks it, and reads it once less.
 
     Raises:
         StatsError: if one of ``parts`` is not registered, or needs a layer's outputs.
@@ -61,6 +63,7 @@ class Needs:
     gram: bool = False
     sample: bool = False
     parts: Sequence[type[Statistic]] = ()
+    relative_importance: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", input_statistics(self.parts))

@@ -23,7 +23,7 @@ def wanda(weight: torch.Tensor, stats: ActivationStats) -> ScoreTerms:
     return ScoreTerms(scale=stats.norm)
 
 
-@register_metric("ria")
+@register_metric("ria", Needs(relative_importance=True))
 def ria(weight: torch.Tensor, stats: ActivationStats, a: float = 0.5) -> ScoreTerms:
     """(|W_ij| / C_j + |W_ij| / R_i) n_j^a (Zhang et al., "Plug-and-Play", ICLR 2024).
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..decoders.batches import TOKENS_OF_A_FORWARD
+from ..decoders.batches import sequences_of_a_forward
 from ..decoders.parts_of_logits import PART
 from ..methods.registry import metric
 from ..recipe import Recipe
@@ -38,6 +38,7 @@ class Calibrated:
         text_tokens: tokens of the text that the sequences are cut from; 0 if the model writes it, None if the sequences
             are given and not checked.
         in_files: True if the hidden states are kept in files.
+        on_gpu: True if the model runs on a GPU.
     """
 
     samples: int
@@ -45,11 +46,12 @@ class Calibrated:
     batch_size: int | None = None
     text_tokens: int | None = None
     in_files: bool = False
+    on_gpu: bool = False
 
     @property
     def batch_tokens(self) -> int:
         """Tokens in one forward."""
-        sequences = self.batch_size or max(1, TOKENS_OF_A_FORWARD // self.length)
+        sequences = self.batch_size or sequences_of_a_forward(self.length, on_gpu=self.on_gpu)
         return min(self.samples, sequences) * self.length
 
 
@@ -155,10 +157,11 @@ class Need:
 
     def device(self) -> Memory:
         """The memory of a GPU that the whole model is loaded on, without what the driver takes."""
-        weights, there = self.weight_bytes, replace(self, on_gpu=True)
+        calibrated = None if self.calibrated is None else replace(self.calibrated, on_gpu=True)
+        weights, there = self.weight_bytes, replace(self, on_gpu=True, calibrated=calibrated)
         phases = {"load the model": weights}
-        phases |= {name: weights + size for name, size in self._of_text().items() if name != "tokenize the text"}
-        phases["prune"] = weights + self._hidden_bytes() + there._most_of_a_unit()
+        phases |= {name: weights + size for name, size in there._of_text().items() if name != "tokenize the text"}
+        phases["prune"] = weights + there._hidden_bytes() + there._most_of_a_unit()
         return Memory(phases, {})
 
     def _of_text(self) -> dict[str, int]:

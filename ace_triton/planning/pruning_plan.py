@@ -135,7 +135,8 @@ def plan_pruning(
         recipe: a :class:`~ace_triton.recipe.Recipe`, or the name of a preset or of a method.
         samples: number of calibration sequences.
         length: tokens in each.
-        batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
+        batch_size: sequences in one forward; None for as many as make about 2,048 tokens, or
+            16,384 on a GPU.
         text: name of the calibration text, as ``--calibration`` takes it, whose tokens and check are counted too; None
             if the sequences are given to :func:`~ace_triton.prune_blocks.prune_model`. A dataset is not read.
         out: folder for the output; None if none is known.

@@ -8,17 +8,18 @@ layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Generic, Self, cast, overload
 
 import torch
 
 from ..errors import StatsError
-from ..kernels.column_scale import ColumnScale, column_scale
+from ..kernels.column_scale import CheckedScale, ColumnScale, checked_column_scale
 from ..kernels.finite_check import FiniteCheck
 from ..kernels.memory import why_not_plain
 from . import file as stats_file
+from .batch import add_batch
 from .channel_moments import ChannelMoments
 from .gram import Gram
 from .outputs import OutputStats, Reduce
@@ -167,21 +168,54 @@ class ActivationStats:
                 if outputs is None
                 else "outputs were given, but these statistics do not include outputs: create them with layer="
             )
+        self._update_parts(tokens, valid, None if outputs is None else [outputs])
+
+    @torch.no_grad()
+    def update_without_moments(self, tokens: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Add a batch to all parts but the moments, which :meth:`add_with_outputs` then adds."""
+        self._check_tokens(tokens)
+        self._update_parts(tokens, valid, None, moments=False)
+
+    @torch.no_grad()
+    def add_with_outputs(
+        self,
+        stats: Sequence[OutputStats],
+        tokens: torch.Tensor,
+        outputs: Sequence[torch.Tensor],
+        valid: torch.Tensor | None,
+    ) -> None:
+        """Add a batch to the moments, and the outputs of the layers that read it to ``stats``, one for each layer."""
+        add_batch(self._moments, stats, tokens, outputs, valid)
+        self._forget_derived()
+
+    def _update_parts(
+        self,
+        tokens: torch.Tensor,
+        valid: torch.Tensor | None,
+        outputs: Sequence[torch.Tensor] | None,
+        *,
+        moments: bool = True,
+    ) -> None:
+        """Update the parts; all of them as before if one refuses the batch."""
         before = {kind: copy.copy(part) for kind, part in self.parts.items() if not part.in_place}
         try:
-            self._update_parts(tokens, outputs, valid)
+            self._update_each(tokens, valid, outputs, moments)
         except BaseException:
             self.parts |= before
             raise
         self._forget_derived()
 
-    def _update_parts(self, tokens: torch.Tensor, outputs: torch.Tensor | None, valid: torch.Tensor | None) -> None:
-        """Update all parts. Those that change a tensor in place come last, when no other part can refuse the batch."""
-        for part in self.parts.values():
-            if not part.in_place and part is not self.outputs:
+    def _update_each(
+        self, tokens: torch.Tensor, valid: torch.Tensor | None, outputs: Sequence[torch.Tensor] | None, moments: bool
+    ) -> None:
+        """Those that change a tensor in place come last, when no other part can refuse the batch."""
+        together = {ChannelMoments, OutputStats}
+        for kind, part in self.parts.items():
+            if not part.in_place and kind not in together:
                 part.update(tokens, valid)
-        if self.outputs is not None:
-            self.outputs.update(tokens, valid, outputs=outputs)
+        if moments:
+            stats = [] if self.outputs is None else [self.outputs]
+            add_batch(self._moments, stats, tokens, outputs or [], valid)
         for part in self.parts.values():
             if part.in_place:
                 part.update(tokens, valid)
@@ -271,18 +305,23 @@ class ActivationStats:
         """Wanda's n_j = sqrt(sum_t x_tj^2 / n_sequences), fp32 [in_features]."""
         return self.derive("norm", self._norm)
 
-    def _norm(self) -> torch.Tensor:
+    def _norm(self) -> CheckedScale:
         self.require_tokens()
         assert self.mean is not None
         assert self.deviation is not None
         square = torch.addcmul(self.deviation, self.mean, self.mean, value=self.count)
-        return column_scale(ColumnScale(square, self.n_sequences))
+        return checked_column_scale(ColumnScale(square, self.n_sequences))
 
-    def derive(self, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def derive(self, key: Hashable, compute: Callable[[], torch.Tensor | CheckedScale]) -> torch.Tensor:
         """A vector computed from these statistics, cached for all layers that share them."""
         if key not in self._derived:
-            self._derived[key] = compute()
-            self.finite.share(self._derived[key])
+            found = compute()
+            if isinstance(found, CheckedScale):
+                self._derived[key] = found.scale
+                self.finite.record(terms=[found.scale], flags=found.not_finite)
+            else:
+                self._derived[key] = found
+                self.finite.share(found)
         return self._derived[key]
 
     def _forget_derived(self) -> None:
@@ -301,7 +340,7 @@ class ActivationStats:
         self.require_tokens()
         assert self.deviation is not None
         variance = ColumnScale(self.deviation, self.count)
-        return self.derive("standard_deviation", lambda: column_scale(variance))
+        return self.derive("standard_deviation", lambda: checked_column_scale(variance))
 
     def require_tokens(self) -> None:
         """Raise StatsError if no token was counted."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 
 from ..errors import StatsError
+from ..kernels.backend import backend_of_device
 from ..kernels.moments import moments
+from ..kernels.token_statistics import RunningMoments, TokenStatistics, no_moments, token_statistics
+from .deferred import Deferred, read_together
 from .statistic import Saved, Statistic, TensorForm, register_statistic
 
 ROUNDING = 1e-5
@@ -30,11 +34,15 @@ class ChannelMoments(Statistic):
     """
 
     in_features: int
-    count: int = 0
+    count: Deferred[int] = Deferred(0)  # noqa: RUF009 (a descriptor)
     mean: torch.Tensor | None = None
     deviation: torch.Tensor | None = None
     squares: tuple[torch.Tensor, ...] = ()
     counts: tuple[torch.Tensor, ...] = ()
+    running: RunningMoments | None = field(default=None, init=False, repr=False, compare=False)
+    """Count, mean and deviation as a kernel returned them."""
+    unread: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    """The count on the device, while the host does not know it; None afterwards."""
 
     forms: ClassVar = {
         "mean": TensorForm("j", (torch.float64,), signed=True),
@@ -47,6 +55,10 @@ class ChannelMoments(Statistic):
     @torch.no_grad()
     def update(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Add a batch."""
+        if backend_of_device(tokens.device) == "triton" and tokens.numel():
+            found = token_statistics(tokens, valid, self.before(tokens))
+            self.set_running(found, None if valid is not None else tokens.shape[:-1].numel())
+            return
         batch = moments(tokens, valid)
         mean = batch.total / max(batch.count, 1)
         both = self + ChannelMoments(
@@ -54,6 +66,42 @@ class ChannelMoments(Statistic):
         )
         self.count, self.mean, self.deviation = both.count, both.mean, both.deviation
         self.squares, self.counts = both.squares, both.counts
+
+    def before(self, tokens: torch.Tensor) -> RunningMoments:
+        """The running moments to which a kernel adds ``tokens``."""
+        if self.mean is None or self.deviation is None:
+            return no_moments(self.in_features, tokens.device)
+        known = self.running
+        if known is not None and known.mean is self.mean and known.deviation is self.deviation:
+            return known
+        count = torch.full((1,), self.count, dtype=torch.float64, device=tokens.device)
+        return RunningMoments(count, self.mean, self.deviation)
+
+    def set_running(self, found: TokenStatistics, n_tokens: int | None) -> None:
+        """Take over what a kernel computed.
+
+        Args:
+            found: the moments of all batches, and the squares of the new one.
+            n_tokens: number of tokens of the batch; None if only the device knows it, since some are padding.
+        """
+        if n_tokens is None or self.unread is not None:
+            self.unread = found.moments.count
+        else:
+            self.count += n_tokens
+        self.running, self.mean, self.deviation = found.moments, found.moments.mean, found.moments.deviation
+        self.squares, self.counts = (*self.squares, found.sequence_square), (*self.counts, found.sequence_count)
+
+    def read_deferred(self) -> None:
+        """Read the count from the device."""
+        read_together([self])
+
+    def numbers_on_device(self) -> torch.Tensor | None:
+        """The count, if it was not read yet."""
+        return self.unread
+
+    def set_numbers(self, numbers: Sequence[float]) -> None:
+        """Set the count."""
+        self.unread, self.count = None, int(numbers[0])
 
     def __add__(self, other: ChannelMoments) -> ChannelMoments:
         """The moments of the tokens of both (Chan, Golub and LeVeque's rule for the variance)."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar, overload
 
 import torch
+
+from ..kernels.token_statistics import NUMBERS
 
 T = TypeVar("T")
 
@@ -14,6 +17,21 @@ class HasDeferred(Protocol):
 
     def read_deferred(self) -> None:
         """Read the values from the device and set the attributes."""
+
+    def numbers_on_device(self) -> torch.Tensor | None:
+        """The values that were not read yet, fp64 [n]; None if there are none."""
+
+    def set_numbers(self, numbers: Sequence[float]) -> None:
+        """Set the attributes to values that were read."""
+
+
+def read_together(holders: Iterable[HasDeferred]) -> None:
+    """Read the values of several objects, which waits for the device once."""
+    unread = [(holder, numbers) for holder in holders if (numbers := holder.numbers_on_device()) is not None]
+    read = torch.cat([numbers for _, numbers in unread]).tolist() if unread else []
+    for holder, numbers in unread:
+        own, read = read[: len(numbers)], read[len(numbers) :]
+        holder.set_numbers(own)
 
 
 class Deferred(Generic[T]):
@@ -44,14 +62,21 @@ class DeviceCounts(NamedTuple):
     """Count and unit of token-weighted statistics, on their device.
 
     Attributes:
-        counted: 0-d int64, number of tokens with a weight.
+        counted: 0-d, number of tokens with a weight.
         unit: 0-d fp64, the numerator of the token weights.
-        finite: 0-d bool, True if all outputs were finite.
+        finite: 0-d, true if all outputs were finite.
+        sums: the running sums that :func:`~ace_triton.kernels.token_statistics.token_statistics` returned for several
+            layers, if the counts are from there.
+        row: the layer's row in ``sums``.
+        square: the layer's vector in ``sums``, fp64 [in_features].
     """
 
     counted: torch.Tensor
     unit: torch.Tensor
     finite: torch.Tensor
+    sums: torch.Tensor | None = None
+    row: int = 0
+    square: torch.Tensor | None = None
 
     @classmethod
     def of(cls, count: int, unit: float, device: torch.device) -> DeviceCounts:
@@ -62,6 +87,12 @@ class DeviceCounts(NamedTuple):
             torch.ones((), dtype=torch.bool, device=device),
         )
 
+    @classmethod
+    def of_sums(cls, sums: torch.Tensor, row: int, in_features: int) -> DeviceCounts:
+        """From the running sums of a layer."""
+        counted, unit, finite, *_ = sums[row, :NUMBERS].unbind()
+        return cls(counted, unit, finite, sums, row, sums[row, NUMBERS : NUMBERS + in_features])
+
     def add(self, level: torch.Tensor, used: torch.Tensor) -> DeviceCounts:
         """The counts with one more batch. The first batch with a used token sets the unit.
 
@@ -70,12 +101,14 @@ class DeviceCounts(NamedTuple):
             used: bool, True for each token that gets a weight.
         """
         unit = torch.where(self.counted > 0, self.unit, torch.where(level == 0, 1.0, level))
-        return DeviceCounts(self.counted + used.sum(), unit, self.finite & level.isfinite())
+        return DeviceCounts(self.counted + used.sum(), unit, self.finite * level.isfinite())
 
-    def read(self) -> tuple[int, float, bool]:
-        """The numbers on the host, which waits for the device."""
-        counted, unit, finite = torch.stack([number.double() for number in self]).tolist()
-        return int(counted), unit, bool(finite)
+    @property
+    def numbers(self) -> torch.Tensor:
+        """Count, unit and whether all outputs were finite, fp64 [3]."""
+        if self.sums is not None:
+            return self.sums[self.row, :3]
+        return torch.stack([self.counted.double(), self.unit, self.finite.double()])
 
 
 def is_on_cpu(tensor: torch.Tensor) -> bool:

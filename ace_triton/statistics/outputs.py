@@ -13,14 +13,12 @@ from ..errors import StatsError
 from ..kernels.coupling import coupling
 from ..kernels.memory import why_not_plain
 from ..kernels.token_norms import token_norms
+from ..kernels.token_statistics import NEGLIGIBLE_NORM
 from ..kernels.weighted_squares import MOST_LAYERS, weighted_squares
-from .deferred import Deferred, DeviceCounts, is_on_cpu
+from .deferred import Deferred, DeviceCounts, is_on_cpu, read_together
 from .statistic import Saved, Statistic, TensorForm, is_count, register_statistic
 
 Reduce = Literal["abs", "rms"]
-
-NEGLIGIBLE_NORM = 1e-8
-"""CosP ignores tokens whose squared output norm is below this share of the batch's mean."""
 
 NOT_FINITE = (
     "the layer's outputs hold NaN or infinity; look for overflow in the calibration forward (run it in bfloat16 or "
@@ -76,10 +74,19 @@ class OutputStats(Statistic):
             StatsError: the outputs of valid tokens hold NaN or infinity.
         """
         if self.on_device is not None:
-            count, unit, finite = self.on_device.read()
-            if not finite:
+            read_together([self])
+            if self.on_device is not None:
                 raise StatsError(NOT_FINITE)
-            self.on_device, self.count, self.unit = None, count, unit
+
+    def numbers_on_device(self) -> torch.Tensor | None:
+        """Count, unit and whether all outputs were finite, if they were not read yet."""
+        return None if self.on_device is None else self.on_device.numbers
+
+    def set_numbers(self, numbers: Sequence[float]) -> None:
+        """Set count and unit, unless the outputs were not finite."""
+        count, unit, finite = numbers
+        if finite:
+            self.on_device, self.count, self.unit = None, int(count), unit
 
     def mean_weighted_square(self) -> torch.Tensor:
         """mean_t x_tj^2 / s_t, fp64 [in_features]: the second-order term of 1 - cos."""
@@ -216,7 +223,7 @@ def update_outputs(
     flat = tokens.reshape(-1, tokens.shape[-1])
     rows, counts = [], []
     for stat, output in zip(stats, outputs, strict=True):
-        _check_outputs(stat, tokens, output)
+        check_outputs(stat, tokens, output)
         norms = token_norms(output.reshape(-1, output.shape[-1]))
         used = torch.ones_like(norms, dtype=torch.bool) if valid is None else valid.reshape(-1)
         level = (torch.where(used, norms, 0.0).sum() / used.sum().clamp(min=1)).double()
@@ -241,7 +248,7 @@ def update_outputs(
                 stat.read_deferred()
 
 
-def _check_outputs(stat: OutputStats, tokens: torch.Tensor, output: torch.Tensor) -> None:
+def check_outputs(stat: OutputStats, tokens: torch.Tensor, output: torch.Tensor) -> None:
     """Raise StatsError if a layer's output does not match ``tokens``."""
     if (why := why_not_plain(output)) is not None:
         raise StatsError(f"the outputs' tensor {why}")

@@ -251,7 +251,8 @@ def prune_checkpoint(
         recipe: a :class:`~ace_triton.recipe.Recipe`, or the name of a preset or of a method.
         dtype: dtype of the weights; "auto" keeps the checkpoint's.
         device: where blocks run and are pruned, one at a time, and what is outside the blocks lies.
-        batch_size: sequences in one forward; None for as many as make about 2,048 tokens.
+        batch_size: sequences in one forward; None for as many as make about 2,048 tokens, or
+            16,384 on a GPU.
         trust_remote_code: run Python code that comes with the checkpoint.
         packed: write a packed checkpoint (:func:`~ace_triton.packed.saving.save_packed`); for n:m only.
         overwrite: replace ``out`` if ace-triton wrote it.

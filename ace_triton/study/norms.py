@@ -6,7 +6,7 @@ from typing import get_args
 
 import torch
 
-from ..decoders.batches import TOKENS_OF_A_FORWARD, Batch
+from ..decoders.batches import Batch, sequences_of_a_forward
 from ..decoders.blocks import find_blocks, linears_of
 from ..decoders.calibration_mode import calibration_mode
 from ..decoders.collect import InputCollector
@@ -36,7 +36,7 @@ def model_norms(model: torch.nn.Module, ids: torch.Tensor) -> ModelNorms:
     clock = Stopwatch(ids.device)
     collector = InputCollector(layers, Needs(), clock)
     device = next(model.parameters()).device
-    parts = ids.to(device).split(max(1, TOKENS_OF_A_FORWARD // ids.shape[1]))
+    parts = ids.to(device).split(sequences_of_a_forward(ids.shape[1], on_gpu=device.type == "cuda"))
     with calibration_mode(model):
         WholeForward(model, [Batch.of_ids(part) for part in parts], clock).run_all(collector)
     found = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ace_triton.decoders.batches import TOKENS_OF_A_FORWARD
+from ace_triton.decoders.batches import sequences_of_a_forward
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Workbench
 from ace_triton.timing import Seconds
@@ -27,6 +27,6 @@ class PublishedWorkbench(Workbench):
         if ids is None or pattern.n is None or pattern.m is None or cell.recipe.options:
             raise ValueError(f"{cell}: a published form needs an n:m pattern and calibration, and takes no options")
         ids = ids.to(self.model.device)
-        batch_size = max(1, TOKENS_OF_A_FORWARD // ids.shape[1])
+        batch_size = sequences_of_a_forward(ids.shape[1], on_gpu=ids.is_cuda)
         seconds = published_model.prune_model(self.model, ids, cell.recipe.method, pattern.n, pattern.m, batch_size)
         return pattern.n / pattern.m, seconds

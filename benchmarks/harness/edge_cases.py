@@ -17,7 +17,7 @@ from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
-from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.finite import all_finite, find_not_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
@@ -26,6 +26,7 @@ from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.token_statistics import no_layer_sums, no_moments, token_statistics
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.kernels.weight_sums import relative_importance, weight_sums
@@ -101,6 +102,13 @@ def select_nm_calls() -> Iterator[tuple[str, Call]]:
     for n, m in ((1, 2), (3, 8), (5, 16)):
         yield f"{n}:{m} of 1 x {m}", partial(select_nm, some(1, m), terms(1, m, ALL_TERMS), n, m)
     yield "16:32 of 1 x 32", partial(select_nm, some(1, 32), ScoreTerms(), 16, 32)
+    for r, c in ((1, 4), (33, 48)):
+        flag = some(1, dtype=torch.int32)
+        yield f"2:4 of {r} x {c} unless", partial(select_nm, some(r, c), terms(r, c, VECTORS), 2, 4, unless=flag)
+    yield (
+        "2:4 of 4 x 1 along outputs unless",
+        partial(select_nm, some(4, 1), ScoreTerms(), 2, 4, axis="out", unless=some(1, dtype=torch.int32)),
+    )
     yield "2:4 of 0 x 4", partial(select_nm, some(0, 4), terms(0, 4, ALL_TERMS), 2, 4)
 
 
@@ -170,11 +178,31 @@ def token_calls() -> Iterator[tuple[str, Call]]:
     yield "norms of 1 x 1, fp32", partial(token_norms, some(1, 1, dtype=FP32))
 
 
+def token_statistics_calls() -> Iterator[tuple[str, Call]]:
+    """With and without padding and token weights, for no layer, one, three of different widths, and eight."""
+    for s, l, c in ((1, 1, 1), (1, 7, 4096), (7, 1, 1), (300, 1, 16), (1, 5000, 64), (600, 64, 33)):
+        for widths in ((), (1,), (c, 1, 16), (4,) * 8):
+            for padded in (False, True):
+                yield (
+                    f"{s} x {l} x {c} for outputs of {widths}" + ", padded" * padded,
+                    lambda s=s, l=l, c=c, widths=widths, padded=padded: token_statistics(
+                        some(s, l, c),
+                        torch.ones(s, l, dtype=torch.bool) if padded else None,
+                        no_moments(c, torch.device("cpu")),
+                        [some(s * l, width) for width in widths],
+                        no_layer_sums(len(widths), c, torch.device("cpu")),
+                        token_weights=padded,
+                    ),
+                )
+
+
 def all_finite_calls() -> Iterator[tuple[str, Call]]:
     """One tensor and two."""
     for t, c in (*MATRICES, (0, 4)):
         yield f"{t} x {c}", partial(all_finite, some(t, c))
         yield f"{t} x {c} and {c}", partial(all_finite, some(t, c), some(c, dtype=FP32))
+        flag = some(1, dtype=torch.int32)
+        yield f"{t} x {c}, not read", partial(find_not_finite, some(t, c), also=flag)
 
 
 def training_calls() -> Iterator[tuple[str, Call]]:
@@ -266,6 +294,7 @@ LAUNCHERS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "variance_factor": variance_factor_calls,
     "moments": moments_calls,
     "tokens": token_calls,
+    "token_statistics": token_statistics_calls,
     "all_finite": all_finite_calls,
     "training": training_calls,
     "coupling": coupling_calls,

@@ -21,6 +21,7 @@ from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.token_statistics import no_layer_sums, no_moments, token_statistics
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.kernels.weight_sums import relative_importance, weight_sums
@@ -111,6 +112,22 @@ def moments_case(dtype: torch.dtype, masked: bool = False) -> Case:
     name = "moments, padding left out" if masked else "moments"
     elements = TOKENS[0] * TOKENS[1] * TOKENS[2]
     return Case(name, dtype, lambda: moments(torch.empty(TOKENS, dtype=dtype), valid), elements, size, size)
+
+
+def token_statistics_cases(dtype: torch.dtype, layers: int) -> Iterator[Case]:
+    """All statistics of a batch of long sequences that square layers read: the norms, the sums and their merge."""
+    sequences, length, width = TOKENS
+    size, cpu = dtype.itemsize, torch.device("cpu")
+
+    def call() -> object:
+        outputs = [torch.empty(sequences * length, width, dtype=dtype) for _ in range(layers)]
+        sums = no_layer_sums(layers, width, cpu)
+        return token_statistics(torch.empty(TOKENS, dtype=dtype), None, no_moments(width, cpu), outputs, sums)
+
+    elements = sequences * length * width
+    name = f"token_statistics, {layers} layer{'s' * (layers > 1)}"
+    yield Case(f"{name}, norms", dtype, call, elements * layers, size, size)
+    yield Case(f"{name}, sums", dtype, call, elements, size, size, launch=1)
 
 
 def weight_sums_case(dtype: torch.dtype) -> Case:
@@ -283,6 +300,8 @@ def every_case() -> Iterator[Case]:
             yield select_rows_case(dtype, cols)
         yield moments_case(dtype)
         yield moments_case(dtype, masked=True)
+        for layers in (1, 3):
+            yield from token_statistics_cases(dtype, layers)
         yield weight_sums_case(dtype)
         yield _over_tokens("token_norms", dtype, token_norms)
         for layers in (1, 3):

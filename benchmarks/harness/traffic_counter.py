@@ -25,12 +25,18 @@ class Traffic:
         read, written: bytes, each counted once per launch.
         issued: bytes of all loads and stores, including repeats; torch operations count once.
         launches: number of Triton kernels and of torch operations that touch data.
+        waits: number of times that the host reads from the device, or needs a number from it to size a result.
     """
 
     read: int = 0
     written: int = 0
     issued: int = 0
     launches: int = 0
+    waits: int = 0
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
+"""Operations for which a GPU's host waits. An index by a bool tensor waits too."""
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Counter(TorchDispatchMode):
         inputs = {id(t): t for t in _tensors(arguments)}
         outputs = {id(t): t for t in _tensors(result)}
         name = operation.overloadpacket.__name__
+        self.traffic.waits += name in WAITING or (name == "index" and _has_bool_index(arguments))
         if name.startswith(("empty", "new_empty")) or (not outputs and name == "_local_scalar_dense"):
             return
         if name in ("scatter_", "index_put_"):
@@ -73,7 +80,11 @@ class Counter(TorchDispatchMode):
         loads: list[tuple[np.ndarray, int]] = []
         stores: list[tuple[np.ndarray, int]] = []
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-        run = GridExecutor.__call__
+        run, as_list = GridExecutor.__call__, torch.Tensor.tolist
+
+        def counted_list(tensor: torch.Tensor) -> Any:
+            self.traffic.waits += not self._inside_kernel
+            return as_list(tensor)
 
         def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
             loads.append(_addresses(pointers, mask))
@@ -100,6 +111,7 @@ class Counter(TorchDispatchMode):
             mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
             mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
             mock.patch.object(GridExecutor, "__call__", counted_run),
+            mock.patch.object(torch.Tensor, "tolist", counted_list),
             self,
         ):
             yield self.traffic
@@ -122,6 +134,10 @@ def _scattered(arguments: tuple[Any, ...]) -> tuple[int, int]:
     target, *places = _tensors(arguments)
     touched = int(places[0].sum()) if places[0].dtype == torch.bool else places[0].numel()
     return sum(_bytes(t) for t in places), touched * target.element_size()
+
+
+def _has_bool_index(arguments: tuple[Any, ...]) -> bool:
+    return any(tensor.dtype == torch.bool for tensor in _tensors(arguments[1:]))
 
 
 def _is_view(operation: Any) -> bool:

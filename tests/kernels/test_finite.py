@@ -9,7 +9,7 @@ import torch
 
 from ace_triton.kernels import finite
 from ace_triton.kernels.backend import interpreting
-from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.finite import all_finite, find_not_finite
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (1, 7, 33, 200) if interpreting() else (1, 7, 33, 200, 70001)
@@ -105,3 +105,15 @@ def test_score_terms_may_not_be_below_zero(make_matrix, length):
         spoilt[length - 1] = bad
         assert not all_finite(terms=[spoilt])
         assert not all_finite(weight, terms=[term, spoilt])
+
+
+def test_a_check_that_is_not_read(device):
+    weight, term = torch.randn(4, 8, device=device), torch.rand(8, device=device)
+    found = find_not_finite(weight, terms=[term])
+    assert found.tolist() == [0]
+    assert find_not_finite(weight, also=found).tolist() == [0]
+    bad = find_not_finite(weight, terms=[-term])
+    assert bad.tolist() == [1]
+    assert find_not_finite(weight, also=bad).tolist() == [1]
+    assert find_not_finite(weight / 0).tolist() == [1]
+    assert found.tolist() == [0], "flags are not shared"

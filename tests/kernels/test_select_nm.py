@@ -161,3 +161,16 @@ def test_says_what_is_wrong(arguments, message):
     given_arguments = {"weight": torch.zeros(8, 16), "terms": ScoreTerms(), "n": 2, "m": 4, **arguments}
     with pytest.raises(ValueError, match=message):
         select_nm(**given_arguments)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_a_flag_keeps_the_weight_as_it_is(make_matrix, axis):
+    weight = make_matrix(8, 40, torch.bfloat16)
+    before, pruned = weight.clone(), select_nm(weight.clone(), ScoreTerms(), 2, 4, axis=axis)
+    flag = torch.ones(1, dtype=torch.int32, device=weight.device)
+    assert select_nm(weight, ScoreTerms(), 2, 4, axis=axis, unless=flag) is weight
+    assert torch.equal(weight, before)
+    select_nm(weight, ScoreTerms(), 2, 4, axis=axis, unless=flag.zero_())
+    assert torch.equal(weight, pruned)
+    with pytest.raises(ValueError, match="unless= is for output='weight'"):
+        select_nm(weight, ScoreTerms(), 2, 4, output="mask", unless=flag)

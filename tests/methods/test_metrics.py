@@ -252,7 +252,7 @@ def test_a_metric_that_did_not_declare_its_statistics_is_told_how(monkeypatch):
     def undeclared(weight, stats):
         return ScoreTerms(scale=stats.gram.matrix.diagonal())
 
-    with pytest.raises(StatsError, match=r"'undeclared' reads a statistic that was not collected .*gram=True"):
+    with pytest.raises(StatsError, match=r"the metric reads a statistic that was not collected .*gram=True"):
         prune_linear(torch.nn.Linear(8, 4), torch.randn(3, 8), "undeclared")
 
 

@@ -119,3 +119,14 @@ def test_more_mask_rounds_take_no_more_memory(make_decoder):
     model = make_decoder("llama")
     few, many = (need_of(model, Recipe("wanda", update=Update(mask_rounds=n))).in_memory().peak for n in (2, 8))
     assert few == many
+
+
+def test_a_forward_on_a_gpu_takes_eight_times_the_tokens(make_decoder):
+    many = replace(CALIBRATED, samples=1024)
+    assert many.batch_tokens == 2048
+    assert replace(many, on_gpu=True).batch_tokens == 16384
+    assert replace(many, on_gpu=True, batch_size=3).batch_tokens == 48
+    need = need_of(make_decoder("llama"), Recipe("wanda"), calibrated=many)
+    grown = need.device().phases["prune"] - need.in_memory().phases["prune"]
+    unit = need.layers.units[0]
+    assert grown == pytest.approx(7 * need._activation_bytes(unit), rel=0.1)

@@ -23,7 +23,8 @@ class Reads(TorchDispatchMode):
 @pytest.fixture
 def deferred(monkeypatch):
     """Numbers are not read while collecting, as on a GPU."""
-    monkeypatch.setattr("ace_triton.statistics.outputs.is_on_cpu", lambda tensor: False)
+    for module in ("outputs", "batch"):
+        monkeypatch.setattr(f"ace_triton.statistics.{module}.is_on_cpu", lambda tensor: False)
 
 
 def collected(reduce: str | None) -> tuple[list[OutputStats], int]:

@@ -21,6 +21,13 @@ from ace_triton.kernels.join_gains import join_gains, join_gains_reference
 from ace_triton.kernels.moments import moments, moments_reference
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.token_norms import token_norms, token_norms_reference
+from ace_triton.kernels.token_statistics import (
+    NUMBERS,
+    no_layer_sums,
+    no_moments,
+    token_statistics,
+    token_statistics_reference,
+)
 from ace_triton.kernels.variance_factor import variance_factor, variance_factor_reference
 from ace_triton.kernels.weight_sums import (
     relative_importance,
@@ -181,6 +188,42 @@ def test_moments_of_one_long_sequence_that_starts_late():
     assert got.count == expected.count == 3800
     for name in ("total", "deviation", "sequence_square"):
         check(getattr(got, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_token_statistics(monkeypatch, dtype, masked):
+    """Two batches of two layers of different widths, in small tiles and several chunks; padding holds NaN."""
+    monkeypatch.setattr(launch, "moments", lambda tokens: launch.Moments(2, 1, 16, 2, 18, 1))
+    moments, layers, widths = (
+        no_moments(200, torch.device("cpu")),
+        no_layer_sums(2, 200, torch.device("cpu")),
+        (150, 33),
+    )
+    for batch in range(2):
+        tokens = make_matrix(3, 100, 200, dtype=dtype) + 20 + batch
+        outputs = tuple(make_matrix(300, width, dtype=dtype) * 10 for width in widths)
+        outputs[0][7] = 0
+        valid = None
+        if masked:
+            valid = torch.rand(3, 100, generator=torch.Generator().manual_seed(batch)) < 0.6
+            tokens[~valid] = torch.nan
+            outputs[1][~valid.flatten()] = torch.inf
+        expected = token_statistics_reference(tokens, valid, moments, outputs, layers, True)
+        with executed_on_x86():
+            got = token_statistics(tokens, valid, moments, outputs, layers, token_weights=True)
+        assert torch.equal(got.sequence_count, expected.sequence_count)
+        assert torch.equal(got.layers[:, [0, 2, 3]], expected.layers[:, [0, 2, 3]])
+        assert got.token_weights is not None
+        assert expected.token_weights is not None
+        for mine, theirs in (
+            *zip(got.moments, expected.moments, strict=True),
+            (got.layers[:, 1], expected.layers[:, 1]),
+        ):
+            check(mine, theirs)
+        check(got.layers[:, NUMBERS:], expected.layers[:, NUMBERS:])
+        check(got.sequence_square, expected.sequence_square)
+        check(got.token_weights, expected.token_weights)
+        moments, layers = got.moments, got.layers
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
