@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from torch import nn
+
 from .decoders.account import Account
-from .decoders.blocks import Tower
+from .decoders.blocks import Tower, linears_of
 from .decoders.plan import Excluded, Skipped
 from .recipe import Recipe, Sequential
 from .reordering.reorder import PermutationReport
@@ -141,3 +143,9 @@ class ModelReport:
             "recipe": self.recipe.to_dict(),
             "towers": [asdict(tower) for tower in self.towers],
         }
+
+
+def linears_outside(model: nn.Module, report: ModelReport) -> tuple[str, ...]:
+    """Names of the linear layers that a report does not name: those outside the blocks, which stay dense."""
+    named = {entry.name for entries in (report.layers, report.skipped, report.excluded) for entry in entries}
+    return tuple(name for name, _ in linears_of(model) if name not in named)

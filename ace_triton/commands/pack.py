@@ -83,7 +83,7 @@ def pack(
         else:
             with stage(progress, "load the model"):
                 model, tokenizer = checkpoint.load(
-                    src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code
+                    src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code, task=None
                 )
             with stage(progress, "pack"):
                 result = sparsify(model, sparsity, include=include or None, exclude=exclude or None)

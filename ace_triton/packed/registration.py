@@ -8,7 +8,7 @@ from .manifest import QUANTIZATION
 
 
 def register_quantizer() -> None:
-    """Let ``AutoModelForCausalLM.from_pretrained`` load packed checkpoints. More calls change nothing.
+    """Let ``from_pretrained`` of transformers' AutoModel classes load packed checkpoints. More calls change nothing.
 
     ``import ace_triton`` calls it if transformers was imported before, and so do :func:`~ace_triton.load` and
     :func:`~ace_triton.pack_model`. Call it yourself if your script imports ace_triton first.
