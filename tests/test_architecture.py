@@ -39,6 +39,7 @@ ORDER = [
     "progress",
     "inputs",
     "evaluate",
+    "agreement",
     "calibration_report",
     "generation",
     "provenance",

@@ -14,7 +14,7 @@ PROBE = "a"
 """A text whose tokens show which special tokens a tokenizer puts around it."""
 
 
-def pieces_of(documents: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int) -> list[list[int]]:
+def pieces_of(documents: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int | None) -> list[list[int]]:
     """Token ids of pieces of documents, each with the tokenizer's own special tokens around it.
 
     The first piece of each document comes first, the documents in random order; then the other pieces, in random
@@ -26,7 +26,7 @@ def pieces_of(documents: Sequence[str], tokenizer: Any, samples: int, length: in
         tokenizer: the tokenizer of the model.
         samples: largest number of pieces.
         length: most tokens of a piece, special tokens included.
-        seed: random seed for the order.
+        seed: random seed for the order; None keeps the order of the documents.
 
     Raises:
         TextError: if the documents have no tokens, or the length has no room for text.
@@ -38,8 +38,17 @@ def pieces_of(documents: Sequence[str], tokenizer: Any, samples: int, length: in
             f"a sequence of {length} tokens has no room for text beside {len(before) + len(after)} special tokens: "
             "give a larger --length"
         )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(documents), generator=generator, device="cpu").tolist()
+    generator = torch.Generator().manual_seed(seed or 0)
+
+    def ordered(count: int) -> list[int]:
+        chosen = (
+            torch.arange(count, device="cpu")
+            if seed is None
+            else torch.randperm(count, generator=generator, device="cpu")
+        )
+        return [int(index) for index in chosen]
+
+    order = ordered(len(documents))
     first: list[list[int]] = []
     later: list[list[int]] = []
     for ids in token_ids(tokenizer, [documents[i] for i in order], add_special_tokens=False, verbose=False):
@@ -50,8 +59,7 @@ def pieces_of(documents: Sequence[str], tokenizer: Any, samples: int, length: in
             return first[:samples]
     if not first:
         raise TextError("the calibration text has no tokens: give a source with text in it")
-    rest = torch.randperm(len(later), generator=generator, device="cpu").tolist()
-    return [*first, *(later[i] for i in rest)][:samples]
+    return [*first, *(later[i] for i in ordered(len(later)))][:samples]
 
 
 def around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -43,17 +43,19 @@ class MediaFile:
             raise TextError(f"{beside}: cannot be read as UTF-8 text ({error})") from error
 
 
-def image_files(folder: str | Path, most: int, seed: int) -> list[MediaFile]:
-    """Up to ``most`` images in a folder and its subfolders, a random choice; ArgumentError if there are none."""
+def image_files(folder: str | Path, most: int, seed: int | None) -> list[MediaFile]:
+    """Up to ``most`` images in a folder and its subfolders, a random choice if there is a seed; ArgumentError if there are none."""
     return _files(folder, IMAGE_SUFFIXES, "--images", "images", most, seed)
 
 
-def audio_files(folder: str | Path, most: int, seed: int) -> list[MediaFile]:
-    """Up to ``most`` audio files in a folder and its subfolders, a random choice; ArgumentError if there are none."""
+def audio_files(folder: str | Path, most: int, seed: int | None) -> list[MediaFile]:
+    """Up to ``most`` audio files in a folder and its subfolders, a random choice if there is a seed; ArgumentError if there are none."""
     return _files(folder, AUDIO_SUFFIXES, "--audio", "audio files", most, seed)
 
 
-def _files(folder: str | Path, suffixes: set[str], option: str, what: str, most: int, seed: int) -> list[MediaFile]:
+def _files(
+    folder: str | Path, suffixes: set[str], option: str, what: str, most: int, seed: int | None
+) -> list[MediaFile]:
     place = Path(folder)
     if not place.is_dir():
         raise ArgumentError(
@@ -62,9 +64,11 @@ def _files(folder: str | Path, suffixes: set[str], option: str, what: str, most:
     found = sorted(path for path in place.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not found:
         raise ArgumentError(f"{option} {folder}: has no {what} ({', '.join(sorted(suffixes))})")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(found), generator=generator, device="cpu").tolist()
-    return [MediaFile.of(found[i]) for i in order[:most]]
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(found), generator=generator, device="cpu").tolist()
+        found = [found[i] for i in order]
+    return [MediaFile.of(path) for path in found[:most]]
 
 
 def read_image(path: Path) -> Any:

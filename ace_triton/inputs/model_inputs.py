@@ -73,7 +73,7 @@ class Sources:
         images_folder, audio_folder: the folders they are from.
         samples: largest number of sequences of text.
         length: most tokens in a sequence of text.
-        seed: random seed.
+        seed: random seed; None to keep the order of the documents.
         batch_size: sequences in a forward; None for the default.
     """
 
@@ -85,7 +85,7 @@ class Sources:
     audio_folder: Path | None = None
     samples: int = 128
     length: int = 128
-    seed: int = 0
+    seed: int | None = 0
     batch_size: int | None = None
 
 
@@ -142,7 +142,7 @@ def sources_of(
     audio: str | Path | None,
     samples: int,
     length: int,
-    seed: int,
+    seed: int | None,
     batch_size: int | None = None,
 ) -> Sources:
     """Find the files that a model is calibrated on, and read the text if the model needs one.
