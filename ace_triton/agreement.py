@@ -18,7 +18,7 @@ Pooling = Literal["mean", "cls", "last"]
 
 NEIGHBORS = 10
 ROWS_AT_ONCE = 512
-"""Rows of the similarity matrix that are in memory at once."""
+"""Rows of the similarity matrix, or of logits in double precision, that are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,11 @@ def prediction_agreement(
                 f"the logits of the two models differ in shape, {tuple(one.shape)} and {tuple(other.shape)}: name the "
                 "dense model that the pruned one was made from"
             )
-        log_one, log_other = one.log_softmax(-1), other.log_softmax(-1)
         count += len(one)
-        same += int((one.argmax(-1) == other.argmax(-1)).sum())
-        divergence += float((log_one.exp() * (log_one - log_other)).sum())
+        for rows, others in zip(one.split(ROWS_AT_ONCE), other.split(ROWS_AT_ONCE), strict=True):
+            log_one, log_other = rows.double().log_softmax(-1), others.double().log_softmax(-1)
+            same += int((rows.argmax(-1) == others.argmax(-1)).sum())
+            divergence += float((log_one.exp() * (log_one - log_other)).sum())
     return PredictionAgreement(count, same / count, divergence / count)
 
 

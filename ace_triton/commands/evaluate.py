@@ -46,7 +46,7 @@ from .options import (
     parse_device,
     parse_dtype,
 )
-from .sources import check_length, check_source
+from .sources import check_length, check_source, context_length
 
 WINDOW_LENGTH, SENTENCE_LENGTH = 2048, 128
 
@@ -80,7 +80,7 @@ def evaluate(
         number(
             "Length of a window, or most tokens of a sentence.",
             least=2,
-            show_default=f"{WINDOW_LENGTH}; of a sentence {SENTENCE_LENGTH}",
+            show_default=f"{WINDOW_LENGTH}; of a sentence {SENTENCE_LENGTH}, or the model's longest if that is less",
         ),
     ] = None,
     windows: Annotated[
@@ -119,7 +119,9 @@ def evaluate(
     own_task = found_task(model_dir, task, trust_remote_code=trust_remote_code)
     compares = dense is not None or own_task.name != TEXT_GENERATION or images is not None or audio is not None
     is_sentence = compares and own_task.name != TEXT_GENERATION
-    length = length if length is not None else SENTENCE_LENGTH if is_sentence else WINDOW_LENGTH
+    if length is None:
+        longest = context_length(model_dir) if is_sentence else None
+        length = WINDOW_LENGTH if not is_sentence else min(SENTENCE_LENGTH, longest or SENTENCE_LENGTH)
     if not is_sentence:
         check_length(model_dir, length, "--length")
     if compares:

@@ -44,12 +44,20 @@ class MediaFile:
 
 
 def image_files(folder: str | Path, most: int, seed: int | None) -> list[MediaFile]:
-    """Up to ``most`` images in a folder and its subfolders, a random choice if there is a seed; ArgumentError if there are none."""
+    """Up to ``most`` images in a folder and its subfolders, a random choice if there is a seed.
+
+    Raises:
+        ArgumentError: if there are none.
+    """
     return _files(folder, IMAGE_SUFFIXES, "--images", "images", most, seed)
 
 
 def audio_files(folder: str | Path, most: int, seed: int | None) -> list[MediaFile]:
-    """Up to ``most`` audio files in a folder and its subfolders, a random choice if there is a seed; ArgumentError if there are none."""
+    """Up to ``most`` audio files in a folder and its subfolders, a random choice if there is a seed.
+
+    Raises:
+        ArgumentError: if there are none.
+    """
     return _files(folder, AUDIO_SUFFIXES, "--audio", "audio files", most, seed)
 
 
