@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from torch import nn
+
 from .block_fit import BlockFit
 from .decoders.account import Account
-from .decoders.blocks import Tower
+from .decoders.blocks import Tower, linears_of
 from .decoders.plan import Excluded, Skipped
 from .recipe import Recipe, Sequential
 from .reordering.reorder import PermutationReport
@@ -145,3 +147,9 @@ class ModelReport:
             "towers": [asdict(tower) for tower in self.towers],
             "fits": [asdict(fit) for fit in self.fits],
         }
+
+
+def linears_outside(model: nn.Module, report: ModelReport) -> tuple[str, ...]:
+    """Names of the linear layers that a report does not name: those outside the blocks, which stay dense."""
+    named = {entry.name for entries in (report.layers, report.skipped, report.excluded) for entry in entries}
+    return tuple(name for name, _ in linears_of(model) if name not in named)

@@ -43,6 +43,7 @@ ORDER = [
     "progress",
     "inputs",
     "evaluate",
+    "agreement",
     "calibration_report",
     "generation",
     "provenance",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..agreement import NEIGHBORS
 from ..decoders.batches import check_positions, longest_sequence
 from ..decoders.parts_of_logits import PART
 from ..errors import ArgumentError
@@ -14,6 +16,7 @@ from ..evaluate import perplexity
 from ..formats.registry import format_of, load_model
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.model_source import weight_file_bytes
+from ..inputs.model_task import TEXT_GENERATION
 from ..inputs.text import read_documents, wikitext_rows
 from ..planning.memory import logit_bytes
 from ..planning.pruning_plan import weights_stay_in_files
@@ -25,15 +28,19 @@ from ..provenance import name_of, with_provenance
 from ..streaming.fits import available_memory, fits_in_memory, surely_fits
 from ..streaming.streamed_evaluate import opened
 from . import report
+from .compare_run import Comparison, agreement_table, device_facts, found_task
 from .console import console, print_backend, print_note, progress_bars
 from .options import (
     TEXT_SOURCES,
     AnyModelArgument,
+    AudioOption,
     BosOption,
     DeviceOption,
     DtypeOption,
+    ImagesOption,
     JsonOption,
     OffloadOption,
+    TaskOption,
     TrustOption,
     WikitextOption,
     check_json,
@@ -41,7 +48,9 @@ from .options import (
     parse_device,
     parse_dtype,
 )
-from .sources import check_length, check_source
+from .sources import check_length, check_source, context_length
+
+WINDOW_LENGTH, SENTENCE_LENGTH = 2048, 128
 
 
 def evaluate(
@@ -49,7 +58,30 @@ def evaluate(
     text: Annotated[
         str, typer.Option(help=f"Evaluation text: {TEXT_SOURCES.format(half='evaluation')} (Python's manual).")
     ] = "Salesforce/wikitext:wikitext-2-raw-v1:test",
-    length: Annotated[int, number("Length of a window, in tokens.", least=2)] = 2048,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="Dense model to compare with, in place of a perplexity: by cosine and nearest neighbors of "
+            "embeddings, or by choices and divergence of predictions.",
+            show_default="the model's source, if the task has no perplexity",
+        ),
+    ] = None,
+    task: TaskOption = None,
+    images: ImagesOption = None,
+    audio: AudioOption = None,
+    samples: Annotated[
+        int, number("Number of sentences, images or audio files to compare on, from the start.", least=1)
+    ] = 3000,
+    neighbors: Annotated[int, number("Number of nearest neighbors of an embedding.", least=1)] = NEIGHBORS,
+    length: Annotated[
+        int | None,
+        number(
+            "Length of a window, or most tokens of a sentence.",
+            least=2,
+            show_default=f"{WINDOW_LENGTH}; of a sentence {SENTENCE_LENGTH}, or the model's longest if that is less",
+        ),
+    ] = None,
     windows: Annotated[
         int | None, number("Number of windows to evaluate, from the start.", least=1, show_default="all of the text")
     ] = None,
@@ -69,7 +101,10 @@ def evaluate(
     offload: OffloadOption = "memory",
     json: JsonOption = None,
 ) -> None:
-    """Measure a model's perplexity on a text, over windows that do not overlap.
+    """Measure a model's perplexity on a text, over windows that do not overlap; or compare it with its dense model.
+
+    With --dense, or if the model is no causal language model, both models run on the sentences of the text (windows for
+    causal language models), on images or on audio: --task embedding compares embeddings, other tasks predictions.
 
     Several processes share the windows: torchrun --nproc-per-node 4 -m ace_triton evaluate DIR.
     With --stream temporary files go to the folder TMPDIR; they hold weights that transformers converts and, with
@@ -80,7 +115,23 @@ def evaluate(
     if stream and where != "cpu":
         raise ArgumentError("--stream evaluates on the CPU: leave --device out, or load the model whole (--no-stream)")
     check_source(model_dir, any_format=True)
-    check_length(model_dir, length, "--length")
+    own_task = found_task(model_dir, task, trust_remote_code=trust_remote_code)
+    compares = dense is not None or own_task.name != TEXT_GENERATION or images is not None or audio is not None
+    is_sentence = compares and own_task.name != TEXT_GENERATION
+    if length is None:
+        longest = context_length(model_dir) if is_sentence else None
+        length = WINDOW_LENGTH if not is_sentence else min(SENTENCE_LENGTH, longest or SENTENCE_LENGTH)
+    if not is_sentence:
+        check_length(model_dir, length, "--length")
+    if compares:
+        if stream:
+            raise ArgumentError("--stream measures a perplexity: leave it out, or leave --dense out")
+        loading = {"dtype": weights_dtype, "device": where, "trust_remote_code": trust_remote_code}
+        comparison = Comparison(
+            model_dir, dense, task, text, images, audio, samples, length, windows, bos, neighbors, loading
+        )
+        _compare(comparison, json)
+        return
     options: dict[str, Any] = {"dtype": weights_dtype, "trust_remote_code": trust_remote_code}
     if stream is None:
         stream = where == "cpu" and not _fits(model_dir, length, options)
@@ -116,6 +167,18 @@ def evaluate(
         )
         report.write_json(json, facts)
     console.print(report.perplexity_table(result))
+
+
+def _compare(comparison: Comparison, json: Path | None) -> None:
+    source = comparison.dense_source()
+    print_backend(comparison.loading["device"])
+    with progress_bars() as progress:
+        result, made = comparison.run(progress)
+    inputs = {} if made is None else {"inputs": made.to_dict()}
+    if json:
+        facts = device_facts(comparison.model, source, comparison.loading)
+        report.write_json(json, with_provenance(result.to_dict(), **facts, **inputs, text=name_of(comparison.text)))
+    console.print(agreement_table(result))
 
 
 def _fits(source: str, length: int, options: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from ..decoders.kept_tensors import Offload
 from ..errors import ArgumentError
 from ..inputs.beginnings import Bos
 from ..inputs.model_source import check_device
+from ..inputs.model_task import TASK_NAMES
 from ..kernels.few_bits import check_bits
 from ..methods.plugins import load_plugins
 from ..methods.registry import metric
@@ -95,6 +96,33 @@ ExcludeOption = Annotated[
         metavar="PATTERN",
         help="Shell pattern of layer names to leave as they are; repeatable.",
         show_default="no layer",
+    ),
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help=f"What to load the model for, one of {', '.join(TASK_NAMES)}.",
+        show_default="found from its config.json",
+    ),
+]
+ImagesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--images",
+        metavar="DIR",
+        help="Folder of images for models that read them; a .txt file of the same name holds an image's text.",
+        show_default="no images",
+    ),
+]
+AudioOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--audio",
+        metavar="DIR",
+        help="Folder of audio files for models that read them; a .txt file of the same name holds a file's transcript.",
+        show_default="no audio",
     ),
 ]
 SeedOption = Annotated[int, number("Random seed of the calibration sequences.", least=0, most=LARGEST_SEED)]

@@ -101,7 +101,7 @@ def pack(
         else:
             with stage(progress, "load the model"):
                 model, tokenizer = checkpoint.load(
-                    src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code
+                    src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code, task=None
                 )
             with stage(progress, "pack"):
                 result = sparsify(

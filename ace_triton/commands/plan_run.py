@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
+from ..errors import ArgumentError
 from ..planning.memory import Memory
 from ..planning.pruning_plan import PruningPlan, gib
 from ..provenance import with_provenance
@@ -41,6 +42,7 @@ def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
         stream=values["stream"],
         restart=values["restart"],
         offload=values["offload"],
+        task_name=values["task"],
     )
     run.check_recipe()
     check_json(None if values["json"] is None else Path(values["json"]))
@@ -56,6 +58,11 @@ def show_plan(context: typer.Context) -> None:
     if saved is not None:
         for line in replaced_lines(Path(values["recipe"]), saved, run.recipe, settings, run.dtype):
             print_note(line)
+    if not run.of_text_alone:
+        raise ArgumentError(
+            f"{run.source}: a plan (--dry-run) is made for causal language models on text alone; this model is loaded "
+            f"by {run.task.auto_class}"
+        )
     plan = run.plan(
         out=run.out if values["out"] else None,
         device=parse_device(run.device),

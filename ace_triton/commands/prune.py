@@ -19,12 +19,14 @@ from .console import console, print_backend, print_line, print_note, print_warni
 from .options import (
     NO_UPDATE,
     TEXT_SOURCES,
+    AudioOption,
     BitsOption,
     BosOption,
     DeviceOption,
     DtypeOption,
     ExcludeOption,
     GroupOption,
+    ImagesOption,
     IncludeOption,
     JsonOption,
     OffloadOption,
@@ -32,6 +34,7 @@ from .options import (
     PluginOption,
     SeedOption,
     SourceArgument,
+    TaskOption,
     TrustOption,
     number,
     parse_device,
@@ -149,7 +152,12 @@ def prune(
             "text that the model writes."
         ),
     ] = _DEFAULTS.text,
-    samples: Annotated[int, number("Number of calibration sequences.", least=1)] = _DEFAULTS.samples,
+    images: ImagesOption = None,
+    audio: AudioOption = None,
+    task: TaskOption = None,
+    samples: Annotated[
+        int, number("Number of calibration sequences, images or audio files.", least=1)
+    ] = _DEFAULTS.samples,
     length: Annotated[int, number("Length of a calibration sequence, in tokens.", least=2)] = _DEFAULTS.length,
     seed: SeedOption = _DEFAULTS.seed,
     bos: BosOption = _DEFAULTS.bos,
@@ -194,9 +202,10 @@ def prune(
     """Prune SRC and write it to OUT: a dense checkpoint with zeros that transformers loads, or a packed one.
 
     Without options this is wanda with channels permuted and weights updated by least squares, which measures best for
-    its time. A method that you name runs alone; --preset, --permute and --update add to it. OUT/ace_triton.json holds
-    the recipe and the calibration settings, which --recipe repeats. Several processes share the work, and write the
-    same bytes as one: torchrun --nproc-per-node 4 -m ace_triton prune SRC OUT.
+    its time. A method that you name runs alone; --preset, --permute and --update add to it. SRC may be any model that
+    an AutoModel class of transformers loads; OUT loads with the same class. OUT/ace_triton.json holds the recipe and
+    the calibration settings, which --recipe repeats. Several processes share the work, and write the same bytes as one:
+    torchrun --nproc-per-node 4 -m ace_triton prune SRC OUT.
     """
     if dry_run:
         show_plan(context)
@@ -226,6 +235,10 @@ def _print(results: PruneResults) -> None:
             print_warning(line)
     for line in report.skipped_lines(results.report):
         print_line(f"left dense: {line}")
+    for line in report.tower_lines(results.report):
+        print_line(line)
+    if results.outside:
+        print_line(f"left dense: {report.outside_line(results.outside)}")
     for line in report.unfolded_lines(results.report):
         print_line(f"not reordered: {line}")
     if results.packing is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,16 @@ from rich.progress import Progress
 
 from ..calibration_report import CalibrationReport, report_on
 from ..decoders.kept_tensors import Offload
+from ..errors import ArgumentError
 from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.calibration import Calibration, load_calibration
-from ..inputs.model_source import weight_file_bytes
+from ..inputs.companions import Companions
+from ..inputs.model_inputs import InputReport, Reads, Sources, model_inputs
+from ..inputs.model_source import ModelSource, weight_file_bytes
+from ..inputs.model_task import TEXT_GENERATION, ModelTask, task_of
 from ..inputs.output_folder import Reservation
-from ..model_report import ModelReport
+from ..model_report import ModelReport, linears_outside
 from ..packed.pack_model import SparsifyReport, check_packed, sparsify
 from ..planning.pruning_plan import PruningPlan, plan_pruning, weights_stay_in_files
 from ..processes import Processes
@@ -28,10 +34,14 @@ from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
 from ..streaming.fits import LARGEST_SHARE, surely_fits
 from ..streaming.streamed_prune import StreamedModel, streamed
+from .calibration_sources import read_sources
 from .console import print_note
 from .options import parse_device, parse_dtype
 from .recipe_file import CalibrationSettings, read_documents_of
 from .sources import check_length, check_source
+
+Texts = str | list[str] | Sources | None
+"""A causal language model's documents or "self", what another model is calibrated on, or None if nothing is needed."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,14 @@ class PruneResults:
         report: what was pruned.
         calibration: what the model was calibrated on; None if the method needs no text.
         packing: what was packed; None for a dense checkpoint.
+        outside: names of linear layers outside the blocks, which stay dense, if the model is no causal language model.
     """
 
     facts: dict[str, Any]
     report: ModelReport
-    calibration: CalibrationReport | None
+    calibration: CalibrationReport | InputReport | None
     packing: SparsifyReport | None
+    outside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,7 @@ class PruneRun:
         stream: keep the weights in files, and only the block in work in memory; None to decide by the memory.
         restart: throw away the state of an interrupted streamed run.
         offload: where the hidden states are kept; "disk" is the disk of ``out``.
+        task_name: what the model is loaded for; None to find it in its configuration.
     """
 
     source: str
@@ -81,6 +94,18 @@ class PruneRun:
     stream: bool | None = None
     restart: bool = False
     offload: Offload = "memory"
+    task_name: str | None = None
+
+    @cached_property
+    def task(self) -> ModelTask:
+        """What the model is loaded for; CheckpointError if it is not found, or is not for the task."""
+        return task_of(self.source, self.task_name, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def of_text_alone(self) -> bool:
+        """True for a causal language model that is calibrated on text: other models need inputs of their own."""
+        media = self.calibration.images is not None or self.calibration.audio is not None
+        return self.task.name == TEXT_GENERATION and not media
 
     def check_recipe(self) -> None:
         """ValueError if the model cannot be pruned so, or the recipe cannot be saved; loads nothing."""
@@ -91,26 +116,40 @@ class PruneRun:
         rehearse(self.recipe)
         self.recipe.to_json()
 
-    def read_text(self) -> tuple[CalibrationSettings, str | list[str] | None]:
-        """The calibration settings with the text's digest, and the documents; None if the method needs no text.
+    def read_text(self) -> tuple[CalibrationSettings, Texts]:
+        """The calibration settings with the text's digest, and the documents; None if the method needs no inputs.
 
         Raises:
             ValueError: if the output, the model or the text cannot be used, or the text is not the recorded one.
         """
         checkpoint.check_out(self.out, overwrite=self.overwrite)
         check_source(self.source)
+        if not self.of_text_alone:
+            return self._read_inputs()
         if not self.recipe.calibrated:
             return self.calibration, None
         check_length(self.source, self.calibration.length, "--length")
         return read_documents_of(self.calibration)
 
-    def run(self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None) -> PruneResults:
+    def _read_inputs(self) -> tuple[CalibrationSettings, Sources | None]:
+        """As :meth:`read_text`, for a model that is no causal language model or reads images or audio."""
+        if self.stream:
+            raise ArgumentError("--stream prunes causal language models on text: leave it out, so the model is loaded")
+        if not self.recipe.calibrated:
+            return self.calibration, None
+        return read_sources(self.source, self.task, self.calibration)
+
+    def run(self, progress: Progress, settings: CalibrationSettings, documents: Texts) -> PruneResults:
         """Load, calibrate, prune and save.
 
         Args:
             progress: shows the stages.
             settings, documents: from :meth:`read_text`.
         """
+        if not self.of_text_alone:
+            assert not isinstance(documents, (str, list))
+            return self._run_others(progress, settings, documents)
+        assert not isinstance(documents, Sources)
         streams = Processes.now().first_does(self._streams)
         return (self._run_streamed if streams else self._run_in_memory)(progress, settings, documents)
 
@@ -150,47 +189,81 @@ class PruneRun:
         self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None
     ) -> PruneResults:
         processes = Processes.now()
-        with ExitStack() as running:
-            if processes.is_first:
-                running.enter_context(checkpoint.reserved(self.out, overwrite=self.overwrite))
-            processes.wait()
+        with self._reserved(processes):
             started = time.perf_counter()
             with stage(progress, "load the model"):
-                model, tokenizer = checkpoint.load(
-                    self.source,
-                    dtype=parse_dtype(self.dtype),
-                    device=parse_device(self.device),
-                    trust_remote_code=self.trust_remote_code,
-                    own_memory=True,
-                )
+                model, tokenizer = checkpoint.load(self.source, **self._loading())
             load_seconds = time.perf_counter() - started
             if self.packed:
                 check_packed(self.recipe.sparsity, model.dtype, self.recipe.quantize)
             sequences = None if documents is None else _sequences(documents, tokenizer, model, settings, progress)
             calibrated = self._calibration_report(sequences, model, settings, progress)
-            bar = progress_bar(progress, "prune")
-            report = prune_model(
-                model,
-                sequences,
-                self.recipe,
-                batch_size=settings.batch_size,
-                offload_folder=Reservation.of(self.out).work if self.offload == "disk" else None,
-                progress=bar,
-            )
-            report = report.with_load(load_seconds)
+            report = self._prune(model, sequences, progress, settings.batch_size).with_load(load_seconds)
             facts = self._facts(model, report, None if documents is None else settings, calibrated)
-            packing = None
-            if processes.is_first:
-                with stage(progress, "save the model"):
-                    packing = self._pack(model) if self.packed else None
-                    kind = "packed" if self.packed else "dense"
-                    save_model(model, tokenizer, self.out, kind, report=facts, overwrite=self.overwrite)
-            processes.wait()
+            packing = self._save(model, tokenizer, facts, progress, processes)
         return PruneResults(facts, report, calibrated, packing)
+
+    @contextmanager
+    def _reserved(self, processes: Processes) -> Iterator[None]:
+        """A context in which ``out`` is reserved, for all processes by the first of them."""
+        with ExitStack() as running:
+            if processes.is_first:
+                running.enter_context(checkpoint.reserved(self.out, overwrite=self.overwrite))
+            processes.wait()
+            yield
+            processes.wait()
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "dtype": parse_dtype(self.dtype),
+            "device": parse_device(self.device),
+            "trust_remote_code": self.trust_remote_code,
+            "own_memory": True,
+        }
+
+    def _prune(self, model: Any, inputs: Any, progress: Progress, batch_size: int | None) -> ModelReport:
+        offload_folder = Reservation.of(self.out).work if self.offload == "disk" else None
+        bar = progress_bar(progress, "prune")
+        return prune_model(
+            model, inputs, self.recipe, batch_size=batch_size, offload_folder=offload_folder, progress=bar
+        )
+
+    def _save(
+        self, model: Any, tokenizer: Any, facts: dict[str, Any], progress: Progress, processes: Processes
+    ) -> SparsifyReport | None:
+        """Write the model, in the first process; returns what was packed there."""
+        if not processes.is_first:
+            return None
+        with stage(progress, "save the model"):
+            packing = self._pack(model) if self.packed else None
+            kind = "packed" if self.packed else "dense"
+            save_model(model, tokenizer, self.out, kind, report=facts, overwrite=self.overwrite)
+        return packing
 
     def _pack(self, model: Any) -> SparsifyReport:
         by = self.recipe.quantize
         return sparsify(model) if by is None else sparsify(model, bits=by.bits, group=by.group)
+
+    def _run_others(self, progress: Progress, settings: CalibrationSettings, sources: Sources | None) -> PruneResults:
+        """As :meth:`_run_in_memory`, for a model that is no causal language model or reads images or audio."""
+        processes = Processes.now()
+        with self._reserved(processes):
+            started = time.perf_counter()
+            with stage(progress, "load the model"):
+                model, _ = checkpoint.load(self.source, **self._loading(), task=self.task_name)
+                companions = Companions(ModelSource.find(self.source), self.trust_remote_code)
+            load_seconds = time.perf_counter() - started
+            batches, made = None, None
+            if sources is not None:
+                reads = Reads.of(model.forward, self.task.name)
+                bar = progress_bar(progress, "calibration inputs")
+                batches, made = model_inputs(model, companions, reads, sources, bar)
+            report = self._prune(model, batches, progress, None).with_load(load_seconds)
+            outside = linears_outside(model, report)
+            facts = self._facts(model, report, None if sources is None else settings, made)
+            facts |= {"task": self.task.name, "auto_class": self.task.auto_class, "outside_layers": list(outside)}
+            packing = self._save(model, companions, facts, progress, processes)
+        return PruneResults(facts, report, made, packing, outside)
 
     def _run_streamed(
         self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None
@@ -262,7 +335,7 @@ class PruneRun:
         model: Any,
         report: ModelReport,
         settings: CalibrationSettings | None,
-        calibrated: CalibrationReport | None,
+        calibrated: CalibrationReport | InputReport | None,
     ) -> dict[str, Any]:
         recipe, found = self.recipe, {}
         if calibrated is not None:

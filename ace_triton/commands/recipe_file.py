@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +28,7 @@ class CalibrationSettings:
         bos: place of beginning-of-text tokens.
         batch_size: sequences in one forward; None for the default.
         sha256: digest of the source's documents; None if it is unknown or the model writes the text.
+        images, audio: folders of images or audio files, for models that read them; None for text alone.
     """
 
     text: str = "allenai/c4:en"
@@ -37,10 +38,14 @@ class CalibrationSettings:
     bos: Bos = "auto"
     batch_size: int | None = None
     sha256: str | None = None
+    images: str | None = None
+    audio: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; a file is named without its folders."""
-        return {**asdict(self), "text": name_of(self.text)}
+        """As JSON types; a file or a folder is named without the folders above it, and left out if it is not given."""
+        media = {"images": self.images, "audio": self.audio}
+        named = {name: name_of(folder) for name, folder in media.items() if folder is not None}
+        return {**{k: v for k, v in asdict(self).items() if k not in media}, "text": name_of(self.text), **named}
 
     @classmethod
     def from_dict(cls, record: Any) -> CalibrationSettings:
@@ -57,8 +62,9 @@ class CalibrationSettings:
             _check_whole("batch_size", settings.batch_size, 1, None)
         if settings.bos not in get_args(Bos):
             raise RecipeError(f"calibration: bos must be one of {', '.join(get_args(Bos))}; got {settings.bos!r}")
-        for name, value in (("text", settings.text), ("sha256", settings.sha256 or "")):
-            if not isinstance(value, str):
+        for name in ("text", "sha256", "images", "audio"):
+            value = getattr(settings, name)
+            if not isinstance(value, str) and (name == "text" or value is not None):
                 raise RecipeError(f"calibration: {name} must be text; got {value!r}")
         return settings
 
@@ -103,7 +109,11 @@ def saved_calibration(content: Mapping[str, Any], path: Path) -> CalibrationSett
         settings = CalibrationSettings.from_dict(content["calibration"])
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
-    return replace(settings, text=_found(settings.text, path))
+    media = {name: getattr(settings, name) for name in ("images", "audio")}
+    places: dict[str, Any] = {
+        name: _found(folder, path, Path.is_dir) for name, folder in media.items() if folder is not None
+    }
+    return replace(settings, text=_found(settings.text, path), **places)
 
 
 def read_documents_of(settings: CalibrationSettings) -> tuple[CalibrationSettings, str | list[str]]:
@@ -123,11 +133,11 @@ def read_documents_of(settings: CalibrationSettings) -> tuple[CalibrationSetting
     return replace(settings, sha256=digest), documents
 
 
-def _found(text: str, path: Path) -> str:
-    """A text that is named without folders: here, beside the recipe's file, or beside that file's folder."""
+def _found(text: str, path: Path, exists: Callable[[Path], bool] = Path.is_file) -> str:
+    """A text or folder that is named without folders: here, beside the recipe's file, or beside that file's folder."""
     beside = path.absolute().parent
     for place in (Path(text), beside / text, beside.parent / text):
-        if place.is_file():
+        if exists(place):
             return str(place)
     return text
 

@@ -58,6 +58,7 @@ def calibration_from(given: Mapping[str, Any], saved: CalibrationSettings | None
     start = saved or CalibrationSettings()
     names = [entry.name for entry in fields(CalibrationSettings)]
     parts = {name: given[name] for name in names if name in given}
+    parts |= {name: str(given[name]) for name in ("images", "audio") if name in given}
     if "calibration" in given:
         parts |= {"text": given["calibration"], "sha256": None}
     return replace(start, **parts)

@@ -181,6 +181,27 @@ def unfolded_lines(report: ModelReport) -> list[str]:
     return [f"{_first_of(names)}: {reason}" for reason, names in layers.items()]
 
 
+_RUNS = {
+    "blocks": "run block by block",
+    "forwards": "run by whole forwards of the model",
+    "none": "not run: nothing had to be",
+    "unreached": "left dense: no calibration input reaches it",
+}
+
+
+def tower_lines(report: ModelReport) -> list[str]:
+    """One line for each tower, if there are several or an input does not reach one."""
+    if len(report.towers) == 1 and report.towers[0].run != "unreached":
+        return []
+    return [f"tower {tower.name}: {tower.blocks} blocks, {_RUNS[tower.run]}" for tower in report.towers]
+
+
+def outside_line(names: Sequence[str], most: int = 4) -> str:
+    """The linear layers outside the blocks, the first few by name."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}: outside the blocks; --include names them to prune them too"
+
+
 def _first_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..inputs import checkpoint
+from ..inputs.model_task import TEXT_GENERATION
 from ..packed.inspect import TensorSparsity, inspect_dense
 from ..packed.nm_linear import PackedLinear
 from .format import Format
@@ -30,9 +31,15 @@ class Dense(Format):
         return True
 
     def load(
-        self, source: str | Path, *, dtype: torch.dtype | str, device: str | torch.device, trust_remote_code: bool
+        self,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | str,
+        device: str | torch.device,
+        trust_remote_code: bool,
+        task: str | None = TEXT_GENERATION,
     ) -> tuple[Any, Any]:
-        return checkpoint.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return checkpoint.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, task=task)
 
     def inspect(self, folder: str | Path) -> list[TensorSparsity]:
         return inspect_dense(folder)

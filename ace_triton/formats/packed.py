@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..inputs.model_source import reason
+from ..inputs.companions import Companions
+from ..inputs.model_source import ModelSource, reason
+from ..inputs.model_task import TEXT_GENERATION, find_task
 from ..packed.checkpoint import load
 from ..packed.inspect import TensorSparsity, inspect_packed
 from ..packed.manifest import is_packed
@@ -37,6 +39,9 @@ class Packed(Format):
 
         wanted = None if isinstance(dtype, str) else dtype
         model = load(source, device=device, dtype=wanted, trust_remote_code=trust_remote_code)
+        task = find_task(str(source), model.config, None, trusted=trust_remote_code)
+        if task.name != TEXT_GENERATION:
+            return model, Companions(ModelSource(str(source), Path(source), True), trust_remote_code)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source), trust_remote_code=trust_remote_code, local_files_only=True

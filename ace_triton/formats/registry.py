@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..inputs.checkpoint import refusals
+from ..inputs.model_task import TEXT_GENERATION
 from ..inputs.output_folder import replacing, write_report
 from ..inputs.report_file import MANIFEST_FILE, REPORT_FILE
 from ..packed.inspect import TensorSparsity
@@ -48,6 +49,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    task: str | None = TEXT_GENERATION,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer in any format.
 
@@ -56,14 +58,19 @@ def load_model(
         dtype: dtype of the weights; "auto" keeps that of the checkpoint.
         device: device of the weights.
         trust_remote_code: run Python code that comes with the checkpoint.
+        task: what to load a dense checkpoint for, as in :func:`ace_triton.inputs.checkpoint.load`. Folders in other
+            formats load as the class that they were saved from.
 
     Returns:
-        The model, in eval mode, and the tokenizer.
+        The model, in eval mode, and the tokenizer, or :class:`~ace_triton.inputs.companions.Companions`.
 
     Raises:
         CheckpointError: if the model cannot be loaded.
     """
-    return format_of(source).load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    found = format_of(source)
+    if isinstance(found, Dense):
+        return found.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, task=task)
+    return found.load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def save_model(

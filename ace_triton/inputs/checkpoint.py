@@ -15,8 +15,10 @@ import torch
 from .. import process_memory
 from ..errors import AceError, CheckpointError
 from ..process_memory import few_pages_of
+from .companions import Companions
 from .gguf_weights import GgufWeights
 from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names, weight_files
+from .model_task import CAUSAL, FEATURE_EXTRACTION, TEXT_GENERATION, ModelTask, find_task
 from .output_folder import check_out, replacing, reserved, write_report
 from .quantized_formats import Format
 from .quantized_weights import WAY_OUT, QuantizedCheckpoint, folder_of, layout_of
@@ -48,8 +50,9 @@ def load(
     trust_remote_code: bool = False,
     own_memory: bool = False,
     offload_folder: Path | None = None,
+    task: str | None = TEXT_GENERATION,
 ) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer.
+    """Load a model and its tokenizer: a causal language model, or a model of another task.
 
     Args:
         source: a folder or hub name that transformers loads, a ``.gguf`` file (its weights are dequantized), or
@@ -64,9 +67,11 @@ def load(
             that load them. Weights that transformers converts (experts stored one by one, or FP8) are written to this
             folder; those of a GGUF file are dequantized each time instead.
             ``device`` and ``own_memory`` then have no effect.
+        task: one of :data:`~ace_triton.inputs.model_task.TASK_NAMES`; None to find the class from the configuration.
 
     Returns:
-        The model, in eval mode, and the tokenizer.
+        The model, in eval mode, and the tokenizer; for another task than text generation
+        :class:`~ace_triton.inputs.companions.Companions`, which load the tokenizer and processors.
 
     Raises:
         CheckpointError: if the model cannot be loaded, or the checkpoint does not have exactly the model's tensors.
@@ -80,16 +85,17 @@ def load(
     try:
         with _reports() as reports:
             if found.is_gguf:
+                find_task(found.name, None, task)
                 wanted = torch.bfloat16 if dtype == "auto" else dtype
                 model, tokenizer = (_load_gguf if offload_folder is None else _map_gguf)(found, wanted, options)
             else:
-                model, tokenizer = _load_saved(found, dtype, options, placing)
+                model, tokenizer = _load_saved(found, dtype, options, placing, task)
     except CheckpointError:
         raise
     except MemoryError:
         raise
     except Exception as error:
-        raise CheckpointError(loading_message(source, error, reports)) from error
+        raise CheckpointError(loading_message(source, error, reports, task)) from error
     if offload_folder is not None:
         return model.eval(), tokenizer
     if own_memory:
@@ -98,13 +104,22 @@ def load(
 
 
 def _load_saved(
-    found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any], placing: dict[str, Any]
+    found: ModelSource,
+    dtype: torch.dtype | str,
+    options: dict[str, Any],
+    placing: dict[str, Any],
+    task: str | None,
 ) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
-    where = str(found.path or found.name)
+    where, trusted = str(found.path or found.name), options["trust_remote_code"]
     config = AutoConfig.from_pretrained(where, **options)
-    check_config(found.name, config, tensor_names(found.path) if found.path else None, options["trust_remote_code"])
+    names = tensor_names(found.path) if found.path else None
+    chosen = CAUSAL if task == TEXT_GENERATION else find_task(found.name, config, task, trusted=trusted)
+    if chosen.name == TEXT_GENERATION:
+        check_config(found.name, config, names, trusted)
+    else:
+        check_depth(found.name, config, names)
     stated = stated_quantization(config)
     layout = layout_of(found.name, stated)
     if placing and layout is None and stated is not None:
@@ -112,12 +127,15 @@ def _load_saved(
             raise CheckpointError(why)
         config.quantization_config = {**stated, "dequantize": True}
         placing = {**placing, "config": config}
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if chosen.name == TEXT_GENERATION:
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, **options)
+    else:
+        tokenizer = Companions(found, trusted)
     if layout is not None:
-        return _load_dequantized(found, layout, config, dtype, options, placing), tokenizer
+        return _load_dequantized(found, layout, config, chosen, dtype, options, placing), tokenizer
     # transformers reads all weights to convert their dtype, even if they stay in files.
     with few_pages_of(_mapped_files(found) if placing else ()):
-        return _checked_model(found.name, where, dtype=dtype, **options, **placing), tokenizer
+        return _checked_model(found.name, where, chosen, dtype=dtype, **options, **placing), tokenizer
 
 
 def _mapped_files(found: ModelSource) -> list[Path]:
@@ -140,20 +158,23 @@ def _load_dequantized(
     found: ModelSource,
     layout: Format,
     config: Any,
+    task: ModelTask,
     dtype: torch.dtype | str,
     options: dict[str, Any],
     placing: dict[str, Any],
 ) -> Any:
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     vars(config).pop("quantization_config")
     with init_empty_weights():
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"]))
+        kind = type(task.loader.from_config(config, trust_remote_code=options["trust_remote_code"]))
     with closing(QuantizedCheckpoint(found.name, folder_of(found), layout)) as stored:
         if dtype == "auto" and getattr(config, "dtype", None) is None:
             dtype = stored.dtype
-        model = _checked_model(found.name, None, kind, config=config, state_dict=dict(stored), dtype=dtype, **placing)
+        model = _checked_model(
+            found.name, None, task, kind, config=config, state_dict=dict(stored), dtype=dtype, **placing
+        )
     with suppress(OSError):  # Without a file, the generation configuration comes from that of the model.
         model.generation_config = GenerationConfig.from_pretrained(stored.folder)
     return model
@@ -191,7 +212,7 @@ def _load_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, 
         pass  # Older versions of transformers always dequantize GGUF files.
     else:
         own["quantization_config"] = GgufConfig(dequantize=True)
-    packed = _checked_model(found.name, folder, dtype=dtype, **own)
+    packed = _checked_model(found.name, folder, CAUSAL, dtype=dtype, **own)
     config = copy.deepcopy(packed.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -252,6 +273,11 @@ def check_config(source: str | Path, config: Any, tensors: set[str] | None, trus
     saved_as = (config.architectures or [""])[0]
     if saved_as in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and saved_as != _causal_class(config):
         raise CheckpointError(f"{source}: is an encoder ({saved_as}), not a causal language model")
+    check_depth(source, config, tensors)
+
+
+def check_depth(source: str | Path, config: Any, tensors: set[str] | None) -> None:
+    """Raise CheckpointError if a configuration has more layers than the checkpoint has tensors."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if tensors is not None and isinstance(layers, int) and layers > len(tensors):
         raise CheckpointError(
@@ -267,30 +293,38 @@ def _causal_class(config: Any) -> str | None:
     return getattr(model_class, "__name__", None)
 
 
-def _checked_model(source: str, where: str | None, kind: Any = None, **options: Any) -> Any:
+def _checked_model(source: str, where: str | None, task: ModelTask, kind: Any = None, **options: Any) -> Any:
     """Load a model, and check that the files have exactly the model's tensors.
 
-    Tied weights are not checked, nor are tensors that transformers declares ignorable.
+    Tied weights are not checked, nor are tensors that transformers declares ignorable. A model of another task than its
+    checkpoint's may leave out the checkpoint's head, and a model for embeddings may lack the pooler, which it does not
+    use.
 
     Args:
         source: name of the checkpoint, for messages.
         where: folder or hub name; None if the options have a state dict.
-        kind: the model's class; None for the class of its configuration.
+        task: how the checkpoint is loaded.
+        kind: the model's class; None for the class that the task and the configuration give.
         options: those of ``from_pretrained``.
 
     Raises:
         CheckpointError: if tensors are missing, unexpected or of another shape; the message names them.
     """
-    from transformers import AutoModelForCausalLM
-
-    own: Any = kind or AutoModelForCausalLM
-    model, info = own.from_pretrained(where, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    loaded: Any = (kind or task.loader).from_pretrained(
+        where, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    model, info = loaded
     mismatched = [f"{name} {tuple(given)} instead of {tuple(own)}" for name, given, own in info["mismatched_keys"]]
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    if task.name == FEATURE_EXTRACTION:
+        missing = [name for name in missing if not name.startswith("pooler.")]
+    if task.is_chosen:
+        unexpected = []
     _refuse_unfit(
         source,
         model,
-        ("missing", info["missing_keys"]),
-        ("unexpected", info["unexpected_keys"]),
+        ("missing", missing),
+        ("unexpected", unexpected),
         ("of another shape", mismatched),
     )
     return model
@@ -309,7 +343,8 @@ def _refuse_unfit(source: str, model: Any, *found: tuple[str, Iterable[str]]) ->
         return
     own, saved_as = type(model).__name__, (model.config.architectures or [""])[0]
     if saved_as and saved_as != own:
-        raise CheckpointError(f"{source}: was saved as a {saved_as}, not as a causal language model ({own}): {wrong}")
+        kind = f"a causal language model ({own})" if own == _causal_class(model.config) else f"a {own}"
+        raise CheckpointError(f"{source}: was saved as a {saved_as}, not as {kind}: {wrong}")
     raise CheckpointError(
         f"{source}: its tensors do not fit the {own} of its config.json: {wrong}; a file is missing, or belongs to "
         "another model"
@@ -343,7 +378,9 @@ def _reports() -> Iterator[list[str]]:
             logger.propagate = propagate
 
 
-def loading_message(source: str | Path, error: Exception, reports: Sequence[str] = ()) -> str:
+def loading_message(
+    source: str | Path, error: Exception, reports: Sequence[str] = (), task: str | None = TEXT_GENERATION
+) -> str:
     """One line that says why transformers could not load a model, from its error and its loading reports."""
     if "trust_remote_code" in str(error):
         return f"{source}: needs its own Python code; if you trust it, pass --trust-remote-code (trust_remote_code)"
@@ -353,7 +390,8 @@ def loading_message(source: str | Path, error: Exception, reports: Sequence[str]
             f"{source}: tensors that belong together do not fit each other: {listing(unconverted)}; copy or download "
             "the checkpoint again"
         )
-    return f"{source}: cannot be loaded as a causal language model ({reason(error)})"
+    kind = " as a causal language model" if task == TEXT_GENERATION else ""
+    return f"{source}: cannot be loaded{kind} ({reason(error)})"
 
 
 def save(model: Any, tokenizer: Any, out: str | Path, report: dict[str, Any], *, overwrite: bool = False) -> None:

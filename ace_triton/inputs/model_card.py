@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CARD_FILE = "README.md"
+TEXT_GENERATION = "text-generation"
 LARGEST_CARD = 2**20
 """A source's card is read up to this many bytes."""
 
@@ -17,9 +18,9 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DENSE = """The model is a dense checkpoint with zeros, which takes the memory and time of the dense model:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {auto_class}.from_pretrained("path/to/this/folder")
 ```
 
 If its pattern is n:m, `ace-triton pack` makes a smaller checkpoint of it that runs sparse.
@@ -44,7 +45,7 @@ import ace_triton
 model = ace_triton.load("path/to/this/folder")
 ```
 
-After `import ace_triton`, `AutoModelForCausalLM.from_pretrained` of transformers loads it too.
+After `import ace_triton`, `{auto_class}.from_pretrained` of transformers loads it too.
 """
 
 
@@ -69,7 +70,7 @@ def write_card(folder: Path, report: dict[str, Any]) -> None:
         report: the pruning report, which may lack any part.
     """
     if not (folder / CARD_FILE).exists():
-        (folder / CARD_FILE).write_text(_card(report, _loader(folder, report)), encoding="utf-8")
+        (folder / CARD_FILE).write_text(_card(report, _usage(folder, report)), encoding="utf-8")
 
 
 def _card(report: dict[str, Any], usage: str | None) -> str:
@@ -99,7 +100,8 @@ def _front(report: dict[str, Any]) -> str:
         lines.append(f"license: {license}")
     if source and "source_path" not in report and _HUB_NAME.fullmatch(source):
         lines.append(f"base_model: {source}")
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- ace-triton", "- pruned"]
+    task = _text(report, "task") or TEXT_GENERATION
+    lines += ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- ace-triton", "- pruned"]
     if pattern:
         lines.append(f'- "{pattern}"')
     return "\n".join([*lines, "---\n"])
@@ -123,6 +125,9 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if {"sequences", "length", "source"} <= calibration.keys():
         words = f"{calibration['sequences']} sequences of {calibration['length']} tokens from {calibration['source']}"
         rows.append(("Calibration", words))
+    if (inputs := _dict(calibration, "inputs")) and "source" in calibration:
+        amounts = ", ".join(f"{count} {what}" for what, count in inputs.items())
+        rows.append(("Calibration", f"{amounts} from {calibration['source']}"))
     if isinstance(perplexity := calibration.get("perplexity"), float):
         rows.append(("Perplexity of the dense model on it", f"{perplexity:.4g}"))
     if {"steps", "tokens"} <= recovery.keys():
@@ -164,7 +169,7 @@ def _amounts(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [("Pruned layers", str(len(sizes))), ("Zeros", of_layers + of_model)]
 
 
-def _loader(folder: Path, report: dict[str, Any]) -> str | None:
+def _usage(folder: Path, report: dict[str, Any]) -> str | None:
     """How a folder is loaded, as its configuration and its report say; None if it has no configuration."""
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -172,7 +177,8 @@ def _loader(folder: Path, report: dict[str, Any]) -> str | None:
         return None
     method = _dict(config, "quantization_config").get("quant_method")
     dense = _SMALLER if _dict(report, "shrink") and not _text(report, "sparsity") else _DENSE
-    return _PACKED if method == "ace_triton" else dense if method is None else None
+    usage = _PACKED if method == "ace_triton" else dense if method is None else None
+    return None if usage is None else usage.format(auto_class=_text(report, "auto_class") or "AutoModelForCausalLM")
 
 
 def _metadata(text: str) -> str:

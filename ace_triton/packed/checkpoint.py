@@ -19,6 +19,7 @@ from ..decoders.blocks import stacks_of
 from ..errors import CheckpointError, PackedError
 from ..inputs import checkpoint
 from ..inputs.model_source import check_device, open_safetensors
+from ..inputs.model_task import TEXT_GENERATION, find_task
 from ..kernels.pack_nm import PatternError
 from ..linears import linear_weight
 from .expert_stack import ExpertStack, stores_transposed
@@ -57,8 +58,8 @@ def load(
     Raises:
         PackedError: if the folder has no packed checkpoint, or the checkpoint is truncated, altered or of a newer
             version.
-        CheckpointError: if transformers cannot build a causal language model from the configuration, or the device or
-            the dtype is not available.
+        CheckpointError: if transformers cannot build a model from the configuration, or the device or the dtype is not
+            available.
     """
     check_device(device)
     if dtype is not None and dtype not in DTYPES.values():
@@ -102,18 +103,22 @@ def finish(model: nn.Module, manifest: Manifest) -> None:
 
 def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with open_safetensors(folder / TENSORS_FILE) as file:
         names = {*file.keys(), *manifest.tied}
     try:
         config = AutoConfig.from_pretrained(str(folder), **options)
-        checkpoint.check_config(folder, config, names, trust_remote_code)
+        task = find_task(str(folder), config, None, trusted=trust_remote_code)
+        if task.name == TEXT_GENERATION:
+            checkpoint.check_config(folder, config, names, trust_remote_code)
+        else:
+            checkpoint.check_depth(folder, config, names)
         if hasattr(config, "quantization_config"):  # It speaks of the folder, not of the model in memory.
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = task.loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except CheckpointError:

@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
 from ..inputs.model_source import reason
+from ..inputs.model_task import task_of_class
 from ..kernels.packed_nm import LAYOUT_VERSION
 from .checkpoint import check_tensors, finish, put_layers
 from .manifest import DTYPES, MANIFEST_FILE, NEEDED_FILES, QUANTIZATION_METHOD, TENSORS_FILE, Manifest
@@ -83,7 +84,7 @@ def _checked_manifest(folder: Path, model: Any) -> Manifest:
     """The manifest of a folder, after checking the files."""
     given, named = type(model).__name__, (model.config.architectures or [""])[0]
     if given != named:
-        raise CheckpointError(f"{folder}: is a packed {named}, not a {given}: load it with AutoModelForCausalLM")
+        raise CheckpointError(f"{folder}: is a packed {named}, not a {given}: load it with {_loader_of(model, named)}")
     # In the hub's cache a file is there once it was asked for; the hub has checked it on the way.
     in_cache = folder.parent.name == "snapshots"
     if in_cache and not (folder / MANIFEST_FILE).is_file():
@@ -91,6 +92,14 @@ def _checked_manifest(folder: Path, model: Any) -> Manifest:
     manifest = Manifest.read(folder)
     manifest.check_files(folder, NEEDED_FILES if in_cache else None)
     return manifest
+
+
+def _loader_of(model: Any, named: str) -> str:
+    """The class that loads a model of the named class: an AutoModel class if one does."""
+    import transformers
+
+    task = task_of_class(getattr(transformers, named, object), model.config)
+    return named if task is None else task.auto_class
 
 
 def _download_manifest(snapshot: Path, name: str) -> None:

@@ -16,7 +16,7 @@ _LOADS_MODELS = "transformers.modeling_utils"
 
 
 def register_quantizer() -> None:
-    """Let ``AutoModelForCausalLM.from_pretrained`` load packed checkpoints. More calls change nothing.
+    """Let ``from_pretrained`` of transformers' AutoModel classes load packed checkpoints. More calls change nothing.
 
     ``import ace_triton`` does this by itself, before or after transformers is imported.
     """

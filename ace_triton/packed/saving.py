@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..inputs.checkpoint import refusals
+from ..inputs.model_task import task_of_class
 from ..inputs.output_folder import files_in, give_mode, replacing, write_report
 from ..inputs.report_file import MANIFEST_FILE
 from .manifest import DTYPES, QUANTIZATION_METHOD, TENSORS_FILE, LayerEntry, Manifest, PackedEntry, RowsEntry
@@ -39,7 +40,7 @@ def save_packed(
     ``model.save_pretrained(folder)`` of a packed model writes the same format and accepts an existing folder.
 
     Args:
-        model: a Hugging Face causal language model with its weights in memory.
+        model: a model of transformers that an AutoModel class loads, with its weights in memory.
         tokenizer: tokenizer to save with the model, or None.
         out: folder to write. It is created together with its parents.
         report: the pruning report, written as ``ace_triton.json``.
@@ -49,7 +50,7 @@ def save_packed(
         The manifest that was written.
 
     Raises:
-        CheckpointError: if the model is not a causal language model, has no packed layer or has an unsupported dtype;
+        CheckpointError: if no AutoModel class loads the model, it has no packed layer or it has an unsupported dtype;
             or if ``out`` exists and may not be replaced, or cannot be written.
     """
     _check_model(model)
@@ -160,21 +161,20 @@ class SavePretrained:
 
 def why_not_saved(model: Any) -> str | None:
     """Why a model cannot be saved as a packed checkpoint; None if it can."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+    from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         return (
-            f"only causal language models of transformers can be saved as packed checkpoints, got a "
-            f"{type(model).__name__}: save its state_dict"
+            f"only models of transformers can be saved as packed checkpoints, got a {type(model).__name__}: save its "
+            "state_dict"
         )
     if not any(isinstance(layer, PackedLinear) for layer in model.modules()):
         return "the model has no packed layer: call ace_triton.pack_model(model) first"
     if model.dtype not in DTYPES.values():
         return f"packed checkpoints support {', '.join(DTYPES)}, the model is {model.dtype}: convert it"
-    loaded_classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
-    if not model.is_remote_code() and not isinstance(model, loaded_classes):
+    if not model.is_remote_code() and task_of_class(type(model), model.config) is None:
         return (
-            f"a {type(model).__name__} cannot be loaded by AutoModelForCausalLM, so it cannot be a packed checkpoint: "
+            f"a {type(model).__name__} cannot be loaded by an AutoModel class, so it cannot be a packed checkpoint: "
             "save its state_dict"
         )
     return None

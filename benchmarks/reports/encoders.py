@@ -1,0 +1,292 @@
+"""A sentence encoder pruned by every method: how far its embeddings stay, and packed speed.
+
+    python -m benchmarks.reports.encoders --model FOLDER --calibration TEXT --evaluation TEXT
+
+Writes docs/encoders.{json,md}. Each result is written as soon as it is there, and a run goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from ace_triton import keep_zeros, pack_model, prune_model
+from ace_triton.agreement import embedding_agreement, embeddings
+from ace_triton.commands.compare_run import pooling_of
+from ace_triton.commands.report import write_json
+from ace_triton.formats.registry import load_model
+from ace_triton.inputs.masked_text import pad_of, padded, pieces_of
+from ace_triton.inputs.sentences import sentences_of
+from ace_triton.inputs.text import read_documents
+
+from .cpu_ratios import processor
+
+METHODS = ("wanda", "cosp", "ace", "varp", "ria", "stade", "ace-paper", "magnitude", "sparsegpt")
+PATTERNS = ("8:16", "2:4")
+GRID = {"sentences": 500, "samples": 64, "length": 64}
+WHOLE = {"sentences": 3000, "samples": 256, "length": 128}
+"""The recipes are measured on more sentences, and calibrated on more text, than the grid of methods."""
+
+STEPS, STEP_SENTENCES, RATE = 100, 32, 1e-4
+RECIPES: dict[str, dict[str, Any]] = {
+    "wanda, permuted, lstsq": {"method": "wanda", "permute": True, "update": "lstsq"},
+    "wanda, permuted, lstsq, distilled": {"method": "wanda", "permute": True, "update": "lstsq", "steps": STEPS},
+}
+SPEED_SENTENCES, SPEED_ROUNDS = 24, 7
+AIM = {"cosine": 0.97, "recall": 0.85}
+console = Console()
+
+
+class Bench:
+    """The dense model, its texts and its embeddings, and the results so far.
+
+    Args:
+        model: a folder of a sentence encoder.
+        calibration, evaluation: texts.
+        out: where the results are, without the suffix.
+    """
+
+    def __init__(self, model: str, calibration: str, evaluation: str, out: Path) -> None:
+        self.dense, companions = load_model(model, task="embedding", dtype=torch.float32)
+        self.tokenizer, self.pooling = companions.tokenizer, pooling_of(Path(model))
+        self.documents = read_documents(calibration)
+        self.sentences = sentences_of(read_documents(evaluation), int(WHOLE["sentences"]))
+        self.path = out.with_suffix(".json")
+        self._known: dict[int, torch.Tensor] = {}
+        setting = {
+            "model": Path(model).name,
+            "calibration": Path(calibration).name,
+            "evaluation": Path(evaluation).name,
+            "grid": GRID,
+            "whole": {**WHOLE, "sentences": len(self.sentences)},
+            "distillation": {"steps": STEPS, "sentences": STEP_SENTENCES, "rate": RATE},
+            "processor": processor(),
+            "torch": torch.__version__,
+        }
+        self.write("setting", setting)
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def write(self, key: str, value: Any) -> None:
+        """Replace one entry of the results; another process may have written others meanwhile."""
+        write_json(self.path, {**self.read(), key: value})
+
+    def batches(self, count: int) -> list[dict[str, torch.Tensor]]:
+        """The first sentences, the shortest first."""
+        pieces = pieces_of(sorted(self.sentences[:count], key=len), self.tokenizer, count, 128, None)
+        return [padded(pieces[i : i + 16], pad_of(self.tokenizer)) for i in range(0, len(pieces), 16)]
+
+    def calibration(self, samples: int, length: int) -> list[dict[str, torch.Tensor]]:
+        """Beginnings of documents, as ``ace-triton prune`` cuts them."""
+        pieces = pieces_of(self.documents, self.tokenizer, samples, length, 0)
+        size = max(1, 2048 // length)
+        return [padded(pieces[i : i + size], pad_of(self.tokenizer)) for i in range(0, len(pieces), size)]
+
+    def agreement(self, model: Any, count: int) -> dict[str, Any]:
+        batches = self.batches(count)
+        if count not in self._known:
+            self._known[count] = embeddings(self.dense, batches, pooling=self.pooling)
+        pruned = embeddings(model, batches, pooling=self.pooling)
+        return embedding_agreement(self._known[count], pruned, pooling=self.pooling).to_dict()
+
+    def measure(self, sizes: dict[str, int], pattern: str, steps: int = 0, **recipe: Any) -> dict[str, Any]:
+        """Prune a copy of the model, train it if asked, and compare it."""
+        model = copy.deepcopy(self.dense)
+        started = time.process_time()
+        prune_model(model, self.calibration(sizes["samples"], sizes["length"]), sparsity=pattern, **recipe)
+        if steps:
+            self.distill(model, steps)
+        seconds = time.process_time() - started
+        return {**self.agreement(model, sizes["sentences"]), "cpu_seconds": seconds}
+
+    def distill(self, model: Any, steps: int) -> None:
+        """Train the kept weights so that hidden states and embeddings of sentences are those of the dense model."""
+        sentences = sentences_of(self.documents)
+        pieces = pieces_of(sentences, self.tokenizer, len(sentences), 64, 1)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.dim() > 1], lr=RATE, weight_decay=0.0)
+        keep_zeros(model, optimizer)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for step in range(steps):
+            start = step * STEP_SENTENCES % (len(pieces) - STEP_SENTENCES)
+            inputs = padded(pieces[start : start + STEP_SENTENCES], pad_of(self.tokenizer))
+            with torch.no_grad():
+                wanted = self.dense(**inputs, output_hidden_states=True)
+            given = model(**inputs, output_hidden_states=True)
+            weights = inputs["attention_mask"].float()[:, :, None]
+            loss = torch.zeros(())
+            for one, other in zip(given.hidden_states[1:], wanted.hidden_states[1:], strict=True):
+                loss = loss + ((one - other).square() * weights).sum() / (other.square() * weights).sum()
+            pooled = [(states.last_hidden_state * weights).sum(1) for states in (given, wanted)]
+            loss = loss + 4 * (1 - torch.nn.functional.cosine_similarity(*pooled)).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+    def speed(self, pattern: str) -> dict[str, float]:
+        """Milliseconds of a sentence alone in a forward, dense with zeros and packed: medians of CPU time."""
+        pruned = copy.deepcopy(self.dense)
+        prune_model(pruned, None, "magnitude", pattern)
+        packed = copy.deepcopy(pruned)
+        pack_model(packed)
+        pieces = pieces_of(self.sentences[:SPEED_SENTENCES], self.tokenizer, SPEED_SENTENCES, 128, None)
+        inputs = [padded([piece], pad_of(self.tokenizer)) for piece in pieces]
+        spent: tuple[list[float], list[float]] = ([], [])
+        with torch.inference_mode():
+            for turn in range(SPEED_ROUNDS + 1):
+                for model, seconds in zip((pruned, packed), spent, strict=True):
+                    started = time.process_time()
+                    for sentence in inputs:
+                        model(**sentence)
+                    if turn:
+                        seconds.append((time.process_time() - started) / len(inputs))
+        dense_ms, packed_ms = (1e3 * statistics.median(seconds) for seconds in spent)
+        faster = statistics.median(d / p for d, p in zip(*spent, strict=True))
+        return {"dense_ms": dense_ms, "packed_ms": packed_ms, "faster": faster, "tokens": sum(map(len, pieces))}
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Folder of a sentence encoder.")],
+    calibration: Annotated[str, typer.Option(help="Calibration text.")],
+    evaluation: Annotated[str, typer.Option(help="Text whose sentences are embedded.")],
+    only: Annotated[list[str] | None, typer.Option(help="grid, recipes or speed; default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path("docs/encoders"),
+) -> None:
+    """Measure what is not yet measured; write OUT.json and OUT.md."""
+    torch.set_num_threads(1)
+    bench = Bench(model, calibration, evaluation, out)
+
+    def entry(key: str, measure: Callable[[], Any]) -> None:
+        if key not in bench.read():
+            bench.write(key, measure())
+            console.print(key, bench.read()[key], highlight=False)
+
+    wanted = only or ["recipes", "grid", "speed"]
+    for pattern in PATTERNS:
+        if "speed" in wanted:
+            entry(f"speed {pattern}", lambda: bench.speed(pattern))  # noqa: B023
+    for pattern in PATTERNS:
+        for name, recipe in RECIPES.items() if "recipes" in wanted else ():
+            entry(f"recipe {pattern} {name}", lambda: bench.measure(WHOLE, pattern, **recipe))  # noqa: B023
+    cells = [(update, pattern) for update in (None, "lstsq") for pattern in PATTERNS]
+    for update, pattern in cells if "grid" in wanted else ():
+        for method in METHODS:
+            if method != "sparsegpt" or update is None:  # SparseGPT moves the kept weights itself.
+                recipe = {"method": method, "update": update}
+                entry(f"grid {pattern} {method} {update}", lambda: bench.measure(GRID, pattern, **recipe))  # noqa: B023
+    lines = page(bench.read())
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    console.print(f"written to {out.with_suffix('.md')}")
+
+
+def page(content: dict[str, Any]) -> list[str]:
+    """docs/encoders.md."""
+    setting = content["setting"]
+    grid, whole, trained = setting["grid"], setting["whole"], setting["distillation"]
+    return [
+        "# A sentence encoder, pruned",
+        "",
+        f"Measured by `make encoders` on one thread of an {setting['processor']}, torch {setting['torch']}: "
+        f"{setting['model']}, calibrated on {setting['calibration']}; embeddings of sentences of "
+        f"{setting['evaluation']}. The cosine is that of an input's pruned embedding and its dense one, mean over all "
+        "sentences; the recall is the share of a sentence's 10 nearest dense neighbors that are among its 10 nearest "
+        "pruned ones. `ace-triton evaluate PRUNED --dense DENSE --task embedding` measures both on your own text.",
+        "",
+        "## Recipes",
+        "",
+        f"{whole['sentences']:,} sentences; calibrated on {whole['samples']:,} sequences of at most {whole['length']} "
+        f'tokens. "Distilled" trains the kept weights for {trained["steps"]} optimizer steps of '
+        f"{trained['sentences']} sentences toward the dense hidden states and embeddings; the zeros stay.",
+        "",
+        *recipe_table(content),
+        "",
+        "## Methods",
+        "",
+        f"{grid['sentences']:,} sentences; calibrated on {grid['samples']:,} sequences of at most {grid['length']} "
+        'tokens; channels keep their order. Fit: kept weights by least squares (`update="lstsq"`). SparseGPT moves '
+        "the kept weights itself, so it stands in the column without a fit.",
+        "",
+        *grid_table(content),
+        "",
+        *cosp_lines(content),
+        "",
+        "## Speed of a single sentence",
+        "",
+        *speed_table(content),
+    ]
+
+
+def recipe_table(content: dict[str, Any]) -> list[str]:
+    """The recipes' results as a Markdown table."""
+    lines = ["| pattern | recipe | cosine | recall at 10 | CPU seconds |", "|---|---|---:|---:|---:|"]
+    for pattern in PATTERNS:
+        for name in RECIPES:
+            if found := content.get(f"recipe {pattern} {name}"):
+                cells = f"{found['cosine']:.3f} | {found['recall']:.3f} | {found['cpu_seconds']:.0f}"
+                lines.append(f"| {pattern} | {name} | {cells} |")
+    return lines
+
+
+def grid_table(content: dict[str, Any]) -> list[str]:
+    """The methods' results as a Markdown table: cosine and recall, by pattern, without and with the fit."""
+    columns = [(pattern, update) for pattern in PATTERNS for update in (None, "lstsq")]
+    titles = [f"{pattern}{', fit' if update else ''}" for pattern, update in columns]
+    lines = [f"| method | {' | '.join(titles)} |", "|---" + "|---:" * len(columns) + "|"]
+    for method in METHODS:
+        cells = []
+        for pattern, update in columns:
+            found = content.get(f"grid {pattern} {method} {update}")
+            cells.append(f"{found['cosine']:.3f} / {found['recall']:.3f}" if found else "-")
+        if set(cells) != {"-"}:
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return [*lines, "", "Each cell: cosine / recall at 10."]
+
+
+def cosp_lines(content: dict[str, Any]) -> list[str]:
+    """What came out for CosP, whose score is a weight's effect on the cosine of a layer's outputs."""
+    lines = []
+    for pattern in PATTERNS:
+        for update in (None, "lstsq"):
+            found = {method: content.get(f"grid {pattern} {method} {update}") for method in METHODS}
+            known = {method: result["cosine"] for method, result in found.items() if result}
+            if "cosp" in known and len(known) > 1:
+                rank = sorted(known, key=lambda method: -known[method]).index("cosp") + 1
+                best = max(known, key=lambda method: known[method])
+                lines.append(
+                    f"- {pattern} {'with' if update else 'without'} the fit: CosP is number {rank} of {len(known)} by "
+                    f"cosine ({known['cosp']:.3f}; best: {best}, {known[best]:.3f})."
+                )
+    return ["CosP scores a weight by its effect on the cosine of a layer's outputs, the measure used here:", "", *lines]
+
+
+def speed_table(content: dict[str, Any]) -> list[str]:
+    """Times as a Markdown table."""
+    lines = [
+        "| pattern | dense with zeros | packed | packed, times as fast |",
+        "|---|---:|---:|---:|",
+    ]
+    for pattern in PATTERNS:
+        if found := content.get(f"speed {pattern}"):
+            lines.append(
+                f"| {pattern} | {found['dense_ms']:.1f} ms | {found['packed_ms']:.1f} ms | {found['faster']:.2f}x |"
+            )
+    return [
+        f"{SPEED_SENTENCES} sentences, one in each forward; both models in turn, medians of CPU time over "
+        f"{SPEED_ROUNDS} rounds.",
+        "",
+        *lines,
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,216 @@
+"""``ace-triton prune`` of encoders, encoder-decoders, and models of images and audio."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import ace_triton
+from ace_triton import prune_model
+from ace_triton.formats.registry import load_model
+from ace_triton.inputs import checkpoint
+from ace_triton.inputs.model_task import task_of
+from tests.inputs.small_checkpoints import KINDS, bert_tokenizer, write_images, write_sounds
+
+DOCUMENTS = ["the fox jumps over the dog", "a short one", "words of the last document"]
+TOWERS = {"t5": 2, "clip": 2, "llava": 2, "whisper": 2}
+CLASSES = {
+    "bert": "AutoModel",
+    "masked bert": "AutoModelForMaskedLM",
+    "t5": "AutoModelForSeq2SeqLM",
+    "vit": "AutoModelForImageClassification",
+    "clip": "AutoModelForZeroShotImageClassification",
+    "llava": "AutoModelForImageTextToText",
+    "whisper": "AutoModelForSpeechSeq2Seq",
+    "wav2vec2": "AutoModelForCTC",
+}
+
+
+@pytest.fixture
+def documents(tmp_path):
+    path = tmp_path / "documents.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
+    return path
+
+
+@pytest.fixture
+def media(tmp_path):
+    """The options that name the files for what a kind reads."""
+    images, sounds = write_images(tmp_path / "pictures"), write_sounds(tmp_path / "sounds")
+    return {"text": (), "images": ("--images", images), "audio": ("--audio", sounds)}
+
+
+@pytest.fixture
+def prune(command, documents, tmp_path):
+    def run(source, *words):
+        small = ("--calibration", documents, "--samples", 3, "--length", 16, "--method", "wanda")
+        return command("prune", source, tmp_path / "out", *small, *words)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_pruned_and_loads_with_its_class(kind, prune, media, tmp_path):
+    save, reads = KINDS[kind]
+    save(tmp_path / "dense")
+    code, out, errors = prune(tmp_path / "dense", *media[reads])
+    assert code == 0, errors
+    report = json.loads((tmp_path / "out" / "ace_triton.json").read_text())
+    assert report["auto_class"] == CLASSES[kind] == task_of(tmp_path / "dense").auto_class
+    assert [tower["run"] for tower in report["towers"]] == ["blocks"] * TOWERS.get(kind, 1)
+    assert report["account"]["pruned_share"] > 0.97
+    assert all(name in out for name in report["outside_layers"][:4])
+    loader = getattr(transformers, CLASSES[kind])
+    dense, pruned = (loader.from_pretrained(tmp_path / name).state_dict() for name in ("dense", "out"))
+    layers = {f"{layer['name']}.weight" for layer in report["layers"]}
+    for name, weight in dense.items():
+        if name in layers:
+            assert torch.equal((pruned[name].reshape(-1, 4) != 0).sum(1), torch.full((weight.numel() // 4,), 2))
+        else:
+            assert torch.equal(pruned[name], weight), name
+    kept = [json.loads((tmp_path / name / "config.json").read_text())["architectures"] for name in ("dense", "out")]
+    assert kept[0] == kept[1]
+    assert f"{CLASSES[kind]}.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+    written = {"config.json", "model.safetensors", "generation_config.json"}
+    for path in (tmp_path / "dense").iterdir():
+        if path.name not in written:
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_an_encoder_sees_special_tokens_and_no_padding(prune, tmp_path):
+    """As if the user had tokenized the documents with padding, in any order."""
+    KINDS["bert"][0](tmp_path / "dense")
+    assert prune(tmp_path / "dense")[0] == 0
+    model, _ = checkpoint.load(tmp_path / "dense", task=None)
+    made = bert_tokenizer()(DOCUMENTS, padding=True, truncation=True, max_length=16, return_tensors="pt")
+    prune_model(model, [{name: made[name] for name in ("input_ids", "attention_mask")}], "wanda", "2:4")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(written[name], weight), name
+
+
+def test_an_encoder_is_packed_and_loads_packed(prune, command, tmp_path):
+    KINDS["bert"][0](tmp_path / "dense")
+    code, _, errors = prune(tmp_path / "dense", "--packed")
+    assert code == 0, errors
+    assert prune(tmp_path / "dense", "--overwrite")[0] == 0
+    dense, _ = load_model(tmp_path / "out", task=None)
+    code, _, errors = command("pack", tmp_path / "out", tmp_path / "packed")
+    assert code == 0, errors
+    packed, companions = load_model(tmp_path / "packed")
+    ids = torch.arange(6, 14)[None]
+    assert torch.allclose(packed(ids)[0], dense(ids)[0], atol=1e-6)
+    assert companions.tokenizer("ab")["input_ids"] == [1, 6, 7, 2]
+    ace_triton.register_quantizer()
+    again = transformers.AutoModel.from_pretrained(tmp_path / "packed")
+    assert torch.equal(again(ids)[0], packed(ids)[0])
+
+
+def test_folders_of_sentence_transformers_stay_whole(prune, tmp_path):
+    dense = tmp_path / "dense"
+    KINDS["bert"][0](dense)
+    (dense / "1_Pooling").mkdir()
+    (dense / "1_Pooling" / "config.json").write_text("{}")
+    (dense / "2_Dense").mkdir()
+    (dense / "2_Dense" / "model.safetensors").write_bytes(b"weights of a module")
+    (dense / "onnx").mkdir()
+    (dense / "onnx" / "model.onnx").write_bytes(b"dense weights")
+    (dense / "pytorch_model.bin").write_bytes(b"dense weights")
+    paths = ["", "1_Pooling", "2_Dense", "../dense", "/tmp"]
+    (dense / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+    assert prune(dense)[0] == 0
+    listed = json.loads((tmp_path / "out" / "ace_triton.json").read_text())["files"]
+    assert {"1_Pooling/config.json", "2_Dense/model.safetensors", "modules.json", "tokenizer.json"} <= set(listed)
+    assert not {"onnx/model.onnx", "pytorch_model.bin"} & set(listed)
+    assert prune(dense, "--overwrite")[0] == 0
+
+
+def test_a_task_chooses_the_class(prune, tmp_path):
+    KINDS["masked bert"][0](tmp_path / "dense")
+    code, _, errors = prune(tmp_path / "dense", "--task", "embedding")
+    assert code == 0, errors
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["BertModel"]
+    code, _, errors = prune(tmp_path / "dense", "--overwrite", "--task", "classification")
+    assert code == 1
+    assert "classifier.weight" in errors
+    assert "was saved as a BertForMaskedLM, not as a BertForSequenceClassification: 4 missing" in errors
+    code, _, errors = prune(tmp_path / "dense", "--overwrite", "--task", "speech")
+    assert code == 1
+    assert "no bert model for the task 'speech'; it has" in errors
+
+
+def test_towers_are_excluded_by_name(prune, media, tmp_path):
+    KINDS["clip"][0](tmp_path / "dense")
+    code, _, errors = prune(tmp_path / "dense", *media["images"], "--exclude", "text_model.*", "--include", "*")
+    assert code == 0, errors
+    report = json.loads((tmp_path / "out" / "ace_triton.json").read_text())
+    names = [layer["name"] for layer in report["layers"]]
+    assert {name.partition(".")[0] for name in names} == {"vision_model", "visual_projection", "text_projection"}
+    assert report["account"]["excluded"] > 0
+
+
+def test_text_beside_an_image_is_its_caption(prune, media, tmp_path, documents):
+    KINDS["clip"][0](tmp_path / "dense")
+    for path in (tmp_path / "pictures").glob("*.png"):
+        path.with_suffix(".txt").write_text("a caption")
+    documents.unlink()
+    code, out, errors = prune(tmp_path / "dense", *media["images"])
+    assert code == 0, errors
+    assert "calibration: 3 images from pictures, 33 tokens without padding" in out
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("vit", (), "a ViTForImageClassification reads more than text: give --images DIR"),
+        ("whisper", (), "a WhisperForConditionalGeneration reads more than text: give --audio DIR"),
+        ("bert", ("--images", "."), "--images: a BertModel does not read that"),
+        ("bert", ("--stream",), "--stream prunes causal language models on text"),
+        ("bert", ("--bos", "each"), "--bos is for causal language models"),
+        ("bert", ("--calibration", "self"), "only causal language models write text"),
+        ("bert", ("--length", "33"), "--length 33 is more than the model's 32 positions"),
+        ("bert", ("--task", "sorting"), "unknown task 'sorting'"),
+        ("bert", ("--dry-run",), "a plan (--dry-run) is made for causal language models"),
+        ("vit", ("--images", "missing"), "--images missing: no such folder"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(kind, words, message, prune, tmp_path):
+    KINDS[kind][0](tmp_path / "dense")
+    code, _, errors = prune(tmp_path / "dense", *words)
+    assert code == 1
+    assert message in errors
+    assert errors.count("error:") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_image_is_named(prune, tmp_path):
+    KINDS["vit"][0](tmp_path / "dense")
+    (write_images(tmp_path / "pictures", 1) / "0.png").write_bytes(b"no image")
+    code, _, errors = prune(tmp_path / "dense", "--images", tmp_path / "pictures")
+    assert code == 1
+    assert "0.png: cannot be read as an image" in errors
+
+
+def test_audio_is_resampled(tmp_path):
+    from ace_triton.inputs.media import read_audio
+
+    path = sorted(write_sounds(tmp_path, 1, rate=8000).glob("*.wav"))[0]
+    slow, fast = read_audio(path, 8000), read_audio(path, 16000)
+    assert len(slow) == 2000
+    assert len(fast) == 4000
+    assert abs(fast[::2] - slow).max() < 0.2
+
+
+def test_a_recipe_repeats_images_beside_it(prune, command, media, tmp_path):
+    KINDS["vit"][0](tmp_path / "dense")
+    assert prune(tmp_path / "dense", *media["images"])[0] == 0
+    recipe = tmp_path / "out" / "ace_triton.json"
+    code, _, errors = command("prune", tmp_path / "dense", tmp_path / "again", "--recipe", recipe)
+    assert code == 0, errors
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
