@@ -27,11 +27,12 @@ from .kernels.score_terms import ScoreTerms
 from .methods.registry import Needs, metric_names, register_metric
 from .model_report import ModelReport
 from .packed.checkpoint import load, save_packed
-from .packed.nm_linear import NMLinear
+from .packed.nm_linear import NMLinear, PackedLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .packed.products import RowLimits
 from .packed.registration import register_quantizer
 from .packed.registration import register_with_transformers as _register_with_transformers
+from .packed.rows_linear import RowsLinear
 from .planning.pruning_plan import PruningPlan, plan_pruning
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
@@ -73,6 +74,7 @@ __all__ = [
     "NMLinear",
     "Needs",
     "PackedError",
+    "PackedLinear",
     "PackedWeightError",
     "PatternError",
     "Perplexity",
@@ -86,6 +88,7 @@ __all__ = [
     "RecoveryReport",
     "RecoverySettings",
     "RowLimits",
+    "RowsLinear",
     "ScoreTerms",
     "ShrinkReport",
     "ShrinkSettings",

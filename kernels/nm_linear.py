@@ -76,7 +76,7 @@ def _by_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
 def _nm_linear_cpu(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
     if packed.absmax is not None:
         return _by_reference(tokens, packed, bias)
-    outputs = cpu.nm_linear(_rows_of(tokens, packed), packed, None if bias is None else bias.detach())
+    outputs = cpu.nm_linear(rows_of(tokens), packed, None if bias is None else bias.detach())
     return of_shape(outputs, tokens)
 
 
@@ -84,11 +84,12 @@ def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor
     if packed.absmax is not None:
         return _by_reference(tokens, packed, bias)
     packed.check_tensors()
-    return of_shape(_launched(_rows_of(tokens, packed), packed, bias), tokens)
+    return of_shape(_launched(rows_of(tokens.detach()), packed, bias), tokens)
 
 
-def _rows_of(tokens: torch.Tensor, packed: PackedNM) -> torch.Tensor:
-    return tokens.detach().reshape(-1, packed.shape[1])
+def rows_of(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens [..., in_features] as [n_tokens, in_features], without a graph."""
+    return tokens if tokens.dim() == 2 else tokens.detach().reshape(-1, tokens.shape[-1])
 
 
 def of_shape(outputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

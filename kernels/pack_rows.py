@@ -84,6 +84,10 @@ def _pack_rows_cpu(weight: torch.Tensor) -> PackedRows:
     return PackedRows(*cpu.pack_rows(weight), (weight.shape[0], weight.shape[1]))
 
 
+def _unpack_rows_cpu(packed: PackedRows, into: torch.Tensor | None) -> torch.Tensor:
+    return cpu.unpack_rows(packed, into) if packed.values.dtype in DTYPES else _unpack_by_reference(packed, into)
+
+
 def _unpack_by_reference(packed: PackedRows, into: torch.Tensor | None) -> torch.Tensor:
     packed.check_tensors()
     weight = unpack_rows_reference(packed)
@@ -91,6 +95,8 @@ def _unpack_by_reference(packed: PackedRows, into: torch.Tensor | None) -> torch
 
 
 def _unpack_rows_triton(packed: PackedRows, into: torch.Tensor | None) -> torch.Tensor:
+    if packed.values.dtype not in DTYPES:
+        return _unpack_by_reference(packed, into)
     packed.check_tensors()
     weight = packed.values.new_empty(packed.shape) if into is None else into
     if weight.numel():
@@ -116,7 +122,7 @@ def _work_of_unpacking(packed: PackedRows, into: torch.Tensor | None) -> Work:
 
 
 PACK_ROWS = Op("pack_rows", _work_of_packing, pack_rows_reference, _pack_rows_cpu)
-UNPACK_ROWS = Op("unpack_rows", _work_of_unpacking, _unpack_by_reference, cpu.unpack_rows, _unpack_rows_triton)
+UNPACK_ROWS = Op("unpack_rows", _work_of_unpacking, _unpack_by_reference, _unpack_rows_cpu, _unpack_rows_triton)
 
 
 @triton.jit(launch_metadata=launch_metadata)

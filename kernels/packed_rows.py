@@ -86,6 +86,8 @@ class PackedRows:
             PatternError: if row starts and metadata disagree, or if a bit past the last input is set.
         """
         self.check_tensors()
+        if self.values.dtype not in DTYPES:
+            raise ArgumentError(f"values must be float32, float16 or bfloat16, got {self.values.dtype}")
         check_starts(self.starts, len(self.values))
         check_counts(self.meta, self.starts, self.shape)
 
@@ -99,8 +101,6 @@ class PackedRows:
             ArgumentError: if a shape, dtype or device is invalid.
         """
         rows, cols = self.shape
-        if self.values.dtype not in DTYPES:
-            raise ArgumentError(f"values must be float32, float16 or bfloat16, got {self.values.dtype}")
         if self.values.dim() != 1 or not self.values.is_contiguous():
             raise ArgumentError(self._misfit("values", self.values, "[n_values]"))
         for name, tensor, shape in (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import cpu, launch_packed
-from .nm_linear import check_linear, of_shape, store_sums
+from .nm_linear import check_linear, of_shape, rows_of, store_sums
 from .op import Op, Work, bytes_of, launch_metadata
 from .pack_rows import load_kept, unpack_rows_reference
 from .packed_rows import PackedRows
@@ -44,13 +44,12 @@ def _by_reference(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor |
 
 
 def _rows_linear_cpu(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = tokens.detach().reshape(-1, packed.shape[1])
-    return of_shape(cpu.rows_linear(rows, packed, None if bias is None else bias.detach()), tokens)
+    return of_shape(cpu.rows_linear(rows_of(tokens), packed, None if bias is None else bias.detach()), tokens)
 
 
 def _rows_linear_triton(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
     packed.check_tensors()
-    given = tokens.detach().reshape(-1, packed.shape[1])
+    given = rows_of(tokens.detach())
     if given.stride(1) != 1:
         given = given.contiguous()
     (n_tokens, cols), rows = given.shape, packed.shape[0]

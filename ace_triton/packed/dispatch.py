@@ -24,7 +24,7 @@ ALWAYS = 1 << 30
 
 @dataclass(frozen=True)
 class PatternRows:
-    """Largest number of rows for our CPU kernel: at 2:4, which has a specialized loop, and at other patterns."""
+    """Largest number of rows for our CPU kernel: at 2:4, which has its own loop, and at other patterns or none."""
 
     two_of_four: int
     other: int
@@ -37,7 +37,7 @@ CPU_LIMITS = {
         torch.bfloat16: PatternRows(64, 32),
     },
     "avx2": {
-        torch.float32: PatternRows(8, 8),
+        torch.float32: PatternRows(4, 3),
         torch.float16: PatternRows(ALWAYS, ALWAYS),
         torch.bfloat16: PatternRows(ALWAYS, ALWAYS),
     },
@@ -50,8 +50,9 @@ CPU_LIMITS = {
 """Up to these numbers of rows our kernel is faster than unpacking the weight in the call, by instruction set of the
 compiled library and by dtype. To measure them: ``ace-triton bench --rows 1,2,4,8,16,32,64,128`` with ``--sparsity`` and
 ``--dtype``, under ``ACE_TRITON_CPU_ISA=avx512|avx2|portable``. Measured on one core of AMD EPYC processors (AVX-512:
-Zen 4 and 5; AVX2 and portable: Zen 4 without AVX-512). Estimated for AVX-512: patterns other than 2:4, and bf16 without
-bf16 instructions.
+Zen 4 and 5; AVX2 and portable: Zen 4 without AVX-512). Those of AVX2 hold for small layers, whose unpacked weight stays
+in the cache; for large ones our kernel is faster for a few rows more. Estimated for AVX-512: patterns other than 2:4,
+and bf16 without bf16 instructions.
 """
 
 NATIVE_LIMITS = {"avx512": PatternRows(8, 4), "avx2": PatternRows(4, 4), "portable": PatternRows(1, 0)}
@@ -72,7 +73,7 @@ weight."""
 
 OTHER_LIMITS = RowLimits(packed=16)
 ANY_PATTERN_LIMITS = RowLimits(packed=4)
-"""For patterns other than 2:4, and for quantized weights: our kernel takes as long for four rows as unpacking."""
+"""For other patterns, none, and quantized weights: our kernel takes as long for four rows as unpacking."""
 
 FEW_BITS_ROWS = {"avx512": 64, "avx2": 64, "portable": 1}
 """The limits for quantized weights, by instruction set of the compiled library."""
@@ -129,7 +130,7 @@ def multiply(
 ) -> torch.Tensor:
     """Compute outputs [n_tokens, out_features] = tokens W^T + bias, for tokens [n_tokens, in_features] of W's dtype."""
     product, limits = _choose(len(tokens), packed, limits)
-    if limits.second_copy and product is DENSE:
+    if limits.second_copy and product is DENSE and isinstance(packed, PackedNM):
         warn_of_no_second_copy(packed)
     return product.multiply(tokens, packed, bias, limits)
 

@@ -45,9 +45,20 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
     limits: RowLimits | None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._packed: Packed | None = None
+
     @property
     def packed(self) -> Packed:
-        """The packed weight for the kernels; it shares the buffers."""
+        """The packed weight for the kernels; it shares the buffers. It is made again if a buffer was replaced."""
+        packed, buffers = self._packed, self._buffers
+        if packed is None or any(getattr(packed, name) is not buffer for name, buffer in buffers.items()):
+            packed = self._packed = self._made()
+        return packed
+
+    def _made(self) -> Packed:
+        """The packed weight, from the buffers."""
         raise NotImplementedError
 
     @property
@@ -57,7 +68,7 @@ class PackedLinear(nn.Module):
 
     @property
     def pattern(self) -> str:
-        """ "n:m", or "unstructured" if the zeros follow no pattern."""
+        """The pattern n:m as text, or "unstructured" if the zeros follow no pattern."""
         raise NotImplementedError
 
     def repacked(self, layer: nn.Module) -> PackedLinear:
@@ -89,7 +100,7 @@ class PackedLinear(nn.Module):
             with torch.autocast(kind, enabled=False):
                 return self(tokens.to(self.dtype)).to(torch.get_autocast_dtype(kind))
         _check_tokens(tokens, self.in_features, self.dtype)
-        rows, bias = tokens.reshape(-1, self.in_features), self.bias
+        rows, bias = tokens.reshape(-1, self.in_features), self._parameters["bias"]
         if torch.compiler.is_compiling():
             outputs = self._traced(rows, bias)
         elif _is_differentiated(rows) or (bias is not None and _is_differentiated(bias)):
@@ -100,7 +111,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         """As in ``nn.Module``, but metadata change only their device, never their dtype."""
-        meta = self.meta
+        meta, self._packed = self.meta, None
         super()._apply(fn, recurse)
         if self.meta.dtype != meta.dtype:
             self.meta = meta.to(self.meta.device)
@@ -196,11 +207,9 @@ class NMLinear(PackedLinear):
     @property
     def bits(self) -> int | None:
         """Bits of a quantized value; None if the weight is not quantized."""
-        return self.packed.bits
+        return self._made().bits
 
-    @property
-    def packed(self) -> PackedNM:
-        """The packed weight for the kernels; it shares the buffers."""
+    def _made(self) -> PackedNM:
         shape = (self.out_features, self.in_features)
         return PackedNM(self.values, self.meta, self.n, self.m, shape, self.absmax, self.group)
 
@@ -216,7 +225,7 @@ class NMLinear(PackedLinear):
         return NMLinear.from_linear(layer, self.n, self.m, self.limits, bits=self.bits, group=self.group or GROUP)
 
     def _traced(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return _product(tokens, bias, *_parts(self.packed), *limits_as_arguments(self.limits))
+        return _product(tokens, bias, *_parts(self._made()), *limits_as_arguments(self.limits))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """As in ``nn.Module``, but a layer with invalid metadata is not loaded, and ``load_state_dict`` raises."""

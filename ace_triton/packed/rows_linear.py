@@ -75,9 +75,7 @@ class RowsLinear(PackedLinear):
         offset = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
         return cls(PackedRows(values, meta, starts, shape), offset)
 
-    @property
-    def packed(self) -> PackedRows:
-        """The packed weight for the kernels; it shares the buffers."""
+    def _made(self) -> PackedRows:
         return PackedRows(self.values, self.meta, self.starts, (self.out_features, self.in_features))
 
     @property
@@ -88,7 +86,7 @@ class RowsLinear(PackedLinear):
         return RowsLinear.from_linear(layer, self.limits)
 
     def _traced(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        packed = self.packed
+        packed = self._made()
         parts = packed.values, packed.meta, packed.starts, self.in_features
         return _product(tokens, bias, *parts, *limits_as_arguments(self.limits))
 

@@ -22,6 +22,9 @@ from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import PackedNM, pack_cutlass, pack_nm, pack_scored
+from ace_triton.kernels.pack_rows import unpack_rows
+from ace_triton.kernels.packed_rows import PackedRows
+from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
@@ -286,6 +289,30 @@ def nm_linear_calls() -> Iterator[tuple[str, Call]]:
     yield "no token by 2:4 of 1 x 4", lambda: nm_linear(some(0, 4), packed(1, 4))
 
 
+def by_rows(rows: int, cols: int, dtype: torch.dtype = BF16) -> PackedRows:
+    """A packed weight with row starts: one value for every other input."""
+    meta, starts = some(rows, -(-cols // 32), dtype=torch.int32), torch.arange(rows + 1) * (cols // 2)
+    return PackedRows(some(rows * (cols // 2), dtype=dtype), meta, starts, (rows, cols))
+
+
+def rows_linear_calls() -> Iterator[tuple[str, Call]]:
+    """Few tokens and many by weights with row starts, and such weights unpacked."""
+    for r, c in ((1, 2), (2, 33), (33, 48), (1, 4096)):
+        for t in (1, 2, 3, 17):
+            yield (
+                f"{t} tokens by rows of {r} x {c}",
+                lambda r=r, c=c, t=t: rows_linear(some(t, c), by_rows(r, c), some(r)),
+            )
+        yield f"rows of {r} x {c}, unpacked", lambda r=r, c=c: unpack_rows(by_rows(r, c))
+    for dtype in (FP32, FP16):
+        yield (
+            f"1 token by rows of 1 x 2, {dtype}",
+            lambda dtype=dtype: rows_linear(some(1, 2, dtype=dtype), by_rows(1, 2, dtype)),
+        )
+        yield f"rows of 1 x 2, {dtype}, unpacked", lambda dtype=dtype: unpack_rows(by_rows(1, 2, dtype))
+    yield "many tokens by rows of 1 x 2", lambda: rows_linear(some(4 * 65535 + 1, 2), by_rows(1, 2))
+
+
 LAUNCHERS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "select_nm": select_nm_calls,
     "select_rows": select_rows_calls,
@@ -301,4 +328,5 @@ LAUNCHERS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "join_gains": join_gains_calls,
     "pack_nm": pack_calls,
     "nm_linear": nm_linear_calls,
+    "rows_linear": rows_linear_calls,
 }

@@ -27,6 +27,8 @@ from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.op import Op, Work, launch_metadata
 from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_nm_reference, pack_scored
+from ace_triton.kernels.pack_rows import pack_rows, pack_rows_reference, unpack_rows
+from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm, select_nm_reference
 from ace_triton.kernels.select_rows import select_rows
@@ -65,6 +67,7 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
     values, rounded = rand(32, 64), rand(32, 64, dtype=half)
     kept, pools = GradientMoments.like(values), rand(2, 16, 8)
     of_packed = 32 * 32 * 2 + 32 * 2 * 4
+    by_rows, of_rows = pack_rows_reference(pruned), of_packed + 33 * 8
     return {
         "adamw": (
             lambda: adamw(values, kept, weight, Step(0.1, 1), factor=rand(1), rounded=rounded),
@@ -94,10 +97,15 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
         ),
         "pack_cutlass": (lambda: pack_cutlass(weight, scale), 4096 + 256 + of_packed, 2048),
         "pack_nm": (lambda: pack_nm(pruned, 2, 4), 4096 + of_packed, 0),
+        "pack_rows": (lambda: pack_rows(pruned), 4096 + of_rows, 0),
         "pack_scored": (lambda: pack_scored(weight, scale, 2, 4), 4096 + 256 + of_packed, 2048),
         "relative_importance": (
             lambda: relative_importance(weight, square),
             *(4096 + 4 * (32 + 64) + 64 * (8 + 4 + 4), 2 * 2048 + 3 * 64),
+        ),
+        "rows_linear": (
+            lambda: rows_linear(tokens, by_rows, rand(32)),
+            *(1280 + of_rows + 640 + 128, 2 * 10 * 1024 + 320),
         ),
         "select_nm": (lambda: select_nm(weight, relative, 2, 4), 2 * 4096 + 4 * (32 + 64 + 64), 4 * 2048),
         "select_rows": (
@@ -106,6 +114,7 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
         ),
         "token_norms": (lambda: token_norms(outputs), 640 + 40, 2 * 320),
         "unpack_nm": (lambda: unpack_nm(packed), of_packed + 4096, 0),
+        "unpack_rows": (lambda: unpack_rows(by_rows), of_rows + 4096, 0),
         "variance_factor": (
             lambda: variance_factor(pools[0], "frobenius", 0.5, 0.01),
             *(4 * (128 + 8), 5 * 128),
@@ -145,7 +154,7 @@ def test_the_first_launch_of_a_call_carries_its_bytes_and_flops(calls):
         arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
         described.append(launch.kernel.launch_metadata(launch.grid, kernel, arguments))
 
-    for name in calls.keys() - {"assignment", "gram_product"}:  # torch operations on a GPU
+    for name in calls.keys() - {"assignment", "gram_product", "pack_rows"}:  # torch operations on a GPU
         call, moved, flops = calls[name]
         described.clear()
         with caught_launches(describe):

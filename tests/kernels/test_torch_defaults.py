@@ -20,6 +20,8 @@ from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_scored
+from ace_triton.kernels.pack_rows import pack_rows, unpack_rows
+from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
@@ -90,6 +92,10 @@ def every_operation(of: dict[str, torch.Tensor]) -> Iterator[tuple[str, object]]
     if weight.element_size() == 2:
         yield "pack_cutlass", pack_cutlass(packed)
     yield "nm_linear", nm_linear(flat, packed, of["row"])
+    by_rows = pack_rows(pruned)
+    by_rows.check()
+    yield "pack_rows", (by_rows.values, by_rows.meta, by_rows.starts)
+    yield "rows_linear", (unpack_rows(by_rows), rows_linear(flat, by_rows, of["row"]))
     loss, gradient = divergence(outputs, outputs.flip(0))
     yield "divergence", (loss, gradient)
     values, rounded = weight.float().clone(), weight.clone()
