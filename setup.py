@@ -52,6 +52,7 @@ class BuildLibrary(build_ext):
 WINGS = [
     "commands",
     "decoders",
+    "exporters",
     "formats",
     "inputs",
     "kernels",

@@ -21,6 +21,8 @@ from .errors import (
     TextError,
 )
 from .evaluate import Perplexity
+from .exporters.exporter import Exporter
+from .exporters.registry import ExportReport, export_model, register_exporter
 from .inputs.calibration import load_calibration
 from .inputs.written_text import WrittenText
 from .kernels.score_terms import ScoreTerms
@@ -32,6 +34,7 @@ from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, spars
 from .packed.products import RowLimits
 from .packed.registration import register_if_imported as _register_if_imported
 from .packed.registration import register_quantizer
+from .packed.unpack_model import unpack_model
 from .planning.pruning_plan import PruningPlan, plan_pruning
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
@@ -59,6 +62,8 @@ __all__ = [
     "ArgumentError",
     "BackendError",
     "CheckpointError",
+    "ExportReport",
+    "Exporter",
     "GenerationError",
     "Gram",
     "KeptZeros",
@@ -92,6 +97,7 @@ __all__ = [
     "TextError",
     "Update",
     "WrittenText",
+    "export_model",
     "keep_zeros",
     "load",
     "load_calibration",
@@ -105,12 +111,14 @@ __all__ = [
     "prune_linear",
     "prune_model",
     "recover",
+    "register_exporter",
     "register_metric",
     "register_quantizer",
     "register_statistic",
     "save_packed",
     "set_row_limits",
     "sparsify",
+    "unpack_model",
 ]
 
 _register_if_imported()

@@ -44,6 +44,7 @@ ORDER = [
     "provenance",
     "packed",
     "formats",
+    "exporters",
     "streaming",
     "planning",
     "recovery",
