@@ -61,6 +61,7 @@ WINGS = [
     "planning",
     "recovery",
     "reordering",
+    "serving",
     "solvers",
     "statistics",
     "streaming",

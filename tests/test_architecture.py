@@ -49,6 +49,7 @@ ORDER = [
     "planning",
     "recovery",
     "study",
+    "serving",
     "commands",
 ]
 

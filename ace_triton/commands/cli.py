@@ -33,6 +33,7 @@ from .pack import pack
 from .plan import plan
 from .prune import prune
 from .recover import recover
+from .serve import serve
 from .study import study
 
 TRACEBACK_VARIABLE = "ACE_TRITON_TRACEBACK"
@@ -53,6 +54,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     recover: "Train the kept weights of a pruned model.",
     pack: "Pack a pruned model, to run it sparse.",
     generate: "Continue a prompt with a model.",
+    serve: "Serve a model over HTTP, as OpenAI's API does.",
     evaluate: "Measure a model's perplexity on a text.",
     export: "Export a model to another engine's files.",
     info: "Show how sparse a saved model is.",
