@@ -41,6 +41,7 @@ ORDER = [
     "evaluate",
     "calibration_report",
     "generation",
+    "task_evaluation",
     "provenance",
     "packed",
     "formats",
