@@ -21,6 +21,8 @@ from .errors import (
     TextError,
 )
 from .evaluate import Perplexity
+from .exporters.exporter import Exporter
+from .exporters.registry import ExportReport, export_model, register_exporter
 from .inputs.calibration import load_calibration
 from .inputs.written_text import WrittenText
 from .kernels.score_terms import ScoreTerms
@@ -33,6 +35,7 @@ from .packed.products import RowLimits
 from .packed.registration import register_quantizer
 from .packed.registration import register_with_transformers as _register_with_transformers
 from .packed.rows_linear import RowsLinear
+from .packed.unpack_model import unpack_model
 from .planning.pruning_plan import PruningPlan, plan_pruning
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
@@ -64,6 +67,8 @@ __all__ = [
     "ArgumentError",
     "BackendError",
     "CheckpointError",
+    "ExportReport",
+    "Exporter",
     "GenerationError",
     "Gram",
     "KeptZeros",
@@ -102,6 +107,7 @@ __all__ = [
     "TextError",
     "Update",
     "WrittenText",
+    "export_model",
     "keep_zeros",
     "load",
     "load_calibration",
@@ -115,6 +121,7 @@ __all__ = [
     "prune_linear",
     "prune_model",
     "recover",
+    "register_exporter",
     "register_metric",
     "register_quantizer",
     "register_statistic",
@@ -122,6 +129,7 @@ __all__ = [
     "set_row_limits",
     "shrink_model",
     "sparsify",
+    "unpack_model",
 ]
 
 _register_with_transformers()

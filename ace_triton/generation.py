@@ -77,29 +77,121 @@ def generate(
             "max_new_tokens must be at least 1, and temperature finite and at least 0; "
             f"got {max_new_tokens} and {temperature}"
         )
-    ids = _encode(tokenizer, prompt, chat).to(input_device(model))
-    longest = longest_sequence(model)
-    if longest is not None and ids.shape[1] + max_new_tokens > longest:
+    messages = [{"role": "user", "content": prompt}]
+    ids = chat_ids(tokenizer, messages) if chat else prompt_ids(tokenizer, prompt)
+    check_room(model, ids, max_new_tokens, "give a smaller --max-new-tokens")
+    found = decode(model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, write=write)
+    start, *times = found.times
+    return Generation("".join(found.pieces), len(ids), len(times), times[0] - start, times[-1] - times[0])
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The token ids of a prompt, at least one; GenerationError if it is invalid or empty."""
+    _check_text(prompt)
+    return _not_empty(token_ids(tokenizer, prompt), tokenizer)
+
+
+def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """The token ids of a conversation in the tokenizer's chat template, up to where the answer begins.
+
+    Args:
+        tokenizer: from transformers.
+        messages: each has a "role" and a "content".
+
+    Raises:
+        GenerationError: there is no chat template, it does not accept the messages, or a text is invalid.
+    """
+    for message in messages:
+        _check_text(message["content"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise GenerationError("the tokenizer has no chat template: give a plain prompt (without --chat)")
+    try:
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # A template is a program, and may raise anything.
         raise GenerationError(
-            f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the model's {longest} "
-            "positions: shorten the prompt, or give a smaller --max-new-tokens"
+            f"the chat template fails ({error}): give a plain prompt (without --chat), or repair the template"
+        ) from error
+    return _not_empty(rendered["input_ids"], tokenizer)
+
+
+def check_room(model: Any, ids: list[int], max_new_tokens: int, otherwise: str) -> None:
+    """Raise GenerationError if tokens do not fit the model.
+
+    Args:
+        model: from transformers.
+        ids: tokens of the prompt.
+        max_new_tokens: largest number of new tokens.
+        otherwise: what to do instead of a shorter prompt.
+    """
+    longest = longest_sequence(model)
+    if longest is not None and len(ids) + max_new_tokens > longest:
+        raise GenerationError(
+            f"{len(ids)} tokens of prompt and {max_new_tokens} new ones are more than the model's {longest} "
+            f"positions: shorten the prompt, or {otherwise}"
         )
-    if (largest := int(ids.max())) >= vocabulary_of(model):
+    if max(ids) >= vocabulary_of(model) or min(ids) < 0:
+        largest = max(ids) if min(ids) >= 0 else min(ids)
         raise GenerationError(
             f"the prompt has token id {largest}, the model's vocabulary ends at {vocabulary_of(model) - 1}: use the "
             "model's own tokenizer"
         )
+
+
+@dataclass
+class Decoded:
+    """What :func:`decode` produced.
+
+    Attributes:
+        pieces: the new text, in pieces as they were written.
+        tokens: the new tokens.
+        times: time of the start and of each new token, in seconds.
+    """
+
+    pieces: list[str]
+    tokens: list[int]
+    times: list[float]
+
+
+def decode(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    write: Callable[[str], object] | None = None,
+    stopped: Callable[[], bool] | None = None,
+    **options: Any,
+) -> Decoded:
+    """Continue tokens that :func:`check_room` allows.
+
+    Args:
+        model, tokenizer: from transformers.
+        ids: tokens of the prompt.
+        max_new_tokens, temperature, write: as for :func:`generate`.
+        stopped: called after each token; decoding ends if it returns True.
+        options: further arguments of transformers' ``generate``.
+
+    Raises:
+        GenerationError: the model predicts NaN, or transformers cannot generate with it.
+    """
+    prompt = torch.tensor([ids], dtype=torch.int64, device=input_device(model))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = _Streamer(tokenizer, write)
+    if stopped is not None:
+        options["stopping_criteria"] = [
+            lambda tokens, scores, **_: torch.full((1,), stopped(), dtype=torch.bool, device=tokens.device)
+        ]
     try:
         with torch.inference_mode():
             model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
+                prompt,
+                attention_mask=torch.ones_like(prompt),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
                 streamer=streamer,
                 **sampling,
+                **options,
             )
     except AceError:
         raise
@@ -112,29 +204,20 @@ def generate(
         if isinstance(error, RuntimeError):
             raise
         raise GenerationError(f"transformers does not generate with this model ({reason(error)})") from error
-    start, *times = streamer.times
-    return Generation("".join(streamer.pieces), ids.shape[1], len(times), times[0] - start, times[-1] - times[0])
+    return Decoded(streamer.pieces, streamer.tokens, streamer.times)
 
 
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
-    if has_lone_surrogate(prompt):
+def _check_text(text: str) -> None:
+    if has_lone_surrogate(text):
         raise GenerationError("the prompt is not valid Unicode text: write it in UTF-8, without lone surrogates")
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise GenerationError("the tokenizer has no chat template: leave --chat out")
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # A template is a program, and may raise anything.
-            raise GenerationError(f"the chat template fails ({error}): leave --chat out, or repair it") from error
-        encoded = rendered["input_ids"]
-    else:
-        encoded = token_ids(tokenizer, prompt)
-    if not encoded and tokenizer.bos_token_id is not None:
-        encoded = [tokenizer.bos_token_id]
-    if not encoded:
+
+
+def _not_empty(ids: list[int], tokenizer: Any) -> list[int]:
+    if not ids and tokenizer.bos_token_id is not None:
+        return [tokenizer.bos_token_id]
+    if not ids:
         raise GenerationError("the prompt has no token: give some text")
-    return torch.tensor([encoded], dtype=torch.int64, device="cpu")
+    return list(ids)
 
 
 @dataclass
@@ -144,19 +227,23 @@ class _Streamer:
     Attributes:
         times: time at which the prompt and then each token arrived, in seconds.
         pieces: the text so far, in pieces as they were written.
+        tokens: the new tokens.
     """
 
     tokenizer: Any
     write: Callable[[str], object] | None
     times: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     _line: list[int] = field(default_factory=list)
     _written: int = 0
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
         if len(self.times) > 1:
-            self._line += value.flatten().tolist()
+            new = value.flatten().tolist()
+            self.tokens += new
+            self._line += new
             self._write_new(last=False)
 
     def end(self) -> None:

@@ -46,13 +46,16 @@ ORDER = [
     "agreement",
     "calibration_report",
     "generation",
+    "task_evaluation",
     "provenance",
     "packed",
     "formats",
+    "exporters",
     "streaming",
     "planning",
     "recovery",
     "study",
+    "serving",
     "commands",
 ]
 

@@ -25,6 +25,7 @@ from .bench import bench
 from .console import accept_any_text, errors, print_error, print_line, print_note, quiet
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .generate import generate
 from .info import info
 from .methods import methods
@@ -32,6 +33,7 @@ from .pack import pack
 from .plan import plan
 from .prune import prune
 from .recover import recover
+from .serve import serve
 from .shrink import shrink
 from .study import study
 
@@ -54,7 +56,9 @@ COMMANDS: dict[Callable[..., None], str] = {
     recover: "Train the kept weights of a pruned model.",
     pack: "Pack a pruned model, to run it sparse.",
     generate: "Continue a prompt with a model.",
+    serve: "Serve a model over HTTP, as OpenAI's API does.",
     evaluate: "Measure a model's perplexity on a text.",
+    export: "Export a model to another engine's files.",
     info: "Show how sparse a saved model is.",
     methods: "List the pruning methods and their options.",
     bench: "Time packed layers beside dense ones.",

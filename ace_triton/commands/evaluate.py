@@ -22,11 +22,12 @@ from ..planning.memory import logit_bytes
 from ..planning.pruning_plan import weights_stay_in_files
 from ..planning.skeleton import skeleton
 from ..process_memory import resident_bytes
-from ..processes import joined
+from ..processes import joined, started
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
 from ..streaming.fits import available_memory, fits_in_memory, surely_fits
 from ..streaming.streamed_evaluate import opened
+from ..task_evaluation import check_tasks_installed, evaluate_tasks, known_tasks
 from . import report
 from .compare_run import Comparison, agreement_table, device_facts, found_task
 from .console import console, print_backend, print_note, progress_bars
@@ -51,13 +52,18 @@ from .options import (
 from .sources import check_length, check_source, context_length
 
 WINDOW_LENGTH, SENTENCE_LENGTH = 2048, 128
+WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
+"""The evaluation text of the papers."""
+
+LOGIT_BYTES = 12
+"""Bytes that a window needs at once for each of its logits: in the model's dtype, in fp32, and as log-likelihood."""
 
 
 def evaluate(
     model_dir: AnyModelArgument,
     text: Annotated[
         str, typer.Option(help=f"Evaluation text: {TEXT_SOURCES.format(half='evaluation')} (Python's manual).")
-    ] = "Salesforce/wikitext:wikitext-2-raw-v1:test",
+    ] = WIKITEXT,
     dense: Annotated[
         str | None,
         typer.Option(
@@ -99,12 +105,31 @@ def evaluate(
         ),
     ] = None,
     offload: OffloadOption = "memory",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated tasks of lm-evaluation-harness to measure instead of perplexity, as arc_easy,piqa.",
+            show_default="perplexity",
+        ),
+    ] = None,
+    tasks_folder: Annotated[
+        Path | None, typer.Option(help="Folder with the YAML files of further tasks.", show_default="no folder")
+    ] = None,
+    shots: Annotated[
+        int | None,
+        number("Number of examples before each question of a task.", least=0, show_default="the task's own"),
+    ] = None,
+    limit: Annotated[
+        int | None, number("Number of questions of each task, from the start.", least=1, show_default="all")
+    ] = None,
+    batch_size: Annotated[int, number("Number of sequences in one call of the model, for tasks.", least=1)] = 1,
     json: JsonOption = None,
 ) -> None:
-    """Measure a model's perplexity on a text, over windows that do not overlap; or compare it with its dense model.
+    """Measure a model's perplexity on a text, over windows that do not overlap; or its scores on tasks.
 
-    With --dense, or if the model is no causal language model, both models run on the sentences of the text (windows for
-    causal language models), on images or on audio: --task embedding compares embeddings, other tasks predictions.
+    With --dense, or if the model is no causal language model, it is compared with its dense model: both run on the
+    sentences of the text (windows for causal language models), on images or on audio. --task embedding compares
+    embeddings, other tasks predictions.
 
     Several processes share the windows: torchrun --nproc-per-node 4 -m ace_triton evaluate DIR.
     With --stream temporary files go to the folder TMPDIR; they hold weights that transformers converts and, with
@@ -114,7 +139,21 @@ def evaluate(
     weights_dtype, where = parse_dtype(dtype), parse_device("cpu" if stream and device == "auto" else device)
     if stream and where != "cpu":
         raise ArgumentError("--stream evaluates on the CPU: leave --device out, or load the model whole (--no-stream)")
+    if tasks is None and (tasks_folder, shots, limit) != (None, None, None):
+        raise ArgumentError("--tasks-folder, --shots and --limit need --tasks")
+    if tasks is not None:
+        if stream:
+            raise ArgumentError("--tasks evaluates a model in memory: leave --stream out")
+        if started() > 1:
+            raise ArgumentError("--tasks runs in one process: run it without torchrun")
+        check_tasks_installed()
     check_source(model_dir, any_format=True)
+    options: dict[str, Any] = {"dtype": weights_dtype, "trust_remote_code": trust_remote_code}
+    if tasks is not None:
+        if (dense, task, images, audio) != (None, None, None, None):
+            raise ArgumentError("--tasks scores one model: leave --dense, --task, --images and --audio out")
+        _show_tasks(model_dir, tasks, tasks_folder, shots, limit, batch_size, where, options, json)
+        return
     own_task = found_task(model_dir, task, trust_remote_code=trust_remote_code)
     compares = dense is not None or own_task.name != TEXT_GENERATION or images is not None or audio is not None
     is_sentence = compares and own_task.name != TEXT_GENERATION
@@ -132,7 +171,6 @@ def evaluate(
         )
         _compare(comparison, json)
         return
-    options: dict[str, Any] = {"dtype": weights_dtype, "trust_remote_code": trust_remote_code}
     if stream is None:
         stream = where == "cpu" and not _fits(model_dir, length, options)
     if offload == "disk" and not stream:
@@ -156,17 +194,68 @@ def evaluate(
         result = perplexity(model, ids, length=length, windows=windows, beginning=beginning, **run)
     if not processes.is_first:
         return
+    facts = {
+        "protocol": protocol_of(text, wikitext, windows, beginning, Beginning.of(tokenizer, "stream")),
+        "text": name_of(text),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
     if json:
-        facts = with_provenance(
-            result.to_dict(),
-            model=name_of(model_dir),
-            text=name_of(text),
-            wikitext=wikitext,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=str(model.device),
+        about = {"model": name_of(model_dir), "wikitext": wikitext, "device": str(model.device)}
+        report.write_json(json, with_provenance(result.to_dict(), **about, **facts))
+    console.print(report.perplexity_table(result, facts))
+
+
+def protocol_of(text: str, wikitext: bool, windows: int | None, beginning: Beginning, of_stream: Beginning) -> str:
+    """Whether a perplexity is measured as in the papers on pruning (Wanda, SparseGPT), or how it differs.
+
+    They cut the whole test split of WikiText-2 into windows. A tokenizer's own beginning precedes the text alone.
+
+    Args:
+        text, wikitext, windows: the options of these names.
+        beginning: the tokens that windows begin with.
+        of_stream: the tokenizer's own beginning, before the text alone.
+    """
+    differs = []
+    if text != WIKITEXT and not wikitext:
+        differs.append("another text than WikiText-2")
+    if windows is not None:
+        differs.append("not the whole text")
+    if beginning.of_each:
+        differs.append("bos in each window")
+    elif of_stream.tokens and beginning != of_stream:
+        differs.append("no bos before the text")
+    return f"ours: {', '.join(differs)}" if differs else "the papers' (perplexities compare at equal window lengths)"
+
+
+def _show_tasks(
+    model_dir: str,
+    names: str,
+    folder: Path | None,
+    shots: int | None,
+    limit: int | None,
+    batch_size: int,
+    device: str,
+    options: dict[str, Any],
+    json: Path | None,
+) -> None:
+    """Score the model on tasks, and print and write the scores."""
+    tasks = [name.strip() for name in names.split(",") if name.strip()]
+    if not tasks:
+        raise ArgumentError("--tasks: name one task or more, with commas between them")
+    manager = known_tasks(tasks, folder)
+    print_backend(device)
+    with progress_bars() as progress:
+        with stage(progress, "load the model"):
+            model, tokenizer = load_model(model_dir, device=device, **options)
+        with stage(progress, "evaluate the tasks"):
+            scores = evaluate_tasks(model, tokenizer, tasks, manager, shots=shots, limit=limit, batch_size=batch_size)
+    if json:
+        content = {"tasks": [score.to_dict() for score in scores], "limit": limit, "batch_size": batch_size}
+        dtype = str(model.dtype).removeprefix("torch.")
+        report.write_json(
+            json, with_provenance(content, model=name_of(model_dir), dtype=dtype, device=str(model.device))
         )
-        report.write_json(json, facts)
-    console.print(report.perplexity_table(result))
+    console.print(report.task_table(scores))
 
 
 def _compare(comparison: Comparison, json: Path | None) -> None:

@@ -21,6 +21,7 @@ from ..packed.inspect import TensorSparsity
 from ..packed.pack_model import SparsifyReport
 from ..planning.pruning_plan import PruningPlan
 from ..recovery.settings import RecoveryReport
+from ..task_evaluation import TaskScore
 
 CHECKPOINT_JSON = re.compile(
     r"(.*config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template|modules|.*\.index|ace_triton.*)\.json"
@@ -221,13 +222,25 @@ def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
     return table
 
 
-def perplexity_table(result: Perplexity) -> Table:
-    """One perplexity."""
+def perplexity_table(result: Perplexity, facts: dict[str, str]) -> Table:
+    """One perplexity, with further facts by name."""
     table = facts_table()
     table.add_row("perplexity", f"{result.perplexity:.3f}")
     table.add_row("windows", f"{result.windows} of {result.length} tokens")
     table.add_row("tokens predicted", f"{result.tokens:,}")
     table.add_row("bos", result.bos)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def task_table(scores: Sequence[TaskScore]) -> Table:
+    """The scores of tasks."""
+    table = headed_table("task", "metric", "score", "error", "questions", "examples", left=("task", "metric"))
+    for entry in scores:
+        error = "-" if entry.error is None else f"{entry.error:.4f}"
+        counts = ("-" if count is None else str(count) for count in (entry.samples, entry.shots))
+        table.add_row(entry.task, entry.metric, f"{entry.value:.4f}", error, *counts)
     return table
 
 

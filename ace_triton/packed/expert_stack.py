@@ -63,6 +63,12 @@ class ExpertStack(nn.Module):
             raise IndexError(f"expert {int(index)} of {len(self)}")
         return ExpertWeight(layer, self._transposed)
 
+    def dense(self) -> torch.Tensor:
+        """The experts as the parameter that this module replaced; its layers must be dense."""
+        layers: list[Any] = list(self._modules.values())
+        weights = [layer.weight.detach() for layer in layers]
+        return torch.stack([weight.t() for weight in weights] if self._transposed else weights)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

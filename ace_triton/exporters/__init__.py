@@ -1,0 +1,1 @@
+"""Export to other engines: one file an engine, and the registry through which models are exported and checked."""

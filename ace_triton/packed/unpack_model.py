@@ -1,0 +1,64 @@
+"""Turn a packed model back into a dense one, in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .expert_stack import ExpertStack
+from .nm_linear import NMLinear
+
+
+def unpack_model(model: nn.Module) -> int:
+    """Replace every packed layer by the dense layer that it was packed from, in place.
+
+    Each weight is the packed weight bit for bit, with zeros. Stacked experts become one parameter again. Each packed
+    weight is freed as soon as its layer is unpacked.
+
+    Args:
+        model: any module; a model without packed layers is not changed.
+
+    Returns:
+        The number of layers that were unpacked.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
+    transposed = _transposed_layers(model)
+    for name, layer in layers.items():
+        dense = _dense(layer, name in transposed)
+        for module in list(model.modules()):
+            for child_name, child in list(module._modules.items()):
+                if child is layer:
+                    setattr(module, child_name, dense)
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, ExpertStack):
+                delattr(module, name)
+                setattr(module, name, nn.Parameter(child.dense(), requires_grad=False))
+    return len(layers)
+
+
+def _dense(layer: NMLinear, transposed: bool) -> nn.Module:
+    weight = layer.unpack()
+    if transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        dense: Any = Conv1D(0, 0)
+        dense.nf, dense.nx = layer.out_features, layer.in_features
+        weight = weight.t().contiguous()
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense.bias = layer.bias
+    return dense.train(layer.training)
+
+
+def _transposed_layers(model: nn.Module) -> set[str]:
+    """Names of the layers that the model's class builds as Conv1D, whose weight is [in_features, out_features]."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return set()
+    with torch.device("meta"):
+        built = type(model)(config)
+    return {name for name, module in built.named_modules() if type(module).__name__ == "Conv1D"}

@@ -1,0 +1,114 @@
+"""Run the application: bind, serve, and shut down cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.applications import Starlette
+
+from ..errors import ArgumentError
+from .engine import Engine
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name)]
+
+LOOK_SECONDS = 0.05
+FLUSH_SECONDS = 5
+"""How long uvicorn waits for answers to be sent after the last completion has ended."""
+
+LONGEST_HEADERS = 64 * 1024
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with a shutdown that lets the running completion end.
+
+    At a signal the server refuses new requests and cuts those that wait. The completion that runs may go on for
+    ``grace`` seconds; then it ends with an error event. A second signal ends it at once.
+
+    Args:
+        app: the application.
+        engine: its engine.
+        host, port: address to listen on; port 0 lets the system choose.
+        grace: seconds that a running completion has at shutdown.
+        ready: called with the port once the server listens.
+    """
+
+    def __init__(
+        self,
+        app: Starlette,
+        engine: Engine,
+        *,
+        host: str,
+        port: int,
+        grace: float,
+        ready: Callable[[int], object] | None = None,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            lifespan="off",
+            timeout_graceful_shutdown=FLUSH_SECONDS,
+            h11_max_incomplete_event_size=LONGEST_HEADERS,
+        )
+        super().__init__(config)
+        self._engine, self._grace, self._ready = engine, grace, ready
+        self._closing: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def serve_until_stopped(self) -> None:
+        """Serve in this thread until :meth:`stop` or a signal.
+
+        Raises:
+            ArgumentError: if the address cannot be bound.
+        """
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            try:
+                loop.add_signal_handler(number, self.stop)
+            except (NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread.
+                break
+        try:
+            socket = self.config.bind_socket()
+        except SystemExit:
+            raise ArgumentError(
+                f"cannot listen on {self.config.host}:{self.config.port}: give another --port or --host"
+            ) from None
+        try:
+            if self._ready is not None:
+                self._ready(socket.getsockname()[1])
+            await self.serve([socket])
+        finally:
+            socket.close()
+
+    def stop(self) -> None:
+        """Shut down: cleanly at the first call, at once at the second. Any thread may call it."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        else:
+            self._grace = 0.0
+
+    async def _close(self) -> None:
+        self._engine.close()
+        waited = 0.0
+        while not self._engine.idle and waited < self._grace:
+            await asyncio.sleep(LOOK_SECONDS)
+            waited += LOOK_SECONDS
+        self._engine.cut()
+        self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Replaces uvicorn's handlers: :meth:`serve_until_stopped` has its own."""
+        yield
