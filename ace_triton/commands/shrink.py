@@ -85,13 +85,14 @@ def shrink(
         ),
     ] = None,
     importance: Annotated[
-        str, typer.Option(help="Importance for saap: 'taylor' needs gradients, 'activations' needs none.")
+        str,
+        typer.Option(help="Importance for saap: 'activations', or 'taylor' as in the paper, with gradients."),
     ] = _SETTINGS.importance,
     fusion: Annotated[
         str, typer.Option(help=f"Fusion of the two importances for saap, one of {', '.join(CHOICES['fusion'])}.")
     ] = _SETTINGS.fusion,
     stability: Annotated[
-        bool, typer.Option(help="For saap, rank structures lower whose importance changes between batches.")
+        bool, typer.Option(help="For saap, rank structures lower if their importance changes between batches.")
     ] = _SETTINGS.stability,
     terms: Annotated[
         str, typer.Option(help=f"Taylor terms for llm-pruner, one of {', '.join(CHOICES['terms'])}.")

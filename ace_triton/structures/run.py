@@ -148,7 +148,7 @@ class Run:
             )
         shares = possible_shares(structures, blocks, settings)
         stats: InputStats | None = None
-        if settings.method in ("flap", "wanda-sp") or settings.chosen_update == "bias":
+        if settings.needs_statistics:
             with self._stage("statistics", "statistics") as step:
                 stats = self._earlier.stats or input_statistics(model, structures, self._batches, step)
                 self._earlier.stats = stats
