@@ -195,6 +195,10 @@ def test_runs_that_are_refused(make_decoder, ids):
         shrink_model(make_decoder("llama").half(), ids, multiple=8, importance="taylor")
     with pytest.raises(ArgumentError, match="Sequential is no model of transformers"):
         shrink_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), method="magnitude")
+    quantized = make_decoder("llama")
+    quantized.model.layers[0].mlp.up_proj.weight.data = torch.zeros(48, 32, dtype=torch.float8_e4m3fn)
+    with pytest.raises(ArgumentError, match="has quantized weights"):
+        shrink_model(quantized, method="magnitude")
     with pytest.raises(RecipeError, match="give settings, or ratio"):
         shrink_model(model, ids, ratio=0.3, settings=ShrinkSettings())
 
