@@ -11,6 +11,7 @@ import typer
 from rich.progress import Progress
 
 from ..calibration_report import CalibrationReport, report_on
+from ..errors import ArgumentError
 from ..evaluate import check_windows, perplexity
 from ..formats.registry import save_model
 from ..inputs import checkpoint
@@ -85,13 +86,14 @@ def shrink(
         ),
     ] = None,
     importance: Annotated[
-        str, typer.Option(help="Importance for saap: 'taylor' needs gradients, 'activations' needs none.")
+        str,
+        typer.Option(help="Importance for saap: 'activations', or 'taylor' as in the paper, with gradients."),
     ] = _SETTINGS.importance,
     fusion: Annotated[
         str, typer.Option(help=f"Fusion of the two importances for saap, one of {', '.join(CHOICES['fusion'])}.")
     ] = _SETTINGS.fusion,
     stability: Annotated[
-        bool, typer.Option(help="For saap, rank structures lower whose importance changes between batches.")
+        bool, typer.Option(help="For saap, rank structures lower if their importance changes between batches.")
     ] = _SETTINGS.stability,
     terms: Annotated[
         str, typer.Option(help=f"Taylor terms for llm-pruner, one of {', '.join(CHOICES['terms'])}.")
@@ -140,6 +142,11 @@ def shrink(
     if not dry_run:
         checkpoint.check_out(out, overwrite=overwrite)
     check_source(src)
+    if (pattern := (checkpoint.read_report(src) or {}).get("sparsity")) is not None:
+        raise ArgumentError(
+            f"{src} is pruned to {pattern}, which does not outlive the removal of channels: shrink the dense model, "
+            "then prune the result"
+        )
     check_memory(src, 8 if settings.needs_gradients else 3, "shrink")
     if settings.needs_text:
         check_length(src, words.calibration.length, "--length")

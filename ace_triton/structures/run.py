@@ -94,6 +94,11 @@ class Run:
         text_config(model)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ArgumentError("the model's weights are not in memory, and shrink does not stream: load it whole")
+        if any(not p.is_floating_point() or p.element_size() < 2 for p in model.parameters()):
+            raise ArgumentError(
+                f"{type(model).__name__} has quantized weights: shrink the floating-point model, then quantize the "
+                "result"
+            )
         if calibration is None and settings.needs_text:
             raise ArgumentError(
                 f"method {settings.method!r} with update {settings.chosen_update!r} needs calibration text: give token "
@@ -148,7 +153,7 @@ class Run:
             )
         shares = possible_shares(structures, blocks, settings)
         stats: InputStats | None = None
-        if settings.method in ("flap", "wanda-sp") or settings.chosen_update == "bias":
+        if settings.needs_statistics:
             with self._stage("statistics", "statistics") as step:
                 stats = self._earlier.stats or input_statistics(model, structures, self._batches, step)
                 self._earlier.stats = stats

@@ -35,7 +35,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "saap": Method(
-        "vector-wise and element-wise importance, fused by adaptive weights, divided by instability",
+        "vector-wise and element-wise importance, fused by adaptive weights",
         "lstsq",
         options=("importance", "fusion", "stability"),
     ),
@@ -49,7 +49,7 @@ METHODS: dict[str, Method] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
-    "importance": ("taylor", "activations"),
+    "importance": ("activations", "taylor"),
     "fusion": ("structure", "mean", "learned", "vector", "element"),
     "terms": ("element", "vector", "second", "mixed"),
     "update": tuple(UPDATES),
@@ -70,10 +70,11 @@ class ShrinkSettings:
             numbers that fit the ratio, and take the one with the lowest loss on the calibration text; without text, the
             smallest number.
         damping, prior: for "lstsq", as in :class:`~ace_triton.solvers.update.Update`.
-        importance: for saap, "taylor" (needs gradients) or "activations".
+        importance: for saap, "activations", or "taylor", which needs gradients and is the paper's.
         fusion: for saap, how vector-wise and element-wise importance become one score
             (:mod:`ace_triton.structures.fusion`); "vector" or "element" use one of them alone.
-        stability: for saap, divide by 1 + the coefficient of variation over calibration batches.
+        stability: for saap, divide by 1 + the coefficient of variation over calibration batches, which is
+            reconstructed.
         terms: for llm-pruner, "element" (sum of |g w|), "vector" (|sum of g w|), "second" (sum of |w F w|) or "mixed"
             (sum of |g w - w F w / 2|), with the gradient g and the Fisher diagonal F.
 
@@ -88,9 +89,9 @@ class ShrinkSettings:
     groups: int | None = None
     damping: float = 0.02
     prior: float = 512.0
-    importance: str = "taylor"
+    importance: str = "activations"
     fusion: str = "structure"
-    stability: bool = True
+    stability: bool = False
     terms: str = "element"
 
     def __post_init__(self) -> None:
@@ -143,6 +144,12 @@ class ShrinkSettings:
     def needs_gradients(self) -> bool:
         """True if the run needs gradients of the loss."""
         return self.method == "llm-pruner" or (self.method == "saap" and self.importance == "taylor")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """True if the run needs statistics of the dense model's inputs."""
+        of_activations = self.method == "saap" and self.importance == "activations"
+        return of_activations or self.method in ("flap", "wanda-sp") or self.chosen_update == "bias"
 
     @property
     def ranking(self) -> tuple[str, ...]:

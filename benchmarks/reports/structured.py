@@ -38,24 +38,30 @@ PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 16, 3
 PUBLISHED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("SAAP", {}),
     ("FLAP", {"method": "flap"}),
-    ("LLM-Pruner, elements", {"method": "llm-pruner"}),
     ("Wanda-sp", {"method": "wanda-sp"}),
-    ("magnitude", {"method": "magnitude"}),
     ("depth (ShortGPT)", {"method": "depth"}),
+    ("magnitude", {"method": "magnitude"}),
+    ("LLM-Pruner, elements", {"method": "llm-pruner"}),
 )
-FITTED: tuple[tuple[str, dict[str, Any]], ...] = tuple(
-    (name, {**options, "update": "lstsq"}) for name, options in PUBLISHED[1:5]
-)
-ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+FITTED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("SAAP", {"update": "none"}),
-    ("SAAP, stability off", {"update": "none", "stability": False}),
-    ("SAAP, vectors alone", {"update": "none", "fusion": "vector"}),
-    ("SAAP, elements alone", {"update": "none", "fusion": "element"}),
-    ("SAAP, one scale an importance", {"update": "none", "fusion": "mean"}),
-    ("SAAP, learned scales", {"update": "none", "fusion": "learned"}),
-    ("SAAP of activations", {"update": "none", "importance": "activations"}),
-    ("LLM-Pruner, vectors", {"method": "llm-pruner", "terms": "vector"}),
-    ("LLM-Pruner, mixed", {"method": "llm-pruner", "terms": "mixed"}),
+    *((name, {**options, "update": "lstsq"}) for name, options in PUBLISHED if options and name[:5] != "depth"),
+)
+ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = tuple(
+    (name, {**options, "update": "none"})
+    for name, options in (
+        ("SAAP, vectors alone", {"fusion": "vector"}),
+        ("SAAP, elements alone", {"fusion": "element"}),
+        ("SAAP, one scale an importance", {"fusion": "mean"}),
+        ("SAAP, learned scales", {"fusion": "learned"}),
+        ("SAAP, stability on", {"stability": True}),
+        ("SAAP of gradients", {"importance": "taylor"}),
+        ("SAAP of gradients, stability on", {"importance": "taylor", "stability": True}),
+        ("SAAP of gradients, vectors alone", {"importance": "taylor", "fusion": "vector"}),
+        ("SAAP of gradients, elements alone", {"importance": "taylor", "fusion": "element"}),
+        ("LLM-Pruner, vectors", {"method": "llm-pruner", "terms": "vector"}),
+        ("LLM-Pruner, mixed", {"method": "llm-pruner", "terms": "mixed"}),
+    )
 )
 """Measured at the first ratio alone."""
 
@@ -139,7 +145,7 @@ def main(
 def cells() -> Iterator[tuple[float, str, dict[str, Any]]]:
     """What is measured, the most important first: ratio, name in the table, and settings."""
     for ratio in RATIOS:
-        for method, options in (*PUBLISHED, *FITTED, *(ABLATIONS if ratio == RATIOS[0] else ABLATIONS[:1])):
+        for method, options in (*PUBLISHED, *FITTED, *(ABLATIONS if ratio == RATIOS[0] else ())):
             yield ratio, method, options
 
 

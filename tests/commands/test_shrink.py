@@ -32,6 +32,9 @@ def test_it_writes_an_ordinary_checkpoint_that_can_be_pruned(command, tiny_check
     code, _, errors = command("prune", out, pruned, "--method", "magnitude")
     assert code == 0, errors
     assert json.loads((pruned / "ace_triton.json").read_text())["shrink"] == facts["shrink"]
+    code, _, errors = command("shrink", pruned, tmp_path / "again", "--method", "magnitude")
+    assert code == 1
+    assert "is pruned to 2:4, which does not outlive the removal of channels: shrink the dense model" in errors
     recovered = tmp_path / "recovered"
     code, _, errors = command("recover", out, recovered, "--calibration", some_text, "--length", "16", "--steps", "1")
     assert code == 0, errors

@@ -96,10 +96,14 @@ def test_the_block_that_changes_least_goes(make_decoder, ids):
 
 def test_dead_channels_go_first_by_every_method_and_cost_nothing(make_decoder, ids):
     dead = torch.arange(1, 48, 3)
-    saap = [{"fusion": name} for name in ("structure", "mean", "learned", "vector", "element")]
+    saap = [{"fusion": name, "importance": "taylor"} for name in ("structure", "mean", "learned", "vector", "element")]
     pruner = [{"method": "llm-pruner", "terms": name} for name in ("vector", "element", "second", "mixed")]
-    others = [{"importance": "activations"}, {"stability": False}, *({"method": n} for n in ("flap", "wanda-sp"))]
-    for options in (*saap, *pruner, *others, {"method": "magnitude"}):
+    others = [
+        {"importance": "taylor", "stability": True},
+        {"stability": True},
+        *({"method": n} for n in ("flap", "wanda-sp")),
+    ]
+    for options in (*saap, *pruner, *others, {"method": "wanda-sp"}, {"method": "magnitude"}):
         model = make_decoder("llama")
         with torch.no_grad():
             for block in model.model.layers:
@@ -188,9 +192,13 @@ def test_runs_that_are_refused(make_decoder, ids):
     with pytest.raises(ArgumentError, match="needs calibration text"):
         shrink_model(model)
     with pytest.raises(ArgumentError, match="gradients underflow in float16"):
-        shrink_model(make_decoder("llama").half(), ids, multiple=8)
+        shrink_model(make_decoder("llama").half(), ids, multiple=8, importance="taylor")
     with pytest.raises(ArgumentError, match="Sequential is no model of transformers"):
         shrink_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), method="magnitude")
+    quantized = make_decoder("llama")
+    quantized.model.layers[0].mlp.up_proj.weight.data = torch.zeros(48, 32, dtype=torch.float8_e4m3fn)
+    with pytest.raises(ArgumentError, match="has quantized weights"):
+        shrink_model(quantized, method="magnitude")
     with pytest.raises(RecipeError, match="give settings, or ratio"):
         shrink_model(model, ids, ratio=0.3, settings=ShrinkSettings())
 
