@@ -161,11 +161,14 @@ def sharded(
         model(input_ids=trial_ids(model), use_cache=False)
     mesh = init_device_mesh(device.type, (processes.size,))
     student, dense = (_copy(decoder) for decoder in (model, teacher))
-    for name in names:
-        _replace_one(student, name, nn.Parameter(model.get_parameter(name).detach().to(dtype), requires_grad=True))
-    for source, decoder in ((model, student), (teacher, dense)):
-        for block in find_blocks(source):
-            _shard(decoder.get_submodule(block.name), mesh)
+    for block in find_blocks(model):  # One after the other, so that only one is converted as a whole.
+        for name in (name for name in names if name.startswith(f"{block.name}.")):
+            own = model.get_parameter(name).detach().to(dtype)
+            _replace_one(student, name, nn.Parameter(own, requires_grad=True))
+        _shard(student.get_submodule(block.name), mesh)
+    for block in find_blocks(teacher):
+        _shard(dense.get_submodule(block.name), mesh)
+    for decoder in (student, dense):
         _move_rest(decoder, device)
     trained = {name: student.get_parameter(name) for name in names}
     values, scales = {}, {}
@@ -173,8 +176,8 @@ def sharded(
         whole = model.get_parameter(name).detach().float()
         scales[name] = scale_of(whole)
         assert isinstance(parameter, DTensor)
-        own = parameter.to_local().detach()
-        values[name] = own if dtype == torch.float32 else share_of_rows(whole, processes).to(device, copy=True)
+        share = share_of_rows(whole, processes)
+        values[name] = parameter.to_local().detach() if dtype == torch.float32 else share.to(device, copy=True)
     optimizer = ShardedAdamW(trained, values, processes.broadcast(scales), processes)
     yield student, dense, optimizer
     for name in names:
