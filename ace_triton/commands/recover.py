@@ -77,6 +77,13 @@ def recover(
         float, number("Peak learning rate, in units of each weight's root mean square.", above=0)
     ] = RecoverySettings.learning_rate,
     norms: Annotated[bool, typer.Option("--norms", help="Also train norms and biases.")] = False,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Spread the weights of both models over the processes of torchrun, instead of a copy in each.",
+        ),
+    ] = False,
     seed: Annotated[
         int, number("Random seed of the training sequences and their order.", least=0, most=LARGEST_SEED)
     ] = 0,
@@ -114,9 +121,10 @@ def recover(
         documents = read_calibration(calibration)
         print_backend(where)
         progress = stack.enter_context(progress_bars())
-        with stage(progress, "load the models"), whole_models(processes):
-            model, tokenizer = checkpoint.load(model_dir, device=where, trust_remote_code=trust_remote_code)
-            dense, dense_tokenizer = checkpoint.load(source, device=where, trust_remote_code=trust_remote_code)
+        with stage(progress, "load the models"), whole_models(processes, shard=shard):
+            first = "cpu" if shard else where
+            model, tokenizer = checkpoint.load(model_dir, device=first, trust_remote_code=trust_remote_code)
+            dense, dense_tokenizer = checkpoint.load(source, device=first, trust_remote_code=trust_remote_code)
         _check_vocabulary(tokenizer, dense_tokenizer)
         with stage(progress, "text"):
             beginning = Beginning.of(tokenizer, bos)
@@ -132,7 +140,8 @@ def recover(
         def move(spent: float, budget: float, loss: float) -> None:
             progress.update(bar, completed=round(spent), total=round(budget), description=f"recover, loss {loss:.3f}")
 
-        result = train(model, dense, text, settings, state=folder / "state.pt", progress=move)
+        spread = where if shard else None
+        result = train(model, dense, text, settings, shard=spread, state=folder / "state.pt", progress=move)
         recovery = with_provenance(
             result.to_dict(),
             bos=str(beginning),
@@ -140,6 +149,7 @@ def recover(
             calibration={"text": name_of(calibration), "samples": samples, "length": length, "seed": seed},
             device=where,
             processes=processes.size,
+            sharded=shard,
         )
         if processes.is_first:
             with stage(progress, "save the model"):

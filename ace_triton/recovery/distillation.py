@@ -76,18 +76,23 @@ class Distillation:
         with self._autocast(), torch.no_grad():
             self.from_hidden = all(logits_are_head_of_hidden(decoder, trial) for decoder in (model, teacher))
 
-    def backward(self, ids: torch.Tensor, tokens: int | None = None) -> float:
+    def most(self, length: int) -> int | None:
+        """Number of sequences of a length in one forward and backward pass; None for any number."""
+        return None if self.from_hidden else max(1, WHOLE_TOKENS // length)
+
+    def backward(self, ids: torch.Tensor, tokens: int | None = None, *, passes: int | None = None) -> float:
         """Add the gradient of the loss over these tokens, divided by ``tokens``, to the parameters' gradients.
 
         Args:
             ids: int64 [n_sequences, length], on the model's device.
             tokens: number of tokens in the step, those of other processes included; None if ``ids`` are all of them.
+            passes: number of forward and backward passes; None for as few as memory allows.
 
         Returns:
             The loss over these tokens divided by ``tokens``, in nats.
         """
-        size = len(ids) if self.from_hidden else max(1, WHOLE_TOKENS // ids.shape[1])
-        return sum(self._backward(part, 1 / (tokens or ids.numel())) for part in ids.split(size))
+        parts = ids.split(self.most(ids.shape[1]) or len(ids)) if passes is None else ids.tensor_split(passes)
+        return sum(self._backward(part, 1 / (tokens or ids.numel())) for part in parts)
 
     def _backward(self, part: torch.Tensor, weight: float) -> float:
         """Backward pass for some sequences; the loss is summed over their tokens and multiplied by ``weight``."""

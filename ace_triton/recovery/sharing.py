@@ -48,16 +48,40 @@ def check_equal(identity: str, processes: Processes) -> None:
         )
 
 
+def passes_of(sequences: int, most: int, processes: Processes) -> int:
+    """Number of forward and backward passes of a step, equal in all processes, each of at least one sequence.
+
+    Args:
+        sequences: number of sequences in the step, at least as many as processes.
+        most: number of sequences in a pass that should not be exceeded by more than one.
+        processes: the processes that share the step.
+    """
+    least, largest = sequences // processes.size, -(-sequences // processes.size)
+    return max(1, min(least, -(-largest // most)))
+
+
 @contextmanager
-def whole_models(processes: Processes) -> Iterator[None]:
-    """Raise RecoveryError that says what each process holds if memory runs out inside the block."""
+def whole_models(processes: Processes, *, shard: bool = False) -> Iterator[None]:
+    """Raise RecoveryError that says what each process holds if memory runs out inside the block.
+
+    Args:
+        processes: the processes of the run.
+        shard: True if each process holds a share of the blocks' weights.
+    """
     try:
         yield
     except Exception as error:
         if processes.size == 1 or not is_out_of_memory(error):
             raise
+        why = str(error).partition("\n")[0] or type(error).__name__
+        if shard:
+            raise RecoveryError(
+                f"memory ran out: each of the {processes.size} processes holds its share of the blocks' weights, 14 "
+                "bytes for each trained weight of its share, and the embeddings and heads whole: use more processes "
+                f"with a device each, or a smaller --tokens-per-step or --length ({why})"
+            ) from error
         raise RecoveryError(
             f"memory ran out: each of the {processes.size} processes holds the whole model, the whole teacher and 15 "
-            "bytes for each trained weight. Processes share the text, not the weights: use devices with more memory, "
-            f"or fewer processes on one machine ({str(error).partition(chr(10))[0] or type(error).__name__})"
+            "bytes for each trained weight. Processes share the text, not the weights: add --shard, use devices with "
+            f"more memory, or fewer processes on one machine ({why})"
         ) from error

@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +44,7 @@ from ..threads import few_threads, forward_work
 from .checks import check_arguments, check_teacher, check_zeros, pruned_masks
 from .distillation import Distillation
 from .settings import DEFAULT_MINUTES, RecoveryReport, RecoverySettings
-from .sharing import check_equal, check_shares, share_of, whole_models
+from .sharing import check_equal, check_shares, passes_of, share_of, whole_models
 from .state import RecoveryState, fingerprint, locked
 from .text import Batches, batches_of
 
@@ -66,6 +66,7 @@ def recover(
     text: torch.Tensor | WrittenText,
     settings: RecoverySettings | None = None,
     *,
+    shard: torch.device | str | None = None,
     state: str | Path | None = None,
     save_every: float = 120.0,
     progress: RecoveryProgress | None = None,
@@ -83,6 +84,9 @@ def recover(
             they are fewer than the budget needs; or :class:`~ace_triton.inputs.written_text.WrittenText`, which the
             teacher writes on demand.
         settings: None trains for DEFAULT_MINUTES, with the other settings at their defaults.
+        shard: device on which each of several processes holds its share of both models' blocks (torch's FSDP2); the
+            models must be on the CPU. The weights agree with those of whole models to rounding. Afterwards only the
+            first process has the trained weights; in the others they are on the meta device. None for whole models.
         state: file to resume from after a kill, written atomically every ``save_every`` seconds and at the end. If it
             exists, the training resumes from it. Remove it after the model is saved. None saves no state. The first
             process reads and writes it, and the number of processes may change.
@@ -92,8 +96,8 @@ def recover(
 
     Raises:
         RecoveryError: the model is not pruned or the teacher is, the ids or vocabularies do not fit, the state belongs
-            to another training or is in use, or a loss is not finite. With several processes also: a step has fewer
-            sequences than processes, their models or text differ, or memory ran out.
+            to another training or is in use, a model cannot be sharded, or a loss is not finite. With several processes
+            also: a step has fewer sequences than processes, their models or text differ, or memory ran out.
         ArgumentError: the sequences are longer than a model's positions.
         OSError: the state cannot be written.
     """
@@ -105,13 +109,25 @@ def recover(
     batches = batches_of(text, teacher, settings.tokens_per_step, settings.seed, processes)
     check_shares(batches, processes)
     file = state if processes.is_first else None
-    with locked(file), whole_models(processes):
+    with locked(file), whole_models(processes, shard=shard is not None):
         alone = state is None and processes.size == 1
         identity = "" if alone else fingerprint(settings, batches.digest(), model, teacher)
         check_equal(identity, processes)
-        keeping = _Keeping(file, identity, save_every)
-        run = _train(model, teacher, masks, batches, settings, keeping, processes, progress)
-    check_zeros(model, masks)
+        keeping = _Keeping(file, state is not None, identity, save_every)
+        names = _trained_names(model, masks, settings)
+        ready: AbstractContextManager[tuple[PreTrainedModel, PreTrainedModel, KeptAdamW]]
+        if shard is None:
+            ready = _whole(model, teacher, names, settings, processes)
+        else:
+            from .sharded import sharded  # Its imports from torch.distributed take long.
+
+            ready = sharded(model, teacher, names, settings.forward_dtype, processes, torch.device(shard))
+        with few_threads(forward_work(model, settings.tokens_per_step)), ready as (student, dense, optimizer):
+            run = _train(
+                student, dense, optimizer, batches, settings, keeping, processes, progress, in_step=shard is not None
+            )
+    if shard is None or processes.is_first:
+        check_zeros(model, masks)
     kept = sum(int(mask.sum()) for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
     return RecoveryReport(
@@ -131,12 +147,14 @@ class _Keeping:
     """Where and how often the state is saved.
 
     Attributes:
-        path: path of the state; None saves none.
+        path: path of the state in the first process; None elsewhere, and if none is saved.
+        saves: True in all processes if the first one saves a state.
         identity: fingerprint of the training.
         every: seconds between two writes.
     """
 
     path: str | Path | None
+    saves: bool
     identity: str
     every: float
 
@@ -144,36 +162,37 @@ class _Keeping:
 def _train(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
-    masks: dict[str, torch.Tensor],
+    optimizer: KeptAdamW,
     batches: Batches,
     settings: RecoverySettings,
     keeping: _Keeping,
     processes: Processes,
     progress: RecoveryProgress | None,
+    *,
+    in_step: bool,
 ) -> RecoveryState:
-    with (
-        few_threads(forward_work(model, settings.tokens_per_step)),
-        weights_as_loaded(model),
-        _trainable(model, masks, settings, processes) as optimizer,
-        _frozen(teacher),
-        _quick_attention((model, teacher), batches.length),
-    ):
+    """Train until the budget is spent; ``in_step`` if all processes must run the same number of passes."""
+    with _quick_attention((model, teacher), batches.length):
         run = processes.broadcast(RecoveryState.begin(keeping.path, keeping.identity, optimizer))
         if run.steps:
             optimizer.take_from_first()
         clock, cpu, cpu_before = time.monotonic() - run.seconds, time.process_time(), run.cpu_seconds
         saved = run.seconds
         objective = Distillation(model, teacher, batches.of(run.steps), settings.forward_dtype)
+        most = objective.most(batches.length)
+        passes = passes_of(batches.sequences, most, processes) if in_step and most is not None else None
         while (fraction := _spent(settings, run)) < 1:
-            own = share_of(batches.of(run.steps), processes)
-            loss = sum(processes.gather(objective.backward(own.to(model.device), batches.tokens)))
+            own = share_of(batches.of(run.steps), processes).to(model.device)
+            loss = sum(processes.gather(objective.backward(own, batches.tokens, passes=passes)))
             if not math.isfinite(loss):
                 raise RecoveryError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
             optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
             spent = processes.gather((time.monotonic() - clock, time.process_time() - cpu))
             run.record(loss, spent[0][0], cpu_before + sum(of_process for _, of_process in spent))
-            if keeping.path is not None and (run.seconds - saved >= keeping.every or _spent(settings, run) >= 1):
-                run.save(keeping.path, optimizer)
+            if keeping.saves and (run.seconds - saved >= keeping.every or _spent(settings, run) >= 1):
+                optimizer.collect()
+                if keeping.path is not None:
+                    run.save(keeping.path, optimizer)
                 saved = run.seconds
             if progress is not None:
                 budget = settings.steps if settings.minutes is None else 60 * settings.minutes
@@ -190,23 +209,32 @@ def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
     return run.steps / settings.steps
 
 
-@contextmanager
-def _trainable(
-    model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings, processes: Processes
-) -> Iterator[KeptAdamW]:
-    """The optimizer of the parameters to train, which have the dtype of forwards inside the block."""
+def _trained_names(model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings) -> list[str]:
+    """Names of the parameters to train; one that blocks share has one name."""
     blocks = [block.module.named_parameters(prefix=block.name) for block in find_blocks(model)]
-    names = {parameter: name for block in blocks for name, parameter in block}  # blocks may share a parameter
-    moving = {n: p for p, n in names.items() if n in masks or (settings.norms and p.dim() == 1)}
+    names = {parameter: name for block in blocks for name, parameter in block}
+    return [name for p, name in names.items() if name in masks or (settings.norms and p.dim() == 1)]
+
+
+@contextmanager
+def _whole(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    names: Sequence[str],
+    settings: RecoverySettings,
+    processes: Processes,
+) -> Iterator[tuple[PreTrainedModel, PreTrainedModel, KeptAdamW]]:
+    """Both models, and the optimizer of the parameters to train, which have the dtype of forwards inside the block."""
+    moving = {name: model.get_parameter(name) for name in names}
     dtypes = {name: parameter.dtype for name, parameter in moving.items()}
-    with _frozen(model):
+    with weights_as_loaded(model), _frozen(model), _frozen(teacher):
         with torch.no_grad():
             model(input_ids=trial_ids(model), use_cache=False)  # RWKV rescales its weights here, so before the copy.
         optimizer = KeptAdamW(moving, settings.forward_dtype, processes)
         try:
             for parameter in moving.values():
                 parameter.requires_grad_(True)
-            yield optimizer
+            yield model, teacher, optimizer
         finally:
             for name, parameter in moving.items():
                 parameter.grad = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class KeptAdamW:
         self._parameters, self._processes = parameters, processes or Processes()
         self.values = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()}
         self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
-        self._scales = self._processes.broadcast({name: _scale_of(value) for name, value in self.values.items()})
+        self._scales = self._processes.broadcast({name: scale_of(value) for name, value in self.values.items()})
         self._steps = dict.fromkeys(parameters, 0)
         self._rounds = dtype != torch.float32
         held = {name: value.to(dtype) for name, value in self.values.items()}
@@ -60,10 +60,8 @@ class KeptAdamW:
             rate: learning rate, in units of each parameter's scale.
             largest: norm that the gradients are clipped to, all together.
         """
-        self._add_up_gradients()
-        gradients = {name: p.grad.contiguous() for name, p in self._parameters.items() if p.grad is not None}
-        norm = nn.utils.get_total_norm(gradients.values())
-        factor = (largest / (norm.float() + 1e-6)).clamp_(max=1.0)
+        gradients = self._gradients()
+        factor = (largest / (self._norm(gradients.values()).float() + 1e-6)).clamp_(max=1.0)
         self._processes.broadcast_into(factor, 0)  # Another kind of processor may round the norm in another way.
         for name, gradient in gradients.items():
             self._steps[name] += 1
@@ -74,15 +72,27 @@ class KeptAdamW:
                 gradient,
                 Step(rate * self._scales[name], self._steps[name], BETAS),
                 factor=factor.to(values.device),
-                rounded=parameter.detach() if self._rounds else None,
+                rounded=self._held(name) if self._rounds else None,
                 zeros_stay=values.dim() > 1,
             )
             parameter.grad = None
 
+    def _held(self, name: str) -> torch.Tensor:
+        """What this process holds of a parameter in the dtype of forwards."""
+        return self._parameters[name].detach()
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        """The gradients, by name, added up over all processes."""
+        if self._processes.size > 1:
+            self._add_up_gradients()
+        return {name: p.grad.contiguous() for name, p in self._parameters.items() if p.grad is not None}
+
+    def _norm(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The norm of all gradients together."""
+        return nn.utils.get_total_norm(gradients)
+
     def _add_up_gradients(self) -> None:
         """Replace each gradient with its sum over all processes; a process without that gradient adds 0."""
-        if self._processes.size == 1:
-            return
         given = self._processes.gather([p.grad is not None for p in self._parameters.values()])
         for parameter, anywhere in zip(self._parameters.values(), map(any, zip(*given, strict=True)), strict=True):
             if anywhere:
@@ -100,8 +110,11 @@ class KeptAdamW:
             self._parameters[name].copy_(values)
         self._steps = self._processes.broadcast(self._steps)
 
+    def collect(self) -> None:
+        """Get ready for :meth:`state_dict` in the first process. All processes call this."""
+
     def state_dict(self) -> dict[str, Any]:
-        """The state that :meth:`load_state_dict` takes, of tensors and numbers."""
+        """The state that :meth:`load_state_dict` takes, of tensors and numbers; in the first process."""
         return {
             "values": self.values,
             "first": {name: moments.first for name, moments in self._moments.items()},
@@ -116,24 +129,10 @@ class KeptAdamW:
         Raises:
             RecoveryError: the state is incomplete or does not fit these parameters; nothing is changed.
         """
-        fields = {"values", "first", "second", "taken"}
-        if not isinstance(state, dict) or state.keys() != fields:
-            raise RecoveryError(f"the optimizer's state must be a dict of {', '.join(sorted(fields))}")
-        for part in fields:
-            if not isinstance(state[part], dict) or state[part].keys() != self.values.keys():
-                raise RecoveryError(f"{part}: it belongs to other parameters")
+        check_state(state, {name: values.shape for name, values in self.values.items()})
         for name, values in self.values.items():
-            for part in ("values", "first", "second"):
-                tensor = state[part][name]
-                if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (values.shape, values.dtype):
-                    raise RecoveryError(f"{name}, {part}: must be {values.dtype} of shape {tuple(values.shape)}")
-                if not bool(tensor.isfinite().all()) or (part == "second" and bool((tensor < 0).any())):
-                    raise RecoveryError(f"{name}, {part}: invalid numbers")
-            if values.dim() > 1 and bool(state["values"][name].to(values.device)[values == 0].any()):
-                raise RecoveryError(f"{name}: a pruned weight is not 0")
-            steps = state["taken"][name]
-            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-                raise RecoveryError(f"{name}: invalid number of steps")
+            if (why := why_not_zeros(name, values, state["values"][name])) is not None:
+                raise RecoveryError(why)
         for name, values in self.values.items():
             values.copy_(state["values"][name])
             self._moments[name].first.copy_(state["first"][name])
@@ -142,5 +141,32 @@ class KeptAdamW:
         self._steps = dict(state["taken"])
 
 
-def _scale_of(values: torch.Tensor) -> float:
+def check_state(state: Any, shapes: Mapping[str, torch.Size]) -> None:
+    """Raise RecoveryError if an optimizer's state is incomplete or does not fit parameters of these shapes."""
+    fields = {"values", "first", "second", "taken"}
+    if not isinstance(state, dict) or state.keys() != fields:
+        raise RecoveryError(f"the optimizer's state must be a dict of {', '.join(sorted(fields))}")
+    for part in fields:
+        if not isinstance(state[part], dict) or state[part].keys() != shapes.keys():
+            raise RecoveryError(f"{part}: it belongs to other parameters")
+    for name, shape in shapes.items():
+        for part in ("values", "first", "second"):
+            tensor = state[part][name]
+            if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (shape, torch.float32):
+                raise RecoveryError(f"{name}, {part}: must be {torch.float32} of shape {tuple(shape)}")
+            if not bool(tensor.isfinite().all()) or (part == "second" and bool((tensor < 0).any())):
+                raise RecoveryError(f"{name}, {part}: invalid numbers")
+        steps = state["taken"][name]
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise RecoveryError(f"{name}: invalid number of steps")
+
+
+def why_not_zeros(name: str, values: torch.Tensor, saved: torch.Tensor) -> str | None:
+    """A reason if saved values of a matrix are not 0 where its present values are; None if they are."""
+    pruned = values.dim() > 1 and bool(saved.to(values.device)[values == 0].any())
+    return f"{name}: a pruned weight is not 0" if pruned else None
+
+
+def scale_of(values: torch.Tensor) -> float:
+    """The root mean square of the nonzero values, but at least :data:`LEAST_SCALE`."""
     return max(LEAST_SCALE, float(values.norm()) / math.sqrt(max(1, int(values.count_nonzero()))))

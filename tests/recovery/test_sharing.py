@@ -168,12 +168,14 @@ def test_processes_with_different_text_are_refused(pair, text, together):
 
 
 def test_a_full_memory_says_what_each_process_holds(pair, text, together, monkeypatch):
-    def backward(*_):
+    def backward(*_, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     monkeypatch.setattr(Distillation, "backward", backward)
     message = r"each of the 2 processes holds the whole model.*not the weights.*\(CUDA out of memory. Tried .* GiB.\)$"
     refused(together, lambda _: recover(*pair(), text, SHORT), message)
+    message = r"each of the 2 processes holds its share of the blocks' weights, 14 bytes.*more processes"
+    refused(together, lambda _: recover(*pair(), text, SHORT, shard="cpu"), message)
 
 
 def test_the_first_process_alone_reads_and_writes_the_state(pair, text, together, tmp_path, monkeypatch):
