@@ -63,6 +63,13 @@ class LayerKind:
     count: int = 1
     kept: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The kind as JSON types; ``kept`` only if the zeros follow no pattern."""
+        content = {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+        if self.kept is None:
+            del content["kept"]
+        return content
+
     def __str__(self) -> str:
         pattern = f"{self.n}:{self.m}" if self.kept is None else f"unstructured, {self.kept:.0%} kept,"
         return f"{self.shape[0]}x{self.shape[1]} {pattern} {str(self.dtype).removeprefix('torch.')}"
@@ -131,7 +138,7 @@ class LayerTimes:
         """The times as JSON types."""
         return {
             **asdict(self),
-            "kind": {**asdict(self.kind), "dtype": str(self.kind.dtype).removeprefix("torch.")},
+            "kind": self.kind.to_dict(),
             "why_no_semi_structured": self.refusals.get("semi_structured"),
             "times": [entry.to_dict() for entry in self.times],
         }
