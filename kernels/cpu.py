@@ -319,15 +319,19 @@ def pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def _packed_rows(packed: PackedRows) -> tuple[int, int, int, int]:
-    """The address and number of values, and the addresses of metadata and row starts, after checking the tensors."""
+    """The address and number of values, and the addresses of metadata and row starts; ArgumentError if they do not fit
+    the shape."""
     (rows, cols), values = packed.shape, packed.values
-    packed.check_tensors()
-    return (
-        address(values, values.dtype, values.shape, "values"),
-        len(values),
-        address(packed.meta, _INT, (rows, (cols + 31) // 32), "meta"),
-        address(packed.starts, _LONG, (rows + 1,), "starts"),
-    )
+    try:
+        return (
+            address(values, values.dtype, (values.numel(),), "values"),
+            values.numel(),
+            address(packed.meta, _INT, (rows, (cols + 31) // 32), "meta"),
+            address(packed.starts, _LONG, (rows + 1,), "starts"),
+        )
+    except ValueError:
+        packed.check_tensors()
+        raise
 
 
 def unpack_rows(packed: PackedRows, into: torch.Tensor | None) -> torch.Tensor:

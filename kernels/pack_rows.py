@@ -139,30 +139,41 @@ def _unpack_rows_body(
 ):
     """A program unpacks whole rows, WORDS words of metadata at a time."""
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    place = tl.load(starts_ptr + i, mask=i < rows, other=0)
+    start, n_left = row_of(starts_ptr, i, n_values, rows)
+    read = tl.zeros([BLOCK_ROWS, 1], tl.int32)
     for first in tl.range(0, tl.cdiv(cols, 32), WORDS):
-        weight, _, place = load_kept(values_ptr, meta_ptr, place, i, first, n_values, rows, cols, WORDS)
+        weight, _, read = load_kept(values_ptr + start, meta_ptr, n_left, read, i, first, rows, cols, WORDS)
         j = (first + tl.arange(0, WORDS)[None, :, None]) * 32 + tl.arange(0, 32)[None, None, :]
         line = weight_ptr + i.to(tl.int64)[:, :, None] * cols
         tl.store(line + j, weight, mask=(i < rows)[:, :, None] & (j < cols))
 
 
 @triton.jit
-def load_kept(values_ptr, meta_ptr, place, i, first, n_values, rows, cols, WORDS: tl.constexpr):
+def row_of(starts_ptr, i, n_values, rows):
+    """The places of the first values of rows i [R, 1], and how many values follow: 0 if a start is damaged.
+
+    A row has fewer than 2^31 values, so its own places fit in 32 bits.
+    """
+    start = tl.load(starts_ptr + i, mask=i < rows, other=0)
+    n_left = tl.where(start < 0, 0, tl.maximum(tl.minimum(n_values - start, 0x7FFFFFFF), 0)).to(tl.int32)
+    return start, n_left
+
+
+@triton.jit
+def load_kept(first_ptr, meta_ptr, n_left, read, i, first, rows, cols, WORDS: tl.constexpr):
     """Weights [R, WORDS, 32] of rows i [R, 1], from word ``first`` of their metadata on.
 
-    ``place`` [R, 1] is the place of each row's next value. Also returns which weights are kept, and the place behind
-    the last value that was read. Places outside of the values are not read.
+    ``first_ptr`` [R, 1] points to each row's first value, ``n_left`` is from :func:`row_of`, and ``read`` is the number
+    of values that were read. Also returns which weights are kept, and the new ``read``.
     """
     word = first + tl.arange(0, WORDS)[None, :]
     words_in_row = tl.cdiv(cols, 32)
     line = meta_ptr + i.to(tl.int64) * words_in_row
     words = tl.load(line + word, mask=(i < rows) & (word < words_in_row), other=0)
     counts = count_bits(words)
-    before = place + (tl.cumsum(counts, 1) - counts)
-    bit = tl.arange(0, 32)[None, None, :]
-    kept = words[:, :, None] >> bit & 1 != 0
-    index = before[:, :, None] + count_bits(words[:, :, None] & ((1 << bit) - 1))
-    inside = kept & (index >= 0) & (index < n_values)
-    weight = tl.load(values_ptr + index, mask=inside, other=0.0)
-    return weight, inside, place + tl.sum(counts, 1, keep_dims=True)
+    before = read + tl.cumsum(counts, 1) - counts
+    bits = words[:, :, None] >> tl.arange(0, 32)[None, None, :] & 1
+    place = before[:, :, None] + tl.cumsum(bits, 2) - bits
+    kept = (bits != 0) & (place < n_left[:, :, None])
+    weight = tl.load(first_ptr[:, :, None] + place, mask=kept, other=0.0)
+    return weight, kept, read + tl.sum(counts, 1, keep_dims=True)

@@ -10,7 +10,7 @@ import torch
 from . import cpu, launch_packed
 from .nm_linear import check_linear, of_shape, rows_of, store_sums
 from .op import Op, Work, bytes_of, launch_metadata
-from .pack_rows import load_kept, unpack_rows_reference
+from .pack_rows import load_kept, row_of, unpack_rows_reference
 from .packed_rows import PackedRows
 from .triton_import import tl, triton
 
@@ -100,12 +100,13 @@ def _rows_linear_body(
 ):
     """A program computes whole outputs, WORDS words of metadata at a time."""
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    place = tl.load(starts_ptr + i, mask=i < rows, other=0)
+    start, n_left = row_of(starts_ptr, i, n_values, rows)
+    read = tl.zeros([BLOCK_ROWS, 1], tl.int32)
     sums = ()
     for _ in tl.static_range(TOKENS):
         sums = sums + (tl.zeros([BLOCK_ROWS, WORDS, 32], tl.float32),)
     for first in tl.range(0, tl.cdiv(cols, 32), WORDS):
-        weight, kept, place = load_kept(values_ptr, meta_ptr, place, i, first, n_values, rows, cols, WORDS)
+        weight, kept, read = load_kept(values_ptr + start, meta_ptr, n_left, read, i, first, rows, cols, WORDS)
         j = (first + tl.arange(0, WORDS)[None, :, None]) * 32 + tl.arange(0, 32)[None, None, :]
         for t in tl.static_range(TOKENS):
             token = tl.program_id(1) * TOKENS + t

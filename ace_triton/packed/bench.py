@@ -68,6 +68,13 @@ class LayerKind:
     bits: int | None = None
     group: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """The kind as JSON types; ``kept`` only if the zeros follow no pattern."""
+        content = {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+        if self.kept is None:
+            del content["kept"]
+        return content
+
     def __str__(self) -> str:
         pattern = f"{self.n}:{self.m}" if self.kept is None else f"unstructured, {self.kept:.0%} kept,"
         few = "" if self.bits is None else f", {self.bits} bits"
@@ -137,7 +144,7 @@ class LayerTimes:
         """The times as JSON types."""
         return {
             **asdict(self),
-            "kind": {**asdict(self.kind), "dtype": str(self.kind.dtype).removeprefix("torch.")},
+            "kind": self.kind.to_dict(),
             "why_no_semi_structured": self.refusals.get("semi_structured"),
             "times": [entry.to_dict() for entry in self.times],
         }

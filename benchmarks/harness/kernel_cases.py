@@ -17,6 +17,8 @@ from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import PackedNM, pack_cutlass, pack_nm, pack_scored
+from ace_triton.kernels.packed_rows import PackedRows
+from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
@@ -274,6 +276,20 @@ def nm_linear_case(dtype: torch.dtype, n_tokens: int, n: int = 2, m: int = 4) ->
     return Case(name, dtype, call, rows * cols, loaded, weight_bytes + 1 / 8)
 
 
+def rows_linear_case(dtype: torch.dtype, n_tokens: int) -> Case:
+    """A layer whose zeros follow no pattern, half of it kept, times a few tokens."""
+    rows, cols = SHAPE
+    weight_bytes = dtype.itemsize / 2
+
+    def call() -> object:
+        values, meta = torch.empty(rows * cols // 2, dtype=dtype), torch.empty(rows, cols // 32, dtype=torch.int32)
+        packed = PackedRows(values, meta, torch.empty(rows + 1, dtype=torch.int64), SHAPE)
+        return rows_linear(torch.empty(n_tokens, cols, dtype=dtype), packed)
+
+    name = f"rows_linear, {n_tokens} row{'s' * (n_tokens > 1)}"
+    return Case(name, dtype, call, rows * cols, n_tokens * dtype.itemsize / 4, weight_bytes + 1 / 8)
+
+
 def every_case() -> Iterator[Case]:
     """All cases of the report."""
     n_tokens = TOKENS[0] * TOKENS[1]
@@ -296,6 +312,8 @@ def every_case() -> Iterator[Case]:
         for few in (1, 2, 4, 16, 32) if dtype.itemsize == 2 else (1, 2, 4, 16):
             yield nm_linear_case(dtype, few)
         yield nm_linear_case(dtype, 1, 3, 8)
+        for few in (1, 4):
+            yield rows_linear_case(dtype, few)
         for cols in (576, 1536, 4096, 11008, 16384):
             yield select_rows_case(dtype, cols)
         yield moments_case(dtype)

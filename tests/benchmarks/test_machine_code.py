@@ -23,6 +23,7 @@ from benchmarks.harness.kernel_cases import (
     nm_linear_case,
     pack_case,
     pack_cutlass_case,
+    rows_linear_case,
     select_nm_case,
     select_rows_case,
     unpack_case,
@@ -53,6 +54,13 @@ def check(case: Case, most_ratio: float, gpus: tuple[str, ...] = BOUND_BY_MEMORY
 @pytest.mark.parametrize("metric", TERMS)
 def test_2_4_is_bound_by_memory(dtype, metric):
     check(select_nm_case(dtype, metric), most_ratio=0.75, store_bits=128)
+
+
+def test_row_starts_do_not_spill():
+    case = rows_linear_case(torch.bfloat16, 4)
+    launch, code = kernel_of(case, "sm_90")
+    assert code.spills == 0
+    assert per_element(case, launch, code).total() <= 65
 
 
 def test_2_4_takes_twelve_instructions_a_weight():

@@ -103,7 +103,7 @@ def test_a_number_out_of_range_is_a_wrong_call(at_the_door, words, message):
         ((*PRUNE, "--device", "warp"), "device 'warp' is not available here"),
         ((*PRUNE, "--device", "meta"), "device 'meta' holds no data"),
         ((*PRUNE, "--dtype", "int3"), "--dtype 'int3': use one of auto"),
-        ((*PRUNE, "--packed", "--sparsity", "0.5"), "a packed checkpoint needs groups"),
+        ((*PRUNE, "--packed", "--sparsity", "0.3"), "a packed checkpoint needs n:m"),
         ((*PRUNE, "--packed", "--sparsity", "31:32"), "31:32 packed is no smaller than dense"),
         ((*PRUNE, "--packed", "--sparsity", "30:32", "--dtype", "bfloat16"), "30:32 packed is no smaller than dense"),
         ((*PRUNE, "--plugin", "none.py"), "--plugin none.py: cannot be imported"),

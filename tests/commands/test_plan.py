@@ -62,7 +62,7 @@ def test_a_problem_is_a_warning_in_the_plan(command, tiny_checkpoint, small, tmp
     [
         (("--method", "nothing"), "unknown method 'nothing'"),
         (("--sparsity", "5:4"), "5:4"),
-        (("--packed", "--sparsity", "0.5"), "a packed checkpoint needs groups"),
+        (("--packed", "--sparsity", "0.3"), "a packed checkpoint needs n:m"),
         (("--include", "*.nothing"), "matches no linear layer"),
         (("--calibration", "missing.txt"), "missing.txt: no such file"),
         (("--dtype", "int8"), "--dtype 'int8'"),

@@ -108,6 +108,17 @@ def test_generate_draws_by_seed(command, packed):
     assert text(*hot, "--seed", 1) != text(*hot, "--seed", 2)
 
 
+def test_a_pruned_fraction_is_packed_and_timed(command, tiny_checkpoint, tmp_path):
+    words = ("--method", "magnitude", "--packed", "--sparsity", 0.55)
+    code, out, errors = command("prune", tiny_checkpoint, tmp_path / "one", *words)
+    assert code == 0, errors
+    assert "layers packed unstructured" in out, out
+    assert "unstructured, packed" in command("info", tmp_path / "one")[1]
+    code, out, errors = command("bench", "--shape", "8x64", "--sparsity", "45%", "--rows", "1")
+    assert code == 0, errors
+    assert "8x64 unstructured, 55% kept, float32" in " ".join(out.split())
+
+
 def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp_path):
     small = ("--rows", "1,200", "--json", tmp_path / "b.json")
     code, out, errors = command("bench", "--shape", "32x64", "--dtype", "bfloat16", *small)
@@ -140,8 +151,8 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
         (("pack", "PRUNED", "OUT", "--sparsity", "1:4"), "row 0, group 0"),
         (("pack", "PRUNED", "PRUNED"), "--overwrite"),
         (
-            ("prune", "DENSE", "OUT", "--method", "magnitude", "--packed", "--sparsity", "0.5"),
-            "a packed checkpoint needs groups",
+            ("prune", "DENSE", "OUT", "--method", "magnitude", "--packed", "--sparsity", "0.3"),
+            "a fraction of 0.44 or more; got 0.3",
         ),
         (("generate", "PACKED", "--prompt", "a", "--max-new-tokens", "500"), "128 positions"),
         (("generate", "PACKED", "--prompt", "a", "--chat"), "no chat template"),
@@ -149,7 +160,6 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
         (("bench", "--shape", "32by64"), "write OUTxIN"),
         (("bench", "--shape", "32x66"), "multiple of 4"),
         (("bench", "--rows", "1,0"), "write numbers from 1 to 999,999,999 with commas, as 1,16,256"),
-        (("bench", "--sparsity", "50%"), "a packed layer needs a pattern n:m"),
         (("bench", "--shape", "4x4", "--model", "PACKED"), "give only one of them"),
     ],
 )

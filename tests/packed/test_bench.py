@@ -18,6 +18,12 @@ def test_limits_that_fit():
     assert best_limits([times(1, 2, 3, 1)]) == RowLimits(0)
 
 
+def test_a_difference_within_the_noise_decides_nothing():
+    entries = [times(1, 2, 1.01, 1.0), times(4, 2, 1.0, 1.2), times(8, 2, 1.5, 1.2)]
+    assert best_limits(entries) == RowLimits(4)
+    assert [entry.fits for entry in entries] == [True, True, False]
+
+
 def test_what_a_layer_takes_and_whether_it_loses():
     assert times(1, 2.0, 1.0, 9.0).taken == 1.0
     assert not times(1, 2.0, 1.0, 9.0).loses
@@ -33,6 +39,14 @@ def test_totals_count_every_layer():
     ]
     (total,) = totals(layers)
     assert (total.rows, total.dense, total.taken) == (1, 26.0, 8.0)
+
+
+def test_a_layer_without_a_pattern_is_timed():
+    found = bench_layer(LayerKind((16, 64), None, None, torch.float32, kept=0.5), "cpu", rows=(1,), seconds=0.0)
+    assert found.times[0].products.keys() == {"packed", "dense"}
+    assert found.refusals == {"semi_structured": "it supports weights n:m only"}
+    assert 16 * (2 * 4 + 8) < found.packed_bytes < found.dense_bytes
+    assert found.to_dict()["kind"]["kept"] == 0.5
 
 
 def test_a_layer_is_timed_in_its_own_dtype_and_pattern():
