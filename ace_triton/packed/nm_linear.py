@@ -15,6 +15,7 @@ from ..kernels.pack_nm import PackedNM, pack_nm
 from ..kernels.packed_nm import WORD, check_meta, check_meta_dtype
 from ..kernels.unpack_nm import unpack_nm
 from ..linears import linear_weight
+from .bound_calls import BoundCalls
 from .dispatch import multiply
 from .products import RowLimits
 from .weight import PackedWeight
@@ -41,6 +42,7 @@ class NMLinear(nn.Module):
     values: torch.Tensor
     meta: torch.Tensor
     bias: nn.Parameter | None
+    _bound: BoundCalls | None = None
 
     def __init__(self, packed: PackedNM, bias: nn.Parameter | None = None, limits: RowLimits | None = None) -> None:
         super().__init__()
@@ -48,6 +50,7 @@ class NMLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.n, self.m = packed.n, packed.m
         self.limits = limits
+        self._bound = BoundCalls()
         self.register_buffer("values", packed.values)
         self.register_buffer("meta", packed.meta)
         self.register_parameter("bias", bias)
@@ -106,6 +109,10 @@ class NMLinear(nn.Module):
             ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
                 autocast.
         """
+        if self._bound is not None and not torch.compiler.is_compiling():
+            bound = self._bound.outputs(self, tokens)
+            if bound is not None:
+                return bound
         kind = tokens.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
