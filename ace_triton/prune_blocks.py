@@ -254,7 +254,7 @@ def _checked_weights(plan: Plan, store: WeightStore, recipe: Recipe) -> tuple[di
             weights[name] = check_weight(layer, name)
             if store.finished(unit.name) is None:
                 if backend_of_device(weights[name].device) == "triton" and weights[name].dtype in KERNEL_DTYPES:
-                    _check_later(weights[name], recipe, finite)
+                    check_later(weights[name], recipe, finite)
                     unread.append(name)
                 else:
                     check_finite(weights[name], name, finite)
@@ -267,7 +267,7 @@ def _checked_weights(plan: Plan, store: WeightStore, recipe: Recipe) -> tuple[di
     return weights, finite
 
 
-def _check_later(weight: torch.Tensor, recipe: Recipe, finite: FiniteCheck) -> None:
+def check_later(weight: torch.Tensor, recipe: Recipe, finite: FiniteCheck) -> None:
     """Launch the check of a weight, and if the metric needs them, its sums in the same read; waits for nothing."""
     scores_only = recipe.metric.solve is None and recipe.update is None
     if recipe.needs.relative_importance and scores_only and not weight.is_inference():

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu, launch, launch_packed
+from . import bound_launch, cpu, launch, launch_packed
+from .bound_launch import BoundCall, new, recorded
 from .errors import ArgumentError
 from .nm_linear_dot import nm_linear_dot
 from .op import Op, Work, bytes_of, launch_metadata
@@ -22,6 +23,9 @@ from .quantize_nm import dequantize_nm
 from .registers import kept_before, unzip
 from .triton_import import tl, triton
 from .unpack_nm import unpack_nm_reference
+
+MOST_BOUND_TOKENS = 64
+"""Rows of a call that :func:`bound_nm_linear` takes; one launch has room for them."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,6 +43,22 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None 
     """
     check_linear(tokens, packed, bias)
     return NM_LINEAR.on(tokens, packed.values, packed.meta, packed.absmax, bias)(tokens, packed, bias)
+
+
+def bound_nm_linear(
+    tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, BoundCall | None]:
+    """As :func:`nm_linear` on a GPU, and the same call to be repeated with other tokens; None if it cannot be.
+
+    Args:
+        tokens: [n_tokens, in_features], contiguous, up to MOST_BOUND_TOKENS rows.
+        packed, bias: as for :func:`nm_linear`. Repetitions read the same tensors, whatever they hold then.
+    """
+    check_linear(tokens, packed, bias)
+    packed.check_tensors()
+    tokens = tokens.detach()
+    with torch.cuda.device_of(tokens):
+        return recorded(lambda: _launched(tokens, packed, bias), tokens)
 
 
 def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,31 +123,25 @@ def _launched(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None)
         tokens = tokens.contiguous()
     n_tokens, cols = tokens.shape
     rows = packed.shape[0]
-    outputs = torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
-    if not outputs.numel():
-        return outputs
+    if not n_tokens * rows:
+        return torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
     two_of_four = (packed.n, packed.m) == (2, 4)
     if two_of_four and tokens.dtype == packed.values.dtype and launch_packed.suits_nm_linear_dot(tokens, packed.values):
         return nm_linear_dot(tokens, packed, bias)
+    outputs = new(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
     tile = launch_packed.nm_linear(packed.values, n_tokens, cols)
-    blocks = {"TOKENS": tile.tokens, "BLOCK_ROWS": tile.block_rows, "num_warps": tile.num_warps}
+    blocks = {"TOKENS": tile.tokens, "BLOCK_ROWS": tile.block_rows}
     for some_tokens, some_outputs in launch_packed.within_grid(tokens, outputs, tile.tokens):
         n_tokens = len(some_tokens)
         grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(n_tokens, tile.tokens))
-        arguments = (some_tokens, packed.values, packed.meta, bias, some_outputs, n_tokens, rows, cols)
+        sizes = n_tokens, rows, cols, tokens.stride(0)
+        arguments = (some_tokens, packed.values, packed.meta, bias, some_outputs, *sizes)
         if two_of_four:
-            _two_of_four_body[grid](
-                *arguments,
-                tokens.stride(0),
-                VECTOR=tile.vector,
-                SPLIT=min(2 * tile.vector, launch.vector(tokens)),
-                LANES=tile.threads,
-                **blocks,
-            )
+            body, split = _two_of_four_body, min(2 * tile.vector, launch.vector(tokens))
+            constants = {"VECTOR": tile.vector, "SPLIT": split, "LANES": tile.threads}
         else:
-            _any_pattern_body[grid](
-                *arguments, tokens.stride(0), N=packed.n, M=packed.m, BLOCK_COLS=4 * tile.threads, **blocks
-            )
+            body, constants = _any_pattern_body, {"N": packed.n, "M": packed.m, "BLOCK_COLS": 4 * tile.threads}
+        bound_launch.launch(body, grid, arguments, {**constants, **blocks}, num_warps=tile.num_warps)
     return outputs
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from . import launch, launch_packed
+from . import bound_launch, launch, launch_packed
 from .backend import interpreting
+from .bound_launch import new
 from .op import launch_metadata
 from .packed_nm import PackedNM
 from .registers import bits_of, spread, unzip, zipped
@@ -28,34 +29,34 @@ def nm_linear_dot(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
     n_tokens, cols = tokens.shape
     rows = packed.shape[0]
     tile = launch_packed.nm_linear_dot(packed.values, n_tokens)
-    outputs = torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
+    outputs = new(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
     pieces = launch_packed.within_grid(tokens, outputs, tile.tokens)
     if tile.splits > 1:
-        sums = torch.empty(tile.splits, n_tokens, rows, dtype=torch.float32, device=tokens.device)
+        sums = new(tile.splits, n_tokens, rows, dtype=torch.float32, device=tokens.device)
         pieces = ((tokens, sums),)  # splits are used only for few tokens, which fit one launch
     width = 32 * tile.words
     trips = triton.cdiv(triton.cdiv(cols, width), tile.splits)
     for some_tokens, target in pieces:
         grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(len(some_tokens), tile.tokens), tile.splits)
-        _dot_body[grid](
-            *(some_tokens, packed.values, packed.meta, bias if tile.splits == 1 else None, target),
-            *(len(some_tokens), rows, cols, tokens.stride(0), trips),
-            TOKENS=tile.tokens,
-            BLOCK_ROWS=tile.block_rows,
-            WORDS=tile.words,
-            VECTOR=tile.vector,
-            RUN=tile.run,
-            EVEN=cols % width == 0,
-            WARPS=tile.num_warps,
-            WIDEN=interpreting(),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+        sizes = len(some_tokens), rows, cols, tokens.stride(0), trips
+        arguments = (some_tokens, packed.values, packed.meta, bias if tile.splits == 1 else None, target, *sizes)
+        constants = {
+            "TOKENS": tile.tokens,
+            "BLOCK_ROWS": tile.block_rows,
+            "WORDS": tile.words,
+            "VECTOR": tile.vector,
+            "RUN": tile.run,
+            "EVEN": cols % width == 0,
+            "WARPS": tile.num_warps,
+            "WIDEN": interpreting(),
+        }
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        bound_launch.launch(_dot_body, grid, arguments, constants, **options)
     if tile.splits > 1:
         block = launch.WARPS * launch.lanes(tokens.device) * 4
-        _add_splits[(triton.cdiv(rows, block), n_tokens)](
-            *(sums, bias, outputs, n_tokens, rows, tile.splits), BLOCK=block, num_warps=launch.WARPS
-        )
+        grid = (triton.cdiv(rows, block), n_tokens)
+        arguments = (sums, bias, outputs, n_tokens, rows, tile.splits)
+        bound_launch.launch(_add_splits, grid, arguments, {"BLOCK": block}, num_warps=launch.WARPS)
     return outputs
 
 

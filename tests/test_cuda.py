@@ -13,18 +13,21 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import ActivationStats, NMLinear, prune_linear, prune_model
+from ace_triton import ActivationStats, NMLinear, PruneError, Recipe, prune_linear, prune_model
+from ace_triton.checked_terms import read_checks
 from ace_triton.kernels import launch
 from ace_triton.kernels.coupling import coupling, coupling_reference
 from ace_triton.kernels.divergence import divergence, divergence_reference
 from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.finite_check import FiniteCheck
 from ace_triton.kernels.moments import moments, moments_reference
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm, select_nm_reference
 from ace_triton.kernels.unpack_nm import unpack_nm
-from ace_triton.kernels.weight_sums import weight_sums, weight_sums_reference
+from ace_triton.kernels.weight_sums import keep_relative_importance, weight_sums, weight_sums_reference
+from ace_triton.prune import prune_checked
 from ace_triton.statistics.outputs import OutputStats
 from ace_triton.timing import Stopwatch
 
@@ -77,6 +80,40 @@ def test_statistics_do_not_wait(reduce, padded):
     with no_waits():
         stats.update(tokens, outputs=outputs, valid=valid)
     assert stats.count == stats.outputs.count == (400 if padded else 512)
+
+
+@pytest.mark.parametrize("method", ["wanda", "ace"])
+def test_pruning_does_not_wait_for_checks(method):
+    layers = [nn.Linear(64, 48, bias=False, device="cuda") for _ in range(2)]
+    tokens, unread, finite = torch.randn(2, 128, 64, device="cuda"), [], FiniteCheck()
+    weights = [layer.weight.detach() for layer in layers]
+    weights[1][3, 5] = torch.inf
+    before = weights[1].clone()
+    every = [ActivationStats.from_tokens(tokens, layer=nn.Linear(64, 48, device="cuda")) for _ in layers]
+    for weight, stats in zip(weights, every, strict=True):
+        keep_relative_importance(weight, finite)
+        assert stats.count == stats.outputs.count == 256
+    prune_checked(layers[0], weights[0].clone(), every[0], Recipe(method), "compiles", FiniteCheck())
+    with no_waits():
+        for layer, weight, stats in zip(layers, weights, every, strict=True):
+            prune_checked(layer, weight, stats, Recipe(method), "layer", finite, unread=unread)
+    with pytest.raises(PruneError, match="the weight holds NaN or infinity"):
+        read_checks(unread)
+    assert (weights[0] == 0).sum() == weights[0].numel() / 2
+    assert torch.equal(weights[1], before)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_bound_launch_gives_the_same(rows):
+    layer, packed = packed_layer()
+    every = torch.randn(3, rows, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        packed(every[0])
+        with no_waits():
+            got = [packed(tokens) for tokens in every]
+        for tokens, outputs in zip(every, got, strict=True):
+            assert torch.equal(outputs, nm_linear(tokens, packed.packed, packed.bias))
+            torch.testing.assert_close(outputs, layer(tokens), rtol=2e-2, atol=2e-2)
 
 
 def test_stages_are_charged_with_what_they_launch():

@@ -19,6 +19,7 @@ from ..kernels.quantize_nm import quantize_nm
 from ..kernels.unpack_nm import unpack_nm
 from ..linears import linear_weight
 from ..solvers.quantize import GROUP
+from .bound_calls import BoundCalls
 from .dispatch import multiply
 from .products import Packed, RowLimits
 from .unpacked import unpacked_weight
@@ -44,6 +45,7 @@ class PackedLinear(nn.Module):
     meta: torch.Tensor
     bias: nn.Parameter | None
     limits: RowLimits | None
+    _bound: BoundCalls | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,6 +97,10 @@ class PackedLinear(nn.Module):
             ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
                 autocast.
         """
+        if self._bound is not None and not torch.compiler.is_compiling():
+            bound = self._bound.outputs(self, tokens)
+            if bound is not None:
+                return bound
         kind = tokens.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
@@ -146,6 +152,8 @@ class NMLinear(PackedLinear):
         self.n, self.m = packed.n, packed.m
         self.group = packed.group
         self.limits = limits
+        if packed.absmax is None:
+            self._bound = BoundCalls()
         self.register_buffer("values", packed.values)
         self.register_buffer("meta", packed.meta)
         self.register_buffer("absmax", packed.absmax)

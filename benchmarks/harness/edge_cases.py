@@ -183,20 +183,27 @@ def token_calls() -> Iterator[tuple[str, Call]]:
 
 def token_statistics_calls() -> Iterator[tuple[str, Call]]:
     """With and without padding and token weights, for no layer, one, three of different widths, and eight."""
-    for s, l, c in ((1, 1, 1), (1, 7, 4096), (7, 1, 1), (300, 1, 16), (1, 5000, 64), (600, 64, 33)):
-        for widths in ((), (1,), (c, 1, 16), (4,) * 8):
-            for padded in (False, True):
-                yield (
-                    f"{s} x {l} x {c} for outputs of {widths}" + ", padded" * padded,
-                    lambda s=s, l=l, c=c, widths=widths, padded=padded: token_statistics(
-                        some(s, l, c),
-                        torch.ones(s, l, dtype=torch.bool) if padded else None,
-                        no_moments(c, torch.device("cpu")),
-                        [some(s * l, width) for width in widths],
-                        no_layer_sums(len(widths), c, torch.device("cpu")),
-                        token_weights=padded,
-                    ),
-                )
+    cpu = torch.device("cpu")
+    for s, l, c, widths, padded in (
+        (1, 1, 1, (1,), True),
+        (1, 1, 1, (), False),
+        (1, 7, 4096, (4096, 1, 16), False),
+        (7, 1, 1, (4,) * 8, True),
+        (300, 1, 16, (33,), False),
+        (1, 5000, 64, (64, 64), True),
+        (600, 64, 33, (), True),
+    ):
+        yield (
+            f"{s} x {l} x {c} for outputs of {widths}" + ", padded" * padded,
+            lambda s=s, l=l, c=c, widths=widths, padded=padded: token_statistics(
+                some(s, l, c),
+                torch.ones(s, l, dtype=torch.bool) if padded else None,
+                no_moments(c, cpu),
+                [some(s * l, width) for width in widths],
+                no_layer_sums(len(widths), c, cpu),
+                token_weights=padded,
+            ),
+        )
 
 
 def all_finite_calls() -> Iterator[tuple[str, Call]]:

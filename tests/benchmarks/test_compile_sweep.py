@@ -21,6 +21,7 @@ import ace_triton.kernels
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.token_norms import token_norms
+from ace_triton.kernels.token_statistics import no_layer_sums, no_moments, token_statistics
 from ace_triton.kernels.weighted_squares import weighted_squares
 from benchmarks.harness.edge_cases import LAUNCHERS, EdgeCase, edge_cases
 from benchmarks.reports.compile_sweep import TARGETS, Stage, failures, front_end, kernels, whole
@@ -58,13 +59,20 @@ def test_every_kernel_that_a_launcher_starts_is_swept():
 
 
 def started_kernels() -> Iterator[JITFunction]:
-    """The kernels that the package starts, as ``kernel[grid](...)``."""
+    """The kernels that the package starts, as ``kernel[grid](...)`` or by a name that it passes on."""
     folder = Path(ace_triton.kernels.__file__).parent
     for file in sorted(folder.glob("*.py")):
         module = import_module(f"ace_triton.kernels.{file.stem}")
         for node in ast.walk(ast.parse(file.read_text())):
+            named: list[ast.expr] = []
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                called = getattr(module, getattr(node.func.value, "id", ""), None)
+                named = [node.func.value]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "bound_launch.launch":
+                named = node.args[:1]
+            elif isinstance(node, ast.Assign):
+                named = node.value.elts if isinstance(node.value, ast.Tuple) else []
+            for name in named:
+                called = getattr(module, getattr(name, "id", ""), None)
                 if isinstance(called, JITFunction):
                     yield called
 
@@ -76,8 +84,18 @@ def started_kernels() -> Iterator[JITFunction]:
         (lambda n: moments(torch.zeros(1, n, 128), torch.ones(1, n, dtype=torch.bool)), 5),
         (lambda n: weighted_squares(torch.zeros(n, 128), torch.zeros(3, n)), 3),
         (lambda n: token_norms(torch.zeros(n, 128)), 3),
+        (
+            lambda n: token_statistics(
+                torch.zeros(1, n, 128),
+                None,
+                no_moments(128, torch.device("cpu")),
+                [torch.zeros(n, 128)] * 3,
+                no_layer_sums(3, 128, torch.device("cpu")),
+            ),
+            6,
+        ),
     ],
-    ids=["moments", "moments of padded tokens", "weighted_squares", "token_norms"],
+    ids=["moments", "moments of padded tokens", "weighted_squares", "token_norms", "token_statistics"],
 )
 def test_batches_of_any_length_share_kernels(call, most):
     """An expert's tokens are another number in every batch."""

@@ -1,0 +1,100 @@
+"""The calls of a packed layer on a GPU whose kernels are bound, so that decoding takes little time on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import forward_ad
+
+from ..kernels.backend import backend_of_device
+from ..kernels.bound_launch import BoundCall
+from ..kernels.nm_linear import MOST_BOUND_TOKENS, bound_nm_linear
+from ..kernels.packed_nm import PackedNM
+from .dispatch import choose_product
+from .products import registry
+
+if TYPE_CHECKING:
+    from .nm_linear import PackedLinear
+
+MOST_CALLS = 16
+"""Calls of a layer that are kept, by the shape of their tokens. Later shapes use the launcher."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A call: its launches, or None if they cannot be repeated; and what it depends on."""
+
+    bound: BoundCall | None
+    of: tuple[object, ...]
+
+
+class BoundCalls:
+    """The calls of one layer, by the shape of their tokens. A copy of the layer starts without any."""
+
+    def __init__(self) -> None:
+        self._calls: dict[torch.Size, _Known] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundCalls:
+        return BoundCalls()
+
+    def __reduce__(self) -> tuple[type[BoundCalls], tuple[()]]:
+        return BoundCalls, ()
+
+    def outputs(self, layer: PackedLinear, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The outputs [..., out_features] if our kernel takes this call and nothing has to be recorded for a gradient.
+
+        The first call of a shape goes through the launcher, which compiles the kernel. None if the launcher must take
+        the call.
+        """
+        if not _is_plain_call(layer, tokens):
+            return None
+        call = self._calls.get(tokens.shape)
+        if call is None or not all(map(is_, call.of, _parts(layer))):
+            return self._first(layer, tokens)
+        if call.bound is None or (tokens.is_cuda and torch.cuda.current_device() != tokens.device.index):
+            return None
+        rows = tokens.view(-1, layer.in_features)
+        return call.bound(rows).view(*tokens.shape[:-1], layer.out_features) if call.bound.takes(rows) else None
+
+    def _first(self, layer: PackedLinear, tokens: torch.Tensor) -> torch.Tensor | None:
+        rows = tokens.numel() // max(1, layer.in_features)
+        packed = layer.packed
+        if not isinstance(packed, PackedNM) or not 0 < rows <= MOST_BOUND_TOKENS:
+            return None
+        if choose_product(rows, packed, layer.limits) != "packed":
+            return None
+        if len(self._calls) >= MOST_CALLS:
+            self._calls.clear()
+        outputs, bound = bound_nm_linear(tokens.view(rows, layer.in_features), packed, layer.bias)
+        self._calls[tokens.shape] = _Known(bound, _parts(layer))
+        return outputs.view(*tokens.shape[:-1], layer.out_features)
+
+
+def _parts(layer: PackedLinear) -> tuple[object, ...]:
+    """What a call depends on beside its tokens."""
+    return layer.values, layer.meta, layer.bias, layer.limits, registry.products
+
+
+def _is_plain_call(layer: PackedLinear, tokens: torch.Tensor) -> bool:
+    """True if the call is on a GPU, in the weight's dtype, without autograd, autocast, transforms and profilers."""
+    return (
+        type(tokens) is torch.Tensor
+        and backend_of_device(tokens.device) == "triton"
+        and tokens.dtype == layer.values.dtype
+        and tokens.dim() > 0
+        and tokens.shape[-1] == layer.in_features
+        and tokens.is_contiguous()
+        and not tokens.is_neg()
+        and not (torch.is_grad_enabled() and (tokens.requires_grad or _has_gradient(layer)))
+        and not torch.is_autocast_enabled(tokens.device.type)
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def _has_gradient(layer: PackedLinear) -> bool:
+    return layer.bias is not None and layer.bias.requires_grad

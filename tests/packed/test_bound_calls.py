@@ -1,0 +1,173 @@
+"""Packed layers whose launches are bound: a stub driver shows what reaches the GPU, and what the host does."""
+
+from __future__ import annotations
+
+import copy
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ace_triton import NMLinear, RowLimits, prune_linear
+from ace_triton.kernels import backend
+from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.nm_linear import _two_of_four_body
+from ace_triton.kernels.nm_linear_dot import _add_splits, _dot_body
+from tests.statistics.test_deferred import Reads
+
+pytestmark = [
+    pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the stub driver stands in for a GPU that is not there"),
+]
+
+
+class Driver:
+    """Stands in for CUDA's: it notes each launch, its grid and its arguments."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[object, ...]] = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, *_: (object(), name, 0, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 2**18},
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+    def launcher_cls(self, source, metadata):
+        def run(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+            shown = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+            self.launches.append((function, x, y, z, stream, *shown))
+
+        return run
+
+
+@pytest.fixture(scope="module")
+def stub():
+    """Compiled kernels keep their driver, so there is one for all tests."""
+    yield Driver()
+    for kernel in (_two_of_four_body, _dot_body, _add_splits):
+        kernel.device_caches.clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch, stub):
+    """A stub driver for tensors on the CPU."""
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.setattr(backend, "interpreting", lambda: True)
+    monkeypatch.setattr(driver, "_active", stub)
+    stub.launches.clear()
+    return stub
+
+
+def packed_layer(bias: bool = True) -> NMLinear:
+    torch.manual_seed(0)
+    limits = RowLimits(32)
+    layer = nn.Linear(1024, 64, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(backend.ENVIRONMENT_VARIABLE, "cpu")
+        prune_linear(layer, None, "magnitude")
+        return NMLinear.from_linear(layer, 2, 4, limits).requires_grad_(False)
+
+
+@pytest.fixture
+def through_jit(monkeypatch):
+    """Counts launches that bind their arguments through Triton's JIT."""
+    calls, run = [], JITFunction.run
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *a, **k: calls.append(kernel) or run(kernel, *a, **k))
+    return calls
+
+
+def memory_free(launch: tuple[object, ...], *tensors: torch.Tensor) -> list[object]:
+    """A launch with tensors named, and other addresses left out."""
+    names = {tensor.data_ptr(): name for name, tensor in enumerate(tensors)}
+    return [names.get(a, "address") if isinstance(a, int) and a > 2**32 else a for a in launch]
+
+
+@pytest.mark.parametrize(("rows", "launches"), [(1, 1), (2, 1), (16, 2)])
+def test_a_second_call_launches_the_same_without_the_jit(gpu, through_jit, rows, launches):
+    layer = packed_layer()
+    tokens = torch.randn(2, rows, 1024, dtype=torch.bfloat16)
+    first = layer(tokens[0])
+    assert len(gpu.launches) == len(through_jit) == launches
+    reads = Reads()
+    with reads:
+        second = layer(tokens[1])
+    assert len(gpu.launches) == 2 * launches
+    assert len(through_jit) == launches
+    assert reads.count == 0
+    parts = layer.values, layer.meta, layer.bias
+    before = [memory_free(launch, tokens[0], first, *parts) for launch in gpu.launches[:launches]]
+    after = [memory_free(launch, tokens[1], second, *parts) for launch in gpu.launches[launches:]]
+    assert before == after
+    assert 1 in before[-1], "the last kernel writes the outputs"
+    assert second.shape == (rows, 64)
+    assert second.dtype == torch.bfloat16
+
+
+def test_tokens_of_any_dimension_and_other_shapes(gpu, through_jit):
+    layer = packed_layer(bias=False)
+    for _ in range(2):
+        assert layer(torch.randn(1, 1, 1024, dtype=torch.bfloat16)).shape == (1, 1, 64)
+        assert layer(torch.randn(2, 1024, dtype=torch.bfloat16)).shape == (2, 64)
+    assert len(through_jit) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "values", layer.values.clone()),
+        lambda layer: setattr(layer, "bias", None),
+        lambda layer: setattr(layer, "limits", RowLimits(16)),
+    ],
+    ids=["values", "bias", "limits"],
+)
+def test_a_changed_layer_is_bound_again(gpu, through_jit, change):
+    layer, tokens = packed_layer(), torch.randn(1, 1024, dtype=torch.bfloat16)
+    layer(tokens)
+    layer(tokens)
+    change(layer)
+    layer(tokens)
+    assert len(through_jit) == 2
+    assert layer.values.data_ptr() in gpu.launches[-1]
+    layer(tokens)
+    assert len(through_jit) == 2
+
+
+def test_calls_that_need_more_than_a_launch_go_the_long_way(gpu, through_jit):
+    layer, tokens = packed_layer(), torch.randn(1, 1024, dtype=torch.bfloat16)
+    layer(tokens)
+    for other in (
+        torch.randn(1, 2048, dtype=torch.bfloat16)[:, ::2],
+        torch.randn(1025, dtype=torch.bfloat16)[1:][None],
+        tokens.clone().requires_grad_(),
+    ):
+        before = len(through_jit)
+        layer(other)
+        assert len(through_jit) == before + 1
+    with pytest.raises(ValueError, match="tokens must be"):
+        layer(torch.randn(1, 1023, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="tokens must be"):
+        layer(torch.randn(1, 1024))
+
+
+def test_copies_start_without_bound_launches(gpu, through_jit):
+    layer, tokens = packed_layer(), torch.randn(1, 1024, dtype=torch.bfloat16)
+    layer(tokens)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        other(tokens)
+        assert other.values.data_ptr() in gpu.launches[-1]
