@@ -127,7 +127,10 @@ class StreamedModel:
         if self._processes.is_first:
             report = {**report, "streamed": {"resumed_units": list(self._store.resumed)}}
             with writing(self._place, self._out):
-                packing = self._complete_packed(report) if packed else self._complete(report)
+                if packed:
+                    packing = self._complete_packed(report)
+                else:
+                    self._complete(report)
         self._processes.wait()
         return packing
 
