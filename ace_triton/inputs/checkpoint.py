@@ -6,7 +6,7 @@ import copy
 import logging
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .. import process_memory
 from ..errors import AceError, CheckpointError
 from ..process_memory import few_pages_of
 from .gguf_weights import GgufWeights
+from .large_weights import large_weights_as_stored
 from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names, weight_files
 from .output_folder import check_out, replacing, reserved, write_report
 from .report_file import REPORT_FILE, listing, read_json_object
@@ -113,8 +114,10 @@ def _load_saved(
         config.quantization_config = {**_as_dict(config.quantization_config), "dequantize": True}
         placing = {**placing, "config": config}
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    # transformers reads all weights to convert their dtype, even if they stay in files.
-    with few_pages_of(_mapped_files(found) if placing else ()):
+    with (
+        large_weights_as_stored() if placing and method is None else nullcontext(),
+        few_pages_of(_mapped_files(found) if placing else ()),
+    ):
         return _checked_model(found.name, where, dtype=dtype, **options, **placing), tokenizer
 
 
