@@ -17,9 +17,10 @@ def large_weights_as_stored() -> Iterator[None]:
 
     It would read and convert weights that stay in files, only to forget them. They are converted when they are used.
     """
-    from transformers import core_model_loading as loading
+    from transformers import core_model_loading
 
-    own: Any = getattr(loading, "spawn_materialize", None)
+    loading: Any = core_model_loading
+    own = getattr(loading, "spawn_materialize", None)
     if own is None:  # Another version of transformers: then it converts them.
         yield
         return
