@@ -104,6 +104,9 @@ def few_pages_of(paths: Iterable[Path]) -> Iterator[None]:
             for start, end in _maps_of(names):
                 _call("madvise", ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
+    if not names:
+        yield
+        return
     thread = threading.Thread(target=page_out_at_intervals, daemon=True)
     thread.start()
     try:

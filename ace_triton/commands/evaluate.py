@@ -132,8 +132,8 @@ def evaluate(
     embeddings, other tasks predictions.
 
     Several processes share the windows: torchrun --nproc-per-node 4 -m ace_triton evaluate DIR.
-    With --stream temporary files go to the folder TMPDIR; they hold weights that transformers converts and, with
-    --offload disk, the hidden states.
+    With --stream temporary files go to the folder TMPDIR; they hold weights that are converted and, with --offload
+    disk, the hidden states.
     """
     check_json(json)
     weights_dtype, where = parse_dtype(dtype), parse_device("cpu" if stream and device == "auto" else device)

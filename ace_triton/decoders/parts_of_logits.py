@@ -50,14 +50,11 @@ def head_by_parts(model: Any) -> Iterator[None]:
 
 @contextmanager
 def head_of_part(model: Any, part: slice) -> Iterator[None]:
-    """A context in which the model's head reads only a part of its tokens, so that it returns their logits alone.
-
-    Raises:
-        LookupError: if the model has no head.
-    """
+    """A context in which the model's head, if there is one, reads and returns a part of its tokens alone."""
     head = model.get_output_embeddings()
     if head is None:
-        raise LookupError("the model has no head")
+        yield
+        return
 
     def cut(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][..., part, :], *args[1:])

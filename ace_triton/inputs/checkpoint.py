@@ -6,7 +6,7 @@ import copy
 import logging
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..errors import AceError, CheckpointError
 from ..process_memory import few_pages_of
 from .companions import Companions
 from .gguf_weights import GgufWeights
+from .large_weights import large_weights_as_stored
 from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names, weight_files
 from .model_task import CAUSAL, FEATURE_EXTRACTION, TEXT_GENERATION, ModelTask, find_task
 from .output_folder import check_out, replacing, reserved, write_report
@@ -133,8 +134,10 @@ def _load_saved(
         tokenizer = Companions(found, trusted)
     if layout is not None:
         return _load_dequantized(found, layout, config, chosen, dtype, options, placing), tokenizer
-    # transformers reads all weights to convert their dtype, even if they stay in files.
-    with few_pages_of(_mapped_files(found) if placing else ()):
+    with (
+        large_weights_as_stored() if placing and stated is None else nullcontext(),
+        few_pages_of(_mapped_files(found) if placing else ()),
+    ):
         return _checked_model(found.name, where, chosen, dtype=dtype, **options, **placing), tokenizer
 
 

@@ -197,5 +197,6 @@ def copy_in_pieces(source: torch.Tensor, target: torch.Tensor) -> None:
     with torch.no_grad():
         for values, place in pieces:
             place.copy_(values)
-            page_out(values)
+            if values.device.type == "cpu":  # A buffer may be on a GPU.
+                page_out(values)
             drop_pages(place)

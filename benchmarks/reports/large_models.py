@@ -61,19 +61,28 @@ def main(
     """Measure what is asked for, and write the page."""
     record = out / "large-models.json"
     found: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+
+    def keep(name: str, result: Any) -> None:
+        found[name] = result
+        record.write_text(json.dumps(found, indent=2) + "\n")
+
     parts: dict[str, Callable[[Path], Any]] = {
         "depth": depth,
         "time": lambda folder: beside_memory(folder, model, calibration),
         "processes": lambda folder: by_processes(folder, model, calibration),
         "plan": lambda folder: beside_plan(
-            folder, [model, *([] if larger is None else [str(larger)])], calibration, evaluation, found.get("plan", [])
+            folder,
+            [model, *([] if larger is None else [str(larger)])],
+            calibration,
+            evaluation,
+            found.get("plan", []),
+            keep,
         ),
     }
     for name, measure in parts.items():
         if only in (None, name):
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                found[name] = measure(Path(folder))
-            record.write_text(json.dumps(found, indent=2) + "\n")
+                keep(name, measure(Path(folder)))
             console.print(name, found[name], highlight=False)
     kills = out / "kill-test.json"
     (out / "large-models.md").write_text(page(found, json.loads(kills.read_text()) if kills.exists() else None))
@@ -184,7 +193,12 @@ def by_processes(folder: Path, model: str, calibration: str) -> list[dict[str, A
 
 
 def beside_plan(
-    folder: Path, models: list[str], calibration: str, evaluation: str, known: list[dict[str, Any]]
+    folder: Path,
+    models: list[str],
+    calibration: str,
+    evaluation: str,
+    known: list[dict[str, Any]],
+    keep: Callable[[str, Any], None],
 ) -> list[dict[str, Any]]:
     """Peak memory of pruning in both dtypes beside what ``ace-triton plan`` says, and of evaluating what was pruned.
 
@@ -192,9 +206,10 @@ def beside_plan(
         folder: folder for the checkpoints.
         models: the models.
         calibration, evaluation: texts.
-        known: rows of other models, which are kept.
+        known: rows that were measured earlier; those of the same cases are replaced.
+        keep: saves the rows so far.
     """
-    rows = [row for row in known if row["model"] not in {Path(source).name for source in models}]
+    rows = list(known)
     for source, dtype, how in itertools.product(models, ("float32", "bfloat16"), ("--stream", "--no-stream")):
         target, told = folder / "out", folder / "plan.json"
         options = [how, "--dtype", dtype, "--calibration", calibration, "--include", *INCLUDED, *SMALL]
@@ -207,8 +222,12 @@ def beside_plan(
         shutil.rmtree(target)
         row = {"model": Path(source).name, "dtype": dtype, "streamed": how == "--stream", "processor": processor()}
         row |= {"planned_bytes": memory["peak_resident_bytes"], "peak_bytes": pruned["peak_bytes"]}
+        case = ("model", "dtype", "streamed")
+        rows = [other for other in rows if any(other[key] != row[key] for key in case)]
         rows.append({**row, "evaluate_bytes": evaluated})
-        console.print(rows[-1], highlight=False)
+        rows.sort(key=lambda row: tuple(map(str, (row[key] for key in case))), reverse=True)
+        keep("plan", rows)
+        console.print(row, highlight=False)
     return rows
 
 
@@ -312,8 +331,7 @@ def page(found: dict[str, Any], kills: dict[str, Any] | None) -> str:
             "`ace-triton prune` with its default recipe on 8 sequences of 128 tokens, two blocks pruned; then",
             "`ace-triton evaluate --stream` of the result on a window of 2,048 tokens. Planned is what",
             "`ace-triton plan` says, with file pages. The two peaks differ by a factor of at most",
-            f"{worst:.2f}.",
-            f"Measured on {rows[0]['processor']}.",
+            f"{worst:.2f}. Measured on {rows[0]['processor']}.",
             "",
             "| model | dtype | weights | planned | pruned with | evaluated with |",
             "|---|---|---|---:|---:|---:|",

@@ -126,7 +126,7 @@ def test_every_family(make_decoder, save, tmp_path, ids, family):
     assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
 
 
-def test_experts_that_the_checkpoint_stores_one_by_one(save, tmp_path, ids):
+def test_experts_that_the_checkpoint_stores_one_by_one(save, tmp_path, ids, monkeypatch):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -136,13 +136,20 @@ def test_experts_that_the_checkpoint_stores_one_by_one(save, tmp_path, ids):
     pruned_in_memory(source, tmp_path / "memory", ids, "fast")
     prune_checkpoint(source, tmp_path / "streamed", ids, "fast")
     assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+    for folder, large in (("converted first", 2**22), ("converted later", 0)):
+        monkeypatch.setattr("ace_triton.inputs.large_weights.LARGE", large)
+        prune_checkpoint(source, tmp_path / folder, ids, "fast", dtype=torch.bfloat16)
+    assert contents(tmp_path / "converted first") == contents(tmp_path / "converted later")
     expert = load_file(tmp_path / "streamed" / "model.safetensors")[
         "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     ]
     assert (expert == 0).float().mean() == 0.5
 
 
-def test_shards_and_another_dtype(tiny_model, save, tmp_path, tiny_ids):
+@pytest.mark.parametrize("large", [0, 2**22])
+def test_shards_and_another_dtype(tiny_model, save, tmp_path, tiny_ids, large, monkeypatch):
+    """Whether or not transformers converts a weight before it is copied."""
+    monkeypatch.setattr("ace_triton.inputs.large_weights.LARGE", large)
     source = save(tiny_model, max_shard_size="40KB")
     assert len(list(source.glob("*.safetensors"))) > 2
     pruned_in_memory(source, tmp_path / "memory", tiny_ids, BALANCED, dtype=torch.bfloat16)
