@@ -36,16 +36,16 @@ SAMPLES, LENGTH, WINDOW_LENGTH = 64, 128, 512
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 16, 3
 
 PUBLISHED: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("SAAP", {}),
     ("FLAP", {"method": "flap"}),
+    ("SAAP", {}),
+    ("SAAP", {"update": "none"}),
     ("Wanda-sp", {"method": "wanda-sp"}),
     ("depth (ShortGPT)", {"method": "depth"}),
     ("magnitude", {"method": "magnitude"}),
     ("LLM-Pruner, elements", {"method": "llm-pruner"}),
 )
-FITTED: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("SAAP", {"update": "none"}),
-    *((name, {**options, "update": "lstsq"}) for name, options in PUBLISHED if options and name[:5] != "depth"),
+FITTED: tuple[tuple[str, dict[str, Any]], ...] = tuple(
+    (name, {**options, "update": "lstsq"}) for name, options in PUBLISHED if options.get("method", "depth") != "depth"
 )
 ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = tuple(
     (name, {**options, "update": "none"})
