@@ -36,16 +36,16 @@ SAMPLES, LENGTH, WINDOW_LENGTH = 64, 128, 512
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 16, 3
 
 PUBLISHED: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("SAAP", {}),
     ("FLAP", {"method": "flap"}),
+    ("SAAP", {}),
+    ("SAAP", {"update": "none"}),
     ("Wanda-sp", {"method": "wanda-sp"}),
     ("depth (ShortGPT)", {"method": "depth"}),
     ("magnitude", {"method": "magnitude"}),
     ("LLM-Pruner, elements", {"method": "llm-pruner"}),
 )
-FITTED: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("SAAP", {"update": "none"}),
-    *((name, {**options, "update": "lstsq"}) for name, options in PUBLISHED if options and name[:5] != "depth"),
+FITTED: tuple[tuple[str, dict[str, Any]], ...] = tuple(
+    (name, {**options, "update": "lstsq"}) for name, options in PUBLISHED if options.get("method", "depth") != "depth"
 )
 ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = tuple(
     (name, {**options, "update": "none"})
@@ -64,6 +64,9 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = tuple(
     )
 )
 """Measured at the first ratio alone."""
+
+KEY = ("model", "ratio", "method", "update")
+"""The entries of a result that tell it apart from others."""
 
 console = Console()
 
@@ -125,9 +128,8 @@ def main(
     torch.set_num_threads(threads)
     record = read(out)
     name = "SmolLM2-135M" if model == "smollm2" else name_of(model)
-    todo = [
-        cell for cell in cells() if key(name, *cell) not in {key(**found) for found in map(keys_of, record["results"])}
-    ]
+    done = {tuple(result[part] for part in KEY) for result in record["results"]}
+    todo = [cell for cell in cells() if (name, *key(*cell)) not in done]
     bench = Bench(model, calibration, evaluation, windows) if todo[:most] else None
     for ratio, method, options in todo[:most]:
         assert bench is not None
@@ -139,7 +141,8 @@ def main(
         record["results"].append(asdict(result))
         console.print(result, highlight=False)
         write_json(out / "structured.json", record)
-    (out / "structured.md").write_text("\n".join(page(record)) + "\n")
+        (out / "structured.md").write_text(page(record))
+    (out / "structured.md").write_text(page(record))
 
 
 def cells() -> Iterator[tuple[float, str, dict[str, Any]]]:
@@ -149,15 +152,9 @@ def cells() -> Iterator[tuple[float, str, dict[str, Any]]]:
             yield ratio, method, options
 
 
-def key(model: str, ratio: float, method: str, options: dict[str, Any]) -> tuple[str, float, str, str]:
-    """What tells results apart."""
-    return model, ratio, method, ShrinkSettings(ratio, **options).chosen_update
-
-
-def keys_of(result: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of :func:`key` for a recorded result."""
-    options = {} if result["update"] == "none" and "depth" in result["method"] else {"update": result["update"]}
-    return {"model": result["model"], "ratio": result["ratio"], "method": result["method"], "options": options}
+def key(ratio: float, method: str, options: dict[str, Any]) -> tuple[float, str, str]:
+    """What tells the results of one model apart: all of :data:`KEY` but the model."""
+    return ratio, method, ShrinkSettings(ratio, **options).chosen_update
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -230,7 +227,7 @@ def _multiplied(model: Any) -> int:
     return matrices + (embedding.numel() if model.get_output_embeddings().weight is embedding else 0)
 
 
-def page(record: dict[str, Any]) -> list[str]:
+def page(record: dict[str, Any]) -> str:
     """docs/structured.md."""
     processors = sorted({dense["processor"] for dense in record["dense"].values()})
     lines = [
@@ -249,7 +246,7 @@ def page(record: dict[str, Any]) -> list[str]:
         lines += ["", f"## {name}", "", f"Dense perplexity: {dense['perplexity']:.2f}, {dense['windows']} windows.", ""]
         lines += _methods(results, dense["perplexity"])
         lines += ["", "### Speed", "", *_speeds(results)]
-    return lines
+    return "\n".join(lines) + "\n"
 
 
 def _methods(results: list[dict[str, Any]], dense: float) -> list[str]:

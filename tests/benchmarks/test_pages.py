@@ -11,7 +11,7 @@ import pytest
 from ace_triton.study.workbench import Protocol
 from benchmarks.harness import results
 from benchmarks.harness.traffic_counter import Traffic
-from benchmarks.reports import budgets, cpu_ratios, permutation, recovery, report_bench, sparse, traffic
+from benchmarks.reports import budgets, cpu_ratios, permutation, recovery, report_bench, sparse, structured, traffic
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -51,6 +51,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "permutation": channel_orders,
     "recovery": lambda: recovery.page(recovery.measured(DOCS, recovery.TOKENS), recovery.TOKENS),
     "sparse": lambda: "\n".join(sparse.page(record("sparse"))) + "\n",
+    "structured": lambda: structured.page(structured.read(DOCS)),
     "traffic": memory_traffic,
 }
 
