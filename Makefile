@@ -15,7 +15,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets recovery-trials families sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets recovery-trials families kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -107,6 +107,10 @@ sparse: setup  ## a pruned SmolLM2-135M dense and packed: bytes, memory, tokens,
 
 serving: setup  ## a thousand requests to a server, for docs/serving.md; a minute
 	$(BIN)/python -m benchmarks.reports.serving
+
+kernels-hub: setup  ## lay out kernels/ for Hugging Face's kernels hub in build/kernels-hub, and import it from there
+	rm -rf build/kernels-hub
+	$(BIN)/python -m benchmarks.kernels_hub build/kernels-hub
 
 budgets: setup  ## whether layer-wise budgets pay, for docs/budgets.md; minutes, and goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.budgets --calibration $(CALIBRATION) --evaluation $(EVALUATION)
