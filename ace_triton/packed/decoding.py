@@ -100,8 +100,8 @@ def decoding_times(
         step()
     pairs = zip(tokens[0], tokens[1], strict=True)
     same = next((place for place, (one, other) in enumerate(pairs) if one != other), new_tokens)
-    times = [TokenTimes(statistics.median(speed), *part) for speed, part in zip(speeds, parts, strict=True)]
-    return DecodingTimes(new_tokens, rounds, *times, same)
+    of_dense, of_packed = (TokenTimes(statistics.median(own), *part) for own, part in zip(speeds, parts, strict=True))
+    return DecodingTimes(new_tokens, rounds, of_dense, of_packed, same)
 
 
 def _profile(
@@ -132,8 +132,14 @@ def _profile(
         if isinstance(module, NMLinear) or is_linear(module):
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after(name in names))]
     try:
-        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-        found = decode(model, tokenizer, ids, stopped=first_token_is_there, **options)
+        found = decode(
+            model,
+            tokenizer,
+            ids,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            stopped=first_token_is_there,
+        )
     finally:
         for hook in hooks:
             hook.remove()
