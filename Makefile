@@ -15,7 +15,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets recovery-trials families kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
+.PHONY: help setup demo test test-engines interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets recovery-trials families kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ demo: setup  ## prune, recover and pack a real model, and show what each step co
 
 test: setup interpreter  ## all tests; the kernels' once more in Triton's interpreter
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(WORKERS)
+
+test-engines: setup  ## the tests of export to ONNX and OpenVINO, and of lm-evaluation-harness, whose packages are large
+	$(BIN)/pip install --quiet --editable ".[test-engines]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/exporters tests/test_task_evaluation.py
 
 interpreter: setup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m pytest tests/kernels $(WORKERS)
