@@ -15,7 +15,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets structured recovery-trials families sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
+.PHONY: help setup demo test test-engines interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets structured recovery-trials families kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ demo: setup  ## prune, recover and pack a real model, and show what each step co
 
 test: setup interpreter  ## all tests; the kernels' once more in Triton's interpreter
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(WORKERS)
+
+test-engines: setup  ## the tests of export to ONNX and OpenVINO, and of lm-evaluation-harness, whose packages are large
+	$(BIN)/pip install --quiet --editable ".[test-engines]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/exporters tests/test_task_evaluation.py
 
 interpreter: setup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m pytest tests/kernels $(WORKERS)
@@ -107,6 +111,10 @@ sparse: setup  ## a pruned SmolLM2-135M dense and packed: bytes, memory, tokens,
 
 serving: setup  ## a thousand requests to a server, for docs/serving.md; a minute
 	$(BIN)/python -m benchmarks.reports.serving
+
+kernels-hub: setup  ## lay out kernels/ for Hugging Face's kernels hub in build/kernels-hub, and import it from there
+	rm -rf build/kernels-hub
+	$(BIN)/python -m benchmarks.kernels_hub build/kernels-hub
 
 budgets: setup  ## whether layer-wise budgets pay, for docs/budgets.md; minutes, and goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.budgets --calibration $(CALIBRATION) --evaluation $(EVALUATION)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +18,9 @@ from .errors import AceError, GenerationError
 from .inputs.beginnings import token_ids
 from .inputs.model_source import reason
 from .inputs.text import has_lone_surrogate
+
+COMPILED_AFTER = 3
+"""Tokens after which everything is compiled: a prompt, a first step and one more."""
 
 INVALID_PROBABILITIES = "probability tensor contains"
 """In torch's message if it cannot sample."""
@@ -56,6 +61,7 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     chat: bool = False,
+    compile: str | None = None,
     write: Callable[[str], object] | None = None,
 ) -> Generation:
     """Continue a prompt.
@@ -66,6 +72,8 @@ def generate(
         max_new_tokens: largest number of new tokens.
         temperature: 0 takes the most likely token. Otherwise tokens are sampled with torch's global generator.
         chat: put the prompt into the chat template.
+        compile: backend of torch.compile for the decoding step, as "inductor", which also gives the model a cache of
+            fixed size; None to run it as it is. Compiling takes a minute or more and is not part of the times.
         write: called with every piece of text as soon as it is complete.
 
     Raises:
@@ -80,9 +88,27 @@ def generate(
     messages = [{"role": "user", "content": prompt}]
     ids = chat_ids(tokenizer, messages) if chat else prompt_ids(tokenizer, prompt)
     check_room(model, ids, max_new_tokens, "give a smaller --max-new-tokens")
-    found = decode(model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, write=write)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    if compile is not None:
+        options |= _compiled(model, compile)
+        steps = iter(range(COMPILED_AFTER))
+        with torch.random.fork_rng():
+            decode(model, tokenizer, ids, stopped=lambda: next(steps, None) is None, **options)
+    found = decode(model, tokenizer, ids, write=write, **options)
     start, *times = found.times
     return Generation("".join(found.pieces), len(ids), len(times), times[0] - start, times[-1] - times[0])
+
+
+def _compiled(model: Any, backend: str) -> dict[str, Any]:
+    """Options of transformers' ``generate`` that compile the decoding step."""
+    from transformers import CompileConfig
+
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    if backend == "inductor" and model.device.type == "cpu" and not any(map(shutil.which, filter(None, compilers))):
+        raise GenerationError("to compile for a CPU, torch needs a C++ compiler: install g++, or name one in CXX")
+    config: Any = CompileConfig(backend=backend, fullgraph=True, mode="default")
+    config._compile_all_devices = True  # Else transformers compiles on GPUs alone.
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

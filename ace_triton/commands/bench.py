@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.progress import Progress
 
 from ..errors import ArgumentError
 from ..formats.registry import load_model
+from ..generation import prompt_ids
+from ..inputs.text import read_documents
 from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, fastest, kinds_of, totals
+from ..packed.decoding import decoding_times
 from ..packed.nm_linear import PackedLinear
 from ..packed.pack_model import sparsify
 from ..packed.products import registry
@@ -29,13 +34,17 @@ from .options import (
     JsonOption,
     TrustOption,
     check_json,
+    number,
     parse_bits,
     parse_device,
     parse_dtype,
 )
-from .sources import check_source
+from .sources import check_length, check_source
 
 SHAPE = "4096x4096"
+
+PROMPT_TOKENS = 16
+"""Tokens of the prompt that ``--tokens`` continues."""
 
 COUNT, LARGEST = r"[1-9]\d{0,8}", 10**9 - 1
 
@@ -64,16 +73,32 @@ def bench(
         ),
     ] = "auto",
     device: DeviceOption = "auto",
+    tokens: Annotated[
+        int | None,
+        number(
+            "Number of tokens to decode with the packed and the dense --model, instead of timing its layers.",
+            least=2,
+            show_default="time layers",
+        ),
+    ] = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Time packed layers beside dense ones, and show at which numbers of rows sparse is slower."""
+    """Time packed layers beside dense ones, and show at which numbers of rows sparse is slower.
+
+    With --tokens it decodes with both, and shows where the time of a token goes.
+    """
     check_json(json)
     counts = _counts(rows)
     where = parse_device(device)
     if model is not None and shape is not None:
         raise ArgumentError("--model and --shape: give only one of them")
     weights_dtype = parse_dtype(dtype)
+    if tokens is not None:
+        if model is None:
+            raise ArgumentError("--tokens decodes with a whole model: name it with --model")
+        _time_decoding(model, tokens, weights_dtype, where, trust_remote_code, json)
+        return
     if model is None:
         default = "float32" if where == "cpu" else "bfloat16"
         kind = _one_kind(shape or SHAPE, Sparsity(sparsity), default if dtype == "auto" else dtype)
@@ -101,6 +126,38 @@ def bench(
         _show(layer)
     if model is not None:
         _show_totals(found)
+
+
+def _time_decoding(
+    source: str, tokens: int, dtype: Any, device: str, trust_remote_code: bool, json: Path | None
+) -> None:
+    """Time decoding with a model and its dense copy, and print and write the times."""
+    check_source(source, any_format=True)
+    check_length(source, tokens + PROMPT_TOKENS, "--tokens")
+    print_backend(device)
+    with progress_bars() as progress:
+        with stage(progress, "load the model"):
+            model, tokenizer = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            if not any(isinstance(module, PackedLinear) for module in model.modules()):
+                sparsify(model)
+        ids = prompt_ids(tokenizer, read_documents("pydoc:evaluation", most=1)[0])[:PROMPT_TOKENS]
+        found = decoding_times(model, tokenizer, ids, tokens, progress=progress_bar(progress, "decode"))
+    facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": device, "threads": torch.get_num_threads()}
+    if json:
+        report.write_json(json, with_provenance({"decoding": found.to_dict()}, model=name_of(source), **facts))
+    title = f"greedy decoding, {tokens} tokens, {facts['dtype']}, {facts['threads']} threads"
+    table = report.headed_table("", "dense", "packed", title=title)
+    sides = (found.dense, found.packed)
+    table.add_row("tokens a second", *(f"{side.tokens_per_second:.1f}" for side in sides))
+    for label, part in (
+        ("ms a token in the packed layers", "packed_layers"),
+        ("ms in other linear layers", "other_layers"),
+        ("ms in everything else", "rest"),
+    ):
+        table.add_row(label, *(f"{getattr(side, part):.2f}" for side in sides))
+    console.print(table)
+    print_line(f"packed is {found.packed.tokens_per_second / found.dense.tokens_per_second:.2f} times as fast")
+    print_line(f"tokens before the first difference: {found.same_tokens} of {tokens}")
 
 
 def _kinds(

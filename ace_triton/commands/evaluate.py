@@ -200,8 +200,8 @@ def evaluate(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     if json:
-        about = {"model": name_of(model_dir), "wikitext": wikitext, "device": str(model.device)}
-        report.write_json(json, with_provenance(result.to_dict(), **about, **facts))
+        content = {**result.to_dict(), "wikitext": wikitext, "device": str(model.device), **facts}
+        report.write_json(json, with_provenance(content, model=name_of(model_dir)))
     console.print(report.perplexity_table(result, facts))
 
 

@@ -40,6 +40,12 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template, as a user's message.")
     ] = False,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the decoding step with torch.compile, which takes a minute or more at first."
+        ),
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -61,6 +67,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         chat=chat,
+        compile="inductor" if compile else None,
         write=_write,
     )
     print(flush=True)
@@ -72,6 +79,7 @@ def generate(
             temperature=temperature,
             seed=seed,
             chat=chat,
+            compiled=compile,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
         )

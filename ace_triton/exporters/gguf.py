@@ -211,10 +211,10 @@ def _write_tokenizer(writer: Any, tokenizer: Any, size: int, folder: Path) -> No
     writer.add_token_types(kinds)
     merges = stored["model"].get("merges", [])
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in merges])
-    for kind in ("bos", "eos", "pad"):
-        index = getattr(tokenizer, f"{kind}_token_id")
+    for role in ("bos", "eos", "pad"):
+        index = getattr(tokenizer, f"{role}_token_id")
         if index is not None:
-            getattr(writer, f"add_{kind}_token_id")(index)
+            getattr(writer, f"add_{role}_token_id")(index)
     writer.add_add_bos_token(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)

@@ -29,18 +29,18 @@ def name_weights(graph_model: Any, model: Any) -> None:
         if weight is not None:
             layers[digest(weight.t().contiguous().numpy())] = name
     for node in graph:
-        weight: Any = node.inputs[1] if node.op_type in PRODUCTS else None
-        turned = weight is not None and weight.producer() is not None and weight.producer().op_type == "Transpose"
+        value: Any = node.inputs[1] if node.op_type in PRODUCTS else None
+        turned = value is not None and value.producer() is not None and value.producer().op_type == "Transpose"
         if turned:
-            weight = weight.producer().inputs[0]
-        if weight is None or not weight.is_initializer():
+            value = value.producer().inputs[0]
+        if value is None or not value.is_initializer():
             continue
-        values = weight.const_value.numpy()
-        layer = layers.get(digest(values.T if turned else values))
+        stored = value.const_value.numpy()
+        layer = layers.get(digest(stored.T if turned else stored))
         if layer is not None and f"{layer}.weight" not in graph.initializers:
-            graph.initializers.pop(weight.name)
-            weight.name = f"{layer}.weight"
-            graph.initializers.add(weight)
+            graph.initializers.pop(value.name)
+            value.name = f"{layer}.weight"
+            graph.initializers.add(value)
 
 
 def _transpose(graph: Any) -> None:

@@ -70,7 +70,7 @@ def write_card(folder: Path, report: dict[str, Any]) -> None:
         report: the pruning report, which may lack any part.
     """
     if not (folder / CARD_FILE).exists():
-        (folder / CARD_FILE).write_text(_card(report, _usage(folder, report)), encoding="utf-8")
+        (folder / CARD_FILE).write_text(_card(report, _exported(report) or _usage(folder, report)), encoding="utf-8")
 
 
 def _card(report: dict[str, Any], usage: str | None) -> str:
@@ -167,6 +167,18 @@ def _amounts(report: dict[str, Any]) -> list[tuple[str, str]]:
     of_layers = f"{pruned / sum(size for _, size in sizes):.1%} of their weights"
     of_model = f", {pruned / whole:.1%} of the model's" if whole else ""
     return [("Pruned layers", str(len(sizes))), ("Zeros", of_layers + of_model)]
+
+
+def _exported(report: dict[str, Any]) -> str | None:
+    """What an exported folder holds; None if the report is not of an export."""
+    export = _dict(report, "export")
+    engine, weight_type = _text(export, "engine"), _text(export, "weight_type")
+    if engine is None:
+        return None
+    return (
+        f"The folder holds the files for {engine} that `ace-triton export` wrote: dense weights of type {weight_type}, "
+        "with zeros. transformers and ace-triton load the model that they were made from.\n"
+    )
 
 
 def _usage(folder: Path, report: dict[str, Any]) -> str | None:

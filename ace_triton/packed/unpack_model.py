@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .expert_stack import ExpertStack
-from .nm_linear import NMLinear
+from .nm_linear import PackedLinear
 
 
 def unpack_model(model: nn.Module) -> int:
@@ -23,7 +23,7 @@ def unpack_model(model: nn.Module) -> int:
     Returns:
         The number of layers that were unpacked.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     transposed = _transposed_layers(model)
     for name, layer in layers.items():
         dense = _dense(layer, name in transposed)
@@ -39,7 +39,7 @@ def unpack_model(model: nn.Module) -> int:
     return len(layers)
 
 
-def _dense(layer: NMLinear, transposed: bool) -> nn.Module:
+def _dense(layer: PackedLinear, transposed: bool) -> nn.Module:
     weight = layer.unpack()
     if transposed:
         from transformers.pytorch_utils import Conv1D

@@ -56,6 +56,7 @@ def test_the_report_says_what_was_compared(exported):
     _, folder, report = exported
     assert report.largest_difference < 1e-5 < report.largest_logit
     assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= report.files.keys()
+    assert "files for onnx that `ace-triton export` wrote" in (folder / "README.md").read_text()
     stored = json.loads((folder / "ace_triton.json").read_text())["export"]
     assert stored["engine"] == "onnx"
     assert [entry["name"] for entry in stored["matrices"]] == [matrix.name for matrix in report.matrices]
