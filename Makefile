@@ -15,7 +15,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets recovery-trials families encoders vision norms sparse study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
+.PHONY: help setup demo test interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets recovery-trials families architectures encoders vision norms sparse study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -103,6 +103,9 @@ families: setup  ## a small model of every family in transformers, pruned, for d
 	$(BIN)/python -m benchmarks.reports.families
 
 ENCODER ?= sentence-transformers/all-MiniLM-L6-v2
+architectures: setup  ## a small encoder, vision, audio or multimodal model of every family, for docs/architectures.md
+	$(BIN)/python -m benchmarks.reports.architectures
+
 encoders: setup  ## a sentence encoder pruned by every method, for docs/encoders.md; an hour; ENCODER names its folder
 	$(BIN)/python -m benchmarks.reports.encoders --model $(ENCODER) --calibration $(CALIBRATION) --evaluation $(HELD_OUT)
 
