@@ -130,7 +130,8 @@ def page(content: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     for kind, found in content.items():
         counts = Counter(result["outcome"] for result in found.values())
         failed = counts["not pruned"] + counts["wrong"]
-        lines.append(f"| {kind} | {len(found)} | {counts['pruned']} | {failed} | {counts['not made']} |")
+        tried = f"{len(found)} of {len(names_of(kind))}"
+        lines.append(f"| {kind} | {tried} | {counts['pruned']} | {failed} | {counts['not made']} |")
     for kind, found in content.items():
         lines += ["", f"## {kind.capitalize()}", "", *_class_lines(found)]
     return lines

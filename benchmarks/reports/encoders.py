@@ -89,7 +89,7 @@ class Bench:
 
     def batches(self, count: int) -> list[dict[str, torch.Tensor]]:
         """The first sentences, the shortest first."""
-        pieces = pieces_of(sorted(self.sentences[:count], key=len), self.tokenizer, count, 128, None)
+        pieces = pieces_of(sorted(self.sentences[:count], key=len), self.tokenizer, count, LENGTH, None)
         return [padded(pieces[i : i + 16], pad_of(self.tokenizer)) for i in range(0, len(pieces), 16)]
 
     def calibration(self, samples: int, length: int) -> list[dict[str, torch.Tensor]]:
@@ -118,7 +118,7 @@ class Bench:
     def distill(self, model: Any, steps: int) -> None:
         """Train the kept weights so that hidden states and embeddings of sentences are those of the dense model."""
         sentences = sentences_of(self.documents)
-        pieces = pieces_of(sentences, self.tokenizer, len(sentences), 64, 1)
+        pieces = pieces_of(sentences, self.tokenizer, len(sentences), GRID_LENGTH, 1)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.dim() > 1], lr=RATE, weight_decay=0.0)
         keep_zeros(model, optimizer)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -145,7 +145,7 @@ class Bench:
         prune_model(pruned, None, "magnitude", pattern)
         packed = copy.deepcopy(pruned)
         pack_model(packed)
-        pieces = pieces_of(self.sentences[:SPEED_SENTENCES], self.tokenizer, SPEED_SENTENCES, 128, None)
+        pieces = pieces_of(self.sentences[:SPEED_SENTENCES], self.tokenizer, SPEED_SENTENCES, LENGTH, None)
         inputs = [padded([piece], pad_of(self.tokenizer)) for piece in pieces]
         spent: tuple[list[float], list[float]] = ([], [])
         with torch.inference_mode():
