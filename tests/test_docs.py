@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import runpy
@@ -64,12 +65,25 @@ def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def save_encoder(folder: Path, tokenizer) -> None:
+    """A small classifier of text."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(vocab_size=320, **sizes)).save_pretrained(folder)
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token = padding.eos_token
+    padding.save_pretrained(folder)
+
+
 @pytest.fixture
 def workspace(tmp_path, monkeypatch, tiny_model, tokenizer) -> Iterator[Path]:
     """A folder with what the pages speak of: a model, calibration text, and other text to evaluate on."""
     tiny_model.config.max_position_embeddings = 2048
     tiny_model.save_pretrained(tmp_path / "my-model")
     tokenizer.save_pretrained(tmp_path / "my-model")
+    save_encoder(tmp_path / "my-encoder", tokenizer)
     (tmp_path / "calibration.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     (tmp_path / "held-out.txt").write_text("Pack my box with five dozen liquor jugs. " * 60)
     monkeypatch.chdir(tmp_path)

@@ -140,7 +140,7 @@ def small_model(name: str, ids: torch.Tensor) -> PreTrainedModel | NotMade:
     for kept, changed in TRIED:
         try:
             known = AutoConfig.for_model(name)
-            config = AutoConfig.for_model(name, **_sizes(known, kept, changed))
+            config = AutoConfig.for_model(name, **small_sizes(known, kept, changed))
             with torch.device("meta"):
                 parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
             if parameters > MOST_PARAMETERS:
@@ -157,7 +157,7 @@ def small_model(name: str, ids: torch.Tensor) -> PreTrainedModel | NotMade:
     return NotMade(reason)
 
 
-def _sizes(config: PreTrainedConfig, kept: frozenset[str], changed: dict[str, int]) -> dict[str, Any]:
+def small_sizes(config: PreTrainedConfig, kept: frozenset[str], changed: dict[str, int]) -> dict[str, Any]:
     """Small sizes for a configuration and, as dictionaries, for those inside it."""
     kept = kept | UNSET.get(config.model_type, set())
     known = [key for key in {**SMALL, **changed} if key not in kept and _has(config, key)]
@@ -165,7 +165,7 @@ def _sizes(config: PreTrainedConfig, kept: frozenset[str], changed: dict[str, in
     for key in config.sub_configs:
         part = getattr(config, key, None)
         if isinstance(part, PreTrainedConfig):
-            sizes[key] = {**_sizes(part, kept, changed), "model_type": part.model_type}
+            sizes[key] = {**small_sizes(part, kept, changed), "model_type": part.model_type}
     return sizes | OWN.get(config.model_type, {})
 
 

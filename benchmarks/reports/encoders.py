@@ -32,11 +32,12 @@ from .cpu_ratios import processor
 
 METHODS = ("wanda", "cosp", "ace", "varp", "ria", "stade", "ace-paper", "magnitude", "sparsegpt")
 PATTERNS = ("8:16", "2:4")
-GRID = {"sentences": 500, "samples": 64, "length": 64}
-WHOLE = {"sentences": 3000, "samples": 256, "length": 128}
+SENTENCES, GRID_SENTENCES = 3000, 1000
+SAMPLES, GRID_SAMPLES = 512, 128
+LENGTH, GRID_LENGTH = 128, 64
 """The recipes are measured on more sentences, and calibrated on more text, than the grid of methods."""
 
-STEPS, STEP_SENTENCES, RATE = 100, 32, 1e-4
+STEPS, STEP_SENTENCES, RATE = 200, 32, 1e-4
 RECIPES: dict[str, dict[str, Any]] = {
     "wanda, permuted, lstsq": {"method": "wanda", "permute": True, "update": "lstsq"},
     "wanda, permuted, lstsq, distilled": {"method": "wanda", "permute": True, "update": "lstsq", "steps": STEPS},
@@ -47,32 +48,37 @@ console = Console()
 
 
 class Bench:
-    """The dense model, its texts and its embeddings, and the results so far.
+    """The dense model, its texts and its embeddings, and the results so far. Results of another setting are dropped.
 
     Args:
         model: a folder of a sentence encoder.
         calibration, evaluation: texts.
+        whole, grid: numbers of sentences, calibration sequences and their tokens, for recipes and for the grid.
         out: where the results are, without the suffix.
     """
 
-    def __init__(self, model: str, calibration: str, evaluation: str, out: Path) -> None:
+    def __init__(
+        self, model: str, calibration: str, evaluation: str, whole: dict[str, int], grid: dict[str, int], out: Path
+    ) -> None:
         self.dense, companions = load_model(model, task="embedding", dtype=torch.float32)
         self.tokenizer, self.pooling = companions.tokenizer, pooling_of(Path(model))
         self.documents = read_documents(calibration)
-        self.sentences = sentences_of(read_documents(evaluation), int(WHOLE["sentences"]))
+        self.sentences = sentences_of(read_documents(evaluation), whole["sentences"])
         self.path = out.with_suffix(".json")
         self._known: dict[int, torch.Tensor] = {}
         setting = {
             "model": Path(model).name,
             "calibration": Path(calibration).name,
             "evaluation": Path(evaluation).name,
-            "grid": GRID,
-            "whole": {**WHOLE, "sentences": len(self.sentences)},
+            "grid": grid,
+            "whole": {**whole, "sentences": len(self.sentences)},
             "distillation": {"steps": STEPS, "sentences": STEP_SENTENCES, "rate": RATE},
             "processor": processor(),
             "torch": torch.__version__,
         }
-        self.write("setting", setting)
+        self.whole, self.grid = setting["whole"], setting["grid"]
+        if self.read().get("setting") != setting:
+            write_json(self.path, {"setting": setting})
 
     def read(self) -> dict[str, Any]:
         return json.loads(self.path.read_text()) if self.path.is_file() else {}
@@ -83,7 +89,7 @@ class Bench:
 
     def batches(self, count: int) -> list[dict[str, torch.Tensor]]:
         """The first sentences, the shortest first."""
-        pieces = pieces_of(sorted(self.sentences[:count], key=len), self.tokenizer, count, 128, None)
+        pieces = pieces_of(sorted(self.sentences[:count], key=len), self.tokenizer, count, LENGTH, None)
         return [padded(pieces[i : i + 16], pad_of(self.tokenizer)) for i in range(0, len(pieces), 16)]
 
     def calibration(self, samples: int, length: int) -> list[dict[str, torch.Tensor]]:
@@ -112,7 +118,7 @@ class Bench:
     def distill(self, model: Any, steps: int) -> None:
         """Train the kept weights so that hidden states and embeddings of sentences are those of the dense model."""
         sentences = sentences_of(self.documents)
-        pieces = pieces_of(sentences, self.tokenizer, len(sentences), 64, 1)
+        pieces = pieces_of(sentences, self.tokenizer, len(sentences), GRID_LENGTH, 1)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.dim() > 1], lr=RATE, weight_decay=0.0)
         keep_zeros(model, optimizer)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -139,7 +145,7 @@ class Bench:
         prune_model(pruned, None, "magnitude", pattern)
         packed = copy.deepcopy(pruned)
         pack_model(packed)
-        pieces = pieces_of(self.sentences[:SPEED_SENTENCES], self.tokenizer, SPEED_SENTENCES, 128, None)
+        pieces = pieces_of(self.sentences[:SPEED_SENTENCES], self.tokenizer, SPEED_SENTENCES, LENGTH, None)
         inputs = [padded([piece], pad_of(self.tokenizer)) for piece in pieces]
         spent: tuple[list[float], list[float]] = ([], [])
         with torch.inference_mode():
@@ -159,31 +165,37 @@ def main(
     model: Annotated[str, typer.Option(help="Folder of a sentence encoder.")],
     calibration: Annotated[str, typer.Option(help="Calibration text.")],
     evaluation: Annotated[str, typer.Option(help="Text whose sentences are embedded.")],
-    only: Annotated[list[str] | None, typer.Option(help="grid, recipes or speed; default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="recipes, masks, fits or speed; default: all.")] = None,
+    sentences: Annotated[int, typer.Option(help="Sentences for the recipes.")] = SENTENCES,
+    grid_sentences: Annotated[int, typer.Option(help="Sentences for the methods.")] = GRID_SENTENCES,
+    samples: Annotated[int, typer.Option(help="Calibration sequences for the recipes.")] = SAMPLES,
+    grid_samples: Annotated[int, typer.Option(help="Calibration sequences for the methods.")] = GRID_SAMPLES,
     out: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path("docs/encoders"),
 ) -> None:
     """Measure what is not yet measured; write OUT.json and OUT.md."""
     torch.set_num_threads(1)
-    bench = Bench(model, calibration, evaluation, out)
+    whole = {"sentences": sentences, "samples": samples, "length": LENGTH}
+    grid = {"sentences": grid_sentences, "samples": grid_samples, "length": GRID_LENGTH}
+    bench = Bench(model, calibration, evaluation, whole, grid, out)
 
     def entry(key: str, measure: Callable[[], Any]) -> None:
         if key not in bench.read():
             bench.write(key, measure())
             console.print(key, bench.read()[key], highlight=False)
 
-    wanted = only or ["recipes", "grid", "speed"]
+    wanted = only or ["speed", "masks", "fits", "recipes"]
     for pattern in PATTERNS:
         if "speed" in wanted:
             entry(f"speed {pattern}", lambda: bench.speed(pattern))  # noqa: B023
-    for pattern in PATTERNS:
-        for name, recipe in RECIPES.items() if "recipes" in wanted else ():
-            entry(f"recipe {pattern} {name}", lambda: bench.measure(WHOLE, pattern, **recipe))  # noqa: B023
     cells = [(update, pattern) for update in (None, "lstsq") for pattern in PATTERNS]
-    for update, pattern in cells if "grid" in wanted else ():
-        for method in METHODS:
+    for update, pattern in cells:
+        for method in METHODS if ("fits" if update else "masks") in wanted else ():
             if method != "sparsegpt" or update is None:  # SparseGPT moves the kept weights itself.
                 recipe = {"method": method, "update": update}
-                entry(f"grid {pattern} {method} {update}", lambda: bench.measure(GRID, pattern, **recipe))  # noqa: B023
+                entry(f"grid {pattern} {method} {update}", lambda: bench.measure(bench.grid, pattern, **recipe))  # noqa: B023
+    for pattern in PATTERNS:
+        for name, recipe in RECIPES.items() if "recipes" in wanted else ():
+            entry(f"recipe {pattern} {name}", lambda: bench.measure(bench.whole, pattern, **recipe))  # noqa: B023
     lines = page(bench.read())
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     console.print(f"written to {out.with_suffix('.md')}")

@@ -77,7 +77,7 @@ def judged(name: str, model: PreTrainedModel, ids: torch.Tensor, options: dict[s
             report = prune_model(model, ids, batch_size=4, **options)
         with torch.no_grad():
             finite = bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())
-        wrong = [layer.name for layer in report.layers if not _two_of_four(model, layer)]
+        wrong = [layer.name for layer in report.layers if not two_of_four(model, layer)]
         error = None if finite and not wrong else f"not finite, or not 2:4: {wrong}"
         error = error or _misses(report, matrices)
     except Exception as problem:
@@ -110,7 +110,7 @@ def _misses(report: ModelReport, matrices: int) -> str | None:
     return None
 
 
-def _two_of_four(model: PreTrainedModel, layer: LayerReport) -> bool:
+def two_of_four(model: PreTrainedModel, layer: LayerReport) -> bool:
     """True if a layer, or an expert of a stack in either layout, has at most two of every four weights left."""
     module = dict(model.named_modules()).get(layer.name)
     weight = None if module is None else linear_weight(module)

@@ -1,0 +1,148 @@
+"""Small random models of any AutoModel class, and inputs that they run on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ace_triton.inputs.model_inputs import Reads
+
+from .small_models import MOST_PARAMETERS, TRIED, NotMade, small_sizes
+
+Inputs = dict[str, torch.Tensor]
+
+IMAGE_TOKEN = 100
+SIDE, CHANNELS = 32, 3
+VISION: dict[str, Any] = {
+    "image_size": SIDE,
+    "patch_size": 8,
+    "num_channels": CHANNELS,
+    "embed_dim": 32,
+    "depths": [1, 1],
+    "num_labels": 3,
+    "image_token_id": IMAGE_TOKEN,
+    "image_token_index": IMAGE_TOKEN,
+    "projection_dim": 32,
+}
+AUDIO: dict[str, Any] = {
+    "num_mel_bins": 16,
+    "max_source_positions": 16,
+    "max_target_positions": 64,
+    "conv_dim": [16, 16],
+    "conv_stride": [5, 4],
+    "conv_kernel": [8, 4],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "max_length": 32,
+}
+LAYERS: dict[str, Any] = {
+    name: value
+    for part in ("encoder", "decoder")
+    for name, value in (
+        (f"{part}_layers", 2),
+        (f"{part}_attention_heads", 4),
+        (f"{part}_ffn_dim", 64),
+        (f"num_{part}_layers", 2),
+        (f"num_{part}_attention_heads", 4),
+    )
+} | {"d_kv": 8, "d_ff": 64}
+SEQUENCES, LENGTH, DECODER_LENGTH = 4, 12, 9
+IMAGE_TOKENS = (1, 4, 16, 17)
+FRAMES = (32, 64, 256)
+SAMPLES = 1600
+
+
+def small_any_model(name: str, auto_class: str) -> tuple[PreTrainedModel, Inputs] | NotMade:
+    """A small random model of a family that an AutoModel class makes, with inputs that it runs on; or why not."""
+    reason = ""
+    loader = getattr(transformers, auto_class)
+    for kept, changed in TRIED:
+        for extra in ({**LAYERS, **VISION, **AUDIO}, {}):
+            try:
+                config = AutoConfig.for_model(
+                    name, **small_sizes(AutoConfig.for_model(name), kept, {**changed, **extra})
+                )
+                with torch.device("meta"):
+                    parameters = sum(p.numel() for p in loader.from_config(config).parameters())
+                if parameters > MOST_PARAMETERS:
+                    reason = reason or f"its smallest configuration here has {parameters:,} parameters"
+                    continue
+                torch.manual_seed(0)
+                model = loader.from_config(config).eval()
+            except Exception as error:
+                reason = reason or _words(error)
+                continue
+            found = _running_inputs(model)
+            if isinstance(found, dict):
+                return model, found
+            reason = reason or found
+    return NotMade(reason)
+
+
+def _running_inputs(model: PreTrainedModel) -> Inputs | str:
+    """The first inputs that a model runs on; why it does not run on the first of them, if it runs on none."""
+    reason = ""
+    for inputs in possible_inputs(model.config, Reads.of(model.forward, "")):
+        try:
+            with torch.no_grad():
+                output = model(**inputs)
+        except Exception as error:
+            reason = reason or _words(error)
+            continue
+        if any(isinstance(value, torch.Tensor) for value in output.values()):
+            return inputs
+    return reason or "its forward takes no input by a usual name"
+
+
+def possible_inputs(config: PreTrainedConfig, reads: Reads) -> Iterator[Inputs]:
+    """Inputs by the names of a forward's arguments; several shapes if the configuration does not say which one fits."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length: int) -> torch.Tensor:
+        return torch.randint(3, IMAGE_TOKEN, (SEQUENCES, length), generator=generator)
+
+    def of_text(image_tokens: int = 0) -> Inputs:
+        tokens = torch.cat([torch.full((SEQUENCES, image_tokens), IMAGE_TOKEN), ids(LENGTH)], 1)
+        mask = torch.ones_like(tokens)
+        mask[0, -3:] = 0
+        return (
+            {"input_ids": tokens, "attention_mask": mask}
+            if "attention_mask" in reads.arguments
+            else {"input_ids": tokens}
+        )
+
+    decoder = {"decoder_input_ids": ids(DECODER_LENGTH)} if reads.decoder_text else {}
+    if reads.images:
+        part = getattr(config, "vision_config", config)
+        size = getattr(part, "image_size", None) or SIDE
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        pixels = torch.randn(SEQUENCES, getattr(part, "num_channels", CHANNELS), height, width, generator=generator)
+        texts = [of_text(), *map(of_text, IMAGE_TOKENS)] if reads.text else [{}]
+        for text in texts:
+            yield {**text, "pixel_values": pixels, **decoder}
+        return
+    for name in ("input_features", "input_values"):
+        if name in reads.arguments:
+            bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16
+            frames = [2 * getattr(config, "max_source_positions", 0), *FRAMES]
+            for count in filter(None, frames):
+                yield {name: torch.randn(SEQUENCES, bins, count, generator=generator), **decoder}
+                yield {name: torch.randn(SEQUENCES, count, bins, generator=generator), **decoder}
+            yield {name: torch.randn(SEQUENCES, SAMPLES, generator=generator), **decoder}
+            return
+    if reads.text:
+        yield {**of_text(), **decoder}
+        yield {"input_ids": ids(LENGTH), **decoder}
+        yield {"input_ids": ids(2 ** math.ceil(math.log2(LENGTH))), **decoder}
+
+
+def _words(error: Exception) -> str:
+    """One line of an error, without what differs from machine to machine."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"

@@ -1,0 +1,181 @@
+"""Which encoders, encoder-decoders, and models of images and audio are pruned: a small random model of each.
+
+    python -m benchmarks.reports.architectures
+
+Writes docs/architectures.{json,md}. A model counts as pruned as in benchmarks.reports.families. Each result is written
+as soon as it is there, and a run goes on where it was stopped. Causal language models are on the page of families.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from transformers.models.auto import modeling_auto
+
+from ace_triton import ModelReport, prune_model
+from ace_triton.commands.report import write_json
+from ace_triton.decoders.batches import tensors_in
+
+from ..harness.any_models import Inputs, small_any_model
+from ..harness.small_models import NotMade
+from .families import two_of_four
+
+CLASSES: dict[str, tuple[tuple[str, str], ...]] = {
+    "encoder": (
+        ("AutoModelForMaskedLM", "MASKED_LM"),
+        ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION"),
+    ),
+    "encoder-decoder": (("AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM"),),
+    "vision": (
+        ("AutoModelForImageClassification", "IMAGE_CLASSIFICATION"),
+        ("AutoModelForMaskedImageModeling", "MASKED_IMAGE_MODELING"),
+    ),
+    "audio": (
+        ("AutoModelForAudioClassification", "AUDIO_CLASSIFICATION"),
+        ("AutoModelForCTC", "CTC"),
+        ("AutoModelForSpeechSeq2Seq", "SPEECH_SEQ_2_SEQ"),
+    ),
+    "multimodal": (
+        ("AutoModelForZeroShotImageClassification", "ZERO_SHOT_IMAGE_CLASSIFICATION"),
+        ("AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT"),
+    ),
+}
+"""For each class of models, the AutoModel classes whose families are tried, with transformers' names of their tables. A
+family is tried once in a class, with the first that has it. Classifiers with a decoder are left to their classes."""
+
+OPTIONS: dict[str, Any] = {"method": "ace", "sparsity": "2:4", "update": "rescale"}
+console = Console()
+
+
+def names_of(kind: str) -> dict[str, str]:
+    """The families of a class, each with the AutoModel class that makes it."""
+    decoders = {
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
+    found: dict[str, str] = {}
+    for auto_class, table in CLASSES[kind]:
+        for name in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES"):
+            if table != "SEQUENCE_CLASSIFICATION" or name not in decoders:
+                found.setdefault(name, auto_class)
+    return found
+
+
+def judge(name: str, auto_class: str) -> dict[str, Any]:
+    """Prune a small model of a family, and look at what is left of it."""
+    made = small_any_model(name, auto_class)
+    if isinstance(made, NotMade):
+        return {"outcome": "not made", "reason": made.reason}
+    model, inputs = made
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = prune_model(model, [inputs], **OPTIONS)
+        wrong = _wrong(model, inputs, report)
+    except Exception as error:
+        return {"outcome": "not pruned", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    if wrong:
+        return {"outcome": "wrong", "reason": wrong}
+    whole = any("the whole model is run" in str(warning.message) for warning in caught)
+    dense = sorted({re.sub(r"tied to .*", "tied to another layer's", entry.reason) for entry in report.skipped})
+    return {
+        "outcome": "pruned",
+        "layers": len(report.layers),
+        "towers": [tower.name for tower in report.towers if tower.run != "unreached"],
+        "unreached": [tower.name for tower in report.towers if tower.run == "unreached"],
+        "share": report.account.share("pruned"),
+        "whole": whole,
+        "dense": dense,
+    }
+
+
+def _wrong(model: Any, inputs: Inputs, report: ModelReport) -> str | None:
+    """What is wrong with a pruned model; None if nothing is."""
+    unfit = [layer.name for layer in report.layers if not two_of_four(model, layer)]
+    if unfit:
+        return f"not 2:4: {unfit[0]} and {len(unfit) - 1} more"
+    with torch.no_grad():
+        outputs = list(tensors_in(dict(model(**inputs))))
+    if not all(bool(tensor.isfinite().all()) for tensor in outputs if tensor.is_floating_point()):
+        return "outputs that are not finite"
+    account = report.account
+    return None if account.pruned == sum(layer.parameters for layer in report.layers) else f"the account: {account}"
+
+
+def page(content: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """docs/architectures.md."""
+    asked = ", ".join(f"{key}={value!r}" for key, value in OPTIONS.items())
+    lines = [
+        "# Architectures",
+        "",
+        "Written by `make architectures`: a small random model of the families in transformers "
+        f"{transformers.__version__} that read text, images or audio, pruned on random inputs by "
+        f"`prune_model(model, batches, {asked})`. Counted as pruned: at most two of every four weights left in every "
+        "layer of the report, an account that adds up, and finite outputs. Causal language models have "
+        "[a page of their own](families.md). A real checkpoint may differ from a small one.",
+        "",
+        "| class | tried | pruned | not pruned | no small model made |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for kind, found in content.items():
+        counts = Counter(result["outcome"] for result in found.values())
+        failed = counts["not pruned"] + counts["wrong"]
+        tried = f"{len(found)} of {len(names_of(kind))}"
+        lines.append(f"| {kind} | {tried} | {counts['pruned']} | {failed} | {counts['not made']} |")
+    for kind, found in content.items():
+        lines += ["", f"## {kind.capitalize()}", "", *_class_lines(found)]
+    return lines
+
+
+def _class_lines(found: dict[str, dict[str, Any]]) -> Sequence[str]:
+    pruned = {name: result for name, result in found.items() if result["outcome"] == "pruned"}
+    several = {name: len(result["towers"]) for name, result in pruned.items() if len(result["towers"]) > 1}
+    unreached = [name for name, result in pruned.items() if result["unreached"]]
+    lines = [f"- **Pruned** ({len(pruned)}): {', '.join(pruned) or 'none'}."]
+    if several:
+        lines.append("- **Several towers**: " + ", ".join(f"{name} ({count})" for name, count in several.items()) + ".")
+    if unreached:
+        lines.append(f"- **With blocks that these inputs do not reach**: {', '.join(unreached)}.")
+    low = {name: result for name, result in pruned.items() if result["share"] < 0.95}
+    if low:
+        shares = [f"{name} {result['share']:.0%} ({'; '.join(result['dense'])})" for name, result in low.items()]
+        lines.append(f"- **Less than 95% of their blocks' matrices pruned**: {', '.join(shares)}.")
+    for title, outcomes in (("Not pruned", ("not pruned", "wrong")), ("No small model made", ("not made",))):
+        rest = {name: result["reason"] for name, result in found.items() if result["outcome"] in outcomes}
+        if rest:
+            lines += [f"- **{title}** ({len(rest)}):", *(f"    - {name}: {reason}." for name, reason in rest.items())]
+    return lines
+
+
+def main(
+    kinds: Annotated[list[str] | None, typer.Option("--kind", help="Classes to try; default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Families to try; default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path("docs/architectures"),
+) -> None:
+    """Try every family; write OUT.json and OUT.md."""
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    path = out.with_suffix(".json")
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    for kind in kinds or CLASSES:
+        found = content.setdefault(kind, {})
+        for name, auto_class in names_of(kind).items():
+            if name not in found and (only is None or name in only):
+                found[name] = judge(name, auto_class)
+                console.print(kind, name, found[name]["outcome"], found[name].get("reason", ""), highlight=False)
+                write_json(path, content)
+    out.with_suffix(".md").write_text("\n".join(page(content)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,61 @@
+"""The reports on encoders, on architectures and on input norms, with small models."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import torch
+
+from benchmarks.reports import architectures, encoders, norms
+from tests.decoders import small_towers
+from tests.inputs.small_checkpoints import KINDS
+
+
+def test_a_small_encoder_is_reported(tmp_path, monkeypatch):
+    KINDS["bert"][0](tmp_path / "model")
+    letters = "abcdefghijkl"
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{a}b c{b} d e{a}" for a in letters for b in letters[:4]))
+    monkeypatch.setattr(encoders, "METHODS", ("wanda", "cosp"))
+    monkeypatch.setattr(encoders, "PATTERNS", ("2:4",))
+    monkeypatch.setattr(encoders, "RECIPES", {"distilled": {"method": "wanda", "steps": 2}})
+    monkeypatch.setattr(encoders, "STEP_SENTENCES", 8)
+    monkeypatch.setattr(encoders, "LENGTH", 16)
+    monkeypatch.setattr(encoders, "GRID_LENGTH", 16)
+    monkeypatch.setattr(encoders, "SPEED_ROUNDS", 1)
+    sizes = {"sentences": 24, "grid_sentences": 20, "samples": 8, "grid_samples": 4}
+    out = tmp_path / "encoders"
+    encoders.main(str(tmp_path / "model"), str(text), str(text), None, **sizes, out=out)
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert 0.9 < found["grid 2:4 wanda lstsq"]["cosine"] < 1
+    assert found["recipe 2:4 distilled"]["inputs"] == 24
+    page = out.with_suffix(".md").read_text()
+    assert f"| 2:4 | distilled | {found['recipe 2:4 distilled']['cosine']:.3f} |" in page
+    assert "CosP is number" in page
+    before = dict(found)
+    encoders.main(str(tmp_path / "model"), str(text), str(text), None, **sizes, out=out)
+    assert json.loads(out.with_suffix(".json").read_text()) == before
+
+
+def test_an_architecture_is_judged(tmp_path):
+    found = architectures.judge("bert", "AutoModelForMaskedLM")
+    assert (found["outcome"], found["layers"], found["towers"]) == ("pruned", 12, ["bert.encoder.layer"])
+    refused = architectures.judge("resnet", "AutoModelForImageClassification")
+    assert refused["outcome"] == "not pruned"
+    page = "\n".join(architectures.page({"encoder": {"bert": found}, "vision": {"resnet": refused}}))
+    assert re.search(r"\| encoder \| 1 of \d+ \| 1 \| 0 \| 0 \|", page)
+    assert re.search(r"\| vision \| 1 of \d+ \| 0 \| 1 \| 0 \|", page)
+
+
+def test_norms_and_errors_of_a_model(monkeypatch):
+    monkeypatch.setattr(norms, "MOST_LAYERS", 4)
+    torch.manual_seed(0)
+    model = small_towers.bert().eval()
+    ids = torch.randint(3, 100, (3, 8))
+    found = norms.measure(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert found["layers"] == 4
+    assert 0 < found["above"] <= 1
+    assert all(0 < error < 1 for error in found["errors"].values())
+    assert found["errors"]["wanda"] <= found["errors"]["magnitude"] * 1.01
+    assert "- kind: " in "\n".join(norms.page({"processor": "x", "torch": "y", "text": "z"}, {"kind": found}))
