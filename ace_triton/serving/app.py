@@ -154,7 +154,13 @@ def _event(content: dict[str, Any]) -> str:
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The body of a request; RequestError if it is larger than ``most`` bytes."""
+    """The body of a request; RequestError if it is larger than ``most`` bytes, or not declared as JSON.
+
+    A web page can send other types to this machine without being asked, so that it could make the model work.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(f"the Content-Type must be application/json, got {kind or 'none'}", status=415)
     body = b""
     async for part in request.stream():
         body += part

@@ -217,11 +217,19 @@ BAD = [
 @pytest.mark.parametrize(("path", "body", "status", "param", "message"), BAD)
 def test_a_bad_request_is_answered_with_openai_s_error(url, path, body, status, param, message):
     content = body if isinstance(body, bytes) else json.dumps(body)
-    found = httpx.post(url + path, content=content)
+    found = httpx.post(url + path, content=content, headers={"Content-Type": "application/json; charset=utf-8"})
     assert found.status_code == status
     error = found.json()["error"]
     assert message in error["message"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+def test_a_web_page_of_another_server_cannot_make_the_model_work(url):
+    """Browsers send these types without asking, and ask before they send JSON."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        found = httpx.post(url + COMPLETE, content=b'{"prompt": "a"}', headers={"Content-Type": kind})
+        assert found.status_code == 415
+        assert "must be application/json" in found.json()["error"]["message"]
 
 
 def test_other_routes_and_methods_are_errors_too(url):
