@@ -8,8 +8,10 @@ from typing import Annotated
 import torch
 import typer
 
+from ..errors import GenerationError
 from ..formats.registry import load_model
 from ..generation import generate as continue_prompt
+from ..inputs.companions import Companions
 from ..progress import stage
 from ..provenance import name_of, with_provenance
 from . import report
@@ -59,6 +61,8 @@ def generate(
     print_backend(where)
     with progress_bars() as progress, stage(progress, "load the model"):
         model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code)
+    if isinstance(tokenizer, Companions):
+        raise GenerationError(f"{model_dir}: a {type(model).__name__} writes no text: only causal language models do")
     torch.manual_seed(seed)
     result = continue_prompt(
         model,

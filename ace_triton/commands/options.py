@@ -103,7 +103,7 @@ TaskOption = Annotated[
     typer.Option(
         "--task",
         metavar="TASK",
-        help=f"What to load the model for, one of {', '.join(TASK_NAMES)}.",
+        help=f"Task that the model is loaded for, one of {', '.join(TASK_NAMES)}.",
         show_default="found from its config.json",
     ),
 ]

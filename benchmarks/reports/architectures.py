@@ -153,7 +153,8 @@ def _class_lines(found: dict[str, dict[str, Any]]) -> Sequence[str]:
     for title, outcomes in (("Not pruned", ("not pruned", "wrong")), ("No small model made", ("not made",))):
         rest = {name: result["reason"] for name, result in found.items() if result["outcome"] in outcomes}
         if rest:
-            lines += [f"- **{title}** ({len(rest)}):", *(f"    - {name}: {reason}." for name, reason in rest.items())]
+            reasons = [f"    - {name}: {reason.rstrip('.:')}." for name, reason in rest.items()]
+            lines += [f"- **{title}** ({len(rest)}):", *reasons]
     return lines
 
 

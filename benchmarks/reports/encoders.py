@@ -204,7 +204,7 @@ def main(
 def page(content: dict[str, Any]) -> list[str]:
     """docs/encoders.md."""
     setting = content["setting"]
-    grid, whole, trained = setting["grid"], setting["whole"], setting["distillation"]
+    grid = setting["grid"]
     return [
         "# A sentence encoder, pruned",
         "",
@@ -214,14 +214,7 @@ def page(content: dict[str, Any]) -> list[str]:
         "sentences; the recall is the share of a sentence's 10 nearest dense neighbors that are among its 10 nearest "
         "pruned ones. `ace-triton evaluate PRUNED --dense DENSE --task embedding` measures both on your own text.",
         "",
-        "## Recipes",
-        "",
-        f"{whole['sentences']:,} sentences; calibrated on {whole['samples']:,} sequences of at most {whole['length']} "
-        f'tokens. "Distilled" trains the kept weights for {trained["steps"]} optimizer steps of '
-        f"{trained['sentences']} sentences toward the dense hidden states and embeddings; the zeros stay.",
-        "",
-        *recipe_table(content),
-        "",
+        *_recipe_lines(content),
         "## Methods",
         "",
         f"{grid['sentences']:,} sentences; calibrated on {grid['samples']:,} sequences of at most {grid['length']} "
@@ -235,6 +228,23 @@ def page(content: dict[str, Any]) -> list[str]:
         "## Speed of a single sentence",
         "",
         *speed_table(content),
+    ]
+
+
+def _recipe_lines(content: dict[str, Any]) -> list[str]:
+    """The section of the recipes; empty if none was measured."""
+    whole, trained = content["setting"]["whole"], content["setting"]["distillation"]
+    if not any(key.startswith("recipe ") for key in content):
+        return []
+    return [
+        "## Recipes",
+        "",
+        f"{whole['sentences']:,} sentences; calibrated on {whole['samples']:,} sequences of at most {whole['length']} "
+        f'tokens. "Distilled" trains the kept weights for {trained["steps"]} optimizer steps of '
+        f"{trained['sentences']} sentences toward the dense hidden states and embeddings; the zeros stay.",
+        "",
+        *recipe_table(content),
+        "",
     ]
 
 
@@ -261,7 +271,7 @@ def grid_table(content: dict[str, Any]) -> list[str]:
             cells.append(f"{found['cosine']:.3f} / {found['recall']:.3f}" if found else "-")
         if set(cells) != {"-"}:
             lines.append(f"| {method} | {' | '.join(cells)} |")
-    return [*lines, "", "Each cell: cosine / recall at 10."]
+    return [*lines, "", "Each cell: cosine / recall at 10; - was not measured."]
 
 
 def cosp_lines(content: dict[str, Any]) -> list[str]:
