@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-ALIGNMENT = 16
-"""Bytes. Kernels are specialized for pointers that are multiples of this."""
+from .launch import is_aligned
 
 
 @dataclass
@@ -49,7 +48,7 @@ class BoundCall:
             and source.dtype == own.dtype
             and source.device == self.device
             and source.stride() == own.stride()
-            and source.data_ptr() % ALIGNMENT == 0
+            and is_aligned(source)
             for source, own in zip(sources, self.sources, strict=True)
         )
 
@@ -89,7 +88,7 @@ def recorded(call: Callable[[], torch.Tensor], *sources: torch.Tensor) -> tuple[
     finally:
         _recording.call = outer
     places = [place for place, tensor in enumerate(bound.allocated) if tensor is result]
-    aligned = all(source.data_ptr() % ALIGNMENT == 0 for source in sources)
+    aligned = all(is_aligned(source) for source in sources)
     if not (bound.repeatable and bound.launches and places and aligned):
         return result, None
     bound.result = places[0]
