@@ -14,46 +14,47 @@ from typing import Any
 
 import torch
 
-ALIGNMENT = 16
-"""Bytes. Kernels are specialized for pointers that are multiples of this."""
+from .launch import is_aligned
 
 
 @dataclass
 class BoundCall:
-    """The launches of one call of an operation that reads ``source`` and allocates what it writes.
+    """The launches of one call of an operation that reads ``sources`` and allocates what it writes.
 
-    A repetition allocates the same tensors again, so it may be captured in a CUDA graph, and it waits for nothing.
+    A repetition allocates the same tensors again, so it may be captured in a CUDA graph, and it waits for nothing. No
+    memory is kept.
 
     Attributes:
-        source: the input; later a tensor of its form without memory.
+        sources: the inputs; later tensors of their forms without memory.
         device: the device of all tensors.
         allocated: shape and dtype of the tensors that the call allocated, in order.
         result: index of the result in ``allocated``.
-        launches: compiled kernel for a grid; its arguments, and for each place of an argument that is replaced, the
-            index in (input, allocated).
+        launches: a compiled kernel with its grid, its arguments, and those that are replaced: their places, and their
+            indices in the inputs and what is allocated.
+        repeatable: False if a launch cannot be repeated.
     """
 
-    source: torch.Tensor
+    sources: tuple[torch.Tensor, ...]
     device: torch.device
     allocated: list[torch.Tensor] = field(default_factory=list)
     result: int = 0
     launches: list[tuple[Any, list[Any], list[tuple[int, int]]]] = field(default_factory=list)
     repeatable: bool = True
 
-    def takes(self, source: torch.Tensor) -> bool:
-        """True if the kernels are right for this input: the form of the first one, and aligned."""
-        own = self.source
-        return (
+    def takes(self, *sources: torch.Tensor) -> bool:
+        """True if the kernels are right for these inputs: as many, in the same forms, and aligned."""
+        return len(sources) == len(self.sources) and all(
             source.shape == own.shape
             and source.dtype == own.dtype
             and source.device == self.device
             and source.stride() == own.stride()
-            and source.data_ptr() % ALIGNMENT == 0
+            and is_aligned(source)
+            for source, own in zip(sources, self.sources, strict=True)
         )
 
-    def __call__(self, source: torch.Tensor) -> torch.Tensor:
-        """The result for another input."""
-        tensors = [source]
+    def __call__(self, *sources: torch.Tensor) -> torch.Tensor:
+        """The result for other inputs."""
+        tensors = list(sources)
         for like in self.allocated:
             tensors.append(torch.empty(like.shape, dtype=like.dtype, device=self.device))
         for run, arguments, places in self.launches:
@@ -61,7 +62,7 @@ class BoundCall:
             for place, index in places:
                 own[place] = tensors[index]
             run(*own)
-        return tensors[1 + self.result]
+        return tensors[len(sources) + self.result]
 
 
 class _Recording(threading.local):
@@ -73,26 +74,29 @@ class _Recording(threading.local):
 _recording = _Recording()
 
 
-def recorded(call: Callable[[], torch.Tensor], source: torch.Tensor) -> tuple[torch.Tensor, BoundCall | None]:
+def recorded(call: Callable[[], torch.Tensor], *sources: torch.Tensor) -> tuple[torch.Tensor, BoundCall | None]:
     """The result of ``call``, and its launches; None if they cannot be repeated.
 
     Args:
         call: an operation that allocates with :func:`new` and launches with :func:`launch` only.
-        source: the input that later calls replace.
+        sources: all tensors that the call reads, which later calls replace.
     """
-    outer, bound = _recording.call, BoundCall(source, source.device)
+    outer, bound = _recording.call, BoundCall(sources, sources[0].device)
     _recording.call = bound
     try:
         result = call()
     finally:
         _recording.call = outer
     places = [place for place, tensor in enumerate(bound.allocated) if tensor is result]
-    if not (bound.repeatable and bound.launches and places and source.data_ptr() % ALIGNMENT == 0):
+    aligned = all(is_aligned(source) for source in sources)
+    if not (bound.repeatable and bound.launches and places and aligned):
         return result, None
     bound.result = places[0]
     # Only the form of these tensors is used, so their memory is given back.
     bound.allocated = [torch.empty_like(tensor, device="meta") for tensor in bound.allocated]
-    bound.source = torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta")
+    bound.sources = tuple(
+        torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta") for source in sources
+    )
     return result, bound
 
 
@@ -117,10 +121,12 @@ def launch(
         return
     named = dict(zip(kernel.arg_names, arguments, strict=False)) | dict(constants)
     values = [named[name] for name in kernel.arg_names]
-    replaced = [call.source, *call.allocated]
+    replaced = [*call.sources, *call.allocated]
     places = [
         (place, index) for place, value in enumerate(values) for index, tensor in enumerate(replaced) if value is tensor
     ]
     for place, _ in places:
         values[place] = None
+    if any(isinstance(value, torch.Tensor) for value in values):  # A view of an input, which no repetition replaces.
+        call.repeatable = False
     call.launches.append((compiled[(*grid, 1, 1)[:3]], values, places))

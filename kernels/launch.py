@@ -83,6 +83,11 @@ def vector(tensor: torch.Tensor) -> int:
     return ACCESS_BYTES // tensor.element_size()
 
 
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """True if the first element starts a 16-byte access, which kernels are specialized for."""
+    return tensor.data_ptr() % ACCESS_BYTES == 0
+
+
 def narrowest(size: int, widths: tuple[int, ...]) -> int:
     """The width whose multiples cover ``size`` with the least padding; on a tie, the widest."""
     return min(widths, key=lambda width: (math.ceil(size / width) * width, -width))

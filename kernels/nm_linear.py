@@ -52,13 +52,14 @@ def bound_nm_linear(
 
     Args:
         tokens: [n_tokens, in_features], contiguous, up to MOST_BOUND_TOKENS rows.
-        packed, bias: as for :func:`nm_linear`. Repetitions read the same tensors, whatever they hold then.
+        packed, bias: as for :func:`nm_linear`. Repetitions take tokens, values, metadata and, if it is there, the bias.
     """
     check_linear(tokens, packed, bias)
     packed.check_tensors()
     tokens = tokens.detach()
     with torch.cuda.device_of(tokens):
-        return recorded(lambda: _launched(tokens, packed, bias), tokens)
+        sources = (tokens, packed.values, packed.meta, *(() if bias is None else (bias,)))
+        return recorded(lambda: _launched(tokens, packed, bias), *sources)
 
 
 def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None = None) -> torch.Tensor:

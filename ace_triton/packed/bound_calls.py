@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from ..kernels.bound_launch import BoundCall
 from ..kernels.nm_linear import MOST_BOUND_TOKENS, bound_nm_linear
 from ..kernels.packed_nm import PackedNM
 from .dispatch import choose_product
-from .products import registry
+from .products import Product, RowLimits, registry
 
 if TYPE_CHECKING:
     from .nm_linear import PackedLinear
@@ -25,10 +24,11 @@ MOST_CALLS = 16
 
 @dataclass(frozen=True)
 class _Known:
-    """A call: its launches, or None if they cannot be repeated; and what it depends on."""
+    """A call: its launches, or None if they cannot be repeated; and what chose our kernel for it."""
 
     bound: BoundCall | None
-    of: tuple[object, ...]
+    limits: RowLimits | None
+    products: tuple[Product, ...]
 
 
 class BoundCalls:
@@ -52,12 +52,15 @@ class BoundCalls:
         if not _is_plain_call(layer, tokens):
             return None
         call = self._calls.get(tokens.shape)
-        if call is None or not all(map(is_, call.of, _parts(layer))):
+        if call is None or call.limits is not layer.limits or call.products is not registry.products:
             return self._first(layer, tokens)
         if call.bound is None or (tokens.is_cuda and torch.cuda.current_device() != tokens.device.index):
             return None
-        rows = tokens.view(-1, layer.in_features)
-        return call.bound(rows).view(*tokens.shape[:-1], layer.out_features) if call.bound.takes(rows) else None
+        rows, bias = tokens.view(-1, layer.in_features), layer.bias
+        sources = (rows, layer.values, layer.meta) if bias is None else (rows, layer.values, layer.meta, bias)
+        if not call.bound.takes(*sources):
+            return None
+        return call.bound(*sources).view(*tokens.shape[:-1], layer.out_features)
 
     def _first(self, layer: PackedLinear, tokens: torch.Tensor) -> torch.Tensor | None:
         rows = tokens.numel() // max(1, layer.in_features)
@@ -69,13 +72,8 @@ class BoundCalls:
         if len(self._calls) >= MOST_CALLS:
             self._calls.clear()
         outputs, bound = bound_nm_linear(tokens.view(rows, layer.in_features), packed, layer.bias)
-        self._calls[tokens.shape] = _Known(bound, _parts(layer))
+        self._calls[tokens.shape] = _Known(bound, layer.limits, registry.products)
         return outputs.view(*tokens.shape[:-1], layer.out_features)
-
-
-def _parts(layer: PackedLinear) -> tuple[object, ...]:
-    """What a call depends on beside its tokens."""
-    return layer.values, layer.meta, layer.bias, layer.limits, registry.products
 
 
 def _is_plain_call(layer: PackedLinear, tokens: torch.Tensor) -> bool:

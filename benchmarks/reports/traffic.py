@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import nn
 
-from ace_triton import ActivationStats, Recipe, prune_linear
+from ace_triton import ActivationStats, prune_linear
 from ace_triton.commands.report import write_json
 from ace_triton.kernels import launch
 from ace_triton.kernels.adamw import GradientMoments, Step, adamw
@@ -28,7 +28,6 @@ from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
 from ace_triton.kernels.finite import all_finite
-from ace_triton.kernels.finite_check import FiniteCheck
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_scored
@@ -36,16 +35,12 @@ from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
-from ace_triton.kernels.token_statistics import no_layer_sums, no_moments, token_statistics
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.kernels.weighted_squares import weighted_squares
 from ace_triton.methods.registry import metric
 from ace_triton.methods.wanda_ria import ria, wanda
-from ace_triton.prune import prune_checked
-from ace_triton.prune_blocks import check_later
-from ace_triton.weight_checks import check_weight
 from benchmarks.claims.published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
 from benchmarks.harness.traffic_counter import Counter, Traffic
 
@@ -98,8 +93,6 @@ def rows_of_sums(dtype: torch.dtype) -> list[Row]:
     e, n, x = weight.element_size(), weight.numel(), tokens.numel()
     stats = ActivationStats.from_tokens(torch.randn(2, 4, cols))
     ria(weight[:4], stats)
-    outputs = [torch.randn(tokens.shape[0] * tokens.shape[1], channels).to(dtype) for _ in range(3)]
-    running, sums = no_moments(channels, tokens.device), no_layer_sums(3, channels, tokens.device)
     of_layer = f" ({LAYER[0]} x {LAYER[1]})"
     with planned_for("weight_sums", LAYER), planned_for("moments", BATCH):
         return [
@@ -115,12 +108,6 @@ def rows_of_sums(dtype: torch.dtype) -> list[Row]:
                 x,
                 e * x + 4 * sequences * channels + 16 * channels,
                 lambda: moments(tokens),
-            ),
-            count(
-                f"token_statistics, 3 layers of {channels} outputs ({' x '.join(map(str, BATCH))})",
-                4 * x,
-                4 * e * x + (4 * sequences + 2 * 16 + 3 * 2 * 8) * channels,
-                lambda: token_statistics(tokens, None, running, outputs, sums),
             ),
         ]
 
@@ -222,7 +209,6 @@ class LayerRow:
         method: name of the method.
         first: for the first layer of an input, including the vectors that layers of one input share.
         further: for another layer of the same input.
-        in_model: for another layer of the same input in :func:`~ace_triton.prune_model`, with the check of its weight.
         elements: number of weights.
         least: bytes that any implementation must move.
     """
@@ -230,7 +216,6 @@ class LayerRow:
     method: str
     first: Traffic
     further: Traffic
-    in_model: Traffic
     elements: int
     least: int
 
@@ -259,23 +244,8 @@ def rows_of_layers(dtype: torch.dtype = torch.bfloat16) -> list[LayerRow]:
                 counts.append(traffic)
         coupling = 4 if metric(method).needs(metric(method).options).reduce else 0
         least = (2 * dtype.itemsize + coupling) * rows * cols
-        with planned_for("weight_sums", LAYER):
-            in_model = traffic_in_model(nn.Linear(cols, rows, bias=False, dtype=dtype), further, method)
-        found.append(LayerRow(method, counts[0], counts[1], in_model, rows * cols, least))
+        found.append(LayerRow(method, counts[0], counts[1], rows * cols, least))
     return found
-
-
-def traffic_in_model(layer: nn.Module, stats: ActivationStats, method: str) -> Traffic:
-    """Checks a weight and prunes it as prune_model does, whose host reads the flags of all weights together."""
-    recipe, finite, unread = Recipe(method), FiniteCheck(), []
-    weight = check_weight(layer, "layer")
-    with Counter().counting() as traffic:
-        check_later(weight, recipe, finite)
-    finite.accept(weight)
-    with Counter().counting() as pruning:
-        prune_checked(layer, weight, stats, recipe, "layer", finite, unread=unread)
-    both = zip(asdict(traffic).items(), asdict(pruning).values(), strict=True)
-    return Traffic(**{name: checked + pruned for (name, checked), pruned in both})
 
 
 def published_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
@@ -302,21 +272,20 @@ def layer_lines(rows: list[LayerRow]) -> Iterator[str]:
     yield (
         f"Newly collected statistics; a weight of {LAYER_SHARE[0]} x {LAYER_SHARE[1]} with the block sizes chosen for "
         f"{LAYER[0]} x {LAYER[1]}. A metric that sums the weight finds NaN and infinity in its sums. For the others, "
-        "one more launch reads the weight first, so that a weight with NaN stays unchanged; ace-paper and dass check "
-        "their coupling matrix and row vector in the same launch. The selection reads the flag on the GPU, and the "
-        "host waits only after it. In brackets: the first layer of an input, with the vectors that layers of one input "
-        "share (q, k and v; gate and up). The last two columns are a further layer in prune_model, with the check of "
-        "its weight, which is made for all weights before any is changed; there the host waits twice per block."
+        "one more launch reads the weight first, so that a weight with NaN stays unchanged. (prune_model checks all "
+        "weights before it changes any, and sums them in the same read; it needs one launch less here.) ace-paper and "
+        "dass check their coupling matrix and row vector in the same launch; prune_model also has a launch for these. "
+        "The selection reads the flag of the check on the GPU, so the host waits only after it; prune_model waits "
+        "twice per block. In brackets: the first layer of an input, with the vectors that layers of one input share "
+        "(q, k and v; gate and up)."
     )
     yield ""
-    yield "| method | launches | bytes per weight | issued | over the fewest | in prune_model: launches | bytes |"
-    yield "|---|---:|---:|---:|---:|---:|---:|"
+    yield "| method | launches | bytes per weight | issued | over the fewest |"
+    yield "|---|---:|---:|---:|---:|"
     for row in rows:
         moved, issued = (row.further.read + row.further.written) / row.elements, row.further.issued / row.elements
         launches = f"{row.further.launches} ({row.first.launches})"
-        in_model = (row.in_model.read + row.in_model.written) / row.elements
-        ends = f"{row.in_model.launches} | {in_model:.2f} |"
-        yield f"| {row.method} | {launches} | {moved:.2f} | {issued:.2f} | {row.ratio:.2f} | {ends}"
+        yield f"| {row.method} | {launches} | {moved:.2f} | {issued:.2f} | {row.ratio:.2f} |"
     yield ""
 
 

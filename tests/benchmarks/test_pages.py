@@ -36,8 +36,8 @@ def memory_traffic() -> str:
         return traffic.Row(found["what"], found["elements"], found["least"], Traffic(**found["traffic"]))
 
     def layer(found: dict) -> traffic.LayerRow:
-        counts = (Traffic(**found[name]) for name in ("first", "further", "in_model"))
-        return traffic.LayerRow(found["method"], *counts, found["elements"], found["least"])
+        first, further = Traffic(**found["first"]), Traffic(**found["further"])
+        return traffic.LayerRow(found["method"], first, further, found["elements"], found["least"])
 
     found = record("traffic")
     ours, layers, published = map(row, found["ours"]), map(layer, found["layers"]), map(row, found["published"])

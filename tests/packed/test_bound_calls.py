@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -125,24 +127,35 @@ def test_tokens_of_any_dimension_and_other_shapes(gpu, through_jit):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "launched"),
     [
-        lambda layer: setattr(layer, "values", layer.values.clone()),
-        lambda layer: setattr(layer, "bias", None),
-        lambda layer: setattr(layer, "limits", RowLimits(16)),
+        (lambda layer: setattr(layer, "values", layer.values.clone()), 1),
+        (lambda layer: setattr(layer, "bias", None), 3),
+        (lambda layer: setattr(layer, "limits", RowLimits(16)), 2),
     ],
     ids=["values", "bias", "limits"],
 )
-def test_a_changed_layer_is_bound_again(gpu, through_jit, change):
+def test_a_changed_layer_uses_its_new_parts(gpu, through_jit, change, launched):
     layer, tokens = packed_layer(), torch.randn(1, 1024, dtype=torch.bfloat16)
     layer(tokens)
     layer(tokens)
     change(layer)
+    for _ in range(2):
+        layer(tokens)
+        assert layer.values.data_ptr() in gpu.launches[-1]
+    assert (None in gpu.launches[-1]) == (layer.bias is None)
+    assert len(through_jit) == launched
+
+
+def test_bound_launches_keep_no_memory(gpu):
+    layer, tokens = packed_layer(), torch.randn(1, 1024, dtype=torch.bfloat16)
     layer(tokens)
-    assert len(through_jit) == 2
-    assert layer.values.data_ptr() in gpu.launches[-1]
     layer(tokens)
-    assert len(through_jit) == 2
+    parts = [weakref.ref(layer.values), weakref.ref(layer.meta), weakref.ref(layer.bias), weakref.ref(tokens)]
+    layer.values, layer.meta, layer.bias = layer.values.clone(), layer.meta.clone(), None
+    del tokens
+    gc.collect()
+    assert [part() for part in parts] == [None] * 4
 
 
 def test_calls_that_need_more_than_a_launch_go_the_long_way(gpu, through_jit):
