@@ -39,6 +39,7 @@ from .recipe import Recipe
 from .recovery.lora import LoraMerge, MergedLayer, merge_lora
 from .recovery.train import RecoveryReport, RecoverySettings, recover
 from .recovery.zeros import KeptZeros, keep_zeros
+from .solvers.quantize import Quantization
 from .solvers.update import Update
 from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
@@ -76,6 +77,7 @@ __all__ = [
     "PruneError",
     "PruneResult",
     "PruningPlan",
+    "Quantization",
     "Recipe",
     "RecipeError",
     "RecoveryError",

@@ -28,7 +28,6 @@ from ..progress import progress_bar, stage
 from ..provenance import option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
-from ..sparsity import Sparsity
 from ..streaming.fits import LARGEST_SHARE, surely_fits
 from ..streaming.streamed_prune import StreamedModel, streamed
 from .console import print_note
@@ -92,7 +91,7 @@ class PruneRun:
         if self.stream and self.packed:
             raise ArgumentError("--stream writes dense checkpoints: leave --packed out, then pack --stream")
         if self.packed:
-            check_packed(self.recipe.sparsity, torch.float32 if self.dtype == "auto" else dtype)
+            check_packed(self.recipe, torch.float32 if self.dtype == "auto" else dtype)
         rehearse(self.recipe)
         self.recipe.to_json()
 
@@ -175,7 +174,7 @@ class PruneRun:
                 )
             load_seconds = time.perf_counter() - started
             if self.packed:
-                check_packed(self.recipe.sparsity, model.dtype)
+                check_packed(self.recipe, model.dtype)
             sequences = None if documents is None else _sequences(documents, tokenizer, model, settings, progress)
             calibrated = self._calibration_report(sequences, model, settings, progress)
             bar = progress_bar(progress, "prune")
@@ -304,12 +303,14 @@ def _sequences(
     )
 
 
-def check_packed(pattern: Sparsity, dtype: Any) -> None:
-    """ValueError if a model pruned to this pattern could not be packed."""
+def check_packed(recipe: Recipe, dtype: Any) -> None:
+    """ValueError if a model pruned by this recipe could not be packed."""
+    pattern = recipe.sparsity
     if pattern.n is None or pattern.m is None:
         raise ArgumentError(f"--packed needs groups, as --sparsity 2:4; {pattern} has none")
     if dtype not in PACKED_DTYPES.values():
         raise ArgumentError(f"--packed: packed checkpoints hold {', '.join(PACKED_DTYPES)}, the model is {dtype}")
-    # Layout 1 holds n values and a bit for each of the m weights.
-    if pattern.n * dtype.itemsize + pattern.m / 8 >= pattern.m * dtype.itemsize:
+    # A packed group holds n values and a bit for each of the m weights.
+    value_bytes = dtype.itemsize if recipe.quantize is None else recipe.quantize.bits / 8
+    if pattern.n * value_bytes + pattern.m / 8 >= pattern.m * dtype.itemsize:
         raise ArgumentError(f"--packed: {pattern} packed is no smaller than dense; keep fewer of every {pattern.m}")

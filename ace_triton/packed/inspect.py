@@ -96,6 +96,5 @@ def _inspect(name: str, weight: torch.Tensor) -> TensorSparsity:
 def _inspect_packed(name: str, entry: PackedEntry, values: torch.Tensor) -> TensorSparsity:
     """``values``: the stored values; a kept weight that was rounded to 0 counts as a zero."""
     steps = values if entry.bits != 4 else torch.stack((values & 15, values >> 4), -1).flatten(1)
-    zero = 8 if entry.bits == 4 else 0
-    zeros = 1 - float((steps != zero).sum()) / max(entry.shape[0] * entry.shape[1], 1)
+    zeros = 1 - float((steps != 0).sum()) / max(entry.shape[0] * entry.shape[1], 1)
     return TensorSparsity(name, entry.shape, zeros, f"{entry.n}:{entry.m}", packed=True, bits=entry.bits)

@@ -74,11 +74,14 @@ def _other_files(built: Skeleton) -> int:
 
 
 def _saved_by_packing(layers: PlannedModel, recipe: Recipe) -> int:
-    """Packed, a group of m weights is n values and m bits."""
+    """Packed, a group of m weights is n values and m bits; if quantized, a value is smaller, and groups have scales."""
     n, m = recipe.sparsity.n, recipe.sparsity.m
     if n is None or m is None:
         return 0
-    saved = 0.0
+    saved, by = 0.0, recipe.quantize
     for layer in (layer for unit in layers.units for layer in unit.layers if layer.is_pruned):
-        saved += layer.bytes - layer.bytes * n / m - layer.elements / 8
+        values = layer.bytes * n / m
+        if by is not None:
+            values = layer.elements * n / m * by.bits / 8 + layer.bytes / by.group
+        saved += layer.bytes - values - layer.elements / 8
     return round(saved)
