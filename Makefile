@@ -15,7 +15,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets structured recovery-trials families architectures encoders vision norms kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
+.PHONY: help setup demo test test-engines interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets quantization structured recovery-trials families architectures encoders vision norms kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -131,6 +131,9 @@ kernels-hub: setup  ## lay out kernels/ for Hugging Face's kernels hub in build/
 
 budgets: setup  ## whether layer-wise budgets pay, for docs/budgets.md; minutes, and goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.budgets --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+
+quantization: setup  ## pruned models in 16, 8 and 4 bits, for docs/quantization.md; hours, and goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.quantization --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 structured: setup  ## smaller dense models by every structured method, for docs/structured.md; hours, resumable
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.structured --calibration $(CALIBRATION) --evaluation $(EVALUATION)

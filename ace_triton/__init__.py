@@ -44,6 +44,7 @@ from .recovery.lora import LoraMerge, MergedLayer, merge_lora
 from .recovery.settings import RecoveryReport, RecoverySettings
 from .recovery.train import recover
 from .recovery.zeros import KeptZeros, keep_zeros
+from .solvers.quantize import Quantization
 from .solvers.update import Update
 from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
@@ -87,6 +88,7 @@ __all__ = [
     "PruneError",
     "PruneResult",
     "PruningPlan",
+    "Quantization",
     "Recipe",
     "RecipeError",
     "RecoveryError",

@@ -8,6 +8,7 @@ import torch
 from ace_triton.kernels import cpu, cpu_library
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import PackedNM, pack_nm, pack_scored
+from ace_triton.kernels.quantize_nm import quantize_nm
 from ace_triton.kernels.unpack_nm import unpack_nm
 from benchmarks.conftest import Compare
 from benchmarks.harness.agreement import Disagreement
@@ -45,6 +46,25 @@ def test_few_rows(compare: Compare, matrix: Matrix, packed: PackedNM, rows: int)
             weight.dtype,
             lambda: nm_linear(tokens, packed),
             tuple(others),
+            packed.packed_bytes,
+            lambda: check_products(tokens, packed, weight),
+        )
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_few_bits(compare: Compare, matrix: Matrix, bits: int, rows: int) -> None:
+    packed = quantize_nm(pack_scored(matrix.dense, matrix.terms("wanda"), 8, 16), bits, 128)
+    weight = unpack_nm(packed)
+    tokens = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
+    compare(
+        Comparison(
+            f"nm_linear 8:16, {bits} bits, {rows} row{'s' * (rows > 1)}",
+            weight.shape,
+            weight.dtype,
+            lambda: nm_linear(tokens, packed),
+            (Provider("F.linear", lambda: torch.nn.functional.linear(tokens, weight)),),
             packed.packed_bytes,
             lambda: check_products(tokens, packed, weight),
         )

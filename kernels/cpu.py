@@ -377,6 +377,32 @@ def _linear(
     return out
 
 
+def few_bits_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    """As :func:`nm_linear`, for a quantized weight."""
+    (rows, cols), absmax = packed.shape, packed.absmax
+    assert absmax is not None
+    packed.check_tensors()
+    _owner, source = matrix(tokens, "tokens")
+    if source[2] != cols:
+        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+    out, place = new((source[1], rows), _FLOAT)
+    offset = None
+    if bias is not None:
+        bias = contiguous(bias if bias.dtype is _FLOAT else bias.float())
+        offset = address(bias, _FLOAT, (rows,), "bias")
+    values, meta = packed.values, packed.meta
+    call(
+        "ace_few_bits_linear",
+        *source,
+        address(values, values.dtype, values.shape, "values"),
+        address(meta, _INT, meta.shape, "meta"),
+        address(absmax, absmax.dtype, absmax.shape, "absmax"),
+        *(rows, packed.n, packed.m, packed.bits, packed.group, ELEMENTS[absmax.dtype][0]),
+        *(offset, place, torch.get_num_threads()),
+    )
+    return out
+
+
 def dense_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The loop of :func:`nm_linear` over a dense weight [out, in]; the baseline of benchmarks."""
     _owner, source = matrix(tokens, "tokens")

@@ -9,6 +9,8 @@ a step ``absmax / Q`` in fp16 would. The weight with q = Q has exactly this magn
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .errors import ArgumentError
@@ -25,7 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def check_bits(bits: int, group: int) -> None:
     """Raise ArgumentError if the number of bits or the group is not supported."""
-    if isinstance(bits, bool) or bits not in LARGEST:
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in LARGEST:
         raise ArgumentError(f"bits must be one of {', '.join(map(str, LARGEST))}; got {bits!r}")
     if isinstance(group, bool) or not isinstance(group, int) or group < STEP or group % STEP:
         raise ArgumentError(
@@ -40,11 +42,6 @@ def largest_of_groups(values: torch.Tensor, size: int) -> torch.Tensor:
     if cols % size:
         magnitudes = torch.nn.functional.pad(magnitudes, (0, size - cols % size))
     return magnitudes.view(rows, -1, size).amax(-1)
-
-
-def spread_over_groups(absmax: torch.Tensor, size: int, cols: int) -> torch.Tensor:
-    """``absmax`` [rows, groups] repeated for each element of its group: [rows, cols]."""
-    return absmax.repeat_interleave(size, 1)[:, :cols]
 
 
 def quantized(values: torch.Tensor, absmax: torch.Tensor, bits: int) -> torch.Tensor:
@@ -69,3 +66,27 @@ def dequantized(steps: torch.Tensor, absmax: torch.Tensor, bits: int) -> torch.T
         bits: 8 or 4.
     """
     return (steps.float() / LARGEST[bits]).mul_(absmax)
+
+
+def quantized_groups(values: torch.Tensor, absmax: torch.Tensor, size: int, bits: int) -> torch.Tensor:
+    """As :func:`quantized`, for ``absmax`` [rows, ceil(cols / size)] of every ``size`` neighbors."""
+    return _by_groups(values, absmax, size, lambda part, largest: quantized(part, largest, bits))
+
+
+def dequantized_groups(steps: torch.Tensor, absmax: torch.Tensor, size: int, bits: int) -> torch.Tensor:
+    """The inverse of :func:`quantized_groups`, fp32."""
+    return _by_groups(steps, absmax, size, lambda part, largest: dequantized(part, largest, bits))
+
+
+def _by_groups(
+    values: torch.Tensor,
+    absmax: torch.Tensor,
+    size: int,
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """function(values, largest) for the whole groups of each row, and for the part of a group at its end."""
+    whole = values.shape[1] // size
+    parts = function(values[:, : whole * size].unflatten(1, (whole, size)), absmax[:, :whole, None]).flatten(1)
+    if whole * size == values.shape[1]:
+        return parts
+    return torch.cat((parts, function(values[:, whole * size :], absmax[:, whole:])), 1)

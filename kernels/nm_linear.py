@@ -6,13 +6,17 @@ Bytes per weight of e bytes: e * n / m + 1/8, read once per four tokens. At 2:4,
 :mod:`~ace_triton.kernels.nm_linear_dot` reads them once for up to 32 tokens and sums in another order. The number of
 tokens decides which kernel runs; apart from that, an output does not depend on the other tokens of the call. If the
 input of a pruned weight is NaN or infinite, the output may or may not be NaN.
+
+Quantized weights take b / 8 * n / m + 1/8 bytes per weight of b bits, and their scales. The compiled CPU library rounds
+each token to 16-bit integers, up to 128 neighboring inputs at a time, and adds integers; its error is about 1e-5 of the
+largest input. If one of these inputs is NaN or infinite, so is each output of the token.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import bound_launch, cpu, launch, launch_packed
+from . import bound_launch, cpu, few_bits, launch, launch_packed
 from .bound_launch import BoundCall, new, recorded
 from .errors import ArgumentError
 from .nm_linear_dot import nm_linear_dot
@@ -95,15 +99,12 @@ def _by_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
 
 
 def _nm_linear_cpu(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
-    if packed.absmax is not None:
-        return _by_reference(tokens, packed, bias)
-    outputs = cpu.nm_linear(rows_of(tokens), packed, None if bias is None else bias.detach())
+    product = cpu.nm_linear if packed.absmax is None else cpu.few_bits_linear
+    outputs = product(rows_of(tokens), packed, None if bias is None else bias.detach())
     return of_shape(outputs, tokens)
 
 
 def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
-    if packed.absmax is not None:
-        return _by_reference(tokens, packed, bias)
     packed.check_tensors()
     return of_shape(_launched(rows_of(tokens.detach()), packed, bias), tokens)
 
@@ -126,7 +127,7 @@ def _launched(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None)
     rows = packed.shape[0]
     if not n_tokens * rows:
         return torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
-    two_of_four = (packed.n, packed.m) == (2, 4)
+    two_of_four = (packed.n, packed.m) == (2, 4) and packed.absmax is None
     if two_of_four and tokens.dtype == packed.values.dtype and launch_packed.suits_nm_linear_dot(tokens, packed.values):
         return nm_linear_dot(tokens, packed, bias)
     outputs = new(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
@@ -140,6 +141,11 @@ def _launched(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None)
         if two_of_four:
             body, split = _two_of_four_body, min(2 * tile.vector, launch.vector(tokens))
             constants = {"VECTOR": tile.vector, "SPLIT": split, "LANES": tile.threads}
+        elif packed.absmax is not None:
+            assert packed.bits is not None
+            body, arguments = _few_bits_body, (*arguments, packed.absmax)
+            constants = {"GROUP": packed.group, "BITS": packed.bits, "LARGEST": few_bits.LARGEST[packed.bits]}
+            constants |= {"N": packed.n, "M": packed.m, "BLOCK_COLS": 4 * tile.threads}
         else:
             body, constants = _any_pattern_body, {"N": packed.n, "M": packed.m, "BLOCK_COLS": 4 * tile.threads}
         bound_launch.launch(body, grid, arguments, {**constants, **blocks}, num_warps=tile.num_warps)
@@ -257,6 +263,54 @@ def _any_pattern_body(
         place = j // M * N + kept_before(words, j, M)
         kept = inside & (words >> j % 32 & 1 != 0)
         weight = tl.load(values_ptr + value_start + place, mask=kept, other=0.0).to(tl.float32)
+        for t in tl.static_range(TOKENS):
+            token = tl.program_id(1) * TOKENS + t
+            line = tokens_ptr + token.to(tl.int64) * stride
+            x = tl.load(line + j, mask=(token < n_tokens) & (j < cols), other=0.0).to(tl.float32)
+            sums = sums[:t] + (sums[t] + tl.where(kept, weight * x, 0.0),) + sums[t + 1 :]
+    store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
+
+
+@triton.jit(launch_metadata=launch_metadata)
+def _few_bits_body(
+    tokens_ptr,
+    values_ptr,
+    meta_ptr,
+    bias_ptr,
+    outputs_ptr,
+    n_tokens,
+    rows,
+    cols,
+    stride,
+    absmax_ptr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """As :func:`_any_pattern_body`, for weights of 8 or 4 bits."""
+    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    value_start = i.to(tl.int64) * tl.cdiv(cols // M * N * BITS, 8)
+    word_start = i.to(tl.int64) * tl.cdiv(cols, 32)
+    group_start = i.to(tl.int64) * tl.cdiv(cols, GROUP)
+    sums = ()
+    for _ in tl.static_range(TOKENS):
+        sums = sums + (tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32),)
+    for first in tl.range(0, cols, BLOCK_COLS):
+        j = first + tl.arange(0, BLOCK_COLS)[None, :]
+        inside = (i < rows) & (j < cols)
+        words = tl.load(meta_ptr + word_start + j // 32, mask=inside, other=0)
+        place = j // M * N + kept_before(words, j, M)
+        kept = inside & (words >> j % 32 & 1 != 0)
+        step = tl.load(values_ptr + value_start + place * BITS // 8, mask=kept, other=0).to(tl.int32)
+        if BITS == 4:
+            step = (step >> place % 2 * 4 & 15 ^ 8) - 8
+        largest = tl.load(absmax_ptr + group_start + j // GROUP, mask=inside, other=0.0).to(tl.float32)
+        weight = step.to(tl.float32) * (1.0 / LARGEST) * largest
         for t in tl.static_range(TOKENS):
             token = tl.program_id(1) * TOKENS + t
             line = tokens_ptr + token.to(tl.int64) * stride

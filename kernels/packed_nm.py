@@ -17,8 +17,8 @@ Bytes per weight of e bytes: e * n / m + 1/8. For 2:4 and bf16 that is 0.5625 of
 Layout 2 has the same metadata, and values of 8 or 4 bits (:mod:`~ace_triton.kernels.few_bits`) in the same order:
 
     values of 8 bits [out, in * n / m], int8: the integers q
-    values of 4 bits [out, ceil(in * n / m / 2)], uint8: q + 8, two in a byte, the first one in the lower 4 bits;
-        a last half byte that no value needs is 8
+    values of 4 bits [out, ceil(in * n / m / 2)], uint8: q in 4 bits, in two's complement, two in a byte,
+        the first one in the lower bits; a last half byte that no value needs is 0
     absmax [out, ceil(in / group)], float32, float16 or bfloat16: the largest magnitude among ``group`` inputs
 
 Bytes per weight of b bits, if absmax has e bytes: b / 8 * n / m + 1/8 + e / group.
@@ -207,7 +207,7 @@ def _check_quantized(values: torch.Tensor, absmax: torch.Tensor, kept: int) -> N
         invalid = bool((values == -128).any())
     else:
         unused = values[:, -1:] >> 4 if kept % 2 else values[:0]
-        invalid = bool(((values & 15 == 0) | (values >> 4 == 0)).any()) or bool((unused != 8).any())
+        invalid = bool(((values & 15 == 8) | (values >> 4 == 8)).any()) or bool(unused.any())
     if invalid:
         raise ArgumentError("its values hold a number that no quantization gives")
     if not bool((absmax >= 0).all()) or bool(absmax.isinf().any()):

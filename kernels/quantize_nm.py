@@ -31,8 +31,7 @@ def quantize_nm(packed: PackedNM, bits: int, group: int) -> PackedNM:
     absmax = few_bits.largest_of_groups(packed.values, size)
     if not bool(absmax.isfinite().all()):
         raise ArgumentError("a weight with NaN or infinity cannot be quantized: prune or load the model again")
-    spread = few_bits.spread_over_groups(absmax.float(), size, packed.kept_of_a_row)
-    steps = few_bits.quantized(packed.values.float(), spread, bits)
+    steps = few_bits.quantized_groups(packed.values.float(), absmax.float(), size, bits)
     values = steps.to(torch.int8) if bits == 8 else _in_half_bytes(steps)
     return replace(packed, values=values, absmax=absmax, group=group)
 
@@ -47,9 +46,8 @@ def dequantize_nm(packed: PackedNM, dtype: torch.dtype | None = None) -> PackedN
     assert packed.absmax is not None
     assert packed.bits is not None
     size = _kept_of_a_group(packed, packed.group)
-    steps = quantized_steps(packed)
-    spread = few_bits.spread_over_groups(packed.absmax.float(), size, packed.kept_of_a_row)
-    values = few_bits.dequantized(steps, spread, packed.bits).to(dtype or packed.absmax.dtype)
+    values = few_bits.dequantized_groups(quantized_steps(packed), packed.absmax.float(), size, packed.bits)
+    values = values.to(dtype or packed.absmax.dtype)
     return PackedNM(values, packed.meta, packed.n, packed.m, packed.shape)
 
 
@@ -64,13 +62,13 @@ def _kept_of_a_group(packed: PackedNM, group: int) -> int:
 
 def _in_half_bytes(steps: torch.Tensor) -> torch.Tensor:
     """Integers from -7 to 7, fp32 [rows, cols], as uint8 [rows, ceil(cols / 2)]."""
-    raised = (steps + 8).to(torch.uint8)
-    if raised.shape[1] % 2:
-        raised = torch.nn.functional.pad(raised, (0, 1), value=8)
-    return raised[:, ::2] | (raised[:, 1::2] << 4)
+    bits = steps.to(torch.int8).view(torch.uint8) & 15
+    if bits.shape[1] % 2:
+        bits = torch.nn.functional.pad(bits, (0, 1))
+    return bits[:, ::2] | (bits[:, 1::2] << 4)
 
 
 def _from_half_bytes(values: torch.Tensor, cols: int) -> torch.Tensor:
     """The inverse of :func:`_in_half_bytes`, int8 [rows, cols]."""
-    steps = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)[:, :cols]
-    return steps.to(torch.int8) - 8
+    bits = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)[:, :cols]
+    return (bits << 4).view(torch.int8) >> 4

@@ -112,7 +112,7 @@ class PruneRun:
         dtype = parse_dtype(self.dtype)
         parse_device(self.device)
         if self.packed:
-            check_packed(self.recipe.sparsity, torch.float32 if self.dtype == "auto" else dtype, self.recipe.quantize)
+            check_packed(self.recipe, torch.float32 if self.dtype == "auto" else dtype)
         rehearse(self.recipe)
         self.recipe.to_json()
 
@@ -195,7 +195,7 @@ class PruneRun:
                 model, tokenizer = checkpoint.load(self.source, **self._loading())
             load_seconds = time.perf_counter() - started
             if self.packed:
-                check_packed(self.recipe.sparsity, model.dtype, self.recipe.quantize)
+                check_packed(self.recipe, model.dtype)
             sequences = None if documents is None else _sequences(documents, tokenizer, model, settings, progress)
             calibrated = self._calibration_report(sequences, model, settings, progress)
             report = self._prune(model, sequences, progress, settings.batch_size).with_load(load_seconds)
@@ -281,7 +281,7 @@ class PruneRun:
         ) as stream:
             model = stream.model
             if self.packed:
-                check_packed(self.recipe.sparsity, model.dtype, self.recipe.quantize)
+                check_packed(self.recipe, model.dtype)
             with stage(progress, "copy the weights"):
                 store = stream.start(
                     {

@@ -117,6 +117,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Method", _text(report, "method")),
         ("Pattern", _text(report, "sparsity")),
         ("Update of the kept weights", _text(update, "kind")),
+        ("Quantization of the kept weights", _quantization(_dict(_dict(report, "recipe"), "quantize"))),
         ("Channels reordered", None if not permutation else "yes"),
         ("Budgets", _text(report, "budgets")),
         *_removed(report),
@@ -197,6 +198,14 @@ def _metadata(text: str) -> str:
     """The lines between the two "---" at the beginning of a card."""
     parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
     return parts[1] if len(parts) == 3 and not parts[0].strip() else ""
+
+
+def _quantization(by: dict[str, Any]) -> str | None:
+    """The words for an entry "quantize" of a recipe; None if it has other content."""
+    bits, group, rule = by.get("bits"), by.get("group"), _text(by, "rule")
+    if not isinstance(bits, int) or not isinstance(group, int) or rule is None:
+        return None
+    return f"{bits} bits, groups of {group} inputs, by {rule}"
 
 
 def _text(report: dict[str, Any], key: str) -> str | None:

@@ -75,8 +75,9 @@ OTHER_LIMITS = RowLimits(packed=16)
 ANY_PATTERN_LIMITS = RowLimits(packed=4)
 """For other patterns, none, and quantized weights: our kernel takes as long for four rows as unpacking."""
 
-FEW_BITS_ROWS = {"avx512": 64, "avx2": 64, "portable": 1}
-"""The limits for quantized weights, by instruction set of the compiled library."""
+FEW_BITS_ROWS = {"avx512": 32, "avx2": 32, "portable": 1}
+"""The limits for quantized weights, by instruction set of the compiled library. Measured for AVX2 with
+``ace-triton bench --sparsity 8:16 --bits 8``; estimated for the others."""
 
 
 def default_limits(

@@ -98,7 +98,6 @@ def _inspect_packed(name: str, entry: LayerEntry, values: torch.Tensor) -> Tenso
     """``values``: the stored values; a kept weight that was rounded to 0 counts as a zero."""
     bits = entry.bits if isinstance(entry, PackedEntry) else None
     steps = values if bits != 4 else torch.stack((values & 15, values >> 4), -1).flatten(1)
-    zero = 8 if bits == 4 else 0
-    zeros = 1 - float((steps != zero).sum()) / max(entry.shape[0] * entry.shape[1], 1)
+    zeros = 1 - float((steps != 0).sum()) / max(entry.shape[0] * entry.shape[1], 1)
     pattern = f"{entry.n}:{entry.m}" if isinstance(entry, PackedEntry) else UNSTRUCTURED
     return TensorSparsity(name, entry.shape, zeros, pattern, packed=True, bits=bits)

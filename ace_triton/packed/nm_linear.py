@@ -248,6 +248,14 @@ class NMLinear(PackedLinear):
                 errors: list[str] = rest[-1]
                 errors.append(f"{prefix}meta: {error}")
                 return
+        values = state_dict.get(f"{prefix}values")
+        if values is not None and values.is_floating_point() != self.values.is_floating_point():
+            errors = rest[-1]
+            errors.append(
+                f"{prefix}values are {values.dtype}, but this layer has {self.values.dtype}: load the weights into a "
+                "layer with the same bits"
+            )
+            return
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

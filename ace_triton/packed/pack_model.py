@@ -17,7 +17,8 @@ from ..errors import ArgumentError
 from ..kernels.few_bits import check_bits
 from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
-from ..solvers.quantize import GROUP, Quantization
+from ..recipe import Recipe
+from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
 from .expert_stack import ExpertStack, stores_transposed
 from .manifest import DTYPES
@@ -233,20 +234,22 @@ def pack_layers(
     return SparsifyReport(tuple(packed), tuple(skipped))
 
 
-def check_packed(pattern: Sparsity, dtype: torch.dtype, quantize: Quantization | None = None) -> None:
-    """ArgumentError if a model of this dtype that is pruned and quantized so cannot be packed."""
+def check_packed(recipe: Recipe, dtype: torch.dtype) -> None:
+    """ArgumentError if a model of this dtype that is pruned by this recipe cannot be packed."""
+    pattern, few = recipe.sparsity, recipe.quantize
     if dtype not in DTYPES.values():
         raise ArgumentError(f"packed checkpoints hold {', '.join(DTYPES)}, the model is {dtype}: convert it")
     if pattern.n is None or pattern.m is None:
-        if quantize is not None:
+        if few is not None:
             raise ArgumentError(f"a packed checkpoint with few bits needs a pattern n:m, as 8:16; {pattern} is none")
         if pattern.fraction < LEAST_ZEROS:
             raise ArgumentError(
                 f"a packed checkpoint needs n:m, as 2:4, or a fraction of {LEAST_ZEROS} or more; got {pattern}"
             )
         return
-    # Layout 1 holds n values and a bit for each of the m weights.
-    if pattern.n * dtype.itemsize + pattern.m / 8 >= pattern.m * dtype.itemsize:
+    # A packed group holds n values and a bit for each of the m weights.
+    value_bytes = dtype.itemsize if few is None else few.bits / 8
+    if pattern.n * value_bytes + pattern.m / 8 >= pattern.m * dtype.itemsize:
         raise ArgumentError(f"{pattern} packed is no smaller than dense: keep fewer of every {pattern.m}")
 
 

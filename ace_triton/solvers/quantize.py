@@ -9,7 +9,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..errors import RecipeError
-from ..kernels.few_bits import check_bits, dequantized, largest_of_groups, quantized, spread_over_groups
+from ..kernels.few_bits import (
+    check_bits,
+    dequantized,
+    dequantized_groups,
+    largest_of_groups,
+    quantized,
+    quantized_groups,
+)
 from ..statistics.activation import ActivationStats
 from ..threads import few_threads
 from .inverse_factor import inverse_factor
@@ -100,8 +107,8 @@ def quantized_weight(
     """
     if by.rule == "absmax":
         absmax = _in_dtype(largest_of_groups(weight, by.group), dtype)
-        spread = spread_over_groups(absmax, by.group, weight.shape[1])
-        return dequantized(quantized(weight, spread, by.bits), spread, by.bits).add_(0.0)
+        steps = quantized_groups(weight, absmax, by.group, by.bits)
+        return dequantized_groups(steps, absmax, by.group, by.bits).add_(0.0)
     assert stats is not None
     factor = stats.derive(("inverse_factor", DAMPING), lambda: inverse_factor(stats, DAMPING))
     current, result = weight.clone(), torch.empty_like(weight)

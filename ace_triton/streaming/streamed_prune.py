@@ -289,7 +289,7 @@ def prune_checkpoint(
     ) as stream:
         model = stream.model
         if packed:
-            check_packed(whole.sparsity, model.dtype, whole.quantize)
+            check_packed(whole, model.dtype)
         mask = None if ids is calibration else getattr(calibration, "mask", None)
         store = stream.start(
             {

@@ -84,6 +84,12 @@ def packed(rows: int, cols: int, n: int = 2, m: int = 4, dtype: torch.dtype = BF
     return PackedNM(some(rows, cols * n // m, dtype=dtype), meta, n, m, (rows, cols))
 
 
+def few_bits(rows: int, cols: int, n: int, m: int, bits: int) -> PackedNM:
+    """A packed weight of 8 or 4 bits with groups of 32."""
+    shape = PackedNM.empty((rows, cols), n, m, dtype=BF16, device="meta", bits=bits, group=32)
+    return shape.with_tensors({name: some(*t.shape, dtype=t.dtype) for name, t in shape.tensors.items()})
+
+
 def select_nm_calls() -> Iterator[tuple[str, Call]]:
     """Along both axes, with all outputs."""
     for r, c in WEIGHTS:
@@ -294,6 +300,12 @@ def nm_linear_calls() -> Iterator[tuple[str, Call]]:
         lambda: nm_linear(some(4 * many, 16, dtype=FP32), packed(1, 16, dtype=FP32)),
     )
     yield "no token by 2:4 of 1 x 4", lambda: nm_linear(some(0, 4), packed(1, 4))
+    for bits, n, m in ((8, 2, 4), (4, 1, 4), (8, 8, 16), (4, 5, 32)):
+        for t in (1, 3):
+            yield (
+                f"{t} tokens by {n}:{m} of 1 x {m}, {bits} bits",
+                lambda n=n, m=m, t=t, bits=bits: nm_linear(some(t, m), few_bits(1, m, n, m, bits), some(1)),
+            )
 
 
 def by_rows(rows: int, cols: int, dtype: torch.dtype = BF16) -> PackedRows:

@@ -28,10 +28,7 @@ from ace_triton.study.workbench import Protocol, Workbench, processor_name
 
 METHODS = ("wanda", "ace", "ria", "magnitude")
 PATTERNS = ("8:16", "2:4")
-BITS = (8, 4)
 SAMPLES, LENGTH, SEED = 64, 128, 0
-CLOSE = 0.01
-"""A perplexity within this share of that of 16 bits is called close."""
 
 LABELS = {"wanda": "Wanda", "ace": "ACE", "ria": "RIA", "magnitude": "magnitude"}
 COLUMNS: tuple[tuple[int, Rule | None], ...] = ((16, None), (8, "absmax"), (8, "gptq"), (4, "absmax"), (4, "gptq"))
@@ -108,7 +105,7 @@ def main(
                 by = Quantization(bits, GROUP, rule)
                 with bench.pruned(replace(cell, recipe=replace(cell.recipe, quantize=by))):
                     note(method, pattern, bits, rule)
-    (out / "quantization.md").write_text(page(outcomes))
+    (out / "quantization.md").write_text(page(record(outcomes)))
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -137,16 +134,18 @@ def measured(out: Path) -> list[Outcome]:
     return [Outcome(**entry) for entry in found]
 
 
-def page(outcomes: list[Outcome]) -> str:
-    """docs/quantization.md."""
+def page(found: dict[str, Any]) -> str:
+    """docs/quantization.md, from the content of docs/quantization.json."""
+    outcomes = [Outcome(**entry) for entry in found["outcomes"]]
     lines = [
         "# Pruned and quantized",
         "",
-        f"Measured on a CPU by `make quantization`: {SAMPLES} x {LENGTH} tokens of C4, windows of 512 tokens of "
-        f'WikiText-2, float32, groups of {GROUP} inputs, each metric alone. "absmax" quantizes the pruned model, as '
-        '`ace-triton pack --bits` does. "gptq" quantizes each block while the model is pruned, and changes later '
-        "columns to make up for the errors, as `ace-triton prune --bits` does. The number in parentheses is the change "
-        "from 16 bits, which are here the weights without quantization.",
+        f"Measured on a CPU ({found['processor']}) by `make quantization`: {SAMPLES} x {LENGTH} tokens of C4, windows "
+        f"of 512 tokens of WikiText-2, float32, groups of {GROUP} inputs, each metric alone. "
+        '"absmax" quantizes the pruned model, as `ace-triton pack --bits` does. "gptq" quantizes each block while the '
+        "model is pruned, and changes later columns to make up for the errors, as `ace-triton prune --bits` does. The "
+        "number in parentheses is the change from 16 bits, which are here the weights without quantization. "
+        "Cells without a number are not measured yet.",
         "",
     ]
     for model in dict.fromkeys(outcome.model for outcome in outcomes):

@@ -6,6 +6,7 @@
 #include "adamw.h"
 #include "assignment.h"
 #include "divergence.h"
+#include "few_bits.h"
 #include "join_gains.h"
 #include "moments.h"
 #include "nm_linear.h"
@@ -25,6 +26,7 @@ const Bodies ACE_BODIES = {
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
     variance_levels, variance_factor, divergence, adamw, join_gains, assign,
     pack_nm,    find_kept,   pack_rows,   unpack_nm,  widen_rows,       nm_linear, dense_linear,
+    round_tokens, few_bits_linear,
 };
 
 }  // namespace ace

@@ -314,6 +314,29 @@ int ace_rows_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride
                          threads);
 }
 
+int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
+                        const void* values, const uint32_t* meta, const void* absmax, int64_t rows, int32_t n,
+                        int32_t m, int32_t bits, int64_t group, int32_t absmax_element, const float* bias, float* out,
+                        int32_t threads) {
+    const FewBitsWeight weight = {static_cast<const uint8_t*>(values), meta, absmax, rows, cols, n, m, bits,
+                                  Element(absmax_element)};
+    const Matrix given = {tokens, n_tokens, cols, stride, Element(element)};
+    return guarded([&] {
+        // The largest block that divides the group: sums of up to 128 products fit in 32 bits.
+        const int64_t block = group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32;
+        const int64_t padded = units(cols, 32) * 32, blocks = units(cols, block);
+        std::vector<int16_t> rounded(n_tokens * padded);
+        std::vector<float> scales(n_tokens * blocks);
+        bodies->round_tokens(given, block, padded, rounded.data(), scales.data());
+        const FewBitsTask task = {rounded.data(), scales.data(), n_tokens, padded, block, blocks, group, bias, out};
+        // Spreading the weights takes as long as reading about twice their bytes; so do two tokens.
+        const int64_t bytes = rows * cols * n / m * bits / 8 + rows * cols / 8;
+        const int shares = threads_for(bytes * (2 + n_tokens), rows, threads);
+        deal(rows, shares,
+             [&](int64_t begin, int64_t end, int) { bodies->few_bits_linear(weight, task, begin, end); });
+    });
+}
+
 int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
                      void* weight, int64_t rows, int64_t weight_stride, int32_t weight_element,
                      const float* bias, float* out, int32_t threads) {

@@ -128,6 +128,26 @@ struct Packing {
     bool by_score;
 };
 
+// An n:m weight of 8 or 4 bits; metadata as in PackedWeight.
+struct FewBitsWeight {
+    const uint8_t* values;
+    const uint32_t* meta;
+    const void* absmax;  // [rows, ceil(cols / group)]
+    int64_t rows, cols;
+    int32_t n, m, bits;
+    Element element;  // of absmax
+};
+
+struct FewBitsTask {
+    const int16_t* tokens;  // [n_tokens, padded], zeros past the last input
+    const float* scales;    // [n_tokens, blocks]: what an integer of each block of tokens stands for
+    int64_t n_tokens, padded;
+    int64_t block, blocks;  // inputs in a block, which divides the group; and blocks in a row
+    int64_t group;          // inputs that share an entry of absmax
+    const float* bias;      // [rows], or null
+    float* out;             // [n_tokens, rows]
+};
+
 struct LinearTask {
     const float* tokens;  // [n_tokens, padded], zeros past the last input
     int64_t n_tokens, padded;
@@ -186,6 +206,11 @@ struct Bodies {
     // Outputs begin..end of all tokens.
     void (*nm_linear)(const PackedWeight&, const LinearTask&, int64_t begin, int64_t end);
     void (*dense_linear)(const Matrix&, const LinearTask&, int64_t begin, int64_t end);
+    // Rows rounded to integers of 16 bits by blocks, `padded` elements apart, and the blocks' scales. Every row has room
+    // for whole vectors of sixteen.
+    void (*round_tokens)(const Matrix&, int64_t block, int64_t padded, int16_t* out, float* scales);
+    // Outputs begin..end of all tokens.
+    void (*few_bits_linear)(const FewBitsWeight&, const FewBitsTask&, int64_t begin, int64_t end);
 };
 
 extern const Bodies portable_bodies;

@@ -11,7 +11,17 @@ import pytest
 from ace_triton.study.workbench import Protocol
 from benchmarks.harness import results
 from benchmarks.harness.traffic_counter import Traffic
-from benchmarks.reports import budgets, cpu_ratios, permutation, recovery, report_bench, sparse, structured, traffic
+from benchmarks.reports import (
+    budgets,
+    cpu_ratios,
+    permutation,
+    quantization,
+    recovery,
+    report_bench,
+    sparse,
+    structured,
+    traffic,
+)
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -49,6 +59,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "budgets": lambda: budgets.page(budgets.measured(DOCS), Protocol("smollm2")),
     "cpu": cpu,
     "permutation": channel_orders,
+    "quantization": lambda: quantization.page(record("quantization")),
     "recovery": lambda: recovery.page(recovery.measured(DOCS, recovery.TOKENS), recovery.TOKENS),
     "sparse": lambda: "\n".join(sparse.page(record("sparse"))) + "\n",
     "structured": lambda: structured.page(structured.read(DOCS)),

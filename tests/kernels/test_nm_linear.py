@@ -11,8 +11,9 @@ from ace_triton.kernels import cpu_library, launch
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear, nm_linear_reference
 from ace_triton.kernels.pack_nm import pack_nm, pack_scored
+from ace_triton.kernels.quantize_nm import dequantize_nm, quantize_nm
 from ace_triton.kernels.score_terms import ScoreTerms
-from ace_triton.kernels.unpack_nm import unpack_nm
+from ace_triton.kernels.unpack_nm import unpack_nm, unpack_nm_reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 2), (3, 8), (8, 16), (5, 32), (31, 32)]
@@ -170,3 +171,78 @@ def test_more_tokens_than_one_launch_takes(monkeypatch, device, dtype, pattern, 
     at_once = check(tokens, weight, *pattern)
     monkeypatch.setattr(launch, "MOST_ALONG_Y", 1)
     assert torch.equal(check(tokens, weight, *pattern), at_once)
+
+
+def quantized(weight, n, m, bits, group=128):
+    return quantize_nm(pack_scored(weight, ScoreTerms(), n, m), bits, group)
+
+
+def check_quantized(tokens, packed, bias=None) -> torch.Tensor:
+    """Outputs agree with the dequantized weight within the errors of fp32 sums and of tokens rounded to 16 bits."""
+    outputs = nm_linear(tokens, packed, bias)
+    dense = unpack_nm_reference(dequantize_nm(packed, torch.float32)).double()
+    truth = tokens.double() @ dense.t() + (0 if bias is None else bias.double())
+    largest = tokens.double().abs().amax(-1, keepdim=True)
+    rounding = 1e-6 * (tokens.double().abs() @ dense.abs().t()) + largest / 65000 * dense.norm(dim=1) * 4
+    assert outputs.dtype == tokens.dtype
+    assert outputs.shape == (*tokens.shape[:-1], packed.shape[0])
+    assert bool(((outputs.double() - truth).abs() <= STEP[tokens.dtype] * truth.abs() + rounding + 1e-30).all())
+    return outputs
+
+
+@given(
+    rows=st.integers(1, 7 if interpreting() else 40),
+    groups=st.integers(1, 5 if interpreting() else 20),
+    n_tokens=st.integers(0, 3 if interpreting() else 19),
+    pattern=st.sampled_from(PATTERNS),
+    bits=st.sampled_from([8, 4]),
+    group=st.sampled_from([32, 64, 96, 128, 256]),
+    dtype=st.sampled_from(FLOATS),
+    weight_dtype=st.sampled_from(FLOATS),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_few_bits_equal_the_dequantized_product(
+    make_matrix, rows, groups, n_tokens, pattern, bits, group, dtype, weight_dtype, with_bias, seed
+):
+    n, m = pattern
+    packed = quantized(make_matrix(rows, groups * m, weight_dtype, seed=seed), n, m, bits, group)
+    bias = make_matrix(1, rows, dtype, seed=seed + 2)[0] if with_bias else None
+    check_quantized(make_matrix(n_tokens, groups * m, dtype, seed=seed + 1), packed, bias)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_bits_of_a_layer(make_matrix, bits):
+    rows, cols = (5, 160) if interpreting() else (130, 1104)
+    packed = quantized(make_matrix(rows, cols, torch.bfloat16), 8, 16, bits)
+    tokens = make_matrix(3, cols, torch.float32) * torch.logspace(-30, 30, cols).to(packed.values.device)
+    together = check_quantized(tokens, packed)
+    assert torch.equal(together, torch.cat([nm_linear(token[None], packed) for token in tokens]))
+    tokens[0] = 0
+    tokens[1, 1] = torch.inf
+    outputs = nm_linear(tokens, packed)
+    assert bool((outputs[0] == 0).all())
+    assert torch.equal(outputs[2], together[2])
+    if not interpreting() and cpu_library.available():
+        assert not bool(outputs[1].isfinite().any())
+
+
+@pytest.mark.skipif(interpreting() or not cpu_library.available(), reason="for the compiled library")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("pattern", [(2, 4), (8, 16), (16, 32), (5, 32), (3, 16), (31, 32)])
+def test_few_bits_agree_on_every_instruction_set_and_stay_inside(bits, pattern):
+    torch.manual_seed(0)
+    packed = quantized(torch.randn(67, 32 * 9), *pattern, bits)
+    tokens, in_use, results = torch.randn(5, 32 * 9), cpu_library.isa(), []
+    try:
+        for isa in cpu_library.ISAS:
+            try:
+                cpu_library.use_isa(isa)
+            except ValueError:
+                continue
+            results += [nm_linear(tokens, packed), torch.cat([nm_linear(token[None], packed) for token in tokens])]
+        packed.meta.fill_(-1)
+        nm_linear(tokens, packed)  # Damaged metadata: any numbers, but no access outside of the tensors.
+    finally:
+        cpu_library.use_isa(in_use)
+    assert all(torch.equal(results[0], other) for other in results[1:])

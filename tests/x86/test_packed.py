@@ -12,6 +12,7 @@ from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import PackedNM, PatternError, pack_cutlass, pack_nm, pack_scored, pack_scored_reference
 from ace_triton.kernels.pack_rows import pack_rows_reference, unpack_rows, unpack_rows_reference
+from ace_triton.kernels.quantize_nm import dequantize_nm, quantize_nm
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.unpack_nm import unpack_nm, unpack_nm_reference
@@ -122,6 +123,26 @@ def test_products(dtype, pattern, shape, n_tokens):
     tokens, bias = torch.randn(n_tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
     truth = tokens.double() @ unpack_nm_reference(packed).double().t() + bias.double()
     with executed_on_x86(2):
+        outputs = nm_linear(tokens, packed, bias)
+    torch.testing.assert_close(outputs, truth.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "pattern", "shape", "n_tokens"),
+    [
+        (8, torch.bfloat16, (8, 16), (64, 1536), 1),
+        (4, torch.float32, (8, 16), (64, 576), 3),
+        (8, torch.float16, (2, 4), (37, 72), 6),
+        (4, torch.bfloat16, (5, 32), (9, 96), 1),
+    ],
+)
+def test_products_of_few_bits(bits, dtype, pattern, shape, n_tokens):
+    torch.manual_seed(0)
+    packed = quantize_nm(pack_scored_reference(torch.randn(shape).to(dtype), ScoreTerms(), *pattern), bits, 64)
+    tokens, bias = torch.randn(n_tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    dense = unpack_nm_reference(dequantize_nm(packed, torch.float32)).double()
+    truth = tokens.double() @ dense.t() + bias.double()
+    with executed_on_x86(1):
         outputs = nm_linear(tokens, packed, bias)
     torch.testing.assert_close(outputs, truth.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
