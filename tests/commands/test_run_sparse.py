@@ -124,7 +124,8 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
     code, out, errors = command("bench", "--shape", "32x64", "--dtype", "bfloat16", *small)
     assert code == 0, errors
     (layer,) = json.loads((tmp_path / "b.json").read_text())["layers"]
-    assert layer["kind"] == {"shape": [32, 64], "n": 2, "m": 4, "dtype": "bfloat16", "count": 1}
+    kind = {"shape": [32, 64], "n": 2, "m": 4, "dtype": "bfloat16", "count": 1, "bits": None, "group": 0}
+    assert layer["kind"] == kind
     most = default_limits(torch.device("cpu"), torch.bfloat16).packed  # Differs between instruction sets.
     products = {rows: "packed" if rows <= most else "dense" for rows in (1, 200)}
     assert {entry["rows"]: entry["product"] for entry in layer["times"]} == products
