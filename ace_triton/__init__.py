@@ -29,8 +29,9 @@ from .kernels.score_terms import ScoreTerms
 from .methods.registry import Needs, metric_names, register_metric
 from .model_report import ModelReport
 from .packed.checkpoint import load, save_packed
-from .packed.nm_linear import NMLinear, PackedLinear
+from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
+from .packed.packed_linear import PackedLinear
 from .packed.products import RowLimits
 from .packed.registration import register_quantizer
 from .packed.registration import register_with_transformers as _register_with_transformers

@@ -17,7 +17,7 @@ NO_MISTAKE = {
     "kernels/memory.py": "ValueError",  # Caught in the same function.
     "packed/manifest.py": "TypeError",  # Caught where the manifest is read.
     "packed/expert_stack.py": "TypeError",  # The class of torch's own error for an operation that a type does not have.
-    "packed/nm_linear.py": "RuntimeError",  # The class of autograd's own error.
+    "packed/packed_linear.py": "RuntimeError",  # The class of autograd's own error.
     "packed/weight.py": "RuntimeError",  # The class of torch's own error for a tensor that cannot be written.
 }
 """Files that raise an exception of Python's, and which."""

@@ -17,8 +17,8 @@ from ..generation import prompt_ids
 from ..inputs.text import read_documents
 from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, fastest, kinds_of, totals
 from ..packed.decoding import decoding_times
-from ..packed.nm_linear import PackedLinear
 from ..packed.pack_model import sparsify
+from ..packed.packed_linear import PackedLinear
 from ..packed.products import registry
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance

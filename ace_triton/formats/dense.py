@@ -10,7 +10,7 @@ import torch
 from ..inputs import checkpoint
 from ..inputs.model_task import TEXT_GENERATION
 from ..packed.inspect import TensorSparsity, inspect_dense
-from ..packed.nm_linear import PackedLinear
+from ..packed.packed_linear import PackedLinear
 from .format import Format
 
 

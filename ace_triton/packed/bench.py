@@ -21,7 +21,8 @@ from ..kernels.quantize_nm import quantize_nm
 from ..kernels.score_terms import ScoreTerms
 from ..kernels.select_nm import select_nm
 from .dispatch import choose_product
-from .nm_linear import NMLinear, PackedLinear
+from .nm_linear import NMLinear
+from .packed_linear import PackedLinear
 from .products import Packed, Product, RowLimits, registry
 from .unpacked import unpacked_weight
 

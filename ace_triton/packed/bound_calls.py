@@ -16,7 +16,7 @@ from .dispatch import choose_product
 from .products import Product, RowLimits, registry
 
 if TYPE_CHECKING:
-    from .nm_linear import PackedLinear
+    from .packed_linear import PackedLinear
 
 MOST_CALLS = 16
 """Calls of a layer that are kept, by the shape of their tokens. Later shapes use the launcher."""

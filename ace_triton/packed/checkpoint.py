@@ -24,7 +24,8 @@ from ..kernels.pack_nm import PatternError
 from ..linears import linear_weight
 from .expert_stack import ExpertStack, stores_transposed
 from .manifest import DTYPES, TENSORS_FILE, LayerEntry, Manifest, RowsEntry
-from .nm_linear import NMLinear, PackedLinear
+from .nm_linear import NMLinear
+from .packed_linear import PackedLinear
 from .rows_linear import RowsLinear
 from .saving import SavePretrained, save_packed
 

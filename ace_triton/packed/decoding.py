@@ -11,7 +11,7 @@ from typing import Any
 
 from ..generation import decode
 from ..linears import is_linear
-from .nm_linear import PackedLinear
+from .packed_linear import PackedLinear
 from .unpack_model import unpack_model
 
 ROUNDS = 3

@@ -22,7 +22,8 @@ from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
 from .expert_stack import ExpertStack, stores_transposed
 from .manifest import DTYPES
-from .nm_linear import NMLinear, PackedLinear
+from .nm_linear import NMLinear
+from .packed_linear import PackedLinear
 from .pattern import find_pattern
 from .products import RowLimits
 from .rows_linear import RowsLinear

@@ -15,7 +15,7 @@ from ..kernels.packed_nm import WORD, check_meta_dtype
 from ..kernels.packed_rows import UNSTRUCTURED, PackedRows
 from ..linears import linear_weight
 from .dispatch import multiply
-from .nm_linear import PackedLinear, limits_as_arguments
+from .packed_linear import PackedLinear, limits_as_arguments
 from .products import RowLimits
 
 

@@ -20,7 +20,8 @@ from ..inputs.model_task import task_of_class
 from ..inputs.output_folder import files_in, give_mode, replacing, write_report
 from ..inputs.report_file import MANIFEST_FILE
 from .manifest import DTYPES, QUANTIZATION_METHOD, TENSORS_FILE, LayerEntry, Manifest, PackedEntry, RowsEntry
-from .nm_linear import NMLinear, PackedLinear
+from .nm_linear import NMLinear
+from .packed_linear import PackedLinear
 from .registration import register_quantizer
 
 if TYPE_CHECKING:

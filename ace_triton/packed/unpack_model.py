@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .expert_stack import ExpertStack
-from .nm_linear import PackedLinear
+from .packed_linear import PackedLinear
 
 
 def unpack_model(model: nn.Module) -> int:

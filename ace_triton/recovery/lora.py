@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from ..packed.nm_linear import PackedLinear
+from ..packed.packed_linear import PackedLinear
 from .zeros import pruned_zeros
 
 
