@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,23 @@ import torch
 from .. import process_memory
 from ..errors import AceError, CheckpointError
 from ..process_memory import few_pages_of
+from .checked_model import (
+    check_config,
+    check_depth,
+    checked_model,
+    loading_message,
+    loading_reports,
+    refuse_unfit,
+)
 from .companions import Companions
 from .gguf_weights import GgufWeights
 from .large_weights import large_weights_as_stored
-from .model_source import SMOLLM2, ModelSource, check_device, reason, smollm2_file, tensor_names, weight_files
-from .model_task import CAUSAL, FEATURE_EXTRACTION, TEXT_GENERATION, ModelTask, find_task
+from .model_source import SMOLLM2, ModelSource, check_device, smollm2_file, tensor_names, weight_files
+from .model_task import CAUSAL, TEXT_GENERATION, ModelTask, find_task
 from .output_folder import check_out, replacing, reserved, write_report
 from .quantized_formats import Format
 from .quantized_weights import WAY_OUT, QuantizedCheckpoint, folder_of, layout_of
-from .report_file import REPORT_FILE, listing, read_json_object
+from .report_file import REPORT_FILE, read_json_object
 
 __all__ = [
     "REPORT_FILE",
@@ -84,7 +91,7 @@ def load(
     if offload_folder is not None:
         placing = {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
     try:
-        with _reports() as reports:
+        with loading_reports() as reports:
             if found.is_gguf:
                 find_task(found.name, None, task)
                 wanted = torch.bfloat16 if dtype == "auto" else dtype
@@ -138,7 +145,7 @@ def _load_saved(
         large_weights_as_stored() if placing and stated is None else nullcontext(),
         few_pages_of(_mapped_files(found) if placing else ()),
     ):
-        return _checked_model(found.name, where, chosen, dtype=dtype, **options, **placing), tokenizer
+        return checked_model(found.name, where, chosen, dtype=dtype, **options, **placing), tokenizer
 
 
 def _mapped_files(found: ModelSource) -> list[Path]:
@@ -175,7 +182,7 @@ def _load_dequantized(
     with closing(QuantizedCheckpoint(found.name, folder_of(found), layout)) as stored:
         if dtype == "auto" and getattr(config, "dtype", None) is None:
             dtype = stored.dtype
-        model = _checked_model(
+        model = checked_model(
             found.name, None, task, kind, config=config, state_dict=dict(stored), dtype=dtype, **placing
         )
     with suppress(OSError):  # Without a file, the generation configuration comes from that of the model.
@@ -215,7 +222,7 @@ def _load_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, 
         pass  # Older versions of transformers always dequantize GGUF files.
     else:
         own["quantization_config"] = GgufConfig(dequantize=True)
-    packed = _checked_model(found.name, folder, CAUSAL, dtype=dtype, **own)
+    packed = checked_model(found.name, folder, CAUSAL, dtype=dtype, **own)
     config = copy.deepcopy(packed.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -250,151 +257,12 @@ def _map_gguf(found: ModelSource, dtype: torch.dtype | str, options: dict[str, A
     saved = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     missing = [name for name in (*dict(model.named_parameters()), *buffers) if name not in weights]
-    _refuse_unfit(found.name, model, ("missing", missing), ("unexpected", weights.unexpected))
+    refuse_unfit(found.name, model, ("missing", missing), ("unexpected", weights.unexpected))
     for name, buffer in buffers.items():
         buffer.copy_(weights[name])
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
     model.tie_weights()
     return model, tokenizer
-
-
-def check_config(source: str | Path, config: Any, tensors: set[str] | None, trusted: bool) -> None:
-    """Raise CheckpointError if a configuration is not of a causal language model, or has more layers than tensors.
-
-    Args:
-        source: name of the checkpoint, for the message.
-        config: a configuration of transformers.
-        tensors: names of the tensors in the checkpoint's files, if known.
-        trusted: True if the class of the model may come with the checkpoint.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    kind = type(config)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not (trusted and "auto_map" in config.to_dict()):
-        raise CheckpointError(f"{source}: is a {config.model_type} model, not a causal language model")
-    saved_as = (config.architectures or [""])[0]
-    if saved_as in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and saved_as != _causal_class(config):
-        raise CheckpointError(f"{source}: is an encoder ({saved_as}), not a causal language model")
-    check_depth(source, config, tensors)
-
-
-def check_depth(source: str | Path, config: Any, tensors: set[str] | None) -> None:
-    """Raise CheckpointError if a configuration has more layers than the checkpoint has tensors."""
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if tensors is not None and isinstance(layers, int) and layers > len(tensors):
-        raise CheckpointError(
-            f"{source}: config.json asks for {layers:,} layers, but the checkpoint holds only {len(tensors):,} tensors"
-        )
-
-
-def _causal_class(config: Any) -> str | None:
-    """Name of the causal language model class for a configuration; None if there is none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return getattr(model_class, "__name__", None)
-
-
-def _checked_model(source: str, where: str | None, task: ModelTask, kind: Any = None, **options: Any) -> Any:
-    """Load a model, and check that the files have exactly the model's tensors.
-
-    Tied weights are not checked, nor are tensors that transformers declares ignorable. A model of another task than its
-    checkpoint's may leave out the checkpoint's head, and a model for embeddings may lack the pooler, which it does not
-    use.
-
-    Args:
-        source: name of the checkpoint, for messages.
-        where: folder or hub name; None if the options have a state dict.
-        task: how the checkpoint is loaded.
-        kind: the model's class; None for the class that the task and the configuration give.
-        options: those of ``from_pretrained``.
-
-    Raises:
-        CheckpointError: if tensors are missing, unexpected or of another shape; the message names them.
-    """
-    loaded: Any = (kind or task.loader).from_pretrained(
-        where, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    model, info = loaded
-    mismatched = [f"{name} {tuple(given)} instead of {tuple(own)}" for name, given, own in info["mismatched_keys"]]
-    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
-    if task.name == FEATURE_EXTRACTION:
-        missing = [name for name in missing if not name.startswith("pooler.")]
-    if task.is_chosen:
-        unexpected = []
-    _refuse_unfit(
-        source,
-        model,
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("of another shape", mismatched),
-    )
-    return model
-
-
-def _refuse_unfit(source: str, model: Any, *found: tuple[str, Iterable[str]]) -> None:
-    """Raise CheckpointError if tensors of a checkpoint do not fit a model.
-
-    Args:
-        source: name of the checkpoint.
-        model: the model.
-        found: what is wrong with which tensors.
-    """
-    wrong = "; ".join(f"{len(names)} {kind} ({listing(names)})" for kind, group in found if (names := sorted(group)))
-    if not wrong:
-        return
-    own, saved_as = type(model).__name__, (model.config.architectures or [""])[0]
-    if saved_as and saved_as != own:
-        kind = f"a causal language model ({own})" if own == _causal_class(model.config) else f"a {own}"
-        raise CheckpointError(f"{source}: was saved as a {saved_as}, not as {kind}: {wrong}")
-    raise CheckpointError(
-        f"{source}: its tensors do not fit the {own} of its config.json: {wrong}; a file is missing, or belongs to "
-        "another model"
-    )
-
-
-_LOADING_LOGS = ("transformers.modeling_utils", "accelerate.big_modeling")
-
-
-@contextmanager
-def _reports() -> Iterator[list[str]]:
-    """Collect the loading reports of the libraries in a list instead of the log, for use in our error messages."""
-    lines: list[str] = []
-
-    class Keeper(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.extend(record.getMessage().splitlines())
-
-    loggers, keeper = [logging.getLogger(name) for name in _LOADING_LOGS], Keeper()
-    before = [(logger, logger.level, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(keeper)
-        logger.setLevel(logging.WARNING)
-        logger.propagate = False
-    try:
-        yield lines
-    finally:
-        for logger, level, propagate in before:
-            logger.removeHandler(keeper)
-            logger.setLevel(level)
-            logger.propagate = propagate
-
-
-def loading_message(
-    source: str | Path, error: Exception, reports: Sequence[str] = (), task: str | None = TEXT_GENERATION
-) -> str:
-    """One line that says why transformers could not load a model, from its error and its loading reports."""
-    if "trust_remote_code" in str(error):
-        return f"{source}: needs its own Python code; if you trust it, pass --trust-remote-code (trust_remote_code)"
-    unconverted = [line.partition("|")[0].strip() for line in reports if "| CONVERSION |" in line]
-    if unconverted:
-        return (
-            f"{source}: tensors that belong together do not fit each other: {listing(unconverted)}; copy or download "
-            "the checkpoint again"
-        )
-    kind = " as a causal language model" if task == TEXT_GENERATION else ""
-    return f"{source}: cannot be loaded{kind} ({reason(error)})"
 
 
 def save(model: Any, tokenizer: Any, out: str | Path, report: dict[str, Any], *, overwrite: bool = False) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..decoders.blocks import stacks_of
 from ..errors import CheckpointError, PackedError
-from ..inputs import checkpoint
+from ..inputs.checked_model import check_config, check_depth, loading_message
 from ..inputs.model_source import check_device, open_safetensors
 from ..inputs.model_task import TEXT_GENERATION, find_task
 from ..kernels.pack_nm import PatternError
@@ -113,9 +113,9 @@ def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype, trust
         config = AutoConfig.from_pretrained(str(folder), **options)
         task = find_task(str(folder), config, None, trusted=trust_remote_code)
         if task.name == TEXT_GENERATION:
-            checkpoint.check_config(folder, config, names, trust_remote_code)
+            check_config(folder, config, names, trust_remote_code)
         else:
-            checkpoint.check_depth(folder, config, names)
+            check_depth(folder, config, names)
         if hasattr(config, "quantization_config"):  # It speaks of the folder, not of the model in memory.
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
@@ -125,7 +125,7 @@ def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype, trust
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(checkpoint.loading_message(folder, error)) from error
+        raise CheckpointError(loading_message(folder, error)) from error
     return model
 
 

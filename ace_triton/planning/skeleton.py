@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..inputs.checkpoint import check_config, loading_message, stated_quantization
+from ..inputs.checked_model import check_config, loading_message
+from ..inputs.checkpoint import stated_quantization
 from ..inputs.model_source import ModelSource, open_safetensors, tensor_names, weight_files
 from ..streaming.mapped_model import replace_parameters, saved_form
 

@@ -1,0 +1,224 @@
+"""Linear layers that store their weight packed and multiply with the packed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from ..errors import ArgumentError, PackedWeightError
+from ..kernels.pack_nm import PackedNM
+from ..kernels.pack_rows import unpack_rows
+from ..kernels.packed_rows import PackedRows
+from ..kernels.unpack_nm import unpack_nm
+from .bound_calls import BoundCalls
+from .dispatch import multiply
+from .products import Packed, RowLimits
+from .unpacked import unpacked_weight
+from .weight import PackedWeight
+
+
+class PackedLinear(nn.Module):
+    """Computes y = x W^T + b from one packed copy of W, which is stored in ordinary buffers.
+
+    Each call chooses its product by the number of rows (:func:`~ace_triton.packed.dispatch.choose_product`). The weight
+    is frozen. Gradients flow to the input and the bias, in reverse and in forward mode.
+
+    Attributes:
+        in_features, out_features: as in ``nn.Linear``.
+        values, meta: the kept weights, and one bit per weight.
+        bias: [out_features] or None.
+        limits: numbers of rows that choose the product; None for the defaults of the device.
+    """
+
+    in_features: int
+    out_features: int
+    values: torch.Tensor
+    meta: torch.Tensor
+    bias: nn.Parameter | None
+    limits: RowLimits | None
+    _bound: BoundCalls | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._packed: Packed | None = None
+
+    @property
+    def packed(self) -> Packed:
+        """The packed weight for the kernels; it shares the buffers. It is made again if a buffer was replaced."""
+        packed, buffers = self._packed, self._buffers
+        if packed is None or any(getattr(packed, name) is not buffer for name, buffer in buffers.items()):
+            packed = self._packed = self._made()
+        return packed
+
+    def _made(self) -> Packed:
+        """The packed weight, from the buffers."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense weight, and of the tokens."""
+        return self.values.dtype
+
+    @property
+    def pattern(self) -> str:
+        """The pattern n:m as text, or "unstructured" if the zeros follow no pattern."""
+        raise NotImplementedError
+
+    def repacked(self, layer: nn.Module) -> PackedLinear:
+        """A linear layer with the same zeros, packed as this one is."""
+        raise NotImplementedError
+
+    def _traced(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product for tokens [n_tokens, in_features] as an operation that torch.compile does not trace into."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight, read-only: shape, dtype and device cost nothing, reading it unpacks, writing raises."""
+        return PackedWeight(self.packed)
+
+    def unpack(self) -> torch.Tensor:
+        """The dense weight [out_features, in_features]: as before packing, bit for bit, or rounded if quantized."""
+        return unpacked_weight(self.packed)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute outputs [..., out_features] from tokens [..., in_features].
+
+        Raises:
+            ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
+                autocast.
+        """
+        if self._bound is not None and not torch.compiler.is_compiling():
+            bound = self._bound.outputs(self, tokens)
+            if bound is not None:
+                return bound
+        kind = tokens.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self(tokens.to(self.dtype)).to(torch.get_autocast_dtype(kind))
+        _check_tokens(tokens, self.in_features, self.dtype)
+        rows, bias = tokens.reshape(-1, self.in_features), self._parameters["bias"]
+        if torch.compiler.is_compiling():
+            outputs = self._traced(rows, bias)
+        elif _is_differentiated(rows) or (bias is not None and _is_differentiated(bias)):
+            outputs = _Differentiable.apply(rows, bias, self.packed, self.limits)
+        else:
+            outputs = multiply(rows.resolve_neg(), self.packed, bias, self.limits)
+        return outputs if tokens.dim() == 2 else outputs.view(*tokens.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        """As in ``nn.Module``, but metadata change only their device, never their dtype."""
+        meta, self._packed = self.meta, None
+        super()._apply(fn, recurse)
+        if self.meta.dtype != meta.dtype:
+            self.meta = meta.to(self.meta.device)
+        return self
+
+
+def _check_tokens(tokens: torch.Tensor, in_features: int, dtype: torch.dtype) -> None:
+    if not tokens.dim() or tokens.shape[-1] != in_features or tokens.dtype != dtype:
+        raise ArgumentError(f"tokens must be [..., {in_features}] {dtype}, got {tuple(tokens.shape)} {tokens.dtype}")
+
+
+def _is_differentiated(tensor: torch.Tensor) -> bool:
+    """True if derivatives flow through ``tensor``, in reverse or in forward mode."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def parts_of(packed: PackedNM) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int, int, int]:
+    """The packed weight as arguments of a torch operation; :func:`of_parts` is the inverse."""
+    return packed.values, packed.meta, packed.absmax, packed.n, packed.m, packed.group, packed.shape[1]
+
+
+def of_parts(
+    values: torch.Tensor, meta: torch.Tensor, absmax: torch.Tensor | None, n: int, m: int, group: int, in_features: int
+) -> PackedNM:
+    """The packed weight that :func:`parts_of` took apart."""
+    return PackedNM(values, meta, n, m, (len(values), in_features), absmax, group)
+
+
+def limits_as_arguments(limits: RowLimits | None) -> tuple[int | None, int | None, bool, str]:
+    """The limits as arguments of a torch operation; nothing for the defaults."""
+    return (None, None, False, "") if limits is None else limits.flat()
+
+
+@torch.library.custom_op("ace_triton::unpack_nm", mutates_args=())
+def _unpacked(
+    values: torch.Tensor, meta: torch.Tensor, absmax: torch.Tensor | None, n: int, m: int, group: int, in_features: int
+) -> torch.Tensor:
+    """The dense weight, as one operation that torch.func does not trace into."""
+    return unpack_nm(of_parts(values, meta, absmax, n, m, group, in_features))
+
+
+@torch.library.custom_op("ace_triton::unpack_rows", mutates_args=())
+def _unpacked_rows(values: torch.Tensor, meta: torch.Tensor, starts: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The same for a weight with row starts."""
+    return unpack_rows(PackedRows(values, meta, starts, (len(meta), in_features)))
+
+
+def unpacked_operation(packed: Packed) -> torch.Tensor:
+    """The dense weight, as one operation that torch.func does not trace into."""
+    if isinstance(packed, PackedRows):
+        return _unpacked_rows(packed.values, packed.meta, packed.starts, packed.shape[1])
+    return _unpacked(*parts_of(packed))
+
+
+class _Differentiable(torch.autograd.Function):
+    """The product outside torch.compile, with gradients in reverse and forward mode and under torch.func.
+
+    The packed weight is passed as one object, because torch.func would wrap tensors.
+    """
+
+    @staticmethod
+    def forward(
+        tokens: torch.Tensor, bias: torch.Tensor | None, packed: Packed, limits: RowLimits | None
+    ) -> torch.Tensor:
+        return multiply(tokens.resolve_neg(), packed, bias, limits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        tokens, _, ctx.packed, ctx.limits = inputs
+        ctx.n_tokens, ctx.versions = len(tokens), _versions(ctx.packed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.versions != _versions(ctx.packed):
+            raise PackedWeightError(
+                "a packed weight was written between the forward and the backward pass: run the forward pass again"
+            )
+        of_tokens = gradient @ unpacked_operation(ctx.packed) if ctx.needs_input_grad[0] else None
+        return of_tokens, gradient.sum(0) if ctx.needs_input_grad[1] else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tokens: torch.Tensor | None, bias: torch.Tensor | None, *_: None) -> torch.Tensor:
+        if tokens is None:
+            assert bias is not None
+            return bias.expand(ctx.n_tokens, -1)
+        return _Differentiable.apply(tokens, bias, ctx.packed, ctx.limits)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        dimensions: tuple[int | None, ...],
+        tokens: torch.Tensor,
+        bias: torch.Tensor | None,
+        packed: Packed,
+        limits: RowLimits | None,
+    ) -> tuple[torch.Tensor, int]:
+        of_tokens, of_bias, *_ = dimensions
+        tokens = tokens[None] if of_tokens is None else tokens.movedim(of_tokens, 0)
+        outputs = _Differentiable.apply(tokens.flatten(0, 1), None, packed, limits).unflatten(0, tokens.shape[:2])
+        if bias is not None:
+            outputs = outputs + (bias if of_bias is None else bias.movedim(of_bias, 0)[:, None])
+        return outputs, 0
+
+
+def _versions(packed: Packed) -> tuple[int, ...]:
+    """Version counters of the packed tensors; 0 for inference tensors, which have none."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in packed.tensors.values())
