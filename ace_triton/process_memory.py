@@ -26,13 +26,15 @@ SECONDS_BETWEEN_PAGE_OUTS = 0.02
 def own_memory(model: nn.Module) -> None:
     """Copy each parameter on the CPU to its own memory, so that it can be freed separately.
 
-    The tensors of a loaded checkpoint are views of one mapped file. Pages that were written stay in memory until the
+    The tensors of a loaded checkpoint are parts of one mapped file. Pages that were written stay in memory until the
     last tensor is freed. Parameters that share memory still share it after the copy. A parameter that has its own
     memory, because its dtype was converted, is not copied.
     """
     copies: dict[tuple[object, ...], torch.Tensor] = {}
+    files = _maps_of(None)
     for parameter in model.parameters():
-        alone = parameter.untyped_storage().nbytes() == parameter.nbytes
+        in_a_file = files is None or any(start <= parameter.data_ptr() < end for start, end in files)
+        alone = not in_a_file and parameter.untyped_storage().nbytes() == parameter.nbytes
         if parameter.device.type != "cpu" or not parameter.numel() or alone:
             continue
         mapped = parameter.data
@@ -101,7 +103,7 @@ def few_pages_of(paths: Iterable[Path]) -> Iterator[None]:
 
     def page_out_at_intervals() -> None:
         while not ended.wait(SECONDS_BETWEEN_PAGE_OUTS):
-            for start, end in _maps_of(names):
+            for start, end in _maps_of(names) or ():
                 _call("madvise", ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
     if not names:
@@ -116,15 +118,18 @@ def few_pages_of(paths: Iterable[Path]) -> Iterator[None]:
         thread.join()
 
 
-def _maps_of(names: set[str]) -> list[tuple[int, int]]:
-    """The addresses at which this process maps files of these names."""
+def _maps_of(names: set[str] | None) -> list[tuple[int, int]] | None:
+    """The addresses at which this process maps files of these names, or any files; None if the system does not say."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
     found = []
-    with suppress(OSError):
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[5] in names:
-                start, end = (int(address, 16) for address in fields[0].split("-"))
-                found.append((start, end))
+    for line in lines:
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and (fields[5] in names if names is not None else fields[5].startswith("/")):
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            found.append((start, end))
     return found
 
 
