@@ -154,7 +154,7 @@ def test_the_page_of_the_command_line_has_every_command_argument_and_option():
     for name, command in commands.items():
         words = [word for parameter in command.params for word in parameter.opts if word.startswith("-")]
         assert [word for word in words if f"`{word}`" not in sections[name]] == []
-    assert "| `--samples` | Number of calibration sequences. | `128` |" in sections["prune"]
+    assert "| `--samples` | Number of calibration sequences, images or audio files. | `128` |" in sections["prune"]
 
 
 def test_the_page_of_methods_has_every_method_and_its_options():

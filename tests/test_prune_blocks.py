@@ -452,7 +452,7 @@ def test_progress_and_report(make_decoder, ids):
     report = prune_model(make_decoder("llama"), ids, "ria", Sparsity("1:4"), progress=lambda *step: seen.append(step))
     assert seen == [(1, 3, "model.layers.0"), (2, 3, "model.layers.1"), (3, 3, "model.layers.2")]
     told = json.loads(json.dumps(report.to_dict()))
-    added = ["permutation", "update", "budgets", "sequential", "recipe", "towers"]
+    added = ["permutation", "update", "budgets", "sequential", "recipe", "towers", "fits"]
     assert list(told) == [
         "method",
         "sparsity",

@@ -110,7 +110,11 @@ def refuse_unfit(source: str, model: Any, *found: tuple[str, Iterable[str]]) -> 
     )
 
 
-_LOADING_LOGS = ("transformers.modeling_utils", "accelerate.big_modeling")
+_LOADING_LOGS = (
+    "transformers.modeling_utils",
+    "transformers.distributed.tensor_parallel",  # Warns of every layer that stays in its file.
+    "accelerate.big_modeling",
+)
 
 
 @contextmanager

@@ -46,6 +46,12 @@ class PackedLinear(nn.Module):
         super().__init__()
         self._packed: Packed | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in ``nn.Module``; a replaced buffer is freed at once."""
+        if name in self.__dict__.get("_buffers", ()):
+            self.__dict__["_packed"] = None
+        super().__setattr__(name, value)
+
     @property
     def packed(self) -> Packed:
         """The packed weight for the kernels; it shares the buffers. It is made again if a buffer was replaced."""

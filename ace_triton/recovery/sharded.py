@@ -28,7 +28,7 @@ from ..decoders.loaded_weights import weights_as_loaded
 from ..errors import ArgumentError, RecoveryError
 from ..kernels.adamw import GradientMoments
 from ..processes import Processes
-from .optimizer import KeptAdamW, check_state, scale_of, why_not_zeros
+from ..solvers.kept_adamw import KeptAdamW, check_state, scale_of, why_not_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -272,9 +272,11 @@ def test_a_plugin_that_is_none(command, tiny_checkpoint, tmp_path, plugin, code,
     assert errors.count("\n") == 1
 
 
-def test_bench_gives_limits_as_a_line_of_python(command):
+def test_bench_gives_limits_as_a_line_of_python(command, monkeypatch):
+    """Which product is faster differs from run to run, so here another one always is."""
     import ace_triton
 
+    monkeypatch.setattr("ace_triton.packed.bench.RowTimes.fits", False)
     code, shown, errors = command("bench", "--shape", "32x64", "--rows", "1,8")
     assert code == 0, errors
     (line,) = [line.strip() for line in shown.splitlines() if "set_row_limits" in line]
