@@ -177,6 +177,7 @@ def prune_stored(
             rehearse(recipe, next(iter(weights.values())))
         processes = Processes.now()
         _check_processes(processes, recipe, batches)
+        _check_batches(recipe, batches)
         lanes = Lanes(len(batches), processes)
         store.once("units", lambda: [unit.name for unit in plan.units])
         done = [unit.name for unit in plan.units if store.finished(unit.name) is not None]
@@ -225,6 +226,15 @@ def plan_of(model: nn.Module, recipe: Recipe, towers: Sequence[Tower], batches: 
 def _tokens_of_a_batch(recipe: Recipe) -> int | None:
     """Tokens of a forward, few if each is an optimizer step; None for the default."""
     return BATCH_TOKENS if recipe.update is not None and recipe.update.block_epochs else None
+
+
+def _check_batches(recipe: Recipe, batches: Sequence[Batch]) -> None:
+    """ArgumentError if a block could not be trained on some of the batches and measured on others."""
+    if recipe.update is not None and recipe.update.block_epochs and len(batches) < 2:
+        raise ArgumentError(
+            f"block_epochs holds a batch out, so it needs two or more, of about {BATCH_TOKENS} tokens each: give more "
+            "calibration sequences, or a smaller batch size"
+        )
 
 
 def _check_processes(processes: Processes, recipe: Recipe, batches: Sequence[Batch]) -> None:

@@ -77,8 +77,8 @@ class Comparison:
         known = source_of(checkpoint.read_report(self.model) or {}, self.model)
         if known is None or not Path(known).exists():
             raise ArgumentError(
-                f"{self.model} is compared with its dense model, and its report does not say where that is: give "
-                "--dense SRC"
+                f"{self.model} has no perplexity to measure, and it does not record where its dense model is, to compare "
+                "with: give --dense SRC"
             )
         return known
 

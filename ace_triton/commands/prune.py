@@ -224,6 +224,8 @@ def prune(
         report.write_json(json, results.facts)
     _print(results)
     print_line(f"written to {out}")
+    if results.facts.get("source_path", "") is None:
+        print_line(f"{out} does not record where its dense model is: name it in recover --teacher and evaluate --dense")
 
 
 def _print(results: PruneResults) -> None:

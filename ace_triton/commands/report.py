@@ -102,9 +102,7 @@ def headed_table(*headings: str, title: str | None = None, left: Sequence[str] =
 
 def prune_table(report: ModelReport) -> Table:
     """What a pruning run did and how long it took."""
-    added = ["permuted"] * (report.permutation is not None)
-    added += [] if report.update is None else [report.update.kind]
-    table = facts_table(", ".join([report.method, *added, report.sparsity]))
+    table = facts_table(f"{report.recipe.words}, {report.sparsity}")
     account = report.account
     kept = sum(layer.kept * layer.parameters for layer in report.layers) / max(
         sum(layer.parameters for layer in report.layers), 1

@@ -31,7 +31,10 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
     table.add_row("parameters of the model", f"{report.model_before:,} -> {report.model_after:,}")
     table.add_row("removed, of the model's parameters", f"{1 - report.model_after / report.model_before:.1%}")
     for groups, loss in report.tried.items():
-        table.add_row(f"loss without {groups} groups, before the update", f"{loss:.4f} nats per token")
+        table.add_row(
+            f"loss without {groups} key-value group{'s' * (groups != 1)}, before the update",
+            f"{loss:.4f} nats per token",
+        )
     if report.output_error is not None:
         before_update, after_update = report.output_error
         table.add_row("mean error of layer outputs, before the update", f"{before_update:.1%}")

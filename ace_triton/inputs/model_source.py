@@ -189,8 +189,8 @@ def _check_local(name: str, path: Path) -> None:
         raise CheckpointError(f"{name}: is a {kind}; name a folder or a .gguf file")
     if (path / MANIFEST_FILE).is_file():
         raise CheckpointError(
-            f"{name}: is a packed checkpoint, which only ace-triton generate, evaluate, bench and info read; name the "
-            "dense checkpoint that it was made from"
+            f"{name}: is a packed checkpoint, whose weights cannot be changed: name the dense checkpoint that it was "
+            "made from"
         )
     if (path / "adapter_config.json").is_file():
         raise CheckpointError(f"{name}: is a PEFT adapter; merge it into its model (merge_and_unload) and save that")

@@ -107,7 +107,7 @@ def test_a_number_out_of_range_is_a_wrong_call(at_the_door, words, message):
         ((*PRUNE, "--packed", "--sparsity", "31:32"), "31:32 packed is no smaller than dense"),
         ((*PRUNE, "--packed", "--sparsity", "30:32", "--dtype", "bfloat16"), "30:32 packed is no smaller than dense"),
         ((*PRUNE, "--plugin", "none.py"), "--plugin none.py: cannot be imported"),
-        (("prune", "PACKED", "OUT"), "read; name the dense checkpoint that it was made from"),
+        (("prune", "PACKED", "OUT"), "changed: name the dense checkpoint that it was made from"),
         (("prune", "TEXT", "OUT"), "is a file; name a folder or a .gguf file"),
         (("prune", "./no/such/folder", "OUT"), "./no/such/folder: cannot be loaded: no such file or folder"),
         (("prune", "no.gguf", "OUT"), "no.gguf: cannot be loaded: no such file or folder"),
