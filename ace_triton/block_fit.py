@@ -18,7 +18,8 @@ after pruning is known from EBFT (arXiv 2402.12419); the loss, the optimizer and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +94,7 @@ def fit_block(name: str, block: nn.Module, replay: Replay, index: int, target: K
     if not math.isfinite(before):
         raise PruneError(f"{name}: its outputs are not finite, so they cannot be fitted: run the model in float32")
     steps = update.block_epochs * len(train) if moving else 0
-    with _Trained(block, moving) as trained:
+    with _without_inference_tensors(block), _Trained(block, list(moving)) as trained:
         best = before
         for step in range(steps):
             with torch.enable_grad():
@@ -124,12 +125,12 @@ class _Trained:
         optimizer: changes the parameters.
     """
 
-    def __init__(self, block: nn.Module, moving: Mapping[str, nn.Parameter]) -> None:
-        self._block, self._moving = block, moving
+    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
+        self._block, self._moving = block, {name: block.get_parameter(name) for name in names}
         self._flags = {p: p.requires_grad for p in block.parameters()}
-        self._storage = {name: p.data for name, p in moving.items()}
+        self._storage = {name: p.data for name, p in self._moving.items()}
         self.keep()
-        self.optimizer = KeptAdamW(moving, next((p.dtype for p in moving.values()), torch.float32))
+        self.optimizer = KeptAdamW(self._moving, None)
 
     def keep(self) -> None:
         """Keep the present values."""
@@ -149,6 +150,33 @@ class _Trained:
                 parameter.copy_(self._kept[name])
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _without_inference_tensors(block: nn.Module) -> Iterator[None]:
+    """A context in which copies stand for the tensors of a block that were made in inference mode.
+
+    Torch computes no gradients with such tensors. At the end they are back, with the values of their copies.
+    """
+    copies: dict[torch.Tensor, torch.Tensor] = {}
+    places: list[tuple[nn.Module, str, torch.Tensor]] = []
+    for module in block.modules():
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        own = [*parameters, *module.named_buffers(recurse=False, remove_duplicate=False)]
+        places += [(module, name, tensor) for name, tensor in own if tensor.is_inference()]
+    for module, name, tensor in places:
+        if tensor not in copies:
+            copy = tensor.detach().clone()
+            copies[tensor] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+        setattr(module, name, copies[tensor])
+    try:
+        yield
+    finally:
+        for module, name, tensor in places:
+            setattr(module, name, tensor)
+        with torch.inference_mode():
+            for tensor, copy in copies.items():
+                tensor.copy_(copy)
 
 
 class _Errors:

@@ -101,6 +101,13 @@ class Recipe:
                 "block_epochs trains each block on the outputs of the pruned blocks before it, which "
                 'sequential="none" never computes: leave one of them out'
             )
+        if self.update is not None and self.update.block_epochs and self.quantize is not None:
+            bits = self.quantize.bits
+            raise RecipeError(
+                f"block_epochs trains the weights after their layers are quantized, so they do not stay at {bits} "
+                f"bits: leave quantize (--bits) out and pack the result with ace-triton pack --bits {bits} or "
+                f"pack_model(model, bits={bits}), or leave block_epochs out"
+            )
         if self.permute and self.sparsity.n is None:
             raise RecipeError(
                 f"permute orders channels into the groups of n:m; a sparsity of {self.sparsity} has none: leave "

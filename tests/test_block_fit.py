@@ -60,6 +60,40 @@ def test_a_fit_that_makes_it_worse_is_dropped(make_decoder, many):
         assert torch.equal(got, want)
 
 
+def made_inside(make_decoder):
+    with torch.inference_mode():
+        return make_decoder("gpt2")
+
+
+def in_float64(make_decoder):
+    return make_decoder("gpt2").double()
+
+
+@pytest.mark.parametrize("make", [made_inside, in_float64])
+def test_any_model_is_trained_as_one_in_float32(make_decoder, many, make):
+    model, expected = make(make_decoder), make_decoder("gpt2")
+    own = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    fits = prune_model(model, many, FITTED).fits
+    wanted = prune_model(expected, many, FITTED).fits
+    assert [fit.after for fit in fits] == pytest.approx([fit.after for fit in wanted], rel=1e-3)
+    for parameter, (before, flag), want in zip(model.parameters(), own, expected.parameters(), strict=True):
+        assert parameter is before
+        assert parameter.requires_grad == flag
+        torch.testing.assert_close(parameter.detach().float(), want.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_each_parameter_keeps_its_dtype(make_decoder, many):
+    model = make_decoder("gpt2").bfloat16()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
+    dtypes = [parameter.dtype for parameter in model.parameters()]
+    assert set(dtypes) == {torch.bfloat16, torch.float32}
+    fits = prune_model(model, many, FITTED).fits
+    assert all(fit.steps == 6 and fit.after < fit.before for fit in fits)
+    assert [parameter.dtype for parameter in model.parameters()] == dtypes
+
+
 def test_shared_parameters_stay(make_decoder):
     block = make_decoder("llama").model.layers[0]
     with torch.no_grad():
@@ -77,6 +111,8 @@ def test_where_there_is_no_block_to_train(make_decoder, many, monkeypatch):
         prune_linear(torch.nn.Linear(8, 8), torch.randn(4, 8), FITTED)
     with pytest.raises(RecipeError, match='sequential="none" never computes'):
         Recipe("wanda", update=FITTED.update, sequential="none")
+    with pytest.raises(RecipeError, match=r"do not stay at 4 bits: leave quantize \(--bits\) out and pack .* --bits 4"):
+        Recipe("wanda", update=FITTED.update, quantize=4)
     monkeypatch.setattr(Processes, "now", classmethod(lambda cls: Processes(0, 2)))
     with pytest.raises(ArgumentError, match="block_epochs trains in one process"):
         prune_model(make_decoder("llama"), many, FITTED)

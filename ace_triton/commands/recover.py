@@ -37,6 +37,7 @@ from .options import (
     number,
     parse_device,
 )
+from .pack import quantization_of
 from .sources import check_length, check_source
 
 
@@ -154,7 +155,7 @@ def recover(
         if processes.is_first:
             with stage(progress, "save the model"):
                 pruning.pop("source_path", None)  # A teacher from the hub has no path.
-                facts = {**pruning, **source_facts(source, out), "recovery": recovery}
+                facts = {**_without_quantization(pruning), **source_facts(source, out), "recovery": recovery}
                 save_model(model, tokenizer, out, report=facts, overwrite=overwrite)
                 remove_state(folder / "state.pt")
         processes.wait()
@@ -169,7 +170,21 @@ def recover(
             "The text was read more than once. A second epoch overfits: give more text (--calibration, --samples), or "
             "fewer minutes."
         )
+    if (few := quantization_of(pruning)) is not None:
+        bits, group = few
+        print_line(
+            f"The weights are no longer rounded to {bits} bits; ace-triton pack --bits {bits} --group {group} rounds "
+            "them again."
+        )
     print_line(f"written to {out}")
+
+
+def _without_quantization(pruning: dict[str, Any]) -> dict[str, Any]:
+    """A pruning report whose recipe does not say that the weights are quantized: training changes their values."""
+    recipe = pruning.get("recipe")
+    if not isinstance(recipe, dict):
+        return pruning
+    return {**pruning, "recipe": {name: part for name, part in recipe.items() if name != "quantize"}}
 
 
 def _teacher(model_dir: Path, named: str | None, pruning: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ torch's FSDP2 (``torch.distributed.fsdp.fully_shard``) gathers the weights of a 
 after it. The gradients are added up in fp32, and each process gets those of its share. A share is a range of rows of
 each weight. Embeddings and heads are whole in every process, because they are not trained.
 
-The learning rates, the clipping and the update are those of :class:`~ace_triton.recovery.optimizer.KeptAdamW`, so the
+The learning rates, the clipping and the update are those of :class:`~ace_triton.solvers.kept_adamw.KeptAdamW`, so the
 weights agree with those of whole models to rounding. The saved state has the same form too.
 """
 
@@ -55,14 +55,13 @@ class ShardedAdamW(KeptAdamW):
     ) -> None:
         self._parameters, self._processes = parameters, processes
         self._scales, self.values = dict(scales), dict(values)
-        self._rounds = any(parameter.dtype != torch.float32 for parameter in parameters.values())
         self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
         self._steps = dict.fromkeys(parameters, 0)
         self._saved: dict[str, Any] = {}
 
     @torch.no_grad()
     def collect(self) -> None:
-        """As in :class:`~ace_triton.recovery.optimizer.KeptAdamW`. The first process gets 12 bytes for each weight."""
+        """As in :class:`~ace_triton.solvers.kept_adamw.KeptAdamW`. The first process gets 12 bytes for each weight."""
         self._saved = {part: {} for part in _PARTS} | {"taken": self._steps}
         for name in self.values:
             for part in _PARTS:
@@ -71,18 +70,18 @@ class ShardedAdamW(KeptAdamW):
                     self._saved[part][name] = whole.cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in :class:`~ace_triton.recovery.optimizer.KeptAdamW`; what :meth:`collect` has gathered, once."""
+        """As in :class:`~ace_triton.solvers.kept_adamw.KeptAdamW`; what :meth:`collect` has gathered, once."""
         saved, self._saved = self._saved, {}
         return saved
 
     def load_state_dict(self, state: Any) -> None:
-        """As in :class:`~ace_triton.recovery.optimizer.KeptAdamW`, until :meth:`take_from_first` spreads the state."""
+        """As in :class:`~ace_triton.solvers.kept_adamw.KeptAdamW`, until :meth:`take_from_first` spreads the state."""
         check_state(state, {name: parameter.shape for name, parameter in self._sharded()})
         self._saved = state
 
     @torch.no_grad()
     def take_from_first(self) -> None:
-        """As in :class:`~ace_triton.recovery.optimizer.KeptAdamW`; each process takes its share."""
+        """As in :class:`~ace_triton.solvers.kept_adamw.KeptAdamW`; each process takes its share."""
         wrong = None
         for name, parameter in self._sharded():
             own = self._tensors(name)

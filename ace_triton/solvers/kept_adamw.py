@@ -18,6 +18,9 @@ BETAS = (0.9, 0.95)
 LEAST_ZEROS = 0.05
 """A weight with a smaller share of zeros counts as not pruned, and is not trained."""
 
+_ROUNDED = (torch.float16, torch.bfloat16)
+"""Dtypes of forwards in which the optimizer step itself writes the parameter."""
+
 LEAST_SCALE = 1e-3
 """Lower bound of a parameter's scale, so that biases of 0 move too; the value is Adafactor's."""
 
@@ -30,7 +33,8 @@ class KeptAdamW:
 
     Args:
         parameters: parameters to train, by name. They become contiguous and are converted to ``dtype``.
-        dtype: dtype of forwards. With fp32 the parameters and their copies are the same tensors.
+        dtype: dtype of forwards; None if each parameter keeps its own. Parameters in fp32 and their copies are the same
+            tensors.
         processes: processes that train the same parameters; None for this one alone. They must make the same calls.
 
     Attributes:
@@ -38,15 +42,14 @@ class KeptAdamW:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, processes: Processes | None = None
+        self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None, processes: Processes | None = None
     ) -> None:
         self._parameters, self._processes = parameters, processes or Processes()
         self.values = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()}
         self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
         self._scales = self._processes.broadcast({name: scale_of(value) for name, value in self.values.items()})
         self._steps = dict.fromkeys(parameters, 0)
-        self._rounds = dtype != torch.float32
-        held = {name: value.to(dtype) for name, value in self.values.items()}
+        held = {name: value.to(dtype or parameters[name].dtype) for name, value in self.values.items()}
         for name, parameter in parameters.items():  # After all copies are made, since memory may run out.
             parameter.data = held[name]
 
@@ -65,16 +68,18 @@ class KeptAdamW:
         self._processes.broadcast_into(factor, 0)  # Another kind of processor may round the norm in another way.
         for name, gradient in gradients.items():
             self._steps[name] += 1
-            values, parameter = self.values[name], self._parameters[name]
+            values, parameter, held = self.values[name], self._parameters[name], self._held(name)
             adamw(
                 values,
                 self._moments[name],
                 gradient,
                 Step(rate * self._scales[name], self._steps[name], BETAS),
                 factor=factor.to(values.device),
-                rounded=self._held(name) if self._rounds else None,
+                rounded=held if held.dtype in _ROUNDED else None,
                 zeros_stay=values.dim() > 1,
             )
+            if held.dtype == torch.float64:
+                held.copy_(values)
             parameter.grad = None
 
     def _held(self, name: str) -> torch.Tensor:
@@ -85,7 +90,8 @@ class KeptAdamW:
         """The gradients, by name, added up over all processes."""
         if self._processes.size > 1:
             self._add_up_gradients()
-        return {name: p.grad.contiguous() for name, p in self._parameters.items() if p.grad is not None}
+        given = {name: p.grad.contiguous() for name, p in self._parameters.items() if p.grad is not None}
+        return {name: grad.float() if grad.dtype == torch.float64 else grad for name, grad in given.items()}
 
     def _norm(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
         """The norm of all gradients together."""

@@ -49,6 +49,23 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     assert "then pack" in errors
 
 
+def test_recovered_weights_do_not_count_as_quantized(command, tiny_checkpoint, some_text, tmp_path):
+    small = ("--calibration", some_text, "--samples", 4, "--length", 16)
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    few = ("--bits", 4, "--group", 32)
+    assert command("prune", tiny_checkpoint, pruned, "--method", "magnitude", *few, "--quantize", "absmax")[0] == 0
+    code, shown, errors = command("recover", pruned, out, *small, "--steps", 1, "--tokens-per-step", 32)
+    assert code == 0, errors
+    assert "no longer rounded to 4 bits; ace-triton pack --bits 4 --group 32 rounds" in " ".join(shown.split())
+    before, after = (json.loads((folder / checkpoint.REPORT_FILE).read_text()) for folder in (pruned, out))
+    assert before["recipe"].pop("quantize")["bits"] == 4
+    assert after["recipe"] == before["recipe"]
+    assert "Quantization" not in (out / "README.md").read_text()
+    code, _, errors = command("pack", out, tmp_path / "packed", *few)
+    assert code == 0, errors
+    assert "rounded to the nearest value of 4 bits" in " ".join(errors.split())
+
+
 def test_the_command_refuses_what_is_no_dense_teacher(command, tiny_checkpoint, some_text, tokenizer, tmp_path):
     small = ("--calibration", some_text, "--samples", 4, "--length", 16)
     pruned, packed, renamed = tmp_path / "pruned", tmp_path / "packed", tmp_path / "renamed"
