@@ -6,7 +6,8 @@ every m, and about as many weights move between blocks as with OWL's shares.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -37,6 +38,7 @@ def find_budgets(
     pattern: Sparsity,
     batches: Sequence[Batch],
     clock: Stopwatch,
+    in_use: Callable[[Unit], AbstractContextManager[object]],
 ) -> dict[str, Sparsity]:
     """The pattern of each block, from one forward of the dense model for each tower.
 
@@ -46,6 +48,7 @@ def find_budgets(
         pattern: the pattern of the whole model.
         batches: run through the model once; the choice of text hardly changes the number of outliers.
         clock: measures the time.
+        in_use: gives a context in which the weights of a unit are in memory.
     """
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
@@ -57,9 +60,10 @@ def find_budgets(
             for unit in units:
                 stats = {name: collector.statistics(name) for name in unit.layers}
                 reached = {name: seen.norm for name, seen in stats.items() if seen is not None}
-                weights = {n: as_kernel_dtype(check_weight(unit.layers[n], n)) for n in reached}
-                counts[unit.name] = sum(outliers(weights[name], norm) for name, norm in reached.items())
-                sizes[unit.name] = sum(weight.numel() for weight in weights.values())
+                with in_use(unit):
+                    weights = {n: as_kernel_dtype(check_weight(unit.layers[n], n)) for n in reached}
+                    counts[unit.name] = sum(outliers(weights[name], norm) for name, norm in reached.items())
+                    sizes[unit.name] = sum(weight.numel() for weight in weights.values())
     return block_patterns(counts, sizes, pattern)
 
 

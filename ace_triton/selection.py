@@ -70,7 +70,7 @@ class Selection:
 
     def _budgets(self, model: nn.Module, batches: Sequence[Batch]) -> dict[str, str | float]:
         """By block, its pattern, or the fraction that is pruned."""
-        found = find_budgets(model, self.plan.towers, self.recipe.sparsity, batches[:1], self.clock)
+        found = find_budgets(model, self.plan.towers, self.recipe.sparsity, batches[:1], self.clock, self.in_use)
         return {unit: pattern.pattern for unit, pattern in found.items()}
 
     def _folds(self, model: nn.Module, batches: Sequence[Batch]) -> Folds:

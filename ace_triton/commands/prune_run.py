@@ -25,7 +25,8 @@ from ..inputs.model_source import ModelSource, weight_file_bytes
 from ..inputs.model_task import TEXT_GENERATION, ModelTask, task_of
 from ..inputs.output_folder import Reservation
 from ..model_report import ModelReport, linears_outside
-from ..packed.pack_model import SparsifyReport, check_packed, sparsify
+from ..packed.pack_model import SparsifyReport, sparsify
+from ..packed.packable import check_packed
 from ..planning.pruning_plan import PruningPlan, plan_pruning, weights_stay_in_files
 from ..processes import Processes
 from ..progress import progress_bar, stage

@@ -26,13 +26,15 @@ class ExpertLinear(nn.Linear):
     The layer has no bias. If a mixture has biases, it adds them after the product, so collected outputs exclude them.
 
     Args:
+        stack: the stack.
         matrix: gives a view of the stack, [out_features, in_features], or [in_features, out_features] if
             ``transposed``.
         transposed: True if the view is [in_features, out_features].
     """
 
-    def __init__(self, matrix: Callable[[], torch.Tensor], *, transposed: bool) -> None:
+    def __init__(self, stack: Stack, matrix: Callable[[], torch.Tensor], *, transposed: bool) -> None:
         nn.Module.__init__(self)
+        self.stack = stack
         self._matrix = (lambda: matrix().t()) if transposed else matrix
         self.weight = nn.Parameter(self._matrix(), requires_grad=False)
         self.out_features, self.in_features = self.weight.shape
@@ -41,6 +43,12 @@ class ExpertLinear(nn.Linear):
     def view_stack(self) -> None:
         """View the stack's present memory, after the stack was moved."""
         self.weight.data = self._matrix()
+
+    @property
+    def offset(self) -> int:
+        """Where the expert begins in its stack, in bytes. It stays the same if the stack is moved."""
+        matrix, stack = self._matrix(), self.stack.weight
+        return int(matrix.storage_offset() - stack.storage_offset()) * stack.element_size()
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Stack:
             return weight if rows is None or weight.dim() == 3 else weight.unflatten(0, (-1, rows))
 
         return {
-            self.expert_name(index): ExpertLinear(partial(lambda i: matrices()[i], index), transposed=transposed)
+            self.expert_name(index): ExpertLinear(self, partial(lambda i: matrices()[i], index), transposed=transposed)
             for index in range(len(matrices()))
         }
 
@@ -172,16 +180,24 @@ def observe_experts(
 
     Without experts in ``layers`` the context does nothing, because observing adds a call to every torch function.
     """
-    experts = {layer.weight.data_ptr(): layer for layer in layers.values() if isinstance(layer, ExpertLinear)}
+    stacks: dict[nn.Parameter, dict[int, ExpertLinear]] = {}
+    for layer in layers.values():
+        if isinstance(layer, ExpertLinear):
+            stacks.setdefault(layer.stack.weight, {})[layer.offset] = layer
+
+    def expert_at(address: int) -> ExpertLinear | None:
+        # Read each time: a store of weights may move a stack while its block runs.
+        offsets = ((address - stack.data_ptr(), experts) for stack, experts in stacks.items())
+        return next((experts[offset] for offset, experts in offsets if offset in experts), None)
 
     def find(tokens: torch.Tensor, weight: torch.Tensor, transposed: bool, output: torch.Tensor) -> None:
         if weight.dim() not in (2, 3):
             return
         stacked = weight.dim() == 3
         for index, matrix in enumerate(weight.unbind(0) if stacked else (weight,)):
-            layer = experts.get(matrix.data_ptr())
+            layer = expert_at(matrix.data_ptr())
             if layer is None or matrix.shape != (layer.weight.t() if transposed else layer.weight).shape:
                 return
             report(layer, tokens[index] if stacked else tokens, output[index] if stacked else output)
 
-    return _Products(find) if experts else nullcontext()
+    return _Products(find) if stacks else nullcontext()

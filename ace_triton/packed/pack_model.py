@@ -17,11 +17,9 @@ from ..errors import ArgumentError
 from ..kernels.few_bits import check_bits
 from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
-from ..recipe import Recipe
 from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
 from .expert_stack import ExpertStack, stores_transposed
-from .manifest import DTYPES
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
 from .pattern import find_pattern
@@ -35,6 +33,12 @@ PROBE_TOKENS = 3
 LEAST_ZEROS = 0.44
 """A weight whose zeros follow no pattern is packed from this share of zeros on. With fewer zeros it would be little
 smaller, and slower than the dense one. A little below 45 %, because a share of a row is rounded down."""
+
+OFFLOADED = (
+    "its weight is on the meta device (accelerate offloads it, or it was never loaded): load the model whole, without "
+    "device_map, or pack the saved checkpoint (ace-triton pack)"
+)
+"""Why a layer without values is not packed."""
 
 FREED_BYTES = 64 * 2**20
 """The allocator is asked to return free memory each time this many bytes of dense weights were freed."""
@@ -220,38 +224,19 @@ def pack_layers(
             continue
         path, _, leaf = stack.name.rpartition(".")
         with weights.loaded(model.get_submodule(path), leaf):
-            dense = find_pattern(model.get_parameter(stack.name).detach()).dense
-        if not dense:
-            reason = "it is neither a linear layer nor a three-dimensional stack of two or more experts"
-            skip(stack.name, stack.weight, reason)
+            weight = model.get_parameter(stack.name).detach()
+            if weight.is_meta:
+                skip(stack.name, weight, OFFLOADED)
+            elif not find_pattern(weight).dense:
+                reason = "it is neither a linear layer nor a three-dimensional stack of two or more experts"
+                skip(stack.name, weight, reason)
     if not packed:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it has no linear layer"
-        raise ArgumentError(
-            f"no layer of {type(model).__name__} can be packed: {reasons}; prune it first "
-            "(ace-triton prune --sparsity 2:4)"
-        )
+        advice = "" if OFFLOADED in reasons else "; prune it first (ace-triton prune --sparsity 2:4)"
+        raise ArgumentError(f"no layer of {type(model).__name__} can be packed: {reasons}{advice}")
     give_back_free_memory()
     SavePretrained.attach(model)
     return SparsifyReport(tuple(packed), tuple(skipped))
-
-
-def check_packed(recipe: Recipe, dtype: torch.dtype) -> None:
-    """ArgumentError if a model of this dtype that is pruned by this recipe cannot be packed."""
-    pattern, few = recipe.sparsity, recipe.quantize
-    if dtype not in DTYPES.values():
-        raise ArgumentError(f"packed checkpoints hold {', '.join(DTYPES)}, the model is {dtype}: convert it")
-    if pattern.n is None or pattern.m is None:
-        if few is not None:
-            raise ArgumentError(f"a packed checkpoint with few bits needs a pattern n:m, as 8:16; {pattern} is none")
-        if pattern.fraction < LEAST_ZEROS:
-            raise ArgumentError(
-                f"a packed checkpoint needs n:m, as 2:4, or a fraction of {LEAST_ZEROS} or more; got {pattern}"
-            )
-        return
-    # A packed group holds n values and a bit for each of the m weights.
-    value_bytes = dtype.itemsize if few is None else few.bits / 8
-    if pattern.n * value_bytes + pattern.m / 8 >= pattern.m * dtype.itemsize:
-        raise ArgumentError(f"{pattern} packed is no smaller than dense: keep fewer of every {pattern.m}")
 
 
 def set_row_limits(model: nn.Module, limits: RowLimits | None) -> None:
@@ -300,6 +285,8 @@ class _Wanted:
 def _pack(layer: nn.Module, wanted: _Wanted) -> PackedLinear:
     weight = linear_weight(layer)
     assert weight is not None
+    if weight.is_meta:
+        raise _NotEligible(OFFLOADED)
     if any(getattr(layer, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")) or "forward" in vars(layer):
         raise _NotEligible("it has hooks or its own forward, which packing would remove")
     nm = wanted.pattern or _detect(weight)

@@ -8,9 +8,7 @@ from typing import Literal
 import torch
 
 from ..kernels.select_nm import GROUP_SIZES
-
-DENSE = 0.99
-"""A weight is dense if more than this share of it is not zero."""
+from ..solvers.kept_adamw import LEAST_ZEROS
 
 FULL_GROUPS = 1.1
 """A pattern n:m is accepted if n / m is at most this many times the share of non-zero weights.
@@ -24,7 +22,7 @@ class FoundPattern:
     """The pattern of a weight's zeros. ``str`` gives "dense", "unstructured", "2:4" or "2:4 along outputs".
 
     Attributes:
-        dense: True if less than 1 % of the weight is zero, or if it has no elements.
+        dense: True if the zeros follow no pattern and are less than 5 % of the weight, or if it has no elements.
         nm: (n, m) of the pattern with the smallest n / m, and of those the smallest m; None if the weight is dense or
             its zeros follow no pattern.
         across: None if the groups lie along the last axis. "outputs" if only groups along the first axis of a matrix
@@ -49,7 +47,8 @@ def find_pattern(weight: torch.Tensor) -> FoundPattern:
         weight: a matrix [rows, cols], or a stack of matrices [n_experts, rows, cols].
     """
     kept = weight != 0
-    if kept.numel() == 0 or float(kept.sum()) > DENSE * kept.numel():
+    share = float(kept.sum()) / max(kept.numel(), 1)
+    if kept.numel() == 0 or share > 1 - 1 / max(GROUP_SIZES):
         return FoundPattern(dense=True)
     along_last = _narrowest(kept.flatten(0, -2))
     if along_last is not None:
@@ -57,7 +56,7 @@ def find_pattern(weight: torch.Tensor) -> FoundPattern:
     along_other = _narrowest(kept.mT.flatten(0, -2))
     if along_other is not None:
         return FoundPattern(dense=False, nm=along_other, across="outputs" if weight.dim() == 2 else "the middle axis")
-    return FoundPattern(dense=False)
+    return FoundPattern(dense=share > 1 - LEAST_ZEROS)
 
 
 def _narrowest(kept: torch.Tensor) -> tuple[int, int] | None:

@@ -22,7 +22,8 @@ from ..inputs import checkpoint
 from ..inputs.model_source import ModelSource, check_device
 from ..inputs.output_folder import Reservation, publish, reserved, write_report, writing
 from ..model_report import ModelReport
-from ..packed.pack_model import SparsifyReport, check_packed, pack_layers
+from ..packed.pack_model import SparsifyReport, pack_layers
+from ..packed.packable import check_packed
 from ..presets import DEFAULT_PRESET, recipe_of
 from ..processes import Processes, are_on_one_machine
 from ..provenance import source_facts, versions, with_provenance

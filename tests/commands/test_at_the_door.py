@@ -106,6 +106,8 @@ def test_a_number_out_of_range_is_a_wrong_call(at_the_door, words, message):
         ((*PRUNE, "--packed", "--sparsity", "0.3"), "a packed checkpoint needs n:m"),
         ((*PRUNE, "--packed", "--sparsity", "31:32"), "31:32 packed is no smaller than dense"),
         ((*PRUNE, "--packed", "--sparsity", "30:32", "--dtype", "bfloat16"), "30:32 packed is no smaller than dense"),
+        ((*PRUNE, "--packed", "--method", "dass", "--bits", "4"), "method 'dass' groups weights along the outputs"),
+        ((*PRUNE, "--packed", "--method", "dass", "--sparsity", "3:4"), "3:4 prunes 0.25: use another method"),
         ((*PRUNE, "--plugin", "none.py"), "--plugin none.py: cannot be imported"),
         (("prune", "PACKED", "OUT"), "changed: name the dense checkpoint that it was made from"),
         (("prune", "TEXT", "OUT"), "is a file; name a folder or a .gguf file"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from ace_triton import RecipeError, prune_model
+from ace_triton import ArgumentError, Recipe, RecipeError, pack_model, prune_model
 from ace_triton.dispatched.hooks import input_device
 from ace_triton.evaluate import perplexity_of
 
@@ -75,6 +75,23 @@ def test_a_spread_model_gets_the_weights_of_one_in_memory(tiny_model, pruned, tm
         saved = load_file(tmp_path / "pruned" / "model.safetensors")
         assert all(torch.equal(saved[name], weight) for name, weight in plain.state_dict().items())
     assert all(path.read_bytes() == before for path, before in source.items())
+
+
+def test_budgets_count_the_outliers_of_offloaded_experts(make_decoder, ids, tmp_path):
+    plain, recipe = make_decoder("qwen3_moe"), Recipe("wanda", sparsity=0.6, budgets="outliers")
+    offloaded = by_memory(copy.deepcopy(plain), tmp_path)
+    in_memory, report = prune_model(plain, ids, recipe), prune_model(offloaded, ids, recipe)
+    assert [layer.pattern for layer in report.layers] == [layer.pattern for layer in in_memory.layers]
+    assert all(torch.equal(load_offloaded_parameter(offloaded, n), p) for n, p in plain.named_parameters())
+
+
+def test_an_offloaded_model_is_not_packed(make_decoder, ids, tmp_path):
+    model = make_decoder("qwen3_moe")
+    prune_model(model, ids, "magnitude", "2:4")
+    by_memory(model, tmp_path)
+    with pytest.raises(ArgumentError, match=r"can be packed: its weight is on the meta device .* \(ace-triton pack\)$"):
+        pack_model(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_weight_that_is_loaded_in_another_dtype_is_pruned_in_that_dtype(tiny_model, tmp_path):

@@ -38,3 +38,10 @@ def test_dense_and_unstructured_weights_have_no_pattern():
 )
 def test_its_text(found, words):
     assert str(found) == words
+
+
+@pytest.mark.parametrize(("zeros", "dense"), [(0.04, True), (0.06, False)])
+def test_few_zeros_without_a_pattern_are_no_pruning(zeros, dense):
+    weight = torch.ones(50, 64)
+    weight[: int(50 * zeros)] = 0
+    assert find_pattern(weight) == FoundPattern(dense=dense)

@@ -5,19 +5,22 @@ import os
 import shutil
 import signal
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ace_triton import Recipe, pack_model, prune_checkpoint, prune_model, save_packed
+from ace_triton import Recipe, Sparsity, pack_model, prune_checkpoint, prune_model, save_packed
 from ace_triton.decoders.replay import Replay
 from ace_triton.errors import ArgumentError, CheckpointError
 from ace_triton.inputs import checkpoint, output_folder
 from ace_triton.inputs.output_folder import reserved
+from ace_triton.packed.inspect import inspect_packed
 from ace_triton.streaming import streamed_prune
 from ace_triton.streaming.file_store import FileStore
 
 BALANCED = Recipe("wanda", permute=True, update="lstsq")
+ALONG_OUTPUTS = Sparsity("2:4", axis="out")
 VARYING = ("ace_triton.json", "ace_triton_packed.json", "README.md")
 """Files with times, dates or checksums of such files."""
 
@@ -146,13 +149,30 @@ def test_progress_starts_with_the_blocks_that_are_done(tiny_checkpoint, tmp_path
     assert steps == [(1, 2), (2, 2), (2, 2)]
 
 
-def test_a_pattern_that_cannot_be_packed_is_refused_before_anything_is_pruned(tiny_checkpoint, tmp_path):
-    for sparsity, message in ((0.3, "needs n:m"), ("31:32", "no smaller than dense")):
-        with pytest.raises(ArgumentError, match=message):
-            prune_checkpoint(
-                tiny_checkpoint, tmp_path / "out", None, Recipe("magnitude", sparsity=sparsity), packed=True
-            )
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe("magnitude", sparsity=0.3), "needs n:m, as 2:4, or a fraction of 0.44 or more; got 0.3"),
+        (Recipe("magnitude", sparsity="31:32"), "no smaller than dense"),
+        (Recipe("magnitude", sparsity=ALONG_OUTPUTS, quantize=4), "can be packed in 4 bits: leave the axis out, or do"),
+        (Recipe("magnitude", sparsity=replace(ALONG_OUTPUTS, pattern="3:4")), "prunes 0.25: leave the axis out"),
+        (Recipe("dass", quantize=4), "can be packed in 4 bits: use another method, or do not quantize"),
+    ],
+)
+def test_a_recipe_that_cannot_be_packed_is_refused_before_anything_is_pruned(
+    tiny_checkpoint, tmp_path, recipe, message
+):
+    with pytest.raises(ArgumentError, match=message):
+        prune_checkpoint(tiny_checkpoint, tmp_path / "out", None, recipe, packed=True)
     assert [path.name for path in tmp_path.iterdir()] == [tiny_checkpoint.name]
+
+
+def test_groups_along_the_outputs_are_packed_by_row(tiny_checkpoint, tmp_path):
+    recipe = Recipe("magnitude", sparsity=ALONG_OUTPUTS)
+    report = prune_checkpoint(tiny_checkpoint, tmp_path / "out", None, recipe, packed=True)
+    packed = [tensor for tensor in inspect_packed(tmp_path / "out") if tensor.packed]
+    assert len(packed) == len(report.layers)
+    assert {(tensor.pattern, tensor.zeros) for tensor in packed} == {("unstructured", 0.5)}
 
 
 def test_a_copied_work_folder_keeps_its_state(tiny_checkpoint, tmp_path, monkeypatch):

@@ -146,6 +146,28 @@ def test_experts_that_the_checkpoint_stores_one_by_one(save, tmp_path, ids, monk
     assert (expert == 0).float().mean() == 0.5
 
 
+def test_budgets_count_the_outliers_of_stacked_experts(make_decoder, save, tmp_path, ids):
+    recipe = Recipe("wanda", sparsity=0.6, budgets="outliers")
+    source = save(make_decoder("qwen3_moe"))
+    in_memory = pruned_in_memory(source, tmp_path / "memory", ids, recipe)
+    streamed = prune_checkpoint(source, tmp_path / "streamed", ids, recipe)
+    assert [layer.pattern for layer in streamed.layers] == [layer.pattern for layer in in_memory.layers]
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+
+
+def test_stacked_experts_of_a_model_without_replay(make_decoder, save, tmp_path, ids, monkeypatch):
+    def runner(model, blocks, batches, clock, masks, _trial, *, keep):
+        return WholeForward(model, batches, clock, blocks, masks)
+
+    monkeypatch.setattr("ace_triton.tower_pass.make_runner", runner)
+    source = save(make_decoder("qwen3_moe"))
+    recipe = Recipe("wanda", sequential="none")
+    pruned_in_memory(source, tmp_path / "memory", ids, recipe)
+    report = prune_checkpoint(source, tmp_path / "streamed", ids, recipe)
+    assert any("experts" in layer.name for layer in report.layers)
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+
+
 @pytest.mark.parametrize("large", [0, 2**22])
 def test_shards_and_another_dtype(tiny_model, save, tmp_path, tiny_ids, large, monkeypatch):
     """Whether or not transformers converts a weight before it is copied."""
