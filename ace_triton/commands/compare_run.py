@@ -77,7 +77,7 @@ class Comparison:
         known = source_of(checkpoint.read_report(self.model) or {}, self.model)
         if known is None or not Path(known).exists():
             raise ArgumentError(
-                f"{self.model} has no perplexity to measure, and it does not record where its dense model is, to compare "
+                f"{self.model} has no perplexity to measure, and does not say where the dense model is to compare it "
                 "with: give --dense SRC"
             )
         return known
