@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from ..errors import CheckpointError
+from .quantization_fields import SIZES, Fields
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AWQ puts output i of each eight outputs into the 4 bits at the place of i in this order."""
@@ -75,10 +76,10 @@ class Gptq:
 
     def weight(self, parts: Parts) -> torch.Tensor:
         """As in :class:`Format`."""
-        packed, scales, zeros = (_needed(parts, name) for name in ("qweight", "scales", "qzeros"))
-        group_of = parts.get("g_idx")
+        packed, zeros, scales = _packed(parts, "qweight"), _packed(parts, "qzeros"), _finite_matrix(parts, "scales")
+        group_of = _group_index(parts, "g_idx")
         bits, count = self.bits, packed.shape[0] * WORD // self.bits
-        if group_of is None or not group_of.numel():
+        if group_of is None:
             group_of = _groups(count, self.group_size)
         elif -(-group_of.numel() * bits // WORD) != packed.shape[0]:
             bits = packed.shape[0] * WORD // group_of.numel()  # A layer may differ from the configuration.
@@ -90,8 +91,7 @@ class Gptq:
         _check(integers.shape[0] == scales.shape[1], "qweight and scales", packed, scales)
         _check(group_of.numel() == integers.shape[1], "qweight and g_idx", packed, group_of)
         _check(int(group_of.min()) >= 0 and int(group_of.max()) < len(scales), "g_idx and scales", group_of, scales)
-        index = group_of.long()
-        return (integers - points.t()[:, index]).float() * scales.float().t()[:, index]
+        return (integers - points.t()[:, group_of]).float() * scales.t()[:, group_of]
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,13 @@ class Awq:
 
     def weight(self, parts: Parts) -> torch.Tensor:
         """As in :class:`Format`."""
-        packed, scales, zeros = (_needed(parts, name) for name in ("qweight", "scales", "qzeros"))
+        packed, zeros, scales = _packed(parts, "qweight"), _packed(parts, "qzeros"), _finite_matrix(parts, "scales")
         integers, points = (self._in_order(unpacked(tensor, 4)) for tensor in (packed, zeros))
         _check(points.shape == scales.shape, "qzeros and scales", zeros, scales)
         _check(integers.shape[1] == scales.shape[1], "qweight and scales", packed, scales)
         index = _groups(integers.shape[0], self.group_size)
         _check(int(index[-1]) == len(scales) - 1, "qweight and scales", packed, scales)
-        return ((integers - points[index]).float() * scales.float()[index]).t().contiguous()
+        return ((integers - points[index]).float() * scales[index]).t().contiguous()
 
     @staticmethod
     def _in_order(integers: torch.Tensor) -> torch.Tensor:
@@ -148,19 +148,27 @@ class CompressedTensors:
 
     def weight(self, parts: Parts) -> torch.Tensor:
         """As in :class:`Format`."""
-        scale, points = _needed(parts, "weight_scale").float(), parts.get("weight_zero_point")
-        packed = parts.get("weight_packed")
-        if packed is None:
-            integers = _needed(parts, "weight").float()
+        scale, points = _finite(parts, "weight_scale"), parts.get("weight_zero_point")
+        scale = scale if scale.dim() == 2 else scale.reshape(-1, 1)
+        if "weight_packed" not in parts:
+            integers = _finite_matrix(parts, "weight")
         else:
-            rows, columns = (int(size) for size in _needed(parts, "weight_shape"))
+            packed, shape = _packed(parts, "weight_packed"), _needed(parts, "weight_shape")
+            _check(
+                shape.numel() == 2 and not shape.is_floating_point(), "weight_packed and weight_shape", packed, shape
+            )
+            rows, columns = map(int, shape.flatten())
             bits = next((bits for bits in self.bits if -(-columns * bits // WORD) == packed.shape[1]), 0)
-            _check(bits > 0 and rows == len(packed), "weight_packed and weight_shape", packed, parts["weight_shape"])
+            if bits == 0 or rows != len(packed):
+                raise CheckpointError(
+                    f"weight_packed and weight_shape do not fit each other: {tuple(packed.shape)} of {WORD} bits and "
+                    f"({rows}, {columns}) of {' or '.join(map(str, self.bits)) or 'unknown'} bits"
+                )
             integers = (unpacked(packed, bits)[:, :columns] - 2 ** (bits - 1)).float()
             if points is not None:
-                points = unpacked(points.t(), bits).t()[: len(scale)] - 2 ** (bits - 1)
-        scale = scale if scale.dim() == 2 else scale.reshape(-1, 1)
-        group_of = parts.get("weight_g_idx")
+                points = _packed(parts, "weight_zero_point").t()
+                points = unpacked(points, bits).t()[: len(scale)] - 2 ** (bits - 1)
+        group_of = _group_index(parts, "weight_g_idx")
         if points is not None:
             _check(points.numel() == scale.numel(), "weight_zero_point and weight_scale", points, scale)
             integers = integers - self._spread(points.float().reshape(scale.shape), integers, group_of)
@@ -175,8 +183,11 @@ class CompressedTensors:
             values = values.repeat_interleave(size, 0)[:all_rows]
         if columns == 1:
             return values
-        if group_of is not None and group_of.numel() and int(group_of[0]) >= 0:
-            return values[:, group_of.long()]
+        if group_of is not None and int(group_of[0]) >= 0:  # -1 stands for groups in order.
+            _check(len(group_of) == all_columns, "weight and weight_g_idx", like, group_of)
+            fits = int(group_of.min()) >= 0 and int(group_of.max()) < columns
+            _check(fits, "weight_g_idx and weight_scale", group_of, values)
+            return values[:, group_of]
         size = next((size for size in self.group_sizes if -(-all_columns // size) == columns), 0)
         _check(size > 0, "weight and weight_scale", like, values)
         return values.repeat_interleave(size, 1)[:, :all_columns]
@@ -203,39 +214,61 @@ class Bitsandbytes:
 
     def weight(self, parts: Parts) -> torch.Tensor:
         """As in :class:`Format`."""
-        stored, rows = _needed(parts, "weight"), parts.get("SCB")
-        if rows is not None:
+        stored = _needed(parts, "weight")
+        if "SCB" in parts:
+            rows = _finite(parts, "SCB")
             _check(stored.dim() == 2 and rows.numel() == len(stored), "weight and SCB", stored, rows)
-            return stored.float() * rows.float().reshape(-1, 1) * (1 / 127)
-        encoded = next(parts[name] for name in self._STATES if name in parts)
-        state = json.loads(bytes(encoded.tolist()))
-        factors = _needed(parts, "weight.absmax")
-        if "nested_blocksize" in state:
-            table, outer = (_needed(parts, f"weight.nested_{name}") for name in ("quant_map", "absmax"))
-            factors = _blocks(table.float()[factors.long()], outer.float(), int(state["nested_blocksize"]))
-            factors = factors + float(state["nested_offset"])
+            return stored.float() * rows.reshape(-1, 1) * (1 / 127)
+        state = self._state(parts)
+        shape, size = torch.Size(state.sizes("shape", 2)), state.integer("blocksize", SIZES)
+        if "nested_blocksize" in state.stated:
+            codes, outer = _needed(parts, "weight.absmax"), _finite(parts, "weight.nested_absmax")
+            factors = _looked_up(parts, "weight.nested_quant_map", 256, codes)
+            factors = _blocks(factors, outer, state.integer("nested_blocksize", SIZES))
+            factors = factors + state.number("nested_offset")
+        else:
+            factors = _finite(parts, "weight.absmax")
         stored = stored.flatten().view(torch.uint8)
         codes = torch.stack([stored >> 4, stored & 15], dim=1).flatten()
-        shape = torch.Size(state["shape"])
-        _check(codes.numel() >= shape.numel(), "weight and its shape", stored, encoded)
-        values = _needed(parts, "weight.quant_map").float()[codes[: shape.numel()].long()]
-        return _blocks(values, factors.float(), int(state["blocksize"])).reshape(shape)
+        if codes.numel() < shape.numel():
+            raise CheckpointError(f"weight has {codes.numel():,} codes, and the shape {tuple(shape)} needs more")
+        values = _looked_up(parts, "weight.quant_map", 16, codes[: shape.numel()])
+        return _blocks(values, factors, size).reshape(shape)
+
+    def _state(self, parts: Parts) -> Fields:
+        name = next((name for name in self._STATES if name in parts), self._STATES[0])
+        encoded = _needed(parts, name)
+        try:
+            state = json.loads(bytes(encoded.tolist()))
+        except (ValueError, TypeError, RecursionError):
+            state = None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{name} is no JSON object")
+        return Fields(name, state)
 
 
 def unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The unsigned integers in the last dimension of a packed tensor, int32; the lowest bits of a word come first."""
+    """The unsigned integers in the rows of a packed int32 matrix, int32; the lowest bits of a word come first."""
     if bits not in PACKED_BITS:
         raise CheckpointError(f"it has {bits} bits per weight; {', '.join(map(str, PACKED_BITS))} can be read")
-    if packed.dtype != torch.int32 or packed.dim() != 2:
-        raise CheckpointError(f"packed integers are {packed.dtype} {tuple(packed.shape)} instead of an int32 matrix")
     shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)
 
 
+def _looked_up(parts: Parts, name: str, size: int, codes: torch.Tensor) -> torch.Tensor:
+    """The values of codes in a table of ``size`` values."""
+    table = _finite(parts, name)
+    if table.shape != (size,):
+        raise CheckpointError(f"{name} is {_described(table)} instead of {size} values")
+    if codes.dtype != torch.uint8:
+        raise CheckpointError(f"the codes of {name} are {_described(codes)} instead of uint8")
+    return table[codes.long()]
+
+
 def _blocks(values: torch.Tensor, factors: torch.Tensor, size: int) -> torch.Tensor:
     """Values in consecutive blocks, each times the factor of its block."""
-    _check(factors.numel() == -(-values.numel() // size), "weight and absmax", values, factors)
-    return values * factors.repeat_interleave(size)[: values.numel()]
+    _check(factors.numel() == -(-values.numel() // size), f"absmax and the blocks of {size}", factors, values)
+    return values * factors.flatten().repeat_interleave(size)[: values.numel()]
 
 
 def _groups(count: int, size: int) -> torch.Tensor:
@@ -250,71 +283,43 @@ def _needed(parts: Parts, name: str) -> torch.Tensor:
     return parts[name]
 
 
+def _finite(parts: Parts, name: str) -> torch.Tensor:
+    """A tensor in fp32 without NaN or infinite values."""
+    tensor = _needed(parts, name)
+    values = tensor.float()
+    if tensor.is_floating_point() and not values.isfinite().all():
+        raise CheckpointError(f"{name} has NaN or infinite values")
+    return values
+
+
+def _finite_matrix(parts: Parts, name: str) -> torch.Tensor:
+    tensor = _needed(parts, name)
+    if tensor.dim() != 2 or not tensor.numel():
+        raise CheckpointError(f"{name} is {_described(tensor)} instead of a matrix")
+    return _finite(parts, name)
+
+
+def _packed(parts: Parts, name: str) -> torch.Tensor:
+    tensor = _needed(parts, name)
+    if tensor.dtype != torch.int32 or tensor.dim() != 2 or not tensor.numel():
+        raise CheckpointError(f"{name} is {_described(tensor)} instead of an int32 matrix")
+    return tensor
+
+
+def _group_index(parts: Parts, name: str) -> torch.Tensor | None:
+    """The stored group of each input, int64; None if it is missing or empty."""
+    tensor = parts.get(name)
+    if tensor is None or not tensor.numel():
+        return None
+    if tensor.dim() != 1 or tensor.is_floating_point():
+        raise CheckpointError(f"{name} is {_described(tensor)} instead of a list of integers")
+    return tensor.long()
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
 def _check(fits: bool, names: str, one: torch.Tensor, other: torch.Tensor) -> None:
     if not fits:
         raise CheckpointError(f"{names} do not fit each other: {tuple(one.shape)} and {tuple(other.shape)}")
-
-
-def format_of(stated: Mapping[str, Any]) -> Format | None:
-    """The format of a configuration's ``quantization_config``; None if its method is not one of these.
-
-    Raises:
-        CheckpointError: if the method is known, but not this variant; the message is a clause.
-    """
-    method = stated.get("quant_method")
-    if method == "gptq":
-        return _gptq(stated)
-    if method == "awq":
-        return _awq(stated)
-    if method == "compressed-tensors":
-        return _compressed_tensors(stated)
-    return Bitsandbytes() if method == "bitsandbytes" else None
-
-
-def _gptq(stated: Mapping[str, Any]) -> Format:
-    layout = "marlin" if stated.get("is_marlin_format") else stated.get("checkpoint_format") or "gptq"
-    if layout not in ("gptq", "gptq_v2"):
-        raise CheckpointError(f"the layout {layout} of GPTQ is unknown here; gptq and gptq_v2 can be read")
-    return Gptq(_bits(stated), _int(stated, "group_size", -1), layout == "gptq")
-
-
-def _awq(stated: Mapping[str, Any]) -> Format:
-    version = str(stated.get("version") or stated.get("format") or "gemm").lower()
-    if version not in ("gemm", "exllama", "ipex") or stated.get("backend") == "llm-awq":
-        raise CheckpointError(f"the version {version} of AWQ is unknown here; gemm can be read")
-    if _bits(stated) != 4:
-        raise CheckpointError(f"AWQ of {_bits(stated)} bits is unknown here; 4 bits can be read")
-    return Awq(_int(stated, "group_size", _int(stated, "q_group_size", 128)))
-
-
-def _compressed_tensors(stated: Mapping[str, Any]) -> Format:
-    layouts = {str(stated.get("format") or "")}
-    groups = [group for group in (stated.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    layouts |= {str(group["format"]) for group in groups if group.get("format")}
-    strange = layouts - {"", "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"}
-    strange -= {"mixed-precision"}
-    if strange or (stated.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        what = ", ".join(sorted(strange)) or "sparse"
-        raise CheckpointError(
-            f"the format {what} of compressed-tensors is unknown here; pack-quantized, int-quantized and "
-            "float-quantized can be read"
-        )
-    weights = [group["weights"] for group in groups if isinstance(group.get("weights"), Mapping)]
-    blocks = [entry["block_structure"] for entry in weights if entry.get("block_structure")]
-    sizes = [entry["group_size"] for entry in weights if entry.get("group_size")] + [block[1] for block in blocks]
-    return CompressedTensors(
-        tuple(dict.fromkeys(int(entry.get("num_bits", 8)) for entry in weights)),
-        tuple(dict.fromkeys(int(size) for size in sizes if size > 0)),
-        tuple(dict.fromkeys(int(block[0]) for block in blocks)),
-    )
-
-
-def _bits(stated: Mapping[str, Any]) -> int:
-    return _int(stated, "bits", _int(stated, "w_bit", 4))
-
-
-def _int(stated: Mapping[str, Any], name: str, default: int) -> int:
-    value = stated.get(name, default)
-    if not isinstance(value, int):
-        raise CheckpointError(f"its quantization_config has {name} {value!r} instead of a number")
-    return value

@@ -6,16 +6,16 @@ A weight is dequantized when it is read, one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
-from .model_source import ModelSource, open_safetensors, safetensors_files
-from .quantized_formats import Format, format_of
+from .model_source import ModelSource, open_safetensors, reason, safetensors_files
+from .quantization_config import format_of
+from .quantized_formats import Format
 
 WAY_OUT = "name the floating-point model that it was made from, and quantize after pruning"
 
@@ -44,7 +44,6 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
     name: str
     folder: Path
     layout: Format
-    _files: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         paths = safetensors_files(self.folder)
@@ -54,7 +53,7 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
             )
         stored: dict[str, Any] = {}
         for path in paths:
-            file = self._files.enter_context(open_safetensors(path))
+            file = open_safetensors(path)
             stored.update(dict.fromkeys(file.keys(), file))
         self._stored = stored
         layers = {own for name in stored for mark in self.layout.marks if (own := _layer(name, mark)) is not None}
@@ -74,8 +73,8 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
         return torch.float32
 
     def close(self) -> None:
-        """Close the files."""
-        self._files.close()
+        """Let the files go. Each is closed once no thread reads it."""
+        self._stored.clear()  # Not closed here: after an error, transformers' threads may still read.
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self._tensors[name]
@@ -91,11 +90,13 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
 
     def _dequantizer(self, layer: str) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
-            parts = {part: self._stored[layer + part].get_tensor(layer + part) for part in self._parts[layer]}
             try:
+                parts = {part: self._stored[layer + part].get_tensor(layer + part) for part in self._parts[layer]}
                 return self.layout.weight(parts)
-            except CheckpointError as error:
-                raise CheckpointError(f"{self.name}: {layer}weight cannot be dequantized: {error}") from error
+            except MemoryError:
+                raise
+            except Exception as error:  # Also what no check foresees: without the layer's name nobody finds the cause.
+                raise CheckpointError(f"{self.name}: {layer}weight cannot be dequantized: {reason(error)}") from error
 
         return read
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,14 @@ LONGEST_STOP = 256
 COMPLETION_TOKENS = 16
 """Default of ``max_tokens`` for /v1/completions, as in OpenAI's API."""
 
+GREEDY_BELOW = 1e-5
+"""Below this temperature the most likely token is taken: divided by it, the model's predictions could overflow."""
+
+_QUOTES = reprlib.Repr()
+_QUOTES.maxstring = 200
+_quoted = _QUOTES.repr
+"""A value of a request for a message, shortened if it is long."""
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -60,9 +68,10 @@ class RequestError(AceError, ValueError):
 
 
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's JSON of an error."""
+    """OpenAI's JSON of an error. Characters of a request that UTF-8 does not have are escaped."""
+    shown, field = (text and text.encode("utf-8", "backslashreplace").decode() for text in (message, param))
     kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": shown, "type": kind, "param": field, "code": code}}
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ def parse(body: bytes, model: str, *, chat: bool) -> Completion:
     named = fields.get("model", model)
     if named != model:
         raise RequestError(
-            f"the model {named!r} does not exist: this server has {model!r}",
+            f"the model {_quoted(named)} does not exist: this server has {model!r}",
             status=404,
             param="model",
             code="model_not_found",
@@ -123,14 +132,15 @@ def parse(body: bytes, model: str, *, chat: bool) -> Completion:
         if name in known or name in IGNORED:
             continue
         if name not in UNCHANGED:
-            raise RequestError(f"unknown field {name!r}", param=name)
+            raise RequestError(f"unknown field {_quoted(name)}", param=name)
         if value not in UNCHANGED[name]:
             raise RequestError(f"{name} is not supported by this server: leave it out", param=name)
     options = _of_type(fields, "stream_options", {}, dict)
+    temperature = _number(fields, "temperature", 1.0, 0, 2)
     return Completion(
         _messages(fields) if chat else _prompt(fields),
         _max_tokens(fields, chat),
-        _number(fields, "temperature", 1.0, 0, 2),
+        0.0 if temperature < GREEDY_BELOW else temperature,
         _number(fields, "top_p", 1.0, 0, 1),
         _integer(fields, "seed", None, -(2**63), 2**63 - 1),
         _stops(fields),
@@ -194,7 +204,7 @@ def _of_type(fields: dict[str, Any], name: str, default: Any, kind: type) -> Any
     value = fields.get(name, default)
     if not isinstance(value, kind):
         wanted = {bool: "true or false", dict: "an object"}[kind]
-        raise RequestError(f"{name} must be {wanted}, got {value!r}", param=name)
+        raise RequestError(f"{name} must be {wanted}, got {_quoted(value)}", param=name)
     return value
 
 
@@ -203,14 +213,14 @@ def _integer(fields: dict[str, Any], name: str, default: int | None, least: int,
     if value is None:
         return None
     if type(value) is not int or not least <= value <= most:
-        raise RequestError(f"{name} must be an integer from {least} to {most}, got {value!r}", param=name)
+        raise RequestError(f"{name} must be an integer from {least} to {most}, got {_quoted(value)}", param=name)
     return value
 
 
 def _number(fields: dict[str, Any], name: str, default: float, least: float, most: float) -> float:
     value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RequestError(f"{name} must be a number, got {value!r}", param=name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RequestError(f"{name} must be a number, got {_quoted(value)}", param=name)
     if not least <= value <= most:
-        raise RequestError(f"{name} must be from {least} to {most}, got {value!r}", param=name)
+        raise RequestError(f"{name} must be from {least} to {most}, got {_quoted(value)}", param=name)
     return float(value)

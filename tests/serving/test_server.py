@@ -161,6 +161,15 @@ def test_sampling_follows_the_seed_and_top_p(client):
     assert ask(seed=1, top_p=0.0001) == ask(temperature=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
+def test_a_tiny_temperature_takes_the_most_likely_token(client, temperature):
+    one, other = (
+        client.completions.create(model="tiny", prompt="x", max_tokens=8, temperature=value)
+        for value in (temperature, 0)
+    )
+    assert one.choices[0].text == other.choices[0].text
+
+
 def test_a_stop_text_ends_the_completion_before_it(client, model, chatting):
     whole = generate(model, chatting, "stop here", max_new_tokens=40).text
     middle = len(whole) // 2
@@ -198,13 +207,17 @@ BAD = [
     (COMPLETE, {"prompt": "a", "max_tokens": True}, 400, "max_tokens", "an integer from 1"),
     (COMPLETE, {"prompt": "a", "temperature": 3}, 400, "temperature", "from 0 to 2, got 3"),
     (COMPLETE, {"prompt": "a", "temperature": "hot"}, 400, "temperature", "a number, got 'hot'"),
-    (COMPLETE, b'{"prompt": "a", "top_p": NaN}', 400, "top_p", "a number, got nan"),
+    (COMPLETE, b'{"prompt": "a", "top_p": NaN}', 400, "top_p", "from 0 to 1, got nan"),
+    (COMPLETE, {"prompt": "a", "temperature": 10**400}, 400, "temperature", "from 0 to 2, got 1000000"),
+    (COMPLETE, {"prompt": "a", "top_p": 10**400}, 400, "top_p", "from 0 to 1, got 1000000"),
+    (COMPLETE, b'{"prompt": "a", "top_p": -1e999}', 400, "top_p", "from 0 to 1, got -inf"),
     (COMPLETE, {"prompt": "a", "seed": 1.5}, 400, "seed", "an integer"),
     (COMPLETE, {"prompt": "a", "stop": [""]}, 400, "stop", "a text or up to 4 texts"),
     (COMPLETE, {"prompt": "a", "stream": "yes"}, 400, "stream", "true or false"),
     (COMPLETE, {"prompt": "a", "n": 2}, 400, "n", "n is not supported"),
     (COMPLETE, {"prompt": "a", "tempreature": 1}, 400, "tempreature", "unknown field 'tempreature'"),
     (COMPLETE, b'{"prompt": "\\ud800"}', 400, "prompt", "not valid Unicode"),
+    (COMPLETE, b'{"prompt": "a", "\\ud800": 1}', 400, "\\ud800", "unknown field '\\ud800'"),
     (COMPLETE, {"prompt": "a", "model": "gpt"}, 404, "model", "this server has 'tiny'"),
     (COMPLETE, {"prompt": "a" * 5000}, 413, None, "more than 4096 bytes"),
     (CHAT, {"messages": []}, 400, "messages", "a list that is not empty"),

@@ -1,6 +1,7 @@
 """Checkpoints with quantized weights are dequantized tensor by tensor, or refused in one line."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from ace_triton import Recipe, prune_checkpoint
 from ace_triton.errors import CheckpointError
 from ace_triton.inputs import checkpoint
+from ace_triton.inputs.quantized_formats import Gptq
 from ace_triton.planning.pruning_plan import plan_pruning
 from tests.inputs.quantizing import FORMATS
 
@@ -95,14 +97,45 @@ def test_the_experts_of_a_mixture_are_dequantized_one_by_one(make_decoder, save,
     assert same_files(tmp_path / "streamed", tmp_path / "expected")
 
 
-def test_a_layer_without_its_scales_is_one_error(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        (None, "it lacks scales"),
+        (torch.ones(3), r"scales is float32 \(3,\) instead of a matrix"),
+    ],
+)
+def test_a_malformed_layer_is_one_error_every_time(tiny_checkpoint, tmp_path, scales, message):
+    """Threads of transformers still read the files when the error comes."""
     source, _ = stored_in("gptq", tiny_checkpoint, tmp_path / "quantized")
     tensors = load_file(source / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.scales"]
+    del tensors["model.layers.0.mlp.up_proj.scales"]
+    if scales is not None:
+        tensors["model.layers.0.mlp.up_proj.scales"] = scales
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight cannot be dequantized: it lacks scales"
-    ):
+    for _ in range(10):
+        with pytest.raises(CheckpointError, match=rf"layers\.0\.mlp\.up_proj\.weight cannot be dequantized: {message}"):
+            checkpoint.load(source)
+
+
+def test_an_error_that_no_check_foresees_names_the_layer(tiny_checkpoint, tmp_path, monkeypatch):
+    source, _ = stored_in("gptq", tiny_checkpoint, tmp_path / "quantized")
+    monkeypatch.setattr(Gptq, "weight", lambda self, parts: torch.ones(2) + torch.ones(3))
+    with pytest.raises(CheckpointError, match=r"_proj\.weight cannot be dequantized: The size of tensor a \(2\)"):
+        checkpoint.load(source)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 0}, "has bits 0 instead of 2, 4 or 8"),
+        ({"quant_method": "compressed-tensors", "config_groups": [1]}, r"has config_groups \[1\] instead of an object"),
+        ({"quant_method": "compressed-tensors", "sparsity_config": "x"}, "has sparsity_config 'x' instead of an obj"),
+    ],
+)
+def test_an_invalid_configuration_is_a_warning_of_the_plan(tiny_checkpoint, tmp_path, stated, message):
+    source = quantized(tiny_checkpoint, tmp_path / "quantized", stated)
+    assert any(re.search(message, line) for line in plan_pruning(source, MAGNITUDE).warnings)
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.load(source)
 
 
