@@ -147,12 +147,15 @@ def test_tensors_that_do_not_fit_are_named(sound, tmp_path, change, message):
 
 
 def test_a_layout_and_a_version_that_do_not_fit_the_layers(sound, tmp_path):
-    for field, older in (("version", 2), ("layout", 1)):
+    for field, older, message in (
+        ("version", 2, "version 2 has neither quantized layers nor row starts"),
+        ("layout", 1, "its layers have layout 2, it says 1"),
+    ):
         folder = copy_of(sound, tmp_path)
         content = json.loads((folder / MANIFEST_FILE).read_text())
         content[field] = older
         (folder / MANIFEST_FILE).write_text(signed(content))
-        with pytest.raises(PackedError, match="quantized layers need version 3 and layout 2"):
+        with pytest.raises(PackedError, match=message):
             load(folder)
 
 
