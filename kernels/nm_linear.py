@@ -8,8 +8,8 @@ tokens decides which kernel runs; apart from that, an output does not depend on 
 input of a pruned weight is NaN or infinite, the output may or may not be NaN.
 
 Quantized weights take b / 8 * n / m + 1/8 bytes per weight of b bits, and their scales. The compiled CPU library rounds
-each token to 16-bit integers, up to 128 neighboring inputs at a time, and adds integers; its error is about 1e-5 of the
-largest input. If one of these inputs is NaN or infinite, so is each output of the token.
+each token to integers of 30 bits and a sign, up to 128 neighboring inputs at a time. An input changes by at most 2e-9
+of the largest of these. If one of them is NaN or infinite, so is each output of the token.
 """
 
 from __future__ import annotations

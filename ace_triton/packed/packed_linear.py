@@ -117,11 +117,14 @@ class PackedLinear(nn.Module):
         return outputs if tokens.dim() == 2 else outputs.view(*tokens.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
-        """As in ``nn.Module``, but metadata change only their device, never their dtype."""
-        meta, self._packed = self.meta, None
+        """As in ``nn.Module``, but integers (metadata, quantized values) keep their dtype."""
+        stored = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        self._packed = None
         super()._apply(fn, recurse)
-        if self.meta.dtype != meta.dtype:
-            self.meta = meta.to(self.meta.device)
+        for name, buffer in stored.items():
+            applied = getattr(self, name)
+            if not buffer.is_floating_point() and applied.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(applied.device))
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,13 +88,6 @@ class RowsLinear(PackedLinear):
         packed = self._made()
         parts = packed.values, packed.meta, packed.starts, self.in_features
         return _product(tokens, bias, *parts, *limits_as_arguments(self.limits))
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RowsLinear:
-        starts = self.starts
-        super()._apply(fn, recurse)
-        if self.starts.dtype != starts.dtype:
-            self.starts = starts.to(self.starts.device)
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """As in ``nn.Module``, but a layer with invalid metadata is not loaded, and ``load_state_dict`` raises.

@@ -1,19 +1,18 @@
 // y = x W^T for the few tokens of decoding, from n:m weights of 8 or 4 bits.
-// Tokens are rounded to 16-bit integers, block by block, so the sums of a block are exact integers. Blocks are added in
-// order, in fp32. So results do not depend on the instruction set, the number of threads or the other tokens of the
-// call.
+// Tokens are rounded to integers of 30 bits and a sign, block by block, and split into two parts of 16 bits. So small
+// inputs beside a large one keep their precision, and sums of a block are exact. Blocks are added in order, in fp32. So
+// results do not depend on the instruction set, the number of threads or the other tokens of the call.
 #pragma once
 
 #include "elements.h"
 #include "nm_linear.h"
+#include "round_tokens.h"
 
 namespace ace {
 namespace {
 
 // Inputs that share a word of metadata, and the most inputs in a block of tokens.
 constexpr int WORD_INPUTS = 32, MOST_OF_BLOCK = 128;
-// The largest integer of a token. Blocks whose largest magnitude is below LEAST_TOKEN count as zeros.
-constexpr float LARGEST_STEP = 32767.0f, LEAST_TOKEN = 0x1p-100f;
 
 // Sixteen neighboring integers of a row, and sums of their products with tokens.
 #if ACE_WIDTH >= 8
@@ -63,6 +62,18 @@ ACE_INLINE int32_t total(Products sum) {
     half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
+// The totals of OUTPUTS sums.
+template <int OUTPUTS>
+ACE_INLINE void totals(const Products* sums, int32_t* out) {
+    if constexpr (OUTPUTS == 4) {
+        const __m256i first = _mm256_hadd_epi32(sums[0], sums[1]), second = _mm256_hadd_epi32(sums[2], sums[3]);
+        const __m256i halves = _mm256_hadd_epi32(first, second);
+        const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), all);
+    } else {
+        for (int r = 0; r < OUTPUTS; ++r) out[r] = total(sums[r]);
+    }
+}
 #else
 struct Steps {
     int16_t lane[LANES];
@@ -82,7 +93,10 @@ ACE_INLINE Products add_products(Products sum, const Steps& w, const int16_t* x)
     for (int k = 0; k < LANES; ++k) sum += int32_t(w.lane[k]) * x[k];
     return sum;
 }
-ACE_INLINE int32_t total(Products sum) { return sum; }
+template <int OUTPUTS>
+ACE_INLINE void totals(const Products* sums, int32_t* out) {
+    for (int r = 0; r < OUTPUTS; ++r) out[r] = sums[r];
+}
 #endif
 
 // Values of 8 bits; sixteen of them are read.
@@ -150,6 +164,30 @@ ACE_INLINE float widen_one(Element element, const void* from, int64_t index) {
     return value;
 }
 
+// Sums of a block's products with both parts of a token, for OUTPUTS rows. In tokens, the upper parts of sixteen inputs
+// come before their lower parts.
+template <int OUTPUTS>
+struct BlockSums {
+    Products upper[OUTPUTS], lower[OUTPUTS];
+
+    ACE_INLINE void clear() {
+        for (int r = 0; r < OUTPUTS; ++r) upper[r] = lower[r] = no_products();
+    }
+    ACE_INLINE void add(int r, const Steps& w, const int16_t* x) {
+        upper[r] = add_products(upper[r], w, x);
+        lower[r] = add_products(lower[r], w, x + LANES);
+    }
+    // In fp32; each is rounded once.
+    ACE_INLINE void values(float* out) const {
+        int32_t of_upper[OUTPUTS], of_lower[OUTPUTS];
+        totals<OUTPUTS>(upper, of_upper);
+        totals<OUTPUTS>(lower, of_lower);
+        for (int r = 0; r < OUTPUTS; ++r) {
+            out[r] = float(int64_t(of_upper[r]) * LOWER_STEPS + of_lower[r]) * (1.0f / LOWER_STEPS);
+        }
+    }
+};
+
 // What a word of metadata, for 32 inputs, keeps: in `one_load` at most sixteen values, which are loaded at once; in
 // `two_groups` a fixed number of each sixteen; in `one_group` any number of each sixteen.
 enum class Word { one_load, two_groups, one_group };
@@ -209,19 +247,21 @@ ACE_OUTLINED void one_rounded_token(const Rows& rows, const FewBitsTask& task, c
     float sum[OUTPUTS] = {};
     const int64_t of_block = task.block / WORD_INPUTS, of_group = task.group / task.block;
     for (int64_t b = 0; b < task.blocks; ++b) {
-        Products products[OUTPUTS];
-        for (int r = 0; r < OUTPUTS; ++r) products[r] = no_products();
+        BlockSums<OUTPUTS> block;
+        block.clear();
         const int64_t stop = (b + 1) * of_block < rows.words ? (b + 1) * of_block : rows.words;
         rows.template ahead<OUTPUTS>(b * task.block);
         for (int64_t w = b * of_block; w < stop; ++w) {
             for (int r = 0; r < OUTPUTS; ++r) {
                 rows.word(r, w, [&](const Steps& steps, int half) ACE_INLINED {
-                    products[r] = add_products(products[r], steps, x + w * WORD_INPUTS + half * LANES);
+                    block.add(r, steps, x + (w * 2 + half) * 2 * LANES);
                 });
             }
         }
+        float value[OUTPUTS];
+        block.values(value);
         for (int r = 0; r < OUTPUTS; ++r) {
-            sum[r] = sum[r] + float(total(products[r])) * (scales[b] * rows.largest(r, b / of_group));
+            sum[r] = sum[r] + value[r] * (scales[b] * rows.largest(r, b / of_group));
         }
     }
     for (int r = 0; r < OUTPUTS; ++r) sums[r * TOKENS_AT_ONCE] = sum[r];
@@ -244,14 +284,21 @@ ACE_OUTLINED void some_rounded_tokens(const Rows& rows, const FewBitsTask& task,
                 });
             }
         }
+        float largest[OUTPUTS];
+        for (int r = 0; r < OUTPUTS; ++r) largest[r] = rows.largest(r, b / of_group);
         const int count = int(stop - first) * 2;
         for (int t = 0; t < tokens; ++t) {
-            const int16_t* inputs = x + t * task.padded + b * task.block;
+            const int16_t* inputs = x + (t * task.padded + b * task.block) * 2;
+            BlockSums<OUTPUTS> block;
+            block.clear();
+            for (int k = 0; k < count; ++k) {
+                for (int r = 0; r < OUTPUTS; ++r) block.add(r, tile[r][k], inputs + k * 2 * LANES);
+            }
+            float value[OUTPUTS];
+            block.values(value);
             for (int r = 0; r < OUTPUTS; ++r) {
-                Products products = no_products();
-                for (int k = 0; k < count; ++k) products = add_products(products, tile[r][k], inputs + k * LANES);
                 float& sum = sums[r * TOKENS_AT_ONCE + t];
-                sum = sum + float(total(products)) * (scales[t * task.blocks + b] * rows.largest(r, b / of_group));
+                sum = sum + value[r] * (scales[t * task.blocks + b] * largest[r]);
             }
         }
     }
@@ -262,7 +309,7 @@ ACE_INLINE void few_bits_outputs(const Rows& rows, int64_t n_rows, const FewBits
     float sums[OUTPUTS * TOKENS_AT_ONCE];
     for (int64_t first = 0; first < task.n_tokens; first += TOKENS_AT_ONCE) {
         const int tokens = int(task.n_tokens - first < TOKENS_AT_ONCE ? task.n_tokens - first : TOKENS_AT_ONCE);
-        const int16_t* x = task.tokens + first * task.padded;
+        const int16_t* x = task.tokens + first * task.padded * 2;
         const float* scales = task.scales + first * task.blocks;
         if (tokens == 1) one_rounded_token<OUTPUTS>(rows, task, x, scales, sums);
         else some_rounded_tokens<OUTPUTS>(rows, task, x, scales, tokens, sums);
@@ -307,41 +354,6 @@ inline void few_bits_linear(const FewBitsWeight& w, const FewBitsTask& task, int
     } else {
         few_bits_rows<FourBits<true>, Word::one_group>(w, task, begin, end);
     }
-}
-
-// Rounds each block of a row's tokens to integers of 16 bits; scale = largest magnitude / LARGEST_STEP, NaN if a token
-// of the block is not finite.
-inline void round_tokens(const Matrix& matrix, int64_t block, int64_t padded, int16_t* out, float* scales) {
-    const int64_t blocks = (matrix.cols + block - 1) / block;
-    with_element(matrix.element, [&](auto element) ACE_INLINED {
-        using E = decltype(element);
-        for (int64_t t = 0; t < matrix.rows; ++t) {
-            const auto* row = static_cast<const typename E::Stored*>(matrix.data) + t * matrix.stride;
-            for (int64_t b = 0; b < blocks; ++b) {
-                const int64_t first = b * block, left = matrix.cols - first;
-                const int count = int(left < block ? left : block);
-                Ints most = Ints::all(0);
-                each_vector(count, [&](int j, int lanes) ACE_INLINED {
-                    most = max(most, bits_of(magnitude(E::load(row + first + j, lanes))));
-                });
-                int32_t lane[LANES], bits = 0;
-                store(lane, most);
-                for (int k = 0; k < LANES; ++k) bits = lane[k] > bits ? lane[k] : bits;
-                float largest;
-                memcpy(&largest, &bits, sizeof largest);
-                const bool finite = bits < Fp32::exponent, rounded = finite && largest >= LEAST_TOKEN;
-                scales[t * blocks + b] = !finite ? __builtin_nanf("") : rounded ? largest / LARGEST_STEP : 0.0f;
-                // Adding 1.5 * 2^23 rounds to an integer, ties to even, in the lower bits.
-                const Floats factor = Floats::all(rounded ? LARGEST_STEP / largest : 0.0f);
-                const Floats to_integer = Floats::all(0x1.8p23f);
-                each_vector(count, [&](int j, int lanes) ACE_INLINED {
-                    const Floats v = rounded ? E::load(row + first + j, lanes) : Floats::all(0.0f);
-                    const Ints steps = bits_of(v * factor + to_integer) - bits_of(to_integer);
-                    store_raw(reinterpret_cast<uint16_t*>(out) + t * padded + first + j, narrow(steps), LANES);
-                });
-            }
-        }
-    });
 }
 
 }  // namespace

@@ -325,7 +325,7 @@ int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t st
         // The largest block that divides the group: sums of up to 128 products fit in 32 bits.
         const int64_t block = group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32;
         const int64_t padded = units(cols, 32) * 32, blocks = units(cols, block);
-        std::vector<int16_t> rounded(n_tokens * padded);
+        std::vector<int16_t> rounded(n_tokens * padded * 2);
         std::vector<float> scales(n_tokens * blocks);
         bodies->round_tokens(given, block, padded, rounded.data(), scales.data());
         const FewBitsTask task = {rounded.data(), scales.data(), n_tokens, padded, block, blocks, group, bias, out};

@@ -139,8 +139,8 @@ struct FewBitsWeight {
 };
 
 struct FewBitsTask {
-    const int16_t* tokens;  // [n_tokens, padded], zeros past the last input
-    const float* scales;    // [n_tokens, blocks]: what an integer of each block of tokens stands for
+    const int16_t* tokens;  // [n_tokens, padded / 16, 2, 16]: upper and lower parts, zeros past the last input
+    const float* scales;    // [n_tokens, blocks]: what one step of an upper part stands for
     int64_t n_tokens, padded;
     int64_t block, blocks;  // inputs in a block, which divides the group; and blocks in a row
     int64_t group;          // inputs that share an entry of absmax
@@ -206,8 +206,7 @@ struct Bodies {
     // Outputs begin..end of all tokens.
     void (*nm_linear)(const PackedWeight&, const LinearTask&, int64_t begin, int64_t end);
     void (*dense_linear)(const Matrix&, const LinearTask&, int64_t begin, int64_t end);
-    // Rows rounded to integers of 16 bits by blocks, `padded` elements apart, and the blocks' scales. Every row has room
-    // for whole vectors of sixteen.
+    // Rows rounded by blocks to integers in two parts of 16 bits, as in FewBitsTask, and the blocks' scales.
     void (*round_tokens)(const Matrix&, int64_t block, int64_t padded, int16_t* out, float* scales);
     // Outputs begin..end of all tokens.
     void (*few_bits_linear)(const FewBitsWeight&, const FewBitsTask&, int64_t begin, int64_t end);

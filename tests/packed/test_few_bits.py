@@ -173,9 +173,12 @@ def test_a_layer_multiplies_casts_and_differentiates(bits):
         outputs.sum().backward()
         torch.testing.assert_close(tokens.grad, dense.sum(0).expand(rows, -1))
     assert packed.packed.packed_bytes == {8: 48 * 23, 4: 24 * 23}[bits] + 12 * 23 + 4 * 3 * 23
-    half = copy.deepcopy(packed).half()
-    assert (half.values.dtype, half.meta.dtype, half.absmax.dtype) == (packed.values.dtype, torch.int32, torch.float16)
-    assert half(torch.ones(2, 96, dtype=torch.float16)).dtype == torch.float16
+    ones = torch.ones(2, 96, dtype=torch.float16)
+    for cast in (lambda layer: layer.half(), lambda layer: layer.type(torch.float16)):
+        half = cast(copy.deepcopy(packed))
+        dtypes = half.values.dtype, half.meta.dtype, half.absmax.dtype
+        assert dtypes == (packed.values.dtype, torch.int32, torch.float16)
+        torch.testing.assert_close(half(ones).float(), packed(ones.float()), rtol=4e-3, atol=4e-3)
     assert f"pattern=8:16, bits={bits}, group=32" in repr(packed)
     for one, other in ((packed, NMLinear.from_linear(layer, 8, 16)), (NMLinear.from_linear(layer, 8, 16), packed)):
         with pytest.raises(RuntimeError, match="load the weights into a layer with the same bits"):

@@ -1,0 +1,70 @@
+// Tokens as integers in two parts of 16 bits, for products with quantized weights.
+#pragma once
+
+#include "elements.h"
+
+namespace ace {
+namespace {
+
+// A token is (upper + lower / LOWER_STEPS) * scale, and `upper` is at most 2^UPPER_BITS. Sums of 128 products of either
+// part and an integer of 8 bits fit in 32 bits.
+constexpr int UPPER_BITS = 14, LOWER_STEPS = 1 << 16;
+// Blocks whose largest magnitude is below LEAST_TOKEN count as zeros.
+constexpr float LEAST_TOKEN = 0x1p-100f;
+
+ACE_INLINE float power_of_two(int exponent) {
+    const int32_t bits = (exponent + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+// Adding it rounds magnitudes below 2^22 to the nearest integers, ties to even, in the lower bits.
+constexpr float TO_INTEGER = 0x1.8p23f;
+
+ACE_INLINE Ints nearest(const Floats& v) {
+    const Floats to_integer = Floats::all(TO_INTEGER);
+    return bits_of(v + to_integer) - bits_of(to_integer);
+}
+
+// Rounds each block of a row's tokens to integers in two parts; the block's scale is a power of two, 0 if all of its
+// tokens count as zeros, NaN if one is not finite.
+inline void round_tokens(const Matrix& matrix, int64_t block, int64_t padded, int16_t* out, float* scales) {
+    const int64_t blocks = (matrix.cols + block - 1) / block;
+    with_element(matrix.element, [&](auto element) ACE_INLINED {
+        using E = decltype(element);
+        for (int64_t t = 0; t < matrix.rows; ++t) {
+            const auto* row = static_cast<const typename E::Stored*>(matrix.data) + t * matrix.stride;
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t first = b * block, left = matrix.cols - first;
+                const int count = int(left < block ? left : block);
+                Ints most = Ints::all(0);
+                each_vector(count, [&](int j, int lanes) ACE_INLINED {
+                    most = max(most, bits_of(magnitude(E::load(row + first + j, lanes))));
+                });
+                int32_t lane[LANES], bits = 0;
+                store(lane, most);
+                for (int k = 0; k < LANES; ++k) bits = lane[k] > bits ? lane[k] : bits;
+                float largest;
+                memcpy(&largest, &bits, sizeof largest);
+                const bool finite = bits < Fp32::exponent, rounded = finite && largest >= LEAST_TOKEN;
+                // All tokens of the block are below 2^exponent.
+                const int exponent = (bits >> 23) - 126;
+                const float scale = rounded ? power_of_two(exponent - UPPER_BITS) : 0.0f;
+                scales[t * blocks + b] = finite ? scale : __builtin_nanf("");
+                const Floats factor = Floats::all(rounded ? power_of_two(UPPER_BITS - exponent) : 0.0f);
+                each_vector(count, [&](int j, int lanes) ACE_INLINED {
+                    const Floats v = rounded ? E::load(row + first + j, lanes) * factor : Floats::all(0.0f);
+                    const Floats rest = v - (v + Floats::all(TO_INTEGER) - Floats::all(TO_INTEGER));
+                    const Ints lower = nearest(rest * Floats::all(LOWER_STEPS));
+                    auto* parts = reinterpret_cast<uint16_t*>(out) + (t * padded + first + j) * 2;
+                    store_raw(parts, narrow(nearest(v)), LANES);
+                    store_raw(parts + LANES, narrow(min(lower, Ints::all(INT16_MAX))), LANES);
+                });
+            }
+        }
+    });
+}
+
+}  // namespace
+}  // namespace ace
