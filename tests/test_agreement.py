@@ -123,7 +123,7 @@ def test_evaluate_compares_an_encoder_with_its_source(command, sentences, tmp_pa
     assert "1.000 " in same[1]
     code, _, errors = command("evaluate", tmp_path / "dense", "--text", sentences)
     assert code == 1
-    assert "its report does not say where that is: give --dense SRC" in errors
+    assert "does not say where the dense model is to compare it with: give --dense SRC" in errors
 
 
 def test_evaluate_compares_classifiers_of_text_and_of_images(command, sentences, tmp_path):

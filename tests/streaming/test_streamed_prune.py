@@ -26,7 +26,6 @@ RECIPES = {
     "ace": Recipe("ace"),
     "balanced": BALANCED,
     "layers": replace(BALANCED, sequential="layers"),
-    "block fit": replace(BALANCED, update={"kind": "lstsq", "block_epochs": 1}),
     "dense statistics": Recipe("wanda", sequential="none"),
     "head": Recipe("wanda", sequential="none", include=("*.down_proj", "lm_head")),
     "budgets": Recipe("wanda", sparsity="4:8", budgets="outliers", update="rescale"),
@@ -39,9 +38,9 @@ def tiny_ids():
     return torch.randint(3, 300, (6, 16), generator=torch.Generator().manual_seed(1))
 
 
-def pruned_in_memory(source, out, ids, recipe, dtype="auto"):
+def pruned_in_memory(source, out, ids, recipe, dtype="auto", batch_size=None):
     model, tokenizer = checkpoint.load(source, dtype=dtype, own_memory=True)
-    report = prune_model(model, ids, recipe)
+    report = prune_model(model, ids, recipe, batch_size=batch_size)
     checkpoint.save(model, tokenizer, out, {**report.to_dict(), **source_facts(source, out)})
     return report
 
@@ -117,6 +116,18 @@ def dirty_bytes(path):
         elif inside and line.startswith(("Shared_Dirty", "Private_Dirty")):
             dirty += 1024 * int(line.split()[1])
     return dirty
+
+
+def test_blocks_that_are_trained(tiny_checkpoint, tmp_path, tiny_ids, stopped_after):
+    recipe = replace(BALANCED, update={"kind": "lstsq", "block_epochs": 1})
+    whole = pruned_in_memory(tiny_checkpoint, tmp_path / "memory", tiny_ids, recipe, batch_size=2)
+    stopped_after(1)
+    with pytest.raises(Stop):
+        prune_checkpoint(tiny_checkpoint, tmp_path / "streamed", tiny_ids, recipe, batch_size=2)
+    stopped_after(10)
+    streamed = prune_checkpoint(tiny_checkpoint, tmp_path / "streamed", tiny_ids, recipe, batch_size=2)
+    assert streamed.fits == whole.fits
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
 
 
 def test_every_family(make_decoder, save, tmp_path, ids, family):
