@@ -121,7 +121,8 @@ def test_what_is_not_there(tmp_path):
 
 
 def test_a_dataset_that_does_not_load(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(TextError, match="not a file, and cannot be loaded as a dataset"):
         read_documents("nobody/nothing", most=3)
 
