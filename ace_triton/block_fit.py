@@ -28,7 +28,7 @@ from torch import nn
 from .decoders.kept_tensors import KeptTensors
 from .decoders.replay import Replay
 from .errors import PruneError
-from .solvers.kept_adamw import LEAST_ZEROS, KeptAdamW
+from .solvers.kept_adamw import LARGEST_GRADIENT, LEAST_ZEROS, KeptAdamW, scheduled_rate
 from .solvers.update import Update
 
 BATCH_TOKENS = 256
@@ -42,9 +42,6 @@ LEAST_CHANGE = 1e-6
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises to its peak."""
-
-LARGEST_GRADIENT = 1.0
-"""Norm that the gradients of a step are clipped to."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def fit_block(name: str, block: nn.Module, replay: Replay, index: int, target: K
         for step in range(steps):
             with torch.enable_grad():
                 errors.of(train[step % len(train)]).backward()
-            trained.optimizer.step(_rate(update.block_rate, step / steps), LARGEST_GRADIENT)
+            trained.optimizer.step(scheduled_rate(update.block_rate, step / steps, WARMUP), LARGEST_GRADIENT)
             if (step + 1) % len(train) == 0 and (error := errors.mean(held)) < best:
                 best = error
                 trained.keep()
@@ -196,18 +193,11 @@ class _Errors:
 
     def mean(self, numbers: Sequence[int]) -> float:
         """The mean over batches, without gradients."""
-        return sum(float(self.of(number)) for number in numbers) / max(1, len(numbers))
+        return sum(float(self.of(number)) for number in numbers) / len(numbers)
 
 
 def _split(numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """The batches to train on, and those to measure on; a single batch serves for both."""
-    if len(numbers) < 2:
-        return numbers, numbers
+    """The batches to train on, and those to measure on, of two or more."""
     every = min(HELD_OUT, len(numbers))
     held = [number for place, number in enumerate(numbers) if place % every == every - 1]
     return [number for number in numbers if number not in held], held
-
-
-def _rate(peak: float, fraction: float) -> float:
-    """The learning rate when ``fraction`` of the steps is done: a linear rise, then a linear fall to 0."""
-    return peak * max(0.1, fraction / WARMUP) if fraction < WARMUP else peak * (1 - fraction) / (1 - WARMUP)

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 
 from ..errors import RecoveryError
+from ..solvers.kept_adamw import scheduled_rate
 
 DEFAULT_MINUTES = 5.0
 """Budget if no settings are given."""
-
-FIRST_RATE = 0.1
-"""Learning rate of the first step, as a share of the peak."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,7 @@ class RecoverySettings:
 
     def rate(self, fraction: float) -> float:
         """The learning rate when ``fraction`` of the budget is spent."""
-        if fraction < self.warmup:
-            return self.learning_rate * max(FIRST_RATE, fraction / self.warmup)
-        return self.learning_rate * (1 - fraction) / (1 - self.warmup)
+        return scheduled_rate(self.learning_rate, fraction, self.warmup)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from ..decoders.loaded_weights import weights_as_loaded
 from ..errors import RecoveryError
 from ..inputs.written_text import WrittenText
 from ..processes import Processes
-from ..solvers.kept_adamw import KeptAdamW
+from ..solvers.kept_adamw import LARGEST_GRADIENT, KeptAdamW
 from ..threads import few_threads, forward_work
 from .checks import check_arguments, check_teacher, check_zeros, pruned_masks
 from .distillation import Distillation
@@ -55,9 +55,6 @@ RecoveryProgress = Callable[[float, float, float], None]
 
 EAGER_LENGTH = 256
 """Longest sequence, in tokens, for which eager attention is faster than torch's sdpa on a CPU."""
-
-LARGEST_GRADIENT = 1.0
-"""Norm that gradients are clipped to."""
 
 
 def recover(

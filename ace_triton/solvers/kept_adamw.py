@@ -21,8 +21,24 @@ LEAST_ZEROS = 0.05
 _ROUNDED = (torch.float16, torch.bfloat16)
 """Dtypes of forwards in which the optimizer step itself writes the parameter."""
 
+FIRST_RATE = 0.1
+"""Learning rate of the first step, as a share of the peak."""
+
+LARGEST_GRADIENT = 1.0
+"""Norm that gradients are clipped to."""
+
 LEAST_SCALE = 1e-3
 """Lower bound of a parameter's scale, so that biases of 0 move too; the value is Adafactor's."""
+
+
+def scheduled_rate(peak: float, fraction: float, warmup: float) -> float:
+    """The learning rate when ``fraction`` of the budget is spent.
+
+    It rises linearly to ``peak`` during the share ``warmup``, then falls linearly to 0.
+    """
+    if fraction < warmup:
+        return peak * max(FIRST_RATE, fraction / warmup)
+    return peak * (1 - fraction) / (1 - warmup)
 
 
 class KeptAdamW:
