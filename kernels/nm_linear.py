@@ -263,11 +263,7 @@ def _any_pattern_body(
         place = j // M * N + kept_before(words, j, M)
         kept = inside & (words >> j % 32 & 1 != 0)
         weight = tl.load(values_ptr + value_start + place, mask=kept, other=0.0).to(tl.float32)
-        for t in tl.static_range(TOKENS):
-            token = tl.program_id(1) * TOKENS + t
-            line = tokens_ptr + token.to(tl.int64) * stride
-            x = tl.load(line + j, mask=(token < n_tokens) & (j < cols), other=0.0).to(tl.float32)
-            sums = sums[:t] + (sums[t] + tl.where(kept, weight * x, 0.0),) + sums[t + 1 :]
+        sums = add_products(sums, tokens_ptr, weight, kept, j, n_tokens, cols, stride, TOKENS)
     store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
 
 
@@ -311,12 +307,19 @@ def _few_bits_body(
             step = (step >> place % 2 * 4 & 15 ^ 8) - 8
         largest = tl.load(absmax_ptr + group_start + j // GROUP, mask=inside, other=0.0).to(tl.float32)
         weight = step.to(tl.float32) * (1.0 / LARGEST) * largest
-        for t in tl.static_range(TOKENS):
-            token = tl.program_id(1) * TOKENS + t
-            line = tokens_ptr + token.to(tl.int64) * stride
-            x = tl.load(line + j, mask=(token < n_tokens) & (j < cols), other=0.0).to(tl.float32)
-            sums = sums[:t] + (sums[t] + tl.where(kept, weight * x, 0.0),) + sums[t + 1 :]
+        sums = add_products(sums, tokens_ptr, weight, kept, j, n_tokens, cols, stride, TOKENS)
     store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
+
+
+@triton.jit
+def add_products(sums, tokens_ptr, weight, kept, j, n_tokens, cols, stride, TOKENS: tl.constexpr):
+    """Each token's sums, with the products of its inputs j and the kept weights added; all tiles have one shape."""
+    for t in tl.static_range(TOKENS):
+        token = tl.program_id(1) * TOKENS + t
+        line = tokens_ptr + token.to(tl.int64) * stride
+        x = tl.load(line + j, mask=(token < n_tokens) & (j < cols), other=0.0).to(tl.float32)
+        sums = sums[:t] + (sums[t] + tl.where(kept, weight * x, 0.0),) + sums[t + 1 :]
+    return sums
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import cpu, launch_packed
-from .nm_linear import check_linear, of_shape, rows_of, store_sums
+from .nm_linear import add_products, check_linear, of_shape, rows_of, store_sums
 from .op import Op, Work, bytes_of, launch_metadata
 from .pack_rows import load_kept, row_of, unpack_rows_reference
 from .packed_rows import PackedRows
@@ -108,12 +108,7 @@ def _rows_linear_body(
     for first in tl.range(0, tl.cdiv(cols, 32), WORDS):
         weight, kept, read = load_kept(values_ptr + start, meta_ptr, n_left, read, i, first, rows, cols, WORDS)
         j = (first + tl.arange(0, WORDS)[None, :, None]) * 32 + tl.arange(0, 32)[None, None, :]
-        for t in tl.static_range(TOKENS):
-            token = tl.program_id(1) * TOKENS + t
-            line = tokens_ptr + token.to(tl.int64) * stride
-            x = tl.load(line + j, mask=(token < n_tokens) & (j < cols), other=0.0).to(tl.float32)
-            products = tl.where(kept, weight.to(tl.float32) * x, 0.0)
-            sums = sums[:t] + (sums[t] + products,) + sums[t + 1 :]
+        sums = add_products(sums, tokens_ptr, weight.to(tl.float32), kept, j, n_tokens, cols, stride, TOKENS)
     totals = ()
     for t in tl.static_range(TOKENS):
         totals = totals + (tl.sum(sums[t], 2),)
