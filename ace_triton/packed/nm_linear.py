@@ -17,7 +17,7 @@ from ..linears import linear_weight
 from ..solvers.quantize import GROUP
 from .bound_calls import BoundCalls
 from .dispatch import multiply
-from .packed_linear import PackedLinear, limits_as_arguments, of_parts, parts_of
+from .packed_linear import PackedLinear, limits_as_arguments, limits_of_arguments, of_parts, parts_of
 from .products import RowLimits
 
 
@@ -182,8 +182,7 @@ def _product(
 
     The arguments from ``packed_rows`` on are :meth:`RowLimits.flat`; without ``packed_rows`` the device's defaults.
     """
-    flat = semi_structured_rows, second_copy, others
-    limits = None if packed_rows is None else RowLimits.from_flat(packed_rows, *flat)
+    limits = limits_of_arguments(packed_rows, semi_structured_rows, second_copy, others)
     return multiply(tokens, of_parts(values, meta, absmax, n, m, group, in_features), bias, limits)
 
 

@@ -30,7 +30,7 @@ from .saving import SavePretrained
 PROBE_TOKENS = 3
 """Random tokens for the check that a layer with its own forward computes x W^T + b."""
 
-LEAST_ZEROS = 0.44
+LEAST_UNSTRUCTURED = 0.44
 """A weight whose zeros follow no pattern is packed from this share of zeros on. With fewer zeros it would be little
 smaller, and slower than the dense one. A little below 45 %, because a share of a row is rounded down."""
 
@@ -353,10 +353,10 @@ def _detect(weight: torch.Tensor) -> tuple[int, int] | None:
     if found.nm is not None and found.across is None:
         return found.nm
     zeros = 1 - float((weight != 0).sum()) / weight.numel()
-    if zeros < LEAST_ZEROS:
+    if zeros < LEAST_UNSTRUCTURED:
         raise _NotEligible(
             f"it is {found}, and {zeros:.0%} of it are zeros: weights that are not n:m along the inputs are packed "
-            f"from {LEAST_ZEROS:.0%} zeros on"
+            f"from {LEAST_UNSTRUCTURED:.0%} zeros on"
         )
     return None
 

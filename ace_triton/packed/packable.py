@@ -7,7 +7,7 @@ import torch
 from ..errors import ArgumentError
 from ..recipe import Recipe
 from .manifest import DTYPES
-from .pack_model import LEAST_ZEROS
+from .pack_model import LEAST_UNSTRUCTURED
 
 
 def check_packed(recipe: Recipe, dtype: torch.dtype) -> None:
@@ -18,9 +18,9 @@ def check_packed(recipe: Recipe, dtype: torch.dtype) -> None:
     if pattern.n is None or pattern.m is None:
         if few is not None:
             raise ArgumentError(f"a packed checkpoint with few bits needs a pattern n:m, as 8:16; {pattern} is none")
-        if pattern.fraction < LEAST_ZEROS:
+        if pattern.fraction < LEAST_UNSTRUCTURED:
             raise ArgumentError(
-                f"a packed checkpoint needs n:m, as 2:4, or a fraction of {LEAST_ZEROS} or more; got {pattern}"
+                f"a packed checkpoint needs n:m, as 2:4, or a fraction of {LEAST_UNSTRUCTURED} or more; got {pattern}"
             )
         return
     if (pattern.axis or recipe.metric.consumer_axis) == "out":
@@ -42,8 +42,8 @@ def _check_along_outputs(recipe: Recipe) -> None:
             f"{cause} groups weights along the outputs, and only groups along the inputs can be packed in {few.bits} "
             f"bits: {way_out}, or do not quantize"
         )
-    if pattern.fraction < LEAST_ZEROS:
+    if pattern.fraction < LEAST_UNSTRUCTURED:
         raise ArgumentError(
-            f"{cause} groups weights along the outputs, and such weights are packed from a fraction of {LEAST_ZEROS} "
-            f"on; {pattern} prunes {pattern.fraction:.2f}: {way_out}, or prune more"
+            f"{cause} groups weights along the outputs, and such weights are packed from a fraction of "
+            f"{LEAST_UNSTRUCTURED} on; {pattern} prunes {pattern.fraction:.2f}: {way_out}, or prune more"
         )

@@ -157,6 +157,13 @@ def limits_as_arguments(limits: RowLimits | None) -> tuple[int | None, int | Non
     return (None, None, False, "") if limits is None else limits.flat()
 
 
+def limits_of_arguments(
+    packed_rows: int | None, semi_structured_rows: int | None, second_copy: bool, others: str
+) -> RowLimits | None:
+    """The inverse of :func:`limits_as_arguments`."""
+    return None if packed_rows is None else RowLimits.from_flat(packed_rows, semi_structured_rows, second_copy, others)
+
+
 @torch.library.custom_op("ace_triton::unpack_nm", mutates_args=())
 def _unpacked(
     values: torch.Tensor, meta: torch.Tensor, absmax: torch.Tensor | None, n: int, m: int, group: int, in_features: int

@@ -14,7 +14,7 @@ from ..kernels.packed_nm import WORD, check_meta_dtype
 from ..kernels.packed_rows import UNSTRUCTURED, PackedRows
 from ..linears import linear_weight
 from .dispatch import multiply
-from .packed_linear import PackedLinear, limits_as_arguments
+from .packed_linear import PackedLinear, limits_as_arguments, limits_of_arguments
 from .products import RowLimits
 
 
@@ -135,8 +135,7 @@ def _product(
 
     The arguments from ``packed_rows`` on are :meth:`RowLimits.flat`; without ``packed_rows`` the device's defaults.
     """
-    flat = semi_structured_rows, second_copy, others
-    limits = None if packed_rows is None else RowLimits.from_flat(packed_rows, *flat)
+    limits = limits_of_arguments(packed_rows, semi_structured_rows, second_copy, others)
     return multiply(tokens, PackedRows(values, meta, starts, (len(meta), in_features)), bias, limits)
 
 
