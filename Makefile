@@ -129,16 +129,16 @@ kernels-hub: setup  ## lay out kernels/ for Hugging Face's kernels hub in build/
 	rm -rf build/kernels-hub
 	$(BIN)/python -m benchmarks.kernels_hub build/kernels-hub
 
-budgets: setup  ## whether layer-wise budgets pay, for docs/budgets.md; minutes, and goes on where it was stopped
+budgets: setup  ## whether layer-wise budgets pay, for docs/budgets.md; minutes, resumable
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.budgets --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
-quantization: setup  ## pruned models in 16, 8 and 4 bits, for docs/quantization.md; hours, and goes on where it was stopped
+quantization: setup  ## pruned models in 16, 8 and 4 bits, for docs/quantization.md; hours, resumable
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.quantization --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 structured: setup  ## smaller dense models by every structured method, for docs/structured.md; hours, resumable
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.structured --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
-recovery-trials: setup  ## what a recovery's settings do, for docs/recovery.md; an hour, and goes on where it was stopped
+recovery-trials: setup  ## what a recovery's settings do, for docs/recovery.md; an hour, resumable
 	$(BIN)/python -m benchmarks.reports.recovery --calibration $(CALIBRATION) --held-out $(HELD_OUT) --evaluation $(EVALUATION)
 
 traffic: setup  ## count bytes and launches again, for docs/traffic.md

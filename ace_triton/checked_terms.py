@@ -64,7 +64,7 @@ def unread_terms(
     known = _known_to(terms, stats, finite)
     pending = [(tensor, True) for tensor in terms.tensors.values()] + [(weight, False)]
     found = {(id(tensor), kind): known.pending(tensor, is_term=kind) for tensor, kind in pending}
-    if False in [state for state in found.values() if not isinstance(state, torch.Tensor)]:
+    if any(state is False for state in found.values()):
         return _checked_terms(terms, recipe, weight, stats, label, finite), None
     flags = list({id(state): state for state in found.values() if isinstance(state, torch.Tensor)}.values())
     unknown = [(tensor, kind) for tensor, kind in pending if found[id(tensor), kind] is None]

@@ -81,8 +81,8 @@ class Completion:
     Attributes:
         prompt: a text, token ids, or the messages of a conversation.
         max_tokens: largest number of new tokens; None for as many as the server allows.
-        temperature, top_p: of the sampling; temperature 0 takes the most likely token.
-        seed: seed of the sampling; None for a new one.
+        temperature, top_p: how tokens are drawn; temperature 0 takes the most likely token.
+        seed: random seed; None for a new one.
         stop: texts before which the completion ends.
         stream: True for server-sent events.
         usage: True if a stream ends with the numbers of tokens.

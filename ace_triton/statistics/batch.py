@@ -35,7 +35,7 @@ def add_batch(
     """Add a batch of tokens, and the outputs for it.
 
     Args:
-        moments: of the tokens.
+        moments: the moments of the tokens.
         stats: one for each layer.
         tokens: [n_tokens, in_features] as one sequence, or [n_sequences, length, in_features].
         outputs: for each layer, its outputs [..., out_features] for these tokens.

@@ -51,7 +51,7 @@ class Coupled:
 
         Args:
             layer: the consumer, or a producer.
-            values: of the layer's weight [out_features, in_features], or of its bias if it is a producer.
+            values: those of the layer's weight [out_features, in_features], or of its bias if it is a producer.
         """
         if layer == self.consumer:
             return values.unflatten(1, (self.count, -1)).sum((0, 2))

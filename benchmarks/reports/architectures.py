@@ -3,7 +3,7 @@
     python -m benchmarks.reports.architectures
 
 Writes docs/architectures.{json,md}. A model counts as pruned as in benchmarks.reports.families. Each result is written
-as soon as it is there, and a run goes on where it was stopped. Causal language models are on the page of families.
+as soon as it is there, and the same command resumes a run. Causal language models are on the page of families.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.reports.encoders --model FOLDER --calibration TEXT --evaluation TEXT
 
-Writes docs/encoders.{json,md}. Each result is written as soon as it is there, and a run goes on where it was stopped.
+Writes docs/encoders.{json,md}. Each result is written as soon as it is there, and the same command resumes a run.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Outcome:
 
     Attributes:
         model: its name.
-        method, pattern: of the pruning; "" for the dense model.
+        method, pattern: how the model is pruned; "" for the dense model.
         bits: 16 for weights that were not quantized.
         rule: of the quantization, or None.
         perplexity: on the evaluation text.
