@@ -65,7 +65,7 @@ format: setup  ## put the code in form
 types: setup
 	$(BIN)/mypy
 
-check: lint types tables-check test  ## what must pass before a commit
+check: lint types docs tables-check test  ## what must pass before a commit
 
 smoke: setup  ## build a wheel, install it into an empty environment, use it away from here
 	TORCH="$(TORCH)" bash tests/wheel_smoke.sh $(BIN)/python

@@ -71,7 +71,8 @@ def embedding_agreement(
     """Compare two models' embeddings of the same inputs.
 
     Args:
-        dense, pruned: embeddings [n_inputs, width]; they need no norm of 1.
+        dense: the dense model's embeddings [n_inputs, width]; they need no norm of 1.
+        pruned: the pruned model's, of the same inputs.
         neighbors: number of nearest neighbors.
         pooling: how they were made, for the result.
 
@@ -167,7 +168,8 @@ def prediction_agreement(
     """Compare two models' predictions on the same inputs.
 
     Args:
-        dense, pruned: models of transformers with logits [..., n_classes].
+        dense: a model of transformers with logits [..., n_classes].
+        pruned: another, with the same classes.
         batches: their inputs, as for :func:`~ace_triton.prune_blocks.prune_model`.
         progress: called with the number of batches done and of all batches.
 

@@ -110,7 +110,8 @@ def group_sizes(shares: Sequence[float], sizes: Sequence[int], n: int, m: int) -
     Args:
         shares: share of its weights that each block should keep; the mean over all weights is n / m.
         sizes: number of weights of each block, above 0.
-        n, m: the pattern of the whole model.
+        n: weights kept of every m in the whole model.
+        m: size of a group of weights.
 
     Returns:
         One number for each block. If all blocks have one size, the mean is n; otherwise it differs from n by at most

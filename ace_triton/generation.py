@@ -67,7 +67,8 @@ def generate(
     """Continue a prompt.
 
     Args:
-        model, tokenizer: from transformers.
+        model: from transformers.
+        tokenizer: its tokenizer.
         prompt: the text to continue; with ``chat``, a user's message for the tokenizer's chat template.
         max_new_tokens: largest number of new tokens.
         temperature: 0 takes the most likely token. Otherwise tokens are sampled with torch's global generator.
@@ -192,7 +193,8 @@ def decode(
     """Continue tokens that :func:`check_room` allows.
 
     Args:
-        model, tokenizer: from transformers.
+        model: from transformers.
+        tokenizer: its tokenizer.
         ids: tokens of the prompt.
         max_new_tokens, temperature, write: as for :func:`generate`.
         stopped: called after each token; decoding ends if it returns True.

@@ -81,7 +81,8 @@ def evaluate_tasks(
     """Score a model on tasks.
 
     Args:
-        model, tokenizer: from transformers; layers may be packed.
+        model: from transformers; layers may be packed.
+        tokenizer: its tokenizer.
         tasks: names of tasks or groups of tasks.
         manager: from :func:`known_tasks`.
         shots: number of examples before each question; None for the task's own.

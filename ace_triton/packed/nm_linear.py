@@ -71,7 +71,8 @@ class NMLinear(PackedLinear):
 
         Args:
             layer: the layer.
-            n, m: n of every m inputs are kept.
+            n: inputs kept of every m.
+            m: size of a group of inputs.
             limits: numbers of rows that choose the product; None for the defaults of the device.
             bits: 8 or 4 to round the kept weights to that many bits; None to keep them.
             group: for ``bits``, the number of inputs that share a scale, a multiple of 32.

@@ -33,7 +33,8 @@ class LayerSize:
 
     Attributes:
         name: dotted name.
-        outputs, inputs: the sizes of its weight [out_features, in_features].
+        outputs: out_features of its weight.
+        inputs: in_features.
         bytes: size of the weight.
         group: number of the group of layers of its block that read the same input.
         is_expert: True if the weight is part of a stack of experts.

@@ -33,7 +33,8 @@ class Calibrated:
     """Sizes of a calibration set.
 
     Attributes:
-        samples, length: number of sequences, and tokens in each.
+        samples: number of sequences.
+        length: tokens in each.
         batch_size: sequences in one forward; None for the default.
         text_tokens: tokens of the text that the sequences are cut from; 0 if the model writes it, None if the sequences
             are given and not checked.

@@ -185,7 +185,8 @@ def rescaled(
     """The weight w with row i times sqrt(sum_t (W_i x_t)^2 / sum_t (w_i x_t)^2), where W is the dense weight.
 
     Args:
-        weight, dense: fp32 [out_features, in_features].
+        weight: fp32 [out_features, in_features].
+        dense: as it was before pruning, of the same shape and dtype.
         stats: with a Gram matrix, or a sample of tokens.
         energy_change: sum_t (w_i x_t)^2 - (W_i x_t)^2, fp32 [out_features]; None to compute it.
     """

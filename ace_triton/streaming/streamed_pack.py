@@ -136,7 +136,8 @@ def pack_checkpoint(
         overwrite: replace ``out`` if ace-triton wrote it.
         report: the pruning report, written as ``ace_triton.json``.
         stage: gives a context for a stage by its name, to show the progress.
-        bits, group: as for :func:`~ace_triton.packed.pack_model.pack_model`.
+        bits: as for :func:`~ace_triton.packed.pack_model.pack_model`.
+        group: as there.
 
     Returns:
         The packed layers, and the skipped layers with their reasons.

@@ -116,7 +116,8 @@ def repairs(
         model: the dense model; unchanged at return.
         tower: its blocks.
         batches: the calibration set.
-        structures, kept: the structures, and those that are kept, by name of the consumer.
+        structures: the structures, by name of the consumer.
+        kept: those that are kept, by the same names.
         settings: with damping and prior.
         with_bias: names of the consumers that have, or get, a bias.
         progress: called with the number of finished blocks, of all blocks, and the block's name.

@@ -30,7 +30,8 @@ def fused(rule: str, vector: torch.Tensor, element: torch.Tensor) -> torch.Tenso
     Args:
         rule: "mean" (one scale an importance), "structure" (scales of each structure), "learned" (scales learned over
             batches), "vector" or "element" (one of the two alone).
-        vector, element: importances [n_batches, n_structures], at least 0.
+        vector: importances [n_batches, n_structures], at least 0.
+        element: the other importances, of the same shape.
 
     Returns:
         [n_batches, n_structures].
@@ -50,7 +51,8 @@ def learned_scales(vector: torch.Tensor, element: torch.Tensor) -> tuple[float, 
     """The scales s_v and s_e that minimize the loss over batches, by Adam on their logarithms.
 
     Args:
-        vector, element: importances [n_batches, n_structures], above 0.
+        vector: importances [n_batches, n_structures], above 0.
+        element: the other importances, of the same shape.
     """
     units = [importance.median() for importance in (vector, element)]
     logs = torch.zeros(2, dtype=torch.float32, device=vector.device, requires_grad=True)

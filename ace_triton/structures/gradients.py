@@ -150,7 +150,8 @@ def llm_pruner_terms(terms: str, entry: Coupled, structures: Structures, taylor:
     Args:
         terms: "vector", |sum of g w| over the part of a structure in one layer; "element", the sum of |g w|; "second",
             the sum of |w F w|; or "mixed", the sum of |g w - w F w / 2|.
-        entry, structures: the structures.
+        entry: the structures of one kind in one block.
+        structures: those of the whole model.
         taylor: their Taylor terms, with sums.
     """
     if terms == "vector":

@@ -153,9 +153,14 @@ def _class_lines(found: dict[str, dict[str, Any]]) -> Sequence[str]:
     for title, outcomes in (("Not pruned", ("not pruned", "wrong")), ("No small model made", ("not made",))):
         rest = {name: result["reason"] for name, result in found.items() if result["outcome"] in outcomes}
         if rest:
-            reasons = [f"    - {name}: {reason.rstrip('.:')}." for name, reason in rest.items()]
+            reasons = [f"    - {name}: {_as_text(reason.rstrip('.:'))}." for name, reason in rest.items()]
             lines += [f"- **{title}** ({len(rest)}):", *reasons]
     return lines
+
+
+def _as_text(message: str) -> str:
+    """A message in which Markdown sees no link: two indexes in a row, ``[a][b]``, would be one."""
+    return message.replace("[", r"\[")
 
 
 def main(

@@ -46,6 +46,9 @@ def test_an_architecture_is_judged(tmp_path):
     page = "\n".join(architectures.page({"encoder": {"bert": found}, "vision": {"resnet": refused}}))
     assert re.search(r"\| encoder \| 1 of \d+ \| 1 \| 0 \| 0 \|", page)
     assert re.search(r"\| vision \| 1 of \d+ \| 0 \| 1 \| 0 \|", page)
+    failed = {"outcome": "not made", "reason": "ValueError: sizes['full']['rotary']=2."}
+    page = "\n".join(architectures.page({"encoder": {"bert": failed}}))
+    assert r"bert: ValueError: sizes\['full']\['rotary']=2." in page  # Markdown would take it for a link.
 
 
 def test_norms_and_errors_of_a_model(monkeypatch):
