@@ -1,7 +1,10 @@
 """Build script: ``kernels/`` installs as ``ace_triton.kernels``, with the CPU library if a C++ compiler is found."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from runpy import run_path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -36,6 +39,17 @@ cpu_library = Extension(
 )
 
 
+def side_by_side(compile_files: Any) -> Any:
+    """The compiler's method of the same arguments, but with one process a source file."""
+
+    def compile_all(sources: list[str], *args: Any, **options: Any) -> list[str]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = pool.map(lambda source: compile_files([source], *args, **options), sources)
+            return [path for paths in objects for path in paths]
+
+    return compile_all
+
+
 class BuildLibrary(build_ext):
     """Builds the CPU library, or says what its absence means and how to get it; the rest installs all the same."""
 
@@ -43,6 +57,7 @@ class BuildLibrary(build_ext):
         try:
             if self.compiler.compiler_type == "msvc":
                 raise PlatformError("Microsoft's compiler has no vector extensions; GCC or Clang is needed")
+            self.compiler.compile = side_by_side(self.compiler.compile)
             super().build_extension(extension)
         except (CCompilerError, PlatformError) as error:
             self.warn(NOT_BUILT.format(error=error))

@@ -130,9 +130,9 @@ def export_model(
         CheckpointError: if the model cannot be loaded or exported, a package is missing, ``out`` cannot be written, or
             the files differ from the model; nothing is written.
     """
-    exporter, chosen = check_export(to, weight_type)
     if prompts < 1:
         raise ArgumentError(f"prompts must be at least 1, got {prompts}")
+    exporter, chosen = check_export(to, weight_type)
     step = stage or (lambda title: nullcontext())
     with replacing(out, overwrite=overwrite) as folder, refusals(out):
         with step("load the model"):
