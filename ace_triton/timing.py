@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-Stage = Literal["calibration", "statistics", "permute", "select", "update"]
+Stage = Literal["calibration", "statistics", "permute", "select", "update", "block_fit"]
 
 MOST_EVENTS = 4096
 """Largest number of unread CUDA events."""
@@ -29,6 +29,7 @@ class Seconds:
         total: the whole run, including time outside all stages.
         permute: finding which channels can be reordered, and searching for their order.
         update: updating the kept weights, including the masks chosen during the update.
+        block_fit: training the kept weights of each pruned block, with the forwards that this needs.
     """
 
     load: float
@@ -38,6 +39,7 @@ class Seconds:
     total: float
     permute: float = 0.0
     update: float = 0.0
+    block_fit: float = 0.0
 
 
 class Stopwatch:

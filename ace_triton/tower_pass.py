@@ -130,9 +130,11 @@ class _TowerPass:
         update, runner = self.selection.recipe.update, self.runner
         if update is None or not self._epochs or not isinstance(runner, Replay):
             return self._prune_layers(index, unit)
-        target = dense_outputs(runner, index, keeper(self.selection.store.offload_folder)())
+        clock = self.selection.clock
+        with clock.measure("block_fit"):
+            target = dense_outputs(runner, index, keeper(self.selection.store.offload_folder)())
         self._prune_layers(index, unit)
-        with self.selection.clock.measure("update"):
+        with clock.measure("block_fit"):
             self.selection.fits.append(
                 fit_block(unit.name, self.tower.blocks[index].module, runner, index, target, update)
             )

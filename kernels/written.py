@@ -1,4 +1,4 @@
-"""Tells autograd about in-place writes of kernels, which it cannot see."""
+"""Version counters: they tell autograd of the kernels' in-place writes, and show whether a tensor was changed."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ def mark_written(*tensors: torch.Tensor | None) -> None:
     are skipped.
     """
     torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """The version counter of a tensor, which each in-place change increments; 0 for an inference tensor, without one.
+
+    Outside inference mode torch refuses to change an inference tensor, so its version is constant there.
+    """
+    return 0 if tensor.is_inference() else tensor._version

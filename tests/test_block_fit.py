@@ -23,6 +23,7 @@ def test_the_blocks_come_nearer_to_the_dense_ones_and_keep_their_zeros(make_deco
     dense = copy.deepcopy(model)
     report = prune_model(model, many, FITTED)
     assert [fit.steps for fit in report.fits] == [6] * len(model.model.layers)
+    assert report.seconds.block_fit > report.seconds.calibration > 0
     assert all(fit.after < fit.before for fit in report.fits)
     for name, parameter in model.named_parameters():
         before = dense.get_parameter(name)
@@ -80,6 +81,19 @@ def test_any_model_is_trained_as_one_in_float32(make_decoder, many, make):
         assert parameter is before
         assert parameter.requires_grad == flag
         torch.testing.assert_close(parameter.detach().float(), want.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_inputs_made_in_inference_mode_are_trained_on(make_decoder, many):
+    """The first linear layers of this model's blocks read the inputs themselves."""
+
+    def fitted(batches: list[dict[str, torch.Tensor]]) -> float:
+        model = make_decoder("opt", do_layer_norm_before=False)
+        model.model.decoder.embed_positions.weight.data.zero_()
+        return prune_model(model, batches, FITTED).fits[0].after
+
+    wanted = fitted(batches := [{"inputs_embeds": torch.randn(4, 8, 32)} for _ in range(2)])
+    with torch.inference_mode():
+        assert fitted([{name: t.clone() for name, t in batch.items()} for batch in batches]) == wanted
 
 
 def test_each_parameter_keeps_its_dtype(make_decoder, many):

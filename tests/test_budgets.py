@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ace_triton import Sparsity
+from ace_triton import Recipe, Sparsity, prune_checkpoint
 from ace_triton.budgets import block_patterns, group_sizes, kept_shares, outliers
 from ace_triton.decoders.blocks import find_blocks, linears_of
 from ace_triton.packed.pack_model import pack_model
@@ -173,6 +173,14 @@ def test_on_the_command_line(command, tmp_path, tiny_checkpoint, some_text):
     code, _, said = command("prune", tiny_checkpoint, tmp_path / "other", "--budgets", "outliers", "--sparsity", "1:4")
     assert code != 0
     assert "no room" in said
+
+
+def test_a_block_that_keeps_too_much_to_be_packed_is_named(make_decoder, save, ids, tmp_path):
+    """Groups along the outputs are packed by row, which needs more zeros than 5:8 leaves."""
+    source = save(with_outliers(make_decoder))
+    recipe = Recipe("wanda", sparsity=Sparsity("4:8", axis="out"), budgets="outliers")
+    with pytest.warns(UserWarning, match=r"model\.layers\.1\.\S+ and 6 more: pruned, but not packed: it is 5:8"):
+        prune_checkpoint(source, tmp_path / "out", ids, recipe, packed=True)
 
 
 def test_blocks_of_other_patterns_are_packed(make_decoder, ids):

@@ -112,7 +112,7 @@ def pack(
     if json:
         report.write_json(json, with_provenance(result.to_dict(), model=name_of(src)))
     console.print(report.packing_table(result))
-    for line in report.skipped_lines(result):
+    for line in report.skipped_lines(result.skipped):
         print_line(f"left as it is: {line}")
     if few is not None and quantization_of(facts) != (few, group):
         print_note(

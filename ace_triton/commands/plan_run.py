@@ -73,7 +73,7 @@ def show_plan(context: typer.Context) -> None:
     if values["json"]:
         report.write_json(values["json"], with_provenance(plan.to_dict(), calibration=settings.to_dict()))
     console.print(plan_table(plan))
-    for line in report.skipped_lines(plan):
+    for line in report.skipped_lines(plan.skipped):
         print_line(f"stays dense: {line}")
     for line in plan.unchecked:
         print_line(f"not checked: {line}")

@@ -221,7 +221,8 @@ def prune(
     if not processes.is_first:
         return
     if json:
-        report.write_json(json, results.facts)
+        packed = {} if results.packing is None else {"packing": results.packing.to_dict()}
+        report.write_json(json, {**results.facts, **packed})
     _print(results)
     print_line(f"written to {out}")
     if results.facts.get("source_path", "") is None:
@@ -235,7 +236,7 @@ def _print(results: PruneResults) -> None:
             print_line(line)
         for line in results.calibration.warnings():
             print_warning(line)
-    for line in report.skipped_lines(results.report):
+    for line in report.skipped_lines(results.report.skipped):
         print_line(f"left dense: {line}")
     for line in report.tower_lines(results.report):
         print_line(line)
@@ -245,3 +246,6 @@ def _print(results: PruneResults) -> None:
         print_line(f"not reordered: {line}")
     if results.packing is not None:
         console.print(report.packing_table(results.packing))
+        pruned = {layer.name for layer in results.report.layers}
+        for line in report.skipped_lines(results.packing.skipped_of(pruned)):
+            print_line(f"pruned, but not packed: {line}")

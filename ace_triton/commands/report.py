@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from ..evaluate import Perplexity
 from ..model_report import ModelReport
 from ..packed.inspect import TensorSparsity
 from ..packed.pack_model import SparsifyReport
-from ..planning.pruning_plan import PruningPlan
 from ..recovery.settings import RecoveryReport
 from ..task_evaluation import TaskScore
 
@@ -81,6 +80,7 @@ _STAGE_LABELS = {
     "calibration": "calibration forwards",
     "permute": "channel order",
     "update": "weight update",
+    "block_fit": "block fit",
 }
 
 
@@ -126,7 +126,8 @@ def prune_table(report: ModelReport) -> Table:
         table.add_row("held-out error of a block, after it", f"{after:.4f}")
     permute = ("permute",) if report.permutation is not None else ()
     update = ("update",) if report.update is not None else ()
-    for stage in ("load", "calibration", "statistics", *permute, "select", *update, "total"):
+    fit = ("block_fit",) if report.fits else ()
+    for stage in ("load", "calibration", "statistics", *permute, "select", *update, *fit, "total"):
         table.add_row(_STAGE_LABELS.get(stage, stage), f"{getattr(report.seconds, stage):.2f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
     return table
@@ -155,10 +156,10 @@ def packing_table(report: SparsifyReport) -> Table:
     return table
 
 
-def skipped_lines(report: ModelReport | PruningPlan | SparsifyReport, most: int = 12) -> list[str]:
+def skipped_lines(entries: Iterable[Skipped], most: int = 12) -> list[str]:
     """One line for each reason why weights were left dense, with their share of the model; largest share first."""
     layers: dict[str, list[Skipped]] = {}
-    for skipped in report.skipped:
+    for skipped in entries:
         layers.setdefault(skipped.reason, []).append(skipped)
     ranked = sorted(layers.items(), key=lambda item: -sum(s.parameters for s in item[1]))
     lines = [

@@ -275,7 +275,9 @@ def _batches_of_inputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Batc
                 )
         if not inputs:
             raise ArgumentError(f"calibration[{number}] is an empty dict: give the inputs of the model's forward")
-        batch = Batch({k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()})
+        moved = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        # Torch computes no gradients with tensors made in inference mode.
+        batch = Batch({k: v.clone() if v.is_inference() else v for k, v in moved.items()})
         for name, mask in batch.masks.items():
             if not mask.any(1).all():
                 row = int((~mask.any(1)).nonzero()[0])

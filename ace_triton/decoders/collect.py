@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PruneError, StatsError
+from ..kernels.written import version_of
 from ..linears import as_kernel_dtype
 from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
@@ -61,7 +62,7 @@ class _Reading:
     def matches(self, tensor: torch.Tensor) -> bool:
         """True if ``tensor`` is the tensor that was read, and unchanged since."""
         own = self.tensor
-        return self.version == tensor._version and (
+        return self.version == version_of(tensor) and (
             own is tensor
             or (
                 own.data_ptr() == tensor.data_ptr()
@@ -254,7 +255,7 @@ class InputCollector:
         with self._clock.measure("statistics"):
             reading = self._add_input(name, tensor)
             if self._needs.outputs and output is not None:
-                reading.outputs[name] = (output, output._version)
+                reading.outputs[name] = (output, version_of(output))
         self._calls.append(name)
         if self._leave_early and len(self._calls) == len(self._layers):
             raise _AllCollected
@@ -282,7 +283,7 @@ class InputCollector:
             stats = ActivationStats(width, parts=parts)
             group = self._group_of[name] = _Group([name], stats)
         tokens, valid = self._sequences(tensor)
-        reading = _Reading(tensor, tensor._version, group, is_first, {name}, before)
+        reading = _Reading(tensor, version_of(tensor), group, is_first, {name}, before)
         reading.without_moments = self._needs.outputs and reads_tokens_once(tokens)
         if reading.without_moments:
             group.stats.update_without_moments(tokens, valid)
@@ -298,14 +299,14 @@ class InputCollector:
                 continue
             tokens, valid = self._sequences(reading.tensor)
             names = list(reading.outputs)
-            if reading.version != reading.tensor._version:
+            if reading.version != version_of(reading.tensor):
                 raise PruneError(
                     f"{names[0]}: its input is overwritten in place right after it is read, so metrics that need "
                     "outputs cannot be used; use a metric that needs only inputs (wanda, ria, varp)"
                 )
             outputs = []
             for name, (output, version) in reading.outputs.items():
-                intact = output if output._version == version else self._layers[name].forward(reading.tensor)
+                intact = output if version_of(output) == version else self._layers[name].forward(reading.tensor)
                 outputs.append(as_kernel_dtype(intact))
                 self._outputs.setdefault(name, OutputStats(self._needs.reduce))
             stats = [self._outputs[name] for name in names]

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .quantization_fields import Fields
 from .quantized_formats import PACKED_BITS, Awq, Bitsandbytes, CompressedTensors, Format, Gptq
+from .quantized_mxfp4 import Mxfp4
 
 STATED_BITS = range(1, 17)
 """Bits per weight that compressed-tensors may state for weights that are not packed."""
@@ -26,7 +27,11 @@ def format_of(stated: Mapping[str, Any]) -> Format | None:
         return _awq(fields)
     if method == "compressed-tensors":
         return _compressed_tensors(fields)
-    return Bitsandbytes() if method == "bitsandbytes" else None
+    return _OTHERS.get(method) if isinstance(method, str) else None
+
+
+_OTHERS: Mapping[str, Format] = {"bitsandbytes": Bitsandbytes(), "mxfp4": Mxfp4()}
+"""Formats whose variants are told by the tensors alone."""
 
 
 def _gptq(fields: Fields) -> Format:

@@ -1,7 +1,7 @@
 """Formats of quantized weights: the tensors that a layer is stored in, and the weight that they stand for.
 
-Every weight is ``(q - z) * s`` with integers q, zero points z and scales s. It is computed in fp32, which holds the
-product of two such numbers exactly unless the scales are fp32 too.
+Every weight here is ``(q - z) * s`` with integers q, zero points z and scales s. It is computed in fp32, which holds
+the product of two such numbers exactly unless the scales are fp32 too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ Parts = Mapping[str, torch.Tensor]
 
 
 class Format(Protocol):
-    """How the weights of a checkpoint are stored."""
+    """How the weights of a checkpoint are stored.
+
+    Ends of names follow a dot: "qweight" stands for ``layer.qweight``. Those that begin with "_" follow the name of a
+    parameter: "_blocks" stands for ``experts.down_proj_blocks``.
+    """
 
     @property
     def marks(self) -> Collection[str]:
@@ -43,8 +47,12 @@ class Format(Protocol):
     def ignored(self) -> Collection[str]:
         """Ends of the names of tensors that have no meaning for a dense model: scales of quantized activations."""
 
+    @property
+    def weight_name(self) -> str:
+        """The name of the dense weight, in place of these ends: "weight", or "" if they follow a parameter's name."""
+
     def weight(self, parts: Parts) -> torch.Tensor:
-        """The weight of a layer, fp32 [out_features, in_features].
+        """The weight of a layer, fp32 [out_features, in_features]; a parameter in the form of the model.
 
         Args:
             parts: the tensors of the layer by the end of their name.
@@ -73,6 +81,7 @@ class Gptq:
     marks = ("qweight",)
     parts = ("qweight", "qzeros", "scales", "g_idx")
     ignored = ()
+    weight_name = "weight"
 
     def weight(self, parts: Parts) -> torch.Tensor:
         """As in :class:`Format`."""
@@ -108,6 +117,7 @@ class Awq:
     marks = ("qweight",)
     parts = ("qweight", "qzeros", "scales")
     ignored = ()
+    weight_name = "weight"
 
     def weight(self, parts: Parts) -> torch.Tensor:
         """As in :class:`Format`."""
@@ -145,6 +155,7 @@ class CompressedTensors:
     marks = ("weight_packed", "weight_scale")
     parts = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
     ignored = ("input_scale", "input_zero_point", "output_scale", "q_scale", "k_scale", "v_scale")
+    weight_name = "weight"
 
     def weight(self, parts: Parts) -> torch.Tensor:
         """As in :class:`Format`."""
@@ -211,6 +222,7 @@ class Bitsandbytes:
         *("weight.nested_absmax", "weight.nested_quant_map"),
     )
     ignored = ()
+    weight_name = "weight"
 
     def weight(self, parts: Parts) -> torch.Tensor:
         """As in :class:`Format`."""

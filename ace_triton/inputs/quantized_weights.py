@@ -62,7 +62,7 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
         left = [name for name in stored if name not in taken]
         left = [name for name in left if not any(_layer(name, end) is not None for end in self.layout.ignored)]
         self._tensors = {name: LazyTensor(self._reader(name)) for name in left}
-        self._tensors |= {f"{own}weight": LazyTensor(self._dequantizer(own)) for own in self._parts}
+        self._tensors |= {own + self.layout.weight_name: LazyTensor(self._dequantizer(own)) for own in self._parts}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +96,9 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
             except MemoryError:
                 raise
             except Exception as error:  # Also what no check foresees: without the layer's name nobody finds the cause.
-                raise CheckpointError(f"{self.name}: {layer}weight cannot be dequantized: {reason(error)}") from error
+                raise CheckpointError(
+                    f"{self.name}: {layer}{self.layout.weight_name} cannot be dequantized: {reason(error)}"
+                ) from error
 
         return read
 
@@ -105,9 +107,12 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def _layer(name: str, end: str) -> str | None:
-    """The part of a tensor's name before an end, with its dot; None if the name does not end so."""
+    """The part of a tensor's name before an end, with its dot if the end follows one; None if it has another end."""
     before = name.removesuffix(end)
-    return before if before != name and (not before or before.endswith(".")) else None
+    if before == name:
+        return None
+    ends_well = before and not before.endswith(".") if end.startswith("_") else not before or before.endswith(".")
+    return before if ends_well else None
 
 
 def layout_of(name: str, stated: Mapping[str, Any] | None) -> Format | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -84,6 +84,10 @@ class SparsifyReport:
     def packed_bytes(self) -> int:
         """Total size of these layers' weights after packing."""
         return sum(layer.packed_bytes for layer in self.layers)
+
+    def skipped_of(self, names: Collection[str]) -> tuple[Skipped, ...]:
+        """Those of the skipped layers that have these names, as the pruned layers that stayed dense."""
+        return tuple(layer for layer in self.skipped if layer.name in names)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""

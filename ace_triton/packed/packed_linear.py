@@ -14,6 +14,7 @@ from ..kernels.pack_nm import PackedNM
 from ..kernels.pack_rows import unpack_rows
 from ..kernels.packed_rows import PackedRows
 from ..kernels.unpack_nm import unpack_nm
+from ..kernels.written import version_of
 from .bound_calls import BoundCalls
 from .dispatch import multiply
 from .products import Packed, RowLimits
@@ -237,4 +238,4 @@ class _Differentiable(torch.autograd.Function):
 
 def _versions(packed: Packed) -> tuple[int, ...]:
     """Version counters of the packed tensors; 0 for inference tensors, which have none."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in packed.tensors.values())
+    return tuple(version_of(tensor) for tensor in packed.tensors.values())

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..kernels.pack_nm import PackedNM, pack_cutlass
 from ..kernels.unpack_nm import unpack_nm
+from ..kernels.written import version_of
 from .products import Packed, Product, RowLimits
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -140,7 +141,7 @@ def _algorithm(packed: PackedNM, compressed: torch.Tensor, rows: int, bias: torc
 
 def _cached(packed: PackedNM, make: Callable[[], torch.Tensor], keep: bool) -> torch.Tensor:
     """The cached result of ``make`` for a packed weight. It is made again if the weight was written to since then."""
-    versions = _version(packed.meta), _version(packed.values)
+    versions = version_of(packed.meta), version_of(packed.values)
     converted = _cache.get(packed.meta)
     if converted is not None and converted.versions == versions:
         return converted.tensor
@@ -153,7 +154,3 @@ def _cached(packed: PackedNM, make: Callable[[], torch.Tensor], keep: bool) -> t
 def _capturing(device: torch.device) -> bool:
     """True during CUDA graph capture. A tensor made then is in the graph's memory, without content before a replay."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

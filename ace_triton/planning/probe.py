@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..block_fit import HELD_OUT
 from ..decoders.blocks import Block
 from ..errors import AceError, ArgumentError
 from ..inputs.model_source import open_safetensors, reason, safetensors_files
@@ -72,7 +73,8 @@ def estimate(built: Skeleton, layers: PlannedModel, recipe: Recipe, calibrated: 
     try:
         with only(model, layers.plan.blocks, blocks), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            report = prune_model(model, tokens, probed)
+            # One of two sequences is trained on and one held out, if the recipe trains blocks.
+            report = prune_model(model, tokens, probed, batch_size=None if _epochs(recipe) == 0 else 1)
     except AceError:
         raise
     except Exception as error:
@@ -140,6 +142,10 @@ def _places(folder: Path | None) -> dict[str, Path]:
     return found
 
 
+def _epochs(recipe: Recipe) -> int:
+    return 0 if recipe.update is None else recipe.update.block_epochs
+
+
 def _vocabulary(model: Any) -> int:
     return int(next(model.get_input_embeddings().parameters()).shape[0])
 
@@ -155,6 +161,10 @@ def _scaled(
     if calibrated is not None and recipe.needs.tokens:
         tokens = calibrated.samples * calibrated.length / probe_tokens
         stages["statistics"] = seconds.statistics * share * tokens
+        if epochs := _epochs(recipe):
+            # A step takes about three forwards, a measurement one; the dense outputs take one, too.
+            costs = [1 + 3 * epochs * trained + (epochs + 1) * (1 - trained) for trained in (1 - 1 / HELD_OUT, 0.5)]
+            stages["block_fit"] = seconds.block_fit * share * tokens * costs[0] / costs[1]
         # Unless the whole model is pruned at once, each block but the last runs again after it is pruned.
         twice = recipe.sequential != "none"
         runs = [(2 * count - 1 if twice else count) for count in (layers.blocks, blocks)]

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -304,9 +305,11 @@ def prune_checkpoint(
         with store.open():
             report = prune_stored(model, calibration, whole, store, batch_size=batch_size, progress=progress)
         report = report.with_load(load_seconds)
-        stream.publish(
-            with_provenance(report.to_dict(), **source_facts(source, out)), packed=packed, quantize=whole.quantize
-        )
+        facts = with_provenance(report.to_dict(), **source_facts(source, out))
+        packing = stream.publish(facts, packed=packed, quantize=whole.quantize)
+    if packing is not None and (dense := packing.skipped_of({layer.name for layer in report.layers})):
+        more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""
+        warnings.warn(f"{dense[0].name}{more}: pruned, but not packed: {dense[0].reason}", stacklevel=2)
     return report
 
 

@@ -4,7 +4,8 @@
 
 Every run is a process of its own. A made checkpoint of random weights (Llama's shape, 8 GB with 20 blocks) shows how
 memory depends on depth; it needs free disk for two copies. Results in the JSON file are kept, so one part can be
-measured again: ``--only depth``. ``--larger`` is a folder of a model with a large vocabulary, for the part ``plan``.
+measured again: ``--only depth``. ``--larger`` is a folder of a model with a large vocabulary, for the parts ``plan``
+and ``whole``; the latter prunes the whole model and measures its perplexity.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from benchmarks.harness.results import processor
+from benchmarks.reports.large_models_page import page
 
 DEPTHS = (10, 20)
 WIDTH, VOCABULARY = 4096, 49_152
@@ -37,6 +39,8 @@ SEQUENCES, LENGTH = 4, 16
 ROUNDS = 3
 INCLUDED = ("*.layers.[01].*",)
 SMALL = ("--samples", "8", "--length", "128", "--batch-size", "4")
+USUAL = ("--samples", "32", "--length", "128", "--batch-size", "4", "--dtype", "float32")
+WINDOWS = 4
 FILE_BYTES = 500e6
 
 STREAMED = """
@@ -54,17 +58,22 @@ def main(
     calibration: Annotated[str, typer.Option()] = "pydoc:calibration",
     out: Annotated[Path, typer.Option(help="Folder of large-models.json and large-models.md.")] = Path("docs"),
     evaluation: Annotated[str, typer.Option()] = "pydoc:evaluation",
-    larger: Annotated[Path | None, typer.Option(help="A second, larger model for the part plan.")] = None,
-    only: Annotated[str | None, typer.Option(help="One part: depth, time, processes or plan.")] = None,
+    wikitext: Annotated[bool, typer.Option("--wikitext", help="The evaluation text is a raw WikiText file.")] = False,
+    larger: Annotated[Path | None, typer.Option(help="A second, larger model for the parts plan and whole.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="One part: depth, time, processes, plan, whole; or only the page.")
+    ] = None,
     scratch: Annotated[Path | None, typer.Option(help="Folder for the checkpoints, with 20 GB free.")] = None,
 ) -> None:
     """Measure what is asked for, and write the page."""
     record = out / "large-models.json"
     found: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    text = (evaluation, *(["--wikitext"] if wikitext else []))
 
     def keep(name: str, result: Any) -> None:
         found[name] = result
-        record.write_text(json.dumps(found, indent=2) + "\n")
+        others = json.loads(record.read_text()) if record.exists() else {}
+        record.write_text(json.dumps({**others, name: result}, indent=2) + "\n")
 
     parts: dict[str, Callable[[Path], Any]] = {
         "depth": depth,
@@ -74,10 +83,11 @@ def main(
             folder,
             [model, *([] if larger is None else [str(larger)])],
             calibration,
-            evaluation,
+            text,
             found.get("plan", []),
             keep,
         ),
+        "whole": lambda folder: whole(folder, model if larger is None else str(larger), calibration, text),
     }
     for name, measure in parts.items():
         if only in (None, name):
@@ -85,6 +95,7 @@ def main(
                 keep(name, measure(Path(folder)))
             console.print(name, found[name], highlight=False)
     kills = out / "kill-test.json"
+    found = json.loads(record.read_text())
     (out / "large-models.md").write_text(page(found, json.loads(kills.read_text()) if kills.exists() else None))
 
 
@@ -196,7 +207,7 @@ def beside_plan(
     folder: Path,
     models: list[str],
     calibration: str,
-    evaluation: str,
+    text: tuple[str, ...],
     known: list[dict[str, Any]],
     keep: Callable[[str, Any], None],
 ) -> list[dict[str, Any]]:
@@ -205,7 +216,8 @@ def beside_plan(
     Args:
         folder: folder for the checkpoints.
         models: the models.
-        calibration, evaluation: texts.
+        calibration: the calibration text.
+        text: the evaluation text, and options that say how to read it.
         known: rows that were measured earlier; those of the same cases are replaced.
         keep: saves the rows so far.
     """
@@ -217,7 +229,7 @@ def beside_plan(
         subprocess.run([*command, "plan", source, *options, "--json", str(told)], capture_output=True, check=True)
         memory = json.loads(told.read_text())["memory"]["streamed" if how == "--stream" else "in_memory"]
         pruned = measured([*command, "prune", source, str(target), *options])
-        words = [*command, "evaluate", str(target), how, "--text", evaluation, "--windows", "1"]
+        words = [*command, "evaluate", str(target), how, "--text", *text, "--windows", "1"]
         evaluated = measured(words)["peak_bytes"] if how == "--stream" else None
         shutil.rmtree(target)
         row = {"model": Path(source).name, "dtype": dtype, "streamed": how == "--stream", "processor": processor()}
@@ -231,9 +243,32 @@ def beside_plan(
     return rows
 
 
+def whole(folder: Path, model: str, calibration: str, text: tuple[str, ...]) -> dict[str, Any]:
+    """Prune a whole model in files, and evaluate it and its dense model in files: time, peak memory and perplexity."""
+    target, told = folder / "out", folder / "perplexity.json"
+    rows = {"prune": measured(prune_words(model, target, calibration, "--stream"))}
+    console.print(rows, highlight=False)
+    for name, of in (("evaluate", str(target)), ("evaluate_dense", model)):
+        words = ["evaluate", of, "--stream", "--dtype", "float32", "--text", *text, "--windows", str(WINDOWS)]
+        run = measured([sys.executable, "-m", "ace_triton", *words, "--json", str(told)])
+        rows[name] = {**run, "perplexity": json.loads(told.read_text())["perplexity"]}
+        console.print(name, rows[name], highlight=False)
+    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    return {
+        "model": Path(model).name,
+        "bytes": size,
+        "sequences": int(USUAL[1]),
+        "length": int(USUAL[3]),
+        "text": Path(text[0]).name,
+        "windows": WINDOWS,
+        "processor": processor(),
+        **rows,
+    }
+
+
 def prune_words(model: str, out: Path, calibration: str, how: str) -> list[str]:
     words = ["-m", "ace_triton", "prune", model, str(out), how, "--calibration", calibration]
-    return [sys.executable, *words, "--samples", "32", "--length", "128", "--batch-size", "4", "--dtype", "float32"]
+    return [sys.executable, *words, *USUAL]
 
 
 def measured(words: list[str]) -> dict[str, Any]:
@@ -267,97 +302,6 @@ def digest(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         found.update(path.read_bytes())
     return found.hexdigest()
-
-
-def page(found: dict[str, Any], kills: dict[str, Any] | None) -> str:
-    """The page of the results.
-
-    Args:
-        found: the content of large-models.json.
-        kills: the content of kill-test.json, if it exists.
-    """
-    lines = [
-        "# Large models",
-        "",
-        "Made by `make large-models`; how it works is in the [guide](guides/very-large-models.md). Measured on a CPU,",
-        "one thread a process. Peak memory is the resident memory of the process, with all that Python and torch need.",
-    ]
-    if "depth" in found:
-        lines += [
-            "",
-            "## Memory does not grow with depth",
-            "",
-            f"`prune_checkpoint` with the recipe `fast` on random weights of Llama's shape, width {WIDTH:,}, bf16.",
-            "",
-            "| blocks | model | one block | peak memory |",
-            "|---:|---:|---:|---:|",
-            *(
-                f"| {row['blocks']} | {gb(row['bytes'])} | {gb(row['block_bytes'])} | {gb(row['peak_bytes'])} |"
-                for row in found["depth"]
-            ),
-        ]
-    if "time" in found:
-        of = found["time"]
-        peaks = {how: statistics.median(run["peak_bytes"] for run in of[how]) for how in ("in_memory", "streamed")}
-        same = "The weight files are equal byte for byte." if of["same_bytes"] else "The weight files DIFFER."
-        lines += [
-            "",
-            "## Time beside pruning in memory",
-            "",
-            f"`ace-triton prune` with its default recipe on {of['model']}, in turns: streamed takes",
-            f"{of['cpu_time_ratio']:.2f} times the CPU time (median of {len(of['streamed'])} pairs).",
-            f"Peak memory: {gb(peaks['streamed'])} streamed, {gb(peaks['in_memory'])} in memory. {same}",
-        ]
-    if "processes" in found:
-        rows = found["processes"]
-        same = "All files are equal byte for byte." if len({row["sha256"] for row in rows}) == 1 else "Files DIFFER."
-        lines += [
-            "",
-            "## Several processes",
-            "",
-            f"The same command under torchrun, on {os.cpu_count()} cores. {same}",
-            "",
-            "| processes | calibration forwards | whole run |",
-            "|---:|---:|---:|",
-            *(f"| {r['processes']} | {r['calibration_seconds']:.1f} s | {r['seconds']:.1f} s |" for r in rows),
-        ]
-    if "plan" in found:
-        rows = found["plan"]
-        worst = max(max(r["planned_bytes"] / r["peak_bytes"], r["peak_bytes"] / r["planned_bytes"]) for r in rows)
-        lines += [
-            "",
-            "## The plan beside the run",
-            "",
-            "`ace-triton prune` with its default recipe on 8 sequences of 128 tokens, two blocks pruned; then",
-            "`ace-triton evaluate --stream` of the result on a window of 2,048 tokens. Planned is what",
-            "`ace-triton plan` says, with file pages. The two peaks differ by a factor of at most",
-            f"{worst:.2f}. Measured on {rows[0]['processor']}.",
-            "",
-            "| model | dtype | weights | planned | pruned with | evaluated with |",
-            "|---|---|---|---:|---:|---:|",
-            *(
-                f"| {r['model']} | {r['dtype']} | {'in files' if r['streamed'] else 'in memory'} | "
-                f"" + " | ".join(gb(r[key]) for key in ("planned_bytes", "peak_bytes", "evaluate_bytes")) + " |"
-                for r in rows
-            ),
-        ]
-    if kills is not None:
-        lines += [
-            "",
-            "## Killed at random moments",
-            "",
-            "`make kill-test` kills each kind of work (SIGKILL) on a small model and repeats it until it ends. Its",
-            "files are compared with those of a run that was not killed. At a difference the test fails.",
-            "",
-            "| work | kills | results, all with the same bytes |",
-            "|---|---:|---:|",
-            *(f"| {job} | {row['kills']} | {row['results']} |" for job, row in kills["jobs"].items()),
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def gb(size: float | None) -> str:
-    return "" if size is None else f"{size / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ def test_the_table_gives_the_shares_of_all_block_weights(report):
 
 def test_layers_skipped_for_one_reason_are_one_line(report):
     share = 3 * 50 * 32 / report.account.model
-    assert skipped_lines(report) == [
+    assert skipped_lines(report.skipped) == [
         f"model.layers.0.mlp.down_proj and 2 more: its 50 inputs are not a multiple of 4 ({share:.1%} of the model's "
         "parameters)"
     ]
 
 
 def test_what_is_left_out_of_the_lines_is_counted(report):
-    assert skipped_lines(report, most=0) == [f"and 3 more ({3 * 50 * 32 / report.account.model:.1%})"]
+    assert skipped_lines(report.skipped, most=0) == [f"and 3 more ({3 * 50 * 32 / report.account.model:.1%})"]

@@ -130,6 +130,16 @@ def test_heads_as_a_third_axis_count_as_tokens(layers):
     close(collector.statistics("one"), wanted)
 
 
+def test_inputs_made_in_inference_mode_share_statistics(layers):
+    """Such a tensor, a calibration input or a learned query, has no version counter."""
+    with torch.inference_mode():
+        tokens = torch.randn(2, 3, 4)
+    collector = collector_of(layers, outputs=True)
+    run(collector, *((layer, tokens) for layer in layers.values()))
+    assert collector.groups == [["one", "two"]]
+    close(collector.statistics("one"), ActivationStats.from_tokens(tokens.clone()))
+
+
 def test_tokens_routed_to_an_expert_are_one_sequence(layers):
     tokens = torch.randn(5, 4)
     collector = collector_of(layers)

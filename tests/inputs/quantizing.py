@@ -111,6 +111,20 @@ def nf4(weight, size=64, nested_size=4):
     }, dense
 
 
+def mxfp4(weight):
+    """Experts [experts, in, out]: E2M1 codes in blocks of 32 inputs, with an E8M0 exponent; by the OCP's formulas."""
+    codes = torch.arange(16)
+    sign, exponent, mantissa = 1 - 2 * (codes >> 3), (codes >> 1) & 3, codes & 1
+    table = sign * torch.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    blocks = weight.float().transpose(1, 2).unflatten(2, (-1, 32))
+    shared = blocks.abs().amax(3).log2().floor() - 2
+    q = (blocks / 2.0 ** shared[..., None]).unsqueeze(-1).sub(table).abs().argmin(-1)
+    dense = (table[q] * 2.0 ** shared[..., None]).flatten(2).transpose(1, 2).contiguous()
+    pairs = q.to(torch.uint8).unflatten(3, (-1, 2))
+    packed = pairs[..., 0] | (pairs[..., 1] << 4)
+    return {"_blocks": packed, "_scales": (shared + 127).to(torch.uint8)}, dense
+
+
 def group(bits: int, **others) -> dict:
     """A ``quantization_config`` of compressed-tensors with one group of layers."""
     weights = {"num_bits": bits, "type": "int", **others}

@@ -9,7 +9,7 @@ import torch
 from ace_triton.errors import CheckpointError
 from ace_triton.inputs.quantization_config import format_of
 from ace_triton.inputs.quantized_formats import CompressedTensors, unpacked
-from tests.inputs.quantizing import FORMATS, awq, gptq, group, nf4, packed
+from tests.inputs.quantizing import FORMATS, awq, gptq, group, mxfp4, nf4, packed
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 
@@ -25,6 +25,30 @@ def test_the_weight_is_the_one_of_the_formula(name):
     assert (dense - WEIGHT).norm() < 0.5 * WEIGHT.norm()
     assert set(tensors) <= {*layout.parts, *layout.ignored}
     assert any(mark in tensors for mark in layout.marks)
+
+
+def test_experts_in_mxfp4_are_those_of_the_formula():
+    tensors, dense = mxfp4(weight := torch.randn(2, 64, 24) * torch.tensor([1e-30, 1e30]).view(2, 1, 1))
+    read = format_of({"quant_method": "mxfp4"}).weight(tensors)
+    assert torch.equal(read.float(), dense)
+    assert (dense / weight - 1).abs().median() < 0.15
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("_scales", None, "it lacks its scales"),
+        ("_scales", torch.full((1, 2, 1), 255).byte(), "its scales have NaN"),
+        ("_scales", torch.full((1, 2, 1), 254).byte(), "its values exceed the range of bfloat16"),
+        ("_scales", torch.zeros(2, 1).byte(), r"its scales are torch.uint8 \(2, 1\) and not torch.uint8 \(1, 2, 1\)"),
+        ("_blocks", torch.zeros(2, 1, 16).byte(), r"its blocks are torch.uint8 \(2, 1, 16\), not uint8 in 4 dim"),
+    ],
+)
+def test_malformed_experts_are_named(part, value, message):
+    parts = {"_blocks": torch.full((1, 2, 1, 16), 0x77).byte(), "_scales": torch.zeros(1, 2, 1).byte(), part: value}
+    parts = {end: tensor for end, tensor in parts.items() if tensor is not None}
+    with pytest.raises(CheckpointError, match=message):
+        format_of({"quant_method": "mxfp4"}).weight(parts)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

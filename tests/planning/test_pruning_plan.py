@@ -121,6 +121,12 @@ def test_a_probe_prunes_two_blocks_with_their_weights(tiny_checkpoint):
     assert all(seconds > 0 for seconds in plan.time.stages.values())
 
 
+def test_a_probe_of_a_block_fit_trains_blocks(tiny_checkpoint):
+    fitted = Recipe("wanda", update={"kind": "lstsq", "block_epochs": 1})
+    stages = plan_pruning(tiny_checkpoint, fitted, samples=40, length=16, probe=True).time.stages
+    assert stages["block_fit"] > stages["update"]
+
+
 def test_a_probe_of_experts_in_another_form_says_that_weights_are_random(tmp_path, make_decoder, tokenizer):
     make_decoder("qwen3_moe").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -7,13 +7,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ace_triton import Recipe, prune_checkpoint
 from ace_triton.errors import CheckpointError
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.quantized_formats import Gptq
 from ace_triton.planning.pruning_plan import plan_pruning
-from tests.inputs.quantizing import FORMATS
+from tests.inputs.quantizing import FORMATS, mxfp4
 
 MAGNITUDE = Recipe("magnitude")
 SIZES = {"hidden_size": 128, "intermediate_size": 128}
@@ -97,6 +98,28 @@ def test_the_experts_of_a_mixture_are_dequantized_one_by_one(make_decoder, save,
     assert same_files(tmp_path / "streamed", tmp_path / "expected")
 
 
+def gpt_oss():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", vocab_size=101, **sizes)).bfloat16()
+
+
+def test_experts_in_mxfp4_are_dequantized_one_parameter_at_a_time(save, tmp_path):
+    model = gpt_oss()
+    source = quantized(save(model), tmp_path / "quantized", {"quant_method": "mxfp4"})
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("experts.gate_up_proj")]:
+        ends, dense = mxfp4(tensors.pop(name))
+        tensors |= {f"{name}{end}": tensor for end, tensor in ends.items()}
+        model.get_parameter(name).data = dense.to(torch.bfloat16)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert not any("quantized" in line for line in plan_pruning(source, MAGNITUDE, stream=True).warnings)
+    prune_checkpoint(source, tmp_path / "streamed", None, MAGNITUDE)
+    prune_checkpoint(save(model, "dense"), tmp_path / "expected", None, MAGNITUDE)
+    assert same_files(tmp_path / "streamed", tmp_path / "expected")
+
+
 @pytest.mark.parametrize(
     ("scales", "message"),
     [
@@ -149,7 +172,7 @@ def test_an_unknown_variant_is_refused_with_what_can_be_read(tiny_checkpoint, tm
             call()
 
 
-@pytest.mark.parametrize("method", ["torchao", "mxfp4", "of tomorrow"])
+@pytest.mark.parametrize("method", ["torchao", "hqq", "of tomorrow"])
 def test_other_quantized_weights_are_refused_in_one_line(tiny_checkpoint, tmp_path, method):
     source = quantized(tiny_checkpoint, tmp_path / "quantized", {"quant_method": method, "bits": 4})
     message = rf"its weights are quantized \({method}\) and cannot be streamed: name the floating-point model"

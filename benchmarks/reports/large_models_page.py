@@ -1,0 +1,118 @@
+"""The page docs/large-models.md, from the records of large_models and of the kill test."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from typing import Any
+
+
+def page(found: dict[str, Any], kills: dict[str, Any] | None) -> str:
+    """The page of the results.
+
+    Args:
+        found: the content of large-models.json.
+        kills: the content of kill-test.json, if it exists.
+    """
+    lines = [
+        "# Large models",
+        "",
+        "Made by `make large-models`; how it works is in the [guide](guides/very-large-models.md). Measured on a CPU,",
+        "one thread a process. Peak memory is the resident memory of the process, with all that Python and torch need.",
+    ]
+    if "depth" in found:
+        lines += [
+            "",
+            "## Memory does not grow with depth",
+            "",
+            "`prune_checkpoint` with the recipe `fast` on random weights of Llama's shape, width 4,096, bf16.",
+            "",
+            "| blocks | model | one block | peak memory |",
+            "|---:|---:|---:|---:|",
+            *(
+                f"| {row['blocks']} | {gb(row['bytes'])} | {gb(row['block_bytes'])} | {gb(row['peak_bytes'])} |"
+                for row in found["depth"]
+            ),
+        ]
+    if "time" in found:
+        of = found["time"]
+        peaks = {how: statistics.median(run["peak_bytes"] for run in of[how]) for how in ("in_memory", "streamed")}
+        same = "The weight files are equal byte for byte." if of["same_bytes"] else "The weight files DIFFER."
+        lines += [
+            "",
+            "## Time beside pruning in memory",
+            "",
+            f"`ace-triton prune` with its default recipe on {of['model']}, in turns: streamed takes",
+            f"{of['cpu_time_ratio']:.2f} times the CPU time (median of {len(of['streamed'])} pairs).",
+            f"Peak memory: {gb(peaks['streamed'])} streamed, {gb(peaks['in_memory'])} in memory. {same}",
+        ]
+    if "processes" in found:
+        rows = found["processes"]
+        same = "All files are equal byte for byte." if len({row["sha256"] for row in rows}) == 1 else "Files DIFFER."
+        lines += [
+            "",
+            "## Several processes",
+            "",
+            f"The same command under torchrun, on {os.cpu_count()} cores. {same}",
+            "",
+            "| processes | calibration forwards | whole run |",
+            "|---:|---:|---:|",
+            *(f"| {r['processes']} | {r['calibration_seconds']:.1f} s | {r['seconds']:.1f} s |" for r in rows),
+        ]
+    if "plan" in found:
+        rows = found["plan"]
+        worst = max(max(r["planned_bytes"] / r["peak_bytes"], r["peak_bytes"] / r["planned_bytes"]) for r in rows)
+        lines += [
+            "",
+            "## The plan beside the run",
+            "",
+            "`ace-triton prune` with its default recipe on 8 sequences of 128 tokens, two blocks pruned; then",
+            "`ace-triton evaluate --stream` of the result on a window of 2,048 tokens. Planned is what",
+            "`ace-triton plan` says, with file pages. The two peaks differ by a factor of at most",
+            f"{worst:.2f}. Measured on {rows[0]['processor']}.",
+            "",
+            "| model | dtype | weights | planned | pruned with | evaluated with |",
+            "|---|---|---|---:|---:|---:|",
+            *(
+                f"| {r['model']} | {r['dtype']} | {'in files' if r['streamed'] else 'in memory'} | "
+                f"" + " | ".join(gb(r[key]) for key in ("planned_bytes", "peak_bytes", "evaluate_bytes")) + " |"
+                for r in rows
+            ),
+        ]
+    if "whole" in found:
+        of = found["whole"]
+        work = {"prune": "prune", "evaluate": "evaluate the pruned model", "evaluate_dense": "evaluate the dense model"}
+        lines += [
+            "",
+            "## A whole model in files",
+            "",
+            f"`ace-triton prune --stream` with its default recipe (wanda 2:4, permuted, lstsq) on {of['model']}, all",
+            f"blocks, {of['sequences']} sequences of {of['length']} tokens; then `ace-triton evaluate --stream` on the",
+            f"first {of['windows']} windows of 2,048 tokens of {of['text']}. In float32 the weights take",
+            f"{gb(of['bytes'])}. Measured on {of['processor']}.",
+            "",
+            "| work | peak memory | time | perplexity |",
+            "|---|---:|---:|---:|",
+            *(
+                f"| {told} | {gb(of[key]['peak_bytes'])} | {of[key]['seconds'] / 60:.1f} min | "
+                f"{format(of[key]['perplexity'], '.2f') if 'perplexity' in of[key] else ''} |"
+                for key, told in work.items()
+            ),
+        ]
+    if kills is not None:
+        lines += [
+            "",
+            "## Killed at random moments",
+            "",
+            "`make kill-test` kills each kind of work (SIGKILL) on a small model and repeats it until it ends. Its",
+            "files are compared with those of a run that was not killed. At a difference the test fails.",
+            "",
+            "| work | kills | results, all with the same bytes |",
+            "|---|---:|---:|",
+            *(f"| {job} | {row['kills']} | {row['results']} |" for job, row in kills["jobs"].items()),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def gb(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e9:.2f} GB"
