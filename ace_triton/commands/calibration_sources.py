@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
 
 from ..errors import ArgumentError
 from ..inputs.calibration import SELF, read_calibration
 from ..inputs.model_inputs import Reads, Sources, sources_of
 from ..inputs.model_task import ModelTask
-from .recipe_file import CalibrationSettings, digest_of
+from .recipe_file import CalibrationSettings, digest_of, with_digest
 from .sources import check_length
 
 TEXT_ALONE = Reads(frozenset({"input_ids"}))
@@ -48,5 +48,14 @@ def read_sources(source: str, task: ModelTask, settings: CalibrationSettings) ->
         seed=settings.seed,
         batch_size=settings.batch_size,
     )
-    digest = None if found.documents is None else digest_of(found.documents)
-    return replace(settings, sha256=digest), found
+    return with_digest(settings, _digest_of(found)), found
+
+
+def _digest_of(sources: Sources) -> str | None:
+    """The digest of all that a model is calibrated on: documents, and files in order with the texts beside them."""
+    of_text = None if sources.documents is None else digest_of(sources.documents)
+    files = [*sources.images, *sources.audio]
+    if not files:
+        return of_text
+    digests = [hashlib.sha256(file.path.read_bytes()).hexdigest() + (file.text or "") for file in files]
+    return digest_of([*digests, of_text or ""])

@@ -16,7 +16,7 @@ from .console import console, print_line, print_note, print_warning
 from .options import check_json, parse_device
 from .prune_run import PruneRun
 from .recipe_file import SavedRun
-from .recipe_flags import calibration_from, check_text_is_there, given_flags, recipe_from, replaced_lines
+from .recipe_flags import calibration_from, check_places, given_flags, recipe_from, replaced_lines
 
 
 def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
@@ -42,12 +42,12 @@ def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
         stream=values["stream"],
         restart=values["restart"],
         offload=values["offload"],
-        task_name=values["task"],
+        task_name=values["task"] if "task" in given or saved is None else saved.task,
     )
     run.check_recipe()
     check_json(None if values["json"] is None else Path(values["json"]))
     if path is not None and run.recipe.calibrated:
-        check_text_is_there(settings, path)
+        check_places(settings, path)
     return run, saved
 
 
@@ -56,7 +56,7 @@ def show_plan(context: typer.Context) -> None:
     run, saved = run_from(context)
     values, settings = context.params, run.calibration
     if saved is not None:
-        for line in replaced_lines(Path(values["recipe"]), saved, run.recipe, settings, run.dtype):
+        for line in replaced_lines(Path(values["recipe"]), saved, run, settings):
             print_note(line)
     if not run.of_text_alone:
         raise ArgumentError(

@@ -354,6 +354,7 @@ class PruneRun:
             exclude=list(recipe.exclude) or None,
             dtype=str(model.dtype).removeprefix("torch."),
             dtype_option=self.dtype,
+            **({} if self.task_name is None else {"task_option": self.task_name}),
             device=str(model.device),
         )
 
