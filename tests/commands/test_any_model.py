@@ -81,6 +81,42 @@ def test_every_kind_is_pruned_and_loads_with_its_class(kind, prune, media, tmp_p
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_a_plan_is_what_pruning_does(kind, prune, command, media, tmp_path):
+    """The plan reads no text, so it does not notice that there is none."""
+    save, reads = KINDS[kind]
+    save(tmp_path / "dense")
+    assert prune(tmp_path / "dense", *media[reads])[0] == 0
+    report = json.loads((tmp_path / "out" / "ace_triton.json").read_text())
+    words = ("--method", "wanda", "--samples", 3, "--length", 16, "--calibration", "some/dataset")
+    code, out, errors = command("plan", tmp_path / "dense", *media[reads], *words, "--json", tmp_path / "plan.json")
+    assert code == 0, errors
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["layers"] == [layer["name"] for layer in report["layers"]]
+    assert plan["account"] == report["account"]
+    assert plan["towers"] == {tower["name"]: tower["blocks"] for tower in report["towers"]}
+    assert plan["memory"]["streamed"] is None
+    assert plan["memory"]["in_memory"]["peak_bytes"] > sum(
+        path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors")
+    )
+    assert all(f"tower {tower}" in out for tower in plan["towers"])
+
+
+def test_a_plan_counts_the_hidden_states_of_images(media, tmp_path):
+    """Four patches and a class token for each image, instead of --length tokens."""
+    from ace_triton import plan_pruning
+
+    KINDS["vit"][0](tmp_path / "dense")
+    batch = {"pixel_values": torch.zeros(2, 3, 16, 16)}
+    few, many = (
+        plan_pruning(tmp_path / "dense", "wanda", samples=count, inputs=batch, task=None).in_memory.phases["prune"]
+        for count in (1000, 3000)
+    )
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "dense")
+    statistics = 3 * config.hidden_size + config.intermediate_size  # One number for each channel that a layer reads.
+    assert many - few == 2000 * 4 * (5 * config.hidden_size + statistics)
+
+
 def test_an_encoder_sees_special_tokens_and_no_padding(prune, tmp_path):
     """As if the user had tokenized the documents with padding, in any order."""
     KINDS["bert"][0](tmp_path / "dense")
@@ -172,12 +208,13 @@ def test_text_beside_an_image_is_its_caption(prune, media, tmp_path, documents):
         ("vit", (), "a ViTForImageClassification reads more than text: give --images DIR"),
         ("whisper", (), "a WhisperForConditionalGeneration reads more than text: give --audio DIR"),
         ("bert", ("--images", "."), "--images: a BertModel does not read that"),
-        ("bert", ("--stream",), "--stream prunes causal language models on text"),
+        ("bert", ("--stream",), "--stream is for causal language models on text"),
+        ("bert", ("--dry-run", "--stream"), "--stream is for causal language models on text"),
         ("bert", ("--bos", "each"), "--bos is for causal language models"),
         ("bert", ("--calibration", "self"), "only causal language models write text"),
         ("bert", ("--length", "33"), "--length 33 is more than the model's 32 positions"),
         ("bert", ("--task", "sorting"), "unknown task 'sorting'"),
-        ("bert", ("--dry-run",), "a plan (--dry-run) is made for causal language models"),
+        ("vit", ("--dry-run",), "a ViTForImageClassification reads more than text: give --images DIR"),
         ("vit", ("--images", "missing"), "--images missing: no such folder"),
     ],
 )
