@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -121,6 +122,9 @@ def test_evaluate_compares_an_encoder_with_its_source(command, sentences, tmp_pa
     assert "mean cosine to the dense embeddings" in out
     same = command("evaluate", tmp_path / "dense", "--dense", tmp_path / "dense", "--text", sentences)
     assert "1.000 " in same[1]
+    rows = {"model": "dense", "dense model": "dense", "task": "feature-extraction", "text": "text.txt"}
+    for title, value in {**rows, "largest length, in tokens": "32"}.items():
+        assert re.search(rf"│ {title} +│ +{value} │", same[1]), title
     code, _, errors = command("evaluate", tmp_path / "dense", "--text", sentences)
     assert code == 1
     assert "does not say where the dense model is to compare it with: give --dense SRC" in errors
@@ -148,6 +152,32 @@ def test_evaluate_compares_causal_models_on_windows(command, tiny_checkpoint, so
     assert code == 0, errors
     found = json.loads((tmp_path / "a.json").read_text())
     assert (found["predictions"], found["top1"]) == (48, 1)
+    assert (found["text"], found["length"], found["windows"]) == (some_text.name, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("bert", ("--windows", 3, "--bos", "each"), "--windows and --bos have no effect on a comparison of embeddings"),
+        ("bert", ("--offload", "disk"), "--offload has no effect on a comparison of embeddings on sentences: leave it"),
+        ("bert", ("--shots", 2), "--shots needs --tasks"),
+        ("bert", ("--stream",), "--stream measures a perplexity, not a comparison of embeddings on sentences"),
+        ("masked bert", ("--neighbors", 3), "--neighbors has no effect on a comparison of predictions on sentences"),
+        ("vit", ("--images", ".", "--text", "a.txt", "--length", 8), "--text and --length have no effect on a compar"),
+        ("llama", ("--samples", 3, "--batch-size", 2), "--samples and --batch-size have no effect on a perplexity"),
+        ("llama", ("--dense", ".", "--samples", 3), "--samples has no effect on a comparison on windows of text"),
+        ("llama", ("--tasks", "piqa", "--text", "a", "--length", 8), "--text and --length have no effect on --tasks"),
+    ],
+)
+def test_evaluate_refuses_options_without_effect(kind, words, message, command, tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint
+    if kind != "llama":
+        source = tmp_path / "dense"
+        KINDS[kind][0](source)
+    code, _, errors = command("evaluate", source, *words)
+    assert code == 1
+    assert message in errors, errors
+    assert errors.count("error:") == 1
 
 
 def test_a_packed_encoder_is_compared(command, sentences, tmp_path):

@@ -77,7 +77,7 @@ def test_dense_and_packed_score_as_computed_here(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--limit", "3"), "need --tasks"),
+        (("--limit", "3"), "--limit needs --tasks"),
         (("--tasks", "arc_easy", "--stream"), "leave --stream out"),
     ],
 )

@@ -16,7 +16,6 @@ from ..evaluate import perplexity
 from ..formats.registry import format_of, load_model
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.model_source import weight_file_bytes
-from ..inputs.model_task import TEXT_GENERATION
 from ..inputs.text import read_documents, wikitext_rows
 from ..planning.memory import logit_bytes
 from ..planning.pruning_plan import weights_stay_in_files
@@ -29,8 +28,9 @@ from ..streaming.fits import available_memory, fits_in_memory, surely_fits
 from ..streaming.streamed_evaluate import opened
 from ..task_evaluation import check_tasks_installed, evaluate_tasks, known_tasks
 from . import report
-from .compare_run import Comparison, agreement_table, device_facts, found_task
+from .compare_run import Comparison, agreement_table
 from .console import console, print_backend, print_note, progress_bars
+from .evaluate_options import TASKS, check_effect, kind_of
 from .options import (
     TEXT_SOURCES,
     AnyModelArgument,
@@ -49,7 +49,8 @@ from .options import (
     parse_device,
     parse_dtype,
 )
-from .sources import check_length, check_source, context_length
+from .recipe_flags import given_flags
+from .sources import check_causal, check_length, check_source, context_length, found_task
 
 WINDOW_LENGTH, SENTENCE_LENGTH = 2048, 128
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
@@ -60,6 +61,7 @@ LOGIT_BYTES = 12
 
 
 def evaluate(
+    context: typer.Context,
     model_dir: AnyModelArgument,
     text: Annotated[
         str, typer.Option(help=f"Evaluation text: {TEXT_SOURCES.format(half='evaluation')} (Python's manual).")
@@ -139,35 +141,52 @@ def evaluate(
     weights_dtype, where = parse_dtype(dtype), parse_device("cpu" if stream and device == "auto" else device)
     if stream and where != "cpu":
         raise ArgumentError("--stream evaluates on the CPU: leave --device out, or load the model whole (--no-stream)")
-    if tasks is None and (tasks_folder, shots, limit) != (None, None, None):
-        raise ArgumentError("--tasks-folder, --shots and --limit need --tasks")
+    given = given_flags(context)
     if tasks is not None:
+        check_effect(given, TASKS)
         if stream:
             raise ArgumentError("--tasks evaluates a model in memory: leave --stream out")
         if started() > 1:
             raise ArgumentError("--tasks runs in one process: run it without torchrun")
         check_tasks_installed()
     check_source(model_dir, any_format=True)
+    trust = {"trust_remote_code": trust_remote_code}
     options: dict[str, Any] = {"dtype": weights_dtype, "trust_remote_code": trust_remote_code}
     if tasks is not None:
-        if (dense, task, images, audio) != (None, None, None, None):
-            raise ArgumentError("--tasks scores one model: leave --dense, --task, --images and --audio out")
+        if task is not None:
+            raise ArgumentError("--tasks scores causal language models: leave --task out")
+        check_causal(model_dir, "evaluate --tasks", "compare it with its dense model (--dense)", **trust)
         _show_tasks(model_dir, tasks, tasks_folder, shots, limit, batch_size, where, options, json)
         return
     own_task = found_task(model_dir, task, trust_remote_code=trust_remote_code)
-    compares = dense is not None or own_task.name != TEXT_GENERATION or images is not None or audio is not None
-    is_sentence = compares and own_task.name != TEXT_GENERATION
+    kind = kind_of(own_task, dense=dense is not None, images=images is not None, audio=audio is not None)
+    check_effect(given, kind)
+    is_sentence = "inputs" in kind.traits
     if length is None:
         longest = context_length(model_dir) if is_sentence else None
         length = WINDOW_LENGTH if not is_sentence else min(SENTENCE_LENGTH, longest or SENTENCE_LENGTH)
     if not is_sentence:
         check_length(model_dir, length, "--length")
-    if compares:
+    if "comparison" in kind.traits:
         if stream:
-            raise ArgumentError("--stream measures a perplexity: leave it out, or leave --dense out")
+            raise ArgumentError(f"--stream measures a perplexity, not {kind.words}: leave it out")
+        if started() > 1:
+            raise ArgumentError(f"{kind.words} runs in one process: run it without torchrun")
         loading = {"dtype": weights_dtype, "device": where, "trust_remote_code": trust_remote_code}
         comparison = Comparison(
-            model_dir, dense, task, text, images, audio, samples, length, windows, bos, neighbors, loading
+            model_dir,
+            dense,
+            own_task.name,
+            text,
+            images,
+            audio,
+            samples,
+            length,
+            windows,
+            bos,
+            neighbors,
+            wikitext,
+            loading,
         )
         _compare(comparison, json)
         return
@@ -259,15 +278,15 @@ def _show_tasks(
 
 
 def _compare(comparison: Comparison, json: Path | None) -> None:
-    source = comparison.dense_source()
+    comparison.dense_source()
     print_backend(comparison.loading["device"])
     with progress_bars() as progress:
-        result, made = comparison.run(progress)
-    inputs = {} if made is None else {"inputs": made.to_dict()}
+        compared = comparison.run(progress)
+    facts, made = comparison.facts(compared), compared.inputs
     if json:
-        facts = device_facts(comparison.model, source, comparison.loading)
-        report.write_json(json, with_provenance(result.to_dict(), **facts, **inputs, text=name_of(comparison.text)))
-    console.print(agreement_table(result))
+        inputs = {} if made is None else {"inputs": made.to_dict()}
+        report.write_json(json, with_provenance(compared.agreement.to_dict(), **facts, **inputs))
+    console.print(agreement_table(compared.agreement, facts))
 
 
 def _fits(source: str, length: int, options: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from ..provenance import name_of, with_provenance
 from . import report
 from .console import console, print_line, progress_bars
 from .options import AnyModelArgument, JsonOption, OverwriteOption, TrustOption, check_json, number
-from .sources import check_source
+from .sources import check_causal, check_source
 
 
 def export(
@@ -46,6 +46,8 @@ def export(
     check_export(to, weight_type)
     checkpoint.check_out(out, overwrite=overwrite)
     check_source(model_dir, any_format=True)
+    advice = "pack it, or load its folder with transformers and export it from there"
+    check_causal(model_dir, "export", advice, trust_remote_code=trust_remote_code)
     with progress_bars() as progress:
         result = export_model(
             model_dir,

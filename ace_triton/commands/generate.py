@@ -28,7 +28,7 @@ from .options import (
     parse_device,
     parse_dtype,
 )
-from .sources import check_length, check_source
+from .sources import TAKEN, check_causal, check_length, check_source
 
 
 def generate(
@@ -57,6 +57,7 @@ def generate(
     check_json(json)
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, any_format=True)
+    check_causal(model_dir, "generate", TAKEN, trust_remote_code=trust_remote_code)
     check_length(model_dir, max_new_tokens, "--max-new-tokens")
     print_backend(where)
     with progress_bars() as progress, stage(progress, "load the model"):

@@ -36,7 +36,7 @@ from .options import (
     parse_device,
     parse_dtype,
 )
-from .sources import check_source
+from .sources import check_causal, check_source
 
 
 def pack(
@@ -78,6 +78,9 @@ def pack(
     check_source(src, hub=False)
     if stream and torch.device(where).type != "cpu":
         raise ArgumentError("--stream packs on the CPU: add --device cpu, or leave --stream out")
+    if stream:
+        advice = "leave --stream out, so the model is loaded"
+        check_causal(src, "pack --stream", advice, trust_remote_code=trust_remote_code)
     print_backend(where)
     facts = checkpoint.read_report(src)
     if facts is not None and (source := source_of(facts, src)) is not None:

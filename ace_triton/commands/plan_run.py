@@ -7,7 +7,6 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
-from ..errors import ArgumentError
 from ..planning.memory import Memory
 from ..planning.pruning_plan import PruningPlan, gib
 from ..provenance import with_provenance
@@ -16,7 +15,7 @@ from .console import console, print_line, print_note, print_warning
 from .options import check_json, parse_device
 from .prune_run import PruneRun
 from .recipe_file import SavedRun
-from .recipe_flags import calibration_from, check_text_is_there, given_flags, recipe_from, replaced_lines
+from .recipe_flags import calibration_from, check_places, given_flags, recipe_from, replaced_lines
 
 
 def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
@@ -42,12 +41,12 @@ def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
         stream=values["stream"],
         restart=values["restart"],
         offload=values["offload"],
-        task_name=values["task"],
+        task_name=values["task"] if "task" in given or saved is None else saved.task,
     )
     run.check_recipe()
     check_json(None if values["json"] is None else Path(values["json"]))
     if path is not None and run.recipe.calibrated:
-        check_text_is_there(settings, path)
+        check_places(settings, path)
     return run, saved
 
 
@@ -56,13 +55,8 @@ def show_plan(context: typer.Context) -> None:
     run, saved = run_from(context)
     values, settings = context.params, run.calibration
     if saved is not None:
-        for line in replaced_lines(Path(values["recipe"]), saved, run.recipe, settings, run.dtype):
+        for line in replaced_lines(Path(values["recipe"]), saved, run, settings):
             print_note(line)
-    if not run.of_text_alone:
-        raise ArgumentError(
-            f"{run.source}: a plan (--dry-run) is made for causal language models on text alone; this model is loaded "
-            f"by {run.task.auto_class}"
-        )
     plan = run.plan(
         out=run.out if values["out"] else None,
         device=parse_device(run.device),
@@ -86,13 +80,16 @@ def plan_table(plan: PruningPlan) -> Table:
     table = report.facts_table(f"{plan.recipe.words}, {plan.recipe.sparsity}")
     account = plan.account
     table.add_row("layers to prune", f"{len(plan.layers)}, in {plan.blocks} blocks")
+    if len(plan.towers) > 1:
+        for name, blocks in plan.towers.items():
+            table.add_row(f"tower {name}", f"{blocks} blocks")
     table.add_row("pruned, of the blocks' weights", f"{account.share('pruned'):.1%}")
     table.add_row("skipped (listed below)", f"{account.share('skipped'):.1%}")
     table.add_row("excluded by name", f"{account.share('excluded'):.1%}")
     table.add_row("outside the blocks, of the model's weights", f"{account.outside / account.model:.1%}")
     table.add_row("type of the weights", plan.dtype)
     table.add_row("memory with the model in memory", _memory(plan.in_memory))
-    table.add_row("memory if streamed", _memory(plan.streamed))
+    table.add_row("memory if streamed", "not streamed" if plan.streamed is None else _memory(plan.streamed))
     table.add_row("memory of a GPU, if it runs there", _memory(plan.device))
     table.add_row("memory available", gib(plan.available_bytes))
     table.add_row("where the weights would be", "in files (--stream)" if plan.streams else "in memory")
@@ -101,7 +98,7 @@ def plan_table(plan: PruningPlan) -> Table:
     if plan.disk.free_bytes is not None:
         table.add_row("disk free", gib(plan.disk.free_bytes))
     if plan.time is None:
-        table.add_row("time", "not estimated (plan --probe)")
+        table.add_row("time", "not estimated" + ("" if plan.streamed is None else " (plan --probe)"))
     else:
         weights = "their own weights" if plan.time.real_weights else "random weights"
         table.add_row("time to prune, estimated", f"{_duration(plan.time.seconds)}")

@@ -65,7 +65,7 @@ def prune(
         typer.Option(
             metavar="FILE",
             help="Recipe to repeat: a recipe's JSON file, or the ace_triton.json beside a pruned model, whose "
-            "calibration and --dtype are repeated too; other options replace its parts.",
+            "calibration, --dtype and --task are repeated too; other options replace its parts.",
             show_default="no file",
         ),
     ] = None,
@@ -213,7 +213,7 @@ def prune(
     run, saved = run_from(context)
     settings, documents = run.read_text()
     if recipe is not None and saved is not None:
-        for line in replaced_lines(recipe, saved, run.recipe, settings, run.dtype):
+        for line in replaced_lines(recipe, saved, run, settings):
             print_note(line)
     print_backend(parse_device(device))
     with joined() as processes, progress_bars() as progress:

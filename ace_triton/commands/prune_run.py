@@ -20,22 +20,22 @@ from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.calibration import Calibration, load_calibration
 from ..inputs.companions import Companions
-from ..inputs.model_inputs import InputReport, Reads, Sources, model_inputs
+from ..inputs.model_inputs import IMAGES_OF_A_FORWARD, InputReport, Reads, Sources, model_inputs
 from ..inputs.model_source import ModelSource, weight_file_bytes
 from ..inputs.model_task import TEXT_GENERATION, ModelTask, task_of
 from ..inputs.output_folder import Reservation
 from ..model_report import ModelReport, linears_outside
 from ..packed.pack_model import SparsifyReport, sparsify
 from ..packed.packable import check_packed
-from ..planning.pruning_plan import PruningPlan, plan_pruning, weights_stay_in_files
+from ..planning.pruning_plan import NOT_STREAMED, PruningPlan, gib, plan_pruning, weights_stay_in_files
 from ..processes import Processes
 from ..progress import progress_bar, stage
 from ..provenance import option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
-from ..streaming.fits import LARGEST_SHARE, surely_fits
+from ..streaming.fits import LARGEST_SHARE, available_memory, fits_in_memory, surely_fits
 from ..streaming.streamed_prune import StreamedModel, streamed
-from .calibration_sources import read_sources
+from .calibration_sources import read_sources, trial_inputs
 from .console import print_note
 from .options import parse_device, parse_dtype
 from .recipe_file import CalibrationSettings, read_documents_of
@@ -135,7 +135,13 @@ class PruneRun:
     def _read_inputs(self) -> tuple[CalibrationSettings, Sources | None]:
         """As :meth:`read_text`, for a model that is no causal language model or reads images or audio."""
         if self.stream:
-            raise ArgumentError("--stream prunes causal language models on text: leave it out, so the model is loaded")
+            raise ArgumentError(NOT_STREAMED)
+        size = weight_file_bytes(self.source)
+        if parse_device(self.device) == "cpu" and not fits_in_memory(size):
+            raise ArgumentError(
+                f"{self.source}: its weights take {gib(size)}, but only {gib(available_memory())} of memory are "
+                "available, and only causal language models on text are streamed: use a machine with more memory"
+            )
         if not self.recipe.calibrated:
             return self.calibration, None
         return read_sources(self.source, self.task, self.calibration)
@@ -171,14 +177,20 @@ class PruneRun:
 
     def plan(self, **more: Any) -> PruningPlan:
         """The plan of this run; ``more`` are other arguments of plan_pruning."""
-        settings = self.calibration
+        settings, size = self.calibration, self.calibration.batch_size
+        text: str | None = settings.text
+        if not self.of_text_alone:
+            inputs = trial_inputs(self.source, self.task, settings, trust_remote_code=self.trust_remote_code)
+            size = size or (1 if settings.audio else IMAGES_OF_A_FORWARD if settings.images else None)
+            more |= {"task": self.task.name, "inputs": inputs}
+            text = None
         return plan_pruning(
             self.source,
             self.recipe,
             samples=settings.samples,
             length=settings.length,
-            batch_size=settings.batch_size,
-            text=settings.text,
+            batch_size=size,
+            text=text,
             dtype=parse_dtype(self.dtype),
             packed=self.packed,
             offload=self.offload,
@@ -354,6 +366,7 @@ class PruneRun:
             exclude=list(recipe.exclude) or None,
             dtype=str(model.dtype).removeprefix("torch."),
             dtype_option=self.dtype,
+            **({} if self.task_name is None else {"task_option": self.task_name}),
             device=str(model.device),
         )
 

@@ -11,10 +11,14 @@ from typing import Any, get_args
 from ..errors import RecipeError
 from ..inputs.beginnings import Bos
 from ..inputs.calibration import read_calibration
+from ..inputs.model_task import TASK_NAMES
 from ..inputs.text import FILE_SUFFIXES
 from ..provenance import name_of
 from ..recipe import Recipe, read_recipe_file, recipe_in
 from .options import DTYPES, LARGEST_SEED
+
+MEDIA = ("images", "audio")
+"""Settings that name folders."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class CalibrationSettings:
         seed: random seed of the sequences.
         bos: place of beginning-of-text tokens.
         batch_size: sequences in one forward; None for the default.
-        sha256: digest of the source's documents; None if it is unknown or the model writes the text.
+        sha256: digest of the source's documents, and of the images or audio files; None if it is unknown or the model
+            writes the text.
         images, audio: folders of images or audio files, for models that read them; None for text alone.
     """
 
@@ -43,7 +48,7 @@ class CalibrationSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; a file or a folder is named without the folders above it, and left out if it is not given."""
-        media = {"images": self.images, "audio": self.audio}
+        media = {name: getattr(self, name) for name in MEDIA}
         named = {name: name_of(folder) for name, folder in media.items() if folder is not None}
         return {**{k: v for k, v in asdict(self).items() if k not in media}, "text": name_of(self.text), **named}
 
@@ -77,11 +82,13 @@ class SavedRun:
         recipe: the recipe.
         calibration: how the sequences were chosen; None if the file does not say.
         dtype: what ``--dtype`` was; None if the file does not say.
+        task: what ``--task`` was; None if the task was found.
     """
 
     recipe: Recipe
     calibration: CalibrationSettings | None = None
     dtype: str | None = None
+    task: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> SavedRun:
@@ -93,7 +100,10 @@ class SavedRun:
         dtype = content.get("dtype_option")
         if dtype is not None and dtype not in DTYPES:
             raise RecipeError(f"{path}: dtype_option must be one of {', '.join(DTYPES)}; got {dtype!r}")
-        return cls(recipe, saved_calibration(content, path), dtype)
+        task = content.get("task_option")
+        if task is not None and task not in TASK_NAMES:
+            raise RecipeError(f"{path}: task_option must be one of {', '.join(TASK_NAMES)}; got {task!r}")
+        return cls(recipe, saved_calibration(content, path), dtype, task)
 
 
 def digest_of(documents: Sequence[str]) -> str:
@@ -109,7 +119,7 @@ def saved_calibration(content: Mapping[str, Any], path: Path) -> CalibrationSett
         settings = CalibrationSettings.from_dict(content["calibration"])
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
-    media = {name: getattr(settings, name) for name in ("images", "audio")}
+    media = {name: getattr(settings, name) for name in MEDIA}
     places: dict[str, Any] = {
         name: _found(folder, path, Path.is_dir) for name, folder in media.items() if folder is not None
     }
@@ -125,12 +135,23 @@ def read_documents_of(settings: CalibrationSettings) -> tuple[CalibrationSetting
     """
     documents = read_calibration(settings.text)
     digest = None if isinstance(documents, str) else digest_of(documents)
-    if settings.sha256 not in (None, digest):
+    return with_digest(settings, digest), documents
+
+
+def with_digest(settings: CalibrationSettings, digest: str | None) -> CalibrationSettings:
+    """The settings with the digest of what they name; RecipeError if it is not the recorded one."""
+    if settings.sha256 in (None, digest):
+        return replace(settings, sha256=digest)
+    media = [(name, folder) for name in MEDIA if (folder := getattr(settings, name)) is not None]
+    for option, folder in media:
         raise RecipeError(
-            f"{settings.text} is not the text that the recipe was used with (its content differs): give the text to "
-            "use with --calibration"
+            f"{folder} does not hold the files that the recipe was used with (its content, or the text beside it, "
+            f"differs): give the folder to use with --{option}"
         )
-    return replace(settings, sha256=digest), documents
+    raise RecipeError(
+        f"{settings.text} is not the text that the recipe was used with (its content differs): give the text to use "
+        "with --calibration"
+    )
 
 
 def _found(text: str, path: Path, exists: Callable[[Path], bool] = Path.is_file) -> str:

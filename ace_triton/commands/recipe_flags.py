@@ -15,7 +15,8 @@ from ..recipe import Recipe
 from ..solvers.quantize import Quantization
 from ..sparsity import Sparsity
 from .options import parse_options, parse_update
-from .recipe_file import CalibrationSettings, SavedRun, is_missing_file
+from .prune_run import PruneRun
+from .recipe_file import MEDIA, CalibrationSettings, SavedRun, is_missing_file
 
 
 def given_flags(context: typer.Context) -> dict[str, Any]:
@@ -58,14 +59,24 @@ def calibration_from(given: Mapping[str, Any], saved: CalibrationSettings | None
     start = saved or CalibrationSettings()
     names = [entry.name for entry in fields(CalibrationSettings)]
     parts = {name: given[name] for name in names if name in given}
-    parts |= {name: str(given[name]) for name in ("images", "audio") if name in given}
+    if any(name in given for name in MEDIA):
+        parts |= {name: str(given[name]) if name in given else None for name in MEDIA}
     if "calibration" in given:
-        parts |= {"text": given["calibration"], "sha256": None}
+        parts["text"] = given["calibration"]
+    of_files = any(getattr(start, name) is not None for name in MEDIA)
+    if given.keys() & {"calibration", *MEDIA, *(("samples", "seed") if of_files else ())}:
+        parts["sha256"] = None
     return replace(start, **parts)
 
 
-def check_text_is_there(settings: CalibrationSettings, path: Path) -> None:
-    """RecipeError if the text is a file that was not found."""
+def check_places(settings: CalibrationSettings, path: Path) -> None:
+    """RecipeError if the text is a file that was not found, or a folder was not found."""
+    for name in MEDIA:
+        folder = getattr(settings, name)
+        if folder is not None and not Path(folder).is_dir():
+            raise RecipeError(
+                f"{path}: the folder {folder} was not found here or near the recipe: give it with --{name}"
+            )
     if is_missing_file(settings.text):
         raise RecipeError(
             f"{path}: the calibration text {settings.text} was not found here or near the recipe: give it with "
@@ -73,18 +84,20 @@ def check_text_is_there(settings: CalibrationSettings, path: Path) -> None:
         )
 
 
-def replaced_lines(path: Path, saved: SavedRun, recipe: Recipe, settings: CalibrationSettings, dtype: str) -> list[str]:
+def replaced_lines(path: Path, saved: SavedRun, run: PruneRun, settings: CalibrationSettings) -> list[str]:
     """One line for each part of a saved run that a flag replaced."""
-    pairs = _pairs(saved.recipe.to_dict(), recipe.to_dict())
+    pairs = _pairs(saved.recipe.to_dict(), run.recipe.to_dict())
     if saved.calibration is not None:
         pairs += _pairs(saved.calibration.to_dict(), settings.to_dict())
     if saved.dtype is not None:
-        pairs += _pairs({"dtype": saved.dtype}, {"dtype": dtype})
+        pairs += _pairs({"dtype": saved.dtype}, {"dtype": run.dtype})
+    if saved.task is not None:
+        pairs += _pairs({"task": saved.task}, {"task": run.task_name})
     return [f"{name} {old} of {path} is replaced by {new}" for name, old, new in pairs]
 
 
 def _pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    return [(name, _short(old), _short(after[name])) for name, old in before.items() if after[name] != old]
+    return [(name, _short(old), _short(after.get(name))) for name, old in before.items() if after.get(name) != old]
 
 
 def _short(value: Any) -> str:

@@ -38,7 +38,7 @@ from .options import (
     parse_device,
 )
 from .pack import quantization_of
-from .sources import check_length, check_source
+from .sources import check_causal, check_length, check_source
 
 
 def recover(
@@ -110,6 +110,8 @@ def recover(
     checkpoint.check_out(out, overwrite=overwrite)
     where = parse_device(device)
     check_source(model_dir, hub=False)
+    advice = "train it with transformers' Trainer and ace_triton.MaskCallback, which keeps zeros at zero"
+    check_causal(model_dir, "recover", advice, trust_remote_code=trust_remote_code)
     pruning = checkpoint.read_report(model_dir) or {}
     source = _teacher(model_dir, teacher, pruning)
     check_length(model_dir, length, "--length")

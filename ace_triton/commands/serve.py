@@ -13,7 +13,7 @@ from ..progress import stage
 from ..provenance import name_of
 from .console import print_backend, print_note, progress_bars
 from .options import AnyModelArgument, DeviceOption, DtypeOption, TrustOption, number, parse_device, parse_dtype
-from .sources import check_source
+from .sources import TAKEN, check_causal, check_source
 
 PACKAGES = ("starlette", "uvicorn")
 
@@ -50,6 +50,7 @@ def serve(
         raise ArgumentError(f"serve needs {' and '.join(missing)}: pip install 'ace-triton[serve]'")
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, any_format=True)
+    check_causal(model_dir, "serve", TAKEN, trust_remote_code=trust_remote_code)
     print_backend(where)
     with progress_bars() as progress, stage(progress, "load the model"):
         model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code)

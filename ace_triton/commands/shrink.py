@@ -43,7 +43,7 @@ from .options import (
 from .recipe_file import CalibrationSettings
 from .shrink_settings import ShrinkWords
 from .shrink_table import shrink_table
-from .sources import check_length, check_memory, check_source
+from .sources import check_causal, check_length, check_memory, check_source
 
 _DEFAULTS, _SETTINGS = CalibrationSettings(), ShrinkSettings()
 _METHODS = "; ".join(f"{name}: {method.words}" for name, method in METHODS.items())
@@ -142,6 +142,7 @@ def shrink(
     if not dry_run:
         checkpoint.check_out(out, overwrite=overwrite)
     check_source(src)
+    check_causal(src, "shrink", "prune it to n:m with 'ace-triton prune'", trust_remote_code=trust_remote_code)
     if (pattern := (checkpoint.read_report(src) or {}).get("sparsity")) is not None:
         raise ArgumentError(
             f"{src} is pruned to {pattern}, which does not outlive the removal of channels: shrink the dense model, "

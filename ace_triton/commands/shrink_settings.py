@@ -13,7 +13,7 @@ from ..errors import RecipeError
 from ..recipe import read_recipe_file
 from ..structures.settings import METHODS, ShrinkSettings
 from .recipe_file import CalibrationSettings, read_documents_of, saved_calibration
-from .recipe_flags import calibration_from, check_text_is_there, given_flags
+from .recipe_flags import calibration_from, check_places, given_flags
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ShrinkWords:
         settings = ShrinkSettings(**_replaced(_saved_settings(content, path), flags))
         calibration = calibration_from(given, saved_calibration(content, path))
         if settings.needs_text:
-            check_text_is_there(calibration, path)
+            check_places(calibration, path)
         return cls(settings, calibration)
 
     def read_text(self) -> tuple[CalibrationSettings, str | list[str] | None]:

@@ -10,7 +10,11 @@ from ..decoders.batches import check_positions, positions_of
 from ..errors import ArgumentError, CheckpointError
 from ..formats.registry import format_of
 from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file, weight_file_bytes
+from ..inputs.model_task import CAUSAL, ModelTask, find_task, other_kind, task_of
 from ..streaming.fits import available_memory, fits_in_memory
+
+TAKEN = "prune, pack and 'evaluate --dense' take it"
+"""What to do with a model that a command for causal language models refuses."""
 
 
 def check_source(source: str | Path, *, any_format: bool = False, hub: bool = True) -> None:
@@ -30,6 +34,54 @@ def check_source(source: str | Path, *, any_format: bool = False, hub: bool = Tr
             f"{source}: is in the format {name!r}, and this command reads dense checkpoints: name the one that it was "
             "made from"
         )
+
+
+def found_task(model: str | Path, task: str | None = None, *, trust_remote_code: bool = False) -> ModelTask:
+    """What a model in any format is loaded for; a causal language model if its files do not say, so that loading says
+    what is wrong with them.
+
+    Raises:
+        CheckpointError: if a task is named, and no AutoModel class loads the model so.
+    """
+    if format_of(model).name == "dense":
+        try:
+            return task_of(model, task, trust_remote_code=trust_remote_code)
+        except CheckpointError:
+            if task is not None:
+                raise
+            return CAUSAL
+    config = _config(model, trust_remote_code)
+    return CAUSAL if config is None else find_task(str(model), config, task, trusted=trust_remote_code)
+
+
+def _config(model: str | Path, trust_remote_code: bool) -> Any:
+    """The configuration of a model; None if it cannot be loaded."""
+    from transformers import AutoConfig
+
+    if str(model) == SMOLLM2 or Path(model).suffix == ".gguf":
+        return None
+    try:
+        return AutoConfig.from_pretrained(
+            str(model), trust_remote_code=trust_remote_code, local_files_only=Path(model).exists()
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def check_causal(source: str | Path, command: str, advice: str, *, trust_remote_code: bool = False) -> None:
+    """Raise ArgumentError if a model surely is no causal language model, in the words of the command that needs one.
+
+    Args:
+        source: a model in any format.
+        command: name of the command, with the option that needs such a model.
+        advice: what to do instead.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+    config = _config(source, trust_remote_code)
+    own_code = trust_remote_code and "auto_map" in (config.to_dict() if config is not None else {})
+    other = None if config is None else other_kind(config, trusted=own_code)
+    if other is not None:
+        raise ArgumentError(f"{source}: is {other}, and {command} takes causal language models only: {advice}")
 
 
 def check_length(source: str | Path, length: int, option: str) -> None:

@@ -39,7 +39,7 @@ from .options import (
     parse_dtype,
     parse_options,
 )
-from .sources import check_length, check_source
+from .sources import check_causal, check_length, check_source
 
 PageWriter = Callable[[Results, Path], None]
 
@@ -220,6 +220,8 @@ def _cells_bar(progress: Progress) -> Callable[[int, int, str], None]:
 def _check_places(protocol: Protocol, out: Path, length: int) -> None:
     """Raise an AceError for a model, text or folder that would fail after the model is loaded."""
     check_source(protocol.model)
+    advice = "prune it by each method, and compare the results with 'ace-triton evaluate --dense'"
+    check_causal(protocol.model, "study", advice, trust_remote_code=protocol.trust_remote_code)
     check_length(protocol.model, length, "--lengths")
     check_length(protocol.model, max(protocol.window_length, *protocol.further_window_lengths, 0), "--window-lengths")
     for text in (protocol.calibration, protocol.evaluation):

@@ -20,6 +20,7 @@ from ..out_of_memory import raise_if_out_of_memory
 from .batches import TEXT_ALONE, TEXT_MASK, Batch, Masks, run_model, tensors_in, trial_batch
 from .calibration_mode import calibration_mode
 from .experts import Stack
+from .without_blocks import why_no_blocks
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,7 @@ def find_towers(model: nn.Module, batch: Batch | None = None) -> list[Tower]:
     """
     lists = _outermost_lists(model, _is_list) or _outermost_lists(model, _is_sequence_of_one_type)
     if not lists:
-        raise ArgumentError(
-            f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers; give a transformer in "
-            "floating point (some quantized checkpoints have other layers)"
-        )
+        raise ArgumentError(why_no_blocks(model))
     members = {name: [Block(f"{name}.{i}", m) for i, m in modules.named_children()] for name, modules in lists.items()}
     as_defined = [Tower(name, blocks) for name, blocks in members.items()]
     if len(members) == 1 and (batch is None or batch.of_text):
@@ -122,7 +120,9 @@ def _outermost_lists(model: nn.Module, is_list: Callable[[nn.Module], bool]) -> 
 
 
 def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList)
+    """True for a list of blocks. A list of lists is none: its members are not called."""
+    members = list(module.children())
+    return isinstance(module, nn.ModuleList) and not (members and all(isinstance(m, nn.ModuleList) for m in members))
 
 
 def _is_sequence_of_one_type(module: nn.Module) -> bool:

@@ -107,8 +107,7 @@ def traced(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> tuple[lis
 
     def record_output(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            copy = (output[0].clone(), *output[1:]) if isinstance(output, tuple) and output else output
-            trace.append((index, copy.clone() if isinstance(copy, torch.Tensor) else copy))
+            trace.append((index, _copied(output)))
 
         return hook
 
@@ -117,6 +116,13 @@ def traced(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> tuple[lis
             hooks.callback(block.module.register_forward_hook(record_output(index)).remove)
         output = forward(model, batch)
     return trace, output
+
+
+def _copied(output: Any) -> Any:
+    """An output of a block with a copy of its hidden states, which a later block may change in place."""
+    if isinstance(output, torch.Tensor):
+        return output.clone()
+    return (_copied(output[0]), *output[1:]) if isinstance(output, tuple) and output else output
 
 
 def try_replay(

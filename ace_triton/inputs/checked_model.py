@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from .model_source import reason
-from .model_task import FEATURE_EXTRACTION, TEXT_GENERATION, ModelTask
+from .model_task import FEATURE_EXTRACTION, TEXT_GENERATION, ModelTask, other_kind
 from .report_file import listing
 
 
@@ -23,15 +24,9 @@ def check_config(source: str | Path, config: Any, tensors: set[str] | None, trus
         tensors: names of the tensors in the checkpoint's files, if known.
         trusted: True if the class of the model may come with the checkpoint.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    kind = type(config)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not (trusted and "auto_map" in config.to_dict()):
-        raise CheckpointError(f"{source}: is a {config.model_type} model, not a causal language model")
-    saved_as = (config.architectures or [""])[0]
-    if saved_as in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and saved_as != _causal_class(config):
-        raise CheckpointError(f"{source}: is an encoder ({saved_as}), not a causal language model")
+    own_code = trusted and "auto_map" in config.to_dict()
+    if (other := other_kind(config, trusted=own_code)) is not None:
+        raise CheckpointError(f"{source}: is {other}, not a causal language model")
     check_depth(source, config, tensors)
 
 
@@ -57,7 +52,7 @@ def checked_model(source: str, where: str | None, task: ModelTask, kind: Any = N
 
     Tied weights are not checked, nor are tensors that transformers declares ignorable. A model of another task than its
     checkpoint's may leave out the checkpoint's head, and a model for embeddings may lack the pooler, which it does not
-    use.
+    use and then has not.
 
     Args:
         source: name of the checkpoint, for messages.
@@ -76,7 +71,7 @@ def checked_model(source: str, where: str | None, task: ModelTask, kind: Any = N
     mismatched = [f"{name} {tuple(given)} instead of {tuple(own)}" for name, given, own in info["mismatched_keys"]]
     missing, unexpected = info["missing_keys"], info["unexpected_keys"]
     if task.name == FEATURE_EXTRACTION:
-        missing = [name for name in missing if not name.startswith("pooler.")]
+        missing = _without_pooler(model, missing)
     if task.is_chosen:
         unexpected = []
     refuse_unfit(
@@ -87,6 +82,16 @@ def checked_model(source: str, where: str | None, task: ModelTask, kind: Any = N
         ("of another shape", mismatched),
     )
     return model
+
+
+def _without_pooler(model: Any, missing: Iterable[str]) -> list[str]:
+    """The missing tensors without those of a pooler, which is removed if the model runs without: it has random weights,
+    and would be saved with them."""
+    names = list(missing)
+    others = [name for name in names if not name.startswith("pooler.")]
+    if len(others) < len(names) and "add_pooling_layer" in signature(type(model).__init__).parameters:
+        model.pooler = None
+    return others
 
 
 def refuse_unfit(source: str, model: Any, *found: tuple[str, Iterable[str]]) -> None:

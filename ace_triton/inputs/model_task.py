@@ -154,6 +154,29 @@ def task_of_class(model_class: type, config: Any) -> ModelTask | None:
     return None
 
 
+def other_kind(config: Any, *, trusted: bool = False) -> str | None:
+    """What a checkpoint is, as "a BertModel (feature-extraction)", if it surely is no causal language model.
+
+    None if it is one, or if only its tensors can tell: the body of a decoder alone, whose head may be tied to its
+    embeddings.
+
+    Args:
+        config: a configuration of transformers.
+        trusted: True if the class of the model may come with the checkpoint.
+    """
+    try:
+        task = find_task("", config, None, trusted=trusted)
+    except CheckpointError:
+        task = None
+    if task is not None and task.name == TEXT_GENERATION:
+        return None if _classes("AutoModelForCausalLM", config) or trusted else f"a {config.model_type} model"
+    others = ("AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
+    decodes = bool(_classes("AutoModelForCausalLM", config)) and not any(_classes(name, config) for name in others)
+    if task is None or (task.name == FEATURE_EXTRACTION and decodes) or task.model_class is None:
+        return None
+    return f"a {task.model_class.__name__} ({task.name})"
+
+
 def _tasks_named(task: str) -> tuple[str, ...]:
     if task in TASKS:
         return (task,)

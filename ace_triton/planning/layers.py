@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..decoders.batches import trial_ids
-from ..decoders.blocks import Block, find_towers, gated_consumers, possible_stacks
+from ..decoders.batches import Batch, run_model, tensors_in, trial_batch
+from ..decoders.blocks import Block, Tower, find_towers, gated_consumers, possible_stacks
 from ..decoders.calibration_mode import calibration_mode
 from ..decoders.collect import InputCollector
 from ..decoders.experts import ExpertLinear, Layout, find_layouts
@@ -88,6 +88,8 @@ class PlannedModel:
         blocks: number of all blocks.
         block_bytes: size of the largest block.
         unchecked: what only a run on the weights and the text can tell.
+        hidden: length and width of the largest hidden states that a tower's first block reads, for one input of a batch
+            that was given; None without a batch.
     """
 
     plan: Plan
@@ -95,12 +97,18 @@ class PlannedModel:
     blocks: int
     block_bytes: int
     unchecked: tuple[str, ...] = field(default=())
+    hidden: tuple[int, int] | None = None
 
 
-def planned(model: Any, recipe: Recipe) -> PlannedModel:
+def planned(model: Any, recipe: Recipe, batch: Batch | None = None) -> PlannedModel:
     """Plan a recipe on a model whose weights have no meaning.
 
-    A few tokens run through one block of each kind to find the layout of experts and the layers that share an input.
+    A few inputs run through one block of each kind to find the layout of experts and the layers that share an input.
+
+    Args:
+        model: the model.
+        recipe: how to prune.
+        batch: inputs of the model; None for a few token ids.
 
     Raises:
         ArgumentError: if no layer can be pruned, a name pattern matches no layer, or the model cannot run here.
@@ -108,18 +116,19 @@ def planned(model: Any, recipe: Recipe) -> PlannedModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            plan, groups = _examined(model, recipe, one_of_each_kind)
+            found = _examined(model, recipe, batch, one_of_each_kind)
         except AceError:
             raise
         except Exception:  # A block may need what a block before it has computed, such as its keys and values.
             try:
-                plan, groups = _examined(model, recipe, lambda _blocks: nullcontext())
+                found = _examined(model, recipe, batch, lambda _blocks: nullcontext())
             except AceError:
                 raise
             except Exception as error:
                 raise ArgumentError(
                     f"{type(model).__name__} cannot run on this machine, so it cannot be planned ({reason(error)})"
                 ) from error
+    plan, groups = found.plan, found.groups
     units = plan.units
     numbers = {unit.name: _group_numbers(unit, groups) for unit in units}
     for unit in units:
@@ -135,26 +144,37 @@ def planned(model: Any, recipe: Recipe) -> PlannedModel:
         len(plan.blocks),
         max(_bytes(block.module) for block in plan.blocks),
         tuple(unchecked),
+        found.hidden,
     )
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """The plan, the groups of layers that read the same tensor, and the size of the hidden states."""
+
+    plan: Plan
+    groups: list[list[str]]
+    hidden: tuple[int, int] | None
 
 
 Substitute = Callable[[Sequence[Block]], AbstractContextManager[None]]
 
 
-def _examined(model: Any, recipe: Recipe, substitute: Substitute) -> tuple[Plan, list[list[str]]]:
-    """The plan, and the groups of layers that read the same tensor, while blocks are substituted."""
+def _examined(model: Any, recipe: Recipe, batch: Batch | None, substitute: Substitute) -> _Examined:
+    """What a forward of a few inputs shows, while blocks are substituted."""
     with calibration_mode(model):
-        towers = [tower for tower in find_towers(model) if tower.is_reached]
+        towers = [tower for tower in find_towers(model, batch) if tower.is_reached]
+        trial = trial_batch(model, [] if batch is None else [batch])
         blocks = [block for tower in towers for block in tower.blocks]
         stacks = [stack for block in blocks for stack in possible_stacks(block.module, block.name)]
         with substitute(blocks):
-            layouts = find_layouts(lambda: model(input_ids=trial_ids(model), use_cache=False), stacks) if stacks else {}
+            layouts = find_layouts(lambda: run_model(model, trial), stacks) if stacks else {}
             layouts = _in_all_blocks(layouts, blocks)
             known = [(stack, layouts[stack.name]) for stack in stacks if stack.name in layouts]
             experts = [name for stack, layout in known for name in stack.linears(transposed=False, rows=layout.rows)]
             names = NameFilter.of(model, recipe.include, recipe.exclude, experts)
             plan = Plan(model, recipe.metric, recipe.needs, recipe.sparsity, names, towers, stacks, layouts)
-            return plan, _groups(model, plan)
+            return _observed(model, plan, trial, None if batch is None else towers)
 
 
 def _in_all_blocks(layouts: Mapping[str, Layout], blocks: Sequence[Block]) -> dict[str, Layout]:
@@ -169,14 +189,24 @@ def _in_all_blocks(layouts: Mapping[str, Layout], blocks: Sequence[Block]) -> di
     }
 
 
-def _groups(model: Any, plan: Plan) -> list[list[str]]:
-    """Names of layers that read the same tensor in a forward of a few tokens."""
+def _observed(model: Any, plan: Plan, trial: Batch, towers: Sequence[Tower] | None) -> _Examined:
+    """Run a few inputs, and see which layers read the same tensor, and what the first blocks of towers read."""
     observed = {name: layer for unit in plan.units for name, layer in unit.observed.items()}
-    ids = trial_ids(model)
-    collector = InputCollector(observed, Needs(), Stopwatch(ids.device))
-    with collector.batch((ids.shape[0], ids.shape[1]), None):
-        model(input_ids=ids, use_cache=False)
-    return collector.groups
+    first = next(iter(trial.inputs.values()))
+    collector = InputCollector(observed, Needs(), Stopwatch(first.device))
+    sizes: list[tuple[int, int]] = []
+
+    def see(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        states = next((t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.dim() >= 2), None)
+        if states is not None:
+            sizes.append((-(-states.numel() // (states.shape[-1] * len(first))), states.shape[-1]))
+
+    with ExitStack() as hooks, collector.batch(trial.shape, None):
+        for tower in towers or ():
+            block = tower.blocks[0].module
+            hooks.callback(block.register_forward_pre_hook(see, with_kwargs=True).remove)
+        run_model(model, trial)
+    return _Examined(plan, collector.groups, max(sizes, key=lambda size: size[0] * size[1], default=None))
 
 
 @contextmanager

@@ -40,6 +40,7 @@ class Calibrated:
             are given and not checked.
         in_files: True if the hidden states are kept in files.
         on_gpu: True if the model runs on a GPU.
+        width: channels of the hidden states; None for what the model's configuration says.
     """
 
     samples: int
@@ -48,6 +49,7 @@ class Calibrated:
     text_tokens: int | None = None
     in_files: bool = False
     on_gpu: bool = False
+    width: int | None = None
 
     @property
     def batch_tokens(self) -> int:
@@ -184,6 +186,8 @@ class Need:
 
     def _width(self) -> int:
         """Channels of the hidden states."""
+        if self.calibrated is not None and self.calibrated.width is not None:
+            return self.calibrated.width
         width = getattr(self.model.config.get_text_config(), "hidden_size", None)
         return width if isinstance(width, int) else next(self.model.get_input_embeddings().parameters()).shape[1]
 
@@ -310,7 +314,7 @@ def logit_bytes(model: Any, tokens: int, compared: int) -> int:
         tokens: tokens whose logits are in memory at once.
         compared: tokens whose loss is computed at once.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     vocabulary = 0 if head is None else next(head.parameters()).shape[0]
     size = model.dtype.itemsize
     return int(vocabulary * (tokens * size + min(tokens, compared) * (FP32 + FP32 * (size != FP32))))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..decoders.account import Account
-from ..decoders.batches import check_positions, longest_sequence
+from ..decoders.batches import Batch, Inputs, check_positions, longest_sequence, trial_ids
 from ..decoders.kept_tensors import Offload, check_offload
 from ..decoders.plan import Excluded, Misfit, Skipped
 from ..errors import ArgumentError, CheckpointError
 from ..inputs.calibration import MOST_DOCUMENTS, SELF, read_calibration
 from ..inputs.checkpoint import why_not_dequantized
+from ..inputs.model_inputs import Reads
 from ..inputs.model_source import check_device
+from ..inputs.model_task import TEXT_GENERATION
 from ..inputs.output_folder import check_out
 from ..inputs.text import check_text
 from ..presets import DEFAULT_PRESET, recipe_of
@@ -29,6 +31,8 @@ from .layers import PlannedModel, planned
 from .memory import Calibrated, Memory, Need
 from .probe import Estimate, estimate
 from .skeleton import Skeleton, skeleton
+
+NOT_STREAMED = "--stream is for causal language models on text: leave it out, so the model is loaded"
 
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_DOCUMENT = 500
@@ -43,13 +47,14 @@ class PruningPlan:
         source: name of the model.
         recipe: how to prune.
         dtype: dtype of the weights in the run.
-        blocks: number of decoder blocks.
+        blocks: number of blocks.
+        towers: number of blocks by name of the tower, in the order in which towers run.
         layers: names of the layers that are pruned, in order.
         skipped: weights that stay dense although their names are selected, with reasons.
         excluded: matrices of the blocks that ``include`` and ``exclude`` rule out.
         account: number of parameters pruned, skipped and excluded.
         in_memory: CPU memory of a run that loads the whole model.
-        streamed: CPU memory of a run whose weights stay in files.
+        streamed: CPU memory of a run whose weights stay in files; None for models that are not streamed.
         device: memory of a GPU that the whole model is loaded on.
         available_bytes: CPU memory that is available now.
         streams: True if the run would keep the weights in files.
@@ -63,12 +68,13 @@ class PruningPlan:
     recipe: Recipe
     dtype: str
     blocks: int
+    towers: Mapping[str, int]
     layers: tuple[str, ...]
     skipped: tuple[Skipped, ...]
     excluded: tuple[Excluded, ...]
     account: Account
     in_memory: Memory
-    streamed: Memory
+    streamed: Memory | None
     device: Memory
     available_bytes: int
     streams: bool
@@ -80,7 +86,7 @@ class PruningPlan:
     @property
     def memory(self) -> Memory:
         """CPU memory of the run that would be chosen."""
-        return self.streamed if self.streams else self.in_memory
+        return self.streamed if self.streams and self.streamed is not None else self.in_memory
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types."""
@@ -89,13 +95,14 @@ class PruningPlan:
             "recipe": self.recipe.to_dict(),
             "dtype": self.dtype,
             "blocks": self.blocks,
+            "towers": dict(self.towers),
             "layers": list(self.layers),
             "skipped": [asdict(skipped) for skipped in self.skipped],
             "excluded": [asdict(excluded) for excluded in self.excluded],
             "account": self.account.to_dict(),
             "memory": {
                 "in_memory": self.in_memory.to_dict(),
-                "streamed": self.streamed.to_dict(),
+                "streamed": None if self.streamed is None else self.streamed.to_dict(),
                 "device": self.device.to_dict(),
                 "available_bytes": self.available_bytes,
             },
@@ -124,6 +131,8 @@ def plan_pruning(
     offload: Offload = "memory",
     trust_remote_code: bool = False,
     probe: bool = False,
+    task: str | None = TEXT_GENERATION,
+    inputs: Inputs | None = None,
 ) -> PruningPlan:
     """Say what pruning a checkpoint would prune, and what memory, disk and time it would take.
 
@@ -147,10 +156,14 @@ def plan_pruning(
         stream: True to stream, False not to, None to decide by the available memory.
         offload: where the hidden states of the calibration set are kept.
         trust_remote_code: run Python code that comes with the checkpoint.
-        probe: also estimate the time. Two blocks are read and pruned on a few tokens.
+        probe: also estimate the time. Two blocks are read and pruned on a few tokens. Only for causal language models
+            on text.
+        task: what the model is loaded for, as for :func:`~ace_triton.inputs.checkpoint.load`.
+        inputs: arguments of the model's forward, as its processor makes them from a first image, sound or text, each
+            [n_inputs, ...]; None for token ids alone. The memory is estimated as if all inputs had their sizes.
 
     Raises:
-        CheckpointError: if the model is not found, is no causal language model, or cannot be built.
+        CheckpointError: if the model is not found, is not for the task, or cannot be built.
         AceError: if the recipe is invalid, no layer can be pruned, or a name pattern matches no layer.
     """
     whole = recipe_of(recipe, {})
@@ -162,8 +175,15 @@ def plan_pruning(
     rehearse(whole)
     tokens, unread = (None, ()) if text is None or not whole.calibrated else _text_tokens(text)
     calibrated = Calibrated(samples, length, batch_size, tokens, offload == "disk") if whole.calibrated else None
-    built = skeleton(source, dtype=dtype, trust_remote_code=trust_remote_code)
-    layers = planned(built.model, whole)
+    of_text_alone = task == TEXT_GENERATION and inputs is None
+    if stream and not of_text_alone:
+        raise ArgumentError(NOT_STREAMED)
+    if probe and not of_text_alone:
+        raise ArgumentError("--probe estimates the time for causal language models on text alone: leave it out")
+    built = skeleton(source, dtype=dtype, trust_remote_code=trust_remote_code, task=task)
+    layers = planned(built.model, whole, _trial(built.model, inputs) if not of_text_alone else None)
+    if calibrated is not None and layers.hidden is not None:
+        calibrated = replace(calibrated, length=layers.hidden[0], width=layers.hidden[1], text_tokens=None)
     need = Need(
         built.model,
         layers,
@@ -176,15 +196,15 @@ def plan_pruning(
         packed=packed,
     )
     in_memory = need.in_memory()
-    streamed = need.streamed()
-    may_stream = not on_gpu
+    streamed = need.streamed() if of_text_alone else None
+    may_stream = not on_gpu and of_text_alone
     streams = stream if stream is not None else may_stream and not fits_in_memory(in_memory.peak)
     place = None if out is None else Path(out)
     disk = disk_of(built, layers, whole, place, packed=packed, streams=streams)
     available = available_memory()
-    chosen = streamed if streams else in_memory
+    chosen = streamed if streams and streamed is not None else in_memory
     warnings = [
-        *_of_model(built, layers, calibrated),
+        *_of_model(built, layers, calibrated if inputs is None else None),
         *_of_out(place, disk, overwrite),
         *_of_gpu(need.device(), where),
         *([] if on_gpu else _of_memory(chosen, available, streams=streams, may_stream=may_stream)),
@@ -197,6 +217,7 @@ def plan_pruning(
         whole,
         str(built.model.dtype).removeprefix("torch."),
         layers.blocks,
+        {tower.name: len(tower.blocks) for tower, _ in plan.towers},
         names,
         tuple(plan.skipped),
         tuple(plan.excluded),
@@ -208,9 +229,27 @@ def plan_pruning(
         streams,
         disk,
         estimate(built, layers, whole, calibrated) if probe else None,
-        (*layers.unchecked, *unread),
+        (*layers.unchecked, *unread, *(["inputs that are larger than the first one"] if inputs is not None else [])),
         tuple(warnings),
     )
+
+
+def _trial(model: Any, inputs: Inputs | None) -> Batch:
+    """A batch of the inputs, or of the first token ids for a model of text.
+
+    Raises:
+        ArgumentError: if the model reads more than text, and no inputs are given.
+    """
+    if inputs is not None:
+        return Batch({k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()})
+    ids = trial_ids(model)
+    reads = Reads.of(model.forward, "")
+    if not reads.text or reads.images or reads.audio:
+        raise ArgumentError(
+            f"a {type(model).__name__} reads more than text: give inputs=, a dict of tensors as its processor makes "
+            "them from one image or sound"
+        )
+    return Batch({"input_ids": ids, **({"decoder_input_ids": ids} if reads.decoder_text else {})})
 
 
 def _text_tokens(text: str) -> tuple[int, tuple[str, ...]]:

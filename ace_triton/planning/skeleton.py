@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..inputs.checked_model import check_config, loading_message
+from ..inputs.checked_model import check_config, check_depth, loading_message
 from ..inputs.checkpoint import stated_quantization
+from ..inputs.companions import Companions
 from ..inputs.model_source import ModelSource, open_safetensors, tensor_names, weight_files
+from ..inputs.model_task import CAUSAL, TEXT_GENERATION, find_task
 from ..streaming.mapped_model import replace_parameters, saved_form
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,7 +32,7 @@ class Skeleton:
         source: where the model is.
         model: the model in eval mode on the CPU. Its parameters have their real shapes and dtypes, and are zeros; its
             buffers have their real values.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; for another task than text generation its companions.
         stored_bytes: size of its weight files; None if they are not on this machine.
         stored_dtype: dtype of the largest weight in the files; None if it is unknown.
         converted_bytes: size of the weights that the model stores in another form than the checkpoint, such as experts
@@ -55,45 +57,54 @@ class Skeleton:
         return self.stored_dtype is not None and self.stored_dtype != self.model.dtype
 
 
-def skeleton(source: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Skeleton:
+def skeleton(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    task: str | None = TEXT_GENERATION,
+) -> Skeleton:
     """Build a model from its configuration.
 
     Args:
-        source, dtype, trust_remote_code: as for :func:`~ace_triton.inputs.checkpoint.load`.
+        source, dtype, trust_remote_code, task: as for :func:`~ace_triton.inputs.checkpoint.load`.
 
     Raises:
-        CheckpointError: if the model is not found, is no causal language model, or cannot be built.
+        CheckpointError: if the model is not found, is not for the task, or cannot be built.
     """
     found = ModelSource.find(source)
     try:
-        return _build(found, dtype, {"trust_remote_code": trust_remote_code, "local_files_only": found.offline})
+        return _build(found, dtype, {"trust_remote_code": trust_remote_code, "local_files_only": found.offline}, task)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        raise CheckpointError(loading_message(source, error)) from error
+        raise CheckpointError(loading_message(source, error, task=task)) from error
 
 
-def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]) -> Skeleton:
+def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any], task: str | None) -> Skeleton:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     where, own = str(found.path or found.name), dict(options)
     stored = _Stored.of(found)
     if found.is_gguf:
         assert found.path is not None
         where, own["gguf_file"] = str(found.path.parent), found.path.name
-    config = AutoConfig.from_pretrained(where, **own)
-    check_config(found.name, config, stored.names, options["trust_remote_code"])
-    tokenizer = AutoTokenizer.from_pretrained(where, **own)
+    config, trusted = AutoConfig.from_pretrained(where, **own), options["trust_remote_code"]
+    chosen = CAUSAL if task == TEXT_GENERATION else find_task(found.name, config, task, trusted=trusted)
+    if chosen.name == TEXT_GENERATION:
+        check_config(found.name, config, stored.names, trusted)
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, **own)
+    else:
+        check_depth(found.name, config, stored.names)
+        tokenizer = Companions(found, trusted)
     if dtype == "auto":
         stated = torch.bfloat16 if found.is_gguf else getattr(config, "dtype", None)
         dtype = stated if isinstance(stated, torch.dtype) else stored.dtype or torch.float32
     quantization = stated_quantization(config)
     vars(config).pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=options["trust_remote_code"]
-        )
+        model: Any = chosen.loader.from_config(config, dtype=dtype, trust_remote_code=trusted)
     model.tie_weights()
     # Of a quantized model a few weights are not quantized, and are not converted.
     converted = _converted_bytes(model) if quantization is None else sum(p.nbytes for p in model.parameters())

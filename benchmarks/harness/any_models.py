@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ace_triton.inputs.model_inputs import Reads
 
+from .any_model_sizes import PATCH, PATCHES, TILES, with_own_sizes
 from .small_models import MOST_PARAMETERS, TRIED, NotMade, small_sizes
 
 Inputs = dict[str, torch.Tensor]
@@ -53,7 +54,7 @@ LAYERS: dict[str, Any] = {
     )
 } | {"d_kv": 8, "d_ff": 64}
 SEQUENCES, LENGTH, DECODER_LENGTH = 4, 12, 9
-IMAGE_TOKENS = (1, 4, 16, 17)
+IMAGE_TOKENS = (1, 4, 16, 17, 20, 36)
 FRAMES = (32, 64, 256)
 SAMPLES = 1600
 
@@ -65,9 +66,9 @@ def small_any_model(name: str, auto_class: str) -> tuple[PreTrainedModel, Inputs
     for kept, changed in TRIED:
         for extra in ({**LAYERS, **VISION, **AUDIO}, {}):
             try:
-                config = AutoConfig.for_model(
-                    name, **small_sizes(AutoConfig.for_model(name), kept, {**changed, **extra})
-                )
+                sizes = small_sizes(AutoConfig.for_model(name), kept, {**changed, **extra})
+                config = AutoConfig.for_model(name, **with_own_sizes(name, sizes))
+                config.architectures = config.architectures or []  # Of several classes, the first.
                 with torch.device("meta"):
                     parameters = sum(p.numel() for p in loader.from_config(config).parameters())
                 if parameters > MOST_PARAMETERS:
@@ -124,8 +125,10 @@ def possible_inputs(config: PreTrainedConfig, reads: Reads) -> Iterator[Inputs]:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         pixels = torch.randn(SEQUENCES, getattr(part, "num_channels", CHANNELS), height, width, generator=generator)
         texts = [of_text(), *map(of_text, IMAGE_TOKENS)] if reads.text else [{}]
-        for text in texts:
-            yield {**text, "pixel_values": pixels, **decoder}
+        for images in _images(part, reads, pixels):
+            for text in texts:
+                beside = _beside(reads, text, images)
+                yield {**text, **images, **beside, **decoder}
         return
     for name in ("input_features", "input_values"):
         if name in reads.arguments:
@@ -140,6 +143,54 @@ def possible_inputs(config: PreTrainedConfig, reads: Reads) -> Iterator[Inputs]:
         yield {**of_text(), **decoder}
         yield {"input_ids": ids(LENGTH), **decoder}
         yield {"input_ids": ids(2 ** math.ceil(math.log2(LENGTH))), **decoder}
+
+
+def _images(part: PreTrainedConfig, reads: Reads, pixels: torch.Tensor) -> Iterator[Inputs]:
+    """The forms in which forwards take the same images, those first that the names of their arguments ask for."""
+    count, channels = len(pixels), pixels.shape[1]
+    generator = torch.Generator().manual_seed(2)
+    if "image_grid_thw" in reads.arguments:
+        width = channels * PATCH**2 * getattr(part, "temporal_patch_size", 1)
+        rows = torch.randn(count * PATCHES, width, generator=generator)
+        side = math.isqrt(PATCHES)
+        yield {"pixel_values": rows, "image_grid_thw": torch.tensor([[1, side, side]] * count)}
+    if "spatial_shapes" in reads.arguments:
+        side = math.isqrt(PATCHES)
+        yield {
+            "pixel_values": torch.randn(count, PATCHES, channels * PATCH**2, generator=generator),
+            "pixel_attention_mask": torch.ones(count, PATCHES, dtype=torch.int64),
+            "spatial_shapes": torch.tensor([[side, side]] * count),
+        }
+    if "aspect_ratio_ids" in reads.arguments:
+        yield {
+            "pixel_values": pixels[:, None, None].expand(-1, 1, TILES, -1, -1, -1).contiguous(),
+            "aspect_ratio_ids": torch.ones(count, 1, dtype=torch.int64),
+            "aspect_ratio_mask": torch.ones(count, 1, TILES, dtype=torch.int64),
+        }
+    sizes = {"image_sizes": torch.tensor([pixels.shape[-2:]] * count)} if "image_sizes" in reads.arguments else {}
+    if sizes:
+        yield {"pixel_values": pixels[:, None].expand(-1, 2, -1, -1, -1).contiguous(), **sizes}
+    yield {"pixel_values": pixels, **sizes}
+    yield {"pixel_values": pixels[:, None].contiguous(), **sizes}
+
+
+def _beside(reads: Reads, text: Inputs, images: Inputs) -> Inputs:
+    """What some forwards read beside token ids and images: where images are, and which tokens see them."""
+    found: Inputs = {}
+    if "input_ids" not in text:
+        return found
+    ids = text["input_ids"]
+    if "mm_token_type_ids" in reads.arguments:
+        found["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long()
+    if "token_type_ids" in reads.arguments and "mm_token_type_ids" not in reads.arguments and len(text) > 1:
+        found["token_type_ids"] = (ids == IMAGE_TOKEN).long()
+    if "image_attention_mask" in reads.arguments:
+        found["image_attention_mask"] = torch.ones(*ids.shape, 1, dtype=torch.int64)
+    if "cross_attention_mask" in reads.arguments and "aspect_ratio_ids" in images:
+        found["cross_attention_mask"] = torch.ones(*ids.shape, 1, TILES, dtype=torch.int64)
+    if "qformer_input_ids" in reads.arguments:
+        found["qformer_input_ids"] = ids[:, -4:]
+    return found
 
 
 def _words(error: Exception) -> str:

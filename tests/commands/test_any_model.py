@@ -81,6 +81,42 @@ def test_every_kind_is_pruned_and_loads_with_its_class(kind, prune, media, tmp_p
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_a_plan_is_what_pruning_does(kind, prune, command, media, tmp_path):
+    """The plan reads no text, so it does not notice that there is none."""
+    save, reads = KINDS[kind]
+    save(tmp_path / "dense")
+    assert prune(tmp_path / "dense", *media[reads])[0] == 0
+    report = json.loads((tmp_path / "out" / "ace_triton.json").read_text())
+    words = ("--method", "wanda", "--samples", 3, "--length", 16, "--calibration", "some/dataset")
+    code, out, errors = command("plan", tmp_path / "dense", *media[reads], *words, "--json", tmp_path / "plan.json")
+    assert code == 0, errors
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["layers"] == [layer["name"] for layer in report["layers"]]
+    assert plan["account"] == report["account"]
+    assert plan["towers"] == {tower["name"]: tower["blocks"] for tower in report["towers"]}
+    assert plan["memory"]["streamed"] is None
+    assert plan["memory"]["in_memory"]["peak_bytes"] > sum(
+        path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors")
+    )
+    assert all(f"tower {tower}" in out for tower in plan["towers"])
+
+
+def test_a_plan_counts_the_hidden_states_of_images(media, tmp_path):
+    """Four patches and a class token for each image, instead of --length tokens."""
+    from ace_triton import plan_pruning
+
+    KINDS["vit"][0](tmp_path / "dense")
+    batch = {"pixel_values": torch.zeros(2, 3, 16, 16)}
+    few, many = (
+        plan_pruning(tmp_path / "dense", "wanda", samples=count, inputs=batch, task=None).in_memory.phases["prune"]
+        for count in (1000, 3000)
+    )
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "dense")
+    statistics = 3 * config.hidden_size + config.intermediate_size  # One number for each channel that a layer reads.
+    assert many - few == 2000 * 4 * (5 * config.hidden_size + statistics)
+
+
 def test_an_encoder_sees_special_tokens_and_no_padding(prune, tmp_path):
     """As if the user had tokenized the documents with padding, in any order."""
     KINDS["bert"][0](tmp_path / "dense")
@@ -106,7 +142,7 @@ def test_an_encoder_is_packed_and_loads_packed(prune, command, tmp_path):
     assert torch.allclose(packed(ids)[0], dense(ids)[0], atol=1e-6)
     assert companions.tokenizer("ab")["input_ids"] == [1, 6, 7, 2]
     code, _, errors = command("generate", tmp_path / "packed", "--prompt", "ab", "--max-new-tokens", 8)
-    assert (code, "a BertModel writes no text" in errors) == (1, True)
+    assert (code, "is a BertModel (feature-extraction), and generate takes" in errors) == (1, True)
     ace_triton.register_quantizer()
     again = transformers.AutoModel.from_pretrained(tmp_path / "packed")
     assert torch.equal(again(ids)[0], packed(ids)[0])
@@ -172,12 +208,13 @@ def test_text_beside_an_image_is_its_caption(prune, media, tmp_path, documents):
         ("vit", (), "a ViTForImageClassification reads more than text: give --images DIR"),
         ("whisper", (), "a WhisperForConditionalGeneration reads more than text: give --audio DIR"),
         ("bert", ("--images", "."), "--images: a BertModel does not read that"),
-        ("bert", ("--stream",), "--stream prunes causal language models on text"),
+        ("bert", ("--stream",), "--stream is for causal language models on text"),
+        ("bert", ("--dry-run", "--stream"), "--stream is for causal language models on text"),
         ("bert", ("--bos", "each"), "--bos is for causal language models"),
         ("bert", ("--calibration", "self"), "only causal language models write text"),
         ("bert", ("--length", "33"), "--length 33 is more than the model's 32 positions"),
         ("bert", ("--task", "sorting"), "unknown task 'sorting'"),
-        ("bert", ("--dry-run",), "a plan (--dry-run) is made for causal language models"),
+        ("vit", ("--dry-run",), "a ViTForImageClassification reads more than text: give --images DIR"),
         ("vit", ("--images", "missing"), "--images missing: no such folder"),
     ],
 )
@@ -206,6 +243,68 @@ def test_audio_is_resampled(tmp_path):
     assert len(slow) == 2000
     assert len(fast) == 4000
     assert abs(fast[::2] - slow).max() < 0.2
+
+
+REFUSED = {
+    "generate": ("--prompt", "a"),
+    "serve": (),
+    "export": ("OUT", "--to", "gguf"),
+    "shrink": ("OUT",),
+    "recover": ("OUT", "--steps", 1),
+    "study": ("OUT",),
+    "pack": ("OUT", "--stream"),
+    "evaluate": ("--tasks", "arc_easy"),
+}
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_commands_for_text_decoders_say_what_a_model_is_and_what_takes_it(kind, command, monkeypatch, tmp_path):
+    monkeypatch.setattr("ace_triton.commands.evaluate.check_tasks_installed", lambda: None)
+    KINDS[kind][0](tmp_path / "dense")
+    (tmp_path / "dense" / "ace_triton.json").write_text(json.dumps({"source": "hub/name"}))
+    what = {"bert": "a BertModel (feature-extraction)", "vit": "a ViTForImageClassification (image-classification)"}
+    for name, words in REFUSED.items():
+        words = [tmp_path / "out" if word == "OUT" else word for word in words]
+        code, _, errors = command(name, tmp_path / "dense", *words)
+        start = f"error: {tmp_path / 'dense'}: is {what[kind]}, and {name}"
+        last = errors.splitlines()[-1]
+        assert (code, last.startswith(start)) == (1, True), (name, errors)
+        assert " takes causal language models only: " in last
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_repeats_the_task(prune, command, documents, tmp_path):
+    """The masked model is pruned without its head, as the first run was told."""
+    KINDS["masked bert"][0](tmp_path / "dense")
+    assert prune(tmp_path / "dense", "--task", "embedding")[0] == 0
+    recipe = tmp_path / "out" / "ace_triton.json"
+    code, _, errors = command("prune", tmp_path / "dense", tmp_path / "again", "--recipe", recipe)
+    assert code == 0, errors
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    words = ("--recipe", recipe, "--task", "fill-mask")
+    code, _, errors = command("prune", tmp_path / "dense", tmp_path / "third", *words)
+    assert f"task embedding of {recipe} is replaced by fill-mask" in errors
+    documents.write_text(json.dumps({"text": "other words"}))
+    code, _, errors = command("prune", tmp_path / "dense", tmp_path / "fourth", "--recipe", recipe)
+    assert (code, "documents.jsonl is not the text that the recipe was used with" in errors) == (1, True)
+
+
+def test_a_recipe_of_images_needs_the_same_images(prune, command, media, tmp_path):
+    KINDS["vit"][0](tmp_path / "dense")
+    assert prune(tmp_path / "dense", *media["images"])[0] == 0
+    recipe, folder = tmp_path / "out" / "ace_triton.json", tmp_path / "pictures"
+    chosen = sorted(folder.glob("*.png"))
+    for path in chosen:
+        path.write_bytes(chosen[0].read_bytes())
+    code, _, errors = command("prune", tmp_path / "dense", tmp_path / "again", "--recipe", recipe)
+    assert (code, "pictures does not hold the files that the recipe was used with" in errors) == (1, True)
+    folder.rename(tmp_path / "elsewhere")
+    code, _, errors = command("prune", tmp_path / "dense", tmp_path / "again", "--recipe", recipe)
+    assert (code, "the folder pictures was not found here or near the recipe: give it with" in errors) == (1, True)
+    words = ("--recipe", recipe, "--images", tmp_path / "elsewhere")
+    assert command("prune", tmp_path / "dense", tmp_path / "again", *words)[0] == 0
 
 
 def test_a_recipe_repeats_images_beside_it(prune, command, media, tmp_path):

@@ -15,6 +15,7 @@ from ace_triton.decoders.blocks import Tower, find_blocks, find_towers, linears_
 from ace_triton.decoders.calibration_mode import calibration_mode
 from ace_triton.decoders.collect import InputCollector
 from ace_triton.decoders.replay import Replay, WholeForward, make_runner
+from ace_triton.errors import ArgumentError
 from ace_triton.linears import linear_weight
 from ace_triton.methods.registry import Needs
 from ace_triton.timing import Stopwatch
@@ -237,6 +238,60 @@ def test_blocks_in_a_sequence_are_found_and_what_stays_dense_in_them_is_named():
         f"{attention}out_proj": "no calibration token reached it",
     }
     assert report.account.blocks == report.account.pruned + report.account.skipped
+
+
+class Stages(nn.Module):
+    """Stages as lists in a list, whose blocks return what they are told to."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.wrap = wrap
+        self.stages = nn.ModuleList([nn.ModuleList([Stage(wrap) for _ in range(2)]) for _ in range(2)])
+
+    def forward(self, series: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            for block in stage:
+                series = block(series)
+                while isinstance(series, tuple):
+                    series = series[0]
+        return series
+
+
+class Stage(nn.Module):
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.wrap, self.inner = wrap, nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor):
+        return self.wrap(x + self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "run"),
+    [(lambda x: x, "blocks"), (lambda x: ((x, 1), 2), "forwards")],
+    ids=["tensor", "nested tuple"],
+)
+def test_stages_in_a_list_of_lists_are_towers(wrap, run):
+    torch.manual_seed(0)
+    model = Stages(wrap)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = prune_model(model, [{"series": torch.randn(4, 6, 8)}], "wanda")
+    assert [(t.name, t.blocks, t.run) for t in report.towers] == [("stages.0", 2, run), ("stages.1", 2, run)]
+    assert len(report.layers) == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(*[nn.Conv2d(3, 3, 3) for _ in range(2)]), "Sequential have no linear layers.* are in Conv2d$"),
+        (nn.Bilinear(2, 2, 2), r"Bilinear has no blocks \(an nn.ModuleList or nn.Sequential of modules with linear"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(4, 4)), "Sequential has no blocks .* one by one with prune_linear"),
+    ],
+)
+def test_a_model_without_blocks_of_linear_layers_says_what_it_has(model, message):
+    with pytest.raises(ArgumentError, match=message):
+        find_towers(model)
 
 
 class Counting(nn.Module):

@@ -206,9 +206,13 @@ def test_other_models_are_refused_by_name(tokenizer, tmp_path):
         (
             "encoder",
             BertModel(BertConfig(**small)),
-            r"saved as a BertModel, not as a causal .*: 6 missing \(cls\.pred",
+            r"is a BertModel \(feature-extraction\), not a causal language model",
         ),
-        ("masked", BertForMaskedLM(BertConfig(**small)), r"is an encoder \(BertForMaskedLM\)"),
+        (
+            "masked",
+            BertForMaskedLM(BertConfig(**small)),
+            r"is a BertForMaskedLM \(fill-mask\), not a causal language model",
+        ),
         (
             "headless",
             LlamaModel(LlamaConfig(**small)),

@@ -1,0 +1,102 @@
+"""Sizes that small models of some families need beside the usual ones, in all parts of their configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PATCH, SIDE = 8, 32
+PATCHES = (SIDE // PATCH) ** 2
+
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+GRID_VISION = {
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "patch_size": PATCH,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+GRID_TOKENS = {"vision_start_token_id": 98, "vision_end_token_id": 99, "video_token_id": 97}
+QWEN_VL = {**GRID_TOKENS, "text_config": {"rope_parameters": ROTARY}}
+QWEN3_VISION = {
+    **GRID_VISION,
+    "out_hidden_size": 32,
+    "num_position_embeddings": PATCHES,
+    "deepstack_visual_indexes": [0],
+}
+CONVNEXT = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}
+PYRAMID = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 32, 32], "num_attention_heads": [1, 2, 4, 4]}
+TILES = 4
+
+SIZES: dict[str, dict[str, Any]] = {
+    "blip-2": {"num_query_tokens": 4, "qformer_config": {"num_hidden_layers": 2}},
+    "convnext": CONVNEXT,
+    "convnextv2": CONVNEXT,
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 64, "image_size": 64},
+    "esmc": {"num_key_value_heads": 4},
+    "funnel": {"block_sizes": [1, 1], "d_head": 8, "d_inner": 64},
+    "gemma3": {"mm_tokens_per_image": 4, "boi_token_index": 98, "eoi_token_index": 99},
+    "glm4v": QWEN_VL | {"vision_config": {**GRID_VISION, "out_hidden_size": 32}},
+    "instructblip": {"num_query_tokens": 4},
+    "idefics2": {
+        "perceiver_config": {
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 2,
+        }
+    },
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": SIDE},
+    "levit": {
+        "hidden_sizes": [32, 32, 32],
+        "num_attention_heads": [2, 2, 2],
+        "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8],
+        "patch_size": 16,
+        "image_size": 64,
+    },
+    "lilt": {"hidden_size": 48},
+    "llava_next": {"image_grid_pinpoints": [[SIDE, SIDE]]},
+    "llava_onevision": {"image_grid_pinpoints": [[SIDE, SIDE]]},
+    "luke": {"entity_vocab_size": 50, "entity_emb_size": 16},
+    "mllama": {
+        "vision_config": {
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 64,
+            "max_num_tiles": TILES,
+        },
+        "text_config": {"cross_attention_layers": [1], "num_hidden_layers": 3},
+    },
+    "perceiver": {
+        "num_latents": 8,
+        "d_latents": 32,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+    },
+    "pvt": PYRAMID,
+    "pvt_v2": PYRAMID,
+    "qwen2_5_vl": QWEN_VL
+    | {"vision_config": {**GRID_VISION, "out_hidden_size": 32, "window_size": SIDE, "fullatt_block_indexes": [1]}},
+    "qwen2_vl": QWEN_VL | {"vision_config": GRID_VISION},
+    "qwen3_vl": QWEN_VL | {"vision_config": QWEN3_VISION},
+    "qwen3_vl_moe": QWEN_VL | {"vision_config": QWEN3_VISION},
+    "reformer": {"is_decoder": False},
+    "shieldgemma2": {"mm_tokens_per_image": 4, "boi_token_index": 98, "eoi_token_index": 99},
+}
+"""Changes by ``model_type``; a dictionary changes a part of the configuration."""
+
+UNSET_SIZES = {"funnel": {"num_hidden_layers"}, "levit": {"embed_dim"}}
+"""Usual sizes that some configurations refuse."""
+
+
+def with_own_sizes(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes with those that a family needs, part by part."""
+    found = {key: value for key, value in sizes.items() if key not in UNSET_SIZES.get(name, ())}
+    for key, value in SIZES.get(name, {}).items():
+        inside = found.get(key)
+        found[key] = {**inside, **value} if isinstance(value, dict) and isinstance(inside, dict) else value
+    return found
