@@ -10,7 +10,12 @@ from ..evaluate import Perplexity
 from ..structures.report import ShrinkReport
 from .report import facts_table
 
-_WIDTHS = {"channels": "feed-forward width", "groups": "key-value groups in a block", "blocks": "blocks"}
+_WIDTHS = {
+    "channels": "feed-forward width",
+    "groups": "key-value groups in a block",
+    "experts": "experts in a mixture",
+    "blocks": "blocks",
+}
 
 
 def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Table:

@@ -126,7 +126,7 @@ def repairs(
         ArgumentError: if no token reaches a layer.
     """
     clock = Stopwatch(next(model.parameters()).device)
-    entries = structures.entries
+    entries = structures.columns
     found: dict[str, Repair] = {}
     with calibration_mode(model), _restored(structures.layers[name] for name in kept):
         runner = make_runner(model, tower.blocks, batches, clock, tower.masks)

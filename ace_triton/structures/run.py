@@ -15,7 +15,14 @@ from ..decoders.batches import Batch, Calibration, batches_of, trial_batch
 from ..decoders.blocks import Tower, find_towers
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
-from .budget import Share, block_parameters, kept_structures, n_parameters, possible_shares
+from .budget import (
+    Share,
+    block_parameters,
+    kept_structures,
+    n_parameters,
+    needed_parameters,
+    possible_shares,
+)
 from .compensation import Repair, mean_in_bias, repairs, write_repairs
 from .coupled import NAMES, Structures, find_structures, outputs_of, same_outputs
 from .depth import block_influences, kept_blocks
@@ -125,7 +132,7 @@ class Run:
         with self._stage("importance", "influence") as step:
             found = self._earlier.influence or block_influences(model, self._tower, self._batches, step)
             influence, sizes = self._earlier.influence = found
-        kept = kept_blocks(influence, self._tower, self._settings.ratio)
+        kept = kept_blocks(influence, self._tower, needed_parameters(model, blocks, self._settings))
         gone = tuple(index for index in range(len(blocks)) if index not in kept)
         tensors = kept_tensors(model, Structures({}, {}, {}), blocks, Kept({}, kept))
         changes = depth_changes(model, len(blocks), kept, tensors)
@@ -151,7 +158,7 @@ class Run:
             raise ArgumentError(
                 f"no structure of {type(model).__name__} can be removed ({reasons}); remove blocks (--method depth)"
             )
-        shares = possible_shares(structures, blocks, settings)
+        shares = possible_shares(structures, blocks, settings, needed_parameters(model, blocks, settings))
         stats: InputStats | None = None
         if settings.needs_statistics:
             with self._stage("statistics", "statistics") as step:
@@ -227,7 +234,11 @@ class Run:
         step: Callable[..., None],
     ) -> tuple[Changes, Tensors, dict[str, Repair]]:
         """The changes of the configuration and the tensors after the update, and the repair of each layer."""
-        entries = structures.entries
+        entries = structures.columns
+        experts = {name: chosen for name, chosen in kept.items() if name in structures.mixtures}
+        kept = {name: chosen for name, chosen in kept.items() if name in entries}
+        if experts:
+            self._notes.append("no update makes up for removed experts; it is for channels and key-value groups")
         with_bias = {name for name in kept if f"{name}.bias" in tensors}
         if self._settings.chosen_update == "bias":
             kinds = {entries[name].kind for name in kept}
@@ -244,9 +255,10 @@ class Run:
                 self._notes.append(f"no bias was written for {which}: {type(self._model).__name__} has no place for it")
         else:
             settings, batches = self._settings, self._batches
-            repaired = repairs(
-                self._model, self._tower, batches, structures, kept, settings, frozenset(with_bias), step
-            )
+            with masked(structures, experts):
+                repaired = repairs(
+                    self._model, self._tower, batches, structures, kept, settings, frozenset(with_bias), step
+                )
         return changes, write_repairs(tensors, repaired, structures, frozenset(with_bias)), repaired
 
     def _check(self, smaller: nn.Module, without: str) -> None:
