@@ -57,6 +57,14 @@ def shrink(
     ratio: Annotated[
         float, number("Least share of the blocks' parameters to remove.", above=0, below=1)
     ] = _SETTINGS.ratio,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Largest size of the checkpoint that is written, as 300MB or 1.5GiB, instead of --ratio.",
+            show_default="that of --ratio",
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help=f"Method that ranks the structures ({_METHODS}).")] = _SETTINGS.method,
     update: Annotated[
         str | None,
@@ -124,7 +132,12 @@ def shrink(
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be removed; load the model, and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only say what would be removed, and what size, memory and time it would take; load the model, and "
+            "write nothing.",
+        ),
     ] = False,
     json: JsonOption = None,
 ) -> None:

@@ -132,7 +132,7 @@ def needed_parameters(model: nn.Module, blocks: Sequence[Block], settings: Shrin
     whole = block_parameters(blocks)
     if settings.size is None:
         return math.ceil(settings.ratio * whole)
-    before, each = checkpoint_bytes(model), next(model.parameters()).element_size()
+    before, each = checkpoint_bytes(model.state_dict()), next(model.parameters()).element_size()
     outside = before - each * whole
     if settings.size >= before:
         raise ArgumentError(f"size {settings.size:,} bytes: the model has {before:,} bytes, so nothing needs to go")
@@ -143,10 +143,10 @@ def needed_parameters(model: nn.Module, blocks: Sequence[Block], settings: Shrin
     return math.ceil((before - settings.size) / each)
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
-    """Size of the weights in a checkpoint of a model, with the names that a file holds beside them."""
-    tensors = {tensor.data_ptr(): (name, tensor) for name, tensor in model.state_dict().items()}
-    return sum(tensor.nbytes + len(name) + BYTES_OF_AN_ENTRY for name, tensor in tensors.values())
+def checkpoint_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Size of a checkpoint of tensors by name, which a file holds beside them; shared memory counts once."""
+    once = {tensor.data_ptr(): (name, tensor) for name, tensor in tensors.items()}
+    return sum(tensor.nbytes + len(name) + BYTES_OF_AN_ENTRY for name, tensor in once.values())
 
 
 def n_parameters(model: nn.Module) -> int:
