@@ -17,7 +17,7 @@ from ..inputs.calibration import SELF, load_calibration, read_calibration
 from ..inputs.written_text import TEXT_LENGTH, text_to_write
 from ..processes import joined
 from ..progress import stage
-from ..provenance import name_of, source_facts, source_of, with_provenance
+from ..provenance import history_with, name_of, source_facts, source_of, with_provenance
 from ..recovery.settings import DEFAULT_MINUTES, RecoverySettings
 from ..recovery.sharing import whole_models
 from ..recovery.state import remove_state
@@ -156,6 +156,13 @@ def recover(
             with stage(progress, "save the model"):
                 pruning.pop("source_path", None)  # A teacher from the hub has no path.
                 facts = {**_without_quantization(pruning), **source_facts(source, out), "recovery": recovery}
+                facts["history"] = history_with(
+                    pruning,
+                    "recover",
+                    f"{result.steps} optimizer steps, {result.tokens} tokens",
+                    seconds=result.seconds,
+                    loss=[result.losses[0], result.losses[-1]],
+                )
                 save_model(model, tokenizer, out, report=facts, overwrite=overwrite)
                 remove_state(folder / "state.pt")
         processes.wait()

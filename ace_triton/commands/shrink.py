@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +12,15 @@ from rich.progress import Progress
 
 from ..calibration_report import CalibrationReport, report_on
 from ..errors import ArgumentError
-from ..evaluate import check_windows, perplexity
+from ..evaluate import Perplexity, check_windows, perplexity
 from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.calibration import SELF, load_calibration
 from ..inputs.text import check_text, read_documents, wikitext_rows
 from ..progress import progress_bar, stage
-from ..provenance import source_facts, with_provenance
+from ..provenance import history_with, source_facts, with_provenance
+from ..structures.report import ShrinkReport
 from ..structures.settings import CHOICES, METHODS, UPDATES, ShrinkSettings
 from ..structures.shrink import shrink_model
 from . import report
@@ -208,6 +209,7 @@ def shrink(
             perplexity={which: found.to_dict() for which, found in measured.items()} or None,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
+            history=history_with(checkpoint.read_report(src), "shrink", **_step(result.report, measured)),
         )
         if result.model is not None:
             with stage(progress, "save the model"):
@@ -217,6 +219,18 @@ def shrink(
     console.print(shrink_table(result.report, measured))
     _print_notes(result.report.refused, result.report.notes, calibrated)
     print_line("nothing was written (--dry-run)" if dry_run else f"written to {out}")
+
+
+def _step(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> dict[str, Any]:
+    """What a run did, cost and brought, for the history."""
+    settings = report.settings
+    return {
+        "did": ", ".join([settings.method, *([settings.chosen_update] * (settings.chosen_update != "none"))]),
+        "seconds": sum(report.seconds.values()),
+        "parameters": [report.model_before, report.model_after],
+        "bytes": [report.bytes_before, report.bytes_after],
+        "perplexity": [measured[which].perplexity for which in ("before", "after")] if measured else None,
+    }
 
 
 def _bars(progress: Progress) -> Callable[[str, int, int], None]:

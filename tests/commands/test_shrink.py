@@ -32,6 +32,18 @@ def test_it_writes_an_ordinary_checkpoint_that_can_be_pruned(command, tiny_check
     code, _, errors = command("prune", out, pruned, "--method", "magnitude")
     assert code == 0, errors
     assert json.loads((pruned / "ace_triton.json").read_text())["shrink"] == facts["shrink"]
+    code, _, errors = command("pack", pruned, tmp_path / "packed")
+    assert code == 0, errors
+    history = json.loads((tmp_path / "packed" / "ace_triton.json").read_text())["history"]
+    assert [step["command"] for step in history] == ["shrink", "prune", "pack"]
+    assert history[0]["perplexity"] == [facts["perplexity"][which]["perplexity"] for which in ("before", "after")]
+    assert history[0]["parameters"] == [facts["shrink"]["model_before"], facts["shrink"]["model_after"]]
+    assert history[0]["seconds"] == pytest.approx(sum(facts["shrink"]["seconds"].values()))
+    assert history[1]["did"].endswith("2:4")
+    assert history[2]["bytes"][1] < history[2]["bytes"][0]
+    code, printed, errors = command("info", tmp_path / "packed")
+    assert code == 0, errors
+    assert "what it brought" in printed
     code, _, errors = command("shrink", pruned, tmp_path / "again", "--method", "magnitude")
     assert code == 1
     assert "is pruned to 2:4, which does not outlive the removal of channels: shrink the dense model" in errors
@@ -39,6 +51,9 @@ def test_it_writes_an_ordinary_checkpoint_that_can_be_pruned(command, tiny_check
     code, _, errors = command("recover", out, recovered, "--calibration", some_text, "--length", "16", "--steps", "1")
     assert code == 0, errors
     assert AutoModelForCausalLM.from_pretrained(recovered).config.num_key_value_heads == 1
+    steps = json.loads((recovered / "ace_triton.json").read_text())["history"]
+    assert [step["command"] for step in steps] == ["shrink", "recover"]
+    assert steps[1]["did"].startswith("1 optimizer steps, ")
 
 
 def test_its_report_repeats_it(command, tiny_checkpoint, some_text, tmp_path):
