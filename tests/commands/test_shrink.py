@@ -48,8 +48,14 @@ def test_it_writes_an_ordinary_checkpoint_that_can_be_pruned(command, tiny_check
     assert code == 1
     assert "is pruned to 2:4, which does not outlive the removal of channels: shrink the dense model" in errors
     recovered = tmp_path / "recovered"
-    code, _, errors = command("recover", out, recovered, "--calibration", some_text, "--length", "16", "--steps", "1")
+    words = ("--calibration", some_text, "--length", "16", "--steps", "1", "--tune-group", "16")
+    code, _, errors = command("recover", out, recovered, *words)
+    assert (code, errors.splitlines()[-1][:38]) == (1, "error: --tune-bits, --tune-group and -")
+    code, _, errors = command("recover", out, recovered, *words, "--tune", "groups", "--rank", "2")
     assert code == 0, errors
+    tensors = AutoModelForCausalLM.from_pretrained(recovered).state_dict()
+    values = tensors["model.layers.0.mlp.down_proj.weight"][:, :16]
+    assert max(len(row.mul(1e5).round().unique()) for row in values) <= 16
     assert AutoModelForCausalLM.from_pretrained(recovered).config.num_key_value_heads == 1
     steps = json.loads((recovered / "ace_triton.json").read_text())["history"]
     assert [step["command"] for step in steps] == ["shrink", "recover"]
