@@ -42,7 +42,7 @@ from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
 from .recipe import Recipe
 from .recovery.lora import LoraMerge, MergedLayer, merge_lora
-from .recovery.settings import RecoveryReport, RecoverySettings
+from .recovery.settings import GroupTuning, RecoveryReport, RecoverySettings
 from .recovery.train import recover
 from .recovery.zeros import KeptZeros, keep_zeros
 from .solvers.quantize import Quantization
@@ -73,6 +73,7 @@ __all__ = [
     "Exporter",
     "GenerationError",
     "Gram",
+    "GroupTuning",
     "KeptZeros",
     "LoraMerge",
     "MaskCallback",

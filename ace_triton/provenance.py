@@ -21,6 +21,20 @@ def with_provenance(content: dict[str, Any], **facts: Any) -> dict[str, Any]:
     return {**content, **facts, "versions": versions(), "date": now()}
 
 
+def history_with(earlier: Mapping[str, Any] | None, command: str, did: str, **facts: Any) -> list[dict[str, Any]]:
+    """The steps that led from a dense model to a result, the first one first.
+
+    Args:
+        earlier: the report of the model that the step read; None if it has none.
+        command: the command of the step.
+        did: what it did, in a few words.
+        facts: what the step cost and brought, such as ``seconds``, or ``bytes`` before and after; None is left out.
+    """
+    before = (earlier or {}).get("history")
+    step = {"command": command, "did": did, **{name: fact for name, fact in facts.items() if fact is not None}}
+    return [*(before if isinstance(before, list) else []), step]
+
+
 def option_facts(options: Mapping[str, Any]) -> dict[str, Any]:
     """A method's options as JSON types; any other value becomes its ``repr``."""
     return {name: value if _is_json(value) else repr(value) for name, value in options.items()}

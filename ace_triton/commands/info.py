@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..formats.registry import inspect_checkpoint
+from ..inputs.checkpoint import read_report
 from ..provenance import name_of, with_provenance
 from . import report
 from .console import console, print_line
@@ -19,11 +20,14 @@ def info(
     full: Annotated[bool, typer.Option("--full", help="List every layer instead of each kind of layer.")] = False,
     json: JsonOption = None,
 ) -> None:
-    """Show the sparsity and pattern of a saved model's layers."""
+    """Show the sparsity and pattern of a saved model's layers, and what each step that led to it cost and brought."""
     check_json(json)
     tensors = inspect_checkpoint(model_dir)
+    history = (read_report(model_dir) or {}).get("history")
     if json:
         layers = [dataclasses.asdict(tensor) for tensor in tensors]
-        report.write_json(json, with_provenance({"layers": layers}, model=name_of(model_dir)))
+        report.write_json(json, with_provenance({"layers": layers}, model=name_of(model_dir), history=history))
     print_line(report.info_summary(tensors))
     console.print(report.info_table(tensors) if full else report.info_groups(tensors))
+    if history:
+        console.print(report.history_table(history))

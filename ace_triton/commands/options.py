@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,19 @@ def parse_bits(bits: int | None, group: int) -> int | None:
         except ValueError as error:
             raise ArgumentError(f"--bits and --group: {error}") from error
     return bits
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """A number of bytes such as "300MB" or "1.5 GiB"; ArgumentError if it is invalid."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2] not in UNITS or float(found[1]) <= 0:
+        raise ArgumentError(
+            f"{option} {text!r}: give a number of bytes above 0, with or without one of {', '.join([*UNITS][1:])}"
+        )
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def parse_dtype(name: str) -> Any:

@@ -30,7 +30,7 @@ from ..packed.packable import check_packed
 from ..planning.pruning_plan import NOT_STREAMED, PruningPlan, gib, plan_pruning, weights_stay_in_files
 from ..processes import Processes
 from ..progress import progress_bar, stage
-from ..provenance import option_facts, source_facts, with_provenance
+from ..provenance import history_with, option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
 from ..streaming.fits import LARGEST_SHARE, available_memory, fits_in_memory, surely_fits
@@ -357,6 +357,14 @@ class PruneRun:
             report.to_dict(),
             **source_facts(self.source, self.out),
             **_earlier_steps(self.source),
+            history=history_with(
+                checkpoint.read_report(self.source),
+                "prune",
+                f"{recipe.words}, {recipe.sparsity}{', packed' * self.packed}",
+                seconds=report.seconds.total,
+                zeros=round(sum((1 - layer.kept) * layer.parameters for layer in report.layers)),
+                parameters=[report.account.model] * 2,
+            ),
             **found,
             calibration=None if settings is None else settings.to_dict(),
             options=option_facts(recipe.complete_options),

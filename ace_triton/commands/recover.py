@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,8 +17,8 @@ from ..inputs.calibration import SELF, load_calibration, read_calibration
 from ..inputs.written_text import TEXT_LENGTH, text_to_write
 from ..processes import joined
 from ..progress import stage
-from ..provenance import name_of, source_facts, source_of, with_provenance
-from ..recovery.settings import DEFAULT_MINUTES, RecoverySettings
+from ..provenance import history_with, name_of, source_facts, source_of, with_provenance
+from ..recovery.settings import DEFAULT_MINUTES, GroupTuning, RecoverySettings
 from ..recovery.sharing import whole_models
 from ..recovery.state import remove_state
 from ..recovery.text import TEXT_SEQUENCES
@@ -78,6 +78,18 @@ def recover(
         float, number("Peak learning rate, in units of each weight's root mean square.", above=0)
     ] = RecoverySettings.learning_rate,
     norms: Annotated[bool, typer.Option("--norms", help="Also train norms and biases.")] = False,
+    tune: Annotated[
+        Literal["weights", "groups"],
+        typer.Option(
+            help="What to train: all kept weights; or groups, which quantizes groups of columns of a model that shrink "
+            "wrote, and trains low-rank adapters on top, as SAAP does.",
+        ),
+    ] = "weights",
+    tune_bits: Annotated[
+        int, number("For --tune groups: bits of a value in a group.", least=2, most=8)
+    ] = GroupTuning.bits,
+    tune_group: Annotated[int, number("For --tune groups: columns of a group.", least=2)] = GroupTuning.group,
+    rank: Annotated[int, number("For --tune groups: rank of the adapters.", least=1)] = GroupTuning.rank,
     shard: Annotated[
         bool,
         typer.Option(
@@ -101,8 +113,17 @@ def recover(
     """
     if steps is None and minutes is None:
         minutes = DEFAULT_MINUTES
+    groups = GroupTuning(tune_bits, tune_group, rank)
+    if tune == "weights" and groups != GroupTuning():
+        raise ArgumentError("--tune-bits, --tune-group and --rank are for --tune groups: add it, or leave them out")
     settings = RecoverySettings(
-        steps, minutes, tokens_per_step=tokens_per_step, learning_rate=learning_rate, norms=norms, seed=seed
+        steps,
+        minutes,
+        tokens_per_step=tokens_per_step,
+        learning_rate=learning_rate,
+        norms=norms,
+        seed=seed,
+        groups=groups if tune == "groups" else None,
     )
     check_json(json)
     if (name := format_of(model_dir).name) != "dense":
@@ -158,6 +179,13 @@ def recover(
             with stage(progress, "save the model"):
                 pruning.pop("source_path", None)  # A teacher from the hub has no path.
                 facts = {**_without_quantization(pruning), **source_facts(source, out), "recovery": recovery}
+                facts["history"] = history_with(
+                    pruning,
+                    "recover",
+                    f"{result.steps} optimizer steps, {result.tokens} tokens",
+                    seconds=result.seconds,
+                    loss=[result.losses[0], result.losses[-1]],
+                )
                 save_model(model, tokenizer, out, report=facts, overwrite=overwrite)
                 remove_state(folder / "state.pt")
         processes.wait()

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +261,24 @@ def info_groups(tensors: Sequence[TensorSparsity]) -> Table:
     for (name, shape, pattern), zeros in groups.items():
         table.add_row(name, shape, str(len(zeros)), f"{sum(zeros) / len(zeros):.2%}", pattern)
     return table
+
+
+def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
+    """What each step that led to a model cost and brought; "-" for what was not measured."""
+    headings = ("step", "what it did", "seconds", "what it brought")
+    table = headed_table(*headings, left=("step", "what it did", "what it brought"))
+    for step in history:
+        seconds = step.get("seconds")
+        brought = [f"{step['zeros']:,} weights are 0"] if "zeros" in step else []
+        for name, form in _BROUGHT.items():
+            if name in step and step[name][0] != step[name][1]:
+                brought.append(f"{name} {format(step[name][0], form)} -> {format(step[name][1], form)}")
+        table.add_row(step["command"], step["did"], "-" if seconds is None else f"{seconds:.0f}", "; ".join(brought))
+    return table
+
+
+_BROUGHT = {"parameters": ",", "bytes": ",", "perplexity": ".2f", "loss": ".3f"}
+"""The facts of a step that have values before and after it, with their formats."""
 
 
 def _shape(tensor: TensorSparsity) -> str:

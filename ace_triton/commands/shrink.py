@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +12,15 @@ from rich.progress import Progress
 
 from ..calibration_report import CalibrationReport, report_on
 from ..errors import ArgumentError
-from ..evaluate import check_windows, perplexity
+from ..evaluate import Perplexity, check_windows, perplexity
 from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.calibration import SELF, load_calibration
 from ..inputs.text import check_text, read_documents, wikitext_rows
 from ..progress import progress_bar, stage
-from ..provenance import source_facts, with_provenance
+from ..provenance import history_with, source_facts, with_provenance
+from ..structures.report import ShrinkReport
 from ..structures.settings import CHOICES, METHODS, UPDATES, ShrinkSettings
 from ..structures.shrink import shrink_model
 from . import report
@@ -57,6 +58,14 @@ def shrink(
     ratio: Annotated[
         float, number("Least share of the blocks' parameters to remove.", above=0, below=1)
     ] = _SETTINGS.ratio,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Largest size of the checkpoint that is written, as 300MB or 1.5GiB, instead of --ratio.",
+            show_default="that of --ratio",
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help=f"Method that ranks the structures ({_METHODS}).")] = _SETTINGS.method,
     update: Annotated[
         str | None,
@@ -124,7 +133,12 @@ def shrink(
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be removed; load the model, and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only say what would be removed, and what size, memory and time it would take; load the model, and "
+            "write nothing.",
+        ),
     ] = False,
     json: JsonOption = None,
 ) -> None:
@@ -196,6 +210,7 @@ def shrink(
             perplexity={which: found.to_dict() for which, found in measured.items()} or None,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
+            history=history_with(checkpoint.read_report(src), "shrink", **_step(result.report, measured)),
         )
         if result.model is not None:
             with stage(progress, "save the model"):
@@ -205,6 +220,18 @@ def shrink(
     console.print(shrink_table(result.report, measured))
     _print_notes(result.report.refused, result.report.notes, calibrated)
     print_line("nothing was written (--dry-run)" if dry_run else f"written to {out}")
+
+
+def _step(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> dict[str, Any]:
+    """What a run did, cost and brought, for the history."""
+    settings = report.settings
+    return {
+        "did": ", ".join([settings.method, *([settings.chosen_update] * (settings.chosen_update != "none"))]),
+        "seconds": sum(report.seconds.values()),
+        "parameters": [report.model_before, report.model_after],
+        "bytes": [report.bytes_before, report.bytes_after],
+        "perplexity": [measured[which].perplexity for which in ("before", "after")] if measured else None,
+    }
 
 
 def _bars(progress: Progress) -> Callable[[str, int, int], None]:

@@ -7,10 +7,17 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from ..evaluate import Perplexity
+from ..planning.pruning_plan import gib
+from ..streaming.fits import available_memory
 from ..structures.report import ShrinkReport
 from .report import facts_table
 
-_WIDTHS = {"channels": "feed-forward width", "groups": "key-value groups in a block", "blocks": "blocks"}
+_WIDTHS = {
+    "channels": "feed-forward width",
+    "groups": "key-value groups in a block",
+    "experts": "experts in a mixture",
+    "blocks": "blocks",
+}
 
 
 def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Table:
@@ -27,9 +34,17 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
     if report.removed_blocks:
         table.add_row("removed blocks", ", ".join(map(str, report.removed_blocks)))
     table.add_row("parameters of the blocks", f"{report.blocks_before:,} -> {report.blocks_after:,}")
-    table.add_row("removed, of the blocks' parameters", f"{report.removed:.1%} (asked for {settings.ratio:.1%})")
+    asked = f"{settings.ratio:.1%}" if settings.size is None else f"at most {gib(settings.size)}"
+    table.add_row("removed, of the blocks' parameters", f"{report.removed:.1%} (asked for {asked})")
     table.add_row("parameters of the model", f"{report.model_before:,} -> {report.model_after:,}")
     table.add_row("removed, of the model's parameters", f"{1 - report.model_after / report.model_before:.1%}")
+    table.add_row("size of the checkpoint", f"{gib(report.bytes_before)} -> {gib(report.bytes_after)}")
+    if (estimate := report.estimate) is not None:
+        table.add_row(
+            "memory of the tensors, estimated", f"{gib(estimate.peak_bytes)} at most (to {estimate.largest_phase})"
+        )
+        table.add_row("memory available, with the model loaded", gib(available_memory()))
+        table.add_row("time without loading and saving, estimated", f"{estimate.seconds:.0f} s")
     for groups, loss in report.tried.items():
         table.add_row(
             f"loss without {groups} key-value group{'s' * (groups != 1)}, before the update",

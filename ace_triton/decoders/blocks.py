@@ -274,7 +274,7 @@ def routers(block: Block) -> set[str]:
         or "router" in type(block.module.get_submodule(".".join(block.path_to(path)))).__name__.lower()
     }
     for path, module in block.module.named_modules(prefix=block.name):
-        experts = _experts_in(module)
+        experts = experts_in(module)
         if path == block.name or not experts:
             continue
         for child, submodule in module.named_children():
@@ -298,7 +298,7 @@ def _matrices_in(module: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def _experts_in(module: nn.Module) -> dict[str, int]:
+def experts_in(module: nn.Module) -> dict[str, int]:
     """Number of experts by name of the child module that contains them."""
     experts = {}
     for name, child in module.named_children():

@@ -16,6 +16,30 @@ DEFAULT_MINUTES = 5.0
 
 
 @dataclass(frozen=True)
+class GroupTuning:
+    """Settings of group fine-tuning (:mod:`ace_triton.recovery.groups`), which trains adapters instead of weights.
+
+    Attributes:
+        bits: bits of a value in a group, from 2 to 8.
+        group: number of columns of a group; it must divide the inputs of each layer.
+        rank: rank of the adapters.
+
+    Raises:
+        RecoveryError: if a number is out of range.
+    """
+
+    bits: int = 4
+    group: int = 32
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("bits", 2, 8), ("group", 2, 2**20), ("rank", 1, 2**20)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise RecoveryError(f"{name} of group fine-tuning must be from {least} to {most}; got {value!r}")
+
+
+@dataclass(frozen=True)
 class RecoverySettings:
     """Settings of a recovery.
 
@@ -30,6 +54,7 @@ class RecoverySettings:
         norms: also train the blocks' one-dimensional weights (norms, biases).
         forward_dtype: dtype of forwards: bfloat16, or float32 if both models are in float32.
         seed: random seed of the order of sequences, or of the text that the teacher writes.
+        groups: train adapters on quantized groups instead of all weights; None to train the weights.
 
     Raises:
         RecoveryError: not exactly one of steps and minutes is given, or a number is out of range.
@@ -43,6 +68,7 @@ class RecoverySettings:
     norms: bool = False
     forward_dtype: torch.dtype = torch.bfloat16
     seed: int = 0
+    groups: GroupTuning | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
@@ -54,6 +80,8 @@ class RecoverySettings:
             )
         if not -(2**63) <= self.seed < 2**63:
             raise RecoveryError(f"seed must fit into 64 bits, got {self.seed}")
+        if self.groups is not None and self.norms:
+            raise RecoveryError("group fine-tuning trains adapters alone: leave norms (--norms) out")
         if not 0 <= self.warmup < 1:
             raise RecoveryError(f"warmup must lie in [0, 1), got {self.warmup}")
         if self.forward_dtype not in (torch.bfloat16, torch.float32):

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from ..solvers.kept_adamw import LARGEST_GRADIENT, KeptAdamW
 from ..threads import few_threads, forward_work
 from .checks import check_arguments, check_teacher, check_zeros, pruned_masks
 from .distillation import Distillation
+from .groups import adapted, tuned_layers
 from .settings import DEFAULT_MINUTES, RecoveryReport, RecoverySettings
 from .sharing import check_equal, check_shares, passes_of, share_of, whole_models
 from .state import RecoveryState, fingerprint, locked
@@ -112,8 +113,13 @@ def recover(
         check_equal(identity, processes)
         keeping = _Keeping(file, state is not None, identity, save_every)
         names = _trained_names(model, masks, settings)
+        tuned = None
+        if settings.groups is not None:
+            tuned = tuned_layers(model, masks, settings.groups, shard=shard is not None)
         ready: AbstractContextManager[tuple[PreTrainedModel, PreTrainedModel, KeptAdamW]]
-        if shard is None:
+        if tuned is not None:
+            ready = _adapted(model, teacher, tuned, settings, processes)
+        elif shard is None:
             ready = _whole(model, teacher, names, settings, processes)
         else:
             from .sharded import sharded  # Its imports from torch.distributed take long.
@@ -123,6 +129,7 @@ def recover(
             run = _train(
                 student, dense, optimizer, batches, settings, keeping, processes, progress, in_step=shard is not None
             )
+            adapters = None if tuned is None else sum(value.numel() for value in optimizer.values.values())
     if shard is None or processes.is_first:
         check_zeros(model, masks)
     kept = sum(int(mask.sum()) for mask in masks.values())
@@ -134,7 +141,7 @@ def recover(
         run.seconds,
         run.cpu_seconds,
         tuple(run.losses),
-        trained=kept,
+        trained=kept if adapters is None else adapters,
         zeros=total - kept,
     )
 
@@ -237,6 +244,25 @@ def _whole(
                 parameter.grad = None
                 parameter.requires_grad_(False)
                 parameter.data = optimizer.values[name].to(dtypes[name])
+
+
+@contextmanager
+def _adapted(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    layers: Mapping[str, nn.Linear],
+    settings: RecoverySettings,
+    processes: Processes,
+) -> Iterator[tuple[PreTrainedModel, PreTrainedModel, KeptAdamW]]:
+    """Both models, and the optimizer of the adapters of group fine-tuning, which are merged at exit."""
+    assert settings.groups is not None
+    with (
+        weights_as_loaded(model),
+        _frozen(model),
+        _frozen(teacher),
+        adapted(layers, settings.groups, settings.seed, settings.forward_dtype, processes) as optimizer,
+    ):
+        yield model, teacher, optimizer
 
 
 @contextmanager

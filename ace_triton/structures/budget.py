@@ -14,6 +14,9 @@ from ..errors import ArgumentError
 from .coupled import NAMES, Kind, Structures
 from .settings import ShrinkSettings
 
+BYTES_OF_AN_ENTRY = 128
+"""Upper limit of the bytes that a safetensors file takes for a tensor beside its values and its name."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -22,15 +25,17 @@ class Share:
     Attributes:
         channels, groups: number of structures removed from each block.
         parameters: number of parameters removed from all blocks.
+        experts: number of experts removed from each mixture.
     """
 
     channels: int
     groups: int
     parameters: int
+    experts: int = 0
 
     def left(self, structures: Structures) -> dict[Kind, int]:
         """Number of structures left in each block, of the kinds of which some are removed."""
-        removed: dict[Kind, int] = {"channels": self.channels, "groups": self.groups}
+        removed: dict[Kind, int] = {"channels": self.channels, "groups": self.groups, "experts": self.experts}
         return {kind: structures.count(kind) - number for kind, number in removed.items() if number}
 
 
@@ -39,33 +44,40 @@ def block_parameters(blocks: Sequence[Block]) -> int:
     return sum(p.numel() for p in {p for block in blocks for p in block.module.parameters()})
 
 
-def possible_shares(structures: Structures, blocks: Sequence[Block], settings: ShrinkSettings) -> list[Share]:
-    """All ways to remove at least the ratio, one for each number of groups; the least number of channels each.
+def possible_shares(
+    structures: Structures, blocks: Sequence[Block], settings: ShrinkSettings, needed: int
+) -> list[Share]:
+    """All ways to remove enough, one for each number of groups; the least number of channels or experts each.
+
+    Channels go, or experts if they have more parameters.
+
+    Args:
+        structures: the structures.
+        blocks: the blocks.
+        settings: with groups and multiple.
+        needed: least number of parameters to remove.
 
     Raises:
         ArgumentError: if there is none.
     """
-    needed = math.ceil(settings.ratio * block_parameters(blocks))
     cost = {
         kind: sum(entry.parameters(structures.layers) for entry in entries)
         for kind, entries in structures.coupled.items()
     }
-    width, n_groups = structures.count("channels"), structures.count("groups")
+    n_groups = structures.count("groups")
     if settings.groups is not None and settings.groups > max(n_groups - 1, 0):
         allowed = f"at most {n_groups - 1} can go" if n_groups else structures.refused.get("groups", "it has none")
         raise ArgumentError(f"groups {settings.groups}: each block has {n_groups} key-value groups, and {allowed}")
+    kinds: tuple[Kind, ...] = ("channels", "experts")
+    main = max(kinds, key=lambda kind: cost.get(kind, 0) * structures.count(kind))
     found: list[Share] = []
     for groups in range(max(n_groups, 1)) if settings.groups is None else (settings.groups,):
         rest = needed - groups * cost.get("groups", 0)
-        channels = 0
-        if rest > 0:
-            if not width:
-                continue
-            kept = (width - math.ceil(rest / cost["channels"])) // settings.multiple * settings.multiple
-            if kept < settings.multiple:
-                continue
-            channels = width - kept
-        found.append(Share(channels, groups, channels * cost.get("channels", 0) + groups * cost.get("groups", 0)))
+        gone = _fewest(structures, main, math.ceil(rest / cost[main]), settings) if rest > 0 and main in cost else 0
+        if gone is not None and (rest <= 0 or gone):
+            numbers = {main: gone}
+            parameters = gone * cost.get(main, 0) + groups * cost.get("groups", 0)
+            found.append(Share(numbers.get("channels", 0), groups, parameters, numbers.get("experts", 0)))
         if rest <= 0:
             break
     if not found:
@@ -73,14 +85,29 @@ def possible_shares(structures: Structures, blocks: Sequence[Block], settings: S
     return found
 
 
+def _fewest(structures: Structures, kind: Kind, wanted: int, settings: ShrinkSettings) -> int | None:
+    """The least number of channels or experts that may go, at least ``wanted``; None if too few are left."""
+    count = structures.count(kind)
+    if kind == "experts":
+        chosen = max(mixture.chosen for mixture in structures.mixtures.values())
+        return wanted if count - wanted >= chosen else None
+    kept = (count - wanted) // settings.multiple * settings.multiple
+    return count - kept if kept >= settings.multiple else None
+
+
 def _nothing_left(structures: Structures, settings: ShrinkSettings) -> str:
     refused = "; ".join(f"no {NAMES[kind]} ({reason})" for kind, reason in structures.refused.items())
-    width = structures.count("channels")
+    width, experts = structures.count("channels"), structures.count("experts")
     steps = f"{width} channels in multiples of {settings.multiple}" if width else ""
+    if experts:
+        chosen = max(mixture.chosen for mixture in structures.mixtures.values())
+        steps = ", ".join(filter(None, (steps, f"{experts - chosen} of {experts} experts, as tokens use {chosen}")))
     more = f"; of this model can go: {', '.join(filter(None, (steps, refused)))}" if steps or refused else ""
+    asked = f"ratio {settings.ratio:g}" if settings.size is None else f"size {settings.size:,} bytes"
+    smaller = "smaller --ratio" if settings.size is None else "larger --size"
     return (
-        f"ratio {settings.ratio:g} leaves nothing of a feed-forward or an attention{more}: give a smaller --ratio or "
-        "--multiple, or --method depth"
+        f"{asked} leaves nothing of a feed-forward or an attention{more}: give a {smaller} or --multiple, or "
+        "--method depth"
     )
 
 
@@ -94,6 +121,32 @@ def kept_structures(
             ascending = importance[entry.consumer].sort(stable=True).indices
             found[entry.consumer] = ascending[entry.count - number :].sort().values
     return found
+
+
+def needed_parameters(model: nn.Module, blocks: Sequence[Block], settings: ShrinkSettings) -> int:
+    """The least number of parameters to remove, from the ratio or from the size of the checkpoint.
+
+    Raises:
+        ArgumentError: if the model has the size already, or what lies outside the blocks is larger.
+    """
+    whole = block_parameters(blocks)
+    if settings.size is None:
+        return math.ceil(settings.ratio * whole)
+    before, each = checkpoint_bytes(model.state_dict()), next(model.parameters()).element_size()
+    outside = before - each * whole
+    if settings.size >= before:
+        raise ArgumentError(f"size {settings.size:,} bytes: the model has {before:,} bytes, so nothing needs to go")
+    if settings.size <= outside:
+        raise ArgumentError(
+            f"size {settings.size:,} bytes: what lies outside the blocks has {outside:,} bytes alone, and it stays"
+        )
+    return math.ceil((before - settings.size) / each)
+
+
+def checkpoint_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Size of a checkpoint of tensors by name, which a file holds beside them; shared memory counts once."""
+    once = {tensor.data_ptr(): (name, tensor) for name, tensor in tensors.items()}
+    return sum(tensor.nbytes + len(name) + BYTES_OF_AN_ENTRY for name, tensor in once.values())
 
 
 def n_parameters(model: nn.Module) -> int:

@@ -109,6 +109,7 @@ def repairs(
     settings: ShrinkSettings,
     with_bias: frozenset[str],
     progress: Callable[[int, int, str], None] | None = None,
+    most: int | None = None,
 ) -> dict[str, Repair]:
     """The least-squares repairs of all layers that read removed structures, by name.
 
@@ -121,16 +122,17 @@ def repairs(
         settings: with damping and prior.
         with_bias: names of the consumers that have, or get, a bias.
         progress: called with the number of finished blocks, of all blocks, and the block's name.
+        most: number of blocks to solve, the first ones; None for all.
 
     Raises:
         ArgumentError: if no token reaches a layer.
     """
     clock = Stopwatch(next(model.parameters()).device)
-    entries = structures.entries
+    entries = structures.columns
     found: dict[str, Repair] = {}
     with calibration_mode(model), _restored(structures.layers[name] for name in kept):
         runner = make_runner(model, tower.blocks, batches, clock, tower.masks)
-        for index, block in enumerate(tower.blocks):
+        for index, block in enumerate(tower.blocks[:most]):
             for name in [name for name in entries if name in kept and name.startswith(f"{block.name}.")]:
                 layer = structures.layers[name]
                 collector = InputCollector({name: layer}, Needs(gram=True), clock)

@@ -2,8 +2,8 @@
 
 A channel of a feed-forward is a row of gate and up and a column of down. A key-value group is the rows of k and v, the
 rows of q of all query heads that share them, and the columns of o. Candidates are the channel folds that
-:mod:`ace_triton.reordering` proves. The trial reorders whole structures in all blocks at once, runs the model, and
-restores the weights bit for bit.
+:mod:`ace_triton.reordering` proves, and the experts of :mod:`ace_triton.structures.mixtures`. The trial reorders whole
+structures in all blocks at once, runs the model, and restores the weights bit for bit.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from ..linears import linear_weight
 from ..reordering.fold import Fold
 from ..reordering.reorder import find_folds
 from ..tied import Owners
+from .mixtures import Mixture, find_mixtures
+from .parts import Part
 
-Kind = Literal["channels", "groups"]
-KINDS: tuple[Kind, ...] = ("channels", "groups")
-NAMES: dict[Kind, str] = {"channels": "feed-forward channels", "groups": "key-value groups"}
+Kind = Literal["channels", "groups", "experts"]
+KINDS: tuple[Kind, ...] = ("channels", "groups", "experts")
+NAMES: dict[Kind, str] = {"channels": "feed-forward channels", "groups": "key-value groups", "experts": "experts"}
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,17 @@ class Coupled:
     producers: tuple[tuple[str, int], ...]
     count: int
 
-    def by_structure(self, layer: str, values: torch.Tensor) -> torch.Tensor:
-        """Sums over structures, [count].
-
-        Args:
-            layer: the consumer, or a producer.
-            values: those of the layer's weight [out_features, in_features], or of its bias if it is a producer.
-        """
-        if layer == self.consumer:
-            return values.unflatten(1, (self.count, -1)).sum((0, 2))
-        runs = values.unflatten(0, (dict(self.producers)[layer], self.count, -1)).transpose(0, 1)
+    def by_structure(self, part: Part, values: torch.Tensor) -> torch.Tensor:
+        """Sums over structures, [count], of values with the shape of a part's tensor."""
+        if part.layer == self.consumer:
+            return self.by_column(values if part.dim == 1 else values.t())
+        rows = values if part.dim == 0 else values.t()
+        runs = rows.unflatten(0, (dict(self.producers)[part.layer], self.count, -1)).transpose(0, 1)
         return runs.flatten(1).sum(1)
+
+    def by_column(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over structures, [count], of values of the consumer's weight [out_features, in_features]."""
+        return values.unflatten(1, (self.count, -1)).sum((0, 2))
 
     def index(self, layer: str, size: int, structures: torch.Tensor) -> torch.Tensor:
         """The rows of a producer, or the columns of the consumer, that belong to some structures, in their order.
@@ -71,20 +73,49 @@ class Coupled:
         starts = torch.arange(copies, device=structures.device)[:, None] * self.count + structures
         return (starts[..., None] * width + torch.arange(width, device=structures.device)).flatten()
 
-    def parts(self, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, torch.Tensor, int]]:
-        """The tensors with structures: layer, name in the layer, tensor, and the dimension along which they lie."""
+    def parts(self, layers: Mapping[str, nn.Module]) -> Iterator[Part]:
+        """The tensors with structures; ``layers`` are the model's linear layers by name."""
         for layer in (*(name for name, _ in self.producers), self.consumer):
             module = layers[layer]
             along_columns = layer == self.consumer
             weight = module.get_parameter("weight")
-            yield layer, "weight", weight, int(along_columns == isinstance(module, nn.Linear))
+            yield Part(layer, "weight", weight, int(along_columns == isinstance(module, nn.Linear)))
             bias = module._parameters.get("bias")
             if bias is not None and not along_columns:
-                yield layer, "bias", bias, 0
+                yield Part(layer, "bias", bias, 0)
 
     def parameters(self, layers: Mapping[str, nn.Module]) -> int:
         """Number of parameters of one structure."""
-        return sum(tensor.numel() for *_, tensor, _ in self.parts(layers)) // self.count
+        return sum(part.tensor.numel() for part in self.parts(layers)) // self.count
+
+    def kept(
+        self, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module], chosen: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """A model's tensors by name, without the structures that are not chosen.
+
+        Args:
+            tensors: those of the model.
+            layers: its linear layers.
+            chosen: the kept structures, int64, ascending.
+        """
+        found = dict(tensors)
+        for part in self.parts(layers):
+            index = self.index(part.layer, part.tensor.shape[part.dim], chosen).to(part.tensor.device)
+            found[part.name] = part.tensor.detach().index_select(part.dim, index)
+        return found
+
+    @torch.inference_mode()
+    def reorder(self, layers: Mapping[str, nn.Module], order: torch.Tensor) -> None:
+        """Put the structures in another order, in place."""
+        for part in self.parts(layers):
+            tensor = part.tensor
+            index = self.index(part.layer, tensor.shape[part.dim], order).to(tensor.device)
+            bits = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+            bits.copy_(bits.index_select(part.dim, index))
+
+
+Entry = Coupled | Mixture
+"""The structures of one kind in one block."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +124,13 @@ class Structures:
 
     Attributes:
         layers: linear layers of the blocks, by name.
-        coupled: by kind, one entry for each block, in order. A kind is absent if it cannot be removed.
+        coupled: by kind, one entry for each block, in order; for experts, one for each block with a mixture. A kind is
+            absent if it cannot be removed.
         refused: why a kind cannot be removed.
     """
 
     layers: Mapping[str, nn.Module]
-    coupled: Mapping[Kind, tuple[Coupled, ...]]
+    coupled: Mapping[Kind, tuple[Entry, ...]]
     refused: Mapping[Kind, str]
 
     def without(self, kind: Kind, reason: str) -> Structures:
@@ -107,10 +139,20 @@ class Structures:
         return Structures(self.layers, rest, {**self.refused, kind: reason})
 
     @property
-    def entries(self) -> dict[str, Coupled]:
+    def entries(self) -> dict[str, Entry]:
         """All entries by name of the consumer; those of attention first."""
-        kinds: tuple[Kind, ...] = ("groups", "channels")
+        kinds: tuple[Kind, ...] = ("groups", "channels", "experts")
         return {entry.consumer: entry for kind in kinds for entry in self.coupled.get(kind, ())}
+
+    @property
+    def columns(self) -> dict[str, Coupled]:
+        """The entries whose consumer is a linear layer, by its name."""
+        return {name: entry for name, entry in self.entries.items() if isinstance(entry, Coupled)}
+
+    @property
+    def mixtures(self) -> dict[str, Mixture]:
+        """The mixtures by name."""
+        return {name: entry for name, entry in self.entries.items() if isinstance(entry, Mixture)}
 
     def count(self, kind: Kind) -> int:
         """Number of structures in a block; 0 if the kind cannot be removed."""
@@ -133,9 +175,9 @@ def find_structures(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> 
 
     with calibration_mode(model):
         folds = find_folds(model, blocks, batch, 1, wanted=lambda _: True, shared=is_shared)
-        coupled: dict[Kind, tuple[Coupled, ...]] = {}
+        coupled: dict[Kind, tuple[Entry, ...]] = {}
         refused: dict[Kind, str] = {}
-        for kind in KINDS:
+        for kind in ("channels", "groups"):
             found: list[Coupled] = []
             for block in blocks:
                 entry = _coupled(kind, block, folds.proven)
@@ -153,6 +195,11 @@ def find_structures(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> 
                 refused[kind] = "each block has only one"
             else:
                 coupled[kind] = tuple(found)
+        mixtures = find_mixtures(model, blocks, batch, lambda name: bool(owners.others(owners.tensors[name], name)))
+        if isinstance(mixtures, str):
+            refused["experts"] = mixtures
+        elif mixtures is not None:
+            coupled["experts"] = mixtures
         result = Structures(folds.layers, coupled, refused)
         for kind in list(coupled):
             if not _unchanged(model, result, kind, batch):
@@ -222,17 +269,10 @@ def _reordered(structures: Structures, kind: Kind) -> Iterator[None]:
     order = torch.randperm(entries[0].count, generator=generator, device="cpu")
     if bool((order == torch.arange(len(order), device="cpu")).all()):
         order = order.roll(1)
-    _reorder(structures, entries, order)
+    for entry in entries:
+        entry.reorder(structures.layers, order)
     try:
         yield
     finally:
-        _reorder(structures, entries, order.argsort())
-
-
-@torch.inference_mode()
-def _reorder(structures: Structures, entries: Sequence[Coupled], order: torch.Tensor) -> None:
-    for entry in entries:
-        for layer, _, tensor, dim in entry.parts(structures.layers):
-            index = entry.index(layer, tensor.shape[dim], order).to(tensor.device)
-            bits = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
-            bits.copy_(bits.index_select(dim, index))
+        for entry in entries:
+            entry.reorder(structures.layers, order.argsort())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -63,19 +62,22 @@ def block_influences(
     return (sums / divisors).float(), sizes
 
 
-def kept_blocks(influence: torch.Tensor, tower: Tower, ratio: float) -> tuple[int, ...]:
-    """The blocks that are kept: the least influential ones go until their parameters meet the ratio.
+def kept_blocks(influence: torch.Tensor, tower: Tower, needed: int) -> tuple[int, ...]:
+    """The blocks that are kept: the least influential ones go until they have ``needed`` parameters.
 
     Raises:
         ArgumentError: if no block is left.
     """
     sizes = [sum(p.numel() for p in block.module.parameters()) for block in tower.blocks]
-    needed, removed, gone = math.ceil(ratio * sum(sizes)), 0, set()
+    removed, gone = 0, set()
     for index in influence.sort(stable=True).indices.tolist():
         if removed >= needed:
             break
         gone.add(index)
         removed += sizes[index]
     if len(gone) == len(sizes):
-        raise ArgumentError(f"ratio {ratio:g} leaves none of the {len(sizes)} blocks: give a smaller one")
+        raise ArgumentError(
+            f"removing {needed:,} parameters leaves none of the {len(sizes)} blocks: give a smaller --ratio, or a "
+            "larger --size"
+        )
     return tuple(index for index in range(len(sizes)) if index not in gone)

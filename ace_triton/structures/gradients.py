@@ -16,7 +16,8 @@ from torch import nn
 from ..decoders.batches import Batch, run_model
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
-from .coupled import Coupled, Structures
+from .coupled import Entry, Structures
+from .parts import Part
 
 Progress = Callable[[int, int], None]
 
@@ -36,6 +37,12 @@ class Taylor:
     gradient: dict[str, torch.Tensor] = field(default_factory=dict)
     fisher: dict[str, torch.Tensor] = field(default_factory=dict)
     batches: int = 0
+
+    def fill(self) -> None:
+        """Add 0 for the layers that the last batch sent no gradient to, such as an expert without tokens."""
+        for parts in self.products.values():
+            while len(parts) < self.batches:
+                parts.append(torch.zeros_like(parts[0]))
 
     def vector(self) -> torch.Tensor:
         """|g^T w - w^T H w / 2| of each batch, with w^T H w = (g^T w)^2, [n_batches, n_structures]."""
@@ -74,14 +81,17 @@ def taylor_terms(
             parameter.grad = None
         with calibration_mode(model), torch.enable_grad(), ExitStack() as hooks:
             for entry in entries:
-                for layer, key, tensor, _ in entry.parts(structures.layers):
-                    tensor.requires_grad_(True)
-                    hook = _adding(entry, layer, key, structures.layers[layer], found[entry.consumer], sums)
-                    hooks.callback(tensor.register_post_accumulate_grad_hook(hook).remove)
+                for part in entry.parts(structures.layers):
+                    if part.tensor in before:
+                        part.tensor.requires_grad_(True)
+                        hook = _adding(entry, part, found[entry.consumer], sums)
+                        hooks.callback(part.tensor.register_post_accumulate_grad_hook(hook).remove)
             for number, batch in enumerate(batches):
                 for taylor in found.values():
                     taylor.batches += 1
                 batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                for taylor in found.values():
+                    taylor.fill()
                 if progress is not None:
                     progress(number + 1, len(batches))
     finally:
@@ -110,33 +120,30 @@ def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
 
 
-def _adding(
-    entry: Coupled, layer: str, key: str, module: nn.Module, taylor: Taylor, sums: bool
-) -> Callable[[torch.Tensor], None]:
+def _adding(entry: Entry, part: Part, taylor: Taylor, sums: bool) -> Callable[[torch.Tensor], None]:
     """A hook that adds a tensor's gradient to the terms and frees it."""
-    transposed = key == "weight" and not isinstance(module, nn.Linear)
 
     @torch.no_grad()
     def hook(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         gradient, weight = parameter.grad.float(), parameter.detach().float()
         parameter.grad = None
-        if transposed:
-            gradient, weight = gradient.t(), weight.t()
         product = gradient * weight
-        parts = taylor.products.setdefault(layer, [])
-        of_layer = entry.by_structure(layer, product)
+        parts = taylor.products.setdefault(part.layer, [])
+        of_layer = entry.by_structure(part, product)
+        while len(parts) < taylor.batches - 1:
+            parts.append(torch.zeros_like(of_layer))
         if len(parts) < taylor.batches:
             parts.append(of_layer)
         else:
             parts[-1] = parts[-1] + of_layer
-        element = entry.by_structure(layer, (product - product.square() / 2).abs())
+        element = entry.by_structure(part, (product - product.square() / 2).abs())
         if len(taylor.elements) < taylor.batches:
             taylor.elements.append(element)
         else:
             taylor.elements[-1] = taylor.elements[-1] + element
         if sums:
-            name = f"{layer}.{key}"
+            name = part.name
             taylor.gradient[name] = taylor.gradient[name] + gradient if name in taylor.gradient else gradient
             square = gradient.square()
             taylor.fisher[name] = taylor.fisher[name] + square if name in taylor.fisher else square
@@ -144,7 +151,7 @@ def _adding(
     return hook
 
 
-def llm_pruner_terms(terms: str, entry: Coupled, structures: Structures, taylor: Taylor) -> torch.Tensor:
+def llm_pruner_terms(terms: str, entry: Entry, structures: Structures, taylor: Taylor) -> torch.Tensor:
     """LLM-Pruner's importance of each structure (arXiv 2305.11627), summed over its layers, [n_structures].
 
     Args:
@@ -157,13 +164,12 @@ def llm_pruner_terms(terms: str, entry: Coupled, structures: Structures, taylor:
     if terms == "vector":
         return torch.stack([torch.stack(parts).mean(0).abs() for parts in taylor.products.values()]).sum(0)
     total = torch.zeros(entry.count, dtype=torch.float32, device=taylor.elements[0].device)
-    for layer, key, tensor, _ in entry.parts(structures.layers):
-        name = f"{layer}.{key}"
-        weight = tensor.detach().float()
-        if key == "weight" and not isinstance(structures.layers[layer], nn.Linear):
-            weight = weight.t()
-        first = taylor.gradient[name] / taylor.batches * weight
-        second = taylor.fisher[name] / taylor.batches * weight.square()
+    for part in entry.parts(structures.layers):
+        if part.name not in taylor.gradient:  # A buffer, or an expert that no token was sent to.
+            continue
+        weight = part.tensor.detach().float()
+        first = taylor.gradient[part.name] / taylor.batches * weight
+        second = taylor.fisher[part.name] / taylor.batches * weight.square()
         value = {"element": first, "second": second, "mixed": first - second / 2}[terms]
-        total += entry.by_structure(layer, value.abs())
+        total += entry.by_structure(part, value.abs())
     return total

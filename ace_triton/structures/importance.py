@@ -15,9 +15,10 @@ from ..linears import linear_weight
 from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
 from ..timing import Stopwatch
-from .coupled import Coupled, Structures
+from .coupled import Coupled, Entry, Structures
 from .fusion import fused, stabilized
 from .gradients import llm_pruner_terms, taylor_terms
+from .routed import contributions
 from .settings import ShrinkSettings
 
 Progress = Callable[[int, int], None]
@@ -62,11 +63,15 @@ def importance_of(
     else:
         stats = stats or input_statistics(model, structures, batches, progress)
         scores = {"flap": _flap, "wanda-sp": _wanda_sp}
+        columns = structures.columns.values()
         if settings.method == "saap":
-            found = {e.consumer: _saap_of_activations(e, structures, stats[e.consumer], settings) for e in entries}
+            found = {e.consumer: _saap_of_activations(e, structures, stats[e.consumer], settings) for e in columns}
         else:
             score = scores[settings.method]
-            found = {e.consumer: score(e, weight_of(structures, e), merged(stats[e.consumer])) for e in entries}
+            found = {e.consumer: score(e, weight_of(structures, e), merged(stats[e.consumer])) for e in columns}
+        if structures.mixtures:
+            parts = contributions(model, structures.mixtures, batches, progress)
+            found |= {n: stabilized(part) if settings.stability else part.mean(0) for n, part in parts.items()}
     for name, importance in found.items():
         if not bool(importance.isfinite().all()):
             raise ArgumentError(
@@ -80,7 +85,9 @@ def input_statistics(
     model: nn.Module, structures: Structures, batches: Sequence[Batch], progress: Progress | None = None
 ) -> dict[str, list[ActivationStats]]:
     """Statistics of the inputs of each consumer in a forward of the dense model, one for each batch."""
-    consumers = {name: structures.layers[name] for name in structures.entries}
+    consumers = {name: structures.layers[name] for name in structures.columns}
+    if not consumers:
+        return {}
     found: dict[str, list[ActivationStats]] = {name: [] for name in consumers}
     clock = Stopwatch(next(model.parameters()).device)
     with calibration_mode(model):
@@ -105,13 +112,12 @@ def weight_of(structures: Structures, entry: Coupled) -> torch.Tensor:
     return weight.float()
 
 
-def _magnitude(entry: Coupled, structures: Structures) -> torch.Tensor:
+def _magnitude(entry: Entry, structures: Structures) -> torch.Tensor:
     """The norm of all weights of a structure."""
-    total = torch.zeros(entry.count, dtype=torch.float32, device=weight_of(structures, entry).device)
-    for layer, key, tensor, _ in entry.parts(structures.layers):
-        squares = tensor.detach().float().square()
-        transposed = key == "weight" and not isinstance(structures.layers[layer], nn.Linear)
-        total += entry.by_structure(layer, squares.t() if transposed else squares)
+    total: torch.Tensor | float = 0.0
+    for part in entry.parts(structures.layers):
+        total = total + entry.by_structure(part, part.tensor.detach().float().square())
+    assert isinstance(total, torch.Tensor)
     return total.sqrt()
 
 
@@ -125,12 +131,12 @@ def merged(stats: Sequence[ActivationStats]) -> ActivationStats:
 
 def _flap(entry: Coupled, weight: torch.Tensor, stats: ActivationStats) -> torch.Tensor:
     """FLAP (arXiv 2312.11983): the variance of a channel times the squared norm of its column, summed."""
-    return entry.by_structure(entry.consumer, weight.square() * stats.variance)
+    return entry.by_column(weight.square() * stats.variance)
 
 
 def _wanda_sp(entry: Coupled, weight: torch.Tensor, stats: ActivationStats) -> torch.Tensor:
     """Wanda-sp (in FLAP's paper): |W_ij| times the norm of channel j, summed over a structure."""
-    return entry.by_structure(entry.consumer, weight.abs() * stats.norm)
+    return entry.by_column(weight.abs() * stats.norm)
 
 
 def _saap_of_activations(
@@ -139,8 +145,8 @@ def _saap_of_activations(
     """SAAP's importance without gradients: the norm of a structure's contribution, and the sum of |W_ij| n_j."""
     weight = weight_of(structures, entry)
     norms = torch.stack([s.norm / max(s.count, 1) ** 0.5 for s in stats])
-    elements = [entry.by_structure(entry.consumer, weight.abs() * norm) for norm in norms]
-    vectors = [entry.by_structure(entry.consumer, (weight * norm).square()).sqrt() for norm in norms]
+    elements = [entry.by_column(weight.abs() * norm) for norm in norms]
+    vectors = [entry.by_column((weight * norm).square()).sqrt() for norm in norms]
     return _fused(torch.stack(vectors), torch.stack(elements), settings)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .estimate import Estimate
 from .settings import ShrinkSettings
 
 
@@ -28,6 +29,8 @@ class ShrinkReport:
             their outputs' energy; None without an update.
         notes: other facts that a user should know.
         seconds: by stage.
+        bytes_before, bytes_after: size of the checkpoint, the names in its files included.
+        estimate: what the run would take; None if it was no dry run.
     """
 
     settings: ShrinkSettings
@@ -44,6 +47,9 @@ class ShrinkReport:
     output_error: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    estimate: Estimate | None = None
 
     @property
     def removed(self) -> float:
@@ -55,5 +61,6 @@ class ShrinkReport:
         content = {**asdict(self), "settings": self.settings.to_dict(), "removed": self.removed}
         content["widths"] = {kind: list(counts) for kind, counts in self.widths.items()}
         content["tried"] = {str(groups): loss for groups, loss in self.tried.items()}
+        content["estimate"] = None if self.estimate is None else self.estimate.to_dict()
         del content["kept"]
         return content

@@ -15,10 +15,19 @@ from ..decoders.batches import Batch, Calibration, batches_of, trial_batch
 from ..decoders.blocks import Tower, find_towers
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
-from .budget import Share, block_parameters, kept_structures, n_parameters, possible_shares
+from .budget import (
+    Share,
+    block_parameters,
+    checkpoint_bytes,
+    kept_structures,
+    n_parameters,
+    needed_parameters,
+    possible_shares,
+)
 from .compensation import Repair, mean_in_bias, repairs, write_repairs
 from .coupled import NAMES, Structures, find_structures, outputs_of, same_outputs
 from .depth import block_influences, kept_blocks
+from .estimate import Estimate, memory_phases
 from .gradients import batch_loss
 from .importance import Importance, InputStats, importance_of, input_statistics, merged, weight_of
 from .report import ShrinkReport
@@ -125,10 +134,11 @@ class Run:
         with self._stage("importance", "influence") as step:
             found = self._earlier.influence or block_influences(model, self._tower, self._batches, step)
             influence, sizes = self._earlier.influence = found
-        kept = kept_blocks(influence, self._tower, self._settings.ratio)
+        kept = kept_blocks(influence, self._tower, needed_parameters(model, blocks, self._settings))
         gone = tuple(index for index in range(len(blocks)) if index not in kept)
         tensors = kept_tensors(model, Structures({}, {}, {}), blocks, Kept({}, kept))
         changes = depth_changes(model, len(blocks), kept, tensors)
+        estimate = self._estimate(Structures({}, {}, {}), {}, tensors) if dry_run else None
         parameters = sum(p.numel() for index in gone for p in blocks[index].module.parameters())
         smaller = None
         if not dry_run:
@@ -137,7 +147,9 @@ class Run:
                 with skipped([blocks[index] for index in gone], [sizes[index] for index in gone]):
                     self._check(smaller, "blocks")
         widths = {"blocks": (len(blocks), len(kept))}
-        return smaller, self._report(smaller, widths, changes, parameters, removed_blocks=gone)
+        return smaller, self._report(
+            smaller, widths, changes, parameters, tensors, removed_blocks=gone, estimate=estimate
+        )
 
     def _narrower(self, dry_run: bool) -> tuple[nn.Module | None, ShrinkReport]:
         model, settings, blocks = self._model, self._settings, self._tower.blocks
@@ -151,7 +163,7 @@ class Run:
             raise ArgumentError(
                 f"no structure of {type(model).__name__} can be removed ({reasons}); remove blocks (--method depth)"
             )
-        shares = possible_shares(structures, blocks, settings)
+        shares = possible_shares(structures, blocks, settings, needed_parameters(model, blocks, settings))
         stats: InputStats | None = None
         if settings.needs_statistics:
             with self._stage("statistics", "statistics") as step:
@@ -168,6 +180,7 @@ class Run:
         kept, left = kept_structures(structures, importance, share), share.left(structures)
         tensors = kept_tensors(model, structures, blocks, Kept(kept))
         changes = width_changes(model, structures, left, tensors)
+        estimate = self._estimate(structures, kept, tensors) if dry_run else None
         smaller: nn.Module | None = None
         repaired: dict[str, Repair] = {}
         if not dry_run:
@@ -185,6 +198,8 @@ class Run:
             {kind: (structures.count(kind), left.get(kind, structures.count(kind))) for kind in structures.coupled},
             changes,
             share.parameters,
+            tensors,
+            estimate=estimate,
             kept={name: chosen.tolist() for name, chosen in kept.items()},
             refused={NAMES[kind]: reason for kind, reason in structures.refused.items()},
             tried=tried,
@@ -227,7 +242,11 @@ class Run:
         step: Callable[..., None],
     ) -> tuple[Changes, Tensors, dict[str, Repair]]:
         """The changes of the configuration and the tensors after the update, and the repair of each layer."""
-        entries = structures.entries
+        entries = structures.columns
+        experts = {name: chosen for name, chosen in kept.items() if name in structures.mixtures}
+        kept = {name: chosen for name, chosen in kept.items() if name in entries}
+        if experts:
+            self._notes.append("no update makes up for removed experts; it is for channels and key-value groups")
         with_bias = {name for name in kept if f"{name}.bias" in tensors}
         if self._settings.chosen_update == "bias":
             kinds = {entries[name].kind for name in kept}
@@ -244,10 +263,36 @@ class Run:
                 self._notes.append(f"no bias was written for {which}: {type(self._model).__name__} has no place for it")
         else:
             settings, batches = self._settings, self._batches
-            repaired = repairs(
-                self._model, self._tower, batches, structures, kept, settings, frozenset(with_bias), step
-            )
+            with masked(structures, experts):
+                repaired = repairs(
+                    self._model, self._tower, batches, structures, kept, settings, frozenset(with_bias), step
+                )
         return changes, write_repairs(tensors, repaired, structures, frozenset(with_bias)), repaired
+
+    def _estimate(self, structures: Structures, kept: Mapping[str, torch.Tensor], tensors: Tensors) -> Estimate:
+        """What the run would take; the least squares of two blocks are timed for it."""
+        done = sum(self._seconds.values())
+        solved = {name: chosen for name, chosen in kept.items() if name in structures.columns}
+        seconds = 0.0
+        if self._settings.chosen_update == "lstsq" and solved:
+            times = [self._clock()]
+            experts = {name: chosen for name, chosen in kept.items() if name in structures.mixtures}
+            with_bias = frozenset(name for name in solved if f"{name}.bias" in tensors)
+            with self._stage("time two blocks"), masked(structures, experts):
+                repairs(
+                    self._model,
+                    self._tower,
+                    self._batches,
+                    structures,
+                    solved,
+                    self._settings,
+                    with_bias,
+                    lambda *_: times.append(self._clock()),
+                    most=2,
+                )
+            seconds = times[1] - times[0] + (times[-1] - times[-2]) * (len(self._tower.blocks) - 1)
+        phases = memory_phases(self._model, structures, self._batches, tensors, self._settings)
+        return Estimate(phases, done + seconds)
 
     def _check(self, smaller: nn.Module, without: str) -> None:
         """ArgumentError if the smaller model does not compute what the dense one does, whose parts are hidden now."""
@@ -264,6 +309,7 @@ class Run:
         widths: Mapping[str, tuple[int, int]],
         changes: Changes,
         removed: int,
+        tensors: Tensors,
         **facts: Any,
     ) -> ShrinkReport:
         blocks, model = block_parameters(self._tower.blocks), n_parameters(self._model)
@@ -279,6 +325,8 @@ class Run:
             changes,
             notes=tuple(self._notes),
             seconds=dict(self._seconds),
+            bytes_before=checkpoint_bytes(self._model.state_dict()),
+            bytes_after=checkpoint_bytes(tensors),
             **facts,
         )
 

@@ -63,6 +63,7 @@ class ShrinkSettings:
 
     Attributes:
         ratio: least share of the blocks' parameters to remove, between 0 and 1. Widths are multiples, so more may go.
+        size: largest size of the smaller model's checkpoint in bytes, instead of a ratio; None for the ratio.
         method: name in :data:`METHODS`.
         update: "lstsq", "bias" or "none"; None for that of the method's published form ("lstsq" for saap).
         multiple: the feed-forward width that is left is a multiple of this.
@@ -93,12 +94,18 @@ class ShrinkSettings:
     fusion: str = "structure"
     stability: bool = False
     terms: str = "element"
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             raise RecipeError(
                 f"ratio must be between 0 and 1 (0.2 removes a fifth of the blocks' parameters); got {self.ratio!r}"
             )
+        if self.size is not None:
+            if type(self.size) is not int or self.size < 1:
+                raise RecipeError(f"size must be a number of bytes of at least 1; got {self.size!r}")
+            if self.ratio != ShrinkSettings.ratio:
+                raise RecipeError(f"give ratio or size, one of them; got ratio={self.ratio:g}, size={self.size}")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed and not (name == "update" and value is None):

@@ -19,14 +19,17 @@ from ..decoders.blocks import Block
 from ..decoders.calls import Call
 from ..decoders.finished import forward_replaced, in_tuple
 from ..errors import ArgumentError
-from .coupled import Coupled, Kind, Structures
+from .coupled import Coupled, Entry, Kind, Structures
+from .mixtures import Mixture
 
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim")
 HEAD_FIELDS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
 GROUP_FIELDS = ("num_key_value_heads", "num_kv_heads")
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 BIAS_FIELDS = {"channels": ("mlp_bias",), "groups": ("attention_bias",)}
-"""Names under which configurations have the feed-forward width, the numbers of heads, the depth, and biases."""
+"""Names under which configurations have the feed-forward width, the numbers of heads, groups and experts, the depth,
+and biases."""
 
 Changes = dict[str, Any]
 """New values of fields of the text configuration."""
@@ -49,12 +52,9 @@ def kept_tensors(
     model: nn.Module, structures: Structures, blocks: Sequence[Block], kept: Kept
 ) -> dict[str, torch.Tensor]:
     """The entries of the state dict of the smaller model; tensors that keep their shape are not copied."""
-    tensors = dict(model.state_dict())
+    tensors: dict[str, torch.Tensor] = dict(model.state_dict())
     for name, chosen in kept.structures.items():
-        entry = structures.entries[name]
-        for layer, key, tensor, dim in entry.parts(structures.layers):
-            index = entry.index(layer, tensor.shape[dim], chosen).to(tensor.device)
-            tensors[f"{layer}.{key}"] = tensor.detach().index_select(dim, index)
+        tensors = structures.entries[name].kept(tensors, structures.layers, chosen)
     if kept.blocks is None:
         return tensors
     names = {block.name: place for place, block in enumerate(blocks)}
@@ -116,12 +116,15 @@ def misfit(model: nn.Module, changes: Changes, tensors: Mapping[str, torch.Tenso
     return None
 
 
-def config_changes(model: nn.Module, kind: Kind, left: int, entry: Coupled) -> list[Changes]:
+def config_changes(model: nn.Module, kind: Kind, left: int, entry: Entry) -> list[Changes]:
     """Possible changes of the configuration for ``left`` structures of a kind in each block."""
     text = text_config(model)
     if kind == "channels":
         names = [name for name in WIDTH_FIELDS if hasattr(text, name)]
         return [{name: _like(getattr(text, name), left)} for name in names]
+    if kind == "experts":
+        own = dict.fromkeys(text.attribute_map.get(name, name) for name in EXPERT_FIELDS)
+        return [{name: left} for name in own if getattr(text, name, None) == entry.count]
     heads, groups = (
         [n for n in names if isinstance(getattr(text, n, None), int)] for names in (HEAD_FIELDS, GROUP_FIELDS)
     )
@@ -232,11 +235,15 @@ def build(model: nn.Module, changes: Changes, tensors: Mapping[str, torch.Tensor
 
 @contextmanager
 def masked(structures: Structures, kept: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """A context in which consumers read 0 in place of the structures that are not kept."""
+    """A context in which consumers read 0 in place of structures that are not kept, and such experts are not chosen."""
     with ExitStack() as hooks:
         for name, chosen in kept.items():
+            entry = structures.entries[name]
+            if isinstance(entry, Mixture):
+                hooks.enter_context(entry.masked(chosen))
+                continue
             layer = structures.layers[name]
-            mask = column_mask(structures.entries[name], layer, chosen)
+            mask = column_mask(entry, layer, chosen)
 
             def hide(_module: nn.Module, args: tuple[Any, ...], mask: torch.Tensor = mask) -> tuple[torch.Tensor, ...]:
                 return (args[0] * mask.to(args[0].dtype), *args[1:])

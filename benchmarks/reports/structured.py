@@ -278,7 +278,7 @@ def _speeds(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-_KINDS = {"channels": "width", "groups": "groups", "blocks": "blocks"}
+_KINDS = {"channels": "width", "groups": "groups", "experts": "experts", "blocks": "blocks"}
 
 
 def _shown(widths: dict[str, list[int]]) -> str:

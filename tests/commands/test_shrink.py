@@ -32,13 +32,34 @@ def test_it_writes_an_ordinary_checkpoint_that_can_be_pruned(command, tiny_check
     code, _, errors = command("prune", out, pruned, "--method", "magnitude")
     assert code == 0, errors
     assert json.loads((pruned / "ace_triton.json").read_text())["shrink"] == facts["shrink"]
+    code, _, errors = command("pack", pruned, tmp_path / "packed")
+    assert code == 0, errors
+    history = json.loads((tmp_path / "packed" / "ace_triton.json").read_text())["history"]
+    assert [step["command"] for step in history] == ["shrink", "prune", "pack"]
+    assert history[0]["perplexity"] == [facts["perplexity"][which]["perplexity"] for which in ("before", "after")]
+    assert history[0]["parameters"] == [facts["shrink"]["model_before"], facts["shrink"]["model_after"]]
+    assert history[0]["seconds"] == pytest.approx(sum(facts["shrink"]["seconds"].values()))
+    assert history[1]["did"].endswith("2:4")
+    assert history[2]["bytes"][1] < history[2]["bytes"][0]
+    code, printed, errors = command("info", tmp_path / "packed")
+    assert code == 0, errors
+    assert "what it brought" in printed
     code, _, errors = command("shrink", pruned, tmp_path / "again", "--method", "magnitude")
     assert code == 1
     assert "is pruned to 2:4, which does not outlive the removal of channels: shrink the dense model" in errors
     recovered = tmp_path / "recovered"
-    code, _, errors = command("recover", out, recovered, "--calibration", some_text, "--length", "16", "--steps", "1")
+    words = ("--calibration", some_text, "--length", "16", "--steps", "1", "--tune-group", "16")
+    code, _, errors = command("recover", out, recovered, *words)
+    assert (code, errors.splitlines()[-1][:38]) == (1, "error: --tune-bits, --tune-group and -")
+    code, _, errors = command("recover", out, recovered, *words, "--tune", "groups", "--rank", "2")
     assert code == 0, errors
+    tensors = AutoModelForCausalLM.from_pretrained(recovered).state_dict()
+    values = tensors["model.layers.0.mlp.down_proj.weight"][:, :16]
+    assert max(len(row.mul(1e5).round().unique()) for row in values) <= 16
     assert AutoModelForCausalLM.from_pretrained(recovered).config.num_key_value_heads == 1
+    steps = json.loads((recovered / "ace_triton.json").read_text())["history"]
+    assert [step["command"] for step in steps] == ["shrink", "recover"]
+    assert steps[1]["did"].startswith("1 optimizer steps, ")
 
 
 def test_its_report_repeats_it(command, tiny_checkpoint, some_text, tmp_path):
@@ -77,6 +98,40 @@ def test_a_dry_run_writes_nothing(command, tiny_checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_says_what_the_run_takes(command, tiny_checkpoint, some_text, tmp_path):
+    words = (*SMALL, "--calibration", some_text, "--groups", "0", "--json")
+    code, printed, errors = command(
+        "shrink", tiny_checkpoint, tmp_path / "o", *words, tmp_path / "dry.json", "--dry-run"
+    )
+    assert code == 0, errors
+    assert "size of the checkpoint" in printed
+    assert "time without loading and saving, estimated" in printed
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "out", *words, tmp_path / "run.json")
+    assert code == 0, errors
+    dry, run = (json.loads((tmp_path / f"{name}.json").read_text())["shrink"] for name in ("dry", "run"))
+    assert run["estimate"] is None
+    for name in ("widths", "config", "bytes_before", "bytes_after", "model_after"):
+        assert dry[name] == run[name]
+    weights = 4 * run["model_before"]
+    assert dry["estimate"]["phases"].keys() >= {"build and check", "update", "save"}
+    assert weights < dry["estimate"]["peak_bytes"] < 6 * weights
+    assert 0 < dry["estimate"]["seconds"] < 10 * sum(run["seconds"].values()) + 1
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert 0.9 * run["bytes_after"] < written <= run["bytes_after"]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "depth"])
+def test_the_checkpoint_has_the_size_that_is_asked_for(method, command, tiny_checkpoint, some_text, tmp_path):
+    before = (tiny_checkpoint / "model.safetensors").stat().st_size
+    asked = before - 20_000
+    words = ("--method", method, "--multiple", "8", "--calibration", some_text, "--samples", "2", "--length", "16")
+    code, printed, errors = command("shrink", tiny_checkpoint, tmp_path / "out", "--size", f"{asked}", *words)
+    assert code == 0, errors
+    assert "asked for at most" in printed
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert asked - 20_000 - 10_000 * (method == "depth") < written <= asked
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -85,6 +140,13 @@ def test_a_dry_run_writes_nothing(command, tiny_checkpoint, tmp_path):
         (["--method", "flap", "--terms", "mixed"], "error: terms is a setting of method 'llm-pruner'"),
         (["--method", "magnitude", "--ratio", "0.95"], "error: ratio 0.95 leaves nothing of a feed-forward"),
         (["--method", "depth", "--length", "129"], "error: --length 129 is more than the model's 128 positions"),
+        (["--method", "magnitude", "--size", "1GB"], "error: size 1,000,000,000 bytes: the model has"),
+        (["--method", "magnitude", "--size", "10KB"], "error: size 10,000 bytes: what lies outside the blocks has"),
+        (
+            ["--size", "5 parsecs"],
+            "error: --size '5 parsecs': give a number of bytes above 0, with or without one of B,",
+        ),
+        (["--size", "1MB", "--ratio", "0.3"], "error: give --ratio or --size, one of them"),
         (["--evaluation", "missing.txt", "--window-length", "16"], "error: missing.txt"),
     ],
 )

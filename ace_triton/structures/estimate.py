@@ -1,0 +1,92 @@
+"""What a run of structured pruning would take: the memory from the sizes of its tensors, the time from a part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..decoders.batches import Batch
+from .coupled import Structures
+from .settings import ShrinkSettings
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimates of a dry run.
+
+    Attributes:
+        phases: bytes of tensors in memory at the same time, by phase; the process itself is not counted.
+        seconds: time of the run, without loading and saving.
+    """
+
+    phases: Mapping[str, int]
+    seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of all phases."""
+        return max(self.phases.values())
+
+    @property
+    def largest_phase(self) -> str:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {**asdict(self), "peak_bytes": self.peak_bytes}
+
+
+def memory_phases(
+    model: nn.Module,
+    structures: Structures,
+    batches: Sequence[Batch],
+    tensors: Mapping[str, torch.Tensor],
+    settings: ShrinkSettings,
+) -> dict[str, int]:
+    """Bytes of tensors that a run has in memory at the same time, by phase.
+
+    Args:
+        model: the dense model.
+        structures: its structures.
+        batches: the calibration set.
+        tensors: those of the smaller model, from :func:`~ace_triton.structures.smaller.kept_tensors`.
+        settings: the settings of the run.
+    """
+    weights = sum(p.nbytes for p in set(model.parameters()))
+    smaller = {tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    narrowed = sum(size for address, size in smaller.items() if address not in own)
+    kept = sum(smaller.values())
+    itemsize = next(model.parameters()).element_size()
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config()
+    hidden, vocabulary = getattr(text, "hidden_size", 0), getattr(text, "vocab_size", 0)
+    tokens = [batch.shape[0] * batch.shape[1] for batch in batches]
+    # The logits of a batch, in the model's dtype and twice in fp32 for the loss.
+    logits = max(tokens, default=0) * vocabulary * (itemsize + 2 * FP32)
+    phases = {"rank the structures": weights + logits}
+    if settings.needs_gradients:
+        parts = [part.tensor for entry in structures.entries.values() for part in entry.parts(structures.layers)]
+        sums = 2 * FP32 * sum(part.numel() for part in parts) if settings.method == "llm-pruner" else 0
+        sums = 0 if settings.terms == "vector" else sums
+        gradient = max((3 * FP32 * part.numel() for part in parts), default=0)
+        phases["gradients"] = weights + logits + sums + gradient
+    phases["build and check"] = weights + narrowed + kept
+    if settings.chosen_update != "none" and structures.columns:
+        layers = [structures.layers[name].get_parameter("weight") for name in structures.columns]
+        repaired = FP32 * sum(layer.numel() for layer in layers)
+        wide = max(layer.numel() // hidden for layer in layers) if hidden else 0
+        solved = 4 * FP32 * wide**2 if settings.chosen_update == "lstsq" else 0
+        states = 2 * sum(tokens) * hidden * itemsize
+        installed = sum(layer.nbytes for layer in layers)
+        phases["update"] = weights + narrowed + repaired + installed + states + solved
+        phases["build the repaired model"] = weights + narrowed + repaired + installed + kept
+    phases["save"] = weights + narrowed + kept
+    return phases

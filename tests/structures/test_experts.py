@@ -1,0 +1,210 @@
+"""Whole experts go with their rows of the router, and the rest computes what it did without them."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from ace_triton import ArgumentError, shrink_model
+from ace_triton.decoders.batches import Batch
+from ace_triton.decoders.blocks import find_blocks
+from ace_triton.decoders.calibration_mode import calibration_mode
+from ace_triton.structures import routed
+from ace_triton.structures.coupled import find_structures
+from tests.conftest import _GATED, FAMILIES
+
+MIXTURES = {
+    "mixtral": {**_GATED, "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        **_GATED,
+        "intermediate_size": 16,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention"] * 3,
+    },
+    "deepseek_v3": {
+        **_GATED,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "phimoe": {**_GATED, "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""Stacks alone, stacks and routers with biases, a first block without experts, and a router without topk."""
+
+
+@pytest.fixture
+def make(make_decoder, monkeypatch):
+    """make(family): a random mixture of experts whose biases and norms have values of their own."""
+
+    def built(family):
+        monkeypatch.setitem(FAMILIES, family, MIXTURES[family])
+        return varied(make_decoder(family))
+
+    return built
+
+
+def varied(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.dim())))
+    return model
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def without_experts(model, kept, ids):
+    """Logits of Mixtral if no token is sent to removed experts: its router, written by hand."""
+
+    def router(module, removed):
+        def forward(hidden):
+            logits = hidden.reshape(-1, hidden.shape[-1]) @ module.weight.t()
+            logits[:, removed] = -float("inf")
+            weights, index = logits.softmax(-1).topk(2)
+            return logits, weights / weights.sum(-1, keepdim=True), index
+
+        return forward
+
+    for name, experts in kept.items():
+        gate = model.get_submodule(f"{name}.gate")
+        gate.forward = router(gate, [expert for expert in range(4) if expert not in experts])
+    return logits_of(model, ids)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_go_and_the_model_loads(family, make, ids, tmp_path):
+    model = make(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = shrink_model(model, ids, ratio=0.1, method="wanda-sp", groups=0, multiple=8)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert result.report.widths["experts"] == (4, 3)
+    assert result.report.removed >= 0.1
+    result.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    field = "n_routed_experts" if family == "deepseek_v3" else "num_local_experts"
+    assert result.report.config == {field: 3}
+    assert getattr(loaded.config, field) == 3
+    torch.testing.assert_close(logits_of(loaded, ids), logits_of(result.model, ids))
+    if family == "mixtral":
+        expected = without_experts(model, result.report.kept, ids)
+        torch.testing.assert_close(logits_of(loaded, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_importance_is_the_routing_weight_times_the_norm_of_the_output(make, ids, monkeypatch):
+    model = make("mixtral")
+    batch = Batch.of_ids(ids)
+    with calibration_mode(model):
+        mixtures = find_structures(model, find_blocks(model), batch).mixtures
+    found = routed.contributions(model, mixtures, [batch])
+    expected, inputs = torch.zeros(4), []
+    mixture = model.model.layers[1].mlp
+    mixture.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    logits_of(model, ids)
+    weights, index = (inputs[0] @ mixture.gate.weight.t()).softmax(-1).topk(2)
+    weights = weights / weights.sum(-1, keepdim=True)
+    for expert in range(4):
+        gate, up = (inputs[0] @ mixture.experts.gate_up_proj[expert].t()).chunk(2, -1)
+        outputs = (nn.functional.silu(gate) * up) @ mixture.experts.down_proj[expert].t()
+        expected[expert] = ((weights * (index == expert)).sum(-1) * outputs.norm(dim=-1)).mean()
+    torch.testing.assert_close(found["model.layers.1.mlp"][0], expected.detach())
+    monkeypatch.setattr(routed, "ROUTED", ())
+    by_zeros = routed.contributions(model, mixtures, [batch])
+    for name, values in found.items():
+        torch.testing.assert_close(by_zeros[name], values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "flap", "update": "none"},
+        {"method": "magnitude"},
+        {"method": "llm-pruner"},
+        {"importance": "taylor", "update": "none"},
+        {"stability": True, "update": "none"},
+    ],
+)
+def test_a_dead_expert_goes_first(options, make, ids):
+    model = make("mixtral")
+    with torch.no_grad():
+        for block in model.model.layers:
+            for tensor in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
+                tensor[2] = 0
+    report = shrink_model(model, ids, ratio=0.1, groups=0, **options).report
+    assert set(map(tuple, report.kept.values())) == {(0, 1, 3)}
+
+
+def test_least_squares_of_attention_see_the_model_without_the_experts(make, ids):
+    result = shrink_model(make("mixtral"), ids, ratio=0.3, groups=1, prior=1.0)
+    assert result.report.widths == {"groups": (2, 1), "experts": (4, 3)}
+    lost, left = result.report.output_error
+    assert left < lost
+    assert result.report.notes == ("no update makes up for removed experts; it is for channels and key-value groups",)
+
+
+class ListedExperts(nn.Module):
+    """A mixture with a module for each expert, as in code that comes with a model."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.intermediate_size
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(config.hidden_size, width), nn.ReLU(), nn.Linear(width, config.hidden_size))
+            for _ in range(config.num_experts)
+        )
+
+    def forward(self, hidden):
+        weights, index = self.gate(hidden).softmax(-1).topk(2, dim=-1)
+        parts = [
+            expert(hidden) * (weights * (index == e)).sum(-1, keepdim=True) for e, expert in enumerate(self.experts)
+        ]
+        return sum(parts)
+
+
+class ListedLlama(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.model.layers:
+            block.mlp = ListedExperts(config)
+        self.post_init()
+
+
+@pytest.mark.parametrize("method", ["wanda-sp", "llm-pruner"])
+def test_experts_that_are_modules_are_renumbered(method, make_decoder, ids, tmp_path):
+    config = make_decoder("llama").config
+    config.num_experts = 4
+    model = varied(ListedLlama(config).eval())
+    with torch.no_grad():
+        for block in model.model.layers:
+            for parameter in block.mlp.experts[1].parameters():
+                parameter.zero_()
+    result = shrink_model(model, ids, ratio=0.05, method=method, groups=0)
+    assert set(map(tuple, result.report.kept.values())) == {(0, 2, 3)}
+    result.model.save_pretrained(tmp_path)
+    loaded = ListedLlama.from_pretrained(tmp_path).eval()
+    last = loaded.model.layers[1].mlp
+    assert torch.equal(last.experts[2][2].weight, model.model.layers[1].mlp.experts[3][2].weight)
+    assert torch.equal(last.gate.weight, model.model.layers[1].mlp.gate.weight[[0, 2, 3]])
+    torch.testing.assert_close(logits_of(loaded, ids), logits_of(result.model, ids))
+
+
+def test_a_token_needs_its_experts(make, ids):
+    with pytest.raises(ArgumentError, match="2 of 4 experts, as tokens use 2"):
+        shrink_model(make("mixtral"), ids, ratio=0.6, method="magnitude", groups=0)
+    model = make("mixtral")
+    model.model.layers[1].mlp.gate.weight = model.model.layers[0].mlp.gate.weight
+    report = shrink_model(model, ids, ratio=0.01, method="magnitude").report
+    assert "is shared with other layers" in report.refused["experts"]
