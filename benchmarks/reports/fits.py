@@ -45,7 +45,7 @@ LABELS = {
     "ace": "ACE",
     "ria": "RIA",
     FIT: "Wanda, permuted, lstsq",
-    BLOCK_FIT: "the same, block_epochs=2",
+    BLOCK_FIT: "Wanda, permuted, lstsq, block_epochs=2",
     RECOVERED: "Wanda, permuted, lstsq, recovered",
 }
 

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from ace_triton.recipe import Recipe
-from benchmarks.reports import fits
+from benchmarks.reports import fit_advice, fits
 
 
 @pytest.fixture
@@ -60,3 +60,31 @@ def test_a_pattern_that_matches_nothing_lists_the_cells(files):
 def test_channels_of_a_fraction_are_not_permuted():
     assert fits.recipe_of("fit", "0.5") == Recipe("wanda", sparsity=0.5, update="lstsq")
     assert fits.recipe_of("block fit", "2:4").permute
+
+
+def record(**models: dict[str, float]) -> dict[str, Any]:
+    """Perplexities at 2:4 by model and recipe; the dense models have 10."""
+    results = [
+        {"model": model, "pattern": "2:4", "recipe": recipe, "steps": 0, "perplexity": value, "seconds": 7.0}
+        for model, values in models.items()
+        for recipe, value in values.items()
+    ]
+    return {"models": {model: {"dense": 10.0} for model in models}, "results": results}
+
+
+def test_advice_names_the_best_and_what_holds_on_one_model_only():
+    found = record(
+        small={"wanda": 50, "ace": 40, "fit": 30, "block fit": 25}, large={"wanda": 40, "ace": 44, "fit": 30}
+    )
+    row = "| small | 2:4 | ACE: 4.00x, 7 s | Wanda, permuted, lstsq, block_epochs=2: 2.50x, 7 s | not measured |"
+    assert row in fit_advice.choices(found)
+    lines = fit_advice.changes(found)
+    assert "| permuted and lstsq added to Wanda | large | -25.0% |  |  |  |  |" in lines
+    differing = [line for line in lines if line.startswith("- ")]
+    assert differing == ["- ACE instead of Wanda, 2:4: better on small (-20.0%) and worse on large (+10.0%)."]
+    assert "Fewer than two models" in fit_advice.changes(record(small={"wanda": 50, "ace": 40}))[-1]
+
+
+def test_a_change_within_the_noise_is_none():
+    found = record(small={"wanda": 50, "ace": 51}, large={"wanda": 40, "ace": 39.5})
+    assert fit_advice.changes(found)[-1].startswith("Every change has the same sign on all models.")
