@@ -21,6 +21,9 @@ from .op import Op, Work, bytes_of
 SYMMETRIC_BLOCK = 384
 """Columns per block of torch's product on a CPU; smaller blocks save no further time."""
 
+FEWEST_TOKENS = 64
+"""Below this number of fp32 tokens on a CPU, one product of the whole matrix is faster than blocks."""
+
 
 def gram_product(rows: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
     """X^T X in fp32 [in_features, in_features].
@@ -74,7 +77,8 @@ def _product(rows: torch.Tensor) -> torch.Tensor:
         with bfloat16_products():
             return _symmetric_product(rows.float())
     single = rows.float()
-    return single.t() @ single
+    whole = single.device.type != "cpu" or len(single) < FEWEST_TOKENS
+    return single.t() @ single if whole else _symmetric_product(single)
 
 
 def _symmetric_product(rows: torch.Tensor) -> torch.Tensor:

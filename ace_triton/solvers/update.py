@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,16 +16,21 @@ from ..option_types import OptionType, Range, check_options, option_types
 from ..statistics.activation import ActivationStats, StatsError
 from ..statistics.gram import Gram
 from .least_squares import (
+    PENALTY,
     Choose,
-    add_to_diagonal,
+    PenaltySolves,
+    Step,
     energy,
     masked,
+    penalty_factor,
     penalty_step,
     rounded,
     rounded_product,
     search_mask,
     solve_kept,
+    solves_by_factor,
 )
+from .raised_damping import add_to_diagonal
 
 UPDATES = ("rescale", "lstsq")
 
@@ -227,9 +232,7 @@ def _fitted(dense: torch.Tensor, stats: ActivationStats, update: Update, choose:
     if not bool((matrix.diagonal() + damping).min() > 0):
         return first
     if update.mask_rounds:
-        step = stats.derive(
-            ("penalty_step", update.damping, update.prior), lambda: penalty_step(add_to_diagonal(matrix, damping))
-        )
+        step = _penalty_step(stats, matrix, damping, update, len(dense))
         mask, moved = search_mask(dense, first.mask, step, update.mask_rounds, choose)
         change, gram = moved - dense, _rounded_gram(stats)
         product = rounded_product(change, gram)
@@ -238,6 +241,18 @@ def _fitted(dense: torch.Tensor, stats: ActivationStats, update: Update, choose:
             return _Fit(moved, mask, _row_products(product, moved + dense))
     damped = stats.derive(("damped_gram", update.damping, update.prior), lambda: add_to_diagonal(matrix, damping))
     return _Fit(solve_kept(dense, first.mask, damped, update.iterations, first.weight), first.mask)
+
+
+def _penalty_step(
+    stats: ActivationStats, matrix: torch.Tensor, damping: torch.Tensor, update: Update, rows: int
+) -> Step:
+    """Multiplies weights by the penalty step of the damped Gram matrix, whose factor or inverse is cached."""
+    chosen = (update.damping, update.prior)
+    if solves_by_factor(matrix, rows):
+        lower = stats.derive(("penalty_factor", *chosen), lambda: penalty_factor(add_to_diagonal(matrix, damping)))
+        return PenaltySolves(lower, (matrix.diagonal() + damping) * PENALTY)
+    inverse = stats.derive(("penalty_step", *chosen), lambda: penalty_step(add_to_diagonal(matrix, damping)))
+    return partial(rounded_product, matrix=inverse)
 
 
 def _is_less(error: torch.Tensor, change: torch.Tensor, gram: torch.Tensor, damping: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ from ..decoders.replay import make_runner
 from ..errors import ArgumentError
 from ..linears import linear_weight
 from ..methods.registry import Needs
-from ..solvers.least_squares import add_to_diagonal
+from ..solvers.raised_damping import add_to_diagonal, with_damping
 from ..statistics.activation import ActivationStats
 from ..timing import Stopwatch
 from .coupled import Coupled, Structures
@@ -78,7 +78,7 @@ def fitted(
     before = (removed @ gram[~mask][:, ~mask] * removed).sum()
     change = torch.zeros_like(loss)
     if bool((kept.diagonal() + damping[mask]).min() > 0):
-        factor = torch.linalg.cholesky(add_to_diagonal(kept, damping[mask]))
+        factor = with_damping(add_to_diagonal(kept, damping[mask]), torch.linalg.cholesky)
         change = torch.cholesky_solve(loss.t(), factor).t()
     after = before - 2 * (change * loss).sum() + (change @ kept * change).sum()
     bias = removed @ mean[~mask] - change @ mean[mask] if has_bias else None

@@ -37,6 +37,8 @@ from ace_triton.study.tally import Tally, shown_variant
 from ..harness.results import load, outcomes
 from .budgets import measured as budgets_measured
 from .budgets import table as budgets
+from .fit_advice import changes, choices, setting
+from .fits import read as fits_measured
 from .report_bench import duration
 from .sparse import table as sparse
 
@@ -241,6 +243,8 @@ def tables_of(docs: Path) -> dict[str, list[str]]:
     made = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
     made |= {"headline": headline(docs), "picks": picks(docs), "recipes": recipes(docs), "lengths": lengths(docs)}
     made |= {"budgets": budgets(budgets_measured(docs))}
+    fits = fits_measured(docs)
+    made |= {"choices": choices(fits), "changes": changes(fits), "measured": setting(fits)}
     return made | {"rows": row_limits(), "model": whole_model(RESULTS)}
 
 

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.solvers import least_squares
-from ace_triton.solvers.least_squares import energy, penalty_step, search_mask, solve_kept
+from ace_triton.solvers.least_squares import (
+    PenaltySolves,
+    energy,
+    penalty_factor,
+    penalty_step,
+    search_mask,
+    solve_kept,
+)
 
 
 def output_error(weight: torch.Tensor, dense: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -113,6 +120,19 @@ def test_a_wide_step_is_made_of_halves(monkeypatch, widest):
     torch.testing.assert_close(penalty_step(gram), wanted, rtol=1e-2, atol=1e-4)
 
 
+def test_solves_with_the_factor_are_products_with_the_step():
+    gram, change = damped(correlated(60, 37)), torch.randn(5, 37)
+    solves = PenaltySolves(penalty_factor(gram, 0.3), gram.diagonal() * 0.3)
+    torch.testing.assert_close(solves(change), change @ penalty_step(gram, 0.3).float(), rtol=1e-2, atol=1e-2)
+
+
+def test_the_energy_of_a_wide_row_is_that_of_its_outputs(monkeypatch):
+    tokens, weight = correlated(60, 37), torch.randn(5, 37)
+    monkeypatch.setattr(least_squares, "ENERGY_BLOCK", 8)
+    wanted = (tokens.double() @ weight.double().t()).square().sum(0)
+    torch.testing.assert_close(energy(weight, tokens.t() @ tokens).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_the_search_finds_a_better_mask():
     gram, dense = damped(correlated(400, 64)), torch.randn(32, 64)
     terms = ScoreTerms(scale=gram.diagonal().sqrt().contiguous())
@@ -122,7 +142,7 @@ def test_the_search_finds_a_better_mask():
         return weight if output == "weight" else chosen
 
     first = choose(dense, "mask")
-    mask, start = search_mask(dense, first, penalty_step(gram), 16, choose)
+    mask, start = search_mask(dense, first, lambda change: change @ penalty_step(gram).float(), 16, choose)
     assert bool((mask.reshape(-1, 4).sum(1) == 2).all())
     assert bool((start[~mask] == 0).all())
     searched = output_error(solve_kept(dense, mask, gram, 60), dense, gram).sum()

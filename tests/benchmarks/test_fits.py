@@ -1,0 +1,90 @@
+"""The report on fits, on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from ace_triton.recipe import Recipe
+from benchmarks.reports import fit_advice, fits
+
+
+@pytest.fixture
+def files(tmp_path, tiny_checkpoint, some_text, monkeypatch) -> dict[str, Any]:
+    monkeypatch.setattr(fits, "SAMPLES", 8)
+    monkeypatch.setattr(fits, "LENGTH", 16)
+    monkeypatch.setattr(fits, "WINDOW_LENGTH", 16)
+    text = str(some_text)
+    return {"calibration": text, "evaluation": text, "model": str(tiny_checkpoint), "out": tmp_path}
+
+
+def measured(out: Path) -> list[tuple[str, str]]:
+    return [(r["pattern"], r["recipe"]) for r in json.loads((out / "fits.json").read_text())["results"]]
+
+
+def run(files, **options) -> None:
+    whole = {"name": "small", "dtype": "float32", "windows": 2, "seed": 0, "steps": 0, "only": None, "most": None}
+    fits.main(**{**whole, **files, **options})
+
+
+def test_a_stopped_run_continues_and_the_page_has_every_cell(files):
+    run(files, most=1)
+    assert measured(files["out"]) == [("2:4", "wanda")]
+    run(files, only=["2:4 *", "0.5 fit"], most=4)
+    again = [("2:4", "ace"), ("2:4", "ria"), ("2:4", "fit"), ("0.5", "fit")]
+    assert measured(files["out"]) == [("2:4", "wanda"), *again]
+    run(files, steps=1, only=["4:8 recovered"])
+    page = (files["out"] / "fits.md").read_text()
+    assert "| Wanda, permuted, lstsq for 1 steps" not in page
+    assert "| Wanda, permuted, lstsq, recovered for 1 steps |  | " in page
+    run(files, seed=1, only=["2:4 wanda"])
+    assert " (2), " in (files["out"] / "fits.md").read_text()
+
+
+def test_results_of_two_settings_are_not_mixed(files):
+    run(files, most=0, only=["2:4 wanda"])
+    run(files, most=1)
+    with pytest.raises(typer.BadParameter, match="results of small have windows 2, not windows 3: use that setting"):
+        run(files, windows=3)
+
+
+def test_a_pattern_that_matches_nothing_lists_the_cells(files):
+    with pytest.raises(typer.BadParameter, match="--only 3:4 matches no cell: the cells are '2:4 wanda', "):
+        run(files, only=["3:4"])
+
+
+def test_channels_of_a_fraction_are_not_permuted():
+    assert fits.recipe_of("fit", "0.5") == Recipe("wanda", sparsity=0.5, update="lstsq")
+    assert fits.recipe_of("block fit", "2:4").permute
+
+
+def record(**models: dict[str, float]) -> dict[str, Any]:
+    """Perplexities at 2:4 by model and recipe; the dense models have 10."""
+    results = [
+        {"model": model, "pattern": "2:4", "recipe": recipe, "steps": 0, "perplexity": value, "seconds": 7.0}
+        for model, values in models.items()
+        for recipe, value in values.items()
+    ]
+    return {"models": {model: {"dense": 10.0} for model in models}, "results": results}
+
+
+def test_advice_names_the_best_and_what_holds_on_one_model_only():
+    found = record(
+        small={"wanda": 50, "ace": 40, "fit": 30, "block fit": 25}, large={"wanda": 40, "ace": 44, "fit": 30}
+    )
+    row = "| small | 2:4 | ACE: 4.00x, 7 s | Wanda, permuted, lstsq, block_epochs=2: 2.50x, 7 s | not measured |"
+    assert row in fit_advice.choices(found)
+    lines = fit_advice.changes(found)
+    assert "| permuted and lstsq added to Wanda | large | -25.0% |  |  |  |  |" in lines
+    differing = [line for line in lines if line.startswith("- ")]
+    assert differing == ["- ACE instead of Wanda, 2:4: better on small (-20.0%) and worse on large (+10.0%)."]
+    assert "Fewer than two models" in fit_advice.changes(record(small={"wanda": 50, "ace": 40}))[-1]
+
+
+def test_a_change_within_the_noise_is_none():
+    found = record(small={"wanda": 50, "ace": 51}, large={"wanda": 40, "ace": 39.5})
+    assert fit_advice.changes(found)[-1].startswith("Every change has the same sign on all models.")
