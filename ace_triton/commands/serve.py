@@ -12,8 +12,18 @@ from ..formats.registry import load_model
 from ..progress import stage
 from ..provenance import name_of
 from .console import print_backend, print_note, progress_bars
-from .options import AnyModelArgument, DeviceOption, DtypeOption, TrustOption, number, parse_device, parse_dtype
+from .options import (
+    AnyModelArgument,
+    DeviceOption,
+    DtypeOption,
+    FuseOption,
+    TrustOption,
+    number,
+    parse_device,
+    parse_dtype,
+)
 from .sources import check_source
+from .sources import fuse as fuse_packed
 
 PACKAGES = ("starlette", "uvicorn")
 
@@ -40,6 +50,7 @@ def serve(
     grace: Annotated[
         float, number("Time that running requests have at shutdown, in seconds.", least=0, most=3600)
     ] = 10.0,
+    fuse: FuseOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -56,6 +67,8 @@ def serve(
     print_backend(where)
     with progress_bars() as progress, stage(progress, "load the model"):
         model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code)
+    if fuse:
+        fuse_packed(model, model_dir)
     from ..serving.app import build_app
     from ..serving.engine import Engine
     from ..serving.server import Server

@@ -10,6 +10,7 @@ from ..decoders.batches import check_positions, positions_of
 from ..errors import ArgumentError, CheckpointError
 from ..formats.registry import format_of
 from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file, weight_file_bytes
+from ..packed.fused import GROUPS, fuse_products
 from ..streaming.fits import available_memory, fits_in_memory
 
 
@@ -35,6 +36,15 @@ def check_source(source: str | Path, *, any_format: bool = False, hub: bool = Tr
 def check_length(source: str | Path, length: int, option: str) -> None:
     """Raise ArgumentError if sequences are longer than the model's context, if its files give that."""
     check_positions(context_length(source), length, option)
+
+
+def fuse(model: Any, source: str | Path) -> None:
+    """Fuse the products of a packed model; ArgumentError if it has none to fuse."""
+    if not fuse_products(model):
+        raise ArgumentError(
+            f"{source}: --fuse: no packed layers named {' or '.join(', '.join(names) for names in GROUPS)} fit "
+            "together: leave it out, or pack the model first (ace-triton pack)"
+        )
 
 
 def check_memory(source: str | Path, times: float, command: str) -> None:
