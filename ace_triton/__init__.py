@@ -29,6 +29,7 @@ from .kernels.score_terms import ScoreTerms
 from .methods.registry import Needs, metric_names, register_metric
 from .model_report import ModelReport
 from .packed.checkpoint import load, save_packed
+from .packed.fused import fuse_products
 from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .packed.packed_linear import PackedLinear
@@ -112,6 +113,7 @@ __all__ = [
     "Update",
     "WrittenText",
     "export_model",
+    "fuse_products",
     "keep_zeros",
     "load",
     "load_calibration",

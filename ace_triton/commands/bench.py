@@ -30,6 +30,7 @@ from .options import (
     DTYPES,
     BitsOption,
     DeviceOption,
+    FuseOption,
     GroupOption,
     JsonOption,
     TrustOption,
@@ -40,6 +41,7 @@ from .options import (
     parse_dtype,
 )
 from .sources import check_length, check_source
+from .sources import fuse as fuse_packed
 
 SHAPE = "4096x4096"
 
@@ -81,6 +83,7 @@ def bench(
             show_default="time layers",
         ),
     ] = None,
+    fuse: FuseOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -97,8 +100,10 @@ def bench(
     if tokens is not None:
         if model is None:
             raise ArgumentError("--tokens decodes with a whole model: name it with --model")
-        _time_decoding(model, tokens, weights_dtype, where, trust_remote_code, json)
+        _time_decoding(model, tokens, weights_dtype, where, trust_remote_code, json, fuse)
         return
+    if fuse:
+        raise ArgumentError("--fuse: for decoding with a whole model: add --tokens")
     if model is None:
         default = "float32" if where == "cpu" else "bfloat16"
         kind = _one_kind(shape or SHAPE, Sparsity(sparsity), default if dtype == "auto" else dtype)
@@ -129,7 +134,7 @@ def bench(
 
 
 def _time_decoding(
-    source: str, tokens: int, dtype: Any, device: str, trust_remote_code: bool, json: Path | None
+    source: str, tokens: int, dtype: Any, device: str, trust_remote_code: bool, json: Path | None, fused: bool
 ) -> None:
     """Time decoding with a model and its dense copy, and print and write the times."""
     check_source(source, any_format=True)
@@ -140,9 +145,12 @@ def _time_decoding(
             model, tokenizer = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             if not any(isinstance(module, PackedLinear) for module in model.modules()):
                 sparsify(model)
+            if fused:
+                fuse_packed(model, source)
         ids = prompt_ids(tokenizer, read_documents("pydoc:evaluation", most=1)[0])[:PROMPT_TOKENS]
         found = decoding_times(model, tokenizer, ids, tokens, progress=progress_bar(progress, "decode"))
     facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": device, "threads": torch.get_num_threads()}
+    facts["fused"] = fused
     if json:
         report.write_json(json, with_provenance({"decoding": found.to_dict()}, model=name_of(source), **facts))
     title = f"greedy decoding, {tokens} tokens, {facts['dtype']}, {facts['threads']} threads"

@@ -21,6 +21,7 @@ from .options import (
     AnyModelArgument,
     DeviceOption,
     DtypeOption,
+    FuseOption,
     JsonOption,
     TrustOption,
     check_json,
@@ -29,6 +30,7 @@ from .options import (
     parse_dtype,
 )
 from .sources import TAKEN, check_causal, check_length, check_source
+from .sources import fuse as fuse_packed
 
 
 def generate(
@@ -48,6 +50,7 @@ def generate(
             "--compile", help="Compile the decoding step with torch.compile, which takes a minute or more at first."
         ),
     ] = False,
+    fuse: FuseOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -55,6 +58,8 @@ def generate(
 ) -> None:
     """Continue a prompt with a model. Prints the text to stdout and its speed to stderr."""
     check_json(json)
+    if compile and fuse:
+        raise GenerationError("--compile and --fuse: give only one of them")
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, any_format=True)
     check_causal(model_dir, "generate", TAKEN, trust_remote_code=trust_remote_code)
@@ -64,6 +69,8 @@ def generate(
         model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code)
     if isinstance(tokenizer, Companions):
         raise GenerationError(f"{model_dir}: a {type(model).__name__} writes no text: only causal language models do")
+    if fuse:
+        fuse_packed(model, model_dir)
     torch.manual_seed(seed)
     result = continue_prompt(
         model,
@@ -85,6 +92,7 @@ def generate(
             seed=seed,
             chat=chat,
             compiled=compile,
+            fused=fuse,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
         )

@@ -62,6 +62,10 @@ DtypeOption = Annotated[
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model; without it, never.")
 ]
+FuseOption = Annotated[
+    bool,
+    typer.Option("--fuse", help="Fuse the packed products of queries, keys and values, and of gate and up, in memory."),
+]
 OffloadOption = Annotated[
     Offload,
     typer.Option(help="Where the hidden states of the text are kept between two blocks: memory, or files on the disk."),

@@ -12,8 +12,18 @@ from ..formats.registry import load_model
 from ..progress import stage
 from ..provenance import name_of
 from .console import print_backend, print_note, progress_bars
-from .options import AnyModelArgument, DeviceOption, DtypeOption, TrustOption, number, parse_device, parse_dtype
+from .options import (
+    AnyModelArgument,
+    DeviceOption,
+    DtypeOption,
+    FuseOption,
+    TrustOption,
+    number,
+    parse_device,
+    parse_dtype,
+)
 from .sources import TAKEN, check_causal, check_source
+from .sources import fuse as fuse_packed
 
 PACKAGES = ("starlette", "uvicorn")
 
@@ -30,20 +40,24 @@ def serve(
         int | None,
         number("Largest number of tokens of a prompt.", least=1, show_default="what the model allows"),
     ] = None,
+    batch: Annotated[
+        int, number("Largest number of requests that run at the same time, as one batch; 1 runs each alone.", least=1)
+    ] = 8,
     queue: Annotated[
-        int, number("Number of requests that may wait while one runs; more are refused (429).", least=0)
+        int, number("Number of requests that may wait while others run; more are refused (429).", least=0)
     ] = 64,
     max_body: Annotated[int, number("Largest size of a request, in bytes.", least=1)] = 2**20,
     grace: Annotated[
-        float, number("Time that the running request has at shutdown, in seconds.", least=0, most=3600)
+        float, number("Time that running requests have at shutdown, in seconds.", least=0, most=3600)
     ] = 10.0,
+    fuse: FuseOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Serve a model over HTTP, with the routes of OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions.
 
-    Ctrl-C or SIGTERM shuts it down: requests that wait get an error, the one that runs may end.
+    Ctrl-C or SIGTERM shuts it down: requests that wait get an error, those that run may end.
     """
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
@@ -54,11 +68,13 @@ def serve(
     print_backend(where)
     with progress_bars() as progress, stage(progress, "load the model"):
         model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code)
+    if fuse:
+        fuse_packed(model, model_dir)
     from ..serving.app import build_app
     from ..serving.engine import Engine
     from ..serving.server import Server
 
-    engine = Engine(model, tokenizer, waiting=queue, most_tokens=max_tokens, longest_prompt=max_prompt)
+    engine = Engine(model, tokenizer, waiting=queue, most_tokens=max_tokens, longest_prompt=max_prompt, batch=batch)
     app = build_app(engine, name or name_of(model_dir), most_bytes=max_body)
     shown = f"[{host}]" if ":" in host else host
 

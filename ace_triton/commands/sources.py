@@ -11,6 +11,7 @@ from ..errors import ArgumentError, CheckpointError
 from ..formats.registry import format_of
 from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file, weight_file_bytes
 from ..inputs.model_task import CAUSAL, ModelTask, find_task, other_kind, task_of
+from ..packed.fused import GROUPS, fuse_products
 from ..streaming.fits import available_memory, fits_in_memory
 
 TAKEN = "prune, pack and 'evaluate --dense' take it"
@@ -87,6 +88,15 @@ def check_causal(source: str | Path, command: str, advice: str, *, trust_remote_
 def check_length(source: str | Path, length: int, option: str) -> None:
     """Raise ArgumentError if sequences are longer than the model's context, if its files give that."""
     check_positions(context_length(source), length, option)
+
+
+def fuse(model: Any, source: str | Path) -> None:
+    """Fuse the products of a packed model; ArgumentError if it has none to fuse."""
+    if not fuse_products(model):
+        raise ArgumentError(
+            f"{source}: --fuse: no packed layers named {' or '.join(', '.join(names) for names in GROUPS)} fit "
+            "together: leave it out, or pack the model first (ace-triton pack)"
+        )
 
 
 def check_memory(source: str | Path, times: float, command: str) -> None:

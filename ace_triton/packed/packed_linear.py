@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from .dispatch import multiply
 from .products import Packed, RowLimits
 from .unpacked import unpacked_weight
 from .weight import PackedWeight
+
+if TYPE_CHECKING:
+    from .fused import Fused
 
 
 class PackedLinear(nn.Module):
@@ -42,6 +45,7 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
     limits: RowLimits | None
     _bound: BoundCalls | None = None
+    _fused: Fused | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,6 +55,8 @@ class PackedLinear(nn.Module):
         """As in ``nn.Module``; a replaced buffer is freed at once."""
         if name in self.__dict__.get("_buffers", ()):
             self.__dict__["_packed"] = None
+            if self._fused is not None:
+                self._fused.part()
         super().__setattr__(name, value)
 
     @property
@@ -99,6 +105,10 @@ class PackedLinear(nn.Module):
             ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
                 autocast.
         """
+        if self._fused is not None and not torch.compiler.is_compiling():
+            part = self._fused.outputs(self, tokens)
+            if part is not None:
+                return part
         if self._bound is not None and not torch.compiler.is_compiling():
             bound = self._bound.outputs(self, tokens)
             if bound is not None:
@@ -121,6 +131,8 @@ class PackedLinear(nn.Module):
         """As in ``nn.Module``, but integers (metadata, quantized values) keep their dtype."""
         stored = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         self._packed = None
+        if self._fused is not None:
+            self._fused.part()
         super()._apply(fn, recurse)
         for name, buffer in stored.items():
             applied = getattr(self, name)

@@ -1,4 +1,4 @@
-"""The engine: a thread that completes requests one after the other, and the queue of those that wait."""
+"""The engine: threads that complete requests, together in one batch, and the queue of those that wait."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import queue
 import secrets
 import threading
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from ..decoders.batches import longest_sequence
 from ..errors import AceError, GenerationError
 from ..generation import chat_ids, check_room, decode, prompt_ids
+from .joint import Joint
 from .requests import Completion, RequestError
 from .stop_texts import StopTexts
 
@@ -87,29 +89,40 @@ class Job:
 
 
 class Engine:
-    """Completes requests in a thread of its own.
+    """Completes requests in threads of its own, in the order in which they came.
 
-    One request runs at a time, so a completion does not depend on those beside it.
+    With a ``batch`` of 1 one request runs at a time, so a completion does not depend on those beside it. With more,
+    requests that run at the same time are decoded in one batch (:class:`~.joint.Joint`).
 
     Args:
         model, tokenizer: from transformers.
-        waiting: largest number of requests that wait while one runs.
+        waiting: largest number of requests that wait while others run.
+        batch: largest number of requests that run at the same time.
         most_tokens: largest number of new tokens of a request.
         longest_prompt: largest number of tokens of a prompt; None for what the model allows.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, waiting: int, most_tokens: int, longest_prompt: int | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        waiting: int,
+        most_tokens: int,
+        longest_prompt: int | None = None,
+        batch: int = 1,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.most_tokens, self.longest_prompt = most_tokens, longest_prompt
-        self._waiting: queue.Queue[Job | None] = queue.Queue(waiting + 1)
-        self._free = threading.Semaphore(waiting + 1)
+        self._joint = Joint(model) if batch > 1 else None
+        self._waiting: queue.Queue[Job | None] = queue.Queue(waiting + batch)
+        self._free = threading.Semaphore(waiting + batch)
         self._lock = threading.Lock()
         self._jobs: dict[int, Job] = {}
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="ace-triton engine", daemon=True)
-        self._thread.start()
+        self._alive = batch
+        for _ in range(batch):
+            threading.Thread(target=self._work, name="ace-triton engine", daemon=True).start()
 
     def submit(self, request: Completion, loop: asyncio.AbstractEventLoop) -> Job:
         """Queue a request.
@@ -132,20 +145,22 @@ class Engine:
         return job
 
     def close(self) -> None:
-        """Refuse new requests, and cut those that wait; the one that runs goes on."""
+        """Refuse new requests, and cut those that wait; those that run go on."""
         with self._lock:
-            self._closed = True
-            while True:
+            ended_before, self._closed = self._closed, True
+            while not ended_before:
                 try:
                     job = self._waiting.get_nowait()
                 except queue.Empty:
                     break
                 if job is not None:
                     self._end(job, RequestError(CLOSED, status=503))
-            self._waiting.put_nowait(None)
+            if not ended_before:
+                for _ in range(self._alive):
+                    self._waiting.put_nowait(None)
 
     def cut(self) -> None:
-        """End the request that runs with an error, after its next token."""
+        """End the requests that run with an error, after their next token."""
         for job in list(self._jobs.values()):
             job.cut(RequestError(CLOSED, status=503))
 
@@ -201,6 +216,11 @@ class Engine:
                 last = RequestError("the server failed; its log has the traceback", status=500)
             self._end(job, last)
 
+        with self._lock:
+            self._alive -= 1
+            if self._joint is not None and not self._alive:
+                self._joint.close()
+
     def _end(self, job: Job, last: Event) -> None:
         self._jobs.pop(id(job), None)
         self._free.release()
@@ -215,18 +235,19 @@ class Engine:
             if text := stops.feed(piece):
                 job.put(text)
 
-        torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
         sampling = {"top_p": request.top_p, "top_k": 0} if request.temperature else {}
-        found = decode(
-            self.model,
-            self.tokenizer,
-            job.ids,
-            max_new_tokens=job.max_tokens,
-            temperature=request.temperature,
-            write=write,
-            stopped=lambda: stops.found or job.ended,
-            **sampling,
-        )
+        with nullcontext() if self._joint is None else self._joint.member():
+            torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
+            found = decode(
+                self.model if self._joint is None else self._joint.model,
+                self.tokenizer,
+                job.ids,
+                max_new_tokens=job.max_tokens,
+                temperature=request.temperature,
+                write=write,
+                stopped=lambda: stops.found or job.ended,
+                **sampling,
+            )
         if text := stops.end():
             job.put(text)
         return self._finished(job, found.tokens, stops)

@@ -23,16 +23,16 @@ LONGEST_HEADERS = 64 * 1024
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with a shutdown that lets the running completion end.
+    """uvicorn's server with a shutdown that lets running completions end.
 
-    At a signal the server refuses new requests and cuts those that wait. The completion that runs may go on for
-    ``grace`` seconds; then it ends with an error event. A second signal ends it at once.
+    At a signal the server refuses new requests and cuts those that wait. Completions that run may go on for
+    ``grace`` seconds; then they end with an error event. A second signal ends them at once.
 
     Args:
         app: the application.
         engine: its engine.
         host, port: address to listen on; port 0 lets the system choose.
-        grace: seconds that a running completion has at shutdown.
+        grace: seconds that running completions have at shutdown.
         ready: called with the port once the server listens.
     """
 

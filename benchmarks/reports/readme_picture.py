@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +18,8 @@ import typer
 from ace_triton.study.curve import Point, curve
 from ace_triton.study.journal import read_results
 from ace_triton.study.tally import Tally, shown_variant
+
+from .drawing import Scale, line, opening, text
 
 PICTURE = Path("docs/images/curve.svg")
 
@@ -45,37 +45,6 @@ TIMES_DENSE = (1, 2, 3, 4, 6, 8)
 LABEL_HEIGHT = 16.0
 """Least distance between two names, in pixels."""
 
-STYLE = """
-svg { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif }
-.card { fill: #ffffff; stroke: #d1d9e0 } .grid { stroke: #e4e8ec } .lead { stroke: #a5adb5 }
-text { fill: #1f2328 } .quiet { fill: #59636e } .title { font-size: 17px; font-weight: 600 }
-.ours { stroke: #0969da; fill: #0969da } .front { stroke: #0969da; fill: none; stroke-width: 1.6 }
-.beaten { stroke: #0969da; fill: #ffffff } .theirs { stroke: #bc4c00; stroke-width: 2.2 }
-.dense { stroke: #1a7f37; stroke-width: 1.6; stroke-dasharray: 7 5 } text.dense { fill: #1a7f37; stroke: none }
-@media (prefers-color-scheme: dark) {
-.card { fill: #0d1117; stroke: #3d444d } .grid { stroke: #232a33 } .lead { stroke: #59636e }
-text { fill: #e6edf3 } .quiet { fill: #9198a1 }
-.ours { stroke: #58a6ff; fill: #58a6ff } .front { stroke: #58a6ff }
-.beaten { stroke: #58a6ff; fill: #0d1117 } .theirs { stroke: #f0883e }
-.dense { stroke: #3fb950 } text.dense { fill: #3fb950 }
-}
-"""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A logarithmic axis: ``low`` lies at ``start``, ``high`` at ``end``, in pixels."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        share = math.log(value / self.low) / math.log(self.high / self.low)
-        return round(self.start + share * (self.end - self.start), 1)
-
-
 across = Scale(FIRST_SECOND, LAST_SECOND, LEFT, RIGHT)
 up = Scale(LEAST, MOST, BOTTOM, TOP)
 
@@ -94,11 +63,8 @@ def picture(tally: Tally) -> str:
     title = "What pruning SmolLM2-135M to 2:4 costs, and what each minute wins back"
     under = f"perplexity on WikiText-2, windows of {length}, against CPU time: lower and further left is better"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">',
-        f"<title>{title}</title><desc>{escape(description)}</desc><style>{STYLE}</style>",
-        f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="8"/>',
-        _text(20, 32, title, "title"),
-        _text(20, 53, under, "quiet"),
+        *opening(title, description, WIDTH, HEIGHT),
+        text(20, 53, under, "quiet"),
         *_axes(dense.perplexity),
         _front(front),
         *(_bar(point) for point in [*front, *published]),
@@ -117,34 +83,24 @@ def _beats(one: Point, other: Point) -> bool:
     return mine != theirs and mine[0] <= theirs[0] and mine[1] <= theirs[1]
 
 
-def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
-    of_kind = f' class="{kind}"' if kind else ""
-    placed = f' text-anchor="{anchor}"' if anchor != "start" else ""
-    return f'<text x="{x:g}" y="{y:g}"{of_kind}{placed}>{escape(words)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>'
-
-
 def _axes(dense: float) -> Iterable[str]:
     """Grids and their numbers: seconds below, perplexity on the left, times dense on the right; the dense model."""
     for seconds, words in SECONDS.items():
-        yield _line(across(seconds), TOP, across(seconds), BOTTOM, "grid")
-        yield _text(across(seconds), BOTTOM + 20, words, "quiet", "middle")
+        yield line(across(seconds), TOP, across(seconds), BOTTOM, "grid")
+        yield text(across(seconds), BOTTOM + 20, words, "quiet", "middle")
     for perplexity in PERPLEXITIES:
-        yield _line(LEFT, up(perplexity), RIGHT, up(perplexity), "grid")
-        yield _text(LEFT - 9, up(perplexity) + 4.5, str(perplexity), "quiet", "end")
+        yield line(LEFT, up(perplexity), RIGHT, up(perplexity), "grid")
+        yield text(LEFT - 9, up(perplexity) + 4.5, str(perplexity), "quiet", "end")
     for times in TIMES_DENSE:
-        yield _line(RIGHT, up(times * dense), RIGHT + 5, up(times * dense), "lead")
-        yield _text(RIGHT + 10, up(times * dense) + 4.5, f"{times}\N{MULTIPLICATION SIGN}", "quiet")
-    yield _text(20, TOP - 8, "perplexity", "quiet")
-    yield _text(WIDTH - 14, TOP - 8, "times dense", "quiet", "end")
-    yield _text(
+        yield line(RIGHT, up(times * dense), RIGHT + 5, up(times * dense), "lead")
+        yield text(RIGHT + 10, up(times * dense) + 4.5, f"{times}\N{MULTIPLICATION SIGN}", "quiet")
+    yield text(20, TOP - 8, "perplexity", "quiet")
+    yield text(WIDTH - 14, TOP - 8, "times dense", "quiet", "end")
+    yield text(
         (LEFT + RIGHT) / 2, BOTTOM + 42, "CPU time of pruning and recovery, all cores together", "quiet", "middle"
     )
-    yield _line(LEFT, up(dense), RIGHT, up(dense), "dense")
-    yield _text(LEFT + 10, up(dense) - 7, f"dense: {dense:.1f}", "dense")
+    yield line(LEFT, up(dense), RIGHT, up(dense), "dense")
+    yield text(LEFT + 10, up(dense) - 7, f"dense: {dense:.1f}", "dense")
 
 
 def _front(front: Sequence[Point]) -> str:
@@ -185,8 +141,8 @@ def _names(points: Sequence[Point], *, left: bool) -> Iterable[str]:
         words = f"{name}: {point.perplexity.mean:.1f}"
         end = x + 9 if late else x - 17 if left else x + 17
         if not late:
-            yield _line(x + (-6 if left else 6), y, end, middle, "lead")
-        yield _text(end + (-3 if left else 3), middle + 4.5, words, anchor="end" if left else "start")
+            yield line(x + (-6 if left else 6), y, end, middle, "lead")
+        yield text(end + (-3 if left else 3), middle + 4.5, words, anchor="end" if left else "start")
 
 
 def _after(name: str, others: Iterable[str]) -> str:
@@ -206,7 +162,7 @@ def _legend() -> Iterable[str]:
     ):
         down = y + 20 * place
         yield mark.format(x=x, y=down, a=x - 4.5, b=down - 4.5)
-        yield _text(x + 14, down + 4.5, words, "quiet")
+        yield text(x + 14, down + 4.5, words, "quiet")
 
 
 def main(check: Annotated[bool, typer.Option("--check", help="Fail if the picture is out of date.")] = False) -> None:

@@ -43,12 +43,13 @@ def main(
     requests: Annotated[int, typer.Option()] = 1000,
     clients: Annotated[int, typer.Option()] = 8,
     max_tokens: Annotated[int, typer.Option(help="New tokens of a request.")] = 16,
+    batch: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder of serving.json and serving.md.")] = Path("docs"),
 ) -> None:
     """Send the requests, and write the page."""
     with tempfile.TemporaryDirectory() as place:
         source = model or made(Path(place))
-        with server(source) as (address, _), httpx.Client(base_url=address, timeout=PATIENCE) as one:
+        with server(source, batch) as (address, _), httpx.Client(base_url=address, timeout=PATIENCE) as one:
             alone = [ask(one, index, max_tokens) for index in range(DISTINCT)]
             start = time.perf_counter()
             with ThreadPoolExecutor(clients) as pool:
@@ -56,12 +57,13 @@ def main(
             seconds = time.perf_counter() - start
         wrong = sum(answer["text"] != alone[index % DISTINCT]["text"] for index, answer in enumerate(answers))
         lost = sum(answer["tokens"] != alone[index % DISTINCT]["tokens"] for index, answer in enumerate(answers))
-        ends = [killed(source) for _ in range(2)]
+        ends = [killed(source, batch) for _ in range(2)]
     waits = sorted(answer["seconds"] for answer in answers)
     content = {
         "model": "a tiny random Llama" if model is None else Path(model).name,
         "processor": processor(),
         "clients": clients,
+        "batch": batch,
         "requests": requests,
         "max_tokens": max_tokens,
         "statuses": dict(Counter(str(answer["status"]) for answer in answers)),
@@ -104,9 +106,10 @@ def ask(client: httpx.Client, index: int, max_tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def server(model: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def server(model: str, batch: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A running server: its address and its process."""
     words = [sys.executable, "-m", "ace_triton", "serve", model, "--port", "0", "--dtype", "float32", "--grace", "0"]
+    words += ["--batch", str(batch)]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
     assert process.stderr is not None
     try:
@@ -123,9 +126,9 @@ def server(model: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         process.stderr.close()
 
 
-def killed(model: str) -> dict[str, Any]:
+def killed(model: str, batch: int) -> dict[str, Any]:
     """End a server in the middle of a stream: its exit code, and what the stream ended with."""
-    with server(model) as (address, process):
+    with server(model, batch) as (address, process):
         body = {"prompt": "a", "max_tokens": 1000, "stream": True}
         longest = httpx.post(f"{address}/v1/completions", json=body, timeout=PATIENCE)
         if longest.status_code == 400:  # The model has fewer positions.
@@ -174,6 +177,7 @@ def page(content: dict[str, Any]) -> str:
 
 Measured by `make serving` on {content["processor"]}, with {content["model"]}: {content["requests"]:,} requests of
 {content["clients"]} clients at once, half of them streams, half of them chats, of up to {content["max_tokens"]} tokens.
+The server runs up to this many at the same time, as one batch: {content.get("batch", 1)}.
 
 | | |
 |---|---|

@@ -152,6 +152,74 @@ def test_eight_clients_at_once_get_what_each_gets_alone(client):
     assert len(set(alone)) == 8
 
 
+@pytest.fixture
+def rows(model):
+    """Number of rows in each call of the head."""
+    found = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape[0]))
+    yield found
+    hook.remove()
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_requests_in_one_batch_get_what_each_gets_alone(start, gate, rows, temperature):
+    """Prompts and answers of different lengths, more of them than rows, so requests join and leave between tokens."""
+    bodies = [
+        {"prompt": "x" * (1 + 5 * index), "max_tokens": 4 + 3 * index, "temperature": temperature, "seed": index}
+        for index in range(8)
+    ]
+
+    def ask(url, body):
+        return httpx.post(url + COMPLETE, json=body, timeout=PATIENCE).json()["choices"][0]["text"]
+
+    gate.set()
+    with start() as (url, _, _):
+        alone = [ask(url, body) for body in bodies]
+    assert set(rows) == {1}
+    gate.clear()
+    with start(batch=3) as (url, engine, _), ThreadPoolExecutor(8) as clients:
+        together = [clients.submit(ask, url, body) for body in bodies]
+        until(lambda: len(engine._jobs) == 8)
+        gate.set()
+        assert [task.result() for task in together] == alone
+        assert engine.idle
+    assert max(rows) == 3
+
+
+def test_an_error_in_a_batch_ends_its_requests_and_no_other(start, gate, model, capsys):
+    def fails(_, inputs):
+        if inputs[0].shape[0] > 1:
+            raise ZeroDivisionError
+
+    body = {"prompt": "a", "max_tokens": 20}
+    with start(batch=2) as (url, engine, _), ThreadPoolExecutor(2) as clients:
+        hook = model.lm_head.register_forward_pre_hook(fails)
+        try:
+            two = [clients.submit(httpx.post, url + COMPLETE, json=body, timeout=PATIENCE) for _ in range(2)]
+            until(lambda: len(engine._jobs) == 2)
+            gate.set()
+            found = [task.result() for task in two]
+        finally:
+            hook.remove()
+        assert {answer.status_code for answer in found} == {500}
+        assert "ZeroDivisionError" in capsys.readouterr().err
+        until(lambda: engine.idle)
+        assert httpx.post(url + COMPLETE, json=body).status_code == 200
+
+
+def test_a_client_that_goes_leaves_the_batch(start, gate, model, chatting):
+    with start(batch=2) as (url, engine, _), ThreadPoolExecutor(1) as clients:
+        body = {"prompt": "stays", "max_tokens": 30, "temperature": 0}
+        stays = clients.submit(httpx.post, url + COMPLETE, json=body, timeout=PATIENCE)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url + COMPLETE, json={"prompt": "goes", "max_tokens": 60}, timeout=0.3)
+        until(lambda: any(job.ended for job in engine._jobs.values()))
+        gate.set()
+        text = stays.result().json()["choices"][0]["text"]
+        assert text == generate(model, chatting, "stays", max_new_tokens=30).text
+        until(lambda: engine.idle)
+
+
 def test_sampling_follows_the_seed_and_top_p(client):
     def ask(**options):
         return client.completions.create(model="tiny", prompt="x", max_tokens=16, **options).choices[0].text

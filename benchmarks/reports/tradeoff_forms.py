@@ -1,0 +1,266 @@
+"""The forms of a model that docs/tradeoff.md compares: how each is made, opened and measured."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ace_triton.evaluate import perplexity
+from ace_triton.exporters.gguf import FILE
+from ace_triton.exporters.registry import export_model
+from ace_triton.formats.registry import load_model
+from ace_triton.generation import decode
+from ace_triton.inputs.output_folder import files_in
+from ace_triton.linears import is_linear
+from ace_triton.packed.pack_model import pack_model
+from ace_triton.packed.packed_linear import PackedLinear
+from ace_triton.packed.saving import save_packed
+from ace_triton.presets import PRESETS, replaced
+from ace_triton.solvers.quantize import GROUP, Quantization
+from ace_triton.study.cells import Cell
+from ace_triton.study.workbench import Protocol, Workbench
+
+from ..harness.resident import PROMPT
+
+DENSE, OURS, LLAMA = "transformers", "ace_triton", "llama.cpp"
+
+PATTERNS = ("16:32", "8:16", "2:4")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BITS = {"fp32": None, "bf16": None, "8 bits": 8, "4 bits": 4}
+LLAMA_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
+
+LENGTH, SEED = 128, 0
+"""Tokens of a calibration sequence, and the seed of the samples."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of a model.
+
+    Attributes:
+        engine: what runs it.
+        pattern: n:m; "" for a model that is not pruned.
+        weights: type of the weights: "fp32", "bf16", "8 bits" or "4 bits", or llama.cpp's name.
+    """
+
+    engine: str
+    pattern: str
+    weights: str
+
+    def __str__(self) -> str:
+        first = {DENSE: "dense", LLAMA: LLAMA}.get(self.engine, self.pattern)
+        return f"{first} {self.weights}"
+
+
+FORMS = (
+    *(Form(DENSE, "", weights) for weights in DTYPES),
+    *(Form(LLAMA, "", weights) for weights in LLAMA_TYPES),
+    *(Form(OURS, pattern, weights) for pattern in PATTERNS for weights in BITS),
+)
+
+DENSE_FORM = FORMS[0]
+"""What speeds are compared with."""
+
+
+class Opened(ABC):
+    """A form in memory.
+
+    Attributes:
+        block_bytes: bytes of the weights of all linear layers in the blocks.
+        block_weights: number of these weights, zeros included.
+    """
+
+    block_bytes: int
+    block_weights: int
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes of a linear layer's weight in the blocks, zeros included in the number of weights."""
+        return self.block_bytes / self.block_weights
+
+    @abstractmethod
+    def perplexity(self, bench: Workbench) -> float:
+        """Perplexity on the windows of a workbench."""
+
+    @abstractmethod
+    def tokens_per_second(self, ids: list[int], new_tokens: int) -> float:
+        """Speed of greedy decoding after the first new token."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the memory."""
+
+
+class InTorch(Opened):
+    """A model of transformers, dense or packed."""
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype) -> None:
+        self.model, self.tokenizer = load_model(folder, dtype=dtype)
+        head = self.model.get_output_embeddings()
+        self.block_bytes = self.block_weights = 0
+        for layer in self.model.modules():
+            if isinstance(layer, PackedLinear):
+                self.block_bytes += layer.packed.packed_bytes
+                self.block_weights += layer.out_features * layer.in_features
+            elif is_linear(layer) and layer is not head:
+                self.block_bytes += layer.weight.nbytes
+                self.block_weights += layer.weight.numel()
+
+    def perplexity(self, bench: Workbench) -> float:
+        return _perplexity(bench, self.model)
+
+    def tokens_per_second(self, ids: list[int], new_tokens: int) -> float:
+        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        times = decode(self.model, self.tokenizer, ids, **options).times
+        return (new_tokens - 1) / (times[-1] - times[1])
+
+    def close(self) -> None:
+        del self.model
+
+
+class InLlama(Opened):
+    """A GGUF file in llama.cpp, on one thread."""
+
+    def __init__(self, file: Path, *, longest: int, all_logits: bool) -> None:
+        import gguf
+        import llama_cpp
+
+        matrices = [t for t in gguf.GGUFReader(file).tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+        self.block_bytes = int(sum(matrix.n_bytes for matrix in matrices))
+        self.block_weights = int(sum(matrix.n_elements for matrix in matrices))
+        self._llama = llama_cpp.Llama(
+            str(file),
+            n_ctx=longest,
+            n_batch=longest,
+            n_threads=1,
+            n_threads_batch=1,
+            logits_all=all_logits,
+            verbose=False,
+        )
+
+    def perplexity(self, bench: Workbench) -> float:
+        def logits(windows: torch.Tensor) -> Iterator[Iterable[torch.Tensor]]:
+            for window in windows:
+                self._llama.reset()
+                self._llama.eval(window.tolist())
+                yield [torch.from_numpy(self._llama.scores[: len(window)])]
+
+        return _perplexity(bench, bench.model, logits=logits)
+
+    def tokens_per_second(self, ids: list[int], new_tokens: int) -> float:
+        self._llama.reset()
+        self._llama.eval(ids)
+        token = self._llama.sample(temp=0.0)
+        start = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            self._llama.eval([token])
+            token = self._llama.sample(temp=0.0)
+        return (new_tokens - 1) / (time.perf_counter() - start)
+
+    def close(self) -> None:
+        self._llama.close()
+
+
+def _perplexity(bench: Workbench, model: Any, **options: Any) -> float:
+    setting = bench.setting
+    length = setting.window_length
+    windows = setting.windows_of(length)
+    return perplexity(model, bench.ids, length=length, windows=windows, beginning=bench.beginning, **options).perplexity
+
+
+class Forms:
+    """One model in all its forms, which are kept in a folder.
+
+    Args:
+        protocol: the model and the texts.
+        preset: how the model is pruned.
+        folder: holds the packed folders and the GGUF files; they are made if they are missing.
+    """
+
+    def __init__(self, protocol: Protocol, preset: str, folder: Path) -> None:
+        self.protocol, self.preset, self.folder = protocol, preset, folder
+
+    @cached_property
+    def bench(self) -> Workbench:
+        """The dense model and the texts."""
+        return Workbench(self.protocol)
+
+    def why_not(self, form: Form) -> str | None:
+        """Why a form cannot be measured here; None if it can."""
+        packages = ("llama_cpp", "gguf") if form.engine == LLAMA else ()
+        missing = [package for package in packages if find_spec(package) is None]
+        return f"{' and '.join(missing)} not installed: pip install llama-cpp-python gguf" if missing else None
+
+    def opened(self, form: Form, *, all_logits: bool) -> Opened:
+        """Load a form, after it was made if it is missing.
+
+        Args:
+            form: the form.
+            all_logits: True for a perplexity, False for decoding.
+        """
+        if form.engine == DENSE:
+            return InTorch(self.protocol.model, DTYPES[form.weights])
+        if form.engine == LLAMA:
+            return InLlama(self._gguf(form.weights), longest=self.protocol.window_length, all_logits=all_logits)
+        return InTorch(self._packed(form), DTYPES.get(form.weights, torch.float32))
+
+    def file_bytes(self, form: Form) -> int | None:
+        """Bytes of the form's weights in files, embeddings included; None for the dense model."""
+        if form.engine == DENSE:
+            return None
+        if form.engine == LLAMA:
+            return self._gguf(form.weights).stat().st_size
+        folder = self._packed(form)
+        return sum((folder / name).stat().st_size for name in files_in(folder) if name.endswith(".safetensors"))
+
+    def prompt(self) -> list[int]:
+        """The tokens that decoding starts with."""
+        ids: list[int] = self.bench.tokenizer(PROMPT).input_ids
+        return ids
+
+    def _packed(self, form: Form) -> Path:
+        """The folder of a packed model. fp32 and bf16 have one of their own each, from one pruning."""
+        folder = self._place(form)
+        if folder.exists():
+            return folder
+        bits = BITS[form.weights]
+        parts = {"sparsity": form.pattern, "quantize": None if bits is None else Quantization(bits, GROUP)}
+        with self.bench.pruned(Cell(replaced(PRESETS[self.preset], parts), LENGTH, SEED)):
+            names = [form.weights] if bits is not None else list(DTYPES)
+            for name in names:
+                model = copy.deepcopy(self.bench.model).to(DTYPES.get(name, torch.float32))
+                pack_model(model, form.pattern, **({} if bits is None else {"bits": bits, "group": GROUP}))
+                save_packed(model, self.bench.tokenizer, self._place(dataclasses.replace(form, weights=name)))
+        return folder
+
+    def _place(self, form: Form) -> Path:
+        return self.folder / f"{form.pattern.replace(':', '-')}-{form.weights.replace(' ', '-')}"
+
+    def _gguf(self, kind: str) -> Path:
+        """A GGUF file, converted by llama.cpp from one in float32, as its users do."""
+        import llama_cpp
+
+        file = self.folder / f"{kind}.gguf"
+        if file.exists():
+            return file
+        whole = self.folder / "gguf"
+        if not whole.exists():
+            export_model(self.protocol.model, whole, "gguf", weight_type="f32", prompts=1)
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        made = file.with_suffix(".part")
+        failed = llama_cpp.llama_model_quantize(str(whole / FILE).encode(), str(made).encode(), ctypes.byref(options))
+        if failed:
+            raise RuntimeError(f"llama.cpp could not convert {whole / FILE} to {kind}")
+        return made.rename(file)

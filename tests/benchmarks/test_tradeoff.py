@@ -1,0 +1,85 @@
+"""The page of trade-offs says what its record says, and the picture shows it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import typer
+
+from ace_triton.study.workbench import Protocol
+from benchmarks.reports.tradeoff import PICTURE, of_model, read, setting_of
+from benchmarks.reports.tradeoff_forms import FORMS
+from benchmarks.reports.tradeoff_page import front_of, page, picture, points_of, size_cost
+
+SVG = "{http://www.w3.org/2000/svg}"
+SETTING = setting_of(Protocol("model", "calibration", "evaluation"), "balanced")
+UNPRUNED = {"fp32": (4.0, 30.0, 1.0), "bf16": (2.0, 30.1, 0.5), "F16": (2.0, 30.0, 1.5), "Q8_0": (1.06, 30.2, 3.0)}
+UNPRUNED |= {"Q4_K_M": (0.65, 32.0, 4.0), "Q4_0": (0.56, 33.0, 5.0)}
+
+
+def record(pruned, *, speed=True, leave_out=()):
+    """A record with all forms that are not pruned, and with {form: (size, perplexity, faster)} of pruned ones."""
+    values = {str(form): UNPRUNED[form.weights] for form in FORMS if not form.pattern} | pruned
+    chosen = [form for form in FORMS if str(form) in values and str(form) not in leave_out]
+    sizes, times = [], []
+    for form in chosen:
+        size, perplexity, faster = values[str(form)]
+        sizes.append(
+            {"form": asdict(form), "perplexity": perplexity, "bytes_per_weight": size, "file_bytes": 10**8, "date": ""}
+        )
+        facts = {"rounds": 3, "new_tokens": 8, "processor": "a processor", "dense_tokens_per_second": 20.0}
+        times.append({"form": asdict(form), "tokens_per_second": 20 * faster, "over_dense": faster, **facts})
+    return {"models": {"a model": {"setting": SETTING, "perplexity": sizes, "speed": times if speed else []}}}
+
+
+def test_it_says_not_to_prune_if_a_form_without_pruning_is_always_better():
+    text = page(record({"2:4 bf16": (1.12, 100.0, 1.4), "8:16 4 bits": (0.6, 60.0, 2.0)}))
+    assert "**Do not prune for size and speed: at every limit in the tables a form that is not pruned has" in text
+    assert "The smallest of them is llama.cpp Q4_0 (0.56 bytes a weight, 1.10 times the dense perplexity).**" in text
+    assert "| 0.6 | llama.cpp Q4_0 | 33.0 (1.10x) | 8:16 4 bits | 60.0 (2.00x) |" in text
+    assert "Pareto front of perplexity and size, 0 of 4 forms pruned: llama.cpp Q4_0, llama.cpp Q4_K_M," in text
+
+
+def test_it_names_a_pruned_form_that_is_best_and_says_what_it_costs():
+    text = page(record({"8:16 4 bits": (0.38, 60.0, 6.5), "2:4 4 bits": (0.35, 90.0, 2.0)}))
+    assert (
+        "**A pruned form is the best one at some limit of size and speed: 8:16 4 bits (0.38 bytes a weight, "
+        "6.50 times the dense speed, 2.00 times the dense perplexity; no form without pruning is as small)" in text
+    )
+    assert "| 6 | 8:16 4 bits | 60.0 (2.00x) | 8:16 4 bits | 60.0 (2.00x) |" in text
+    assert "| 4 | llama.cpp Q4_K_M | 32.0 (1.07x) | 8:16 4 bits | 60.0 (2.00x) |" in text
+
+
+def test_it_decides_nothing_before_all_forms_without_pruning_are_measured():
+    text = page(record({"2:4 4 bits": (0.35, 90.0, 2.0)}, speed=False, leave_out=["llama.cpp Q4_0"]))
+    assert "**Not decided yet: llama.cpp Q4_0 not measured.**" in text
+    assert "Speeds are not measured yet." in text
+    assert "best one at some limit" not in text
+
+
+def test_the_picture_shows_every_form_and_its_front():
+    content = record({"8:16 4 bits": (0.38, 60.0, 6.5), "2:4 4 bits": (0.4, 90.0, 2.0)})
+    root = ElementTree.fromstring(picture(content))
+    circles = [circle.get("class") for circle in root.iter(f"{SVG}circle")][2:]  # After the legend's.
+    assert circles == ["beaten", "ours"] * 2  # The larger one first.
+    crosses = [path for path in root.iter(f"{SVG}path") if path.get("class") == "theirs"][1:]
+    assert len(crosses) == 2 * len(UNPRUNED)
+    front = front_of(points_of(content["models"]["a model"]), size_cost)
+    assert [str(point.form) for point in front[:2]] == ["8:16 4 bits", "llama.cpp Q4_0"]
+    assert "a model: on the front of size 8:16 4 bits 60.0, llama.cpp Q4_0 33.0" in root.find(f"{SVG}desc").text
+
+
+def test_results_of_another_setting_are_not_mixed(tmp_path):
+    content = read(tmp_path)
+    of_model(content, "a model", SETTING)
+    assert of_model(content, "a model", {**SETTING, "processor": "another"}) is content["models"]["a model"]
+    with pytest.raises(typer.BadParameter, match="measured with windows 20, not 40: give the same, or remove a model"):
+        of_model(content, "a model", {**SETTING, "windows": 40})
+
+
+def test_the_page_and_the_picture_are_those_of_the_record():
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    content = read(docs)
+    assert (docs / "tradeoff.md").read_text() == page(content)
+    assert (docs / PICTURE).read_text() == picture(content)
