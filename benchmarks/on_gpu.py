@@ -125,6 +125,7 @@ def sections(out: Path, dry_run: bool) -> tuple[Section, ...]:
     alone = (
         "tests/test_cuda.py",
         "tests/packed/test_semi_structured.py",
+        "tests/packed/test_sparse_units.py",
         "tests/benchmarks/test_published_baselines.py",
     )
     tests = ("tests/kernels", *alone, "-k", which, "--junitxml", str(report))
@@ -132,11 +133,12 @@ def sections(out: Path, dry_run: bool) -> tuple[Section, ...]:
     layer = ("--device", "cpu", "--shape", "64x128", "--rows", "1") if dry_run else ("--shape", "4096x11008")
     sparse = ("-m", "ace_triton", "bench", *layer, "--json", str(out / SPARSE))
     return (
-        Section("tests", ("-m", "pytest", "-q", *tests, *workers), 200),
+        Section("sparse_units", ("-m", "benchmarks.reports.sparse_units", *(("--dry-run",) if dry_run else ())), 40),
+        Section("tests", ("-m", "pytest", "-q", *tests, *workers), 170),
         Section("races", ("-m", "benchmarks.harness.races"), 40),
         timed("kernels", 80, *kernels, "-k", "not other_patterns and not masks"),
         Section("sums", ("-m", "benchmarks.reports.sum_warps", *(("--dry-run",) if dry_run else ())), 30),
-        timed("layers", 70, "benchmarks/bench_prune_layer.py"),
+        timed("layers", 60, "benchmarks/bench_prune_layer.py"),
         timed("model", 60, "benchmarks/bench_prune_model.py", "-k", "score_and_mask or ria"),
         Section("sparse", sparse, 50),
         timed("patterns", 40, kernels[0], "-k", "other_patterns or masks"),
@@ -199,7 +201,7 @@ def write_record(out: Path, environment: Environment, finished: Sequence[Finishe
     lines = [title, "", "| | |", "|---|---|", *facts, "", "| section | status | took |", "|---|---|---:|", *ended, ""]
     lines += [*markdown_table(outcomes(results)), ""]
     for one in finished:
-        if one.status != "passed" or one.name in ("races", "sums", "sparse"):
+        if one.status != "passed" or one.name in ("sparse_units", "races", "sums", "sparse"):
             lines += [f"## {one.name}: {one.status}", "", "```", *one.tail, "```", ""]
     (out / "on_gpu.md").write_text("\n".join(lines))
 

@@ -155,6 +155,44 @@ def suits_nm_linear_dot(tokens: torch.Tensor, values: torch.Tensor) -> bool:
     return not (launch.on_amd() and launch.lanes(values.device) == 32)
 
 
+@dataclass(frozen=True)
+class NmLinearMma:
+    """Tile of ``nm_linear_mma``.
+
+    Attributes:
+        row_tiles: tiles of 16 outputs per program, which share the loads of the tokens.
+        token_tiles: tiles of 8 tokens per program, which share the loads of the weight.
+        spans: spans of 64 inputs per warp and trip; the loads of a trip are in flight together.
+        num_warps: warps per program, among which the inputs are split.
+    """
+
+    row_tiles: int
+    token_tiles: int
+    spans: int
+    num_warps: int
+
+
+def nm_linear_mma(values: torch.Tensor, n_tokens: int) -> NmLinearMma:
+    """Up to 64 tokens share a read of the weight, so that it is read once.
+
+    Up to 8 tokens, the loads of the weight count, and a thread has four of 16 bytes in flight. More tokens than that
+    are read by every program (from cache), so programs take 32 outputs if there are enough of them.
+    """
+    spans_of_row = values.shape[1] // 32
+    token_tiles = min(8, 1 << (math.ceil(n_tokens / 8) - 1).bit_length())
+    row_tiles = 2 if token_tiles > 1 and values.shape[0] >= 32 * launch.MOST_WARPS // 8 else 1
+    spans = 2 if token_tiles == 1 else 1
+    num_warps = 1
+    while num_warps < 8 and num_warps * spans < spans_of_row:
+        num_warps *= 2
+    return NmLinearMma(row_tiles, token_tiles, spans, num_warps)
+
+
+def has_sparse_units(device: torch.device) -> bool:
+    """True for NVIDIA GPUs from Ampere on, whose matrix units multiply 2:4 weights."""
+    return not launch.on_amd() and not launch.before_ampere(device)
+
+
 def within_grid(tokens: torch.Tensor, outputs: torch.Tensor, of_program: int) -> Iterable[tuple[torch.Tensor, ...]]:
     """Split tokens and their outputs into pieces that fit one launch, with ``of_program`` tokens per program."""
     most = launch.MOST_ALONG_Y * of_program

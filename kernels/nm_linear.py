@@ -63,7 +63,7 @@ def bound_nm_linear(
     tokens = tokens.detach()
     with torch.cuda.device_of(tokens):
         sources = (tokens, packed.values, packed.meta, *(() if bias is None else (bias,)))
-        return recorded(lambda: _launched(tokens, packed, bias), *sources)
+        return recorded(lambda: nm_linear_launched(tokens, packed, bias), *sources)
 
 
 def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -106,7 +106,7 @@ def _nm_linear_cpu(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | 
 
 def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
     packed.check_tensors()
-    return of_shape(_launched(rows_of(tokens.detach()), packed, bias), tokens)
+    return of_shape(nm_linear_launched(rows_of(tokens.detach()), packed, bias), tokens)
 
 
 def rows_of(tokens: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,8 @@ def of_shape(outputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return outputs if tokens.dim() == 2 else outputs.reshape(*tokens.shape[:-1], outputs.shape[1])
 
 
-def _launched(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+def nm_linear_launched(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    """Launch the kernels for tokens [n_tokens, in_features]."""
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     n_tokens, cols = tokens.shape

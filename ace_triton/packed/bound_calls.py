@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 
 from ..kernels.backend import backend_of_device
 from ..kernels.bound_launch import BoundCall
-from ..kernels.nm_linear import MOST_BOUND_TOKENS, bound_nm_linear
+from ..kernels.nm_linear import MOST_BOUND_TOKENS
 from ..kernels.packed_nm import PackedNM
-from .dispatch import choose_product
-from .products import Product, RowLimits, registry
+from .dispatch import product_for
+from .products import BoundProduct, Product, RowLimits, registry
 
 if TYPE_CHECKING:
     from .packed_linear import PackedLinear
@@ -24,9 +24,10 @@ MOST_CALLS = 16
 
 @dataclass(frozen=True)
 class _Known:
-    """A call: its launches, or None if they cannot be repeated; and what chose our kernel for it."""
+    """A call: its launches, or None if they cannot be repeated; its product, and what chose it."""
 
     bound: BoundCall | None
+    product: BoundProduct
     limits: RowLimits | None
     products: tuple[Product, ...]
 
@@ -44,7 +45,7 @@ class BoundCalls:
         return BoundCalls, ()
 
     def outputs(self, layer: PackedLinear, tokens: torch.Tensor) -> torch.Tensor | None:
-        """The outputs [..., out_features] if our kernel takes this call and nothing has to be recorded for a gradient.
+        """The outputs [..., out_features] if a bound product takes this call and no gradient needs a record of it.
 
         The first call of a shape goes through the launcher, which compiles the kernel. None if the launcher must take
         the call.
@@ -56,8 +57,8 @@ class BoundCalls:
             return self._first(layer, tokens)
         if call.bound is None or (tokens.is_cuda and torch.cuda.current_device() != tokens.device.index):
             return None
-        rows, bias = tokens.view(-1, layer.in_features), layer.bias
-        sources = (rows, layer.values, layer.meta) if bias is None else (rows, layer.values, layer.meta, bias)
+        rows, bias, operands = tokens.view(-1, layer.in_features), layer.bias, call.product.operands(layer)
+        sources = (rows, *operands) if bias is None else (rows, *operands, bias)
         if not call.bound.takes(*sources):
             return None
         return call.bound(*sources).view(*tokens.shape[:-1], layer.out_features)
@@ -67,12 +68,13 @@ class BoundCalls:
         packed = layer.packed
         if not isinstance(packed, PackedNM) or not 0 < rows <= MOST_BOUND_TOKENS:
             return None
-        if choose_product(rows, packed, layer.limits) != "packed":
+        product = product_for(rows, packed, layer.limits)
+        if not isinstance(product, BoundProduct):
             return None
         if len(self._calls) >= MOST_CALLS:
             self._calls.clear()
-        outputs, bound = bound_nm_linear(tokens.view(rows, layer.in_features), packed, layer.bias)
-        self._calls[tokens.shape] = _Known(bound, layer.limits, registry.products)
+        outputs, bound = product.bound(tokens.view(rows, layer.in_features), packed, layer.bias)
+        self._calls[tokens.shape] = _Known(bound, product, layer.limits, registry.products)
         return outputs.view(*tokens.shape[:-1], layer.out_features)
 
 

@@ -12,11 +12,14 @@ from ..kernels.packed_nm import PackedNM
 from .kernel import Kernel
 from .products import Packed, Product, RowLimits, register_product, registry
 from .semi_structured import SemiStructured, backend_of, warn_of_no_second_copy
+from .sparse_units import SparseUnits, asked_for
 from .unpacked import Unpacked
 
 DENSE = Unpacked()
 for _product in (DENSE, SemiStructured(), Kernel()):  # The last one is asked first.
     register_product(_product)
+if asked_for():
+    register_product(SparseUnits())
 
 ALWAYS = 1 << 30
 """A limit above the number of rows of any call."""
@@ -123,7 +126,12 @@ def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLim
 
 def choose_product(rows: int, packed: Packed, limits: RowLimits | None = None) -> str:
     """Name of the product for a number of rows. ``limits`` None means the defaults of the device."""
-    return _choose(rows, packed, limits)[0].name
+    return product_for(rows, packed, limits).name
+
+
+def product_for(rows: int, packed: Packed, limits: RowLimits | None = None) -> Product:
+    """The product for a number of rows. ``limits`` None means the defaults of the device."""
+    return _choose(rows, packed, limits)[0]
 
 
 def multiply(

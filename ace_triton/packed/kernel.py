@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..kernels.nm_linear import DTYPES, nm_linear
+from ..kernels.bound_launch import BoundCall
+from ..kernels.nm_linear import DTYPES, bound_nm_linear, nm_linear
 from ..kernels.packed_nm import PackedNM
 from ..kernels.packed_rows import PackedRows
 from ..kernels.rows_linear import rows_linear
-from .products import Packed, Product, RowLimits
+from .products import BoundProduct, Packed, RowLimits
 
 
-class Kernel(Product):
+class Kernel(BoundProduct):
     """:func:`~ace_triton.kernels.nm_linear.nm_linear` or :func:`~ace_triton.kernels.rows_linear.rows_linear`."""
 
     name, label = "packed", "ours"
@@ -31,3 +34,11 @@ class Kernel(Product):
         if isinstance(packed, PackedRows):
             return rows_linear(tokens, packed, bias)
         return nm_linear(tokens, packed, bias)
+
+    def operands(self, layer: Any) -> tuple[torch.Tensor, ...]:
+        return layer.values, layer.meta
+
+    def bound(
+        self, tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, BoundCall | None]:
+        return bound_nm_linear(tokens, packed, bias)

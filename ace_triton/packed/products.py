@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
+from ..kernels.bound_launch import BoundCall
 from ..kernels.packed_nm import PackedNM
 from ..kernels.packed_rows import PackedRows
 
@@ -125,6 +126,26 @@ class Product(ABC):
             if name == self.name and rows >= first and (last is None or rows <= last):
                 return True
         return False
+
+
+class BoundProduct(Product):
+    """A product whose calls for few rows on a GPU can be recorded and repeated, which takes less time on the host."""
+
+    @abstractmethod
+    def operands(self, layer: Any) -> tuple[torch.Tensor, ...]:
+        """The tensors of a packed layer that a repetition takes between the tokens and the bias."""
+
+    @abstractmethod
+    def bound(
+        self, tokens: torch.Tensor, packed: Any, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, BoundCall | None]:
+        """As :meth:`multiply`, and the same call to be repeated with other tensors; None if it cannot be.
+
+        Args:
+            tokens: [n_tokens, in_features] in the weight's dtype, on its device, contiguous.
+            packed: the weight.
+            bias: [out_features] or None.
+        """
 
 
 class Registry:

@@ -11,30 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..kernels.pack_nm import PackedNM, pack_cutlass
 from ..kernels.unpack_nm import unpack_nm
-from ..kernels.written import version_of
+from . import conversions
 from .products import Packed, Product, RowLimits
 
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class _Converted:
-    """A tensor converted from a packed weight, and the version counters of the weight's tensors at that time."""
-
-    versions: tuple[int, int]
-    tensor: torch.Tensor
-
-
-_cache = WeakTensorKeyDictionary()
+_conversions = conversions.Conversions()
 _algorithms: dict[tuple[object, ...], int] = {}
 
 
@@ -109,7 +98,7 @@ def semi_structured_linear(
 
 def cutlass_weight(packed: PackedNM) -> torch.Tensor:
     """A semi-structured tensor that shares our values and has metadata in CUTLASS's order."""
-    meta = _cached(packed, lambda: _cutlass_meta(packed), keep=True)
+    meta = _conversions.of(packed, lambda: _cutlass_meta(packed))
     return SparseSemiStructuredTensorCUTLASS(torch.Size(packed.shape), packed.values, meta, None, None, None)
 
 
@@ -119,7 +108,7 @@ def _cutlass_meta(packed: PackedNM) -> torch.Tensor:
 
 
 def _cusparselt_weight(packed: PackedNM, rows: int, bias: torch.Tensor | None, keep: bool) -> torch.Tensor:
-    compressed = _cached(packed, lambda: torch._cslt_compress(unpack_nm(packed)), keep)
+    compressed = _conversions.of(packed, lambda: torch._cslt_compress(unpack_nm(packed)), keep)
     algorithm = _algorithm(packed, compressed, rows, bias)
     shape = torch.Size(packed.shape)
     return SparseSemiStructuredTensorCUSPARSELT(
@@ -129,7 +118,7 @@ def _cusparselt_weight(packed: PackedNM, rows: int, bias: torch.Tensor | None, k
 
 def _algorithm(packed: PackedNM, compressed: torch.Tensor, rows: int, bias: torch.Tensor | None) -> int:
     """The fastest cuSPARSELt algorithm; searched once per shape, dtype, device and power of two of the rows."""
-    if _capturing(packed.values.device):
+    if conversions.capturing(packed.values.device):
         return 0
     width = 1 << max(3, (rows - 1).bit_length())
     key = (*packed.shape, width, packed.values.dtype, packed.values.device.index)
@@ -137,20 +126,3 @@ def _algorithm(packed: PackedNM, compressed: torch.Tensor, rows: int, bias: torc
         columns = packed.values.new_zeros(width, packed.shape[1]).t()
         _algorithms[key] = torch._cslt_sparse_mm_search(compressed, columns, bias=bias, transpose_result=True)
     return _algorithms[key]
-
-
-def _cached(packed: PackedNM, make: Callable[[], torch.Tensor], keep: bool) -> torch.Tensor:
-    """The cached result of ``make`` for a packed weight. It is made again if the weight was written to since then."""
-    versions = version_of(packed.meta), version_of(packed.values)
-    converted = _cache.get(packed.meta)
-    if converted is not None and converted.versions == versions:
-        return converted.tensor
-    tensor = make()
-    if keep and not _capturing(packed.values.device):
-        _cache[packed.meta] = _Converted(versions, tensor)
-    return tensor
-
-
-def _capturing(device: torch.device) -> bool:
-    """True during CUDA graph capture. A tensor made then is in the graph's memory, without content before a replay."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -21,6 +21,7 @@ from ace_triton.kernels.finite import all_finite, find_not_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.nm_linear_mma import nm_linear_mma
 from ace_triton.kernels.pack_nm import PackedNM, pack_cutlass, pack_nm, pack_scored
 from ace_triton.kernels.pack_rows import unpack_rows
 from ace_triton.kernels.packed_rows import PackedRows
@@ -314,6 +315,18 @@ def by_rows(rows: int, cols: int, dtype: torch.dtype = BF16) -> PackedRows:
     return PackedRows(some(rows * (cols // 2), dtype=dtype), meta, starts, (rows, cols))
 
 
+def nm_linear_mma_calls() -> Iterator[tuple[str, Call]]:
+    """Tiles of 8, 16 and 64 tokens, and partial tiles of outputs."""
+
+    def call(t: int, r: int, c: int, dtype: torch.dtype) -> object:
+        fragments = some(-(-r // 16), c // 64, 32, dtype=torch.int32)
+        return nm_linear_mma(some(t, c, dtype=dtype), packed(r, c, dtype=dtype), fragments, some(r))
+
+    for t, r, c, dtype in ((1, 1, 64, BF16), (9, 33, 1088, FP16), (64, 1, 64, BF16)):
+        yield f"{t} tokens by {r} x {c}, {dtype}", partial(call, t, r, c, dtype)
+    yield "many tokens by 1 x 64", partial(call, 64 * 65535 + 16, 1, 64, BF16)
+
+
 def rows_linear_calls() -> Iterator[tuple[str, Call]]:
     """Few tokens and many by weights with row starts, and such weights unpacked."""
     for r, c in ((1, 2), (2, 33), (33, 48), (1, 4096)):
@@ -347,5 +360,6 @@ LAUNCHERS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "join_gains": join_gains_calls,
     "pack_nm": pack_calls,
     "nm_linear": nm_linear_calls,
+    "nm_linear_mma": nm_linear_mma_calls,
     "rows_linear": rows_linear_calls,
 }

@@ -16,7 +16,9 @@ from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.nm_linear_mma import nm_linear_mma
 from ace_triton.kernels.pack_nm import PackedNM, pack_cutlass, pack_nm, pack_scored
+from ace_triton.kernels.pack_rows import unpack_rows
 from ace_triton.kernels.packed_rows import PackedRows
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
@@ -56,6 +58,7 @@ class Case:
         loaded: bytes per element that the widest loads read.
         moved: bytes per element that must cross DRAM; 0 if the call is bound by arithmetic or latency.
         launch: index of the launch that the report shows.
+        nvidia: True if the kernel runs on NVIDIA GPUs only.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Case:
     loaded: float
     moved: float
     launch: int = 0
+    nvidia: bool = False
 
 
 def terms(rows: int, cols: int, names: tuple[str, ...]) -> ScoreTerms:
@@ -130,6 +134,7 @@ def token_statistics_cases(dtype: torch.dtype, layers: int) -> Iterator[Case]:
     name = f"token_statistics, {layers} layer{'s' * (layers > 1)}"
     yield Case(f"{name}, norms", dtype, call, elements * layers, size, size)
     yield Case(f"{name}, sums", dtype, call, elements, size, size, launch=1)
+    yield Case(f"{name}, merge", dtype, call, elements, size, 0, launch=2)
 
 
 def weight_sums_case(dtype: torch.dtype) -> Case:
@@ -276,15 +281,52 @@ def nm_linear_case(dtype: torch.dtype, n_tokens: int, n: int = 2, m: int = 4) ->
     return Case(name, dtype, call, rows * cols, loaded, weight_bytes + 1 / 8)
 
 
+def nm_linear_mma_case(dtype: torch.dtype, n_tokens: int) -> Case:
+    """A 2:4 layer on NVIDIA's sparse matrix units; the widest loads read its values."""
+    rows, cols = SHAPE
+
+    def call() -> object:
+        fragments = torch.empty(rows // 16, cols // 64, 32, dtype=torch.int32)
+        return nm_linear_mma(torch.empty(n_tokens, cols, dtype=dtype), empty_packed(dtype, 2, 4), fragments)
+
+    name = f"nm_linear_mma, {n_tokens} row{'s' * (n_tokens > 1)}"
+    return Case(name, dtype, call, rows * cols, 1, 1 + 1 / 8, nvidia=True)
+
+
+def few_bits_case(dtype: torch.dtype, bits: int, n_tokens: int) -> Case:
+    """A layer of few bits, 8:16, times a few tokens. The widest loads read the tokens, once for four outputs."""
+    rows, cols = SHAPE
+
+    def call() -> object:
+        packed = PackedNM.empty(SHAPE, 8, 16, dtype=dtype, device="cpu", bits=bits, group=128)
+        return nm_linear(torch.empty(n_tokens, cols, dtype=dtype), packed)
+
+    name = f"nm_linear 8:16, {bits} bits, {n_tokens} row{'s' * (n_tokens > 1)}"
+    moved = bits / 16 + 1 / 8 + dtype.itemsize / 128
+    return Case(name, dtype, call, rows * cols, n_tokens * dtype.itemsize / 4, moved)
+
+
+def unpack_rows_case(dtype: torch.dtype) -> Case:
+    """A layer whose zeros follow no pattern, half of it kept, unpacked."""
+    size = dtype.itemsize
+    call = lambda: unpack_rows(empty_rows(dtype))  # noqa: E731
+    return Case("unpack_rows", dtype, call, SHAPE[0] * SHAPE[1], size / 2, size * 1.5 + 1 / 8)
+
+
+def empty_rows(dtype: torch.dtype) -> PackedRows:
+    """A layer whose zeros follow no pattern, half of it kept, with uninitialized values."""
+    rows, cols = SHAPE
+    values, meta = torch.empty(rows * cols // 2, dtype=dtype), torch.empty(rows, cols // 32, dtype=torch.int32)
+    return PackedRows(values, meta, torch.empty(rows + 1, dtype=torch.int64), SHAPE)
+
+
 def rows_linear_case(dtype: torch.dtype, n_tokens: int) -> Case:
     """A layer whose zeros follow no pattern, half of it kept, times a few tokens."""
     rows, cols = SHAPE
     weight_bytes = dtype.itemsize / 2
 
     def call() -> object:
-        values, meta = torch.empty(rows * cols // 2, dtype=dtype), torch.empty(rows, cols // 32, dtype=torch.int32)
-        packed = PackedRows(values, meta, torch.empty(rows + 1, dtype=torch.int64), SHAPE)
-        return rows_linear(torch.empty(n_tokens, cols, dtype=dtype), packed)
+        return rows_linear(torch.empty(n_tokens, cols, dtype=dtype), empty_rows(dtype))
 
     name = f"rows_linear, {n_tokens} row{'s' * (n_tokens > 1)}"
     return Case(name, dtype, call, rows * cols, n_tokens * dtype.itemsize / 4, weight_bytes + 1 / 8)
@@ -312,8 +354,15 @@ def every_case() -> Iterator[Case]:
         for few in (1, 2, 4, 16, 32) if dtype.itemsize == 2 else (1, 2, 4, 16):
             yield nm_linear_case(dtype, few)
         yield nm_linear_case(dtype, 1, 3, 8)
+        if dtype.itemsize == 2:
+            for few in (1, 8, 16, 64):
+                yield nm_linear_mma_case(dtype, few)
+            for bits in (8, 4):
+                for few in (1, 4, 16):
+                    yield few_bits_case(dtype, bits, few)
         for few in (1, 4):
             yield rows_linear_case(dtype, few)
+        yield unpack_rows_case(dtype)
         for cols in (576, 1536, 4096, 11008, 16384):
             yield select_rows_case(dtype, cols)
         yield moments_case(dtype)

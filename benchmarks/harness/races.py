@@ -19,6 +19,7 @@ from ace_triton.kernels.adamw import GradientMoments, Step, adamw
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.nm_linear_mma import fragments_of, nm_linear_mma
 from ace_triton.kernels.pack_nm import pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_rows import select_rows
@@ -34,6 +35,7 @@ def run_kernels(device: torch.device) -> None:
     packed = pack_scored(weight, ScoreTerms(), 2, 4)
     for rows in (1, 16, 40):
         nm_linear(tokens[:rows], packed)
+        nm_linear_mma(tokens[:rows], packed, fragments_of(packed))
     moments(tokens.reshape(2, 20, 512))
     moments(tokens, torch.arange(40, device=device) > 3)
     weight_sums(weight)

@@ -61,6 +61,8 @@ alignment and block sizes that its public launcher chooses, and disassembles it.
   issued; 64 for integer and logic, 128 for fp32, 64 on A100, 16 for conversions and bit counts, 32 for
   memory), over the time for the bytes that must cross DRAM, at data-sheet bandwidth. Below 1, the kernel is
   bound by memory. Latency, launches and caches are not included.
+- nm_linear_mma is inline PTX for NVIDIA GPUs. It never ran on a GPU and is used only on request; tests/ptx runs its
+  PTX through a model of the instruction.
 - If an operation has several launches, the first one is shown. coupling and cosp_select are bound by matrix
   products and have no such ratio; 12 passes of select_rows over a layer are not shown.
 """
@@ -152,13 +154,18 @@ def report(targets: tuple[str, ...]) -> Iterator[str]:
     """Lines of docs/kernels.md."""
     yield PREAMBLE
     cases = list(every_case())
-    codes = {(case.name, case.dtype, t): kernel_of(case, t) for case in cases for t in targets}
+    codes = {
+        (case.name, case.dtype, t): kernel_of(case, t)
+        for case in cases
+        for t in targets
+        if not case.nvidia or t.startswith("sm_")
+    }
     yield "## Registers of a thread\n\nSpilled accesses, if any, in brackets; vector registers on AMD.\n"
     yield _row("kernel", "dtype", *targets)
     yield _row(*["---"] * (2 + len(targets)))
     for case in cases:
-        found = (codes[case.name, case.dtype, target][1] for target in targets)
-        yield _row(case.name, _name(case.dtype), *(f"{c.registers}{f' ({c.spills})' * (c.spills > 0)}" for c in found))
+        found = (codes.get((case.name, case.dtype, target)) for target in targets)
+        yield _row(case.name, _name(case.dtype), *(_registers(one[1]) if one else "" for one in found))
     yield "\n## Instructions and time, for sm_90 unless a column names another GPU\n"
     yield _row("kernel", "dtype", "shared bytes", "occupancy", "loads", "stores", "instructions", *GPUS)
     yield _row(*["---"] * (7 + len(GPUS)))
@@ -179,6 +186,10 @@ def report(targets: tuple[str, ...]) -> Iterator[str]:
             *ratios,
         )
     yield from one_pass_lines()
+
+
+def _registers(code: MachineCode) -> str:
+    return f"{code.registers}{f' ({code.spills})' * (code.spills > 0)}"
 
 
 def _row(*cells: object) -> str:

@@ -21,6 +21,7 @@ from benchmarks.harness.kernel_cases import (
     join_gains_case,
     moments_case,
     nm_linear_case,
+    nm_linear_mma_case,
     pack_case,
     pack_cutlass_case,
     rows_linear_case,
@@ -159,6 +160,14 @@ def test_decoding_is_bound_by_memory(dtype):
     check(case, most_ratio=0.8)
     if dtype.itemsize == 2:
         assert case.moved / dtype.itemsize <= 0.57
+
+
+def test_sparse_matrix_units_leave_two_instructions_a_weight():
+    case = nm_linear_mma_case(torch.bfloat16, 1)
+    check(case, most_ratio=0.4, gpus=("A100", "H100", "B200"))
+    launch, code = kernel_of(case, "sm_90")
+    assert per_element(case, launch, code).total() <= 2
+    assert code.loop["tensor"] > 0
 
 
 @pytest.mark.parametrize("scored", [True, False])

@@ -15,7 +15,7 @@ import typer
 from benchmarks.harness import races
 from benchmarks.harness.results import load
 from benchmarks.on_gpu import Environment, Section, main, run_section, sections, write_record
-from benchmarks.reports import sum_warps
+from benchmarks.reports import sparse_units, sum_warps
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
@@ -48,7 +48,9 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_an_unknown_section_is_refused(tmp_path):
-    with pytest.raises(typer.BadParameter, match="unknown section speed: use one of tests, races, kernels, sums"):
+    with pytest.raises(
+        typer.BadParameter, match="unknown section speed: use one of sparse_units, tests, races, kernels, sums"
+    ):
         main(out=tmp_path, only=["speed"], dry_run=True)
 
 
@@ -78,6 +80,18 @@ def test_warps_of_sums_are_compared(capsys):
     head, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert {len(line.split("\t")) for line in (head, *lines)} == {5}
+
+
+def test_sparse_units_are_checked_first_and_then_timed(capsys, tmp_path, monkeypatch):
+    assert sections(tmp_path, dry_run=False)[0].name == "sparse_units"
+    sparse_units.main(dry_run=True)
+    checked, timed = capsys.readouterr().out.split("shape, bf16")
+    assert [line.split("\t")[2:] for line in checked.splitlines()[1:]] == [["0", "0", "0"]] * 2
+    assert len(timed.splitlines()[1].split("\t")) == 4
+    monkeypatch.setattr(sparse_units, "nm_linear_mma", lambda tokens, *_: torch.full_like(tokens[:, :1], torch.nan))
+    with pytest.raises(typer.Exit):
+        sparse_units.main(dry_run=True)
+    assert "outputs are wrong; no times" in capsys.readouterr().out
 
 
 def test_what_the_race_detector_runs_runs():

@@ -25,6 +25,7 @@ from ace_triton.kernels.gram_product import gram_product
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.nm_linear_mma import fragments_of, nm_linear_mma
 from ace_triton.kernels.op import Op, Work, launch_metadata
 from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_nm_reference, pack_scored
 from ace_triton.kernels.pack_rows import pack_rows, pack_rows_reference, unpack_rows
@@ -68,6 +69,7 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
     values, rounded = rand(32, 64), rand(32, 64, dtype=half)
     kept, pools = GradientMoments.like(values), rand(2, 16, 8)
     of_packed = 32 * 32 * 2 + 32 * 2 * 4
+    fragments = fragments_of(packed)
     by_rows, of_rows = pack_rows_reference(pruned), of_packed + 33 * 8
     return {
         "adamw": (
@@ -95,6 +97,10 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
         "moments": (lambda: moments(weight), 4096 + 64 * (4 + 16) + 8, 6 * 2048),
         "nm_linear": (
             lambda: nm_linear(tokens, packed, rand(32)),
+            *(1280 + of_packed + 640 + 128, 2 * 10 * 1024 + 320),
+        ),
+        "nm_linear_mma": (
+            lambda: nm_linear_mma(tokens, packed, fragments, rand(32)),
             *(1280 + of_packed + 640 + 128, 2 * 10 * 1024 + 320),
         ),
         "pack_cutlass": (lambda: pack_cutlass(weight, scale), 4096 + 256 + of_packed, 2048),

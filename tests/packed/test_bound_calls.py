@@ -20,6 +20,9 @@ from ace_triton.kernels import backend
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import _two_of_four_body
 from ace_triton.kernels.nm_linear_dot import _add_splits, _dot_body
+from ace_triton.kernels.nm_linear_mma import _mma_body, refusal
+from ace_triton.packed.products import register_product, registry
+from ace_triton.packed.sparse_units import SparseUnits, fragments
 from tests.statistics.test_deferred import Reads
 
 pytestmark = [
@@ -59,7 +62,7 @@ class Driver:
 def stub():
     """Compiled kernels keep their driver, so there is one for all tests."""
     yield Driver()
-    for kernel in (_two_of_four_body, _dot_body, _add_splits):
+    for kernel in (_two_of_four_body, _dot_body, _add_splits, _mma_body):
         kernel.device_caches.clear()
 
 
@@ -184,3 +187,26 @@ def test_copies_start_without_bound_launches(gpu, through_jit):
     for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
         other(tokens)
         assert other.values.data_ptr() in gpu.launches[-1]
+
+
+def test_sparse_units_are_bound_too(gpu, through_jit, monkeypatch):
+    """Repetitions take the repacked metadata of the weight as it is at the time of the call."""
+    monkeypatch.setattr(SparseUnits, "refusal", lambda product, packed, rows: refusal(packed))
+    monkeypatch.setattr(registry, "products", registry.products)
+    monkeypatch.setattr(registry, "others", registry.others)
+    register_product(SparseUnits())
+    layer = packed_layer()
+    layer.limits = None
+    tokens = torch.randn(3, 1, 1024, dtype=torch.bfloat16)
+    first, second = layer(tokens[0]), layer(tokens[1])
+    kept = fragments(layer.packed)
+    assert through_jit == [_mma_body]
+    before = memory_free(gpu.launches[0], tokens[0], first, layer.values, layer.bias, kept)
+    assert before == memory_free(gpu.launches[1], tokens[1], second, layer.values, layer.bias, kept)
+    assert {0, 1, 2, 3, 4} <= set(before)
+    layer.meta.copy_(layer.meta.flip(0))
+    third = layer(tokens[2])
+    new = fragments(layer.packed)
+    assert new is not kept
+    assert before == memory_free(gpu.launches[2], tokens[2], third, layer.values, layer.bias, new)
+    assert len(through_jit) == 1

@@ -40,12 +40,12 @@ def test_metadata_are_made_once_and_again_when_the_weight_is_written():
 
 def test_metadata_made_while_a_graph_records_are_not_kept(monkeypatch):
     packed = pack_nm(pruned(32, 64), 2, 4)
-    monkeypatch.setattr("ace_triton.packed.semi_structured._capturing", lambda device: True)
+    monkeypatch.setattr("ace_triton.packed.conversions.capturing", lambda device: True)
     recorded = cutlass_weight(packed).meta
     monkeypatch.undo()
     kept = cutlass_weight(packed).meta
     assert kept is not recorded
-    monkeypatch.setattr("ace_triton.packed.semi_structured._capturing", lambda device: True)
+    monkeypatch.setattr("ace_triton.packed.conversions.capturing", lambda device: True)
     assert cutlass_weight(packed).meta is kept
 
 
