@@ -5,7 +5,7 @@ A weight is dequantized when it is read, one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,14 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
         name: name of the checkpoint, for messages.
         folder: its folder, with safetensors files.
         layout: the format of its quantized weights.
+        transposed: names of the weights that the model stores as [in_features, out_features] (GPT-2's Conv1D). Formats
+            store these like all others.
     """
 
     name: str
     folder: Path
     layout: Format
+    transposed: Collection[str] = ()
 
     def __post_init__(self) -> None:
         paths = safetensors_files(self.folder)
@@ -89,16 +92,17 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
         return lambda: self._stored[name].get_tensor(name)
 
     def _dequantizer(self, layer: str) -> Callable[[], torch.Tensor]:
+        name = layer + self.layout.weight_name
+
         def read() -> torch.Tensor:
             try:
                 parts = {part: self._stored[layer + part].get_tensor(layer + part) for part in self._parts[layer]}
-                return self.layout.weight(parts)
+                weight = self.layout.weight(parts)
+                return weight.t().contiguous() if name in self.transposed else weight
             except MemoryError:
                 raise
             except Exception as error:  # Also what no check foresees: without the layer's name nobody finds the cause.
-                raise CheckpointError(
-                    f"{self.name}: {layer}{self.layout.weight_name} cannot be dequantized: {reason(error)}"
-                ) from error
+                raise CheckpointError(f"{self.name}: {name} cannot be dequantized: {reason(error)}") from error
 
         return read
 
