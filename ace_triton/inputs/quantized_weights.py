@@ -59,11 +59,11 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
             file = open_safetensors(path)
             stored.update(dict.fromkeys(file.keys(), file))
         self._stored = stored
-        layers = {own for name in stored for mark in self.layout.marks if (own := _layer(name, mark)) is not None}
+        layers = {own for name in stored for mark in self.layout.marks if (own := self._layer(name, mark)) is not None}
         self._parts = {own: [part for part in self.layout.parts if f"{own}{part}" in stored] for own in sorted(layers)}
         taken = {f"{own}{part}" for own, parts in self._parts.items() for part in parts}
         left = [name for name in stored if name not in taken]
-        left = [name for name in left if not any(_layer(name, end) is not None for end in self.layout.ignored)]
+        left = [name for name in left if not any(self._layer(name, end) is not None for end in self.layout.ignored)]
         self._tensors = {name: LazyTensor(self._reader(name)) for name in left}
         self._tensors |= {own + self.layout.weight_name: LazyTensor(self._dequantizer(own)) for own in self._parts}
 
@@ -88,6 +88,9 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def _layer(self, name: str, end: str) -> str | None:
+        return _layer(name, end, dotted=bool(self.layout.weight_name))
+
     def _reader(self, name: str) -> Callable[[], torch.Tensor]:
         return lambda: self._stored[name].get_tensor(name)
 
@@ -110,12 +113,12 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def _layer(name: str, end: str) -> str | None:
-    """The part of a tensor's name before an end, with its dot if the end follows one; None if it has another end."""
+def _layer(name: str, end: str, *, dotted: bool) -> str | None:
+    """The part of a tensor's name before an end, with its dot if one belongs there; None if the name ends otherwise."""
     before = name.removesuffix(end)
     if before == name:
         return None
-    ends_well = before and not before.endswith(".") if end.startswith("_") else not before or before.endswith(".")
+    ends_well = not before or before.endswith(".") if dotted else before and not before.endswith(".")
     return before if ends_well else None
 
 

@@ -116,11 +116,10 @@ def whole_model(pruning: dict[str, Any], perplexity: dict[str, Any]) -> list[str
     return [
         *lines,
         "",
-        "| work | peak memory | time | perplexity |",
-        "|---|---:|---:|---:|",
+        "| work | peak memory | perplexity |",
+        "|---|---:|---:|",
         *(
-            f"| {work} | {gb(row['peak_bytes'])} | {row['seconds'] / 60:.1f} min | "
-            f"{format(row['perplexity'], '.2f') if 'perplexity' in row else ''} |"
+            f"| {work} | {gb(row['peak_bytes'])} | {format(row['perplexity'], '.2f') if 'perplexity' in row else ''} |"
             for work, row in rows
         ),
     ]

@@ -74,7 +74,9 @@ def same_files(one, other):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("layout", ["gptq in another order", "awq", "int4 with zero points", "bitsandbytes of 4 bits"])
+@pytest.mark.parametrize(
+    "layout", ["gptq in another order", "awq", "torchao", "int4 with zero points", "bitsandbytes of 4 bits"]
+)
 def test_the_dense_model_of_a_quantized_one_is_pruned(tiny_checkpoint, tmp_path, layout):
     source, dense = stored_in(layout, tiny_checkpoint, tmp_path / "quantized")
     assert not any("quantized" in line for line in plan_pruning(source, MAGNITUDE, stream=True).warnings)
@@ -182,7 +184,7 @@ def test_an_unknown_variant_is_refused_with_what_can_be_read(tiny_checkpoint, tm
             call()
 
 
-@pytest.mark.parametrize("method", ["torchao", "hqq", "of tomorrow"])
+@pytest.mark.parametrize("method", ["quanto", "hqq", "of tomorrow"])
 def test_other_quantized_weights_are_refused_in_one_line(tiny_checkpoint, tmp_path, method):
     source = quantized(tiny_checkpoint, tmp_path / "quantized", {"quant_method": method, "bits": 4})
     message = rf"its weights are quantized \({method}\) and cannot be streamed: name the floating-point model"
