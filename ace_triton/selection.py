@@ -14,10 +14,11 @@ from .block_fit import BlockFit
 from .budgets import find_budgets
 from .checked_terms import UnreadCheck, read_checks, score_matrix
 from .decoders.batches import Batch, trial_batch
-from .decoders.blocks import gated_consumers, linears_of
+from .decoders.blocks import linears_of
 from .decoders.collect import InputCollector
 from .decoders.experts import ExpertLinear
 from .decoders.lanes import Lanes
+from .decoders.layer_roles import gated_consumers
 from .decoders.plan import Plan, Unit, misfit
 from .decoders.watcher import Watcher
 from .decoders.weight_store import WeightStore

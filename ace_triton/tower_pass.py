@@ -11,10 +11,11 @@ from torch import nn
 
 from .block_fit import dense_outputs, fit_block
 from .decoders.batches import Batch, trial_batch
-from .decoders.blocks import Block, Tower, finished_modules
+from .decoders.blocks import Block, Tower
 from .decoders.collect import InputCollector
 from .decoders.experts import ExpertLinear
 from .decoders.kept_tensors import keeper
+from .decoders.layer_roles import finished_modules
 from .decoders.plan import Plan, Unit
 from .decoders.replay import Replay, Runner, WholeForward, make_runner
 from .model_report import TowerRun

@@ -17,8 +17,9 @@ from ..methods.registry import Metric, Needs
 from ..sparsity import Axis, Sparsity
 from ..tied import Owners
 from .account import Account, Kind, Ledger
-from .blocks import Block, Tower, adapters, in_attention, linears_of, routers, stacks_of
+from .blocks import Block, Tower, linears_of, stacks_of
 from .experts import ExpertLinear, Layout, Stack
+from .layer_roles import adapters, in_attention, routers
 
 ADAPTER = "an adapter of low rank; merge it into its layer to prune both"
 ROUTER = "routers stay dense"

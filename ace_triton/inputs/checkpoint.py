@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import process_memory
 from ..errors import AceError, CheckpointError
+from ..linears import is_linear
 from ..process_memory import few_pages_of
 from .checked_model import (
     check_config,
@@ -178,8 +180,9 @@ def _load_dequantized(
 
     vars(config).pop("quantization_config")
     with init_empty_weights():
-        kind = type(task.loader.from_config(config, trust_remote_code=options["trust_remote_code"]))
-    with closing(QuantizedCheckpoint(found.name, folder_of(found), layout)) as stored:
+        skeleton = task.loader.from_config(config, trust_remote_code=options["trust_remote_code"])
+    kind, transposed = type(skeleton), _transposed_weights(skeleton)
+    with closing(QuantizedCheckpoint(found.name, folder_of(found), layout, transposed)) as stored:
         if dtype == "auto" and getattr(config, "dtype", None) is None:
             dtype = stored.dtype
         model = checked_model(
@@ -188,6 +191,14 @@ def _load_dequantized(
     with suppress(OSError):  # Without a file, the generation configuration comes from that of the model.
         model.generation_config = GenerationConfig.from_pretrained(stored.folder)
     return model
+
+
+def _transposed_weights(model: Any) -> set[str]:
+    """Names of the weights that a model stores as [in_features, out_features], with and without its prefix."""
+    prefix = f"{model.base_model_prefix}."
+    modules = [(name, module) for name, module in model.named_modules() if is_linear(module)]
+    names = {f"{name}.weight" for name, module in modules if not isinstance(module, nn.Linear)}
+    return names | {name.removeprefix(prefix) for name in names} | {prefix + name for name in names}
 
 
 def stated_quantization(config: Any) -> dict[str, Any] | None:

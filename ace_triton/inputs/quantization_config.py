@@ -9,6 +9,7 @@ from ..errors import CheckpointError
 from .quantization_fields import Fields
 from .quantized_formats import PACKED_BITS, Awq, Bitsandbytes, CompressedTensors, Format, Gptq
 from .quantized_mxfp4 import Mxfp4
+from .quantized_torchao import torchao_format
 
 STATED_BITS = range(1, 17)
 """Bits per weight that compressed-tensors may state for weights that are not packed."""
@@ -27,6 +28,8 @@ def format_of(stated: Mapping[str, Any]) -> Format | None:
         return _awq(fields)
     if method == "compressed-tensors":
         return _compressed_tensors(fields)
+    if method == "torchao":
+        return torchao_format(fields)
     return _OTHERS.get(method) if isinstance(method, str) else None
 
 

@@ -31,8 +31,8 @@ Parts = Mapping[str, torch.Tensor]
 class Format(Protocol):
     """How the weights of a checkpoint are stored.
 
-    Ends of names follow a dot: "qweight" stands for ``layer.qweight``. Those that begin with "_" follow the name of a
-    parameter: "_blocks" stands for ``experts.down_proj_blocks``.
+    Ends of names follow a dot: "qweight" stands for ``layer.qweight``. If :attr:`weight_name` is "", they follow the
+    name of a parameter: "_blocks" stands for ``experts.down_proj_blocks``.
     """
 
     @property

@@ -5,7 +5,7 @@ A weight is dequantized when it is read, one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,14 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
         name: name of the checkpoint, for messages.
         folder: its folder, with safetensors files.
         layout: the format of its quantized weights.
+        transposed: names of the weights that the model stores as [in_features, out_features] (GPT-2's Conv1D). Formats
+            store these like all others.
     """
 
     name: str
     folder: Path
     layout: Format
+    transposed: Collection[str] = ()
 
     def __post_init__(self) -> None:
         paths = safetensors_files(self.folder)
@@ -56,11 +59,11 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
             file = open_safetensors(path)
             stored.update(dict.fromkeys(file.keys(), file))
         self._stored = stored
-        layers = {own for name in stored for mark in self.layout.marks if (own := _layer(name, mark)) is not None}
+        layers = {own for name in stored for mark in self.layout.marks if (own := self._layer(name, mark)) is not None}
         self._parts = {own: [part for part in self.layout.parts if f"{own}{part}" in stored] for own in sorted(layers)}
         taken = {f"{own}{part}" for own, parts in self._parts.items() for part in parts}
         left = [name for name in stored if name not in taken]
-        left = [name for name in left if not any(_layer(name, end) is not None for end in self.layout.ignored)]
+        left = [name for name in left if not any(self._layer(name, end) is not None for end in self.layout.ignored)]
         self._tensors = {name: LazyTensor(self._reader(name)) for name in left}
         self._tensors |= {own + self.layout.weight_name: LazyTensor(self._dequantizer(own)) for own in self._parts}
 
@@ -85,20 +88,24 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def _layer(self, name: str, end: str) -> str | None:
+        return _layer(name, end, dotted=bool(self.layout.weight_name))
+
     def _reader(self, name: str) -> Callable[[], torch.Tensor]:
         return lambda: self._stored[name].get_tensor(name)
 
     def _dequantizer(self, layer: str) -> Callable[[], torch.Tensor]:
+        name = layer + self.layout.weight_name
+
         def read() -> torch.Tensor:
             try:
                 parts = {part: self._stored[layer + part].get_tensor(layer + part) for part in self._parts[layer]}
-                return self.layout.weight(parts)
+                weight = self.layout.weight(parts)
+                return weight.t().contiguous() if name in self.transposed else weight
             except MemoryError:
                 raise
             except Exception as error:  # Also what no check foresees: without the layer's name nobody finds the cause.
-                raise CheckpointError(
-                    f"{self.name}: {layer}{self.layout.weight_name} cannot be dequantized: {reason(error)}"
-                ) from error
+                raise CheckpointError(f"{self.name}: {name} cannot be dequantized: {reason(error)}") from error
 
         return read
 
@@ -106,12 +113,12 @@ class QuantizedCheckpoint(Mapping[str, LazyTensor]):
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def _layer(name: str, end: str) -> str | None:
-    """The part of a tensor's name before an end, with its dot if the end follows one; None if it has another end."""
+def _layer(name: str, end: str, *, dotted: bool) -> str | None:
+    """The part of a tensor's name before an end, with its dot if one belongs there; None if the name ends otherwise."""
     before = name.removesuffix(end)
     if before == name:
         return None
-    ends_well = before and not before.endswith(".") if end.startswith("_") else not before or before.endswith(".")
+    ends_well = not before or before.endswith(".") if dotted else before and not before.endswith(".")
     return before if ends_well else None
 
 

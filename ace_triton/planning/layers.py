@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from ..decoders.batches import Batch, run_model, tensors_in, trial_batch
-from ..decoders.blocks import Block, Tower, find_towers, gated_consumers, possible_stacks
+from ..decoders.blocks import Block, Tower, find_towers, possible_stacks
 from ..decoders.calibration_mode import calibration_mode
 from ..decoders.collect import InputCollector
 from ..decoders.experts import ExpertLinear, Layout, find_layouts
+from ..decoders.layer_roles import gated_consumers
 from ..decoders.plan import NameFilter, Plan, Unit, misfit
 from ..errors import AceError, ArgumentError
 from ..inputs.model_source import reason

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from ..decoders.batches import Batch, run_model, tensors_in
-from ..decoders.blocks import Block, gated_consumers
+from ..decoders.blocks import Block
 from ..decoders.calls import CANNOT_RUN_AGAIN, NotReplayable, hidden_of
+from ..decoders.layer_roles import gated_consumers
 from ..linears import linear_weight
 from ..out_of_memory import raise_if_out_of_memory
 

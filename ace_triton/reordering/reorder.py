@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..decoders.batches import Batch, run_model
-from ..decoders.blocks import Block, attention_of, linears_of
+from ..decoders.blocks import Block, linears_of
 from ..decoders.collect import InputCollector
+from ..decoders.layer_roles import attention_of
 from ..linears import linear_weight
 from ..methods.registry import Needs
 from ..timing import Stopwatch

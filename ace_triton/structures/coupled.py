@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from ..decoders.batches import Batch, run_model, tensors_in
-from ..decoders.blocks import Block, attention_of, linears_of, routers
+from ..decoders.blocks import Block, linears_of
 from ..decoders.calibration_mode import calibration_mode
+from ..decoders.layer_roles import attention_of, routers
 from ..linears import linear_weight
 from ..reordering.fold import Fold
 from ..reordering.reorder import find_folds

@@ -19,9 +19,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..decoders.batches import Batch, run_model
-from ..decoders.blocks import Block, experts_in, routers
+from ..decoders.blocks import Block
 from ..decoders.experts import PRODUCTS
 from ..decoders.finished import forward_replaced
+from ..decoders.layer_roles import experts_in, routers
 from .parts import Part, own_tensors
 
 

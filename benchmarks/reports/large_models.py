@@ -4,8 +4,9 @@
 
 Every run is a process of its own. A made checkpoint of random weights (Llama's shape, 8 GB with 20 blocks) shows how
 memory depends on depth; it needs free disk for two copies. Results in the JSON file are kept, so one part can be
-measured again: ``--only depth``. ``--larger`` is a folder of a model with a large vocabulary, for the parts ``plan``
-and ``whole``; the latter prunes the whole model and measures its perplexity.
+measured again: ``--only depth``. ``--larger`` is a folder of a model with a large vocabulary, for the parts ``plan``,
+``whole`` (prune all of it) and ``perplexity`` (evaluate what was pruned). ``--pruned`` names a folder in which the
+pruned model stays, so that these two can run one after the other.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ ROUNDS = 3
 INCLUDED = ("*.layers.[01].*",)
 SMALL = ("--samples", "8", "--length", "128", "--batch-size", "4")
 USUAL = ("--samples", "32", "--length", "128", "--batch-size", "4", "--dtype", "float32")
-WINDOWS = 4
 FILE_BYTES = 500e6
 
 STREAMED = """
@@ -59,16 +59,21 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of large-models.json and large-models.md.")] = Path("docs"),
     evaluation: Annotated[str, typer.Option()] = "pydoc:evaluation",
     wikitext: Annotated[bool, typer.Option("--wikitext", help="The evaluation text is a raw WikiText file.")] = False,
-    larger: Annotated[Path | None, typer.Option(help="A second, larger model for the parts plan and whole.")] = None,
+    larger: Annotated[Path | None, typer.Option(help="A second, larger model for plan, whole and perplexity.")] = None,
     only: Annotated[
-        str | None, typer.Option(help="One part: depth, time, processes, plan, whole; or only the page.")
+        str | None, typer.Option(help="One part: depth, time, processes, plan, whole, perplexity; or the page.")
     ] = None,
+    pruned: Annotated[
+        Path | None, typer.Option(help="Folder for the pruned model of the part whole, for the part perplexity.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Number of windows for the part perplexity.")] = 4,
     scratch: Annotated[Path | None, typer.Option(help="Folder for the checkpoints, with 20 GB free.")] = None,
 ) -> None:
     """Measure what is asked for, and write the page."""
     record = out / "large-models.json"
     found: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     text = (evaluation, *(["--wikitext"] if wikitext else []))
+    large = model if larger is None else str(larger)
 
     def keep(name: str, result: Any) -> None:
         found[name] = result
@@ -87,13 +92,14 @@ def main(
             found.get("plan", []),
             keep,
         ),
-        "whole": lambda folder: whole(folder, model if larger is None else str(larger), calibration, text),
+        "whole": lambda folder: whole(pruned or folder / "pruned", large, calibration),
+        "perplexity": lambda folder: perplexity(pruned or folder / "pruned", large, text, windows, keep),
     }
-    for name, measure in parts.items():
-        if only in (None, name):
-            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        for name, measure in parts.items():
+            if only in (None, name):
                 keep(name, measure(Path(folder)))
-            console.print(name, found[name], highlight=False)
+                console.print(name, found[name], highlight=False)
     kills = out / "kill-test.json"
     found = json.loads(record.read_text())
     (out / "large-models.md").write_text(page(found, json.loads(kills.read_text()) if kills.exists() else None))
@@ -243,27 +249,35 @@ def beside_plan(
     return rows
 
 
-def whole(folder: Path, model: str, calibration: str, text: tuple[str, ...]) -> dict[str, Any]:
-    """Prune a whole model in files, and evaluate it and its dense model in files: time, peak memory and perplexity."""
-    target, told = folder / "out", folder / "perplexity.json"
-    rows = {"prune": measured(prune_words(model, target, calibration, "--stream"))}
-    console.print(rows, highlight=False)
-    for name, of in (("evaluate", str(target)), ("evaluate_dense", model)):
-        words = ["evaluate", of, "--stream", "--dtype", "float32", "--text", *text, "--windows", str(WINDOWS)]
-        run = measured([sys.executable, "-m", "ace_triton", *words, "--json", str(told)])
-        rows[name] = {**run, "perplexity": json.loads(told.read_text())["perplexity"]}
-        console.print(name, rows[name], highlight=False)
-    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+def whole(pruned: Path, model: str, calibration: str) -> dict[str, Any]:
+    """Prune a whole model in files, unless an earlier run has done so: time, peak memory and size."""
+    run = {} if pruned.exists() else measured(prune_words(model, pruned, calibration, "--stream"))
+    report = json.loads((pruned / "ace_triton.json").read_text())
     return {
         "model": Path(model).name,
-        "bytes": size,
-        "sequences": int(USUAL[1]),
-        "length": int(USUAL[3]),
-        "text": Path(text[0]).name,
-        "windows": WINDOWS,
+        "recipe": f"{report['method']} {report['sparsity']}, update {report['update']['kind']}",
+        "dtype": report["dtype"],
+        "bytes": sum(path.stat().st_size for path in pruned.glob("*.safetensors")),
+        "sequences": report["calibration"]["samples"],
+        "length": report["calibration"]["length"],
         "processor": processor(),
-        **rows,
+        "seconds": report["seconds"]["total"],
+        "peak_bytes": max(report["peak_bytes"], run.get("peak_bytes", 0)),
     }
+
+
+def perplexity(
+    pruned: Path, model: str, text: tuple[str, ...], windows: int, keep: Callable[[str, Any], None]
+) -> dict[str, Any]:
+    """Evaluate the pruned model and the dense one in files: time, peak memory and perplexity."""
+    found: dict[str, Any] = {"text": Path(text[0]).name, "windows": windows, "processor": processor()}
+    for name, of in (("pruned", str(pruned)), ("dense", model)):
+        with tempfile.NamedTemporaryFile(suffix=".json") as told:
+            words = ["evaluate", of, "--stream", "--dtype", "float32", "--text", *text, "--windows", str(windows)]
+            run = measured([sys.executable, "-m", "ace_triton", *words, "--json", told.name])
+            found[name] = {**run, "perplexity": json.loads(Path(told.name).read_text())["perplexity"]}
+        keep("perplexity", found)
+    return found
 
 
 def prune_words(model: str, out: Path, calibration: str, how: str) -> list[str]:

@@ -80,25 +80,7 @@ def page(found: dict[str, Any], kills: dict[str, Any] | None) -> str:
             ),
         ]
     if "whole" in found:
-        of = found["whole"]
-        work = {"prune": "prune", "evaluate": "evaluate the pruned model", "evaluate_dense": "evaluate the dense model"}
-        lines += [
-            "",
-            "## A whole model in files",
-            "",
-            f"`ace-triton prune --stream` with its default recipe (wanda 2:4, permuted, lstsq) on {of['model']}, all",
-            f"blocks, {of['sequences']} sequences of {of['length']} tokens; then `ace-triton evaluate --stream` on the",
-            f"first {of['windows']} windows of 2,048 tokens of {of['text']}. In float32 the weights take",
-            f"{gb(of['bytes'])}. Measured on {of['processor']}.",
-            "",
-            "| work | peak memory | time | perplexity |",
-            "|---|---:|---:|---:|",
-            *(
-                f"| {told} | {gb(of[key]['peak_bytes'])} | {of[key]['seconds'] / 60:.1f} min | "
-                f"{format(of[key]['perplexity'], '.2f') if 'perplexity' in of[key] else ''} |"
-                for key, told in work.items()
-            ),
-        ]
+        lines += whole_model(found["whole"], found.get("perplexity", {}))
     if kills is not None:
         lines += [
             "",
@@ -112,6 +94,35 @@ def page(found: dict[str, Any], kills: dict[str, Any] | None) -> str:
             *(f"| {job} | {row['kills']} | {row['results']} |" for job, row in kills["jobs"].items()),
         ]
     return "\n".join(lines) + "\n"
+
+
+def whole_model(pruning: dict[str, Any], perplexity: dict[str, Any]) -> list[str]:
+    """The section on a model that was pruned and evaluated in files."""
+    rows = [("prune", pruning)]
+    rows += [(f"evaluate the {name} model", perplexity[name]) for name in ("pruned", "dense") if name in perplexity]
+    lines = [
+        "",
+        "## A whole model in files",
+        "",
+        f"`ace-triton prune --stream` of all blocks of {pruning['model']} with its default recipe",
+        f"({pruning['recipe']}, permuted), on {pruning['sequences']} sequences of {pruning['length']} tokens.",
+        f"The weights take {gb(pruning['bytes'])} in {pruning['dtype']}. Measured on {pruning['processor']}.",
+    ]
+    if perplexity:
+        lines += [
+            f"`ace-triton evaluate --stream` ran on the first {perplexity['windows']} windows of 2,048 tokens of",
+            f"`{perplexity['text']}`.",
+        ]
+    return [
+        *lines,
+        "",
+        "| work | peak memory | perplexity |",
+        "|---|---:|---:|",
+        *(
+            f"| {work} | {gb(row['peak_bytes'])} | {format(row['perplexity'], '.2f') if 'perplexity' in row else ''} |"
+            for work, row in rows
+        ),
+    ]
 
 
 def gb(size: float | None) -> str:

@@ -5,17 +5,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ace_triton.decoders.blocks import (
-    Block,
-    adapters,
-    find_blocks,
-    find_towers,
-    gated_consumers,
-    in_attention,
-    linears_of,
-    routers,
-    stacks_of,
-)
+from ace_triton.decoders.blocks import Block, find_blocks, find_towers, linears_of, stacks_of
+from ace_triton.decoders.layer_roles import adapters, gated_consumers, in_attention, routers
 
 FIRST_BLOCK = {
     "llama": "model.layers.0",

@@ -125,6 +125,26 @@ def mxfp4(weight):
     return {"_blocks": packed, "_scales": (shared + 127).to(torch.uint8)}, dense
 
 
+def torchao_int8(weight, size=16):
+    """IntxUnpackedToInt8Tensor: signed integers of 4 bits in a byte each, with zero points."""
+    q, zero, scale, dense = rounded(weight, 4, torch.arange(weight.shape[1]) // size)
+    tensors = {"_weight_qdata": (q - 8).to(torch.int8), "_weight_scale": scale}
+    return {**tensors, "_weight_zero_point": (zero - 8).to(torch.int8)}, dense
+
+
+def torchao_fp8(weight):
+    """Float8Tensor with a scale for each row."""
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    q = (weight / scale).to(torch.float8_e4m3fn)
+    return {"_weight_qdata": q, "_weight_scale": scale, "_weight_act_quant_scale": torch.ones(1)}, q.float() * scale
+
+
+def torchao_config(*types: str) -> dict:
+    configs = [{"_type": name, "_version": 2, "_data": {}} for name in types]
+    by_name = {"_type": "FqnToConfig", "_data": {"fqn_to_config": {str(i): c for i, c in enumerate(configs)}}}
+    return {"quant_method": "torchao", "quant_type": {"default": configs[0] if len(configs) == 1 else by_name}}
+
+
 def group(bits: int, **others) -> dict:
     """A ``quantization_config`` of compressed-tensors with one group of layers."""
     weights = {"num_bits": bits, "type": "int", **others}
@@ -147,6 +167,8 @@ FORMATS = {
     "int8": (int8_rows, {**group(8, strategy="channel"), "format": "int-quantized"}),
     "fp8": (fp8_blocks, {**group(8, strategy="block", block_structure=[16, 16]), "format": "float-quantized"}),
     "bitsandbytes of 8 bits": (int8_of_bitsandbytes, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+    "torchao": (torchao_int8, torchao_config("IntxWeightOnlyConfig", "Int8WeightOnlyConfig")),
+    "torchao of fp8": (torchao_fp8, torchao_config("Float8WeightOnlyConfig")),
     "bitsandbytes of 4 bits": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
 }
 """For each format, what quantizes and stores a weight, and the ``quantization_config``."""

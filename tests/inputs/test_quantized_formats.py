@@ -9,7 +9,7 @@ import torch
 from ace_triton.errors import CheckpointError
 from ace_triton.inputs.quantization_config import format_of
 from ace_triton.inputs.quantized_formats import CompressedTensors, unpacked
-from tests.inputs.quantizing import FORMATS, awq, gptq, group, mxfp4, nf4, packed
+from tests.inputs.quantizing import FORMATS, awq, gptq, group, mxfp4, nf4, packed, torchao_config
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 
@@ -69,6 +69,15 @@ def test_groups_come_from_the_size_if_no_layer_has_an_index():
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "layout marlin of GPTQ is unknown"),
         ({"quant_method": "awq", "version": "gemv"}, "version gemv of AWQ is unknown here; gemm"),
         ({"quant_method": "awq", "bits": 3}, "its quantization_config has bits 3 instead of 4$"),
+        (
+            torchao_config("Int4WeightOnlyConfig"),
+            "configuration Int4WeightOnlyConfig of torchao is unknown",
+        ),
+        (torchao_config("Int8WeightOnlyConfig", "Int4WeightOnlyConfig"), "configuration Int4WeightOnlyConfig of"),
+        (
+            {"quant_method": "torchao", "quant_type": {"default": "int4_weight_only"}},
+            "configuration int4_weight_only of",
+        ),
         ({**group(4), "format": "nvfp4-pack-quantized"}, "format nvfp4-pack-quantized of compressed-tensors"),
         ({**group(4), "sparsity_config": {"format": "sparse-24-bitmask"}}, "format sparse of compressed-tensors"),
         ({"quant_method": "gptq", "bits": "four"}, "its quantization_config has bits 'four' instead of 2, 4 or 8"),
@@ -163,6 +172,10 @@ def encoded(**changes):
         ("fp8", "weight", torch.ones(32), r"weight is float32 \(32,\) instead of a matrix"),
         ("fp8", "weight_scale", torch.full((2, 4), torch.nan), "weight_scale has NaN"),
         ("bitsandbytes of 8 bits", "SCB", torch.full((32,), torch.nan), "SCB has NaN"),
+        ("torchao", "_weight_scale", torch.ones(32, 3), r"its scale \(32, 3\) does not fit its qdata \(32, 64\)"),
+        ("torchao", "_weight_scale", torch.full((1,), torch.nan), "it has NaN or infinite values"),
+        ("torchao", "_weight_act_pre_scale", torch.ones(64), "its inputs are multiplied by act_pre_scale"),
+        ("torchao", "_weight_qdata", WORDS, r"its qdata is torch.int32 \(4, 32\), not an int8 or FP8 matrix"),
         ("bitsandbytes of 4 bits", STATE, torch.ones(3).byte(), f"{STATE} is no JSON object"),
         ("bitsandbytes of 4 bits", STATE, torch.ones(3), f"{STATE} is no JSON object"),
         ("bitsandbytes of 4 bits", STATE, encoded(shape=None), f"{STATE} lacks shape, a list of 2 integers"),

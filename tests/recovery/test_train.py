@@ -100,6 +100,20 @@ def test_a_weight_that_blocks_share_moves_once(pair, text):
     assert torch.equal(blocks[0].mlp.up_proj.weight != 0, mask)
 
 
+def test_norms_in_float32_keep_their_precision_beside_weights_in_bfloat16(pair, text):
+    model, teacher = pair("gpt_neox", torch.bfloat16)
+    for module in (*model.modules(), *teacher.modules()):
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
+    before, masks = state_of(model), pruned_masks(model)
+    recover(model, teacher, text, RecoverySettings(steps=3, tokens_per_step=32, norms=True))
+    norms = {name: tensor for name, tensor in model.state_dict().items() if ".layers." in name and "norm." in name}
+    assert all(tensor.dtype == torch.float32 for tensor in norms.values())
+    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in norms.values())
+    assert all(tensor.dtype == before[name].dtype for name, tensor in model.state_dict().items())
+    assert all(bool((model.get_parameter(name)[~mask] == 0).all()) for name, mask in masks.items())
+
+
 def test_norms_move_where_that_is_asked_for(pair, text):
     model, teacher = pair()
     before = state_of(model)

@@ -54,14 +54,15 @@ def test_fp8_weights_are_dequantized(make_decoder, save, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def stored_in(layout, folder, target):
+def stored_in(layout, folder, target, layers="_proj.", transposed=False):
     """A checkpoint's copy with its blocks' layers quantized, and beside it a dense copy of what its weights are."""
     quantize, stated = FORMATS[layout]
     dense = shutil.copytree(folder, target.with_name("dense"))
     source = quantized(folder, target, {**stated, "ignore": ["lm_head"]})
     tensors, values = load_file(folder / "model.safetensors"), {}
-    for name in [name for name in tensors if "_proj." in name]:
-        ends, values[name] = quantize(tensors.pop(name))
+    for name in [name for name in tensors if layers in name]:
+        ends, dense_weight = quantize(tensors.pop(name).t().contiguous() if transposed else tensors.pop(name))
+        values[name] = dense_weight.t().contiguous() if transposed else dense_weight
         tensors |= {f"{name.removesuffix('weight')}{end}": tensor.contiguous() for end, tensor in ends.items()}
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     save_file({**load_file(folder / "model.safetensors"), **values}, dense / "model.safetensors", {"format": "pt"})
@@ -73,7 +74,9 @@ def same_files(one, other):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("layout", ["gptq in another order", "awq", "int4 with zero points", "bitsandbytes of 4 bits"])
+@pytest.mark.parametrize(
+    "layout", ["gptq in another order", "awq", "torchao", "int4 with zero points", "bitsandbytes of 4 bits"]
+)
 def test_the_dense_model_of_a_quantized_one_is_pruned(tiny_checkpoint, tmp_path, layout):
     source, dense = stored_in(layout, tiny_checkpoint, tmp_path / "quantized")
     assert not any("quantized" in line for line in plan_pruning(source, MAGNITUDE, stream=True).warnings)
@@ -118,6 +121,15 @@ def test_experts_in_mxfp4_are_dequantized_one_parameter_at_a_time(save, tmp_path
     prune_checkpoint(source, tmp_path / "streamed", None, MAGNITUDE)
     prune_checkpoint(save(model, "dense"), tmp_path / "expected", None, MAGNITUDE)
     assert same_files(tmp_path / "streamed", tmp_path / "expected")
+
+
+@pytest.mark.parametrize("layout", ["gptq", "bitsandbytes of 8 bits"])
+def test_weights_that_gpt2_stores_transposed_are_turned(make_decoder, save, tmp_path, layout):
+    """One of its matrices is square, so its shape does not show which way round it is."""
+    folder = save(make_decoder("gpt2", n_layer=1))
+    source, dense = stored_in(layout, folder, tmp_path / "quantized", "c_proj.weight", transposed=True)
+    model, expected = (checkpoint.load(one)[0] for one in (source, dense))
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in expected.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -172,7 +184,7 @@ def test_an_unknown_variant_is_refused_with_what_can_be_read(tiny_checkpoint, tm
             call()
 
 
-@pytest.mark.parametrize("method", ["torchao", "hqq", "of tomorrow"])
+@pytest.mark.parametrize("method", ["quanto", "hqq", "of tomorrow"])
 def test_other_quantized_weights_are_refused_in_one_line(tiny_checkpoint, tmp_path, method):
     source = quantized(tiny_checkpoint, tmp_path / "quantized", {"quant_method": method, "bits": 4})
     message = rf"its weights are quantized \({method}\) and cannot be streamed: name the floating-point model"
