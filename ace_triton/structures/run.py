@@ -292,7 +292,8 @@ class Run:
                 )
             seconds = times[1] - times[0] + (times[-1] - times[-2]) * (len(self._tower.blocks) - 1)
         phases = memory_phases(self._model, structures, self._batches, tensors, self._settings)
-        return Estimate(phases, done + seconds)
+        weights = sum(parameter.nbytes for parameter in set(self._model.parameters()))
+        return Estimate(phases, done + seconds, weights)
 
     def _check(self, smaller: nn.Module, without: str) -> None:
         """ArgumentError if the smaller model does not compute what the dense one does, whose parts are hidden now."""
