@@ -144,7 +144,7 @@ def shrink(
     ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Remove channels, attention heads or blocks from SRC, and write a smaller dense model to OUT.
+    """Remove channels, attention heads, experts or blocks from SRC, and write a smaller dense model to OUT.
 
     OUT is an ordinary checkpoint with the same widths in every layer: transformers loads it with from_pretrained, and
     other engines run it faster. Prune it to n:m afterwards with 'ace-triton prune', or train it toward SRC with
