@@ -68,6 +68,14 @@ def shrink(
             show_default="that of --ratio",
         ),
     ] = None,
+    speedup: Annotated[
+        float | None,
+        number(
+            "How many times as fast a block must run on one token, measured here, instead of --ratio.",
+            above=1,
+            show_default="that of --ratio",
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help=f"Method that ranks the structures ({_METHODS}).")] = _SETTINGS.method,
     update: Annotated[
         str | None,
