@@ -52,7 +52,7 @@ app = typer.Typer(
 COMMANDS: dict[Callable[..., None], str] = {
     prune: "Prune a model and save it.",
     plan: "Say what prune would do and take.",
-    shrink: "Remove channels, heads or blocks, for a smaller dense model.",
+    shrink: "Remove channels, heads, experts or blocks, for a smaller dense model.",
     recover: "Train the kept weights of a pruned model.",
     pack: "Pack a pruned model, to run it sparse.",
     generate: "Continue a prompt with a model.",

@@ -18,8 +18,10 @@ from ..inputs import checkpoint
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.calibration import SELF, load_calibration
 from ..inputs.text import check_text, read_documents, wikitext_rows
+from ..planning.pruning_plan import gib
 from ..progress import progress_bar, stage
 from ..provenance import history_with, source_facts, with_provenance
+from ..streaming.fits import LARGEST_SHARE, available_memory
 from ..structures.report import ShrinkReport
 from ..structures.settings import CHOICES, METHODS, UPDATES, ShrinkSettings
 from ..structures.shrink import shrink_model
@@ -63,6 +65,14 @@ def shrink(
         typer.Option(
             metavar="BYTES",
             help="Largest size of the checkpoint that is written, as 300MB or 1.5GiB, instead of --ratio.",
+            show_default="that of --ratio",
+        ),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        number(
+            "How many times as fast a block must run on one token, measured here, instead of --ratio.",
+            above=1,
             show_default="that of --ratio",
         ),
     ] = None,
@@ -142,7 +152,7 @@ def shrink(
     ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Remove channels, attention heads or blocks from SRC, and write a smaller dense model to OUT.
+    """Remove channels, attention heads, experts or blocks from SRC, and write a smaller dense model to OUT.
 
     OUT is an ordinary checkpoint with the same widths in every layer: transformers loads it with from_pretrained, and
     other engines run it faster. Prune it to n:m afterwards with 'ace-triton prune', or train it toward SRC with
@@ -162,7 +172,7 @@ def shrink(
             f"{src} is pruned to {pattern}, which does not outlive the removal of channels: shrink the dense model, "
             "then prune the result"
         )
-    check_memory(src, 8 if settings.needs_gradients else 3, "shrink")
+    check_memory(src, _times_the_weights(settings, dry_run=dry_run), "shrink", weights_dtype)
     if settings.needs_text:
         check_length(src, words.calibration.length, "--length")
     if evaluation is not None:
@@ -219,7 +229,23 @@ def shrink(
         report.write_json(json, facts)
     console.print(shrink_table(result.report, measured))
     _print_notes(result.report.refused, result.report.notes, calibrated)
+    if (estimate := result.report.estimate) is not None:
+        more, available = estimate.peak_bytes - estimate.weight_bytes, available_memory()
+        if more > LARGEST_SHARE * available:
+            print_warning(
+                f"the run needs about {gib(more)} beside the loaded model, {gib(available)} are available, and it does "
+                "not stream: use a machine with more memory"
+            )
     print_line("nothing was written (--dry-run)" if dry_run else f"written to {out}")
+
+
+def _times_the_weights(settings: ShrinkSettings, *, dry_run: bool) -> float:
+    """Bytes that a run needs for each byte of the weights, at most."""
+    if settings.needs_gradients:
+        return 8
+    if dry_run:
+        return 2
+    return 3 if settings.chosen_update == "none" else 4
 
 
 def _step(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from .options import parse_bytes
 from .recipe_file import CalibrationSettings, read_documents_of, saved_calibration
 from .recipe_flags import calibration_from, check_places, given_flags
 
+BUDGETS = {"ratio", "size", "speedup"}
+"""The settings that say how much is removed."""
+
 
 @dataclass(frozen=True)
 class ShrinkWords:
@@ -41,8 +44,8 @@ class ShrinkWords:
         flags = {name: given[name] for name in names if name in given}
         if "size" in flags:
             flags["size"] = parse_bytes(flags["size"], "--size")
-            if "ratio" in flags:
-                raise RecipeError("give --ratio or --size, one of them")
+        if len(flags.keys() & BUDGETS) > 1:
+            raise RecipeError("give --ratio, --size or --speedup, one of them")
         if path is None:
             return cls(ShrinkSettings(**flags), calibration_from(given, None))
         content = read_recipe_file(path)
@@ -65,8 +68,8 @@ class ShrinkWords:
 def _replaced(start: ShrinkSettings, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The saved settings with those of the flags; another method drops the saved method's own settings and update."""
     saved = start.to_dict()
-    if flags.keys() & {"ratio", "size"}:
-        saved = {name: value for name, value in saved.items() if name not in ("ratio", "size")}
+    if flags.keys() & BUDGETS:
+        saved = {name: value for name, value in saved.items() if name not in BUDGETS}
     if flags.get("method", start.method) != start.method:
         saved = {name: value for name, value in saved.items() if name not in ("update", *METHODS[start.method].options)}
     return {**saved, **flags}

@@ -35,6 +35,7 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
         table.add_row("removed blocks", ", ".join(map(str, report.removed_blocks)))
     table.add_row("parameters of the blocks", f"{report.blocks_before:,} -> {report.blocks_after:,}")
     asked = f"{settings.ratio:.1%}" if settings.size is None else f"at most {gib(settings.size)}"
+    asked = asked if settings.speedup is None else f"a block {settings.speedup:g} times as fast"
     table.add_row("removed, of the blocks' parameters", f"{report.removed:.1%} (asked for {asked})")
     table.add_row("parameters of the model", f"{report.model_before:,} -> {report.model_after:,}")
     table.add_row("removed, of the model's parameters", f"{1 - report.model_after / report.model_before:.1%}")

@@ -6,6 +6,8 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 from ..decoders.batches import check_positions, positions_of
 from ..errors import ArgumentError, CheckpointError
 from ..formats.registry import format_of
@@ -99,20 +101,35 @@ def fuse(model: Any, source: str | Path) -> None:
         )
 
 
-def check_memory(source: str | Path, times: float, command: str) -> None:
+def check_memory(source: str | Path, times: float, command: str, dtype: torch.dtype | str = "auto") -> None:
     """Raise ArgumentError if a command that does not stream needs more memory than there is.
 
     Args:
         source: the model.
-        times: bytes that the command needs for each byte of the model's files.
+        times: bytes that the command needs for each byte of the loaded weights.
         command: its name.
+        dtype: dtype that the weights are loaded in; "auto" for that of the files.
     """
-    needed = times * weight_file_bytes(source)
+    stored = _stored_dtype(source)
+    wider = 1.0 if stored is None or isinstance(dtype, str) else dtype.itemsize / stored.itemsize
+    needed = times * wider * weight_file_bytes(source)
     if not fits_in_memory(needed):
         raise ArgumentError(
             f"{source}: {command} needs about {needed / 1e9:.1f} GB, {available_memory() / 1e9:.1f} GB are available, "
             "and it does not stream: use a machine with more memory, or prune to n:m with 'ace-triton prune --stream'"
         )
+
+
+def _stored_dtype(source: str | Path) -> torch.dtype | None:
+    """The dtype of a model's files from its config; None if that is unknown or not on this machine."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+    except Exception:  # Loading the model reads the same files and reports what is wrong with them.
+        return None
+    found = getattr(config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else None
 
 
 def context_length(source: str | Path) -> int | None:

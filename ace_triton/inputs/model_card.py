@@ -26,7 +26,8 @@ model = {auto_class}.from_pretrained("path/to/this/folder")
 If its pattern is n:m, `ace-triton pack` makes a smaller checkpoint of it that runs sparse.
 """
 
-_SMALLER = """The model is an ordinary dense checkpoint, with fewer channels, attention heads or blocks than its source:
+_SMALLER = """The model is an ordinary dense checkpoint, with fewer channels, attention heads, experts or blocks than
+its source:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -140,7 +141,12 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _removed(report: dict[str, Any]) -> list[tuple[str, str | None]]:
     """Rows of what structured pruning removed."""
-    shrink, names = _dict(report, "shrink"), {"channels": "Feed-forward width", "groups": "Key-value groups in a block"}
+    shrink = _dict(report, "shrink")
+    names = {
+        "channels": "Feed-forward width",
+        "groups": "Key-value groups in a block",
+        "experts": "Experts in a mixture",
+    }
     rows = [("Structured pruning", _text(_dict(shrink, "settings"), "method"))]
     rows.append(("Update after structured pruning", _text(_dict(shrink, "settings"), "update")))
     if isinstance(removed := shrink.get("removed"), float):

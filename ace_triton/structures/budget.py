@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..decoders.blocks import Block
+from ..decoders.blocks import Block, linears_of
 from ..errors import ArgumentError
+from ..linears import linear_weight
 from .coupled import NAMES, Kind, Structures
 from .settings import ShrinkSettings
 
@@ -104,6 +105,7 @@ def _nothing_left(structures: Structures, settings: ShrinkSettings) -> str:
         steps = ", ".join(filter(None, (steps, f"{experts - chosen} of {experts} experts, as tokens use {chosen}")))
     more = f"; of this model can go: {', '.join(filter(None, (steps, refused)))}" if steps or refused else ""
     asked = f"ratio {settings.ratio:g}" if settings.size is None else f"size {settings.size:,} bytes"
+    asked = asked if settings.speedup is None else f"speedup {settings.speedup:g}"
     smaller = "smaller --ratio" if settings.size is None else "larger --size"
     return (
         f"{asked} leaves nothing of a feed-forward or an attention{more}: give a {smaller} or --multiple, or "
@@ -124,12 +126,16 @@ def kept_structures(
 
 
 def needed_parameters(model: nn.Module, blocks: Sequence[Block], settings: ShrinkSettings) -> int:
-    """The least number of parameters to remove, from the ratio or from the size of the checkpoint.
+    """The least number of parameters to remove, from the ratio, the size of the checkpoint, or the number of blocks.
+
+    A speed-up is that of fewer whole blocks here; :mod:`ace_triton.structures.speed` measures that of narrower ones.
 
     Raises:
         ArgumentError: if the model has the size already, or what lies outside the blocks is larger.
     """
     whole = block_parameters(blocks)
+    if settings.speedup is not None:
+        return math.ceil((1 - 1 / settings.speedup) * whole)
     if settings.size is None:
         return math.ceil(settings.ratio * whole)
     before, each = checkpoint_bytes(model.state_dict()), next(model.parameters()).element_size()
@@ -140,7 +146,20 @@ def needed_parameters(model: nn.Module, blocks: Sequence[Block], settings: Shrin
         raise ArgumentError(
             f"size {settings.size:,} bytes: what lies outside the blocks has {outside:,} bytes alone, and it stays"
         )
-    return math.ceil((before - settings.size) / each)
+    return math.ceil((before + _new_biases(blocks, settings) - settings.size) / each)
+
+
+def _new_biases(blocks: Sequence[Block], settings: ShrinkSettings) -> int:
+    """Upper limit of the bytes of the biases that an update may add."""
+    if settings.chosen_update != "bias":
+        return 0
+    weights = {
+        name: weight
+        for block in blocks
+        for name, layer in linears_of(block.module, block.name)
+        if layer._parameters.get("bias") is None and (weight := linear_weight(layer)) is not None
+    }
+    return sum(w.shape[0] * w.element_size() + len(name) + BYTES_OF_AN_ENTRY for name, w in weights.items())
 
 
 def checkpoint_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -23,10 +23,12 @@ class Estimate:
     Attributes:
         phases: bytes of tensors in memory at the same time, by phase; the process itself is not counted.
         seconds: time of the run, without loading and saving.
+        weight_bytes: bytes of the dense model, which are part of every phase.
     """
 
     phases: Mapping[str, int]
     seconds: float
+    weight_bytes: int
 
     @property
     def peak_bytes(self) -> int:

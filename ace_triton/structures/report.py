@@ -18,10 +18,11 @@ class ShrinkReport:
         settings: the settings of the run.
         blocks_before, blocks_after: number of parameters of the blocks.
         model_before, model_after: number of parameters of the model.
-        widths: number of structures in each block before and after, by kind ("channels", "groups"); and of "blocks".
+        widths: number of structures in each block before and after, by kind ("channels", "groups",
+            "experts"); and of "blocks".
         config: the fields of the configuration that changed, with their new values.
         removed_blocks: indices of the removed blocks.
-        kept: indices of the kept structures by name of the layer that reads them.
+        kept: indices of the kept structures by name of the layer that reads them; of experts, by name of the mixture.
         refused: kinds of structures that this model cannot have fewer of, with reasons.
         tried: loss on the calibration text, in nats per token, by number of removed groups; empty if one number was
             possible.

@@ -66,6 +66,8 @@ class ShrinkSettings:
         size: largest size of the smaller model's checkpoint in bytes, instead of a ratio; None for the ratio.
         method: name in :data:`METHODS`.
         update: "lstsq", "bias" or "none"; None for that of the method's published form ("lstsq" for saap).
+        speedup: how many times as fast a block must run on one token, measured here, instead of a ratio; None for the
+            ratio. Method "depth" removes the share of the blocks that gives it.
         multiple: the feed-forward width that is left is a multiple of this.
         groups: number of key-value groups to remove from each block, each with its query heads. None to try all
             numbers that fit the ratio, and take the one with the lowest loss on the calibration text; without text, the
@@ -95,12 +97,19 @@ class ShrinkSettings:
     stability: bool = False
     terms: str = "element"
     size: int | None = None
+    speedup: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             raise RecipeError(
                 f"ratio must be between 0 and 1 (0.2 removes a fifth of the blocks' parameters); got {self.ratio!r}"
             )
+        if self.speedup is not None:
+            number = isinstance(self.speedup, (int, float)) and not isinstance(self.speedup, bool)
+            if not number or not 1 < self.speedup < float("inf"):
+                raise RecipeError(f"speedup must be a number above 1; got {self.speedup!r}")
+            if self.size is not None or self.ratio != ShrinkSettings.ratio:
+                raise RecipeError("give ratio, size or speedup, one of them")
         if self.size is not None:
             if type(self.size) is not int or self.size < 1:
                 raise RecipeError(f"size must be a number of bytes of at least 1; got {self.size!r}")

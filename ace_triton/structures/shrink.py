@@ -1,4 +1,4 @@
-"""Make a smaller dense model from a model: remove channels, key-value groups or blocks."""
+"""Make a smaller dense model from a model: remove channels, key-value groups, experts or blocks."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def shrink_model(
 
     All blocks of the smaller model have the same widths, so its checkpoint is an ordinary one: ``save_pretrained``
     writes it and ``from_pretrained`` of plain transformers loads it. What can be removed is found on the model:
-    channels of the feed-forward, key-value groups with their query heads, or whole blocks (method "depth"). A trial run
-    proves that nothing else depends on them, and a second one that the smaller model computes what the dense model
-    computes without them.
+    channels of the feed-forward, key-value groups with their query heads, experts of mixtures, or whole blocks (method
+    "depth"). A trial run proves that nothing else depends on them, and a second one that the smaller model computes
+    what the dense model computes without them.
 
     Args:
         model: a transformers model with its weights in memory, in any floating dtype.
@@ -53,7 +53,7 @@ def shrink_model(
         ratio: least share of the blocks' parameters to remove.
         method: "saap", "flap", "llm-pruner", "wanda-sp", "magnitude" or "depth".
         settings: all settings at once, instead of ratio, method and options.
-        dry_run: only find what would be removed; the result has no model.
+        dry_run: only find what would be removed, with estimates of memory and time; the result has no model.
         progress: called with the name of a stage, and the number of steps done and of all steps.
         options: other fields of :class:`~ace_triton.structures.settings.ShrinkSettings`.
 

@@ -1,9 +1,18 @@
 """``ace-triton shrink``: its checkpoint, its report and its errors."""
 
+import importlib
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ace_triton import ArgumentError
+from ace_triton.commands.sources import check_memory
+from ace_triton.inputs.model_source import weight_file_bytes
+
+commands_shrink = importlib.import_module("ace_triton.commands.shrink")
+"""The module: in the package of commands its name is the function's."""
 
 SMALL = ("--samples", "4", "--length", "16", "--multiple", "16", "--dtype", "float32")
 
@@ -120,7 +129,7 @@ def test_a_dry_run_says_what_the_run_takes(command, tiny_checkpoint, some_text, 
     assert 0.9 * run["bytes_after"] < written <= run["bytes_after"]
 
 
-@pytest.mark.parametrize("method", ["magnitude", "depth"])
+@pytest.mark.parametrize("method", ["magnitude", "depth", "flap"])
 def test_the_checkpoint_has_the_size_that_is_asked_for(method, command, tiny_checkpoint, some_text, tmp_path):
     before = (tiny_checkpoint / "model.safetensors").stat().st_size
     asked = before - 20_000
@@ -146,7 +155,7 @@ def test_the_checkpoint_has_the_size_that_is_asked_for(method, command, tiny_che
             ["--size", "5 parsecs"],
             "error: --size '5 parsecs': give a number of bytes above 0, with or without one of B,",
         ),
-        (["--size", "1MB", "--ratio", "0.3"], "error: give --ratio or --size, one of them"),
+        (["--size", "1MB", "--ratio", "0.3"], "error: give --ratio, --size or --speedup, one of them"),
         (["--evaluation", "missing.txt", "--window-length", "16"], "error: missing.txt"),
     ],
 )
@@ -168,3 +177,23 @@ def test_a_model_larger_than_memory_is_refused_before_it_loads(command, tiny_che
     assert "it does not stream: use a machine with more memory, or prune to n:m" in errors
     assert "load the model" not in errors
     assert command("shrink", tiny_checkpoint, tmp_path / "out", "--ratio", "1.5")[0] == 2
+
+
+@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 3), (torch.bfloat16, 1.5), ("auto", 3)])
+def test_the_memory_is_that_of_the_weights_as_they_are_loaded(dtype, times, tiny_checkpoint, monkeypatch):
+    from ace_triton.streaming import fits
+
+    needed = times * weight_file_bytes(tiny_checkpoint)
+    monkeypatch.setattr(fits, "available_memory", lambda: (needed + 1) / fits.LARGEST_SHARE)
+    check_memory(tiny_checkpoint, 3, "shrink", dtype)
+    monkeypatch.setattr(fits, "available_memory", lambda: (needed - 1) / fits.LARGEST_SHARE)
+    with pytest.raises(ArgumentError, match="and it does not stream"):
+        check_memory(tiny_checkpoint, 3, "shrink", dtype)
+
+
+def test_a_dry_run_warns_if_the_run_would_not_fit(command, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands_shrink, "available_memory", lambda: 1000)
+    words = ("--method", "magnitude", "--multiple", "16", "--dry-run")
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "out", *words)
+    assert code == 0
+    assert "beside the loaded model, 0.0 MiB are available, and it does not stream" in " ".join(errors.split())

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from ace_triton import ArgumentError, RecipeError, ShrinkSettings, prune_model, shrink_model
 from ace_triton.recovery.train import RecoverySettings, recover
+from ace_triton.structures import speed
 
 GROUPED = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen3_moe"}
 """Families whose heads can go, because their configuration has a width of heads of its own."""
@@ -159,9 +160,35 @@ def test_sixteen_bits_and_a_dry_run(make_decoder, ids):
     assert (dry.report.widths, dry.report.model_after) == (result.report.widths, result.report.model_after)
 
 
+def test_a_speed_up_is_measured_on_a_block(make_decoder, ids, monkeypatch):
+    model = make_decoder("llama")
+    size = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    sizes = []
+
+    def seconds(modules, run, _clock):
+        assert all(run(module)[0].shape[-1] == 32 for module in modules)
+        sizes.append([sum(parameter.numel() for parameter in module.parameters()) for module in modules])
+        return sizes[-1]
+
+    options = {"method": "magnitude", "multiple": 4, "groups": 0}
+    with pytest.raises(ArgumentError, match="makes a block 99 times as fast on one token here"):
+        shrink_model(model, ids, speedup=99, **options)
+    monkeypatch.setattr(speed, "_seconds", seconds)
+    report = shrink_model(model, ids, speedup=1.25, **options).report
+    assert any("times as fast on one token here" in note for note in report.notes)
+    assert [dense for dense, _ in sizes] == [size] * len(sizes)
+    assert 1.25 <= 1 / (1 - report.removed) < 1.4
+    with pytest.raises(ArgumentError, match="no share of the structures makes a block 9 times as fast"):
+        shrink_model(model, ids, speedup=9, **options)
+    assert shrink_model(model, ids, speedup=1.4, method="depth").report.widths == {"blocks": (3, 2)}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"speedup": 1}, "speedup must be a number above 1"),
+        ({"speedup": 2, "size": 1000}, "give ratio, size or speedup, one of them"),
+        ({"size": 0}, "size must be a number of bytes"),
         ({"ratio": 0}, "ratio must be between 0 and 1"),
         ({"ratio": 1.5}, "ratio must be between 0 and 1"),
         ({"method": "slicegpt"}, "method must be one of saap, flap"),
