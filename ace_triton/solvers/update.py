@@ -56,6 +56,7 @@ class Update:
     Attributes:
         kind: "rescale" or "lstsq". All other options are for "lstsq".
         damping: added to the Gram matrix's diagonal, as a share of its mean. It keeps each weight near its dense value.
+            If a factorization of the damped matrix fails, more is added.
         prior: also added to the diagonal, as a number of tokens with the channel's mean energy. It keeps weights near
             their dense values if there are few calibration tokens, and has little effect if there are many.
         iterations: the largest number of conjugate-gradient iterations. They run only if mask_rounds is 0 or does not

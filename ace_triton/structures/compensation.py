@@ -5,8 +5,9 @@ best reproduce the outputs of the whole layer are
 
     W'_K = W_K + W_R G_RK (G_KK + D)^-1,
 
-with the damping D of :class:`~ace_triton.solvers.update.Update`, which keeps W'_K near W_K if there are few tokens. If
-the layer has a bias, G is centered and the bias takes the mean of what is lost.
+with the damping D of :class:`~ace_triton.solvers.update.Update`, which keeps W'_K near W_K if there are few tokens, and
+is raised if the matrix has no Cholesky factor. If the layer has a bias, G is centered and the bias takes the mean of
+what is lost.
 
 Blocks are solved one after the other, each on the outputs of the solved blocks before it.
 """
