@@ -131,6 +131,7 @@ def perplexity_of(forms: Forms, form: Form) -> dict[str, Any]:
             "perplexity": opened.perplexity(forms.bench),
             "bytes_per_weight": opened.bytes_per_weight,
             "file_bytes": forms.file_bytes(form),
+            "version": opened.version,
         }
     finally:
         opened.close()
@@ -153,6 +154,7 @@ def speed_of(forms: Forms, form: Form, rounds: int, new_tokens: int) -> dict[str
         "rounds": rounds,
         "new_tokens": new_tokens,
         "processor": processor_name(),
+        "version": sides[1].version,
     }
 
 

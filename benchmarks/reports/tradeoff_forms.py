@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from ace_triton.evaluate import perplexity
 from ace_triton.exporters.gguf import FILE
@@ -23,6 +24,7 @@ from ace_triton.formats.registry import load_model
 from ace_triton.generation import decode
 from ace_triton.inputs.output_folder import files_in
 from ace_triton.linears import is_linear
+from ace_triton.packed.fused import fuse_products
 from ace_triton.packed.pack_model import pack_model
 from ace_triton.packed.packed_linear import PackedLinear
 from ace_triton.packed.saving import save_packed
@@ -39,6 +41,9 @@ PATTERNS = ("16:32", "8:16", "2:4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BITS = {"fp32": None, "bf16": None, "8 bits": 8, "4 bits": 4}
 LLAMA_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
+
+_QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+"""A log of llama.cpp that writes nothing."""
 
 LENGTH, SEED = 128, 0
 """Tokens of a calibration sequence, and the seed of the samples."""
@@ -79,10 +84,12 @@ class Opened(ABC):
     Attributes:
         block_bytes: bytes of the weights of all linear layers in the blocks.
         block_weights: number of these weights, zeros included.
+        version: the engine and its version.
     """
 
     block_bytes: int
     block_weights: int
+    version: str
 
     @property
     def bytes_per_weight(self) -> float:
@@ -103,10 +110,13 @@ class Opened(ABC):
 
 
 class InTorch(Opened):
-    """A model of transformers, dense or packed."""
+    """A model of transformers, dense or packed; packed products are fused for decoding."""
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype) -> None:
+    def __init__(self, folder: str | Path, dtype: torch.dtype, *, fused: bool) -> None:
+        self.version = f"transformers {transformers.__version__}, torch {torch.__version__}"
         self.model, self.tokenizer = load_model(folder, dtype=dtype)
+        if fused:
+            fuse_products(self.model)
         head = self.model.get_output_embeddings()
         self.block_bytes = self.block_weights = 0
         for layer in self.model.modules():
@@ -139,6 +149,7 @@ class InLlama(Opened):
         matrices = [t for t in gguf.GGUFReader(file).tensors if t.name.startswith("blk.") and len(t.shape) == 2]
         self.block_bytes = int(sum(matrix.n_bytes for matrix in matrices))
         self.block_weights = int(sum(matrix.n_elements for matrix in matrices))
+        self.version = f"llama-cpp-python {llama_cpp.__version__}"
         self._llama = llama_cpp.Llama(
             str(file),
             n_ctx=longest,
@@ -210,10 +221,10 @@ class Forms:
             all_logits: True for a perplexity, False for decoding.
         """
         if form.engine == DENSE:
-            return InTorch(self.protocol.model, DTYPES[form.weights])
+            return InTorch(self.protocol.model, DTYPES[form.weights], fused=False)
         if form.engine == LLAMA:
             return InLlama(self._gguf(form.weights), longest=self.protocol.window_length, all_logits=all_logits)
-        return InTorch(self._packed(form), DTYPES.get(form.weights, torch.float32))
+        return InTorch(self._packed(form), DTYPES.get(form.weights, torch.float32), fused=not all_logits)
 
     def file_bytes(self, form: Form) -> int | None:
         """Bytes of the form's weights in files, embeddings included; None for the dense model."""
@@ -257,6 +268,7 @@ class Forms:
         whole = self.folder / "gguf"
         if not whole.exists():
             export_model(self.protocol.model, whole, "gguf", weight_type="f32", prompts=1)
+        llama_cpp.llama_log_set(_QUIET, None)
         options = llama_cpp.llama_model_quantize_default_params()
         options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         made = file.with_suffix(".part")

@@ -105,7 +105,8 @@ def page(content: dict[str, Any]) -> str:
         "files its own converter makes from float32. All perplexities are of the same token ids in the same windows, "
         "by the same code, from the logits of each engine. Bytes of a weight count the linear layers in the blocks, "
         "with zeros counted as weights, and scales and positions included. llama.cpp also quantizes embeddings and the "
-        "head; here they stay in the type of the model, so a pruned form pays for them in its speed and its file.",
+        "head; here they stay in the type of the model, so a pruned form pays for them in its speed and its file. A "
+        "pruned form of 8 or 4 bits computes in float32. Decoding fuses packed products (`--fuse`).",
         "",
     ]
     lines += [] if content["models"] else ["No model is measured yet."]
@@ -124,6 +125,8 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
         f"GPTQ; {setting['windows']} windows of {setting['window_length']} tokens of {setting['evaluation']}, on "
         f"{setting['processor']}.",
     ]
+    versions = {entry["version"] for step in ("perplexity", "speed") for entry in found[step]}
+    lines[-1] += f" With {'; '.join(sorted(versions))}." if versions else ""
     if found["speed"]:
         (first, *_) = found["speed"]
         lines += [
