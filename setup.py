@@ -17,22 +17,15 @@ times slower. To build it, install a C++17 compiler (g++ or clang++; on Debian: 
 is not the default one, and install ace_triton again.
 """
 
+SOURCES = run_path("kernels/cpu_sources.py")
+
 # A plain C library that kernels/cpu_library.py opens with ctypes; without it every operation runs in plain torch.
-# GCC and Clang know all of these flags.
 cpu_library = Extension(
     "ace_triton.kernels._cpu",
     sources=sorted(glob("kernels/cpu/*.cpp")),
     depends=sorted(glob("kernels/cpu/*.h")),
-    define_macros=[("ACE_SOURCES", f'"{run_path("kernels/cpu_sources.py")["digest"]()}"')],
-    extra_compile_args=[
-        "-std=c++17",
-        "-O3",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fvisibility=hidden",
-        "-Wno-psabi",
-        "-g0",
-    ],
+    define_macros=[("ACE_SOURCES", f'"{SOURCES["digest"]()}"')],
+    extra_compile_args=SOURCES["COMPILE_ARGUMENTS"],
     extra_link_args=["-pthread"],
     language="c++",
     optional=True,

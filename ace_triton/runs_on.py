@@ -13,6 +13,9 @@ __all__ = ["SlowBackendWarning", "describe_backend", "multiplies_bfloat16", "war
 def describe_backend(device: torch.device | str = "cpu") -> str:
     """The backend for tensors on ``device`` in words, for example "compiled CPU library (avx2), 2 threads".
 
+    The name in parentheses is the instruction set. "bf16 products" follows it if the library multiplies bf16 tokens
+    with the processor's own instructions.
+
     Raises:
         BackendError: ``ACE_TRITON_BACKEND`` names a backend that does not support ``device``.
     """
@@ -23,7 +26,8 @@ def describe_backend(device: torch.device | str = "cpu") -> str:
     threads = torch.get_num_threads()
     thread_count = f"{threads} thread" if threads == 1 else f"{threads} threads"
     if backend == "cpu":
-        return f"compiled CPU library ({cpu_library.isa()}), {thread_count}"
+        products = ", bf16 products" if cpu.has_gram_product() else ""
+        return f"compiled CPU library ({cpu_library.isa()}{products}), {thread_count}"
     why = f" (no compiled CPU library: {cpu_library.why_unavailable()})" if cpu_library.why_unavailable() else ""
     return f"plain torch, slow{why}, {thread_count}" if device.type == "cpu" else "plain torch, slow"
 

@@ -1,8 +1,8 @@
 """Loads the compiled CPU library with ctypes; :mod:`~ace_triton.kernels.cpu` calls its operations.
 
-setup.py builds the library from ``kernels/cpu``. The library selects AVX-512, AVX2 or portable code for the processor;
-``ACE_TRITON_CPU_ISA=avx512|avx2|portable`` forces one. Results depend neither on the instruction set nor on the number
-of threads.
+setup.py builds the library from ``kernels/cpu``. The library selects AVX-512, AVX2, NEON (with or without dot products
+of 8-bit integers) or portable code for the processor; ``ACE_TRITON_CPU_ISA=avx512|avx2|neon_dotprod|neon|portable``
+forces one. Results depend neither on the instruction set nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .cpu_sources import digest
 from .errors import ArgumentError, BackendError
 
 ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512", "avx2", "neon_dotprod", "neon", "portable")
+"""Names of instruction sets, the fastest first."""
 
 # Values of AceFailure in cpu/abi.h for arguments out of range; 0 is success, any other value means out of memory.
 _REFUSED_TERMS = {2: "row", 3: "col", 4: "scale", 5: "coupling"}
@@ -37,12 +38,12 @@ def why_unavailable() -> str:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "portable"."""
+    """The instruction set in use, one of :data:`ISAS`."""
     return library().ace_isa().decode()
 
 
 def use_isa(name: str) -> None:
-    """Use another instruction set from now on: "avx512", "avx2" or "portable".
+    """Use another instruction set from now on, one of :data:`ISAS`.
 
     Raises:
         ArgumentError: if the name is unknown, or if the processor does not support the instruction set.

@@ -1,4 +1,5 @@
-"""Digest of the compiled CPU library's sources. setup.py runs this file too, so it imports nothing from the package."""
+"""Compiler options and digest of the CPU library's sources. setup.py runs this file too, so it imports nothing from the
+package."""
 
 from __future__ import annotations
 
@@ -7,6 +8,17 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "cpu"
 """Folder of the C++ sources; an installed package has only abi.h in it."""
+
+COMPILE_ARGUMENTS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-g0",
+]
+"""GCC and Clang know all of these options."""
 
 
 def digest(folder: Path = FOLDER) -> str:

@@ -7,8 +7,9 @@ python=$(realpath -s "$1")
 shift
 cd "$(dirname "$0")/.."
 tests=("$@")
-# The tests that compare every instruction set and number of threads on whole layers take minutes each here.
-[ ${#tests[@]} -gt 0 ] || tests=(tests/kernels tests/packed/test_nm_linear.py -k "not test_every")
+# The tests that compare every instruction set and number of threads on whole layers take minutes each here; those of
+# NEON run another library.
+[ ${#tests[@]} -gt 0 ] || tests=(tests/kernels tests/packed/test_nm_linear.py -k "not test_every" --ignore=tests/kernels/test_neon.py)
 compiler=${CXX:-g++}
 folder=build/sanitize
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ace_triton import prune_linear
-from ace_triton.kernels import cpu_library
+from ace_triton.kernels import cpu, cpu_library
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, warn_of_slow_backend
 from ace_triton.runs_on import SlowBackendWarning, describe_backend, warn_if_slow
 
@@ -39,9 +39,17 @@ def no_library(monkeypatch):
 def test_with_the_library_its_instruction_set_and_threads_are_said(recwarn):
     threads = torch.get_num_threads()
     plural = "" if threads == 1 else "s"
-    assert describe_backend() == f"compiled CPU library ({cpu_library.isa()}), {threads} thread{plural}"
+    products = ", bf16 products" if cpu.has_gram_product() else ""
+    assert describe_backend() == f"compiled CPU library ({cpu_library.isa()}{products}), {threads} thread{plural}"
     warn_if_slow()
     assert not recwarn.list
+
+
+@pytest.mark.skipif(not cpu_library.available(), reason="no CPU library")
+def test_arm_extensions_are_said(monkeypatch):
+    monkeypatch.setattr(cpu_library, "isa", lambda: "neon_dotprod")
+    monkeypatch.setattr(cpu, "has_gram_product", lambda: True)
+    assert describe_backend().startswith("compiled CPU library (neon_dotprod, bf16 products), ")
 
 
 def test_without_the_library_it_is_said_why_and_warned_once(no_library, recwarn):

@@ -33,6 +33,12 @@ class PatternRows:
     other: int
 
 
+_NEON_LIMITS = {
+    torch.float32: PatternRows(4, 2),
+    torch.float16: PatternRows(16, 8),
+    torch.bfloat16: PatternRows(16, 8),
+}
+
 CPU_LIMITS = {
     "avx512": {
         torch.float32: PatternRows(128, 64),
@@ -44,6 +50,8 @@ CPU_LIMITS = {
         torch.float16: PatternRows(ALWAYS, ALWAYS),
         torch.bfloat16: PatternRows(ALWAYS, ALWAYS),
     },
+    "neon_dotprod": _NEON_LIMITS,
+    "neon": _NEON_LIMITS,
     "portable": {
         torch.float32: PatternRows(4, 0),
         torch.float16: PatternRows(4, 0),
@@ -52,13 +60,19 @@ CPU_LIMITS = {
 }
 """Up to these numbers of rows our kernel is faster than unpacking the weight in the call, by instruction set of the
 compiled library and by dtype. To measure them: ``ace-triton bench --rows 1,2,4,8,16,32,64,128`` with ``--sparsity`` and
-``--dtype``, under ``ACE_TRITON_CPU_ISA=avx512|avx2|portable``. Measured on one core of AMD EPYC processors (AVX-512:
-Zen 4 and 5; AVX2 and portable: Zen 4 without AVX-512). Those of AVX2 hold for small layers, whose unpacked weight stays
-in the cache; for large ones our kernel is faster for a few rows more. Estimated for AVX-512: patterns other than 2:4,
-and bf16 without bf16 instructions.
+``--dtype``, under ``ACE_TRITON_CPU_ISA``. Measured on one core of AMD EPYC processors (AVX-512: Zen 4 and 5; AVX2 and
+portable: Zen 4 without AVX-512). Those of AVX2 hold for small layers, whose unpacked weight stays in the cache; for
+large ones our kernel is faster for a few rows more. Estimated for AVX-512: patterns other than 2:4, and bf16 without
+bf16 instructions. All limits of NEON are estimates from machine code: nothing was timed on ARM.
 """
 
-NATIVE_LIMITS = {"avx512": PatternRows(8, 4), "avx2": PatternRows(4, 4), "portable": PatternRows(1, 0)}
+NATIVE_LIMITS = {
+    "avx512": PatternRows(8, 4),
+    "avx2": PatternRows(4, 4),
+    "neon_dotprod": PatternRows(2, 1),
+    "neon": PatternRows(2, 1),
+    "portable": PatternRows(1, 0),
+}
 """The same limits for fp16 or bf16 if the processor has multiply instructions for that dtype, as torch's dense product
 then uses them."""
 
@@ -78,7 +92,7 @@ OTHER_LIMITS = RowLimits(packed=16)
 ANY_PATTERN_LIMITS = RowLimits(packed=4)
 """For other patterns, none, and quantized weights: our kernel takes as long for four rows as unpacking."""
 
-FEW_BITS_ROWS = {"avx512": 32, "avx2": 32, "portable": 1}
+FEW_BITS_ROWS = {"avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
 """The limits for quantized weights, by instruction set of the compiled library. Measured for AVX2 with
 ``ace-triton bench --sparsity 8:16 --bits 8``; estimated for the others."""
 

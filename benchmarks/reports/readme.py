@@ -60,7 +60,7 @@ CPU_ROWS = (
 WHOLE_MODEL = "score and mask 2:4, "
 RESULTS = Path("benchmarks/results.csv")
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
-ISA_NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "others"}
+ISA_NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON (estimated)", "portable": "others"}
 ANY_ROWS = 2**20
 """From this value on, a limit of rows means no limit."""
 TRAFFIC_ROWS = ("select_nm 2:4, Wanda's terms", "RIA in all", "select_rows 50 %", "moments")

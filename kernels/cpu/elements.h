@@ -13,6 +13,13 @@ struct Fp32 {
     using Register = NativeInts;
     static constexpr int32_t exponent = 0x7f800000;
     static ACE_INLINE Floats load(const Stored* from, int lanes = LANES) { return ace::load(from, lanes); }
+#if ACE_NEON
+    // One register of numbers, or two.
+    static ACE_INLINE NativeFloats load_part(const Stored* from) { return (NativeFloats)vld1q_f32(from); }
+    static ACE_INLINE void load_parts(const Stored* from, NativeFloats* parts) {
+        for (int p = 0; p < 2; ++p) parts[p] = load_part(from + p * WIDTH);
+    }
+#endif
     static ACE_INLINE void keep(Stored* to, const Floats& v, int lanes) { store(to, v, lanes); }
 };
 
@@ -21,8 +28,26 @@ struct Bf16 {
     using Register = NativeShorts;
     static constexpr int16_t exponent = 0x7f80;
     static ACE_INLINE Floats load(const Stored* from, int lanes = LANES) {
+#if ACE_NEON
+        if (lanes == LANES) {
+            Floats v;
+            load_parts(from, v.part);
+            load_parts(from + 8, v.part + 2);
+            return v;
+        }
+#endif
         return floats_of(widen(load_raw<Halves>(from, lanes)) << 16);
     }
+#if ACE_NEON
+    static ACE_INLINE NativeFloats load_part(const Stored* from) {
+        return (NativeFloats)vshlq_n_u32(vmovl_u16(vld1_u16(from)), 16);
+    }
+    static ACE_INLINE void load_parts(const Stored* from, NativeFloats* parts) { split(vld1q_u16(from), parts); }
+    static ACE_INLINE void split(uint16x8_t v, NativeFloats* parts) {
+        parts[0] = (NativeFloats)vzip1q_u16(vdupq_n_u16(0), v);
+        parts[1] = (NativeFloats)vzip2q_u16(vdupq_n_u16(0), v);
+    }
+#endif
     // Round to nearest, ties to even.
     static ACE_INLINE void keep(Stored* to, const Floats& v, int lanes) {
         Ints rounded = bits_of(v);
@@ -46,12 +71,24 @@ struct Fp16 {
             v.part[p] = (NativeFloats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves.part[p]);
 #elif ACE_WIDTH == 8
             v.part[p] = (NativeFloats)_mm256_cvtph_ps((__m128i)halves.part[p]);
+#elif ACE_NEON
+            v.part[p] = (NativeFloats)vcvt_f32_f16((float16x4_t)halves.part[p]);
 #else
             v.part[p] = from_bits(__builtin_convertvector(halves.part[p], NativeInts));
 #endif
         }
         return v;
     }
+#if ACE_NEON
+    static ACE_INLINE NativeFloats load_part(const Stored* from) {
+        return (NativeFloats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+    }
+    static ACE_INLINE void load_parts(const Stored* from, NativeFloats* parts) { split(vld1q_u16(from), parts); }
+    static ACE_INLINE void split(uint16x8_t v, NativeFloats* parts) {
+        parts[0] = (NativeFloats)vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(v)));
+        parts[1] = (NativeFloats)vcvt_high_f32_f16(vreinterpretq_f16_u16(v));
+    }
+#endif
 
 private:
     // Rebias the exponent by 112. A subnormal half gets the exponent of 2^-14; subtracting 2^-14 then gives its value.

@@ -7,145 +7,13 @@
 #include "elements.h"
 #include "nm_linear.h"
 #include "round_tokens.h"
+#include "steps.h"
 
 namespace ace {
 namespace {
 
 // Inputs that share a word of metadata, and the most inputs in a block of tokens.
 constexpr int WORD_INPUTS = 32, MOST_OF_BLOCK = 128;
-
-// Sixteen neighboring integers of a row, and sums of their products with tokens.
-#if ACE_WIDTH >= 8
-using Steps = __m256i;
-using Products = __m256i;
-
-// For every octet: in the first half of `low`, the index of the value for each element, 0x80 for none; in its second
-// half, the number of values in each byte. `high` has the first half of `low` in its second half. So `low` of an octet
-// and `high` of the next one add to places for sixteen elements.
-struct StepPlaces {
-    uint8_t low[256][16], high[256][16];
-
-    constexpr StepPlaces() : low(), high() {
-        for (int bits = 0; bits < 256; ++bits) {
-            int next = 0;
-            for (int k = 0; k < 8; ++k) {
-                low[bits][k] = high[bits][k + 8] = bits >> k & 1 ? uint8_t(next++) : uint8_t(0x80);
-            }
-            for (int k = 8; k < 16; ++k) low[bits][k] = uint8_t(next);
-        }
-    }
-};
-alignas(64) constexpr StepPlaces STEP_PLACES;
-
-ACE_INLINE __m128i step_places(uint32_t bits) {
-    const __m128i low = _mm_load_si128(reinterpret_cast<const __m128i*>(STEP_PLACES.low[bits & 0xff]));
-    return _mm_add_epi8(low, _mm_load_si128(reinterpret_cast<const __m128i*>(STEP_PLACES.high[bits >> 8])));
-}
-
-// Lane k is the next of the values, int8, if bit k of the sixteen bits is set, else 0.
-ACE_INLINE Steps spread_steps(__m128i values, uint32_t bits) {
-    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(values, step_places(bits)));
-}
-// The same for values after the first `skipped` ones.
-ACE_INLINE Steps spread_steps(__m128i values, uint32_t bits, int skipped) {
-    const __m128i places = _mm_add_epi8(step_places(bits), _mm_set1_epi8(char(skipped)));
-    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(values, places));
-}
-
-ACE_INLINE Products no_products() { return _mm256_setzero_si256(); }
-ACE_INLINE Products add_products(Products sum, Steps w, const int16_t* x) {
-    const __m256i tokens = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(w, tokens));
-}
-ACE_INLINE int32_t total(Products sum) {
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
-}
-// The totals of OUTPUTS sums.
-template <int OUTPUTS>
-ACE_INLINE void totals(const Products* sums, int32_t* out) {
-    if constexpr (OUTPUTS == 4) {
-        const __m256i first = _mm256_hadd_epi32(sums[0], sums[1]), second = _mm256_hadd_epi32(sums[2], sums[3]);
-        const __m256i halves = _mm256_hadd_epi32(first, second);
-        const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), all);
-    } else {
-        for (int r = 0; r < OUTPUTS; ++r) out[r] = total(sums[r]);
-    }
-}
-#else
-struct Steps {
-    int16_t lane[LANES];
-};
-using Products = int32_t;
-
-// Lane k is the next of sixteen values, after the first `skipped` ones, if bit k of the sixteen bits is set, else 0.
-template <typename Values>
-ACE_INLINE Steps spread_steps(const Values& values, uint32_t bits, int skipped = 0) {
-    Steps steps = {};
-    for (int next = skipped; bits; bits &= bits - 1) steps.lane[__builtin_ctz(bits)] = values[next++ % LANES];
-    return steps;
-}
-
-ACE_INLINE Products no_products() { return 0; }
-ACE_INLINE Products add_products(Products sum, const Steps& w, const int16_t* x) {
-    for (int k = 0; k < LANES; ++k) sum += int32_t(w.lane[k]) * x[k];
-    return sum;
-}
-template <int OUTPUTS>
-ACE_INLINE void totals(const Products* sums, int32_t* out) {
-    for (int r = 0; r < OUTPUTS; ++r) out[r] = sums[r];
-}
-#endif
-
-// Values of 8 bits; sixteen of them are read.
-struct EightBits {
-    static constexpr int BITS = 8, LARGEST = 127, BYTES_READ = 16;
-
-#if ACE_WIDTH >= 8
-    using Values = __m128i;
-    static ACE_INLINE Values load(const uint8_t* from, int64_t) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    }
-#else
-    using Values = const int8_t*;
-    static ACE_INLINE Values load(const uint8_t* from, int64_t) { return reinterpret_cast<const int8_t*>(from); }
-#endif
-};
-
-// Values of 4 bits, in two's complement; sixteen of them are read and multiplied by 16. If ODD, the first value may be
-// in the upper half of its byte.
-template <bool ODD>
-struct FourBits {
-    static constexpr int BITS = 4, LARGEST = 7 * 16, BYTES_READ = ODD ? 9 : 8;
-
-    static ACE_INLINE uint64_t pairs_at(const uint8_t* from, int64_t value) {
-        uint64_t pairs;
-        memcpy(&pairs, from, sizeof pairs);
-        if (!ODD) return pairs;
-        const int shift = int(value % 2) * 4;
-        return pairs >> shift | uint64_t(from[8]) << 1 << (63 - shift);
-    }
-#if ACE_WIDTH >= 8
-    using Values = __m128i;
-    static ACE_INLINE Values load(const uint8_t* from, int64_t value) {
-        const __m128i pairs = _mm_cvtsi64_si128(int64_t(pairs_at(from, value))), upper = _mm_set1_epi8(-16);
-        return _mm_unpacklo_epi8(_mm_and_si128(_mm_slli_epi16(pairs, 4), upper), _mm_and_si128(pairs, upper));
-    }
-#else
-    struct Values {
-        int8_t lane[LANES];
-        ACE_INLINE int8_t operator[](int k) const { return lane[k]; }
-    };
-    static ACE_INLINE Values load(const uint8_t* from, int64_t value) {
-        const uint64_t pairs = pairs_at(from, value);
-        Values values;
-        for (int k = 0; k < LANES; ++k) values.lane[k] = int8_t(uint8_t(pairs >> 4 * k << 4));
-        return values;
-    }
-#endif
-};
 
 // The number at `index`, in fp32.
 ACE_INLINE float widen_one(Element element, const void* from, int64_t index) {
@@ -168,20 +36,48 @@ ACE_INLINE float widen_one(Element element, const void* from, int64_t index) {
 // come before their lower parts.
 template <int OUTPUTS>
 struct BlockSums {
-    Products upper[OUTPUTS], lower[OUTPUTS];
+#if ACE_DOTPROD
+    // The sums for the upper and the lower bytes of either part, and of the weights.
+    Products high[2][OUTPUTS], low[2][OUTPUTS], weights[OUTPUTS];
 
     ACE_INLINE void clear() {
-        for (int r = 0; r < OUTPUTS; ++r) upper[r] = lower[r] = no_products();
+        for (int r = 0; r < OUTPUTS; ++r) {
+            weights[r] = no_products();
+            for (int part = 0; part < 2; ++part) high[part][r] = low[part][r] = no_products();
+        }
     }
     ACE_INLINE void add(int r, const Steps& w, const int16_t* x) {
-        upper[r] = add_products(upper[r], w, x);
-        lower[r] = add_products(lower[r], w, x + LANES);
+        const int8_t* bytes = reinterpret_cast<const int8_t*>(x);
+        for (int part = 0; part < 2; ++part) {
+            high[part][r] = add_products(high[part][r], w, bytes + part * 2 * LANES);
+            low[part][r] = add_products(low[part][r], w, bytes + part * 2 * LANES + LANES);
+        }
+        weights[r] = vdotq_s32(weights[r], w, vdupq_n_s8(1));
     }
+    // The sums of part 0 or 1. They fit in 32 bits, so it does not matter if a summand does not.
+    ACE_INLINE void totals_of(int part, int32_t* out) const {
+        Products sums[OUTPUTS];
+        for (int r = 0; r < OUTPUTS; ++r) {
+            sums[r] = vaddq_s32(vshlq_n_s32(high[part][r], 8), vaddq_s32(low[part][r], vshlq_n_s32(weights[r], 7)));
+        }
+        totals<OUTPUTS>(sums, out);
+    }
+#else
+    Products sums[2][OUTPUTS];
+
+    ACE_INLINE void clear() {
+        for (int r = 0; r < OUTPUTS; ++r) sums[0][r] = sums[1][r] = no_products();
+    }
+    ACE_INLINE void add(int r, const Steps& w, const int16_t* x) {
+        for (int part = 0; part < 2; ++part) sums[part][r] = add_products(sums[part][r], w, x + part * LANES);
+    }
+    ACE_INLINE void totals_of(int part, int32_t* out) const { totals<OUTPUTS>(sums[part], out); }
+#endif
     // In fp32; each is rounded once.
     ACE_INLINE void values(float* out) const {
         int32_t of_upper[OUTPUTS], of_lower[OUTPUTS];
-        totals<OUTPUTS>(upper, of_upper);
-        totals<OUTPUTS>(lower, of_lower);
+        totals_of(0, of_upper);
+        totals_of(1, of_lower);
         for (int r = 0; r < OUTPUTS; ++r) {
             out[r] = float(int64_t(of_upper[r]) * LOWER_STEPS + of_lower[r]) * (1.0f / LOWER_STEPS);
         }

@@ -1,5 +1,7 @@
 #include "gram_product.h"
 
+#include "arm.h"
+
 #if defined(__x86_64__) && ((defined(__GNUC__) && __GNUC__ >= 10) || defined(__clang__))
 
 #include <immintrin.h>
@@ -73,7 +75,7 @@ ACE_PAIRS void add_gram_panel(const GramTask& task, int64_t panel) {
 
 }  // namespace ace
 
-#else
+#elif !ACE_ARM_EXTENSIONS
 
 namespace ace {
 bool has_bf16_pairs() { return false; }

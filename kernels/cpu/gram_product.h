@@ -1,14 +1,15 @@
-// Gram matrix of bf16 tokens, on processors that multiply pairs of bf16 numbers (AVX512-BF16).
+// Gram matrix of bf16 tokens, on processors that multiply pairs of bf16 numbers (AVX512-BF16, and BF16 on ARM).
 #pragma once
 
 #include <cstdint>
 
 namespace ace {
 
-// Columns per panel, and token pairs that are packed at once.
+// Columns per panel, and token pairs that are packed at once: an even number.
 constexpr int64_t GRAM_PANEL = 48, GRAM_PAIRS = 512;
 
-// One word of `packed`, uint32 [panels, pairs, GRAM_PANEL], holds the values of two tokens for one channel.
+// One word of `packed`, uint32 [panels, pairs, GRAM_PANEL], holds the values of two tokens for one channel. There is
+// room for an even number of pairs. On ARM, the values of four tokens for one channel are adjacent.
 struct GramTask {
     const uint16_t* tokens;  // this chunk's tokens, bf16 [n_tokens, width], rows `stride` elements apart
     int64_t n_tokens, width, stride;

@@ -1,6 +1,7 @@
 // Operations on weights, and the choice of the instruction set; abi.h declares what this file exports.
 
 #include "abi.h"
+#include "arm.h"
 #include "term_range.h"
 #include "threads.h"
 
@@ -17,6 +18,10 @@ const Bodies* const* all_bodies() {
     static const Bodies* const tables[] = {
 #if defined(__x86_64__)
         &avx512_bodies, &avx2_bodies,
+#elif ACE_ARM_EXTENSIONS
+        &neon_dotprod_bodies, &neon_bodies,
+#elif defined(__aarch64__)
+        &neon_bodies,
 #endif
         &portable_bodies, nullptr};
     return tables;
@@ -30,8 +35,10 @@ bool runs_here(const Bodies& candidate) {
     }
     // Every processor with AVX2 also has F16C.
     if (&candidate == &avx2_bodies) return __builtin_cpu_supports("avx2");
+#elif ACE_ARM_EXTENSIONS
+    if (&candidate == &neon_dotprod_bodies) return has_dot_product();
 #endif
-    return &candidate == &portable_bodies;
+    return true;
 }
 
 const Bodies* best_bodies() {

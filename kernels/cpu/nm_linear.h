@@ -58,6 +58,19 @@ ACE_INLINE NativeFloats spread_octet(Fp16, const uint16_t* from, uint64_t octet)
 ACE_INLINE NativeFloats spread_octet(Bf16, const uint16_t* from, uint64_t octet) {
     return (NativeFloats)spread_upper_halves(from, octet);
 }
+#elif ACE_NEON
+// Puts eight weights in parts p and p + 1; returns how many values they are.
+ACE_INLINE int64_t spread_octet(Fp32, const float* from, uint64_t octet, Floats& v, int p) {
+    const uint32x4x2_t words = spread_octet(reinterpret_cast<const uint32_t*>(from), octet);
+    v.part[p] = (NativeFloats)words.val[0];
+    v.part[p + 1] = (NativeFloats)words.val[1];
+    return COUNTS.of[octet];
+}
+template <typename E>
+ACE_INLINE int64_t spread_octet(E, const uint16_t* from, uint64_t octet, Floats& v, int p) {
+    E::split(spread_octet(from, octet), v.part + p);
+    return COUNTS.of[octet];
+}
 #endif
 
 // Metadata bits of sixteen neighboring weights. Words are little-endian, as are all machines that this is built for.
@@ -85,6 +98,11 @@ ACE_INLINE Floats spread(const typename E::Stored*& from, uint64_t bits) {
         v.part[p] = spread_octet(E{}, from, octet[p]);
         from += count_bits(octet[p]);
     }
+    return v;
+#elif ACE_NEON
+    Floats v;
+    from += spread_octet(E{}, from, bits & 0xff, v, 0);
+    from += spread_octet(E{}, from, bits >> 8, v, 2);
     return v;
 #else
     float lane[LANES] = {}, value[LANES];
@@ -175,6 +193,29 @@ ACE_INLINE void add_tile(const float (*tile)[INPUT_TILE], int count, const float
     }
 }
 
+// The same part by part, for vectors of four registers: otherwise the sums of several tokens do not fit in registers.
+template <int OUTPUTS, int TOKENS>
+ACE_INLINE void add_tile_by_parts(const float (*tile)[INPUT_TILE], int count, const float* x, int64_t padded,
+                                  Floats* sums) {
+    for (int p = 0; p < PARTS; ++p) {
+        NativeFloats sum[OUTPUTS][TOKENS];
+        for (int r = 0; r < OUTPUTS; ++r) {
+            for (int t = 0; t < TOKENS; ++t) sum[r][t] = sums[r * TOKENS_AT_ONCE + t].part[p];
+        }
+        for (int j = p * WIDTH; j < count; j += LANES) {
+            NativeFloats w[OUTPUTS], v;
+            for (int r = 0; r < OUTPUTS; ++r) memcpy(&w[r], tile[r] + j, sizeof v);
+            for (int t = 0; t < TOKENS; ++t) {
+                memcpy(&v, x + t * padded + j, sizeof v);
+                for (int r = 0; r < OUTPUTS; ++r) sum[r][t] = sum[r][t] + w[r] * v;
+            }
+        }
+        for (int r = 0; r < OUTPUTS; ++r) {
+            for (int t = 0; t < TOKENS; ++t) sums[r * TOKENS_AT_ONCE + t].part[p] = sum[r][t];
+        }
+    }
+}
+
 // Several tokens: each tile of weights is unpacked once.
 template <int OUTPUTS, typename Rows>
 ACE_OUTLINED void some_tokens(const Rows& of, int64_t cols, const float* x, int64_t padded, int tokens, Floats* sums) {
@@ -188,7 +229,11 @@ ACE_OUTLINED void some_tokens(const Rows& of, int64_t cols, const float* x, int6
             for (int r = 0; r < OUTPUTS; ++r) store(tile[r] + j, rows.at(r, from + j, lanes));
         });
         int t = 0;
-        for (; t + 4 <= tokens; t += 4) add_tile<OUTPUTS, 4>(tile, count, x + t * padded + from, padded, sums + t);
+        for (; t + 4 <= tokens; t += 4) {
+            const float* inputs = x + t * padded + from;
+            if constexpr (PARTS == 4) add_tile_by_parts<OUTPUTS, 4>(tile, count, inputs, padded, sums + t);
+            else add_tile<OUTPUTS, 4>(tile, count, inputs, padded, sums + t);
+        }
         for (; t < tokens; ++t) add_tile<OUTPUTS, 1>(tile, count, x + t * padded + from, padded, sums + t);
     }
 }

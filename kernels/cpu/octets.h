@@ -1,10 +1,10 @@
-// Spreads values to the set bits of an octet with a table, for AVX2: element k is the next value if bit k is set,
-// else 0. Eight values are always read.
+// Spreads values to the set bits of an octet with a table, for AVX2 and NEON: element k is the next value if bit k is
+// set, else 0. Eight values are always read.
 #pragma once
 
 #include "vector.h"
 
-#if ACE_WIDTH == 8
+#if ACE_WIDTH == 8 || ACE_NEON
 namespace ace {
 namespace {
 
@@ -40,6 +40,8 @@ struct HalfPlaces {
     }
 };
 alignas(64) constexpr HalfPlaces<2> HALF_PLACES;
+
+#if ACE_WIDTH == 8
 alignas(64) constexpr HalfPlaces<4> UPPER_HALF_PLACES;
 
 ACE_INLINE __m128i places_of_octet(uint64_t octet) {
@@ -67,6 +69,53 @@ ACE_INLINE __m256i spread_upper_halves(const uint16_t* from, uint64_t octet) {
     const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     return _mm256_shuffle_epi8(twice, _mm256_load_si256(reinterpret_cast<const __m256i*>(UPPER_HALF_PLACES.of[octet])));
 }
+#else
+// For every four bits: the source byte, out of four four-byte values, for each byte of four elements; 0x80 for zero.
+struct WordPlaces {
+    uint8_t of[16][16];
+
+    constexpr WordPlaces() : of() {
+        for (int bits = 0; bits < 16; ++bits) {
+            for (int k = 0, next = 0; k < 4; ++k) {
+                const bool kept = bits >> k & 1;
+                for (int byte = 0; byte < 4; ++byte) of[bits][4 * k + byte] = kept ? uint8_t(4 * next + byte) : 0x80;
+                next += kept;
+            }
+        }
+    }
+};
+alignas(64) constexpr WordPlaces WORD_PLACES;
+
+// The number of set bits of an octet: the processor counts bits only in vector registers.
+struct Counts {
+    uint8_t of[256];
+
+    constexpr Counts() : of() {
+        for (int bits = 1; bits < 256; ++bits) of[bits] = uint8_t(of[bits / 2] + bits % 2);
+    }
+};
+alignas(64) constexpr Counts COUNTS;
+
+// Four values for four bits.
+ACE_INLINE uint32x4_t spread_quartet(const uint32_t* from, uint64_t quartet) {
+    const uint8x16_t values = vreinterpretq_u8_u32(vld1q_u32(from));
+    return vreinterpretq_u32_u8(vqtbl1q_u8(values, vld1q_u8(WORD_PLACES.of[quartet])));
+}
+
+ACE_INLINE uint32x4x2_t spread_octet(const uint32_t* from, uint64_t octet) {
+    const uint64_t first = octet & 15;
+    return uint32x4x2_t{{spread_quartet(from, first), spread_quartet(from + COUNTS.of[first], octet >> 4)}};
+}
+
+ACE_INLINE uint16x8_t spread_octet(const uint16_t* from, uint64_t octet) {
+    const uint8x16_t values = vreinterpretq_u8_u16(vld1q_u16(from));
+    return vreinterpretq_u16_u8(vqtbl1q_u8(values, vld1q_u8(HALF_PLACES.of[octet])));
+}
+
+ACE_INLINE uint8x8_t spread_octet(const uint8_t* from, uint64_t octet) {
+    return vtbl1_u8(vld1_u8(from), vld1_u8(PLACES.of[octet]));
+}
+#endif
 
 }  // namespace
 }  // namespace ace

@@ -27,6 +27,20 @@ ACE_INLINE Ints nearest(const Floats& v) {
     return bits_of(v + to_integer) - bits_of(to_integer);
 }
 
+// Stores a part of sixteen tokens. For dot products of bytes, the upper bytes come first, then the lower bytes less
+// 128: all of them are signed.
+ACE_INLINE void store_part(uint16_t* to, const Halves& part) {
+#if ACE_DOTPROD
+    uint8x16x2_t bytes;
+    memcpy(&bytes, &part, sizeof part);
+    uint8_t* const first = reinterpret_cast<uint8_t*>(to);
+    vst1q_u8(first, vuzp2q_u8(bytes.val[0], bytes.val[1]));
+    vst1q_u8(first + LANES, veorq_u8(vuzp1q_u8(bytes.val[0], bytes.val[1]), vdupq_n_u8(0x80)));
+#else
+    store_raw(to, part, LANES);
+#endif
+}
+
 // Rounds each block of a row's tokens to integers in two parts; the block's scale is a power of two, 0 if all of its
 // tokens count as zeros, NaN if one is not finite.
 inline void round_tokens(const Matrix& matrix, int64_t block, int64_t padded, int16_t* out, float* scales) {
@@ -58,8 +72,8 @@ inline void round_tokens(const Matrix& matrix, int64_t block, int64_t padded, in
                     const Floats rest = v - (v + Floats::all(TO_INTEGER) - Floats::all(TO_INTEGER));
                     const Ints lower = nearest(rest * Floats::all(LOWER_STEPS));
                     auto* parts = reinterpret_cast<uint16_t*>(out) + (t * padded + first + j) * 2;
-                    store_raw(parts, narrow(nearest(v)), LANES);
-                    store_raw(parts + LANES, narrow(min(lower, Ints::all(INT16_MAX))), LANES);
+                    store_part(parts, narrow(nearest(v)));
+                    store_part(parts + LANES, narrow(min(lower, Ints::all(INT16_MAX))));
                 });
             }
         }

@@ -94,10 +94,7 @@ ACE_INLINE void deliver(const Selection& s, int64_t i, int64_t from, int count, 
     } else if (s.output == Output::mask) {
         uint8_t* out = s.delivered + i * cols + from;
         each_vector(count, [&](int j, int lanes) ACE_INLINED {
-            const Ints kept = keep(j, lanes) & Ints::all(1);
-            Bytes bytes;
-            for (int p = 0; p < PARTS; ++p) bytes.part[p] = __builtin_convertvector(kept.part[p], NativeBytes);
-            store_raw(out + j, bytes, lanes);
+            store_raw(out + j, narrow_to_bytes(keep(j, lanes) & Ints::all(1)), lanes);
         });
     } else if (s.weight.element == Element::fp32) {
         auto* weight = static_cast<int32_t*>(s.weight.data) + i * s.weight.stride + from;

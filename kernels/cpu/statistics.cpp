@@ -214,7 +214,10 @@ int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t channels, int64
     });
 }
 
-int ace_has_gram_product() { return strcmp(bodies->name, "avx512") == 0 && has_bf16_pairs(); }
+// AVX2 and portable code do not stand for such a processor, even if it is one.
+int ace_has_gram_product() {
+    return (strcmp(bodies->name, "avx512") == 0 || strncmp(bodies->name, "neon", 4) == 0) && has_bf16_pairs();
+}
 
 // Panels are distributed to threads from both ends, because later ones have more rows.
 int ace_gram_product(const uint16_t* tokens, int64_t n_tokens, int64_t width, int64_t stride, float* gram,
@@ -223,7 +226,7 @@ int ace_gram_product(const uint16_t* tokens, int64_t n_tokens, int64_t width, in
         const int64_t panels = units(width, GRAM_PANEL);
         // Sixteen products take as long as reading a byte.
         const int shares = threads_for(n_tokens * width * width / 2 / 16, panels, threads);
-        std::vector<uint32_t> packed(panels * GRAM_PANEL * std::min(GRAM_PAIRS, units(n_tokens, 2)));
+        std::vector<uint32_t> packed(panels * GRAM_PANEL * std::min(GRAM_PAIRS, 2 * units(n_tokens, 4)));
         const auto each = [&](const auto& work) {
             deal(panels, shares, [&](int64_t begin, int64_t end, int) {
                 for (int64_t k = begin; k < end; ++k) work(k % 2 ? panels - 1 - k / 2 : k / 2);

@@ -139,7 +139,9 @@ struct FewBitsWeight {
 };
 
 struct FewBitsTask {
-    const int16_t* tokens;  // [n_tokens, padded / 16, 2, 16]: upper and lower parts, zeros past the last input
+    // [n_tokens, padded / 16, 2, 16]: upper and lower parts, zeros past the last input; with dot products of bytes, the
+    // bytes of each part as store_part orders them.
+    const int16_t* tokens;
     const float* scales;    // [n_tokens, blocks]: what one step of an upper part stands for
     int64_t n_tokens, padded;
     int64_t block, blocks;  // inputs in a block, which divides the group; and blocks in a row
@@ -215,6 +217,8 @@ struct Bodies {
 extern const Bodies portable_bodies;
 #if defined(__x86_64__)
 extern const Bodies avx2_bodies, avx512_bodies;
+#elif defined(__aarch64__)
+extern const Bodies neon_bodies, neon_dotprod_bodies;
 #endif
 
 }  // namespace ace

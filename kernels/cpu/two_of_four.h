@@ -22,13 +22,28 @@ constexpr int META_AHEAD = sizeof(typename E::Stored) == 4 ? 128 : 512;
 // Converts words of 32 bits to words of sixteen 2-bit indices into groups, nibble by nibble. The lower index is 0 if
 // bit 0 is set, else 1 if bit 1 is set, else 2. The higher index is 3, 2 or 1 by bits 3 and 2. Any bits give
 // indices from 0 to 3.
-ACE_INLINE void places_of(const uint32_t* meta, int words, uint32_t* places) {
-    for (int k = 0; k < words; ++k) {
-        const uint32_t bits = meta[k], down = bits >> 1, up = bits << 1;
-        places[k] = (~bits & down & 0x11111111) | (~(bits | up) & 0x22222222) | ((down | ~bits) & 0x44444444) |
-                    ((bits | up) & 0x88888888);
-    }
+constexpr uint32_t places_of(uint32_t bits) {
+    const uint32_t down = bits >> 1, up = bits << 1;
+    return (~bits & down & 0x11111111) | (~(bits | up) & 0x22222222) | ((down | ~bits) & 0x44444444) |
+           ((bits | up) & 0x88888888);
 }
+
+#if ACE_NEON
+// For four indices, of two groups: the source byte, out of their eight inputs, for each byte of the four inputs.
+struct PlaceBytes {
+    uint8_t of[256][16];
+
+    constexpr PlaceBytes() : of() {
+        for (int places = 0; places < 256; ++places) {
+            for (int byte = 0; byte < 16; ++byte) {
+                const int k = byte / 4, input = k / 2 * 4 + (places >> (2 * k) & 3);
+                of[places][byte] = uint8_t(4 * input + byte % 4);
+            }
+        }
+    }
+};
+alignas(64) constexpr PlaceBytes PLACE_BYTES;
+#endif
 
 // Gathers the inputs of sixteen values out of the 32 inputs at `x`.
 struct Inputs {
@@ -62,6 +77,23 @@ struct Inputs {
         }
         return v;
     }
+#elif ACE_NEON
+    uint32_t places;
+    ACE_INLINE explicit Inputs(uint32_t places) : places(places) {}
+    ACE_INLINE Floats of(const float* x) const {
+        Floats v;
+        for (int p = 0; p < PARTS; ++p) v.part[p] = part(index(p), two_groups(x + 8 * p));
+        return v;
+    }
+    // The same for the four values of part p, whose inputs are the eight of `two_groups`: a table of two adjacent
+    // registers.
+    ACE_INLINE uint8x16_t index(int p) const { return vld1q_u8(PLACE_BYTES.of[places >> (8 * p) & 0xff]); }
+    static ACE_INLINE uint8x16x2_t two_groups(const float* x) {
+        return vld1q_u8_x2(reinterpret_cast<const uint8_t*>(x));
+    }
+    static ACE_INLINE NativeFloats part(uint8x16_t index, uint8x16x2_t inputs) {
+        return (NativeFloats)vqtbl2q_u8(inputs, index);
+    }
 #else
     uint32_t places;
     ACE_INLINE explicit Inputs(uint32_t places) : places(places) {}
@@ -85,12 +117,78 @@ struct TwoOfFour {
 template <int OUTPUTS, int TOKENS, bool WHOLE, typename E, int TILE_WORDS>
 ACE_INLINE void add_word(const typename E::Stored* const* row, int lanes, const uint32_t (*places)[TILE_WORDS], int k,
                          const float* x, int64_t padded, Floats (*sum)[TOKENS]) {
+#if ACE_NEON
+    // One token, half of the word at a time: few registers hold its inputs.
+    if constexpr (WHOLE) {
+        static_assert(TOKENS == 1, "several tokens are multiplied by parts");
+        const auto add_half = [&](auto half) ACE_INLINED {
+            constexpr int h = decltype(half)::value;
+            const float* const from = x + k * WORD + h * LANES;
+            const uint8x16x2_t first = Inputs::two_groups(from), second = Inputs::two_groups(from + 8);
+            for (int r = 0; r < OUTPUTS; ++r) {
+                NativeFloats values[2];
+                E::load_parts(row[r] + k * LANES + h * 8, values);
+                const Inputs inputs(places[r][k]);
+                NativeFloats &left = sum[r][0].part[2 * h], &right = sum[r][0].part[2 * h + 1];
+                left = left + values[0] * Inputs::part(inputs.index(2 * h), first);
+                right = right + values[1] * Inputs::part(inputs.index(2 * h + 1), second);
+            }
+        };
+        add_half(std::integral_constant<int, 0>{});
+        add_half(std::integral_constant<int, 1>{});
+        return;
+    }
+#endif
     for (int r = 0; r < OUTPUTS; ++r) {
         const Floats values = E::load(row[r] + k * LANES, WHOLE ? LANES : lanes);
         const Inputs inputs(places[r][k]);
         for (int t = 0; t < TOKENS; ++t) sum[r][t] = sum[r][t] + values * inputs.of(x + k * WORD + t * padded);
     }
 }
+
+#if ACE_NEON
+// Multiplies one tile as add_tile does, part by part, so that the sums of all tokens fit in registers.
+template <int OUTPUTS, int TOKENS, typename E, int TILE_WORDS>
+ACE_INLINE void add_tile_by_parts(const TwoOfFour<E>& w, int64_t from, int count, const uint32_t (*places)[TILE_WORDS],
+                                  const float* x, int64_t padded, Floats* sums) {
+    for (int p = 0; p < PARTS; ++p) {
+        const typename E::Stored* row[OUTPUTS];
+        NativeFloats sum[OUTPUTS][TOKENS];
+        for (int r = 0; r < OUTPUTS; ++r) {
+            row[r] = w.values + r * w.stride + from / 2 + p * WIDTH;
+            for (int t = 0; t < TOKENS; ++t) sum[r][t] = sums[r * TOKENS_AT_ONCE + t].part[p];
+        }
+        const auto add = [&](int k, const NativeFloats* values) ACE_INLINED {
+            uint8x16_t index[OUTPUTS];
+            for (int r = 0; r < OUTPUTS; ++r) index[r] = Inputs(places[r][k]).index(p);
+            for (int t = 0; t < TOKENS; ++t) {
+                const uint8x16x2_t inputs = Inputs::two_groups(x + from + t * padded + k * WORD + p * 2 * WIDTH);
+                for (int r = 0; r < OUTPUTS; ++r) sum[r][t] = sum[r][t] + values[r] * Inputs::part(index[r], inputs);
+            }
+        };
+        NativeFloats values[OUTPUTS];
+        int k = 0;
+        for (; (k + 1) * WORD <= count; ++k) {
+            constexpr int SIZE = sizeof(typename E::Stored);
+            if (p == 0) {
+                ask_rows_ahead<OUTPUTS>(w.values, (from / 2 + k * LANES) * SIZE + VALUES_AHEAD<E>, w.stride * SIZE);
+            }
+            for (int r = 0; r < OUTPUTS; ++r) values[r] = E::load_part(row[r] + k * LANES);
+            add(k, values);
+        }
+        const int left = (count - k * WORD) / 2 - p * WIDTH;
+        if (left > 0) {
+            for (int r = 0; r < OUTPUTS; ++r) {
+                values[r] = E::load(row[r] + k * LANES, left < WIDTH ? left : WIDTH).part[0];
+            }
+            add(k, values);
+        }
+        for (int r = 0; r < OUTPUTS; ++r) {
+            for (int t = 0; t < TOKENS; ++t) sums[r * TOKENS_AT_ONCE + t].part[p] = sum[r][t];
+        }
+    }
+}
+#endif
 
 // Multiplies one tile of `count` inputs, from `from` on. One token leaves registers free, so the loop is unrolled and
 // prefetches each cache line once.
@@ -128,10 +226,17 @@ ACE_INLINE void add_row(const TwoOfFour<E>& w, int64_t cols, const float* x, int
         uint32_t places[OUTPUTS][TILE / WORD];
         ask_rows_ahead<OUTPUTS>(w.meta, from / 8 + META_AHEAD<E>, w.words * 4);
         for (int r = 0; r < OUTPUTS; ++r) {
-            places_of(w.meta + r * w.words + from / WORD, (count + WORD - 1) / WORD, places[r]);
+            const uint32_t* meta = w.meta + r * w.words + from / WORD;
+            for (int k = 0; k * WORD < count; ++k) places[r][k] = places_of(meta[k]);
         }
         int t = 0;
-        for (; t + 4 <= tokens; t += 4) add_tile<OUTPUTS, 4>(w, from, count, places, x + t * padded, padded, sums + t);
+        for (; t + 4 <= tokens; t += 4) {
+#if ACE_NEON
+            add_tile_by_parts<OUTPUTS, 4>(w, from, count, places, x + t * padded, padded, sums + t);
+#else
+            add_tile<OUTPUTS, 4>(w, from, count, places, x + t * padded, padded, sums + t);
+#endif
+        }
         for (; t < tokens; ++t) add_tile<OUTPUTS, 1>(w, from, count, places, x + t * padded, padded, sums + t);
     };
     int64_t from = 0;

@@ -33,10 +33,19 @@ ACE_INLINE void spread_sixteen(const uint8_t* from, uint16_t bits, uint8_t* to) 
     const __m512i moved = _mm512_maskz_expand_epi32(bits, _mm512_maskz_cvtepu8_epi32(0xffff, values));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, moved));
 }
-#elif ACE_WIDTH == 8
+#elif ACE_WIDTH == 8 || ACE_NEON
+#if ACE_NEON
+ACE_INLINE void store_octet(const uint32x4x2_t& v, uint32_t* to) {
+    vst1q_u32(to, v.val[0]);
+    vst1q_u32(to + 4, v.val[1]);
+}
+ACE_INLINE void store_octet(uint16x8_t v, uint16_t* to) { vst1q_u16(to, v); }
+ACE_INLINE void store_octet(uint8x8_t v, uint8_t* to) { vst1_u8(to, v); }
+#else
 ACE_INLINE void store_octet(const __m256i& v, uint32_t* to) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
 ACE_INLINE void store_octet(const __m128i& v, uint16_t* to) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), v); }
 ACE_INLINE void store_octet(const __m128i& v, uint8_t* to) { _mm_storel_epi64(reinterpret_cast<__m128i*>(to), v); }
+#endif
 
 template <typename Stored>
 ACE_INLINE void spread_sixteen(const Stored* from, uint16_t bits, Stored* to) {

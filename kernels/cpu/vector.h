@@ -1,5 +1,6 @@
 // Vectors of sixteen lanes for any register width, so results are the same on every instruction set.
-// The including file sets ACE_WIDTH, the number of 32-bit lanes per register: 16, 8 or 4.
+// The including file sets ACE_WIDTH, the number of 32-bit lanes per register: 16, 8 or 4. On 64-bit ARM it may set
+// ACE_NEON, for NEON's own instructions if the compiler's vector types take several.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,8 @@
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif ACE_NEON
+#include <arm_neon.h>
 #endif
 
 #define ACE_INLINED __attribute__((always_inline))
@@ -100,6 +103,8 @@ ACE_INLINE Floats square_root(Floats v) {
         v.part[p] = (NativeFloats)_mm512_maskz_sqrt_ps(0xffff, (__m512)v.part[p]);
 #elif ACE_WIDTH == 8
         v.part[p] = (NativeFloats)_mm256_sqrt_ps((__m256)v.part[p]);
+#elif ACE_NEON
+        v.part[p] = (NativeFloats)vsqrtq_f32((float32x4_t)v.part[p]);
 #else
         for (int lane = 0; lane < WIDTH; ++lane) v.part[p][lane] = __builtin_sqrtf(v.part[p][lane]);
 #endif
@@ -171,6 +176,8 @@ ACE_INLINE Ints widen(const Halves& halves) {
         v.part[p] = (NativeInts)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves.part[p]);
 #elif ACE_WIDTH == 8
         v.part[p] = (NativeInts)_mm256_cvtepu16_epi32((__m128i)halves.part[p]);
+#elif ACE_NEON
+        v.part[p] = (NativeInts)vmovl_u16((uint16x4_t)halves.part[p]);
 #else
         v.part[p] = __builtin_convertvector(halves.part[p], NativeInts);
 #endif
@@ -186,11 +193,27 @@ ACE_INLINE Halves narrow(const Ints& v) {
         const __m256i part = (__m256i)v.part[p];
         halves.part[p] =
             (NativeHalves)_mm_packs_epi32(_mm256_castsi256_si128(part), _mm256_extracti128_si256(part, 1));
+#elif ACE_NEON
+        halves.part[p] = (NativeHalves)vmovn_s32((int32x4_t)v.part[p]);
 #else
         halves.part[p] = __builtin_convertvector(v.part[p], NativeHalves);
 #endif
     }
     return halves;
+}
+
+// For lanes that fit in eight bits.
+ACE_INLINE Bytes narrow_to_bytes(const Ints& v) {
+    Bytes bytes;
+#if ACE_NEON
+    const Halves halves = narrow(v);
+    const uint8x8_t first = vmovn_u16(vcombine_u16((uint16x4_t)halves.part[0], (uint16x4_t)halves.part[1]));
+    const uint8x8_t second = vmovn_u16(vcombine_u16((uint16x4_t)halves.part[2], (uint16x4_t)halves.part[3]));
+    vst1q_u8(reinterpret_cast<uint8_t*>(&bytes), vcombine_u8(first, second));
+#else
+    for (int p = 0; p < PARTS; ++p) bytes.part[p] = __builtin_convertvector(v.part[p], NativeBytes);
+#endif
+    return bytes;
 }
 
 // Stores around the caches if whole registers are aligned: data that is not read soon displaces nothing, and its memory
@@ -249,6 +272,16 @@ ACE_INLINE Ints rotate(const Ints& v) {
 
 // Bit k is the sign of lane k.
 ACE_INLINE uint16_t signs(const Ints& v) {
+#if ACE_NEON
+    // The upper halves of words and the upper halves of those keep the signs.
+    const uint16x8_t first = vuzp2q_u16((uint16x8_t)v.part[0], (uint16x8_t)v.part[1]);
+    const uint16x8_t second = vuzp2q_u16((uint16x8_t)v.part[2], (uint16x8_t)v.part[3]);
+    const int8x16_t bytes = vreinterpretq_s8_u8(vuzp2q_u8(vreinterpretq_u8_u16(first), vreinterpretq_u8_u16(second)));
+    const uint8x16_t values = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+    uint8x16_t sums = vandq_u8(vreinterpretq_u8_s8(vshrq_n_s8(bytes, 7)), values);
+    for (int step = 0; step < 3; ++step) sums = vpaddq_u8(sums, sums);
+    return vgetq_lane_u16(vreinterpretq_u16_u8(sums), 0);
+#else
     uint32_t bits = 0;
     for (int p = 0; p < PARTS; ++p) {
 #if ACE_WIDTH == 16
@@ -262,6 +295,7 @@ ACE_INLINE uint16_t signs(const Ints& v) {
 #endif
     }
     return uint16_t(bits);
+#endif
 }
 
 // Adds vectors, a power of two of them, as a tree, which has less latency and rounding error than a chain.

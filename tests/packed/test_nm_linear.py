@@ -222,11 +222,15 @@ MOST_ROWS = {
     ("avx512", True): {torch.float32: (128, 64), torch.float16: (8, 4), torch.bfloat16: (8, 4)},
     ("avx2", False): {torch.float32: (4, 3), torch.float16: (None, None), torch.bfloat16: (None, None)},
     ("avx2", True): {torch.float32: (4, 3), torch.float16: (4, 4), torch.bfloat16: (4, 4)},
+    ("neon_dotprod", False): {torch.float32: (4, 2), torch.float16: (16, 8), torch.bfloat16: (16, 8)},
+    ("neon", False): {torch.float32: (4, 2), torch.float16: (16, 8), torch.bfloat16: (16, 8)},
+    ("neon", True): {torch.float32: (4, 2), torch.float16: (2, 1), torch.bfloat16: (2, 1)},
     ("portable", False): {torch.float32: (4, 0), torch.float16: (4, 0), torch.bfloat16: (4, 0)},
     ("portable", True): {torch.float32: (4, 0), torch.float16: (1, 0), torch.bfloat16: (1, 0)},
 }
 """Largest numbers of rows for which our kernel was faster than unpacking, at 2:4 and at other patterns. The keys are
-the instruction set and whether the processor multiplies fp16 and bf16 itself; None stands for any number."""
+the instruction set and whether the processor multiplies fp16 and bf16 itself; None stands for any number. Those of NEON
+are estimates."""
 
 
 @pytest.fixture
@@ -234,7 +238,7 @@ def compiled(monkeypatch):
     """compiled(isa, native) pretends that the compiled library has an instruction set, and clears cached limits."""
 
     def pretend(isa: str, native: bool = False) -> None:
-        names = ("avx512_bf16", "avx512_fp16") if native else ()
+        names = (("bf16", "fp16_arith") if "neon" in isa else ("avx512_bf16", "avx512_fp16")) if native else ()
         monkeypatch.setattr(cpu_library, "isa", lambda: isa)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
         monkeypatch.setattr(cpu_library, "available", lambda: True)

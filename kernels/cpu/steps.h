@@ -1,0 +1,207 @@
+// Integers of quantized weights: sixteen of a row are loaded, spread to the set bits of their metadata, and multiplied
+// by the parts of tokens.
+#pragma once
+
+#include "vector.h"
+
+namespace ace {
+namespace {
+
+#if ACE_WIDTH >= 8 || ACE_NEON
+// For every octet: in the first half of `low`, the index of the value for each element, 0x80 for none; in its second
+// half, the number of values in each byte. `high` has the first half of `low` in its second half. So `low` of an octet
+// and `high` of the next one add to places for sixteen elements.
+struct StepPlaces {
+    uint8_t low[256][16], high[256][16];
+
+    constexpr StepPlaces() : low(), high() {
+        for (int bits = 0; bits < 256; ++bits) {
+            int next = 0;
+            for (int k = 0; k < 8; ++k) {
+                low[bits][k] = high[bits][k + 8] = bits >> k & 1 ? uint8_t(next++) : uint8_t(0x80);
+            }
+            for (int k = 8; k < 16; ++k) low[bits][k] = uint8_t(next);
+        }
+    }
+};
+alignas(64) constexpr StepPlaces STEP_PLACES;
+#endif
+
+// Sixteen neighboring integers of a row, and sums of their products with tokens.
+#if ACE_WIDTH >= 8
+using Steps = __m256i;
+using Products = __m256i;
+
+ACE_INLINE __m128i step_places(uint32_t bits) {
+    const __m128i low = _mm_load_si128(reinterpret_cast<const __m128i*>(STEP_PLACES.low[bits & 0xff]));
+    return _mm_add_epi8(low, _mm_load_si128(reinterpret_cast<const __m128i*>(STEP_PLACES.high[bits >> 8])));
+}
+
+// Lane k is the next of the values, int8, if bit k of the sixteen bits is set, else 0.
+ACE_INLINE Steps spread_steps(__m128i values, uint32_t bits) {
+    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(values, step_places(bits)));
+}
+// The same for values after the first `skipped` ones.
+ACE_INLINE Steps spread_steps(__m128i values, uint32_t bits, int skipped) {
+    const __m128i places = _mm_add_epi8(step_places(bits), _mm_set1_epi8(char(skipped)));
+    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(values, places));
+}
+
+ACE_INLINE Products no_products() { return _mm256_setzero_si256(); }
+ACE_INLINE Products add_products(Products sum, Steps w, const int16_t* x) {
+    const __m256i tokens = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(w, tokens));
+}
+ACE_INLINE int32_t total(Products sum) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+// The totals of OUTPUTS sums.
+template <int OUTPUTS>
+ACE_INLINE void totals(const Products* sums, int32_t* out) {
+    if constexpr (OUTPUTS == 4) {
+        const __m256i first = _mm256_hadd_epi32(sums[0], sums[1]), second = _mm256_hadd_epi32(sums[2], sums[3]);
+        const __m256i halves = _mm256_hadd_epi32(first, second);
+        const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), all);
+    } else {
+        for (int r = 0; r < OUTPUTS; ++r) out[r] = total(sums[r]);
+    }
+}
+#elif ACE_NEON
+using Products = int32x4_t;
+
+ACE_INLINE uint8x16_t step_places(uint32_t bits) {
+    return vaddq_u8(vld1q_u8(STEP_PLACES.low[bits & 0xff]), vld1q_u8(STEP_PLACES.high[bits >> 8]));
+}
+
+ACE_INLINE Products no_products() { return vdupq_n_s32(0); }
+
+#if ACE_DOTPROD
+using Steps = int8x16_t;
+
+ACE_INLINE Steps steps_of(int8x16_t spread) { return spread; }
+// Of the upper or the lower bytes of a part of the tokens.
+ACE_INLINE Products add_products(Products sum, Steps w, const int8_t* x) {
+    return vdotq_s32(sum, w, vld1q_s8(x));
+}
+#else
+struct Steps {
+    int16x8_t half[2];
+};
+
+ACE_INLINE Steps steps_of(int8x16_t spread) { return Steps{{vmovl_s8(vget_low_s8(spread)), vmovl_high_s8(spread)}}; }
+ACE_INLINE Products add_products(Products sum, const Steps& w, const int16_t* x) {
+    for (int h = 0; h < 2; ++h) {
+        const int16x8_t tokens = vld1q_s16(x + 8 * h);
+        sum = vmlal_s16(sum, vget_low_s16(w.half[h]), vget_low_s16(tokens));
+        sum = vmlal_high_s16(sum, w.half[h], tokens);
+    }
+    return sum;
+}
+#endif
+
+// Lane k is the next of the values, int8, if bit k of the sixteen bits is set, else 0.
+ACE_INLINE Steps spread_steps(int8x16_t values, uint32_t bits) {
+    return steps_of(vqtbl1q_s8(values, step_places(bits)));
+}
+// The same for values after the first `skipped` ones.
+ACE_INLINE Steps spread_steps(int8x16_t values, uint32_t bits, int skipped) {
+    return steps_of(vqtbl1q_s8(values, vaddq_u8(step_places(bits), vdupq_n_u8(uint8_t(skipped)))));
+}
+
+// The totals of OUTPUTS sums.
+template <int OUTPUTS>
+ACE_INLINE void totals(const Products* sums, int32_t* out) {
+    if constexpr (OUTPUTS == 4) {
+        vst1q_s32(out, vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])));
+    } else {
+        for (int r = 0; r < OUTPUTS; ++r) out[r] = vaddvq_s32(sums[r]);
+    }
+}
+#else
+struct Steps {
+    int16_t lane[LANES];
+};
+using Products = int32_t;
+
+// Lane k is the next of sixteen values, after the first `skipped` ones, if bit k of the sixteen bits is set, else 0.
+template <typename Values>
+ACE_INLINE Steps spread_steps(const Values& values, uint32_t bits, int skipped = 0) {
+    Steps steps = {};
+    for (int next = skipped; bits; bits &= bits - 1) steps.lane[__builtin_ctz(bits)] = values[next++ % LANES];
+    return steps;
+}
+
+ACE_INLINE Products no_products() { return 0; }
+ACE_INLINE Products add_products(Products sum, const Steps& w, const int16_t* x) {
+    for (int k = 0; k < LANES; ++k) sum += int32_t(w.lane[k]) * x[k];
+    return sum;
+}
+template <int OUTPUTS>
+ACE_INLINE void totals(const Products* sums, int32_t* out) {
+    for (int r = 0; r < OUTPUTS; ++r) out[r] = sums[r];
+}
+#endif
+
+// Values of 8 bits; sixteen of them are read.
+struct EightBits {
+    static constexpr int BITS = 8, LARGEST = 127, BYTES_READ = 16;
+
+#if ACE_WIDTH >= 8
+    using Values = __m128i;
+    static ACE_INLINE Values load(const uint8_t* from, int64_t) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    }
+#elif ACE_NEON
+    using Values = int8x16_t;
+    static ACE_INLINE Values load(const uint8_t* from, int64_t) { return vreinterpretq_s8_u8(vld1q_u8(from)); }
+#else
+    using Values = const int8_t*;
+    static ACE_INLINE Values load(const uint8_t* from, int64_t) { return reinterpret_cast<const int8_t*>(from); }
+#endif
+};
+
+// Values of 4 bits, in two's complement; sixteen of them are read and multiplied by 16. If ODD, the first value may be
+// in the upper half of its byte.
+template <bool ODD>
+struct FourBits {
+    static constexpr int BITS = 4, LARGEST = 7 * 16, BYTES_READ = ODD ? 9 : 8;
+
+    static ACE_INLINE uint64_t pairs_at(const uint8_t* from, int64_t value) {
+        uint64_t pairs;
+        memcpy(&pairs, from, sizeof pairs);
+        if (!ODD) return pairs;
+        const int shift = int(value % 2) * 4;
+        return pairs >> shift | uint64_t(from[8]) << 1 << (63 - shift);
+    }
+#if ACE_WIDTH >= 8
+    using Values = __m128i;
+    static ACE_INLINE Values load(const uint8_t* from, int64_t value) {
+        const __m128i pairs = _mm_cvtsi64_si128(int64_t(pairs_at(from, value))), upper = _mm_set1_epi8(-16);
+        return _mm_unpacklo_epi8(_mm_and_si128(_mm_slli_epi16(pairs, 4), upper), _mm_and_si128(pairs, upper));
+    }
+#elif ACE_NEON
+    using Values = int8x16_t;
+    static ACE_INLINE Values load(const uint8_t* from, int64_t value) {
+        const uint8x8_t pairs = vcreate_u8(pairs_at(from, value)), upper = vand_u8(pairs, vdup_n_u8(0xf0));
+        const uint8x8x2_t values = vzip_u8(vshl_n_u8(pairs, 4), upper);
+        return vreinterpretq_s8_u8(vcombine_u8(values.val[0], values.val[1]));
+    }
+#else
+    struct Values {
+        int8_t lane[LANES];
+        ACE_INLINE int8_t operator[](int k) const { return lane[k]; }
+    };
+    static ACE_INLINE Values load(const uint8_t* from, int64_t value) {
+        const uint64_t pairs = pairs_at(from, value);
+        Values values;
+        for (int k = 0; k < LANES; ++k) values.lane[k] = int8_t(uint8_t(pairs >> 4 * k << 4));
+        return values;
+    }
+#endif
+};
+
+}  // namespace
+}  // namespace ace
