@@ -53,6 +53,12 @@ def test_it_writes_an_ordinary_checkpoint_that_can_be_pruned(command, tiny_check
     code, printed, errors = command("info", tmp_path / "packed")
     assert code == 0, errors
     assert "what it brought" in printed
+    strange = [3, {"command": 1}, {"command": "prune", "did": "x", "bytes": [1], "zeros": "many", "seconds": []}]
+    (out / "ace_triton.json").write_text(json.dumps({**facts, "history": strange}))
+    code, printed, errors = command("info", out)
+    assert code == 0, errors
+    assert "prune" in printed
+    (out / "ace_triton.json").write_text(json.dumps(facts))
     code, _, errors = command("shrink", pruned, tmp_path / "again", "--method", "magnitude")
     assert code == 1
     assert "is pruned to 2:4, which does not outlive the removal of channels: shrink the dense model" in errors
