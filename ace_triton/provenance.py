@@ -30,9 +30,18 @@ def history_with(earlier: Mapping[str, Any] | None, command: str, did: str, **fa
         did: what it did, in a few words.
         facts: what the step cost and brought, such as ``seconds``, or ``bytes`` before and after; None is left out.
     """
-    before = (earlier or {}).get("history")
     step = {"command": command, "did": did, **{name: fact for name, fact in facts.items() if fact is not None}}
-    return [*(before if isinstance(before, list) else []), step]
+    return [*history_of(earlier), step]
+
+
+def history_of(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The valid steps in a report, the first one first."""
+    steps = (report or {}).get("history")
+    return [
+        step
+        for step in (steps if isinstance(steps, list) else [])
+        if isinstance(step, dict) and all(isinstance(step.get(name), str) for name in ("command", "did"))
+    ]
 
 
 def option_facts(options: Mapping[str, Any]) -> dict[str, Any]:

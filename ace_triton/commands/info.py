@@ -9,7 +9,7 @@ import typer
 
 from ..formats.registry import inspect_checkpoint
 from ..inputs.checkpoint import read_report
-from ..provenance import name_of, with_provenance
+from ..provenance import history_of, name_of, with_provenance
 from . import report
 from .console import console, print_line
 from .options import JsonOption, check_json
@@ -23,7 +23,7 @@ def info(
     """Show the sparsity and pattern of a saved model's layers, and what each step that led to it cost and brought."""
     check_json(json)
     tensors = inspect_checkpoint(model_dir)
-    history = (read_report(model_dir) or {}).get("history")
+    history = history_of(read_report(model_dir))
     if json:
         layers = [dataclasses.asdict(tensor) for tensor in tensors]
         report.write_json(json, with_provenance({"layers": layers}, model=name_of(model_dir), history=history))

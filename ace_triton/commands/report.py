@@ -268,12 +268,14 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
     headings = ("step", "what it did", "seconds", "what it brought")
     table = headed_table(*headings, left=("step", "what it did", "what it brought"))
     for step in history:
-        seconds = step.get("seconds")
-        brought = [f"{step['zeros']:,} weights are 0"] if "zeros" in step else []
+        seconds, zeros = step.get("seconds"), step.get("zeros")
+        brought = [f"{zeros:,} weights are 0"] if isinstance(zeros, int) else []
         for name, form in _BROUGHT.items():
-            if name in step and step[name][0] != step[name][1]:
-                brought.append(f"{name} {format(step[name][0], form)} -> {format(step[name][1], form)}")
-        table.add_row(step["command"], step["did"], "-" if seconds is None else f"{seconds:.0f}", "; ".join(brought))
+            match step.get(name):
+                case [int() | float() as before, int() | float() as after] if before != after:
+                    brought.append(f"{name} {before:{form}} -> {after:{form}}")
+        time = f"{seconds:.0f}" if isinstance(seconds, (int, float)) else "-"
+        table.add_row(step["command"], step["did"], time, "; ".join(brought))
     return table
 
 

@@ -171,15 +171,13 @@ def test_a_speed_up_is_measured_on_a_block(make_decoder, ids, monkeypatch):
         return sizes[-1]
 
     options = {"method": "magnitude", "multiple": 4, "groups": 0}
-    with pytest.raises(ArgumentError, match="makes a block 99 times as fast on one token here"):
+    with pytest.raises(ArgumentError, match="no share of the structures makes a block 99 times as fast on one"):
         shrink_model(model, ids, speedup=99, **options)
     monkeypatch.setattr(speed, "_seconds", seconds)
     report = shrink_model(model, ids, speedup=1.25, **options).report
     assert any("times as fast on one token here" in note for note in report.notes)
     assert [dense for dense, _ in sizes] == [size] * len(sizes)
     assert 1.25 <= 1 / (1 - report.removed) < 1.4
-    with pytest.raises(ArgumentError, match="no share of the structures makes a block 9 times as fast"):
-        shrink_model(model, ids, speedup=9, **options)
     assert shrink_model(model, ids, speedup=1.4, method="depth").report.widths == {"blocks": (3, 2)}
 
 
