@@ -15,7 +15,7 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets quantization structured fits recovery-trials families architectures encoders vision norms kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
+.PHONY: help setup demo test test-engines interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets quantization structured fits rotations recovery-trials families architectures encoders vision norms kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -142,6 +142,9 @@ fits: setup  ## metrics, fits and recovery by pattern, for docs/fits.md; hours, 
 	$(BIN)/python -m benchmarks.reports.fits --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 	$(if $(LARGER),$(BIN)/python -m benchmarks.reports.fits --model $(LARGER) --name $(notdir $(LARGER)) --steps 0 \
 		--calibration $(CALIBRATION) --evaluation $(EVALUATION))
+
+rotations: setup  ## whether rotated values help, for docs/rotations.md; minutes, resumable
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.rotations --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 recovery-trials: setup  ## what a recovery's settings do, for docs/recovery.md; an hour, resumable
 	$(BIN)/python -m benchmarks.reports.recovery --calibration $(CALIBRATION) --held-out $(HELD_OUT) --evaluation $(EVALUATION)
