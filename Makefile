@@ -15,7 +15,8 @@ BENCH  := $(BIN)/python -m pytest benchmarks --override-ini addopts=--import-mod
 SOURCES := $(wildcard kernels/cpu/*) kernels/cpu_sources.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines interpreter lint format types check smoke bench bench-quick bench-report large-models kill-test figures quality permutation budgets quantization structured fits tradeoff recovery-trials families architectures encoders vision norms kernels-hub sparse serving study quality-study traffic kernels-report docs tables picture compile-sweep pages tables-check test-dtypes sanitize clean
+# Every target but the environment's file is a name, not a file.
+.PHONY: $(shell grep -oE '^[a-z-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -147,6 +148,9 @@ TRADEOFF = $(BIN)/python -m benchmarks.reports.tradeoff --calibration $(CALIBRAT
 tradeoff: setup  ## dense, quantized and pruned forms beside each other, for docs/tradeoff.md; hours, resumable; on an idle machine; ARGS names a model
 	$(TRADEOFF) --only perplexity
 	OMP_NUM_THREADS=1 $(TRADEOFF) --only speed
+
+rotations: setup  ## whether rotated values help, for docs/rotations.md; minutes, resumable
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.rotations --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 recovery-trials: setup  ## what a recovery's settings do, for docs/recovery.md; an hour, resumable
 	$(BIN)/python -m benchmarks.reports.recovery --calibration $(CALIBRATION) --held-out $(HELD_OUT) --evaluation $(EVALUATION)
