@@ -256,7 +256,9 @@ class Forms:
         return folder
 
     def _place(self, form: Form) -> Path:
-        return self.folder / f"{form.pattern.replace(':', '-')}-{form.weights.replace(' ', '-')}"
+        """The folder of a packed model, named by what pruned it too."""
+        pruning = f"{self.preset}-{self.protocol.samples}-{Path(self.protocol.calibration).name.replace(':', '-')}"
+        return self.folder / pruning / f"{form.pattern.replace(':', '-')}-{form.weights.replace(' ', '-')}"
 
     def _gguf(self, kind: str) -> Path:
         """A GGUF file, converted by llama.cpp from one in float32, as its users do."""
