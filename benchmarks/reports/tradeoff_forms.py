@@ -33,8 +33,6 @@ from ace_triton.solvers.quantize import GROUP, Quantization
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench
 
-from ..harness.resident import PROMPT
-
 DENSE, OURS, LLAMA = "transformers", "ace_triton", "llama.cpp"
 
 PATTERNS = ("16:32", "8:16", "2:4")
@@ -234,11 +232,6 @@ class Forms:
             return self._gguf(form.weights).stat().st_size
         folder = self._packed(form)
         return sum((folder / name).stat().st_size for name in files_in(folder) if name.endswith(".safetensors"))
-
-    def prompt(self) -> list[int]:
-        """The tokens that decoding starts with."""
-        ids: list[int] = self.bench.tokenizer(PROMPT).input_ids
-        return ids
 
     def _packed(self, form: Form) -> Path:
         """The folder of a packed model. fp32 and bf16 have one of their own each, from one pruning."""
