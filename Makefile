@@ -145,6 +145,7 @@ fits: setup  ## metrics, fits and recovery by pattern, for docs/fits.md; hours, 
 		--calibration $(CALIBRATION) --evaluation $(EVALUATION))
 
 TRADEOFF = $(BIN)/python -m benchmarks.reports.tradeoff --calibration $(CALIBRATION) --evaluation $(EVALUATION) $(ARGS)
+# Needs llama-cpp-python and gguf for the forms in llama.cpp; without them they are left out, and the page decides nothing.
 tradeoff: setup  ## dense, quantized and pruned forms beside each other, for docs/tradeoff.md; hours, resumable; on an idle machine; ARGS names a model
 	$(TRADEOFF) --only perplexity
 	OMP_NUM_THREADS=1 $(TRADEOFF) --only speed

@@ -147,17 +147,18 @@ class Engine:
     def close(self) -> None:
         """Refuse new requests, and cut those that wait; those that run go on."""
         with self._lock:
-            ended_before, self._closed = self._closed, True
-            while not ended_before:
+            if self._closed:
+                return
+            self._closed = True
+            while True:
                 try:
                     job = self._waiting.get_nowait()
                 except queue.Empty:
                     break
                 if job is not None:
                     self._end(job, RequestError(CLOSED, status=503))
-            if not ended_before:
-                for _ in range(self._alive):
-                    self._waiting.put_nowait(None)
+            for _ in range(self._alive):
+                self._waiting.put_nowait(None)
 
     def cut(self) -> None:
         """End the requests that run with an error, after their next token."""
@@ -215,7 +216,6 @@ class Engine:
                 traceback.print_exc()
                 last = RequestError("the server failed; its log has the traceback", status=500)
             self._end(job, last)
-
         with self._lock:
             self._alive -= 1
             if self._joint is not None and not self._alive:

@@ -21,10 +21,12 @@ import typer
 from rich.console import Console
 
 from ace_triton.commands.report import write_json
+from ace_triton.inputs.checkpoint import load
 from ace_triton.presets import DEFAULT_PRESET
 from ace_triton.provenance import name_of, now
 from ace_triton.study.workbench import Protocol, processor_name
 
+from ..harness.resident import PROMPT
 from .tradeoff_forms import DENSE_FORM, FORMS, LENGTH, Form, Forms, Opened
 from .tradeoff_page import page, picture
 
@@ -140,7 +142,8 @@ def perplexity_of(forms: Forms, form: Form) -> dict[str, Any]:
 def speed_of(forms: Forms, form: Form, rounds: int, new_tokens: int) -> dict[str, Any]:
     """Tokens a second of a form and of the dense model in float32, which run in turn on one thread."""
     torch.set_num_threads(1)
-    ids = forms.prompt()
+    _, tokenizer = load(forms.protocol.model)
+    ids = tokenizer(PROMPT).input_ids
     sides = [forms.opened(entry, all_logits=False) for entry in (DENSE_FORM, form)]
     try:
         speeds = in_turn(sides, ids, rounds, new_tokens)

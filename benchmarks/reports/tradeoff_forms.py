@@ -33,8 +33,6 @@ from ace_triton.solvers.quantize import GROUP, Quantization
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench
 
-from ..harness.resident import PROMPT
-
 DENSE, OURS, LLAMA = "transformers", "ace_triton", "llama.cpp"
 
 PATTERNS = ("16:32", "8:16", "2:4")
@@ -235,11 +233,6 @@ class Forms:
         folder = self._packed(form)
         return sum((folder / name).stat().st_size for name in files_in(folder) if name.endswith(".safetensors"))
 
-    def prompt(self) -> list[int]:
-        """The tokens that decoding starts with."""
-        ids: list[int] = self.bench.tokenizer(PROMPT).input_ids
-        return ids
-
     def _packed(self, form: Form) -> Path:
         """The folder of a packed model. fp32 and bf16 have one of their own each, from one pruning."""
         folder = self._place(form)
@@ -256,7 +249,9 @@ class Forms:
         return folder
 
     def _place(self, form: Form) -> Path:
-        return self.folder / f"{form.pattern.replace(':', '-')}-{form.weights.replace(' ', '-')}"
+        """The folder of a packed model, named by what pruned it too."""
+        pruning = f"{self.preset}-{self.protocol.samples}-{Path(self.protocol.calibration).name.replace(':', '-')}"
+        return self.folder / pruning / f"{form.pattern.replace(':', '-')}-{form.weights.replace(' ', '-')}"
 
     def _gguf(self, kind: str) -> Path:
         """A GGUF file, converted by llama.cpp from one in float32, as its users do."""
