@@ -156,6 +156,41 @@ def suits_nm_linear_dot(tokens: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class NmLinearFewBits:
+    """Tile of ``nm_linear_few_bits``.
+
+    Attributes:
+        tokens, block_rows: tokens and outputs per program.
+        splits: number of programs among which the inputs are split.
+        num_warps: warps per program.
+    """
+
+    tokens: int
+    block_rows: int
+    splits: int
+    num_warps: int
+
+
+def nm_linear_few_bits(values: torch.Tensor, n_tokens: int, cols: int) -> NmLinearFewBits:
+    """32 outputs per program, with 16 weights per thread and trip, and splits until there are enough warps.
+
+    A trip has one word of metadata per output, so splits of at least eight trips.
+    """
+    tokens, block_rows, num_warps = 16 if n_tokens <= 16 else 32, 32, 2
+    programs = math.ceil(values.shape[0] / block_rows) * math.ceil(n_tokens / tokens)
+    splits = max(1, min(math.ceil(cols / 32) // 8, 2 * launch.MOST_WARPS // (programs * num_warps)))
+    return NmLinearFewBits(tokens, block_rows, splits, num_warps)
+
+
+def suits_nm_linear_few_bits(tokens: torch.Tensor) -> bool:
+    """True if ``nm_linear_few_bits`` is faster than ``nm_linear``'s own kernel, which expands the weight once per four
+    tokens. It needs matrix units for the tokens' dtype."""
+    if len(tokens) <= 8 or tokens.dtype == torch.float32 or launch.before_ampere(tokens.device):
+        return False
+    return not (launch.on_amd() and launch.lanes(tokens.device) == 32)
+
+
+@dataclass(frozen=True)
 class NmLinearMma:
     """Tile of ``nm_linear_mma``.
 

@@ -3,9 +3,10 @@
     y_ti = sum_j x_tj W_ij + b_i,   over the kept (i, j), summed in fp32
 
 Bytes per weight of e bytes: e * n / m + 1/8, read once per four tokens. At 2:4,
-:mod:`~ace_triton.kernels.nm_linear_dot` reads them once for up to 32 tokens and sums in another order. The number of
-tokens decides which kernel runs; apart from that, an output does not depend on the other tokens of the call. If the
-input of a pruned weight is NaN or infinite, the output may or may not be NaN.
+:mod:`~ace_triton.kernels.nm_linear_dot` reads them once for up to 32 tokens and sums in another order, as does
+:mod:`~ace_triton.kernels.nm_linear_few_bits` for weights of 8 or 4 bits. The number of tokens decides which kernel
+runs; apart from that, an output does not depend on the other tokens of the call. If the input of a pruned weight is NaN
+or infinite, the output may or may not be NaN.
 
 Quantized weights take b / 8 * n / m + 1/8 bytes per weight of b bits, and their scales. The compiled CPU library rounds
 each token to integers of 30 bits and a sign, up to 128 neighboring inputs at a time. An input changes by at most 2e-9
@@ -20,6 +21,7 @@ from . import bound_launch, cpu, few_bits, launch, launch_packed
 from .bound_launch import BoundCall, new, recorded
 from .errors import ArgumentError
 from .nm_linear_dot import nm_linear_dot
+from .nm_linear_few_bits import nm_linear_few_bits
 from .op import Op, Work, bytes_of, launch_metadata
 from .packed_nm import PackedNM
 from .packed_rows import PackedRows
@@ -131,6 +133,8 @@ def nm_linear_launched(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tenso
     two_of_four = (packed.n, packed.m) == (2, 4) and packed.absmax is None
     if two_of_four and tokens.dtype == packed.values.dtype and launch_packed.suits_nm_linear_dot(tokens, packed.values):
         return nm_linear_dot(tokens, packed, bias)
+    if packed.absmax is not None and launch_packed.suits_nm_linear_few_bits(tokens):
+        return nm_linear_few_bits(tokens, packed, bias)
     outputs = new(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
     tile = launch_packed.nm_linear(packed.values, n_tokens, cols)
     blocks = {"TOKENS": tile.tokens, "BLOCK_ROWS": tile.block_rows}

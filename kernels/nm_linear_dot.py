@@ -53,11 +53,17 @@ def nm_linear_dot(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         bound_launch.launch(_dot_body, grid, arguments, constants, **options)
     if tile.splits > 1:
-        block = launch.WARPS * launch.lanes(tokens.device) * 4
-        grid = (triton.cdiv(rows, block), n_tokens)
-        arguments = (sums, bias, outputs, n_tokens, rows, tile.splits)
-        bound_launch.launch(_add_splits, grid, arguments, {"BLOCK": block}, num_warps=launch.WARPS)
+        add_splits(sums, bias, outputs)
     return outputs
+
+
+def add_splits(sums: torch.Tensor, bias: torch.Tensor | None, outputs: torch.Tensor) -> None:
+    """Store the outputs [n_tokens, rows] of fp32 ``sums`` [splits, n_tokens, rows] over all splits of the inputs."""
+    splits, n_tokens, rows = sums.shape
+    block = launch.WARPS * launch.lanes(sums.device) * 4
+    grid = (triton.cdiv(rows, block), n_tokens)
+    arguments = (sums, bias, outputs, n_tokens, rows, splits)
+    bound_launch.launch(_add_splits, grid, arguments, {"BLOCK": block}, num_warps=launch.WARPS)
 
 
 @triton.jit(launch_metadata=launch_metadata)

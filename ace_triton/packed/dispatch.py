@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels import cpu_library
+from ..kernels.launch import before_ampere
 from ..kernels.packed_nm import PackedNM
 from .kernel import Kernel
 from .products import Packed, Product, RowLimits, register_product, registry
@@ -90,7 +91,11 @@ weight."""
 
 OTHER_LIMITS = RowLimits(packed=16)
 ANY_PATTERN_LIMITS = RowLimits(packed=4)
-"""For other patterns, none, and quantized weights: our kernel takes as long for four rows as unpacking."""
+"""For other patterns, none, and quantized weights in fp32: our kernel takes as long for four rows as unpacking."""
+
+FEW_BITS_LIMITS = RowLimits(packed=32)
+"""For quantized weights in fp16 and bf16, from Ampere on: our kernel expands the weight once for 32 rows, and unpacking
+takes several passes in fp32."""
 
 FEW_BITS_ROWS = {"avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
 """The limits for quantized weights, by instruction set of the compiled library. Measured for AVX2 with
@@ -111,6 +116,8 @@ def default_limits(
         limits = RowLimits(packed=FEW_BITS_ROWS[cpu_library.isa()] if cpu_library.available() else 0)
     elif device.type == "cpu":
         limits = cpu_limits(cpu_library.isa() if cpu_library.available() else None, dtype, pattern == (2, 4))
+    elif bits is not None and dtype != torch.float32 and not before_ampere(device):
+        limits = FEW_BITS_LIMITS
     elif pattern != (2, 4) or bits is not None:
         limits = ANY_PATTERN_LIMITS
     else:

@@ -302,7 +302,7 @@ def nm_linear_calls() -> Iterator[tuple[str, Call]]:
     )
     yield "no token by 2:4 of 1 x 4", lambda: nm_linear(some(0, 4), packed(1, 4))
     for bits, n, m in ((8, 2, 4), (4, 1, 4), (8, 8, 16), (4, 5, 32)):
-        for t in (1, 3):
+        for t in (1, 3, 9) if (bits, m) in ((8, 4), (4, 32)) else (1, 3):
             yield (
                 f"{t} tokens by {n}:{m} of 1 x {m}, {bits} bits",
                 lambda n=n, m=m, t=t, bits=bits: nm_linear(some(t, m), few_bits(1, m, n, m, bits), some(1)),

@@ -294,7 +294,7 @@ def nm_linear_mma_case(dtype: torch.dtype, n_tokens: int) -> Case:
 
 
 def few_bits_case(dtype: torch.dtype, bits: int, n_tokens: int) -> Case:
-    """A layer of few bits, 8:16, times a few tokens. The widest loads read the tokens, once for four outputs."""
+    """A layer of few bits, 8:16, times a few tokens. The widest loads read the tokens, once for 4 or for 32 outputs."""
     rows, cols = SHAPE
 
     def call() -> object:
@@ -303,7 +303,7 @@ def few_bits_case(dtype: torch.dtype, bits: int, n_tokens: int) -> Case:
 
     name = f"nm_linear 8:16, {bits} bits, {n_tokens} row{'s' * (n_tokens > 1)}"
     moved = bits / 16 + 1 / 8 + dtype.itemsize / 128
-    return Case(name, dtype, call, rows * cols, n_tokens * dtype.itemsize / 4, moved)
+    return Case(name, dtype, call, rows * cols, n_tokens * dtype.itemsize / (4 if n_tokens <= 8 else 32), moved)
 
 
 def unpack_rows_case(dtype: torch.dtype) -> Case:

@@ -22,6 +22,7 @@ from ace_triton.packed.dispatch import (
     CPU_LIMITS,
     CUSPARSELT_LIMITS,
     CUTLASS_LIMITS,
+    FEW_BITS_LIMITS,
     NATIVE_LIMITS,
     OTHER_LIMITS,
     PatternRows,
@@ -213,7 +214,10 @@ def row_limits() -> list[str]:
     """The products of packed layers by number of rows, with the dispatch's limits."""
     on_cpu = "; ".join(f"{name}: {_of_instruction_set(isa)}" for isa, name in ISA_NAMES.items())
     halves = " or ".join(str(limits.packed) for limits in (CUTLASS_LIMITS, CUSPARSELT_LIMITS))
-    on_cuda = f"at 2:4 up to {halves} in fp16 and bf16, {OTHER_LIMITS.packed} in fp32; else {ANY_PATTERN_LIMITS.packed}"
+    on_cuda = f"at 2:4 up to {halves} in fp16 and bf16, {OTHER_LIMITS.packed} in fp32; "
+    on_cuda += (
+        f"weights of 8 or 4 bits in fp16 and bf16 up to {FEW_BITS_LIMITS.packed}; else {ANY_PATTERN_LIMITS.packed}"
+    )
     return [
         "| rows | CPU | CUDA |",
         "|---|---|---|",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ace_triton.kernels import cpu_library, launch
+from ace_triton.kernels import cpu_library, launch, launch_packed
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear, nm_linear_reference
 from ace_triton.kernels.pack_nm import pack_nm, pack_scored
@@ -225,6 +227,22 @@ def test_few_bits_of_a_layer(make_matrix, bits):
     assert torch.equal(outputs[2], together[2])
     if not interpreting() and cpu_library.available():
         assert not bool(outputs[1].isfinite().any())
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "pattern", "shape", "n_tokens", "splits"),
+    [
+        (8, torch.bfloat16, (8, 16), (37, 160), 9, 2),
+        (4, torch.float16, (2, 4), (5, 100), 16, 3),
+        (4, torch.bfloat16, (1, 4), (40, 352), 33, 1),
+    ],
+)
+def test_few_bits_and_tiles_of_tokens(make_matrix, monkeypatch, bits, dtype, pattern, shape, n_tokens, splits):
+    """Products on matrix units: whole and partial tiles, with and without split inputs."""
+    plan = launch_packed.nm_linear_few_bits
+    monkeypatch.setattr(launch_packed, "nm_linear_few_bits", lambda *size: replace(plan(*size), splits=splits))
+    packed = quantized(make_matrix(*shape, dtype), *pattern, bits, 64)
+    check_quantized(make_matrix(n_tokens, shape[1], dtype, seed=1), packed, make_matrix(1, shape[0], dtype)[0])
 
 
 @pytest.mark.parametrize("bits", [8, 4])

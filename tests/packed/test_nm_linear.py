@@ -287,6 +287,10 @@ def test_a_gpu_takes_our_kernel_where_it_reads_less_than_unpacking_moves(monkeyp
     assert default_limits(gpu, torch.bfloat16) == RowLimits(*rows)
     assert default_limits(gpu, torch.float32) == RowLimits(16)
     assert default_limits(gpu, torch.bfloat16, (3, 8)) == RowLimits(4)
+    for old, most in ((False, 32), (True, 4)):
+        monkeypatch.setattr("ace_triton.packed.dispatch.before_ampere", lambda device, old=old: old)
+        assert default_limits(gpu, torch.bfloat16, (8, 16), bits=4) == RowLimits(most)
+        assert default_limits(gpu, torch.float32, (8, 16), bits=4) == RowLimits(4)
 
 
 def test_limits_are_checked():
