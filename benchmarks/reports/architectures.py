@@ -84,11 +84,8 @@ def judge(name: str, auto_class: str) -> dict[str, Any]:
             report = prune_model(model, [inputs], **OPTIONS)
         wrong = _wrong(model, inputs, report)
     except Exception as error:
-        words = " ".join(str(error).split())
-        return {
-            "outcome": "not pruned",
-            "reason": words if isinstance(error, AceError) else f"{type(error).__name__}: {words}",
-        }
+        kind = "" if isinstance(error, AceError) else f"{type(error).__name__}: "
+        return {"outcome": "not pruned", "reason": kind + " ".join(str(error).split())}
     if wrong:
         return {"outcome": "wrong", "reason": wrong}
     whole = any("the whole model is run" in str(warning.message) for warning in caught)
