@@ -24,6 +24,16 @@ QWEN3_VISION = {
     "num_position_embeddings": PATCHES,
     "deepstack_visual_indexes": [0],
 }
+QWEN2_5_VL = QWEN_VL | {
+    "vision_config": {**GRID_VISION, "out_hidden_size": 32, "window_size": SIDE, "fullatt_block_indexes": [1]}
+}
+QWEN3_5 = {
+    **GRID_TOKENS,
+    "vision_config": QWEN3_VISION,
+    "text_config": {"layer_types": ["linear_attention", "full_attention"]},
+}
+BINS = {"feature_projection_input_dim": 16}
+GLM_VL = QWEN_VL | {"vision_config": {**GRID_VISION, "out_hidden_size": 32}}
 CONVNEXT = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}
 PYRAMID = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 32, 32], "num_attention_heads": [1, 2, 4, 4]}
 TILES = 4
@@ -36,7 +46,21 @@ SIZES: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "funnel": {"block_sizes": [1, 1], "d_head": 8, "d_inner": 64},
     "gemma3": {"mm_tokens_per_image": 4, "boi_token_index": 98, "eoi_token_index": 99},
-    "glm4v": QWEN_VL | {"vision_config": {**GRID_VISION, "out_hidden_size": 32}},
+    "florence2": {
+        "vision_config": {
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "embed_dim": [16, 32],
+            "num_heads": [2, 4],
+            "num_groups": [2, 4],
+            "window_size": 4,
+            "max_position_embeddings": 16,
+        }
+    },
+    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), GLM_VL),
     "instructblip": {"num_query_tokens": 4},
     "idefics2": {
         "perceiver_config": {
@@ -47,6 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_key_value_heads": 2,
         }
     },
+    "kosmos-2": {"latent_query_num": 4},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": SIDE},
     "levit": {
         "hidden_sizes": [32, 32, 32],
@@ -57,6 +82,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "image_size": 64,
     },
     "lilt": {"hidden_size": 48},
+    "llama4": {
+        "vision_config": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    },
     "llava_next": {"image_grid_pinpoints": [[SIDE, SIDE]]},
     "llava_onevision": {"image_grid_pinpoints": [[SIDE, SIDE]]},
     "luke": {"entity_vocab_size": 50, "entity_emb_size": 16},
@@ -79,11 +107,12 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "pvt": PYRAMID,
     "pvt_v2": PYRAMID,
-    "qwen2_5_vl": QWEN_VL
-    | {"vision_config": {**GRID_VISION, "out_hidden_size": 32, "window_size": SIDE, "fullatt_block_indexes": [1]}},
+    **dict.fromkeys(("qwen2_5_vl", "exaone4_5"), QWEN2_5_VL),
     "qwen2_vl": QWEN_VL | {"vision_config": GRID_VISION},
-    "qwen3_vl": QWEN_VL | {"vision_config": QWEN3_VISION},
-    "qwen3_vl_moe": QWEN_VL | {"vision_config": QWEN3_VISION},
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), QWEN_VL | {"vision_config": QWEN3_VISION}),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), QWEN3_5),
+    **dict.fromkeys(("wav2vec2-bert", "seamless_m4t", "seamless_m4t_v2"), BINS),
+    "speech_to_text": {"input_feat_per_channel": 16, "conv_channels": 32},
     "reformer": {"is_decoder": False},
     "shieldgemma2": {"mm_tokens_per_image": 4, "boi_token_index": 98, "eoi_token_index": 99},
 }

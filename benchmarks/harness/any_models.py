@@ -41,6 +41,8 @@ AUDIO: dict[str, Any] = {
     "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2,
     "max_length": 32,
+    "audio_token_id": IMAGE_TOKEN,
+    "audio_token_index": IMAGE_TOKEN,
 }
 LAYERS: dict[str, Any] = {
     name: value
@@ -55,6 +57,10 @@ LAYERS: dict[str, Any] = {
 } | {"d_kv": 8, "d_ff": 64}
 SEQUENCES, LENGTH, DECODER_LENGTH = 4, 12, 9
 IMAGE_TOKENS = (1, 4, 16, 17, 20, 36)
+AUDIO_MASKS = ("feature_attention_mask", "input_features_mask")
+AUDIO_TOKENS = (2, 4, 8, 16, 32)
+NUMBER_OF_TOKENS = "tokens do not match"
+"""Part of the errors of forwards that get another number of image tokens than they need."""
 FRAMES = (32, 64, 256)
 SAMPLES = 1600
 
@@ -94,7 +100,8 @@ def _running_inputs(model: PreTrainedModel) -> Inputs | str:
             with torch.no_grad():
                 output = model(**inputs)
         except Exception as error:
-            reason = reason or _words(error)
+            if not reason or NUMBER_OF_TOKENS in reason:
+                reason = _words(error)
             continue
         if any(isinstance(value, torch.Tensor) for value in output.values()):
             return inputs
@@ -124,7 +131,7 @@ def possible_inputs(config: PreTrainedConfig, reads: Reads) -> Iterator[Inputs]:
         size = getattr(part, "image_size", None) or SIDE
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         pixels = torch.randn(SEQUENCES, getattr(part, "num_channels", CHANNELS), height, width, generator=generator)
-        texts = [of_text(), *map(of_text, IMAGE_TOKENS)] if reads.text else [{}]
+        texts = [*map(of_text, IMAGE_TOKENS), of_text()] if reads.text else [{}]
         for images in _images(part, reads, pixels):
             for text in texts:
                 beside = _beside(reads, text, images)
@@ -134,10 +141,12 @@ def possible_inputs(config: PreTrainedConfig, reads: Reads) -> Iterator[Inputs]:
         if name in reads.arguments:
             bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16
             frames = [2 * getattr(config, "max_source_positions", 0), *FRAMES]
-            for count in filter(None, frames):
-                yield {name: torch.randn(SEQUENCES, bins, count, generator=generator), **decoder}
-                yield {name: torch.randn(SEQUENCES, count, bins, generator=generator), **decoder}
-            yield {name: torch.randn(SEQUENCES, SAMPLES, generator=generator), **decoder}
+            shapes = [shape for count in filter(None, frames) for shape in ((bins, count), (count, bins))]
+            for text in [*map(of_text, AUDIO_TOKENS), of_text()] if reads.text else [{}]:
+                for shape in (*shapes, (SAMPLES,)):
+                    whole = torch.ones(SEQUENCES, shape[-1], dtype=torch.int64)
+                    masks = {mask: whole for mask in AUDIO_MASKS if mask in reads.arguments}
+                    yield {**text, name: torch.randn(SEQUENCES, *shape, generator=generator), **masks, **decoder}
             return
     if reads.text:
         yield {**of_text(), **decoder}
@@ -150,7 +159,7 @@ def _images(part: PreTrainedConfig, reads: Reads, pixels: torch.Tensor) -> Itera
     count, channels = len(pixels), pixels.shape[1]
     generator = torch.Generator().manual_seed(2)
     if "image_grid_thw" in reads.arguments:
-        width = channels * PATCH**2 * getattr(part, "temporal_patch_size", 1)
+        width = channels * getattr(part, "patch_size", PATCH) ** 2 * getattr(part, "temporal_patch_size", 1)
         rows = torch.randn(count * PATCHES, width, generator=generator)
         side = math.isqrt(PATCHES)
         yield {"pixel_values": rows, "image_grid_thw": torch.tensor([[1, side, side]] * count)}
@@ -188,6 +197,8 @@ def _beside(reads: Reads, text: Inputs, images: Inputs) -> Inputs:
         found["image_attention_mask"] = torch.ones(*ids.shape, 1, dtype=torch.int64)
     if "cross_attention_mask" in reads.arguments and "aspect_ratio_ids" in images:
         found["cross_attention_mask"] = torch.ones(*ids.shape, 1, TILES, dtype=torch.int64)
+    if "image_embeds_position_mask" in reads.arguments:
+        found["image_embeds_position_mask"] = (ids == IMAGE_TOKEN).long()
     if "qformer_input_ids" in reads.arguments:
         found["qformer_input_ids"] = ids[:, -4:]
     return found

@@ -25,6 +25,7 @@ from transformers.models.auto import modeling_auto
 from ace_triton import ModelReport, prune_model
 from ace_triton.commands.report import write_json
 from ace_triton.decoders.batches import tensors_in
+from ace_triton.errors import AceError
 
 from ..harness.any_models import Inputs, small_any_model
 from ..harness.small_models import NotMade
@@ -83,7 +84,8 @@ def judge(name: str, auto_class: str) -> dict[str, Any]:
             report = prune_model(model, [inputs], **OPTIONS)
         wrong = _wrong(model, inputs, report)
     except Exception as error:
-        return {"outcome": "not pruned", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        kind = "" if isinstance(error, AceError) else f"{type(error).__name__}: "
+        return {"outcome": "not pruned", "reason": kind + " ".join(str(error).split())}
     if wrong:
         return {"outcome": "wrong", "reason": wrong}
     whole = any("the whole model is run" in str(warning.message) for warning in caught)
@@ -166,9 +168,10 @@ def _as_text(message: str) -> str:
 def main(
     kinds: Annotated[list[str] | None, typer.Option("--kind", help="Classes to try; default: all.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Families to try; default: all.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Also try again what was not made or not pruned.")] = False,
     out: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path("docs/architectures"),
 ) -> None:
-    """Try every family; write OUT.json and OUT.md."""
+    """Try every family that was not tried yet; write OUT.json and OUT.md."""
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     path = out.with_suffix(".json")
@@ -176,7 +179,8 @@ def main(
     for kind in kinds or CLASSES:
         found = content.setdefault(kind, {})
         for name, auto_class in names_of(kind).items():
-            if name not in found and (only is None or name in only):
+            known = name in found and not (again and found[name]["outcome"] != "pruned")
+            if not known and (only is None or name in only):
                 found[name] = judge(name, auto_class)
                 console.print(kind, name, found[name]["outcome"], found[name].get("reason", ""), highlight=False)
                 write_json(path, content)

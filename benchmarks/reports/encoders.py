@@ -19,14 +19,17 @@ import torch
 import typer
 from rich.console import Console
 
-from ace_triton import keep_zeros, pack_model, prune_model
+from ace_triton import RowLimits, keep_zeros, pack_model, prune_linear, prune_model
 from ace_triton.agreement import embedding_agreement, embeddings
 from ace_triton.commands.compare_run import pooling_of
 from ace_triton.commands.report import write_json
+from ace_triton.decoders.blocks import find_blocks, linears_of
 from ace_triton.formats.registry import load_model
 from ace_triton.inputs.masked_text import pad_of, padded, pieces_of
 from ace_triton.inputs.sentences import sentences_of
 from ace_triton.inputs.text import read_documents
+from ace_triton.packed.dispatch import ALWAYS
+from ace_triton.packed.nm_linear import NMLinear
 
 from .cpu_ratios import processor
 
@@ -38,11 +41,27 @@ LENGTH, GRID_LENGTH = 128, 64
 """The recipes are measured on more sentences, and calibrated on more text, than the grid of methods."""
 
 STEPS, STEP_SENTENCES, RATE = 200, 32, 1e-4
+CALIBRATION_SENTENCES, BLOCK_EPOCHS, FIT_SENTENCES = 1500, 4, 12
+"""For recipes that are calibrated on single sentences: how many, and for block fits the epochs and sentences of a step.
+"""
 RECIPES: dict[str, dict[str, Any]] = {
     "wanda, permuted, lstsq": {"method": "wanda", "permute": True, "update": "lstsq"},
+    "wanda, permuted, lstsq, on sentences": {
+        "method": "wanda",
+        "permute": True,
+        "update": "lstsq",
+        "calibration": "sentences",
+    },
+    "wanda, permuted, lstsq and block fit, on sentences": {
+        "method": "wanda",
+        "permute": True,
+        "update": {"kind": "lstsq", "block_epochs": BLOCK_EPOCHS},
+        "calibration": "sentences",
+    },
     "wanda, permuted, lstsq, distilled": {"method": "wanda", "permute": True, "update": "lstsq", "steps": STEPS},
 }
 SPEED_SENTENCES, SPEED_ROUNDS = 24, 7
+PRODUCT_ROWS, PRODUCT_CALLS = (1, 4, 8, 16, 32), 41
 AIM = {"cosine": 0.97, "recall": 0.85}
 console = Console()
 
@@ -105,11 +124,24 @@ class Bench:
         pruned = embeddings(model, batches, pooling=self.pooling)
         return embedding_agreement(self._known[count], pruned, pooling=self.pooling).to_dict()
 
-    def measure(self, sizes: dict[str, int], pattern: str, steps: int = 0, **recipe: Any) -> dict[str, Any]:
+    def calibration_sentences(self, size: int) -> list[dict[str, torch.Tensor]]:
+        """Single sentences of the calibration text in random order, ``size`` to a batch."""
+        pieces = pieces_of(sentences_of(self.documents), self.tokenizer, CALIBRATION_SENTENCES, GRID_LENGTH, 1)
+        return [padded(pieces[i : i + size], pad_of(self.tokenizer)) for i in range(0, len(pieces), size)]
+
+    def measure(
+        self, sizes: dict[str, int], pattern: str, steps: int = 0, calibration: str = "documents", **recipe: Any
+    ) -> dict[str, Any]:
         """Prune a copy of the model, train it if asked, and compare it."""
         model = copy.deepcopy(self.dense)
         started = time.process_time()
-        prune_model(model, self.calibration(sizes["samples"], sizes["length"]), sparsity=pattern, **recipe)
+        fits = isinstance(recipe["update"], dict)
+        batches = (
+            self.calibration(sizes["samples"], sizes["length"])
+            if calibration == "documents"
+            else self.calibration_sentences(FIT_SENTENCES if fits else 64)
+        )
+        prune_model(model, batches, sparsity=pattern, **recipe)
         if steps:
             self.distill(model, steps)
         seconds = time.process_time() - started
@@ -139,6 +171,27 @@ class Bench:
             optimizer.zero_grad()
             schedule.step()
 
+    def products(self, pattern: str) -> dict[str, dict[str, dict[str, float]]]:
+        """Microseconds of a layer's products by the number of rows, for each shape of a layer in the first block."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for _, layer in linears_of(find_blocks(self.dense)[0].module):
+            weight = layer.weight
+            shape = " x ".join(map(str, weight.shape))
+            if shape in found:
+                continue
+            dense = copy.deepcopy(layer)
+            prune_linear(dense, None, "magnitude", pattern)
+            n, m = map(int, pattern.split(":"))
+            layers = {"dense": dense}
+            for name, limits in (("packed", RowLimits(ALWAYS)), ("unpacked", RowLimits(0))):
+                layers[name] = NMLinear.from_linear(dense, n, m, limits)
+                layers[f"{name} int8"] = NMLinear.from_linear(dense, n, m, limits, bits=8)
+            found[shape] = {}
+            for rows in PRODUCT_ROWS:
+                tokens = torch.randn(rows, weight.shape[1])
+                found[shape][str(rows)] = {name: _microseconds(product, tokens) for name, product in layers.items()}
+        return found
+
     def speed(self, pattern: str) -> dict[str, float]:
         """Milliseconds of a sentence alone in a forward, dense with zeros and packed: medians of CPU time."""
         pruned = copy.deepcopy(self.dense)
@@ -161,11 +214,25 @@ class Bench:
         return {"dense_ms": dense_ms, "packed_ms": packed_ms, "faster": faster, "tokens": sum(map(len, pieces))}
 
 
+@torch.inference_mode()
+def _microseconds(layer: Any, tokens: torch.Tensor) -> float:
+    """The lower quartile of the CPU times of calls, so that other jobs on the machine count little."""
+    times = []
+    for _ in range(PRODUCT_CALLS):
+        started = time.process_time()
+        layer(tokens)
+        times.append(time.process_time() - started)
+    return 1e6 * statistics.quantiles(times, n=4)[0]
+
+
 def main(
     model: Annotated[str, typer.Option(help="Folder of a sentence encoder.")],
     calibration: Annotated[str, typer.Option(help="Calibration text.")],
     evaluation: Annotated[str, typer.Option(help="Text whose sentences are embedded.")],
-    only: Annotated[list[str] | None, typer.Option(help="recipes, masks, fits or speed; default: all.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="recipes, one recipe's name, masks, fits, speed or products; default: all.")
+    ] = None,
+    patterns: Annotated[list[str] | None, typer.Option("--pattern", help="Patterns; default: all.")] = None,
     sentences: Annotated[int, typer.Option(help="Sentences for the recipes.")] = SENTENCES,
     grid_sentences: Annotated[int, typer.Option(help="Sentences for the methods.")] = GRID_SENTENCES,
     samples: Annotated[int, typer.Option(help="Calibration sequences for the recipes.")] = SAMPLES,
@@ -183,18 +250,23 @@ def main(
             bench.write(key, measure())
             console.print(key, bench.read()[key], highlight=False)
 
-    wanted = only or ["speed", "masks", "fits", "recipes"]
-    for pattern in PATTERNS:
+    wanted = only or ["speed", "products", "masks", "fits", "recipes"]
+    chosen = patterns or PATTERNS
+    for pattern in chosen:
         if "speed" in wanted:
             entry(f"speed {pattern}", lambda: bench.speed(pattern))  # noqa: B023
-    cells = [(update, pattern) for update in (None, "lstsq") for pattern in PATTERNS]
+        if "products" in wanted:
+            entry(f"products {pattern}", lambda: bench.products(pattern))  # noqa: B023
+    cells = [(update, pattern) for update in (None, "lstsq") for pattern in chosen]
     for update, pattern in cells:
         for method in METHODS if ("fits" if update else "masks") in wanted else ():
             if method != "sparsegpt" or update is None:  # SparseGPT moves the kept weights itself.
                 recipe = {"method": method, "update": update}
                 entry(f"grid {pattern} {method} {update}", lambda: bench.measure(bench.grid, pattern, **recipe))  # noqa: B023
-    for pattern in PATTERNS:
-        for name, recipe in RECIPES.items() if "recipes" in wanted else ():
+    for pattern in chosen:
+        for name, recipe in RECIPES.items():
+            if {"recipes", name}.isdisjoint(wanted):
+                continue
             entry(f"recipe {pattern} {name}", lambda: bench.measure(bench.whole, pattern, **recipe))  # noqa: B023
     lines = page(bench.read())
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
@@ -228,6 +300,8 @@ def page(content: dict[str, Any]) -> list[str]:
         "## Speed of a single sentence",
         "",
         *speed_table(content),
+        "",
+        *products_table(content),
     ]
 
 
@@ -240,7 +314,9 @@ def _recipe_lines(content: dict[str, Any]) -> list[str]:
         "## Recipes",
         "",
         f"{whole['sentences']:,} sentences; calibrated on {whole['samples']:,} sequences of at most {whole['length']} "
-        f'tokens. "Distilled" trains the kept weights for {trained["steps"]} optimizer steps of '
+        f'tokens, or "on sentences": {CALIBRATION_SENTENCES:,} single sentences of the calibration text. Block fit: '
+        f"{BLOCK_EPOCHS} epochs of training of each block toward the outputs of the dense block (`block_epochs`). "
+        f'"Distilled" trains the kept weights for {trained["steps"]} optimizer steps of '
         f"{trained['sentences']} sentences toward the dense hidden states and embeddings; the zeros stay.",
         "",
         *recipe_table(content),
@@ -306,6 +382,39 @@ def speed_table(content: dict[str, Any]) -> list[str]:
         f"{SPEED_SENTENCES} sentences, one in each forward; both models in turn, medians of CPU time over "
         f"{SPEED_ROUNDS} rounds.",
         "",
+        *lines,
+    ]
+
+
+def products_table(content: dict[str, Any]) -> list[str]:
+    """Speed of each product relative to the dense one as Markdown tables, and what that means for the model."""
+    names = ("packed", "unpacked", "packed int8", "unpacked int8")
+    lines: list[str] = []
+    best = 0.0
+    for pattern in PATTERNS:
+        found = content.get(f"products {pattern}")
+        if not found:
+            continue
+        lines += ["", f"| {pattern}, layer | rows | {' | '.join(names)} |", "|---|---:" + "|---:" * len(names) + "|"]
+        for shape, of_rows in found.items():
+            for rows, times in of_rows.items():
+                ratios = [times["dense"] / times[name] for name in names]
+                best = max(best, *ratios)
+                lines.append(f"| {shape} | {rows} | {' | '.join(f'{ratio:.2f}x' for ratio in ratios)} |")
+    if not lines:
+        return []
+    verdict = (
+        "No packed product is as fast as the dense one here: the weights fit in the processor's cache, so that fewer "
+        "bytes save no time. Packing makes the file smaller; for speed, run the pruned model dense, or call "
+        "`ace_triton.unpack_model` after loading."
+        if best < 1
+        else f"The best packed product is {best:.2f} times as fast as the dense one."
+    )
+    return [
+        "## Products of single layers",
+        "",
+        "Times as fast as the dense product, lower quartiles of the CPU time of a call. Packed: our kernel. "
+        f"Unpacked: the weight is unpacked in each call, then multiplied dense. {verdict}",
         *lines,
     ]
 
