@@ -221,8 +221,8 @@ def prune(
     if not processes.is_first:
         return
     if json:
-        packed = {} if results.packing is None else {"packing": results.packing.to_dict()}
-        report.write_json(json, {**results.facts, **packed})
+        packing = {} if results.packing is None else {"packing": results.packing.to_dict()}
+        report.write_json(json, {**results.facts, **packing})
     _print(results)
     print_line(f"written to {out}")
     if results.facts.get("source_path", "") is None:

@@ -37,6 +37,7 @@ from ace_triton.study.tally import Tally, shown_variant
 from ..harness.results import load, outcomes
 from .budgets import measured as budgets_measured
 from .budgets import table as budgets
+from .large_models_page import killed
 from .report_bench import duration
 from .sparse import table as sparse
 
@@ -241,6 +242,7 @@ def tables_of(docs: Path) -> dict[str, list[str]]:
     made = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
     made |= {"headline": headline(docs), "picks": picks(docs), "recipes": recipes(docs), "lengths": lengths(docs)}
     made |= {"budgets": budgets(budgets_measured(docs))}
+    made |= {"kills": killed(json.loads((docs / "kill-test.json").read_text()))}
     return made | {"rows": row_limits(), "model": whole_model(RESULTS)}
 
 
