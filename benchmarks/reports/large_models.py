@@ -269,14 +269,14 @@ def whole(pruned: Path, model: str, calibration: str) -> dict[str, Any]:
 def perplexity(
     pruned: Path, model: str, text: tuple[str, ...], windows: int, keep: Callable[[str, Any], None]
 ) -> dict[str, Any]:
-    """Evaluate the pruned model and the dense one in files: time, peak memory and perplexity."""
+    """Evaluate the dense model and the pruned one in files: time, peak memory and perplexity."""
     found: dict[str, Any] = {"text": Path(text[0]).name, "windows": windows, "processor": processor()}
-    for name, of in (("pruned", str(pruned)), ("dense", model)):
+    for name, of in (("dense", model), ("pruned", str(pruned))):
         with tempfile.NamedTemporaryFile(suffix=".json") as told:
             words = ["evaluate", of, "--stream", "--dtype", "float32", "--text", *text, "--windows", str(windows)]
             run = measured([sys.executable, "-m", "ace_triton", *words, "--json", told.name])
             found[name] = {**run, "perplexity": json.loads(Path(told.name).read_text())["perplexity"]}
-        keep("perplexity", found)
+        keep("perplexity", dict(found))
     return found
 
 

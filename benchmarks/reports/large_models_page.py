@@ -89,11 +89,22 @@ def page(found: dict[str, Any], kills: dict[str, Any] | None) -> str:
             "`make kill-test` kills each kind of work (SIGKILL) on a small model and repeats it until it ends. Its",
             "files are compared with those of a run that was not killed. At a difference the test fails.",
             "",
-            "| work | kills | results, all with the same bytes |",
-            "|---|---:|---:|",
-            *(f"| {job} | {row['kills']} | {row['results']} |" for job, row in kills["jobs"].items()),
+            *killed(kills),
         ]
     return "\n".join(lines) + "\n"
+
+
+def killed(kills: dict[str, Any]) -> list[str]:
+    """The table of the kill test.
+
+    Args:
+        kills: the content of kill-test.json.
+    """
+    return [
+        "| work | kills | results, all with the same bytes |",
+        "|---|---:|---:|",
+        *(f"| {job} | {row['kills']} | {row['results']} |" for job, row in kills["jobs"].items()),
+    ]
 
 
 def whole_model(pruning: dict[str, Any], perplexity: dict[str, Any]) -> list[str]:

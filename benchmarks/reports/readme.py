@@ -40,6 +40,7 @@ from .budgets import measured as budgets_measured
 from .budgets import table as budgets
 from .fit_advice import changes, choices, setting
 from .fits import read as fits_measured
+from .large_models_page import killed
 from .report_bench import duration
 from .sparse import table as sparse
 
@@ -249,6 +250,7 @@ def tables_of(docs: Path) -> dict[str, list[str]]:
     made |= {"budgets": budgets(budgets_measured(docs))}
     fits = fits_measured(docs)
     made |= {"choices": choices(fits), "changes": changes(fits), "measured": setting(fits)}
+    made |= {"kills": killed(json.loads((docs / "kill-test.json").read_text()))}
     return made | {"rows": row_limits(), "model": whole_model(RESULTS)}
 
 
