@@ -188,7 +188,7 @@ def pruned(importance: torch.Tensor) -> torch.Tensor:
 
 
 def read(out: Path) -> dict[str, Any]:
-    """Earlier results."""
+    """Earlier results; a note says where results come from that this report did not measure."""
     path = out / "rotations.json"
     empty: dict[str, Any] = {"dense": {}, "outcomes": []}
     return json.loads(path.read_text()) if path.exists() else empty
@@ -206,6 +206,7 @@ def page(record: dict[str, Any]) -> str:
         f"{GRAM_SEQUENCES} sequences. A fall of perplexity by {LEAST_GAIN:.0%} or more would be worth an option of "
         "`ace-triton prune`.",
     ]
+    lines += ["", record["note"]] if "note" in record else []
     for name, dense in record["dense"].items():
         shown = ", ".join(f"{value:.2f} {which}" for which, value in dense.items())
         lines += ["", f"## {name}", "", f"Dense perplexity: {shown}.", ""]
