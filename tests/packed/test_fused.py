@@ -132,3 +132,16 @@ def test_the_command_fuses_what_is_packed(command, tiny_checkpoint, tmp_path):
     code, _, errors = command("generate", tiny_checkpoint, *options, "--fuse")
     assert code == 1
     assert "--fuse: no packed layers named q_proj, k_proj, v_proj or gate_proj, up_proj fit together" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("generate", "folder", "--prompt", "a", "--fuse", "--compile"), "--compile and --fuse: give only one of them"),
+        (("bench", "--shape", "64x64", "--fuse"), "--fuse: for decoding with a whole model: add --tokens"),
+    ],
+)
+def test_where_fusing_makes_no_sense_it_is_refused(command, words, message):
+    code, _, errors = command(*words)
+    assert code == 1
+    assert message in errors
