@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..decoders.device_blocks import DeviceBlocks
-from ..process_memory import drop_pages
+from ..process_memory import drop_pages, give_back_free_memory
 from ..processes import Processes
 from .journal import Results
 from .mapped_model import MappedModel
@@ -75,6 +75,7 @@ class FileStore:
         """As in :class:`~ace_triton.decoders.weight_store.WeightStore`."""
         with self._blocks.in_use(modules):
             yield True
+        give_back_free_memory()  # The allocator keeps what one unit has freed, in pieces that do not fit the next.
 
     def finished(self, unit: str) -> dict[str, Any] | None:
         """As in :class:`~ace_triton.decoders.weight_store.WeightStore`; units of this run do not count."""

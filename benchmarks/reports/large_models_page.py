@@ -121,8 +121,8 @@ def whole_model(pruning: dict[str, Any], perplexity: dict[str, Any]) -> list[str
     ]
     if perplexity:
         lines += [
-            f"`ace-triton evaluate --stream` ran on the first {perplexity['windows']} windows of 2,048 tokens of",
-            f"`{perplexity['text']}`.",
+            f"`ace-triton evaluate --stream` ran on the first {perplexity['windows'] * 2048:,} tokens of",
+            f"`{perplexity['text']}`, in windows of 2,048.",
         ]
     return [
         *lines,
