@@ -19,7 +19,7 @@ OPTIONS = frozenset({"use_cache", "return_dict", "logits_to_keep", "output_atten
 """Arguments of a forward that are the same for all rows of a batch."""
 
 Random = tuple[torch.Tensor, torch.Tensor | None]
-"""State of torch's generators: of the CPU, and of the model's GPU."""
+"""The state of torch's random generator on the CPU, and of the one on the model's GPU."""
 
 
 class Joint:
@@ -130,9 +130,9 @@ class _Call:
     """A member's call of the forward.
 
     Attributes:
-        arguments: of the forward.
+        arguments: the forward's arguments.
         random: the member's random state.
-        outputs: of the forward.
+        outputs: what the forward returned.
         error: what it raised instead.
         done: True if it has run.
     """
@@ -170,7 +170,8 @@ class _Call:
     @property
     def kind(self) -> tuple[Any, ...]:
         """The same for calls that fit into one batch."""
-        return tuple(sorted((name, repr(value)) for name, value in self.arguments.items() if name in OPTIONS))
+        options = sorted((name, repr(value)) for name, value in self.arguments.items() if name in OPTIONS)
+        return self.arguments.get("position_ids") is None, *options
 
 
 def _groups(calls: Sequence[_Call]) -> list[list[_Call]]:

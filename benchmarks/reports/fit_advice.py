@@ -31,8 +31,8 @@ class Measured:
 
     Attributes:
         recipe: as in docs/fits.json.
-        steps: of the recovery; 0 without one.
-        perplexity, seconds: of the pruned model.
+        steps: number of recovery steps; 0 without recovery.
+        perplexity, seconds: perplexity of the pruned model, and CPU seconds that it took to make.
     """
 
     recipe: str

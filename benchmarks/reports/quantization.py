@@ -44,7 +44,7 @@ class Outcome:
         model: its name.
         method, pattern: how the model is pruned; "" for the dense model.
         bits: 16 for weights that were not quantized.
-        rule: of the quantization, or None.
+        rule: the rule of rounding; None without quantization.
         perplexity: on the evaluation text.
     """
 
