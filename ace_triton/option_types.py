@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +123,7 @@ class OptionType:
         if isinstance(value, bool) or not isinstance(value, Integral if self.kind == "whole" else Real):
             return _INVALID
         number = int(value) if isinstance(value, Integral) else float(value)
-        if not math.isfinite(number) or (self.range is not None and number not in self.range):
+        if not abs(number) <= sys.float_info.max or (self.range is not None and number not in self.range):
             return _INVALID
         return number
 

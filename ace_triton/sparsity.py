@@ -114,9 +114,9 @@ def _parse(pattern: str | float) -> tuple[int | None, int | None, float]:
         except ValueError:
             raise PatternError(f"{pattern!r} is not a sparsity: {allowed}") from None
     elif isinstance(pattern, (int, float)) and not isinstance(pattern, bool):
-        fraction = float(pattern)
+        fraction = pattern
     else:
         raise PatternError(f"{pattern!r} is not a sparsity: {allowed}")
     if not 0 <= fraction < 1:
         raise PatternError(f"the pruned fraction must lie in [0, 1), got {fraction}; {allowed}")
-    return None, None, fraction
+    return None, None, float(fraction)

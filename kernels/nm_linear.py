@@ -266,7 +266,8 @@ def _any_pattern_body(
         inside = (i < rows) & (j < cols)
         words = tl.load(meta_ptr + word_start + j // 32, mask=inside, other=0)
         place = j // M * N + kept_before(words, j, M)
-        kept = inside & (words >> j % 32 & 1 != 0)
+        # Damaged metadata could count past the values of a row.
+        kept = inside & (words >> j % 32 & 1 != 0) & (place < cols // M * N)
         weight = tl.load(values_ptr + value_start + place, mask=kept, other=0.0).to(tl.float32)
         sums = add_products(sums, tokens_ptr, weight, kept, j, n_tokens, cols, stride, TOKENS)
     store_sums(outputs_ptr, bias_ptr, sums, i, n_tokens, rows, TOKENS)
@@ -306,7 +307,8 @@ def _few_bits_body(
         inside = (i < rows) & (j < cols)
         words = tl.load(meta_ptr + word_start + j // 32, mask=inside, other=0)
         place = j // M * N + kept_before(words, j, M)
-        kept = inside & (words >> j % 32 & 1 != 0)
+        # Damaged metadata could count past the values of a row.
+        kept = inside & (words >> j % 32 & 1 != 0) & (place < cols // M * N)
         step = tl.load(values_ptr + value_start + place * BITS // 8, mask=kept, other=0).to(tl.int32)
         if BITS == 4:
             step = (step >> place % 2 * 4 & 15 ^ 8) - 8

@@ -134,7 +134,8 @@ def _any_pattern_body(
     j = tl.program_id(0) % blocks_across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     inside = (i < rows) & (j < cols)
     words = tl.load(meta_ptr + i.to(tl.int64) * tl.cdiv(cols, 32) + j // 32, mask=inside, other=0)
-    place = i.to(tl.int64) * (cols // M * N) + j // M * N + kept_before(words, j, M)
-    kept = inside & (words >> j % 32 & 1 != 0)
-    weight = tl.load(values_ptr + place, mask=kept, other=0.0)
+    place = j // M * N + kept_before(words, j, M)
+    # Damaged metadata could count past the values of a row.
+    kept = inside & (words >> j % 32 & 1 != 0) & (place < cols // M * N)
+    weight = tl.load(values_ptr + i.to(tl.int64) * (cols // M * N) + place, mask=kept, other=0.0)
     tl.store(weight_ptr + i.to(tl.int64) * cols + j, weight, mask=inside)

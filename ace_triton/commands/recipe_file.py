@@ -98,7 +98,7 @@ class SavedRun:
         if "recipe" not in content:
             return cls(recipe)
         dtype = content.get("dtype_option")
-        if dtype is not None and dtype not in DTYPES:
+        if dtype is not None and dtype not in tuple(DTYPES):
             raise RecipeError(f"{path}: dtype_option must be one of {', '.join(DTYPES)}; got {dtype!r}")
         task = content.get("task_option")
         if task is not None and task not in TASK_NAMES:

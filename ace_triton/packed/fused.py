@@ -28,7 +28,7 @@ def fuse_products(model: nn.Module) -> int:
     Its layers, their names and the files that it is saved to stay the same. A call without gradients, and with up to
     ``MOST_ROWS`` tokens that our kernel multiplies, makes one product for the group. On a CPU its outputs are those of
     the separate layers bit for bit. A group is taken apart by itself if its layers get different tokens, or if the
-    weights of one are replaced, as by ``model.to``.
+    weights or the bias of one are replaced, as by ``model.to``.
 
     Args:
         model: a module with packed layers.
@@ -61,6 +61,7 @@ class Fused:
         self._sizes = [layer.out_features for layer in layers]
         self._last: tuple[torch.Tensor, int, tuple[torch.Tensor, ...]] | None = None
         self._whole = _joined(layers)
+        self._places = self._found_places()
         for layer in layers:
             layer._fused = self
 
@@ -72,8 +73,10 @@ class Fused:
 
     def outputs(self, layer: PackedLinear, tokens: torch.Tensor) -> torch.Tensor | None:
         """The outputs of one of the layers; None if it must compute them itself."""
+        if not any(layer is own for own in self._layers):  # A shallow copy of one of them.
+            return None
         if layer is self._layers[0]:
-            return self._first(tokens) if self._takes(tokens) else None
+            return self._first(tokens) if self._takes(tokens) and self._is_whole() else None
         last = self._last
         if last is None:
             return None
@@ -90,6 +93,18 @@ class Fused:
         self._last = None
         for layer in self._layers:
             layer._fused = None
+
+    def _is_whole(self) -> bool:
+        """True if each layer still has its view of the joined rows; else the group is taken apart."""
+        if self._found_places() == self._places:
+            return True
+        self.part()
+        return False
+
+    def _found_places(self) -> list[int | None]:
+        """Addresses of the layers' tensors."""
+        tensors = (tensor for layer in self._layers for tensor in (*layer._buffers.values(), layer._parameters["bias"]))
+        return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
     def _first(self, tokens: torch.Tensor) -> torch.Tensor:
         parts = self._whole(tokens).split(self._sizes, dim=-1)

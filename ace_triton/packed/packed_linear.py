@@ -105,8 +105,9 @@ class PackedLinear(nn.Module):
             ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
                 autocast.
         """
-        if self._fused is not None and not torch.compiler.is_compiling():
-            part = self._fused.outputs(self, tokens)
+        fused = self._fused  # Another thread may take the group apart.
+        if fused is not None and not torch.compiler.is_compiling():
+            part = fused.outputs(self, tokens)
             if part is not None:
                 return part
         if self._bound is not None and not torch.compiler.is_compiling():

@@ -90,6 +90,37 @@ def test_a_changed_bias_counts():
     assert torch.equal(logits(model, 1), logits(other, 1))
 
 
+@pytest.mark.parametrize("change", ["bias", "data", "call"])
+def test_replaced_tensors_count(change):
+    model, other = made(), made()
+    fuse_products(model)
+    name = "model.layers.0.self_attn.k_proj.values"
+    for one in (model, other):
+        layer = one.model.layers[0].self_attn.k_proj
+        if change == "bias":
+            layer.bias = torch.nn.Parameter(torch.ones_like(layer.bias))
+        elif change == "data":
+            layer.values.data = layer.values * 2
+    if change == "call":
+        states = {name: model.get_buffer(name) * 2}
+        with torch.no_grad():
+            found, expected = (
+                torch.func.functional_call(m, states, torch.tensor([[1]])).logits for m in (model, other)
+            )
+        assert torch.equal(found, expected)
+    assert torch.equal(logits(model, 1), logits(other, 1))
+
+
+def test_a_shallow_copy_computes_by_itself():
+    model = made()
+    fuse_products(model)
+    attention, tokens = model.model.layers[0].self_attn, torch.randn(1, 64)
+    with torch.no_grad():
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+            assert torch.equal(copy.copy(layer)(tokens), layer(tokens))
+    assert attention.q_proj._fused is not None
+
+
 @pytest.mark.parametrize("change", ["to", "copy", "other tokens", "written tokens"])
 def test_it_is_taken_apart_when_it_would_be_wrong(change):
     model, plain = made(), made()

@@ -189,3 +189,14 @@ def test_row_starts(dtype, shape, n_tokens, kept):
         assert torch.equal(bits_of(unpack_rows(packed)), bits_of(dense))
         assert bool(rows_linear(tokens, damaged).isfinite().all())
     torch.testing.assert_close(outputs, truth.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "pattern", "cols"), [(None, (3, 8), 40), (8, (8, 16), 64), (4, (5, 32), 96)])
+def test_metadata_that_count_past_the_values(bits, pattern, cols):
+    torch.manual_seed(0)
+    packed = pack_scored_reference(torch.randn(5, cols), ScoreTerms(), *pattern)
+    packed = packed if bits is None else quantize_nm(packed, bits, 64)
+    damaged = replace(packed, meta=torch.full_like(packed.meta, -1))
+    with executed_on_x86(1):
+        assert bool(nm_linear(torch.randn(2, cols), damaged).isfinite().all())
+        unpack_nm(damaged)
