@@ -15,10 +15,10 @@ from ..formats.registry import format_of, save_model
 from ..inputs import checkpoint
 from ..packed.pack_model import sparsify
 from ..progress import stage
-from ..provenance import history_with, name_of, source_facts, source_of, with_provenance
+from ..provenance import name_of, source_facts, source_of, with_provenance
 from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
-from ..streaming.streamed_pack import pack_checkpoint
+from ..streaming.streamed_pack import pack_checkpoint, with_packing
 from . import report
 from .console import console, print_backend, print_line, print_note, progress_bars
 from .options import (
@@ -85,8 +85,6 @@ def pack(
     facts = checkpoint.read_report(src)
     if facts is not None and (source := source_of(facts, src)) is not None:
         facts = {**facts, **source_facts(source, out)}
-    did = "packed" if few is None else f"packed, {few} bits in groups of {group}"
-    facts = {**(facts or {}), "history": history_with(facts, "pack", did)}
     with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         if stream:
             result = pack_checkpoint(
@@ -112,7 +110,7 @@ def pack(
                 result = sparsify(
                     model, sparsity, include=include or None, exclude=exclude or None, bits=few, group=group
                 )
-            facts["history"][-1]["bytes"] = [result.dense_bytes, result.packed_bytes]
+            facts = with_packing(facts, result, few, group)
             with stage(progress, "save the model"):
                 save_model(model, tokenizer, out, "packed", report=facts, overwrite=overwrite)
     if json:

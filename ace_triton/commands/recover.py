@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 
 from ..errors import ArgumentError
@@ -17,14 +18,15 @@ from ..inputs.calibration import SELF, load_calibration, read_calibration
 from ..inputs.written_text import TEXT_LENGTH, text_to_write
 from ..processes import joined
 from ..progress import stage
-from ..provenance import history_with, name_of, source_facts, source_of, with_provenance
+from ..provenance import history_of, history_with, name_of, source_facts, source_of, with_provenance
 from ..recovery.settings import DEFAULT_MINUTES, GroupTuning, RecoverySettings
 from ..recovery.sharing import whole_models
 from ..recovery.state import remove_state
 from ..recovery.text import TEXT_SEQUENCES
 from ..recovery.train import recover as train
+from ..runs_on import multiplies_bfloat16
 from . import report
-from .console import console, print_backend, print_line, progress_bars
+from .console import console, print_backend, print_line, print_note, progress_bars
 from .options import (
     LARGEST_SEED,
     TEXT_SOURCES,
@@ -36,6 +38,7 @@ from .options import (
     check_json,
     number,
     parse_device,
+    parse_dtype,
 )
 from .pack import quantization_of
 from .sources import check_causal, check_length, check_source
@@ -81,8 +84,8 @@ def recover(
     tune: Annotated[
         Literal["weights", "groups"],
         typer.Option(
-            help="What to train: all kept weights; or groups, which quantizes groups of columns of a model that shrink "
-            "wrote, and trains low-rank adapters on top, as SAAP does.",
+            help="Train all kept weights; or groups, which quantizes groups of columns of a model that shrink wrote, "
+            "and trains low-rank adapters on top, as SAAP does.",
         ),
     ] = "weights",
     tune_bits: Annotated[
@@ -101,6 +104,13 @@ def recover(
         int, number("Random seed of the training sequences and their order.", least=0, most=LARGEST_SEED)
     ] = 0,
     bos: BosOption = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Type of the weights of both models, of OUT and of the forwards, auto or float32; auto keeps the "
+            "weights' own and runs forwards in bfloat16, which is slow on a CPU without instructions for it."
+        ),
+    ] = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
@@ -116,6 +126,9 @@ def recover(
     groups = GroupTuning(tune_bits, tune_group, rank)
     if tune == "weights" and groups != GroupTuning():
         raise ArgumentError("--tune-bits, --tune-group and --rank are for --tune groups: add it, or leave them out")
+    if dtype not in ("auto", "float32"):
+        raise ArgumentError(f"--dtype {dtype!r}: use auto or float32")
+    weights_dtype = parse_dtype(dtype)
     settings = RecoverySettings(
         steps,
         minutes,
@@ -124,6 +137,7 @@ def recover(
         norms=norms,
         seed=seed,
         groups=groups if tune == "groups" else None,
+        forward_dtype=torch.float32 if dtype == "float32" else RecoverySettings.forward_dtype,
     )
     check_json(json)
     if (name := format_of(model_dir).name) != "dense":
@@ -134,6 +148,8 @@ def recover(
     advice = "train it with transformers' Trainer and ace_triton.MaskCallback, which keeps zeros at zero"
     check_causal(model_dir, "recover", advice, trust_remote_code=trust_remote_code)
     pruning = checkpoint.read_report(model_dir) or {}
+    if tune == "groups" and not pruning:
+        raise ArgumentError(f"--tune groups is for a model that shrink wrote, and {model_dir} is none: shrink it first")
     source = _teacher(model_dir, teacher, pruning)
     check_length(model_dir, length, "--length")
     folder = out.absolute().parent / f".{out.name}.recovery"
@@ -144,11 +160,17 @@ def recover(
             stack.enter_context(checkpoint.reserved(out, overwrite=overwrite))
         documents = read_calibration(calibration)
         print_backend(where)
+        if dtype == "auto" and not multiplies_bfloat16(where):
+            print_note("this CPU multiplies bfloat16 slowly: --dtype float32 trains several times as fast")
         progress = stack.enter_context(progress_bars())
         with stage(progress, "load the models"), whole_models(processes, shard=shard):
             first = "cpu" if shard else where
-            model, tokenizer = checkpoint.load(model_dir, device=first, trust_remote_code=trust_remote_code)
-            dense, dense_tokenizer = checkpoint.load(source, device=first, trust_remote_code=trust_remote_code)
+            model, tokenizer = checkpoint.load(
+                model_dir, dtype=weights_dtype, device=first, trust_remote_code=trust_remote_code
+            )
+            dense, dense_tokenizer = checkpoint.load(
+                source, dtype=weights_dtype, device=first, trust_remote_code=trust_remote_code
+            )
         _check_vocabulary(tokenizer, dense_tokenizer)
         with stage(progress, "text"):
             beginning = Beginning.of(tokenizer, bos)
@@ -230,11 +252,19 @@ def _teacher(model_dir: Path, named: str | None, pruning: dict[str, Any]) -> str
     folder = Path(source)
     if folder.is_dir() and folder.samefile(model_dir):
         why = "that is the pruned model itself" + ("; it replaced the dense one" if named is None else "")
-    elif folder.is_dir() and checkpoint.read_report(folder) is not None:
+    elif folder.is_dir() and not _is_dense(checkpoint.read_report(folder)):
         why = f"that is a pruned model (it has {checkpoint.REPORT_FILE})"
     else:
         return source
     raise checkpoint.CheckpointError(f"the teacher is {source}, but {why}: name the dense model with --teacher")
+
+
+def _is_dense(report: dict[str, Any] | None) -> bool:
+    """True if a folder's report tells of no step that leaves zeros: shrink removes weights as a whole."""
+    if report is None:
+        return True
+    commands = {step.get("command") for step in history_of(report)}
+    return commands == {"shrink"}
 
 
 def _check_vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> None:

@@ -45,11 +45,11 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
             "memory of the tensors, estimated", f"{gib(estimate.peak_bytes)} at most (to {estimate.largest_phase})"
         )
         table.add_row("memory available, with the model loaded", gib(available_memory()))
-        table.add_row("time without loading and saving, estimated", f"{estimate.seconds:.0f} s")
+        table.add_row("time, estimated", f"{estimate.seconds:.0f} s without loading and saving")
     for groups, loss in report.tried.items():
         table.add_row(
-            f"loss without {groups} key-value group{'s' * (groups != 1)}, before the update",
-            f"{loss:.4f} nats per token",
+            f"loss with {groups} key-value group{'s' * (groups != 1)} removed",
+            f"{loss:.4f} nats per token, before the update",
         )
     if report.output_error is not None:
         before_update, after_update = report.output_error

@@ -17,6 +17,7 @@ from ..inputs.output_folder import replacing, reserved, writing
 from ..packed.pack_model import SparsifyReport, WeightsInMemory, pack_layers
 from ..packed.saving import why_not_saved, write_around
 from ..process_memory import drop_pages, page_out
+from ..provenance import history_with
 from ..solvers.quantize import GROUP
 from .mapped_model import Source, copy_in_pieces, taken_sources
 from .weight_files import WeightFiles
@@ -156,8 +157,15 @@ def pack_checkpoint(
         with stage("pack"):
             result = pack_layers(model, weights, pattern, include=include, exclude=exclude, bits=bits, group=group)
         with stage("save the model"), replacing(out, overwrite=overwrite) as folder, refusals(out):
-            write_packed_files(model, tokenizer, weights, folder, report)
+            write_packed_files(model, tokenizer, weights, folder, with_packing(report, result, bits, group))
     return result
+
+
+def with_packing(report: dict[str, Any] | None, packed: SparsifyReport, bits: int | None, group: int) -> dict[str, Any]:
+    """The report beside a model, with packing as the last step of its history."""
+    did = "packed" if bits is None else f"packed, {bits} bits in groups of {group}"
+    history = history_with(report, "pack", did, bytes=[packed.dense_bytes, packed.packed_bytes])
+    return {**(report or {}), "history": history}
 
 
 def write_packed_files(

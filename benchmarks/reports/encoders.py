@@ -135,7 +135,7 @@ class Bench:
         """Prune a copy of the model, train it if asked, and compare it."""
         model = copy.deepcopy(self.dense)
         started = time.process_time()
-        fits = isinstance(recipe["update"], dict)
+        fits = isinstance(recipe.get("update"), dict)
         batches = (
             self.calibration(sizes["samples"], sizes["length"])
             if calibration == "documents"

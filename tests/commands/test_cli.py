@@ -26,7 +26,16 @@ def test_prune_writes_what_it_says(prune, tmp_path, tiny_checkpoint, method):
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) >= {"method", "sparsity", "seconds", "peak_bytes", "layers"}
     assert (report["method"], report["sparsity"]) == (method, "2:4")
-    assert set(report["seconds"]) == {"load", "calibration", "statistics", "permute", "select", "update", "total"}
+    assert set(report["seconds"]) == {
+        "load",
+        "calibration",
+        "statistics",
+        "permute",
+        "select",
+        "update",
+        "block_fit",
+        "total",
+    }
     saved = json.loads((tmp_path / "out" / "ace_triton.json").read_text())
     assert saved.pop("files") == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert report == saved

@@ -101,6 +101,33 @@ def test_the_command_refuses_what_is_no_dense_teacher(command, tiny_checkpoint, 
     assert command("recover", pruned, tmp_path / "out", *small, "--steps", 1, *dense)[0] == 0
 
 
+def test_a_model_in_float32_is_trained_in_it(command, tiny_checkpoint, some_text, tmp_path):
+    small = ("--calibration", some_text, "--samples", 4, "--length", 16, "--dtype", "float32")
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    assert command("prune", tiny_checkpoint, pruned, "--method", "wanda", *small)[0] == 0
+    few = ("--steps", 1, "--tokens-per-step", 32)
+    code, _, errors = command("recover", pruned, out, *small, *few, "--teacher", tiny_checkpoint)
+    assert code == 0, errors
+    assert "--dtype float32 trains" not in errors
+    assert json.loads((out / checkpoint.REPORT_FILE).read_text())["recovery"]["settings"]["forward_dtype"] == "float32"
+    before, after = (checkpoint.load(folder)[0] for folder in (pruned, out))
+    assert {parameter.dtype for parameter in after.parameters()} == {torch.float32}
+    assert all(torch.equal(mask, pruned_masks(after)[name]) for name, mask in pruned_masks(before).items())
+    code, _, errors = command("recover", pruned, out, *small[:-1], "float16", *few)
+    assert (code, "--dtype 'float16': use auto or float32" in errors) == (1, True)
+
+
+def test_a_model_that_shrink_wrote_is_a_teacher(command, tiny_checkpoint, some_text, tmp_path):
+    small = ("--calibration", some_text, "--samples", 4, "--length", 16)
+    shrunk, pruned, few = tmp_path / "shrunk", tmp_path / "pruned", ("--steps", 1, "--tokens-per-step", 32)
+    assert command("shrink", tiny_checkpoint, shrunk, *small, "--method", "depth", "--ratio", 0.5)[0] == 0
+    assert command("prune", shrunk, pruned, "--method", "magnitude")[0] == 0
+    code, _, errors = command("recover", pruned, tmp_path / "out", *small, *few)
+    assert code == 0, errors
+    code, _, errors = command("recover", tiny_checkpoint, tmp_path / "other", *small, *few, "--tune", "groups")
+    assert (code, "--tune groups is for a model that shrink wrote" in errors) == (1, True)
+
+
 def test_two_commands_at_once_are_refused(command, tiny_checkpoint, some_text, tmp_path):
     small = ("--calibration", some_text, "--samples", 4, "--length", 16)
     assert command("prune", tiny_checkpoint, tmp_path / "pruned", "--method", "wanda", *small)[0] == 0
