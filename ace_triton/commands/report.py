@@ -209,6 +209,7 @@ def _first_of(names: Sequence[str]) -> str:
 def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
     """A recovery's results; losses are means over its first and its last steps."""
     table = facts_table("recovery")
+    most = max(1, min(most, len(result.losses) // 2))
     first, last = result.losses[:most], result.losses[-most:]
     table.add_row("steps", f"{result.steps:,}")
     table.add_row("tokens", f"{result.tokens:,}")

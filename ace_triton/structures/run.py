@@ -125,6 +125,7 @@ class Run:
                 "the language model alone, or prune to n:m"
             )
         self._tower: Tower = reached[0]
+        self._needed = needed_parameters(model, self._tower.blocks, settings)
 
     def result(self, dry_run: bool) -> tuple[nn.Module | None, ShrinkReport]:
         """The smaller model, and what was removed; no model after a dry run."""
@@ -135,7 +136,7 @@ class Run:
         with self._stage("importance", "influence") as step:
             found = self._earlier.influence or block_influences(model, self._tower, self._batches, step)
             influence, sizes = self._earlier.influence = found
-        kept = kept_blocks(influence, self._tower, needed_parameters(model, blocks, self._settings))
+        kept = kept_blocks(influence, self._tower, self._needed)
         gone = tuple(index for index in range(len(blocks)) if index not in kept)
         tensors = kept_tensors(model, Structures({}, {}, {}), blocks, Kept({}, kept))
         changes = depth_changes(model, len(blocks), kept, tensors)
@@ -165,7 +166,7 @@ class Run:
                 f"no structure of {type(model).__name__} can be removed ({reasons}); remove blocks (--method depth)"
             )
         if settings.speedup is None:
-            needed = needed_parameters(model, blocks, settings)
+            needed = self._needed
         else:
             with self._stage("time a block"):
                 needed, gain = needed_for_speed(model, structures, blocks, settings, self._trial, self._clock)

@@ -207,6 +207,7 @@ def page(record: dict[str, Any]) -> str:
         "`ace-triton prune`.",
     ]
     lines += ["", record["note"]] if "note" in record else []
+    changes: list[float] = []
     for name, dense in record["dense"].items():
         shown = ", ".join(f"{value:.2f} {which}" for which, value in dense.items())
         lines += ["", f"## {name}", "", f"Dense perplexity: {shown}.", ""]
@@ -219,8 +220,11 @@ def page(record: dict[str, Any]) -> str:
         for (recipe, windows), pair in found.items():
             given, rotated = pair.get(False), pair.get(True)
             cells = ["" if value is None else f"{value:.2f}" for value in (given, rotated)]
-            change = "" if given is None or rotated is None else f"{rotated / given - 1:+.1%}"
-            lines.append(f"| {recipe} | {windows} | {' | '.join(cells)} | {change} |")
+            both = given is not None and rotated is not None
+            changes += [rotated / given - 1] if both else []
+            lines.append(f"| {recipe} | {windows} | {' | '.join(cells)} | {f'{changes[-1]:+.1%}' if both else ''} |")
+    if changes and min(changes) > -LEAST_GAIN:
+        lines += ["", f"No fall reaches {LEAST_GAIN:.0%}, so `ace-triton prune` has no such option."]
     return "\n".join(lines) + "\n"
 
 
