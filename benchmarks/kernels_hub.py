@@ -135,7 +135,7 @@ def try_import(tree: Path) -> str:
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", USE, str(tree.resolve())],
+        [sys.executable, "-B", "-P", "-c", USE, str(tree.resolve())],
         cwd=tree.resolve().anchor,
         env=environment,
         capture_output=True,

@@ -96,7 +96,7 @@ def pack(
                 dtype=weights_dtype,
                 trust_remote_code=trust_remote_code,
                 overwrite=overwrite,
-                report=facts,
+                report=facts or {},
                 stage=partial(stage, progress),
                 bits=few,
                 group=group,
@@ -110,7 +110,7 @@ def pack(
                 result = sparsify(
                     model, sparsity, include=include or None, exclude=exclude or None, bits=few, group=group
                 )
-            facts = with_packing(facts, result, few, group)
+            facts = with_packing(facts or {}, result, few, group)
             with stage(progress, "save the model"):
                 save_model(model, tokenizer, out, "packed", report=facts, overwrite=overwrite)
     if json:

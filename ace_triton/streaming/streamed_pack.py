@@ -135,7 +135,7 @@ def pack_checkpoint(
         dtype: dtype of the weights; "auto" keeps the checkpoint's.
         trust_remote_code: run Python code that comes with the checkpoint.
         overwrite: replace ``out`` if ace-triton wrote it.
-        report: the pruning report, written as ``ace_triton.json``.
+        report: the pruning report, written as ``ace_triton.json`` with one more step in its history.
         stage: gives a context for a stage by its name, to show the progress.
         bits: as for :func:`~ace_triton.packed.pack_model.pack_model`.
         group: as there.
@@ -157,15 +157,16 @@ def pack_checkpoint(
         with stage("pack"):
             result = pack_layers(model, weights, pattern, include=include, exclude=exclude, bits=bits, group=group)
         with stage("save the model"), replacing(out, overwrite=overwrite) as folder, refusals(out):
-            write_packed_files(model, tokenizer, weights, folder, with_packing(report, result, bits, group))
+            told = None if report is None else with_packing(report, result, bits, group)
+            write_packed_files(model, tokenizer, weights, folder, told)
     return result
 
 
-def with_packing(report: dict[str, Any] | None, packed: SparsifyReport, bits: int | None, group: int) -> dict[str, Any]:
+def with_packing(report: dict[str, Any], packed: SparsifyReport, bits: int | None, group: int) -> dict[str, Any]:
     """The report beside a model, with packing as the last step of its history."""
     did = "packed" if bits is None else f"packed, {bits} bits in groups of {group}"
     history = history_with(report, "pack", did, bytes=[packed.dense_bytes, packed.packed_bytes])
-    return {**(report or {}), "history": history}
+    return {**report, "history": history}
 
 
 def write_packed_files(
