@@ -171,10 +171,11 @@ def learned(outputs: torch.Tensor, values: torch.Tensor, gram: torch.Tensor, squ
         with torch.enable_grad():
             rotation = torch.matrix_exp(start - start.transpose(1, 2))
             shares = [part / whole for part, whole in zip(importance(rotation), before, strict=True)]
+            total = torch.stack(shares).sum()
             optimizer.zero_grad()
-            sum(shares).backward()
-        if float(sum(shares)) < least:
-            best, least = rotation.detach(), float(sum(shares))
+            total.backward()
+        if float(total.detach()) < least:
+            best, least = rotation.detach(), float(total.detach())
         optimizer.step()
     return best
 
