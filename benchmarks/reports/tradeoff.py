@@ -4,8 +4,8 @@
         --evaluation wiki.test.raw.gz --only perplexity
     python -m benchmarks.reports.tradeoff ... --only speed
 
-Results in docs/tradeoff.json are kept, so a stopped run resumes. A perplexity may be measured on a busy machine. A speed
-needs an idle one: each round times the dense model in float32 beside the form.
+Results in docs/tradeoff.json are kept, so a stopped run resumes. A perplexity may be measured on a busy machine. A
+speed needs an idle one: each round times the dense model in float32 beside the form.
 """
 
 from __future__ import annotations
