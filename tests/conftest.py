@@ -177,7 +177,15 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
-def protocol(tiny_checkpoint, some_text):
+def short_samples(monkeypatch):
+    """A study's models write a few tokens only."""
+    from ace_triton.study import samples
+
+    monkeypatch.setattr(samples, "NEW_TOKENS", 4)
+
+
+@pytest.fixture
+def protocol(short_samples, tiny_checkpoint, some_text):
     """What a study of the tiny checkpoint is run on."""
     from ace_triton.study.workbench import Protocol
 
@@ -186,7 +194,7 @@ def protocol(tiny_checkpoint, some_text):
 
 
 @pytest.fixture
-def study(command, tiny_checkpoint, some_text):
+def study(command, short_samples, tiny_checkpoint, some_text):
     """study(out, *words): run ``ace-triton study`` on the tiny checkpoint; its exit code, output and errors."""
     small = ["--samples", "4", "--windows", "2", "--window-length", "16", "--dtype", "float32"]
     texts = ["--calibration", some_text, "--evaluation", some_text]

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ace_triton import Sparsity, prune_linear, prune_model
+from ace_triton.kernels.backend import interpreting
 
 WAYS = {
     "groups": {"method": "wanda"},
@@ -33,7 +34,7 @@ MODELS = {
         {"method": "cosp"},
     ),
 }
-"""Family, sizes and options. The models are small, since Triton's interpreter prunes them too."""
+"""Family, sizes and options. The models are small, since Triton's interpreter prunes one of them too."""
 
 
 def layers() -> dict[str, nn.Module]:
@@ -79,7 +80,7 @@ def test_a_layer_and_inference_mode(way, kind):
         assert torch.equal(one.weight, expected.weight)
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", list(MODELS)[:1] if interpreting() else MODELS)
 def test_a_model_in_inference_mode(make_decoder, ids, case):
     family, sizes, options = MODELS[case]
     ids = ids[:3]
