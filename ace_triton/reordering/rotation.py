@@ -7,8 +7,8 @@ o's Gram matrix becomes R^T G R. R lowers the importance of the weights that the
 
     loss(R) = sum over o and v of  pruned(R) / pruned(I),    R = exp(A - A^T),    A by Adam
 
-The idea to rotate before pruning is that of DenoiseRotator (2025), which lowers the entropy of the importance instead,
-and also rotates the residual stream. See also :mod:`.rotate`.
+Source: DenoiseRotator (Gu et al., 2025, arXiv:2505.23049) rotates before pruning. It lowers the entropy of the
+importance instead, and also rotates the residual stream. :mod:`.rotate` applies the rotations to a model.
 """
 
 from __future__ import annotations
