@@ -2,7 +2,8 @@
 
     python -m benchmarks.reports.rotations --calibration c4.jsonl.gz --evaluation wiki.test.raw.gz --model smollm2
 
-Each cell is what ``ace-triton prune`` does with and without ``--rotate``. Every result is written as soon as it is
+Each cell is what ``ace-triton prune --stream`` and ``evaluate --stream`` do, with and without ``--rotate``, so that a
+block of the model is in memory at a time. Every result is written as soon as it is
 measured, and results in docs/rotations.json are reused, so a stopped run continues. Repeat with another --model and
 --name to add a model, with another --seed to add a calibration sample.
 """
@@ -10,22 +11,27 @@ measured, and results in docs/rotations.json are reused, so a stopped run contin
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 
+from ace_triton import perplexity_of_checkpoint, prune_checkpoint
 from ace_triton.commands.report import write_json
+from ace_triton.inputs.beginnings import Beginning, text_ids
+from ace_triton.inputs.calibration import load_calibration
+from ace_triton.inputs.text import read_documents, wikitext_rows
+from ace_triton.planning.skeleton import skeleton
 from ace_triton.recipe import Recipe
 from ace_triton.reordering.rotation import RATE, STEPS
-from ace_triton.study.cells import Cell
 from ace_triton.study.tally import listed
-from ace_triton.study.workbench import Protocol, Workbench
 
 from .cpu_ratios import processor
 from .record import read_record
@@ -87,29 +93,48 @@ def main(
     wanted = [(recipe, rotated) for recipe in chosen for rotated in (False, True)]
     todo = [cell for cell in wanted if (name, label(cell[0]), seed, cell[1], windows) not in done][:most]
     if todo:
-        bench = Workbench(
-            Protocol(
-                model,
-                calibration,
-                evaluation,
-                wikitext=True,
-                samples=SAMPLES,
-                windows=windows,
-                window_length=WINDOW_LENGTH,
-                dtype=torch.float32,
-            )
-        )
+        bench = Bench(model, calibration, evaluation, windows)
         if name not in record["dense"]:
-            record["dense"][name] = bench.perplexity()
+            record["dense"][name] = bench.perplexity(model)
         for recipe, rotated in todo:
-            with bench.pruned(Cell(replace(recipe, rotate=rotated), LENGTH, seed)) as pruning:
-                value, seconds = bench.perplexity(), pruning.cpu_seconds
+            value, seconds = bench.pruned(replace(recipe, rotate=rotated), seed)
             found = Outcome(name, label(recipe), seed, rotated, value, windows, seconds, processor())
             console.print(found, highlight=False)
             record["outcomes"].append(asdict(found))
             write_json(out / "rotations.json", record)
             (out / "rotations.md").write_text(page(record))
     (out / "rotations.md").write_text(page(record))
+
+
+class Bench:
+    """A model in its files, and the texts."""
+
+    def __init__(self, model: str, calibration: str, evaluation: str, windows: int) -> None:
+        self._model, self._windows, self._calibration = model, windows, calibration
+        self._tokenizer = skeleton(model).tokenizer
+        rows = wikitext_rows("".join(read_documents(evaluation)))
+        self._beginning = Beginning.of(self._tokenizer, "auto")
+        self._ids = text_ids("\n\n".join(rows), self._tokenizer, self._beginning)
+
+    def perplexity(self, model: str | Path) -> float:
+        """Perplexity of a checkpoint on the first windows of the evaluation text."""
+        return perplexity_of_checkpoint(
+            model,
+            self._ids,
+            length=WINDOW_LENGTH,
+            windows=self._windows,
+            beginning=self._beginning,
+            dtype=torch.float32,
+        ).perplexity
+
+    def pruned(self, recipe: Recipe, seed: int) -> tuple[float, float]:
+        """Perplexity of the pruned model, and the CPU seconds of pruning."""
+        sequences = load_calibration(self._calibration, self._tokenizer, samples=SAMPLES, length=LENGTH, seed=seed)
+        with TemporaryDirectory() as folder:
+            start = time.process_time()
+            prune_checkpoint(self._model, Path(folder) / "pruned", sequences, recipe, dtype=torch.float32)
+            seconds = time.process_time() - start
+            return self.perplexity(Path(folder) / "pruned"), seconds
 
 
 def label(recipe: Recipe) -> str:
