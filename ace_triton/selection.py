@@ -247,7 +247,7 @@ class Selection:
 
 def _check_rotations(model: nn.Module, found: Folds) -> None:
     if not found.proven:
-        reasons = "; ".join(dict.fromkeys(entry.reason for entry in found.unfolded)) or "none was found among the layers to prune"
+        reasons = "; ".join(dict.fromkeys(entry.reason for entry in found.unfolded)) or "none is found among the layers"
         raise ArgumentError(
             f"rotate: no output projection of the attention of {type(model).__name__} can be rotated ({reasons}): "
             "leave rotate out"
