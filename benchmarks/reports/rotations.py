@@ -177,7 +177,8 @@ def page(record: Mapping[str, Any]) -> str:
         f"windows of {WINDOW_LENGTH} tokens of WikiText-2. With `--rotate` the values of each key-value head are "
         "multiplied by an orthogonal matrix, and the output projection by its inverse, before a block is pruned. The "
         f"dense model computes the same. {STEPS} steps of Adam at a learning rate of {RATE} lower the importance of "
-        "the weights that the pattern prunes. CPU seconds are those of pruning, all threads together.",
+        "the weights that the pattern prunes. CPU seconds are those of pruning, all threads together. "
+        "Compare them within a row only, because other work on the machine slows both.",
     ]
     compared = pairs(record)
     for name, dense in record["dense"].items():
