@@ -150,8 +150,12 @@ tradeoff: setup  ## dense, quantized and pruned forms beside each other, for doc
 	$(TRADEOFF) --only perplexity
 	OMP_NUM_THREADS=1 $(TRADEOFF) --only speed
 
-rotations: setup  ## whether rotated values help, for docs/rotations.md; minutes, resumable
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.rotations --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+ROTATIONS = OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.rotations --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+rotations: setup  ## what prune --rotate gains, for docs/rotations.md; an hour, resumable; LARGER names a second model
+	$(ROTATIONS) --seed 0
+	$(ROTATIONS) --seed 1 --only 'wanda, permuted, lstsq, 2:4'
+	$(if $(LARGER),$(ROTATIONS) --model $(LARGER) --name $(notdir $(LARGER)) --only 'wanda, permuted, lstsq, 2:4')
+	$(if $(LARGER),$(ROTATIONS) --model $(LARGER) --name $(notdir $(LARGER)) --only 'wanda, permuted, lstsq, 2:4' --seed 1)
 
 recovery-trials: setup  ## what a recovery's settings do, for docs/recovery.md; an hour, resumable
 	$(BIN)/python -m benchmarks.reports.recovery --calibration $(CALIBRATION) --held-out $(HELD_OUT) --evaluation $(EVALUATION)

@@ -13,6 +13,7 @@ from .decoders.blocks import Tower, linears_of
 from .decoders.plan import Excluded, Skipped
 from .recipe import Recipe, Sequential
 from .reordering.reorder import PermutationReport
+from .reordering.rotate import RotationReport
 from .solvers.update import Update
 from .sparsity import Axis
 from .timing import Seconds
@@ -82,6 +83,7 @@ class ModelReport:
         permutation: the result of ``permute=True``, or None.
         towers: the towers of the model, in the order in which they were pruned.
         fits: what training did to each block, if the update has ``block_epochs``.
+        rotation: the result of ``rotate=True``, or None.
     """
 
     recipe: Recipe
@@ -94,6 +96,7 @@ class ModelReport:
     permutation: PermutationReport | None = None
     towers: tuple[TowerReport, ...] = ()
     fits: tuple[BlockFit, ...] = ()
+    rotation: RotationReport | None = None
 
     @property
     def method(self) -> str:
@@ -140,6 +143,7 @@ class ModelReport:
             "excluded": [asdict(excluded) for excluded in self.excluded],
             "account": self.account.to_dict(),
             "permutation": None if self.permutation is None else asdict(self.permutation),
+            **({} if self.rotation is None else {"rotation": asdict(self.rotation)}),
             "update": None if self.update is None else self.update.to_dict(),
             "budgets": self.budgets,
             "sequential": self.sequential,

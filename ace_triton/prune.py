@@ -124,7 +124,7 @@ def prune_linear(
 
 def _check_one_layer(recipe: Recipe) -> None:
     """RecipeError if a recipe has parts that only a whole model can follow."""
-    parts = {"permute": recipe.permute, "budgets": recipe.budgets, "include": recipe.include, "exclude": recipe.exclude}
+    parts = {name: getattr(recipe, name) for name in ("rotate", "permute", "budgets", "include", "exclude")}
     if recipe.update is not None:
         parts["update's block_epochs"] = recipe.update.block_epochs > 0
     if wanted := [name for name, part in parts.items() if part not in (None, False, ())]:
@@ -252,10 +252,10 @@ def _solve(
             assert stats is not None
             with nullcontext() if clock is None else clock.measure("update"):
                 solved = updated_weight(
-                    dense, stats, update, lambda w, out: _choose(w, terms, pattern, axis, out), solved
+                    dense, stats, update, lambda w, out: choose(w, terms, pattern, axis, out), solved
                 )
         elif solved is None:
-            mask = _choose(dense, terms, pattern, axis, "mask")
+            mask = choose(dense, terms, pattern, axis, "mask")
             solved = masked(dense, mask), mask
         if recipe.quantize is not None:
             with nullcontext() if clock is None else clock.measure("update"):
@@ -286,9 +286,9 @@ def _select(
 ) -> torch.Tensor | None:
     if kernel_weight is weight and not want_mask:
         with _writing_to(weight):
-            _choose(weight, terms, pattern, axis, "weight", unless)
+            choose(weight, terms, pattern, axis, "weight", unless)
         return None
-    mask = _choose(kernel_weight, terms, pattern, axis, "mask")
+    mask = choose(kernel_weight, terms, pattern, axis, "mask")
     with _writing_to(weight):
         zero = weight.view(torch.uint8) if weight.element_size() == 1 else weight
         zero.masked_fill_(~mask, 0)
@@ -300,7 +300,7 @@ def _writing_to(weight: torch.Tensor) -> AbstractContextManager[object]:
     return torch.inference_mode() if weight.is_inference() else nullcontext()
 
 
-def _choose(
+def choose(
     weight: torch.Tensor,
     terms: ScoreTerms | torch.Tensor,
     pattern: Sparsity,
@@ -315,7 +315,7 @@ def _choose(
         unless: as for :func:`~ace_triton.kernels.select_nm.select_nm`, for n:m.
     """
     if isinstance(terms, torch.Tensor):
-        mask = _choose(terms, ScoreTerms(), pattern, axis, "mask")
+        mask = choose(terms, ScoreTerms(), pattern, axis, "mask")
         return mask if output == "mask" else weight.masked_fill_(~mask, 0)
     if pattern.n is not None and pattern.m is not None:
         return select_nm(weight, terms, pattern.n, pattern.m, axis=axis, output=output, unless=unless)

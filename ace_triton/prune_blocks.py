@@ -53,6 +53,7 @@ def prune_model(
     *,
     sequential: Sequential | NotGiven = NOT_GIVEN,
     permute: bool | NotGiven = NOT_GIVEN,
+    rotate: bool | NotGiven = NOT_GIVEN,
     update: str | Mapping[str, Any] | Update | NotGiven | None = NOT_GIVEN,
     budgets: str | NotGiven | None = NOT_GIVEN,
     quantize: int | Mapping[str, Any] | Quantization | NotGiven | None = NOT_GIVEN,
@@ -94,6 +95,10 @@ def prune_model(
             rows of the layers that feed it (excluded layers too), so that less of the score is lost. The model
             computes the same. Layers that cannot be reordered keep their order and are listed in the report. Default:
             False.
+        rotate: before anything else, multiply the values of each key-value head by an orthogonal matrix that lowers the
+            importance of the weights that the pattern prunes (:mod:`ace_triton.reordering.rotation`), and the output
+            projection by its inverse. The model computes the same, up to rounding. Each block runs once more. Values
+            that cannot be rotated are listed in the report. Default: False.
         update: "rescale" scales each row of a pruned layer so that its outputs have the energy of the dense row's
             outputs on the layer's present inputs, which come from the pruned blocks before it. "lstsq" moves every kept
             weight to where the layer best reproduces its dense outputs. An
@@ -122,7 +127,8 @@ def prune_model(
             Recipe, the model is a single layer, or its weights were never loaded or cannot be written; nothing was
             changed.
         PatternError: if the sparsity is invalid; nothing was changed.
-        ValueError: if the calibration set does not fit the model, a name pattern matches no layer, or the model's own
+        ValueError: if the calibration set does not fit the model, a name pattern matches no layer, no values can be
+            rotated although ``rotate`` asks for it, or the model's own
             forward changes its weights beyond repair; nothing was changed.
         PruneError: if a weight cannot be pruned (NaN or infinity, quantized); nothing was changed. Or if statistics
             have NaN or infinity (an overflow in fp16): that layer is not changed, but the blocks before it and other
@@ -134,6 +140,7 @@ def prune_model(
         sparsity=sparsity,
         sequential=sequential,
         permute=permute,
+        rotate=rotate,
         update=update,
         budgets=budgets,
         quantize=quantize,
@@ -202,6 +209,7 @@ def prune_stored(
         None if selection.reorderer is None else selection.reorderer.report(),
         tuple(TowerReport.of(tower, runs.get(tower.name, "none")) for tower in towers),
         tuple(selection.fits),
+        None if selection.rotator is None else selection.rotator.report(),
     )
 
 

@@ -37,6 +37,7 @@ class Recipe:
         sparsity: the pattern, with its axis and scope.
         update: how the kept weights are changed; None leaves them as they are.
         permute: if True, input channels are reordered first, so that n:m keeps more of the score.
+        rotate: if True, the values of attention heads are rotated first, so that less of the importance is pruned.
         sequential: what is pruned before the model runs again: "none" for the whole model, "blocks" for a block,
             "layers" for the layers of a block that share an input.
         budgets: "outliers" lets blocks keep different shares of their weights; None gives every block the same share.
@@ -59,6 +60,7 @@ class Recipe:
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
     quantize: Quantization | None
+    rotate: bool
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class Recipe:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         quantize: int | Mapping[str, Any] | Quantization | None = None,
+        rotate: bool = False,
     ) -> None:
         parts = {
             "method": method,
@@ -85,14 +88,16 @@ class Recipe:
             "include": None if include is None else _name_patterns("include", include),
             "exclude": () if exclude is None else _name_patterns("exclude", exclude),
             "quantize": Quantization.of(quantize),
+            "rotate": rotate,
         }
         for name, value in parts.items():
             object.__setattr__(self, name, value)
         self._check()
 
     def _check(self) -> None:
-        if not isinstance(self.permute, bool):
-            raise RecipeError(f"permute must be True or False; got {self.permute!r}")
+        for name in ("permute", "rotate"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if self.sequential not in get_args(Sequential):
             raise RecipeError(f"sequential must be one of {', '.join(get_args(Sequential))}; got {self.sequential!r}")
         _check_budgets(self.budgets, self.sparsity)
@@ -118,6 +123,19 @@ class Recipe:
                 f'permute reorders the rows of gate and up, which {self.method} with sequential="layers" has '
                 "pruned in groups by then: leave one of them out"
             )
+        self._check_rotate()
+
+    def _check_rotate(self) -> None:
+        if self.rotate and self.sequential == "none":
+            raise RecipeError(
+                'rotate runs each block once more before it is pruned, and sequential="none" runs each block only '
+                "once: leave one of them out"
+            )
+        if self.rotate and not self.needs.tokens:
+            raise RecipeError(
+                f"rotate learns from calibration tokens, and {self.method} alone reads none: leave rotate out, take "
+                'another method, or add update="lstsq"'
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: cached properties hold functions, which cannot be pickled."""
@@ -141,7 +159,7 @@ class Recipe:
     def for_layers(self, sparsity: Sparsity) -> Recipe:
         """What is done to each layer alone, with the sparsity of its block."""
         update = None if self.update is None else self.update.of_layers
-        return replace(self, sparsity=sparsity, update=update, permute=False, budgets=None)
+        return replace(self, sparsity=sparsity, update=update, permute=False, rotate=False, budgets=None)
 
     @property
     def calibrated(self) -> bool:
@@ -157,7 +175,7 @@ class Recipe:
     @property
     def additions(self) -> tuple[str, ...]:
         """What is added to the metric, as in ("permuted", "lstsq", "8 mask rounds"); empty for a metric alone."""
-        words = ["permuted"] if self.permute else []
+        words = [word for word, part in (("rotated", self.rotate), ("permuted", self.permute)) if part]
         words += [] if self.update is None else _update_words(self.update)
         words += [] if self.sequential == "blocks" else [_SEQUENTIAL_WORDS[self.sequential]]
         words += [] if self.budgets is None else [f"shares by {self.budgets}"]
@@ -168,7 +186,7 @@ class Recipe:
         """As JSON types, with all options, so that a saved recipe keeps its meaning if a default changes.
 
         A default that JSON cannot hold is left out. An option that was given keeps its value, whatever it is. Without
-        quantization there is no entry for it.
+        quantization or rotation there is no entry for it.
         """
         options = self.complete_options.items()
         return {
@@ -182,6 +200,7 @@ class Recipe:
             "include": None if self.include is None else list(self.include),
             "exclude": list(self.exclude),
             **({} if self.quantize is None else {"quantize": self.quantize.to_dict()}),
+            **({"rotate": True} if self.rotate else {}),
         }
 
     @classmethod

@@ -22,13 +22,17 @@ from .decoders.layer_roles import gated_consumers
 from .decoders.plan import Plan, Unit, misfit
 from .decoders.watcher import Watcher
 from .decoders.weight_store import WeightStore
+from .errors import ArgumentError
 from .kernels.finite_check import FiniteCheck
 from .linears import as_kernel_dtype
+from .methods.registry import Needs
 from .model_report import LayerReport
 from .processes import shares
 from .prune import prune_checked
 from .recipe import Recipe
 from .reordering.reorder import Folds, Reorderer, find_folds
+from .reordering.rotate import Rotator
+from .reordering.trial import ORDERS, ROTATIONS, Trial
 from .sparsity import Sparsity
 from .statistics.activation import ActivationStats
 from .timing import Stopwatch
@@ -48,6 +52,7 @@ class Selection:
     lanes: Lanes
     layers: list[LayerReport] = field(default_factory=list)
     fits: list[BlockFit] = field(default_factory=list)
+    rotator: Rotator | None = None
     reorderer: Reorderer | None = None
     patterns: Mapping[str, Sparsity] = field(default_factory=dict)
     called_once: set[frozenset[str]] = field(default_factory=set)
@@ -57,27 +62,37 @@ class Selection:
     their names inside the block."""
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        """Find each block's pattern and the channels that can be reordered, if the recipe asks for that."""
+        """Find each block's pattern and the channels that can be rotated or reordered, if the recipe asks for that.
+
+        Raises:
+            ArgumentError: if values are to be rotated and none of them can be; nothing was changed.
+        """
         pattern = self.recipe.sparsity
         if self.recipe.budgets:
             found = self.store.once("budgets", lambda: self._budgets(model, batches))
             self.patterns = {unit: replace(pattern, pattern=own) for unit, own in found.items()}
+        layers = {name: layer for block in self.plan.blocks for name, layer in linears_of(block.module, block.name)}
+        if self.recipe.rotate:
+            with self.clock.measure("rotate"):
+                folds = self.store.once("rotations", lambda: self._folds(model, batches, 1, ROTATIONS).to_dict())
+            found = Folds.from_dict(folds, layers)
+            _check_rotations(model, found)
+            self.rotator = Rotator(found, self.clock)
         if self.recipe.permute:
-            assert pattern.m is not None
+            m = pattern.m
+            assert m is not None
             with self.clock.measure("permute"):
-                folds = self.store.once("folds", lambda: self._folds(model, batches).to_dict())
-            layers = {name: layer for block in self.plan.blocks for name, layer in linears_of(block.module, block.name)}
-            self.reorderer = Reorderer(Folds.from_dict(folds, layers), pattern.m, self.clock)
+                folds = self.store.once("folds", lambda: self._folds(model, batches, m, ORDERS).to_dict())
+            self.reorderer = Reorderer(Folds.from_dict(folds, layers), m, self.clock)
 
     def _budgets(self, model: nn.Module, batches: Sequence[Batch]) -> dict[str, str | float]:
         """By block, its pattern, or the fraction that is pruned."""
         found = find_budgets(model, self.plan.towers, self.recipe.sparsity, batches[:1], self.clock, self.in_use)
         return {unit: pattern.pattern for unit, pattern in found.items()}
 
-    def _folds(self, model: nn.Module, batches: Sequence[Batch]) -> Folds:
-        batch, m, plan = trial_batch(model, batches), self.recipe.sparsity.m, self.plan
-        assert m is not None
-        return find_folds(model, plan.blocks, batch, m, wanted=set(plan.layers).__contains__, shared=plan.shares)
+    def _folds(self, model: nn.Module, batches: Sequence[Batch], m: int, trial: Trial) -> Folds:
+        batch, plan, wanted = trial_batch(model, batches), self.plan, set(self.plan.layers).__contains__
+        return find_folds(model, plan.blocks, batch, m, wanted=wanted, shared=plan.shares, trial=trial)
 
     def restored(self, unit: Unit) -> bool:
         """True if an earlier run finished the unit; its record is taken over."""
@@ -90,6 +105,8 @@ class Selection:
         for name, reason in record["skipped"].items():
             self.plan.skip(name, self.weights[name], reason)
         self.fits += [BlockFit(**entry) for entry in record["fits"]]
+        if self.rotator is not None:
+            self.rotator.restore(record["rotated"])
         if self.reorderer is not None:
             self.reorderer.restore(record["reordered"])
         return True
@@ -126,12 +143,14 @@ class Selection:
     def recorded(self, unit: Unit) -> Iterator[None]:
         """A context in which a unit is pruned; at its end the store saves the unit with the record of what was done."""
         layers, skipped, fits = len(self.layers), len(self.plan.skipped), len(self.fits)
+        rotated = 0 if self.rotator is None else len(self.rotator.rotated)
         reordered = 0 if self.reorderer is None else len(self.reorderer.reordered)
         yield
         record = {
             "layers": [asdict(layer) for layer in self.layers[layers:]],
             "skipped": {entry.name: entry.reason for entry in self.plan.skipped[skipped:]},
             "fits": [asdict(fit) for fit in self.fits[fits:]],
+            "rotated": [] if self.rotator is None else [asdict(e) for e in self.rotator.rotated[rotated:]],
             "reordered": [] if self.reorderer is None else [asdict(e) for e in self.reorderer.reordered[reordered:]],
         }
         self.store.finish(unit.name, modules_of(self.plan, unit), record)
@@ -149,6 +168,20 @@ class Selection:
             return InputCollector(unit.observed, self.recipe.needs, self.clock, each_once=known, lane=lane)
 
         return make(0, False) if run is None else self.lanes.collect(make, run)
+
+    def rotate(self, unit: Unit, run: Callable[[Watcher], None]) -> None:
+        """Rotate the values of a unit that is still dense, by Gram matrices from a run of the calibration set."""
+        layers = {} if self.rotator is None else self.rotator.observed(unit.layers)
+        if self.rotator is None or not layers:
+            return
+
+        def make(lane: int, each_once: bool) -> InputCollector:
+            return InputCollector(layers, Needs(gram=True), self.clock, each_once=each_once, lane=lane)
+
+        collector = self.lanes.collect(make, run)
+        pattern = self.patterns.get(unit.name, self.recipe.sparsity)
+        with self.clock.measure("rotate"):
+            self.rotator.rotate(unit.layers, pattern, collector, self.lanes.processes)
 
     def prune(self, unit: Unit, collector: InputCollector | None) -> None:
         if collector is not None:
@@ -210,6 +243,15 @@ class Selection:
         if axis == "out" or (stats is None and self.recipe.needs.tokens):
             return None
         return score_matrix(self.recipe, as_kernel_dtype(self.weights[name]), stats)
+
+
+def _check_rotations(model: nn.Module, found: Folds) -> None:
+    if not found.proven:
+        reasons = "; ".join(dict.fromkeys(entry.reason for entry in found.unfolded)) or "none is found among the layers"
+        raise ArgumentError(
+            f"rotate: no output projection of the attention of {type(model).__name__} can be rotated ({reasons}): "
+            "leave rotate out"
+        )
 
 
 def _statistics(

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-Stage = Literal["calibration", "statistics", "permute", "select", "update", "block_fit"]
+Stage = Literal["calibration", "statistics", "rotate", "permute", "select", "update", "block_fit"]
 
 MOST_EVENTS = 4096
 """Largest number of unread CUDA events."""
@@ -30,6 +30,7 @@ class Seconds:
         permute: finding which channels can be reordered, and searching for their order.
         update: updating the kept weights, including the masks chosen during the update.
         block_fit: training the kept weights of each pruned block, with the forwards that this needs.
+        rotate: finding which values can be rotated, and learning the rotations, without the forwards.
     """
 
     load: float
@@ -40,6 +41,7 @@ class Seconds:
     permute: float = 0.0
     update: float = 0.0
     block_fit: float = 0.0
+    rotate: float = 0.0
 
 
 class Stopwatch:

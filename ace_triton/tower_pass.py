@@ -143,6 +143,7 @@ class _TowerPass:
 
     def _prune_layers(self, index: int, unit: Unit) -> Sequence[nn.Module]:
         """Prune a unit; returns the modules of its block whose outputs may be cached."""
+        self.selection.rotate(unit, partial(self.runner.run, index, advance=False))
         if self.selection.recipe.sequential == "layers":
             return _prune_by_input(self.tower.blocks[index], unit, self.runner, index, self.selection)
         self.selection.prune(unit, self.observed.pop(index, None) or self._observe(index))

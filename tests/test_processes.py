@@ -24,7 +24,7 @@ RECIPES = {
     "outputs": Recipe("ace"),
     "layers": Recipe("sparsegpt", sequential="layers"),
     "dense statistics": Recipe("wanda", sequential="none", include=("*.down_proj", "lm_head")),
-    "sample": Recipe("stade", sparsity="4:8", update="rescale", budgets="outliers"),
+    "sample": Recipe("stade", sparsity="4:8", update="rescale", budgets="outliers", rotate=True),
     "magnitude": Recipe("magnitude"),
 }
 

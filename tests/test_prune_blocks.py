@@ -472,7 +472,8 @@ def test_progress_and_report(make_decoder, ids):
         "parameters": 1024,
     }
     seconds = told["seconds"]
-    assert list(seconds) == ["load", "calibration", "statistics", "select", "total", "permute", "update", "block_fit"]
+    stages = ["load", "calibration", "statistics", "select", "total", "permute", "update", "block_fit", "rotate"]
+    assert list(seconds) == stages
     assert seconds["load"] == 0
     assert 0 < seconds["calibration"] + seconds["statistics"] + seconds["select"] <= seconds["total"]
     assert told["peak_bytes"] > 10_000_000

@@ -101,6 +101,15 @@ def prune(
             show_default="the preset's",
         ),
     ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotate/--no-rotate",
+            help="Rotate the values of attention heads first, so that less importance is pruned, at no cost when the "
+            "model runs.",
+            show_default="the preset's",
+        ),
+    ] = None,
     update: Annotated[
         str | None,
         typer.Option(
@@ -202,10 +211,10 @@ def prune(
     """Prune SRC and write it to OUT: a dense checkpoint with zeros that transformers loads, or a packed one.
 
     Without options this is wanda with channels permuted and weights updated by least squares, which measures best for
-    its time. A method that you name runs alone; --preset, --permute and --update add to it. SRC may be any model that
-    an AutoModel class of transformers loads; OUT loads with the same class. OUT/ace_triton.json holds the recipe and
-    the calibration settings, which --recipe repeats. Several processes share the work, and write the same bytes as one:
-    torchrun --nproc-per-node 4 -m ace_triton prune SRC OUT.
+    its time. A method that you name runs alone; --preset, --rotate, --permute and --update add to it. SRC may be any
+    model that an AutoModel class of transformers loads; OUT loads with the same class. OUT/ace_triton.json holds the
+    recipe and the calibration settings, which --recipe repeats. Several processes share the work, and write the same
+    bytes as one: torchrun --nproc-per-node 4 -m ace_triton prune SRC OUT.
     """
     if dry_run:
         show_plan(context)
@@ -242,6 +251,8 @@ def _print(results: PruneResults) -> None:
         print_line(line)
     if results.outside:
         print_line(f"left dense: {report.outside_line(results.outside)}")
+    for line in report.unrotated_lines(results.report):
+        print_line(f"not rotated: {line}")
     for line in report.unfolded_lines(results.report):
         print_line(f"not reordered: {line}")
     if results.packing is not None:

@@ -370,6 +370,7 @@ class PruneRun:
             options=option_facts(recipe.complete_options),
             scope=recipe.sparsity.scope,
             permute=recipe.permute,
+            **({"rotate": True} if recipe.rotate else {}),
             include=None if recipe.include is None else list(recipe.include),
             exclude=list(recipe.exclude) or None,
             dtype=str(model.dtype).removeprefix("torch."),

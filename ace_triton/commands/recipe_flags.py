@@ -46,7 +46,7 @@ def recipe_from(given: Mapping[str, Any], saved: SavedRun | None) -> Recipe:
         parts["sparsity"] = _sparsity(given, start.sparsity)
     if given.get("update") is not None or given.get("update_option"):
         parts["update"] = parse_update(given.get("update"), given.get("update_option"), start.update)
-    for name in ("permute", "sequential", "budgets", "include", "exclude"):
+    for name in ("rotate", "permute", "sequential", "budgets", "include", "exclude"):
         if name in given:
             parts[name] = given[name]
     if any(name in given for name in ("bits", "group", "quantize")):

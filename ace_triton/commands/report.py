@@ -20,6 +20,9 @@ from ..model_report import ModelReport
 from ..packed.inspect import TensorSparsity
 from ..packed.pack_model import SparsifyReport
 from ..recovery.settings import RecoveryReport
+from ..reordering.fold import Unfolded
+from ..reordering.reorder import Reordered
+from ..reordering.rotate import Rotated
 from ..task_evaluation import TaskScore
 
 CHECKPOINT_JSON = re.compile(
@@ -78,6 +81,7 @@ def write_json(path: str | Path, content: Any) -> None:
 _STAGE_LABELS = {
     "select": "score and mask",
     "calibration": "calibration forwards",
+    "rotate": "rotation of values",
     "permute": "channel order",
     "update": "weight update",
     "block_fit": "block fit",
@@ -115,22 +119,29 @@ def prune_table(report: ModelReport) -> Table:
     table.add_row("outside the blocks, of the model's weights", f"{account.outside / account.model:.1%}")
     if report.budgets is not None:
         _add_shares(table, report)
+    if report.rotation is not None:
+        table.add_row("layers rotated", str(len(report.rotation.rotated)))
+        table.add_row("change of their retained importance", f"{_mean_gain(report.rotation.rotated):+.2%}")
     if report.permutation is not None:
-        gains = [layer.after / layer.before - 1 for layer in report.permutation.reordered if layer.before]
-        mean = sum(gains) / max(len(gains), 1)
         table.add_row("layers reordered", str(len(report.permutation.reordered)))
-        table.add_row("change of their retained score", f"{mean:+.2%}")
+        table.add_row("change of their retained score", f"{_mean_gain(report.permutation.reordered):+.2%}")
     if report.fits:
         before, after = (sum(getattr(fit, at) for fit in report.fits) / len(report.fits) for at in ("before", "after"))
         table.add_row("held-out error of a block, before its training", f"{before:.4f}")
         table.add_row("held-out error of a block, after it", f"{after:.4f}")
+    rotate = ("rotate",) if report.rotation is not None else ()
     permute = ("permute",) if report.permutation is not None else ()
     update = ("update",) if report.update is not None else ()
     fit = ("block_fit",) if report.fits else ()
-    for stage in ("load", "calibration", "statistics", *permute, "select", *update, *fit, "total"):
+    for stage in ("load", "calibration", "statistics", *rotate, *permute, "select", *update, *fit, "total"):
         table.add_row(_STAGE_LABELS.get(stage, stage), f"{getattr(report.seconds, stage):.2f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
     return table
+
+
+def _mean_gain(layers: Sequence[Rotated | Reordered]) -> float:
+    gains = [layer.after / layer.before - 1 for layer in layers if layer.before]
+    return sum(gains) / max(len(gains), 1)
 
 
 def _add_shares(table: Table, report: ModelReport) -> None:
@@ -175,8 +186,17 @@ def skipped_lines(entries: Iterable[Skipped], most: int = 12) -> list[str]:
 
 def unfolded_lines(report: ModelReport) -> list[str]:
     """One line for each reason why the inputs of some layers keep their order."""
+    return _lines_by_reason(report.permutation.unfolded if report.permutation is not None else ())
+
+
+def unrotated_lines(report: ModelReport) -> list[str]:
+    """One line for each reason why the inputs of some output projections are not rotated."""
+    return _lines_by_reason(report.rotation.unrotated if report.rotation is not None else ())
+
+
+def _lines_by_reason(entries: Iterable[Unfolded]) -> list[str]:
     layers: dict[str, list[str]] = {}
-    for unfolded in report.permutation.unfolded if report.permutation is not None else ():
+    for unfolded in entries:
         layers.setdefault(unfolded.reason, []).append(unfolded.name)
     return [f"{_first_of(names)}: {reason}" for reason, names in layers.items()]
 

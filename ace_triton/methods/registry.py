@@ -30,7 +30,17 @@ from ..statistics.statistic import Statistic, input_statistics
 from ..statistics.token_sample import TokenSample
 
 _LAYER_ARGUMENTS = {"layer", "stats", "weight", "method", "sparsity", "update", "quantize", "name", "return_mask"}
-_MODEL_ARGUMENTS = {"model", "calibration", "sequential", "permute", "budgets", "batch_size", "include", "exclude"}
+_MODEL_ARGUMENTS = {
+    "model",
+    "calibration",
+    "sequential",
+    "permute",
+    "rotate",
+    "budgets",
+    "batch_size",
+    "include",
+    "exclude",
+}
 TAKEN = _LAYER_ARGUMENTS | _MODEL_ARGUMENTS | {"progress", "offload_folder"}
 """Names of arguments of prune_linear and prune_model. No option can have one of these names."""
 

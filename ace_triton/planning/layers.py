@@ -135,6 +135,8 @@ def planned(model: Any, recipe: Recipe, batch: Batch | None = None) -> PlannedMo
     for unit in units:
         _account(plan, unit, recipe, numbers[unit.name])
     unchecked = ["whether weights have NaN or infinity"]
+    if recipe.rotate:
+        unchecked.append("which values can be rotated")
     if recipe.permute:
         unchecked.append("which layers can be reordered")
     if any(isinstance(layer, ExpertLinear) for layer in plan.layers.values()):

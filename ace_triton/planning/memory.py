@@ -2,7 +2,8 @@
 
 Each phase of a run holds tensors at the same time; the largest sum is the peak. The names of the tensors below are
 those of the code that holds them: :mod:`ace_triton.decoders.collect` (statistics and activations),
-:mod:`ace_triton.prune` and :mod:`ace_triton.solvers` (the solve of a layer), :mod:`ace_triton.reordering` (orders).
+:mod:`ace_triton.prune` and :mod:`ace_triton.solvers` (the solve of a layer), :mod:`ace_triton.reordering` (orders
+and rotations).
 """
 
 from __future__ import annotations
@@ -215,13 +216,19 @@ class Need:
         if unit.name == "outside the blocks" and self.calibrated is not None:
             logits = logit_bytes(self.model, self.calibrated.batch_tokens, 0)
         forward = self._activation_bytes(unit) + logits
+        rotation = self._rotation_bytes(forward) if self.recipe.rotate else 0
         if self.recipe.sequential != "layers":
             own = held or self._statistics_bytes(unit.layers)
-            return own + max(forward, self._most_of_solves(unit.layers))
+            return max(rotation, own + max(forward, self._most_of_solves(unit.layers)))
         first = unit.groups[0]
         at_first = self._statistics_bytes(unit.layers) + max(forward, self._most_of_solves(first))
         later = (self._statistics_bytes(group) + max(forward, self._most_of_solves(group)) for group in unit.groups)
-        return max(at_first, *later)
+        return max(rotation, at_first, *later)
+
+    def _rotation_bytes(self, forward: int) -> int:
+        """The Gram matrices of v's and o's inputs, and then the learning of the rotations of o's inputs."""
+        square = FP32 * self._width() ** 2
+        return 2 * square + max(forward, 8 * square)
 
     def _statistics_bytes(self, layers: Sequence[LayerSize]) -> int:
         """The statistics of layers, as :class:`~ace_triton.statistics.activation.ActivationStats` keeps them."""

@@ -157,7 +157,8 @@ def _scaled(
     seconds, recipe = report.seconds, report.recipe
     planned = sum(layer.elements for unit in layers.units for layer in unit.layers if layer.is_pruned)
     share = planned / max(sum(layer.parameters for layer in report.layers), 1)
-    stages = {name: getattr(seconds, name) * share for name in ("permute", "select", "update")}
+    rotate = ("rotate",) if recipe.rotate else ()
+    stages = {name: getattr(seconds, name) * share for name in (*rotate, "permute", "select", "update")}
     if calibrated is not None and recipe.needs.tokens:
         tokens = calibrated.samples * calibrated.length / probe_tokens
         stages["statistics"] = seconds.statistics * share * tokens
@@ -165,8 +166,9 @@ def _scaled(
             # A step takes about three forwards, a measurement one; the dense outputs take one, too.
             costs = [1 + 3 * epochs * trained + (epochs + 1) * (1 - trained) for trained in (1 - 1 / HELD_OUT, 0.5)]
             stages["block_fit"] = seconds.block_fit * share * tokens * costs[0] / costs[1]
-        # Unless the whole model is pruned at once, each block but the last runs again after it is pruned.
+        # Unless the whole model is pruned at once, each block but the last runs again after it is pruned. To rotate
+        # its values, it runs once more before.
         twice = recipe.sequential != "none"
-        runs = [(2 * count - 1 if twice else count) for count in (layers.blocks, blocks)]
+        runs = [((2 + recipe.rotate) * count - 1 if twice else count) for count in (layers.blocks, blocks)]
         stages["calibration"] = seconds.calibration * tokens * runs[0] / runs[1]
     return stages

@@ -1,1 +1,1 @@
-"""Finds channel orders in which n:m loses less, and folds them into the weights."""
+"""Finds orders and rotations of channels in which a pattern loses less, and folds them into the weights."""

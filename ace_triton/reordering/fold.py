@@ -3,33 +3,20 @@
 Input channel j of a down projection is output channel j of gate and up. The inputs of an attention's output projection
 are the outputs of the value projection, head by head; query heads that share a key-value head share its order. Such
 pairs are found by shape and by which layers read the same tensor. A fold is valid only if all operations between the
-layers are element-wise, which a trial checks: it folds in a random order, runs the block again on a few tokens, and
-reverts the order. Then the model runs once with all orders. If outputs change, each fold is tried in the whole model.
-An order is in a block's weights only while the block runs. If weights are in files, a copy of the block runs, so the
-files do not change.
+layers are element-wise. If they only add values up, as attention does, the values of a key-value head can also be
+multiplied by an orthogonal matrix. A trial checks both (:mod:`.trial`).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..decoders.batches import Batch, run_model, tensors_in
-from ..decoders.blocks import Block
-from ..decoders.calls import CANNOT_RUN_AGAIN, NotReplayable, hidden_of
 from ..decoders.layer_roles import gated_consumers
 from ..linears import linear_weight
-from ..out_of_memory import raise_if_out_of_memory
-
-LOOSE = 0.25
-"""Largest relative change of later outputs that counts as rounding. A wrong order changes an output by about 1.4."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +67,34 @@ class Fold:
             if isinstance(bias, torch.Tensor):
                 bias.copy_(bias[outputs])
 
+    @torch.inference_mode()
+    def rotate(self, layers: Mapping[str, nn.Module], rotation: torch.Tensor) -> None:
+        """Multiply the producers' outputs by the transpose of each pool's matrix, and the consumer's inputs by it.
+
+        Args:
+            layers: linear layers by name.
+            rotation: orthogonal, fp64 [pools, width, width].
+        """
+        for name in (self.consumer, *self.producers):
+            weight, bias = linear_weight(layers[name]), layers[name].bias
+            assert weight is not None
+            rotation = rotation.to(weight.device)
+            if name == self.consumer:
+                split = weight.to(rotation.dtype).unflatten(1, (self.pools, self.shares, self.width))
+                weight.copy_(torch.einsum("opsd,pde->opse", split, rotation).flatten(1))
+                continue
+            for values in (weight, bias) if isinstance(bias, torch.Tensor) else (weight,):
+                split = values.to(rotation.dtype).unflatten(0, (self.pools, self.width))
+                values.copy_(torch.einsum("pde,pd...->pe...", rotation, split).flatten(0, 1))
+
 
 @dataclass(frozen=True)
 class Unfolded:
-    """A layer whose inputs could not be reordered.
+    """A layer whose inputs could not be reordered or rotated.
 
     Attributes:
         name: dotted name of the layer.
-        reason: why its inputs keep their order.
+        reason: why its inputs stay as they are.
     """
 
     name: str
@@ -169,164 +176,3 @@ def _home(name: str, layers: Iterable[str]) -> str:
     """The module that contains a layer and others: its own, or the one around that if the layer is alone in its own."""
     own = parent(name)
     return own if any(other.startswith(f"{own}.") and other != name for other in layers) else parent(own)
-
-
-class FoldTrial:
-    """Checks on a few inputs that folds do not change the model's function.
-
-    Args:
-        model: the model, in evaluation mode.
-        layers: all linear layers that a fold may name.
-        consumers: names of the layers whose inputs may be reordered.
-        batch: a few inputs of the model.
-    """
-
-    def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], consumers: Sequence[str], batch: Batch
-    ) -> None:
-        self._model, self._layers, self._consumers, self._batch = model, layers, consumers, batch
-        self._called: dict[str, nn.Module] = {}
-        """By name, the blocks with folds that a forward of the model has called."""
-
-    @cached_property
-    def _dense(self) -> dict[str, torch.Tensor]:
-        return self._collect_outputs({})
-
-    def reaches(self, name: str) -> bool:
-        """True if a token reached the consumer of that name."""
-        return name in self._dense
-
-    def unchanged_by(self, fold: Fold) -> bool:
-        """True if the model computes the same with a random order folded in.
-
-        The consumer's outputs must agree up to rounding; later outputs up to :data:`LOOSE`, because rounding grows.
-        """
-        with self._folded([fold]):
-            return _same(self._collect_outputs({}), self._dense, fold.consumer)
-
-    def unchanged_at_once(self, folds: Sequence[Fold], blocks: Sequence[Block]) -> list[Fold]:
-        """The folds that pass a combined trial and need no trial of their own; at most one fold per consumer is given.
-
-        The trial takes two forwards. After the first, each block runs again with each of its folds. The second runs the
-        model with all folds that passed. If it changes outputs by more than rounding, no fold passes.
-        """
-        passed: list[Fold] = []
-        outputs: dict[str, torch.Tensor] = {}
-        failed: dict[str, Exception] = {}
-        calls: list[tuple[Block, Callable[[], Any], dict[str, torch.Tensor]]] = []
-
-        def record(block: Block) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                self._called[block.name] = module
-                try:
-                    hidden = hidden_of(output).clone()
-                except NotReplayable as error:
-                    failed[block.name] = error
-                else:
-                    calls.append((block, partial(module, *args, **kwargs), outputs | {block.name: hidden}))
-
-            return hook
-
-        of_block = {b: [fold for fold in folds if fold.consumer.startswith(f"{b.name}.")] for b in blocks}
-        with ExitStack() as hooks:
-            for block in blocks:
-                if of_block[block]:
-                    hooks.callback(block.module.register_forward_hook(record(block), with_kwargs=True).remove)
-            self._dense = self._collect_outputs(outputs)
-        for block, run, dense in calls:
-            try:
-                for fold in of_block[block]:
-                    with self._folded([fold]), self._collected(again := dict(dense)), torch.no_grad():
-                        again[block.name] = hidden_of(run())
-                    if fold.consumer in dense and _same(again, dense, fold.consumer):
-                        passed.append(fold)
-            except CANNOT_RUN_AGAIN as error:
-                raise_if_out_of_memory(error)
-                failed[block.name] = error
-        if failed:
-            name, reason = next(iter(failed.items()))
-            others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-            warnings.warn(
-                f"{name}{others}: the block fails when it is run again ({reason}), so each reordering in it is tried "
-                "in the whole model, which takes longer",
-                stacklevel=5,
-            )
-        with self._folded(passed):
-            return passed if _same(self._collect_outputs({}), self._dense) else []
-
-    @contextmanager
-    def _folded(self, folds: Iterable[Fold]) -> Iterator[None]:
-        """A context in which blocks run with random orders folded in; their weights are restored bit for bit."""
-        generator = torch.Generator().manual_seed(0)
-        orders: dict[str, list[tuple[Fold, torch.Tensor]]] = {}
-        with ExitStack() as undo:
-            for fold in folds:
-                pools = [torch.randperm(fold.width, generator=generator, device="cpu") for _ in range(fold.pools)]
-                order = torch.stack(pools)
-                block = next((name for name in self._called if fold.consumer.startswith(f"{name}.")), None)
-                if block is not None:
-                    orders.setdefault(block, []).append((fold, order))
-                else:  # The model calls the block's forward past its hooks.
-                    undo.callback(fold.apply, self._layers, order.argsort(1))
-                    fold.apply(self._layers, order)
-            for block, of_block in orders.items():
-                undo.enter_context(self._folded_while_it_runs(self._called[block], of_block))
-            yield
-
-    @contextmanager
-    def _folded_while_it_runs(self, block: nn.Module, orders: Sequence[tuple[Fold, torch.Tensor]]) -> Iterator[None]:
-        def fold_in(_module: nn.Module, _args: object) -> None:
-            for fold, order in orders:
-                fold.apply(self._layers, order)
-
-        def revert(_module: nn.Module, _args: object, _output: object) -> None:
-            for fold, order in reversed(orders):
-                fold.apply(self._layers, order.argsort(1))
-
-        with ExitStack() as hooks:
-            # Inside the hooks that copy a block's weights for its forward.
-            hooks.callback(block.register_forward_pre_hook(fold_in).remove)
-            hooks.callback(block.register_forward_hook(revert, prepend=True, always_call=True).remove)
-            yield
-
-    @contextmanager
-    def _collected(self, outputs: dict[str, torch.Tensor]) -> Iterator[None]:
-        """A context in which the outputs of each consumer that runs are added to ``outputs``."""
-        with ExitStack() as hooks:
-            for name in self._consumers:
-                hooks.enter_context(_output_collected(self._layers[name], outputs, name))
-            yield
-
-    def _collect_outputs(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run the model; add the outputs of each consumer and of the model to ``outputs``, and return it."""
-        with self._collected(outputs), torch.no_grad():
-            results = [t for t in tensors_in(run_model(self._model, self._batch)) if t.is_floating_point()]
-        outputs.update((f"output {index} of the model", tensor) for index, tensor in enumerate(results))
-        return outputs
-
-
-@contextmanager
-def _output_collected(layer: nn.Module, outputs: dict[str, torch.Tensor], name: str) -> Iterator[None]:
-    def collect(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
-        if output.numel():
-            outputs[name] = output.clone()
-
-    handle = layer.register_forward_hook(collect)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _same(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor], consumer: str | None = None) -> bool:
-    """True if outputs agree: closely for the consumer, since nothing before it changed; loosely for all others."""
-    close = {} if consumer is None else {consumer: max(1e-4, 2 * torch.finfo(want[consumer].dtype).eps)}
-    return got.keys() == want.keys() and all(
-        _close(got[name], tensor, close.get(name, LOOSE)) for name, tensor in want.items()
-    )
-
-
-def _close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> bool:
-    if got.shape != want.shape:
-        return False
-    return bool((got.float() - want.float()).norm() <= tolerance * want.float().norm())

@@ -16,13 +16,13 @@ from ..decoders.layer_roles import attention_of
 from ..linears import linear_weight
 from ..methods.registry import Needs
 from ..timing import Stopwatch
-from .fold import Fold, FoldTrial, Unfolded, attention_folds, feed_forward_folds, parent
+from .fold import Fold, Unfolded, attention_folds, feed_forward_folds, parent
 from .permutation import search_permutation
+from .trial import ORDERS, FoldTrial, Trial
 
 NOT_FOUND = "no layer of its module has exactly its inputs as outputs (its values may be fused with other outputs)"
 NOT_REACHED = "no token of the trial reached it"
 SHARED = "its weight, or the weight of a layer that computes its inputs, is shared with other layers"
-CHANGES_THE_MODEL = "an operation before it is not element-wise, or another layer reads the same values"
 
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 """Attributes of attention modules that contain the width of a head. A wrong width fails the trial."""
@@ -96,20 +96,23 @@ def find_folds(
     *,
     wanted: Callable[[str], bool],
     shared: Callable[[str], bool],
+    trial: Trial = ORDERS,
 ) -> Folds:
-    """Find all layers in a model's blocks whose inputs can be reordered at no cost at run time.
+    """Find all layers in a model's blocks whose inputs can be reordered, or rotated, at no cost at run time.
 
     Args:
         model: the model, in evaluation mode; unchanged at return, bit for bit.
         blocks: blocks of the model.
         batch: a few inputs of the model, for the trial.
-        m: size of a group.
+        m: size of a group; 1 if channels have no groups.
         wanted: True for the name of a layer whose inputs may be reordered.
         shared: True for the name of a layer whose weight other layers use too.
+        trial: how a fold is tried.
     """
     layers = {name: layer for block in blocks for name, layer in linears_of(block.module, block.name)}
-    candidates = {consumer: folds for consumer, folds in _candidates(model, blocks, layers, batch) if wanted(consumer)}
-    trial = FoldTrial(model, layers, list(candidates), batch)
+    found = _candidates(model, blocks, layers, batch, in_attention=trial.in_attention)
+    candidates = {consumer: folds for consumer, folds in found if wanted(consumer)}
+    tried = FoldTrial(model, layers, list(candidates), batch, trial)
     proven: dict[str, Fold] = {}
     unfolded: list[Unfolded] = []
     unshared = {
@@ -117,10 +120,10 @@ def find_folds(
         for consumer, folds in candidates.items()
     }
     fitting = {consumer: [fold for fold in folds if fold.width % m == 0] for consumer, folds in unshared.items()}
-    at_once = trial.unchanged_at_once([folds[0] for folds in fitting.values() if folds], blocks)
+    at_once = tried.unchanged_at_once([folds[0] for folds in fitting.values() if folds], blocks)
     for consumer, folds in candidates.items():
-        unchanging = (fold for fold in fitting[consumer] if fold in at_once or trial.unchanged_by(fold))
-        if not trial.reaches(consumer):
+        unchanging = (fold for fold in fitting[consumer] if fold in at_once or tried.unchanged_by(fold))
+        if not tried.reaches(consumer):
             reason = NOT_REACHED
         elif (fold := next(unchanging, None)) is not None:
             proven[consumer] = fold
@@ -131,13 +134,13 @@ def find_folds(
             reason = SHARED
         else:
             width = unshared[consumer][0].width
-            reason = CHANGES_THE_MODEL if fitting[consumer] else f"its runs of {width} inputs are not a multiple of {m}"
+            reason = trial.reason if fitting[consumer] else f"its runs of {width} inputs are not a multiple of {m}"
         unfolded.append(Unfolded(consumer, reason))
     return Folds(layers, proven, tuple(unfolded))
 
 
 def _candidates(
-    model: nn.Module, blocks: Sequence[Block], layers: Mapping[str, nn.Module], batch: Batch
+    model: nn.Module, blocks: Sequence[Block], layers: Mapping[str, nn.Module], batch: Batch, *, in_attention: bool
 ) -> Iterator[tuple[str, list[Fold]]]:
     """Consumers with their possible folds, the most likely fold first."""
     collector = InputCollector(layers, Needs(), Stopwatch(next(iter(batch.inputs.values())).device))
@@ -153,7 +156,8 @@ def _candidates(
         groups = [[name for name in group if name in inside] for group in collector.groups]
         widths = _head_dims(model, [parent(name) for layers in attention.values() for name in layers])
         yield from attention_folds(attention, groups, widths).items()
-        yield from feed_forward_folds(feed_forward, groups).items()
+        if not in_attention:
+            yield from feed_forward_folds(feed_forward, groups).items()
 
 
 def _head_dims(model: nn.Module, modules: Iterable[str]) -> dict[str, int | None]:

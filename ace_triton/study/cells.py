@@ -97,7 +97,7 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, with all options, so that a result keeps its meaning if a default changes."""
         recipe = self.recipe.to_dict()
-        parts = ("permute", "update", "sequential", "budgets", "quantize")
+        parts = ("rotate", "permute", "update", "sequential", "budgets", "quantize")
         added = {name: recipe[name] for name in parts if name in recipe}
         return {
             "method": recipe["method"],

@@ -29,6 +29,7 @@ def commands_of(setting: Setting, cell: Cell) -> tuple[str, ...]:
     words = ["ace-triton", "prune", setting.model, PRUNED, "--method", recipe.method]
     words += _assignments("-o", recipe.options)
     words += ["--sparsity", cell.sparsity]
+    words += ["--rotate"] if recipe.rotate else []
     words += ["--permute"] if recipe.permute else []
     if recipe.update is not None:
         words += ["--update", recipe.update.kind, *_assignments("-u", recipe.update.changed)]

@@ -31,6 +31,7 @@ from ace_triton.study.tally import shown_sparsity
 from ace_triton.study.workbench import Protocol, Workbench
 
 from .cpu_ratios import processor
+from .record import read_record
 
 PATTERNS = ("2:4", "8:16", "0.5", "4:8", "16:32")
 """In order of measurement; tables show them in the order of SHOWN."""
@@ -181,9 +182,7 @@ def _check_setting(record: Mapping[str, Any], name: str, setting: Mapping[str, A
 
 def read(out: Path) -> dict[str, Any]:
     """Earlier results."""
-    path = out / "fits.json"
-    empty: dict[str, Any] = {"models": {}, "results": []}
-    return json.loads(path.read_text()) if path.exists() else empty
+    return read_record(out / "fits.json", models={}, results=[])
 
 
 def page(record: Mapping[str, Any]) -> str:

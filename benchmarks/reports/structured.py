@@ -7,7 +7,6 @@ Results in docs/structured.json are reused, so a stopped run continues. Repeat w
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from ace_triton.structures.run import Earlier, Run
 from ace_triton.structures.settings import ShrinkSettings
 
 from .cpu_ratios import processor
+from .record import read_record
 
 RATIOS = (0.2, 0.1, 0.3)
 SAMPLES, LENGTH, WINDOW_LENGTH = 64, 128, 512
@@ -159,9 +159,7 @@ def key(ratio: float, method: str, options: dict[str, Any]) -> tuple[float, str,
 
 def read(out: Path) -> dict[str, Any]:
     """Earlier results."""
-    path = out / "structured.json"
-    empty: dict[str, Any] = {"dense": {}, "results": []}
-    return json.loads(path.read_text()) if path.exists() else empty
+    return read_record(out / "structured.json", dense={}, results=[])
 
 
 class Bench:

@@ -87,6 +87,8 @@ def test_a_number_out_of_range_is_a_wrong_call(at_the_door, words, message):
     [
         ((*PRUNE, "--length", "100000"), "--length 100000 is more than the model's 128 positions"),
         ((*PRUNE, "--permute", "--sparsity", "0.5"), "permute orders channels into the groups of n:m"),
+        ((*PRUNE, "--rotate", "--method", "magnitude"), "rotate learns from calibration tokens, and magnitude alone"),
+        ((*PRUNE, "--rotate", "--sequential", "none"), "rotate runs each block once more before it is pruned"),
         ((*PRUNE, "--preset", "great"), "--preset 'great': use one of fast, balanced, best"),
         ((*PRUNE, "--update", "obs"), "--update 'obs': use one of rescale, lstsq or none"),
         ((*PRUNE, "-u", "damping=nan"), "--update: damping must be a number, 0 or more; got nan"),

@@ -30,6 +30,7 @@ def test_prune_writes_what_it_says(prune, tmp_path, tiny_checkpoint, method):
         "load",
         "calibration",
         "statistics",
+        "rotate",
         "permute",
         "select",
         "update",
@@ -264,6 +265,31 @@ def test_permute_reorders_and_says_so(prune, tmp_path, tiny_checkpoint):
     pruned = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     in_place = pruned[pruned != 0] == dense[pruned != 0]
     assert not bool(in_place.all())
+
+
+def test_rotate_turns_values_and_says_so(prune, command, tmp_path, tiny_checkpoint):
+    """Kept weights of all other layers are those of the dense model, and the recipe repeats the same bytes."""
+    code, out, _ = prune(tmp_path / "out", "--method", "wanda", "--rotate", "--json", tmp_path / "report.json")
+    assert code == 0
+    assert "layers rotated" in out
+    assert "rotation of values" in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [layer["name"] for layer in report["rotation"]["rotated"]] == [
+        f"model.layers.{index}.self_attn.o_proj" for index in (0, 1)
+    ]
+    assert all(layer["after"] > layer["before"] for layer in report["rotation"]["rotated"])
+    assert (report["rotation"]["unrotated"], report["rotate"], report["recipe"]["rotate"]) == ([], True, True)
+    assert "rotated" in report["history"][-1]["did"]
+    dense, pruned = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, tmp_path / "out"))
+    turned = {name for name in dense if not torch.equal(pruned[name], torch.where(pruned[name] != 0, dense[name], 0.0))}
+    assert {name.split(".")[-2] for name in turned if "proj" in name} == {"v_proj", "o_proj"}
+    code, _, errors = command(
+        "prune", tiny_checkpoint, tmp_path / "again", "--recipe", tmp_path / "out" / "ace_triton.json"
+    )
+    assert code == 0, errors
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_permute_needs_groups(prune, tmp_path):

@@ -121,6 +121,12 @@ def test_a_probe_prunes_two_blocks_with_their_weights(tiny_checkpoint):
     assert all(seconds > 0 for seconds in plan.time.stages.values())
 
 
+def test_a_probe_of_a_rotation_has_its_time(tiny_checkpoint):
+    plan = plan_pruning(tiny_checkpoint, Recipe("wanda", rotate=True), samples=4, length=16, probe=True)
+    assert plan.time.stages["rotate"] > 0
+    assert "which values can be rotated" in plan.unchecked
+
+
 def test_a_probe_of_a_block_fit_trains_blocks(tiny_checkpoint):
     fitted = Recipe("wanda", update={"kind": "lstsq", "block_epochs": 1})
     stages = plan_pruning(tiny_checkpoint, fitted, samples=40, length=16, probe=True).time.stages

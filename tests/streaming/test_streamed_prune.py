@@ -25,7 +25,7 @@ RECIPES = {
     "magnitude": Recipe("magnitude"),
     "ace": Recipe("ace"),
     "balanced": BALANCED,
-    "layers": replace(BALANCED, sequential="layers"),
+    "layers": replace(BALANCED, sequential="layers", rotate=True),
     "dense statistics": Recipe("wanda", sequential="none"),
     "head": Recipe("wanda", sequential="none", include=("*.down_proj", "lm_head")),
     "budgets": Recipe("wanda", sparsity="4:8", budgets="outliers", update="rescale"),
@@ -222,6 +222,8 @@ def test_the_same_call_resumes_a_run(tiny_checkpoint, tmp_path, tiny_ids, recipe
         assert (resumed.skipped, resumed.account) == (whole.skipped, whole.account)
         reordered = None if whole.permutation is None else whole.permutation.reordered
         assert (None if resumed.permutation is None else resumed.permutation.reordered) == reordered
+        rotated = None if whole.rotation is None else whole.rotation.rotated
+        assert (None if resumed.rotation is None else resumed.rotation.rotated) == rotated
         assert len(checkpoint.read_report(out)["streamed"]["resumed_units"]) == units
     assert contents(out) == contents(expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out", tiny_checkpoint.name]
