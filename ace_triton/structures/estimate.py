@@ -62,9 +62,7 @@ def memory_phases(
         settings: the settings of the run.
     """
     weights = sum(p.nbytes for p in set(model.parameters()))
-    smaller = {tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}
-    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    narrowed = sum(size for address, size in smaller.items() if address not in own)
+    smaller = {id(tensor): tensor.nbytes for tensor in tensors.values()}
     kept = sum(smaller.values())
     itemsize = next(model.parameters()).element_size()
     config: Any = getattr(model, "config", None)
@@ -80,15 +78,13 @@ def memory_phases(
         sums = 0 if settings.terms == "vector" else sums
         gradient = max((3 * FP32 * part.numel() for part in parts), default=0)
         phases["gradients"] = weights + logits + sums + gradient
-    phases["build and check"] = weights + narrowed + kept
+    phases["build and check"] = weights + kept
     if settings.chosen_update != "none" and structures.columns:
         layers = [structures.layers[name].get_parameter("weight") for name in structures.columns]
-        repaired = FP32 * sum(layer.numel() for layer in layers)
+        repaired = 2 * FP32 * max(layer.numel() for layer in layers)  # One layer, and its installed weight.
         wide = max(layer.numel() // hidden for layer in layers) if hidden else 0
         solved = 4 * FP32 * wide**2 if settings.chosen_update == "lstsq" else 0
         states = 2 * sum(tokens) * hidden * itemsize
-        installed = sum(layer.nbytes for layer in layers)
-        phases["update"] = weights + narrowed + repaired + installed + states + solved
-        phases["build the repaired model"] = weights + narrowed + repaired + installed + kept
-    phases["save"] = weights + narrowed + kept
+        phases["update"] = weights + kept + repaired + states + solved
+    phases["save"] = weights + kept
     return phases

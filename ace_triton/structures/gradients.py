@@ -104,7 +104,12 @@ def taylor_terms(
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The mean negative log-likelihood of a batch's next tokens, in nats.
+    """The mean negative log-likelihood of a batch's next tokens, in nats; errors as :func:`token_losses`."""
+    return token_losses(model, batch).mean()
+
+
+def token_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The negative log-likelihood of each real token that follows another, in nats, [n_tokens].
 
     Raises:
         ArgumentError: if the model reads other inputs than token ids, or gives no logits.
@@ -116,8 +121,21 @@ def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
             f"{type(model).__name__} gives no logits for each token of its text, so there is no loss to take gradients "
             "of: use a method without gradients (--method flap)"
         )
-    targets = batch.ids[:, 1:] if batch.valid is None else batch.ids[:, 1:].masked_fill(~batch.valid[:, 1:], -100)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+    losses = losses_of(logits, batch)
+    return losses.flatten() if batch.valid is None else losses[batch.valid[:, 1:]]
+
+
+def losses_of(logits: torch.Tensor, batch: Batch, start: int = 0) -> torch.Tensor:
+    """The negative log-likelihood of the tokens that follow some tokens, in nats, [n_sequences, n_following].
+
+    Args:
+        logits: [n_sequences, n_tokens, vocabulary], of tokens that lie side by side.
+        batch: the tokens.
+        start: index of the first of these tokens. The last token of a sequence has no following one.
+    """
+    targets = batch.ids[:, start + 1 : start + 1 + logits.shape[1]]
+    logits = logits[:, : targets.shape[1]].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
 
 def _adding(entry: Entry, part: Part, taylor: Taylor, sums: bool) -> Callable[[torch.Tensor], None]:
