@@ -148,7 +148,8 @@ def solve_blocks(
         choice: what is kept, and which layers have a bias.
         settings: with damping and prior.
         weights: where the model's weights are.
-        solved: called with the index of a block and its repairs by name of the layer, once all batches have advanced.
+        solved: called with the index of a block and its repairs by name of the layer, once all batches have advanced,
+            while the block is in memory.
         stored: gives what an earlier run has written for a block, or None if the block is still to be solved.
         progress: called with the number of finished blocks, of all blocks, and the block's name.
         most: number of blocks to solve, the first ones; None for all.
@@ -172,23 +173,24 @@ def solve_blocks(
             names = [name for name in entries if name in kept and name.startswith(f"{block.name}.")]
             layers = [structures.layers[name] for name in names]
             found: dict[str, Repair] = {}
-            with weights.loaded(block.module), ExitStack() as restored:
-                (restored if alone else until_the_end).enter_context(_restored(layers))
-                known = stored(index)
-                for name, layer in zip(names, layers, strict=True):
-                    mask = column_mask(entries[name], layer, kept[name])
-                    if known is not None:
-                        _install_stored(layer, name, mask, known)
-                        continue
-                    stats = _statistics(runner, index, name, layer, clock)
-                    weight = linear_weight(layer)
-                    assert weight is not None
-                    has_bias = name in choice.with_bias
-                    found[name] = fitted(weight.float(), mask, stats, settings, has_bias=has_bias)
-                    _install(layer, mask, found[name])
-                runner.run(index, None, advance=True)
-            if known is None:
-                solved(index, found)
+            known = stored(index)
+            with weights.loaded(block.module):
+                with ExitStack() as restored:
+                    (restored if alone else until_the_end).enter_context(_restored(layers))
+                    for name, layer in zip(names, layers, strict=True):
+                        mask = column_mask(entries[name], layer, kept[name])
+                        if known is not None:
+                            _install_stored(layer, name, mask, known)
+                            continue
+                        stats = _statistics(runner, index, name, layer, clock)
+                        weight = linear_weight(layer)
+                        assert weight is not None
+                        has_bias = name in choice.with_bias
+                        found[name] = fitted(weight.float(), mask, stats, settings, has_bias=has_bias)
+                        _install(layer, mask, found[name])
+                    runner.run(index, None, advance=True)
+                if known is None:
+                    solved(index, found)
             if progress is not None:
                 progress(index + 1, len(tower.blocks), block.name)
 

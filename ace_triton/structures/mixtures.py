@@ -8,6 +8,7 @@ their load.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -130,6 +131,7 @@ class Mixture:
         hidden[kept.cpu()] = False
 
         def hiding(own: Callable[..., Any], logits: bool) -> Callable[..., Any]:
+            @functools.wraps(own)
             def forward(*args: Any, **kwargs: Any) -> Any:
                 with self._biases_hidden(hidden), _HiddenOutputs(hidden) if logits else nullcontext():
                     return own(*args, **kwargs)
