@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -278,27 +279,47 @@ def shrinking(
     overwrite: bool = False,
     restart: bool = False,
     offload: Offload = "memory",
+    keep: bool = True,
 ) -> Iterator[StreamedShrink]:
     """Open a model whose weights stay in its files, and reserve ``out`` for a smaller one.
 
     Args:
         source, out, dtype, trust_remote_code, overwrite, restart, offload: as for :func:`shrink_checkpoint`.
+        keep: False for a dry run, which leaves ``out`` alone and has its temporary files elsewhere.
 
     Raises:
         ArgumentError: if ``offload`` is unknown.
         CheckpointError: if the model cannot be loaded or streamed, or ``out`` cannot be written.
     """
     check_offload(offload)
+    if not keep:
+        with tempfile.TemporaryDirectory(prefix="ace-triton-") as temporary:
+            place = Reservation(Path(temporary), Path(temporary))
+            place.keep()
+            yield _opened(source, out, place, dtype, trust_remote_code, overwrite, offload)
+        return
     with reserved(out, overwrite=overwrite, resumable=True, restart=restart) as place:
         place.keep()
-        with writing(place, out):
-            folder = place.kept / DENSE
-            folder.mkdir(exist_ok=True)
-            model, tokenizer = checkpoint.load(
-                source, dtype=dtype, trust_remote_code=trust_remote_code, offload_folder=folder / "converted"
-            )
-            weights = LoadedCopies(model, folder, folder if offload == "disk" else None)
-        yield StreamedShrink(model, tokenizer, weights, place, source, out, overwrite)
+        yield _opened(source, out, place, dtype, trust_remote_code, overwrite, offload)
+
+
+def _opened(
+    source: str,
+    out: Path,
+    place: Reservation,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    overwrite: bool,
+    offload: Offload,
+) -> StreamedShrink:
+    with writing(place, out):
+        folder = place.kept / DENSE
+        folder.mkdir(exist_ok=True)
+        model, tokenizer = checkpoint.load(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, offload_folder=folder / "converted"
+        )
+        weights = LoadedCopies(model, folder, folder if offload == "disk" else None)
+    return StreamedShrink(model, tokenizer, weights, place, source, out, overwrite)
 
 
 def shrink_checkpoint(
