@@ -11,6 +11,7 @@ from torch import nn
 
 from ..decoders.batches import Batch
 from .coupled import Structures
+from .gradients import SUMS
 from .settings import ShrinkSettings
 
 FP32 = 4
@@ -74,8 +75,8 @@ def memory_phases(
     phases = {"rank the structures": weights + logits}
     if settings.needs_gradients:
         parts = [part.tensor for entry in structures.entries.values() for part in entry.parts(structures.layers)]
-        sums = 2 * FP32 * sum(part.numel() for part in parts) if settings.method == "llm-pruner" else 0
-        sums = 0 if settings.terms == "vector" else sums
+        kept_sums = len(SUMS[settings.terms]) if settings.method == "llm-pruner" else 0
+        sums = kept_sums * FP32 * sum(part.numel() for part in parts)
         gradient = max((3 * FP32 * part.numel() for part in parts), default=0)
         phases["gradients"] = weights + logits + sums + gradient
     phases["build and check"] = weights + kept

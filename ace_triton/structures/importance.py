@@ -20,7 +20,7 @@ from ..timing import Stopwatch
 from .coupled import Coupled, Entry, Structures
 from .forwards import BlockWatcher, watch_blocks
 from .fusion import fused, stabilized
-from .gradients import llm_pruner_terms, taylor_terms
+from .gradients import SUMS, llm_pruner_terms, taylor_terms
 from .mixtures import Mixture
 from .routed import Contributions
 from .settings import ShrinkSettings
@@ -69,7 +69,7 @@ def importance_of(
     entries = structures.entries.values()
     if not settings.needs_gradients:
         return {entry.consumer: score(entry, structures, settings, activations) for entry in entries}
-    sums = settings.method == "llm-pruner" and settings.terms != "vector"
+    sums = SUMS[settings.terms] if settings.method == "llm-pruner" else ()
     terms = taylor_terms(model, structures, batches, sums=sums, progress=progress)
     found = {}
     for entry in entries:

@@ -5,8 +5,8 @@
 Every run is a process of its own. A made checkpoint of random weights (Llama's shape, 8 GB with 20 blocks) shows how
 memory depends on depth; it needs free disk for two copies. Results in the JSON file are kept, so one part can be
 measured again: ``--only depth``. ``--larger`` is a folder of a model with a large vocabulary, for the parts ``plan``,
-``whole`` (prune all of it), ``perplexity`` (evaluate what was pruned) and ``shrink`` (make it smaller). ``--pruned`` names a folder in which the
-pruned model stays, so that these two can run one after the other.
+``whole`` (prune all of it), ``perplexity`` (evaluate what was pruned) and ``shrink`` (make it smaller). ``--pruned``
+names a folder in which the pruned model stays, so that these two can run one after the other.
 """
 
 from __future__ import annotations
