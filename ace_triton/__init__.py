@@ -55,6 +55,7 @@ from .statistics.statistic import Statistic, TensorForm, register_statistic
 from .streaming.streamed_evaluate import perplexity_of_checkpoint
 from .streaming.streamed_pack import pack_checkpoint
 from .streaming.streamed_prune import prune_checkpoint
+from .streaming.streamed_shrink import shrink_checkpoint
 from .structures.report import ShrinkReport
 from .structures.settings import ShrinkSettings
 from .structures.shrink import Shrunk, shrink_model
@@ -133,6 +134,7 @@ __all__ = [
     "register_statistic",
     "save_packed",
     "set_row_limits",
+    "shrink_checkpoint",
     "shrink_model",
     "sparsify",
     "unpack_model",

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress
 
-from ..calibration_report import CalibrationReport, report_on
+from ..calibration_report import CalibrationReport
 from ..errors import ArgumentError
-from ..evaluate import Perplexity, check_windows, perplexity
-from ..formats.registry import save_model
+from ..evaluate import check_windows
 from ..inputs import checkpoint
-from ..inputs.beginnings import Beginning, text_ids
-from ..inputs.calibration import SELF, load_calibration
-from ..inputs.text import check_text, read_documents, wikitext_rows
-from ..planning.pruning_plan import gib
-from ..progress import progress_bar, stage
-from ..provenance import history_with, source_facts, with_provenance
-from ..streaming.fits import LARGEST_SHARE, available_memory
-from ..structures.report import ShrinkReport
+from ..inputs.calibration import SELF
+from ..inputs.text import check_text
 from ..structures.settings import CHOICES, METHODS, UPDATES, ShrinkSettings
-from ..structures.shrink import shrink_model
 from . import report
 from .console import console, print_backend, print_line, print_note, print_warning, progress_bars
 from .options import (
@@ -33,6 +22,7 @@ from .options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    OffloadOption,
     OverwriteOption,
     SeedOption,
     SourceArgument,
@@ -44,9 +34,10 @@ from .options import (
     parse_dtype,
 )
 from .recipe_file import CalibrationSettings
+from .shrink_run import Evaluation, ShrinkRun
 from .shrink_settings import ShrinkWords
 from .shrink_table import shrink_table
-from .sources import check_causal, check_length, check_memory, check_source
+from .sources import check_causal, check_length, check_source
 
 _DEFAULTS, _SETTINGS = CalibrationSettings(), ShrinkSettings()
 _METHODS = "; ".join(f"{name}: {method.words}" for name, method in METHODS.items())
@@ -141,6 +132,19 @@ def shrink(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Keep the weights in files and only one block in memory; if interrupted, the same command resumes. "
+            "For methods without gradients; runs on the CPU.",
+            show_default="if the model does not fit in memory",
+        ),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted streamed run has left, and start again.")
+    ] = False,
+    offload: OffloadOption = "memory",
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
         bool,
@@ -162,7 +166,7 @@ def shrink(
     settings = words.settings
     check_json(json)
     check_windows(window_length, windows)
-    weights_dtype, where = parse_dtype(dtype), parse_device(device)
+    weights_dtype, where = parse_dtype(dtype), parse_device("cpu" if stream and device == "auto" else device)
     if not dry_run:
         checkpoint.check_out(out, overwrite=overwrite)
     check_source(src)
@@ -172,111 +176,38 @@ def shrink(
             f"{src} is pruned to {pattern}, which does not outlive the removal of channels: shrink the dense model, "
             "then prune the result"
         )
-    check_memory(src, _times_the_weights(settings, dry_run=dry_run), "shrink", weights_dtype)
+    streams = ShrinkRun.streams(src, settings, weights_dtype, where, stream=stream, offload=offload, dry_run=dry_run)
     if settings.needs_text:
         check_length(src, words.calibration.length, "--length")
     if evaluation is not None:
         check_length(src, window_length, "--window-length")
         check_text(evaluation)
     text, documents = words.read_text()
+    run = ShrinkRun(
+        src,
+        out,
+        settings,
+        text,
+        documents,
+        None if evaluation is None else Evaluation(evaluation, wikitext, windows, window_length),
+        weights_dtype,
+        where,
+        trust_remote_code,
+        overwrite,
+        streams,
+        restart,
+        offload,
+        dry_run,
+    )
     print_backend(where)
-    with ExitStack() as running:
-        if not dry_run:
-            running.enter_context(checkpoint.reserved(out, overwrite=overwrite))
-        progress = running.enter_context(progress_bars())
-        with stage(progress, "load the model"):
-            model, tokenizer = checkpoint.load(
-                src, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code, own_memory=True
-            )
-        beginning = Beginning.of(tokenizer, text.bos)
-        ids = None if evaluation is None else _evaluation_ids(evaluation, wikitext, tokenizer, beginning)
-        sequences, calibrated = None, None
-        if documents is not None:
-            sequences = load_calibration(
-                documents,
-                tokenizer,
-                samples=text.samples,
-                length=text.length,
-                seed=text.seed,
-                model=model,
-                bos=text.bos,
-                progress=progress_bar(progress, "calibration text"),
-            )
-            with stage(progress, "check the calibration text"):
-                calibrated = report_on(sequences, model, text.text)
-        result = shrink_model(model, sequences, settings=settings, dry_run=dry_run, progress=_bars(progress))
-        measured = {}
-        for which, of in (("before", model), ("after", result.model)) if result.model is not None else ():
-            if ids is not None:
-                bar = progress_bar(progress, f"evaluate {which}")
-                measured[which] = perplexity(
-                    of, ids, length=window_length, windows=windows, beginning=beginning, progress=bar
-                )
-        facts = with_provenance(
-            {"shrink": result.report.to_dict()},
-            **source_facts(src, out),
-            calibration=None if calibrated is None else text.to_dict(),
-            calibration_report=None if calibrated is None else {**calibrated.to_dict(), "seed": text.seed},
-            perplexity={which: found.to_dict() for which, found in measured.items()} or None,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=str(model.device),
-            history=history_with(checkpoint.read_report(src), "shrink", **_step(result.report, measured)),
-        )
-        if result.model is not None:
-            with stage(progress, "save the model"):
-                save_model(result.model, tokenizer, out, report=facts, overwrite=overwrite)
+    with progress_bars() as progress:
+        results = run.run(progress)
     if json:
-        report.write_json(json, facts)
-    console.print(shrink_table(result.report, measured))
-    _print_notes(result.report.refused, result.report.notes, calibrated)
-    if (estimate := result.report.estimate) is not None:
-        more, available = estimate.peak_bytes - estimate.weight_bytes, available_memory()
-        if more > LARGEST_SHARE * available:
-            print_warning(
-                f"the run needs about {gib(more)} beside the loaded model, {gib(available)} are available, and it does "
-                "not stream: use a machine with more memory"
-            )
+        report.write_json(json, results.facts)
+    console.print(shrink_table(results.report, results.measured))
+    _print_notes(results.report.refused, results.report.notes, results.calibrated)
+    run.warn_if_too_large(results.report)
     print_line("nothing was written (--dry-run)" if dry_run else f"written to {out}")
-
-
-def _times_the_weights(settings: ShrinkSettings, *, dry_run: bool) -> float:
-    """Bytes that a run needs for each byte of the weights, at most."""
-    if settings.needs_gradients:
-        return 8
-    if dry_run:
-        return 2
-    return 3 if settings.chosen_update == "none" else 4
-
-
-def _step(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> dict[str, Any]:
-    """What a run did, cost and brought, for the history."""
-    settings = report.settings
-    return {
-        "did": ", ".join([settings.method, *([settings.chosen_update] * (settings.chosen_update != "none"))]),
-        "seconds": sum(report.seconds.values()),
-        "parameters": [report.model_before, report.model_after],
-        "bytes": [report.bytes_before, report.bytes_after],
-        "perplexity": [measured[which].perplexity for which in ("before", "after")] if measured else None,
-    }
-
-
-def _bars(progress: Progress) -> Callable[[str, int, int], None]:
-    """A function that shows a stage's progress, with one bar for each stage."""
-    bars: dict[str, Callable[..., None]] = {}
-
-    def move(name: str, done: int, total: int) -> None:
-        if name not in bars:
-            bars[name] = progress_bar(progress, name)
-        bars[name](done, total)
-
-    return move
-
-
-def _evaluation_ids(source: str, wikitext: bool, tokenizer: Any, beginning: Beginning) -> Any:
-    documents = read_documents(source)
-    if wikitext:
-        documents = wikitext_rows("".join(documents))
-    return text_ids("\n\n".join(documents), tokenizer, beginning)
 
 
 def _print_notes(refused: Any, notes: Any, calibrated: CalibrationReport | None) -> None:

@@ -34,12 +34,12 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
     if report.removed_blocks:
         table.add_row("removed blocks", ", ".join(map(str, report.removed_blocks)))
     table.add_row("parameters of the blocks", f"{report.blocks_before:,} -> {report.blocks_after:,}")
-    asked = f"{settings.ratio:.1%}" if settings.size is None else f"at most {gib(settings.size)}"
+    asked = f"{settings.ratio:.1%}" if settings.size is None else f"at most {_both(settings.size)}"
     asked = asked if settings.speedup is None else f"a block {settings.speedup:g} times as fast"
     table.add_row("removed, of the blocks' parameters", f"{report.removed:.1%} (asked for {asked})")
     table.add_row("parameters of the model", f"{report.model_before:,} -> {report.model_after:,}")
     table.add_row("removed, of the model's parameters", f"{1 - report.model_after / report.model_before:.1%}")
-    table.add_row("size of the checkpoint", f"{gib(report.bytes_before)} -> {gib(report.bytes_after)}")
+    table.add_row("size of the checkpoint", f"{_both(report.bytes_before)} -> {_both(report.bytes_after)}")
     if (estimate := report.estimate) is not None:
         table.add_row(
             "memory of the tensors, estimated", f"{gib(estimate.peak_bytes)} at most (to {estimate.largest_phase})"
@@ -63,3 +63,8 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
     for name, seconds in report.seconds.items():
         table.add_row(f"seconds: {name}", f"{seconds:.1f}")
     return table
+
+
+def _both(size: int) -> str:
+    """A number of bytes in the units of --size: powers of 1000, and of 1024."""
+    return f"{size / 1e6:,.1f} MB ({gib(size)})"

@@ -14,7 +14,6 @@ from ..formats.registry import format_of
 from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file, weight_file_bytes
 from ..inputs.model_task import CAUSAL, ModelTask, find_task, other_kind, task_of
 from ..packed.fused import GROUPS, fuse_products
-from ..streaming.fits import available_memory, fits_in_memory
 
 TAKEN = "prune, pack and 'evaluate --dense' take it"
 """What to do with a model that a command for causal language models refuses."""
@@ -101,23 +100,16 @@ def fuse(model: Any, source: str | Path) -> None:
         )
 
 
-def check_memory(source: str | Path, times: float, command: str, dtype: torch.dtype | str = "auto") -> None:
-    """Raise ArgumentError if a command that does not stream needs more memory than there is.
+def loaded_bytes(source: str | Path, dtype: torch.dtype | str = "auto") -> float:
+    """Bytes of a model's weights once they are loaded.
 
     Args:
         source: the model.
-        times: bytes that the command needs for each byte of the loaded weights.
-        command: its name.
         dtype: dtype that the weights are loaded in; "auto" for that of the files.
     """
     stored = _stored_dtype(source)
     wider = 1.0 if stored is None or isinstance(dtype, str) else dtype.itemsize / stored.itemsize
-    needed = times * wider * weight_file_bytes(source)
-    if not fits_in_memory(needed):
-        raise ArgumentError(
-            f"{source}: {command} needs about {needed / 1e9:.1f} GB, {available_memory() / 1e9:.1f} GB are available, "
-            "and it does not stream: use a machine with more memory, or prune to n:m with 'ace-triton prune --stream'"
-        )
+    return wider * weight_file_bytes(source)
 
 
 def _stored_dtype(source: str | Path) -> torch.dtype | None:

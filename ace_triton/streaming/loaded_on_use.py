@@ -41,6 +41,8 @@ class LoadedOnUse:
         self._sources = taken_sources(model)
         replace_parameters(model, {old: nn.Parameter(_unloaded(old), False) for old in model.parameters()})
         self._names = {parameter: name for name, parameter in model.named_parameters()}
+        # Kept, so that no other parameter gets their memory and seems to be shared.
+        self._placeholders = {parameter: parameter.data for parameter in self._names}
         parts = outermost_members(model)
         inside = {parameter for part in parts for parameter in part.parameters()}
         self._outside = [parameter for parameter in self._names if parameter not in inside]
@@ -49,8 +51,13 @@ class LoadedOnUse:
         self._users: Counter[nn.Parameter] = Counter()
         self._has_run = False
         self._writes: Writes | None = None
-        for part in (*parts, model):
-            part.forward = self._loading(part, part.forward)
+        for part in parts:
+            self._load_on_use(part)
+        model.forward = self._loading(model, model.forward)
+
+    def _load_on_use(self, part: nn.Module) -> None:
+        """Let a part load its weights when it runs."""
+        part.forward = self._loading(part, part.forward)
 
     @contextmanager
     def loaded(self, part: nn.Module) -> Iterator[None]:
@@ -76,7 +83,7 @@ class LoadedOnUse:
                 if not self._users[parameter]:
                     if self._names[parameter] in self._files:
                         drop_pages(parameter.data)
-                    parameter.data = _unloaded(parameter)
+                    parameter.data = self._placeholders[parameter]
             give_back_free_memory()  # The allocator would keep converted weights.
 
     def _read(self, parameter: nn.Parameter, *, in_file: bool) -> torch.Tensor:

@@ -70,6 +70,13 @@ class MappedModel:
             if name in self._direct:
                 copy_in_pieces(buffer, self.files.tensor(self._direct[name]))
 
+    def write(self, name: str, values: torch.Tensor) -> bool:
+        """Write a tensor of the model; False if the files have none of this name, such as one that is tied."""
+        known = name in self._direct or name in self._converted
+        if known:
+            copy_in_pieces(values, self.in_files(name))
+        return known
+
     def names_of(self, modules: Sequence[nn.Module]) -> list[str]:
         """Names of all parameters of these modules."""
         wanted = {parameter for module in modules for parameter in module.parameters()}

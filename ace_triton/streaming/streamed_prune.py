@@ -81,9 +81,9 @@ class StreamedModel:
                 journal = Journal(place.kept / JOURNAL, {"source": source, **facts, "versions": versions()})
                 resumes = bool(finished_units(journal))
                 if not resumes:
-                    _empty(place.new, place.kept / OWN_FORM)
+                    empty(place.new, place.kept / OWN_FORM)
                 self._mapped = MappedModel(self.model, place.new, place.kept / OWN_FORM, existing=resumes)
-                _empty(place.new, keep=self._mapped.files.names)
+                empty(place.new, keep=self._mapped.files.names)
             known = Results(processes.first_does(lambda: journal.results if journal is not None else {}))
             if self._mapped is None:
                 self._mapped = MappedModel(self.model, place.new, place.kept / OWN_FORM, existing=True, is_copy=True)
@@ -102,7 +102,7 @@ class StreamedModel:
             except (KeyError, TypeError) as error:
                 raise CheckpointError(f"{place.kept / JOURNAL}: is damaged: add --restart") from error
             if processes.is_first:
-                self._write_all_but_weights()
+                all_but_weights(self.model, self.tokenizer, place, self._out)
                 self._mapped.fill(except_for=finished)
             else:
                 self._store.adopt(finished)
@@ -159,15 +159,6 @@ class StreamedModel:
             write_packed_files(self.model, self.tokenizer, weights, folder, report)
         publish(self._place, self._out, overwrite=self._overwrite, fresh=folder)
         return packing
-
-    def _write_all_but_weights(self) -> None:
-        """Write the configuration, the tokenizer and what else belongs to the checkpoint."""
-        with tempfile.TemporaryDirectory(dir=self._place.kept) as private, checkpoint.refusals(self._out):
-            rest = Path(private) / "files"  # copytree copies the mode of its folder, and a temporary one is private.
-            self.model.save_pretrained(rest, state_dict={})
-            self.tokenizer.save_pretrained(rest)
-            weights = shutil.ignore_patterns("model*.safetensors", "model*.index.json")
-            shutil.copytree(rest, self._place.new, ignore=weights, dirs_exist_ok=True)
 
     def _keep(self) -> None:
         self._place.resumable = True
@@ -296,7 +287,7 @@ def prune_checkpoint(
         store = stream.start(
             {
                 "recipe": whole.to_dict(),
-                "calibration": [None if tensor is None else _digest(tensor) for tensor in (ids, mask)],
+                "calibration": [None if tensor is None else digest(tensor) for tensor in (ids, mask)],
                 "batch_size": batch_size,
                 "dtype": str(model.dtype),
             }
@@ -313,6 +304,16 @@ def prune_checkpoint(
     return report
 
 
+def all_but_weights(model: Any, tokenizer: Any, place: Reservation, out: Path) -> None:
+    """Write the configuration, the tokenizer and what else belongs to a checkpoint to its new folder."""
+    with tempfile.TemporaryDirectory(dir=place.kept) as private, checkpoint.refusals(out):
+        rest = Path(private) / "files"  # copytree copies the mode of its folder, and a temporary one is private.
+        model.save_pretrained(rest, state_dict={})
+        tokenizer.save_pretrained(rest)
+        weights = shutil.ignore_patterns("model*.safetensors", "model*.index.json")
+        shutil.copytree(rest, place.new, ignore=weights, dirs_exist_ok=True)
+
+
 def source_state(source: str) -> dict[str, Any]:
     """Which files a model is loaded from: names, sizes and times of change; a hub name alone for a model of the hub."""
     found = ModelSource.find(source)
@@ -323,7 +324,7 @@ def source_state(source: str) -> dict[str, Any]:
     return {"files": {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}}
 
 
-def _empty(*folders: Path, keep: Collection[str] = ()) -> None:
+def empty(*folders: Path, keep: Collection[str] = ()) -> None:
     """Remove everything in these folders, except for files of some names."""
     for folder in folders:
         for path in folder.iterdir() if folder.is_dir() else ():
@@ -331,7 +332,7 @@ def _empty(*folders: Path, keep: Collection[str] = ()) -> None:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and values."""
     values = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + values).hexdigest()

@@ -12,8 +12,10 @@ from torch import nn
 from ..decoders.blocks import Block, linears_of
 from ..errors import ArgumentError
 from ..linears import linear_weight
+from ..tied import memory_of
 from .coupled import NAMES, Kind, Structures
 from .settings import ShrinkSettings
+from .smaller import shapes_of
 
 BYTES_OF_AN_ENTRY = 128
 """Upper limit of the bytes that a safetensors file takes for a tensor beside its values and its name."""
@@ -138,7 +140,7 @@ def needed_parameters(model: nn.Module, blocks: Sequence[Block], settings: Shrin
         return math.ceil((1 - 1 / settings.speedup) * whole)
     if settings.size is None:
         return math.ceil(settings.ratio * whole)
-    before, each = checkpoint_bytes(model.state_dict()), next(model.parameters()).element_size()
+    before, each = checkpoint_bytes(shapes_of(model)), next(model.parameters()).element_size()
     outside = before - each * whole
     if settings.size >= before:
         raise ArgumentError(f"size {settings.size:,} bytes: the model has {before:,} bytes, so nothing needs to go")
@@ -164,7 +166,7 @@ def _new_biases(blocks: Sequence[Block], settings: ShrinkSettings) -> int:
 
 def checkpoint_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     """Size of a checkpoint of tensors by name, which a file holds beside them; shared memory counts once."""
-    once = {tensor.data_ptr(): (name, tensor) for name, tensor in tensors.items()}
+    once = {(memory_of(t), t.storage_offset()): (name, t) for name, t in tensors.items()}
     return sum(tensor.nbytes + len(name) + BYTES_OF_AN_ENTRY for name, tensor in once.values())
 
 

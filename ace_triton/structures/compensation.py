@@ -15,8 +15,9 @@ Blocks are solved one after the other, each on the outputs of the solved blocks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -25,16 +26,19 @@ from ..decoders.batches import Batch
 from ..decoders.blocks import Tower
 from ..decoders.calibration_mode import calibration_mode
 from ..decoders.collect import InputCollector
-from ..decoders.replay import make_runner
+from ..decoders.replay import Replay, Runner, make_runner
 from ..errors import ArgumentError
 from ..linears import linear_weight
 from ..methods.registry import Needs
 from ..solvers.raised_damping import add_to_diagonal, with_damping
 from ..statistics.activation import ActivationStats
 from ..timing import Stopwatch
-from .coupled import Coupled, Structures
 from .settings import ShrinkSettings
-from .smaller import column_mask
+from .smaller import column_mask, masked
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from .choice import Choice
 
 
 @dataclass(frozen=True)
@@ -90,82 +94,145 @@ def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
     return max(0.0, float(part / whole)) if float(whole) > 0 else 0.0
 
 
-def mean_in_bias(weight: torch.Tensor, mask: torch.Tensor, stats: ActivationStats) -> Repair:
+@dataclass(frozen=True)
+class Moments:
+    """Moments of a layer's inputs over the calibration set.
+
+    Attributes:
+        mean: fp32 [in_features].
+        square: mean square, fp32 [in_features].
+    """
+
+    mean: torch.Tensor
+    square: torch.Tensor
+
+    @classmethod
+    def of(cls, stats: ActivationStats) -> Moments:
+        """The moments of all tokens of some statistics."""
+        assert stats.mean is not None
+        return cls(stats.mean.float(), stats.norm.square() / max(stats.count, 1))
+
+
+def mean_in_bias(weight: torch.Tensor, mask: torch.Tensor, inputs: Moments) -> Repair:
     """FLAP's repair: the mean of the removed inputs goes through their weights into the bias."""
-    assert stats.mean is not None
-    removed, mean = weight[:, ~mask], stats.mean.float()[~mask]
-    square = stats.norm.square() / max(stats.count, 1)
+    removed, mean, square = weight[:, ~mask], inputs.mean[~mask], inputs.square
     energy = (weight.square() * square).sum()
     lost = (removed.square() * square[~mask]).sum()
     left = (removed.square() * (square[~mask] - mean.square())).sum()
     return Repair(weight[:, mask], removed @ mean, _share(lost, energy), _share(left, energy))
 
 
-def repairs(
+Stored = Mapping[str, torch.Tensor]
+"""Tensors of the smaller model by name: the weight and the bias of each repaired layer of a block."""
+
+
+def solve_blocks(
     model: nn.Module,
     tower: Tower,
     batches: Sequence[Batch],
-    structures: Structures,
-    kept: Mapping[str, torch.Tensor],
+    choice: Choice,
     settings: ShrinkSettings,
-    with_bias: frozenset[str],
+    weights: Weights,
+    solved: Callable[[int, dict[str, Repair]], None],
+    *,
+    stored: Callable[[int], Stored | None] = lambda _: None,
     progress: Callable[[int, int, str], None] | None = None,
     most: int | None = None,
-) -> dict[str, Repair]:
-    """The least-squares repairs of all layers that read removed structures, by name.
+) -> None:
+    """The least-squares repairs of all layers that read removed channels or groups, block by block.
 
     Args:
         model: the dense model; unchanged at return.
         tower: its blocks.
         batches: the calibration set.
-        structures: the structures, by name of the consumer.
-        kept: those that are kept, by the same names.
+        choice: what is kept, and which layers have a bias.
         settings: with damping and prior.
-        with_bias: names of the consumers that have, or get, a bias.
+        weights: where the model's weights are.
+        solved: called with the index of a block and its repairs by name of the layer, once all batches have advanced,
+            while the block is in memory.
+        stored: gives what an earlier run has written for a block, or None if the block is still to be solved.
         progress: called with the number of finished blocks, of all blocks, and the block's name.
         most: number of blocks to solve, the first ones; None for all.
 
     Raises:
-        ArgumentError: if no token reaches a layer.
+        ArgumentError: if no token reaches a layer, or the weights are in files and blocks cannot run one at a time.
     """
+    structures, kept = choice.structures, choice.kept
     clock = Stopwatch(next(model.parameters()).device)
     entries = structures.columns
-    found: dict[str, Repair] = {}
-    with calibration_mode(model), _restored(structures.layers[name] for name in kept):
-        runner = make_runner(model, tower.blocks, batches, clock, tower.masks)
+    with calibration_mode(model), masked(structures, choice.kept_experts), ExitStack() as until_the_end:
+        with weights.loaded(model):
+            runner = make_runner(model, tower.blocks, batches, clock, tower.masks, keep=weights.keep)
+        alone = isinstance(runner, Replay)
+        if weights.in_files and not alone:
+            raise ArgumentError(
+                f"{type(model).__name__}: its blocks cannot be run one at a time, so update 'lstsq' cannot stream: "
+                "take --update none, or a machine with more memory and --no-stream"
+            )
         for index, block in enumerate(tower.blocks[:most]):
-            for name in [name for name in entries if name in kept and name.startswith(f"{block.name}.")]:
-                layer = structures.layers[name]
-                collector = InputCollector({name: layer}, Needs(gram=True), clock)
-                runner.run(index, collector, advance=False)
-                stats = collector.statistics(name)
-                if stats is None:
-                    raise ArgumentError(f"no token of the calibration text reached {name}: give more text")
-                mask = column_mask(entries[name], layer, kept[name])
-                weight = linear_weight(layer)
-                assert weight is not None
-                found[name] = fitted(weight.float(), mask, stats, settings, has_bias=name in with_bias)
-                _install(layer, entries[name], mask, found[name])
-            runner.run(index, None, advance=True)
+            names = [name for name in entries if name in kept and name.startswith(f"{block.name}.")]
+            layers = [structures.layers[name] for name in names]
+            found: dict[str, Repair] = {}
+            known = stored(index)
+            with weights.loaded(block.module):
+                with ExitStack() as restored:
+                    (restored if alone else until_the_end).enter_context(_restored(layers))
+                    for name, layer in zip(names, layers, strict=True):
+                        mask = column_mask(entries[name], layer, kept[name])
+                        if known is not None:
+                            _install_stored(layer, name, mask, known)
+                            continue
+                        stats = _statistics(runner, index, name, layer, clock)
+                        weight = linear_weight(layer)
+                        assert weight is not None
+                        has_bias = name in choice.with_bias
+                        found[name] = fitted(weight.float(), mask, stats, settings, has_bias=has_bias)
+                        _install(layer, mask, found[name])
+                    runner.run(index, None, advance=True)
+                if known is None:
+                    solved(index, found)
             if progress is not None:
                 progress(index + 1, len(tower.blocks), block.name)
-    return found
 
 
-def _install(layer: nn.Module, entry: Coupled, mask: torch.Tensor, repair: Repair) -> None:
+def _statistics(runner: Runner, index: int, name: str, layer: nn.Module, clock: Stopwatch) -> ActivationStats:
+    collector = InputCollector({name: layer}, Needs(gram=True), clock)
+    runner.run(index, collector, advance=False)
+    stats = collector.statistics(name)
+    if stats is None:
+        raise ArgumentError(f"no token of the calibration text reached {name}: give more text")
+    return stats
+
+
+def _install_stored(layer: nn.Module, name: str, mask: torch.Tensor, known: Stored) -> None:
+    """Let a layer of the dense model compute what its repaired layer of the smaller model computes."""
+    weight = known[f"{name}.weight"]
+    weight = weight if isinstance(layer, nn.Linear) else weight.t()
+    _install_columns(layer, mask, weight)
+    if (bias := known.get(f"{name}.bias")) is not None:
+        layer._parameters["bias"] = nn.Parameter(bias.clone(), requires_grad=False)
+
+
+def _install(layer: nn.Module, mask: torch.Tensor, repair: Repair) -> None:
     """Let a layer of the dense model compute what the repaired layer will: its other columns become 0."""
-    parameter = layer.get_parameter("weight")
-    whole = torch.zeros(repair.weight.shape[0], len(mask), dtype=torch.float32, device=parameter.device)
-    whole[:, mask] = repair.weight
-    parameter.data = (whole if isinstance(layer, nn.Linear) else whole.t().contiguous()).to(parameter.dtype)
+    _install_columns(layer, mask, repair.weight)
     if repair.bias is not None:
         own = layer._parameters.get("bias")
         moved = repair.bias if own is None else own.detach().float() + repair.bias
-        layer._parameters["bias"] = nn.Parameter(moved.to(parameter.dtype), requires_grad=False)
+        dtype = layer.get_parameter("weight").dtype
+        layer._parameters["bias"] = nn.Parameter(moved.to(dtype), requires_grad=False)
+
+
+def _install_columns(layer: nn.Module, mask: torch.Tensor, weight: torch.Tensor) -> None:
+    """Set the kept columns of a layer's weight [out_features, in_features], and the others to 0."""
+    parameter = layer.get_parameter("weight")
+    whole = torch.zeros(weight.shape[0], len(mask), dtype=parameter.dtype, device=parameter.device)
+    whole[:, mask] = weight.to(parameter)
+    parameter.data = whole if isinstance(layer, nn.Linear) else whole.t().contiguous()
 
 
 @contextmanager
-def _restored(layers: Iterator[nn.Module]) -> Iterator[None]:
+def _restored(layers: Sequence[nn.Module]) -> Iterator[None]:
     """A context at whose end the weights and biases of layers are those of its start."""
     before = [(layer, layer.get_parameter("weight").data, layer._parameters.get("bias")) for layer in layers]
     try:
@@ -176,16 +243,17 @@ def _restored(layers: Iterator[nn.Module]) -> Iterator[None]:
             layer._parameters["bias"] = bias
 
 
-def write_repairs(
-    tensors: dict[str, torch.Tensor], repaired: Mapping[str, Repair], structures: Structures, with_bias: frozenset[str]
-) -> dict[str, torch.Tensor]:
-    """The tensors of the smaller model with repaired weights, and biases where the layers have one."""
-    result = dict(tensors)
-    for name, repair in repaired.items():
-        old = tensors[f"{name}.weight"]
-        weight = repair.weight if isinstance(structures.layers[name], nn.Linear) else repair.weight.t()
-        result[f"{name}.weight"] = weight.to(old.dtype).contiguous()
-        if repair.bias is not None and name in with_bias:
-            bias = tensors[f"{name}.bias"]
-            result[f"{name}.bias"] = (bias.float() + repair.bias).to(bias.dtype)
-    return result
+def repaired_tensors(repair: Repair, name: str, layer: nn.Module, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The tensors of a repaired layer of the smaller model, in fp32.
+
+    Args:
+        repair: from :func:`fitted` or :func:`mean_in_bias`.
+        name: name of the layer.
+        layer: the layer of the dense model.
+        bias: its bias in the smaller model so far; None if it has none.
+    """
+    weight = repair.weight if isinstance(layer, nn.Linear) else repair.weight.t()
+    found = {f"{name}.weight": weight.contiguous()}
+    if repair.bias is not None and bias is not None:
+        found[f"{name}.bias"] = bias.float() + repair.bias
+    return found

@@ -9,7 +9,7 @@ structures in all blocks at once, runs the model, and restores the weights bit f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,7 @@ from ..reordering.reorder import find_folds
 from ..tied import Owners
 from .mixtures import Mixture, find_mixtures
 from .parts import Part
+from .weights import InMemory, Weights
 
 Kind = Literal["channels", "groups", "experts"]
 KINDS: tuple[Kind, ...] = ("channels", "groups", "experts")
@@ -95,14 +96,15 @@ class Coupled:
         """A model's tensors by name, without the structures that are not chosen.
 
         Args:
-            tensors: those of the model.
+            tensors: those of the model, or of the block, also without values on the meta device.
             layers: its linear layers.
             chosen: the kept structures, int64, ascending.
         """
         found = dict(tensors)
         for part in self.parts(layers):
-            index = self.index(part.layer, part.tensor.shape[part.dim], chosen).to(part.tensor.device)
-            found[part.name] = part.tensor.detach().index_select(part.dim, index)
+            tensor = tensors[part.name].detach()
+            index = self.index(part.layer, tensor.shape[part.dim], chosen)
+            found[part.name] = tensor.index_select(part.dim, index.to(tensor.device))
         return found
 
     @torch.inference_mode()
@@ -145,6 +147,10 @@ class Structures:
         kinds: tuple[Kind, ...] = ("groups", "channels", "experts")
         return {entry.consumer: entry for kind in kinds for entry in self.coupled.get(kind, ())}
 
+    def within(self, block: Block) -> list[Entry]:
+        """The entries of a block."""
+        return [entry for name, entry in self.entries.items() if f"{name}.".startswith(f"{block.name}.")]
+
     @property
     def columns(self) -> dict[str, Coupled]:
         """The entries whose consumer is a linear layer, by its name."""
@@ -160,13 +166,16 @@ class Structures:
         return self.coupled[kind][0].count if kind in self.coupled else 0
 
 
-def find_structures(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Structures:
+def find_structures(
+    model: nn.Module, blocks: Sequence[Block], batch: Batch, weights: Weights | None = None
+) -> Structures:
     """Find the structures that all blocks have in equal number.
 
     Args:
         model: the model; unchanged at return, bit for bit.
         blocks: its blocks.
         batch: a few inputs, for the trial.
+        weights: where the model's weights are; None for memory.
     """
     owners = Owners(model)
 
@@ -203,7 +212,7 @@ def find_structures(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> 
             coupled["experts"] = mixtures
         result = Structures(folds.layers, coupled, refused)
         for kind in list(coupled):
-            if not _unchanged(model, result, kind, batch):
+            if not _unchanged(model, result, kind, batch, blocks, weights or InMemory()):
                 result = result.without(kind, "the model computes something else if their order changes")
     return result
 
@@ -256,24 +265,59 @@ def outputs_of(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in tensors_in(run_model(model, batch)) if tensor.is_floating_point()]
 
 
-def _unchanged(model: nn.Module, structures: Structures, kind: Kind, batch: Batch) -> bool:
+def _unchanged(
+    model: nn.Module, structures: Structures, kind: Kind, batch: Batch, blocks: Sequence[Block], weights: Weights
+) -> bool:
+    """True if the model computes the same with the structures of a kind in another order."""
     dense = outputs_of(model, batch)
-    with _reordered(structures, kind):
-        return same_outputs(outputs_of(model, batch), dense)
-
-
-@contextmanager
-def _reordered(structures: Structures, kind: Kind) -> Iterator[None]:
-    """A context in which the structures have a random order; at exit the weights are restored bit for bit."""
     generator = torch.Generator().manual_seed(0)
     entries = structures.coupled[kind]
     order = torch.randperm(entries[0].count, generator=generator, device="cpu")
     if bool((order == torch.arange(len(order), device="cpu")).all()):
         order = order.roll(1)
+    reordered = _reordered_as_it_runs if weights.in_files else _reordered
+    with reordered(structures, entries, order, blocks) as names:
+        same = same_outputs(outputs_of(model, batch), dense)
+    return same and names == {entry.consumer for entry in entries}
+
+
+@contextmanager
+def _reordered(
+    structures: Structures, entries: Sequence[Entry], order: torch.Tensor, _blocks: Sequence[Block]
+) -> Iterator[set[str]]:
+    """A context in which structures have another order; at exit the weights are restored bit for bit.
+
+    It gives the names of the consumers that were reordered.
+    """
     for entry in entries:
         entry.reorder(structures.layers, order)
     try:
-        yield
+        yield {entry.consumer for entry in entries}
     finally:
         for entry in entries:
             entry.reorder(structures.layers, order.argsort())
+
+
+@contextmanager
+def _reordered_as_it_runs(
+    structures: Structures, entries: Sequence[Entry], order: torch.Tensor, blocks: Sequence[Block]
+) -> Iterator[set[str]]:
+    """As :func:`_reordered`, but each block is reordered only while it runs, and so is in memory."""
+    names: set[str] = set()
+    wanted = {entry.consumer for entry in entries}
+    with ExitStack() as hooks:
+        for block in blocks:
+            own = [entry for entry in structures.within(block) if entry.consumer in wanted]
+
+            def reorder(_module: nn.Module, _args: object, own: list[Entry] = own) -> None:
+                for entry in own:
+                    entry.reorder(structures.layers, order)
+                    names.add(entry.consumer)
+
+            def restore(_module: nn.Module, _args: object, _output: object, own: list[Entry] = own) -> None:
+                for entry in own:
+                    entry.reorder(structures.layers, order.argsort())
+
+            hooks.callback(block.module.register_forward_pre_hook(reorder).remove)
+            hooks.callback(block.module.register_forward_hook(restore, prepend=True, always_call=True).remove)
+        yield names

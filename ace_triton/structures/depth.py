@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..decoders.batches import Batch, run_model
+from ..decoders.batches import Batch
 from ..decoders.blocks import Block, Tower
-from ..decoders.calibration_mode import calibration_mode
 from ..decoders.calls import Call, NotReplayable, hidden_of
 from ..errors import ArgumentError
+from .forwards import BlockWatcher, watch_blocks
+from .weights import Weights
 
 
 def block_influences(
-    model: nn.Module, tower: Tower, batches: Sequence[Batch], progress: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    tower: Tower,
+    batches: Sequence[Batch],
+    weights: Weights,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[torch.Tensor, list[int | None]]:
     """1 - cosine of the input and output of each block, mean over tokens.
 
@@ -27,39 +32,35 @@ def block_influences(
     Raises:
         ArgumentError: if a block does not map hidden states to hidden states of the same shape.
     """
-    sums = torch.zeros(len(tower.blocks), dtype=torch.float64, device="cpu")
-    counts = [0] * len(tower.blocks)
-    sizes: list[int | None] = [None] * len(tower.blocks)
-    current: list[Batch] = []
+    watchers = {index: _Influence(block) for index, block in enumerate(tower.blocks)}
+    watch_blocks(model, tower, batches, watchers, weights, progress)
+    found = torch.tensor([w.sum / max(w.count, 1) for w in watchers.values()], dtype=torch.float64, device="cpu")
+    return found.float(), [watcher.size for watcher in watchers.values()]
 
-    def record(index: int, block: Block) -> Callable[..., None]:
+
+class _Influence(BlockWatcher):
+    """Sums 1 - cosine of a block's input and output over tokens."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self.sum, self.count = 0.0, 0
+        self.size: int | None = None
+
+    def watched(self, shape: tuple[int, int], valid: torch.Tensor | None, hooks: ExitStack) -> None:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             try:
                 before, after = Call.of(args, kwargs).hidden, hidden_of(output)
             except NotReplayable as error:
-                raise ArgumentError(f"{block.name} cannot be removed: {error}") from error
+                raise ArgumentError(f"{self._block.name} cannot be removed: {error}") from error
             if before.shape != after.shape:
-                raise ArgumentError(f"{block.name} cannot be removed: it changes the shape of its hidden states")
+                raise ArgumentError(f"{self._block.name} cannot be removed: it changes the shape of its hidden states")
             cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            _, valid = tower.masks.of_hidden(current[0], before)
             chosen = cosine.flatten() if valid is None else cosine[valid]
-            sums[index] += float((1 - chosen).sum(dtype=torch.float64))
-            counts[index] += chosen.numel()
-            sizes[index] = len(output) if isinstance(output, tuple) else None
+            self.sum += float((1 - chosen).sum(dtype=torch.float64))
+            self.count += chosen.numel()
+            self.size = len(output) if isinstance(output, tuple) else None
 
-        return hook
-
-    with calibration_mode(model), ExitStack() as hooks:
-        for index, block in enumerate(tower.blocks):
-            handle = block.module.register_forward_hook(record(index, block), with_kwargs=True)
-            hooks.callback(handle.remove)
-        for number, batch in enumerate(batches):
-            current[:] = [batch]
-            run_model(model, batch)
-            if progress is not None:
-                progress(number + 1, len(batches))
-    divisors = torch.tensor(counts, dtype=torch.float64, device="cpu").clamp_min(1)
-    return (sums / divisors).float(), sizes
+        hooks.callback(self._block.module.register_forward_hook(hook, with_kwargs=True).remove)
 
 
 def kept_blocks(influence: torch.Tensor, tower: Tower, needed: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..decoders.batches import Batch
 from .coupled import Structures
+from .gradients import SUMS
 from .settings import ShrinkSettings
 
 FP32 = 4
@@ -62,9 +63,7 @@ def memory_phases(
         settings: the settings of the run.
     """
     weights = sum(p.nbytes for p in set(model.parameters()))
-    smaller = {tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}
-    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    narrowed = sum(size for address, size in smaller.items() if address not in own)
+    smaller = {id(tensor): tensor.nbytes for tensor in tensors.values()}
     kept = sum(smaller.values())
     itemsize = next(model.parameters()).element_size()
     config: Any = getattr(model, "config", None)
@@ -76,19 +75,17 @@ def memory_phases(
     phases = {"rank the structures": weights + logits}
     if settings.needs_gradients:
         parts = [part.tensor for entry in structures.entries.values() for part in entry.parts(structures.layers)]
-        sums = 2 * FP32 * sum(part.numel() for part in parts) if settings.method == "llm-pruner" else 0
-        sums = 0 if settings.terms == "vector" else sums
+        kept_sums = len(SUMS[settings.terms]) if settings.method == "llm-pruner" else 0
+        sums = kept_sums * FP32 * sum(part.numel() for part in parts)
         gradient = max((3 * FP32 * part.numel() for part in parts), default=0)
         phases["gradients"] = weights + logits + sums + gradient
-    phases["build and check"] = weights + narrowed + kept
+    phases["build and check"] = weights + kept
     if settings.chosen_update != "none" and structures.columns:
         layers = [structures.layers[name].get_parameter("weight") for name in structures.columns]
-        repaired = FP32 * sum(layer.numel() for layer in layers)
+        repaired = 2 * FP32 * max(layer.numel() for layer in layers)  # One layer, and its installed weight.
         wide = max(layer.numel() // hidden for layer in layers) if hidden else 0
         solved = 4 * FP32 * wide**2 if settings.chosen_update == "lstsq" else 0
         states = 2 * sum(tokens) * hidden * itemsize
-        installed = sum(layer.nbytes for layer in layers)
-        phases["update"] = weights + narrowed + repaired + installed + states + solved
-        phases["build the repaired model"] = weights + narrowed + repaired + installed + kept
-    phases["save"] = weights + narrowed + kept
+        phases["update"] = weights + kept + repaired + states + solved
+    phases["save"] = weights + kept
     return phases

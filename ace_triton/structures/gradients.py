@@ -6,7 +6,7 @@ g^2 over batches. One backward runs for each batch. Gradients are added up in fp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -21,6 +21,12 @@ from .parts import Part
 
 Progress = Callable[[int, int], None]
 
+Sums = Collection[str]
+"""Which sums over batches are kept: "gradient", "fisher"."""
+
+SUMS: dict[str, Sums] = {"vector": (), "element": ("gradient",), "second": ("fisher",), "mixed": ("gradient", "fisher")}
+"""The sums that the terms of LLM-Pruner need."""
+
 
 @dataclass
 class Taylor:
@@ -29,7 +35,7 @@ class Taylor:
     Attributes:
         products: g^T w over a structure, by layer, one entry for each batch, each [n_structures].
         elements: sum of |g w - g^2 w^2 / 2| over a structure, one entry for each batch.
-        gradient, fisher: sums of g and of g^2 over batches, by tensor.
+        gradient, fisher: sums of g and of g^2 over batches, by tensor, if they are kept.
     """
 
     products: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -55,7 +61,12 @@ class Taylor:
 
 
 def taylor_terms(
-    model: nn.Module, structures: Structures, batches: Sequence[Batch], *, sums: bool, progress: Progress | None = None
+    model: nn.Module,
+    structures: Structures,
+    batches: Sequence[Batch],
+    *,
+    sums: Sums = (),
+    progress: Progress | None = None,
 ) -> dict[str, Taylor]:
     """Taylor terms by name of the consumer.
 
@@ -63,7 +74,7 @@ def taylor_terms(
         model: a causal language model; unchanged at return.
         structures: the structures.
         batches: token ids.
-        sums: True to keep the sums of g and g^2, which take the memory of two fp32 copies of the weights.
+        sums: which sums to keep; each takes the memory of an fp32 copy of the weights.
         progress: called with the number of batches done, and of all batches.
 
     Raises:
@@ -104,7 +115,12 @@ def taylor_terms(
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The mean negative log-likelihood of a batch's next tokens, in nats.
+    """The mean negative log-likelihood of a batch's next tokens, in nats; errors as :func:`token_losses`."""
+    return token_losses(model, batch).mean()
+
+
+def token_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The negative log-likelihood of each real token that follows another, in nats, [n_tokens].
 
     Raises:
         ArgumentError: if the model reads other inputs than token ids, or gives no logits.
@@ -116,11 +132,24 @@ def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
             f"{type(model).__name__} gives no logits for each token of its text, so there is no loss to take gradients "
             "of: use a method without gradients (--method flap)"
         )
-    targets = batch.ids[:, 1:] if batch.valid is None else batch.ids[:, 1:].masked_fill(~batch.valid[:, 1:], -100)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+    losses = losses_of(logits, batch)
+    return losses.flatten() if batch.valid is None else losses[batch.valid[:, 1:]]
 
 
-def _adding(entry: Entry, part: Part, taylor: Taylor, sums: bool) -> Callable[[torch.Tensor], None]:
+def losses_of(logits: torch.Tensor, batch: Batch, start: int = 0) -> torch.Tensor:
+    """The negative log-likelihood of the tokens that follow some tokens, in nats, [n_sequences, n_following].
+
+    Args:
+        logits: [n_sequences, n_tokens, vocabulary], of tokens that lie side by side.
+        batch: the tokens.
+        start: index of the first of these tokens. The last token of a sequence has no following one.
+    """
+    targets = batch.ids[:, start + 1 : start + 1 + logits.shape[1]]
+    logits = logits[:, : targets.shape[1]].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+
+
+def _adding(entry: Entry, part: Part, taylor: Taylor, sums: Sums) -> Callable[[torch.Tensor], None]:
     """A hook that adds a tensor's gradient to the terms and frees it."""
 
     @torch.no_grad()
@@ -142,11 +171,11 @@ def _adding(entry: Entry, part: Part, taylor: Taylor, sums: bool) -> Callable[[t
             taylor.elements.append(element)
         else:
             taylor.elements[-1] = taylor.elements[-1] + element
-        if sums:
-            name = part.name
-            taylor.gradient[name] = taylor.gradient[name] + gradient if name in taylor.gradient else gradient
-            square = gradient.square()
-            taylor.fisher[name] = taylor.fisher[name] + square if name in taylor.fisher else square
+        for which, value in (("gradient", gradient), ("fisher", gradient)):
+            if which in sums:
+                kept: dict[str, torch.Tensor] = getattr(taylor, which)
+                value = value.square() if which == "fisher" else value
+                kept[part.name] = kept[part.name].add_(value) if part.name in kept else value
 
     return hook
 
@@ -159,17 +188,19 @@ def llm_pruner_terms(terms: str, entry: Entry, structures: Structures, taylor: T
             the sum of |w F w|; or "mixed", the sum of |g w - w F w / 2|.
         entry: the structures of one kind in one block.
         structures: those of the whole model.
-        taylor: their Taylor terms, with sums.
+        taylor: their Taylor terms, with the sums that :data:`SUMS` names.
     """
     if terms == "vector":
         return torch.stack([torch.stack(parts).mean(0).abs() for parts in taylor.products.values()]).sum(0)
     total = torch.zeros(entry.count, dtype=torch.float32, device=taylor.elements[0].device)
     for part in entry.parts(structures.layers):
-        if part.name not in taylor.gradient:  # A buffer, or an expert that no token was sent to.
-            continue
+        if part.name not in (taylor.fisher if terms == "second" else taylor.gradient):
+            continue  # A buffer, or an expert that no token was sent to.
         weight = part.tensor.detach().float()
-        first = taylor.gradient[part.name] / taylor.batches * weight
-        second = taylor.fisher[part.name] / taylor.batches * weight.square()
-        value = {"element": first, "second": second, "mixed": first - second / 2}[terms]
-        total += entry.by_structure(part, value.abs())
+        value = 0.0 if terms == "second" else taylor.gradient[part.name] / taylor.batches * weight
+        if terms != "element":
+            second = taylor.fisher[part.name] / taylor.batches * weight.square()
+            value = second if terms == "second" else value - second / 2
+        assert isinstance(value, torch.Tensor)
+        total = total + entry.by_structure(part, value.abs())
     return total

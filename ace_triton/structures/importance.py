@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from ..decoders.batches import Batch, run_model
-from ..decoders.calibration_mode import calibration_mode
+from ..decoders.batches import Batch
+from ..decoders.blocks import Tower
 from ..decoders.collect import InputCollector
 from ..errors import ArgumentError
 from ..linears import linear_weight
@@ -16,18 +18,31 @@ from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
 from ..timing import Stopwatch
 from .coupled import Coupled, Entry, Structures
+from .forwards import BlockWatcher, watch_blocks
 from .fusion import fused, stabilized
-from .gradients import llm_pruner_terms, taylor_terms
-from .routed import contributions
+from .gradients import SUMS, llm_pruner_terms, taylor_terms
+from .mixtures import Mixture
+from .routed import Contributions
 from .settings import ShrinkSettings
+from .weights import Weights
 
 Progress = Callable[[int, int], None]
 
-InputStats = Mapping[str, Sequence[ActivationStats]]
-"""Statistics of the inputs of each consumer, by name, one for each batch."""
-
 Importance = dict[str, torch.Tensor]
 """Importance of the structures by name of the consumer, fp32 [n_structures], on the CPU."""
+
+
+@dataclass
+class Activations:
+    """What was collected of the dense model's forwards, by name of the consumer.
+
+    Attributes:
+        inputs: statistics of the inputs of layers, one for each batch.
+        routed: contributions of the experts of mixtures, fp32 [n_batches, n_experts].
+    """
+
+    inputs: dict[str, Sequence[ActivationStats]] = field(default_factory=dict)
+    routed: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def importance_of(
@@ -35,74 +50,143 @@ def importance_of(
     structures: Structures,
     batches: Sequence[Batch],
     settings: ShrinkSettings,
-    stats: InputStats | None = None,
+    activations: Activations,
     progress: Progress | None = None,
 ) -> Importance:
-    """The importance of all structures.
+    """The importance of all structures of a model in memory.
 
     Args:
         model: the dense model; unchanged at return.
         structures: the structures.
         batches: the calibration set; empty for a method that needs none.
         settings: the method and its settings.
-        stats: from :func:`input_statistics`; None to collect them if the method needs them.
+        activations: from :func:`activations_of`; empty for a method that needs none.
         progress: called with the number of batches done, and of all batches.
 
     Raises:
         ArgumentError: if an importance has NaN or infinity, or gradients are needed and cannot be had.
     """
     entries = structures.entries.values()
-    if settings.method == "magnitude":
-        found = {entry.consumer: _magnitude(entry, structures) for entry in entries}
-    elif settings.method == "llm-pruner":
-        terms = taylor_terms(model, structures, batches, sums=settings.terms != "vector", progress=progress)
-        found = {e.consumer: llm_pruner_terms(settings.terms, e, structures, terms[e.consumer]) for e in entries}
-    elif settings.needs_gradients:
-        terms = taylor_terms(model, structures, batches, sums=False, progress=progress)
-        found = {name: _fused(taylor.vector(), taylor.element(), settings) for name, taylor in terms.items()}
-    else:
-        stats = stats or input_statistics(model, structures, batches, progress)
-        scores = {"flap": _flap, "wanda-sp": _wanda_sp}
-        columns = structures.columns.values()
-        if settings.method == "saap":
-            found = {e.consumer: _saap_of_activations(e, structures, stats[e.consumer], settings) for e in columns}
+    if not settings.needs_gradients:
+        return {entry.consumer: score(entry, structures, settings, activations) for entry in entries}
+    sums = SUMS[settings.terms] if settings.method == "llm-pruner" else ()
+    terms = taylor_terms(model, structures, batches, sums=sums, progress=progress)
+    found = {}
+    for entry in entries:
+        taylor = terms[entry.consumer]
+        if settings.method == "llm-pruner":
+            value = llm_pruner_terms(settings.terms, entry, structures, taylor)
         else:
-            score = scores[settings.method]
-            found = {e.consumer: score(e, weight_of(structures, e), merged(stats[e.consumer])) for e in columns}
-        if structures.mixtures:
-            parts = contributions(model, structures.mixtures, batches, progress)
-            found |= {n: stabilized(part) if settings.stability else part.mean(0) for n, part in parts.items()}
-    for name, importance in found.items():
-        if not bool(importance.isfinite().all()):
-            raise ArgumentError(
-                f"{name}: the importance has NaN or infinity; load the model in float32 or bfloat16 (--dtype float32), "
-                "or check its weights"
-            )
-    return {name: importance.float().cpu() for name, importance in found.items()}
-
-
-def input_statistics(
-    model: nn.Module, structures: Structures, batches: Sequence[Batch], progress: Progress | None = None
-) -> dict[str, list[ActivationStats]]:
-    """Statistics of the inputs of each consumer in a forward of the dense model, one for each batch."""
-    consumers = {name: structures.layers[name] for name in structures.columns}
-    if not consumers:
-        return {}
-    found: dict[str, list[ActivationStats]] = {name: [] for name in consumers}
-    clock = Stopwatch(next(model.parameters()).device)
-    with calibration_mode(model):
-        for number, batch in enumerate(batches):
-            collector = InputCollector(consumers, Needs(), clock)
-            with collector.batch(batch.shape, next(iter(batch.masks.values()), None)):
-                run_model(model, batch)
-            for name in consumers:
-                if (stats := collector.statistics(name)) is not None:
-                    found[name].append(stats)
-            if progress is not None:
-                progress(number + 1, len(batches))
-    if missing := [name for name, stats in found.items() if not stats]:
-        raise ArgumentError(f"no token of the calibration text reached {missing[0]}: give more text")
+            value = _fused(taylor.vector(), taylor.element(), settings)
+        found[entry.consumer] = _finite(entry, value)
     return found
+
+
+def score(entry: Entry, structures: Structures, settings: ShrinkSettings, activations: Activations) -> torch.Tensor:
+    """The importance of the structures of one kind in one block, by a method without gradients.
+
+    Raises:
+        ArgumentError: if it has NaN or infinity.
+    """
+    name = entry.consumer
+    if settings.method == "magnitude":
+        return _finite(entry, _magnitude(entry, structures))
+    if not isinstance(entry, Coupled):
+        routed = activations.routed[name]
+        return _finite(entry, stabilized(routed) if settings.stability else routed.mean(0))
+    stats = activations.inputs[name]
+    if settings.method == "saap":
+        return _finite(entry, _saap_of_activations(entry, structures, stats, settings))
+    by_method = {"flap": _flap, "wanda-sp": _wanda_sp}[settings.method]
+    return _finite(entry, by_method(entry, weight_of(structures, entry), merged(stats)))
+
+
+def _finite(entry: Entry, importance: torch.Tensor) -> torch.Tensor:
+    if not bool(importance.isfinite().all()):
+        raise ArgumentError(
+            f"{entry.consumer}: the importance has NaN or infinity; load the model in float32 or bfloat16 (--dtype "
+            "float32), or check its weights"
+        )
+    return importance.float().cpu()
+
+
+def activations_of(
+    model: nn.Module,
+    tower: Tower,
+    structures: Structures,
+    batches: Sequence[Batch],
+    weights: Weights,
+    progress: Progress | None = None,
+    after: Callable[[Sequence[Entry], Activations], None] | None = None,
+) -> Activations:
+    """What the methods without gradients need of a forward of the dense model.
+
+    Args:
+        model: the dense model; unchanged at return.
+        tower: its blocks.
+        structures: the structures.
+        batches: the calibration set.
+        weights: where the model's weights are.
+        progress: called with the number of steps done, and of all steps.
+        after: called with the entries of each block and what was collected of them, while the block is in memory; then
+            nothing is kept.
+
+    Raises:
+        ArgumentError: if no token reaches a layer, or a mixture did not run.
+    """
+    found = Activations()
+    watchers = {
+        index: _Block(structures, entries)
+        for index, block in enumerate(tower.blocks)
+        if (entries := structures.within(block))
+    }
+
+    def collected(index: int) -> None:
+        if index not in watchers:
+            return
+        of_block = watchers.pop(index) if after is not None else watchers[index]
+        own = of_block.activations()
+        if after is None:
+            found.inputs.update(own.inputs)
+            found.routed.update(own.routed)
+        else:
+            after(of_block.entries, own)
+
+    watch_blocks(model, tower, batches, dict(watchers), weights, progress, collected)
+    return found
+
+
+class _Block(BlockWatcher):
+    """Collects the statistics and contributions of one block."""
+
+    def __init__(self, structures: Structures, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self._layers = {e.consumer: structures.layers[e.consumer] for e in entries if isinstance(e, Coupled)}
+        self._inputs: dict[str, list[ActivationStats]] = {name: [] for name in self._layers}
+        self._mixtures = {e.consumer: Contributions(e) for e in entries if isinstance(e, Mixture)}
+
+    def watched(self, shape: tuple[int, int], valid: torch.Tensor | None, hooks: ExitStack) -> None:
+        for mixture in self._mixtures.values():
+            mixture.watched(shape, valid, hooks)
+        if self._layers:
+            collector = InputCollector(self._layers, Needs(), Stopwatch(_device(self._layers)))
+            hooks.callback(self._keep, collector)
+            hooks.enter_context(collector.batch(shape, valid))
+
+    def _keep(self, collector: InputCollector) -> None:
+        for name, found in self._inputs.items():
+            if (stats := collector.statistics(name)) is not None:
+                found.append(stats)
+
+    def activations(self) -> Activations:
+        """What was collected."""
+        if missing := [name for name, stats in self._inputs.items() if not stats]:
+            raise ArgumentError(f"no token of the calibration text reached {missing[0]}: give more text")
+        return Activations(dict(self._inputs), {name: found.of_batches() for name, found in self._mixtures.items()})
+
+
+def _device(layers: Mapping[str, nn.Module]) -> torch.device:
+    return next(parameter.device for layer in layers.values() for parameter in layer.parameters())
 
 
 def weight_of(structures: Structures, entry: Coupled) -> torch.Tensor:

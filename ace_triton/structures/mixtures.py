@@ -8,8 +8,9 @@ their load.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -88,7 +89,7 @@ class Mixture:
         """A model's tensors by name, without the experts that are not chosen.
 
         Args:
-            tensors: those of the model.
+            tensors: those of the model, or of the block, also without values on the meta device.
             chosen: the kept experts, int64, ascending.
         """
         found = dict(tensors)
@@ -97,14 +98,15 @@ class Mixture:
         for part in self.parts():
             if part.name not in tensors:
                 continue
+            tensor = tensors[part.name].detach()
             if part.structure is None:
-                found[part.name] = part.tensor.detach().index_select(part.dim, chosen.to(part.tensor.device))
+                found[part.name] = tensor.index_select(part.dim, chosen.to(tensor.device))
                 continue
             del found[part.name]
             if part.structure in place:
                 home = next(path for path in self.lists if part.name.startswith(f"{path}."))
                 inner = part.name.removeprefix(f"{home}.{part.structure}.")
-                moved[f"{home}.{place[part.structure]}.{inner}"] = part.tensor.detach()
+                moved[f"{home}.{place[part.structure]}.{inner}"] = tensor
         return {**found, **moved}
 
     @torch.inference_mode()
@@ -121,27 +123,40 @@ class Mixture:
 
     @contextmanager
     def masked(self, kept: torch.Tensor) -> Iterator[None]:
-        """A context in which the router's logits of the experts that are not kept are minus infinity."""
+        """A context in which the router's logits of the experts that are not kept are minus infinity.
+
+        Weights are changed only while the mixture or its router runs, so they may lie in files until then.
+        """
         hidden = torch.ones(self.count, dtype=torch.bool, device="cpu")
         hidden[kept.cpu()] = False
+
+        def hiding(own: Callable[..., Any], logits: bool) -> Callable[..., Any]:
+            @functools.wraps(own)
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                with self._biases_hidden(hidden), _HiddenOutputs(hidden) if logits else nullcontext():
+                    return own(*args, **kwargs)
+
+            return forward
+
+        with ExitStack() as replaced:
+            for module, logits in ((self.router_module, True), (self.module, False)):
+                replaced.enter_context(forward_replaced(module, hiding(module.forward, logits)))
+            yield
+
+    @contextmanager
+    def _biases_hidden(self, hidden: torch.Tensor) -> Iterator[None]:
+        """A context in which the router's biases of hidden experts are minus infinity."""
         biases = [
             part
             for part in self.parts()
             if part.structure is None and "bias" in part.key and part.layer not in self.stacks
         ]
         before = [part.tensor.detach().clone() for part in biases]
-        own = self.router_module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with _HiddenOutputs(hidden):
-                return own(*args, **kwargs)
-
         try:
             for part in biases:
                 removed = hidden.nonzero().flatten().to(part.tensor.device)
                 part.tensor.data.index_fill_(part.dim, removed, float("-inf"))
-            with forward_replaced(self.router_module, forward):
-                yield
+            yield
         finally:
             for part, tensor in zip(biases, before, strict=True):
                 part.tensor.data.copy_(tensor)
@@ -197,6 +212,24 @@ def find_mixtures(
     Returns:
         the mixtures; why their experts cannot go; or None if no block has experts.
     """
+    found = mixtures_in(blocks)
+    if not found or isinstance(found, str):
+        return found or None
+    if tied := [part.name for mixture in found for part in mixture.parts() if shared(part.name)]:
+        return f"{tied[0]} is shared with other layers"
+    count = found[0].count
+    with _Choices(count) as choices:
+        run_model(model, batch)
+    chosen = choices.most or getattr(model.config.get_text_config(), "num_experts_per_tok", None)  # type: ignore[union-attr, operator]
+    if not isinstance(chosen, int):
+        return f"how many experts {found[0].router} chooses is unknown"
+    if chosen >= count:
+        return f"each token is sent to {chosen} of {count}"
+    return tuple(replace(mixture, chosen=chosen) for mixture in found)
+
+
+def mixtures_in(blocks: Sequence[Block]) -> tuple[Mixture, ...] | str:
+    """The modules with experts, how many are chosen left open; or why their experts cannot go."""
     found: list[Mixture] = []
     for block in blocks:
         homes = {path: experts_in(module) for path, module in block.module.named_modules(prefix=block.name)}
@@ -210,20 +243,9 @@ def find_mixtures(
         if isinstance(mixture, str):
             return mixture
         found.append(mixture)
-    if not found:
-        return None
     if len(numbers := sorted({mixture.count for mixture in found})) > 1:
         return f"blocks have different numbers of them ({', '.join(map(str, numbers))})"
-    if tied := [part.name for mixture in found for part in mixture.parts() if shared(part.name)]:
-        return f"{tied[0]} is shared with other layers"
-    with _Choices(numbers[0]) as choices:
-        run_model(model, batch)
-    chosen = choices.most or getattr(model.config.get_text_config(), "num_experts_per_tok", None)  # type: ignore[union-attr, operator]
-    if not isinstance(chosen, int):
-        return f"how many experts {found[0].router} chooses is unknown"
-    if chosen >= numbers[0]:
-        return f"each token is sent to {chosen} of {numbers[0]}"
-    return tuple(replace(mixture, chosen=chosen) for mixture in found)
+    return tuple(found)
 
 
 def _mixture(block: Block, path: str, children: Mapping[str, int]) -> Mixture | str:

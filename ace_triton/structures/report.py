@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,6 +56,21 @@ class ShrinkReport:
     def removed(self) -> float:
         """Share of the blocks' parameters that was removed."""
         return 1 - self.blocks_after / self.blocks_before
+
+    def step(self, perplexity: Sequence[float] | None = None) -> dict[str, Any]:
+        """What the run did, cost and brought, for the history of a result.
+
+        Args:
+            perplexity: before and after; None if it was not measured.
+        """
+        settings = self.settings
+        return {
+            "did": ", ".join([settings.method, *([settings.chosen_update] * (settings.chosen_update != "none"))]),
+            "seconds": sum(self.seconds.values()),
+            "parameters": [self.model_before, self.model_after],
+            "bytes": [self.bytes_before, self.bytes_after],
+            "perplexity": None if perplexity is None else list(perplexity),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, without the indices of the kept structures."""

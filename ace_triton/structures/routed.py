@@ -3,73 +3,61 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..decoders.batches import Batch, run_model, tensors_in
-from ..decoders.calibration_mode import calibration_mode
+from ..decoders.batches import tensors_in
 from ..errors import ArgumentError
+from .forwards import BlockWatcher
 from .mixtures import Mixture
 
 ROUTED = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 """Arguments of an experts' module of transformers: the experts of each token, and their weights."""
 
 
-def contributions(
-    model: nn.Module,
-    mixtures: Mapping[str, Mixture],
-    batches: Sequence[Batch],
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Sum over tokens t of g_te ||f_e(x_t)|| / n_tokens for each expert e, by name of the mixture.
+class Contributions(BlockWatcher):
+    """Collects the sum over tokens t of g_te ||f_e(x_t)|| / n_tokens for each expert e of a mixture, batch by batch.
 
     g is the routing weight, 0 for an expert that the token is not sent to, and f the expert's output. If the experts'
     module takes the routing as arguments, each expert runs on its own tokens once more. Else g f is the mixture's
     output minus its output while the expert's tensors are 0, and the mixture runs once for each expert.
 
     Args:
-        model: the model; unchanged at return.
-        mixtures: its mixtures.
-        batches: the calibration set.
-        progress: called with the number of batches done, and of all batches.
+        mixture: the mixture.
 
-    Returns:
-        fp32 [n_batches, n_experts] for each mixture.
-
-    Raises:
-        ArgumentError: if a mixture did not run.
+    Attributes:
+        found: fp32 [n_experts] for each batch in which the mixture ran.
     """
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in mixtures}
-    current: list[Batch] = []
 
-    def valid_of(tokens: int) -> torch.Tensor | None:
-        mask = next(iter(current[0].masks.values()), current[0].valid)
-        return mask.flatten() if mask is not None and mask.numel() == tokens else None
+    def __init__(self, mixture: Mixture) -> None:
+        self._mixture = mixture
+        self.found: list[torch.Tensor] = []
+        self._batches = 0
 
-    with calibration_mode(model), ExitStack() as hooks:
-        for name, mixture in mixtures.items():
-            for hook in _hooks(mixture, found[name], valid_of):
-                hooks.callback(hook.remove)
-        for number, batch in enumerate(batches):
-            current[:] = [batch]
-            run_model(model, batch)
-            if progress is not None:
-                progress(number + 1, len(batches))
-    if silent := [name for name, parts in found.items() if len(parts) != len(batches)]:
-        raise ArgumentError(
-            f"{silent[0]} did not run once for each batch, so its experts cannot be ranked: take --method magnitude"
-        )
-    return {name: torch.stack(parts) for name, parts in found.items()}
+    def watched(self, shape: tuple[int, int], valid: torch.Tensor | None, hooks: ExitStack) -> None:
+        self._batches += 1
+
+        def valid_of(tokens: int) -> torch.Tensor | None:
+            return valid.flatten() if valid is not None and valid.numel() == tokens else None
+
+        hooks.callback(_hook(self._mixture, self.found, valid_of).remove)
+
+    def of_batches(self) -> torch.Tensor:
+        """The contributions, fp32 [n_batches, n_experts]; ArgumentError if the mixture did not run once a batch."""
+        if len(self.found) != self._batches:
+            raise ArgumentError(
+                f"{self._mixture.consumer} did not run once for each batch, so its experts cannot be ranked: take "
+                "--method magnitude"
+            )
+        return torch.stack(self.found)
 
 
-def _hooks(
-    mixture: Mixture, found: list[torch.Tensor], valid_of: Callable[[int], torch.Tensor | None]
-) -> Iterator[Any]:
-    """Forward hooks that add a batch's contributions to ``found``."""
+def _hook(mixture: Mixture, found: list[torch.Tensor], valid_of: Callable[[int], torch.Tensor | None]) -> Any:
+    """The handle of a forward hook that adds a batch's contributions to ``found``."""
     experts = next(iter(mixture.stacks.values()), None)
     names = () if experts is None or len(mixture.stacks) > 1 else tuple(inspect.signature(experts.forward).parameters)
     if experts is not None and names[1:] in ROUTED:
@@ -78,8 +66,7 @@ def _hooks(
             hidden, index, weights = (*args, *(kwargs[name] for name in names[len(args) :]))
             found.append(_of_routed(mixture, module, hidden, index, weights, valid_of))
 
-        yield experts.register_forward_hook(of_routed, with_kwargs=True)
-        return
+        return experts.register_forward_hook(of_routed, with_kwargs=True)
 
     def of_zeroed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         whole = _first(output)
@@ -89,7 +76,7 @@ def _hooks(
                 norms.append(_summed((whole - _first(module.forward(*args, **kwargs))).flatten(0, -2), valid_of))
         found.append(torch.stack(norms))
 
-    yield mixture.module.register_forward_hook(of_zeroed, with_kwargs=True)
+    return mixture.module.register_forward_hook(of_zeroed, with_kwargs=True)
 
 
 def _of_routed(

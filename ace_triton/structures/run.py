@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from ..decoders.blocks import Tower, find_towers
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
 from .budget import (
-    Share,
     block_parameters,
     checkpoint_bytes,
     kept_structures,
@@ -24,16 +22,16 @@ from .budget import (
     needed_parameters,
     possible_shares,
 )
-from .compensation import Repair, mean_in_bias, repairs, write_repairs
-from .coupled import NAMES, Structures, find_structures, outputs_of, same_outputs
+from .choice import NOTHING, Choice
+from .compensation import Moments, Repair, Stored, mean_in_bias, repaired_tensors, solve_blocks
+from .coupled import NAMES, Entry, Kind, Structures, find_structures, outputs_of, same_outputs
 from .depth import block_influences, kept_blocks
 from .estimate import Estimate, memory_phases
-from .gradients import batch_loss
-from .importance import Importance, InputStats, importance_of, input_statistics, merged, weight_of
+from .importance import Activations, Importance, activations_of, importance_of, merged, score, weight_of
 from .report import ShrinkReport
 from .settings import ShrinkSettings
+from .shares import best_share
 from .smaller import (
-    Changes,
     Kept,
     bias_changes,
     build,
@@ -41,23 +39,20 @@ from .smaller import (
     depth_changes,
     kept_tensors,
     masked,
+    shapes_of,
     skipped,
     text_config,
     width_changes,
     without_unfit_kinds,
 )
 from .speed import needed_for_speed
+from .weights import InMemory, Weights
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the number of steps done and of all steps."""
 
 TOKENS_OF_A_BATCH = 512
 """Number of tokens in a batch: a step of the gradient, and a sample of the stability."""
-
-TRIED_BATCHES = 4
-"""Number of batches on which possible shares are compared."""
-
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -66,14 +61,14 @@ class Earlier:
 
     Attributes:
         structures: the structures; None before the first run.
-        stats: statistics of the dense model's inputs; None if no run needed them.
+        activations: of the dense model; None if no run needed them.
         importance: by the settings that it depends on.
         influence: of blocks, with the sizes of their tuples; None if no run needed it.
         seconds: time that each part took, by a name of it.
     """
 
     structures: Structures | None = None
-    stats: InputStats | None = None
+    activations: Activations | None = None
     importance: dict[object, Importance] = field(default_factory=dict)
     influence: tuple[torch.Tensor, list[int | None]] | None = None
     seconds: dict[object, float] = field(default_factory=dict)
@@ -86,6 +81,7 @@ class Run:
         model, calibration, settings, progress: as for ``shrink_model``.
         earlier: what earlier runs on the same model and calibration set have found; this run adds to it.
         clock: gives the time in seconds.
+        weights: where the model's weights are.
     """
 
     def __init__(
@@ -96,14 +92,17 @@ class Run:
         progress: Progress | None = None,
         earlier: Earlier | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        weights: Weights | None = None,
     ) -> None:
         self._model, self._settings, self._progress, self._clock = model, settings, progress, clock
+        self._weights = weights or InMemory()
         self._earlier = earlier or Earlier()
-        self._seconds: dict[str, float] = {}
-        self._notes: list[str] = []
+        self.seconds: dict[str, float] = {}
         text_config(model)
         if any(parameter.is_meta for parameter in model.parameters()):
-            raise ArgumentError("the model's weights are not in memory, and shrink does not stream: load it whole")
+            raise ArgumentError(
+                "the model's weights are not in memory: load it whole, or shrink it in files with shrink_checkpoint"
+            )
         if any(not p.is_floating_point() or p.element_size() < 2 for p in model.parameters()):
             raise ArgumentError(
                 f"{type(model).__name__} has quantized weights: shrink the floating-point model, then quantize the "
@@ -114,9 +113,9 @@ class Run:
                 f"method {settings.method!r} with update {settings.chosen_update!r} needs calibration text: give token "
                 "ids (magnitude with update 'none' needs none)"
             )
-        self._batches = [] if calibration is None else _batches(model, calibration)
-        self._trial = trial_batch(model, self._batches)
-        towers = find_towers(model, self._trial if self._batches else None)
+        self.batches = [] if calibration is None else _batches(model, calibration)
+        self._trial = trial_batch(model, self.batches)
+        towers = find_towers(model, self._trial if self.batches else None)
         reached = [tower for tower in towers if tower.is_reached]
         if len(reached) != 1:
             raise ArgumentError(
@@ -124,40 +123,66 @@ class Run:
                 f"({', '.join(tower.name for tower in reached)}), and structured pruning takes a model with one: give "
                 "the language model alone, or prune to n:m"
             )
-        self._tower: Tower = reached[0]
-        self._needed = needed_parameters(model, self._tower.blocks, settings)
+        self.tower: Tower = reached[0]
+        self._needed = needed_parameters(model, self.tower.blocks, settings)
 
     def result(self, dry_run: bool) -> tuple[nn.Module | None, ShrinkReport]:
-        """The smaller model, and what was removed; no model after a dry run."""
-        return self._without_blocks(dry_run) if self._settings.method == "depth" else self._narrower(dry_run)
+        """The smaller model, and what was removed; no model after a dry run. The dense model is in memory."""
+        choice = self.choice()
+        if dry_run:
+            return None, self.report(choice, estimate=self._estimate(choice))
+        tensors = kept_tensors(self._model.state_dict(), choice.structures, self.tower.blocks, choice.all_kept)
+        shapes = self.shapes(choice)
+        with self.stage("build and check"):
+            smaller = build(self._model, choice.changes, {**shapes, **tensors})
+            del tensors
+            self.check(smaller, choice)
+        errors: list[tuple[float, float]] = []
+        if self._settings.chosen_update != "none" and choice.kept_columns:
+            with self.stage("update") as step, torch.no_grad():
 
-    def _without_blocks(self, dry_run: bool) -> tuple[nn.Module | None, ShrinkReport]:
-        model, blocks = self._model, self._tower.blocks
-        with self._stage("importance", "influence") as step:
-            found = self._earlier.influence or block_influences(model, self._tower, self._batches, step)
+                def write(index: int, repaired: Mapping[str, Repair]) -> None:
+                    for name, tensor in self.repaired_tensors(choice, repaired, smaller.state_dict()).items():
+                        smaller.state_dict()[name].copy_(tensor)
+                    errors.extend((repair.lost, repair.left) for repair in repaired.values())
+
+                self.update(choice, write, step)
+        return smaller, self.report(choice, smaller, errors)
+
+    def choice(self) -> Choice:
+        """What is kept."""
+        return self._kept_blocks() if self._settings.method == "depth" else self._kept_structures()
+
+    def shapes(self, choice: Choice) -> dict[str, torch.Tensor]:
+        """The tensors of the smaller model without values, on the meta device."""
+        shapes = kept_tensors(shapes_of(self._model), choice.structures, self.tower.blocks, choice.all_kept)
+        if self._settings.chosen_update == "bias":
+            _, shapes = bias_changes(self._model, choice.changes, shapes, _by_kind(choice.structures, choice.kept))
+        return shapes
+
+    def _kept_blocks(self) -> Choice:
+        model, blocks = self._model, self.tower.blocks
+        with self.stage("importance", "influence") as step:
+            found = self._earlier.influence or block_influences(model, self.tower, self.batches, self._weights, step)
             influence, sizes = self._earlier.influence = found
-        kept = kept_blocks(influence, self._tower, self._needed)
-        gone = tuple(index for index in range(len(blocks)) if index not in kept)
-        tensors = kept_tensors(model, Structures({}, {}, {}), blocks, Kept({}, kept))
-        changes = depth_changes(model, len(blocks), kept, tensors)
-        estimate = self._estimate(Structures({}, {}, {}), {}, tensors) if dry_run else None
-        parameters = sum(p.numel() for index in gone for p in blocks[index].module.parameters())
-        smaller = None
-        if not dry_run:
-            with self._stage("build and check"):
-                smaller = build(model, changes, tensors)
-                with skipped([blocks[index] for index in gone], [sizes[index] for index in gone]):
-                    self._check(smaller, "blocks")
-        widths = {"blocks": (len(blocks), len(kept))}
-        return smaller, self._report(
-            smaller, widths, changes, parameters, tensors, removed_blocks=gone, estimate=estimate
+        kept = kept_blocks(influence, self.tower, self._needed)
+        gone = [block for index, block in enumerate(blocks) if index not in kept]
+        shapes = kept_tensors(shapes_of(model), NOTHING, blocks, Kept({}, kept))
+        return Choice(
+            NOTHING,
+            {},
+            depth_changes(model, len(blocks), kept, shapes),
+            {"blocks": (len(blocks), len(kept))},
+            sum(p.numel() for block in gone for p in block.module.parameters()),
+            kept,
+            tuple(sizes),
         )
 
-    def _narrower(self, dry_run: bool) -> tuple[nn.Module | None, ShrinkReport]:
-        model, settings, blocks = self._model, self._settings, self._tower.blocks
-        with self._stage("find structures", "structures"):
+    def _kept_structures(self) -> Choice:
+        model, settings, blocks = self._model, self._settings, self.tower.blocks
+        with self.stage("find structures", "structures"):
             structures = self._earlier.structures or without_unfit_kinds(
-                model, find_structures(model, blocks, self._trial), blocks
+                model, find_structures(model, blocks, self._trial, self._weights), blocks
             )
             self._earlier.structures = structures
         if not structures.coupled:
@@ -165,182 +190,214 @@ class Run:
             raise ArgumentError(
                 f"no structure of {type(model).__name__} can be removed ({reasons}); remove blocks (--method depth)"
             )
-        if settings.speedup is None:
-            needed = self._needed
-        else:
-            with self._stage("time a block"):
+        needed, notes = self._needed, []
+        if settings.speedup is not None:
+            with self.stage("time a block"), self._weights.loaded(blocks[0].module):
                 needed, gain = needed_for_speed(model, structures, blocks, settings, self._trial, self._clock)
-            self._notes.append(f"a block runs {gain:.2f} times as fast on one token here")
+            notes.append(f"a block runs {gain:.2f} times as fast on one token here")
         shares = possible_shares(structures, blocks, settings, needed)
-        stats: InputStats | None = None
-        if settings.needs_statistics:
-            with self._stage("statistics", "statistics") as step:
-                stats = self._earlier.stats or input_statistics(model, structures, self._batches, step)
-                self._earlier.stats = stats
-        ranking = settings.ranking
-        with self._stage("importance", ranking) as step:
-            importance = self._earlier.importance.get(ranking) or importance_of(
-                model, structures, self._batches, settings, stats, step
-            )
-            self._earlier.importance[ranking] = importance
-        with self._stage("compare shares"):
-            share, tried = self._best(shares, structures, importance)
+        importance, moments = self._ranked(structures)
+        with self.stage("compare shares"):
+            share, tried = best_share(model, self.tower, self.batches, structures, importance, shares, self._weights)
         kept, left = kept_structures(structures, importance, share), share.left(structures)
-        tensors = kept_tensors(model, structures, blocks, Kept(kept))
-        changes = width_changes(model, structures, left, tensors)
-        estimate = self._estimate(structures, kept, tensors) if dry_run else None
-        smaller: nn.Module | None = None
-        repaired: dict[str, Repair] = {}
-        if not dry_run:
-            with self._stage("build and check"):
-                smaller = build(model, changes, tensors)
-                with masked(structures, kept):
-                    self._check(smaller, "structures")
-            if settings.chosen_update != "none":
-                del smaller
-                with self._stage("update") as step:
-                    changes, tensors, repaired = self._repaired(structures, kept, changes, tensors, stats, step)
-                    smaller = build(model, changes, tensors)
-        return smaller, self._report(
-            smaller,
-            {kind: (structures.count(kind), left.get(kind, structures.count(kind))) for kind in structures.coupled},
+        columns = [name for name in kept if name in structures.columns]
+        shapes = kept_tensors(shapes_of(model), structures, blocks, Kept(kept))
+        changes = width_changes(model, structures, left, shapes)
+        if settings.chosen_update == "bias":
+            changes, shapes = bias_changes(model, changes, shapes, _by_kind(structures, kept))
+        with_bias = frozenset(name for name in columns if f"{name}.bias" in shapes)
+        if settings.chosen_update == "bias" and len(with_bias) < len(columns):
+            kinds = sorted({structures.columns[name].kind for name in columns if name not in with_bias})
+            which = " and ".join(NAMES[kind] for kind in kinds)
+            notes.append(f"no bias was written for {which}: {type(model).__name__} has no place for it")
+        if settings.chosen_update != "none" and any(name in structures.mixtures for name in kept):
+            notes.append("no update makes up for removed experts; it is for channels and key-value groups")
+        return Choice(
+            structures,
+            kept,
             changes,
+            {kind: (structures.count(kind), left.get(kind, structures.count(kind))) for kind in structures.coupled},
             share.parameters,
-            tensors,
-            estimate=estimate,
-            kept={name: chosen.tolist() for name, chosen in kept.items()},
-            refused={NAMES[kind]: reason for kind, reason in structures.refused.items()},
+            with_bias=with_bias,
+            moments={name: moments[name] for name in columns if name in moments},
             tried=tried,
-            output_error=_mean_errors(repaired),
+            notes=tuple(notes),
         )
 
-    def _best(
-        self, shares: Sequence[Share], structures: Structures, importance: Mapping[str, torch.Tensor]
-    ) -> tuple[Share, dict[int, float]]:
-        """The share with the lowest loss on the first batches, and the losses by number of groups."""
-        if len(shares) == 1 or not self._batches:
-            return shares[0], {}  # The fewest groups: heads are worth more than channels.
-        with calibration_mode(self._model):
-            tried = {
-                share.groups: self._loss(structures, kept_structures(structures, importance, share)) for share in shares
-            }
-        return min(shares, key=lambda share: tried[share.groups]), tried
+    def _ranked(self, structures: Structures) -> tuple[Importance, dict[str, Moments]]:
+        """The importance of all structures; and, for update "bias", the moments of the inputs of their consumers."""
+        settings, earlier = self._settings, self._earlier
+        arguments = (self._model, self.tower, structures, self.batches, self._weights)
+        importance: Importance = {}
+        moments: dict[str, Moments] = {}
 
-    def _loss(self, structures: Structures, kept: Mapping[str, torch.Tensor]) -> float:
-        """The loss without the structures that are not kept; for a model without logits, the error of its outputs."""
-        losses = []
-        for batch in self._batches[:TRIED_BATCHES]:
-            try:
-                with masked(structures, kept):
-                    losses.append(float(batch_loss(self._model, batch)))
-            except ArgumentError:
-                dense = outputs_of(self._model, batch)
-                with masked(structures, kept):
-                    pairs = zip(outputs_of(self._model, batch), dense, strict=True)
-                    losses.append(sum(float((one - two).norm() / two.norm()) for one, two in pairs))
-        return sum(losses) / len(losses)
+        def rank(entries: Sequence[Entry], activations: Activations) -> None:
+            for entry in entries:
+                importance[entry.consumer] = score(entry, structures, settings, activations)
+            if settings.chosen_update == "bias":
+                moments.update((name, Moments.of(merged(of))) for name, of in activations.inputs.items())
 
-    def _repaired(
-        self,
-        structures: Structures,
-        kept: Mapping[str, torch.Tensor],
-        changes: Changes,
-        tensors: Tensors,
-        stats: InputStats | None,
-        step: Callable[..., None],
-    ) -> tuple[Changes, Tensors, dict[str, Repair]]:
-        """The changes of the configuration and the tensors after the update, and the repair of each layer."""
-        entries = structures.columns
-        experts = {name: chosen for name, chosen in kept.items() if name in structures.mixtures}
-        kept = {name: chosen for name, chosen in kept.items() if name in entries}
-        if experts:
-            self._notes.append("no update makes up for removed experts; it is for channels and key-value groups")
-        with_bias = {name for name in kept if f"{name}.bias" in tensors}
-        if self._settings.chosen_update == "bias":
-            kinds = {entries[name].kind for name in kept}
-            consumers = {kind: [n for n in kept if entries[n].kind == kind] for kind in kinds}
-            changes, tensors = bias_changes(self._model, changes, tensors, consumers)
-            with_bias = {name for name in kept if f"{name}.bias" in tensors}
-            assert stats is not None
-            repaired = {}
-            for name in kept:
-                mask = column_mask(entries[name], structures.layers[name], kept[name])
-                repaired[name] = mean_in_bias(weight_of(structures, entries[name]), mask, merged(stats[name]))
-            if missing := sorted({entries[name].kind for name in kept if name not in with_bias}):
-                which = " and ".join(NAMES[kind] for kind in missing)
-                self._notes.append(f"no bias was written for {which}: {type(self._model).__name__} has no place for it")
-        else:
-            settings, batches = self._settings, self._batches
-            with masked(structures, experts):
-                repaired = repairs(
-                    self._model, self._tower, batches, structures, kept, settings, frozenset(with_bias), step
+        if self._weights.in_files:
+            with self.stage("importance") as step:
+                if settings.needs_statistics:
+                    activations_of(*arguments, step, rank)
+                for index, block in enumerate(self.tower.blocks if not settings.needs_statistics else ()):
+                    with self._weights.loaded(block.module):
+                        rank(structures.within(block), Activations())
+                    step(index + 1, len(self.tower.blocks))
+            return importance, moments
+        activations = Activations()
+        if settings.needs_statistics:
+            with self.stage("statistics", "statistics") as step:
+                activations = earlier.activations = earlier.activations or activations_of(*arguments, step)
+        ranking = settings.ranking
+        with self.stage("importance", ranking) as step:
+            if ranking not in earlier.importance:
+                earlier.importance[ranking] = importance_of(
+                    self._model, structures, self.batches, settings, activations, step
                 )
-        return changes, write_repairs(tensors, repaired, structures, frozenset(with_bias)), repaired
+        if settings.chosen_update == "bias":
+            moments = {name: Moments.of(merged(of)) for name, of in activations.inputs.items()}
+        return earlier.importance[ranking], moments
 
-    def _estimate(self, structures: Structures, kept: Mapping[str, torch.Tensor], tensors: Tensors) -> Estimate:
+    def update(
+        self,
+        choice: Choice,
+        solved: Callable[[int, dict[str, Repair]], None],
+        progress: Callable[..., None],
+        stored: Callable[[int], Stored | None] = lambda _: None,
+    ) -> None:
+        """Let kept weights make up for what is removed, block after block.
+
+        Args:
+            choice: what is kept.
+            solved: called with the index of a block and the repairs of its layers.
+            progress: called with the number of blocks done, and of all blocks.
+            stored: as for :func:`~ace_triton.structures.compensation.solve_blocks`.
+        """
+        blocks = self.tower.blocks
+        if self._settings.chosen_update == "lstsq":
+            solve_blocks(
+                self._model,
+                self.tower,
+                self.batches,
+                choice,
+                self._settings,
+                self._weights,
+                solved,
+                stored=stored,
+                progress=progress,
+            )
+            return
+        for index, block in enumerate(blocks):
+            if stored(index) is None:
+                with self._weights.loaded(block.module):
+                    solved(index, self._in_biases(choice, choice.structures.within(block)))
+            progress(index + 1, len(blocks))
+
+    def _in_biases(self, choice: Choice, entries: Sequence[Entry]) -> dict[str, Repair]:
+        found, structures = {}, choice.structures
+        for entry in entries:
+            if (name := entry.consumer) in choice.moments:
+                mask = column_mask(structures.columns[name], structures.layers[name], choice.kept[name])
+                found[name] = mean_in_bias(weight_of(structures, structures.columns[name]), mask, choice.moments[name])
+        return found
+
+    def repaired_tensors(
+        self, choice: Choice, repaired: Mapping[str, Repair], tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The new values of the tensors of repaired layers.
+
+        Args:
+            choice: what is kept.
+            repaired: the repairs by name of the layer.
+            tensors: the tensors of the smaller model so far.
+        """
+        layers = choice.structures.layers
+        found: dict[str, torch.Tensor] = {}
+        for name, repair in repaired.items():
+            bias = tensors[f"{name}.bias"] if name in choice.with_bias else None
+            found |= repaired_tensors(repair, name, layers[name], bias)
+        return found
+
+    def _estimate(self, choice: Choice) -> Estimate:
         """What the run would take; the least squares of two blocks are timed for it."""
-        done = sum(self._seconds.values())
-        solved = {name: chosen for name, chosen in kept.items() if name in structures.columns}
-        seconds = 0.0
-        if self._settings.chosen_update == "lstsq" and solved:
+        done, seconds = sum(self.seconds.values()), 0.0
+        if self._settings.chosen_update == "lstsq" and choice.kept_columns:
             times = [self._clock()]
-            experts = {name: chosen for name, chosen in kept.items() if name in structures.mixtures}
-            with_bias = frozenset(name for name in solved if f"{name}.bias" in tensors)
-            with self._stage("time two blocks"), masked(structures, experts):
-                repairs(
+            with self.stage("time two blocks"):
+                solve_blocks(
                     self._model,
-                    self._tower,
-                    self._batches,
-                    structures,
-                    solved,
+                    self.tower,
+                    self.batches,
+                    choice,
                     self._settings,
-                    with_bias,
-                    lambda *_: times.append(self._clock()),
+                    self._weights,
+                    lambda *_: None,
+                    progress=lambda *_: times.append(self._clock()),
                     most=2,
                 )
-            seconds = times[1] - times[0] + (times[-1] - times[-2]) * (len(self._tower.blocks) - 1)
-        phases = memory_phases(self._model, structures, self._batches, tensors, self._settings)
+            seconds = times[1] - times[0] + (times[-1] - times[-2]) * (len(self.tower.blocks) - 1)
+        phases = memory_phases(self._model, choice.structures, self.batches, self.shapes(choice), self._settings)
         weights = sum(parameter.nbytes for parameter in set(self._model.parameters()))
         return Estimate(phases, done + seconds, weights)
 
-    def _check(self, smaller: nn.Module, without: str) -> None:
-        """ArgumentError if the smaller model does not compute what the dense one does, whose parts are hidden now."""
+    def check(self, smaller: nn.Module, choice: Choice) -> None:
+        """ArgumentError if the smaller model, before an update, computes something else than the dense one's rest."""
+        gone = choice.removed_blocks
+        blocks = [self.tower.blocks[index] for index in gone]
+        without = skipped(blocks, [choice.sizes[index] for index in gone])
         with calibration_mode(self._model), calibration_mode(smaller):
-            if not same_outputs(outputs_of(smaller, self._trial), outputs_of(self._model, self._trial)):
+            with masked(choice.structures, choice.kept), without:
+                expected = outputs_of(self._model, self._trial)
+            if not same_outputs(outputs_of(smaller, self._trial), expected):
                 raise ArgumentError(
                     f"{type(self._model).__name__}: a model of the smaller configuration computes something else than "
-                    f"this model without the removed {without}, so its family is not supported; prune to n:m instead"
+                    f"this model without the removed {'blocks' if gone else 'structures'}, so its family is not "
+                    "supported; prune to n:m instead"
                 )
 
-    def _report(
+    def report(
         self,
-        smaller: nn.Module | None,
-        widths: Mapping[str, tuple[int, int]],
-        changes: Changes,
-        removed: int,
-        tensors: Tensors,
-        **facts: Any,
+        choice: Choice,
+        smaller: nn.Module | None = None,
+        errors: Sequence[tuple[float, float]] = (),
+        estimate: Estimate | None = None,
     ) -> ShrinkReport:
-        blocks, model = block_parameters(self._tower.blocks), n_parameters(self._model)
+        """The report of the run.
+
+        Args:
+            choice: what is kept.
+            smaller: the smaller model; None after a dry run.
+            errors: errors of the repaired layers before and after the update.
+            estimate: what the run would take.
+        """
+        blocks, model, removed = block_parameters(self.tower.blocks), n_parameters(self._model), choice.removed
         if smaller is not None:  # New biases count too.
             removed = model - n_parameters(smaller)
+        mean = tuple(sum(values) / len(errors) for values in zip(*errors, strict=True)) if errors else None
         return ShrinkReport(
             self._settings,
             blocks,
             blocks - removed,
             model,
             model - removed,
-            widths,
-            changes,
-            notes=tuple(self._notes),
-            seconds=dict(self._seconds),
-            bytes_before=checkpoint_bytes(self._model.state_dict()),
-            bytes_after=checkpoint_bytes(tensors),
-            **facts,
+            choice.widths,
+            choice.changes,
+            removed_blocks=choice.removed_blocks,
+            kept={name: chosen.tolist() for name, chosen in choice.kept.items()},
+            refused={NAMES[kind]: reason for kind, reason in choice.structures.refused.items()},
+            tried=choice.tried,
+            output_error=None if mean is None else (mean[0], mean[1]),
+            notes=choice.notes,
+            seconds=dict(self.seconds),
+            bytes_before=checkpoint_bytes(shapes_of(self._model)),
+            bytes_after=checkpoint_bytes(self.shapes(choice)),
+            estimate=estimate,
         )
 
     @contextmanager
-    def _stage(self, name: str, part: object = None) -> Iterator[Callable[..., None]]:
+    def stage(self, name: str, part: object = None) -> Iterator[Callable[..., None]]:
         """A context whose time is recorded; it gives a function that shows progress.
 
         Args:
@@ -359,7 +416,7 @@ class Run:
         seconds = self._clock() - started
         if part is not None:
             seconds = self._earlier.seconds.setdefault(part, seconds)
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 def _batches(model: nn.Module, calibration: Calibration) -> list[Batch]:
@@ -371,8 +428,10 @@ def _batches(model: nn.Module, calibration: Calibration) -> list[Batch]:
     return batches_of(model, calibration, max(1, TOKENS_OF_A_BATCH // max(length, 1)))
 
 
-def _mean_errors(repaired: Mapping[str, Repair]) -> tuple[float, float] | None:
-    if not repaired:
-        return None
-    count = len(repaired)
-    return sum(r.lost for r in repaired.values()) / count, sum(r.left for r in repaired.values()) / count
+def _by_kind(structures: Structures, kept: Mapping[str, torch.Tensor]) -> dict[Kind, list[str]]:
+    """Names of the layers that read removed channels and groups, by kind."""
+    found: dict[Kind, list[str]] = {}
+    for name in kept:
+        if name in structures.columns:
+            found.setdefault(structures.columns[name].kind, []).append(name)
+    return found

@@ -185,3 +185,12 @@ class ShrinkSettings:
         if unknown := [name for name in record if name not in known]:
             raise RecipeError(f"structured pruning has no setting {unknown[0]!r}; its settings: {', '.join(known)}")
         return cls(**record)
+
+
+def settings_of(
+    settings: ShrinkSettings | None, ratio: float, method: str, options: Mapping[str, Any]
+) -> ShrinkSettings:
+    """Settings that are given as a whole, or as ratio, method and options; RecipeError if as both."""
+    if settings is not None and (options or (ratio, method) != (ShrinkSettings.ratio, ShrinkSettings.method)):
+        raise RecipeError("give settings, or ratio, method and options; not both")
+    return settings or ShrinkSettings.from_dict({"ratio": ratio, "method": method, **options})

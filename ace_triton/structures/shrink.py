@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from ..decoders.batches import Calibration
-from ..errors import RecipeError
 from .report import ShrinkReport
 from .run import Progress, Run
-from .settings import ShrinkSettings
+from .settings import ShrinkSettings, settings_of
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,5 @@ def shrink_model(
         ArgumentError: if the model's structures cannot be removed, the ratio leaves nothing, or the text does not fit
             the model. The message names the reason.
     """
-    if settings is not None and (options or (ratio, method) != (0.2, "saap")):
-        raise RecipeError("give settings, or ratio, method and options; not both")
-    record = {"ratio": ratio, "method": method, **options}
-    chosen = settings or ShrinkSettings.from_dict(record)
+    chosen = settings_of(settings, ratio, method, options)
     return Shrunk(*Run(model, calibration, chosen, progress).result(dry_run))

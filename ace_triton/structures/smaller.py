@@ -19,6 +19,7 @@ from ..decoders.blocks import Block
 from ..decoders.calls import Call
 from ..decoders.finished import forward_replaced, in_tuple
 from ..errors import ArgumentError
+from ..tied import memory_of
 from .coupled import Coupled, Entry, Kind, Structures
 from .mixtures import Mixture
 
@@ -48,19 +49,40 @@ class Kept:
     blocks: tuple[int, ...] | None = None
 
 
+def shapes_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The entries of a model's state dict without values, on the meta device; shared ones stay shared."""
+    known: dict[int, torch.Tensor] = {}
+    tensors: Mapping[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    return {name: known.setdefault(id(tensor), tensor.detach().to("meta")) for name, tensor in tensors.items()}
+
+
+def values_in(model: nn.Module, block: Block) -> dict[str, torch.Tensor]:
+    """The entries of the state dict that belong to a block, which is in memory."""
+    tensors: Mapping[str, torch.Tensor] = block.module.state_dict()
+    return {f"{block.name}.{name}": tensor for name, tensor in tensors.items()}
+
+
 def kept_tensors(
-    model: nn.Module, structures: Structures, blocks: Sequence[Block], kept: Kept
+    tensors: Mapping[str, torch.Tensor], structures: Structures, blocks: Sequence[Block], kept: Kept
 ) -> dict[str, torch.Tensor]:
-    """The entries of the state dict of the smaller model; tensors that keep their shape are not copied."""
-    tensors: dict[str, torch.Tensor] = dict(model.state_dict())
-    for name, chosen in kept.structures.items():
-        tensors = structures.entries[name].kept(tensors, structures.layers, chosen)
+    """The entries of the state dict of the smaller model; tensors that keep their shape are not copied.
+
+    Args:
+        tensors: those of the dense model, by name, with or without values; or those of some blocks.
+        structures, blocks: what the model has.
+        kept: what is kept of it; structures in blocks without tensors are left out.
+    """
+    inside = [block for block in blocks if any(name.startswith(f"{block.name}.") for name in tensors)]
+    present = [entry for block in inside for entry in structures.within(block) if entry.consumer in kept.structures]
+    result = dict(tensors)
+    for entry in present:
+        result = entry.kept(result, structures.layers, kept.structures[entry.consumer])
     if kept.blocks is None:
-        return tensors
+        return result
     names = {block.name: place for place, block in enumerate(blocks)}
     new_place = {old: new for new, old in enumerate(kept.blocks)}
     found = {}
-    for name, tensor in tensors.items():
+    for name, tensor in result.items():
         owner = next((block for block in names if name.startswith(f"{block}.")), None)
         if owner is None:
             found[name] = tensor
@@ -142,9 +164,10 @@ def _like(value: Any, width: int) -> Any:
 
 def without_unfit_kinds(model: nn.Module, structures: Structures, blocks: Sequence[Block]) -> Structures:
     """The structures without kinds that the model's configuration cannot have fewer of, with the reasons."""
+    shapes = shapes_of(model)
     for kind, entries in list(structures.coupled.items()):
         fewer = torch.arange(entries[0].count - 1, device="cpu")
-        tensors = kept_tensors(model, structures, blocks, Kept({entry.consumer: fewer for entry in entries}))
+        tensors = kept_tensors(shapes, structures, blocks, Kept({entry.consumer: fewer for entry in entries}))
         tries = config_changes(model, kind, len(fewer), entries[0])
         reasons = [misfit(model, changes, tensors) for changes in tries]
         if None not in reasons:
@@ -198,11 +221,11 @@ def bias_changes(
     Args:
         model: the dense model.
         changes: the changes of the configuration so far.
-        tensors: the tensors of the smaller model.
+        tensors: the shapes of the tensors of the smaller model.
         consumers: names of the consumers that are to have a bias, by kind.
 
     Returns:
-        The changes and the tensors, with new biases that are 0. They stay as given if there is no such field.
+        The changes and the shapes, with new biases. They stay as given if there is no such field.
     """
     text = text_config(model)
     for kind, names in consumers.items():
@@ -213,24 +236,40 @@ def bias_changes(
             wanted = skeleton(model, changed_config(model, more)).state_dict()
             new = {name: tensor for name, tensor in wanted.items() if name not in tensors}
             if {f"{name}.bias" for name in names} <= new.keys() and all(name.endswith(".bias") for name in new):
-                device = next(model.parameters()).device
-                zeros = {name: torch.zeros(t.shape, dtype=t.dtype, device=device) for name, t in new.items()}
-                changes, tensors = more, {**tensors, **zeros}
+                changes, tensors = more, {**tensors, **new}
     return changes, tensors
 
 
 def build(model: nn.Module, changes: Changes, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The smaller model in evaluation mode, with tensors of its own."""
-    built = skeleton(model, changed_config(model, changes))
-    own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    """The smaller model in evaluation mode, with tensors of its own.
+
+    Args:
+        model: the dense model.
+        changes: the changes of its configuration.
+        tensors: the tensors of the smaller model. New biases, which have no values, are 0.
+    """
+    built, device = bare(model, changes), next(model.parameters()).device
+    dense = {memory_of(tensor) for tensor in model.state_dict().values()}
+    own = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            own[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        else:
+            own[name] = tensor.detach().clone() if memory_of(tensor) in dense else tensor.detach()
     built.load_state_dict(own, assign=True)
     built.tie_weights()  # type: ignore[operator]
     requires = {name: p.requires_grad for name, p in model.named_parameters()}
     for name, parameter in built.named_parameters():
         parameter.requires_grad_(requires.get(name, True))
+    return built.to(device)
+
+
+def bare(model: nn.Module, changes: Changes) -> nn.Module:
+    """The smaller model in evaluation mode, with parameters on the meta device."""
+    built = skeleton(model, changed_config(model, changes))
     if (generation := getattr(model, "generation_config", None)) is not None:
         built.generation_config = copy.deepcopy(generation)  # type: ignore[assignment]
-    return built.to(next(model.parameters()).device).eval()
+    return built.eval()
 
 
 @contextmanager

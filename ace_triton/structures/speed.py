@@ -16,7 +16,7 @@ from ..errors import ArgumentError
 from .budget import Share, block_parameters, possible_shares
 from .coupled import Structures
 from .settings import ShrinkSettings
-from .smaller import Kept, changed_config, kept_tensors, skeleton, width_changes
+from .smaller import Kept, changed_config, kept_tensors, shapes_of, skeleton, values_in, width_changes
 
 ROUNDS = 20
 """Number of runs of each block, of which the fastest counts."""
@@ -110,11 +110,11 @@ def _narrowed(model: nn.Module, structures: Structures, blocks: Sequence[Block],
         for kind, number in left.items()
         for entry in structures.coupled[kind]
     }
-    tensors = kept_tensors(model, structures, blocks, Kept(kept))
-    built = skeleton(model, changed_config(model, width_changes(model, structures, left, tensors)))
+    shapes = kept_tensors(shapes_of(model), structures, blocks, Kept(kept))
+    built = skeleton(model, changed_config(model, width_changes(model, structures, left, shapes)))
     block = built.get_submodule(blocks[0].name)
-    inside = f"{blocks[0].name}."
-    own = {name.removeprefix(inside): tensor for name, tensor in tensors.items() if name.startswith(inside)}
+    own = kept_tensors(values_in(model, blocks[0]), structures, blocks, Kept(kept))
+    own = {name.removeprefix(f"{blocks[0].name}."): tensor for name, tensor in own.items()}
     block.load_state_dict(own, assign=True)
     return block.to(next(model.parameters()).device).eval()
 

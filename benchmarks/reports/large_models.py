@@ -5,8 +5,8 @@
 Every run is a process of its own. A made checkpoint of random weights (Llama's shape, 8 GB with 20 blocks) shows how
 memory depends on depth; it needs free disk for two copies. Results in the JSON file are kept, so one part can be
 measured again: ``--only depth``. ``--larger`` is a folder of a model with a large vocabulary, for the parts ``plan``,
-``whole`` (prune all of it) and ``perplexity`` (evaluate what was pruned). ``--pruned`` names a folder in which the
-pruned model stays, so that these two can run one after the other.
+``whole`` (prune all of it), ``perplexity`` (evaluate what was pruned) and ``shrink`` (make it smaller). ``--pruned``
+names a folder in which the pruned model stays, so that these two can run one after the other.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ ROUNDS = 3
 INCLUDED = ("*.layers.[01].*",)
 SMALL = ("--samples", "8", "--length", "128", "--batch-size", "4")
 USUAL = ("--samples", "32", "--length", "128", "--batch-size", "4", "--dtype", "float32")
+SHRINK = ("--ratio", "0.2", "--samples", "8", "--length", "128", "--dtype", "float32")
 FILE_BYTES = 500e6
 
 STREAMED = """
@@ -59,9 +60,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of large-models.json and large-models.md.")] = Path("docs"),
     evaluation: Annotated[str, typer.Option()] = "pydoc:evaluation",
     wikitext: Annotated[bool, typer.Option("--wikitext", help="The evaluation text is a raw WikiText file.")] = False,
-    larger: Annotated[Path | None, typer.Option(help="A second, larger model for plan, whole and perplexity.")] = None,
+    larger: Annotated[
+        Path | None, typer.Option(help="A second, larger model: plan, whole, perplexity, shrink.")
+    ] = None,
     only: Annotated[
-        str | None, typer.Option(help="One part: depth, time, processes, plan, whole, perplexity; or the page.")
+        str | None, typer.Option(help="One part: depth, time, processes, plan, whole, perplexity, shrink; or the page.")
     ] = None,
     pruned: Annotated[
         Path | None, typer.Option(help="Folder for the pruned model of the part whole, for the part perplexity.")
@@ -94,6 +97,7 @@ def main(
         ),
         "whole": lambda folder: whole(pruned or folder / "pruned", large, calibration),
         "perplexity": lambda folder: perplexity(pruned or folder / "pruned", large, text, windows, keep),
+        "shrink": lambda folder: shrunk(folder, large, calibration),
     }
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         for name, measure in parts.items():
@@ -278,6 +282,21 @@ def perplexity(
             found[name] = {**run, "perplexity": json.loads(Path(told.name).read_text())["perplexity"]}
         keep("perplexity", dict(found))
     return found
+
+
+def shrunk(folder: Path, model: str, calibration: str) -> dict[str, Any]:
+    """Make a smaller dense model in files and in memory: CPU time and peak memory; and whether the files are equal."""
+    found: dict[str, Any] = {"model": Path(model).name, "options": " ".join(SHRINK), "processor": processor()}
+    digests = set()
+    for name, how in (("streamed", "--stream"), ("in_memory", "--no-stream")):
+        target = folder / name
+        words = ["-m", "ace_triton", "shrink", model, str(target), how, "--calibration", calibration, *SHRINK]
+        found[name] = measured([sys.executable, *words])
+        report = json.loads((target / "ace_triton.json").read_text())["shrink"]
+        found |= {"dense_bytes": report["bytes_before"], "bytes": report["bytes_after"]}
+        digests.add(digest(target))
+        shutil.rmtree(target)
+    return {**found, "same_bytes": len(digests) == 1}
 
 
 def prune_words(model: str, out: Path, calibration: str, how: str) -> list[str]:

@@ -81,6 +81,8 @@ def page(found: dict[str, Any], kills: dict[str, Any] | None) -> str:
         ]
     if "whole" in found:
         lines += whole_model(found["whole"], found.get("perplexity", {}))
+    if "shrink" in found:
+        lines += smaller_model(found["shrink"])
     if kills is not None:
         lines += [
             "",
@@ -132,6 +134,26 @@ def whole_model(pruning: dict[str, Any], perplexity: dict[str, Any]) -> list[str
         *(
             f"| {work} | {gb(row['peak_bytes'])} | {format(row['perplexity'], '.2f') if 'perplexity' in row else ''} |"
             for work, row in rows
+        ),
+    ]
+
+
+def smaller_model(run: dict[str, Any]) -> list[str]:
+    """The section on a smaller dense model that was made in files."""
+    same = "The weight files are equal byte for byte." if run["same_bytes"] else "The weight files DIFFER."
+    return [
+        "",
+        "## A smaller dense model in files",
+        "",
+        f"`ace-triton shrink {run['options']}` of {run['model']} with its default method.",
+        f"The checkpoint goes from {gb(run['dense_bytes'])} to {gb(run['bytes'])}. {same}",
+        f"Measured on {run['processor']}.",
+        "",
+        "| weights | peak memory | CPU time |",
+        "|---|---:|---:|",
+        *(
+            f"| {name} | {gb(run[how]['peak_bytes'])} | {run[how]['cpu_seconds']:.0f} s |"
+            for name, how in (("in files (`--stream`)", "streamed"), ("in memory", "in_memory"))
         ),
     ]
 

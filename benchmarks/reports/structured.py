@@ -2,11 +2,21 @@
 
     python -m benchmarks.reports.structured --model smollm2 --calibration c4.jsonl.gz --evaluation wiki.test.raw.gz
 
-Results in docs/structured.json are reused, so a stopped run continues. Repeat with another --model to add it.
+Results in docs/structured.json are reused, so a stopped run continues. Repeat with another --model to add it. The
+option ``--list`` prints the names of all rows, with the CPU seconds of the measured ones; ``--only`` measures some:
+
+    --only "10% SAAP*, none"            fusion, stability and gradients beside SAAP at 10 %
+    --only "* recovery, lstsq" --only "* group fine-tuning, lstsq"
+
+A row without gradients takes a few forwards of the calibration text, with gradients about twice as long, and a row with
+recovery as long as its optimizer steps. Rows of one call share the structures and the statistics, so the first one
+takes longer. A row that is asked for by name is measured at any ratio; without ``--only`` ablations run at one ratio.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +34,10 @@ from ace_triton.inputs import checkpoint
 from ace_triton.inputs.beginnings import Beginning, text_ids
 from ace_triton.inputs.calibration import load_calibration
 from ace_triton.inputs.text import read_documents, wikitext_rows
+from ace_triton.process_memory import give_back_free_memory
 from ace_triton.provenance import name_of
+from ace_triton.recovery.settings import GroupTuning, RecoverySettings
+from ace_triton.recovery.train import recover
 from ace_triton.structures.run import Earlier, Run
 from ace_triton.structures.settings import ShrinkSettings
 
@@ -63,7 +76,16 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = tuple(
         ("LLM-Pruner, mixed", {"method": "llm-pruner", "terms": "mixed"}),
     )
 )
-"""Measured at the first ratio alone."""
+"""Measured at the first ratio alone, unless they are asked for."""
+
+STEPS, TRAINED = 60, 128
+"""Optimizer steps of a recovery, and sequences of its text."""
+
+RECOVERED: tuple[tuple[str, GroupTuning | None], ...] = (
+    ("SAAP, then recovery", None),
+    ("SAAP, then group fine-tuning", GroupTuning()),
+)
+"""SAAP with its update, trained toward the dense model in the same number of steps. Measured as ablations are."""
 
 KEY = ("model", "ratio", "method", "update")
 """The entries of a result that tell it apart from others."""
@@ -121,6 +143,10 @@ def main(
     model: Annotated[str, typer.Option()] = "smollm2",
     windows: Annotated[int, typer.Option(min=1)] = 20,
     threads: Annotated[int, typer.Option(min=1)] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Rows to measure, by name, with * and ? as in file names; repeatable.")
+    ] = None,
+    list_rows: Annotated[bool, typer.Option("--list", help="Print the names of all rows, and measure none.")] = False,
     most: Annotated[int | None, typer.Option(help="Number of results to measure now; default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of structured.json and structured.md.")] = Path("docs"),
 ) -> None:
@@ -129,7 +155,15 @@ def main(
     record = read(out)
     name = "SmolLM2-135M" if model == "smollm2" else name_of(model)
     done = {tuple(result[part] for part in KEY) for result in record["results"]}
-    todo = [cell for cell in cells() if (name, *key(*cell)) not in done]
+    if list_rows:
+        seconds = {tuple(r[part] for part in KEY): f"{r['seconds']:.0f} CPU seconds" for r in record["results"]}
+        for cell in cells(every=True):
+            console.print(f"{label(*cell)}: {seconds.get((name, *key(*cell)), 'not measured')}", highlight=False)
+        return
+    wanted = [cell for cell in cells(every=only is not None) if only is None or named(cell, only)]
+    if not wanted:
+        raise typer.BadParameter(f"--only {' '.join(only or ())}: no row has such a name; --list prints all names")
+    todo = [cell for cell in wanted if (name, *key(*cell)) not in done]
     bench = Bench(model, calibration, evaluation, windows) if todo[:most] else None
     for ratio, method, options in todo[:most]:
         assert bench is not None
@@ -145,11 +179,29 @@ def main(
     (out / "structured.md").write_text(page(record))
 
 
-def cells() -> Iterator[tuple[float, str, dict[str, Any]]]:
-    """What is measured, the most important first: ratio, name in the table, and settings."""
+Cell = tuple[float, str, dict[str, Any]]
+
+
+def cells(*, every: bool = False) -> Iterator[Cell]:
+    """What is measured, the most important first: ratio, name in the table, and settings.
+
+    Args:
+        every: ablations and recoveries at all ratios, not at the first one alone.
+    """
     for ratio in RATIOS:
-        for method, options in (*PUBLISHED, *FITTED, *(ABLATIONS if ratio == RATIOS[0] else ())):
+        more = (*ABLATIONS, *((method, {}) for method, _ in RECOVERED)) if every or ratio == RATIOS[0] else ()
+        for method, options in (*PUBLISHED, *FITTED, *more):
             yield ratio, method, options
+
+
+def label(ratio: float, method: str, options: dict[str, Any]) -> str:
+    """The name of a row, such as "20% SAAP, lstsq"."""
+    return f"{ratio:.0%} {method}, {key(ratio, method, options)[2]}"
+
+
+def named(cell: Cell, patterns: list[str]) -> bool:
+    """True if a pattern fits the name of a row."""
+    return any(fnmatch.fnmatchcase(label(*cell), pattern) for pattern in patterns)
 
 
 def key(ratio: float, method: str, options: dict[str, Any]) -> tuple[float, str, str]:
@@ -168,6 +220,7 @@ class Bench:
     def __init__(self, source: str, calibration: str, evaluation: str, windows: int) -> None:
         self.model, tokenizer = checkpoint.load(source, dtype=torch.float32, own_memory=True)
         self._sequences = load_calibration(calibration, tokenizer, samples=SAMPLES, length=LENGTH)
+        self._trained = load_calibration(calibration, tokenizer, samples=TRAINED, length=LENGTH, seed=1).ids
         rows = wikitext_rows("".join(read_documents(evaluation)))
         self._ids = text_ids("\n\n".join(rows), tokenizer, Beginning.of(tokenizer, "auto"))
         self._windows, self._earlier = windows, Earlier()
@@ -183,9 +236,20 @@ class Bench:
         assert smaller is not None
         widths = {kind: list(counts) for kind, counts in report.widths.items()}
         speed = None if tuple(map(str, widths.items())) in timed else self._speed(smaller)
-        seconds = sum(report.seconds.values())
+        seconds = sum(report.seconds.values()) + self._recover(smaller, method)
         value = self.perplexity(smaller)
+        del smaller
+        gc.collect()  # Modules are in reference cycles, and a model is a few large tensors.
+        give_back_free_memory()
         return Result(name, method, settings.chosen_update, ratio, report.removed, widths, seconds, value, speed)
+
+    def _recover(self, smaller: Any, method: str) -> float:
+        """Train the smaller model, if the row asks for it; CPU seconds."""
+        tuning = dict(RECOVERED)
+        if method not in tuning:
+            return 0.0
+        how = RecoverySettings(steps=STEPS, groups=tuning[method], forward_dtype=torch.float32)
+        return recover(smaller, self.model, self._trained, how).cpu_seconds
 
     def _speed(self, smaller: Any) -> Speed:
         sides = (smaller, self.model)
@@ -235,7 +299,8 @@ def page(record: dict[str, Any]) -> str:
         f"{LENGTH} tokens of C4, seed 0, windows of {WINDOW_LENGTH} tokens of WikiText-2. At least the ratio of the "
         "blocks' parameters is removed. Feed-forward widths stay multiples of 64, so a little more may go, as the "
         "table says. All methods keep every block equally wide. The number of key-value groups to remove is the one "
-        "with the lowest loss on the calibration text. Seconds are CPU seconds of the whole run, without loading. "
+        "with the lowest loss on the calibration text. Seconds are CPU seconds of the whole run, without loading; "
+        f"recovery and group fine-tuning have {STEPS} optimizer steps in them. "
         "Rates are tokens per CPU second in transformers on one thread. *Promised* is the number of weights that a "
         "token is multiplied with in the dense model, over that in the smaller one.",
     ]

@@ -1,18 +1,14 @@
 """``ace-triton shrink``: its checkpoint, its report and its errors."""
 
-import importlib
 import json
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ace_triton import ArgumentError
-from ace_triton.commands.sources import check_memory
+from ace_triton.commands import shrink_run
+from ace_triton.commands.sources import loaded_bytes
 from ace_triton.inputs.model_source import weight_file_bytes
-
-commands_shrink = importlib.import_module("ace_triton.commands.shrink")
-"""The module: in the package of commands its name is the function's."""
 
 SMALL = ("--samples", "4", "--length", "16", "--multiple", "16", "--dtype", "float32")
 
@@ -142,7 +138,7 @@ def test_the_checkpoint_has_the_size_that_is_asked_for(method, command, tiny_che
     words = ("--method", method, "--multiple", "8", "--calibration", some_text, "--samples", "2", "--length", "16")
     code, printed, errors = command("shrink", tiny_checkpoint, tmp_path / "out", "--size", f"{asked}", *words)
     assert code == 0, errors
-    assert "asked for at most" in printed
+    assert f"asked for at most {asked / 1e6:.1f} MB (" in " ".join(printed.split())
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert asked - 20_000 - 10_000 * (method == "depth") < written <= asked
 
@@ -172,34 +168,65 @@ def test_a_mistake_is_one_line(command, tiny_checkpoint, tmp_path, words, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_larger_than_memory_is_refused_before_it_loads(command, tiny_checkpoint, tmp_path, monkeypatch):
-    from ace_triton.commands import sources
+@pytest.fixture
+def little_memory(monkeypatch):
     from ace_triton.streaming import fits
 
-    for module in (sources, fits):
+    for module in (shrink_run, fits):
         monkeypatch.setattr(module, "available_memory", lambda: 1000)
-    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "out", "--method", "magnitude")
+
+
+def test_a_model_larger_than_memory_streams_or_is_refused_before_it_loads(
+    command, tiny_checkpoint, tmp_path, little_memory
+):
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "out", "--method", "llm-pruner")
     assert code == 1
-    assert "it does not stream: use a machine with more memory, or prune to n:m" in errors
+    assert "method saap, flap, wanda-sp, magnitude or depth streams (--stream), or use a machine" in errors
     assert "load the model" not in errors
-    assert command("shrink", tiny_checkpoint, tmp_path / "out", "--ratio", "1.5")[0] == 2
+    words = ("--method", "magnitude", "--multiple", "16")
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "out", *words, "--no-stream")
+    assert (code, "are available: add --stream, or use a machine with more memory" in errors) == (1, True)
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "out", *words)
+    assert code == 0, errors
+    assert "so its weights stay in files (--stream)" in " ".join(errors.split())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 32
 
 
-@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 3), (torch.bfloat16, 1.5), ("auto", 3)])
-def test_the_memory_is_that_of_the_weights_as_they_are_loaded(dtype, times, tiny_checkpoint, monkeypatch):
-    from ace_triton.streaming import fits
-
-    needed = times * weight_file_bytes(tiny_checkpoint)
-    monkeypatch.setattr(fits, "available_memory", lambda: (needed + 1) / fits.LARGEST_SHARE)
-    check_memory(tiny_checkpoint, 3, "shrink", dtype)
-    monkeypatch.setattr(fits, "available_memory", lambda: (needed - 1) / fits.LARGEST_SHARE)
-    with pytest.raises(ArgumentError, match="and it does not stream"):
-        check_memory(tiny_checkpoint, 3, "shrink", dtype)
+@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 1), (torch.bfloat16, 0.5), ("auto", 1)])
+def test_the_memory_is_that_of_the_weights_as_they_are_loaded(dtype, times, tiny_checkpoint):
+    assert loaded_bytes(tiny_checkpoint, dtype) == times * weight_file_bytes(tiny_checkpoint)
 
 
 def test_a_dry_run_warns_if_the_run_would_not_fit(command, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands_shrink, "available_memory", lambda: 1000)
+    monkeypatch.setattr(shrink_run, "available_memory", lambda: 1000)
     words = ("--method", "magnitude", "--multiple", "16", "--dry-run")
     code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "out", *words)
     assert code == 0
-    assert "beside the loaded model, 0.0 MiB are available, and it does not stream" in " ".join(errors.split())
+    assert "beside the loaded model, 0.0 MiB are available: add --stream" in " ".join(errors.split())
+
+
+def test_a_streamed_run_writes_the_same_bytes(command, tiny_checkpoint, some_text, tmp_path):
+    text = ("--calibration", some_text, "--evaluation", some_text, "--windows", "2", "--window-length", "16")
+    results = {}
+    for how, more in (("memory", ("--no-stream",)), ("files", ("--stream", "--offload", "disk"))):
+        told = tmp_path / f"{how}.json"
+        words = (*SMALL, *text, "--groups", "1", *more, "--json", told)
+        code, _, errors = command("shrink", tiny_checkpoint, tmp_path / how, *words)
+        assert code == 0, errors
+        results[how] = json.loads(told.read_text())
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "files" / name).read_bytes()
+    memory, files = results["memory"], results["files"]
+    for which in ("before", "after"):
+        assert files["perplexity"][which]["perplexity"] == pytest.approx(memory["perplexity"][which]["perplexity"])
+    same = ("widths", "config", "removed", "bytes_after", "output_error", "notes", "refused")
+    assert {name: files["shrink"][name] for name in same} == {name: memory["shrink"][name] for name in same}
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "no", *SMALL, "--stream", "--importance", "taylor")
+    assert code == 1
+    assert "needs gradients of the whole model, so it does not stream: take flap, wanda-sp" in errors
+    code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "no", *SMALL, "--offload", "disk")
+    assert (code, "--offload disk needs --stream" in errors) == (1, True)
+    code, printed, errors = command("shrink", tiny_checkpoint, tmp_path / "no", *SMALL, *text, "--stream", "--dry-run")
+    assert code == 0, errors
+    assert "nothing was written (--dry-run)" in printed
+    assert not (tmp_path / "no").exists()

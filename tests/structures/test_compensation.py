@@ -5,7 +5,7 @@ import torch
 
 from ace_triton import ActivationStats, ShrinkSettings
 from ace_triton.statistics.gram import Gram
-from ace_triton.structures.compensation import fitted, mean_in_bias
+from ace_triton.structures.compensation import Moments, fitted, mean_in_bias
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_strong_prior_keeps_the_dense_weights(layer):
 
 def test_the_bias_takes_the_mean_of_what_is_removed(layer):
     weight, tokens, mask = layer
-    repair = mean_in_bias(weight, mask, statistics(tokens))
+    repair = mean_in_bias(weight, mask, Moments.of(statistics(tokens)))
     assert torch.equal(repair.weight, weight[:, mask])
     error = (tokens @ weight.t() - tokens[:, mask] @ repair.weight.t() - repair.bias).mean(0)
     torch.testing.assert_close(error, torch.zeros(5), rtol=0, atol=1e-3)

@@ -61,6 +61,14 @@ def varied(model):
     return model
 
 
+def contributions(model, mixtures, batch):
+    watchers = {name: routed.Contributions(mixture) for name, mixture in mixtures.items()}
+    for watcher in watchers.values():
+        with calibration_mode(model), watcher.batch(batch.shape, None):
+            logits_of(model, batch.ids)
+    return {name: watcher.of_batches() for name, watcher in watchers.items()}
+
+
 def logits_of(model, ids):
     with torch.no_grad():
         return model(ids).logits
@@ -108,7 +116,7 @@ def test_the_importance_is_the_routing_weight_times_the_norm_of_the_output(make,
     batch = Batch.of_ids(ids)
     with calibration_mode(model):
         mixtures = find_structures(model, find_blocks(model), batch).mixtures
-    found = routed.contributions(model, mixtures, [batch])
+    found = contributions(model, mixtures, batch)
     expected, inputs = torch.zeros(4), []
     mixture = model.model.layers[1].mlp
     mixture.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
@@ -121,7 +129,7 @@ def test_the_importance_is_the_routing_weight_times_the_norm_of_the_output(make,
         expected[expert] = ((weights * (index == expert)).sum(-1) * outputs.norm(dim=-1)).mean()
     torch.testing.assert_close(found["model.layers.1.mlp"][0], expected.detach())
     monkeypatch.setattr(routed, "ROUTED", ())
-    by_zeros = routed.contributions(model, mixtures, [batch])
+    by_zeros = contributions(model, mixtures, batch)
     for name, values in found.items():
         torch.testing.assert_close(by_zeros[name], values, rtol=1e-4, atol=1e-6)
 

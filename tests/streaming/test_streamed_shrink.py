@@ -1,0 +1,104 @@
+"""Structured pruning in files: the bytes of a run in memory, also after interruptions at any step."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from ace_triton import ArgumentError, CheckpointError, shrink_checkpoint, shrink_model
+from ace_triton.formats.registry import save_model
+from ace_triton.inputs import checkpoint
+from ace_triton.streaming.journal import Journal
+from tests.structures.test_experts import MIXTURES, varied
+
+
+class Stop(Exception):
+    """An interruption."""
+
+
+def files_of(folder):
+    names = ("model.safetensors", "config.json", "generation_config.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def in_memory(source, out, ids, dtype, **options):
+    model, tokenizer = checkpoint.load(source, dtype=dtype, own_memory=True)
+    result = shrink_model(model, ids, **options)
+    save_model(result.model, tokenizer, out, report={})
+    return result.report
+
+
+def without_times(report):
+    return {name: fact for name, fact in report.to_dict().items() if name != "seconds"}
+
+
+@pytest.fixture
+def some_ids():
+    return torch.randint(2, 258, (24, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"multiple": 8, "groups": 1}, "auto"),
+        ({"method": "flap", "multiple": 8}, torch.bfloat16),
+        ({"method": "depth", "ratio": 0.4}, "auto"),
+    ],
+)
+def test_interrupted_runs_resume_to_the_bytes_of_a_run_in_memory(
+    options, dtype, tiny_checkpoint, some_ids, tmp_path, monkeypatch
+):
+    report = in_memory(tiny_checkpoint, tmp_path / "memory", some_ids, dtype, **options)
+    add, left = Journal.add, [0]
+
+    def stopping(self, name, result):
+        if not left[0]:
+            raise Stop(name)
+        left[0] -= 1
+        add(self, name, result)
+
+    monkeypatch.setattr(Journal, "add", stopping)
+    stops, resumed = [], None
+    while resumed is None:
+        left[0] = 4
+        try:
+            resumed = shrink_checkpoint(tiny_checkpoint, tmp_path / "files", some_ids, dtype=dtype, **options)
+        except Stop as stop:
+            stops.append(str(stop))
+    assert stops
+    assert files_of(tmp_path / "files") == files_of(tmp_path / "memory")
+    assert without_times(resumed) == without_times(report)
+    facts = json.loads((tmp_path / "files" / "ace_triton.json").read_text())
+    assert facts["streamed"]["resumed_units"][:2] == ["choice", "files"]
+    assert not (tmp_path / ".files.ace-triton").exists()
+
+
+def test_a_run_with_other_settings_does_not_resume(tiny_checkpoint, some_ids, tmp_path, monkeypatch):
+    add = Journal.add
+    monkeypatch.setattr(Journal, "add", lambda self, name, result: add(self, name, result) or 1 / (name != "files"))
+    out, options = tmp_path / "out", {"method": "magnitude", "multiple": 8}
+    with pytest.raises(ZeroDivisionError):
+        shrink_checkpoint(tiny_checkpoint, out, **options)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"interrupted run had another settings\.ratio"):
+        shrink_checkpoint(tiny_checkpoint, out, ratio=0.3, **options)
+    report = shrink_checkpoint(tiny_checkpoint, out, ratio=0.3, restart=True, **options)
+    assert report.removed >= 0.3
+    with pytest.raises(ArgumentError, match="method 'llm-pruner' needs gradients of the whole model"):
+        shrink_checkpoint(tiny_checkpoint, tmp_path / "no", some_ids, method="llm-pruner")
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_experts_go_in_files(family, make_decoder, tiny_checkpoint, ids, tmp_path, monkeypatch):
+    """Biases of routers are hidden, and stacked experts are written, although no weight is in memory as a whole."""
+    from tests.conftest import FAMILIES
+
+    monkeypatch.setitem(FAMILIES, family, MIXTURES[family])
+    varied(make_decoder(family)).save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "source")
+    options = {"ratio": 0.1, "method": "wanda-sp", "groups": 0, "multiple": 8}
+    in_memory(tmp_path / "source", tmp_path / "memory", ids, "auto", **options)
+    report = shrink_checkpoint(tmp_path / "source", tmp_path / "files", ids, **options)
+    assert report.widths["experts"] == (4, 3)
+    assert files_of(tmp_path / "files") == files_of(tmp_path / "memory")
