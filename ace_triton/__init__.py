@@ -42,6 +42,7 @@ from .planning.pruning_plan import PruningPlan, plan_pruning
 from .prune import PruneResult, prune_linear
 from .prune_blocks import prune_model
 from .recipe import Recipe
+from .recovery.any_model import recover_model
 from .recovery.lora import LoraMerge, MergedLayer, merge_lora
 from .recovery.settings import GroupTuning, RecoveryReport, RecoverySettings
 from .recovery.train import recover
@@ -128,6 +129,7 @@ __all__ = [
     "prune_linear",
     "prune_model",
     "recover",
+    "recover_model",
     "register_exporter",
     "register_metric",
     "register_quantizer",

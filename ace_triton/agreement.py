@@ -133,12 +133,21 @@ def embeddings(
         raise ArgumentError(f"pooling {pooling!r}: use {', '.join(get_args(Pooling))}")
     found = []
     for inputs, output in _outputs(model, batches, progress):
-        found.append(torch.nn.functional.normalize(_embedding(inputs, output, pooling).float(), dim=1).cpu())
+        found.append(torch.nn.functional.normalize(embedding_of(inputs, output, pooling).float(), dim=1).cpu())
     return torch.cat(found)
 
 
-def _embedding(inputs: Inputs, output: Any, pooling: Pooling) -> torch.Tensor:
-    """The embeddings of a batch [n_inputs, width]."""
+def embedding_of(inputs: Inputs, output: Any, pooling: Pooling) -> torch.Tensor:
+    """The embeddings of a batch [n_inputs, width].
+
+    Args:
+        inputs: the model's inputs.
+        output: the output of its forward.
+        pooling: how hidden states become an embedding.
+
+    Raises:
+        ArgumentError: if the output holds no hidden states.
+    """
     own = [output[name] for name in ("text_embeds", "image_embeds") if output.get(name) is not None]
     if own:
         return torch.cat(own, 1)
@@ -179,7 +188,7 @@ def prediction_agreement(
     count, same, divergence = 0, 0, 0.0
     both = zip(_outputs(dense, batches, None), _outputs(pruned, batches, progress), strict=True)
     for (inputs, of_dense), (_, of_pruned) in both:
-        one, other = _logits(of_dense, inputs), _logits(of_pruned, inputs)
+        one, other = (logits_of(inputs, output).float().cpu() for output in (of_dense, of_pruned))
         if one.shape != other.shape:
             raise ArgumentError(
                 f"the logits of the two models differ in shape, {tuple(one.shape)} and {tuple(other.shape)}: name the "
@@ -193,8 +202,16 @@ def prediction_agreement(
     return PredictionAgreement(count, same / count, divergence / count)
 
 
-def _logits(output: Any, inputs: Inputs) -> torch.Tensor:
-    """The logits of a batch without padding, fp32 [n_predictions, n_classes], on the CPU."""
+def logits_of(inputs: Inputs, output: Any) -> torch.Tensor:
+    """The logits of a batch without padding [n_predictions, n_classes].
+
+    Args:
+        inputs: the model's inputs.
+        output: the output of its forward.
+
+    Raises:
+        ArgumentError: if the output holds no logits.
+    """
     logits = output.get("logits")
     if logits is None:
         logits = output.get("logits_per_image")  # CLIP: which text fits an image.
@@ -202,8 +219,7 @@ def _logits(output: Any, inputs: Inputs) -> torch.Tensor:
         raise ArgumentError(f"a {type(output).__name__} holds no logits: compare its embeddings (--task embedding)")
     masks = [inputs.get(name) for name in ("decoder_attention_mask", "attention_mask")]
     valid = next((m.bool() for m in masks if m is not None and logits.dim() == 3 and m.shape == logits.shape[:2]), None)
-    rows = logits.reshape(-1, logits.shape[-1]) if valid is None else logits[valid]
-    return rows.float().cpu()
+    return logits.reshape(-1, logits.shape[-1]) if valid is None else logits[valid]
 
 
 def _outputs(model: Any, batches: Sequence[Inputs], progress: Progress | None) -> Iterator[tuple[Inputs, Any]]:

@@ -16,7 +16,7 @@ from torch import nn
 from .block_fit import BATCH_TOKENS
 from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, Calibration, batches_of, run_model, tensors_in, trial_batch
 from .decoders.blocks import Tower, find_towers, possible_stacks
-from .decoders.calibration_mode import calibration_mode
+from .decoders.calibration_mode import calibration_mode, several_dtypes_named
 from .decoders.experts import find_layouts
 from .decoders.kept_tensors import offload_to
 from .decoders.lanes import Lanes
@@ -174,6 +174,7 @@ def prune_stored(
     """
     clock = Stopwatch(next(model.parameters()).device)
     with ExitStack() as running:
+        running.enter_context(several_dtypes_named(model))
         running.enter_context(calibration_mode(model))
         running.enter_context(weights_as_loaded(model, restorable=store.keeps_changes_private))
         batches = batches_of(model, calibration, batch_size, _tokens_of_a_batch(recipe)) if recipe.calibrated else []

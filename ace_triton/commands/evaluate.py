@@ -52,7 +52,7 @@ from .options import (
 from .recipe_flags import given_flags
 from .sources import check_causal, check_length, check_source, context_length, found_task
 
-WINDOW_LENGTH, SENTENCE_LENGTH = 2048, 128
+WINDOW_LENGTH, SENTENCE_LENGTH, SAMPLES = 2048, 128, 1000
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 """The evaluation text of the papers."""
 
@@ -79,8 +79,8 @@ def evaluate(
     images: ImagesOption = None,
     audio: AudioOption = None,
     samples: Annotated[
-        int, number("Number of sentences, images or audio files to compare on, from the start.", least=1)
-    ] = 3000,
+        int, number("Largest number of sentences, images or audio files to compare on, from the start.", least=1)
+    ] = SAMPLES,
     neighbors: Annotated[int, number("Number of nearest neighbors of an embedding.", least=1)] = NEIGHBORS,
     length: Annotated[
         int | None,
@@ -172,6 +172,8 @@ def evaluate(
             raise ArgumentError(f"--stream measures a perplexity, not {kind.words}: leave it out")
         if started() > 1:
             raise ArgumentError(f"{kind.words} runs in one process: run it without torchrun")
+        if is_sentence and "samples" not in given:
+            print_note(f"{kind.words}, {samples:,} at most: --samples takes more or fewer")
         loading = {"dtype": weights_dtype, "device": where, "trust_remote_code": trust_remote_code}
         comparison = Comparison(
             model_dir,

@@ -66,7 +66,7 @@ def show_plan(context: typer.Context) -> None:
     )
     if values["json"]:
         report.write_json(values["json"], with_provenance(plan.to_dict(), calibration=settings.to_dict()))
-    console.print(plan_table(plan))
+    console.print(plan_table(plan, probes=run.of_text_alone))
     for line in report.skipped_lines(plan.skipped):
         print_line(f"stays dense: {line}")
     for line in plan.unchecked:
@@ -75,8 +75,13 @@ def show_plan(context: typer.Context) -> None:
         print_warning(line)
 
 
-def plan_table(plan: PruningPlan) -> Table:
-    """What a run would prune, and what it would take; sizes and times are estimates."""
+def plan_table(plan: PruningPlan, *, probes: bool = True) -> Table:
+    """What a run would prune, and what it would take; sizes and times are estimates.
+
+    Args:
+        plan: the plan.
+        probes: True if ``--probe`` can estimate the time.
+    """
     table = report.facts_table(f"{plan.recipe.words}, {plan.recipe.sparsity}")
     account = plan.account
     table.add_row("layers to prune", f"{len(plan.layers)}, in {plan.blocks} blocks")
@@ -89,7 +94,7 @@ def plan_table(plan: PruningPlan) -> Table:
     table.add_row("outside the blocks, of the model's weights", f"{account.outside / account.model:.1%}")
     table.add_row("type of the weights", plan.dtype)
     table.add_row("memory with the model in memory", _memory(plan.in_memory))
-    table.add_row("memory if streamed", "not streamed" if plan.streamed is None else _memory(plan.streamed))
+    table.add_row("memory if streamed", _memory(plan.streamed))
     table.add_row("memory of a GPU, if it runs there", _memory(plan.device))
     table.add_row("memory available", gib(plan.available_bytes))
     table.add_row("where the weights would be", "in files (--stream)" if plan.streams else "in memory")
@@ -98,7 +103,7 @@ def plan_table(plan: PruningPlan) -> Table:
     if plan.disk.free_bytes is not None:
         table.add_row("disk free", gib(plan.disk.free_bytes))
     if plan.time is None:
-        table.add_row("time", "not estimated" + ("" if plan.streamed is None else " (plan --probe)"))
+        table.add_row("time", "not estimated" + " (plan --probe)" * probes)
     else:
         weights = "their own weights" if plan.time.real_weights else "random weights"
         table.add_row("time to prune, estimated", f"{_duration(plan.time.seconds)}")

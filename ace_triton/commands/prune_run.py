@@ -15,7 +15,6 @@ from rich.progress import Progress
 
 from ..calibration_report import CalibrationReport, report_on
 from ..decoders.kept_tensors import Offload
-from ..errors import ArgumentError
 from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.calibration import Calibration, load_calibration
@@ -27,13 +26,14 @@ from ..inputs.output_folder import Reservation
 from ..model_report import ModelReport, linears_outside
 from ..packed.pack_model import SparsifyReport, sparsify
 from ..packed.packable import check_packed
-from ..planning.pruning_plan import NOT_STREAMED, PruningPlan, gib, plan_pruning, weights_stay_in_files
+from ..planning.pruning_plan import PruningPlan, plan_pruning, weights_stay_in_files
 from ..processes import Processes
 from ..progress import progress_bar, stage
 from ..provenance import history_with, option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
-from ..streaming.fits import LARGEST_SHARE, available_memory, fits_in_memory, surely_fits
+from ..streaming.file_store import FileStore
+from ..streaming.fits import LARGEST_SHARE, surely_fits
 from ..streaming.streamed_prune import StreamedModel, streamed
 from .calibration_sources import read_sources, trial_inputs
 from .console import print_note
@@ -134,14 +134,6 @@ class PruneRun:
 
     def _read_inputs(self) -> tuple[CalibrationSettings, Sources | None]:
         """As :meth:`read_text`, for a model that is no causal language model or reads images or audio."""
-        if self.stream:
-            raise ArgumentError(NOT_STREAMED)
-        size = weight_file_bytes(self.source)
-        if parse_device(self.device) == "cpu" and not fits_in_memory(size):
-            raise ArgumentError(
-                f"{self.source}: its weights take {gib(size)}, but only {gib(available_memory())} of memory are "
-                "available, and only causal language models on text are streamed: use a machine with more memory"
-            )
         if not self.recipe.calibrated:
             return self.calibration, None
         return read_sources(self.source, self.task, self.calibration)
@@ -153,10 +145,6 @@ class PruneRun:
             progress: shows the stages.
             settings, documents: from :meth:`read_text`.
         """
-        if not self.of_text_alone:
-            assert not isinstance(documents, (str, list))
-            return self._run_others(progress, settings, documents)
-        assert not isinstance(documents, Sources)
         streams = Processes.now().first_does(self._streams)
         return (self._run_streamed if streams else self._run_in_memory)(progress, settings, documents)
 
@@ -198,23 +186,49 @@ class PruneRun:
             **more,
         )
 
-    def _run_in_memory(
-        self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None
-    ) -> PruneResults:
+    def _run_in_memory(self, progress: Progress, settings: CalibrationSettings, documents: Texts) -> PruneResults:
         processes = Processes.now()
         with self._reserved(processes):
             started = time.perf_counter()
             with stage(progress, "load the model"):
-                model, tokenizer = checkpoint.load(self.source, **self._loading())
+                model, tokenizer = self._beside(checkpoint.load(self.source, **self._loading(), task=self._load_as))
             load_seconds = time.perf_counter() - started
             if self.packed:
                 check_packed(self.recipe, model.dtype)
-            sequences = None if documents is None else _sequences(documents, tokenizer, model, settings, progress)
-            calibrated = self._calibration_report(sequences, model, settings, progress)
-            report = self._prune(model, sequences, progress, settings.batch_size).with_load(load_seconds)
-            facts = self._facts(model, report, None if documents is None else settings, calibrated)
+            inputs, calibrated = self._inputs(model, tokenizer, documents, settings, progress)
+            report = self._prune(model, inputs, progress, self._batch_size).with_load(load_seconds)
+            facts, outside = self._facts(model, report, None if documents is None else settings, calibrated)
             packing = self._save(model, tokenizer, facts, progress, processes)
-        return PruneResults(facts, report, calibrated, packing)
+        return PruneResults(facts, report, calibrated, packing, outside)
+
+    @property
+    def _load_as(self) -> str | None:
+        """The task as loading takes it."""
+        return TEXT_GENERATION if self.of_text_alone else self.task_name
+
+    @property
+    def _batch_size(self) -> int | None:
+        """Sequences of a forward; None for inputs that are cut into batches when they are made."""
+        return self.calibration.batch_size if self.of_text_alone else None
+
+    def _beside(self, loaded: tuple[Any, Any]) -> tuple[Any, Any]:
+        """A model with its tokenizer; a model of other inputs with its companions."""
+        model, tokenizer = loaded
+        if self.of_text_alone:
+            return model, tokenizer
+        return model, Companions(ModelSource.find(self.source), self.trust_remote_code)
+
+    def _inputs(
+        self, model: Any, tokenizer: Any, documents: Texts, settings: CalibrationSettings, progress: Progress
+    ) -> tuple[Any, CalibrationReport | InputReport | None]:
+        """What the model is calibrated on, and the report on it; None twice if nothing is needed."""
+        if documents is None:
+            return None, None
+        if isinstance(documents, Sources):
+            reads = Reads.of(model.forward, self.task.name)
+            return model_inputs(model, tokenizer, reads, documents, progress_bar(progress, "calibration inputs"))
+        sequences = _sequences(documents, tokenizer, model, settings, progress)
+        return sequences, self._calibration_report(sequences, model, settings, progress)
 
     @contextmanager
     def _reserved(self, processes: Processes) -> Iterator[None]:
@@ -257,30 +271,7 @@ class PruneRun:
         by = self.recipe.quantize
         return sparsify(model) if by is None else sparsify(model, bits=by.bits, group=by.group)
 
-    def _run_others(self, progress: Progress, settings: CalibrationSettings, sources: Sources | None) -> PruneResults:
-        """As :meth:`_run_in_memory`, for a model that is no causal language model or reads images or audio."""
-        processes = Processes.now()
-        with self._reserved(processes):
-            started = time.perf_counter()
-            with stage(progress, "load the model"):
-                model, _ = checkpoint.load(self.source, **self._loading(), task=self.task_name)
-                companions = Companions(ModelSource.find(self.source), self.trust_remote_code)
-            load_seconds = time.perf_counter() - started
-            batches, made = None, None
-            if sources is not None:
-                reads = Reads.of(model.forward, self.task.name)
-                bar = progress_bar(progress, "calibration inputs")
-                batches, made = model_inputs(model, companions, reads, sources, bar)
-            report = self._prune(model, batches, progress, None).with_load(load_seconds)
-            outside = linears_outside(model, report)
-            facts = self._facts(model, report, None if sources is None else settings, made)
-            facts |= {"task": self.task.name, "auto_class": self.task.auto_class, "outside_layers": list(outside)}
-            packing = self._save(model, companions, facts, progress, processes)
-        return PruneResults(facts, report, made, packing, outside)
-
-    def _run_streamed(
-        self, progress: Progress, settings: CalibrationSettings, documents: str | list[str] | None
-    ) -> PruneResults:
+    def _run_streamed(self, progress: Progress, settings: CalibrationSettings, documents: Texts) -> PruneResults:
         started = time.perf_counter()
         with streamed(
             self.source,
@@ -291,8 +282,9 @@ class PruneRun:
             overwrite=self.overwrite,
             restart=self.restart,
             offload=self.offload,
+            task=self._load_as,
         ) as stream:
-            model = stream.model
+            model, stream.tokenizer = self._beside((stream.model, stream.tokenizer))
             if self.packed:
                 check_packed(self.recipe, model.dtype)
             with stage(progress, "copy the weights"):
@@ -301,45 +293,47 @@ class PruneRun:
                         "recipe": self.recipe.to_dict(),
                         "calibration": None if documents is None else settings.to_dict(),
                         "dtype": str(model.dtype),
+                        **({} if self.of_text_alone else {"task": self.task.name}),
                     }
                 )
             load_seconds = time.perf_counter() - started
             if store.resumed and Processes.now().is_first:
                 print_note(f"resuming: {len(store.resumed)} of {len(store.units)} blocks are done")
             with store.open():
-                sequences = calibrated = None
-                if documents is not None:
-                    # A resumed run has no dense model to write the text or to judge it, so both are kept.
-                    kept = store.once("calibration", lambda: self._calibrate(stream, documents, settings, progress))
-                    sequences = torch.tensor(kept["ids"], dtype=torch.int64, device="cpu")
-                    calibrated = CalibrationReport(**kept["report"])
+                inputs, calibrated = self._kept_inputs(stream, store, documents, settings, progress)
                 bar = progress_bar(progress, "prune")
-                report = prune_stored(
-                    model, sequences, self.recipe, store, batch_size=settings.batch_size, progress=bar
-                )
+                report = prune_stored(model, inputs, self.recipe, store, batch_size=self._batch_size, progress=bar)
             report = report.with_load(load_seconds)
-            facts = self._facts(model, report, None if documents is None else settings, calibrated)
+            facts, outside = self._facts(model, report, None if documents is None else settings, calibrated)
             with stage(progress, "pack" if self.packed else "complete the files"):
                 packing = stream.publish(facts, packed=self.packed, quantize=self.recipe.quantize)
-        return PruneResults(facts, report, calibrated, packing)
+        return PruneResults(facts, report, calibrated, packing, outside)
 
-    def _calibrate(
+    def _kept_inputs(
         self,
         stream: StreamedModel,
-        documents: str | list[str],
+        store: FileStore,
+        documents: Texts,
         settings: CalibrationSettings,
         progress: Progress,
-    ) -> dict[str, Any]:
-        sequences = _sequences(documents, stream.tokenizer, stream.model, settings, progress)
-        report = self._calibration_report(sequences, stream.model, settings, progress)
-        assert report is not None
-        return {"ids": sequences.ids.tolist(), "report": asdict(report)}
+    ) -> tuple[Any, CalibrationReport | InputReport | None]:
+        """As :meth:`_inputs`; the same in a resumed run, which has no dense model to write or to judge a text.
+
+        Inputs of other models depend on the files alone, so they are made again.
+        """
+        if documents is None or isinstance(documents, Sources):
+            return self._inputs(stream.model, stream.tokenizer, documents, settings, progress)
+
+        def calibrate() -> dict[str, Any]:
+            sequences, report = self._inputs(stream.model, stream.tokenizer, documents, settings, progress)
+            return {"ids": sequences.ids.tolist(), "report": asdict(report)}  # type: ignore[arg-type]
+
+        kept = store.once("calibration", calibrate)
+        return torch.tensor(kept["ids"], dtype=torch.int64, device="cpu"), CalibrationReport(**kept["report"])
 
     def _calibration_report(
-        self, sequences: Calibration | None, model: Any, settings: CalibrationSettings, progress: Progress
-    ) -> CalibrationReport | None:
-        if sequences is None:
-            return None
+        self, sequences: Calibration, model: Any, settings: CalibrationSettings, progress: Progress
+    ) -> CalibrationReport:
         with stage(progress, "check the calibration text"):
             return report_on(sequences, model, settings.text)
 
@@ -349,11 +343,13 @@ class PruneRun:
         report: ModelReport,
         settings: CalibrationSettings | None,
         calibrated: CalibrationReport | InputReport | None,
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The JSON beside the model, and the linear layers outside the blocks of other than causal language models."""
         recipe, found = self.recipe, {}
+        outside = () if self.of_text_alone else linears_outside(model, report)
         if calibrated is not None:
             found["calibration_report"] = {**calibrated.to_dict(), "seed": self.calibration.seed}
-        return with_provenance(
+        facts = with_provenance(
             report.to_dict(),
             **source_facts(self.source, self.out),
             **_earlier_steps(self.source),
@@ -378,6 +374,9 @@ class PruneRun:
             **({} if self.task_name is None else {"task_option": self.task_name}),
             device=str(model.device),
         )
+        if not self.of_text_alone:
+            facts |= {"task": self.task.name, "auto_class": self.task.auto_class, "outside_layers": list(outside)}
+        return facts, outside
 
 
 def _earlier_steps(source: str) -> dict[str, Any]:

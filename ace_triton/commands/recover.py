@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -18,7 +18,7 @@ from ..inputs.calibration import SELF, load_calibration, read_calibration
 from ..inputs.written_text import TEXT_LENGTH, text_to_write
 from ..processes import joined
 from ..progress import stage
-from ..provenance import history_of, history_with, name_of, source_facts, source_of, with_provenance
+from ..provenance import history_with, name_of, source_facts, with_provenance
 from ..recovery.settings import DEFAULT_MINUTES, GroupTuning, RecoverySettings
 from ..recovery.sharing import whole_models
 from ..recovery.state import remove_state
@@ -30,10 +30,13 @@ from .console import console, print_backend, print_line, print_note, progress_ba
 from .options import (
     LARGEST_SEED,
     TEXT_SOURCES,
+    AudioOption,
     BosOption,
     DeviceOption,
+    ImagesOption,
     JsonOption,
     OverwriteOption,
+    TaskOption,
     TrustOption,
     check_json,
     number,
@@ -41,10 +44,23 @@ from .options import (
     parse_dtype,
 )
 from .pack import quantization_of
-from .sources import check_causal, check_length, check_source
+from .recipe_flags import given_flags
+from .recover_models import check_vocabulary, remove_if_empty, teacher_of
+from .recover_other import (
+    INPUTS_PER_STEP,
+    OTHER_LENGTH,
+    OTHER_RATE,
+    OTHER_SAMPLES,
+    OtherRecovery,
+    TrainingInputs,
+    check_effect,
+    is_causal,
+)
+from .sources import check_length, check_source
 
 
 def recover(
+    context: typer.Context,
     model_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ace-triton prune wrote.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the recovered model.")],
     teacher: Annotated[
@@ -67,19 +83,45 @@ def recover(
         ),
     ] = "allenai/c4:en",
     samples: Annotated[
-        int,
+        int | None,
         number(
-            f"Largest number of training sequences, which do not overlap; unused with --calibration {SELF}.",
+            f"Largest number of training sequences, which do not overlap, images or audio files; unused with "
+            f"--calibration {SELF}.",
             least=1,
+            show_default=f"{TEXT_SEQUENCES}; {OTHER_SAMPLES} for other models",
         ),
-    ] = TEXT_SEQUENCES,
-    length: Annotated[int, number("Length of a training sequence, in tokens.", least=2)] = TEXT_LENGTH,
+    ] = None,
+    length: Annotated[
+        int | None,
+        number(
+            "Length of a training sequence, in tokens; for other models the largest length.",
+            least=2,
+            show_default=f"{TEXT_LENGTH}; {OTHER_LENGTH} for other models",
+        ),
+    ] = None,
+    task: TaskOption = None,
+    images: ImagesOption = None,
+    audio: AudioOption = None,
+    pieces: Annotated[
+        Literal["sentences", "documents"],
+        typer.Option(
+            help="For other models that read text: train on sentences, or on pieces of documents of --length tokens."
+        ),
+    ] = "sentences",
+    inputs_per_step: Annotated[
+        int, number("For other models: sequences, images or audio files in one optimizer step.", least=1)
+    ] = INPUTS_PER_STEP,
     tokens_per_step: Annotated[
         int, number("Number of tokens in one optimizer step.", least=1)
     ] = RecoverySettings.tokens_per_step,
     learning_rate: Annotated[
-        float, number("Peak learning rate, in units of each weight's root mean square.", above=0)
-    ] = RecoverySettings.learning_rate,
+        float | None,
+        number(
+            "Peak learning rate, in units of each weight's root mean square.",
+            above=0,
+            show_default=f"{RecoverySettings.learning_rate:g}; {OTHER_RATE:g} for other models",
+        ),
+    ] = None,
     norms: Annotated[bool, typer.Option("--norms", help="Also train norms and biases.")] = False,
     tune: Annotated[
         Literal["weights", "groups"],
@@ -120,6 +162,9 @@ def recover(
 
     Weights of 0 stay 0. An interrupted run resumes when the same command is repeated. Several processes share the
     sequences of each step: torchrun --nproc-per-node 4 -m ace_triton recover DIR OUT --tokens-per-step 1024.
+
+    Other models than causal language models (encoders, vision, speech) learn what the dense model's blocks return, and
+    its predictions, or its embeddings if it has no predictions. They run in one process.
     """
     if steps is None and minutes is None:
         minutes = DEFAULT_MINUTES
@@ -129,34 +174,42 @@ def recover(
     if dtype not in ("auto", "float32"):
         raise ArgumentError(f"--dtype {dtype!r}: use auto or float32")
     weights_dtype = parse_dtype(dtype)
+    if (name := format_of(model_dir).name) != "dense":
+        raise ArgumentError(f"{model_dir} is {name}: recover the dense checkpoint with zeros, then pack the result")
+    check_source(model_dir, hub=False)
+    causal = images is None and audio is None and is_causal(model_dir, task, trust_remote_code=trust_remote_code)
+    check_effect(given_flags(context), causal=causal)
     settings = RecoverySettings(
         steps,
         minutes,
         tokens_per_step=tokens_per_step,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate or (RecoverySettings.learning_rate if causal else OTHER_RATE),
         norms=norms,
         seed=seed,
         groups=groups if tune == "groups" else None,
         forward_dtype=torch.float32 if dtype == "float32" else RecoverySettings.forward_dtype,
     )
     check_json(json)
-    if (name := format_of(model_dir).name) != "dense":
-        raise ArgumentError(f"{model_dir} is {name}: recover the dense checkpoint with zeros, then pack the result")
     checkpoint.check_out(out, overwrite=overwrite)
     where = parse_device(device)
-    check_source(model_dir, hub=False)
-    advice = "train it with transformers' Trainer and ace_triton.MaskCallback, which keeps zeros at zero"
-    check_causal(model_dir, "recover", advice, trust_remote_code=trust_remote_code)
     pruning = checkpoint.read_report(model_dir) or {}
     if tune == "groups" and not pruning:
         raise ArgumentError(f"--tune groups is for a model that shrink wrote, and {model_dir} is none: shrink it first")
-    source = _teacher(model_dir, teacher, pruning)
+    source = teacher_of(model_dir, teacher, pruning)
+    if not causal:
+        texts = TrainingInputs(calibration, samples or OTHER_SAMPLES, length, pieces, images, audio, inputs_per_step)
+        loading = {"dtype": weights_dtype, "device": where, "trust_remote_code": trust_remote_code}
+        run = OtherRecovery(model_dir, source, out, task, texts, settings, loading, overwrite=overwrite)
+        console.print(report.recovery_table(run.run(json), of_text=False))
+        print_line(f"written to {out}")
+        return
+    samples, length = samples or TEXT_SEQUENCES, length or TEXT_LENGTH
     check_length(model_dir, length, "--length")
     folder = out.absolute().parent / f".{out.name}.recovery"
     with ExitStack() as stack:
         processes = stack.enter_context(joined())
         if processes.is_first:
-            stack.callback(_remove_if_empty, folder)
+            stack.callback(remove_if_empty, folder)
             stack.enter_context(checkpoint.reserved(out, overwrite=overwrite))
         documents = read_calibration(calibration)
         print_backend(where)
@@ -171,7 +224,7 @@ def recover(
             dense, dense_tokenizer = checkpoint.load(
                 source, dtype=weights_dtype, device=first, trust_remote_code=trust_remote_code
             )
-        _check_vocabulary(tokenizer, dense_tokenizer)
+        check_vocabulary(tokenizer, dense_tokenizer)
         with stage(progress, "text"):
             beginning = Beginning.of(tokenizer, bos)
             text = (
@@ -200,7 +253,7 @@ def recover(
         if processes.is_first:
             with stage(progress, "save the model"):
                 pruning.pop("source_path", None)  # A teacher from the hub has no path.
-                facts = {**_without_quantization(pruning), **source_facts(source, out), "recovery": recovery}
+                facts = {**report.without_quantization(pruning), **source_facts(source, out), "recovery": recovery}
                 facts["history"] = history_with(
                     pruning,
                     "recover",
@@ -229,56 +282,3 @@ def recover(
             "them again."
         )
     print_line(f"written to {out}")
-
-
-def _without_quantization(pruning: dict[str, Any]) -> dict[str, Any]:
-    """A pruning report whose recipe does not say that the weights are quantized: training changes their values."""
-    recipe = pruning.get("recipe")
-    if not isinstance(recipe, dict):
-        return pruning
-    return {**pruning, "recipe": {name: part for name, part in recipe.items() if name != "quantize"}}
-
-
-def _teacher(model_dir: Path, named: str | None, pruning: dict[str, Any]) -> str:
-    """The dense model's name. Raises CheckpointError before anything is loaded if it is unknown or not dense."""
-    source = source_of(pruning, model_dir) if named is None else named
-    if not source:
-        name = pruning.get("source")
-        known = f"; only its name is known, {name}" if isinstance(name, str) and name else ""
-        raise checkpoint.CheckpointError(
-            f"{model_dir} does not say where its dense model is{known}: name it with --teacher"
-        )
-    check_source(source)
-    folder = Path(source)
-    if folder.is_dir() and folder.samefile(model_dir):
-        why = "that is the pruned model itself" + ("; it replaced the dense one" if named is None else "")
-    elif folder.is_dir() and not _is_dense(checkpoint.read_report(folder)):
-        why = f"that is a pruned model (it has {checkpoint.REPORT_FILE})"
-    else:
-        return source
-    raise checkpoint.CheckpointError(f"the teacher is {source}, but {why}: name the dense model with --teacher")
-
-
-def _is_dense(report: dict[str, Any] | None) -> bool:
-    """True if a folder's report tells of no step that leaves zeros: shrink removes weights as a whole."""
-    if report is None:
-        return True
-    commands = {step.get("command") for step in history_of(report)}
-    return commands == {"shrink"}
-
-
-def _check_vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """Raise ArgumentError if a token id means different tokens in the two tokenizers."""
-    own = {index: token for token, index in tokenizer.get_vocab().items()}
-    other = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
-    if differing := [index for index in own.keys() & other.keys() if own[index] != other[index]]:
-        first = min(differing)
-        raise ArgumentError(
-            f"the teacher has another vocabulary: token {first} is {own[first]!r} in the pruned model and "
-            f"{other[first]!r} in the teacher; name the dense model that it was pruned from with --teacher"
-        )
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()

@@ -226,20 +226,36 @@ def _first_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
-    """A recovery's results; losses are means over its first and its last steps."""
+def recovery_table(result: RecoveryReport, most: int = 10, *, of_text: bool = True) -> Table:
+    """A recovery's results; losses are means over its first and its last steps.
+
+    Args:
+        result: the report.
+        most: number of steps in a mean.
+        of_text: True for a causal language model, whose losses are in nats a token.
+    """
     table = facts_table("recovery")
     most = max(1, min(most, len(result.losses) // 2))
     first, last = result.losses[:most], result.losses[-most:]
+    unit = " nats a token" if of_text else ""
     table.add_row("steps", f"{result.steps:,}")
-    table.add_row("tokens", f"{result.tokens:,}")
-    table.add_row("passes over the text", f"{result.passes:.2f}")
+    if result.tokens:
+        table.add_row("tokens", f"{result.tokens:,}")
+    table.add_row(f"passes over the {'text' if of_text else 'inputs'}", f"{result.passes:.2f}")
     table.add_row("time", f"{result.seconds:.0f} s")
-    table.add_row("loss, first steps", f"{sum(first) / len(first):.3f} nats a token")
-    table.add_row("loss, last steps", f"{sum(last) / len(last):.3f} nats a token")
+    table.add_row("loss, first steps", f"{sum(first) / len(first):.3f}{unit}")
+    table.add_row("loss, last steps", f"{sum(last) / len(last):.3f}{unit}")
     table.add_row("weights trained", f"{result.trained:,}")
     table.add_row("weights still 0", f"{result.zeros:,}")
     return table
+
+
+def without_quantization(pruning: dict[str, Any]) -> dict[str, Any]:
+    """A pruning report whose recipe does not say that the weights are quantized: training changes their values."""
+    recipe = pruning.get("recipe")
+    if not isinstance(recipe, dict):
+        return pruning
+    return {**pruning, "recipe": {name: part for name, part in recipe.items() if name != "quantize"}}
 
 
 def perplexity_table(result: Perplexity, facts: dict[str, str]) -> Table:

@@ -70,6 +70,13 @@ def _config(model: str | Path, trust_remote_code: bool) -> Any:
         return None
 
 
+def kind_beside_causal(source: str | Path, *, trust_remote_code: bool = False) -> str | None:
+    """What a model is, as "a BertModel (feature-extraction)", if it surely is no causal language model; else None."""
+    config = _config(source, trust_remote_code)
+    own_code = trust_remote_code and "auto_map" in (config.to_dict() if config is not None else {})
+    return None if config is None else other_kind(config, trusted=own_code)
+
+
 def check_causal(source: str | Path, command: str, advice: str, *, trust_remote_code: bool = False) -> None:
     """Raise ArgumentError if a model surely is no causal language model, in the words of the command that needs one.
 
@@ -79,9 +86,7 @@ def check_causal(source: str | Path, command: str, advice: str, *, trust_remote_
         advice: what to do instead.
         trust_remote_code: run Python code that comes with the checkpoint.
     """
-    config = _config(source, trust_remote_code)
-    own_code = trust_remote_code and "auto_map" in (config.to_dict() if config is not None else {})
-    other = None if config is None else other_kind(config, trusted=own_code)
+    other = kind_beside_causal(source, trust_remote_code=trust_remote_code)
     if other is not None:
         raise ArgumentError(f"{source}: is {other}, and {command} takes causal language models only: {advice}")
 

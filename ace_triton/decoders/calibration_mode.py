@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import AceError, ArgumentError
+
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
@@ -34,3 +36,26 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for config, name, value in before:
             setattr(config, name, value)
+
+
+@contextmanager
+def several_dtypes_named(model: nn.Module) -> Iterator[None]:
+    """A context in which an error about dtypes names those of the model's weights if they have several.
+
+    Raises:
+        ArgumentError: if a product fails because its inputs and its weight have different dtypes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first: dict[torch.dtype, str] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                first.setdefault(parameter.dtype, name)
+        if isinstance(error, AceError) or "dtype" not in str(error) or len(first) < 2:
+            raise
+        listed = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in first.items())
+        raise ArgumentError(
+            f"{type(model).__name__} cannot run: its weights have several dtypes, {listed}, and its forward does not "
+            f"convert between them ({error}): give all weights one dtype, as with model.to(torch.bfloat16)"
+        ) from error

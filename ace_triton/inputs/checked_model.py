@@ -107,8 +107,12 @@ def refuse_unfit(source: str, model: Any, *found: tuple[str, Iterable[str]]) -> 
         return
     own, saved_as = type(model).__name__, (model.config.architectures or [""])[0]
     if saved_as and saved_as != own:
-        kind = f"a causal language model ({own})" if own == _causal_class(model.config) else f"a {own}"
-        raise CheckpointError(f"{source}: was saved as a {saved_as}, not as {kind}: {wrong}")
+        causal = own == _causal_class(model.config)
+        kind = f"a causal language model ({own})" if causal else f"a {own}"
+        what_next = (
+            "" if causal else "; leave --task (task) out to load it as it was saved, or train it for the task first"
+        )
+        raise CheckpointError(f"{source}: was saved as a {saved_as}, not as {kind}: {wrong}{what_next}")
     raise CheckpointError(
         f"{source}: its tensors do not fit the {own} of its config.json: {wrong}; a file is missing, or belongs to "
         "another model"

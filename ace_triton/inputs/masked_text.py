@@ -10,6 +10,9 @@ import torch
 from ..errors import TextError
 from .beginnings import token_ids
 
+MASKED_SHARE = 0.15
+"""Share of the tokens that are masked for a masked language model, as in BERT."""
+
 PROBE = "a"
 """A text whose tokens show which special tokens a tokenizer puts around it."""
 
@@ -94,3 +97,29 @@ def pad_of(tokenizer: Any) -> int:
     found = tokenizer.pad_token_id
     found = tokenizer.eos_token_id if found is None else found
     return 0 if found is None else int(found)
+
+
+def with_masked_tokens(
+    batches: Sequence[dict[str, torch.Tensor]], tokenizer: Any, seed: int, share: float = MASKED_SHARE
+) -> list[dict[str, torch.Tensor]]:
+    """Batches in which a random share of the tokens is the mask token; special tokens and padding stay.
+
+    Args:
+        batches: with ``input_ids``.
+        tokenizer: the tokenizer; without a mask token the batches stay as they are.
+        seed: random seed.
+        share: share of the tokens.
+    """
+    if tokenizer.mask_token_id is None:
+        return list(batches)
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.int64, device="cpu")
+    found = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        chosen = torch.rand(ids.shape, generator=generator, dtype=torch.float32, device="cpu") < share
+        chosen &= ~torch.isin(ids, special)
+        if "attention_mask" in batch:
+            chosen &= batch["attention_mask"].bool()
+        found.append({**batch, "input_ids": ids.masked_fill(chosen, tokenizer.mask_token_id)})
+    return found

@@ -32,8 +32,6 @@ from .memory import Calibrated, Memory, Need
 from .probe import Estimate, estimate
 from .skeleton import Skeleton, skeleton
 
-NOT_STREAMED = "--stream is for causal language models on text: leave it out, so the model is loaded"
-
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_DOCUMENT = 500
 """Assumed sizes of a text that is not tokenized, or not read, for a plan."""
@@ -54,7 +52,7 @@ class PruningPlan:
         excluded: matrices of the blocks that ``include`` and ``exclude`` rule out.
         account: number of parameters pruned, skipped and excluded.
         in_memory: CPU memory of a run that loads the whole model.
-        streamed: CPU memory of a run whose weights stay in files; None for models that are not streamed.
+        streamed: CPU memory of a run whose weights stay in files.
         device: memory of a GPU that the whole model is loaded on.
         available_bytes: CPU memory that is available now.
         streams: True if the run would keep the weights in files.
@@ -74,7 +72,7 @@ class PruningPlan:
     excluded: tuple[Excluded, ...]
     account: Account
     in_memory: Memory
-    streamed: Memory | None
+    streamed: Memory
     device: Memory
     available_bytes: int
     streams: bool
@@ -86,7 +84,7 @@ class PruningPlan:
     @property
     def memory(self) -> Memory:
         """CPU memory of the run that would be chosen."""
-        return self.streamed if self.streams and self.streamed is not None else self.in_memory
+        return self.streamed if self.streams else self.in_memory
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types."""
@@ -102,7 +100,7 @@ class PruningPlan:
             "account": self.account.to_dict(),
             "memory": {
                 "in_memory": self.in_memory.to_dict(),
-                "streamed": None if self.streamed is None else self.streamed.to_dict(),
+                "streamed": self.streamed.to_dict(),
                 "device": self.device.to_dict(),
                 "available_bytes": self.available_bytes,
             },
@@ -176,8 +174,6 @@ def plan_pruning(
     tokens, unread = (None, ()) if text is None or not whole.calibrated else _text_tokens(text)
     calibrated = Calibrated(samples, length, batch_size, tokens, offload == "disk") if whole.calibrated else None
     of_text_alone = task == TEXT_GENERATION and inputs is None
-    if stream and not of_text_alone:
-        raise ArgumentError(NOT_STREAMED)
     if probe and not of_text_alone:
         raise ArgumentError("--probe estimates the time for causal language models on text alone: leave it out")
     built = skeleton(source, dtype=dtype, trust_remote_code=trust_remote_code, task=task)
@@ -196,13 +192,13 @@ def plan_pruning(
         packed=packed,
     )
     in_memory = need.in_memory()
-    streamed = need.streamed() if of_text_alone else None
-    may_stream = not on_gpu and of_text_alone
+    streamed = need.streamed()
+    may_stream = not on_gpu
     streams = stream if stream is not None else may_stream and not fits_in_memory(in_memory.peak)
     place = None if out is None else Path(out)
     disk = disk_of(built, layers, whole, place, packed=packed, streams=streams)
     available = available_memory()
-    chosen = streamed if streams and streamed is not None else in_memory
+    chosen = streamed if streams else in_memory
     warnings = [
         *_of_model(built, layers, calibrated if inputs is None else None),
         *_of_out(place, disk, overwrite),

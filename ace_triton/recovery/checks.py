@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def pruned_masks(model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> dict[str, torch.Tensor]:
+def pruned_masks(model: nn.Module, teacher: nn.Module | None = None) -> dict[str, torch.Tensor]:
     """Masks of all pruned weights in a model's blocks, True for kept weights; RecoveryError if none is pruned.
 
     If the teacher's blocks have more parameters, the model was made smaller by structured pruning. Then all matrices of
@@ -71,7 +71,12 @@ def check_arguments(
         )
     if least < 0 or most >= sizes[0]:
         raise RecoveryError(f"ids run from {least} to {most}, the vocabulary from 0 to {sizes[0] - 1}")
-    dtypes = {parameter.dtype for decoder in (model, teacher) for parameter in decoder.parameters()}
+    check_dtypes(model, teacher, settings)
+
+
+def check_dtypes(model: nn.Module, teacher: nn.Module, settings: RecoverySettings) -> None:
+    """Raise RecoveryError if forwards in float32 are asked for, and a weight has another dtype."""
+    dtypes = {parameter.dtype for each in (model, teacher) for parameter in each.parameters()}
     if settings.forward_dtype == torch.float32 and dtypes != {torch.float32}:
         raise RecoveryError(
             f"forwards in float32 need both models in float32, not {', '.join(sorted(map(str, dtypes)))}: load them "
@@ -79,7 +84,7 @@ def check_arguments(
         )
 
 
-def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, masks: dict[str, torch.Tensor]) -> None:
+def check_teacher(model: nn.Module, teacher: nn.Module, masks: dict[str, torch.Tensor]) -> None:
     """RecoveryError if the teacher is pruned: a model learns nothing from itself, and little from a pruned one."""
     weights = dict(teacher.named_parameters())
     zeros = {name: mask for name, mask in masks.items() if not mask.all()}

@@ -185,7 +185,7 @@ def _train(
         objective = Distillation(model, teacher, batches.of(run.steps), settings.forward_dtype)
         most = objective.most(batches.length)
         passes = passes_of(batches.sequences, most, processes) if in_step and most is not None else None
-        while (fraction := _spent(settings, run)) < 1:
+        while (fraction := spent_share(settings, run)) < 1:
             own = share_of(batches.of(run.steps), processes).to(model.device)
             loss = sum(processes.gather(objective.backward(own, batches.tokens, passes=passes)))
             if not math.isfinite(loss):
@@ -193,7 +193,7 @@ def _train(
             optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
             spent = processes.gather((time.monotonic() - clock, time.process_time() - cpu))
             run.record(loss, spent[0][0], cpu_before + sum(of_process for _, of_process in spent))
-            if keeping.saves and (run.seconds - saved >= keeping.every or _spent(settings, run) >= 1):
+            if keeping.saves and (run.seconds - saved >= keeping.every or spent_share(settings, run) >= 1):
                 optimizer.collect()
                 if keeping.path is not None:
                     run.save(keeping.path, optimizer)
@@ -201,11 +201,11 @@ def _train(
             if progress is not None:
                 budget = settings.steps if settings.minutes is None else 60 * settings.minutes
                 assert budget is not None
-                progress(min(_spent(settings, run), 1) * budget, budget, loss)
+                progress(min(spent_share(settings, run), 1) * budget, budget, loss)
     return run
 
 
-def _spent(settings: RecoverySettings, run: RecoveryState) -> float:
+def spent_share(settings: RecoverySettings, run: RecoveryState) -> float:
     """Spent share of the budget; training ends at 1."""
     if settings.minutes is not None:
         return run.seconds / (60 * settings.minutes)
@@ -231,7 +231,7 @@ def _whole(
     """Both models, and the optimizer of the parameters to train, which have the dtype of forwards inside the block."""
     moving = {name: model.get_parameter(name) for name in names}
     dtypes = {name: parameter.dtype for name, parameter in moving.items()}
-    with weights_as_loaded(model), _frozen(model), _frozen(teacher):
+    with weights_as_loaded(model), frozen(model), frozen(teacher):
         with torch.no_grad():
             model(input_ids=trial_ids(model), use_cache=False)  # RWKV rescales its weights here, so before the copy.
         optimizer = KeptAdamW(moving, settings.forward_dtype, processes)
@@ -258,15 +258,15 @@ def _adapted(
     assert settings.groups is not None
     with (
         weights_as_loaded(model),
-        _frozen(model),
-        _frozen(teacher),
+        frozen(model),
+        frozen(teacher),
         adapted(layers, settings.groups, settings.seed, settings.forward_dtype, processes) as optimizer,
     ):
         yield model, teacher, optimizer
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside the block; restores the previous settings."""
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = {module: module.training for module in model.modules()}

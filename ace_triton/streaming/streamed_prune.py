@@ -21,6 +21,7 @@ from ..decoders.kept_tensors import Offload, check_offload
 from ..errors import ArgumentError, CheckpointError
 from ..inputs import checkpoint
 from ..inputs.model_source import ModelSource, check_device
+from ..inputs.model_task import TEXT_GENERATION
 from ..inputs.output_folder import Reservation, publish, reserved, write_report, writing
 from ..model_report import ModelReport
 from ..packed.pack_model import SparsifyReport, pack_layers
@@ -46,7 +47,7 @@ class StreamedModel:
 
     Attributes:
         model: the model. Its weights have their values once :meth:`start` was called.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, or another object that saves what belongs beside the weights.
     """
 
     model: Any
@@ -175,13 +176,14 @@ def streamed(
     overwrite: bool = False,
     restart: bool = False,
     offload: Offload = "memory",
+    task: str | None = TEXT_GENERATION,
 ) -> Iterator[StreamedModel]:
     """Open a model whose weights stay in the files of a new checkpoint.
 
     All processes of a run map the same files, so they must have one file system with shared memory: one machine.
 
     Args:
-        source, dtype, trust_remote_code: as for :func:`~ace_triton.inputs.checkpoint.load`.
+        source, dtype, trust_remote_code, task: as for :func:`~ace_triton.inputs.checkpoint.load`.
         out: folder for the new checkpoint; it is reserved until the context ends.
         device: where blocks run and are pruned, one at a time.
         overwrite: as for :func:`~ace_triton.inputs.output_folder.check_out`.
@@ -210,7 +212,7 @@ def streamed(
         with writing(place, out):
             converted = place.kept / f"converted-{processes.rank}"
             model, tokenizer = checkpoint.load(
-                source, dtype=dtype, trust_remote_code=trust_remote_code, offload_folder=converted
+                source, dtype=dtype, trust_remote_code=trust_remote_code, offload_folder=converted, task=task
             )
         yield StreamedModel(model, tokenizer, place, source, out, overwrite, processes, where, offload)
 

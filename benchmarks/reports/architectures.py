@@ -54,6 +54,25 @@ CLASSES: dict[str, tuple[tuple[str, str], ...]] = {
 """For each class of models, the AutoModel classes whose families are tried, with transformers' names of their tables. A
 family is tried once in a class, with the first that has it. Classifiers with a decoder are left to their classes."""
 
+PLAIN: tuple[tuple[str, str], ...] = (
+    (r"requires the (\w+) library", r"needs the package {0}, which is not installed here"),
+    (r"can't be found|not a local folder|huggingface\.co", "needs a file from the model hub"),
+    (r"smallest configuration here has ([\d,]+) parameters", "has {0} parameters in its smallest configuration here"),
+    (r"Unrecognized configuration class", "has no model class in transformers for its configuration"),
+    (
+        r"ValidationError|rope_parameters|context_size|Padding_idx|object has no attribute '(?:num_|intermediate)"
+        r"|running_mean|must be int, not NoneType",
+        "its configuration accepts none of the small sizes that were tried",
+    ),
+    (
+        r"missing \d+ required positional argument: '(\w+)'|by a usual name",
+        "its forward needs an input that is neither text, images nor audio by the usual names",
+    ),
+)
+"""Plain reasons why no small model was made, by a pattern of the error; the first one that fits counts."""
+
+OTHER_REASON = "none of the inputs that were tried fits its forward"
+
 OPTIONS: dict[str, Any] = {"method": "ace", "sparsity": "2:4", "update": "rescale"}
 console = Console()
 
@@ -152,12 +171,26 @@ def _class_lines(found: dict[str, dict[str, Any]]) -> Sequence[str]:
     if low:
         shares = [f"{name} {result['share']:.0%} ({'; '.join(result['dense'])})" for name, result in low.items()]
         lines.append(f"- **Less than 95% of their blocks' matrices pruned**: {', '.join(shares)}.")
-    for title, outcomes in (("Not pruned", ("not pruned", "wrong")), ("No small model made", ("not made",))):
-        rest = {name: result["reason"] for name, result in found.items() if result["outcome"] in outcomes}
-        if rest:
-            reasons = [f"    - {name}: {_as_text(reason.rstrip('.:'))}." for name, reason in rest.items()]
-            lines += [f"- **{title}** ({len(rest)}):", *reasons]
+    rest = {name: result["reason"] for name, result in found.items() if result["outcome"] in ("not pruned", "wrong")}
+    if rest:
+        reasons = [f"    - {name}: {_as_text(reason.rstrip('.:'))}." for name, reason in rest.items()]
+        lines += [f"- **Not pruned** ({len(rest)}):", *reasons]
+    not_made: dict[str, list[str]] = {}
+    for name, result in found.items():
+        if result["outcome"] == "not made":
+            not_made.setdefault(plain_reason(result["reason"]), []).append(name)
+    if not_made:
+        lines.append(f"- **No small model made** ({sum(map(len, not_made.values()))}), so not tried:")
+        lines += [f"    - {reason}: {', '.join(names)}." for reason, names in not_made.items()]
     return lines
+
+
+def plain_reason(error: str) -> str:
+    """Why no small model of a family was made, as a plain clause about the family."""
+    for pattern, words in PLAIN:
+        if found := re.search(pattern, error):
+            return words.format(*found.groups())
+    return OTHER_REASON
 
 
 def _as_text(message: str) -> str:

@@ -19,14 +19,14 @@ import torch
 import typer
 from rich.console import Console
 
-from ace_triton import RowLimits, keep_zeros, pack_model, prune_linear, prune_model
+from ace_triton import RecoveryReport, RecoverySettings, RowLimits, pack_model, prune_linear, prune_model, recover_model
 from ace_triton.agreement import embedding_agreement, embeddings
 from ace_triton.commands.compare_run import pooling_of
 from ace_triton.commands.report import write_json
 from ace_triton.decoders.blocks import find_blocks, linears_of
 from ace_triton.formats.registry import load_model
 from ace_triton.inputs.masked_text import pad_of, padded, pieces_of
-from ace_triton.inputs.sentences import sentences_of
+from ace_triton.inputs.sentences import sentences_of, shuffled_by_length
 from ace_triton.inputs.text import read_documents
 from ace_triton.packed.dispatch import ALWAYS
 from ace_triton.packed.nm_linear import NMLinear
@@ -40,26 +40,31 @@ SAMPLES, GRID_SAMPLES = 512, 128
 LENGTH, GRID_LENGTH = 128, 64
 """The recipes are measured on more sentences, and calibrated on more text, than the grid of methods."""
 
-STEPS, STEP_SENTENCES, RATE = 200, 32, 1e-4
+STEPS, STEP_SENTENCES, RATE = 640, 16, 2e-3
+"""Of a recovery: optimizer steps, sentences of a step, and the peak learning rate in units of each weight's size."""
+
 CALIBRATION_SENTENCES, BLOCK_EPOCHS, FIT_SENTENCES = 1500, 4, 12
 """For recipes that are calibrated on single sentences: how many, and for block fits the epochs and sentences of a step.
 """
 RECIPES: dict[str, dict[str, Any]] = {
     "wanda, permuted, lstsq": {"method": "wanda", "permute": True, "update": "lstsq"},
-    "wanda, permuted, lstsq, on sentences": {
-        "method": "wanda",
-        "permute": True,
-        "update": "lstsq",
-        "calibration": "sentences",
-    },
     "wanda, permuted, lstsq and block fit, on sentences": {
         "method": "wanda",
         "permute": True,
         "update": {"kind": "lstsq", "block_epochs": BLOCK_EPOCHS},
         "calibration": "sentences",
     },
-    "wanda, permuted, lstsq, distilled": {"method": "wanda", "permute": True, "update": "lstsq", "steps": STEPS},
+    "wanda, permuted, lstsq, on sentences, recovered": {
+        "method": "wanda",
+        "permute": True,
+        "update": "lstsq",
+        "calibration": "sentences",
+        "steps": STEPS,
+    },
 }
+"""A recovered recipe is measured before the recovery too."""
+
+STEPS_OF_A_MEAN = 20
 SPEED_SENTENCES, SPEED_ROUNDS = 24, 7
 PRODUCT_ROWS, PRODUCT_CALLS = (1, 4, 8, 16, 32), 41
 AIM = {"cosine": 0.97, "recall": 0.85}
@@ -91,7 +96,7 @@ class Bench:
             "evaluation": Path(evaluation).name,
             "grid": grid,
             "whole": {**whole, "sentences": len(self.sentences)},
-            "distillation": {"steps": STEPS, "sentences": STEP_SENTENCES, "rate": RATE},
+            "recovery": {"steps": STEPS, "sentences": STEP_SENTENCES, "rate": RATE},
             "processor": processor(),
             "torch": torch.__version__,
         }
@@ -142,34 +147,33 @@ class Bench:
             else self.calibration_sentences(FIT_SENTENCES if fits else 64)
         )
         prune_model(model, batches, sparsity=pattern, **recipe)
-        if steps:
-            self.distill(model, steps)
         seconds = time.process_time() - started
-        return {**self.agreement(model, sizes["sentences"]), "cpu_seconds": seconds}
+        found = {**self.agreement(model, sizes["sentences"]), "cpu_seconds": seconds}
+        if not steps:
+            return found
+        report = self.recover(model, steps)
+        recovered = {
+            **self.agreement(model, sizes["sentences"]),
+            "cpu_seconds": seconds + report.cpu_seconds,
+            "recovery_cpu_seconds": report.cpu_seconds,
+            "tokens": report.tokens,
+            "losses": [
+                statistics.mean(report.losses[:STEPS_OF_A_MEAN]),
+                statistics.mean(report.losses[-STEPS_OF_A_MEAN:]),
+            ],
+        }
+        return {**recovered, "before": found}
 
-    def distill(self, model: Any, steps: int) -> None:
-        """Train the kept weights so that hidden states and embeddings of sentences are those of the dense model."""
-        sentences = sentences_of(self.documents)
-        pieces = pieces_of(sentences, self.tokenizer, len(sentences), GRID_LENGTH, 1)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.dim() > 1], lr=RATE, weight_decay=0.0)
-        keep_zeros(model, optimizer)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for step in range(steps):
-            start = step * STEP_SENTENCES % (len(pieces) - STEP_SENTENCES)
-            inputs = padded(pieces[start : start + STEP_SENTENCES], pad_of(self.tokenizer))
-            with torch.no_grad():
-                wanted = self.dense(**inputs, output_hidden_states=True)
-            given = model(**inputs, output_hidden_states=True)
-            weights = inputs["attention_mask"].float()[:, :, None]
-            loss = torch.zeros(())
-            for one, other in zip(given.hidden_states[1:], wanted.hidden_states[1:], strict=True):
-                loss = loss + ((one - other).square() * weights).sum() / (other.square() * weights).sum()
-            pooled = [(states.last_hidden_state * weights).sum(1) for states in (given, wanted)]
-            loss = loss + 4 * (1 - torch.nn.functional.cosine_similarity(*pooled)).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+    def recover(self, model: Any, steps: int) -> RecoveryReport:
+        """Train the kept weights toward the dense model, on sentences of the calibration text."""
+        sentences = shuffled_by_length(sentences_of(self.documents), STEP_SENTENCES, 0)
+        pieces = pieces_of(sentences, self.tokenizer, len(sentences), GRID_LENGTH, None)
+        batches = [
+            padded(pieces[i : i + STEP_SENTENCES], pad_of(self.tokenizer))
+            for i in range(0, len(pieces) - STEP_SENTENCES + 1, STEP_SENTENCES)
+        ]
+        settings = RecoverySettings(steps=steps, learning_rate=RATE, norms=True, forward_dtype=torch.float32)
+        return recover_model(model, copy.deepcopy(self.dense), batches, settings, pooling=self.pooling, progress=_show)
 
     def products(self, pattern: str) -> dict[str, dict[str, dict[str, float]]]:
         """Microseconds of a layer's products by the number of rows, for each shape of a layer in the first block."""
@@ -212,6 +216,11 @@ class Bench:
         dense_ms, packed_ms = (1e3 * statistics.median(seconds) for seconds in spent)
         faster = statistics.median(d / p for d, p in zip(*spent, strict=True))
         return {"dense_ms": dense_ms, "packed_ms": packed_ms, "faster": faster, "tokens": sum(map(len, pieces))}
+
+
+def _show(spent: float, budget: float, loss: float) -> None:
+    if round(spent) % STEPS_OF_A_MEAN == 0:
+        console.print(f"step {spent:.0f} of {budget:.0f}, loss {loss:.4f}", highlight=False)
 
 
 @torch.inference_mode()
@@ -307,7 +316,7 @@ def page(content: dict[str, Any]) -> list[str]:
 
 def _recipe_lines(content: dict[str, Any]) -> list[str]:
     """The section of the recipes; empty if none was measured."""
-    whole, trained = content["setting"]["whole"], content["setting"]["distillation"]
+    whole, trained = content["setting"]["whole"], content["setting"]["recovery"]
     if not any(key.startswith("recipe ") for key in content):
         return []
     return [
@@ -316,23 +325,46 @@ def _recipe_lines(content: dict[str, Any]) -> list[str]:
         f"{whole['sentences']:,} sentences; calibrated on {whole['samples']:,} sequences of at most {whole['length']} "
         f'tokens, or "on sentences": {CALIBRATION_SENTENCES:,} single sentences of the calibration text. Block fit: '
         f"{BLOCK_EPOCHS} epochs of training of each block toward the outputs of the dense block (`block_epochs`). "
-        f'"Distilled" trains the kept weights for {trained["steps"]} optimizer steps of '
-        f"{trained['sentences']} sentences toward the dense hidden states and embeddings; the zeros stay.",
+        f'"Recovered" trains the kept weights, norms and biases for {trained["steps"]} optimizer steps of '
+        f"{trained['sentences']} sentences of the calibration text (`ace_triton.recover_model`, learning rate "
+        f"{trained['rate']:g}); the zeros stay.",
         "",
         *recipe_table(content),
         "",
+        *_verdict(content),
     ]
 
 
 def recipe_table(content: dict[str, Any]) -> list[str]:
-    """The recipes' results as a Markdown table."""
-    lines = ["| pattern | recipe | cosine | recall at 10 | CPU seconds |", "|---|---|---:|---:|---:|"]
+    """The recipes' results as a Markdown table; a recovered recipe has a row before the recovery and one after."""
+    lines = [
+        "| pattern | recipe | cosine | smallest cosine | recall at 10 | CPU seconds |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for pattern in PATTERNS:
         for name in RECIPES:
             if found := content.get(f"recipe {pattern} {name}"):
-                cells = f"{found['cosine']:.3f} | {found['recall']:.3f} | {found['cpu_seconds']:.0f}"
-                lines.append(f"| {pattern} | {name} | {cells} |")
+                if "before" in found:
+                    lines.append(_recipe_row(pattern, name.removesuffix(", recovered"), found["before"]))
+                lines.append(_recipe_row(pattern, name, found))
     return lines
+
+
+def _recipe_row(pattern: str, name: str, found: dict[str, Any]) -> str:
+    cells = (f"{found['cosine']:.3f}", f"{found['least_cosine']:.3f}", f"{found['recall']:.3f}")
+    return f"| {pattern} | {name} | {' | '.join(cells)} | {found['cpu_seconds']:.0f} |"
+
+
+def _verdict(content: dict[str, Any]) -> list[str]:
+    """What the best recipe at 8:16 reaches of the aims."""
+    found = [content[key] for key in content if key.startswith("recipe 8:16 ")]
+    if not found:
+        return []
+    best = max(found, key=lambda result: result["cosine"])
+    reached = [
+        f"{name} {best[key]:.3f} (aim: {AIM[key]})" for name, key in (("cosine", "cosine"), ("recall", "recall"))
+    ]
+    return [f"The best recipe at 8:16 reaches {' and '.join(reached)}.", ""]
 
 
 def grid_table(content: dict[str, Any]) -> list[str]:

@@ -81,6 +81,46 @@ def test_every_kind_is_pruned_and_loads_with_its_class(kind, prune, media, tmp_p
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_streamed_run_writes_the_same_bytes(kind, prune, media, tmp_path):
+    save, reads = KINDS[kind]
+    save(tmp_path / "dense")
+    assert prune(tmp_path / "dense", *media[reads])[0] == 0
+    (tmp_path / "out").rename(tmp_path / "in-memory")
+    code, _, errors = prune(tmp_path / "dense", *media[reads], "--stream")
+    assert code == 0, errors
+    whole, streamed = (load_file(tmp_path / name / "model.safetensors") for name in ("in-memory", "out"))
+    assert whole.keys() == streamed.keys()
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in whole.items())
+    files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("in-memory", "out")]
+    assert files[0] == files[1]
+    facts = json.loads((tmp_path / "out" / "ace_triton.json").read_text())
+    assert (facts["auto_class"], facts["streamed"]) == (CLASSES[kind], {"resumed_units": []})
+
+
+def test_an_interrupted_streamed_run_of_two_towers_resumes(prune, monkeypatch, tmp_path):
+    """The run is stopped in the second tower, whose blocks read what the pruned first one returns."""
+    KINDS["t5"][0](tmp_path / "dense")
+    assert prune(tmp_path / "dense")[0] == 0
+    (tmp_path / "out").rename(tmp_path / "in-memory")
+
+    def stopping(progress, label):
+        def move(done: int, total: int, *_) -> None:
+            if label == "prune" and done == 3:
+                raise KeyboardInterrupt
+
+        return move
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ace_triton.commands.prune_run.progress_bar", stopping)
+        assert prune(tmp_path / "dense", "--stream")[0] != 0
+    code, _, errors = prune(tmp_path / "dense", "--stream")
+    assert code == 0, errors
+    assert "resuming: 3 of 4 blocks are done" in errors
+    whole, streamed = (load_file(tmp_path / name / "model.safetensors") for name in ("in-memory", "out"))
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in whole.items())
+
+
 @pytest.mark.parametrize("kind", ["t5", "clip"])
 def test_a_plan_is_what_pruning_does(kind, prune, command, media, tmp_path):
     """The plan reads no text, so it does not notice that there is none."""
@@ -95,17 +135,18 @@ def test_a_plan_is_what_pruning_does(kind, prune, command, media, tmp_path):
     assert plan["layers"] == [layer["name"] for layer in report["layers"]]
     assert plan["account"] == report["account"]
     assert plan["towers"] == {tower["name"]: tower["blocks"] for tower in report["towers"]}
-    assert plan["memory"]["streamed"] is None
+    assert set(plan["memory"]["streamed"]["phases"]) == {"copy the weights", "prune"}
     assert plan["memory"]["in_memory"]["peak_bytes"] > sum(
         path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors")
     )
     assert all(f"tower {tower}" in out for tower in plan["towers"])
 
 
-def test_a_plan_counts_the_hidden_states_of_images(media, tmp_path):
+def test_a_plan_counts_the_hidden_states_of_images(media, monkeypatch, tmp_path):
     """Four patches and a class token for each image, instead of --length tokens."""
     from ace_triton import plan_pruning
 
+    monkeypatch.setattr("ace_triton.planning.pruning_plan.resident_bytes", lambda: 0)  # It grows between two plans.
     KINDS["vit"][0](tmp_path / "dense")
     batch = {"pixel_values": torch.zeros(2, 3, 16, 16)}
     few, many = (
@@ -177,6 +218,7 @@ def test_a_task_chooses_the_class(prune, tmp_path):
     assert code == 1
     assert "classifier.weight" in errors
     assert "was saved as a BertForMaskedLM, not as a BertForSequenceClassification: 4 missing" in errors
+    assert "leave --task (task) out" in " ".join(errors.split())
     code, _, errors = prune(tmp_path / "dense", "--overwrite", "--task", "speech")
     assert code == 1
     assert "no bert model for the task 'speech'; it has" in errors
@@ -208,8 +250,6 @@ def test_text_beside_an_image_is_its_caption(prune, media, tmp_path, documents):
         ("vit", (), "a ViTForImageClassification reads more than text: give --images DIR"),
         ("whisper", (), "a WhisperForConditionalGeneration reads more than text: give --audio DIR"),
         ("bert", ("--images", "."), "--images: a BertModel does not read that"),
-        ("bert", ("--stream",), "--stream is for causal language models on text"),
-        ("bert", ("--dry-run", "--stream"), "--stream is for causal language models on text"),
         ("bert", ("--bos", "each"), "--bos is for causal language models"),
         ("bert", ("--calibration", "self"), "only causal language models write text"),
         ("bert", ("--length", "33"), "--length 33 is more than the model's 32 positions"),
@@ -250,7 +290,6 @@ REFUSED = {
     "serve": (),
     "export": ("OUT", "--to", "gguf"),
     "shrink": ("OUT",),
-    "recover": ("OUT", "--steps", 1),
     "study": ("OUT",),
     "pack": ("OUT", "--stream"),
     "evaluate": ("--tasks", "arc_easy"),

@@ -20,7 +20,7 @@ from ace_triton.linears import linear_weight
 from ace_triton.methods.registry import Needs
 from ace_triton.timing import Stopwatch
 from benchmarks.harness.small_models import small_model
-from tests.decoders.small_towers import KINDS, SOURCE, TEXT, Kind, ids, llava, make, mask
+from tests.decoders.small_towers import KINDS, SOURCE, TEXT, VOCABULARY, Kind, ids, llava, make, mask
 
 
 @pytest.fixture(params=KINDS)
@@ -381,3 +381,18 @@ def test_inputs_get_the_dtype_of_the_model():
     model, batches = make(KINDS["vit"])
     report = prune_model(model.bfloat16(), batches, "wanda")
     assert len(report.layers) == 12
+
+
+def test_weights_of_several_dtypes_are_named():
+    """A decoder whose norms are in fp32 beside bf16 weights cannot run by itself."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {**TEXT, **VOCABULARY}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.model.layers[0].input_layernorm.float()
+    with pytest.raises(
+        ArgumentError, match=r"several dtypes, bfloat16 \(.*\), float32 \(model\.layers\.0\.input_layer"
+    ):
+        prune_model(model, torch.randint(3, 99, (2, 8)), "wanda", "2:4")
+    assert all(torch.equal(p.float(), before[name].float()) for name, p in model.named_parameters())

@@ -1,0 +1,57 @@
+"""Checks of the dense model that a recovery learns from, before anything is loaded and after."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentError
+from ..inputs import checkpoint
+from ..provenance import history_of, source_of
+from .sources import check_source
+
+
+def teacher_of(model_dir: Path, named: str | None, pruning: dict[str, Any]) -> str:
+    """The dense model's name. Raises CheckpointError before anything is loaded if it is unknown or not dense."""
+    source = source_of(pruning, model_dir) if named is None else named
+    if not source:
+        name = pruning.get("source")
+        known = f"; only its name is known, {name}" if isinstance(name, str) and name else ""
+        raise checkpoint.CheckpointError(
+            f"{model_dir} does not say where its dense model is{known}: name it with --teacher"
+        )
+    check_source(source)
+    folder = Path(source)
+    if folder.is_dir() and folder.samefile(model_dir):
+        why = "that is the pruned model itself" + ("; it replaced the dense one" if named is None else "")
+    elif folder.is_dir() and not _is_dense(checkpoint.read_report(folder)):
+        why = f"that is a pruned model (it has {checkpoint.REPORT_FILE})"
+    else:
+        return source
+    raise checkpoint.CheckpointError(f"the teacher is {source}, but {why}: name the dense model with --teacher")
+
+
+def _is_dense(report: dict[str, Any] | None) -> bool:
+    """True if a folder's report tells of no step that leaves zeros: shrink removes weights as a whole."""
+    if report is None:
+        return True
+    commands = {step.get("command") for step in history_of(report)}
+    return commands == {"shrink"}
+
+
+def check_vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> None:
+    """Raise ArgumentError if a token id means different tokens in the two tokenizers."""
+    own = {index: token for token, index in tokenizer.get_vocab().items()}
+    other = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
+    if differing := [index for index in own.keys() & other.keys() if own[index] != other[index]]:
+        first = min(differing)
+        raise ArgumentError(
+            f"the teacher has another vocabulary: token {first} is {own[first]!r} in the pruned model and "
+            f"{other[first]!r} in the teacher; name the dense model that it was pruned from with --teacher"
+        )
+
+
+def remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
