@@ -52,6 +52,7 @@ def memory_phases(
     batches: Sequence[Batch],
     tensors: Mapping[str, torch.Tensor],
     settings: ShrinkSettings,
+    in_files: Sequence[Block] = (),
 ) -> dict[str, int]:
     """Bytes of tensors that a run has in memory at the same time, by phase.
 
@@ -61,10 +62,14 @@ def memory_phases(
         batches: the calibration set.
         tensors: those of the smaller model, from :func:`~ace_triton.structures.smaller.kept_tensors`.
         settings: the settings of the run.
+        in_files: the blocks, if the weights are in files; then one block is in memory, and what is left of it.
     """
     weights = sum(p.nbytes for p in set(model.parameters()))
     smaller = {id(tensor): tensor.nbytes for tensor in tensors.values()}
     kept = sum(smaller.values())
+    if in_files:
+        sizes = [sum(p.nbytes for p in block.module.parameters()) for block in in_files]
+        weights, kept = weights - sum(sizes) + max(sizes), max(sizes)
     itemsize = next(model.parameters()).element_size()
     config: Any = getattr(model, "config", None)
     text = config.get_text_config()
