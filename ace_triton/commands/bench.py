@@ -11,12 +11,12 @@ import torch
 import typer
 from rich.progress import Progress
 
+from ..decoding_times import decoding_times
 from ..errors import ArgumentError
 from ..formats.registry import load_model
 from ..generation import prompt_ids
 from ..inputs.text import read_documents
 from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, fastest, kinds_of, totals
-from ..packed.decoding import decoding_times
 from ..packed.pack_model import sparsify
 from ..packed.packed_linear import PackedLinear
 from ..packed.products import registry

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..generation import decode
-from ..linears import is_linear
-from .packed_linear import PackedLinear
-from .unpack_model import unpack_model
+from .generation import decode
+from .linears import is_linear
+from .packed.packed_linear import PackedLinear
+from .packed.unpack_model import unpack_model
 
 ROUNDS = 3
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ace_triton import load
-from ace_triton.packed.decoding import decoding_times
+from ace_triton.decoding_times import decoding_times
 
 
 @pytest.fixture
