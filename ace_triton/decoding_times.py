@@ -1,4 +1,4 @@
-"""Time greedy decoding with dense and with packed layers, and where the time of a token goes."""
+"""Time greedy decoding with dense and with packed layers, in transformers and in the compiled step, by part."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .generation import decode
+from .decoding.step import why_not_compiled
+from .generation import Decoded, decode
 from .linears import is_linear
 from .packed.packed_linear import PackedLinear
 from .packed.unpack_model import unpack_model
@@ -35,14 +36,34 @@ class TokenTimes:
 
 
 @dataclass(frozen=True)
+class StepTimes:
+    """Time of one token in the compiled step, in milliseconds.
+
+    Attributes:
+        tokens_per_second: median speed of decoding over the rounds.
+        products: time in products, the output head included.
+        attention: time in positions and attention.
+        rest: time in everything else: norms, activations, the embedding and the choice of the token.
+    """
+
+    tokens_per_second: float
+    products: float
+    attention: float
+    rest: float
+
+
+@dataclass(frozen=True)
 class DecodingTimes:
     """Times of decoding with dense and with packed layers.
 
     Attributes:
         new_tokens: tokens of a round.
-        rounds: number of rounds; dense and packed run in turns.
-        dense, packed: times with dense layers, and with packed ones.
-        same_tokens: number of tokens before the first that differs.
+        rounds: number of rounds, in which all sides run in turns.
+        dense, packed: times in transformers, with dense layers and with packed ones.
+        same_tokens: number of tokens before the first that differs between dense and packed.
+        dense_step, packed_step: times in the compiled step; None if it does not decode the model.
+        same_tokens_of_step: number of tokens of ``packed_step`` before the first that differs from those of ``packed``.
+        refusal: why the compiled step does not decode the model; None if it does.
     """
 
     new_tokens: int
@@ -50,6 +71,10 @@ class DecodingTimes:
     dense: TokenTimes
     packed: TokenTimes
     same_tokens: int
+    dense_step: StepTimes | None = None
+    packed_step: StepTimes | None = None
+    same_tokens_of_step: int | None = None
+    refusal: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -65,7 +90,7 @@ def decoding_times(
     rounds: int = ROUNDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> DecodingTimes:
-    """Decode greedily with a packed model and with its dense copy, in turns.
+    """Decode greedily with a packed model and with its dense copy, in transformers and in the compiled step, in turns.
 
     Args:
         model, tokenizer: from transformers; the model has packed layers.
@@ -77,11 +102,12 @@ def decoding_times(
     names = {name for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     dense = copy.deepcopy(model)
     unpack_model(dense)
-    sides = (dense, model)
-    speeds: tuple[list[float], list[float]] = ([], [])
-    tokens: list[list[int]] = [[], []]
+    refusal = why_not_compiled(model)
+    models = (dense, model)
+    sides = [(own, "transformers") for own in models] + [(own, "compiled") for own in models if refusal is None]
+    runs: list[list[Decoded]] = [[] for _ in sides]
     parts: list[tuple[float, float, float]] = []
-    done, all_texts = 0, 2 * rounds + 2
+    done, all_texts = 0, len(sides) * rounds + len(models)
 
     def step() -> None:
         nonlocal done
@@ -89,19 +115,39 @@ def decoding_times(
         if progress is not None:
             progress(done, all_texts)
 
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     for _ in range(rounds):
-        for side, speed in enumerate(speeds):
-            found = decode(sides[side], tokenizer, ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-            speed.append((new_tokens - 1) / (found.times[-1] - found.times[1]))
-            tokens[side] = found.tokens
+        for (own, decoder), found in zip(sides, runs, strict=True):
+            found.append(decode(own, tokenizer, ids, decoder=decoder, **options))
             step()
-    for side in sides:
-        parts.append(_profile(side, tokenizer, ids, new_tokens, names))
+    for own in models:
+        parts.append(_profile(own, tokenizer, ids, new_tokens, names))
         step()
-    pairs = zip(tokens[0], tokens[1], strict=True)
-    same = next((place for place, (one, other) in enumerate(pairs) if one != other), new_tokens)
-    of_dense, of_packed = (TokenTimes(statistics.median(own), *part) for own, part in zip(speeds, parts, strict=True))
-    return DecodingTimes(new_tokens, rounds, of_dense, of_packed, same)
+    of_dense, of_packed = (TokenTimes(_speed(found), *part) for found, part in zip(runs, parts, strict=False))
+    plain = DecodingTimes(new_tokens, rounds, of_dense, of_packed, _same(*runs[:2]), refusal=refusal)
+    if refusal is not None:
+        return plain
+    steps = {"dense_step": _step_times(runs[2]), "packed_step": _step_times(runs[3])}
+    return replace(plain, **steps, same_tokens_of_step=_same(runs[1], runs[3]))
+
+
+def _speed(runs: list[Decoded]) -> float:
+    """Median tokens a second after the first new token."""
+    return statistics.median((len(run.tokens) - 1) / (run.times[-1] - run.times[1]) for run in runs)
+
+
+def _same(one: list[Decoded], other: list[Decoded]) -> int:
+    """The number of tokens before the first that differs."""
+    pairs = zip(one[-1].tokens, other[-1].tokens, strict=True)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(one[-1].tokens))
+
+
+def _step_times(runs: list[Decoded]) -> StepTimes:
+    whole = statistics.median(1e3 * (run.times[-1] - run.times[1]) / (len(run.tokens) - 1) for run in runs)
+    products, attention = (
+        statistics.median(1e3 * run.step.seconds[part] / run.step.steps for run in runs if run.step) for part in (0, 1)
+    )
+    return StepTimes(_speed(runs), products, attention, max(0.0, whole - products - attention))
 
 
 def _profile(
@@ -138,6 +184,7 @@ def _profile(
             ids,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
+            decoder="transformers",
             stopped=first_token_is_there,
         )
     finally:

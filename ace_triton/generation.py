@@ -239,15 +239,12 @@ def decode(
     }
     if decoder != "transformers":
         try:
-            compiled = CompiledDecoding()
-            found = _decode(model, tokenizer, ids, custom_generate=compiled, **common, **options)
-            found.step = compiled.step
-            return found
+            return _decode(model, tokenizer, ids, compiled=True, **common, **options)
         except StepRefusedError as error:
             if decoder == "compiled":
                 raise
             refusal = error.reason
-    found = _decode(model, tokenizer, ids, **common, **options)
+    found = _decode(model, tokenizer, ids, compiled=False, **common, **options)
     found.refusal = refusal
     return found
 
@@ -261,12 +258,14 @@ def _decode(
     temperature: float,
     write: Callable[[str], object] | None,
     stopped: Callable[[], bool] | None,
+    compiled: bool,
     **options: Any,
 ) -> Decoded:
-    """As :func:`decode`, with transformers' ``generate``."""
+    """As :func:`decode`, with the compiled step or without it."""
     prompt = torch.tensor([ids], dtype=torch.int64, device=input_device(model))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = _Streamer(tokenizer, write)
+    decoding = CompiledDecoding(streamer) if compiled else None
     if stopped is not None:
         options["stopping_criteria"] = [
             lambda tokens, scores, **_: torch.full((1,), stopped(), dtype=torch.bool, device=tokens.device)
@@ -279,6 +278,7 @@ def _decode(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
                 streamer=streamer,
+                custom_generate=decoding,
                 **sampling,
                 **options,
             )
@@ -293,7 +293,8 @@ def _decode(
         if isinstance(error, RuntimeError):
             raise
         raise GenerationError(f"transformers does not generate with this model ({reason(error)})") from error
-    return Decoded(streamer.pieces, streamer.tokens, streamer.times)
+    step = None if decoding is None else decoding.step
+    return Decoded(streamer.pieces, streamer.tokens, streamer.times, step)
 
 
 def _check_text(text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from ..errors import GenerationError
 from .refusal import StepRefusedError
@@ -38,18 +37,23 @@ def compiled_generate(model: Any, input_ids: torch.Tensor, **options: Any) -> to
         raise GenerationError(
             f"the compiled step decodes one text at a time: give input_ids [1, n_tokens], got {list(input_ids.shape)}"
         )
-    result: torch.Tensor = model.generate(input_ids, custom_generate=CompiledDecoding(), **options)
+    decoding = CompiledDecoding(options.get("streamer"))
+    result: torch.Tensor = model.generate(input_ids, custom_generate=decoding, **options)
     return result
 
 
 class CompiledDecoding:
     """The argument ``custom_generate`` of transformers' ``generate``: decodes with the compiled step.
 
+    Args:
+        streamer: that of ``generate``, which does not pass it on.
+
     Attributes:
         step: the step of the last call; None before the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, streamer: Any = None) -> None:
+        self._streamer = streamer
         self.step: CompiledStep | None = None
 
     def __call__(
@@ -59,7 +63,6 @@ class CompiledDecoding:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        streamer: Any = None,
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """Continue a prompt; see transformers for the arguments.
@@ -68,6 +71,7 @@ class CompiledDecoding:
             StepRefusedError: if the step does not decode the model or the call.
         """
         _check_call(input_ids, generation_config, model_kwargs)
+        streamer = self._streamer
         step = self.step = CompiledStep(model, generation_config.max_length)
         logits, ended = step.prompt(input_ids), False
         while not ended:
@@ -89,6 +93,8 @@ class CompiledDecoding:
 
 def _check_call(input_ids: torch.Tensor, config: Any, inputs: dict[str, Any]) -> None:
     """Refuse what the loop does not do."""
+    from transformers.cache_utils import Cache
+
     caches = [value for value in inputs.values() if isinstance(value, Cache)]
     given = {name for name, value in inputs.items() if value is not None and not isinstance(value, Cache)}
     unknown = sorted(given - KNOWN_INPUTS)

@@ -6,7 +6,6 @@ import weakref
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from ..kernels.decode_step import DecodeStep
 from ..kernels.errors import ArgumentError
@@ -102,6 +101,8 @@ def _step(parts: Parts, capacity: int) -> DecodeStep:
 
 def _fill(step: DecodeStep, model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     """Run the model on a prompt, and put its keys and values into the step's cache."""
+    from transformers.cache_utils import Cache
+
     outputs = model(input_ids=ids, use_cache=True, **(options or {"logits_to_keep": 1}))
     caches = [value for value in outputs.values() if isinstance(value, Cache)]
     layers = caches[0].layers if len(caches) == 1 else []
