@@ -60,6 +60,7 @@ class BuildLibrary(build_ext):
 WINGS = [
     "commands",
     "decoders",
+    "decoding",
     "dispatched",
     "exporters",
     "formats",

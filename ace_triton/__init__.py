@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import command_environment as _environment  # noqa: F401, before anything that imports torch
+from .decoding.generate import compiled_generate
 from .errors import (
     AceError,
     ArgumentError,
@@ -114,6 +115,7 @@ __all__ = [
     "TextError",
     "Update",
     "WrittenText",
+    "compiled_generate",
     "export_model",
     "fuse_products",
     "keep_zeros",

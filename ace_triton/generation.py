@@ -13,11 +13,17 @@ from typing import Any
 import torch
 
 from .decoders.batches import longest_sequence, vocabulary_of
+from .decoding.generate import CompiledDecoding
+from .decoding.refusal import StepRefusedError
+from .decoding.step import CompiledStep
 from .dispatched.hooks import input_device
 from .errors import AceError, GenerationError
 from .inputs.beginnings import token_ids
 from .inputs.model_source import reason
 from .inputs.text import has_lone_surrogate
+
+DECODERS = ("auto", "compiled", "transformers")
+"""What runs the model for each new token: the compiled step if it takes the model, that step, or transformers."""
 
 COMPILED_AFTER = 3
 """Tokens after which everything is compiled: a prompt, a first step and one more."""
@@ -35,6 +41,8 @@ class Generation:
         prompt_tokens, new_tokens: number of tokens in the prompt and in the new text.
         prompt_seconds: time from the start to the first new token.
         seconds: time from the first new token to the last.
+        decoder: "compiled" if the compiled step decoded, else "transformers".
+        refusal: why the compiled step did not decode; None if it did, or was not asked.
     """
 
     text: str
@@ -42,6 +50,8 @@ class Generation:
     new_tokens: int
     prompt_seconds: float
     seconds: float
+    decoder: str = "transformers"
+    refusal: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,6 +72,7 @@ def generate(
     temperature: float = 0.0,
     chat: bool = False,
     compile: str | None = None,
+    decoder: str = "auto",
     write: Callable[[str], object] | None = None,
 ) -> Generation:
     """Continue a prompt.
@@ -75,12 +86,19 @@ def generate(
         chat: put the prompt into the chat template.
         compile: backend of torch.compile for the decoding step, as "inductor", which also gives the model a cache of
             fixed size; None to run it as it is. Compiling takes a minute or more and is not part of the times.
+        decoder: "compiled" decodes with the compiled step (:mod:`ace_triton.decoding`), "transformers" without it, and
+            "auto" with the compiled step if it takes the model and ``compile`` is None.
         write: called with every piece of text as soon as it is complete.
 
     Raises:
         GenerationError: the prompt has no token or one that the model does not know, there is no chat template, the
-            tokens do not fit the model's positions, or the model predicts NaN.
+            tokens do not fit the model's positions, the model predicts NaN, or ``decoder`` is "compiled" and the
+            compiled step does not take the model.
     """
+    if decoder not in DECODERS:
+        raise GenerationError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
+    if compile is not None and decoder == "compiled":
+        raise GenerationError("the compiled step does not use torch.compile: give only one of compile and decoder")
     if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise GenerationError(
             "max_new_tokens must be at least 1, and temperature finite and at least 0; "
@@ -89,15 +107,18 @@ def generate(
     messages = [{"role": "user", "content": prompt}]
     ids = chat_ids(tokenizer, messages) if chat else prompt_ids(tokenizer, prompt)
     check_room(model, ids, max_new_tokens, "give a smaller --max-new-tokens")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "decoder": decoder}
     if compile is not None:
+        options["decoder"] = "transformers"
         options |= _compiled(model, compile)
         steps = iter(range(COMPILED_AFTER))
         with torch.random.fork_rng():
             decode(model, tokenizer, ids, stopped=lambda: next(steps, None) is None, **options)
     found = decode(model, tokenizer, ids, write=write, **options)
     start, *times = found.times
-    return Generation("".join(found.pieces), len(ids), len(times), times[0] - start, times[-1] - times[0])
+    decoded_by = "transformers" if found.step is None else "compiled"
+    parts = times[0] - start, times[-1] - times[0]
+    return Generation("".join(found.pieces), len(ids), len(times), *parts, decoded_by, found.refusal)
 
 
 def _compiled(model: Any, backend: str) -> dict[str, Any]:
@@ -172,11 +193,15 @@ class Decoded:
         pieces: the new text, in pieces as they were written.
         tokens: the new tokens.
         times: time of the start and of each new token, in seconds.
+        step: the compiled step if it decoded, else None.
+        refusal: why it did not decode; None if it did, or was not asked.
     """
 
     pieces: list[str]
     tokens: list[int]
     times: list[float]
+    step: CompiledStep | None = None
+    refusal: str | None = None
 
 
 def decode(
@@ -188,6 +213,7 @@ def decode(
     temperature: float = 0.0,
     write: Callable[[str], object] | None = None,
     stopped: Callable[[], bool] | None = None,
+    decoder: str = "auto",
     **options: Any,
 ) -> Decoded:
     """Continue tokens that :func:`check_room` allows.
@@ -196,16 +222,50 @@ def decode(
         model: from transformers.
         tokenizer: its tokenizer.
         ids: tokens of the prompt.
-        max_new_tokens, temperature, write: as for :func:`generate`.
+        max_new_tokens, temperature, write, decoder: as for :func:`generate`.
         stopped: called after each token; decoding ends if it returns True.
         options: further arguments of transformers' ``generate``.
 
     Raises:
-        GenerationError: the model predicts NaN, or transformers cannot generate with it.
+        GenerationError: the model predicts NaN, transformers cannot generate with it, or ``decoder`` is "compiled" and
+            the compiled step does not take the model.
     """
+    refusal = None
+    common: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "write": write,
+        "stopped": stopped,
+    }
+    if decoder != "transformers":
+        try:
+            return _decode(model, tokenizer, ids, compiled=True, **common, **options)
+        except StepRefusedError as error:
+            if decoder == "compiled":
+                raise
+            refusal = error.reason
+    found = _decode(model, tokenizer, ids, compiled=False, **common, **options)
+    found.refusal = refusal
+    return found
+
+
+def _decode(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    write: Callable[[str], object] | None,
+    stopped: Callable[[], bool] | None,
+    compiled: bool,
+    **options: Any,
+) -> Decoded:
+    """As :func:`decode`, with the compiled step or without it."""
     prompt = torch.tensor([ids], dtype=torch.int64, device=input_device(model))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = _Streamer(tokenizer, write)
+    decoding = CompiledDecoding(streamer) if compiled else None
     if stopped is not None:
         options["stopping_criteria"] = [
             lambda tokens, scores, **_: torch.full((1,), stopped(), dtype=torch.bool, device=tokens.device)
@@ -218,6 +278,7 @@ def decode(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
                 streamer=streamer,
+                custom_generate=decoding,
                 **sampling,
                 **options,
             )
@@ -232,7 +293,8 @@ def decode(
         if isinstance(error, RuntimeError):
             raise
         raise GenerationError(f"transformers does not generate with this model ({reason(error)})") from error
-    return Decoded(streamer.pieces, streamer.tokens, streamer.times)
+    step = None if decoding is None else decoding.step
+    return Decoded(streamer.pieces, streamer.tokens, streamer.times, step)
 
 
 def _check_text(text: str) -> None:

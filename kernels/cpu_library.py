@@ -13,7 +13,7 @@ import importlib.machinery
 import os
 from pathlib import Path
 
-from .cpu_abi import HEADER, signatures
+from .cpu_abi import HEADER, signatures, structures
 from .cpu_sources import digest
 from .errors import ArgumentError, BackendError
 
@@ -100,6 +100,12 @@ def library() -> ctypes.CDLL:
             f"the compiled CPU library is not available ({loaded}): install a C++ compiler and reinstall ace_triton"
         )
     return loaded
+
+
+@functools.cache
+def structure(name: str) -> type[ctypes.Structure]:
+    """A structure of the library's header, by name."""
+    return structures(HEADER.read_text())[name]
 
 
 def call(name: str, *arguments: object) -> None:

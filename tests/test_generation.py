@@ -6,7 +6,9 @@ import torch
 import ace_triton
 from ace_triton import generation
 from ace_triton.errors import GenerationError
-from ace_triton.generation import generate
+from ace_triton.generation import DECODERS, generate
+from ace_triton.kernels import cpu_library
+from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -21,6 +23,30 @@ def test_compiled_decoding_gives_the_same_text(tiny_model, tokenizer, temperatur
         texts.append(generate(tiny_model, tokenizer, "a fox", **options))
     assert texts[0].text == texts[1].text
     assert texts[0].new_tokens == texts[1].new_tokens > 3
+
+
+@pytest.mark.skipif(not cpu_library.available(), reason="no CPU library")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_compiled_step_gives_the_same_text_and_says_so(tiny_model, tokenizer, temperature, monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    found, pieces = {}, []
+    for decoder in DECODERS:
+        torch.manual_seed(0)
+        options = {"max_new_tokens": 6, "temperature": temperature, "decoder": decoder}
+        found[decoder] = generate(tiny_model, tokenizer, "a fox", write=pieces.append, **options)
+    assert [one.decoder for one in found.values()] == ["compiled", "compiled", "transformers"]
+    assert len({one.text for one in found.values()}) == 1
+    assert "".join(pieces) == 3 * found["auto"].text
+
+
+def test_a_refused_model_is_decoded_by_transformers_unless_the_step_is_asked_for(tiny_model, tokenizer):
+    tiny_model.config.final_logit_softcapping = 30.0
+    found = generate(tiny_model, tokenizer, "a fox", max_new_tokens=2)
+    assert (found.decoder, found.refusal) == ("transformers", "it caps logits (final_logit_softcapping)")
+    with pytest.raises(GenerationError, match="it caps logits"):
+        generate(tiny_model, tokenizer, "a fox", max_new_tokens=2, decoder="compiled")
+    with pytest.raises(GenerationError, match="decoder must be one of auto, compiled, transformers; got 'fast'"):
+        generate(tiny_model, tokenizer, "a fox", max_new_tokens=2, decoder="fast")
 
 
 def test_without_a_compiler_the_error_says_so(tiny_model, tokenizer, monkeypatch):

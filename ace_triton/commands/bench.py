@@ -11,12 +11,12 @@ import torch
 import typer
 from rich.progress import Progress
 
+from ..decoding_times import DecodingTimes, decoding_times
 from ..errors import ArgumentError
 from ..formats.registry import load_model
 from ..generation import prompt_ids
 from ..inputs.text import read_documents
 from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, fastest, kinds_of, totals
-from ..packed.decoding import decoding_times
 from ..packed.pack_model import sparsify
 from ..packed.packed_linear import PackedLinear
 from ..packed.products import registry
@@ -166,6 +166,27 @@ def _time_decoding(
     console.print(table)
     print_line(f"packed is {found.packed.tokens_per_second / found.dense.tokens_per_second:.2f} times as fast")
     print_line(f"tokens before the first difference: {found.same_tokens} of {tokens}")
+    _show_step(found)
+
+
+def _show_step(found: DecodingTimes) -> None:
+    """Print the times of the compiled step."""
+    if found.dense_step is None or found.packed_step is None:
+        print_line(f"the compiled step does not decode this model: {found.refusal}")
+        return
+    table = report.headed_table("", "dense", "packed", title="the same with the compiled step")
+    sides = (found.dense_step, found.packed_step)
+    table.add_row("tokens a second", *(f"{side.tokens_per_second:.1f}" for side in sides))
+    for label, part in (
+        ("ms a token in products", "products"),
+        ("ms in attention", "attention"),
+        ("ms in everything else", "rest"),
+    ):
+        table.add_row(label, *(f"{getattr(side, part):.2f}" for side in sides))
+    console.print(table)
+    faster = found.packed_step.tokens_per_second / found.dense.tokens_per_second
+    print_line(f"packed with the compiled step is {faster:.2f} times as fast as dense in transformers")
+    print_line(f"tokens before the first difference from packed in transformers: {found.same_tokens_of_step}")
 
 
 def _kinds(

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import GenerationError
 from ..formats.registry import load_model
+from ..generation import Generation
 from ..generation import generate as continue_prompt
 from ..inputs.companions import Companions
 from ..progress import stage
@@ -19,11 +20,13 @@ from .console import print_backend, print_note, progress_bars
 from .options import (
     LARGEST_SEED,
     AnyModelArgument,
+    DecoderOption,
     DeviceOption,
     DtypeOption,
     FuseOption,
     JsonOption,
     TrustOption,
+    check_decoder,
     check_json,
     number,
     parse_device,
@@ -50,6 +53,7 @@ def generate(
             "--compile", help="Compile the decoding step with torch.compile, which takes a minute or more at first."
         ),
     ] = False,
+    decoder: DecoderOption = "auto",
     fuse: FuseOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -60,6 +64,9 @@ def generate(
     check_json(json)
     if compile and fuse:
         raise GenerationError("--compile and --fuse: give only one of them")
+    check_decoder(decoder)
+    if compile and decoder == "compiled":
+        raise GenerationError("--compile and --decoder compiled: give only one of them")
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, any_format=True)
     check_causal(model_dir, "generate", TAKEN, trust_remote_code=trust_remote_code)
@@ -80,6 +87,7 @@ def generate(
         temperature=temperature,
         chat=chat,
         compile="inductor" if compile else None,
+        decoder=decoder,
         write=_write,
     )
     print(flush=True)
@@ -99,8 +107,14 @@ def generate(
         report.write_json(json, facts)
     print_note(
         f"{result.new_tokens} new tokens, {result.tokens_per_second:.1f} per second; "
-        f"{result.prompt_tokens} tokens of prompt in {result.prompt_seconds:.2f} s"
+        f"{result.prompt_tokens} tokens of prompt in {result.prompt_seconds:.2f} s; decoded by {_decoder_of(result)}"
     )
+
+
+def _decoder_of(result: Generation) -> str:
+    if result.decoder == "compiled":
+        return "the compiled step"
+    return "transformers" if result.refusal is None else f"transformers, not by the compiled step: {result.refusal}"
 
 
 def _write(piece: str) -> None:

@@ -14,6 +14,7 @@ import typer
 
 from ..decoders.kept_tensors import Offload
 from ..errors import ArgumentError
+from ..generation import DECODERS
 from ..inputs.beginnings import Bos
 from ..inputs.model_source import check_device
 from ..inputs.model_task import TASK_NAMES
@@ -65,6 +66,14 @@ TrustOption = Annotated[
 FuseOption = Annotated[
     bool,
     typer.Option("--fuse", help="Fuse the packed products of queries, keys and values, and of gate and up, in memory."),
+]
+DecoderOption = Annotated[
+    str,
+    typer.Option(
+        help="What runs the model for each new token: compiled, one call of the compiled CPU library; transformers; or "
+        "auto, compiled if a trial run gives the model's own logits.",
+        metavar="|".join(DECODERS),
+    ),
 ]
 OffloadOption = Annotated[
     Offload,
@@ -215,6 +224,12 @@ def parse_device(name: str) -> str:
     """The device of this process, after a check that it is available; CheckpointError if it is not."""
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     return own_device(check_device(usual if name == "auto" else name))
+
+
+def check_decoder(decoder: str) -> None:
+    """Raise ArgumentError if ``--decoder`` is unknown."""
+    if decoder not in DECODERS:
+        raise ArgumentError(f"--decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
 
 
 def check_json(path: Path | None) -> None:

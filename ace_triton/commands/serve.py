@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..decoding.refusal import StepRefusedError
+from ..decoding.step import why_not_compiled
 from ..errors import ArgumentError
 from ..formats.registry import load_model
 from ..progress import stage
@@ -14,10 +16,12 @@ from ..provenance import name_of
 from .console import print_backend, print_note, progress_bars
 from .options import (
     AnyModelArgument,
+    DecoderOption,
     DeviceOption,
     DtypeOption,
     FuseOption,
     TrustOption,
+    check_decoder,
     number,
     parse_device,
     parse_dtype,
@@ -50,6 +54,7 @@ def serve(
     grace: Annotated[
         float, number("Time that running requests have at shutdown, in seconds.", least=0, most=3600)
     ] = 10.0,
+    decoder: DecoderOption = "auto",
     fuse: FuseOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -62,6 +67,9 @@ def serve(
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise ArgumentError(f"serve needs {' and '.join(missing)}: pip install 'ace-triton[serve]'")
+    check_decoder(decoder)
+    if decoder == "compiled" and batch > 1:
+        raise ArgumentError("--decoder compiled: the compiled step decodes one request at a time: add --batch 1")
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, any_format=True)
     check_causal(model_dir, "serve", TAKEN, trust_remote_code=trust_remote_code)
@@ -70,11 +78,24 @@ def serve(
         model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code)
     if fuse:
         fuse_packed(model, model_dir)
+    if batch == 1 and decoder != "transformers":
+        refusal = why_not_compiled(model)
+        if refusal is not None and decoder == "compiled":
+            raise StepRefusedError(refusal)
+        print_note("decoding with " + ("the compiled step" if refusal is None else f"transformers: {refusal}"))
     from ..serving.app import build_app
     from ..serving.engine import Engine
     from ..serving.server import Server
 
-    engine = Engine(model, tokenizer, waiting=queue, most_tokens=max_tokens, longest_prompt=max_prompt, batch=batch)
+    engine = Engine(
+        model,
+        tokenizer,
+        waiting=queue,
+        most_tokens=max_tokens,
+        longest_prompt=max_prompt,
+        batch=batch,
+        decoder=decoder,
+    )
     app = build_app(engine, name or name_of(model_dir), most_bytes=max_body)
     shown = f"[{host}]" if ":" in host else host
 

@@ -98,6 +98,7 @@ class Engine:
         model, tokenizer: from transformers.
         waiting: largest number of requests that wait while others run.
         batch: largest number of requests that run at the same time.
+        decoder: as for :func:`~ace_triton.generation.generate`; a batch of more than 1 is decoded by transformers.
         most_tokens: largest number of new tokens of a request.
         longest_prompt: largest number of tokens of a prompt; None for what the model allows.
     """
@@ -111,10 +112,12 @@ class Engine:
         most_tokens: int,
         longest_prompt: int | None = None,
         batch: int = 1,
+        decoder: str = "auto",
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.most_tokens, self.longest_prompt = most_tokens, longest_prompt
         self._joint = Joint(model) if batch > 1 else None
+        self._decoder = decoder if batch == 1 else "transformers"
         self._waiting: queue.Queue[Job | None] = queue.Queue(waiting + batch)
         self._free = threading.Semaphore(waiting + batch)
         self._lock = threading.Lock()
@@ -246,6 +249,7 @@ class Engine:
                 temperature=request.temperature,
                 write=write,
                 stopped=lambda: stops.found or job.ended,
+                decoder=self._decoder,
                 **sampling,
             )
         if text := stops.end():

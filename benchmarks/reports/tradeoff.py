@@ -27,7 +27,7 @@ from ace_triton.provenance import name_of, now
 from ace_triton.study.workbench import Protocol, processor_name
 
 from ..harness.resident import PROMPT
-from .tradeoff_forms import DENSE_FORM, FORMS, LENGTH, Form, Forms, Opened
+from .tradeoff_forms import DENSE_FORM, FORMS, LENGTH, STEP_FORMS, Form, Forms, Opened
 from .tradeoff_page import page, picture
 
 STEPS = ("perplexity", "speed")
@@ -55,9 +55,10 @@ def main(
     """Measure what is missing, and write the page and the picture."""
     if only is not None and only not in STEPS:
         raise typer.BadParameter(f"--only must be one of {', '.join(STEPS)}; got {only!r}")
-    unknown = [wanted for wanted in form or () if wanted not in map(str, FORMS)]
+    all_forms = FORMS if only == "perplexity" else (*FORMS, *STEP_FORMS)
+    unknown = [wanted for wanted in form or () if wanted not in map(str, all_forms)]
     if unknown:
-        raise typer.BadParameter(f"--form must be one of {', '.join(map(str, FORMS))}; got {unknown[0]!r}")
+        raise typer.BadParameter(f"--form must be one of {', '.join(map(str, all_forms))}; got {unknown[0]!r}")
     content = read(out)
     if only is not None:
         protocol = Protocol(
@@ -65,8 +66,10 @@ def main(
         )
         forms = Forms(protocol, preset, work / name)
         found = of_model(content, name, setting_of(protocol, preset))
+        if only == "speed":
+            found["speed"] = [entry for entry in found["speed"] if is_current(entry)]
         known = {Form(**entry["form"]) for entry in found[only]}
-        wanted = [entry for entry in FORMS if entry not in known and (not form or str(entry) in form)]
+        wanted = [entry for entry in all_forms if entry not in known and (not form or str(entry) in form)]
         for entry in wanted[:most]:
             why_not = forms.why_not(entry)
             if why_not is not None:
@@ -125,6 +128,11 @@ def of_model(content: dict[str, Any], name: str, setting: dict[str, Any]) -> dic
     return found
 
 
+def is_current(speed: dict[str, Any]) -> bool:
+    """False for the speed of a pruned form that the compiled step did not decode: it is measured again."""
+    return not Form(**speed["form"]).pattern or speed.get("decoder") == "compiled"
+
+
 def perplexity_of(forms: Forms, form: Form) -> dict[str, Any]:
     """Perplexity and size of a form."""
     opened = forms.opened(form, all_logits=True)
@@ -156,6 +164,7 @@ def speed_of(forms: Forms, form: Form, rounds: int, new_tokens: int) -> dict[str
         "dense_tokens_per_second": statistics.median(dense for dense, _ in speeds),
         "rounds": rounds,
         "new_tokens": new_tokens,
+        "decoder": sides[1].decoder,
         "processor": processor_name(),
         "version": sides[1].version,
     }

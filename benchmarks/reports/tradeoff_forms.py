@@ -24,7 +24,6 @@ from ace_triton.formats.registry import load_model
 from ace_triton.generation import decode
 from ace_triton.inputs.output_folder import files_in
 from ace_triton.linears import is_linear
-from ace_triton.packed.fused import fuse_products
 from ace_triton.packed.pack_model import pack_model
 from ace_triton.packed.packed_linear import PackedLinear
 from ace_triton.packed.saving import save_packed
@@ -33,7 +32,7 @@ from ace_triton.solvers.quantize import GROUP, Quantization
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench
 
-DENSE, OURS, LLAMA = "transformers", "ace_triton", "llama.cpp"
+DENSE, OURS, LLAMA, STEP = "transformers", "ace_triton", "llama.cpp", "compiled step"
 
 PATTERNS = ("16:32", "8:16", "2:4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,7 +51,7 @@ class Form:
     """A form of a model.
 
     Attributes:
-        engine: what runs it.
+        engine: what runs it; the compiled step runs pruned forms, and with STEP a model that is not pruned.
         pattern: n:m; "" for a model that is not pruned.
         weights: type of the weights: "fp32", "bf16", "8 bits" or "4 bits", or llama.cpp's name.
     """
@@ -62,7 +61,7 @@ class Form:
     weights: str
 
     def __str__(self) -> str:
-        first = {DENSE: "dense", LLAMA: LLAMA}.get(self.engine, self.pattern)
+        first = {DENSE: "dense", LLAMA: LLAMA, STEP: "dense, compiled step,"}.get(self.engine, self.pattern)
         return f"{first} {self.weights}"
 
 
@@ -71,6 +70,9 @@ FORMS = (
     *(Form(LLAMA, "", weights) for weights in LLAMA_TYPES),
     *(Form(OURS, pattern, weights) for pattern in PATTERNS for weights in BITS),
 )
+
+STEP_FORMS = tuple(Form(STEP, "", weights) for weights in DTYPES)
+"""The dense model in the compiled step. Only its speed is measured: its perplexity is that of the dense model."""
 
 DENSE_FORM = FORMS[0]
 """What speeds are compared with."""
@@ -83,11 +85,13 @@ class Opened(ABC):
         block_bytes: bytes of the weights of all linear layers in the blocks.
         block_weights: number of these weights, zeros included.
         version: the engine and its version.
+        decoder: "compiled" for the compiled step, else the engine.
     """
 
     block_bytes: int
     block_weights: int
     version: str
+    decoder: str = LLAMA
 
     @property
     def bytes_per_weight(self) -> float:
@@ -108,13 +112,18 @@ class Opened(ABC):
 
 
 class InTorch(Opened):
-    """A model of transformers, dense or packed; packed products are fused for decoding."""
+    """A model of transformers, dense or packed.
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype, *, fused: bool) -> None:
+    Args:
+        folder: the model.
+        dtype: type of its weights, and of the scales of quantized ones.
+        decoder: what decodes, as for :func:`ace_triton.generation.decode`.
+    """
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype, *, decoder: str = "transformers") -> None:
+        self.decoder = decoder
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}"
         self.model, self.tokenizer = load_model(folder, dtype=dtype)
-        if fused:
-            fuse_products(self.model)
         head = self.model.get_output_embeddings()
         self.block_bytes = self.block_weights = 0
         for layer in self.model.modules():
@@ -130,7 +139,7 @@ class InTorch(Opened):
 
     def tokens_per_second(self, ids: list[int], new_tokens: int) -> float:
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-        times = decode(self.model, self.tokenizer, ids, **options).times
+        times = decode(self.model, self.tokenizer, ids, decoder=self.decoder, **options).times
         return (new_tokens - 1) / (times[-1] - times[1])
 
     def close(self) -> None:
@@ -218,11 +227,12 @@ class Forms:
             form: the form.
             all_logits: True for a perplexity, False for decoding.
         """
-        if form.engine == DENSE:
-            return InTorch(self.protocol.model, DTYPES[form.weights], fused=False)
+        if form.engine in (DENSE, STEP):
+            decoder = "compiled" if form.engine == STEP else "transformers"
+            return InTorch(self.protocol.model, DTYPES[form.weights], decoder=decoder)
         if form.engine == LLAMA:
             return InLlama(self._gguf(form.weights), longest=self.protocol.window_length, all_logits=all_logits)
-        return InTorch(self._packed(form), DTYPES.get(form.weights, torch.float32), fused=not all_logits)
+        return InTorch(self._packed(form), DTYPES.get(form.weights, torch.float32), decoder="compiled")
 
     def file_bytes(self, form: Form) -> int | None:
         """Bytes of the form's weights in files, embeddings included; None for the dense model."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .drawing import Scale, line, opening, text
-from .tradeoff_forms import DENSE_FORM, FORMS, OURS, PATTERNS, Form
+from .tradeoff_forms import DENSE, DENSE_FORM, FORMS, LLAMA, OURS, PATTERNS, STEP_FORMS, Form
 
 SIZES = (4.0, 2.0, 1.1, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Limits of bytes a weight for which the page names the best form."""
@@ -65,6 +65,12 @@ def points_of(found: dict[str, Any]) -> list[Point]:
         speed = speeds.get(form, {})
         numbers = entry["perplexity"], entry["bytes_per_weight"], entry["file_bytes"]
         points.append(Point(form, *numbers, speed.get("tokens_per_second"), speed.get("over_dense")))
+    measured = {point.form: point for point in points}
+    for form in STEP_FORMS:
+        same = measured.get(Form(DENSE, "", form.weights))
+        if form in speeds and same is not None:
+            timed = {"speed": speeds[form]["tokens_per_second"], "faster": speeds[form]["over_dense"]}
+            points.append(replace(same, form=form, **timed))
     return sorted(points, key=lambda point: (point.pruned, -point.size))
 
 
@@ -106,13 +112,25 @@ def page(content: dict[str, Any]) -> str:
         "by the same code, from the logits of each engine. Bytes of a weight count the linear layers in the blocks, "
         "with zeros counted as weights, and scales and positions included. llama.cpp also quantizes embeddings and the "
         "head; here they stay in the type of the model, so a pruned form pays for them in its speed and its file. A "
-        "pruned form of 8 or 4 bits computes in float32. Decoding fuses packed products (`--fuse`).",
+        "pruned form of 8 or 4 bits computes in float32. " + _decoders(content),
         "",
     ]
     lines += [] if content["models"] else ["No model is measured yet."]
     for name, found in content["models"].items():
         lines += _section(name, found)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _decoders(content: dict[str, Any]) -> str:
+    """What decodes the pruned forms, from the records of their speeds."""
+    speeds = [entry for found in content["models"].values() for entry in found["speed"] if entry["form"]["pattern"]]
+    compiled = sum(entry.get("decoder") == "compiled" for entry in speeds)
+    step = "the [compiled step](guides/run-sparse.md#the-compiled-step)"
+    if compiled == len(speeds):
+        return f"Pruned forms decode with {step}."
+    return (
+        f"{compiled} of {len(speeds)} speeds of pruned forms are with {step}, the others in transformers with `--fuse`."
+    )
 
 
 def _section(name: str, found: dict[str, Any]) -> list[str]:
@@ -314,7 +332,7 @@ def _names(points: Sequence[Point], value: Callable[[Point], float], across: Sca
     """Names below forms that are not pruned; bits above pruned ones, and the pattern beside the last of each."""
     ends: list[float] = []
     for point in sorted((point for point in points if not point.pruned), key=value):
-        name = point.form.weights if point.form.engine != DENSE_FORM.engine else str(point.form)
+        name = point.form.weights if point.form.engine == LLAMA else str(point.form)
         width = CHARACTER * len(name)
         x = min(max(across(value(point)), across.start + width / 2), across.end - width / 2)
         level = next((level for level, end in enumerate(ends) if x - width / 2 > end), len(ends))

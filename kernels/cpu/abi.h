@@ -28,6 +28,79 @@ enum AceFailure {
     ACE_BAD_GAINS = 6
 };
 
+/* How the weight of a product is stored. */
+enum AceProductKind {
+    ACE_DENSE = 0,
+    ACE_PACKED = 1,
+    ACE_FEW_BITS = 2
+};
+
+/* y = x W^T + b for a weight [rows, cols]. Fields that the kind does not use are 0.
+ *
+ * ACE_DENSE: `values` has rows of `stride` elements. ACE_PACKED: `n_values` values as in ace_nm_linear or, if `starts`
+ * is not null, as in ace_rows_linear. ACE_FEW_BITS: as in ace_few_bits_linear, with absmax of type `element`. */
+struct AceProduct {
+    int32_t kind;
+    int32_t element;
+    int32_t n;
+    int32_t m;
+    int32_t bits;
+    int64_t rows;
+    int64_t cols;
+    int64_t stride;
+    int64_t n_values;
+    int64_t group;
+    const void* values;
+    const uint32_t* meta;
+    const void* absmax;
+    const int64_t* starts;
+    const float* bias;
+};
+
+/* Positions whose keys lie side by side in a cache. */
+enum AceCache { ACE_CACHE_LANES = 16 };
+
+/* A block of a decoder: norm, attention and residual, norm, gated feed-forward and residual.
+ *
+ * `inputs` give queries, keys and values, in this order, from one weight or several; `gates` give the gates, then what
+ * they multiply. `query_norm` and `key_norm`, [head_size], are null if the block has none. The cache is fp32:
+ * `values` [kv_heads, capacity, head_size] and `keys` [kv_heads, capacity / 16, head_size, 16]. */
+struct AceBlock {
+    const float* attention_norm;
+    const float* feed_norm;
+    const float* query_norm;
+    const float* key_norm;
+    const struct AceProduct* inputs;
+    const struct AceProduct* output;
+    const struct AceProduct* gates;
+    const struct AceProduct* down;
+    int64_t n_inputs;
+    int64_t n_gates;
+    float* keys;
+    float* values;
+};
+
+/* A decoder: its blocks, a last norm and the head. `cosines` and `sines` are [capacity, rotary_size]; `capacity`, the
+ * number of positions in the cache, is a multiple of 16. `activation`: 0 for silu, 1 for gelu, 2 for gelu by tanh. */
+struct AceDecoder {
+    const struct AceBlock* blocks;
+    const struct AceProduct* head;
+    const float* norm;
+    const float* cosines;
+    const float* sines;
+    int64_t n_blocks;
+    int64_t hidden;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t head_size;
+    int64_t rotary_size;
+    int64_t intermediate;
+    int64_t capacity;
+    float eps;
+    float scaling;
+    int32_t activation;
+};
+
 /* The name of the instruction set in use. */
 ACE_EXPORT const char* ace_isa(void);
 
@@ -160,6 +233,12 @@ ACE_EXPORT int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols,
 ACE_EXPORT int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
                                 void* weight, int64_t rows, int64_t weight_stride, int32_t weight_element,
                                 const float* bias, float* out, int32_t threads);
+
+/* One token, fp32 [hidden] as the embedding gives it, at `position`, which is below the capacity; its keys and values
+ * are added to the cache. `logits` is [rows of the head]. `seconds` gets the time of the products, of the attention and
+ * of everything. */
+ACE_EXPORT int ace_decode_step(const struct AceDecoder* decoder, const float* hidden, int64_t position, float* logits,
+                               double* seconds, int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -157,6 +157,17 @@ struct LinearTask {
     float* out;         // [n_tokens, rows]
 };
 
+// Attention of one token. Keys are [kv_heads, capacity / 16, head_size, 16] and values [kv_heads, capacity, head_size];
+// `length` positions are there.
+struct AttentionTask {
+    const float *queries, *keys, *values;
+    int64_t heads, kv_heads, head_size, length, capacity;
+    float scaling;
+    float* out;  // [heads, head_size]
+};
+
+enum class Activation : int32_t { silu, gelu, gelu_tanh };
+
 // Rows per unit of summing: column sums do not depend on how units are distributed to threads.
 constexpr int64_t SUM_ROWS = 128;
 // Tokens that are summed at once, and the largest number of channels in a strip of moments.
@@ -212,6 +223,11 @@ struct Bodies {
     void (*round_tokens)(const Matrix&, int64_t block, int64_t padded, int16_t* out, float* scales);
     // Outputs begin..end of all tokens.
     void (*few_bits_linear)(const FewBitsWeight&, const FewBitsTask&, int64_t begin, int64_t end);
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t size, float* out);
+    void (*rotate_head)(float* head, const float* cosines, const float* sines, int64_t size);
+    // Query heads begin..end.
+    void (*attend)(const AttentionTask&, int64_t begin, int64_t end);
+    void (*gate)(Activation, const float* gates, const float* ups, int64_t size, float* out);
 };
 
 extern const Bodies portable_bodies;

@@ -8,8 +8,8 @@ import pytest
 import typer
 
 from ace_triton.study.workbench import Protocol
-from benchmarks.reports.tradeoff import PICTURE, of_model, read, setting_of
-from benchmarks.reports.tradeoff_forms import FORMS
+from benchmarks.reports.tradeoff import PICTURE, is_current, of_model, read, setting_of
+from benchmarks.reports.tradeoff_forms import FORMS, STEP_FORMS
 from benchmarks.reports.tradeoff_page import front_of, page, picture, points_of, size_cost
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -67,6 +67,20 @@ def test_the_picture_shows_every_form_and_its_front():
     front = front_of(points_of(content["models"]["a model"]), size_cost)
     assert [str(point.form) for point in front[:2]] == ["8:16 4 bits", "llama.cpp Q4_0"]
     assert "a model: on the front of size 8:16 4 bits 60.0, llama.cpp Q4_0 33.0" in root.find(f"{SVG}desc").text
+
+
+def test_the_dense_model_in_the_compiled_step_has_the_dense_perplexity_and_its_own_speed():
+    content = record({"2:4 bf16": (1.12, 100.0, 1.4)})
+    (found,) = content["models"].values()
+    (pruned,) = [entry for entry in found["speed"] if entry["form"]["pattern"]]
+    found["speed"].append({**found["speed"][0], "form": asdict(STEP_FORMS[0]), "over_dense": 2.5})
+    assert "0 of 1 speeds of pruned forms are with the [compiled step]" in page(content)
+    assert not is_current(pruned)
+    pruned["decoder"] = "compiled"
+    text = page(content)
+    assert "Pruned forms decode with the [compiled step](guides/run-sparse.md#the-compiled-step)." in text
+    assert "| dense, compiled step, fp32 | 30.00 | 4.00 | 100 MB | 20.0 | 2.50x |" in text
+    assert [entry for entry in found["speed"] if not is_current(entry)] == []
 
 
 def test_results_of_another_setting_are_not_mixed(tmp_path):

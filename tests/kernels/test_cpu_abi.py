@@ -6,7 +6,7 @@ import ctypes
 import re
 from pathlib import Path
 
-from ace_triton.kernels.cpu_abi import HEADER, signatures
+from ace_triton.kernels.cpu_abi import HEADER, signatures, structures
 
 FOLDER = Path(__file__).parents[2] / "kernels"
 
@@ -30,6 +30,20 @@ def test_signatures_of_a_header():
             [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_double],
         ),
     }
+
+
+def test_structures_of_a_header():
+    header = """
+        /* struct AceGone { */
+        struct AceWeight {
+            int32_t kind;
+            const void* values; /* [rows] */
+            float eps;
+        };
+    """.replace("\n        ", "\n")
+    (made,) = structures(header).values()
+    assert made.__name__ == "AceWeight"
+    assert made._fields_ == [("kind", ctypes.c_int32), ("values", ctypes.c_void_p), ("eps", ctypes.c_float)]
 
 
 def test_the_header_declares_every_function_that_the_sources_define():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ace_triton import load
-from ace_triton.packed.decoding import decoding_times
+from ace_triton.decoding_times import decoding_times
 
 
 @pytest.fixture
@@ -32,6 +32,8 @@ def test_the_parts_are_those_of_the_decoding(packed, tokenizer):
         assert 0 < side.tokens_per_second < 250
     assert [name for name, _ in model.named_modules()] == before
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert found.dense_step is found.packed_step is None
+    assert found.refusal == "lm_head has hooks or a forward of its own"
 
 
 def test_the_command_prints_and_writes_both(command, packed, tmp_path):
@@ -42,6 +44,11 @@ def test_the_command_prints_and_writes_both(command, packed, tmp_path):
     speed = found["decoding"]["packed"]["tokens_per_second"]
     assert f"{speed:.1f}" in out
     assert "ms in everything else" in out
+    step = found["decoding"]["packed_step"]
+    assert found["decoding"]["same_tokens_of_step"] == 4
+    assert min(step["products"], step["attention"], step["rest"], found["decoding"]["dense_step"]["products"]) > 0
+    assert f"{step['tokens_per_second']:.1f}" in out
+    assert "times as fast as dense in transformers" in out
     code, _, errors = command("bench", "--tokens", 4)
     assert code == 1
     assert "name it with --model" in errors

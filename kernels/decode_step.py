@@ -1,0 +1,282 @@
+"""decode_step: one token through all blocks of a decoder, in one call of the compiled CPU library.
+
+    a = h + O attention(norm h),   h' = a + D (activation(G norm a) * U norm a),   logits = H norm h'
+
+Norms are RMS norms, positions are rotary, and attention reads keys and values of earlier tokens from a cache. All sums
+are fp32. Bytes read per token: those of all weights, and 8 bytes for each position, head of keys, and number in a head.
+The products are those of :mod:`~ace_triton.kernels.nm_linear`, :mod:`~ace_triton.kernels.rows_linear` and a loop over
+dense weights, with the same results as a call of each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .cpu_library import call, structure
+from .errors import ArgumentError
+from .memory import ELEMENTS, address, contiguous, matrix, new
+from .packed_nm import PackedNM
+from .packed_rows import PackedRows
+
+LANES = 16
+"""Positions whose keys lie side by side in the cache."""
+
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+"""Activations of a gate: the last one approximates gelu by tanh."""
+
+_DENSE, _PACKED, _FEW_BITS = range(3)
+_FLOAT = torch.float32
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer.
+
+    Attributes:
+        weight: [out, in], dense or packed.
+        bias: [out] or None.
+    """
+
+    weight: torch.Tensor | PackedNM | PackedRows
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a decoder.
+
+    Attributes:
+        attention_norm, feed_norm: weights of the norms before attention and before the feed-forward layers.
+        inputs: layers that give queries, keys and values, in this order: three, or one for all.
+        output: the layer behind attention.
+        gates: layers that give the gates and what they multiply, in this order: two, or one for both.
+        down: the layer behind the gates.
+        query_norm, key_norm: weights of norms of each head, before positions; None if there are none.
+    """
+
+    attention_norm: torch.Tensor
+    feed_norm: torch.Tensor
+    inputs: Sequence[Linear]
+    output: Linear
+    gates: Sequence[Linear]
+    down: Linear
+    query_norm: torch.Tensor | None = None
+    key_norm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes and constants that all blocks share.
+
+    Attributes:
+        hidden: numbers of a token between blocks.
+        heads, kv_heads: heads of queries, and of keys and values.
+        head_size: numbers of a head.
+        intermediate: number of gates.
+        eps: added to the mean square in every norm.
+        scaling: factor of the scores.
+        activation: one of :data:`ACTIVATIONS`.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    eps: float
+    scaling: float
+    activation: str
+
+
+class DecodeStep:
+    """A decoder that computes one token after the other, and its cache.
+
+    It reads the weights where they are. So they must not move while it is used; biases and norms that are not fp32 are
+    copied.
+
+    Args:
+        blocks, norm, head: the weights; ``norm`` is that of the last norm.
+        sizes: what all blocks share.
+        cosines, sines: of the rotary positions, [capacity, rotary size].
+
+    Attributes:
+        capacity: largest number of tokens.
+        length: number of tokens in the cache.
+        seconds: time of the products, of attention and of everything, in the last step.
+
+    Raises:
+        ArgumentError: if a tensor does not fit, or is not on the CPU in a dtype that the library supports.
+        BackendError: if the library is not available.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        norm: torch.Tensor,
+        head: Linear,
+        sizes: Sizes,
+        cosines: torch.Tensor,
+        sines: torch.Tensor,
+    ) -> None:
+        self.capacity, rotary = cosines.shape
+        self.length = 0
+        self._kept: list[Any] = []
+        self._sizes = sizes
+        if rotary % 2 or rotary > sizes.head_size or sizes.heads % sizes.kv_heads:
+            raise ArgumentError(f"{rotary} rotary numbers do not fit heads of {sizes}")
+        room = -(-self.capacity // LANES) * LANES
+        cache = (len(blocks), sizes.kv_heads, room, sizes.head_size)
+        self._keys, keys_at = new(cache, _FLOAT)
+        self._values, values_at = new(cache, _FLOAT)
+        bytes_of_block = sizes.kv_heads * room * sizes.head_size * 4
+        made = [
+            self._block(block, keys_at + k * bytes_of_block, values_at + k * bytes_of_block)
+            for k, block in enumerate(blocks)
+        ]
+        self._logits, self._logits_at = new((1, _shape(head)[0]), _FLOAT)
+        self._decoder = structure("AceDecoder")(
+            blocks=self._array("AceBlock", made),
+            head=self._products([head], sizes.hidden),
+            norm=self._vector(norm, sizes.hidden, "norm"),
+            cosines=self._vector(cosines, (self.capacity, rotary), "cosines"),
+            sines=self._vector(sines, (self.capacity, rotary), "sines"),
+            n_blocks=len(blocks),
+            hidden=sizes.hidden,
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            head_size=sizes.head_size,
+            rotary_size=rotary,
+            intermediate=sizes.intermediate,
+            capacity=room,
+            eps=sizes.eps,
+            scaling=sizes.scaling,
+            activation=ACTIVATIONS[sizes.activation],
+        )
+        self._seconds = (ctypes.c_double * 3)()
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        products, attention, everything = self._seconds
+        return products, attention, everything
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return len(self._keys)
+
+    def fill(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        """Put the first tokens into an empty cache.
+
+        Args:
+            keys, values: for each block, [kv_heads, n_tokens, head_size].
+
+        Raises:
+            ArgumentError: if the shapes do not fit.
+        """
+        heads, length, size = keys[0].shape
+        expected = (self._sizes.kv_heads, length, self._sizes.head_size)
+        if any(tensor.shape != expected for tensor in (*keys, *values)) or not 0 < length <= self.capacity:
+            raise ArgumentError(f"keys and values must be {expected} with at most {self.capacity} tokens")
+        whole = -(-length // LANES) * LANES
+        for k in range(len(self._keys)):
+            padded = torch.nn.functional.pad(keys[k].float(), (0, 0, 0, whole - length))
+            blocks = padded.view(heads, whole // LANES, LANES, size).transpose(-1, -2)
+            self._keys[k].view(heads, -1, size, LANES)[:, : whole // LANES] = blocks
+            self._values[k, :, :length] = values[k]
+        self.length = length
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Add one token to the cache.
+
+        Args:
+            hidden: fp32 [hidden], the token's embedding.
+
+        Returns:
+            The logits of the next token, fp32 [1, vocabulary]. The next call overwrites them.
+
+        Raises:
+            ArgumentError: if the cache is full.
+        """
+        if self.length >= self.capacity:
+            raise ArgumentError(f"the cache is full: it has room for {self.capacity} tokens")
+        given = address(hidden, _FLOAT, (self._sizes.hidden,), "hidden")
+        threads = torch.get_num_threads()
+        call(
+            "ace_decode_step", ctypes.byref(self._decoder), given, self.length, self._logits_at, self._seconds, threads
+        )
+        self.length += 1
+        return self._logits
+
+    def _block(self, block: Block, keys_at: int, values_at: int) -> ctypes.Structure:
+        sizes = self._sizes
+        size, hidden = sizes.head_size, sizes.hidden
+        joined = (sizes.heads + 2 * sizes.kv_heads) * size
+        for layers, outputs in ((block.inputs, joined), (block.gates, 2 * sizes.intermediate)):
+            if (given := sum(_shape(layer)[0] for layer in layers)) != outputs:
+                raise ArgumentError(f"layers that read the same token must have {outputs} outputs, got {given}")
+        if not _shape(block.output)[0] == _shape(block.down)[0] == hidden:
+            raise ArgumentError(f"layers at the end of a block must have {hidden} outputs")
+        return structure("AceBlock")(
+            attention_norm=self._vector(block.attention_norm, hidden, "attention norm"),
+            feed_norm=self._vector(block.feed_norm, hidden, "feed-forward norm"),
+            query_norm=None if block.query_norm is None else self._vector(block.query_norm, size, "query norm"),
+            key_norm=None if block.key_norm is None else self._vector(block.key_norm, size, "key norm"),
+            inputs=self._products(block.inputs, hidden),
+            output=self._products([block.output], sizes.heads * size),
+            gates=self._products(block.gates, hidden),
+            down=self._products([block.down], sizes.intermediate),
+            n_inputs=len(block.inputs),
+            n_gates=len(block.gates),
+            keys=keys_at,
+            values=values_at,
+        )
+
+    def _products(self, layers: Sequence[Linear], inputs: int) -> int:
+        """The address of the products of some layers."""
+        for layer in layers:
+            if _shape(layer)[1] != inputs:
+                raise ArgumentError(f"a layer must have {inputs} inputs, got {_shape(layer)[1]}")
+        return self._array("AceProduct", [self._product(layer) for layer in layers])
+
+    def _product(self, layer: Linear) -> ctypes.Structure:
+        rows, cols = _shape(layer)
+        bias = None if layer.bias is None else self._vector(layer.bias, rows, "bias")
+        made = structure("AceProduct")
+        weight = layer.weight
+        if isinstance(weight, torch.Tensor):
+            owner, (place, _, _, stride, element) = matrix(weight.detach(), "weight")
+            self._kept.append(owner)
+            return made(kind=_DENSE, element=element, rows=rows, cols=cols, stride=stride, values=place, bias=bias)
+        weight.check_tensors()
+        self._kept.append(weight)
+        places = {name: address(tensor, tensor.dtype, tensor.shape, name) for name, tensor in weight.tensors.items()}
+        if weight.dtype not in ELEMENTS:
+            raise ArgumentError(f"a packed weight must be float32, float16 or bfloat16, got {weight.dtype}")
+        shared = {"rows": rows, "cols": cols, "element": ELEMENTS[weight.dtype][0], "bias": bias, **places}
+        if isinstance(weight, PackedRows):
+            return made(kind=_PACKED, n_values=weight.values.numel(), **shared)
+        pattern = {"n": weight.n, "m": weight.m}
+        if weight.absmax is None:
+            return made(kind=_PACKED, n_values=weight.values.numel(), **pattern, **shared)
+        return made(kind=_FEW_BITS, bits=weight.bits, group=weight.group, **pattern, **shared)
+
+    def _vector(self, tensor: torch.Tensor, shape: int | tuple[int, ...], what: str) -> int:
+        """The address of a tensor, or of its copy in fp32."""
+        owner = contiguous(tensor.detach() if tensor.dtype is _FLOAT else tensor.detach().float())
+        self._kept.append(owner)
+        return address(owner, _FLOAT, (shape,) if isinstance(shape, int) else shape, what)
+
+    def _array(self, name: str, entries: Sequence[ctypes.Structure]) -> int:
+        """The address of structures, one after the other."""
+        made = (structure(name) * len(entries))(*entries)
+        self._kept.append(made)
+        return ctypes.addressof(made)
+
+
+def _shape(layer: Linear) -> tuple[int, int]:
+    rows, cols = layer.weight.shape
+    return rows, cols

@@ -1,0 +1,193 @@
+"""The compiled step gives the model's own logits and tokens, or refuses the model by name."""
+
+import pytest
+import torch
+from torch import nn
+
+import ace_triton
+from ace_triton.decoding.generate import compiled_generate
+from ace_triton.decoding.parts import parts_of
+from ace_triton.decoding.refusal import StepRefusedError
+from ace_triton.decoding.step import CompiledStep, why_not_compiled
+from ace_triton.errors import GenerationError
+from ace_triton.kernels import cpu_library
+from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE
+from ace_triton.kernels.errors import ArgumentError
+
+pytestmark = pytest.mark.skipif(not cpu_library.available(), reason="no CPU library")
+
+TAKEN = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+"""Families of conftest.py that the step takes; it refuses all others."""
+
+PROMPT, LENGTH = 9, 40
+
+
+@pytest.fixture(autouse=True)
+def chosen_by_device(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def text(ids) -> torch.Tensor:
+    """One text of forty tokens."""
+    return ids.flatten()[:LENGTH][None]
+
+
+@torch.inference_mode()
+def distance(model, text, capacity=LENGTH) -> float:
+    """Largest distance of the step's logits from the model's, after a prompt of nine tokens."""
+    step = CompiledStep(model, capacity)
+    given = [step.prompt(text[:, :PROMPT]).clone()]
+    given += [step(token[None]).clone() for token in text[0, PROMPT:capacity]]
+    wanted = model(input_ids=text[:, :capacity]).logits[0, PROMPT - 1 :].float()
+    return float((torch.cat(given) - wanted).abs().max() / wanted.abs().max())
+
+
+def pruned(model, sparsity, **options):
+    ace_triton.prune_model(model, None, "magnitude", sparsity)
+    ace_triton.pack_model(model, **options)
+    return model
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("family", TAKEN)
+def test_the_logits_are_the_models(make_decoder, text, family, threads):
+    changes = {"sliding_window": None} if family == "mistral" else {}
+    model = make_decoder(family, **changes)
+    for name, parameter in model.named_parameters():  # Norms and biases that do something.
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        elif "embed" not in name:
+            parameter.data *= 4
+    torch.set_num_threads(threads)
+    assert distance(model, text) < 2e-6
+
+
+@pytest.mark.parametrize("isa", cpu_library.ISAS)
+@pytest.mark.parametrize(
+    ("sparsity", "options"),
+    [("2:4", {}), ("8:16", {}), ("0.5", {}), ("8:16", {"bits": 8, "group": 32}), ("16:32", {"bits": 4, "group": 32})],
+)
+def test_packed_layers_of_each_layout(make_decoder, text, sparsity, options, isa):
+    model = pruned(make_decoder("qwen2", intermediate_size=64), sparsity, **options)
+    in_use = cpu_library.isa()
+    try:
+        cpu_library.use_isa(isa)
+    except ArgumentError:
+        pytest.skip("not on this processor")
+    try:
+        assert distance(model, text) < 2e-6
+    finally:
+        cpu_library.use_isa(in_use)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_half_precision_is_the_models_up_to_its_rounding(make_decoder, text, dtype, most):
+    model = pruned(make_decoder("llama"), "8:16").to(dtype)
+    assert distance(model, text) < most
+
+
+def test_the_same_tokens_as_transformers(make_decoder, text):
+    model = pruned(make_decoder("qwen3"), "2:4")
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "repetition_penalty": 1.3}
+    prompt = text[:, :5]
+    assert torch.equal(compiled_generate(model, prompt, **options), model.generate(prompt, **options))
+    options |= {"do_sample": True, "temperature": 1.5, "top_k": 7}
+    drawn = []
+    for generate in (model.generate, lambda *given, **rest: compiled_generate(model, *given, **rest)):
+        torch.manual_seed(3)
+        drawn.append(generate(prompt, **options))
+    assert torch.equal(*drawn)
+
+
+def test_a_sliding_window_that_holds_the_text_is_no_limit(make_decoder, text):
+    model = make_decoder("mistral", sliding_window=24)
+    assert distance(model, text, capacity=24) < 2e-6
+    with pytest.raises(StepRefusedError, match="sliding window of 24 tokens is shorter than the 25 tokens"):
+        CompiledStep(model, 25)
+
+
+def test_every_other_family_is_refused(make_decoder, family):
+    model = make_decoder(family)
+    if family in TAKEN:
+        assert why_not_compiled(model) is None
+        return
+    reason = why_not_compiled(model)
+    assert reason is not None
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.train(), "training mode"),
+        (lambda model: model.to(torch.float64), "its dtype is torch.float64"),
+        (lambda model: model.model.norm.register_forward_hook(lambda *_: None), "model.norm has hooks"),
+        (lambda model: setattr(model.config, "final_logit_softcapping", 30.0), "caps logits"),
+        (lambda model: setattr(model.model.rotary_emb, "rope_type", "dynamic"), "of type 'dynamic'"),
+        (lambda model: setattr(model.model.layers[1].self_attn, "use_rope", False), "no rotary positions"),
+        (lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.ReLU()), "activation ReLU"),
+        (
+            lambda model: setattr(model.model.layers[0].mlp, "extra", nn.Linear(2, 2)),
+            "model.layers.0.mlp has extra, which it does not know",
+        ),
+        (lambda model: setattr(model.model, "norm", nn.LayerNorm(32)), "model.norm is a LayerNorm"),
+        (lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.5), "scaling of scores differs"),
+    ],
+)
+def test_a_changed_model_is_refused_by_name(make_decoder, change, reason):
+    model = make_decoder("llama")
+    change(model)
+    assert reason in str(why_not_compiled(model))
+
+
+def test_the_trial_run_finds_what_the_modules_do_not_show(make_decoder):
+    """A forward that scales its residuals, as Granite's does."""
+    model = make_decoder("llama")
+
+    class Scaled(type(model.model.layers[1])):
+        def forward(self, hidden_states, **options):
+            return 1.1 * super().forward(hidden_states, **options)
+
+    model.model.layers[1].__class__ = Scaled
+    assert "in a trial run its logits differ by" in str(why_not_compiled(model))
+
+
+def test_nan_is_refused_and_transformers_decodes(make_decoder):
+    model = make_decoder("llama")
+    model.model.norm.weight.data[3] = float("nan")
+    assert why_not_compiled(model) == "in a trial run it predicts NaN or infinity"
+
+
+def test_a_written_weight_is_used_and_proven_again(make_decoder, text, monkeypatch):
+    from ace_triton.decoding import step as module
+
+    model, trials, prove = make_decoder("llama"), [], module._prove
+    monkeypatch.setattr(module, "_prove", lambda *given: (trials.append(1), prove(*given)))
+    for expected in (1, 1, 2):
+        if expected == 2:
+            with torch.no_grad():
+                model.model.layers[0].mlp.up_proj.weight.mul_(3)
+        assert distance(model, text) < 2e-6
+        assert len(trials) == expected
+
+
+def test_a_full_cache_and_wrong_calls(make_decoder, text):
+    model = make_decoder("llama")
+    step = CompiledStep(model, 6)
+    step.prompt(text[:, :5])
+    step(text[0, 5:6])
+    with pytest.raises(ArgumentError, match="cache is full: it has room for 6 tokens"):
+        step(text[0, 6:7])
+    with pytest.raises(GenerationError, match=r"one text at a time.*got \[2, 20\]"):
+        compiled_generate(model, text.view(2, 20))
+    with pytest.raises(StepRefusedError, match="without beams; transformers decodes it"):
+        compiled_generate(model, text, num_beams=2, max_new_tokens=2)
+
+
+def test_the_parts_name_every_weight(make_decoder):
+    model = pruned(make_decoder("qwen3"), "2:4")
+    parts = parts_of(model)
+    held = {tensor.data_ptr() for tensor in parts.tensors}
+    own = {name for name, tensor in model.state_dict().items() if tensor.data_ptr() not in held}
+    assert own <= {"model.embed_tokens.weight"}
