@@ -1,4 +1,4 @@
-// y = x W^T for the few tokens of decoding, from n:m weights of 8 or 4 bits.
+// y = x W^T for the few tokens of decoding, from weights of 8 or 4 bits: n:m, or all of a row.
 // Tokens are rounded to integers of 30 bits and a sign, block by block, and split into two parts of 16 bits. So small
 // inputs beside a large one keep their precision, and sums of a block are exact. Blocks are added in order, in fp32. So
 // results do not depend on the instruction set, the number of threads or the other tokens of the call.
@@ -78,11 +78,15 @@ struct BlockSums {
         int32_t of_upper[OUTPUTS], of_lower[OUTPUTS];
         totals_of(0, of_upper);
         totals_of(1, of_lower);
+        if constexpr (OUTPUTS == 4) return join_parts(of_upper, of_lower, LOWER_STEPS, out);
         for (int r = 0; r < OUTPUTS; ++r) {
             out[r] = float(int64_t(of_upper[r]) * LOWER_STEPS + of_lower[r]) * (1.0f / LOWER_STEPS);
         }
     }
 };
+
+// Prefetch distance within a row without metadata, in bytes.
+constexpr int WHOLE_AHEAD = 1024;
 
 // What a word of metadata, for 32 inputs, keeps: in `one_load` at most sixteen values, which are loaded at once; in
 // `two_groups` a fixed number of each sixteen; in `one_group` any number of each sixteen.
@@ -130,6 +134,41 @@ struct FewBitsRows {
             second = earlier < n ? earlier : n;
         }
         function(spread_steps(load(r, value + second, copy[1]), high), 1);
+    }
+    ACE_INLINE float largest(int r, int64_t group) const {
+        return widen_one(weight.element, weight.absmax, (first + r) * groups + group);
+    }
+};
+
+// Quantized rows without metadata, from some row on: every input has a value. Values past the end of a row are those of
+// the next one, and meet tokens that are 0.
+template <typename Few, bool LAST>
+struct WholeRows {
+    const uint8_t *values, *end;
+    const FewBitsWeight& weight;
+    int64_t first, stride, words, groups;
+
+    template <int OUTPUTS>
+    ACE_INLINE void ahead(int64_t j) const {
+        const int64_t offset = j * Few::BITS / 8 + WHOLE_AHEAD;
+        for (int line = 0; line < MOST_OF_BLOCK * Few::BITS / 8; line += 64) {
+            ask_rows_ahead<OUTPUTS>(values, offset + line, stride);
+        }
+    }
+    // As in FewBitsRows.
+    template <typename Function>
+    ACE_INLINE void word(int r, int64_t index, Function function) const {
+        for (int half = 0; half < 2; ++half) {
+            const int64_t value = index * WORD_INPUTS + half * LANES;
+            const uint8_t* from = values + r * stride + value * Few::BITS / 8;
+            uint8_t copy[LANES];
+            if (LAST && end - from < Few::BYTES_READ) {
+                memset(copy, 0, sizeof copy);
+                if (end > from) memcpy(copy, from, end - from);
+                from = copy;
+            }
+            function(all_steps(Few::load(from, value)), half);
+        }
     }
     ACE_INLINE float largest(int r, int64_t group) const {
         return widen_one(weight.element, weight.absmax, (first + r) * groups + group);
@@ -239,7 +278,31 @@ inline void few_bits_rows(const FewBitsWeight& w, const FewBitsTask& task, int64
     for (; i < end; ++i) few_bits_outputs<Few, 1>(rows(i, std::true_type{}), w.rows, task, i);
 }
 
+template <typename Few>
+inline void whole_rows(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
+    const int64_t stride = (w.cols * Few::BITS + 7) / 8;
+    const int64_t words = (w.cols + WORD_INPUTS - 1) / WORD_INPUTS;
+    const int64_t groups = (w.cols + task.group - 1) / task.group;
+    // Behind each row before `safe`, at least a word more can be read.
+    const int64_t safe = stride > 0 ? w.rows - (WORD_INPUTS + stride - 1) / stride - 1 : 0;
+    const int64_t middle = safe < begin ? begin : safe < end ? safe : end;
+    const auto rows = [&](int64_t i, auto last) ACE_INLINED {
+        return WholeRows<Few, decltype(last)::value>{
+            w.values + i * stride, w.values + w.rows * stride, w, i, stride, words, groups};
+    };
+    int64_t i = begin;
+    for (; i + OUTPUT_TILE <= middle; i += OUTPUT_TILE) {
+        few_bits_outputs<Few, OUTPUT_TILE>(rows(i, std::false_type{}), w.rows, task, i);
+    }
+    for (; i < end; ++i) few_bits_outputs<Few, 1>(rows(i, std::true_type{}), w.rows, task, i);
+}
+
 inline void few_bits_linear(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
+    if (!w.meta) {
+        if (w.bits == 8) whole_rows<EightBits>(w, task, begin, end);
+        else whole_rows<FourBits<false>>(w, task, begin, end);
+        return;
+    }
     const bool half = 2 * w.n <= w.m;
     if (w.bits == 8) {
         if (w.m <= LANES) few_bits_rows<EightBits, Word::two_groups>(w, task, begin, end);

@@ -47,6 +47,9 @@ ACE_INLINE Steps spread_steps(__m128i values, uint32_t bits, int skipped) {
     return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(values, places));
 }
 
+// Lane k is value k.
+ACE_INLINE Steps all_steps(__m128i values) { return _mm256_cvtepi8_epi16(values); }
+
 ACE_INLINE Products no_products() { return _mm256_setzero_si256(); }
 ACE_INLINE Products add_products(Products sum, Steps w, const int16_t* x) {
     const __m256i tokens = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
@@ -111,6 +114,9 @@ ACE_INLINE Steps spread_steps(int8x16_t values, uint32_t bits, int skipped) {
     return steps_of(vqtbl1q_s8(values, vaddq_u8(step_places(bits), vdupq_n_u8(uint8_t(skipped)))));
 }
 
+// Lane k is value k.
+ACE_INLINE Steps all_steps(int8x16_t values) { return steps_of(values); }
+
 // The totals of OUTPUTS sums.
 template <int OUTPUTS>
 ACE_INLINE void totals(const Products* sums, int32_t* out) {
@@ -134,6 +140,14 @@ ACE_INLINE Steps spread_steps(const Values& values, uint32_t bits, int skipped =
     return steps;
 }
 
+// Lane k is value k.
+template <typename Values>
+ACE_INLINE Steps all_steps(const Values& values) {
+    Steps steps;
+    for (int k = 0; k < LANES; ++k) steps.lane[k] = values[k];
+    return steps;
+}
+
 ACE_INLINE Products no_products() { return 0; }
 ACE_INLINE Products add_products(Products sum, const Steps& w, const int16_t* x) {
     for (int k = 0; k < LANES; ++k) sum += int32_t(w.lane[k]) * x[k];
@@ -144,6 +158,19 @@ ACE_INLINE void totals(const Products* sums, int32_t* out) {
     for (int r = 0; r < OUTPUTS; ++r) out[r] = sums[r];
 }
 #endif
+
+// upper + lower / steps for four pairs of integers, with `steps` a power of two; each is rounded once.
+ACE_INLINE void join_parts(const int32_t* upper, const int32_t* lower, int64_t steps, float* out) {
+#if ACE_WIDTH >= 8
+    // Both integers and their sum are exact in fp64.
+    const __m256d above = _mm256_cvtepi32_pd(_mm_loadu_si128(reinterpret_cast<const __m128i*>(upper)));
+    const __m256d below = _mm256_cvtepi32_pd(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lower)));
+    const __m256d whole = _mm256_add_pd(above, _mm256_mul_pd(below, _mm256_set1_pd(1.0 / double(steps))));
+    _mm_storeu_ps(out, _mm256_cvtpd_ps(whole));
+#else
+    for (int k = 0; k < 4; ++k) out[k] = float(int64_t(upper[k]) * steps + lower[k]) * (1.0f / float(steps));
+#endif
+}
 
 // Values of 8 bits; sixteen of them are read.
 struct EightBits {
