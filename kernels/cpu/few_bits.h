@@ -85,8 +85,8 @@ struct BlockSums {
     }
 };
 
-// Prefetch distance within a row without metadata, in bytes.
-constexpr int WHOLE_AHEAD = 1024;
+// Prefetch distance of rows without metadata, in bytes.
+constexpr int WHOLE_AHEAD = 4096;
 
 // What a word of metadata, for 32 inputs, keeps: in `one_load` at most sixteen values, which are loaded at once; in
 // `two_groups` a fixed number of each sixteen; in `one_group` any number of each sixteen.
@@ -102,7 +102,7 @@ struct FewBitsRows {
     int n, log_m;
 
     template <int OUTPUTS>
-    ACE_INLINE void ahead(int64_t j) const {
+    ACE_INLINE void ahead(int64_t j, int64_t) const {
         ask_rows_ahead<OUTPUTS>(values, (j >> log_m) * n * Few::BITS / 8 + PACKED_AHEAD, stride);
         __builtin_prefetch(reinterpret_cast<const char*>(meta + OUTPUTS * words) + j / 8 * OUTPUTS);
     }
@@ -148,27 +148,28 @@ struct WholeRows {
     const FewBitsWeight& weight;
     int64_t first, stride, words, groups;
 
+    // The rows of a tile follow each other without gaps, so they are prefetched as one run of bytes.
     template <int OUTPUTS>
-    ACE_INLINE void ahead(int64_t j) const {
-        const int64_t offset = j * Few::BITS / 8 + WHOLE_AHEAD;
-        for (int line = 0; line < MOST_OF_BLOCK * Few::BITS / 8; line += 64) {
-            ask_rows_ahead<OUTPUTS>(values, offset + line, stride);
-        }
+    ACE_INLINE void ahead(int64_t j, int64_t inputs) const {
+        const uint8_t* asked = values + j * Few::BITS / 8 * OUTPUTS + WHOLE_AHEAD;
+        const int64_t bytes = inputs * Few::BITS / 8 * OUTPUTS;
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(asked + line);
     }
     // As in FewBitsRows.
     template <typename Function>
     ACE_INLINE void word(int r, int64_t index, Function function) const {
-        for (int half = 0; half < 2; ++half) {
-            const int64_t value = index * WORD_INPUTS + half * LANES;
-            const uint8_t* from = values + r * stride + value * Few::BITS / 8;
-            uint8_t copy[LANES];
-            if (LAST && end - from < Few::BYTES_READ) {
-                memset(copy, 0, sizeof copy);
-                if (end > from) memcpy(copy, from, end - from);
-                from = copy;
-            }
-            function(all_steps(Few::load(from, value)), half);
+        constexpr int BYTES = WORD_INPUTS * Few::BITS / 8;
+        const uint8_t* from = values + r * stride + index * BYTES;
+        uint8_t copy[WORD_INPUTS];
+        if (LAST && end - from < BYTES) {
+            memset(copy, 0, sizeof copy);
+            if (end > from) memcpy(copy, from, end - from);
+            from = copy;
         }
+        typename Few::Values half[2];
+        Few::load_two(from, half);
+        function(all_steps(half[0]), 0);
+        function(all_steps(half[1]), 1);
     }
     ACE_INLINE float largest(int r, int64_t group) const {
         return widen_one(weight.element, weight.absmax, (first + r) * groups + group);
@@ -185,7 +186,7 @@ ACE_OUTLINED void one_rounded_token(const Rows& rows, const FewBitsTask& task, c
         BlockSums<OUTPUTS> block;
         block.clear();
         const int64_t stop = (b + 1) * of_block < rows.words ? (b + 1) * of_block : rows.words;
-        rows.template ahead<OUTPUTS>(b * task.block);
+        rows.template ahead<OUTPUTS>(b * task.block, task.block);
         for (int64_t w = b * of_block; w < stop; ++w) {
             for (int r = 0; r < OUTPUTS; ++r) {
                 rows.word(r, w, [&](const Steps& steps, int half) ACE_INLINED {
@@ -211,7 +212,7 @@ ACE_OUTLINED void some_rounded_tokens(const Rows& rows, const FewBitsTask& task,
     for (int64_t b = 0; b < task.blocks; ++b) {
         alignas(64) Steps tile[OUTPUTS][MOST_OF_BLOCK / LANES];
         const int64_t first = b * of_block, stop = first + of_block < rows.words ? first + of_block : rows.words;
-        rows.template ahead<OUTPUTS>(b * task.block);
+        rows.template ahead<OUTPUTS>(b * task.block, task.block);
         for (int r = 0; r < OUTPUTS; ++r) {
             for (int64_t w = first; w < stop; ++w) {
                 rows.word(r, w, [&](const Steps& steps, int half) ACE_INLINED {

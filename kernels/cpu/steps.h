@@ -172,7 +172,7 @@ ACE_INLINE void join_parts(const int32_t* upper, const int32_t* lower, int64_t s
 #endif
 }
 
-// Values of 8 bits; sixteen of them are read.
+// Values of 8 bits; sixteen of them are read, or 32 as two vectors.
 struct EightBits {
     static constexpr int BITS = 8, LARGEST = 127, BYTES_READ = 16;
 
@@ -188,6 +188,9 @@ struct EightBits {
     using Values = const int8_t*;
     static ACE_INLINE Values load(const uint8_t* from, int64_t) { return reinterpret_cast<const int8_t*>(from); }
 #endif
+    static ACE_INLINE void load_two(const uint8_t* from, Values* values) {
+        for (int half = 0; half < 2; ++half) values[half] = load(from + half * LANES, 0);
+    }
 };
 
 // Values of 4 bits, in two's complement; sixteen of them are read and multiplied by 16. If ODD, the first value may be
@@ -209,6 +212,12 @@ struct FourBits {
         const __m128i pairs = _mm_cvtsi64_si128(int64_t(pairs_at(from, value))), upper = _mm_set1_epi8(-16);
         return _mm_unpacklo_epi8(_mm_and_si128(_mm_slli_epi16(pairs, 4), upper), _mm_and_si128(pairs, upper));
     }
+    static ACE_INLINE void load_two(const uint8_t* from, Values* values) {
+        const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), upper = _mm_set1_epi8(-16);
+        const __m128i first = _mm_and_si128(_mm_slli_epi16(pairs, 4), upper), second = _mm_and_si128(pairs, upper);
+        values[0] = _mm_unpacklo_epi8(first, second);
+        values[1] = _mm_unpackhi_epi8(first, second);
+    }
 #elif ACE_NEON
     using Values = int8x16_t;
     static ACE_INLINE Values load(const uint8_t* from, int64_t value) {
@@ -226,6 +235,11 @@ struct FourBits {
         Values values;
         for (int k = 0; k < LANES; ++k) values.lane[k] = int8_t(uint8_t(pairs >> 4 * k << 4));
         return values;
+    }
+#endif
+#if ACE_WIDTH < 8
+    static ACE_INLINE void load_two(const uint8_t* from, Values* values) {
+        for (int half = 0; half < 2; ++half) values[half] = load(from + half * LANES / 2, 0);
     }
 #endif
 };
