@@ -9,7 +9,6 @@ docs/quantization.json are reused.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +97,7 @@ def main(
 @torch.no_grad()
 def rounded(model: Any, form: DenseForm) -> Iterator[None]:
     """A context in which the weights of a model have the values that few bits hold, and its inputs are rounded."""
-    kept = copy.deepcopy(model.state_dict())
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     tables = tables_of(model, form.head, None)
     head = next((found[0] for found in (tables.head, tables.embedding) if found is not None), None)
     hooks = []
@@ -106,6 +105,7 @@ def rounded(model: Any, form: DenseForm) -> Iterator[None]:
         is_head = module is model.get_output_embeddings()
         bits = form.head if name == head else form.layers if isinstance(module, nn.Linear) and not is_head else None
         if bits is not None:
+            kept.append((module.weight, module.weight.clone()))
             module.weight.copy_(dequantize_dense(quantize_dense(module.weight, bits, GROUP)))
         if form.inputs is not None and isinstance(module, nn.Linear):
             hooks.append(module.register_forward_pre_hook(_round_inputs(form.inputs)))
@@ -114,7 +114,8 @@ def rounded(model: Any, form: DenseForm) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        model.load_state_dict(kept)
+        for weight, before in kept:
+            weight.copy_(before)
 
 
 def _round_inputs(bits: int) -> Any:
