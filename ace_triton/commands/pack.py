@@ -80,11 +80,14 @@ def pack(
     if sparsity is not None and Sparsity(sparsity).n is None:
         raise ArgumentError(f"--sparsity {sparsity!r}: packed layers need a pattern n:m, as 2:4")
     few = parse_bits(bits, group)
-    dense = {
-        "head_bits": parse_bits(head_bits, group, "--head-bits"),
-        "embedding_bits": parse_bits(embedding_bits, group, "--embedding-bits"),
-        "dense_bits": parse_bits(dense_bits, group, "--dense-bits"),
-    }
+    of_head, of_embedding, of_dense = (
+        parse_bits(given, group, option)
+        for given, option in (
+            (head_bits, "--head-bits"),
+            (embedding_bits, "--embedding-bits"),
+            (dense_bits, "--dense-bits"),
+        )
+    )
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     checkpoint.check_out(out, overwrite=overwrite)
     check_source(src, hub=False)
@@ -112,7 +115,9 @@ def pack(
                 stage=partial(stage, progress),
                 bits=few,
                 group=group,
-                **dense,
+                head_bits=of_head,
+                embedding_bits=of_embedding,
+                dense_bits=of_dense,
             )
         else:
             with stage(progress, "load the model"):
@@ -121,7 +126,15 @@ def pack(
                 )
             with stage(progress, "pack"):
                 result = sparsify(
-                    model, sparsity, include=include or None, exclude=exclude or None, bits=few, group=group, **dense
+                    model,
+                    sparsity,
+                    include=include or None,
+                    exclude=exclude or None,
+                    bits=few,
+                    group=group,
+                    head_bits=of_head,
+                    embedding_bits=of_embedding,
+                    dense_bits=of_dense,
                 )
             facts = with_packing(facts or {}, result, few, group)
             with stage(progress, "save the model"):
