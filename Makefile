@@ -146,6 +146,9 @@ fits: setup  ## metrics, fits and recovery by pattern, for docs/fits.md; hours, 
 
 TRADEOFF = $(BIN)/python -m benchmarks.reports.tradeoff --calibration $(CALIBRATION) --evaluation $(EVALUATION) $(ARGS)
 # Needs llama-cpp-python and gguf for the forms in llama.cpp; without them they are left out, and the page decides nothing.
+dense-bits: setup  ## dense models with 8 and 4 bits in the head or everywhere, for docs/quantization.md; minutes, resumable; ARGS names a model
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.dense_bits --evaluation $(EVALUATION) $(ARGS)
+
 tradeoff: setup  ## dense, quantized and pruned forms beside each other, for docs/tradeoff.md; hours, resumable; on an idle machine; ARGS names a model
 	$(TRADEOFF) --only perplexity
 	OMP_NUM_THREADS=1 $(TRADEOFF) --only speed

@@ -35,6 +35,8 @@ from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .packed.packed_linear import PackedLinear
 from .packed.products import RowLimits
+from .packed.quantized_embedding import QuantizedEmbedding
+from .packed.quantized_linear import QuantizedLinear, TiedLinear
 from .packed.registration import register_quantizer
 from .packed.registration import register_with_transformers as _register_with_transformers
 from .packed.rows_linear import RowsLinear
@@ -95,6 +97,8 @@ __all__ = [
     "PruneResult",
     "PruningPlan",
     "Quantization",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "Recipe",
     "RecipeError",
     "RecoveryError",
@@ -113,6 +117,7 @@ __all__ = [
     "StudyError",
     "TensorForm",
     "TextError",
+    "TiedLinear",
     "Update",
     "WrittenText",
     "compiled_generate",

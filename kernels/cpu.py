@@ -13,6 +13,7 @@ import torch
 from .cpu_library import call, library
 from .errors import ArgumentError
 from .memory import ELEMENTS, address, contiguous, elements, matrix, new, sequences
+from .packed_dense import PackedDense
 from .packed_nm import PackedNM
 from .packed_rows import PackedRows
 from .records import ColumnScale, GradientMoments, Step
@@ -377,8 +378,8 @@ def _linear(
     return out
 
 
-def few_bits_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
-    """As :func:`nm_linear`, for a quantized weight."""
+def few_bits_linear(tokens: torch.Tensor, packed: PackedNM | PackedDense, bias: torch.Tensor | None) -> torch.Tensor:
+    """As :func:`nm_linear`, for a quantized weight, n:m or dense."""
     (rows, cols), absmax = packed.shape, packed.absmax
     assert absmax is not None
     packed.check_tensors()
@@ -395,7 +396,7 @@ def few_bits_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor |
         "ace_few_bits_linear",
         *source,
         address(values, values.dtype, values.shape, "values"),
-        address(meta, _INT, meta.shape, "meta"),
+        None if meta is None else address(meta, _INT, meta.shape, "meta"),
         address(absmax, absmax.dtype, absmax.shape, "absmax"),
         *(rows, packed.n, packed.m, packed.bits, packed.group, ELEMENTS[absmax.dtype][0]),
         *(offset, place, torch.get_num_threads()),

@@ -78,6 +78,55 @@ def dequantized_groups(steps: torch.Tensor, absmax: torch.Tensor, size: int, bit
     return _by_groups(steps, absmax, size, lambda part, largest: dequantized(part, largest, bits))
 
 
+def stored(steps: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers q, fp32 [rows, cols], as they are stored: int8 of the same shape, or uint8 [rows, ceil(cols / 2)] for 4
+    bits."""
+    if bits == 8:
+        return steps.to(torch.int8)
+    halves = steps.to(torch.int8).view(torch.uint8) & 15
+    if halves.shape[1] % 2:
+        halves = torch.nn.functional.pad(halves, (0, 1))
+    return halves[:, ::2] | (halves[:, 1::2] << 4)
+
+
+def integers(values: torch.Tensor, cols: int) -> torch.Tensor:
+    """The inverse of :func:`stored`: the integers q, int8 [rows, cols]."""
+    if values.dtype == torch.int8:
+        return values
+    halves = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)[:, :cols]
+    return (halves << 4).view(torch.int8) >> 4
+
+
+def check_values(values: torch.Tensor, absmax: torch.Tensor, cols: int) -> None:
+    """Raise ArgumentError if stored values or absmax hold what no quantization gives.
+
+    Args:
+        values: as :func:`stored` gives them.
+        absmax: their largest magnitudes.
+        cols: number of integers in a row.
+    """
+    if values.dtype == torch.int8:
+        invalid = bool((values == -128).any())
+    else:
+        unused = values[:, -1:] >> 4 if cols % 2 else values[:0]
+        invalid = bool(((values & 15 == 8) | (values >> 4 == 8)).any()) or bool(unused.any())
+    if invalid:
+        raise ArgumentError("its values hold a number that no quantization gives")
+    if not bool((absmax >= 0).all()) or bool(absmax.isinf().any()):
+        raise ArgumentError("its absmax holds NaN, infinity or a negative number")
+
+
+def check_dtypes(values: torch.Tensor, absmax: torch.Tensor, group: int) -> None:
+    """Raise ArgumentError if the group or the dtypes of stored values and absmax are not supported."""
+    if values.dtype not in (torch.int8, torch.uint8):
+        raise ArgumentError(
+            f"values beside absmax must be torch.int8 (8 bits) or torch.uint8 (4 bits), got {values.dtype}"
+        )
+    check_bits(8, group)
+    if absmax.dtype not in DTYPES:
+        raise ArgumentError(f"absmax must be float32, float16 or bfloat16, got {absmax.dtype}")
+
+
 def _by_groups(
     values: torch.Tensor,
     absmax: torch.Tensor,

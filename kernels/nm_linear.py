@@ -23,6 +23,7 @@ from .errors import ArgumentError
 from .nm_linear_dot import nm_linear_dot
 from .nm_linear_few_bits import nm_linear_few_bits
 from .op import Op, Work, bytes_of, launch_metadata
+from .packed_dense import PackedDense
 from .packed_nm import PackedNM
 from .packed_rows import PackedRows
 from .quantize_nm import dequantize_nm
@@ -79,7 +80,7 @@ def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tens
     return outputs.to(tokens.dtype)
 
 
-def check_linear(tokens: torch.Tensor, packed: PackedNM | PackedRows, bias: torch.Tensor | None) -> None:
+def check_linear(tokens: torch.Tensor, packed: PackedNM | PackedRows | PackedDense, bias: torch.Tensor | None) -> None:
     """Raise ArgumentError if the product with a packed weight does not support the shapes or dtypes."""
     out_features, in_features = packed.shape
     if tokens.dim() < 1 or tokens.shape[-1] != in_features:
@@ -122,7 +123,7 @@ def of_shape(outputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return outputs if tokens.dim() == 2 else outputs.reshape(*tokens.shape[:-1], outputs.shape[1])
 
 
-def nm_linear_launched(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+def nm_linear_launched(tokens: torch.Tensor, packed: PackedNM | PackedDense, bias: torch.Tensor | None) -> torch.Tensor:
     """Launch the kernels for tokens [n_tokens, in_features]."""
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
@@ -132,6 +133,7 @@ def nm_linear_launched(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tenso
         return torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
     two_of_four = (packed.n, packed.m) == (2, 4) and packed.absmax is None
     if two_of_four and tokens.dtype == packed.values.dtype and launch_packed.suits_nm_linear_dot(tokens, packed.values):
+        assert isinstance(packed, PackedNM)
         return nm_linear_dot(tokens, packed, bias)
     if packed.absmax is not None and launch_packed.suits_nm_linear_few_bits(tokens):
         return nm_linear_few_bits(tokens, packed, bias)
@@ -294,7 +296,7 @@ def _few_bits_body(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """As :func:`_any_pattern_body`, for weights of 8 or 4 bits."""
+    """As :func:`_any_pattern_body`, for weights of 8 or 4 bits; without metadata, every input has a value (N = M)."""
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     value_start = i.to(tl.int64) * tl.cdiv(cols // M * N * BITS, 8)
     word_start = i.to(tl.int64) * tl.cdiv(cols, 32)
@@ -305,10 +307,12 @@ def _few_bits_body(
     for first in tl.range(0, cols, BLOCK_COLS):
         j = first + tl.arange(0, BLOCK_COLS)[None, :]
         inside = (i < rows) & (j < cols)
-        words = tl.load(meta_ptr + word_start + j // 32, mask=inside, other=0)
-        place = j // M * N + kept_before(words, j, M)
-        # Damaged metadata could count past the values of a row.
-        kept = inside & (words >> j % 32 & 1 != 0) & (place < cols // M * N)
+        place, kept = j, inside
+        if meta_ptr is not None:
+            words = tl.load(meta_ptr + word_start + j // 32, mask=inside, other=0)
+            place = j // M * N + kept_before(words, j, M)
+            # Damaged metadata could count past the values of a row.
+            kept = inside & (words >> j % 32 & 1 != 0) & (place < cols // M * N)
         step = tl.load(values_ptr + value_start + place * BITS // 8, mask=kept, other=0).to(tl.int32)
         if BITS == 4:
             step = (step >> place % 2 * 4 & 15 ^ 8) - 8

@@ -19,12 +19,13 @@ from .backend import interpreting
 from .bound_launch import new
 from .nm_linear_dot import add_splits
 from .op import launch_metadata
+from .packed_dense import PackedDense
 from .packed_nm import PackedNM
 from .registers import kept_before
 from .triton_import import tl, triton
 
 
-def nm_linear_few_bits(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+def nm_linear_few_bits(tokens: torch.Tensor, packed: PackedNM | PackedDense, bias: torch.Tensor | None) -> torch.Tensor:
     """Outputs [n_tokens, out_features] of fp16 or bf16 tokens [n_tokens, in_features] with contiguous rows.
 
     Called by :func:`~ace_triton.kernels.nm_linear.nm_linear`, which has checked the arguments; no size is 0.
@@ -83,7 +84,8 @@ def _few_bits_dot_body(
     BLOCK_ROWS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """A tile of rows and tokens, over one split of the inputs; a trip takes one word of metadata of every row.
+    """A tile of rows and tokens, over one split of the inputs; a trip takes 32 inputs: one word of metadata, if there
+    are metadata, of every row.
 
     WIDEN multiplies in fp32, for the interpreter: NumPy has no bf16.
     """
@@ -99,10 +101,12 @@ def _few_bits_dot_body(
     begin = tl.program_id(2) * trips
     for word in tl.range(begin, tl.minimum(begin + trips, tl.cdiv(cols, 32))):
         j = word * 32 + place
-        words = tl.load(meta_ptr + word_start + word)
-        value = j // M * N + kept_before(words, j, M)
-        # Damaged metadata could count past the values of a row.
-        kept = (j < cols) & (words >> j % 32 & 1 != 0) & (value < cols // M * N)
+        value, kept = j, j < cols
+        if meta_ptr is not None:
+            words = tl.load(meta_ptr + word_start + word)
+            value = j // M * N + kept_before(words, j, M)
+            # Damaged metadata could count past the values of a row.
+            kept = kept & (words >> j % 32 & 1 != 0) & (value < cols // M * N)
         step = tl.load(values_ptr + value_start + value * BITS // 8, mask=kept, other=0).to(tl.int32)
         if BITS == 4:
             step = tl.where(kept, (step >> value % 2 * 4 & 15 ^ 8) - 8, 0)

@@ -143,7 +143,7 @@ class PackedNM:
             raise ArgumentError(f"values must be one of {DTYPES}, got {self.values.dtype}")
         check_meta(self.meta, self.n, self.m, self.shape)
         if self.absmax is not None:
-            _check_quantized(self.values, self.absmax, self.kept_of_a_row)
+            few_bits.check_values(self.values, self.absmax, self.kept_of_a_row)
 
     def check_tensors(self) -> None:
         """Check shapes, dtypes and devices of values and metadata, which is all that kernels need.
@@ -156,7 +156,7 @@ class PackedNM:
         """
         self.check_pattern()
         if self.absmax is not None:
-            self._check_absmax()
+            few_bits.check_dtypes(self.values, self.absmax, self.group)
         for name, tensor in self.tensors.items():
             expected = (self.shape[0], self.widths[name])
             if tensor.shape != expected or not tensor.is_contiguous():
@@ -179,16 +179,6 @@ class PackedNM:
         widths = {"values": -(-kept // 2) if self.bits == 4 else kept, "meta": -(-cols // WORD)}
         return widths if self.absmax is None else {**widths, "absmax": -(-cols // self.group)}
 
-    def _check_absmax(self) -> None:
-        assert self.absmax is not None
-        if self.values.dtype not in (torch.int8, torch.uint8):
-            raise ArgumentError(
-                f"values beside absmax must be torch.int8 (8 bits) or torch.uint8 (4 bits), got {self.values.dtype}"
-            )
-        few_bits.check_bits(8, self.group)
-        if self.absmax.dtype not in few_bits.DTYPES:
-            raise ArgumentError(f"absmax must be float32, float16 or bfloat16, got {self.absmax.dtype}")
-
     def check_pattern(self) -> None:
         """Raise ArgumentError if n:m is invalid or does not divide a weight of this shape."""
         if self.m not in GROUP_SIZES or not 0 < self.n < self.m or self.shape[1] % self.m:
@@ -199,19 +189,6 @@ class PackedNM:
             f"{name} of a {self.n}:{self.m} weight {self.shape} must be contiguous {expected}, "
             f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
         )
-
-
-def _check_quantized(values: torch.Tensor, absmax: torch.Tensor, kept: int) -> None:
-    """Raise ArgumentError if quantized values or absmax hold what no quantization gives."""
-    if values.dtype == torch.int8:
-        invalid = bool((values == -128).any())
-    else:
-        unused = values[:, -1:] >> 4 if kept % 2 else values[:0]
-        invalid = bool(((values & 15 == 8) | (values >> 4 == 8)).any()) or bool(unused.any())
-    if invalid:
-        raise ArgumentError("its values hold a number that no quantization gives")
-    if not bool((absmax >= 0).all()) or bool(absmax.isinf().any()):
-        raise ArgumentError("its absmax holds NaN, infinity or a negative number")
 
 
 def check_meta_dtype(meta: torch.Tensor) -> None:

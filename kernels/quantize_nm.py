@@ -32,7 +32,7 @@ def quantize_nm(packed: PackedNM, bits: int, group: int) -> PackedNM:
     if not bool(absmax.isfinite().all()):
         raise ArgumentError("a weight with NaN or infinity cannot be quantized: prune or load the model again")
     steps = few_bits.quantized_groups(packed.values.float(), absmax.float(), size, bits)
-    values = steps.to(torch.int8) if bits == 8 else _in_half_bytes(steps)
+    values = few_bits.stored(steps, bits)
     return replace(packed, values=values, absmax=absmax, group=group)
 
 
@@ -53,22 +53,8 @@ def dequantize_nm(packed: PackedNM, dtype: torch.dtype | None = None) -> PackedN
 
 def quantized_steps(packed: PackedNM) -> torch.Tensor:
     """The integers of a quantized weight's kept values, int8 [out, in * n / m]."""
-    return packed.values if packed.bits == 8 else _from_half_bytes(packed.values, packed.kept_of_a_row)
+    return few_bits.integers(packed.values, packed.kept_of_a_row)
 
 
 def _kept_of_a_group(packed: PackedNM, group: int) -> int:
     return group // packed.m * packed.n
-
-
-def _in_half_bytes(steps: torch.Tensor) -> torch.Tensor:
-    """Integers from -7 to 7, fp32 [rows, cols], as uint8 [rows, ceil(cols / 2)]."""
-    bits = steps.to(torch.int8).view(torch.uint8) & 15
-    if bits.shape[1] % 2:
-        bits = torch.nn.functional.pad(bits, (0, 1))
-    return bits[:, ::2] | (bits[:, 1::2] << 4)
-
-
-def _from_half_bytes(values: torch.Tensor, cols: int) -> torch.Tensor:
-    """The inverse of :func:`_in_half_bytes`, int8 [rows, cols]."""
-    bits = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)[:, :cols]
-    return (bits << 4).view(torch.int8) >> 4

@@ -84,7 +84,25 @@ BitsOption = Annotated[
     typer.Option(help="Store each kept weight in 8 or 4 bits.", show_default="the weights' own type", metavar="8|4"),
 ]
 GroupOption = Annotated[
-    int, typer.Option(help="For --bits: number of inputs that share a scale, a multiple of 32.", metavar="INPUTS")
+    int, typer.Option(help="For all bits: number of inputs that share a scale, a multiple of 32.", metavar="INPUTS")
+]
+HeadBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Store the output head in 8 or 4 bits; the embedding too if they share a weight.",
+        show_default="the head's own type",
+        metavar="8|4",
+    ),
+]
+EmbeddingBitsOption = Annotated[
+    int | None,
+    typer.Option(help="Store the embedding in 8 or 4 bits.", show_default="its own type", metavar="8|4"),
+]
+DenseBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Store linear layers that were not pruned in 8 or 4 bits.", show_default="their own type", metavar="8|4"
+    ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 SourceArgument = Annotated[
@@ -190,13 +208,13 @@ def parse_update(kind: str | None, pairs: list[str] | None, usual: Update | None
     return replace(update, **options)
 
 
-def parse_bits(bits: int | None, group: int) -> int | None:
-    """``--bits``; ArgumentError if it or ``--group`` is invalid."""
+def parse_bits(bits: int | None, group: int, option: str = "--bits") -> int | None:
+    """The bits that an option gave; ArgumentError if they or ``--group`` are invalid."""
     if bits is not None:
         try:
             check_bits(bits, group)
         except ValueError as error:
-            raise ArgumentError(f"--bits and --group: {error}") from error
+            raise ArgumentError(f"{option} and --group: {error}") from error
     return bits
 
 

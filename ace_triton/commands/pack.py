@@ -23,10 +23,13 @@ from . import report
 from .console import console, print_backend, print_line, print_note, progress_bars
 from .options import (
     BitsOption,
+    DenseBitsOption,
     DeviceOption,
     DtypeOption,
+    EmbeddingBitsOption,
     ExcludeOption,
     GroupOption,
+    HeadBitsOption,
     IncludeOption,
     JsonOption,
     OverwriteOption,
@@ -51,6 +54,9 @@ def pack(
     ] = None,
     bits: BitsOption = None,
     group: GroupOption = GROUP,
+    head_bits: HeadBitsOption = None,
+    embedding_bits: EmbeddingBitsOption = None,
+    dense_bits: DenseBitsOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     dtype: DtypeOption = "auto",
@@ -65,7 +71,8 @@ def pack(
     """Pack the n:m layers of a pruned checkpoint into a smaller one. Load it with ace_triton.load to run it sparse.
 
     --bits rounds each kept weight to the nearest value, because there is no calibration text here. 'ace-triton prune
-    --bits' chooses better values; pack its result with the same --bits and --group, which keeps them.
+    --bits' chooses better values; pack its result with the same --bits and --group, which keeps them. --head-bits,
+    --embedding-bits and --dense-bits round weights that were not pruned, also to the nearest value.
     """
     check_json(json)
     if format_of(src).name == "packed":
@@ -73,6 +80,14 @@ def pack(
     if sparsity is not None and Sparsity(sparsity).n is None:
         raise ArgumentError(f"--sparsity {sparsity!r}: packed layers need a pattern n:m, as 2:4")
     few = parse_bits(bits, group)
+    of_head, of_embedding, of_dense = (
+        parse_bits(given, group, option)
+        for given, option in (
+            (head_bits, "--head-bits"),
+            (embedding_bits, "--embedding-bits"),
+            (dense_bits, "--dense-bits"),
+        )
+    )
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     checkpoint.check_out(out, overwrite=overwrite)
     check_source(src, hub=False)
@@ -100,6 +115,9 @@ def pack(
                 stage=partial(stage, progress),
                 bits=few,
                 group=group,
+                head_bits=of_head,
+                embedding_bits=of_embedding,
+                dense_bits=of_dense,
             )
         else:
             with stage(progress, "load the model"):
@@ -108,7 +126,15 @@ def pack(
                 )
             with stage(progress, "pack"):
                 result = sparsify(
-                    model, sparsity, include=include or None, exclude=exclude or None, bits=few, group=group
+                    model,
+                    sparsity,
+                    include=include or None,
+                    exclude=exclude or None,
+                    bits=few,
+                    group=group,
+                    head_bits=of_head,
+                    embedding_bits=of_embedding,
+                    dense_bits=of_dense,
                 )
             facts = with_packing(facts or {}, result, few, group)
             with stage(progress, "save the model"):

@@ -10,7 +10,7 @@ import torch
 from ..inputs import checkpoint
 from ..inputs.model_task import TEXT_GENERATION
 from ..packed.inspect import TensorSparsity, inspect_dense
-from ..packed.packed_linear import PackedLinear
+from ..packed.tables import PACKED_MODULES
 from .format import Format
 
 
@@ -20,7 +20,7 @@ class Dense(Format):
     name = "dense"
 
     def check(self, model: Any) -> str | None:
-        if any(isinstance(module, PackedLinear) for module in model.modules()):
+        if any(isinstance(module, PACKED_MODULES) for module in model.modules()):
             return "the model has packed layers: save it as 'packed', or save the model that it was packed from"
         return checkpoint.why_not_saved(model)
 

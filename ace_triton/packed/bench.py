@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import ArgumentError
 from ..kernels.pack_nm import pack_nm
 from ..kernels.pack_rows import pack_rows
+from ..kernels.packed_dense import quantize_dense
 from ..kernels.quantize_nm import quantize_nm
 from ..kernels.score_terms import ScoreTerms
 from ..kernels.select_nm import select_nm
@@ -24,6 +25,7 @@ from .dispatch import choose_product
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
 from .products import Packed, Product, RowLimits, registry
+from .quantized_linear import QuantizedLinear, TiedLinear
 from .unpacked import unpacked_weight
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -52,7 +54,7 @@ class LayerKind:
 
     Attributes:
         shape: (out_features, in_features).
-        n, m: n of every m inputs are kept; None if the zeros follow no pattern.
+        n, m: n of every m inputs are kept; None if the zeros follow no pattern, or if the weight is not pruned.
         dtype: dtype of weights and tokens.
         count: number of such layers in the model.
         kept: share of kept weights, rounded to percents, if the zeros follow no pattern.
@@ -77,7 +79,9 @@ class LayerKind:
         return content
 
     def __str__(self) -> str:
-        pattern = f"{self.n}:{self.m}" if self.kept is None else f"unstructured, {self.kept:.0%} kept,"
+        pattern = "dense" if self.n is None else f"{self.n}:{self.m}"
+        if self.kept is not None:
+            pattern = f"unstructured, {self.kept:.0%} kept,"
         few = "" if self.bits is None else f", {self.bits} bits"
         return f"{self.shape[0]}x{self.shape[1]} {pattern} {str(self.dtype).removeprefix('torch.')}{few}"
 
@@ -161,6 +165,8 @@ def _kind_of(layer: PackedLinear) -> LayerKind:
     shape = (layer.out_features, layer.in_features)
     if isinstance(layer, NMLinear):
         return LayerKind(shape, layer.n, layer.m, layer.dtype, bits=layer.bits, group=layer.group)
+    if isinstance(layer, (QuantizedLinear, TiedLinear)):
+        return LayerKind(shape, None, None, layer.dtype, bits=layer.bits, group=layer.group)
     kept = round(layer.values.numel() / max(1, shape[0] * shape[1]), 2)
     return LayerKind(shape, None, None, layer.dtype, kept=kept)
 
@@ -279,9 +285,11 @@ def _weights(kind: LayerKind, device: torch.device) -> list[Packed]:
     """Make copies of one packed weight, COLD_BYTES in total."""
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(kind.shape, generator=generator, dtype=torch.float32, device="cpu").to(device, kind.dtype)
-    if kind.n is None or kind.m is None:
+    if kind.n is None and kind.bits is not None:
+        first: Packed = quantize_dense(dense, kind.bits, kind.group)
+    elif kind.n is None or kind.m is None:
         kept = torch.rand(kind.shape, generator=generator, dtype=torch.float32, device="cpu") < (kind.kept or 0)
-        first: Packed = pack_rows(dense * kept.to(device))
+        first = pack_rows(dense * kept.to(device))
     else:
         first = pack_nm(select_nm(dense, ScoreTerms(), kind.n, kind.m), kind.n, kind.m)
         if kind.bits is not None:

@@ -21,13 +21,17 @@ from ..inputs.checked_model import check_config, check_depth, loading_message
 from ..inputs.model_source import check_device, open_safetensors
 from ..inputs.model_task import TEXT_GENERATION, find_task
 from ..kernels.pack_nm import PatternError
+from ..kernels.packed_dense import PackedDense
 from ..linears import linear_weight
 from .expert_stack import ExpertStack, stores_transposed
-from .manifest import DTYPES, TENSORS_FILE, LayerEntry, Manifest, RowsEntry
+from .manifest import DTYPES, TENSORS_FILE, DenseEntry, LayerEntry, Manifest, RowsEntry
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
+from .quantized_embedding import QuantizedEmbedding
+from .quantized_linear import QuantizedLinear, TiedLinear
 from .rows_linear import RowsLinear
 from .saving import SavePretrained, save_packed
+from .tables import PACKED_MODULES, forget_ties
 
 __all__ = ["load", "save_packed"]
 
@@ -84,8 +88,13 @@ def put_layers(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None
         PackedError: if the model does not have these layers.
     """
     _put_stacks(model, manifest)
+    tied = {name: entry for name, entry in manifest.layers.items() if isinstance(entry, DenseEntry) and entry.tied}
     for name, entry in manifest.layers.items():
+        if name not in tied:
+            _put_packed(model, name, entry, dtype)
+    for name, entry in tied.items():
         _put_packed(model, name, entry, dtype)
+    forget_ties(model)
 
 
 def finish(model: nn.Module, manifest: Manifest) -> None:
@@ -97,7 +106,7 @@ def finish(model: nn.Module, manifest: Manifest) -> None:
     for alias, name in manifest.tied.items():
         _tie(model, alias, name)
     for name, layer in model.named_modules():
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, PACKED_MODULES) and not isinstance(layer, TiedLinear):
             _check_layer(name, layer)
     SavePretrained.attach(model)
 
@@ -152,11 +161,19 @@ def _put_packed(model: nn.Module, name: str, entry: LayerEntry, dtype: torch.dty
         raise PackedError(
             f"{name} is not a layer of {type(model).__name__}; use the version of transformers that packed the model"
         ) from None
+    if isinstance(entry, DenseEntry) and entry.embedding:
+        if not isinstance(layer, nn.Embedding) or tuple(layer.weight.shape) != entry.shape:
+            raise PackedError(f"{name}: packed as an embedding {entry.shape}, but the model has {layer}")
+        packed_embedding = PackedDense.empty(entry.shape, entry.bits, entry.group, dtype=dtype, device="meta")
+        setattr(model.get_submodule(parent), leaf, QuantizedEmbedding(packed_embedding, layer.padding_idx))
+        return
     weight = linear_weight(layer)
     if not leaf or weight is None or tuple(weight.shape) != entry.shape:
         raise PackedError(f"{name}: packed as a linear layer {entry.shape}, but the model has {layer}")
     if isinstance(entry, RowsEntry):
         packed: PackedLinear = RowsLinear.empty(entry.shape, entry.n_values, bias=entry.bias, dtype=dtype)
+    elif isinstance(entry, DenseEntry):
+        packed = _dense_layer(model, entry, dtype)
     elif entry.shape[1] % entry.m:
         raise PackedError(f"{name}: its {entry.shape[1]} inputs are not a multiple of {entry.m}; pack the model again")
     else:
@@ -164,6 +181,16 @@ def _put_packed(model: nn.Module, name: str, entry: LayerEntry, dtype: torch.dty
             entry.shape, entry.n, entry.m, bias=entry.bias, dtype=dtype, bits=entry.bits, group=entry.group
         )
     setattr(model.get_submodule(parent), leaf, packed)
+
+
+def _dense_layer(model: nn.Module, entry: DenseEntry, dtype: torch.dtype) -> PackedLinear:
+    """An empty layer in few bits, or a head that multiplies by the embedding, which is there already."""
+    if entry.tied is None:
+        return QuantizedLinear.empty(entry.shape, entry.bits, entry.group, bias=entry.bias, dtype=dtype)
+    embedding = model.get_submodule(entry.tied)
+    assert isinstance(embedding, QuantizedEmbedding)
+    bias = nn.Parameter(torch.empty(entry.shape[0], dtype=dtype, device="meta")) if entry.bias else None
+    return TiedLinear(embedding, bias)
 
 
 def check_tensors(path: Path, model: nn.Module, manifest: Manifest) -> None:
@@ -269,7 +296,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def _check_layer(name: str, layer: PackedLinear) -> None:
+def _check_layer(name: str, layer: PackedLinear | QuantizedEmbedding) -> None:
     try:
         layer.packed.check()
     except PatternError as error:

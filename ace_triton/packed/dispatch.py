@@ -10,6 +10,7 @@ import torch
 from ..kernels import cpu_library
 from ..kernels.launch import before_ampere
 from ..kernels.packed_nm import PackedNM
+from ..kernels.packed_rows import PackedRows
 from .kernel import Kernel
 from .products import Packed, Product, RowLimits, register_product, registry
 from .semi_structured import SemiStructured, backend_of, warn_of_no_second_copy
@@ -168,7 +169,8 @@ def multiply(
 def _choose(rows: int, packed: Packed, limits: RowLimits | None) -> tuple[Product, RowLimits]:
     """The first product that the limits choose and that does not refuse the call, and these limits."""
     if limits is None:
-        pattern, bits = ((packed.n, packed.m), packed.bits) if isinstance(packed, PackedNM) else (None, None)
+        pattern = (packed.n, packed.m) if isinstance(packed, PackedNM) else None
+        bits = None if isinstance(packed, PackedRows) else packed.bits
         limits = default_limits(packed.values.device, packed.dtype, pattern, bits)
     for product in registry.products:
         if product.takes(rows, limits) and product.why_not(packed, rows) is None:

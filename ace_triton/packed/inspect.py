@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from ..errors import CheckpointError
 from ..inputs.model_source import open_safetensors, reason, safetensors_files
 from ..kernels.packed_rows import UNSTRUCTURED
-from .manifest import TENSORS_FILE, LayerEntry, Manifest, PackedEntry
+from .manifest import DENSE, TENSORS_FILE, DenseEntry, LayerEntry, Manifest, PackedEntry, RowsEntry
 from .pattern import find_pattern
 
 
@@ -81,6 +81,8 @@ def _inspect_files(files: Sequence[Path], layers: Mapping[str, LayerEntry]) -> l
                     if name not in packed_tensors and len(file.get_slice(name).get_shape()) in (2, 3):
                         found.append(_inspect(name, file.get_tensor(name)))
                 for name, entry in layers.items():
+                    if isinstance(entry, DenseEntry) and entry.tied is not None:
+                        continue  # It has no tensor of its own.
                     found.append(_inspect_packed(f"{name}.weight", entry, file.get_tensor(f"{name}.values")))
         except NotImplementedError as error:  # torch does not compare numbers of a few dtypes, fp4 for example.
             raise CheckpointError(f"{path}: holds numbers that torch does not compare ({reason(error)})") from error
@@ -96,8 +98,10 @@ def _inspect(name: str, weight: torch.Tensor) -> TensorSparsity:
 
 def _inspect_packed(name: str, entry: LayerEntry, values: torch.Tensor) -> TensorSparsity:
     """``values``: the stored values; a kept weight that was rounded to 0 counts as a zero."""
-    bits = entry.bits if isinstance(entry, PackedEntry) else None
+    bits = None if isinstance(entry, RowsEntry) else entry.bits
     steps = values if bits != 4 else torch.stack((values & 15, values >> 4), -1).flatten(1)
     zeros = 1 - float((steps != 0).sum()) / max(entry.shape[0] * entry.shape[1], 1)
-    pattern = f"{entry.n}:{entry.m}" if isinstance(entry, PackedEntry) else UNSTRUCTURED
+    pattern = UNSTRUCTURED if isinstance(entry, RowsEntry) else DENSE
+    if isinstance(entry, PackedEntry):
+        pattern = f"{entry.n}:{entry.m}"
     return TensorSparsity(name, entry.shape, zeros, pattern, packed=True, bits=bits)

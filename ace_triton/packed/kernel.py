@@ -8,17 +8,20 @@ import torch
 
 from ..kernels.bound_launch import BoundCall
 from ..kernels.nm_linear import DTYPES, bound_nm_linear, nm_linear
+from ..kernels.packed_dense import PackedDense
 from ..kernels.packed_nm import PackedNM
 from ..kernels.packed_rows import PackedRows
+from ..kernels.quantized_linear import quantized_linear
 from ..kernels.rows_linear import rows_linear
 from .products import BoundProduct, Packed, RowLimits
 
 
 class Kernel(BoundProduct):
-    """:func:`~ace_triton.kernels.nm_linear.nm_linear` or :func:`~ace_triton.kernels.rows_linear.rows_linear`."""
+    """:func:`~ace_triton.kernels.nm_linear.nm_linear`, :func:`~ace_triton.kernels.rows_linear.rows_linear` or
+    :func:`~ace_triton.kernels.quantized_linear.quantized_linear`."""
 
     name, label = "packed", "ours"
-    forms = (PackedNM, PackedRows)
+    forms = (PackedNM, PackedRows, PackedDense)
 
     def takes(self, rows: int, limits: RowLimits) -> bool:
         return rows <= limits.packed
@@ -33,6 +36,8 @@ class Kernel(BoundProduct):
     ) -> torch.Tensor:
         if isinstance(packed, PackedRows):
             return rows_linear(tokens, packed, bias)
+        if isinstance(packed, PackedDense):
+            return quantized_linear(tokens, packed, bias)
         return nm_linear(tokens, packed, bias)
 
     def operands(self, layer: Any) -> tuple[torch.Tensor, ...]:

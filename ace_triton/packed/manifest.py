@@ -27,9 +27,12 @@ LARGEST_MANIFEST = 2**26
 """Largest accepted size of a manifest in bytes; enough for 300,000 packed layers."""
 
 FORMAT = "ace-triton packed n:m"
-NEWEST_VERSION = 3
-"""Version 3 has quantized layers and layers with row starts. A folder without them is written as version 2, which older
-readers know."""
+NEWEST_VERSION = 4
+"""Version 4 has quantized layers and embeddings that are not pruned."""
+
+SPARSE_VERSION = 3
+"""Version 3 has quantized n:m layers and layers with row starts. A folder is written in the oldest version that can
+hold its layers, so that older readers can read it."""
 
 CHECKSUMS_VERSION = 2
 OLDEST_VERSION = 1
@@ -40,6 +43,9 @@ QUANTIZATION_METHOD = "ace_triton"
 
 transformers names the method in its error if it does not know it, so the method has the package's name.
 """
+
+DENSE = "dense"
+"""The pattern of quantized weights that are not pruned."""
 
 UNMARKED = (MANIFEST_FILE, "README.md")
 """Files without a checksum."""
@@ -67,9 +73,9 @@ class PackedEntry:
     group: int = 0
 
     @property
-    def needs_newest(self) -> bool:
-        """True if only the newest version has such layers."""
-        return self.bits is not None
+    def since(self) -> int:
+        """The oldest version that has such layers."""
+        return CHECKSUMS_VERSION if self.bits is None else SPARSE_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -91,14 +97,45 @@ class RowsEntry:
     shape: tuple[int, int]
     bias: bool
 
-    needs_newest = True
+    since = SPARSE_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return {"pattern": UNSTRUCTURED, "values": self.n_values, "shape": list(self.shape), "bias": self.bias}
 
 
-LayerEntry = PackedEntry | RowsEntry
+@dataclass(frozen=True)
+class DenseEntry:
+    """One quantized layer that is not pruned, or an embedding.
+
+    Attributes:
+        bits: bits of a value.
+        group: number of inputs that share a scale.
+        shape: (out_features, in_features) of the dense weight; of an embedding (num_embeddings, embedding_dim).
+        bias: True if the layer has a bias.
+        embedding: True for an embedding.
+        tied: name of the embedding whose weight the layer has; None if it has its own.
+    """
+
+    bits: int
+    group: int
+    shape: tuple[int, int]
+    bias: bool
+    embedding: bool = False
+    tied: str | None = None
+
+    since = NEWEST_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        fields: dict[str, Any] = {"pattern": DENSE, "shape": list(self.shape), "bias": self.bias}
+        fields |= {"bits": self.bits, "group": self.group}
+        if self.embedding:
+            fields["embedding"] = True
+        return fields if self.tied is None else {**fields, "tied": self.tied}
+
+
+LayerEntry = PackedEntry | RowsEntry | DenseEntry
 
 
 @dataclass(frozen=True)
@@ -136,8 +173,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if not self.version:
-            newest = any(entry.needs_newest for entry in self.layers.values())
-            object.__setattr__(self, "version", NEWEST_VERSION if newest else CHECKSUMS_VERSION)
+            since = max((entry.since for entry in self.layers.values()), default=CHECKSUMS_VERSION)
+            object.__setattr__(self, "version", since)
 
     @property
     def layout(self) -> int:
@@ -196,8 +233,10 @@ class Manifest:
         if content["dtype"] not in DTYPES:
             raise PackedError(f"dtype must be one of {', '.join(DTYPES)}, got {content['dtype']!r}")
         layers = {name: _entry(fields) for name, fields in content["layers"].items()}
-        if any(entry.needs_newest for entry in layers.values()) and content["version"] < NEWEST_VERSION:
-            raise PackedError(f"version {content['version']} has neither quantized layers nor row starts")
+        for name, entry in layers.items():
+            if CHECKSUMS_VERSION < entry.since > content["version"]:
+                raise PackedError(f"version {content['version']} has no layers like {name}; version {entry.since} has")
+            _check_tie(name, entry, layers)
         if content["layout"] != _layout(layers.values()):
             raise PackedError(f"its layers have layout {_layout(layers.values())}, it says {content['layout']}")
         files = {name: FileMark(_size(mark["bytes"]), str(mark["sha256"])) for name, mark in content["files"].items()}
@@ -264,7 +303,7 @@ def _check_version(path: Path, content: Any) -> None:
 
 def _layout(entries: Iterable[LayerEntry]) -> int:
     """The newest n:m layout among the layers."""
-    quantized = any(isinstance(entry, PackedEntry) and entry.bits is not None for entry in entries)
+    quantized = any(not isinstance(entry, RowsEntry) and entry.bits is not None for entry in entries)
     return FEW_BITS_LAYOUT_VERSION if quantized else LAYOUT_VERSION
 
 
@@ -277,8 +316,10 @@ def _entry(fields: dict[str, Any]) -> LayerEntry:
         if n_values > rows * cols:
             raise PackedError(f"a weight of shape [{rows}, {cols}] cannot have {n_values} values")
         return RowsEntry(n_values, (rows, cols), fields["bias"])
+    if fields["pattern"] == DENSE:
+        return _dense_entry(fields, (rows, cols))
     if not re.fullmatch(r"\d+:\d+", fields["pattern"]):
-        raise PackedError(f"pattern must be n:m or {UNSTRUCTURED}, got {fields['pattern']!r}")
+        raise PackedError(f"pattern must be n:m, {UNSTRUCTURED} or {DENSE}, got {fields['pattern']!r}")
     pattern = Sparsity(fields["pattern"])
     assert pattern.n is not None
     assert pattern.m is not None
@@ -286,6 +327,30 @@ def _entry(fields: dict[str, Any]) -> LayerEntry:
         return PackedEntry(pattern.n, pattern.m, (rows, cols), fields["bias"])
     check_bits(fields["bits"], fields["group"])
     return PackedEntry(pattern.n, pattern.m, (rows, cols), fields["bias"], fields["bits"], fields["group"])
+
+
+def _dense_entry(fields: dict[str, Any], shape: tuple[int, int]) -> DenseEntry:
+    check_bits(fields["bits"], fields["group"])
+    embedding, tied = fields.get("embedding", False), fields.get("tied")
+    if not isinstance(embedding, bool):
+        raise TypeError(f"embedding must be true or false, got {embedding!r}")
+    if not (tied is None or isinstance(tied, str)) or (embedding and (tied is not None or fields["bias"])):
+        raise PackedError(f"an embedding has no bias and is tied to no other, got {fields!r}")
+    return DenseEntry(fields["bits"], fields["group"], shape, fields["bias"], embedding, tied)
+
+
+def _check_tie(name: str, entry: LayerEntry, layers: dict[str, LayerEntry]) -> None:
+    """Raise PackedError if a layer is tied to something other than a quantized embedding of its shape."""
+    if not isinstance(entry, DenseEntry) or entry.tied is None:
+        return
+    other = layers.get(entry.tied)
+    alike = isinstance(other, DenseEntry) and (other.bits, other.group, other.shape) == (
+        entry.bits,
+        entry.group,
+        entry.shape,
+    )
+    if not alike or not isinstance(other, DenseEntry) or not other.embedding:
+        raise PackedError(f"{name} is tied to {entry.tied}, which is no embedding of the same shape and bits")
 
 
 def _size(number: Any) -> int:

@@ -20,12 +20,16 @@ from ..process_memory import give_back_free_memory
 from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
 from .expert_stack import ExpertStack, stores_transposed
+from .manifest import DENSE
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
 from .pattern import find_pattern
 from .products import RowLimits
+from .quantized_embedding import QuantizedEmbedding
+from .quantized_linear import QuantizedLinear, TiedLinear
 from .rows_linear import RowsLinear
 from .saving import SavePretrained
+from .tables import Tables, forget_ties, tables_of
 
 PROBE_TOKENS = 3
 """Random tokens for the check that a layer with its own forward computes x W^T + b."""
@@ -50,7 +54,7 @@ class PackedLayer:
 
     Attributes:
         name: dotted name in the model.
-        pattern: "n:m", or "unstructured".
+        pattern: "n:m", "unstructured", or "dense" for a quantized weight that is not pruned.
         dense_bytes, packed_bytes: size of the weight before and after packing.
         bits: bits of a quantized value; None if the layer was not quantized.
     """
@@ -119,6 +123,9 @@ def pack_model(
     limits: RowLimits | None = None,
     bits: int | None = None,
     group: int = GROUP,
+    head_bits: int | None = None,
+    embedding_bits: int | None = None,
+    dense_bits: int | None = None,
 ) -> SparsifyReport:
     """Replace every linear layer that was pruned by a packed one, in place.
 
@@ -138,18 +145,32 @@ def pack_model(
         limits: numbers of rows that choose the product of the packed layers; None for the defaults of the device.
         bits: 8 or 4 to round the kept weights to that many bits; None to keep them. Without calibration the rounding is
             to the nearest value. ``prune_model(..., quantize=bits)`` chooses better values; packing keeps these.
-        group: for ``bits``, the number of neighboring inputs that share a scale, a multiple of 32.
+        group: for all bits, the number of neighboring inputs that share a scale, a multiple of 32.
+        head_bits: 8 or 4 to store the output head in that many bits, pruned or not; None to keep it. If the head shares
+            the embedding's weight, the embedding is stored in the same bits.
+        embedding_bits: the same for the embedding.
+        dense_bits: 8 or 4 to store linear layers that pruning left dense in that many bits; None to keep them.
 
     Returns:
         The packed layers, and the skipped layers with their reasons.
 
     Raises:
-        ArgumentError: if no layer can be packed, ``pattern`` is not an n:m, or bits or group are invalid; nothing was
-            changed.
+        ArgumentError: if no layer can be packed, ``pattern`` is not an n:m, bits or group are invalid, or the model has
+            no head or embedding that can be stored in few bits; nothing was changed.
         PatternError: if ``pattern`` cannot be read; nothing was changed.
     """
     return pack_layers(
-        model, WeightsInMemory(), pattern, include=include, exclude=exclude, limits=limits, bits=bits, group=group
+        model,
+        WeightsInMemory(),
+        pattern,
+        include=include,
+        exclude=exclude,
+        limits=limits,
+        bits=bits,
+        group=group,
+        head_bits=head_bits,
+        embedding_bits=embedding_bits,
+        dense_bits=dense_bits,
     )
 
 
@@ -167,6 +188,9 @@ def pack_layers(
     limits: RowLimits | None = None,
     bits: int | None = None,
     group: int = GROUP,
+    head_bits: int | None = None,
+    embedding_bits: int | None = None,
+    dense_bits: int | None = None,
 ) -> SparsifyReport:
     """As :func:`pack_model`, for a model whose weights may be elsewhere.
 
@@ -174,10 +198,17 @@ def pack_layers(
         model: the model. Its parameters may be on the meta device if ``weights`` loads them.
         weights: where the weights are.
         pattern, include, exclude, limits, bits, group: as for :func:`pack_model`.
+        head_bits, embedding_bits, dense_bits: as there.
     """
-    if bits is not None:
-        check_bits(bits, group)
-    wanted = _Wanted(None if pattern is None else _parse(pattern), limits, bits, group)
+    for given in (bits, head_bits, embedding_bits, dense_bits):
+        if given is not None:
+            check_bits(given, group)
+    wanted = _Wanted(None if pattern is None else _parse(pattern), limits, bits, group, dense_bits)
+    tables = tables_of(model, head_bits, embedding_bits)
+    head, of_head = None, wanted
+    if tables.head is not None:
+        head = tables.head[0]
+        of_head = replace(wanted, bits=tables.head[1], dense_bits=tables.head[1])
     names = NameFilter.of(model, include, exclude)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tied = _tied(model)
@@ -196,7 +227,8 @@ def pack_layers(
     def skip(name: str, weight: torch.Tensor, reason: str) -> None:
         skipped.append(Skipped(name, reason, weight.numel(), weight.numel() / parameters))
 
-    for name in [name for name, _ in linears_of(model) if name and names.wants(name)]:
+    chosen = [name for name, _ in linears_of(model) if name and (name == head or names.wants(name))]
+    for name in [name for name in chosen if name != tables.tied]:
         layer = model.get_submodule(name)
         weight = linear_weight(layer)
         assert weight is not None
@@ -204,7 +236,7 @@ def pack_layers(
             if id(layer.weight) in tied:
                 raise _NotEligible("its weight is tied to another layer's")
             with weights.loaded(layer):
-                replacement = _pack(layer, wanted)
+                replacement = _pack(layer, of_head if name == head else wanted)
                 weights.keep(replacement)
         except _NotEligible as why_not:
             skip(name, weight, str(why_not))
@@ -234,11 +266,14 @@ def pack_layers(
             elif not find_pattern(weight).dense:
                 reason = "it is neither a linear layer nor a three-dimensional stack of two or more experts"
                 skip(stack.name, weight, reason)
+    if tables.embedding is not None:
+        note(_pack_embedding(model, tables, weights, group, limits))
     if not packed:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it has no linear layer"
         advice = "" if OFFLOADED in reasons else "; prune it first (ace-triton prune --sparsity 2:4)"
         raise ArgumentError(f"no layer of {type(model).__name__} can be packed: {reasons}{advice}")
     give_back_free_memory()
+    forget_ties(model)
     SavePretrained.attach(model)
     return SparsifyReport(tuple(packed), tuple(skipped))
 
@@ -278,12 +313,13 @@ def _tied(model: nn.Module) -> set[int]:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """How layers are packed; ``pattern`` None to detect it."""
+    """How layers are packed; ``pattern`` None to detect it, ``dense_bits`` None to leave layers that are dense."""
 
     pattern: tuple[int, int] | None
     limits: RowLimits | None
     bits: int | None
     group: int
+    dense_bits: int | None = None
 
 
 def _pack(layer: nn.Module, wanted: _Wanted) -> PackedLinear:
@@ -293,17 +329,15 @@ def _pack(layer: nn.Module, wanted: _Wanted) -> PackedLinear:
         raise _NotEligible(OFFLOADED)
     if any(getattr(layer, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")) or "forward" in vars(layer):
         raise _NotEligible("it has hooks or its own forward, which packing would remove")
-    nm = wanted.pattern or _detect(weight)
-    if nm is None and wanted.bits is not None:
-        raise _NotEligible(f"its zeros follow no pattern n:m, and only n:m weights can be stored in {wanted.bits} bits")
     try:
-        packed: PackedLinear = (
-            RowsLinear.from_linear(layer, wanted.limits)
-            if nm is None
-            else NMLinear.from_linear(layer, *nm, wanted.limits, bits=wanted.bits, group=wanted.group)
-        )
-    except ValueError as error:
-        raise _NotEligible(str(error)) from error
+        packed = _pack_sparse(layer, weight, wanted)
+    except _NotEligible:
+        if wanted.dense_bits is None:
+            raise
+        try:
+            packed = QuantizedLinear.from_linear(layer, wanted.dense_bits, wanted.group, wanted.limits)
+        except ValueError as error:
+            raise _NotEligible(str(error)) from error
     size = packed.packed
     if size.packed_bytes >= size.dense_bytes:
         raise _NotEligible(
@@ -312,6 +346,40 @@ def _pack(layer: nn.Module, wanted: _Wanted) -> PackedLinear:
     if type(layer).forward is not nn.Linear.forward and not _multiplies(layer, weight):
         raise _NotEligible(f"a {type(layer).__name__} does not compute x W^T + b")
     return packed
+
+
+def _pack_sparse(layer: nn.Module, weight: torch.Tensor, wanted: _Wanted) -> PackedLinear:
+    nm = wanted.pattern or _detect(weight)
+    if nm is None and wanted.bits is not None:
+        raise _NotEligible(f"its zeros follow no pattern n:m, and only n:m weights can be stored in {wanted.bits} bits")
+    try:
+        if nm is None:
+            return RowsLinear.from_linear(layer, wanted.limits)
+        return NMLinear.from_linear(layer, *nm, wanted.limits, bits=wanted.bits, group=wanted.group)
+    except ValueError as error:
+        raise _NotEligible(str(error)) from error
+
+
+def _pack_embedding(
+    model: nn.Module, tables: Tables, weights: WeightsInMemory, group: int, limits: RowLimits | None
+) -> list[PackedLayer]:
+    """Store the embedding in few bits, and let a tied head multiply by it."""
+    assert tables.embedding is not None
+    name, bits = tables.embedding
+    embedding = model.get_submodule(name)
+    assert isinstance(embedding, nn.Embedding)
+    with weights.loaded(embedding):
+        if embedding.weight.is_meta:
+            raise ArgumentError(f"{name}: {OFFLOADED}")
+        quantized = QuantizedEmbedding.from_embedding(embedding, bits, group)
+        weights.keep(quantized)
+    if tables.tied is not None:
+        head = model.get_submodule(tables.tied)
+        bias: Any = head.bias
+        _replace(model, head, TiedLinear(quantized, bias, limits).train(head.training))
+    _replace(model, embedding, quantized)
+    size = quantized.packed
+    return [PackedLayer(name, DENSE, size.dense_bytes, size.packed_bytes, bits)]
 
 
 def _pack_experts(
@@ -398,5 +466,5 @@ def _replace(model: nn.Module, layer: nn.Module, replacement: nn.Module) -> None
 
 
 def _entry(name: str, layer: PackedLinear) -> PackedLayer:
-    size, bits = layer.packed, layer.bits if isinstance(layer, NMLinear) else None
+    size, bits = layer.packed, layer.bits if isinstance(layer, (NMLinear, QuantizedLinear)) else None
     return PackedLayer(name, layer.pattern, size.dense_bytes, size.packed_bytes, bits)

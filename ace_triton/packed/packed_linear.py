@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from ..errors import ArgumentError, PackedWeightError
 from ..kernels.pack_nm import PackedNM
 from ..kernels.pack_rows import unpack_rows
+from ..kernels.packed_dense import PackedDense, dequantize_dense
 from ..kernels.packed_rows import PackedRows
 from ..kernels.unpack_nm import unpack_nm
 from ..kernels.written import version_of
@@ -192,10 +193,18 @@ def _unpacked_rows(values: torch.Tensor, meta: torch.Tensor, starts: torch.Tenso
     return unpack_rows(PackedRows(values, meta, starts, (len(meta), in_features)))
 
 
+@torch.library.custom_op("ace_triton::unpack_dense", mutates_args=())
+def _unpacked_dense(values: torch.Tensor, absmax: torch.Tensor, group: int, in_features: int) -> torch.Tensor:
+    """The same for a quantized weight that is not pruned."""
+    return dequantize_dense(PackedDense(values, absmax, (len(values), in_features), group))
+
+
 def unpacked_operation(packed: Packed) -> torch.Tensor:
     """The dense weight, as one operation that torch.func does not trace into."""
     if isinstance(packed, PackedRows):
         return _unpacked_rows(packed.values, packed.meta, packed.starts, packed.shape[1])
+    if isinstance(packed, PackedDense):
+        return _unpacked_dense(packed.values, packed.absmax, packed.group, packed.shape[1])
     return _unpacked(*parts_of(packed))
 
 

@@ -10,11 +10,12 @@ import torch
 
 from ..errors import ArgumentError
 from ..kernels.bound_launch import BoundCall
+from ..kernels.packed_dense import PackedDense
 from ..kernels.packed_nm import PackedNM
 from ..kernels.packed_rows import PackedRows
 
-Packed = PackedNM | PackedRows
-"""A packed weight of either form."""
+Packed = PackedNM | PackedRows | PackedDense
+"""A packed weight of any form."""
 
 LIMITED = ("packed", "semi_structured", "dense")
 """The products that :class:`RowLimits` chooses by fields of their own; "dense" is chosen if no other product is."""
@@ -84,7 +85,8 @@ class Product(ABC):
         converts: True if the first call with a weight converts it and keeps the result. ``ace-triton bench`` makes that
             call before it times the product.
         forms: the forms of packed weights that the product is asked about. Those without an n:m pattern
-            (:class:`~ace_triton.kernels.packed_rows.PackedRows`) are left out unless named here.
+            (:class:`~ace_triton.kernels.packed_rows.PackedRows`,
+            :class:`~ace_triton.kernels.packed_dense.PackedDense`) are left out unless named here.
     """
 
     name: str

@@ -19,10 +19,22 @@ from ..inputs.checkpoint import refusals
 from ..inputs.model_task import task_of_class
 from ..inputs.output_folder import files_in, give_mode, replacing, write_report
 from ..inputs.report_file import MANIFEST_FILE
-from .manifest import DTYPES, QUANTIZATION_METHOD, TENSORS_FILE, LayerEntry, Manifest, PackedEntry, RowsEntry
+from .manifest import (
+    DTYPES,
+    QUANTIZATION_METHOD,
+    TENSORS_FILE,
+    DenseEntry,
+    LayerEntry,
+    Manifest,
+    PackedEntry,
+    RowsEntry,
+)
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
+from .quantized_embedding import QuantizedEmbedding
+from .quantized_linear import QuantizedLinear, TiedLinear
 from .registration import register_quantizer
+from .tables import PACKED_MODULES, name_of_embedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +98,7 @@ def write_around(
 
     dtype = next(name for name, known in DTYPES.items() if known == model.dtype)
     modules = model.named_modules(remove_duplicate=False)
-    layers = {name: _entry_of(layer) for name, layer in modules if isinstance(layer, PackedLinear)}
+    layers = {name: _entry_of(model, layer) for name, layer in modules if isinstance(layer, PACKED_MODULES)}
     model.config.architectures = [type(model).__name__]
     if model.is_remote_code():
         custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
@@ -136,7 +148,7 @@ class SavePretrained:
         model = self._model()
         if model is None:
             raise CheckpointError("the model is no longer in memory: keep it in a variable while it is saved")
-        if not any(isinstance(module, PackedLinear) for module in model.modules()):
+        if not any(isinstance(module, PACKED_MODULES) for module in model.modules()):
             type(model).save_pretrained(
                 model,
                 save_directory,
@@ -169,7 +181,7 @@ def why_not_saved(model: Any) -> str | None:
             f"only models of transformers can be saved as packed checkpoints, got a {type(model).__name__}: save its "
             "state_dict"
         )
-    if not any(isinstance(layer, PackedLinear) for layer in model.modules()):
+    if not any(isinstance(layer, PACKED_MODULES) for layer in model.modules()):
         return "the model has no packed layer: call ace_triton.pack_model(model) first"
     if model.dtype not in DTYPES.values():
         return f"packed checkpoints support {', '.join(DTYPES)}, the model is {model.dtype}: convert it"
@@ -221,10 +233,16 @@ def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _entry_of(layer: PackedLinear) -> LayerEntry:
+def _entry_of(model: nn.Module, layer: PackedLinear | QuantizedEmbedding) -> LayerEntry:
+    if isinstance(layer, QuantizedEmbedding):
+        return DenseEntry(layer.bits, layer.group, layer.packed.shape, False, embedding=True)
     shape, bias = (layer.out_features, layer.in_features), layer.bias is not None
     if isinstance(layer, NMLinear):
         return PackedEntry(layer.n, layer.m, shape, bias, layer.bits, layer.group)
+    if isinstance(layer, TiedLinear):
+        return DenseEntry(layer.bits, layer.group, shape, bias, tied=name_of_embedding(model, layer))
+    if isinstance(layer, QuantizedLinear):
+        return DenseEntry(layer.bits, layer.group, shape, bias)
     return RowsEntry(layer.values.numel(), shape, bias)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..kernels.pack_rows import unpack_rows
+from ..kernels.packed_dense import PackedDense, dequantize_dense
 from ..kernels.packed_nm import PackedNM
 from ..kernels.packed_rows import PackedRows
 from ..kernels.unpack_nm import unpack_nm
@@ -18,7 +19,7 @@ class Unpacked(Product):
     """:func:`unpacked_linear`, for every call that no other product takes."""
 
     name, label = "dense", "unpacked"
-    forms = (PackedNM, PackedRows)
+    forms = (PackedNM, PackedRows, PackedDense)
 
     def refusal(self, packed: Packed, rows: int) -> str | None:
         return None
@@ -31,6 +32,9 @@ class Unpacked(Product):
 
 def unpacked_weight(packed: Packed, into: torch.Tensor | None = None) -> torch.Tensor:
     """The dense weight [out, in]; ``into`` as for :func:`~ace_triton.kernels.unpack_nm.unpack_nm`."""
+    if isinstance(packed, PackedDense):
+        weight = dequantize_dense(packed)
+        return weight if into is None else into.copy_(weight)
     return unpack_rows(packed, into) if isinstance(packed, PackedRows) else unpack_nm(packed, into)
 
 

@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..inputs import checkpoint
 from ..inputs.checkpoint import refusals
 from ..inputs.output_folder import replacing, reserved, writing
+from ..packed.manifest import DENSE
 from ..packed.pack_model import SparsifyReport, WeightsInMemory, pack_layers
 from ..packed.saving import why_not_saved, write_around
 from ..process_memory import drop_pages, page_out
@@ -120,6 +121,9 @@ def pack_checkpoint(
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
     bits: int | None = None,
     group: int = GROUP,
+    head_bits: int | None = None,
+    embedding_bits: int | None = None,
+    dense_bits: int | None = None,
 ) -> SparsifyReport:
     """Pack a pruned checkpoint into a packed one, with one layer of the model in memory at a time.
 
@@ -139,6 +143,9 @@ def pack_checkpoint(
         stage: gives a context for a stage by its name, to show the progress.
         bits: as for :func:`~ace_triton.packed.pack_model.pack_model`.
         group: as there.
+        head_bits: as there.
+        embedding_bits: as there.
+        dense_bits: as there.
 
     Returns:
         The packed layers, and the skipped layers with their reasons.
@@ -155,7 +162,18 @@ def pack_checkpoint(
             )
             weights = WeightsInFiles(model, taken_sources(model), place.kept)
         with stage("pack"):
-            result = pack_layers(model, weights, pattern, include=include, exclude=exclude, bits=bits, group=group)
+            result = pack_layers(
+                model,
+                weights,
+                pattern,
+                include=include,
+                exclude=exclude,
+                bits=bits,
+                group=group,
+                head_bits=head_bits,
+                embedding_bits=embedding_bits,
+                dense_bits=dense_bits,
+            )
         with stage("save the model"), replacing(out, overwrite=overwrite) as folder, refusals(out):
             told = None if report is None else with_packing(report, result, bits, group)
             write_packed_files(model, tokenizer, weights, folder, told)
@@ -165,6 +183,11 @@ def pack_checkpoint(
 def with_packing(report: dict[str, Any], packed: SparsifyReport, bits: int | None, group: int) -> dict[str, Any]:
     """The report beside a model, with packing as the last step of its history."""
     did = "packed" if bits is None else f"packed, {bits} bits in groups of {group}"
+    dense = sorted({layer.bits for layer in packed.layers if layer.pattern == DENSE and layer.bits is not None})
+    for few in dense:
+        names = [layer.name for layer in packed.layers if layer.pattern == DENSE and layer.bits == few]
+        shown = names[0] if len(names) == 1 else f"{len(names)} layers that were not pruned"
+        did += f"; {shown} in {few} bits"
     history = history_with(report, "pack", did, bytes=[packed.dense_bytes, packed.packed_bytes])
     return {**report, "history": history}
 

@@ -24,7 +24,9 @@ from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.nm_linear_mma import nm_linear_mma
 from ace_triton.kernels.pack_nm import PackedNM, pack_cutlass, pack_nm, pack_scored
 from ace_triton.kernels.pack_rows import unpack_rows
+from ace_triton.kernels.packed_dense import PackedDense
 from ace_triton.kernels.packed_rows import PackedRows
+from ace_triton.kernels.quantized_linear import quantized_linear
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
@@ -309,6 +311,20 @@ def nm_linear_calls() -> Iterator[tuple[str, Call]]:
             )
 
 
+def quantized_linear_calls() -> Iterator[tuple[str, Call]]:
+    """Both numbers of bits, with few tokens and with tiles of tokens on matrix units."""
+
+    def call(t: int, c: int, bits: int) -> object:
+        shape = PackedDense.empty((1, c), bits, 32, dtype=BF16, device="meta")
+        whole = shape.with_tensors(
+            {name: some(*tensor.shape, dtype=tensor.dtype) for name, tensor in shape.tensors.items()}
+        )
+        return quantized_linear(some(t, c), whole, some(1))
+
+    for bits, t, c in ((8, 1, 1), (8, 3, 33), (8, 9, 64), (4, 1, 1), (4, 9, 35)):
+        yield f"{t} tokens by 1 x {c}, {bits} bits", lambda bits=bits, t=t, c=c: call(t, c, bits)
+
+
 def by_rows(rows: int, cols: int, dtype: torch.dtype = BF16) -> PackedRows:
     """A packed weight with row starts: one value for every other input."""
     meta, starts = some(rows, -(-cols // 32), dtype=torch.int32), torch.arange(rows + 1) * (cols // 2)
@@ -361,5 +377,6 @@ LAUNCHERS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "pack_nm": pack_calls,
     "nm_linear": nm_linear_calls,
     "nm_linear_mma": nm_linear_mma_calls,
+    "quantized_linear": quantized_linear_calls,
     "rows_linear": rows_linear_calls,
 }

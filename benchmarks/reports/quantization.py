@@ -26,6 +26,8 @@ from ace_triton.solvers.quantize import GROUP, Quantization, Rule, quantized_wei
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench, processor_name
 
+from .dense_bits import section
+
 METHODS = ("wanda", "ace", "ria", "magnitude")
 PATTERNS = ("8:16", "2:4")
 SAMPLES, LENGTH, SEED = 64, 128, 0
@@ -83,7 +85,7 @@ def main(
         assert bench is not None
         outcomes.append(Outcome(name, method, pattern, bits, rule, bench.perplexity()))
         console.print(outcomes[-1], highlight=False)
-        write_json(out / "quantization.json", record(outcomes))
+        write_json(out / "quantization.json", record(outcomes, out))
 
     if bench is not None and dense not in done:
         note("", "", 16, None)
@@ -105,7 +107,7 @@ def main(
                 by = Quantization(bits, GROUP, rule)
                 with bench.pruned(replace(cell, recipe=replace(cell.recipe, quantize=by))):
                     note(method, pattern, bits, rule)
-    (out / "quantization.md").write_text(page(record(outcomes)))
+    (out / "quantization.md").write_text(page(record(outcomes, out)))
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -122,9 +124,12 @@ def quantize(model: nn.Module, by: Quantization) -> None:
             weight.copy_(quantized_weight(weight.float(), weight != 0, None, by, weight.dtype))
 
 
-def record(outcomes: list[Outcome]) -> dict[str, Any]:
-    """All outcomes as JSON types."""
-    return {"processor": processor_name(), "outcomes": [asdict(outcome) for outcome in outcomes]}
+def record(outcomes: list[Outcome], out: Path) -> dict[str, Any]:
+    """All outcomes as JSON types, with those of weights that are not pruned, from the earlier record."""
+    path = out / "quantization.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    dense = {"dense": earlier["dense"]} if "dense" in earlier else {}
+    return {"processor": processor_name(), "outcomes": [asdict(outcome) for outcome in outcomes], **dense}
 
 
 def measured(out: Path) -> list[Outcome]:
@@ -155,6 +160,7 @@ def page(found: dict[str, Any]) -> str:
         lines += [f"The dense model has a perplexity of {dense:.2f}.", ""] if dense is not None else []
         lines += table(model, of_model)
         lines.append("")
+    lines += section(found)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -223,7 +223,8 @@ ACE_EXPORT int ace_rows_linear(void* tokens, int64_t n_tokens, int64_t cols, int
                                int64_t rows, int32_t weight_element, const float* bias, float* out, int32_t threads);
 
 /* Quantized weights: `values` has `bits` (8 or 4) bits per kept weight, `absmax` is [rows, ceil(cols / group)] of type
- * `absmax_element`, and `group` is a multiple of 32. `bias` may be null; `out` is fp32 [n_tokens, rows]. */
+ * `absmax_element`, and `group` is a multiple of 32. `meta` is null, with n = m = 1, if every input has a value; each
+ * row begins with a whole byte. `bias` may be null; `out` is fp32 [n_tokens, rows]. */
 ACE_EXPORT int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t stride, int32_t element,
                                    const void* values, const uint32_t* meta, const void* absmax, int64_t rows,
                                    int32_t n, int32_t m, int32_t bits, int64_t group, int32_t absmax_element,

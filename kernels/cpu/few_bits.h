@@ -1,4 +1,4 @@
-// y = x W^T for the few tokens of decoding, from n:m weights of 8 or 4 bits.
+// y = x W^T for the few tokens of decoding, from weights of 8 or 4 bits: n:m, or all of a row.
 // Tokens are rounded to integers of 30 bits and a sign, block by block, and split into two parts of 16 bits. So small
 // inputs beside a large one keep their precision, and sums of a block are exact. Blocks are added in order, in fp32. So
 // results do not depend on the instruction set, the number of threads or the other tokens of the call.
@@ -78,11 +78,15 @@ struct BlockSums {
         int32_t of_upper[OUTPUTS], of_lower[OUTPUTS];
         totals_of(0, of_upper);
         totals_of(1, of_lower);
+        if constexpr (OUTPUTS == 4) return join_parts(of_upper, of_lower, LOWER_STEPS, out);
         for (int r = 0; r < OUTPUTS; ++r) {
             out[r] = float(int64_t(of_upper[r]) * LOWER_STEPS + of_lower[r]) * (1.0f / LOWER_STEPS);
         }
     }
 };
+
+// Prefetch distance of rows without metadata, in bytes.
+constexpr int WHOLE_AHEAD = 4096;
 
 // What a word of metadata, for 32 inputs, keeps: in `one_load` at most sixteen values, which are loaded at once; in
 // `two_groups` a fixed number of each sixteen; in `one_group` any number of each sixteen.
@@ -98,7 +102,7 @@ struct FewBitsRows {
     int n, log_m;
 
     template <int OUTPUTS>
-    ACE_INLINE void ahead(int64_t j) const {
+    ACE_INLINE void ahead(int64_t j, int64_t) const {
         ask_rows_ahead<OUTPUTS>(values, (j >> log_m) * n * Few::BITS / 8 + PACKED_AHEAD, stride);
         __builtin_prefetch(reinterpret_cast<const char*>(meta + OUTPUTS * words) + j / 8 * OUTPUTS);
     }
@@ -136,6 +140,42 @@ struct FewBitsRows {
     }
 };
 
+// Quantized rows without metadata, from some row on: every input has a value. Values past the end of a row are those of
+// the next one, and meet tokens that are 0.
+template <typename Few, bool LAST>
+struct WholeRows {
+    const uint8_t *values, *end;
+    const FewBitsWeight& weight;
+    int64_t first, stride, words, groups;
+
+    // The rows of a tile follow each other without gaps, so they are prefetched as one run of bytes.
+    template <int OUTPUTS>
+    ACE_INLINE void ahead(int64_t j, int64_t inputs) const {
+        const uint8_t* asked = values + j * Few::BITS / 8 * OUTPUTS + WHOLE_AHEAD;
+        const int64_t bytes = inputs * Few::BITS / 8 * OUTPUTS;
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(asked + line);
+    }
+    // As in FewBitsRows.
+    template <typename Function>
+    ACE_INLINE void word(int r, int64_t index, Function function) const {
+        constexpr int BYTES = WORD_INPUTS * Few::BITS / 8;
+        const uint8_t* from = values + r * stride + index * BYTES;
+        uint8_t copy[WORD_INPUTS];
+        if (LAST && end - from < BYTES) {
+            memset(copy, 0, sizeof copy);
+            if (end > from) memcpy(copy, from, end - from);
+            from = copy;
+        }
+        typename Few::Values half[2];
+        Few::load_two(from, half);
+        function(all_steps(half[0]), 0);
+        function(all_steps(half[1]), 1);
+    }
+    ACE_INLINE float largest(int r, int64_t group) const {
+        return widen_one(weight.element, weight.absmax, (first + r) * groups + group);
+    }
+};
+
 // One token: sums of OUTPUTS rows, without the factor 1 / LARGEST.
 template <int OUTPUTS, typename Rows>
 ACE_OUTLINED void one_rounded_token(const Rows& rows, const FewBitsTask& task, const int16_t* x, const float* scales,
@@ -146,7 +186,7 @@ ACE_OUTLINED void one_rounded_token(const Rows& rows, const FewBitsTask& task, c
         BlockSums<OUTPUTS> block;
         block.clear();
         const int64_t stop = (b + 1) * of_block < rows.words ? (b + 1) * of_block : rows.words;
-        rows.template ahead<OUTPUTS>(b * task.block);
+        rows.template ahead<OUTPUTS>(b * task.block, task.block);
         for (int64_t w = b * of_block; w < stop; ++w) {
             for (int r = 0; r < OUTPUTS; ++r) {
                 rows.word(r, w, [&](const Steps& steps, int half) ACE_INLINED {
@@ -172,7 +212,7 @@ ACE_OUTLINED void some_rounded_tokens(const Rows& rows, const FewBitsTask& task,
     for (int64_t b = 0; b < task.blocks; ++b) {
         alignas(64) Steps tile[OUTPUTS][MOST_OF_BLOCK / LANES];
         const int64_t first = b * of_block, stop = first + of_block < rows.words ? first + of_block : rows.words;
-        rows.template ahead<OUTPUTS>(b * task.block);
+        rows.template ahead<OUTPUTS>(b * task.block, task.block);
         for (int r = 0; r < OUTPUTS; ++r) {
             for (int64_t w = first; w < stop; ++w) {
                 rows.word(r, w, [&](const Steps& steps, int half) ACE_INLINED {
@@ -239,7 +279,31 @@ inline void few_bits_rows(const FewBitsWeight& w, const FewBitsTask& task, int64
     for (; i < end; ++i) few_bits_outputs<Few, 1>(rows(i, std::true_type{}), w.rows, task, i);
 }
 
+template <typename Few>
+inline void whole_rows(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
+    const int64_t stride = (w.cols * Few::BITS + 7) / 8;
+    const int64_t words = (w.cols + WORD_INPUTS - 1) / WORD_INPUTS;
+    const int64_t groups = (w.cols + task.group - 1) / task.group;
+    // Behind each row before `safe`, at least a word more can be read.
+    const int64_t safe = stride > 0 ? w.rows - (WORD_INPUTS + stride - 1) / stride - 1 : 0;
+    const int64_t middle = safe < begin ? begin : safe < end ? safe : end;
+    const auto rows = [&](int64_t i, auto last) ACE_INLINED {
+        return WholeRows<Few, decltype(last)::value>{
+            w.values + i * stride, w.values + w.rows * stride, w, i, stride, words, groups};
+    };
+    int64_t i = begin;
+    for (; i + OUTPUT_TILE <= middle; i += OUTPUT_TILE) {
+        few_bits_outputs<Few, OUTPUT_TILE>(rows(i, std::false_type{}), w.rows, task, i);
+    }
+    for (; i < end; ++i) few_bits_outputs<Few, 1>(rows(i, std::true_type{}), w.rows, task, i);
+}
+
 inline void few_bits_linear(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
+    if (!w.meta) {
+        if (w.bits == 8) whole_rows<EightBits>(w, task, begin, end);
+        else whole_rows<FourBits<false>>(w, task, begin, end);
+        return;
+    }
     const bool half = 2 * w.n <= w.m;
     if (w.bits == 8) {
         if (w.m <= LANES) few_bits_rows<EightBits, Word::two_groups>(w, task, begin, end);

@@ -337,7 +337,7 @@ int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t st
         bodies->round_tokens(given, block, padded, rounded.data(), scales.data());
         const FewBitsTask task = {rounded.data(), scales.data(), n_tokens, padded, block, blocks, group, bias, out};
         // Spreading the weights takes as long as reading about twice their bytes; so do two tokens.
-        const int64_t bytes = rows * cols * n / m * bits / 8 + rows * cols / 8;
+        const int64_t bytes = rows * cols * n / m * bits / 8 + (meta ? rows * cols / 8 : 0);
         const int shares = threads_for(bytes * (2 + n_tokens), rows, threads);
         deal(rows, shares,
              [&](int64_t begin, int64_t end, int) { bodies->few_bits_linear(weight, task, begin, end); });

@@ -47,6 +47,9 @@ ACE_INLINE Steps spread_steps(__m128i values, uint32_t bits, int skipped) {
     return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(values, places));
 }
 
+// Lane k is value k.
+ACE_INLINE Steps all_steps(__m128i values) { return _mm256_cvtepi8_epi16(values); }
+
 ACE_INLINE Products no_products() { return _mm256_setzero_si256(); }
 ACE_INLINE Products add_products(Products sum, Steps w, const int16_t* x) {
     const __m256i tokens = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
@@ -111,6 +114,9 @@ ACE_INLINE Steps spread_steps(int8x16_t values, uint32_t bits, int skipped) {
     return steps_of(vqtbl1q_s8(values, vaddq_u8(step_places(bits), vdupq_n_u8(uint8_t(skipped)))));
 }
 
+// Lane k is value k.
+ACE_INLINE Steps all_steps(int8x16_t values) { return steps_of(values); }
+
 // The totals of OUTPUTS sums.
 template <int OUTPUTS>
 ACE_INLINE void totals(const Products* sums, int32_t* out) {
@@ -134,6 +140,14 @@ ACE_INLINE Steps spread_steps(const Values& values, uint32_t bits, int skipped =
     return steps;
 }
 
+// Lane k is value k.
+template <typename Values>
+ACE_INLINE Steps all_steps(const Values& values) {
+    Steps steps;
+    for (int k = 0; k < LANES; ++k) steps.lane[k] = values[k];
+    return steps;
+}
+
 ACE_INLINE Products no_products() { return 0; }
 ACE_INLINE Products add_products(Products sum, const Steps& w, const int16_t* x) {
     for (int k = 0; k < LANES; ++k) sum += int32_t(w.lane[k]) * x[k];
@@ -145,7 +159,20 @@ ACE_INLINE void totals(const Products* sums, int32_t* out) {
 }
 #endif
 
-// Values of 8 bits; sixteen of them are read.
+// upper + lower / steps for four pairs of integers, with `steps` a power of two; each is rounded once.
+ACE_INLINE void join_parts(const int32_t* upper, const int32_t* lower, int64_t steps, float* out) {
+#if ACE_WIDTH >= 8
+    // Both integers and their sum are exact in fp64.
+    const __m256d above = _mm256_cvtepi32_pd(_mm_loadu_si128(reinterpret_cast<const __m128i*>(upper)));
+    const __m256d below = _mm256_cvtepi32_pd(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lower)));
+    const __m256d whole = _mm256_add_pd(above, _mm256_mul_pd(below, _mm256_set1_pd(1.0 / double(steps))));
+    _mm_storeu_ps(out, _mm256_cvtpd_ps(whole));
+#else
+    for (int k = 0; k < 4; ++k) out[k] = float(int64_t(upper[k]) * steps + lower[k]) * (1.0f / float(steps));
+#endif
+}
+
+// Values of 8 bits; sixteen of them are read, or 32 as two vectors.
 struct EightBits {
     static constexpr int BITS = 8, LARGEST = 127, BYTES_READ = 16;
 
@@ -161,6 +188,9 @@ struct EightBits {
     using Values = const int8_t*;
     static ACE_INLINE Values load(const uint8_t* from, int64_t) { return reinterpret_cast<const int8_t*>(from); }
 #endif
+    static ACE_INLINE void load_two(const uint8_t* from, Values* values) {
+        for (int half = 0; half < 2; ++half) values[half] = load(from + half * LANES, 0);
+    }
 };
 
 // Values of 4 bits, in two's complement; sixteen of them are read and multiplied by 16. If ODD, the first value may be
@@ -182,6 +212,12 @@ struct FourBits {
         const __m128i pairs = _mm_cvtsi64_si128(int64_t(pairs_at(from, value))), upper = _mm_set1_epi8(-16);
         return _mm_unpacklo_epi8(_mm_and_si128(_mm_slli_epi16(pairs, 4), upper), _mm_and_si128(pairs, upper));
     }
+    static ACE_INLINE void load_two(const uint8_t* from, Values* values) {
+        const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), upper = _mm_set1_epi8(-16);
+        const __m128i first = _mm_and_si128(_mm_slli_epi16(pairs, 4), upper), second = _mm_and_si128(pairs, upper);
+        values[0] = _mm_unpacklo_epi8(first, second);
+        values[1] = _mm_unpackhi_epi8(first, second);
+    }
 #elif ACE_NEON
     using Values = int8x16_t;
     static ACE_INLINE Values load(const uint8_t* from, int64_t value) {
@@ -199,6 +235,11 @@ struct FourBits {
         Values values;
         for (int k = 0; k < LANES; ++k) values.lane[k] = int8_t(uint8_t(pairs >> 4 * k << 4));
         return values;
+    }
+#endif
+#if ACE_WIDTH < 8
+    static ACE_INLINE void load_two(const uint8_t* from, Values* values) {
+        for (int half = 0; half < 2; ++half) values[half] = load(from + half * LANES / 2, 0);
     }
 #endif
 };

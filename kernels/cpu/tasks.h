@@ -128,11 +128,11 @@ struct Packing {
     bool by_score;
 };
 
-// An n:m weight of 8 or 4 bits; metadata as in PackedWeight.
+// A weight of 8 or 4 bits: n:m with metadata as in PackedWeight, or 1:1 without metadata, with a value for each input.
 struct FewBitsWeight {
     const uint8_t* values;
-    const uint32_t* meta;
-    const void* absmax;  // [rows, ceil(cols / group)]
+    const uint32_t* meta;  // null if every input has a value
+    const void* absmax;    // [rows, ceil(cols / group)]
     int64_t rows, cols;
     int32_t n, m, bits;
     Element element;  // of absmax

@@ -14,7 +14,9 @@ from ace_triton.kernels.gram_product import gram_product, gram_product_reference
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import pack_scored
 from ace_triton.kernels.pack_rows import pack_rows, unpack_rows
+from ace_triton.kernels.packed_dense import quantize_dense
 from ace_triton.kernels.quantize_nm import quantize_nm
+from ace_triton.kernels.quantized_linear import quantized_linear
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from tests.kernels.arm.emulation import EmulatedLibrary, build, missing
@@ -158,6 +160,14 @@ def test_products_of_quantized_weights(on_arm, bits, dtype, cols, group):
         return results
 
     compare(on_arm, products)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("cols", "group"), [(1, 32), (45, 32), (352, 64), (1121, 128)])
+def test_products_of_weights_that_are_not_pruned(on_arm, bits, cols, group):
+    weight, tokens = matrix(9, cols, torch.bfloat16), matrix(5, cols, torch.float32, seed=1)
+    packed = quantize_dense(weight, bits, group)
+    compare(on_arm, lambda: {f"{count} tokens": quantized_linear(tokens[:count], packed) for count in (1, 2, 5)})
 
 
 def test_every_number_of_threads(on_arm):

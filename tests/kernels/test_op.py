@@ -29,6 +29,8 @@ from ace_triton.kernels.nm_linear_mma import fragments_of, nm_linear_mma
 from ace_triton.kernels.op import Op, Work, launch_metadata
 from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_nm_reference, pack_scored
 from ace_triton.kernels.pack_rows import pack_rows, pack_rows_reference, unpack_rows
+from ace_triton.kernels.packed_dense import quantize_dense
+from ace_triton.kernels.quantized_linear import quantized_linear
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm, select_nm_reference
@@ -69,7 +71,7 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
     values, rounded = rand(32, 64), rand(32, 64, dtype=half)
     kept, pools = GradientMoments.like(values), rand(2, 16, 8)
     of_packed = 32 * 32 * 2 + 32 * 2 * 4
-    fragments = fragments_of(packed)
+    fragments, quantized = fragments_of(packed), quantize_dense(weight, 8, 32)
     by_rows, of_rows = pack_rows_reference(pruned), of_packed + 33 * 8
     return {
         "adamw": (
@@ -110,6 +112,10 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
         "relative_importance": (
             lambda: relative_importance(weight, square),
             *(4096 + 4 * (32 + 64) + 64 * (8 + 4 + 4), 2 * 2048 + 3 * 64),
+        ),
+        "quantized_linear": (
+            lambda: quantized_linear(tokens, quantized, rand(32)),
+            *(10 * 64 * 2 + 32 * 64 + 32 * 2 * 2 + 32 * 4 + 10 * 32 * 2, 2 * 10 * 32 * 64 + 10 * 32),
         ),
         "rows_linear": (
             lambda: rows_linear(tokens, by_rows, rand(32)),

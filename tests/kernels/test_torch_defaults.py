@@ -21,6 +21,8 @@ from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_scored
 from ace_triton.kernels.pack_rows import pack_rows, unpack_rows
+from ace_triton.kernels.packed_dense import quantize_dense
+from ace_triton.kernels.quantized_linear import quantized_linear
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
@@ -95,6 +97,8 @@ def every_operation(of: dict[str, torch.Tensor]) -> Iterator[tuple[str, object]]
     by_rows = pack_rows(pruned)
     by_rows.check()
     yield "pack_rows", (by_rows.values, by_rows.meta, by_rows.starts)
+    quantized = quantize_dense(pruned, 4, 32)
+    yield "quantized_linear", (quantized.values, quantized.absmax, quantized_linear(flat, quantized, of["row"]))
     yield "rows_linear", (unpack_rows(by_rows), rows_linear(flat, by_rows, of["row"]))
     loss, gradient = divergence(outputs, outputs.flip(0))
     yield "divergence", (loss, gradient)

@@ -213,5 +213,5 @@ def test_an_older_version_cannot_hold_them(sound, tmp_path):
     folder = copy_of(sound, tmp_path)
     content = {**json.loads((folder / MANIFEST_FILE).read_text()), "version": 2}
     (folder / MANIFEST_FILE).write_text(signed(content))
-    with pytest.raises(PackedError, match="version 2 has neither quantized layers nor row starts"):
+    with pytest.raises(PackedError, match=r"version 2 has no layers like .*; version 3 has"):
         load(folder)

@@ -12,7 +12,9 @@ from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import PackedNM, PatternError, pack_cutlass, pack_nm, pack_scored, pack_scored_reference
 from ace_triton.kernels.pack_rows import pack_rows_reference, unpack_rows, unpack_rows_reference
+from ace_triton.kernels.packed_dense import dequantize_dense, quantize_dense
 from ace_triton.kernels.quantize_nm import dequantize_nm, quantize_nm
+from ace_triton.kernels.quantized_linear import quantized_linear
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.unpack_nm import unpack_nm, unpack_nm_reference
@@ -144,6 +146,17 @@ def test_products_of_few_bits(bits, dtype, pattern, shape, n_tokens):
     truth = tokens.double() @ dense.t() + bias.double()
     with executed_on_x86(1):
         outputs = nm_linear(tokens, packed, bias)
+    torch.testing.assert_close(outputs, truth.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "dtype", "n_tokens"), [(8, torch.bfloat16, 1), (4, torch.float32, 3)])
+def test_products_of_few_bits_without_metadata(bits, dtype, n_tokens):
+    torch.manual_seed(0)
+    packed = quantize_dense(torch.randn(37, 101).to(dtype), bits, 64)
+    tokens, bias = torch.randn(n_tokens, 101).to(dtype), torch.randn(37).to(dtype)
+    truth = tokens.double() @ dequantize_dense(packed, torch.float32).double().t() + bias.double()
+    with executed_on_x86(1):
+        outputs = quantized_linear(tokens, packed, bias)
     torch.testing.assert_close(outputs, truth.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
