@@ -42,6 +42,9 @@ def test_the_command_prints_and_writes_both(command, packed, tmp_path):
     speed = found["decoding"]["packed"]["tokens_per_second"]
     assert f"{speed:.1f}" in out
     assert "ms in everything else" in out
+    side = found["decoding"]["packed"]
+    whole = side["packed_layers"] + side["other_layers"] + side["rest"]
+    assert f"{whole:.2f}" in next(line for line in out.splitlines() if "ms a token in all" in line)
     code, _, errors = command("bench", "--tokens", 4)
     assert code == 1
     assert "name it with --model" in errors
