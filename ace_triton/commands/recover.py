@@ -215,7 +215,8 @@ def recover(
         return
     if json:
         report.write_json(json, {**recovery, "model": name_of(model_dir), **source_facts(source, out)})
-    console.print(report.recovery_table(result))
+    trained = "adapter values" if tune == "groups" else "weights, norms and biases" if norms else "weights"
+    console.print(report.recovery_table(result, trained))
     print_line(f"sequences begin with bos: {beginning}")
     if result.passes > 1:
         print_line(

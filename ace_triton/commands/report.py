@@ -206,8 +206,12 @@ def _first_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
-    """A recovery's results; losses are means over its first and its last steps."""
+def recovery_table(result: RecoveryReport, trained: str, most: int = 10) -> Table:
+    """A recovery's results; losses are means over its first and its last steps.
+
+    Args:
+        trained: name of the values that were trained.
+    """
     table = facts_table("recovery")
     most = max(1, min(most, len(result.losses) // 2))
     first, last = result.losses[:most], result.losses[-most:]
@@ -217,8 +221,9 @@ def recovery_table(result: RecoveryReport, most: int = 10) -> Table:
     table.add_row("time", f"{result.seconds:.0f} s")
     table.add_row("loss, first steps", f"{sum(first) / len(first):.3f} nats a token")
     table.add_row("loss, last steps", f"{sum(last) / len(last):.3f} nats a token")
-    table.add_row("weights trained", f"{result.trained:,}")
-    table.add_row("weights still 0", f"{result.zeros:,}")
+    table.add_row(f"{trained} trained", f"{result.trained:,}")
+    if result.zeros:
+        table.add_row("weights still 0", f"{result.zeros:,}")
     return table
 
 
