@@ -23,65 +23,77 @@ class UnreadCheck:
     """What a GPU found out about a weight and the terms of its score, and the host has not read yet.
 
     Attributes:
-        found: int32 [1] on the device. If it is not 0, the weight was not changed.
+        flags: int32 [1] each, on the device. If one is not 0, the weight was not changed.
         accept: called if all is in range.
         refuse: raises the error that names what is out of range.
     """
 
-    found: torch.Tensor
+    flags: tuple[torch.Tensor, ...]
     accept: Callable[[], None]
     refuse: Callable[[], None]
 
 
 def read_checks(unread: Sequence[UnreadCheck]) -> None:
     """Read all checks, which waits for the GPU once; raise the error of the first weight that was refused."""
-    flags = [check.found for check in unread]
-    found = torch.cat(flags).tolist() if len(flags) > 1 else [flag.item() for flag in flags]
-    for check, bad in zip(unread, found, strict=True):
-        if bad:
+    flags = list({id(flag): flag for check in unread for flag in check.flags}.values())
+    numbers = torch.cat(flags).tolist() if len(flags) > 1 else [flag.item() for flag in flags]
+    found = {id(flag): number for flag, number in zip(flags, numbers, strict=True)}
+    for check in unread:
+        if any(found[id(flag)] for flag in check.flags):
             check.refuse()
         check.accept()
 
 
+def joined(flags: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One flag that is not 0 if one of these is not 0; None if there is none."""
+    return None if not flags else flags[0] if len(flags) == 1 else torch.cat(list(flags)).amax(0, keepdim=True)
+
+
+def metric_terms(
+    recipe: Recipe, weight: torch.Tensor, stats: ActivationStats | None, label: str, finite: FiniteCheck
+) -> ScoreTerms | torch.Tensor:
+    """What the metric's function returns, not checked; errors of the function name the layer."""
+    try:
+        return recipe.metric.terms(weight, stats, **recipe.complete_options)
+    except Exception as error:
+        _raise_for_metric(error, weight, label, finite)
+
+
 def unread_terms(
+    terms: ScoreTerms | torch.Tensor,
     recipe: Recipe,
     weight: torch.Tensor,
     stats: ActivationStats | None,
     label: str,
     finite: FiniteCheck,
     unread: list[UnreadCheck],
-) -> tuple[ScoreTerms | torch.Tensor, torch.Tensor | None]:
-    """As :func:`terms_of`, without a wait: also a flag that is not 0 if the selection must not write.
+) -> tuple[ScoreTerms | torch.Tensor, list[torch.Tensor]]:
+    """The metric's terms, checked without a wait, and flags: the selection must not write if one is not 0.
 
-    The flag is None if all is known to be in range.
+    There are no flags if all is known to be in range.
     """
-    try:
-        terms = recipe.metric.terms(weight, stats, **recipe.complete_options)
-    except Exception as error:
-        _raise_for_metric(error, weight, label, finite)
     if not isinstance(terms, ScoreTerms):
-        return _checked_terms(terms, recipe, weight, stats, label, finite), None
+        return _checked_terms(terms, recipe, weight, stats, label, finite), []
     known = _known_to(terms, stats, finite)
     pending = [(tensor, True) for tensor in terms.tensors.values()] + [(weight, False)]
     found = {(id(tensor), kind): known.pending(tensor, is_term=kind) for tensor, kind in pending}
     if any(state is False for state in found.values()):
-        return _checked_terms(terms, recipe, weight, stats, label, finite), None
+        return _checked_terms(terms, recipe, weight, stats, label, finite), []
     flags = list({id(state): state for state in found.values() if isinstance(state, torch.Tensor)}.values())
     unknown = [(tensor, kind) for tensor, kind in pending if found[id(tensor), kind] is None]
-    unless = None if not flags else flags[0] if len(flags) == 1 else torch.cat(flags).amax(0, keepdim=True)
     if unknown:
-        unless = find_not_finite(
+        flag = find_not_finite(
             *(tensor for tensor, is_term in unknown if not is_term),
             terms=[tensor for tensor, is_term in unknown if is_term],
-            also=unless,
+            also=joined(flags),
         )
+        flags = [flag]
     terms.vouch()
-    if unless is None:
-        return terms, None
-    factors = list(terms.tensors.values())
-    accept, refuse = partial(known.accept, weight, terms=factors), partial(_refuse, recipe, weight, terms, label)
-    unread.append(UnreadCheck(unless, accept, refuse))
-    return terms, unless
+    if flags:
+        factors = list(terms.tensors.values())
+        accept, refuse = partial(known.accept, weight, terms=factors), partial(_refuse, recipe, weight, terms, label)
+        unread.append(UnreadCheck(tuple(flags), accept, refuse))
+    return terms, flags
 
 
 def _refuse(recipe: Recipe, weight: torch.Tensor, terms: ScoreTerms, label: str) -> None:
@@ -98,10 +110,7 @@ def terms_of(
     Raises:
         PruneError: the weight or the result holds NaN or infinity, or a score is negative.
     """
-    try:
-        terms = recipe.metric.terms(weight, stats, **recipe.complete_options)
-    except Exception as error:
-        _raise_for_metric(error, weight, label, finite)
+    terms = metric_terms(recipe, weight, stats, label, finite)
     return _checked_terms(terms, recipe, weight, stats, label, finite)
 
 

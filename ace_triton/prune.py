@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .checked_terms import UnreadCheck, read_checks, terms_of, unread_terms
+from .checked_terms import UnreadCheck, joined, metric_terms, read_checks, terms_of, unread_terms
 from .errors import PruneError, RecipeError
 from .kernels.backend import backend_of_device
 from .kernels.finite import all_finite
@@ -145,6 +145,7 @@ def prune_checked(
     return_mask: bool = False,
     clock: Stopwatch | None = None,
     unread: list[UnreadCheck] | None = None,
+    terms: ScoreTerms | torch.Tensor | None = None,
 ) -> PruneResult:
     """:func:`prune_linear` without its checks of the weight.
 
@@ -155,8 +156,9 @@ def prune_checked(
         clock: measures the update of the weights, as "update".
         unread: takes the check of the weight and its terms if a GPU can prune without waiting for it; the caller must
             then call :func:`read_checks`. None to wait here.
+        terms: with ``unread``, what the metric has returned for this layer. None to call the metric.
     """
-    gathered = _statistics(layer, weight, stats, recipe.needs, label)
+    gathered = statistics_for(layer, weight, stats, recipe.needs, label)
     kernel_weight = as_kernel_dtype(weight)
     chosen, pattern = recipe.metric, recipe.sparsity
     axis = pattern.axis or chosen.axis(gathered)
@@ -168,19 +170,23 @@ def prune_checked(
     known = _known_of(weight, kernel_weight, finite)
     can_wait = kernel_weight is weight and pattern.n is not None and not return_mask
     if unread is not None and can_wait and backend_of_device(weight.device) == "triton":
-        terms, unless = unread_terms(recipe, weight, gathered, label, finite, unread)
+        if terms is None:
+            terms = metric_terms(recipe, weight, gathered, label, finite)
+        terms, flags = unread_terms(terms, recipe, weight, gathered, label, finite, unread)
+        unless = joined(flags)
     else:
         terms, unless = terms_of(recipe, kernel_weight, gathered, label, known), None
     try:
         mask = _select(weight, kernel_weight, terms, pattern, axis, return_mask, unless)
     except ValueError as error:
         raise PruneError(f"{label}: {error}") from error
-    return PruneResult(label, chosen.name, str(pattern), axis, _kept(weight, pattern, axis), weight.numel(), mask)
+    return PruneResult(label, chosen.name, str(pattern), axis, number_kept(weight, pattern, axis), weight.numel(), mask)
 
 
-def _statistics(
+def statistics_for(
     layer: nn.Module, weight: torch.Tensor, given: ActivationStats | torch.Tensor | None, needs: Needs, label: str
 ) -> ActivationStats | None:
+    """The statistics that a method needs, checked; None if it needs none. StatsError if they do not fit the layer."""
     if not needs.tokens:
         return None
     if given is None:
@@ -328,7 +334,8 @@ def choose(
     return mask if output == "mask" else weight.masked_fill_(~mask, 0)
 
 
-def _kept(weight: torch.Tensor, pattern: Sparsity, axis: Axis) -> int:
+def number_kept(weight: torch.Tensor, pattern: Sparsity, axis: Axis) -> int:
+    """How many weights a pattern keeps."""
     if pattern.n is not None and pattern.m is not None:
         return weight.numel() // pattern.m * pattern.n
     if pattern.scope == "layer":

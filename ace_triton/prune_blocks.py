@@ -26,9 +26,9 @@ from .decoders.weight_store import WeightStore
 from .dispatched.store import opened
 from .errors import ArgumentError, RecipeError
 from .kernels.backend import backend_of_device
-from .kernels.finite import find_not_finite
 from .kernels.finite_check import FiniteCheck
-from .kernels.weight_sums import keep_relative_importance
+from .kernels.finite_group import find_each_not_finite
+from .kernels.weight_sums_group import keep_group_relative_importance
 from .linears import KERNEL_DTYPES, as_kernel_dtype, linear_weight
 from .model_report import ModelReport, TowerReport
 from .presets import NOT_GIVEN, NotGiven, recipe_of
@@ -131,8 +131,9 @@ def prune_model(
             rotated although ``rotate`` asks for it, or the model's own
             forward changes its weights beyond repair; nothing was changed.
         PruneError: if a weight cannot be pruned (NaN or infinity, quantized); nothing was changed. Or if statistics
-            have NaN or infinity (an overflow in fp16): that layer is not changed, but the blocks before it and other
-            layers of its block may be pruned.
+            have NaN or infinity (an overflow in fp16): that layer is not changed, but the blocks before it may be
+            pruned. Other layers of its block may be pruned too, unless a GPU prunes them together (n:m, scores
+            without a coupling, no update).
     """
     recipe = recipe_of(
         method,
@@ -267,32 +268,40 @@ def _check_processes(processes: Processes, recipe: Recipe, batches: Sequence[Bat
 def _checked_weights(plan: Plan, store: WeightStore, recipe: Recipe) -> tuple[dict[str, torch.Tensor], FiniteCheck]:
     """The weights of all layers, checked for NaN and infinity, and the check that knows them."""
     weights, finite = {}, FiniteCheck()
-    unread: list[str] = []
+    unread: dict[str, torch.Tensor] = {}
     for unit in plan.units:
+        later: dict[torch.device, list[torch.Tensor]] = {}
         for name, layer in unit.layers.items():
-            weights[name] = check_weight(layer, name)
+            weight = weights[name] = check_weight(layer, name)
             if store.finished(unit.name) is None:
-                if backend_of_device(weights[name].device) == "triton" and weights[name].dtype in KERNEL_DTYPES:
-                    check_later(weights[name], recipe, finite)
-                    unread.append(name)
+                if backend_of_device(weight.device) == "triton" and weight.dtype in KERNEL_DTYPES:
+                    later.setdefault(weight.device, []).append(weight)
+                    unread[name] = weight
                 else:
-                    check_finite(weights[name], name, finite)
+                    check_finite(weight, name, finite)
+        for same in later.values():
+            check_later(same, recipe, finite)
         for module in modules_of(plan, unit):
             store.release(module)
     finite.read()
-    for name in unread:
-        if not finite.passed(weights[name]):
-            check_finite(weights[name], name, FiniteCheck())
+    for name, weight in unread.items():
+        if not finite.passed(weight):
+            check_finite(weight, name, FiniteCheck())
     return weights, finite
 
 
-def check_later(weight: torch.Tensor, recipe: Recipe, finite: FiniteCheck) -> None:
-    """Launch the check of a weight, and if the metric needs them, its sums in the same read; waits for nothing."""
+def check_later(weights: Sequence[torch.Tensor], recipe: Recipe, finite: FiniteCheck) -> None:
+    """Launch the checks of a unit's weights on one device; waits for nothing.
+
+    If the metric needs them, the weights' sums are computed in the same read.
+    """
     scores_only = recipe.metric.solve is None and recipe.update is None
-    if recipe.needs.relative_importance and scores_only and not weight.is_inference():
-        keep_relative_importance(weight, finite)
-    else:
-        finite.record(weight, flags=find_not_finite(weight))
+    summed = [w for w in weights if recipe.needs.relative_importance and scores_only and not w.is_inference()]
+    keep_group_relative_importance(summed, finite)
+    known = {id(weight) for weight in summed}
+    others = [weight for weight in weights if id(weight) not in known]
+    for weight, flag in zip(others, find_each_not_finite(others), strict=True):
+        finite.record(weight, flags=flag)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -28,7 +28,8 @@ from .linears import as_kernel_dtype
 from .methods.registry import Needs
 from .model_report import LayerReport
 from .processes import shares
-from .prune import prune_checked
+from .prune import PruneResult, prune_checked
+from .prune_together import LayerToPrune, prune_together, suits
 from .recipe import Recipe
 from .reordering.reorder import Folds, Reorderer, find_folds
 from .reordering.rotate import Rotator
@@ -220,14 +221,15 @@ class Selection:
         done: dict[str, LayerReport] = {}
         unread: list[UnreadCheck] = []
         with self.clock.measure("select"):
-            for name, stats in chosen.items():
-                if owners[name] == processes.rank:
-                    weight, finite, clock = self.weights[name], self.finite, self.clock
-                    result = prune_checked(
-                        layers[name], weight, stats, recipe, name, finite, clock=clock, unread=unread
-                    )
-                    kept = result.kept / result.total
-                    done[name] = LayerReport(name, kept, result.pattern, result.axis, result.total)
+            own = [
+                LayerToPrune(name, layers[name], self.weights[name], stats)
+                for name, stats in chosen.items()
+                if owners[name] == processes.rank
+            ]
+            for result in self._results(own, recipe, unread):
+                done[result.name] = LayerReport(
+                    result.name, result.kept / result.total, result.pattern, result.axis, result.total
+                )
             read_checks(unread)
             for name, owner in owners.items():
                 report = processes.broadcast(done.get(name), owner)
@@ -235,6 +237,24 @@ class Selection:
                 processes.broadcast_into(self.weights[name], owner)
                 self.plan.pruned(name, report.parameters)
                 self.layers.append(report)
+
+    def _results(
+        self, layers: Sequence[LayerToPrune], recipe: Recipe, unread: list[UnreadCheck]
+    ) -> Iterator[PruneResult]:
+        """Prune layers; those on one GPU together, if the recipe allows it."""
+        together: dict[torch.device, list[LayerToPrune]] = {}
+        alone: list[LayerToPrune] = []
+        for entry in layers:
+            found = suits(entry.weight, recipe)
+            (together.setdefault(entry.weight.device, []) if found else alone).append(entry)
+        for same in together.values():
+            yield from prune_together(same, recipe, self.finite, unread)
+        for entry in alone:
+            yield prune_checked(
+                *(entry.layer, entry.weight, entry.stats, recipe, entry.name, self.finite),
+                clock=self.clock,
+                unread=unread,
+            )
 
     def _scores(self, name: str, *, collector: InputCollector | None) -> torch.Tensor | None:
         """Scores to order a layer's inputs by; None if no token reached it or its groups run along the outputs."""

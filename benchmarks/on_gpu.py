@@ -36,7 +36,7 @@ from .reports.report_bench import markdown_table
 Status = Literal["passed", "failed", "timed out"]
 
 TAIL_LINES = 40
-KERNELS = ("select_nm", "select_rows", "weight_sums", "moments", "pack_nm", "divergence", "adamw")
+KERNELS = ("select_nm", "groups", "select_rows", "weight_sums", "moments", "pack_nm", "divergence", "adamw")
 RESULTS, TESTS, SPARSE = "results.csv", "tests.xml", "sparse.json"
 DRY_RUN_TESTS = "says_what_is_wrong or whole_layer or layout_is"
 

@@ -78,7 +78,7 @@ def _column_scale_triton(of: ColumnScale) -> CheckedScale:
     scale = torch.empty(cols, dtype=torch.float32, device=like.device)
     found = new_flag(like.device)
     if cols:
-        _scale_columns[(blocks,)](*of.parts(), scale, found, cols, SIGN=of.sign, BLOCK=block, num_warps=1)
+        _scale_columns[(blocks,)](*of.rounded_parts(), scale, found, cols, SIGN=of.sign, BLOCK=block, num_warps=1)
     return CheckedScale(scale, found)
 
 

@@ -1,5 +1,7 @@
 """Calls into the compiled CPU library (:mod:`~ace_triton.kernels.cpu_library`), one function per operation.
 
+Those of packed weights are in :mod:`~ace_triton.kernels.cpu_packed`.
+
 Only the launchers call these functions; they have checked the arguments. Only :mod:`~ace_triton.kernels.memory` takes
 addresses of tensors; it checks the memory behind them. The library uses as many threads as torch.
 """
@@ -12,10 +14,7 @@ import torch
 
 from .cpu_library import call, library
 from .errors import ArgumentError
-from .memory import ELEMENTS, address, contiguous, elements, matrix, new, sequences
-from .packed_dense import PackedDense
-from .packed_nm import PackedNM
-from .packed_rows import PackedRows
+from .memory import address, contiguous, elements, matrix, new, sequences
 from .records import ColumnScale, GradientMoments, Step
 from .score_terms import ScoreTerms
 
@@ -48,14 +47,14 @@ def _select(name: str, weight: torch.Tensor, terms: ScoreTerms, output: str, *ru
     elif output == "bits":
         selection, place = new((rows, (cols + 7) // 8), torch.uint8)
     owner, source = matrix(weight, "weight", written=output == "weight")
-    call(name, *source, *_factors(terms, rows, cols), _OUTPUTS[output], place, *rule, torch.get_num_threads())
+    call(name, *source, *factors(terms, rows, cols), _OUTPUTS[output], place, *rule, torch.get_num_threads())
     if output == "weight" and owner is not weight:
         with torch.no_grad():
             weight.copy_(owner)
     return selection
 
 
-def _factors(terms: ScoreTerms | None, rows: int, cols: int) -> tuple[int | None, ...]:
+def factors(terms: ScoreTerms | None, rows: int, cols: int) -> tuple[int | None, ...]:
     """Addresses of the four score terms, the power, and whether the terms were checked already."""
     if terms is None:
         return (None, None, None, None, 1, 1)
@@ -264,148 +263,8 @@ def coupling(
     return into
 
 
-def pack_nm(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """CPU body of :func:`~ace_triton.kernels.pack_nm.pack_nm` and ``pack_scored``.
-
-    Returns:
-        Values, metadata, and whether no group had more than n non-zeros, so that none was lost.
-    """
-    _owner, source = matrix(weight, "weight")
-    rows, cols = weight.shape
-    values, values_at = new((rows, cols // m * n), weight.dtype)
-    meta, meta_at = new((rows, (cols + 31) // 32), _INT)
-    whole = ctypes.c_int32()
-    call(
-        "ace_pack_nm",
-        *(*source, *_factors(terms, rows, cols)),
-        *(values_at, meta_at, int(terms is not None), n, m, torch.get_num_threads(), ctypes.byref(whole)),
-    )
-    return values, meta, bool(whole.value)
-
-
-def _packed(packed: PackedNM) -> tuple[int, int]:
-    """The addresses of values and metadata; ArgumentError if they do not fit the pattern and the shape."""
-    (rows, cols), n, m, values = packed.shape, packed.n, packed.m, packed.values
-    packed.check_pattern()
-    try:
-        values_at = address(values, values.dtype, (rows, cols // m * n), "values")
-        return values_at, address(packed.meta, _INT, (rows, (cols + 31) // 32), "meta")
-    except ValueError:
-        packed.check_tensors()
-        raise
-
-
-def unpack_nm(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
-    """CPU body of :func:`~ace_triton.kernels.unpack_nm.unpack_nm`."""
-    dtype = packed.values.dtype
-    source = *_packed(packed), *packed.shape, packed.n, packed.m, packed.values.element_size()
-    if into is None:
-        into, place = new(packed.shape, dtype)
-    else:
-        place = address(into, dtype, packed.shape, "into")
-    call("ace_unpack_nm", *source, place, torch.get_num_threads())
-    return into
-
-
-def pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """CPU body of :func:`~ace_triton.kernels.pack_rows.pack_rows`; returns values, metadata and row starts."""
-    _owner, source = matrix(weight, "weight")
-    rows, cols = weight.shape
-    meta, meta_at = new((rows, (cols + 31) // 32), _INT)
-    starts, starts_at = new((rows + 1,), _LONG)
-    call("ace_kept_bits", *source, meta_at, starts_at, torch.get_num_threads())
-    values, values_at = new((int(starts[-1]),), weight.dtype)
-    call("ace_pack_rows", *source, meta_at, starts_at, values_at, torch.get_num_threads())
-    return values, meta, starts
-
-
-def _packed_rows(packed: PackedRows) -> tuple[int, int, int, int]:
-    """The address and number of values, and the addresses of metadata and row starts; ArgumentError if they do not fit
-    the shape."""
-    (rows, cols), values = packed.shape, packed.values
-    try:
-        return (
-            address(values, values.dtype, (values.numel(),), "values"),
-            values.numel(),
-            address(packed.meta, _INT, (rows, (cols + 31) // 32), "meta"),
-            address(packed.starts, _LONG, (rows + 1,), "starts"),
-        )
-    except ValueError:
-        packed.check_tensors()
-        raise
-
-
-def unpack_rows(packed: PackedRows, into: torch.Tensor | None) -> torch.Tensor:
-    """CPU body of :func:`~ace_triton.kernels.pack_rows.unpack_rows`."""
-    source, dtype = _packed_rows(packed), packed.values.dtype
-    if into is None:
-        into, place = new(packed.shape, dtype)
-    else:
-        place = address(into, dtype, packed.shape, "into")
-    call("ace_unpack_rows", *source, *packed.shape, packed.values.element_size(), place, torch.get_num_threads())
-    return into
-
-
-def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
-    """CPU body of :func:`~ace_triton.kernels.nm_linear.nm_linear` for tokens [n_tokens, in]; outputs are fp32."""
-    weight = *_packed(packed), packed.shape[0], packed.n, packed.m
-    return _linear("ace_nm_linear", tokens, packed, weight, bias)
-
-
-def rows_linear(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
-    """CPU body of :func:`~ace_triton.kernels.rows_linear.rows_linear` for tokens [n_tokens, in]; outputs are fp32."""
-    weight = *_packed_rows(packed), packed.shape[0]
-    return _linear("ace_rows_linear", tokens, packed, weight, bias)
-
-
-def _linear(
-    name: str,
-    tokens: torch.Tensor,
-    packed: PackedNM | PackedRows,
-    weight: tuple[int, ...],
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    rows, cols = packed.shape
-    _owner, source = matrix(tokens, "tokens")
-    if source[2] != cols:
-        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
-    out, place = new((source[1], rows), _FLOAT)
-    offset = None
-    if bias is not None:
-        bias = contiguous(bias if bias.dtype is _FLOAT else bias.float())
-        offset = address(bias, _FLOAT, (rows,), "bias")
-    call(name, *source, *weight, ELEMENTS[packed.values.dtype][0], offset, place, torch.get_num_threads())
-    return out
-
-
-def few_bits_linear(tokens: torch.Tensor, packed: PackedNM | PackedDense, bias: torch.Tensor | None) -> torch.Tensor:
-    """As :func:`nm_linear`, for a quantized weight, n:m or dense."""
-    (rows, cols), absmax = packed.shape, packed.absmax
-    assert absmax is not None
-    packed.check_tensors()
-    _owner, source = matrix(tokens, "tokens")
-    if source[2] != cols:
-        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
-    out, place = new((source[1], rows), _FLOAT)
-    offset = None
-    if bias is not None:
-        bias = contiguous(bias if bias.dtype is _FLOAT else bias.float())
-        offset = address(bias, _FLOAT, (rows,), "bias")
-    values, meta = packed.values, packed.meta
-    call(
-        "ace_few_bits_linear",
-        *source,
-        address(values, values.dtype, values.shape, "values"),
-        None if meta is None else address(meta, _INT, meta.shape, "meta"),
-        address(absmax, absmax.dtype, absmax.shape, "absmax"),
-        *(rows, packed.n, packed.m, packed.bits, packed.group, ELEMENTS[absmax.dtype][0]),
-        *(offset, place, torch.get_num_threads()),
-    )
-    return out
-
-
 def dense_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The loop of :func:`nm_linear` over a dense weight [out, in]; the baseline of benchmarks."""
+    """The loop of the product of a packed weight over a dense weight [out, in]; the baseline of benchmarks."""
     _owner, source = matrix(tokens, "tokens")
     _weight_owner, (weight_at, rows, cols, stride, element) = matrix(weight, "weight")
     if source[2] != cols:

@@ -131,15 +131,16 @@ def _work(tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor], also: 
     return Work(bytes_of(*tensors, *terms))
 
 
-def _find_by_reference(
+def find_not_finite_reference(
     tensors: Sequence[torch.Tensor], terms: Sequence[torch.Tensor], also: torch.Tensor | None
 ) -> torch.Tensor:
+    """The flag of :func:`find_not_finite`, computed with plain torch."""
     found = not_finite_reference(*(t.float().abs().flatten() for t in tensors), *(t.flatten() for t in terms))
     return found if also is None else found | (also != 0)
 
 
 ALL_FINITE = Op("all_finite", _work, _by_reference, _all_finite_cpu, _launched)
-FIND_NOT_FINITE = Op("find_not_finite", _work, _find_by_reference, triton=_find_triton)
+FIND_NOT_FINITE = Op("find_not_finite", _work, find_not_finite_reference, triton=_find_triton)
 
 
 class _Cleared(threading.local):
@@ -203,15 +204,15 @@ def _find_non_finite(
     if also_ptr is not None:
         tl.store(found_ptr, mark, mask=(block == 0) & (tl.load(also_ptr) != 0))
     if other_ptr is None:  # noqa: SIM114 (decided when Triton compiles)
-        _check_block(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
+        check_block(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
     elif block < blocks:
-        _check_block(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
+        check_block(tensor_ptr, found_ptr, mark, block, size, SIGNED, BLOCK)
     else:
-        _check_block(other_ptr, found_ptr, mark, block - blocks, other_size, OTHER_SIGNED, BLOCK)
+        check_block(other_ptr, found_ptr, mark, block - blocks, other_size, OTHER_SIGNED, BLOCK)
 
 
 @triton.jit
-def _check_block(tensor_ptr, found_ptr, mark, block, size, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def check_block(tensor_ptr, found_ptr, mark, block, size, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
     offset = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(tensor_ptr + offset, mask=offset < size, other=0.0).to(tl.float32)
     note_not_finite(value, found_ptr, mark, SIGNED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,20 +113,26 @@ class SelectNm:
 
 def select_nm(weight: torch.Tensor, m: int, axis: str) -> SelectNm:
     """Four warps; each thread holds whole groups in registers: two 16-byte accesses for 2:4 along "in"."""
-    threads = WARPS * lanes(weight.device)
-    rows, cols = weight.shape
+    return select_nm_group([weight], m, axis)
+
+
+def select_nm_group(weights: Sequence[torch.Tensor], m: int, axis: str) -> SelectNm:
+    """One tile for several weights of one dtype, with the least padding in all."""
+    like = weights[0]
+    threads = WARPS * lanes(like.device)
     if axis == "in":
-        split = min(m, vector(weight))
-        held = max(1, 2 * split // m) * vector(weight)
-        cols = cols * split // m
+        split = min(m, vector(like))
+        held = max(1, 2 * split // m) * vector(like)
+        sizes = [(weight.shape[0], weight.shape[1] * split // m) for weight in weights]
     else:
         split = 1
-        held = max(2, min(vector(weight), 32 // m))
-        rows = rows // m
-    width = threads * min(held, vector(weight))
-    block_cols = narrowest(cols, tuple(width >> k for k in range(5) if width >> k >= 8))
+        held = max(2, min(vector(like), 32 // m))
+        sizes = [(weight.shape[0] // m, weight.shape[1]) for weight in weights]
+    width = threads * min(held, vector(like))
+    widths = tuple(width >> k for k in range(5) if width >> k >= 8)
+    block_cols = min(widths, key=lambda w: (sum(rows * math.ceil(cols / w) * w for rows, cols in sizes), -w))
     block_rows = threads * held // block_cols
-    tiles = math.ceil(rows / block_rows) * math.ceil(cols / block_cols)
+    tiles = sum(math.ceil(rows / block_rows) * math.ceil(cols / block_cols) for rows, cols in sizes)
     return SelectNm(split, block_rows, block_cols, min(8, max(1, tiles // MOST_PROGRAMS)), WARPS)
 
 

@@ -124,6 +124,14 @@ def address(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], wh
     raise ArgumentError(_why_invalid(tensor, f"contiguous {dtype} {tuple(shape)}", what))
 
 
+def device_address(tensor: torch.Tensor) -> int:
+    """The address of a tensor on any device, for a table that a Triton kernel reads.
+
+    :meth:`~ace_triton.kernels.op.Op.on` has checked the tensor. The caller keeps it until the kernel was launched.
+    """
+    return tensor.data_ptr()
+
+
 def elements(tensor: torch.Tensor, shape: torch.Size, what: str) -> tuple[int, int]:
     """:func:`address` of a tensor whose dtype is one of ELEMENTS, and the dtype's number."""
     dtype = tensor.dtype if tensor.dtype in ELEMENTS else torch.float32

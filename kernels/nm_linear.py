@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from . import bound_launch, cpu, few_bits, launch, launch_packed
+from . import bound_launch, cpu_packed, few_bits, launch, launch_packed
 from .bound_launch import BoundCall, new, recorded
 from .errors import ArgumentError
 from .nm_linear_dot import nm_linear_dot
@@ -102,7 +102,7 @@ def _by_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
 
 
 def _nm_linear_cpu(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
-    product = cpu.nm_linear if packed.absmax is None else cpu.few_bits_linear
+    product = cpu_packed.nm_linear if packed.absmax is None else cpu_packed.few_bits_linear
     outputs = product(rows_of(tokens), packed, None if bias is None else bias.detach())
     return of_shape(outputs, tokens)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu, launch
+from . import cpu_packed, launch
 from .errors import PatternError
 from .group_choice import best_of_group
 from .op import Op, Work, bytes_of, launch_metadata
@@ -122,7 +122,7 @@ def _whole(weight: torch.Tensor, packed: PackedNM, whole: bool) -> PackedNM:
 
 def _packed_cpu(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[PackedNM, bool]:
     """The weight packed by score or, without terms, by its non-zeros; and whether no group lost a non-zero."""
-    values, meta, whole = cpu.pack_nm(weight.detach(), terms, n, m)
+    values, meta, whole = cpu_packed.pack_nm(weight.detach(), terms, n, m)
     return PackedNM(values, meta, n, m, (weight.shape[0], weight.shape[1])), whole
 
 

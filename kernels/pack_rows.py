@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu, launch_packed
+from . import cpu_packed, launch_packed
 from .errors import ArgumentError
 from .op import Op, Work, launch_metadata
 from .packed_nm import WORD, unpack_bits
@@ -81,11 +81,11 @@ def unpack_rows_reference(packed: PackedRows) -> torch.Tensor:
 
 
 def _pack_rows_cpu(weight: torch.Tensor) -> PackedRows:
-    return PackedRows(*cpu.pack_rows(weight), (weight.shape[0], weight.shape[1]))
+    return PackedRows(*cpu_packed.pack_rows(weight), (weight.shape[0], weight.shape[1]))
 
 
 def _unpack_rows_cpu(packed: PackedRows, into: torch.Tensor | None) -> torch.Tensor:
-    return cpu.unpack_rows(packed, into) if packed.values.dtype in DTYPES else _unpack_by_reference(packed, into)
+    return cpu_packed.unpack_rows(packed, into) if packed.values.dtype in DTYPES else _unpack_by_reference(packed, into)
 
 
 def _unpack_by_reference(packed: PackedRows, into: torch.Tensor | None) -> torch.Tensor:

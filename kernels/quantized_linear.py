@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu
+from . import cpu_packed
 from .nm_linear import check_linear, nm_linear_launched, of_shape, rows_of
 from .op import Op, Work, bytes_of
 from .packed_dense import PackedDense, dequantize_dense
@@ -48,7 +48,9 @@ def _by_reference(tokens: torch.Tensor, packed: PackedDense, bias: torch.Tensor 
 
 
 def _quantized_linear_cpu(tokens: torch.Tensor, packed: PackedDense, bias: torch.Tensor | None) -> torch.Tensor:
-    return of_shape(cpu.few_bits_linear(rows_of(tokens), packed, None if bias is None else bias.detach()), tokens)
+    return of_shape(
+        cpu_packed.few_bits_linear(rows_of(tokens), packed, None if bias is None else bias.detach()), tokens
+    )
 
 
 def _quantized_linear_triton(tokens: torch.Tensor, packed: PackedDense, bias: torch.Tensor | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 
@@ -101,6 +102,11 @@ class ColumnScale:
     def parts(self) -> tuple[torch.Tensor | None, float, torch.Tensor | None, torch.Tensor | None]:
         """The kernels' arguments: square, the inverse of its divisor, base and factor."""
         return self.square, 1 / self.divisor, self.base, self.factor
+
+    def rounded_parts(self) -> tuple[torch.Tensor | None, float, torch.Tensor | None, torch.Tensor | None]:
+        """:meth:`parts` with the inverse in fp32, as a GPU gets it. (The interpreter would use it unrounded.)"""
+        square, inverse, base, factor = self.parts()
+        return square, ctypes.c_float(inverse).value, base, factor
 
     @property
     def in_features(self) -> int:

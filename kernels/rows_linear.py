@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu, launch_packed
+from . import cpu_packed, launch_packed
 from .nm_linear import add_products, check_linear, of_shape, rows_of, store_sums
 from .op import Op, Work, bytes_of, launch_metadata
 from .pack_rows import load_kept, row_of, unpack_rows_reference
@@ -44,7 +44,7 @@ def _by_reference(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor |
 
 
 def _rows_linear_cpu(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
-    return of_shape(cpu.rows_linear(rows_of(tokens), packed, None if bias is None else bias.detach()), tokens)
+    return of_shape(cpu_packed.rows_linear(rows_of(tokens), packed, None if bias is None else bias.detach()), tokens)
 
 
 def _rows_linear_triton(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:

@@ -37,6 +37,7 @@ __all__ = [
     "pack_bits",
     "select_nm",
     "select_nm_reference",
+    "select_tiles",
     "store_bits",
     "with_unit_stride",
 ]
@@ -246,7 +247,39 @@ def _select_nm_body(
     BLOCK_COLS: tl.constexpr,
     TRIPS: tl.constexpr,
 ):
-    """A program processes TRIPS tiles of whole groups, one below the other.
+    stored = rows if unless_ptr is None else tl.where(tl.load(unless_ptr) == 0, rows, 0)
+    select_tiles(
+        *(tl.program_id(0), weight_ptr, out_ptr, row_ptr, col_ptr, scale_ptr, coupling_ptr),
+        *(rows, cols, stride, out_stride, stored, TRIPS),
+        *(N, M, SPLIT, AXIS, OUTPUT, POWER, BLOCK_ROWS, BLOCK_COLS),
+    )
+
+
+@triton.jit
+def select_tiles(
+    program,
+    weight_ptr,
+    out_ptr,
+    row_ptr,
+    col_ptr,
+    scale_ptr,
+    coupling_ptr,
+    rows,
+    cols,
+    stride,
+    out_stride,
+    stored,
+    trips,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    AXIS: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    POWER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """A program processes ``trips`` tiles of whole groups, one below the other; it writes the first ``stored`` rows.
 
     A group consists of M // SPLIT accesses of SPLIT neighbors. Along "in", the accesses are consecutive in a row. Along
     "out", they are in M consecutive rows.
@@ -255,10 +288,9 @@ def _select_nm_body(
     DOWN: tl.constexpr = 1 if AXIS == "in" else M
     width = cols // ACCESSES if AXIS == "in" else cols
     blocks_across = tl.cdiv(width, BLOCK_COLS)
-    block = tl.program_id(0) % blocks_across
-    top = tl.program_id(0) // blocks_across * (TRIPS * BLOCK_ROWS)
+    block = program % blocks_across
+    top = program // blocks_across * (trips * BLOCK_ROWS)
 
-    stored = rows if unless_ptr is None else tl.where(tl.load(unless_ptr) == 0, rows, 0)
     col_terms = ()
     scale_terms = ()
     for access in tl.static_range(ACCESSES):
@@ -271,7 +303,7 @@ def _select_nm_body(
     coupling_start = row.to(tl.int64) * cols
     out_start = start if OUTPUT == "weight" else row.to(tl.int64) * out_stride
     step = tl.full([], BLOCK_ROWS * DOWN, tl.int64)
-    for _ in tl.range(TRIPS):
+    for _ in tl.range(trips):
         weights = ()
         keys = ()
         for access in tl.static_range(ACCESSES):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu, launch, launch_packed
+from . import cpu_packed, launch, launch_packed
 from .errors import ArgumentError
 from .op import Op, Work, launch_metadata
 from .packed_nm import DTYPES, PackedNM, unpack_bits
@@ -56,7 +56,7 @@ def _by_reference(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
 
 
 def _unpack_nm_cpu(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
-    return cpu.unpack_nm(packed, into) if packed.values.dtype in DTYPES else _by_reference(packed, into)
+    return cpu_packed.unpack_nm(packed, into) if packed.values.dtype in DTYPES else _by_reference(packed, into)
 
 
 def _unpack_nm_triton(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:

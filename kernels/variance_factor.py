@@ -35,6 +35,12 @@ def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: fl
     Raises:
         ArgumentError: if the shape, dtype or norm is invalid, or if eps is not in (0, 1).
     """
+    check_squares(sequence_square, norm, eps)
+    return VARIANCE_FACTOR.on(sequence_square)(sequence_square, norm, power, eps)
+
+
+def check_squares(sequence_square: torch.Tensor, norm: VarianceNorm, eps: float) -> None:
+    """Raise ArgumentError if the arguments of :func:`variance_factor` are invalid."""
     if not 0 < eps < 1:
         raise ArgumentError(f"eps must be in (0, 1), got {eps!r}")
     if sequence_square.dim() != 2 or sequence_square.dtype != torch.float32:
@@ -44,7 +50,6 @@ def variance_factor(sequence_square: torch.Tensor, norm: VarianceNorm, power: fl
         )
     if norm not in get_args(VarianceNorm):
         raise ArgumentError(f"norm must be 'max_layer', 'max_sequence', 'channel' or 'frobenius', got {norm!r}")
-    return VARIANCE_FACTOR.on(sequence_square)(sequence_square, norm, power, eps)
 
 
 def variance_factor_reference(
@@ -89,25 +94,32 @@ def _variance_factor_triton(
     return factor
 
 
-def _work(sequence_square: torch.Tensor, norm: VarianceNorm, power: float, eps: float) -> Work:
+def variance_factor_work(sequence_square: torch.Tensor, norm: VarianceNorm, power: float, eps: float) -> Work:
     """Per number: difference, division and sum; a power unless it is 1; the total of "frobenius"."""
     operations = 3 + (power != 1) + (norm == "frobenius")
     return Work(sequence_square.nbytes + 4 * sequence_square.shape[1], operations * sequence_square.numel())
 
 
-VARIANCE_FACTOR = Op("variance_factor", _work, variance_factor_reference, cpu.variance_factor, _variance_factor_triton)
+VARIANCE_FACTOR = Op(
+    "variance_factor", variance_factor_work, variance_factor_reference, cpu.variance_factor, _variance_factor_triton
+)
 
 
 @triton.jit(launch_metadata=launch_metadata)
 def _find_levels(square_ptr, levels_ptr, channels, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    find_level(tl.program_id(0), square_ptr, levels_ptr, channels, ADD, BLOCK)
+
+
+@triton.jit
+def find_level(sequence, square_ptr, levels_ptr, channels, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """The level of one sequence per program: the sum of its channels if ADD, else the largest."""
-    row = square_ptr + tl.program_id(0).to(tl.int64) * channels
+    row = square_ptr + sequence.to(tl.int64) * channels
     found = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, channels, BLOCK):
         j = first + tl.arange(0, BLOCK)
         square = tl.load(row + j, mask=j < channels, other=0.0)
         found = found + square if ADD else tl.maximum(found, square)
-    tl.store(levels_ptr + tl.program_id(0), tl.sum(found, 0) if ADD else tl.max(found, 0))
+    tl.store(levels_ptr + sequence, tl.sum(found, 0) if ADD else tl.max(found, 0))
 
 
 @triton.jit(launch_metadata=launch_metadata)
@@ -125,8 +137,30 @@ def _average_inverses(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
+    average_inverses(
+        *(tl.program_id(0), square_ptr, levels_ptr, factor_ptr, sequences, channels, power, eps, least),
+        *(NORM, IS_POWER, BLOCK_ROWS, BLOCK_COLS),
+    )
+
+
+@triton.jit
+def average_inverses(
+    program,
+    square_ptr,
+    levels_ptr,
+    factor_ptr,
+    sequences,
+    channels,
+    power,
+    eps,
+    least,
+    NORM: tl.constexpr,
+    IS_POWER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
     """The factors of a program's channels, BLOCK_ROWS sequences at a time; levels are clamped to at least ``least``."""
-    j = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    j = program * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     level = tl.zeros([1, BLOCK_COLS], tl.float32) + least
     if NORM == "channel":
         for first in tl.range(0, sequences, BLOCK_ROWS):

@@ -10,20 +10,21 @@ for the partial sums of a large layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import cpu, launch
-from .column_scale import ColumnScale, checked_column_scale, column_scale_reference, column_scale_work, scale_at
+from .column_scale import ColumnScale, column_scale_reference, column_scale_work, scale_at
 from .errors import ArgumentError
 from .finite import not_finite_reference, note_not_finite
 from .finite_check import FiniteCheck
 from .op import Op, Work, launch_metadata
 from .score_terms import ScoreTerms
 from .triton_import import tl, triton
+from .vector_group import grouped_column_scale, in_group
 
 # Tile for merging partial sums: a few dozen loads in flight per warp.
 MERGED_PARTS, MERGED_SUMS = 16, 32
@@ -54,7 +55,7 @@ def weight_sums(weight: torch.Tensor) -> WeightSums:
     Raises:
         ArgumentError: if the shape or dtype does not fit.
     """
-    _check(weight)
+    check_matrix(weight)
     return WEIGHT_SUMS.on(weight)(weight)
 
 
@@ -72,7 +73,7 @@ def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) 
     Raises:
         ArgumentError: if a shape or dtype does not fit.
     """
-    _check(weight)
+    check_matrix(weight)
     if scale is not None and scale.in_features != weight.shape[1]:
         raise ArgumentError(
             f"the scale must have the weight's {weight.shape[1]} columns, got {scale.in_features} columns "
@@ -81,6 +82,8 @@ def relative_importance(weight: torch.Tensor, scale: ColumnScale | None = None) 
     kept = _kept.get(weight)
     if kept is not None and kept.version == weight._version:
         return kept.with_scale(scale)
+    if in_group():  # The scale's inputs may not be written yet.
+        return _Kept.of(weight, RELATIVE_IMPORTANCE.on(weight)(weight, None)).with_scale(scale)
     vectors = () if scale is None else scale.vectors().values()
     return RELATIVE_IMPORTANCE.on(weight, *vectors)(weight, scale)
 
@@ -94,11 +97,19 @@ class _Kept:
     col: torch.Tensor
     finite: FiniteCheck
 
+    @classmethod
+    def of(cls, weight: torch.Tensor, terms: ScoreTerms) -> _Kept:
+        """The terms that were computed of a weight without a scale."""
+        assert terms.row is not None
+        assert terms.col is not None
+        assert terms.finite is not None
+        return cls(weight._version, terms.row, terms.col, terms.finite)
+
     def with_scale(self, scale: ColumnScale | None) -> ScoreTerms:
         """The terms with a column scale, which is all that is computed."""
         if scale is None:
             return ScoreTerms(self.row, self.col, finite=self.finite)
-        vector, flags = checked_column_scale(scale)
+        vector, flags = grouped_column_scale(scale)
         return ScoreTerms(
             self.row, self.col, vector, finite=FiniteCheck(self.finite).record(terms=[vector], flags=flags)
         )
@@ -113,15 +124,17 @@ def keep_relative_importance(weight: torch.Tensor, finite: FiniteCheck) -> None:
     Later calls for the same tensor then do not read the weight, until it is written. The check for NaN and infinity is
     recorded in ``finite``, and nobody waits for it.
     """
-    terms = RELATIVE_IMPORTANCE.on(weight)(weight, None)
-    assert terms.row is not None
-    assert terms.col is not None
+    keep_terms(weight, RELATIVE_IMPORTANCE.on(weight)(weight, None), finite)
+
+
+def keep_terms(weight: torch.Tensor, terms: ScoreTerms, finite: FiniteCheck) -> None:
+    """Keep terms that :func:`relative_importance` computed from a weight, and record their check in ``finite``."""
     assert terms.finite is not None
-    found = terms.finite.pending(weight)
+    kept, found = _Kept.of(weight, terms), terms.finite.pending(weight)
     flags = found if isinstance(found, torch.Tensor) else None
     assert flags is not None or found
-    finite.record(weight, terms=[terms.row, terms.col], flags=flags)
-    _kept[weight] = _Kept(weight._version, terms.row, terms.col, finite)
+    finite.record(weight, terms=[kept.row, kept.col], flags=flags)
+    _kept[weight] = replace(kept, finite=finite)
 
 
 def weight_sums_reference(weight: torch.Tensor) -> WeightSums:
@@ -137,10 +150,10 @@ def relative_importance_reference(weight: torch.Tensor, scale: ColumnScale | Non
     row, col = _inverse(sums.row), _inverse(sums.col)
     columns = None if scale is None else column_scale_reference(scale)
     made = (row, col) if columns is None else (row, col, columns)
-    return _checked_terms(weight, row, col, columns, not_finite_reference(*made))
+    return checked_terms(weight, row, col, columns, not_finite_reference(*made))
 
 
-def _checked_terms(
+def checked_terms(
     weight: torch.Tensor, row: torch.Tensor, col: torch.Tensor, scale: torch.Tensor | None, flags: torch.Tensor
 ) -> ScoreTerms:
     """The terms, with the flags of the launch that computed them."""
@@ -148,7 +161,7 @@ def _checked_terms(
     return ScoreTerms(row, col, scale, finite=FiniteCheck().record(weight, terms=vectors, flags=flags))
 
 
-def _check(weight: torch.Tensor) -> None:
+def check_matrix(weight: torch.Tensor) -> None:
     if weight.dim() != 2:
         raise ArgumentError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
 
@@ -176,7 +189,7 @@ def _relative_importance_by(sums: Callable[..., _Sums]) -> Callable[[torch.Tenso
 
     def body(weight: torch.Tensor, scale: ColumnScale | None) -> ScoreTerms:
         row, col, vector, found = sums(weight, True, scale)
-        return _checked_terms(weight, row, col, vector, found)
+        return checked_terms(weight, row, col, vector, found)
 
     return body
 
@@ -205,7 +218,7 @@ def _sums_triton(weight: torch.Tensor, inverse: bool = False, scale: ColumnScale
             num_warps=tile.num_warps,
         )
     if rows + cols:
-        vectors = (None, 1.0, None, None) if scale is None else scale.parts()
+        vectors = (None, 1.0, None, None) if scale is None else scale.rounded_parts()
         col_blocks = triton.cdiv(cols, MERGED_SUMS)
         _merge_parts[(col_blocks + triton.cdiv(rows, MERGED_SUMS),)](
             *(row_parts, col_parts, row_sums, col_sums, across, down, rows, cols, col_blocks),
@@ -258,23 +271,43 @@ def _sum_magnitudes(
     PIECES: tl.constexpr,
     TRIPS: tl.constexpr,
 ):
-    """Partial sums over TRIPS * BLOCK_ROWS rows and PIECES * BLOCK_COLS columns per program.
+    tl.store(found_ptr, 0, mask=tl.program_id(0) == 0)
+    sum_magnitudes(
+        *(tl.program_id(0), weight_ptr, row_parts_ptr, col_parts_ptr, rows, cols, stride, TRIPS),
+        *(BLOCK_ROWS, BLOCK_COLS, PIECES),
+    )
+
+
+@triton.jit
+def sum_magnitudes(
+    program,
+    weight_ptr,
+    row_parts_ptr,
+    col_parts_ptr,
+    rows,
+    cols,
+    stride,
+    trips,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Partial sums over ``trips`` * BLOCK_ROWS rows and PIECES * BLOCK_COLS columns per program.
 
     A piece is as wide as one access of a warp, so every warp sums its own rows. One reduction at the end combines the
     warps.
     """
-    tl.store(found_ptr, 0, mask=tl.program_id(0) == 0)
     across = tl.cdiv(cols, PIECES * BLOCK_COLS)
-    block = tl.program_id(0) % across
-    part = tl.program_id(0) // across
-    i = part * (TRIPS * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
+    block = program % across
+    part = program // across
+    i = part * (trips * BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
     j = block * (PIECES * BLOCK_COLS) + tl.arange(0, BLOCK_COLS)[None, :]
     start = i.to(tl.int64) * stride
     step = tl.full([], BLOCK_ROWS, tl.int64) * stride
     col_sums = ()
     for _ in tl.static_range(PIECES):
         col_sums = col_sums + (tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32),)
-    for _ in tl.range(TRIPS):
+    for _ in tl.range(trips):
         row_sums = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
         added = ()
         for k in tl.static_range(PIECES):
@@ -318,7 +351,7 @@ def _merge_parts(
     """The first ``col_blocks`` programs merge column sums and compute the column scale; the others merge row sums."""
     block = tl.program_id(0)
     if block < col_blocks:
-        _merge(
+        merge_parts(
             *(col_parts_ptr, col_sums_ptr, found_ptr, block, down, cols),
             *(INVERSE, SMALLEST, BLOCK_PARTS, BLOCK_SUMS),
         )
@@ -328,14 +361,14 @@ def _merge_parts(
             tl.store(scale_ptr + j, scale, mask=j < cols)
             note_not_finite(scale, found_ptr, 1, False)
     else:
-        _merge(
+        merge_parts(
             *(row_parts_ptr, row_sums_ptr, found_ptr, block - col_blocks, across, rows),
             *(INVERSE, SMALLEST, BLOCK_PARTS, BLOCK_SUMS),
         )
 
 
 @triton.jit
-def _merge(
+def merge_parts(
     parts_ptr,
     sums_ptr,
     found_ptr,

@@ -30,6 +30,7 @@ ORDER = [
     "presets",
     "checked_terms",
     "prune",
+    "prune_together",
     "decoders",
     "dispatched",
     "budgets",

@@ -49,6 +49,9 @@ def test_the_command_prints_and_writes_both(command, packed, tmp_path):
     assert min(step["products"], step["attention"], step["rest"], found["decoding"]["dense_step"]["products"]) > 0
     assert f"{step['tokens_per_second']:.1f}" in out
     assert "times as fast as dense in transformers" in out
+    side = found["decoding"]["packed"]
+    whole = side["packed_layers"] + side["other_layers"] + side["rest"]
+    assert f"{whole:.2f}" in next(line for line in out.splitlines() if "ms a token in all" in line)
     code, _, errors = command("bench", "--tokens", 4)
     assert code == 1
     assert "name it with --model" in errors

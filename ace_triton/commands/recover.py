@@ -196,11 +196,12 @@ def recover(
     if tune == "groups" and not pruning:
         raise ArgumentError(f"--tune groups is for a model that shrink wrote, and {model_dir} is none: shrink it first")
     source = teacher_of(model_dir, teacher, pruning)
+    trained = "adapter values" if tune == "groups" else "weights, norms and biases" if norms else "weights"
     if not causal:
         texts = TrainingInputs(calibration, samples or OTHER_SAMPLES, length, pieces, images, audio, inputs_per_step)
         loading = {"dtype": weights_dtype, "device": where, "trust_remote_code": trust_remote_code}
         run = OtherRecovery(model_dir, source, out, task, texts, settings, loading, overwrite=overwrite)
-        console.print(report.recovery_table(run.run(json), of_text=False))
+        console.print(report.recovery_table(run.run(json), trained, of_text=False))
         print_line(f"written to {out}")
         return
     samples, length = samples or TEXT_SEQUENCES, length or TEXT_LENGTH
@@ -268,7 +269,7 @@ def recover(
         return
     if json:
         report.write_json(json, {**recovery, "model": name_of(model_dir), **source_facts(source, out)})
-    console.print(report.recovery_table(result))
+    console.print(report.recovery_table(result, trained))
     print_line(f"sequences begin with bos: {beginning}")
     if result.passes > 1:
         print_line(

@@ -226,11 +226,12 @@ def _first_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def recovery_table(result: RecoveryReport, most: int = 10, *, of_text: bool = True) -> Table:
+def recovery_table(result: RecoveryReport, trained: str, most: int = 10, *, of_text: bool = True) -> Table:
     """A recovery's results; losses are means over its first and its last steps.
 
     Args:
         result: the report.
+        trained: name of the values that were trained.
         most: number of steps in a mean.
         of_text: True for a causal language model, whose losses are in nats a token.
     """
@@ -245,8 +246,9 @@ def recovery_table(result: RecoveryReport, most: int = 10, *, of_text: bool = Tr
     table.add_row("time", f"{result.seconds:.0f} s")
     table.add_row("loss, first steps", f"{sum(first) / len(first):.3f}{unit}")
     table.add_row("loss, last steps", f"{sum(last) / len(last):.3f}{unit}")
-    table.add_row("weights trained", f"{result.trained:,}")
-    table.add_row("weights still 0", f"{result.zeros:,}")
+    table.add_row(f"{trained} trained", f"{result.trained:,}")
+    if result.zeros:
+        table.add_row("weights still 0", f"{result.zeros:,}")
     return table
 
 

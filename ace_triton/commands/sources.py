@@ -14,6 +14,7 @@ from ..formats.registry import format_of
 from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file, weight_file_bytes
 from ..inputs.model_task import CAUSAL, ModelTask, find_task, other_kind, task_of
 from ..packed.fused import GROUPS, fuse_products
+from .console import print_note
 
 TAKEN = "prune, pack and 'evaluate --dense' take it"
 """What to do with a model that a command for causal language models refuses."""
@@ -97,12 +98,14 @@ def check_length(source: str | Path, length: int, option: str) -> None:
 
 
 def fuse(model: Any, source: str | Path) -> None:
-    """Fuse the products of a packed model; ArgumentError if it has none to fuse."""
-    if not fuse_products(model):
+    """Fuse the products of a packed model and print how many; ArgumentError if it has none to fuse."""
+    groups, names = fuse_products(model), [", ".join(group) for group in GROUPS]
+    if not groups:
         raise ArgumentError(
-            f"{source}: --fuse: no packed layers named {' or '.join(', '.join(names) for names in GROUPS)} fit "
-            "together: leave it out, or pack the model first (ace-triton pack)"
+            f"{source}: --fuse: no packed layers named {' or '.join(names)} fit together: leave it out, or pack the "
+            "model first (ace-triton pack)"
         )
+    print_note(f"fused {groups} group{'s' * (groups > 1)} of products ({' and '.join(names)})")
 
 
 def loaded_bytes(source: str | Path, dtype: torch.dtype | str = "auto") -> float:

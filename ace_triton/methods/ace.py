@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ..errors import RecipeError
-from ..kernels.column_scale import ColumnScale, checked_column_scale
+from ..kernels.column_scale import ColumnScale
 from ..kernels.finite_check import FiniteCheck
 from ..kernels.score_terms import ScoreTerms
-from ..kernels.variance_factor import VarianceNorm, variance_factor
+from ..kernels.variance_factor import VarianceNorm
+from ..kernels.vector_group import grouped_column_scale, grouped_variance_factor
 from ..kernels.weight_sums import relative_importance
 from ..option_types import Range
 from ..statistics.activation import ActivationStats, StatsError
@@ -154,7 +155,7 @@ def _on_columns(weight: torch.Tensor, relative: bool, scale: ColumnScale | None,
         return terms if power == 1 else replace(terms, power=power)
     if scale is None:
         return ScoreTerms(power=power)
-    vector, flags = checked_column_scale(scale)
+    vector, flags = grouped_column_scale(scale)
     return ScoreTerms(scale=vector, power=power, finite=FiniteCheck().record(terms=[vector], flags=flags))
 
 
@@ -193,5 +194,5 @@ def _times_cosine(
 
 def _variance_factor(stats: ActivationStats, norm: VarianceNorm, power: float, eps: float) -> torch.Tensor:
     return stats.derive(
-        ("variance_factor", norm, power, eps), lambda: variance_factor(stats.sequence_square, norm, power, eps)
+        ("variance_factor", norm, power, eps), lambda: grouped_variance_factor(stats.sequence_square, norm, power, eps)
     )

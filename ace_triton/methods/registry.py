@@ -120,6 +120,11 @@ class Metric:
     consumer_axis: Axis = "in"
     skips_attention: bool = False
 
+    @property
+    def is_built_in(self) -> bool:
+        """True for a function of this package: it does not read the vectors of the terms that it returns."""
+        return self.terms.__module__.startswith(f"{__package__}.")
+
     @cached_property
     def types(self) -> dict[str, OptionType]:
         """The options and their allowed values, from the function's signature."""

@@ -101,7 +101,9 @@ class RecoveryReport:
         passes: number of epochs; above 1, training overfits. 1 if the teacher wrote the text.
         cpu_seconds: CPU time of all processes over the same span, all threads together.
         losses: mean loss of each step, in nats per token.
-        trained, zeros: number of weights that were trained, and that stayed 0.
+        trained: number of values that were trained: kept weights, with norms and biases if these were trained too; or
+            the values of the adapters.
+        zeros: number of weights that stayed 0.
     """
 
     steps: int

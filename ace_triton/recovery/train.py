@@ -113,6 +113,7 @@ def recover(
         check_equal(identity, processes)
         keeping = _Keeping(file, state is not None, identity, save_every)
         names = _trained_names(model, masks, settings)
+        others = sum(model.get_parameter(name).numel() for name in names if name not in masks)
         tuned = None
         if settings.groups is not None:
             tuned = tuned_layers(model, masks, settings.groups, shard=shard is not None)
@@ -141,7 +142,7 @@ def recover(
         run.seconds,
         run.cpu_seconds,
         tuple(run.losses),
-        trained=kept if adapters is None else adapters,
+        trained=kept + others if adapters is None else adapters,
         zeros=total - kept,
     )
 

@@ -18,6 +18,7 @@ from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
 from ace_triton.kernels.finite import all_finite, find_not_finite
+from ace_triton.kernels.finite_group import find_each_not_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
@@ -30,13 +31,17 @@ from ace_triton.kernels.quantized_linear import quantized_linear
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
+from ace_triton.kernels.select_nm_group import select_nm_group
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
 from ace_triton.kernels.token_statistics import no_layer_sums, no_moments, token_statistics
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.kernels.weight_sums import relative_importance, weight_sums
+from ace_triton.kernels.weight_sums_group import group_relative_importance
 from ace_triton.kernels.weighted_squares import weighted_squares
+
+from .block_cases import vectors_of_layers
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ALL_TERMS = ("row", "col", "scale", "coupling")
@@ -124,6 +129,24 @@ def select_nm_calls() -> Iterator[tuple[str, Call]]:
     yield "2:4 of 0 x 4", partial(select_nm, some(0, 4), terms(0, 4, ALL_TERMS), 2, 4)
 
 
+def select_nm_group_calls() -> Iterator[tuple[str, Call]]:
+    """Layers of one kind and of several, few and many, along both axes."""
+    groups = {"1 x 4": [(1, 4)], "all shapes": WEIGHTS, "64 of 16 x 16": [(16, 16)] * 64, "0 x 4": [(0, 4)]}
+    for name, shapes in groups.items():
+        for names in (VECTORS, ()):
+            yield (
+                f"2:4 of {name} by {len(names)} vectors",
+                lambda shapes=shapes, names=names: select_nm_group(
+                    [some(r, c) for r, c in shapes], [terms(r, c, names) for r, c in shapes], 2, 4
+                ),
+            )
+    flag = some(1, dtype=torch.int32)
+    for n, m, axis in ((2, 4, "out"), (5, 16, "in"), (1, 2, "in")):
+        weights = [some(m, m), some(m, 3 * m)]
+        every = [terms(*w.shape, ("scale",)) for w in weights]
+        yield f"{n}:{m} along {axis}, unless", partial(select_nm_group, weights, every, n, m, axis=axis, unless=[flag])
+
+
 def select_rows_calls() -> Iterator[tuple[str, Call]]:
     """Rows in registers, rows that are too long for them, and whole layers."""
     for r, c in ((1, 1), (1, 4), (1, 33), (33, 48), (1, 4096)):
@@ -149,6 +172,17 @@ def weight_sums_calls() -> Iterator[tuple[str, Call]]:
         scale = ColumnScale(some(c, dtype=torch.float64), 2.0, factor=some(c, dtype=FP32), sign=-1)
         yield f"relative importance of 1 x {c}, with a scale", partial(relative_importance, some(1, c), scale)
     yield "relative importance of 7 x 1", partial(relative_importance, some(7, 1))
+
+
+def group_calls() -> Iterator[tuple[str, Call]]:
+    """Sums and checks of weights, and vectors of layers: few layers and many."""
+    groups = {"1 x 1": [(1, 1)], "some": [*MATRICES, (0, 4), (16, 16)], "64 of 16 x 16": [(16, 16)] * 64}
+    for name, shapes in groups.items():
+        weights = [some(r, c) for r, c in shapes]
+        yield f"sums of {name}", partial(group_relative_importance, weights)
+        yield f"checks of {name}", partial(find_each_not_finite, weights)
+        for norm in ("frobenius", "channel"):
+            yield f"vectors of {name}, {norm}", partial(vectors_of_layers, shapes, norm)
 
 
 def column_scale_calls() -> Iterator[tuple[str, Call]]:
@@ -365,6 +399,8 @@ LAUNCHERS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "select_nm": select_nm_calls,
     "select_rows": select_rows_calls,
     "weight_sums": weight_sums_calls,
+    "groups": group_calls,
+    "select_nm_group": select_nm_group_calls,
     "column_scale": column_scale_calls,
     "variance_factor": variance_factor_calls,
     "moments": moments_calls,

@@ -22,8 +22,10 @@ from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.nm_linear_mma import fragments_of, nm_linear_mma
 from ace_triton.kernels.pack_nm import pack_scored
 from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.select_nm_group import select_nm_group
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.weight_sums import weight_sums
+from ace_triton.kernels.weight_sums_group import group_relative_importance
 
 TOOL = ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "1")
 
@@ -39,6 +41,8 @@ def run_kernels(device: torch.device) -> None:
     moments(tokens.reshape(2, 20, 512))
     moments(tokens, torch.arange(40, device=device) > 3)
     weight_sums(weight)
+    group_relative_importance([weight, weight[:64]])
+    select_nm_group([weight.clone(), weight[:64].clone()], [ScoreTerms(), ScoreTerms()], 2, 4)
     coupling(tokens, tokens[:, :128], torch.ones(40, device=device))
     select_rows(weight.clone(), ScoreTerms(), 100)
     select_rows(weight.clone(), ScoreTerms(), 100, scope="layer")

@@ -25,6 +25,7 @@ class Traffic:
         read, written: bytes, each counted once per launch.
         issued: bytes of all loads and stores, including repeats; torch operations count once.
         launches: number of Triton kernels and of torch operations that touch data.
+        kernels: number of Triton kernels.
         waits: number of times that the host reads from the device, or needs a number from it to size a result.
     """
 
@@ -32,6 +33,7 @@ class Traffic:
     written: int = 0
     issued: int = 0
     launches: int = 0
+    kernels: int = 0
     waits: int = 0
 
 
@@ -101,6 +103,7 @@ class Counter(TorchDispatchMode):
             finally:
                 self._inside_kernel = False
             self.traffic.launches += 1
+            self.traffic.kernels += 1
             for kept, name in ((loads, "read"), (stores, "written")):
                 self.traffic.issued += sum(places.size * size for places, size in kept)
                 setattr(self.traffic, name, getattr(self.traffic, name) + _distinct(kept))

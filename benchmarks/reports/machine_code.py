@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from ..harness.block_cases import block_cases
 from ..harness.disassembly import MachineCode, read
 from ..harness.jit_launches import JitLaunch, launches_on
 from ..harness.kernel_cases import TOKENS, Case, cosp_select_case, coupling_case, every_case
@@ -153,7 +154,7 @@ def one_pass_lines(dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
 def report(targets: tuple[str, ...]) -> Iterator[str]:
     """Lines of docs/kernels.md."""
     yield PREAMBLE
-    cases = list(every_case())
+    cases = [*every_case(), *block_cases()]
     codes = {
         (case.name, case.dtype, t): kernel_of(case, t)
         for case in cases

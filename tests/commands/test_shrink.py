@@ -62,8 +62,10 @@ def test_it_writes_an_ordinary_checkpoint_that_can_be_pruned(command, tiny_check
     words = ("--calibration", some_text, "--length", "16", "--steps", "1", "--tune-group", "16")
     code, _, errors = command("recover", out, recovered, *words)
     assert (code, errors.splitlines()[-1][:38]) == (1, "error: --tune-bits, --tune-group and -")
-    code, _, errors = command("recover", out, recovered, *words, "--tune", "groups", "--rank", "2")
+    code, printed, errors = command("recover", out, recovered, *words, "--tune", "groups", "--rank", "2")
     assert code == 0, errors
+    assert "adapter values trained" in printed
+    assert "still 0" not in printed
     tensors = AutoModelForCausalLM.from_pretrained(recovered).state_dict()
     values = tensors["model.layers.0.mlp.down_proj.weight"][:, :16]
     assert max(len(row.mul(1e5).round().unique()) for row in values) <= 16

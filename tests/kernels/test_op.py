@@ -21,6 +21,7 @@ from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
 from ace_triton.kernels.finite import all_finite, find_not_finite
+from ace_triton.kernels.finite_group import find_each_not_finite
 from ace_triton.kernels.gram_product import gram_product
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
@@ -34,12 +35,15 @@ from ace_triton.kernels.quantized_linear import quantized_linear
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm, select_nm_reference
+from ace_triton.kernels.select_nm_group import select_nm_group
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
 from ace_triton.kernels.token_statistics import no_moments, token_statistics
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.variance_factor import variance_factor
+from ace_triton.kernels.vector_group import column_scales, variance_factors
 from ace_triton.kernels.weight_sums import relative_importance, weight_sums
+from ace_triton.kernels.weight_sums_group import group_relative_importance
 from ace_triton.kernels.weighted_squares import weighted_squares
 
 LABEL = re.compile(r"ace_triton::(\w+) bytes=(\d+) flops=(\d+)")
@@ -81,6 +85,7 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
         "all_finite": (lambda: all_finite(weight, terms=(scale.scale,)), 4096 + 256, 0),
         "assignment": (lambda: assignment(rand(2, 8, 8)), 2 * 64 * 4 + 2 * 8 * 8, 0),
         "column_scale": (lambda: column_scale(square), 64 * (8 + 4 + 4), 3 * 64),
+        "column_scales": (lambda: column_scales([square, square]), 2 * 64 * (8 + 4 + 4), 2 * 3 * 64),
         "cosp_select": (
             lambda: cosp_select(other, scale, tokens, outputs, token_weights, 2, 4),
             *(2 * 4096 + 256 + 1280 + 640 + 40, 2 * 10 * 2048 + 2 * 2048),
@@ -90,8 +95,13 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
             *(1280 + 640 + 40 + 2 * 8192, 2 * 10 * 2048),
         ),
         "divergence": (lambda: divergence(weight, other), 3 * 4096 + 32 * 4, 14 * 2048),
+        "find_each_not_finite": (lambda: find_each_not_finite([weight, other]), 2 * 4096, 0),
         "find_not_finite": (lambda: find_not_finite(weight, terms=(scale.scale,)), 4096 + 256, 0),
         "gram_product": (lambda: gram_product(tokens), 1280 + 64 * 64 * 4, 10 * 64 * 65),
+        "group_relative_importance": (
+            lambda: group_relative_importance([weight, other]),
+            *(2 * (4096 + 4 * (32 + 64)), 4 * 2048),
+        ),
         "join_gains": (
             lambda: join_gains(pools, pools[..., :5]),
             *(4 * (2 * 16 * 8 + 2 * 16 * 5 + 2 * 5 * 8), 2 * 16 * 2 * 5 * 8),
@@ -122,6 +132,10 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
             *(1280 + of_rows + 640 + 128, 2 * 10 * 1024 + 320),
         ),
         "select_nm": (lambda: select_nm(weight, relative, 2, 4), 2 * 4096 + 4 * (32 + 64 + 64), 4 * 2048),
+        "select_nm_group": (
+            lambda: select_nm_group([weight, other], [relative, scale], 2, 4),
+            *(4 * 4096 + 4 * (32 + 64 + 64) + 256, (4 + 1) * 2048),
+        ),
         "select_rows": (
             lambda: select_rows(weight, scale, 20, output="bits"),
             *(4096 + 256 + 32 * 8, 2048),
@@ -135,6 +149,10 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
         "unpack_rows": (lambda: unpack_rows(by_rows), of_rows + 4096, 0),
         "variance_factor": (
             lambda: variance_factor(pools[0], "frobenius", 0.5, 0.01),
+            *(4 * (128 + 8), 5 * 128),
+        ),
+        "variance_factors": (
+            lambda: variance_factors([pools[0]], "frobenius", 0.5, 0.01),
             *(4 * (128 + 8), 5 * 128),
         ),
         "weight_sums": (lambda: weight_sums(weight), 4096 + 4 * (32 + 64), 2 * 2048),

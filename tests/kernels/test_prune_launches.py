@@ -12,7 +12,10 @@ from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.finite_check import FiniteCheck
 from ace_triton.kernels.weight_sums import keep_relative_importance
 from ace_triton.prune import prune_checked
+from ace_triton.prune_blocks import check_later
+from ace_triton.prune_together import prune_together
 from benchmarks.harness.traffic_counter import Counter
+from benchmarks.reports.block_traffic import SHAPES, block_to_prune
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter")
 
@@ -129,3 +132,54 @@ def test_a_block_of_a_model_takes_two_waits(monkeypatch, model):
     with Counter().counting() as traffic:
         prune_model(model, torch.arange(4)[None], "ace", progress=lambda *_: waits.append(traffic.waits))
     assert waits[1] - waits[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "checking", "pruning"),
+    [("magnitude", 1, 1), ("ria", 2, 4 + 2), ("ace", 2, 2 + 2)],
+)
+def test_a_block_takes_at_most_one_kernel_a_layer_for_sums_and_selection(method, checking, pruning):
+    """``pruning`` includes the vectors of the four inputs: a kernel for each norm, or two for all of VarP's factors."""
+    layers, recipe, finite, unread = block_to_prune(), Recipe(method), FiniteCheck(), []
+    compared = layers[1::5]
+    alone = [nn.Linear(*entry.weight.shape[::-1], bias=False, dtype=torch.float32) for entry in compared]
+    for copy, entry in zip(alone, compared, strict=True):
+        copy.weight.data.copy_(entry.weight)
+    with Counter().counting() as first:
+        check_later([entry.weight for entry in layers], recipe, finite)
+    assert (first.kernels, first.waits) == (checking, 0)
+    finite.read()
+    with Counter().counting() as second:
+        results = prune_together(layers, recipe, finite, unread)
+    assert (second.kernels, second.waits) == (pruning, 0)
+    assert first.kernels + second.kernels <= len(layers) + (method == "ria")
+    with Counter().counting() as at_the_end:
+        read_checks(unread)
+    assert at_the_end.waits == (method != "magnitude")
+    assert [result.name for result in results] == list(SHAPES)
+    for copy, entry in zip(alone, compared, strict=True):
+        prune_linear(copy, entry.stats, method)
+        assert torch.equal(entry.weight, copy.weight)
+    assert all((entry.weight == 0).sum() == entry.weight.numel() / 2 for entry in layers)
+
+
+def test_a_layer_with_statistics_that_are_not_finite_keeps_the_block_as_it_is():
+    layers, finite, unread = block_to_prune(), FiniteCheck(), []
+    before = [entry.weight.clone() for entry in layers]
+    layers[4].stats.outputs.weighted_square[4] = torch.nan
+    prune_together(layers, Recipe("ace"), finite, unread)
+    with pytest.raises(PruneError, match="gate: the statistics give NaN or infinity in the score's scale"):
+        read_checks(unread)
+    for entry, dense in zip(layers, before, strict=True):
+        assert torch.equal(entry.weight, dense)
+
+
+def test_a_weight_that_nobody_has_checked_keeps_the_block_as_it_is():
+    layers, finite, unread = block_to_prune(), FiniteCheck(), []
+    layers[2].weight[1, 1] = torch.inf
+    before = [entry.weight.clone() for entry in layers]
+    prune_together(layers, Recipe("wanda"), finite, unread)
+    with pytest.raises(PruneError, match="v: the weight holds NaN or infinity"):
+        read_checks(unread)
+    for entry, dense in zip(layers, before, strict=True):
+        assert torch.equal(entry.weight, dense)

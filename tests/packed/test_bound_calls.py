@@ -22,7 +22,7 @@ from ace_triton.kernels.nm_linear import _two_of_four_body
 from ace_triton.kernels.nm_linear_dot import _add_splits, _dot_body
 from ace_triton.kernels.nm_linear_mma import _mma_body, refusal
 from ace_triton.packed.products import register_product, registry
-from ace_triton.packed.sparse_units import SparseUnits, fragments
+from ace_triton.packed.sparse_units import SparseUnits, asked_for, fragments
 from tests.statistics.test_deferred import Reads
 
 pytestmark = [
@@ -194,7 +194,8 @@ def test_sparse_units_are_bound_too(gpu, through_jit, monkeypatch):
     monkeypatch.setattr(SparseUnits, "refusal", lambda product, packed, rows: refusal(packed))
     monkeypatch.setattr(registry, "products", registry.products)
     monkeypatch.setattr(registry, "others", registry.others)
-    register_product(SparseUnits())
+    if not asked_for():
+        register_product(SparseUnits())
     layer = packed_layer()
     layer.limits = None
     tokens = torch.randn(3, 1, 1024, dtype=torch.bfloat16)

@@ -160,6 +160,8 @@ def test_the_command_fuses_what_is_packed(command, tiny_checkpoint, tmp_path):
     fused, separate = (command("generate", tmp_path / "packed", *options, *more) for more in (["--fuse"], []))
     assert fused[0] == 0, fused[2]
     assert fused[1] == separate[1]
+    assert "fused 4 groups of products (q_proj, k_proj, v_proj and gate_proj, up_proj)" in fused[2]
+    assert "fused" not in separate[2]
     code, _, errors = command("generate", tiny_checkpoint, *options, "--fuse")
     assert code == 1
     assert "--fuse: no packed layers named q_proj, k_proj, v_proj or gate_proj, up_proj fit together" in errors

@@ -21,6 +21,7 @@ def packed(rows: int = 32, cols: int = 128, dtype: torch.dtype = torch.bfloat16)
     return pack_nm(select_nm(weight, ScoreTerms(), 2, 4), 2, 4)
 
 
+@pytest.mark.skipif(asked_for(), reason="ACE_TRITON_MMA_SP asks for it")
 def test_nobody_gets_it_without_asking():
     assert "mma_sp" not in {product.name for product in registry.products}
     assert choose_product(1, packed()) != "mma_sp"

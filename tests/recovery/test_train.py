@@ -116,12 +116,14 @@ def test_norms_in_float32_keep_their_precision_beside_weights_in_bfloat16(pair, 
 
 def test_norms_move_where_that_is_asked_for(pair, text):
     model, teacher = pair()
-    before = state_of(model)
-    recover(model, teacher, text, RecoverySettings(steps=3, tokens_per_step=32, norms=True))
+    before, masks = state_of(model), pruned_masks(model)
+    report = recover(model, teacher, text, RecoverySettings(steps=3, tokens_per_step=32, norms=True))
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert "model.layers.0.input_layernorm.weight" in moved
     assert "model.norm.weight" not in moved
     assert "model.embed_tokens.weight" not in moved
+    norms = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 1)
+    assert report.trained == norms + sum(int(mask.sum()) for mask in masks.values())
 
 
 def test_the_teacher_writes_the_text(pair):

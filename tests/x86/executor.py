@@ -6,7 +6,7 @@ addresses are those of the kernel (also for bf16, which the interpreter gets wro
 lane. Kernels that need shared memory even with one lane cannot run.
 
 Every launch runs in a child process, on copies of its tensors between unmapped pages. A read or write outside a tensor
-ends the child, and the launch raises :class:`OutOfBounds`.
+ends the child, and the launch raises :class:`OutOfBounds`. So do memory blocks whose addresses a table holds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget, Language
 from triton.compiler import make_backend
 
+from ace_triton.kernels import memory
 from benchmarks.harness.jit_launches import JitLaunch, Specialised, caught_launches
 
 TARGET = GPUTarget("hip", "gfx1010", 1)  # no matrix units: tl.dot becomes plain multiply-adds
@@ -37,6 +38,9 @@ QUICK_COMPILE = {"DISABLE_LLVM_OPT": "1"}  # compiles much faster; the code that
 UNUSED = 0xFF  # a NaN in every floating dtype
 PAGE = mmap.PAGESIZE
 NO_ACCESS = 0
+
+BEHIND: dict[int, torch.Tensor] = {}
+"""Tensors whose addresses launchers have taken for tables, by address; they stay alive until the context ends."""
 
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
@@ -57,12 +61,20 @@ def executed_on_x86(lanes: int = 2) -> Iterator[None]:
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    noted = mock.patch.object(memory, "device_address", _noted_address)
     try:
-        with caught_launches(execute, lanes), knobs.amd.scope(), mock.patch.dict(os.environ, QUICK_COMPILE):
+        with caught_launches(execute, lanes), noted, knobs.amd.scope(), mock.patch.dict(os.environ, QUICK_COMPILE):
             knobs.amd.use_buffer_ops = False
             yield
     finally:
+        BEHIND.clear()
         torch.use_deterministic_algorithms(deterministic)
+
+
+def _noted_address(tensor: torch.Tensor) -> int:
+    if tensor.numel():
+        BEHIND[tensor.data_ptr()] = tensor
+    return tensor.data_ptr()
 
 
 def execute(launch: JitLaunch) -> None:
@@ -70,7 +82,9 @@ def execute(launch: JitLaunch) -> None:
     specialised = launch.specialise(TARGET)
     program = Program.of(specialised)
     with ExitStack() as stack:
-        guarded = [stack.enter_context(GuardedCopy(a)) if torch.is_tensor(a) else a for a in specialised.arguments]
+        blocks: dict[int, GuardedCopy] = {}
+        given = [_with_copies(a, blocks, stack) if torch.is_tensor(a) else a for a in specialised.arguments]
+        guarded = [stack.enter_context(GuardedCopy(a)) if torch.is_tensor(a) else a for a in given]
         arguments = [a.address if isinstance(a, GuardedCopy) else a for a in guarded]
         child = os.fork()
         if child == 0:
@@ -80,9 +94,25 @@ def execute(launch: JitLaunch) -> None:
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             raise OutOfBounds(f"{launch.kernel.__name__}{list(launch.grid)} died of signal {os.WTERMSIG(status)}")
-        for copy in guarded:
+        for copy in (*guarded, *blocks.values()):
             if isinstance(copy, GuardedCopy):
                 copy.give_back(launch.kernel.__name__)
+
+
+def _with_copies(argument: torch.Tensor, blocks: dict[int, GuardedCopy], stack: ExitStack) -> torch.Tensor:
+    """The argument, or a table with the addresses of guarded copies of the blocks of memory behind its addresses."""
+    if argument.dtype != torch.int64 or not BEHIND.keys() & set(argument.flatten().tolist()):
+        return argument
+    table = argument.clone()
+    for place, number in enumerate(argument.flatten().tolist()):
+        if number in BEHIND:
+            storage = BEHIND[number].untyped_storage()
+            start = storage.data_ptr()
+            if start not in blocks:
+                block = torch.empty(0, dtype=torch.uint8).set_(storage)
+                blocks[start] = stack.enter_context(GuardedCopy(block))
+            table.view(-1)[place] = blocks[start].address + number - start
+    return table
 
 
 class GuardedCopy:

@@ -1,0 +1,161 @@
+"""Calls into the compiled CPU library for packed weights: packing, unpacking and their products, one function each.
+
+As for :mod:`~ace_triton.kernels.cpu`, only the launchers call these functions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from .cpu import factors
+from .cpu_library import call
+from .errors import ArgumentError
+from .memory import ELEMENTS, address, contiguous, matrix, new
+from .packed_dense import PackedDense
+from .packed_nm import PackedNM
+from .packed_rows import PackedRows
+from .score_terms import ScoreTerms
+
+_FLOAT, _INT, _LONG = torch.float32, torch.int32, torch.int64
+
+
+def pack_nm(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """CPU body of :func:`~ace_triton.kernels.pack_nm.pack_nm` and ``pack_scored``.
+
+    Returns:
+        Values, metadata, and whether no group had more than n non-zeros, so that none was lost.
+    """
+    _owner, source = matrix(weight, "weight")
+    rows, cols = weight.shape
+    values, values_at = new((rows, cols // m * n), weight.dtype)
+    meta, meta_at = new((rows, (cols + 31) // 32), _INT)
+    whole = ctypes.c_int32()
+    call(
+        "ace_pack_nm",
+        *(*source, *factors(terms, rows, cols)),
+        *(values_at, meta_at, int(terms is not None), n, m, torch.get_num_threads(), ctypes.byref(whole)),
+    )
+    return values, meta, bool(whole.value)
+
+
+def _packed(packed: PackedNM) -> tuple[int, int]:
+    """The addresses of values and metadata; ArgumentError if they do not fit the pattern and the shape."""
+    (rows, cols), n, m, values = packed.shape, packed.n, packed.m, packed.values
+    packed.check_pattern()
+    try:
+        values_at = address(values, values.dtype, (rows, cols // m * n), "values")
+        return values_at, address(packed.meta, _INT, (rows, (cols + 31) // 32), "meta")
+    except ValueError:
+        packed.check_tensors()
+        raise
+
+
+def unpack_nm(packed: PackedNM, into: torch.Tensor | None) -> torch.Tensor:
+    """CPU body of :func:`~ace_triton.kernels.unpack_nm.unpack_nm`."""
+    dtype = packed.values.dtype
+    source = *_packed(packed), *packed.shape, packed.n, packed.m, packed.values.element_size()
+    if into is None:
+        into, place = new(packed.shape, dtype)
+    else:
+        place = address(into, dtype, packed.shape, "into")
+    call("ace_unpack_nm", *source, place, torch.get_num_threads())
+    return into
+
+
+def pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """CPU body of :func:`~ace_triton.kernels.pack_rows.pack_rows`; returns values, metadata and row starts."""
+    _owner, source = matrix(weight, "weight")
+    rows, cols = weight.shape
+    meta, meta_at = new((rows, (cols + 31) // 32), _INT)
+    starts, starts_at = new((rows + 1,), _LONG)
+    call("ace_kept_bits", *source, meta_at, starts_at, torch.get_num_threads())
+    values, values_at = new((int(starts[-1]),), weight.dtype)
+    call("ace_pack_rows", *source, meta_at, starts_at, values_at, torch.get_num_threads())
+    return values, meta, starts
+
+
+def _packed_rows(packed: PackedRows) -> tuple[int, int, int, int]:
+    """The address and number of values, and the addresses of metadata and row starts; ArgumentError if they do not fit
+    the shape."""
+    (rows, cols), values = packed.shape, packed.values
+    try:
+        return (
+            address(values, values.dtype, (values.numel(),), "values"),
+            values.numel(),
+            address(packed.meta, _INT, (rows, (cols + 31) // 32), "meta"),
+            address(packed.starts, _LONG, (rows + 1,), "starts"),
+        )
+    except ValueError:
+        packed.check_tensors()
+        raise
+
+
+def unpack_rows(packed: PackedRows, into: torch.Tensor | None) -> torch.Tensor:
+    """CPU body of :func:`~ace_triton.kernels.pack_rows.unpack_rows`."""
+    source, dtype = _packed_rows(packed), packed.values.dtype
+    if into is None:
+        into, place = new(packed.shape, dtype)
+    else:
+        place = address(into, dtype, packed.shape, "into")
+    call("ace_unpack_rows", *source, *packed.shape, packed.values.element_size(), place, torch.get_num_threads())
+    return into
+
+
+def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
+    """CPU body of :func:`~ace_triton.kernels.nm_linear.nm_linear` for tokens [n_tokens, in]; outputs are fp32."""
+    weight = *_packed(packed), packed.shape[0], packed.n, packed.m
+    return _linear("ace_nm_linear", tokens, packed, weight, bias)
+
+
+def rows_linear(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
+    """CPU body of :func:`~ace_triton.kernels.rows_linear.rows_linear` for tokens [n_tokens, in]; outputs are fp32."""
+    weight = *_packed_rows(packed), packed.shape[0]
+    return _linear("ace_rows_linear", tokens, packed, weight, bias)
+
+
+def _linear(
+    name: str,
+    tokens: torch.Tensor,
+    packed: PackedNM | PackedRows,
+    weight: tuple[int, ...],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    rows, cols = packed.shape
+    _owner, source = matrix(tokens, "tokens")
+    if source[2] != cols:
+        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+    out, place = new((source[1], rows), _FLOAT)
+    offset = None
+    if bias is not None:
+        bias = contiguous(bias if bias.dtype is _FLOAT else bias.float())
+        offset = address(bias, _FLOAT, (rows,), "bias")
+    call(name, *source, *weight, ELEMENTS[packed.values.dtype][0], offset, place, torch.get_num_threads())
+    return out
+
+
+def few_bits_linear(tokens: torch.Tensor, packed: PackedNM | PackedDense, bias: torch.Tensor | None) -> torch.Tensor:
+    """As :func:`nm_linear`, for a quantized weight, n:m or dense."""
+    (rows, cols), absmax = packed.shape, packed.absmax
+    assert absmax is not None
+    packed.check_tensors()
+    _owner, source = matrix(tokens, "tokens")
+    if source[2] != cols:
+        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+    out, place = new((source[1], rows), _FLOAT)
+    offset = None
+    if bias is not None:
+        bias = contiguous(bias if bias.dtype is _FLOAT else bias.float())
+        offset = address(bias, _FLOAT, (rows,), "bias")
+    values, meta = packed.values, packed.meta
+    call(
+        "ace_few_bits_linear",
+        *source,
+        address(values, values.dtype, values.shape, "values"),
+        None if meta is None else address(meta, _INT, meta.shape, "meta"),
+        address(absmax, absmax.dtype, absmax.shape, "absmax"),
+        *(rows, packed.n, packed.m, packed.bits, packed.group, ELEMENTS[absmax.dtype][0]),
+        *(offset, place, torch.get_num_threads()),
+    )
+    return out
