@@ -115,7 +115,7 @@ def decoding_times(
         if progress is not None:
             progress(done, all_texts)
 
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     for _ in range(rounds):
         for (own, decoder), found in zip(sides, runs, strict=True):
             found.append(decode(own, tokenizer, ids, decoder=decoder, **options))
@@ -127,7 +127,7 @@ def decoding_times(
     plain = DecodingTimes(new_tokens, rounds, of_dense, of_packed, _same(*runs[:2]), refusal=refusal)
     if refusal is not None:
         return plain
-    steps = {"dense_step": _step_times(runs[2]), "packed_step": _step_times(runs[3])}
+    steps: dict[str, Any] = {"dense_step": _step_times(runs[2]), "packed_step": _step_times(runs[3])}
     return replace(plain, **steps, same_tokens_of_step=_same(runs[1], runs[3]))
 
 

@@ -26,7 +26,7 @@ KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")
 _SPLIT, _JOINED = ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)
 _GATES, _JOINED_GATES = ("gate_proj", "up_proj"), ("gate_up_proj",)
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Any] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
