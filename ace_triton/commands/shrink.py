@@ -95,6 +95,12 @@ def shrink(
             show_default="the number with the lowest loss on the calibration text",
         ),
     ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="What goes of a mixture of experts: 'whole' experts, or 'channels' inside all of them, equally many."
+        ),
+    ] = _SETTINGS.experts,
     importance: Annotated[
         str,
         typer.Option(help="Importance for saap: 'activations', or 'taylor' as in the paper, with gradients."),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..decoders.batches import Batch
+from ..decoders.blocks import Block
 from .coupled import Structures
 from .gradients import SUMS
 from .settings import ShrinkSettings

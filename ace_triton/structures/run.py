@@ -61,14 +61,14 @@ class Earlier:
 
     Attributes:
         structures: the structures; None before the first run.
-        activations: of the dense model; None if no run needed them.
+        activations: of the dense model, by what may go of experts.
         importance: by the settings that it depends on.
         influence: of blocks, with the sizes of their tuples; None if no run needed it.
         seconds: time that each part took, by a name of it.
     """
 
     structures: Structures | None = None
-    activations: Activations | None = None
+    activations: dict[str, Activations] = field(default_factory=dict)
     importance: dict[object, Importance] = field(default_factory=dict)
     influence: tuple[torch.Tensor, list[int | None]] | None = None
     seconds: dict[object, float] = field(default_factory=dict)
@@ -185,6 +185,7 @@ class Run:
                 model, find_structures(model, blocks, self._trial, self._weights), blocks
             )
             self._earlier.structures = structures
+        structures = structures.of_experts(settings.experts)
         if not structures.coupled:
             reasons = "; ".join(f"{NAMES[kind]}: {reason}" for kind, reason in structures.refused.items())
             raise ArgumentError(
@@ -210,8 +211,9 @@ class Run:
             kinds = sorted({structures.columns[name].kind for name in columns if name not in with_bias})
             which = " and ".join(NAMES[kind] for kind in kinds)
             notes.append(f"no bias was written for {which}: {type(model).__name__} has no place for it")
-        if settings.chosen_update != "none" and any(name in structures.mixtures for name in kept):
-            notes.append("no update makes up for removed experts; it is for channels and key-value groups")
+        if settings.chosen_update != "none" and len(columns) < len(kept):
+            what = "experts" if settings.experts == "whole" else "channels of experts"
+            notes.append(f"no update makes up for removed {what}; it is for channels and key-value groups")
         return Choice(
             structures,
             kept,
@@ -248,8 +250,10 @@ class Run:
             return importance, moments
         activations = Activations()
         if settings.needs_statistics:
-            with self.stage("statistics", "statistics") as step:
-                activations = earlier.activations = earlier.activations or activations_of(*arguments, step)
+            with self.stage("statistics", ("statistics", settings.experts)) as step:
+                if settings.experts not in earlier.activations:
+                    earlier.activations[settings.experts] = activations_of(*arguments, step)
+                activations = earlier.activations[settings.experts]
         ranking = settings.ranking
         with self.stage("importance", ranking) as step:
             if ranking not in earlier.importance:

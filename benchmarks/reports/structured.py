@@ -343,7 +343,13 @@ def _speeds(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-_KINDS = {"channels": "width", "groups": "groups", "experts": "experts", "blocks": "blocks"}
+_KINDS = {
+    "channels": "width",
+    "groups": "groups",
+    "experts": "experts",
+    "expert_channels": "expert width",
+    "blocks": "blocks",
+}
 
 
 def _shown(widths: dict[str, list[int]]) -> str:

