@@ -1,4 +1,4 @@
-"""Kill pruning, recovery, packing and shrinking at random moments, run them again, and compare the bytes of the results.
+"""Kill pruning, recovery, packing and shrinking at random moments, run them again, and compare the resulting bytes.
 
     python -m tests.kill_test --kills 100
 

@@ -39,7 +39,8 @@ from ace_triton.process_memory import give_back_free_memory
 from ace_triton.provenance import name_of
 from ace_triton.recovery.settings import GroupTuning, RecoverySettings
 from ace_triton.recovery.train import recover
-from ace_triton.structures.run import Earlier, Run
+from ace_triton.structures.ranking import Earlier
+from ace_triton.structures.run import Run
 from ace_triton.structures.settings import ShrinkSettings
 
 from .cpu_ratios import processor
