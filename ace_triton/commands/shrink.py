@@ -182,7 +182,17 @@ def shrink(
             f"{src} is pruned to {pattern}, which does not outlive the removal of channels: shrink the dense model, "
             "then prune the result"
         )
-    streams = ShrinkRun.streams(src, settings, weights_dtype, where, stream=stream, offload=offload, dry_run=dry_run)
+    streams = ShrinkRun.streams(
+        src,
+        out,
+        settings,
+        weights_dtype,
+        where,
+        stream=stream,
+        restart=restart,
+        offload=offload,
+        dry_run=dry_run,
+    )
     if settings.needs_text:
         check_length(src, words.calibration.length, "--length")
     if evaluation is not None:

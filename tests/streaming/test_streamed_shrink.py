@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ace_triton import ArgumentError, CheckpointError, shrink_checkpoint, shrink_model
+from ace_triton import ArgumentError, CheckpointError, ShrinkSettings, shrink_checkpoint, shrink_model
+from ace_triton.commands.shrink_run import ShrinkRun
 from ace_triton.formats.registry import save_model
 from ace_triton.inputs import checkpoint
 from ace_triton.streaming.journal import Journal
@@ -81,6 +82,8 @@ def test_a_run_with_other_settings_does_not_resume(tiny_checkpoint, some_ids, tm
     with pytest.raises(ZeroDivisionError):
         shrink_checkpoint(tiny_checkpoint, out, **options)
     monkeypatch.undo()
+    arguments = (tiny_checkpoint, out, ShrinkSettings(**options), "auto", "cpu")
+    assert [ShrinkRun.streams(*arguments), ShrinkRun.streams(*arguments, restart=True)] == [True, False]
     with pytest.raises(CheckpointError, match=r"interrupted run had another settings\.ratio"):
         shrink_checkpoint(tiny_checkpoint, out, ratio=0.3, **options)
     report = shrink_checkpoint(tiny_checkpoint, out, ratio=0.3, restart=True, **options)
