@@ -1,4 +1,4 @@
-"""Kill pruning, recovery and packing at random moments, run them again, and compare the bytes of the results.
+"""Kill pruning, recovery, packing and shrinking at random moments, run them again, and compare the resulting bytes.
 
     python -m tests.kill_test --kills 100
 
@@ -27,7 +27,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ace_triton import Recipe, pack_model, prune_checkpoint, recover, save_packed
+from ace_triton import Recipe, pack_model, prune_checkpoint, recover, save_packed, shrink_checkpoint
 from ace_triton.inputs import checkpoint
 from ace_triton.provenance import with_provenance
 from ace_triton.recovery.settings import RecoverySettings
@@ -99,7 +99,10 @@ def make_jobs(folder: Path, source: Path) -> dict[str, Callable[[Path], None]]:
         pack_model(model)
         save_packed(model, tokenizer, out, report={})
 
-    return {"prune": prune, "prune --packed": prune_packed, "recover": train, "pack": pack}
+    def shrink(out: Path) -> None:
+        shrink_checkpoint(source, out, ids, multiple=16)
+
+    return {"prune": prune, "prune --packed": prune_packed, "recover": train, "pack": pack, "shrink": shrink}
 
 
 def undisturbed_seconds(folder: Path, job: str, run: Callable[[Path], None]) -> float:

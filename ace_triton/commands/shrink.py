@@ -95,6 +95,12 @@ def shrink(
             show_default="the number with the lowest loss on the calibration text",
         ),
     ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="Part of a mixture that is removed: 'whole' experts, or 'channels' inside all experts, equally many of each."
+        ),
+    ] = _SETTINGS.experts,
     importance: Annotated[
         str,
         typer.Option(help="Importance for saap: 'activations', or 'taylor' as in the paper, with gradients."),
@@ -176,7 +182,17 @@ def shrink(
             f"{src} is pruned to {pattern}, which does not outlive the removal of channels: shrink the dense model, "
             "then prune the result"
         )
-    streams = ShrinkRun.streams(src, settings, weights_dtype, where, stream=stream, offload=offload, dry_run=dry_run)
+    streams = ShrinkRun.streams(
+        src,
+        out,
+        settings,
+        weights_dtype,
+        where,
+        stream=stream,
+        restart=restart,
+        offload=offload,
+        dry_run=dry_run,
+    )
     if settings.needs_text:
         check_length(src, words.calibration.length, "--length")
     if evaluation is not None:

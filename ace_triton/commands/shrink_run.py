@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..formats.registry import save_model
 from ..inputs import checkpoint
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.calibration import load_calibration
+from ..inputs.output_folder import Reservation
 from ..inputs.text import read_documents, wikitext_rows
 from ..planning.pruning_plan import gib, weights_stay_in_files
 from ..progress import progress_bar, stage
@@ -108,21 +109,26 @@ class ShrinkRun:
     @staticmethod
     def streams(
         source: str,
+        out: Path,
         settings: ShrinkSettings,
         dtype: torch.dtype | str,
         device: str,
         *,
-        stream: bool | None,
-        offload: Offload,
-        dry_run: bool,
+        stream: bool | None = None,
+        restart: bool = False,
+        offload: Offload = "memory",
+        dry_run: bool = False,
     ) -> bool:
-        """Whether the weights stay in files: as the user says, or if the model does not fit in memory.
+        """Whether the weights stay in files: as the user says; if not, if the model does not fit in memory, or if this
+        run resumes one that had its weights in files.
 
         Raises:
             ArgumentError: if the run would need more memory than there is, or options do not go together.
         """
         if stream and device != "cpu":
             raise ArgumentError("--stream shrinks on the CPU: add --device cpu, or load the model whole (--no-stream)")
+        if stream is None and not restart and not dry_run and Reservation.of(out).is_unfinished:
+            stream = True  # The memory that was too small for the interrupted run may be free now.
         needed = loaded_bytes(source, dtype) * _times_the_weights(settings, dry_run=dry_run)
         fits = fits_in_memory(needed)
         if stream is None and not fits and device == "cpu" and not settings.needs_gradients:
@@ -150,7 +156,7 @@ class ShrinkRun:
         return self._in_files(progress) if self.stream else self._in_memory(progress)
 
     def _in_memory(self, progress: Progress) -> ShrinkResults:
-        held = nullcontext() if self.dry_run else checkpoint.reserved(self.out, overwrite=self.overwrite)
+        held = nullcontext() if self.dry_run else self._reserved()
         with held:
             with stage(progress, "load the model"):
                 model, tokenizer = checkpoint.load(
@@ -174,6 +180,9 @@ class ShrinkRun:
                 with stage(progress, "save the model"):
                     save_model(result.model, tokenizer, self.out, report=facts, overwrite=self.overwrite)
         return ShrinkResults(facts, result.report, measured, calibrated)
+
+    def _reserved(self) -> AbstractContextManager[object]:
+        return checkpoint.reserved(self.out, overwrite=self.overwrite, restart=self.restart)
 
     def _in_files(self, progress: Progress) -> ShrinkResults:
         with shrinking(

@@ -16,6 +16,7 @@ _WIDTHS = {
     "channels": "feed-forward width",
     "groups": "key-value groups in a block",
     "experts": "experts in a mixture",
+    "expert_channels": "width of an expert",
     "blocks": "blocks",
 }
 

@@ -146,6 +146,7 @@ def _removed(report: dict[str, Any]) -> list[tuple[str, str | None]]:
         "channels": "Feed-forward width",
         "groups": "Key-value groups in a block",
         "experts": "Experts in a mixture",
+        "expert_channels": "Width of an expert",
     }
     rows = [("Structured pruning", _text(_dict(shrink, "settings"), "method"))]
     rows.append(("Update after structured pruning", _text(_dict(shrink, "settings"), "update")))

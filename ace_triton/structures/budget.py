@@ -29,16 +29,23 @@ class Share:
         channels, groups: number of structures removed from each block.
         parameters: number of parameters removed from all blocks.
         experts: number of experts removed from each mixture.
+        expert_channels: number of channels removed from each expert.
     """
 
     channels: int
     groups: int
     parameters: int
     experts: int = 0
+    expert_channels: int = 0
 
     def left(self, structures: Structures) -> dict[Kind, int]:
         """Number of structures left in each block, of the kinds of which some are removed."""
-        removed: dict[Kind, int] = {"channels": self.channels, "groups": self.groups, "experts": self.experts}
+        removed: dict[Kind, int] = {
+            "channels": self.channels,
+            "groups": self.groups,
+            "experts": self.experts,
+            "expert_channels": self.expert_channels,
+        }
         return {kind: structures.count(kind) - number for kind, number in removed.items() if number}
 
 
@@ -52,7 +59,7 @@ def possible_shares(
 ) -> list[Share]:
     """All ways to remove enough, one for each number of groups; the least number of channels or experts each.
 
-    Channels go, or experts if they have more parameters.
+    Channels go; or experts, or the channels inside them, if they have more parameters.
 
     Args:
         structures: the structures.
@@ -71,16 +78,17 @@ def possible_shares(
     if settings.groups is not None and settings.groups > max(n_groups - 1, 0):
         allowed = f"at most {n_groups - 1} can go" if n_groups else structures.refused.get("groups", "it has none")
         raise ArgumentError(f"groups {settings.groups}: each block has {n_groups} key-value groups, and {allowed}")
-    kinds: tuple[Kind, ...] = ("channels", "experts")
+    kinds: tuple[Kind, ...] = ("channels", "experts", "expert_channels")
     main = max(kinds, key=lambda kind: cost.get(kind, 0) * structures.count(kind))
     found: list[Share] = []
     for groups in range(max(n_groups, 1)) if settings.groups is None else (settings.groups,):
         rest = needed - groups * cost.get("groups", 0)
         gone = _fewest(structures, main, math.ceil(rest / cost[main]), settings) if rest > 0 and main in cost else 0
         if gone is not None and (rest <= 0 or gone):
-            numbers = {main: gone}
+            numbers = {kind: gone if kind == main else 0 for kind in kinds}
             parameters = gone * cost.get(main, 0) + groups * cost.get("groups", 0)
-            found.append(Share(numbers.get("channels", 0), groups, parameters, numbers.get("experts", 0)))
+            whole, inside = numbers["experts"], numbers["expert_channels"]
+            found.append(Share(numbers["channels"], groups, parameters, whole, inside))
         if rest <= 0:
             break
     if not found:
@@ -102,6 +110,9 @@ def _nothing_left(structures: Structures, settings: ShrinkSettings) -> str:
     refused = "; ".join(f"no {NAMES[kind]} ({reason})" for kind, reason in structures.refused.items())
     width, experts = structures.count("channels"), structures.count("experts")
     steps = f"{width} channels in multiples of {settings.multiple}" if width else ""
+    if inside := structures.count("expert_channels"):
+        more = f"{inside} channels of each expert in multiples of {settings.multiple}"
+        steps = ", ".join(filter(None, (steps, more)))
     if experts:
         chosen = max(mixture.chosen for mixture in structures.mixtures.values())
         steps = ", ".join(filter(None, (steps, f"{experts - chosen} of {experts} experts, as tokens use {chosen}")))
@@ -122,8 +133,8 @@ def kept_structures(
     found = {}
     for kind, number in share.left(structures).items():
         for entry in structures.coupled[kind]:
-            ascending = importance[entry.consumer].sort(stable=True).indices
-            found[entry.consumer] = ascending[entry.count - number :].sort().values
+            ascending = importance[entry.consumer].sort(dim=-1, stable=True).indices
+            found[entry.consumer] = ascending[..., entry.count - number :].sort(dim=-1).values
     return found
 
 

@@ -52,8 +52,8 @@ class Choice:
 
     @property
     def kept_experts(self) -> dict[str, torch.Tensor]:
-        """The kept experts, by name of the mixture."""
-        return {name: chosen for name, chosen in self.kept.items() if name in self.structures.mixtures}
+        """What is kept of experts, by name of the consumer."""
+        return {name: chosen for name, chosen in self.kept.items() if name not in self.structures.columns}
 
     @property
     def kept_columns(self) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from ..decoders.blocks import Block, linears_of
 from .choice import Choice
 from .compensation import Moments
 from .coupled import Coupled, Entry, Kind, Structures
+from .expert_channels import ExpertChannels, channels_inside
 from .mixtures import Mixture, mixtures_in
 
 
@@ -35,6 +36,8 @@ def record_of(choice: Choice) -> dict[str, Any]:
 def _entry(entry: Entry) -> dict[str, Any]:
     if isinstance(entry, Mixture):
         return {"consumer": entry.consumer, "chosen": entry.chosen}
+    if isinstance(entry, ExpertChannels):
+        return {"consumer": entry.consumer, "transposed": entry.layouts[-1].dim == 1}
     return {"consumer": entry.consumer, "producers": [list(pair) for pair in entry.producers], "count": entry.count}
 
 
@@ -47,13 +50,20 @@ def choice_of(record: Mapping[str, Any], blocks: Sequence[Block], moments: Mappi
         moments: those of the choice.
     """
     layers = {name: layer for block in blocks for name, layer in linears_of(block.module, block.name)}
-    mixtures = mixtures_in(blocks) if "experts" in record["coupled"] else ()
-    by_name = {} if isinstance(mixtures, str) else {mixture.consumer: mixture for mixture in mixtures}
+    mixtures = mixtures_in(blocks)
+    mixtures = () if isinstance(mixtures, str) else mixtures
+    sides = {entry["consumer"]: entry["transposed"] for entry in record["coupled"].get("expert_channels", ())}
+    homes = [mixture.consumer for mixture in mixtures]
+    inside = channels_inside(mixtures, {h: sides[n] for h in homes for n in sides if n.startswith(f"{h}.")})
+    whole = {mixture.consumer: mixture for mixture in mixtures}
+    channels = {} if isinstance(inside, str) else {entry.consumer: entry for entry in inside}
     coupled: dict[Kind, tuple[Entry, ...]] = {}
     for kind, entries in record["coupled"].items():
         coupled[kind] = tuple(
-            replace(by_name[entry["consumer"]], chosen=entry["chosen"])
-            if "chosen" in entry
+            replace(whole[entry["consumer"]], chosen=entry["chosen"])
+            if kind == "experts"
+            else channels[entry["consumer"]]
+            if kind == "expert_channels"
             else Coupled(kind, entry["consumer"], tuple((n, c) for n, c in entry["producers"]), entry["count"])
             for entry in entries
         )

@@ -20,17 +20,23 @@ from ..decoders.batches import Batch, run_model, tensors_in
 from ..decoders.blocks import Block, linears_of
 from ..decoders.calibration_mode import calibration_mode
 from ..decoders.layer_roles import attention_of, routers
+from ..errors import ArgumentError
 from ..linears import linear_weight
 from ..reordering.fold import Fold
 from ..reordering.reorder import find_folds
 from ..tied import Owners
+from .expert_channels import ExpertChannels, are_transposed, channels_inside
 from .mixtures import Mixture, find_mixtures
 from .parts import Part
 from .weights import InMemory, Weights
 
-Kind = Literal["channels", "groups", "experts"]
-KINDS: tuple[Kind, ...] = ("channels", "groups", "experts")
-NAMES: dict[Kind, str] = {"channels": "feed-forward channels", "groups": "key-value groups", "experts": "experts"}
+Kind = Literal["channels", "groups", "experts", "expert_channels"]
+NAMES: dict[Kind, str] = {
+    "channels": "feed-forward channels",
+    "groups": "key-value groups",
+    "experts": "experts",
+    "expert_channels": "channels inside experts",
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Coupled:
             bits.copy_(bits.index_select(part.dim, index))
 
 
-Entry = Coupled | Mixture
+Entry = Coupled | Mixture | ExpertChannels
 """The structures of one kind in one block."""
 
 
@@ -127,7 +133,7 @@ class Structures:
 
     Attributes:
         layers: linear layers of the blocks, by name.
-        coupled: by kind, one entry for each block, in order; for experts, one for each block with a mixture. A kind is
+        coupled: by kind, one entry for each block, in order; of experts, one for each block with a mixture. A kind is
             absent if it cannot be removed.
         refused: why a kind cannot be removed.
     """
@@ -141,10 +147,23 @@ class Structures:
         rest = {name: entries for name, entries in self.coupled.items() if name != kind}
         return Structures(self.layers, rest, {**self.refused, kind: reason})
 
+    def of_experts(self, which: str) -> Structures:
+        """These structures with "whole" experts alone, or with the "channels" inside experts alone.
+
+        Raises:
+            ArgumentError: if the channels are wanted, and there are none that can go.
+        """
+        other: Kind = "expert_channels" if which == "whole" else "experts"
+        if which == "channels" and "expert_channels" not in self.coupled:
+            reason = self.refused.get("expert_channels", "no block has a mixture of experts that can be told apart")
+            raise ArgumentError(f"experts 'channels': {reason}; remove whole experts (--experts whole)")
+        coupled = {kind: entries for kind, entries in self.coupled.items() if kind != other}
+        return Structures(self.layers, coupled, {k: reason for k, reason in self.refused.items() if k != other})
+
     @property
     def entries(self) -> dict[str, Entry]:
         """All entries by name of the consumer; those of attention first."""
-        kinds: tuple[Kind, ...] = ("groups", "channels", "experts")
+        kinds: tuple[Kind, ...] = ("groups", "channels", "experts", "expert_channels")
         return {entry.consumer: entry for kind in kinds for entry in self.coupled.get(kind, ())}
 
     def within(self, block: Block) -> list[Entry]:
@@ -210,6 +229,11 @@ def find_structures(
             refused["experts"] = mixtures
         elif mixtures is not None:
             coupled["experts"] = mixtures
+            inside = channels_inside(mixtures, are_transposed(lambda: run_model(model, batch), mixtures))
+            if isinstance(inside, str):
+                refused["expert_channels"] = inside
+            else:
+                coupled["expert_channels"] = inside
         result = Structures(folds.layers, coupled, refused)
         for kind in list(coupled):
             if not _unchanged(model, result, kind, batch, blocks, weights or InMemory()):

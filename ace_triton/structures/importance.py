@@ -18,6 +18,7 @@ from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
 from ..timing import Stopwatch
 from .coupled import Coupled, Entry, Structures
+from .expert_channels import ExpertChannels
 from .forwards import BlockWatcher, watch_blocks
 from .fusion import fused, stabilized
 from .gradients import SUMS, llm_pruner_terms, taylor_terms
@@ -91,7 +92,9 @@ def score(entry: Entry, structures: Structures, settings: ShrinkSettings, activa
     name = entry.consumer
     if settings.method == "magnitude":
         return _finite(entry, _magnitude(entry, structures))
-    if not isinstance(entry, Coupled):
+    if isinstance(entry, ExpertChannels):
+        return _finite(entry, _inside_experts(entry, settings, activations))
+    if isinstance(entry, Mixture):
         routed = activations.routed[name]
         return _finite(entry, stabilized(routed) if settings.stability else routed.mean(0))
     stats = activations.inputs[name]
@@ -163,13 +166,18 @@ class _Block(BlockWatcher):
         self.entries = entries
         self._layers = {e.consumer: structures.layers[e.consumer] for e in entries if isinstance(e, Coupled)}
         self._inputs: dict[str, list[ActivationStats]] = {name: [] for name in self._layers}
+        self._inside = [entry for entry in entries if isinstance(entry, ExpertChannels)]
+        self._inputs |= {name: [] for entry in self._inside for name in entry.linear_names()}
         self._mixtures = {e.consumer: Contributions(e) for e in entries if isinstance(e, Mixture)}
 
     def watched(self, shape: tuple[int, int], valid: torch.Tensor | None, hooks: ExitStack) -> None:
         for mixture in self._mixtures.values():
             mixture.watched(shape, valid, hooks)
-        if self._layers:
-            collector = InputCollector(self._layers, Needs(), Stopwatch(_device(self._layers)))
+        layers = dict(self._layers)
+        for entry in self._inside:
+            layers.update(zip(entry.linear_names(), entry.linears(), strict=True))
+        if layers:
+            collector = InputCollector(layers, Needs(), Stopwatch(_device(layers)))
             hooks.callback(self._keep, collector)
             hooks.enter_context(collector.batch(shape, valid))
 
@@ -180,7 +188,7 @@ class _Block(BlockWatcher):
 
     def activations(self) -> Activations:
         """What was collected."""
-        if missing := [name for name, stats in self._inputs.items() if not stats]:
+        if missing := [name for name in self._layers if not self._inputs[name]]:
             raise ArgumentError(f"no token of the calibration text reached {missing[0]}: give more text")
         return Activations(dict(self._inputs), {name: found.of_batches() for name, found in self._mixtures.items()})
 
@@ -232,6 +240,29 @@ def _saap_of_activations(
     elements = [entry.by_column(weight.abs() * norm) for norm in norms]
     vectors = [entry.by_column((weight * norm).square()).sqrt() for norm in norms]
     return _fused(torch.stack(vectors), torch.stack(elements), settings)
+
+
+def _inside_experts(entry: ExpertChannels, settings: ShrinkSettings, activations: Activations) -> torch.Tensor:
+    """The importance of the channels of each expert over the tokens that are sent to it, [experts, count].
+
+    An expert without tokens ranks its channels by the norm of their columns. Batches count together, because few tokens
+    of a batch reach an expert.
+    """
+    rows = []
+    for weight, name in zip(entry.columns(), entry.linear_names(), strict=True):
+        stats = activations.inputs.get(name)
+        if not stats:
+            rows.append(weight.norm(dim=0))
+            continue
+        whole = merged(stats)
+        if settings.method == "flap":
+            rows.append((weight.square() * whole.variance).sum(0))
+        elif settings.method == "wanda-sp":
+            rows.append((weight.abs() * whole.norm).sum(0))
+        else:
+            norm = whole.norm / max(whole.count, 1) ** 0.5
+            rows.append(_fused((weight * norm).norm(dim=0)[None], (weight.abs() * norm).sum(0)[None], settings))
+    return torch.stack(rows)
 
 
 def _fused(vector: torch.Tensor, element: torch.Tensor, settings: ShrinkSettings) -> torch.Tensor:

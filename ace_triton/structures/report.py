@@ -18,8 +18,8 @@ class ShrinkReport:
         settings: the settings of the run.
         blocks_before, blocks_after: number of parameters of the blocks.
         model_before, model_after: number of parameters of the model.
-        widths: number of structures in each block before and after, by kind ("channels", "groups",
-            "experts"); and of "blocks".
+        widths: number of structures in each block before and after, by kind ("channels", "groups", "experts", or
+            "expert_channels" of each expert); and of "blocks".
         config: the fields of the configuration that changed, with their new values.
         removed_blocks: indices of the removed blocks.
         kept: indices of the kept structures by name of the layer that reads them; of experts, by name of the mixture.

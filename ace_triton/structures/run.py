@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,11 +22,12 @@ from .budget import (
     possible_shares,
 )
 from .choice import NOTHING, Choice
-from .compensation import Moments, Repair, Stored, mean_in_bias, repaired_tensors, solve_blocks
+from .compensation import Repair, Stored, mean_in_bias, repaired_tensors, solve_blocks
 from .coupled import NAMES, Entry, Kind, Structures, find_structures, outputs_of, same_outputs
 from .depth import block_influences, kept_blocks
 from .estimate import Estimate, memory_phases
-from .importance import Activations, Importance, activations_of, importance_of, merged, score, weight_of
+from .importance import weight_of
+from .ranking import Earlier, ranked
 from .report import ShrinkReport
 from .settings import ShrinkSettings
 from .shares import best_share
@@ -53,25 +53,6 @@ Progress = Callable[[str, int, int], None]
 
 TOKENS_OF_A_BATCH = 512
 """Number of tokens in a batch: a step of the gradient, and a sample of the stability."""
-
-
-@dataclass
-class Earlier:
-    """What runs on one model and calibration set have found, so that later runs with other settings reuse it.
-
-    Attributes:
-        structures: the structures; None before the first run.
-        activations: of the dense model; None if no run needed them.
-        importance: by the settings that it depends on.
-        influence: of blocks, with the sizes of their tuples; None if no run needed it.
-        seconds: time that each part took, by a name of it.
-    """
-
-    structures: Structures | None = None
-    activations: Activations | None = None
-    importance: dict[object, Importance] = field(default_factory=dict)
-    influence: tuple[torch.Tensor, list[int | None]] | None = None
-    seconds: dict[object, float] = field(default_factory=dict)
 
 
 class Run:
@@ -185,6 +166,7 @@ class Run:
                 model, find_structures(model, blocks, self._trial, self._weights), blocks
             )
             self._earlier.structures = structures
+        structures = structures.of_experts(settings.experts)
         if not structures.coupled:
             reasons = "; ".join(f"{NAMES[kind]}: {reason}" for kind, reason in structures.refused.items())
             raise ArgumentError(
@@ -196,7 +178,9 @@ class Run:
                 needed, gain = needed_for_speed(model, structures, blocks, settings, self._trial, self._clock)
             notes.append(f"a block runs {gain:.2f} times as fast on one token here")
         shares = possible_shares(structures, blocks, settings, needed)
-        importance, moments = self._ranked(structures)
+        importance, moments = ranked(
+            model, self.tower, structures, self.batches, settings, self._weights, self._earlier, self.stage
+        )
         with self.stage("compare shares"):
             share, tried = best_share(model, self.tower, self.batches, structures, importance, shares, self._weights)
         kept, left = kept_structures(structures, importance, share), share.left(structures)
@@ -210,8 +194,9 @@ class Run:
             kinds = sorted({structures.columns[name].kind for name in columns if name not in with_bias})
             which = " and ".join(NAMES[kind] for kind in kinds)
             notes.append(f"no bias was written for {which}: {type(model).__name__} has no place for it")
-        if settings.chosen_update != "none" and any(name in structures.mixtures for name in kept):
-            notes.append("no update makes up for removed experts; it is for channels and key-value groups")
+        if settings.chosen_update != "none" and len(columns) < len(kept):
+            what = "experts" if settings.experts == "whole" else "channels of experts"
+            notes.append(f"no update makes up for removed {what}; it is for channels and key-value groups")
         return Choice(
             structures,
             kept,
@@ -223,42 +208,6 @@ class Run:
             tried=tried,
             notes=tuple(notes),
         )
-
-    def _ranked(self, structures: Structures) -> tuple[Importance, dict[str, Moments]]:
-        """The importance of all structures; and, for update "bias", the moments of the inputs of their consumers."""
-        settings, earlier = self._settings, self._earlier
-        arguments = (self._model, self.tower, structures, self.batches, self._weights)
-        importance: Importance = {}
-        moments: dict[str, Moments] = {}
-
-        def rank(entries: Sequence[Entry], activations: Activations) -> None:
-            for entry in entries:
-                importance[entry.consumer] = score(entry, structures, settings, activations)
-            if settings.chosen_update == "bias":
-                moments.update((name, Moments.of(merged(of))) for name, of in activations.inputs.items())
-
-        if self._weights.in_files:
-            with self.stage("importance") as step:
-                if settings.needs_statistics:
-                    activations_of(*arguments, step, rank)
-                for index, block in enumerate(self.tower.blocks if not settings.needs_statistics else ()):
-                    with self._weights.loaded(block.module):
-                        rank(structures.within(block), Activations())
-                    step(index + 1, len(self.tower.blocks))
-            return importance, moments
-        activations = Activations()
-        if settings.needs_statistics:
-            with self.stage("statistics", "statistics") as step:
-                activations = earlier.activations = earlier.activations or activations_of(*arguments, step)
-        ranking = settings.ranking
-        with self.stage("importance", ranking) as step:
-            if ranking not in earlier.importance:
-                earlier.importance[ranking] = importance_of(
-                    self._model, structures, self.batches, settings, activations, step
-                )
-        if settings.chosen_update == "bias":
-            moments = {name: Moments.of(merged(of)) for name, of in activations.inputs.items()}
-        return earlier.importance[ranking], moments
 
     def update(
         self,

@@ -53,6 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "fusion": ("structure", "mean", "learned", "vector", "element"),
     "terms": ("element", "vector", "second", "mixed"),
     "update": tuple(UPDATES),
+    "experts": ("whole", "channels"),
 }
 """The allowed values of settings that are names; the first one is the default, except for ``update``."""
 
@@ -80,6 +81,7 @@ class ShrinkSettings:
             reconstructed.
         terms: for llm-pruner, "element" (sum of |g w|), "vector" (|sum of g w|), "second" (sum of |w F w|) or "mixed"
             (sum of |g w - w F w / 2|), with the gradient g and the Fisher diagonal F.
+        experts: for mixtures, "whole" experts may go, or "channels" inside all of them, equally many of each.
 
     Raises:
         RecipeError: if a setting is invalid, or does not apply to the method.
@@ -98,6 +100,7 @@ class ShrinkSettings:
     terms: str = "element"
     size: int | None = None
     speedup: float | None = None
+    experts: str = "whole"
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
@@ -139,6 +142,8 @@ class ShrinkSettings:
                     f"method 'depth' removes whole blocks, so no layer can make up for them: leave update out; got "
                     f"{self.update!r}"
                 )
+            if self.experts != "whole":
+                raise RecipeError("method 'depth' removes whole blocks: leave experts out")
             if self.groups is not None:
                 raise RecipeError("method 'depth' removes whole blocks: leave groups out")
         for name, method in METHODS.items():
@@ -170,7 +175,7 @@ class ShrinkSettings:
     @property
     def ranking(self) -> tuple[str, ...]:
         """The settings on which the importance of structures depends."""
-        return (self.method, *(str(getattr(self, option)) for option in METHODS[self.method].options))
+        return (self.method, self.experts, *(str(getattr(self, option)) for option in METHODS[self.method].options))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that apply to the method, as JSON types."""

@@ -21,16 +21,16 @@ from ..decoders.finished import forward_replaced, in_tuple
 from ..errors import ArgumentError
 from ..tied import memory_of
 from .coupled import Coupled, Entry, Kind, Structures
-from .mixtures import Mixture
 
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim")
 HEAD_FIELDS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
 GROUP_FIELDS = ("num_key_value_heads", "num_kv_heads")
+EXPERT_WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", *WIDTH_FIELDS)
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 BIAS_FIELDS = {"channels": ("mlp_bias",), "groups": ("attention_bias",)}
-"""Names under which configurations have the feed-forward width, the numbers of heads, groups and experts, the depth,
-and biases."""
+"""Names under which configurations have the feed-forward width, that of an expert, the numbers of heads, groups and
+experts, the depth, and biases."""
 
 Changes = dict[str, Any]
 """New values of fields of the text configuration."""
@@ -144,6 +144,9 @@ def config_changes(model: nn.Module, kind: Kind, left: int, entry: Entry) -> lis
     if kind == "channels":
         names = [name for name in WIDTH_FIELDS if hasattr(text, name)]
         return [{name: _like(getattr(text, name), left)} for name in names]
+    if kind == "expert_channels":
+        names = [name for name in EXPERT_WIDTH_FIELDS if getattr(text, name, None) == entry.count]
+        return [{name: left} for name in names]
     if kind == "experts":
         own = dict.fromkeys(text.attribute_map.get(name, name) for name in EXPERT_FIELDS)
         return [{name: left} for name in own if getattr(text, name, None) == entry.count]
@@ -278,7 +281,7 @@ def masked(structures: Structures, kept: Mapping[str, torch.Tensor]) -> Iterator
     with ExitStack() as hooks:
         for name, chosen in kept.items():
             entry = structures.entries[name]
-            if isinstance(entry, Mixture):
+            if not isinstance(entry, Coupled):
                 hooks.enter_context(entry.masked(chosen))
                 continue
             layer = structures.layers[name]

@@ -97,7 +97,7 @@ def main(
         ),
         "whole": lambda folder: whole(pruned or folder / "pruned", large, calibration),
         "perplexity": lambda folder: perplexity(pruned or folder / "pruned", large, text, windows, keep),
-        "shrink": lambda folder: shrunk(folder, large, calibration),
+        "shrink": lambda folder: shrunk(folder, large, calibration, keep),
     }
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         for name, measure in parts.items():
@@ -284,8 +284,15 @@ def perplexity(
     return found
 
 
-def shrunk(folder: Path, model: str, calibration: str) -> dict[str, Any]:
-    """Make a smaller dense model in files and in memory: CPU time and peak memory; and whether the files are equal."""
+def shrunk(folder: Path, model: str, calibration: str, keep: Callable[[str, Any], None]) -> dict[str, Any]:
+    """Make a smaller dense model in files and in memory: CPU time and peak memory; and whether the files are equal.
+
+    Args:
+        folder: folder for the checkpoints.
+        model: the model.
+        calibration: the calibration text.
+        keep: saves the results so far.
+    """
     found: dict[str, Any] = {"model": Path(model).name, "options": " ".join(SHRINK), "processor": processor()}
     digests = set()
     for name, how in (("streamed", "--stream"), ("in_memory", "--no-stream")):
@@ -296,6 +303,7 @@ def shrunk(folder: Path, model: str, calibration: str) -> dict[str, Any]:
         found |= {"dense_bytes": report["bytes_before"], "bytes": report["bytes_after"]}
         digests.add(digest(target))
         shutil.rmtree(target)
+        keep("shrink", dict(found))
     return {**found, "same_bytes": len(digests) == 1}
 
 

@@ -140,13 +140,13 @@ def whole_model(pruning: dict[str, Any], perplexity: dict[str, Any]) -> list[str
 
 def smaller_model(run: dict[str, Any]) -> list[str]:
     """The section on a smaller dense model that was made in files."""
-    same = "The weight files are equal byte for byte." if run["same_bytes"] else "The weight files DIFFER."
+    same = {None: "", True: " The weight files are equal byte for byte.", False: " The weight files DIFFER."}
     return [
         "",
         "## A smaller dense model in files",
         "",
         f"`ace-triton shrink {run['options']}` of {run['model']} with its default method.",
-        f"The checkpoint goes from {gb(run['dense_bytes'])} to {gb(run['bytes'])}. {same}",
+        f"The checkpoint goes from {gb(run['dense_bytes'])} to {gb(run['bytes'])}.{same[run.get('same_bytes')]}",
         f"Measured on {run['processor']}.",
         "",
         "| weights | peak memory | CPU time |",
@@ -154,6 +154,7 @@ def smaller_model(run: dict[str, Any]) -> list[str]:
         *(
             f"| {name} | {gb(run[how]['peak_bytes'])} | {run[how]['cpu_seconds']:.0f} s |"
             for name, how in (("in files (`--stream`)", "streamed"), ("in memory", "in_memory"))
+            if how in run
         ),
     ]
 

@@ -38,7 +38,8 @@ from ace_triton.process_memory import give_back_free_memory
 from ace_triton.provenance import name_of
 from ace_triton.recovery.settings import GroupTuning, RecoverySettings
 from ace_triton.recovery.train import recover
-from ace_triton.structures.run import Earlier, Run
+from ace_triton.structures.ranking import Earlier
+from ace_triton.structures.run import Run
 from ace_triton.structures.settings import ShrinkSettings
 
 from .cpu_ratios import processor
@@ -341,7 +342,13 @@ def _speeds(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-_KINDS = {"channels": "width", "groups": "groups", "experts": "experts", "blocks": "blocks"}
+_KINDS = {
+    "channels": "width",
+    "groups": "groups",
+    "experts": "experts",
+    "expert_channels": "expert width",
+    "blocks": "blocks",
+}
 
 
 def _shown(widths: dict[str, list[int]]) -> str:

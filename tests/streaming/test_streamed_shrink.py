@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ace_triton import ArgumentError, CheckpointError, shrink_checkpoint, shrink_model
+from ace_triton import ArgumentError, CheckpointError, ShrinkSettings, shrink_checkpoint, shrink_model
+from ace_triton.commands.shrink_run import ShrinkRun
 from ace_triton.formats.registry import save_model
 from ace_triton.inputs import checkpoint
 from ace_triton.streaming.journal import Journal
@@ -81,6 +82,8 @@ def test_a_run_with_other_settings_does_not_resume(tiny_checkpoint, some_ids, tm
     with pytest.raises(ZeroDivisionError):
         shrink_checkpoint(tiny_checkpoint, out, **options)
     monkeypatch.undo()
+    arguments = (tiny_checkpoint, out, ShrinkSettings(**options), "auto", "cpu")
+    assert [ShrinkRun.streams(*arguments), ShrinkRun.streams(*arguments, restart=True)] == [True, False]
     with pytest.raises(CheckpointError, match=r"interrupted run had another settings\.ratio"):
         shrink_checkpoint(tiny_checkpoint, out, ratio=0.3, **options)
     report = shrink_checkpoint(tiny_checkpoint, out, ratio=0.3, restart=True, **options)
@@ -89,16 +92,17 @@ def test_a_run_with_other_settings_does_not_resume(tiny_checkpoint, some_ids, tm
         shrink_checkpoint(tiny_checkpoint, tmp_path / "no", some_ids, method="llm-pruner")
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
-def test_experts_go_in_files(family, make_decoder, tiny_checkpoint, ids, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "experts"), [("gpt_oss", "channels"), ("deepseek_v3", "whole")])
+def test_experts_go_in_files(family, experts, make_decoder, tiny_checkpoint, ids, tmp_path, monkeypatch):
     """Biases of routers are hidden, and stacked experts are written, although no weight is in memory as a whole."""
     from tests.conftest import FAMILIES
 
     monkeypatch.setitem(FAMILIES, family, MIXTURES[family])
     varied(make_decoder(family)).save_pretrained(tmp_path / "source")
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "source")
-    options = {"ratio": 0.1, "method": "wanda-sp", "groups": 0, "multiple": 8}
+    options = {"ratio": 0.1, "method": "wanda-sp", "groups": 0, "multiple": 8, "experts": experts}
     in_memory(tmp_path / "source", tmp_path / "memory", ids, "auto", **options)
     report = shrink_checkpoint(tmp_path / "source", tmp_path / "files", ids, **options)
-    assert report.widths["experts"] == (4, 3)
+    assert report.widths.get("experts", (4, 3)) == (4, 3)
+    assert report.widths.get("expert_channels", (16, 8)) == (16, 8)
     assert files_of(tmp_path / "files") == files_of(tmp_path / "memory")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from ace_triton import ArgumentError, shrink_model
+from ace_triton import ArgumentError, RecipeError, shrink_model
 from ace_triton.decoders.batches import Batch
 from ace_triton.decoders.blocks import find_blocks
 from ace_triton.decoders.calibration_mode import calibration_mode
@@ -159,6 +159,49 @@ def test_least_squares_of_attention_see_the_model_without_the_experts(make, ids)
     lost, left = result.report.output_error
     assert left < lost
     assert result.report.notes == ("no update makes up for removed experts; it is for channels and key-value groups",)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_channels_inside_experts_go_and_the_model_loads(family, make, ids, tmp_path):
+    model = make(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"ratio": 0.1, "groups": 0, "multiple": 8, "experts": "channels"}
+    result = shrink_model(model, ids, method="wanda-sp", **options)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert result.report.widths["expert_channels"] == (16, 8)
+    assert result.report.config == {"intermediate_size": 8}
+    result.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, kept in result.report.kept.items():
+            down, dim = model.get_parameter(name), 2 if family == "mixtral" else 1
+            for expert, channels in enumerate(kept):
+                gone = [channel for channel in range(16) if channel not in channels]
+                down[expert].index_fill_(dim - 1, torch.tensor(gone), 0.0)
+    torch.testing.assert_close(logits_of(loaded, ids), logits_of(model, ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"method": "flap"}, {"method": "magnitude"}, {"importance": "taylor"}, {}])
+def test_dead_channels_of_experts_go_first(options, make, ids):
+    model = make("mixtral")
+    with torch.no_grad():
+        for block in model.model.layers:
+            for expert in range(4):
+                for channel in range(expert, 16, 2):
+                    block.mlp.experts.down_proj[expert, :, channel % 16] = 0
+                    block.mlp.experts.gate_up_proj[expert, [channel, 16 + channel]] = 0
+    report = shrink_model(
+        model, ids, ratio=0.05, groups=0, multiple=8, experts="channels", **{"update": "none", **options}
+    ).report
+    for kept in report.kept.values():
+        assert [channels[:6] for channels in kept[:2]] == [[1, 3, 5, 7, 9, 11], [0, 2, 4, 6, 8, 10]]
+
+
+def test_experts_whose_channels_cannot_go(make, ids):
+    with pytest.raises(ArgumentError, match=r"experts 'channels': model\.layers\.1\.mlp\.shared_experts"):
+        shrink_model(make("deepseek_v3"), ids, method="magnitude", multiple=8, experts="channels")
+    with pytest.raises(RecipeError, match="method 'depth' removes whole blocks: leave experts out"):
+        shrink_model(make("mixtral"), ids, method="depth", experts="channels")
 
 
 class ListedExperts(nn.Module):
