@@ -34,6 +34,8 @@ QWEN3_5 = {
 }
 BINS = {"feature_projection_input_dim": 16}
 GLM_VL = QWEN_VL | {"vision_config": {**GRID_VISION, "out_hidden_size": 32}}
+HALF_ROTARY = {**ROTARY, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+GLM_OCR = GLM_VL | {"text_config": {"rope_parameters": HALF_ROTARY}}
 CONVNEXT = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}
 PYRAMID = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 32, 32], "num_attention_heads": [1, 2, 4, 4]}
 TILES = 4
@@ -42,7 +44,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "blip-2": {"num_query_tokens": 4, "qformer_config": {"num_hidden_layers": 2}},
     "convnext": CONVNEXT,
     "convnextv2": CONVNEXT,
-    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 64, "image_size": 64},
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640, "image_size": 64},
     "esmc": {"num_key_value_heads": 4},
     "funnel": {"block_sizes": [1, 1], "d_head": 8, "d_inner": 64},
     "gemma3": {"mm_tokens_per_image": 4, "boi_token_index": 98, "eoi_token_index": 99},
@@ -60,7 +62,8 @@ SIZES: dict[str, dict[str, Any]] = {
             "max_position_embeddings": 16,
         }
     },
-    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), GLM_VL),
+    **dict.fromkeys(("glm4v", "glm46v"), GLM_VL),
+    **dict.fromkeys(("glm4v_moe", "glm_ocr"), GLM_OCR),
     "instructblip": {"num_query_tokens": 4},
     "idefics2": {
         "perceiver_config": {
@@ -114,7 +117,13 @@ SIZES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("wav2vec2-bert", "seamless_m4t", "seamless_m4t_v2"), BINS),
     "speech_to_text": {"input_feat_per_channel": 16, "conv_channels": 32},
     "reformer": {"is_decoder": False},
-    "shieldgemma2": {"mm_tokens_per_image": 4, "boi_token_index": 98, "eoi_token_index": 99},
+    "shieldgemma2": {
+        "mm_tokens_per_image": 4,
+        "boi_token_index": 98,
+        "eoi_token_index": 99,
+        "yes_token_index": 5,
+        "no_token_index": 6,
+    },
 }
 """Changes by ``model_type``; a dictionary changes a part of the configuration."""
 

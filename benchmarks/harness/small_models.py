@@ -124,7 +124,7 @@ TRIED: tuple[tuple[frozenset[str], dict[str, int]], ...] = (
 )
 """Sets of small sizes, one tried after the other: what is left as the family has it, and what is changed."""
 
-MOST_PARAMETERS = 60_000_000
+MOST_PARAMETERS = 80_000_000
 
 
 @dataclass(frozen=True)

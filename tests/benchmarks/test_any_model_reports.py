@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 import torch
 
 from benchmarks.reports import architectures, encoders, norms
@@ -19,7 +20,7 @@ def test_a_small_encoder_is_reported(tmp_path, monkeypatch):
     text.write_text("\n".join(f"{a}b c{b} d e{a}" for a in letters for b in letters[:4]))
     monkeypatch.setattr(encoders, "METHODS", ("wanda", "cosp"))
     monkeypatch.setattr(encoders, "PATTERNS", ("2:4",))
-    monkeypatch.setattr(encoders, "RECIPES", {"distilled": {"method": "wanda", "steps": 2}})
+    monkeypatch.setattr(encoders, "RECIPES", {"recovered": {"method": "wanda", "steps": 2}})
     monkeypatch.setattr(encoders, "STEP_SENTENCES", 8)
     monkeypatch.setattr(encoders, "LENGTH", 16)
     monkeypatch.setattr(encoders, "GRID_LENGTH", 16)
@@ -29,9 +30,9 @@ def test_a_small_encoder_is_reported(tmp_path, monkeypatch):
     encoders.main(str(tmp_path / "model"), str(text), str(text), None, **sizes, out=out)
     found = json.loads(out.with_suffix(".json").read_text())
     assert 0.9 < found["grid 2:4 wanda lstsq"]["cosine"] < 1
-    assert found["recipe 2:4 distilled"]["inputs"] == 24
+    assert found["recipe 2:4 recovered"]["inputs"] == 24
     page = out.with_suffix(".md").read_text()
-    assert f"| 2:4 | distilled | {found['recipe 2:4 distilled']['cosine']:.3f} |" in page
+    assert f"| 2:4 | recovered | {found['recipe 2:4 recovered']['cosine']:.3f} |" in page
     assert "CosP is number" in page
     before = dict(found)
     encoders.main(str(tmp_path / "model"), str(text), str(text), None, **sizes, out=out)
@@ -46,9 +47,26 @@ def test_an_architecture_is_judged(tmp_path):
     page = "\n".join(architectures.page({"encoder": {"bert": found}, "vision": {"resnet": refused}}))
     assert re.search(r"\| encoder \| 1 of \d+ \| 1 \| 0 \| 0 \|", page)
     assert re.search(r"\| vision \| 1 of \d+ \| 0 \| 1 \| 0 \|", page)
-    failed = {"outcome": "not made", "reason": "ValueError: sizes['full']['rotary']=2."}
+    failed = {"outcome": "not pruned", "reason": "ValueError: sizes['full']['rotary']=2."}
     page = "\n".join(architectures.page({"encoder": {"bert": failed}}))
     assert r"bert: ValueError: sizes\['full']\['rotary']=2." in page  # Markdown would take it for a link.
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("ImportError: XModel requires the timm library but it was not found", "needs the package timm, which is"),
+        ("its smallest configuration here has 91,000,000 parameters", "has 91,000,000 parameters in its smallest"),
+        ("StrictDataclassFieldValidationError: Validation error for field 'num_heads':", "none of the small sizes"),
+        ("TypeError: X.forward() missing 1 required positional argument: 'state'", "needs an input that is neither"),
+        ("RuntimeError: mat1 and mat2 shapes cannot be multiplied (4x8 and 2x8)", "none of the inputs that were tried"),
+    ],
+)
+def test_a_family_without_a_small_model_has_a_plain_reason(error, words):
+    page = "\n".join(architectures.page({"encoder": {"bert": {"outcome": "not made", "reason": error}}}))
+    line = next(line for line in page.splitlines() if line.endswith(": bert."))
+    assert words in line
+    assert "Error" not in page
 
 
 def test_norms_and_errors_of_a_model(monkeypatch):
