@@ -41,6 +41,7 @@ def test_totals_count_every_layer():
     assert (total.rows, total.dense, total.taken) == (1, 26.0, 8.0)
 
 
+@pytest.mark.usefixtures("default_products")
 def test_a_layer_without_a_pattern_is_timed():
     found = bench_layer(LayerKind((16, 64), None, None, torch.float32, kept=0.5), "cpu", rows=(1,), seconds=0.0)
     assert found.times[0].products.keys() == {"packed", "dense"}
@@ -49,6 +50,7 @@ def test_a_layer_without_a_pattern_is_timed():
     assert found.to_dict()["kind"]["kept"] == 0.5
 
 
+@pytest.mark.usefixtures("default_products")
 def test_a_layer_is_timed_in_its_own_dtype_and_pattern():
     seen = []
     found = bench_layer(

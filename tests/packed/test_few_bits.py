@@ -189,6 +189,7 @@ def test_a_layer_multiplies_casts_and_differentiates(bits):
     assert choose_product(10**6, packed.packed, RowLimits(0, semi_structured=1)) == "dense"
 
 
+@pytest.mark.usefixtures("default_products")
 def test_bench_times_it():
     kinds = kinds_of(small_model(4))
     assert {kind.bits for kind in kinds} == {4}

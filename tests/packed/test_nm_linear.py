@@ -280,6 +280,7 @@ def test_without_the_compiled_library_a_weight_is_unpacked_for_every_call(monkey
     torch.testing.assert_close(outputs, [layer(tokens).detach()] * 3)
 
 
+@pytest.mark.usefixtures("default_products")
 @pytest.mark.parametrize(("backend", "rows"), [("cutlass", (32, 33)), ("cusparselt", (64, None)), (None, (16, None))])
 def test_a_gpu_takes_our_kernel_where_it_reads_less_than_unpacking_moves(monkeypatch, backend, rows):
     monkeypatch.setattr(dispatch, "backend_of", lambda device: backend)

@@ -13,9 +13,6 @@ from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.packed.bench import LayerKind, RowTimes, bench_layer, best_limits
 from ace_triton.packed.dispatch import choose_product, default_limits
 from ace_triton.packed.products import Product, register_product, registry
-from ace_triton.packed.sparse_units import asked_for
-
-without_sparse_units = pytest.mark.skipif(asked_for(), reason="ACE_TRITON_MMA_SP adds a product to the default ones")
 
 
 class Doubling(Product):
@@ -56,7 +53,7 @@ def pair() -> tuple[nn.Linear, NMLinear]:
     return dense, NMLinear.from_linear(dense, 2, 4)
 
 
-@without_sparse_units
+@pytest.mark.usefixtures("default_products")
 def test_without_it_nothing_changes(pair):
     assert [product.name for product in registry.products] == ["packed", "semi_structured", "dense"]
     assert registry.others == ()
@@ -120,7 +117,7 @@ def test_limits_that_bench_prints_make_the_fastest_choice(doubling):
     assert repr(RowLimits(8, 9)) == "RowLimits(packed=8, semi_structured=9)"
 
 
-@without_sparse_units
+@pytest.mark.usefixtures("default_products")
 def test_errors_name_it(doubling):
     with pytest.raises(ArgumentError, match=r"others names 'nosuch', which is not .*\(registered: doubling\)"):
         RowLimits(8, others=(("nosuch", 1, 2),))
