@@ -70,7 +70,7 @@ FuseOption = Annotated[
 DecoderOption = Annotated[
     str,
     typer.Option(
-        help="What runs the model for each new token: compiled, one call of the compiled CPU library; transformers; or "
+        help="Decoder of each new token: compiled, one call of the compiled CPU library; transformers; or "
         "auto, compiled if a trial run gives the model's own logits.",
         metavar="|".join(DECODERS),
     ),

@@ -113,7 +113,8 @@ private:
     // Norms and positions of queries and keys; the new key and value go into the cache.
     void position_heads(const AceBlock& block) {
         const int64_t size = of_.head_size;
-        const float *cosines = of_.cosines + position_ * of_.rotary_size, *sines = of_.sines + position_ * of_.rotary_size;
+        const float* cosines = of_.cosines + position_ * of_.rotary_size;
+        const float* sines = of_.sines + position_ * of_.rotary_size;
         float* keys = joined_.data() + of_.heads * size;
         const float* values = keys + of_.kv_heads * size;
         for (int64_t h = 0; h < of_.heads + of_.kv_heads; ++h) {

@@ -329,8 +329,7 @@ int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t st
                                   Element(absmax_element)};
     const Matrix given = {tokens, n_tokens, cols, stride, Element(element)};
     return guarded([&] {
-        // The largest block that divides the group: sums of up to 128 products fit in 32 bits.
-        const int64_t block = group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32;
+        const int64_t block = rounded_block(group);
         const int64_t padded = units(cols, 32) * 32, blocks = units(cols, block);
         std::vector<int16_t> rounded(n_tokens * padded * 2);
         std::vector<float> scales(n_tokens * blocks);

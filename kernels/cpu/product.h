@@ -7,9 +7,6 @@
 namespace ace {
 namespace {
 
-// Inputs in a block of rounded tokens: the most that divide the group, up to 128, so that sums fit in 32 bits.
-int64_t rounded_block(int64_t group) { return group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32; }
-
 // One token, fp32, with zeros up to a multiple of 32 inputs; and the same token rounded, for products that ask for it.
 class Token {
 public:
@@ -20,19 +17,20 @@ public:
     void changed() { block_ = 0; }
     void round(int64_t block) {
         if (block == block_) return;
-        const int64_t padded = int64_t(values_.size());
-        rounded_.resize(padded * 2);
+        rounded_.resize(padded() * 2);
         scales_.resize(units(cols_, block));
-        bodies->round_tokens({values_.data(), 1, cols_, cols_, Element::fp32}, block, padded, rounded_.data(),
+        bodies->round_tokens({values_.data(), 1, cols_, cols_, Element::fp32}, block, padded(), rounded_.data(),
                              scales_.data());
         block_ = block;
     }
-    LinearTask task(const float* bias, float* out) const { return {values_.data(), 1, int64_t(values_.size()), bias, out}; }
+    LinearTask task(const float* bias, float* out) const { return {values_.data(), 1, padded(), bias, out}; }
     FewBitsTask rounded_task(int64_t block, int64_t group, const float* bias, float* out) const {
-        return {rounded_.data(), scales_.data(), 1, int64_t(values_.size()), block, units(cols_, block), group, bias, out};
+        return {rounded_.data(), scales_.data(), 1, padded(), block, units(cols_, block), group, bias, out};
     }
 
 private:
+    int64_t padded() const { return int64_t(values_.size()); }
+
     int64_t cols_, block_ = 0;
     std::vector<float> values_;
     std::vector<int16_t> rounded_;

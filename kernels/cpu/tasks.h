@@ -150,6 +150,9 @@ struct FewBitsTask {
     float* out;             // [n_tokens, rows]
 };
 
+// Inputs in a block of rounded tokens: the most that divide the group, up to 128, so that sums fit in 32 bits.
+constexpr int64_t rounded_block(int64_t group) { return group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32; }
+
 struct LinearTask {
     const float* tokens;  // [n_tokens, padded], zeros past the last input
     int64_t n_tokens, padded;
