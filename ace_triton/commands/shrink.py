@@ -98,7 +98,7 @@ def shrink(
     experts: Annotated[
         str,
         typer.Option(
-            help="Part of a mixture that is removed: 'whole' experts, or 'channels' inside all experts, equally many of each."
+            help="Part of a mixture that is removed: 'whole' experts, or 'channels' inside all, equally many of each."
         ),
     ] = _SETTINGS.experts,
     importance: Annotated[

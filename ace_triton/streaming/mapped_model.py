@@ -72,10 +72,16 @@ class MappedModel:
 
     def write(self, name: str, values: torch.Tensor) -> bool:
         """Write a tensor of the model; False if the files have none of this name, such as one that is tied."""
-        known = name in self._direct or name in self._converted
-        if known:
-            copy_in_pieces(values, self.in_files(name))
-        return known
+        if name not in self._direct and name not in self._converted:
+            return False
+        copy_in_pieces(values, self.in_files(name))
+        return True
+
+    def read_buffers(self) -> None:
+        """Give the model's buffers that the checkpoint has the values of the files."""
+        for name, buffer in self.model.named_buffers():
+            if name in self._direct:
+                buffer.copy_(self.files.tensor(self._direct[name]))
 
     def names_of(self, modules: Sequence[nn.Module]) -> list[str]:
         """Names of all parameters of these modules."""

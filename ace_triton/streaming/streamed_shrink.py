@@ -35,6 +35,8 @@ from .streamed_evaluate import OpenCheckpoint
 from .streamed_prune import JOURNAL, OWN_FORM, all_but_weights, digest, empty, source_state
 
 MOMENTS, DENSE = "moments.safetensors", "dense"
+CHOICE = "choice"
+"""The step after which an interrupted run leaves its state."""
 
 
 def check_streams(settings: ShrinkSettings) -> None:
@@ -93,7 +95,7 @@ class StreamedShrink:
         assert self._journal is not None, "start() comes first"
         if name not in self._journal.results:
             self._journal.add(name, compute())
-            self._place.resumable = True
+            self._place.resumable |= CHOICE in self._journal.results
         return self._journal.results[name]
 
     @property
@@ -118,6 +120,15 @@ class StreamedShrink:
             ArgumentError: as there, or if the settings need the whole model in memory.
         """
         check_streams(settings)
+        try:
+            return self._run(calibration, settings, progress)
+        except ArgumentError:
+            self._place.resumable = False  # The same run would fail again.
+            raise
+
+    def _run(
+        self, calibration: Calibration | None, settings: ShrinkSettings, progress: Progress | None
+    ) -> ShrinkReport:
         with writing(self._place, self._out):
             run = Run(self.model, calibration, settings, progress, weights=self._weights)
             choice = self._choice(run)
@@ -164,7 +175,7 @@ class StreamedShrink:
             _save(choice.moments, path)
             return {**record_of(choice), "seconds": dict(run.seconds)}
 
-        record = self.once("choice", choose)
+        record = self.once(CHOICE, choose)
         if found:
             return found[0]
         run.seconds.update(record["seconds"])
@@ -178,6 +189,8 @@ class StreamedShrink:
         if not existing:
             empty(self._place.new, own_form)
         mapped = MappedModel(small, self._place.new, own_form, existing=existing)
+        if existing:
+            mapped.read_buffers()
         self.once("files", lambda: True)
         return mapped
 

@@ -54,7 +54,8 @@ def best_share(
         model: the dense model; unchanged at return.
         tower: its blocks.
         batches: the calibration set; without batches the first share is the best.
-        structures, importance: of the model.
+        structures: the structures.
+        importance: of all structures, by name of the consumer.
         shares: possible shares, the fewest groups first.
         weights: where the model's weights are.
     """

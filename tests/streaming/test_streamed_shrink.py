@@ -98,10 +98,19 @@ def test_experts_go_in_files(family, experts, make_decoder, tiny_checkpoint, ids
     from tests.conftest import FAMILIES
 
     monkeypatch.setitem(FAMILIES, family, MIXTURES[family])
-    varied(make_decoder(family)).save_pretrained(tmp_path / "source")
+    model = varied(make_decoder(family))
+    for buffer in model.buffers():
+        if buffer.shape == (4,):  # The bias that balances the load.
+            buffer.copy_(torch.tensor([0.3, 0.0, -0.2, 0.1]))
+    model.save_pretrained(tmp_path / "source")
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "source")
     options = {"ratio": 0.1, "method": "wanda-sp", "groups": 0, "multiple": 8, "experts": experts}
     in_memory(tmp_path / "source", tmp_path / "memory", ids, "auto", **options)
+    add = Journal.add
+    monkeypatch.setattr(Journal, "add", lambda self, name, result: add(self, name, result) or 1 / (name != "block 2"))
+    with pytest.raises(ZeroDivisionError):
+        shrink_checkpoint(tmp_path / "source", tmp_path / "files", ids, **options)
+    monkeypatch.setattr(Journal, "add", add)
     report = shrink_checkpoint(tmp_path / "source", tmp_path / "files", ids, **options)
     assert report.widths.get("experts", (4, 3)) == (4, 3)
     assert report.widths.get("expert_channels", (16, 8)) == (16, 8)
