@@ -8,7 +8,7 @@ per weight of e bytes: e read, and about 1 % more for the partial sums of large 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -84,36 +84,37 @@ def _by_cpu(weights: Sequence[torch.Tensor]) -> list[ScoreTerms]:
 def _by_triton(weights: Sequence[torch.Tensor]) -> list[ScoreTerms]:
     sources = [weight.detach() if weight.stride(1) == 1 else weight.detach().contiguous() for weight in weights]
 
-    def kind(place: int) -> Hashable:
-        source = sources[place]
-        return source.dtype, is_aligned([source], *source.shape, source.stride(0))
+    def aligned(place: int) -> bool:
+        return is_aligned([sources[place]], *sources[place].shape, sources[place].stride(0))
 
     found: dict[int, ScoreTerms] = {}
-    for places in batches(range(len(weights)), kind):
-        sums = _launch([sources[place] for place in places], is_aligned=bool(kind(places[0])[1]))  # type: ignore[index]
+    for places in batches(range(len(weights)), lambda place: (sources[place].dtype, aligned(place))):
+        sums = _launch([sources[place] for place in places], aligned(places[0]))
         for place, (row, col, flags) in zip(places, sums, strict=True):
             found[place] = checked_terms(weights[place], row, col, None, flags)
     return [found[place] for place in range(len(weights))]
 
 
-def _launch(weights: Sequence[torch.Tensor], is_aligned: bool) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _launch(weights: Sequence[torch.Tensor], aligned: bool) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The inverse row and column sums of weights of one kind, and a flag for each that is non-zero if not finite."""
     device, like = weights[0].device, weights[0]
     tiles = [launch.weight_sums(weight) for weight in weights]
     pieces = max(tile.pieces for tile in tiles)
     sizes: list[int] = []
-    parts: list[tuple[int, int]] = []
+    numbers: list[tuple[int, int]] = []
     for weight, tile in zip(weights, tiles, strict=True):
         rows, cols = weight.shape
         across = triton.cdiv(cols, tile.pieces * tile.block_cols)
         down = triton.cdiv(rows, tile.block_rows * tile.trips)
-        parts.append((across, down))
-        sizes += [across * rows, down * cols, rows, cols]
-    vectors = iter(slices(sizes, device))
+        numbers.append((across, down))
+        sizes += [across * rows, down * cols]
+    # The sums may be kept for long, so partial sums have memory of their own.
+    parts = iter(slices(sizes, device))
+    sums = iter(slices([size for weight in weights for size in weight.shape], device))
     table, results = LayerTable(launches=2), []
-    for weight, tile, (across, down) in zip(weights, tiles, parts, strict=True):
+    for weight, tile, (across, down) in zip(weights, tiles, numbers, strict=True):
         rows, cols = weight.shape
-        row_parts, col_parts, row_sums, col_sums = (next(vectors) for _ in range(4))
+        row_parts, col_parts, row_sums, col_sums = next(parts), next(parts), next(sums), next(sums)
         found = new_flag(device)
         merged = triton.cdiv(cols, MERGED_SUMS) + triton.cdiv(rows, MERGED_SUMS)
         table.add(
@@ -128,7 +129,7 @@ def _launch(weights: Sequence[torch.Tensor], is_aligned: bool) -> list[tuple[tor
             on_device,
             DTYPE=element_type(like.dtype),
             LAYERS=table.size,
-            ALIGNED=is_aligned,
+            ALIGNED=aligned,
             BLOCK_ROWS=tiles[0].block_rows,
             BLOCK_COLS=tiles[0].block_cols,
             PIECES=pieces,
@@ -138,7 +139,7 @@ def _launch(weights: Sequence[torch.Tensor], is_aligned: bool) -> list[tuple[tor
         _merge_parts_of_layers[table.grid(1)](
             on_device,
             LAYERS=table.size,
-            ALIGNED=is_aligned,
+            ALIGNED=aligned,
             SMALLEST=SMALLEST_NORMAL,
             BLOCK_PARTS=MERGED_PARTS,
             BLOCK_SUMS=MERGED_SUMS,

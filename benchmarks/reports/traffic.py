@@ -28,6 +28,7 @@ from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
 from ace_triton.kernels.finite import all_finite
+from ace_triton.kernels.finite_group import find_each_not_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.output_norms import output_norms
@@ -37,17 +38,20 @@ from ace_triton.kernels.quantize_nm import quantize_nm
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
+from ace_triton.kernels.select_nm_group import select_nm_group
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.token_norms import token_norms
 from ace_triton.kernels.token_statistics import no_layer_sums, no_moments, token_statistics
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.kernels.weight_sums import weight_sums
+from ace_triton.kernels.weight_sums_group import group_relative_importance
 from ace_triton.kernels.weighted_squares import weighted_squares
 from ace_triton.methods.registry import metric
 from ace_triton.methods.wanda_ria import ria, wanda
 from benchmarks.claims.published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
 from benchmarks.harness.traffic_counter import Counter, Traffic
+from benchmarks.reports.block_traffic import BlockRow, block_lines, rows_of_blocks
 
 SHAPE = (512, 2048)
 N_TOKENS = 2048
@@ -95,6 +99,7 @@ def planned_for(plan: str, whole: tuple[int, ...]) -> Iterator[None]:
 def rows_of_sums(dtype: torch.dtype) -> list[Row]:
     """Operations that sum over a whole layer or batch."""
     weight, tokens = torch.randn(LAYER_SHARE).to(dtype), torch.randn(BATCH_SHARE).to(dtype)
+    pair = [weight, weight.clone()]
     (rows, cols), (sequences, _, channels) = LAYER_SHARE, BATCH_SHARE
     e, n, x = weight.element_size(), weight.numel(), tokens.numel()
     stats = ActivationStats.from_tokens(torch.randn(2, 4, cols))
@@ -103,6 +108,12 @@ def rows_of_sums(dtype: torch.dtype) -> list[Row]:
     with planned_for("weight_sums", LAYER), planned_for("moments", BATCH):
         return [
             count("weight_sums" + of_layer, n, e * n + 4 * (rows + cols), lambda: weight_sums(weight)),
+            count(
+                "weight_sums of 2 layers" + of_layer,
+                2 * n,
+                2 * (e * n + 4 * (rows + cols)),
+                lambda: group_relative_importance(pair),
+            ),
             count(
                 "RIA in all: sums, terms, 2:4" + of_layer,
                 n,
@@ -188,6 +199,20 @@ def rows_of_packed(weight: torch.Tensor, terms: ScoreTerms, tokens: torch.Tensor
     ]
 
 
+def rows_of_groups(weight: torch.Tensor, terms: ScoreTerms) -> list[Row]:
+    """Launches for two layers, of few rows because the interpreter is slow."""
+    assert terms.row is not None
+    pair = [part.clone() for part in weight[: 2 * FEW_OUTPUTS].chunk(2)]
+    every = [replace(terms, row=row) for row in terms.row[: 2 * FEW_OUTPUTS].chunk(2)]
+    vectors = 4 * 2 * (FEW_OUTPUTS + weight.shape[1])  # both layers have the same two vectors of columns
+    n, moved = sum(part.numel() for part in pair), sum(part.nbytes for part in pair)
+    shape = f" of 2 layers ({FEW_OUTPUTS} x {weight.shape[1]})"
+    return [
+        count("select_nm 2:4, RIA's terms" + shape, n, 2 * moved + vectors, lambda: select_nm_group(pair, every, 2, 4)),
+        count("all_finite" + shape, n, moved, lambda: find_each_not_finite(pair)),
+    ]
+
+
 def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     """Every operation of this package."""
     rows, cols = SHAPE
@@ -215,6 +240,7 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     return [
         count("select_nm 2:4, Wanda's terms", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 2, 4)),
         count("select_nm 2:4, RIA's terms", n, 2 * e * n + vectors, lambda: select_nm(weight, relative, 2, 4)),
+        *rows_of_groups(weight, relative),
         count("select_nm 4:8", n, 2 * e * n + 4 * cols, lambda: select_nm(weight, plain, 4, 8)),
         count("select_nm 2:4, mask", n, (e + 1) * n, lambda: select_nm(weight, ScoreTerms(), 2, 4, output="mask")),
         count(
@@ -366,7 +392,7 @@ def layer_lines(rows: list[LayerRow]) -> Iterator[str]:
     yield ""
 
 
-def page(ours: list[Row], layers: list[LayerRow], published: list[Row]) -> str:
+def page(ours: list[Row], layers: list[LayerRow], blocks: list[BlockRow], published: list[Row]) -> str:
     """docs/traffic.md."""
     lines = [
         "# Memory traffic",
@@ -399,7 +425,7 @@ def page(ours: list[Row], layers: list[LayerRow], published: list[Row]) -> str:
             )
         lines.append("")
         if rows is ours:
-            lines += layer_lines(layers)
+            lines += [*layer_lines(layers), *block_lines(blocks)]
     return "\n".join(lines)
 
 
@@ -407,13 +433,14 @@ def main(out: Annotated[Path, typer.Option()] = Path("docs/traffic")) -> None:
     """Count, write OUT.json and OUT.md, and print the page."""
     if not interpreting():
         raise typer.BadParameter("run `make traffic`: counting needs Triton's interpreter (TRITON_INTERPRET=1)")
-    ours, layers, published = our_rows(), rows_of_layers(), published_rows()
-    text = page(ours, layers, published)
+    ours, layers, blocks, published = our_rows(), rows_of_layers(), rows_of_blocks(), published_rows()
+    text = page(ours, layers, blocks, published)
     write_json(
         out.with_suffix(".json"),
         {
             "shape": SHAPE,
             "n_tokens": N_TOKENS,
+            "blocks": [asdict(row) for row in blocks],
             "layers": [{**asdict(row), "ratio": row.ratio} for row in layers],
             **{
                 name: [{**asdict(row), "ratio": row.ratio} for row in rows]

@@ -23,6 +23,7 @@ from benchmarks.reports import (
     structured,
     traffic,
 )
+from benchmarks.reports.block_traffic import BlockRow
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -50,9 +51,13 @@ def memory_traffic() -> str:
         first, further = Traffic(**found["first"]), Traffic(**found["further"])
         return traffic.LayerRow(found["method"], first, further, found["elements"], found["least"])
 
+    def block(found: dict) -> BlockRow:
+        counts = (Traffic(**found[name]) for name in ("checks", "together", "alone"))
+        return BlockRow(found["method"], *counts)
+
     found = record("traffic")
     ours, layers, published = map(row, found["ours"]), map(layer, found["layers"]), map(row, found["published"])
-    return traffic.page(list(ours), list(layers), list(published))
+    return traffic.page(list(ours), list(layers), list(map(block, found["blocks"])), list(published))
 
 
 PAGES: dict[str, Callable[[], str]] = {
