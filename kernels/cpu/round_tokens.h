@@ -76,6 +76,11 @@ inline void round_tokens(const Matrix& matrix, int64_t block, int64_t padded, in
                     store_part(parts + LANES, narrow(min(lower, Ints::all(INT16_MAX))));
                 });
             }
+            // Zeros up to `padded`: weights without metadata are read past the end of a row.
+            for (int64_t j = (matrix.cols + LANES - 1) / LANES * LANES; j < padded; j += LANES) {
+                auto* parts = reinterpret_cast<uint16_t*>(out) + (t * padded + j) * 2;
+                for (int part = 0; part < 2; ++part) store_part(parts + part * LANES, narrow(Ints::all(0)));
+            }
         }
     });
 }
