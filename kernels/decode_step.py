@@ -20,6 +20,7 @@ import torch
 from .cpu_library import call, structure
 from .errors import ArgumentError
 from .memory import ELEMENTS, address, contiguous, matrix, new
+from .packed_dense import PackedDense
 from .packed_nm import PackedNM
 from .packed_rows import PackedRows
 
@@ -38,11 +39,11 @@ class Linear:
     """A linear layer.
 
     Attributes:
-        weight: [out, in], dense or packed.
+        weight: [out, in], dense, packed or quantized.
         bias: [out] or None.
     """
 
-    weight: torch.Tensor | PackedNM | PackedRows
+    weight: torch.Tensor | PackedNM | PackedRows | PackedDense
     bias: torch.Tensor | None = None
 
 

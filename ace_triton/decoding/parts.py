@@ -15,6 +15,7 @@ from ..kernels.memory import ELEMENTS
 from ..linears import linear_weight
 from ..packed.nm_linear import NMLinear
 from ..packed.packed_linear import PackedLinear
+from ..packed.quantized_linear import QuantizedLinear, TiedLinear
 from ..packed.rows_linear import RowsLinear
 from .refusal import StepRefusedError
 
@@ -22,6 +23,9 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary positions whose cosines and sines depend on the position alone, not on the length of the text."""
 
 KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+PACKED = NMLinear, RowsLinear, QuantizedLinear, TiedLinear
+"""Packed layers whose products the step has."""
 
 _SPLIT, _JOINED = ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)
 _GATES, _JOINED_GATES = ("gate_proj", "up_proj"), ("gate_up_proj",)
@@ -184,7 +188,7 @@ class _Finder:
         self.scaling.add(scaling)
 
     def _linear(self, layer: nn.Module) -> Linear:
-        if isinstance(layer, PackedLinear) and type(layer) in (NMLinear, RowsLinear):
+        if isinstance(layer, PackedLinear) and type(layer) in PACKED:
             packed = layer.packed
             self.tensors += packed.tensors.values()
             weight: Any = packed

@@ -71,7 +71,10 @@ const ProductKind PRODUCT_KINDS[] = {
          bodies->nm_linear(packed_of(p), token.task(p.bias, out), begin, end);
      }},
     // Spreading the weights and multiplying takes as long as reading about three times their bytes.
-    {[](const AceProduct& p) { return 3 * (p.rows * p.cols * p.n / p.m * p.bits / 8 + p.rows * p.cols / 8); },
+    {[](const AceProduct& p) {
+         const int64_t places = p.meta ? p.rows * p.cols / 8 : 0;
+         return 3 * (p.rows * p.cols * p.n / p.m * p.bits / 8 + places);
+     },
      [](const AceProduct& p, Token& token) { token.round(rounded_block(p.group)); },
      [](const AceProduct& p, const Token& token, float* out, int64_t begin, int64_t end) {
          const FewBitsTask task = token.rounded_task(rounded_block(p.group), p.group, p.bias, out);

@@ -66,10 +66,21 @@ def test_the_logits_are_the_models(make_decoder, text, family, threads):
 @pytest.mark.parametrize("isa", cpu_library.ISAS)
 @pytest.mark.parametrize(
     ("sparsity", "options"),
-    [("2:4", {}), ("8:16", {}), ("0.5", {}), ("8:16", {"bits": 8, "group": 32}), ("16:32", {"bits": 4, "group": 32})],
+    [
+        ("2:4", {}),
+        ("8:16", {}),
+        ("0.5", {}),
+        ("8:16", {"bits": 8, "group": 32}),
+        ("16:32", {"bits": 4, "group": 32}),
+        ("2:4", {"bits": 8, "group": 32, "head_bits": 8}),
+        ("2:4", {"head_bits": 4, "group": 32, "tie_word_embeddings": True}),
+        ("2:4", {"include": "*.mlp.*", "dense_bits": 8, "head_bits": 8, "group": 32}),
+    ],
 )
 def test_packed_layers_of_each_layout(make_decoder, text, sparsity, options, isa):
-    model = pruned(make_decoder("qwen2", intermediate_size=64), sparsity, **options)
+    tied = {name: options[name] for name in options if name == "tie_word_embeddings"}
+    model = make_decoder("qwen2", intermediate_size=64, **tied)
+    model = pruned(model, sparsity, **{name: value for name, value in options.items() if name not in tied})
     in_use = cpu_library.isa()
     try:
         cpu_library.use_isa(isa)
