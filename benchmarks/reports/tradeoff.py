@@ -27,7 +27,7 @@ from ace_triton.provenance import name_of, now
 from ace_triton.study.workbench import Protocol, processor_name
 
 from ..harness.resident import PROMPT
-from .tradeoff_forms import DENSE_FORM, FORMS, LENGTH, STEP_FORMS, Form, Forms, Opened
+from .tradeoff_forms import DENSE_FORM, FORMS, LENGTH, OURS, STEP_FORMS, Form, Forms, Opened
 from .tradeoff_page import page, picture
 
 STEPS = ("perplexity", "speed")
@@ -66,8 +66,7 @@ def main(
         )
         forms = Forms(protocol, preset, work / name)
         found = of_model(content, name, setting_of(protocol, preset))
-        if only == "speed":
-            found["speed"] = [entry for entry in found["speed"] if is_current(entry)]
+        found[only] = [entry for entry in found[only] if is_current(entry)]
         known = {Form(**entry["form"]) for entry in found[only]}
         wanted = [entry for entry in all_forms if entry not in known and (not form or str(entry) in form)]
         for entry in wanted[:most]:
@@ -78,7 +77,7 @@ def main(
             measured = (
                 perplexity_of(forms, entry) if only == "perplexity" else speed_of(forms, entry, rounds, new_tokens)
             )
-            found[only].append({"form": asdict(entry), **measured, "date": now()})
+            found[only].append({"form": asdict(entry), "head_bits": entry.head_bits, **measured, "date": now()})
             console.print(f"{name}, {entry}: {measured}", highlight=False)
             write_json(out / "tradeoff.json", content)
     write(out, content)
@@ -128,9 +127,15 @@ def of_model(content: dict[str, Any], name: str, setting: dict[str, Any]) -> dic
     return found
 
 
-def is_current(speed: dict[str, Any]) -> bool:
-    """False for the speed of a pruned form that the compiled step did not decode: it is measured again."""
-    return not Form(**speed["form"]).pattern or speed.get("decoder") == "compiled"
+def is_current(entry: dict[str, Any]) -> bool:
+    """False for a form of this package without the compiled step or with other bits of its head.
+
+    It is measured again.
+    """
+    form = Form(**entry["form"])
+    if form.engine != OURS:
+        return True
+    return entry.get("decoder", "compiled") == "compiled" and entry.get("head_bits") == form.head_bits
 
 
 def perplexity_of(forms: Forms, form: Form) -> dict[str, Any]:

@@ -42,6 +42,9 @@ LLAMA_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
 _QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 """A log of llama.cpp that writes nothing."""
 
+HEAD_BITS = 8
+"""Bits of the embeddings and the head of a form in 8 or 4 bits. llama.cpp quantizes them too."""
+
 LENGTH, SEED = 128, 0
 """Tokens of a calibration sequence, and the seed of the samples."""
 
@@ -51,7 +54,7 @@ class Form:
     """A form of a model.
 
     Attributes:
-        engine: what runs it; the compiled step runs pruned forms, and with STEP a model that is not pruned.
+        engine: what runs it; the compiled step runs the forms of this package, and with STEP a dense model.
         pattern: n:m; "" for a model that is not pruned.
         weights: type of the weights: "fp32", "bf16", "8 bits" or "4 bits", or llama.cpp's name.
     """
@@ -61,13 +64,20 @@ class Form:
     weights: str
 
     def __str__(self) -> str:
-        first = {DENSE: "dense", LLAMA: LLAMA, STEP: "dense, compiled step,"}.get(self.engine, self.pattern)
+        ours = self.pattern or "dense, ace_triton,"
+        first = {DENSE: "dense", LLAMA: LLAMA, STEP: "dense, compiled step,"}.get(self.engine, ours)
         return f"{first} {self.weights}"
+
+    @property
+    def head_bits(self) -> int | None:
+        """Bits of the embeddings and the head; None if they are in the type of the model, or llama.cpp chooses."""
+        return HEAD_BITS if self.engine == OURS and BITS[self.weights] is not None else None
 
 
 FORMS = (
     *(Form(DENSE, "", weights) for weights in DTYPES),
     *(Form(LLAMA, "", weights) for weights in LLAMA_TYPES),
+    Form(OURS, "", "8 bits"),
     *(Form(OURS, pattern, weights) for pattern in PATTERNS for weights in BITS),
 )
 
@@ -127,10 +137,12 @@ class InTorch(Opened):
         head = self.model.get_output_embeddings()
         self.block_bytes = self.block_weights = 0
         for layer in self.model.modules():
+            if layer is head:
+                continue
             if isinstance(layer, PackedLinear):
                 self.block_bytes += layer.packed.packed_bytes
                 self.block_weights += layer.out_features * layer.in_features
-            elif is_linear(layer) and layer is not head:
+            elif is_linear(layer):
                 self.block_bytes += layer.weight.nbytes
                 self.block_weights += layer.weight.numel()
 
@@ -249,19 +261,25 @@ class Forms:
         if folder.exists():
             return folder
         bits = BITS[form.weights]
+        if not form.pattern:
+            model = copy.deepcopy(self.bench.model)
+            pack_model(model, group=GROUP, head_bits=form.head_bits, dense_bits=bits)
+            save_packed(model, self.bench.tokenizer, folder)
+            return folder
         parts = {"sparsity": form.pattern, "quantize": None if bits is None else Quantization(bits, GROUP)}
         with self.bench.pruned(Cell(replaced(PRESETS[self.preset], parts), LENGTH, SEED)):
+            quantized = {"bits": bits, "group": GROUP, "head_bits": form.head_bits}
             names = [form.weights] if bits is not None else list(DTYPES)
             for name in names:
                 model = copy.deepcopy(self.bench.model).to(DTYPES.get(name, torch.float32))
-                pack_model(model, form.pattern, **({} if bits is None else {"bits": bits, "group": GROUP}))
+                pack_model(model, form.pattern, **({} if bits is None else quantized))
                 save_packed(model, self.bench.tokenizer, self._place(dataclasses.replace(form, weights=name)))
         return folder
 
     def _place(self, form: Form) -> Path:
         """The folder of a packed model, named by what pruned it too."""
         pruning = f"{self.preset}-{self.protocol.samples}-{Path(self.protocol.calibration).name.replace(':', '-')}"
-        return self.folder / pruning / f"{form.pattern.replace(':', '-')}-{form.weights.replace(' ', '-')}"
+        return self.folder / pruning / f"{form.pattern.replace(':', '-') or 'dense'}-{form.weights.replace(' ', '-')}"
 
     def _gguf(self, kind: str) -> Path:
         """A GGUF file, converted by llama.cpp from one in float32, as its users do."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .drawing import Scale, line, opening, text
-from .tradeoff_forms import DENSE, DENSE_FORM, FORMS, LLAMA, OURS, PATTERNS, STEP_FORMS, Form
+from .tradeoff_forms import DENSE, DENSE_FORM, FORMS, HEAD_BITS, LLAMA, PATTERNS, STEP_FORMS, Form
 
 SIZES = (4.0, 2.0, 1.1, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Limits of bytes a weight for which the page names the best form."""
@@ -50,7 +50,7 @@ class Point:
     @property
     def pruned(self) -> bool:
         """True if the form is pruned."""
-        return self.form.engine == OURS
+        return bool(self.form.pattern)
 
 
 Cost = Callable[[Point], float]
@@ -107,12 +107,12 @@ def page(content: dict[str, Any]) -> str:
         "![Perplexity against bytes of a weight, and against tokens a second](images/tradeoff.svg)",
         "",
         "Measured by `make tradeoff`, which also writes the sentences below from the figures. Pruned forms are packed "
-        "folders of this package. Forms that are not pruned are the model in transformers and in llama.cpp, whose "
-        "files its own converter makes from float32. All perplexities are of the same token ids in the same windows, "
-        "by the same code, from the logits of each engine. Bytes of a weight count the linear layers in the blocks, "
-        "with zeros counted as weights, and scales and positions included. llama.cpp also quantizes embeddings and the "
-        "head; here they stay in the type of the model, so a pruned form pays for them in its speed and its file. A "
-        "pruned form of 8 or 4 bits computes in float32. " + _decoders(content),
+        "folders of this package. Forms that are not pruned are the model in transformers, in 8 bits in this package, "
+        "and in llama.cpp, whose files its own converter makes from float32. All perplexities are of the same token "
+        "ids in the same windows, by the same code, from the logits of each engine. Bytes of a weight count the linear "
+        "layers in the blocks, with zeros counted as weights, and scales and positions included. llama.cpp also "
+        f"quantizes embeddings and the head; here a form of 8 or 4 bits has them in {HEAD_BITS} bits (`pack "
+        "--head-bits`), and computes in float32. " + _decoders(content),
         "",
     ]
     lines += [] if content["models"] else ["No model is measured yet."]
