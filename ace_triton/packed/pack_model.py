@@ -18,31 +18,17 @@ from ..kernels.few_bits import check_bits
 from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
 from ..solvers.quantize import GROUP
-from ..sparsity import Sparsity
 from .expert_stack import ExpertStack, stores_transposed
 from .manifest import DENSE
 from .nm_linear import NMLinear
+from .pack_layer import OFFLOADED, NotEligible, Wanted, nm_of, pack_layer
 from .packed_linear import PackedLinear
 from .pattern import find_pattern
 from .products import RowLimits
 from .quantized_embedding import QuantizedEmbedding
 from .quantized_linear import QuantizedLinear, TiedLinear
-from .rows_linear import RowsLinear
 from .saving import SavePretrained
 from .tables import Tables, forget_ties, tables_of
-
-PROBE_TOKENS = 3
-"""Random tokens for the check that a layer with its own forward computes x W^T + b."""
-
-LEAST_UNSTRUCTURED = 0.44
-"""A weight whose zeros follow no pattern is packed from this share of zeros on. With fewer zeros it would be little
-smaller, and slower than the dense one. A little below 45 %, because a share of a row is rounded down."""
-
-OFFLOADED = (
-    "its weight is on the meta device (accelerate offloads it, or it was never loaded): load the model whole, without "
-    "device_map, or pack the saved checkpoint (ace-triton pack)"
-)
-"""Why a layer without values is not packed."""
 
 FREED_BYTES = 64 * 2**20
 """The allocator is asked to return free memory each time this many bytes of dense weights were freed."""
@@ -108,10 +94,6 @@ class WeightsInMemory:
 
     def keep(self, layer: nn.Module) -> None:
         """Called inside :meth:`loaded` with each layer that the model gets in place of a dense one."""
-
-
-class _NotEligible(Exception):
-    """A layer cannot be packed; the message says why."""
 
 
 def pack_model(
@@ -203,7 +185,7 @@ def pack_layers(
     for given in (bits, head_bits, embedding_bits, dense_bits):
         if given is not None:
             check_bits(given, group)
-    wanted = _Wanted(None if pattern is None else _parse(pattern), limits, bits, group, dense_bits)
+    wanted = Wanted(None if pattern is None else nm_of(pattern), limits, bits, group, dense_bits)
     tables = tables_of(model, head_bits, embedding_bits)
     head, of_head = None, wanted
     if tables.head is not None:
@@ -234,11 +216,11 @@ def pack_layers(
         assert weight is not None
         try:
             if id(layer.weight) in tied:
-                raise _NotEligible("its weight is tied to another layer's")
+                raise NotEligible("its weight is tied to another layer's")
             with weights.loaded(layer):
-                replacement = _pack(layer, of_head if name == head else wanted)
+                replacement = pack_layer(layer, of_head if name == head else wanted)
                 weights.keep(replacement)
-        except _NotEligible as why_not:
+        except NotEligible as why_not:
             skip(name, weight, str(why_not))
             continue
         _replace(model, layer, replacement)
@@ -311,55 +293,6 @@ def _tied(model: nn.Module) -> set[int]:
     return tied
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """How layers are packed; ``pattern`` None to detect it, ``dense_bits`` None to leave layers that are dense."""
-
-    pattern: tuple[int, int] | None
-    limits: RowLimits | None
-    bits: int | None
-    group: int
-    dense_bits: int | None = None
-
-
-def _pack(layer: nn.Module, wanted: _Wanted) -> PackedLinear:
-    weight = linear_weight(layer)
-    assert weight is not None
-    if weight.is_meta:
-        raise _NotEligible(OFFLOADED)
-    if any(getattr(layer, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")) or "forward" in vars(layer):
-        raise _NotEligible("it has hooks or its own forward, which packing would remove")
-    try:
-        packed = _pack_sparse(layer, weight, wanted)
-    except _NotEligible:
-        if wanted.dense_bits is None:
-            raise
-        try:
-            packed = QuantizedLinear.from_linear(layer, wanted.dense_bits, wanted.group, wanted.limits)
-        except ValueError as error:
-            raise _NotEligible(str(error)) from error
-    size = packed.packed
-    if size.packed_bytes >= size.dense_bytes:
-        raise _NotEligible(
-            f"packed as {packed.pattern} it is no smaller: {size.packed_bytes} bytes instead of {size.dense_bytes}"
-        )
-    if type(layer).forward is not nn.Linear.forward and not _multiplies(layer, weight):
-        raise _NotEligible(f"a {type(layer).__name__} does not compute x W^T + b")
-    return packed
-
-
-def _pack_sparse(layer: nn.Module, weight: torch.Tensor, wanted: _Wanted) -> PackedLinear:
-    nm = wanted.pattern or _detect(weight)
-    if nm is None and wanted.bits is not None:
-        raise _NotEligible(f"its zeros follow no pattern n:m, and only n:m weights can be stored in {wanted.bits} bits")
-    try:
-        if nm is None:
-            return RowsLinear.from_linear(layer, wanted.limits)
-        return NMLinear.from_linear(layer, *nm, wanted.limits, bits=wanted.bits, group=wanted.group)
-    except ValueError as error:
-        raise _NotEligible(str(error)) from error
-
-
 def _pack_embedding(
     model: nn.Module, tables: Tables, weights: WeightsInMemory, group: int, limits: RowLimits | None
 ) -> list[PackedLayer]:
@@ -385,7 +318,7 @@ def _pack_embedding(
 def _pack_experts(
     model: nn.Module,
     stack: Stack,
-    wanted: _Wanted,
+    wanted: Wanted,
     names: NameFilter,
     skip: Callable[[str, torch.Tensor, str], None],
     weights: WeightsInMemory,
@@ -402,8 +335,8 @@ def _pack_experts(
         layers.append(expert)
         if names.wants(name):
             try:
-                packed = _pack(expert, wanted)
-            except _NotEligible as why_not:
+                packed = pack_layer(expert, wanted)
+            except NotEligible as why_not:
                 skip(name, expert.weight, str(why_not))
                 continue
             weights.keep(packed)
@@ -415,46 +348,6 @@ def _pack_experts(
             if isinstance(left, nn.Linear):
                 weights.keep(left)
     return entries
-
-
-def _detect(weight: torch.Tensor) -> tuple[int, int] | None:
-    """The pattern n:m to pack a weight in; None if its zeros follow no such pattern along the inputs."""
-    found = find_pattern(weight)
-    if found.dense:
-        raise _NotEligible("it is dense: it was not pruned")
-    if found.nm is not None and found.across is None:
-        return found.nm
-    zeros = 1 - float((weight != 0).sum()) / weight.numel()
-    if zeros < LEAST_UNSTRUCTURED:
-        raise _NotEligible(
-            f"it is {found}, and {zeros:.0%} of it are zeros: weights that are not n:m along the inputs are packed "
-            f"from {LEAST_UNSTRUCTURED:.0%} zeros on"
-        )
-    return None
-
-
-def _parse(pattern: str) -> tuple[int, int]:
-    sparsity = Sparsity(pattern)
-    if sparsity.n is None or sparsity.m is None:
-        raise ArgumentError(
-            f"pattern {pattern!r}: packing takes 'n:m', for example '2:4', or None to detect each layer's pattern"
-        )
-    return sparsity.n, sparsity.m
-
-
-@torch.no_grad()
-def _multiplies(layer: nn.Module, weight: torch.Tensor) -> bool:
-    """True if a linear layer with its own forward computes x W^T + b."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(1, PROBE_TOKENS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")
-    tokens = tokens.to(weight)
-    bias: Any = layer.bias
-    expected = torch.nn.functional.linear(tokens.float(), weight.float(), None if bias is None else bias.float())
-    given = layer(tokens)
-    if not isinstance(given, torch.Tensor) or given.shape != expected.shape:
-        return False
-    tolerance = 8 * torch.finfo(weight.dtype).eps * float(expected.abs().amax())
-    return bool((given.float() - expected).abs().amax() <= tolerance)
 
 
 def _replace(model: nn.Module, layer: nn.Module, replacement: nn.Module) -> None:

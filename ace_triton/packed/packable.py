@@ -7,7 +7,7 @@ import torch
 from ..errors import ArgumentError
 from ..recipe import Recipe
 from .manifest import DTYPES
-from .pack_model import LEAST_UNSTRUCTURED
+from .pack_layer import LEAST_UNSTRUCTURED
 
 
 def check_packed(recipe: Recipe, dtype: torch.dtype) -> None:
