@@ -344,7 +344,9 @@ def _embedding_table(model: nn.Module) -> torch.Tensor | None:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    table = next(embedding.parameters(), None) if isinstance(embedding, nn.Module) else None
+    if not isinstance(embedding, nn.Module):
+        return None
+    table = next(embedding.parameters(), getattr(embedding, "weight", None))  # A quantized table is no parameter.
     return table if table is not None and table.dim() == 2 else None
 
 

@@ -191,6 +191,9 @@ def pack_layers(
     if tables.head is not None:
         head = tables.head[0]
         of_head = replace(wanted, bits=tables.head[1], dense_bits=tables.head[1])
+    for table in (tables.head, tables.embedding):
+        if table is not None:
+            _check_finite(model, table[0], weights)
     names = NameFilter.of(model, include, exclude)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tied = _tied(model)
@@ -252,7 +255,12 @@ def pack_layers(
         note(_pack_embedding(model, tables, weights, group, limits))
     if not packed:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped[:3])) or "it has no linear layer"
-        advice = "" if OFFLOADED in reasons else "; prune it first (ace-triton prune --sparsity 2:4)"
+        advice = (
+            ""
+            if OFFLOADED in reasons
+            else "; prune it first (ace-triton prune --sparsity 2:4), or store it as it is in 8 bits (ace-triton pack "
+            "--dense-bits 8)"
+        )
         raise ArgumentError(f"no layer of {type(model).__name__} can be packed: {reasons}{advice}")
     give_back_free_memory()
     forget_ties(model)
@@ -291,6 +299,17 @@ def _tied(model: nn.Module) -> set[int]:
         if end > furthest:
             furthest, holder = end, identity
     return tied
+
+
+def _check_finite(model: nn.Module, name: str, weights: WeightsInMemory) -> None:
+    """ArgumentError if a head or an embedding holds NaN or infinity, before anything is changed."""
+    module = model.get_submodule(name)
+    with weights.loaded(module):
+        weight: Any = module.weight
+        if not weight.is_meta and not bool(weight.detach().isfinite().all()):
+            raise ArgumentError(
+                f"{name} holds NaN or infinity, so it cannot be stored in few bits: load the model again"
+            )
 
 
 def _pack_embedding(

@@ -45,17 +45,17 @@ def tables_of(model: Any, head_bits: int | None, embedding_bits: int | None) -> 
         return Tables()
     head, embedding = _table(model, "get_output_embeddings"), _table(model, "get_input_embeddings")
     if head_bits is not None and head is None:
-        raise ArgumentError(f"head_bits: a {type(model).__name__} has no output head; leave it out")
+        raise ArgumentError(f"a {type(model).__name__} has no output head: give no bits for it")
     if embedding_bits is not None and embedding is None:
-        raise ArgumentError(f"embedding_bits: a {type(model).__name__} has no embedding; leave it out")
+        raise ArgumentError(f"a {type(model).__name__} has no embedding: give no bits for it")
     names = {id(module): name for name, module in model.named_modules()}
     if head is not None and embedding is not None and head.weight is embedding.weight:
         bits = head_bits or embedding_bits
         assert bits is not None
         if head_bits and embedding_bits and head_bits != embedding_bits:
             raise ArgumentError(
-                f"head_bits {head_bits} and embedding_bits {embedding_bits}: the head shares the embedding's weight, "
-                "so both need the same bits; give one of them"
+                f"{head_bits} bits for the head and {embedding_bits} for the embedding: they share a weight, so both "
+                "need the same bits; give one of them"
             )
         _check_embedding(model, embedding, {id(head), id(embedding)})
         _check_head(head)
@@ -81,7 +81,7 @@ def _check_embedding(model: nn.Module, embedding: Any, known: set[int]) -> None:
     reason = why_not_quantized(embedding)
     if reason is not None:
         raise ArgumentError(
-            f"the embedding cannot be stored in few bits: {reason}; leave head_bits or embedding_bits out"
+            f"the embedding cannot be stored in few bits: {reason}; give no bits for it, nor for a head that shares it"
         )
     others = [
         name
@@ -90,14 +90,14 @@ def _check_embedding(model: nn.Module, embedding: Any, known: set[int]) -> None:
     ]
     if others:
         raise ArgumentError(
-            f"the embedding cannot be stored in few bits: {', '.join(others)} shares its weight; leave head_bits or "
-            "embedding_bits out"
+            f"the embedding cannot be stored in few bits: {', '.join(others)} shares its weight; give no bits for it, "
+            "nor for a head that shares it"
         )
 
 
 def _check_head(head: Any) -> None:
     if not is_linear(head):
-        raise ArgumentError(f"the output head is a {type(head).__name__}, not a linear layer: leave head_bits out")
+        raise ArgumentError(f"the output head is a {type(head).__name__}, not a linear layer: give no bits for it")
     if head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
         raise ArgumentError(
             "the output head has hooks or its own forward, which packing would remove: remove them first"

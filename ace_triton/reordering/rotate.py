@@ -17,7 +17,7 @@ from ..sparsity import Sparsity
 from ..timing import Stopwatch
 from .fold import Fold, Unfolded
 from .reorder import Folds
-from .rotation import OutputSide, ValueSide, learned_rotation
+from .rotation import OutputSide, ValueSide, learned_rotation, near_one
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,10 @@ class Rotator:
             pools, shares = (torch.arange(count, device=gram.device) for count in heads[:2])
             places = pools[:, None], shares
             of_heads = gram.unflatten(1, heads).unflatten(0, heads)[*places, :, *places]
-            sides.append(OutputSide(outputs.unflatten(1, heads), of_heads, sparsity))
+            sides.append(OutputSide(near_one(outputs).unflatten(1, heads), near_one(of_heads), sparsity))
         if producer in pruned and misfit(values, sparsity, axis) is None:
-            sides.append(ValueSide(values.unflatten(0, (fold.pools, fold.width)), gram_of_values.diagonal(), sparsity))
+            weight = near_one(values).unflatten(0, (fold.pools, fold.width))
+            sides.append(ValueSide(weight, near_one(gram_of_values.diagonal()), sparsity))
         return sides
 
 

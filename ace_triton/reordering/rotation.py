@@ -25,6 +25,9 @@ from ..sparsity import Sparsity
 STEPS, RATE = 40, 0.02
 """Steps of Adam, and its learning rate."""
 
+TINY = torch.finfo(torch.float32).tiny
+"""Least divisor of a loss: a side without any importance has the ratio 0."""
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -107,6 +110,12 @@ class ValueSide:
         return Loss(importance.masked_fill(mask, 0).sum(), importance.sum(), gradient)
 
 
+def near_one(values: torch.Tensor) -> torch.Tensor:
+    """The values times a power of two, so that their squares are in the range of fp32. Only ratios of losses count."""
+    _, exponent = torch.frexp(values.abs().amax())
+    return torch.ldexp(values, -exponent)
+
+
 def _mask(importance: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
     return choose(importance.contiguous(), ScoreTerms(), sparsity, sparsity.axis or "in", "mask")
 
@@ -131,9 +140,9 @@ def learned_rotation(
         with torch.enable_grad():
             rotation = torch.matrix_exp(skew - skew.transpose(1, 2))
         losses = [side.loss(rotation.detach()) for side in sides]
-        wholes = wholes or [loss.pruned.clamp_min(torch.finfo(torch.float32).tiny) for loss in losses]
+        wholes = wholes or [loss.pruned.clamp_min(TINY) for loss in losses]
         total = float(torch.stack([loss.pruned / whole for loss, whole in zip(losses, wholes, strict=True)]).sum())
-        retained = 1 - float(torch.stack([loss.pruned / loss.total for loss in losses]).mean())
+        retained = 1 - float(torch.stack([loss.pruned / loss.total.clamp_min(TINY) for loss in losses]).mean())
         before = retained if step == 0 else before
         if total < least:
             best, least, after = rotation.detach(), total, retained

@@ -135,7 +135,9 @@ def is_current(entry: dict[str, Any]) -> bool:
     form = Form(**entry["form"])
     if form.engine != OURS:
         return True
-    return entry.get("decoder", "compiled") == "compiled" and entry.get("head_bits") == form.head_bits
+    if "tokens_per_second" in entry and entry.get("decoder") != "compiled":
+        return False
+    return entry.get("head_bits") == form.head_bits
 
 
 def perplexity_of(forms: Forms, form: Form) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import typer
 
 from ace_triton.study.workbench import Protocol
 from benchmarks.reports.tradeoff import PICTURE, is_current, of_model, read, setting_of
-from benchmarks.reports.tradeoff_forms import FORMS, STEP_FORMS
+from benchmarks.reports.tradeoff_forms import FORMS, OURS, STEP_FORMS
 from benchmarks.reports.tradeoff_page import front_of, page, picture, points_of, size_cost
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -28,7 +28,8 @@ def record(pruned, *, speed=True, leave_out=()):
         own = {"form": asdict(form), "head_bits": form.head_bits, "date": "", "version": "engine 1"}
         sizes.append({**own, "perplexity": perplexity, "bytes_per_weight": size, "file_bytes": 10**8})
         facts = {"rounds": 3, "new_tokens": 8, "processor": "a processor", "dense_tokens_per_second": 20.0}
-        times.append({**own, **facts, "tokens_per_second": 20 * faster, "over_dense": faster})
+        decoder = {"decoder": "compiled"} if form.engine == OURS and not form.pattern else {}
+        times.append({**own, **decoder, **facts, "tokens_per_second": 20 * faster, "over_dense": faster})
     return {"models": {"a model": {"setting": SETTING, "perplexity": sizes, "speed": times if speed else []}}}
 
 
@@ -37,7 +38,7 @@ def test_it_says_not_to_prune_if_a_form_without_pruning_is_always_better():
     assert "**Do not prune for size and speed: at every limit in the tables a form that is not pruned has" in text
     assert "The smallest of them is llama.cpp Q4_0 (0.56 bytes a weight, 1.10 times the dense perplexity).**" in text
     assert "| 0.6 | llama.cpp Q4_0 | 33.0 (1.10x) | 8:16 4 bits | 60.0 (2.00x) |" in text
-    assert "Pareto front of perplexity and size, 0 of 4 forms pruned: llama.cpp Q4_0, llama.cpp Q4_K_M," in text
+    assert "Pareto front of perplexity and size, 0 of 5 forms pruned: llama.cpp Q4_0, llama.cpp Q4_K_M," in text
 
 
 def test_it_names_a_pruned_form_that_is_best_and_says_what_it_costs():

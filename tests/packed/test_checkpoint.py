@@ -291,7 +291,7 @@ def test_a_manifest_never_leads_out_of_its_folder(sound, tmp_path, name):
         load(folder)
 
 
-@pytest.mark.parametrize(("field", "known"), [("version", 3), ("layout", 2)])
+@pytest.mark.parametrize(("field", "known"), [("version", 4), ("layout", 2)])
 def test_a_newer_file_says_so(sound, tmp_path, field, known):
     folder = copy_of(sound, tmp_path)
     content = json.loads((folder / MANIFEST_FILE).read_text())

@@ -24,11 +24,11 @@ IDS = torch.arange(3, 19)[None]
 EMBEDDING, HEAD, UP = "model.embed_tokens", "lm_head", "model.layers.0.mlp.up_proj"
 
 
-def small_model(*, tied: bool = True, dtype: torch.dtype = torch.float32):
+def small_model(*, tied: bool = True, dtype: torch.dtype = torch.float32, vocabulary: int = 41):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    shape = {"vocab_size": 41, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    shape = {"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     config = LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     ace_triton.prune_model(model, None, "magnitude", "8:16", exclude="*up_proj")
@@ -139,10 +139,16 @@ def test_an_older_version_has_no_such_layers(sound, tmp_path):
 def test_what_cannot_be_stored_in_few_bits_changes_nothing():
     model = small_model()
     before = [type(module) for module in model.modules()]
-    with pytest.raises(ArgumentError, match="head_bits 8 and embedding_bits 4: the head shares"):
+    with pytest.raises(ArgumentError, match="8 bits for the head and 4 for the embedding: they share a weight"):
         pack_model(model, head_bits=8, embedding_bits=4)
     with pytest.raises(ArgumentError, match="bits must be one of 8, 4; got 5"):
         pack_model(model, head_bits=5)
+    for table, words in ((EMBEDDING, {"embedding_bits": 8}), (HEAD, {"head_bits": 8, "dense_bits": 8})):
+        broken = small_model(tied=False)
+        broken.get_submodule(table).weight.data[3, 3] = float("nan")
+        with pytest.raises(ArgumentError, match=f"{table} holds NaN or infinity"):
+            pack_model(broken, **words)
+        assert type(broken.get_submodule(UP)) is torch.nn.Linear
     hook = model.lm_head.register_forward_hook(lambda *_: None)
     with pytest.raises(ArgumentError, match="the output head has hooks"):
         pack_model(model, head_bits=8)
@@ -205,7 +211,7 @@ def test_bench_times_it():
 
 
 def test_the_commands(command, tokenizer, tmp_path):
-    small_model().save_pretrained(tmp_path / "pruned")
+    small_model(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "pruned")
     tokenizer.save_pretrained(tmp_path / "pruned")
     few = ("--bits", 8, "--group", 32, "--head-bits", 4, "--dense-bits", 8)
     code, out, errors = command("pack", tmp_path / "pruned", tmp_path / "whole", *few)
@@ -216,6 +222,15 @@ def test_the_commands(command, tokenizer, tmp_path):
     assert same(load(tmp_path / "whole"), load(tmp_path / "streamed"))
     code, out, _ = command("info", tmp_path / "whole")
     assert "dense, packed, 4 bits" in out
+    for decoder in ("compiled", "transformers"):
+        words = ("--prompt", "the", "--max-new-tokens", 2, "--decoder", decoder)
+        code, _, errors = command("generate", tmp_path / "whole", *words)
+        assert code == 0, errors
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten")
+    code, out, errors = command("evaluate", tmp_path / "whole", "--text", text, "--length", 8)
+    assert code == 0, errors
+    assert "perplexity" in out
     code, _, errors = command("pack", tmp_path / "pruned", tmp_path / "no", "--head-bits", 5)
     assert code == 1
     assert "--head-bits and --group: bits must be one of 8, 4; got 5" in errors

@@ -147,6 +147,16 @@ def test_pruning_with_rotation_is_pruning_of_the_rotated_model(make_decoder, ids
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-25, 1e18])
+def test_weights_of_any_size_have_finite_results(make_decoder, ids, scale):
+    model = make_decoder("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight *= scale
+        model.model.layers[0].self_attn.o_proj.weight /= scale or 1
+    rotated = prune_model(model, ids, "wanda", rotate=True, include="*.0.*").rotation.rotated[0]
+    assert 0 < rotated.before <= rotated.after <= 1
+
+
 def test_values_that_are_not_pruned_do_not_count(make_decoder, ids):
     report = prune_model(make_decoder("llama"), ids, "wanda", rotate=True, exclude="*.v_proj")
     assert [r.after > r.before for r in report.rotation.rotated] == [True] * 3

@@ -62,7 +62,7 @@ def test_interrupted_runs_resume_to_the_bytes_of_a_run_in_memory(
     monkeypatch.setattr(Journal, "add", stopping)
     stops, resumed = [], None
     while resumed is None:
-        left[0] = 5
+        left[0] = 3
         try:
             resumed = shrink_checkpoint(tiny_checkpoint, tmp_path / "files", some_ids, dtype=dtype, **options)
         except Stop as stop:
