@@ -85,7 +85,8 @@ def embedding_agreement(
         )
     if not 1 <= neighbors < len(dense):
         raise ArgumentError(
-            f"{len(dense)} inputs have no {neighbors} neighbors each: give more inputs, or ask for fewer neighbors"
+            f"{len(dense)} inputs have no {neighbors} neighbors each: give more inputs, or ask for fewer neighbors "
+            "(evaluate --neighbors)"
         )
     one, other = (torch.nn.functional.normalize(rows.float(), dim=1) for rows in (dense, pruned))
     cosines = (one * other).sum(1)

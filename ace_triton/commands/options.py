@@ -100,9 +100,7 @@ EmbeddingBitsOption = Annotated[
 ]
 DenseBitsOption = Annotated[
     int | None,
-    typer.Option(
-        help="Store linear layers that were not pruned in 8 or 4 bits.", show_default="their own type", metavar="8|4"
-    ),
+    typer.Option(help="Bits of the linear layers that were not pruned.", show_default="their own type", metavar="8|4"),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 SourceArgument = Annotated[

@@ -88,7 +88,7 @@ def plan_table(plan: PruningPlan, *, probes: bool = True) -> Table:
     if len(plan.towers) > 1:
         for name, blocks in plan.towers.items():
             table.add_row(f"tower {name}", f"{blocks} blocks")
-    table.add_row("pruned, of the blocks' weights", f"{account.share('pruned'):.1%}")
+    table.add_row("in pruned layers, of the blocks' weights", f"{account.share('pruned'):.1%}")
     table.add_row("skipped (listed below)", f"{account.share('skipped'):.1%}")
     table.add_row("excluded by name", f"{account.share('excluded'):.1%}")
     table.add_row("outside the blocks, of the model's weights", f"{account.outside / account.model:.1%}")

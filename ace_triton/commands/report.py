@@ -18,6 +18,7 @@ from ..errors import ArgumentError
 from ..evaluate import Perplexity
 from ..model_report import ModelReport
 from ..packed.inspect import TensorSparsity
+from ..packed.manifest import DENSE
 from ..packed.pack_model import SparsifyReport
 from ..recovery.settings import RecoveryReport
 from ..reordering.fold import Unfolded
@@ -113,7 +114,7 @@ def prune_table(report: ModelReport) -> Table:
     )
     table.add_row("layers pruned", str(len(report.layers)))
     table.add_row("weights kept in them", f"{kept:.1%}")
-    table.add_row("pruned, of the blocks' weights", f"{account.share('pruned'):.1%}")
+    table.add_row("in pruned layers, of the blocks' weights", f"{account.share('pruned'):.1%}")
     table.add_row("skipped (listed below)", f"{account.share('skipped'):.1%}")
     table.add_row("excluded by name", f"{account.share('excluded'):.1%}")
     table.add_row("outside the blocks, of the model's weights", f"{account.outside / account.model:.1%}")
@@ -159,7 +160,8 @@ def packing_table(report: SparsifyReport) -> Table:
     table = facts_table()
     kinds = Counter((layer.pattern, layer.bits) for layer in report.layers)
     for (pattern, bits), count in kinds.most_common():
-        table.add_row(f"layers packed {pattern}" + ("" if bits is None else f", {bits} bits"), str(count))
+        kind = "layers not pruned" if pattern == DENSE else f"layers packed {pattern}"
+        table.add_row(kind + ("" if bits is None else f", {bits} bits"), str(count))
     table.add_row("size of these layers, dense", f"{report.dense_bytes / 2**20:.1f} MiB")
     table.add_row(
         "size packed", f"{report.packed_bytes / 2**20:.1f} MiB ({report.packed_bytes / report.dense_bytes:.1%})"

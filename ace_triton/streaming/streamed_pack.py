@@ -186,8 +186,8 @@ def with_packing(report: dict[str, Any], packed: SparsifyReport, bits: int | Non
     dense = sorted({layer.bits for layer in packed.layers if layer.pattern == DENSE and layer.bits is not None})
     for few in dense:
         names = [layer.name for layer in packed.layers if layer.pattern == DENSE and layer.bits == few]
-        shown = names[0] if len(names) == 1 else f"{len(names)} layers that were not pruned"
-        did += f"; {shown} in {few} bits"
+        shown = names[0] if len(names) == 1 else f"{len(names)} layers"
+        did += f"; {shown} stored in {few} bits without pruning"
     history = history_with(report, "pack", did, bytes=[packed.dense_bytes, packed.packed_bytes])
     return {**report, "history": history}
 

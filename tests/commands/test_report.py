@@ -27,7 +27,7 @@ def test_the_table_gives_the_shares_of_all_block_weights(report):
     down, values, block = 50 * 32, 16 * 32, 2 * 32 * 32 + 2 * 16 * 32 + 3 * 50 * 32
     assert rows["layers pruned"] == str(3 * 5)
     assert rows["weights kept in them"] == "50.0%"
-    assert rows["pruned, of the blocks' weights"] == f"{(block - down - values) / block:.1%}"
+    assert rows["in pruned layers, of the blocks' weights"] == f"{(block - down - values) / block:.1%}"
     assert rows["skipped (listed below)"] == f"{down / block:.1%}"
     assert rows["excluded by name"] == f"{values / block:.1%}"
     model = 3 * (block + 2 * 32) + 32 + 2 * 101 * 32

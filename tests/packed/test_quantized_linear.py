@@ -216,7 +216,7 @@ def test_the_commands(command, tokenizer, tmp_path):
     few = ("--bits", 8, "--group", 32, "--head-bits", 4, "--dense-bits", 8)
     code, out, errors = command("pack", tmp_path / "pruned", tmp_path / "whole", *few)
     assert code == 0, errors
-    assert "layers packed dense, 4 bits" in out
+    assert "layers not pruned, 4 bits" in out
     code, _, errors = command("pack", tmp_path / "pruned", tmp_path / "streamed", *few, "--stream")
     assert code == 0, errors
     assert same(load(tmp_path / "whole"), load(tmp_path / "streamed"))
