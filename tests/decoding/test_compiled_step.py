@@ -11,6 +11,7 @@ from ace_triton.decoding.parts import parts_of
 from ace_triton.decoding.refusal import StepRefusedError
 from ace_triton.decoding.step import CompiledStep, why_not_compiled
 from ace_triton.errors import GenerationError
+from ace_triton.generation import check_room
 from ace_triton.kernels import cpu_library
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE
 from ace_triton.kernels.errors import ArgumentError
@@ -231,6 +232,13 @@ def test_a_class_whose_forward_was_replaced_is_refused(make_decoder, monkeypatch
     scaled = lambda self, x: 1.5 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # noqa: E731
     monkeypatch.setattr(kind, "forward", scaled)
     assert "in a trial run its logits differ by" in why_not_compiled(model)
+
+
+def test_a_quantized_embedding_has_a_vocabulary(make_decoder):
+    model = pruned(make_decoder("qwen2", tie_word_embeddings=True), "2:4", head_bits=4, group=32)
+    check_room(model, [5, 100], 3, "give fewer")
+    with pytest.raises(GenerationError, match="token id 101, the model's vocabulary ends at 100"):
+        check_room(model, [5, 101], 3, "give fewer")
 
 
 def test_hooks_of_all_modules_are_refused(make_decoder):
