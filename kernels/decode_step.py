@@ -124,28 +124,18 @@ class DecodeStep:
         cosines: torch.Tensor,
         sines: torch.Tensor,
     ) -> None:
-        self.capacity, rotary = cosines.shape
+        rotary = cosines.shape[1]
         self.length = 0
         self._kept: list[Any] = []
         self._sizes = sizes
         if rotary % 2 or rotary > sizes.head_size or sizes.heads % sizes.kv_heads:
             raise ArgumentError(f"{rotary} rotary numbers do not fit heads of {sizes}")
-        room = -(-self.capacity // LANES) * LANES
-        cache = (len(blocks), sizes.kv_heads, room, sizes.head_size)
-        self._keys, keys_at = new(cache, _FLOAT)
-        self._values, values_at = new(cache, _FLOAT)
-        bytes_of_block = sizes.kv_heads * room * sizes.head_size * 4
-        made = [
-            self._block(block, keys_at + k * bytes_of_block, values_at + k * bytes_of_block)
-            for k, block in enumerate(blocks)
-        ]
+        self._blocks = (structure("AceBlock") * len(blocks))(*map(self._block, blocks))
         self._logits, self._logits_at = new((1, _shape(head)[0]), _FLOAT)
         self._decoder = structure("AceDecoder")(
-            blocks=self._array("AceBlock", made),
+            blocks=ctypes.addressof(self._blocks),
             head=self._products([head], sizes.hidden),
             norm=self._vector(norm, sizes.hidden, "norm"),
-            cosines=self._vector(cosines, (self.capacity, rotary), "cosines"),
-            sines=self._vector(sines, (self.capacity, rotary), "sines"),
             n_blocks=len(blocks),
             hidden=sizes.hidden,
             heads=sizes.heads,
@@ -153,12 +143,12 @@ class DecodeStep:
             head_size=sizes.head_size,
             rotary_size=rotary,
             intermediate=sizes.intermediate,
-            capacity=room,
             eps=sizes.eps,
             scaling=sizes.scaling,
             activation=ACTIVATIONS[sizes.activation],
         )
         self._seconds = (ctypes.c_double * 3)()
+        self._allocate(cosines, sines)
 
     @property
     def seconds(self) -> tuple[float, float, float]:
@@ -167,7 +157,23 @@ class DecodeStep:
 
     def __len__(self) -> int:
         """The number of blocks."""
-        return len(self._keys)
+        return len(self._blocks)
+
+    def grow(self, cosines: torch.Tensor, sines: torch.Tensor) -> None:
+        """Make room for more tokens; those in the cache stay.
+
+        Args:
+            cosines, sines: of all positions, [capacity, rotary size].
+
+        Raises:
+            ArgumentError: if the shapes do not fit.
+        """
+        if len(cosines) < self.capacity:
+            raise ArgumentError(f"the cache has room for {self.capacity} tokens and cannot shrink to {len(cosines)}")
+        keys, values = self._keys, self._values
+        self._allocate(cosines, sines)
+        self._keys[:, :, : keys.shape[2]] = keys
+        self._values[:, :, : values.shape[2]] = values
 
     def fill(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
         """Put the first tokens into an empty cache.
@@ -212,7 +218,22 @@ class DecodeStep:
         self.length += 1
         return self._logits
 
-    def _block(self, block: Block, keys_at: int, values_at: int) -> ctypes.Structure:
+    def _allocate(self, cosines: torch.Tensor, sines: torch.Tensor) -> None:
+        """A new cache with room for one token at each of these positions."""
+        sizes, decoder = self._sizes, self._decoder
+        expected = (len(cosines), decoder.rotary_size)
+        decoder.cosines = self._vector(cosines, expected, "cosines")
+        decoder.sines = self._vector(sines, expected, "sines")
+        self.capacity = len(cosines)
+        decoder.capacity = room = -(-self.capacity // LANES) * LANES
+        cache = (len(self), sizes.kv_heads, room, sizes.head_size)
+        self._keys, keys_at = new(cache, _FLOAT)
+        self._values, values_at = new(cache, _FLOAT)
+        bytes_of_block = sizes.kv_heads * room * sizes.head_size * 4
+        for k, block in enumerate(self._blocks):
+            block.keys, block.values = keys_at + k * bytes_of_block, values_at + k * bytes_of_block
+
+    def _block(self, block: Block) -> ctypes.Structure:
         sizes = self._sizes
         size, hidden = sizes.head_size, sizes.hidden
         joined = (sizes.heads + 2 * sizes.kv_heads) * size
@@ -232,8 +253,6 @@ class DecodeStep:
             down=self._products([block.down], sizes.intermediate),
             n_inputs=len(block.inputs),
             n_gates=len(block.gates),
-            keys=keys_at,
-            values=values_at,
         )
 
     def _products(self, layers: Sequence[Linear], inputs: int) -> int:

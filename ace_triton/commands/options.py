@@ -71,7 +71,8 @@ DecoderOption = Annotated[
     str,
     typer.Option(
         help="Decoder of each new token: compiled, one call of the compiled CPU library; transformers; or "
-        "auto, compiled if a trial run gives the model's own logits.",
+        "auto, compiled if a trial run gives the model's own logits. Texts of the two may differ at near ties in bf16, "
+        "in fp16 and with few bits.",
         metavar="|".join(DECODERS),
     ),
 ]

@@ -13,6 +13,39 @@ from .step import CompiledStep
 KNOWN_INPUTS = frozenset({"use_cache", "logits_to_keep", "position_ids", "attention_mask"})
 """Arguments of a forward that transformers prepares for a plain text."""
 
+REFUSED_OPTIONS = ("past_key_values", "cache", "assistant_model", "assistant_tokenizer", "custom_generate")
+"""Arguments of ``generate`` that transformers does not pass on, or not so that they can be told from its own."""
+
+_LENGTHS = "max_length max_new_tokens min_length min_new_tokens max_time stop_strings"
+_SCORES = """
+    do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty
+    no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
+    guidance_scale watermarking_config encoder_repetition_penalty encoder_no_repeat_ngram_size
+"""
+_OUTPUTS = "output_attentions output_hidden_states output_scores output_logits"
+_TOKENS = "pad_token_id bos_token_id eos_token_id decoder_start_token_id token_healing transformers_version"
+_SPEED = "compile_config disable_compile continuous_batching_config prefill_chunk_size low_memory max_cache_len"
+_BEAMS = "early_stopping length_penalty"
+_ASSISTANTS = """
+    is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
+    max_matching_ngram_size assistant_lookbehind target_lookbehind assistant_ensemble_weight speculation_type
+"""
+
+PLAIN_OPTIONS = frozenset(" ".join((_LENGTHS, _SCORES, _OUTPUTS, _TOKENS, _SPEED, _BEAMS, _ASSISTANTS)).split())
+"""Options of a GenerationConfig that transformers carries out outside the loop, or that act only in a mode that is
+refused."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_cache": (True,),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "diversity_penalty": (0.0,),
+    "cache_implementation": ("dynamic", "static"),
+}
+"""Values of all other options, besides None and False, with which the loop is right."""
+
 
 def compiled_generate(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
     """As ``model.generate(input_ids, **options)`` on a CPU, with one call of the compiled library for each new token.
@@ -37,6 +70,9 @@ def compiled_generate(model: Any, input_ids: torch.Tensor, **options: Any) -> to
         raise GenerationError(
             f"the compiled step decodes one text at a time: give input_ids [1, n_tokens], got {list(input_ids.shape)}"
         )
+    for name in REFUSED_OPTIONS:
+        if options.get(name) is not None:
+            raise _option_refused(f"{name} is given")
     decoding = CompiledDecoding(options.get("streamer"))
     result: torch.Tensor = model.generate(input_ids, custom_generate=decoding, **options)
     return result
@@ -93,16 +129,30 @@ class CompiledDecoding:
 
 def _check_call(input_ids: torch.Tensor, config: Any, inputs: dict[str, Any]) -> None:
     """Refuse what the loop does not do."""
+    from transformers import GenerationConfig
     from transformers.cache_utils import Cache
 
+    mode = config.get_generation_mode().value
+    if mode not in ("greedy_search", "sample"):
+        raise _option_refused(f"they ask for {mode.replace('_', ' ')}, and it takes greedy decoding and sampling")
+    for name in sorted(set(vars(GenerationConfig())) - PLAIN_OPTIONS):
+        value = getattr(config, name, None)
+        if not (name.startswith("_") or value is None or value is False or value in NEUTRAL.get(name, ())):
+            raise _option_refused(f"{name}={value!r}")
+    if config.use_cache is False:
+        raise _option_refused("use_cache=False, and it needs a cache")
     caches = [value for value in inputs.values() if isinstance(value, Cache)]
     given = {name for name, value in inputs.items() if value is not None and not isinstance(value, Cache)}
-    unknown = sorted(given - KNOWN_INPUTS)
-    if unknown:
-        raise StepRefusedError(f"it does not take {', '.join(unknown)}")
-    if len(input_ids) != 1 or config.num_beams != 1 or "attention_mask" in given:
-        raise StepRefusedError("it decodes one text without padding, without beams")
-    if config.return_dict_in_generate or not config.use_cache:
-        raise StepRefusedError("it returns tokens alone, and needs a cache")
+    if unknown := sorted(given - KNOWN_INPUTS):
+        raise _option_refused(f"it does not take {', '.join(unknown)}")
+    if len(input_ids) != 1 or "attention_mask" in given:
+        raise _option_refused("it takes one text, without padding")
+    positions = inputs.get("position_ids")
+    if positions is not None and positions.flatten().tolist() != list(range(input_ids.shape[1])):
+        raise _option_refused("position_ids must count from 0")
     if any(cache.get_seq_length() for cache in caches):
-        raise StepRefusedError("it begins with an empty cache")
+        raise _option_refused("it begins with an empty cache")
+
+
+def _option_refused(reason: str) -> StepRefusedError:
+    return StepRefusedError(reason, "decode with these options")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..kernels.backend import backend_of_device
 from ..kernels.decode_step import Block, Linear, Sizes
@@ -17,6 +18,7 @@ from ..packed.nm_linear import NMLinear
 from ..packed.packed_linear import PackedLinear
 from ..packed.quantized_linear import QuantizedLinear, TiedLinear
 from ..packed.rows_linear import RowsLinear
+from .forwards import unknown_names
 from .refusal import StepRefusedError
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -92,6 +94,8 @@ class _Finder:
             raise StepRefusedError(f"a {type(self.model).__name__} has no blocks, embeddings and head that it knows")
         self._check_children(self.model, {self.names[base], self.names[head]})
         self._check_children(base, {"embed_tokens", "layers", "norm", "rotary_emb"})
+        self._check_forward(self.model)
+        self._check_forward(base)
         rotary = self._child(base, "rotary_emb")
         rope = getattr(rotary, "rope_type", None)
         if rope not in STATIC_ROPE:
@@ -131,6 +135,8 @@ class _Finder:
             raise StepRefusedError(f"the backend is {backend!r}, not the compiled CPU library")
         if self.model.dtype not in ELEMENTS:
             raise StepRefusedError(f"its dtype is {self.model.dtype}")
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            raise StepRefusedError("torch has hooks for all modules")
         for module, name in self.names.items():
             hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
             if "forward" in module.__dict__ or any(getattr(module, hook) for hook in hooks):
@@ -157,6 +163,8 @@ class _Finder:
         self._check_children(mlp, {*gates, "down_proj", "act_fn", "activation_fn"})
         if not getattr(attention, "use_rope", True):
             raise StepRefusedError(f"{self.names[attention]} has no rotary positions")
+        for module in (block, attention, mlp):
+            self._check_forward(module)
         inputs = [self._linear(self._child(attention, name)) for name in (_JOINED if joined else _SPLIT)]
         output = self._linear(self._child(attention, "o_proj"))
         self._note_heads(attention, inputs, output)
@@ -237,6 +245,14 @@ class _Finder:
         if not isinstance(child, nn.Module):
             raise StepRefusedError(f"{self.names[module] or type(module).__name__} has no {name}")
         return child
+
+    def _check_forward(self, module: nn.Module) -> None:
+        """Refuse a forward that uses something which nothing here computes."""
+        if unknown := unknown_names(type(module)):
+            raise StepRefusedError(
+                f"the forward of {self.names[module] or 'the model'}, a {type(module).__name__}, uses names that it "
+                f"does not know: {', '.join(unknown)}"
+            )
 
     def _check_children(self, module: nn.Module, known: set[str]) -> None:
         """Refuse modules and parameters that nothing here computes."""

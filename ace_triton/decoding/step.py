@@ -7,25 +7,32 @@ from typing import Any
 
 import torch
 
+from ..decoders.batches import longest_sequence
+from ..errors import AceError
+from ..inputs.model_source import reason
 from ..kernels.decode_step import DecodeStep
 from ..kernels.errors import ArgumentError
 from ..kernels.written import version_of
+from .forwards import state_of
 from .parts import Parts, parts_of
 from .refusal import StepRefusedError
 
 TRIAL_TOKENS = 8
 """Tokens of the trial run; the first half are its prompt."""
 
+FIRST_CAPACITY = 256
+"""Tokens for which a cache has room at first; it doubles if it is full."""
+
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Largest distance of the trial's logits from the model's, over the size of the model's, by the model's dtype. The step
 sums in fp32, so in fp16 and bf16 the distance is the model's own rounding."""
 
 _proven: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
-"""For each model, the weights with which its last trial run succeeded."""
+"""For each model, the weights and the state with which its last trial run succeeded."""
 
 
 class CompiledStep:
-    """A model's decoding step, in one call of the compiled library a token, with a cache of fixed size.
+    """A model's decoding step, in one call of the compiled library a token, with a cache that grows.
 
     It reads the model's weights where they are, and belongs to one text: make a new one for the next. Do not train or
     move the model while it is in use.
@@ -49,11 +56,11 @@ class CompiledStep:
             raise StepRefusedError(
                 f"its sliding window of {self._parts.window} tokens is shorter than the {capacity} tokens of this text"
             )
-        weights = _weights(self._parts)
-        if _proven.get(model) != weights:
+        if _proven.get(model) != (*_weights(self._parts), *state_of(model)):
             _prove(model, self._parts)
-            _proven[model] = weights
-        self._step = _step(self._parts, capacity)
+            _proven[model] = (*_weights(self._parts), *state_of(model))
+        self._capacity = capacity
+        self._step = _step(self._parts, min(capacity, FIRST_CAPACITY))
         self.seconds = [0.0, 0.0, 0.0]
         self.steps = 0
 
@@ -67,6 +74,7 @@ class CompiledStep:
         Returns:
             The logits of the next token, fp32 [1, vocabulary].
         """
+        self._grow(ids.shape[1])
         logits = _fill(self._step, self._model, ids)
         self.seconds, self.steps = [0.0, 0.0, 0.0], 0
         return logits[:, -1].float()
@@ -75,10 +83,17 @@ class CompiledStep:
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """Read one token, int64 [1]. Returns the logits of the next one, fp32 [1, vocabulary]; they are overwritten by
         the next call."""
+        self._grow(self._step.length + 1)
         logits = self._step(self._parts.embedding(token).float()[0])
         self.seconds = [sum(pair) for pair in zip(self.seconds, self._step.seconds, strict=True)]
         self.steps += 1
         return logits
+
+    def _grow(self, length: int) -> None:
+        """Make room for this number of tokens, up to the capacity."""
+        room = self._step.capacity
+        if room < min(length, self._capacity):
+            self._step.grow(*_positions(self._parts, min(max(length, 2 * room), self._capacity)))
 
 
 def why_not_compiled(model: Any) -> str | None:
@@ -90,11 +105,19 @@ def why_not_compiled(model: Any) -> str | None:
     return None
 
 
-def _step(parts: Parts, capacity: int) -> DecodeStep:
+def _positions(parts: Parts, capacity: int, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of some positions."""
     numbers = torch.zeros(1, 1, 1, dtype=parts.dtype, device="cpu")
-    cosines, sines = parts.rotary(numbers, position_ids=torch.arange(capacity, device="cpu")[None])
+    positions = torch.arange(first, first + capacity, device="cpu")
+    cosines, sines = parts.rotary(numbers, position_ids=positions[None])
+    return cosines[0], sines[0]
+
+
+def _step(parts: Parts, capacity: int, first: int = 0) -> DecodeStep:
+    """A step with room for some tokens, the first of which has this position."""
+    cosines, sines = _positions(parts, capacity, first)
     try:
-        return DecodeStep(parts.blocks, parts.norm, parts.head, parts.sizes, cosines[0], sines[0])
+        return DecodeStep(parts.blocks, parts.norm, parts.head, parts.sizes, cosines, sines)
     except ArgumentError as error:
         raise StepRefusedError(str(error)) from error
 
@@ -103,7 +126,7 @@ def _fill(step: DecodeStep, model: Any, ids: torch.Tensor, **options: Any) -> to
     """Run the model on a prompt, and put its keys and values into the step's cache."""
     from transformers.cache_utils import Cache
 
-    outputs = model(input_ids=ids, use_cache=True, **(options or {"logits_to_keep": 1}))
+    outputs = model(input_ids=ids, use_cache=True, logits_to_keep=1, **options)
     caches = [value for value in outputs.values() if isinstance(value, Cache)]
     layers = caches[0].layers if len(caches) == 1 else []
     keys, values = (
@@ -128,20 +151,43 @@ def _weights(parts: Parts) -> tuple[Any, ...]:
 
 @torch.inference_mode()
 def _prove(model: Any, parts: Parts) -> None:
-    """Compare the logits of the step with those of the model's own forward.
+    """Compare the logits of the step with those of the model's own forward, at the last positions of the model.
 
     Raises:
-        StepRefusedError: if they differ by more than rounding.
+        StepRefusedError: if they differ by more than rounding, or the model's forward fails.
     """
-    length = min(TRIAL_TOKENS, parts.window or TRIAL_TOKENS)
-    ids = (torch.arange(1, length + 1, device="cpu") * 7919 % parts.head.weight.shape[0])[None]
-    half = (length + 1) // 2
-    wanted = model(input_ids=ids, use_cache=False).logits[0, half:].float()
+    length = TRIAL_TOKENS if parts.window is None else min(TRIAL_TOKENS, parts.window)
+    rows = parts.head.weight.shape[0]
+    vocabulary = min(rows, getattr(parts.embedding, "num_embeddings", rows))
+    if length < 2 or vocabulary < 1:
+        raise StepRefusedError(
+            f"a trial run needs 2 tokens and a vocabulary: it has a sliding window of {parts.window} tokens and "
+            f"a vocabulary of {vocabulary}"
+        )
+    try:
+        given, wanted = _trial(model, parts, length, vocabulary)
+    except AceError:
+        raise
+    except Exception as error:  # The forward is the model's own, and may raise anything.
+        raise StepRefusedError(f"its forward fails in a trial run ({reason(error)})") from error
     if not bool(wanted.isfinite().all()):
         raise StepRefusedError("in a trial run it predicts NaN or infinity")
-    step = _step(parts, length)
-    _fill(step, model, ids[:, :half])
-    given = torch.cat([step(parts.embedding(token[None]).float()[0]).clone() for token in ids[0, half:]])
     distance = float((given - wanted).norm() / wanted.norm())
     if not distance <= TOLERANCES[parts.dtype]:
         raise StepRefusedError(f"in a trial run its logits differ by {distance:.1g} of their size")
+
+
+def _trial(model: Any, parts: Parts, length: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the step and of the model for the same tokens.
+
+    The positions are the model's last ones: a forward that scales by position passes at the first positions.
+    """
+    ids = (torch.arange(1, length + 1, device="cpu") * 7919 % vocabulary)[None]
+    first = max(0, (longest_sequence(model) or 0) - length)
+    positions = torch.arange(first, first + length, device="cpu")[None]
+    half = (length + 1) // 2
+    wanted = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, half:].float()
+    step = _step(parts, length, first)
+    _fill(step, model, ids[:, :half], position_ids=positions[:, :half])
+    given = torch.cat([step(parts.embedding(token[None]).float()[0]).clone() for token in ids[0, half:]])
+    return given, wanted

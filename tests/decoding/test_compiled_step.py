@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 import ace_triton
 from ace_triton.decoding.generate import compiled_generate
@@ -10,6 +11,7 @@ from ace_triton.decoding.parts import parts_of
 from ace_triton.decoding.refusal import StepRefusedError
 from ace_triton.decoding.step import CompiledStep, why_not_compiled
 from ace_triton.errors import GenerationError
+from ace_triton.generation import check_room
 from ace_triton.kernels import cpu_library
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE
 from ace_triton.kernels.errors import ArgumentError
@@ -153,15 +155,100 @@ def test_a_changed_model_is_refused_by_name(make_decoder, change, reason):
 
 
 def test_the_trial_run_finds_what_the_modules_do_not_show(make_decoder):
-    """A forward that scales its residuals, as Granite's does."""
     model = make_decoder("llama")
 
-    class Scaled(type(model.model.layers[1])):
-        def forward(self, hidden_states, **options):
-            return 1.1 * super().forward(hidden_states, **options)
+    class Scaled(type(model.model.layers[1].mlp)):
+        def forward(self, x):
+            return 1.1 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
-    model.model.layers[1].__class__ = Scaled
+    model.model.layers[1].mlp.__class__ = Scaled
     assert "in a trial run its logits differ by" in str(why_not_compiled(model))
+
+
+def test_queries_scaled_by_position_are_refused(make_decoder):
+    """By the names in the forward of attention, and by the trial run at the last positions."""
+    model = make_decoder("llama")
+    attention = model.model.layers[1].self_attn
+
+    class ByName(type(attention)):
+        def forward(self, hidden_states, position_embeddings, attention_mask, **options):
+            scale = self.beta + hidden_states
+            return super().forward(scale, position_embeddings, attention_mask, **options)
+
+    attention.__class__ = ByName
+    assert "self_attn, a ByName, uses names that it does not know: beta, forward, super" in why_not_compiled(model)
+    attention.__class__ = ByName.__base__
+
+    class Far(type(model.model.layers[1])):
+        def forward(self, hidden_states, attention_mask=None, position_ids=None, position_embeddings=None, **options):
+            weights = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **options}
+            mixed = self.self_attn(self.input_layernorm(hidden_states), **weights)[0]
+            hidden_states = hidden_states + mixed * (1 + (position_ids // 16)[..., None] * 10)
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    model.model.layers[1].__class__ = Far
+    assert "in a trial run its logits differ by" in why_not_compiled(model)
+
+
+def test_a_short_window_and_another_vocabulary(make_decoder):
+    assert "sliding window of 1 tokens" in why_not_compiled(make_decoder("mistral", sliding_window=1))
+    model = make_decoder("llama")
+    model.lm_head = nn.Linear(32, 200, bias=False)
+    assert why_not_compiled(model) is None
+    model.lm_head = nn.Linear(32, 101, bias=False, dtype=torch.bfloat16)
+    assert "its forward fails in a trial run" in why_not_compiled(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.model.layers[0].mlp, "factor", 2.0),
+        lambda model: model.set_attn_implementation("sdpa"),
+        lambda model: setattr(model.config, "rope_parameters", {**model.config.rope_parameters, "factor": 2.0}),
+        lambda model: nn.init.normal_(model.model.embed_tokens.weight),
+        lambda model: setattr(
+            model.model.layers[0].mlp, "__class__", type("MLP", (type(model.model.layers[0].mlp),), {})
+        ),
+    ],
+)
+def test_a_change_without_a_written_weight_is_proven_again(make_decoder, monkeypatch, change):
+    from ace_triton.decoding import step as module
+
+    model, trials = make_decoder("llama"), []
+    prove = module._prove
+    monkeypatch.setattr(module, "_prove", lambda *given: (trials.append(1), prove(*given)))
+    assert why_not_compiled(model) is None
+    assert why_not_compiled(model) is None
+    assert len(trials) == 1
+    change(model)
+    assert why_not_compiled(model) is None
+    assert len(trials) == 2
+
+
+def test_a_class_whose_forward_was_replaced_is_refused(make_decoder, monkeypatch):
+    model = make_decoder("llama")
+    assert why_not_compiled(model) is None
+    kind = type(model.model.layers[0].mlp)
+    scaled = lambda self, x: 1.5 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # noqa: E731
+    monkeypatch.setattr(kind, "forward", scaled)
+    assert "in a trial run its logits differ by" in why_not_compiled(model)
+
+
+def test_a_quantized_embedding_has_a_vocabulary(make_decoder):
+    model = pruned(make_decoder("qwen2", tie_word_embeddings=True), "2:4", head_bits=4, group=32)
+    check_room(model, [5, 100], 3, "give fewer")
+    with pytest.raises(GenerationError, match="token id 101, the model's vocabulary ends at 100"):
+        check_room(model, [5, 101], 3, "give fewer")
+
+
+def test_hooks_of_all_modules_are_refused(make_decoder):
+    model = make_decoder("llama")
+    assert why_not_compiled(model) is None
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert why_not_compiled(model) == "torch has hooks for all modules"
+    finally:
+        hook.remove()
 
 
 def test_nan_is_refused_and_transformers_decodes(make_decoder):
@@ -192,8 +279,47 @@ def test_a_full_cache_and_wrong_calls(make_decoder, text):
         step(text[0, 6:7])
     with pytest.raises(GenerationError, match=r"one text at a time.*got \[2, 20\]"):
         compiled_generate(model, text.view(2, 20))
-    with pytest.raises(StepRefusedError, match="without beams; transformers decodes it"):
-        compiled_generate(model, text, num_beams=2, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"num_beams": 2}, "they ask for beam search, and it takes greedy decoding and sampling"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "they ask for contrastive search"),
+        ({"dola_layers": "high"}, "they ask for dola generation"),
+        ({"prompt_lookup_num_tokens": 3}, "they ask for assisted generation"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate=True"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 50, 51]])}, "position_ids must count from 0"),
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, "it takes one text, without padding"),
+        ({"past_key_values": DynamicCache()}, "past_key_values is given"),
+        ({"assistant_model": object()}, "assistant_model is given"),
+    ],
+)
+def test_an_option_that_changes_the_algorithm_is_refused_by_name(make_decoder, text, option, reason):
+    with pytest.raises(StepRefusedError, match=f"does not decode with these options: {reason}.*transformers decodes"):
+        compiled_generate(make_decoder("llama"), text[:, :5], max_new_tokens=2, **option)
+
+
+def test_positions_from_zero_are_no_option(make_decoder, text):
+    model, options = make_decoder("llama"), {"max_new_tokens": 3, "do_sample": False}
+    given = compiled_generate(model, text[:, :5], position_ids=torch.arange(5)[None], **options)
+    assert torch.equal(given, model.generate(text[:, :5], **options))
+
+
+def test_the_cache_grows_with_the_text_alone(make_decoder, text, monkeypatch):
+    from ace_triton.decoding import step as module
+
+    monkeypatch.setattr(module, "FIRST_CAPACITY", 5)
+    model = make_decoder("qwen3")
+    assert distance(model, text) < 2e-6
+    options = {"max_new_tokens": 10**12, "do_sample": False, "eos_token_id": None}
+    stop = [lambda tokens, scores: torch.tensor([tokens.shape[1] >= 30])]
+    given = compiled_generate(model, text[:, :3], stopping_criteria=stop, **options)
+    assert torch.equal(given, model.generate(text[:, :3], stopping_criteria=stop, **options))
+    with pytest.raises(StepRefusedError, match="sliding window of 24 tokens is shorter than the 1000000000003"):
+        compiled_generate(make_decoder("mistral", sliding_window=24), text[:, :3], **options)
 
 
 def test_the_parts_name_every_weight(make_decoder):
