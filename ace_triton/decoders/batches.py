@@ -316,8 +316,7 @@ def check_positions(longest: int | None, length: int, option: str = "--length") 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Number of rows of a model's embedding."""
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", None) if _embedding_table(model) is None else None
-    return rows if isinstance(rows, int) else _token_table(model).shape[0]
+    return _token_table(model).shape[0]
 
 
 def trial_ids(model: nn.Module) -> torch.Tensor:
