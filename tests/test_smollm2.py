@@ -22,7 +22,6 @@ from ace_triton.packed.checkpoint import save_packed
 from ace_triton.packed.manifest import TENSORS_FILE
 from ace_triton.packed.pack_model import pack_model
 
-
 BLOCKS = ("0", "9", "20", "29")
 """Blocks whose masks are compared with the formulas."""
 
