@@ -70,6 +70,8 @@ def generate(
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
     chat: bool = False,
     compile: str | None = None,
     decoder: str = "auto",
@@ -83,6 +85,8 @@ def generate(
         prompt: the text to continue; with ``chat``, a user's message for the tokenizer's chat template.
         max_new_tokens: largest number of new tokens.
         temperature: 0 takes the most likely token. Otherwise tokens are sampled with torch's global generator.
+        top_p: sample from the most likely tokens whose probabilities reach this sum; None for the model's own default.
+        top_k: sample from this many of the most likely tokens; None for the model's own default.
         chat: put the prompt into the chat template.
         compile: backend of torch.compile for the decoding step, as "inductor", which also gives the model a cache of
             fixed size; None to run it as it is. Compiling takes a minute or more and is not part of the times.
@@ -104,10 +108,17 @@ def generate(
             "max_new_tokens must be at least 1, and temperature finite and at least 0; "
             f"got {max_new_tokens} and {temperature}"
         )
+    chosen = {name: value for name, value in (("top_p", top_p), ("top_k", top_k)) if value is not None}
+    if chosen and not temperature:
+        raise GenerationError(
+            f"without a temperature above 0 nothing is sampled, so {' and '.join(chosen)} would do nothing: give a "
+            "temperature, or leave it out"
+        )
     messages = [{"role": "user", "content": prompt}]
     ids = chat_ids(tokenizer, messages) if chat else prompt_ids(tokenizer, prompt)
     check_room(model, ids, max_new_tokens, "give a smaller --max-new-tokens")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "decoder": decoder}
+    options |= chosen
     if compile is not None:
         options["decoder"] = "transformers"
         options |= _compiled(model, compile)

@@ -39,6 +39,14 @@ def test_the_compiled_step_gives_the_same_text_and_says_so(tiny_model, tokenizer
     assert "".join(pieces) == 3 * found["auto"].text
 
 
+@pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_samples_among_one_token_are_the_most_likely_one(tiny_model, tokenizer, option):
+    wanted = generate(tiny_model, tokenizer, "a fox", max_new_tokens=6)
+    assert generate(tiny_model, tokenizer, "a fox", max_new_tokens=6, temperature=5.0, **option).text == wanted.text
+    with pytest.raises(GenerationError, match="nothing is sampled, so top_[pk] would do nothing: give a temperature"):
+        generate(tiny_model, tokenizer, "a fox", **option)
+
+
 def test_a_refused_model_is_decoded_by_transformers_unless_the_step_is_asked_for(tiny_model, tokenizer):
     tiny_model.config.final_logit_softcapping = 30.0
     found = generate(tiny_model, tokenizer, "a fox", max_new_tokens=2)

@@ -43,6 +43,11 @@ def generate(
     temperature: Annotated[
         float, number("Sampling temperature; 0 takes the most likely token each time.", least=0)
     ] = 0.0,
+    top_p: Annotated[
+        float | None,
+        number("Sample from the most likely tokens whose probabilities reach this sum.", above=0, most=1),
+    ] = None,
+    top_k: Annotated[int | None, number("Sample from this many of the most likely tokens.", least=1)] = None,
     seed: Annotated[int, number("Random seed of the sampling.", least=0, most=LARGEST_SEED)] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template, as a user's message.")
@@ -85,6 +90,8 @@ def generate(
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
         chat=chat,
         compile="inductor" if compile else None,
         decoder=decoder,
@@ -97,6 +104,8 @@ def generate(
             model=name_of(model_dir),
             prompt=prompt,
             temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
             seed=seed,
             chat=chat,
             compiled=compile,
