@@ -43,7 +43,7 @@ def test_the_compiled_step_gives_the_same_text_and_says_so(tiny_model, tokenizer
 def test_samples_among_one_token_are_the_most_likely_one(tiny_model, tokenizer, option):
     wanted = generate(tiny_model, tokenizer, "a fox", max_new_tokens=6)
     assert generate(tiny_model, tokenizer, "a fox", max_new_tokens=6, temperature=5.0, **option).text == wanted.text
-    with pytest.raises(GenerationError, match="nothing is sampled, so top_[pk] would do nothing: give a temperature"):
+    with pytest.raises(GenerationError, match=r"nothing is sampled, so top_[pk] would do nothing: give a temperature"):
         generate(tiny_model, tokenizer, "a fox", **option)
 
 
