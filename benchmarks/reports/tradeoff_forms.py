@@ -43,7 +43,7 @@ _QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
 """A log of llama.cpp that writes nothing."""
 
 HEAD_BITS = 8
-"""Bits of the embeddings and the head of a form in 8 or 4 bits. llama.cpp quantizes them too."""
+"""Bits of the head of a form in 8 or 4 bits, and of an embedding that shares its weight. llama.cpp quantizes both."""
 
 LENGTH, SEED = 128, 0
 """Tokens of a calibration sequence, and the seed of the samples."""
@@ -70,7 +70,7 @@ class Form:
 
     @property
     def head_bits(self) -> int | None:
-        """Bits of the embeddings and the head; None if they are in the type of the model, or llama.cpp chooses."""
+        """Bits of the head; None if it is in the type of the model, or llama.cpp chooses."""
         return HEAD_BITS if self.engine == OURS and BITS[self.weights] is not None else None
 
 

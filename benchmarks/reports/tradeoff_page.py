@@ -111,8 +111,8 @@ def page(content: dict[str, Any]) -> str:
         "and in llama.cpp, whose files its own converter makes from float32. All perplexities are of the same token "
         "ids in the same windows, by the same code, from the logits of each engine. Bytes of a weight count the linear "
         "layers in the blocks, with zeros counted as weights, and scales and positions included. llama.cpp also "
-        f"quantizes embeddings and the head; here a form of 8 or 4 bits has them in {HEAD_BITS} bits (`pack "
-        "--head-bits`), and computes in float32. " + _decoders(content),
+        "quantizes embeddings and the head; here a form of 8 or 4 bits has the head, and an embedding that shares its "
+        f"weight, in {HEAD_BITS} bits (`pack --head-bits`), and computes in float32. " + _decoders(content),
         "",
     ]
     lines += [] if content["models"] else ["No model is measured yet."]
