@@ -103,7 +103,7 @@ class DecodeStep:
     Args:
         blocks, norm, head: the weights; ``norm`` is that of the last norm.
         sizes: what all blocks share.
-        cosines, sines: of the rotary positions, [capacity, rotary size].
+        cosines, sines: those of the rotary positions, [capacity, rotary size].
 
     Attributes:
         capacity: largest number of tokens.

@@ -217,7 +217,7 @@ def _select_nm_of_layers(
     cols = int_field(table_ptr, layer, 6, LAYERS, ALIGNED)
     stride = int_field(table_ptr, layer, 7, LAYERS, ALIGNED)
     stored = tl.where(any_flag(table_ptr, 8, LAYERS) == 0, rows, 0) if UNLESS else rows
-    # Not in a tuple, which must not hold a pointer that is None.
+    # Passed one by one: a Triton tuple cannot hold a pointer that is None.
     select_tiles(
         program,
         weight_ptr,

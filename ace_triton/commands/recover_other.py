@@ -131,7 +131,7 @@ class OtherRecovery:
         out: folder for the recovered model.
         task: what both are loaded for; None to find it.
         inputs: what to train on.
-        settings: of the training.
+        settings: how it is trained.
         loading: dtype, device and trust_remote_code of both models.
         overwrite: replace ``out`` if it exists.
     """

@@ -85,7 +85,7 @@ class ShrinkRun:
         text: which calibration sequences to take.
         documents: the calibration text; None if the run needs none.
         evaluation: what the perplexity is measured on; None for no measurement.
-        dtype, device: of the model.
+        dtype, device: those of the model.
         trust_remote_code, overwrite, restart, offload: as for ``prune``.
         stream: True to keep the weights in files, False in memory, None for memory if the model fits.
         dry_run: write nothing.

@@ -27,7 +27,7 @@ class Earlier:
 
     Attributes:
         structures: the structures; None before the first run.
-        activations: of the dense model, by what may go of experts.
+        activations: those of the dense model, by the part of experts that may go.
         importance: by the settings that it depends on.
         influence: of blocks, with the sizes of their tuples; None if no run needed it.
         seconds: time that each part took, by a name of it.
