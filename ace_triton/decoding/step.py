@@ -56,9 +56,9 @@ class CompiledStep:
             raise StepRefusedError(
                 f"its sliding window of {self._parts.window} tokens is shorter than the {capacity} tokens of this text"
             )
-        if _proven.get(model) != (*_weights(self._parts), *state_of(model)):
+        if _proven.get(model) != _key(model, self._parts):
             _prove(model, self._parts)
-            _proven[model] = (*_weights(self._parts), *state_of(model))
+            _proven[model] = _key(model, self._parts)  # The trial may have filled buffers.
         self._capacity = capacity
         self._step = _step(self._parts, min(capacity, FIRST_CAPACITY))
         self.seconds = [0.0, 0.0, 0.0]
@@ -144,9 +144,10 @@ def _fill(step: DecodeStep, model: Any, ids: torch.Tensor, **options: Any) -> to
     return logits
 
 
-def _weights(parts: Parts) -> tuple[Any, ...]:
-    """Changes if a weight is replaced, moved or written."""
-    return tuple((tensor.data_ptr(), tensor.shape, tensor.dtype, version_of(tensor)) for tensor in parts.tensors)
+def _key(model: Any, parts: Parts) -> tuple[Any, ...]:
+    """Changes if a weight is replaced, moved or written, or if anything else changes that :func:`state_of` sees."""
+    weights = ((tensor.data_ptr(), tensor.shape, tensor.dtype, version_of(tensor)) for tensor in parts.tensors)
+    return *weights, *state_of(model)
 
 
 @torch.inference_mode()

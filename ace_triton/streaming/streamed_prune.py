@@ -265,12 +265,7 @@ def prune_checkpoint(
             call resumes the run.
     """
     whole = recipe_of(recipe, {})
-    ids = calibration if calibration is None else getattr(calibration, "ids", calibration)
-    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.is_meta):
-        raise ArgumentError(
-            f"prune_checkpoint takes token ids, int64 [n_sequences, length], or an object with such ids; got a "
-            f"{type(calibration).__name__}"
-        )
+    digests = calibration_digests(calibration, "prune_checkpoint")
     started = time.perf_counter()
     with streamed(
         str(source),
@@ -285,11 +280,10 @@ def prune_checkpoint(
         model = stream.model
         if packed:
             check_packed(whole, model.dtype)
-        mask = None if ids is calibration else getattr(calibration, "mask", None)
         store = stream.start(
             {
                 "recipe": whole.to_dict(),
-                "calibration": [None if tensor is None else digest(tensor) for tensor in (ids, mask)],
+                "calibration": digests,
                 "batch_size": batch_size,
                 "dtype": str(model.dtype),
             }
@@ -334,7 +328,23 @@ def empty(*folders: Path, keep: Collection[str] = ()) -> None:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def digest(tensor: torch.Tensor) -> str:
+def calibration_digests(calibration: Any, caller: str) -> list[str | None]:
+    """Digests of the token ids and of the mask of a calibration text, by which a resumed run knows it.
+
+    Raises:
+        ArgumentError: if it has no token ids; the message names the function that was called.
+    """
+    ids = calibration if calibration is None else getattr(calibration, "ids", calibration)
+    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.is_meta):
+        raise ArgumentError(
+            f"{caller} takes token ids, int64 [n_sequences, length], or an object with such ids; got a "
+            f"{type(calibration).__name__}"
+        )
+    mask = None if ids is calibration else getattr(calibration, "mask", None)
+    return [None if tensor is None else _digest(tensor) for tensor in (ids, mask)]
+
+
+def _digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and values."""
     values = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + values).hexdigest()

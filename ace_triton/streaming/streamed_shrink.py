@@ -32,7 +32,7 @@ from .journal import Journal
 from .loaded_copies import LoadedCopies
 from .mapped_model import MappedModel
 from .streamed_evaluate import OpenCheckpoint
-from .streamed_prune import JOURNAL, OWN_FORM, all_but_weights, digest, empty, source_state
+from .streamed_prune import JOURNAL, OWN_FORM, all_but_weights, calibration_digests, empty, source_state
 
 MOMENTS, DENSE = "moments.safetensors", "dense"
 CHOICE = "choice"
@@ -381,13 +381,7 @@ def shrink_checkpoint(
     """
     chosen = settings_of(settings, ratio, method, options)
     check_streams(chosen)
-    ids = calibration if calibration is None else getattr(calibration, "ids", calibration)
-    mask = None if ids is calibration else getattr(calibration, "mask", None)
-    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.is_meta):
-        raise ArgumentError(
-            f"shrink_checkpoint takes token ids, int64 [n_sequences, length], or an object with such ids; got a "
-            f"{type(calibration).__name__}"
-        )
+    digests = calibration_digests(calibration, "shrink_checkpoint")
     with shrinking(
         str(source),
         Path(out),
@@ -397,7 +391,6 @@ def shrink_checkpoint(
         restart=restart,
         offload=offload,
     ) as stream:
-        digests = [None if tensor is None else digest(tensor) for tensor in (ids, mask)]
         stream.start({"settings": chosen.to_dict(), "calibration": digests, "dtype": str(stream.model.dtype)})
         report = stream.run(calibration, chosen, progress)
         earlier = checkpoint.read_report(source)
