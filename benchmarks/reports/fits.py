@@ -13,7 +13,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +30,7 @@ from ace_triton.study.tally import shown_sparsity
 from ace_triton.study.workbench import Protocol, Workbench
 
 from .cpu_ratios import processor
+from .named_rows import ListRows, Only, chosen_rows, print_rows
 from .record import read_record
 
 PATTERNS = ("2:4", "8:16", "0.5", "4:8", "16:32")
@@ -95,20 +95,20 @@ def main(
     windows: Annotated[int, typer.Option(min=1, help="Number of evaluation windows of 512 tokens.")] = 20,
     seed: Annotated[int, typer.Option(help="Random seed of the calibration sample.")] = 0,
     steps: Annotated[int, typer.Option(min=0, help="Optimizer steps of a recovery; 0 leaves recoveries out.")] = 100,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="Measure only cells that match a shell pattern of PATTERN RECIPE, such as '2:4 *fit'."),
-    ] = None,
+    only: Only = None,
+    list_rows: ListRows = False,
     most: Annotated[int | None, typer.Option(min=0, help="Number of cells to measure now; default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of fits.json and fits.md.")] = Path("docs"),
 ) -> None:
     """Measure what is missing, and write the page."""
     record = read(out)
     done = {tuple(result[part] for part in KEY) for result in record["results"]}
-    wanted = [cell for cell in cells(seed, steps) if matches(only, *cell[:2])]
-    if not wanted:
-        every = ", ".join(f"'{pattern} {recipe}'" for pattern, recipe, _ in cells(seed, steps))
-        raise typer.BadParameter(f"--only {' '.join(only or [])} matches no cell: the cells are {every}")
+    if list_rows:
+        seconds = {tuple(r[part] for part in KEY): f"{r['seconds']:.0f} CPU seconds" for r in record["results"]}
+        known = ((label(cell), seconds.get((name, *cell[:2], seed, cell[2]))) for cell in cells(seed, steps))
+        print_rows(console, known)
+        return
+    wanted = chosen_rows(cells(seed, steps), label, only)
     todo = [cell for cell in wanted if (name, *cell[:2], seed, cell[2]) not in done][:most]
     if todo:
         chosen = Protocol(
@@ -145,9 +145,10 @@ def cells(seed: int, steps: int) -> list[tuple[str, str, int]]:
     return without + [(pattern, RECOVERED, steps) for pattern in PATTERNS if steps]
 
 
-def matches(only: Sequence[str] | None, pattern: str, recipe: str) -> bool:
-    """True if a cell was asked for."""
-    return not only or any(fnmatchcase(f"{pattern} {recipe}", wanted) for wanted in only)
+def label(cell: tuple[str, str, int]) -> str:
+    """The name of a cell, such as "2:4 block fit"."""
+    pattern, recipe, _ = cell
+    return f"{pattern} {recipe}"
 
 
 def recipe_of(name: str, pattern: str) -> Recipe:

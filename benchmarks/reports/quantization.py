@@ -4,6 +4,9 @@
 
 Each metric alone, at 2:4 and 8:16. "absmax" quantizes the pruned model, as ``ace-triton pack --bits`` does; "gptq"
 quantizes while the model is pruned, as ``ace-triton prune --bits`` does. Results in docs/quantization.json are reused.
+The option ``--list`` prints the names of all cells, with the measured perplexities; ``--only`` measures some:
+
+    --only "8:16 ace 4 gptq" --only "2:4 * 16"
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench, processor_name
 
 from .dense_bits import section
+from .named_rows import ListRows, Only, chosen_rows, print_rows
 
 METHODS = ("wanda", "ace", "ria", "magnitude")
 PATTERNS = ("8:16", "2:4")
 SAMPLES, LENGTH, SEED = 64, 128, 0
+WINDOW_LENGTH = 512
 
 LABELS = {"wanda": "Wanda", "ace": "ACE", "ria": "RIA", "magnitude": "magnitude"}
 COLUMNS: tuple[tuple[int, Rule | None], ...] = ((16, None), (8, "absmax"), (8, "gptq"), (4, "absmax"), (4, "gptq"))
@@ -69,15 +74,28 @@ def main(
     model: Annotated[str, typer.Option(help="Model to prune.")] = "smollm2",
     name: Annotated[str, typer.Option(help="The model's name on the page.")] = "SmolLM2-135M",
     windows: Annotated[int, typer.Option(help="Number of evaluation windows of 512 tokens.")] = 20,
+    only: Only = None,
+    list_rows: ListRows = False,
     out: Annotated[Path, typer.Option(help="Folder of quantization.json and quantization.md.")] = Path("docs"),
 ) -> None:
     """Measure what is missing, and write the page."""
     protocol = Protocol(
-        model, calibration, evaluation, wikitext=True, samples=SAMPLES, windows=windows, dtype=torch.float32
+        model,
+        calibration,
+        evaluation,
+        wikitext=True,
+        samples=SAMPLES,
+        windows=windows,
+        window_length=WINDOW_LENGTH,
+        dtype=torch.float32,
     )
     outcomes = measured(out)
     done = {outcome.key for outcome in outcomes}
-    todo = [(*pair, *column) for pair in pairs() for column in COLUMNS if (name, *pair, *column) not in done]
+    if list_rows:
+        found = {outcome.key: f"perplexity {outcome.perplexity:.2f}" for outcome in outcomes}
+        print_rows(console, ((label(cell), found.get((name, *cell))) for cell in cells()))
+        return
+    todo = [cell for cell in chosen_rows(cells(), label, only) if (name, *cell) not in done]
     dense = (name, "", "", 16, None)
     bench = Workbench(protocol) if todo or dense not in done else None
 
@@ -86,6 +104,7 @@ def main(
         outcomes.append(Outcome(name, method, pattern, bits, rule, bench.perplexity()))
         console.print(outcomes[-1], highlight=False)
         write_json(out / "quantization.json", record(outcomes, out))
+        (out / "quantization.md").write_text(page(record(outcomes, out)))
 
     if bench is not None and dense not in done:
         note("", "", 16, None)
@@ -113,6 +132,20 @@ def main(
 def pairs() -> list[tuple[str, str]]:
     """All methods and patterns."""
     return [(method, pattern) for pattern, method in itertools.product(PATTERNS, METHODS)]
+
+
+Row = tuple[str, str, int, Rule | None]
+
+
+def cells() -> list[Row]:
+    """All cells: method, pattern, bits and rule."""
+    return [(*pair, *column) for pair in pairs() for column in COLUMNS]
+
+
+def label(cell: Row) -> str:
+    """The name of a cell, such as "8:16 ace 4 gptq"; "8:16 ace 16" without quantization."""
+    method, pattern, bits, rule = cell
+    return f"{pattern} {method} {bits}" + (f" {rule}" if rule else "")
 
 
 @torch.no_grad()
@@ -146,7 +179,7 @@ def page(found: dict[str, Any]) -> str:
         "# Pruned and quantized",
         "",
         f"Measured on a CPU ({found['processor']}) by `make quantization`: {SAMPLES} x {LENGTH} tokens of C4, windows "
-        f"of 512 tokens of WikiText-2, float32, groups of {GROUP} inputs, each metric alone. "
+        f"of {WINDOW_LENGTH} tokens of WikiText-2, float32, groups of {GROUP} inputs, each metric alone. "
         '"absmax" quantizes the pruned model, as `ace-triton pack --bits` does. "gptq" quantizes each block while the '
         "model is pruned, and changes later columns to make up for the errors, as `ace-triton prune --bits` does. The "
         "number in parentheses is the change from 16 bits, which are here the weights without quantization. "
@@ -170,14 +203,13 @@ def table(model: str, found: dict[tuple[object, ...], float]) -> list[str]:
     lines = [f"| method, pattern | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
     for method, pattern in pairs():
         base = found.get((model, method, pattern, 16, None))
-        if base is None:
-            continue
         cells = []
         for bits, rule in COLUMNS:
             value = found.get((model, method, pattern, bits, rule))
-            change = "" if rule is None or value is None else f" ({value / base - 1:+.1%})"
+            change = "" if rule is None or value is None or base is None else f" ({value / base - 1:+.1%})"
             cells.append("" if value is None else f"{value:.2f}{change}")
-        lines.append(f"| {LABELS[method]}, {pattern} | {' | '.join(cells)} |")
+        if any(cells):
+            lines.append(f"| {LABELS[method]}, {pattern} | {' | '.join(cells)} |")
     return lines
 
 

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -34,6 +33,7 @@ from ace_triton.reordering.rotation import RATE, STEPS
 from ace_triton.study.tally import listed
 
 from .cpu_ratios import processor
+from .named_rows import ListRows, Only, chosen_rows, print_rows
 from .record import read_record
 
 SAMPLES, LENGTH, WINDOW_LENGTH = 64, 128, 512
@@ -78,19 +78,22 @@ def main(
     name: Annotated[str, typer.Option(help="The model's name on the page.")] = "SmolLM2-135M",
     windows: Annotated[int, typer.Option(min=1, help="Number of evaluation windows of 512 tokens.")] = 10,
     seed: Annotated[int, typer.Option(help="Random seed of the calibration sample.")] = 0,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Measure only recipes that match a shell pattern, such as '*lstsq, 2:4'.")
-    ] = None,
+    only: Only = None,
+    list_rows: ListRows = False,
     most: Annotated[int | None, typer.Option(min=0, help="Number of cells to measure now; default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of rotations.json and rotations.md.")] = Path("docs"),
 ) -> None:
     """Measure what is missing, and write the page."""
     record = read_record(out / "rotations.json", dense={}, outcomes=[])
     done = {(r["model"], r["recipe"], r["seed"], r["rotated"], r["windows"]) for r in record["outcomes"]}
-    chosen = [recipe for recipe in RECIPES if not only or any(fnmatchcase(label(recipe), each) for each in only)]
-    if not chosen:
-        raise typer.BadParameter(f"--only matches none of {', '.join(repr(label(recipe)) for recipe in RECIPES)}")
-    wanted = [(recipe, rotated) for recipe in chosen for rotated in (False, True)]
+    if list_rows:
+        names = [label(recipe) for recipe in RECIPES]
+        found = {
+            text for text in names if all((name, text, seed, rotated, windows) in done for rotated in (False, True))
+        }
+        print_rows(console, ((text, "measured" if text in found else None) for text in names))
+        return
+    wanted = [(recipe, rotated) for recipe in chosen_rows(RECIPES, label, only) for rotated in (False, True)]
     todo = [cell for cell in wanted if (name, label(cell[0]), seed, cell[1], windows) not in done][:most]
     if todo:
         bench = Bench(model, calibration, evaluation, windows)

@@ -15,7 +15,6 @@ takes longer. A row that is asked for by name is measured at any ratio; without 
 
 from __future__ import annotations
 
-import fnmatch
 import gc
 import time
 from collections.abc import Iterator
@@ -43,6 +42,7 @@ from ace_triton.structures.run import Run
 from ace_triton.structures.settings import ShrinkSettings
 
 from .cpu_ratios import processor
+from .named_rows import ListRows, Only, chosen_rows, print_rows
 from .record import read_record
 
 RATIOS = (0.2, 0.1, 0.3)
@@ -144,10 +144,8 @@ def main(
     model: Annotated[str, typer.Option()] = "smollm2",
     windows: Annotated[int, typer.Option(min=1)] = 20,
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Rows to measure, by name, with * and ? as in file names; repeatable.")
-    ] = None,
-    list_rows: Annotated[bool, typer.Option("--list", help="Print the names of all rows, and measure none.")] = False,
+    only: Only = None,
+    list_rows: ListRows = False,
     most: Annotated[int | None, typer.Option(help="Number of results to measure now; default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of structured.json and structured.md.")] = Path("docs"),
 ) -> None:
@@ -158,12 +156,9 @@ def main(
     done = {tuple(result[part] for part in KEY) for result in record["results"]}
     if list_rows:
         seconds = {tuple(r[part] for part in KEY): f"{r['seconds']:.0f} CPU seconds" for r in record["results"]}
-        for cell in cells(every=True):
-            console.print(f"{label(*cell)}: {seconds.get((name, *key(*cell)), 'not measured')}", highlight=False)
+        print_rows(console, ((label(cell), seconds.get((name, *key(*cell)))) for cell in cells(every=True)))
         return
-    wanted = [cell for cell in cells(every=only is not None) if only is None or named(cell, only)]
-    if not wanted:
-        raise typer.BadParameter(f"--only {' '.join(only or ())}: no row has such a name; --list prints all names")
+    wanted = chosen_rows(cells(every=bool(only)), label, only)
     todo = [cell for cell in wanted if (name, *key(*cell)) not in done]
     bench = Bench(model, calibration, evaluation, windows) if todo[:most] else None
     for ratio, method, options in todo[:most]:
@@ -195,14 +190,10 @@ def cells(*, every: bool = False) -> Iterator[Cell]:
             yield ratio, method, options
 
 
-def label(ratio: float, method: str, options: dict[str, Any]) -> str:
+def label(cell: Cell) -> str:
     """The name of a row, such as "20% SAAP, lstsq"."""
-    return f"{ratio:.0%} {method}, {key(ratio, method, options)[2]}"
-
-
-def named(cell: Cell, patterns: list[str]) -> bool:
-    """True if a pattern fits the name of a row."""
-    return any(fnmatch.fnmatchcase(label(*cell), pattern) for pattern in patterns)
+    ratio, method, update = key(*cell)
+    return f"{ratio:.0%} {method}, {update}"
 
 
 def key(ratio: float, method: str, options: dict[str, Any]) -> tuple[float, str, str]:

@@ -52,9 +52,10 @@ def test_results_of_two_settings_are_not_mixed(files):
         run(files, windows=3)
 
 
-def test_a_pattern_that_matches_nothing_lists_the_cells(files):
-    with pytest.raises(typer.BadParameter, match="--only 3:4 matches no cell: the cells are '2:4 wanda', "):
-        run(files, only=["3:4"])
+def test_all_cells_are_listed(files, capsys):
+    run(files, list_rows=True)
+    assert "2:4 wanda: not measured\n" in capsys.readouterr().out
+    assert not (files["out"] / "fits.md").exists()
 
 
 def test_channels_of_a_fraction_are_not_permuted():

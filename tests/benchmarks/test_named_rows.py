@@ -1,0 +1,43 @@
+"""The rows of a report by name, and the report on quantized weights, which has many of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+
+from benchmarks.reports import quantization, structured
+from benchmarks.reports.named_rows import chosen_rows
+
+
+def test_rows_are_chosen_by_any_of_the_patterns_in_their_own_order():
+    assert chosen_rows(["2:4 a", "2:4 b", "8:16 a"], str, ["8:16 *", "* b", "*a"]) == ["2:4 a", "2:4 b", "8:16 a"]
+    assert chosen_rows(["2:4 a", "2:4 b"], str, ["*b"]) == ["2:4 b"]
+    assert chosen_rows(["2:4 a", "2:4 b"], str, None) == ["2:4 a", "2:4 b"]
+
+
+def test_each_pattern_must_fit_a_row():
+    with pytest.raises(typer.BadParameter, match="--only '3:4 a': no row has such a name; --list prints all names"):
+        chosen_rows(["2:4 a"], str, ["2:4 a", "3:4 a"])
+
+
+def test_every_row_of_the_large_reports_has_a_name_of_its_own():
+    for report, rows in ((quantization, quantization.cells()), (structured, list(structured.cells(every=True)))):
+        assert len({report.label(row) for row in rows}) == len(rows) > 30
+
+
+def test_one_cell_of_the_quantized_models_is_measured_alone(tmp_path, tiny_checkpoint, some_text, monkeypatch, capsys):
+    for name, value in (("SAMPLES", 8), ("LENGTH", 16), ("WINDOW_LENGTH", 16), ("GROUP", 32)):
+        monkeypatch.setattr(quantization, name, value)
+    text, options = str(some_text), {"model": str(tiny_checkpoint), "name": "small", "windows": 1, "out": tmp_path}
+    quantization.main(text, text, only=["2:4 wanda 4 gptq"], **options)
+    dense, cell = json.loads((tmp_path / "quantization.json").read_text())["outcomes"]
+    assert (dense["method"], cell["method"], cell["pattern"], cell["bits"]) == ("", "wanda", "2:4", 4)
+    page = (tmp_path / "quantization.md").read_text()
+    assert f"| Wanda, 2:4 |  |  |  |  | {cell['perplexity']:.2f} |\n" in page
+    assert "Cells without a number are not measured yet." in page
+    quantization.main(text, text, list_rows=True, **options)
+    listed = capsys.readouterr().out
+    assert f"2:4 wanda 4 gptq: perplexity {cell['perplexity']:.2f}\n" in listed
+    assert "8:16 ace 16: not measured\n" in listed
