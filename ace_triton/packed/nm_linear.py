@@ -12,12 +12,10 @@ from ..kernels.memory import why_not_plain
 from ..kernels.pack_nm import PackedNM, pack_nm
 from ..kernels.packed_nm import check_meta, check_meta_dtype
 from ..kernels.quantize_nm import quantize_nm
-from ..kernels.unpack_nm import unpack_nm
 from ..linears import linear_weight
 from ..solvers.quantize import GROUP
 from .bound_calls import BoundCalls
-from .dispatch import multiply
-from .packed_linear import PackedLinear, limits_as_arguments, limits_of_arguments, of_parts, parts_of
+from .packed_linear import PackedLinear
 from .products import RowLimits
 
 
@@ -130,9 +128,6 @@ class NMLinear(PackedLinear):
     def repacked(self, layer: nn.Module) -> NMLinear:
         return NMLinear.from_linear(layer, self.n, self.m, self.limits, bits=self.bits, group=self.group or GROUP)
 
-    def _traced(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return _product(tokens, bias, *parts_of(self._made()), *limits_as_arguments(self.limits))
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """As in ``nn.Module``, but a layer with invalid metadata is not loaded, and ``load_state_dict`` raises."""
         meta = state_dict.get(f"{prefix}meta")
@@ -161,70 +156,3 @@ class NMLinear(PackedLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={self.n}:{self.m}" + ("" if self.absmax is None else f", bits={self.bits}, group={self.group}")
         )
-
-
-@torch.library.custom_op("ace_triton::nm_linear", mutates_args=())
-def _product(
-    tokens: torch.Tensor,
-    bias: torch.Tensor | None,
-    values: torch.Tensor,
-    meta: torch.Tensor,
-    absmax: torch.Tensor | None,
-    n: int,
-    m: int,
-    group: int,
-    in_features: int,
-    packed_rows: int | None,
-    semi_structured_rows: int | None,
-    second_copy: bool,
-    others: str = "",
-) -> torch.Tensor:
-    """The product for tokens [n_tokens, in_features] as one operation that torch.compile does not trace into.
-
-    The arguments from ``packed_rows`` on are :meth:`RowLimits.flat`; without ``packed_rows`` the device's defaults.
-    """
-    limits = limits_of_arguments(packed_rows, semi_structured_rows, second_copy, others)
-    return multiply(tokens, of_parts(values, meta, absmax, n, m, group, in_features), bias, limits)
-
-
-@_product.register_fake
-def _(tokens: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor, *_: Any) -> torch.Tensor:
-    return tokens.new_empty(tokens.shape[0], values.shape[0])
-
-
-@torch.library.custom_op("ace_triton::nm_linear_input_gradient", mutates_args=())
-def _input_gradient(
-    gradient: torch.Tensor,
-    values: torch.Tensor,
-    meta: torch.Tensor,
-    absmax: torch.Tensor | None,
-    n: int,
-    m: int,
-    group: int,
-    in_features: int,
-) -> torch.Tensor:
-    """dL/dx = dL/dy W. The dense weight is unpacked for this call only."""
-    return gradient @ unpack_nm(of_parts(values, meta, absmax, n, m, group, in_features))
-
-
-@_input_gradient.register_fake
-def _(gradient: torch.Tensor, *parts: Any) -> torch.Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], parts[-1])
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, _, values, meta, absmax, n, m, group, in_features, *_ = inputs
-    ctx.save_for_backward(values, meta, absmax)
-    ctx.pattern = n, m, group, in_features
-
-
-def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    of_tokens = of_bias = None
-    if ctx.needs_input_grad[0]:
-        of_tokens = _input_gradient(gradient, *ctx.saved_tensors, *ctx.pattern)
-    if ctx.needs_input_grad[1]:
-        of_bias = gradient.sum(0)
-    return of_tokens, of_bias, *[None] * 11
-
-
-_product.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -10,14 +10,10 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from ..errors import ArgumentError, PackedWeightError
-from ..kernels.pack_nm import PackedNM
-from ..kernels.pack_rows import unpack_rows
-from ..kernels.packed_dense import PackedDense, dequantize_dense
-from ..kernels.packed_rows import PackedRows
-from ..kernels.unpack_nm import unpack_nm
 from ..kernels.written import version_of
 from .bound_calls import BoundCalls
 from .dispatch import multiply
+from .operations import operations_of
 from .products import Packed, RowLimits
 from .unpacked import unpacked_weight
 from .weight import PackedWeight
@@ -88,7 +84,8 @@ class PackedLinear(nn.Module):
 
     def _traced(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product for tokens [n_tokens, in_features] as an operation that torch.compile does not trace into."""
-        raise NotImplementedError
+        packed = self._made()
+        return operations_of(packed).product(tokens, bias, packed, self.limits)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -155,59 +152,6 @@ def _is_differentiated(tensor: torch.Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def parts_of(packed: PackedNM) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int, int, int]:
-    """The packed weight as arguments of a torch operation; :func:`of_parts` is the inverse."""
-    return packed.values, packed.meta, packed.absmax, packed.n, packed.m, packed.group, packed.shape[1]
-
-
-def of_parts(
-    values: torch.Tensor, meta: torch.Tensor, absmax: torch.Tensor | None, n: int, m: int, group: int, in_features: int
-) -> PackedNM:
-    """The packed weight that :func:`parts_of` took apart."""
-    return PackedNM(values, meta, n, m, (len(values), in_features), absmax, group)
-
-
-def limits_as_arguments(limits: RowLimits | None) -> tuple[int | None, int | None, bool, str]:
-    """The limits as arguments of a torch operation; nothing for the defaults."""
-    return (None, None, False, "") if limits is None else limits.flat()
-
-
-def limits_of_arguments(
-    packed_rows: int | None, semi_structured_rows: int | None, second_copy: bool, others: str
-) -> RowLimits | None:
-    """The inverse of :func:`limits_as_arguments`."""
-    return None if packed_rows is None else RowLimits.from_flat(packed_rows, semi_structured_rows, second_copy, others)
-
-
-@torch.library.custom_op("ace_triton::unpack_nm", mutates_args=())
-def _unpacked(
-    values: torch.Tensor, meta: torch.Tensor, absmax: torch.Tensor | None, n: int, m: int, group: int, in_features: int
-) -> torch.Tensor:
-    """The dense weight, as one operation that torch.func does not trace into."""
-    return unpack_nm(of_parts(values, meta, absmax, n, m, group, in_features))
-
-
-@torch.library.custom_op("ace_triton::unpack_rows", mutates_args=())
-def _unpacked_rows(values: torch.Tensor, meta: torch.Tensor, starts: torch.Tensor, in_features: int) -> torch.Tensor:
-    """The same for a weight with row starts."""
-    return unpack_rows(PackedRows(values, meta, starts, (len(meta), in_features)))
-
-
-@torch.library.custom_op("ace_triton::unpack_dense", mutates_args=())
-def _unpacked_dense(values: torch.Tensor, absmax: torch.Tensor, group: int, in_features: int) -> torch.Tensor:
-    """The same for a quantized weight that is not pruned."""
-    return dequantize_dense(PackedDense(values, absmax, (len(values), in_features), group))
-
-
-def unpacked_operation(packed: Packed) -> torch.Tensor:
-    """The dense weight, as one operation that torch.func does not trace into."""
-    if isinstance(packed, PackedRows):
-        return _unpacked_rows(packed.values, packed.meta, packed.starts, packed.shape[1])
-    if isinstance(packed, PackedDense):
-        return _unpacked_dense(packed.values, packed.absmax, packed.group, packed.shape[1])
-    return _unpacked(*parts_of(packed))
-
-
 class _Differentiable(torch.autograd.Function):
     """The product outside torch.compile, with gradients in reverse and forward mode and under torch.func.
 
@@ -231,7 +175,7 @@ class _Differentiable(torch.autograd.Function):
             raise PackedWeightError(
                 "a packed weight was written between the forward and the backward pass: run the forward pass again"
             )
-        of_tokens = gradient @ unpacked_operation(ctx.packed) if ctx.needs_input_grad[0] else None
+        of_tokens = gradient @ operations_of(ctx.packed).unpacked(ctx.packed) if ctx.needs_input_grad[0] else None
         return of_tokens, gradient.sum(0) if ctx.needs_input_grad[1] else None, None, None
 
     @staticmethod

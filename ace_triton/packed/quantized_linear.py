@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from ..kernels.packed_dense import PackedDense, dequantize_dense, quantize_dense
+from ..kernels.packed_dense import PackedDense, quantize_dense
 from ..linears import linear_weight
-from .dispatch import multiply
 from .manifest import DENSE
-from .packed_linear import PackedLinear, limits_as_arguments, limits_of_arguments
+from .packed_linear import PackedLinear
 from .products import RowLimits
 from .quantized_embedding import QuantizedEmbedding
 
@@ -44,10 +43,6 @@ class _Quantized(PackedLinear):
 
     def repacked(self, layer: nn.Module) -> QuantizedLinear:
         return QuantizedLinear.from_linear(layer, self.bits, self.group, self.limits)
-
-    def _traced(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        parts = self.values, self.absmax, self.group, self.in_features
-        return _product(tokens, bias, *parts, *limits_as_arguments(self.limits))
 
     def extra_repr(self) -> str:
         return (
@@ -165,6 +160,9 @@ class TiedLinear(_Quantized):
     def packed(self) -> PackedDense:
         return self.embedding.packed
 
+    def _made(self) -> PackedDense:
+        return self.embedding.packed
+
     @property
     def values(self) -> torch.Tensor:  # type: ignore[override]
         """The embedding's values."""
@@ -174,64 +172,3 @@ class TiedLinear(_Quantized):
     def absmax(self) -> torch.Tensor:  # type: ignore[override]
         """The embedding's scales."""
         return self.embedding.absmax
-
-
-def _of_parts(values: torch.Tensor, absmax: torch.Tensor, group: int, in_features: int) -> PackedDense:
-    return PackedDense(values, absmax, (len(values), in_features), group)
-
-
-@torch.library.custom_op("ace_triton::quantized_linear", mutates_args=())
-def _product(
-    tokens: torch.Tensor,
-    bias: torch.Tensor | None,
-    values: torch.Tensor,
-    absmax: torch.Tensor,
-    group: int,
-    in_features: int,
-    packed_rows: int | None,
-    semi_structured_rows: int | None,
-    second_copy: bool,
-    others: str = "",
-) -> torch.Tensor:
-    """The product for tokens [n_tokens, in_features] as one operation that torch.compile does not trace into.
-
-    The arguments from ``packed_rows`` on are :meth:`RowLimits.flat`; without ``packed_rows`` the device's defaults.
-    """
-    limits = limits_of_arguments(packed_rows, semi_structured_rows, second_copy, others)
-    return multiply(tokens, _of_parts(values, absmax, group, in_features), bias, limits)
-
-
-@_product.register_fake
-def _(tokens: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor, *_: Any) -> torch.Tensor:
-    return tokens.new_empty(tokens.shape[0], values.shape[0])
-
-
-@torch.library.custom_op("ace_triton::quantized_linear_input_gradient", mutates_args=())
-def _input_gradient(
-    gradient: torch.Tensor, values: torch.Tensor, absmax: torch.Tensor, group: int, in_features: int
-) -> torch.Tensor:
-    """dL/dx = dL/dy W. The dense weight is computed for this call only."""
-    return gradient @ dequantize_dense(_of_parts(values, absmax, group, in_features))
-
-
-@_input_gradient.register_fake
-def _(gradient: torch.Tensor, *parts: Any) -> torch.Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], parts[-1])
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, _, values, absmax, group, in_features, *_ = inputs
-    ctx.save_for_backward(values, absmax)
-    ctx.sizes = group, in_features
-
-
-def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    of_tokens = of_bias = None
-    if ctx.needs_input_grad[0]:
-        of_tokens = _input_gradient(gradient, *ctx.saved_tensors, *ctx.sizes)
-    if ctx.needs_input_grad[1]:
-        of_bias = gradient.sum(0)
-    return of_tokens, of_bias, *[None] * 8
-
-
-_product.register_autograd(_backward, setup_context=_keep_for_backward)

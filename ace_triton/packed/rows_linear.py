@@ -9,12 +9,11 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..kernels.memory import why_not_plain
-from ..kernels.pack_rows import pack_rows, unpack_rows
+from ..kernels.pack_rows import pack_rows
 from ..kernels.packed_nm import WORD, check_meta_dtype
 from ..kernels.packed_rows import UNSTRUCTURED, PackedRows
 from ..linears import linear_weight
-from .dispatch import multiply
-from .packed_linear import PackedLinear, limits_as_arguments, limits_of_arguments
+from .packed_linear import PackedLinear
 from .products import RowLimits
 
 
@@ -84,11 +83,6 @@ class RowsLinear(PackedLinear):
     def repacked(self, layer: nn.Module) -> RowsLinear:
         return RowsLinear.from_linear(layer, self.limits)
 
-    def _traced(self, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        packed = self._made()
-        parts = packed.values, packed.meta, packed.starts, self.in_features
-        return _product(tokens, bias, *parts, *limits_as_arguments(self.limits))
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """As in ``nn.Module``, but a layer with invalid metadata is not loaded, and ``load_state_dict`` raises.
 
@@ -116,64 +110,3 @@ class RowsLinear(PackedLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"kept={kept:.1%}"
         )
-
-
-@torch.library.custom_op("ace_triton::rows_linear", mutates_args=())
-def _product(
-    tokens: torch.Tensor,
-    bias: torch.Tensor | None,
-    values: torch.Tensor,
-    meta: torch.Tensor,
-    starts: torch.Tensor,
-    in_features: int,
-    packed_rows: int | None,
-    semi_structured_rows: int | None,
-    second_copy: bool,
-    others: str = "",
-) -> torch.Tensor:
-    """The product for tokens [n_tokens, in_features] as one operation that torch.compile does not trace into.
-
-    The arguments from ``packed_rows`` on are :meth:`RowLimits.flat`; without ``packed_rows`` the device's defaults.
-    """
-    limits = limits_of_arguments(packed_rows, semi_structured_rows, second_copy, others)
-    return multiply(tokens, PackedRows(values, meta, starts, (len(meta), in_features)), bias, limits)
-
-
-@_product.register_fake
-def _(
-    tokens: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor, meta: torch.Tensor, *_: Any
-) -> torch.Tensor:
-    return tokens.new_empty(tokens.shape[0], meta.shape[0])
-
-
-@torch.library.custom_op("ace_triton::rows_linear_input_gradient", mutates_args=())
-def _input_gradient(
-    gradient: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, starts: torch.Tensor, in_features: int
-) -> torch.Tensor:
-    """dL/dx = dL/dy W. The dense weight is unpacked for this call only."""
-    return gradient @ unpack_rows(PackedRows(values, meta, starts, (len(meta), in_features)))
-
-
-@_input_gradient.register_fake
-def _(
-    gradient: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, starts: torch.Tensor, in_features: int
-) -> torch.Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], in_features)
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, _, values, meta, starts, in_features, *_ = inputs
-    ctx.save_for_backward(values, meta, starts)
-    ctx.in_features = in_features
-
-
-def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    of_tokens = of_bias = None
-    if ctx.needs_input_grad[0]:
-        of_tokens = _input_gradient(gradient, *ctx.saved_tensors, ctx.in_features)
-    if ctx.needs_input_grad[1]:
-        of_bias = gradient.sum(0)
-    return of_tokens, of_bias, *[None] * 8
-
-
-_product.register_autograd(_backward, setup_context=_keep_for_backward)
