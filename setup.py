@@ -1,8 +1,10 @@
 """Build script: ``kernels/`` installs as ``ace_triton.kernels``, with the CPU library if a C++ compiler is found."""
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 from runpy import run_path
 from typing import Any
 
@@ -18,13 +20,14 @@ is not the default one, and install ace_triton again.
 """
 
 SOURCES = run_path("kernels/cpu_sources.py")
+DIGEST = SOURCES["digest"]()
 
 # A plain C library that kernels/cpu_library.py opens with ctypes; without it every operation runs in plain torch.
 cpu_library = Extension(
     "ace_triton.kernels._cpu",
     sources=sorted(glob("kernels/cpu/*.cpp")),
     depends=sorted(glob("kernels/cpu/*.h")),
-    define_macros=[("ACE_SOURCES", f'"{SOURCES["digest"]()}"')],
+    define_macros=[("ACE_SOURCES", f'"{DIGEST}"')],
     extra_compile_args=SOURCES["COMPILE_ARGUMENTS"],
     extra_link_args=["-pthread"],
     language="c++",
@@ -43,10 +46,42 @@ def side_by_side(compile_files: Any) -> Any:
     return compile_all
 
 
+def built_library(name: str) -> Path | None:
+    """The library that the environment variable ACE_TRITON_CPU_LIBRARY names, to install instead of compiling.
+
+    Args:
+        name: file name of a library for this Python and this machine.
+
+    Raises:
+        SystemExit: if the file does not exist, has another name or was built from other sources.
+    """
+    named = os.environ.get("ACE_TRITON_CPU_LIBRARY")
+    if not named:
+        return None
+    path = Path(named)
+    fault = None
+    if not path.is_file():
+        fault = "there is no such file"
+    elif path.name != name:
+        fault = f"this Python needs a library named {name}"
+    elif DIGEST.encode() not in path.read_bytes():
+        fault = "it was built from other sources"
+    if fault:
+        raise SystemExit(f"ACE_TRITON_CPU_LIBRARY={named}: {fault}; unset the variable to compile the library")
+    return path
+
+
 class BuildLibrary(build_ext):
     """Builds the CPU library, or says what its absence means and how to get it; the rest installs all the same."""
 
     def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name))
+        built = built_library(target.name)
+        if built is not None:
+            if not (target.exists() and target.samefile(built)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(built, target)
+            return
         try:
             if self.compiler.compiler_type == "msvc":
                 raise PlatformError("Microsoft's compiler has no vector extensions; GCC or Clang is needed")

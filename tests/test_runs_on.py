@@ -6,13 +6,14 @@ import importlib.machinery
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
 from ace_triton import prune_linear
-from ace_triton.kernels import cpu, cpu_library
+from ace_triton.kernels import cpu, cpu_library, cpu_sources
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, warn_of_slow_backend
 from ace_triton.runs_on import SlowBackendWarning, describe_backend, warn_if_slow
 
@@ -78,3 +79,21 @@ def test_a_build_without_a_compiler_goes_on_and_says_what_is_missing(tmp_path):
     assert "the compiled CPU library of ace_triton was not built" in done.stderr
     assert "install a C++17 compiler (g++ or clang++; on Debian: apt install g++)" in done.stderr
     assert not list(tmp_path.rglob("_cpu*"))
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+def test_a_build_takes_a_library_of_the_same_sources(tmp_path, faulty):
+    pytest.importorskip("setuptools")
+    built = tmp_path / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    built.write_text("other sources" if faulty else cpu_sources.digest())
+    environment = {**os.environ, "ACE_TRITON_CPU_LIBRARY": str(built), "CXX": str(tmp_path / "c++")}
+    build = ["setup.py", "build_ext", "--build-lib", tmp_path / "lib"]
+    done = subprocess.run([sys.executable, *build], cwd=ROOT, env=environment, capture_output=True, text=True)
+    taken = tmp_path / "lib" / "ace_triton" / "kernels" / built.name
+    if faulty:
+        assert done.stderr.endswith(
+            f"={built}: it was built from other sources; unset the variable to compile the library\n"
+        )
+        assert not taken.exists()
+    else:
+        assert taken.read_text() == built.read_text(), done.stderr
