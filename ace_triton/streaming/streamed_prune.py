@@ -40,6 +40,9 @@ from .streamed_pack import MappedWeights, write_packed_files
 JOURNAL, OWN_FORM = "journal.jsonl", "own_form"
 PACKED_LAYERS, PACKED = "packed_layers", "packed"
 
+FIRST_BYTES, PAGE, SAMPLED_PAGES = 64 * 2**10, 4096, 64
+"""What :func:`sampled_digest` reads of a file."""
+
 
 @dataclass
 class StreamedModel:
@@ -311,13 +314,28 @@ def all_but_weights(model: Any, tokenizer: Any, place: Reservation, out: Path) -
 
 
 def source_state(source: str) -> dict[str, Any]:
-    """Which files a model is loaded from: names, sizes and times of change; a hub name alone for a model of the hub."""
+    """Which files a model is loaded from; a hub name alone for a model of the hub.
+
+    Each file has a size, a time of change and a digest of samples, because tools can restore both others.
+    """
     found = ModelSource.find(source)
     if found.path is None:
         return {"name": found.name}
     paths = [found.path] if found.is_gguf else [path for path in sorted(found.path.iterdir()) if path.is_file()]
-    states = {path.name: path.stat() for path in paths}
-    return {"files": {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}}
+    states = {path.name: (path.stat(), sampled_digest(path)) for path in paths}
+    return {"files": {name: [state.st_size, state.st_mtime_ns, digest] for name, (state, digest) in states.items()}}
+
+
+def sampled_digest(path: Path) -> str:
+    """SHA-256 of a file's first :data:`FIRST_BYTES`, where the header of a weight file is, and of pages after them."""
+    size, found = path.stat().st_size, hashlib.sha256()
+    step = max(PAGE, (size - FIRST_BYTES) // SAMPLED_PAGES)
+    with path.open("rb") as file:
+        found.update(file.read(FIRST_BYTES))
+        for start in range(FIRST_BYTES, size, step):
+            file.seek(start)
+            found.update(file.read(PAGE))
+    return found.hexdigest()
 
 
 def empty(*folders: Path, keep: Collection[str] = ()) -> None:

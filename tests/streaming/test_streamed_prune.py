@@ -19,6 +19,7 @@ from ace_triton.provenance import source_facts
 from ace_triton.streaming.file_store import FileStore
 from ace_triton.streaming.journal import Journal
 from ace_triton.streaming.mapped_model import MappedModel
+from ace_triton.streaming.streamed_prune import sampled_digest
 
 BALANCED = Recipe("wanda", permute=True, update="lstsq")
 RECIPES = {
@@ -416,6 +417,32 @@ def test_a_changed_file_of_any_kind_is_noticed(tiny_model, save, tmp_path, tiny_
     torch.save({name: tensor * 2 for name, tensor in tiny_model.state_dict().items()}, source / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"another source.files.pytorch_model.bin"):
         prune_checkpoint(source, tmp_path / "out", tiny_ids, BALANCED)
+
+
+def test_changed_weights_are_noticed_if_size_and_time_are_those_before(
+    tiny_model, save, tmp_path, tiny_ids, stopped_after, monkeypatch
+):
+    source = save(tiny_model)
+    interrupted(source, tmp_path / "out", tiny_ids, stopped_after, monkeypatch)
+    weights = source / "model.safetensors"
+    state, content = weights.stat(), weights.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    weights.write_bytes(content[:header] + bytes(len(content) - header))
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=r"another source.files.model.safetensors"):
+        prune_checkpoint(source, tmp_path / "out", tiny_ids, BALANCED)
+
+
+@pytest.mark.parametrize("size", [0, 100, 64 * 2**10, 3 * 2**20 + 5])
+def test_samples_of_a_file_are_spread_over_all_of_it(tmp_path, size):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(size))
+    before = sampled_digest(path)
+    assert sampled_digest(path) == before
+    for part in range(8 if size else 0):
+        start = part * size // 8
+        path.write_bytes(bytes(start) + b"\1" * (size // 8) + bytes(size - start - size // 8))
+        assert sampled_digest(path) != before
 
 
 def test_a_disk_that_fills_up_is_one_line_and_the_run_resumes(tiny_checkpoint, tmp_path, tiny_ids, monkeypatch):
