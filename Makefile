@@ -139,6 +139,11 @@ quantization: setup  ## pruned models in 16, 8 and 4 bits, for docs/quantization
 structured: setup  ## smaller dense models by every structured method, for docs/structured.md; hours, resumable
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.structured --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
+# Speeds need an idle machine; a later ARGS='--only speed --again' replaces those of a busy one.
+shrink-speed: setup  ## perplexity at equal speed of shrunken and n:m forms, for docs/shrink-speed.md; 30 minutes, resumable; ARGS
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.shrink_speed --calibration $(CALIBRATION) \
+		--evaluation $(EVALUATION) $(ARGS)
+
 fits: setup  ## metrics, fits and recovery by pattern, for docs/fits.md; hours, resumable; LARGER names a second model
 	$(BIN)/python -m benchmarks.reports.fits --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 	$(if $(LARGER),$(BIN)/python -m benchmarks.reports.fits --model $(LARGER) --name $(notdir $(LARGER)) --steps 0 \
