@@ -83,8 +83,8 @@ bench-report: setup  ## docs/benchmarks.md and its plot from benchmarks/results.
 large-models: setup  ## memory and time of streamed runs and of several processes, for docs/large-models.md; 20 GB of disk; LARGER names a second model
 	$(BIN)/python -m benchmarks.reports.large_models $(if $(LARGER),--larger $(LARGER))
 
-kill-test: setup  ## kill pruning, recovery and packing 100 times at random moments and compare the bytes, for docs/kill-test.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill_test
+kill-test: setup  ## kill pruning, recovery, packing and shrinking 100 times and compare the bytes, for docs/kill-test.json; ARGS
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill_test $(ARGS)
 
 figures: setup  ## measure the CPU ratios of docs/cpu.md again
 	$(BIN)/python -m benchmarks.reports.cpu_ratios
@@ -138,6 +138,11 @@ quantization: setup  ## pruned models in 16, 8 and 4 bits, for docs/quantization
 
 structured: setup  ## smaller dense models by every structured method, for docs/structured.md; hours, resumable
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.structured --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+
+# Speeds need an idle machine; a later ARGS='--only speed --again' replaces those of a busy one.
+shrink-speed: setup  ## perplexity at equal speed of shrunken and n:m forms, for docs/shrink-speed.md; 30 minutes, resumable; ARGS
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.shrink_speed --calibration $(CALIBRATION) \
+		--evaluation $(EVALUATION) $(ARGS)
 
 fits: setup  ## metrics, fits and recovery by pattern, for docs/fits.md; hours, resumable; LARGER names a second model
 	$(BIN)/python -m benchmarks.reports.fits --calibration $(CALIBRATION) --evaluation $(EVALUATION)

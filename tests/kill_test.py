@@ -1,6 +1,7 @@
 """Kill pruning, recovery, packing and shrinking at random moments, run them again, and compare the resulting bytes.
 
     python -m tests.kill_test --kills 100
+    python -m tests.kill_test --kills 20 --only shrink
 
 Each job runs in a forked process that is killed after a random time, until it ends by itself; its files must be those
 of an undisturbed run. The random numbers are seeded, but the moments depend on the machine's speed. What was compared
@@ -41,6 +42,7 @@ REPORTS = ("ace_triton.json", "ace_triton_packed.json")
 def main(
     kills: Annotated[int, typer.Option(help="Number of kills, spread over the jobs.")] = 100,
     seed: Annotated[int, typer.Option(help="Random seed of the moments.")] = 0,
+    only: Annotated[list[str] | None, typer.Option(help="Job to run, as shrink; the others' results stay.")] = None,
     out: Annotated[Path, typer.Option(help="JSON file of the results.")] = Path("docs/kill-test.json"),
 ) -> None:
     """Run all jobs; fail at the first difference."""
@@ -50,11 +52,16 @@ def main(
         folder = Path(name)
         source = make_source(folder / "source")
         jobs = make_jobs(folder, source)
-        found = {}
-        for number, (job, run) in enumerate(jobs.items()):
-            run(folder / job)
+        if unknown := [job for job in only or () if job not in jobs]:
+            raise typer.BadParameter(f"--only must be one of {', '.join(jobs)}; got {unknown[0]!r}")
+        found = json.loads(out.read_text())["jobs"] if only and out.exists() else {}
+        jobs["prune"](folder / "prune")  # Others read its result.
+        chosen = {job: run for job, run in jobs.items() if job in (only or jobs)}
+        for number, (job, run) in enumerate(chosen.items()):
+            if job != "prune":
+                run(folder / job)
             seconds = undisturbed_seconds(folder, job, run)
-            share = kills // len(jobs) + (number < kills % len(jobs))
+            share = kills // len(chosen) + (number < kills % len(chosen))
             results = killed_and_repeated(folder, job, run, share, seconds, draws)
             print(f"{job}: {share} kills, {results} results, all with the same bytes", flush=True)
             found[job] = {"kills": share, "results": results, "seconds": round(seconds, 2)}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.written import version_of
 from .kept_tensors import KeptTensors
 from .watcher import Watcher
 
@@ -17,6 +18,7 @@ class FinishedOutputs:
     """Cached outputs of the finished modules of one block, by module and batch.
 
     An output is cached only if the module ran before every layer still to be pruned, so later pruning cannot change it.
+    It is dropped if the module ran twice in a batch, or if the block changed the output in place.
     If a module returns a tuple, only its first tensor is cached; the rest is replaced by None (attention weights, which
     blocks rarely read). The cached outputs of attention take as much memory as the calibration set's hidden states.
 
@@ -48,9 +50,15 @@ class FinishedOutputs:
             watcher: watches the layers still to be pruned.
         """
 
+        versions: dict[nn.Module, tuple[torch.Tensor, int]] = {}
+        dropped: set[nn.Module] = set()
+
         def cache(module: nn.Module, _args: Any, output: Any) -> None:
             values = output if isinstance(output, tuple) else (output,)
-            if not watcher.has_read and values and isinstance(values[0], torch.Tensor):
+            if module in versions:
+                dropped.add(module)
+            elif not watcher.has_read and values and isinstance(values[0], torch.Tensor):
+                versions[module] = values[0], version_of(values[0])
                 self._tensors[module, number] = values[0]
                 self._sizes[module, number] = len(values) if isinstance(output, tuple) else None
 
@@ -58,6 +66,9 @@ class FinishedOutputs:
             for module in modules:
                 hooks.callback(module.register_forward_hook(cache).remove)
             yield
+        dropped |= {module for module, (tensor, version) in versions.items() if version_of(tensor) != version}
+        for module in dropped:
+            del self._tensors[module, number], self._sizes[module, number]
 
     @contextmanager
     def reusing(self, modules: Sequence[nn.Module], number: int) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..decoders.batches import Calibration
@@ -22,21 +20,19 @@ from ..inputs import checkpoint
 from ..inputs.output_folder import Reservation, publish, reserved, write_report, writing
 from ..provenance import history_with, source_facts, versions, with_provenance
 from ..structures.choice import Choice
-from ..structures.choice_record import choice_of, record_of
-from ..structures.compensation import Moments, Repair, Stored
+from ..structures.compensation import Repair, Stored
 from ..structures.report import ShrinkReport
 from ..structures.run import Progress, Run
 from ..structures.settings import METHODS, ShrinkSettings, settings_of
 from ..structures.smaller import bare, kept_tensors, values_in
 from .journal import Journal
+from .kept_choice import CHOICE, RANKING, KeptChoice
 from .loaded_copies import LoadedCopies
 from .mapped_model import MappedModel
 from .streamed_evaluate import OpenCheckpoint
 from .streamed_prune import JOURNAL, OWN_FORM, all_but_weights, calibration_digests, empty, source_state
 
-MOMENTS, DENSE = "moments.safetensors", "dense"
-CHOICE = "choice"
-"""The step after which an interrupted run leaves its state."""
+DENSE = "dense"
 
 
 def check_streams(settings: ShrinkSettings) -> None:
@@ -95,7 +91,7 @@ class StreamedShrink:
         assert self._journal is not None, "start() comes first"
         if name not in self._journal.results:
             self._journal.add(name, compute())
-            self._place.resumable |= CHOICE in self._journal.results
+            self._place.resumable |= name in (RANKING, CHOICE)
         return self._journal.results[name]
 
     @property
@@ -131,7 +127,7 @@ class StreamedShrink:
     ) -> ShrinkReport:
         with writing(self._place, self._out):
             run = Run(self.model, calibration, settings, progress, weights=self._weights)
-            choice = self._choice(run)
+            choice = KeptChoice(self.once, self._place.kept).choice(run)
             self._mapped = mapped = self._files(bare(self.model, choice.changes))
             on_cpu = dict.fromkeys(mapped.model.parameters(), torch.device("cpu"))
             with run.stage("write the blocks") as step:
@@ -163,23 +159,6 @@ class StreamedShrink:
         with writing(self._place, self._out):
             write_report(self._place.new, {**report, "streamed": {"resumed_units": self._resumed}})
             publish(self._place, self._out, overwrite=self._overwrite)
-
-    def _choice(self, run: Run) -> Choice:
-        """What is kept: chosen by this run, or by the interrupted one."""
-        assert self._journal is not None, "start() comes first"
-        path, found = self._place.kept / MOMENTS, []
-
-        def choose() -> dict[str, Any]:
-            choice = run.choice()
-            found.append(choice)
-            _save(choice.moments, path)
-            return {**record_of(choice), "seconds": dict(run.seconds)}
-
-        record = self.once(CHOICE, choose)
-        if found:
-            return found[0]
-        run.seconds.update(record["seconds"])
-        return choice_of(record, run.tower.blocks, _load(path))
 
     def _files(self, small: nn.Module) -> MappedModel:
         """The smaller model in the files of the new checkpoint."""
@@ -264,22 +243,6 @@ class StreamedShrink:
             if name in buffers:
                 buffers[name].copy_(tensor)
         self._mapped.sync([name for name, tensor in tensors.items() if self._mapped.write(name, tensor)])
-
-
-def _save(moments: Mapping[str, Moments], path: Path) -> None:
-    """Save moments to a file that appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    tensors = {f"{part}.{name}": getattr(of, part) for name, of in moments.items() for part in ("mean", "square")}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _load(path: Path) -> dict[str, Moments]:
-    tensors = load_file(path)
-    names = [name.removeprefix("mean.") for name in tensors if name.startswith("mean.")]
-    return {name: Moments(tensors[f"mean.{name}"], tensors[f"square.{name}"]) for name in names}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ Blocks are solved one after the other, each on the outputs of the solved blocks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,9 +23,10 @@ import torch
 from torch import nn
 
 from ..decoders.batches import Batch
-from ..decoders.blocks import Tower
+from ..decoders.blocks import Block, Tower, linears_of
 from ..decoders.calibration_mode import calibration_mode
 from ..decoders.collect import InputCollector
+from ..decoders.layer_roles import finished_modules
 from ..decoders.replay import Replay, Runner, make_runner
 from ..errors import ArgumentError
 from ..linears import linear_weight
@@ -39,6 +40,9 @@ from .weights import Weights
 
 if TYPE_CHECKING:
     from .choice import Choice
+
+CACHED_BYTES = 2**30
+"""Most bytes of the outputs of linear layers that are cached until the last layer of their module is solved."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def solve_blocks(
     """
     structures, kept = choice.structures, choice.kept
     clock = Stopwatch(next(model.parameters()).device)
-    entries = structures.columns
+    entries, n_tokens = structures.columns, sum(batch.shape[0] * batch.shape[1] for batch in batches)
     with calibration_mode(model), masked(structures, choice.kept_experts), ExitStack() as until_the_end:
         with weights.loaded(model):
             runner = make_runner(model, tower.blocks, batches, clock, tower.masks, keep=weights.keep)
@@ -173,6 +177,7 @@ def solve_blocks(
             names = [name for name in entries if name in kept and name.startswith(f"{block.name}.")]
             layers = [structures.layers[name] for name in names]
             found: dict[str, Repair] = {}
+            finished: list[nn.Module] = []
             known = stored(index)
             with weights.loaded(block.module):
                 with ExitStack() as restored:
@@ -182,22 +187,45 @@ def solve_blocks(
                         if known is not None:
                             _install_stored(layer, name, mask, known)
                             continue
-                        stats = _statistics(runner, index, name, layer, clock)
+                        finished = _finished(block, names[len(found) :], n_tokens)
+                        stats = _statistics(runner, index, name, layer, clock, finished)
                         weight = linear_weight(layer)
                         assert weight is not None
                         has_bias = name in choice.with_bias
                         found[name] = fitted(weight.float(), mask, stats, settings, has_bias=has_bias)
                         _install(layer, mask, found[name])
-                    runner.run(index, None, advance=True)
+                    runner.run(index, None, advance=True, finished=finished)
                 if known is None:
                     solved(index, found)
             if progress is not None:
                 progress(index + 1, len(tower.blocks), block.name)
 
 
-def _statistics(runner: Runner, index: int, name: str, layer: nn.Module, clock: Stopwatch) -> ActivationStats:
+def _finished(block: Block, rest: Collection[str], n_tokens: int) -> list[nn.Module]:
+    """The modules of a block whose outputs may be cached until some layers are solved.
+
+    They are the block's children without such a layer, and the linear layers in one module with such a layer, unless
+    the outputs of these take more than :data:`CACHED_BYTES`.
+
+    Args:
+        block: the block.
+        rest: names of the layers that are still to be solved.
+        n_tokens: number of tokens in the calibration set.
+    """
+    linears = dict(linears_of(block.module, block.name))
+    homes = {name.rpartition(".")[0] for name in rest}
+    beside = [layer for name, layer in linears.items() if name not in rest and name.rpartition(".")[0] in homes]
+    weights = [weight for layer in beside if (weight := linear_weight(layer)) is not None]
+    if n_tokens * sum(weight.shape[0] * weight.element_size() for weight in weights) > CACHED_BYTES:
+        beside = []
+    return [*finished_modules(block, linears, rest), *beside]
+
+
+def _statistics(
+    runner: Runner, index: int, name: str, layer: nn.Module, clock: Stopwatch, finished: Sequence[nn.Module]
+) -> ActivationStats:
     collector = InputCollector({name: layer}, Needs(gram=True), clock)
-    runner.run(index, collector, advance=False)
+    runner.run(index, collector, advance=False, finished=finished)
     stats = collector.statistics(name)
     if stats is None:
         raise ArgumentError(f"no token of the calibration text reached {name}: give more text")

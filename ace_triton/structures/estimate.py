@@ -11,6 +11,7 @@ from torch import nn
 
 from ..decoders.batches import Batch
 from ..decoders.blocks import Block
+from .compensation import CACHED_BYTES
 from .coupled import Structures
 from .gradients import SUMS
 from .settings import ShrinkSettings
@@ -91,7 +92,9 @@ def memory_phases(
         repaired = 2 * FP32 * max(layer.numel() for layer in layers)  # One layer, and its installed weight.
         wide = max(layer.numel() // hidden for layer in layers) if hidden else 0
         solved = 4 * FP32 * wide**2 if settings.chosen_update == "lstsq" else 0
-        states = 2 * sum(tokens) * hidden * itemsize
-        phases["update"] = weights + kept + repaired + states + solved
+        states = 3 * sum(tokens) * hidden * itemsize  # Before and after a block, and outputs of its attention.
+        inside = 2 * sum(tokens) * wide * itemsize
+        cached = inside if settings.chosen_update == "lstsq" and inside <= CACHED_BYTES else 0
+        phases["update"] = weights + kept + repaired + states + cached + solved
     phases["save"] = weights + kept
     return phases

@@ -17,6 +17,9 @@ from .importance import Activations, Importance, activations_of, importance_of, 
 from .settings import ShrinkSettings
 from .weights import Weights
 
+Ranked = tuple[Importance, dict[str, Moments]]
+"""The importance of all structures; and the moments of the inputs of their consumers, if an update needs them."""
+
 Stage = Callable[..., AbstractContextManager[Callable[..., None]]]
 """Takes the name of a stage and of the part of :class:`Earlier` that it finds; gives a function that shows progress."""
 
@@ -49,7 +52,7 @@ def ranked(
     weights: Weights,
     earlier: Earlier,
     stage: Stage,
-) -> tuple[Importance, dict[str, Moments]]:
+) -> Ranked:
     """The importance of all structures; and, for update "bias", the moments of the inputs of their consumers.
 
     Args:
@@ -89,7 +92,7 @@ def _from_files(
     weights: Weights,
     stage: Stage,
     columns: Collection[str],
-) -> tuple[Importance, dict[str, Moments]]:
+) -> Ranked:
     """As :func:`ranked`: what was collected of a block is dropped once the block is ranked."""
     importance: Importance = {}
     moments: dict[str, Moments] = {}

@@ -27,7 +27,7 @@ from .coupled import NAMES, Entry, Kind, Structures, find_structures, outputs_of
 from .depth import block_influences, kept_blocks
 from .estimate import Estimate, memory_phases
 from .importance import weight_of
-from .ranking import Earlier, ranked
+from .ranking import Earlier, Ranked, ranked
 from .report import ShrinkReport
 from .settings import ShrinkSettings
 from .shares import best_share
@@ -130,9 +130,13 @@ class Run:
                 self.update(choice, write, step)
         return smaller, self.report(choice, smaller, errors)
 
-    def choice(self) -> Choice:
-        """What is kept."""
-        return self._kept_blocks() if self._settings.method == "depth" else self._kept_structures()
+    def choice(self, ranking: Callable[[Callable[[], Ranked]], Ranked] = lambda rank: rank()) -> Choice:
+        """What is kept.
+
+        Args:
+            ranking: gives the ranking; it calls its argument unless it has the one of an earlier run.
+        """
+        return self._kept_blocks() if self._settings.method == "depth" else self._kept_structures(ranking)
 
     def shapes(self, choice: Choice) -> dict[str, torch.Tensor]:
         """The tensors of the smaller model without values, on the meta device."""
@@ -159,7 +163,7 @@ class Run:
             tuple(sizes),
         )
 
-    def _kept_structures(self) -> Choice:
+    def _kept_structures(self, ranking: Callable[[Callable[[], Ranked]], Ranked]) -> Choice:
         model, settings, blocks = self._model, self._settings, self.tower.blocks
         with self.stage("find structures", "structures"):
             structures = self._earlier.structures or without_unfit_kinds(
@@ -178,9 +182,13 @@ class Run:
                 needed, gain = needed_for_speed(model, structures, blocks, settings, self._trial, self._clock)
             notes.append(f"a block runs {gain:.2f} times as fast on one token here")
         shares = possible_shares(structures, blocks, settings, needed)
-        importance, moments = ranked(
-            model, self.tower, structures, self.batches, settings, self._weights, self._earlier, self.stage
-        )
+
+        def rank() -> Ranked:
+            return ranked(
+                model, self.tower, structures, self.batches, settings, self._weights, self._earlier, self.stage
+            )
+
+        importance, moments = ranking(rank)
         with self.stage("compare shares"):
             share, tried = best_share(model, self.tower, self.batches, structures, importance, shares, self._weights)
         kept, left = kept_structures(structures, importance, share), share.left(structures)

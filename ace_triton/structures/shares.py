@@ -1,7 +1,9 @@
 """Compares ways to meet a ratio by the loss without what each of them removes.
 
 Each share runs on the same batches. One that is surely worse than the best one does not run on later batches: the mean
-difference of their losses, over runs of :data:`RUN` tokens, is above :data:`SURE` of its standard errors.
+difference of their losses, over runs of :data:`RUN` tokens, is above :data:`SURE` of its standard errors. If the
+weights are in files, all shares run on the first batch, and those that are left on all others: each of the two takes
+one pass over the blocks.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ SURE = 5.0
 """Number of standard errors by which a share is surely worse."""
 
 Kept = Mapping[str, torch.Tensor]
-Losses = Callable[[int, int], torch.Tensor]
-"""Gives the losses of the tokens, fp32 [n_tokens], for the indices of a share and a batch."""
+Losses = Callable[[Sequence[int], int], list[torch.Tensor]]
+"""Gives the losses of the tokens, fp32 [n_tokens], of each of some shares on a batch, by their indices."""
 
 
 def best_share(
@@ -76,8 +78,8 @@ def compared(losses: Losses, n_shares: int, n_batches: int) -> list[list[torch.T
     found: list[list[torch.Tensor]] = [[] for _ in range(n_shares)]
     left = list(range(n_shares))
     for batch in range(n_batches):
-        for share in left:
-            found[share].append(losses(share, batch))
+        for share, of_batch in zip(left, losses(left, batch), strict=True):
+            found[share].append(of_batch)
         best = min(left, key=lambda share: _mean(found[share]))
         left = [share for share in left if share == best or not _surely_worse(found[share], found[best])]
         if len(left) == 1:
@@ -101,8 +103,7 @@ def _surely_worse(losses: Sequence[torch.Tensor], best: Sequence[torch.Tensor]) 
 def _in_memory(model: nn.Module, batches: Sequence[Batch], structures: Structures, kept: Sequence[Kept]) -> Losses:
     """Losses by forwards of the whole model; for a model without logits, the error of its outputs."""
 
-    def losses(share: int, number: int) -> torch.Tensor:
-        batch = batches[number]
+    def of_share(share: int, batch: Batch) -> torch.Tensor:
         try:
             with masked(structures, kept[share]):
                 return token_losses(model, batch)
@@ -112,7 +113,7 @@ def _in_memory(model: nn.Module, batches: Sequence[Batch], structures: Structure
                 pairs = zip(outputs_of(model, batch), dense, strict=True)
                 return torch.stack([(one.float() - two.float()).norm() / two.float().norm() for one, two in pairs])
 
-    return losses
+    return lambda shares, number: [of_share(share, batches[number]) for share in shares]
 
 
 class _Masking(BlockWatcher):
@@ -135,7 +136,32 @@ def _from_files(
     kept: Sequence[Kept],
     weights: Weights,
 ) -> Losses | None:
-    """As :func:`_in_memory`, all shares through one block at a time; None if blocks cannot run one at a time."""
+    """As :func:`_in_memory`, one block at a time; None if blocks cannot run one at a time."""
+    first = _one_pass(model, tower, batches[:1], structures, kept, weights)
+    if first is None:
+        return None
+    found = {(share, 0): of_share[0] for share, of_share in enumerate(first)}
+
+    def losses(shares: Sequence[int], number: int) -> list[torch.Tensor]:
+        if (shares[0], number) not in found:
+            rest = _one_pass(model, tower, batches[1:], structures, [kept[share] for share in shares], weights)
+            assert rest is not None
+            for share, of_share in zip(shares, rest, strict=True):
+                found.update({(share, later): of_batch for later, of_batch in enumerate(of_share, 1)})
+        return [found[share, number] for share in shares]
+
+    return losses
+
+
+def _one_pass(
+    model: nn.Module,
+    tower: Tower,
+    batches: Sequence[Batch],
+    structures: Structures,
+    kept: Sequence[Kept],
+    weights: Weights,
+) -> list[list[torch.Tensor]] | None:
+    """The losses of each share on each batch, all through one block at a time; None if blocks cannot run so."""
     repeated = [batch for _ in kept for batch in batches]
     clock = Stopwatch(next(model.parameters()).device)
     with weights.loaded(model):
@@ -154,14 +180,16 @@ def _from_files(
     for index, block in enumerate(tower.blocks):
         with weights.loaded(block.module):
             runner.run(index, _Masking(structures, block, kept, len(batches)), advance=True)
+    with weights.loaded(model):
+        losses = [_losses(runner, number, batch) for number, batch in enumerate(repeated)]
+    return [losses[start : start + len(batches)] for start in range(0, len(losses), len(batches))]
 
-    def losses(share: int, number: int) -> torch.Tensor:
-        batch, found, start = batches[number], [], 0
-        with weights.loaded(model):
-            for logits in runner.logits(share * len(batches) + number):
-                found.append(losses_of(logits, batch, start))
-                start += logits.shape[1]
-        whole = torch.cat(found, 1)
-        return whole.flatten() if batch.valid is None else whole[batch.valid[:, 1:]]
 
-    return losses
+def _losses(runner: Replay, number: int, batch: Batch) -> torch.Tensor:
+    """The losses of the tokens of a batch that has run through all blocks."""
+    found, start = [], 0
+    for logits in runner.logits(number):
+        found.append(losses_of(logits, batch, start))
+        start += logits.shape[1]
+    whole = torch.cat(found, 1)
+    return whole.flatten() if batch.valid is None else whole[batch.valid[:, 1:]]

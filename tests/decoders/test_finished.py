@@ -42,3 +42,11 @@ def test_an_output_before_any_pending_layer_is_cached_whatever_follows():
     with torch.no_grad(), collector.batch((1, 2), None), outputs.caching([early, late], 0, collector):
         pending(late(early(x)))
     assert outputs.cached_for([early, late], 0) == [early, late]
+
+
+def test_an_output_that_is_changed_in_place_or_computed_twice_is_not_cached():
+    changed, twice, kept, pending = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    outputs, collector, x = FinishedOutputs(), collector_of(pending), torch.randn(1, 2, 4)
+    with torch.no_grad(), collector.batch((1, 2), None), outputs.caching([changed, twice, kept], 0, collector):
+        pending(changed(x).relu_() + twice(twice(x)) + kept(x))
+    assert outputs.cached_for([changed, twice, kept], 0) == [kept]

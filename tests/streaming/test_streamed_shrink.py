@@ -11,6 +11,8 @@ from ace_triton.commands.shrink_run import ShrinkRun
 from ace_triton.formats.registry import save_model
 from ace_triton.inputs import checkpoint
 from ace_triton.streaming.journal import Journal
+from ace_triton.structures import run
+from ace_triton.structures.ranking import ranked
 from tests.structures.test_experts import MIXTURES, varied
 
 
@@ -51,7 +53,8 @@ def test_interrupted_runs_resume_to_the_bytes_of_a_run_in_memory(
     options, dtype, tiny_checkpoint, some_ids, tmp_path, monkeypatch
 ):
     report = in_memory(tiny_checkpoint, tmp_path / "memory", some_ids, dtype, **options)
-    add, left = Journal.add, [0]
+    add, left, rankings = Journal.add, [0], []
+    monkeypatch.setattr(run, "ranked", lambda *args: rankings.append(args) or ranked(*args))
 
     def stopping(self, name, result):
         if not left[0]:
@@ -62,16 +65,17 @@ def test_interrupted_runs_resume_to_the_bytes_of_a_run_in_memory(
     monkeypatch.setattr(Journal, "add", stopping)
     stops, resumed = [], None
     while resumed is None:
-        left[0] = 3
+        left[0] = 3 if stops else 1
         try:
             resumed = shrink_checkpoint(tiny_checkpoint, tmp_path / "files", some_ids, dtype=dtype, **options)
         except Stop as stop:
             stops.append(str(stop))
-    assert stops
+    steps = ["choice"] if options.get("method") == "depth" else ["ranking", "choice"]
+    assert (stops[0], len(rankings)) == ([*steps, "files"][1], len(steps) - 1)
     assert files_of(tmp_path / "files") == files_of(tmp_path / "memory")
     assert without_times(resumed) == without_times(report)
     facts = json.loads((tmp_path / "files" / "ace_triton.json").read_text())
-    assert facts["streamed"]["resumed_units"][:2] == ["choice", "files"]
+    assert facts["streamed"]["resumed_units"][:3] == [*steps, "files", "outside"][:3]
     assert not (tmp_path / ".files.ace-triton").exists()
 
 

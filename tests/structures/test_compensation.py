@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ace_triton import ActivationStats, ShrinkSettings
+from ace_triton import ActivationStats, ShrinkSettings, shrink_model
 from ace_triton.statistics.gram import Gram
+from ace_triton.structures import compensation
 from ace_triton.structures.compensation import Moments, fitted, mean_in_bias
 
 
@@ -60,3 +61,21 @@ def test_the_bias_takes_the_mean_of_what_is_removed(layer):
     assert torch.equal(repair.weight, weight[:, mask])
     error = (tokens @ weight.t() - tokens[:, mask] @ repair.weight.t() - repair.bias).mean(0)
     torch.testing.assert_close(error, torch.zeros(5), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("groups", [0, 1])
+def test_the_update_computes_no_producer_twice_and_gives_the_same_weights(groups, tiny_model, ids, monkeypatch):
+    gate, calls = tiny_model.model.layers[0].mlp.gate_proj, []
+    own = gate.forward
+    gate.forward = lambda tokens: calls.append(tokens.shape) or own(tokens)
+    options = {"ratio": 0.3, "multiple": 8, "groups": groups}
+    results = []
+    for settings in ({}, {"_finished": lambda *_: []}):
+        calls.clear()
+        for name, value in settings.items():
+            monkeypatch.setattr(compensation, name, value)
+        model = shrink_model(tiny_model, [{"input_ids": ids}] * 8, **options).model
+        results.append((len(calls), {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+    (cached, weights), (plain, expected) = results
+    assert cached <= plain - 5  # Seven batches of eight, and at most two calls to try the cache.
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
