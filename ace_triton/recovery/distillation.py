@@ -118,7 +118,7 @@ class Distillation:
         if hidden is None:
             output.backward(slope)
             return float(gap.loss) * weight
-        term = distance(states, targets) * (self._weight * part.shape[1] * weight)
+        term = distance(states, targets) * (self._weight * weight)
         torch.autograd.backward([output, term], [slope, torch.ones_like(term)])
         return float(gap.loss) * weight + float(term.detach())
 

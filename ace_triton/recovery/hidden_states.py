@@ -1,12 +1,14 @@
 """The distance of a model's hidden states from its teacher's: the second term of a recovery's loss.
 
-For each sequence and block, h are the hidden states [length, width] that the block returns, and h_t the teacher's:
+For each token and block, h are the hidden states [width] that the block returns, and h_t the teacher's:
 
-    distance = mean over blocks of  mean((h - h_t)^2) / var(h_t),
+    distance = mean over tokens and blocks of  mean((h - h_t)^2) / var(h_t),
 
-averaged over sequences. The mean and the variance run over all values of a sequence. The form is the SquareHead loss of
-Kurtic et al. (arXiv 2310.06927, section 2), which divides by the mean square of h_t. Each sequence has its own
-variance, so the distance does not depend on how processes share the sequences.
+with the mean and the variance over the width. The form is the SquareHead loss of Kurtic et al. (arXiv 2310.06927),
+which divides by the mean square of h_t over all tokens. Here each token has its own variance, because a few tokens of a
+decoder have hidden states many times as large as others (Sun et al., arXiv 2402.17762). With one variance for all
+tokens, these few would hide the errors of the others. Also, the distance does not depend on how processes share the
+tokens.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class HiddenStates:
 
 
 def distance(states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The distance of hidden states from the teacher's, summed over sequences; 0-d fp32.
+    """The distance of hidden states from the teacher's, summed over tokens; 0-d fp32.
 
     Args:
         states: one [n_sequences, length, width] per block.
@@ -76,9 +78,9 @@ def distance(states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) ->
                 f"hidden states: the shapes of the pruned model and the teacher differ, {tuple(given.shape[-1:])} and "
                 f"{tuple(wanted.shape[-1:])}: leave hidden_states (--hidden-states) out"
             )
-        target = wanted.float().flatten(1)
-        error = (given.float().flatten(1) - target).square().mean(1)
-        total = total + (error / target.var(1).clamp_min(LEAST_VARIANCE)).sum()
+        target = wanted.float()
+        error = (given.float() - target).square().mean(-1)
+        total = total + (error / target.var(-1).clamp_min(LEAST_VARIANCE)).sum()
     return total / len(targets)
 
 

@@ -46,7 +46,7 @@ TIGHTENED = f"tightened from {LEVELS[0]}:{GROUP} in the first half"
 TRIALS: dict[str, RecoverySettings] = {
     "the defaults": DEFAULT,
     "other pieces of the text": replace(DEFAULT, seed=1),
-    "hidden states, weight 1": replace(DEFAULT, hidden_states=1.0),
+    "hidden states, weight 5": replace(DEFAULT, hidden_states=5.0),
     "norms trained too": replace(DEFAULT, norms=True),
     TIGHTENED: DEFAULT,
 }
@@ -116,7 +116,7 @@ def measure(
     )
     bench = Workbench(protocol)
     stream = token_stream(read_documents(texts.held_out, most=MOST_HELD_OUT), bench.tokenizer)
-    other = pieces(stream, MOST_HELD_OUT, HELD_OUT_SEQUENCES, HELD_OUT_LENGTH, SEED)
+    other = pieces(stream, HELD_OUT_SEQUENCES, HELD_OUT_LENGTH, SEED)
     for name in todo:
         with pruned_once(bench, Cell(START if name == TIGHTENED else recipe_of(FIT, PATTERN), LENGTH, SEED), kept):
             outcomes.append(outcome_of(bench, other, name))
