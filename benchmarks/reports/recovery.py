@@ -93,13 +93,14 @@ def main(
     tokens: Annotated[int, typer.Option(help="Number of tokens that every recovery reads.")] = TOKENS,
     model: Annotated[str, typer.Option(help="Where SmolLM2-135M lies.")] = "smollm2",
     short: Annotated[bool, typer.Option("--short", help="Run the short trials at 8:16 instead.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a short trial.")] = recovery_short.STEPS,
     most: Annotated[int | None, typer.Option(min=0, help="Number of short trials to run now; default: all.")] = None,
     kept: Annotated[Path | None, typer.Option(help="Folder that keeps pruned weights for the next short run.")] = None,
 ) -> None:
     """Measure what is missing, and write the page."""
     if short:
         texts = recovery_short.Texts(model, calibration, held_out, evaluation)
-        found = recovery_short.measure(texts, out, trial or (), most, kept)
+        found = recovery_short.measure(texts, out, trial or (), steps, most, kept)
         (out / "recovery.md").write_text(page(measured(out, tokens), tokens, found))
         return
     wanted = trial or list(TRIALS)

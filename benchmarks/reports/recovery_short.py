@@ -31,8 +31,8 @@ from .record import read_record
 
 PATTERN = f"{LEVELS[-1]}:{GROUP}"
 SAMPLES, LENGTH, SEED = 64, 128, 0
-STEPS, WINDOWS = 60, 10
-MOST_HELD_OUT, HELD_OUT_SEQUENCES, HELD_OUT_LENGTH = 1000, 16, 256
+STEPS, WINDOWS, WINDOW_LENGTH = 60, 10, 512
+MOST_HELD_OUT, HELD_OUT_SEQUENCES, HELD_OUT_LENGTH = 1000, 4, 256
 FILE = "recovery_short.json"
 
 START = Recipe("wanda", sparsity=f"{LEVELS[0]}:{GROUP}", permute=True)
@@ -70,6 +70,7 @@ class Outcome:
 
     Attributes:
         trial: name in :data:`TRIALS`; "" for the model before recovery.
+        steps: number of optimizer steps of the series.
         divergence: from the dense model's predictions, in nats per token, on held-out text.
         perplexity: on WikiText-2.
         cpu_seconds: CPU time of the recovery.
@@ -77,6 +78,7 @@ class Outcome:
     """
 
     trial: str
+    steps: int
     divergence: float
     perplexity: float
     cpu_seconds: float
@@ -84,7 +86,7 @@ class Outcome:
 
 
 def measure(
-    texts: Texts, out: Path, wanted: Sequence[str], most: int | None = None, kept: Path | None = None
+    texts: Texts, out: Path, wanted: Sequence[str], steps: int, most: int | None = None, kept: Path | None = None
 ) -> list[Outcome]:
     """Measure the trials that are missing in the record.
 
@@ -92,6 +94,7 @@ def measure(
         texts: what the trials run on.
         out: folder of the record.
         wanted: names of trials; all if empty.
+        steps: number of optimizer steps of each trial.
         most: number of trials to run now; None for all.
         kept: folder that keeps pruned weights for the next run; None keeps none.
 
@@ -101,8 +104,10 @@ def measure(
     if unknown := set(wanted) - set(TRIALS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(TRIALS)}")
     outcomes = measured(out)
+    if other := {outcome.steps for outcome in outcomes} - {steps}:
+        raise typer.BadParameter(f"{out / FILE} was measured with {other.pop()} steps: use --steps, or remove it")
     known = {outcome.trial for outcome in outcomes}
-    todo = [name for name in ("", *(wanted or TRIALS)) if name not in known][:most]
+    todo = [name for name in (*(wanted or TRIALS), "") if name not in known][:most]
     if not todo:
         return outcomes
     protocol = Protocol(
@@ -112,35 +117,34 @@ def measure(
         wikitext=True,
         samples=SAMPLES,
         windows=WINDOWS,
+        window_length=WINDOW_LENGTH,
         dtype=torch.float32,
     )
     bench = Workbench(protocol)
     stream = token_stream(read_documents(texts.held_out, most=MOST_HELD_OUT), bench.tokenizer)
-    other = pieces(stream, HELD_OUT_SEQUENCES, HELD_OUT_LENGTH, SEED)
+    held_out = pieces(stream, HELD_OUT_SEQUENCES, HELD_OUT_LENGTH, SEED)
     for name in todo:
         with pruned_once(bench, Cell(START if name == TIGHTENED else recipe_of(FIT, PATTERN), LENGTH, SEED), kept):
-            outcomes.append(outcome_of(bench, other, name))
+            outcomes.append(outcome_of(bench, held_out, name, steps))
         console.print(outcomes[-1], highlight=False)
-        write_json(out / FILE, {"steps": STEPS, "outcomes": [asdict(each) for each in outcomes]})
+        write_json(out / FILE, {"outcomes": [asdict(each) for each in outcomes]})
     return outcomes
 
 
-def outcome_of(bench: Workbench, held_out: torch.Tensor, name: str) -> Outcome:
+def outcome_of(bench: Workbench, held_out: torch.Tensor, name: str, steps: int) -> Outcome:
     """Run a trial on the pruned model."""
     cpu_seconds = 0.0
     if name:
         tightening = Tightening(bench.model) if name == TIGHTENED else None
         with nullcontext() if tightening is None else tightening.watched():
             progress = None if tightening is None else tightening.after_step
-            cpu_seconds = bench.recover(TRIALS[name], progress=progress).cpu_seconds
-    return Outcome(name, divergence(bench, held_out), bench.perplexity(), cpu_seconds, processor())
+            cpu_seconds = bench.recover(replace(TRIALS[name], steps=steps), progress=progress).cpu_seconds
+    return Outcome(name, steps, divergence(bench, held_out), bench.perplexity(), cpu_seconds, processor())
 
 
 def measured(out: Path) -> list[Outcome]:
     """Earlier results."""
-    record = read_record(out / FILE, steps=STEPS, outcomes=[])
-    if record["steps"] != STEPS:
-        raise typer.BadParameter(f"{out / FILE} was measured with {record['steps']} steps, not {STEPS}: remove it")
+    record = read_record(out / FILE, outcomes=[])
     return [Outcome(**each) for each in record["outcomes"]]
 
 
@@ -155,12 +159,13 @@ def section(outcomes: Sequence[Outcome]) -> list[str]:
         f"## Hidden states, and a pattern that tightens, at {PATTERN}",
         "",
         f"Measured by the same command with `--short`: SmolLM2-135M in float32 with Wanda's mask, permuted channels, "
-        f"and weights fitted on {SAMPLES} x {LENGTH} tokens of C4. Every recovery takes {STEPS} optimizer steps of "
-        f"{DEFAULT.tokens_per_step} tokens of C4, in the same order except in the row with other pieces, which shows "
-        f"the noise. Divergence is on {HELD_OUT_SEQUENCES} sequences of held-out text, perplexity over {WINDOWS} "
-        f"windows of 512 tokens of WikiText-2. The last trial starts from {LEVELS[0]}:{GROUP} without a fit, and drops "
-        f"one more weight of each group of {GROUP} at a time by Wanda's metric, until it is at {PATTERN} after half of "
-        f"the steps. CPU seconds are those of the recovery. {', '.join(machines)}, one thread.",
+        f"and weights fitted on {SAMPLES} x {LENGTH} tokens of C4. Every recovery takes {outcomes[0].steps} optimizer "
+        f"steps of {DEFAULT.tokens_per_step} tokens of C4, in the same order except with other pieces, which "
+        f"shows the noise. Divergence is on {HELD_OUT_SEQUENCES} sequences of held-out text, perplexity over {WINDOWS} "
+        f"windows of {WINDOW_LENGTH} tokens of WikiText-2. The trial that tightens starts from {LEVELS[0]}:{GROUP} "
+        f"without a fit, and drops one more weight of each group of {GROUP} at a time by Wanda's metric, until it is "
+        f"at {PATTERN} after half of the steps. CPU seconds are those of the recovery. "
+        f"{', '.join(machines)}, one thread.",
         "",
         "| settings | divergence | perplexity | CPU seconds |",
         "|---|---:|---:|---:|",
