@@ -109,9 +109,9 @@ class Distillation:
         """Backward pass for some sequences; the loss is summed over their tokens and multiplied by ``weight``."""
         hidden = self._hidden
         with self._autocast():
-            with torch.no_grad(), nullcontext([]) if hidden is None else hidden.of_teacher() as targets:
+            with torch.no_grad(), _unwatched() if hidden is None else hidden.of_teacher() as targets:
                 target = self._last(self._teacher, part)
-            with nullcontext([]) if hidden is None else hidden.of_model() as states:
+            with _unwatched() if hidden is None else hidden.of_model() as states:
                 output = self._last(self._model, part)
             gap = self._divergence(output, target)
         slope = gap.gradient.mul_(weight)
@@ -137,6 +137,10 @@ class Distillation:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._model.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
+
+
+def _unwatched() -> AbstractContextManager[list[torch.Tensor]]:
+    return nullcontext([])
 
 
 @torch.no_grad()

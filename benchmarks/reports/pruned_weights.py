@@ -29,12 +29,12 @@ def pruned_once(bench: Workbench, cell: Cell, folder: Path | None) -> Iterator[f
     path = None if folder is None else folder / f"{name_of(bench, cell)}.pt"
     if path is not None and path.is_file():
         kept = torch.load(path, weights_only=True)
-        dense = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+        teacher = bench.teacher
         try:
-            bench.model.load_state_dict(kept["weights"])
+            bench.model.load_state_dict(kept.pop("weights"))
             yield kept["seconds"]
         finally:
-            bench.model.load_state_dict(dense)
+            bench.model.load_state_dict(teacher.state_dict())
         return
     with bench.pruned(cell) as pruning:
         if path is not None:
