@@ -32,7 +32,8 @@ class HiddenStates:
     """The blocks of a student and its teacher, whose outputs are compared.
 
     Args:
-        model, teacher: causal decoders.
+        model: the student, a causal decoder.
+        teacher: its dense model.
 
     Raises:
         RecoveryError: if they have blocks of different names.
