@@ -165,8 +165,10 @@ rotations: setup  ## what prune --rotate gains, for docs/rotations.md; an hour, 
 	$(if $(LARGER),$(ROTATIONS) --model $(LARGER) --name $(notdir $(LARGER)) --only 'wanda, permuted, lstsq, 2:4')
 	$(if $(LARGER),$(ROTATIONS) --model $(LARGER) --name $(notdir $(LARGER)) --only 'wanda, permuted, lstsq, 2:4' --seed 1)
 
+RECOVERY = $(BIN)/python -m benchmarks.reports.recovery --calibration $(CALIBRATION) --held-out $(HELD_OUT) --evaluation $(EVALUATION)
 recovery-trials: setup  ## what a recovery's settings do, for docs/recovery.md; an hour, resumable
-	$(BIN)/python -m benchmarks.reports.recovery --calibration $(CALIBRATION) --held-out $(HELD_OUT) --evaluation $(EVALUATION)
+	$(RECOVERY)
+	OMP_NUM_THREADS=1 $(RECOVERY) --short
 
 traffic: setup  ## count bytes and launches again, for docs/traffic.md
 	TRITON_INTERPRET=1 ACE_TRITON_BACKEND=triton $(BIN)/python -m benchmarks.reports.traffic

@@ -123,6 +123,14 @@ def recover(
         ),
     ] = None,
     norms: Annotated[bool, typer.Option("--norms", help="Also train norms and biases.")] = False,
+    hidden_states: Annotated[
+        float,
+        number(
+            "Weight of the distance of the blocks' outputs from the dense model's in the loss; 0 trains on predictions "
+            "alone.",
+            least=0,
+        ),
+    ] = RecoverySettings.hidden_states,
     tune: Annotated[
         Literal["weights", "groups"],
         typer.Option(
@@ -185,6 +193,7 @@ def recover(
         tokens_per_step=tokens_per_step,
         learning_rate=learning_rate or (RecoverySettings.learning_rate if causal else OTHER_RATE),
         norms=norms,
+        hidden_states=hidden_states,
         seed=seed,
         groups=groups if tune == "groups" else None,
         forward_dtype=torch.float32 if dtype == "float32" else RecoverySettings.forward_dtype,

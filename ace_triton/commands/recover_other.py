@@ -35,7 +35,7 @@ OTHER_SAMPLES, OTHER_LENGTH, INPUTS_PER_STEP = 50_000, 128, 32
 OTHER_RATE = 3e-3
 """Defaults for models that are no causal language models; RecoverySettings has those of the others."""
 
-ONLY_CAUSAL = ("tokens_per_step", "tune", "tune_bits", "tune_group", "rank", "shard", "bos")
+ONLY_CAUSAL = ("tokens_per_step", "hidden_states", "tune", "tune_bits", "tune_group", "rank", "shard", "bos")
 ONLY_OTHER = ("pieces", "inputs_per_step")
 MASKED = "fill-mask"
 

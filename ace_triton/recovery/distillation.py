@@ -10,11 +10,14 @@ are exactly its head times its last hidden states h, they are computed from h in
 d KL / dh = (q - p) W_head. Then the logits of all tokens never exist at once, and none are kept for a backward pass. If
 a model changes its logits further (Gemma 2 caps them, Cohere scales them), the logits of up to ``WHOLE_TOKENS`` tokens
 exist at once.
+
+With a weight of hidden states, the weight times their distance from the teacher's is added
+(:mod:`~ace_triton.recovery.hidden_states`).
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ import torch
 from torch import nn
 
 from ..kernels.divergence import divergence
+from .hidden_states import HiddenStates, distance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,9 +63,13 @@ class Distillation:
         teacher: in evaluation mode.
         ids: int64 [n_sequences, length]; a trial on the first tokens shows if the models change their logits.
         dtype: dtype of forwards; float32 means no autocast.
+        hidden_states: weight of the distance of hidden states; 0 leaves them out.
 
     Attributes:
         from_hidden: True if logits are computed in chunks.
+
+    Raises:
+        RecoveryError: if hidden states are compared, and the blocks of the two models differ.
     """
 
     def __init__(
@@ -70,8 +78,11 @@ class Distillation:
         teacher: PreTrainedModel,
         ids: torch.Tensor,
         dtype: torch.dtype,
+        hidden_states: float = 0.0,
     ) -> None:
         self._model, self._teacher, self._dtype = model, teacher, dtype
+        self._weight = hidden_states
+        self._hidden = HiddenStates(model, teacher) if hidden_states else None
         trial = ids[:1, :TRIAL_TOKENS].to(model.device)
         with self._autocast(), torch.no_grad():
             self.from_hidden = all(logits_are_head_of_hidden(decoder, trial) for decoder in (model, teacher))
@@ -89,20 +100,27 @@ class Distillation:
             passes: number of forward and backward passes; None for as few as memory allows.
 
         Returns:
-            The loss over these tokens divided by ``tokens``, in nats.
+            The loss over these tokens divided by ``tokens``: nats, plus the weighted distance of hidden states.
         """
         parts = ids.split(self.most(ids.shape[1]) or len(ids)) if passes is None else ids.tensor_split(passes)
         return sum(self._backward(part, 1 / (tokens or ids.numel())) for part in parts)
 
     def _backward(self, part: torch.Tensor, weight: float) -> float:
         """Backward pass for some sequences; the loss is summed over their tokens and multiplied by ``weight``."""
+        hidden = self._hidden
         with self._autocast():
-            with torch.no_grad():
+            with torch.no_grad(), _unwatched() if hidden is None else hidden.of_teacher() as targets:
                 target = self._last(self._teacher, part)
-            output = self._last(self._model, part)
+            with _unwatched() if hidden is None else hidden.of_model() as states:
+                output = self._last(self._model, part)
             gap = self._divergence(output, target)
-        output.backward(gap.gradient.mul_(weight))
-        return float(gap.loss) * weight
+        slope = gap.gradient.mul_(weight)
+        if hidden is None:
+            output.backward(slope)
+            return float(gap.loss) * weight
+        term = distance(states, targets) * (self._weight * weight)
+        torch.autograd.backward([output, term], [slope, torch.ones_like(term)])
+        return float(gap.loss) * weight + float(term.detach())
 
     def _last(self, decoder: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states if logits are computed in chunks, else the logits."""
@@ -119,6 +137,10 @@ class Distillation:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._model.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
+
+
+def _unwatched() -> AbstractContextManager[list[torch.Tensor]]:
+    return nullcontext([])
 
 
 @torch.no_grad()

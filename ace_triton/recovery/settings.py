@@ -52,6 +52,8 @@ class RecoverySettings:
             peak during ``warmup``, then falls linearly to 0.
         warmup: share of the budget.
         norms: also train the blocks' one-dimensional weights (norms, biases).
+        hidden_states: weight of the distance of hidden states from the teacher's, which is added to the divergence of
+            predictions (:mod:`ace_triton.recovery.hidden_states`). 0 leaves it out. For causal language models only.
         forward_dtype: dtype of forwards: bfloat16, or float32 if both models are in float32.
         seed: random seed of the order of sequences, or of the text that the teacher writes.
         groups: train adapters on quantized groups instead of all weights; None to train the weights.
@@ -66,6 +68,7 @@ class RecoverySettings:
     learning_rate: float = 1.7e-3
     warmup: float = 0.04
     norms: bool = False
+    hidden_states: float = 0.0
     forward_dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     groups: GroupTuning | None = None
@@ -78,6 +81,8 @@ class RecoverySettings:
             raise RecoveryError(
                 f"steps, minutes, tokens_per_step and learning_rate must be above 0 and finite; got {self}"
             )
+        if not 0 <= self.hidden_states < math.inf:
+            raise RecoveryError(f"hidden_states must be 0 or above, and finite; got {self.hidden_states}")
         if not -(2**63) <= self.seed < 2**63:
             raise RecoveryError(f"seed must fit into 64 bits, got {self.seed}")
         if self.groups is not None and self.norms:
@@ -100,7 +105,7 @@ class RecoveryReport:
         steps, tokens, seconds: totals since the first start, resumed runs included.
         passes: number of epochs; above 1, training overfits. 1 if the teacher wrote the text.
         cpu_seconds: CPU time of all processes over the same span, all threads together.
-        losses: mean loss of each step, in nats per token.
+        losses: mean loss of each step: nats per token, plus the weighted distance of hidden states if it is trained.
         trained: number of values that were trained: kept weights, with norms and biases if these were trained too; or
             the values of the adapters.
         zeros: number of weights that stayed 0.

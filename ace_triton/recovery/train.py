@@ -183,7 +183,7 @@ def _train(
             optimizer.take_from_first()
         clock, cpu, cpu_before = time.monotonic() - run.seconds, time.process_time(), run.cpu_seconds
         saved = run.seconds
-        objective = Distillation(model, teacher, batches.of(run.steps), settings.forward_dtype)
+        objective = Distillation(model, teacher, batches.of(run.steps), settings.forward_dtype, settings.hidden_states)
         most = objective.most(batches.length)
         passes = passes_of(batches.sequences, most, processes) if in_step and most is not None else None
         while (fraction := spent_share(settings, run)) < 1:

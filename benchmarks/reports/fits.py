@@ -31,6 +31,7 @@ from ace_triton.study.workbench import Protocol, Workbench
 
 from .cpu_ratios import processor
 from .named_rows import ListRows, Only, chosen_rows, print_rows
+from .pruned_weights import pruned_once
 from .record import read_record
 
 PATTERNS = ("2:4", "8:16", "0.5", "4:8", "16:32")
@@ -98,6 +99,9 @@ def main(
     only: Only = None,
     list_rows: ListRows = False,
     most: Annotated[int | None, typer.Option(min=0, help="Number of cells to measure now; default: all.")] = None,
+    kept: Annotated[
+        Path | None, typer.Option(help="Folder that keeps pruned weights, from which recoveries of a next run start.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of fits.json and fits.md.")] = Path("docs"),
 ) -> None:
     """Measure what is missing, and write the page."""
@@ -129,7 +133,7 @@ def main(
             write_json(out / "fits.json", record)
         for number, (pattern, recipe, trained) in enumerate(todo, 1):
             console.print(f"{number} of {len(todo)}: {name}, {pattern}, {LABELS[recipe]}, seed {seed}", highlight=False)
-            result = measure(bench, name, pattern, recipe, seed, trained)
+            result = measure(bench, name, pattern, recipe, seed, trained, kept)
             console.print(f"perplexity {result.perplexity:.2f}, {result.seconds:.0f} CPU seconds", highlight=False)
             record["results"].append(asdict(result))
             write_json(out / "fits.json", record)
@@ -159,15 +163,23 @@ def recipe_of(name: str, pattern: str) -> Recipe:
     return Recipe("wanda", sparsity=pattern, permute=":" in pattern, update=update)
 
 
-def measure(bench: Workbench, model: str, pattern: str, recipe: str, seed: int, steps: int) -> Result:
-    """Prune the bench's model, recover it for a number of steps, and measure it."""
-    with bench.pruned(Cell(recipe_of(recipe, pattern), LENGTH, seed)) as pruning:
-        seconds = pruning.cpu_seconds
+def measure(
+    bench: Workbench, model: str, pattern: str, recipe: str, seed: int, steps: int, kept: Path | None = None
+) -> Result:
+    """Prune the bench's model, or take its weights from the folder ``kept``; recover it, and measure it."""
+    with pruned_once(bench, Cell(recipe_of(recipe, pattern), LENGTH, seed), kept) as seconds:
         if steps:
-            seconds += bench.recover(RecoverySettings(steps=steps, seed=seed)).cpu_seconds
+            seconds += bench.recover(settings_of(bench, seed, steps)).cpu_seconds
         value = bench.perplexity()
     date = datetime.now(UTC).date().isoformat()
     return Result(model, pattern, recipe, seed, steps, value, seconds, torch.get_num_threads(), processor(), date)
+
+
+def settings_of(bench: Workbench, seed: int, steps: int) -> RecoverySettings:
+    """The settings of a recovery: the defaults, with forwards in float32 if the model is in float32."""
+    exact = bench.protocol.dtype == torch.float32
+    forward = torch.float32 if exact else RecoverySettings.forward_dtype
+    return RecoverySettings(steps=steps, seed=seed, forward_dtype=forward)
 
 
 def _check_setting(record: Mapping[str, Any], name: str, setting: Mapping[str, Any]) -> None:

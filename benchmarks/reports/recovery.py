@@ -4,12 +4,14 @@
     wiki.test.raw.gz
 
 SmolLM2-135M at 2:4 with Wanda's mask, permuted channels and fitted weights. Every recovery reads the same number of
-tokens, each once. Results in docs/recovery.json are reused.
+tokens, each once. Results in docs/recovery.json are reused. With --short, short trials at 8:16 run instead
+(:mod:`.recovery_short`), and their results are in docs/recovery_short.json.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,8 +28,10 @@ from ace_triton.inputs.written_text import start_token
 from ace_triton.recipe import Recipe
 from ace_triton.study.cells import Cell
 from ace_triton.study.recipes_grid import BEST, PATTERN
-from ace_triton.study.samples import next_token_divergence
 from ace_triton.study.workbench import Protocol, Workbench
+
+from . import recovery_short
+from .held_out import divergence
 
 SAMPLES, LENGTH, SEED = 64, 128, 0
 WINDOWS = 60
@@ -87,8 +91,18 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of recovery.json and recovery.md.")] = Path("docs"),
     trial: Annotated[list[str] | None, typer.Option(help="Name of a trial to run; repeatable; default: all.")] = None,
     tokens: Annotated[int, typer.Option(help="Number of tokens that every recovery reads.")] = TOKENS,
+    model: Annotated[str, typer.Option(help="Where SmolLM2-135M lies.")] = "smollm2",
+    short: Annotated[bool, typer.Option("--short", help="Run the short trials at 8:16 instead.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a short trial.")] = recovery_short.STEPS,
+    most: Annotated[int | None, typer.Option(min=0, help="Number of short trials to run now; default: all.")] = None,
+    kept: Annotated[Path | None, typer.Option(help="Folder that keeps pruned weights for the next short run.")] = None,
 ) -> None:
     """Measure what is missing, and write the page."""
+    if short:
+        texts = recovery_short.Texts(model, calibration, held_out, evaluation)
+        found = recovery_short.measure(texts, out, trial or (), steps, most, kept)
+        (out / "recovery.md").write_text(page(measured(out, tokens), tokens, found))
+        return
     wanted = trial or list(TRIALS)
     if unknown := set(wanted) - set(TRIALS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(TRIALS)}")
@@ -96,7 +110,7 @@ def main(
     todo = [name for name in ("", *wanted) if name not in {outcome.trial for outcome in outcomes}]
     if todo:
         protocol = Protocol(
-            "smollm2",
+            model,
             calibration,
             evaluation,
             wikitext=True,
@@ -114,7 +128,7 @@ def main(
                 outcomes.append(outcome_of(bench, other, name, tokens))
                 console.print(outcomes[-1], highlight=False)
                 write_json(out / "recovery.json", record(outcomes, tokens))
-    (out / "recovery.md").write_text(page(outcomes, tokens))
+    (out / "recovery.md").write_text(page(outcomes, tokens, recovery_short.measured(out)))
 
 
 def outcome_of(bench: Workbench, held_out: torch.Tensor, name: str, tokens: int) -> Outcome:
@@ -133,18 +147,6 @@ def outcome_of(bench: Workbench, held_out: torch.Tensor, name: str, tokens: int)
     return Outcome(name, divergence(bench, held_out), bench.perplexity(), long, cpu_seconds)
 
 
-@torch.no_grad()
-def divergence(bench: Workbench, ids: torch.Tensor) -> float:
-    """Divergence of the model from the dense one, mean over tokens."""
-    total = 0.0
-    for window in ids:
-        dense, recovered = (
-            decoder(window[None], use_cache=False).logits[0] for decoder in (bench.teacher, bench.model)
-        )
-        total += float(next_token_divergence(dense, recovered)[0].sum())
-    return total / ids.numel()
-
-
 def record(outcomes: list[Outcome], tokens: int) -> dict[str, Any]:
     """The record of all outcomes, as JSON types."""
     return {"tokens": tokens, "outcomes": [asdict(each) for each in outcomes]}
@@ -161,7 +163,7 @@ def measured(out: Path, tokens: int) -> list[Outcome]:
     return [Outcome(**each) for each in found["outcomes"]]
 
 
-def page(outcomes: list[Outcome], tokens: int) -> str:
+def page(outcomes: list[Outcome], tokens: int, short: Sequence[recovery_short.Outcome] = ()) -> str:
     """docs/recovery.md."""
     rows = {outcome.trial: outcome for outcome in outcomes}
     lines = [
@@ -182,7 +184,7 @@ def page(outcomes: list[Outcome], tokens: int) -> str:
             cost = f"{row.cpu_seconds * 1024 / tokens:.1f}" if name else ""
             figures = f"{row.divergence:.3f} | {row.perplexity:.1f} | {row.long_perplexity:.1f}"
             lines.append(f"| {name or 'before recovery'} | {figures} | {cost} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *recovery_short.section(short)]) + "\n"
 
 
 if __name__ == "__main__":

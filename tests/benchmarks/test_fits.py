@@ -45,6 +45,16 @@ def test_a_stopped_run_continues_and_the_page_has_every_cell(files):
     assert " (2), " in (files["out"] / "fits.md").read_text()
 
 
+def test_a_recovery_starts_from_kept_weights(files, monkeypatch):
+    kept = files["out"] / "kept"
+    run(files, only=["2:4 fit"], kept=kept)
+    monkeypatch.setattr(fits.Workbench, "prune", None)  # Pruning again would fail.
+    run(files, steps=1, only=["2:4 recovered"], kept=kept)
+    pruned, recovered = json.loads((files["out"] / "fits.json").read_text())["results"]
+    assert recovered["steps"] == 1
+    assert recovered["seconds"] > pruned["seconds"]
+
+
 def test_results_of_two_settings_are_not_mixed(files):
     run(files, most=0, only=["2:4 wanda"])
     run(files, most=1)

@@ -64,6 +64,7 @@ def at_the_door(command, monkeypatch, tiny_checkpoint, some_text, tmp_path):
         ((*RECOVER, "--steps", "0"), "'--steps': it must be 1 or more"),
         ((*RECOVER, "--samples", "0"), "'--samples': it must be 1 or more"),
         ((*RECOVER, "--learning-rate", "nan"), "'--learning-rate': it must be above 0; got nan"),
+        ((*RECOVER, "--hidden-states", "-1"), "'--hidden-states': it must be 0 or more; got -1"),
         ((*RECOVER, "--tokens-per-step", "0"), "'--tokens-per-step': it must be 1 or more"),
         ((*RECOVER, "--seed", str(2**64)), "'--seed'"),
         ((*EVALUATE, "--windows", "0"), "'--windows': it must be 1 or more; got 0"),

@@ -18,7 +18,8 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     pruned, out = tmp_path / "pruned", tmp_path / "out"
     assert command("prune", tiny_checkpoint, pruned, "--method", "wanda", *small)[0] == 0
     told = tmp_path / "told.json"
-    code, shown, errors = command("recover", pruned, out, *small, "--steps", 3, "--tokens-per-step", 32, "--json", told)
+    words = ("--steps", 3, "--tokens-per-step", 32, "--hidden-states", 0.5, "--json", told)
+    code, shown, errors = command("recover", pruned, out, *small, *words)
     assert code == 0, errors
     assert "loss, last steps" in shown
     assert "The text was read more than once" in shown
@@ -31,6 +32,7 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     facts = json.loads((out / checkpoint.REPORT_FILE).read_text())
     assert (facts["source"], facts["source_path"]) == ("tiny", "../tiny")
     assert facts["recovery"]["steps"] == 3
+    assert facts["recovery"]["settings"]["hidden_states"] == 0.5
     assert not list(tmp_path.glob(".out*"))
     code, shown, errors = command("recover", pruned, tmp_path / "once", *small, "--steps", 2, "--tokens-per-step", 32)
     assert code == 0, errors

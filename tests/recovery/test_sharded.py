@@ -24,7 +24,9 @@ from ace_triton.recovery.distillation import Distillation
 from ace_triton.recovery.sharing import passes_of
 
 SHORT = RecoverySettings(steps=3, tokens_per_step=64, learning_rate=0.01)
-EXACT = RecoverySettings(steps=2, tokens_per_step=80, learning_rate=0.01, norms=True, forward_dtype=torch.float32)
+EXACT = RecoverySettings(
+    steps=2, tokens_per_step=80, learning_rate=0.01, norms=True, hidden_states=0.5, forward_dtype=torch.float32
+)
 
 
 @pytest.fixture

@@ -317,6 +317,8 @@ def test_a_dense_model_is_refused(make_decoder, text):
         ({"steps": 3, "minutes": 1.0}, "one of them"),
         ({"steps": 0}, "above 0"),
         ({"steps": 3, "learning_rate": -1.0}, "above 0"),
+        ({"steps": 3, "hidden_states": -1.0}, "hidden_states must be 0 or above, and finite; got -1.0"),
+        ({"steps": 3, "hidden_states": float("inf")}, "hidden_states"),
         ({"minutes": float("inf")}, "finite"),
         ({"steps": 3, "seed": 2**64}, "64 bits"),
         ({"steps": 3, "warmup": 1.0}, "warmup"),
