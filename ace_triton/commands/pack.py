@@ -80,7 +80,7 @@ def pack(
     --bits rounds each kept weight to the nearest value, because there is no calibration text here. 'ace-triton prune
     --bits' chooses better values; pack its result with the same --bits and --group, which keeps them. --head-bits,
     --embedding-bits and --dense-bits round weights that were not pruned, also to the nearest value. --all-bits 8 stores
-    all weights in 8 bits, also of a model that was not pruned, and decodes fastest on a CPU.
+    all weights in 8 bits, also of a model that was not pruned.
     """
     check_json(json)
     if format_of(src).name == "packed":
