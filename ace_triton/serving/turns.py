@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..linears import linear_weight
 from ..packed.packed_linear import PackedLinear
+
+MOST_BYTES = 1.25
+"""Bytes of a weight, as the mean of all linear layers, up to which several texts are decoded in turn: about 8 bits."""
 
 
 class Turns:
@@ -60,7 +64,16 @@ class Turns:
 def pays_in_turn(model: nn.Module) -> bool:
     """True if the compiled step decodes several texts in turn faster than transformers decodes them as one batch.
 
-    In turn, the weights are read once for each text; as one batch, dense weights are read once for all texts. Packed
-    weights take less time to read than transformers takes for all else.
+    In turn, the weights are read once for each text, and as one batch once for several. So the weights must be so small
+    that reading them takes less time than everything else in a forward of transformers.
     """
-    return any(isinstance(module, PackedLinear) for module in model.modules())
+    size = elements = 0
+    for layer in model.modules():
+        weight = linear_weight(layer)
+        if isinstance(layer, PackedLinear):
+            size += layer.packed.packed_bytes
+            elements += layer.in_features * layer.out_features
+        elif weight is not None:
+            size += weight.nbytes
+            elements += weight.numel()
+    return size <= MOST_BYTES * elements

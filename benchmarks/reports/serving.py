@@ -87,7 +87,9 @@ def measured(source: str, words: list[str], requests: int, clients: int, max_tok
     return {
         "statuses": dict(Counter(str(answer["status"]) for answer in answers)),
         **{
-            f"other_{what}_than_alone": sum(answer[what] != own[what] for answer, own in zip(answers, expected))
+            f"other_{what}_than_alone": sum(
+                answer[what] != own[what] for answer, own in zip(answers, expected, strict=True)
+            )
             for what in ("text", "tokens")
         },
         "tokens": sum(answer["tokens"] for answer in answers),
@@ -208,9 +210,8 @@ batch may part from those of the same requests alone at a near tie, because its 
 
 def _column(found: dict[str, Any]) -> dict[str, str]:
     """The values of one decoder, by title."""
-    ends = "; ".join(
-        f"exit code {end['exit_code']}, last event: {end['last_event']}" for end in found["ended_by_sigterm"]
-    )
+    stopped = found["ended_by_sigterm"]
+    ends = "; ".join(f"exit code {end['exit_code']}, last event: {end['last_event']}" for end in stopped)
     return {
         "answers": ", ".join(f"{count} times {status}" for status, count in sorted(found["statuses"].items())),
         "other text than the same request alone": str(found["other_text_than_alone"]),

@@ -1,5 +1,6 @@
 """The server, as the openai client and bad clients see it."""
 
+import copy
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from ace_triton import pack_model
 from ace_triton.decoding.step import CompiledStep
 from ace_triton.generation import decode, generate
 
@@ -23,6 +25,7 @@ pytest.importorskip("uvicorn")
 from ace_triton.serving.app import build_app  # noqa: E402
 from ace_triton.serving.engine import Engine  # noqa: E402
 from ace_triton.serving.server import Server  # noqa: E402
+from ace_triton.serving.turns import pays_in_turn  # noqa: E402
 
 PATIENCE = 60
 
@@ -42,8 +45,6 @@ def model():
 
 @pytest.fixture(scope="module")
 def chatting(tokenizer):
-    import copy
-
     own = copy.deepcopy(tokenizer)
     own.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
     return own
@@ -475,3 +476,13 @@ def test_sigterm_ends_the_command_and_cuts_its_stream(command, tiny_checkpoint, 
         code, _, errors = command("serve", tiny_checkpoint, "--port", port)
         assert code == 1
         assert f"cannot listen on 127.0.0.1:{port}: give another --port or --host" in errors
+
+
+def test_weights_of_few_bits_are_decoded_in_turn(model):
+    small = copy.deepcopy(model)
+    assert not pays_in_turn(small)
+    pack_model(small, dense_bits=8, group=32, exclude="lm_head")
+    assert not pays_in_turn(small), "its head is in float32"
+    small = copy.deepcopy(model)
+    pack_model(small, all_bits=8, group=32)
+    assert pays_in_turn(small)
