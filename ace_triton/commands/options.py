@@ -103,6 +103,15 @@ DenseBitsOption = Annotated[
     int | None,
     typer.Option(help="Bits of the linear layers that were not pruned.", show_default="their own type", metavar="8|4"),
 ]
+AllBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Store every weight in 8 or 4 bits, pruned or not: the same as all other options of bits; what cannot be "
+        "stored so keeps its type and is listed.",
+        show_default="the weights' own type",
+        metavar="8|4",
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SRC", help="Model: a checkpoint folder, a hub name, a .gguf file, or smollm2.")

@@ -13,7 +13,10 @@ import typer
 from ..errors import ArgumentError
 from ..formats.registry import format_of, save_model
 from ..inputs import checkpoint
+from ..inputs.model_source import weight_file_bytes
+from ..packed.manifest import DENSE, TENSORS_FILE
 from ..packed.pack_model import sparsify
+from ..planning.pruning_plan import gib
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
 from ..solvers.quantize import GROUP
@@ -22,6 +25,7 @@ from ..streaming.streamed_pack import pack_checkpoint, with_packing
 from . import report
 from .console import console, print_backend, print_line, print_note, progress_bars
 from .options import (
+    AllBitsOption,
     BitsOption,
     DenseBitsOption,
     DeviceOption,
@@ -43,7 +47,9 @@ from .sources import check_causal, check_source
 
 
 def pack(
-    src: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pruned model.")],
+    src: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder of a pruned model; with --all-bits, also of a dense one.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed model.")],
     sparsity: Annotated[
         str | None,
@@ -57,6 +63,7 @@ def pack(
     head_bits: HeadBitsOption = None,
     embedding_bits: EmbeddingBitsOption = None,
     dense_bits: DenseBitsOption = None,
+    all_bits: AllBitsOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     dtype: DtypeOption = "auto",
@@ -72,7 +79,8 @@ def pack(
 
     --bits rounds each kept weight to the nearest value, because there is no calibration text here. 'ace-triton prune
     --bits' chooses better values; pack its result with the same --bits and --group, which keeps them. --head-bits,
-    --embedding-bits and --dense-bits round weights that were not pruned, also to the nearest value.
+    --embedding-bits and --dense-bits round weights that were not pruned, also to the nearest value. --all-bits 8 stores
+    all weights in 8 bits, also of a model that was not pruned.
     """
     check_json(json)
     if format_of(src).name == "packed":
@@ -80,12 +88,13 @@ def pack(
     if sparsity is not None and Sparsity(sparsity).n is None:
         raise ArgumentError(f"--sparsity {sparsity!r}: packed layers need a pattern n:m, as 2:4")
     few = parse_bits(bits, group)
-    of_head, of_embedding, of_dense = (
+    of_head, of_embedding, of_dense, of_all = (
         parse_bits(given, group, option)
         for given, option in (
             (head_bits, "--head-bits"),
             (embedding_bits, "--embedding-bits"),
             (dense_bits, "--dense-bits"),
+            (all_bits, "--all-bits"),
         )
     )
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
@@ -97,8 +106,9 @@ def pack(
         advice = "leave --stream out, so the model is loaded"
         check_causal(src, "pack --stream", advice, trust_remote_code=trust_remote_code)
     print_backend(where)
-    facts = checkpoint.read_report(src)
-    if facts is not None and (source := source_of(facts, src)) is not None:
+    facts = checkpoint.read_report(src) or {}
+    source = source_of(facts, src) if facts else src
+    if source is not None:
         facts = {**facts, **source_facts(source, out)}
     with checkpoint.reserved(out, overwrite=overwrite), progress_bars() as progress:
         if stream:
@@ -111,13 +121,14 @@ def pack(
                 dtype=weights_dtype,
                 trust_remote_code=trust_remote_code,
                 overwrite=overwrite,
-                report=facts or {},
+                report=facts,
                 stage=partial(stage, progress),
                 bits=few,
                 group=group,
                 head_bits=of_head,
                 embedding_bits=of_embedding,
                 dense_bits=of_dense,
+                all_bits=of_all,
             )
         else:
             with stage(progress, "load the model"):
@@ -135,8 +146,9 @@ def pack(
                     head_bits=of_head,
                     embedding_bits=of_embedding,
                     dense_bits=of_dense,
+                    all_bits=of_all,
                 )
-            facts = with_packing(facts or {}, result, few, group)
+            facts = with_packing(facts, result, few or of_all, group)
             with stage(progress, "save the model"):
                 save_model(model, tokenizer, out, "packed", report=facts, overwrite=overwrite)
     if json:
@@ -144,11 +156,14 @@ def pack(
     console.print(report.packing_table(result))
     for line in report.skipped_lines(result.skipped):
         print_line(f"left as it is: {line}")
-    if few is not None and quantization_of(facts) != (few, group):
+    few = few or of_all
+    pruned = any(layer.bits is not None and layer.pattern != DENSE for layer in result.layers)
+    if pruned and quantization_of(facts) != (few, group):
         print_note(
             f"weights were rounded to the nearest value of {few} bits; ace-triton prune --bits {few} loses less, "
             "because it uses the calibration text"
         )
+    print_line(f"weight files: {gib(weight_file_bytes(src))} -> {gib((out / TENSORS_FILE).stat().st_size)}")
     print_line(f"written to {out}")
 
 

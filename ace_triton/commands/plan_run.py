@@ -15,7 +15,7 @@ from .console import console, print_line, print_note, print_warning
 from .options import check_json, parse_device
 from .prune_run import PruneRun
 from .recipe_file import SavedRun
-from .recipe_flags import calibration_from, check_places, given_flags, recipe_from, replaced_lines
+from .recipe_flags import calibration_from, check_places, given_flags, recipe_from, replaced_lines, stored_from
 
 
 def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
@@ -28,6 +28,7 @@ def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
     path = None if values["recipe"] is None else Path(values["recipe"])
     saved = None if path is None else SavedRun.read(path)
     settings, dtype = calibration_from(given, None if saved is None else saved.calibration), values["dtype"]
+    stored = stored_from(given, None if saved is None else saved.stored)
     run = PruneRun(
         values["src"],
         Path(values["out"] or ""),
@@ -35,7 +36,8 @@ def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
         settings,
         dtype=dtype if "dtype" in given or saved is None else saved.dtype or dtype,
         device=values["device"],
-        packed=values["packed"],
+        packed=bool(values["packed"] or (stored is not None and values["packed"] is None)),
+        stored=stored,
         trust_remote_code=values["trust_remote_code"],
         overwrite=values["overwrite"],
         stream=values["stream"],
@@ -66,7 +68,7 @@ def show_plan(context: typer.Context) -> None:
     )
     if values["json"]:
         report.write_json(values["json"], with_provenance(plan.to_dict(), calibration=settings.to_dict()))
-    console.print(plan_table(plan, probes=run.of_text_alone))
+    console.print(plan_table(plan, probes=run.of_text_alone, packed=run.packed))
     for line in report.skipped_lines(plan.skipped):
         print_line(f"stays dense: {line}")
     for line in plan.unchecked:
@@ -75,12 +77,13 @@ def show_plan(context: typer.Context) -> None:
         print_warning(line)
 
 
-def plan_table(plan: PruningPlan, *, probes: bool = True) -> Table:
+def plan_table(plan: PruningPlan, *, probes: bool = True, packed: bool = False) -> Table:
     """What a run would prune, and what it would take; sizes and times are estimates.
 
     Args:
         plan: the plan.
         probes: True if ``--probe`` can estimate the time.
+        packed: True if the output is packed.
     """
     table = report.facts_table(f"{plan.recipe.words}, {plan.recipe.sparsity}")
     account = plan.account
@@ -99,6 +102,8 @@ def plan_table(plan: PruningPlan, *, probes: bool = True) -> Table:
     table.add_row("memory available", gib(plan.available_bytes))
     table.add_row("where the weights would be", "in files (--stream)" if plan.streams else "in memory")
     table.add_row("size of the output", gib(plan.disk.output_bytes))
+    if packed:
+        table.add_row("memory of its weights when it is loaded", gib(plan.disk.weight_bytes))
     table.add_row("disk while it runs", gib(plan.disk.work_bytes))
     if plan.disk.free_bytes is not None:
         table.add_row("disk free", gib(plan.disk.free_bytes))

@@ -19,13 +19,17 @@ from .console import console, print_backend, print_line, print_note, print_warni
 from .options import (
     NO_UPDATE,
     TEXT_SOURCES,
+    AllBitsOption,
     AudioOption,
     BitsOption,
     BosOption,
+    DenseBitsOption,
     DeviceOption,
     DtypeOption,
+    EmbeddingBitsOption,
     ExcludeOption,
     GroupOption,
+    HeadBitsOption,
     ImagesOption,
     IncludeOption,
     JsonOption,
@@ -181,12 +185,17 @@ def prune(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     packed: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--packed",
+            "--packed/--no-packed",
             help="Write a packed checkpoint, as 'ace-triton pack' does; for n:m, or a fraction of at least 0.44.",
+            show_default="packed if the file of --recipe names bits for --packed, else dense",
         ),
-    ] = False,
+    ] = None,
+    head_bits: HeadBitsOption = None,
+    embedding_bits: EmbeddingBitsOption = None,
+    dense_bits: DenseBitsOption = None,
+    all_bits: AllBitsOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -213,7 +222,8 @@ def prune(
     Without options this is wanda with channels permuted and weights updated by least squares, which measures best for
     its time. A method that you name runs alone; --preset, --rotate, --permute and --update add to it. SRC may be any
     model that an AutoModel class of transformers loads; OUT loads with the same class. OUT/ace_triton.json holds the
-    recipe and the calibration settings, which --recipe repeats. Several processes share the work, and write the same
+    recipe, the calibration settings and the bits of a packed model, which --recipe repeats. --packed takes the bits of
+    weights that stay dense, as --head-bits 8. Several processes share the work, and write the same
     bytes as one: torchrun --nproc-per-node 4 -m ace_triton prune SRC OUT.
     """
     if dry_run:

@@ -25,7 +25,8 @@ from ..inputs.model_task import TEXT_GENERATION, ModelTask, task_of
 from ..inputs.output_folder import Reservation
 from ..model_report import ModelReport, linears_outside
 from ..packed.pack_model import SparsifyReport, sparsify
-from ..packed.packable import check_packed
+from ..packed.packable import check_packed, check_stored
+from ..packed.stored_bits import StoredBits
 from ..planning.pruning_plan import PruningPlan, plan_pruning, weights_stay_in_files
 from ..processes import Processes
 from ..progress import progress_bar, stage
@@ -34,6 +35,7 @@ from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
 from ..streaming.file_store import FileStore
 from ..streaming.fits import LARGEST_SHARE, surely_fits
+from ..streaming.streamed_pack import packing_facts
 from ..streaming.streamed_prune import StreamedModel, streamed
 from .calibration_sources import read_sources, trial_inputs
 from .console import print_note
@@ -75,6 +77,7 @@ class PruneRun:
         calibration: which calibration sequences to take; its digest is the one that the text must have.
         dtype, device: as the command's options.
         packed: write a packed checkpoint.
+        stored: bits of the weights that stay dense in it; None to keep their type.
         trust_remote_code: run code that comes with the model.
         overwrite: replace ``out`` if it exists.
         stream: keep the weights in files, and only the block in work in memory; None to decide by the memory.
@@ -90,6 +93,7 @@ class PruneRun:
     dtype: str = "auto"
     device: str = "auto"
     packed: bool = False
+    stored: StoredBits | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
     stream: bool | None = None
@@ -181,6 +185,7 @@ class PruneRun:
             text=text,
             dtype=parse_dtype(self.dtype),
             packed=self.packed,
+            stored=self.stored,
             offload=self.offload,
             trust_remote_code=self.trust_remote_code,
             **more,
@@ -195,6 +200,7 @@ class PruneRun:
             load_seconds = time.perf_counter() - started
             if self.packed:
                 check_packed(self.recipe, model.dtype)
+                check_stored(model, self.stored)
             inputs, calibrated = self._inputs(model, tokenizer, documents, settings, progress)
             report = self._prune(model, inputs, progress, self._batch_size).with_load(load_seconds)
             facts, outside = self._facts(model, report, None if documents is None else settings, calibrated)
@@ -263,13 +269,13 @@ class PruneRun:
             return None
         with stage(progress, "save the model"):
             packing = self._pack(model) if self.packed else None
+            facts |= {} if packing is None else packing_facts(packing)
             kind = "packed" if self.packed else "dense"
             save_model(model, tokenizer, self.out, kind, report=facts, overwrite=self.overwrite)
         return packing
 
     def _pack(self, model: Any) -> SparsifyReport:
-        by = self.recipe.quantize
-        return sparsify(model) if by is None else sparsify(model, bits=by.bits, group=by.group)
+        return sparsify(model, **(self.stored or StoredBits()).packing(self.recipe.quantize))
 
     def _run_streamed(self, progress: Progress, settings: CalibrationSettings, documents: Texts) -> PruneResults:
         started = time.perf_counter()
@@ -296,6 +302,7 @@ class PruneRun:
                         **({} if self.of_text_alone else {"task": self.task.name}),
                     }
                 )
+            check_stored(model, self.stored)  # Before, its modules have hooks that load the weights.
             load_seconds = time.perf_counter() - started
             if store.resumed and Processes.now().is_first:
                 print_note(f"resuming: {len(store.resumed)} of {len(store.units)} blocks are done")
@@ -306,7 +313,7 @@ class PruneRun:
             report = report.with_load(load_seconds)
             facts, outside = self._facts(model, report, None if documents is None else settings, calibrated)
             with stage(progress, "pack" if self.packed else "complete the files"):
-                packing = stream.publish(facts, packed=self.packed, quantize=self.recipe.quantize)
+                packing = stream.publish(facts, packed=self.packed, quantize=self.recipe.quantize, stored=self.stored)
         return PruneResults(facts, report, calibrated, packing, outside)
 
     def _kept_inputs(
@@ -356,7 +363,8 @@ class PruneRun:
             history=history_with(
                 checkpoint.read_report(self.source),
                 "prune",
-                f"{recipe.words}, {recipe.sparsity}{', packed' * self.packed}",
+                f"{recipe.words}, {recipe.sparsity}{', packed' * self.packed}"
+                + ("" if self.stored is None else f": {self.stored.words}"),
                 seconds=report.seconds.total,
                 zeros=round(sum((1 - layer.kept) * layer.parameters for layer in report.layers)),
                 parameters=[report.account.model] * 2,
@@ -371,6 +379,7 @@ class PruneRun:
             exclude=list(recipe.exclude) or None,
             dtype=str(model.dtype).removeprefix("torch."),
             dtype_option=self.dtype,
+            **({} if self.stored is None else {"stored_bits": self.stored.to_dict()}),
             **({} if self.task_name is None else {"task_option": self.task_name}),
             device=str(model.device),
         )

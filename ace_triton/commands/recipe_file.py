@@ -13,6 +13,7 @@ from ..inputs.beginnings import Bos
 from ..inputs.calibration import read_calibration
 from ..inputs.model_task import TASK_NAMES
 from ..inputs.text import FILE_SUFFIXES
+from ..packed.stored_bits import StoredBits
 from ..provenance import name_of
 from ..recipe import Recipe, read_recipe_file, recipe_in
 from .options import DTYPES, LARGEST_SEED
@@ -83,12 +84,14 @@ class SavedRun:
         calibration: how the sequences were chosen; None if the file does not say.
         dtype: what ``--dtype`` was; None if the file does not say.
         task: what ``--task`` was; None if the task was found.
+        stored: bits of the weights that stay dense in a packed model; None if the file names none.
     """
 
     recipe: Recipe
     calibration: CalibrationSettings | None = None
     dtype: str | None = None
     task: str | None = None
+    stored: StoredBits | None = None
 
     @classmethod
     def read(cls, path: Path) -> SavedRun:
@@ -103,7 +106,17 @@ class SavedRun:
         task = content.get("task_option")
         if task is not None and task not in TASK_NAMES:
             raise RecipeError(f"{path}: task_option must be one of {', '.join(TASK_NAMES)}; got {task!r}")
-        return cls(recipe, saved_calibration(content, path), dtype, task)
+        return cls(recipe, saved_calibration(content, path), dtype, task, _stored_bits(content, path))
+
+
+def _stored_bits(content: Mapping[str, Any], path: Path) -> StoredBits | None:
+    """The bits of a packed model in the content of a file; None if it has none, RecipeError if they are invalid."""
+    if content.get("stored_bits") is None:
+        return None
+    try:
+        return StoredBits.from_dict(content["stored_bits"])
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
 
 
 def digest_of(documents: Sequence[str]) -> str:

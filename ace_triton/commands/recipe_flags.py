@@ -10,13 +10,17 @@ from typing import Any
 import typer
 
 from ..errors import ArgumentError, RecipeError
+from ..packed.stored_bits import StoredBits
 from ..presets import DEFAULT_PRESET, PRESETS, replaced
 from ..recipe import Recipe
-from ..solvers.quantize import Quantization
+from ..solvers.quantize import GROUP, Quantization
 from ..sparsity import Sparsity
-from .options import parse_options, parse_update
+from .options import parse_bits, parse_options, parse_update
 from .prune_run import PruneRun
 from .recipe_file import MEDIA, CalibrationSettings, SavedRun, is_missing_file
+
+STORED = ("head_bits", "embedding_bits", "dense_bits", "all_bits")
+"""Flags of :class:`~ace_triton.packed.stored_bits.StoredBits`."""
 
 
 def given_flags(context: typer.Context) -> dict[str, Any]:
@@ -49,9 +53,32 @@ def recipe_from(given: Mapping[str, Any], saved: SavedRun | None) -> Recipe:
     for name in ("rotate", "permute", "sequential", "budgets", "include", "exclude"):
         if name in given:
             parts[name] = given[name]
-    if any(name in given for name in ("bits", "group", "quantize")):
+    if "all_bits" in given:
+        given = {"bits": given["all_bits"], **given}
+    of_stored = start.quantize is None and (set(STORED) & set(given) or (saved and saved.stored))
+    if any(name in given for name in ("bits", "quantize")) or ("group" in given and not of_stored):
         parts["quantize"] = _quantization(given, start.quantize)
     return replaced(start, parts)
+
+
+def stored_from(given: Mapping[str, Any], saved: StoredBits | None) -> StoredBits | None:
+    """The bits of the weights that stay dense in a packed model: saved ones, with those that flags replace.
+
+    Raises:
+        ArgumentError: if bits are given with a dense output, or are invalid.
+    """
+    parts = {name: given[name] for name in STORED if given.get(name) is not None}
+    if given.get("packed") is False or (saved is None and not given.get("packed")):
+        if parts:
+            option = f"--{next(iter(parts)).replace('_', '-')}"
+            raise ArgumentError(f"{option} is for packed models: add --packed")
+        return None
+    if not parts and saved is None:
+        return None
+    for name, bits in parts.items():
+        parse_bits(bits, given.get("group", GROUP), f"--{name.replace('_', '-')}")
+    group = {"group": given["group"]} if "group" in given else {}
+    return replace(saved or StoredBits(), **parts, **group)
 
 
 def calibration_from(given: Mapping[str, Any], saved: CalibrationSettings | None) -> CalibrationSettings:
@@ -89,6 +116,8 @@ def replaced_lines(path: Path, saved: SavedRun, run: PruneRun, settings: Calibra
     pairs = _pairs(saved.recipe.to_dict(), run.recipe.to_dict())
     if saved.calibration is not None:
         pairs += _pairs(saved.calibration.to_dict(), settings.to_dict())
+    if saved.stored is not None:
+        pairs += _pairs(saved.stored.to_dict(), {} if run.stored is None else run.stored.to_dict())
     if saved.dtype is not None:
         pairs += _pairs({"dtype": saved.dtype}, {"dtype": run.dtype})
     if saved.task is not None:

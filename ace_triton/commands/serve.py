@@ -13,6 +13,7 @@ from ..errors import ArgumentError
 from ..formats.registry import load_model
 from ..progress import stage
 from ..provenance import name_of
+from ..serving.turns import pays_in_turn
 from .console import print_backend, print_note, progress_bars
 from .options import (
     AnyModelArgument,
@@ -45,7 +46,12 @@ def serve(
         number("Largest number of tokens of a prompt.", least=1, show_default="what the model allows"),
     ] = None,
     batch: Annotated[
-        int, number("Largest number of requests that run at the same time, as one batch; 1 runs each alone.", least=1)
+        int,
+        number(
+            "Largest number of requests that run at the same time, as one batch or one token of each in turn; 1 runs "
+            "each alone.",
+            least=1,
+        ),
     ] = 8,
     queue: Annotated[
         int, number("Number of requests that may wait while others run; more are refused (429).", least=0)
@@ -68,8 +74,6 @@ def serve(
     if missing:
         raise ArgumentError(f"serve needs {' and '.join(missing)}: pip install 'ace-triton[serve]'")
     check_decoder(decoder)
-    if decoder == "compiled" and batch > 1:
-        raise ArgumentError("--decoder compiled: the compiled step decodes one request at a time: add --batch 1")
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, any_format=True)
     check_causal(model_dir, "serve", TAKEN, trust_remote_code=trust_remote_code)
@@ -78,11 +82,19 @@ def serve(
         model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code)
     if fuse:
         fuse_packed(model, model_dir)
-    if batch == 1 and decoder != "transformers":
+    if decoder != "transformers":
         refusal = why_not_compiled(model)
         if refusal is not None and decoder == "compiled":
             raise StepRefusedError(refusal)
-        print_note("decoding with " + ("the compiled step" if refusal is None else f"transformers: {refusal}"))
+        if refusal is None and decoder == "auto" and batch > 1:
+            decoder = "compiled" if pays_in_turn(model) else "transformers"
+        in_turn = ", one token of each request in turn" if batch > 1 else ""
+        if refusal is not None:
+            print_note(f"decoding with transformers: {refusal}")
+        elif decoder == "transformers":
+            print_note("decoding with transformers as one batch: above 8 bits that is faster than the compiled step")
+        else:
+            print_note(f"decoding with the compiled step{in_turn}")
     from ..serving.app import build_app
     from ..serving.engine import Engine
     from ..serving.server import Server

@@ -13,7 +13,7 @@ from ..errors import ArgumentError, CheckpointError
 from ..formats.registry import format_of
 from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file, weight_file_bytes
 from ..inputs.model_task import CAUSAL, ModelTask, find_task, other_kind, task_of
-from ..packed.fused import GROUPS, fuse_products
+from ..packed.fused import GROUPS, fuse_products, none_to_fuse
 from .console import print_note
 
 TAKEN = "prune, pack and 'evaluate --dense' take it"
@@ -102,8 +102,7 @@ def fuse(model: Any, source: str | Path) -> None:
     groups, names = fuse_products(model), [", ".join(group) for group in GROUPS]
     if not groups:
         raise ArgumentError(
-            f"{source}: --fuse: no packed layers named {' or '.join(names)} fit together: leave it out, or pack the "
-            "model first (ace-triton pack)"
+            f"{source}: {none_to_fuse('--fuse')}: leave it out, or pack the model first (ace-triton pack)"
         )
     print_note(f"fused {groups} group{'s' * (groups > 1)} of products ({' and '.join(names)})")
 

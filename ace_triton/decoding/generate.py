@@ -117,9 +117,9 @@ class CompiledDecoding:
             else:
                 token = scores.argmax(-1)
             input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
-            ended = bool(stopping_criteria(input_ids, None).all())
             if streamer is not None:
                 streamer.put(token)
+            ended = bool(stopping_criteria(input_ids, None).all())
             if not ended:
                 logits = step(token)
         if streamer is not None:

@@ -77,6 +77,8 @@ def write_card(folder: Path, report: dict[str, Any]) -> None:
 def _card(report: dict[str, Any], usage: str | None) -> str:
     source, pattern = _text(report, "source") or "A model", _text(report, "sparsity")
     what = "made smaller by structured pruning" if _dict(report, "shrink") else "written by ace-triton"
+    if not (pattern or _dict(report, "shrink")) and (bits := _all_in(report)):
+        what = f"stored in {bits} bits"
     title = f"{source} pruned to {pattern}" if pattern else f"{source} {what}"
     parts = [_front(report), f"# {title}\n"]
     rows = [f"| {title} | {value} |" for title, value in _rows(report)]
@@ -102,7 +104,8 @@ def _front(report: dict[str, Any]) -> str:
     if source and "source_path" not in report and _HUB_NAME.fullmatch(source):
         lines.append(f"base_model: {source}")
     task = _text(report, "task") or TEXT_GENERATION
-    lines += ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- ace-triton", "- pruned"]
+    lines += ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- ace-triton"]
+    lines.append("- quantized" if _all_in(report) and not pattern else "- pruned")
     if pattern:
         lines.append(f'- "{pattern}"')
     return "\n".join([*lines, "---\n"])
@@ -119,6 +122,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Pattern", _text(report, "sparsity")),
         ("Update of the kept weights", _text(update, "kind")),
         ("Quantization of the kept weights", _quantization(_dict(_dict(report, "recipe"), "quantize"))),
+        ("Packed", _packed(report)),
         ("Channels reordered", None if not permutation else "yes"),
         ("Budgets", _text(report, "budgets")),
         *_removed(report),
@@ -175,6 +179,29 @@ def _amounts(report: dict[str, Any]) -> list[tuple[str, str]]:
     of_layers = f"{pruned / sum(size for _, size in sizes):.1%} of their weights"
     of_model = f", {pruned / whole:.1%} of the model's" if whole else ""
     return [("Pruned layers", str(len(sizes))), ("Zeros", of_layers + of_model)]
+
+
+def _packed_layers(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the report says of packed layers, by pattern and bits."""
+    kinds = report.get("packed_layers")
+    return [kind for kind in kinds if isinstance(kind, dict)] if isinstance(kinds, list) else []
+
+
+def _packed(report: dict[str, Any]) -> str | None:
+    """How layers are packed, as in "210 layers 2:4 in 8 bits; lm_head, not pruned, in 8 bits"."""
+    found = []
+    for kind in _packed_layers(report):
+        name, count, pattern, bits = (kind.get(entry) for entry in ("name", "layers", "pattern", "bits"))
+        pruned = f" {pattern}" if pattern != "dense" else ", not pruned,"
+        found.append(f"{name or f'{count} layers'}{pruned}{f' in {bits} bits' if bits else ''}")
+    return "; ".join(found) or None
+
+
+def _all_in(report: dict[str, Any]) -> int | None:
+    """The bits of all packed layers, if they are the same and none was pruned; else None."""
+    kinds = {(kind.get("pattern"), kind.get("bits")) for kind in _packed_layers(report)}
+    (pattern, bits) = next(iter(kinds)) if len(kinds) == 1 else (None, None)
+    return bits if pattern == "dense" and isinstance(bits, int) else None
 
 
 def _exported(report: dict[str, Any]) -> str | None:

@@ -24,6 +24,7 @@ from ..kernels.pack_nm import PatternError
 from ..kernels.packed_dense import PackedDense
 from ..linears import linear_weight
 from .expert_stack import ExpertStack, stores_transposed
+from .fused import fuse_products, none_to_fuse
 from .manifest import DTYPES, TENSORS_FILE, DenseEntry, LayerEntry, Manifest, RowsEntry
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
@@ -45,6 +46,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    fuse: bool = False,
 ) -> Any:
     """Load a packed checkpoint. The dense weights are never built.
 
@@ -56,13 +58,15 @@ def load(
         device: device of the weights.
         dtype: float32, float16 or bfloat16 to convert the weights to; None keeps the dtype of the checkpoint.
         trust_remote_code: run Python code that comes with the checkpoint. Without it such code is never run.
+        fuse: fuse the products of queries, keys and values, and of gate and up, in memory
+            (:func:`~ace_triton.packed.fused.fuse_products`).
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        PackedError: if the folder has no packed checkpoint, or the checkpoint is truncated, altered or of a newer
-            version.
+        PackedError: if the folder has no packed checkpoint, the checkpoint is truncated, altered or of a newer
+            version, or ``fuse`` is True and no products fit together.
         CheckpointError: if transformers cannot build a model from the configuration, or the device or the dtype is not
             available.
     """
@@ -78,7 +82,10 @@ def load(
     tensors = _read_tensors(path / TENSORS_FILE, manifest, torch.device(device), dtype)
     model.load_state_dict(tensors, strict=False, assign=True)
     finish(model, manifest)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if fuse and not fuse_products(model):
+        raise PackedError(f"{folder}: {none_to_fuse('fuse=True')}: leave it out")
+    return model
 
 
 def put_layers(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:

@@ -21,6 +21,12 @@ MOST_ROWS = 16
 """Calls with more rows run each layer by itself: there the time of a call matters little."""
 
 
+def none_to_fuse(option: str) -> str:
+    """The message if ``option`` asks to fuse a model whose products do not fit together."""
+    names = " or ".join(", ".join(group) for group in GROUPS)
+    return f"{option}: no packed layers named {names} fit together"
+
+
 def fuse_products(model: nn.Module) -> int:
     """Fuse the products of queries, keys and values, and of gate and up projections, in place.
 

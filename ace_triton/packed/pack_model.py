@@ -28,7 +28,7 @@ from .products import RowLimits
 from .quantized_embedding import QuantizedEmbedding
 from .quantized_linear import QuantizedLinear, TiedLinear
 from .saving import SavePretrained
-from .tables import Tables, forget_ties, tables_of
+from .tables import Tables, forget_ties, possible_bits, tables_of
 
 FREED_BYTES = 64 * 2**20
 """The allocator is asked to return free memory each time this many bytes of dense weights were freed."""
@@ -108,6 +108,7 @@ def pack_model(
     head_bits: int | None = None,
     embedding_bits: int | None = None,
     dense_bits: int | None = None,
+    all_bits: int | None = None,
 ) -> SparsifyReport:
     """Replace every linear layer that was pruned by a packed one, in place.
 
@@ -132,6 +133,8 @@ def pack_model(
             the embedding's weight, the embedding is stored in the same bits.
         embedding_bits: the same for the embedding.
         dense_bits: 8 or 4 to store linear layers that pruning left dense in that many bits; None to keep them.
+        all_bits: 8 or 4 for every weight that has no bits of its own and can be stored so: as ``bits``, ``head_bits``,
+            ``embedding_bits`` and ``dense_bits``. A head or an embedding that cannot is listed as skipped.
 
     Returns:
         The packed layers, and the skipped layers with their reasons.
@@ -153,6 +156,7 @@ def pack_model(
         head_bits=head_bits,
         embedding_bits=embedding_bits,
         dense_bits=dense_bits,
+        all_bits=all_bits,
     )
 
 
@@ -173,6 +177,7 @@ def pack_layers(
     head_bits: int | None = None,
     embedding_bits: int | None = None,
     dense_bits: int | None = None,
+    all_bits: int | None = None,
 ) -> SparsifyReport:
     """As :func:`pack_model`, for a model whose weights may be elsewhere.
 
@@ -180,11 +185,15 @@ def pack_layers(
         model: the model. Its parameters may be on the meta device if ``weights`` loads them.
         weights: where the weights are.
         pattern, include, exclude, limits, bits, group: as for :func:`pack_model`.
-        head_bits, embedding_bits, dense_bits: as there.
+        head_bits, embedding_bits, dense_bits, all_bits: as there.
     """
-    for given in (bits, head_bits, embedding_bits, dense_bits):
+    for given in (bits, head_bits, embedding_bits, dense_bits, all_bits):
         if given is not None:
             check_bits(given, group)
+    left: dict[str, str] = {}
+    if all_bits is not None:
+        bits, dense_bits = bits or all_bits, dense_bits or all_bits
+        head_bits, embedding_bits, left = possible_bits(model, all_bits, head_bits, embedding_bits)
     wanted = Wanted(None if pattern is None else nm_of(pattern), limits, bits, group, dense_bits)
     tables = tables_of(model, head_bits, embedding_bits)
     head, of_head = None, wanted
@@ -212,7 +221,10 @@ def pack_layers(
     def skip(name: str, weight: torch.Tensor, reason: str) -> None:
         skipped.append(Skipped(name, reason, weight.numel(), weight.numel() / parameters))
 
-    chosen = [name for name, _ in linears_of(model) if name and (name == head or names.wants(name))]
+    for name, reason in left.items():
+        skip(name, model.get_parameter(f"{name}.weight"), reason)
+    found = (name for name, _ in linears_of(model) if name and name not in left)
+    chosen = [name for name in found if name == head or names.wants(name)]
     for name in [name for name in chosen if name != tables.tied]:
         layer = model.get_submodule(name)
         weight = linear_weight(layer)
@@ -259,7 +271,7 @@ def pack_layers(
             ""
             if OFFLOADED in reasons
             else "; prune it first (ace-triton prune --sparsity 2:4), or store it as it is in 8 bits (ace-triton pack "
-            "--dense-bits 8)"
+            "--all-bits 8)"
         )
         raise ArgumentError(f"no layer of {type(model).__name__} can be packed: {reasons}{advice}")
     give_back_free_memory()

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ..errors import ArgumentError
 from ..recipe import Recipe
 from .manifest import DTYPES
 from .pack_layer import LEAST_UNSTRUCTURED
+from .stored_bits import StoredBits
+from .tables import tables_of
+
+
+def check_stored(model: nn.Module, stored: StoredBits | None) -> None:
+    """ArgumentError if the head or the embedding of a model cannot be stored in the bits that are given."""
+    if stored is not None:
+        tables_of(model, stored.head_bits, stored.embedding_bits)
 
 
 def check_packed(recipe: Recipe, dtype: torch.dtype) -> None:

@@ -70,6 +70,33 @@ def tables_of(model: Any, head_bits: int | None, embedding_bits: int | None) -> 
     )
 
 
+def possible_bits(
+    model: Any, all_bits: int, head_bits: int | None, embedding_bits: int | None
+) -> tuple[int | None, int | None, dict[str, str]]:
+    """The bits of the head and of the embedding, if tables without bits of their own get ``all_bits`` if they can.
+
+    Returns:
+        The bits of the head, those of the embedding, and by name of a table the reason why it keeps its type.
+    """
+    left: dict[str, str] = {}
+    head, embedding = _table(model, "get_output_embeddings"), _table(model, "get_input_embeddings")
+    names = {id(module): name for name, module in model.named_modules()}
+    shared = head is not None and embedding is not None and head.weight is embedding.weight
+    if head is not None and head_bits is None and not (shared and embedding_bits):
+        try:
+            tables_of(model, all_bits, None)
+            head_bits = all_bits
+        except ArgumentError as error:
+            left[names[id(head)]] = str(error).partition(": give no bits")[0].partition("; give no bits")[0]
+    if embedding is not None and embedding_bits is None and not shared:
+        try:
+            tables_of(model, None, all_bits)
+            embedding_bits = all_bits
+        except ArgumentError as error:
+            left[names[id(embedding)]] = str(error).partition("; give no bits")[0]
+    return head_bits, embedding_bits, left
+
+
 def _table(model: Any, getter: str) -> Any:
     try:
         return getattr(model, getter)()

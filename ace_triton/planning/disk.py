@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..decoders.blocks import linears_of
+from ..linears import linear_weight
+from ..packed.stored_bits import StoredBits
+from ..packed.tables import possible_bits, tables_of
 from ..recipe import Recipe
 from .layers import LayerSize, PlannedModel
 from .skeleton import Skeleton
@@ -19,11 +26,13 @@ class Disk:
 
     Attributes:
         output_bytes: size of the output.
+        weight_bytes: size of the weights in it, and in memory when it is loaded.
         work_bytes: most that the work folder beside the output takes. A part of it becomes the output.
         free_bytes: free space where the output is written; None if no output is named.
     """
 
     output_bytes: int
+    weight_bytes: int
     work_bytes: int
     free_bytes: int | None
 
@@ -40,6 +49,7 @@ def disk_of(
     *,
     packed: bool,
     streams: bool,
+    stored: StoredBits | None = None,
 ) -> Disk:
     """The disk space of a run.
 
@@ -50,16 +60,21 @@ def disk_of(
         out: folder for the output, if it is known.
         packed: True if a packed checkpoint is written.
         streams: True if the weights stay in files during the run.
+        stored: bits of the weights that stay dense in a packed checkpoint; None to keep their type.
     """
-    dense = sum(parameter.nbytes for parameter in built.model.parameters()) + _other_files(built)
-    output = dense - (_saved_by_packing(layers, recipe) if packed else 0)
+    weights, others = sum(parameter.nbytes for parameter in built.model.parameters()), _other_files(built)
+    dense, smaller = weights + others, 0
+    if packed:
+        smaller = _saved_by_packing(layers, recipe)
+        smaller += _saved_by_bits(built.model, layers, (stored or StoredBits()).packing(recipe.quantize))
+    output = dense - smaller
     work = output
     if streams:
         # Weights that transformers converts are read from a copy; those of another form are pruned in that form.
         work = dense + built.resaved_bytes + built.converted_bytes
         if packed:  # Packed layers wait in files until all are packed.
             work += output + _packed_layers(layers, recipe)
-    return Disk(output, work, None if out is None else free_bytes(out))
+    return Disk(output, weights - smaller, work, None if out is None else free_bytes(out))
 
 
 def free_bytes(out: Path) -> int:
@@ -92,6 +107,35 @@ def _packed_layers(layers: PlannedModel, recipe: Recipe) -> int:
 
 def _saved_by_packing(layers: PlannedModel, recipe: Recipe) -> int:
     return sum(layer.bytes for layer in _pruned(layers)) - _packed_layers(layers, recipe)
+
+
+def _saved_by_bits(model: Any, layers: PlannedModel, bits: dict[str, Any]) -> int:
+    """Bytes that the head, the embedding and other dense layers lose if they are stored in few bits."""
+    saved = 0
+    for weight, few in _stored_weights(model, {layer.name for layer in _pruned(layers)}, bits):
+        packed = weight.numel() * few / 8 + weight.nbytes / bits["group"]
+        saved += max(0, weight.nbytes - round(packed))
+    return saved
+
+
+def _stored_weights(model: Any, pruned: set[str], bits: dict[str, Any]) -> Iterator[tuple[torch.Tensor, int]]:
+    """Weights that are stored in few bits without being pruned, and their bits."""
+    head_bits, embedding_bits, of_all = (bits.get(name) for name in ("head_bits", "embedding_bits", "all_bits"))
+    left: dict[str, str] = {}
+    if of_all is not None:
+        head_bits, embedding_bits, left = possible_bits(model, of_all, head_bits, embedding_bits)
+    tables = tables_of(model, head_bits, embedding_bits)
+    done = {*left, *pruned, tables.tied}
+    for table in (tables.head, tables.embedding):
+        if table is not None and table[0] not in done:
+            done.add(table[0])
+            weight: Any = model.get_submodule(table[0]).weight
+            yield weight, table[1]
+    dense_bits = bits.get("dense_bits") or of_all
+    if dense_bits is not None:
+        for name, layer in linears_of(model):
+            if name not in done and (weight := linear_weight(layer)) is not None:
+                yield weight, dense_bits
 
 
 def _pruned(layers: PlannedModel) -> list[LayerSize]:

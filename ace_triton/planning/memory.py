@@ -17,6 +17,7 @@ import torch
 from ..decoders.batches import sequences_of_a_forward
 from ..decoders.parts_of_logits import PART
 from ..methods.registry import metric
+from ..packed.stored_bits import StoredBits
 from ..recipe import Recipe
 from ..solvers.least_squares import rounded
 from ..statistics.token_sample import SAMPLE_TOKENS
@@ -112,6 +113,7 @@ class Need:
         is_gguf: True if the weights are in a GGUF file.
         on_gpu: True if the layers are solved on a GPU.
         packed: True if a packed checkpoint is written.
+        stored: bits of the weights that stay dense in it; None to keep their type.
     """
 
     model: Any
@@ -124,6 +126,7 @@ class Need:
     is_gguf: bool
     on_gpu: bool = False
     packed: bool = False
+    stored: StoredBits | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -137,6 +140,8 @@ class Need:
         phases = {"load the model": base + weights + read + self.stored_bytes * self.is_gguf}
         phases |= {name: base + weights + size for name, size in self._of_text().items()}
         phases["prune"] = base + weights + self._hidden_bytes() + self._most_of_a_unit()
+        if self.packed and self.stored is not None:
+            phases["pack"] = base + weights + self._rounding_bytes()
         mapped = {"load the model": self.stored_bytes} if self.converts and not self.is_gguf else {}
         return Memory(phases, mapped)
 
@@ -153,11 +158,15 @@ class Need:
         phases["prune"] = base + max(once, self._hidden_bytes() + blocks + self._most_of_a_unit())
         if self.packed:
             layer = max(layer.bytes for unit in self.layers.units for layer in unit.layers)
-            phases["pack"] = base + max(2 * layer, 2 * piece)
+            phases["pack"] = base + 2 * max(layer, piece, self._rounding_bytes())
         # transformers reads the files to convert them when it opens the model; one tensor of them is in memory.
         largest = max(p.numel() for p in self.model.parameters()) * self.model.dtype.itemsize
         mapped = {"copy the weights": min(self.stored_bytes, largest)} if self.converts else {}
         return Memory(phases, mapped)
+
+    def _rounding_bytes(self) -> int:
+        """The largest weight outside the blocks, if it may be rounded to few bits; else 0."""
+        return 0 if self.stored is None else max((p.nbytes for p in self._outside()), default=0)
 
     def device(self) -> Memory:
         """The memory of a GPU that the whole model is loaded on, without what the driver takes."""

@@ -21,6 +21,7 @@ from ..inputs.model_source import check_device
 from ..inputs.model_task import TEXT_GENERATION
 from ..inputs.output_folder import check_out
 from ..inputs.text import check_text
+from ..packed.stored_bits import StoredBits
 from ..presets import DEFAULT_PRESET, recipe_of
 from ..process_memory import resident_bytes
 from ..prune_blocks import rehearse
@@ -124,6 +125,7 @@ def plan_pruning(
     dtype: torch.dtype | str = "auto",
     device: str = "cpu",
     packed: bool = False,
+    stored: StoredBits | None = None,
     overwrite: bool = False,
     stream: bool | None = None,
     offload: Offload = "memory",
@@ -150,6 +152,7 @@ def plan_pruning(
         dtype: dtype of the weights; "auto" keeps the checkpoint's.
         device: device of the run; a run on a GPU is not streamed.
         packed: True if a packed checkpoint is written.
+        stored: bits of the weights that stay dense in it; None to keep their type.
         overwrite: True if an existing ``out`` is replaced.
         stream: True to stream, False not to, None to decide by the available memory.
         offload: where the hidden states of the calibration set are kept.
@@ -190,13 +193,14 @@ def plan_pruning(
         converts=built.converts or built.resaved_bytes > 0,
         is_gguf=built.source.is_gguf,
         packed=packed,
+        stored=stored,
     )
     in_memory = need.in_memory()
     streamed = need.streamed()
     may_stream = not on_gpu
     streams = stream if stream is not None else may_stream and not fits_in_memory(in_memory.peak)
     place = None if out is None else Path(out)
-    disk = disk_of(built, layers, whole, place, packed=packed, streams=streams)
+    disk = disk_of(built, layers, whole, place, packed=packed, streams=streams, stored=stored)
     available = available_memory()
     chosen = streamed if streams else in_memory
     warnings = [

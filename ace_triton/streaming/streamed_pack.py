@@ -124,6 +124,7 @@ def pack_checkpoint(
     head_bits: int | None = None,
     embedding_bits: int | None = None,
     dense_bits: int | None = None,
+    all_bits: int | None = None,
 ) -> SparsifyReport:
     """Pack a pruned checkpoint into a packed one, with one layer of the model in memory at a time.
 
@@ -146,6 +147,7 @@ def pack_checkpoint(
         head_bits: as there.
         embedding_bits: as there.
         dense_bits: as there.
+        all_bits: as there.
 
     Returns:
         The packed layers, and the skipped layers with their reasons.
@@ -173,9 +175,10 @@ def pack_checkpoint(
                 head_bits=head_bits,
                 embedding_bits=embedding_bits,
                 dense_bits=dense_bits,
+                all_bits=all_bits,
             )
         with stage("save the model"), replacing(out, overwrite=overwrite) as folder, refusals(out):
-            told = None if report is None else with_packing(report, result, bits, group)
+            told = None if report is None else with_packing(report, result, bits or all_bits, group)
             write_packed_files(model, tokenizer, weights, folder, told)
     return result
 
@@ -189,7 +192,20 @@ def with_packing(report: dict[str, Any], packed: SparsifyReport, bits: int | Non
         shown = names[0] if len(names) == 1 else f"{len(names)} layers"
         did += f"; {shown} stored in {few} bits without pruning"
     history = history_with(report, "pack", did, bytes=[packed.dense_bytes, packed.packed_bytes])
-    return {**report, "history": history}
+    return {**report, **packing_facts(packed), "history": history}
+
+
+def packing_facts(packed: SparsifyReport) -> dict[str, Any]:
+    """What the report beside a packed model says of its layers: how many have which pattern and bits."""
+    kinds: dict[tuple[str, int | None], list[str]] = {}
+    for layer in packed.layers:
+        kinds.setdefault((layer.pattern, layer.bits), []).append(layer.name)
+    return {
+        "packed_layers": [
+            {"pattern": pattern, "bits": bits, "layers": len(names), **({"name": names[0]} if len(names) == 1 else {})}
+            for (pattern, bits), names in kinds.items()
+        ]
+    }
 
 
 def write_packed_files(

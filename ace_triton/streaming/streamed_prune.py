@@ -26,16 +26,17 @@ from ..inputs.output_folder import Reservation, publish, reserved, write_report,
 from ..model_report import ModelReport
 from ..packed.pack_model import SparsifyReport, pack_layers
 from ..packed.packable import check_packed
+from ..packed.stored_bits import StoredBits
 from ..presets import DEFAULT_PRESET, recipe_of
 from ..processes import Processes, are_on_one_machine
 from ..provenance import source_facts, versions, with_provenance
 from ..prune_blocks import Progress, prune_stored
 from ..recipe import Recipe
-from ..solvers.quantize import GROUP, Quantization
+from ..solvers.quantize import Quantization
 from .file_store import FileStore, finished_units
 from .journal import Journal, Results
 from .mapped_model import MappedModel
-from .streamed_pack import MappedWeights, write_packed_files
+from .streamed_pack import MappedWeights, packing_facts, write_packed_files
 
 JOURNAL, OWN_FORM = "journal.jsonl", "own_form"
 PACKED_LAYERS, PACKED = "packed_layers", "packed"
@@ -114,7 +115,12 @@ class StreamedModel:
         return self._store
 
     def publish(
-        self, report: dict[str, Any], *, packed: bool = False, quantize: Quantization | None = None
+        self,
+        report: dict[str, Any],
+        *,
+        packed: bool = False,
+        quantize: Quantization | None = None,
+        stored: StoredBits | None = None,
     ) -> SparsifyReport | None:
         """Complete the checkpoint and rename it to its final name.
 
@@ -124,6 +130,7 @@ class StreamedModel:
             packed: pack the pruned weights, and publish a packed checkpoint instead of the dense one. The model's
                 layers are replaced.
             quantize: how the weights were quantized, for ``packed``; None if they were not.
+            stored: bits of the weights that stay dense, for ``packed``; None to keep their type.
 
         Returns:
             What was packed, in the first process; None for a dense checkpoint.
@@ -138,7 +145,7 @@ class StreamedModel:
             report = {**report, "streamed": {"resumed_units": list(self._store.resumed)}}
             with writing(self._place, self._out):
                 if packed:
-                    packing = self._complete_packed(report, quantize)
+                    packing = self._complete_packed(report, (stored or StoredBits()).packing(quantize))
                 else:
                     self._complete(report)
         self._processes.wait()
@@ -150,16 +157,16 @@ class StreamedModel:
         write_report(self._place.new, report)
         publish(self._place, self._out, overwrite=self._overwrite)
 
-    def _complete_packed(self, report: dict[str, Any], quantize: Quantization | None) -> SparsifyReport:
+    def _complete_packed(self, report: dict[str, Any], bits: dict[str, Any]) -> SparsifyReport:
         """Pack the dense weights of the work folder into a folder beside them. They stay until that is published."""
         layers, folder = self._place.kept / PACKED_LAYERS, self._place.kept / PACKED
         for path in (layers, folder):
             shutil.rmtree(path, ignore_errors=True)  # Left by a run that was interrupted while it packed.
             path.mkdir()
         weights = MappedWeights(self.model, layers)
-        bits, group = (None, GROUP) if quantize is None else (quantize.bits, quantize.group)
-        packing = pack_layers(self.model, weights, bits=bits, group=group)
+        packing = pack_layers(self.model, weights, **bits)
         with checkpoint.refusals(self._out):
+            report = {**report, **packing_facts(packing)}
             write_packed_files(self.model, self.tokenizer, weights, folder, report)
         publish(self._place, self._out, overwrite=self._overwrite, fresh=folder)
         return packing

@@ -45,7 +45,6 @@ def test_another_backend_is_named_and_transformers_decodes(command, tiny_checkpo
             "must be one of auto, compiled, transformers; got 'fast'",
         ),
         (("generate", "m", "--prompt", "a", "--decoder", "compiled", "--compile"), "give only one of them"),
-        (("serve", "m", "--decoder", "compiled"), "one request at a time: add --batch 1"),
     ],
 )
 def test_a_mistake_is_one_line(command, words, message):

@@ -1,5 +1,6 @@
 """The server, as the openai client and bad clients see it."""
 
+import copy
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from ace_triton import pack_model
+from ace_triton.decoding.step import CompiledStep
 from ace_triton.generation import decode, generate
 
 httpx = pytest.importorskip("httpx")
@@ -22,6 +25,7 @@ pytest.importorskip("uvicorn")
 from ace_triton.serving.app import build_app  # noqa: E402
 from ace_triton.serving.engine import Engine  # noqa: E402
 from ace_triton.serving.server import Server  # noqa: E402
+from ace_triton.serving.turns import pays_in_turn  # noqa: E402
 
 PATIENCE = 60
 
@@ -41,8 +45,6 @@ def model():
 
 @pytest.fixture(scope="module")
 def chatting(tokenizer):
-    import copy
-
     own = copy.deepcopy(tokenizer)
     own.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
     return own
@@ -184,6 +186,64 @@ def test_requests_in_one_batch_get_what_each_gets_alone(start, gate, rows, tempe
         assert [task.result() for task in together] == alone
         assert engine.idle
     assert max(rows) == 3
+
+
+@contextmanager
+def line(engine, length):
+    """A context whose thread has the turn until this many requests wait in line."""
+    with engine._turns.member():
+        yield
+        until(lambda: len(engine._turns._line) == 1 + length)
+
+
+def test_requests_in_turn_get_what_each_gets_alone_and_a_long_one_blocks_no_other(start, monkeypatch):
+    bodies = [
+        {"prompt": "x" * (1 + 5 * index), "max_tokens": 4 if index else 60, "temperature": index % 2, "seed": index}
+        for index in range(4)
+    ]
+    steps = []
+    step = CompiledStep.__call__
+    monkeypatch.setattr(CompiledStep, "__call__", lambda self, token: steps.append(id(self)) or step(self, token))
+
+    def ask(url, body):
+        return httpx.post(url + COMPLETE, json=body, timeout=PATIENCE).json()["choices"][0]["text"]
+
+    with start(decoder="compiled") as (url, _, _):
+        alone = [ask(url, body) for body in bodies]
+    assert len(steps) == sum(body["max_tokens"] - 1 for body in bodies)
+    steps.clear()
+    with start(batch=4, decoder="compiled") as (url, engine, _), ThreadPoolExecutor(4) as clients:
+        with line(engine, 4):
+            together = [clients.submit(ask, url, body) for body in bodies]
+        assert [task.result() for task in together] == alone
+        assert engine.idle
+    assert len(set(steps[:4])) == 4
+    assert len(set(steps[-40:])) == 1, "the long one went on alone"
+
+
+def test_a_client_that_goes_leaves_the_line(start, model, chatting):
+    with start(batch=2, decoder="compiled") as (url, engine, _), ThreadPoolExecutor(1) as clients:
+        with line(engine, 2):
+            other = clients.submit(
+                httpx.post, url + COMPLETE, json={"prompt": "b", "max_tokens": 30, "temperature": 0}, timeout=PATIENCE
+            )
+            with httpx.stream("POST", url + COMPLETE, json={"prompt": "a", "max_tokens": 60, "stream": True}):
+                until(lambda: len(engine._turns._line) == 3)
+        assert other.result().json()["choices"][0]["text"] == generate(model, chatting, "b", max_new_tokens=30).text
+        until(lambda: engine.idle)
+
+
+def test_in_turn_a_stop_text_ends_at_its_own_token(client, start):
+    body = {"prompt": "a fox", "max_tokens": 12, "temperature": 0}
+    text = client.completions.create(model="tiny", **body).choices[0].text
+    body["stop"] = text[2:4]
+    with start(batch=2, decoder="compiled") as (url, _, _):
+        found = httpx.post(url + COMPLETE, json=body, timeout=PATIENCE).json()
+    with start(decoder="transformers") as (url, _, _):
+        expected = httpx.post(url + COMPLETE, json=body, timeout=PATIENCE).json()
+    assert found["choices"] == expected["choices"]
+    assert found["usage"]["completion_tokens"] <= expected["usage"]["completion_tokens"] < 12
+    assert found["choices"][0]["finish_reason"] == "stop"
 
 
 def test_an_error_in_a_batch_ends_its_requests_and_no_other(start, gate, model, capsys):
@@ -416,3 +476,13 @@ def test_sigterm_ends_the_command_and_cuts_its_stream(command, tiny_checkpoint, 
         code, _, errors = command("serve", tiny_checkpoint, "--port", port)
         assert code == 1
         assert f"cannot listen on 127.0.0.1:{port}: give another --port or --host" in errors
+
+
+def test_weights_of_few_bits_are_decoded_in_turn(model):
+    small = copy.deepcopy(model)
+    assert not pays_in_turn(small)
+    pack_model(small, dense_bits=8, group=32, exclude="lm_head")
+    assert not pays_in_turn(small), "its head is in float32"
+    small = copy.deepcopy(model)
+    pack_model(small, all_bits=8, group=32)
+    assert pays_in_turn(small)
