@@ -20,8 +20,10 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FuseOption,
+    InputBitsOption,
     TrustOption,
     check_decoder,
+    choose_input_bits,
     number,
     parse_device,
     parse_dtype,
@@ -55,6 +57,7 @@ def serve(
         float, number("Time that running requests have at shutdown, in seconds.", least=0, most=3600)
     ] = 10.0,
     decoder: DecoderOption = "auto",
+    input_bits: InputBitsOption = None,
     fuse: FuseOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -68,6 +71,7 @@ def serve(
     if missing:
         raise ArgumentError(f"serve needs {' and '.join(missing)}: pip install 'ace-triton[serve]'")
     check_decoder(decoder)
+    choose_input_bits(input_bits)
     if decoder == "compiled" and batch > 1:
         raise ArgumentError("--decoder compiled: the compiled step decodes one request at a time: add --batch 1")
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
