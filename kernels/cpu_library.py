@@ -21,6 +21,9 @@ ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
 ISAS = ("avx512", "avx2", "neon_dotprod", "neon", "portable")
 """Names of instruction sets, the fastest first."""
 
+INPUT_BITS = (30, 8)
+"""Bits to which products with quantized weights can round their inputs, the default first."""
+
 # Values of AceFailure in cpu/abi.h for arguments out of range; 0 is success, any other value means out of memory.
 _REFUSED_TERMS = {2: "row", 3: "col", 4: "scale", 5: "coupling"}
 _REFUSED_GAINS = 6
@@ -51,6 +54,26 @@ def use_isa(name: str) -> None:
     """
     if library().ace_use_isa(name.encode()) != 0:
         raise ArgumentError(f"instruction set {name!r} must be one of {ISAS}, and supported by this processor")
+
+
+def input_bits() -> int:
+    """The bits to which products with quantized weights round their inputs, one of :data:`INPUT_BITS`."""
+    return int(library().ace_input_bits())
+
+
+def use_input_bits(bits: int) -> None:
+    """Round the inputs of products with quantized weights to this many bits from now on, in the whole process.
+
+    With 30 bits the products have about the precision of fp32. With 8 bits, every 32 inputs share a scale, from
+    their largest magnitude: products are faster and less precise than with 30.
+
+    Raises:
+        ArgumentError: if ``bits`` is none of :data:`INPUT_BITS`.
+        BackendError: if the compiled library is not available.
+    """
+    if isinstance(bits, bool) or bits not in INPUT_BITS:
+        raise ArgumentError(f"input bits must be {' or '.join(map(str, INPUT_BITS))}; got {bits!r}")
+    library().ace_use_input_bits(bits)
 
 
 @functools.cache

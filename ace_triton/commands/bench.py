@@ -32,9 +32,11 @@ from .options import (
     DeviceOption,
     FuseOption,
     GroupOption,
+    InputBitsOption,
     JsonOption,
     TrustOption,
     check_json,
+    choose_input_bits,
     number,
     parse_bits,
     parse_device,
@@ -83,6 +85,7 @@ def bench(
             show_default="time layers",
         ),
     ] = None,
+    input_bits: InputBitsOption = None,
     fuse: FuseOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = None,
@@ -92,6 +95,7 @@ def bench(
     With --tokens it decodes with both, and shows where the time of a token goes.
     """
     check_json(json)
+    choose_input_bits(input_bits)
     counts = _counts(rows)
     where = parse_device(device)
     if model is not None and shape is not None:
@@ -100,7 +104,7 @@ def bench(
     if tokens is not None:
         if model is None:
             raise ArgumentError("--tokens decodes with a whole model: name it with --model")
-        _time_decoding(model, tokens, weights_dtype, where, trust_remote_code, json, fuse)
+        _time_decoding(model, tokens, weights_dtype, where, trust_remote_code, json, fuse, input_bits)
         return
     if fuse:
         raise ArgumentError("--fuse: for decoding with a whole model: add --tokens")
@@ -122,6 +126,7 @@ def bench(
         ]
     if json:
         content = {
+            "input_bits": input_bits,
             "layers": [layer.to_dict() for layer in found],
             "totals": [dataclasses.asdict(entry) for entry in totals(found)],
         }
@@ -134,7 +139,14 @@ def bench(
 
 
 def _time_decoding(
-    source: str, tokens: int, dtype: Any, device: str, trust_remote_code: bool, json: Path | None, fused: bool
+    source: str,
+    tokens: int,
+    dtype: Any,
+    device: str,
+    trust_remote_code: bool,
+    json: Path | None,
+    fused: bool,
+    input_bits: int | None,
 ) -> None:
     """Time decoding with a model and its dense copy, and print and write the times."""
     check_source(source, any_format=True)
@@ -150,7 +162,7 @@ def _time_decoding(
         ids = prompt_ids(tokenizer, read_documents("pydoc:evaluation", most=1)[0])[:PROMPT_TOKENS]
         found = decoding_times(model, tokenizer, ids, tokens, progress=progress_bar(progress, "decode"))
     facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": device, "threads": torch.get_num_threads()}
-    facts["fused"] = fused
+    facts |= {"fused": fused, "input_bits": input_bits}
     if json:
         report.write_json(json, with_provenance({"decoding": found.to_dict()}, model=name_of(source), **facts))
     title = f"greedy decoding, {tokens} tokens, {facts['dtype']}, {facts['threads']} threads"

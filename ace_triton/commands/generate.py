@@ -24,10 +24,12 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FuseOption,
+    InputBitsOption,
     JsonOption,
     TrustOption,
     check_decoder,
     check_json,
+    choose_input_bits,
     number,
     parse_device,
     parse_dtype,
@@ -59,6 +61,7 @@ def generate(
         ),
     ] = False,
     decoder: DecoderOption = "auto",
+    input_bits: InputBitsOption = None,
     fuse: FuseOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -70,6 +73,7 @@ def generate(
     if compile and fuse:
         raise GenerationError("--compile and --fuse: give only one of them")
     check_decoder(decoder)
+    choose_input_bits(input_bits)
     if compile and decoder == "compiled":
         raise GenerationError("--compile and --decoder compiled: give only one of them")
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
@@ -110,6 +114,7 @@ def generate(
             chat=chat,
             compiled=compile,
             fused=fuse,
+            input_bits=input_bits,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
         )

@@ -18,6 +18,7 @@ from ..generation import DECODERS
 from ..inputs.beginnings import Bos
 from ..inputs.model_source import check_device
 from ..inputs.model_task import TASK_NAMES
+from ..kernels import cpu_library
 from ..kernels.few_bits import check_bits
 from ..methods.plugins import load_plugins
 from ..methods.registry import metric
@@ -74,6 +75,15 @@ DecoderOption = Annotated[
         "auto, compiled if a trial run gives the model's own logits. Texts of the two may differ at near ties in bf16, "
         "in fp16 and with few bits.",
         metavar="|".join(DECODERS),
+    ),
+]
+InputBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits to which the compiled products with 8-bit and 4-bit weights round their inputs: 30, about the "
+        "precision of fp32, or 8, faster and less precise.",
+        show_default="30",
+        metavar="30|8",
     ),
 ]
 OffloadOption = Annotated[
@@ -256,6 +266,20 @@ def check_decoder(decoder: str) -> None:
     """Raise ArgumentError if ``--decoder`` is unknown."""
     if decoder not in DECODERS:
         raise ArgumentError(f"--decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
+
+
+def choose_input_bits(bits: int | None) -> None:
+    """Use the bits that ``--input-bits`` gave, if any.
+
+    Raises:
+        ArgumentError: if they are invalid.
+        BackendError: if the compiled CPU library is not available.
+    """
+    if bits is None:
+        return
+    if bits not in cpu_library.INPUT_BITS:
+        raise ArgumentError(f"--input-bits must be {' or '.join(map(str, cpu_library.INPUT_BITS))}; got {bits}")
+    cpu_library.use_input_bits(bits)
 
 
 def check_json(path: Path | None) -> None:

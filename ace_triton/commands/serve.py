@@ -21,8 +21,10 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FuseOption,
+    InputBitsOption,
     TrustOption,
     check_decoder,
+    choose_input_bits,
     number,
     parse_device,
     parse_dtype,
@@ -61,6 +63,7 @@ def serve(
         float, number("Time that running requests have at shutdown, in seconds.", least=0, most=3600)
     ] = 10.0,
     decoder: DecoderOption = "auto",
+    input_bits: InputBitsOption = None,
     fuse: FuseOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -74,6 +77,7 @@ def serve(
     if missing:
         raise ArgumentError(f"serve needs {' and '.join(missing)}: pip install 'ace-triton[serve]'")
     check_decoder(decoder)
+    choose_input_bits(input_bits)
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, any_format=True)
     check_causal(model_dir, "serve", TAKEN, trust_remote_code=trust_remote_code)

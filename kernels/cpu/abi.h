@@ -110,6 +110,12 @@ ACE_EXPORT const char* ace_sources(void);
 /* Selects another instruction set; returns 1 if the name is unknown or the processor does not support it. */
 ACE_EXPORT int ace_use_isa(const char* name);
 
+/* The bits to which products with quantized weights round their inputs: 30 and a sign, or 8 in all. */
+ACE_EXPORT int32_t ace_input_bits(void);
+
+/* Selects 30 or 8; returns 1 for other numbers. */
+ACE_EXPORT int ace_use_input_bits(int32_t bits);
+
 /* Returns the number of threads, at most `most`, for a call that reads and writes `bytes` in `n_units` units of work. */
 ACE_EXPORT int ace_threads_for(int64_t bytes, int64_t n_units, int32_t most);
 

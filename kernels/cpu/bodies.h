@@ -5,6 +5,7 @@
 
 #include "adamw.h"
 #include "assignment.h"
+#include "byte_inputs.h"
 #include "decoding.h"
 #include "divergence.h"
 #include "few_bits.h"
@@ -27,7 +28,7 @@ const Bodies ACE_BODIES = {
     weight_sums, token_norms, all_finite,  moments,    weighted_squares,
     variance_levels, variance_factor, divergence, adamw, join_gains, assign,
     pack_nm,    find_kept,   pack_rows,   unpack_nm,  widen_rows,       nm_linear, dense_linear,
-    round_tokens, few_bits_linear,
+    round_tokens, round_to_bytes, few_bits_linear,
     rms_norm, rotate_head, attend, gate,
 };
 

@@ -4,6 +4,7 @@
 // results do not depend on the instruction set, the number of threads or the other tokens of the call.
 #pragma once
 
+#include "byte_inputs.h"
 #include "elements.h"
 #include "nm_linear.h"
 #include "round_tokens.h"
@@ -11,9 +12,6 @@
 
 namespace ace {
 namespace {
-
-// Inputs that share a word of metadata, and the most inputs in a block of tokens.
-constexpr int WORD_INPUTS = 32, MOST_OF_BLOCK = 128;
 
 // The number at `index`, in fp32.
 ACE_INLINE float widen_one(Element element, const void* from, int64_t index) {
@@ -88,22 +86,19 @@ struct BlockSums {
 // Prefetch distance of rows without metadata, in bytes.
 constexpr int WHOLE_AHEAD = 4096;
 
-// What a word of metadata, for 32 inputs, keeps: in `one_load` at most sixteen values, which are loaded at once; in
-// `two_groups` a fixed number of each sixteen; in `one_group` any number of each sixteen.
-enum class Word { one_load, two_groups, one_group };
-
-// Quantized rows, from some row on. LAST is true if fewer bytes may be left to read than a load takes.
-template <typename Few, Word WORD_OF, bool LAST>
+// Quantized rows, from some row on. A word of metadata is for 32 inputs, and keeps `of_word` values. If AT_ONCE they are
+// at most sixteen and loaded at once. Else the second sixteen inputs have a load of their own. If COUNTED, any number of
+// the values may belong to the first sixteen inputs; else half of them do. LAST is true if fewer bytes may be left to read than a load takes.
+template <typename Few, bool AT_ONCE, bool COUNTED, bool LAST>
 struct FewBitsRows {
     const uint8_t *values, *end;
     const uint32_t* meta;
     const FewBitsWeight& weight;
-    int64_t first, stride, words, groups;
-    int n, log_m;
+    int64_t first, stride, words, groups, of_word;
 
     template <int OUTPUTS>
     ACE_INLINE void ahead(int64_t j, int64_t) const {
-        ask_rows_ahead<OUTPUTS>(values, (j >> log_m) * n * Few::BITS / 8 + PACKED_AHEAD, stride);
+        ask_rows_ahead<OUTPUTS>(values, j / WORD_INPUTS * of_word * Few::BITS / 8 + PACKED_AHEAD, stride);
         __builtin_prefetch(reinterpret_cast<const char*>(meta + OUTPUTS * words) + j / 8 * OUTPUTS);
     }
     ACE_INLINE typename Few::Values load(int r, int64_t value, uint8_t* copy) const {
@@ -115,25 +110,25 @@ struct FewBitsRows {
         }
         return Few::load(from, value);
     }
-    // Calls function(steps, index) for the sixteens `index` 0 and 1 of a word of metadata.
+    ACE_INLINE WordSteps steps(int r, int64_t index) const {
+        decltype(spread_steps(load(0, 0, nullptr), 0)) half[2];
+        word(r, index, [&](const auto& steps, int h) ACE_INLINED { half[h] = steps; });
+        return join_steps(half[0], half[1]);
+    }
+    // Calls function(steps, index), with steps in 8 bits, for the sixteens `index` 0 and 1 of a word of metadata.
     template <typename Function>
     ACE_INLINE void word(int r, int64_t index, Function function) const {
         const uint32_t bits = meta[r * words + index], low = bits & 0xffff, high = bits >> 16;
-        const int64_t value = (index * WORD_INPUTS >> log_m) * n;
+        const int64_t value = index * of_word;
         uint8_t copy[2][16];
         const auto first = load(r, value, copy[0]);
         function(spread_steps(first, low), 0);
-        if (WORD_OF == Word::one_load) {
-            const int skipped = log_m > 4 ? __builtin_popcount(low) : LANES / (1 << log_m) * n;
-            function(spread_steps(first, high, skipped), 1);
-            return;
+        if (AT_ONCE) {
+            function(spread_steps(first, high, COUNTED ? __builtin_popcount(low) : int(of_word / 2)), 1);
+        } else {
+            const int64_t second = COUNTED ? __builtin_popcount(low) : of_word / 2;
+            function(spread_steps(load(r, value + second, copy[1]), high), 1);
         }
-        int64_t second = (LANES >> log_m) * n;
-        if (WORD_OF == Word::one_group && log_m > 4) {
-            const int earlier = __builtin_popcount(low);
-            second = earlier < n ? earlier : n;
-        }
-        function(spread_steps(load(r, value + second, copy[1]), high), 1);
     }
     ACE_INLINE float largest(int r, int64_t group) const {
         return widen_one(weight.element, weight.absmax, (first + r) * groups + group);
@@ -155,17 +150,32 @@ struct WholeRows {
         const int64_t bytes = inputs * Few::BITS / 8 * OUTPUTS;
         for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(asked + line);
     }
+    static constexpr int BYTES = WORD_INPUTS * Few::BITS / 8;
+
+    // The address of a word's values, or of a copy that has zeros past the end.
+    ACE_INLINE const uint8_t* word_at(int r, int64_t index, uint8_t* copy) const {
+        const uint8_t* from = values + r * stride + index * BYTES;
+        if (!LAST || end - from >= BYTES) return from;
+        memset(copy, 0, BYTES);
+        if (end > from) memcpy(copy, from, end - from);
+        return copy;
+    }
+    ACE_INLINE WordSteps steps(int r, int64_t index) const {
+        uint8_t copy[BYTES];
+        const uint8_t* from = word_at(r, index, copy);
+#if ACE_WIDTH >= 8
+        return Few::load_word(from);
+#else
+        typename Few::Values half[2];
+        Few::load_two(from, half);
+        return join_steps(all_steps(half[0]), all_steps(half[1]));
+#endif
+    }
     // As in FewBitsRows.
     template <typename Function>
     ACE_INLINE void word(int r, int64_t index, Function function) const {
-        constexpr int BYTES = WORD_INPUTS * Few::BITS / 8;
-        const uint8_t* from = values + r * stride + index * BYTES;
-        uint8_t copy[WORD_INPUTS];
-        if (LAST && end - from < BYTES) {
-            memset(copy, 0, sizeof copy);
-            if (end > from) memcpy(copy, from, end - from);
-            from = copy;
-        }
+        uint8_t copy[BYTES];
+        const uint8_t* from = word_at(r, index, copy);
         typename Few::Values half[2];
         Few::load_two(from, half);
         function(all_steps(half[0]), 0);
@@ -189,8 +199,8 @@ ACE_OUTLINED void one_rounded_token(const Rows& rows, const FewBitsTask& task, c
         rows.template ahead<OUTPUTS>(b * task.block, task.block);
         for (int64_t w = b * of_block; w < stop; ++w) {
             for (int r = 0; r < OUTPUTS; ++r) {
-                rows.word(r, w, [&](const Steps& steps, int half) ACE_INLINED {
-                    block.add(r, steps, x + (w * 2 + half) * 2 * LANES);
+                rows.word(r, w, [&](const auto& steps, int half) ACE_INLINED {
+                    block.add(r, widen_steps(steps), x + (w * 2 + half) * 2 * LANES);
                 });
             }
         }
@@ -215,8 +225,8 @@ ACE_OUTLINED void some_rounded_tokens(const Rows& rows, const FewBitsTask& task,
         rows.template ahead<OUTPUTS>(b * task.block, task.block);
         for (int r = 0; r < OUTPUTS; ++r) {
             for (int64_t w = first; w < stop; ++w) {
-                rows.word(r, w, [&](const Steps& steps, int half) ACE_INLINED {
-                    tile[r][(w - first) * 2 + half] = steps;
+                rows.word(r, w, [&](const auto& steps, int half) ACE_INLINED {
+                    tile[r][(w - first) * 2 + half] = widen_steps(steps);
                 });
             }
         }
@@ -245,10 +255,17 @@ ACE_INLINE void few_bits_outputs(const Rows& rows, int64_t n_rows, const FewBits
     float sums[OUTPUTS * TOKENS_AT_ONCE];
     for (int64_t first = 0; first < task.n_tokens; first += TOKENS_AT_ONCE) {
         const int tokens = int(task.n_tokens - first < TOKENS_AT_ONCE ? task.n_tokens - first : TOKENS_AT_ONCE);
-        const int16_t* x = task.tokens + first * task.padded * 2;
-        const float* scales = task.scales + first * task.blocks;
-        if (tokens == 1) one_rounded_token<OUTPUTS>(rows, task, x, scales, sums);
-        else some_rounded_tokens<OUTPUTS>(rows, task, x, scales, tokens, sums);
+        if (task.input_bits == 8) {
+            const int8_t* x = reinterpret_cast<const int8_t*>(task.tokens) + first * task.padded;
+            const float* scales = task.scales + first * rows.words;
+            if (tokens == 1) one_byte_token<OUTPUTS>(rows, task, x, scales, sums);
+            else some_byte_tokens<OUTPUTS>(rows, task, x, scales, tokens, sums);
+        } else {
+            const int16_t* x = task.tokens + first * task.padded * 2;
+            const float* scales = task.scales + first * task.blocks;
+            if (tokens == 1) one_rounded_token<OUTPUTS>(rows, task, x, scales, sums);
+            else some_rounded_tokens<OUTPUTS>(rows, task, x, scales, tokens, sums);
+        }
         for (int t = 0; t < tokens; ++t) {
             for (int r = 0; r < OUTPUTS; ++r) {
                 const float y = sums[r * TOKENS_AT_ONCE + t] * (1.0f / Few::LARGEST);
@@ -258,19 +275,18 @@ ACE_INLINE void few_bits_outputs(const Rows& rows, int64_t n_rows, const FewBits
     }
 }
 
-template <typename Few, Word WORD_OF>
+template <typename Few, bool AT_ONCE, bool COUNTED>
 inline void few_bits_rows(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
-    const int log_m = __builtin_ctz(unsigned(w.m));
-    const int64_t stride = ((w.cols >> log_m) * w.n * Few::BITS + 7) / 8;
+    const int64_t stride = (w.cols / w.m * w.n * Few::BITS + 7) / 8;
     const int64_t words = (w.cols + WORD_INPUTS - 1) / WORD_INPUTS;
     const int64_t groups = (w.cols + task.group - 1) / task.group;
-    // Behind each row before `safe`, at least sixteen more bytes can be read.
-    const int64_t safe = stride > 0 ? w.rows - (LANES + stride - 1) / stride - 1 : 0;
+    // Behind each row before `safe`, at least a word more can be read.
+    const int64_t safe = stride > 0 ? w.rows - (WORD_INPUTS + stride - 1) / stride - 1 : 0;
     const int64_t middle = safe < begin ? begin : safe < end ? safe : end;
     const auto rows = [&](int64_t i, auto last) ACE_INLINED {
-        return FewBitsRows<Few, WORD_OF, decltype(last)::value>{
-            w.values + i * stride, w.values + w.rows * stride, w.meta + i * words, w, i, stride, words, groups, w.n,
-            log_m};
+        return FewBitsRows<Few, AT_ONCE, COUNTED, decltype(last)::value>{
+            w.values + i * stride, w.values + w.rows * stride, w.meta + i * words, w, i, stride, words, groups,
+            WORD_INPUTS / w.m * w.n};
     };
     int64_t i = begin;
     for (; i + OUTPUT_TILE <= middle; i += OUTPUT_TILE) {
@@ -304,15 +320,15 @@ inline void few_bits_linear(const FewBitsWeight& w, const FewBitsTask& task, int
         else whole_rows<FourBits<false>>(w, task, begin, end);
         return;
     }
-    const bool half = 2 * w.n <= w.m;
+    const bool counted = w.m > LANES, at_once = 2 * w.n <= w.m, even = WORD_INPUTS / w.m * w.n % 2 == 0;
     if (w.bits == 8) {
-        if (w.m <= LANES) few_bits_rows<EightBits, Word::two_groups>(w, task, begin, end);
-        else if (half) few_bits_rows<EightBits, Word::one_load>(w, task, begin, end);
-        else few_bits_rows<EightBits, Word::one_group>(w, task, begin, end);
-    } else if (half && (w.m <= LANES || w.n % 2 == 0)) {
-        few_bits_rows<FourBits<false>, Word::one_load>(w, task, begin, end);
+        if (counted) few_bits_rows<EightBits, false, true>(w, task, begin, end);
+        else few_bits_rows<EightBits, false, false>(w, task, begin, end);
+    } else if (at_once && even) {
+        if (counted) few_bits_rows<FourBits<false>, true, true>(w, task, begin, end);
+        else few_bits_rows<FourBits<false>, true, false>(w, task, begin, end);
     } else {
-        few_bits_rows<FourBits<true>, Word::one_group>(w, task, begin, end);
+        few_bits_rows<FourBits<true>, false, true>(w, task, begin, end);
     }
 }
 

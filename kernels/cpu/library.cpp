@@ -53,6 +53,7 @@ const Bodies* best_bodies() {
 }  // namespace
 
 const Bodies* bodies = best_bodies();
+int32_t input_bits = 30;
 
 namespace {
 
@@ -174,6 +175,14 @@ int ace_use_isa(const char* name) {
         }
     }
     return 1;
+}
+
+int32_t ace_input_bits() { return input_bits; }
+
+int ace_use_input_bits(int32_t bits) {
+    if (bits != 30 && bits != 8) return 1;
+    input_bits = bits;
+    return 0;
 }
 
 int ace_threads_for(int64_t bytes, int64_t n_units, int32_t most) {
@@ -331,10 +340,11 @@ int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t st
     return guarded([&] {
         const int64_t block = rounded_block(group);
         const int64_t padded = units(cols, 32) * 32, blocks = units(cols, block);
-        std::vector<int16_t> rounded(n_tokens * padded * 2);
-        std::vector<float> scales(n_tokens * blocks);
-        bodies->round_tokens(given, block, padded, rounded.data(), scales.data());
-        const FewBitsTask task = {rounded.data(), scales.data(), n_tokens, padded, block, blocks, group, bias, out};
+        std::vector<int16_t> rounded;
+        std::vector<float> scales;
+        round_inputs(given, block, padded, rounded, scales);
+        const FewBitsTask task = {rounded.data(), scales.data(), n_tokens, padded,    block,
+                                  blocks,         group,         bias,     out,       input_bits};
         // Spreading the weights takes as long as reading about twice their bytes; so do two tokens.
         const int64_t bytes = rows * cols * n / m * bits / 8 + (meta ? rows * cols / 8 : 0);
         const int shares = threads_for(bytes * (2 + n_tokens), rows, threads);

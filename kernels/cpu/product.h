@@ -17,15 +17,13 @@ public:
     void changed() { block_ = 0; }
     void round(int64_t block) {
         if (block == block_) return;
-        rounded_.resize(padded() * 2);
-        scales_.resize(units(cols_, block));
-        bodies->round_tokens({values_.data(), 1, cols_, cols_, Element::fp32}, block, padded(), rounded_.data(),
-                             scales_.data());
+        round_inputs({values_.data(), 1, cols_, cols_, Element::fp32}, block, padded(), rounded_, scales_);
         block_ = block;
     }
     LinearTask task(const float* bias, float* out) const { return {values_.data(), 1, padded(), bias, out}; }
     FewBitsTask rounded_task(int64_t block, int64_t group, const float* bias, float* out) const {
-        return {rounded_.data(), scales_.data(), 1, padded(), block, units(cols_, block), group, bias, out};
+        return {rounded_.data(), scales_.data(), 1,    padded(), block, units(cols_, block),
+                group,           bias,           out,  input_bits};
     }
 
 private:

@@ -38,17 +38,21 @@ ACE_INLINE __m128i step_places(uint32_t bits) {
 }
 
 // Lane k is the next of the values, int8, if bit k of the sixteen bits is set, else 0.
-ACE_INLINE Steps spread_steps(__m128i values, uint32_t bits) {
-    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(values, step_places(bits)));
+ACE_INLINE __m128i spread_steps(__m128i values, uint32_t bits) {
+    return _mm_shuffle_epi8(values, step_places(bits));
 }
 // The same for values after the first `skipped` ones.
-ACE_INLINE Steps spread_steps(__m128i values, uint32_t bits, int skipped) {
-    const __m128i places = _mm_add_epi8(step_places(bits), _mm_set1_epi8(char(skipped)));
-    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(values, places));
+ACE_INLINE __m128i spread_steps(__m128i values, uint32_t bits, int skipped) {
+    return _mm_shuffle_epi8(values, _mm_add_epi8(step_places(bits), _mm_set1_epi8(char(skipped))));
 }
-
 // Lane k is value k.
-ACE_INLINE Steps all_steps(__m128i values) { return _mm256_cvtepi8_epi16(values); }
+ACE_INLINE __m128i all_steps(__m128i values) { return values; }
+
+ACE_INLINE Steps widen_steps(__m128i bytes) { return _mm256_cvtepi8_epi16(bytes); }
+
+// 32 neighboring integers of a row, in 8 bits.
+using WordSteps = __m256i;
+ACE_INLINE WordSteps join_steps(__m128i first, __m128i second) { return _mm256_set_m128i(second, first); }
 
 ACE_INLINE Products no_products() { return _mm256_setzero_si256(); }
 ACE_INLINE Products add_products(Products sum, Steps w, const int16_t* x) {
@@ -84,7 +88,7 @@ ACE_INLINE Products no_products() { return vdupq_n_s32(0); }
 #if ACE_DOTPROD
 using Steps = int8x16_t;
 
-ACE_INLINE Steps steps_of(int8x16_t spread) { return spread; }
+ACE_INLINE Steps widen_steps(int8x16_t bytes) { return bytes; }
 // Of the upper or the lower bytes of a part of the tokens.
 ACE_INLINE Products add_products(Products sum, Steps w, const int8_t* x) {
     return vdotq_s32(sum, w, vld1q_s8(x));
@@ -94,7 +98,7 @@ struct Steps {
     int16x8_t half[2];
 };
 
-ACE_INLINE Steps steps_of(int8x16_t spread) { return Steps{{vmovl_s8(vget_low_s8(spread)), vmovl_high_s8(spread)}}; }
+ACE_INLINE Steps widen_steps(int8x16_t bytes) { return Steps{{vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes)}}; }
 ACE_INLINE Products add_products(Products sum, const Steps& w, const int16_t* x) {
     for (int h = 0; h < 2; ++h) {
         const int16x8_t tokens = vld1q_s16(x + 8 * h);
@@ -106,16 +110,19 @@ ACE_INLINE Products add_products(Products sum, const Steps& w, const int16_t* x)
 #endif
 
 // Lane k is the next of the values, int8, if bit k of the sixteen bits is set, else 0.
-ACE_INLINE Steps spread_steps(int8x16_t values, uint32_t bits) {
-    return steps_of(vqtbl1q_s8(values, step_places(bits)));
-}
+ACE_INLINE int8x16_t spread_steps(int8x16_t values, uint32_t bits) { return vqtbl1q_s8(values, step_places(bits)); }
 // The same for values after the first `skipped` ones.
-ACE_INLINE Steps spread_steps(int8x16_t values, uint32_t bits, int skipped) {
-    return steps_of(vqtbl1q_s8(values, vaddq_u8(step_places(bits), vdupq_n_u8(uint8_t(skipped)))));
+ACE_INLINE int8x16_t spread_steps(int8x16_t values, uint32_t bits, int skipped) {
+    return vqtbl1q_s8(values, vaddq_u8(step_places(bits), vdupq_n_u8(uint8_t(skipped))));
 }
-
 // Lane k is value k.
-ACE_INLINE Steps all_steps(int8x16_t values) { return steps_of(values); }
+ACE_INLINE int8x16_t all_steps(int8x16_t values) { return values; }
+
+// 32 neighboring integers of a row, in 8 bits.
+struct WordSteps {
+    int8x16_t half[2];
+};
+ACE_INLINE WordSteps join_steps(int8x16_t first, int8x16_t second) { return {{first, second}}; }
 
 // The totals of OUTPUTS sums.
 template <int OUTPUTS>
@@ -147,6 +154,14 @@ ACE_INLINE Steps all_steps(const Values& values) {
     for (int k = 0; k < LANES; ++k) steps.lane[k] = values[k];
     return steps;
 }
+
+ACE_INLINE const Steps& widen_steps(const Steps& steps) { return steps; }
+
+// 32 neighboring integers of a row.
+struct WordSteps {
+    Steps half[2];
+};
+ACE_INLINE WordSteps join_steps(const Steps& first, const Steps& second) { return {{first, second}}; }
 
 ACE_INLINE Products no_products() { return 0; }
 ACE_INLINE Products add_products(Products sum, const Steps& w, const int16_t* x) {
@@ -181,6 +196,9 @@ struct EightBits {
     static ACE_INLINE Values load(const uint8_t* from, int64_t) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     }
+    static ACE_INLINE WordSteps load_word(const uint8_t* from) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    }
 #elif ACE_NEON
     using Values = int8x16_t;
     static ACE_INLINE Values load(const uint8_t* from, int64_t) { return vreinterpretq_s8_u8(vld1q_u8(from)); }
@@ -211,6 +229,11 @@ struct FourBits {
     static ACE_INLINE Values load(const uint8_t* from, int64_t value) {
         const __m128i pairs = _mm_cvtsi64_si128(int64_t(pairs_at(from, value))), upper = _mm_set1_epi8(-16);
         return _mm_unpacklo_epi8(_mm_and_si128(_mm_slli_epi16(pairs, 4), upper), _mm_and_si128(pairs, upper));
+    }
+    static ACE_INLINE WordSteps load_word(const uint8_t* from) {
+        const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        const __m256i both = _mm256_or_si256(_mm256_slli_epi16(pairs, 4), _mm256_slli_epi16(pairs, 8));
+        return _mm256_and_si256(both, _mm256_set1_epi8(-16));
     }
     static ACE_INLINE void load_two(const uint8_t* from, Values* values) {
         const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), upper = _mm_set1_epi8(-16);

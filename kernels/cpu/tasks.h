@@ -139,15 +139,17 @@ struct FewBitsWeight {
 };
 
 struct FewBitsTask {
-    // [n_tokens, padded / 16, 2, 16]: upper and lower parts, zeros past the last input; with dot products of bytes, the
+    // With 30 input bits, [n_tokens, padded / 16, 2, 16]: upper and lower parts, zeros past the last input; with dot products of bytes, the
     // bytes of each part as store_part orders them.
+    // With 8 input bits, int8 [n_tokens, padded].
     const int16_t* tokens;
-    const float* scales;    // [n_tokens, blocks]: what one step of an upper part stands for
+    const float* scales;    // [n_tokens, blocks], or with 8 input bits [n_tokens, padded / 32]: what a step stands for
     int64_t n_tokens, padded;
     int64_t block, blocks;  // inputs in a block, which divides the group; and blocks in a row
     int64_t group;          // inputs that share an entry of absmax
     const float* bias;      // [rows], or null
     float* out;             // [n_tokens, rows]
+    int32_t input_bits;     // 30 or 8
 };
 
 // Inputs in a block of rounded tokens: the most that divide the group, up to 128, so that sums fit in 32 bits.
@@ -224,6 +226,8 @@ struct Bodies {
     void (*dense_linear)(const Matrix&, const LinearTask&, int64_t begin, int64_t end);
     // Rows rounded by blocks to integers in two parts of 16 bits, as in FewBitsTask, and the blocks' scales.
     void (*round_tokens)(const Matrix&, int64_t block, int64_t padded, int16_t* out, float* scales);
+    // Rows rounded to 8 bits, with a scale for every 32 inputs.
+    void (*round_to_bytes)(const Matrix&, int64_t padded, int8_t* out, float* scales);
     // Outputs begin..end of all tokens.
     void (*few_bits_linear)(const FewBitsWeight&, const FewBitsTask&, int64_t begin, int64_t end);
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t size, float* out);

@@ -14,6 +14,8 @@ namespace ace {
 
 // The functions for the instruction set in use.
 extern const Bodies* bodies;
+// The bits to which products with quantized weights round tokens: 30 or 8.
+extern int32_t input_bits;
 
 namespace {
 
@@ -40,6 +42,20 @@ void deal(int64_t n_units, int threads, const Work& work) {
     const auto share = [&](int k) { work(n_units * k / threads, n_units * (k + 1) / threads, k); };
     const auto call = [](void* context, int k) { (*static_cast<decltype(share)*>(context))(k); };
     run_shares(threads, call, const_cast<void*>(static_cast<const void*>(&share)));
+}
+
+// Tokens rounded to `input_bits` and their scales, as in FewBitsTask.
+inline void round_inputs(const Matrix& tokens, int64_t block, int64_t padded, std::vector<int16_t>& rounded,
+                         std::vector<float>& scales) {
+    if (input_bits == 8) {
+        rounded.resize(tokens.rows * padded / 2);
+        scales.resize(tokens.rows * padded / 32);
+        bodies->round_to_bytes(tokens, padded, reinterpret_cast<int8_t*>(rounded.data()), scales.data());
+    } else {
+        rounded.resize(tokens.rows * padded * 2);
+        scales.resize(tokens.rows * units(tokens.cols, block));
+        bodies->round_tokens(tokens, block, padded, rounded.data(), scales.data());
+    }
 }
 
 template <typename Work>

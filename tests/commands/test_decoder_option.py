@@ -45,6 +45,9 @@ def test_another_backend_is_named_and_transformers_decodes(command, tiny_checkpo
             "must be one of auto, compiled, transformers; got 'fast'",
         ),
         (("generate", "m", "--prompt", "a", "--decoder", "compiled", "--compile"), "give only one of them"),
+        (("generate", "m", "--prompt", "a", "--input-bits", "16"), "--input-bits must be 30 or 8; got 16"),
+        (("serve", "m", "--input-bits", "4"), "--input-bits must be 30 or 8; got 4"),
+        (("bench", "--input-bits", "0"), "--input-bits must be 30 or 8; got 0"),
     ],
 )
 def test_a_mistake_is_one_line(command, words, message):

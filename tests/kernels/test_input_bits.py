@@ -1,0 +1,112 @@
+"""Products with quantized weights whose inputs are rounded to 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ace_triton.kernels import cpu_library
+from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.errors import ArgumentError
+from ace_triton.kernels.nm_linear import nm_linear
+from ace_triton.kernels.pack_nm import pack_scored
+from ace_triton.kernels.packed_dense import dequantize_dense, quantize_dense
+from ace_triton.kernels.quantize_nm import dequantize_nm, quantize_nm
+from ace_triton.kernels.quantized_linear import quantized_linear
+from ace_triton.kernels.score_terms import ScoreTerms
+from ace_triton.kernels.unpack_nm import unpack_nm_reference
+
+pytestmark = pytest.mark.skipif(interpreting() or not cpu_library.available(), reason="for the compiled library")
+
+
+@pytest.fixture
+def eight_bits() -> Iterator[None]:
+    cpu_library.use_input_bits(8)
+    yield
+    cpu_library.use_input_bits(30)
+
+
+def instruction_sets() -> Iterator[str]:
+    """Each instruction set that runs here, while it is in use."""
+    in_use = cpu_library.isa()
+    try:
+        for isa in cpu_library.ISAS:
+            try:
+                cpu_library.use_isa(isa)
+            except ValueError:
+                continue
+            yield isa
+    finally:
+        cpu_library.use_isa(in_use)
+
+
+def rounded(tokens: torch.Tensor) -> torch.Tensor:
+    """The tokens in 8 bits: integers up to 127, and a scale for every 32 inputs."""
+    padded = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % 32)).view(len(tokens), -1, 32)
+    largest = padded.abs().amax(-1, keepdim=True)
+    steps = torch.where(largest > 0, (padded * (127 / largest)).round(), 0.0)
+    return (steps.double() * (largest / 127)).flatten(1)[:, : tokens.shape[1]]
+
+
+def weight_of(pattern, rows, cols, bits, group):
+    """A quantized weight, its product, and its dense copy in fp64."""
+    weight = torch.randn(rows, cols)
+    if pattern is None:
+        packed = quantize_dense(weight, bits, group)
+        return packed, quantized_linear, dequantize_dense(packed, torch.float32).double()
+    packed = quantize_nm(pack_scored(weight, ScoreTerms(), *pattern), bits, group)
+    return packed, nm_linear, unpack_nm_reference(dequantize_nm(packed, torch.float32)).double()
+
+
+@pytest.mark.usefixtures("eight_bits")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("pattern", "rows", "cols", "group"),
+    [
+        (None, 67, 289, 32),
+        (None, 5, 1, 128),
+        (None, 9, 640, 256),
+        ((2, 4), 13, 352, 64),
+        ((8, 16), 67, 288, 128),
+        ((7, 16), 9, 48, 32),
+        ((16, 32), 12, 512, 128),
+        ((5, 32), 9, 288, 96),
+        ((31, 32), 9, 288, 128),
+    ],
+)
+def test_products_are_those_of_rounded_inputs_on_every_instruction_set(bits, pattern, rows, cols, group):
+    torch.manual_seed(0)
+    packed, product, dense = weight_of(pattern, rows, cols, bits, group)
+    tokens, bias = torch.randn(11, cols), torch.randn(rows)
+    tokens[:, ::50] *= 1e3
+    tokens[3] = 0
+    results = []
+    for _ in instruction_sets():
+        results += [product(tokens, packed, bias), torch.cat([product(token[None], packed, bias) for token in tokens])]
+    expected = rounded(tokens) @ dense.t() + bias
+    allowed = 1e-6 * (rounded(tokens).abs() @ dense.abs().t() + bias.abs()) + 1e-6
+    assert bool(((results[0] - expected).abs() <= allowed).all())
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.usefixtures("eight_bits")
+@pytest.mark.parametrize("pattern", [None, (8, 16)])
+def test_inputs_that_are_not_finite_give_nan_and_tiny_ones_count_as_zeros(pattern):
+    torch.manual_seed(0)
+    packed, product, _ = weight_of(pattern, 6, 64, 8, 32)
+    tokens = torch.full((3, 64), 1e-35)
+    tokens[1, 40], tokens[2, 3] = torch.inf, torch.nan
+    for _ in instruction_sets():
+        outputs = product(tokens, packed)
+        assert bool((outputs[0] == 0).all())
+        assert bool(outputs[1:].isnan().all())
+
+
+def test_thirty_bits_are_the_default_and_other_numbers_are_refused():
+    assert cpu_library.input_bits() == cpu_library.INPUT_BITS[0] == 30
+    for bits in (16, 0, True, None):
+        with pytest.raises(ArgumentError, match="input bits must be 30 or 8; got"):
+            cpu_library.use_input_bits(bits)
+    assert cpu_library.input_bits() == 30
