@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..errors import CheckpointError
 from ..formats.registry import inspect_checkpoint
 from ..inputs.checkpoint import read_report
-from ..inputs.model_task import task_of
-from ..packed.keep_dense import DenseCopies, copies_of, generates
-from ..packed.manifest import Manifest, is_packed
+from ..packed.keep_dense import copies_of_folder
 from ..provenance import history_of, name_of, with_provenance
 from . import report
 from .console import console, print_line
@@ -32,7 +29,7 @@ def info(
         layers = [dataclasses.asdict(tensor) for tensor in tensors]
         report.write_json(json, with_provenance({"layers": layers}, model=name_of(model_dir), history=history))
     print_line(report.info_summary(tensors))
-    if (copies := _copies(model_dir)) is not None and copies.layers:
+    if (copies := copies_of_folder(model_dir)) is not None and copies.layers:
         print_line(
             f"loading it on this CPU keeps dense copies of {copies.layers} packed weights for speed, "
             f'{copies.bytes / 1e6:.1f} MB; load(..., keep="packed") keeps none'
@@ -40,14 +37,3 @@ def info(
     console.print(report.info_table(tensors) if full else report.info_groups(tensors))
     if history:
         console.print(report.history_table(history))
-
-
-def _copies(model_dir: str) -> DenseCopies | None:
-    """The dense copies that a packed model gets if it is loaded; None if that cannot be told."""
-    if not is_packed(model_dir):
-        return None
-    try:
-        known: Any = task_of(model_dir).model_class
-    except CheckpointError:  # It needs its own Python code, for example.
-        return None
-    return None if known is None else copies_of(Manifest.read(model_dir), generating=generates(known))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CheckpointError
+from ..inputs.model_task import find_task
 from ..kernels.packed_nm import PackedNM
 from .dense_copy import dense_copy_of, free_dense_copy
 from .dispatch import ALWAYS, copy_limits
-from .manifest import DTYPES, DenseEntry, Manifest, PackedEntry, RowsEntry
+from .manifest import DTYPES, DenseEntry, Manifest, PackedEntry, RowsEntry, is_packed
 from .packed_linear import PackedLinear
 from .products import RowLimits
 
@@ -99,6 +101,20 @@ def copies_of(manifest: Manifest, dtype: torch.dtype | None = None, *, generatin
     return DenseCopies(0, 0) if generating else DenseCopies(len(kept), sum(kept))
 
 
+def copies_of_folder(folder: str | Path) -> DenseCopies | None:
+    """As :func:`copies_of` for a folder; None if it is not packed, or its model needs Python code of its own."""
+    if not is_packed(folder):
+        return None
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        known = find_task(str(folder), config, None).model_class
+    except (CheckpointError, OSError, ValueError):
+        return None
+    return None if known is None else copies_of(Manifest.read(folder), generating=generates(known))
+
+
 def check_keep(keep: str) -> None:
     """ArgumentError if ``keep`` is no :data:`Keep`."""
     if keep not in get_args(Keep):
@@ -114,7 +130,7 @@ def dense_copies(model: nn.Module) -> DenseCopies:
 
 
 def generates(model: Any) -> bool:
-    """True if a model of transformers generates text, so that most of its calls have one row."""
+    """True if a model or a class of transformers generates text, so that most of its calls have one row."""
     can_generate = getattr(model, "can_generate", None)
     return bool(can_generate()) if callable(can_generate) else False
 

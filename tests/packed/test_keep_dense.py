@@ -19,8 +19,7 @@ from ace_triton import (
 )
 from ace_triton.packed import dense_copy
 from ace_triton.packed.dispatch import choose_product, copy_limits, default_limits
-from ace_triton.packed.keep_dense import copies_of
-from ace_triton.packed.manifest import Manifest
+from ace_triton.packed.keep_dense import copies_of_folder
 from ace_triton.packed.saving import save_packed
 from tests.decoders import small_towers
 
@@ -56,7 +55,7 @@ def test_a_loaded_encoder_multiplies_by_dense_copies_and_computes_what_the_dense
     layers = layers_of(model)
     sizes = [layer.in_features * layer.out_features * 4 for layer in layers]
     assert (dense_copies(model).layers, dense_copies(model).bytes) == (len(layers), sum(sizes))
-    assert copies_of(Manifest.read(folder), generating=False) == dense_copies(model)
+    assert copies_of_folder(folder) == dense_copies(model)
     many = max(layer.limits.packed for layer in layers) + 1
     assert {choose_product(many, layer.packed, layer.limits) for layer in layers} == {"dense_copy"}
     for one in (model, copy.deepcopy(model)):
@@ -69,7 +68,7 @@ def test_a_model_that_generates_keeps_none_unless_asked(make_decoder, tmp_path):
     pack_model(model)
     save_packed(model, None, tmp_path / "out")
     plain, fast = load(tmp_path / "out"), load(tmp_path / "out", keep="fast")
-    assert dense_copies(plain).layers == 0
+    assert dense_copies(plain).layers == copies_of_folder(tmp_path / "out").layers == 0
     assert {layer.limits for layer in layers_of(plain)} == {None}
     assert dense_copies(fast).layers == len(layers_of(fast))
 
