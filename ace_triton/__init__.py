@@ -31,6 +31,7 @@ from .methods.registry import Needs, metric_names, register_metric
 from .model_report import ModelReport
 from .packed.checkpoint import load, save_packed
 from .packed.fused import fuse_products
+from .packed.keep_dense import DenseCopies, dense_copies, keep_dense
 from .packed.nm_linear import NMLinear
 from .packed.pack_model import SparsifyReport, pack_model, set_row_limits, sparsify
 from .packed.packed_linear import PackedLinear
@@ -75,6 +76,7 @@ __all__ = [
     "ArgumentError",
     "BackendError",
     "CheckpointError",
+    "DenseCopies",
     "ExportReport",
     "Exporter",
     "GenerationError",
@@ -121,8 +123,10 @@ __all__ = [
     "Update",
     "WrittenText",
     "compiled_generate",
+    "dense_copies",
     "export_model",
     "fuse_products",
+    "keep_dense",
     "keep_zeros",
     "load",
     "load_calibration",

@@ -9,6 +9,7 @@ import typer
 
 from ..formats.registry import inspect_checkpoint
 from ..inputs.checkpoint import read_report
+from ..packed.keep_dense import copies_of_folder
 from ..provenance import history_of, name_of, with_provenance
 from . import report
 from .console import console, print_line
@@ -28,6 +29,11 @@ def info(
         layers = [dataclasses.asdict(tensor) for tensor in tensors]
         report.write_json(json, with_provenance({"layers": layers}, model=name_of(model_dir), history=history))
     print_line(report.info_summary(tensors))
+    if (copies := copies_of_folder(model_dir)) is not None and copies.layers:
+        print_line(
+            f"loading it on this CPU keeps dense copies of {copies.layers} packed weights for speed, "
+            f'{copies.bytes / 1e6:.1f} MB; load(..., keep="packed") keeps none'
+        )
     console.print(report.info_table(tensors) if full else report.info_groups(tensors))
     if history:
         console.print(report.history_table(history))

@@ -24,7 +24,7 @@ from ..kernels.select_nm import select_nm
 from .dispatch import choose_product
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
-from .products import Packed, Product, RowLimits, registry
+from .products import DENSE_COPY, Packed, Product, RowLimits, registry
 from .quantized_linear import QuantizedLinear, TiedLinear
 from .unpacked import unpacked_weight
 
@@ -217,7 +217,9 @@ def bench_layer(
         run = {name: calls[name] for name in (DENSE_LAYER, *able)}
         medians = _medians(run, len(weights), tokens.to(device, kind.dtype), seconds)
         dense = medians.pop(DENSE_LAYER)
-        times.append(RowTimes(count, dense, medians, choose_product(count, weights[0], limits)))
+        chosen = choose_product(count, weights[0], limits)
+        taken = {DENSE_COPY: dense} if chosen == DENSE_COPY else {}
+        times.append(RowTimes(count, dense, {**medians, **taken}, chosen))
         if progress is not None:
             progress(done, len(rows))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -1,6 +1,6 @@
 """Load packed checkpoints: tensors in one safetensors file, a JSON manifest, and the usual config and tokenizer.
 
-The dense weights are never built. The model is created on the meta device, and then the tensors of the file replace its
+Loading builds no dense weights. The model is created on the meta device, and then the tensors of the file replace its
 parameters. Buffers that are not in the file, such as rotary tables, are computed as usual.
 """
 
@@ -25,6 +25,7 @@ from ..kernels.packed_dense import PackedDense
 from ..linears import linear_weight
 from .expert_stack import ExpertStack, stores_transposed
 from .fused import fuse_products, none_to_fuse
+from .keep_dense import Keep, check_keep, keep_dense
 from .manifest import DTYPES, TENSORS_FILE, DenseEntry, LayerEntry, Manifest, RowsEntry
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
@@ -47,8 +48,13 @@ def load(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     fuse: bool = False,
+    keep: Keep = "auto",
 ) -> Any:
-    """Load a packed checkpoint. The dense weights are never built.
+    """Load a packed checkpoint.
+
+    A model that generates text multiplies by its packed weights, and its dense weights are never built. Other models on
+    a CPU also keep dense copies of their weights, because most of their calls have many rows
+    (:func:`~ace_triton.keep_dense`).
 
     ``save_pretrained`` of the loaded model writes the packed format
     (:class:`~ace_triton.packed.saving.SavePretrained`).
@@ -60,17 +66,21 @@ def load(
         trust_remote_code: run Python code that comes with the checkpoint. Without it such code is never run.
         fuse: fuse the products of queries, keys and values, and of gate and up, in memory
             (:func:`~ace_triton.packed.fused.fuse_products`).
+        keep: "auto"; "packed" for the least memory; "fast" for dense copies of any model.
+            :func:`~ace_triton.dense_copies` says how much memory they take.
 
     Returns:
         The model, in eval mode.
 
     Raises:
+        ArgumentError: if ``keep`` is unknown.
         PackedError: if the folder has no packed checkpoint, the checkpoint is truncated, altered or of a newer
             version, or ``fuse`` is True and no products fit together.
         CheckpointError: if transformers cannot build a model from the configuration, or the device or the dtype is not
             available.
     """
     check_device(device)
+    check_keep(keep)
     if dtype is not None and dtype not in DTYPES.values():
         raise CheckpointError(f"dtype {dtype}: packed checkpoints can be loaded as {', '.join(DTYPES)}")
     path = Path(folder)
@@ -85,6 +95,7 @@ def load(
     model = model.to(device).eval()
     if fuse and not fuse_products(model):
         raise PackedError(f"{folder}: {none_to_fuse('fuse=True')}: leave it out")
+    keep_dense(model, keep)
     return model
 
 

@@ -6,18 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ..kernels.packed_nm import PackedNM
 from ..kernels.written import version_of
+from .products import Packed
 
 
 @dataclass(frozen=True)
 class _Converted:
-    """A tensor converted from a packed weight, and the version counters of the weight's tensors at that time."""
+    """A tensor converted from a packed weight, and the weight's tensors with their version counters at that time."""
 
-    versions: tuple[int, int]
+    sources: tuple[TensorWeakRef, ...]
+    versions: tuple[int, ...]
     tensor: torch.Tensor
+
+    def is_of(self, sources: tuple[torch.Tensor, ...], versions: tuple[int, ...]) -> bool:
+        """True if these tensors are the ones that were converted, and were not written to since."""
+        return self.versions == versions and all(
+            known() is tensor for known, tensor in zip(self.sources, sources, strict=True)
+        )
 
 
 class Conversions:
@@ -26,16 +33,21 @@ class Conversions:
     def __init__(self) -> None:
         self._kept = WeakTensorKeyDictionary()
 
-    def of(self, packed: PackedNM, make: Callable[[], torch.Tensor], keep: bool = True) -> torch.Tensor:
+    def of(self, packed: Packed, make: Callable[[], torch.Tensor], keep: bool = True) -> torch.Tensor:
         """The result of ``make`` for a weight. It is made again if the weight was written to since then."""
-        versions = version_of(packed.meta), version_of(packed.values)
-        converted = self._kept.get(packed.meta)
-        if converted is not None and converted.versions == versions:
+        sources = tuple(packed.tensors.values())
+        versions = tuple(version_of(tensor) for tensor in sources)
+        converted = self._kept.get(packed.values)
+        if converted is not None and converted.is_of(sources, versions):
             return converted.tensor
         tensor = make()
         if keep and not capturing(packed.values.device):
-            self._kept[packed.meta] = _Converted(versions, tensor)
+            self._kept[packed.values] = _Converted(tuple(map(TensorWeakRef, sources)), versions, tensor)
         return tensor
+
+    def forget(self, packed: Packed) -> None:
+        """Free what was kept of a weight."""
+        self._kept.pop(packed.values, None)
 
 
 def capturing(device: torch.device) -> bool:

@@ -11,13 +11,14 @@ from ..kernels import cpu_library
 from ..kernels.launch import before_ampere
 from ..kernels.packed_nm import PackedNM
 from ..kernels.packed_rows import PackedRows
+from .dense_copy import DenseCopy
 from .kernel import Kernel
 from .products import Packed, Product, RowLimits, register_product, registry
 from .semi_structured import SemiStructured, backend_of, warn_of_no_second_copy
 from .sparse_units import SparseUnits, asked_for
 from .unpacked import Unpacked
 
-DENSE = Unpacked()
+DENSE, DENSE_COPY = Unpacked(), DenseCopy()
 for _product in (DENSE, SemiStructured(), Kernel()):  # The last one is asked first.
     register_product(_product)
 if asked_for():
@@ -98,6 +99,24 @@ FEW_BITS_LIMITS = RowLimits(packed=32)
 """For quantized weights in fp16 and bf16, from Ampere on: our kernel expands the weight once for 32 rows, and unpacking
 takes several passes in fp32."""
 
+
+@dataclass(frozen=True)
+class CopyRows:
+    """Largest number of rows for our CPU kernel beside a dense copy of the weight, for weights in few bits and others.
+
+    They are for a model whose weights are read from memory. If the processor's cache holds all dense weights of the
+    model, the dense product is the fastest at every number of rows.
+    """
+
+    few_bits: int
+    other: int
+
+
+COPY_ROWS = {"avx2": CopyRows(8, 3)}
+"""Up to these numbers of rows our kernel is faster in fp32 than the dense product by a copy of the weight. Instruction
+sets that are not listed, and other dtypes, have the limits of calls without a copy: they were not measured. To measure
+them: ``ace-triton bench``, whose first column is the dense product."""
+
 FEW_BITS_ROWS = {"avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
 """The limits for quantized weights, by instruction set of the compiled library. Measured for AVX2 with
 ``ace-triton bench --sparsity 8:16 --bits 8``; estimated for the others."""
@@ -146,6 +165,23 @@ def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLim
     return RowLimits(packed=rows.two_of_four if two_of_four else rows.other)
 
 
+def copy_limits(dtype: torch.dtype, pattern: tuple[int, int] | None, bits: int | None, *, cached: bool) -> RowLimits:
+    """The limits of a weight that has a dense copy in the memory of a CPU.
+
+    Args:
+        dtype: dtype of the weight.
+        pattern: its n:m pattern; None if it has none.
+        bits: bits of its values if it is quantized.
+        cached: True if the processor's cache holds all dense weights of the model.
+    """
+    limits = default_limits(torch.device("cpu"), dtype, pattern, bits)
+    measured = COPY_ROWS.get(cpu_library.isa()) if cpu_library.available() and dtype == torch.float32 else None
+    rows = limits.packed
+    if measured is not None:
+        rows = 0 if cached else min(rows, measured.other if bits is None else measured.few_bits)
+    return replace(limits, packed=rows, dense_copy=True)
+
+
 def choose_product(rows: int, packed: Packed, limits: RowLimits | None = None) -> str:
     """Name of the product for a number of rows. ``limits`` None means the defaults of the device."""
     return product_for(rows, packed, limits).name
@@ -168,11 +204,11 @@ def multiply(
 
 def _choose(rows: int, packed: Packed, limits: RowLimits | None) -> tuple[Product, RowLimits]:
     """The first product that the limits choose and that does not refuse the call, and these limits."""
-    if limits is None:
+    if limits is None or (limits.dense_copy and packed.values.device.type != "cpu"):
         pattern = (packed.n, packed.m) if isinstance(packed, PackedNM) else None
         bits = None if isinstance(packed, PackedRows) else packed.bits
         limits = default_limits(packed.values.device, packed.dtype, pattern, bits)
     for product in registry.products:
         if product.takes(rows, limits) and product.why_not(packed, rows) is None:
             return product, limits
-    return DENSE, limits
+    return DENSE_COPY if limits.dense_copy else DENSE, limits

@@ -17,7 +17,10 @@ from ..kernels.packed_rows import PackedRows
 Packed = PackedNM | PackedRows | PackedDense
 """A packed weight of any form."""
 
-LIMITED = ("packed", "semi_structured", "dense")
+DENSE_COPY = "dense_copy"
+"""Name of the product that multiplies by a dense copy of the weight, and of its mark in :meth:`RowLimits.flat`."""
+
+LIMITED = ("packed", "semi_structured", DENSE_COPY, "dense")
 """The products that :class:`RowLimits` chooses by fields of their own; "dense" is chosen if no other product is."""
 
 
@@ -35,6 +38,8 @@ class RowLimits:
             product for the weight, a call that unpacks it warns.
         others: (name, first, last) for products of your own (:func:`register_product`): each is used for ``first`` to
             ``last`` rows if it supports the call; ``last`` None for no limit. They precede the other products.
+        dense_copy: on a CPU, calls that would unpack the weight use a dense copy of it. The copy is made once and kept
+            as long as the packed weight exists. On other devices these limits are the defaults of the device.
 
     Raises:
         ArgumentError: if a number of rows is invalid, ``second_copy`` is given without ``semi_structured``, or
@@ -45,6 +50,7 @@ class RowLimits:
     semi_structured: int | None = None
     second_copy: bool = False
     others: tuple[tuple[str, int, int | None], ...] = ()
+    dense_copy: bool = False
 
     def __post_init__(self) -> None:
         for name in ("packed", "semi_structured"):
@@ -65,15 +71,17 @@ class RowLimits:
 
     def flat(self) -> tuple[int, int | None, bool, str]:
         """The limits as arguments of a torch operation; :meth:`from_flat` is the inverse."""
-        others = ";".join(f"{name},{first},{'' if last is None else last}" for name, first, last in self.others)
+        entries = [f"{name},{first},{'' if last is None else last}" for name, first, last in self.others]
+        others = ";".join([*entries, DENSE_COPY] if self.dense_copy else entries)
         return self.packed, self.semi_structured, self.second_copy, others
 
     @classmethod
     def from_flat(cls, packed: int, semi_structured: int | None, second_copy: bool, others: str) -> RowLimits:
         """The limits that :meth:`flat` gave."""
-        entries = (entry.split(",") for entry in others.split(";") if entry)
+        parts = [part for part in others.split(";") if part]
+        entries = (part.split(",") for part in parts if part != DENSE_COPY)
         ranges = tuple((name, int(first), int(last) if last else None) for name, first, last in entries)
-        return cls(packed, semi_structured, second_copy, ranges)
+        return cls(packed, semi_structured, second_copy, ranges, DENSE_COPY in parts)
 
 
 class Product(ABC):
@@ -164,7 +172,7 @@ class Registry:
 
     def add(self, product: Product) -> None:
         """As :func:`register_product`."""
-        taken = [known.name for known in self.products]
+        taken = [*(known.name for known in self.products), DENSE_COPY]
         if not product.name.isidentifier():
             raise ArgumentError(f"a product's name must be an identifier, as my_product; got {product.name!r}")
         if product.name in taken:

@@ -15,6 +15,7 @@ from ..inputs.model_source import reason
 from ..inputs.model_task import task_of_class
 from ..kernels.packed_nm import LAYOUT_VERSION
 from .checkpoint import check_tensors, finish, put_layers
+from .keep_dense import keep_dense
 from .manifest import DTYPES, MANIFEST_FILE, NEEDED_FILES, QUANTIZATION_METHOD, TENSORS_FILE, Manifest
 
 
@@ -69,6 +70,7 @@ class PackedQuantizer(HfQuantizer):
     def postprocess_model(self, model: Any, **others: Any) -> Any:
         _check_devices(getattr(model, "hf_device_map", {}))
         finish(model, self._manifest)
+        keep_dense(model)
         self.remove_quantization_config(model)
         return model
 

@@ -19,19 +19,17 @@ import torch
 import typer
 from rich.console import Console
 
-from ace_triton import RecoveryReport, RecoverySettings, RowLimits, pack_model, prune_linear, prune_model, recover_model
+from ace_triton import RecoveryReport, RecoverySettings, prune_model, recover_model
 from ace_triton.agreement import embedding_agreement, embeddings
 from ace_triton.commands.compare_run import pooling_of
 from ace_triton.commands.report import write_json
-from ace_triton.decoders.blocks import find_blocks, linears_of
 from ace_triton.formats.registry import load_model
 from ace_triton.inputs.masked_text import pad_of, padded, pieces_of
 from ace_triton.inputs.sentences import sentences_of, shuffled_by_length
 from ace_triton.inputs.text import read_documents
-from ace_triton.packed.dispatch import ALWAYS
-from ace_triton.packed.nm_linear import NMLinear
 
 from .cpu_ratios import processor
+from .encoder_speed import NOT_PRUNED, SPEED_SENTENCES, product_times, products_table, sentence_times, speed_table
 
 METHODS = ("wanda", "cosp", "ace", "varp", "ria", "stade", "ace-paper", "magnitude", "sparsegpt")
 PATTERNS = ("8:16", "2:4")
@@ -65,8 +63,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 """A recovered recipe is measured before the recovery too."""
 
 STEPS_OF_A_MEAN = 20
-SPEED_SENTENCES, SPEED_ROUNDS = 24, 7
-PRODUCT_ROWS, PRODUCT_CALLS = (1, 4, 8, 16, 32), 41
 AIM = {"cosine": 0.97, "recall": 0.85}
 console = Console()
 
@@ -115,6 +111,11 @@ class Bench:
         """The first sentences, the shortest first."""
         pieces = pieces_of(sorted(self.sentences[:count], key=len), self.tokenizer, count, LENGTH, None)
         return [padded(pieces[i : i + 16], pad_of(self.tokenizer)) for i in range(0, len(pieces), 16)]
+
+    def single_sentences(self) -> list[dict[str, torch.Tensor]]:
+        """The first sentences, one to a batch, for their speed."""
+        pieces = pieces_of(self.sentences[:SPEED_SENTENCES], self.tokenizer, SPEED_SENTENCES, LENGTH, None)
+        return [padded([piece], pad_of(self.tokenizer)) for piece in pieces]
 
     def calibration(self, samples: int, length: int) -> list[dict[str, torch.Tensor]]:
         """Beginnings of documents, as ``ace-triton prune`` cuts them."""
@@ -175,63 +176,10 @@ class Bench:
         settings = RecoverySettings(steps=steps, learning_rate=RATE, norms=True, forward_dtype=torch.float32)
         return recover_model(model, copy.deepcopy(self.dense), batches, settings, pooling=self.pooling, progress=_show)
 
-    def products(self, pattern: str) -> dict[str, dict[str, dict[str, float]]]:
-        """Microseconds of a layer's products by the number of rows, for each shape of a layer in the first block."""
-        found: dict[str, dict[str, dict[str, float]]] = {}
-        for _, layer in linears_of(find_blocks(self.dense)[0].module):
-            weight = layer.weight
-            shape = " x ".join(map(str, weight.shape))
-            if shape in found:
-                continue
-            dense = copy.deepcopy(layer)
-            prune_linear(dense, None, "magnitude", pattern)
-            n, m = map(int, pattern.split(":"))
-            layers = {"dense": dense}
-            for name, limits in (("packed", RowLimits(ALWAYS)), ("unpacked", RowLimits(0))):
-                layers[name] = NMLinear.from_linear(dense, n, m, limits)
-                layers[f"{name} int8"] = NMLinear.from_linear(dense, n, m, limits, bits=8)
-            found[shape] = {}
-            for rows in PRODUCT_ROWS:
-                tokens = torch.randn(rows, weight.shape[1])
-                found[shape][str(rows)] = {name: _microseconds(product, tokens) for name, product in layers.items()}
-        return found
-
-    def speed(self, pattern: str) -> dict[str, float]:
-        """Milliseconds of a sentence alone in a forward, dense with zeros and packed: medians of CPU time."""
-        pruned = copy.deepcopy(self.dense)
-        prune_model(pruned, None, "magnitude", pattern)
-        packed = copy.deepcopy(pruned)
-        pack_model(packed)
-        pieces = pieces_of(self.sentences[:SPEED_SENTENCES], self.tokenizer, SPEED_SENTENCES, LENGTH, None)
-        inputs = [padded([piece], pad_of(self.tokenizer)) for piece in pieces]
-        spent: tuple[list[float], list[float]] = ([], [])
-        with torch.inference_mode():
-            for turn in range(SPEED_ROUNDS + 1):
-                for model, seconds in zip((pruned, packed), spent, strict=True):
-                    started = time.process_time()
-                    for sentence in inputs:
-                        model(**sentence)
-                    if turn:
-                        seconds.append((time.process_time() - started) / len(inputs))
-        dense_ms, packed_ms = (1e3 * statistics.median(seconds) for seconds in spent)
-        faster = statistics.median(d / p for d, p in zip(*spent, strict=True))
-        return {"dense_ms": dense_ms, "packed_ms": packed_ms, "faster": faster, "tokens": sum(map(len, pieces))}
-
 
 def _show(spent: float, budget: float, loss: float) -> None:
     if round(spent) % STEPS_OF_A_MEAN == 0:
         console.print(f"step {spent:.0f} of {budget:.0f}, loss {loss:.4f}", highlight=False)
-
-
-@torch.inference_mode()
-def _microseconds(layer: Any, tokens: torch.Tensor) -> float:
-    """The lower quartile of the CPU times of calls, so that other jobs on the machine count little."""
-    times = []
-    for _ in range(PRODUCT_CALLS):
-        started = time.process_time()
-        layer(tokens)
-        times.append(time.process_time() - started)
-    return 1e6 * statistics.quantiles(times, n=4)[0]
 
 
 def main(
@@ -263,9 +211,11 @@ def main(
     chosen = patterns or PATTERNS
     for pattern in chosen:
         if "speed" in wanted:
-            entry(f"speed {pattern}", lambda: bench.speed(pattern))  # noqa: B023
+            entry(f"sentence {pattern}", lambda: sentence_times(bench.dense, bench.single_sentences(), pattern))  # noqa: B023
         if "products" in wanted:
-            entry(f"products {pattern}", lambda: bench.products(pattern))  # noqa: B023
+            entry(f"products {pattern}", lambda: product_times(bench.dense, pattern))  # noqa: B023
+    if "speed" in wanted and not patterns:
+        entry(f"sentence {NOT_PRUNED}", lambda: sentence_times(bench.dense, bench.single_sentences(), NOT_PRUNED))
     cells = [(update, pattern) for update in (None, "lstsq") for pattern in chosen]
     for update, pattern in cells:
         for method in METHODS if ("fits" if update else "masks") in wanted else ():
@@ -308,9 +258,9 @@ def page(content: dict[str, Any]) -> list[str]:
         "",
         "## Speed of a single sentence",
         "",
-        *speed_table(content),
+        *speed_table(content, PATTERNS),
         "",
-        *products_table(content),
+        *products_table(content, PATTERNS),
     ]
 
 
@@ -397,58 +347,6 @@ def cosp_lines(content: dict[str, Any]) -> list[str]:
                     f"cosine ({known['cosp']:.3f}; best: {best}, {known[best]:.3f})."
                 )
     return ["CosP scores a weight by its effect on the cosine of a layer's outputs, the measure used here:", "", *lines]
-
-
-def speed_table(content: dict[str, Any]) -> list[str]:
-    """Times as a Markdown table."""
-    lines = [
-        "| pattern | dense with zeros | packed | packed, times as fast |",
-        "|---|---:|---:|---:|",
-    ]
-    for pattern in PATTERNS:
-        if found := content.get(f"speed {pattern}"):
-            lines.append(
-                f"| {pattern} | {found['dense_ms']:.1f} ms | {found['packed_ms']:.1f} ms | {found['faster']:.2f}x |"
-            )
-    return [
-        f"{SPEED_SENTENCES} sentences, one in each forward; both models in turn, medians of CPU time over "
-        f"{SPEED_ROUNDS} rounds.",
-        "",
-        *lines,
-    ]
-
-
-def products_table(content: dict[str, Any]) -> list[str]:
-    """Speed of each product relative to the dense one as Markdown tables, and what that means for the model."""
-    names = ("packed", "unpacked", "packed int8", "unpacked int8")
-    lines: list[str] = []
-    best = 0.0
-    for pattern in PATTERNS:
-        found = content.get(f"products {pattern}")
-        if not found:
-            continue
-        lines += ["", f"| {pattern}, layer | rows | {' | '.join(names)} |", "|---|---:" + "|---:" * len(names) + "|"]
-        for shape, of_rows in found.items():
-            for rows, times in of_rows.items():
-                ratios = [times["dense"] / times[name] for name in names]
-                best = max(best, *ratios)
-                lines.append(f"| {shape} | {rows} | {' | '.join(f'{ratio:.2f}x' for ratio in ratios)} |")
-    if not lines:
-        return []
-    verdict = (
-        "No packed product is as fast as the dense one here: the weights fit in the processor's cache, so that fewer "
-        "bytes save no time. Packing makes the file smaller; for speed, run the pruned model dense, or call "
-        "`ace_triton.unpack_model` after loading."
-        if best < 1
-        else f"The best packed product is {best:.2f} times as fast as the dense one."
-    )
-    return [
-        "## Products of single layers",
-        "",
-        "Times as fast as the dense product, lower quartiles of the CPU time of a call. Packed: our kernel. "
-        f"Unpacked: the weight is unpacked in each call, then multiplied dense. {verdict}",
-        *lines,
-    ]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from benchmarks.reports import architectures, encoders, norms
+from benchmarks.reports import architectures, encoder_speed, encoders, norms
 from tests.decoders import small_towers
 from tests.inputs.small_checkpoints import KINDS
 
@@ -24,7 +24,7 @@ def test_a_small_encoder_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(encoders, "STEP_SENTENCES", 8)
     monkeypatch.setattr(encoders, "LENGTH", 16)
     monkeypatch.setattr(encoders, "GRID_LENGTH", 16)
-    monkeypatch.setattr(encoders, "SPEED_ROUNDS", 1)
+    monkeypatch.setattr(encoder_speed, "SPEED_ROUNDS", 1)
     sizes = {"sentences": 24, "grid_sentences": 20, "samples": 8, "grid_samples": 4}
     out = tmp_path / "encoders"
     encoders.main(str(tmp_path / "model"), str(text), str(text), None, **sizes, out=out)
@@ -34,6 +34,8 @@ def test_a_small_encoder_is_reported(tmp_path, monkeypatch):
     page = out.with_suffix(".md").read_text()
     assert f"| 2:4 | recovered | {found['recipe 2:4 recovered']['cosine']:.3f} |" in page
     assert "CosP is number" in page
+    fast = found["sentence not pruned"]["packed, 8 bits, auto"]
+    assert f"| not pruned | packed, 8 bits | {fast['file_bytes'] / 1e6:.1f} MB |" in page
     before = dict(found)
     encoders.main(str(tmp_path / "model"), str(text), str(text), None, **sizes, out=out)
     assert json.loads(out.with_suffix(".json").read_text()) == before
