@@ -151,9 +151,9 @@ def killed(model: str, options: list[str]) -> dict[str, Any]:
     """End a server in the middle of a stream: its exit code, and what the stream ended with."""
     with server(model, options) as (address, process):
         body = {"prompt": "a", "max_tokens": 1000, "stream": True}
-        longest = httpx.post(f"{address}/v1/completions", json=body, timeout=PATIENCE)
-        if longest.status_code == 400:  # The model has fewer positions.
-            body["max_tokens"] = 100
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=PATIENCE) as longest:
+            if longest.status_code == 400:  # The model has fewer positions.
+                body["max_tokens"] = 100
         lines: list[str] = []
         with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=PATIENCE) as stream:
             for line in stream.iter_lines():
