@@ -27,7 +27,6 @@ from ace_triton.formats.registry import load_model
 from ace_triton.inputs.masked_text import pad_of, padded, pieces_of
 from ace_triton.inputs.sentences import sentences_of, shuffled_by_length
 from ace_triton.inputs.text import read_documents
-from ace_triton.recovery.output_distillation import EMBEDDING_WEIGHT, SIMILARITY_WEIGHT
 
 from .cpu_ratios import processor
 from .encoder_speed import NOT_PRUNED, SPEED_SENTENCES, product_times, products_table, sentence_times, speed_table
@@ -62,9 +61,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """A recovered recipe is measured before the recovery too."""
-
-FIRST_WEIGHTS = (1, 0)
-"""Loss weights of records that do not name them."""
 
 STEPS_OF_A_MEAN = 20
 AIM = {"cosine": 0.97, "recall": 0.85}
@@ -162,7 +158,6 @@ class Bench:
             "cpu_seconds": seconds + report.cpu_seconds,
             "recovery_cpu_seconds": report.cpu_seconds,
             "tokens": report.tokens,
-            "loss_weights": [EMBEDDING_WEIGHT, SIMILARITY_WEIGHT],
             "losses": [
                 statistics.mean(report.losses[:STEPS_OF_A_MEAN]),
                 statistics.mean(report.losses[-STEPS_OF_A_MEAN:]),
@@ -282,9 +277,7 @@ def _recipe_lines(content: dict[str, Any]) -> list[str]:
         f"{BLOCK_EPOCHS} epochs of training of each block toward the outputs of the dense block (`block_epochs`). "
         f'"Recovered" trains the kept weights, norms and biases for {trained["steps"]} optimizer steps of '
         f"{trained['sentences']} sentences of the calibration text (`ace_triton.recover_model`, learning rate "
-        f"{trained['rate']:g}); the zeros stay. Its loss weights are those of the cosines and of the similarities "
-        "in the distance of embeddings ([formula](guides/recover.md#encoders-vision-and-speech)); the defaults are "
-        f"{EMBEDDING_WEIGHT:g} and {SIMILARITY_WEIGHT:g}.",
+        f"{trained['rate']:g}); the zeros stay.",
         "",
         *recipe_table(content),
         "",
@@ -303,9 +296,7 @@ def recipe_table(content: dict[str, Any]) -> list[str]:
             if found := content.get(f"recipe {pattern} {name}"):
                 if "before" in found:
                     lines.append(_recipe_row(pattern, name.removesuffix(", recovered"), found["before"]))
-                weights = found.get("loss_weights", FIRST_WEIGHTS)
-                trained = f" (loss weights {weights[0]:g} and {weights[1]:g})" if "before" in found else ""
-                lines.append(_recipe_row(pattern, name + trained, found))
+                lines.append(_recipe_row(pattern, name, found))
     return lines
 
 
