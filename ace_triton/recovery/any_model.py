@@ -21,7 +21,7 @@ from ..errors import ArgumentError, RecoveryError
 from ..processes import Processes
 from ..solvers.kept_adamw import LARGEST_GRADIENT, KeptAdamW
 from .checks import check_dtypes, check_teacher, check_zeros, pruned_masks
-from .output_distillation import EMBEDDING_WEIGHT, SIMILARITY_WEIGHT, OutputDistillation
+from .output_distillation import OutputDistillation
 from .settings import DEFAULT_MINUTES, RecoveryReport, RecoverySettings
 from .state import RecoveryState, fingerprint, locked
 from .train import RecoveryProgress, frozen, spent_share
@@ -165,7 +165,7 @@ def _trained(model: nn.Module, masks: Mapping[str, torch.Tensor], settings: Reco
 
 def _digest(batches: Sequence[Batch], pooling: str) -> bytes:
     """Bytes that identify the inputs and how they are compared."""
-    digest = hashlib.sha256(f"{pooling} {EMBEDDING_WEIGHT} {SIMILARITY_WEIGHT}".encode())
+    digest = hashlib.sha256(pooling.encode())
     for batch in batches:
         for name, tensor in batch.arguments.items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

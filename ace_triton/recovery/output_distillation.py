@@ -4,17 +4,9 @@ The loss of a batch is
 
     mean over blocks of |h - h_t|^2 / |h_t|^2  +  the distance of the outputs,
 
-where h are the hidden states that a block returns and h_t those of the teacher's block, both without padding. A term
-that the model does not have is left out.
-
-If the model has logits, the distance of outputs is the mean Kullback-Leibler divergence of the predictions from the
-teacher's. Otherwise it compares the embeddings e of the batch's inputs, which have norm 1, with the teacher's e_t:
-
-    EMBEDDING_WEIGHT (1 - mean_i e_i . e_ti)
-      +  SIMILARITY_WEIGHT sum_(i != j) (e_i . e_j - e_ti . e_tj)^2 / sum_(i != j) (e_ti . e_tj)^2
-
-The second part is the relative error of the similarities between inputs, by which an index ranks neighbors. A batch of
-one input has no such part.
+where h are the hidden states that a block returns and h_t those of the teacher's block, both without padding. The
+distance of outputs is the mean Kullback-Leibler divergence of the predictions from the teacher's if the model has
+logits, else 1 minus the mean cosine of its embeddings. A term that the model does not have is left out.
 """
 
 from __future__ import annotations
@@ -31,9 +23,6 @@ from ..agreement import Pooling, embedding_of, logits_of
 from ..decoders.batches import Batch, run_model, tensors_in
 from ..decoders.blocks import Tower, find_towers
 from ..errors import ArgumentError, RecoveryError
-
-EMBEDDING_WEIGHT, SIMILARITY_WEIGHT = 4.0, 0.5
-"""Weights of the two parts of the distance of embeddings; the relative error of hidden states has the weight 1."""
 
 LEAST_SQUARE = 1e-12
 """Lower bound of the square that an error is divided by."""
@@ -90,7 +79,7 @@ class OutputDistillation:
             loss = loss + _divergence(*(logits_of(batch.arguments, output) for output in (given[0], wanted[0])))
         elif self._output == "embeddings":
             one, other = (embedding_of(batch.arguments, output, self._pooling) for output in (given[0], wanted[0]))
-            loss = loss + embedding_distance(one, other)
+            loss = loss + 1 - functional.cosine_similarity(one.float(), other.float(), dim=1).mean()
         loss.backward()
         return float(loss.detach())
 
@@ -154,18 +143,6 @@ def _relative(given: torch.Tensor, wanted: tuple[torch.Tensor, torch.Tensor | No
     if valid is not None and valid.shape == target.shape[:-1]:
         error, square = error[valid], square[valid]
     return error.sum() / square.sum().clamp_min(LEAST_SQUARE)
-
-
-def embedding_distance(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The distance of a batch's embeddings [n_inputs, width] from the wanted ones: the module's second formula."""
-    one, other = (functional.normalize(rows.float(), dim=1) for rows in (given, wanted))
-    distance = EMBEDDING_WEIGHT * (1 - (one * other).sum(1).mean())
-    if len(one) < 2:
-        return distance
-    similar, target = one @ one.t(), other @ other.t()
-    others = ~torch.eye(len(one), dtype=torch.bool, device=one.device)
-    error, square = (similar - target)[others].square().sum(), target[others].square().sum()
-    return distance + SIMILARITY_WEIGHT * error / square.clamp_min(LEAST_SQUARE)
 
 
 def _divergence(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
