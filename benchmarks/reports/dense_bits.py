@@ -60,6 +60,7 @@ FORMS = (
     DenseForm(head=8, layers=8),
     DenseForm(head=4, layers=4),
     DenseForm(inputs=8),
+    DenseForm(head=8, layers=8, inputs=8),
 )
 
 
@@ -100,22 +101,30 @@ def rounded(model: Any, form: DenseForm) -> Iterator[None]:
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     tables = tables_of(model, form.head, None)
     head = next((found[0] for found in (tables.head, tables.embedding) if found is not None), None)
-    hooks = []
     for name, module in model.named_modules():
         is_head = module is model.get_output_embeddings()
         bits = form.head if name == head else form.layers if isinstance(module, nn.Linear) and not is_head else None
         if bits is not None:
             kept.append((module.weight, module.weight.clone()))
             module.weight.copy_(dequantize_dense(quantize_dense(module.weight, bits, GROUP)))
-        if form.inputs is not None and isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_pre_hook(_round_inputs(form.inputs)))
+    try:
+        with rounded_inputs(model, nn.Linear, form.inputs):
+            yield
+    finally:
+        for weight, before in kept:
+            weight.copy_(before)
+
+
+@contextmanager
+def rounded_inputs(model: Any, kind: type[nn.Module], bits: int | None) -> Iterator[None]:
+    """A context in which the inputs of all layers of a kind are rounded to ``bits``; None rounds nothing."""
+    layers = [] if bits is None else [module for module in model.modules() if isinstance(module, kind)]
+    hooks = [layer.register_forward_pre_hook(_round_inputs(bits)) for layer in layers]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for weight, before in kept:
-            weight.copy_(before)
 
 
 def _round_inputs(bits: int) -> Any:
@@ -138,8 +147,8 @@ def section(found: dict[str, Any]) -> list[str]:
         "",
         "The dense models with their weights rounded to the nearest value of 8 or 4 bits, as `ace-triton pack "
         "--head-bits --dense-bits` stores them, by `make dense-bits`. The head of these models shares the embedding's "
-        "weight, so its bits are those of both. The last row rounds no weight, but the inputs of all linear layers, "
-        f"with a scale for every {INPUT_GROUP}, as llama.cpp does; this package does not.",
+        'weight, so its bits are those of both. "Inputs" are those of all linear layers, with a scale for every '
+        f"{INPUT_GROUP}, as llama.cpp and `--input-bits 8` round them.",
         "",
     ]
     models = dict.fromkeys((outcome["model"], outcome["windows"]) for outcome in outcomes)

@@ -23,6 +23,7 @@ from ace_triton.exporters.registry import export_model
 from ace_triton.formats.registry import load_model
 from ace_triton.generation import decode
 from ace_triton.inputs.output_folder import files_in
+from ace_triton.kernels import cpu_library
 from ace_triton.linears import is_linear
 from ace_triton.packed.pack_model import pack_model
 from ace_triton.packed.packed_linear import PackedLinear
@@ -31,6 +32,8 @@ from ace_triton.presets import PRESETS, replaced
 from ace_triton.solvers.quantize import GROUP, Quantization
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench
+
+from .dense_bits import rounded_inputs
 
 DENSE, OURS, LLAMA, STEP = "transformers", "ace_triton", "llama.cpp", "compiled step"
 
@@ -57,16 +60,19 @@ class Form:
         engine: what runs it; the compiled step runs the forms of this package, and with STEP a dense model.
         pattern: n:m; "" for a model that is not pruned.
         weights: type of the weights: "fp32", "bf16", "8 bits" or "4 bits", or llama.cpp's name.
+        input_bits: bits that products with quantized weights round their inputs to; None for the default.
     """
 
     engine: str
     pattern: str
     weights: str
+    input_bits: int | None = None
 
     def __str__(self) -> str:
         ours = self.pattern or "dense, ace_triton,"
         first = {DENSE: "dense", LLAMA: LLAMA, STEP: "dense, compiled step,"}.get(self.engine, ours)
-        return f"{first} {self.weights}"
+        inputs = "" if self.input_bits is None else f", {self.input_bits}-bit inputs"
+        return f"{first} {self.weights}{inputs}"
 
     @property
     def head_bits(self) -> int | None:
@@ -78,7 +84,9 @@ FORMS = (
     *(Form(DENSE, "", weights) for weights in DTYPES),
     *(Form(LLAMA, "", weights) for weights in LLAMA_TYPES),
     Form(OURS, "", "8 bits"),
+    Form(OURS, "", "8 bits", 8),
     *(Form(OURS, pattern, weights) for pattern in PATTERNS for weights in BITS),
+    *(Form(OURS, pattern, "8 bits", 8) for pattern in PATTERNS),
 )
 
 STEP_FORMS = tuple(Form(STEP, "", weights) for weights in DTYPES)
@@ -128,10 +136,14 @@ class InTorch(Opened):
         folder: the model.
         dtype: type of its weights, and of the scales of quantized ones.
         decoder: what decodes, as for :func:`ace_triton.generation.decode`.
+        input_bits: bits that products with quantized weights round their inputs to; None for the default. The windows
+            of a perplexity have too many rows for these products, so there the inputs are rounded before each layer.
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype, *, decoder: str = "transformers") -> None:
-        self.decoder = decoder
+    def __init__(
+        self, folder: str | Path, dtype: torch.dtype, *, decoder: str = "transformers", input_bits: int | None = None
+    ) -> None:
+        self.decoder, self.input_bits = decoder, input_bits
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}"
         self.model, self.tokenizer = load_model(folder, dtype=dtype)
         head = self.model.get_output_embeddings()
@@ -147,11 +159,17 @@ class InTorch(Opened):
                 self.block_weights += layer.weight.numel()
 
     def perplexity(self, bench: Workbench) -> float:
-        return _perplexity(bench, self.model)
+        with rounded_inputs(self.model, PackedLinear, self.input_bits):
+            return _perplexity(bench, self.model)
 
     def tokens_per_second(self, ids: list[int], new_tokens: int) -> float:
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-        times = decode(self.model, self.tokenizer, ids, decoder=self.decoder, **options).times
+        usual = cpu_library.input_bits()
+        cpu_library.use_input_bits(self.input_bits or usual)
+        try:
+            times = decode(self.model, self.tokenizer, ids, decoder=self.decoder, **options).times
+        finally:
+            cpu_library.use_input_bits(usual)
         return (new_tokens - 1) / (times[-1] - times[1])
 
     def close(self) -> None:
@@ -244,7 +262,8 @@ class Forms:
             return InTorch(self.protocol.model, DTYPES[form.weights], decoder=decoder)
         if form.engine == LLAMA:
             return InLlama(self._gguf(form.weights), longest=self.protocol.window_length, all_logits=all_logits)
-        return InTorch(self._packed(form), DTYPES.get(form.weights, torch.float32), decoder="compiled")
+        dtype = DTYPES.get(form.weights, torch.float32)
+        return InTorch(self._packed(form), dtype, decoder="compiled", input_bits=form.input_bits)
 
     def file_bytes(self, form: Form) -> int | None:
         """Bytes of the form's weights in files, embeddings included; None for the dense model."""
