@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from ..errors import ArgumentError, PackedWeightError
 from ..kernels.written import version_of
 from .bound_calls import BoundCalls
+from .dense_copy import dense_copy_of
 from .dispatch import multiply
 from .operations import operations_of
 from .products import Packed, RowLimits
@@ -103,6 +104,10 @@ class PackedLinear(nn.Module):
             ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
                 autocast.
         """
+        if self.limits is not None and self.limits.dense_copy and not torch.compiler.is_compiling():
+            copied = self._by_copy(tokens, self.limits)
+            if copied is not None:
+                return copied
         fused = self._fused  # Another thread may take the group apart.
         if fused is not None and not torch.compiler.is_compiling():
             part = fused.outputs(self, tokens)
@@ -125,6 +130,29 @@ class PackedLinear(nn.Module):
         else:
             outputs = multiply(rows.resolve_neg(), self.packed, bias, self.limits)
         return outputs if tokens.dim() == 2 else outputs.view(*tokens.shape[:-1], self.out_features)
+
+    def _by_copy(self, tokens: torch.Tensor, limits: RowLimits) -> torch.Tensor | None:
+        """The outputs by a dense copy of the weight, with few checks; None if the usual way must take the call."""
+        width = self.in_features
+        if (
+            type(tokens) is not torch.Tensor
+            or torch.is_grad_enabled()
+            or tokens.device.type != "cpu"
+            or not tokens.numel() > limits.packed * width
+            or tokens.shape[-1] != width
+            or tokens.dtype != self.dtype
+            or tokens.is_neg()
+            or limits.others
+            or limits.semi_structured is not None
+            or torch.is_autocast_enabled("cpu")
+            or forward_ad._current_level >= 0
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return None
+        packed = self.packed
+        if not packed.values.is_cpu:
+            return None
+        return torch.nn.functional.linear(tokens, dense_copy_of(packed), self._parameters["bias"])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         """As in ``nn.Module``, but integers (metadata, quantized values) keep their dtype."""
