@@ -1,4 +1,4 @@
-"""Keep dense copies of packed weights in memory, so that a packed model is never slower than its dense one on a CPU."""
+"""Keep dense copies of packed weights in memory, so that a call with many rows does not unpack them."""
 
 from __future__ import annotations
 
