@@ -110,6 +110,12 @@ class SelectNm:
     trips: int
     num_warps: int
 
+    def programs(self, weight: torch.Tensor, m: int, axis: str) -> int:
+        """Programs of the launch for a weight [rows, cols]."""
+        rows, cols = weight.shape
+        groups, width = (rows, cols * self.split // m) if axis == "in" else (rows // m, cols)
+        return math.ceil(width / self.block_cols) * math.ceil(groups / (self.block_rows * self.trips))
+
 
 def select_nm(weight: torch.Tensor, m: int, axis: str) -> SelectNm:
     """Four warps; each thread holds whole groups in registers: two 16-byte accesses for 2:4 along "in"."""

@@ -138,7 +138,7 @@ def _packed_triton(weight: torch.Tensor, terms: ScoreTerms | None, n: int, m: in
     if not source.numel():
         return packed, True
     tile = launch.select_nm(source, m, "in")
-    grid = triton.cdiv(cols * tile.split // m, tile.block_cols) * triton.cdiv(rows, tile.block_rows * tile.trips)
+    grid = tile.programs(source, m, "in")
     lost = None if terms else torch.empty(grid, dtype=torch.int32, device=weight.device)
     factors = (terms.row, terms.col, terms.scale, terms.coupling) if terms else (None,) * 4
     _pack_nm_body[(grid,)](

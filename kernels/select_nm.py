@@ -148,14 +148,11 @@ def _select_nm_triton(
     out = output_like(source, output)
     if source.numel():
         tile = launch.select_nm(source, m, axis)
-        rows, cols = source.shape
-        groups, width = (rows, cols * tile.split // m) if axis == "in" else (rows // m, cols)
-        grid = triton.cdiv(width, tile.block_cols) * triton.cdiv(groups, tile.block_rows * tile.trips)
-        _select_nm_body[(grid,)](
+        _select_nm_body[(tile.programs(source, m, axis),)](
             source,
             out,
             *(terms.row, terms.col, terms.scale, terms.coupling, unless),
-            *(rows, cols, source.stride(0), out.stride(0)),
+            *(*source.shape, source.stride(0), out.stride(0)),
             N=n,
             M=m,
             SPLIT=tile.split,

@@ -146,11 +146,8 @@ def _launch(
     like, own = weights[0], terms[0]
     tile, table = launch.select_nm_group(weights, m, axis), LayerTable()
     for weight, factors in zip(weights, terms, strict=True):
-        rows, cols = weight.shape
-        groups, width = (rows, cols * tile.split // m) if axis == "in" else (rows // m, cols)
-        programs = triton.cdiv(width, tile.block_cols) * triton.cdiv(groups, tile.block_rows * tile.trips)
-        fields = weight, factors.row, factors.col, factors.scale, rows, cols, weight.stride(0)
-        table.add((programs,), *fields)
+        fields = weight, factors.row, factors.col, factors.scale, *weight.shape, weight.stride(0)
+        table.add((tile.programs(weight, m, axis),), *fields)
     table.add_line(flags)
     _select_nm_of_layers[table.grid()](
         table.on(like.device),
