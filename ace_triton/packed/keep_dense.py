@@ -1,4 +1,4 @@
-"""Keep dense copies of packed weights in memory, so that a packed model is never slower than its dense one on a CPU."""
+"""Keep dense copies of packed weights in the memory of a CPU, so that calls with many rows do not unpack them."""
 
 from __future__ import annotations
 
