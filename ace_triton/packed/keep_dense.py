@@ -1,4 +1,4 @@
-"""Keep dense copies of packed weights in memory, so that a call with many rows does not unpack them."""
+"""Keep dense copies of packed weights in the memory of a CPU, so that calls with many rows do not unpack them."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def speed_table(content: dict[str, Any], patterns: Sequence[str]) -> list[str]:
     return [
         f"{SPEED_SENTENCES} sentences, one in each forward; all models in turn, medians of CPU time over "
         f"{SPEED_ROUNDS} rounds. Packed models are loaded with `ace_triton.load`. By default it keeps a dense copy of "
-        "each packed weight of an encoder, so a call costs what it costs in the dense model. "
+        "each packed weight of an encoder, so that no call unpacks it. "
         '`keep="packed"` keeps no copies: the least memory, and slower. "8 bits" stores kept weights, layers that are '
         "not pruned and the embeddings in 8 bits. Aim: 1.3 times as fast as dense.",
         "",
