@@ -278,7 +278,7 @@ def recover(
         return
     if json:
         report.write_json(json, {**recovery, "model": name_of(model_dir), **source_facts(source, out)})
-    console.print(report.recovery_table(result, trained))
+    console.print(report.recovery_table(result, trained, hidden_states=bool(settings.hidden_states)))
     print_line(f"sequences begin with bos: {beginning}")
     if result.passes > 1:
         print_line(

@@ -228,7 +228,9 @@ def _first_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def recovery_table(result: RecoveryReport, trained: str, most: int = 10, *, of_text: bool = True) -> Table:
+def recovery_table(
+    result: RecoveryReport, trained: str, most: int = 10, *, of_text: bool = True, hidden_states: bool = False
+) -> Table:
     """A recovery's results; losses are means over its first and its last steps.
 
     Args:
@@ -236,11 +238,12 @@ def recovery_table(result: RecoveryReport, trained: str, most: int = 10, *, of_t
         trained: name of the values that were trained.
         most: number of steps in a mean.
         of_text: True for a causal language model, whose losses are in nats a token.
+        hidden_states: True if the losses include the distance of hidden states, which has another unit.
     """
     table = facts_table("recovery")
     most = max(1, min(most, len(result.losses) // 2))
     first, last = result.losses[:most], result.losses[-most:]
-    unit = " nats a token" if of_text else ""
+    unit = " with hidden states" if hidden_states else " nats a token" if of_text else ""
     table.add_row("steps", f"{result.steps:,}")
     if result.tokens:
         table.add_row("tokens", f"{result.tokens:,}")

@@ -121,7 +121,7 @@ def sentences(points: Sequence[Point]) -> list[str]:
     timed = [point for point in points if point.form.bits is not None and point.faster is not None]
     missing = [form for form in FORMS if form.bits is not None and form not in {point.form for point in timed}]
     if missing:
-        return [f"Not decided yet: {'; '.join(map(str, missing))} not measured."]
+        return [f"Not decided yet. These forms are not measured: {'; '.join(map(str, missing))}."]
     shrunken = [point for point in timed if not point.form.pattern]
     alone = [point for point in timed if point.form.pattern and not point.form.ratio]
     both = [point for point in timed if point.form.pattern and point.form.ratio]
@@ -196,7 +196,7 @@ def _table(points: Sequence[Point]) -> list[str]:
     dense = next((point.perplexity for point in points if point.form == DENSE), None)
     for point in points:
         over = "" if dense is None else f"{point.perplexity / dense:.2f}x"
-        speed = "not measured" if point.faster is None else f"{point.faster:.2f}x"
+        speed = "1.00x" if point.form == DENSE else "not measured" if point.faster is None else f"{point.faster:.2f}x"
         lines.append(f"| {point.form} | {point.perplexity:.2f} | {over} | {point.size / 1e6:.0f} MB | {speed} |")
     return lines
 
