@@ -63,7 +63,7 @@ def test_it_says_that_shrink_alone_is_better_than_every_slower_form():
 
 def test_it_decides_nothing_before_all_forms_are_measured():
     text = page(record((3.0, 60.0), (3.0, 70.0), leave_out=["2:4, 8 bits"]))
-    assert "Not decided yet: 2:4, 8 bits not measured." in text
+    assert "Not decided yet. These forms are not measured: 2:4, 8 bits." in text
     assert "At equal speed" not in text
 
 

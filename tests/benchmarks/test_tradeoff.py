@@ -64,7 +64,7 @@ def test_the_picture_shows_every_form_and_its_front():
     circles = [circle.get("class") for circle in root.iter(f"{SVG}circle")][2:]  # After the legend's.
     assert circles == ["beaten", "ours"] * 2  # The larger one first.
     crosses = [path for path in root.iter(f"{SVG}path") if path.get("class") == "theirs"][1:]
-    assert len(crosses) == 2 * len(UNPRUNED)
+    assert len(crosses) == 2 * sum(not form.pattern for form in FORMS)
     front = front_of(points_of(content["models"]["a model"]), size_cost)
     assert [str(point.form) for point in front[:2]] == ["8:16 4 bits", "llama.cpp Q4_0"]
     assert "a model: on the front of size 8:16 4 bits 60.0, llama.cpp Q4_0 33.0" in root.find(f"{SVG}desc").text
