@@ -16,6 +16,7 @@ takes longer. A row that is asked for by name is measured at any ratio; without 
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -87,6 +88,23 @@ RECOVERED: tuple[tuple[str, GroupTuning | None], ...] = (
     ("SAAP, then group fine-tuning", GroupTuning()),
 )
 """SAAP with its update, trained toward the dense model in the same number of steps. Measured as ablations are."""
+
+_ALONE = ("SAAP, vectors alone", "SAAP, elements alone")
+PARTS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("fusion, one scale a structure", "SAAP", _ALONE, "none"),
+    ("fusion, one scale an importance", "SAAP, one scale an importance", _ALONE, "none"),
+    ("fusion, learned scales", "SAAP, learned scales", _ALONE, "none"),
+    (
+        "fusion, of gradients",
+        "SAAP of gradients",
+        ("SAAP of gradients, vectors alone", "SAAP of gradients, elements alone"),
+        "none",
+    ),
+    ("stability", "SAAP, stability on", ("SAAP",), "none"),
+    ("stability, of gradients", "SAAP of gradients, stability on", ("SAAP of gradients",), "none"),
+    ("group fine-tuning", "SAAP, then group fine-tuning", ("SAAP, then recovery",), "lstsq"),
+)
+"""A part of SAAP, the method with it, the methods without it, and the update of all."""
 
 KEY = ("model", "ratio", "method", "update")
 """The entries of a result that tell it apart from others."""
@@ -300,6 +318,7 @@ def page(record: dict[str, Any]) -> str:
         results = [result for result in record["results"] if result["model"] == name]
         lines += ["", f"## {name}", "", f"Dense perplexity: {dense['perplexity']:.2f}, {dense['windows']} windows.", ""]
         lines += _methods(results, dense["perplexity"])
+        lines += _parts(results)
         lines += ["", "### Speed", "", *_speeds(results)]
     return "\n".join(lines) + "\n"
 
@@ -316,6 +335,31 @@ def _methods(results: list[dict[str, Any]], dense: float) -> list[str]:
             f"{result['perplexity'] / dense:.2f}x |"
         )
     return lines
+
+
+def _parts(results: list[dict[str, Any]]) -> list[str]:
+    """What each part of SAAP brings; nothing before one of them is measured."""
+    values = {(result["ratio"], result["method"], result["update"]): result["perplexity"] for result in results}
+    rows = []
+    for (part, method, others, update), ratio in itertools.product(PARTS, RATIOS):
+        own, rivals = values.get((ratio, method, update)), [values.get((ratio, other, update)) for other in others]
+        if own is None or None in rivals:
+            continue
+        best = min(rival for rival in rivals if rival is not None)
+        rows.append(f"| {part} | {ratio:.0%} | {own:.2f} | {best:.2f} | {own / best - 1:+.1%} |")
+    if not rows:
+        return []
+    return [
+        "",
+        "### What the parts of SAAP bring",
+        "",
+        "Perplexity with a part and without it. Without fusion is the better one of both importances. Without group "
+        "fine-tuning is a recovery of the same number of steps. A change below zero is a gain; one seed.",
+        "",
+        "| part | ratio | with it | without it | change |",
+        "|---|---:|---:|---:|---:|",
+        *rows,
+    ]
 
 
 def _speeds(results: list[dict[str, Any]]) -> list[str]:
