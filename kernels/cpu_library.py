@@ -64,6 +64,8 @@ def input_bits() -> int:
 def use_input_bits(bits: int) -> None:
     """Round the inputs of products with quantized weights to this many bits from now on, in the whole process.
 
+    Products and decoding steps that run in other threads keep the bits they began with.
+
     With 30 bits the products have about the precision of fp32. With 8 bits, every 32 inputs share a scale, from
     their largest magnitude: products are faster and less precise than with 30.
 
@@ -71,7 +73,7 @@ def use_input_bits(bits: int) -> None:
         ArgumentError: if ``bits`` is none of :data:`INPUT_BITS`.
         BackendError: if the compiled library is not available.
     """
-    if isinstance(bits, bool) or bits not in INPUT_BITS:
+    if type(bits) is not int or bits not in INPUT_BITS:
         raise ArgumentError(f"input bits must be {' or '.join(map(str, INPUT_BITS))}; got {bits!r}")
     library().ace_use_input_bits(bits)
 

@@ -113,7 +113,7 @@ ACE_EXPORT int ace_use_isa(const char* name);
 /* The bits to which products with quantized weights round their inputs: 30 and a sign, or 8 in all. */
 ACE_EXPORT int32_t ace_input_bits(void);
 
-/* Selects 30 or 8; returns 1 for other numbers. */
+/* Selects 30 or 8; returns 1 for other numbers. A call that runs in another thread keeps the number it began with. */
 ACE_EXPORT int ace_use_input_bits(int32_t bits);
 
 /* Returns the number of threads, at most `most`, for a call that reads and writes `bytes` in `n_units` units of work. */

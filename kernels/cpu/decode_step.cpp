@@ -29,14 +29,15 @@ struct Seconds {
 
 class Step {
 public:
-    Step(const AceDecoder& decoder, int64_t position, int threads)
+    // Products with quantized weights round tokens to `bits` bits.
+    Step(const AceDecoder& decoder, int64_t position, int32_t bits, int threads)
         : of_(decoder),
           position_(position),
           threads_(threads),
           hidden_(decoder.hidden),
-          normed_(decoder.hidden),
-          attended_(decoder.heads * decoder.head_size),
-          gated_(decoder.intermediate),
+          normed_(decoder.hidden, bits),
+          attended_(decoder.heads * decoder.head_size, bits),
+          gated_(decoder.intermediate, bits),
           joined_((decoder.heads + 2 * decoder.kv_heads) * decoder.head_size),
           gates_(2 * decoder.intermediate),
           added_(decoder.hidden) {}
@@ -159,7 +160,7 @@ int ace_decode_step(const struct AceDecoder* decoder, const float* hidden, int64
                     double* seconds, int32_t threads) {
     return guarded([&] {
         const auto start = Clock::now();
-        Step step(*decoder, position, threads);
+        Step step(*decoder, position, input_bits, threads);
         step.run(hidden, logits);
         seconds[0] = step.seconds.products;
         seconds[1] = step.seconds.attention;

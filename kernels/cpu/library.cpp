@@ -53,7 +53,7 @@ const Bodies* best_bodies() {
 }  // namespace
 
 const Bodies* bodies = best_bodies();
-int32_t input_bits = 30;
+std::atomic<int32_t> input_bits{30};
 
 namespace {
 
@@ -337,14 +337,15 @@ int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t st
     const FewBitsWeight weight = {static_cast<const uint8_t*>(values), meta, absmax, rows, cols, n, m, bits,
                                   Element(absmax_element)};
     const Matrix given = {tokens, n_tokens, cols, stride, Element(element)};
+    const int32_t token_bits = input_bits;
     return guarded([&] {
         const int64_t block = rounded_block(group);
         const int64_t padded = units(cols, 32) * 32, blocks = units(cols, block);
         std::vector<int16_t> rounded;
         std::vector<float> scales;
-        round_inputs(given, block, padded, rounded, scales);
+        round_inputs(given, token_bits, block, padded, rounded, scales);
         const FewBitsTask task = {rounded.data(), scales.data(), n_tokens, padded,    block,
-                                  blocks,         group,         bias,     out,       input_bits};
+                                  blocks,         group,         bias,     out,       token_bits};
         // Spreading the weights takes as long as reading about twice their bytes; so do two tokens.
         const int64_t bytes = rows * cols * n / m * bits / 8 + (meta ? rows * cols / 8 : 0);
         const int shares = threads_for(bytes * (2 + n_tokens), rows, threads);

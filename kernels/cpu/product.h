@@ -7,29 +7,32 @@
 namespace ace {
 namespace {
 
-// One token, fp32, with zeros up to a multiple of 32 inputs; and the same token rounded, for products that ask for it.
+// One token, fp32, with zeros up to a multiple of 32 inputs; and the same token rounded to `bits` bits, for products
+// that ask for it.
 class Token {
 public:
-    explicit Token(int64_t size) : cols_(size), values_(units(size, 32) * 32) {}
+    Token(int64_t size, int32_t bits) : cols_(size), bits_(bits), values_(units(size, 32) * 32) {}
 
     float* data() { return values_.data(); }
     // Forgets the rounded token, after the values have changed.
     void changed() { block_ = 0; }
     void round(int64_t block) {
         if (block == block_) return;
-        round_inputs({values_.data(), 1, cols_, cols_, Element::fp32}, block, padded(), rounded_, scales_);
+        round_inputs({values_.data(), 1, cols_, cols_, Element::fp32}, bits_, block, padded(), rounded_, scales_);
         block_ = block;
     }
     LinearTask task(const float* bias, float* out) const { return {values_.data(), 1, padded(), bias, out}; }
     FewBitsTask rounded_task(int64_t block, int64_t group, const float* bias, float* out) const {
         return {rounded_.data(), scales_.data(), 1,    padded(), block, units(cols_, block),
-                group,           bias,           out,  input_bits};
+                group,           bias,           out,  bits_};
     }
 
 private:
     int64_t padded() const { return int64_t(values_.size()); }
 
-    int64_t cols_, block_ = 0;
+    const int64_t cols_;
+    const int32_t bits_;
+    int64_t block_ = 0;
     std::vector<float> values_;
     std::vector<int16_t> rounded_;
     std::vector<float> scales_;

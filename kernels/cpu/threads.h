@@ -6,6 +6,7 @@
 #include "tasks.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <new>
 #include <vector>
@@ -14,8 +15,9 @@ namespace ace {
 
 // The functions for the instruction set in use.
 extern const Bodies* bodies;
-// The bits to which products with quantized weights round tokens: 30 or 8.
-extern int32_t input_bits;
+// The bits to which products with quantized weights round tokens: 30 or 8. Another thread may change them at any time,
+// so each call of the library reads them once.
+extern std::atomic<int32_t> input_bits;
 
 namespace {
 
@@ -44,10 +46,10 @@ void deal(int64_t n_units, int threads, const Work& work) {
     run_shares(threads, call, const_cast<void*>(static_cast<const void*>(&share)));
 }
 
-// Tokens rounded to `input_bits` and their scales, as in FewBitsTask.
-inline void round_inputs(const Matrix& tokens, int64_t block, int64_t padded, std::vector<int16_t>& rounded,
-                         std::vector<float>& scales) {
-    if (input_bits == 8) {
+// Tokens rounded to `bits` bits, 30 or 8, and their scales, as in FewBitsTask.
+inline void round_inputs(const Matrix& tokens, int32_t bits, int64_t block, int64_t padded,
+                         std::vector<int16_t>& rounded, std::vector<float>& scales) {
+    if (bits == 8) {
         rounded.resize(tokens.rows * padded / 2);
         scales.resize(tokens.rows * padded / 32);
         bodies->round_to_bytes(tokens, padded, reinterpret_cast<int8_t*>(rounded.data()), scales.data());

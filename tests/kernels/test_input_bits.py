@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from ace_triton.kernels import cpu_library
 from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.decode_step import Block, DecodeStep, Linear, Sizes
 from ace_triton.kernels.errors import ArgumentError
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import pack_scored
@@ -106,7 +110,72 @@ def test_inputs_that_are_not_finite_give_nan_and_tiny_ones_count_as_zeros(patter
 
 def test_thirty_bits_are_the_default_and_other_numbers_are_refused():
     assert cpu_library.input_bits() == cpu_library.INPUT_BITS[0] == 30
-    for bits in (16, 0, True, None):
+    for bits in (16, 0, True, None, 8.0, 30.0, "8", torch.tensor(8)):
         with pytest.raises(ArgumentError, match="input bits must be 30 or 8; got"):
             cpu_library.use_input_bits(bits)
     assert cpu_library.input_bits() == 30
+
+
+@contextmanager
+def changing_bits() -> Iterator[None]:
+    """Within it, another thread sets the bits to 8 and 30 in turn."""
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            for bits in (8, 30):
+                cpu_library.use_input_bits(bits)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        cpu_library.use_input_bits(30)
+
+
+def assert_one_number_of_bits(compute: Callable[[], torch.Tensor]) -> None:
+    """For some tenths of a second, every result is that of 8 bits or that of 30 while another thread changes them."""
+    allowed = []
+    for bits in (8, 30):
+        cpu_library.use_input_bits(bits)
+        allowed.append(compute())
+    assert not torch.equal(*allowed)
+    with changing_bits():
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            result = compute()
+            assert any(torch.equal(result, one) for one in allowed)
+
+
+def test_a_product_has_one_number_of_bits_while_another_thread_changes_it():
+    torch.manual_seed(0)
+    packed, product, _ = weight_of(None, 8, 4096, 8, 32)
+    tokens = torch.randn(64, 4096)
+    assert_one_number_of_bits(lambda: product(tokens, packed))
+
+
+def test_a_decoding_step_has_one_number_of_bits_while_another_thread_changes_it():
+    torch.manual_seed(0)
+    size = 64
+
+    def linear(rows: int, cols: int) -> Linear:
+        return Linear(quantize_dense(torch.randn(rows, cols) / cols**0.5, 8, 32))
+
+    ones, earlier = torch.ones(size), torch.randn(1, 1, size)
+    block = Block(
+        ones, ones, [linear(3 * size, size)], linear(size, size), [linear(8 * size, size)], linear(size, 4 * size)
+    )
+    sizes = Sizes(
+        size, heads=1, kv_heads=1, head_size=size, intermediate=4 * size, eps=1e-5, scaling=1.0, activation="silu"
+    )
+    step = DecodeStep([block] * 10, ones, linear(size, size), sizes, torch.ones(2, size), torch.zeros(2, size))
+    hidden = torch.randn(size)
+
+    def compute() -> torch.Tensor:
+        step.fill([earlier] * 10, [earlier] * 10)
+        return step(hidden).clone()
+
+    assert_one_number_of_bits(compute)
