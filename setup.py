@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -46,6 +48,21 @@ def side_by_side(compile_files: Any) -> Any:
     return compile_all
 
 
+PRINT_SOURCES = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.ace_sources.restype = ctypes.c_char_p
+print(library.ace_sources().decode())
+"""
+
+
+def sources_of(library: Path) -> str | None:
+    """The digest that a built library returns, loaded in another process; None if it cannot be loaded."""
+    run = [sys.executable, "-c", PRINT_SOURCES, str(library.absolute())]
+    done = subprocess.run(run, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def built_library(name: str) -> Path | None:
     """The library that the environment variable ACE_TRITON_CPU_LIBRARY names, to install instead of compiling.
 
@@ -53,7 +70,7 @@ def built_library(name: str) -> Path | None:
         name: file name of a library for this Python and this machine.
 
     Raises:
-        SystemExit: if the file does not exist, has another name or was built from other sources.
+        SystemExit: if the file does not exist, has another name, cannot be loaded or was built from other sources.
     """
     named = os.environ.get("ACE_TRITON_CPU_LIBRARY")
     if not named:
@@ -64,7 +81,9 @@ def built_library(name: str) -> Path | None:
         fault = "there is no such file"
     elif path.name != name:
         fault = f"this Python needs a library named {name}"
-    elif DIGEST.encode() not in path.read_bytes():
+    elif (sources := sources_of(path)) is None:
+        fault = "it cannot be loaded here: it is damaged, or was built for another machine"
+    elif sources != DIGEST:
         fault = "it was built from other sources"
     if fault:
         raise SystemExit(f"ACE_TRITON_CPU_LIBRARY={named}: {fault}; unset the variable to compile the library")

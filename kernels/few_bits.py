@@ -21,6 +21,9 @@ LARGEST = {8: 127, 4: 7}
 STEP = 32
 """A group has a multiple of this many inputs: a multiple of every m of n:m."""
 
+LARGEST_GROUP = 2**20
+"""The largest group: a group of more inputs than a row has is the row."""
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of ``absmax``, which are those of the tokens."""
 
@@ -29,15 +32,23 @@ def check_bits(bits: int, group: int) -> None:
     """Raise ArgumentError if the number of bits or the group is not supported."""
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in LARGEST:
         raise ArgumentError(f"bits must be one of {', '.join(map(str, LARGEST))}; got {bits!r}")
-    if isinstance(group, bool) or not isinstance(group, int) or group < STEP or group % STEP:
+    check_group(group)
+
+
+def check_group(group: int) -> None:
+    """Raise ArgumentError if the group is not supported."""
+    whole = isinstance(group, int) and not isinstance(group, bool)
+    if not whole or not STEP <= group <= LARGEST_GROUP or group % STEP:
         raise ArgumentError(
-            f"group, the number of inputs that share a scale, must be a multiple of {STEP} above 0; got {group!r}"
+            f"group, the number of inputs that share a scale, must be a multiple of {STEP} above 0 and at most "
+            f"{LARGEST_GROUP}; got {group!r}"
         )
 
 
 def largest_of_groups(values: torch.Tensor, size: int) -> torch.Tensor:
     """The largest magnitude of every ``size`` neighbors in the rows of ``values``: [rows, ceil(cols / size)]."""
     rows, cols = values.shape
+    size = max(1, min(size, cols))
     magnitudes = values.abs()
     if cols % size:
         magnitudes = torch.nn.functional.pad(magnitudes, (0, size - cols % size))

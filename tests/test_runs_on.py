@@ -81,19 +81,28 @@ def test_a_build_without_a_compiler_goes_on_and_says_what_is_missing(tmp_path):
     assert not list(tmp_path.rglob("_cpu*"))
 
 
-@pytest.mark.parametrize("faulty", [False, True])
-def test_a_build_takes_a_library_of_the_same_sources(tmp_path, faulty):
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (None, None),
+        (lambda library: library[: library.index(cpu_sources.digest().encode()) + 100], "it cannot be loaded here"),
+        (lambda library: library.replace(cpu_sources.digest().encode(), b"0" * 64), "it was built from other sources"),
+    ],
+)
+def test_a_build_takes_a_library_of_the_same_sources(tmp_path, change, fault):
     pytest.importorskip("setuptools")
     built = tmp_path / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    built.write_text("other sources" if faulty else cpu_sources.digest())
+    compiled = ROOT / "kernels" / built.name
+    if not compiled.is_file():
+        pytest.skip("the CPU library is not compiled")
+    built.write_bytes(change(compiled.read_bytes()) if change else compiled.read_bytes())
     environment = {**os.environ, "ACE_TRITON_CPU_LIBRARY": str(built), "CXX": str(tmp_path / "c++")}
     build = ["setup.py", "build_ext", "--build-lib", tmp_path / "lib"]
     done = subprocess.run([sys.executable, *build], cwd=ROOT, env=environment, capture_output=True, text=True)
     taken = tmp_path / "lib" / "ace_triton" / "kernels" / built.name
-    if faulty:
-        assert done.stderr.endswith(
-            f"={built}: it was built from other sources; unset the variable to compile the library\n"
-        )
+    if fault:
+        assert f"={built}: {fault}" in done.stderr
+        assert done.stderr.endswith("; unset the variable to compile the library\n")
         assert not taken.exists()
     else:
-        assert taken.read_text() == built.read_text(), done.stderr
+        assert taken.read_bytes() == built.read_bytes(), done.stderr

@@ -28,11 +28,12 @@ def run_from(context: typer.Context) -> tuple[PruneRun, SavedRun | None]:
     path = None if values["recipe"] is None else Path(values["recipe"])
     saved = None if path is None else SavedRun.read(path)
     settings, dtype = calibration_from(given, None if saved is None else saved.calibration), values["dtype"]
-    stored = stored_from(given, None if saved is None else saved.stored)
+    recipe = recipe_from(given, saved)
+    stored = stored_from(given, None if saved is None else saved.stored, recipe.quantize)
     run = PruneRun(
         values["src"],
         Path(values["out"] or ""),
-        recipe_from(given, saved),
+        recipe,
         settings,
         dtype=dtype if "dtype" in given or saved is None else saved.dtype or dtype,
         device=values["device"],

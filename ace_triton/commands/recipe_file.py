@@ -106,17 +106,23 @@ class SavedRun:
         task = content.get("task_option")
         if task is not None and task not in TASK_NAMES:
             raise RecipeError(f"{path}: task_option must be one of {', '.join(TASK_NAMES)}; got {task!r}")
-        return cls(recipe, saved_calibration(content, path), dtype, task, _stored_bits(content, path))
+        return cls(recipe, saved_calibration(content, path), dtype, task, _stored_bits(content, path, recipe))
 
 
-def _stored_bits(content: Mapping[str, Any], path: Path) -> StoredBits | None:
+def _stored_bits(content: Mapping[str, Any], path: Path, recipe: Recipe) -> StoredBits | None:
     """The bits of a packed model in the content of a file; None if it has none, RecipeError if they are invalid."""
     if content.get("stored_bits") is None:
         return None
     try:
-        return StoredBits.from_dict(content["stored_bits"])
+        stored = StoredBits.from_dict(content["stored_bits"])
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
+    if recipe.quantize is not None and recipe.quantize.group != stored.group:
+        raise RecipeError(
+            f"{path}: quantize has group {recipe.quantize.group}, stored_bits group {stored.group}: a packed model has "
+            "one group, so give both the same"
+        )
+    return stored
 
 
 def digest_of(documents: Sequence[str]) -> str:

@@ -57,12 +57,17 @@ def recipe_from(given: Mapping[str, Any], saved: SavedRun | None) -> Recipe:
         given = {"bits": given["all_bits"], **given}
     of_stored = start.quantize is None and (set(STORED) & set(given) or (saved and saved.stored))
     if any(name in given for name in ("bits", "quantize")) or ("group" in given and not of_stored):
-        parts["quantize"] = _quantization(given, start.quantize)
+        parts["quantize"] = _quantization(given, start.quantize, None if saved is None else saved.stored)
     return replaced(start, parts)
 
 
-def stored_from(given: Mapping[str, Any], saved: StoredBits | None) -> StoredBits | None:
+def stored_from(given: Mapping[str, Any], saved: StoredBits | None, quantize: Quantization | None) -> StoredBits | None:
     """The bits of the weights that stay dense in a packed model: saved ones, with those that flags replace.
+
+    Args:
+        given: the flags.
+        saved: those of the recipe's file; None if it has none.
+        quantize: how this run quantizes the kept weights, whose group holds for all; None if it does not.
 
     Raises:
         ArgumentError: if bits are given with a dense output, or are invalid.
@@ -78,6 +83,8 @@ def stored_from(given: Mapping[str, Any], saved: StoredBits | None) -> StoredBit
     for name, bits in parts.items():
         parse_bits(bits, given.get("group", GROUP), f"--{name.replace('_', '-')}")
     group = {"group": given["group"]} if "group" in given else {}
+    if quantize is not None:
+        group = {"group": quantize.group}
     return replace(saved or StoredBits(), **parts, **group)
 
 
@@ -145,13 +152,13 @@ def _start(preset: str | None, method: str | None, saved: SavedRun | None) -> Re
     return Recipe(method) if method is not None and preset is None else PRESETS[preset or DEFAULT_PRESET]
 
 
-def _quantization(given: Mapping[str, Any], start: Quantization | None) -> Quantization:
-    """The quantization with the parts that flags replace."""
+def _quantization(given: Mapping[str, Any], start: Quantization | None, stored: StoredBits | None) -> Quantization:
+    """The quantization with the parts that flags replace; a new one has the group of the saved stored bits."""
     if start is None and "bits" not in given:
         raise ArgumentError("--group and --quantize are for quantized weights: add --bits 8 or --bits 4")
     names = {"bits": "bits", "group": "group", "quantize": "rule"}
     changed = {part: given[flag] for flag, part in names.items() if flag in given}
-    return replace(start or Quantization(), **changed)
+    return replace(start or Quantization(group=GROUP if stored is None else stored.group), **changed)
 
 
 def _sparsity(given: Mapping[str, Any], start: Sparsity) -> Sparsity:

@@ -41,6 +41,7 @@ REOPEN_BYTES = 16 * 2**20
 """A file is closed and opened again after this many bytes were read."""
 
 
+@torch.inference_mode(False)  # In it the weights would be inference tensors, whose dense copies are not kept.
 def load(
     folder: str | Path,
     *,

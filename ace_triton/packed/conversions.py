@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..kernels.written import version_of
@@ -14,16 +15,28 @@ from .products import Packed
 
 @dataclass(frozen=True)
 class _Converted:
-    """A tensor converted from a packed weight, and the weight's tensors with their version counters at that time."""
+    """A tensor converted from a packed weight, and the weight's tensors with their version counters at that time.
+
+    Each storage has a weak reference: ``tensor.data = other`` changes it, not the counter. As long as the reference
+    exists, no other storage has the same place.
+    """
 
     sources: tuple[TensorWeakRef, ...]
+    storages: tuple[StorageWeakRef, ...]
     versions: tuple[int, ...]
     tensor: torch.Tensor
 
+    @classmethod
+    def made(cls, sources: tuple[torch.Tensor, ...], versions: tuple[int, ...], tensor: torch.Tensor) -> _Converted:
+        """The result of a conversion, with weak references to the weight's tensors."""
+        storages = tuple(StorageWeakRef(source.untyped_storage()) for source in sources)
+        return cls(tuple(map(TensorWeakRef, sources)), storages, versions, tensor)
+
     def is_of(self, sources: tuple[torch.Tensor, ...], versions: tuple[int, ...]) -> bool:
-        """True if these tensors are the ones that were converted, and were not written to since."""
+        """True if these tensors are the ones that were converted, and were not changed since."""
         return self.versions == versions and all(
-            known() is tensor for known, tensor in zip(self.sources, sources, strict=True)
+            known() is tensor and storage.cdata == tensor.untyped_storage()._cdata
+            for known, storage, tensor in zip(self.sources, self.storages, sources, strict=True)
         )
 
 
@@ -34,15 +47,21 @@ class Conversions:
         self._kept = WeakTensorKeyDictionary()
 
     def of(self, packed: Packed, make: Callable[[], torch.Tensor], keep: bool = True) -> torch.Tensor:
-        """The result of ``make`` for a weight. It is made again if the weight was written to since then."""
+        """The result of ``make`` for a weight. It is made again if the weight was changed since then.
+
+        Changes of inference tensors are not counted. In inference mode, which allows them, nothing is kept of such.
+        """
         sources = tuple(packed.tensors.values())
+        if torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in sources):
+            self.forget(packed)
+            return make()
         versions = tuple(version_of(tensor) for tensor in sources)
         converted = self._kept.get(packed.values)
         if converted is not None and converted.is_of(sources, versions):
             return converted.tensor
         tensor = make()
         if keep and not capturing(packed.values.device):
-            self._kept[packed.values] = _Converted(tuple(map(TensorWeakRef, sources)), versions, tensor)
+            self._kept[packed.values] = _Converted.made(sources, versions, tensor)
         return tensor
 
     def forget(self, packed: Packed) -> None:

@@ -52,6 +52,10 @@ def keep_dense(model: nn.Module, keep: Keep = "auto") -> DenseCopies:
     The choice depends on the model, the dtype and the processor's instruction set, and nothing is timed. So outputs are
     the same in every run, and those of other choices differ from them by rounding only.
 
+    A copy is made again if a tensor of the packed weight was changed or replaced. Changes that torch does not count are
+    not seen, such as ``layer.values.data.mul_(2)``: call this function with "packed" and then again after them. Tensors
+    that were made in inference mode have no count of changes, so in this mode their copies are made in each call.
+
     Args:
         model: a model with packed layers. Layers on other devices have the defaults of their device.
         keep: "fast" keeps copies, "packed" keeps none and frees those that exist. "auto" keeps copies unless the model
@@ -74,8 +78,9 @@ def keep_dense(model: nn.Module, keep: Keep = "auto") -> DenseCopies:
         if limits is not None:
             layer.limits = limits
             dense_copy_of(layer.packed)
-        elif _has_copy(layer):
-            layer.limits = None
+        else:
+            if _has_copy(layer):
+                layer.limits = None
             free_dense_copy(layer.packed)
     return dense_copies(model)
 
@@ -108,7 +113,7 @@ def copies_of_folder(folder: str | Path) -> DenseCopies | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         known = find_task(str(folder), config, None).model_class
     except (CheckpointError, OSError, ValueError):
         return None

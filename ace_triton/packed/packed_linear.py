@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from ..errors import ArgumentError, PackedWeightError
 from ..kernels.written import version_of
 from .bound_calls import BoundCalls
-from .dense_copy import dense_copy_of
+from .dense_copy import dense_copy_of, free_dense_copy
 from .dispatch import multiply
 from .operations import operations_of
 from .products import Packed, RowLimits
@@ -50,11 +50,15 @@ class PackedLinear(nn.Module):
         self._packed: Packed | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in ``nn.Module``; a replaced buffer is freed at once."""
+        """As in ``nn.Module``; a replaced buffer, and a dense copy that the limits do not use, are freed at once."""
         if name in self.__dict__.get("_buffers", ()):
             self.__dict__["_packed"] = None
             if self._fused is not None:
                 self._fused.part()
+        if name == "limits":
+            before = self.__dict__.get(name)
+            if before is not None and before.dense_copy and not (value is not None and value.dense_copy):
+                free_dense_copy(self.packed)
         super().__setattr__(name, value)
 
     @property
@@ -104,6 +108,8 @@ class PackedLinear(nn.Module):
             ArgumentError: if the tokens do not have ``in_features`` columns, or do not have the weight's dtype outside
                 autocast.
         """
+        if not isinstance(tokens, torch.Tensor):
+            raise ArgumentError(f"tokens must be a tensor [..., {self.in_features}], got {type(tokens).__name__}")
         if self.limits is not None and self.limits.dense_copy and not torch.compiler.is_compiling():
             copied = self._by_copy(tokens, self.limits)
             if copied is not None:
@@ -136,6 +142,7 @@ class PackedLinear(nn.Module):
         width = self.in_features
         if (
             type(tokens) is not torch.Tensor
+            or not tokens.dim()
             or torch.is_grad_enabled()
             or tokens.device.type != "cpu"
             or not tokens.numel() > limits.packed * width

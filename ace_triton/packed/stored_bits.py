@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import ArgumentError, RecipeError
-from ..kernels.few_bits import check_bits
+from ..kernels.few_bits import check_bits, check_group
 from ..solvers.quantize import GROUP, Quantization
 
 
@@ -33,6 +33,7 @@ class StoredBits:
     group: int = GROUP
 
     def __post_init__(self) -> None:
+        check_group(self.group)
         for bits in self.bits.values():
             check_bits(bits, self.group)
 

@@ -100,7 +100,10 @@ def _packed_layers(layers: PlannedModel, recipe: Recipe) -> int:
     kept = 1 - recipe.sparsity.fraction if n is None or m is None else n / m
     total = 0.0
     for layer in _pruned(layers):
-        values = layer.bytes * kept if few is None else layer.elements * kept * few.bits / 8 + layer.bytes / few.group
+        values = layer.bytes * kept
+        if few is not None:
+            scales = layer.outputs * -(-layer.inputs // few.group) * layer.bytes / layer.elements
+            values = layer.elements * kept * few.bits / 8 + scales
         total += values + layer.elements / 8
     return round(total)
 
@@ -113,7 +116,8 @@ def _saved_by_bits(model: Any, layers: PlannedModel, bits: dict[str, Any]) -> in
     """Bytes that the head, the embedding and other dense layers lose if they are stored in few bits."""
     saved = 0
     for weight, few in _stored_weights(model, {layer.name for layer in _pruned(layers)}, bits):
-        packed = weight.numel() * few / 8 + weight.nbytes / bits["group"]
+        scales = weight.numel() // weight.shape[-1] * -(-weight.shape[-1] // bits["group"]) * weight.itemsize
+        packed = weight.numel() * few / 8 + scales
         saved += max(0, weight.nbytes - round(packed))
     return saved
 

@@ -4,7 +4,8 @@ For each token and block, h are the hidden states [width] that the block returns
 
     distance = mean over tokens and blocks of  mean((h - h_t)^2) / var(h_t),
 
-with the mean and the variance over the width. The form is the SquareHead loss of Kurtic et al. (arXiv 2310.06927),
+with the mean and the variance over the width. A token whose h_t are all equal, so that var(h_t) is 0 up to rounding,
+counts 0. The form is the SquareHead loss of Kurtic et al. (arXiv 2310.06927),
 which divides by the mean square of h_t over all tokens. Here each token has its own variance, because a few tokens of a
 decoder have hidden states many times as large as others (Sun et al., arXiv 2402.17762). With one variance for all
 tokens, these few would hide the errors of the others. Also, the distance does not depend on how processes share the
@@ -25,7 +26,7 @@ from ..decoders.blocks import find_blocks
 from ..errors import RecoveryError
 
 LEAST_VARIANCE = 1e-12
-"""Lower bound of the variance that an error is divided by."""
+"""A token counts if the variance of the teacher's hidden states is above this share of their mean square."""
 
 
 class HiddenStates:
@@ -81,7 +82,9 @@ def distance(states: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) ->
             )
         target = wanted.float()
         error = (given.float() - target).square().mean(-1)
-        total = total + (error / target.var(-1).clamp_min(LEAST_VARIANCE)).sum()
+        variance = target.var(-1)
+        counts = variance > LEAST_VARIANCE * target.square().mean(-1)
+        total = total + torch.where(counts, error / variance.where(counts, 1.0), 0.0).sum()
     return total / len(targets)
 
 

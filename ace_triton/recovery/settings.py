@@ -81,8 +81,9 @@ class RecoverySettings:
             raise RecoveryError(
                 f"steps, minutes, tokens_per_step and learning_rate must be above 0 and finite; got {self}"
             )
-        if not 0 <= self.hidden_states < math.inf:
-            raise RecoveryError(f"hidden_states must be 0 or above, and finite; got {self.hidden_states}")
+        weight = self.hidden_states
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise RecoveryError(f"hidden_states must be 0 or above, and finite; got {weight!r}")
         if not -(2**63) <= self.seed < 2**63:
             raise RecoveryError(f"seed must fit into 64 bits, got {self.seed}")
         if self.groups is not None and self.norms:

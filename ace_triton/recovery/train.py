@@ -190,7 +190,10 @@ def _train(
             own = share_of(batches.of(run.steps), processes).to(model.device)
             loss = sum(processes.gather(objective.backward(own, batches.tokens, passes=passes)))
             if not math.isfinite(loss):
-                raise RecoveryError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
+                remedy = "a smaller learning rate"
+                if settings.hidden_states:
+                    remedy += f", or a weight of hidden states (--hidden-states) below {settings.hidden_states:g}"
+                raise RecoveryError(f"the loss became {loss} in step {run.steps}: try {remedy}")
             optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
             spent = processes.gather((time.monotonic() - clock, time.process_time() - cpu))
             run.record(loss, spent[0][0], cpu_before + sum(of_process for _, of_process in spent))

@@ -87,7 +87,7 @@ def test_an_odd_number_of_values_ends_in_an_empty_half_byte(device):
         ({"absmax": torch.ones(3, 3)}, r"absmax of a 2:4 weight .* must be contiguous \(3, 2\)"),
         ({"absmax": torch.ones(3, 2, dtype=torch.float64)}, "absmax must be float32, float16 or bfloat16"),
         ({"absmax": torch.ones(3, 2, device="meta")}, "absmax on meta: move one of them"),
-        ({"group": 48}, "must be a multiple of 32 above 0; got 48"),
+        ({"group": 48}, "must be a multiple of 32 above 0 and at most 1048576; got 48"),
     ],
 )
 def test_an_invalid_weight_is_refused(change, message):
@@ -102,9 +102,9 @@ def test_an_invalid_weight_is_refused(change, message):
         (5, 128, "bits must be one of 8, 4; got 5"),
         (True, 128, "bits must be one of 8, 4; got True"),
         (8.0, 128, "bits must be one of 8, 4; got 8.0"),
-        (8, 0, "multiple of 32 above 0; got 0"),
-        (8, 100, "multiple of 32 above 0; got 100"),
-        (8, 64.0, "multiple of 32 above 0; got 64.0"),
+        (8, 0, "multiple of 32 above 0 and at most 1048576; got 0"),
+        (8, 100, "multiple of 32 above 0 and at most 1048576; got 100"),
+        (8, 64.0, "multiple of 32 above 0 and at most 1048576; got 64.0"),
     ],
 )
 def test_bits_and_groups_that_there_are_not(bits, group, message):

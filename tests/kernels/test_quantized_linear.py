@@ -129,7 +129,7 @@ def test_its_bytes_by_hand():
         ({"absmax": torch.full((3, 2), torch.nan)}, "NaN, infinity or a negative number"),
         ({"absmax": torch.ones(3, 3)}, r"absmax of a weight .* must be contiguous \(3, 2\)"),
         ({"absmax": torch.ones(3, 2, device="meta")}, "absmax on meta: move one of them"),
-        ({"group": 48}, "must be a multiple of 32 above 0; got 48"),
+        ({"group": 48}, "must be a multiple of 32 above 0 and at most 1048576; got 48"),
     ],
 )
 def test_an_invalid_weight_is_refused(change, message):

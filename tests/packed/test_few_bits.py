@@ -243,9 +243,9 @@ def test_the_commands(command, tiny_checkpoint, some_text, tmp_path):
     [
         (("prune", "--bits", 5), "bits must be one of 8, 4; got 5"),
         (("prune", "--quantize", "absmax"), "add --bits 8 or --bits 4"),
-        (("prune", "--bits", 8, "--group", 40), "multiple of 32 above 0; got 40"),
+        (("prune", "--bits", 8, "--group", 40), "multiple of 32 above 0 and at most 1048576; got 40"),
         (("pack", "--bits", 3), "bits must be one of 8, 4; got 3"),
-        (("pack", "--bits", 8, "--group", 1), "multiple of 32 above 0; got 1"),
+        (("pack", "--bits", 8, "--group", 1), "multiple of 32 above 0 and at most 1048576; got 1"),
     ],
 )
 def test_invalid_flags_are_one_clear_error(command, tiny_checkpoint, tmp_path, words, message):

@@ -1,6 +1,8 @@
 """Dense copies of packed weights: which layers have one, what they compute, and when they are freed."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -88,12 +90,68 @@ def test_a_weight_that_changes_gets_a_new_copy(encoder):
     model = load(encoder[1])
     set_row_limits(model, RowLimits(0, dense_copy=True))
     layer, tokens = layers_of(model)[0], torch.randn(20, layers_of(model)[0].in_features)
-    for change in (lambda: layer.values.mul_(2), lambda: setattr(layer, "meta", layer.meta.roll(1, 0))):
+    changes = (
+        lambda: layer.values.mul_(2),
+        lambda: setattr(layer, "meta", layer.meta.roll(1, 0)),
+        lambda: setattr(layer.values, "data", layer.values * 2),
+        lambda: [setattr(layer.values, "data", layer.values * 2) for _ in range(2)],  # The first memory is used again.
+    )
+    for change in changes:
         change()
         expected = torch.nn.functional.linear(tokens, layer.unpack(), layer.bias)
         assert torch.equal(layer(tokens), expected)
         with torch.no_grad():  # Takes fewer checks.
             assert torch.equal(layer(tokens), expected)
+
+
+def test_in_inference_mode_a_changed_weight_gets_a_new_copy(encoder):
+    pruned, _ = encoder
+    with torch.inference_mode():
+        assert not layers_of(load(encoder[1]))[0].values.is_inference()
+        model = copy.deepcopy(pruned)
+        pack_model(model)
+        keep_dense(model)
+        layer = layers_of(model)[0]
+        layer.values = layer.values.clone()
+        assert layer.values.is_inference()
+        tokens = torch.randn(20, layer.in_features)
+        layer(tokens)
+        layer.values.mul_(2)
+        assert torch.equal(layer(tokens), torch.nn.functional.linear(tokens, layer.unpack(), layer.bias))
+
+
+@pytest.mark.parametrize("restore", [lambda m: set_row_limits(m, None), lambda m: setattr(m, "limits", RowLimits(4))])
+def test_limits_without_a_copy_free_it(encoder, restore):
+    layer = layers_of(load(encoder[1]))[0]
+    assert layer.values in dense_copy._copies._kept
+    restore(layer)
+    assert layer.values not in dense_copy._copies._kept
+    assert dense_copies(layer).bytes == 0
+    dense_copy.dense_copy_of(layer.packed)  # Without the layer's limits.
+    keep_dense(layer, "packed")
+    assert layer.values not in dense_copy._copies._kept
+
+
+def test_a_layer_with_a_copy_refuses_what_other_layers_refuse(encoder):
+    layer = layers_of(load(encoder[1]))[0]
+    layer.limits = RowLimits(0, dense_copy=True)
+    with torch.no_grad():
+        with pytest.raises(
+            ArgumentError, match=r"tokens must be \[\.\.\., \d+\] torch.float32, got \(\) torch.float32"
+        ):
+            layer(torch.tensor(1.0))
+        with pytest.raises(ArgumentError, match=r"tokens must be a tensor \[\.\.\., \d+\], got list"):
+            layer([1.0])
+
+
+def test_a_folder_with_code_of_its_own_is_not_asked_about(encoder, tmp_path, monkeypatch):
+    folder = shutil.copytree(encoder[1], tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('executed')")
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    assert copies_of_folder(folder) is None
 
 
 @pytest.mark.parametrize("bits", [None, 8])

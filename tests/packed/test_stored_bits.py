@@ -6,8 +6,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ace_triton import PackedError, RecipeError, fuse_products, load, pack_model
+from ace_triton import PackedError, Quantization, Recipe, RecipeError, fuse_products, load, pack_model
+from ace_triton.commands.recipe_file import SavedRun
+from ace_triton.commands.recipe_flags import recipe_from, stored_from
+from ace_triton.kernels.packed_dense import quantize_dense
 from ace_triton.packed.stored_bits import StoredBits
+from ace_triton.planning.disk import _saved_by_bits
+from ace_triton.planning.layers import planned
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 SMALL = ("--method", "magnitude", "--sparsity", "2:4")
@@ -119,11 +124,47 @@ def test_the_loaded_products_are_fused(command, dense, tmp_path):
         ({"head_bits": "8"}, "head_bits must be a whole number"),
         ({"head_bits": 5}, "stored_bits: bits must be one of 8, 4; got 5"),
         ([8], "stored_bits must be an object"),
+        ({"group": -32}, "must be a multiple of 32 above 0 and at most 1048576; got -32"),
+        ({"head_bits": 8, "group": 2**40}, "at most 1048576; got 1099511627776"),
     ],
 )
 def test_invalid_records(record, message):
     with pytest.raises(RecipeError, match=message):
         StoredBits.from_dict(record)
+
+
+def test_new_bits_have_the_group_of_the_saved_ones():
+    head = SavedRun(Recipe("magnitude"), stored=StoredBits(head_bits=8, group=64))
+    kept = SavedRun(Recipe("magnitude", quantize=Quantization(8, 64)))
+    for saved, given, group in (
+        (head, {"bits": 4}, 64),
+        (head, {"bits": 4, "group": 32}, 32),
+        (kept, {"packed": True, "head_bits": 8}, 64),
+        (kept, {"packed": True, "head_bits": 8, "group": 32}, 32),
+    ):
+        recipe = recipe_from(given, saved)
+        stored = stored_from(given, saved.stored, recipe.quantize)
+        assert (recipe.quantize.group, stored.group) == (group, group)
+
+
+def test_a_file_with_two_groups_is_refused(tmp_path):
+    recipe = Recipe("magnitude", quantize=Quantization(8, 64)).to_dict()
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"recipe": recipe, "stored_bits": {"head_bits": 8, "group": 128}}))
+    with pytest.raises(RecipeError, match="quantize has group 64, stored_bits group 128: a packed model has one group"):
+        SavedRun.read(path)
+
+
+def test_a_group_larger_than_a_row_is_the_row_also_in_a_plan():
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=1, tie_word_embeddings=False, **SIZES))
+    weight = model.lm_head.weight.detach()
+    stored = quantize_dense(weight, 8, 2**20)
+    assert torch.equal(stored.absmax, weight.abs().amax(1, keepdim=True))
+    size = sum(tensor.nbytes for tensor in stored.tensors.values())
+    assert (
+        _saved_by_bits(model, planned(model, Recipe("magnitude")), {"head_bits": 8, "group": 2**20})
+        == weight.nbytes - size
+    )
 
 
 def test_a_record_round_trips():

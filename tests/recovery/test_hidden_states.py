@@ -11,6 +11,7 @@ from ace_triton.decoders.blocks import find_blocks
 from ace_triton.errors import RecoveryError
 from ace_triton.recovery import distillation
 from ace_triton.recovery.distillation import Distillation
+from ace_triton.recovery.hidden_states import distance
 
 WEIGHT = 0.5
 
@@ -91,3 +92,27 @@ def test_blocks_that_differ_are_refused(pair, make_decoder, text):
     wider = make_decoder("llama", hidden_size=64)
     with pytest.raises(RecoveryError, match=r"differ, \(32,\) and \(64,\): leave hidden_states"):
         recover(model, wider, text, settings)
+
+
+def test_tokens_whose_teacher_has_equal_hidden_states_count_nothing():
+    wanted = torch.tensor([[[0.0, 0.0], [7.0, 7.0], [1e-9, 3e-9]]])
+    given = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [3e-9, 3e-9]]], requires_grad=True)
+    total = distance([given], [wanted])
+    assert float(total.detach()) == pytest.approx(1.0)  # mean(4e-18, 0) / 2e-18
+    total.backward()
+    assert given.grad is not None
+    assert bool(given.grad.isfinite().all())
+    assert not bool(given.grad[0, :2].any())
+
+
+@pytest.mark.parametrize("weight", ["1", None, True, float("nan"), -1.0])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    with pytest.raises(RecoveryError, match=f"hidden_states must be 0 or above, and finite; got {weight!r}"):
+        RecoverySettings(steps=1, hidden_states=weight)
+
+
+def test_a_loss_that_overflows_names_the_weight(pair, text):
+    model, teacher = pair("llama")
+    settings = RecoverySettings(steps=3, tokens_per_step=60, hidden_states=1e38)
+    with pytest.raises(RecoveryError, match=r"learning rate, or a weight of hidden states .* below 1e\+38"):
+        recover(model, teacher, text, settings)

@@ -91,7 +91,7 @@ def test_a_recipe_says_how_to_quantize():
     ("given", "message"),
     [
         (3, "bits must be one of 8, 4; got 3"),
-        ({"bits": 8, "group": 20}, "multiple of 32 above 0; got 20"),
+        ({"bits": 8, "group": 20}, "multiple of 32 above 0 and at most 1048576; got 20"),
         ({"bits": 8, "rule": "round"}, "rule must be one of absmax, gptq; got 'round'"),
         ({"bit": 8}, "no entry 'bit'; its entries: bits, group, rule"),
         ("eight", "quantize must be 8, 4, an ace_triton.Quantization, a dict, or None; got 'eight'"),

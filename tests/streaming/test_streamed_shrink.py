@@ -96,6 +96,25 @@ def test_a_run_with_other_settings_does_not_resume(tiny_checkpoint, some_ids, tm
         shrink_checkpoint(tiny_checkpoint, tmp_path / "no", some_ids, method="llm-pruner")
 
 
+def test_a_damaged_state_is_refused(tiny_checkpoint, some_ids, tmp_path, monkeypatch):
+    add, stop_at = Journal.add, ["choice"]
+    monkeypatch.setattr(Journal, "add", lambda self, name, of: add(self, name, of) if name not in stop_at else 1 / 0)
+    arguments, options = (tiny_checkpoint, tmp_path / "out", some_ids), {"method": "flap", "multiple": 8}
+    for stop, name in (("choice", "ranking"), ("files", "moments")):
+        stop_at[:] = [stop]
+        with pytest.raises(ZeroDivisionError):
+            shrink_checkpoint(*arguments, **options)
+        (path,) = tmp_path.rglob(f"{name}.safetensors")
+        whole = path.read_bytes()
+        for content in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"", None):
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+            with pytest.raises(CheckpointError, match=rf"{name}\.safetensors: the state .* is damaged: add --restart"):
+                shrink_checkpoint(*arguments, **options)
+            path.write_bytes(whole)
+
+
 @pytest.mark.parametrize(("family", "experts"), [("gpt_oss", "channels"), ("deepseek_v3", "whole")])
 def test_experts_go_in_files(family, experts, make_decoder, tiny_checkpoint, ids, tmp_path, monkeypatch):
     """Biases of routers are hidden, and stacked experts are written, although no weight is in memory as a whole."""
