@@ -1,6 +1,7 @@
 """Structured pruning in files: the bytes of a run in memory, also after interruptions at any step."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from ace_triton.commands.shrink_run import ShrinkRun
 from ace_triton.formats.registry import save_model
 from ace_triton.inputs import checkpoint
 from ace_triton.streaming.journal import Journal
+from ace_triton.streaming.kept_choice import RANKED, KeptChoice
 from ace_triton.structures import run
+from ace_triton.structures.compensation import Moments
 from ace_triton.structures.ranking import ranked
 from tests.structures.test_experts import MIXTURES, varied
 
@@ -96,23 +99,32 @@ def test_a_run_with_other_settings_does_not_resume(tiny_checkpoint, some_ids, tm
         shrink_checkpoint(tiny_checkpoint, tmp_path / "no", some_ids, method="llm-pruner")
 
 
-def test_a_damaged_state_is_refused(tiny_checkpoint, some_ids, tmp_path, monkeypatch):
-    add, stop_at = Journal.add, ["choice"]
-    monkeypatch.setattr(Journal, "add", lambda self, name, of: add(self, name, of) if name not in stop_at else 1 / 0)
-    arguments, options = (tiny_checkpoint, tmp_path / "out", some_ids), {"method": "flap", "multiple": 8}
-    for stop, name in (("choice", "ranking"), ("files", "moments")):
-        stop_at[:] = [stop]
-        with pytest.raises(ZeroDivisionError):
-            shrink_checkpoint(*arguments, **options)
-        (path,) = tmp_path.rglob(f"{name}.safetensors")
-        whole = path.read_bytes()
-        for content in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"", None):
-            path.unlink()
-            if content is not None:
-                path.write_bytes(content)
-            with pytest.raises(CheckpointError, match=rf"{name}\.safetensors: the state .* is damaged: add --restart"):
-                shrink_checkpoint(*arguments, **options)
-            path.write_bytes(whole)
+def test_a_damaged_state_is_refused(tmp_path):
+    journal, of_run = {}, SimpleNamespace(seconds={})
+    first = {"w": torch.arange(4.0)}, {"w": Moments(torch.ones(2), torch.ones(2, 2))}
+
+    def once(name, make):
+        if name not in journal:
+            journal[name] = make()
+        return journal[name]
+
+    kept = KeptChoice(once, tmp_path)
+    kept._ranking(of_run, lambda: first)
+    again = kept._ranking(of_run, lambda: pytest.fail("the ranking is kept"))
+    assert torch.equal(again[0]["w"], first[0]["w"])
+    assert torch.equal(again[1]["w"].square, first[1]["w"].square)
+    path = tmp_path / RANKED
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"", None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"ranking\.safetensors: the state .* is damaged: add --restart"):
+            kept._ranking(of_run, lambda: first)
+        path.write_bytes(whole)
+    journal["ranking"].pop("sha256")
+    with pytest.raises(CheckpointError, match="is damaged: add --restart"):
+        kept._ranking(of_run, lambda: first)
 
 
 @pytest.mark.parametrize(("family", "experts"), [("gpt_oss", "channels"), ("deepseek_v3", "whole")])
