@@ -165,7 +165,8 @@ def _time_decoding(
     facts |= {"fused": fused, "input_bits": input_bits}
     if json:
         report.write_json(json, with_provenance({"decoding": found.to_dict()}, model=name_of(source), **facts))
-    title = f"greedy decoding, {tokens} tokens, {facts['dtype']}, {facts['threads']} threads"
+    threads = f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
+    title = f"greedy decoding, {tokens} tokens, {facts['dtype']}, {threads}"
     table = report.headed_table("", "dense", "packed", title=title)
     sides = (found.dense, found.packed)
     table.add_row("tokens a second", *(f"{side.tokens_per_second:.1f}" for side in sides))
