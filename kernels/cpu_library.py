@@ -11,6 +11,8 @@ import ctypes
 import functools
 import importlib.machinery
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .cpu_abi import HEADER, signatures, structures
@@ -76,6 +78,17 @@ def use_input_bits(bits: int) -> None:
     if type(bits) is not int or bits not in INPUT_BITS:
         raise ArgumentError(f"input bits must be {' or '.join(map(str, INPUT_BITS))}; got {bits!r}")
     library().ace_use_input_bits(bits)
+
+
+@contextmanager
+def exact_inputs() -> Iterator[None]:
+    """A context in which inputs are rounded to the most bits of :data:`INPUT_BITS`, in the whole process."""
+    usual = input_bits()
+    use_input_bits(max(INPUT_BITS))
+    try:
+        yield
+    finally:
+        use_input_bits(usual)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import ace_triton
 from ace_triton.decoding.generate import compiled_generate
 from ace_triton.decoding.parts import parts_of
 from ace_triton.decoding.refusal import StepRefusedError
-from ace_triton.decoding.step import CompiledStep, why_not_compiled
+from ace_triton.decoding.step import TOLERANCES, CompiledStep, why_not_compiled
 from ace_triton.errors import GenerationError
 from ace_triton.generation import check_room
 from ace_triton.kernels import cpu_library
@@ -239,6 +239,17 @@ def test_a_quantized_embedding_has_a_vocabulary(make_decoder):
     check_room(model, [5, 100], 3, "give fewer")
     with pytest.raises(GenerationError, match="token id 101, the model's vocabulary ends at 100"):
         check_room(model, [5, 101], 3, "give fewer")
+
+
+def test_a_step_with_inputs_of_few_bits_is_proven_with_exact_ones(make_decoder, text):
+    model = pruned(make_decoder("llama"), "2:4", bits=8, head_bits=8, group=32)
+    cpu_library.use_input_bits(8)
+    try:
+        rounded = distance(model, text)
+        assert cpu_library.input_bits() == 8
+    finally:
+        cpu_library.use_input_bits(30)
+    assert distance(model, text) < 1e-5 < TOLERANCES[torch.float32] < rounded
 
 
 def test_hooks_of_all_modules_are_refused(make_decoder):
