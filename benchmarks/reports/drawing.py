@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -54,3 +54,15 @@ def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>'
+
+
+def grid(across: Scale, up: Scale, columns: Sequence[float], rows: Sequence[float]) -> Iterable[str]:
+    """Lines with their numbers at the values within the scales: ``columns`` below the plot, ``rows`` to its left."""
+    for value in columns:
+        if across.low <= value <= across.high:
+            yield line(across(value), up.end, across(value), up.start, "grid")
+            yield text(across(value), up.start + 18, f"{value:g}", "quiet", "middle")
+    for value in rows:
+        if up.low <= value <= up.high:
+            yield line(across.start, up(value), across.end, up(value), "grid")
+            yield text(across.start - 8, up(value) + 4.5, f"{value:g}", "quiet", "end")

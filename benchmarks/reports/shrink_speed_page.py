@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .drawing import Scale, line, opening, text
+from .drawing import Scale, grid, opening, text
 
 BITS = 8
 """Bits of every matrix of a form that is not in float32: the blocks, the head and the embedding."""
@@ -221,14 +221,7 @@ def _row(name: str, points: Sequence[Point], start: float) -> Iterable[str]:
     up = Scale(0.85 * min(perplexities), 1.15 * max(perplexities), start + ROW - BOTTOM, start + TOP)
     across = Scale(0.9 * min(speeds), 1.15 * max(speeds), LEFT, RIGHT)
     yield text(20, start + 24, name, "title")
-    for tick in SPEEDS:
-        if across.low <= tick <= across.high:
-            yield line(across(tick), up.end, across(tick), up.start, "grid")
-            yield text(across(tick), up.start + 18, f"{tick:g}", "quiet", "middle")
-    for tick in PERPLEXITIES:
-        if up.low <= tick <= up.high:
-            yield line(across.start, up(tick), across.end, up(tick), "grid")
-            yield text(across.start - 8, up(tick) + 4.5, str(tick), "quiet", "end")
+    yield from grid(across, up, SPEEDS, PERPLEXITIES)
     yield text(20, up.end - 9, "perplexity", "quiet")
     words = "tokens per CPU second, over dense float32"
     yield text((LEFT + RIGHT) / 2, up.start + 38, words, "quiet", "middle")

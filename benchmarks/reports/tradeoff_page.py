@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .drawing import Scale, line, opening, text
+from .drawing import Scale, grid, opening, text
 from .tradeoff_forms import DENSE, DENSE_FORM, FORMS, HEAD_BITS, LLAMA, PATTERNS, STEP_FORMS, Form
 
 SIZES = (4.0, 2.0, 1.1, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -304,14 +304,7 @@ def _panel(
     words: str,
     cost: Cost,
 ) -> Iterable[str]:
-    for tick in ticks:
-        if across.low <= tick <= across.high:
-            yield line(across(tick), up.end, across(tick), up.start, "grid")
-            yield text(across(tick), up.start + 18, f"{tick:g}", "quiet", "middle")
-    for tick in PERPLEXITIES:
-        if up.low <= tick <= up.high:
-            yield line(across.start, up(tick), across.end, up(tick), "grid")
-            yield text(across.start - 8, up(tick) + 4.5, str(tick), "quiet", "end")
+    yield from grid(across, up, ticks, PERPLEXITIES)
     yield text(across.start - 42, up.end - 9, "perplexity", "quiet")
     yield text((across.start + across.end) / 2, up.start + 38, words, "quiet", "middle")
     front = front_of(points, cost)
