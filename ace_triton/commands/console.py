@@ -9,7 +9,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from ..progress import ProgressLines, bars
-from ..runs_on import describe_backend
+from ..runs_on import describe_backend, multiplies_bfloat16
 
 console = Console(markup=False, emoji=False, highlight=False)
 errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
@@ -56,3 +56,14 @@ def print_error(message: str) -> None:
 def print_backend(device: str) -> None:
     """Print the backend that the kernels run on to stderr."""
     print_note(f"running on {describe_backend(device)}")
+
+
+def note_slow_bfloat16(device: str, gain: str) -> None:
+    """If the device multiplies bfloat16 slowly, print what ``--dtype float32`` gains instead.
+
+    Args:
+        device: where the forwards in bfloat16 run.
+        gain: the end of the note, such as "trains several times as fast".
+    """
+    if not multiplies_bfloat16(device):
+        print_note(f"this CPU multiplies bfloat16 slowly: --dtype float32 {gain}")

@@ -24,9 +24,8 @@ from ..recovery.sharing import whole_models
 from ..recovery.state import remove_state
 from ..recovery.text import TEXT_SEQUENCES
 from ..recovery.train import recover as train
-from ..runs_on import multiplies_bfloat16
 from . import report
-from .console import console, print_backend, print_line, print_note, progress_bars
+from .console import console, note_slow_bfloat16, print_backend, print_line, progress_bars
 from .options import (
     LARGEST_SEED,
     TEXT_SOURCES,
@@ -223,8 +222,8 @@ def recover(
             stack.enter_context(checkpoint.reserved(out, overwrite=overwrite))
         documents = read_calibration(calibration)
         print_backend(where)
-        if dtype == "auto" and not multiplies_bfloat16(where):
-            print_note("this CPU multiplies bfloat16 slowly: --dtype float32 trains several times as fast")
+        if dtype == "auto":
+            note_slow_bfloat16(where, "trains several times as fast")
         progress = stack.enter_context(progress_bars())
         with stage(progress, "load the models"), whole_models(processes, shard=shard):
             first = "cpu" if shard else where

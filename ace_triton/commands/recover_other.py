@@ -24,10 +24,9 @@ from ..provenance import history_with, name_of, source_facts, with_provenance
 from ..recovery.any_model import recover_model
 from ..recovery.settings import RecoveryReport, RecoverySettings
 from ..recovery.state import remove_state
-from ..runs_on import multiplies_bfloat16
 from . import report
 from .compare_run import pooling_of
-from .console import print_backend, print_note, progress_bars
+from .console import note_slow_bfloat16, print_backend, progress_bars
 from .recover_models import check_vocabulary, remove_if_empty
 from .sources import context_length, kind_beside_causal
 
@@ -162,8 +161,8 @@ class OtherRecovery:
             stack.callback(remove_if_empty, folder)
             stack.enter_context(checkpoint.reserved(self.out, overwrite=self.overwrite))
             print_backend(self.loading["device"])
-            if self.loading["dtype"] == "auto" and not multiplies_bfloat16(self.loading["device"]):
-                print_note("this CPU multiplies bfloat16 slowly: --dtype float32 trains several times as fast")
+            if self.loading["dtype"] == "auto":
+                note_slow_bfloat16(self.loading["device"], "trains several times as fast")
             progress = stack.enter_context(progress_bars())
             with stage(progress, "load the models"):
                 model, companions = checkpoint.load(self.model_dir, task=task.name, **self.loading)

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import ace_triton
+from ace_triton.commands import console
 
 
 @pytest.fixture
@@ -290,6 +291,21 @@ def test_rotate_turns_values_and_says_so(prune, command, tmp_path, tiny_checkpoi
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "says"), [("bf16", "auto", 1), ("bf16", "bfloat16", 0), ("fp32", "auto", 0)]
+)
+@pytest.mark.parametrize("name", ["prune", "shrink"])
+def test_it_says_so_if_the_cpu_multiplies_bfloat16_slowly(
+    name, stored, dtype, says, command, save, tiny_model, some_text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(console, "multiplies_bfloat16", lambda device: False)
+    source = save(tiny_model.to(torch.bfloat16 if stored == "bf16" else torch.float32))
+    few = ("--calibration", some_text, "--samples", "2", "--length", "8", "--dtype", dtype)
+    code, _, errors = command(name, source, tmp_path / "out", *few, *(["--multiple", "16"] if name == "shrink" else []))
+    assert code == 0, errors
+    assert errors.count("this CPU multiplies bfloat16 slowly: --dtype float32 calibrates several times as fast") == says
 
 
 def test_permute_needs_groups(prune, tmp_path):
