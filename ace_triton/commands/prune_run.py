@@ -23,14 +23,13 @@ from ..inputs.model_inputs import IMAGES_OF_A_FORWARD, InputReport, Reads, Sourc
 from ..inputs.model_source import ModelSource, weight_file_bytes
 from ..inputs.model_task import TEXT_GENERATION, ModelTask, task_of
 from ..inputs.output_folder import Reservation
-from ..model_report import ModelReport, linears_outside
+from ..model_report import ModelReport
 from ..packed.pack_model import SparsifyReport, sparsify
 from ..packed.packable import check_packed, check_stored
 from ..packed.stored_bits import StoredBits
 from ..planning.pruning_plan import PruningPlan, plan_pruning, weights_stay_in_files
 from ..processes import Processes
 from ..progress import progress_bar, stage
-from ..provenance import history_with, option_facts, source_facts, with_provenance
 from ..prune_blocks import prune_model, prune_stored, rehearse
 from ..recipe import Recipe
 from ..streaming.file_store import FileStore
@@ -40,6 +39,7 @@ from ..streaming.streamed_prune import StreamedModel, streamed
 from .calibration_sources import read_sources, trial_inputs
 from .console import note_slow_bfloat16, print_note
 from .options import parse_device, parse_dtype
+from .prune_facts import prune_facts
 from .recipe_file import CalibrationSettings, read_documents_of
 from .sources import check_length, check_source
 
@@ -204,7 +204,7 @@ class PruneRun:
             self._note_slow_forwards(model, documents)
             inputs, calibrated = self._inputs(model, tokenizer, documents, settings, progress)
             report = self._prune(model, inputs, progress, self._batch_size).with_load(load_seconds)
-            facts, outside = self._facts(model, report, None if documents is None else settings, calibrated)
+            facts, outside = prune_facts(self, model, report, None if documents is None else settings, calibrated)
             packing = self._save(model, tokenizer, facts, progress, processes)
         return PruneResults(facts, report, calibrated, packing, outside)
 
@@ -317,7 +317,7 @@ class PruneRun:
                 bar = progress_bar(progress, "prune")
                 report = prune_stored(model, inputs, self.recipe, store, batch_size=self._batch_size, progress=bar)
             report = report.with_load(load_seconds)
-            facts, outside = self._facts(model, report, None if documents is None else settings, calibrated)
+            facts, outside = prune_facts(self, model, report, None if documents is None else settings, calibrated)
             with stage(progress, "pack" if self.packed else "complete the files"):
                 packing = stream.publish(facts, packed=self.packed, quantize=self.recipe.quantize, stored=self.stored)
         return PruneResults(facts, report, calibrated, packing, outside)
@@ -349,55 +349,6 @@ class PruneRun:
     ) -> CalibrationReport:
         with stage(progress, "check the calibration text"):
             return report_on(sequences, model, settings.text)
-
-    def _facts(
-        self,
-        model: Any,
-        report: ModelReport,
-        settings: CalibrationSettings | None,
-        calibrated: CalibrationReport | InputReport | None,
-    ) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The JSON beside the model, and the linear layers outside the blocks of other than causal language models."""
-        recipe, found = self.recipe, {}
-        outside = () if self.of_text_alone else linears_outside(model, report)
-        if calibrated is not None:
-            found["calibration_report"] = {**calibrated.to_dict(), "seed": self.calibration.seed}
-        facts = with_provenance(
-            report.to_dict(),
-            **source_facts(self.source, self.out),
-            **_earlier_steps(self.source),
-            history=history_with(
-                checkpoint.read_report(self.source),
-                "prune",
-                f"{recipe.words}, {recipe.sparsity}{', packed' * self.packed}"
-                + ("" if self.stored is None else f": {self.stored.words}"),
-                seconds=report.seconds.total,
-                zeros=round(sum((1 - layer.kept) * layer.parameters for layer in report.layers)),
-                parameters=[report.account.model] * 2,
-            ),
-            **found,
-            calibration=None if settings is None else settings.to_dict(),
-            options=option_facts(recipe.complete_options),
-            scope=recipe.sparsity.scope,
-            permute=recipe.permute,
-            **({"rotate": True} if recipe.rotate else {}),
-            include=None if recipe.include is None else list(recipe.include),
-            exclude=list(recipe.exclude) or None,
-            dtype=str(model.dtype).removeprefix("torch."),
-            dtype_option=self.dtype,
-            **({} if self.stored is None else {"stored_bits": self.stored.to_dict()}),
-            **({} if self.task_name is None else {"task_option": self.task_name}),
-            device=str(model.device),
-        )
-        if not self.of_text_alone:
-            facts |= {"task": self.task.name, "auto_class": self.task.auto_class, "outside_layers": list(outside)}
-        return facts, outside
-
-
-def _earlier_steps(source: str) -> dict[str, Any]:
-    """What the source's own report says of structured pruning, so that the result's report has both steps."""
-    earlier = checkpoint.read_report(source) or {}
-    return {name: earlier[name] for name in ("shrink",) if name in earlier}
 
 
 def _sequences(
