@@ -1,6 +1,6 @@
 """column_scale: computes the column vector of a score from a layer's statistics, in one launch.
 
-    scale_j = base_j sqrt(square_j / divisor) factor_j^sign      (absent factors are 1)
+    scale_j = (base_j sqrt(square_j / divisor) factor_j^sign)^exponent      (absent factors are 1)
 
 For ACE (arXiv 2505.21987), square_j / divisor is CosP's exact second-order term mean_t x_tj^2 / s_t, and factor_j is
 VarP's mean_s 1 / (1 - y_sj). If a metric also needs sums of the weight,
@@ -59,7 +59,7 @@ def column_scale_reference(of: ColumnScale) -> torch.Tensor:
         scale = scale * (of.square / of.divisor).sqrt()
     if of.factor is not None:
         scale = scale * of.factor.double() ** of.sign
-    return scale.float()
+    return (scale**of.exponent).float()
 
 
 def _by_reference(of: ColumnScale) -> CheckedScale:
@@ -78,13 +78,21 @@ def _column_scale_triton(of: ColumnScale) -> CheckedScale:
     scale = torch.empty(cols, dtype=torch.float32, device=like.device)
     found = new_flag(like.device)
     if cols:
-        _scale_columns[(blocks,)](*of.rounded_parts(), scale, found, cols, SIGN=of.sign, BLOCK=block, num_warps=1)
+        _scale_columns[(blocks,)](*of.rounded_parts(), scale, found, cols, **rules(of), BLOCK=block, num_warps=1)
     return CheckedScale(scale, found)
 
 
+def rules(of: ColumnScale | None) -> dict[str, int]:
+    """What a kernel that calls :func:`scale_at` is compiled for."""
+    return {"SIGN": 1, "QUARTERS": 4} if of is None else {"SIGN": of.sign, "QUARTERS": of.quarters}
+
+
 def column_scale_work(of: ColumnScale) -> Work:
-    """Reads the vectors and writes one; a root and a division for the square, and one operation per further factor."""
-    operations = len(of.vectors()) - 1 + (0 if of.square is None else 2)
+    """Reads the vectors and writes one; a root and a division for the square, and one operation per further factor.
+
+    An exponent of 0.75 takes two roots and a product, one of 0.5 a root.
+    """
+    operations = len(of.vectors()) - 1 + (0 if of.square is None else 2) + {4: 0, 3: 3, 2: 1}[of.quarters]
     return Work(bytes_of(*of.vectors().values()) + 4 * of.in_features, operations * of.in_features)
 
 
@@ -101,16 +109,17 @@ def _scale_columns(
     found_ptr,
     cols,
     SIGN: tl.constexpr,
+    QUARTERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN)
+    scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN, QUARTERS)
     tl.store(scale_ptr + j, scale, mask=j < cols)
     note_not_finite(scale, found_ptr, 1, False)
 
 
 @triton.jit
-def scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, inside, SIGN: tl.constexpr):
+def scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, inside, SIGN: tl.constexpr, QUARTERS: tl.constexpr):
     """The scale of columns ``j`` in a Triton kernel; 1 outside the row."""
     scale = tl.where(inside, 1.0, 1.0)
     if base_ptr is not None:
@@ -124,4 +133,7 @@ def scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, inside, SIGN:
             scale *= factor
         else:
             scale = scale / factor
+    if QUARTERS < 4:
+        root = tl.sqrt_rn(scale)
+        scale = root if QUARTERS == 2 else root * tl.sqrt_rn(root)
     return scale

@@ -105,9 +105,9 @@ def variance_factor(sequence_square: torch.Tensor, norm: str, power: float, eps:
     return factor
 
 
-def _columns(of: ColumnScale | None, cols: int) -> tuple[int | None, float, int | None, int | None, int]:
+def _columns(of: ColumnScale | None, cols: int) -> tuple[int | None, float, int | None, int | None, int, int]:
     if of is None:
-        return None, 1.0, None, None, 1
+        return None, 1.0, None, None, 1, 4
     square, inverse, base, factor = of.parts()
     return (
         None if square is None else address(square, _DOUBLE, (cols,), "square"),
@@ -115,6 +115,7 @@ def _columns(of: ColumnScale | None, cols: int) -> tuple[int | None, float, int 
         None if base is None else address(base, _FLOAT, (cols,), "base"),
         None if factor is None else address(factor, _FLOAT, (cols,), "factor"),
         of.sign,
+        of.quarters,
     )
 
 

@@ -67,9 +67,10 @@ class ColumnScale:
         divisor: divides ``square``. Triton multiplies by its inverse, rounded to fp32.
         base, factor: fp32 [in_features], or None for 1.
         sign: 1 multiplies by ``factor``, -1 divides by it.
+        exponent: power of the whole vector: 1, 0.75 or 0.5, which need square roots only.
 
     Raises:
-        ArgumentError: if no vector is given, or if a shape, dtype or the sign is invalid.
+        ArgumentError: if no vector is given, or if a shape, dtype, the sign or the exponent is invalid.
     """
 
     square: torch.Tensor | None = None
@@ -77,10 +78,13 @@ class ColumnScale:
     base: torch.Tensor | None = None
     factor: torch.Tensor | None = None
     sign: int = 1
+    exponent: float = 1.0
 
     def __post_init__(self) -> None:
         if self.sign not in (1, -1):
             raise ArgumentError(f"sign must be +1 or -1, got {self.sign!r}")
+        if self.exponent not in (1, 0.75, 0.5):
+            raise ArgumentError(f"the exponent of a column scale must be 1, 0.75 or 0.5, got {self.exponent!r}")
         vectors = self.vectors()
         if len({vector.shape for vector in vectors.values()}) != 1:
             shapes = {name: tuple(vector.shape) for name, vector in vectors.items()}
@@ -107,6 +111,11 @@ class ColumnScale:
         """:meth:`parts` with the inverse in fp32, as a GPU gets it. (The interpreter would use it unrounded.)"""
         square, inverse, base, factor = self.parts()
         return square, ctypes.c_float(inverse).value, base, factor
+
+    @property
+    def quarters(self) -> int:
+        """The exponent in quarters, as the kernels take it."""
+        return int(4 * self.exponent)
 
     @property
     def in_features(self) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from . import launch
 from .backend import choose_backend
-from .column_scale import CheckedScale, ColumnScale, checked_column_scale, column_scale_work, scale_at
+from .column_scale import CheckedScale, ColumnScale, checked_column_scale, column_scale_work, rules, scale_at
 from .finite import new_flag, note_not_finite
 from .layer_table import (
     LayerTable,
@@ -212,7 +212,7 @@ def _launch_factors(entries: Sequence[_Factor], aligned: bool) -> None:
 
 def _scales_by_triton(entries: Sequence[_Scale]) -> None:
     there = [entry for entry in entries if entry.inputs.in_features]
-    for same in batches(there, lambda entry: (tuple(entry.inputs.vectors()), entry.inputs.sign)):
+    for same in batches(there, lambda entry: (tuple(entry.inputs.vectors()), *rules(entry.inputs).values())):
         of, device = same[0].inputs, same[0].made.scale.device
         block, table = launch.column_scale(same[0].made.scale), LayerTable()
         for entry in same:
@@ -226,7 +226,7 @@ def _scales_by_triton(entries: Sequence[_Scale]) -> None:
             SQUARE=of.square is not None,
             BASE=of.base is not None,
             FACTOR=of.factor is not None,
-            SIGN=of.sign,
+            **rules(of),
             BLOCK=block,
             num_warps=1,
         )
@@ -289,6 +289,7 @@ def _scale_columns_of_layers(
     BASE: tl.constexpr,
     FACTOR: tl.constexpr,
     SIGN: tl.constexpr,
+    QUARTERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     layer, program = layer_of_program(table_ptr, 0, LAYERS)
@@ -300,6 +301,6 @@ def _scale_columns_of_layers(
     found_ptr = pointer_field(table_ptr, layer, tl.int32, 6, LAYERS, False)
     cols = int_field(table_ptr, layer, 7, LAYERS, False)
     j = program * BLOCK + tl.arange(0, BLOCK)
-    scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN)
+    scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN, QUARTERS)
     tl.store(scale_ptr + j, scale, mask=j < cols)
     note_not_finite(scale, found_ptr, 1, False)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import cpu, launch
-from .column_scale import ColumnScale, column_scale_reference, column_scale_work, scale_at
+from .column_scale import ColumnScale, column_scale_reference, column_scale_work, rules, scale_at
 from .errors import ArgumentError
 from .finite import not_finite_reference, note_not_finite
 from .finite_check import FiniteCheck
@@ -223,7 +223,7 @@ def _sums_triton(weight: torch.Tensor, inverse: bool = False, scale: ColumnScale
         _merge_parts[(col_blocks + triton.cdiv(rows, MERGED_SUMS),)](
             *(row_parts, col_parts, row_sums, col_sums, across, down, rows, cols, col_blocks),
             *(*vectors, columns, found),
-            SIGN=1 if scale is None else scale.sign,
+            **rules(scale),
             INVERSE=inverse,
             SMALLEST=SMALLEST_NORMAL,
             BLOCK_PARTS=MERGED_PARTS,
@@ -343,6 +343,7 @@ def _merge_parts(
     scale_ptr,
     found_ptr,
     SIGN: tl.constexpr,
+    QUARTERS: tl.constexpr,
     INVERSE: tl.constexpr,
     SMALLEST: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -357,7 +358,7 @@ def _merge_parts(
         )
         if scale_ptr is not None:
             j = block * BLOCK_SUMS + tl.arange(0, BLOCK_SUMS)
-            scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN)
+            scale = scale_at(square_ptr, inverse_divisor, base_ptr, factor_ptr, j, j < cols, SIGN, QUARTERS)
             tl.store(scale_ptr + j, scale, mask=j < cols)
             note_not_finite(scale, found_ptr, 1, False)
     else:

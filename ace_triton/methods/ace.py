@@ -110,16 +110,27 @@ def ace(
     sign: Sign = -1,
     power: float = 1.0,
     eps: Epsilon = 0.01,
+    a: float = 1.0,
 ) -> ScoreTerms:
     """ACE (arXiv 2505.21987), changed: base score times CosP, divided by VarP.
 
-    ``base`` is the prefactor of :func:`cosp`. The other options are those of :func:`cosp` and :func:`varp`. By default
-    the score is RIA's relative importance times the exact second-order cosine term, with the normalization for which
-    VarP's power series converges. It divides by VarP, where the paper multiplies. Dividing lowers the few channels that
-    carry much of a sequence's energy. docs/guides/patterns-and-recipes.md compares the two. The published form is
-    :func:`ace_paper`.
+    By default the score is RIA's relative importance times the exact second-order cosine term, with the normalization
+    for which VarP's power series converges. It divides by VarP, where the paper multiplies. Dividing lowers the few
+    channels that carry much of a sequence's energy. docs/guides/patterns-and-recipes.md compares the two. The
+    published form is :func:`ace_paper`.
+
+    Args:
+        weight: [out_features, in_features].
+        stats: with outputs.
+        base: the prefactor of :func:`cosp`.
+        reduce: as in :func:`cosp`.
+        norm, sign, power, eps: as in :func:`varp`.
+        a: power of what multiplies a column (the cosine term, VarP and the base's norm), as RIA's ``a`` on its norm:
+            1, 0.75 or 0.5; "abs" and "rms" allow 1 only.
     """
-    return _times_cosine(weight, stats, base, reduce, _variance_factor(stats, norm, power, eps), sign)
+    if a not in (1, 0.75, 0.5) or (a != 1 and reduce != "exact"):
+        raise RecipeError(f"ACE's a must be 1, 0.75 or 0.5, and 1 for reduce='abs' and 'rms'; got {a!r} for {reduce!r}")
+    return _times_cosine(weight, stats, base, reduce, _variance_factor(stats, norm, power, eps), sign, a)
 
 
 @register_metric("ace-paper", _cosp_needs)
@@ -166,8 +177,12 @@ def _times_cosine(
     reduce: CosineReduce,
     factor: torch.Tensor | None = None,
     sign: int = 1,
+    exponent: float = 1.0,
 ) -> ScoreTerms:
-    """A base score times the cosine term; with ``factor`` [in_features], also times factor^sign on the columns."""
+    """A base score times the cosine term; with ``factor`` [in_features], also times factor^sign on the columns.
+
+    ``exponent`` is the power of all that multiplies a column; 1 unless ``reduce`` is "exact".
+    """
     if reduce not in ("exact", "abs", "rms"):
         raise RecipeError(f"reduce must be 'exact', 'abs' or 'rms', got {reduce!r}")
     if base not in ("none", "relative", "wanda", "ria"):
@@ -181,7 +196,7 @@ def _times_cosine(
         )
     if reduce == "exact":
         square, divisor = stats.outputs.weighted_square_and_divisor()
-        return _on_columns(weight, relative, ColumnScale(square, divisor, base_scale, factor, sign), power)
+        return _on_columns(weight, relative, ColumnScale(square, divisor, base_scale, factor, sign, exponent), power)
     if stats.outputs.reduce != reduce:
         raise StatsError(
             f"reduce={reduce!r} needs the coupling matrix, but these statistics were collected with "

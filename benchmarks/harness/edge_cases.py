@@ -192,6 +192,7 @@ def column_scale_calls() -> Iterator[tuple[str, Call]]:
         yield f"{c}, all", partial(column_scale, ColumnScale(square, 3.0, base=vector, factor=vector))
         yield f"{c}, a square over 1", partial(column_scale, ColumnScale(square, 1))
         yield f"{c}, divided by a factor", partial(column_scale, ColumnScale(factor=vector, sign=-1))
+        yield f"{c}, to the 3/4", partial(column_scale, ColumnScale(square, 3.0, exponent=0.75))
     yield "0", partial(column_scale, ColumnScale(base=some(0, dtype=FP32)))
 
 

@@ -18,6 +18,8 @@ COMPARED = (
     ("ACE instead of Wanda", "ace", "wanda"),
     ("RIA instead of Wanda", "ria", "wanda"),
     ("RIA instead of ACE", "ria", "ace"),
+    ("ACE with a=0.5 instead of Wanda", "ace a=0.5", "wanda"),
+    ("ACE with a=0.75 instead of Wanda", "ace a=0.75", "wanda"),
     ("permuted and lstsq added to Wanda", FIT, "wanda"),
     ("block_epochs=2 added to that", BLOCK_FIT, FIT),
     ("recovery added to that, without block_epochs", RECOVERED, FIT),

@@ -39,13 +39,23 @@ PATTERNS = ("2:4", "8:16", "0.5", "4:8", "16:32")
 
 SHOWN = ("2:4", "4:8", "8:16", "16:32", "0.5")
 
-METRICS = ("wanda", "ace", "ria")
+METRICS: dict[str, tuple[str, dict[str, Any]]] = {
+    "wanda": ("wanda", {}),
+    "ace": ("ace", {}),
+    "ria": ("ria", {}),
+    "ace a=0.5": ("ace", {"a": 0.5}),
+    "ace a=0.75": ("ace", {"a": 0.75}),
+}
+"""Method and options of each metric alone."""
+
 FIT, BLOCK_FIT, RECOVERED = "fit", "block fit", "recovered"
 RECIPES = (*METRICS, FIT, BLOCK_FIT, RECOVERED)
 LABELS = {
     "wanda": "Wanda",
     "ace": "ACE",
     "ria": "RIA",
+    "ace a=0.5": "ACE, a=0.5",
+    "ace a=0.75": "ACE, a=0.75",
     FIT: "Wanda, permuted, lstsq",
     BLOCK_FIT: "Wanda, permuted, lstsq, block_epochs=2",
     RECOVERED: "Wanda, permuted, lstsq, recovered",
@@ -158,7 +168,8 @@ def label(cell: tuple[str, str, int]) -> str:
 def recipe_of(name: str, pattern: str) -> Recipe:
     """The recipe of a cell; a fraction has no groups, so its channels are not permuted."""
     if name in METRICS:
-        return Recipe(name, sparsity=pattern)
+        method, options = METRICS[name]
+        return Recipe(method, options, pattern)
     update = Update(block_epochs=2) if name == BLOCK_FIT else Update()
     return Recipe("wanda", sparsity=pattern, permute=":" in pattern, update=update)
 

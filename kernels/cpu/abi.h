@@ -141,11 +141,12 @@ ACE_EXPORT int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t
 ACE_EXPORT int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                                float* row_sums, float* col_sums, int32_t inverse, const double* square,
                                double inverse_divisor, const float* base, const float* factor, int32_t sign,
-                               float* scale, int32_t* found, int32_t threads);
+                               int32_t quarters, float* scale, int32_t* found, int32_t threads);
 
 /* `found` becomes 1 if the scale contains NaN, infinity or a negative number, else 0. */
 ACE_EXPORT int ace_column_scale(int64_t cols, const double* square, double inverse_divisor, const float* base,
-                                const float* factor, int32_t sign, float* scale, int32_t* found);
+                                const float* factor, int32_t sign, int32_t quarters, float* scale,
+                                int32_t* found);
 
 /* `norm`: 0 for max_layer, 1 for max_sequence, 2 for channel, 3 for frobenius. */
 ACE_EXPORT int ace_variance_factor(const float* square, int64_t n_sequences, int64_t channels, int32_t norm,

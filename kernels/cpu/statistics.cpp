@@ -14,12 +14,13 @@
 namespace ace {
 namespace {
 
-// scale_j = base_j sqrt(square_j * inverse) factor_j^sign; null factors are left out.
+// scale_j = (base_j sqrt(square_j * inverse) factor_j^sign)^(quarters / 4), for 2, 3 or 4 quarters; null factors are
+// left out.
 struct ColumnScale {
     const double* square;
     double inverse;
     const float *base, *factor;
-    int32_t sign;
+    int32_t sign, quarters;
 };
 
 // Computes the scale; returns whether all of it is finite and not negative.
@@ -32,6 +33,12 @@ bool scale_columns(const ColumnScale& of, int64_t cols, float* scale) {
         for (int64_t j = 0; j < cols; ++j) scale[j] *= of.factor[j];
     } else if (of.factor) {
         for (int64_t j = 0; j < cols; ++j) scale[j] /= of.factor[j];
+    }
+    if (of.quarters < 4) {
+        for (int64_t j = 0; j < cols; ++j) {
+            const float root = sqrtf(scale[j]);
+            scale[j] = of.quarters == 2 ? root : root * sqrtf(root);
+        }
     }
     return in_range(scale, cols);
 }
@@ -53,7 +60,7 @@ extern "C" {
 int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                     float* row_sums, float* col_sums, int32_t inverse, const double* square,
                     double inverse_divisor, const float* base, const float* factor, int32_t sign,
-                    float* scale, int32_t* found, int32_t threads) {
+                    int32_t quarters, float* scale, int32_t* found, int32_t threads) {
     const Matrix w = {weight, rows, cols, stride, Element(element)};
     return guarded([&] {
         const int64_t blocks = units(rows, SUM_ROWS);
@@ -72,14 +79,14 @@ int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, in
             invert(row_sums, rows);
             invert(col_sums, cols);
         }
-        if (scale) finite &= scale_columns({square, inverse_divisor, base, factor, sign}, cols, scale);
+        if (scale) finite &= scale_columns({square, inverse_divisor, base, factor, sign, quarters}, cols, scale);
         *found = !finite;
     });
 }
 
 int ace_column_scale(int64_t cols, const double* square, double inverse_divisor, const float* base,
-                     const float* factor, int32_t sign, float* scale, int32_t* found) {
-    *found = !scale_columns({square, inverse_divisor, base, factor, sign}, cols, scale);
+                     const float* factor, int32_t sign, int32_t quarters, float* scale, int32_t* found) {
+    *found = !scale_columns({square, inverse_divisor, base, factor, sign, quarters}, cols, scale);
     return 0;
 }
 

@@ -34,8 +34,9 @@ def run(files, **options) -> None:
 def test_a_stopped_run_continues_and_the_page_has_every_cell(files):
     run(files, most=1)
     assert measured(files["out"]) == [("2:4", "wanda")]
-    run(files, only=["2:4 *", "0.5 fit"], most=4)
-    again = [("2:4", "ace"), ("2:4", "ria"), ("2:4", "fit"), ("0.5", "fit")]
+    run(files, only=["2:4 *", "0.5 fit"], most=6)
+    metrics = ("ace", "ria", "ace a=0.5", "ace a=0.75")
+    again = [*(("2:4", recipe) for recipe in metrics), ("2:4", "fit"), ("0.5", "fit")]
     assert measured(files["out"]) == [("2:4", "wanda"), *again]
     run(files, steps=1, only=["4:8 recovered"])
     page = (files["out"] / "fits.md").read_text()

@@ -11,7 +11,7 @@ from ace_triton.kernels.column_scale import ColumnScale, checked_column_scale, c
 from ace_triton.kernels.weight_sums import relative_importance
 
 
-def made_of(cols: int, parts: set[str], sign: int = 1, seed: int = 0) -> ColumnScale:
+def made_of(cols: int, parts: set[str], sign: int = 1, seed: int = 0, exponent: float = 1.0) -> ColumnScale:
     generator = torch.Generator().manual_seed(seed)
     square, base, factor = torch.rand(3, cols, generator=generator, dtype=torch.float64) * 7 + 0.01
     return ColumnScale(
@@ -20,6 +20,7 @@ def made_of(cols: int, parts: set[str], sign: int = 1, seed: int = 0) -> ColumnS
         base.float() if "base" in parts else None,
         factor.float() if "factor" in parts else None,
         sign,
+        exponent,
     )
 
 
@@ -28,9 +29,10 @@ def made_of(cols: int, parts: set[str], sign: int = 1, seed: int = 0) -> ColumnS
     parts=st.sets(st.sampled_from(["square", "base", "factor"]), min_size=1),
     sign=st.sampled_from([1, -1]),
     seed=st.integers(0, 1000),
+    exponent=st.sampled_from([1, 0.75, 0.5]),
 )
-def test_equals_reference(cols, parts, sign, seed):
-    of = made_of(cols, parts, sign, seed)
+def test_equals_reference(cols, parts, sign, seed, exponent):
+    of = made_of(cols, parts, sign, seed, exponent)
     scale, not_finite = checked_column_scale(of)
     torch.testing.assert_close(scale, column_scale_reference(of), rtol=1e-6, atol=0.0)
     assert not any(not_finite.tolist())
@@ -45,9 +47,10 @@ def test_sees_what_is_not_finite(part, bad, place):
     assert any(checked_column_scale(of).not_finite.tolist())
 
 
+@pytest.mark.parametrize("exponent", [1, 0.75, 0.5])
 @pytest.mark.parametrize("part", ["base", "factor"])
-def test_sees_a_scale_below_zero(part):
-    of = made_of(1536, {"square", "base", "factor"})
+def test_sees_a_scale_below_zero(part, exponent):
+    of = made_of(1536, {"square", "base", "factor"}, exponent=exponent)
     of.vectors()[part][900] *= -1
     assert any(checked_column_scale(of).not_finite.tolist())
     terms = relative_importance(torch.ones(4, 1536), of)
@@ -74,6 +77,7 @@ def test_squares_of_zero_and_beyond_fp32s_range_of_squares():
         ({"square": torch.ones(3)}, "square must be a contiguous torch.float64"),
         ({"factor": torch.ones(6)[::2]}, "factor must be a contiguous"),
         ({"factor": torch.ones(3), "sign": 0}, "sign must be"),
+        ({"factor": torch.ones(3), "exponent": 0.7}, "exponent of a column scale must be 1, 0.75 or 0.5, got 0.7"),
     ],
 )
 def test_says_what_is_wrong(arguments, message):

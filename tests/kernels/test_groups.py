@@ -81,14 +81,16 @@ def test_more_layers_and_flags_than_a_launch_takes(monkeypatch, make_matrix, dev
     assert all(map(same_bits, weights, expected))
 
 
-@pytest.mark.parametrize(("norm", "power", "sign"), [("frobenius", 1.0, -1), ("channel", 0.5, 1)])
-def test_vectors(device, norm, power, sign):
+@pytest.mark.parametrize(
+    ("norm", "power", "sign", "exponent"), [("frobenius", 1.0, -1, 0.75), ("channel", 0.5, 1, 0.5)]
+)
+def test_vectors(device, norm, power, sign, exponent):
     generator = torch.Generator().manual_seed(0)
     squares = [torch.rand(shape, generator=generator).to(device) for shape in ((5, 48), (3, 20), (1, 1), (2, 0))]
     sums = [torch.rand(square.shape[1], dtype=torch.float64, generator=generator).to(device) for square in squares]
 
     def scale_of(place: int, factor: torch.Tensor) -> ColumnScale:
-        return ColumnScale(sums[place], 3.0 + place, factor=factor, sign=sign)
+        return ColumnScale(sums[place], 3.0 + place, factor=factor, sign=sign, exponent=exponent)
 
     with VectorGroup():
         factors = [grouped_variance_factor(square, norm, power, 0.01) for square in squares]

@@ -47,11 +47,12 @@ def check_terms(got: ScoreTerms, expected: ScoreTerms) -> None:
     seed=st.integers(0, 1000),
     parts=st.sets(st.sampled_from(["square", "base", "factor"])),
     sign=st.sampled_from([1, -1]),
+    exponent=st.sampled_from([1, 0.75, 0.5]),
 )
-def test_equals_reference(make_matrix, rows, cols, dtype, values, seed, parts, sign):
+def test_equals_reference(make_matrix, rows, cols, dtype, values, seed, parts, sign, exponent):
     weight = make_matrix(rows, cols, dtype, values, seed)
     check(weight)
-    scale = made_of(cols, parts, sign, seed) if parts else None
+    scale = made_of(cols, parts, sign, seed, exponent) if parts else None
     check_terms(relative_importance(weight, scale), relative_importance_reference(weight, scale))
 
 

@@ -201,7 +201,9 @@ def test_ace_is_the_product_of_its_parts():
     relative = scores_reference(weight, ria(weight, stats, a=0.0))
     turned = stats.outputs.mean_weighted_square().sqrt().float()
     factor = varp(weight, stats, base="magnitude", norm="frobenius").scale
-    torch.testing.assert_close(scores_reference(weight, metric("ace").terms(weight, stats)), relative * turned / factor)
+    for power in (1, 0.75, 0.5):
+        scores = scores_reference(weight, metric("ace").terms(weight, stats, a=power))
+        torch.testing.assert_close(scores, relative * (turned / factor) ** power)
     torch.testing.assert_close(
         scores_reference(weight, metric("ace").terms(weight, stats, base="ria", sign=1)),
         scores_reference(weight, ria(weight, stats)) * scores_reference(weight, cosp(weight, stats)) * factor,
@@ -269,3 +271,6 @@ def test_wrong_choices_say_what_there_is():
         cosp(weight, stats_of(drawn(1, 4, 8), weight), reduce="rms")
     with pytest.raises(ValueError, match="prefactor"):
         cosp(weight, stats_of(drawn(1, 4, 8), weight), prefactor="x")
+    for options in ({"a": 0.6}, {"a": 0.5, "reduce": "abs"}):
+        with pytest.raises(ValueError, match=r"ACE's a must be 1, 0\.75 or 0\.5"):
+            metric("ace").terms(weight, stats_of(drawn(1, 4, 8), weight), **options)
