@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .decoders.batches import longest_sequence, vocabulary_of
-from .decoding.generate import CompiledDecoding
+from .decoding.generate import CompiledDecoding, NewStep
 from .decoding.refusal import StepRefusedError
 from .decoding.step import CompiledStep
 from .dispatched.hooks import input_device
@@ -225,6 +225,7 @@ def decode(
     write: Callable[[str], object] | None = None,
     stopped: Callable[[], bool] | None = None,
     decoder: str = "auto",
+    new_step: NewStep = CompiledStep,
     **options: Any,
 ) -> Decoded:
     """Continue tokens that :func:`check_room` allows.
@@ -235,6 +236,7 @@ def decode(
         ids: tokens of the prompt.
         max_new_tokens, temperature, write, decoder: as for :func:`generate`.
         stopped: called after each token; decoding ends if it returns True.
+        new_step: makes the compiled step of the text.
         options: further arguments of transformers' ``generate``.
 
     Raises:
@@ -250,12 +252,12 @@ def decode(
     }
     if decoder != "transformers":
         try:
-            return _decode(model, tokenizer, ids, compiled=True, **common, **options)
+            return _decode(model, tokenizer, ids, new_step=new_step, **common, **options)
         except StepRefusedError as error:
             if decoder == "compiled":
                 raise
             refusal = error.reason
-    found = _decode(model, tokenizer, ids, compiled=False, **common, **options)
+    found = _decode(model, tokenizer, ids, new_step=None, **common, **options)
     found.refusal = refusal
     return found
 
@@ -269,14 +271,14 @@ def _decode(
     temperature: float,
     write: Callable[[str], object] | None,
     stopped: Callable[[], bool] | None,
-    compiled: bool,
+    new_step: NewStep | None,
     **options: Any,
 ) -> Decoded:
-    """As :func:`decode`, with the compiled step or without it."""
+    """As :func:`decode`, with the compiled step that ``new_step`` makes, or without it."""
     prompt = torch.tensor([ids], dtype=torch.int64, device=input_device(model))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = _Streamer(tokenizer, write)
-    decoding = CompiledDecoding(streamer) if compiled else None
+    decoding = CompiledDecoding(streamer, new_step) if new_step is not None else None
     if stopped is not None:
         options["stopping_criteria"] = [
             lambda tokens, scores, **_: torch.full((1,), stopped(), dtype=torch.bool, device=tokens.device)
