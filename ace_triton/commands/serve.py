@@ -93,6 +93,7 @@ def serve(
             decoder = "compiled" if pays_in_step(model) else "transformers"
         as_batch = ", one token of each request in one call" if batch > 1 else ""
         if refusal is not None:
+            decoder = "transformers"
             print_note(f"decoding with transformers: {refusal}")
         elif decoder == "transformers":
             print_note(
