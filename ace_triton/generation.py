@@ -6,14 +6,15 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from .decoders.batches import longest_sequence, vocabulary_of
-from .decoding.generate import CompiledDecoding
+from .decoding.generate import CompiledDecoding, NewStep
 from .decoding.refusal import StepRefusedError
 from .decoding.step import CompiledStep
 from .dispatched.hooks import input_device
@@ -99,24 +100,10 @@ def generate(
             tokens do not fit the model's positions, the model predicts NaN, or ``decoder`` is "compiled" and the
             compiled step does not take the model.
     """
-    if decoder not in DECODERS:
-        raise GenerationError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
     if compile is not None and decoder == "compiled":
         raise GenerationError("the compiled step does not use torch.compile: give only one of compile and decoder")
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-        raise GenerationError(
-            "max_new_tokens must be at least 1, and temperature finite and at least 0; "
-            f"got {max_new_tokens} and {temperature}"
-        )
-    chosen = {name: value for name, value in (("top_p", top_p), ("top_k", top_k)) if value is not None}
-    if chosen and not temperature:
-        raise GenerationError(
-            f"without a temperature above 0 nothing is sampled, so {' and '.join(chosen)} would do nothing: give a "
-            "temperature, or leave it out"
-        )
-    messages = [{"role": "user", "content": prompt}]
-    ids = chat_ids(tokenizer, messages) if chat else prompt_ids(tokenizer, prompt)
-    check_room(model, ids, max_new_tokens, "give a smaller --max-new-tokens")
+    chosen = checked_options(max_new_tokens, temperature, top_p, top_k, decoder)
+    ids = tokens_of(model, tokenizer, prompt, max_new_tokens, chat=chat)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "decoder": decoder}
     options |= chosen
     if compile is not None:
@@ -130,6 +117,34 @@ def generate(
     decoded_by = "transformers" if found.step is None else "compiled"
     parts = times[0] - start, times[-1] - times[0]
     return Generation("".join(found.pieces), len(ids), len(times), *parts, decoded_by, found.refusal)
+
+
+def checked_options(
+    max_new_tokens: int, temperature: float, top_p: float | None, top_k: int | None, decoder: str
+) -> dict[str, Any]:
+    """Those of ``top_p`` and ``top_k`` that are given; GenerationError if an option of :func:`generate` is invalid."""
+    if decoder not in DECODERS:
+        raise GenerationError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise GenerationError(
+            "max_new_tokens must be at least 1, and temperature finite and at least 0; "
+            f"got {max_new_tokens} and {temperature}"
+        )
+    chosen = {name: value for name, value in (("top_p", top_p), ("top_k", top_k)) if value is not None}
+    if chosen and not temperature:
+        raise GenerationError(
+            f"without a temperature above 0 nothing is sampled, so {' and '.join(chosen)} would do nothing: give a "
+            "temperature, or leave it out"
+        )
+    return chosen
+
+
+def tokens_of(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, chat: bool) -> list[int]:
+    """The token ids of a prompt of :func:`generate`; GenerationError if they do not fit the model."""
+    messages = [{"role": "user", "content": prompt}]
+    ids = chat_ids(tokenizer, messages) if chat else prompt_ids(tokenizer, prompt)
+    check_room(model, ids, max_new_tokens, "give a smaller --max-new-tokens")
+    return ids
 
 
 def _compiled(model: Any, backend: str) -> dict[str, Any]:
@@ -225,6 +240,7 @@ def decode(
     write: Callable[[str], object] | None = None,
     stopped: Callable[[], bool] | None = None,
     decoder: str = "auto",
+    new_step: NewStep = CompiledStep,
     **options: Any,
 ) -> Decoded:
     """Continue tokens that :func:`check_room` allows.
@@ -235,6 +251,7 @@ def decode(
         ids: tokens of the prompt.
         max_new_tokens, temperature, write, decoder: as for :func:`generate`.
         stopped: called after each token; decoding ends if it returns True.
+        new_step: makes the compiled step of the text.
         options: further arguments of transformers' ``generate``.
 
     Raises:
@@ -250,12 +267,12 @@ def decode(
     }
     if decoder != "transformers":
         try:
-            return _decode(model, tokenizer, ids, compiled=True, **common, **options)
+            return _decode(model, tokenizer, ids, new_step=new_step, **common, **options)
         except StepRefusedError as error:
             if decoder == "compiled":
                 raise
             refusal = error.reason
-    found = _decode(model, tokenizer, ids, compiled=False, **common, **options)
+    found = _decode(model, tokenizer, ids, new_step=None, **common, **options)
     found.refusal = refusal
     return found
 
@@ -269,30 +286,48 @@ def _decode(
     temperature: float,
     write: Callable[[str], object] | None,
     stopped: Callable[[], bool] | None,
-    compiled: bool,
+    new_step: NewStep | None,
     **options: Any,
 ) -> Decoded:
-    """As :func:`decode`, with the compiled step or without it."""
+    """As :func:`decode`, with the compiled step that ``new_step`` makes, or without it."""
     prompt = torch.tensor([ids], dtype=torch.int64, device=input_device(model))
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = _Streamer(tokenizer, write)
-    decoding = CompiledDecoding(streamer) if compiled else None
+    decoding = CompiledDecoding(streamer, new_step) if new_step is not None else None
     if stopped is not None:
         options["stopping_criteria"] = [
             lambda tokens, scores, **_: torch.full((1,), stopped(), dtype=torch.bool, device=tokens.device)
         ]
+    with generation_errors(temperature), torch.inference_mode():
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=padding_of(tokenizer),
+            streamer=streamer,
+            custom_generate=decoding,
+            **sampling_of(temperature),
+            **options,
+        )
+    step = None if decoding is None else decoding.step
+    return Decoded(streamer.pieces, streamer.tokens, streamer.times, step)
+
+
+def sampling_of(temperature: float) -> dict[str, Any]:
+    """Options of transformers' ``generate`` for a temperature."""
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+
+
+def padding_of(tokenizer: Any) -> int | None:
+    """The token that stands after an ended text and, in a batch, before a short prompt."""
+    token: int | None = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return token
+
+
+@contextmanager
+def generation_errors(temperature: float) -> Iterator[None]:
+    """Raise GenerationError for what transformers raises about a model or its predictions."""
     try:
-        with torch.inference_mode():
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                streamer=streamer,
-                custom_generate=decoding,
-                **sampling,
-                **options,
-            )
+        yield
     except AceError:
         raise
     except (ValueError, RuntimeError) as error:
@@ -304,8 +339,6 @@ def _decode(
         if isinstance(error, RuntimeError):
             raise
         raise GenerationError(f"transformers does not generate with this model ({reason(error)})") from error
-    step = None if decoding is None else decoding.step
-    return Decoded(streamer.pieces, streamer.tokens, streamer.times, step)
 
 
 def _check_text(text: str) -> None:

@@ -1,11 +1,12 @@
-"""decode_step: one token through all blocks of a decoder, in one call of the compiled CPU library.
+"""decode_step: a token of each of several texts through a whole decoder, in one call of the compiled CPU library.
 
     a = h + O attention(norm h),   h' = a + D (activation(G norm a) * U norm a),   logits = H norm h'
 
-Norms are RMS norms, positions are rotary, and attention reads keys and values of earlier tokens from a cache. All sums
-are fp32. Bytes read per token: those of all weights, and 8 bytes for each position, head of keys, and number in a head.
-The products are those of :mod:`~ace_triton.kernels.nm_linear`, :mod:`~ace_triton.kernels.rows_linear` and a loop over
-dense weights, with the same results as a call of each.
+Norms are RMS norms, positions are rotary, and attention reads keys and values of earlier tokens from the cache of the
+text. All sums are fp32. Bytes read per call: those of all weights, and 8 bytes for each position of each text, head of
+keys, and number in a head. The logits of a text do not depend on the other texts, bit for bit. The products are those
+of :mod:`~ace_triton.kernels.nm_linear`, :mod:`~ace_triton.kernels.rows_linear` and a loop over dense weights, with the
+same results as a call of each.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Sizes:
         hidden: numbers of a token between blocks.
         heads, kv_heads: heads of queries, and of keys and values.
         head_size: numbers of a head.
+        rotary: numbers of a head that positions rotate, from the first on.
         intermediate: number of gates.
         eps: added to the mean square in every norm.
         scaling: factor of the scores.
@@ -88,76 +90,32 @@ class Sizes:
     heads: int
     kv_heads: int
     head_size: int
+    rotary: int
     intermediate: int
     eps: float
     scaling: float
     activation: str
 
 
-class DecodeStep:
-    """A decoder that computes one token after the other, and its cache.
-
-    It reads the weights where they are. So they must not move while it is used; biases and norms that are not fp32 are
-    copied.
-
-    Args:
-        blocks, norm, head: the weights; ``norm`` is that of the last norm.
-        sizes: what all blocks share.
-        cosines, sines: those of the rotary positions, [capacity, rotary size].
+class DecodeCache:
+    """Keys and values of one text; :meth:`DecodeStep.cache` makes it.
 
     Attributes:
+        shape: number of blocks, and the sizes of the decoder.
         capacity: largest number of tokens.
         length: number of tokens in the cache.
-        seconds: time of the products, of attention and of everything, in the last step.
-
-    Raises:
-        ArgumentError: if a tensor does not fit, or is not on the CPU in a dtype that the library supports.
-        BackendError: if the library is not available.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[Block],
-        norm: torch.Tensor,
-        head: Linear,
-        sizes: Sizes,
-        cosines: torch.Tensor,
-        sines: torch.Tensor,
-    ) -> None:
-        rotary = cosines.shape[1]
+    def __init__(self, blocks: int, sizes: Sizes, cosines: torch.Tensor, sines: torch.Tensor) -> None:
+        self.shape = blocks, sizes
         self.length = 0
-        self._kept: list[Any] = []
-        self._sizes = sizes
-        if rotary % 2 or rotary > sizes.head_size or sizes.heads % sizes.kv_heads:
-            raise ArgumentError(f"{rotary} rotary numbers do not fit heads of {sizes}")
-        self._blocks = (structure("AceBlock") * len(blocks))(*map(self._block, blocks))
-        self._logits, self._logits_at = new((1, _shape(head)[0]), _FLOAT)
-        self._decoder = structure("AceDecoder")(
-            blocks=ctypes.addressof(self._blocks),
-            head=self._products([head], sizes.hidden),
-            norm=self._vector(norm, sizes.hidden, "norm"),
-            n_blocks=len(blocks),
-            hidden=sizes.hidden,
-            heads=sizes.heads,
-            kv_heads=sizes.kv_heads,
-            head_size=sizes.head_size,
-            rotary_size=rotary,
-            intermediate=sizes.intermediate,
-            eps=sizes.eps,
-            scaling=sizes.scaling,
-            activation=ACTIVATIONS[sizes.activation],
-        )
-        self._seconds = (ctypes.c_double * 3)()
         self._allocate(cosines, sines)
 
     @property
-    def seconds(self) -> tuple[float, float, float]:
-        products, attention, everything = self._seconds
-        return products, attention, everything
-
-    def __len__(self) -> int:
-        """The number of blocks."""
-        return len(self._blocks)
+    def described(self) -> ctypes.Structure:
+        """The cache as the library takes it."""
+        self._cache.position = self.length
+        return self._cache
 
     def grow(self, cosines: torch.Tensor, sines: torch.Tensor) -> None:
         """Make room for more tokens; those in the cache stay.
@@ -184,8 +142,9 @@ class DecodeStep:
         Raises:
             ArgumentError: if the shapes do not fit.
         """
+        _, sizes = self.shape
         heads, length, size = keys[0].shape
-        expected = (self._sizes.kv_heads, length, self._sizes.head_size)
+        expected = (sizes.kv_heads, length, sizes.head_size)
         if any(tensor.shape != expected for tensor in (*keys, *values)) or not 0 < length <= self.capacity:
             raise ArgumentError(f"keys and values must be {expected} with at most {self.capacity} tokens")
         whole = -(-length // LANES) * LANES
@@ -196,42 +155,120 @@ class DecodeStep:
             self._values[k, :, :length] = values[k]
         self.length = length
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Add one token to the cache.
-
-        Args:
-            hidden: fp32 [hidden], the token's embedding.
-
-        Returns:
-            The logits of the next token, fp32 [1, vocabulary]. The next call overwrites them.
-
-        Raises:
-            ArgumentError: if the cache is full.
-        """
-        if self.length >= self.capacity:
-            raise ArgumentError(f"the cache is full: it has room for {self.capacity} tokens")
-        given = address(hidden, _FLOAT, (self._sizes.hidden,), "hidden")
-        threads = torch.get_num_threads()
-        call(
-            "ace_decode_step", ctypes.byref(self._decoder), given, self.length, self._logits_at, self._seconds, threads
-        )
-        self.length += 1
-        return self._logits
-
     def _allocate(self, cosines: torch.Tensor, sines: torch.Tensor) -> None:
         """A new cache with room for one token at each of these positions."""
-        sizes, decoder = self._sizes, self._decoder
-        expected = (len(cosines), decoder.rotary_size)
-        decoder.cosines = self._vector(cosines, expected, "cosines")
-        decoder.sines = self._vector(sines, expected, "sines")
+        blocks, sizes = self.shape
         self.capacity = len(cosines)
-        decoder.capacity = room = -(-self.capacity // LANES) * LANES
-        cache = (len(self), sizes.kv_heads, room, sizes.head_size)
-        self._keys, keys_at = new(cache, _FLOAT)
-        self._values, values_at = new(cache, _FLOAT)
-        bytes_of_block = sizes.kv_heads * room * sizes.head_size * 4
-        for k, block in enumerate(self._blocks):
-            block.keys, block.values = keys_at + k * bytes_of_block, values_at + k * bytes_of_block
+        room = -(-self.capacity // LANES) * LANES
+        shape = (blocks, sizes.kv_heads, room, sizes.head_size)
+        self._keys, keys_at = new(shape, _FLOAT)
+        self._values, values_at = new(shape, _FLOAT)
+        self._positions = tuple(_in_fp32(table) for table in (cosines, sines))
+        expected = (self.capacity, sizes.rotary)
+        cosines_at, sines_at = (address(table, _FLOAT, expected, "cosines and sines") for table in self._positions)
+        self._cache = structure("AceCache")(
+            keys=keys_at, values=values_at, cosines=cosines_at, sines=sines_at, capacity=room
+        )
+
+
+class DecodeStep:
+    """A decoder that computes one token of each of several texts at a time.
+
+    It reads the weights where they are. So they must not move while it is used; biases and norms that are not fp32 are
+    copied.
+
+    Args:
+        blocks, norm, head: the weights; ``norm`` is that of the last norm.
+        sizes: what all blocks share.
+
+    Attributes:
+        seconds: time of the products, of attention and of everything, in the last step.
+
+    Raises:
+        ArgumentError: if a tensor does not fit, or is not on the CPU in a dtype that the library supports.
+        BackendError: if the library is not available.
+    """
+
+    def __init__(self, blocks: Sequence[Block], norm: torch.Tensor, head: Linear, sizes: Sizes) -> None:
+        self._kept: list[Any] = []
+        self._sizes = sizes
+        if sizes.rotary % 2 or sizes.rotary > sizes.head_size or sizes.heads % sizes.kv_heads:
+            raise ArgumentError(f"{sizes.rotary} rotary numbers do not fit heads of {sizes}")
+        self._blocks = (structure("AceBlock") * len(blocks))(*map(self._block, blocks))
+        self._vocabulary = _shape(head)[0]
+        self._logits, self._logits_at = new((1, self._vocabulary), _FLOAT)
+        self._decoder = structure("AceDecoder")(
+            blocks=ctypes.addressof(self._blocks),
+            head=self._products([head], sizes.hidden),
+            norm=self._vector(norm, sizes.hidden, "norm"),
+            n_blocks=len(blocks),
+            hidden=sizes.hidden,
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            head_size=sizes.head_size,
+            rotary_size=sizes.rotary,
+            intermediate=sizes.intermediate,
+            eps=sizes.eps,
+            scaling=sizes.scaling,
+            activation=ACTIVATIONS[sizes.activation],
+        )
+        self._seconds = (ctypes.c_double * 3)()
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        products, attention, everything = self._seconds
+        return products, attention, everything
+
+    def cache(self, cosines: torch.Tensor, sines: torch.Tensor) -> DecodeCache:
+        """An empty cache for one text.
+
+        Args:
+            cosines, sines: those of the rotary positions, [capacity, rotary size].
+
+        Raises:
+            ArgumentError: if the shapes do not fit.
+        """
+        return DecodeCache(len(self._blocks), self._sizes, cosines, sines)
+
+    def __call__(self, caches: Sequence[DecodeCache], hidden: torch.Tensor) -> torch.Tensor:
+        """Add one token to each cache. The results are the same as with one call for each text.
+
+        Args:
+            caches: of different texts, at least one.
+            hidden: fp32 [n_texts, hidden], the tokens' embeddings.
+
+        Returns:
+            The logits of the next tokens, fp32 [n_texts, vocabulary]. The next call overwrites them.
+
+        Raises:
+            ArgumentError: if a cache is full, there twice, or of another decoder.
+        """
+        count = len(caches)
+        if not count or len({id(cache) for cache in caches}) != count:
+            raise ArgumentError("a step takes one cache of each text, and at least one text")
+        for cache in caches:
+            if cache.shape != (len(self._blocks), self._sizes):
+                raise ArgumentError("a cache is of another decoder: make it with cache()")
+            if cache.length >= cache.capacity:
+                raise ArgumentError(f"the cache is full: it has room for {cache.capacity} tokens")
+        given = address(hidden, _FLOAT, (count, self._sizes.hidden), "hidden")
+        if len(self._logits) < count:
+            self._logits, self._logits_at = new((count, self._vocabulary), _FLOAT)
+        texts = (structure("AceCache") * count)(*(cache.described for cache in caches))
+        threads = torch.get_num_threads()
+        call(
+            "ace_decode_step",
+            ctypes.byref(self._decoder),
+            texts,
+            count,
+            given,
+            self._logits_at,
+            self._seconds,
+            threads,
+        )
+        for cache in caches:
+            cache.length += 1
+        return self._logits[:count]
 
     def _block(self, block: Block) -> ctypes.Structure:
         sizes = self._sizes
@@ -286,7 +323,7 @@ class DecodeStep:
 
     def _vector(self, tensor: torch.Tensor, shape: int | tuple[int, ...], what: str) -> int:
         """The address of a tensor, or of its copy in fp32."""
-        owner = contiguous(tensor.detach() if tensor.dtype is _FLOAT else tensor.detach().float())
+        owner = _in_fp32(tensor)
         self._kept.append(owner)
         return address(owner, _FLOAT, (shape,) if isinstance(shape, int) else shape, what)
 
@@ -295,6 +332,11 @@ class DecodeStep:
         made = (structure(name) * len(entries))(*entries)
         self._kept.append(made)
         return ctypes.addressof(made)
+
+
+def _in_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor in fp32; the same one if it is that already."""
+    return contiguous(tensor.detach() if tensor.dtype is _FLOAT else tensor.detach().float())
 
 
 def _shape(layer: Linear) -> tuple[int, int]:

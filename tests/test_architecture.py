@@ -51,6 +51,7 @@ ORDER = [
     "packed",
     "decoding",
     "generation",
+    "batch_generation",
     "decoding_times",
     "formats",
     "exporters",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
+from ..batch_generation import BatchGeneration, generate_batch
 from ..errors import GenerationError
 from ..formats.registry import load_model
 from ..generation import Generation
@@ -40,7 +41,9 @@ from .sources import fuse as fuse_packed
 
 def generate(
     model_dir: AnyModelArgument,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[
+        list[str], typer.Option(help="Text to continue; repeatable: several are continued together, as one batch.")
+    ],
     max_new_tokens: Annotated[int, number("Largest number of new tokens.", least=1)] = 128,
     temperature: Annotated[
         float, number("Sampling temperature; 0 takes the most likely token each time.", least=0)
@@ -68,12 +71,14 @@ def generate(
     trust_remote_code: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Continue a prompt with a model. Prints the text to stdout and its speed to stderr."""
+    """Continue a prompt, or several. Prints the text to stdout and its speed to stderr."""
     check_json(json)
     if compile and fuse:
         raise GenerationError("--compile and --fuse: give only one of them")
     check_decoder(decoder)
     choose_input_bits(input_bits)
+    if compile and len(prompt) > 1:
+        raise GenerationError("--compile continues one --prompt: leave out --compile, or give one prompt")
     if compile and decoder == "compiled":
         raise GenerationError("--compile and --decoder compiled: give only one of them")
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
@@ -88,25 +93,28 @@ def generate(
     if fuse:
         fuse_packed(model, model_dir)
     torch.manual_seed(seed)
-    result = continue_prompt(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        chat=chat,
-        compile="inductor" if compile else None,
-        decoder=decoder,
-        write=_write,
-    )
-    print(flush=True)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "chat": chat,
+        "decoder": decoder,
+    }
+    result: Generation | BatchGeneration
+    if len(prompt) == 1:
+        compiler = "inductor" if compile else None
+        result = continue_prompt(model, tokenizer, prompt[0], compile=compiler, write=_write, **options)
+        print(flush=True)
+    else:
+        result = generate_batch(model, tokenizer, prompt, **options)
+        for place, text in enumerate(result.texts, start=1):
+            print(f"[{place}] {text}", flush=True)
     if json:
         facts = with_provenance(
             result.to_dict(),
             model=name_of(model_dir),
-            prompt=prompt,
+            prompt=prompt[0] if len(prompt) == 1 else prompt,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -119,13 +127,18 @@ def generate(
             device=str(model.device),
         )
         report.write_json(json, facts)
+    if isinstance(result, Generation):
+        new_tokens, prompt_tokens = f"{result.new_tokens} new tokens", f"{result.prompt_tokens} tokens of prompt"
+    else:
+        new_tokens = f"{sum(result.new_tokens)} new tokens of {len(prompt)} texts"
+        prompt_tokens = f"{sum(result.prompt_tokens)} tokens of prompts"
     print_note(
-        f"{result.new_tokens} new tokens, {result.tokens_per_second:.1f} per second; "
-        f"{result.prompt_tokens} tokens of prompt in {result.prompt_seconds:.2f} s; decoded by {_decoder_of(result)}"
+        f"{new_tokens}, {result.tokens_per_second:.1f} per second; {prompt_tokens} in {result.prompt_seconds:.2f} s; "
+        f"decoded by {_decoder_of(result)}"
     )
 
 
-def _decoder_of(result: Generation) -> str:
+def _decoder_of(result: Generation | BatchGeneration) -> str:
     if result.decoder == "compiled":
         return "the compiled step"
     return "transformers" if result.refusal is None else f"transformers, not by the compiled step: {result.refusal}"

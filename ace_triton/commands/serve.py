@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 from ..formats.registry import load_model
 from ..progress import stage
 from ..provenance import name_of
-from ..serving.turns import pays_in_turn
+from ..serving.batch_decoder import pays_in_step
 from .console import print_backend, print_note, progress_bars
 from .options import (
     AnyModelArgument,
@@ -50,8 +50,7 @@ def serve(
     batch: Annotated[
         int,
         number(
-            "Largest number of requests that run at the same time, as one batch or one token of each in turn; 1 runs "
-            "each alone.",
+            "Largest number of requests that run at the same time, as one batch; 1 runs each alone.",
             least=1,
         ),
     ] = 8,
@@ -91,14 +90,17 @@ def serve(
         if refusal is not None and decoder == "compiled":
             raise StepRefusedError(refusal)
         if refusal is None and decoder == "auto" and batch > 1:
-            decoder = "compiled" if pays_in_turn(model) else "transformers"
-        in_turn = ", one token of each request in turn" if batch > 1 else ""
+            decoder = "compiled" if pays_in_step(model) else "transformers"
+        as_batch = ", one token of each request in one call" if batch > 1 else ""
         if refusal is not None:
+            decoder = "transformers"
             print_note(f"decoding with transformers: {refusal}")
         elif decoder == "transformers":
-            print_note("decoding with transformers as one batch: above 8 bits that is faster than the compiled step")
+            print_note(
+                "decoding with transformers as one batch: for dense weights that is faster than the compiled step"
+            )
         else:
-            print_note(f"decoding with the compiled step{in_turn}")
+            print_note(f"decoding with the compiled step{as_batch}")
     from ..serving.app import build_app
     from ..serving.engine import Engine
     from ..serving.server import Server

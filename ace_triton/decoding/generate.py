@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..errors import GenerationError
 from .refusal import StepRefusedError
-from .step import CompiledStep
+from .step import CompiledStep, step_together
+
+NewStep = Callable[[Any, int], CompiledStep]
+"""Makes the step of a text from the model and the largest number of tokens."""
 
 KNOWN_INPUTS = frozenset({"use_cache", "logits_to_keep", "position_ids", "attention_mask"})
 """Arguments of a forward that transformers prepares for a plain text."""
@@ -50,26 +54,28 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 def compiled_generate(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
     """As ``model.generate(input_ids, **options)`` on a CPU, with one call of the compiled library for each new token.
 
+    Several texts get one call for a token of each, which reads the weights once. The texts may have padding on the
+    left, with an ``attention_mask``, and may end at different times; each gets what it gets alone. Prompts run one
+    after the other.
+
     The prompt runs through the model's own forward. A trial run first compares the step's logits with the model's; it
     is repeated if a weight has changed since the last one. Its sums are in fp32, so tokens may differ from those of
     ``model.generate`` if two logits agree up to rounding, most of all in fp16 and bf16.
 
     Args:
         model: a causal language model from transformers, dense or with packed layers, in evaluation mode.
-        input_ids: int64 [1, n_tokens], the prompt.
+        input_ids: int64 [n_texts, n_tokens], the prompts.
         options: of ``generate``, for greedy decoding and sampling. ``max_new_tokens`` or ``max_length`` bounds the
             cache.
 
     Returns:
-        The tokens of the prompt and the new ones, int64 [1, length].
+        The tokens of the prompts and the new ones, int64 [n_texts, length].
 
     Raises:
         GenerationError: if the compiled step does not decode the model or the call; the message says why.
     """
-    if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
-        raise GenerationError(
-            f"the compiled step decodes one text at a time: give input_ids [1, n_tokens], got {list(input_ids.shape)}"
-        )
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise GenerationError(f"input_ids must be [n_texts, n_tokens] with a token, got {list(input_ids.shape)}")
     for name in REFUSED_OPTIONS:
         if options.get(name) is not None:
             raise _option_refused(f"{name} is given")
@@ -83,13 +89,14 @@ class CompiledDecoding:
 
     Args:
         streamer: that of ``generate``, which does not pass it on.
+        new_step: makes the step of a text from the model and the largest number of tokens.
 
     Attributes:
-        step: the step of the last call; None before the first.
+        step: the step of the last call, of its first text; None before the first.
     """
 
-    def __init__(self, streamer: Any = None) -> None:
-        self._streamer = streamer
+    def __init__(self, streamer: Any = None, new_step: NewStep = CompiledStep) -> None:
+        self._streamer, self._new_step = streamer, new_step
         self.step: CompiledStep | None = None
 
     def __call__(
@@ -101,34 +108,43 @@ class CompiledDecoding:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> torch.Tensor:
-        """Continue a prompt; see transformers for the arguments.
+        """Continue prompts; see transformers for the arguments.
 
         Raises:
             StepRefusedError: if the step does not decode the model or the call.
         """
-        _check_call(input_ids, generation_config, model_kwargs)
-        streamer = self._streamer
-        step = self.step = CompiledStep(model, generation_config.max_length)
-        logits, ended = step.prompt(input_ids), False
-        while not ended:
+        padding = _check_call(input_ids, generation_config, model_kwargs)
+        streamer, longest = self._streamer, generation_config.max_length
+        first = self.step = self._new_step(model, longest - padding[0])
+        texts = [first, *(CompiledStep(model, longest - before, first.proven) for before in padding[1:])]
+        prompts = (input_ids[k : k + 1, before:] for k, before in enumerate(padding))
+        logits = torch.cat([text.prompt(prompt) for text, prompt in zip(texts, prompts, strict=True)])
+        running = torch.ones(len(texts), dtype=torch.bool, device="cpu")
+        while True:
             scores = logits_processor(input_ids, logits)
             if generation_config.do_sample:
-                token = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+                tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
             else:
-                token = scores.argmax(-1)
-            input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
+                tokens = scores.argmax(-1)
+            if not running.all():
+                tokens = tokens.where(running, generation_config._pad_token_tensor)
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             if streamer is not None:
-                streamer.put(token)
-            ended = bool(stopping_criteria(input_ids, None).all())
-            if not ended:
-                logits = step(token)
+                streamer.put(tokens)
+            running &= ~stopping_criteria(input_ids, None)
+            if not running.any():
+                break
+            if len(texts) == 1:
+                logits = first(tokens)
+            else:
+                logits[running] = step_together([texts[k] for k in running.nonzero()[:, 0].tolist()], tokens[running])
         if streamer is not None:
             streamer.end()
         return input_ids
 
 
-def _check_call(input_ids: torch.Tensor, config: Any, inputs: dict[str, Any]) -> None:
-    """Refuse what the loop does not do."""
+def _check_call(input_ids: torch.Tensor, config: Any, inputs: dict[str, Any]) -> list[int]:
+    """Refuse what the loop does not do. Returns the number of tokens of padding before each text."""
     from transformers import GenerationConfig
     from transformers.cache_utils import Cache
 
@@ -145,13 +161,19 @@ def _check_call(input_ids: torch.Tensor, config: Any, inputs: dict[str, Any]) ->
     given = {name for name, value in inputs.items() if value is not None and not isinstance(value, Cache)}
     if unknown := sorted(given - KNOWN_INPUTS):
         raise _option_refused(f"it does not take {', '.join(unknown)}")
-    if len(input_ids) != 1 or "attention_mask" in given:
-        raise _option_refused("it takes one text, without padding")
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if "attention_mask" in given:
+        mask = inputs["attention_mask"]
+        real = mask.bool()
+        if mask.shape != input_ids.shape or not real[:, -1].all() or (real[:, :-1] & ~real[:, 1:]).any():
+            raise _option_refused("it takes padding on the left, and an attention_mask of the shape of input_ids")
     positions = inputs.get("position_ids")
-    if positions is not None and positions.flatten().tolist() != list(range(input_ids.shape[1])):
+    if positions is not None and not torch.equal((real.cumsum(-1) - 1)[real], positions.expand_as(real)[real]):
         raise _option_refused("position_ids must count from 0")
     if any(cache.get_seq_length() for cache in caches):
         raise _option_refused("it begins with an empty cache")
+    padding: list[int] = (~real).sum(-1).tolist()
+    return padding
 
 
 def _option_refused(reason: str) -> StepRefusedError:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from ..inputs.model_source import reason
 from ..kernels.backend import backend_of_device
 from ..kernels.decode_step import Block, Linear, Sizes
 from ..kernels.memory import ELEMENTS
@@ -117,6 +118,7 @@ class _Finder:
             heads=heads,
             kv_heads=kv_heads,
             head_size=size,
+            rotary=self._rotary_size(rotary),
             intermediate=blocks[0].down.weight.shape[1],
             eps=self.eps.pop(),
             scaling=self.scaling.pop(),
@@ -144,6 +146,14 @@ class _Finder:
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             if getattr(self.config, name, None):
                 raise StepRefusedError(f"it caps logits ({name})")
+
+    def _rotary_size(self, rotary: nn.Module) -> int:
+        numbers = torch.zeros(1, 1, 1, dtype=self.model.dtype, device="cpu")
+        try:
+            cosines, _ = rotary(numbers, position_ids=torch.zeros(1, 1, dtype=torch.int64, device="cpu"))
+        except Exception as error:  # The forward is the model's own, and may raise anything.
+            raise StepRefusedError(f"its rotary positions fail ({reason(error)})") from error
+        return int(cosines.shape[-1])
 
     def _window(self) -> int | None:
         types = getattr(self.config, "layer_types", None)

@@ -1,8 +1,10 @@
-"""A decoder that decodes with the compiled step, after a trial run has proven it."""
+"""Texts that are decoded with the compiled step, alone or together, after a trial run has proven it."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from ..decoders.batches import longest_sequence
 from ..errors import AceError
 from ..inputs.model_source import reason
 from ..kernels.cpu_library import exact_inputs
-from ..kernels.decode_step import DecodeStep
+from ..kernels.decode_step import DecodeCache, DecodeStep
 from ..kernels.errors import ArgumentError
 from ..kernels.written import version_of
 from .forwards import state_of
@@ -32,6 +34,42 @@ _proven: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictio
 """For each model, the weights and the state with which its last trial run succeeded."""
 
 
+@dataclass(frozen=True)
+class Proven:
+    """What the compiled step computes of a model, after a trial run. Texts that share it can be decoded together.
+
+    Attributes:
+        parts: the parts of the model.
+        step: the step.
+        key: changes if the model does.
+    """
+
+    parts: Parts
+    step: DecodeStep
+    key: tuple[Any, ...]
+
+
+def prove(model: Any, before: Proven | None = None) -> Proven:
+    """Prove that the compiled step computes what a model does; after a trial run that succeeded, only changes count.
+
+    Args:
+        model: a causal language model from transformers.
+        before: an earlier result for this model, which is returned if nothing has changed since.
+
+    Raises:
+        StepRefusedError: if the step does not compute what the model does.
+    """
+    parts = parts_of(model)
+    key = _key(model, parts)
+    if before is not None and before.key == key:
+        return before
+    step = _step(parts)
+    if _proven.get(model) != key:
+        _compare(model, parts, step)
+        key = _proven[model] = _key(model, parts)  # The trial may have filled buffers.
+    return Proven(parts, step, key)
+
+
 class CompiledStep:
     """A model's decoding step, in one call of the compiled library a token, with a cache that grows.
 
@@ -41,6 +79,7 @@ class CompiledStep:
     Args:
         model: a causal language model from transformers.
         capacity: largest number of tokens, prompt and new ones.
+        proven: what :func:`prove` returned for the model; None to call it.
 
     Attributes:
         seconds: time spent in products, in attention and in all steps since the prompt.
@@ -50,18 +89,16 @@ class CompiledStep:
         StepRefusedError: if the step does not compute what the model does.
     """
 
-    def __init__(self, model: Any, capacity: int) -> None:
+    def __init__(self, model: Any, capacity: int, proven: Proven | None = None) -> None:
         self._model = model
-        self._parts = parts_of(model)
-        if self._parts.window is not None and capacity > self._parts.window:
+        self.proven = prove(model) if proven is None else proven
+        self._parts = parts = self.proven.parts
+        if parts.window is not None and capacity > parts.window:
             raise StepRefusedError(
-                f"its sliding window of {self._parts.window} tokens is shorter than the {capacity} tokens of this text"
+                f"its sliding window of {parts.window} tokens is shorter than the {capacity} tokens of this text"
             )
-        if _proven.get(model) != _key(model, self._parts):
-            _prove(model, self._parts)
-            _proven[model] = _key(model, self._parts)  # The trial may have filled buffers.
         self._capacity = capacity
-        self._step = _step(self._parts, min(capacity, FIRST_CAPACITY))
+        self._cache = self.proven.step.cache(*_positions(parts, min(capacity, FIRST_CAPACITY)))
         self.seconds = [0.0, 0.0, 0.0]
         self.steps = 0
 
@@ -76,25 +113,42 @@ class CompiledStep:
             The logits of the next token, fp32 [1, vocabulary].
         """
         self._grow(ids.shape[1])
-        logits = _fill(self._step, self._model, ids)
+        logits = _fill(self._cache, self._model, ids)
         self.seconds, self.steps = [0.0, 0.0, 0.0], 0
         return logits[:, -1].float()
 
-    @torch.no_grad()
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """Read one token, int64 [1]. Returns the logits of the next one, fp32 [1, vocabulary]; they are overwritten by
         the next call."""
-        self._grow(self._step.length + 1)
-        logits = self._step(self._parts.embedding(token).float()[0])
-        self.seconds = [sum(pair) for pair in zip(self.seconds, self._step.seconds, strict=True)]
-        self.steps += 1
-        return logits
+        return step_together([self], token)
 
     def _grow(self, length: int) -> None:
         """Make room for this number of tokens, up to the capacity."""
-        room = self._step.capacity
+        room = self._cache.capacity
         if room < min(length, self._capacity):
-            self._step.grow(*_positions(self._parts, min(max(length, 2 * room), self._capacity)))
+            self._cache.grow(*_positions(self._parts, min(max(length, 2 * room), self._capacity)))
+
+
+@torch.no_grad()
+def step_together(texts: Sequence[CompiledStep], tokens: torch.Tensor) -> torch.Tensor:
+    """Read one token of each of several texts, in one call of the library, which reads each weight once.
+
+    Args:
+        texts: different texts with the same :class:`Proven`.
+        tokens: int64 [n_texts].
+
+    Returns:
+        The logits of the next tokens, fp32 [n_texts, vocabulary]: for each text those that it would get alone. They are
+        overwritten by the next call for a text with the same :class:`Proven`.
+    """
+    proven = texts[0].proven
+    for text in texts:
+        text._grow(text._cache.length + 1)
+    logits = proven.step([text._cache for text in texts], proven.parts.embedding(tokens).float())
+    for text in texts:
+        text.seconds = [sum(pair) for pair in zip(text.seconds, proven.step.seconds, strict=True)]
+        text.steps += 1
+    return logits
 
 
 def why_not_compiled(model: Any) -> str | None:
@@ -114,17 +168,15 @@ def _positions(parts: Parts, capacity: int, first: int = 0) -> tuple[torch.Tenso
     return cosines[0], sines[0]
 
 
-def _step(parts: Parts, capacity: int, first: int = 0) -> DecodeStep:
-    """A step with room for some tokens, the first of which has this position."""
-    cosines, sines = _positions(parts, capacity, first)
+def _step(parts: Parts) -> DecodeStep:
     try:
-        return DecodeStep(parts.blocks, parts.norm, parts.head, parts.sizes, cosines, sines)
+        return DecodeStep(parts.blocks, parts.norm, parts.head, parts.sizes)
     except ArgumentError as error:
         raise StepRefusedError(str(error)) from error
 
 
-def _fill(step: DecodeStep, model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Run the model on a prompt, and put its keys and values into the step's cache."""
+def _fill(cache: DecodeCache, model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Run the model on a prompt, and put its keys and values into a cache."""
     from transformers.cache_utils import Cache
 
     outputs = model(input_ids=ids, use_cache=True, logits_to_keep=1, **options)
@@ -135,10 +187,10 @@ def _fill(step: DecodeStep, model: Any, ids: torch.Tensor, **options: Any) -> to
         for name in ("keys", "values")
     )
     unknown = "its cache of keys and values has a form that the step does not know"
-    if len(keys) != len(step) or any(part.shape[1:2] != ids.shape[1:] for part in (*keys, *values)):
+    if len(keys) != cache.shape[0] or any(part.shape[1:2] != ids.shape[1:] for part in (*keys, *values)):
         raise StepRefusedError(unknown)
     try:
-        step.fill(keys, values)
+        cache.fill(keys, values)
     except ArgumentError as error:
         raise StepRefusedError(unknown) from error
     logits: torch.Tensor = outputs.logits
@@ -152,7 +204,7 @@ def _key(model: Any, parts: Parts) -> tuple[Any, ...]:
 
 
 @torch.inference_mode()
-def _prove(model: Any, parts: Parts) -> None:
+def _compare(model: Any, parts: Parts, step: DecodeStep) -> None:
     """Compare the logits of the step with those of the model's own forward, at the last positions of the model.
 
     Raises:
@@ -168,7 +220,7 @@ def _prove(model: Any, parts: Parts) -> None:
         )
     try:
         with exact_inputs():  # With inputs of few bits, rounding hides a wrong step.
-            given, wanted = _trial(model, parts, length, vocabulary)
+            given, wanted = _trial(model, parts, step, length, vocabulary)
     except AceError:
         raise
     except Exception as error:  # The forward is the model's own, and may raise anything.
@@ -180,7 +232,9 @@ def _prove(model: Any, parts: Parts) -> None:
         raise StepRefusedError(f"in a trial run its logits differ by {distance:.1g} of their size")
 
 
-def _trial(model: Any, parts: Parts, length: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _trial(
+    model: Any, parts: Parts, step: DecodeStep, length: int, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the step and of the model for the same tokens.
 
     The positions are the model's last ones: a forward that scales by position passes at the first positions.
@@ -190,7 +244,7 @@ def _trial(model: Any, parts: Parts, length: int, vocabulary: int) -> tuple[torc
     positions = torch.arange(first, first + length, device="cpu")[None]
     half = (length + 1) // 2
     wanted = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, half:].float()
-    step = _step(parts, length, first)
-    _fill(step, model, ids[:, :half], position_ids=positions[:, :half])
-    given = torch.cat([step(parts.embedding(token[None]).float()[0]).clone() for token in ids[0, half:]])
+    cache = step.cache(*_positions(parts, length, first))
+    _fill(cache, model, ids[:, :half], position_ids=positions[:, :half])
+    given = torch.cat([step([cache], parts.embedding(token[None]).float()).clone() for token in ids[0, half:]])
     return given, wanted

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..inputs.checkpoint import refusals
+from ..inputs.model_card import write_card
 from ..inputs.model_task import task_of_class
 from ..inputs.output_folder import files_in, give_mode, replacing, write_report
 from ..inputs.report_file import MANIFEST_FILE
@@ -38,6 +39,9 @@ from .tables import PACKED_MODULES, name_of_embedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+HUB_OPTIONS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+"""Options of ``save_pretrained(push_to_hub=True)`` that ``model.push_to_hub`` takes."""
 
 
 def save_packed(
@@ -117,8 +121,9 @@ def write_around(
 class SavePretrained:
     """``save_pretrained`` of one model. It writes the packed format if the model has a packed layer.
 
-    Existing files with the same names are replaced, the manifest last. Arguments of transformers that do not apply to
-    packed checkpoints (``max_shard_size``, ``variant`` and so on) are ignored.
+    Existing files with the same names are replaced, the manifest last; a model card that is there stays. All tensors
+    are in one file: ``max_shard_size`` and other arguments of transformers that do not apply to packed checkpoints are
+    ignored.
     """
 
     def __init__(self, model: Any) -> None:
@@ -140,7 +145,9 @@ class SavePretrained:
         push_to_hub: bool = False,
         **others: Any,
     ) -> None:
-        """Write the model into a folder, which may exist.
+        """Write the model into a folder, which may exist, and with ``push_to_hub`` also into a repository of the hub.
+
+        The repository is named by ``repo_id``, else by the folder; :data:`HUB_OPTIONS` are those of transformers.
 
         Raises:
             CheckpointError: as in :func:`save_packed`, or if the folder contains the weights of a dense model.
@@ -158,11 +165,13 @@ class SavePretrained:
                 **others,
             )
             return
-        if push_to_hub:
-            raise CheckpointError("push_to_hub=True: save the packed model without it, then call model.push_to_hub")
         if is_main_process:
             _check_model(model)
-            _write_into(model, Path(save_directory), model.state_dict() if state_dict is None else state_dict)
+            folder = Path(save_directory)
+            _write_into(model, folder, model.state_dict() if state_dict is None else state_dict)
+            if push_to_hub:
+                options = {name: others[name] for name in HUB_OPTIONS if name in others}
+                model.push_to_hub(others.get("repo_id", folder.name), **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
         model = self._model()
@@ -229,6 +238,7 @@ def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
         for name in sorted(files_in(fresh), key=lambda name: name == MANIFEST_FILE):
             (folder / name).parent.mkdir(exist_ok=True)
             os.replace(fresh / name, folder / name)
+        write_card(folder, {})
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 
 from ..decoders.batches import longest_sequence
+from ..decoding.step import CompiledStep
 from ..errors import AceError, GenerationError
 from ..generation import chat_ids, check_room, decode, prompt_ids
 from .joint import Joint
 from .requests import Completion, RequestError
 from .stop_texts import StopTexts
-from .turns import Turns
 
 Reason = Literal["stop", "length"]
 
@@ -92,15 +92,15 @@ class Job:
 class Engine:
     """Completes requests in threads of its own, in the order in which they came.
 
-    With a ``batch`` of 1 one request runs at a time, so a completion does not depend on those beside it. With more,
-    requests that run at the same time are decoded in one batch (:class:`~.joint.Joint`), or by the compiled step, one
-    token of each in turn (:class:`~.turns.Turns`).
+    With a ``batch`` of 1 one request runs at a time. With more, requests that run at the same time are decoded in one
+    batch (:class:`~.joint.Joint`), by the compiled step or by transformers.
 
     Args:
         model, tokenizer: from transformers.
         waiting: largest number of requests that wait while others run.
         batch: largest number of requests that run at the same time.
-        decoder: as for :func:`~ace_triton.generation.generate`; with "auto", more than 1 are decoded by transformers.
+        decoder: as for :func:`~ace_triton.generation.generate`. In a batch, transformers decodes a text that the
+            compiled step refuses, as one longer than a window.
         most_tokens: largest number of new tokens of a request.
         longest_prompt: largest number of tokens of a prompt; None for what the model allows.
     """
@@ -118,11 +118,8 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.most_tokens, self.longest_prompt = most_tokens, longest_prompt
-        in_turn = batch > 1 and decoder == "compiled"
-        self._turns = Turns() if in_turn else None
-        self._joint = Joint(model) if batch > 1 and not in_turn else None
-        # In turn, "auto" lets transformers decode a text that the step refuses, as one longer than a window.
-        self._decoder = "auto" if in_turn else decoder if batch == 1 else "transformers"
+        self._joint = Joint(model) if batch > 1 else None
+        self._decoder = "auto" if batch > 1 and decoder == "compiled" else decoder
         self._waiting: queue.Queue[Job | None] = queue.Queue(waiting + batch)
         self._free = threading.Semaphore(waiting + batch)
         self._lock = threading.Lock()
@@ -243,24 +240,20 @@ class Engine:
             if text := stops.feed(piece):
                 job.put(text)
 
-        def stopped() -> bool:
-            if self._turns is not None and not (stops.found or job.ended):
-                self._turns.pass_on()
-            return stops.found or job.ended
-
         sampling = {"top_p": request.top_p, "top_k": 0} if request.temperature else {}
-        together = self._joint or self._turns
-        with nullcontext() if together is None else together.member():
+        joint = self._joint
+        with nullcontext() if joint is None else joint.member():
             torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
             found = decode(
-                self.model if self._joint is None else self._joint.model,
+                self.model if joint is None else joint.model,
                 self.tokenizer,
                 job.ids,
                 max_new_tokens=job.max_tokens,
                 temperature=request.temperature,
                 write=write,
-                stopped=stopped,
+                stopped=lambda: stops.found or job.ended,
                 decoder=self._decoder,
+                new_step=CompiledStep if joint is None else joint.step,
                 **sampling,
             )
         if text := stops.end():

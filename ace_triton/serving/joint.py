@@ -1,18 +1,20 @@
-"""One batch from the decoding steps of several threads, each of which generates with transformers as if alone."""
+"""One batch from the decoding steps of several threads, each of which generates as if alone."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..decoding.step import CompiledStep, Proven, prove, step_together
 from ..dispatched.hooks import input_device
 
 OPTIONS = frozenset({"use_cache", "return_dict", "logits_to_keep", "output_attentions", "output_hidden_states"})
@@ -25,9 +27,10 @@ Random = tuple[torch.Tensor, torch.Tensor | None]
 class Joint:
     """A model whose forward waits until every member thread calls it, and then runs all of them.
 
-    One step of decoding of each member becomes one row of a batch. A prompt runs alone, in the same round. Each member
-    has its own cache, so members come and go between two tokens. Only one thread runs at a time, and each has torch's
-    random state for itself, so a member draws what it would draw alone.
+    One step of decoding of each member becomes one row of a batch: of a forward of transformers, or of the compiled
+    step. A prompt runs alone, in the same round. Each member has its own cache, so members come and go between two
+    tokens. Only one thread runs at a time, and each has torch's random state for itself, so a member draws what it
+    would draw alone.
 
     Args:
         model: a causal language model of transformers.
@@ -37,17 +40,19 @@ class Joint:
     """
 
     def __init__(self, model: Any) -> None:
-        self._forward = model.forward
+        self._whole = model
+        self._proven: Proven | None = None
         self._device = input_device(model)
         self._turn = threading.Condition()
         self._members = 0
         self._calls: list[_Call] = []
         self._closed = False
         self.model = copy.copy(model)
+        usual = model.forward
 
-        @functools.wraps(model.forward)  # transformers reads its signature.
+        @functools.wraps(usual)  # transformers reads its signature.
         def forward(**arguments: Any) -> Any:
-            return self._wait(arguments)
+            return self._wait(_Forward(self._random(), usual, arguments))
 
         self.model.forward = forward
         threading.Thread(target=self._work, name="ace-triton model", daemon=True).start()
@@ -63,15 +68,25 @@ class Joint:
                 self._members -= 1
                 self._turn.notify_all()
 
+    def step(self, _: Any, capacity: int) -> CompiledStep:
+        """As ``CompiledStep(model, capacity)``; the steps of several members run together.
+
+        Call it only within :meth:`member`.
+
+        Raises:
+            StepRefusedError: if the compiled step does not decode the model or this number of tokens.
+        """
+        self._proven = prove(self._whole, self._proven)
+        return _JointText(self, capacity, self._proven)
+
     def close(self) -> None:
         """End the thread that runs the model, once there is no member."""
         with self._turn:
             self._closed = True
             self._turn.notify_all()
 
-    def _wait(self, arguments: dict[str, Any]) -> Any:
-        """The forward that a member calls."""
-        call = _Call(arguments, self._random())
+    def _wait(self, call: _Call) -> Any:
+        """The outputs of a call of a member, after the other members have called too."""
         self._calls.append(call)
         self._turn.notify_all()
         self._turn.wait_for(lambda: call.done)
@@ -87,32 +102,12 @@ class Joint:
             while not (self._closed and not self._members):
                 self._turn.wait_for(self._ready)
                 calls, self._calls = self._calls, []
-                joined = [call for call in calls if call.cache is not None]
-                for group in _groups(joined):
-                    self._run(group)
-                for call in calls:
-                    if not call.done:
-                        self._run([call])
+                for group in _groups(calls):
+                    _run(group)
                 self._turn.notify_all()
 
     def _ready(self) -> bool:
         return len(self._calls) == self._members and (self._members > 0 or self._closed)
-
-    def _run(self, calls: Sequence[_Call]) -> None:
-        """Run calls in one forward."""
-        try:
-            if len(calls) == 1:
-                calls[0].outputs = self._forward(**calls[0].arguments)
-            else:
-                outputs = self._forward(**_joined(calls))
-                for row, call in enumerate(calls):
-                    own = {name: value for name, value in outputs.items() if isinstance(value, Cache)}
-                    call.outputs = type(outputs)(logits=outputs.logits[row : row + 1], **dict.fromkeys(own, call.cache))
-        except Exception as error:  # Each member gets it, and says whether it goes on.
-            for call in calls:
-                call.error = error
-        for call in calls:
-            call.done = True
 
     def _random(self) -> Random:
         gpu = self._device if self._device.type == "cuda" else None
@@ -126,22 +121,82 @@ class Joint:
 
 
 @dataclass
-class _Call:
-    """A member's call of the forward.
+class _Call(ABC):
+    """A member's call of the model.
 
     Attributes:
-        arguments: the forward's arguments.
         random: the member's random state.
-        outputs: what the forward returned.
+        outputs: what the call returned.
         error: what it raised instead.
         done: True if it has run.
     """
 
-    arguments: dict[str, Any]
     random: Random
-    outputs: Any = None
-    error: Exception | None = None
-    done: bool = False
+    outputs: Any = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+    done: bool = field(default=False, init=False)
+
+    @property
+    @abstractmethod
+    def kind(self) -> Hashable:
+        """The same for calls that fit into one batch; None if the call must run alone."""
+
+    @abstractmethod
+    def together(self, calls: Sequence[Any]) -> Sequence[Any]:
+        """The outputs of calls of this kind, this one among them."""
+
+
+@dataclass
+class _Step(_Call):
+    """A call of the compiled step."""
+
+    text: CompiledStep
+    token: torch.Tensor
+
+    @property
+    def kind(self) -> Hashable:
+        return id(self.text.proven)
+
+    def together(self, calls: Sequence[_Step]) -> Sequence[torch.Tensor]:
+        return step_together([call.text for call in calls], torch.cat([call.token for call in calls])).split(1)
+
+
+class _JointText(CompiledStep):
+    """A text whose steps run together with those of other members."""
+
+    def __init__(self, joint: Joint, capacity: int, proven: Proven) -> None:
+        super().__init__(joint.model, capacity, proven)
+        self._joint = joint
+
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._joint._wait(_Step(self._joint._random(), self, token))
+        return logits
+
+
+@dataclass
+class _Forward(_Call):
+    """A call of the model's forward."""
+
+    forward: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    @property
+    def kind(self) -> Hashable:
+        if self.cache is None:
+            return None
+        options = sorted((name, repr(value)) for name, value in self.arguments.items() if name in OPTIONS)
+        return self.arguments.get("position_ids") is None, *options
+
+    def together(self, calls: Sequence[_Forward]) -> Sequence[Any]:
+        if len(calls) == 1:
+            return [self.forward(**self.arguments)]
+        outputs = self.forward(**_joined(calls))
+        caches = [name for name, value in outputs.items() if isinstance(value, Cache)]
+        logits = outputs.logits.split(1)
+        return [
+            type(outputs)(logits=own, **dict.fromkeys(caches, call.cache))
+            for own, call in zip(logits, calls, strict=True)
+        ]
 
     @functools.cached_property
     def cache(self) -> Cache | None:
@@ -167,22 +222,29 @@ class _Call:
             mask = self.arguments["input_ids"].new_ones(1, self.cache.get_seq_length() + 1)
         return mask
 
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """The same for calls that fit into one batch."""
-        options = sorted((name, repr(value)) for name, value in self.arguments.items() if name in OPTIONS)
-        return self.arguments.get("position_ids") is None, *options
-
 
 def _groups(calls: Sequence[_Call]) -> list[list[_Call]]:
-    """Calls that fit into one batch together."""
-    groups: dict[Any, list[_Call]] = {}
+    """Calls that fit into one batch together; those that run alone come last."""
+    groups: dict[Hashable, list[_Call]] = {}
     for call in calls:
         groups.setdefault(call.kind, []).append(call)
-    return list(groups.values())
+    alone = groups.pop(None, [])
+    return [*groups.values(), *([call] for call in alone)]
 
 
-def _joined(calls: Sequence[_Call]) -> dict[str, Any]:
+def _run(calls: Sequence[_Call]) -> None:
+    """Run calls of one kind."""
+    try:
+        for call, outputs in zip(calls, calls[0].together(calls), strict=True):
+            call.outputs = outputs
+    except Exception as error:  # Each member gets it, and says whether it goes on.
+        for call in calls:
+            call.error = error
+    for call in calls:
+        call.done = True
+
+
+def _joined(calls: Sequence[_Forward]) -> dict[str, Any]:
     """The arguments of one forward for all calls: rows are padded on the left."""
     first = calls[0].arguments
     masks = [call.mask for call in calls]

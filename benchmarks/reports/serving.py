@@ -2,10 +2,10 @@
 
     python -m benchmarks.reports.serving --model packed
 
-The server is a process of its own. The same requests go to a server that decodes with the compiled step, one token of
-each request in turn, and to one that decodes with transformers, as one batch. Every answer is compared with the answer
-to the same request alone, and after the last one the server is ended by SIGTERM in the middle of a stream and started
-again. Without ``--model`` a tiny random model is made and packed, so that the time is the server's own.
+The server is a process of its own. The same requests go to a server that decodes with the compiled step and to one that
+decodes with transformers; both decode requests that run at the same time as one batch. Every answer is compared with
+the answer to the same request alone, and after the last one the server is ended by SIGTERM in the middle of a stream
+and started again. Without ``--model`` a tiny random model is made and packed, so that the time is the server's own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ace_triton.provenance import with_provenance
 
 from ..harness.results import processor
 
-DECODERS = {"compiled": "the compiled step, in turn", "transformers": "transformers, one batch"}
+DECODERS = {"compiled": "the compiled step", "transformers": "transformers"}
 
 DISTINCT = 16
 """Different requests; each is sent many times."""
@@ -197,14 +197,15 @@ def page(content: dict[str, Any]) -> str:
 
 Measured by `make serving` on {content["processor"]}, with {content["model"]}: {content["requests"]:,} requests of
 {content["clients"]} clients at once, half of them streams, half of them chats, of up to {content["max_tokens"]} tokens.
-The server runs up to this many at the same time: {content["batch"]}.
+The server runs up to this many at the same time, as one batch: {content["batch"]}.
 
 | decoded by | {" | ".join(DECODERS[decoder] for decoder in content["decoders"])} |
 |---|{"---|" * len(columns)}
 {rows}
 
 The clients and other work share the processor with the server, so the times are upper bounds. In float32, texts of one
-batch may part from those of the same requests alone at a near tie, because its products sum in another order.
+batch in transformers may part from those of the same requests alone at a near tie, because its products sum in another
+order.
 """
 
 

@@ -5,7 +5,8 @@
     python -m benchmarks.reports.tradeoff ... --only speed
 
 Results in docs/tradeoff.json are kept, so a stopped run resumes. A perplexity may be measured on a busy machine. A
-speed needs an idle one: each round times the dense model in float32 beside the form.
+speed needs an idle one: each round times the dense model in float32 beside the form. ``--list`` names the forms. Those
+that are recovered take a training, so they are measured only with ``--form``, as ``--form "8:16 8 bits, recovered"``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ace_triton.provenance import name_of, now
 from ace_triton.study.workbench import Protocol, processor_name
 
 from ..harness.resident import PROMPT
-from .tradeoff_forms import DENSE_FORM, FORMS, LENGTH, OURS, STEP_FORMS, Form, Forms, Opened
+from .tradeoff_forms import DENSE_FORM, FORMS, LENGTH, OURS, RECOVERED_FORMS, STEP_FORMS, Form, Forms, Opened
 from .tradeoff_page import page, picture
 
 STEPS = ("perplexity", "speed")
@@ -47,6 +48,7 @@ def main(
     only: Annotated[str | None, typer.Option(help="Step: perplexity or speed; neither for the page alone.")] = None,
     most: Annotated[int | None, typer.Option(min=0, help="Largest number of cells to measure; default: all.")] = None,
     form: Annotated[list[str] | None, typer.Option(help="Form to measure, as '8:16 4 bits'; repeatable.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Print the forms and what is measured, and end.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of a speed.")] = 7,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a round.")] = 64,
     work: Annotated[Path, typer.Option(help="Folder that keeps the forms.")] = Path("build/tradeoff"),
@@ -55,11 +57,16 @@ def main(
     """Measure what is missing, and write the page and the picture."""
     if only is not None and only not in STEPS:
         raise typer.BadParameter(f"--only must be one of {', '.join(STEPS)}; got {only!r}")
-    all_forms = FORMS if only == "perplexity" else (*FORMS, *STEP_FORMS)
+    all_forms = (*FORMS, *RECOVERED_FORMS)
+    all_forms = all_forms if only == "perplexity" else (*all_forms, *STEP_FORMS)
     unknown = [wanted for wanted in form or () if wanted not in map(str, all_forms)]
     if unknown:
         raise typer.BadParameter(f"--form must be one of {', '.join(map(str, all_forms))}; got {unknown[0]!r}")
     content = read(out)
+    if listed:
+        for entry in all_forms:
+            console.print(f"{entry}: {state_of(content, name, entry)}", highlight=False)
+        return
     if only is not None:
         protocol = Protocol(
             model, calibration, evaluation, wikitext=True, samples=samples, windows=windows, dtype=torch.float32
@@ -68,7 +75,8 @@ def main(
         found = of_model(content, name, setting_of(protocol, preset))
         found[only] = [entry for entry in found[only] if is_current(entry)]
         known = {Form(**entry["form"]) for entry in found[only]}
-        wanted = [entry for entry in all_forms if entry not in known and (not form or str(entry) in form)]
+        asked = form or [str(entry) for entry in all_forms if entry not in RECOVERED_FORMS]
+        wanted = [entry for entry in all_forms if entry not in known and str(entry) in asked]
         for entry in wanted[:most]:
             why_not = forms.why_not(entry)
             if why_not is not None:
@@ -81,6 +89,19 @@ def main(
             console.print(f"{name}, {entry}: {measured}", highlight=False)
             write_json(out / "tradeoff.json", content)
     write(out, content)
+
+
+def state_of(content: dict[str, Any], name: str, form: Form) -> str:
+    """What is measured of a form, in words."""
+    found = content["models"].get(name, {})
+    current = [
+        step
+        for step in STEPS
+        if any(Form(**entry["form"]) == form and is_current(entry) for entry in found.get(step, ()))
+    ]
+    if current:
+        return " and ".join(current)
+    return "not measured, only with --form" if form in RECOVERED_FORMS else "not measured"
 
 
 def read(out: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ace_triton.packed.pack_model import pack_model
 from ace_triton.packed.packed_linear import PackedLinear
 from ace_triton.packed.saving import save_packed
 from ace_triton.presets import PRESETS, replaced
+from ace_triton.recovery.settings import RecoverySettings
 from ace_triton.solvers.quantize import GROUP, Quantization
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench
@@ -51,6 +52,9 @@ HEAD_BITS = 8
 LENGTH, SEED = 128, 0
 """Tokens of a calibration sequence, and the seed of the samples."""
 
+RECOVERY = RecoverySettings(steps=400, forward_dtype=torch.float32)
+"""How a recovered form is trained: always the same number of optimizer steps."""
+
 
 @dataclass(frozen=True)
 class Form:
@@ -61,18 +65,20 @@ class Form:
         pattern: n:m; "" for a model that is not pruned.
         weights: type of the weights: "fp32", "bf16", "8 bits" or "4 bits", or llama.cpp's name.
         input_bits: bits that products with quantized weights round their inputs to; None for the default.
+        recovered: True if the kept weights are trained after pruning, and then rounded.
     """
 
     engine: str
     pattern: str
     weights: str
     input_bits: int | None = None
+    recovered: bool = False
 
     def __str__(self) -> str:
         ours = self.pattern or "dense, ace_triton,"
         first = {DENSE: "dense", LLAMA: LLAMA, STEP: "dense, compiled step,"}.get(self.engine, ours)
         inputs = "" if self.input_bits is None else f", {self.input_bits}-bit inputs"
-        return f"{first} {self.weights}{inputs}"
+        return f"{first} {self.weights}{inputs}{', recovered' if self.recovered else ''}"
 
     @property
     def head_bits(self) -> int | None:
@@ -88,6 +94,9 @@ FORMS = (
     *(Form(OURS, pattern, weights) for pattern in PATTERNS for weights in BITS),
     *(Form(OURS, pattern, "8 bits", 8) for pattern in PATTERNS),
 )
+
+RECOVERED_FORMS = (Form(OURS, "8:16", "8 bits", recovered=True),)
+"""Forms that take a training; they are measured only if they are named."""
 
 STEP_FORMS = tuple(Form(STEP, "", weights) for weights in DTYPES)
 """The dense model in the compiled step. Only its speed is measured: its perplexity is that of the dense model."""
@@ -285,8 +294,12 @@ class Forms:
             pack_model(model, group=GROUP, head_bits=form.head_bits, dense_bits=bits)
             save_packed(model, self.bench.tokenizer, folder)
             return folder
-        parts = {"sparsity": form.pattern, "quantize": None if bits is None else Quantization(bits, GROUP)}
+        quantize = None if bits is None or form.recovered else Quantization(bits, GROUP)
+        parts = {"sparsity": form.pattern, "quantize": quantize}
         with self.bench.pruned(Cell(replaced(PRESETS[self.preset], parts), LENGTH, SEED)):
+            if form.recovered:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                self.bench.recover(RECOVERY, state=folder.with_suffix(".state"))
             quantized = {"bits": bits, "group": GROUP, "head_bits": form.head_bits}
             names = [form.weights] if bits is not None else list(DTYPES)
             for name in names:
@@ -298,7 +311,8 @@ class Forms:
     def _place(self, form: Form) -> Path:
         """The folder of a packed model, named by what pruned it too."""
         pruning = f"{self.preset}-{self.protocol.samples}-{Path(self.protocol.calibration).name.replace(':', '-')}"
-        return self.folder / pruning / f"{form.pattern.replace(':', '-') or 'dense'}-{form.weights.replace(' ', '-')}"
+        name = f"{form.pattern.replace(':', '-') or 'dense'}-{form.weights.replace(' ', '-')}"
+        return self.folder / pruning / (f"{name}-recovered-{RECOVERY.steps}" if form.recovered else name)
 
     def _gguf(self, kind: str) -> Path:
         """A GGUF file, converted by llama.cpp from one in float32, as its users do."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .drawing import Scale, grid, opening, text
-from .tradeoff_forms import DENSE, DENSE_FORM, FORMS, HEAD_BITS, LLAMA, PATTERNS, STEP_FORMS, Form
+from .tradeoff_forms import DENSE, DENSE_FORM, FORMS, HEAD_BITS, LLAMA, PATTERNS, RECOVERY, STEP_FORMS, Form
 
 SIZES = (4.0, 2.0, 1.1, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Limits of bytes a weight for which the page names the best form."""
@@ -143,6 +143,11 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
         f"GPTQ; {setting['windows']} windows of {setting['window_length']} tokens of {setting['evaluation']}, on "
         f"{setting['processor']}.",
     ]
+    if any(point.form.recovered for point in points):
+        lines[-1] += (
+            f" Recovered forms are trained for {RECOVERY.steps} optimizer steps of {RECOVERY.tokens_per_step} tokens "
+            "of the calibration text after pruning, and then rounded to the nearest values."
+        )
     versions = {entry["version"] for step in ("perplexity", "speed") for entry in found[step]}
     lines[-1] += f" With {'; '.join(sorted(versions))}." if versions else ""
     if found["speed"]:
@@ -335,7 +340,9 @@ def _names(points: Sequence[Point], value: Callable[[Point], float], across: Sca
         own = [point for point in points if point.form.pattern == pattern]
         for point in own:
             bits = {"fp32": "32", "bf16": "16"}.get(point.form.weights, point.form.weights.partition(" ")[0])
-            yield text(across(value(point)), up(point.perplexity) - 8, bits, "quiet", "middle")
+            below = 21 if point.form.recovered else -8  # Above would be the same form without a recovery.
+            words = f"{bits}, recovered" if point.form.recovered else bits
+            yield text(across(value(point)), up(point.perplexity) + below, words, "quiet", "middle")
         if own:
             last = max(own, key=value)
             yield text(across(value(last)) + 9, up(last.perplexity) + 4.5, pattern)

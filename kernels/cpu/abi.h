@@ -58,13 +58,12 @@ struct AceProduct {
 };
 
 /* Positions whose keys lie side by side in a cache. */
-enum AceCache { ACE_CACHE_LANES = 16 };
+enum AceCacheLayout { ACE_CACHE_LANES = 16 };
 
 /* A block of a decoder: norm, attention and residual, norm, gated feed-forward and residual.
  *
  * `inputs` give queries, keys and values, in this order, from one weight or several; `gates` give the gates, then what
- * they multiply. `query_norm` and `key_norm`, [head_size], are null if the block has none. The cache is fp32:
- * `values` [kv_heads, capacity, head_size] and `keys` [kv_heads, capacity / 16, head_size, 16]. */
+ * they multiply. `query_norm` and `key_norm`, [head_size], are null if the block has none. */
 struct AceBlock {
     const float* attention_norm;
     const float* feed_norm;
@@ -76,18 +75,13 @@ struct AceBlock {
     const struct AceProduct* down;
     int64_t n_inputs;
     int64_t n_gates;
-    float* keys;
-    float* values;
 };
 
-/* A decoder: its blocks, a last norm and the head. `cosines` and `sines` are [capacity, rotary_size]; `capacity`, the
- * number of positions in the cache, is a multiple of 16. `activation`: 0 for silu, 1 for gelu, 2 for gelu by tanh. */
+/* A decoder: its blocks, a last norm and the head. `activation`: 0 for silu, 1 for gelu, 2 for gelu by tanh. */
 struct AceDecoder {
     const struct AceBlock* blocks;
     const struct AceProduct* head;
     const float* norm;
-    const float* cosines;
-    const float* sines;
     int64_t n_blocks;
     int64_t hidden;
     int64_t heads;
@@ -95,10 +89,21 @@ struct AceDecoder {
     int64_t head_size;
     int64_t rotary_size;
     int64_t intermediate;
-    int64_t capacity;
     float eps;
     float scaling;
     int32_t activation;
+};
+
+/* The cache of a text, fp32: for each block `values` [kv_heads, capacity, head_size] and `keys` [kv_heads,
+ * capacity / 16, head_size, 16]. `capacity`, a multiple of 16, is the number of positions for which there is room, and
+ * `position` that of the next token. `cosines` and `sines` are [positions, rotary_size]. */
+struct AceCache {
+    float* keys;
+    float* values;
+    const float* cosines;
+    const float* sines;
+    int64_t capacity;
+    int64_t position;
 };
 
 /* The name of the instruction set in use. */
@@ -242,11 +247,12 @@ ACE_EXPORT int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, in
                                 void* weight, int64_t rows, int64_t weight_stride, int32_t weight_element,
                                 const float* bias, float* out, int32_t threads);
 
-/* One token, fp32 [hidden] as the embedding gives it, at `position`, which is below the capacity; its keys and values
- * are added to the cache. `logits` is [rows of the head]. `seconds` gets the time of the products, of the attention and
- * of everything. */
-ACE_EXPORT int ace_decode_step(const struct AceDecoder* decoder, const float* hidden, int64_t position, float* logits,
-                               double* seconds, int32_t threads);
+/* One token of each of `n_texts` texts; each weight is read once for all of them. `hidden` is fp32 [n_texts, hidden], as
+ * the embedding gives it. The position of each text is below its capacity; keys and values are added to the caches, which
+ * must differ. `logits` is [n_texts, rows of the head], and the same as if each text were alone. `seconds` gets the time
+ * of the products, of the attention and of everything. */
+ACE_EXPORT int ace_decode_step(const struct AceDecoder* decoder, const struct AceCache* caches, int64_t n_texts,
+                               const float* hidden, float* logits, double* seconds, int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -251,7 +251,7 @@ ACE_OUTLINED void some_rounded_tokens(const Rows& rows, const FewBitsTask& task,
 }
 
 template <typename Few, int OUTPUTS, typename Rows>
-ACE_INLINE void few_bits_outputs(const Rows& rows, int64_t n_rows, const FewBitsTask& task, int64_t i) {
+ACE_INLINE void few_bits_outputs(const Rows& rows, const FewBitsTask& task, int64_t i) {
     float sums[OUTPUTS * TOKENS_AT_ONCE];
     for (int64_t first = 0; first < task.n_tokens; first += TOKENS_AT_ONCE) {
         const int tokens = int(task.n_tokens - first < TOKENS_AT_ONCE ? task.n_tokens - first : TOKENS_AT_ONCE);
@@ -269,7 +269,7 @@ ACE_INLINE void few_bits_outputs(const Rows& rows, int64_t n_rows, const FewBits
         for (int t = 0; t < tokens; ++t) {
             for (int r = 0; r < OUTPUTS; ++r) {
                 const float y = sums[r * TOKENS_AT_ONCE + t] * (1.0f / Few::LARGEST);
-                task.out[(first + t) * n_rows + i + r] = task.bias ? y + task.bias[i + r] : y;
+                task.out[(first + t) * task.out_stride + i + r] = task.bias ? y + task.bias[i + r] : y;
             }
         }
     }
@@ -290,9 +290,9 @@ inline void few_bits_rows(const FewBitsWeight& w, const FewBitsTask& task, int64
     };
     int64_t i = begin;
     for (; i + OUTPUT_TILE <= middle; i += OUTPUT_TILE) {
-        few_bits_outputs<Few, OUTPUT_TILE>(rows(i, std::false_type{}), w.rows, task, i);
+        few_bits_outputs<Few, OUTPUT_TILE>(rows(i, std::false_type{}), task, i);
     }
-    for (; i < end; ++i) few_bits_outputs<Few, 1>(rows(i, std::true_type{}), w.rows, task, i);
+    for (; i < end; ++i) few_bits_outputs<Few, 1>(rows(i, std::true_type{}), task, i);
 }
 
 template <typename Few>
@@ -309,9 +309,9 @@ inline void whole_rows(const FewBitsWeight& w, const FewBitsTask& task, int64_t 
     };
     int64_t i = begin;
     for (; i + OUTPUT_TILE <= middle; i += OUTPUT_TILE) {
-        few_bits_outputs<Few, OUTPUT_TILE>(rows(i, std::false_type{}), w.rows, task, i);
+        few_bits_outputs<Few, OUTPUT_TILE>(rows(i, std::false_type{}), task, i);
     }
-    for (; i < end; ++i) few_bits_outputs<Few, 1>(rows(i, std::true_type{}), w.rows, task, i);
+    for (; i < end; ++i) few_bits_outputs<Few, 1>(rows(i, std::true_type{}), task, i);
 }
 
 inline void few_bits_linear(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {

@@ -128,9 +128,8 @@ int linear(const Matrix& tokens, int64_t rows, int64_t weight_bytes, const float
         const int64_t padded = units(tokens.cols, 32) * 32;
         std::vector<float> widened(tokens.rows * padded);
         bodies->widen_rows(tokens, padded, widened.data());
-        const LinearTask task = {widened.data(), tokens.rows, padded, bias, out};
-        // A token takes half as long as reading the weight from memory.
-        const int shares = threads_for(weight_bytes * (1 + tokens.rows) / 2, rows, threads);
+        const LinearTask task = {widened.data(), tokens.rows, padded, bias, out, rows};
+        const int shares = threads_for(cost_of(weight_bytes, tokens.rows), rows, threads);
         deal(rows, shares, [&](int64_t begin, int64_t end, int) { work(task, begin, end); });
     });
 }
@@ -344,11 +343,9 @@ int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t st
         std::vector<int16_t> rounded;
         std::vector<float> scales;
         round_inputs(given, token_bits, block, padded, rounded, scales);
-        const FewBitsTask task = {rounded.data(), scales.data(), n_tokens, padded,    block,
-                                  blocks,         group,         bias,     out,       token_bits};
-        // Spreading the weights takes as long as reading about twice their bytes; so do two tokens.
-        const int64_t bytes = rows * cols * n / m * bits / 8 + (meta ? rows * cols / 8 : 0);
-        const int shares = threads_for(bytes * (2 + n_tokens), rows, threads);
+        const FewBitsTask task = {rounded.data(), scales.data(), n_tokens, padded, block,     blocks,
+                                  group,          bias,          out,      rows,   token_bits};
+        const int shares = threads_for(cost_of(weight, n_tokens), rows, threads);
         deal(rows, shares,
              [&](int64_t begin, int64_t end, int) { bodies->few_bits_linear(weight, task, begin, end); });
     });

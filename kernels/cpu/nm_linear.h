@@ -240,37 +240,35 @@ ACE_OUTLINED void some_tokens(const Rows& of, int64_t cols, const float* x, int6
 
 // Stores OUTPUTS outputs, from output i on, for `tokens` tokens from `first` on.
 template <int OUTPUTS>
-ACE_INLINE void deliver_sums(const Floats* sums, int tokens, int64_t first, int64_t n_rows, const LinearTask& task,
-                             int64_t i) {
+ACE_INLINE void deliver_sums(const Floats* sums, int tokens, int64_t first, const LinearTask& task, int64_t i) {
     for (int t = 0; t < tokens; ++t) {
         for (int r = 0; r < OUTPUTS; ++r) {
             const float y = tree_sum(sums[r * TOKENS_AT_ONCE + t]);
-            task.out[(first + t) * n_rows + i + r] = task.bias ? y + task.bias[i + r] : y;
+            task.out[(first + t) * task.out_stride + i + r] = task.bias ? y + task.bias[i + r] : y;
         }
     }
 }
 
 template <int OUTPUTS, typename Rows>
-ACE_INLINE void outputs_of(const Rows& rows, int64_t n_rows, int64_t cols, const LinearTask& task, int64_t i) {
+ACE_INLINE void outputs_of(const Rows& rows, int64_t cols, const LinearTask& task, int64_t i) {
     Floats sums[OUTPUTS * TOKENS_AT_ONCE];
     for (int64_t first = 0; first < task.n_tokens; first += TOKENS_AT_ONCE) {
         const int tokens = int(task.n_tokens - first < TOKENS_AT_ONCE ? task.n_tokens - first : TOKENS_AT_ONCE);
         const float* x = task.tokens + first * task.padded;
         if (tokens == 1) one_token<OUTPUTS>(rows, cols, x, sums);
         else some_tokens<OUTPUTS>(rows, cols, x, task.padded, tokens, sums);
-        deliver_sums<OUTPUTS>(sums, tokens, first, n_rows, task, i);
+        deliver_sums<OUTPUTS>(sums, tokens, first, task, i);
     }
 }
 
 // Computes outputs begin..end, MOST at a time; rows_from(i, count) returns `count` rows, a constant, from i on.
 template <int MOST, typename RowsFrom>
-ACE_INLINE void linear(RowsFrom rows_from, int64_t n_rows, int64_t cols, const LinearTask& task, int64_t begin,
-                       int64_t end) {
+ACE_INLINE void linear(RowsFrom rows_from, int64_t cols, const LinearTask& task, int64_t begin, int64_t end) {
     int64_t i = begin;
     for (; i + MOST <= end; i += MOST) {
-        outputs_of<MOST>(rows_from(i, std::integral_constant<int, MOST>{}), n_rows, cols, task, i);
+        outputs_of<MOST>(rows_from(i, std::integral_constant<int, MOST>{}), cols, task, i);
     }
-    for (; i < end; ++i) outputs_of<1>(rows_from(i, std::integral_constant<int, 1>{}), n_rows, cols, task, i);
+    for (; i < end; ++i) outputs_of<1>(rows_from(i, std::integral_constant<int, 1>{}), cols, task, i);
 }
 
 // Whether rows from..to read no value past the end, whatever their metadata are: a row reads at most one value for each
@@ -304,8 +302,8 @@ inline void packed_linear(const PackedWeight& w, const LinearTask& task, int64_t
         int64_t i = begin;
         while (i < end) {
             const int64_t count = end - i < OUTPUT_TILE ? 1 : OUTPUT_TILE;
-            if (read_inside(w, stride, i, i + count)) linear<OUTPUT_TILE>(inside, w.rows, w.cols, task, i, i + count);
-            else linear<1>(last, w.rows, w.cols, task, i, i + count);
+            if (read_inside(w, stride, i, i + count)) linear<OUTPUT_TILE>(inside, w.cols, task, i, i + count);
+            else linear<1>(last, w.cols, task, i, i + count);
             i += count;
         }
     });
@@ -318,7 +316,7 @@ inline void dense_linear(const Matrix& w, const LinearTask& task, int64_t begin,
         const auto rows = [&](int64_t i, auto count) ACE_INLINED {
             return DenseRows<E, decltype(count)::value>{first + i * w.stride, w.stride};
         };
-        linear<OUTPUT_TILE>(rows, w.rows, w.cols, task, begin, end);
+        linear<OUTPUT_TILE>(rows, w.cols, task, begin, end);
     });
 }
 

@@ -1,4 +1,4 @@
-// Products of weights of any kind with one token. A new kind of weight is one more entry of PRODUCT_KINDS.
+// Products of weights of any kind with a few tokens. A new kind of weight is one more entry of PRODUCT_KINDS.
 #pragma once
 
 #include "abi.h"
@@ -7,30 +7,38 @@
 namespace ace {
 namespace {
 
-// One token, fp32, with zeros up to a multiple of 32 inputs; and the same token rounded to `bits` bits, for products
-// that ask for it.
-class Token {
-public:
-    Token(int64_t size, int32_t bits) : cols_(size), bits_(bits), values_(units(size, 32) * 32) {}
+// Where a product puts its outputs: `stride` numbers from token to token.
+struct Outputs {
+    float* to;
+    int64_t stride;
+};
 
-    float* data() { return values_.data(); }
-    // Forgets the rounded token, after the values have changed.
+// Tokens, fp32, with zeros up to a multiple of 32 inputs; and the same tokens rounded to `bits` bits, for products that
+// ask for them.
+class Tokens {
+public:
+    Tokens(int64_t count, int64_t size, int32_t bits)
+        : count_(count), cols_(size), padded_(units(size, 32) * 32), bits_(bits), values_(count * padded_) {}
+
+    float* of(int64_t t) { return values_.data() + t * padded_; }
+    int64_t count() const { return count_; }
+    // Forgets the rounded tokens, after the values have changed.
     void changed() { block_ = 0; }
     void round(int64_t block) {
         if (block == block_) return;
-        round_inputs({values_.data(), 1, cols_, cols_, Element::fp32}, bits_, block, padded(), rounded_, scales_);
+        round_inputs({values_.data(), count_, cols_, padded_, Element::fp32}, bits_, block, padded_, rounded_, scales_);
         block_ = block;
     }
-    LinearTask task(const float* bias, float* out) const { return {values_.data(), 1, padded(), bias, out}; }
-    FewBitsTask rounded_task(int64_t block, int64_t group, const float* bias, float* out) const {
-        return {rounded_.data(), scales_.data(), 1,    padded(), block, units(cols_, block),
-                group,           bias,           out,  bits_};
+    LinearTask task(const float* bias, const Outputs& out) const {
+        return {values_.data(), count_, padded_, bias, out.to, out.stride};
+    }
+    FewBitsTask rounded_task(int64_t block, int64_t group, const float* bias, const Outputs& out) const {
+        return {rounded_.data(), scales_.data(), count_, padded_,    block, units(cols_, block),
+                group,           bias,           out.to, out.stride, bits_};
     }
 
 private:
-    int64_t padded() const { return int64_t(values_.size()); }
-
-    const int64_t cols_;
+    const int64_t count_, cols_, padded_;
     const int32_t bits_;
     int64_t block_ = 0;
     std::vector<float> values_;
@@ -40,12 +48,12 @@ private:
 
 // One kind of weight.
 struct ProductKind {
-    // What a product costs, in bytes of memory that take as long to read.
-    int64_t (*cost)(const AceProduct&);
-    // Prepares a token, before any thread reads it.
-    void (*prepare)(const AceProduct&, Token&);
-    // Outputs begin..end, to out[begin..end].
-    void (*multiply)(const AceProduct&, const Token&, float* out, int64_t begin, int64_t end);
+    // What a product with a number of tokens costs, in bytes of memory that take as long to read.
+    int64_t (*cost)(const AceProduct&, int64_t n_tokens);
+    // Prepares tokens, before any thread reads them.
+    void (*prepare)(const AceProduct&, Tokens&);
+    // Outputs begin..end of each token.
+    void (*multiply)(const AceProduct&, const Tokens&, const Outputs&, int64_t begin, int64_t end);
 };
 
 PackedWeight packed_of(const AceProduct& p) {
@@ -61,24 +69,22 @@ Matrix dense_of(const AceProduct& p) {
 
 // In the order of AceProductKind.
 const ProductKind PRODUCT_KINDS[] = {
-    {[](const AceProduct& p) { return bytes_of(dense_of(p)); },
-     [](const AceProduct&, Token&) {},
-     [](const AceProduct& p, const Token& token, float* out, int64_t begin, int64_t end) {
-         bodies->dense_linear(dense_of(p), token.task(p.bias, out), begin, end);
+    {[](const AceProduct& p, int64_t n_tokens) { return cost_of(bytes_of(dense_of(p)), n_tokens); },
+     [](const AceProduct&, Tokens&) {},
+     [](const AceProduct& p, const Tokens& tokens, const Outputs& out, int64_t begin, int64_t end) {
+         bodies->dense_linear(dense_of(p), tokens.task(p.bias, out), begin, end);
      }},
-    {[](const AceProduct& p) { return bytes_of({nullptr, 1, p.n_values, 0, Element(p.element)}); },
-     [](const AceProduct&, Token&) {},
-     [](const AceProduct& p, const Token& token, float* out, int64_t begin, int64_t end) {
-         bodies->nm_linear(packed_of(p), token.task(p.bias, out), begin, end);
-     }},
-    // Spreading the weights and multiplying takes as long as reading about three times their bytes.
-    {[](const AceProduct& p) {
-         const int64_t places = p.meta ? p.rows * p.cols / 8 : 0;
-         return 3 * (p.rows * p.cols * p.n / p.m * p.bits / 8 + places);
+    {[](const AceProduct& p, int64_t n_tokens) {
+         return cost_of(bytes_of({nullptr, 1, p.n_values, 0, Element(p.element)}), n_tokens);
      },
-     [](const AceProduct& p, Token& token) { token.round(rounded_block(p.group)); },
-     [](const AceProduct& p, const Token& token, float* out, int64_t begin, int64_t end) {
-         const FewBitsTask task = token.rounded_task(rounded_block(p.group), p.group, p.bias, out);
+     [](const AceProduct&, Tokens&) {},
+     [](const AceProduct& p, const Tokens& tokens, const Outputs& out, int64_t begin, int64_t end) {
+         bodies->nm_linear(packed_of(p), tokens.task(p.bias, out), begin, end);
+     }},
+    {[](const AceProduct& p, int64_t n_tokens) { return cost_of(few_bits_of(p), n_tokens); },
+     [](const AceProduct& p, Tokens& tokens) { tokens.round(rounded_block(p.group)); },
+     [](const AceProduct& p, const Tokens& tokens, const Outputs& out, int64_t begin, int64_t end) {
+         const FewBitsTask task = tokens.rounded_task(rounded_block(p.group), p.group, p.bias, out);
          bodies->few_bits_linear(few_bits_of(p), task, begin, end);
      }},
 };

@@ -148,7 +148,8 @@ struct FewBitsTask {
     int64_t block, blocks;  // inputs in a block, which divides the group; and blocks in a row
     int64_t group;          // inputs that share an entry of absmax
     const float* bias;      // [rows], or null
-    float* out;             // [n_tokens, rows]
+    float* out;             // outputs of a token; those of the next one are `out_stride` numbers on
+    int64_t out_stride;
     int32_t input_bits;     // 30 or 8
 };
 
@@ -159,7 +160,8 @@ struct LinearTask {
     const float* tokens;  // [n_tokens, padded], zeros past the last input
     int64_t n_tokens, padded;
     const float* bias;  // [rows], or null
-    float* out;         // [n_tokens, rows]
+    float* out;         // outputs of a token; those of the next one are `out_stride` numbers on
+    int64_t out_stride;
 };
 
 // Attention of one token. Keys are [kv_heads, capacity / 16, head_size, 16] and values [kv_heads, capacity, head_size];

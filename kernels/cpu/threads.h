@@ -28,6 +28,14 @@ int64_t bytes_of(const Matrix& m) { return m.rows * m.cols * (m.element == Eleme
 
 int64_t units(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
 
+// What a product of a weight of `bytes` costs: a token takes half as long as reading the weight from memory.
+inline int64_t cost_of(int64_t bytes, int64_t n_tokens) { return bytes * (1 + n_tokens) / 2; }
+
+// The same for a weight of few bits: spreading it takes as long as reading about twice its bytes, and so do two tokens.
+inline int64_t cost_of(const FewBitsWeight& w, int64_t n_tokens) {
+    return (w.rows * w.cols * w.n / w.m * w.bits / 8 + (w.meta ? w.rows * w.cols / 8 : 0)) * (2 + n_tokens);
+}
+
 // The number of threads for `bytes` of memory to read or write; slower work counts as more bytes. Threads wake one
 // after the other, so t threads cost bytes / t + BYTES_PER_THREAD t. The minimum is at
 // t = sqrt(bytes / BYTES_PER_THREAD).

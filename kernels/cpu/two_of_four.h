@@ -259,7 +259,7 @@ ACE_INLINE void two_of_four_outputs(const TwoOfFour<E>& w, const PackedWeight& w
         } else {
             add_row<OUTPUTS, INPUT_TILE>(w, whole.cols, x, task.padded, tokens, sums);
         }
-        deliver_sums<OUTPUTS>(sums, tokens, first, whole.rows, task, i);
+        deliver_sums<OUTPUTS>(sums, tokens, first, task, i);
     }
 }
 

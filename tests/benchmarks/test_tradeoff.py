@@ -8,8 +8,8 @@ import pytest
 import typer
 
 from ace_triton.study.workbench import Protocol
-from benchmarks.reports.tradeoff import PICTURE, is_current, of_model, read, setting_of
-from benchmarks.reports.tradeoff_forms import FORMS, OURS, STEP_FORMS
+from benchmarks.reports.tradeoff import PICTURE, is_current, of_model, read, setting_of, state_of
+from benchmarks.reports.tradeoff_forms import FORMS, OURS, RECOVERED_FORMS, STEP_FORMS
 from benchmarks.reports.tradeoff_page import front_of, page, picture, points_of, size_cost
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -21,7 +21,8 @@ UNPRUNED |= {"8 bits": (1.02, 30.3, 2.5), "Q4_K_M": (0.65, 32.0, 4.0), "Q4_0": (
 def record(pruned, *, speed=True, leave_out=()):
     """A record with all forms that are not pruned, and with {form: (size, perplexity, faster)} of pruned ones."""
     values = {str(form): UNPRUNED[form.weights] for form in FORMS if not form.pattern} | pruned
-    chosen = [form for form in FORMS if str(form) in values and str(form) not in leave_out]
+    all_forms = (*FORMS, *RECOVERED_FORMS)
+    chosen = [form for form in all_forms if str(form) in values and str(form) not in leave_out]
     sizes, times = [], []
     for form in chosen:
         size, perplexity, faster = values[str(form)]
@@ -82,6 +83,20 @@ def test_the_dense_model_in_the_compiled_step_has_the_dense_perplexity_and_its_o
     assert "Pruned forms decode with the [compiled step](guides/run-sparse.md#the-compiled-step)." in text
     assert "| dense, compiled step, fp32 | 30.00 | 4.00 | 100 MB | 20.0 | 2.50x |" in text
     assert [entry for entry in found["speed"] if not is_current(entry)] == []
+
+
+def test_a_recovered_form_is_on_the_page_and_in_the_picture_if_it_was_measured():
+    content = record({"8:16 8 bits": (0.55, 60.0, 4.0)})
+    assert "recovered" not in page(content) + picture(content)
+    (form,) = RECOVERED_FORMS
+    assert state_of(content, "a model", form) == "not measured, only with --form"
+    content = record({"8:16 8 bits": (0.55, 60.0, 4.0), "8:16 8 bits, recovered": (0.55, 31.0, 4.0)})
+    assert state_of(content, "a model", form) == "perplexity"  # Its speed lacks the compiled step.
+    text = page(content)
+    assert "| 8:16 8 bits, recovered | 31.00 | 0.55 | 100 MB | 80.0 | 4.00x |" in text
+    assert "Recovered forms are trained for 400 optimizer steps of 256 tokens of the calibration text" in text
+    assert "**A pruned form is the best one at some limit of size and speed: 8:16 8 bits, recovered (0.55" in text
+    assert ">8, recovered</text>" in picture(content)
 
 
 def test_results_of_another_setting_are_not_mixed(tmp_path):

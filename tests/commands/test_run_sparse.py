@@ -97,6 +97,21 @@ def test_generate_streams_the_same_text_packed_or_dense(command, pruned, packed,
     assert texts[0] == tokenizer.decode(whole, skip_special_tokens=True)
 
 
+def test_generate_continues_several_prompts_together(command, packed, tmp_path):
+    words = ("--max-new-tokens", 6, "--json", tmp_path / "g.json")
+    code, out, errors = command("generate", packed, "--prompt", "The quick", "--prompt", "a", *words)
+    assert code == 0, errors
+    result = json.loads((tmp_path / "g.json").read_text())
+    assert result["prompt"] == ["The quick", "a"]
+    assert out == "".join(f"[{k}] {text}\n" for k, text in enumerate(result["texts"], start=1))
+    assert f"{sum(result['new_tokens'])} new tokens of 2 texts, {result['tokens_per_second']:.1f} per second" in errors
+    code, out, _ = command("generate", packed, "--prompt", "a", "--max-new-tokens", 6)
+    assert (code, out) == (0, result["texts"][1] + "\n")
+    code, _, errors = command("generate", packed, "--prompt", "a", "--prompt", "b", "--compile")
+    assert code == 1
+    assert "--compile continues one --prompt" in errors
+
+
 def test_generate_draws_by_seed(command, packed):
     def text(*words):
         code, out, errors = command("generate", packed, "--prompt", "a", "--max-new-tokens", 16, *words)

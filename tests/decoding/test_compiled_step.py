@@ -9,7 +9,7 @@ import ace_triton
 from ace_triton.decoding.generate import compiled_generate
 from ace_triton.decoding.parts import parts_of
 from ace_triton.decoding.refusal import StepRefusedError
-from ace_triton.decoding.step import TOLERANCES, CompiledStep, why_not_compiled
+from ace_triton.decoding.step import TOLERANCES, CompiledStep, prove, step_together, why_not_compiled
 from ace_triton.errors import GenerationError
 from ace_triton.generation import check_room
 from ace_triton.kernels import cpu_library
@@ -92,6 +92,50 @@ def test_packed_layers_of_each_layout(make_decoder, text, sparsity, options, isa
         assert distance(model, text) < 2e-6
     finally:
         cpu_library.use_isa(in_use)
+
+
+@pytest.mark.parametrize("input_bits", [30, 8])
+@pytest.mark.parametrize(
+    ("sparsity", "options"),
+    [
+        (None, {}),
+        ("2:4", {}),
+        ("8:16", {"head_bits": 8, "group": 32}),
+        ("0.5", {}),
+        ("16:32", {"bits": 8, "group": 32}),
+        ("2:4", {"bits": 4, "group": 32, "head_bits": 4}),
+    ],
+)
+@torch.inference_mode()
+def test_texts_together_get_what_each_gets_alone(make_decoder, ids, sparsity, options, input_bits):
+    """Eighteen texts with prompts of different lengths: two join late, and each ends at another time."""
+    model = make_decoder("qwen2", intermediate_size=64)
+    if sparsity is not None:
+        model = pruned(model, sparsity, **options)
+    proven = prove(model)
+    assert prove(model, proven) is proven
+    prompts = [ids[k % 6][: 1 + k % 5 + k // 6][None] for k in range(18)]
+    tokens = torch.arange(18 * 7, device="cpu").view(18, 7) % 98 + 3
+
+    def begun() -> list[CompiledStep]:
+        texts = [CompiledStep(model, 20, proven) for _ in prompts]
+        for text, prompt in zip(texts, prompts, strict=True):
+            text.prompt(prompt)
+        return texts
+
+    cpu_library.use_input_bits(input_bits)
+    try:
+        alone = [[step(token[None]).clone() for token in row] for step, row in zip(begun(), tokens, strict=True)]
+        texts, read = begun(), [0] * 18
+        for turn in range(7):
+            running = [k for k in range(18) if turn >= 2 * (k > 15) and read[k] < 3 + k % 5]
+            found = step_together([texts[k] for k in running], torch.stack([tokens[k, read[k]] for k in running]))
+            for row, k in zip(found, running, strict=True):
+                assert torch.equal(row, alone[k][read[k]][0])
+                read[k] += 1
+    finally:
+        cpu_library.use_input_bits(30)
+    assert read == [3 + k % 5 for k in range(18)]
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
@@ -215,8 +259,8 @@ def test_a_change_without_a_written_weight_is_proven_again(make_decoder, monkeyp
     from ace_triton.decoding import step as module
 
     model, trials = make_decoder("llama"), []
-    prove = module._prove
-    monkeypatch.setattr(module, "_prove", lambda *given: (trials.append(1), prove(*given)))
+    compare = module._compare
+    monkeypatch.setattr(module, "_compare", lambda *given: (trials.append(1), compare(*given)))
     assert why_not_compiled(model) is None
     assert why_not_compiled(model) is None
     assert len(trials) == 1
@@ -271,8 +315,8 @@ def test_nan_is_refused_and_transformers_decodes(make_decoder):
 def test_a_written_weight_is_used_and_proven_again(make_decoder, text, monkeypatch):
     from ace_triton.decoding import step as module
 
-    model, trials, prove = make_decoder("llama"), [], module._prove
-    monkeypatch.setattr(module, "_prove", lambda *given: (trials.append(1), prove(*given)))
+    model, trials, compare = make_decoder("llama"), [], module._compare
+    monkeypatch.setattr(module, "_compare", lambda *given: (trials.append(1), compare(*given)))
     for expected in (1, 1, 2):
         if expected == 2:
             with torch.no_grad():
@@ -288,8 +332,8 @@ def test_a_full_cache_and_wrong_calls(make_decoder, text):
     step(text[0, 5:6])
     with pytest.raises(ArgumentError, match="cache is full: it has room for 6 tokens"):
         step(text[0, 6:7])
-    with pytest.raises(GenerationError, match=r"one text at a time.*got \[2, 20\]"):
-        compiled_generate(model, text.view(2, 20))
+    with pytest.raises(GenerationError, match=r"must be \[n_texts, n_tokens\] with a token, got \[2, 0\]"):
+        compiled_generate(model, text.view(2, 20)[:, :0])
 
 
 @pytest.mark.parametrize(
@@ -303,7 +347,8 @@ def test_a_full_cache_and_wrong_calls(make_decoder, text):
         ({"use_cache": False}, "use_cache=False"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate=True"),
         ({"position_ids": torch.tensor([[0, 1, 2, 50, 51]])}, "position_ids must count from 0"),
-        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, "it takes one text, without padding"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "it takes padding on the left"),
+        ({"attention_mask": torch.tensor([[0, 1, 0, 1, 1]])}, "it takes padding on the left"),
         ({"past_key_values": DynamicCache()}, "past_key_values is given"),
         ({"assistant_model": object()}, "assistant_model is given"),
     ],
@@ -311,6 +356,28 @@ def test_a_full_cache_and_wrong_calls(make_decoder, text):
 def test_an_option_that_changes_the_algorithm_is_refused_by_name(make_decoder, text, option, reason):
     with pytest.raises(StepRefusedError, match=f"does not decode with these options: {reason}.*transformers decodes"):
         compiled_generate(make_decoder("llama"), text[:, :5], max_new_tokens=2, **option)
+
+
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 1.5, "top_k": 7}])
+def test_a_batch_with_padding_gets_the_tokens_of_transformers(make_decoder, ids, sampling):
+    model = pruned(make_decoder("qwen3"), "8:16")
+    prompts, mask = ids[:4, :9].clone(), torch.ones(4, 9, dtype=torch.int64)
+    for k, before in enumerate((0, 3, 8, 1)):
+        prompts[k, :before], mask[k, :before] = 2, 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 2, **sampling}
+
+    def tokens(generate, **rest):
+        torch.manual_seed(3)
+        return generate(prompts, **options, **rest)
+
+    compiled = lambda *given, **rest: compiled_generate(model, *given, **rest)  # noqa: E731
+    endless = tokens(model.generate, eos_token_id=None)
+    assert torch.equal(tokens(compiled, eos_token_id=None), endless)
+    ended = tokens(model.generate, eos_token_id=endless[1, 12].item())
+    assert (ended == 2).sum() > (prompts == 2).sum(), "one text ends before another"
+    assert torch.equal(tokens(compiled, eos_token_id=endless[1, 12].item()), ended)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert torch.equal(tokens(compiled, eos_token_id=None, position_ids=positions), endless)
 
 
 def test_positions_from_zero_are_no_option(make_decoder, text):

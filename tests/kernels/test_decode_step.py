@@ -30,7 +30,7 @@ def made(capacity: int = LENGTH + 1):
     gates = [Linear(normal(GATES, HIDDEN)), Linear(normal(GATES, HIDDEN))]
     norms = [1 + normal(HIDDEN) for _ in range(2)]
     block = Block(*norms, inputs, output, gates, down, query_norm=1 + normal(SIZE), key_norm=1 + normal(SIZE))
-    sizes = Sizes(HIDDEN, HEADS, KV_HEADS, SIZE, GATES, eps=1e-5, scaling=0.7, activation="silu")
+    sizes = Sizes(HIDDEN, HEADS, KV_HEADS, SIZE, ROTARY, GATES, eps=1e-5, scaling=0.7, activation="silu")
     cosines, sines = normal(capacity, ROTARY), normal(capacity, ROTARY)
     norm, head = 1 + normal(HIDDEN), Linear(normal(VOCABULARY, HIDDEN))
     return block, norm, head, sizes, cosines, sines
@@ -49,7 +49,7 @@ def turned(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
 @pytest.mark.parametrize("scale", [1.0, 60.0])
 def test_a_block_is_that_of_torch_for_any_number_of_threads(scale):
     """A large scale makes scores that differ by hundreds, so that the softmax must follow the largest."""
-    block, norm, head, _, cosines, sines = parts = made()
+    block, norm, head, sizes, cosines, sines = made()
     keys, values = scale * normal(KV_HEADS, LENGTH, SIZE), normal(KV_HEADS, LENGTH, SIZE)
     hidden = normal(HIDDEN)
     x = rms(hidden, block.attention_norm)
@@ -71,9 +71,10 @@ def test_a_block_is_that_of_torch_for_any_number_of_threads(scale):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            step = DecodeStep([block], *parts[1:])
-            step.fill([keys], [values])
-            found.append(step(hidden).clone())
+            step = DecodeStep([block], norm, head, sizes)
+            cache = step.cache(cosines, sines)
+            cache.fill([keys], [values])
+            found.append(step([cache], hidden[None]).clone())
             products, attention, everything = step.seconds
             assert 0 < products + attention < everything
     finally:
@@ -85,15 +86,24 @@ def test_a_block_is_that_of_torch_for_any_number_of_threads(scale):
 
 def test_what_does_not_fit_is_refused():
     block, norm, head, sizes, cosines, sines = made(20)
-    step = DecodeStep([block], norm, head, sizes, cosines, sines)
+    step = DecodeStep([block], norm, head, sizes)
+    cache, other = (step.cache(cosines, sines) for _ in range(2))
     with pytest.raises(ArgumentError, match="at most 20 tokens"):
-        step.fill([normal(KV_HEADS, 21, SIZE)], [normal(KV_HEADS, 21, SIZE)])
-    step.fill([normal(KV_HEADS, 20, SIZE)], [normal(KV_HEADS, 20, SIZE)])
+        cache.fill([normal(KV_HEADS, 21, SIZE)], [normal(KV_HEADS, 21, SIZE)])
+    cache.fill([normal(KV_HEADS, 20, SIZE)], [normal(KV_HEADS, 20, SIZE)])
     with pytest.raises(ArgumentError, match="the cache is full"):
-        step(normal(HIDDEN))
+        step([other, cache], normal(2, HIDDEN))
+    for caches in ([], [other, other]):
+        with pytest.raises(ArgumentError, match="one cache of each text"):
+            step(caches, normal(2, HIDDEN))
+    with pytest.raises(ArgumentError, match="hidden must be"):
+        step([other], normal(2, HIDDEN))
+    with pytest.raises(ArgumentError, match="another decoder"):
+        step([DecodeStep([block] * 2, norm, head, sizes).cache(cosines, sines)], normal(1, HIDDEN))
+    assert other.length == 0
     with pytest.raises(ArgumentError, match="must have 72 inputs, got 71"):
-        DecodeStep([block], norm, Linear(normal(VOCABULARY, 71)), sizes, cosines, sines)
+        DecodeStep([block], norm, Linear(normal(VOCABULARY, 71)), sizes)
     short = [*block.inputs[:2], Linear(normal(KV_HEADS * SIZE - 1, HIDDEN))]
     misfit = Block(norm, norm, short, block.output, block.gates, block.down)
     with pytest.raises(ArgumentError, match="must have 336 outputs, got 335"):
-        DecodeStep([misfit], norm, head, sizes, cosines, sines)
+        DecodeStep([misfit], norm, head, sizes)

@@ -168,14 +168,13 @@ def test_a_decoding_step_has_one_number_of_bits_while_another_thread_changes_it(
     block = Block(
         ones, ones, [linear(3 * size, size)], linear(size, size), [linear(8 * size, size)], linear(size, 4 * size)
     )
-    sizes = Sizes(
-        size, heads=1, kv_heads=1, head_size=size, intermediate=4 * size, eps=1e-5, scaling=1.0, activation="silu"
-    )
-    step = DecodeStep([block] * 10, ones, linear(size, size), sizes, torch.ones(2, size), torch.zeros(2, size))
+    sizes = Sizes(size, 1, 1, size, size, intermediate=4 * size, eps=1e-5, scaling=1.0, activation="silu")
+    step = DecodeStep([block] * 10, ones, linear(size, size), sizes)
+    cache = step.cache(torch.ones(2, size), torch.zeros(2, size))
     hidden = torch.randn(size)
 
     def compute() -> torch.Tensor:
-        step.fill([earlier] * 10, [earlier] * 10)
-        return step(hidden).clone()
+        cache.fill([earlier] * 10, [earlier] * 10)
+        return step([cache], hidden[None]).clone()
 
     assert_one_number_of_bits(compute)

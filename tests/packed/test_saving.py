@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,12 +63,41 @@ def test_save_pretrained_goes_into_a_folder_that_is_there(model, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("by_saving", [False, True])
+def test_what_goes_to_the_hub_loads(model, tokenizer, tmp_path, monkeypatch, by_saving):
+    """The hub is a folder here: everything up to its network interface is transformers' own."""
+    from types import SimpleNamespace
+
+    from huggingface_hub import ModelCard
+    from transformers.utils import hub
+
+    asked, there = [], tmp_path / "hub"
+    there.mkdir()
+
+    def commit(repo_id, operations, **options):
+        asked.append((repo_id, options["commit_message"]))
+        for operation in operations:
+            (there / operation.path_in_repo).write_bytes(Path(operation.path_or_fileobj).read_bytes())
+
+    api = SimpleNamespace(
+        create_repo=lambda repo_id, **options: SimpleNamespace(repo_id=f"someone/{repo_id}"), create_commit=commit
+    )
+    monkeypatch.setattr(hub, "hf_api", lambda: api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\nlicense: mit\n---\n"))
+    if by_saving:
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="packed", max_shard_size="1MB")
+        assert "It needs the package ace-triton" in (tmp_path / "mine" / "README.md").read_text()
+    else:
+        model.push_to_hub("mine", commit_message="packed")
+    assert asked == [("someone/mine", "packed")]
+    tokenizer.save_pretrained(there)  # It is pushed by itself.
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(there)(IDS).logits, model(IDS).logits)
+
+
 def test_save_pretrained_refuses_what_would_mislead(model, make_decoder, tmp_path):
     make_decoder("llama").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"contains model\.safetensors of a dense model"):
         model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="push_to_hub"):
-        model.save_pretrained(tmp_path / "out", push_to_hub=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
         "generation_config.json",

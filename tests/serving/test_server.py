@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from ace_triton import pack_model
-from ace_triton.decoding.step import CompiledStep
+from ace_triton import pack_model, prune_model
+from ace_triton.decoding.step import step_together
 from ace_triton.generation import decode, generate
 
 httpx = pytest.importorskip("httpx")
@@ -22,10 +22,11 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from ace_triton.serving import joint  # noqa: E402
 from ace_triton.serving.app import build_app  # noqa: E402
+from ace_triton.serving.batch_decoder import pays_in_step  # noqa: E402
 from ace_triton.serving.engine import Engine  # noqa: E402
 from ace_triton.serving.server import Server  # noqa: E402
-from ace_triton.serving.turns import pays_in_turn  # noqa: E402
 
 PATIENCE = 60
 
@@ -52,11 +53,14 @@ def chatting(tokenizer):
 
 @pytest.fixture(scope="module")
 def start(model, chatting):
-    """start(**options of the engine): a running server, as a context that gives its address and its engine."""
+    """start(**options of the engine): a running server, as a context that gives its address and its engine.
+
+    ``of`` is another model than the tiny one.
+    """
 
     @contextmanager
-    def running(waiting=64, most_tokens=64, grace=10.0, most_bytes=4096, **options):
-        engine = Engine(model, chatting, waiting=waiting, most_tokens=most_tokens, **options)
+    def running(waiting=64, most_tokens=64, grace=10.0, most_bytes=4096, of=None, **options):
+        engine = Engine(model if of is None else of, chatting, waiting=waiting, most_tokens=most_tokens, **options)
         listening = threading.Event()
         ports = []
         server = Server(
@@ -189,51 +193,89 @@ def test_requests_in_one_batch_get_what_each_gets_alone(start, gate, rows, tempe
 
 
 @contextmanager
-def line(engine, length):
-    """A context whose thread has the turn until this many requests wait in line."""
-    with engine._turns.member():
+def together(engine, count):
+    """A context whose requests begin to run once there are this many."""
+    with engine._joint.member():
         yield
-        until(lambda: len(engine._turns._line) == 1 + length)
+        until(lambda: len(engine._jobs) == count)
 
 
-def test_requests_in_turn_get_what_each_gets_alone_and_a_long_one_blocks_no_other(start, monkeypatch):
+@pytest.fixture
+def texts(monkeypatch):
+    """Number of texts in each call of the compiled step for several requests."""
+    found = []
+
+    def counted(steps, tokens):
+        found.append(len(steps))
+        return step_together(steps, tokens)
+
+    monkeypatch.setattr(joint, "step_together", counted)
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8, "group": 32}])
+def test_requests_in_one_compiled_step_get_what_each_gets_alone(start, model, texts, options):
+    """More requests than rows, which end at different times, so that others join between tokens."""
+    packed = None
+    if options:
+        packed = copy.deepcopy(model)
+        prune_model(packed, None, "magnitude", "2:4")
+        pack_model(packed, **options)
     bodies = [
-        {"prompt": "x" * (1 + 5 * index), "max_tokens": 4 if index else 60, "temperature": index % 2, "seed": index}
-        for index in range(4)
+        {"prompt": "x" * (1 + 5 * k), "max_tokens": 4 + 5 * (5 - k), "temperature": k % 2, "seed": k} for k in range(6)
     ]
-    steps = []
-    step = CompiledStep.__call__
-    monkeypatch.setattr(CompiledStep, "__call__", lambda self, token: steps.append(id(self)) or step(self, token))
 
     def ask(url, body):
         return httpx.post(url + COMPLETE, json=body, timeout=PATIENCE).json()["choices"][0]["text"]
 
-    with start(decoder="compiled") as (url, _, _):
+    with start(decoder="compiled", of=packed) as (url, _, _):
         alone = [ask(url, body) for body in bodies]
-    assert len(steps) == sum(body["max_tokens"] - 1 for body in bodies)
-    steps.clear()
-    with start(batch=4, decoder="compiled") as (url, engine, _), ThreadPoolExecutor(4) as clients:
-        with line(engine, 4):
-            together = [clients.submit(ask, url, body) for body in bodies]
-        assert [task.result() for task in together] == alone
+    assert not texts
+    with start(batch=3, decoder="compiled", of=packed) as (url, engine, _), ThreadPoolExecutor(6) as clients:
+        with together(engine, 6):
+            tasks = [clients.submit(ask, url, body) for body in bodies]
+        assert [task.result() for task in tasks] == alone
         assert engine.idle
-    assert len(set(steps[:4])) == 4
-    assert len(set(steps[-40:])) == 1, "the long one went on alone"
+    assert max(texts) == 3
+    assert sum(texts) == sum(body["max_tokens"] - 1 for body in bodies)
 
 
-def test_a_client_that_goes_leaves_the_line(start, model, chatting):
+def test_a_text_that_the_step_refuses_is_decoded_beside_others(start, texts):
+    """One text is longer than the window, so transformers decodes it."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    windowed = MistralForCausalLM(MistralConfig(vocab_size=258, num_hidden_layers=2, sliding_window=24, **sizes)).eval()
+    windowed.generation_config.eos_token_id = None
+    bodies = [{"prompt": "a", "max_tokens": most, "temperature": 0} for most in (20, 30)]
+
+    def ask(url, body):
+        return httpx.post(url + COMPLETE, json=body, timeout=PATIENCE).json()["choices"][0]["text"]
+
+    with start(decoder="transformers", of=windowed) as (url, _, _):
+        alone = [ask(url, body) for body in bodies]
+    with start(batch=2, decoder="compiled", of=windowed) as (url, engine, _), ThreadPoolExecutor(2) as clients:
+        with together(engine, 2):
+            tasks = [clients.submit(ask, url, body) for body in bodies]
+        assert [task.result() for task in tasks] == alone
+    assert texts == [1] * 19
+
+
+def test_a_client_that_goes_leaves_the_compiled_batch(start, model, chatting, texts):
     with start(batch=2, decoder="compiled") as (url, engine, _), ThreadPoolExecutor(1) as clients:
-        with line(engine, 2):
+        with together(engine, 2):
             other = clients.submit(
                 httpx.post, url + COMPLETE, json={"prompt": "b", "max_tokens": 30, "temperature": 0}, timeout=PATIENCE
             )
             with httpx.stream("POST", url + COMPLETE, json={"prompt": "a", "max_tokens": 60, "stream": True}):
-                until(lambda: len(engine._turns._line) == 3)
+                until(lambda: len(engine._jobs) == 2)
         assert other.result().json()["choices"][0]["text"] == generate(model, chatting, "b", max_new_tokens=30).text
         until(lambda: engine.idle)
+    assert sum(texts) < 29 + 59
 
 
-def test_in_turn_a_stop_text_ends_at_its_own_token(client, start):
+def test_in_the_compiled_step_a_stop_text_ends_at_its_own_token(client, start):
     body = {"prompt": "a fox", "max_tokens": 12, "temperature": 0}
     text = client.completions.create(model="tiny", **body).choices[0].text
     body["stop"] = text[2:4]
@@ -478,11 +520,12 @@ def test_sigterm_ends_the_command_and_cuts_its_stream(command, tiny_checkpoint, 
         assert f"cannot listen on 127.0.0.1:{port}: give another --port or --host" in errors
 
 
-def test_weights_of_few_bits_are_decoded_in_turn(model):
-    small = copy.deepcopy(model)
-    assert not pays_in_turn(small)
-    pack_model(small, dense_bits=8, group=32, exclude="lm_head")
-    assert not pays_in_turn(small), "its head is in float32"
-    small = copy.deepcopy(model)
-    pack_model(small, all_bits=8, group=32)
-    assert pays_in_turn(small)
+def test_mostly_packed_models_are_decoded_by_the_step(model):
+    assert not pays_in_step(model)
+    some = copy.deepcopy(model)
+    pack_model(some, dense_bits=8, group=32, include="*.mlp.*")
+    assert not pays_in_step(some), "attention and the head have more than half of the weights"
+    some = copy.deepcopy(model)
+    prune_model(some, None, "magnitude", "2:4")
+    pack_model(some)
+    assert pays_in_step(some)
