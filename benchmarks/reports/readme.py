@@ -43,6 +43,8 @@ from .fits import read as fits_measured
 from .large_models_page import killed
 from .report_bench import duration
 from .sparse import table as sparse
+from .tradeoff import read as tradeoff_measured
+from .tradeoff_page import points_of
 
 PAGES = ("README.md", "docs/index.md", "docs/results.md", *sorted(map(str, Path("docs/guides").glob("*.md"))))
 """Pages with markers, from the root of the repository."""
@@ -74,6 +76,16 @@ HEADLINE = (
     "and the model generates {faster} times as many tokens a second. Perplexity goes from {dense} to {pruned} in",
     "{seconds} seconds of pruning. Five minutes of recovery on two cores bring it down to {recovered}.",
 )
+COMPARED_FORMS = (
+    ("dense fp32", "the dense model in transformers, float32"),
+    ("llama.cpp Q8_0", "llama.cpp, 8 bits"),
+    ("dense, ace_triton, 8 bits", "**8 bits, not pruned** (`pack --all-bits 8`)"),
+    ("llama.cpp Q4_K_M", "llama.cpp, 4 bits (Q4_K_M)"),
+    ("8:16 8 bits, 8-bit inputs", "**8:16 in 8 bits**, inputs in 8 bits"),
+    ("16:32 8 bits", "**16:32 in 8 bits**"),
+    ("16:32 4 bits", "**16:32 in 4 bits**"),
+)
+"""A form of the trade-off report, and its words in the README."""
 PICKS = (
     ("the quickest", "2:4", "Wanda", "`--method wanda`"),
     ("the best without recovery", "2:4", "Wanda, permuted, lstsq", "`--method wanda --permute --update lstsq`"),
@@ -156,6 +168,19 @@ def headline(docs: Path) -> list[str]:
         "recovered": f"{recovered.perplexity.mean:.1f}",
     }
     return [line.format(**shown) for line in HEADLINE]
+
+
+def compared(docs: Path) -> list[str]:
+    """Some forms of the first model in the trade-off report: perplexity, size and speed."""
+    ((name, found), *_) = tradeoff_measured(docs)["models"].items()
+    points = {str(point.form): point for point in points_of(found)}
+    lines = [f"| {name} | perplexity | bytes a weight | tokens a second |", "|---|---:|---:|---:|"]
+    for form, words in COMPARED_FORMS:
+        point = points[form]
+        speed = "" if point.faster is None else f"{point.faster:.1f}x"
+        lines.append(f"| {words} | {point.perplexity:.1f} | {point.size:.2f} | {speed} |")
+    processor = found["setting"]["processor"]
+    return [*lines, "", f"One thread of an {processor}; speeds are over those of the first row."]
 
 
 def recipes(docs: Path) -> list[str]:
@@ -246,7 +271,7 @@ SECTIONS = {"sparse": sparse, "cpu": cpu, "traffic": traffic}
 def tables_of(docs: Path) -> dict[str, list[str]]:
     """Every table by the name of its markers."""
     made = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
-    made |= {"headline": headline(docs), "picks": picks(docs), "recipes": recipes(docs), "lengths": lengths(docs)}
+    made |= {"headline": headline(docs), "picks": picks(docs), "compared": compared(docs), "recipes": recipes(docs), "lengths": lengths(docs)}
     made |= {"budgets": budgets(budgets_measured(docs))}
     fits = fits_measured(docs)
     made |= {"choices": choices(fits), "changes": changes(fits), "measured": setting(fits)}
