@@ -271,7 +271,8 @@ SECTIONS = {"sparse": sparse, "cpu": cpu, "traffic": traffic}
 def tables_of(docs: Path) -> dict[str, list[str]]:
     """Every table by the name of its markers."""
     made = {name: section(json.loads((docs / f"{name}.json").read_text())) for name, section in SECTIONS.items()}
-    made |= {"headline": headline(docs), "picks": picks(docs), "compared": compared(docs), "recipes": recipes(docs), "lengths": lengths(docs)}
+    made |= {"headline": headline(docs), "picks": picks(docs), "recipes": recipes(docs), "lengths": lengths(docs)}
+    made |= {"compared": compared(docs)}
     made |= {"budgets": budgets(budgets_measured(docs))}
     fits = fits_measured(docs)
     made |= {"choices": choices(fits), "changes": changes(fits), "measured": setting(fits)}
