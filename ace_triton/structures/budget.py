@@ -13,7 +13,8 @@ from ..decoders.blocks import Block, linears_of
 from ..errors import ArgumentError
 from ..linears import linear_weight
 from ..tied import memory_of
-from .coupled import NAMES, Kind, Structures
+from .coupled import Structures
+from .coupled_layers import NAMES, Kind
 from .settings import ShrinkSettings
 from .smaller import shapes_of
 
@@ -71,7 +72,7 @@ def possible_shares(
         ArgumentError: if there is none.
     """
     cost = {
-        kind: sum(entry.parameters(structures.layers) for entry in entries)
+        kind: sum(structures.scaled(entry, 1) * entry.parameters(structures.layers) for entry in entries)
         for kind, entries in structures.coupled.items()
     }
     n_groups = structures.count("groups")
@@ -134,7 +135,8 @@ def kept_structures(
     for kind, number in share.left(structures).items():
         for entry in structures.coupled[kind]:
             ascending = importance[entry.consumer].sort(dim=-1, stable=True).indices
-            found[entry.consumer] = ascending[..., entry.count - number :].sort(dim=-1).values
+            gone = entry.count - structures.scaled(entry, number)
+            found[entry.consumer] = ascending[..., gone:].sort(dim=-1).values
     return found
 
 

@@ -20,7 +20,8 @@ from ..decoders.calls import Call
 from ..decoders.finished import forward_replaced, in_tuple
 from ..errors import ArgumentError
 from ..tied import memory_of
-from .coupled import Coupled, Entry, Kind, Structures
+from .coupled import Entry, Structures
+from .coupled_layers import Coupled, Kind
 
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim")
 HEAD_FIELDS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
@@ -28,7 +29,7 @@ GROUP_FIELDS = ("num_key_value_heads", "num_kv_heads")
 EXPERT_WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", *WIDTH_FIELDS)
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-BIAS_FIELDS = {"channels": ("mlp_bias",), "groups": ("attention_bias",)}
+BIAS_FIELDS: dict[Kind, tuple[str, ...]] = {"channels": ("mlp_bias",), "groups": ("attention_bias",)}
 """Names under which configurations have the feed-forward width, that of an expert, the numbers of heads, groups and
 experts, the depth, and biases."""
 
@@ -166,14 +167,24 @@ def _like(value: Any, width: int) -> Any:
 
 
 def without_unfit_kinds(model: nn.Module, structures: Structures, blocks: Sequence[Block]) -> Structures:
-    """The structures without kinds that the model's configuration cannot have fewer of, with the reasons."""
+    """The structures without kinds that the model's configuration cannot have fewer of, with the reasons.
+
+    Shared experts keep their width if the configuration has a number of its own for it.
+    """
     shapes = shapes_of(model)
     for kind, entries in list(structures.coupled.items()):
-        fewer = torch.arange(entries[0].count - 1, device="cpu")
-        tensors = kept_tensors(shapes, structures, blocks, Kept({entry.consumer: fewer for entry in entries}))
-        tries = config_changes(model, kind, len(fewer), entries[0])
-        reasons = [misfit(model, changes, tensors) for changes in tries]
-        if None not in reasons:
+        left = entries[0].count - 1
+        tries = config_changes(model, kind, left, entries[0])
+        reasons: list[str | None] = []
+        alone = tuple(entry for entry in entries if not isinstance(entry, Coupled) or entry.expert != "shared")
+        for chosen in (alone, entries) if len(alone) < len(entries) else (entries,):
+            fewer = {entry.consumer: torch.arange(structures.scaled(entry, left), device="cpu") for entry in chosen}
+            tensors = kept_tensors(shapes, structures, blocks, Kept(fewer))
+            reasons = [misfit(model, changes, tensors) for changes in tries]
+            if None in reasons:
+                structures = structures.with_entries(kind, chosen)
+                break
+        else:
             why = reasons[0] if reasons else f"no field of {type(text_config(model)).__name__} has their number"
             structures = structures.without(kind, f"{why}")
     return structures
@@ -234,7 +245,7 @@ def bias_changes(
     for kind, names in consumers.items():
         if all(f"{name}.bias" in tensors for name in names):
             continue
-        for field in (name for name in BIAS_FIELDS[kind] if getattr(text, name, None) is False):
+        for field in (name for name in BIAS_FIELDS.get(kind, ()) if getattr(text, name, None) is False):
             more = {**changes, field: True}
             wanted = skeleton(model, changed_config(model, more)).state_dict()
             new = {name: tensor for name, tensor in wanted.items() if name not in tensors}
