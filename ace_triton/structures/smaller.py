@@ -22,6 +22,7 @@ from ..errors import ArgumentError
 from ..tied import memory_of
 from .coupled import Entry, Structures
 from .coupled_layers import Coupled, Kind
+from .uneven import SHAPES, resize, shapes_field
 
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim")
 HEAD_FIELDS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
@@ -119,6 +120,7 @@ def skeleton(model: nn.Module, config: Any) -> nn.Module:
 
     with init_empty_weights(include_buffers=False):
         built: nn.Module = type(model)._from_config(config, dtype=model.dtype)  # type: ignore[attr-defined, operator]
+        resize(built)
     built.tie_weights()  # type: ignore[operator]
     return built
 
@@ -191,11 +193,29 @@ def without_unfit_kinds(model: nn.Module, structures: Structures, blocks: Sequen
 
 
 def width_changes(
-    model: nn.Module, structures: Structures, left: Mapping[Kind, int], tensors: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    structures: Structures,
+    left: Mapping[Kind, int],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    uneven: bool = False,
 ) -> Changes:
-    """The changes of the configuration for the numbers of structures that are left in each block."""
+    """The changes of the configuration for the structures that are left.
+
+    Args:
+        model: the dense model.
+        structures: its structures.
+        left: number of structures that are left in each block, by kind.
+        tensors: the shapes of the tensors of the smaller model.
+        uneven: True if the widths of feed-forwards differ; then the configuration has the shapes of their layers.
+    """
     options: list[Changes] = [{}]
     for kind, number in left.items():
+        if kind == "channels" and uneven:
+            entries = [entry for entry in structures.coupled[kind] if isinstance(entry, Coupled)]
+            field = {SHAPES: shapes_field(entries, structures.layers, tensors)}
+            options = [{**done, **field} for done in options]
+            continue
         more = config_changes(model, kind, number, structures.coupled[kind][0])
         options = [{**done, **changes} for done in options for changes in more]
     reasons = []

@@ -69,6 +69,7 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = tuple(
         ("SAAP, one scale an importance", {"fusion": "mean"}),
         ("SAAP, learned scales", {"fusion": "learned"}),
         ("SAAP, stability on", {"stability": True}),
+        ("SAAP, uneven widths", {"widths": "uneven"}),
         ("SAAP of gradients", {"importance": "taylor"}),
         ("SAAP of gradients, stability on", {"importance": "taylor", "stability": True}),
         ("SAAP of gradients, vectors alone", {"importance": "taylor", "fusion": "vector"}),

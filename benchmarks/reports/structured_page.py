@@ -33,6 +33,7 @@ PARTS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         "none",
     ),
     ("stability", "SAAP, stability on", ("SAAP",), "none"),
+    ("uneven widths", "SAAP, uneven widths", ("SAAP",), "none"),
     ("stability, of gradients", "SAAP of gradients, stability on", ("SAAP of gradients",), "none"),
     ("group fine-tuning", "SAAP, then group fine-tuning", ("SAAP, then recovery",), "lstsq"),
 )
@@ -79,7 +80,8 @@ def page(record: Mapping[str, Any]) -> str:
         f"Measured by `make structured` on a CPU ({', '.join(processors)}), in fp32 on one thread: {SAMPLES} x "
         f"{LENGTH} tokens of C4, windows of {WINDOW_LENGTH} tokens of WikiText-2. At least the ratio of the "
         "blocks' parameters is removed. Feed-forward widths stay multiples of 64, so a little more may go, as the "
-        "table says. All methods keep every block equally wide. The number of key-value groups to remove is the one "
+        "table says. All methods keep every block equally wide; if a row says uneven widths, its width is the mean of "
+        "the blocks. The number of key-value groups to remove is the one "
         "with the lowest loss on the calibration text. *Steps* are optimizer steps of 256 tokens of a recovery or a "
         "group fine-tuning. Seconds are CPU seconds of the whole run, without loading; the steps are part of them. "
         "With several calibration seeds, perplexities have their mean ± standard deviation (number of seeds). "
