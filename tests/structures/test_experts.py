@@ -364,9 +364,7 @@ def sent(make_decoder):
     [
         {"method": "saap"},
         {"method": "flap"},
-        {"method": "magnitude"},
         {"method": "llm-pruner", "terms": "mixed"},
-        {"importance": "taylor", "stability": True},
     ],
 )
 def test_channels_of_experts_that_are_modules_go_and_the_model_loads(options, sent, ids, tmp_path):

@@ -73,6 +73,7 @@ def test_all_commands_load_it(command, tiny_checkpoint, some_text, tmp_path):
     assert "feed-forward width, mean" in printed
     shapes = json.loads((out / "config.json").read_text())[SHAPES]
     assert len({tuple(shape) for name, shape in shapes.items() if "down_proj" in name}) > 1
+    assert "ace_triton.load_model(" in (out / "README.md").read_text()
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(out)
     code, _, errors = command("prune", out, pruned, "--method", "magnitude", "--dtype", "float32")
@@ -80,9 +81,9 @@ def test_all_commands_load_it(command, tiny_checkpoint, some_text, tmp_path):
     code, _, errors = command("pack", pruned, packed)
     assert code == 0, errors
     ids = torch.arange(2, 34)[None]
-    torch.testing.assert_close(
-        logits_of(load(packed), ids), logits_of(load_model(pruned)[0], ids), rtol=1e-4, atol=1e-4
-    )
+    expected = logits_of(load_model(pruned)[0], ids)
+    for loaded in (load(packed), AutoModelForCausalLM.from_pretrained(packed)):
+        torch.testing.assert_close(logits_of(loaded, ids), expected, rtol=1e-4, atol=1e-4)
     code, printed, errors = command("evaluate", out, "--text", some_text, "--windows", "2", "--length", "16")
     assert code == 0, errors
 
