@@ -215,11 +215,10 @@ def mute(model, kept):
                 matrix[:, [c for c in range(matrix.shape[1]) if c not in own]] = 0
 
 
-@pytest.mark.parametrize("update", ["none", "lstsq"])
-def test_shared_experts_that_have_the_same_width_field_shrink_too(update, make, ids, tmp_path, monkeypatch):
+def test_shared_experts_that_have_the_same_width_field_shrink_too(make, ids, tmp_path, monkeypatch):
     monkeypatch.setitem(MIXTURES, "deepseek_v3", {**MIXTURES["deepseek_v3"], "n_shared_experts": 2})
     model = make("deepseek_v3")
-    result = shrink_model(model, ids, ratio=0.1, multiple=8, groups=0, experts="channels", update=update, prior=1.0)
+    result = shrink_model(model, ids, ratio=0.1, multiple=8, groups=0, experts="channels", update="none")
     assert result.report.widths["expert_channels"] == (16, 8)
     assert result.report.config == {"moe_intermediate_size": 8}
     counts = {name: len(kept) for name, kept in result.report.kept.items() if "shared" in name}
@@ -228,10 +227,6 @@ def test_shared_experts_that_have_the_same_width_field_shrink_too(update, make, 
     result.model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     torch.testing.assert_close(logits_of(loaded, ids), logits_of(result.model, ids))
-    if update == "lstsq":
-        lost, left = result.report.output_error
-        assert left < lost
-        return
     mute(model, result.report.kept)
     torch.testing.assert_close(logits_of(loaded, ids), logits_of(model, ids), rtol=1e-4, atol=1e-5)
 
@@ -363,7 +358,6 @@ def sent(make_decoder):
     "options",
     [
         {"method": "saap"},
-        {"method": "flap"},
         {"method": "llm-pruner", "terms": "mixed"},
     ],
 )

@@ -89,7 +89,7 @@ def test_all_commands_load_it(command, tiny_checkpoint, some_text, tmp_path):
 
 
 def test_files_have_the_bytes_of_a_run_in_memory(tiny_checkpoint, tmp_path):
-    ids = torch.randint(2, 258, (16, 32), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 258, (8, 32), generator=torch.Generator().manual_seed(0))
     options = {"multiple": 1, "groups": 0, "widths": "uneven", "method": "wanda-sp", "update": "lstsq"}
     report = in_memory(tiny_checkpoint, tmp_path / "memory", ids, "auto", **options)
     assert len({len(kept) for kept in report.kept.values()}) > 1
