@@ -228,14 +228,20 @@ def find_mixtures(
     return tuple(replace(mixture, chosen=chosen) for mixture in found)
 
 
-def mixtures_in_attention(blocks: Sequence[Block]) -> dict[str, nn.Module]:
-    """The modules with experts that are part of attention, by name. Their experts stay."""
-    return {
+def staying_experts(blocks: Sequence[Block]) -> list[str]:
+    """A line for the experts that are part of attention, which stay, with their share of the blocks' parameters."""
+    found = {
         path: module
         for block in blocks
         for path, module in block.module.named_modules(prefix=block.name)
         if experts_in(module) and _mixes_tokens(block, path)
     }
+    if not found:
+        return []
+    inside = {p for module in found.values() for p in module.parameters()}
+    whole = {p for block in blocks for p in block.module.parameters()}
+    share = sum(p.numel() for p in inside) / sum(p.numel() for p in whole)
+    return [f"the experts of attention stay ({next(iter(found))}, ...): {share:.1%} of the blocks' parameters"]
 
 
 def _mixes_tokens(block: Block, path: str) -> bool:

@@ -28,7 +28,7 @@ from .coupled_layers import NAMES, Kind
 from .depth import block_influences, kept_blocks
 from .estimate import Estimate, memory_phases
 from .importance import weight_of
-from .mixtures import mixtures_in_attention
+from .mixtures import staying_experts
 from .ranking import Earlier, Ranked, ranked
 from .report import ShrinkReport
 from .settings import ShrinkSettings
@@ -182,7 +182,7 @@ class Run:
             raise ArgumentError(
                 f"no structure of {type(model).__name__} can be removed ({reasons}); remove blocks (--method depth)"
             )
-        needed, notes = self._needed, self._staying()
+        needed, notes = self._needed, staying_experts(self.tower.blocks)
         if settings.speedup is not None:
             with self.stage("time a block"), self._weights.loaded(blocks[0].module):
                 needed, gain = needed_for_speed(model, structures, blocks, settings, self._trial, self._clock)
@@ -230,15 +230,6 @@ class Run:
             tried=tried,
             notes=tuple(notes),
         )
-
-    def _staying(self) -> list[str]:
-        """What no setting removes: the experts of attention, with their share of the parameters."""
-        found = mixtures_in_attention(self.tower.blocks)
-        if not found:
-            return []
-        inside = {p for module in found.values() for p in module.parameters()}
-        share = sum(p.numel() for p in inside) / block_parameters(self.tower.blocks)
-        return [f"the experts of attention stay ({next(iter(found))}, ...): {share:.1%} of the blocks' parameters"]
 
     def update(
         self,
