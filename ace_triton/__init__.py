@@ -24,6 +24,7 @@ from .errors import (
 from .evaluate import Perplexity
 from .exporters.exporter import Exporter
 from .exporters.registry import ExportReport, export_model, register_exporter
+from .formats.registry import load_model
 from .inputs.calibration import load_calibration
 from .inputs.written_text import WrittenText
 from .kernels.score_terms import ScoreTerms
@@ -130,6 +131,7 @@ __all__ = [
     "keep_zeros",
     "load",
     "load_calibration",
+    "load_model",
     "merge_lora",
     "metric_names",
     "pack_checkpoint",

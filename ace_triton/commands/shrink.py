@@ -101,6 +101,13 @@ def shrink(
             help="Part of a mixture that is removed: 'whole' experts, or 'channels' inside all, equally many of each."
         ),
     ] = _SETTINGS.experts,
+    widths: Annotated[
+        str,
+        typer.Option(
+            help="Feed-forward widths: 'equal' in all blocks; or 'uneven', by one ranking over all blocks, which "
+            "ace-triton loads, and other programs do not."
+        ),
+    ] = _SETTINGS.widths,
     importance: Annotated[
         str,
         typer.Option(help="Importance for saap: 'activations', or 'taylor' as in the paper, with gradients."),
@@ -164,9 +171,9 @@ def shrink(
 ) -> None:
     """Remove channels, attention heads, experts or blocks from SRC, and write a smaller dense model to OUT.
 
-    OUT is an ordinary checkpoint with the same widths in every layer: transformers loads it with from_pretrained, and
-    other engines run it faster. Prune it to n:m afterwards with 'ace-triton prune', or train it toward SRC with
-    'ace-triton recover'.
+    OUT is an ordinary checkpoint with the same widths in every layer, unless --widths uneven is given: transformers
+    loads it with from_pretrained, and other engines run it faster. Prune it to n:m afterwards with 'ace-triton prune',
+    or train it toward SRC with 'ace-triton recover'.
     """
     words = ShrinkWords.of(context)
     settings = words.settings

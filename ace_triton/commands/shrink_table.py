@@ -31,7 +31,8 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
     settings = report.settings
     table = facts_table(", ".join([settings.method, *([settings.chosen_update] * (settings.chosen_update != "none"))]))
     for kind, (before, after) in report.widths.items():
-        table.add_row(_WIDTHS[kind], f"{before:,} -> {after:,}" if after != before else f"{before:,}, all kept")
+        mean = ", mean" * (kind == "channels" and settings.widths == "uneven")
+        table.add_row(_WIDTHS[kind] + mean, f"{before:,} -> {after:,}" if after != before else f"{before:,}, all kept")
     if report.removed_blocks:
         table.add_row("removed blocks", ", ".join(map(str, report.removed_blocks)))
     table.add_row("parameters of the blocks", f"{report.blocks_before:,} -> {report.blocks_after:,}")
@@ -59,7 +60,8 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
     for which, found in measured.items():
         table.add_row(f"perplexity {which}", f"{found.perplexity:.2f}")
     for name, value in report.config.items():
-        shown = str(value) if not isinstance(value, list) else f"a list of {len(value)}"
+        shown = f"a list of {len(value)}" if isinstance(value, list) else str(value)
+        shown = f"shapes of {len(value)} weights" if isinstance(value, dict) else shown
         table.add_row(f"config.json: {name}", shown)
     for name, seconds in report.seconds.items():
         table.add_row(f"seconds: {name}", f"{seconds:.1f}")

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..inputs.checkpoint import load
+from ..structures.uneven import SHAPES
 from .exporter import Exporter, Run
 
 FILE = "model.gguf"
@@ -50,6 +51,8 @@ class Gguf(Exporter):
         biases = [name for name, _ in model.named_parameters() if name.endswith("_proj.bias")]
         if config.model_type == "llama" and biases:
             return f"the model has a bias ({biases[0]}): export to gguf supports Llama models without biases"
+        if getattr(config, SHAPES, None):
+            return "its feed-forwards have uneven widths: export to gguf supports equal ones"
         if getattr(config, "use_sliding_window", False):
             return "use_sliding_window: export to gguf supports full attention"
         return None

@@ -16,6 +16,7 @@ from .. import process_memory
 from ..errors import AceError, CheckpointError
 from ..linears import is_linear
 from ..process_memory import few_pages_of
+from ..structures.uneven import SHAPES, sized
 from .checked_model import (
     check_config,
     check_depth,
@@ -147,7 +148,21 @@ def _load_saved(
         large_weights_as_stored() if placing and stated is None else nullcontext(),
         few_pages_of(_mapped_files(found) if placing else ()),
     ):
-        return checked_model(found.name, where, chosen, dtype=dtype, **options, **placing), tokenizer
+        kind = _sized_class(chosen, config, trusted)
+        model = checked_model(found.name, where, chosen, kind, dtype=dtype, **options, **placing)
+    if kind is not None:
+        model.__class__ = kind.__bases__[0]  # Which AutoModel classes know.
+    return model, tokenizer
+
+
+def _sized_class(task: ModelTask, config: Any, trusted: bool) -> Any:
+    """The class of a model whose configuration has shapes of layers; None if it has none."""
+    from accelerate import init_empty_weights
+
+    if not hasattr(config.get_text_config(), SHAPES):
+        return None
+    with init_empty_weights():
+        return sized(type(task.loader.from_config(copy.deepcopy(config), trust_remote_code=trusted)), config)
 
 
 def _mapped_files(found: ModelSource) -> list[Path]:

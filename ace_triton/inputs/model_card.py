@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..structures.uneven import SHAPES
+
 CARD_FILE = "README.md"
 TEXT_GENERATION = "text-generation"
 LARGEST_CARD = 2**20
@@ -36,6 +38,16 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
 `ace-triton prune` prunes it further, to n:m.
+"""
+
+_UNEVEN = """The model is a dense checkpoint whose feed-forwards have different widths, which config.json lists. It
+needs the package ace-triton:
+
+```python
+import ace_triton
+
+model, tokenizer = ace_triton.load_model("path/to/this/folder")
+```
 """
 
 _PACKED = """The model is a packed checkpoint. It needs the package ace-triton:
@@ -224,6 +236,7 @@ def _usage(folder: Path, report: dict[str, Any]) -> str | None:
         return None
     method = _dict(config, "quantization_config").get("quant_method")
     dense = _SMALLER if _dict(report, "shrink") and not _text(report, "sparsity") else _DENSE
+    dense = _UNEVEN if _dict(config, SHAPES) else dense
     usage = _PACKED if method == "ace_triton" else dense if method is None else None
     return None if usage is None else usage.format(auto_class=_text(report, "auto_class") or "AutoModelForCausalLM")
 

@@ -23,6 +23,7 @@ from ..inputs.model_task import TEXT_GENERATION, find_task
 from ..kernels.pack_nm import PatternError
 from ..kernels.packed_dense import PackedDense
 from ..linears import linear_weight
+from ..structures.uneven import resize
 from .expert_stack import ExpertStack, stores_transposed
 from .fused import fuse_products, none_to_fuse
 from .keep_dense import Keep, check_keep, keep_dense
@@ -148,6 +149,7 @@ def _without_weights(folder: Path, manifest: Manifest, dtype: torch.dtype, trust
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = task.loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            resize(model)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except CheckpointError:

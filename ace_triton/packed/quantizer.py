@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..inputs.model_source import reason
 from ..inputs.model_task import task_of_class
 from ..kernels.packed_nm import LAYOUT_VERSION
+from ..structures.uneven import resize
 from .checkpoint import check_tensors, finish, put_layers
 from .keep_dense import keep_dense
 from .manifest import DTYPES, MANIFEST_FILE, NEEDED_FILES, QUANTIZATION_METHOD, TENSORS_FILE, Manifest
@@ -64,6 +65,7 @@ class PackedQuantizer(HfQuantizer):
     ) -> None:
         path = Path(checkpoint_files[0])
         self._manifest = _checked_manifest(path.parent, model)
+        resize(model)
         put_layers(model, self._manifest, dtype)
         check_tensors(path, model, self._manifest)
 

@@ -18,6 +18,7 @@ from ..inputs.companions import Companions
 from ..inputs.model_source import ModelSource, open_safetensors, tensor_names, weight_files
 from ..inputs.model_task import CAUSAL, TEXT_GENERATION, find_task
 from ..streaming.mapped_model import replace_parameters, saved_form
+from ..structures.uneven import resize
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGE_BYTES = 2**20
@@ -105,6 +106,7 @@ def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]
     vars(config).pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
         model: Any = chosen.loader.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        resize(model)
     model.tie_weights()
     # Of a quantized model a few weights are not quantized, and are not converted.
     converted = _converted_bytes(model) if quantization is None else sum(p.nbytes for p in model.parameters())

@@ -13,9 +13,11 @@ from ..decoders.blocks import Block, linears_of
 from ..errors import ArgumentError
 from ..linears import linear_weight
 from ..tied import memory_of
-from .coupled import NAMES, Kind, Structures
+from .coupled import Structures
+from .coupled_layers import NAMES, Kind
 from .settings import ShrinkSettings
 from .smaller import shapes_of
+from .uneven import uneven_widths
 
 BYTES_OF_AN_ENTRY = 128
 """Upper limit of the bytes that a safetensors file takes for a tensor beside its values and its name."""
@@ -71,7 +73,7 @@ def possible_shares(
         ArgumentError: if there is none.
     """
     cost = {
-        kind: sum(entry.parameters(structures.layers) for entry in entries)
+        kind: sum(structures.scaled(entry, 1) * entry.parameters(structures.layers) for entry in entries)
         for kind, entries in structures.coupled.items()
     }
     n_groups = structures.count("groups")
@@ -127,14 +129,25 @@ def _nothing_left(structures: Structures, settings: ShrinkSettings) -> str:
 
 
 def kept_structures(
-    structures: Structures, importance: Mapping[str, torch.Tensor], share: Share
+    structures: Structures, importance: Mapping[str, torch.Tensor], share: Share, settings: ShrinkSettings
 ) -> dict[str, torch.Tensor]:
-    """The kept structures by name of the consumer: the most important ones, in their order; ties keep the later one."""
+    """The kept structures by name of the consumer: the most important ones, in their order; ties keep the later one.
+
+    Args:
+        structures: the structures.
+        importance: of all structures, by name of the consumer.
+        share: how many are removed; the mean over blocks if widths are uneven.
+        settings: with widths and multiple.
+    """
     found = {}
     for kind, number in share.left(structures).items():
-        for entry in structures.coupled[kind]:
+        entries = structures.coupled[kind]
+        removed = [entry.count - structures.scaled(entry, number) for entry in entries]
+        if kind == "channels" and settings.widths == "uneven":
+            removed = uneven_widths([importance[e.consumer] for e in entries], share.channels, settings.multiple)
+        for entry, gone in zip(entries, removed, strict=True):
             ascending = importance[entry.consumer].sort(dim=-1, stable=True).indices
-            found[entry.consumer] = ascending[..., entry.count - number :].sort(dim=-1).values
+            found[entry.consumer] = ascending[..., gone:].sort(dim=-1).values
     return found
 
 

@@ -11,7 +11,8 @@ import torch
 from ..decoders.blocks import Block, linears_of
 from .choice import Choice
 from .compensation import Moments
-from .coupled import Coupled, Entry, Kind, Structures
+from .coupled import Entry, Structures
+from .coupled_layers import Coupled, Kind
 from .expert_channels import ExpertChannels, channels_inside
 from .mixtures import Mixture, mixtures_in
 
@@ -38,7 +39,8 @@ def _entry(entry: Entry) -> dict[str, Any]:
         return {"consumer": entry.consumer, "chosen": entry.chosen}
     if isinstance(entry, ExpertChannels):
         return {"consumer": entry.consumer, "transposed": entry.layouts[-1].dim == 1}
-    return {"consumer": entry.consumer, "producers": [list(pair) for pair in entry.producers], "count": entry.count}
+    producers = [list(pair) for pair in entry.producers]
+    return {"consumer": entry.consumer, "producers": producers, "count": entry.count, "expert": entry.expert}
 
 
 def choice_of(record: Mapping[str, Any], blocks: Sequence[Block], moments: Mapping[str, Moments]) -> Choice:
@@ -52,9 +54,11 @@ def choice_of(record: Mapping[str, Any], blocks: Sequence[Block], moments: Mappi
     layers = {name: layer for block in blocks for name, layer in linears_of(block.module, block.name)}
     mixtures = mixtures_in(blocks)
     mixtures = () if isinstance(mixtures, str) else mixtures
-    sides = {entry["consumer"]: entry["transposed"] for entry in record["coupled"].get("expert_channels", ())}
+    experts = [entry for entry in record["coupled"].get("expert_channels", ()) if "transposed" in entry]
+    sides = {entry["consumer"]: entry["transposed"] for entry in experts}
     homes = [mixture.consumer for mixture in mixtures]
-    inside = channels_inside(mixtures, {h: sides[n] for h in homes for n in sides if n.startswith(f"{h}.")})
+    stacked = [mixture for mixture in mixtures if not mixture.lists]
+    inside = channels_inside(stacked, {h: sides[n] for h in homes for n in sides if n.startswith(f"{h}.")})
     whole = {mixture.consumer: mixture for mixture in mixtures}
     channels = {} if isinstance(inside, str) else {entry.consumer: entry for entry in inside}
     coupled: dict[Kind, tuple[Entry, ...]] = {}
@@ -63,8 +67,10 @@ def choice_of(record: Mapping[str, Any], blocks: Sequence[Block], moments: Mappi
             replace(whole[entry["consumer"]], chosen=entry["chosen"])
             if kind == "experts"
             else channels[entry["consumer"]]
-            if kind == "expert_channels"
-            else Coupled(kind, entry["consumer"], tuple((n, c) for n, c in entry["producers"]), entry["count"])
+            if "transposed" in entry
+            else Coupled(
+                kind, entry["consumer"], tuple((n, c) for n, c in entry["producers"]), entry["count"], entry["expert"]
+            )
             for entry in entries
         )
     structures = Structures(layers, coupled, record["refused"])

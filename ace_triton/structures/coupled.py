@@ -8,10 +8,9 @@ structures in all blocks at once, runs the model, and restores the weights bit f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -23,105 +22,13 @@ from ..decoders.layer_roles import attention_of, routers
 from ..errors import ArgumentError
 from ..linears import linear_weight
 from ..reordering.fold import Fold
-from ..reordering.reorder import find_folds
+from ..reordering.reorder import Folds, find_folds
 from ..tied import Owners
+from .coupled_layers import Coupled, Kind
 from .expert_channels import ExpertChannels, are_transposed, channels_inside
+from .expert_modules import channels_of_modules, shared_channels
 from .mixtures import Mixture, find_mixtures
-from .parts import Part
 from .weights import InMemory, Weights
-
-Kind = Literal["channels", "groups", "experts", "expert_channels"]
-NAMES: dict[Kind, str] = {
-    "channels": "feed-forward channels",
-    "groups": "key-value groups",
-    "experts": "experts",
-    "expert_channels": "channels inside experts",
-}
-
-
-@dataclass(frozen=True)
-class Coupled:
-    """The structures of one kind in one block.
-
-    Attributes:
-        kind: "channels" or "groups".
-        consumer: name of the layer that reads the structures: equal runs of its columns, one run for each structure.
-        producers: names of the layers whose rows belong to the structures, each with its number of copies. In each
-            copy all structures have an equal run of rows. A fused gate and up has two copies.
-        count: number of structures.
-    """
-
-    kind: Kind
-    consumer: str
-    producers: tuple[tuple[str, int], ...]
-    count: int
-
-    def by_structure(self, part: Part, values: torch.Tensor) -> torch.Tensor:
-        """Sums over structures, [count], of values with the shape of a part's tensor."""
-        if part.layer == self.consumer:
-            return self.by_column(values if part.dim == 1 else values.t())
-        rows = values if part.dim == 0 else values.t()
-        runs = rows.unflatten(0, (dict(self.producers)[part.layer], self.count, -1)).transpose(0, 1)
-        return runs.flatten(1).sum(1)
-
-    def by_column(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums over structures, [count], of values of the consumer's weight [out_features, in_features]."""
-        return values.unflatten(1, (self.count, -1)).sum((0, 2))
-
-    def index(self, layer: str, size: int, structures: torch.Tensor) -> torch.Tensor:
-        """The rows of a producer, or the columns of the consumer, that belong to some structures, in their order.
-
-        Args:
-            layer: the consumer, or a producer.
-            size: number of rows, or of columns, of its weight.
-            structures: int64 [n_structures].
-        """
-        copies = 1 if layer == self.consumer else dict(self.producers)[layer]
-        width = size // (self.count * copies)
-        starts = torch.arange(copies, device=structures.device)[:, None] * self.count + structures
-        return (starts[..., None] * width + torch.arange(width, device=structures.device)).flatten()
-
-    def parts(self, layers: Mapping[str, nn.Module]) -> Iterator[Part]:
-        """The tensors with structures; ``layers`` are the model's linear layers by name."""
-        for layer in (*(name for name, _ in self.producers), self.consumer):
-            module = layers[layer]
-            along_columns = layer == self.consumer
-            weight = module.get_parameter("weight")
-            yield Part(layer, "weight", weight, int(along_columns == isinstance(module, nn.Linear)))
-            bias = module._parameters.get("bias")
-            if bias is not None and not along_columns:
-                yield Part(layer, "bias", bias, 0)
-
-    def parameters(self, layers: Mapping[str, nn.Module]) -> int:
-        """Number of parameters of one structure."""
-        return sum(part.tensor.numel() for part in self.parts(layers)) // self.count
-
-    def kept(
-        self, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module], chosen: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """A model's tensors by name, without the structures that are not chosen.
-
-        Args:
-            tensors: those of the model, or of the block, also without values on the meta device.
-            layers: its linear layers.
-            chosen: the kept structures, int64, ascending.
-        """
-        found = dict(tensors)
-        for part in self.parts(layers):
-            tensor = tensors[part.name].detach()
-            index = self.index(part.layer, tensor.shape[part.dim], chosen)
-            found[part.name] = tensor.index_select(part.dim, index.to(tensor.device))
-        return found
-
-    @torch.inference_mode()
-    def reorder(self, layers: Mapping[str, nn.Module], order: torch.Tensor) -> None:
-        """Put the structures in another order, in place."""
-        for part in self.parts(layers):
-            tensor = part.tensor
-            index = self.index(part.layer, tensor.shape[part.dim], order).to(tensor.device)
-            bits = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
-            bits.copy_(bits.index_select(part.dim, index))
-
 
 Entry = Coupled | Mixture | ExpertChannels
 """The structures of one kind in one block."""
@@ -133,14 +40,19 @@ class Structures:
 
     Attributes:
         layers: linear layers of the blocks, by name.
-        coupled: by kind, one entry for each block, in order; of experts, one for each block with a mixture. A kind is
-            absent if it cannot be removed.
+        coupled: by kind, one entry for each block, in order; of experts, one for each block with a mixture; of channels
+            inside experts, one for each expert that is a module, and shared experts last. A kind is absent if it cannot
+            be removed.
         refused: why a kind cannot be removed.
     """
 
     layers: Mapping[str, nn.Module]
     coupled: Mapping[Kind, tuple[Entry, ...]]
     refused: Mapping[Kind, str]
+
+    def with_entries(self, kind: Kind, entries: tuple[Entry, ...]) -> Structures:
+        """These structures with other entries of a kind."""
+        return Structures(self.layers, {**self.coupled, kind: entries}, self.refused)
 
     def without(self, kind: Kind, reason: str) -> Structures:
         """These structures without a kind."""
@@ -172,8 +84,9 @@ class Structures:
 
     @property
     def columns(self) -> dict[str, Coupled]:
-        """The entries whose consumer is a linear layer, by its name."""
-        return {name: entry for name, entry in self.entries.items() if isinstance(entry, Coupled)}
+        """The entries whose consumer is a linear layer that reads all tokens, by its name."""
+        coupled = {name: entry for name, entry in self.entries.items() if isinstance(entry, Coupled)}
+        return {name: entry for name, entry in coupled.items() if entry.expert != "routed"}
 
     @property
     def mixtures(self) -> dict[str, Mixture]:
@@ -183,6 +96,13 @@ class Structures:
     def count(self, kind: Kind) -> int:
         """Number of structures in a block; 0 if the kind cannot be removed."""
         return self.coupled[kind][0].count if kind in self.coupled else 0
+
+    def scaled(self, entry: Entry, number: int) -> int:
+        """A number of structures of an entry that is the same share as ``number`` of :meth:`count`.
+
+        They differ for shared experts, which may be several times as wide as others.
+        """
+        return number * entry.count // self.count(entry.kind)
 
 
 def find_structures(
@@ -229,7 +149,7 @@ def find_structures(
             refused["experts"] = mixtures
         elif mixtures is not None:
             coupled["experts"] = mixtures
-            inside = channels_inside(mixtures, are_transposed(lambda: run_model(model, batch), mixtures))
+            inside = _inside(mixtures, blocks, folds, lambda: run_model(model, batch))
             if isinstance(inside, str):
                 refused["expert_channels"] = inside
             else:
@@ -239,6 +159,30 @@ def find_structures(
             if not _unchanged(model, result, kind, batch, blocks, weights or InMemory()):
                 result = result.without(kind, "the model computes something else if their order changes")
     return result
+
+
+def _inside(
+    mixtures: Sequence[Mixture], blocks: Sequence[Block], folds: Folds, run: Callable[[], object]
+) -> tuple[Entry, ...] | str:
+    """The channels inside the experts of mixtures, shared experts last; or why they cannot be told apart."""
+    found: list[Entry] = []
+    stacked = [mixture for mixture in mixtures if not mixture.lists]
+    inside = channels_inside(stacked, are_transposed(run, stacked))
+    if isinstance(inside, str):
+        return inside
+    found += inside
+    for mixture in mixtures:
+        if mixture.lists:
+            entries = channels_of_modules(mixture, folds)
+            if isinstance(entries, str):
+                return f"{mixture.consumer}: {entries}"
+            found += entries
+    if len(numbers := sorted({entry.count for entry in found})) > 1:
+        return f"experts have different numbers of them ({', '.join(map(str, numbers))})"
+    for mixture in mixtures:
+        block = next(block for block in blocks if f"{mixture.consumer}.".startswith(f"{block.name}."))
+        found += shared_channels(block, mixture, folds, numbers[0])
+    return tuple(found)
 
 
 def _kind_of(block: Block, layer: str) -> Kind:
@@ -253,7 +197,7 @@ def _coupled(kind: Kind, block: Block, proven: Mapping[str, Fold]) -> Coupled | 
     if len(folds) != 1:
         what = "feed-forward whose channels can be told apart" if kind == "channels" else "attention with whole groups"
         more = f"{len(folds)} of them, and one is expected" if folds else f"no {what}"
-        experts = kind == "channels" and not folds and routers(block)
+        experts = kind == "channels" and routers(block)
         return "its feed-forward is a mixture of experts" if experts else more
     (fold,) = folds
     linears = dict(linears_of(block.module, block.name))
@@ -295,36 +239,36 @@ def _unchanged(
     """True if the model computes the same with the structures of a kind in another order."""
     dense = outputs_of(model, batch)
     generator = torch.Generator().manual_seed(0)
-    entries = structures.coupled[kind]
-    order = torch.randperm(entries[0].count, generator=generator, device="cpu")
-    if bool((order == torch.arange(len(order), device="cpu")).all()):
-        order = order.roll(1)
+    entries, orders = structures.coupled[kind], {}
+    for count in {entry.count: None for entry in entries}:
+        order = torch.randperm(count, generator=generator, device="cpu")
+        orders[count] = order.roll(1) if bool((order == torch.arange(count, device="cpu")).all()) else order
     reordered = _reordered_as_it_runs if weights.in_files else _reordered
-    with reordered(structures, entries, order, blocks) as names:
+    with reordered(structures, entries, orders, blocks) as names:
         same = same_outputs(outputs_of(model, batch), dense)
     return same and names == {entry.consumer for entry in entries}
 
 
 @contextmanager
 def _reordered(
-    structures: Structures, entries: Sequence[Entry], order: torch.Tensor, _blocks: Sequence[Block]
+    structures: Structures, entries: Sequence[Entry], orders: Mapping[int, torch.Tensor], _blocks: Sequence[Block]
 ) -> Iterator[set[str]]:
     """A context in which structures have another order; at exit the weights are restored bit for bit.
 
-    It gives the names of the consumers that were reordered.
+    It gives the names of the consumers that were reordered. ``orders`` has an order for each number of structures.
     """
     for entry in entries:
-        entry.reorder(structures.layers, order)
+        entry.reorder(structures.layers, orders[entry.count])
     try:
         yield {entry.consumer for entry in entries}
     finally:
         for entry in entries:
-            entry.reorder(structures.layers, order.argsort())
+            entry.reorder(structures.layers, orders[entry.count].argsort())
 
 
 @contextmanager
 def _reordered_as_it_runs(
-    structures: Structures, entries: Sequence[Entry], order: torch.Tensor, blocks: Sequence[Block]
+    structures: Structures, entries: Sequence[Entry], orders: Mapping[int, torch.Tensor], blocks: Sequence[Block]
 ) -> Iterator[set[str]]:
     """As :func:`_reordered`, but each block is reordered only while it runs, and so is in memory."""
     names: set[str] = set()
@@ -335,12 +279,12 @@ def _reordered_as_it_runs(
 
             def reorder(_module: nn.Module, _args: object, own: list[Entry] = own) -> None:
                 for entry in own:
-                    entry.reorder(structures.layers, order)
+                    entry.reorder(structures.layers, orders[entry.count])
                     names.add(entry.consumer)
 
             def restore(_module: nn.Module, _args: object, _output: object, own: list[Entry] = own) -> None:
                 for entry in own:
-                    entry.reorder(structures.layers, order.argsort())
+                    entry.reorder(structures.layers, orders[entry.count].argsort())
 
             hooks.callback(block.module.register_forward_pre_hook(reorder).remove)
             hooks.callback(block.module.register_forward_hook(restore, prepend=True, always_call=True).remove)

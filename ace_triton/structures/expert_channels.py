@@ -189,8 +189,6 @@ def channels_inside(mixtures: Sequence[Mixture], transposed: Mapping[str, bool])
 
 
 def _inside(mixture: Mixture, transposed: bool | None) -> ExpertChannels | str:
-    if mixture.lists:
-        return "its experts are modules of their own"
     tensors = [(path, key, t) for path, module in mixture.stacks.items() for key, t in own_tensors(module)]
     matrices = {(path, key): t.shape[1:] for path, key, t in tensors if t.dim() == 3}
     if len(matrices) < 2 or transposed is None:

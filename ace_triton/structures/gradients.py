@@ -17,6 +17,7 @@ from ..decoders.batches import Batch, run_model
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
 from .coupled import Entry, Structures
+from .coupled_layers import Coupled
 from .parts import Part
 
 Progress = Callable[[int, int], None]
@@ -45,8 +46,8 @@ class Taylor:
     batches: int = 0
 
     def fill(self) -> None:
-        """Add 0 for the layers that the last batch sent no gradient to, such as an expert without tokens."""
-        for parts in self.products.values():
+        """Add 0 for the layers that the last batches sent no gradient to, such as an expert without tokens."""
+        for parts in (*self.products.values(), *([self.elements] if self.elements else [])):
             while len(parts) < self.batches:
                 parts.append(torch.zeros_like(parts[0]))
 
@@ -78,7 +79,8 @@ def taylor_terms(
         progress: called with the number of batches done, and of all batches.
 
     Raises:
-        ArgumentError: if the model is in fp16, in which gradients underflow, or no loss can be computed.
+        ArgumentError: if the model is in fp16, in which gradients underflow, no loss can be computed, or no gradient
+            reaches a layer that is no expert.
     """
     if next(model.parameters()).dtype == torch.float16:
         raise ArgumentError("gradients underflow in float16: load the model in float32 or bfloat16 (--dtype float32)")
@@ -109,7 +111,8 @@ def taylor_terms(
         for parameter, required in before.items():
             parameter.requires_grad_(required)
             parameter.grad = gradients[parameter]
-    if silent := [name for name, taylor in found.items() if not taylor.elements]:
+    routed = {entry.consumer for entry in entries if isinstance(entry, Coupled) and entry.expert == "routed"}
+    if silent := [name for name, taylor in found.items() if not taylor.elements and name not in routed]:
         raise ArgumentError(f"no gradient reached {silent[0]}: use a method without gradients (--method flap)")
     return found
 
@@ -167,6 +170,8 @@ def _adding(entry: Entry, part: Part, taylor: Taylor, sums: Sums) -> Callable[[t
         else:
             parts[-1] = parts[-1] + of_layer
         element = entry.by_structure(part, (product - product.square() / 2).abs())
+        while len(taylor.elements) < taylor.batches - 1:
+            taylor.elements.append(torch.zeros_like(element))
         if len(taylor.elements) < taylor.batches:
             taylor.elements.append(element)
         else:

@@ -17,7 +17,8 @@ from ..linears import linear_weight
 from ..methods.registry import Needs
 from ..statistics.activation import ActivationStats
 from ..timing import Stopwatch
-from .coupled import Coupled, Entry, Structures
+from .coupled import Entry, Structures
+from .coupled_layers import Coupled
 from .expert_channels import ExpertChannels
 from .forwards import BlockWatcher, watch_blocks
 from .fusion import fused, stabilized
@@ -75,7 +76,9 @@ def importance_of(
     found = {}
     for entry in entries:
         taylor = terms[entry.consumer]
-        if settings.method == "llm-pruner":
+        if not taylor.elements:  # An expert that no token was sent to.
+            value = _magnitude(entry, structures)
+        elif settings.method == "llm-pruner":
             value = llm_pruner_terms(settings.terms, entry, structures, taylor)
         else:
             value = _fused(taylor.vector(), taylor.element(), settings)
@@ -97,7 +100,9 @@ def score(entry: Entry, structures: Structures, settings: ShrinkSettings, activa
     if isinstance(entry, Mixture):
         routed = activations.routed[name]
         return _finite(entry, stabilized(routed) if settings.stability else routed.mean(0))
-    stats = activations.inputs[name]
+    stats = activations.inputs.get(name, ())
+    if entry.expert == "routed":
+        return _finite(entry, _of_expert(weight_of(structures, entry), stats, settings))
     if settings.method == "saap":
         return _finite(entry, _saap_of_activations(entry, structures, stats, settings))
     by_method = {"flap": _flap, "wanda-sp": _wanda_sp}[settings.method]
@@ -188,7 +193,8 @@ class _Block(BlockWatcher):
 
     def activations(self) -> Activations:
         """What was collected."""
-        if missing := [name for name in self._layers if not self._inputs[name]]:
+        routed = {e.consumer for e in self.entries if isinstance(e, Coupled) and e.expert == "routed"}
+        if missing := [name for name in self._layers if not self._inputs[name] and name not in routed]:
             raise ArgumentError(f"no token of the calibration text reached {missing[0]}: give more text")
         return Activations(dict(self._inputs), {name: found.of_batches() for name, found in self._mixtures.items()})
 
@@ -243,26 +249,31 @@ def _saap_of_activations(
 
 
 def _inside_experts(entry: ExpertChannels, settings: ShrinkSettings, activations: Activations) -> torch.Tensor:
-    """The importance of the channels of each expert over the tokens that are sent to it, [experts, count].
+    """The importance of the channels of each expert over the tokens that are sent to it, [experts, count]."""
+    experts = zip(entry.columns(), entry.linear_names(), strict=True)
+    return torch.stack([_of_expert(weight, activations.inputs.get(name, ()), settings) for weight, name in experts])
+
+
+def _of_expert(weight: torch.Tensor, stats: Sequence[ActivationStats], settings: ShrinkSettings) -> torch.Tensor:
+    """The importance of the channels of one expert, [count].
 
     An expert without tokens ranks its channels by the norm of their columns. Batches count together, because few tokens
     of a batch reach an expert.
+
+    Args:
+        weight: of the layer that reads the channels, fp32 [out_features, count].
+        stats: statistics of its inputs, one for each batch with tokens.
+        settings: the method and its settings.
     """
-    rows = []
-    for weight, name in zip(entry.columns(), entry.linear_names(), strict=True):
-        stats = activations.inputs.get(name)
-        if not stats:
-            rows.append(weight.norm(dim=0))
-            continue
-        whole = merged(stats)
-        if settings.method == "flap":
-            rows.append((weight.square() * whole.variance).sum(0))
-        elif settings.method == "wanda-sp":
-            rows.append((weight.abs() * whole.norm).sum(0))
-        else:
-            norm = whole.norm / max(whole.count, 1) ** 0.5
-            rows.append(_fused((weight * norm).norm(dim=0)[None], (weight.abs() * norm).sum(0)[None], settings))
-    return torch.stack(rows)
+    if not stats:
+        return weight.norm(dim=0)
+    whole = merged(stats)
+    if settings.method == "flap":
+        return (weight.square() * whole.variance).sum(0)
+    if settings.method == "wanda-sp":
+        return (weight.abs() * whole.norm).sum(0)
+    norm = whole.norm / max(whole.count, 1) ** 0.5
+    return _fused((weight * norm).norm(dim=0)[None], (weight.abs() * norm).sum(0)[None], settings)
 
 
 def _fused(vector: torch.Tensor, element: torch.Tensor, settings: ShrinkSettings) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..decoders.batches import Batch, run_model
 from ..decoders.blocks import Block
 from ..decoders.experts import PRODUCTS
 from ..decoders.finished import forward_replaced
-from ..decoders.layer_roles import experts_in, routers
+from ..decoders.layer_roles import experts_in, in_attention, routers
 from .parts import Part, own_tensors
 
 
@@ -210,7 +210,7 @@ def find_mixtures(
         shared: True for the name of a tensor whose memory other tensors use too.
 
     Returns:
-        the mixtures; why their experts cannot go; or None if no block has experts.
+        the mixtures outside attention; why their experts cannot go; or None if no block has such experts.
     """
     found = mixtures_in(blocks)
     if not found or isinstance(found, str):
@@ -228,12 +228,33 @@ def find_mixtures(
     return tuple(replace(mixture, chosen=chosen) for mixture in found)
 
 
+def staying_experts(blocks: Sequence[Block]) -> list[str]:
+    """A line for the experts that are part of attention, which stay, with their share of the blocks' parameters."""
+    found = {
+        path: module
+        for block in blocks
+        for path, module in block.module.named_modules(prefix=block.name)
+        if experts_in(module) and _mixes_tokens(block, path)
+    }
+    if not found:
+        return []
+    inside = {p for module in found.values() for p in module.parameters()}
+    whole = {p for block in blocks for p in block.module.parameters()}
+    share = sum(p.numel() for p in inside) / sum(p.numel() for p in whole)
+    return [f"the experts of attention stay ({next(iter(found))}, ...): {share:.1%} of the blocks' parameters"]
+
+
+def _mixes_tokens(block: Block, path: str) -> bool:
+    """True if a module of a block is in attention."""
+    return path != block.name and in_attention(block, f"{path}.experts")
+
+
 def mixtures_in(blocks: Sequence[Block]) -> tuple[Mixture, ...] | str:
-    """The modules with experts, how many are chosen left open; or why their experts cannot go."""
+    """The modules with experts outside attention, how many are chosen left open; or why their experts cannot go."""
     found: list[Mixture] = []
     for block in blocks:
         homes = {path: experts_in(module) for path, module in block.module.named_modules(prefix=block.name)}
-        homes = {path: experts for path, experts in homes.items() if experts}
+        homes = {path: experts for path, experts in homes.items() if experts and not _mixes_tokens(block, path)}
         if not homes:
             continue
         if len(homes) > 1:
@@ -259,6 +280,7 @@ def _mixture(block: Block, path: str, children: Mapping[str, int]) -> Mixture | 
         candidate = block.module.get_submodule(".".join(block.path_to(name)))
         if any(tensor.dim() == 2 and tensor.shape[0] == count for _, tensor in own_tensors(candidate)):
             possible[name] = candidate
+    possible = {name: of for name, of in possible.items() if name.startswith(f"{path}.")} or possible
     if len(possible) != 1:
         return f"{path} has {len(possible)} layers that may be its router, and one is expected"
     (router,) = possible

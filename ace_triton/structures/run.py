@@ -23,10 +23,12 @@ from .budget import (
 )
 from .choice import NOTHING, Choice
 from .compensation import Repair, Stored, mean_in_bias, repaired_tensors, solve_blocks
-from .coupled import NAMES, Entry, Kind, Structures, find_structures, outputs_of, same_outputs
+from .coupled import Entry, Structures, find_structures, outputs_of, same_outputs
+from .coupled_layers import NAMES, Kind
 from .depth import block_influences, kept_blocks
 from .estimate import Estimate, memory_phases
 from .importance import weight_of
+from .mixtures import staying_experts
 from .ranking import Earlier, Ranked, ranked
 from .report import ShrinkReport
 from .settings import ShrinkSettings
@@ -46,6 +48,7 @@ from .smaller import (
     without_unfit_kinds,
 )
 from .speed import needed_for_speed
+from .uneven import SHAPES
 from .weights import InMemory, Weights
 
 Progress = Callable[[str, int, int], None]
@@ -171,12 +174,15 @@ class Run:
             )
             self._earlier.structures = structures
         structures = structures.of_experts(settings.experts)
+        if settings.widths == "uneven" and "channels" not in structures.coupled:
+            reason = structures.refused.get("channels", "the model has no feed-forward channels")
+            raise ArgumentError(f"widths 'uneven': {reason}; leave widths out (--widths equal)")
         if not structures.coupled:
             reasons = "; ".join(f"{NAMES[kind]}: {reason}" for kind, reason in structures.refused.items())
             raise ArgumentError(
                 f"no structure of {type(model).__name__} can be removed ({reasons}); remove blocks (--method depth)"
             )
-        needed, notes = self._needed, []
+        needed, notes = self._needed, staying_experts(self.tower.blocks)
         if settings.speedup is not None:
             with self.stage("time a block"), self._weights.loaded(blocks[0].module):
                 needed, gain = needed_for_speed(model, structures, blocks, settings, self._trial, self._clock)
@@ -190,11 +196,13 @@ class Run:
 
         importance, moments = ranking(rank)
         with self.stage("compare shares"):
-            share, tried = best_share(model, self.tower, self.batches, structures, importance, shares, self._weights)
-        kept, left = kept_structures(structures, importance, share), share.left(structures)
+            share, tried = best_share(
+                model, self.tower, self.batches, structures, importance, shares, settings, self._weights
+            )
+        kept, left = kept_structures(structures, importance, share, settings), share.left(structures)
         columns = [name for name in kept if name in structures.columns]
         shapes = kept_tensors(shapes_of(model), structures, blocks, Kept(kept))
-        changes = width_changes(model, structures, left, shapes)
+        changes = width_changes(model, structures, left, shapes, uneven=settings.widths == "uneven")
         if settings.chosen_update == "bias":
             changes, shapes = bias_changes(model, changes, shapes, _by_kind(structures, kept))
         with_bias = frozenset(name for name in columns if f"{name}.bias" in shapes)
@@ -202,6 +210,12 @@ class Run:
             kinds = sorted({structures.columns[name].kind for name in columns if name not in with_bias})
             which = " and ".join(NAMES[kind] for kind in kinds)
             notes.append(f"no bias was written for {which}: {type(model).__name__} has no place for it")
+        if SHAPES in changes:
+            sizes = [len(kept[entry.consumer]) for entry in structures.coupled["channels"]]
+            notes.append(
+                f"feed-forward widths run from {min(sizes)} to {max(sizes)}: ace_triton.load_model and the commands of "
+                "ace-triton load this model, plain transformers does not"
+            )
         if settings.chosen_update != "none" and len(columns) < len(kept):
             what = "experts" if settings.experts == "whole" else "channels of experts"
             notes.append(f"no update makes up for removed {what}; it is for channels and key-value groups")

@@ -54,6 +54,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "terms": ("element", "vector", "second", "mixed"),
     "update": tuple(UPDATES),
     "experts": ("whole", "channels"),
+    "widths": ("equal", "uneven"),
 }
 """The allowed values of settings that are names; the first one is the default, except for ``update``."""
 
@@ -82,6 +83,8 @@ class ShrinkSettings:
         terms: for llm-pruner, "element" (sum of |g w|), "vector" (|sum of g w|), "second" (sum of |w F w|) or "mixed"
             (sum of |g w - w F w / 2|), with the gradient g and the Fisher diagonal F.
         experts: for mixtures, "whole" experts may go, or "channels" inside all of them, equally many of each.
+        widths: "equal" feed-forwards in all blocks; or "uneven" ones by one ranking over all blocks, with as many
+            parameters together, which :func:`ace_triton.load_model` loads, and plain transformers does not.
 
     Raises:
         RecipeError: if a setting is invalid, or does not apply to the method.
@@ -101,6 +104,7 @@ class ShrinkSettings:
     size: int | None = None
     speedup: float | None = None
     experts: str = "whole"
+    widths: str = "equal"
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
@@ -144,6 +148,8 @@ class ShrinkSettings:
                 )
             if self.experts != "whole":
                 raise RecipeError("method 'depth' removes whole blocks: leave experts out")
+            if self.widths != "equal":
+                raise RecipeError("method 'depth' removes whole blocks: leave widths out")
             if self.groups is not None:
                 raise RecipeError("method 'depth' removes whole blocks: leave groups out")
         for name, method in METHODS.items():

@@ -24,6 +24,7 @@ from .budget import Share, kept_structures
 from .coupled import Structures, outputs_of
 from .forwards import BlockWatcher
 from .gradients import losses_of, token_losses
+from .settings import ShrinkSettings
 from .smaller import masked
 from .weights import Weights
 
@@ -48,6 +49,7 @@ def best_share(
     structures: Structures,
     importance: Mapping[str, torch.Tensor],
     shares: Sequence[Share],
+    settings: ShrinkSettings,
     weights: Weights,
 ) -> tuple[Share, dict[int, float]]:
     """The share with the lowest loss on the first batches, and the mean loss of each by number of groups.
@@ -59,11 +61,12 @@ def best_share(
         structures: the structures.
         importance: of all structures, by name of the consumer.
         shares: possible shares, the fewest groups first.
+        settings: with widths and multiple.
         weights: where the model's weights are.
     """
     if len(shares) == 1 or not batches:
         return shares[0], {}  # The fewest groups: heads are worth more than channels.
-    kept = [kept_structures(structures, importance, share) for share in shares]
+    kept = [kept_structures(structures, importance, share, settings) for share in shares]
     tried = batches[:TRIED_BATCHES]
     with calibration_mode(model):
         losses = _from_files(model, tower, tried, structures, kept, weights) if weights.in_files else None

@@ -40,10 +40,11 @@ def shrink_model(
     """Make a smaller dense model by structured pruning. The given model does not change.
 
     All blocks of the smaller model have the same widths, so its checkpoint is an ordinary one: ``save_pretrained``
-    writes it and ``from_pretrained`` of plain transformers loads it. What can be removed is found on the model:
-    channels of the feed-forward, key-value groups with their query heads, experts of mixtures, or whole blocks (method
-    "depth"). A trial run proves that nothing else depends on them, and a second one that the smaller model computes
-    what the dense model computes without them.
+    writes it and ``from_pretrained`` of plain transformers loads it. With ``widths="uneven"`` feed-forwards have
+    different widths, and :func:`ace_triton.load_model` loads it. What can be removed is found on the model: channels of
+    the feed-forward, key-value groups with their query heads, experts of mixtures, or whole blocks (method "depth"). A
+    trial run proves that nothing else depends on them, and a second one that the smaller model computes what the dense
+    model computes without them.
 
     Args:
         model: a transformers model with its weights in memory, in any floating dtype.

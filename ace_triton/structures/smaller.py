@@ -20,7 +20,9 @@ from ..decoders.calls import Call
 from ..decoders.finished import forward_replaced, in_tuple
 from ..errors import ArgumentError
 from ..tied import memory_of
-from .coupled import Coupled, Entry, Kind, Structures
+from .coupled import Entry, Structures
+from .coupled_layers import Coupled, Kind
+from .uneven import SHAPES, resize, shapes_field
 
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim")
 HEAD_FIELDS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
@@ -28,7 +30,7 @@ GROUP_FIELDS = ("num_key_value_heads", "num_kv_heads")
 EXPERT_WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", *WIDTH_FIELDS)
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-BIAS_FIELDS = {"channels": ("mlp_bias",), "groups": ("attention_bias",)}
+BIAS_FIELDS: dict[Kind, tuple[str, ...]] = {"channels": ("mlp_bias",), "groups": ("attention_bias",)}
 """Names under which configurations have the feed-forward width, that of an expert, the numbers of heads, groups and
 experts, the depth, and biases."""
 
@@ -118,6 +120,7 @@ def skeleton(model: nn.Module, config: Any) -> nn.Module:
 
     with init_empty_weights(include_buffers=False):
         built: nn.Module = type(model)._from_config(config, dtype=model.dtype)  # type: ignore[attr-defined, operator]
+        resize(built)
     built.tie_weights()  # type: ignore[operator]
     return built
 
@@ -166,25 +169,53 @@ def _like(value: Any, width: int) -> Any:
 
 
 def without_unfit_kinds(model: nn.Module, structures: Structures, blocks: Sequence[Block]) -> Structures:
-    """The structures without kinds that the model's configuration cannot have fewer of, with the reasons."""
+    """The structures without kinds that the model's configuration cannot have fewer of, with the reasons.
+
+    Shared experts keep their width if the configuration has a number of its own for it.
+    """
     shapes = shapes_of(model)
     for kind, entries in list(structures.coupled.items()):
-        fewer = torch.arange(entries[0].count - 1, device="cpu")
-        tensors = kept_tensors(shapes, structures, blocks, Kept({entry.consumer: fewer for entry in entries}))
-        tries = config_changes(model, kind, len(fewer), entries[0])
-        reasons = [misfit(model, changes, tensors) for changes in tries]
-        if None not in reasons:
+        left = entries[0].count - 1
+        tries = config_changes(model, kind, left, entries[0])
+        reasons: list[str | None] = []
+        alone = tuple(entry for entry in entries if not isinstance(entry, Coupled) or entry.expert != "shared")
+        for chosen in (alone, entries) if len(alone) < len(entries) else (entries,):
+            fewer = {entry.consumer: torch.arange(structures.scaled(entry, left), device="cpu") for entry in chosen}
+            tensors = kept_tensors(shapes, structures, blocks, Kept(fewer))
+            reasons = [misfit(model, changes, tensors) for changes in tries]
+            if None in reasons:
+                structures = structures.with_entries(kind, chosen)
+                break
+        else:
             why = reasons[0] if reasons else f"no field of {type(text_config(model)).__name__} has their number"
             structures = structures.without(kind, f"{why}")
     return structures
 
 
 def width_changes(
-    model: nn.Module, structures: Structures, left: Mapping[Kind, int], tensors: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    structures: Structures,
+    left: Mapping[Kind, int],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    uneven: bool = False,
 ) -> Changes:
-    """The changes of the configuration for the numbers of structures that are left in each block."""
+    """The changes of the configuration for the structures that are left.
+
+    Args:
+        model: the dense model.
+        structures: its structures.
+        left: number of structures that are left in each block, by kind.
+        tensors: the shapes of the tensors of the smaller model.
+        uneven: True if the widths of feed-forwards differ; then the configuration has the shapes of their layers.
+    """
     options: list[Changes] = [{}]
     for kind, number in left.items():
+        if kind == "channels" and uneven:
+            entries = [entry for entry in structures.coupled[kind] if isinstance(entry, Coupled)]
+            field = {SHAPES: shapes_field(entries, structures.layers, tensors)}
+            options = [{**done, **field} for done in options]
+            continue
         more = config_changes(model, kind, number, structures.coupled[kind][0])
         options = [{**done, **changes} for done in options for changes in more]
     reasons = []
@@ -234,7 +265,7 @@ def bias_changes(
     for kind, names in consumers.items():
         if all(f"{name}.bias" in tensors for name in names):
             continue
-        for field in (name for name in BIAS_FIELDS[kind] if getattr(text, name, None) is False):
+        for field in (name for name in BIAS_FIELDS.get(kind, ()) if getattr(text, name, None) is False):
             more = {**changes, field: True}
             wanted = skeleton(model, changed_config(model, more)).state_dict()
             new = {name: tensor for name, tensor in wanted.items() if name not in tensors}

@@ -106,7 +106,7 @@ def _narrowed(model: nn.Module, structures: Structures, blocks: Sequence[Block],
     """The first block with the widths of a share."""
     left = share.left(structures)
     kept = {
-        entry.consumer: torch.arange(number, dtype=torch.int64, device="cpu")
+        entry.consumer: torch.arange(structures.scaled(entry, number), dtype=torch.int64, device="cpu")
         for kind, number in left.items()
         for entry in structures.coupled[kind]
     }

@@ -2,21 +2,22 @@
 
     python -m benchmarks.reports.structured --model smollm2 --calibration c4.jsonl.gz --evaluation wiki.test.raw.gz
 
-Results in docs/structured.json are reused, so a stopped run continues. Repeat with another --model to add it. The
-option ``--list`` prints the names of all rows, with the CPU seconds of the measured ones; ``--only`` measures some:
+Results in docs/structured.json are reused, so a stopped run continues. Repeat with another --model and --name to add a
+model, with another --seed to add a calibration sample. The option ``--list`` prints the names of all rows, with the CPU
+seconds of the measured ones; ``--only`` measures some:
 
     --only "10% SAAP*, none"            fusion, stability and gradients beside SAAP at 10 %
     --only "* recovery, lstsq" --only "* group fine-tuning, lstsq"
 
 A row without gradients takes a few forwards of the calibration text, with gradients about twice as long, and a row with
 recovery as long as its optimizer steps. Rows of one call share the structures and the statistics, so the first one
-takes longer. A row that is asked for by name is measured at any ratio; without ``--only`` ablations run at one ratio.
+takes longer, but the seconds of each row hold what it shares. A row that is asked for by name is measured at any ratio;
+without ``--only`` ablations run at one ratio.
 """
 
 from __future__ import annotations
 
 import gc
-import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,10 +33,9 @@ from ace_triton.commands.report import write_json
 from ace_triton.evaluate import perplexity
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.beginnings import Beginning, text_ids
-from ace_triton.inputs.calibration import load_calibration
+from ace_triton.inputs.calibration import load_calibration, read_calibration
 from ace_triton.inputs.text import read_documents, wikitext_rows
 from ace_triton.process_memory import give_back_free_memory
-from ace_triton.provenance import name_of
 from ace_triton.recovery.settings import GroupTuning, RecoverySettings
 from ace_triton.recovery.train import recover
 from ace_triton.structures.ranking import Earlier
@@ -45,10 +45,9 @@ from ace_triton.structures.settings import ShrinkSettings
 from .cpu_ratios import processor
 from .named_rows import ListRows, Only, chosen_rows, print_rows
 from .record import read_record
+from .structured_page import LENGTH, RATIOS, SAMPLES, WINDOW_LENGTH, Speed, page
 
-RATIOS = (0.2, 0.1, 0.3)
-SAMPLES, LENGTH, WINDOW_LENGTH = 64, 128, 512
-PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 16, 3
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 16, 7
 
 PUBLISHED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("FLAP", {"method": "flap"}),
@@ -70,6 +69,7 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = tuple(
         ("SAAP, one scale an importance", {"fusion": "mean"}),
         ("SAAP, learned scales", {"fusion": "learned"}),
         ("SAAP, stability on", {"stability": True}),
+        ("SAAP, uneven widths", {"widths": "uneven"}),
         ("SAAP of gradients", {"importance": "taylor"}),
         ("SAAP of gradients, stability on", {"importance": "taylor", "stability": True}),
         ("SAAP of gradients, vectors alone", {"importance": "taylor", "fusion": "vector"}),
@@ -80,53 +80,39 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = tuple(
 )
 """Measured at the first ratio alone, unless they are asked for."""
 
-STEPS, TRAINED = 60, 128
-"""Optimizer steps of a recovery, and sequences of its text."""
 
-RECOVERED: tuple[tuple[str, GroupTuning | None], ...] = (
-    ("SAAP, then recovery", None),
-    ("SAAP, then group fine-tuning", GroupTuning()),
-)
-"""SAAP with its update, trained toward the dense model in the same number of steps. Measured as ablations are."""
+@dataclass(frozen=True)
+class Training:
+    """How a smaller model is trained toward the dense one.
 
-_ALONE = ("SAAP, vectors alone", "SAAP, elements alone")
-PARTS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
-    ("fusion, one scale a structure", "SAAP", _ALONE, "none"),
-    ("fusion, one scale an importance", "SAAP, one scale an importance", _ALONE, "none"),
-    ("fusion, learned scales", "SAAP, learned scales", _ALONE, "none"),
-    (
-        "fusion, of gradients",
-        "SAAP of gradients",
-        ("SAAP of gradients, vectors alone", "SAAP of gradients, elements alone"),
-        "none",
-    ),
-    ("stability", "SAAP, stability on", ("SAAP",), "none"),
-    ("stability, of gradients", "SAAP of gradients, stability on", ("SAAP of gradients",), "none"),
-    ("group fine-tuning", "SAAP, then group fine-tuning", ("SAAP, then recovery",), "lstsq"),
-)
-"""A part of SAAP, the method with it, the methods without it, and the update of all."""
+    Attributes:
+        steps: number of optimizer steps.
+        sequences: number of sequences of the text.
+        groups: settings of group fine-tuning; None for recovery.
+        apart: no token of the text is in two sequences, as ``ace-triton recover`` cuts them.
+    """
 
-KEY = ("model", "ratio", "method", "update")
+    steps: int
+    sequences: int
+    groups: GroupTuning | None = None
+    apart: bool = False
+
+
+TRAINED: dict[str, Training] = {
+    "SAAP, then recovery": Training(60, 128),
+    "SAAP, then group fine-tuning": Training(60, 128, GroupTuning()),
+    "SAAP, then recovery for five minutes": Training(240, 480, apart=True),
+}
+"""SAAP with its update, trained toward the dense model. Measured as ablations are.
+
+A fixed number of steps stands for five minutes on two cores, so that a busy machine gives the same model. A step reads
+256 tokens, and the learning rate is that of ``ace-triton recover``.
+"""
+
+KEY = ("model", "ratio", "method", "update", "seed")
 """The entries of a result that tell it apart from others."""
 
 console = Console()
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Rates of a smaller model beside the dense one, in transformers, in tokens per CPU second on one thread.
-
-    Attributes:
-        prompt, dense_prompt: tokens of a prompt.
-        decode, dense_decode: generated tokens, prompt left out.
-        promised: weights that the dense model multiplies for a token, over those of the smaller one.
-    """
-
-    prompt: float
-    dense_prompt: float
-    decode: float
-    dense_decode: float
-    promised: float
 
 
 @dataclass(frozen=True)
@@ -138,9 +124,11 @@ class Result:
         method: name in the table.
         update: "lstsq", "bias" or "none".
         ratio: share of the blocks' parameters to remove.
+        seed: random seed of the calibration sample.
+        steps: number of optimizer steps of the training after it; 0 without one.
         removed: share that was removed.
         widths: number of structures before and after, by kind.
-        seconds: CPU seconds of the run.
+        seconds: CPU seconds of the run, training included.
         perplexity: on the evaluation text.
         speed: None if a model of the same widths has it.
     """
@@ -149,6 +137,8 @@ class Result:
     method: str
     update: str
     ratio: float
+    seed: int
+    steps: int
     removed: float
     widths: dict[str, list[int]]
     seconds: float
@@ -157,11 +147,13 @@ class Result:
 
 
 def main(
-    calibration: Annotated[str, typer.Option()],
+    calibration: Annotated[str, typer.Option(help="Calibration text, as for ace-triton shrink.")],
     evaluation: Annotated[str, typer.Option(help="A raw WikiText file.")],
-    model: Annotated[str, typer.Option()] = "smollm2",
-    windows: Annotated[int, typer.Option(min=1)] = 20,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
+    model: Annotated[str, typer.Option(help="Model to shrink.")] = "smollm2",
+    name: Annotated[str, typer.Option(help="The model's name on the page.")] = "SmolLM2-135M",
+    windows: Annotated[int, typer.Option(min=1, help="Number of evaluation windows of 512 tokens.")] = 20,
+    seed: Annotated[int, typer.Option(help="Random seed of the calibration sample.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Number of torch's threads.")] = 1,
     only: Only = None,
     list_rows: ListRows = False,
     most: Annotated[int | None, typer.Option(help="Number of results to measure now; default: all.")] = None,
@@ -170,15 +162,17 @@ def main(
     """Measure what is missing, and write the page."""
     torch.set_num_threads(threads)
     record = read(out)
-    name = "SmolLM2-135M" if model == "smollm2" else name_of(model)
     done = {tuple(result[part] for part in KEY) for result in record["results"]}
     if list_rows:
         seconds = {tuple(r[part] for part in KEY): f"{r['seconds']:.0f} CPU seconds" for r in record["results"]}
-        print_rows(console, ((label(cell), seconds.get((name, *key(*cell)))) for cell in cells(every=True)))
+        print_rows(console, ((label(cell), seconds.get((name, *key(*cell), seed))) for cell in cells(every=True)))
         return
     wanted = chosen_rows(cells(every=bool(only)), label, only)
-    todo = [cell for cell in wanted if (name, *key(*cell)) not in done]
-    bench = Bench(model, calibration, evaluation, windows) if todo[:most] else None
+    todo = [cell for cell in wanted if (name, *key(*cell), seed) not in done]
+    known = record["dense"].get(name)
+    if todo and known is not None and known["windows"] != windows:
+        raise typer.BadParameter(f"results of {name} have {known['windows']} windows, not {windows}: give --windows")
+    bench = Bench(model, calibration, evaluation, windows, seed) if todo[:most] else None
     for ratio, method, options in todo[:most]:
         assert bench is not None
         dense = record["dense"].setdefault(name, {})
@@ -203,7 +197,7 @@ def cells(*, every: bool = False) -> Iterator[Cell]:
         every: ablations and recoveries at all ratios, not at the first one alone.
     """
     for ratio in RATIOS:
-        more = (*ABLATIONS, *((method, {}) for method, _ in RECOVERED)) if every or ratio == RATIOS[0] else ()
+        more = (*ABLATIONS, *((method, {}) for method in TRAINED)) if every or ratio == RATIOS[0] else ()
         for method, options in (*PUBLISHED, *FITTED, *more):
             yield ratio, method, options
 
@@ -215,7 +209,7 @@ def label(cell: Cell) -> str:
 
 
 def key(ratio: float, method: str, options: dict[str, Any]) -> tuple[float, str, str]:
-    """What tells the results of one model apart: all of :data:`KEY` but the model."""
+    """What tells the results of one model and seed apart: the other entries of :data:`KEY`."""
     return ratio, method, ShrinkSettings(ratio, **options).chosen_update
 
 
@@ -227,10 +221,10 @@ def read(out: Path) -> dict[str, Any]:
 class Bench:
     """A dense model, its texts, and what earlier runs on them have found."""
 
-    def __init__(self, source: str, calibration: str, evaluation: str, windows: int) -> None:
-        self.model, tokenizer = checkpoint.load(source, dtype=torch.float32, own_memory=True)
-        self._sequences = load_calibration(calibration, tokenizer, samples=SAMPLES, length=LENGTH)
-        self._trained = load_calibration(calibration, tokenizer, samples=TRAINED, length=LENGTH, seed=1).ids
+    def __init__(self, source: str, calibration: str, evaluation: str, windows: int, seed: int) -> None:
+        self.model, self._tokenizer = checkpoint.load(source, dtype=torch.float32, own_memory=True)
+        tokenizer, self._documents, self._seed = self._tokenizer, read_calibration(calibration), seed
+        self._sequences = load_calibration(self._documents, tokenizer, samples=SAMPLES, length=LENGTH, seed=seed)
         rows = wikitext_rows("".join(read_documents(evaluation)))
         self._ids = text_ids("\n\n".join(rows), tokenizer, Beginning.of(tokenizer, "auto"))
         self._windows, self._earlier = windows, Earlier()
@@ -246,20 +240,30 @@ class Bench:
         assert smaller is not None
         widths = {kind: list(counts) for kind, counts in report.widths.items()}
         speed = None if tuple(map(str, widths.items())) in timed else self._speed(smaller)
-        seconds = sum(report.seconds.values()) + self._recover(smaller, method)
+        seconds, training = sum(report.seconds.values()), TRAINED.get(method)
+        if training is not None:
+            seconds += self._train(smaller, training)
         value = self.perplexity(smaller)
         del smaller
         gc.collect()  # Modules are in reference cycles, and a model is a few large tensors.
         give_back_free_memory()
-        return Result(name, method, settings.chosen_update, ratio, report.removed, widths, seconds, value, speed)
+        steps, update = training.steps if training else 0, settings.chosen_update
+        return Result(name, method, update, ratio, self._seed, steps, report.removed, widths, seconds, value, speed)
 
-    def _recover(self, smaller: Any, method: str) -> float:
-        """Train the smaller model, if the row asks for it; CPU seconds."""
-        tuning = dict(RECOVERED)
-        if method not in tuning:
-            return 0.0
-        how = RecoverySettings(steps=STEPS, groups=tuning[method], forward_dtype=torch.float32)
-        return recover(smaller, self.model, self._trained, how).cpu_seconds
+    def _train(self, smaller: Any, training: Training) -> float:
+        """Train the smaller model on text that other seeds cut; CPU seconds."""
+        text = load_calibration(
+            self._documents,
+            self._tokenizer,
+            samples=training.sequences,
+            length=LENGTH,
+            seed=self._seed + 1,
+            apart=training.apart,
+        )
+        how = RecoverySettings(
+            steps=training.steps, groups=training.groups, seed=self._seed, forward_dtype=torch.float32
+        )
+        return recover(smaller, self.model, text.ids, how).cpu_seconds
 
     def _speed(self, smaller: Any) -> Speed:
         sides = (smaller, self.model)
@@ -297,98 +301,6 @@ def _multiplied(model: Any) -> int:
     embedding = model.get_input_embeddings().weight
     matrices = sum(p.numel() for p in set(model.parameters()) if p.dim() == 2 and p is not embedding)
     return matrices + (embedding.numel() if model.get_output_embeddings().weight is embedding else 0)
-
-
-def page(record: dict[str, Any]) -> str:
-    """docs/structured.md."""
-    processors = sorted({dense["processor"] for dense in record["dense"].values()})
-    lines = [
-        "# Structured pruning: smaller dense models",
-        "",
-        f"Measured by `make structured` on a CPU ({', '.join(processors)}), in fp32 on one thread: {SAMPLES} x "
-        f"{LENGTH} tokens of C4, seed 0, windows of {WINDOW_LENGTH} tokens of WikiText-2. At least the ratio of the "
-        "blocks' parameters is removed. Feed-forward widths stay multiples of 64, so a little more may go, as the "
-        "table says. All methods keep every block equally wide. The number of key-value groups to remove is the one "
-        "with the lowest loss on the calibration text. Seconds are CPU seconds of the whole run, without loading; "
-        f"recovery and group fine-tuning have {STEPS} optimizer steps in them. "
-        "Rates are tokens per CPU second in transformers on one thread. *Promised* is the number of weights that a "
-        "token is multiplied with in the dense model, over that in the smaller one.",
-    ]
-    for name, dense in record["dense"].items():
-        results = [result for result in record["results"] if result["model"] == name]
-        lines += ["", f"## {name}", "", f"Dense perplexity: {dense['perplexity']:.2f}, {dense['windows']} windows.", ""]
-        lines += _methods(results, dense["perplexity"])
-        lines += _parts(results)
-        lines += ["", "### Speed", "", *_speeds(results)]
-    return "\n".join(lines) + "\n"
-
-
-def _methods(results: list[dict[str, Any]], dense: float) -> list[str]:
-    lines = [
-        "| method | update | ratio | removed | widths | CPU seconds | perplexity | over dense |",
-        "|---|---|---:|---:|---|---:|---:|---:|",
-    ]
-    for result in sorted(results, key=lambda result: (result["ratio"], result["perplexity"])):
-        lines.append(
-            f"| {result['method']} | {result['update']} | {result['ratio']:.0%} | {result['removed']:.1%} | "
-            f"{_shown(result['widths'])} | {result['seconds']:.0f} | {result['perplexity']:.2f} | "
-            f"{result['perplexity'] / dense:.2f}x |"
-        )
-    return lines
-
-
-def _parts(results: list[dict[str, Any]]) -> list[str]:
-    """What each part of SAAP brings; nothing before one of them is measured."""
-    values = {(result["ratio"], result["method"], result["update"]): result["perplexity"] for result in results}
-    rows = []
-    for (part, method, others, update), ratio in itertools.product(PARTS, RATIOS):
-        own, rivals = values.get((ratio, method, update)), [values.get((ratio, other, update)) for other in others]
-        if own is None or None in rivals:
-            continue
-        best = min(rival for rival in rivals if rival is not None)
-        rows.append(f"| {part} | {ratio:.0%} | {own:.2f} | {best:.2f} | {own / best - 1:+.1%} |")
-    if not rows:
-        return []
-    return [
-        "",
-        "### What the parts of SAAP bring",
-        "",
-        "Perplexity with a part and without it. Without fusion is the better one of both importances. Without group "
-        "fine-tuning is a recovery of the same number of steps. A change below zero is a gain; one seed.",
-        "",
-        "| part | ratio | with it | without it | change |",
-        "|---|---:|---:|---:|---:|",
-        *rows,
-    ]
-
-
-def _speeds(results: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| widths | removed | prompt, tokens/s | dense | gain | generated, tokens/s | dense | gain | promised |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for result in sorted((r for r in results if r["speed"]), key=lambda result: result["removed"]):
-        speed = Speed(**result["speed"])
-        lines.append(
-            f"| {_shown(result['widths'])} | {result['removed']:.1%} | {speed.prompt:.0f} | {speed.dense_prompt:.0f} | "
-            f"{speed.prompt / speed.dense_prompt:.2f}x | {speed.decode:.1f} | {speed.dense_decode:.1f} | "
-            f"{speed.decode / speed.dense_decode:.2f}x | {speed.promised:.2f}x |"
-        )
-    return lines
-
-
-_KINDS = {
-    "channels": "width",
-    "groups": "groups",
-    "experts": "experts",
-    "expert_channels": "expert width",
-    "blocks": "blocks",
-}
-
-
-def _shown(widths: dict[str, list[int]]) -> str:
-    changed = [f"{_KINDS[kind]} {old} to {new}" for kind, (old, new) in widths.items() if old != new]
-    return ", ".join(changed)
 
 
 if __name__ == "__main__":

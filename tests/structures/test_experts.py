@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ace_triton import ArgumentError, RecipeError, shrink_model
 from ace_triton.decoders.batches import Batch
@@ -197,11 +198,67 @@ def test_dead_channels_of_experts_go_first(options, make, ids):
         assert [channels[:6] for channels in kept[:2]] == [[1, 3, 5, 7, 9, 11], [0, 2, 4, 6, 8, 10]]
 
 
-def test_experts_whose_channels_cannot_go(make, ids):
-    with pytest.raises(ArgumentError, match=r"experts 'channels': model\.layers\.1\.mlp\.shared_experts"):
-        shrink_model(make("deepseek_v3"), ids, method="magnitude", multiple=8, experts="channels")
+def test_channels_of_experts_need_a_mixture(make_decoder, make, ids):
+    with pytest.raises(ArgumentError, match="experts 'channels': no block has a mixture of experts"):
+        shrink_model(make_decoder("llama"), ids, method="magnitude", multiple=8, experts="channels")
     with pytest.raises(RecipeError, match="method 'depth' removes whole blocks: leave experts out"):
         shrink_model(make("mixtral"), ids, method="depth", experts="channels")
+
+
+def mute(model, kept):
+    """Set the columns that read removed channels to 0, in layers and in stacks [experts, out_features, channels]."""
+    layers = dict(model.named_modules())
+    with torch.no_grad():
+        for name, channels in kept.items():
+            down = layers[name].weight[None] if name in layers else model.get_parameter(name)
+            for matrix, own in zip(down, channels if name not in layers else [channels], strict=True):
+                matrix[:, [c for c in range(matrix.shape[1]) if c not in own]] = 0
+
+
+def test_shared_experts_that_have_the_same_width_field_shrink_too(make, ids, tmp_path, monkeypatch):
+    monkeypatch.setitem(MIXTURES, "deepseek_v3", {**MIXTURES["deepseek_v3"], "n_shared_experts": 2})
+    model = make("deepseek_v3")
+    result = shrink_model(model, ids, ratio=0.1, multiple=8, groups=0, experts="channels", update="none")
+    assert result.report.widths["expert_channels"] == (16, 8)
+    assert result.report.config == {"moe_intermediate_size": 8}
+    counts = {name: len(kept) for name, kept in result.report.kept.items() if "shared" in name}
+    assert set(counts.values()) == {16}
+    assert len(counts) == 2
+    result.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    torch.testing.assert_close(logits_of(loaded, ids), logits_of(result.model, ids))
+    mute(model, result.report.kept)
+    torch.testing.assert_close(logits_of(loaded, ids), logits_of(model, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_expert_with_a_width_of_its_own_keeps_it(make_decoder, ids, monkeypatch):
+    sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts_per_tok": 2}
+    monkeypatch.setitem(FAMILIES, "qwen2_moe", {**_GATED, **sizes, "num_experts": 4})
+    result = shrink_model(
+        make_decoder("qwen2_moe"), ids, ratio=0.05, multiple=8, groups=0, experts="channels", update="none"
+    )
+    assert result.report.config == {"moe_intermediate_size": 8}
+    assert not [name for name in result.report.kept if "shared" in name]
+
+
+def test_experts_of_attention_stay(make_decoder, ids, monkeypatch, tmp_path):
+    sizes = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8}
+    experts = {"intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    monkeypatch.setitem(FAMILIES, "jetmoe", {**sizes, **experts})
+    model = varied(make_decoder("jetmoe"))
+    with pytest.raises(ArgumentError, match="self_attention"):
+        shrink_model(model, ids, ratio=0.1, method="magnitude")
+    result = shrink_model(model, ids, ratio=0.1, multiple=8, experts="channels", update="none")
+    assert result.report.widths["expert_channels"] == (16, 8)
+    attention = sum(p.numel() for p in model.model.layers[0].self_attention.experts.parameters())
+    share = attention / sum(p.numel() for p in model.model.layers[0].parameters())
+    (note,) = result.report.notes
+    assert note.startswith("the experts of attention stay (model.layers.0.self_attention.experts, ...)")
+    assert note.endswith(f"{share:.1%} of the blocks' parameters")
+    result.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    mute(model, result.report.kept)
+    torch.testing.assert_close(logits_of(loaded, ids), logits_of(model, ids), rtol=1e-4, atol=1e-5)
 
 
 class ListedExperts(nn.Module):
@@ -257,3 +314,74 @@ def test_a_token_needs_its_experts(make, ids):
     model.model.layers[1].mlp.gate.weight = model.model.layers[0].mlp.gate.weight
     report = shrink_model(model, ids, ratio=0.01, method="magnitude").report
     assert "is shared with other layers" in report.refused["experts"]
+
+
+class SentExperts(nn.Module):
+    """A mixture whose experts are modules with a gate, and run on the tokens that are sent to them alone."""
+
+    def __init__(self, config, sent):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(config.num_experts))
+        self.sent = sent
+
+    def forward(self, hidden):
+        tokens, output = hidden.flatten(0, -2), torch.zeros_like(hidden).flatten(0, -2)
+        logits = self.gate(tokens)
+        logits[:, self.sent :] = -float("inf")
+        weights, index = logits.softmax(-1).topk(2, dim=-1)
+        for number, expert in enumerate(self.experts):
+            token, place = (index == number).nonzero(as_tuple=True)
+            if len(token):
+                output.index_add_(0, token, expert(tokens[token]) * weights[token, place, None])
+        return output.view_as(hidden)
+
+
+class SentLlama(LlamaForCausalLM):
+    """Llama with a mixture in each block; no token is sent to the last expert."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.model.layers:
+            block.mlp = SentExperts(config, config.num_experts - 1)
+        self.post_init()
+
+
+@pytest.fixture
+def sent(make_decoder):
+    config = make_decoder("llama").config
+    config.num_experts, config.intermediate_size, config.hidden_act = 4, 16, "silu"
+    return varied(SentLlama(config).eval())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "saap"},
+        {"method": "llm-pruner", "terms": "mixed"},
+    ],
+)
+def test_channels_of_experts_that_are_modules_go_and_the_model_loads(options, sent, ids, tmp_path):
+    for block in sent.model.layers:
+        with torch.no_grad():
+            for number, expert in enumerate(block.mlp.experts):
+                expert.down_proj.weight[:, number::2] = 0
+                expert.gate_proj.weight[number::2] = 0
+                expert.up_proj.weight[number::2] = 0
+    result = shrink_model(sent, ids, ratio=0.1, groups=0, multiple=8, experts="channels", update="none", **options)
+    assert result.report.widths["expert_channels"] == (16, 8)
+    assert result.report.config == {"intermediate_size": 8}
+    for name, kept in result.report.kept.items():
+        number = int(name.split(".")[-2])
+        dead = set(range(number, 16, 2))
+        assert not dead & set(kept), name
+    result.model.save_pretrained(tmp_path)
+    loaded = SentLlama.from_pretrained(tmp_path).eval()
+    mute(sent, result.report.kept)
+    torch.testing.assert_close(logits_of(loaded, ids), logits_of(sent, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_of_another_kind_is_named(sent, ids):
+    sent.model.layers[1].mlp.experts[2] = nn.Linear(sent.config.hidden_size, sent.config.hidden_size)
+    with pytest.raises(ArgumentError, match=r"layers\.1\.mlp\.experts\.2 has other layers than"):
+        shrink_model(sent, ids, ratio=0.1, method="magnitude", experts="channels")

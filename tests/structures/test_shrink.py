@@ -196,7 +196,8 @@ def test_a_speed_up_is_measured_on_a_block(make_decoder, ids, monkeypatch):
         ({"method": "depth", "groups": 1}, "leave groups out"),
         ({"multiple": 0}, "multiple must be an integer of at least 1"),
         ({"damping": 0, "prior": 0}, "damping and prior are both 0"),
-        ({"widths": 3}, "has no setting 'widths'"),
+        ({"width": 3}, "has no setting 'width'"),
+        ({"widths": 3}, "widths must be one of equal, uneven; got 3"),
     ],
 )
 def test_settings_that_are_refused(options, message):

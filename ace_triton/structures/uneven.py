@@ -1,0 +1,97 @@
+"""Feed-forward widths that differ from block to block: how they are chosen, and models whose layers have them.
+
+Every channel's importance is standardized within its block, to mean 0 and standard deviation 1. Runs of channels, as
+many as a width is a multiple of, then go in one order over all blocks, the run with the least sum first. All blocks
+together lose as many parameters as with equal widths.
+
+The configuration of such a model has the shapes of its layers in the field :data:`SHAPES`. Transformers keeps it, but
+does not read it: :func:`ace_triton.load_model` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .coupled_layers import Coupled
+
+SHAPES = "ace_triton_shapes"
+"""Field of the text configuration: shapes of the weights that differ from what the other fields say, by name."""
+
+
+def uneven_widths(importance: Sequence[torch.Tensor], removed: int, multiple: int) -> list[int]:
+    """The number of channels to remove from each block.
+
+    Args:
+        importance: of the channels of each block, [n_channels], equally many.
+        removed: the mean number to remove; what it leaves is a multiple of ``multiple``.
+        multiple: the width that is left in each block is a multiple of this; at least one multiple stays.
+    """
+    count = len(importance[0])
+    first = count % multiple  # Goes from each block, so that multiples are left.
+    runs = []
+    for block, values in enumerate(importance):
+        ascending = values.double().sort().values
+        deviation = ascending.std(correction=0)
+        standard = (ascending - ascending.mean()) / deviation.clamp_min(torch.finfo(torch.float64).tiny)
+        sums = standard[first:].unflatten(0, (-1, multiple)).sum(1)[:-1]
+        runs += [(float(value), block) for value in sums]
+    found = [first] * len(importance)
+    for _, block in sorted(runs)[: (removed - first) // multiple * len(importance)]:
+        found[block] += multiple
+    return found
+
+
+def shapes_field(
+    entries: Sequence[Coupled], layers: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, list[int]]:
+    """The field of the configuration for narrower layers.
+
+    Args:
+        entries: the structures.
+        layers: linear layers by name.
+        tensors: those of the smaller model, by name.
+    """
+    parts = [part for entry in entries for part in entry.parts(layers) if part.key == "weight"]
+    return {
+        part.name: list(tensors[part.name].shape) for part in parts if tensors[part.name].shape != part.tensor.shape
+    }
+
+
+def sized(kind: Any, config: Any) -> Any:
+    """A class whose models have layers of the shapes in their configuration: ``kind`` itself if it has none.
+
+    Args:
+        kind: a model's class.
+        config: its configuration.
+    """
+    if not _shapes_in(config):
+        return kind
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, config, *args, **kwargs)
+        resize(self)
+
+    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+
+
+def resize(model: Any) -> None:
+    """Give linear layers weights, and biases, of the shapes in the model's configuration, without values."""
+    for name, shape in _shapes_in(model.config).items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        weight, is_linear = layer.get_parameter("weight"), isinstance(layer, nn.Linear)
+        layer._parameters["weight"] = nn.Parameter(weight.new_empty(tuple(shape)), weight.requires_grad)
+        outputs, inputs = shape if is_linear else reversed(shape)
+        for attribute, size in zip(
+            ("out_features", "in_features") if is_linear else ("nf", "nx"), (outputs, inputs), strict=True
+        ):
+            setattr(layer, attribute, size)
+        if (bias := layer._parameters.get("bias")) is not None:
+            layer._parameters["bias"] = nn.Parameter(bias.new_empty(outputs), bias.requires_grad)
+
+
+def _shapes_in(config: Any) -> Mapping[str, Sequence[int]]:
+    return getattr(config.get_text_config(), SHAPES, None) or {}
