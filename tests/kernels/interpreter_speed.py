@@ -1,8 +1,8 @@
 """Makes Triton's interpreter faster without changing what it computes.
 
-Triton lists all members of ``triton.language`` before each launch and each call of a device function, to find the
+Before each launch and each call of a device function, Triton lists all members of ``triton.language`` to find the
 builtins that it replaces. With small tensors this takes as long as the kernel. The names never change, so they are
-listed once.
+listed once. A device function inside a launch finds the builtins replaced already.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import triton.language as tl
 from triton.runtime import interpreter
+
+_patch_before_a_launch = interpreter._patch_lang
 
 
 @cache
@@ -27,6 +29,13 @@ def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
             interpreter._patch_attr(package, name, member, builder, scope)
 
 
-def list_builtins_once() -> None:
+def _patch_lang(function: Any) -> Any:
+    if any(map(tl.core.is_builtin, (tl.load, tl.core.load))):
+        return _patch_before_a_launch(function)
+    return interpreter._LangPatchScope()
+
+
+def search_builtins_once() -> None:
     """Replace the interpreter's search for builtins. Call this before the first launch."""
     interpreter._patch_builtin = _patch_builtin
+    interpreter._patch_lang = _patch_lang
