@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -52,6 +53,18 @@ def pytest_configure() -> None:
         from tests.default_dtype import use_default_dtype
 
         use_default_dtype(getattr(torch, dtype))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """No garbage collection while modules load; later ones are rarer and skip what has been loaded until then."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(5000)
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "ace_triton"
@@ -23,10 +24,16 @@ NO_MISTAKE = {
 """Files that raise an exception of Python's, and which."""
 
 
+@cache
+def statements(path: Path) -> tuple[ast.Raise | ast.ClassDef, ...]:
+    """The ``raise`` statements and the classes of a file."""
+    return tuple(node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise | ast.ClassDef))
+
+
 def raised_builtins(path: Path) -> set[str]:
     """Names of Python's exceptions in the ``raise`` statements of a file."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(path):
         if isinstance(node, ast.Raise) and node.exc is not None:
             error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
             if isinstance(error, ast.Name) and isinstance(getattr(builtins, error.id, None), type):
@@ -44,7 +51,7 @@ def test_mistakes_of_a_user_raise_errors_of_ours():
 
 def test_public_exceptions_derive_from_ours():
     for path in [*ROOT.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in statements(path):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
                 bases = {ast.unparse(base) for base in node.bases}
                 ours = any(base.endswith("Error") and not hasattr(builtins, base) for base in bases)

@@ -78,16 +78,16 @@ def test_masks_are_those_of_the_published_formulas(inputs, method, size):
         assert bool((least_kept >= most_pruned * (1 - 1e-5)).all()), f"{name}: a higher score was pruned"
 
 
-def test_the_command_line_from_end_to_end(smollm2, tmp_path):
-    def run(*words) -> None:
-        done = subprocess.run([sys.executable, "-m", "ace_triton", *map(str, words)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
+def test_the_command_line_from_end_to_end(smollm2, tmp_path, command):
     out, text = tmp_path / "pruned", "pydoc:evaluation"
     small = ("--samples", 8, "--length", 32)
     fast = ("--preset", "fast", "--calibration", "pydoc:calibration", *small)
-    run("prune", "smollm2", out, *fast, "--dtype", "float32", "--json", tmp_path / "prune.json")
-    run("evaluate", out, "--text", text, "--length", 256, "--windows", 1, "--json", tmp_path / "evaluate.json")
+    prune = ("prune", "smollm2", out, *fast, "--dtype", "float32", "--json", tmp_path / "prune.json")
+    done = subprocess.run([sys.executable, "-m", "ace_triton", *map(str, prune)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    evaluate = ("evaluate", out, "--text", text, "--length", 256, "--windows", 1)
+    code, _, errors = command(*evaluate, "--json", tmp_path / "evaluate.json")
+    assert code == 0, errors
     report = json.loads((tmp_path / "prune.json").read_text())
     assert len(report["layers"]) == 210
     patterns = [tensor.pattern for tensor in inspect_checkpoint(out)]

@@ -198,7 +198,8 @@ def test_a_benchmark_refuses(tmp_path, plain_environment):
         tests.write_text(f"def test_op():\n    {test}\n")
         (tmp_path / f"bench_{name}.py").write_text(BENCHMARK.format(name=name, test_file=str(tests), wrong=wrong))
     options = ["--override-ini", "addopts=--import-mode=importlib", "--benchmark-only", "-p", "benchmarks.conftest"]
-    command = [sys.executable, "-m", "pytest", "-q", *options, "--bench-device", "cpu", "--results", str(results)]
+    command = [sys.executable, "-m", "pytest", "-q", *options, "--bench-device", "cpu"]
+    command += ["--budget", "0.1", "--results", str(results)]
     files = [str(tmp_path / f"bench_{name}.py") for name in cases]
     environment = {**plain_environment, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -16,6 +16,11 @@ FEW = interpreting() or torch.cuda.is_available()
 hypothesis.settings.register_profile("kernels", deadline=None, max_examples=15 if FEW else 60, derandomize=True)
 hypothesis.settings.load_profile("kernels")
 
+if interpreting():
+    from tests.kernels.interpreter_speed import search_builtins_once
+
+    search_builtins_once()
+
 # "ties" draws from few values; "special" mixes in signed zeros, subnormals, extremes and infinities.
 VALUES = ("normal", "ties", "special")
 

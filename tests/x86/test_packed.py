@@ -164,7 +164,7 @@ def test_products_of_few_bits_without_metadata(bits, dtype, n_tokens):
     ("dtype", "shape", "n_tokens", "words", "splits"),
     [
         *((dtype, (37, 160), 9, 1, 2) for dtype in DTYPES),
-        *((dtype, (20, 48), 18, 1, 2) for dtype in DTYPES),
+        *((dtype, (20, 48), 18, 1, 2) for dtype in (torch.bfloat16, torch.float32)),
         (torch.float16, (64, 128), 6, 4, 1),
     ],
 )

@@ -6,6 +6,11 @@ rounding of tensor cores. Each kernel takes seconds to compile, so grids of thre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,7 +49,27 @@ from tests.x86.executor import executed_on_x86
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = (torch.bfloat16, torch.float32)
+"""One dtype of each size of an element."""
+
 SHAPES = [(576, 1536), (1536, 576), (37, 50)]
+
+
+def each_width(cases: Sequence[Any]) -> list[tuple[torch.dtype, Any]]:
+    """Every case in bf16 and in fp32, and the first in fp16.
+
+    Launchers choose blocks by the size of an element, so those of fp16 are those of bf16. Only the conversion of each
+    element to fp32 differs, and that one case shows it.
+    """
+    return [*product(WIDTHS, cases), (torch.float16, cases[0])]
+
+
+@pytest.fixture
+def small_merges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial sums are merged in small tiles, which compile faster; some tests keep the launchers' own."""
+    for module, sums in (("weight_sums", "MERGED_SUMS"), ("moments", "MERGED_COLS")):
+        for name in ("MERGED_PARTS", sums):
+            monkeypatch.setattr(import_module(f"ace_triton.kernels.{module}"), name, 8)
 
 
 def make_matrix(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -55,8 +80,7 @@ def check(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "shape"), each_width(SHAPES))
 def test_weight_sums(dtype, shape):
     weight = make_matrix(*shape, dtype=dtype)
     with executed_on_x86():
@@ -68,7 +92,7 @@ def test_weight_sums(dtype, shape):
 @pytest.mark.parametrize(
     ("dtype", "shape", "parts"), pairwise(DTYPES, SHAPES, [{"square", "base", "factor"}, {"square"}, {"base"}])
 )
-def test_relative_importance(dtype, shape, parts):
+def test_relative_importance(small_merges, dtype, shape, parts):
     weight, scale = make_matrix(*shape, dtype=dtype), made_of(shape[1], parts, sign=-1, exponent=0.75)
     with executed_on_x86():
         terms = relative_importance(weight, scale)
@@ -107,8 +131,7 @@ def test_variance_factor(norm, power, shape):
     torch.testing.assert_close(factor, variance_factor_reference(square, norm, power, 0.01), rtol=2e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 49152), (37, 50), (2, 1)])
+@pytest.mark.parametrize(("dtype", "shape"), each_width([(3, 49152), (37, 50), (2, 1)]))
 def test_divergence(dtype, shape):
     logits, wanted = 4 * make_matrix(*shape, dtype=dtype), 4 * make_matrix(*shape, dtype=dtype).flip(0)
     exact = divergence_reference(logits, wanted)
@@ -119,8 +142,7 @@ def test_divergence(dtype, shape):
     torch.testing.assert_close(gradient.double(), exact.gradient, rtol=max(rounding, 1e-4), atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "shape"), each_width(SHAPES))
 def test_adamw(dtype, shape):
     values, gradient = make_matrix(*shape, dtype=torch.float32), make_matrix(*shape, dtype=dtype).flip(0)
     values[values.abs() < 0.5] = 0
@@ -138,8 +160,7 @@ def test_adamw(dtype, shape):
     assert torch.equal(values == 0, pruned)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "shape"), each_width(SHAPES))
 def test_token_norms(dtype, shape):
     outputs = make_matrix(*shape, dtype=dtype)
     with executed_on_x86():
@@ -147,7 +168,9 @@ def test_token_norms(dtype, shape):
     check(norms, token_norms_reference(outputs))
 
 
-@pytest.mark.parametrize(("dtype", "shape", "n_layers"), pairwise(DTYPES, SHAPES, [1, 3]))
+@pytest.mark.parametrize(
+    ("dtype", "shape", "n_layers"), [*pairwise(WIDTHS, SHAPES, [1, 3]), (torch.float16, SHAPES[0], 3)]
+)
 def test_weighted_squares(dtype, shape, n_layers):
     tokens = make_matrix(*shape, dtype=dtype)
     weights = torch.rand(n_layers, shape[0])
@@ -159,9 +182,13 @@ def test_weighted_squares(dtype, shape, n_layers):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "masked"), pairwise(DTYPES, [(3, 1024, 576), (40, 16, 576), (3, 37, 50)], [False, True])
+    ("dtype", "shape", "masked"),
+    [
+        *pairwise(WIDTHS, [(3, 1024, 576), (40, 16, 576), (3, 37, 50)], [False, True]),
+        (torch.float16, (3, 1024, 576), True),
+    ],
 )
-def test_moments(dtype, shape, masked):
+def test_moments(small_merges, dtype, shape, masked):
     tokens = make_matrix(*shape, dtype=dtype) + 20
     valid = None
     if masked:
@@ -226,8 +253,7 @@ def test_token_statistics(monkeypatch, dtype, masked):
         moments, layers = got.moments, got.layers
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1536 * 576, 1001, 1])
+@pytest.mark.parametrize(("dtype", "size"), each_width([1536 * 576, 1001, 1]))
 def test_all_finite(dtype, size):
     tensor = make_matrix(size, dtype=dtype)
     with executed_on_x86():
@@ -252,8 +278,7 @@ def test_all_finite_of_two(dtype):
         assert all_finite(coupling, weight)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduce", ["abs", "rms"])
+@pytest.mark.parametrize(("dtype", "reduce"), each_width(["abs", "rms"]))
 def test_coupling(monkeypatch, dtype, reduce):
     monkeypatch.setattr(launch, "coupling", lambda matrix: launch.Coupling(16, 16, 16, "ieee", 1))
     tokens, outputs, weights = make_matrix(70, 45, dtype=dtype), make_matrix(70, 33, dtype=dtype), torch.rand(70)
@@ -275,9 +300,9 @@ def test_join_gains(monkeypatch, pools, rows, groups):
     check(gains, join_gains_reference(candidates, thresholds))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("reduce", "n", "m"), [("abs", 2, 4), ("rms", 4, 8)])
-def test_cosp_select(monkeypatch, dtype, reduce, n, m):
+@pytest.mark.parametrize(("dtype", "how"), each_width([("abs", 2, 4), ("rms", 4, 8)]))
+def test_cosp_select(monkeypatch, dtype, how):
+    reduce, n, m = how
     monkeypatch.setattr(launch, "coupling", lambda matrix: launch.Coupling(16, 16, 16, "ieee", 1))
     generator = torch.Generator().manual_seed(m)
     weight = make_matrix(33, 48, dtype=dtype)
