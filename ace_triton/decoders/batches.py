@@ -26,6 +26,9 @@ TOKENS_ON_A_GPU = 16384
 TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
 """Number of sequences, and tokens per sequence, in a trial forward of the model."""
 
+IMAGE_LIST_DIMENSIONS = 5
+"""Dimensions of a list of images for each sequence: [n_sequences, n_images, channels, height, width]."""
+
 TEXT_MASK = "attention_mask"
 """Name of the padding mask of token ids. Names of other padding masks end like this too."""
 
@@ -97,23 +100,30 @@ class Batch:
     def masks(self) -> dict[str, torch.Tensor]:
         """The padding masks by argument name, bool [n_sequences, length], True for real tokens.
 
-        Masks are inputs of two dimensions whose name ends in "attention_mask" and that contain only 0 and 1.
+        Masks are inputs of two dimensions whose name ends in "attention_mask" and that contain only 0 and 1. A mask of
+        whole images [n_sequences, n_images], beside images of five dimensions, is none: it hides no tokens.
         """
-        given = {name: mask for name, mask in self.inputs.items() if name.endswith(TEXT_MASK) and mask.dim() == 2}
+        images = {tensor.shape[:2] for tensor in self.inputs.values() if tensor.dim() >= IMAGE_LIST_DIMENSIONS}
+        given = {
+            name: mask
+            for name, mask in self.inputs.items()
+            if name.endswith(TEXT_MASK) and mask.dim() == 2 and mask.shape not in images
+        }
         found = {name: mask.bool() for name, mask in given.items() if bool(((mask == 0) | (mask == 1)).all())}
         return found if self.valid is None else {TEXT_MASK: self.valid, **found}
 
     def beginning(self, n_sequences: int, length: int) -> Batch:
         """The first tokens of the first sequences as a batch in which padding counts as real tokens.
 
-        Sequences keep their length unless there are token ids, or other integers beside the masks, and all inputs have
-        one entry per token. The batch keeps all its sequences unless all inputs have one entry per sequence.
+        Sequences keep their length unless all inputs are integers with one entry per token: features of images or
+        audio may have as many entries as the text has tokens, by chance. The batch keeps all its sequences unless all
+        inputs have one entry per sequence.
         """
         inputs = {name: torch.ones_like(t) if name in self.masks else t for name, t in self.inputs.items()}
         tensors = inputs.values()
         if len({tensor.shape[:1] for tensor in tensors}) == 1 and all(tensor.dim() for tensor in tensors):
-            integers = [t for name, t in inputs.items() if not t.is_floating_point() and name not in self.masks]
-            per_token = any(tensor.dim() == 2 for tensor in integers)
+            of_tokens = [t for name, t in inputs.items() if name not in self.masks and t.dim() == 2]
+            per_token = bool(of_tokens) and not any(tensor.is_floating_point() for tensor in tensors)
             per_token &= len({tensor.shape[:2] for tensor in tensors}) == 1
             inputs = {name: t[:n_sequences, :length] if per_token else t[:n_sequences] for name, t in inputs.items()}
         return Batch(inputs)
