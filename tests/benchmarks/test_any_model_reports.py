@@ -12,7 +12,7 @@ from ace_triton.decoders.batches import batches_of
 from ace_triton.decoders.blocks import find_towers
 from benchmarks.harness import any_model_sizes
 from benchmarks.harness.any_models import small_any_model
-from benchmarks.reports import architectures, encoder_speed, encoders, families, norms
+from benchmarks.reports import architectures, encoder_speed, encoders, families, norms, vision
 from tests.decoders import small_towers
 from tests.inputs.small_checkpoints import KINDS
 
@@ -104,6 +104,16 @@ def test_a_family_without_a_small_model_has_a_plain_reason(error, words):
     line = next(line for line in page.splitlines() if line.endswith(": bert."))
     assert words in line
     assert "Error" not in page
+
+
+def test_the_loss_of_a_vision_model_with_fit_and_recovery_is_stated():
+    setting = {"images": 8, "test_images": 4, "epochs": 1, "recovery_epochs": 1, "calibration_images": 2}
+    setting |= {"sizes": vision.SIZES, "parameters": 9, "processor": "x", "torch": "y"}
+    fit = {"pruned": 0.8, "fine_tuned": 0.9, "recovered": 0.96}
+    methods = {"wanda": {"none": {"pruned": 0.5}, "lstsq": fit}, "cosp": {"lstsq": {**fit, "recovered": 0.95}}}
+    page = "\n".join(vision.page({"setting": setting, "dense": 0.97, "methods": methods}))
+    assert "With fit and recovery 2 methods lose at most 2.0 points (cosp; aim: 2)." in page
+    assert "| wanda | 50.0% | 80.0% | - | - | 90.0% | 96.0% |" in page
 
 
 def test_norms_and_errors_of_a_model(monkeypatch):
