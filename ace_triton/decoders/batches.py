@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -49,8 +49,11 @@ class CalibrationSet(Protocol):
 Inputs = Mapping[str, torch.Tensor]
 """What a model's forward takes, by argument name."""
 
-Calibration = torch.Tensor | CalibrationSet | Sequence[Inputs]
-"""Token ids, token ids with a mask, or batches of any inputs of the model's forward."""
+AnyBatches = Iterable[Inputs | Sequence[torch.Tensor]]
+"""Batches of a forward's inputs: dicts, or tuples of its first arguments; also a DataLoader of them."""
+
+Calibration = torch.Tensor | CalibrationSet | AnyBatches | Callable[[], AnyBatches]
+"""Token ids, token ids with a mask, or batches of any inputs of the model's forward, or a function that makes them."""
 
 MaskedInput = tuple[torch.Tensor, torch.Tensor | None]
 """A tensor [n_sequences, length, width] and its padding mask, bool [n_sequences, length]; None without padding."""
@@ -245,6 +248,8 @@ def batches_of(
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ArgumentError(f"batch_size must be a positive int, got {batch_size!r}")
+    if not isinstance(calibration, torch.Tensor) and not hasattr(calibration, "ids"):
+        calibration = _listed(model, calibration)
     if isinstance(calibration, (list, tuple)) and all(isinstance(inputs, Mapping) for inputs in calibration):
         if batch_size is not None:
             raise ArgumentError(
@@ -265,6 +270,24 @@ def batches_of(
     batch_size = batch_size or sequences_of_a_forward(ids.shape[1], on_gpu=device.type == "cuda")
     parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
     return [Batch.of_ids(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
+
+
+def _listed(model: nn.Module, calibration: Any) -> Any:
+    """Batches as a list of dicts, if they are an iterable of dicts and tuples, or a function that makes one."""
+    made = calibration() if callable(calibration) else calibration
+    if not isinstance(made, Iterable) or isinstance(made, (str, bytes, Mapping)):
+        return made
+    names = list(inspect.signature(model.forward).parameters)
+    found: list[Any] = list(made)
+    for index, batch in enumerate(found):
+        if isinstance(batch, (tuple, list)) and batch and all(isinstance(value, torch.Tensor) for value in batch):
+            if len(batch) > len(names):
+                raise ArgumentError(
+                    f"calibration[{index}] has {len(batch)} tensors, but {type(model).__name__} takes {len(names)} "
+                    f"arguments ({', '.join(names)}): give those, or a dict"
+                )
+            found[index] = dict(zip(names, batch, strict=False))
+    return found
 
 
 def _batches_of_inputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Batch]:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ace_triton import prune_model
 from ace_triton.decoders.batches import Batch, batches_of
@@ -480,3 +481,19 @@ def test_a_model_whose_weights_are_all_tied_says_so_in_one_line():
     model.twins = nn.ModuleList(model.blocks)
     with pytest.raises(ArgumentError, match=r"tied to twins\.0\.mlp\.0; .*; and 5 more reasons$"):
         prune_model(model, [{"series": torch.randn(4, 6, 8)}], "magnitude")
+
+
+def test_batches_come_as_dicts_tuples_a_loader_or_a_function():
+    torch.manual_seed(0)
+    series = torch.randn(8, 6, 8)
+    dicts = [{"series": part} for part in series.split(4)]
+    loader = DataLoader(TensorDataset(series), batch_size=4)
+    weights = []
+    for batches in (dicts, [tuple(batch.values()) for batch in dicts], loader, lambda: iter(dicts)):
+        torch.manual_seed(1)
+        model = Perceptron()
+        prune_model(model, batches, "wanda")
+        weights.append(torch.cat([parameter.flatten() for parameter in model.blocks.parameters()]))
+    assert all(torch.equal(weights[0], other) for other in weights[1:])
+    with pytest.raises(ArgumentError, match=r"calibration\[0\] has 2 tensors, but Perceptron takes 1 arguments"):
+        prune_model(Perceptron(), [(series, series)], "wanda")
