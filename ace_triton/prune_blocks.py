@@ -79,8 +79,9 @@ def prune_model(
             that dtype. accelerate may have spread the model (``device_map``, ``cpu_offload``, ``disk_offload``): each
             pruned weight stays where accelerate put it, and one on disk is written to the offload folder.
         calibration: token ids, int64 [n_sequences, length]; or an object with such ``ids`` and a ``mask`` (bool, True
-            for real tokens; None if there is no padding); or a list of batches, each a dict of tensors with what the
-            model's forward takes (``input_ids``, ``pixel_values``, ``decoder_input_ids``, ``input_features``).
+            for real tokens; None if there is no padding); or batches, each a dict of tensors with what the model's
+            forward takes (``input_ids``, ``pixel_values``, ``decoder_input_ids``, ``input_features``), or a tuple of
+            its first arguments: a list, a DataLoader, or a function that returns one. All batches are kept in memory.
             Inputs of two dimensions whose name ends in "attention_mask" are padding masks, 1 for real tokens. Padding
             is ignored. None is allowed for a method that needs no tokens (magnitude).
         method: a :class:`~ace_triton.recipe.Recipe`, which takes no parts beside it; the name of a preset ("fast",

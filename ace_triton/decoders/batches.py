@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +26,9 @@ TOKENS_ON_A_GPU = 16384
 TRIAL_SEQUENCES, TRIAL_LENGTH = 2, 8
 """Number of sequences, and tokens per sequence, in a trial forward of the model."""
 
+IMAGE_LIST_DIMENSIONS = 5
+"""Dimensions of a list of images for each sequence: [n_sequences, n_images, channels, height, width]."""
+
 TEXT_MASK = "attention_mask"
 """Name of the padding mask of token ids. Names of other padding masks end like this too."""
 
@@ -46,8 +49,11 @@ class CalibrationSet(Protocol):
 Inputs = Mapping[str, torch.Tensor]
 """What a model's forward takes, by argument name."""
 
-Calibration = torch.Tensor | CalibrationSet | Sequence[Inputs]
-"""Token ids, token ids with a mask, or batches of any inputs of the model's forward."""
+AnyBatches = Iterable[Inputs | Sequence[torch.Tensor]]
+"""Batches of a forward's inputs: dicts, or tuples of its first arguments; also a DataLoader of them."""
+
+Calibration = torch.Tensor | CalibrationSet | AnyBatches | Callable[[], AnyBatches]
+"""Token ids, token ids with a mask, or batches of any inputs of the model's forward, or a function that makes them."""
 
 MaskedInput = tuple[torch.Tensor, torch.Tensor | None]
 """A tensor [n_sequences, length, width] and its padding mask, bool [n_sequences, length]; None without padding."""
@@ -97,23 +103,30 @@ class Batch:
     def masks(self) -> dict[str, torch.Tensor]:
         """The padding masks by argument name, bool [n_sequences, length], True for real tokens.
 
-        Masks are inputs of two dimensions whose name ends in "attention_mask" and that contain only 0 and 1.
+        Masks are inputs of two dimensions whose name ends in "attention_mask" and that contain only 0 and 1. A mask of
+        whole images [n_sequences, n_images], beside images of five dimensions, is none: it hides no tokens.
         """
-        given = {name: mask for name, mask in self.inputs.items() if name.endswith(TEXT_MASK) and mask.dim() == 2}
+        images = {tensor.shape[:2] for tensor in self.inputs.values() if tensor.dim() >= IMAGE_LIST_DIMENSIONS}
+        given = {
+            name: mask
+            for name, mask in self.inputs.items()
+            if name.endswith(TEXT_MASK) and mask.dim() == 2 and mask.shape not in images
+        }
         found = {name: mask.bool() for name, mask in given.items() if bool(((mask == 0) | (mask == 1)).all())}
         return found if self.valid is None else {TEXT_MASK: self.valid, **found}
 
     def beginning(self, n_sequences: int, length: int) -> Batch:
         """The first tokens of the first sequences as a batch in which padding counts as real tokens.
 
-        Sequences keep their length unless there are token ids, or other integers beside the masks, and all inputs have
-        one entry per token. The batch keeps all its sequences unless all inputs have one entry per sequence.
+        Sequences keep their length unless all inputs are integers with one entry per token: features of images or
+        audio may have as many entries as the text has tokens, by chance. The batch keeps all its sequences unless all
+        inputs have one entry per sequence.
         """
         inputs = {name: torch.ones_like(t) if name in self.masks else t for name, t in self.inputs.items()}
         tensors = inputs.values()
         if len({tensor.shape[:1] for tensor in tensors}) == 1 and all(tensor.dim() for tensor in tensors):
-            integers = [t for name, t in inputs.items() if not t.is_floating_point() and name not in self.masks]
-            per_token = any(tensor.dim() == 2 for tensor in integers)
+            of_tokens = [t for name, t in inputs.items() if name not in self.masks and t.dim() == 2]
+            per_token = bool(of_tokens) and not any(tensor.is_floating_point() for tensor in tensors)
             per_token &= len({tensor.shape[:2] for tensor in tensors}) == 1
             inputs = {name: t[:n_sequences, :length] if per_token else t[:n_sequences] for name, t in inputs.items()}
         return Batch(inputs)
@@ -235,6 +248,8 @@ def batches_of(
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ArgumentError(f"batch_size must be a positive int, got {batch_size!r}")
+    if not isinstance(calibration, torch.Tensor) and not hasattr(calibration, "ids"):
+        calibration = _listed(model, calibration)
     if isinstance(calibration, (list, tuple)) and all(isinstance(inputs, Mapping) for inputs in calibration):
         if batch_size is not None:
             raise ArgumentError(
@@ -255,6 +270,24 @@ def batches_of(
     batch_size = batch_size or sequences_of_a_forward(ids.shape[1], on_gpu=device.type == "cuda")
     parts = zip(ids.split(batch_size), [None] * len(ids) if mask is None else mask.split(batch_size), strict=False)
     return [Batch.of_ids(i.to(device, torch.int64), None if m is None else m.to(device)) for i, m in parts]
+
+
+def _listed(model: nn.Module, calibration: Any) -> Any:
+    """Batches as a list of dicts, if they are an iterable of dicts and tuples, or a function that makes one."""
+    made = calibration() if callable(calibration) else calibration
+    if not isinstance(made, Iterable) or isinstance(made, (str, bytes, Mapping)):
+        return made
+    names = list(inspect.signature(model.forward).parameters)
+    found: list[Any] = list(made)
+    for index, batch in enumerate(found):
+        if isinstance(batch, (tuple, list)) and batch and all(isinstance(value, torch.Tensor) for value in batch):
+            if len(batch) > len(names):
+                raise ArgumentError(
+                    f"calibration[{index}] has {len(batch)} tensors, but {type(model).__name__} takes {len(names)} "
+                    f"arguments ({', '.join(names)}): give those, or a dict"
+                )
+            found[index] = dict(zip(names, batch, strict=False))
+    return found
 
 
 def _batches_of_inputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Batch]:

@@ -111,11 +111,15 @@ def find_towers(model: nn.Module, batch: Batch | None = None) -> list[Tower]:
 def _outermost_lists(model: nn.Module, is_list: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if is_list(module) and not any(name.startswith(f"{outer}.") for outer in found):
-            has_linears = any(True for _ in linears_of(module))
-            if has_linears and not all(linear_weight(member) is not None for member in module.children()):
-                found[name] = module
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if is_list(module) and not inside and any(_is_block(member) for member in module.children()):
+            found[name] = module
     return found
+
+
+def _is_block(module: nn.Module) -> bool:
+    """True if a module contains linear layers; False for a linear layer, as in a list of those of an MLP."""
+    return linear_weight(module) is None and any(True for _ in linears_of(module))
 
 
 def _is_list(module: nn.Module) -> bool:

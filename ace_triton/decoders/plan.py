@@ -23,6 +23,8 @@ from .layer_roles import adapters, in_attention, routers
 
 ADAPTER = "an adapter of low rank; merge it into its layer to prune both"
 ROUTER = "routers stay dense"
+SHOWN_REASONS = 3
+"""Number of reasons in the error if no layer can be pruned."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,7 @@ class Plan:
             self.towers.append((tower, units))
         self._add_outside(model)
         if not self.layers:
-            reasons = "; ".join(dict.fromkeys(s.reason for s in self.skipped)) or "include and exclude leave none"
-            raise ArgumentError(f"no layer of {type(model).__name__} can be pruned with these settings: {reasons}")
+            raise ArgumentError(f"no layer of {type(model).__name__} can be pruned with these settings: {self._why()}")
 
     @property
     def blocks(self) -> list[Block]:
@@ -234,6 +235,12 @@ class Plan:
             if name in missing:
                 self.skip(name, _weight(layer), "not recognized: planned but not pruned, which is a bug in ace_triton")
         return self._ledger.account()
+
+    def _why(self) -> str:
+        """Why no layer is pruned: the first reasons, and the number of all."""
+        reasons = list(dict.fromkeys(skipped.reason for skipped in self.skipped))
+        more = f"; and {len(reasons) - SHOWN_REASONS} more reasons" if len(reasons) > SHOWN_REASONS else ""
+        return "; ".join(reasons[:SHOWN_REASONS]) + more if reasons else "include and exclude leave none"
 
     def _exclude(self, name: str, count: int) -> None:
         self.excluded.append(Excluded(name, count))

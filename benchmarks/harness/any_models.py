@@ -12,12 +12,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ace_triton.inputs.model_inputs import Reads
 
-from .any_model_sizes import PATCH, PATCHES, TILES, with_own_sizes
+from .any_model_inputs import IMAGE_TOKEN, OWN_INPUTS
+from .any_model_parts import PATCH, PATCHES, TILES
+from .any_model_sizes import with_own_sizes
 from .small_models import MOST_PARAMETERS, TRIED, NotMade, small_sizes
 
 Inputs = dict[str, torch.Tensor]
 
-IMAGE_TOKEN = 100
 SIDE, CHANNELS = 32, 3
 VISION: dict[str, Any] = {
     "image_size": SIDE,
@@ -76,12 +77,12 @@ def small_any_model(name: str, auto_class: str) -> tuple[PreTrainedModel, Inputs
                 config = AutoConfig.for_model(name, **with_own_sizes(name, sizes))
                 config.architectures = config.architectures or []  # Of several classes, the first.
                 with torch.device("meta"):
-                    parameters = sum(p.numel() for p in loader.from_config(config).parameters())
+                    parameters = sum(p.numel() for p in _made(loader, config).parameters())
                 if parameters > MOST_PARAMETERS:
                     reason = reason or f"its smallest configuration here has {parameters:,} parameters"
                     continue
                 torch.manual_seed(0)
-                model = loader.from_config(config).eval()
+                model = _made(loader, config).eval()
             except Exception as error:
                 reason = reason or _words(error)
                 continue
@@ -90,6 +91,13 @@ def small_any_model(name: str, auto_class: str) -> tuple[PreTrainedModel, Inputs
                 return model, found
             reason = reason or found
     return NotMade(reason)
+
+
+def _made(loader: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration. For two families of the same configuration AutoModel classes find none."""
+    if type(config) in loader._model_mapping:
+        return loader.from_config(config)
+    return loader._model_mapping[type(config)]._from_config(config)
 
 
 def _running_inputs(model: PreTrainedModel) -> Inputs | str:
@@ -110,6 +118,8 @@ def _running_inputs(model: PreTrainedModel) -> Inputs | str:
 
 def possible_inputs(config: PreTrainedConfig, reads: Reads) -> Iterator[Inputs]:
     """Inputs by the names of a forward's arguments; several shapes if the configuration does not say which one fits."""
+    if own := OWN_INPUTS.get(config.model_type):
+        yield {name: value for name, value in own().items() if name in reads.arguments}
     generator = torch.Generator().manual_seed(1)
 
     def ids(length: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from ace_triton.errors import AceError
 
 from ..harness.any_models import Inputs, small_any_model
 from ..harness.small_models import NotMade
-from .families import two_of_four
+from .families import FAMILIES, Counts, two_of_four
 
 CLASSES: dict[str, tuple[tuple[str, str], ...]] = {
     "encoder": (
@@ -55,7 +55,7 @@ CLASSES: dict[str, tuple[tuple[str, str], ...]] = {
 family is tried once in a class, with the first that has it. Classifiers with a decoder are left to their classes."""
 
 PLAIN: tuple[tuple[str, str], ...] = (
-    (r"requires the (\w+) library", r"needs the package {0}, which is not installed here"),
+    (r"requires the (\w+) library", "needs the package {0}, which is not installed here"),
     (r"can't be found|not a local folder|huggingface\.co", "needs a file from the model hub"),
     (r"smallest configuration here has ([\d,]+) parameters", "has {0} parameters in its smallest configuration here"),
     (r"Unrecognized configuration class", "has no model class in transformers for its configuration"),
@@ -68,10 +68,23 @@ PLAIN: tuple[tuple[str, str], ...] = (
         r"missing \d+ required positional argument: '(\w+)'|by a usual name",
         "its forward needs an input that is neither text, images nor audio by the usual names",
     ),
+    (
+        r"Output\w*' object has no attribute",
+        "its forward in this version of transformers ends in an error on any input",
+    ),
+    (
+        r"no linear layers, and only linear layers are pruned; their weights are in ([\w ]+)",
+        "the blocks have no linear layers, and only linear layers are pruned; their weights are in {0}",
+    ),
+    (
+        r"can be pruned with these settings: its weight is tied",
+        "two towers share every weight of their blocks, and shared weights stay dense",
+    ),
 )
-"""Plain reasons why no small model was made, by a pattern of the error; the first one that fits counts."""
+"""Plain reasons why a family was not made or not pruned, by a pattern of the error; the first one that fits counts."""
 
 OTHER_REASON = "none of the inputs that were tried fits its forward"
+NOT_PRUNED_REASON = "ace_triton raised an error or left a wrong result: {0}"
 
 OPTIONS: dict[str, Any] = {"method": "ace", "sparsity": "2:4", "update": "rescale"}
 console = Console()
@@ -133,8 +146,8 @@ def _wrong(model: Any, inputs: Inputs, report: ModelReport) -> str | None:
     return None if account.pruned == sum(layer.parameters for layer in report.layers) else f"the account: {account}"
 
 
-def page(content: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """docs/architectures.md."""
+def page(content: dict[str, dict[str, dict[str, Any]]], causal: Counts | None = None) -> list[str]:
+    """docs/architectures.md, with the counts of the page of causal language models if they are known."""
     asked = ", ".join(f"{key}={value!r}" for key, value in OPTIONS.items())
     lines = [
         "# Architectures",
@@ -148,6 +161,12 @@ def page(content: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         "| class | tried | pruned | not pruned | no small model made |",
         "|---|---:|---:|---:|---:|",
     ]
+    if causal is not None:
+        families = causal.pruned + causal.not_pruned + causal.not_judged
+        lines.append(
+            f"| [causal](families.md) | {families} of {families} | {causal.pruned} | {causal.not_pruned} "
+            f"| {causal.not_judged} |"
+        )
     for kind, found in content.items():
         counts = Counter(result["outcome"] for result in found.values())
         failed = counts["not pruned"] + counts["wrong"]
@@ -171,26 +190,29 @@ def _class_lines(found: dict[str, dict[str, Any]]) -> Sequence[str]:
     if low:
         shares = [f"{name} {result['share']:.0%} ({'; '.join(result['dense'])})" for name, result in low.items()]
         lines.append(f"- **Less than 95% of their blocks' matrices pruned**: {', '.join(shares)}.")
-    rest = {name: result["reason"] for name, result in found.items() if result["outcome"] in ("not pruned", "wrong")}
-    if rest:
-        reasons = [f"    - {name}: {_as_text(reason.rstrip('.:'))}." for name, reason in rest.items()]
-        lines += [f"- **Not pruned** ({len(rest)}):", *reasons]
-    not_made: dict[str, list[str]] = {}
-    for name, result in found.items():
-        if result["outcome"] == "not made":
-            not_made.setdefault(plain_reason(result["reason"]), []).append(name)
-    if not_made:
-        lines.append(f"- **No small model made** ({sum(map(len, not_made.values()))}), so not tried:")
-        lines += [f"    - {reason}: {', '.join(names)}." for reason, names in not_made.items()]
+    outcomes = (
+        ({"not pruned", "wrong"}, "**Not pruned**", ""),
+        ({"not made"}, "**No small model made**", ", so not tried"),
+    )
+    for kinds, title, end in outcomes:
+        reasons: dict[str, list[str]] = {}
+        for name, result in found.items():
+            if result["outcome"] in kinds:
+                reasons.setdefault(plain_reason(result["reason"], made=not end), []).append(name)
+        if reasons:
+            lines.append(f"- {title} ({sum(map(len, reasons.values()))}){end}:")
+            lines += [
+                f"    - {_as_text(reason.rstrip('.:'))}: {', '.join(names)}." for reason, names in reasons.items()
+            ]
     return lines
 
 
-def plain_reason(error: str) -> str:
-    """Why no small model of a family was made, as a plain clause about the family."""
+def plain_reason(error: str, *, made: bool = False) -> str:
+    """Why no small model of a family was made, or why it was not pruned, as a plain clause about the family."""
     for pattern, words in PLAIN:
         if found := re.search(pattern, error):
             return words.format(*found.groups())
-    return OTHER_REASON
+    return NOT_PRUNED_REASON.format(error) if made else OTHER_REASON
 
 
 def _as_text(message: str) -> str:
@@ -202,6 +224,7 @@ def main(
     kinds: Annotated[list[str] | None, typer.Option("--kind", help="Classes to try; default: all.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Families to try; default: all.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also try again what was not made or not pruned.")] = False,
+    families: Annotated[Path, typer.Option(help="Page of causal language models, for their counts.")] = FAMILIES,
     out: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path("docs/architectures"),
 ) -> None:
     """Try every family that was not tried yet; write OUT.json and OUT.md."""
@@ -217,7 +240,8 @@ def main(
                 found[name] = judge(name, auto_class)
                 console.print(kind, name, found[name]["outcome"], found[name].get("reason", ""), highlight=False)
                 write_json(path, content)
-    out.with_suffix(".md").write_text("\n".join(page(content)) + "\n", encoding="utf-8")
+    causal = Counts.of_page(families) if families.is_file() else None
+    out.with_suffix(".md").write_text("\n".join(page(content, causal)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,24 @@ NOT_JUDGED = {
 MOST = 0.95
 """Families with a smaller share of their blocks' matrices pruned are listed with their shares."""
 
+FAMILIES = Path("docs/families.md")
 console = Console()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of families on the page."""
+
+    pruned: int
+    not_pruned: int
+    not_judged: int
+
+    @classmethod
+    def of_page(cls, path: Path) -> Counts:
+        """The numbers of a page that :func:`page` wrote."""
+        found = dict(re.findall(r"^- \*\*(.+?)\*\* \((\d+)\)", path.read_text(encoding="utf-8"), re.MULTILINE))
+        pruned = sum(int(count) for title, count in found.items() if title.startswith("Pruned"))
+        return cls(pruned, int(found["Not pruned"]), int(found["Not judged"]))
 
 
 @dataclass(frozen=True)
@@ -144,7 +161,8 @@ def page(families: Sequence[Family], not_made: Mapping[str, str], options: dict[
         f"{transformers.__version__}, pruned on random tokens by `prune_model(model, ids, {asked})`. Counted as "
         "pruned: at most two of every four weights left in every layer of the report, an account of pruned, skipped "
         "and excluded weights that adds up to all matrices of the blocks, and finite logits. In a model with several "
-        "towers the text decoder is pruned. A real checkpoint may still differ from a small one.\n"
+        "towers the text decoder is pruned. A real checkpoint may still differ from a small one. "
+        "[Other classes of models](architectures.md), with the counts of all classes, have a page of their own.\n"
     )
     yield _line("Pruned, block by block", [f for f in pruned if not f.whole])
     yield _line("Pruned, the whole model run for each block", [f for f in pruned if f.whole])
@@ -177,7 +195,7 @@ def _line(what: str, families: Sequence[Family]) -> str:
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Families to try; default: all.")] = None,
     method: Annotated[str, typer.Option()] = "ace",
-    output: Annotated[Path, typer.Option()] = Path("docs/families.md"),
+    output: Annotated[Path, typer.Option()] = FAMILIES,
 ) -> None:
     """Try every family; write the document."""
     transformers.logging.set_verbosity_error()

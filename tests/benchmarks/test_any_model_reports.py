@@ -8,7 +8,11 @@ import re
 import pytest
 import torch
 
-from benchmarks.reports import architectures, encoder_speed, encoders, norms
+from ace_triton.decoders.batches import batches_of
+from ace_triton.decoders.blocks import find_towers
+from benchmarks.harness import any_model_sizes
+from benchmarks.harness.any_models import small_any_model
+from benchmarks.reports import architectures, encoder_speed, encoders, families, norms, vision
 from tests.decoders import small_towers
 from tests.inputs.small_checkpoints import KINDS
 
@@ -51,7 +55,37 @@ def test_an_architecture_is_judged(tmp_path):
     assert re.search(r"\| vision \| 1 of \d+ \| 0 \| 1 \| 0 \|", page)
     failed = {"outcome": "not pruned", "reason": "ValueError: sizes['full']['rotary']=2."}
     page = "\n".join(architectures.page({"encoder": {"bert": failed}}))
-    assert r"bert: ValueError: sizes\['full']\['rotary']=2." in page  # Markdown would take it for a link.
+    # Markdown would take two indexes in a row for a link.
+    assert r"left a wrong result: ValueError: sizes\['full']\['rotary']=2: bert." in page
+
+
+def test_reasons_are_grouped_and_causal_families_are_counted(tmp_path):
+    path = tmp_path / "families.md"
+    titles = {"Pruned, block by block": 3, "Pruned, the whole model run for each block": 2, "Not pruned": 1}
+    path.write_text(
+        "".join(f"- **{title}** ({count}): a, b.\n" for title, count in {**titles, "Not judged": 4}.items())
+    )
+    without = "the blocks of {} have no linear layers, and only linear layers are pruned; their weights are in Conv2d"
+    refused = {name: {"outcome": "not pruned", "reason": without.format(name)} for name in ("resnet", "regnet")}
+    page = "\n".join(architectures.page({"vision": refused}, families.Counts.of_page(path)))
+    assert "| [causal](families.md) | 10 of 10 | 5 | 1 | 4 |" in page
+    assert "their weights are in Conv2d: resnet, regnet." in page
+
+
+@pytest.mark.parametrize("name", ["gemma4", pytest.param("video_llava", id="an image and a video")])
+def test_a_family_with_inputs_of_its_own_runs(name):
+    """Whatever the family's forward takes: each tower is reached."""
+    model, inputs = small_any_model(name, "AutoModelForImageTextToText")
+    towers = find_towers(model, batches_of(model, [inputs], None)[0])
+    assert len(towers) > 1
+    assert all(tower.is_reached for tower in towers)
+
+
+def test_sizes_of_parts_in_parts_are_joined_and_left_out(monkeypatch):
+    monkeypatch.setitem(any_model_sizes.SIZES, "kind", {"depth": ..., "part": {"inner": {"width": 4}, "heads": 2}})
+    sizes = {"depth": 2, "part": {"heads": 4, "inner": {"width": 8, "layers": 2}}}
+    found = any_model_sizes.with_own_sizes("kind", sizes)
+    assert found == {"part": {"heads": 2, "inner": {"width": 4, "layers": 2}}}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +95,7 @@ def test_an_architecture_is_judged(tmp_path):
         ("its smallest configuration here has 91,000,000 parameters", "has 91,000,000 parameters in its smallest"),
         ("StrictDataclassFieldValidationError: Validation error for field 'num_heads':", "none of the small sizes"),
         ("TypeError: X.forward() missing 1 required positional argument: 'state'", "needs an input that is neither"),
+        ("AttributeError: 'XOutputWithPast' object has no attribute 'image_outputs'", "ends in an error on any input"),
         ("RuntimeError: mat1 and mat2 shapes cannot be multiplied (4x8 and 2x8)", "none of the inputs that were tried"),
     ],
 )
@@ -69,6 +104,16 @@ def test_a_family_without_a_small_model_has_a_plain_reason(error, words):
     line = next(line for line in page.splitlines() if line.endswith(": bert."))
     assert words in line
     assert "Error" not in page
+
+
+def test_the_loss_of_a_vision_model_with_fit_and_recovery_is_stated():
+    setting = {"images": 8, "test_images": 4, "epochs": 1, "recovery_epochs": 1, "calibration_images": 2}
+    setting |= {"sizes": vision.SIZES, "parameters": 9, "processor": "x", "torch": "y"}
+    fit = {"pruned": 0.8, "fine_tuned": 0.9, "recovered": 0.96}
+    methods = {"wanda": {"none": {"pruned": 0.5}, "lstsq": fit}, "cosp": {"lstsq": {**fit, "recovered": 0.95}}}
+    page = "\n".join(vision.page({"setting": setting, "dense": 0.97, "methods": methods}))
+    assert "With fit and recovery 2 methods lose at most 2.0 points (cosp; aim: 2)." in page
+    assert "| wanda | 50.0% | 80.0% | - | - | 90.0% | 96.0% |" in page
 
 
 def test_norms_and_errors_of_a_model(monkeypatch):

@@ -8,9 +8,10 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ace_triton import prune_model
-from ace_triton.decoders.batches import batches_of
+from ace_triton.decoders.batches import Batch, batches_of
 from ace_triton.decoders.blocks import Tower, find_blocks, find_towers, linears_of
 from ace_triton.decoders.calibration_mode import calibration_mode
 from ace_triton.decoders.collect import InputCollector
@@ -396,3 +397,103 @@ def test_weights_of_several_dtypes_are_named():
     ):
         prune_model(model, torch.randint(3, 99, (2, 8)), "wanda", "2:4")
     assert all(torch.equal(p.float(), before[name].float()) for name, p in model.named_parameters())
+
+
+def test_a_trial_keeps_the_length_of_features_that_match_the_text_by_chance():
+    """16 mel bins beside 16 tokens are no tokens."""
+    tokens, sounds = torch.zeros(4, 16, dtype=torch.int64), torch.zeros(4, 16, 128)
+    both = Batch({"input_ids": tokens, "input_features": sounds}).beginning(2, 8)
+    assert {name: tuple(t.shape) for name, t in both.inputs.items()} == {
+        "input_ids": (2, 16),
+        "input_features": (2, 16, 128),
+    }
+    alone = Batch({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}).beginning(2, 8)
+    assert {tuple(t.shape) for t in alone.inputs.values()} == {(2, 8)}
+
+
+class Perceptron(nn.Module):
+    """Blocks, each with an MLP in an nn.ModuleList, and a projection in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual() for _ in range(2))
+        self.projection = nn.ModuleList([nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)])
+
+    def forward(self, series: torch.Tensor) -> torch.Tensor:
+        for module in (*self.blocks, *self.projection):
+            series = module(series)
+        return series
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleList([nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)])
+
+    def forward(self, series: torch.Tensor) -> torch.Tensor:
+        hidden = series
+        for module in self.mlp:
+            hidden = module(hidden)
+        return series + hidden
+
+
+def test_a_list_of_the_layers_of_an_mlp_is_not_a_list_of_blocks():
+    torch.manual_seed(0)
+    report = prune_model(Perceptron(), [{"series": torch.randn(4, 6, 8)}], "wanda")
+    assert [(tower.name, tower.blocks) for tower in report.towers] == [("blocks", 2)]
+    assert [layer.name for layer in report.layers] == [f"blocks.{i}.mlp.{j}" for i in range(2) for j in (0, 2)]
+    assert report.account.outside == 2 * 8 * 16
+
+
+class Tiled(nn.Module):
+    """A tower of image tiles, some of which are padding, and a tower of text with one token for each real tile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiles = nn.ModuleList(Residual() for _ in range(2))
+        self.table = nn.Embedding(10, 8)
+        self.text = nn.ModuleList(Residual() for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor, tiles: torch.Tensor, tile_attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = tiles[tile_attention_mask].flatten(1)[:, None]
+        for block in self.tiles:
+            hidden = block(hidden)
+        text = self.table(input_ids).masked_scatter((input_ids == 9)[..., None], hidden)
+        if int((input_ids == 9).sum()) != len(hidden):
+            raise ValueError("as many image tokens as tiles")
+        for block in self.text:
+            text = block(text)
+        return text
+
+
+def test_a_mask_of_whole_images_hides_no_tokens():
+    torch.manual_seed(0)
+    ids = torch.tensor([[9, 9, 1, 2], [9, 3, 4, 5]])
+    real = torch.tensor([[True, True], [True, False]])
+    inputs = {"input_ids": ids, "tiles": torch.randn(2, 2, 2, 2, 2), "tile_attention_mask": real}
+    report = prune_model(Tiled(), [inputs], "wanda")
+    assert [tower.name for tower in report.towers] == ["tiles", "text"]
+    assert len(report.layers) == 8
+
+
+def test_a_model_whose_weights_are_all_tied_says_so_in_one_line():
+    model = Perceptron()
+    model.twins = nn.ModuleList(model.blocks)
+    with pytest.raises(ArgumentError, match=r"tied to twins\.0\.mlp\.0; .*; and 5 more reasons$"):
+        prune_model(model, [{"series": torch.randn(4, 6, 8)}], "magnitude")
+
+
+def test_batches_come_as_dicts_tuples_a_loader_or_a_function():
+    torch.manual_seed(0)
+    series = torch.randn(8, 6, 8)
+    dicts = [{"series": part} for part in series.split(4)]
+    loader = DataLoader(TensorDataset(series), batch_size=4)
+    weights = []
+    for batches in (dicts, [tuple(batch.values()) for batch in dicts], loader, lambda: iter(dicts)):
+        torch.manual_seed(1)
+        model = Perceptron()
+        prune_model(model, batches, "wanda")
+        weights.append(torch.cat([parameter.flatten() for parameter in model.blocks.parameters()]))
+    assert all(torch.equal(weights[0], other) for other in weights[1:])
+    with pytest.raises(ArgumentError, match=r"calibration\[0\] has 2 tensors, but Perceptron takes 1 arguments"):
+        prune_model(Perceptron(), [(series, series)], "wanda")
