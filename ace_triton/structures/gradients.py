@@ -1,7 +1,9 @@
 """Taylor terms of the loss for structures: what changes if a structure's weights become 0, to second order.
 
 g is the gradient of the mean loss of a batch, w the weights of a structure, F the Fisher diagonal, which is the mean of
-g^2 over batches. One backward runs for each batch. Gradients are added up in fp32 and freed as soon as they are there.
+g^2 over batches. One backward runs for each batch; if weights are in files,
+:mod:`ace_triton.structures.block_gradients` runs it one block at a time. Gradients are added up in fp32 and freed as
+soon as they are there.
 """
 
 from __future__ import annotations
