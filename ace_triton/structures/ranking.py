@@ -118,17 +118,21 @@ def _from_files(
         for entry in entries:
             importance[entry.consumer] = score_of_terms(entry, structures, settings, terms[entry.consumer])
 
-    with stage("importance") as step:
-        if settings.needs_statistics:
-            activations_of(model, tower, structures, batches, weights, step, rank)
-        elif not settings.needs_gradients:
-            for index, block in enumerate(tower.blocks):
-                with weights.loaded(block.module):
-                    rank(structures.within(block), Activations())
-                step(index + 1, len(tower.blocks))
     if settings.needs_gradients:
-        with stage("gradients") as step:
+        if settings.needs_statistics:
+            with stage("statistics") as step:
+                activations_of(model, tower, structures, batches, weights, step, rank)
+        with stage("importance") as step:
             terms_by_block(
                 model, tower, structures, batches, weights, rank_by_terms, sums=sums_of(settings), progress=step
             )
+        return importance, moments
+    with stage("importance") as step:
+        if settings.needs_statistics:
+            activations_of(model, tower, structures, batches, weights, step, rank)
+            return importance, moments
+        for index, block in enumerate(tower.blocks):
+            with weights.loaded(block.module):
+                rank(structures.within(block), Activations())
+            step(index + 1, len(tower.blocks))
     return importance, moments
