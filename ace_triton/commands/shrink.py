@@ -150,7 +150,7 @@ def shrink(
         typer.Option(
             "--stream/--no-stream",
             help="Keep the weights in files and only one block in memory; if interrupted, the same command resumes. "
-            "For methods without gradients; runs on the CPU.",
+            "Runs on the CPU.",
             show_default="if the model does not fit in memory",
         ),
     ] = None,

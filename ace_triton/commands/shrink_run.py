@@ -26,7 +26,7 @@ from ..progress import progress_bar, stage
 from ..provenance import history_with, source_facts, with_provenance
 from ..streaming.fits import LARGEST_SHARE, available_memory, fits_in_memory
 from ..streaming.streamed_evaluate import perplexity_of_checkpoint
-from ..streaming.streamed_shrink import StreamedShrink, check_streams, shrinking
+from ..streaming.streamed_shrink import StreamedShrink, shrinking
 from ..structures.report import ShrinkReport
 from ..structures.settings import ShrinkSettings
 from ..structures.shrink import shrink_model
@@ -131,19 +131,15 @@ class ShrinkRun:
             stream = True  # The memory that was too small for the interrupted run may be free now.
         needed = loaded_bytes(source, dtype) * _times_the_weights(settings, dry_run=dry_run)
         fits = fits_in_memory(needed)
-        if stream is None and not fits and device == "cpu" and not settings.needs_gradients:
+        if stream is None and not fits and device == "cpu":
             print_note(weights_stay_in_files(needed, available_memory()))
             stream = True
-        if stream:
-            check_streams(settings)
-        elif offload == "disk":
+        if not stream and offload == "disk":
             raise ArgumentError("--offload disk needs --stream: in memory no hidden states are kept between blocks")
-        elif not fits:
-            have, why = gib(available_memory()), "method saap, flap, wanda-sp, magnitude or depth streams (--stream)"
-            why = why if settings.needs_gradients else "add --stream" + " --device cpu" * (device != "cpu")
+        if not stream and not fits:
             raise ArgumentError(
-                f"{source}: shrink needs about {gib(needed)} in memory, {have} are available: {why}, or use a machine "
-                "with more memory"
+                f"{source}: shrink needs about {gib(needed)} in memory, {gib(available_memory())} are available: add "
+                f"--stream{' --device cpu' * (device != 'cpu')}, or use a machine with more memory"
             )
         return bool(stream)
 
@@ -309,9 +305,9 @@ class ShrinkRun:
             return
         more, available = estimate.peak_bytes - estimate.weight_bytes, available_memory()
         if more > LARGEST_SHARE * available:
-            needs = f"the run needs about {gib(more)} beside the loaded model, {gib(available)} are available"
-            other = ", and its method does not stream: use a machine with more memory, or another method"
-            print_warning(needs + (other if self.settings.needs_gradients else ": add --stream"))
+            print_warning(
+                f"the run needs about {gib(more)} beside the loaded model, {gib(available)} are available: add --stream"
+            )
 
 
 def _times_the_weights(settings: ShrinkSettings, *, dry_run: bool) -> float:

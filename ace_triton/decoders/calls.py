@@ -207,6 +207,21 @@ def recorded(
     return calls
 
 
+def output_after(
+    model: nn.Module, blocks: Sequence[Block], batch: Batch, sizes: Sequence[int | None], hidden: torch.Tensor
+) -> Any:
+    """The output of the model's forward of a batch with these hidden states after the last block.
+
+    Args:
+        model, blocks, batch, sizes: as for :func:`try_replay`.
+        hidden: the hidden states.
+    """
+    with ExitStack() as changed:
+        for block, size in zip(blocks, sizes, strict=True):
+            changed.enter_context(forward_replaced(block.module, returning(in_tuple(hidden, size))))
+        return forward(model, batch)
+
+
 def logits_after(
     model: nn.Module,
     blocks: Sequence[Block],
@@ -218,15 +233,11 @@ def logits_after(
     """The logits in the model's forward of a batch with these hidden states after the last block.
 
     Args:
-        model, blocks, batch, sizes: as for :func:`try_replay`.
-        hidden: the hidden states.
+        model, blocks, batch, sizes, hidden: as for :func:`output_after`.
         part: tokens whose logits are computed; None for all.
     """
-    with ExitStack() as changed:
-        for block, size in zip(blocks, sizes, strict=True):
-            changed.enter_context(forward_replaced(block.module, returning(in_tuple(hidden, size))))
-        changed.enter_context(head_by_parts(model) if part is None else head_of_part(model, part))
-        logits: torch.Tensor = forward(model, batch).logits
+    with head_by_parts(model) if part is None else head_of_part(model, part):
+        logits: torch.Tensor = output_after(model, blocks, batch, sizes, hidden).logits
     return logits
 
 

@@ -29,6 +29,7 @@ from .calls import (
     has_parts,
     hidden_of,
     logits_after,
+    output_after,
     recorded,
     traced,
     try_replay,
@@ -79,7 +80,7 @@ def make_runner(
         masks: the padding masks of the tower.
         trial: a few tokens for the trial; None for the beginning of the calibration set.
         keep: makes what keeps the hidden states (:func:`~ace_triton.decoders.kept_tensors.keeper`).
-        to_logits: True if :meth:`Replay.logits` will be called; then the logits of the trial must agree too.
+        to_logits: True if what follows the blocks will run too; then the logits of the trial must agree.
 
     Raises:
         ArgumentError: if the model's hidden states contain NaN or infinity.
@@ -89,6 +90,8 @@ def make_runner(
         with links_found([block.module for block in blocks]) as links:
             trace, output = traced(model, blocks, trial)
         try:
+            if to_logits and getattr(output, "logits", None) is None:
+                raise NotReplayable("it gives no logits")
             sizes = try_replay(model, blocks, trial, trace, links, output.logits if to_logits else None)
         except NotReplayable as reason:
             warnings.warn(
@@ -224,12 +227,16 @@ class Replay:
                     computed = [module for module in finished if module not in reused]
                     contexts.enter_context(self._outputs.caching(computed, number, watcher))
                     contexts.enter_context(self._watched(watcher, index, number, batch, leave_early=not advance))
-                output = self._call(index, number)
+                output = self.call(index, number)
                 if advance:
-                    self.hidden[number] = hidden_of(output)
-                    self._carried[number].add(index, output, like=self._carried[number - 1] if number else None)
+                    self.advance(index, number, output)
         if advance:
             self._outputs.clear()
+
+    def advance(self, index: int, number: int, output: Any) -> None:
+        """Let the next block read what block ``index`` returned for a batch."""
+        self.hidden[number] = hidden_of(output).detach()
+        self._carried[number].add(index, output, like=self._carried[number - 1] if number else None)
 
     @property
     def numbers(self) -> range:
@@ -238,7 +245,11 @@ class Replay:
 
     def output(self, index: int, number: int) -> torch.Tensor:
         """The hidden states that a block returns for a batch; the next block's inputs stay as they are."""
-        return hidden_of(self._call(index, number))
+        return hidden_of(self.call(index, number))
+
+    def output_of_model(self, number: int, hidden: torch.Tensor) -> Any:
+        """The model's output for a batch with these hidden states after its last block."""
+        return output_after(self._model, self._blocks, self._batches[number], self._sizes, hidden)
 
     def shared(self, index: int) -> set[int]:
         """Identities of the parameters that a block shares with the rest of the model."""
@@ -274,10 +285,10 @@ class Replay:
         others = self._masks.of_others(batch, self._calls[number][index].others, shape)
         return watcher.batch(shape, valid, others=others, leave_early=leave_early)
 
-    def _call(self, index: int, number: int) -> Any:
-        """The output of a block on the present hidden states of a batch."""
+    def call(self, index: int, number: int, hidden: torch.Tensor | None = None) -> Any:
+        """The output of a block on hidden states of a batch; None for the present ones."""
         call = self._calls[number][index].with_arguments(self._carried[number].arguments(index))
-        return call.run(self._blocks[index].module, self.hidden[number])
+        return call.run(self._blocks[index].module, self.hidden[number] if hidden is None else hidden)
 
     def _may_reuse(self, index: int, module: nn.Module, number: int) -> bool:
         """True if blocks of this type return the same with a cached output of this type of module.
@@ -287,10 +298,10 @@ class Replay:
         """
         kind = (type(self._blocks[index].module), type(module))
         if kind not in self._reusable:
-            whole, carried = self._call(index, number), self._carried[number]
+            whole, carried = self.call(index, number), self._carried[number]
             try:
                 with self._outputs.reusing([module], number):
-                    again = self._call(index, number)
+                    again = self.call(index, number)
                 pairs = [(hidden_of(again), hidden_of(whole))]
                 linked = carried.outputs_of(index, whole)
                 pairs += [(value, linked[key]) for key, value in carried.outputs_of(index, again).items()]

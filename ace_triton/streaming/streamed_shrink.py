@@ -23,7 +23,7 @@ from ..structures.choice import Choice
 from ..structures.compensation import Repair, Stored
 from ..structures.report import ShrinkReport
 from ..structures.run import Progress, Run
-from ..structures.settings import METHODS, ShrinkSettings, settings_of
+from ..structures.settings import ShrinkSettings, settings_of
 from ..structures.smaller import bare, kept_tensors, values_in
 from .journal import Journal
 from .kept_choice import CHOICE, RANKING, KeptChoice
@@ -33,17 +33,6 @@ from .streamed_evaluate import OpenCheckpoint
 from .streamed_prune import JOURNAL, OWN_FORM, all_but_weights, calibration_digests, empty, source_state
 
 DENSE = "dense"
-
-
-def check_streams(settings: ShrinkSettings) -> None:
-    """ArgumentError if a run with these settings needs the whole model in memory."""
-    if settings.needs_gradients:
-        which = f"method {settings.method!r}" + " with importance 'taylor'" * (settings.method == "saap")
-        others = ", ".join(name for name in METHODS if name not in ("saap", "llm-pruner"))
-        raise ArgumentError(
-            f"{which} needs gradients of the whole model, so it does not stream: take {others}, or saap with "
-            "importance 'activations'; or --no-stream on a machine with more memory"
-        )
 
 
 @dataclass
@@ -113,9 +102,8 @@ class StreamedShrink:
             calibration, settings, progress: as for :func:`~ace_triton.structures.shrink.shrink_model`.
 
         Raises:
-            ArgumentError: as there, or if the settings need the whole model in memory.
+            ArgumentError: as there, or if gradients are needed and blocks cannot run one at a time.
         """
-        check_streams(settings)
         try:
             return self._run(calibration, settings, progress)
         except ArgumentError:
@@ -146,7 +134,6 @@ class StreamedShrink:
         self, calibration: Calibration | None, settings: ShrinkSettings, progress: Progress | None = None
     ) -> ShrinkReport:
         """What :meth:`run` would remove, with estimates; nothing is written."""
-        check_streams(settings)
         _, report = Run(self.model, calibration, settings, progress, weights=self._weights).result(dry_run=True)
         return report
 
@@ -325,7 +312,7 @@ def shrink_checkpoint(
         out: folder for the smaller model.
         calibration: token ids, as for ``shrink_model``. None is allowed for method "magnitude" without an update.
         ratio: least share of the blocks' parameters to remove.
-        method: "saap", "flap", "wanda-sp", "magnitude" or "depth". Methods that need gradients do not stream.
+        method: as for ``shrink_model``. Methods with gradients keep the hidden states between all blocks.
         settings: all settings at once, instead of ratio, method and options.
         dtype: dtype of the weights; "auto" keeps the checkpoint's.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -338,12 +325,11 @@ def shrink_checkpoint(
 
     Raises:
         RecipeError: if a setting is invalid.
-        ArgumentError: as ``shrink_model``, or if the method does not stream.
+        ArgumentError: as ``shrink_model``, or if gradients are needed and blocks cannot run one at a time.
         CheckpointError: if the model cannot be loaded or streamed, ``out`` cannot be written, or an interrupted run did
             something else (the difference is named).
     """
     chosen = settings_of(settings, ratio, method, options)
-    check_streams(chosen)
     digests = calibration_digests(calibration, "shrink_checkpoint")
     with shrinking(
         str(source),

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..decoders.batches import Batch
-from ..decoders.blocks import Block
+from ..decoders.blocks import Block, linears_of
+from ..linears import linear_weight
 from .compensation import CACHED_BYTES
 from .coupled import Structures
 from .gradients import SUMS
@@ -54,7 +55,10 @@ def memory_phases(
     batches: Sequence[Batch],
     tensors: Mapping[str, torch.Tensor],
     settings: ShrinkSettings,
-    in_files: Sequence[Block] = (),
+    blocks: Sequence[Block],
+    *,
+    in_files: bool = False,
+    hidden_in_memory: bool = True,
 ) -> dict[str, int]:
     """Bytes of tensors that a run has in memory at the same time, by phase.
 
@@ -64,13 +68,15 @@ def memory_phases(
         batches: the calibration set.
         tensors: those of the smaller model, from :func:`~ace_triton.structures.smaller.kept_tensors`.
         settings: the settings of the run.
-        in_files: the blocks, if the weights are in files; then one block is in memory, and what is left of it.
+        blocks: its blocks.
+        in_files: True if the weights are in files; then one block is in memory, and what is left of it.
+        hidden_in_memory: False if the hidden states of the calibration set are in files too.
     """
     weights = sum(p.nbytes for p in set(model.parameters()))
     smaller = {id(tensor): tensor.nbytes for tensor in tensors.values()}
     kept = sum(smaller.values())
     if in_files:
-        sizes = [sum(p.nbytes for p in block.module.parameters()) for block in in_files]
+        sizes = [sum(p.nbytes for p in block.module.parameters()) for block in blocks]
         weights, kept = weights - sum(sizes) + max(sizes), max(sizes)
     itemsize = next(model.parameters()).element_size()
     config: Any = getattr(model, "config", None)
@@ -82,10 +88,14 @@ def memory_phases(
     phases = {"rank the structures": weights + logits}
     if settings.needs_gradients:
         parts = [part.tensor for entry in structures.entries.values() for part in entry.parts(structures.layers)]
-        kept_sums = len(SUMS[settings.terms]) if settings.method == "llm-pruner" else 0
-        sums = kept_sums * FP32 * sum(part.numel() for part in parts)
+        of_blocks = [_gradient_bytes(block, structures, settings, max(tokens, default=0)) for block in blocks]
+        both = max(tokens, default=0) * vocabulary * (2 * itemsize + 3 * FP32)  # The logits and their gradients.
         gradient = max((3 * FP32 * part.numel() for part in parts), default=0)
-        phases["gradients"] = weights + logits + sums + gradient
+        if in_files:
+            between = (len(blocks) + 1) * sum(tokens) * hidden * itemsize if hidden_in_memory else 0
+            phases["gradients"] = weights + between + max(both, max(of_blocks) + gradient)
+        else:
+            phases["gradients"] = weights + both + sum(of_blocks) + gradient
     phases["build and check"] = weights + kept
     if settings.chosen_update != "none" and structures.columns:
         layers = [structures.layers[name].get_parameter("weight") for name in structures.columns]
@@ -98,3 +108,23 @@ def memory_phases(
         phases["update"] = weights + kept + repaired + states + cached + solved
     phases["save"] = weights + kept
     return phases
+
+
+ACTIVATIONS = 1.25
+"""Bytes that a block keeps for its backward, for each byte of the inputs and outputs of its linear layers."""
+
+
+def _gradient_bytes(block: Block, structures: Structures, settings: ShrinkSettings, tokens: int) -> int:
+    """Bytes of a block's activations, and of its sums over batches, while gradients are taken.
+
+    Args:
+        block: the block.
+        structures: those of the model.
+        settings: the settings of the run.
+        tokens: number of tokens in a batch.
+    """
+    weights = [weight for _, layer in linears_of(block.module) if (weight := linear_weight(layer)) is not None]
+    kept = int(ACTIVATIONS * tokens * sum(sum(weight.shape) * weight.element_size() for weight in weights))
+    parts = [part.tensor for entry in structures.within(block) for part in entry.parts(structures.layers)]
+    sums = len(SUMS[settings.terms]) if settings.method == "llm-pruner" else 0
+    return kept + sums * FP32 * sum(part.numel() for part in parts)

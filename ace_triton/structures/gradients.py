@@ -1,14 +1,17 @@
 """Taylor terms of the loss for structures: what changes if a structure's weights become 0, to second order.
 
 g is the gradient of the mean loss of a batch, w the weights of a structure, F the Fisher diagonal, which is the mean of
-g^2 over batches. One backward runs for each batch. Gradients are added up in fp32 and freed as soon as they are there.
+g^2 over batches. One backward runs for each batch; if weights are in files,
+:mod:`ace_triton.structures.block_gradients` runs it one block at a time. Gradients are added up in fp32 and freed as
+soon as they are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,39 +85,80 @@ def taylor_terms(
         ArgumentError: if the model is in fp16, in which gradients underflow, no loss can be computed, or no gradient
             reaches a layer that is no expert.
     """
-    if next(model.parameters()).dtype == torch.float16:
-        raise ArgumentError("gradients underflow in float16: load the model in float32 or bfloat16 (--dtype float32)")
+    check_gradients(model, batches)
     entries = structures.entries.values()
     found = {entry.consumer: Taylor() for entry in entries}
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    gradients = {parameter: parameter.grad for parameter in before}
+    with calibration_mode(model), frozen(model), adding(entries, structures, found, sums), torch.enable_grad():
+        for number, batch in enumerate(batches):
+            with of_batch(found):
+                batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            if progress is not None:
+                progress(number + 1, len(batches))
+    check_reached(entries, found)
+    return found
+
+
+def check_gradients(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """ArgumentError if gradients would underflow, or the model reads other inputs than token ids."""
+    if next(model.parameters()).dtype == torch.float16:
+        raise ArgumentError("gradients underflow in float16: load the model in float32 or bfloat16 (--dtype float32)")
+    if not all(batch.of_text for batch in batches):
+        raise _no_loss(model)
+
+
+def check_reached(entries: Iterable[Entry], found: Mapping[str, Taylor]) -> None:
+    """ArgumentError if no gradient reached a layer that is no expert."""
+    routed = {entry.consumer for entry in entries if isinstance(entry, Coupled) and entry.expert == "routed"}
+    if silent := [name for name, taylor in found.items() if not taylor.elements and name not in routed]:
+        raise ArgumentError(f"no gradient reached {silent[0]}: use a method without gradients (--method flap)")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """A context in which no parameter needs a gradient or has one; at exit all are as they were."""
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     try:
         for parameter in before:
             parameter.requires_grad_(False)
             parameter.grad = None
-        with calibration_mode(model), torch.enable_grad(), ExitStack() as hooks:
-            for entry in entries:
-                for part in entry.parts(structures.layers):
-                    if part.tensor in before:
-                        part.tensor.requires_grad_(True)
-                        hook = _adding(entry, part, found[entry.consumer], sums)
-                        hooks.callback(part.tensor.register_post_accumulate_grad_hook(hook).remove)
-            for number, batch in enumerate(batches):
-                for taylor in found.values():
-                    taylor.batches += 1
-                batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-                for taylor in found.values():
-                    taylor.fill()
-                if progress is not None:
-                    progress(number + 1, len(batches))
+        yield
     finally:
-        for parameter, required in before.items():
+        for parameter, (required, gradient) in before.items():
             parameter.requires_grad_(required)
-            parameter.grad = gradients[parameter]
-    routed = {entry.consumer for entry in entries if isinstance(entry, Coupled) and entry.expert == "routed"}
-    if silent := [name for name, taylor in found.items() if not taylor.elements and name not in routed]:
-        raise ArgumentError(f"no gradient reached {silent[0]}: use a method without gradients (--method flap)")
-    return found
+            parameter.grad = gradient
+
+
+@contextmanager
+def adding(
+    entries: Iterable[Entry], structures: Structures, found: Mapping[str, Taylor], sums: Sums = ()
+) -> Iterator[None]:
+    """A context in which a backward adds to Taylor terms; all parameters are frozen before and after.
+
+    Args:
+        entries: the structures whose tensors need gradients.
+        structures: those of the whole model.
+        found: the terms by name of the consumer.
+        sums: which sums to keep.
+    """
+    with ExitStack() as hooks:
+        for entry in entries:
+            for part in entry.parts(structures.layers):
+                if isinstance(part.tensor, nn.Parameter):
+                    part.tensor.requires_grad_(True)
+                    hooks.callback(part.tensor.requires_grad_, False)
+                    hook = _adding(entry, part, found[entry.consumer], sums)
+                    hooks.callback(part.tensor.register_post_accumulate_grad_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def of_batch(found: Mapping[str, Taylor]) -> Iterator[None]:
+    """A context in which one batch adds to Taylor terms."""
+    for taylor in found.values():
+        taylor.batches += 1
+    yield
+    for taylor in found.values():
+        taylor.fill()
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -128,15 +172,23 @@ def token_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     Raises:
         ArgumentError: if the model reads other inputs than token ids, or gives no logits.
     """
-    output = run_model(model, batch)
+    return losses_in(run_model(model, batch), model, batch)
+
+
+def losses_in(output: Any, model: nn.Module, batch: Batch) -> torch.Tensor:
+    """As :func:`token_losses`, of an output of the model for the batch."""
     logits = getattr(output, "logits", None)
     if not batch.of_text or logits is None or logits.shape[:2] != batch.ids.shape:
-        raise ArgumentError(
-            f"{type(model).__name__} gives no logits for each token of its text, so there is no loss to take gradients "
-            "of: use a method without gradients (--method flap)"
-        )
+        raise _no_loss(model)
     losses = losses_of(logits, batch)
     return losses.flatten() if batch.valid is None else losses[batch.valid[:, 1:]]
+
+
+def _no_loss(model: nn.Module) -> ArgumentError:
+    return ArgumentError(
+        f"{type(model).__name__} gives no logits for each token of its text, so there is no loss to take gradients of: "
+        "use a method without gradients (--method flap)"
+    )
 
 
 def losses_of(logits: torch.Tensor, batch: Batch, start: int = 0) -> torch.Tensor:

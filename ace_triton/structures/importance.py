@@ -22,7 +22,7 @@ from .coupled_layers import Coupled
 from .expert_channels import ExpertChannels
 from .forwards import BlockWatcher, watch_blocks
 from .fusion import fused, stabilized
-from .gradients import SUMS, llm_pruner_terms, taylor_terms
+from .gradients import SUMS, Sums, Taylor, llm_pruner_terms, taylor_terms
 from .mixtures import Mixture
 from .routed import Contributions
 from .settings import ShrinkSettings
@@ -71,19 +71,28 @@ def importance_of(
     entries = structures.entries.values()
     if not settings.needs_gradients:
         return {entry.consumer: score(entry, structures, settings, activations) for entry in entries}
-    sums = SUMS[settings.terms] if settings.method == "llm-pruner" else ()
-    terms = taylor_terms(model, structures, batches, sums=sums, progress=progress)
-    found = {}
-    for entry in entries:
-        taylor = terms[entry.consumer]
-        if not taylor.elements:  # An expert that no token was sent to.
-            value = _magnitude(entry, structures)
-        elif settings.method == "llm-pruner":
-            value = llm_pruner_terms(settings.terms, entry, structures, taylor)
-        else:
-            value = _fused(taylor.vector(), taylor.element(), settings)
-        found[entry.consumer] = _finite(entry, value)
-    return found
+    terms = taylor_terms(model, structures, batches, sums=sums_of(settings), progress=progress)
+    return {entry.consumer: score_of_terms(entry, structures, settings, terms[entry.consumer]) for entry in entries}
+
+
+def sums_of(settings: ShrinkSettings) -> Sums:
+    """The sums over batches that an importance from gradients needs."""
+    return SUMS[settings.terms] if settings.method == "llm-pruner" else ()
+
+
+def score_of_terms(entry: Entry, structures: Structures, settings: ShrinkSettings, taylor: Taylor) -> torch.Tensor:
+    """The importance of the structures of one kind in one block, by a method with gradients.
+
+    Raises:
+        ArgumentError: if it has NaN or infinity.
+    """
+    if not taylor.elements:  # An expert that no token was sent to.
+        value = _magnitude(entry, structures)
+    elif settings.method == "llm-pruner":
+        value = llm_pruner_terms(settings.terms, entry, structures, taylor)
+    else:
+        value = _fused(taylor.vector(), taylor.element(), settings)
+    return _finite(entry, value)
 
 
 def score(entry: Entry, structures: Structures, settings: ShrinkSettings, activations: Activations) -> torch.Tensor:

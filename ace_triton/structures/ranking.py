@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -11,9 +11,20 @@ from torch import nn
 
 from ..decoders.batches import Batch
 from ..decoders.blocks import Tower
+from .block_gradients import terms_by_block
 from .compensation import Moments
 from .coupled import Entry, Structures
-from .importance import Activations, Importance, activations_of, importance_of, merged, score
+from .gradients import Taylor
+from .importance import (
+    Activations,
+    Importance,
+    activations_of,
+    importance_of,
+    merged,
+    score,
+    score_of_terms,
+    sums_of,
+)
 from .settings import ShrinkSettings
 from .weights import Weights
 
@@ -98,11 +109,24 @@ def _from_files(
     moments: dict[str, Moments] = {}
 
     def rank(entries: Sequence[Entry], activations: Activations) -> None:
-        for entry in entries:
+        for entry in () if settings.needs_gradients else entries:
             importance[entry.consumer] = score(entry, structures, settings, activations)
         inputs = activations.inputs
         moments.update({name: Moments.of(merged(inputs[name])) for name in inputs if name in columns})
 
+    def rank_by_terms(entries: Sequence[Entry], terms: Mapping[str, Taylor]) -> None:
+        for entry in entries:
+            importance[entry.consumer] = score_of_terms(entry, structures, settings, terms[entry.consumer])
+
+    if settings.needs_gradients:
+        if settings.needs_statistics:
+            with stage("statistics") as step:
+                activations_of(model, tower, structures, batches, weights, step, rank)
+        with stage("importance") as step:
+            terms_by_block(
+                model, tower, structures, batches, weights, rank_by_terms, sums=sums_of(settings), progress=step
+            )
+        return importance, moments
     with stage("importance") as step:
         if settings.needs_statistics:
             activations_of(model, tower, structures, batches, weights, step, rank)

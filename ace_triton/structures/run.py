@@ -309,9 +309,15 @@ class Run:
                     most=2,
                 )
             seconds = times[1] - times[0] + (times[-1] - times[-2]) * (len(self.tower.blocks) - 1)
-        in_files = self.tower.blocks if self._weights.in_files else ()
         phases = memory_phases(
-            self._model, choice.structures, self.batches, self.shapes(choice), self._settings, in_files
+            self._model,
+            choice.structures,
+            self.batches,
+            self.shapes(choice),
+            self._settings,
+            self.tower.blocks,
+            in_files=self._weights.in_files,
+            hidden_in_memory=self._weights.keep is dict,
         )
         weights = sum(parameter.nbytes for parameter in set(self._model.parameters()))
         return Estimate(phases, done + seconds, weights)
