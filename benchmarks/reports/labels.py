@@ -27,7 +27,10 @@ MARK = 7.0
 ASIDE = 4.0
 """Least distance of the middle of a leader from the lines of the plot, in pixels."""
 
-FAULT = 200.0
+SWEEPS = 3
+"""How often each name is placed again, after all have a place."""
+
+FAULT = 100.0
 """Cost of a leader that passes through a mark, a name or a leader, and of a covered line, in pixels of a leader."""
 
 Place = tuple[float, float]
@@ -105,14 +108,16 @@ class Label:
         if self.length > NEAR:
             (x, y), (to_x, to_y) = self.leader
             yield line(x, y, to_x, to_y, "lead")
-        yield text(round((self.box.left + self.box.right) / 2, 1), self.box.bottom - 3.5, self.words, "", "middle")
+        sides = {"start": self.box.left, "end": self.box.right, "middle": (self.box.left + self.box.right) / 2}
+        anchor = "start" if self.box.left > self.mark[0] else "end" if self.box.right < self.mark[0] else "middle"
+        yield text(round(sides[anchor], 1), self.box.bottom - 3.5, self.words, "", anchor)
 
 
 def placed(marks: Sequence[tuple[float, float, str]], within: Box, lines: Sequence[Segment] = ()) -> list[Label]:
     """Names of marks (x, y, name), each at a place near its mark where it covers no mark and no other name.
 
-    Several orders are tried, and the cheapest result is taken: the length of all leaders, with a cost for each fault of
-    a leader and each line that a name covers.
+    Two orders are tried, and the cheapest result is taken: the length of all leaders, with a cost for each fault of a
+    leader and each line that a name covers.
 
     Args:
         marks: centers and names.
@@ -129,9 +134,8 @@ def placed(marks: Sequence[tuple[float, float, str]], within: Box, lines: Sequen
         free = (Label(words, box, (x, y)) for box in boxes if not any(box.overlaps(other) for other in around))
         candidates[x, y, words] = sorted(free, key=lambda label: label.length)
     orders: tuple[Callable[[tuple[float, float, str]], object], ...] = (
-        lambda mark: (-len(mark[2]), mark),
         lambda mark: mark,
-        lambda mark: (-mark[0], mark),
+        lambda mark: (-len(mark[2]), mark),
     )
     found = [_in_order([candidates[mark] for mark in sorted(marks, key=order)], around, lines) for order in orders]
     whole = [(cost, labels) for cost, labels in found if len(labels) == len(marks)]
@@ -141,24 +145,39 @@ def placed(marks: Sequence[tuple[float, float, str]], within: Box, lines: Sequen
 
 
 def _in_order(
-    candidates: Iterable[Sequence[Label]], around: Sequence[Box], lines: Sequence[Segment]
+    candidates: Sequence[Sequence[Label]], around: Sequence[Box], lines: Sequence[Segment]
 ) -> tuple[float, list[Label]]:
-    """The names placed one after the other, until one has no free place, and their cost."""
+    """The names placed one after the other, until one has no free place, then each again beside all others."""
     labels: list[Label] = []
-    total = 0.0
     for of_mark in candidates:
-        best, least = None, math.inf
-        for label in of_mark:
-            if label.length >= least:
-                break
-            if not any(label.box.overlaps(other.box) for other in labels):
-                cost = label.length + FAULT * _faults(label, around, labels, lines)
-                best, least = (label, cost) if cost < least else (best, least)
+        best = _best(of_mark, around, labels, lines)
         if best is None:
-            break
+            return math.inf, labels
         labels.append(best)
-        total += least
-    return total, labels
+    for _ in range(SWEEPS):
+        for number, of_mark in enumerate(candidates):
+            others = labels[:number] + labels[number + 1 :]
+            labels[number] = _best(of_mark, around, others, lines) or labels[number]
+    costs = (_cost(label, around, labels[:number], lines) for number, label in enumerate(labels))
+    return sum(costs), labels
+
+
+def _best(
+    candidates: Iterable[Label], around: Sequence[Box], labels: Sequence[Label], lines: Sequence[Segment]
+) -> Label | None:
+    """The cheapest candidate, of those sorted by length, that covers no name; None if there is none."""
+    best, least = None, math.inf
+    for label in candidates:
+        if label.length >= least:
+            break
+        if not any(label.box.overlaps(other.box) for other in labels):
+            cost = _cost(label, around, labels, lines)
+            best, least = (label, cost) if cost < least else (best, least)
+    return best
+
+
+def _cost(label: Label, around: Iterable[Box], labels: Iterable[Label], lines: Iterable[Segment]) -> float:
+    return label.length + FAULT * _faults(label, around, labels, lines)
 
 
 def _boxes(x: float, y: float, width: float, within: Box) -> Iterator[Box]:
