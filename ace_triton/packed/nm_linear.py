@@ -28,7 +28,7 @@ class NMLinear(PackedLinear):
     cast. The weight is frozen. Gradients flow to the input and the bias, in reverse and in forward mode.
 
     Each call chooses its product by the number of rows (:func:`~ace_triton.packed.dispatch.choose_product`).
-    To use peft adapters: ``config._register_custom_module({NMLinear: peft.tuners.lora.Linear})``.
+    To use peft adapters: ``config._register_custom_module({PackedLinear: peft.tuners.lora.Linear})``.
 
     Attributes:
         in_features, out_features: as in ``nn.Linear``.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +45,7 @@ from .large_models_page import killed
 from .report_bench import duration
 from .sparse import table as sparse
 from .tradeoff import read as tradeoff_measured
-from .tradeoff_page import points_of
+from .tradeoff_page import SPEED_WORDS, advice, points_of
 
 PAGES = ("README.md", "docs/index.md", "docs/results.md", *sorted(map(str, Path("docs/guides").glob("*.md"))))
 """Pages with markers, from the root of the repository."""
@@ -72,20 +73,22 @@ TRAFFIC_LAYERS = ("wanda", "ace")
 LENGTH_METHODS = ("wanda", "ria", "cosp", "ace")
 BASE_LENGTH = 128
 HEADLINE = (
-    "Measured on SmolLM2-135M at 2:4, in bf16 on one CPU core: packed layers take {bytes} of their dense bytes,",
-    "and the model generates {faster} times as many tokens a second. Perplexity goes from {dense} to {pruned} in",
-    "{seconds} seconds of pruning. Five minutes of recovery on two cores bring it down to {recovered}.",
+    "Measured on SmolLM2-135M at 2:4, in bf16 on one core of an {processor}: packed layers take",
+    "{bytes} of their dense bytes, and the model generates {faster} times as many tokens a second. Perplexity goes",
+    "from {dense} to {pruned} in {seconds} seconds of pruning. Five minutes of recovery on two cores bring it down",
+    "to {recovered}.",
 )
 COMPARED_FORMS = (
-    ("dense fp32", "the dense model in transformers, float32"),
-    ("llama.cpp Q8_0", "llama.cpp, 8 bits"),
-    ("dense, ace_triton, 8 bits", "**8 bits, not pruned** (`pack --all-bits 8`)"),
-    ("llama.cpp Q4_K_M", "llama.cpp, 4 bits (Q4_K_M)"),
-    ("8:16 8 bits, 8-bit inputs", "**8:16 in 8 bits**, inputs in 8 bits"),
-    ("16:32 8 bits", "**16:32 in 8 bits**"),
-    ("16:32 4 bits", "**16:32 in 4 bits**"),
+    ("dense fp32", "in transformers"),
+    ("llama.cpp Q8_0", "8 bits"),
+    ("dense, ace_triton, 8 bits", "`pack --all-bits 8`"),
+    ("llama.cpp Q4_K_M", "4 bits"),
+    ("llama.cpp Q4_0", "4 bits"),
+    ("8:16 8 bits, 8-bit inputs", "pruned; products round inputs to 8 bits, `generate --input-bits 8`"),
+    ("16:32 8 bits", "pruned"),
+    ("16:32 4 bits", "pruned"),
 )
-"""A form of the trade-off report, and its words in the README."""
+"""A form as docs/tradeoff.md names it, and what it is; the README's table has them in this order."""
 PICKS = (
     ("the quickest", "2:4", "Wanda", "`--method wanda`"),
     ("the best without recovery", "2:4", "Wanda, permuted, lstsq", "`--method wanda --permute --update lstsq`"),
@@ -152,7 +155,8 @@ def picks(docs: Path) -> list[str]:
 
 def headline(docs: Path) -> list[str]:
     """The first sentences of the README."""
-    pair = next(p for p in json.loads((docs / "sparse.json").read_text())["pairs"] if p["dtype"] == "bf16")
+    decoded = json.loads((docs / "sparse.json").read_text())
+    pair = next(p for p in decoded["pairs"] if p["dtype"] == "bf16")
     tally = Tally(read_results(docs / "curve"))
     dense = tally.results.dense
     assert dense is not None
@@ -160,6 +164,7 @@ def headline(docs: Path) -> list[str]:
     one_shot = points["Wanda, permuted, lstsq"]
     recovered = points["Wanda, permuted, lstsq, 5 min of recovery"]
     shown = {
+        "processor": decoded["setting"]["processor"],
         "bytes": f"{pair['layer_bytes']:.2f}",
         "faster": f"{pair['faster']:.2f}",
         "dense": f"{dense.perplexity:.1f}",
@@ -171,16 +176,18 @@ def headline(docs: Path) -> list[str]:
 
 
 def compared(docs: Path) -> list[str]:
-    """Some forms of the first model in the trade-off report: perplexity, size and speed."""
+    """Some forms of the first model in the trade-off report, and whether the report says to prune."""
     ((name, found), *_) = tradeoff_measured(docs)["models"].items()
-    points = {str(point.form): point for point in points_of(found)}
-    lines = [f"| {name} | perplexity | bytes a weight | tokens a second |", "|---|---:|---:|---:|"]
+    all_points = points_of(found)
+    points = {str(point.form): point for point in all_points}
+    lines = [f"| {name} | perplexity | bytes a weight | {SPEED_WORDS} |", "|---|---:|---:|---:|"]
     for form, words in COMPARED_FORMS:
         point = points[form]
-        speed = "" if point.faster is None else f"{point.faster:.1f}x"
-        lines.append(f"| {words} | {point.perplexity:.1f} | {point.size:.2f} | {speed} |")
+        speed = "" if point.faster is None else f"{point.faster:.1f}"
+        lines.append(f"| {form} ({words}) | {point.perplexity:.1f} | {point.size:.2f} | {speed} |")
     processor = found["setting"]["processor"]
-    return [*lines, "", f"One thread of an {processor}; speeds are over those of the first row."]
+    measured = f"One thread of an {processor}; each speed is measured beside the dense model in the same rounds."
+    return [*lines, "", measured, *textwrap.wrap(advice(all_points), 120)]
 
 
 def recipes(docs: Path) -> list[str]:

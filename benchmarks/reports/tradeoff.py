@@ -29,7 +29,8 @@ from ace_triton.study.workbench import Protocol, processor_name
 
 from ..harness.resident import PROMPT
 from .tradeoff_forms import DENSE_FORM, FORMS, LENGTH, OURS, RECOVERED_FORMS, STEP_FORMS, Form, Forms, Opened
-from .tradeoff_page import page, picture
+from .tradeoff_page import page
+from .tradeoff_picture import picture
 
 STEPS = ("perplexity", "speed")
 PICTURE = Path("images/tradeoff.svg")

@@ -1,15 +1,15 @@
-"""docs/tradeoff.md and its picture, from the content of docs/tradeoff.json. No sentence knows the result beforehand."""
+"""docs/tradeoff.md, from the content of docs/tradeoff.json. No sentence knows the result beforehand."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .drawing import Scale, grid, opening, text
-from .tradeoff_forms import DENSE, DENSE_FORM, FORMS, HEAD_BITS, LLAMA, PATTERNS, RECOVERY, STEP_FORMS, Form
+from ace_triton.study.tally import listed
+
+from .tradeoff_forms import DENSE, DENSE_FORM, FORMS, HEAD_BITS, RECOVERY, STEP_FORMS, Form
 
 SIZES = (4.0, 2.0, 1.1, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Limits of bytes a weight for which the page names the best form."""
@@ -17,15 +17,8 @@ SIZES = (4.0, 2.0, 1.1, 0.7, 0.6, 0.5, 0.4, 0.3)
 SPEEDS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """The same for tokens a second, over those of the dense model in float32."""
 
-WIDTH, ROW, TITLE = 880, 380, 60
-PANELS = ((62, 424), (490, 852))
-TOP, BOTTOM = 58, 50
-"""Free space above and below the plots of a model."""
-
-PERPLEXITIES = (5, 7, 10, 15, 20, 30, 40, 50, 70, 100, 150, 200, 300, 500, 700, 1000)
-BYTE_TICKS = (0.125, 0.25, 0.5, 1, 2, 4)
-SPEED_TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
-CHARACTER, LINE_HEIGHT = 7.0, 15.0
+SPEED_WORDS = "times the tokens a second of dense fp32"
+"""What all speeds are: each is measured beside the dense model in float32, in the same rounds."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +30,13 @@ class Point:
         perplexity: on the evaluation text.
         size: bytes of a weight in the blocks.
         file_bytes: bytes of the weights' files; None for the dense model in transformers.
-        speed, faster: tokens a second, and the same over the dense model's in float32; None if not measured.
+        faster: tokens a second over those of the dense model in float32, 1 for that model; None if not measured.
     """
 
     form: Form
     perplexity: float
     size: float
     file_bytes: int | None
-    speed: float | None
     faster: float | None
 
     @property
@@ -62,15 +54,15 @@ def points_of(found: dict[str, Any]) -> list[Point]:
     points = []
     for entry in found["perplexity"]:
         form = Form(**entry["form"])
-        speed = speeds.get(form, {})
-        numbers = entry["perplexity"], entry["bytes_per_weight"], entry["file_bytes"]
-        points.append(Point(form, *numbers, speed.get("tokens_per_second"), speed.get("over_dense")))
+        faster = speeds.get(form, {}).get("over_dense")
+        if form == DENSE_FORM and speeds:
+            faster = 1.0
+        points.append(Point(form, entry["perplexity"], entry["bytes_per_weight"], entry["file_bytes"], faster))
     measured = {point.form: point for point in points}
     for form in STEP_FORMS:
         same = measured.get(Form(DENSE, "", form.weights))
         if form in speeds and same is not None:
-            timed = {"speed": speeds[form]["tokens_per_second"], "faster": speeds[form]["over_dense"]}
-            points.append(replace(same, form=form, **timed))
+            points.append(replace(same, form=form, faster=speeds[form]["over_dense"]))
     return sorted(points, key=lambda point: (point.pruned, -point.size))
 
 
@@ -104,7 +96,7 @@ def page(content: dict[str, Any]) -> str:
     lines = [
         "# Prune, quantize, or both",
         "",
-        "![Perplexity against bytes of a weight, and against tokens a second](images/tradeoff.svg)",
+        "![Perplexity against bytes of a weight, and against speed](images/tradeoff.svg)",
         "",
         "Measured by `make tradeoff`, which also writes the sentences below from the figures. Pruned forms are packed "
         "folders of this package. Forms that are not pruned are the model in transformers, in 8 bits in this package, "
@@ -154,9 +146,20 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
         (first, *_) = found["speed"]
         lines += [
             f"Speed: one thread of {first['processor']}, {first['new_tokens']} greedy tokens, medians over "
-            f"{first['rounds']} rounds, each beside the dense model in float32."
+            f"{first['rounds']} rounds. All speeds are {SPEED_WORDS}, each measured beside it in the same rounds. "
+            + _dense_speed(found["speed"])
         ]
     return [*lines, "", *decision(points, timed), "", *_table(points), ""]
+
+
+def _dense_speed(speeds: Sequence[dict[str, Any]]) -> str:
+    """Tokens a second of the dense model in all runs, and how far apart two measurements of it are."""
+    dense = [entry["dense_tokens_per_second"] for entry in speeds]
+    low, high = f"{min(dense):.1f}", f"{max(dense):.1f}"
+    made = low if low == high else f"{low} to {high}"
+    itself = [entry["over_dense"] for entry in speeds if Form(**entry["form"]) == DENSE_FORM]
+    noise = f" Beside itself it was measured at {itself[0]:.2f} times: so far goes the noise." if itself else ""
+    return f"The dense model made {made} tokens a second in these runs.{noise}"
 
 
 def decision(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
@@ -164,17 +167,16 @@ def decision(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
     dense = next((point for point in points if point.form == DENSE_FORM), None)
     if dense is None or not any(point.pruned for point in points):
         return ["Not measured yet: the dense model in float32, or any pruned form."]
-    by_size = _by_limit(points, SIZES, lambda point, limit: point.size <= limit)
-    by_speed = _by_limit(timed, SPEEDS, lambda point, limit: (point.faster or 0) >= limit)
+    by_size, by_speed = _best_by_size(points), _best_by_speed(timed)
     lines = _limits("bytes a weight, at most", by_size, dense)
     if by_speed:
-        lines += ["", *_limits("times the tokens a second of dense fp32, at least", by_speed, dense)]
+        lines += ["", *_limits(f"{SPEED_WORDS}, at least", by_speed, dense)]
     taken = [entry for entry in (*by_size, *by_speed) if entry.best.pruned]
     asked = "size and speed" if by_speed else "size"
     lines += [""]
-    missing = [form for form in FORMS if not form.pattern and form not in {point.form for point in points}]
+    missing = _missing(points)
     if missing:
-        lines += [f"**Not decided yet: {', '.join(map(str, missing))} not measured.**"]
+        lines += [f"**Not decided yet: {'; '.join(map(str, missing))} not measured.**"]
     elif not taken:
         smallest = next(entry for entry in reversed(by_size) if not entry.best.pruned)
         lines += [
@@ -192,6 +194,40 @@ def decision(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
     if not by_speed:
         lines += ["", "Speeds are not measured yet."]
     return lines
+
+
+def advice(points: Sequence[Point]) -> str:
+    """Within which limits a pruned form is the best one, in a sentence; the rule is that of :func:`decision`."""
+    missing = _missing(points)
+    if missing or not any(point.pruned for point in points):
+        return "Whether to prune is not decided yet: some forms are not measured."
+    by_speed = _best_by_speed([point for point in points if point.faster is not None])
+    asked = "size or speed" if by_speed else "size"
+    limits = [f"at most {entry.limit:g} bytes a weight" for entry in _best_by_size(points) if entry.best.pruned]
+    limits += [f"at least {entry.limit:g} {SPEED_WORDS}" for entry in by_speed if entry.best.pruned]
+    if not limits:
+        return (
+            f"By these figures do not prune for {asked}: within every limit a form that is not pruned has the lowest "
+            "perplexity."
+        )
+    return (
+        f"By these figures a pruned form is the best one only if you need {listed(limits)}; within every other limit "
+        f"of {asked} a form that is not pruned has the lowest perplexity."
+    )
+
+
+def _missing(points: Sequence[Point]) -> list[Form]:
+    """Forms without pruning that are not measured."""
+    measured = {point.form for point in points}
+    return [form for form in FORMS if not form.pattern and form not in measured]
+
+
+def _best_by_size(points: Sequence[Point]) -> list[_Limit]:
+    return _by_limit(points, SIZES, lambda point, limit: point.size <= limit)
+
+
+def _best_by_speed(timed: Sequence[Point]) -> list[_Limit]:
+    return _by_limit(timed, SPEEDS, lambda point, limit: (point.faster or 0) >= limit)
 
 
 @dataclass(frozen=True)
@@ -248,7 +284,7 @@ def _fronts(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
     for what, of, cost in (("size", points, size_cost), ("speed", timed, speed_cost)):
         if of:
             front = front_of(of, cost)
-            named = ", ".join(str(point.form) for point in front)
+            named = "; ".join(str(point.form) for point in front)
             pruned = sum(point.pruned for point in front)
             lines.append(f"Pareto front of perplexity and {what}, {pruned} of {len(front)} forms pruned: {named}.")
     return list(itertools.chain.from_iterable((entry, "") for entry in lines))[:-1]
@@ -256,106 +292,11 @@ def _fronts(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
 
 def _table(points: Sequence[Point]) -> list[str]:
     lines = [
-        "| form | perplexity | bytes a weight | files | tokens a second | over dense fp32 |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| form | perplexity | bytes a weight | files | {SPEED_WORDS} |",
+        "|---|---:|---:|---:|---:|",
     ]
     for point in points:
         size = "" if point.file_bytes is None else f"{point.file_bytes / 1e6:.0f} MB"
-        speed = "|" if point.speed is None else f"{point.speed:.1f} | {point.faster:.2f}x"
+        speed = "" if point.faster is None else f"{point.faster:.2f}"
         lines.append(f"| {point.form} | {point.perplexity:.2f} | {point.size:.2f} | {size} | {speed} |")
     return lines
-
-
-def picture(content: dict[str, Any]) -> str:
-    """docs/images/tradeoff.svg: one row for each model, the same for the same records."""
-    models = {name: points_of(found) for name, found in content["models"].items()}
-    models = {name: points for name, points in models.items() if points}
-    height = TITLE + ROW * len(models)
-    described = "; ".join(
-        f"{name}: on the front of size {', '.join(f'{p.form} {p.perplexity:.1f}' for p in front_of(points, size_cost))}"
-        for name, points in models.items()
-    )
-    title = "Prune, quantize, or both: perplexity against size and speed"
-    parts = [*opening(title, described, WIDTH, height), *_legend()]
-    for row, (name, points) in enumerate(models.items()):
-        parts += _row(name, points, TITLE + row * ROW)
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _row(name: str, points: Sequence[Point], start: float) -> Iterable[str]:
-    perplexities = [point.perplexity for point in points]
-    low, high = 0.72 * min(perplexities), 1.25 * max(perplexities)
-    up = Scale(low, high, start + ROW - BOTTOM, start + TOP)
-    timed = [point for point in points if point.speed is not None]
-    yield text(20, start + 24, name, "title")
-    sizes = [point.size for point in points]
-    across = Scale(0.8 * min(sizes), 1.25 * max(sizes), *PANELS[0])
-    yield from _panel(points, lambda point: point.size, across, up, BYTE_TICKS, "bytes a weight", size_cost)
-    if not timed:
-        yield text(sum(PANELS[1]) / 2, start + ROW / 2, "tokens a second: not measured yet", "quiet", "middle")
-        return
-    speeds = [point.speed or 0.0 for point in timed]
-    across = Scale(0.8 * min(speeds), 1.35 * max(speeds), *PANELS[1])
-    words = "tokens a second, one thread"
-    yield from _panel(timed, lambda point: point.speed or 0.0, across, up, SPEED_TICKS, words, speed_cost)
-
-
-def _panel(
-    points: Sequence[Point],
-    value: Callable[[Point], float],
-    across: Scale,
-    up: Scale,
-    ticks: Sequence[float],
-    words: str,
-    cost: Cost,
-) -> Iterable[str]:
-    yield from grid(across, up, ticks, PERPLEXITIES)
-    yield text(across.start - 42, up.end - 9, "perplexity", "quiet")
-    yield text((across.start + across.end) / 2, up.start + 38, words, "quiet", "middle")
-    front = front_of(points, cost)
-    places = [(across(value(point)), up(point.perplexity)) for point in front]
-    path = f"M{places[0][0]:g} {places[0][1]:g}" + "".join(f"H{x:g}V{y:g}" for x, y in places[1:])
-    yield f'<path class="front" d="{path}"/>'
-    for point in points:
-        x, y = across(value(point)), up(point.perplexity)
-        if point.pruned:
-            kind, radius = ("ours", 5) if point in front else ("beaten", 4)
-            yield f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="{radius}"/>'
-        else:
-            yield f'<path class="theirs" d="M{x - 4.5:g} {y - 4.5:g}l9 9m0 -9l-9 9"/>'
-    yield from _names(points, value, across, up)
-
-
-def _names(points: Sequence[Point], value: Callable[[Point], float], across: Scale, up: Scale) -> Iterable[str]:
-    """Names below forms that are not pruned; bits above pruned ones, and the pattern beside the last of each."""
-    ends: list[float] = []
-    for point in sorted((point for point in points if not point.pruned), key=value):
-        name = point.form.weights if point.form.engine == LLAMA else str(point.form)
-        width = CHARACTER * len(name)
-        x = min(max(across(value(point)), across.start + width / 2), across.end - width / 2)
-        level = next((level for level, end in enumerate(ends) if x - width / 2 > end), len(ends))
-        ends[level : level + 1] = [x + width / 2]
-        yield text(x, up(point.perplexity) + 20 + LINE_HEIGHT * level, name, "", "middle")
-    for pattern in PATTERNS:
-        own = [point for point in points if point.form.pattern == pattern]
-        for point in own:
-            bits = {"fp32": "32", "bf16": "16"}.get(point.form.weights, point.form.weights.partition(" ")[0])
-            below = 21 if point.form.recovered else -8  # Above would be the same form without a recovery.
-            words = f"{bits}, recovered" if point.form.recovered else bits
-            yield text(across(value(point)), up(point.perplexity) + below, words, "quiet", "middle")
-        if own:
-            last = max(own, key=value)
-            yield text(across(value(last)) + 9, up(last.perplexity) + 4.5, pattern)
-
-
-def _legend() -> Iterable[str]:
-    marks = (
-        ('<path class="theirs" d="M{a} 45l9 9m0 -9l-9 9"/>', "not pruned"),
-        ('<circle class="ours" cx="{x}" cy="49.5" r="5"/>', "pruned, on the Pareto front (the number: bits)"),
-        ('<circle class="beaten" cx="{x}" cy="49.5" r="4"/>', "pruned, beaten by another"),
-    )
-    x = 26.0
-    for mark, words in marks:
-        yield mark.format(x=x, a=x - 4.5)
-        yield text(x + 12, 54, words, "quiet")
-        x += math.ceil(CHARACTER * len(words)) + 34

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ace_triton import NMLinear, PackedWeightError, RowLimits, prune_linear
+from ace_triton import NMLinear, PackedLinear, PackedWeightError, RowLimits, prune_linear
 from ace_triton.kernels import cpu_library
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, SlowBackendWarning, warn_of_slow_backend
 from ace_triton.kernels.pack_nm import PatternError
@@ -318,7 +318,7 @@ def test_under_lora_the_adapter_learns_and_the_base_stays_sparse():
     peft = pytest.importorskip("peft")
     model = nn.Sequential(packed_linear(pruned_linear(24, 32)), nn.ReLU(), nn.Linear(24, 4))
     config = peft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False)
-    config._register_custom_module({NMLinear: peft.tuners.lora.Linear})
+    config._register_custom_module({PackedLinear: peft.tuners.lora.Linear})
     adapted = peft.get_peft_model(model, config)
     before = adapted.base_model.model[0].base_layer.unpack()
     adapted(torch.randn(5, 32)).square().sum().backward()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ace_triton
-from ace_triton import ArgumentError, NMLinear, merge_lora
+from ace_triton import ArgumentError, NMLinear, PackedLinear, merge_lora
 
 RANK = 4
 
@@ -124,7 +124,7 @@ def adapted(model, **options):
     """The model of peft with random adapters."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=RANK, target_modules=["up_proj", "q_proj"], init_lora_weights=False, **options)
-    config._register_custom_module({NMLinear: peft.tuners.lora.Linear})
+    config._register_custom_module({PackedLinear: peft.tuners.lora.Linear})
     torch.manual_seed(1)
     return peft.get_peft_model(model, config)
 
