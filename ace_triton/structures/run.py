@@ -48,7 +48,7 @@ from .smaller import (
     without_unfit_kinds,
 )
 from .speed import needed_for_speed
-from .uneven import SHAPES
+from .uneven import SHAPES, check_equal_widths
 from .weights import InMemory, Weights
 
 Progress = Callable[[str, int, int], None]
@@ -83,6 +83,7 @@ class Run:
         self._earlier = earlier or Earlier()
         self.seconds: dict[str, float] = {}
         text_config(model)
+        check_equal_widths(model.config, type(model).__name__)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ArgumentError(
                 "the model's weights are not in memory: load it whole, or shrink it in files with shrink_checkpoint"

@@ -12,6 +12,11 @@ from ace_triton.structures.uneven import SHAPES, uneven_widths
 from tests.streaming.test_streamed_shrink import files_of, in_memory
 from tests.structures.test_experts import MIXTURES
 
+REFUSED = (
+    "its feed-forward widths differ from block to block (field ace_triton_shapes of its configuration), so it cannot "
+    "be shrunk again: shrink the dense model that it was made from, with a larger ratio"
+)
+
 
 def logits_of(model, ids):
     with torch.no_grad():
@@ -86,6 +91,14 @@ def test_all_commands_load_it(command, tiny_checkpoint, some_text, tmp_path):
         torch.testing.assert_close(logits_of(loaded, ids), expected, rtol=1e-4, atol=1e-4)
     code, printed, errors = command("evaluate", out, "--text", some_text, "--windows", "2", "--length", "16")
     assert code == 0, errors
+    for words in ((), ("--stream",), ("--dry-run",), ("--method", "depth", "--calibration", some_text)):
+        code, _, errors = command("shrink", out, tmp_path / "again", "--method", "magnitude", *words)
+        assert (code, errors.splitlines()[-1].removeprefix(f"error: {out}: ")) == (1, REFUSED)
+    assert not any(path.name.startswith(("again", ".again")) for path in tmp_path.iterdir())
+    with pytest.raises(ArgumentError, match="cannot be shrunk again"):
+        shrink_model(load_model(out)[0], None, method="magnitude")
+    with pytest.raises(ArgumentError, match="cannot be shrunk again"):
+        shrink_checkpoint(out, tmp_path / "again", method="magnitude")
 
 
 def test_files_have_the_bytes_of_a_run_in_memory(tiny_checkpoint, tmp_path):
