@@ -499,7 +499,7 @@ def test_the_model_is_left_as_it_was(make_decoder, ids):
         ({"calibration": torch.zeros(2, 8)}, r"int64 .* got torch.float32 \(2, 8\)"),
         ({"calibration": torch.zeros(8, dtype=torch.int64)}, r"got torch.int64 \(8,\)"),
         ({"calibration": None}, "got 'NoneType'"),
-        ({"calibration": ["text"]}, "got 'list'"),
+        ({"calibration": ["text"]}, "calibration.0. is a str; calibration must be token ids"),
         ({"calibration": torch.ones(1, 65, dtype=torch.int64)}, "65 tokens, but the model takes at most 64"),
         ({"calibration": Sequences(torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4))}, "mask must be bool"),
         (

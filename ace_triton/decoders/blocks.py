@@ -97,7 +97,7 @@ def find_towers(model: nn.Module, batch: Batch | None = None) -> list[Tower]:
             return as_defined
         raise ArgumentError(
             f"{type(model).__name__} cannot run on the calibration inputs ({', '.join(batch.arguments)}): {error}. "
-            "Give everything that its forward needs, as a list of dicts of tensors"
+            "Give everything that its forward needs, in batches: dicts or tuples of tensors"
         ) from error
     if not calls:
         return as_defined

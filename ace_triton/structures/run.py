@@ -395,11 +395,11 @@ class Run:
 
 
 def _batches(model: nn.Module, calibration: Calibration) -> list[Batch]:
-    """Batches of about TOKENS_OF_A_BATCH tokens each."""
-    if isinstance(calibration, (list, tuple)):
-        return batches_of(model, calibration, None)
+    """Batches of about TOKENS_OF_A_BATCH tokens each, or those that are given."""
     ids = calibration if isinstance(calibration, torch.Tensor) else getattr(calibration, "ids", None)
-    length = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.dim() == 2 else TOKENS_OF_A_BATCH
+    if not isinstance(ids, torch.Tensor):
+        return batches_of(model, calibration, None)
+    length = ids.shape[1] if ids.dim() == 2 else TOKENS_OF_A_BATCH
     return batches_of(model, calibration, max(1, TOKENS_OF_A_BATCH // max(length, 1)))
 
 
