@@ -473,7 +473,8 @@ def test_progress_and_report(make_decoder, ids):
     }
     seconds = told["seconds"]
     stages = ["load", "calibration", "statistics", "select", "total", "permute", "update", "block_fit", "rotate"]
-    assert list(seconds) == stages
+    assert list(seconds) == [*stages, "quantize", "other"]
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["total"])
     assert seconds["load"] == 0
     assert 0 < seconds["calibration"] + seconds["statistics"] + seconds["select"] <= seconds["total"]
     assert told["peak_bytes"] > 10_000_000

@@ -85,7 +85,10 @@ _STAGE_LABELS = {
     "rotate": "rotation of values",
     "permute": "channel order",
     "update": "weight update",
+    "quantize": "rounding",
     "block_fit": "block fit",
+    "other": "everything else",
+    "total": "total, without reading text and saving",
 }
 
 
@@ -133,8 +136,10 @@ def prune_table(report: ModelReport) -> Table:
     rotate = ("rotate",) if report.rotation is not None else ()
     permute = ("permute",) if report.permutation is not None else ()
     update = ("update",) if report.update is not None else ()
+    quantize = ("quantize",) if report.recipe.quantize is not None else ()
     fit = ("block_fit",) if report.fits else ()
-    for stage in ("load", "calibration", "statistics", *rotate, *permute, "select", *update, *fit, "total"):
+    chosen = (*rotate, *permute, "select", *update, *quantize, *fit)
+    for stage in ("load", "calibration", "statistics", *chosen, "other", "total"):
         table.add_row(_STAGE_LABELS.get(stage, stage), f"{getattr(report.seconds, stage):.2f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
     return table

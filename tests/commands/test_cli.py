@@ -35,7 +35,9 @@ def test_prune_writes_what_it_says(prune, tmp_path, tiny_checkpoint, method):
         "permute",
         "select",
         "update",
+        "quantize",
         "block_fit",
+        "other",
         "total",
     }
     saved = json.loads((tmp_path / "out" / "ace_triton.json").read_text())
