@@ -215,7 +215,8 @@ class Run:
             sizes = [len(kept[entry.consumer]) for entry in structures.coupled["channels"]]
             notes.append(
                 f"feed-forward widths run from {min(sizes)} to {max(sizes)}: ace_triton.load_model and the commands of "
-                "ace-triton load this model, plain transformers does not"
+                "ace-triton load this model, plain transformers does not; the compiled decoding step does not take it, "
+                "so it generates more slowly on a CPU"
             )
         if settings.chosen_update != "none" and len(columns) < len(kept):
             what = "experts" if settings.experts == "whole" else "channels of experts"

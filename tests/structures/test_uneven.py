@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ace_triton import ArgumentError, RecipeError, load, load_model, shrink_checkpoint, shrink_model
+from ace_triton.decoding.step import why_not_compiled
 from ace_triton.formats.registry import save_model
 from ace_triton.structures.uneven import SHAPES, uneven_widths
 from tests.streaming.test_streamed_shrink import files_of, in_memory
@@ -57,6 +58,8 @@ def test_it_computes_what_the_dense_model_computes_without_the_channels(
     result.model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
     loaded, _ = load_model(tmp_path)
+    if family == "llama":
+        assert "the feed-forward width differs from block to block" in why_not_compiled(loaded)
     assert type(loaded) is type(model)
     torch.testing.assert_close(logits_of(loaded, ids), logits_of(result.model, ids))
     for name, kept in result.report.kept.items():
@@ -76,6 +79,7 @@ def test_all_commands_load_it(command, tiny_checkpoint, some_text, tmp_path):
     code, printed, errors = command("shrink", source, out, *small, "--groups", "0", "--widths", "uneven")
     assert code == 0, errors
     assert "feed-forward width, mean" in printed
+    assert "the compiled decoding step does not take it" in " ".join((printed + errors).split())
     shapes = json.loads((out / "config.json").read_text())[SHAPES]
     assert len({tuple(shape) for name, shape in shapes.items() if "down_proj" in name}) > 1
     assert "ace_triton.load_model(" in (out / "README.md").read_text()
