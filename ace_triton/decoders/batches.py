@@ -138,7 +138,7 @@ class Batch:
             per_token = bool(of_tokens) and not any(tensor.is_floating_point() for tensor in tensors)
             per_token &= len({tensor.shape[:2] for tensor in tensors}) == 1
             inputs = {name: t[:n_sequences, :length] if per_token else t[:n_sequences] for name, t in inputs.items()}
-        return Batch(inputs)
+        return Batch(inputs, number=self.number)
 
     def with_input(self, name: str, tensor: torch.Tensor) -> Batch:
         """The batch with one input replaced."""
@@ -294,9 +294,10 @@ def _listed(model: nn.Module, calibration: Any) -> Any:
             f"calibration is one batch, a {type(made).__name__} with {', '.join(map(str, made)) or 'nothing'}: put it "
             "in a list, [batch]"
         )
-    if not isinstance(made, Iterable) or isinstance(made, (str, bytes)):
+    if isinstance(made, (torch.Tensor, str, bytes)) or hasattr(made, "ids") or not isinstance(made, Iterable):
         return made
-    names = list(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     found: list[Any] = list(made)
     for index, batch in enumerate(found):
         if isinstance(batch, (tuple, list)) and batch and all(isinstance(value, torch.Tensor) for value in batch):
@@ -342,6 +343,8 @@ def _batches_of_inputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Batc
             if not mask.any(1).all():
                 row = int((~mask.any(1)).nonzero()[0])
                 raise ArgumentError(f"calibration[{number}][{name!r}]: sequence {row} is all padding: remove it")
+        if "input_ids" in batch.inputs and batch.ids.is_floating_point():
+            raise ArgumentError(f"calibration[{number}]['input_ids'] is {batch.ids.dtype}: token ids must be integers")
         if "input_ids" in batch.inputs and (table := _embedding_table(model)) is not None:
             _check_ids(f"calibration[{number}]['input_ids']", batch.ids, table.shape[0])
         found.append(batch)

@@ -342,6 +342,13 @@ def test_a_tower_that_cannot_be_replayed_is_run_by_whole_forwards():
             BatchEncoding({"input_ids": torch.ones(1, 3)}),
             "one batch, a BatchEncoding with input_ids: put it",
         ),
+        ("bart", [(torch.ones(1, 3).long(), None)], r"calibration\[0\] is a tuple of other things than tensors"),
+        (
+            "bart",
+            [(torch.ones(1, 3),)],
+            r"calibration\[0\]\['input_ids'\] is torch.float32: token ids must be integers",
+        ),
+        ("bart", lambda: torch.ones(1, 3), "token ids, int64 .*; got torch.float32"),
         ("bart", [[1, 2]], r"calibration\[0\] is a list of other things than tensors; .* tuple of the forward's first"),
         (
             "bart",
@@ -388,6 +395,11 @@ def test_an_error_of_the_forward_names_the_batch(tokens_of, make_decoder):
     both = {"input_ids": torch.ones(1, 4).long(), "inputs_embeds": torch.ones(1, 4, model.config.hidden_size)}
     with pytest.raises(ArgumentError, match=r"calibration\[1\].*ValueError: .*; give inputs that the model's own"):
         prune_model(model, [batches[0], both], "wanda")
+    with pytest.raises(
+        ArgumentError, match=r"calibration\[0\] has 99 tensors, but GPT2LMHeadModel takes \d+ .*\w\): give"
+    ):
+        prune_model(model, [(torch.ones(1, 4).long(),) * 99], "wanda")
+    prune_model(model, lambda: torch.ones(1, 4).long(), "wanda")
 
 
 def test_a_mask_that_fits_no_tower_is_reported():
