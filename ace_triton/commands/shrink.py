@@ -36,7 +36,7 @@ from .recipe_file import CalibrationSettings
 from .shrink_run import Evaluation, ShrinkRun
 from .shrink_settings import ShrinkWords
 from .shrink_table import shrink_table
-from .sources import check_can_shrink, check_causal, check_length, check_source
+from .sources import check_can_shrink, check_causal, check_length, check_source, print_if_unrecorded
 
 _DEFAULTS, _SETTINGS = CalibrationSettings(), ShrinkSettings()
 _METHODS = "; ".join(f"{name}: {method.words}" for name, method in METHODS.items())
@@ -226,6 +226,8 @@ def shrink(
     _print_notes(results.report.refused, results.report.notes, results.calibrated)
     run.warn_if_too_large(results.report)
     print_line("nothing was written (--dry-run)" if dry_run else f"written to {out}")
+    if not dry_run:
+        print_if_unrecorded(results.facts, out)
 
 
 def _print_notes(refused: Any, notes: Any, calibrated: CalibrationReport | None) -> None:

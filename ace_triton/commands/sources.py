@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +17,7 @@ from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file, weight_fil
 from ..inputs.model_task import CAUSAL, ModelTask, find_task, other_kind, task_of
 from ..packed.fused import GROUPS, fuse_products, none_to_fuse
 from ..structures.uneven import check_equal_widths
-from .console import print_note
+from .console import print_line, print_note
 
 TAKEN = "prune, pack and 'evaluate --dense' take it"
 """What to do with a model that a command for causal language models refuses."""
@@ -103,6 +104,12 @@ def check_can_shrink(source: str | Path, *, trust_remote_code: bool = False) -> 
         )
     if (config := _config(source, trust_remote_code)) is not None:
         check_equal_widths(config, str(source))
+
+
+def print_if_unrecorded(facts: Mapping[str, Any], out: Path) -> None:
+    """Print that a written model's report does not say where the dense model is, if so."""
+    if facts.get("source_path", "") is None:
+        print_line(f"{out} does not record where its dense model is: name it in recover --teacher and evaluate --dense")
 
 
 def check_length(source: str | Path, length: int, option: str) -> None:
