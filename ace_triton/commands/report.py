@@ -259,7 +259,8 @@ def recovery_table(
     if result.tokens:
         table.add_row("tokens", f"{result.tokens:,}")
     table.add_row(f"passes over the {'text' if of_text else 'inputs'}", f"{result.passes:.2f}")
-    table.add_row("time", f"{result.seconds:.0f} s")
+    table.add_row("time of the optimizer steps", f"{result.seconds:.0f} s")
+    table.add_row("CPU time of them", f"{result.cpu_seconds:.0f} s")
     table.add_row("loss, first steps", f"{sum(first) / len(first):.3f}{unit}")
     table.add_row("loss, last steps", f"{sum(last) / len(last):.3f}{unit}")
     table.add_row(f"{trained} trained", f"{result.trained:,}")
