@@ -113,6 +113,14 @@ def test_evaluate_and_info(command, prune, some_text, tmp_path):
     assert layers["model.embed_tokens.weight"]["pattern"] == "dense"
 
 
+def test_a_raw_file_of_wikitext_is_hinted_at(command, tiny_checkpoint, some_text, tmp_path):
+    wiki = tmp_path / "wikitext2-raw-test.txt"
+    wiki.write_bytes(some_text.read_bytes())
+    for text, hints in ((wiki, True), (some_text, False)):
+        code, _, errors = command("evaluate", tiny_checkpoint, "--text", text, "--length", 32, "--windows", 1)
+        assert (code, "for a raw file of WikiText-2 add --wikitext" in errors) == (0, hints)
+
+
 def test_an_existing_folder_is_left_alone_unless_told(prune, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
