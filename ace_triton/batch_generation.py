@@ -74,6 +74,8 @@ def generate_batch(
         GenerationError: as :func:`~ace_triton.generation.generate`, or if there is no prompt.
     """
     chosen = checked_options(max_new_tokens, temperature, top_p, top_k, decoder)
+    if isinstance(prompts, str):
+        raise GenerationError("prompts is one text: put it in a list, [text], or use generate")
     if not prompts:
         raise GenerationError("give at least one prompt")
     ids = [tokens_of(model, tokenizer, prompt, max_new_tokens, chat=chat) for prompt in prompts]

@@ -133,7 +133,7 @@ class ModelReport:
         return {
             "method": self.method,
             "sparsity": self.sparsity,
-            "seconds": asdict(self.seconds),
+            "seconds": self.seconds.to_dict(),
             "peak_bytes": self.peak_bytes,
             "layers": [
                 {"name": layer.name, "kept": layer.kept, "pattern": layer.pattern, "parameters": layer.parameters}

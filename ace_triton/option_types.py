@@ -48,6 +48,26 @@ class Range:
         return " and ".join(ends + [upper] * (self.most is not None or self.below is not None))
 
 
+@dataclass(frozen=True, init=False)
+class OneOf:
+    """The only allowed values of a number, as in ``a: Annotated[float, OneOf(1, 0.75, 0.5)] = 1.0``.
+
+    Attributes:
+        values: the allowed numbers.
+    """
+
+    values: tuple[float, ...]
+
+    def __init__(self, *values: float) -> None:
+        object.__setattr__(self, "values", values)
+
+    def __contains__(self, value: float) -> bool:
+        return value in self.values
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(str, self.values))}"
+
+
 @dataclass(frozen=True)
 class OptionType:
     """The allowed values of an option.
@@ -58,7 +78,7 @@ class OptionType:
         kind: "number" (finite), "whole" (an int), "switch" (a bool), "text", or "any" if the signature does not say.
         choices: the allowed values, of any type; empty if there is no list of values.
         optional: True if None is allowed too.
-        range: bounds of a number; None for no bounds.
+        range: bounds of a number, or its only values; None for no bounds.
     """
 
     name: str
@@ -66,7 +86,7 @@ class OptionType:
     kind: Kind = "any"
     choices: tuple[Any, ...] = ()
     optional: bool = False
-    range: Range | None = None
+    range: Range | OneOf | None = None
 
     @property
     def allowed(self) -> str:
@@ -135,8 +155,8 @@ def option_types(function: Callable[..., Any], skip: int = 0) -> dict[str, Optio
     """The options of a function or dataclass, by name, from its signature.
 
     The type of an option is its annotation: float, int, bool, str or a Literal, each also ``| None``, or Annotated with
-    a :class:`Range`. Without an annotation it is the type of the default; a default of 1 or 1.0 allows any number.
-    Other annotations and defaults allow any value.
+    a :class:`Range` or :class:`OneOf`. Without an annotation it is the type of the default; a default of 1 or 1.0
+    allows any number. Other annotations and defaults allow any value.
 
     Args:
         function: the function or dataclass.
@@ -214,7 +234,7 @@ def _option_type(name: str, default: Any, hint: Any) -> OptionType:
     bounds = None
     if typing.get_origin(hint) is typing.Annotated:
         hint, *notes = typing.get_args(hint)
-        bounds = next((note for note in notes if isinstance(note, Range)), None)
+        bounds = next((note for note in notes if isinstance(note, (Range, OneOf))), None)
     optional = False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         members = [member for member in typing.get_args(hint) if member is not type(None)]

@@ -153,7 +153,7 @@ def prune_checked(
         weight: what :func:`check_weight` returned; no other layer uses it.
         finite: what is known of the weight. If it was not checked for NaN and infinity yet, it is checked with the
             score's terms.
-        clock: measures the update of the weights, as "update".
+        clock: measures the update of the weights, as "update", and their rounding, as "quantize".
         unread: takes the check of the weight and its terms if a GPU can prune without waiting for it; the caller must
             then call :func:`read_checks`. None to wait here.
         terms: with ``unread``, what the metric has returned for this layer. None to call the metric.
@@ -264,7 +264,7 @@ def _solve(
             mask = choose(dense, terms, pattern, axis, "mask")
             solved = masked(dense, mask), mask
         if recipe.quantize is not None:
-            with nullcontext() if clock is None else clock.measure("update"):
+            with nullcontext() if clock is None else clock.measure("quantize"):
                 solved = quantized_weight(*solved, stats, recipe.quantize, weight.dtype), solved[1]
     except StatsError as error:
         raise StatsError(f"{label}: {error}") from error

@@ -6,12 +6,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 import torch
 
-Stage = Literal["calibration", "statistics", "rotate", "permute", "select", "update", "block_fit"]
+Stage = Literal["calibration", "statistics", "rotate", "permute", "select", "update", "quantize", "block_fit"]
 
 MOST_EVENTS = 4096
 """Largest number of unread CUDA events."""
@@ -31,6 +31,7 @@ class Seconds:
         update: updating the kept weights, including the masks chosen during the update.
         block_fit: training the kept weights of each pruned block, with the forwards that this needs.
         rotate: finding which values can be rotated, and learning the rotations, without the forwards.
+        quantize: rounding the kept weights.
     """
 
     load: float
@@ -42,6 +43,17 @@ class Seconds:
     update: float = 0.0
     block_fit: float = 0.0
     rotate: float = 0.0
+    quantize: float = 0.0
+
+    @property
+    def other(self) -> float:
+        """The time outside all stages: making batches, finding blocks, writing files."""
+        stages = asdict(self)
+        return max(stages.pop("total") - sum(stages.values()), 0.0)
+
+    def to_dict(self) -> dict[str, float]:
+        """As JSON types; all but the total sum to the total."""
+        return {**asdict(self), "other": self.other}
 
 
 class Stopwatch:

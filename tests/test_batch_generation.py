@@ -49,5 +49,7 @@ def test_a_refused_model_and_wrong_calls(packed, tokenizer):
     assert (found.decoder, found.refusal) == ("transformers", "it caps logits (final_logit_softcapping)")
     with pytest.raises(GenerationError, match="it caps logits"):
         generate_batch(packed, tokenizer, PROMPTS, max_new_tokens=2, decoder="compiled")
+    with pytest.raises(GenerationError, match=r"prompts is one text: put it in a list, \[text\]"):
+        generate_batch(packed, tokenizer, "abc")
     with pytest.raises(GenerationError, match="give at least one prompt"):
         generate_batch(packed, tokenizer, [])

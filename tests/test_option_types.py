@@ -10,7 +10,7 @@ from ace_triton import PruneError, ScoreTerms, StatsError, Update, prune_linear,
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.methods.registry import _REGISTRY, metric
-from ace_triton.option_types import Range, option_types, read_options
+from ace_triton.option_types import OneOf, Range, option_types, read_options
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def many(
     fast: bool = True,
     base: Literal["a", "b", 3] = "a",
     seed: int | None = None,
+    power: Annotated[float, OneOf(1, 0.75)] = 1.0,
     plain=1,
     name_of_it="x",
     anything=None,
@@ -45,6 +46,7 @@ def many(
         ("base=b", "b"),
         ("base=3", 3),
         ("seed=none", None),
+        ("power=.75", 0.75),
         ("seed=4", 4),
         ("plain=2.5", 2.5),
         ("name_of_it=3", "3"),
@@ -69,6 +71,7 @@ def test_a_pair_is_read_as_its_type(pair, value):
         ("fast=1", "fast must be True or False"),
         ("base=c", "base must be one of 'a', 'b', 3; got 'c'"),
         ("seed=x", "seed must be a whole number, or None"),
+        ("power=0.5", "m: power must be a number, one of 1, 0.75; got 0.5"),
         ("plain=inf", "plain must be a number; got inf"),
         ("what=1", "m has no option 'what'; its options: share=0.5"),
         ("share", "-o 'share': write name=value"),
@@ -78,6 +81,16 @@ def test_a_wrong_pair_says_what_is_allowed(pair, message):
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
         read_options(option_types(many, 2), [pair], "m", "-o")
     assert message in str(error.value)
+
+
+def test_the_command_lists_the_only_values_of_a_number(command):
+    code, printed, errors = command("methods")
+    assert code == 0, errors
+    assert any(row.split("│")[2:5] == ["a", "1.0", "a number, one of 1, 0.75, 0.5"] for row in _rows(printed))
+
+
+def _rows(printed):
+    return ["│".join(cell.strip() for cell in line.split("│")) for line in printed.splitlines()]
 
 
 def test_an_option_given_twice_is_refused():

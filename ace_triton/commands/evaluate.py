@@ -199,6 +199,8 @@ def evaluate(
     documents = read_documents(text)
     if wikitext:
         documents = wikitext_rows("".join(documents))
+    elif text != WIKITEXT and any(part in Path(text).name.lower() for part in ("wikitext", "wiki.test")):
+        print_note(f"{name_of(text)} is read as any other text: for a raw file of WikiText-2 add --wikitext")
     print_backend(where)
     with joined() as processes, progress_bars() as progress, ExitStack() as until_done:
         with stage(progress, "load the model"):

@@ -47,6 +47,7 @@ from .plan_run import run_from, show_plan
 from .prune_run import PruneResults
 from .recipe_file import CalibrationSettings
 from .recipe_flags import replaced_lines
+from .sources import print_if_unrecorded
 
 _PRESETS = "; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items())
 _DEFAULTS = CalibrationSettings()
@@ -244,8 +245,7 @@ def prune(
         report.write_json(json, {**results.facts, **packing})
     _print(results)
     print_line(f"written to {out}")
-    if results.facts.get("source_path", "") is None:
-        print_line(f"{out} does not record where its dense model is: name it in recover --teacher and evaluate --dense")
+    print_if_unrecorded(results.facts, out)
 
 
 def _print(results: PruneResults) -> None:

@@ -243,10 +243,12 @@ def recover(
                     documents, tokenizer, samples=samples, length=length, seed=seed, apart=True, bos=bos
                 ).ids
             )
-        bar = progress.add_task("recover", total=None)
+        bar = progress.add_task("set up and recover", total=None)
 
         def move(spent: float, budget: float, loss: float) -> None:
-            progress.update(bar, completed=round(spent), total=round(budget), description=f"recover, loss {loss:.3f}")
+            progress.update(
+                bar, completed=round(spent), total=round(budget), description=f"set up and recover, loss {loss:.3f}"
+            )
 
         spread = where if shard else None
         result = train(model, dense, text, settings, shard=spread, state=folder / "state.pt", progress=move)

@@ -176,11 +176,14 @@ class OtherRecovery:
             batches, made = model_inputs(model, companions, reads, sources, bar)
             if task.name == MASKED:
                 batches = with_masked_tokens(batches, companions.tokenizer, self.settings.seed)
-            shown = progress.add_task("recover", total=None)
+            shown = progress.add_task("set up and recover", total=None)
 
             def move(spent: float, budget: float, loss: float) -> None:
                 progress.update(
-                    shown, completed=round(spent), total=round(budget), description=f"recover, loss {loss:.3f}"
+                    shown,
+                    completed=round(spent),
+                    total=round(budget),
+                    description=f"set up and recover, loss {loss:.3f}",
                 )
 
             pooling = pooling_of(ModelSource.find(self.teacher).path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,10 @@ CHECKPOINT_JSON = re.compile(
     r"(.*config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template|modules|.*\.index|ace_triton.*)\.json"
 )
 """Names of JSON files that belong to checkpoints."""
+
+
+MOST_SHAPES = 4
+"""Largest number of shapes of one kind of layer that have rows of their own."""
 
 
 def check_json_target(path: str | Path) -> None:
@@ -85,7 +91,10 @@ _STAGE_LABELS = {
     "rotate": "rotation of values",
     "permute": "channel order",
     "update": "weight update",
+    "quantize": "rounding",
     "block_fit": "block fit",
+    "other": "everything else",
+    "total": "total, without reading text and saving",
 }
 
 
@@ -133,8 +142,10 @@ def prune_table(report: ModelReport) -> Table:
     rotate = ("rotate",) if report.rotation is not None else ()
     permute = ("permute",) if report.permutation is not None else ()
     update = ("update",) if report.update is not None else ()
+    quantize = ("quantize",) if report.recipe.quantize is not None else ()
     fit = ("block_fit",) if report.fits else ()
-    for stage in ("load", "calibration", "statistics", *rotate, *permute, "select", *update, *fit, "total"):
+    chosen = (*rotate, *permute, "select", *update, *quantize, *fit)
+    for stage in ("load", "calibration", "statistics", *chosen, "other", "total"):
         table.add_row(_STAGE_LABELS.get(stage, stage), f"{getattr(report.seconds, stage):.2f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
     return table
@@ -248,7 +259,8 @@ def recovery_table(
     if result.tokens:
         table.add_row("tokens", f"{result.tokens:,}")
     table.add_row(f"passes over the {'text' if of_text else 'inputs'}", f"{result.passes:.2f}")
-    table.add_row("time", f"{result.seconds:.0f} s")
+    table.add_row("time of the optimizer steps", f"{result.seconds:.0f} s")
+    table.add_row("CPU time of them", f"{result.cpu_seconds:.0f} s")
     table.add_row("loss, first steps", f"{sum(first) / len(first):.3f}{unit}")
     table.add_row("loss, last steps", f"{sum(last) / len(last):.3f}{unit}")
     table.add_row(f"{trained} trained", f"{result.trained:,}")
@@ -291,19 +303,25 @@ def info_table(tensors: Sequence[TensorSparsity]) -> Table:
     """Sparsity and pattern of every matrix."""
     table = headed_table("layer", "shape", "zeros", "pattern", left=("layer", "shape", "pattern"))
     for tensor in tensors:
-        table.add_row(tensor.name.removesuffix(".weight"), _shape(tensor), f"{tensor.zeros:.2%}", _pattern(tensor))
+        table.add_row(tensor.name.removesuffix(".weight"), _shape([tensor]), _zeros([tensor]), _pattern(tensor))
     return table
 
 
 def info_groups(tensors: Sequence[TensorSparsity]) -> Table:
-    """Like :func:`info_table`, with one row for layers with the same shape, pattern and name up to block numbers."""
+    """Like :func:`info_table`, with one row for layers with the same shape, pattern and name up to block numbers.
+
+    Layers of one name with more than MOST_SHAPES shapes have one row, with the range of the shapes.
+    """
     table = headed_table("layers", "shape", "count", "zeros", "pattern", left=("layers", "shape", "pattern"))
-    groups: dict[tuple[str, str, str], list[float]] = {}
+    kinds: dict[tuple[str, int, str], dict[tuple[int, ...], list[TensorSparsity]]] = {}
     for tensor in tensors:
         name = re.sub(r"\.\d+(?=\.)", ".*", tensor.name.removesuffix(".weight"))
-        groups.setdefault((name, _shape(tensor), _pattern(tensor)), []).append(tensor.zeros)
-    for (name, shape, pattern), zeros in groups.items():
-        table.add_row(name, shape, str(len(zeros)), f"{sum(zeros) / len(zeros):.2%}", pattern)
+        shapes = kinds.setdefault((name, len(tensor.shape), _pattern(tensor)), {})
+        shapes.setdefault(tensor.shape, []).append(tensor)
+    for (name, _, pattern), shapes in kinds.items():
+        groups = list(shapes.values())
+        for group in [list(chain(*groups))] if len(groups) > MOST_SHAPES else groups:
+            table.add_row(name, _shape(group), str(len(group)), _zeros(group), pattern)
     return table
 
 
@@ -327,8 +345,25 @@ _BROUGHT = {"parameters": ",", "bytes": ",", "perplexity": ".2f", "loss": ".3f"}
 """The facts of a step that have values before and after it, with their formats."""
 
 
-def _shape(tensor: TensorSparsity) -> str:
-    return " x ".join(map(str, tensor.shape))
+def _shape(tensors: Sequence[TensorSparsity]) -> str:
+    """The shape of tensors; for an axis whose size differs, the smallest and the largest size."""
+    sizes = [sorted(set(axis)) for axis in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    return " x ".join(str(size[0]) if len(size) == 1 else f"{size[0]} to {size[-1]}" for size in sizes)
+
+
+def _is_rounded(tensor: TensorSparsity) -> bool:
+    """True for a weight in few bits that is not pruned: its zeros are values that were rounded."""
+    return tensor.bits is not None and tensor.pattern == DENSE
+
+
+def _pruned(tensor: TensorSparsity) -> float:
+    """Share of a weight's values that are pruned."""
+    return 0.0 if _is_rounded(tensor) else tensor.zeros
+
+
+def _zeros(tensors: Sequence[TensorSparsity]) -> str:
+    """The mean share of pruned values; "-" if the tensors have only rounded zeros."""
+    return "-" if all(map(_is_rounded, tensors)) else f"{sum(map(_pruned, tensors)) / len(tensors):.2%}"
 
 
 def _pattern(tensor: TensorSparsity) -> str:
@@ -338,10 +373,8 @@ def _pattern(tensor: TensorSparsity) -> str:
 
 def info_summary(tensors: Sequence[TensorSparsity]) -> str:
     """One line: share of zeros over all matrices, and how many have which pattern."""
-    sizes = [tensor.shape[0] * tensor.shape[1] for tensor in tensors]
-    zeros = sum(size * tensor.zeros for size, tensor in zip(sizes, tensors, strict=True)) / max(sum(sizes), 1)
-    patterns: dict[str, int] = {}
-    for tensor in tensors:
-        patterns[tensor.pattern] = patterns.get(tensor.pattern, 0) + 1
-    counted = ", ".join(f"{count} {pattern}" for pattern, count in sorted(patterns.items(), key=lambda p: -p[1]))
+    sizes = [math.prod(tensor.shape) for tensor in tensors]
+    zeros = sum(size * _pruned(tensor) for size, tensor in zip(sizes, tensors, strict=True)) / max(sum(sizes), 1)
+    kinds = (f"not pruned ({t.bits} bits)" if _is_rounded(t) else t.pattern for t in tensors)
+    counted = ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common())
     return f"{len(tensors)} matrices, {zeros:.1%} zeros: {counted}"

@@ -75,11 +75,14 @@ def serve(
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise ArgumentError(f"serve needs {' and '.join(missing)}: pip install 'ace-triton[serve]'")
+    from ..serving.server import Server, check_can_listen
+
     check_decoder(decoder)
     choose_input_bits(input_bits)
     weights_dtype, where = parse_dtype(dtype), parse_device(device)
     check_source(model_dir, any_format=True)
     check_causal(model_dir, "serve", TAKEN, trust_remote_code=trust_remote_code)
+    check_can_listen(host, port)
     print_backend(where)
     with progress_bars() as progress, stage(progress, "load the model"):
         model, tokenizer = load_model(model_dir, dtype=weights_dtype, device=where, trust_remote_code=trust_remote_code)
@@ -103,7 +106,6 @@ def serve(
             print_note(f"decoding with the compiled step{as_batch}")
     from ..serving.app import build_app
     from ..serving.engine import Engine
-    from ..serving.server import Server
 
     engine = Engine(
         model,

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ..calibration_report import CalibrationReport
-from ..errors import ArgumentError
 from ..evaluate import check_windows
 from ..inputs import checkpoint
 from ..inputs.calibration import SELF
@@ -37,7 +36,7 @@ from .recipe_file import CalibrationSettings
 from .shrink_run import Evaluation, ShrinkRun
 from .shrink_settings import ShrinkWords
 from .shrink_table import shrink_table
-from .sources import check_causal, check_length, check_source
+from .sources import check_can_shrink, check_causal, check_length, check_source, print_if_unrecorded
 
 _DEFAULTS, _SETTINGS = CalibrationSettings(), ShrinkSettings()
 _METHODS = "; ".join(f"{name}: {method.words}" for name, method in METHODS.items())
@@ -184,11 +183,7 @@ def shrink(
         checkpoint.check_out(out, overwrite=overwrite)
     check_source(src)
     check_causal(src, "shrink", "prune it to n:m with 'ace-triton prune'", trust_remote_code=trust_remote_code)
-    if (pattern := (checkpoint.read_report(src) or {}).get("sparsity")) is not None:
-        raise ArgumentError(
-            f"{src} is pruned to {pattern}, which does not outlive the removal of channels: shrink the dense model, "
-            "then prune the result"
-        )
+    check_can_shrink(src, trust_remote_code=trust_remote_code)
     streams = ShrinkRun.streams(
         src,
         out,
@@ -231,6 +226,8 @@ def shrink(
     _print_notes(results.report.refused, results.report.notes, results.calibrated)
     run.warn_if_too_large(results.report)
     print_line("nothing was written (--dry-run)" if dry_run else f"written to {out}")
+    if not dry_run:
+        print_if_unrecorded(results.facts, out)
 
 
 def _print_notes(refused: Any, notes: Any, calibrated: CalibrationReport | None) -> None:

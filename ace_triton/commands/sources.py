@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,10 +12,12 @@ import torch
 from ..decoders.batches import check_positions, positions_of
 from ..errors import ArgumentError, CheckpointError
 from ..formats.registry import format_of
+from ..inputs.checkpoint import read_report
 from ..inputs.model_source import SMOLLM2, ModelSource, smollm2_file, weight_file_bytes
 from ..inputs.model_task import CAUSAL, ModelTask, find_task, other_kind, task_of
 from ..packed.fused import GROUPS, fuse_products, none_to_fuse
-from .console import print_note
+from ..structures.uneven import check_equal_widths
+from .console import print_line, print_note
 
 TAKEN = "prune, pack and 'evaluate --dense' take it"
 """What to do with a model that a command for causal language models refuses."""
@@ -90,6 +93,23 @@ def check_causal(source: str | Path, command: str, advice: str, *, trust_remote_
     other = kind_beside_causal(source, trust_remote_code=trust_remote_code)
     if other is not None:
         raise ArgumentError(f"{source}: is {other}, and {command} takes causal language models only: {advice}")
+
+
+def check_can_shrink(source: str | Path, *, trust_remote_code: bool = False) -> None:
+    """Raise ArgumentError if a model is pruned, or its feed-forward widths differ from block to block."""
+    if (pattern := (read_report(source) or {}).get("sparsity")) is not None:
+        raise ArgumentError(
+            f"{source} is pruned to {pattern}, which does not outlive the removal of channels: shrink the dense model, "
+            "then prune the result"
+        )
+    if (config := _config(source, trust_remote_code)) is not None:
+        check_equal_widths(config, str(source))
+
+
+def print_if_unrecorded(facts: Mapping[str, Any], out: Path) -> None:
+    """Print that a written model's report does not say where the dense model is, if so."""
+    if facts.get("source_path", "") is None:
+        print_line(f"{out} does not record where its dense model is: name it in recover --teacher and evaluate --dense")
 
 
 def check_length(source: str | Path, length: int, option: str) -> None:

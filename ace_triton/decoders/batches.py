@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
+from .forward_errors import forward_errors_named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -55,6 +56,12 @@ AnyBatches = Iterable[Inputs | Sequence[torch.Tensor]]
 Calibration = torch.Tensor | CalibrationSet | AnyBatches | Callable[[], AnyBatches]
 """Token ids, token ids with a mask, or batches of any inputs of the model's forward, or a function that makes them."""
 
+FORMS = (
+    "token ids, int64 [n_sequences, length]; an object with such ids; or batches in a list, a DataLoader, or a "
+    "function that returns them, each a dict of tensors or a tuple of the forward's first arguments"
+)
+"""The forms of a calibration set, for errors."""
+
 MaskedInput = tuple[torch.Tensor, torch.Tensor | None]
 """A tensor [n_sequences, length, width] and its padding mask, bool [n_sequences, length]; None without padding."""
 
@@ -67,10 +74,12 @@ class Batch:
         inputs: the model's inputs by argument name, each [n_sequences, ...].
         valid: bool [n_sequences, length], False for padding; it becomes the model's ``attention_mask``. None if there
             is no padding, or if ``inputs`` contains the masks.
+        number: place in the calibration set, for errors; None if the caller gave token ids.
     """
 
     inputs: Inputs
     valid: torch.Tensor | None = None
+    number: int | None = None
 
     @classmethod
     def of_ids(cls, ids: torch.Tensor, valid: torch.Tensor | None = None) -> Batch:
@@ -129,11 +138,11 @@ class Batch:
             per_token = bool(of_tokens) and not any(tensor.is_floating_point() for tensor in tensors)
             per_token &= len({tensor.shape[:2] for tensor in tensors}) == 1
             inputs = {name: t[:n_sequences, :length] if per_token else t[:n_sequences] for name, t in inputs.items()}
-        return Batch(inputs)
+        return Batch(inputs, number=self.number)
 
     def with_input(self, name: str, tensor: torch.Tensor) -> Batch:
         """The batch with one input replaced."""
-        return Batch({**self.inputs, name: tensor}, self.valid)
+        return Batch({**self.inputs, name: tensor}, self.valid, self.number)
 
 
 @dataclass(frozen=True)
@@ -211,9 +220,14 @@ def trial_batch(model: nn.Module, batches: Sequence[Batch]) -> Batch:
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
-    """The output of the model's forward on a batch, without a key-value cache."""
+    """The output of the model's forward on a batch, without a key-value cache.
+
+    Raises:
+        ArgumentError: if the forward fails on a batch that the caller gave.
+    """
     uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return model(**batch.arguments, **uncached)
+    with forward_errors_named(model, batch.number, batch.arguments, longest_sequence(model)):
+        return model(**batch.arguments, **uncached)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -253,7 +267,7 @@ def batches_of(
     if isinstance(calibration, (list, tuple)) and all(isinstance(inputs, Mapping) for inputs in calibration):
         if batch_size is not None:
             raise ArgumentError(
-                "batch_size is only for token ids; a list of dicts runs one dict after the other, so cut the dicts"
+                "batch_size is only for token ids; batches run one after the other, so give smaller ones"
             )
         return _batches_of_inputs(model, calibration)
     ids, mask = _ids_and_mask(calibration)
@@ -275,9 +289,15 @@ def batches_of(
 def _listed(model: nn.Module, calibration: Any) -> Any:
     """Batches as a list of dicts, if they are an iterable of dicts and tuples, or a function that makes one."""
     made = calibration() if callable(calibration) else calibration
-    if not isinstance(made, Iterable) or isinstance(made, (str, bytes, Mapping)):
+    if isinstance(made, Mapping):
+        raise ArgumentError(
+            f"calibration is one batch, a {type(made).__name__} with {', '.join(map(str, made)) or 'nothing'}: put it "
+            "in a list, [batch]"
+        )
+    if isinstance(made, (torch.Tensor, str, bytes)) or hasattr(made, "ids") or not isinstance(made, Iterable):
         return made
-    names = list(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     found: list[Any] = list(made)
     for index, batch in enumerate(found):
         if isinstance(batch, (tuple, list)) and batch and all(isinstance(value, torch.Tensor) for value in batch):
@@ -287,13 +307,21 @@ def _listed(model: nn.Module, calibration: Any) -> Any:
                     f"arguments ({', '.join(names)}): give those, or a dict"
                 )
             found[index] = dict(zip(names, batch, strict=False))
+        elif isinstance(batch, torch.Tensor):
+            raise ArgumentError(
+                f"calibration[{index}] is a tensor; each batch is a dict or a tuple: wrap it: (tensor,), or give token "
+                "ids [n_sequences, length] without a list"
+            )
+        elif not isinstance(batch, Mapping):
+            given = f"a {type(batch).__name__}" + " of other things than tensors" * isinstance(batch, (tuple, list))
+            raise ArgumentError(f"calibration[{index}] is {given}; calibration must be {FORMS}")
     return found
 
 
 def _batches_of_inputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Batch]:
     """Batches of any inputs, on the device of the model, floating inputs in its dtype."""
     if not batches:
-        raise ArgumentError("calibration is an empty list: give at least one dict of the model's inputs")
+        raise ArgumentError("calibration has no batches: give at least one, a dict or a tuple of tensors")
     parameters = list(model.parameters())
     device = parameters[0].device
     dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
@@ -310,11 +338,13 @@ def _batches_of_inputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Batc
             raise ArgumentError(f"calibration[{number}] is an empty dict: give the inputs of the model's forward")
         moved = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
         # Torch computes no gradients with tensors made in inference mode.
-        batch = Batch({k: v.clone() if v.is_inference() else v for k, v in moved.items()})
+        batch = Batch({k: v.clone() if v.is_inference() else v for k, v in moved.items()}, number=number)
         for name, mask in batch.masks.items():
             if not mask.any(1).all():
                 row = int((~mask.any(1)).nonzero()[0])
                 raise ArgumentError(f"calibration[{number}][{name!r}]: sequence {row} is all padding: remove it")
+        if "input_ids" in batch.inputs and batch.ids.is_floating_point():
+            raise ArgumentError(f"calibration[{number}]['input_ids'] is {batch.ids.dtype}: token ids must be integers")
         if "input_ids" in batch.inputs and (table := _embedding_table(model)) is not None:
             _check_ids(f"calibration[{number}]['input_ids']", batch.ids, table.shape[0])
         found.append(batch)
@@ -365,8 +395,8 @@ def _token_table(model: nn.Module) -> torch.Tensor:
     table = _embedding_table(model)
     if table is None:
         raise ArgumentError(
-            f"{type(model).__name__} has no embedding of token ids; give the inputs of its forward as a list of dicts "
-            "of tensors, such as [{'pixel_values': images}]"
+            f"{type(model).__name__} has no embedding of token ids; give the inputs of its forward as batches, such as "
+            "[{'pixel_values': images}], [(images,)] or a DataLoader"
         )
     return table
 
@@ -388,10 +418,7 @@ def _ids_and_mask(calibration: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     mask = None if isinstance(calibration, torch.Tensor) else getattr(calibration, "mask", None)
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else repr(type(calibration).__name__)
-        raise ArgumentError(
-            "calibration must be token ids, int64 [n_sequences, length], an object with such ids, or a list of dicts "
-            f"with the inputs of the model's forward; got {given}"
-        )
+        raise ArgumentError(f"calibration must be {FORMS}; got {given}")
     if ids.numel() == 0:
         raise ArgumentError(
             f"calibration of shape {tuple(ids.shape)} is empty: give at least one sequence with one token"

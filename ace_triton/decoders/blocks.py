@@ -95,15 +95,16 @@ def find_towers(model: nn.Module, batch: Batch | None = None) -> list[Tower]:
         raise_if_out_of_memory(error)
         if batch is None:
             return as_defined
+        found = error.__cause__ if isinstance(error, ArgumentError) and error.__cause__ is not None else error
         raise ArgumentError(
-            f"{type(model).__name__} cannot run on the calibration inputs ({', '.join(batch.arguments)}): {error}. "
-            "Give everything that its forward needs, as a list of dicts of tensors"
+            f"{type(model).__name__} cannot run on the calibration inputs ({', '.join(batch.arguments)}): {found}. "
+            "Give everything that its forward needs, in batches: dicts or tuples of tensors"
         ) from error
     if not calls:
         return as_defined
-    found = _split(calls, members)
-    reached = found if batch is None else _with_masks(model, found, trial, list(batch.masks))
-    running = {block for tower in found for block in tower.blocks}
+    running_towers = _split(calls, members)
+    reached = running_towers if batch is None else _with_masks(model, running_towers, trial, list(batch.masks))
+    running = {block for tower in running_towers for block in tower.blocks}
     idle = {tower.name: [block for block in tower.blocks if block not in running] for tower in as_defined}
     return [*reached, *(Tower(name, blocks, is_reached=False) for name, blocks in idle.items() if blocks)]
 

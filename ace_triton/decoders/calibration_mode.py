@@ -47,15 +47,17 @@ def several_dtypes_named(model: nn.Module) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ArgumentError) as error:
+        reason = error.__cause__ if isinstance(error, ArgumentError) else error
         first: dict[torch.dtype, str] = {}
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
                 first.setdefault(parameter.dtype, name)
-        if isinstance(error, AceError) or "dtype" not in str(error) or len(first) < 2:
+        of_forward = isinstance(reason, RuntimeError) and not isinstance(reason, AceError)
+        if not of_forward or "dtype" not in str(reason) or len(first) < 2:
             raise
         listed = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in first.items())
         raise ArgumentError(
             f"{type(model).__name__} cannot run: its weights have several dtypes, {listed}, and its forward does not "
-            f"convert between them ({error}): give all weights one dtype, as with model.to(torch.bfloat16)"
+            f"convert between them ({reason}): give all weights one dtype, as with model.to(torch.bfloat16)"
         ) from error

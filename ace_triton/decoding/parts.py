@@ -108,7 +108,7 @@ class _Finder:
             ("activation", self.activations),
             ("scaling of scores", self.scaling),
             ("number of heads", self.heads),
-            ("number of gates", {block.down.weight.shape[1] for block in blocks}),
+            ("feed-forward width", {block.down.weight.shape[1] for block in blocks}),
         ):
             if len(values) != 1:
                 raise StepRefusedError(f"the {what} differs from block to block")

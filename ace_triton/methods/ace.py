@@ -18,7 +18,7 @@ from ..kernels.score_terms import ScoreTerms
 from ..kernels.variance_factor import VarianceNorm
 from ..kernels.vector_group import grouped_column_scale, grouped_variance_factor
 from ..kernels.weight_sums import relative_importance
-from ..option_types import Range
+from ..option_types import OneOf, Range
 from ..statistics.activation import ActivationStats, StatsError
 from .registry import Needs, register_metric
 from .wanda_ria import norm_to_power
@@ -110,7 +110,7 @@ def ace(
     sign: Sign = -1,
     power: float = 1.0,
     eps: Epsilon = 0.01,
-    a: float = 1.0,
+    a: Annotated[float, OneOf(1, 0.75, 0.5)] = 1.0,
 ) -> ScoreTerms:
     """ACE (arXiv 2505.21987), changed: base score times CosP, divided by VarP.
 

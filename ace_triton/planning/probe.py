@@ -158,7 +158,8 @@ def _scaled(
     planned = sum(layer.elements for unit in layers.units for layer in unit.layers if layer.is_pruned)
     share = planned / max(sum(layer.parameters for layer in report.layers), 1)
     rotate = ("rotate",) if recipe.rotate else ()
-    stages = {name: getattr(seconds, name) * share for name in (*rotate, "permute", "select", "update")}
+    quantize = ("quantize",) if recipe.quantize is not None else ()
+    stages = {name: getattr(seconds, name) * share for name in (*rotate, "permute", "select", "update", *quantize)}
     if calibrated is not None and recipe.needs.tokens:
         tokens = calibrated.samples * calibrated.length / probe_tokens
         stages["statistics"] = seconds.statistics * share * tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,20 @@ FLUSH_SECONDS = 5
 """How long uvicorn waits for answers to be sent after the last completion has ended."""
 
 LONGEST_HEADERS = 64 * 1024
+
+
+def check_can_listen(host: str, port: int) -> None:
+    """ArgumentError if an address cannot be bound; it is free again afterwards."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            raise ArgumentError(_cannot_listen(host, port)) from error
+
+
+def _cannot_listen(host: str, port: int) -> str:
+    return f"cannot listen on {host}:{port}: give another --port or --host"
 
 
 class Server(uvicorn.Server):
@@ -76,17 +91,15 @@ class Server(uvicorn.Server):
             except (NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread.
                 break
         try:
-            socket = self.config.bind_socket()
+            listening = self.config.bind_socket()
         except SystemExit:
-            raise ArgumentError(
-                f"cannot listen on {self.config.host}:{self.config.port}: give another --port or --host"
-            ) from None
+            raise ArgumentError(_cannot_listen(self.config.host, self.config.port)) from None
         try:
             if self._ready is not None:
-                self._ready(socket.getsockname()[1])
-            await self.serve([socket])
+                self._ready(listening.getsockname()[1])
+            await self.serve([listening])
         finally:
-            socket.close()
+            listening.close()
 
     def stop(self) -> None:
         """Shut down: cleanly at the first call, at once at the second. Any thread may call it."""

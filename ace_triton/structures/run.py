@@ -48,7 +48,7 @@ from .smaller import (
     without_unfit_kinds,
 )
 from .speed import needed_for_speed
-from .uneven import SHAPES
+from .uneven import SHAPES, check_equal_widths
 from .weights import InMemory, Weights
 
 Progress = Callable[[str, int, int], None]
@@ -83,6 +83,7 @@ class Run:
         self._earlier = earlier or Earlier()
         self.seconds: dict[str, float] = {}
         text_config(model)
+        check_equal_widths(model.config, type(model).__name__)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ArgumentError(
                 "the model's weights are not in memory: load it whole, or shrink it in files with shrink_checkpoint"
@@ -214,7 +215,8 @@ class Run:
             sizes = [len(kept[entry.consumer]) for entry in structures.coupled["channels"]]
             notes.append(
                 f"feed-forward widths run from {min(sizes)} to {max(sizes)}: ace_triton.load_model and the commands of "
-                "ace-triton load this model, plain transformers does not"
+                "ace-triton load this model, plain transformers does not; the compiled decoding step does not take it, "
+                "so it generates more slowly on a CPU"
             )
         if settings.chosen_update != "none" and len(columns) < len(kept):
             what = "experts" if settings.experts == "whole" else "channels of experts"
@@ -400,11 +402,11 @@ class Run:
 
 
 def _batches(model: nn.Module, calibration: Calibration) -> list[Batch]:
-    """Batches of about TOKENS_OF_A_BATCH tokens each."""
-    if isinstance(calibration, (list, tuple)):
-        return batches_of(model, calibration, None)
+    """Batches of about TOKENS_OF_A_BATCH tokens each, or those that are given."""
     ids = calibration if isinstance(calibration, torch.Tensor) else getattr(calibration, "ids", None)
-    length = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.dim() == 2 else TOKENS_OF_A_BATCH
+    if not isinstance(ids, torch.Tensor):
+        return batches_of(model, calibration, None)
+    length = ids.shape[1] if ids.dim() == 2 else TOKENS_OF_A_BATCH
     return batches_of(model, calibration, max(1, TOKENS_OF_A_BATCH // max(length, 1)))
 
 

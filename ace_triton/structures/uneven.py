@@ -16,10 +16,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ArgumentError
 from .coupled_layers import Coupled
 
 SHAPES = "ace_triton_shapes"
 """Field of the text configuration: shapes of the weights that differ from what the other fields say, by name."""
+
+
+def check_equal_widths(config: Any, name: str) -> None:
+    """ArgumentError if a model's layers have other shapes than its configuration's widths say.
+
+    Args:
+        config: the model's configuration.
+        name: the model in the message.
+    """
+    if _shapes_in(config):
+        raise ArgumentError(
+            f"{name}: its feed-forward widths differ from block to block (field {SHAPES} of its configuration), so it "
+            "cannot be shrunk again: shrink the dense model that it was made from, with a larger ratio"
+        )
 
 
 def uneven_widths(importance: Sequence[torch.Tensor], removed: int, multiple: int) -> list[int]:

@@ -141,7 +141,7 @@ class DenseResult:
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Seconds of a pruning: calibration forwards, statistics, score and mask with updates, and all of it."""
+    """Seconds of a pruning: calibration forwards, statistics, score and mask with update and rounding, and all."""
 
     calibration: float
     statistics: float
@@ -151,7 +151,8 @@ class StageSeconds:
     @classmethod
     def of(cls, seconds: Seconds) -> StageSeconds:
         """What a report says."""
-        return cls(seconds.calibration, seconds.statistics, seconds.select + seconds.update, seconds.total)
+        solved = seconds.select + seconds.update + seconds.quantize
+        return cls(seconds.calibration, seconds.statistics, solved, seconds.total)
 
 
 @dataclass(frozen=True)

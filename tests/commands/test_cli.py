@@ -35,7 +35,9 @@ def test_prune_writes_what_it_says(prune, tmp_path, tiny_checkpoint, method):
         "permute",
         "select",
         "update",
+        "quantize",
         "block_fit",
+        "other",
         "total",
     }
     saved = json.loads((tmp_path / "out" / "ace_triton.json").read_text())
@@ -109,6 +111,14 @@ def test_evaluate_and_info(command, prune, some_text, tmp_path):
     layers = {layer["name"]: layer for layer in json.loads((tmp_path / "i.json").read_text())["layers"]}
     assert layers["model.layers.0.self_attn.q_proj.weight"]["pattern"] == "2:4"
     assert layers["model.embed_tokens.weight"]["pattern"] == "dense"
+
+
+def test_a_raw_file_of_wikitext_is_hinted_at(command, tiny_checkpoint, some_text, tmp_path):
+    wiki = tmp_path / "wikitext2-raw-test.txt"
+    wiki.write_bytes(some_text.read_bytes())
+    for text, hints in ((wiki, True), (some_text, False)):
+        code, _, errors = command("evaluate", tiny_checkpoint, "--text", text, "--length", 32, "--windows", 1)
+        assert (code, "for a raw file of WikiText-2 add --wikitext" in errors) == (0, hints)
 
 
 def test_an_existing_folder_is_left_alone_unless_told(prune, tmp_path):

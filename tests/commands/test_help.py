@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ace_triton import metric_names
 from ace_triton.commands.cli import COMMANDS
@@ -98,6 +99,22 @@ def test_names_are_printed_as_they_are(command, tmp_path):
     code, _, errors = command("info", tmp_path / "[/]:m:")
     assert code == 1
     assert "[/]:m:" in errors
+
+
+def test_info_names_a_range_of_shapes_once(command, tmp_path):
+    from safetensors.torch import save_file
+
+    wide = {f"layers.{i}.up.weight": torch.ones(4 + i, 8) for i in range(6)}
+    two = {f"layers.{i}.down.weight": torch.ones(8, 4 + i) for i in range(2)}
+    save_file({**wide, **two}, tmp_path / "model.safetensors")
+    code, out, _ = command("info", tmp_path)
+    assert code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines() if "layers.*" in line]
+    assert sorted(rows) == [
+        ["layers.*.down", "8 x 4", "1"],
+        ["layers.*.down", "8 x 5", "1"],
+        ["layers.*.up", "4 to 9 x 8", "6"],
+    ]
 
 
 def test_info_starts_with_the_summary_and_lists_kinds(command, tiny_checkpoint):

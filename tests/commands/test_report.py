@@ -44,3 +44,15 @@ def test_layers_skipped_for_one_reason_are_one_line(report):
 
 def test_what_is_left_out_of_the_lines_is_counted(report):
     assert skipped_lines(report.skipped, most=0) == [f"and 3 more ({3 * 50 * 32 / report.account.model:.1%})"]
+
+
+def test_the_times_of_a_run_sum_to_its_total(make_decoder, ids):
+    options = {"permute": True, "rotate": True, "update": "lstsq", "quantize": 8}
+    report = prune_model(make_decoder("llama"), ids, "wanda", **options).with_load(0.5)
+    rows = rows_of(prune_table(report))
+    times = {name: float(time.removesuffix(" s")) for name, time in rows.items() if time.endswith(" s")}
+    total = times.pop("total, without reading text and saving")
+    assert sum(times.values()) == pytest.approx(total, abs=0.01 * len(times))
+    assert {"rounding", "weight update", "channel order", "everything else"} <= times.keys()
+    assert report.seconds.quantize > 0
+    assert report.seconds.other < 0.2 * report.seconds.total

@@ -19,6 +19,7 @@ def test_it_writes_an_ordinary_checkpoint_that_can_be_pruned(command, tiny_check
     code, printed, errors = command("shrink", tiny_checkpoint, out, *SMALL, *text, "--groups", "1", "--json", result)
     assert code == 0, errors
     assert "perplexity after" in printed
+    assert "does not record where its dense model is" not in printed
     assert "key-value groups in a block" in printed
     facts = json.loads(result.read_text())
     assert facts["shrink"]["widths"]["groups"] == [2, 1]
@@ -73,6 +74,15 @@ def test_it_writes_an_ordinary_checkpoint_that_can_be_pruned(command, tiny_check
     steps = json.loads((recovered / "ace_triton.json").read_text())["history"]
     assert [step["command"] for step in steps] == ["shrink", "recover"]
     assert steps[1]["did"].startswith("1 optimizer steps, ")
+
+
+def test_it_says_that_the_report_does_not_name_the_dense_model(command, tiny_checkpoint, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    out = tmp_path / "elsewhere" / "smaller"
+    code, printed, errors = command("shrink", tiny_checkpoint, out, "--method", "magnitude", "--multiple", "16")
+    assert code == 0, errors
+    told = f"{out} does not record where its dense model is: name it in recover --teacher and evaluate --dense"
+    assert told in printed.splitlines()
 
 
 def test_its_report_repeats_it(command, tiny_checkpoint, some_text, tmp_path):

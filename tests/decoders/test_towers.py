@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import OrderedDict
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
 
 from ace_triton import prune_model
 from ace_triton.decoders.batches import Batch, batches_of
@@ -328,7 +330,31 @@ def test_a_tower_that_cannot_be_replayed_is_run_by_whole_forwards():
 @pytest.mark.parametrize(
     ("name", "calibration", "message"),
     [
-        ("bart", [], "calibration is an empty list"),
+        ("bart", [], r"calibration has no batches: give at least one, a dict or a tuple of tensors"),
+        (
+            "bart",
+            [torch.ones(1, 3).long()],
+            r"calibration\[0\] is a tensor; .*: wrap it: \(tensor,\), or give",
+        ),
+        ("bart", {"input_ids": torch.ones(1, 3)}, r"is one batch, a dict with input_ids: put it in a list, \[batch\]"),
+        (
+            "bart",
+            BatchEncoding({"input_ids": torch.ones(1, 3)}),
+            "one batch, a BatchEncoding with input_ids: put it",
+        ),
+        ("bart", [(torch.ones(1, 3).long(), None)], r"calibration\[0\] is a tuple of other things than tensors"),
+        (
+            "bart",
+            [(torch.ones(1, 3),)],
+            r"calibration\[0\]\['input_ids'\] is torch.float32: token ids must be integers",
+        ),
+        ("bart", lambda: torch.ones(1, 3), "token ids, int64 .*; got torch.float32"),
+        ("bart", [[1, 2]], r"calibration\[0\] is a list of other things than tensors; .* tuple of the forward's first"),
+        (
+            "bart",
+            "text",
+            "a DataLoader, or a function that returns them, each a dict .* a tuple .* got 'str'",
+        ),
         ("bart", [{}], r"calibration\[0\] is an empty dict"),
         ("bart", [{"input_ids": [[1, 2]]}], r"calibration\[0\]\['input_ids'\] is a list; each input must be a tensor"),
         ("bart", [{"input_ids": torch.zeros(0, 3)}], r"\['input_ids'\] is an empty tensor"),
@@ -339,7 +365,7 @@ def test_a_tower_that_cannot_be_replayed_is_run_by_whole_forwards():
             "'attention_mask'.: sequence 1 is all padding",
         ),
         ("t5", [{"input_ids": torch.ones(1, 3).long()}], r"cannot run on the calibration inputs \(input_ids\)"),
-        ("t5", torch.ones(1, 3).long(), "Give everything that its forward needs, as a list of dicts of tensors"),
+        ("t5", torch.ones(1, 3).long(), "Give everything that its forward needs, in batches: dicts or tuples"),
         ("vit", torch.ones(1, 3).long(), "has no embedding of token ids; give the inputs of its forward"),
         ("plain", torch.ones(1, 3).long(), "has no embedding of token ids; give the inputs of its forward"),
         ("plain", [{"x": torch.ones(1, 3)}], r"cannot run on the calibration inputs \(x\)"),
@@ -349,6 +375,31 @@ def test_wrong_inputs_are_named(name, calibration, message):
     model, _ = make(KINDS[name])
     with pytest.raises(ValueError, match=message):
         prune_model(model, calibration, "wanda")
+
+
+@pytest.mark.parametrize("tokens_of", [lambda ids: {"input_ids": ids}, lambda ids: (ids,)])
+def test_an_error_of_the_forward_names_the_batch(tokens_of, make_decoder):
+    model = make_decoder("gpt2")
+    longest = model.config.max_position_embeddings
+    before = model.state_dict()["transformer.h.0.mlp.c_fc.weight"].clone()
+    batches = [tokens_of(torch.ones(1, 4).long()), tokens_of(torch.ones(1, longest + 5).long())]
+    with pytest.raises(ArgumentError) as raised:
+        prune_model(model, batches, "wanda")
+    assert re.fullmatch(
+        rf"GPT2LMHeadModel cannot run on calibration\[1\] \(input_ids \(1, {longest + 5}\)\): IndexError: .*; it has "
+        rf"{longest + 5} tokens, and the model takes at most {longest}: use shorter sequences",
+        str(raised.value),
+    )
+    assert isinstance(raised.value.__cause__, IndexError)
+    assert torch.equal(model.state_dict()["transformer.h.0.mlp.c_fc.weight"], before)
+    both = {"input_ids": torch.ones(1, 4).long(), "inputs_embeds": torch.ones(1, 4, model.config.hidden_size)}
+    with pytest.raises(ArgumentError, match=r"calibration\[1\].*ValueError: .*; give inputs that the model's own"):
+        prune_model(model, [batches[0], both], "wanda")
+    with pytest.raises(
+        ArgumentError, match=r"calibration\[0\] has 99 tensors, but GPT2LMHeadModel takes \d+ .*\w\): give"
+    ):
+        prune_model(model, [(torch.ones(1, 4).long(),) * 99], "wanda")
+    prune_model(model, lambda: torch.ones(1, 4).long(), "wanda")
 
 
 def test_a_mask_that_fits_no_tower_is_reported():

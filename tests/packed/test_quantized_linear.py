@@ -222,6 +222,10 @@ def test_the_commands(command, tokenizer, tmp_path):
     assert same(load(tmp_path / "whole"), load(tmp_path / "streamed"))
     code, out, _ = command("info", tmp_path / "whole")
     assert "dense, packed, 4 bits" in out
+    assert " not pruned (4 bits)" in out.splitlines()[0]
+    rows = [[cell.strip() for cell in line.split("│")] for line in out.splitlines() if "dense, packed" in line]
+    assert rows
+    assert all(row[4] == "-" for row in rows)
     for decoder in ("compiled", "transformers"):
         words = ("--prompt", "the", "--max-new-tokens", 2, "--decoder", decoder)
         code, _, errors = command("generate", tmp_path / "whole", *words)

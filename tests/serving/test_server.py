@@ -508,6 +508,7 @@ def test_sigterm_ends_the_command_and_cuts_its_stream(command, tiny_checkpoint, 
     thread.join(PATIENCE)
     assert code == 0, errors
     assert f"serving tiny at http://127.0.0.1:{port}/v1" in errors
+    assert "load the model" in errors
     assert errors.endswith("stopped\n")
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
     assert events[-1].get("error", {}).get("message") == "the server is shutting down" or lines[-2] == "data: [DONE]"
@@ -518,6 +519,7 @@ def test_sigterm_ends_the_command_and_cuts_its_stream(command, tiny_checkpoint, 
         code, _, errors = command("serve", tiny_checkpoint, "--port", port)
         assert code == 1
         assert f"cannot listen on 127.0.0.1:{port}: give another --port or --host" in errors
+        assert "load the model" not in errors
 
 
 def test_mostly_packed_models_are_decoded_by_the_step(model):

@@ -7,10 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ace_triton import ArgumentError, RecipeError, load, load_model, shrink_checkpoint, shrink_model
+from ace_triton.decoding.step import why_not_compiled
 from ace_triton.formats.registry import save_model
 from ace_triton.structures.uneven import SHAPES, uneven_widths
 from tests.streaming.test_streamed_shrink import files_of, in_memory
 from tests.structures.test_experts import MIXTURES
+
+REFUSED = (
+    "its feed-forward widths differ from block to block (field ace_triton_shapes of its configuration), so it cannot "
+    "be shrunk again: shrink the dense model that it was made from, with a larger ratio"
+)
 
 
 def logits_of(model, ids):
@@ -52,6 +58,8 @@ def test_it_computes_what_the_dense_model_computes_without_the_channels(
     result.model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
     loaded, _ = load_model(tmp_path)
+    if family == "llama":
+        assert "the feed-forward width differs from block to block" in why_not_compiled(loaded)
     assert type(loaded) is type(model)
     torch.testing.assert_close(logits_of(loaded, ids), logits_of(result.model, ids))
     for name, kept in result.report.kept.items():
@@ -71,6 +79,7 @@ def test_all_commands_load_it(command, tiny_checkpoint, some_text, tmp_path):
     code, printed, errors = command("shrink", source, out, *small, "--groups", "0", "--widths", "uneven")
     assert code == 0, errors
     assert "feed-forward width, mean" in printed
+    assert "the compiled decoding step does not take it" in " ".join((printed + errors).split())
     shapes = json.loads((out / "config.json").read_text())[SHAPES]
     assert len({tuple(shape) for name, shape in shapes.items() if "down_proj" in name}) > 1
     assert "ace_triton.load_model(" in (out / "README.md").read_text()
@@ -86,6 +95,14 @@ def test_all_commands_load_it(command, tiny_checkpoint, some_text, tmp_path):
         torch.testing.assert_close(logits_of(loaded, ids), expected, rtol=1e-4, atol=1e-4)
     code, printed, errors = command("evaluate", out, "--text", some_text, "--windows", "2", "--length", "16")
     assert code == 0, errors
+    for words in ((), ("--stream",), ("--dry-run",), ("--method", "depth", "--calibration", some_text)):
+        code, _, errors = command("shrink", out, tmp_path / "again", "--method", "magnitude", *words)
+        assert (code, errors.splitlines()[-1].removeprefix(f"error: {out}: ")) == (1, REFUSED)
+    assert not any(path.name.startswith(("again", ".again")) for path in tmp_path.iterdir())
+    with pytest.raises(ArgumentError, match="cannot be shrunk again"):
+        shrink_model(load_model(out)[0], None, method="magnitude")
+    with pytest.raises(ArgumentError, match="cannot be shrunk again"):
+        shrink_checkpoint(out, tmp_path / "again", method="magnitude")
 
 
 def test_files_have_the_bytes_of_a_run_in_memory(tiny_checkpoint, tmp_path):
