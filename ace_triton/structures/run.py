@@ -48,7 +48,7 @@ from .smaller import (
     without_unfit_kinds,
 )
 from .speed import needed_for_speed
-from .uneven import SHAPES
+from .uneven import SHAPES, shapes_in
 from .weights import InMemory, Weights
 
 Progress = Callable[[str, int, int], None]
@@ -82,7 +82,11 @@ class Run:
         self._weights = weights or InMemory()
         self._earlier = earlier or Earlier()
         self.seconds: dict[str, float] = {}
-        text_config(model)
+        if shapes_in(text_config(model)):
+            raise ArgumentError(
+                "this model has feed-forward layers of different widths and cannot be shrunk again: shrink the model "
+                "it came from"
+            )
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ArgumentError(
                 "the model's weights are not in memory: load it whole, or shrink it in files with shrink_checkpoint"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ace_triton import CheckpointError, load_model
+from ace_triton import ArgumentError, CheckpointError, load_model, shrink_checkpoint, shrink_model
 from ace_triton.planning.skeleton import skeleton
 from ace_triton.structures.uneven import SHAPES, sized
 
@@ -83,3 +83,14 @@ def test_shapes_that_no_files_have_are_refused_before_they_are_allocated(field, 
         message = rf"is \[.*\], but {SHAPES} in config\.json says \["
     with pytest.raises(CheckpointError, match=message):
         load_model(with_field(uneven, field))
+
+
+@pytest.mark.parametrize("method", ["depth", "magnitude"])
+def test_an_uneven_model_cannot_be_shrunk_again(method, uneven, tmp_path):
+    why = "this model has feed-forward layers of different widths and cannot be shrunk again: shrink the model it came"
+    ids = torch.arange(2, 18)[None]
+    with pytest.raises(ArgumentError, match=why):
+        shrink_model(load_model(uneven)[0], ids, method=method)
+    with pytest.raises(ArgumentError, match=why):
+        shrink_checkpoint(uneven, tmp_path / "out", ids, method=method)
+    assert not (tmp_path / "out").exists()
