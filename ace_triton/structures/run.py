@@ -15,6 +15,7 @@ from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
 from .budget import (
     block_parameters,
+    check_rows,
     checkpoint_bytes,
     kept_structures,
     n_parameters,
@@ -193,6 +194,8 @@ class Run:
                 needed, gain = needed_for_speed(model, structures, blocks, settings, self._trial, self._clock)
             notes.append(f"a block runs {gain:.2f} times as fast on one token here")
         shares = possible_shares(structures, blocks, settings, needed)
+        for share in shares:
+            check_rows(model, structures, share)
 
         def rank() -> Ranked:
             return ranked(
