@@ -20,7 +20,7 @@ KNOWN_INPUTS = frozenset({"use_cache", "logits_to_keep", "position_ids", "attent
 REFUSED_OPTIONS = ("past_key_values", "cache", "assistant_model", "assistant_tokenizer", "custom_generate")
 """Arguments of ``generate`` that transformers does not pass on, or not so that they can be told from its own."""
 
-_LENGTHS = "max_length max_new_tokens min_length min_new_tokens max_time stop_strings"
+_LENGTHS = "max_length max_new_tokens min_length min_new_tokens max_time"
 _SCORES = """
     do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty
     no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
@@ -28,7 +28,7 @@ _SCORES = """
     guidance_scale watermarking_config encoder_repetition_penalty encoder_no_repeat_ngram_size
 """
 _OUTPUTS = "output_attentions output_hidden_states output_scores output_logits"
-_TOKENS = "pad_token_id bos_token_id eos_token_id decoder_start_token_id token_healing transformers_version"
+_TOKENS = "pad_token_id bos_token_id eos_token_id decoder_start_token_id transformers_version"
 _SPEED = "compile_config disable_compile continuous_batching_config prefill_chunk_size low_memory max_cache_len"
 _BEAMS = "early_stopping length_penalty"
 _ASSISTANTS = """
@@ -79,6 +79,7 @@ def compiled_generate(model: Any, input_ids: torch.Tensor, **options: Any) -> to
     for name in REFUSED_OPTIONS:
         if options.get(name) is not None:
             raise _option_refused(f"{name} is given")
+    options = _with_stop_strings(model, options)
     decoding = CompiledDecoding(options.get("streamer"))
     result: torch.Tensor = model.generate(input_ids, custom_generate=decoding, **options)
     return result
@@ -141,6 +142,29 @@ class CompiledDecoding:
         if streamer is not None:
             streamer.end()
         return input_ids
+
+
+def _with_stop_strings(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with ``stop_strings`` as a stopping criterion: transformers does not use the tokenizer with its own.
+
+    Raises:
+        StepRefusedError: if the options need a tokenizer in another way.
+    """
+    configs = [config for config in (options.get("generation_config"), model.generation_config) if config is not None]
+    if options.get("token_healing") or any(getattr(config, "token_healing", None) for config in configs):
+        raise _option_refused("token_healing=True")
+    if any(getattr(config, "stop_strings", None) for config in configs):
+        raise _option_refused("a generation config has stop_strings: give them and the tokenizer as arguments instead")
+    rest = {name: value for name, value in options.items() if name not in ("stop_strings", "tokenizer")}
+    if options.get("stop_strings") is None:
+        return rest
+    if options.get("tokenizer") is None:
+        raise _option_refused("stop_strings need the model's tokenizer as the argument tokenizer")
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    criterion = StopStringCriteria(options["tokenizer"], options["stop_strings"])
+    given = options.get("stopping_criteria") or ()
+    return {**rest, "stopping_criteria": StoppingCriteriaList([*given, criterion])}
 
 
 def _check_call(input_ids: torch.Tensor, config: Any, inputs: dict[str, Any]) -> list[int]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .model_source import reason
+from ..structures.uneven import SHAPES, shapes_in
+from .model_source import open_safetensors, reason, safetensors_files
 from .model_task import FEATURE_EXTRACTION, TEXT_GENERATION, ModelTask, other_kind
 from .report_file import listing
 
@@ -37,6 +38,24 @@ def check_depth(source: str | Path, config: Any, tensors: set[str] | None) -> No
         raise CheckpointError(
             f"{source}: config.json asks for {layers:,} layers, but the checkpoint holds only {len(tensors):,} tensors"
         )
+
+
+def check_widths(config: Any, folder: Path | None) -> None:
+    """Raise CheckpointError if the shapes in a configuration are not those of the tensors in the files.
+
+    Args:
+        config: a configuration of transformers.
+        folder: the folder with the files; None if it is unknown. Only safetensors files are checked.
+    """
+    shapes = shapes_in(config)
+    for path in safetensors_files(folder) if shapes and folder is not None else ():
+        with open_safetensors(path) as file:
+            for name in sorted(shapes.keys() & set(file.keys())):
+                if (stored := list(file.get_slice(name).get_shape())) != shapes[name]:
+                    raise CheckpointError(
+                        f"{path}: {name} is {stored}, but {SHAPES} in config.json says {shapes[name]}; a file belongs "
+                        "to another model"
+                    )
 
 
 def _causal_class(config: Any) -> str | None:

@@ -16,10 +16,11 @@ from .. import process_memory
 from ..errors import AceError, CheckpointError
 from ..linears import is_linear
 from ..process_memory import few_pages_of
-from ..structures.uneven import SHAPES, sized
+from ..structures.uneven import shapes_in, sized
 from .checked_model import (
     check_config,
     check_depth,
+    check_widths,
     checked_model,
     loading_message,
     loading_reports,
@@ -131,6 +132,7 @@ def _load_saved(
         check_config(found.name, config, names, trusted)
     else:
         check_depth(found.name, config, names)
+    check_widths(config, found.path)
     stated = stated_quantization(config)
     layout = layout_of(found.name, stated)
     if placing and layout is None and stated is not None:
@@ -159,10 +161,10 @@ def _sized_class(task: ModelTask, config: Any, trusted: bool) -> Any:
     """The class of a model whose configuration has shapes of layers; None if it has none."""
     from accelerate import init_empty_weights
 
-    if not hasattr(config.get_text_config(), SHAPES):
+    if not shapes_in(config):
         return None
     with init_empty_weights():
-        return sized(type(task.loader.from_config(copy.deepcopy(config), trust_remote_code=trusted)), config)
+        return sized(type(task.loader.from_config(copy.deepcopy(config), trust_remote_code=trusted)))
 
 
 def _mapped_files(found: ModelSource) -> list[Path]:

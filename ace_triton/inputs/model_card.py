@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def license_of(folder: Path) -> str | None:
 
 
 def write_card(folder: Path, report: dict[str, Any]) -> None:
-    """Write the model card of a saved model. A card that is in the folder stays.
+    """Write the model card of a saved model. A card that is in the folder stays, and so does a link of its name.
 
     A card has no date, no times and not the folder's name, so equal runs write equal cards.
 
@@ -82,7 +83,7 @@ def write_card(folder: Path, report: dict[str, Any]) -> None:
         folder: the saved model, complete except for its reports.
         report: the pruning report, which may lack any part.
     """
-    if not (folder / CARD_FILE).exists():
+    if not os.path.lexists(folder / CARD_FILE):  # A link that leads nowhere would be followed.
         (folder / CARD_FILE).write_text(_card(report, _exported(report) or _usage(folder, report)), encoding="utf-8")
 
 

@@ -40,9 +40,6 @@ from .tables import PACKED_MODULES, name_of_embedding
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HUB_OPTIONS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-"""Options of ``save_pretrained(push_to_hub=True)`` that ``model.push_to_hub`` takes."""
-
 
 def save_packed(
     model: PreTrainedModel,
@@ -147,10 +144,12 @@ class SavePretrained:
     ) -> None:
         """Write the model into a folder, which may exist, and with ``push_to_hub`` also into a repository of the hub.
 
-        The repository is named by ``repo_id``, else by the folder; :data:`HUB_OPTIONS` are those of transformers.
+        The repository is named by ``repo_id``, else by the folder, and gets the files that were written. Its options
+        are those of transformers (:data:`~ace_triton.packed.upload.HUB_OPTIONS`).
 
         Raises:
-            CheckpointError: as in :func:`save_packed`, or if the folder contains the weights of a dense model.
+            CheckpointError: as in :func:`save_packed`, or if the folder contains the weights of a dense model, or the
+                repository's name is invalid.
         """
         model = self._model()
         if model is None:
@@ -166,12 +165,14 @@ class SavePretrained:
             )
             return
         if is_main_process:
+            from .upload import WrittenModel, repository_of
+
             _check_model(model)
             folder = Path(save_directory)
-            _write_into(model, folder, model.state_dict() if state_dict is None else state_dict)
-            if push_to_hub:
-                options = {name: others[name] for name in HUB_OPTIONS if name in others}
-                model.push_to_hub(others.get("repo_id", folder.name), **options)
+            repository = repository_of(folder, others) if push_to_hub else None
+            files = _write_into(model, folder, model.state_dict() if state_dict is None else state_dict)
+            if repository is not None:
+                WrittenModel(folder, files).upload(repository, model.model_tags or (), others)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
         model = self._model()
@@ -222,8 +223,8 @@ def _complete_config(path: Path, dtype: str, layout: int) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write a packed model into a folder that may exist and contain other files."""
+def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Write a packed model into a folder that may exist and contain other files. Returns the names of its files."""
     folder.mkdir(parents=True, exist_ok=True)
     dense = next((path.name for path in folder.glob("model*.safetensors*")), None)
     if dense is not None:
@@ -235,10 +236,12 @@ def _write_into(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
         _write(model, fresh, state, None)
         give_mode(fresh, fresh / "config.json")
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        for name in sorted(files_in(fresh), key=lambda name: name == MANIFEST_FILE):
+        written = sorted(files_in(fresh), key=lambda name: name == MANIFEST_FILE)
+        for name in written:
             (folder / name).parent.mkdir(exist_ok=True)
             os.replace(fresh / name, folder / name)
         write_card(folder, {})
+        return written
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

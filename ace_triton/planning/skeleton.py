@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..inputs.checked_model import check_config, check_depth, loading_message
+from ..inputs.checked_model import check_config, check_depth, check_widths, loading_message
 from ..inputs.checkpoint import stated_quantization
 from ..inputs.companions import Companions
 from ..inputs.model_source import ModelSource, open_safetensors, tensor_names, weight_files
@@ -99,6 +99,7 @@ def _build(found: ModelSource, dtype: torch.dtype | str, options: dict[str, Any]
     else:
         check_depth(found.name, config, stored.names)
         tokenizer = Companions(found, trusted)
+    check_widths(config, None if found.is_gguf else found.path)
     if dtype == "auto":
         stated = torch.bfloat16 if found.is_gguf else getattr(config, "dtype", None)
         dtype = stated if isinstance(stated, torch.dtype) else stored.dtype or torch.float32

@@ -15,12 +15,16 @@ from ..linears import linear_weight
 from ..tied import memory_of
 from .coupled import Structures
 from .coupled_layers import NAMES, Kind
+from .expert_channels import ExpertChannels
 from .settings import ShrinkSettings
 from .smaller import shapes_of
 from .uneven import uneven_widths
 
 BYTES_OF_AN_ENTRY = 128
 """Upper limit of the bytes that a safetensors file takes for a tensor beside its values and its name."""
+
+ROW_BYTES = 16
+"""The rows of matrices that ``grouped_mm`` of torch multiplies by have a multiple of this size."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,24 @@ def possible_shares(
     if not found:
         raise ArgumentError(_nothing_left(structures, settings))
     return found
+
+
+def check_rows(model: nn.Module, structures: Structures, share: Share) -> None:
+    """Raise ArgumentError if transformers cannot run experts of the width that a share leaves.
+
+    Its default for experts in one tensor, torch's ``grouped_mm``, needs rows of a multiple of 16 bytes.
+    """
+    grouped = getattr(model, "_can_set_experts_implementation", lambda: False)()
+    for entry in structures.coupled.get("expert_channels", ()) if share.expert_channels and grouped else ():
+        if isinstance(entry, ExpertChannels):
+            width, tensor = entry.count - share.expert_channels, next(entry.parts()).tensor
+            step = ROW_BYTES // tensor.element_size()
+            if width % step:
+                raise ArgumentError(
+                    f"experts of {width} channels would be left, and torch's grouped_mm runs experts in "
+                    f"{str(tensor.dtype).removeprefix('torch.')} if the number is a multiple of {step}: give "
+                    f"--multiple {step}"
+                )
 
 
 def _fewest(structures: Structures, kind: Kind, wanted: int, settings: ShrinkSettings) -> int | None:

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..decoders.batches import Batch, Calibration, batches_of, trial_batch
+from ..decoders.batches import Calibration, batches_of, trial_batch
 from ..decoders.blocks import Tower, find_towers
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
 from .budget import (
     block_parameters,
+    check_rows,
     checkpoint_bytes,
     kept_structures,
     n_parameters,
@@ -55,7 +56,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the number of steps done and of all steps."""
 
 TOKENS_OF_A_BATCH = 512
-"""Number of tokens in a batch: a step of the gradient, and a sample of the stability."""
+"""Number of tokens in a batch of token ids: a step of the gradient, and a sample of the stability."""
 
 
 class Run:
@@ -98,7 +99,8 @@ class Run:
                 f"method {settings.method!r} with update {settings.chosen_update!r} needs calibration text: give token "
                 "ids (magnitude with update 'none' needs none)"
             )
-        self.batches = [] if calibration is None else _batches(model, calibration)
+        tokens = TOKENS_OF_A_BATCH
+        self.batches = [] if calibration is None else batches_of(model, calibration, None, tokens)
         self._trial = trial_batch(model, self.batches)
         towers = find_towers(model, self._trial if self.batches else None)
         reached = [tower for tower in towers if tower.is_reached]
@@ -189,6 +191,8 @@ class Run:
                 needed, gain = needed_for_speed(model, structures, blocks, settings, self._trial, self._clock)
             notes.append(f"a block runs {gain:.2f} times as fast on one token here")
         shares = possible_shares(structures, blocks, settings, needed)
+        for share in shares:
+            check_rows(model, structures, share)
 
         def rank() -> Ranked:
             return ranked(
@@ -399,15 +403,6 @@ class Run:
         if part is not None:
             seconds = self._earlier.seconds.setdefault(part, seconds)
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-
-def _batches(model: nn.Module, calibration: Calibration) -> list[Batch]:
-    """Batches of about TOKENS_OF_A_BATCH tokens each, or those that are given."""
-    ids = calibration if isinstance(calibration, torch.Tensor) else getattr(calibration, "ids", None)
-    if not isinstance(ids, torch.Tensor):
-        return batches_of(model, calibration, None)
-    length = ids.shape[1] if ids.dim() == 2 else TOKENS_OF_A_BATCH
-    return batches_of(model, calibration, max(1, TOKENS_OF_A_BATCH // max(length, 1)))
 
 
 def _by_kind(structures: Structures, kept: Mapping[str, torch.Tensor]) -> dict[Kind, list[str]]:

@@ -13,7 +13,7 @@ from ..decoders.batches import Batch, run_model
 from ..decoders.blocks import Block
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
-from .budget import Share, block_parameters, possible_shares
+from .budget import Share, block_parameters, check_rows, possible_shares
 from .coupled import Structures
 from .settings import ShrinkSettings
 from .smaller import Kept, changed_config, kept_tensors, shapes_of, skeleton, values_in, width_changes
@@ -61,6 +61,7 @@ def needed_for_speed(
             share = _share(structures, blocks, settings, middle / STEPS)
             gain = 0.0
             if share is not None:
+                check_rows(model, structures, share)
                 narrow = _narrowed(model, structures, blocks, share)
                 before, after = _seconds((blocks[0].module, narrow), run, clock)
                 gain = before / after

@@ -11,11 +11,14 @@ does not read it: :func:`ace_triton.load_model` does.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..decoders.blocks import find_towers, linears_of
+from ..decoders.layer_roles import in_attention
 from ..errors import ArgumentError
 from .coupled_layers import Coupled
 
@@ -30,7 +33,7 @@ def check_equal_widths(config: Any, name: str) -> None:
         config: the model's configuration.
         name: the model in the message.
     """
-    if _shapes_in(config):
+    if shapes_in(config):
         raise ArgumentError(
             f"{name}: its feed-forward widths differ from block to block (field {SHAPES} of its configuration), so it "
             "cannot be shrunk again: shrink the dense model that it was made from, with a larger ratio"
@@ -76,15 +79,23 @@ def shapes_field(
     }
 
 
-def sized(kind: Any, config: Any) -> Any:
-    """A class whose models have layers of the shapes in their configuration: ``kind`` itself if it has none.
+def shapes_in(config: Any) -> dict[str, list[int]]:
+    """The field of a configuration, by name of the weight; empty if all feed-forwards have the same width.
 
-    Args:
-        kind: a model's class.
-        config: its configuration.
+    Raises:
+        ArgumentError: if it is not an object of pairs of positive integers.
     """
-    if not _shapes_in(config):
-        return kind
+    field = getattr(config.get_text_config(), SHAPES, None) or {}
+    if not isinstance(field, dict):
+        raise ArgumentError(f"{SHAPES} must be an object with a shape for each name, got a {type(field).__name__}")
+    for name, shape in field.items():
+        if not isinstance(shape, (list, tuple)) or [type(size) for size in shape] != [int, int] or min(shape) < 1:
+            raise ArgumentError(f"{SHAPES}: {name}: a shape is two positive integers, got {shape!r}")
+    return {name: list(shape) for name, shape in field.items()}
+
+
+def sized(kind: Any) -> Any:
+    """A subclass of a model's class whose models have layers of the shapes in their configuration."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)
@@ -94,8 +105,14 @@ def sized(kind: Any, config: Any) -> Any:
 
 
 def resize(model: Any) -> None:
-    """Give linear layers weights, and biases, of the shapes in the model's configuration, without values."""
-    for name, shape in _shapes_in(model.config).items():
+    """Give linear layers weights, and biases, of the shapes in the model's configuration, without values.
+
+    Raises:
+        ArgumentError: if these are not shapes of feed-forwards of smaller widths.
+    """
+    shapes = shapes_in(model.config)
+    _check(model, shapes)
+    for name, shape in shapes.items():
         layer = model.get_submodule(name.rpartition(".")[0])
         weight, is_linear = layer.get_parameter("weight"), isinstance(layer, nn.Linear)
         layer._parameters["weight"] = nn.Parameter(weight.new_empty(tuple(shape)), weight.requires_grad)
@@ -108,5 +125,33 @@ def resize(model: Any) -> None:
             layer._parameters["bias"] = nn.Parameter(bias.new_empty(outputs), bias.requires_grad)
 
 
-def _shapes_in(config: Any) -> Mapping[str, Sequence[int]]:
-    return getattr(config.get_text_config(), SHAPES, None) or {}
+def _check(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ArgumentError unless the shapes are of feed-forwards that have one smaller width for all their layers."""
+    layers = {
+        f"{name}.weight": layer
+        for tower in (find_towers(model) if shapes else ())
+        for block in tower.blocks
+        for name, layer in linears_of(block.module, block.name)
+        if not in_attention(block, name)
+    }
+    shares: dict[str, set[Fraction]] = {}
+    reads: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name not in layers:
+            raise ArgumentError(
+                f"{SHAPES}: {name!r} is no weight of a linear layer in a feed-forward of {type(model).__name__}"
+            )
+        own = tuple(layers[name].get_parameter("weight").shape)
+        changed = [dim for dim in (0, 1) if shape[dim] != own[dim]]
+        if len(changed) > 1 or any(shape[dim] > own[dim] for dim in changed):
+            raise ArgumentError(
+                f"{SHAPES}: {name} cannot be {list(shape)}: with equal widths it is {list(own)}, and only the width of "
+                "its feed-forward may be smaller"
+            )
+        home = name.removesuffix(".weight").rpartition(".")[0]
+        for dim in changed:
+            shares.setdefault(home, set()).add(Fraction(shape[dim], own[dim]))
+            reads[home] = reads.get(home, 0) + (dim == int(isinstance(layers[name], nn.Linear)))
+    for home, found in shares.items():
+        if len(found) > 1 or reads[home] != 1:
+            raise ArgumentError(f"{SHAPES}: the layers of {home} do not have one width")

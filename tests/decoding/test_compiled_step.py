@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 import ace_triton
 from ace_triton.decoding.generate import compiled_generate
@@ -351,11 +351,26 @@ def test_a_full_cache_and_wrong_calls(make_decoder, text):
         ({"attention_mask": torch.tensor([[0, 1, 0, 1, 1]])}, "it takes padding on the left"),
         ({"past_key_values": DynamicCache()}, "past_key_values is given"),
         ({"assistant_model": object()}, "assistant_model is given"),
+        ({"stop_strings": ["a"]}, "stop_strings need the model's tokenizer as the argument tokenizer"),
+        ({"generation_config": GenerationConfig(stop_strings=["a"])}, "a generation config has stop_strings: give"),
+        ({"token_healing": True}, "token_healing=True"),
     ],
 )
 def test_an_option_that_changes_the_algorithm_is_refused_by_name(make_decoder, text, option, reason):
     with pytest.raises(StepRefusedError, match=f"does not decode with these options: {reason}.*transformers decodes"):
         compiled_generate(make_decoder("llama"), text[:, :5], max_new_tokens=2, **option)
+
+
+def test_stop_strings_stop_where_transformers_does(make_decoder, text, tokenizer):
+    model, prompt = make_decoder("llama"), text[:, :5]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    whole = model.generate(prompt, **options)
+    options |= {"stop_strings": tokenizer.decode(whole[0, 8:9]), "tokenizer": tokenizer}
+    stopped = compiled_generate(model, prompt, **options)
+    assert stopped.shape[1] < whole.shape[1]
+    assert torch.equal(stopped, model.generate(prompt, **options))
+    earlier = compiled_generate(model, prompt, stopping_criteria=[lambda ids, _: ids[:, 0] >= 0], **options)
+    assert torch.equal(earlier, whole[:, :6])
 
 
 @pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 1.5, "top_k": 7}])

@@ -20,6 +20,7 @@ from ace_triton.packed.checkpoint import load, save_packed
 from ace_triton.packed.pack_model import pack_model
 
 IDS = torch.arange(3, 35).reshape(2, 16)
+NOT_PUSHED = {"optimizer.pt", "README.md"}
 
 
 def packed(make_decoder):
@@ -63,35 +64,83 @@ def test_save_pretrained_goes_into_a_folder_that_is_there(model, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("by_saving", [False, True])
-def test_what_goes_to_the_hub_loads(model, tokenizer, tmp_path, monkeypatch, by_saving):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
     """The hub is a folder here: everything up to its network interface is transformers' own."""
     from types import SimpleNamespace
 
     from huggingface_hub import ModelCard
     from transformers.utils import hub
 
-    asked, there = [], tmp_path / "hub"
-    there.mkdir()
+    found = SimpleNamespace(asked=[], folder=tmp_path / "hub", tags=[])
+    found.folder.mkdir()
 
     def commit(repo_id, operations, **options):
-        asked.append((repo_id, options["commit_message"]))
+        found.asked.append((repo_id, options["commit_message"]))
         for operation in operations:
-            (there / operation.path_in_repo).write_bytes(Path(operation.path_or_fileobj).read_bytes())
+            (found.folder / operation.path_in_repo).write_bytes(Path(operation.path_or_fileobj).read_bytes())
+
+    def card(_repo_id, tags, **_):
+        found.tags = tags
+        return ModelCard("---\nlicense: mit\n---\n")
 
     api = SimpleNamespace(
         create_repo=lambda repo_id, **options: SimpleNamespace(repo_id=f"someone/{repo_id}"), create_commit=commit
     )
     monkeypatch.setattr(hub, "hf_api", lambda: api)
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\nlicense: mit\n---\n"))
+    monkeypatch.setattr(hub, "create_and_tag_model_card", card)
+    return found
+
+
+@pytest.mark.parametrize("by_saving", [False, True])
+def test_what_goes_to_the_hub_loads(model, tokenizer, tmp_path, hub, by_saving):
     if by_saving:
         model.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="packed", max_shard_size="1MB")
         assert "It needs the package ace-triton" in (tmp_path / "mine" / "README.md").read_text()
     else:
         model.push_to_hub("mine", commit_message="packed")
-    assert asked == [("someone/mine", "packed")]
-    tokenizer.save_pretrained(there)  # It is pushed by itself.
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(there)(IDS).logits, model(IDS).logits)
+    assert hub.asked == [("someone/mine", "packed")]
+    tokenizer.save_pretrained(hub.folder)  # It is pushed by itself.
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(hub.folder)(IDS).logits, model(IDS).logits)
+
+
+def test_the_hub_gets_the_files_that_were_written(model, tmp_path, hub):
+    state = {name: 2 * tensor if "norm" in name else tensor for name, tensor in model.state_dict().items()}
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "optimizer.pt").touch()
+    model.add_model_tags("own")
+    model.save_pretrained(out, state_dict=state, push_to_hub=True, tags=["given"])
+    assert hub.asked == [("someone/mine", "Upload model")]
+    assert hub.tags == ["own", "given"]
+    written = {path.name for path in out.iterdir()}
+    assert {path.name for path in hub.folder.iterdir()} == written - {"optimizer.pt"}
+    assert all((out / name).read_bytes() == (hub.folder / name).read_bytes() for name in written - NOT_PUSHED)
+    assert not torch.equal(load(hub.folder)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "message"),
+    [
+        (".", {}, r"the name of the folder '\.' cannot name a repository; nothing was written"),
+        ("mine", {"repo_id": None}, "repo_id None cannot name a repository"),
+        ("mine", {"repo_id": "a/b/c"}, "repo_id 'a/b/c'.*give repo_id='name' or repo_id='owner/name'"),
+    ],
+)
+def test_a_name_that_is_no_repository_is_refused_first(model, tmp_path, monkeypatch, folder, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        model.save_pretrained(folder, push_to_hub=True, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_card_is_not_written_through_a_link(model, tmp_path):
+    out, outside = tmp_path / "mine", tmp_path / "outside.md"
+    out.mkdir()
+    (out / "README.md").symlink_to(outside)
+    model.save_pretrained(out)
+    assert not outside.exists()
+    assert (out / "README.md").is_symlink()
 
 
 def test_save_pretrained_refuses_what_would_mislead(model, make_decoder, tmp_path):

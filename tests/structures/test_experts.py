@@ -182,6 +182,18 @@ def test_channels_inside_experts_go_and_the_model_loads(family, make, ids, tmp_p
     torch.testing.assert_close(logits_of(loaded, ids), logits_of(model, ids), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "multiple", "step"), [(torch.float32, 5, 4), (torch.bfloat16, 6, 8)])
+def test_a_width_that_experts_cannot_run_in_is_refused(dtype, multiple, step, make):
+    model = make("deepseek_v3").to(dtype)
+    options = {"method": "magnitude", "groups": 0, "multiple": multiple, "experts": "channels"}
+    message = f"torch's grouped_mm runs experts in .* if the number is a multiple of {step}: give --multiple {step}"
+    for amount in ({"ratio": 0.1}, {"speedup": 1.01}):
+        with pytest.raises(ArgumentError, match=message):
+            shrink_model(model, **amount, **options)
+    report = shrink_model(model, ratio=0.1, **{**options, "multiple": step}).report
+    assert report.widths["expert_channels"][1] % step == 0
+
+
 @pytest.mark.parametrize("options", [{"method": "flap"}, {"method": "magnitude"}, {"importance": "taylor"}, {}])
 def test_dead_channels_of_experts_go_first(options, make, ids):
     model = make("mixtral")

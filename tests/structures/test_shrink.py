@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM
 
 from ace_triton import ArgumentError, RecipeError, ShrinkSettings, prune_model, shrink_model
@@ -48,6 +49,15 @@ def test_every_family_gets_smaller_and_loads(family, make_decoder, ids, tmp_path
     experts = report.widths.get("experts", (0, 0))
     expected = masked_logits(model, report, ids) if experts[0] == experts[1] else logits_of(result.model, ids)
     torch.testing.assert_close(logits_of(loaded, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_may_be_batches_of_any_kind(make_decoder, ids):
+    model, batches = make_decoder("llama"), [(part,) for part in ids.split(2)]
+    loader = DataLoader(TensorDataset(ids), batch_size=2)
+    given = [[{"input_ids": part} for part in ids.split(2)], loader, iter(batches), lambda: iter(batches)]
+    options = {"ratio": 0.3, "method": "wanda-sp", "multiple": 4, "groups": 0, "dry_run": True}
+    first, *others = (shrink_model(model, calibration, **options).report.kept for calibration in given)
+    assert others == [first] * 3
 
 
 @pytest.mark.parametrize("name", sorted(GROUPED - {"qwen3_moe"}))
