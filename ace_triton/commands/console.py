@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
@@ -58,12 +60,28 @@ def print_backend(device: str) -> None:
     print_note(f"running on {describe_backend(device)}")
 
 
-def note_slow_bfloat16(device: str, gain: str) -> None:
-    """If the device multiplies bfloat16 slowly, print what ``--dtype float32`` gains instead.
+def note_slow_calibration(dtype: str | torch.dtype, model: Any) -> None:
+    """If a model keeps its own bfloat16 and its device multiplies that slowly, print what ``--dtype float32`` gains.
 
     Args:
-        device: where the forwards in bfloat16 run.
-        gain: the end of the note, such as "trains several times as fast".
+        dtype: the command's option.
+        model: the model that is calibrated.
     """
+    if dtype == "auto" and model.dtype == torch.bfloat16:
+        _note_slow_bfloat16(model.device, "calibrates several times as fast, and writes OUT in float32")
+
+
+def note_slow_training(dtype: str | torch.dtype, device: str) -> None:
+    """If a recovery runs its forwards in bfloat16 on a device that multiplies that slowly, print the same.
+
+    Args:
+        dtype: the command's option.
+        device: where the forwards run.
+    """
+    if dtype == "auto":
+        _note_slow_bfloat16(device, "trains several times as fast")
+
+
+def _note_slow_bfloat16(device: str | torch.device, gain: str) -> None:
     if not multiplies_bfloat16(device):
         print_note(f"this CPU multiplies bfloat16 slowly: --dtype float32 {gain}")

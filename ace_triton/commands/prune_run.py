@@ -37,7 +37,7 @@ from ..streaming.fits import LARGEST_SHARE, surely_fits
 from ..streaming.streamed_pack import packing_facts
 from ..streaming.streamed_prune import StreamedModel, streamed
 from .calibration_sources import read_sources, trial_inputs
-from .console import note_slow_bfloat16, print_note
+from .console import note_slow_calibration, print_note
 from .options import parse_device, parse_dtype
 from .prune_facts import prune_facts
 from .recipe_file import CalibrationSettings, read_documents_of
@@ -201,7 +201,8 @@ class PruneRun:
             if self.packed:
                 check_packed(self.recipe, model.dtype)
                 check_stored(model, self.stored)
-            self._note_slow_forwards(model, documents)
+            if documents is not None:
+                note_slow_calibration(self.dtype, model)
             inputs, calibrated = self._inputs(model, tokenizer, documents, settings, progress)
             report = self._prune(model, inputs, progress, self._batch_size).with_load(load_seconds)
             facts, outside = prune_facts(self, model, report, None if documents is None else settings, calibrated)
@@ -262,10 +263,6 @@ class PruneRun:
             model, inputs, self.recipe, batch_size=batch_size, offload_folder=offload_folder, progress=bar
         )
 
-    def _note_slow_forwards(self, model: Any, documents: Texts) -> None:
-        if self.dtype == "auto" and model.dtype == torch.bfloat16 and documents is not None:
-            note_slow_bfloat16(str(model.device), "calibrates several times as fast, and writes OUT in float32")
-
     def _save(
         self, model: Any, tokenizer: Any, facts: dict[str, Any], progress: Progress, processes: Processes
     ) -> SparsifyReport | None:
@@ -311,7 +308,8 @@ class PruneRun:
             load_seconds = time.perf_counter() - started
             if store.resumed and Processes.now().is_first:
                 print_note(f"resuming: {len(store.resumed)} of {len(store.units)} blocks are done")
-            self._note_slow_forwards(model, documents)
+            if documents is not None:
+                note_slow_calibration(self.dtype, model)
             with store.open():
                 inputs, calibrated = self._kept_inputs(stream, store, documents, settings, progress)
                 bar = progress_bar(progress, "prune")

@@ -25,7 +25,7 @@ from ..recovery.state import remove_state
 from ..recovery.text import TEXT_SEQUENCES
 from ..recovery.train import recover as train
 from . import report
-from .console import console, note_slow_bfloat16, print_backend, print_line, progress_bars
+from .console import console, note_slow_training, print_backend, print_line, progress_bars
 from .options import (
     LARGEST_SEED,
     TEXT_SOURCES,
@@ -222,8 +222,7 @@ def recover(
             stack.enter_context(checkpoint.reserved(out, overwrite=overwrite))
         documents = read_calibration(calibration)
         print_backend(where)
-        if dtype == "auto":
-            note_slow_bfloat16(where, "trains several times as fast")
+        note_slow_training(dtype, where)
         progress = stack.enter_context(progress_bars())
         with stage(progress, "load the models"), whole_models(processes, shard=shard):
             first = "cpu" if shard else where

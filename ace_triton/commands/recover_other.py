@@ -26,7 +26,7 @@ from ..recovery.settings import RecoveryReport, RecoverySettings
 from ..recovery.state import remove_state
 from . import report
 from .compare_run import pooling_of
-from .console import note_slow_bfloat16, print_backend, progress_bars
+from .console import note_slow_training, print_backend, progress_bars
 from .recover_models import check_vocabulary, remove_if_empty
 from .sources import context_length, kind_beside_causal
 
@@ -161,8 +161,7 @@ class OtherRecovery:
             stack.callback(remove_if_empty, folder)
             stack.enter_context(checkpoint.reserved(self.out, overwrite=self.overwrite))
             print_backend(self.loading["device"])
-            if self.loading["dtype"] == "auto":
-                note_slow_bfloat16(self.loading["device"], "trains several times as fast")
+            note_slow_training(self.loading["dtype"], self.loading["device"])
             progress = stack.enter_context(progress_bars())
             with stage(progress, "load the models"):
                 model, companions = checkpoint.load(self.model_dir, task=task.name, **self.loading)

@@ -30,7 +30,7 @@ from ..streaming.streamed_shrink import StreamedShrink, shrinking
 from ..structures.report import ShrinkReport
 from ..structures.settings import ShrinkSettings
 from ..structures.shrink import shrink_model
-from .console import note_slow_bfloat16, print_note, print_warning
+from .console import note_slow_calibration, print_note, print_warning
 from .recipe_file import CalibrationSettings
 from .sources import loaded_bytes
 
@@ -221,8 +221,7 @@ class ShrinkRun:
     def _calibrate(self, model: Any, tokenizer: Any, progress: Progress) -> tuple[Any, CalibrationReport | None]:
         if self.documents is None:
             return None, None
-        if self.dtype == "auto" and model.dtype == torch.bfloat16:
-            note_slow_bfloat16(str(model.device), "calibrates several times as fast, and writes OUT in float32")
+        note_slow_calibration(self.dtype, model)
         sequences = load_calibration(
             self.documents,
             tokenizer,

@@ -23,7 +23,7 @@ def forward_errors_named(
 
     Args:
         model: the model.
-        number: of the batch in the calibration set; None if the caller gave no batches, then errors stay as they are.
+        number: the batch's place in the calibration set. None if the caller gave token ids; then errors pass unchanged.
         inputs: the arguments of the forward.
         longest: the model's maximum number of positions; None if unknown.
 

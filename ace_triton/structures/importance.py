@@ -270,7 +270,7 @@ def _of_expert(weight: torch.Tensor, stats: Sequence[ActivationStats], settings:
     of a batch reach an expert.
 
     Args:
-        weight: of the layer that reads the channels, fp32 [out_features, count].
+        weight: the weight of the layer that reads the channels, fp32 [out_features, count].
         stats: statistics of its inputs, one for each batch with tokens.
         settings: the method and its settings.
     """

@@ -44,7 +44,7 @@ def uneven_widths(importance: Sequence[torch.Tensor], removed: int, multiple: in
     """The number of channels to remove from each block.
 
     Args:
-        importance: of the channels of each block, [n_channels], equally many.
+        importance: one vector for each block, the importance of its channels, all of the same length [n_channels].
         removed: the mean number to remove; what it leaves is a multiple of ``multiple``.
         multiple: the width that is left in each block is a multiple of this; at least one multiple stays.
     """
