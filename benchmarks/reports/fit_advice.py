@@ -9,7 +9,7 @@ from typing import Any
 
 from ace_triton.study.tally import listed, shown_sparsity
 
-from .fits import BLOCK_FIT, FIT, LABELS, METRICS, RECOVERED, SHOWN
+from .fit_recipes import BLOCK_FIT, FIT, LABELS, METRICS, PUBLISHED, RECOVERED, SHOWN, SPARSEGPT
 
 LEAST_CHANGE = 0.03
 """A smaller change of perplexity counts as none: calibration seeds differ by about as much."""
@@ -23,6 +23,8 @@ COMPARED = (
     ("permuted and lstsq added to Wanda", FIT, "wanda"),
     ("block_epochs=2 added to that", BLOCK_FIT, FIT),
     ("recovery added to that, without block_epochs", RECOVERED, FIT),
+    ("SparseGPT instead of Wanda", SPARSEGPT, "wanda"),
+    ("Wanda, permuted, lstsq instead of SparseGPT", FIT, SPARSEGPT),
 )
 """A change, the recipe with it, and the recipe without it."""
 
@@ -60,6 +62,35 @@ def measured(record: Mapping[str, Any], model: str, pattern: str) -> list[Measur
     ]
 
 
+def is_published(result: Measured) -> bool:
+    """True if the recipe is a method as its authors published it, with our code."""
+    return result.recipe in PUBLISHED
+
+
+def beats(result: Measured, other: Measured) -> bool:
+    """True if it has a lower perplexity in no more time."""
+    return result.perplexity < other.perplexity and result.seconds <= other.seconds
+
+
+def published(record: Mapping[str, Any]) -> list[str]:
+    """Each published method by model and pattern, and the fastest other result that has a lower perplexity."""
+    lines = [
+        "| model | pattern | published method | the fastest better one | more time |",
+        "|---|---|---|---|---:|",
+    ]
+    for model, entry in record["models"].items():
+        for pattern in SHOWN:
+            found = measured(record, model, pattern)
+            for theirs in (result for result in found if is_published(result)):
+                better = [r for r in found if not is_published(r) and r.perplexity < theirs.perplexity]
+                best = min(better, key=lambda result: result.seconds, default=None)
+                ours = "none measured" if best is None else best.shown(entry["dense"])
+                change = "" if best is None else f"{best.seconds / theirs.seconds - 1:+.0%}"
+                shown = f"{shown_sparsity(pattern)} | {theirs.shown(entry['dense'])} | {ours} | {change}"
+                lines.append(f"| {model} | {shown} |")
+    return lines
+
+
 def choices(record: Mapping[str, Any]) -> list[str]:
     """The best metric alone, the best recipe without recovery, and the best recipe, by model and pattern."""
     lines = [
@@ -71,7 +102,7 @@ def choices(record: Mapping[str, Any]) -> list[str]:
             found = measured(record, model, pattern)
             groups = (
                 [result for result in found if result.recipe in METRICS],
-                [result for result in found if result.recipe in (FIT, BLOCK_FIT)],
+                [result for result in found if result.recipe in (SPARSEGPT, FIT, BLOCK_FIT)],
                 [result for result in found if result.recipe == RECOVERED],
             )
             best = (min(group, key=lambda result: result.perplexity, default=None) for group in groups)

@@ -24,7 +24,7 @@ from ace_triton.study.workbench import Protocol, Workbench
 
 from .annealing import GROUP, LEVELS, Tightening
 from .cpu_ratios import processor
-from .fits import FIT, recipe_of
+from .fit_recipes import FIT, recipe_of
 from .held_out import divergence
 from .pruned_weights import pruned_once
 from .record import read_record

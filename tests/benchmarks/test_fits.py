@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import typer
 
 from ace_triton.recipe import Recipe
-from benchmarks.reports import fit_advice, fits
+from benchmarks.reports import fit_advice, fits, fits_picture
+from benchmarks.reports.fit_recipes import recipe_of
 
 
 @pytest.fixture
@@ -34,8 +36,8 @@ def run(files, **options) -> None:
 def test_a_stopped_run_continues_and_the_page_has_every_cell(files):
     run(files, most=1)
     assert measured(files["out"]) == [("2:4", "wanda")]
-    run(files, only=["2:4 *", "0.5 fit"], most=6)
-    metrics = ("ace", "ria", "ace a=0.5", "ace a=0.75")
+    run(files, only=["2:4 *", "0.5 fit"], most=7)
+    metrics = ("ace", "ria", "ace a=0.5", "ace a=0.75", "sparsegpt")
     again = [*(("2:4", recipe) for recipe in metrics), ("2:4", "fit"), ("0.5", "fit")]
     assert measured(files["out"]) == [("2:4", "wanda"), *again]
     run(files, steps=1, only=["4:8 recovered"])
@@ -70,8 +72,8 @@ def test_all_cells_are_listed(files, capsys):
 
 
 def test_channels_of_a_fraction_are_not_permuted():
-    assert fits.recipe_of("fit", "0.5") == Recipe("wanda", sparsity=0.5, update="lstsq")
-    assert fits.recipe_of("block fit", "2:4").permute
+    assert recipe_of("fit", "0.5") == Recipe("wanda", sparsity=0.5, update="lstsq")
+    assert recipe_of("block fit", "2:4").permute
 
 
 def record(**models: dict[str, float]) -> dict[str, Any]:
@@ -100,3 +102,24 @@ def test_advice_names_the_best_and_what_holds_on_one_model_only():
 def test_a_change_within_the_noise_is_none():
     found = record(small={"wanda": 50, "ace": 51}, large={"wanda": 40, "ace": 39.5})
     assert fit_advice.changes(found)[-1].startswith("Every change has the same sign on all models.")
+
+
+def test_the_fastest_better_result_stands_beside_each_published_method():
+    seconds = {"wanda": 10.0, "ace": 12.0, "sparsegpt": 20.0, "fit": 30.0}
+    found = record(small={"wanda": 50, "ace": 40, "sparsegpt": 35, "fit": 30})
+    found["results"] = [{**result, "seconds": seconds[result["recipe"]]} for result in found["results"]]
+    assert fit_advice.published(found)[2:] == [
+        "| small | 2:4 | Wanda: 5.00x, 10 s | ACE: 4.00x, 12 s | +20% |",
+        "| small | 2:4 | SparseGPT: 3.50x, 20 s | Wanda, permuted, lstsq: 3.00x, 30 s | +50% |",
+    ]
+
+
+def test_the_picture_has_every_result_of_a_model_with_enough_of_them():
+    few, enough = {"wanda": 50, "ace": 40}, {"wanda": 50, "ace": 40, "fit": 30, "ace a=0.5": 45}
+    found = record(few=few, enough=enough)
+    found["results"] += [{**result, "pattern": "8:16", "perplexity": 20.0} for result in found["results"]]
+    root = ElementTree.fromstring(fits_picture.picture(found))
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert [texts.count(words) for words in ("Wanda", "ACE", "Wanda, permuted, lstsq", "ACE, a=0.5")] == [2, 2, 2, 0]
+    assert "enough" in texts
+    assert "few" not in texts
