@@ -5,8 +5,8 @@ Each forward reads the weights rounded to the nearest value of their group (:mod
     w_ij = absmax_ig round(Q v_ij / absmax_ig) / Q,   absmax_ig = max over j in g of |v_ij|,
 
 where v are the fp32 copies that the optimizer trains. The gradient of w counts as the gradient of v, also if v is
-rounded to 0. A pruned weight has v = 0 and stays 0. Training starts with the groups of v clipped so that rounding has
-the smallest squared error; weights that are rounded already start as they are.
+rounded to 0. A pruned weight has v = 0 and stays 0. Weights that are rounded already start as they are: rounding them
+again changes nothing.
 
 The weights are rounded once after each optimizer step, not once in each forward. So a rounded parameter takes the
 memory of one in the dtype of forwards, beside the fp32 copies.
@@ -23,7 +23,7 @@ from torch import nn
 from ..decoders.blocks import find_blocks, linears_of, stacks_of
 from ..errors import RecoveryError
 from ..packed.expert_stack import stores_transposed
-from ..solvers.quantize import Quantization, clipped_weight, rounded_weight
+from ..solvers.quantize import Quantization, rounded_weight
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,14 @@ class RoundedWeight:
     dtype: torch.dtype
     transposed: bool
 
-    def start(self, values: torch.Tensor) -> torch.Tensor:
-        """The values with clipped groups, from which training starts; fp32 of the same shape, contiguous."""
-        return self._by_rows(values, clip=True)
-
+    @torch.no_grad()
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         """The rounded values, fp32 of the same shape, contiguous."""
-        return self._by_rows(values, clip=False)
-
-    @torch.no_grad()
-    def _by_rows(self, values: torch.Tensor, *, clip: bool) -> torch.Tensor:
         if not values.numel():
             return values
         stored = values.mT if self.transposed else values
-        change = clipped_weight if clip else rounded_weight
-        changed = change(stored.flatten(0, -2), self.by, self.dtype).view(stored.shape)
-        return (changed.mT if self.transposed else changed).contiguous()
+        rounded = rounded_weight(stored.flatten(0, -2), self.by, self.dtype).view(stored.shape)
+        return (rounded.mT if self.transposed else rounded).contiguous()
 
 
 def roundings_of(

@@ -173,7 +173,7 @@ def sharded(
         for name in (name for name in names if name.startswith(f"{block.name}.")):
             own = model.get_parameter(name).detach()
             if (rounding := roundings.get(name)) is not None:
-                own = rounding(rounding.start(own.float()))
+                own = rounding(own.float())
             own = own.to(dtype)
             _replace_one(student, name, nn.Parameter(own, requires_grad=True))
         _shard(student.get_submodule(block.name), mesh)
@@ -184,13 +184,11 @@ def sharded(
     trained = {name: student.get_parameter(name) for name in names}
     values, scales = {}, {}
     for name, parameter in trained.items():
-        whole, rounding = model.get_parameter(name).detach().float(), roundings.get(name)
-        if rounding is not None:
-            whole = rounding.start(whole)
+        whole = model.get_parameter(name).detach().float()
         scales[name] = scale_of(whole)
         assert isinstance(parameter, DTensor)
         share = share_of_rows(whole, processes)
-        one_tensor = dtype == torch.float32 and rounding is None
+        one_tensor = dtype == torch.float32 and name not in roundings
         values[name] = parameter.to_local().detach() if one_tensor else share.to(device, copy=True)
     optimizer = ShardedAdamW(trained, values, processes.broadcast(scales), processes, roundings)
     yield student, dense, optimizer

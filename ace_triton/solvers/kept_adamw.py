@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,14 +41,8 @@ def scheduled_rate(peak: float, fraction: float, warmup: float) -> float:
     return peak * (1 - fraction) / (1 - warmup)
 
 
-class Rounding(Protocol):
-    """How a parameter is rounded for forwards."""
-
-    def start(self, values: torch.Tensor) -> torch.Tensor:
-        """The values from which training starts, fp32, from those of the model."""
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """The rounded values, fp32, of the shape of ``values``; 0 stays 0."""
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+"""How a parameter is rounded for forwards: fp32 values to rounded ones of the same shape; 0 stays 0."""
 
 
 class KeptAdamW:
@@ -80,8 +74,6 @@ class KeptAdamW:
         self._parameters, self._processes = parameters, processes or Processes()
         self._roundings = roundings or {}
         self.values = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()}
-        for name, rounding in self._roundings.items():
-            self.values[name] = rounding.start(self.values[name])
         self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
         self._scales = self._processes.broadcast({name: scale_of(value) for name, value in self.values.items()})
         self._steps = dict.fromkeys(parameters, 0)

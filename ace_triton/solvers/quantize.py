@@ -135,22 +135,6 @@ def rounded_weight(weight: torch.Tensor, by: Quantization, dtype: torch.dtype) -
     return dequantized_groups(steps, absmax, by.group, by.bits).add_(0.0)  # Makes -0.0 to +0.0.
 
 
-def clipped_weight(weight: torch.Tensor, by: Quantization, dtype: torch.dtype) -> torch.Tensor:
-    """The weight with each group clipped so that rounding it has the smallest squared error.
-
-    The candidates are the shares :data:`CLIPS` of a group's largest magnitude. A weight that is rounded already does
-    not change.
-
-    Args, returns: as for :func:`rounded_weight`.
-    """
-    result = torch.empty_like(weight)
-    for start in range(0, weight.shape[1], by.group):
-        columns = weight[:, start : start + by.group].t().contiguous()
-        best = _best_clip(columns, _in_dtype(columns.abs().amax(0), dtype), by, dtype)
-        result[:, start : start + by.group] = torch.minimum(torch.maximum(columns, -best), best).t()
-    return result
-
-
 def _sweep(
     current: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, by: Quantization, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
