@@ -134,7 +134,8 @@ budgets: setup  ## whether layer-wise budgets pay, for docs/budgets.md; minutes,
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.budgets --calibration $(CALIBRATION) --evaluation $(EVALUATION)
 
 quantization: setup  ## pruned models in 16, 8 and 4 bits, for docs/quantization.md; hours, resumable
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.quantization --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.quantization --calibration $(CALIBRATION) --evaluation $(EVALUATION) \
+		--kept build/kept-quantization
 
 structured: setup  ## smaller dense models by every structured method, for docs/structured.md; hours, resumable
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.structured --calibration $(CALIBRATION) --evaluation $(EVALUATION)

@@ -13,6 +13,7 @@ import typer
 from ..errors import ArgumentError
 from ..formats.registry import format_of, save_model
 from ..inputs import checkpoint
+from ..inputs.model_card import quantize_entry
 from ..inputs.model_source import weight_file_bytes
 from ..packed.manifest import DENSE, TENSORS_FILE
 from ..packed.pack_model import sparsify
@@ -161,14 +162,13 @@ def pack(
     if pruned and quantization_of(facts) != (few, group):
         print_note(
             f"weights were rounded to the nearest value of {few} bits; ace-triton prune --bits {few} loses less, "
-            "because it uses the calibration text"
+            f"because it uses the calibration text, and ace-triton recover --bits {few} trains the rounded weights"
         )
     print_line(f"weight files: {gib(weight_file_bytes(src))} -> {gib((out / TENSORS_FILE).stat().st_size)}")
     print_line(f"written to {out}")
 
 
 def quantization_of(facts: Mapping[str, Any] | None) -> tuple[Any, Any] | None:
-    """Bits and group that a pruning report says the weights were quantized with; None if they were not."""
-    recipe = (facts or {}).get("recipe")
-    by = recipe.get("quantize") if isinstance(recipe, Mapping) else None
-    return (by.get("bits"), by.get("group")) if isinstance(by, Mapping) else None
+    """Bits and group that a report says the kept weights are quantized with; None if they are not."""
+    by = quantize_entry(facts)
+    return (by.get("bits"), by.get("group")) if by else None

@@ -24,6 +24,7 @@ from ..recovery.sharing import whole_models
 from ..recovery.state import remove_state
 from ..recovery.text import TEXT_SEQUENCES
 from ..recovery.train import recover as train
+from ..solvers.quantize import GROUP
 from . import report
 from .console import console, note_slow_training, print_backend, print_line, progress_bars
 from .options import (
@@ -42,9 +43,8 @@ from .options import (
     parse_device,
     parse_dtype,
 )
-from .pack import quantization_of
 from .recipe_flags import given_flags
-from .recover_models import check_vocabulary, remove_if_empty, teacher_of
+from .recover_models import check_vocabulary, quantization_from, remove_if_empty, rounded_to, rounding_note, teacher_of
 from .recover_other import (
     INPUTS_PER_STEP,
     OTHER_LENGTH,
@@ -130,6 +130,23 @@ def recover(
             least=0,
         ),
     ] = RecoverySettings.hidden_states,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Round the weights to 8 or 4 bits in each forward, so that they are trained for it; OUT has the "
+            "rounded weights, and pack --bits keeps them.",
+            show_default="not rounded",
+            metavar="8|4",
+        ),
+    ] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(
+            help="For --bits: number of inputs that share a scale, a multiple of 32.",
+            show_default=f"that of DIR if it is rounded to these bits, else {GROUP}",
+            metavar="INPUTS",
+        ),
+    ] = None,
     tune: Annotated[
         Literal["weights", "groups"],
         typer.Option(
@@ -186,6 +203,7 @@ def recover(
     check_source(model_dir, hub=False)
     causal = images is None and audio is None and is_causal(model_dir, task, trust_remote_code=trust_remote_code)
     check_effect(given_flags(context), causal=causal)
+    pruning = checkpoint.read_report(model_dir) or {}
     settings = RecoverySettings(
         steps,
         minutes,
@@ -195,12 +213,12 @@ def recover(
         hidden_states=hidden_states,
         seed=seed,
         groups=groups if tune == "groups" else None,
+        quantize=quantization_from(bits, group, pruning),
         forward_dtype=torch.float32 if dtype == "float32" else RecoverySettings.forward_dtype,
     )
     check_json(json)
     checkpoint.check_out(out, overwrite=overwrite)
     where = parse_device(device)
-    pruning = checkpoint.read_report(model_dir) or {}
     if tune == "groups" and not pruning:
         raise ArgumentError(f"--tune groups is for a model that shrink wrote, and {model_dir} is none: shrink it first")
     source = teacher_of(model_dir, teacher, pruning)
@@ -209,7 +227,10 @@ def recover(
         texts = TrainingInputs(calibration, samples or OTHER_SAMPLES, length, pieces, images, audio, inputs_per_step)
         loading = {"dtype": weights_dtype, "device": where, "trust_remote_code": trust_remote_code}
         run = OtherRecovery(model_dir, source, out, task, texts, settings, loading, overwrite=overwrite)
-        console.print(report.recovery_table(run.run(json), trained, of_text=False))
+        result = run.run(json)
+        console.print(report.recovery_table(result, trained, of_text=False))
+        if (note := rounding_note(settings.quantization, pruning, result)) is not None:
+            print_line(note)
         print_line(f"written to {out}")
         return
     samples, length = samples or TEXT_SEQUENCES, length or TEXT_LENGTH
@@ -263,11 +284,15 @@ def recover(
         if processes.is_first:
             with stage(progress, "save the model"):
                 pruning.pop("source_path", None)  # A teacher from the hub has no path.
-                facts = {**report.without_quantization(pruning), **source_facts(source, out), "recovery": recovery}
+                facts = {
+                    **report.after_training(pruning, settings.quantization),
+                    **source_facts(source, out),
+                    "recovery": recovery,
+                }
                 facts["history"] = history_with(
                     pruning,
                     "recover",
-                    f"{result.steps} optimizer steps, {result.tokens} tokens",
+                    f"{result.steps} optimizer steps, {result.tokens} tokens" + rounded_to(settings.quantization),
                     seconds=result.seconds,
                     loss=[result.losses[0], result.losses[-1]],
                 )
@@ -285,10 +310,6 @@ def recover(
             "The text was read more than once. A second epoch overfits: give more text (--calibration, --samples), or "
             "fewer minutes."
         )
-    if (few := quantization_of(pruning)) is not None:
-        bits, group = few
-        print_line(
-            f"The weights are no longer rounded to {bits} bits; ace-triton pack --bits {bits} --group {group} rounds "
-            "them again."
-        )
+    if (note := rounding_note(settings.quantization, pruning, result)) is not None:
+        print_line(note)
     print_line(f"written to {out}")

@@ -9,7 +9,52 @@ from typing import Any
 from ..errors import ArgumentError
 from ..inputs import checkpoint
 from ..provenance import history_of, source_of
+from ..recovery.settings import RecoveryReport
+from ..solvers.quantize import GROUP, Quantization
+from .options import parse_bits
+from .pack import quantization_of
 from .sources import check_source
+
+
+def quantization_from(bits: int | None, group: int | None, pruning: dict[str, Any]) -> Quantization | None:
+    """How forwards round the weights, from ``--bits`` and ``--group``; None without them.
+
+    Without ``--group``, weights that ``pruning`` says are rounded to these bits keep their groups.
+
+    Raises:
+        ArgumentError: if a value is invalid, or a group is given without bits.
+    """
+    if bits is None:
+        if group is not None:
+            raise ArgumentError("--group is for rounded weights: add --bits 8 or --bits 4, or leave it out")
+        return None
+    before = quantization_of(pruning)
+    if group is None:
+        group = before[1] if before is not None and before[0] == bits else GROUP
+    parse_bits(bits, group)
+    return Quantization(bits, group, "absmax")
+
+
+def rounded_to(quantize: Quantization | None) -> str:
+    """The words of a step in the history about rounded weights, such as ", 4 bits by absmax"."""
+    return "" if quantize is None else f", {quantize}"
+
+
+def rounding_note(quantize: Quantization | None, pruning: dict[str, Any], result: RecoveryReport) -> str | None:
+    """What ``recover`` says of rounded weights; None if they were not rounded before and are not now."""
+    if quantize is not None:
+        option = "--bits" if result.zeros else "--dense-bits"
+        return (
+            f"The weights are rounded to {quantize.bits} bits; ace-triton pack {option} {quantize.bits} --group "
+            f"{quantize.group} keeps each value."
+        )
+    if (few := quantization_of(pruning)) is None:
+        return None
+    bits, group = few
+    return (
+        f"The weights are no longer rounded to {bits} bits; ace-triton pack --bits {bits} --group {group} rounds them "
+        f"again, and ace-triton recover --bits {bits} trains them rounded."
+    )
 
 
 def teacher_of(model_dir: Path, named: str | None, pruning: dict[str, Any]) -> str:

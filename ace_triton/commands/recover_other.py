@@ -27,7 +27,7 @@ from ..recovery.state import remove_state
 from . import report
 from .compare_run import pooling_of
 from .console import note_slow_training, print_backend, progress_bars
-from .recover_models import check_vocabulary, remove_if_empty
+from .recover_models import check_vocabulary, remove_if_empty, rounded_to
 from .sources import context_length, kind_beside_causal
 
 OTHER_SAMPLES, OTHER_LENGTH, INPUTS_PER_STEP = 50_000, 128, 32
@@ -208,11 +208,13 @@ class OtherRecovery:
                 history = history_with(
                     pruning,
                     "recover",
-                    f"{result.steps} optimizer steps of {self.inputs.inputs_per_step} inputs",
+                    f"{result.steps} optimizer steps of {self.inputs.inputs_per_step} inputs"
+                    + rounded_to(self.settings.quantization),
                     seconds=result.seconds,
                     loss=[result.losses[0], result.losses[-1]],
                 )
-                facts = {**report.without_quantization(pruning), **source, "recovery": recovery, "history": history}
+                kept = report.after_training(pruning, self.settings.quantization)
+                facts = {**kept, **source, "recovery": recovery, "history": history}
                 save_model(model, companions, self.out, report=facts, overwrite=self.overwrite)
                 remove_state(state)
         if json:

@@ -26,6 +26,7 @@ from ..recovery.settings import RecoveryReport
 from ..reordering.fold import Unfolded
 from ..reordering.reorder import Reordered
 from ..reordering.rotate import Rotated
+from ..solvers.quantize import Quantization
 from ..task_evaluation import TaskScore
 
 CHECKPOINT_JSON = re.compile(
@@ -269,10 +270,10 @@ def recovery_table(
     return table
 
 
-def without_quantization(pruning: dict[str, Any]) -> dict[str, Any]:
-    """A pruning report whose recipe does not say that the weights are quantized: training changes their values."""
+def after_training(pruning: dict[str, Any], quantize: Quantization | None) -> dict[str, Any]:
+    """A pruning report after a recovery: its recipe says that the weights are quantized only if they still are."""
     recipe = pruning.get("recipe")
-    if not isinstance(recipe, dict):
+    if quantize is not None or not isinstance(recipe, dict):
         return pruning
     return {**pruning, "recipe": {name: part for name, part in recipe.items() if name != "quantize"}}
 

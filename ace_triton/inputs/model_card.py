@@ -134,7 +134,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Method", _text(report, "method")),
         ("Pattern", _text(report, "sparsity")),
         ("Update of the kept weights", _text(update, "kind")),
-        ("Quantization of the kept weights", _quantization(_dict(_dict(report, "recipe"), "quantize"))),
+        ("Quantization of the kept weights", _quantization(quantize_entry(report))),
         ("Packed", _packed(report)),
         ("Channels reordered", None if not permutation else "yes"),
         ("Budgets", _text(report, "budgets")),
@@ -246,6 +246,11 @@ def _metadata(text: str) -> str:
     """The lines between the two "---" at the beginning of a card."""
     parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
     return parts[1] if len(parts) == 3 and not parts[0].strip() else ""
+
+
+def quantize_entry(report: Any) -> dict[str, Any]:
+    """How a report says that the kept weights are quantized: by the last recovery or by pruning; empty if neither."""
+    return _dict(_dict(_dict(report, "recovery"), "settings"), "quantize") or _dict(_dict(report, "recipe"), "quantize")
 
 
 def _quantization(by: dict[str, Any]) -> str | None:

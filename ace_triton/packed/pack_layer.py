@@ -13,7 +13,7 @@ from ..linears import linear_weight
 from ..sparsity import Sparsity
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
-from .pattern import find_pattern
+from .pattern import FULL_GROUPS, FULL_GROUPS_ROUNDED, find_pattern
 from .products import RowLimits
 from .quantized_linear import QuantizedLinear
 from .rows_linear import RowsLinear
@@ -75,7 +75,7 @@ def pack_layer(layer: nn.Module, wanted: Wanted) -> PackedLinear:
 
 
 def _pack_sparse(layer: nn.Module, weight: torch.Tensor, wanted: Wanted) -> PackedLinear:
-    nm = wanted.pattern or _detect(weight)
+    nm = wanted.pattern or _detect(weight, wanted.bits)
     if nm is None and wanted.bits is not None:
         raise NotEligible(f"its zeros follow no pattern n:m, and only n:m weights can be stored in {wanted.bits} bits")
     try:
@@ -86,9 +86,9 @@ def _pack_sparse(layer: nn.Module, weight: torch.Tensor, wanted: Wanted) -> Pack
         raise NotEligible(str(error)) from error
 
 
-def _detect(weight: torch.Tensor) -> tuple[int, int] | None:
+def _detect(weight: torch.Tensor, bits: int | None) -> tuple[int, int] | None:
     """The pattern n:m to pack a weight in; None if its zeros follow no such pattern along the inputs."""
-    found = find_pattern(weight)
+    found = find_pattern(weight, FULL_GROUPS if bits is None else FULL_GROUPS_ROUNDED)
     if found.dense:
         raise NotEligible("it is dense: it was not pruned")
     if found.nm is not None and found.across is None:

@@ -16,6 +16,9 @@ FULL_GROUPS = 1.1
 Without this bound almost every sparse matrix would have a pattern such as 30:32.
 """
 
+FULL_GROUPS_ROUNDED = 1.6
+"""As FULL_GROUPS, for a weight that is stored in few bits: some of its kept weights may be rounded to 0."""
+
 
 @dataclass(frozen=True)
 class FoundPattern:
@@ -40,29 +43,30 @@ class FoundPattern:
         return f"{n}:{m}" if self.across is None else f"{n}:{m} along {self.across}"
 
 
-def find_pattern(weight: torch.Tensor) -> FoundPattern:
+def find_pattern(weight: torch.Tensor, full_groups: float = FULL_GROUPS) -> FoundPattern:
     """Find the narrowest n:m that all groups of a weight follow.
 
     Args:
         weight: a matrix [rows, cols], or a stack of matrices [n_experts, rows, cols].
+        full_groups: largest n / m, as a multiple of the share of non-zero weights.
     """
     kept = weight != 0
     share = float(kept.sum()) / max(kept.numel(), 1)
     if kept.numel() == 0 or share > 1 - 1 / max(GROUP_SIZES):
         return FoundPattern(dense=True)
-    along_last = _narrowest(kept.flatten(0, -2))
+    along_last = _narrowest(kept.flatten(0, -2), full_groups)
     if along_last is not None:
         return FoundPattern(dense=False, nm=along_last)
-    along_other = _narrowest(kept.mT.flatten(0, -2))
+    along_other = _narrowest(kept.mT.flatten(0, -2), full_groups)
     if along_other is not None:
         return FoundPattern(dense=False, nm=along_other, across="outputs" if weight.dim() == 2 else "the middle axis")
     return FoundPattern(dense=share > 1 - LEAST_ZEROS)
 
 
-def _narrowest(kept: torch.Tensor) -> tuple[int, int] | None:
+def _narrowest(kept: torch.Tensor, full_groups: float) -> tuple[int, int] | None:
     """(n, m) with the smallest n / m, and of those the smallest m, for groups along the last axis of [rows, cols]."""
     best: tuple[int, int] | None = None
-    largest = FULL_GROUPS * float(kept.sum()) / kept.numel()
+    largest = full_groups * float(kept.sum()) / kept.numel()
     for m in GROUP_SIZES:
         if kept.shape[1] % m:
             continue

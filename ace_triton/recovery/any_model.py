@@ -22,6 +22,7 @@ from ..processes import Processes
 from ..solvers.kept_adamw import LARGEST_GRADIENT, KeptAdamW
 from .checks import check_dtypes, check_teacher, check_zeros, pruned_masks
 from .output_distillation import OutputDistillation
+from .rounded_forwards import RoundedWeight, roundings_of
 from .settings import DEFAULT_MINUTES, RecoveryReport, RecoverySettings
 from .state import RecoveryState, fingerprint, locked
 from .train import RecoveryProgress, frozen, spent_share
@@ -76,12 +77,13 @@ def recover_model(
     masks = pruned_masks(model, teacher)
     check_teacher(model, teacher, masks)
     check_dtypes(model, teacher, settings)
+    roundings = roundings_of(model, masks, settings.quantization)
     steps = batches_of(model, list(batches), None)
     with locked(state):
         identity = "" if state is None else fingerprint(settings, _digest(steps, pooling), model, teacher)
         with weights_as_loaded(model), frozen(model), frozen(teacher):
             objective = OutputDistillation(model, teacher, steps[0], pooling, settings.forward_dtype)
-            with _trained(model, masks, settings) as optimizer:
+            with _trained(model, masks, settings, roundings) as optimizer:
                 run = RecoveryState.begin(state, identity, optimizer)
                 _train(objective, optimizer, _Order(steps, settings.seed), settings, run, (state, save_every), progress)
     check_zeros(model, masks)
@@ -145,13 +147,19 @@ def _train(
 
 
 @contextmanager
-def _trained(model: nn.Module, masks: Mapping[str, torch.Tensor], settings: RecoverySettings) -> Iterator[KeptAdamW]:
+def _trained(
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor],
+    settings: RecoverySettings,
+    roundings: Mapping[str, RoundedWeight],
+) -> Iterator[KeptAdamW]:
     """The optimizer of the parameters to train, which have the dtype of forwards inside the context."""
     blocks = [block.module.named_parameters(prefix=block.name) for block in find_blocks(model)]
     names = {parameter: name for block in blocks for name, parameter in block}
     moving = {name: p for p, name in names.items() if name in masks or (settings.norms and p.dim() == 1)}
     dtypes = {name: parameter.dtype for name, parameter in moving.items()}
-    optimizer = KeptAdamW(moving, settings.forward_dtype)
+    used = {name: rounding for name, rounding in roundings.items() if name in moving}
+    optimizer = KeptAdamW(moving, settings.forward_dtype, roundings=used)
     try:
         for parameter in moving.values():
             parameter.requires_grad_(True)
@@ -160,7 +168,7 @@ def _trained(model: nn.Module, masks: Mapping[str, torch.Tensor], settings: Reco
         for name, parameter in moving.items():
             parameter.grad = None
             parameter.requires_grad_(False)
-            parameter.data = optimizer.values[name].to(dtypes[name])
+            parameter.data = optimizer.rounded(name).to(dtypes[name])
 
 
 def _digest(batches: Sequence[Batch], pooling: str) -> bytes:

@@ -56,6 +56,11 @@ def check_arguments(
             )
         least, most = min(text.prompt), max(text.prompt)
         length = text.length
+    elif not isinstance(text, torch.Tensor):
+        raise RecoveryError(
+            f"text must be token ids, int64 [n_sequences, length], or a WrittenText; got a {type(text).__name__}: give "
+            "its ids"
+        )
     elif text.dim() != 2 or text.dtype != torch.int64 or text.numel() == 0:
         raise RecoveryError(f"ids must be int64 [n_sequences, length], not empty; got {text.dtype} {tuple(text.shape)}")
     else:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..errors import RecoveryError
+from ..errors import RecipeError, RecoveryError
 from ..solvers.kept_adamw import scheduled_rate
+from ..solvers.quantize import GROUP, Quantization
 
 DEFAULT_MINUTES = 5.0
 """Budget if no settings are given."""
@@ -57,6 +58,9 @@ class RecoverySettings:
         forward_dtype: dtype of forwards: bfloat16, or float32 if both models are in float32.
         seed: random seed of the order of sequences, or of the text that the teacher writes.
         groups: train adapters on quantized groups instead of all weights; None to train the weights.
+        quantize: bits to which each forward rounds the weights, 8 or 4, or a
+            :class:`~ace_triton.Quantization` with rule "absmax" to set the group too
+            (:mod:`ace_triton.recovery.rounded_forwards`). The trained model has the rounded weights. None rounds none.
 
     Raises:
         RecoveryError: not exactly one of steps and minutes is given, or a number is out of range.
@@ -72,8 +76,10 @@ class RecoverySettings:
     forward_dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     groups: GroupTuning | None = None
+    quantize: Quantization | int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "quantize", _nearest(self.quantize))
         if (self.steps is None) == (self.minutes is None):
             raise RecoveryError(f"give steps or minutes, one of them; got steps={self.steps}, minutes={self.minutes}")
         budget = self.steps if self.minutes is None else self.minutes
@@ -88,14 +94,40 @@ class RecoverySettings:
             raise RecoveryError(f"seed must fit into 64 bits, got {self.seed}")
         if self.groups is not None and self.norms:
             raise RecoveryError("group fine-tuning trains adapters alone: leave norms (--norms) out")
+        if self.groups is not None and self.quantize is not None:
+            raise RecoveryError(
+                "group fine-tuning rounds weights to values of its own: leave quantize (--bits) out, or recover "
+                "without groups (--tune weights)"
+            )
         if not 0 <= self.warmup < 1:
             raise RecoveryError(f"warmup must lie in [0, 1), got {self.warmup}")
         if self.forward_dtype not in (torch.bfloat16, torch.float32):
             raise RecoveryError(f"forward_dtype must be torch.bfloat16 or torch.float32, got {self.forward_dtype}")
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """How forwards round the weights; None if they do not."""
+        return _nearest(self.quantize)
+
     def rate(self, fraction: float) -> float:
         """The learning rate when ``fraction`` of the budget is spent."""
         return scheduled_rate(self.learning_rate, fraction, self.warmup)
+
+
+def _nearest(given: Quantization | int | None) -> Quantization | None:
+    """A quantization that rounds to the nearest value."""
+    try:
+        if isinstance(given, int):
+            return Quantization(given, GROUP, "absmax")
+        by = Quantization.of(given)
+    except RecipeError as error:
+        raise RecoveryError(str(error)) from error
+    if by is not None and by.rule != "absmax":
+        raise RecoveryError(
+            f"quantize: a recovery rounds each weight to the nearest value, which is rule 'absmax'; got {by.rule!r}: "
+            f"give Quantization({by.bits}, {by.group}, 'absmax')"
+        )
+    return by
 
 
 @dataclass(frozen=True)

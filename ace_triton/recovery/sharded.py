@@ -28,7 +28,7 @@ from ..decoders.loaded_weights import weights_as_loaded
 from ..errors import ArgumentError, RecoveryError
 from ..kernels.adamw import GradientMoments
 from ..processes import Processes
-from ..solvers.kept_adamw import KeptAdamW, check_state, scale_of, why_not_zeros
+from ..solvers.kept_adamw import KeptAdamW, Rounding, check_state, scale_of, why_not_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +44,7 @@ class ShardedAdamW(KeptAdamW):
         values: this process's share of each in fp32; the parameter's own memory if that is in fp32.
         scales: scale of each whole parameter.
         processes: the processes that hold the other shares. They must make the same calls.
+        roundings: as for :class:`~ace_triton.solvers.kept_adamw.KeptAdamW`; each rounds any range of rows.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class ShardedAdamW(KeptAdamW):
         values: Mapping[str, torch.Tensor],
         scales: Mapping[str, float],
         processes: Processes,
+        roundings: Mapping[str, Rounding],
     ) -> None:
-        self._parameters, self._processes = parameters, processes
+        self._parameters, self._processes, self._roundings = parameters, processes, roundings
         self._scales, self.values = dict(scales), dict(values)
         self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
         self._steps = dict.fromkeys(parameters, 0)
@@ -94,7 +96,7 @@ class ShardedAdamW(KeptAdamW):
                 if part == "values" and (why := why_not_zeros(name, own[part], share)) is not None:
                     wrong = why
                 own[part].copy_(share)
-            self._held(name).copy_(self.values[name])
+            self._held(name).copy_(self.rounded(name))
         self._steps = self._processes.broadcast(self._saved.get("taken", self._steps))
         self._saved = {}
         if (found := next(filter(None, self._processes.gather(wrong)), None)) is not None:
@@ -107,6 +109,11 @@ class ShardedAdamW(KeptAdamW):
         share = self._tensors(name)[part]
         mesh = parameter.device_mesh
         return DTensor.from_local(share, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride).full_tensor()
+
+    def whole_rounded(self, name: str) -> torch.Tensor:
+        """A whole parameter for forwards, fp32. All processes call this."""
+        rounding, whole = self._roundings.get(name), self.whole(name)
+        return whole if rounding is None else rounding(whole)
 
     def _sharded(self) -> Iterator[tuple[str, DTensor]]:
         for name, parameter in self._parameters.items():
@@ -139,6 +146,7 @@ def sharded(
     dtype: torch.dtype,
     processes: Processes,
     device: torch.device,
+    roundings: Mapping[str, Rounding],
 ) -> Iterator[tuple[PreTrainedModel, PreTrainedModel, ShardedAdamW]]:
     """Sharded copies of two models, and the optimizer of the parameters to train.
 
@@ -151,6 +159,7 @@ def sharded(
         dtype: dtype of forwards.
         processes: the processes that hold the other shares.
         device: where this process holds its share.
+        roundings: how parameters are rounded for forwards, by name.
 
     Raises:
         RecoveryError: if a model is not on the CPU, there is only one process, or the model cannot be sharded.
@@ -162,7 +171,10 @@ def sharded(
     student, dense = (_copy(decoder) for decoder in (model, teacher))
     for block in find_blocks(model):  # One after the other, so that only one is converted as a whole.
         for name in (name for name in names if name.startswith(f"{block.name}.")):
-            own = model.get_parameter(name).detach().to(dtype)
+            own = model.get_parameter(name).detach()
+            if (rounding := roundings.get(name)) is not None:
+                own = rounding(own.float())
+            own = own.to(dtype)
             _replace_one(student, name, nn.Parameter(own, requires_grad=True))
         _shard(student.get_submodule(block.name), mesh)
     for block in find_blocks(teacher):
@@ -176,11 +188,12 @@ def sharded(
         scales[name] = scale_of(whole)
         assert isinstance(parameter, DTensor)
         share = share_of_rows(whole, processes)
-        values[name] = parameter.to_local().detach() if dtype == torch.float32 else share.to(device, copy=True)
-    optimizer = ShardedAdamW(trained, values, processes.broadcast(scales), processes)
+        one_tensor = dtype == torch.float32 and name not in roundings
+        values[name] = parameter.to_local().detach() if one_tensor else share.to(device, copy=True)
+    optimizer = ShardedAdamW(trained, values, processes.broadcast(scales), processes, roundings)
     yield student, dense, optimizer
     for name in names:
-        parameter, whole = model.get_parameter(name), optimizer.whole(name)
+        parameter, whole = model.get_parameter(name), optimizer.whole_rounded(name)
         if processes.is_first:
             parameter.data = whole.to("cpu", parameter.dtype)
         else:

@@ -17,7 +17,8 @@ update, as on a GPU, more tokens per step may be better.
 Several processes share each step (:mod:`~ace_triton.recovery.sharing`).
 
 Memory beside the two models: 15 bytes for each trained weight (4 for the copy, 2 for its gradient, 8 for AdamW, 1 for
-the mask), and the activations that the backward pass of a step needs.
+the mask), and the activations that the backward pass of a step needs. Forwards in float32 take 2 bytes more for the
+gradient, and 4 less for the copy unless forwards round the weights (:mod:`~ace_triton.recovery.rounded_forwards`).
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ from ..decoders.loaded_weights import weights_as_loaded
 from ..errors import RecoveryError
 from ..inputs.written_text import WrittenText
 from ..processes import Processes
-from ..solvers.kept_adamw import LARGEST_GRADIENT, KeptAdamW
+from ..solvers.kept_adamw import LARGEST_GRADIENT, KeptAdamW, Rounding
 from ..threads import few_threads, forward_work
 from .checks import check_arguments, check_teacher, check_zeros, pruned_masks
 from .distillation import Distillation
 from .groups import adapted, tuned_layers
+from .rounded_forwards import roundings_of
 from .settings import DEFAULT_MINUTES, RecoveryReport, RecoverySettings
 from .sharing import check_equal, check_shares, passes_of, share_of, whole_models
 from .state import RecoveryState, fingerprint, locked
@@ -114,6 +116,8 @@ def recover(
         keeping = _Keeping(file, state is not None, identity, save_every)
         names = _trained_names(model, masks, settings)
         others = sum(model.get_parameter(name).numel() for name in names if name not in masks)
+        roundings = roundings_of(model, masks, settings.quantization, shard=shard is not None)
+        roundings = {name: roundings[name] for name in names if name in roundings}
         tuned = None
         if settings.groups is not None:
             tuned = tuned_layers(model, masks, settings.groups, shard=shard is not None)
@@ -121,11 +125,11 @@ def recover(
         if tuned is not None:
             ready = _adapted(model, teacher, tuned, settings, processes)
         elif shard is None:
-            ready = _whole(model, teacher, names, settings, processes)
+            ready = _whole(model, teacher, names, settings, processes, roundings)
         else:
             from .sharded import sharded  # Its imports from torch.distributed take long.
 
-            ready = sharded(model, teacher, names, settings.forward_dtype, processes, torch.device(shard))
+            ready = sharded(model, teacher, names, settings.forward_dtype, processes, torch.device(shard), roundings)
         with few_threads(forward_work(model, settings.tokens_per_step)), ready as (student, dense, optimizer):
             run = _train(
                 student, dense, optimizer, batches, settings, keeping, processes, progress, in_step=shard is not None
@@ -231,6 +235,7 @@ def _whole(
     names: Sequence[str],
     settings: RecoverySettings,
     processes: Processes,
+    roundings: Mapping[str, Rounding],
 ) -> Iterator[tuple[PreTrainedModel, PreTrainedModel, KeptAdamW]]:
     """Both models, and the optimizer of the parameters to train, which have the dtype of forwards inside the block."""
     moving = {name: model.get_parameter(name) for name in names}
@@ -238,7 +243,7 @@ def _whole(
     with weights_as_loaded(model), frozen(model), frozen(teacher):
         with torch.no_grad():
             model(input_ids=trial_ids(model), use_cache=False)  # RWKV rescales its weights here, so before the copy.
-        optimizer = KeptAdamW(moving, settings.forward_dtype, processes)
+        optimizer = KeptAdamW(moving, settings.forward_dtype, processes, roundings)
         try:
             for parameter in moving.values():
                 parameter.requires_grad_(True)
@@ -247,7 +252,7 @@ def _whole(
             for name, parameter in moving.items():
                 parameter.grad = None
                 parameter.requires_grad_(False)
-                parameter.data = optimizer.values[name].to(dtypes[name])
+                parameter.data = optimizer.rounded(name).to(dtypes[name])
 
 
 @contextmanager

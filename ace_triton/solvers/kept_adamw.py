@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,10 @@ def scheduled_rate(peak: float, fraction: float, warmup: float) -> float:
     return peak * (1 - fraction) / (1 - warmup)
 
 
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+"""How a parameter is rounded for forwards: fp32 values to rounded ones of the same shape; 0 stays 0."""
+
+
 class KeptAdamW:
     """AdamW on fp32 copies of parameters; the parameters themselves are in the dtype of forwards.
 
@@ -52,22 +56,35 @@ class KeptAdamW:
         dtype: dtype of forwards; None if each parameter keeps its own. Parameters in fp32 and their copies are the same
             tensors.
         processes: processes that train the same parameters; None for this one alone. They must make the same calls.
+        roundings: how parameters are rounded for forwards, by name; the others are not. The gradient of a rounded value
+            counts as that of its copy (straight-through estimator, Bengio et al., arXiv 1308.3432). Rounded parameters
+            in fp32 and their copies are two tensors.
 
     Attributes:
-        values: the fp32 copies, by name.
+        values: the fp32 copies, by name; not rounded.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None, processes: Processes | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        dtype: torch.dtype | None,
+        processes: Processes | None = None,
+        roundings: Mapping[str, Rounding] | None = None,
     ) -> None:
         self._parameters, self._processes = parameters, processes or Processes()
+        self._roundings = roundings or {}
         self.values = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()}
         self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
         self._scales = self._processes.broadcast({name: scale_of(value) for name, value in self.values.items()})
         self._steps = dict.fromkeys(parameters, 0)
-        held = {name: value.to(dtype or parameters[name].dtype) for name, value in self.values.items()}
+        held = {name: self.rounded(name).to(dtype or parameters[name].dtype) for name in parameters}
         for name, parameter in parameters.items():  # After all copies are made, since memory may run out.
             parameter.data = held[name]
+
+    def rounded(self, name: str) -> torch.Tensor:
+        """A parameter for forwards, fp32: its values, rounded if it has a rounding."""
+        rounding = self._roundings.get(name)
+        return self.values[name] if rounding is None else rounding(self.values[name])
 
     @torch.no_grad()
     def step(self, rate: float, largest: float) -> None:
@@ -85,17 +102,18 @@ class KeptAdamW:
         for name, gradient in gradients.items():
             self._steps[name] += 1
             values, parameter, held = self.values[name], self._parameters[name], self._held(name)
+            in_step = held.dtype in _ROUNDED and name not in self._roundings
             adamw(
                 values,
                 self._moments[name],
                 gradient,
                 Step(rate * self._scales[name], self._steps[name], BETAS),
                 factor=factor.to(values.device),
-                rounded=held if held.dtype in _ROUNDED else None,
+                rounded=held if in_step else None,
                 zeros_stay=values.dim() > 1,
             )
-            if held.dtype == torch.float64:
-                held.copy_(values)
+            if held.dtype == torch.float64 or name in self._roundings:
+                held.copy_(self.rounded(name))
             parameter.grad = None
 
     def _held(self, name: str) -> torch.Tensor:
@@ -129,7 +147,7 @@ class KeptAdamW:
         for name, values in self.values.items():
             for tensor in (values, self._moments[name].first, self._moments[name].second):
                 self._processes.broadcast_into(tensor, 0)
-            self._parameters[name].copy_(values)
+            self._parameters[name].copy_(self.rounded(name))
         self._steps = self._processes.broadcast(self._steps)
 
     def collect(self) -> None:
@@ -159,7 +177,7 @@ class KeptAdamW:
             values.copy_(state["values"][name])
             self._moments[name].first.copy_(state["first"][name])
             self._moments[name].second.copy_(state["second"][name])
-            self._parameters[name].copy_(values)
+            self._parameters[name].copy_(self.rounded(name))
         self._steps = dict(state["taken"])
 
 

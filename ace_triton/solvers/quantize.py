@@ -106,9 +106,7 @@ def quantized_weight(
         StatsError: the Gram matrix is missing, or no damping makes it positive definite.
     """
     if by.rule == "absmax":
-        absmax = _in_dtype(largest_of_groups(weight, by.group), dtype)
-        steps = quantized_groups(weight, absmax, by.group, by.bits)
-        return dequantized_groups(steps, absmax, by.group, by.bits).add_(0.0)
+        return rounded_weight(weight, by, dtype)
     assert stats is not None
     factor = stats.derive(("inverse_factor", DAMPING), lambda: inverse_factor(stats, DAMPING))
     current, result = weight.clone(), torch.empty_like(weight)
@@ -119,6 +117,22 @@ def quantized_weight(
         result[:, block] = columns.t()
         current[:, block.stop :].addmm_(errors.t(), factor[block, block.stop :], alpha=-1)
     return result.add_(0.0)  # Makes -0.0 to +0.0, as pruned weights are.
+
+
+def rounded_weight(weight: torch.Tensor, by: Quantization, dtype: torch.dtype) -> torch.Tensor:
+    """The weight with each value rounded to the nearest one of its group, whose scale is its largest magnitude.
+
+    Args:
+        weight: fp32 [out_features, in_features].
+        by: bits and group; the rule has no effect.
+        dtype: dtype of the model, in which the scales are kept.
+
+    Returns:
+        fp32 [out_features, in_features], as :func:`quantized_weight`. Rounding it again changes nothing.
+    """
+    absmax = _in_dtype(largest_of_groups(weight, by.group), dtype)
+    steps = quantized_groups(weight, absmax, by.group, by.bits)
+    return dequantized_groups(steps, absmax, by.group, by.bits).add_(0.0)  # Makes -0.0 to +0.0.
 
 
 def _sweep(

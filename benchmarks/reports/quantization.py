@@ -7,6 +7,11 @@ quantizes while the model is pruned, as ``ace-triton prune --bits`` does. Result
 The option ``--list`` prints the names of all cells, with the measured perplexities; ``--only`` measures some:
 
     --only "8:16 ace 4 gptq" --only "2:4 * 16"
+
+Cells of fits and recoveries are in :mod:`benchmarks.reports.quantized_fits`. With ``--kept`` they share prunings, also
+with :mod:`benchmarks.reports.fits`:
+
+    --kept build/kept --steps 100 --only "8:16 fit *" --only "8:16 recovered *"
 """
 
 from __future__ import annotations
@@ -20,17 +25,19 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from torch import nn
 
 from ace_triton.commands.report import write_json
-from ace_triton.packed.pattern import find_pattern
 from ace_triton.recipe import Recipe
-from ace_triton.solvers.quantize import GROUP, Quantization, Rule, quantized_weight
+from ace_triton.solvers.quantize import GROUP, Quantization, Rule
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench, processor_name
 
 from .dense_bits import section
 from .named_rows import ListRows, Only, chosen_rows, print_rows
+from .quantized_fits import Row, quantize
+from .quantized_fits import cells as cells_of_fits
+from .quantized_fits import measured as fits_measured
+from .quantized_fits import section as section_of_fits
 
 METHODS = ("wanda", "ace", "ria", "magnitude")
 PATTERNS = ("8:16", "2:4")
@@ -49,10 +56,11 @@ class Outcome:
 
     Attributes:
         model: its name.
-        method, pattern: how the model is pruned; "" for the dense model.
+        method, pattern: how the model is pruned; "" for the dense model. The method may be "fit" or "recovered".
         bits: 16 for weights that were not quantized.
-        rule: the rule of rounding; None without quantization.
+        rule: the rule of rounding; None without quantization, or if a recovery rounds the unrounded fit.
         perplexity: on the evaluation text.
+        steps: number of optimizer steps of the recovery; 0 without one.
     """
 
     model: str
@@ -61,11 +69,12 @@ class Outcome:
     bits: int
     rule: Rule | None
     perplexity: float
+    steps: int = 0
 
     @property
     def key(self) -> tuple[object, ...]:
         """All but the result."""
-        return self.model, self.method, self.pattern, self.bits, self.rule
+        return self.model, self.method, self.pattern, self.bits, self.rule, self.steps
 
 
 def main(
@@ -74,8 +83,12 @@ def main(
     model: Annotated[str, typer.Option(help="Model to prune.")] = "smollm2",
     name: Annotated[str, typer.Option(help="The model's name on the page.")] = "SmolLM2-135M",
     windows: Annotated[int, typer.Option(help="Number of evaluation windows of 512 tokens.")] = 20,
+    steps: Annotated[int, typer.Option(min=0, help="Optimizer steps of a recovery; 0 leaves recoveries out.")] = 100,
     only: Only = None,
     list_rows: ListRows = False,
+    kept: Annotated[
+        Path | None, typer.Option(help="Folder that keeps pruned weights, from which fits and recoveries start.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of quantization.json and quantization.md.")] = Path("docs"),
 ) -> None:
     """Measure what is missing, and write the page."""
@@ -93,23 +106,22 @@ def main(
     done = {outcome.key for outcome in outcomes}
     if list_rows:
         found = {outcome.key: f"perplexity {outcome.perplexity:.2f}" for outcome in outcomes}
-        print_rows(console, ((label(cell), found.get((name, *cell))) for cell in cells()))
+        print_rows(console, ((label(cell), found.get((name, *cell))) for cell in cells(steps)))
         return
-    todo = [cell for cell in chosen_rows(cells(), label, only) if (name, *cell) not in done]
-    dense = (name, "", "", 16, None)
+    todo = [cell for cell in chosen_rows(cells(steps), label, only) if (name, *cell) not in done]
+    dense = (name, "", "", 16, None, 0)
     bench = Workbench(protocol) if todo or dense not in done else None
 
-    def note(method: str, pattern: str, bits: int, rule: Rule | None) -> None:
-        assert bench is not None
-        outcomes.append(Outcome(name, method, pattern, bits, rule, bench.perplexity()))
+    def note(row: Row, perplexity: float) -> None:
+        outcomes.append(Outcome(name, *row[:4], perplexity, row[4]))
         console.print(outcomes[-1], highlight=False)
         write_json(out / "quantization.json", record(outcomes, out))
         (out / "quantization.md").write_text(page(record(outcomes, out)))
 
     if bench is not None and dense not in done:
-        note("", "", 16, None)
+        note(("", "", 16, None, 0), bench.perplexity())
     for method, pattern in pairs():
-        missing = [column for column in COLUMNS if (method, pattern, *column) in todo]
+        missing = [column for column in COLUMNS if (method, pattern, *column, 0) in todo]
         cell = Cell(Recipe(method, sparsity=pattern), LENGTH, SEED)
         assert bench is not None or not missing
         if bench is not None and any(rule != "gptq" for _, rule in missing):
@@ -120,12 +132,16 @@ def main(
                         bench.model.load_state_dict(pruned)
                         if rule is not None:
                             quantize(bench.model, Quantization(bits, GROUP, rule))
-                        note(method, pattern, bits, rule)
+                        note((method, pattern, bits, rule, 0), bench.perplexity())
         for bits, rule in missing:
             if bench is not None and rule == "gptq":
                 by = Quantization(bits, GROUP, rule)
                 with bench.pruned(replace(cell, recipe=replace(cell.recipe, quantize=by))):
-                    note(method, pattern, bits, rule)
+                    note((method, pattern, bits, rule, 0), bench.perplexity())
+    fits = [cell for cell in todo if cell in cells_of_fits(PATTERNS, steps)]
+    if bench is not None and fits:
+        for row, perplexity in fits_measured(bench, fits, GROUP, LENGTH, SEED, kept):
+            note(row, perplexity)
     (out / "quantization.md").write_text(page(record(outcomes, out)))
 
 
@@ -134,27 +150,15 @@ def pairs() -> list[tuple[str, str]]:
     return [(method, pattern) for pattern, method in itertools.product(PATTERNS, METHODS)]
 
 
-Row = tuple[str, str, int, Rule | None]
-
-
-def cells() -> list[Row]:
-    """All cells: method, pattern, bits and rule."""
-    return [(*pair, *column) for pair in pairs() for column in COLUMNS]
+def cells(steps: int = 100) -> list[Row]:
+    """All cells: method, pattern, bits, rule, and steps of a recovery."""
+    return [(*pair, *column, 0) for pair in pairs() for column in COLUMNS] + cells_of_fits(PATTERNS, steps)
 
 
 def label(cell: Row) -> str:
     """The name of a cell, such as "8:16 ace 4 gptq"; "8:16 ace 16" without quantization."""
-    method, pattern, bits, rule = cell
+    method, pattern, bits, rule, _ = cell
     return f"{pattern} {method} {bits}" + (f" {rule}" if rule else "")
-
-
-@torch.no_grad()
-def quantize(model: nn.Module, by: Quantization) -> None:
-    """Quantize the pruned layers of a model in place."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and not find_pattern(layer.weight).dense:
-            weight = layer.weight
-            weight.copy_(quantized_weight(weight.float(), weight != 0, None, by, weight.dtype))
 
 
 def record(outcomes: list[Outcome], out: Path) -> dict[str, Any]:
@@ -188,11 +192,12 @@ def page(found: dict[str, Any]) -> str:
     ]
     for model in dict.fromkeys(outcome.model for outcome in outcomes):
         of_model = {outcome.key: outcome.perplexity for outcome in outcomes if outcome.model == model}
-        dense = of_model.get((model, "", "", 16, None))
+        dense = of_model.get((model, "", "", 16, None, 0))
         lines += [f"## {model}", ""]
         lines += [f"The dense model has a perplexity of {dense:.2f}.", ""] if dense is not None else []
-        lines += table(model, of_model)
-        lines.append("")
+        lines += [*table(model, of_model), ""]
+        fits = [outcome for outcome in outcomes if outcome.model == model]
+        lines += section_of_fits({(o.method, o.pattern, o.bits, o.rule, o.steps): o.perplexity for o in fits})
     lines += section(found)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -202,10 +207,10 @@ def table(model: str, found: dict[tuple[object, ...], float]) -> list[str]:
     headings = [f"{bits} bits" + (f", {rule}" if rule else "") for bits, rule in COLUMNS]
     lines = [f"| method, pattern | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
     for method, pattern in pairs():
-        base = found.get((model, method, pattern, 16, None))
+        base = found.get((model, method, pattern, 16, None, 0))
         cells = []
         for bits, rule in COLUMNS:
-            value = found.get((model, method, pattern, bits, rule))
+            value = found.get((model, method, pattern, bits, rule, 0))
             change = "" if rule is None or value is None or base is None else f" ({value / base - 1:+.1%})"
             cells.append("" if value is None else f"{value:.2f}{change}")
         if any(cells):

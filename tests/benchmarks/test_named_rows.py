@@ -27,6 +27,29 @@ def test_every_row_of_the_large_reports_has_a_name_of_its_own():
         assert len({report.label(row) for row in rows}) == len(rows) > 30
 
 
+def test_recoveries_in_few_bits_are_measured_from_one_pruning(
+    tmp_path, tiny_checkpoint, some_text, monkeypatch, capsys
+):
+    for name, value in (("SAMPLES", 8), ("LENGTH", 16), ("WINDOW_LENGTH", 16), ("GROUP", 32)):
+        monkeypatch.setattr(quantization, name, value)
+    text, options = str(some_text), {"model": str(tiny_checkpoint), "name": "small", "windows": 1, "out": tmp_path}
+    wanted = ["8:16 recovered 16", "8:16 recovered 4", "8:16 fit 4 absmax"]
+    quantization.main(text, text, steps=2, kept=tmp_path / "kept", only=wanted, **options)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    _, *found = json.loads((tmp_path / "quantization.json").read_text())["outcomes"]
+    named = {quantization.label((*(o[k] for k in ("method", "pattern", "bits", "rule", "steps")),)): o for o in found}
+    assert named.keys() == set(wanted)
+    assert [named[name]["steps"] for name in wanted] == [2, 2, 0]
+    base, four = (named[name]["perplexity"] for name in wanted[:2])
+    page = (tmp_path / "quantization.md").read_text()
+    assert "| weights | 8:16, fit | 8:16, recovered for 2 steps |\n" in page
+    assert f"| 4 bits, rounded in the recovery |  | {four:.2f} ({four / base - 1:+.1%}) |\n" in page
+    quantization.main(text, text, steps=2, list_rows=True, **options)
+    listed = capsys.readouterr().out
+    assert f"8:16 recovered 4: perplexity {four:.2f}\n" in listed
+    assert "8:16 recovered 4 gptq: not measured\n" in listed
+
+
 def test_one_cell_of_the_quantized_models_is_measured_alone(tmp_path, tiny_checkpoint, some_text, monkeypatch, capsys):
     for name, value in (("SAMPLES", 8), ("LENGTH", 16), ("WINDOW_LENGTH", 16), ("GROUP", 32)):
         monkeypatch.setattr(quantization, name, value)

@@ -8,6 +8,7 @@ import shutil
 
 import torch
 
+import ace_triton
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.output_folder import LOCK, SUFFIX
 from ace_triton.recovery.checks import pruned_masks
@@ -66,6 +67,37 @@ def test_recovered_weights_do_not_count_as_quantized(command, tiny_checkpoint, s
     code, _, errors = command("pack", out, tmp_path / "packed", *few)
     assert code == 0, errors
     assert "rounded to the nearest value of 4 bits" in " ".join(errors.split())
+
+
+def test_rounded_weights_are_trained_and_packed_as_they_are(command, tiny_checkpoint, some_text, tmp_path):
+    small = ("--calibration", some_text, "--samples", 4, "--length", 16, "--steps", 2, "--tokens-per-step", 32)
+    pruned, out, packed = (tmp_path / name for name in ("pruned", "out", "packed"))
+    few = ("--bits", 4, "--group", 32)
+    assert command("prune", tiny_checkpoint, pruned, "--method", "magnitude", *few, "--quantize", "absmax")[0] == 0
+    code, shown, errors = command("recover", pruned, out, *small, "--bits", 4)
+    assert code == 0, errors
+    assert "rounded to 4 bits; ace-triton pack --bits 4 --group 32 keeps each value" in " ".join(shown.split())
+    facts = json.loads((out / checkpoint.REPORT_FILE).read_text())
+    assert facts["recovery"]["settings"]["quantize"] == {"bits": 4, "group": 32, "rule": "absmax"}
+    assert facts["recipe"]["quantize"]["group"] == 32
+    assert facts["history"][-1]["did"].endswith(" tokens, 4 bits in groups of 32 by absmax")
+    assert "of the kept weights | 4 bits, groups of 32 inputs, by absmax |" in (out / "README.md").read_text()
+    code, _, errors = command("pack", out, packed, *few)
+    assert code == 0, errors
+    assert "rounded to the nearest" not in errors
+    trained, same = checkpoint.load(out)[0], ace_triton.load(packed)
+    ace_triton.unpack_model(same)
+    assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in trained.state_dict().items())
+    code, shown, errors = command("recover", pruned, out, *small, "--bits", 8, "--overwrite")
+    assert code == 0, errors
+    assert "pack --bits 8 --group 128 keeps" in " ".join(shown.split())
+    for words, message in (
+        (("--group", 64), "--group is for rounded weights: add --bits 8 or --bits 4, or leave it out"),
+        (("--bits", 5), "--bits and --group: bits must be one of 8, 4; got 5"),
+        (("--bits", 4, "--tune", "groups"), "leave quantize (--bits) out, or recover without groups (--tune weights)"),
+    ):
+        code, _, errors = command("recover", pruned, tmp_path / "none", *small, *words)
+        assert (code, message in " ".join(errors.split())) == (1, True), errors
 
 
 def test_the_command_refuses_what_is_no_dense_teacher(command, tiny_checkpoint, some_text, tokenizer, tmp_path):

@@ -51,9 +51,12 @@ def test_a_vision_model_is_trained_on_images(command, tmp_path):
     images = ("--images", write_images(tmp_path / "pictures"), "--dtype", "float32")
     pruned, out = tmp_path / "pruned", tmp_path / "out"
     assert command("prune", tmp_path / "dense", pruned, "--method", "wanda", *images)[0] == 0
-    code, _, errors = command("recover", pruned, out, *images, "--steps", 2, "--inputs-per-step", 4)
+    words = ("--steps", 2, "--inputs-per-step", 4, "--bits", 8, "--group", 32)
+    code, shown, errors = command("recover", pruned, out, *images, *words)
     assert code == 0, errors
+    assert "pack --bits 8 --group 32 keeps each value" in " ".join(shown.split())
     found = json.loads((out / checkpoint.REPORT_FILE).read_text())["recovery"]
+    assert found["settings"]["quantize"] == {"bits": 8, "group": 32, "rule": "absmax"}
     assert (found["tokens"], found["calibration"]["inputs"]) == (0, {"images": 6})
 
 

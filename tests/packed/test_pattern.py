@@ -1,10 +1,13 @@
 import pytest
 import torch
+from torch import nn
 
+from ace_triton import Quantization, pack_model, unpack_model
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
-from ace_triton.packed.pattern import FoundPattern, find_pattern
+from ace_triton.packed.pattern import FULL_GROUPS_ROUNDED, FoundPattern, find_pattern
+from ace_triton.solvers.quantize import rounded_weight
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (5, 16), (1, 2), (31, 32)])
@@ -24,6 +27,23 @@ def test_dense_and_unstructured_weights_have_no_pattern():
     assert find_pattern(torch.randn(8, 8)) == FoundPattern(dense=True)
     assert find_pattern(torch.ones(0, 4)) == FoundPattern(dense=True)
     assert find_pattern(select_rows(torch.randn(128, 128), ScoreTerms(), 64)) == FoundPattern(dense=False)
+
+
+def test_kept_weights_that_are_rounded_to_zero_hide_no_pattern():
+    """A mask that does not depend on the size of weights keeps small ones, which 4 bits round to 0."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(64, 32, 16, generator=generator).argsort(-1).lt(8).flatten(1)
+    layer = nn.Linear(512, 64, bias=False)
+    with torch.no_grad():
+        weight = torch.randn(64, 512, generator=generator) * kept
+        layer.weight.copy_(rounded_weight(weight, Quantization(4), torch.float32))
+    assert float((layer.weight != 0).float().mean()) < 0.45
+    assert find_pattern(layer.weight).nm is None
+    assert find_pattern(layer.weight, FULL_GROUPS_ROUNDED).nm == (8, 16)
+    before, model = layer.weight.detach().clone(), nn.Sequential(layer)
+    assert [(entry.pattern, entry.bits) for entry in pack_model(model, bits=4).layers] == [("8:16", 4)]
+    unpack_model(model)
+    assert torch.equal(model[0].weight, before)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from ace_triton import RecoverySettings, WrittenText, prune_model, recover
+from ace_triton import RecoveryError, RecoverySettings, WrittenText, prune_model, recover
 from ace_triton.recovery import text as recovery_text
 from ace_triton.recovery.checks import pruned_masks
 from ace_triton.recovery.text import GivenBatches, WrittenBatches
@@ -308,6 +308,11 @@ def test_the_rate_rises_and_falls():
 def test_a_dense_model_is_refused(make_decoder, text):
     with pytest.raises(ValueError, match="has 5% zeros or more: prune the model first"):
         recover(make_decoder("llama"), make_decoder("llama"), text, SHORT)
+
+
+def test_text_that_is_no_tensor_is_refused(pair, text):
+    with pytest.raises(RecoveryError, match="or a WrittenText; got a list: give its ids"):
+        recover(*pair(), text.tolist(), SHORT)
 
 
 @pytest.mark.parametrize(
