@@ -166,6 +166,11 @@ rotations: setup  ## what prune --rotate gains, for docs/rotations.md; an hour, 
 	$(if $(LARGER),$(ROTATIONS) --model $(LARGER) --name $(notdir $(LARGER)) --only 'wanda, permuted, lstsq, 2:4')
 	$(if $(LARGER),$(ROTATIONS) --model $(LARGER) --name $(notdir $(LARGER)) --only 'wanda, permuted, lstsq, 2:4' --seed 1)
 
+TRIALS = OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.trials --calibration $(CALIBRATION) --evaluation $(EVALUATION)
+trials: setup  ## ideas that the package does not have, for docs/trials.md; an hour, resumable; LARGER names a second model
+	$(TRIALS)
+	$(if $(LARGER),$(TRIALS) --model $(LARGER) --name $(notdir $(LARGER)))
+
 RECOVERY = $(BIN)/python -m benchmarks.reports.recovery --calibration $(CALIBRATION) --held-out $(HELD_OUT) --evaluation $(EVALUATION)
 recovery-trials: setup  ## what a recovery's settings do, for docs/recovery.md; an hour, resumable
 	$(RECOVERY)

@@ -22,6 +22,7 @@ from benchmarks.reports import (
     sparse,
     structured,
     traffic,
+    trials_page,
 )
 from benchmarks.reports.block_traffic import BlockRow
 
@@ -68,6 +69,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "quantization": lambda: quantization.page(record("quantization")),
     "recovery": lambda: recovery.page(recovery.measured(DOCS, recovery.TOKENS), recovery.TOKENS),
     "rotations": lambda: rotations.page(record("rotations")),
+    "trials": lambda: trials_page.page(record("trials")),
     "sparse": lambda: "\n".join(sparse.page(record("sparse"))) + "\n",
     "structured": lambda: structured.page(structured.read(DOCS)),
     "traffic": memory_traffic,
