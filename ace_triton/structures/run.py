@@ -14,6 +14,7 @@ from ..decoders.blocks import Tower, find_towers
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
 from .budget import (
+    added_parameters,
     block_parameters,
     check_rows,
     checkpoint_bytes,
@@ -190,7 +191,7 @@ class Run:
             with self.stage("time a block"), self._weights.loaded(blocks[0].module):
                 needed, gain = needed_for_speed(model, structures, blocks, settings, self._trial, self._clock)
             notes.append(f"a block runs {gain:.2f} times as fast on one token here")
-        shares = possible_shares(structures, blocks, settings, needed)
+        shares = possible_shares(structures, settings, needed, added_parameters(model, settings))
         for share in shares:
             check_rows(model, structures, share)
 
@@ -208,8 +209,10 @@ class Run:
         columns = [name for name in kept if name in structures.columns]
         shapes = kept_tensors(shapes_of(model), structures, blocks, Kept(kept))
         changes = width_changes(model, structures, left, shapes, uneven=settings.widths == "uneven")
+        without = shapes
         if settings.chosen_update == "bias":
             changes, shapes = bias_changes(model, changes, shapes, _by_kind(structures, kept))
+        new_biases = sum(tensor.numel() for name, tensor in shapes.items() if name not in without)
         with_bias = frozenset(name for name in columns if f"{name}.bias" in shapes)
         if settings.chosen_update == "bias" and len(with_bias) < len(columns):
             kinds = sorted({structures.columns[name].kind for name in columns if name not in with_bias})
@@ -230,7 +233,7 @@ class Run:
             kept,
             changes,
             {kind: (structures.count(kind), left.get(kind, structures.count(kind))) for kind in structures.coupled},
-            share.parameters,
+            share.parameters - new_biases,
             with_bias=with_bias,
             moments={name: moments[name] for name in columns if name in moments},
             tried=tried,
@@ -359,7 +362,7 @@ class Run:
             estimate: what the run would take.
         """
         blocks, model, removed = block_parameters(self.tower.blocks), n_parameters(self._model), choice.removed
-        if smaller is not None:  # New biases count too.
+        if smaller is not None:
             removed = model - n_parameters(smaller)
         mean = tuple(sum(values) / len(errors) for values in zip(*errors, strict=True)) if errors else None
         return ShrinkReport(
