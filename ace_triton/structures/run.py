@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..decoders.batches import Calibration, batches_of, trial_batch
+from ..decoders.batches import trial_batch
 from ..decoders.blocks import Tower, find_towers
+from ..decoders.calibration_forms import Calibration, batches_of
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
 from .budget import (

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
 from ace_triton import prune_model
-from ace_triton.decoders.batches import Batch, batches_of
+from ace_triton.decoders.batches import Batch
 from ace_triton.decoders.blocks import Tower, find_blocks, find_towers, linears_of
+from ace_triton.decoders.calibration_forms import batches_of
 from ace_triton.decoders.calibration_mode import calibration_mode
 from ace_triton.decoders.collect import InputCollector
 from ace_triton.decoders.replay import Replay, WholeForward, make_runner
