@@ -30,7 +30,7 @@ from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench, processor_name
 
 from .dense_bits import section
-from .named_rows import ListRows, Only, chosen_rows, print_rows
+from .named_rows import CalibrationText, EvaluationText, ListRows, Only, chosen_rows, print_rows
 
 METHODS = ("wanda", "ace", "ria", "magnitude")
 PATTERNS = ("8:16", "2:4")
@@ -69,8 +69,8 @@ class Outcome:
 
 
 def main(
-    calibration: Annotated[str, typer.Option()],
-    evaluation: Annotated[str, typer.Option(help="A raw WikiText file.")],
+    calibration: CalibrationText = "",
+    evaluation: EvaluationText = "",
     model: Annotated[str, typer.Option(help="Model to prune.")] = "smollm2",
     name: Annotated[str, typer.Option(help="The model's name on the page.")] = "SmolLM2-135M",
     windows: Annotated[int, typer.Option(help="Number of evaluation windows of 512 tokens.")] = 20,
