@@ -30,7 +30,7 @@ def metadata_reader() -> Any:
     class MetadataReader(gguf.GGUFReader):
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             kind = kinds(self._get(orig_offs, np.uint32)[0]) if raw_type == kinds.ARRAY else None
-            number = self.gguf_scalar_to_np.get(kind)
+            number = None if kind is None else self.gguf_scalar_to_np.get(kind)
             if kind != kinds.STRING and number is None:
                 return super()._get_field_parts(orig_offs, raw_type)
             count, start = self._get(orig_offs + 4, np.uint64), orig_offs + 12
