@@ -46,7 +46,8 @@ interpreter: setup
 
 # Of the package: its tests see float32.
 DTYPE_TESTS = tests/kernels tests/statistics tests/methods tests/solvers $(addprefix tests/,$(addsuffix .py,test_prune \
-	test_prune_blocks test_budgets packed/test_nm_linear packed/test_checkpoint packed/test_pack_model \
+	test_prune_blocks test_prune_blocks_layers test_prune_blocks_mistakes test_budgets packed/test_nm_linear \
+	packed/test_checkpoint packed/test_pack_model \
 	reordering/test_permutation recovery/test_optimizer decoders/test_collect))
 test-dtypes: setup  ## the tests of kernels, pruning and packed layers under other default dtypes of torch
 	for dtype in float64 bfloat16; do \

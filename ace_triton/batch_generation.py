@@ -11,6 +11,7 @@ import torch
 
 from .decoding.generate import CompiledDecoding
 from .decoding.refusal import StepRefusedError
+from .decoding.several_texts import pays_in_step
 from .dispatched.hooks import input_device
 from .errors import GenerationError
 from .generation import checked_options, generation_errors, padding_of, sampling_of, tokens_of
@@ -66,9 +67,11 @@ def generate_batch(
     transformers a product may sum in another order, so tokens may differ at a near tie.
 
     Args:
-        model, tokenizer, max_new_tokens, temperature, top_p, top_k, chat, decoder: as for
+        model, tokenizer, max_new_tokens, temperature, top_p, top_k, chat: as for
             :func:`~ace_triton.generation.generate`.
         prompts: texts to continue, at least one.
+        decoder: as for :func:`~ace_triton.generation.generate`, but of several prompts "auto" takes the compiled step
+            only if it is the faster one (:func:`~ace_triton.decoding.several_texts.pays_in_step`).
 
     Raises:
         GenerationError: as :func:`~ace_triton.generation.generate`, or if there is no prompt.
@@ -99,7 +102,9 @@ def generate_batch(
             )
         return found[:, longest:].tolist(), times.seen
 
-    refusal, compiled = None, decoder != "transformers"
+    refusal, compiled = None, decoder == "compiled"
+    if decoder == "auto":
+        compiled = len(ids) == 1 or pays_in_step(model)
     try:
         rows, times = decoded(compiled=compiled)
     except StepRefusedError as error:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from .block_fit import BATCH_TOKENS
-from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, Calibration, batches_of, run_model, tensors_in, trial_batch
+from .decoders.batches import TOKENS_OF_A_FORWARD, Batch, run_model, tensors_in, trial_batch
 from .decoders.blocks import Tower, find_towers, possible_stacks
+from .decoders.calibration_forms import Calibration, batches_of
 from .decoders.calibration_mode import calibration_mode, several_dtypes_named
 from .decoders.experts import find_layouts
 from .decoders.kept_tensors import offload_to
@@ -81,7 +82,8 @@ def prune_model(
         calibration: token ids, int64 [n_sequences, length]; or an object with such ``ids`` and a ``mask`` (bool, True
             for real tokens; None if there is no padding); or batches, each a dict of tensors with what the model's
             forward takes (``input_ids``, ``pixel_values``, ``decoder_input_ids``, ``input_features``), or a tuple of
-            its first arguments: a list, a DataLoader, or a function that returns one. All batches are kept in memory.
+            its first arguments: a list, a DataLoader, or a function that returns one. All batches are kept in memory; a
+            source without a length may give at most 10,000, and fill half of the machine's memory.
             Inputs of two dimensions whose name ends in "attention_mask" are padding masks, 1 for real tokens. Padding
             is ignored. None is allowed for a method that needs no tokens (magnitude).
         method: a :class:`~ace_triton.recipe.Recipe`, which takes no parts beside it; the name of a preset ("fast",

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from ..decoding.refusal import StepRefusedError
+from ..decoding.several_texts import pays_in_step
 from ..decoding.step import why_not_compiled
 from ..errors import ArgumentError
 from ..formats.registry import load_model
 from ..progress import stage
 from ..provenance import name_of
-from ..serving.batch_decoder import pays_in_step
 from .console import print_backend, print_note, progress_bars
 from .options import (
     AnyModelArgument,
@@ -100,7 +100,8 @@ def serve(
             print_note(f"decoding with transformers: {refusal}")
         elif decoder == "transformers":
             print_note(
-                "decoding with transformers as one batch: for dense weights that is faster than the compiled step"
+                "decoding with transformers as one batch: for dense weights in "
+                f"{str(model.dtype).removeprefix('torch.')} that is faster than the compiled step here"
             )
         else:
             print_note(f"decoding with the compiled step{as_batch}")

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..inputs.checkpoint import load
+from ..inputs.gguf_metadata import metadata_reader
 from ..structures.uneven import SHAPES
 from .exporter import Exporter, Run
 
@@ -83,10 +84,9 @@ class Gguf(Exporter):
         writer.close()
 
     def read_weights(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-        import gguf
         from gguf.quants import dequantize
 
-        reader = gguf.GGUFReader(folder / FILE)
+        reader = metadata_reader()(folder / FILE)
         config = _Config(reader)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         for stem, layer in _stems(config.num_hidden_layers).items():

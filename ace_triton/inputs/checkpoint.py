@@ -27,6 +27,7 @@ from .checked_model import (
     refuse_unfit,
 )
 from .companions import Companions
+from .gguf_metadata import fast_gguf_metadata
 from .gguf_weights import GgufWeights
 from .large_weights import large_weights_as_stored
 from .model_source import SMOLLM2, ModelSource, check_device, smollm2_file, tensor_names, weight_files
@@ -99,7 +100,8 @@ def load(
             if found.is_gguf:
                 find_task(found.name, None, task)
                 wanted = torch.bfloat16 if dtype == "auto" else dtype
-                model, tokenizer = (_load_gguf if offload_folder is None else _map_gguf)(found, wanted, options)
+                with fast_gguf_metadata():
+                    model, tokenizer = (_load_gguf if offload_folder is None else _map_gguf)(found, wanted, options)
             else:
                 model, tokenizer = _load_saved(found, dtype, options, placing, task)
     except CheckpointError:

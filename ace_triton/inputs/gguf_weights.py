@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from .gguf_metadata import metadata_reader
 
 Read = Callable[[], torch.Tensor]
 
@@ -66,7 +67,7 @@ class GgufWeights(Mapping[str, torch.Tensor]):
 
 def _by_processors(path: Path, model: Any, dtype: torch.dtype) -> dict[str, Read]:
     """Tensors of an architecture whose GGUF names and layouts transformers converts with tensor processors."""
-    from gguf import GGUFReader, dequantize
+    from gguf import dequantize
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -75,7 +76,7 @@ def _by_processors(path: Path, model: Any, dtype: torch.dtype) -> dict[str, Read
         read_field,
     )
 
-    reader: Any = GGUFReader(path)
+    reader: Any = metadata_reader()(path)
     kind = TENSOR_PROCESSORS.get(read_field(reader, "general.architecture")[0], TensorProcessor)
     processor = kind(config=load_gguf_checkpoint(str(path))["config"])
     names = get_gguf_hf_weights_map(model, processor)

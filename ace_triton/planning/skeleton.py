@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..errors import CheckpointError
 from ..inputs.checked_model import check_config, check_depth, check_widths, loading_message
 from ..inputs.checkpoint import stated_quantization
 from ..inputs.companions import Companions
+from ..inputs.gguf_metadata import fast_gguf_metadata
 from ..inputs.model_source import ModelSource, open_safetensors, tensor_names, weight_files
 from ..inputs.model_task import CAUSAL, TEXT_GENERATION, find_task
 from ..streaming.mapped_model import replace_parameters, saved_form
@@ -74,8 +76,10 @@ def skeleton(
         CheckpointError: if the model is not found, is not for the task, or cannot be built.
     """
     found = ModelSource.find(source)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": found.offline}
     try:
-        return _build(found, dtype, {"trust_remote_code": trust_remote_code, "local_files_only": found.offline}, task)
+        with fast_gguf_metadata() if found.is_gguf else nullcontext():
+            return _build(found, dtype, options, task)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ..agreement import Pooling
-from ..decoders.batches import Batch, batches_of
+from ..decoders.batches import Batch
 from ..decoders.blocks import find_blocks
+from ..decoders.calibration_forms import batches_of
 from ..decoders.loaded_weights import weights_as_loaded
 from ..errors import ArgumentError, RecoveryError
 from ..processes import Processes

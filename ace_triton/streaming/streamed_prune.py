@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..decoders.batches import CalibrationSet
+from ..decoders.calibration_forms import CalibrationSet
 from ..decoders.kept_tensors import Offload, check_offload
 from ..errors import ArgumentError, CheckpointError
 from ..inputs import checkpoint

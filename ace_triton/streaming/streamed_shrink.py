@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..decoders.batches import Calibration
+from ..decoders.calibration_forms import Calibration
 from ..decoders.device_blocks import DeviceBlocks
 from ..decoders.kept_tensors import Offload, check_offload
 from ..errors import ArgumentError

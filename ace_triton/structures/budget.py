@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..decoders.blocks import Block, linears_of
+from ..decoders.blocks import Block
 from ..errors import ArgumentError
-from ..linears import linear_weight
 from ..tied import memory_of
 from .coupled import Structures
 from .coupled_layers import NAMES, Kind
 from .expert_channels import ExpertChannels
 from .settings import ShrinkSettings
-from .smaller import shapes_of
+from .smaller import possible_biases, shapes_of
 from .uneven import uneven_widths
 
 BYTES_OF_AN_ENTRY = 128
@@ -61,7 +60,10 @@ def block_parameters(blocks: Sequence[Block]) -> int:
 
 
 def possible_shares(
-    structures: Structures, blocks: Sequence[Block], settings: ShrinkSettings, needed: int
+    structures: Structures,
+    settings: ShrinkSettings,
+    needed: int,
+    added: Mapping[Kind, int] | None = None,
 ) -> list[Share]:
     """All ways to remove enough, one for each number of groups; the least number of channels or experts each.
 
@@ -69,9 +71,9 @@ def possible_shares(
 
     Args:
         structures: the structures.
-        blocks: the blocks.
         settings: with groups and multiple.
         needed: least number of parameters to remove.
+        added: parameters that the update adds if structures of a kind are removed. As many more are removed.
 
     Raises:
         ArgumentError: if there is none.
@@ -87,8 +89,10 @@ def possible_shares(
     kinds: tuple[Kind, ...] = ("channels", "experts", "expert_channels")
     main = max(kinds, key=lambda kind: cost.get(kind, 0) * structures.count(kind))
     found: list[Share] = []
+    more = added or {}
     for groups in range(max(n_groups, 1)) if settings.groups is None else (settings.groups,):
-        rest = needed - groups * cost.get("groups", 0)
+        rest = needed - groups * cost.get("groups", 0) + (more.get("groups", 0) if groups else 0)
+        rest += more.get(main, 0) if rest > 0 else 0
         gone = _fewest(structures, main, math.ceil(rest / cost[main]), settings) if rest > 0 and main in cost else 0
         if gone is not None and (rest <= 0 or gone):
             numbers = {kind: gone if kind == main else 0 for kind in kinds}
@@ -194,20 +198,21 @@ def needed_parameters(model: nn.Module, blocks: Sequence[Block], settings: Shrin
         raise ArgumentError(
             f"size {settings.size:,} bytes: what lies outside the blocks has {outside:,} bytes alone, and it stays"
         )
-    return math.ceil((before + _new_biases(blocks, settings) - settings.size) / each)
+    return math.ceil((before - settings.size) / each)
 
 
-def _new_biases(blocks: Sequence[Block], settings: ShrinkSettings) -> int:
-    """Upper limit of the bytes of the biases that an update may add."""
-    if settings.chosen_update != "bias":
-        return 0
-    weights = {
-        name: weight
-        for block in blocks
-        for name, layer in linears_of(block.module, block.name)
-        if layer._parameters.get("bias") is None and (weight := linear_weight(layer)) is not None
-    }
-    return sum(w.shape[0] * w.element_size() + len(name) + BYTES_OF_AN_ENTRY for name, w in weights.items())
+def added_parameters(model: nn.Module, settings: ShrinkSettings) -> dict[Kind, int]:
+    """Upper limit of the parameters that an update adds if structures of a kind are removed: its new biases.
+
+    If the size of the checkpoint is given, the entries of the biases in the file count too. A speed-up counts none.
+    """
+    if settings.chosen_update != "bias" or settings.speedup is not None:
+        return {}
+    biases = possible_biases(model)
+    if settings.size is None:
+        return {kind: sum(tensor.numel() for tensor in new.values()) for kind, new in biases.items()}
+    each = next(model.parameters()).element_size()
+    return {kind: math.ceil(checkpoint_bytes(new) / each) for kind, new in biases.items()}
 
 
 def checkpoint_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -24,7 +24,7 @@ class Choice:
         kept: indices of the kept structures by name of the consumer, int64, ascending.
         changes: new values of fields of the configuration.
         widths: number of structures before and after, by kind; and of "blocks".
-        removed: number of parameters that are removed.
+        removed: number of parameters that are removed, less those of new biases.
         blocks: indices of the kept blocks; None for all.
         sizes: for each block, the size of the tuple that it returns, or None for a tensor; empty if all are kept.
         with_bias: names of the layers that read removed structures and have, or get, a bias.

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..decoders.batches import Calibration, batches_of, trial_batch
+from ..decoders.batches import trial_batch
 from ..decoders.blocks import Tower, find_towers
+from ..decoders.calibration_forms import Calibration, batches_of
 from ..decoders.calibration_mode import calibration_mode
 from ..errors import ArgumentError
 from .budget import (
+    added_parameters,
     block_parameters,
     check_rows,
     checkpoint_bytes,
@@ -24,14 +26,15 @@ from .budget import (
 )
 from .choice import NOTHING, Choice
 from .compensation import Repair, Stored, mean_in_bias, repaired_tensors, solve_blocks
-from .coupled import Entry, Structures, find_structures, outputs_of, same_outputs
-from .coupled_layers import NAMES, Kind
+from .coupled import Entry, find_structures, outputs_of, same_outputs
+from .coupled_layers import NAMES
 from .depth import block_influences, kept_blocks
 from .estimate import Estimate, memory_phases
 from .importance import weight_of
 from .mixtures import staying_experts
 from .ranking import Earlier, Ranked, ranked
 from .report import ShrinkReport
+from .run_notes import by_kind, notes_on
 from .settings import ShrinkSettings
 from .shares import best_share
 from .smaller import (
@@ -148,7 +151,7 @@ class Run:
         """The tensors of the smaller model without values, on the meta device."""
         shapes = kept_tensors(shapes_of(self._model), choice.structures, self.tower.blocks, choice.all_kept)
         if self._settings.chosen_update == "bias":
-            _, shapes = bias_changes(self._model, choice.changes, shapes, _by_kind(choice.structures, choice.kept))
+            _, shapes = bias_changes(self._model, choice.changes, shapes, by_kind(choice.structures, choice.kept))
         return shapes
 
     def _kept_blocks(self) -> Choice:
@@ -190,7 +193,7 @@ class Run:
             with self.stage("time a block"), self._weights.loaded(blocks[0].module):
                 needed, gain = needed_for_speed(model, structures, blocks, settings, self._trial, self._clock)
             notes.append(f"a block runs {gain:.2f} times as fast on one token here")
-        shares = possible_shares(structures, blocks, settings, needed)
+        shares = possible_shares(structures, settings, needed, added_parameters(model, settings))
         for share in shares:
             check_rows(model, structures, share)
 
@@ -208,29 +211,18 @@ class Run:
         columns = [name for name in kept if name in structures.columns]
         shapes = kept_tensors(shapes_of(model), structures, blocks, Kept(kept))
         changes = width_changes(model, structures, left, shapes, uneven=settings.widths == "uneven")
+        without = shapes
         if settings.chosen_update == "bias":
-            changes, shapes = bias_changes(model, changes, shapes, _by_kind(structures, kept))
+            changes, shapes = bias_changes(model, changes, shapes, by_kind(structures, kept))
+        new_biases = sum(tensor.numel() for name, tensor in shapes.items() if name not in without)
         with_bias = frozenset(name for name in columns if f"{name}.bias" in shapes)
-        if settings.chosen_update == "bias" and len(with_bias) < len(columns):
-            kinds = sorted({structures.columns[name].kind for name in columns if name not in with_bias})
-            which = " and ".join(NAMES[kind] for kind in kinds)
-            notes.append(f"no bias was written for {which}: {type(model).__name__} has no place for it")
-        if SHAPES in changes:
-            sizes = [len(kept[entry.consumer]) for entry in structures.coupled["channels"]]
-            notes.append(
-                f"feed-forward widths run from {min(sizes)} to {max(sizes)}: ace_triton.load_model and the commands of "
-                "ace-triton load this model, plain transformers does not; the compiled decoding step does not take it, "
-                "so it generates more slowly on a CPU"
-            )
-        if settings.chosen_update != "none" and len(columns) < len(kept):
-            what = "experts" if settings.experts == "whole" else "channels of experts"
-            notes.append(f"no update makes up for removed {what}; it is for channels and key-value groups")
+        notes += notes_on(model, structures, kept, with_bias, settings, uneven=SHAPES in changes)
         return Choice(
             structures,
             kept,
             changes,
             {kind: (structures.count(kind), left.get(kind, structures.count(kind))) for kind in structures.coupled},
-            share.parameters,
+            share.parameters - new_biases,
             with_bias=with_bias,
             moments={name: moments[name] for name in columns if name in moments},
             tried=tried,
@@ -359,7 +351,7 @@ class Run:
             estimate: what the run would take.
         """
         blocks, model, removed = block_parameters(self.tower.blocks), n_parameters(self._model), choice.removed
-        if smaller is not None:  # New biases count too.
+        if smaller is not None:
             removed = model - n_parameters(smaller)
         mean = tuple(sum(values) / len(errors) for values in zip(*errors, strict=True)) if errors else None
         return ShrinkReport(
@@ -403,12 +395,3 @@ class Run:
         if part is not None:
             seconds = self._earlier.seconds.setdefault(part, seconds)
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-
-def _by_kind(structures: Structures, kept: Mapping[str, torch.Tensor]) -> dict[Kind, list[str]]:
-    """Names of the layers that read removed channels and groups, by kind."""
-    found: dict[Kind, list[str]] = {}
-    for name in kept:
-        if name in structures.columns:
-            found.setdefault(structures.columns[name].kind, []).append(name)
-    return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..decoders.batches import Calibration
+from ..decoders.calibration_forms import Calibration
 from .report import ShrinkReport
 from .run import Progress, Run
 from .settings import ShrinkSettings, settings_of

@@ -274,6 +274,19 @@ def bias_changes(
     return changes, tensors
 
 
+def possible_biases(model: nn.Module) -> dict[Kind, dict[str, torch.Tensor]]:
+    """The shapes of the biases that :func:`bias_changes` can add if structures of a kind are removed, by kind."""
+    text, own = text_config(model), shapes_of(model)
+    found: dict[Kind, dict[str, torch.Tensor]] = {}
+    for kind, fields in BIAS_FIELDS.items():
+        for field in (name for name in fields if getattr(text, name, None) is False):
+            wanted = skeleton(model, changed_config(model, {field: True})).state_dict()
+            new = {name: tensor for name, tensor in wanted.items() if name not in own}
+            if all(name.endswith(".bias") for name in new):
+                found.setdefault(kind, {}).update(new)
+    return found
+
+
 def build(model: nn.Module, changes: Changes, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """The smaller model in evaluation mode, with tensors of its own.
 

@@ -98,7 +98,7 @@ def _first_call(model: nn.Module, block: Block, trial: Batch) -> Run:
 def _share(structures: Structures, blocks: Sequence[Block], settings: ShrinkSettings, ratio: float) -> Share | None:
     """The share with the fewest groups that removes a ratio of the parameters; None if there is none."""
     try:
-        return possible_shares(structures, blocks, settings, math.ceil(ratio * block_parameters(blocks)))[0]
+        return possible_shares(structures, settings, math.ceil(ratio * block_parameters(blocks)))[0]
     except ArgumentError:
         return None
 

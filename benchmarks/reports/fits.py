@@ -30,7 +30,7 @@ from .cpu_ratios import processor
 from .fit_recipes import LABELS, LENGTH, SAMPLES, WINDOW_LENGTH, Result, cells, label, recipe_of
 from .fits_page import page
 from .fits_picture import picture
-from .named_rows import ListRows, Only, chosen_rows, print_rows
+from .named_rows import CalibrationText, EvaluationText, ListRows, Only, chosen_rows, print_rows
 from .pruned_weights import pruned_once
 from .record import read_record
 
@@ -41,8 +41,8 @@ console = Console()
 
 
 def main(
-    calibration: Annotated[str, typer.Option(help="Calibration text, as for ace-triton prune.")],
-    evaluation: Annotated[str, typer.Option(help="A raw WikiText file.")],
+    calibration: CalibrationText = "",
+    evaluation: EvaluationText = "",
     model: Annotated[str, typer.Option(help="Model to prune.")] = "smollm2",
     name: Annotated[str, typer.Option(help="The model's name on the page.")] = "SmolLM2-135M",
     dtype: Annotated[str, typer.Option(help="Type to load the weights in, as for ace-triton prune.")] = "float32",

@@ -1,4 +1,4 @@
-"""Chooses rows of a report by name: the options ``--only`` and ``--list``."""
+"""Chooses rows of a report by name: the options ``--only`` and ``--list``, and the texts of a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,21 @@ from rich.console import Console
 Only = Annotated[
     list[str] | None, typer.Option(help="Rows to measure, by name, with * and ? as in file names; repeatable.")
 ]
-ListRows = Annotated[bool, typer.Option("--list", help="Print the names of all rows, and measure none.")]
+ListRows = Annotated[bool, typer.Option("--list", is_eager=True, help="Print the names of all rows, and measure none.")]
+
+
+def _given_unless_listed(context: typer.Context, value: str) -> str:
+    """The name of a text; BadParameter if it is missing and rows are measured."""
+    if not value and not context.params.get("list_rows"):
+        raise typer.BadParameter("is missing: name a text (only --list needs none)")
+    return value
+
+
+CalibrationText = Annotated[
+    str, typer.Option(callback=_given_unless_listed, help="Calibration text, as for ace-triton prune.")
+]
+EvaluationText = Annotated[str, typer.Option(callback=_given_unless_listed, help="A raw WikiText file.")]
+"""Texts whose default is "". A run that measures must name them."""
 
 Row = TypeVar("Row")
 

@@ -33,7 +33,7 @@ from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench, processor_name
 
 from .dense_bits import section
-from .named_rows import ListRows, Only, chosen_rows, print_rows
+from .named_rows import CalibrationText, EvaluationText, ListRows, Only, chosen_rows, print_rows
 from .quantized_fits import Row, quantize
 from .quantized_fits import cells as cells_of_fits
 from .quantized_fits import measured as fits_measured
@@ -78,8 +78,8 @@ class Outcome:
 
 
 def main(
-    calibration: Annotated[str, typer.Option()],
-    evaluation: Annotated[str, typer.Option(help="A raw WikiText file.")],
+    calibration: CalibrationText = "",
+    evaluation: EvaluationText = "",
     model: Annotated[str, typer.Option(help="Model to prune.")] = "smollm2",
     name: Annotated[str, typer.Option(help="The model's name on the page.")] = "SmolLM2-135M",
     windows: Annotated[int, typer.Option(help="Number of evaluation windows of 512 tokens.")] = 20,

@@ -29,7 +29,8 @@ from ace_triton.packed.checkpoint import save_packed
 from ace_triton.packed.pack_model import pack_model
 
 from ..harness.resident import PROMPT, Resident, measure_resident
-from .cpu_ratios import DTYPES, processor
+from .cpu_comparisons import DTYPES
+from .cpu_ratios import processor
 
 PATTERN = "2:4"
 SAMPLES, LENGTH = 16, 128

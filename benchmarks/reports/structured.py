@@ -43,7 +43,7 @@ from ace_triton.structures.run import Run
 from ace_triton.structures.settings import ShrinkSettings
 
 from .cpu_ratios import processor
-from .named_rows import ListRows, Only, chosen_rows, print_rows
+from .named_rows import CalibrationText, EvaluationText, ListRows, Only, chosen_rows, print_rows
 from .record import read_record
 from .structured_page import LENGTH, RATIOS, SAMPLES, WINDOW_LENGTH, Speed, page
 
@@ -147,8 +147,8 @@ class Result:
 
 
 def main(
-    calibration: Annotated[str, typer.Option(help="Calibration text, as for ace-triton shrink.")],
-    evaluation: Annotated[str, typer.Option(help="A raw WikiText file.")],
+    calibration: CalibrationText = "",
+    evaluation: EvaluationText = "",
     model: Annotated[str, typer.Option(help="Model to shrink.")] = "smollm2",
     name: Annotated[str, typer.Option(help="The model's name on the page.")] = "SmolLM2-135M",
     windows: Annotated[int, typer.Option(min=1, help="Number of evaluation windows of 512 tokens.")] = 20,

@@ -63,6 +63,10 @@ def main(
     unknown = [wanted for wanted in form or () if wanted not in map(str, all_forms)]
     if unknown:
         raise typer.BadParameter(f"--form must be one of {', '.join(map(str, all_forms))}; got {unknown[0]!r}")
+    if only is not None and not listed and not evaluation:
+        raise typer.BadParameter(
+            "--evaluation is missing: name a raw WikiText file (only --list, and the page, need none)"
+        )
     content = read(out)
     if listed:
         for entry in all_forms:

@@ -7,20 +7,16 @@ See :mod:`benchmarks.harness.traffic_counter`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
-from unittest import mock
 
 import torch
 import typer
-from torch import nn
 
-from ace_triton import ActivationStats, prune_linear
+from ace_triton import ActivationStats
 from ace_triton.commands.report import write_json
-from ace_triton.kernels import launch
 from ace_triton.kernels.adamw import GradientMoments, Step, adamw
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.column_scale import ColumnScale, column_scale
@@ -47,23 +43,18 @@ from ace_triton.kernels.variance_factor import variance_factor
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.kernels.weight_sums_group import group_relative_importance
 from ace_triton.kernels.weighted_squares import weighted_squares
-from ace_triton.methods.registry import metric
 from ace_triton.methods.wanda_ria import ria, wanda
 from benchmarks.claims.published import prune_groups, prune_rows_by_sort, ria_scores, wanda_scores
 from benchmarks.harness.traffic_counter import Counter, Traffic
 from benchmarks.reports.block_traffic import BlockRow, block_lines, rows_of_blocks
+from benchmarks.reports.layer_traffic import LAYER, LAYER_SHARE, LayerRow, layer_lines, planned_for, rows_of_layers
 
 SHAPE = (512, 2048)
 N_TOKENS = 2048
 FEW_TOKENS = 256
 FEW_OUTPUTS = 16
 
-# Sums write partial sums, and how many depends on the size of the whole. So sums are counted over the share that a few
-# programs have of a layer or of a batch of tokens, with the block sizes that the launchers choose for the whole.
-LAYER, LAYER_SHARE = (4096, 11008), (752, 2048)
 BATCH, BATCH_SHARE = (128, 128, 4096), (32, 128, 512)
-
-LAYER_METHODS = ("magnitude", "wanda", "stade", "ria", "saap", "cosp", "varp", "ace", "ace-paper", "dass")
 
 
 @dataclass(frozen=True)
@@ -86,14 +77,6 @@ def count(what: str, elements: int, least: int, call: Callable[[], object]) -> R
     with Counter().counting() as traffic:
         call()
     return Row(what, elements, least, traffic)
-
-
-@contextmanager
-def planned_for(plan: str, whole: tuple[int, ...]) -> Iterator[None]:
-    """Inside, launches use the block sizes that ``launch``'s function ``plan`` gives for tensors of shape ``whole``."""
-    planned = getattr(launch, plan)
-    with mock.patch.object(launch, plan, lambda tensor: planned(torch.empty(whole, dtype=tensor.dtype, device="meta"))):
-        yield
 
 
 def rows_of_sums(dtype: torch.dtype) -> list[Row]:
@@ -304,53 +287,6 @@ def rows_of_published_cosp(
     ]
 
 
-@dataclass(frozen=True)
-class LayerRow:
-    """Total traffic of :func:`~ace_triton.prune_linear` on a layer.
-
-    Attributes:
-        method: name of the method.
-        first: for the first layer of an input, including the vectors that layers of one input share.
-        further: for another layer of the same input.
-        elements: number of weights.
-        least: bytes that any implementation must move.
-    """
-
-    method: str
-    first: Traffic
-    further: Traffic
-    elements: int
-    least: int
-
-    @property
-    def ratio(self) -> float:
-        """Distinct bytes of a further layer over the fewest possible."""
-        return (self.further.read + self.further.written) / self.least
-
-
-def rows_of_layers(dtype: torch.dtype = torch.bfloat16) -> list[LayerRow]:
-    """Every metric at 2:4, on newly collected statistics."""
-    torch.manual_seed(0)
-    rows, cols = LAYER_SHARE
-    tokens = torch.randn(16, 8, cols).to(dtype)
-    found = []
-    for method in LAYER_METHODS:
-        layers = [nn.Linear(cols, rows, bias=False, dtype=dtype) for _ in range(2)]
-        first, other = (ActivationStats.from_tokens(tokens, layer=layer, reduce="abs") for layer in layers)
-        first.consumer_norm = torch.rand(rows) if method == "dass" else None
-        further = first.with_outputs(other.outputs)
-        counts = []
-        with planned_for("weight_sums", LAYER):
-            for layer, stats in zip(layers, (first, further), strict=True):
-                with Counter().counting() as traffic:
-                    prune_linear(layer, stats, method)
-                counts.append(traffic)
-        coupling = 4 if metric(method).needs(metric(method).options).reduce else 0
-        least = (2 * dtype.itemsize + coupling) * rows * cols
-        found.append(LayerRow(method, counts[0], counts[1], rows * cols, least))
-    return found
-
-
 def published_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
     """The published forms of the same, from scores to zeros in place."""
     weight = torch.randn(SHAPE).to(dtype)
@@ -366,30 +302,6 @@ def published_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
         count("RIA, 2:4", n, least, lambda: prune_groups(weight, ria_scores(weight, square), 2, 4)),
         count("Wanda, 50 % of a row", n, least, rows_by_sort),
     ]
-
-
-def layer_lines(rows: list[LayerRow]) -> Iterator[str]:
-    """The Markdown table of :func:`rows_of_layers`."""
-    yield "## prune_linear at 2:4, in total"
-    yield ""
-    yield (
-        f"Newly collected statistics; a weight of {LAYER_SHARE[0]} x {LAYER_SHARE[1]} with the block sizes chosen for "
-        f"{LAYER[0]} x {LAYER[1]}. A metric that sums the weight finds NaN and infinity in its sums. For the others, "
-        "one more launch reads the weight first, so that a weight with NaN stays unchanged. (prune_model checks all "
-        "weights before it changes any, and sums them in the same read; it needs one launch less here.) ace-paper and "
-        "dass check their coupling matrix and row vector in the same launch; prune_model also has a launch for these. "
-        "The selection reads the flag of the check on the GPU, so the host waits only after it; prune_model waits "
-        "twice per block. In brackets: the first layer of an input, with the vectors that layers of one input share "
-        "(q, k and v; gate and up)."
-    )
-    yield ""
-    yield "| method | launches | bytes per weight | issued | over the fewest |"
-    yield "|---|---:|---:|---:|---:|"
-    for row in rows:
-        moved, issued = (row.further.read + row.further.written) / row.elements, row.further.issued / row.elements
-        launches = f"{row.further.launches} ({row.first.launches})"
-        yield f"| {row.method} | {launches} | {moved:.2f} | {issued:.2f} | {row.ratio:.2f} |"
-    yield ""
 
 
 def page(ours: list[Row], layers: list[LayerRow], blocks: list[BlockRow], published: list[Row]) -> str:

@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 
-from ace_triton.decoders.batches import batches_of
 from ace_triton.decoders.blocks import find_towers
+from ace_triton.decoders.calibration_forms import batches_of
 from benchmarks.harness import any_model_sizes
 from benchmarks.harness.any_models import small_any_model
 from benchmarks.reports import architectures, encoder_speed, encoders, families, norms, vision

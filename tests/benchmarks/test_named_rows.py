@@ -6,8 +6,9 @@ import json
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
-from benchmarks.reports import quantization, structured
+from benchmarks.reports import fits, quantization, rotations, structured, tradeoff
 from benchmarks.reports.named_rows import chosen_rows
 
 
@@ -64,3 +65,22 @@ def test_one_cell_of_the_quantized_models_is_measured_alone(tmp_path, tiny_check
     listed = capsys.readouterr().out
     assert f"2:4 wanda 4 gptq: perplexity {cell['perplexity']:.2f}\n" in listed
     assert "8:16 ace 16: not measured\n" in listed
+
+
+@pytest.mark.parametrize("report", [fits, quantization, rotations, structured])
+def test_only_the_list_of_rows_needs_no_texts(report, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    app = typer.Typer()
+    app.command()(report.main)
+    listed = CliRunner().invoke(app, ["--list", "--out", str(tmp_path)])
+    assert listed.exit_code == 0, listed.output
+    assert list(tmp_path.iterdir()) == []
+    for given, missing in ((["--evaluation", "wiki"], "--calibration"), (["--calibration", "c4"], "--evaluation")):
+        refused = CliRunner().invoke(app, [*given, "--out", str(tmp_path)])
+        assert refused.exit_code == 2
+        assert f"'{missing}': is missing: name a text (only --list needs none)" in refused.output
+
+
+def test_the_tradeoff_needs_a_text_to_measure():
+    with pytest.raises(typer.BadParameter, match="--evaluation is missing"):
+        tradeoff.main(only="perplexity")

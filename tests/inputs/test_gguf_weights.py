@@ -1,13 +1,15 @@
 """A GGUF file whose weights stay in it: each is dequantized when it is read, to the same values as in memory."""
 
+import gguf as package
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 
 from ace_triton import Recipe, prune_checkpoint, prune_model
 from ace_triton.errors import CheckpointError
 from ace_triton.inputs import checkpoint
+from ace_triton.inputs.gguf_metadata import metadata_reader
 from ace_triton.planning.pruning_plan import plan_pruning
 
 HIDDEN, INNER, BLOCKS, HEADS, KEYS, VOCABULARY = 64, 96, 2, 4, 2, 101
@@ -146,3 +148,15 @@ def test_a_tensor_of_another_shape_is_named(gguf, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"up_proj\.weight has the shape \(128, 64\) instead of \(96, 64\)"):
         prune_checkpoint(gguf("llama"), tmp_path / "out", None, Recipe("magnitude"))
     assert [path.name for path in tmp_path.iterdir()] == ["llama.gguf"]
+
+
+def test_loading_reads_no_metadata_with_the_slow_reader_of_the_package(gguf, tmp_path, monkeypatch):
+    built, own = [], GGUFReader.__init__
+    monkeypatch.setattr(GGUFReader, "__init__", lambda self, path: built.append(type(self)) or own(self, path))
+    source = gguf("llama")
+    checkpoint.load(source)
+    checkpoint.load(source, offload_folder=tmp_path / "unused")
+    plan_pruning(source, Recipe("magnitude"))
+    assert len(built) > 2
+    assert set(built) == {metadata_reader()}
+    assert package.GGUFReader is GGUFReader

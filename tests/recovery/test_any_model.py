@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ace_triton import RecoveryError, RecoverySettings, prune_model, recover_model
-from ace_triton.decoders.batches import batches_of
+from ace_triton.decoders.calibration_forms import batches_of
 from ace_triton.recovery.checks import pruned_masks
 from ace_triton.recovery.output_distillation import OutputDistillation
 from tests.decoders import small_towers

@@ -24,7 +24,6 @@ pytest.importorskip("uvicorn")
 
 from ace_triton.serving import joint  # noqa: E402
 from ace_triton.serving.app import build_app  # noqa: E402
-from ace_triton.serving.batch_decoder import pays_in_step  # noqa: E402
 from ace_triton.serving.engine import Engine  # noqa: E402
 from ace_triton.serving.server import Server  # noqa: E402
 
@@ -520,14 +519,3 @@ def test_sigterm_ends_the_command_and_cuts_its_stream(command, tiny_checkpoint, 
         assert code == 1
         assert f"cannot listen on 127.0.0.1:{port}: give another --port or --host" in errors
         assert "load the model" not in errors
-
-
-def test_mostly_packed_models_are_decoded_by_the_step(model):
-    assert not pays_in_step(model)
-    some = copy.deepcopy(model)
-    pack_model(some, dense_bits=8, group=32, include="*.mlp.*")
-    assert not pays_in_step(some), "attention and the head have more than half of the weights"
-    some = copy.deepcopy(model)
-    prune_model(some, None, "magnitude", "2:4")
-    pack_model(some)
-    assert pays_in_step(some)

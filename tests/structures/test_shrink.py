@@ -145,6 +145,17 @@ def test_least_squares_lower_the_error_and_the_bias_of_flap_too(make_decoder, id
     assert place.notes == ("no bias was written for feed-forward channels: MistralForCausalLM has no place for it",)
 
 
+@pytest.mark.parametrize("groups", [0, 1])
+def test_new_biases_count_in_the_ratio_the_size_and_the_dry_run(make_decoder, ids, groups):
+    model, options = make_decoder("llama"), {"method": "flap", "multiple": 1, "groups": groups}
+    for wanted in ({"ratio": 0.3}, {"size": 99_000}):
+        planned = shrink_model(model, ids, dry_run=True, **wanted, **options).report
+        result = shrink_model(model, ids, **wanted, **options)
+        assert result.model.config.mlp_bias
+        assert planned.removed == result.report.removed >= wanted.get("ratio", 0)
+        assert planned.bytes_after == result.report.bytes_after <= wanted.get("size", 2**20)
+
+
 def test_it_can_be_pruned_and_recovered_afterwards(make_decoder, ids, tmp_path):
     dense = make_decoder("llama")
     smaller = shrink_model(dense, ids, ratio=0.2, multiple=16, groups=0).model

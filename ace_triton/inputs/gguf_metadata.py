@@ -1,0 +1,83 @@
+"""Reads the metadata of GGUF files quickly for transformers, which reads it anew for each object that it loads.
+
+Nearly all metadata is the vocabulary. The package gguf opens several views of the mapped file for each of its
+entries; here an entry has one view, of plain memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+_CUT = "the file ends within its metadata"
+
+
+@cache
+def metadata_reader() -> Any:
+    """The class GGUFReader of the package gguf, with a fast path for arrays of strings and of numbers.
+
+    ``parts`` of an array of strings leaves out their lengths. ``data`` has the indices of the entries, as always.
+    """
+    import gguf
+
+    kinds = gguf.GGUFValueType
+
+    class MetadataReader(gguf.GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            kind = kinds(self._get(orig_offs, np.uint32)[0]) if raw_type == kinds.ARRAY else None
+            number = None if kind is None else self.gguf_scalar_to_np.get(kind)
+            if kind != kinds.STRING and number is None:
+                return super()._get_field_parts(orig_offs, raw_type)
+            count, start = self._get(orig_offs + 4, np.uint64), orig_offs + 12
+            if number is None:
+                entries, end = _strings(self, start, int(count[0]))
+            else:
+                numbers = self._get(start, number, count[0]).view(np.ndarray)
+                entries, end = [numbers[at : at + 1] for at in range(len(numbers))], start + numbers.nbytes
+                if len(entries) < count[0]:
+                    raise ValueError(_CUT)
+            parts = [self._get(orig_offs, np.uint32), count, *entries]
+            return end - orig_offs, parts, list(range(2, len(parts))), [kinds.ARRAY, *([kind] if entries else [])]
+
+    return MetadataReader
+
+
+def _strings(reader: Any, start: int, count: int) -> tuple[list[np.ndarray], int]:
+    """The strings of an array whose first entry starts at byte ``start`` of the file, and the byte after the last.
+
+    Raises:
+        ValueError: if the file ends before the array does.
+    """
+    data, found = reader.data.view(np.ndarray), []
+    raw, native = memoryview(data), reader.byte_order != "S"
+    order: Any = "little" if native == (sys.byteorder == "little") else "big"
+    for _ in range(count):
+        end = start + 8 + int.from_bytes(raw[start : start + 8], order)
+        if end > len(raw):
+            raise ValueError(_CUT)
+        found.append(data[start + 8 : end])
+        start = end
+    return found, start
+
+
+@contextmanager
+def fast_gguf_metadata() -> Iterator[None]:
+    """A context in which transformers reads GGUF files with the class of :func:`metadata_reader`."""
+    try:
+        import gguf
+    except ImportError:
+        yield  # transformers says that the package is missing.
+        return
+    package: Any = gguf
+    own, own_names = package.GGUFReader, package.get_tensor_name_map
+    # transformers asks for the same map of names once for each module of a model.
+    package.GGUFReader, package.get_tensor_name_map = metadata_reader(), cache(own_names)
+    try:
+        yield
+    finally:
+        package.GGUFReader, package.get_tensor_name_map = own, own_names
