@@ -48,7 +48,9 @@ def isa() -> str:
 
 
 def use_isa(name: str) -> None:
-    """Use another instruction set from now on, one of :data:`ISAS`.
+    """Use another instruction set from now on, one of :data:`ISAS`, in the whole process.
+
+    Calls of the library that run in other threads keep the one they began with.
 
     Raises:
         ArgumentError: if the name is unknown, or if the processor does not support the instruction set.

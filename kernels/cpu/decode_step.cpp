@@ -30,16 +30,18 @@ struct Seconds {
 class Step {
 public:
     // Products with quantized weights round tokens to `bits` bits.
-    Step(const AceDecoder& decoder, const AceCache* caches, int64_t n_texts, int32_t bits, int threads)
-        : of_(decoder),
+    Step(const Bodies& bodies, const AceDecoder& decoder, const AceCache* caches, int64_t n_texts, int32_t bits,
+         int threads)
+        : bodies_(bodies),
+          of_(decoder),
           caches_(caches),
           n_texts_(n_texts),
           threads_(threads),
           n_joined_((decoder.heads + 2 * decoder.kv_heads) * decoder.head_size),
           hidden_(n_texts * decoder.hidden),
-          normed_(n_texts, decoder.hidden, bits),
-          attended_(n_texts, decoder.heads * decoder.head_size, bits),
-          gated_(n_texts, decoder.intermediate, bits),
+          normed_(bodies, n_texts, decoder.hidden, bits),
+          attended_(bodies, n_texts, decoder.heads * decoder.head_size, bits),
+          gated_(bodies, n_texts, decoder.intermediate, bits),
           joined_(n_texts * n_joined_),
           gates_(n_texts * 2 * decoder.intermediate),
           added_(n_texts * decoder.hidden) {}
@@ -77,7 +79,7 @@ private:
         multiply(block.gates, block.n_gates, normed_, gates_.data(), 2 * n_gates);
         for (int64_t t = 0; t < n_texts_; ++t) {
             const float* gates = gates_.data() + t * 2 * n_gates;
-            bodies->gate(Activation(of_.activation), gates, gates + n_gates, n_gates, gated_.of(t));
+            bodies_.gate(Activation(of_.activation), gates, gates + n_gates, n_gates, gated_.of(t));
         }
         gated_.changed();
         multiply(block.down, 1, gated_, added_.data(), of_.hidden);
@@ -86,7 +88,7 @@ private:
 
     void norm(const float* weight) {
         for (int64_t t = 0; t < n_texts_; ++t) {
-            bodies->rms_norm(hidden_.data() + t * of_.hidden, weight, of_.eps, of_.hidden, normed_.of(t));
+            bodies_.rms_norm(hidden_.data() + t * of_.hidden, weight, of_.eps, of_.hidden, normed_.of(t));
         }
         normed_.changed();
     }
@@ -135,8 +137,8 @@ private:
         for (int64_t h = 0; h < of_.heads + of_.kv_heads; ++h) {
             float* head = joined + h * size;
             const float* weight = h < of_.heads ? block.query_norm : block.key_norm;
-            if (weight) bodies->rms_norm(head, weight, of_.eps, size, head);
-            bodies->rotate_head(head, cosines, sines, of_.rotary_size);
+            if (weight) bodies_.rms_norm(head, weight, of_.eps, size, head);
+            bodies_.rotate_head(head, cosines, sines, of_.rotary_size);
         }
         const float *keys = joined + of_.heads * size, *values = keys + of_.kv_heads * size;
         const int64_t lane = position % ACE_CACHE_LANES, before = position - lane;
@@ -156,7 +158,7 @@ private:
         deal(heads, threads_for(bytes, heads, threads_), [&](int64_t begin, int64_t end, int) {
             while (begin < end) {
                 const int64_t t = begin / of_.heads, before = t * of_.heads, stop = std::min(end, before + of_.heads);
-                bodies->attend(attention_of(t, b), begin - before, stop - before);
+                bodies_.attend(attention_of(t, b), begin - before, stop - before);
                 begin = stop;
             }
         });
@@ -176,6 +178,7 @@ private:
                 attended_.of(t)};
     }
 
+    const Bodies& bodies_;
     const AceDecoder& of_;
     const AceCache* const caches_;
     const int64_t n_texts_;
@@ -197,7 +200,7 @@ int ace_decode_step(const struct AceDecoder* decoder, const struct AceCache* cac
                     const float* hidden, float* logits, double* seconds, int32_t threads) {
     return guarded([&] {
         const auto start = Clock::now();
-        Step step(*decoder, caches, n_texts, input_bits, threads);
+        Step step(*bodies_in_use, *decoder, caches, n_texts, input_bits, threads);
         step.run(hidden, logits);
         seconds[0] = step.seconds.products;
         seconds[1] = step.seconds.attention;

@@ -13,23 +13,6 @@
 namespace ace {
 namespace {
 
-// The number at `index`, in fp32.
-ACE_INLINE float widen_one(Element element, const void* from, int64_t index) {
-    if (element == Element::fp32) return static_cast<const float*>(from)[index];
-    const uint16_t* half = static_cast<const uint16_t*>(from) + index;
-    if (element == Element::fp16) {
-#if ACE_WIDTH == 8
-        return _cvtsh_ss(*half);
-#else
-        return Fp16::load(half, 1).part[0][0];
-#endif
-    }
-    const uint32_t bits = uint32_t(*half) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // Sums of a block's products with both parts of a token, for OUTPUTS rows. In tokens, the upper parts of sixteen inputs
 // come before their lower parts.
 template <int OUTPUTS>
@@ -83,14 +66,14 @@ struct BlockSums {
     }
 };
 
-// Prefetch distance of rows without metadata, in bytes.
-constexpr int WHOLE_AHEAD = 4096;
-
 // Quantized rows, from some row on. A word of metadata is for 32 inputs, and keeps `of_word` values. If AT_ONCE they are
 // at most sixteen and loaded at once. Else the second sixteen inputs have a load of their own. If COUNTED, any number of
 // the values may belong to the first sixteen inputs; else half of them do. LAST is true if fewer bytes may be left to read than a load takes.
 template <typename Few, bool AT_ONCE, bool COUNTED, bool LAST>
 struct FewBitsRows {
+    using Word = WordSteps;
+    static constexpr int ROWS_AT_ONCE = Few::ROWS_AT_ONCE, INPUTS = WORD_INPUTS, UNITS = INPUTS / LANES;
+
     const uint8_t *values, *end;
     const uint32_t* meta;
     const FewBitsWeight& weight;
@@ -115,7 +98,7 @@ struct FewBitsRows {
         word(r, index, [&](const auto& steps, int h) ACE_INLINED { half[h] = steps; });
         return join_steps(half[0], half[1]);
     }
-    // Calls function(steps, index), with steps in 8 bits, for the sixteens `index` 0 and 1 of a word of metadata.
+    // Calls function(steps, unit), with steps in 8 bits, for the units of sixteen inputs of a word of metadata.
     template <typename Function>
     ACE_INLINE void word(int r, int64_t index, Function function) const {
         const uint32_t bits = meta[r * words + index], low = bits & 0xffff, high = bits >> 16;
@@ -130,8 +113,9 @@ struct FewBitsRows {
             function(spread_steps(load(r, value + second, copy[1]), high), 1);
         }
     }
-    ACE_INLINE float largest(int r, int64_t group) const {
-        return widen_one(weight.element, weight.absmax, (first + r) * groups + group);
+    template <int OUTPUTS>
+    ACE_INLINE Magnitudes<OUTPUTS> magnitudes(int64_t blocks) const {
+        return {weight, first, groups, blocks};
     }
 };
 
@@ -139,19 +123,19 @@ struct FewBitsRows {
 // the next one, and meet tokens that are 0.
 template <typename Few, bool LAST>
 struct WholeRows {
+    using Word = decltype(Few::load_word(nullptr));
+    static constexpr int ROWS_AT_ONCE = Few::ROWS_AT_ONCE, INPUTS = Few::INPUTS, UNITS = INPUTS / LANES;
+    static constexpr int BYTES = INPUTS * Few::BITS / 8;
+
     const uint8_t *values, *end;
     const FewBitsWeight& weight;
     int64_t first, stride, words, groups;
 
-    // The rows of a tile follow each other without gaps, so they are prefetched as one run of bytes.
     template <int OUTPUTS>
     ACE_INLINE void ahead(int64_t j, int64_t inputs) const {
-        const uint8_t* asked = values + j * Few::BITS / 8 * OUTPUTS + WHOLE_AHEAD;
-        const int64_t bytes = inputs * Few::BITS / 8 * OUTPUTS;
-        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(asked + line);
+        const int64_t from = j * Few::BITS / 8 + PACKED_AHEAD, bytes = inputs * Few::BITS / 8;
+        for (int64_t line = 0; line < bytes; line += 64) ask_rows_ahead<OUTPUTS>(values, from + line, stride);
     }
-    static constexpr int BYTES = WORD_INPUTS * Few::BITS / 8;
-
     // The address of a word's values, or of a copy that has zeros past the end.
     ACE_INLINE const uint8_t* word_at(int r, int64_t index, uint8_t* copy) const {
         const uint8_t* from = values + r * stride + index * BYTES;
@@ -160,29 +144,19 @@ struct WholeRows {
         if (end > from) memcpy(copy, from, end - from);
         return copy;
     }
-    ACE_INLINE WordSteps steps(int r, int64_t index) const {
+    ACE_INLINE Word steps(int r, int64_t index) const {
         uint8_t copy[BYTES];
-        const uint8_t* from = word_at(r, index, copy);
-#if ACE_WIDTH >= 8
-        return Few::load_word(from);
-#else
-        typename Few::Values half[2];
-        Few::load_two(from, half);
-        return join_steps(all_steps(half[0]), all_steps(half[1]));
-#endif
+        return Few::load_word(word_at(r, index, copy));
     }
     // As in FewBitsRows.
     template <typename Function>
     ACE_INLINE void word(int r, int64_t index, Function function) const {
         uint8_t copy[BYTES];
-        const uint8_t* from = word_at(r, index, copy);
-        typename Few::Values half[2];
-        Few::load_two(from, half);
-        function(all_steps(half[0]), 0);
-        function(all_steps(half[1]), 1);
+        Few::load_units(word_at(r, index, copy), function);
     }
-    ACE_INLINE float largest(int r, int64_t group) const {
-        return widen_one(weight.element, weight.absmax, (first + r) * groups + group);
+    template <int OUTPUTS>
+    ACE_INLINE Magnitudes<OUTPUTS> magnitudes(int64_t blocks) const {
+        return {weight, first, groups, blocks};
     }
 };
 
@@ -191,23 +165,29 @@ template <int OUTPUTS, typename Rows>
 ACE_OUTLINED void one_rounded_token(const Rows& rows, const FewBitsTask& task, const int16_t* x, const float* scales,
                                     float* sums) {
     float sum[OUTPUTS] = {};
-    const int64_t of_block = task.block / WORD_INPUTS, of_group = task.group / task.block;
+    const int64_t of_block = task.block / Rows::INPUTS;
+    auto magnitudes = rows.template magnitudes<OUTPUTS>(task.group / task.block);
     for (int64_t b = 0; b < task.blocks; ++b) {
         BlockSums<OUTPUTS> block;
         block.clear();
         const int64_t stop = (b + 1) * of_block < rows.words ? (b + 1) * of_block : rows.words;
         rows.template ahead<OUTPUTS>(b * task.block, task.block);
-        for (int64_t w = b * of_block; w < stop; ++w) {
-            for (int r = 0; r < OUTPUTS; ++r) {
-                rows.word(r, w, [&](const auto& steps, int half) ACE_INLINED {
-                    block.add(r, widen_steps(steps), x + (w * 2 + half) * 2 * LANES);
-                });
+        magnitudes.go_to(b);
+        const auto add = [&](int r, int64_t w) ACE_INLINED {
+            rows.word(r, w, [&](const auto& steps, int unit) ACE_INLINED {
+                block.add(r, widen_steps(steps), x + (w * Rows::UNITS + unit) * 2 * LANES);
+            });
+        };
+#pragma GCC unroll 4
+        for (int first = 0; first < OUTPUTS; first += Rows::ROWS_AT_ONCE) {
+            for (int64_t w = b * of_block; w < stop; ++w) {
+                for (int r = first; r < first + Rows::ROWS_AT_ONCE && r < OUTPUTS; ++r) add(r, w);
             }
         }
         float value[OUTPUTS];
         block.values(value);
         for (int r = 0; r < OUTPUTS; ++r) {
-            sum[r] = sum[r] + value[r] * (scales[b] * rows.largest(r, b / of_group));
+            sum[r] = sum[r] + value[r] * (scales[b] * magnitudes.of(r));
         }
     }
     for (int r = 0; r < OUTPUTS; ++r) sums[r * TOKENS_AT_ONCE] = sum[r];
@@ -218,21 +198,21 @@ template <int OUTPUTS, typename Rows>
 ACE_OUTLINED void some_rounded_tokens(const Rows& rows, const FewBitsTask& task, const int16_t* x, const float* scales,
                                       int tokens, float* sums) {
     for (int k = 0; k < OUTPUTS * TOKENS_AT_ONCE; ++k) sums[k] = 0.0f;
-    const int64_t of_block = task.block / WORD_INPUTS, of_group = task.group / task.block;
+    const int64_t of_block = task.block / Rows::INPUTS;
+    auto magnitudes = rows.template magnitudes<OUTPUTS>(task.group / task.block);
     for (int64_t b = 0; b < task.blocks; ++b) {
         alignas(64) Steps tile[OUTPUTS][MOST_OF_BLOCK / LANES];
         const int64_t first = b * of_block, stop = first + of_block < rows.words ? first + of_block : rows.words;
         rows.template ahead<OUTPUTS>(b * task.block, task.block);
         for (int r = 0; r < OUTPUTS; ++r) {
             for (int64_t w = first; w < stop; ++w) {
-                rows.word(r, w, [&](const auto& steps, int half) ACE_INLINED {
-                    tile[r][(w - first) * 2 + half] = widen_steps(steps);
+                rows.word(r, w, [&](const auto& steps, int unit) ACE_INLINED {
+                    tile[r][(w - first) * Rows::UNITS + unit] = widen_steps(steps);
                 });
             }
         }
-        float largest[OUTPUTS];
-        for (int r = 0; r < OUTPUTS; ++r) largest[r] = rows.largest(r, b / of_group);
-        const int count = int(stop - first) * 2;
+        magnitudes.go_to(b);
+        const int count = int(stop - first) * Rows::UNITS;
         for (int t = 0; t < tokens; ++t) {
             const int16_t* inputs = x + (t * task.padded + b * task.block) * 2;
             BlockSums<OUTPUTS> block;
@@ -244,7 +224,7 @@ ACE_OUTLINED void some_rounded_tokens(const Rows& rows, const FewBitsTask& task,
             block.values(value);
             for (int r = 0; r < OUTPUTS; ++r) {
                 float& sum = sums[r * TOKENS_AT_ONCE + t];
-                sum = sum + value[r] * (scales[t * task.blocks + b] * largest[r]);
+                sum = sum + value[r] * (scales[t * task.blocks + b] * magnitudes.of(r));
             }
         }
     }
@@ -257,7 +237,7 @@ ACE_INLINE void few_bits_outputs(const Rows& rows, const FewBitsTask& task, int6
         const int tokens = int(task.n_tokens - first < TOKENS_AT_ONCE ? task.n_tokens - first : TOKENS_AT_ONCE);
         if (task.input_bits == 8) {
             const int8_t* x = reinterpret_cast<const int8_t*>(task.tokens) + first * task.padded;
-            const float* scales = task.scales + first * rows.words;
+            const float* scales = task.scales + first * (task.padded / WORD_INPUTS);
             if (tokens == 1) one_byte_token<OUTPUTS>(rows, task, x, scales, sums);
             else some_byte_tokens<OUTPUTS>(rows, task, x, scales, tokens, sums);
         } else {
@@ -298,10 +278,11 @@ inline void few_bits_rows(const FewBitsWeight& w, const FewBitsTask& task, int64
 template <typename Few>
 inline void whole_rows(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
     const int64_t stride = (w.cols * Few::BITS + 7) / 8;
-    const int64_t words = (w.cols + WORD_INPUTS - 1) / WORD_INPUTS;
+    const int64_t words = (w.cols + Few::INPUTS - 1) / Few::INPUTS;
     const int64_t groups = (w.cols + task.group - 1) / task.group;
     // Behind each row before `safe`, at least a word more can be read.
-    const int64_t safe = stride > 0 ? w.rows - (WORD_INPUTS + stride - 1) / stride - 1 : 0;
+    constexpr int BYTES = WholeRows<Few, true>::BYTES;
+    const int64_t safe = stride > 0 ? w.rows - (BYTES + stride - 1) / stride - 1 : 0;
     const int64_t middle = safe < begin ? begin : safe < end ? safe : end;
     const auto rows = [&](int64_t i, auto last) ACE_INLINED {
         return WholeRows<Few, decltype(last)::value>{
@@ -317,6 +298,7 @@ inline void whole_rows(const FewBitsWeight& w, const FewBitsTask& task, int64_t 
 inline void few_bits_linear(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
     if (!w.meta) {
         if (w.bits == 8) whole_rows<EightBits>(w, task, begin, end);
+        else if (deinterleaved_tokens(w, task.block)) whole_rows<DeinterleavedFourBits>(w, task, begin, end);
         else whole_rows<FourBits<false>>(w, task, begin, end);
         return;
     }

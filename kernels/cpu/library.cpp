@@ -52,7 +52,7 @@ const Bodies* best_bodies() {
 
 }  // namespace
 
-const Bodies* bodies = best_bodies();
+std::atomic<const Bodies*> bodies_in_use{best_bodies()};
 std::atomic<int32_t> input_bits{30};
 
 namespace {
@@ -65,12 +65,12 @@ int32_t find_bin(const std::vector<int64_t>& bins, int64_t& wanted) {
 }
 
 // Finds the threshold of a whole layer with two histograms, of the upper 16 and the lower 15 bits of the keys.
-Cut cut_layer(const Selection& s, int64_t k, int threads) {
+Cut cut_layer(const Bodies& bodies, const Selection& s, int64_t k, int threads) {
     constexpr int32_t LOWER_BITS = 15, UPPER_MASK = 0xffff, LOWER_MASK = 0x7fff;
     const auto histogram = [&](const Histogram& h) {
         std::vector<std::vector<int64_t>> parts(threads, std::vector<int64_t>(h.bin_mask + 1));
         deal(s.weight.rows, threads, [&](int64_t begin, int64_t end, int thread) {
-            bodies->count_keys(s, h, begin, end, parts[thread].data());
+            bodies.count_keys(s, h, begin, end, parts[thread].data());
         });
         for (int thread = 1; thread < threads; ++thread) {
             for (int32_t bin = 0; bin <= h.bin_mask; ++bin) parts[0][bin] += parts[thread][bin];
@@ -83,7 +83,7 @@ Cut cut_layer(const Selection& s, int64_t k, int threads) {
     const int32_t lower = find_bin(lower_bins, wanted);
     const int32_t threshold = (upper << LOWER_BITS) | lower;
     if (lower_bins[lower] == wanted) return {threshold, 0};
-    return {threshold, bodies->find_ties(s, threshold, wanted)};
+    return {threshold, bodies.find_ties(s, threshold, wanted)};
 }
 
 Selection selection(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element, const float* row,
@@ -120,17 +120,18 @@ int selecting(const Selection& s, int32_t checked, int threads, const Work& work
     return failure ? failure : refusal;
 }
 
-// Computes y = x W^T + b with `work(task, begin, end)` for shares of the outputs.
+// Computes y = x W^T + b with `work(bodies, task, begin, end)` for shares of the outputs.
 template <typename Work>
 int linear(const Matrix& tokens, int64_t rows, int64_t weight_bytes, const float* bias, float* out, int threads,
            const Work& work) {
+    const Bodies& bodies = *bodies_in_use;
     return guarded([&] {
         const int64_t padded = units(tokens.cols, 32) * 32;
         std::vector<float> widened(tokens.rows * padded);
-        bodies->widen_rows(tokens, padded, widened.data());
+        bodies.widen_rows(tokens, padded, widened.data());
         const LinearTask task = {widened.data(), tokens.rows, padded, bias, out, rows};
         const int shares = threads_for(cost_of(weight_bytes, tokens.rows), rows, threads);
-        deal(rows, shares, [&](int64_t begin, int64_t end, int) { work(task, begin, end); });
+        deal(rows, shares, [&](int64_t begin, int64_t end, int) { work(bodies, task, begin, end); });
     });
 }
 
@@ -142,16 +143,17 @@ PackedWeight packed_nm(const void* values, const uint32_t* meta, int64_t rows, i
 int packed_linear(const Matrix& tokens, const PackedWeight& weight, const float* bias, float* out, int threads) {
     const int64_t bytes = bytes_of({nullptr, 1, weight.n_values, 0, weight.element});
     return linear(tokens, weight.rows, bytes, bias, out, threads,
-                  [&](const LinearTask& task, int64_t begin, int64_t end) {
-                      bodies->nm_linear(weight, task, begin, end);
+                  [&](const Bodies& bodies, const LinearTask& task, int64_t begin, int64_t end) {
+                      bodies.nm_linear(weight, task, begin, end);
                   });
 }
 
 int unpack(const PackedWeight& packed, int32_t bytes, void* weight, int threads) {
     const Unpacking task = {packed, bytes, weight};
+    const Bodies& bodies = *bodies_in_use;
     return guarded([&] {
         deal(packed.rows, threads_for(packed.rows * packed.cols * bytes, packed.rows, threads),
-             [&](int64_t begin, int64_t end, int) { bodies->unpack_nm(task, begin, end); });
+             [&](int64_t begin, int64_t end, int) { bodies.unpack_nm(task, begin, end); });
     });
 }
 
@@ -162,14 +164,14 @@ using namespace ace;
 
 extern "C" {
 
-const char* ace_isa() { return bodies->name; }
+const char* ace_isa() { return bodies_in_use.load()->name; }
 
 const char* ace_sources() { return ACE_SOURCES; }
 
 int ace_use_isa(const char* name) {
     for (const Bodies* const* candidate = all_bodies(); *candidate; ++candidate) {
         if (strcmp((*candidate)->name, name) == 0 && runs_here(**candidate)) {
-            bodies = *candidate;
+            bodies_in_use = *candidate;
             return 0;
         }
     }
@@ -203,6 +205,7 @@ int ace_select_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int3
                   const float* row, const float* col, const float* scale, const float* coupling,
                   int32_t power, int32_t checked, int32_t output, void* delivered, int32_t n, int32_t m,
                   int32_t along_out, int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     const Selection s =
         selection(weight, rows, cols, stride, element, row, col, scale, coupling, power, output, delivered);
     const Pattern pattern = {n, m, along_out != 0};
@@ -217,13 +220,14 @@ int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t stride, in
                     const float* row, const float* col, const float* scale, const float* coupling,
                     int32_t power, int32_t checked, int32_t output, void* delivered, int64_t k,
                     int32_t whole_layer, int32_t most_threads) {
+    const Bodies* const bodies = bodies_in_use;
     const Selection s =
         selection(weight, rows, cols, stride, element, row, col, scale, coupling, power, output, delivered);
     // The selection takes eight times as long as reading the weight.
     const int threads = threads_for(8 * bytes_of(s.weight), rows, most_threads);
     return selecting(s, checked, most_threads, [&] {
         if (whole_layer) {
-            const Cut cut = k == 0 ? Cut{INT32_MAX, 0} : cut_layer(s, k, threads);
+            const Cut cut = k == 0 ? Cut{INT32_MAX, 0} : cut_layer(*bodies, s, k, threads);
             deal(rows, threads, [&](int64_t begin, int64_t end, int) { bodies->apply_cut(s, cut, begin, end); });
             return;
         }
@@ -237,6 +241,7 @@ int ace_select_rows(void* weight, int64_t rows, int64_t cols, int64_t stride, in
 
 int ace_join_gains(const float* candidates, const float* thresholds, int64_t n_pools, int64_t rows,
                    int64_t groups, int64_t n_candidates, float* gains, int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     const JoinTask task = {candidates, thresholds, rows, groups, n_candidates, gains};
     return guarded([&] {
         constexpr int64_t LANES = 16;
@@ -249,6 +254,7 @@ int ace_join_gains(const float* candidates, const float* thresholds, int64_t n_p
 }
 
 int ace_assign(const float* gains, int64_t n_pools, int64_t size, int32_t* joins, int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     std::atomic<bool> so_far{true};
     const int failure = guarded([&] {
         const int64_t padded = units(size, 16) * 16;
@@ -273,6 +279,7 @@ int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_
                 const float* row, const float* col, const float* scale, const float* coupling,
                 int32_t power, int32_t checked, void* values, uint32_t* meta, int32_t by_score, int32_t n,
                 int32_t m, int32_t threads, int32_t* whole) {
+    const Bodies* const bodies = bodies_in_use;
     const Selection s = selection(weight, rows, cols, stride, element, row, col, scale, coupling, power,
                                   int32_t(Output::weight), nullptr);
     return selecting(s, checked, threads, [&] {
@@ -286,6 +293,7 @@ int ace_pack_nm(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_
 
 int ace_kept_bits(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element, uint32_t* meta,
                   int64_t* starts, int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     const Matrix w = {weight, rows, cols, stride, Element(element)};
     return guarded([&] {
         deal(rows, threads_for(bytes_of(w), rows, threads),
@@ -297,6 +305,7 @@ int ace_kept_bits(void* weight, int64_t rows, int64_t cols, int64_t stride, int3
 
 int ace_pack_rows(void* weight, int64_t rows, int64_t cols, int64_t stride, int32_t element, const uint32_t* meta,
                   const int64_t* starts, void* values, int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     const Matrix w = {weight, rows, cols, stride, Element(element)};
     return guarded([&] {
         deal(rows, threads_for(bytes_of(w), rows, threads),
@@ -333,16 +342,17 @@ int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t st
                         const void* values, const uint32_t* meta, const void* absmax, int64_t rows, int32_t n,
                         int32_t m, int32_t bits, int64_t group, int32_t absmax_element, const float* bias, float* out,
                         int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     const FewBitsWeight weight = {static_cast<const uint8_t*>(values), meta, absmax, rows, cols, n, m, bits,
                                   Element(absmax_element)};
     const Matrix given = {tokens, n_tokens, cols, stride, Element(element)};
     const int32_t token_bits = input_bits;
     return guarded([&] {
         const int64_t block = rounded_block(group);
-        const int64_t padded = units(cols, 32) * 32, blocks = units(cols, block);
+        const int64_t padded = units(cols, DEINTERLEAVED) * DEINTERLEAVED, blocks = units(cols, block);
         std::vector<int16_t> rounded;
         std::vector<float> scales;
-        round_inputs(given, token_bits, block, padded, rounded, scales);
+        round_inputs(*bodies, given, token_bits, block, deinterleaved_tokens(weight, block), padded, rounded, scales);
         const FewBitsTask task = {rounded.data(), scales.data(), n_tokens, padded, block,     blocks,
                                   group,          bias,          out,      rows,   token_bits};
         const int shares = threads_for(cost_of(weight, n_tokens), rows, threads);
@@ -356,8 +366,8 @@ int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t strid
                      const float* bias, float* out, int32_t threads) {
     const Matrix w = {weight, rows, cols, weight_stride, Element(weight_element)};
     return linear({tokens, n_tokens, cols, stride, Element(element)}, rows, bytes_of(w), bias, out, threads,
-                  [&](const LinearTask& task, int64_t begin, int64_t end) {
-                      bodies->dense_linear(w, task, begin, end);
+                  [&](const Bodies& bodies, const LinearTask& task, int64_t begin, int64_t end) {
+                      bodies.dense_linear(w, task, begin, end);
                   });
 }
 

@@ -19,8 +19,9 @@
 
 namespace ace {
 
-void round_tokens_dotprod(const Matrix& matrix, int64_t block, int64_t padded, int16_t* out, float* scales) {
-    round_tokens(matrix, block, padded, out, scales);
+void round_tokens_dotprod(const Matrix& matrix, int64_t block, bool deinterleaved, int64_t padded, int16_t* out,
+                          float* scales) {
+    round_tokens(matrix, block, deinterleaved, padded, out, scales);
 }
 
 void few_bits_linear_dotprod(const FewBitsWeight& weight, const FewBitsTask& task, int64_t begin, int64_t end) {

@@ -7,7 +7,8 @@
 namespace ace {
 
 #if ACE_ARM_EXTENSIONS
-void round_tokens_dotprod(const Matrix& matrix, int64_t block, int64_t padded, int16_t* out, float* scales);
+void round_tokens_dotprod(const Matrix& matrix, int64_t block, bool deinterleaved, int64_t padded, int16_t* out,
+                          float* scales);
 void few_bits_linear_dotprod(const FewBitsWeight& weight, const FewBitsTask& task, int64_t begin, int64_t end);
 #endif
 

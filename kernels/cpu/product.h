@@ -13,37 +13,72 @@ struct Outputs {
     int64_t stride;
 };
 
-// Tokens, fp32, with zeros up to a multiple of 32 inputs; and the same tokens rounded to `bits` bits, for products that
+// Tokens, fp32, with zeros up to a multiple of 64 inputs; and the same tokens rounded to `bits` bits, for products that
 // ask for them.
 class Tokens {
 public:
-    Tokens(int64_t count, int64_t size, int32_t bits)
-        : count_(count), cols_(size), padded_(units(size, 32) * 32), bits_(bits), values_(count * padded_) {}
+    Tokens(const Bodies& bodies, int64_t count, int64_t size, int32_t bits)
+        : bodies_(bodies),
+          count_(count),
+          cols_(size),
+          padded_(units(size, DEINTERLEAVED) * DEINTERLEAVED),
+          bits_(bits),
+          values_(count * padded_) {}
+
+    // The functions that multiply them.
+    const Bodies& bodies() const { return bodies_; }
 
     float* of(int64_t t) { return values_.data() + t * padded_; }
     int64_t count() const { return count_; }
     // Forgets the rounded tokens, after the values have changed.
-    void changed() { block_ = 0; }
-    void round(int64_t block) {
-        if (block == block_) return;
-        round_inputs({values_.data(), count_, cols_, padded_, Element::fp32}, bits_, block, padded_, rounded_, scales_);
-        block_ = block;
+    void changed() {
+        for (Rounded& one : rounded_) one.valid = false;
+    }
+    // Rounds them as the weight reads them. Weights that read the same tokens may need several forms of them.
+    void round_for(const FewBitsWeight& weight, int64_t group) {
+        const int64_t block = rounded_block(group);
+        const bool deinterleaved = deinterleaved_tokens(weight, block);
+        Rounded* one = find(block, deinterleaved);
+        if (!one) {
+            rounded_.push_back({block, deinterleaved, false, {}, {}});
+            one = &rounded_.back();
+        }
+        if (one->valid) return;
+        const Matrix matrix = {values_.data(), count_, cols_, padded_, Element::fp32};
+        round_inputs(bodies_, matrix, bits_, block, deinterleaved, padded_, one->tokens, one->scales);
+        one->valid = true;
     }
     LinearTask task(const float* bias, const Outputs& out) const {
         return {values_.data(), count_, padded_, bias, out.to, out.stride};
     }
-    FewBitsTask rounded_task(int64_t block, int64_t group, const float* bias, const Outputs& out) const {
-        return {rounded_.data(), scales_.data(), count_, padded_,    block, units(cols_, block),
-                group,           bias,           out.to, out.stride, bits_};
+    // After round_for of the same weight.
+    FewBitsTask rounded_task(const FewBitsWeight& weight, int64_t group, const float* bias, const Outputs& out) const {
+        const int64_t block = rounded_block(group);
+        const Rounded& one = *const_cast<Tokens*>(this)->find(block, deinterleaved_tokens(weight, block));
+        return {one.tokens.data(), one.scales.data(), count_, padded_,    block, units(cols_, block),
+                group,             bias,              out.to, out.stride, bits_};
     }
 
 private:
+    struct Rounded {
+        int64_t block;
+        bool deinterleaved, valid;
+        std::vector<int16_t> tokens;
+        std::vector<float> scales;
+    };
+
+    Rounded* find(int64_t block, bool deinterleaved) {
+        for (Rounded& one : rounded_) {
+            if (one.block == block && one.deinterleaved == deinterleaved) return &one;
+        }
+        return nullptr;
+    }
+
+    const Bodies& bodies_;
     const int64_t count_, cols_, padded_;
     const int32_t bits_;
-    int64_t block_ = 0;
     std::vector<float> values_;
-    std::vector<int16_t> rounded_;
-    std::vector<float> scales_;
+    std::vector<Rounded> rounded_;
 };
 
 // One kind of weight.
@@ -72,20 +107,20 @@ const ProductKind PRODUCT_KINDS[] = {
     {[](const AceProduct& p, int64_t n_tokens) { return cost_of(bytes_of(dense_of(p)), n_tokens); },
      [](const AceProduct&, Tokens&) {},
      [](const AceProduct& p, const Tokens& tokens, const Outputs& out, int64_t begin, int64_t end) {
-         bodies->dense_linear(dense_of(p), tokens.task(p.bias, out), begin, end);
+         tokens.bodies().dense_linear(dense_of(p), tokens.task(p.bias, out), begin, end);
      }},
     {[](const AceProduct& p, int64_t n_tokens) {
          return cost_of(bytes_of({nullptr, 1, p.n_values, 0, Element(p.element)}), n_tokens);
      },
      [](const AceProduct&, Tokens&) {},
      [](const AceProduct& p, const Tokens& tokens, const Outputs& out, int64_t begin, int64_t end) {
-         bodies->nm_linear(packed_of(p), tokens.task(p.bias, out), begin, end);
+         tokens.bodies().nm_linear(packed_of(p), tokens.task(p.bias, out), begin, end);
      }},
     {[](const AceProduct& p, int64_t n_tokens) { return cost_of(few_bits_of(p), n_tokens); },
-     [](const AceProduct& p, Tokens& tokens) { tokens.round(rounded_block(p.group)); },
+     [](const AceProduct& p, Tokens& tokens) { tokens.round_for(few_bits_of(p), p.group); },
      [](const AceProduct& p, const Tokens& tokens, const Outputs& out, int64_t begin, int64_t end) {
-         const FewBitsTask task = tokens.rounded_task(rounded_block(p.group), p.group, p.bias, out);
-         bodies->few_bits_linear(few_bits_of(p), task, begin, end);
+         const FewBitsWeight weight = few_bits_of(p);
+         tokens.bodies().few_bits_linear(weight, tokens.rounded_task(weight, p.group, p.bias, out), begin, end);
      }},
 };
 

@@ -41,9 +41,37 @@ ACE_INLINE void store_part(uint16_t* to, const Halves& part) {
 #endif
 }
 
+// Products read tokens by sixteens: neighbors, or every TOKEN_WAYS-th of 64 if they are deinterleaved. Products of 16
+// bits find four values of 4 bits in a lane, products of 8 bits find two.
+constexpr int TOKEN_WAYS = ACE_WIDTH >= 8 ? 4 : 2;
+
+// Puts every WAYS-th of 64 tokens side by side: first token 0 and those WAYS apart, then token 1 and those, and so on.
+template <int WAYS, typename Token>
+ACE_INLINE void deinterleave(const Token* from, Token* to) {
+    constexpr int SIZE = DEINTERLEAVED / WAYS;
+    for (int way = 0; way < WAYS; ++way) {
+        for (int k = 0; k < SIZE; ++k) to[way * SIZE + k] = from[k * WAYS + way];
+    }
+}
+
+// 64 tokens, the two parts of each sixteen side by side, from the order of inputs to the order that products read.
+ACE_INLINE void arrange(uint16_t* parts, bool deinterleaved) {
+    constexpr int UNITS = DEINTERLEAVED / LANES;
+    uint16_t of_part[2][DEINTERLEAVED], ordered[DEINTERLEAVED];
+    for (int k = 0; k < 2 * UNITS; ++k) memcpy(of_part[k % 2] + k / 2 * LANES, parts + k * LANES, 2 * LANES);
+    for (int part = 0; part < 2; ++part) {
+        if (deinterleaved) deinterleave<TOKEN_WAYS>(of_part[part], ordered);
+        else memcpy(ordered, of_part[part], sizeof ordered);
+        for (int unit = 0; unit < UNITS; ++unit) {
+            store_part(parts + (2 * unit + part) * LANES, load_raw<Halves>(ordered + unit * LANES, LANES));
+        }
+    }
+}
+
 // Rounds each block of a row's tokens to integers in two parts; the block's scale is a power of two, 0 if all of its
 // tokens count as zeros, NaN if one is not finite.
-inline void round_tokens(const Matrix& matrix, int64_t block, int64_t padded, int16_t* out, float* scales) {
+inline void round_tokens(const Matrix& matrix, int64_t block, bool deinterleaved, int64_t padded, int16_t* out,
+                         float* scales) {
     const int64_t blocks = (matrix.cols + block - 1) / block;
     with_element(matrix.element, [&](auto element) ACE_INLINED {
         using E = decltype(element);
@@ -72,14 +100,20 @@ inline void round_tokens(const Matrix& matrix, int64_t block, int64_t padded, in
                     const Floats rest = v - (v + Floats::all(TO_INTEGER) - Floats::all(TO_INTEGER));
                     const Ints lower = nearest(rest * Floats::all(LOWER_STEPS));
                     auto* parts = reinterpret_cast<uint16_t*>(out) + (t * padded + first + j) * 2;
-                    store_part(parts, narrow(nearest(v)));
-                    store_part(parts + LANES, narrow(min(lower, Ints::all(INT16_MAX))));
+                    store_raw(parts, narrow(nearest(v)), LANES);
+                    store_raw(parts + LANES, narrow(min(lower, Ints::all(INT16_MAX))), LANES);
                 });
             }
             // Zeros up to `padded`: weights without metadata are read past the end of a row.
             for (int64_t j = (matrix.cols + LANES - 1) / LANES * LANES; j < padded; j += LANES) {
                 auto* parts = reinterpret_cast<uint16_t*>(out) + (t * padded + j) * 2;
-                for (int part = 0; part < 2; ++part) store_part(parts + part * LANES, narrow(Ints::all(0)));
+                memset(parts, 0, 2 * LANES * sizeof *parts);
+            }
+#if !ACE_DOTPROD
+            if (!deinterleaved) continue;
+#endif
+            for (int64_t j = 0; j < padded; j += DEINTERLEAVED) {
+                arrange(reinterpret_cast<uint16_t*>(out) + (t * padded + j) * 2, deinterleaved);
             }
         }
     });

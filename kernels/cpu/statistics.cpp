@@ -61,6 +61,7 @@ int ace_weight_sums(void* weight, int64_t rows, int64_t cols, int64_t stride, in
                     float* row_sums, float* col_sums, int32_t inverse, const double* square,
                     double inverse_divisor, const float* base, const float* factor, int32_t sign,
                     int32_t quarters, float* scale, int32_t* found, int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     const Matrix w = {weight, rows, cols, stride, Element(element)};
     return guarded([&] {
         const int64_t blocks = units(rows, SUM_ROWS);
@@ -92,6 +93,7 @@ int ace_column_scale(int64_t cols, const double* square, double inverse_divisor,
 
 int ace_variance_factor(const float* square, int64_t n_sequences, int64_t channels, int32_t norm,
                         float power, float eps, float* factor, int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     return guarded([&] {
         const auto kind = VarianceNorm(norm);
         std::vector<float> levels(n_sequences);
@@ -116,6 +118,7 @@ int ace_variance_factor(const float* square, int64_t n_sequences, int64_t channe
 int ace_divergence(void* logits, int64_t rows, int64_t cols, int64_t stride, int32_t element, void* wanted,
                    int64_t wanted_stride, void* gradient, int64_t gradient_stride, float* loss,
                    int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     const Element kind = Element(element);
     const DivergenceTask task = {{logits, rows, cols, stride, kind},
                                  {wanted, rows, cols, wanted_stride, kind},
@@ -131,6 +134,7 @@ int ace_adamw(float* values, float* first, float* second, int64_t size, const vo
               int32_t gradient_element, void* rounded, int32_t rounded_element, const float* factor,
               float rate, float gain_first, float gain_second, float unbias, float eps, int32_t zeros_stay,
               int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     const AdamWTask task = {values, first, second, gradient, rounded, factor, Element(gradient_element),
                             Element(rounded_element), rate, gain_first, gain_second, unbias, eps, zeros_stay != 0};
     return guarded([&] {
@@ -146,6 +150,7 @@ int ace_adamw(float* values, float* first, float* second, int64_t size, const vo
 
 int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                     float* norms, int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     const Matrix a = {outputs, rows, cols, stride, Element(element)};
     return guarded([&] {
         deal(rows, threads_for(bytes_of(a), rows, threads),
@@ -155,6 +160,7 @@ int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_t stride, i
 
 int ace_all_finite(const void* data, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                    int32_t not_below_zero, int32_t threads, int32_t* finite) {
+    const Bodies* const bodies = bodies_in_use;
     const Matrix m = {const_cast<void*>(data), rows, cols, stride, Element(element)};
     return guarded([&] {
         constexpr int64_t UNIT = 1 << 16;
@@ -179,6 +185,7 @@ int ace_moments(const void* tokens, int64_t n_sequences, int64_t length, int64_t
                 int64_t sequence_stride, int64_t token_stride, int32_t element, const uint8_t* valid,
                 double* total, double* deviation, float* sequence_square, int64_t* count,
                 int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     return guarded([&] {
         const int64_t size = Element(element) == Element::fp32 ? 4 : 2;
         std::vector<const void*> rows;
@@ -212,6 +219,7 @@ int ace_moments(const void* tokens, int64_t n_sequences, int64_t length, int64_t
 int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t channels, int64_t stride,
                          int32_t element, const float* weights, int64_t n_layers, float* out,
                          int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
     const SquaresTask task = {{tokens, n_tokens, channels, stride, Element(element)}, weights, n_layers, out};
     return guarded([&] {
         const int64_t strips = units(channels, CHANNEL_STRIP);
@@ -223,7 +231,8 @@ int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t channels, int64
 
 // AVX2 and portable code do not stand for such a processor, even if it is one.
 int ace_has_gram_product() {
-    return (strcmp(bodies->name, "avx512") == 0 || strncmp(bodies->name, "neon", 4) == 0) && has_bf16_pairs();
+    const char* const isa = ace_isa();
+    return (strcmp(isa, "avx512") == 0 || strncmp(isa, "neon", 4) == 0) && has_bf16_pairs();
 }
 
 // Panels are distributed to threads from both ends, because later ones have more rows.

@@ -2,6 +2,7 @@
 // by the parts of tokens.
 #pragma once
 
+#include "tasks.h"
 #include "vector.h"
 
 namespace ace {
@@ -49,6 +50,7 @@ ACE_INLINE __m128i spread_steps(__m128i values, uint32_t bits, int skipped) {
 ACE_INLINE __m128i all_steps(__m128i values) { return values; }
 
 ACE_INLINE Steps widen_steps(__m128i bytes) { return _mm256_cvtepi8_epi16(bytes); }
+ACE_INLINE Steps widen_steps(Steps steps) { return steps; }
 
 // 32 neighboring integers of a row, in 8 bits.
 using WordSteps = __m256i;
@@ -189,7 +191,7 @@ ACE_INLINE void join_parts(const int32_t* upper, const int32_t* lower, int64_t s
 
 // Values of 8 bits; sixteen of them are read, or 32 as two vectors.
 struct EightBits {
-    static constexpr int BITS = 8, LARGEST = 127, BYTES_READ = 16;
+    static constexpr int BITS = 8, LARGEST = 127, BYTES_READ = 16, INPUTS = 32, ROWS_AT_ONCE = 4;
 
 #if ACE_WIDTH >= 8
     using Values = __m128i;
@@ -206,8 +208,15 @@ struct EightBits {
     using Values = const int8_t*;
     static ACE_INLINE Values load(const uint8_t* from, int64_t) { return reinterpret_cast<const int8_t*>(from); }
 #endif
-    static ACE_INLINE void load_two(const uint8_t* from, Values* values) {
-        for (int half = 0; half < 2; ++half) values[half] = load(from + half * LANES, 0);
+#if ACE_WIDTH < 8
+    static ACE_INLINE WordSteps load_word(const uint8_t* from) {
+        return join_steps(all_steps(load(from, 0)), all_steps(load(from + LANES, 0)));
+    }
+#endif
+    // Calls function(steps, unit) for both sixteens of a word.
+    template <typename Function>
+    static ACE_INLINE void load_units(const uint8_t* from, Function function) {
+        for (int unit = 0; unit < 2; ++unit) function(all_steps(load(from + unit * LANES, 0)), unit);
     }
 };
 
@@ -215,7 +224,7 @@ struct EightBits {
 // in the upper half of its byte.
 template <bool ODD>
 struct FourBits {
-    static constexpr int BITS = 4, LARGEST = 7 * 16, BYTES_READ = ODD ? 9 : 8;
+    static constexpr int BITS = 4, LARGEST = 7 * 16, BYTES_READ = ODD ? 9 : 8, INPUTS = 32, ROWS_AT_ONCE = 4;
 
     static ACE_INLINE uint64_t pairs_at(const uint8_t* from, int64_t value) {
         uint64_t pairs;
@@ -235,11 +244,12 @@ struct FourBits {
         const __m256i both = _mm256_or_si256(_mm256_slli_epi16(pairs, 4), _mm256_slli_epi16(pairs, 8));
         return _mm256_and_si256(both, _mm256_set1_epi8(-16));
     }
-    static ACE_INLINE void load_two(const uint8_t* from, Values* values) {
+    template <typename Function>
+    static ACE_INLINE void load_units(const uint8_t* from, Function function) {
         const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), upper = _mm_set1_epi8(-16);
         const __m128i first = _mm_and_si128(_mm_slli_epi16(pairs, 4), upper), second = _mm_and_si128(pairs, upper);
-        values[0] = _mm_unpacklo_epi8(first, second);
-        values[1] = _mm_unpackhi_epi8(first, second);
+        function(_mm_unpacklo_epi8(first, second), 0);
+        function(_mm_unpackhi_epi8(first, second), 1);
     }
 #elif ACE_NEON
     using Values = int8x16_t;
@@ -261,8 +271,80 @@ struct FourBits {
     }
 #endif
 #if ACE_WIDTH < 8
-    static ACE_INLINE void load_two(const uint8_t* from, Values* values) {
-        for (int half = 0; half < 2; ++half) values[half] = load(from + half * LANES / 2, 0);
+    static ACE_INLINE WordSteps load_word(const uint8_t* from) {
+        return join_steps(all_steps(load(from, 0)), all_steps(load(from + LANES / 2, 0)));
+    }
+    template <typename Function>
+    static ACE_INLINE void load_units(const uint8_t* from, Function function) {
+        for (int unit = 0; unit < 2; ++unit) function(all_steps(load(from + unit * LANES / 2, 0)), unit);
+    }
+#endif
+};
+
+// The 64 values of 32 bytes as two vectors of bytes, the lower halves of the bytes and the upper ones.
+struct NibbleSteps {
+#if ACE_WIDTH >= 8
+    __m256i low, high;  // plus NIBBLE_OFFSET
+#elif ACE_NEON
+    int8x16_t low[2], high[2];
+#else
+    int8_t low[32], high[32];
+#endif
+};
+constexpr int NIBBLE_OFFSET = 8;
+
+// As FourBits, for 64 values in the order of deinterleaved tokens, so they need not be interleaved. The sums of more rows
+// at once would not fit in registers beside the tokens.
+struct DeinterleavedFourBits {
+    static constexpr int BITS = 4, LARGEST = 7, INPUTS = DEINTERLEAVED, ROWS_AT_ONCE = 2;
+
+#if ACE_WIDTH >= 8
+    static ACE_INLINE __m256i load(const uint8_t* from) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    }
+    static ACE_INLINE NibbleSteps load_word(const uint8_t* from) {
+        const __m256i pairs = _mm256_xor_si256(load(from), _mm256_set1_epi8(char(NIBBLE_OFFSET * 0x11)));
+        const __m256i lower = _mm256_set1_epi8(15);
+        return {_mm256_and_si256(pairs, lower), _mm256_and_si256(_mm256_srli_epi16(pairs, 4), lower)};
+    }
+    template <typename Function>
+    static ACE_INLINE void load_units(const uint8_t* from, Function function) {
+        const __m256i four = load(from);
+        function(_mm256_srai_epi16(_mm256_slli_epi16(four, 12), 12), 0);
+        function(_mm256_srai_epi16(_mm256_slli_epi16(four, 8), 12), 1);
+        function(_mm256_srai_epi16(_mm256_slli_epi16(four, 4), 12), 2);
+        function(_mm256_srai_epi16(four, 12), 3);
+    }
+#elif ACE_NEON
+    static ACE_INLINE NibbleSteps load_word(const uint8_t* from) {
+        NibbleSteps steps;
+        for (int half = 0; half < 2; ++half) {
+            const int8x16_t pairs = vreinterpretq_s8_u8(vld1q_u8(from + half * LANES));
+            steps.low[half] = vshrq_n_s8(vshlq_n_s8(pairs, 4), 4);
+            steps.high[half] = vshrq_n_s8(pairs, 4);
+        }
+        return steps;
+    }
+    template <typename Function>
+    static ACE_INLINE void load_units(const uint8_t* from, Function function) {
+        const NibbleSteps steps = load_word(from);
+        for (int half = 0; half < 2; ++half) function(steps.low[half], half);
+        for (int half = 0; half < 2; ++half) function(steps.high[half], 2 + half);
+    }
+#else
+    static ACE_INLINE NibbleSteps load_word(const uint8_t* from) {
+        NibbleSteps steps;
+        for (int k = 0; k < INPUTS / 2; ++k) {
+            steps.low[k] = int8_t(int8_t(uint8_t(from[k] << 4)) >> 4);
+            steps.high[k] = int8_t(int8_t(from[k]) >> 4);
+        }
+        return steps;
+    }
+    template <typename Function>
+    static ACE_INLINE void load_units(const uint8_t* from, Function function) {
+        const NibbleSteps steps = load_word(from);
+        for (int half = 0; half < 2; ++half) function(all_steps(steps.low + half * LANES), half);
+        for (int half = 0; half < 2; ++half) function(all_steps(steps.high + half * LANES), 2 + half);
     }
 #endif
 };

@@ -139,9 +139,9 @@ struct FewBitsWeight {
 };
 
 struct FewBitsTask {
-    // With 30 input bits, [n_tokens, padded / 16, 2, 16]: upper and lower parts, zeros past the last input; with dot products of bytes, the
-    // bytes of each part as store_part orders them.
-    // With 8 input bits, int8 [n_tokens, padded].
+    // With 30 input bits, [n_tokens, padded / 16, 2, 16]: upper and lower parts, zeros past the last input; with dot
+    // products of bytes, the bytes of each part as store_part orders them. With 8 input bits, int8 [n_tokens, padded].
+    // In the order of inputs, or deinterleaved.
     const int16_t* tokens;
     const float* scales;    // [n_tokens, blocks], or with 8 input bits [n_tokens, padded / 32]: what a step stands for
     int64_t n_tokens, padded;
@@ -152,6 +152,13 @@ struct FewBitsTask {
     int64_t out_stride;
     int32_t input_bits;     // 30 or 8
 };
+
+// Tokens for a weight of 4 bits without metadata are deinterleaved, 64 at once, if a block is a multiple of 64: inputs
+// whose values are in the same half of their bytes lie side by side. So the values need not be moved.
+constexpr int DEINTERLEAVED = 64;
+constexpr bool deinterleaved_tokens(const FewBitsWeight& w, int64_t block) {
+    return !w.meta && w.bits == 4 && block % DEINTERLEAVED == 0;
+}
 
 // Inputs in a block of rounded tokens: the most that divide the group, up to 128, so that sums fit in 32 bits.
 constexpr int64_t rounded_block(int64_t group) { return group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32; }
@@ -227,9 +234,9 @@ struct Bodies {
     void (*nm_linear)(const PackedWeight&, const LinearTask&, int64_t begin, int64_t end);
     void (*dense_linear)(const Matrix&, const LinearTask&, int64_t begin, int64_t end);
     // Rows rounded by blocks to integers in two parts of 16 bits, as in FewBitsTask, and the blocks' scales.
-    void (*round_tokens)(const Matrix&, int64_t block, int64_t padded, int16_t* out, float* scales);
+    void (*round_tokens)(const Matrix&, int64_t block, bool deinterleaved, int64_t padded, int16_t* out, float* scales);
     // Rows rounded to 8 bits, with a scale for every 32 inputs.
-    void (*round_to_bytes)(const Matrix&, int64_t padded, int8_t* out, float* scales);
+    void (*round_to_bytes)(const Matrix&, int64_t padded, bool deinterleaved, int8_t* out, float* scales);
     // Outputs begin..end of all tokens.
     void (*few_bits_linear)(const FewBitsWeight&, const FewBitsTask&, int64_t begin, int64_t end);
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t size, float* out);

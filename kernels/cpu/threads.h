@@ -13,10 +13,9 @@
 
 namespace ace {
 
-// The functions for the instruction set in use.
-extern const Bodies* bodies;
-// The bits to which products with quantized weights round tokens: 30 or 8. Another thread may change them at any time,
-// so each call of the library reads them once.
+// The functions for the instruction set in use, and the bits to which products with quantized weights round tokens: 30
+// or 8. Another thread may change both at any time, so each call of the library reads them once.
+extern std::atomic<const Bodies*> bodies_in_use;
 extern std::atomic<int32_t> input_bits;
 
 namespace {
@@ -55,16 +54,17 @@ void deal(int64_t n_units, int threads, const Work& work) {
 }
 
 // Tokens rounded to `bits` bits, 30 or 8, and their scales, as in FewBitsTask.
-inline void round_inputs(const Matrix& tokens, int32_t bits, int64_t block, int64_t padded,
-                         std::vector<int16_t>& rounded, std::vector<float>& scales) {
+inline void round_inputs(const Bodies& bodies, const Matrix& tokens, int32_t bits, int64_t block, bool deinterleaved,
+                         int64_t padded, std::vector<int16_t>& rounded, std::vector<float>& scales) {
     if (bits == 8) {
         rounded.resize(tokens.rows * padded / 2);
         scales.resize(tokens.rows * padded / 32);
-        bodies->round_to_bytes(tokens, padded, reinterpret_cast<int8_t*>(rounded.data()), scales.data());
+        auto* const bytes = reinterpret_cast<int8_t*>(rounded.data());
+        bodies.round_to_bytes(tokens, padded, deinterleaved, bytes, scales.data());
     } else {
         rounded.resize(tokens.rows * padded * 2);
         scales.resize(tokens.rows * units(tokens.cols, block));
-        bodies->round_tokens(tokens, block, padded, rounded.data(), scales.data());
+        bodies.round_tokens(tokens, block, deinterleaved, padded, rounded.data(), scales.data());
     }
 }
 

@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from ace_triton.kernels import cpu_library
 from ace_triton.kernels.decode_step import Block, DecodeStep, Linear, Sizes
 from ace_triton.kernels.errors import ArgumentError
+from ace_triton.kernels.packed_dense import dequantize_dense, quantize_dense
 
 pytestmark = pytest.mark.skipif(not cpu_library.available(), reason="no CPU library")
 
@@ -82,6 +83,29 @@ def test_a_block_is_that_of_torch_for_any_number_of_threads(scale):
     torch.testing.assert_close(found[0][0], wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("input_bits", [30, 8])
+def test_layers_that_share_inputs_may_be_quantized_in_different_ways(input_bits):
+    """Each kind reads rounded inputs in its own blocks and order."""
+    torch.manual_seed(0)
+    size = 192
+    ways = [(4, 128), (8, 128), (4, 32), (8, 32), (4, 64)]
+    packed = [quantize_dense(normal(size, size), bits, group) for bits, group in ways]
+    norm, plain = torch.ones(size), normal(size, size)
+    sizes = Sizes(size, 1, 1, size, size, intermediate=size, eps=1e-5, scaling=0.1, activation="silu")
+    hidden = torch.randn(1, size)
+
+    def logits(layers: list[Linear]) -> torch.Tensor:
+        block = Block(norm, norm, layers[:3], Linear(plain), layers[3:], Linear(plain))
+        step = DecodeStep([block], norm, Linear(plain), sizes)
+        return step([step.cache(torch.ones(2, size), torch.zeros(2, size))], hidden).clone()
+
+    cpu_library.use_input_bits(input_bits)
+    got = logits([Linear(one) for one in packed])
+    cpu_library.use_input_bits(30)
+    expected = logits([Linear(dequantize_dense(one, torch.float32)) for one in packed])
+    torch.testing.assert_close(got, expected, rtol=0, atol={30: 1e-5, 8: 0.05}[input_bits])
 
 
 def test_what_does_not_fit_is_refused():

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,8 @@ def weight_of(pattern, rows, cols, bits, group):
         (None, 67, 289, 32),
         (None, 5, 1, 128),
         (None, 9, 640, 256),
+        (None, 67, 289, 64),
+        (None, 12, 421, 128),
         ((2, 4), 13, 352, 64),
         ((8, 16), 67, 288, 128),
         ((7, 16), 9, 48, 32),
@@ -117,14 +120,14 @@ def test_thirty_bits_are_the_default_and_other_numbers_are_refused():
 
 
 @contextmanager
-def changing_bits() -> Iterator[None]:
-    """Within it, another thread sets the bits to 8 and 30 in turn."""
+def changing(use: Callable[[Any], None], *choices: Any) -> Iterator[None]:
+    """Within it, another thread calls ``use`` with each choice in turn; the last one holds at the end."""
     done = threading.Event()
 
     def change() -> None:
         while not done.is_set():
-            for bits in (8, 30):
-                cpu_library.use_input_bits(bits)
+            for choice in choices:
+                use(choice)
 
     thread = threading.Thread(target=change)
     thread.start()
@@ -133,7 +136,7 @@ def changing_bits() -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        cpu_library.use_input_bits(30)
+        use(choices[-1])
 
 
 def assert_one_number_of_bits(compute: Callable[[], torch.Tensor]) -> None:
@@ -143,7 +146,7 @@ def assert_one_number_of_bits(compute: Callable[[], torch.Tensor]) -> None:
         cpu_library.use_input_bits(bits)
         allowed.append(compute())
     assert not torch.equal(*allowed)
-    with changing_bits():
+    with changing(cpu_library.use_input_bits, 8, 30):
         end = time.monotonic() + 0.3
         while time.monotonic() < end:
             result = compute()
@@ -155,6 +158,21 @@ def test_a_product_has_one_number_of_bits_while_another_thread_changes_it():
     packed, product, _ = weight_of(None, 8, 4096, 8, 32)
     tokens = torch.randn(64, 4096)
     assert_one_number_of_bits(lambda: product(tokens, packed))
+
+
+@pytest.mark.parametrize("bits", [30, 8])
+def test_a_product_has_one_instruction_set_while_another_thread_changes_it(bits):
+    """Instruction sets order rounded inputs in their own ways, so a product by two of them would be wrong."""
+    torch.manual_seed(0)
+    packed, product, _ = weight_of(None, 8, 4096, 4, 128)
+    tokens = torch.randn(64, 4096)
+    cpu_library.use_input_bits(bits)
+    expected = product(tokens, packed)
+    with changing(cpu_library.use_isa, "portable", cpu_library.isa()):
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            assert torch.equal(product(tokens, packed), expected)
+    cpu_library.use_input_bits(30)
 
 
 def test_a_decoding_step_has_one_number_of_bits_while_another_thread_changes_it():

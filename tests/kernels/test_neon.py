@@ -167,7 +167,16 @@ def test_products_of_quantized_weights(on_arm, bits, dtype, cols, group):
 def test_products_of_weights_that_are_not_pruned(on_arm, bits, cols, group):
     weight, tokens = matrix(9, cols, torch.bfloat16), matrix(5, cols, torch.float32, seed=1)
     packed = quantize_dense(weight, bits, group)
-    compare(on_arm, lambda: {f"{count} tokens": quantized_linear(tokens[:count], packed) for count in (1, 2, 5)})
+
+    def products() -> Results:
+        results = {}
+        for input_bits in (8, 30):
+            cpu_library.use_input_bits(input_bits)
+            for count in (1, 2, 5):
+                results[f"{count} tokens in {input_bits} bits"] = quantized_linear(tokens[:count], packed)
+        return results
+
+    compare(on_arm, products)
 
 
 def test_every_number_of_threads(on_arm):

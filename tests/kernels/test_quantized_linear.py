@@ -68,11 +68,12 @@ def test_tiles_of_tokens(make_matrix, monkeypatch, bits, dtype, shape, n_tokens,
 
 @pytest.mark.skipif(interpreting() or not cpu_library.available(), reason="for the compiled library")
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize(("rows", "cols"), [(67, 289), (5, 1), (1, 1000), (9, 64)])
-def test_every_instruction_set_agrees_whatever_lies_beside_the_weight(bits, rows, cols):
+def test_every_instruction_set_agrees_whatever_lies_beside_the_weight(bits, rows, cols, group):
     """Reads past a row meet inputs that are zeros, and none is past the tensor."""
     torch.manual_seed(0)
-    packed = quantize_dense(torch.randn(rows + 2, cols), bits, 32)
+    packed = quantize_dense(torch.randn(rows + 2, cols), bits, group)
     tokens, in_use, results = torch.randn(5, cols), cpu_library.isa(), []
     tokens[:, ::50] *= 1e3
     part = packed.outputs(1, rows + 1)

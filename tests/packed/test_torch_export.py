@@ -47,3 +47,13 @@ def test_the_exported_program_computes_the_same(dtype, strict):
         for rows in (3, 7):
             given = torch.randn(2, rows, SIZE).to(dtype)
             assert torch.equal(program.module()(given), model(given))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_single_layer_without_metadata_needs_no_module_around_it(strict):
+    torch.manual_seed(0)
+    layer = ace_triton.QuantizedLinear.from_linear(nn.Linear(SIZE, SIZE), 8, 32)
+    tokens = torch.randn(2, SIZE)
+    program = torch.export.export(layer, (tokens,), strict=strict)
+    with torch.no_grad():
+        assert torch.equal(program.module()(tokens), layer(tokens))
