@@ -25,7 +25,7 @@ from ace_triton.study.workbench import Protocol, Workbench
 
 from . import trial_metric
 from .cpu_ratios import processor
-from .named_rows import ListRows, Only, chosen_rows, print_rows
+from .named_rows import CalibrationText, EvaluationText, ListRows, Only, chosen_rows, print_rows
 from .record import read_record
 from .trial_layers import LayerBench
 from .trial_rows import ROWS, Row
@@ -81,8 +81,8 @@ class LayerResult:
 
 
 def main(
-    calibration: Annotated[str, typer.Option(help="Calibration text, as for ace-triton prune.")],
-    evaluation: Annotated[str, typer.Option(help="A raw WikiText file.")],
+    calibration: CalibrationText = "",
+    evaluation: EvaluationText = "",
     model: Annotated[str, typer.Option(help="Model to prune.")] = "smollm2",
     name: Annotated[str, typer.Option(help="The model's name on the page.")] = "SmolLM2-135M",
     windows: Annotated[int, typer.Option(min=1, help="Number of evaluation windows of 512 tokens.")] = 8,
