@@ -52,8 +52,8 @@ HEAD_BITS = 8
 LENGTH, SEED = 128, 0
 """Tokens of a calibration sequence, and the seed of the samples."""
 
-RECOVERY = RecoverySettings(steps=400, forward_dtype=torch.float32)
-"""How a recovered form is trained: always the same number of optimizer steps."""
+RECOVERY = RecoverySettings(steps=259, forward_dtype=torch.float32)
+"""How a recovered form is trained, with forwards in its bits: always the same number of optimizer steps."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Form:
         pattern: n:m; "" for a model that is not pruned.
         weights: type of the weights: "fp32", "bf16", "8 bits" or "4 bits", or llama.cpp's name.
         input_bits: bits that products with quantized weights round their inputs to; None for the default.
-        recovered: True if the kept weights are trained after pruning, and then rounded.
+        recovered: True if the kept weights are trained after pruning, in forwards with rounded weights.
     """
 
     engine: str
@@ -95,7 +95,7 @@ FORMS = (
     *(Form(OURS, pattern, "8 bits", 8) for pattern in PATTERNS),
 )
 
-RECOVERED_FORMS = (Form(OURS, "8:16", "8 bits", recovered=True),)
+RECOVERED_FORMS = tuple(Form(OURS, "8:16", weights, recovered=True) for weights in ("8 bits", "4 bits"))
 """Forms that take a training; they are measured only if they are named."""
 
 STEP_FORMS = tuple(Form(STEP, "", weights) for weights in DTYPES)
@@ -299,7 +299,9 @@ class Forms:
         with self.bench.pruned(Cell(replaced(PRESETS[self.preset], parts), LENGTH, SEED)):
             if form.recovered:
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                self.bench.recover(RECOVERY, state=folder.with_suffix(".state"))
+                rounded = None if bits is None else Quantization(bits, GROUP, "absmax")
+                settings = dataclasses.replace(RECOVERY, quantize=rounded)
+                self.bench.recover(settings, state=folder.with_suffix(".state"))
             quantized = {"bits": bits, "group": GROUP, "head_bits": form.head_bits}
             names = [form.weights] if bits is not None else list(DTYPES)
             for name in names:

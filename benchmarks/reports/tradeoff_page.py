@@ -138,7 +138,7 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
     if any(point.form.recovered for point in points):
         lines[-1] += (
             f" Recovered forms are trained for {RECOVERY.steps} optimizer steps of {RECOVERY.tokens_per_step} tokens "
-            "of the calibration text after pruning, and then rounded to the nearest values."
+            "of the calibration text after pruning, with weights rounded to their bits in each forward."
         )
     versions = {entry["version"] for step in ("perplexity", "speed") for entry in found[step]}
     lines[-1] += f" With {'; '.join(sorted(versions))}." if versions else ""

@@ -107,7 +107,7 @@ def test_the_dense_model_in_the_compiled_step_has_the_dense_perplexity_and_its_o
 def test_a_recovered_form_is_on_the_page_and_in_the_picture_if_it_was_measured():
     content = record({"8:16 8 bits": (0.55, 60.0, 4.0)})
     assert "recovered" not in page(content) + picture(content)
-    (form,) = RECOVERED_FORMS
+    form, *_ = RECOVERED_FORMS
     assert state_of(content, "a model", form) == "not measured, only with --form"
     content = record({"8:16 8 bits": (0.55, 60.0, 4.0), "8:16 8 bits, recovered": (0.55, 31.0, 4.0)})
     assert state_of(content, "a model", form) == "perplexity"  # Its speed lacks the compiled step.
