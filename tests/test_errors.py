@@ -15,6 +15,7 @@ SYSTEM = {"OSError", "FileNotFoundError", "MemoryError", "SystemExit", "Keyboard
 NO_MISTAKE = {
     "decoders/account.py": "RuntimeError",  # A bug of ours.
     "recovery/checks.py": "RuntimeError",  # A bug of ours.
+    "inputs/gguf_metadata.py": "ValueError",  # As in the package gguf; errors name the file where it is loaded.
     "kernels/memory.py": "ValueError",  # Caught in the same function.
     "packed/manifest.py": "TypeError",  # Caught where the manifest is read.
     "packed/expert_stack.py": "TypeError",  # The class of torch's own error for an operation that a type does not have.

@@ -113,7 +113,7 @@ def test_a_recovered_form_is_on_the_page_and_in_the_picture_if_it_was_measured()
     assert state_of(content, "a model", form) == "perplexity"  # Its speed lacks the compiled step.
     text = page(content)
     assert "| 8:16 8 bits, recovered | 31.00 | 0.55 | 100 MB | 4.00 |" in text
-    assert "Recovered forms are trained for 400 optimizer steps of 256 tokens of the calibration text" in text
+    assert "Recovered forms are trained for 259 optimizer steps of 256 tokens of the calibration text" in text
     assert "**A pruned form is the best one at some limit of size and speed: 8:16 8 bits, recovered (0.55" in text
     assert ">8:16 8 bits, recovered</text>" in picture(content)
 
