@@ -41,7 +41,7 @@ DENSE, OURS, LLAMA, STEP = "transformers", "ace_triton", "llama.cpp", "compiled 
 PATTERNS = ("16:32", "8:16", "2:4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BITS = {"fp32": None, "bf16": None, "8 bits": 8, "4 bits": 4}
-LLAMA_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
+LLAMA_TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 
 _QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 """A log of llama.cpp that writes nothing."""

@@ -96,7 +96,8 @@ def main(
     record = read_record(out / "trials.json", models={}, results=[], layers=[])
     seconds = _measured(record["results"], name, seed)
     if list_rows:
-        known = {row: f"{time:.0f} CPU seconds" for row, time in seconds.items()}
+        known = {row: "measured on layers only" for row in _measured(record["layers"], name, seed)}
+        known |= {row: f"{time:.0f} CPU seconds" for row, time in seconds.items()}
         print_rows(console, ((row.name, known.get(row.name)) for row in ROWS))
         return
     wanted = chosen_rows(ROWS, lambda row: row.name, only)

@@ -15,8 +15,11 @@ from .trial_rows import ALONE, FIT, PATTERN_FITS, ROWS, Idea, Row
 Entry = Mapping[str, Any]
 """A result in the record."""
 
-LEAST_GAIN = {"alone": 0.10, "exchanges": 0.02, "centered": 0.03, "low rank": 0.02}
-"""The relative fall of perplexity from which an idea pays; "alone" is for exchanges without a fit."""
+LEAST_GAIN = 0.02
+"""The relative fall of perplexity from which an idea pays."""
+
+LEAST_GAIN_ALONE = 0.10
+"""The same for exchanges without a fit, since a fit gains more in as much time."""
 
 MOST_TIME = 2.0
 """The CPU time that exchanges without a fit may take, over that of the metric alone."""
@@ -45,7 +48,7 @@ IDEAS: tuple[tuple[Idea, str, str], ...] = (
         'minimizes the layer\'s output error. "Twice" fits the sparse weights again to what the product leaves, and '
         "then the product. Bytes are those of the packed layers (values in bf16, one bit a weight, and the factors), "
         "as a share of the dense layers in bf16. A product is compared with the best fitted pattern of at most as many "
-        "bytes.",
+        "bytes, which may be one that GPUs have no instructions for.",
     ),
 )
 
@@ -135,6 +138,10 @@ def page(record: Mapping[str, Any]) -> str:
         "Output errors are those of the layers of two blocks of the dense model, pruned alone and without a "
         "permutation: the squared error on 2,048 tokens of WikiText-2 over the squared outputs, as the geometric mean "
         "of the layers. A row without a perplexity was measured on these layers only.",
+        "",
+        f"The rule: an idea pays if perplexity falls by {LEAST_GAIN:.0%} or more. Exchanges without a fit must gain "
+        f"{LEAST_GAIN_ALONE:.0%} in at most {MOST_TIME:g} times the time, because a fit gains more in such a time. An "
+        "idea is tried on whole models only if it gains as much in the output errors of the layers.",
     ]
     for idea, title, description in IDEAS:
         lines += ["", f"## {title}", "", description]
@@ -223,8 +230,8 @@ def _line(idea: Idea, pairs: Sequence[Compared]) -> str:
     base = listed(sorted({pair.base or "" for pair in used}))
     text = f"- {row.name}: {what} {change:+.1%} against {base}, {time:.1f} times its CPU time ({where})."
     if row.recipe.method != NAME:
-        return f"{text} The package has it."
-    least = LEAST_GAIN["alone" if idea == "exchanges" and row.base == ALONE else idea]
+        return f"{text} This is an option of the package (`mask_rounds`)."
+    least = LEAST_GAIN_ALONE if idea == "exchanges" and row.base == ALONE else LEAST_GAIN
     if change > -least:
         return f"{text} It does not pay{'' if whole else ' on these layers'}: a fall of {least:.0%} would."
     if not whole:

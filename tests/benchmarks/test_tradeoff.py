@@ -15,6 +15,7 @@ from benchmarks.reports.tradeoff_picture import picture
 SETTING = setting_of(Protocol("model", "calibration", "evaluation"), "balanced")
 UNPRUNED = {"fp32": (4.0, 30.0, 1.0), "bf16": (2.0, 30.1, 0.5), "F16": (2.0, 30.0, 1.5), "Q8_0": (1.06, 30.2, 3.0)}
 UNPRUNED |= {"8 bits": (1.02, 30.3, 2.5), "Q4_K_M": (0.65, 32.0, 4.0), "Q4_0": (0.56, 33.0, 5.0)}
+UNPRUNED |= {"Q3_K_M": (0.6, 36.0, 4.0), "Q2_K": (0.58, 50.0, 4.0)}
 
 
 def record(pruned, *, speed=True, leave_out=()):
