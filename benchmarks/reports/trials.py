@@ -96,7 +96,7 @@ def main(
     record = read_record(out / "trials.json", models={}, results=[], layers=[])
     seconds = _measured(record["results"], name, seed)
     if list_rows:
-        known = {row: "measured on layers only" for row in _measured(record["layers"], name, seed)}
+        known = dict.fromkeys(_measured(record["layers"], name, seed), "measured on layers only")
         known |= {row: f"{time:.0f} CPU seconds" for row, time in seconds.items()}
         print_rows(console, ((row.name, known.get(row.name)) for row in ROWS))
         return
