@@ -53,7 +53,8 @@ def known_tasks(names: Sequence[str], folder: str | Path | None) -> Any:
         ArgumentError: if a task is unknown or the folder does not exist.
     """
     if folder is not None and not Path(folder).is_dir():
-        raise ArgumentError(f"{folder}: no such folder; name the folder with the YAML files of your tasks")
+        what = "is a file" if Path(folder).exists() else "no such folder"
+        raise ArgumentError(f"{folder}: {what}; name the folder with the YAML files of your tasks")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lm_eval.tasks import TaskManager

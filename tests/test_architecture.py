@@ -15,6 +15,7 @@ ORDER = [
     "processes",
     "out_of_memory",
     "process_memory",
+    "available_memory",
     "runs_on",
     "threads",
     "option_types",

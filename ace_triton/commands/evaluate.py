@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..agreement import NEIGHBORS
+from ..available_memory import available_memory
 from ..decoders.batches import check_positions, longest_sequence
 from ..decoders.parts_of_logits import PART
 from ..errors import ArgumentError
@@ -24,7 +25,7 @@ from ..process_memory import resident_bytes
 from ..processes import joined, started
 from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
-from ..streaming.fits import available_memory, fits_in_memory, surely_fits
+from ..streaming.fits import fits_in_memory, surely_fits
 from ..streaming.streamed_evaluate import opened
 from ..task_evaluation import check_tasks_installed, evaluate_tasks, known_tasks
 from . import report
@@ -240,7 +241,7 @@ def protocol_of(text: str, wikitext: bool, windows: int | None, beginning: Begin
     """
     differs = []
     if text != WIKITEXT and not wikitext:
-        differs.append("another text than WikiText-2")
+        differs.append("a text of --text, without --wikitext")
     if windows is not None:
         differs.append("not the whole text")
     if beginning.of_each:

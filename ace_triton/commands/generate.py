@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from textwrap import shorten
 from typing import Annotated, Any
 
 import torch
@@ -38,11 +39,18 @@ from .options import (
 from .sources import TAKEN, check_causal, check_length, check_source
 from .sources import fuse as fuse_packed
 
+SHOWN_OF_A_PROMPT = 40
+"""Largest number of characters of a prompt that are printed before its continuation, if there are several."""
+
 
 def generate(
     model_dir: AnyModelArgument,
     prompt: Annotated[
-        list[str], typer.Option(help="Text to continue; repeatable: several are continued together, as one batch.")
+        list[str],
+        typer.Option(
+            help="Text to continue; repeatable: several are continued together, as one batch, and each continuation is "
+            "printed after the number and the beginning of its prompt."
+        ),
     ],
     max_new_tokens: Annotated[int, number("Largest number of new tokens.", least=1)] = 128,
     temperature: Annotated[
@@ -108,8 +116,8 @@ def generate(
         print(flush=True)
     else:
         result = generate_batch(model, tokenizer, prompt, **options)
-        for place, text in enumerate(result.texts, start=1):
-            print(f"[{place}] {text}", flush=True)
+        for place, (given, text) in enumerate(zip(prompt, result.texts, strict=True), start=1):
+            print(f"[{place}: {shorten(given, SHOWN_OF_A_PROMPT, placeholder=' ...')}] {text}", flush=True)
     if json:
         facts = with_provenance(
             result.to_dict(),

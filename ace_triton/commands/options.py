@@ -19,7 +19,7 @@ from ..inputs.beginnings import Bos
 from ..inputs.model_source import check_device
 from ..inputs.model_task import TASK_NAMES
 from ..kernels import cpu_library
-from ..kernels.few_bits import check_bits
+from ..kernels.few_bits import STEP, check_bits
 from ..methods.plugins import load_plugins
 from ..methods.registry import metric
 from ..option_types import Range, read_options
@@ -229,10 +229,11 @@ def parse_update(kind: str | None, pairs: list[str] | None, usual: Update | None
 def parse_bits(bits: int | None, group: int, option: str = "--bits") -> int | None:
     """The bits that an option gave; ArgumentError if they or ``--group`` are invalid."""
     if bits is not None:
-        try:
-            check_bits(bits, group)
-        except ValueError as error:
-            raise ArgumentError(f"{option} and --group: {error}") from error
+        for name, of_group in ((option, STEP), ("--group", group)):
+            try:
+                check_bits(bits, of_group)
+            except ArgumentError as error:
+                raise ArgumentError(f"{name}: {error}") from error
     return bits
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from ..available_memory import available_memory
 from ..calibration_report import CalibrationReport, report_on
 from ..decoders.kept_tensors import Offload
 from ..errors import ArgumentError
@@ -24,7 +25,7 @@ from ..inputs.text import read_documents, wikitext_rows
 from ..planning.pruning_plan import gib, weights_stay_in_files
 from ..progress import progress_bar, stage
 from ..provenance import history_with, source_facts, with_provenance
-from ..streaming.fits import LARGEST_SHARE, available_memory, fits_in_memory
+from ..streaming.fits import LARGEST_SHARE, fits_in_memory
 from ..streaming.streamed_evaluate import perplexity_of_checkpoint
 from ..streaming.streamed_shrink import StreamedShrink, shrinking
 from ..structures.report import ShrinkReport

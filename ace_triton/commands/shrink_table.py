@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from ..available_memory import available_memory
 from ..evaluate import Perplexity
 from ..planning.pruning_plan import gib
-from ..streaming.fits import available_memory
 from ..structures.report import ShrinkReport
 from .report import facts_table
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import nn
 
-from ..errors import ArgumentError
+from ..available_memory import available_memory
+from ..errors import AceError, ArgumentError
 from .batches import Batch, Inputs, embedding_table, longest_sequence, sequences_of_a_forward, tensors_in, token_table
 
 MOST_BATCHES = 10_000
-"""Largest number of batches that are read from a source without a length: a generator, or a stream of data."""
+"""Largest number of batches that are read from a source other than a list: a function, a generator, a DataLoader."""
 
 LARGEST_PART_OF_MEMORY = 0.5
-"""Largest part of the machine's memory that the batches of such a source may take."""
+"""Largest part of the available memory that the batches of such a source may take."""
 
 
 class CalibrationSet(Protocol):
@@ -88,7 +89,10 @@ def batches_of(
 
 def _listed(model: nn.Module, calibration: Any) -> Any:
     """Batches as a list of dicts, if they are an iterable of dicts and tuples, or a function that makes one."""
-    made = calibration() if callable(calibration) else calibration
+    if isinstance(calibration, nn.Module):
+        raise ArgumentError(f"calibration must be {FORMS}; got a model, a {type(calibration).__name__}")
+    with _errors_named(f"calibration, a {type(calibration).__name__}, cannot be called without arguments"):
+        made = calibration() if callable(calibration) else calibration
     if isinstance(made, Mapping):
         raise ArgumentError(
             f"calibration is one batch, a {type(made).__name__} with {', '.join(map(str, made)) or 'nothing'}: put it "
@@ -98,49 +102,107 @@ def _listed(model: nn.Module, calibration: Any) -> Any:
         return made
     parameters = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    found = _all_batches(made)
-    for index, batch in enumerate(found):
-        if isinstance(batch, (tuple, list)) and batch and all(isinstance(value, torch.Tensor) for value in batch):
-            if len(batch) > len(names):
-                raise ArgumentError(
-                    f"calibration[{index}] has {len(batch)} tensors, but {type(model).__name__} takes {len(names)} "
-                    f"arguments ({', '.join(names)}): give those, or a dict"
-                )
-            found[index] = dict(zip(names, batch, strict=False))
-        elif isinstance(batch, torch.Tensor):
-            raise ArgumentError(
-                f"calibration[{index}] is a tensor; each batch is a dict or a tuple: wrap it: (tensor,), or give token "
-                "ids [n_sequences, length] without a list"
-            )
-        elif not isinstance(batch, Mapping):
-            given = f"a {type(batch).__name__}" + " of other things than tensors" * isinstance(batch, (tuple, list))
-            raise ArgumentError(f"calibration[{index}] is {given}; calibration must be {FORMS}")
+    found: list[Inputs] = []
+    for batch in _within_limits(made):
+        found.append(_named_inputs(batch, f"calibration[{len(found)}]", names, type(model).__name__))
     return found
 
 
-def _all_batches(source: Iterable[Any]) -> list[Any]:
-    """The batches of a source as a list.
+def _within_limits(source: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a source, which the caller keeps. A list or tuple has them in memory already and has no limit.
 
     Raises:
-        ArgumentError: if a source does not end where its length says, or has no length and gives too much.
+        ArgumentError: if a source cannot be read, gives more batches than its length says, or too many to keep.
     """
-    try:
-        length = len(source)  # type: ignore[arg-type]
-    except TypeError:
-        length = None
-    most, taken = psutil.virtual_memory().total * LARGEST_PART_OF_MEMORY, 0
-    found: list[Any] = []
-    for batch in source:
-        if length is None:
-            taken += sum(tensor.nbytes for tensor in tensors_in(batch))
-        if len(found) == (MOST_BATCHES if length is None else length) or taken > most:
+    if isinstance(source, (list, tuple)):
+        yield from source
+        return
+    length = _length(source)
+    most_bytes, taken, count = available_memory() * LARGEST_PART_OF_MEMORY, 0, 0
+    too_many = "calibration has {}, which are all kept in memory: give a list of fewer, such as {}"
+    fewer = "list(itertools.islice(batches, 16))"
+    if length is not None and length > MOST_BATCHES:
+        raise ArgumentError(too_many.format(f"{length:,} batches, more than {MOST_BATCHES:,}", fewer))
+    with _errors_named(f"calibration, a {type(source).__name__}, cannot be iterated over"):
+        batches = iter(source)
+    while True:
+        with _errors_named(f"calibration[{count}] cannot be read"):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        if count == length:
             raise ArgumentError(
-                f"calibration has more than {len(found):,} batches, which are all kept in memory, and "
-                f"{'does not say how many' if length is None else f'its length is {length:,}'}: give a list of fewer, "
-                "such as list(itertools.islice(batches, 16))"
+                f"calibration gives more batches than its length, {length:,}: correct its __len__, or give a list of "
+                "its batches"
             )
-        found.append(batch)
-    return found
+        yield batch  # The caller refuses a wrong batch before the next one is read.
+        count, taken = count + 1, taken + sum(tensor.nbytes for tensor in tensors_in(batch))
+        if taken > most_bytes or count > MOST_BATCHES:
+            by_bytes = f"{count:,} or more batches of {taken / 2**30:,.1f} GiB in all"
+            raise ArgumentError(
+                too_many.format(by_bytes if taken > most_bytes else f"more than {MOST_BATCHES:,} batches", fewer)
+            )
+
+
+def _length(source: Iterable[Any]) -> int | None:
+    """The length of a source; None if it has none."""
+    with _errors_named("calibration's length cannot be read; correct its __len__, or give a list of its batches"):
+        try:
+            return len(source)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            return None
+
+
+@contextmanager
+def _errors_named(what: str) -> Iterator[None]:
+    """A context in which an error of the caller's own code becomes one of this package that begins with ``what``."""
+    try:
+        yield
+    except (AceError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ArgumentError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _named_inputs(batch: Any, place: str, names: Sequence[str], model: str) -> Inputs:
+    """The tensors of a batch by argument name.
+
+    Args:
+        batch: a dict, or a tuple of the forward's first arguments.
+        place: what errors call the batch.
+        names: the forward's arguments.
+        model: class of the model, for errors.
+    """
+    if isinstance(batch, (tuple, list)) and batch and all(isinstance(value, torch.Tensor) for value in batch):
+        if len(batch) > len(names):
+            raise ArgumentError(
+                f"{place} has {len(batch)} tensors, but {model} takes {len(names)} arguments ({', '.join(names)}): "
+                "give those, or a dict"
+            )
+        batch = dict(zip(names, batch, strict=False))
+    if isinstance(batch, torch.Tensor):
+        raise ArgumentError(
+            f"{place} is a tensor; each batch is a dict or a tuple: wrap it: (tensor,), or give token ids "
+            "[n_sequences, length] without a list"
+        )
+    if not isinstance(batch, Mapping):
+        given = f"a {type(batch).__name__}" + " of other things than tensors" * isinstance(batch, (tuple, list))
+        raise ArgumentError(f"{place} is {given}; calibration must be {FORMS}")
+    if not batch:
+        raise ArgumentError(f"{place} is an empty dict: give the inputs of the model's forward")
+    for name, value in batch.items():
+        if not isinstance(name, str):
+            raise ArgumentError(
+                f"{place} has the key {name!r}: its keys must be names of the forward's arguments ({', '.join(names)})"
+            )
+        if not isinstance(value, torch.Tensor) or value.numel() == 0:
+            given = "an empty tensor" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise ArgumentError(
+                f"{place}[{name!r}] is {given}; each input must be a tensor with data (a processor makes them with "
+                "return_tensors='pt')"
+            )
+    return dict(batch)
 
 
 def _batches_of_inputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Batch]:
@@ -152,15 +214,6 @@ def _batches_of_inputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Batc
     dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
     found = []
     for number, inputs in enumerate(batches):
-        for name, value in inputs.items():
-            if not isinstance(value, torch.Tensor) or value.numel() == 0:
-                given = "an empty tensor" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-                raise ArgumentError(
-                    f"calibration[{number}][{name!r}] is {given}; each input must be a tensor with data (a processor "
-                    "makes them with return_tensors='pt')"
-                )
-        if not inputs:
-            raise ArgumentError(f"calibration[{number}] is an empty dict: give the inputs of the model's forward")
         moved = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
         # Torch computes no gradients with tensors made in inference mode.
         batch = Batch({k: v.clone() if v.is_inference() else v for k, v in moved.items()}, number=number)

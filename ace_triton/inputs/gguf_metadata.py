@@ -7,6 +7,7 @@ entries; here an entry has one view, of plain memory.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,11 @@ from typing import Any
 import numpy as np
 
 _CUT = "the file ends within its metadata"
+
+_lock = threading.Lock()
+_entered = 0
+_own: tuple[Any, Any]
+"""What the package gguf has in place of what :func:`fast_gguf_metadata` puts there, while ``_entered`` is not 0."""
 
 
 @cache
@@ -67,17 +73,27 @@ def _strings(reader: Any, start: int, count: int) -> tuple[list[np.ndarray], int
 
 @contextmanager
 def fast_gguf_metadata() -> Iterator[None]:
-    """A context in which transformers reads GGUF files with the class of :func:`metadata_reader`."""
+    """A context in which transformers reads GGUF files with the class of :func:`metadata_reader`.
+
+    Contexts may overlap, in one thread or in several; the package gguf is as before after the last has ended.
+    """
+    global _entered, _own
     try:
         import gguf
     except ImportError:
         yield  # transformers says that the package is missing.
         return
     package: Any = gguf
-    own, own_names = package.GGUFReader, package.get_tensor_name_map
-    # transformers asks for the same map of names once for each module of a model.
-    package.GGUFReader, package.get_tensor_name_map = metadata_reader(), cache(own_names)
+    with _lock:
+        if not _entered:
+            _own = package.GGUFReader, package.get_tensor_name_map
+            # transformers asks for the same map of names once for each module of a model.
+            package.GGUFReader, package.get_tensor_name_map = metadata_reader(), cache(_own[1])
+        _entered += 1
     try:
         yield
     finally:
-        package.GGUFReader, package.get_tensor_name_map = own, own_names
+        with _lock:
+            _entered -= 1
+            if not _entered:
+                package.GGUFReader, package.get_tensor_name_map = _own

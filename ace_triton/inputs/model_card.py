@@ -26,7 +26,7 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained("path/to/this/folder")
 ```
 
-If its pattern is n:m, `ace-triton pack` makes a smaller checkpoint of it that runs sparse.
+If its pattern is n:m, `ace-triton pack{bits}` makes a smaller checkpoint of it that runs sparse.
 """
 
 _SMALLER = """The model is an ordinary dense checkpoint, with fewer channels, attention heads, experts or blocks than
@@ -100,9 +100,10 @@ def _card(report: dict[str, Any], usage: str | None) -> str:
     if usage is not None:
         parts.append("## Use\n\n" + usage)
     if recipe := _dict(report, "recipe"):
+        rest = ", not the recovery that followed" if _dict(report, "recovery") else ""
         parts.append(
-            "## Recipe\n\n`ace_triton.json` holds the recipe and the full report. "
-            "`ace-triton prune SOURCE OUT --recipe ace_triton.json` repeats it.\n\n"
+            "## Recipe\n\n`ace_triton.json` holds the recipe of the pruning and the full report. "
+            f"`ace-triton prune SOURCE OUT --recipe ace_triton.json` repeats the pruning{rest}.\n\n"
             f"```json\n{json.dumps(recipe, indent=2)}\n```\n"
         )
     return "\n".join(parts)
@@ -239,7 +240,10 @@ def _usage(folder: Path, report: dict[str, Any]) -> str | None:
     dense = _SMALLER if _dict(report, "shrink") and not _text(report, "sparsity") else _DENSE
     dense = _UNEVEN if _dict(config, SHAPES) else dense
     usage = _PACKED if method == "ace_triton" else dense if method is None else None
-    return None if usage is None else usage.format(auto_class=_text(report, "auto_class") or "AutoModelForCausalLM")
+    by = quantize_entry(report)
+    bits = "" if _quantization(by) is None else f" --bits {by['bits']} --group {by['group']}"
+    auto_class = _text(report, "auto_class") or "AutoModelForCausalLM"
+    return None if usage is None else usage.format(auto_class=auto_class, bits=bits)
 
 
 def _metadata(text: str) -> str:

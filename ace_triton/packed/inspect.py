@@ -64,7 +64,9 @@ def inspect_dense(folder: str | Path) -> list[TensorSparsity]:
             be read.
     """
     if not Path(folder).is_dir():
-        raise CheckpointError(f"{folder}: no such folder; name the folder of a saved model")
+        what = "is a file" if Path(folder).exists() else "no such folder"
+        plan = "; ace-triton plan shows the layers of a GGUF file" if Path(folder).suffix.lower() == ".gguf" else ""
+        raise CheckpointError(f"{folder}: {what}; name the folder of a saved model{plan}")
     files = safetensors_files(Path(folder))
     if not files:
         raise CheckpointError(f"{folder}: has no .safetensors file; name the folder of a saved model")

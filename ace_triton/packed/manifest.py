@@ -209,7 +209,8 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST_FILE
         if not Path(folder).is_dir():
-            raise PackedError(f"{folder}: no such folder; name a folder that ace-triton pack wrote")
+            what = "is a file" if Path(folder).exists() else "no such folder"
+            raise PackedError(f"{folder}: {what}; name a folder that ace-triton pack wrote")
         if not path.is_file():
             raise PackedError(f"{folder}: has no {MANIFEST_FILE}; name a folder that ace-triton pack wrote")
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..available_memory import available_memory
 from ..decoders.account import Account
 from ..decoders.batches import Batch, Inputs, check_positions, longest_sequence, trial_ids
 from ..decoders.kept_tensors import Offload, check_offload
@@ -26,7 +27,7 @@ from ..presets import DEFAULT_PRESET, recipe_of
 from ..process_memory import resident_bytes
 from ..prune_blocks import rehearse
 from ..recipe import Recipe
-from ..streaming.fits import available_memory, fits_in_memory
+from ..streaming.fits import fits_in_memory
 from .disk import Disk, disk_of
 from .layers import PlannedModel, planned
 from .memory import Calibrated, Memory, Need

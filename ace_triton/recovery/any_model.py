@@ -79,7 +79,7 @@ def recover_model(
     check_teacher(model, teacher, masks)
     check_dtypes(model, teacher, settings)
     roundings = roundings_of(model, masks, settings.quantization)
-    steps = batches_of(model, list(batches), None)
+    steps = batches_of(model, batches, None)
     with locked(state):
         identity = "" if state is None else fingerprint(settings, _digest(steps, pooling), model, teacher)
         with weights_as_loaded(model), frozen(model), frozen(teacher):

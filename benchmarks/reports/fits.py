@@ -57,13 +57,19 @@ def main(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of fits.json and fits.md.")] = Path("docs"),
 ) -> None:
-    """Measure what is missing, and write the page."""
+    """Measure what is missing, and write the page.
+
+    A row is named by its pattern and its recipe. "wanda", "ace", "ria" and "sparsegpt" are methods alone. "fit" is
+    Wanda with reordered channels, whose kept weights are then fitted to the layers' outputs by least squares. "block
+    fit" also trains the kept weights of each block for two epochs. "recovered" is a fit whose kept weights are then
+    trained toward the dense model's predictions.
+    """
     record = read(out)
     done = {tuple(result[part] for part in KEY) for result in record["results"]}
     if list_rows:
         seconds = {tuple(r[part] for part in KEY): f"{r['seconds']:.0f} CPU seconds" for r in record["results"]}
         known = ((label(cell), seconds.get((name, *cell[:2], seed, cell[2]))) for cell in cells(seed, steps))
-        print_rows(console, known)
+        print_rows(console, name, known)
         return
     wanted = chosen_rows(cells(seed, steps), label, only)
     todo = [cell for cell in wanted if (name, *cell[:2], seed, cell[2]) not in done][:most]

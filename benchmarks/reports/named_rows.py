@@ -51,7 +51,8 @@ def chosen_rows(rows: Iterable[Row], name: Callable[[Row], str], only: list[str]
     return [row for text, row in named if any(fnmatchcase(text, pattern) for pattern in only)]
 
 
-def print_rows(console: Console, rows: Iterable[tuple[str, str | None]]) -> None:
-    """Print each row's name, and what is known of it; None if the row is not measured."""
+def print_rows(console: Console, model: str, rows: Iterable[tuple[str, str | None]]) -> None:
+    """Print the model's name, and then each row's name and what is known of it; None if the row is not measured."""
+    console.print(f"{model} (--name)", highlight=False, markup=False)
     for name, known in rows:
         console.print(f"{name}: {known or 'not measured'}", highlight=False, markup=False)

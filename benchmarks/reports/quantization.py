@@ -91,7 +91,14 @@ def main(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of quantization.json and quantization.md.")] = Path("docs"),
 ) -> None:
-    """Measure what is missing, and write the page."""
+    """Measure what is missing, and write the page.
+
+    A row is named by its pattern, how it is pruned, its bits and its rule. "fit" is Wanda with reordered channels,
+    whose kept weights are then fitted to the layers' outputs by least squares; "recovered" trains a fit further toward
+    the dense model's predictions. 16 bits are not quantized. "absmax" rounds the finished weights, by the largest
+    magnitude of each group; "gptq" rounds while the model is pruned, and the weights that are not yet rounded make up
+    for the error. A recovery without a rule trains with rounded weights.
+    """
     protocol = Protocol(
         model,
         calibration,
@@ -106,7 +113,7 @@ def main(
     done = {outcome.key for outcome in outcomes}
     if list_rows:
         found = {outcome.key: f"perplexity {outcome.perplexity:.2f}" for outcome in outcomes}
-        print_rows(console, ((label(cell), found.get((name, *cell))) for cell in cells(steps)))
+        print_rows(console, name, ((label(cell), found.get((name, *cell))) for cell in cells(steps)))
         return
     todo = [cell for cell in chosen_rows(cells(steps), label, only) if (name, *cell) not in done]
     dense = (name, "", "", 16, None, 0)

@@ -91,7 +91,7 @@ def main(
         found = {
             text for text in names if all((name, text, seed, rotated, windows) in done for rotated in (False, True))
         }
-        print_rows(console, ((text, "measured" if text in found else None) for text in names))
+        print_rows(console, name, ((text, "measured" if text in found else None) for text in names))
         return
     wanted = [(recipe, rotated) for recipe in chosen_rows(RECIPES, label, only) for rotated in (False, True)]
     todo = [cell for cell in wanted if (name, label(cell[0]), seed, cell[1], windows) not in done][:most]

@@ -165,7 +165,7 @@ def main(
     done = {tuple(result[part] for part in KEY) for result in record["results"]}
     if list_rows:
         seconds = {tuple(r[part] for part in KEY): f"{r['seconds']:.0f} CPU seconds" for r in record["results"]}
-        print_rows(console, ((label(cell), seconds.get((name, *key(*cell), seed))) for cell in cells(every=True)))
+        print_rows(console, name, ((label(cell), seconds.get((name, *key(*cell), seed))) for cell in cells(every=True)))
         return
     wanted = chosen_rows(cells(every=bool(only)), label, only)
     todo = [cell for cell in wanted if (name, *key(*cell), seed) not in done]

@@ -92,13 +92,19 @@ def main(
     most: Annotated[int | None, typer.Option(min=0, help="Number of models to prune now; default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of trials.json and trials.md.")] = Path("docs"),
 ) -> None:
-    """Measure what is missing, first the layers and then whole models, and write the page."""
+    """Measure what is missing, first the layers and then whole models, and write the page.
+
+    A row is named by how it is pruned and its pattern. "fit" is Wanda with reordered channels, whose kept weights are
+    then fitted to the layers' outputs by least squares. "exchanges" swap kept and pruned weights if that makes the
+    layer's error smaller. "centered" subtracts this share of the inputs' mean, in the fit or in the score. "rank" adds
+    a product of two thin matrices to the layer.
+    """
     record = read_record(out / "trials.json", models={}, results=[], layers=[])
     seconds = _measured(record["results"], name, seed)
     if list_rows:
         known = dict.fromkeys(_measured(record["layers"], name, seed), "measured on layers only")
         known |= {row: f"{time:.0f} CPU seconds" for row, time in seconds.items()}
-        print_rows(console, ((row.name, known.get(row.name)) for row in ROWS))
+        print_rows(console, name, ((row.name, known.get(row.name)) for row in ROWS))
         return
     wanted = chosen_rows(ROWS, lambda row: row.name, only)
     layer_seconds = _measured(record["layers"], name, seed)

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.reports import fits, quantization, rotations, structured, tradeoff
+from benchmarks.reports import fits, quantization, rotations, structured, tradeoff, trials
 from benchmarks.reports.named_rows import chosen_rows
 
 
@@ -67,13 +67,14 @@ def test_one_cell_of_the_quantized_models_is_measured_alone(tmp_path, tiny_check
     assert "8:16 ace 16: not measured\n" in listed
 
 
-@pytest.mark.parametrize("report", [fits, quantization, rotations, structured])
+@pytest.mark.parametrize("report", [fits, quantization, rotations, structured, trials])
 def test_only_the_list_of_rows_needs_no_texts(report, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     app = typer.Typer()
     app.command()(report.main)
     listed = CliRunner().invoke(app, ["--list", "--out", str(tmp_path)])
     assert listed.exit_code == 0, listed.output
+    assert listed.output.startswith("SmolLM2-135M (--name)\n")
     assert list(tmp_path.iterdir()) == []
     for given, missing in ((["--evaluation", "wiki"], "--calibration"), (["--calibration", "c4"], "--evaluation")):
         refused = CliRunner().invoke(app, [*given, "--out", str(tmp_path)])

@@ -93,7 +93,7 @@ def test_rounded_weights_are_trained_and_packed_as_they_are(command, tiny_checkp
     assert "pack --bits 8 --group 128 keeps" in " ".join(shown.split())
     for words, message in (
         (("--group", 64), "--group is for rounded weights: add --bits 8 or --bits 4, or leave it out"),
-        (("--bits", 5), "--bits and --group: bits must be one of 8, 4; got 5"),
+        (("--bits", 5), "--bits: bits must be one of 8, 4; got 5"),
         (("--bits", 4, "--tune", "groups"), "leave quantize (--bits) out, or recover without groups (--tune weights)"),
     ):
         code, _, errors = command("recover", pruned, tmp_path / "none", *small, *words)

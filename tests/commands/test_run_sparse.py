@@ -103,7 +103,7 @@ def test_generate_continues_several_prompts_together(command, packed, tmp_path):
     assert code == 0, errors
     result = json.loads((tmp_path / "g.json").read_text())
     assert result["prompt"] == ["The quick", "a"]
-    assert out == "".join(f"[{k}] {text}\n" for k, text in enumerate(result["texts"], start=1))
+    assert out == "[1: The quick] {}\n[2: a] {}\n".format(*result["texts"])
     assert f"{sum(result['new_tokens'])} new tokens of 2 texts, {result['tokens_per_second']:.1f} per second" in errors
     code, out, _ = command("generate", packed, "--prompt", "a", "--max-new-tokens", 6)
     assert (code, out) == (0, result["texts"][1] + "\n")

@@ -1,10 +1,11 @@
 """The quick reader of GGUF metadata: the values of the package's own reader, for every type of array."""
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGUFEndian, GGUFReader, GGUFWriter
 
-from ace_triton.inputs.gguf_metadata import metadata_reader
+from ace_triton.inputs.gguf_metadata import fast_gguf_metadata, metadata_reader
 
 ARRAYS = {
     "strings": ["a", "", "\u00e9\u00e8 token", "x" * 300],
@@ -47,3 +48,14 @@ def test_a_file_that_ends_within_an_array_is_refused(file, name):
     file.write_bytes(whole[: whole.index(f"test.{name}".encode()) + len(f"test.{name}") + 20])
     with pytest.raises(ValueError, match="the file ends within its metadata"):
         metadata_reader()(file)
+
+
+def test_contexts_that_overlap_leave_the_package_as_it_was():
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    first, second = fast_gguf_metadata(), fast_gguf_metadata()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gguf.GGUFReader is metadata_reader()
+    second.__exit__(None, None, None)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own

@@ -11,6 +11,8 @@ from ace_triton.inputs import checkpoint
 from ace_triton.inputs.model_card import license_of, write_card
 from ace_triton.provenance import source_facts
 
+QUANTIZED = {"bits": 4, "group": 128, "rule": "absmax"}
+
 
 def front(card):
     """The lines of its metadata."""
@@ -35,6 +37,8 @@ def test_a_pruned_model_has_one_that_says_what_was_done(pruned):
     zeros = sum(layer["parameters"] for layer in report["layers"]) / 2
     assert f"| Zeros | 50.0% of their weights, {zeros / report['account']['model']:.1%} of the model's |" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "`ace-triton pack` makes" in card
+    assert "repeats the pruning.\n" in card
     recipe = card.partition("```json\n")[2].partition("```")[0]
     assert json.loads(recipe) == report["recipe"]
     assert "README.md" in report["files"]
@@ -67,7 +71,17 @@ def test_what_a_recovery_did(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "| Recovery | 4 optimizer steps, 256 tokens |" in card
     assert "| Loss in the last step of recovery | 1.25 nats per token |" in card
+    assert "repeats the pruning" not in card
     assert "## Use" not in card  # No configuration, so it is not known how the folder is loaded.
+
+
+def test_the_commands_are_those_of_quantized_and_recovered_weights(tmp_path):
+    report = {"recipe": {"method": "wanda"}, "recovery": {"settings": {"quantize": QUANTIZED}}}
+    (tmp_path / "config.json").write_text("{}")
+    write_card(tmp_path, report)
+    card = (tmp_path / "README.md").read_text()
+    assert "`ace-triton pack --bits 4 --group 128` makes a smaller checkpoint" in card
+    assert "`ace-triton prune SOURCE OUT --recipe ace_triton.json` repeats the pruning, not the recovery that" in card
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ace_triton.errors import CheckpointError, PackedError
 from ace_triton.formats.registry import inspect_checkpoint
-from ace_triton.inputs.checkpoint import CheckpointError
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
+from ace_triton.packed.manifest import Manifest
 
 
 def test_a_folder(tmp_path):
@@ -50,6 +51,13 @@ def test_errors(tmp_path):
         inspect_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         inspect_checkpoint(tmp_path / "nosuch")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        CheckpointError, match=r"a\.gguf: is a file; name the folder .*; ace-triton plan shows the layers"
+    ):
+        inspect_checkpoint(tmp_path / "a.gguf")
+    with pytest.raises(PackedError, match=r"a\.gguf: is a file; name a folder"):
+        Manifest.read(tmp_path / "a.gguf")
     (tmp_path / "model.safetensors").write_bytes(b"\x10" + b"\x00" * 20)
     with pytest.raises(CheckpointError, match="may be damaged"):
         inspect_checkpoint(tmp_path)

@@ -237,4 +237,4 @@ def test_the_commands(command, tokenizer, tmp_path):
     assert "perplexity" in out
     code, _, errors = command("pack", tmp_path / "pruned", tmp_path / "no", "--head-bits", 5)
     assert code == 1
-    assert "--head-bits and --group: bits must be one of 8, 4; got 5" in errors
+    assert "--head-bits: bits must be one of 8, 4; got 5" in errors

@@ -66,7 +66,7 @@ def test_bits_ask_for_a_packed_model(command, dense, tmp_path):
     assert "--head-bits is for packed models: add --packed" in errors
     code, _, errors = command(*words, 5, "--packed")
     assert code == 1
-    assert "--head-bits and --group: bits must be one of 8, 4; got 5" in errors
+    assert "--head-bits: bits must be one of 8, 4; got 5" in errors
 
 
 @pytest.mark.parametrize("tied", [True, False])

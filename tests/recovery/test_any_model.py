@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from ace_triton import RecoveryError, RecoverySettings, prune_model, recover_model
 from ace_triton.decoders.calibration_forms import batches_of
+from ace_triton.errors import ArgumentError
 from ace_triton.recovery.checks import pruned_masks
 from ace_triton.recovery.output_distillation import OutputDistillation
 from tests.decoders import small_towers
@@ -124,5 +126,9 @@ def test_what_cannot_be_trained_is_refused():
         recover_model(model, copy.deepcopy(model), text_batches(), SHORT)
     with pytest.raises(Exception, match="pooling 'max': use mean, cls, last"):
         recover_model(model, teacher, text_batches(), SHORT, pooling="max")
+    with pytest.raises(ArgumentError, match=r"has more than 10,000 batches, .*: give a list of fewer"):
+        recover_model(model, teacher, itertools.repeat(text_batches(1)[0]), SHORT)
+    with pytest.raises(ArgumentError, match=r"one batch, a dict with input_ids, .* in a list, \[batch\]"):
+        recover_model(model, teacher, text_batches(1)[0], SHORT)
     with pytest.raises(RecoveryError, match=r"both models in float32, not torch\.bfloat16"):
         recover_model(copy.deepcopy(model).bfloat16(), copy.deepcopy(teacher).bfloat16(), text_batches(), SHORT)

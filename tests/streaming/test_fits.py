@@ -3,7 +3,8 @@
 import psutil
 import pytest
 
-from ace_triton.streaming.fits import available_memory, fits_in_memory
+from ace_triton.available_memory import available_memory
+from ace_triton.streaming.fits import fits_in_memory
 
 GIB = 2**30
 
