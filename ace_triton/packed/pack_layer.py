@@ -13,10 +13,11 @@ from ..linears import linear_weight
 from ..sparsity import Sparsity
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
-from .pattern import FULL_GROUPS, FULL_GROUPS_ROUNDED, find_pattern, follows
+from .pattern import FULL_GROUPS, FULL_GROUPS_ROUNDED, WIDEST_ROUNDED, find_pattern, follows
 from .products import RowLimits
 from .quantized_linear import QuantizedLinear
 from .rows_linear import RowsLinear
+from .unpacked import unpacked_weight
 
 PROBE_TOKENS = 3
 """Random tokens for the check that a layer with its own forward computes x W^T + b."""
@@ -61,7 +62,7 @@ def pack_layer(layer: nn.Module, wanted: Wanted) -> PackedLinear:
     if any(getattr(layer, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")) or "forward" in vars(layer):
         raise NotEligible("it has hooks or its own forward, which packing would remove")
     try:
-        packed = _smaller(_pack_sparse(layer, weight, wanted))
+        packed = _rounded_before(layer, weight, wanted) or _smaller(_pack_sparse(layer, weight, wanted))
     except NotEligible:
         if wanted.dense_bits is None:
             raise
@@ -72,6 +73,19 @@ def pack_layer(layer: nn.Module, wanted: Wanted) -> PackedLinear:
     if type(layer).forward is not nn.Linear.forward and not _multiplies(layer, weight):
         raise NotEligible(f"a {type(layer).__name__} does not compute x W^T + b")
     return packed
+
+
+def _rounded_before(layer: nn.Module, weight: torch.Tensor, wanted: Wanted) -> PackedLinear | None:
+    """A layer with few zeros in the bits of dense layers, if these keep each value: its zeros come from rounding."""
+    if wanted.dense_bits is None or wanted.bits is not None or wanted.pattern is not None or not weight.numel():
+        return None
+    if int((weight != 0).sum()) <= WIDEST_ROUNDED * weight.numel() or not bool(weight.isfinite().all()):
+        return None
+    try:
+        packed = _smaller(QuantizedLinear.from_linear(layer, wanted.dense_bits, wanted.group, wanted.limits))
+    except (ValueError, NotEligible):
+        return None
+    return packed if torch.equal(unpacked_weight(packed.packed), weight) else None
 
 
 def _smaller(packed: PackedLinear) -> PackedLinear:
