@@ -103,11 +103,11 @@ def own_dtype_names(model: nn.Module, names: Collection[str]) -> frozenset[str]:
 
 
 def check_norms(model: nn.Module, teacher: nn.Module, settings: RecoverySettings, *, shard: bool = False) -> None:
-    """Raise RecoveryError if a norm of torch cannot run in the dtype of forwards."""
+    """Raise RecoveryError if a norm of torch in a block cannot run in the dtype of forwards."""
     if settings.forward_dtype == torch.float32:
         return
-    for each in (model, teacher):
-        for name, norm in each.named_modules():
+    for block in [*find_blocks(model), *find_blocks(teacher)]:
+        for name, norm in block.module.named_modules(prefix=block.name):
             weight = norm.weight if isinstance(norm, _NORMS) else None
             if weight is None:
                 continue
