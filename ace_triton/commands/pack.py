@@ -22,7 +22,7 @@ from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
 from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
-from ..streaming.streamed_pack import pack_checkpoint, with_packing
+from ..streaming.streamed_pack import pack_checkpoint, pattern_in, with_packing
 from . import report
 from .console import console, print_backend, print_line, print_note, progress_bars
 from .options import (
@@ -148,6 +148,7 @@ def pack(
                     embedding_bits=of_embedding,
                     dense_bits=of_dense,
                     all_bits=of_all,
+                    pruned_to=pattern_in(facts),
                 )
             facts = with_packing(facts, result, few or of_all, group)
             with stage(progress, "save the model"):

@@ -277,7 +277,8 @@ class PruneRun:
         return packing
 
     def _pack(self, model: Any) -> SparsifyReport:
-        return sparsify(model, **(self.stored or StoredBits()).packing(self.recipe.quantize))
+        bits, sparsity = (self.stored or StoredBits()).packing(self.recipe.quantize), self.recipe.sparsity
+        return sparsify(model, **bits, pruned_to=None if sparsity.n is None else str(sparsity))
 
     def _run_streamed(self, progress: Progress, settings: CalibrationSettings, documents: Texts) -> PruneResults:
         started = time.perf_counter()

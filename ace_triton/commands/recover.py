@@ -44,7 +44,16 @@ from .options import (
     parse_dtype,
 )
 from .recipe_flags import given_flags
-from .recover_models import check_vocabulary, quantization_from, remove_if_empty, rounded_to, rounding_note, teacher_of
+from .recover_models import (
+    check_vocabulary,
+    quantization_from,
+    remove_if_empty,
+    rounded_to,
+    rounding_note,
+    teacher_of,
+    was_pruned,
+    zeros_note,
+)
 from .recover_other import (
     INPUTS_PER_STEP,
     OTHER_LENGTH,
@@ -229,7 +238,7 @@ def recover(
         run = OtherRecovery(model_dir, source, out, task, texts, settings, loading, overwrite=overwrite)
         result = run.run(json)
         console.print(report.recovery_table(result, trained, of_text=False))
-        if (note := rounding_note(settings.quantization, pruning, result)) is not None:
+        if (note := rounding_note(settings.quantization, pruning)) is not None:
             print_line(note)
         print_line(f"written to {out}")
         return
@@ -254,6 +263,7 @@ def recover(
                 source, dtype=weights_dtype, device=first, trust_remote_code=trust_remote_code
             )
         check_vocabulary(tokenizer, dense_tokenizer)
+        about_zeros = zeros_note(model, dense, pruning) if processes.is_first else None
         with stage(progress, "text"):
             beginning = Beginning.of(tokenizer, bos)
             text = (
@@ -271,7 +281,8 @@ def recover(
             )
 
         spread = where if shard else None
-        result = train(model, dense, text, settings, shard=spread, state=folder / "state.pt", progress=move)
+        state, pruned = folder / "state.pt", was_pruned(pruning)
+        result = train(model, dense, text, settings, shard=spread, pruned=pruned, state=state, progress=move)
         recovery = with_provenance(
             result.to_dict(),
             bos=str(beginning),
@@ -297,7 +308,7 @@ def recover(
                     loss=[result.losses[0], result.losses[-1]],
                 )
                 save_model(model, tokenizer, out, report=facts, overwrite=overwrite)
-                remove_state(folder / "state.pt")
+                remove_state(state)
         processes.wait()
     if not processes.is_first:
         return
@@ -310,6 +321,8 @@ def recover(
             "The text was read more than once. A second epoch overfits: give more text (--calibration, --samples), or "
             "fewer minutes."
         )
-    if (note := rounding_note(settings.quantization, pruning, result)) is not None:
+    if about_zeros is not None:
+        print_line(about_zeros)
+    if (note := rounding_note(settings.quantization, pruning)) is not None:
         print_line(note)
     print_line(f"written to {out}")

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ArgumentError
 from ..inputs import checkpoint
 from ..provenance import history_of, source_of
-from ..recovery.settings import RecoveryReport
+from ..recovery.checks import pruned_masks, zeros_of_rounding
 from ..solvers.quantize import GROUP, Quantization
 from .options import parse_bits
 from .pack import quantization_of
@@ -40,10 +40,42 @@ def rounded_to(quantize: Quantization | None) -> str:
     return "" if quantize is None else f", {quantize}"
 
 
-def rounding_note(quantize: Quantization | None, pruning: dict[str, Any], result: RecoveryReport) -> str | None:
+def was_pruned(pruning: dict[str, Any]) -> bool | None:
+    """Whether a report says that zeros of a smaller model were pruned, for :func:`~ace_triton.recover`.
+
+    Only an earlier recovery leaves zeros of rounding, so before the first one all zeros stay. None without a report.
+    """
+    if not pruning:
+        return None
+    return not (_only_shrunk(pruning) and "recover" in _commands(pruning))
+
+
+def _only_shrunk(pruning: dict[str, Any]) -> bool:
+    commands = _commands(pruning)
+    return "shrink" in commands and commands <= {"shrink", "recover"}
+
+
+def _commands(report: dict[str, Any]) -> set[Any]:
+    return {step.get("command") for step in history_of(report)}
+
+
+def zeros_note(model: Any, teacher: Any, pruning: dict[str, Any]) -> str | None:
+    """What ``recover`` says before training of kept weights that an earlier rounding set to 0; None without them."""
+    if (before := quantization_of(pruning)) is None:
+        return None
+    found = zeros_of_rounding(model, pruned_masks(model, teacher, pruned=was_pruned(pruning)))
+    if not found:
+        return None
+    return (
+        f"{found:,} kept weights were rounded to 0 when DIR was rounded to {before[0]} bits. They count as pruned "
+        "now and stay 0; recover the model from before that rounding to train them."
+    )
+
+
+def rounding_note(quantize: Quantization | None, pruning: dict[str, Any]) -> str | None:
     """What ``recover`` says of rounded weights; None if they were not rounded before and are not now."""
+    option = "--dense-bits" if _only_shrunk(pruning) else "--bits"
     if quantize is not None:
-        option = "--bits" if result.zeros else "--dense-bits"
         return (
             f"The weights are rounded to {quantize.bits} bits; ace-triton pack {option} {quantize.bits} --group "
             f"{quantize.group} keeps each value."
@@ -52,8 +84,8 @@ def rounding_note(quantize: Quantization | None, pruning: dict[str, Any], result
         return None
     bits, group = few
     return (
-        f"The weights are no longer rounded to {bits} bits; ace-triton pack --bits {bits} --group {group} rounds them "
-        f"again, and ace-triton recover --bits {bits} trains them rounded."
+        f"The weights are no longer rounded to {bits} bits; ace-triton pack {option} {bits} --group {group} rounds "
+        f"them again, and ace-triton recover --bits {bits} trains them rounded."
     )
 
 
@@ -79,10 +111,7 @@ def teacher_of(model_dir: Path, named: str | None, pruning: dict[str, Any]) -> s
 
 def _is_dense(report: dict[str, Any] | None) -> bool:
     """True if a folder's report tells of no step that leaves zeros: shrink removes weights as a whole."""
-    if report is None:
-        return True
-    commands = {step.get("command") for step in history_of(report)}
-    return commands == {"shrink"}
+    return report is None or _commands(report) == {"shrink"}
 
 
 def check_vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> None:

@@ -26,8 +26,8 @@ from ..recovery.settings import RecoveryReport, RecoverySettings
 from ..recovery.state import remove_state
 from . import report
 from .compare_run import pooling_of
-from .console import note_slow_training, print_backend, progress_bars
-from .recover_models import check_vocabulary, remove_if_empty, rounded_to
+from .console import note_slow_training, print_backend, print_line, progress_bars
+from .recover_models import check_vocabulary, remove_if_empty, rounded_to, was_pruned, zeros_note
 from .sources import context_length, kind_beside_causal
 
 OTHER_SAMPLES, OTHER_LENGTH, INPUTS_PER_STEP = 50_000, 128, 32
@@ -187,7 +187,17 @@ class OtherRecovery:
 
             pooling = pooling_of(ModelSource.find(self.teacher).path)
             state = folder / "state.pt"
-            result = recover_model(model, dense, batches, self.settings, pooling=pooling, state=state, progress=move)
+            about_zeros = zeros_note(model, dense, pruning)
+            result = recover_model(
+                model,
+                dense,
+                batches,
+                self.settings,
+                pooling=pooling,
+                pruned=was_pruned(pruning),
+                state=state,
+                progress=move,
+            )
             recovery = with_provenance(
                 result.to_dict(),
                 task=task.name,
@@ -217,6 +227,8 @@ class OtherRecovery:
                 facts = {**kept, **source, "recovery": recovery, "history": history}
                 save_model(model, companions, self.out, report=facts, overwrite=self.overwrite)
                 remove_state(state)
+        if about_zeros is not None:
+            print_line(about_zeros)
         if json:
             report.write_json(json, {**recovery, "model": name_of(self.model_dir), **source})
         return result

@@ -271,9 +271,13 @@ def recovery_table(
 
 
 def after_training(pruning: dict[str, Any], quantize: Quantization | None) -> dict[str, Any]:
-    """A pruning report after a recovery: its recipe says that the weights are quantized only if they still are."""
+    """A pruning report after a recovery: its recipe says how the weights are quantized only if they still are so."""
     recipe = pruning.get("recipe")
-    if quantize is not None or not isinstance(recipe, dict):
+    if not isinstance(recipe, dict):
+        return pruning
+    before = recipe.get("quantize")
+    now = None if quantize is None else (quantize.bits, quantize.group)
+    if isinstance(before, dict) and (before.get("bits"), before.get("group")) == now:
         return pruning
     return {**pruning, "recipe": {name: part for name, part in recipe.items() if name != "quantize"}}
 

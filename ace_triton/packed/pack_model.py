@@ -18,6 +18,7 @@ from ..kernels.few_bits import check_bits
 from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
 from ..solvers.quantize import GROUP
+from ..sparsity import Sparsity
 from .expert_stack import ExpertStack, stores_transposed
 from .manifest import DENSE
 from .nm_linear import NMLinear
@@ -109,6 +110,7 @@ def pack_model(
     embedding_bits: int | None = None,
     dense_bits: int | None = None,
     all_bits: int | None = None,
+    pruned_to: str | None = None,
 ) -> SparsifyReport:
     """Replace every linear layer that was pruned by a packed one, in place.
 
@@ -135,6 +137,8 @@ def pack_model(
         dense_bits: 8 or 4 to store linear layers that pruning left dense in that many bits; None to keep them.
         all_bits: 8 or 4 for every weight that has no bits of its own and can be stored so: as ``bits``, ``head_bits``,
             ``embedding_bits`` and ``dense_bits``. A head or an embedding that cannot is listed as skipped.
+        pruned_to: the pattern that the model was pruned to, if it is known; one other than "n:m" has no effect. With
+            ``bits``, it is used for each layer that follows it, also if rounding has set most kept weights to 0.
 
     Returns:
         The packed layers, and the skipped layers with their reasons.
@@ -157,6 +161,7 @@ def pack_model(
         embedding_bits=embedding_bits,
         dense_bits=dense_bits,
         all_bits=all_bits,
+        pruned_to=pruned_to,
     )
 
 
@@ -178,6 +183,7 @@ def pack_layers(
     embedding_bits: int | None = None,
     dense_bits: int | None = None,
     all_bits: int | None = None,
+    pruned_to: str | None = None,
 ) -> SparsifyReport:
     """As :func:`pack_model`, for a model whose weights may be elsewhere.
 
@@ -185,7 +191,7 @@ def pack_layers(
         model: the model. Its parameters may be on the meta device if ``weights`` loads them.
         weights: where the weights are.
         pattern, include, exclude, limits, bits, group: as for :func:`pack_model`.
-        head_bits, embedding_bits, dense_bits, all_bits: as there.
+        head_bits, embedding_bits, dense_bits, all_bits, pruned_to: as there.
     """
     for given in (bits, head_bits, embedding_bits, dense_bits, all_bits):
         if given is not None:
@@ -194,7 +200,8 @@ def pack_layers(
     if all_bits is not None:
         bits, dense_bits = bits or all_bits, dense_bits or all_bits
         head_bits, embedding_bits, left = possible_bits(model, all_bits, head_bits, embedding_bits)
-    wanted = Wanted(None if pattern is None else nm_of(pattern), limits, bits, group, dense_bits)
+    known = nm_of(pruned_to) if pruned_to is not None and Sparsity(pruned_to).n is not None else None
+    wanted = Wanted(None if pattern is None else nm_of(pattern), limits, bits, group, dense_bits, known)
     tables = tables_of(model, head_bits, embedding_bits)
     head, of_head = None, wanted
     if tables.head is not None:

@@ -19,6 +19,9 @@ Without this bound almost every sparse matrix would have a pattern such as 30:32
 FULL_GROUPS_ROUNDED = 1.6
 """As FULL_GROUPS, for a weight that is stored in few bits: some of its kept weights may be rounded to 0."""
 
+WIDEST_ROUNDED = 0.75
+"""Largest n / m beyond FULL_GROUPS. Rounding alone leaves zeros in most groups of a dense weight."""
+
 
 @dataclass(frozen=True)
 class FoundPattern:
@@ -48,7 +51,8 @@ def find_pattern(weight: torch.Tensor, full_groups: float = FULL_GROUPS) -> Foun
 
     Args:
         weight: a matrix [rows, cols], or a stack of matrices [n_experts, rows, cols].
-        full_groups: largest n / m, as a multiple of the share of non-zero weights.
+        full_groups: largest n / m, as a multiple of the share of non-zero weights. Above FULL_GROUPS, n / m is at most
+            WIDEST_ROUNDED.
     """
     kept = weight != 0
     share = float(kept.sum()) / max(kept.numel(), 1)
@@ -66,7 +70,8 @@ def find_pattern(weight: torch.Tensor, full_groups: float = FULL_GROUPS) -> Foun
 def _narrowest(kept: torch.Tensor, full_groups: float) -> tuple[int, int] | None:
     """(n, m) with the smallest n / m, and of those the smallest m, for groups along the last axis of [rows, cols]."""
     best: tuple[int, int] | None = None
-    largest = full_groups * float(kept.sum()) / kept.numel()
+    share = float(kept.sum()) / kept.numel()
+    largest = max(min(full_groups, FULL_GROUPS) * share, min(full_groups * share, WIDEST_ROUNDED))
     for m in GROUP_SIZES:
         if kept.shape[1] % m:
             continue
@@ -74,3 +79,10 @@ def _narrowest(kept: torch.Tensor, full_groups: float) -> tuple[int, int] | None
         if 0 < n < m and n / m <= largest and (best is None or n / m < best[0] / best[1]):
             best = (n, m)
     return best
+
+
+def follows(weight: torch.Tensor, n: int, m: int) -> bool:
+    """True if every m neighbors along the last axis of a weight have at most n non-zero entries."""
+    if not weight.numel() or weight.shape[-1] % m:
+        return False
+    return int((weight != 0).flatten(0, -2).reshape(-1, m).sum(-1).max()) <= n

@@ -21,7 +21,16 @@ from ..decoders.loaded_weights import weights_as_loaded
 from ..errors import ArgumentError, RecoveryError
 from ..processes import Processes
 from ..solvers.kept_adamw import LARGEST_GRADIENT, KeptAdamW
-from .checks import check_dtypes, check_teacher, check_zeros, pruned_masks
+from .checks import (
+    check_dtypes,
+    check_finite,
+    check_norms,
+    check_teacher,
+    check_zeros,
+    dense_names,
+    own_dtype_names,
+    pruned_masks,
+)
 from .output_distillation import OutputDistillation
 from .rounded_forwards import RoundedWeight, roundings_of
 from .settings import DEFAULT_MINUTES, RecoveryReport, RecoverySettings
@@ -36,6 +45,7 @@ def recover_model(
     settings: RecoverySettings | None = None,
     *,
     pooling: Pooling = "mean",
+    pruned: bool | None = None,
     state: str | Path | None = None,
     save_every: float = 120.0,
     progress: RecoveryProgress | None = None,
@@ -54,6 +64,7 @@ def recover_model(
         settings: None trains for DEFAULT_MINUTES. ``tokens_per_step`` has no effect, and ``groups`` is for causal
             language models.
         pooling: how hidden states become one embedding: "mean", "cls" or "last".
+        pruned: as for :func:`~ace_triton.recover`.
         state: file to resume from after a kill, written atomically every ``save_every`` seconds and at the end. Remove
             it after the model is saved. None saves no state.
         save_every: seconds between two writes of the state.
@@ -64,7 +75,7 @@ def recover_model(
 
     Raises:
         RecoveryError: the model is not pruned or the teacher is, the models' outputs do not fit each other, the state
-            belongs to another training or is in use, several processes run, or a loss is not finite.
+            belongs to another training or is in use, several processes run, or a weight or a loss is not finite.
         ArgumentError: the batches are empty or do not fit the model.
         OSError: the state cannot be written.
     """
@@ -75,9 +86,11 @@ def recover_model(
         raise ArgumentError(f"pooling {pooling!r}: use {', '.join(get_args(Pooling))}")
     if Processes.now().size > 1:
         raise RecoveryError("recover_model runs in one process: run it without torchrun")
-    masks = pruned_masks(model, teacher)
+    masks = pruned_masks(model, teacher, pruned=pruned)
     check_teacher(model, teacher, masks)
     check_dtypes(model, teacher, settings)
+    check_norms(model, teacher, settings)
+    check_finite(model, masks)
     roundings = roundings_of(model, masks, settings.quantization)
     steps = batches_of(model, batches, None)
     with locked(state):
@@ -160,7 +173,8 @@ def _trained(
     moving = {name: p for p, name in names.items() if name in masks or (settings.norms and p.dim() == 1)}
     dtypes = {name: parameter.dtype for name, parameter in moving.items()}
     used = {name: rounding for name, rounding in roundings.items() if name in moving}
-    optimizer = KeptAdamW(moving, settings.forward_dtype, roundings=used)
+    own = own_dtype_names(model, moving)
+    optimizer = KeptAdamW(moving, settings.forward_dtype, roundings=used, own_dtype=own, dense=dense_names(masks))
     try:
         for parameter in moving.values():
             parameter.requires_grad_(True)
@@ -169,7 +183,7 @@ def _trained(
         for name, parameter in moving.items():
             parameter.grad = None
             parameter.requires_grad_(False)
-            parameter.data = optimizer.rounded(name).to(dtypes[name])
+            parameter.data = optimizer.trained(name).to(dtypes[name])
 
 
 def _digest(batches: Sequence[Batch], pooling: str) -> bytes:

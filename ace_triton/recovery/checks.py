@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,31 +12,118 @@ from ..decoders.batches import check_positions, longest_sequence
 from ..decoders.blocks import Block, find_blocks
 from ..errors import RecoveryError
 from ..inputs.written_text import WrittenText
+from ..packed.pack_layer import LEAST_UNSTRUCTURED
+from ..packed.pattern import FULL_GROUPS_ROUNDED, WIDEST_ROUNDED, find_pattern
 from ..solvers.kept_adamw import LEAST_ZEROS
 from .settings import RecoverySettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FULL_IF_NOT_ROUNDED = 1.01
+"""Largest n / m, as a multiple of the share of non-zero weights, of pruned weights that were not rounded."""
 
-def pruned_masks(model: nn.Module, teacher: nn.Module | None = None) -> dict[str, torch.Tensor]:
+
+def pruned_masks(
+    model: nn.Module, teacher: nn.Module | None = None, *, pruned: bool | None = None
+) -> dict[str, torch.Tensor]:
     """Masks of all pruned weights in a model's blocks, True for kept weights; RecoveryError if none is pruned.
 
     If the teacher's blocks have more parameters, the model was made smaller by structured pruning. Then all matrices of
     its blocks have a mask.
+
+    Args:
+        model: the model.
+        teacher: the dense model; None if the model has its shapes.
+        pruned: whether zeros of a smaller model were pruned. Rounding to few bits leaves zeros too. None finds out:
+            they were if they follow a pattern n:m, or are 44 % of a weight or more.
     """
     masks, blocks = {}, find_blocks(model)
     smaller = teacher is not None and _size(blocks) < _size(find_blocks(teacher))
     for block in blocks:
         for name, parameter in block.module.named_parameters(prefix=block.name):
-            pruned = parameter.dim() >= 2 and float((parameter == 0).float().mean()) >= LEAST_ZEROS
-            if pruned or (smaller and parameter.dim() >= 2):
-                masks[name] = (parameter != 0).detach() if pruned else torch.ones_like(parameter, dtype=torch.bool)
+            if parameter.dim() < 2:
+                continue
+            zeros = float((parameter == 0).float().mean())
+            with_zeros = zeros >= LEAST_ZEROS
+            if with_zeros and smaller:
+                with_zeros = _follows_mask(parameter, zeros) if pruned is None else pruned
+            if with_zeros or smaller:
+                masks[name] = (parameter != 0).detach() if with_zeros else torch.ones_like(parameter, dtype=torch.bool)
     if not masks:
         raise RecoveryError(
             f"no weight of this {type(model).__name__} has {LEAST_ZEROS:.0%} zeros or more: prune the model first"
         )
     return masks
+
+
+def _follows_mask(weight: torch.Tensor, zeros: float) -> bool:
+    """True if a weight's zeros cannot come from rounding alone."""
+    nm = find_pattern(weight, FULL_GROUPS_ROUNDED).nm
+    if zeros >= LEAST_UNSTRUCTURED or nm is None:
+        return zeros >= LEAST_UNSTRUCTURED
+    return nm[0] / nm[1] <= max(WIDEST_ROUNDED, (1 - zeros) * FULL_IF_NOT_ROUNDED)
+
+
+def dense_names(masks: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """Names of the weights without pruned entries: their zeros are trained too."""
+    return frozenset(name for name, mask in masks.items() if bool(mask.all()))
+
+
+def zeros_of_rounding(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> int:
+    """Number of kept weights of n:m layers that are 0."""
+    found = 0
+    for name, mask in masks.items():
+        nm = None if bool(mask.all()) else find_pattern(model.get_parameter(name).detach(), FULL_GROUPS_ROUNDED).nm
+        if nm is not None:
+            found += mask.numel() // nm[1] * nm[0] - int(mask.sum())
+    return found
+
+
+def check_finite(model: nn.Module, names: Collection[str]) -> None:
+    """Raise RecoveryError if a parameter to train holds NaN or infinity."""
+    for name in names:
+        if not bool(model.get_parameter(name).detach().isfinite().all()):
+            raise RecoveryError(
+                f"{name} holds NaN or infinity, and cannot be trained: load or prune the model again; nothing was "
+                "changed"
+            )
+
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm)
+"""Norms of torch, whose weight and bias must have the dtype of their inputs or fp32."""
+
+
+def own_dtype_names(model: nn.Module, names: Collection[str]) -> frozenset[str]:
+    """Names of the parameters that keep their dtype in forwards of another: those of torch's norms."""
+    norms = {
+        f"{name}.{kind}" for name, m in model.named_modules() if isinstance(m, _NORMS) for kind in ("weight", "bias")
+    }
+    return frozenset(norms.intersection(names))
+
+
+def check_norms(model: nn.Module, teacher: nn.Module, settings: RecoverySettings, *, shard: bool = False) -> None:
+    """Raise RecoveryError if a norm of torch in a block cannot run in the dtype of forwards."""
+    if settings.forward_dtype == torch.float32:
+        return
+    for block in [*find_blocks(model), *find_blocks(teacher)]:
+        for name, norm in block.module.named_modules(prefix=block.name):
+            weight = norm.weight if isinstance(norm, _NORMS) else None
+            if weight is None:
+                continue
+            dtype = weight.dtype
+            if dtype == torch.float16 and weight.device.type == "cpu":
+                raise RecoveryError(
+                    f"{name} is a {type(norm).__name__} in torch.float16, which forwards in bfloat16 cannot run on a "
+                    "CPU: load both models in float32 and set forward_dtype=torch.float32 (--dtype float32), or load "
+                    "both in bfloat16"
+                )
+            if shard and settings.norms and dtype == torch.float32:
+                raise RecoveryError(
+                    f"{name} is a {type(norm).__name__} in torch.float32, which spread weights cannot train in "
+                    "forwards of bfloat16: set forward_dtype=torch.float32 (--dtype float32), or leave norms (--norms) "
+                    "or shard (--shard) out"
+                )
 
 
 def _size(blocks: Sequence[Block]) -> int:

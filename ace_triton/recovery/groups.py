@@ -92,7 +92,8 @@ def adapted(
     """A context in which the layers are quantized and have adapters; at exit the adapters are merged.
 
     Args:
-        layers: from :func:`tuned_layers`. They have new weights at exit, also after an error.
+        layers: from :func:`tuned_layers`. They have new weights at exit, also after an error, but their own if no
+            step was taken.
         tuning: bits, group and rank.
         seed: random seed of the adapters.
         dtype: dtype of forwards.
@@ -104,7 +105,7 @@ def adapted(
     generator = torch.Generator().manual_seed(seed)
     starts: dict[str, torch.Tensor] = {}
     adapters: dict[str, nn.Parameter] = {}
-    own = {name: layer.weight.dtype for name, layer in layers.items()}
+    own = {name: layer.weight.data for name, layer in layers.items()}
     for name, layer in layers.items():
         a, b = _adapter(layer, tuning, generator)
         whole = min_max_groups(layer.weight.detach(), tuning.bits, tuning.group)
@@ -120,8 +121,11 @@ def adapted(
             yield optimizer
     finally:
         for name, layer in layers.items():
+            if not optimizer.has_stepped:
+                layer.weight.data = own[name]
+                continue
             product = optimizer.values[f"{name}.b"] @ optimizer.values[f"{name}.a"]
-            layer.weight.data = (starts[name] + _spread(product, tuning.group)).to(own[name])
+            layer.weight.data = (starts[name] + _spread(product, tuning.group)).to(own[name].dtype)
 
 
 def _adapter(layer: nn.Linear, tuning: GroupTuning, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

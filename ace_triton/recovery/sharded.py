@@ -11,7 +11,7 @@ weights agree with those of whole models to rounding. The saved state has the sa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from ..decoders.loaded_weights import weights_as_loaded
 from ..errors import ArgumentError, RecoveryError
 from ..kernels.adamw import GradientMoments
 from ..processes import Processes
-from ..solvers.kept_adamw import KeptAdamW, Rounding, check_state, scale_of, why_not_zeros
+from ..solvers.kept_adamw import KeptAdamW, Rounding, check_state, scale_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +45,7 @@ class ShardedAdamW(KeptAdamW):
         scales: scale of each whole parameter.
         processes: the processes that hold the other shares. They must make the same calls.
         roundings: as for :class:`~ace_triton.solvers.kept_adamw.KeptAdamW`; each rounds any range of rows.
+        dense: names of matrices whose entries of 0 are trained too.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class ShardedAdamW(KeptAdamW):
         scales: Mapping[str, float],
         processes: Processes,
         roundings: Mapping[str, Rounding],
+        dense: Collection[str] = (),
     ) -> None:
+        self._dense = frozenset(dense)
         self._parameters, self._processes, self._roundings = parameters, processes, roundings
         self._scales, self.values = dict(scales), dict(values)
         self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
@@ -93,7 +96,7 @@ class ShardedAdamW(KeptAdamW):
                     whole.copy_(self._saved[part][name])
                 self._processes.broadcast_into(whole, 0)
                 share = share_of_rows(whole, self._processes)
-                if part == "values" and (why := why_not_zeros(name, own[part], share)) is not None:
+                if part == "values" and (why := self._why_not_zeros(name, own[part], share)) is not None:
                     wrong = why
                 own[part].copy_(share)
             self._held(name).copy_(self.rounded(name))
@@ -147,6 +150,7 @@ def sharded(
     processes: Processes,
     device: torch.device,
     roundings: Mapping[str, Rounding],
+    dense: Collection[str] = (),
 ) -> Iterator[tuple[PreTrainedModel, PreTrainedModel, ShardedAdamW]]:
     """Sharded copies of two models, and the optimizer of the parameters to train.
 
@@ -160,6 +164,7 @@ def sharded(
         processes: the processes that hold the other shares.
         device: where this process holds its share.
         roundings: how parameters are rounded for forwards, by name.
+        dense: names of matrices whose entries of 0 are trained too.
 
     Raises:
         RecoveryError: if a model is not on the CPU, there is only one process, or the model cannot be sharded.
@@ -168,7 +173,7 @@ def sharded(
     with _own_scaling_refused(model), calibration_mode(model):
         model(input_ids=trial_ids(model), use_cache=False)
     mesh = init_device_mesh(device.type, (processes.size,))
-    student, dense = (_copy(decoder) for decoder in (model, teacher))
+    student, target = (_copy(decoder) for decoder in (model, teacher))
     for block in find_blocks(model):  # One after the other, so that only one is converted as a whole.
         for name in (name for name in names if name.startswith(f"{block.name}.")):
             own = model.get_parameter(name).detach()
@@ -178,8 +183,8 @@ def sharded(
             _replace_one(student, name, nn.Parameter(own, requires_grad=True))
         _shard(student.get_submodule(block.name), mesh)
     for block in find_blocks(teacher):
-        _shard(dense.get_submodule(block.name), mesh)
-    for decoder in (student, dense):
+        _shard(target.get_submodule(block.name), mesh)
+    for decoder in (student, target):
         _move_rest(decoder, device)
     trained = {name: student.get_parameter(name) for name in names}
     values, scales = {}, {}
@@ -190,8 +195,8 @@ def sharded(
         share = share_of_rows(whole, processes)
         one_tensor = dtype == torch.float32 and name not in roundings
         values[name] = parameter.to_local().detach() if one_tensor else share.to(device, copy=True)
-    optimizer = ShardedAdamW(trained, values, processes.broadcast(scales), processes, roundings)
-    yield student, dense, optimizer
+    optimizer = ShardedAdamW(trained, values, processes.broadcast(scales), processes, roundings, dense)
+    yield student, target, optimizer
     for name in names:
         parameter, whole = model.get_parameter(name), optimizer.whole_rounded(name)
         if processes.is_first:

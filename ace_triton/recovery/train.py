@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,16 @@ from ..inputs.written_text import WrittenText
 from ..processes import Processes
 from ..solvers.kept_adamw import LARGEST_GRADIENT, KeptAdamW, Rounding
 from ..threads import few_threads, forward_work
-from .checks import check_arguments, check_teacher, check_zeros, pruned_masks
+from .checks import (
+    check_arguments,
+    check_finite,
+    check_norms,
+    check_teacher,
+    check_zeros,
+    dense_names,
+    own_dtype_names,
+    pruned_masks,
+)
 from .distillation import Distillation
 from .groups import adapted, tuned_layers
 from .rounded_forwards import roundings_of
@@ -67,6 +76,7 @@ def recover(
     settings: RecoverySettings | None = None,
     *,
     shard: torch.device | str | None = None,
+    pruned: bool | None = None,
     state: str | Path | None = None,
     save_every: float = 120.0,
     progress: RecoveryProgress | None = None,
@@ -87,6 +97,9 @@ def recover(
         shard: device on which each of several processes holds its share of both models' blocks (torch's FSDP2); the
             models must be on the CPU. The weights agree with those of whole models to rounding. Afterwards only the
             first process has the trained weights; in the others they are on the meta device. None for whole models.
+        pruned: for a model that is smaller than the teacher, whether its zeros were pruned and stay 0. False trains
+            them too, as those that an earlier rounding left. None: they stay if they follow a pattern n:m, or are 44 %
+            of a weight or more.
         state: file to resume from after a kill, written atomically every ``save_every`` seconds and at the end. If it
             exists, the training resumes from it. Remove it after the model is saved. None saves no state. The first
             process reads and writes it, and the number of processes may change.
@@ -96,16 +109,19 @@ def recover(
 
     Raises:
         RecoveryError: the model is not pruned or the teacher is, the ids or vocabularies do not fit, the state belongs
-            to another training or is in use, a model cannot be sharded, or a loss is not finite. With several processes
+            to another training or is in use, a model cannot be sharded, or a weight or a loss is not finite. A model
+            that no step has changed keeps its weights. With several processes
             also: a step has fewer sequences than processes, their models or text differ, or memory ran out.
         ArgumentError: the sequences are longer than a model's positions.
         OSError: the state cannot be written.
     """
     settings = settings or RecoverySettings(minutes=DEFAULT_MINUTES)
     processes = Processes.now()
-    masks = pruned_masks(model, teacher)
+    masks = pruned_masks(model, teacher, pruned=pruned)
     check_arguments(model, teacher, text, settings)
     check_teacher(model, teacher, masks)
+    check_norms(model, teacher, settings, shard=shard is not None)
+    check_finite(model, masks)
     batches = batches_of(text, teacher, settings.tokens_per_step, settings.seed, processes)
     check_shares(batches, processes)
     file = state if processes.is_first else None
@@ -125,14 +141,15 @@ def recover(
         if tuned is not None:
             ready = _adapted(model, teacher, tuned, settings, processes)
         elif shard is None:
-            ready = _whole(model, teacher, names, settings, processes, roundings)
+            ready = _whole(model, teacher, names, settings, processes, roundings, dense_names(masks))
         else:
             from .sharded import sharded  # Its imports from torch.distributed take long.
 
-            ready = sharded(model, teacher, names, settings.forward_dtype, processes, torch.device(shard), roundings)
-        with few_threads(forward_work(model, settings.tokens_per_step)), ready as (student, dense, optimizer):
+            device, dtype, dense = torch.device(shard), settings.forward_dtype, dense_names(masks)
+            ready = sharded(model, teacher, names, dtype, processes, device, roundings, dense)
+        with few_threads(forward_work(model, settings.tokens_per_step)), ready as (student, target, optimizer):
             run = _train(
-                student, dense, optimizer, batches, settings, keeping, processes, progress, in_step=shard is not None
+                student, target, optimizer, batches, settings, keeping, processes, progress, in_step=shard is not None
             )
             adapters = None if tuned is None else sum(value.numel() for value in optimizer.values.values())
     if shard is None or processes.is_first:
@@ -236,6 +253,7 @@ def _whole(
     settings: RecoverySettings,
     processes: Processes,
     roundings: Mapping[str, Rounding],
+    dense: Collection[str],
 ) -> Iterator[tuple[PreTrainedModel, PreTrainedModel, KeptAdamW]]:
     """Both models, and the optimizer of the parameters to train, which have the dtype of forwards inside the block."""
     moving = {name: model.get_parameter(name) for name in names}
@@ -243,7 +261,8 @@ def _whole(
     with weights_as_loaded(model), frozen(model), frozen(teacher):
         with torch.no_grad():
             model(input_ids=trial_ids(model), use_cache=False)  # RWKV rescales its weights here, so before the copy.
-        optimizer = KeptAdamW(moving, settings.forward_dtype, processes, roundings)
+        own = own_dtype_names(model, names)
+        optimizer = KeptAdamW(moving, settings.forward_dtype, processes, roundings, own_dtype=own, dense=dense)
         try:
             for parameter in moving.values():
                 parameter.requires_grad_(True)
@@ -252,7 +271,7 @@ def _whole(
             for name, parameter in moving.items():
                 parameter.grad = None
                 parameter.requires_grad_(False)
-                parameter.data = optimizer.rounded(name).to(dtypes[name])
+                parameter.data = optimizer.trained(name).to(dtypes[name])
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class KeptAdamW:
         roundings: how parameters are rounded for forwards, by name; the others are not. The gradient of a rounded value
             counts as that of its copy (straight-through estimator, Bengio et al., arXiv 1308.3432). Rounded parameters
             in fp32 and their copies are two tensors.
+        own_dtype: names of parameters that keep their own dtype in forwards.
+        dense: names of matrices whose entries of 0 are trained too.
 
     Attributes:
         values: the fp32 copies, by name; not rounded.
@@ -70,14 +72,19 @@ class KeptAdamW:
         dtype: torch.dtype | None,
         processes: Processes | None = None,
         roundings: Mapping[str, Rounding] | None = None,
+        *,
+        own_dtype: Collection[str] = (),
+        dense: Collection[str] = (),
     ) -> None:
         self._parameters, self._processes = parameters, processes or Processes()
+        self._dense = frozenset(dense)
         self._roundings = roundings or {}
         self.values = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in parameters.items()}
         self._moments = {name: GradientMoments.like(value) for name, value in self.values.items()}
         self._scales = self._processes.broadcast({name: scale_of(value) for name, value in self.values.items()})
         self._steps = dict.fromkeys(parameters, 0)
-        held = {name: self.rounded(name).to(dtype or parameters[name].dtype) for name in parameters}
+        dtypes = {n: p.dtype if dtype is None or n in own_dtype else dtype for n, p in parameters.items()}
+        held = {name: self.rounded(name).to(dtypes[name]) for name in parameters}
         for name, parameter in parameters.items():  # After all copies are made, since memory may run out.
             parameter.data = held[name]
 
@@ -85,6 +92,15 @@ class KeptAdamW:
         """A parameter for forwards, fp32: its values, rounded if it has a rounding."""
         rounding = self._roundings.get(name)
         return self.values[name] if rounding is None else rounding(self.values[name])
+
+    @property
+    def has_stepped(self) -> bool:
+        """True after the first optimizer step, also if it was taken before a resume."""
+        return any(self._steps.values())
+
+    def trained(self, name: str) -> torch.Tensor:
+        """The result of training, fp32: the given values if no step was taken, else :meth:`rounded`."""
+        return self.rounded(name) if self.has_stepped else self.values[name]
 
     @torch.no_grad()
     def step(self, rate: float, largest: float) -> None:
@@ -110,7 +126,7 @@ class KeptAdamW:
                 Step(rate * self._scales[name], self._steps[name], BETAS),
                 factor=factor.to(values.device),
                 rounded=held if in_step else None,
-                zeros_stay=values.dim() > 1,
+                zeros_stay=values.dim() > 1 and name not in self._dense,
             )
             if held.dtype == torch.float64 or name in self._roundings:
                 held.copy_(self.rounded(name))
@@ -171,7 +187,7 @@ class KeptAdamW:
         """
         check_state(state, {name: values.shape for name, values in self.values.items()})
         for name, values in self.values.items():
-            if (why := why_not_zeros(name, values, state["values"][name])) is not None:
+            if (why := self._why_not_zeros(name, values, state["values"][name])) is not None:
                 raise RecoveryError(why)
         for name, values in self.values.items():
             values.copy_(state["values"][name])
@@ -179,6 +195,12 @@ class KeptAdamW:
             self._moments[name].second.copy_(state["second"][name])
             self._parameters[name].copy_(self.rounded(name))
         self._steps = dict(state["taken"])
+
+    def _why_not_zeros(self, name: str, values: torch.Tensor, saved: torch.Tensor) -> str | None:
+        """A reason if saved values of a pruned matrix are not 0 where its present values are; None if they are."""
+        if values.dim() < 2 or name in self._dense or not bool(saved.to(values.device)[values == 0].any()):
+            return None
+        return f"{name}: a pruned weight is not 0"
 
 
 def check_state(state: Any, shapes: Mapping[str, torch.Size]) -> None:
@@ -199,12 +221,6 @@ def check_state(state: Any, shapes: Mapping[str, torch.Size]) -> None:
         steps = state["taken"][name]
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise RecoveryError(f"{name}: invalid number of steps")
-
-
-def why_not_zeros(name: str, values: torch.Tensor, saved: torch.Tensor) -> str | None:
-    """A reason if saved values of a matrix are not 0 where its present values are; None if they are."""
-    pruned = values.dim() > 1 and bool(saved.to(values.device)[values == 0].any())
-    return f"{name}: a pruned weight is not 0" if pruned else None
 
 
 def scale_of(values: torch.Tensor) -> float:

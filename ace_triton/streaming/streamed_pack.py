@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PatternError
 from ..inputs import checkpoint
 from ..inputs.checkpoint import refusals
 from ..inputs.output_folder import replacing, reserved, writing
@@ -20,6 +20,7 @@ from ..packed.saving import why_not_saved, write_around
 from ..process_memory import drop_pages, page_out
 from ..provenance import history_with
 from ..solvers.quantize import GROUP
+from ..sparsity import Sparsity
 from .mapped_model import Source, copy_in_pieces, taken_sources
 from .weight_files import WeightFiles
 
@@ -140,7 +141,8 @@ def pack_checkpoint(
         dtype: dtype of the weights; "auto" keeps the checkpoint's.
         trust_remote_code: run Python code that comes with the checkpoint.
         overwrite: replace ``out`` if ace-triton wrote it.
-        report: the pruning report, written as ``ace_triton.json`` with one more step in its history.
+        report: the pruning report, written as ``ace_triton.json`` with one more step in its history. The pattern in it
+            is ``pruned_to`` of :func:`~ace_triton.packed.pack_model.pack_model`.
         stage: gives a context for a stage by its name, to show the progress.
         bits: as for :func:`~ace_triton.packed.pack_model.pack_model`.
         group: as there.
@@ -176,11 +178,24 @@ def pack_checkpoint(
                 embedding_bits=embedding_bits,
                 dense_bits=dense_bits,
                 all_bits=all_bits,
+                pruned_to=pattern_in(report),
             )
         with stage("save the model"), replacing(out, overwrite=overwrite) as folder, refusals(out):
             told = None if report is None else with_packing(report, result, bits or all_bits, group)
             write_packed_files(model, tokenizer, weights, folder, told)
     return result
+
+
+def pattern_in(report: Any) -> str | None:
+    """The pattern n:m along the inputs that a pruning report names; None without one."""
+    for key in ("recipe", "sparsity"):
+        report = report.get(key) if isinstance(report, dict) else None
+    pattern = report.get("pattern") if isinstance(report, dict) else None
+    try:
+        found = None if not isinstance(pattern, str) else Sparsity(pattern)
+    except PatternError:
+        return None
+    return None if found is None or found.n is None else f"{found.n}:{found.m}"
 
 
 def with_packing(report: dict[str, Any], packed: SparsifyReport, bits: int | None, group: int) -> dict[str, Any]:

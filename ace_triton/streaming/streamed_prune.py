@@ -36,7 +36,7 @@ from ..solvers.quantize import Quantization
 from .file_store import FileStore, finished_units
 from .journal import Journal, Results
 from .mapped_model import MappedModel
-from .streamed_pack import MappedWeights, packing_facts, write_packed_files
+from .streamed_pack import MappedWeights, packing_facts, pattern_in, write_packed_files
 
 JOURNAL, OWN_FORM = "journal.jsonl", "own_form"
 PACKED_LAYERS, PACKED = "packed_layers", "packed"
@@ -164,7 +164,7 @@ class StreamedModel:
             shutil.rmtree(path, ignore_errors=True)  # Left by a run that was interrupted while it packed.
             path.mkdir()
         weights = MappedWeights(self.model, layers)
-        packing = pack_layers(self.model, weights, **bits)
+        packing = pack_layers(self.model, weights, **bits, pruned_to=pattern_in(report))
         with checkpoint.refusals(self._out):
             report = {**report, **packing_facts(packing)}
             write_packed_files(self.model, self.tokenizer, weights, folder, report)

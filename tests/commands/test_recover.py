@@ -6,9 +6,12 @@ import fcntl
 import json
 import shutil
 
+import pytest
 import torch
 
 import ace_triton
+from ace_triton import Quantization
+from ace_triton.commands.recover_models import rounding_note, was_pruned
 from ace_triton.inputs import checkpoint
 from ace_triton.inputs.output_folder import LOCK, SUFFIX
 from ace_triton.recovery.checks import pruned_masks
@@ -69,6 +72,25 @@ def test_recovered_weights_do_not_count_as_quantized(command, tiny_checkpoint, s
     assert "rounded to the nearest value of 4 bits" in " ".join(errors.split())
 
 
+@pytest.mark.parametrize(
+    ("steps", "option", "pruned"),
+    [
+        (["shrink"], "--dense-bits", True),
+        (["shrink", "recover"], "--dense-bits", False),
+        (["shrink", "recover", "prune"], "--bits", True),
+        (["prune", "shrink", "recover"], "--bits", True),
+        (["prune", "recover"], "--bits", True),
+    ],
+)
+def test_the_history_says_how_zeros_and_bits_are_treated(steps, option, pruned):
+    settings = {"quantize": {"bits": 4, "group": 32, "rule": "absmax"}}
+    facts = {"history": [{"command": name, "did": ""} for name in steps], "recovery": {"settings": settings}}
+    assert was_pruned(facts) is pruned
+    assert was_pruned({}) is None
+    for by in (None, Quantization(4, 32, "absmax")):
+        assert f"; ace-triton pack {option} 4 --group 32 " in rounding_note(by, facts)
+
+
 def test_rounded_weights_are_trained_and_packed_as_they_are(command, tiny_checkpoint, some_text, tmp_path):
     small = ("--calibration", some_text, "--samples", 4, "--length", 16, "--steps", 2, "--tokens-per-step", 32)
     pruned, out, packed = (tmp_path / name for name in ("pruned", "out", "packed"))
@@ -91,6 +113,12 @@ def test_rounded_weights_are_trained_and_packed_as_they_are(command, tiny_checkp
     code, shown, errors = command("recover", pruned, out, *small, "--bits", 8, "--overwrite")
     assert code == 0, errors
     assert "pack --bits 8 --group 128 keeps" in " ".join(shown.split())
+    assert "kept weights were rounded to 0 when DIR was rounded to 4 bits. They count as pruned now" in " ".join(
+        shown.split()
+    )
+    facts = json.loads((out / checkpoint.REPORT_FILE).read_text())
+    assert "quantize" not in facts["recipe"]
+    assert facts["recovery"]["settings"]["quantize"]["bits"] == 8
     for words, message in (
         (("--group", 64), "--group is for rounded weights: add --bits 8 or --bits 4, or leave it out"),
         (("--bits", 5), "--bits: bits must be one of 8, 4; got 5"),

@@ -55,11 +55,18 @@ def test_adapters_start_at_the_quantized_weights_and_merge_exactly(pair, ids):
         with torch.no_grad():
             for name in optimizer.values:  # In fp32 these are the parameters that forwards read.
                 optimizer.values[name].mul_(1.5).add_(0.01)
+        for adapter in optimizer._parameters.values():
+            adapter.grad = torch.zeros_like(adapter)
+        optimizer.step(0.0, 1.0)
         moved = logits_of(model, ids)
     torch.testing.assert_close(logits_of(model, ids), moved, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(moved, started, rtol=1e-2, atol=1e-2)
     for layer in layers.values():
         check_grid(layer.weight.detach())
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    with adapted(layers, TUNING, 0, torch.float32, Processes()):
+        assert not torch.equal(logits_of(model, ids), moved)
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
     for name, layer in layers.items():
         layer.weight.data = wanted[name]
     torch.testing.assert_close(started, logits_of(model, ids), rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ from ace_triton import (
     shrink_model,
     unpack_model,
 )
-from ace_triton.recovery.checks import pruned_masks
+from ace_triton.recovery.checks import pruned_masks, zeros_of_rounding
 from ace_triton.recovery.rounded_forwards import RoundedWeight, roundings_of
 from ace_triton.solvers.kept_adamw import KeptAdamW
 from tests.recovery import test_any_model
@@ -90,6 +90,74 @@ def test_a_model_that_shrink_wrote_is_rounded_too(make_decoder, ids, text):
     masks = pruned_masks(model, teacher)
     assert recover(model, teacher, text, settings_of(EIGHT, steps=2)).zeros == 0
     check_packing(model, masks, dense_bits=8)
+
+
+def test_zeros_of_rounding_are_trained_again_in_a_model_that_shrink_wrote(make_decoder, ids, text):
+    teacher = make_decoder("llama")
+    model = shrink_model(teacher, ids, ratio=0.2, multiple=16, groups=0, method="magnitude").model
+    masks = pruned_masks(model, teacher)
+    first = recover(model, teacher, text, settings_of(FOUR, steps=1))
+    before = {name: model.get_parameter(name) == 0 for name in masks}
+    assert sum(int(zeros.sum()) for zeros in before.values()) > 0.1 * first.trained
+    second = recover(model, teacher, text, settings_of(None, steps=1))
+    assert (second.zeros, second.trained) == (0, first.trained)
+    assert all(not bool((model.get_parameter(name)[zeros] == 0).all()) for name, zeros in before.items())
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_zeros_of_a_smaller_model_that_was_pruned_stay(make_decoder, ids, bits):
+    teacher = make_decoder("llama")
+    model = shrink_model(teacher, ids, ratio=0.2, multiple=16, groups=0, method="magnitude").model
+    prune_model(model, ids, "magnitude", "3:4", quantize=None if bits is None else FOUR)
+    masks = pruned_masks(model, teacher)
+    assert all(torch.equal(mask, model.get_parameter(name) != 0) for name, mask in masks.items())
+    assert all(bool(mask.all()) for mask in pruned_masks(model, teacher, pruned=False).values())
+
+
+def test_zeros_of_rounding_are_counted(pair):
+    model, _ = pair(quantize=FOUR)
+    masks = pruned_masks(model)
+    assert zeros_of_rounding(model, masks) == sum(mask.numel() // 2 - int(mask.sum()) for mask in masks.values()) > 0
+    exact, _ = pair()
+    assert zeros_of_rounding(exact, pruned_masks(exact)) == 0
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_as_they_are(pair, text, broken):
+    model, teacher = pair()
+    name = next(iter(pruned_masks(model)))
+    with torch.no_grad():
+        model.get_parameter(name)[0, :].masked_fill_(model.get_parameter(name)[0] != 0, broken)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RecoveryError, match=f"{name} holds NaN or infinity.*nothing was changed"):
+        recover(model, teacher, text, settings_of(FOUR))
+    with pytest.raises(RecoveryError, match="holds NaN or infinity"):
+        recover_model(model, teacher, [{"input_ids": text[:4]}], settings_of(FOUR))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_failure_before_the_first_step_gives_the_weights_back(pair, text, whole):
+    model, teacher = pair(dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight.fill_(float("nan"))
+    train, given = (recover, text) if whole else (recover_model, [{"input_ids": text[:4]}])
+    with pytest.raises(RecoveryError, match="the loss became nan in step 0"):
+        train(model, teacher, given, settings_of(FOUR, forward_dtype=torch.bfloat16))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("by", [None, EIGHT])
+def test_norms_of_torch_are_trained_in_their_own_dtype(pair, text, by):
+    model, teacher = pair("gpt2")
+    before = model.transformer.h[0].ln_1.weight.detach().clone()
+    recover(model, teacher, text, settings_of(by, steps=1, norms=True, forward_dtype=torch.bfloat16))
+    assert not torch.equal(model.transformer.h[0].ln_1.weight, before)
+    halves = [decoder.to(torch.float16) for decoder in (model, teacher)]
+    with pytest.raises(RecoveryError, match=r"ln_1 is a LayerNorm in torch.float16.*forward_dtype=torch.float32"):
+        recover(*halves, text, settings_of(by, norms=True, forward_dtype=torch.bfloat16))
 
 
 def test_forwards_read_rounded_weights(pair, text):
