@@ -202,7 +202,7 @@ def page(found: dict[str, Any]) -> str:
         dense = of_model.get((model, "", "", 16, None, 0))
         lines += [f"## {model}", ""]
         lines += [f"The dense model has a perplexity of {dense:.2f}.", ""] if dense is not None else []
-        lines += [*table(model, of_model), ""]
+        lines += [*rows, ""] if (rows := table(model, of_model)) else []
         fits = [outcome for outcome in outcomes if outcome.model == model]
         lines += section_of_fits({(o.method, o.pattern, o.bits, o.rule, o.steps): o.perplexity for o in fits})
     lines += section(found)
@@ -210,7 +210,7 @@ def page(found: dict[str, Any]) -> str:
 
 
 def table(model: str, found: dict[tuple[object, ...], float]) -> list[str]:
-    """One row per method and pattern."""
+    """One row per measured method and pattern; empty if none is measured."""
     headings = [f"{bits} bits" + (f", {rule}" if rule else "") for bits, rule in COLUMNS]
     lines = [f"| method, pattern | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
     for method, pattern in pairs():
@@ -222,7 +222,7 @@ def table(model: str, found: dict[tuple[object, ...], float]) -> list[str]:
             cells.append("" if value is None else f"{value:.2f}{change}")
         if any(cells):
             lines.append(f"| {LABELS[method]}, {pattern} | {' | '.join(cells)} |")
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 if __name__ == "__main__":
