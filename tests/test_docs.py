@@ -162,7 +162,7 @@ def test_the_page_of_methods_has_every_method_and_its_options():
     assert re.findall(r"^### ([\w-]+)$", page.partition("## Every method")[2], re.MULTILINE) == metric_names()
     assert "Options: `a=0.5`." in page
     assert ":func:" not in page
-    for name in metric_names():
+    for name in filter(lambda name: metrics.metric(name).is_built_in, metric_names()):
         assert f"| `{name}` |" in page
 
 

@@ -241,7 +241,7 @@ def protocol_of(text: str, wikitext: bool, windows: int | None, beginning: Begin
     """
     differs = []
     if text != WIKITEXT and not wikitext:
-        differs.append("a text of --text, without --wikitext")
+        differs.append("text not given with --wikitext")
     if windows is not None:
         differs.append("not the whole text")
     if beginning.of_each:

@@ -100,7 +100,7 @@ def test_evaluate_and_info(command, prune, some_text, tmp_path):
     result = json.loads((tmp_path / "e.json").read_text())
     assert set(result) >= {"perplexity", "windows", "length", "tokens", "bos"}
     assert (result["model"], result["text"], result["dtype"]) == ("out", "some.txt", "float32")
-    assert result["protocol"] == "ours: a text of --text, without --wikitext, not the whole text"
+    assert result["protocol"] == "ours: text not given with --wikitext, not the whole text"
     assert result["protocol"] in out
     assert (result["windows"], result["length"], result["tokens"]) == (3, 32, 93)
     assert 1 < result["perplexity"] < 1000
