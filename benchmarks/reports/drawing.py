@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ text { fill: #e6edf3 } .quiet { fill: #9198a1 }
 .dense { stroke: #3fb950 } text.dense { fill: #3fb950 }
 }
 """
+
+
+LEGEND_CHARACTER = 7.0
+"""Width of a character in a legend, in pixels."""
+
+Place = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -66,3 +73,31 @@ def grid(across: Scale, up: Scale, columns: Sequence[float], rows: Sequence[floa
         if up.low <= value <= up.high:
             yield line(across.start, up(value), across.end, up(value), "grid")
             yield text(across.start - 8, up(value) + 4.5, f"{value:g}", "quiet", "end")
+
+
+def front_corners(places: Sequence[Place]) -> list[Place]:
+    """The corners of the stairs that lead from mark to mark of a Pareto front, the first mark left out."""
+    return [corner for (_, above), (x, y) in itertools.pairwise(places) for corner in ((x, above), (x, y))]
+
+
+def front(start: Place, corners: Iterable[Place]) -> str:
+    """The stairs of a Pareto front."""
+    path = f"M{start[0]:g} {start[1]:g}" + "".join(f"L{x:g} {y:g}" for x, y in corners)
+    return f'<path class="front" d="{path}"/>'
+
+
+def circle(x: float, y: float, kind: str, radius: int) -> str:
+    return f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="{radius}"/>'
+
+
+def cross(x: float, y: float) -> str:
+    return f'<path class="theirs" d="M{x - 4.5:g} {y - 4.5:g}l9 9m0 -9l-9 9"/>'
+
+
+def legend(marks: Iterable[tuple[str, str]]) -> Iterable[str]:
+    """Marks with their words, from left to right: an SVG mark with "{x}" for its middle and "{a}" for its left end."""
+    x = 26.0
+    for mark, words in marks:
+        yield mark.format(x=x, a=x - 4.5)
+        yield text(x + 12, 54, words, "quiet")
+        x += math.ceil(LEGEND_CHARACTER * len(words)) + 34

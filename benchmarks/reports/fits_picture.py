@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ace_triton.study.tally import shown_sparsity
 
-from .drawing import Scale, grid, line, opening, text
+from .drawing import Scale, circle, cross, front, front_corners, grid, legend, line, opening, text
 from .fit_advice import Measured, beats, is_published, measured
 from .fit_recipes import BASIC, LABELS
 from .labels import Box, placed
@@ -27,7 +26,6 @@ TOP, BOTTOM = 58, 50
 
 RATIOS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 10)
 SECONDS = (20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000)
-LEGEND_CHARACTER = 7.0
 
 
 def picture(record: Mapping[str, Any]) -> str:
@@ -80,17 +78,13 @@ def _panel(
     yield text((left + right) / 2, up.start + 38, "CPU seconds of pruning and recovery", "quiet", "middle")
     places = [(across(result.seconds), up(ratio(record, model, result)), words(result)) for result in results]
     best = [place for place, result in zip(places, results, strict=True) if not beaten(result, results)]
-    corners = [corner for (_, above, _), (x, y, _) in itertools.pairwise(best) for corner in ((x, above), (x, y))]
-    path = f"M{best[0][0]:g} {best[0][1]:g}" + "".join(f"L{x:g} {y:g}" for x, y in corners)
-    yield f'<path class="front" d="{path}"/>'
+    corners = front_corners([place[:2] for place in best])
+    yield front(best[0][:2], corners)
     stairs = list(itertools.pairwise([best[0][:2], *corners]))
     for label in placed(places, Box(left, up.end, right, up.start), stairs):
         yield from label.drawn()
     for (x, y, _), result in zip(places, results, strict=True):
-        if is_published(result):
-            yield f'<path class="theirs" d="M{x - 4.5:g} {y - 4.5:g}l9 9m0 -9l-9 9"/>'
-        else:
-            yield f'<circle class="ours" cx="{x:g}" cy="{y:g}" r="5"/>'
+        yield cross(x, y) if is_published(result) else circle(x, y, "ours", 5)
 
 
 def beaten(result: Measured, results: Sequence[Measured]) -> bool:
@@ -99,12 +93,9 @@ def beaten(result: Measured, results: Sequence[Measured]) -> bool:
 
 
 def _legend() -> Iterable[str]:
-    marks = (
-        ('<path class="theirs" d="M{a} 45l9 9m0 -9l-9 9"/>', "published methods, by the code of this package"),
-        ('<circle class="ours" cx="{x}" cy="49.5" r="5"/>', "ACE as changed here, fits and recovery"),
+    return legend(
+        (
+            ('<path class="theirs" d="M{a} 45l9 9m0 -9l-9 9"/>', "published methods, by the code of this package"),
+            ('<circle class="ours" cx="{x}" cy="49.5" r="5"/>', "ACE as changed here, fits and recovery"),
+        )
     )
-    x = 26.0
-    for mark, meaning in marks:
-        yield mark.format(x=x, a=x - 4.5)
-        yield text(x + 12, 54, meaning, "quiet")
-        x += math.ceil(LEGEND_CHARACTER * len(meaning)) + 34

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .drawing import Scale, grid, opening, text
+from .drawing import Scale, circle, cross, front, front_corners, grid, legend, opening, text
 from .labels import Box, Label, Segment, placed
 from .tradeoff_page import SPEED_WORDS, Cost, Point, front_of, points_of, size_cost, speed_cost
 
@@ -22,7 +21,6 @@ TOP, BOTTOM = 58, 50
 PERPLEXITIES = (5, 7, 10, 15, 20, 30, 40, 50, 70, 100, 150, 200, 300, 500, 700, 1000)
 BYTE_TICKS = (0.125, 0.25, 0.5, 1, 2, 4)
 SPEED_TICKS = (0.5, 1, 2, 4, 8, 16)
-LEGEND_CHARACTER = 7.0
 NOTE = 26
 """Height of the line that names the models left out."""
 
@@ -81,21 +79,19 @@ def _panel(
     yield from grid(across, up, ticks, PERPLEXITIES)
     yield text(across.start - 42, up.end - 9, "perplexity", "quiet")
     yield text((across.start + across.end) / 2, up.start + 38, words, "quiet", "middle")
-    front = front_of(points, cost)
-    places = [(across(value(point)), up(point.perplexity)) for point in front]
-    corners = [corner for (_, above), (x, y) in itertools.pairwise(places) for corner in ((x, above), (x, y))]
-    path = f"M{places[0][0]:g} {places[0][1]:g}" + "".join(f"L{x:g} {y:g}" for x, y in corners)
-    yield f'<path class="front" d="{path}"/>'
+    best = front_of(points, cost)
+    places = [(across(value(point)), up(point.perplexity)) for point in best]
+    corners = front_corners(places)
+    yield front(places[0], corners)
     stairs = list(itertools.pairwise([places[0], *corners]))
     for label in names(points, value, across, up, stairs):
         yield from label.drawn()
     for point in points:
         x, y = across(value(point)), up(point.perplexity)
         if point.pruned:
-            kind, radius = ("ours", 5) if point in front else ("beaten", 4)
-            yield f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="{radius}"/>'
+            yield circle(x, y, *(("ours", 5) if point in best else ("beaten", 4)))
         else:
-            yield f'<path class="theirs" d="M{x - 4.5:g} {y - 4.5:g}l9 9m0 -9l-9 9"/>'
+            yield cross(x, y)
 
 
 def names(points: Sequence[Point], value: Value, across: Scale, up: Scale, stairs: Sequence[Segment]) -> list[Label]:
@@ -105,13 +101,10 @@ def names(points: Sequence[Point], value: Value, across: Scale, up: Scale, stair
 
 
 def _legend() -> Iterable[str]:
-    marks = (
-        ('<path class="theirs" d="M{a} 45l9 9m0 -9l-9 9"/>', "not pruned"),
-        ('<circle class="ours" cx="{x}" cy="49.5" r="5"/>', "pruned, on the Pareto front"),
-        ('<circle class="beaten" cx="{x}" cy="49.5" r="4"/>', "pruned, beaten by another"),
+    return legend(
+        (
+            ('<path class="theirs" d="M{a} 45l9 9m0 -9l-9 9"/>', "not pruned"),
+            ('<circle class="ours" cx="{x}" cy="49.5" r="5"/>', "pruned, on the Pareto front"),
+            ('<circle class="beaten" cx="{x}" cy="49.5" r="4"/>', "pruned, beaten by another"),
+        )
     )
-    x = 26.0
-    for mark, words in marks:
-        yield mark.format(x=x, a=x - 4.5)
-        yield text(x + 12, 54, words, "quiet")
-        x += math.ceil(LEGEND_CHARACTER * len(words)) + 34
