@@ -13,7 +13,7 @@ from ..linears import linear_weight
 from ..sparsity import Sparsity
 from .nm_linear import NMLinear
 from .packed_linear import PackedLinear
-from .pattern import FULL_GROUPS, FULL_GROUPS_ROUNDED, WIDEST_ROUNDED, find_pattern, follows
+from .pattern import WIDEST_ROUNDED, find_pattern, follows
 from .products import RowLimits
 from .quantized_linear import QuantizedLinear
 from .rows_linear import RowsLinear
@@ -112,7 +112,7 @@ def _pack_sparse(layer: nn.Module, weight: torch.Tensor, wanted: Wanted) -> Pack
 
 def _detect(weight: torch.Tensor, bits: int | None, pruned_to: tuple[int, int] | None) -> tuple[int, int] | None:
     """The pattern n:m to pack a weight in; None if its zeros follow no such pattern along the inputs."""
-    found = find_pattern(weight, FULL_GROUPS if bits is None else FULL_GROUPS_ROUNDED)
+    found = find_pattern(weight, rounded=bits is not None)
     if found.nm is not None and found.across is None:
         return found.nm
     if bits is not None and pruned_to is not None and follows(weight, *pruned_to):

@@ -46,32 +46,33 @@ class FoundPattern:
         return f"{n}:{m}" if self.across is None else f"{n}:{m} along {self.across}"
 
 
-def find_pattern(weight: torch.Tensor, full_groups: float = FULL_GROUPS) -> FoundPattern:
+def find_pattern(weight: torch.Tensor, *, rounded: bool = False) -> FoundPattern:
     """Find the narrowest n:m that all groups of a weight follow.
 
     Args:
         weight: a matrix [rows, cols], or a stack of matrices [n_experts, rows, cols].
-        full_groups: largest n / m, as a multiple of the share of non-zero weights. Above FULL_GROUPS, n / m is at most
-            WIDEST_ROUNDED.
+        rounded: True if some of the kept weights may be rounded to 0, because they are stored in few bits.
     """
     kept = weight != 0
     share = float(kept.sum()) / max(kept.numel(), 1)
     if kept.numel() == 0 or share > 1 - 1 / max(GROUP_SIZES):
         return FoundPattern(dense=True)
-    along_last = _narrowest(kept.flatten(0, -2), full_groups)
+    along_last = _narrowest(kept.flatten(0, -2), rounded)
     if along_last is not None:
         return FoundPattern(dense=False, nm=along_last)
-    along_other = _narrowest(kept.mT.flatten(0, -2), full_groups)
+    along_other = _narrowest(kept.mT.flatten(0, -2), rounded)
     if along_other is not None:
         return FoundPattern(dense=False, nm=along_other, across="outputs" if weight.dim() == 2 else "the middle axis")
     return FoundPattern(dense=share > 1 - LEAST_ZEROS)
 
 
-def _narrowest(kept: torch.Tensor, full_groups: float) -> tuple[int, int] | None:
+def _narrowest(kept: torch.Tensor, rounded: bool) -> tuple[int, int] | None:
     """(n, m) with the smallest n / m, and of those the smallest m, for groups along the last axis of [rows, cols]."""
     best: tuple[int, int] | None = None
     share = float(kept.sum()) / kept.numel()
-    largest = max(min(full_groups, FULL_GROUPS) * share, min(full_groups * share, WIDEST_ROUNDED))
+    largest = FULL_GROUPS * share
+    if rounded:
+        largest = max(largest, min(FULL_GROUPS_ROUNDED * share, WIDEST_ROUNDED))
     for m in GROUP_SIZES:
         if kept.shape[1] % m:
             continue

@@ -13,7 +13,7 @@ from ..decoders.blocks import Block, find_blocks
 from ..errors import RecoveryError
 from ..inputs.written_text import WrittenText
 from ..packed.pack_layer import LEAST_UNSTRUCTURED
-from ..packed.pattern import FULL_GROUPS_ROUNDED, WIDEST_ROUNDED, find_pattern
+from ..packed.pattern import WIDEST_ROUNDED, find_pattern
 from ..solvers.kept_adamw import LEAST_ZEROS
 from .settings import RecoverySettings
 
@@ -59,7 +59,7 @@ def pruned_masks(
 
 def _follows_mask(weight: torch.Tensor, zeros: float) -> bool:
     """True if a weight's zeros cannot come from rounding alone."""
-    nm = find_pattern(weight, FULL_GROUPS_ROUNDED).nm
+    nm = find_pattern(weight, rounded=True).nm
     if zeros >= LEAST_UNSTRUCTURED or nm is None:
         return zeros >= LEAST_UNSTRUCTURED
     return nm[0] / nm[1] <= max(WIDEST_ROUNDED, (1 - zeros) * FULL_IF_NOT_ROUNDED)
@@ -74,7 +74,7 @@ def zeros_of_rounding(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> in
     """Number of kept weights of n:m layers that are 0."""
     found = 0
     for name, mask in masks.items():
-        nm = None if bool(mask.all()) else find_pattern(model.get_parameter(name).detach(), FULL_GROUPS_ROUNDED).nm
+        nm = None if bool(mask.all()) else find_pattern(model.get_parameter(name).detach(), rounded=True).nm
         if nm is not None:
             found += mask.numel() // nm[1] * nm[0] - int(mask.sum())
     return found

@@ -84,7 +84,7 @@ COMPARED_FORMS = (
     ("dense, ace_triton, 8 bits", "`pack --all-bits 8`"),
     ("llama.cpp Q4_K_M", "4 bits"),
     ("llama.cpp Q4_0", "4 bits"),
-    ("llama.cpp Q2_K", "2 to 3 bits"),
+    ("llama.cpp Q2_K", "mostly 4 bits in this model: 2 bits need widths that 256 divides"),
     ("8:16 8 bits, 8-bit inputs", "pruned; products round inputs to 8 bits, `generate --input-bits 8`"),
     ("16:32 8 bits", "pruned"),
     ("16:32 4 bits", "pruned"),

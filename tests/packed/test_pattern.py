@@ -6,7 +6,7 @@ from ace_triton import ArgumentError, Quantization, pack_model, unpack_model
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
-from ace_triton.packed.pattern import FULL_GROUPS_ROUNDED, FoundPattern, find_pattern
+from ace_triton.packed.pattern import FoundPattern, find_pattern
 from ace_triton.solvers.quantize import rounded_weight
 from ace_triton.streaming.streamed_pack import pattern_in
 
@@ -40,7 +40,7 @@ def test_kept_weights_that_are_rounded_to_zero_hide_no_pattern():
         layer.weight.copy_(rounded_weight(weight, Quantization(4), torch.float32))
     assert float((layer.weight != 0).float().mean()) < 0.45
     assert find_pattern(layer.weight).nm is None
-    assert find_pattern(layer.weight, FULL_GROUPS_ROUNDED).nm == (8, 16)
+    assert find_pattern(layer.weight, rounded=True).nm == (8, 16)
     before, model = layer.weight.detach().clone(), nn.Sequential(layer)
     assert [(entry.pattern, entry.bits) for entry in pack_model(model, bits=4).layers] == [("8:16", 4)]
     unpack_model(model)
@@ -55,7 +55,7 @@ def test_a_dense_weight_with_zeros_of_rounding_is_packed_dense(outputs, group):
         weight = torch.randn(outputs, 128, generator=torch.Generator().manual_seed(0))
         layer.weight.copy_(rounded_weight(weight, Quantization(4, group), torch.bfloat16))
     assert 0.08 < float((layer.weight == 0).float().mean()) < 0.25
-    nm = find_pattern(layer.weight, FULL_GROUPS_ROUNDED).nm
+    nm = find_pattern(layer.weight, rounded=True).nm
     assert nm == find_pattern(layer.weight).nm
     assert (nm is None) == (outputs == 4)
     before, model = layer.weight.detach().clone(), nn.Sequential(layer)
@@ -73,7 +73,7 @@ def test_the_pattern_that_the_model_was_pruned_to_is_tried():
     layer = nn.Linear(512, 64, bias=False)
     with torch.no_grad():
         layer.weight.copy_(rounded_weight(pruned, Quantization(4), torch.float32))
-    assert find_pattern(layer.weight, FULL_GROUPS_ROUNDED).nm is None
+    assert find_pattern(layer.weight, rounded=True).nm is None
     before, model = layer.weight.detach().clone(), nn.Sequential(layer)
     with pytest.raises(ArgumentError, match="follow no pattern"):
         pack_model(model, bits=4, pruned_to="50%")
