@@ -87,7 +87,7 @@ large-models: setup  ## memory and time of streamed runs and of several processe
 kill-test: setup  ## kill pruning, recovery, packing and shrinking 100 times and compare the bytes, for docs/kill-test.json; ARGS
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill_test $(ARGS)
 
-figures: setup  ## measure the CPU ratios of docs/cpu.md again
+figures: setup  ## measure the CPU ratios of docs/cpu.md on this processor; 4 minutes
 	$(BIN)/python -m benchmarks.reports.cpu_ratios
 
 study: setup  ## the paper's experiments on SmolLM2-135M, for docs/study; hours on a CPU, resumable

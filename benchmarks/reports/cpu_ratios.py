@@ -3,7 +3,8 @@
     python -m benchmarks.reports.cpu_ratios [--rounds 15] [--out docs/cpu]
 
 A ratio is one of medians of this process's CPU time (user and system). Both sides alternate in every round, so that a
-change of clock frequency affects both. Weights are restored before every call, untimed. Writes OUT.md and OUT.json.
+change of clock frequency affects both. Weights are restored before every call, untimed. Writes OUT.md and OUT.json,
+which keep the results of each processor and instruction set; a run replaces those of its own.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,8 +28,11 @@ from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 
 from .cpu_comparisons import DTYPES, SECTIONS, SHAPE, Comparison
+from .record import read_record
 
 SLOW_ROUNDS = 3
+MACHINE_KEYS = ("processor", "instruction set")
+"""The facts of a machine that tell its results apart from others."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,21 @@ def main(
                 console.print(line(ratios[-1]))
     ratios.append(call_overhead())
     console.print(table(ratios))
-    facts = environment()
-    write_json(out.with_suffix(".json"), {"environment": facts, "ratios": [asdict(ratio) for ratio in ratios]})
-    out.with_suffix(".md").write_text(markdown(facts, ratios))
+    record = read_record(out.with_suffix(".json"), machines=[])
+    add_machine(record, environment(), ratios)
+    write_json(out.with_suffix(".json"), record)
+    out.with_suffix(".md").write_text(markdown(record))
+
+
+def add_machine(record: dict[str, Any], facts: Mapping[str, str], ratios: Sequence[Ratio]) -> None:
+    """Add the results of a machine to a record, in place of those of the same processor and instruction set."""
+    found = {"environment": dict(facts), "ratios": [asdict(ratio) for ratio in ratios]}
+    machines = record["machines"]
+    for place, machine in enumerate(machines):
+        if all(machine["environment"][key] == facts[key] for key in MACHINE_KEYS):
+            machines[place] = found
+            return
+    machines.append(found)
 
 
 def measure(comparison: Comparison, rounds: int) -> Ratio:
@@ -151,11 +168,32 @@ def table(ratios: list[Ratio]) -> Table:
     return shown
 
 
-def markdown(facts: dict[str, str], ratios: list[Ratio]) -> str:
+def markdown(record: Mapping[str, Any]) -> str:
     """docs/cpu.md."""
-    environment_rows = [f"| {name} | {value} |" for name, value in facts.items()]
-    rows = [f"| {' | '.join(cells(ratio))} |" for ratio in ratios]
-    return "\n".join([PREAMBLE, *environment_rows, "", f"| {' | '.join(HEADINGS)} |", f"|{'---|' * 7}", *rows, ""])
+    lines = [PREAMBLE]
+    for machine in record["machines"]:
+        facts, ratios = machine["environment"], [Ratio(**ratio) for ratio in machine["ratios"]]
+        lines += [f"## {title(facts)}", "", setting(facts, ratios), ""]
+        lines += [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
+        lines += [f"| {' | '.join(cells(ratio))} |" for ratio in ratios]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def title(facts: Mapping[str, str]) -> str:
+    """A machine, by what tells its results apart from others."""
+    return ", ".join(facts[key] for key in MACHINE_KEYS)
+
+
+def setting(facts: Mapping[str, str], ratios: Sequence[Ratio]) -> str:
+    """What a machine's results were measured with, and how many targets it meets."""
+    aimed = [ratio for ratio in ratios if ratio.target]
+    met = sum(ratio.met for ratio in aimed)
+    threads = f"{facts['threads']} thread{'' if facts['threads'] == '1' else 's'}"
+    return (
+        f"A weight of {facts['weight']}; {threads}, torch {facts['torch']}, Python {facts['python']}. "
+        f"{met} of {len(aimed)} targets are met."
+    )
 
 
 PREAMBLE = """# What the CPU library costs
@@ -168,8 +206,9 @@ A plain read is `all_finite`, the fastest read in this package: one load, one AN
 store. The row of `torch.sum` shows that torch's own read is no faster. Statistics include the tensors they return: with
 16 tokens in a sequence, `moments` also writes a sixteenth of the elements it reads, in fp32.
 
-| | |
-|---|---|"""
+Each run keeps the results of other processors and instruction sets. How far memory limits a ratio depends on the
+processor.
+"""
 
 
 if __name__ == "__main__":

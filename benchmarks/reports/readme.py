@@ -62,6 +62,7 @@ CPU_ROWS = (
     ("nm_linear 2:4, 1 row", "`F.linear`"),
     ("nm_linear 2:4, 1 row", "the same loop, dense"),
 )
+CPU_DTYPES = ("fp32", "bf16")
 WHOLE_MODEL = "score and mask 2:4, "
 RESULTS = Path("benchmarks/results.csv")
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
@@ -114,15 +115,24 @@ PICKS = (
 
 
 def cpu(content: dict[str, Any]) -> list[str]:
-    """Ratios of CPU time in both dtypes."""
-    lines = [f"| one core of an {content['environment']['processor']} | against | fp32 | bf16 |", "|---|---|---|---|"]
+    """Ratios of CPU time in both dtypes, on every machine."""
+    machines = content["machines"]
+    dtypes = " / ".join(CPU_DTYPES)
+    headings = (f"{machine['environment']['processor']}: {dtypes}" for machine in machines)
+    lines = [f"| one core | against | {' | '.join(headings)} |", f"|---|---|{'---|' * len(machines)}"]
     for what, against in CPU_ROWS:
-        found = {r["dtype"]: r for r in content["ratios"] if (r["what"], r["against"]) == (what, against)}
-        faster = " faster" if next(iter(found.values()))["target"].startswith(">=") else ""
-        ratios = (found[dtype]["ratio"] for dtype in ("fp32", "bf16"))
-        cells = (f"{ratio:.2f}x{faster}" if ratio < 10 else f"{ratio:.0f}x{faster}" for ratio in ratios)
-        lines.append(f"| {what} | {against} | " + " | ".join(cells) + " |")
+        cells = (_cpu_cell(machine["ratios"], what, against) for machine in machines)
+        lines.append(f"| {what} | {against} | {' | '.join(cells)} |")
     return lines
+
+
+def _cpu_cell(ratios: list[dict[str, Any]], what: str, against: str) -> str:
+    found = {r["dtype"]: r for r in ratios if (r["what"], r["against"]) == (what, against)}
+    if not found:
+        return ""
+    faster = " faster" if next(iter(found.values()))["target"].startswith(">=") else ""
+    times = (found[dtype]["ratio"] for dtype in CPU_DTYPES)
+    return " / ".join(f"{ratio:.{2 if ratio < 10 else 0}f}x" for ratio in times) + faster
 
 
 def traffic(content: dict[str, Any]) -> list[str]:

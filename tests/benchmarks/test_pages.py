@@ -35,8 +35,7 @@ def record(name: str) -> dict:
 
 
 def cpu() -> str:
-    found = record("cpu")
-    return cpu_ratios.markdown(found["environment"], [cpu_ratios.Ratio(**ratio) for ratio in found["ratios"]])
+    return cpu_ratios.markdown(record("cpu"))
 
 
 def channel_orders() -> str:
