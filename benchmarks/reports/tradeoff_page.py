@@ -104,7 +104,9 @@ def page(content: dict[str, Any]) -> str:
         "ids in the same windows, by the same code, from the logits of each engine. Bytes of a weight count the linear "
         "layers in the blocks, with zeros counted as weights, and scales and positions included. llama.cpp also "
         "quantizes embeddings and the head; here a form of 8 or 4 bits has the head, and an embedding that shares its "
-        f"weight, in {HEAD_BITS} bits (`pack --head-bits`), and computes in float32. " + _decoders(content),
+        f"weight, in {HEAD_BITS} bits (`pack --head-bits`), and computes in float32. An embedding of its "
+        "own, as in Qwen2.5-Coder-0.5B, stays in float32 here (`pack --embedding-bits` would round it): that is why "
+        "files of 8 bits are larger than llama.cpp's there. " + _decoders(content),
         "",
     ]
     lines += [] if content["models"] else ["No model is measured yet."]
