@@ -11,7 +11,7 @@ kernel :func:`~ace_triton.kernels.join_gains.join_gains` computes the gain of ea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,8 +132,7 @@ def _search(scores: torch.Tensor, slots: torch.Tensor, n: int, cycles: int, seed
             slots = slots.gather(1, shuffle.argsort(1).to(slots.device))
         columns = _columns(scores, slots)
         gained = 0.0
-        for removed in range(len(columns)):
-            threshold = _largest([column for slot, column in enumerate(columns) if slot != removed], n)[-1]
+        for removed, threshold in _thresholds(columns, n, [], 0, len(columns)):
             gains = join_gains(columns[removed], threshold)
             joins = assignment(gains)
             gained += float((gains.gather(2, joins[:, :, None]) - gains.diagonal(dim1=1, dim2=2)[:, :, None]).sum())
@@ -152,9 +151,32 @@ def _columns(scores: torch.Tensor, slots: torch.Tensor) -> list[torch.Tensor]:
     return [scores.gather(2, slot[:, None, :].expand(shape)) for slot in slots.unbind(1)]
 
 
-def _largest(values: list[torch.Tensor], n: int) -> list[torch.Tensor]:
-    """The n largest of ``values`` at every position, in descending order; by insertion, since there are few."""
-    best: list[torch.Tensor] = []
+def _thresholds(
+    columns: list[torch.Tensor], n: int, outside: list[torch.Tensor], begin: int, end: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each slot, and the n-th largest score of all other slots at every position.
+
+    A column may be replaced after its slot was given. Halves are taken one after the other, so each level of halving
+    compares each column once.
+
+    Args:
+        columns: the scores of every slot.
+        n: which of the other scores to give.
+        outside: the n largest scores outside ``begin`` to ``end``, in descending order.
+        begin, end: the slots to give.
+    """
+    if end - begin == 1:
+        yield begin, outside[-1]
+        return
+    middle = (begin + end) // 2
+    yield from _thresholds(columns, n, _largest(columns[middle:end], n, outside), begin, middle)
+    yield from _thresholds(columns, n, _largest(columns[begin:middle], n, outside), middle, end)
+
+
+def _largest(values: list[torch.Tensor], n: int, known: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+    """The n largest of ``values`` and of the descending ``known`` at every position, in descending order; by insertion,
+    since there are few."""
+    best = list(known)
     for rest in values:
         for k, held in enumerate(best):
             best[k], rest = torch.maximum(held, rest), torch.minimum(held, rest)
