@@ -121,7 +121,7 @@ COPY_ROWS = {"avx2": CopyRows(8, 3)}
 sets that are not listed, and other dtypes, have the limits of calls without a copy: they were not measured. To measure
 them: ``ace-triton bench``, whose first column is the dense product."""
 
-FEW_BITS_ROWS = {"avx512_vnni": 32, "avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
+FEW_BITS_ROWS = {"avx512_vnni": 64, "avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
 """The limits for quantized weights, by instruction set of the compiled library. Measured for AVX2 with
 ``ace-triton bench --sparsity 8:16 --bits 8``; estimated for the others."""
 

@@ -25,6 +25,21 @@ ACE_INLINE void ask_rows_ahead(const void* first, int64_t offset, int64_t bytes)
     for (int r = 0; r < ROWS; ++r) __builtin_prefetch(asked + r * bytes);
 }
 
+// Prefetch distance of short rows without metadata, in bytes.
+constexpr int WHOLE_AHEAD = 4096;
+
+// Prefetches for `bytes` bytes at `offset` in ROWS rows that follow each other without gaps: those of short rows are
+// prefetched as one run.
+template <int ROWS>
+ACE_INLINE void ask_whole_rows_ahead(const uint8_t* first, int64_t offset, int64_t bytes, int64_t stride) {
+    if (stride * ROWS <= WHOLE_AHEAD) {
+        const uint8_t* asked = first + offset * ROWS + WHOLE_AHEAD;
+        for (int64_t line = 0; line < bytes * ROWS; line += 64) __builtin_prefetch(asked + line);
+        return;
+    }
+    for (int64_t line = 0; line < bytes; line += 64) ask_rows_ahead<ROWS>(first, offset + PACKED_AHEAD + line, stride);
+}
+
 ACE_INLINE float tree_sum(const Floats& v) {
     float lane[LANES];
     store(lane, v);

@@ -79,13 +79,13 @@ struct SpreadRows {
     }
     template <int OUTPUTS>
     ACE_INLINE void ahead(int64_t j) const {
-        for (int64_t line = 0; line < SPREAD / CHUNK * chunk_bytes; line += 64) {
-            ask_rows_ahead<OUTPUTS>(values, j / CHUNK * chunk_bytes + PACKED_AHEAD + line, stride);
+        const int64_t from = j / CHUNK * chunk_bytes, bytes = SPREAD / CHUNK * chunk_bytes;
+        if (!PRUNED) return ask_whole_rows_ahead<OUTPUTS>(values, from, bytes, stride);
+        for (int64_t line = 0; line < bytes; line += 64) {
+            ask_rows_ahead<OUTPUTS>(values, from + PACKED_AHEAD + line, stride);
         }
-        if (PRUNED) {
-            const char* next = reinterpret_cast<const char*>(meta + OUTPUTS * words) + j / 8 * OUTPUTS;
-            for (int line = 0; line < SPREAD / 8 * OUTPUTS; line += 64) __builtin_prefetch(next + line);
-        }
+        const char* next = reinterpret_cast<const char*>(meta + OUTPUTS * words) + j / 8 * OUTPUTS;
+        for (int line = 0; line < SPREAD / 8 * OUTPUTS; line += 64) __builtin_prefetch(next + line);
     }
 
 private:
