@@ -116,14 +116,14 @@ class CopyRows:
     other: int
 
 
-COPY_ROWS = {"avx2": CopyRows(8, 3)}
+COPY_ROWS = {"avx512_vnni": CopyRows(16, 16), "avx512": CopyRows(8, 16), "avx2": CopyRows(8, 3)}
 """Up to these numbers of rows our kernel is faster in fp32 than the dense product by a copy of the weight. Instruction
 sets that are not listed, and other dtypes, have the limits of calls without a copy: they were not measured. To measure
 them: ``ace-triton bench``, whose first column is the dense product."""
 
 FEW_BITS_ROWS = {"avx512_vnni": 64, "avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
-"""The limits for quantized weights, by instruction set of the compiled library. Measured for AVX2 with
-``ace-triton bench --sparsity 8:16 --bits 8``; estimated for the others."""
+"""The limits for quantized weights, by instruction set of the compiled library. Measured for AVX-512
+and AVX2 with ``ace-triton bench --sparsity 8:16 --bits 8``; estimated for the others."""
 
 
 def default_limits(

@@ -25,6 +25,7 @@ constexpr Bodies with_vnni(Bodies bodies) {
     bodies.name = "avx512_vnni";
     bodies.round_tokens = round_tokens_vnni;
     bodies.few_bits_linear = few_bits_linear_vnni;
+    bodies.nm_linear = packed_linear_vnni;
     return bodies;
 }
 

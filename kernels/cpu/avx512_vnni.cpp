@@ -17,6 +17,7 @@
 #endif
 
 #define ACE_WIDTH 16
+#define ACE_EXPANDS_HALVES 1
 #include "byte_chunks.h"
 #include "byte_planes.h"
 
@@ -84,6 +85,11 @@ void few_bits_linear_vnni(const FewBitsWeight& weight, const FewBitsTask& task, 
         else if (deinterleaved_tokens(weight, task.block)) spread_linear<BytesOfHalves, false>(weight, task, begin, end);
         else spread_linear<BytesOfFour, false>(weight, task, begin, end);
     }
+}
+
+void packed_linear_vnni(const PackedWeight& weight, const LinearTask& task, int64_t begin, int64_t end) {
+    if (!weight.starts && weight.n == 2 && weight.m == 4) avx512_bodies.nm_linear(weight, task, begin, end);
+    else packed_linear(weight, task, begin, end);
 }
 
 }  // namespace ace
