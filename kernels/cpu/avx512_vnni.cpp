@@ -9,7 +9,8 @@
 
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2"))), apply_to = function)
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")
 // Of the undefined registers in GCC 12's own headers.
@@ -61,11 +62,13 @@ inline void spread_linear(const FewBitsWeight& w, const FewBitsTask& task, int64
     const int64_t middle = safe < begin ? begin : safe < end ? safe : end;
     const auto rows = [&](int64_t i, auto last) ACE_INLINED {
         return SpreadRows<Bytes, PRUNED, decltype(last)::value>{
-            w.values + i * stride, w.values + w.rows * stride, PRUNED ? w.meta + i * words : nullptr, w, i, stride, words,
-            groups, chunk_bytes};
+            w.values + i * stride, w.values + w.rows * stride, PRUNED ? w.meta + i * words : nullptr, w, i, stride,
+            words, groups, chunk_bytes};
     };
     int64_t i = begin;
-    for (; i + OUTPUT_TILE <= middle; i += OUTPUT_TILE) spread_outputs<OUTPUT_TILE>(rows(i, std::false_type{}), task, i);
+    for (; i + OUTPUT_TILE <= middle; i += OUTPUT_TILE) {
+        spread_outputs<OUTPUT_TILE>(rows(i, std::false_type{}), task, i);
+    }
     for (; i < end; ++i) spread_outputs<1>(rows(i, std::true_type{}), task, i);
 }
 

@@ -87,8 +87,10 @@ struct PlaneSums {
     }
     // Lane q of four has the sums of plane q, of row 0 to 3.
     ACE_INLINE __m512i totals() const {
-        const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(of[0], of[1]), _mm512_unpackhi_epi32(of[0], of[1]));
-        const __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(of[2], of[3]), _mm512_unpackhi_epi32(of[2], of[3]));
+        const auto halves = [](__m512i a, __m512i b) ACE_INLINED {
+            return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        };
+        const __m512i first = halves(of[0], of[1]), second = halves(of[2], of[3]);
         return _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
     }
 };

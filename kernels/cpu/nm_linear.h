@@ -1,6 +1,7 @@
 // y = x W^T for the few tokens of decoding, from a packed weight or, as a baseline, a dense one.
 // Lane l of an output's sum adds the inputs j with j % 16 = l in order; then a tree adds the lanes. So results do not
 // depend on the instruction set, the number of threads or the other tokens of the call.
+// The including file may set ACE_EXPANDS_HALVES, for AVX-512's expanding moves of 16-bit values (VBMI2).
 #pragma once
 
 #include "elements.h"
@@ -135,7 +136,8 @@ ACE_INLINE Floats spread(const typename E::Stored*& from, uint64_t bits) {
 ACE_INLINE void spread_two(Bf16, __m512i values, uint32_t bits, Floats* v) {
     // Lane l of both halves side by side, which are the upper halves of fp32 numbers.
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i order = _mm512_or_si512(first, _mm512_slli_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(LANES)), 16));
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(LANES));
+    const __m512i order = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
     const __m512i pairs = _mm512_permutexvar_epi16(order, _mm512_maskz_expand_epi16(bits, values));
     v[0].part[0] = (NativeFloats)_mm512_slli_epi32(pairs, 16);
     v[1].part[0] = (NativeFloats)_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000)));
