@@ -1,8 +1,9 @@
 """Loads the compiled CPU library with ctypes; :mod:`~ace_triton.kernels.cpu` calls its operations.
 
-setup.py builds the library from ``kernels/cpu``. The library selects AVX-512, AVX2, NEON (with or without dot products
-of 8-bit integers) or portable code for the processor; ``ACE_TRITON_CPU_ISA=avx512|avx2|neon_dotprod|neon|portable``
-forces one. Results depend neither on the instruction set nor on the number of threads.
+setup.py builds the library from ``kernels/cpu``. The library selects AVX-512, AVX2, NEON or portable code for the
+processor; AVX-512 and NEON have one name with dot products of 8-bit integers and one without.
+``ACE_TRITON_CPU_ISA=avx512_vnni|avx512|avx2|neon_dotprod|neon|portable`` forces one. Results depend neither on the
+instruction set nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .cpu_sources import digest
 from .errors import ArgumentError, BackendError
 
 ISA_VARIABLE = "ACE_TRITON_CPU_ISA"
-ISAS = ("avx512", "avx2", "neon_dotprod", "neon", "portable")
+ISAS = ("avx512_vnni", "avx512", "avx2", "neon_dotprod", "neon", "portable")
 """Names of instruction sets, the fastest first."""
 
 INPUT_BITS = (30, 8)

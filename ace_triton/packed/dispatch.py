@@ -42,12 +42,15 @@ _NEON_LIMITS = {
     torch.bfloat16: PatternRows(16, 8),
 }
 
+_AVX512_LIMITS = {
+    torch.float32: PatternRows(128, 64),
+    torch.float16: PatternRows(ALWAYS, ALWAYS),
+    torch.bfloat16: PatternRows(64, 32),
+}
+
 CPU_LIMITS = {
-    "avx512": {
-        torch.float32: PatternRows(128, 64),
-        torch.float16: PatternRows(ALWAYS, ALWAYS),
-        torch.bfloat16: PatternRows(64, 32),
-    },
+    "avx512_vnni": _AVX512_LIMITS,
+    "avx512": _AVX512_LIMITS,
     "avx2": {
         torch.float32: PatternRows(4, 3),
         torch.float16: PatternRows(ALWAYS, ALWAYS),
@@ -70,6 +73,7 @@ bf16 instructions. All limits of NEON are estimates from machine code: nothing w
 """
 
 NATIVE_LIMITS = {
+    "avx512_vnni": PatternRows(8, 4),
     "avx512": PatternRows(8, 4),
     "avx2": PatternRows(4, 4),
     "neon_dotprod": PatternRows(2, 1),
@@ -112,14 +116,14 @@ class CopyRows:
     other: int
 
 
-COPY_ROWS = {"avx2": CopyRows(8, 3)}
+COPY_ROWS = {"avx512_vnni": CopyRows(16, 16), "avx512": CopyRows(8, 16), "avx2": CopyRows(8, 3)}
 """Up to these numbers of rows our kernel is faster in fp32 than the dense product by a copy of the weight. Instruction
 sets that are not listed, and other dtypes, have the limits of calls without a copy: they were not measured. To measure
 them: ``ace-triton bench``, whose first column is the dense product."""
 
-FEW_BITS_ROWS = {"avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
-"""The limits for quantized weights, by instruction set of the compiled library. Measured for AVX2 with
-``ace-triton bench --sparsity 8:16 --bits 8``; estimated for the others."""
+FEW_BITS_ROWS = {"avx512_vnni": 64, "avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
+"""The limits for quantized weights, by instruction set of the compiled library. Measured for AVX-512
+and AVX2 with ``ace-triton bench --sparsity 8:16 --bits 8``; estimated for the others."""
 
 
 def default_limits(

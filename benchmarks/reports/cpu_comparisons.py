@@ -14,12 +14,16 @@ from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import pack_nm, pack_scored
+from ace_triton.kernels.packed_dense import quantize_dense
+from ace_triton.kernels.quantize_nm import quantize_nm
+from ace_triton.kernels.quantized_linear import quantized_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.weight_sums import weight_sums
 from ace_triton.methods.wanda_ria import ria, wanda
+from ace_triton.solvers.quantize import GROUP
 from benchmarks.claims.published import prune_groups, prune_rows_by_sort, prune_rows_by_topk, wanda_scores
 
 SHAPE = (4096, 11008)
@@ -238,4 +242,44 @@ def packed_products(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
         yield Comparison(what, "`weight.mul_(1)`", label, call, lambda: weight.mul_(1), lambda: None)
 
 
-SECTIONS = (against_passes, against_published, packed_products, over_tokens, over_small_layers, over_a_model)
+def patterns_of_one_row(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
+    """Products of one row at 2:4 and 8:16 in 8 and 4 bits, and at 8:16 in the weight's dtype, against dense loops.
+
+    A dense loop reads a weight of the same bits that is not pruned. The weights are larger than the second-level cache.
+    """
+    torch.manual_seed(0)
+    weight, tokens = torch.randn(SHAPE).mul_(0.02).to(dtype), torch.randn(1, SHAPE[1]).to(dtype)
+    packed = {pattern: pack_scored(weight, ScoreTerms(), *pattern) for pattern in ((2, 4), (8, 16))}
+    for bits, at_least in ((8, 1.33), (4, 1.18)):
+        dense = quantize_dense(weight, bits, GROUP)
+        for (n, m), pruned in packed.items():
+            rounded = quantize_nm(pruned, bits, GROUP)
+            yield Comparison(
+                f"nm_linear {n}:{m}, {bits} bits, 1 row",
+                f"the dense loop in {bits} bits",
+                label,
+                lambda rounded=rounded: nm_linear(tokens, rounded),
+                lambda dense=dense: quantized_linear(tokens, dense),
+                lambda: None,
+                at_least=at_least,
+            )
+    yield Comparison(
+        "nm_linear 8:16, 1 row",
+        "the same loop, dense",
+        label,
+        lambda: nm_linear(tokens, packed[8, 16]),
+        lambda: cpu.dense_linear(tokens, weight),
+        lambda: None,
+        at_least=1.25,
+    )
+
+
+SECTIONS = (
+    against_passes,
+    against_published,
+    packed_products,
+    patterns_of_one_row,
+    over_tokens,
+    over_small_layers,
+    over_a_model,
+)

@@ -119,9 +119,6 @@ struct FewBitsRows {
     }
 };
 
-// Prefetch distance of short rows without metadata, in bytes.
-constexpr int WHOLE_AHEAD = 4096;
-
 // Quantized rows without metadata, from some row on: every input has a value. Values past the end of a row are those of
 // the next one, and meet tokens that are 0.
 template <typename Few, bool LAST>
@@ -134,20 +131,10 @@ struct WholeRows {
     const FewBitsWeight& weight;
     int64_t first, stride, words, groups;
 
-    // Rows that are short follow each other without gaps, so those of a tile are prefetched as one run of bytes.
     template <int OUTPUTS>
     ACE_INLINE void ahead(int64_t j, int64_t inputs) const {
-        const int64_t from = j * Few::BITS / 8, bytes = inputs * Few::BITS / 8;
-        if (stride * OUTPUTS <= WHOLE_AHEAD) {
-            const uint8_t* asked = values + from * OUTPUTS + WHOLE_AHEAD;
-            for (int64_t line = 0; line < bytes * OUTPUTS; line += 64) __builtin_prefetch(asked + line);
-            return;
-        }
-        for (int64_t line = 0; line < bytes; line += 64) {
-            ask_rows_ahead<OUTPUTS>(values, from + PACKED_AHEAD + line, stride);
-        }
+        ask_whole_rows_ahead<OUTPUTS>(values, j * Few::BITS / 8, inputs * Few::BITS / 8, stride);
     }
-
     // The address of a word's values, or of a copy that has zeros past the end.
     ACE_INLINE const uint8_t* word_at(int r, int64_t index, uint8_t* copy) const {
         const uint8_t* from = values + r * stride + index * BYTES;

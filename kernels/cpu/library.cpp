@@ -17,7 +17,7 @@ namespace {
 const Bodies* const* all_bodies() {
     static const Bodies* const tables[] = {
 #if defined(__x86_64__)
-        &avx512_bodies, &avx2_bodies,
+        &avx512_vnni_bodies, &avx512_bodies, &avx2_bodies,
 #elif ACE_ARM_EXTENSIONS
         &neon_dotprod_bodies, &neon_bodies,
 #elif defined(__aarch64__)
@@ -29,9 +29,12 @@ const Bodies* const* all_bodies() {
 
 bool runs_here(const Bodies& candidate) {
 #if defined(__x86_64__)
-    if (&candidate == &avx512_bodies) {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (&candidate == &avx512_bodies) return avx512;
+    if (&candidate == &avx512_vnni_bodies) {
+        return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512vbmi2");
     }
     // Every processor with AVX2 also has F16C.
     if (&candidate == &avx2_bodies) return __builtin_cpu_supports("avx2");

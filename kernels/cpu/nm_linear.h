@@ -1,6 +1,7 @@
 // y = x W^T for the few tokens of decoding, from a packed weight or, as a baseline, a dense one.
 // Lane l of an output's sum adds the inputs j with j % 16 = l in order; then a tree adds the lanes. So results do not
 // depend on the instruction set, the number of threads or the other tokens of the call.
+// The including file may set ACE_EXPANDS_HALVES, for AVX-512's expanding moves of 16-bit values (VBMI2).
 #pragma once
 
 #include "elements.h"
@@ -25,6 +26,21 @@ ACE_INLINE void ask_rows_ahead(const void* first, int64_t offset, int64_t bytes)
     for (int r = 0; r < ROWS; ++r) __builtin_prefetch(asked + r * bytes);
 }
 
+// Prefetch distance of short rows without metadata, in bytes.
+constexpr int WHOLE_AHEAD = 4096;
+
+// Prefetches for `bytes` bytes at `offset` in ROWS rows that follow each other without gaps: those of short rows are
+// prefetched as one run.
+template <int ROWS>
+ACE_INLINE void ask_whole_rows_ahead(const uint8_t* first, int64_t offset, int64_t bytes, int64_t stride) {
+    if (stride * ROWS <= WHOLE_AHEAD) {
+        const uint8_t* asked = first + offset * ROWS + WHOLE_AHEAD;
+        for (int64_t line = 0; line < bytes * ROWS; line += 64) __builtin_prefetch(asked + line);
+        return;
+    }
+    for (int64_t line = 0; line < bytes; line += 64) ask_rows_ahead<ROWS>(first, offset + PACKED_AHEAD + line, stride);
+}
+
 ACE_INLINE float tree_sum(const Floats& v) {
     float lane[LANES];
     store(lane, v);
@@ -38,6 +54,7 @@ ACE_INLINE float tree_sum(const Floats& v) {
 template <typename E, int OUTPUTS>
 struct DenseRows {
     static constexpr int SIZE = sizeof(typename E::Stored), STEP = 64 / SIZE;
+    static constexpr bool BY_TWO = false;
 
     const typename E::Stored* first;
     int64_t stride;
@@ -114,6 +131,24 @@ ACE_INLINE Floats spread(const typename E::Stored*& from, uint64_t bits) {
 #endif
 }
 
+#if ACE_EXPANDS_HALVES
+// The same for 32 weights: the second half of the bits is for lanes of the second vector. 32 values are read.
+ACE_INLINE void spread_two(Bf16, __m512i values, uint32_t bits, Floats* v) {
+    // Lane l of both halves side by side, which are the upper halves of fp32 numbers.
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(LANES));
+    const __m512i order = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+    const __m512i pairs = _mm512_permutexvar_epi16(order, _mm512_maskz_expand_epi16(bits, values));
+    v[0].part[0] = (NativeFloats)_mm512_slli_epi32(pairs, 16);
+    v[1].part[0] = (NativeFloats)_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000)));
+}
+ACE_INLINE void spread_two(Fp16, __m512i values, uint32_t bits, Floats* v) {
+    const __m512i halves = _mm512_maskz_expand_epi16(bits, values);
+    v[0].part[0] = (NativeFloats)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    v[1].part[0] = (NativeFloats)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+}
+#endif
+
 // OUTPUTS packed rows, from some row on, read from the first input to the last. Values follow each other without gaps,
 // so a row's next value is behind those that it has read. `end` is the end of all values. LAST is true if a row with
 // damaged metadata could read past it; the row then reads zeros.
@@ -146,6 +181,17 @@ struct PackedRows {
         }
         return spread<E>(next[r], bits);
     }
+#if ACE_EXPANDS_HALVES
+    // Whether 32 inputs are read at once.
+    static constexpr bool BY_TWO = !LAST && sizeof(Stored) == 2;
+
+    // 32 inputs from a multiple of 32 on.
+    ACE_INLINE void two_at(int r, int64_t j, Floats* v) {
+        const uint32_t bits = meta[r * words + j / 32];
+        spread_two(E{}, _mm512_loadu_si512(next[r]), bits, v);
+        next[r] += count_bits(bits);
+    }
+#endif
 };
 
 // One token: weights are multiplied directly as they are loaded. This function and some_tokens are not inlined: the
@@ -158,6 +204,19 @@ ACE_OUTLINED void one_token(const Rows& of, int64_t cols, const float* x, Floats
     int64_t j = 0;
     for (; j + Rows::STEP <= cols; j += Rows::STEP) {
         rows.ahead(j);
+#if ACE_EXPANDS_HALVES
+        if constexpr (Rows::BY_TWO) {
+            for (int k = 0; k < Rows::STEP; k += 2 * LANES) {
+                const Floats v[] = {load(x + j + k), load(x + j + k + LANES)};
+                for (int r = 0; r < OUTPUTS; ++r) {
+                    Floats weights[2];
+                    rows.two_at(r, j + k, weights);
+                    sum[r] = sum[r] + weights[0] * v[0] + weights[1] * v[1];
+                }
+            }
+            continue;
+        }
+#endif
         for (int k = 0; k < Rows::STEP; k += LANES) {
             const Floats v = load(x + j + k);
             for (int r = 0; r < OUTPUTS; ++r) sum[r] = sum[r] + rows.at(r, j + k, LANES) * v;

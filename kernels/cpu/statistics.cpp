@@ -232,7 +232,7 @@ int ace_weighted_squares(void* tokens, int64_t n_tokens, int64_t channels, int64
 // AVX2 and portable code do not stand for such a processor, even if it is one.
 int ace_has_gram_product() {
     const char* const isa = ace_isa();
-    return (strcmp(isa, "avx512") == 0 || strncmp(isa, "neon", 4) == 0) && has_bf16_pairs();
+    return (strncmp(isa, "avx512", 6) == 0 || strncmp(isa, "neon", 4) == 0) && has_bf16_pairs();
 }
 
 // Panels are distributed to threads from both ends, because later ones have more rows.

@@ -140,7 +140,8 @@ struct FewBitsWeight {
 
 struct FewBitsTask {
     // With 30 input bits, [n_tokens, padded / 16, 2, 16]: upper and lower parts, zeros past the last input; with dot
-    // products of bytes, the bytes of each part as store_part orders them. With 8 input bits, int8 [n_tokens, padded].
+    // products of bytes, the bytes of each part as store_part or planes_of orders them. Behind them is room for an int64
+    // per token and block, which byte_planes.h needs. With 8 input bits, int8 [n_tokens, padded].
     // In the order of inputs, or deinterleaved.
     const int16_t* tokens;
     const float* scales;    // [n_tokens, blocks], or with 8 input bits [n_tokens, padded / 32]: what a step stands for
@@ -248,7 +249,7 @@ struct Bodies {
 
 extern const Bodies portable_bodies;
 #if defined(__x86_64__)
-extern const Bodies avx2_bodies, avx512_bodies;
+extern const Bodies avx2_bodies, avx512_bodies, avx512_vnni_bodies;
 #elif defined(__aarch64__)
 extern const Bodies neon_bodies, neon_dotprod_bodies;
 #endif

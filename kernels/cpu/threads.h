@@ -62,8 +62,9 @@ inline void round_inputs(const Bodies& bodies, const Matrix& tokens, int32_t bit
         auto* const bytes = reinterpret_cast<int8_t*>(rounded.data());
         bodies.round_to_bytes(tokens, padded, deinterleaved, bytes, scales.data());
     } else {
-        rounded.resize(tokens.rows * padded * 2);
-        scales.resize(tokens.rows * units(tokens.cols, block));
+        const int64_t blocks = tokens.rows * units(tokens.cols, block);
+        rounded.resize(tokens.rows * padded * 2 + blocks * int64_t(sizeof(int64_t) / sizeof(int16_t)));
+        scales.resize(blocks);
         bodies.round_tokens(tokens, block, deinterleaved, padded, rounded.data(), scales.data());
     }
 }

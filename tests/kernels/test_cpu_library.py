@@ -26,6 +26,9 @@ from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import pack_nm_reference, pack_scored
 from ace_triton.kernels.pack_rows import pack_rows, unpack_rows
+from ace_triton.kernels.packed_dense import quantize_dense
+from ace_triton.kernels.quantize_nm import quantize_nm
+from ace_triton.kernels.quantized_linear import quantized_linear
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import GROUP_SIZES, select_nm, select_nm_reference
@@ -293,6 +296,42 @@ def test_nothing_behind_a_packed_weight_is_read(isas, before_a_guard_page, dtype
         for count in (1, 5):
             rows_linear(tokens[:count], damaged_rows)
         unpack_rows(damaged_rows)
+
+
+@pytest.fixture(params=cpu_library.INPUT_BITS)
+def input_bits(request) -> Iterator[int]:
+    cpu_library.use_input_bits(request.param)
+    yield request.param
+    cpu_library.use_input_bits(max(cpu_library.INPUT_BITS))
+
+
+@needs_library
+@pytest.mark.usefixtures("input_bits")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (7, 96), (21, 416)])
+def test_quantized_products_agree_and_read_nothing_behind_the_weight(
+    isas, before_a_guard_page, bits, group, rows, cols
+):
+    place = before_a_guard_page
+    weight, tokens = torch.randn(rows, cols), torch.randn(5, cols)
+    tokens[1, ::9] *= 1e4
+    tokens[2] = 0
+    tokens[3, cols // 2], tokens[4, 0] = torch.inf, torch.nan
+    pruned = [quantize_nm(pack_scored(weight, ScoreTerms(), n, m), bits, group) for n, m in ((2, 4), (3, 8), (17, 32))]
+    for packed, product in (
+        (quantize_dense(weight, bits, group), quantized_linear),
+        *((one, nm_linear) for one in pruned),
+    ):
+        guarded = packed.with_tensors({name: place(tensor) for name, tensor in packed.tensors.items()})
+        results = []
+        for isa in isas:
+            cpu_library.use_isa(isa)
+            results.append(product(tokens, guarded))
+            one_by_one = torch.cat([product(token[None], guarded) for token in tokens])
+            torch.testing.assert_close(one_by_one, results[-1], rtol=0, atol=0, equal_nan=True)
+        for got in results:
+            torch.testing.assert_close(got, results[-1], rtol=0, atol=0, equal_nan=True)
 
 
 @needs_library

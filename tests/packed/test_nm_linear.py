@@ -218,6 +218,8 @@ def test_the_product_is_picked_by_rows_and_any_pick_is_right(rows, packed_rows, 
 
 
 MOST_ROWS = {
+    ("avx512_vnni", False): {torch.float32: (128, 64), torch.float16: (None, None), torch.bfloat16: (64, 32)},
+    ("avx512_vnni", True): {torch.float32: (128, 64), torch.float16: (8, 4), torch.bfloat16: (8, 4)},
     ("avx512", False): {torch.float32: (128, 64), torch.float16: (None, None), torch.bfloat16: (64, 32)},
     ("avx512", True): {torch.float32: (128, 64), torch.float16: (8, 4), torch.bfloat16: (8, 4)},
     ("avx2", False): {torch.float32: (4, 3), torch.float16: (None, None), torch.bfloat16: (None, None)},

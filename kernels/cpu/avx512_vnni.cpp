@@ -1,0 +1,104 @@
+#if defined(__x86_64__)
+
+#include "avx512_vnni.h"
+
+#include <cstring>
+#include <immintrin.h>
+#include <type_traits>
+#include <utility>
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")
+// Of the undefined registers in GCC 12's own headers.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#define ACE_WIDTH 16
+#define ACE_EXPANDS_HALVES 1
+#include "byte_chunks.h"
+#include "byte_planes.h"
+
+namespace ace {
+namespace {
+
+template <int OUTPUTS, typename Rows>
+ACE_INLINE void spread_outputs(const Rows& rows, const FewBitsTask& task, int64_t i) {
+    float sums[4 * TOKENS_AT_ONCE];
+    for (int64_t first = 0; first < task.n_tokens; first += TOKENS_AT_ONCE) {
+        const int tokens = int(task.n_tokens - first < TOKENS_AT_ONCE ? task.n_tokens - first : TOKENS_AT_ONCE);
+        if (task.input_bits == 8) {
+            const int8_t* x = reinterpret_cast<const int8_t*>(task.tokens) + first * task.padded;
+            const float* scales = task.scales + first * (task.padded / WORD_INPUTS);
+            if (tokens == 1) one_token_of_bytes<OUTPUTS>(rows, task, x, scales, sums);
+            else some_tokens_of_bytes<OUTPUTS>(rows, task, x, scales, tokens, sums);
+        } else {
+            const int8_t* x = reinterpret_cast<const int8_t*>(task.tokens + first * task.padded * 2);
+            const float* scales = task.scales + first * task.blocks;
+            const int64_t* surplus = surplus_of(task.tokens, task.n_tokens, task.padded) + first * task.blocks;
+            if (tokens == 1) one_token_of_planes<OUTPUTS>(rows, task, x, scales, surplus, sums);
+            else some_tokens_of_planes<OUTPUTS>(rows, task, x, scales, surplus, tokens, sums);
+        }
+        for (int t = 0; t < tokens; ++t) {
+            for (int r = 0; r < OUTPUTS; ++r) {
+                const float y = sums[4 * t + r] * (1.0f / Rows::Kind::LARGEST);
+                task.out[(first + t) * task.out_stride + i + r] = task.bias ? y + task.bias[i + r] : y;
+            }
+        }
+    }
+}
+
+template <typename Bytes, bool PRUNED>
+inline void spread_linear(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
+    const int64_t stride = (w.cols / w.m * w.n * Bytes::BITS + 7) / 8;
+    const int64_t words = (w.cols + WORD_INPUTS - 1) / WORD_INPUTS;
+    const int64_t groups = (w.cols + task.group - 1) / task.group;
+    const int64_t chunk_bytes = CHUNK / w.m * w.n * Bytes::BITS / 8;
+    // Behind each row before `safe`, at least a register more can be read.
+    const int64_t safe = stride > 0 ? w.rows - (CHUNK + stride - 1) / stride - 1 : 0;
+    const int64_t middle = safe < begin ? begin : safe < end ? safe : end;
+    const auto rows = [&](int64_t i, auto last) ACE_INLINED {
+        return SpreadRows<Bytes, PRUNED, decltype(last)::value>{
+            w.values + i * stride, w.values + w.rows * stride, PRUNED ? w.meta + i * words : nullptr, w, i, stride,
+            words, groups, chunk_bytes};
+    };
+    int64_t i = begin;
+    for (; i + OUTPUT_TILE <= middle; i += OUTPUT_TILE) {
+        spread_outputs<OUTPUT_TILE>(rows(i, std::false_type{}), task, i);
+    }
+    for (; i < end; ++i) spread_outputs<1>(rows(i, std::true_type{}), task, i);
+}
+
+}  // namespace
+
+void round_tokens_vnni(const Matrix& matrix, int64_t block, bool deinterleaved, int64_t padded, int16_t* out,
+                       float* scales) {
+    round_to_planes(matrix, block, deinterleaved, padded, out, scales);
+}
+
+void few_bits_linear_vnni(const FewBitsWeight& weight, const FewBitsTask& task, int64_t begin, int64_t end) {
+    if (weight.bits == 8) {
+        if (weight.meta) spread_linear<BytesOfEight, true>(weight, task, begin, end);
+        else spread_linear<BytesOfEight, false>(weight, task, begin, end);
+    } else {
+        if (weight.meta) spread_linear<BytesOfFour, true>(weight, task, begin, end);
+        else if (deinterleaved_tokens(weight, task.block)) spread_linear<BytesOfHalves, false>(weight, task, begin, end);
+        else spread_linear<BytesOfFour, false>(weight, task, begin, end);
+    }
+}
+
+void packed_linear_vnni(const PackedWeight& weight, const LinearTask& task, int64_t begin, int64_t end) {
+    if (!weight.starts && weight.n == 2 && weight.m == 4) avx512_bodies.nm_linear(weight, task, begin, end);
+    else packed_linear(weight, task, begin, end);
+}
+
+}  // namespace ace
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif
