@@ -39,7 +39,7 @@ def round_groups(
         ArgumentError: if a dtype, a shape, the bits or the group is not supported.
     """
     few_bits.check_bits(bits, group)
-    into = torch.empty_like(values) if into is None else into
+    into = torch.empty(values.shape, dtype=torch.float32, device=values.device) if into is None else into
     if values.dim() != 2 or values.dtype != torch.float32 or not values.is_contiguous():
         raise ArgumentError(
             f"values to round must be fp32 [rows, cols] and contiguous; got {values.dtype} {tuple(values.shape)} with "
