@@ -168,7 +168,7 @@ def test_a_mistake_is_one_line(at_the_door, words, message):
         ("recover", "PACKED", "OUT"),
         ("recover", "./none", "OUT"),
         (*EVALUATE, "--text", "none.txt"),
-        ("shrink", "TINY", "OUT", "--evaluate", "none.txt"),
+        ("shrink", "TINY", "OUT", "--evaluation", "none.txt"),
         (*STUDY, "--evaluation", "none.txt"),
     ],
 )
