@@ -221,7 +221,7 @@ def _train(
             optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
             spent = processes.gather((time.monotonic() - clock, time.process_time() - cpu, held.number))
             run.record(loss, spent[0][0], cpu_before + sum(of_process for _, of_process, _ in spent))
-            stop = next((number for *_, number in spent if number is not None), None)
+            stop = next((number for _, _, number in spent if number is not None), None)
             due = run.seconds - saved >= keeping.every or spent_share(settings, run) >= 1
             if keeping.saves and (due or stop is not None):
                 optimizer.collect()
