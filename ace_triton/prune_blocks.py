@@ -323,9 +323,10 @@ def rehearse(recipe: Recipe, like: torch.Tensor | None = None) -> None:
     """
     like = torch.empty(0, dtype=torch.float32, device="cpu") if like is None else like
     dtype = as_kernel_dtype(like[:1]).dtype
-    layer = torch.nn.utils.skip_init(nn.Linear, 32, 32, bias=False, device=like.device, dtype=dtype)
+    layer = nn.Linear(32, 32, bias=False, device="meta", dtype=dtype)  # Draws no random numbers.
     ramp = torch.linspace(-1, 1, 32 * 32, dtype=torch.float32, device=like.device).reshape(32, 32).to(dtype)
-    weight = layer.weight.detach().copy_(ramp)
+    layer.weight = nn.Parameter(ramp.clone())
+    weight = layer.weight.detach()
     prune_checked(layer, weight, ramp, recipe, f"method {recipe.method!r}", FiniteCheck().record(weight))
 
 

@@ -35,6 +35,27 @@ class Owners:
         return [other for other in sharing if self.tensors[other] is tensor or overlap(self.tensors[other], tensor)]
 
 
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Ids (``id()``) of the parameters that share memory, in whole or in part, with a parameter of another module."""
+    spans = []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            # A tensor without memory gets one byte at the address of its Python object, in no other tensor's memory.
+            address = 0 if parameter.is_meta else parameter.data_ptr()
+            last = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+            size = (last + 1) * parameter.element_size() if address else 1
+            if parameter.numel():
+                spans.append((address or id(parameter), (address or id(parameter)) + size, id(parameter)))
+    tied: set[int] = set()
+    furthest, holder = 0, 0
+    for start, end, identity in sorted(spans):
+        if start < furthest:
+            tied |= {identity, holder}
+        if end > furthest:
+            furthest, holder = end, identity
+    return tied
+
+
 def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     """True if two tensors of the same storage have at least one element at the same address."""
     if one.is_meta or one.numel() == 0 or other.numel() == 0:

@@ -14,7 +14,7 @@ import torch
 
 from .cpu_library import call, library
 from .errors import ArgumentError
-from .memory import address, contiguous, elements, matrix, new, sequences
+from .memory import ELEMENTS, address, contiguous, elements, matrix, new, sequences
 from .records import ColumnScale, GradientMoments, Step
 from .score_terms import ScoreTerms
 
@@ -273,3 +273,16 @@ def dense_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out, place = new((source[1], rows), _FLOAT)
     call("ace_dense_linear", *source, weight_at, rows, stride, element, None, place, torch.get_num_threads())
     return out
+
+
+def round_groups(values: torch.Tensor, bits: int, group: int, dtype: torch.dtype, into: torch.Tensor) -> None:
+    """CPU body of :func:`~ace_triton.kernels.round_groups.round_groups`."""
+    if into.dtype == torch.float16:
+        exact, _ = new(tuple(values.shape), _FLOAT)
+        round_groups(values, bits, group, dtype, exact)
+        into.copy_(exact)
+        return
+    rows, cols = values.shape
+    given = address(values, _FLOAT, values.shape, "values")
+    rule = bits, group, ELEMENTS[dtype][0]
+    call("ace_round_groups", given, rows, cols, *rule, *elements(into, values.shape, "into"), torch.get_num_threads())

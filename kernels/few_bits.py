@@ -55,6 +55,13 @@ def largest_of_groups(values: torch.Tensor, size: int) -> torch.Tensor:
     return magnitudes.view(rows, -1, size).amax(-1)
 
 
+def as_stored(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Largest magnitudes, fp32, rounded to the dtype in which they are stored. Finite ones beyond its range become its
+    largest number."""
+    most = torch.finfo(dtype).max
+    return torch.where(absmax.isfinite(), absmax.clamp(max=most), absmax).to(dtype).float()
+
+
 def quantized(values: torch.Tensor, absmax: torch.Tensor, bits: int) -> torch.Tensor:
     """The nearest integers q, in fp32.
 

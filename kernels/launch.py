@@ -233,6 +233,26 @@ def adamw(values: torch.Tensor) -> int:
     return WARPS * lanes(values.device) * 8
 
 
+@dataclass(frozen=True)
+class RoundGroups:
+    """Tile of ``round_groups``.
+
+    Attributes:
+        groups: groups of one program, side by side.
+        block: values of a group that are loaded at once, a power of two; a longer group is read twice.
+    """
+
+    groups: int
+    block: int
+
+
+def round_groups(values: torch.Tensor, group: int) -> RoundGroups:
+    """Values of a program as in :func:`adamw`; up to four times as many if one group needs them."""
+    tile = adamw(values)
+    block = min(4 * tile, 1 << (group - 1).bit_length())
+    return RoundGroups(max(1, tile // block), block)
+
+
 def divergence(logits: torch.Tensor) -> int:
     """Logits of a token per trip: eight per thread from each of the two rows, with WIDE_WARPS. With four
     warps, fp32 would spill registers."""

@@ -17,7 +17,7 @@ from ..evaluate import perplexity
 from ..formats.registry import format_of, load_model
 from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.model_source import weight_file_bytes
-from ..inputs.text import read_documents, wikitext_rows
+from ..inputs.text import check_text, read_documents, wikitext_rows
 from ..planning.memory import logit_bytes
 from ..planning.pruning_plan import weights_stay_in_files
 from ..planning.skeleton import skeleton
@@ -151,6 +151,7 @@ def evaluate(
             raise ArgumentError("--tasks runs in one process: run it without torchrun")
         check_tasks_installed()
     check_source(model_dir, any_format=True)
+    check_text(text)
     trust = {"trust_remote_code": trust_remote_code}
     options: dict[str, Any] = {"dtype": weights_dtype, "trust_remote_code": trust_remote_code}
     if tasks is not None:

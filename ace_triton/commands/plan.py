@@ -34,9 +34,9 @@ def plan(context: typer.Context, **_options: Any) -> None:
 
 def _options_of_prune() -> list[inspect.Parameter]:
     """The parameters of ``prune``, with OUT optional, and --probe for --dry-run."""
-    found = []
+    found, annotations = [], get_type_hints(prune, include_extras=True)
     for name, parameter in inspect.signature(prune).parameters.items():
-        annotation = get_type_hints(prune, include_extras=True)[name]
+        annotation = annotations[name]
         if name == "out":
             # A parameter without a default may not follow one with a default, so all are given by name.
             parameter = parameter.replace(default=None)
@@ -47,5 +47,6 @@ def _options_of_prune() -> list[inspect.Parameter]:
     return found
 
 
-plan.__signature__ = inspect.Signature(_options_of_prune())  # type: ignore[attr-defined]
-plan.__annotations__ = {parameter.name: parameter.annotation for parameter in _options_of_prune()}
+_OPTIONS = _options_of_prune()
+plan.__signature__ = inspect.Signature(_OPTIONS)  # type: ignore[attr-defined]
+plan.__annotations__ = {parameter.name: parameter.annotation for parameter in _OPTIONS}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +15,7 @@ from ..formats.registry import format_of, save_model
 from ..inputs import checkpoint
 from ..inputs.beginnings import Beginning
 from ..inputs.calibration import SELF, load_calibration, read_calibration
+from ..inputs.text import check_text
 from ..inputs.written_text import TEXT_LENGTH, text_to_write
 from ..processes import joined
 from ..progress import stage
@@ -22,6 +23,7 @@ from ..provenance import history_with, name_of, source_facts, with_provenance
 from ..recovery.settings import DEFAULT_MINUTES, GroupTuning, RecoverySettings
 from ..recovery.sharing import whole_models
 from ..recovery.state import remove_state
+from ..recovery.stopping import saved_steps_noted
 from ..recovery.text import TEXT_SEQUENCES
 from ..recovery.train import recover as train
 from ..solvers.quantize import GROUP
@@ -193,8 +195,9 @@ def recover(
 ) -> None:
     """Train the kept weights of the pruned model in DIR toward the dense model's predictions, and write OUT.
 
-    Weights of 0 stay 0. An interrupted run resumes when the same command is repeated. Several processes share the
-    sequences of each step: torchrun --nproc-per-node 4 -m ace_triton recover DIR OUT --tokens-per-step 1024.
+    Weights of 0 stay 0. An interrupted run resumes when the same command is repeated: at Ctrl-C, SIGTERM and SIGHUP the
+    step ends and is saved, and a second one stops at once. Several processes share the sequences of each step: torchrun
+    --nproc-per-node 4 -m ace_triton recover DIR OUT --tokens-per-step 1024.
 
     Other models than causal language models (encoders, vision, speech) learn what the dense model's blocks return, and
     its predictions, or its embeddings if it has no predictions. They run in one process.
@@ -210,14 +213,12 @@ def recover(
     if (name := format_of(model_dir).name) != "dense":
         raise ArgumentError(f"{model_dir} is {name}: recover the dense checkpoint with zeros, then pack the result")
     check_source(model_dir, hub=False)
-    causal = images is None and audio is None and is_causal(model_dir, task, trust_remote_code=trust_remote_code)
-    check_effect(given_flags(context), causal=causal)
     pruning = checkpoint.read_report(model_dir) or {}
     settings = RecoverySettings(
         steps,
         minutes,
         tokens_per_step=tokens_per_step,
-        learning_rate=learning_rate or (RecoverySettings.learning_rate if causal else OTHER_RATE),
+        learning_rate=learning_rate or RecoverySettings.learning_rate,
         norms=norms,
         hidden_states=hidden_states,
         seed=seed,
@@ -231,6 +232,12 @@ def recover(
     if tune == "groups" and not pruning:
         raise ArgumentError(f"--tune groups is for a model that shrink wrote, and {model_dir} is none: shrink it first")
     source = teacher_of(model_dir, teacher, pruning)
+    if calibration != SELF:
+        check_text(calibration)
+    causal = images is None and audio is None and is_causal(model_dir, task, trust_remote_code=trust_remote_code)
+    check_effect(given_flags(context), causal=causal)
+    if not causal and learning_rate is None:
+        settings = replace(settings, learning_rate=OTHER_RATE)
     trained = "adapter values" if tune == "groups" else "weights, norms and biases" if norms else "weights"
     if not causal:
         texts = TrainingInputs(calibration, samples or OTHER_SAMPLES, length, pieces, images, audio, inputs_per_step)
@@ -245,11 +252,13 @@ def recover(
     samples, length = samples or TEXT_SEQUENCES, length or TEXT_LENGTH
     check_length(model_dir, length, "--length")
     folder = out.absolute().parent / f".{out.name}.recovery"
+    state = folder / "state.pt"
     with ExitStack() as stack:
         processes = stack.enter_context(joined())
         if processes.is_first:
             stack.callback(remove_if_empty, folder)
             stack.enter_context(checkpoint.reserved(out, overwrite=overwrite))
+            stack.enter_context(saved_steps_noted(state))
         documents = read_calibration(calibration)
         print_backend(where)
         note_slow_training(dtype, where)
@@ -281,7 +290,7 @@ def recover(
             )
 
         spread = where if shard else None
-        state, pruned = folder / "state.pt", was_pruned(pruning)
+        pruned = was_pruned(pruning)
         result = train(model, dense, text, settings, shard=spread, pruned=pruned, state=state, progress=move)
         recovery = with_provenance(
             result.to_dict(),

@@ -110,8 +110,8 @@ def teacher_of(model_dir: Path, named: str | None, pruning: dict[str, Any]) -> s
 
 
 def _is_dense(report: dict[str, Any] | None) -> bool:
-    """True if a folder's report tells of no step that leaves zeros: shrink removes weights as a whole."""
-    return report is None or _commands(report) == {"shrink"}
+    """True if a folder's report tells of no step that prunes weights: shrink removes them as a whole."""
+    return report is None or _only_shrunk(report)
 
 
 def check_vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> None:

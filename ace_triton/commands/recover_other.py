@@ -24,6 +24,7 @@ from ..provenance import history_with, name_of, source_facts, with_provenance
 from ..recovery.any_model import recover_model
 from ..recovery.settings import RecoveryReport, RecoverySettings
 from ..recovery.state import remove_state
+from ..recovery.stopping import saved_steps_noted
 from . import report
 from .compare_run import pooling_of
 from .console import note_slow_training, print_backend, print_line, progress_bars
@@ -157,9 +158,11 @@ class OtherRecovery:
         sources = self.inputs.sources(task, self.model_dir, self.settings.seed)
         pruning = checkpoint.read_report(self.model_dir) or {}
         folder = self.out.absolute().parent / f".{self.out.name}.recovery"
+        state = folder / "state.pt"
         with ExitStack() as stack:
             stack.callback(remove_if_empty, folder)
             stack.enter_context(checkpoint.reserved(self.out, overwrite=self.overwrite))
+            stack.enter_context(saved_steps_noted(state))
             print_backend(self.loading["device"])
             note_slow_training(self.loading["dtype"], self.loading["device"])
             progress = stack.enter_context(progress_bars())
@@ -186,7 +189,6 @@ class OtherRecovery:
                 )
 
             pooling = pooling_of(ModelSource.find(self.teacher).path)
-            state = folder / "state.pt"
             about_zeros = zeros_note(model, dense, pruning)
             result = recover_model(
                 model,

@@ -182,6 +182,8 @@ def shrink(
     if not dry_run:
         checkpoint.check_out(out, overwrite=overwrite)
     check_source(src)
+    if evaluation is not None:
+        check_text(evaluation)
     check_causal(src, "shrink", "prune it to n:m with 'ace-triton prune'", trust_remote_code=trust_remote_code)
     check_can_shrink(src, trust_remote_code=trust_remote_code)
     streams = ShrinkRun.streams(
@@ -199,7 +201,6 @@ def shrink(
         check_length(src, words.calibration.length, "--length")
     if evaluation is not None:
         check_length(src, window_length, "--window-length")
-        check_text(evaluation)
     text, documents = words.read_text()
     run = ShrinkRun(
         src,

@@ -220,14 +220,14 @@ def _cells_bar(progress: Progress) -> Callable[[int, int, str], None]:
 def _check_places(protocol: Protocol, out: Path, length: int) -> None:
     """Raise an AceError for a model, text or folder that would fail after the model is loaded."""
     check_source(protocol.model)
-    advice = "prune it by each method, and compare the results with 'ace-triton evaluate --dense'"
-    check_causal(protocol.model, "study", advice, trust_remote_code=protocol.trust_remote_code)
-    check_length(protocol.model, length, "--lengths")
-    check_length(protocol.model, max(protocol.window_length, *protocol.further_window_lengths, 0), "--window-lengths")
     for text in (protocol.calibration, protocol.evaluation):
         check_text(text)
     if (out / "config.json").exists():
         raise StudyError(f"{out} is a model's folder: name another one for the study")
+    advice = "prune it by each method, and compare the results with 'ace-triton evaluate --dense'"
+    check_causal(protocol.model, "study", advice, trust_remote_code=protocol.trust_remote_code)
+    check_length(protocol.model, length, "--lengths")
+    check_length(protocol.model, max(protocol.window_length, *protocol.further_window_lengths, 0), "--window-lengths")
 
 
 def _render(write_page: PageWriter, results: Results, out: Path) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from copy import copy
+from functools import cache, wraps
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,8 @@ _CUT = "the file ends within its metadata"
 
 _lock = threading.Lock()
 _entered = 0
-_own: tuple[Any, Any]
-"""What the package gguf has in place of what :func:`fast_gguf_metadata` puts there, while ``_entered`` is not 0."""
+_own: list[tuple[Any, str, Any]] = []
+"""What modules have under the names that :func:`fast_gguf_metadata` replaces, while ``_entered`` is not 0."""
 
 
 @cache
@@ -71,24 +73,50 @@ def _strings(reader: Any, start: int, count: int) -> tuple[list[np.ndarray], int
     return found, start
 
 
+def _read_once(load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """``load_gguf_checkpoint`` of transformers, which reads the metadata of a file only once."""
+    known: dict[str, dict[str, Any]] = {}
+
+    @wraps(load)
+    def loaded(path: Any, return_tensors: bool = False, **options: Any) -> dict[str, Any]:
+        if return_tensors:
+            return load(path, return_tensors=True, **options)
+        if str(path) not in known:
+            known[str(path)] = load(path, **options)
+        return {part: copy(content) for part, content in known[str(path)].items()}
+
+    return loaded
+
+
+def _replacements() -> Iterator[tuple[Any, str, Any]]:
+    """Modules, names in them, and what takes the place of these names."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loading
+
+    package: Any = gguf
+    yield package, "GGUFReader", metadata_reader()
+    # transformers asks for the same map of names once for each module of a model.
+    yield package, "get_tensor_name_map", cache(package.get_tensor_name_map)
+    yield loading, "load_gguf_checkpoint", _read_once(loading.load_gguf_checkpoint)
+
+
 @contextmanager
 def fast_gguf_metadata() -> Iterator[None]:
-    """A context in which transformers reads GGUF files with the class of :func:`metadata_reader`.
+    """A context in which transformers reads GGUF files with the class of :func:`metadata_reader`, and their metadata
+    once for the configuration and the tokenizer.
 
-    Contexts may overlap, in one thread or in several; the package gguf is as before after the last has ended.
+    Contexts may overlap, in one thread or in several; both packages are as before after the last has ended.
     """
     global _entered, _own
-    try:
-        import gguf
-    except ImportError:
+    if find_spec("gguf") is None:
         yield  # transformers says that the package is missing.
         return
-    package: Any = gguf
     with _lock:
         if not _entered:
-            _own = package.GGUFReader, package.get_tensor_name_map
-            # transformers asks for the same map of names once for each module of a model.
-            package.GGUFReader, package.get_tensor_name_map = metadata_reader(), cache(_own[1])
+            new = list(_replacements())
+            _own = [(module, name, getattr(module, name)) for module, name, _ in new]
+            for module, name, replacement in new:
+                setattr(module, name, replacement)
         _entered += 1
     try:
         yield
@@ -96,4 +124,5 @@ def fast_gguf_metadata() -> Iterator[None]:
         with _lock:
             _entered -= 1
             if not _entered:
-                package.GGUFReader, package.get_tensor_name_map = _own
+                for module, name, own in _own:
+                    setattr(module, name, own)

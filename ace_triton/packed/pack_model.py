@@ -19,6 +19,7 @@ from ..linears import linear_weight
 from ..process_memory import give_back_free_memory
 from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
+from ..tied import tied_parameters
 from .expert_stack import ExpertStack, stores_transposed
 from .manifest import DENSE
 from .nm_linear import NMLinear
@@ -212,7 +213,7 @@ def pack_layers(
             _check_finite(model, table[0], weights)
     names = NameFilter.of(model, include, exclude)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tied = _tied(model)
+    tied = tied_parameters(model)
     packed: list[PackedLayer] = []
     skipped: list[Skipped] = []
     freed = 0
@@ -297,27 +298,6 @@ def set_row_limits(model: nn.Module, limits: RowLimits | None) -> None:
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.limits = limits
-
-
-def _tied(model: nn.Module) -> set[int]:
-    """Ids (``id()``) of the parameters that share memory, in whole or in part, with a parameter of another module."""
-    spans = []
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            # A tensor without memory gets one byte at the address of its Python object, in no other tensor's memory.
-            address = 0 if parameter.is_meta else parameter.data_ptr()
-            last = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
-            size = (last + 1) * parameter.element_size() if address else 1
-            if parameter.numel():
-                spans.append((address or id(parameter), (address or id(parameter)) + size, id(parameter)))
-    tied: set[int] = set()
-    furthest, holder = 0, 0
-    for start, end, identity in sorted(spans):
-        if start < furthest:
-            tied |= {identity, holder}
-        if end > furthest:
-            furthest, holder = end, identity
-    return tied
 
 
 def _check_finite(model: nn.Module, name: str, weights: WeightsInMemory) -> None:

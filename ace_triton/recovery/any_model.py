@@ -35,6 +35,7 @@ from .output_distillation import OutputDistillation
 from .rounded_forwards import RoundedWeight, roundings_of
 from .settings import DEFAULT_MINUTES, RecoveryReport, RecoverySettings
 from .state import RecoveryState, fingerprint, locked
+from .stopping import HeldSignals, saved_steps_noted
 from .train import RecoveryProgress, frozen, spent_share
 
 
@@ -65,8 +66,8 @@ def recover_model(
             language models.
         pooling: how hidden states become one embedding: "mean", "cls" or "last".
         pruned: as for :func:`~ace_triton.recover`.
-        state: file to resume from after a kill, written atomically every ``save_every`` seconds and at the end. Remove
-            it after the model is saved. None saves no state.
+        state: file to resume from after an interruption, as for :func:`~ace_triton.recover`: written atomically every
+            ``save_every`` seconds, at a signal, and at the end. Remove it after the model is saved. None saves none.
         save_every: seconds between two writes of the state.
         progress: called after each step with the spent budget, the whole budget (steps or seconds) and the loss.
 
@@ -93,7 +94,7 @@ def recover_model(
     check_finite(model, masks)
     roundings = roundings_of(model, masks, settings.quantization)
     steps = batches_of(model, batches, None)
-    with locked(state):
+    with locked(state), saved_steps_noted(state):
         identity = "" if state is None else fingerprint(settings, _digest(steps, pooling), model, teacher)
         with weights_as_loaded(model), frozen(model), frozen(teacher):
             objective = OutputDistillation(model, teacher, steps[0], pooling, settings.forward_dtype)
@@ -147,17 +148,22 @@ def _train(
     clock, cpu, saved = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds, run.seconds
     budget = settings.steps if settings.minutes is None else 60 * settings.minutes
     assert budget is not None
-    while (fraction := spent_share(settings, run)) < 1:
-        loss = objective.backward(order.of(run.steps))
-        if not math.isfinite(loss):
-            raise RecoveryError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
-        optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
-        run.record(loss, time.monotonic() - clock, time.process_time() - cpu)
-        if path is not None and (run.seconds - saved >= every or spent_share(settings, run) >= 1):
-            run.save(path, optimizer)
-            saved = run.seconds
-        if progress is not None:
-            progress(min(spent_share(settings, run), 1) * budget, budget, loss)
+    with HeldSignals(path is not None) as held:
+        while (fraction := spent_share(settings, run)) < 1:
+            loss = objective.backward(order.of(run.steps))
+            if not math.isfinite(loss):
+                raise RecoveryError(f"the loss became {loss} in step {run.steps}: try a smaller learning rate")
+            optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
+            run.record(loss, time.monotonic() - clock, time.process_time() - cpu)
+            stop = held.number
+            due = run.seconds - saved >= every or spent_share(settings, run) >= 1
+            if path is not None and (due or stop is not None):
+                run.save(path, optimizer)
+                saved = run.seconds
+            if progress is not None:
+                progress(min(spent_share(settings, run), 1) * budget, budget, loss)
+            if stop is not None:
+                held.deliver(stop)
 
 
 @contextmanager

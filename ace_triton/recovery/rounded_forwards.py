@@ -22,8 +22,10 @@ from torch import nn
 
 from ..decoders.blocks import find_blocks, linears_of, stacks_of
 from ..errors import RecoveryError
+from ..kernels.few_bits import DTYPES
+from ..kernels.round_groups import round_groups
 from ..packed.expert_stack import stores_transposed
-from ..solvers.quantize import Quantization, rounded_weight
+from ..solvers.quantize import Quantization
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,28 @@ class RoundedWeight:
     transposed: bool
 
     @torch.no_grad()
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """The rounded values, fp32 of the same shape, contiguous."""
+    def __call__(self, values: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The rounded values, contiguous, in ``into`` or in a new tensor in fp32 of the same shape.
+
+        Args:
+            values: fp32.
+            into: of the same shape, in any dtype.
+        """
+        values = values.contiguous()
+        into = torch.empty_like(values) if into is None else into
         if not values.numel():
-            return values
-        stored = values.mT if self.transposed else values
-        rounded = rounded_weight(stored.flatten(0, -2), self.by, self.dtype).view(stored.shape)
-        return (rounded.mT if self.transposed else rounded).contiguous()
+            return into
+        if self.transposed or into.dtype not in DTYPES or not into.is_contiguous():
+            given = values.mT.contiguous() if self.transposed else values
+            rounded = self._rounded(given, torch.empty_like(given))
+            return into.copy_(rounded.mT if self.transposed else rounded)
+        return self._rounded(values, into)
+
+    def _rounded(self, values: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        """The same for values [..., in_features]."""
+        cols = values.shape[-1]
+        round_groups(values.view(-1, cols), self.by.bits, self.by.group, self.dtype, into.view(-1, cols))
+        return into
 
 
 def roundings_of(

@@ -1,4 +1,4 @@
-"""The saved state from which a recovery resumes after a kill."""
+"""The saved state from which an interrupted recovery resumes."""
 
 from __future__ import annotations
 
@@ -99,11 +99,24 @@ class RecoveryState:
             torch.save(content, partial)
             os.replace(partial, target)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-            partial.unlink(missing_ok=True)
             raise OSError(
                 f"{path}: the state of the recovery could not be written ({error}); the same call resumes from the "
                 "last saved state"
             ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def saved_steps(path: str | Path | None) -> int | None:
+    """Number of steps in the state in a file, whose tensors are not read; None if there is no state."""
+    if path is None or not Path(path).is_file():
+        return None
+    try:
+        saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        return None
+    steps = saved.get("steps") if isinstance(saved, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def remove_state(path: str | Path) -> None:

@@ -58,6 +58,7 @@ from .rounded_forwards import roundings_of
 from .settings import DEFAULT_MINUTES, RecoveryReport, RecoverySettings
 from .sharing import check_equal, check_shares, passes_of, share_of, whole_models
 from .state import RecoveryState, fingerprint, locked
+from .stopping import HeldSignals, saved_steps_noted
 from .text import Batches, batches_of
 
 if TYPE_CHECKING:
@@ -100,9 +101,11 @@ def recover(
         pruned: for a model that is smaller than the teacher, whether its zeros were pruned and stay 0. False trains
             them too, as those that an earlier rounding left. None: they stay if they follow a pattern n:m, or are 44 %
             of a weight or more.
-        state: file to resume from after a kill, written atomically every ``save_every`` seconds and at the end. If it
-            exists, the training resumes from it. Remove it after the model is saved. None saves no state. The first
-            process reads and writes it, and the number of processes may change.
+        state: file to resume from after an interruption, written atomically every ``save_every`` seconds and at the
+            end. If it exists, the training resumes from it. Remove it after the model is saved. None saves no state.
+            The first process reads and writes it, and the number of processes may change. With a state, the first
+            SIGINT, SIGTERM or SIGHUP in the main thread of a process waits until the step has ended in all processes
+            and is saved; then it takes effect, such as by a KeyboardInterrupt. A second one takes effect at once.
         save_every: seconds between two writes of the state. A write takes 12 bytes for each trained weight, and its
             time counts in the budget of minutes.
         progress: called after each step with the spent budget, the whole budget (steps or seconds) and the loss.
@@ -125,7 +128,7 @@ def recover(
     batches = batches_of(text, teacher, settings.tokens_per_step, settings.seed, processes)
     check_shares(batches, processes)
     file = state if processes.is_first else None
-    with locked(file), whole_models(processes, shard=shard is not None):
+    with locked(file), saved_steps_noted(file), whole_models(processes, shard=shard is not None):
         alone = state is None and processes.size == 1
         identity = "" if alone else fingerprint(settings, batches.digest(), model, teacher)
         check_equal(identity, processes)
@@ -198,7 +201,7 @@ def _train(
     in_step: bool,
 ) -> RecoveryState:
     """Train until the budget is spent; ``in_step`` if all processes must run the same number of passes."""
-    with _quick_attention((model, teacher), batches.length):
+    with _quick_attention((model, teacher), batches.length), HeldSignals(keeping.saves) as held:
         run = processes.broadcast(RecoveryState.begin(keeping.path, keeping.identity, optimizer))
         if run.steps:
             optimizer.take_from_first()
@@ -216,9 +219,11 @@ def _train(
                     remedy += f", or a weight of hidden states (--hidden-states) below {settings.hidden_states:g}"
                 raise RecoveryError(f"the loss became {loss} in step {run.steps}: try {remedy}")
             optimizer.step(settings.rate(fraction), LARGEST_GRADIENT)
-            spent = processes.gather((time.monotonic() - clock, time.process_time() - cpu))
-            run.record(loss, spent[0][0], cpu_before + sum(of_process for _, of_process in spent))
-            if keeping.saves and (run.seconds - saved >= keeping.every or spent_share(settings, run) >= 1):
+            spent = processes.gather((time.monotonic() - clock, time.process_time() - cpu, held.number))
+            run.record(loss, spent[0][0], cpu_before + sum(of_process for _, of_process, _ in spent))
+            stop = next((number for _, _, number in spent if number is not None), None)
+            due = run.seconds - saved >= keeping.every or spent_share(settings, run) >= 1
+            if keeping.saves and (due or stop is not None):
                 optimizer.collect()
                 if keeping.path is not None:
                     run.save(keeping.path, optimizer)
@@ -227,6 +232,9 @@ def _train(
                 budget = settings.steps if settings.minutes is None else 60 * settings.minutes
                 assert budget is not None
                 progress(min(spent_share(settings, run), 1) * budget, budget, loss)
+            if stop is not None:
+                processes.wait()  # Until the state is written: torchrun ends all processes after the first one.
+                held.deliver(stop)
     return run
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -41,8 +41,11 @@ def scheduled_rate(peak: float, fraction: float, warmup: float) -> float:
     return peak * (1 - fraction) / (1 - warmup)
 
 
-Rounding = Callable[[torch.Tensor], torch.Tensor]
-"""How a parameter is rounded for forwards: fp32 values to rounded ones of the same shape; 0 stays 0."""
+class Rounding(Protocol):
+    """How a parameter is rounded for forwards: fp32 values to rounded ones of the same shape; 0 stays 0."""
+
+    def __call__(self, values: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The rounded values, in ``into`` or in a new tensor in fp32."""
 
 
 class KeptAdamW:
@@ -128,8 +131,10 @@ class KeptAdamW:
                 rounded=held if in_step else None,
                 zeros_stay=values.dim() > 1 and name not in self._dense,
             )
-            if held.dtype == torch.float64 or name in self._roundings:
-                held.copy_(self.rounded(name))
+            if (rounding := self._roundings.get(name)) is not None:
+                rounding(values, held)
+            elif held.dtype == torch.float64:
+                held.copy_(values)
             parameter.grad = None
 
     def _held(self, name: str) -> torch.Tensor:

@@ -9,14 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..errors import RecipeError
-from ..kernels.few_bits import (
-    check_bits,
-    dequantized,
-    dequantized_groups,
-    largest_of_groups,
-    quantized,
-    quantized_groups,
-)
+from ..kernels.few_bits import as_stored, check_bits, dequantized, quantized
+from ..kernels.round_groups import round_groups
 from ..statistics.activation import ActivationStats
 from ..threads import few_threads
 from .inverse_factor import inverse_factor
@@ -130,9 +124,7 @@ def rounded_weight(weight: torch.Tensor, by: Quantization, dtype: torch.dtype) -
     Returns:
         fp32 [out_features, in_features], as :func:`quantized_weight`. Rounding it again changes nothing.
     """
-    absmax = _in_dtype(largest_of_groups(weight, by.group), dtype)
-    steps = quantized_groups(weight, absmax, by.group, by.bits)
-    return dequantized_groups(steps, absmax, by.group, by.bits).add_(0.0)  # Makes -0.0 to +0.0.
+    return round_groups(weight.contiguous(), by.bits, by.group, dtype)
 
 
 def _sweep(
@@ -149,7 +141,7 @@ def _sweep(
     columns, kept = current.t().contiguous(), mask.t().contiguous()
     start = columns * kept
     largest, holder = start.abs().max(0)
-    absmax = _best_clip(start, _in_dtype(largest, dtype), by, dtype)
+    absmax = _best_clip(start, as_stored(largest, dtype), by, dtype)
     extreme = start.gather(0, holder[None])[0].sign() * absmax
     results, errors = torch.empty_like(columns), torch.empty_like(columns)
     for j in range(len(columns)):
@@ -170,7 +162,7 @@ def _best_clip(columns: torch.Tensor, largest: torch.Tensor, by: Quantization, d
     """
     best, least = largest, _squared_error(columns, largest, by)
     for share in CLIPS[by.bits]:
-        tried = _in_dtype(largest * share, dtype)
+        tried = as_stored(largest * share, dtype)
         error = _squared_error(columns, tried, by)
         best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
     return best
@@ -178,8 +170,3 @@ def _best_clip(columns: torch.Tensor, largest: torch.Tensor, by: Quantization, d
 
 def _squared_error(columns: torch.Tensor, absmax: torch.Tensor, by: Quantization) -> torch.Tensor:
     return (dequantized(quantized(columns, absmax, by.bits), absmax, by.bits) - columns).square_().sum(0)
-
-
-def _in_dtype(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """fp32 values, rounded to a dtype."""
-    return values.to(dtype).float()

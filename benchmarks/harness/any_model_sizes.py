@@ -397,19 +397,3 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 """Changes by ``model_type``; a dictionary changes a part of the configuration, and ``...`` leaves a usual size out."""
-
-
-def with_own_sizes(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """The sizes with those that a family needs, part by part."""
-    return _joined(sizes, SIZES.get(name, {}))
-
-
-def _joined(sizes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    found = {key: value for key, value in sizes.items() if own.get(key) is not ...}
-    for key, value in own.items():
-        inside = found.get(key)
-        if isinstance(value, dict) and isinstance(inside, dict):
-            found[key] = _joined(inside, value)
-        elif value is not ...:
-            found[key] = value
-    return found

@@ -14,7 +14,7 @@ from ace_triton.inputs.model_inputs import Reads
 
 from .any_model_inputs import IMAGE_TOKEN, OWN_INPUTS
 from .any_model_parts import PATCH, PATCHES, TILES
-from .any_model_sizes import with_own_sizes
+from .any_model_sizes import SIZES
 from .small_models import MOST_PARAMETERS, TRIED, NotMade, small_sizes
 
 Inputs = dict[str, torch.Tensor]
@@ -218,3 +218,19 @@ def _words(error: Exception) -> str:
     """One line of an error, without what differs from machine to machine."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+
+
+def with_own_sizes(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes with those that a family needs, part by part."""
+    return _joined(sizes, SIZES.get(name, {}))
+
+
+def _joined(sizes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in sizes.items() if own.get(key) is not ...}
+    for key, value in own.items():
+        inside = found.get(key)
+        if isinstance(value, dict) and isinstance(inside, dict):
+            found[key] = _joined(inside, value)
+        elif value is not ...:
+            found[key] = value
+    return found

@@ -21,6 +21,7 @@ from ace_triton.kernels.finite import all_finite, find_not_finite
 from ace_triton.kernels.finite_group import find_each_not_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
+from ace_triton.kernels.round_groups import round_groups
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_nm_group import select_nm_group
@@ -233,6 +234,8 @@ def training_calls() -> Iterator[tuple[str, Call]]:
         extras = {"factor": torch.ones(1), "rounded": some(t, c)}
         yield f"adamw of {t} x {c}", partial(step, some(t, c), **extras)
         yield f"adamw of {t} x {c} in fp32", partial(step, some(t, c, dtype=FP32), zeros_stay=False)
+        for group in (32, 2**20):
+            yield f"{t} x {c} in groups of {group}", partial(round_groups, values, 8, group, FP32, some(t, c))
 
 
 def coupling_calls() -> Iterator[tuple[str, Call]]:

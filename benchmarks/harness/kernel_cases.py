@@ -20,6 +20,7 @@ from ace_triton.kernels.nm_linear_mma import nm_linear_mma
 from ace_triton.kernels.pack_nm import PackedNM, pack_cutlass, pack_nm, pack_scored
 from ace_triton.kernels.pack_rows import unpack_rows
 from ace_triton.kernels.packed_rows import PackedRows
+from ace_triton.kernels.round_groups import round_groups
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
@@ -190,6 +191,16 @@ def adamw_case(dtype: torch.dtype) -> Case:
         adamw(values, GradientMoments(first, second), gradient, Step(1e-3, 1), factor=torch.empty(1), rounded=rounded)
 
     return Case("adamw", dtype, call, SHAPE[0] * SHAPE[1], 24 + 2 * size, 24 + 2 * size)
+
+
+def round_groups_case(dtype: torch.dtype, group: int = 128) -> Case:
+    """Weights of a recovery in 8 bits, rounded for forwards in this dtype."""
+
+    def call() -> object:
+        return round_groups(torch.empty(SHAPE), 8, group, dtype, torch.empty(SHAPE, dtype=dtype))
+
+    moved = 4 + dtype.itemsize
+    return Case(f"round_groups of {group}", dtype, call, SHAPE[0] * SHAPE[1], 4, moved)
 
 
 def coupling_case(dtype: torch.dtype, reduce: str) -> Case:
@@ -381,6 +392,7 @@ def every_case() -> Iterator[Case]:
         yield finite_pair_case(dtype)
         yield divergence_case(dtype)
         yield adamw_case(dtype)
+        yield round_groups_case(dtype)
         for reduce in ("abs", "rms"):
             yield coupling_case(dtype, reduce)
             yield cosp_select_case(dtype, reduce)

@@ -21,6 +21,7 @@ from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.nm_linear_mma import fragments_of, nm_linear_mma
 from ace_triton.kernels.pack_nm import pack_scored
+from ace_triton.kernels.round_groups import round_groups
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm_group import select_nm_group
 from ace_triton.kernels.select_rows import select_rows
@@ -48,6 +49,7 @@ def run_kernels(device: torch.device) -> None:
     select_rows(weight.clone(), ScoreTerms(), 100, scope="layer")
     values, first, second = torch.randn(3, 128, 512, device=device)
     adamw(values, GradientMoments(first, second), weight, Step(0.1, 1), rounded=weight.clone())
+    round_groups(values, 8, 128, torch.bfloat16, weight)
 
 
 def main(

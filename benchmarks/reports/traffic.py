@@ -31,6 +31,7 @@ from ace_triton.kernels.output_norms import output_norms
 from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_scored
 from ace_triton.kernels.pack_rows import pack_rows, unpack_rows
 from ace_triton.kernels.quantize_nm import quantize_nm
+from ace_triton.kernels.round_groups import round_groups
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
@@ -256,6 +257,7 @@ def our_rows(dtype: torch.dtype = torch.bfloat16) -> list[Row]:
         count("token_norms", outputs.numel(), e * outputs.numel() + 4 * N_TOKENS, lambda: token_norms(outputs)),
         count("divergence, over its logits", logits.numel(), 3 * e * logits.numel() + 4 * len(logits), diverge),
         count("adamw, with a rounded copy", n, (24 + 2 * e) * n, train),
+        count("round_groups, 8 bits", n, (4 + e) * n, lambda: round_groups(values, 8, 128, dtype, rounded)),
         count(
             "coupling",
             n,

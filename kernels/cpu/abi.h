@@ -254,6 +254,11 @@ ACE_EXPORT int ace_dense_linear(void* tokens, int64_t n_tokens, int64_t cols, in
 ACE_EXPORT int ace_decode_step(const struct AceDecoder* decoder, const struct AceCache* caches, int64_t n_texts,
                                const float* hidden, float* logits, double* seconds, int32_t threads);
 
+/* Rounds `values` [rows, cols] to `bits` (8 or 4) bits, with a scale of type `scale_element` for every `group` of a row;
+ * `into`, fp32 or bf16, may be `values`. */
+ACE_EXPORT int ace_round_groups(const float* values, int64_t rows, int64_t cols, int32_t bits, int64_t group,
+                                int32_t scale_element, void* into, int32_t into_element, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -14,6 +14,7 @@
 #include "nm_linear.h"
 #include "pack_nm.h"
 #include "pack_rows.h"
+#include "round_groups.h"
 #include "select_nm.h"
 #include "select_rows.h"
 #include "sums.h"
@@ -30,6 +31,7 @@ const Bodies ACE_BODIES = {
     pack_nm,    find_kept,   pack_rows,   unpack_nm,  widen_rows,       nm_linear, dense_linear,
     round_tokens, round_to_bytes, few_bits_linear,
     rms_norm, rotate_head, attend, gate,
+    round_groups,
 };
 
 }  // namespace ace

@@ -148,6 +148,16 @@ int ace_adamw(float* values, float* first, float* second, int64_t size, const vo
     });
 }
 
+int ace_round_groups(const float* values, int64_t rows, int64_t cols, int32_t bits, int64_t group,
+                     int32_t scale_element, void* into, int32_t into_element, int32_t threads) {
+    const Bodies* const bodies = bodies_in_use;
+    const RoundTask task = {values, cols, group, bits, Element(scale_element), Element(into_element), into};
+    return guarded([&] {
+        deal(rows, threads_for(rows * cols * int64_t(sizeof(float)), rows, threads),
+             [&](int64_t begin, int64_t end, int) { bodies->round_groups(task, begin, end); });
+    });
+}
+
 int ace_token_norms(void* outputs, int64_t rows, int64_t cols, int64_t stride, int32_t element,
                     float* norms, int32_t threads) {
     const Bodies* const bodies = bodies_in_use;

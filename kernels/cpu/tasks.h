@@ -87,6 +87,14 @@ struct AdamWTask {
     bool zeros_stay;
 };
 
+struct RoundTask {
+    const float* values;  // [rows, cols]
+    int64_t cols, group;  // group: values of a row that share a scale
+    int32_t bits;
+    Element scale_element, into_element;
+    void* into;  // [rows, cols], fp32 or bf16
+};
+
 struct JoinTask {
     const float *candidates, *thresholds;  // [n_pools, rows, n_candidates] and [n_pools, rows, groups]
     int64_t rows, groups, n_candidates;
@@ -245,6 +253,8 @@ struct Bodies {
     // Query heads begin..end.
     void (*attend)(const AttentionTask&, int64_t begin, int64_t end);
     void (*gate)(Activation, const float* gates, const float* ups, int64_t size, float* out);
+    // Rows begin..end.
+    void (*round_groups)(const RoundTask&, int64_t begin, int64_t end);
 };
 
 extern const Bodies portable_bodies;

@@ -10,7 +10,7 @@ import torch
 
 from ace_triton.decoders.blocks import find_towers
 from ace_triton.decoders.calibration_forms import batches_of
-from benchmarks.harness import any_model_sizes
+from benchmarks.harness import any_models
 from benchmarks.harness.any_models import small_any_model
 from benchmarks.reports import architectures, encoder_speed, encoders, families, norms, vision
 from tests.decoders import small_towers
@@ -82,9 +82,9 @@ def test_a_family_with_inputs_of_its_own_runs(name):
 
 
 def test_sizes_of_parts_in_parts_are_joined_and_left_out(monkeypatch):
-    monkeypatch.setitem(any_model_sizes.SIZES, "kind", {"depth": ..., "part": {"inner": {"width": 4}, "heads": 2}})
+    monkeypatch.setitem(any_models.SIZES, "kind", {"depth": ..., "part": {"inner": {"width": 4}, "heads": 2}})
     sizes = {"depth": 2, "part": {"heads": 4, "inner": {"width": 8, "layers": 2}}}
-    found = any_model_sizes.with_own_sizes("kind", sizes)
+    found = any_models.with_own_sizes("kind", sizes)
     assert found == {"part": {"heads": 2, "inner": {"width": 4, "layers": 2}}}
 
 

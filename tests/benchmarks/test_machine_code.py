@@ -24,6 +24,7 @@ from benchmarks.harness.kernel_cases import (
     nm_linear_mma_case,
     pack_case,
     pack_cutlass_case,
+    round_groups_case,
     rows_linear_case,
     select_nm_case,
     select_rows_case,
@@ -126,6 +127,14 @@ def test_adamw_waits_for_memory(dtype):
     check(adamw_case(dtype), most_ratio=0.4)
     for target in ("sm_100", "gfx942"):
         _, code = kernel_of(adamw_case(dtype), target)
+        assert code.spills == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_groups_takes_little_more_than_the_memory_time(dtype):
+    check(round_groups_case(dtype), most_ratio=1.35)
+    for target in ("sm_100", "gfx942"):
+        _, code = kernel_of(round_groups_case(dtype), target)
         assert code.spills == 0
 
 

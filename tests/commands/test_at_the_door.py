@@ -150,6 +150,40 @@ def test_a_mistake_is_one_line(at_the_door, words, message):
     assert errors.count("error: ") == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        (*RECOVER, "--bits", "5"),
+        (*RECOVER, "--group", "64"),
+        (*RECOVER, "--bits", "8", "--group", "48"),
+        (*RECOVER, "--bits", "8", "--tune", "groups"),
+        (*RECOVER, "--steps", "1", "--minutes", "1"),
+        (*RECOVER, "--rank", "4"),
+        (*RECOVER, "--norms", "--tune", "groups"),
+        (*RECOVER, "--dtype", "float16"),
+        (*RECOVER, "--device", "warp"),
+        (*RECOVER, "--json", "no/such/folder/a.json"),
+        (*RECOVER, "--teacher", "./none"),
+        (*RECOVER, "--calibration", "none.txt"),
+        ("recover", "PACKED", "OUT"),
+        ("recover", "./none", "OUT"),
+        (*EVALUATE, "--text", "none.txt"),
+        ("shrink", "TINY", "OUT", "--evaluation", "none.txt"),
+        (*STUDY, "--evaluation", "none.txt"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_its_configuration_is_read(at_the_door, monkeypatch, words):
+    """transformers, which reads a configuration, takes seconds to import."""
+
+    def read(*_, **__):
+        raise AssertionError("a configuration was read")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", read)
+    code, errors = at_the_door(*words)
+    assert code == 1
+    assert errors.splitlines()[-1].startswith("error: ")
+
+
 def test_a_report_without_a_place_asks_for_the_teacher(at_the_door, tmp_path):
     (tmp_path / "pruned" / "ace_triton.json").write_text(json.dumps({"source": "llama", "source_path": None}))
     code, errors = at_the_door(*RECOVER)

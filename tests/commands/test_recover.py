@@ -190,6 +190,22 @@ def test_a_model_that_shrink_wrote_is_a_teacher(command, tiny_checkpoint, some_t
     assert (code, "--tune groups is for a model that shrink wrote" in errors) == (1, True)
 
 
+def test_a_model_that_was_shrunk_and_recovered_is_a_teacher(command, tiny_checkpoint, some_text, tmp_path):
+    small = ("--calibration", some_text, "--samples", 4, "--length", 16)
+    shrunk, trained, pruned = (tmp_path / name for name in ("shrunk", "trained", "pruned"))
+    few = ("--steps", 1, "--tokens-per-step", 32)
+    assert command("shrink", tiny_checkpoint, shrunk, *small, "--method", "depth", "--ratio", 0.5)[0] == 0
+    assert command("recover", shrunk, trained, *small, *few)[0] == 0
+    assert command("prune", trained, pruned, "--method", "magnitude")[0] == 0
+    for words in ((), ("--teacher", trained)):
+        code, _, errors = command("recover", pruned, tmp_path / "out", *small, *few, *words, "--overwrite")
+        assert code == 0, errors
+    again = tmp_path / "again"
+    assert command("recover", pruned, again, *small, *few)[0] == 0
+    code, _, errors = command("recover", pruned, tmp_path / "none", *small, *few, "--teacher", again)
+    assert (code, "that is a pruned model (it has ace_triton.json)" in errors) == (1, True)
+
+
 def test_two_commands_at_once_are_refused(command, tiny_checkpoint, some_text, tmp_path):
     small = ("--calibration", some_text, "--samples", 4, "--length", 16)
     assert command("prune", tiny_checkpoint, tmp_path / "pruned", "--method", "wanda", *small)[0] == 0

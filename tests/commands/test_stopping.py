@@ -4,9 +4,11 @@ import os
 import signal
 
 import pytest
+from transformers import BertConfig, BertModel
 
 from ace_triton.formats.registry import load_model
 from ace_triton.inputs import checkpoint
+from ace_triton.solvers.kept_adamw import KeptAdamW
 from ace_triton.study.journal import FILE, read_results
 from ace_triton.study.workbench import Workbench
 
@@ -93,6 +95,43 @@ def test_a_study_that_is_stopped_shows_what_it_has_and_resumes(study, monkeypatc
     assert study(out, *words)[0] == 0
     assert (out / FILE).read_bytes().startswith(before)
     assert len(read_results(out).cells) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize(("number", "how"), [(signal.SIGINT, "stopped"), (signal.SIGTERM, "terminated")])
+def test_a_recovery_saves_the_step_that_it_is_in_and_resumes(
+    command, monkeypatch, tiny_checkpoint, some_text, tmp_path, save, family, number, how
+):
+    dense = tiny_checkpoint
+    few = ("--calibration", some_text, "--steps", 4, "--length", 16)
+    few += ("--tokens-per-step", 32) if family == "llama" else ("--inputs-per-step", 2, "--samples", 8)
+    if family == "bert":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        dense = save(BertModel(BertConfig(vocab_size=320, **sizes)), "bert")
+    assert command("prune", dense, tmp_path / "pruned", "--method", "magnitude")[0] == 0
+    words = ("recover", tmp_path / "pruned", tmp_path / "out", *few)
+    take, taken = KeptAdamW.step, []
+
+    def stopping(self, *rates):
+        taken.append(1)
+        if len(taken) == 2:
+            os.kill(os.getpid(), number)
+        take(self, *rates)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KeptAdamW, "step", stopping)
+        code, _, errors = command(*words)
+    assert code == 128 + number
+    state = tmp_path / ".out.recovery" / "state.pt"
+    assert "stopping after this step; a second signal stops at once" in errors
+    assert (
+        f"{how}; 2 optimizer steps are saved in {state}: the same command resumes after them; nothing was written to "
+        f"{tmp_path / 'out'}\n"
+    ) in errors
+    code, _, errors = command(*words)
+    assert code == 0, errors
+    assert checkpoint.read_report(tmp_path / "out")["recovery"]["steps"] == 4
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_second_run_on_the_same_folder_is_refused_before_any_work(command, tiny_checkpoint, tmp_path):

@@ -4,6 +4,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGUFEndian, GGUFReader, GGUFWriter
+from transformers import modeling_gguf_pytorch_utils as loading
 
 from ace_triton.inputs.gguf_metadata import fast_gguf_metadata, metadata_reader
 
@@ -59,3 +60,22 @@ def test_contexts_that_overlap_leave_the_package_as_it_was():
     assert gguf.GGUFReader is metadata_reader()
     second.__exit__(None, None, None)
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
+
+
+def test_the_metadata_are_read_once_for_configuration_and_tokenizer(monkeypatch):
+    read = []
+
+    def load(path, return_tensors=False, **_options):
+        read.append((path, return_tensors))
+        return {"config": {"a": 1}}
+
+    own = loading.load_gguf_checkpoint
+    monkeypatch.setattr(loading, "load_gguf_checkpoint", load)
+    with fast_gguf_metadata():
+        first = loading.load_gguf_checkpoint("a.gguf")
+        first["config"]["a"] = 2
+        assert loading.load_gguf_checkpoint("a.gguf", return_tensors=False) == {"config": {"a": 1}}
+        assert loading.load_gguf_checkpoint("a.gguf", return_tensors=True, torch_dtype=None) == {"config": {"a": 1}}
+    assert read == [("a.gguf", False), ("a.gguf", True)]
+    monkeypatch.undo()
+    assert loading.load_gguf_checkpoint is own

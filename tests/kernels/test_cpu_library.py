@@ -29,6 +29,7 @@ from ace_triton.kernels.pack_rows import pack_rows, unpack_rows
 from ace_triton.kernels.packed_dense import quantize_dense
 from ace_triton.kernels.quantize_nm import quantize_nm
 from ace_triton.kernels.quantized_linear import quantized_linear
+from ace_triton.kernels.round_groups import round_groups
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import GROUP_SIZES, select_nm, select_nm_reference
@@ -127,6 +128,9 @@ def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
         "means": kept.first,
         "squares' means": kept.second,
     }
+    for bits, group in ((8, 128), (4, 32)):
+        rounded = round_groups(values, bits, group, dtype, torch.empty_like(weight))
+        results[f"rounded to {bits} bits"] = rounded.view(torch.uint8)
     results["norms"] = token_norms(weight)
     results["squares"] = weighted_squares(weight, torch.stack([valid.float(), torch.arange(rows).float()]))
     scores = weight.float().abs()[None]

@@ -24,6 +24,7 @@ from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import PackedNM, pack_nm, pack_scored
+from ace_triton.kernels.round_groups import round_groups
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
@@ -66,6 +67,8 @@ OPERATIONS: dict[str, Call] = {
     "divergence": lambda x: divergence(x, torch.ones(16, 16)),
     "divergence into": lambda x: divergence(torch.ones(16, 16), torch.ones(16, 16), into=x),
     "adamw": lambda x: adamw(x, GradientMoments(torch.zeros(16, 16), torch.zeros(16, 16)), x, Step(0.1, 1)),
+    "round_groups": lambda x: round_groups(x, 8, 32, torch.float32),
+    "round_groups into": lambda x: round_groups(torch.ones(16, 16), 8, 32, torch.float32, into=x),
 }
 
 
@@ -171,6 +174,8 @@ TAKEN_AS_THEY_LIE = {
     "join_gains",
     "assignment",
     "adamw",
+    "round_groups",
+    "round_groups into",
 }
 """Operations that pass tensors to the compiled library without a copy."""
 

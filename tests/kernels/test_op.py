@@ -32,6 +32,7 @@ from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_nm_reference,
 from ace_triton.kernels.pack_rows import pack_rows, pack_rows_reference, unpack_rows
 from ace_triton.kernels.packed_dense import quantize_dense
 from ace_triton.kernels.quantized_linear import quantized_linear
+from ace_triton.kernels.round_groups import round_groups
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm, select_nm_reference
@@ -126,6 +127,10 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
         "quantized_linear": (
             lambda: quantized_linear(tokens, quantized, rand(32)),
             *(10 * 64 * 2 + 32 * 64 + 32 * 2 * 2 + 32 * 4 + 10 * 32 * 2, 2 * 10 * 32 * 64 + 10 * 32),
+        ),
+        "round_groups": (
+            lambda: round_groups(values, 8, 32, half, rounded),
+            *(2048 * (4 + 2), 4 * 2048),
         ),
         "rows_linear": (
             lambda: rows_linear(tokens, by_rows, rand(32)),
@@ -224,7 +229,8 @@ def test_the_bytes_are_those_that_move(calls):
     """Within the partial sums of such small tensors, and what torch adds to the kernels' own traffic."""
     from benchmarks.harness.traffic_counter import Counter
 
-    for name in ("adamw", "divergence", "pack_nm", "pack_scored", "select_nm", "token_norms", "unpack_nm"):
+    names = "adamw", "divergence", "pack_nm", "pack_scored", "round_groups", "select_nm", "token_norms", "unpack_nm"
+    for name in names:
         call, moved, _ = calls[name]
         with Counter().counting() as traffic:
             call()

@@ -23,6 +23,7 @@ from ace_triton.kernels.pack_nm import pack_cutlass, pack_nm, pack_scored
 from ace_triton.kernels.pack_rows import pack_rows, unpack_rows
 from ace_triton.kernels.packed_dense import quantize_dense
 from ace_triton.kernels.quantized_linear import quantized_linear
+from ace_triton.kernels.round_groups import round_groups
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
@@ -106,6 +107,7 @@ def every_operation(of: dict[str, torch.Tensor]) -> Iterator[tuple[str, object]]
     kept = GradientMoments.like(values)
     adamw(values, kept, weight.flip(0), Step(0.1, 1), rounded=rounded)
     yield "adamw", (values, kept.first, kept.second, rounded)
+    yield "round_groups", (round_groups(values, 4, 32, rounded.dtype),)
 
 
 def assert_same(got: object, expected: object, what: str) -> None:

@@ -13,6 +13,7 @@ from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
 from ace_triton.kernels.gram_product import gram_product
 from ace_triton.kernels.pack_nm import pack_nm
+from ace_triton.kernels.round_groups import round_groups
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.select_rows import select_rows
@@ -48,6 +49,7 @@ WRITERS: dict[str, Callable[[torch.Tensor], object]] = {
     "adamw's first moments": lambda values: take_step(values, "first"),
     "adamw's second moments": lambda values: take_step(values, "second"),
     "adamw's rounded copy": lambda values: take_step(values, "rounded"),
+    "round_groups' into": lambda values: round_groups(torch.ones_like(values), 8, 32, torch.float32, into=values),
     "divergence": lambda logits: divergence(logits, torch.zeros_like(logits), into=logits),
     "coupling": lambda matrix: coupling(
         torch.ones_like(matrix), torch.ones_like(matrix), torch.ones_like(matrix[0]), into=matrix

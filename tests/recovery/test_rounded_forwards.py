@@ -149,6 +149,22 @@ def test_a_failure_before_the_first_step_gives_the_weights_back(pair, text, whol
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("by", [FOUR, EIGHT])
+def test_weights_that_outgrow_the_range_of_their_scales_stay_finite(by):
+    """Scales of a model in fp16 end at 65,504; a group that grows further keeps that scale."""
+    weight = nn.Parameter(torch.tensor([[60_000.0, 100.0, 0.0, -50_000.0]]))
+    optimizer = KeptAdamW({"w": weight}, torch.bfloat16, roundings={"w": RoundedWeight(by, torch.float16, False)})
+    for _ in range(5):
+        weight.grad = torch.tensor([[-1.0, 0.0, 0.0, 1.0]], dtype=weight.dtype)
+        optimizer.step(0.1, 100.0)
+    assert float(optimizer.values["w"][0, 0]) > torch.finfo(torch.float16).max
+    rounded = optimizer.trained("w").half()
+    assert rounded[0, 0] == torch.finfo(torch.float16).max
+    assert rounded[0, 2] == 0
+    assert bool(rounded.isfinite().all())
+    assert bool(weight.isfinite().all())
+
+
 @pytest.mark.parametrize("by", [None, EIGHT])
 def test_norms_of_torch_are_trained_in_their_own_dtype(pair, text, by):
     model, teacher = pair("gpt2")

@@ -138,6 +138,53 @@ def test_all_processes_run_the_same_number_of_passes(sequences, most, size, expe
     assert passes_of(sequences, most, Processes(0, size)) == expected
 
 
+def state_and_flags(model: nn.Module) -> tuple[dict[str, torch.Tensor], list[object]]:
+    """Copies of all tensors, and what a training must give back beside them."""
+    flags: list[object] = [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()]
+    flags += [(name, type(module), module.training) for name, module in model.named_modules()]
+    flags.append(model.config._attn_implementation)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, flags
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, None), (torch.float32, 4), (torch.bfloat16, 8)])
+def test_a_failure_before_the_first_step_leaves_both_models_as_they_were(
+    pair, text, together, tmp_path, dtype, bits, norms
+):
+    settings = RecoverySettings(
+        steps=2,
+        tokens_per_step=64,
+        quantize=bits,
+        norms=norms,
+        forward_dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16,
+    )
+    alone = pair(dtype=dtype)
+    expected = recover(*alone, text, settings)
+
+    def train(rank):
+        model, teacher = (decoder.train() for decoder in pair(dtype=dtype))
+        broken = teacher.get_input_embeddings().weight
+        sound = broken.detach().clone()
+        with torch.no_grad():
+            broken.fill_(float("nan"))
+        before = [state_and_flags(decoder) for decoder in (model, teacher)]
+        state = tmp_path / "state.pt"
+        with pytest.raises(RecoveryError, match="the loss became nan in step 0"):
+            recover(model, teacher, text, settings, shard="cpu", state=state)
+        for decoder, (tensors, flags) in zip((model, teacher), before, strict=True):
+            found, found_flags = state_and_flags(decoder)
+            assert found_flags == flags
+            for name, tensor in tensors.items():
+                torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True)
+        assert not state.exists()
+        with torch.no_grad():
+            broken.copy_(sound)
+        again = recover(model, teacher, text, settings, shard="cpu", state=state)
+        assert again.losses == pytest.approx(expected.losses, rel=0.02)
+
+    assert together(2, train) == [0, 0]
+
+
 def test_one_process_and_blocks_that_share_weights_are_refused(pair, make_decoder, text, together):
     with pytest.raises(RecoveryError, match="takes several processes: torchrun --nproc-per-node 2"):
         recover(*pair(), text, SHORT, shard="cpu")

@@ -24,6 +24,7 @@ from ace_triton.kernels.divergence import divergence, divergence_reference
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains, join_gains_reference
 from ace_triton.kernels.moments import moments, moments_reference
+from ace_triton.kernels.round_groups import round_groups, round_groups_reference
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.token_norms import token_norms, token_norms_reference
 from ace_triton.kernels.token_statistics import (
@@ -158,6 +159,22 @@ def test_adamw(dtype, shape):
         torch.testing.assert_close(moments.second.double(), exact_moments.second, rtol=1e-5, atol=1e-12)
         assert torch.equal(rounded, values.to(dtype))
     assert torch.equal(values == 0, pruned)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "group"), [(DTYPES[0], 8, 128), (DTYPES[1], 4, 32), (DTYPES[2], 4, 96), (DTYPES[0], 8, 2**20)]
+)
+def test_round_groups(dtype, bits, group):
+    values = make_matrix(37, 1550, dtype=torch.float32)
+    values[values.abs() < 0.5] = 0
+    values[3, 5], values[4, 700] = 1e38, torch.inf
+    for kept in (dtype, torch.float32):
+        into = torch.full_like(values, 5.0, dtype=kept)
+        with executed_on_x86():
+            round_groups(values, bits, group, dtype, into)
+        expected = round_groups_reference(values, bits, group, dtype).to(kept)
+        torch.testing.assert_close(into, expected, rtol=0, atol=0, equal_nan=True)
+        assert not into[into == 0].signbit().any()
 
 
 @pytest.mark.parametrize(("dtype", "shape"), each_width(SHAPES))
