@@ -10,7 +10,7 @@ import ctypes
 import torch
 
 from .cpu import factors
-from .cpu_library import call
+from .cpu_library import call, library
 from .errors import ArgumentError
 from .memory import ELEMENTS, address, contiguous, matrix, new
 from .packed_dense import PackedDense
@@ -115,6 +115,14 @@ def rows_linear(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | N
     return _linear("ace_rows_linear", tokens, packed, weight, bias)
 
 
+def _offset(bias: torch.Tensor | None, rows: int) -> tuple[torch.Tensor | None, int | None]:
+    """The bias in fp32, which the caller keeps during the call, and its address."""
+    if bias is None:
+        return None, None
+    bias = contiguous(bias if bias.dtype is _FLOAT else bias.float())
+    return bias, address(bias, _FLOAT, (rows,), "bias")
+
+
 def _linear(
     name: str,
     tokens: torch.Tensor,
@@ -127,11 +135,47 @@ def _linear(
     if source[2] != cols:
         raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
     out, place = new((source[1], rows), _FLOAT)
-    offset = None
-    if bias is not None:
-        bias = contiguous(bias if bias.dtype is _FLOAT else bias.float())
-        offset = address(bias, _FLOAT, (rows,), "bias")
+    _offset_owner, offset = _offset(bias, rows)
     call(name, *source, *weight, ELEMENTS[packed.values.dtype][0], offset, place, torch.get_num_threads())
+    return out
+
+
+def has_expanded_product() -> bool:
+    """True if the processor multiplies pairs of bf16 numbers and expands 16-bit numbers (AVX512-BF16, VBMI2), and the
+    instruction set in use allows it."""
+    return bool(library().ace_has_expanded_product())
+
+
+def has_tiles() -> bool:
+    """True if :func:`expanded_linear` multiplies by tiles (AMX), else by vectors."""
+    return bool(library().ace_has_tiles())
+
+
+def use_tiles(tiles: bool) -> None:
+    """Let :func:`expanded_linear` multiply by tiles, or by vectors only, in the whole process.
+
+    Raises:
+        ArgumentError: if the processor has no tiles, or the system does not let this process use them.
+    """
+    if library().ace_use_tiles(int(tiles)) != 0:
+        raise ArgumentError("this processor has no tiles for bf16 (AMX), or the system does not allow them")
+
+
+def expanded_linear(tokens: torch.Tensor, packed: PackedNM | PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
+    """CPU body of :func:`~ace_triton.kernels.expanded_linear.expanded_linear` for bf16 tokens [n_tokens, in]."""
+    rows, cols = packed.shape
+    if isinstance(packed, PackedRows):
+        values_at, n_values, meta_at, starts_at = _packed_rows(packed)
+        weight: tuple[int | None, ...] = values_at, n_values, meta_at, starts_at, rows, 0, 0
+    else:
+        values_at, meta_at = _packed(packed)
+        weight = values_at, packed.values.numel(), meta_at, None, rows, packed.n, packed.m
+    _owner, source = matrix(tokens, "tokens")
+    if source[2] != cols:
+        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+    out, place = new((source[1], rows), torch.bfloat16)
+    _offset_owner, offset = _offset(bias, rows)
+    call("ace_expanded_linear", *source[:4], *weight, offset, place, torch.get_num_threads())
     return out
 
 
@@ -144,10 +188,7 @@ def few_bits_linear(tokens: torch.Tensor, packed: PackedNM | PackedDense, bias: 
     if source[2] != cols:
         raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
     out, place = new((source[1], rows), _FLOAT)
-    offset = None
-    if bias is not None:
-        bias = contiguous(bias if bias.dtype is _FLOAT else bias.float())
-        offset = address(bias, _FLOAT, (rows,), "bias")
+    _offset_owner, offset = _offset(bias, rows)
     values, meta = packed.values, packed.meta
     call(
         "ace_few_bits_linear",

@@ -12,7 +12,7 @@ from ..kernels.launch import before_ampere
 from ..kernels.packed_nm import PackedNM
 from ..kernels.packed_rows import PackedRows
 from .dense_copy import DenseCopy
-from .kernel import Kernel
+from .kernel import Expansion, Kernel, PatternRows, expansion, expansion_of
 from .products import Packed, Product, RowLimits, register_product, registry
 from .semi_structured import SemiStructured, backend_of, warn_of_no_second_copy
 from .sparse_units import SparseUnits, asked_for
@@ -26,14 +26,6 @@ if asked_for():
 
 ALWAYS = 1 << 30
 """A limit above the number of rows of any call."""
-
-
-@dataclass(frozen=True)
-class PatternRows:
-    """Largest number of rows for our CPU kernel: at 2:4, which has its own loop, and at other patterns or none."""
-
-    two_of_four: int
-    other: int
 
 
 _NEON_LIMITS = {
@@ -83,6 +75,10 @@ NATIVE_LIMITS = {
 """The same limits for fp16 or bf16 if the processor has multiply instructions for that dtype, as torch's dense product
 then uses them."""
 
+EXPANDED_LIMITS: dict[Expansion, PatternRows] = {"tiles": PatternRows(1024, 1024), "vectors": PatternRows(1024, 128)}
+"""The same limits for bf16 if our kernel expands the weight in the cache. Measured on one core of an Intel Emerald
+Rapids, for vectors with oneDNN held to AVX512-BF16 (``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16``); not on AMD."""
+
 NATIVE = {
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
@@ -118,8 +114,12 @@ class CopyRows:
 
 COPY_ROWS = {"avx512_vnni": CopyRows(16, 16), "avx512": CopyRows(8, 16), "avx2": CopyRows(8, 3)}
 """Up to these numbers of rows our kernel is faster in fp32 than the dense product by a copy of the weight. Instruction
-sets that are not listed, and other dtypes, have the limits of calls without a copy: they were not measured. To measure
-them: ``ace-triton bench``, whose first column is the dense product."""
+sets that are not listed, and other dtypes, have the limits of calls without a copy: they were not measured (bf16:
+EXPANDED_COPY_ROWS). To measure them: ``ace-triton bench``, whose first column is the dense product."""
+
+EXPANDED_COPY_ROWS: dict[Expansion, PatternRows] = {"tiles": PatternRows(256, 256), "vectors": PatternRows(256, 4)}
+"""The limits beside a dense copy of the weight, in bf16, if our kernel expands the weight in the cache. Measured as
+EXPANDED_LIMITS."""
 
 FEW_BITS_ROWS = {"avx512_vnni": 64, "avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
 """The limits for quantized weights, by instruction set of the compiled library. Measured for AVX-512
@@ -163,10 +163,13 @@ def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLim
     """The default limits of a CPU. ``isa`` is the instruction set of the compiled library, None without the library."""
     if isa is None:
         return RowLimits(packed=0)
+    expanded = expansion_of(isa) if dtype == torch.bfloat16 else None
+    if expanded is not None:
+        return RowLimits(packed=EXPANDED_LIMITS[expanded].of(two_of_four))
     capabilities = torch.cpu.get_capabilities()
     native = any(capabilities.get(name, False) for name in NATIVE.get(dtype, ()))
     rows = NATIVE_LIMITS[isa] if native else CPU_LIMITS[isa].get(dtype, PatternRows(0, 0))
-    return RowLimits(packed=rows.two_of_four if two_of_four else rows.other)
+    return RowLimits(packed=rows.of(two_of_four))
 
 
 def copy_limits(dtype: torch.dtype, pattern: tuple[int, int] | None, bits: int | None, *, cached: bool) -> RowLimits:
@@ -179,6 +182,11 @@ def copy_limits(dtype: torch.dtype, pattern: tuple[int, int] | None, bits: int |
         cached: True if the processor's cache holds all dense weights of the model.
     """
     limits = default_limits(torch.device("cpu"), dtype, pattern, bits)
+    expanded = expansion() if dtype == torch.bfloat16 and bits is None else None
+    if expanded is not None:
+        return replace(
+            limits, packed=min(limits.packed, EXPANDED_COPY_ROWS[expanded].of(pattern == (2, 4))), dense_copy=True
+        )
     measured = COPY_ROWS.get(cpu_library.isa()) if cpu_library.available() and dtype == torch.float32 else None
     rows = limits.packed
     if measured is not None:

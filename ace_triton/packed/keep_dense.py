@@ -45,9 +45,9 @@ class DenseCopies:
 def keep_dense(model: nn.Module, keep: Keep = "auto") -> DenseCopies:
     """Choose if the packed layers of a model on a CPU keep dense copies of their weights, and make these copies.
 
-    Our kernel is for few rows. A call with more rows unpacks the weight, which is slower than a dense layer. With a
-    copy such a call is a dense layer's. Weights that our kernel multiplies at every number of rows get no copy, for
-    example bf16 on processors with AVX2 only.
+    Our kernel is for few rows, or with bf16 instructions for some hundreds. A call with more rows unpacks the weight,
+    which is slower than a dense layer. With a copy such a call is a dense layer's. Weights that our kernel multiplies
+    at every number of rows get no copy, for example bf16 on processors with AVX2 only.
 
     The choice depends on the model, the dtype and the processor's instruction set, and nothing is timed. So outputs are
     the same in every run, and those of other choices differ from them by rounding only.

@@ -10,6 +10,7 @@ from torch import nn
 
 from ace_triton import ActivationStats, Sparsity, prune_linear
 from ace_triton.kernels import cpu
+from ace_triton.kernels.expanded_linear import expanded_linear, has_expanded_product
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
@@ -274,11 +275,33 @@ def patterns_of_one_row(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
     )
 
 
+def expanded_products(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
+    """bf16 products of more rows, from packed weights that are larger than any cache, against torch's dense product."""
+    if dtype != torch.bfloat16 or not has_expanded_product():
+        return
+    torch.manual_seed(0)
+    weight = torch.randn(SHAPE).mul_(0.02).to(dtype)
+    for n, m in ((2, 4), (8, 16)):
+        packed = pack_scored(weight, ScoreTerms(), n, m)
+        for rows in (16, 64, 256):
+            tokens = torch.randn(rows, SHAPE[1]).to(dtype)
+            yield Comparison(
+                f"expanded_linear {n}:{m}, {rows} rows",
+                "`F.linear`",
+                label,
+                lambda tokens=tokens, packed=packed: expanded_linear(tokens, packed),
+                lambda tokens=tokens: nn.functional.linear(tokens, weight),
+                lambda: None,
+                at_least=1.0,
+            )
+
+
 SECTIONS = (
     against_passes,
     against_published,
     packed_products,
     patterns_of_one_row,
+    expanded_products,
     over_tokens,
     over_small_layers,
     over_a_model,

@@ -23,8 +23,8 @@ from ace_triton.packed.dispatch import (
     CPU_LIMITS,
     CUSPARSELT_LIMITS,
     CUTLASS_LIMITS,
+    EXPANDED_LIMITS,
     FEW_BITS_LIMITS,
-    NATIVE_LIMITS,
     OTHER_LIMITS,
     PatternRows,
 )
@@ -276,7 +276,8 @@ def _of_instruction_set(isa: str) -> str:
     """Its limits at 2:4. bf16 under AVX-512 is given for processors with bf16 instructions."""
     rows = dict(CPU_LIMITS[isa])
     if isa == "avx512":
-        rows[torch.bfloat16] = NATIVE_LIMITS[isa]
+        assert EXPANDED_LIMITS["tiles"].two_of_four == EXPANDED_LIMITS["vectors"].two_of_four
+        rows[torch.bfloat16] = EXPANDED_LIMITS["tiles"]
     return ", ".join(f"{_up_to(rows[dtype])} in {name}" for dtype, name in DTYPE_NAMES.items())
 
 

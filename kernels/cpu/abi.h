@@ -234,6 +234,22 @@ ACE_EXPORT int ace_rows_linear(void* tokens, int64_t n_tokens, int64_t cols, int
                                const void* values, int64_t n_values, const uint32_t* meta, const int64_t* starts,
                                int64_t rows, int32_t weight_element, const float* bias, float* out, int32_t threads);
 
+/* Returns 1 if ace_expanded_linear can run on this processor with the instruction set in use, else 0. */
+ACE_EXPORT int ace_has_expanded_product(void);
+
+/* Returns 1 if ace_expanded_linear multiplies by tiles (AMX), else 0. */
+ACE_EXPORT int ace_has_tiles(void);
+
+/* Lets ace_expanded_linear use tiles, or not; returns 1 if the processor or the system has none. */
+ACE_EXPORT int ace_use_tiles(int32_t tiles);
+
+/* bf16 tokens and weights, bf16 outputs [n_tokens, rows]. `starts` is null for a weight n:m, else as in ace_unpack_rows;
+ * n and m are unused then. `bias` may be null. The last bits depend on whether tiles are used. */
+ACE_EXPORT int ace_expanded_linear(const uint16_t* tokens, int64_t n_tokens, int64_t cols, int64_t stride,
+                                   const void* values, int64_t n_values, const uint32_t* meta, const int64_t* starts,
+                                   int64_t rows, int32_t n, int32_t m, const float* bias, uint16_t* out,
+                                   int32_t threads);
+
 /* Quantized weights: `values` has `bits` (8 or 4) bits per kept weight, `absmax` is [rows, ceil(cols / group)] of type
  * `absmax_element`, and `group` is a multiple of 32. `meta` is null, with n = m = 1, if every input has a value; each
  * row begins with a whole byte. `bias` may be null; `out` is fp32 [n_tokens, rows]. */

@@ -20,6 +20,7 @@ from ace_triton.kernels.column_scale import ColumnScale, column_scale
 from ace_triton.kernels.cosp_select import cosp_select
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
+from ace_triton.kernels.expanded_linear import expanded_linear
 from ace_triton.kernels.finite import all_finite, find_not_finite
 from ace_triton.kernels.finite_group import find_each_not_finite
 from ace_triton.kernels.gram_product import gram_product
@@ -96,6 +97,10 @@ def calls(device) -> dict[str, tuple[Callable[[], object], int, int]]:
             *(1280 + 640 + 40 + 2 * 8192, 2 * 10 * 2048),
         ),
         "divergence": (lambda: divergence(weight, other), 3 * 4096 + 32 * 4, 14 * 2048),
+        "expanded_linear": (
+            lambda: expanded_linear(tokens, packed, rand(32)),
+            *(1280 + of_packed + 640 + 128, 2 * 10 * 1024 + 320),
+        ),
         "find_each_not_finite": (lambda: find_each_not_finite([weight, other]), 2 * 4096, 0),
         "find_not_finite": (lambda: find_not_finite(weight, terms=(scale.scale,)), 4096 + 256, 0),
         "gram_product": (lambda: gram_product(tokens), 1280 + 64 * 64 * 4, 10 * 64 * 65),
@@ -195,7 +200,12 @@ def test_the_first_launch_of_a_call_carries_its_bytes_and_flops(calls):
         arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
         described.append(launch.kernel.launch_metadata(launch.grid, kernel, arguments))
 
-    for name in calls.keys() - {"assignment", "gram_product", "pack_rows"}:  # torch operations on a GPU
+    for name in calls.keys() - {
+        "assignment",
+        "expanded_linear",
+        "gram_product",
+        "pack_rows",
+    }:  # torch operations on a GPU
         call, moved, flops = calls[name]
         described.clear()
         with caught_launches(describe):

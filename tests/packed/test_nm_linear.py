@@ -12,8 +12,8 @@ from ace_triton import NMLinear, PackedLinear, PackedWeightError, RowLimits, pru
 from ace_triton.kernels import cpu_library
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, SlowBackendWarning, warn_of_slow_backend
 from ace_triton.kernels.pack_nm import PatternError
-from ace_triton.packed import dispatch, unpacked
-from ace_triton.packed.dispatch import choose_product, default_limits, multiply
+from ace_triton.packed import dispatch, kernel, unpacked
+from ace_triton.packed.dispatch import choose_product, copy_limits, default_limits, multiply
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -235,11 +235,17 @@ the instruction set and whether the processor multiplies fp16 and bf16 itself; N
 are estimates."""
 
 
+MOST_EXPANDED_ROWS = {"tiles": (1024, 1024), "vectors": (1024, 128)}
+"""The same if our kernel expands weights in bf16 in the cache."""
+
+
 @pytest.fixture
 def compiled(monkeypatch):
-    """compiled(isa, native) pretends that the compiled library has an instruction set, and clears cached limits."""
+    """compiled(isa, native, expansion) pretends that the compiled library has an instruction set and multiplies
+    expanded weights in this way, and clears cached limits."""
 
-    def pretend(isa: str, native: bool = False) -> None:
+    def pretend(isa: str, native: bool = False, expansion: str | None = None) -> None:
+        monkeypatch.setattr(dispatch, "expansion_of", lambda isa: expansion)
         names = (("bf16", "fp16_arith") if "neon" in isa else ("avx512_bf16", "avx512_fp16")) if native else ()
         monkeypatch.setattr(cpu_library, "isa", lambda: isa)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
@@ -262,6 +268,49 @@ def test_our_kernel_is_never_taken_beyond_where_it_wins(compiled, isa, native, d
         return
     assert choose_product(most, packed) == "packed"
     assert choose_product(most + 1, packed) == "dense"
+
+
+@pytest.mark.parametrize("expansion", MOST_EXPANDED_ROWS)
+@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+def test_expanded_weights_are_multiplied_up_to_where_they_win(compiled, expansion, pattern):
+    compiled("avx512", True, expansion)
+    most = MOST_EXPANDED_ROWS[expansion][pattern != "2:4"]
+    for dtype, last in ((torch.bfloat16, most), (torch.float16, (8, 4)[pattern != "2:4"])):
+        packed = packed_linear(pruned_linear(8, 32, pattern, dtype), pattern).packed
+        assert choose_product(last, packed) == "packed"
+        assert choose_product(last + 1, packed) == "dense"
+
+
+MOST_ROWS_BESIDE_A_COPY = {"tiles": (256, 256), "vectors": (256, 4)}
+"""Largest numbers of rows for which expanded weights were multiplied as fast as the dense weight."""
+
+
+@pytest.mark.parametrize("expansion", MOST_ROWS_BESIDE_A_COPY)
+@pytest.mark.parametrize("pattern", [(2, 4), (8, 16), None])
+def test_beside_a_dense_copy_our_kernel_is_taken_only_where_it_is_as_fast(compiled, monkeypatch, expansion, pattern):
+    compiled("avx512", True, expansion)
+    monkeypatch.setattr(dispatch, "expansion", lambda: expansion)
+    most = MOST_ROWS_BESIDE_A_COPY[expansion][pattern != (2, 4)]
+    assert copy_limits(torch.bfloat16, pattern, None, cached=False) == RowLimits(most, dense_copy=True)
+    assert copy_limits(torch.bfloat16, pattern, 8, cached=False).packed == 32
+
+
+EXPANDED_FROM = {"tiles": (5, 3), "vectors": (9, 5)}
+"""The first number of rows for which a weight is expanded."""
+
+
+@pytest.mark.parametrize("expansion", EXPANDED_FROM)
+@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_are_expanded_from_where_it_pays(monkeypatch, expansion, pattern, dtype):
+    expanded = []
+    monkeypatch.setattr(kernel, "expansion", lambda: expansion)
+    monkeypatch.setattr(kernel, "expanded_linear", lambda tokens, *rest: expanded.append(len(tokens)))
+    packed = packed_linear(pruned_linear(8, 32, pattern, dtype), pattern).packed
+    for rows in range(1, 20):
+        multiply(torch.zeros(rows, 32, dtype=dtype), packed, None, RowLimits(100))
+    first = EXPANDED_FROM[expansion][pattern != "2:4"]
+    assert expanded == (list(range(first, 20)) if dtype == torch.bfloat16 else [])
 
 
 def test_what_our_kernel_does_not_serve_is_unpacked(compiled):

@@ -1,0 +1,47 @@
+// Products of many bf16 tokens with a packed bf16 weight, on processors that multiply pairs of bf16 numbers. Kept
+// weights are expanded, block by block, into the cache and multiplied there: by tiles (AMX) or vectors (AVX512-BF16).
+#pragma once
+
+#include "tasks.h"
+
+#include <cstdint>
+
+namespace ace {
+
+// Rows and columns of a tile of 32-bit words, of which each is a pair of bf16 numbers: those of two neighboring inputs.
+constexpr int64_t TILE = 16, TILE_WORDS = TILE * TILE, TILE_INPUTS = 2 * TILE;
+// Tokens that are multiplied by one expansion of the weight.
+constexpr int64_t MOST_EXPANDED_TOKENS = 512;
+// Outputs and the most steps of TILE_INPUTS inputs in a block of expanded weights.
+constexpr int64_t EXPANDED_OUTPUTS = 64, EXPANDED_STEPS = 16;
+
+struct ExpandedTask {
+    PackedWeight weight;     // bf16
+    const uint16_t* tokens;  // bf16 [n_tokens, weight.cols], rows `stride` elements apart
+    int64_t n_tokens, stride;
+    uint32_t* pairs;    // uint32 [token blocks, steps, TILE inputs, TILE tokens]: the tokens in pairs of inputs
+    const float* bias;  // [weight.rows], or null
+    uint16_t* out;      // bf16 [n_tokens, weight.rows]
+    bool tiles;         // multiply by tiles, else by vectors
+};
+
+// What a thread works in: an expanded block, [output blocks, EXPANDED_STEPS, TILE outputs, TILE pairs], and the sums of
+// its outputs, [output blocks, token blocks, TILE outputs, TILE tokens]. Both are aligned to 64 bytes.
+struct ExpandedScratch {
+    uint32_t* block;
+    float* sums;
+};
+
+// True if this processor and this build multiply pairs of bf16 numbers and expand 16-bit numbers.
+bool has_expanded_product();
+
+// True if they also multiply tiles, and the system lets this process do so. The first call asks it.
+bool has_tiles();
+
+// Lays out a block of TILE tokens in pairs, with zeros past the last input and the last token.
+void pair_tokens(const ExpandedTask& task, int64_t block);
+
+// Computes outputs begin..end of all tokens. The order of additions depends on `tiles` only.
+void expanded_product(const ExpandedTask& task, const ExpandedScratch& scratch, int64_t begin, int64_t end);
+
+}  // namespace ace
