@@ -54,7 +54,7 @@ class SparseUnits(BoundProduct):
         return nm_linear_mma(tokens, packed, fragments(packed), bias)
 
     def operands(self, layer: Any) -> tuple[torch.Tensor, ...]:
-        return layer.values, layer.meta, fragments(layer.packed)
+        return *layer.packed.tensors.values(), fragments(layer.packed)
 
     def bound(
         self, tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None
