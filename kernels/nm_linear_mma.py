@@ -4,10 +4,10 @@ The instruction ``mma.sp`` multiplies a 2:4 weight as it is packed: the kept val
 four bits. A warp multiplies 16 outputs by 8 tokens. The values are read as layout 1 or 2 stores them. The bits are
 repacked once into the order in which the 32 lanes of a warp hold them (:func:`fragments_of`).
 
-The inputs of a product may be summed in any order. A span of inputs takes S instructions: 64 inputs take two with values
-of 16 bits, 128 inputs take four with values of 8 or 4 bits. Lane 4 g + t reads the values of the 2 S groups from 2 S t
-on, of its rows g and g + 8, in one access each. Instruction s takes group 2 S t + 2 s as group t of its tile, and group
-2 S t + 2 s + 1 as group t + 4.
+The inputs of a product may be summed in any order. A span of inputs takes S instructions: 64 inputs take two if values
+have 16 bits, 128 inputs take four if values have 8 or 4 bits. Lane 4 g + t reads the values of the 2 S groups from
+2 S t on, of its rows g and g + 8, in one access each. Instruction s takes group 2 S t + 2 s as group t of its tile, and
+group 2 S t + 2 s + 1 as group t + 4.
 
 Bytes per weight of 16 bits: 2 / 2 + 1/8, read once per 64 tokens; for 8 and 4 bits see
 :mod:`~ace_triton.kernels.nm_linear_mma_few_bits`. The repacked bits take another 1/8 of memory.

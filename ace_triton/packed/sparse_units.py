@@ -1,4 +1,6 @@
-"""The product on NVIDIA's sparse matrix units, for 1 to 64 rows. It never ran on a GPU, so a caller must ask for it.
+"""The product of 2:4 weights of 16, 8 or 4 bits on NVIDIA's sparse matrix units, for 1 to 64 rows.
+
+It never ran on a GPU, so a caller must ask for it.
 
 Either set ``ACE_TRITON_MMA_SP=1`` before Python starts, or register the product::
 
