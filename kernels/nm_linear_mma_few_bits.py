@@ -124,25 +124,43 @@ def _pair(word, P: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr):
     bf16 has room for seven: the eighth, the sign, doubles 128 to 256, and both parts are subtracted from each other.
     """
     if BITS == 8 and BF16:
-        SELECTOR: tl.constexpr = 0x4140 + 0x0202 * P
-        ASM: tl.constexpr = """{ .reg .b32 bits, sign, low, minus_1;
+        pair = _with_ptx(
+            word,
+            0x4140 + 0x0202 * P,
+            """{ .reg .b32 bits, sign, low, minus_1;
             mov.b32 bits, 0x43434343; prmt.b32 bits, $1, bits, $2;
             and.b32 sign, bits, 0xff80ff80; and.b32 low, bits, 0xff7fff7f;
-            mov.b32 minus_1, 0xbf80bf80; fma.rn.bf16x2 $0, sign, minus_1, low; }"""
+            mov.b32 minus_1, 0xbf80bf80; fma.rn.bf16x2 $0, sign, minus_1, low; }""",
+        )
     elif BITS == 8:
-        SELECTOR: tl.constexpr = 0x4140 + 0x0202 * P
-        ASM: tl.constexpr = """{ .reg .b32 bits, high, one, offset;
+        pair = _with_ptx(
+            word,
+            0x4140 + 0x0202 * P,
+            """{ .reg .b32 bits, high, one, offset;
             xor.b32 bits, $1, 0x80808080; mov.b32 high, 0x64646464; prmt.b32 bits, bits, high, $2;
-            mov.b32 one, 0x3c003c00; mov.b32 offset, 0xe480e480; fma.rn.f16x2 $0, bits, one, offset; }"""
+            mov.b32 one, 0x3c003c00; mov.b32 offset, 0xe480e480; fma.rn.f16x2 $0, bits, one, offset; }""",
+        )
     elif BF16:
-        SELECTOR: tl.constexpr = 0x0400 + 0x0101 * P
-        ASM: tl.constexpr = """{ .reg .b32 bits, one, offset;
+        pair = _with_ptx(
+            word,
+            0x0400 + 0x0101 * P,
+            """{ .reg .b32 bits, one, offset;
             shr.u32 bits, $1, 4; prmt.b32 bits, $1, bits, $2;
             lop3.b32 bits, bits, 0x000f000f, 0x43084308, 0x6a;
-            mov.b32 one, 0x3f803f80; mov.b32 offset, 0xc308c308; fma.rn.bf16x2 $0, bits, one, offset; }"""
+            mov.b32 one, 0x3f803f80; mov.b32 offset, 0xc308c308; fma.rn.bf16x2 $0, bits, one, offset; }""",
+        )
     else:
-        SELECTOR: tl.constexpr = 0x0101 * P
-        ASM: tl.constexpr = """{ .reg .b32 bits, factors, offsets;
+        pair = _with_ptx(
+            word,
+            0x0101 * P,
+            """{ .reg .b32 bits, factors, offsets;
             prmt.b32 bits, $1, 0, $2; lop3.b32 bits, bits, 0x00f0000f, 0x64806408, 0x6a;
-            mov.b32 factors, 0x2c003c00; mov.b32 offsets, 0xd480e408; fma.rn.f16x2 $0, bits, factors, offsets; }"""
-    return tl.inline_asm_elementwise(ASM, "=r,r,r", (word, SELECTOR), dtype=tl.int32, is_pure=True, pack=1)
+            mov.b32 factors, 0x2c003c00; mov.b32 offsets, 0xd480e408; fma.rn.f16x2 $0, bits, factors, offsets; }""",
+        )
+    return pair
+
+
+@triton.jit
+def _with_ptx(word, SELECTOR: tl.constexpr, PTX: tl.constexpr):
+    """What the PTX makes of a word; the selector says which bytes ``prmt`` takes."""
+    return tl.inline_asm_elementwise(PTX, "=r,r,r", (word, SELECTOR), dtype=tl.int32, is_pure=True, pack=1)
