@@ -134,7 +134,7 @@ def sections(out: Path, dry_run: bool) -> tuple[Section, ...]:
     layer = ("--device", "cpu", "--shape", "64x128", "--rows", "1") if dry_run else ("--shape", "4096x11008")
     sparse = ("-m", "ace_triton", "bench", *layer, "--json", str(out / SPARSE))
     return (
-        Section("sparse_units", ("-m", "benchmarks.reports.sparse_units", *(("--dry-run",) if dry_run else ())), 40),
+        Section("sparse_units", ("-m", "benchmarks.reports.sparse_units", *(("--dry-run",) if dry_run else ())), 65),
         Section("tests", ("-m", "pytest", "-q", *tests, *workers), 170),
         Section("races", ("-m", "benchmarks.harness.races"), 40),
         timed("kernels", 80, *kernels, "-k", "not other_patterns and not masks"),

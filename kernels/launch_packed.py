@@ -197,7 +197,7 @@ class NmLinearMma:
     Attributes:
         row_tiles: tiles of 16 outputs per program, which share the loads of the tokens.
         token_tiles: tiles of 8 tokens per program, which share the loads of the weight.
-        spans: spans of 64 inputs per warp and trip; the loads of a trip are in flight together.
+        spans: spans of 64 or 128 inputs per warp and trip; the loads of a trip are in flight together.
         num_warps: warps per program, among which the inputs are split.
     """
 
@@ -207,16 +207,18 @@ class NmLinearMma:
     num_warps: int
 
 
-def nm_linear_mma(values: torch.Tensor, n_tokens: int) -> NmLinearMma:
+def nm_linear_mma(rows: int, spans_of_row: int, n_tokens: int, bits: int | None) -> NmLinearMma:
     """Up to 64 tokens share a read of the weight, so that it is read once.
 
-    Up to 8 tokens, the loads of the weight count, and a thread has four of 16 bytes in flight. More tokens than that
-    are read by every program (from cache), so programs take 32 outputs if there are enough of them.
+    Up to 8 tokens, the loads of the weight count, and a thread has at least 64 bytes of it in flight. More tokens than
+    that are read by every program (from cache), so programs take 32 outputs if there are enough of them. Values of 8 or
+    4 bits leave less time for instructions, so their programs take 32 outputs for few tokens too; for more than 32, the
+    expanded values of 32 outputs and their sums would not fit the registers.
     """
-    spans_of_row = values.shape[1] // 32
     token_tiles = min(8, 1 << (math.ceil(n_tokens / 8) - 1).bit_length())
-    row_tiles = 2 if token_tiles > 1 and values.shape[0] >= 32 * launch.MOST_WARPS // 8 else 1
-    spans = 2 if token_tiles == 1 else 1
+    shared = token_tiles > 1 if bits is None else token_tiles < 8
+    row_tiles = 2 if shared and rows >= 32 * launch.MOST_WARPS // 8 else 1
+    spans = 1 if token_tiles > 1 else 4 if bits == 4 else 2
     num_warps = 1
     while num_warps < 8 and num_warps * spans < spans_of_row:
         num_warps *= 2

@@ -1,4 +1,6 @@
-"""The product on NVIDIA's sparse matrix units, for 1 to 64 rows. It never ran on a GPU, so a caller must ask for it.
+"""The product of 2:4 weights of 16, 8 or 4 bits on NVIDIA's sparse matrix units, for 1 to 64 rows.
+
+It never ran on a GPU, so a caller must ask for it.
 
 Either set ``ACE_TRITON_MMA_SP=1`` before Python starts, or register the product::
 
@@ -54,7 +56,7 @@ class SparseUnits(BoundProduct):
         return nm_linear_mma(tokens, packed, fragments(packed), bias)
 
     def operands(self, layer: Any) -> tuple[torch.Tensor, ...]:
-        return layer.values, layer.meta, fragments(layer.packed)
+        return *layer.packed.tensors.values(), fragments(layer.packed)
 
     def bound(
         self, tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None

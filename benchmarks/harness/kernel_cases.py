@@ -304,6 +304,24 @@ def nm_linear_mma_case(dtype: torch.dtype, n_tokens: int) -> Case:
     return Case(name, dtype, call, rows * cols, 1, 1 + 1 / 8, nvidia=True)
 
 
+def few_bits_mma_case(dtype: torch.dtype, bits: int, n_tokens: int) -> Case:
+    """A 2:4 layer of few bits on NVIDIA's sparse matrix units.
+
+    The widest loads read its values of 8 bits, or its values of 4 bits and its metadata.
+    """
+    rows, cols = SHAPE
+
+    def call() -> object:
+        packed = PackedNM.empty(SHAPE, 2, 4, dtype=dtype, device="cpu", bits=bits, group=128)
+        fragments = torch.empty(rows // 16, cols // 128, 64, dtype=torch.int32)
+        return nm_linear_mma(torch.empty(n_tokens, cols, dtype=dtype), packed, fragments)
+
+    name = f"nm_linear_mma, {bits} bits, {n_tokens} row{'s' * (n_tokens > 1)}"
+    values, meta, scales = bits / 16, 1 / 8, dtype.itemsize / 128
+    loaded = values if bits == 8 else values + meta
+    return Case(name, dtype, call, rows * cols, loaded, values + meta + scales, nvidia=True)
+
+
 def few_bits_case(dtype: torch.dtype, bits: int, n_tokens: int) -> Case:
     """A layer of few bits, 8:16, times a few tokens. The widest loads read the tokens, once for 4 or for 32 outputs."""
     rows, cols = SHAPE
@@ -369,6 +387,8 @@ def every_case() -> Iterator[Case]:
             for few in (1, 8, 16, 64):
                 yield nm_linear_mma_case(dtype, few)
             for bits in (8, 4):
+                for few in (1, 8, 16, 64):
+                    yield few_bits_mma_case(dtype, bits, few)
                 for few in (1, 4, 16):
                     yield few_bits_case(dtype, bits, few)
         for few in (1, 4):

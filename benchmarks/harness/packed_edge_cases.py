@@ -26,9 +26,9 @@ def packed(rows: int, cols: int, n: int = 2, m: int = 4, dtype: torch.dtype = BF
     return PackedNM(some(rows, cols * n // m, dtype=dtype), meta, n, m, (rows, cols))
 
 
-def few_bits(rows: int, cols: int, n: int, m: int, bits: int) -> PackedNM:
-    """A packed weight of 8 or 4 bits with groups of 32."""
-    shape = PackedNM.empty((rows, cols), n, m, dtype=BF16, device="meta", bits=bits, group=32)
+def few_bits(rows: int, cols: int, n: int, m: int, bits: int, group: int = 32) -> PackedNM:
+    """A packed weight of 8 or 4 bits."""
+    shape = PackedNM.empty((rows, cols), n, m, dtype=BF16, device="meta", bits=bits, group=group)
     return shape.with_tensors({name: some(*t.shape, dtype=t.dtype) for name, t in shape.tensors.items()})
 
 
@@ -116,6 +116,13 @@ def nm_linear_mma_calls() -> Iterator[tuple[str, Call]]:
     for t, r, c, dtype in ((1, 1, 64, BF16), (9, 33, 1088, FP16), (64, 1, 64, BF16)):
         yield f"{t} tokens by {r} x {c}, {dtype}", partial(call, t, r, c, dtype)
     yield "many tokens by 1 x 64", partial(call, 64 * 65535 + 16, 1, 64, BF16)
+
+    def by_few_bits(t: int, r: int, c: int, bits: int) -> object:
+        fragments = some(-(-r // 16), c // 128, 64, dtype=torch.int32)
+        return nm_linear_mma(some(t, c), few_bits(r, c, 2, 4, bits, group=128), fragments, some(r))
+
+    for t, r, c, bits in ((1, 1, 128, 8), (9, 33, 2176, 4), (64, 1, 128, 8)):
+        yield f"{t} tokens by {r} x {c}, {bits} bits", partial(by_few_bits, t, r, c, bits)
 
 
 def rows_linear_calls() -> Iterator[tuple[str, Call]]:

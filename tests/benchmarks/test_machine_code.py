@@ -18,6 +18,7 @@ from benchmarks.harness.kernel_cases import (
     cosp_select_case,
     coupling_case,
     divergence_case,
+    few_bits_mma_case,
     join_gains_case,
     moments_case,
     nm_linear_case,
@@ -177,6 +178,27 @@ def test_sparse_matrix_units_leave_two_instructions_a_weight():
     launch, code = kernel_of(case, "sm_90")
     assert per_element(case, launch, code).total() <= 2
     assert code.loop["tensor"] > 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_expanding_few_bits_leaves_sparse_matrix_units_bound_by_memory(bits):
+    """The integers of a row are loaded in one access of a lane for each span."""
+    case = few_bits_mma_case(torch.bfloat16, bits, 1)
+    for most_ratio, gpus in ((0.7, ("A100", "H100", "H200")), (1.0, ("B200",))):
+        for gpu in (GPUS[name] for name in gpus):
+            launch, code = kernel_of(case, gpu.target)
+            counts = per_element(case, launch, code)
+            assert code.spills == 0
+            assert max(code.loads) == 16 * bits
+            assert code.loop["tensor"] > 0
+            assert counts.total() <= 2.1
+            assert compute_over_memory(case, counts, gpu) <= most_ratio
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+def test_few_bits_for_64_rows_do_not_spill_on_sparse_matrix_units(target):
+    _, code = kernel_of(few_bits_mma_case(torch.bfloat16, 8, 64), target)
+    assert code.spills == 0
 
 
 @pytest.mark.parametrize("scored", [True, False])

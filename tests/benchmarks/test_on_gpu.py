@@ -93,8 +93,10 @@ def test_sparse_units_are_checked_first_and_then_timed(capsys, tmp_path, monkeyp
     assert sections(tmp_path, dry_run=False)[0].name == "sparse_units"
     sparse_units.main(dry_run=True)
     checked, timed = capsys.readouterr().out.split("shape, bf16")
-    assert [line.split("\t")[2:] for line in checked.splitlines()[1:]] == [["0", "0", "0"]] * 2
-    assert len(timed.splitlines()[1].split("\t")) == 4
+    lines = [line.split("\t")[2:] for line in checked.splitlines()[1:]]
+    assert lines == [["16", "0", "0", "0"], ["8", "0", "0", "0"], ["4", "0", "0", "0"]]
+    assert [line.split("\t")[1] for line in timed.splitlines()[1:]] == ["16", "8", "4"]
+    assert len(timed.splitlines()[1].split("\t")) == 5
     monkeypatch.setattr(sparse_units, "nm_linear_mma", lambda tokens, *_: torch.full_like(tokens[:, :1], torch.nan))
     with pytest.raises(typer.Exit):
         sparse_units.main(dry_run=True)

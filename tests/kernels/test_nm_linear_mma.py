@@ -11,12 +11,14 @@ import torch
 
 from ace_triton.errors import AceError
 from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.few_bits import LARGEST
 from ace_triton.kernels.nm_linear_mma import fragments_of, meta_of, nm_linear_mma, nm_linear_mma_reference
 from ace_triton.kernels.pack_nm import PackedNM, pack_cutlass, pack_nm
-from ace_triton.kernels.quantize_nm import quantize_nm
+from ace_triton.kernels.quantize_nm import dequantize_nm, quantize_nm, quantized_steps
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 from ace_triton.kernels.unpack_nm import unpack_nm
+from tests.ptx.few_bits_weight import few_bits_weight
 from tests.ptx.mma_sp import mma_sp
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -38,6 +40,15 @@ def test_repacked_metadata_turn_back(make_matrix, shape):
     assert tuple(fragments.shape) == (-(-shape[0] // 16), shape[1] // 64, 32)
     assert torch.equal(meta_of(fragments, shape), packed.meta)
     assert torch.equal(meta_of(fragments, (16 * len(fragments), shape[1]))[: shape[0]], packed.meta)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(16, 128), (1, 128), (37, 384)])
+def test_repacked_metadata_of_few_bits_turn_back(bits, shape):
+    packed = few_bits_weight(shape, bits, 128, torch.bfloat16)
+    fragments = fragments_of(packed)
+    assert tuple(fragments.shape) == (-(-shape[0] // 16), shape[1] // 128, 64)
+    assert torch.equal(meta_of(fragments, shape), packed.meta)
 
 
 def test_padded_rows_have_valid_metadata(make_matrix):
@@ -62,6 +73,11 @@ def words_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.cpu().contiguous().view(torch.int32).numpy().view(np.uint32)
 
 
+def output_of(sums: np.ndarray, token: int, row: int) -> float:
+    """The output of a token of an instruction and a row of its tile, from the lane that holds it."""
+    return float(sums[token % 2 + 2 * (row // 8), 4 * (row % 8) + token // 2])
+
+
 def by_lanes(tokens: torch.Tensor, packed: PackedNM) -> torch.Tensor:
     """Outputs of 8 tokens: for each lane the words that the kernel gives it, and the instruction's model."""
     rows, cols = packed.shape
@@ -80,10 +96,34 @@ def by_lanes(tokens: torch.Tensor, packed: PackedNM) -> torch.Tensor:
                         group = 4 * (t // 2 + 2 * (k % 2)) + 2 * s + k // 2
                         b[k, lane] = inputs[g, 32 * span + 2 * group + t % 2]
                 sums = mma_sp(a, b, sums, places[tile, span], s, packed.dtype)
-        for lane in range(32):
-            g, t = divmod(lane, 4)
-            for k in range(4):
-                outputs[2 * t + k % 2, 16 * tile + g + 8 * (k // 2)] = float(sums[k, lane])
+        for token in range(8):
+            for row in range(16):
+                outputs[token, 16 * tile + row] = output_of(sums, token, row)
+    return outputs
+
+
+def few_bits_by_lanes(tokens: torch.Tensor, packed: PackedNM) -> torch.Tensor:
+    """As :func:`by_lanes`, for integers of 8 or 4 bits: a sum and a scale for each span of 128 inputs."""
+    rows, cols = packed.shape
+    values, inputs = words_of(quantized_steps(packed).to(packed.dtype)), words_of(tokens)
+    places = fragments_of(packed).numpy().view(np.uint32).reshape(rows // 16, cols // 128, 32, 2)
+    outputs = torch.zeros(8, rows)
+    for tile, span in np.ndindex(rows // 16, cols // 128):
+        sums = np.zeros((4, 32), np.float32)
+        for s in range(4):
+            a, b = np.empty((2, 4, 32), np.uint32)
+            for lane in range(32):
+                g, t = divmod(lane, 4)
+                for k in range(4):
+                    a[k, lane] = values[16 * tile + g + 8 * (k % 2), 32 * span + 8 * t + 2 * s + k // 2]
+                    group = 8 * (t // 2 + 2 * (k % 2)) + 2 * s + k // 2
+                    b[k, lane] = inputs[g, 64 * span + 2 * group + t % 2]
+            sums = mma_sp(a, b, sums, places[tile, span, :, s // 2], s % 2, packed.dtype)
+        for token in range(8):
+            for row in range(16):
+                i = 16 * tile + row
+                step = packed.absmax[i, span * 128 // packed.group].float() / LARGEST[packed.bits]
+                outputs[token, i] += output_of(sums, token, row) * step
     return outputs
 
 
@@ -92,6 +132,31 @@ def test_the_instruction_gives_the_product_from_what_each_lane_holds(make_matrix
     weight, tokens = pruned(integers(make_matrix(32, 192, dtype))), integers(make_matrix(8, 192, dtype, seed=1))
     outputs = by_lanes(tokens, pack_nm(weight, 2, 4))
     assert torch.equal(outputs, (tokens.float() @ weight.float().t()).cpu())
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.bfloat16), (4, torch.float16)])
+def test_the_instruction_gives_the_product_of_few_bits_too(bits, dtype):
+    packed = few_bits_weight((32, 256), bits, 128, dtype)
+    tokens = torch.randint(-8, 9, (8, 256), generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = unpack_nm(dequantize_nm(packed, torch.float32))
+    assert torch.equal(few_bits_by_lanes(tokens, packed), tokens.float() @ weight.t())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("shape", "n_tokens"), [((37, 384), 1), ((16, 128), 0), ((33, 1152), 9)])
+def test_few_bits_equal_the_dense_product(make_matrix, dtype, bits, shape, n_tokens):
+    tokens, bias = integers(make_matrix(n_tokens, shape[1], dtype, seed=1)), integers(make_matrix(1, shape[0], dtype))
+    packed = few_bits_weight(shape, bits, 128, dtype).to(tokens.device)
+    fragments = fragments_of(packed)
+    weight = unpack_nm(dequantize_nm(packed, torch.float32))
+    expected = tokens.double() @ weight.double().t() + bias.double()
+    for outputs in (
+        nm_linear_mma(tokens, packed, fragments, bias[0]),
+        nm_linear_mma_reference(tokens, packed, fragments, bias[0]),
+    ):
+        assert outputs.dtype == dtype
+        torch.testing.assert_close(outputs.double(), expected, rtol=1e-2, atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -124,7 +189,18 @@ def test_any_shape_and_strides_of_tokens(make_matrix):
         (lambda w: pack_nm(select_nm(w, ScoreTerms(), 4, 8), 4, 8), r"mma.sp supports only 2:4, the weight is 4:8"),
         (lambda w: pack_nm(w[:, :96], 2, 4), r"needs a multiple of 64 inputs, the weight is \(16, 96\)"),
         (lambda w: pack_nm(w.float(), 2, 4), "float16 and bfloat16 only, the weight is torch.float32"),
-        (lambda w: quantize_nm(pack_nm(w, 2, 4), 8, 32), "weights of 16 bits only, the weight has 8 bits"),
+        (
+            lambda w: quantize_nm(pack_nm(w, 2, 4), 8, 64),
+            "a scale per multiple of 128 inputs, the weight has one per 64",
+        ),
+        (
+            lambda w: quantize_nm(pack_nm(w[:, :64], 2, 4), 4, 64),
+            r"a multiple of 128 inputs for 4 bits, the weight is \(16, 64\)",
+        ),
+        (
+            lambda w: quantize_nm(pack_nm(w.float(), 2, 4), 8, 128),
+            "float16 and bfloat16 only, the weight is torch.float32",
+        ),
     ],
 )
 def test_a_weight_that_does_not_fit_is_refused(make_matrix, change, message):

@@ -1,5 +1,7 @@
 """torch.export takes packed layers of every layout, with any number of rows."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -57,3 +59,16 @@ def test_a_single_layer_without_metadata_needs_no_module_around_it(strict):
     program = torch.export.export(layer, (tokens,), strict=strict)
     with torch.no_grad():
         assert torch.equal(program.module()(tokens), layer(tokens))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_single_layer_with_metadata_is_exported_in_a_module_and_saved(strict):
+    torch.manual_seed(0)
+    model = nn.Sequential(ace_triton.NMLinear.from_linear(pruned("2:4", torch.float32), 2, 4))
+    tokens, file = torch.randn(3, SIZE), io.BytesIO()
+    torch.export.save(torch.export.export(model, (tokens,), strict=strict), file)
+    file.seek(0)
+    program = torch.export.load(file)
+    with torch.no_grad():
+        assert torch.equal(program.module()(tokens), model(tokens))
+        assert torch.equal(program.run_decompositions().module()(tokens), model(tokens))

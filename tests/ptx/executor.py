@@ -27,9 +27,9 @@ SHARED = 1 << 48
 """Address at which shared memory starts; tensors lie below."""
 
 KNOWN = re.compile(
-    r"mma\.sp::.*|ldmatrix\..*|ld\.param\.b\d+|(ld|st)\.(global|shared)(\.v[24])?\.b\d+|shfl\.sync\.bfly\.b32|bar\.sync"
-    r"|setp\.(lt|le|gt|ge|eq|ne)\.\w+|selp\.b\d+|cvt(\.rn)?\.\w+\.\w+|mov\.(pred|[bu]\d+)|(add|sub)\.[suf]\d+"
-    r"|add\.rn\.f32\.b?f16|(mul|mad)\.(lo|wide)\.[su]\d+|(shl|shr|and|or|xor|not)\.([bsu]\d+|pred)|(min|max|bfe)\.[su]\d+"
+    r"mma\.sp::.*|ldmatrix\..*|ld\.param\.b\d+|(ld|st)\.(global|shared)(\.v[24])?\.b\d+|shfl\.sync\.bfly\.b32|bar\.(warp\.)?sync"
+    r"|setp\.(lt|le|gt|ge|eq|ne)\.\w+|selp\.[bf]\d+|cvt(\.rn)?\.\w+\.\w+|mov\.(pred|[bu]\d+)|(add|sub)\.[suf]\d+"
+    r"|add\.rn\.f32\.b?f16|fma\.rn\.(f32|f32x2|b?f16x2)|(mul|add)\.f32(x2)?|(prmt|lop3)\.b32|(mul|mad)\.(lo|wide)\.[su]\d+|(shl|shr|and|or|xor|not)\.([bsu]\d+|pred)|(min|max|bfe)\.[su]\d+"
 )
 """The instructions that are there, without those that change the place of execution."""
 
@@ -105,7 +105,7 @@ class Program:
         self.labels: dict[str, int] = {}
         body = ptx[ptx.index("\n{") + 2 : ptx.index("\n}")]
         for line in re.sub(r"//.*", "", body).replace(";", "\n").splitlines():
-            text = line.strip()
+            text = line.strip().lstrip("{} ")  # braces around inline PTX with registers of its own
             if text.endswith(":"):
                 self.labels[text[:-1]] = len(self.instructions)
             elif text and not text.startswith("."):
@@ -212,6 +212,14 @@ class Block:
             self._convert(name, operands, active)
         elif kind == "mov" and operands[0].startswith("{"):
             self._unpack(operands, _dtype(last), active)
+        elif kind == "mov" and operands[1].startswith("{"):
+            self._pack(operands, _dtype(last), active)
+        elif kind == "prmt":
+            self._permute(operands, active)
+        elif kind == "lop3":
+            self._truth_table(operands, active)
+        elif kind == "fma" or last.endswith("x2"):
+            self._compute_parts(kind, last, operands, active)
         elif kind != "bar":
             self._compute(name, operands, active)
 
@@ -281,6 +289,40 @@ class Block:
         width = 8 * dtype.itemsize // len(parts)
         for k, part in enumerate(parts):
             self.write(part, bits >> np.uint64(width * k) & np.uint64((1 << width) - 1), active)
+
+    def _permute(self, operands: list[Operand], active: np.ndarray) -> None:
+        """Four bytes of two words, each chosen by four bits of a third one."""
+        low, high, chosen = (self.read(operand, np.dtype(np.uint32)).astype(np.uint64) for operand in operands[1:])
+        assert not (chosen & np.uint64(0x8888)).any(), "signs are replicated"
+        both, word = low | high << np.uint64(32), np.zeros(self.threads, np.uint64)
+        for k in range(4):
+            place = chosen >> np.uint64(4 * k) & np.uint64(7)
+            word |= (both >> np.uint64(8) * place & np.uint64(0xFF)) << np.uint64(8 * k)
+        self.write(operands[0], word.astype(np.uint32), active)
+
+    def _truth_table(self, operands: list[Operand], active: np.ndarray) -> None:
+        """A function of three bits, for each bit of three words: bit 4 x + 2 y + z of a table."""
+        x, y, z = (self.read(operand, np.dtype(np.uint32)) for operand in operands[1:4])
+        word = np.zeros(self.threads, np.uint32)
+        for k in (k for k in range(8) if int(operands[4], 0) >> k & 1):
+            word |= (x if k & 4 else ~x) & (y if k & 2 else ~y) & (z if k & 1 else ~z)
+        self.write(operands[0], word, active)
+
+    def _compute_parts(self, kind: str, name: str, operands: list[Operand], active: np.ndarray) -> None:
+        """A sum, a product or x y + z, computed in fp64 and rounded: of the number in a register, or of its two."""
+        dtype = HALVES.get(name.removesuffix("x2"), torch.float32)
+        register = np.dtype(np.int64 if name == "f32x2" else np.int32)
+        values = [torch.from_numpy(self.read(one, register).copy()).view(dtype).double() for one in operands[1:]]
+        result = values[0] + values[1] if kind == "add" else values[0] * values[1]
+        if kind == "fma":
+            result += values[2]
+        self.write(operands[0], result.to(dtype).view(torch.int32).numpy().view(register), active)
+
+    def _pack(self, operands: list[Operand], dtype: np.dtype, active: np.ndarray) -> None:
+        parts = _members(operands[1])
+        part = np.dtype(f"u{dtype.itemsize // len(parts)}")
+        values = np.stack([self.read(one, part) for one in parts], 1)
+        self.write(operands[0], values.view(dtype)[:, 0], active)
 
     def _load(self, name: str, operands: list[Operand], active: np.ndarray) -> None:
         dtype = _dtype(name.split(".")[-1])

@@ -14,9 +14,12 @@ from ace_triton.kernels import launch_packed
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.nm_linear_mma import fragments_of, nm_linear_mma
 from ace_triton.kernels.pack_nm import pack_nm
+from ace_triton.kernels.quantize_nm import dequantize_nm
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
+from ace_triton.kernels.unpack_nm import unpack_nm
 from tests.ptx.executor import executed_as_ptx
+from tests.ptx.few_bits_weight import few_bits_weight
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
 
@@ -45,3 +48,40 @@ def test_equals_the_dense_product(monkeypatch, target, dtype, shape, n_tokens, t
         outputs = nm_linear_mma(tokens, packed, fragments, bias)
     assert ran == ["_mma_body"]
     assert torch.equal(outputs, (tokens.float() @ weight.float().t() + bias.float()).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("target", "bits", "dtype", "shape", "group", "n_tokens", "tiles"),
+    [
+        ("sm_80", 8, torch.bfloat16, (21, 256), 128, 1, {}),  # spans past the last one
+        ("sm_90", 8, torch.float16, (37, 1152), 256, 11, {"row_tiles": 2}),  # two trips, and groups of two spans
+        ("sm_100", 4, torch.bfloat16, (16, 512), 128, 20, {"token_tiles": 2, "spans": 2, "num_warps": 2}),  # all inside
+        ("sm_120", 4, torch.float16, (33, 384), 1 << 20, 9, {}),  # a group a row
+        ("sm_90", 4, torch.bfloat16, (16, 1280), 128, 1, {"row_tiles": 2, "spans": 4, "num_warps": 2}),
+    ],
+)
+def test_few_bits_equal_the_dense_product(monkeypatch, target, bits, dtype, shape, group, n_tokens, tiles):
+    plan = launch_packed.nm_linear_mma
+    monkeypatch.setattr(launch_packed, "nm_linear_mma", lambda *size: replace(plan(*size), **tiles))
+    generator = torch.Generator().manual_seed(1)
+    packed = few_bits_weight(shape, bits, group, dtype)
+    tokens = torch.randint(-3, 4, (n_tokens, shape[1]), generator=generator).to(dtype)
+    bias = torch.randint(-3, 4, (shape[0],), generator=generator).to(dtype)
+    weight = unpack_nm(dequantize_nm(packed, torch.float32))
+    with executed_as_ptx(target) as ran:
+        outputs = nm_linear_mma(tokens, packed, fragments_of(packed), bias)
+    assert ran == ["few_bits_mma_body"]
+    assert torch.equal(outputs, (tokens.float() @ weight.t() + bias.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_infinite_input_reaches_only_its_own_token(dtype):
+    """Spans past the last one read it again; what they multiply is left out."""
+    packed = few_bits_weight((16, 384), 4, 128, dtype)
+    tokens = torch.ones(2, 384, dtype=dtype)
+    tokens[0, 256:] = torch.inf
+    with executed_as_ptx("sm_80"):
+        outputs = nm_linear_mma(tokens, packed, fragments_of(packed))
+    weight = unpack_nm(dequantize_nm(packed, torch.float32))
+    assert torch.equal(outputs[1], (tokens[1].float() @ weight.t()).to(dtype))
+    assert not outputs[0].isfinite().any()
