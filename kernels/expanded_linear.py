@@ -8,8 +8,9 @@ else by vectors. At 2:4 and by vectors the weight is not expanded: each group of
 and the two kept weights are multiplied by one of them. All other devices run the reference.
 
 Outputs do not depend on the number of threads or on the other tokens of the call. Tiles and vectors add in different
-orders, so their outputs differ in the last bits, as those of ``F.linear`` do between instruction sets. If the input of
-a pruned weight is NaN or infinite, the output may or may not be NaN.
+orders, so their outputs differ in the last bits, as those of ``F.linear`` do between instruction sets. Both take
+subnormal numbers (below 1.2e-38) as 0, as the processor's bf16 instructions do. If the input of a pruned weight is NaN
+or infinite, the output may or may not be NaN.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def largest_of_groups(values: torch.Tensor, size: int) -> torch.Tensor:
     magnitudes = values.abs()
     if cols % size:
         magnitudes = torch.nn.functional.pad(magnitudes, (0, size - cols % size))
-    return magnitudes.view(rows, -1, size).amax(-1)
+    return magnitudes.view(rows, magnitudes.shape[1] // size, size).amax(-1)
 
 
 def as_stored(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -160,10 +160,10 @@ def _train(
             if path is not None and (due or stop is not None):
                 run.save(path, optimizer)
                 saved = run.seconds
-            if progress is not None:
-                progress(min(spent_share(settings, run), 1) * budget, budget, loss)
             if stop is not None:
                 held.deliver(stop)
+            if progress is not None:
+                progress(min(spent_share(settings, run), 1) * budget, budget, loss)
 
 
 @contextmanager

@@ -60,7 +60,9 @@ class HeldSignals:
             signal.raise_signal(number)
             return
         self.number = number
-        with suppress(RuntimeError, Warning):  # A print that the signal has interrupted, or warnings as errors.
+        # A print that the signal has interrupted, warnings as errors, or no terminal or pipe to write to, for which
+        # some printers exit. Nothing of it may end the step.
+        with suppress(Exception, SystemExit):
             warnings.warn("stopping after this step; a second signal stops at once, and loses it", stacklevel=2)
 
     def _restore(self) -> None:

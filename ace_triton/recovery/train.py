@@ -228,13 +228,13 @@ def _train(
                 if keeping.path is not None:
                     run.save(keeping.path, optimizer)
                 saved = run.seconds
+            if stop is not None:
+                processes.wait()  # Until the state is written: torchrun ends all processes after the first one.
+                held.deliver(stop)
             if progress is not None:
                 budget = settings.steps if settings.minutes is None else 60 * settings.minutes
                 assert budget is not None
                 progress(min(spent_share(settings, run), 1) * budget, budget, loss)
-            if stop is not None:
-                processes.wait()  # Until the state is written: torchrun ends all processes after the first one.
-                held.deliver(stop)
     return run
 
 

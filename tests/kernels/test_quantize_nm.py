@@ -128,3 +128,11 @@ def test_a_part_of_its_outputs_and_another_dtype():
     into = torch.empty(9, 96)
     assert unpack_nm(packed, into) is into
     assert torch.equal(into, unpack_nm(packed))
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (4, 0)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_without_rows_or_columns(shape, bits):
+    packed = pack_scored(torch.zeros(shape), ScoreTerms(), 2, 4)
+    quantized = quantize_nm(packed, bits, 32)
+    assert dequantize_nm(quantized).values.shape == packed.values.shape
