@@ -135,14 +135,14 @@ def sections(out: Path, dry_run: bool) -> tuple[Section, ...]:
     sparse = ("-m", "ace_triton", "bench", *layer, "--json", str(out / SPARSE))
     return (
         Section("sparse_units", ("-m", "benchmarks.reports.sparse_units", *(("--dry-run",) if dry_run else ())), 65),
-        Section("tests", ("-m", "pytest", "-q", *tests, *workers), 170),
+        Section("tests", ("-m", "pytest", "-q", *tests, *workers), 155),
         Section("races", ("-m", "benchmarks.harness.races"), 40),
         timed("kernels", 80, *kernels, "-k", "not other_patterns and not masks"),
         Section("sums", ("-m", "benchmarks.reports.sum_warps", *(("--dry-run",) if dry_run else ())), 30),
         timed("layers", 60, "benchmarks/bench_prune_layer.py"),
         timed("model", 60, "benchmarks/bench_prune_model.py", "-k", "score_and_mask or ria"),
         Section("sparse", sparse, 50),
-        timed("patterns", 40, kernels[0], "-k", "other_patterns or masks"),
+        timed("patterns", 30, kernels[0], "-k", "other_patterns or masks"),
     )
 
 

@@ -163,7 +163,7 @@ def test_evaluate_compares_causal_models_on_windows(command, tiny_checkpoint, so
         ("bert", ("--shots", 2), "--shots needs --tasks"),
         ("bert", ("--stream",), "--stream measures a perplexity, not a comparison of embeddings on sentences"),
         ("masked bert", ("--neighbors", 3), "--neighbors has no effect on a comparison of predictions on sentences"),
-        ("vit", ("--images", ".", "--text", "a.txt", "--length", 8), "--text and --length have no effect on a compar"),
+        ("vit", ("--images", ".", "--text", "pydoc:evaluation", "--length", 8), "--text and --length have no effect"),
         ("llama", ("--samples", 3, "--batch-size", 2), "--samples and --batch-size have no effect on a perplexity"),
         ("llama", ("--dense", ".", "--samples", 3), "--samples has no effect on a comparison on windows of text"),
         ("llama", ("--tasks", "piqa", "--text", "a", "--length", 8), "--text and --length have no effect on --tasks"),
