@@ -146,10 +146,12 @@ shrink-speed: setup  ## perplexity at equal speed of shrunken and n:m forms, for
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.shrink_speed --calibration $(CALIBRATION) \
 		--evaluation $(EVALUATION) $(ARGS)
 
+FITS = OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.fits --dtype bfloat16 --kept build/kept-fits \
+	--calibration $(CALIBRATION) --evaluation $(EVALUATION)
 fits: setup  ## metrics, fits and recovery by pattern, for docs/fits.md; hours, resumable; LARGER names a second model
-	$(BIN)/python -m benchmarks.reports.fits --calibration $(CALIBRATION) --evaluation $(EVALUATION)
-	$(if $(LARGER),$(BIN)/python -m benchmarks.reports.fits --model $(LARGER) --name $(notdir $(LARGER)) --steps 0 \
-		--calibration $(CALIBRATION) --evaluation $(EVALUATION))
+	$(FITS) --steps 100
+	$(FITS) --steps 400 --only '8:16 recovered'
+	$(if $(LARGER),$(FITS) --model $(LARGER) --name $(notdir $(LARGER)) --windows 10 --steps 100)
 
 TRADEOFF = $(BIN)/python -m benchmarks.reports.tradeoff --calibration $(CALIBRATION) --evaluation $(EVALUATION) $(ARGS)
 # Needs llama-cpp-python and gguf for the forms in llama.cpp; without them they are left out, and the page decides nothing.
