@@ -121,7 +121,9 @@ def bench(
         if model is not None:
             kinds = _kinds(model, weights_dtype, trust_remote_code, parse_bits(bits, group), group, progress)
         found = [
-            bench_layer(kind, where, rows=counts, progress=progress_bar(progress, f"bench {kind.shape}"))
+            bench_layer(
+                kind, where, rows=counts, progress=progress_bar(progress, f"bench {kind.shape}", "numbers of rows")
+            )
             for kind in kinds
         ]
     if json:
@@ -160,7 +162,7 @@ def _time_decoding(
             if fused:
                 fuse_packed(model, source)
         ids = prompt_ids(tokenizer, read_documents("pydoc:evaluation", most=1)[0])[:PROMPT_TOKENS]
-        found = decoding_times(model, tokenizer, ids, tokens, progress=progress_bar(progress, "decode"))
+        found = decoding_times(model, tokenizer, ids, tokens, progress=progress_bar(progress, "decode", "texts"))
     facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": device, "threads": torch.get_num_threads()}
     facts |= {"fused": fused, "input_bits": input_bits}
     if json:

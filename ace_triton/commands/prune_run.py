@@ -234,7 +234,9 @@ class PruneRun:
             return None, None
         if isinstance(documents, Sources):
             reads = Reads.of(model.forward, self.task.name)
-            return model_inputs(model, tokenizer, reads, documents, progress_bar(progress, "calibration inputs"))
+            return model_inputs(
+                model, tokenizer, reads, documents, progress_bar(progress, "calibration inputs", "inputs")
+            )
         sequences = _sequences(documents, tokenizer, model, settings, progress)
         return sequences, self._calibration_report(sequences, model, settings, progress)
 
@@ -258,7 +260,7 @@ class PruneRun:
 
     def _prune(self, model: Any, inputs: Any, progress: Progress, batch_size: int | None) -> ModelReport:
         offload_folder = Reservation.of(self.out).work if self.offload == "disk" else None
-        bar = progress_bar(progress, "prune")
+        bar = progress_bar(progress, "prune", "blocks")
         return prune_model(
             model, inputs, self.recipe, batch_size=batch_size, offload_folder=offload_folder, progress=bar
         )
@@ -313,7 +315,7 @@ class PruneRun:
                 note_slow_calibration(self.dtype, model)
             with store.open():
                 inputs, calibrated = self._kept_inputs(stream, store, documents, settings, progress)
-                bar = progress_bar(progress, "prune")
+                bar = progress_bar(progress, "prune", "blocks")
                 report = prune_stored(model, inputs, self.recipe, store, batch_size=self._batch_size, progress=bar)
             report = report.with_load(load_seconds)
             facts, outside = prune_facts(self, model, report, None if documents is None else settings, calibrated)
@@ -361,5 +363,5 @@ def _sequences(
         seed=settings.seed,
         model=model,
         bos=settings.bos,
-        progress=progress_bar(progress, "calibration text"),
+        progress=progress_bar(progress, "calibration text", "sequences"),
     )
