@@ -97,6 +97,11 @@ _STAGE_LABELS = {
 }
 
 
+def megabytes(size: float, digits: int = 1) -> str:
+    """A number of bytes as text, in units of 1,000,000."""
+    return f"{size / 1e6:,.{digits}f} MB"
+
+
 def facts_table(title: str | None = None) -> Table:
     """An empty table of names and values; long cells wrap."""
     table = Table(title=title, show_header=False)
@@ -172,10 +177,8 @@ def packing_table(report: SparsifyReport) -> Table:
     for (pattern, bits), count in kinds.most_common():
         kind = "layers not pruned" if pattern == DENSE else f"layers packed {pattern}"
         table.add_row(kind + ("" if bits is None else f", {bits} bits"), str(count))
-    table.add_row("size of these layers, dense", f"{report.dense_bytes / 2**20:.1f} MiB")
-    table.add_row(
-        "size packed", f"{report.packed_bytes / 2**20:.1f} MiB ({report.packed_bytes / report.dense_bytes:.1%})"
-    )
+    table.add_row("size of these layers, dense", megabytes(report.dense_bytes))
+    table.add_row("size packed", f"{megabytes(report.packed_bytes)} ({report.packed_bytes / report.dense_bytes:.1%})")
     return table
 
 
