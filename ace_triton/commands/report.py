@@ -151,6 +151,7 @@ def prune_table(report: ModelReport) -> Table:
     chosen = (*rotate, *permute, "select", *update, *quantize, *fit)
     for stage in ("load", "calibration", "statistics", *chosen, "other", "total"):
         table.add_row(_STAGE_LABELS.get(stage, stage), f"{getattr(report.seconds, stage):.2f} s")
+    table.add_row("CPU time of the total, all threads", f"{report.cpu_seconds:.2f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
     return table
 
