@@ -84,6 +84,7 @@ class ModelReport:
         towers: the towers of the model, in the order in which they were pruned.
         fits: what training did to each block, if the update has ``block_epochs``.
         rotation: the result of ``rotate=True``, or None.
+        cpu_seconds: CPU time of this process in ``seconds.total``, all threads together.
     """
 
     recipe: Recipe
@@ -97,6 +98,7 @@ class ModelReport:
     towers: tuple[TowerReport, ...] = ()
     fits: tuple[BlockFit, ...] = ()
     rotation: RotationReport | None = None
+    cpu_seconds: float = 0.0
 
     @property
     def method(self) -> str:
@@ -123,10 +125,10 @@ class ModelReport:
         """What was pruned before the model ran again; None if no tokens were needed."""
         return self.recipe.sequential if self.recipe.needs.tokens else None
 
-    def with_load(self, seconds: float) -> ModelReport:
-        """The report of a run that also loaded the model, in this time."""
+    def with_load(self, seconds: float, cpu_seconds: float) -> ModelReport:
+        """The report of a run that also loaded the model, in this wall-clock time and CPU time."""
         whole = replace(self.seconds, load=seconds, total=self.seconds.total + seconds)
-        return replace(self, seconds=whole)
+        return replace(self, seconds=whole, cpu_seconds=self.cpu_seconds + cpu_seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
@@ -134,6 +136,7 @@ class ModelReport:
             "method": self.method,
             "sparsity": self.sparsity,
             "seconds": self.seconds.to_dict(),
+            "cpu_seconds": self.cpu_seconds,
             "peak_bytes": self.peak_bytes,
             "layers": [
                 {"name": layer.name, "kept": layer.kept, "pattern": layer.pattern, "parameters": layer.parameters}

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -30,7 +31,14 @@ def bars(console: Console) -> Progress:
     """A bar for each stage, with its time so far and an estimate of the time left."""
     name = TextColumn("{task.description:<32}", markup=False)
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(name, BarColumn(), MofNCompleteColumn(), *times, console=console)
+    return Progress(name, BarColumn(), _DoneColumn(), *times, console=console)
+
+
+class _DoneColumn(MofNCompleteColumn):
+    """What is done and all, with the unit of the task, as "3/8 blocks"."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task).append(_unit_of(task))
 
 
 class ProgressLines(Progress):
@@ -80,11 +88,11 @@ class ProgressLines(Progress):
         return time.monotonic() - self._last_line >= max(self._every, (task.elapsed or 0.0) / MOST_LINES)
 
     def _state(self, task: Task) -> str:
-        """For example "prune: 3 of 30, 12 s so far, about 1:48 left"."""
+        """For example "prune: 3 of 30 blocks, 12 s so far, about 1:48 left"."""
         spent = task.elapsed or 0.0
         parts, total = [f"{_duration(spent)} so far"], task.total or 1
         if total > 1:
-            parts.insert(0, f"{task.completed:,.0f} of {total:,.0f}")
+            parts.insert(0, f"{task.completed:,.0f} of {total:,.0f}{_unit_of(task)}")
         done = task.completed - self._first[task.id]
         if total > 1 and done > 0:
             parts.append(f"about {_duration(spent * (total - task.completed) / done)} left")
@@ -95,9 +103,15 @@ class ProgressLines(Progress):
         self.console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def progress_bar(progress: Progress, label: str) -> Callable[..., None]:
-    """Add a bar. Returns the callback (done, total, ...) that moves it."""
-    task = progress.add_task(label, total=None)
+def progress_bar(progress: Progress, label: str, unit: str) -> Callable[..., None]:
+    """Add a bar. Returns the callback (done, total, ...) that moves it.
+
+    Args:
+        progress: shows the bar.
+        label: what is done.
+        unit: what is counted, in the plural.
+    """
+    task = progress.add_task(label, total=None, unit=unit)
 
     def move(done: float, total: float, *_: object) -> None:
         progress.update(task, completed=done, total=total)
@@ -111,6 +125,12 @@ def stage(progress: Progress, name: str) -> Iterator[None]:
     task = progress.add_task(name, total=1)
     yield
     progress.update(task, completed=1)
+
+
+def _unit_of(task: Task) -> str:
+    """The unit of a task's counts with a space before it; nothing for a task without a unit."""
+    unit = task.fields.get("unit")
+    return f" {unit}" if unit else ""
 
 
 def _duration(seconds: float) -> str:

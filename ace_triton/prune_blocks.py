@@ -215,6 +215,7 @@ def prune_stored(
         tuple(TowerReport.of(tower, runs.get(tower.name, "none")) for tower in towers),
         tuple(selection.fits),
         None if selection.rotator is None else selection.rotator.report(),
+        cpu_seconds=clock.cpu_seconds(),
     )
 
 

@@ -56,6 +56,29 @@ class Seconds:
         return {**asdict(self), "other": self.other}
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A point in time.
+
+    Attributes:
+        wall: seconds of the wall clock.
+        cpu: CPU seconds of the process, all threads together.
+    """
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        """The present."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self) -> tuple[float, float]:
+        """Wall-clock seconds and CPU seconds since then."""
+        now = Moment.now()
+        return now.wall - self.wall, now.cpu - self.cpu
+
+
 class Stopwatch:
     """Adds the elapsed time to the innermost open stage, so nested stages are not counted twice.
 
@@ -68,7 +91,8 @@ class Stopwatch:
         self._seconds: dict[Stage, float] = dict.fromkeys(get_args(Stage), 0.0)
         self._open: list[Stage] = []
         self._events: deque[tuple[Stage | None, torch.cuda.Event]] = deque()
-        self._start = self._last = time.perf_counter()
+        self._start = Moment.now()
+        self._last = self._start.wall
 
     @contextmanager
     def measure(self, stage: Stage) -> Iterator[None]:
@@ -84,7 +108,11 @@ class Stopwatch:
     def seconds(self) -> Seconds:
         """The seconds spent so far."""
         self._read_events(1)
-        return Seconds(load=0.0, **self._seconds, total=time.perf_counter() - self._start)
+        return Seconds(load=0.0, **self._seconds, total=self._start.since()[0])
+
+    def cpu_seconds(self) -> float:
+        """The CPU seconds of the process so far, all threads together."""
+        return self._start.since()[1]
 
     def _record(self) -> None:
         stage = self._open[-1] if self._open else None

@@ -253,6 +253,7 @@ def test_progress_and_report(make_decoder, ids):
         "method",
         "sparsity",
         "seconds",
+        "cpu_seconds",
         "peak_bytes",
         "layers",
         "skipped",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +14,22 @@ from rich.progress import Progress
 
 from ..decoding_times import DecodingTimes, decoding_times
 from ..errors import ArgumentError
-from ..formats.registry import load_model
+from ..formats.registry import format_of, load_model
 from ..generation import prompt_ids
 from ..inputs.text import read_documents
-from ..packed.bench import ROWS, LayerKind, LayerTimes, bench_layer, best_limits, fastest, kinds_of, totals
+from ..packed.bench import (
+    ROWS,
+    LayerKind,
+    LayerTimes,
+    RowTimes,
+    TotalTimes,
+    bench_layer,
+    best_limits,
+    fastest,
+    kinds_of,
+    totals,
+)
+from ..packed.inspect import surely_not_pruned
 from ..packed.pack_model import sparsify
 from ..packed.packed_linear import PackedLinear
 from ..packed.products import registry
@@ -49,6 +62,9 @@ SHAPE = "4096x4096"
 
 PROMPT_TOKENS = 16
 """Tokens of the prompt that ``--tokens`` continues."""
+
+LEAST_PACKED_ZEROS = 1 / 32
+"""Least share of zeros in a layer that packs: m of n:m is at most 32."""
 
 COUNT, LARGEST = r"[1-9]\d{0,8}", 10**9 - 1
 
@@ -115,13 +131,15 @@ def bench(
             raise ArgumentError(f"--bits needs a pattern n:m, as --sparsity 8:16; got --sparsity {sparsity}")
         kinds = [dataclasses.replace(kind, bits=parse_bits(bits, group), group=0 if bits is None else group)]
     else:
-        check_source(model, any_format=True)
+        _check_model(model)
     print_backend(where)
     with progress_bars() as progress:
         if model is not None:
             kinds = _kinds(model, weights_dtype, trust_remote_code, parse_bits(bits, group), group, progress)
         found = [
-            bench_layer(kind, where, rows=counts, progress=progress_bar(progress, f"bench {kind.shape}"))
+            bench_layer(
+                kind, where, rows=counts, progress=progress_bar(progress, f"bench {kind.shape}", "numbers of rows")
+            )
             for kind in kinds
         ]
     if json:
@@ -134,6 +152,7 @@ def bench(
         report.write_json(json, with_provenance(content, model=name, device=where))
     for layer in found:
         _show(layer)
+    _show_refusals(found)
     if model is not None:
         _show_totals(found)
 
@@ -149,7 +168,7 @@ def _time_decoding(
     input_bits: int | None,
 ) -> None:
     """Time decoding with a model and its dense copy, and print and write the times."""
-    check_source(source, any_format=True)
+    _check_model(source)
     check_length(source, tokens + PROMPT_TOKENS, "--tokens")
     print_backend(device)
     with progress_bars() as progress:
@@ -160,7 +179,7 @@ def _time_decoding(
             if fused:
                 fuse_packed(model, source)
         ids = prompt_ids(tokenizer, read_documents("pydoc:evaluation", most=1)[0])[:PROMPT_TOKENS]
-        found = decoding_times(model, tokenizer, ids, tokens, progress=progress_bar(progress, "decode"))
+        found = decoding_times(model, tokenizer, ids, tokens, progress=progress_bar(progress, "decode", "texts"))
     facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": device, "threads": torch.get_num_threads()}
     facts |= {"fused": fused, "input_bits": input_bits}
     if json:
@@ -179,7 +198,8 @@ def _time_decoding(
     measured = (side.packed_layers + side.other_layers + side.rest for side in sides)
     table.add_row("ms a token in all, while the parts are timed", *(f"{whole:.2f}" for whole in measured))
     console.print(table)
-    print_line(f"packed is {found.packed.tokens_per_second / found.dense.tokens_per_second:.2f} times as fast")
+    faster = found.packed.tokens_per_second / found.dense.tokens_per_second
+    print_line(f"packed is {faster:.2f} times as fast as dense, both in transformers")
     print_line(f"tokens before the first difference: {found.same_tokens} of {tokens}")
     _show_step(found)
 
@@ -199,9 +219,24 @@ def _show_step(found: DecodingTimes) -> None:
     ):
         table.add_row(label, *(f"{getattr(side, part):.2f}" for side in sides))
     console.print(table)
-    faster = found.packed_step.tokens_per_second / found.dense.tokens_per_second
-    print_line(f"packed with the compiled step is {faster:.2f} times as fast as dense in transformers")
+    speed = found.packed_step.tokens_per_second
+    faster, across = speed / found.dense_step.tokens_per_second, speed / found.dense.tokens_per_second
+    print_line(f"packed is {faster:.2f} times as fast as dense, both with the compiled step")
     print_line(f"tokens before the first difference from packed in transformers: {found.same_tokens_of_step}")
+    print_line(
+        f"packed with the compiled step is {across:.2f} times as fast as dense in transformers, by packing and the "
+        "decoder together"
+    )
+
+
+def _check_model(source: str) -> None:
+    """Raise an AceError if a model cannot be timed, before it is loaded if that is known."""
+    check_source(source, any_format=True)
+    if format_of(source).name == "dense" and surely_not_pruned(source, LEAST_PACKED_ZEROS):
+        raise ArgumentError(
+            f"{source} is not pruned, so it has no layers to pack and time: prune it first (ace-triton prune "
+            "--sparsity 2:4), or store it in 8 bits (ace-triton pack --all-bits 8)"
+        )
 
 
 def _kinds(
@@ -244,25 +279,37 @@ def _show(layer: LayerTimes) -> None:
         table.add_row(str(entry.rows), *cells, labels[entry.product], f"{entry.dense / entry.taken:.2f}x")
     console.print(table)
     share = layer.packed_bytes / layer.dense_bytes
-    print_line(f"weight {layer.packed_bytes / 2**20:.2f} MiB, {share:.1%} of dense")
-    for name, refusal in layer.refusals.items():
-        print_line(f"{labels[name]} was not timed: {refusal}")
-    slower = [f"{entry.rows} ({entry.taken / entry.dense:.2f}x the time)" for entry in layer.times if entry.loses]
-    losses = f"slower than dense at rows {', '.join(slower)}" if slower else "never slower than dense"
-    print_line(f"sparse is {losses}")
+    print_line(f"weight {report.megabytes(layer.packed_bytes, 2)}, {share:.1%} of dense")
+    print_line(f"sparse is {_losses(layer.times)}")
     better = [f"{entry.rows} ({labels[fastest(entry.products)]})" for entry in layer.times if not entry.fits]
     if not better:
-        print_line("the row limits in use fit these times")
+        print_line("no other product of NMLinear is faster: its row limits fit these times")
         return
     print_line(f"another product is faster at rows {', '.join(better)}; to use row limits that fit these times:")
     print_line(f"    ace_triton.set_row_limits(model, ace_triton.{best_limits(layer.times)})")
 
 
+def _losses(times: Sequence[RowTimes | TotalTimes]) -> str:
+    """At which numbers of rows NMLinear is slower than dense, in words."""
+    slower = [f"{entry.rows} ({entry.taken / entry.dense:.2f}x the time)" for entry in times if entry.loses]
+    return f"slower than dense at rows {', '.join(slower)}" if slower else "never slower than dense"
+
+
+def _show_refusals(layers: list[LayerTimes]) -> None:
+    """Print once why a product was not timed, if it is for several layers."""
+    labels = {product.name: product.label for product in registry.products}
+    lines = [f"{labels[name]} was not timed: {why}" for layer in layers for name, why in layer.refusals.items()]
+    for line in dict.fromkeys(lines):
+        print_line(line)
+
+
 def _show_totals(layers: list[LayerTimes]) -> None:
+    summed = totals(layers)
     count = sum(layer.kind.count for layer in layers)
     title = f"all {count} packed layers, milliseconds"
     table = report.headed_table("rows", "dense", "NMLinear", "times as fast", title=title)
-    for entry in totals(layers):
+    for entry in summed:
         cells = (f"{entry.dense:.2f}", f"{entry.taken:.2f}", f"{entry.dense / entry.taken:.2f}x")
         table.add_row(str(entry.rows), *cells)
     console.print(table)
+    print_line(f"all packed layers together are {_losses(summed)}")

@@ -138,7 +138,7 @@ class Comparison:
             assert sources is not None
             companions = Companions(ModelSource.find(source), trusted)
             batches, made = model_inputs(dense, companions, Reads.of(dense.forward, task.name), sources)
-        bar = progress_bar(progress, "compare")
+        bar = progress_bar(progress, "compare", "batches")
         if task.name != FEATURE_EXTRACTION:
             return Compared(prediction_agreement(dense, pruned, batches, progress=bar), made, read)
         pooling = pooling_of(ModelSource.find(source).path)

@@ -123,16 +123,16 @@ class Demo:
         """Run all steps, and save the recovered model to ``out``, dense with zeros."""
         self.measure("dense", None)
         for recipe in self.settings.recipes:
-            self.step(recipe.words, partial(self.prune, recipe))
-        self.step(f"+ {self.settings.minutes:g} min of recovery", self.recover)
+            self.step(recipe.words, "blocks", partial(self.prune, recipe))
+        self.step(f"+ {self.settings.minutes:g} min of recovery", "seconds", self.recover)
         with stage(self.progress, "save the model"):
             save(self.model, self.tokenizer, out, with_provenance(self.report), overwrite=overwrite)
-        self.step("+ packed", self.pack)
+        self.step("+ packed", "models", self.pack)
 
-    def step(self, name: str, work: Callable[[Callable[..., None]], object]) -> None:
-        """Change the model by ``work``, time that, and measure the model."""
+    def step(self, name: str, unit: str, work: Callable[[Callable[..., None]], object]) -> None:
+        """Change the model by ``work``, whose progress is counted in ``unit``; time that, and measure the model."""
         start = time.perf_counter()
-        work(progress_bar(self.progress, name))
+        work(progress_bar(self.progress, name, unit))
         self.measure(name, time.perf_counter() - start)
 
     def prune(self, recipe: Recipe, bar: Callable[..., None]) -> None:
@@ -163,7 +163,7 @@ class Demo:
 
     def perplexity(self, ids: torch.Tensor, label: str) -> float:
         """Perplexity of the current model."""
-        bar = progress_bar(self.progress, label)
+        bar = progress_bar(self.progress, label, "windows")
         length, windows = self.settings.window_length, self.settings.windows
         measured = perplexity(self.model, ids, length=length, windows=windows, beginning=self.beginning, progress=bar)
         return measured.perplexity

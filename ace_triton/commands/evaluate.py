@@ -214,7 +214,7 @@ def evaluate(
         check_positions(longest_sequence(model), length)
         beginning = Beginning.of(tokenizer, bos)
         ids = text_ids("\n\n".join(documents), tokenizer, beginning)
-        bar = progress_bar(progress, "evaluate")
+        bar = progress_bar(progress, "evaluate", "steps" if stream else "windows")
         run: dict[str, Any] = {"logits": found.logits(bar)} if stream else {"progress": bar}
         result = perplexity(model, ids, length=length, windows=windows, beginning=beginning, **run)
     if not processes.is_first:

@@ -32,7 +32,7 @@ def info(
     if (copies := copies_of_folder(model_dir)) is not None and copies.layers:
         print_line(
             f"loading it on this CPU keeps dense copies of {copies.layers} packed weights for speed, "
-            f'{copies.bytes / 1e6:.1f} MB; load(..., keep="packed") keeps none'
+            f'{report.megabytes(copies.bytes)}; load(..., keep="packed") keeps none'
         )
     console.print(report.info_table(tensors) if full else report.info_groups(tensors))
     if history:

@@ -17,7 +17,6 @@ from ..inputs.model_card import quantize_entry
 from ..inputs.model_source import weight_file_bytes
 from ..packed.manifest import DENSE, TENSORS_FILE
 from ..packed.pack_model import sparsify
-from ..planning.pruning_plan import gib
 from ..progress import stage
 from ..provenance import name_of, source_facts, source_of, with_provenance
 from ..solvers.quantize import GROUP
@@ -165,7 +164,8 @@ def pack(
             f"weights were rounded to the nearest value of {few} bits; ace-triton prune --bits {few} loses less, "
             f"because it uses the calibration text, and ace-triton recover --bits {few} trains the rounded weights"
         )
-    print_line(f"weight files: {gib(weight_file_bytes(src))} -> {gib((out / TENSORS_FILE).stat().st_size)}")
+    sizes = (weight_file_bytes(src), (out / TENSORS_FILE).stat().st_size)
+    print_line(f"weight files: {' -> '.join(map(report.megabytes, sizes))}")
     print_line(f"written to {out}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from ..streaming.file_store import FileStore
 from ..streaming.fits import LARGEST_SHARE, surely_fits
 from ..streaming.streamed_pack import packing_facts
 from ..streaming.streamed_prune import StreamedModel, streamed
+from ..timing import Moment
 from .calibration_sources import read_sources, trial_inputs
 from .console import note_slow_calibration, print_note
 from .options import parse_device, parse_dtype
@@ -194,17 +194,17 @@ class PruneRun:
     def _run_in_memory(self, progress: Progress, settings: CalibrationSettings, documents: Texts) -> PruneResults:
         processes = Processes.now()
         with self._reserved(processes):
-            started = time.perf_counter()
+            started = Moment.now()
             with stage(progress, "load the model"):
                 model, tokenizer = self._beside(checkpoint.load(self.source, **self._loading(), task=self._load_as))
-            load_seconds = time.perf_counter() - started
+            load = started.since()
             if self.packed:
                 check_packed(self.recipe, model.dtype)
                 check_stored(model, self.stored)
             if documents is not None:
                 note_slow_calibration(self.dtype, model)
             inputs, calibrated = self._inputs(model, tokenizer, documents, settings, progress)
-            report = self._prune(model, inputs, progress, self._batch_size).with_load(load_seconds)
+            report = self._prune(model, inputs, progress, self._batch_size).with_load(*load)
             facts, outside = prune_facts(self, model, report, None if documents is None else settings, calibrated)
             packing = self._save(model, tokenizer, facts, progress, processes)
         return PruneResults(facts, report, calibrated, packing, outside)
@@ -234,7 +234,9 @@ class PruneRun:
             return None, None
         if isinstance(documents, Sources):
             reads = Reads.of(model.forward, self.task.name)
-            return model_inputs(model, tokenizer, reads, documents, progress_bar(progress, "calibration inputs"))
+            return model_inputs(
+                model, tokenizer, reads, documents, progress_bar(progress, "calibration inputs", "inputs")
+            )
         sequences = _sequences(documents, tokenizer, model, settings, progress)
         return sequences, self._calibration_report(sequences, model, settings, progress)
 
@@ -258,7 +260,7 @@ class PruneRun:
 
     def _prune(self, model: Any, inputs: Any, progress: Progress, batch_size: int | None) -> ModelReport:
         offload_folder = Reservation.of(self.out).work if self.offload == "disk" else None
-        bar = progress_bar(progress, "prune")
+        bar = progress_bar(progress, "prune", "blocks")
         return prune_model(
             model, inputs, self.recipe, batch_size=batch_size, offload_folder=offload_folder, progress=bar
         )
@@ -281,7 +283,7 @@ class PruneRun:
         return sparsify(model, **bits, pruned_to=None if sparsity.n is None else str(sparsity))
 
     def _run_streamed(self, progress: Progress, settings: CalibrationSettings, documents: Texts) -> PruneResults:
-        started = time.perf_counter()
+        started = Moment.now()
         with streamed(
             self.source,
             self.out,
@@ -306,16 +308,16 @@ class PruneRun:
                     }
                 )
             check_stored(model, self.stored)  # Before, its modules have hooks that load the weights.
-            load_seconds = time.perf_counter() - started
+            load = started.since()
             if store.resumed and Processes.now().is_first:
                 print_note(f"resuming: {len(store.resumed)} of {len(store.units)} blocks are done")
             if documents is not None:
                 note_slow_calibration(self.dtype, model)
             with store.open():
                 inputs, calibrated = self._kept_inputs(stream, store, documents, settings, progress)
-                bar = progress_bar(progress, "prune")
+                bar = progress_bar(progress, "prune", "blocks")
                 report = prune_stored(model, inputs, self.recipe, store, batch_size=self._batch_size, progress=bar)
-            report = report.with_load(load_seconds)
+            report = report.with_load(*load)
             facts, outside = prune_facts(self, model, report, None if documents is None else settings, calibrated)
             with stage(progress, "pack" if self.packed else "complete the files"):
                 packing = stream.publish(facts, packed=self.packed, quantize=self.recipe.quantize, stored=self.stored)
@@ -361,5 +363,5 @@ def _sequences(
         seed=settings.seed,
         model=model,
         bos=settings.bos,
-        progress=progress_bar(progress, "calibration text"),
+        progress=progress_bar(progress, "calibration text", "sequences"),
     )

@@ -66,6 +66,7 @@ from .recover_other import (
     check_effect,
     is_causal,
 )
+from .recovery_report import after_training, gain_note, recovery_bar, recovery_table
 from .sources import check_length, check_source
 
 
@@ -244,7 +245,9 @@ def recover(
         loading = {"dtype": weights_dtype, "device": where, "trust_remote_code": trust_remote_code}
         run = OtherRecovery(model_dir, source, out, task, texts, settings, loading, overwrite=overwrite)
         result = run.run(json)
-        console.print(report.recovery_table(result, trained, of_text=False))
+        console.print(recovery_table(result, trained, of_text=False))
+        if (note := gain_note(result)) is not None:
+            print_line(note)
         if (note := rounding_note(settings.quantization, pruning)) is not None:
             print_line(note)
         print_line(f"written to {out}")
@@ -282,13 +285,7 @@ def recover(
                     documents, tokenizer, samples=samples, length=length, seed=seed, apart=True, bos=bos
                 ).ids
             )
-        bar = progress.add_task("set up and recover", total=None)
-
-        def move(spent: float, budget: float, loss: float) -> None:
-            progress.update(
-                bar, completed=round(spent), total=round(budget), description=f"set up and recover, loss {loss:.3f}"
-            )
-
+        move = recovery_bar(progress, settings, state)
         spread = where if shard else None
         pruned = was_pruned(pruning)
         result = train(model, dense, text, settings, shard=spread, pruned=pruned, state=state, progress=move)
@@ -305,7 +302,7 @@ def recover(
             with stage(progress, "save the model"):
                 pruning.pop("source_path", None)  # A teacher from the hub has no path.
                 facts = {
-                    **report.after_training(pruning, settings.quantization),
+                    **after_training(pruning, settings.quantization),
                     **source_facts(source, out),
                     "recovery": recovery,
                 }
@@ -314,7 +311,7 @@ def recover(
                     "recover",
                     f"{result.steps} optimizer steps, {result.tokens} tokens" + rounded_to(settings.quantization),
                     seconds=result.seconds,
-                    loss=[result.losses[0], result.losses[-1]],
+                    mean_loss=list(result.mean_losses),
                 )
                 save_model(model, tokenizer, out, report=facts, overwrite=overwrite)
                 remove_state(state)
@@ -323,7 +320,9 @@ def recover(
         return
     if json:
         report.write_json(json, {**recovery, "model": name_of(model_dir), **source_facts(source, out)})
-    console.print(report.recovery_table(result, trained, hidden_states=bool(settings.hidden_states)))
+    console.print(recovery_table(result, trained, hidden_states=bool(settings.hidden_states)))
+    if (note := gain_note(result)) is not None:
+        print_line(note)
     print_line(f"sequences begin with bos: {beginning}")
     if result.passes > 1:
         print_line(

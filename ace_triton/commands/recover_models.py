@@ -8,8 +8,10 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..inputs import checkpoint
+from ..packed.inspect import surely_not_pruned
 from ..provenance import history_of, source_of
 from ..recovery.checks import pruned_masks, zeros_of_rounding
+from ..solvers.kept_adamw import LEAST_ZEROS
 from ..solvers.quantize import GROUP, Quantization
 from .options import parse_bits
 from .pack import quantization_of
@@ -90,9 +92,19 @@ def rounding_note(quantize: Quantization | None, pruning: dict[str, Any]) -> str
 
 
 def teacher_of(model_dir: Path, named: str | None, pruning: dict[str, Any]) -> str:
-    """The dense model's name. Raises CheckpointError before anything is loaded if it is unknown or not dense."""
+    """The dense model's name.
+
+    Raises:
+        CheckpointError: before anything is loaded, if the dense model is unknown or not dense, or if ``model_dir`` has
+            no record of its dense model and is not pruned.
+    """
     source = source_of(pruning, model_dir) if named is None else named
     if not source:
+        if not history_of(pruning) and surely_not_pruned(model_dir, LEAST_ZEROS):
+            raise checkpoint.CheckpointError(
+                f"{model_dir} is not pruned, no weight has {LEAST_ZEROS:.0%} zeros or more: prune it first; if another "
+                "program removed channels or blocks of it, name its dense model with --teacher"
+            )
         name = pruning.get("source")
         known = f"; only its name is known, {name}" if isinstance(name, str) and name else ""
         raise checkpoint.CheckpointError(

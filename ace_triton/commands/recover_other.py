@@ -29,6 +29,7 @@ from . import report
 from .compare_run import pooling_of
 from .console import note_slow_training, print_backend, print_line, progress_bars
 from .recover_models import check_vocabulary, remove_if_empty, rounded_to, was_pruned, zeros_note
+from .recovery_report import after_training, recovery_bar
 from .sources import context_length, kind_beside_causal
 
 OTHER_SAMPLES, OTHER_LENGTH, INPUTS_PER_STEP = 50_000, 128, 32
@@ -174,20 +175,10 @@ class OtherRecovery:
             reads = Reads.of(model.forward, task.name)
             if reads.text:
                 check_vocabulary(companions.tokenizer, Companions(ModelSource.find(self.teacher), trusted).tokenizer)
-            bar = progress_bar(progress, "training inputs")
+            bar = progress_bar(progress, "training inputs", "inputs")
             batches, made = model_inputs(model, companions, reads, sources, bar)
             if task.name == MASKED:
                 batches = with_masked_tokens(batches, companions.tokenizer, self.settings.seed)
-            shown = progress.add_task("set up and recover", total=None)
-
-            def move(spent: float, budget: float, loss: float) -> None:
-                progress.update(
-                    shown,
-                    completed=round(spent),
-                    total=round(budget),
-                    description=f"set up and recover, loss {loss:.3f}",
-                )
-
             pooling = pooling_of(ModelSource.find(self.teacher).path)
             about_zeros = zeros_note(model, dense, pruning)
             result = recover_model(
@@ -198,7 +189,7 @@ class OtherRecovery:
                 pooling=pooling,
                 pruned=was_pruned(pruning),
                 state=state,
-                progress=move,
+                progress=recovery_bar(progress, self.settings, state),
             )
             recovery = with_provenance(
                 result.to_dict(),
@@ -223,9 +214,9 @@ class OtherRecovery:
                     f"{result.steps} optimizer steps of {self.inputs.inputs_per_step} inputs"
                     + rounded_to(self.settings.quantization),
                     seconds=result.seconds,
-                    loss=[result.losses[0], result.losses[-1]],
+                    mean_loss=list(result.mean_losses),
                 )
-                kept = report.after_training(pruning, self.settings.quantization)
+                kept = after_training(pruning, self.settings.quantization)
                 facts = {**kept, **source, "recovery": recovery, "history": history}
                 save_model(model, companions, self.out, report=facts, overwrite=self.overwrite)
                 remove_state(state)

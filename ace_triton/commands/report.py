@@ -22,11 +22,9 @@ from ..model_report import ModelReport
 from ..packed.inspect import TensorSparsity
 from ..packed.manifest import DENSE
 from ..packed.pack_model import SparsifyReport
-from ..recovery.settings import RecoveryReport
 from ..reordering.fold import Unfolded
 from ..reordering.reorder import Reordered
 from ..reordering.rotate import Rotated
-from ..solvers.quantize import Quantization
 from ..task_evaluation import TaskScore
 
 CHECKPOINT_JSON = re.compile(
@@ -99,6 +97,11 @@ _STAGE_LABELS = {
 }
 
 
+def megabytes(size: float, digits: int = 1) -> str:
+    """A number of bytes as text, in units of 1,000,000."""
+    return f"{size / 1e6:,.{digits}f} MB"
+
+
 def facts_table(title: str | None = None) -> Table:
     """An empty table of names and values; long cells wrap."""
     table = Table(title=title, show_header=False)
@@ -148,6 +151,7 @@ def prune_table(report: ModelReport) -> Table:
     chosen = (*rotate, *permute, "select", *update, *quantize, *fit)
     for stage in ("load", "calibration", "statistics", *chosen, "other", "total"):
         table.add_row(_STAGE_LABELS.get(stage, stage), f"{getattr(report.seconds, stage):.2f} s")
+    table.add_row("CPU time of the total, all threads", f"{report.cpu_seconds:.2f} s")
     table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
     return table
 
@@ -174,10 +178,8 @@ def packing_table(report: SparsifyReport) -> Table:
     for (pattern, bits), count in kinds.most_common():
         kind = "layers not pruned" if pattern == DENSE else f"layers packed {pattern}"
         table.add_row(kind + ("" if bits is None else f", {bits} bits"), str(count))
-    table.add_row("size of these layers, dense", f"{report.dense_bytes / 2**20:.1f} MiB")
-    table.add_row(
-        "size packed", f"{report.packed_bytes / 2**20:.1f} MiB ({report.packed_bytes / report.dense_bytes:.1%})"
-    )
+    table.add_row("size of these layers, dense", megabytes(report.dense_bytes))
+    table.add_row("size packed", f"{megabytes(report.packed_bytes)} ({report.packed_bytes / report.dense_bytes:.1%})")
     return table
 
 
@@ -240,48 +242,6 @@ def _first_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def recovery_table(
-    result: RecoveryReport, trained: str, most: int = 10, *, of_text: bool = True, hidden_states: bool = False
-) -> Table:
-    """A recovery's results; losses are means over its first and its last steps.
-
-    Args:
-        result: the report.
-        trained: name of the values that were trained.
-        most: number of steps in a mean.
-        of_text: True for a causal language model, whose losses are in nats a token.
-        hidden_states: True if the losses include the distance of hidden states, which has another unit.
-    """
-    table = facts_table("recovery")
-    most = max(1, min(most, len(result.losses) // 2))
-    first, last = result.losses[:most], result.losses[-most:]
-    unit = " with hidden states" if hidden_states else " nats a token" if of_text else ""
-    table.add_row("steps", f"{result.steps:,}")
-    if result.tokens:
-        table.add_row("tokens", f"{result.tokens:,}")
-    table.add_row(f"passes over the {'text' if of_text else 'inputs'}", f"{result.passes:.2f}")
-    table.add_row("time of the optimizer steps", f"{result.seconds:.0f} s")
-    table.add_row("CPU time of them", f"{result.cpu_seconds:.0f} s")
-    table.add_row("loss, first steps", f"{sum(first) / len(first):.3f}{unit}")
-    table.add_row("loss, last steps", f"{sum(last) / len(last):.3f}{unit}")
-    table.add_row(f"{trained} trained", f"{result.trained:,}")
-    if result.zeros:
-        table.add_row("weights still 0", f"{result.zeros:,}")
-    return table
-
-
-def after_training(pruning: dict[str, Any], quantize: Quantization | None) -> dict[str, Any]:
-    """A pruning report after a recovery: its recipe says how the weights are quantized only if they still are so."""
-    recipe = pruning.get("recipe")
-    if not isinstance(recipe, dict):
-        return pruning
-    before = recipe.get("quantize")
-    now = None if quantize is None else (quantize.bits, quantize.group)
-    if isinstance(before, dict) and (before.get("bits"), before.get("group")) == now:
-        return pruning
-    return {**pruning, "recipe": {name: part for name, part in recipe.items() if name != "quantize"}}
-
-
 def perplexity_table(result: Perplexity, facts: dict[str, str]) -> Table:
     """One perplexity, with further facts by name."""
     table = facts_table()
@@ -337,17 +297,22 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> Table:
     for step in history:
         seconds, zeros = step.get("seconds"), step.get("zeros")
         brought = [f"{zeros:,} weights are 0"] if isinstance(zeros, int) else []
-        for name, form in _BROUGHT.items():
+        for name, (label, form) in _BROUGHT.items():
             match step.get(name):
                 case [int() | float() as before, int() | float() as after] if before != after:
-                    brought.append(f"{name} {before:{form}} -> {after:{form}}")
+                    brought.append(f"{label} {before:{form}} -> {after:{form}}")
         time = f"{seconds:.0f}" if isinstance(seconds, (int, float)) else "-"
         table.add_row(step["command"], step["did"], time, "; ".join(brought))
     return table
 
 
-_BROUGHT = {"parameters": ",", "bytes": ",", "perplexity": ".2f", "loss": ".3f"}
-"""The facts of a step that have values before and after it, with their formats."""
+_BROUGHT = {
+    "parameters": ("parameters", ","),
+    "bytes": ("bytes", ","),
+    "perplexity": ("perplexity", ".2f"),
+    "mean_loss": ("mean loss of first and last steps", ".3f"),
+}
+"""The facts of a step that have values before and after it, with their labels and formats."""
 
 
 def _shape(tensors: Sequence[TensorSparsity]) -> str:

@@ -171,7 +171,9 @@ class ShrinkRun:
             measured = {}
             for which, of in (("before", model), ("after", result.model)) if result.model is not None else ():
                 if ids is not None:
-                    measured[which] = self._perplexity(of, ids, tokenizer, progress_bar(progress, f"evaluate {which}"))
+                    measured[which] = self._perplexity(
+                        of, ids, tokenizer, progress_bar(progress, f"evaluate {which}", "windows")
+                    )
             facts = self._facts(model, result.report, calibrated, measured)
             if result.model is not None:
                 with stage(progress, "save the model"):
@@ -231,7 +233,7 @@ class ShrinkRun:
             seed=self.text.seed,
             model=model,
             bos=self.text.bos,
-            progress=progress_bar(progress, "calibration text"),
+            progress=progress_bar(progress, "calibration text", "sequences"),
         )
         with stage(progress, "check the calibration text"):
             return sequences, report_on(sequences, model, self.text.text)
@@ -262,7 +264,7 @@ class ShrinkRun:
         of, beginning = self.evaluation, Beginning.of(stream.tokenizer, self.text.bos)
 
         def before() -> dict[str, Any]:
-            bar = progress_bar(progress, "evaluate before")
+            bar = progress_bar(progress, "evaluate before", "steps")
             logits = stream.dense.logits(bar)
             return self._perplexity(stream.model, ids, stream.tokenizer, bar, logits=logits).to_dict()
 
@@ -274,7 +276,7 @@ class ShrinkRun:
                 windows=of.windows,
                 beginning=beginning,
                 trust_remote_code=self.trust_remote_code,
-                progress=progress_bar(progress, "evaluate after"),
+                progress=progress_bar(progress, "evaluate after", "steps"),
             ).to_dict()
 
         kept = {"before": stream.once("perplexity before", before), "after": stream.once("perplexity after", after)}
@@ -323,7 +325,7 @@ def _bars(progress: Progress) -> Callable[[str, int, int], None]:
 
     def move(name: str, done: int, total: int) -> None:
         if name not in bars:
-            bars[name] = progress_bar(progress, name)
+            bars[name] = progress_bar(progress, name, "steps")
         bars[name](done, total)
 
     return move

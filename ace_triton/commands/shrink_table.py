@@ -10,7 +10,7 @@ from ..available_memory import available_memory
 from ..evaluate import Perplexity
 from ..planning.pruning_plan import gib
 from ..structures.report import ShrinkReport
-from .report import facts_table
+from .report import facts_table, megabytes
 
 _WIDTHS = {
     "channels": "feed-forward width",
@@ -70,4 +70,4 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
 
 def _both(size: int) -> str:
     """A number of bytes in the units of --size: powers of 1000, and of 1024."""
-    return f"{size / 1e6:,.1f} MB ({gib(size)})"
+    return f"{megabytes(size)} ({gib(size)})"

@@ -211,7 +211,7 @@ def _cells_bar(progress: Progress) -> Callable[[int, int, str], None]:
 
     def move(done: int, total: int, what: str) -> None:
         if not tasks:
-            tasks.append(progress.add_task(what or "study", total=total, completed=done))
+            tasks.append(progress.add_task(what or "study", total=total, completed=done, unit="cells"))
         progress.update(tasks[0], completed=done, description=what or "study")
 
     return move

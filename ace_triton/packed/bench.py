@@ -222,8 +222,15 @@ def bench_layer(
         times.append(RowTimes(count, dense, {**medians, **taken}, chosen))
         if progress is not None:
             progress(done, len(rows))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return LayerTimes(kind, name, weights[0].dense_bytes, weights[0].packed_bytes, refusals, tuple(times))
+    return LayerTimes(kind, _name_of(device), weights[0].dense_bytes, weights[0].packed_bytes, refusals, tuple(times))
+
+
+def _name_of(device: torch.device) -> str:
+    """The GPU's name, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'' if threads == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -239,6 +246,11 @@ class TotalTimes:
     rows: int
     dense: float
     taken: float
+
+    @property
+    def loses(self) -> bool:
+        """True if NMLinear is slower than the dense layers, all together."""
+        return self.taken > LOSES * self.dense
 
 
 def totals(layers: Sequence[LayerTimes]) -> list[TotalTimes]:

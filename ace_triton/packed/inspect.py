@@ -73,6 +73,35 @@ def inspect_dense(folder: str | Path) -> list[TensorSparsity]:
     return _inspect_files(files, {})
 
 
+def surely_not_pruned(folder: str | Path, least: float) -> bool:
+    """True if the safetensors files of a folder show that no matrix in them is pruned.
+
+    Reading stops at the first matrix that may be pruned, so it is quick for a pruned model.
+
+    Args:
+        folder: a folder, or anything else, for which the answer is False.
+        least: share of exact zeros from which a matrix may be pruned. A matrix of integers may be too.
+
+    Returns:
+        False also if there are no such files, or one cannot be read.
+    """
+    try:
+        files = safetensors_files(Path(folder)) if Path(folder).is_dir() else []
+        return bool(files) and not any(_may_be_pruned(path, least) for path in files)
+    except (OSError, SafetensorError, CheckpointError, NotImplementedError):
+        return False
+
+
+def _may_be_pruned(path: Path, least: float) -> bool:
+    with open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            if len(file.get_slice(name).get_shape()) in (2, 3):
+                weight = file.get_tensor(name)
+                if not weight.is_floating_point() or _zeros(weight) >= least:
+                    return True
+    return False
+
+
 def _inspect_files(files: Sequence[Path], layers: Mapping[str, LayerEntry]) -> list[TensorSparsity]:
     packed_tensors = {f"{name}.{part}" for name in layers for part in ("values", "meta", "absmax", "starts")}
     found = []
@@ -94,8 +123,12 @@ def _inspect_files(files: Sequence[Path], layers: Mapping[str, LayerEntry]) -> l
 
 
 def _inspect(name: str, weight: torch.Tensor) -> TensorSparsity:
-    zeros = float((weight == 0).sum()) / max(weight.numel(), 1)
-    return TensorSparsity(name, tuple(weight.shape), zeros, str(find_pattern(weight)))
+    return TensorSparsity(name, tuple(weight.shape), _zeros(weight), str(find_pattern(weight)))
+
+
+def _zeros(weight: torch.Tensor) -> float:
+    """Share of exact zeros."""
+    return float((weight == 0).sum()) / max(weight.numel(), 1)
 
 
 def _inspect_packed(name: str, entry: LayerEntry, values: torch.Tensor) -> TensorSparsity:

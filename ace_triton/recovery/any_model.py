@@ -146,8 +146,6 @@ def _train(
     """Train until the budget is spent, and record it in ``run``."""
     path, every = keeping
     clock, cpu, saved = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds, run.seconds
-    budget = settings.steps if settings.minutes is None else 60 * settings.minutes
-    assert budget is not None
     with HeldSignals(path is not None) as held:
         while (fraction := spent_share(settings, run)) < 1:
             loss = objective.backward(order.of(run.steps))
@@ -163,7 +161,7 @@ def _train(
             if stop is not None:
                 held.deliver(stop)
             if progress is not None:
-                progress(min(spent_share(settings, run), 1) * budget, budget, loss)
+                progress(min(spent_share(settings, run), 1) * settings.budget, settings.budget, loss)
 
 
 @contextmanager

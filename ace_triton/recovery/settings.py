@@ -15,6 +15,9 @@ from ..solvers.quantize import GROUP, Quantization
 DEFAULT_MINUTES = 5.0
 """Budget if no settings are given."""
 
+MEAN_STEPS = 10
+"""Largest number of steps in a mean loss."""
+
 
 @dataclass(frozen=True)
 class GroupTuning:
@@ -105,6 +108,13 @@ class RecoverySettings:
             raise RecoveryError(f"forward_dtype must be torch.bfloat16 or torch.float32, got {self.forward_dtype}")
 
     @property
+    def budget(self) -> float:
+        """The budget in steps, or in seconds if it was given in minutes."""
+        budget = self.steps if self.minutes is None else 60 * self.minutes
+        assert budget is not None
+        return budget
+
+    @property
     def quantization(self) -> Quantization | None:
         """How forwards round the weights; None if they do not."""
         return _nearest(self.quantize)
@@ -152,6 +162,17 @@ class RecoveryReport:
     losses: tuple[float, ...]
     trained: int
     zeros: int
+
+    @property
+    def steps_of_mean(self) -> int:
+        """Number of steps in each of the mean losses: MEAN_STEPS, or half of all steps if that is less."""
+        return max(1, min(MEAN_STEPS, len(self.losses) // 2))
+
+    @property
+    def mean_losses(self) -> tuple[float, float]:
+        """Mean loss of the first and of the last steps (:attr:`steps_of_mean`)."""
+        most = self.steps_of_mean
+        return sum(self.losses[:most]) / most, sum(self.losses[-most:]) / most
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""

@@ -107,16 +107,22 @@ class RecoveryState:
             partial.unlink(missing_ok=True)
 
 
-def saved_steps(path: str | Path | None) -> int | None:
-    """Number of steps in the state in a file, whose tensors are not read; None if there is no state."""
+def spent_before(path: str | Path | None) -> tuple[int, float] | None:
+    """Steps and seconds in the state in a file, whose tensors are not read; None if there is no valid state."""
     if path is None or not Path(path).is_file():
         return None
     try:
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
         return None
-    steps = saved.get("steps") if isinstance(saved, dict) else None
-    return steps if isinstance(steps, int) else None
+    steps, seconds = (saved.get(name) if isinstance(saved, dict) else None for name in ("steps", "seconds"))
+    return (steps, seconds) if isinstance(steps, int) and isinstance(seconds, float) else None
+
+
+def saved_steps(path: str | Path | None) -> int | None:
+    """Number of steps in the state in a file; None if there is no valid state."""
+    spent = spent_before(path)
+    return None if spent is None else spent[0]
 
 
 def remove_state(path: str | Path) -> None:

@@ -232,18 +232,13 @@ def _train(
                 processes.wait()  # Until the state is written: torchrun ends all processes after the first one.
                 held.deliver(stop)
             if progress is not None:
-                budget = settings.steps if settings.minutes is None else 60 * settings.minutes
-                assert budget is not None
-                progress(min(spent_share(settings, run), 1) * budget, budget, loss)
+                progress(min(spent_share(settings, run), 1) * settings.budget, settings.budget, loss)
     return run
 
 
 def spent_share(settings: RecoverySettings, run: RecoveryState) -> float:
     """Spent share of the budget; training ends at 1."""
-    if settings.minutes is not None:
-        return run.seconds / (60 * settings.minutes)
-    assert settings.steps is not None
-    return run.steps / settings.steps
+    return (run.steps if settings.minutes is None else run.seconds) / settings.budget
 
 
 def _trained_names(model: PreTrainedModel, masks: dict[str, torch.Tensor], settings: RecoverySettings) -> list[str]:

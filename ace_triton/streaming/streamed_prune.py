@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -33,6 +32,7 @@ from ..provenance import source_facts, versions, with_provenance
 from ..prune_blocks import Progress, prune_stored
 from ..recipe import Recipe
 from ..solvers.quantize import Quantization
+from ..timing import Moment
 from .file_store import FileStore, finished_units
 from .journal import Journal, Results
 from .mapped_model import MappedModel
@@ -276,7 +276,7 @@ def prune_checkpoint(
     """
     whole = recipe_of(recipe, {})
     digests = calibration_digests(calibration, "prune_checkpoint")
-    started = time.perf_counter()
+    started = Moment.now()
     with streamed(
         str(source),
         Path(out),
@@ -298,10 +298,10 @@ def prune_checkpoint(
                 "dtype": str(model.dtype),
             }
         )
-        load_seconds = time.perf_counter() - started
+        load = started.since()
         with store.open():
             report = prune_stored(model, calibration, whole, store, batch_size=batch_size, progress=progress)
-        report = report.with_load(load_seconds)
+        report = report.with_load(*load)
         facts = with_provenance(report.to_dict(), **source_facts(source, out))
         packing = stream.publish(facts, packed=packed, quantize=whole.quantize)
     if packing is not None and (dense := packing.skipped_of({layer.name for layer in report.layers})):

@@ -20,7 +20,7 @@ def test_a_pipe_gets_lines_as_the_work_goes_on():
         with stage(progress, "load the model"):
             time.sleep(0.2)
             assert len(lines_of(out)) >= 2
-        move = progress_bar(progress, "prune [/] :m:")
+        move = progress_bar(progress, "prune [/] :m:", "blocks")
         for done in range(4):
             move(done + 1, 8)
             time.sleep(0.06)
@@ -31,7 +31,7 @@ def test_a_pipe_gets_lines_as_the_work_goes_on():
     assert re.fullmatch(r"load the model: 0\.\d s so far", lines[1])
     assert any(re.fullmatch(r"load the model: done in 0\.[2-9] s", line) for line in lines)
     assert "prune [/] :m: ..." in lines
-    found = re.fullmatch(r"prune \[/\] :m:: 4 of 8, (0\.\d) s so far, about (0\.\d) s left", running)
+    found = re.fullmatch(r"prune \[/\] :m:: 4 of 8 blocks, (0\.\d) s so far, about (0\.\d) s left", running)
     assert found
     assert abs(float(found[1]) - float(found[2])) <= 0.1
     assert lines[-1].startswith("prune [/] :m:: done in 0.")
@@ -73,9 +73,9 @@ def test_a_terminal_gets_bars(monkeypatch):
     out = io.StringIO()
     terminal = Console(file=out, force_terminal=True, width=100)
     with bars(terminal) as progress:
-        progress_bar(progress, "prune [/] :m:")(3, 8)
+        progress_bar(progress, "prune [/] :m:", "blocks")(3, 8)
     assert "prune [/] :m:" in out.getvalue()
-    assert "3/8" in out.getvalue()
+    assert "3/8 blocks" in out.getvalue()
     assert isinstance(progress_bars(), ProgressLines)
     monkeypatch.setattr("ace_triton.commands.console.errors", terminal)
     assert not isinstance(progress_bars(), ProgressLines)

@@ -25,7 +25,9 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     words = ("--steps", 3, "--tokens-per-step", 32, "--hidden-states", 0.5, "--json", told)
     code, shown, errors = command("recover", pruned, out, *small, *words)
     assert code == 0, errors
-    assert "loss, last steps" in shown
+    assert "mean loss, last step" in shown
+    assert "3 steps of " in shown
+    assert "too few to gain much" in shown
     assert "The text was read more than once" in shown
     assert json.loads(told.read_text())["steps"] == 3
     assert json.loads(told.read_text())["passes"] == 3 * 32 / (4 * 16)
@@ -48,6 +50,7 @@ def test_the_command(command, tiny_checkpoint, some_text, tmp_path):
     assert (json.loads(told.read_text())["tokens"], json.loads(told.read_text())["passes"]) == (9 * 64, 1.0)
     code, _, errors = command("recover", tiny_checkpoint, tmp_path / "other", *small, "--steps", 1)
     assert code == 1
+    assert f"{tiny_checkpoint} is not pruned, no weight has 5% zeros or more: prune it first; if another" in errors
     assert "--teacher" in errors
     assert command("pack", pruned, tmp_path / "packed")[0] == 0
     code, _, errors = command("recover", tmp_path / "packed", tmp_path / "other", *small, "--steps", 1)

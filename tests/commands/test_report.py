@@ -48,10 +48,12 @@ def test_what_is_left_out_of_the_lines_is_counted(report):
 
 def test_the_times_of_a_run_sum_to_its_total(make_decoder, ids):
     options = {"permute": True, "rotate": True, "update": "lstsq", "quantize": 8}
-    report = prune_model(make_decoder("llama"), ids, "wanda", **options).with_load(0.5)
+    report = prune_model(make_decoder("llama"), ids, "wanda", **options).with_load(0.5, 0.25)
     rows = rows_of(prune_table(report))
     times = {name: float(time.removesuffix(" s")) for name, time in rows.items() if time.endswith(" s")}
     total = times.pop("total, without reading text and saving")
+    assert times.pop("CPU time of the total, all threads") == pytest.approx(report.cpu_seconds, abs=0.01)
+    assert report.to_dict()["cpu_seconds"] == report.cpu_seconds > 0.25
     assert sum(times.values()) == pytest.approx(total, abs=0.01 * len(times))
     assert {"rounding", "weight update", "channel order", "everything else"} <= times.keys()
     assert report.seconds.quantize > 0

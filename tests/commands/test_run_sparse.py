@@ -7,6 +7,7 @@ import torch
 
 from ace_triton import NMLinear, load
 from ace_triton.inputs.checkpoint import load as load_dense
+from ace_triton.packed.bench import LayerKind, bench_layer
 from ace_triton.packed.dispatch import default_limits
 
 
@@ -157,6 +158,28 @@ def test_bench_times_every_side_and_says_where_sparse_loses(command, packed, tmp
     assert sum(layer["kind"]["count"] for layer in layers) == 14
     assert "NMLinear takes" in out
     assert "all 14 packed layers" in out
+    summed = json.loads((tmp_path / "b.json").read_text())["totals"]
+    (line,) = (line for line in out.splitlines() if line.startswith("all packed layers together are "))
+    for entry in summed:
+        slower = f"{entry['rows']} ({entry['taken'] / entry['dense']:.2f}x the time)"
+        assert (slower in line) == (entry["taken"] > 1.02 * entry["dense"])
+    refused = [line for line in out.splitlines() if line.endswith(" was not timed: torch has no 2:4 product for cpu")]
+    assert refused == ["torch 2:4 was not timed: torch has no 2:4 product for cpu"]
+
+
+@pytest.mark.parametrize("words", [(), ("--tokens", 4)])
+def test_bench_refuses_a_dense_model_before_it_is_loaded(command, tiny_checkpoint, monkeypatch, words):
+    monkeypatch.setattr("ace_triton.commands.bench.load_model", None)
+    code, _, errors = command("bench", "--model", tiny_checkpoint, *words)
+    assert code == 1
+    assert f"{tiny_checkpoint} is not pruned, so it has no layers to pack and time: prune it first" in errors
+
+
+def test_the_number_of_threads_is_in_words(monkeypatch):
+    for threads, words in ((1, "cpu, 1 thread"), (3, "cpu, 3 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        kind = LayerKind((8, 64), 2, 4, torch.float32)
+        assert bench_layer(kind, "cpu", rows=(1,), seconds=0.0).device == words
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,10 @@ def test_a_recovery_saves_the_step_that_it_is_in_and_resumes(
         f"{how}; 2 optimizer steps are saved in {state}: the same command resumes after them; nothing was written to "
         f"{tmp_path / 'out'}\n"
     ) in errors
+    assert "resuming" not in errors
     code, _, errors = command(*words)
     assert code == 0, errors
+    assert "resuming after 2 steps\n" in errors
     assert checkpoint.read_report(tmp_path / "out")["recovery"]["steps"] == 4
     assert not list(tmp_path.glob(".out*"))
 

@@ -8,6 +8,7 @@ from ace_triton.errors import CheckpointError, PackedError
 from ace_triton.formats.registry import inspect_checkpoint
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
+from ace_triton.packed.inspect import surely_not_pruned
 from ace_triton.packed.manifest import Manifest
 
 
@@ -20,6 +21,24 @@ def test_a_folder(tmp_path):
         ("a.weight", (4, 4), 0.0, "dense"),
         ("b.weight", (8, 16), 0.5, "2:4"),
     ]
+
+
+def test_a_quick_look_tells_that_nothing_is_pruned(tmp_path):
+    dense, pruned = torch.ones(4, 8), torch.ones(4, 8)
+    dense[0, 0] = pruned[0, :2] = 0
+    save_file({"a": dense, "norm": torch.zeros(8)}, tmp_path / "model.safetensors")
+    assert surely_not_pruned(tmp_path, 0.05)
+    assert not surely_not_pruned(tmp_path, 1 / 32)
+    for name, other in (("pruned", pruned), ("integers", torch.ones(4, 8, dtype=torch.int32))):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"a": dense, "b": other}, folder / "model.safetensors")
+        assert not surely_not_pruned(folder, 0.05), name
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "model.safetensors").write_bytes(b"no tensors")
+    for unknown in (damaged, tmp_path / "none", tmp_path / "model.safetensors", "owner/name"):
+        assert not surely_not_pruned(unknown, 0.05)
 
 
 def test_a_matrix_without_elements_is_dense(tmp_path, command):

@@ -71,9 +71,12 @@ def test_bits_ask_for_a_packed_model(command, dense, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_all_bits_store_a_dense_model_by_one_option(command, dense, tmp_path, tied):
-    code, out, errors = command("pack", dense(tied), tmp_path / "out", "--all-bits", 8)
+    source = dense(tied)
+    code, out, errors = command("pack", source, tmp_path / "out", "--all-bits", 8)
     assert code == 0, errors
-    assert "weight files: " in out
+    folders = (source, tmp_path / "out")
+    before, after = (sum(file.stat().st_size for file in of.glob("*.safetensors")) / 1e6 for of in folders)
+    assert f"weight files: {before:.1f} MB -> {after:.1f} MB" in out
     assert "loses less" not in errors + out
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# dense stored in 8 bits" in card
