@@ -100,7 +100,9 @@ def published_beaten(record: Mapping[str, Any]) -> list[str]:
             for worse in found:
                 if better := [LABELS[result.recipe] for result in found if beats(result, worse)]:
                     verb = "beats" if len(better) == 1 else "beat"
-                    lines.append(f"- {model}, {shown_sparsity(pattern)}: {listed(better)} {verb} {LABELS[worse.recipe]}.")
+                    lines.append(
+                        f"- {model}, {shown_sparsity(pattern)}: {listed(better)} {verb} {LABELS[worse.recipe]}."
+                    )
     if not lines:
         return ["None of the three has a lower perplexity than another in no more time."]
     return ["One published method beats another if it has a lower perplexity in no more time:", "", *lines]
