@@ -2,8 +2,8 @@
 
 setup.py builds the library from ``kernels/cpu``. The library selects AVX-512, AVX2, NEON or portable code for the
 processor; AVX-512 and NEON have one name with dot products of 8-bit integers and one without.
-``ACE_TRITON_CPU_ISA=avx512_vnni|avx512|avx2|neon_dotprod|neon|portable`` forces one. Results do not depend on the number
-of threads, nor on the instruction set, except those of :mod:`~ace_triton.kernels.expanded_linear`.
+``ACE_TRITON_CPU_ISA=avx512_vnni|avx512|avx2|neon_dotprod|neon|portable`` forces one. Results do not depend on the
+number of threads, nor on the instruction set, except those of :mod:`~ace_triton.kernels.expanded_linear`.
 """
 
 from __future__ import annotations
