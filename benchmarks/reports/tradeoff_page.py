@@ -229,12 +229,12 @@ def advice(name: str, points: Sequence[Point]) -> str:
     limits += [f"at least {entry.limit:g} {SPEED_WORDS}" for entry in by_speed if entry.best.pruned]
     if not limits:
         return (
-            f"Do not prune {name} for {asked}: within every limit in the tables a form that is not pruned has the "
+            f"Do not prune {name} for {asked}: within every limit that was compared, a form that is not pruned has the "
             "lowest perplexity."
         )
     return (
         f"A pruned form of {name} is the best one only if you need {listed(limits)}; within every other limit of "
-        f"{asked} in the tables a form that is not pruned has the lowest perplexity."
+        f"{asked} that was compared, a form that is not pruned has the lowest perplexity."
     )
 
 

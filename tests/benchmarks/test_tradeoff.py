@@ -79,7 +79,7 @@ def test_its_advice_names_the_limits_at_which_a_pruned_form_is_best():
     fast = advised({"8:16 4 bits": (0.6, 60.0, 6.5)})
     assert "only if you need at least 6 times the tokens a second of dense fp32; within every other limit of" in fast
     beaten = {"2:4 bf16": (1.12, 100.0, 1.4)}
-    assert advised(beaten).startswith("Do not prune a model for size or speed: within every limit")
+    assert advised(beaten).startswith("Do not prune a model for size or speed: within every limit that")
     assert advised(beaten, speed=False).startswith("Do not prune a model for size: within every limit")
     assert advised(small, leave_out=["llama.cpp Q4_0"]).startswith("Whether to prune a model is not decided yet")
 
