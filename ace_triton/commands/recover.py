@@ -145,8 +145,8 @@ def recover(
     bits: Annotated[
         int | None,
         typer.Option(
-            help="Round the weights to 8 or 4 bits in each forward, so that they are trained for it; OUT has the "
-            "rounded weights, and pack --bits keeps them.",
+            help="Round the weights to 8 or 4 bits at the start and after each optimizer step, so that they are "
+            "trained for it; OUT has the rounded weights, and pack --bits keeps them.",
             show_default="not rounded",
             metavar="8|4",
         ),

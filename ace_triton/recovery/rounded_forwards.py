@@ -8,8 +8,8 @@ where v are the fp32 copies that the optimizer trains. The gradient of w counts 
 rounded to 0. A pruned weight has v = 0 and stays 0. Weights that are rounded already start as they are: rounding them
 again changes nothing.
 
-The weights are rounded once after each optimizer step, not once in each forward. So a rounded parameter takes the
-memory of one in the dtype of forwards, beside the fp32 copies.
+The weights are rounded at the start and after each optimizer step, not in each forward. So a rounded parameter
+takes the memory of one in the dtype of forwards, beside the fp32 copies.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class RecoverySettings:
         forward_dtype: dtype of forwards: bfloat16, or float32 if both models are in float32.
         seed: random seed of the order of sequences, or of the text that the teacher writes.
         groups: train adapters on quantized groups instead of all weights; None to train the weights.
-        quantize: bits to which each forward rounds the weights, 8 or 4, or a
+        quantize: bits, 8 or 4, to which the weights are rounded at the start and after each optimizer step, or a
             :class:`~ace_triton.Quantization` with rule "absmax" to set the group too
             (:mod:`ace_triton.recovery.rounded_forwards`). The trained model has the rounded weights. None rounds none.
 

@@ -192,15 +192,16 @@ def setting(facts: Mapping[str, str], ratios: Sequence[Ratio]) -> str:
     threads = f"{facts['threads']} thread{'' if facts['threads'] == '1' else 's'}"
     return (
         f"A weight of {facts['weight']}; {threads}, torch {facts['torch']}, Python {facts['python']}. "
-        f"{met} of {len(aimed)} targets are met."
+        f"{met} of this project's {len(aimed)} targets for these times are met."
     )
 
 
 PREAMBLE = """# What the CPU library costs
 
 Measured on a CPU by `make figures`. Times are medians of CPU time (user and system) on one core; the two sides of a row
-alternate. Against a pass or a read, the ratio is our time over theirs. Against a published form or a dense product, it
-is their time over ours. Weights are restored before every call, untimed.
+alternate. Against a pass or a read, the ratio is our time over theirs: less is better, and targets start with <=.
+Against a published form or a dense product, it is their time over ours: more is better, and targets start with >=.
+Weights are restored before every call, untimed.
 
 A plain read is `all_finite`, the fastest read in this package: one load, one AND and one maximum per register, and no
 store. The row of `torch.sum` shows that torch's own read is no faster. Statistics include the tensors they return: with

@@ -8,7 +8,7 @@ from typing import Any
 
 from ace_triton.study.tally import shown_sparsity
 
-from .fit_advice import published
+from .fit_advice import published, published_beaten
 from .fit_recipes import LABELS, LENGTH, RECIPES, SAMPLES, SHOWN, WINDOW_LENGTH, Result
 
 
@@ -44,9 +44,12 @@ def page(record: Mapping[str, Any]) -> str:
         "## Published methods beside ours",
         "",
         "Wanda, RIA and SparseGPT keep their published formulas here, and run in this package's code, which takes less "
-        "time than theirs ([side by side](benchmarks.md)). For each, the fastest other recipe with a lower perplexity.",
+        "time than theirs ([side by side](benchmarks.md)). Beside each stands the fastest recipe that is none of these "
+        "three and has a lower perplexity. The list below the table compares the three with each other.",
         "",
         *published(record),
+        "",
+        *published_beaten(record),
     ]
     return "\n".join(lines) + "\n"
 

@@ -124,8 +124,9 @@ def section(found: Mapping[Row, float]) -> list[str]:
     lines = [
         '"Fit" is Wanda with reordered channels and a least-squares fit; the recoveries start from it. "Rounded at the '
         'end" rounds the finished weights, as `ace-triton pack --bits` does. "gptq" rounds while the model is pruned; '
-        'a recovery of it rounds in each forward. "Rounded in the recovery" starts from the unrounded fit, as '
-        "`ace-triton recover --bits` does. The number in parentheses is the change from 16 bits in the same column.",
+        'a recovery of it rounds at the start and after each step. "Rounded in the recovery" starts from the '
+        "unrounded fit, as `ace-triton recover --bits` does. "
+        "The number in parentheses is the change from 16 bits in the same column.",
         "",
         f"| weights | {' | '.join(heads)} |",
         "|---|" + "---:|" * len(columns),

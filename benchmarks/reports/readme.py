@@ -25,6 +25,7 @@ from ace_triton.packed.dispatch import (
     CUTLASS_LIMITS,
     EXPANDED_LIMITS,
     FEW_BITS_LIMITS,
+    NATIVE_LIMITS,
     OTHER_LIMITS,
     PatternRows,
 )
@@ -66,7 +67,8 @@ CPU_DTYPES = ("fp32", "bf16")
 WHOLE_MODEL = "score and mask 2:4, "
 RESULTS = Path("benchmarks/results.csv")
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
-ISA_NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON (estimated)", "portable": "others"}
+EXPANDED = "AVX-512 with AVX512-BF16 and VBMI2"
+ISA_NAMES = {"avx512": "AVX-512 of other kinds", "avx2": "AVX2", "neon": "NEON (estimated)", "portable": "others"}
 ANY_ROWS = 2**20
 """From this value on, a limit of rows means no limit."""
 TRAFFIC_ROWS = ("select_nm 2:4, Wanda's terms", "RIA in all", "select_rows 50 %", "moments")
@@ -119,7 +121,7 @@ def cpu(content: dict[str, Any]) -> list[str]:
     machines = content["machines"]
     dtypes = " / ".join(CPU_DTYPES)
     headings = (f"{machine['environment']['processor']}: {dtypes}" for machine in machines)
-    lines = [f"| one core | against | {' | '.join(headings)} |", f"|---|---|{'---|' * len(machines)}"]
+    lines = [f"| ours, on one core | compared with | {' | '.join(headings)} |", f"|---|---|{'---|' * len(machines)}"]
     for what, against in CPU_ROWS:
         cells = (_cpu_cell(machine["ratios"], what, against) for machine in machines)
         lines.append(f"| {what} | {against} | {' | '.join(cells)} |")
@@ -130,9 +132,9 @@ def _cpu_cell(ratios: list[dict[str, Any]], what: str, against: str) -> str:
     found = {r["dtype"]: r for r in ratios if (r["what"], r["against"]) == (what, against)}
     if not found:
         return ""
-    faster = " faster" if next(iter(found.values()))["target"].startswith(">=") else ""
+    meaning = "as fast" if next(iter(found.values()))["target"].startswith(">=") else "the time"
     times = (found[dtype]["ratio"] for dtype in CPU_DTYPES)
-    return " / ".join(f"{ratio:.{2 if ratio < 10 else 0}f}x" for ratio in times) + faster
+    return " / ".join(f"{ratio:.{2 if ratio < 10 else 0}f}x" for ratio in times) + f" {meaning}"
 
 
 def traffic(content: dict[str, Any]) -> list[str]:
@@ -188,10 +190,10 @@ def headline(docs: Path) -> list[str]:
 
 
 def compared(docs: Path) -> list[str]:
-    """Some forms of the first model in the trade-off report, and whether the report says to prune."""
-    ((name, found), *_) = tradeoff_measured(docs)["models"].items()
-    all_points = points_of(found)
-    points = {str(point.form): point for point in all_points}
+    """Some forms of the first model in the trade-off report, and whether the report says to prune, by model."""
+    models = tradeoff_measured(docs)["models"]
+    ((name, found), *_) = models.items()
+    points = {str(point.form): point for point in points_of(found)}
     lines = [f"| {name} | perplexity | bytes a weight | {SPEED_WORDS} |", "|---|---:|---:|---:|"]
     for form, words in COMPARED_FORMS:
         point = points[form]
@@ -199,7 +201,8 @@ def compared(docs: Path) -> list[str]:
         lines.append(f"| {form} ({words}) | {point.perplexity:.1f} | {point.size:.2f} | {speed} |")
     processor = found["setting"]["processor"]
     measured = f"One thread of an {processor}; each speed is measured beside the dense model in the same rounds."
-    return [*lines, "", measured, *textwrap.wrap(advice(all_points), 120)]
+    advised = " ".join(advice(model, points_of(entry)) for model, entry in models.items())
+    return [*lines, "", measured, *textwrap.wrap(advised, 120)]
 
 
 def recipes(docs: Path) -> list[str]:
@@ -256,8 +259,7 @@ def whole_model(results: Path) -> list[str]:
 
 
 def row_limits() -> list[str]:
-    """The products of packed layers by number of rows, with the dispatch's limits."""
-    on_cpu = "; ".join(f"{name}: {_of_instruction_set(isa)}" for isa, name in ISA_NAMES.items())
+    """The products of packed layers by number of rows, with the dispatch's limits: first on CUDA, then on CPUs."""
     halves = " or ".join(str(limits.packed) for limits in (CUTLASS_LIMITS, CUSPARSELT_LIMITS))
     on_cuda = f"at 2:4 up to {halves} in fp16 and bf16, {OTHER_LIMITS.packed} in fp32; "
     on_cuda += (
@@ -266,23 +268,35 @@ def row_limits() -> list[str]:
     return [
         "| rows | CPU | CUDA |",
         "|---|---|---|",
-        f"| few | our kernel (2:4; {on_cpu}) | our kernel ({on_cuda}) |",
+        f"| few | our kernel (limits in the next table) | our kernel ({on_cuda}) |",
         f"| more | unpacked for the call {BLOCK_BYTES // 2**20} MiB at a time, then dense | "
         "2:4 in fp16 and bf16 on capability 8.x: torch's semi-structured product; else unpacked, then dense |",
+        "",
+        f"| CPU: rows of our kernel at 2:4 | {' | '.join(DTYPE_NAMES.values())} | "
+        "bf16 or fp16, if the processor multiplies in that type |",
+        f"|---|{'---|' * (len(DTYPE_NAMES) + 1)}",
+        *_cpu_limits(),
     ]
 
 
-def _of_instruction_set(isa: str) -> str:
-    """Its limits at 2:4. bf16 under AVX-512 is given for processors with bf16 instructions."""
-    rows = dict(CPU_LIMITS[isa])
-    if isa == "avx512":
-        assert EXPANDED_LIMITS["tiles"].two_of_four == EXPANDED_LIMITS["vectors"].two_of_four
-        rows[torch.bfloat16] = EXPANDED_LIMITS["tiles"]
-    return ", ".join(f"{_up_to(rows[dtype])} in {name}" for dtype, name in DTYPE_NAMES.items())
+def _cpu_limits() -> list[str]:
+    """A line for each kind of processor, with its limits at 2:4."""
+    of_bf16 = {limits.two_of_four for limits in EXPANDED_LIMITS.values()}
+    assert len(of_bf16) == 1  # With AMX and without it.
+    expanded = CPU_LIMITS["avx512_vnni"] | {torch.bfloat16: EXPANDED_LIMITS["tiles"]}
+    native = NATIVE_LIMITS["avx512_vnni"]
+    lines = [_limits_line(EXPANDED, expanded, f"{_up_to(native)} in fp16")]
+    for isa, name in ISA_NAMES.items():
+        lines.append(_limits_line(name, CPU_LIMITS[isa], _up_to(NATIVE_LIMITS[isa])))
+    return lines
+
+
+def _limits_line(name: str, rows: Mapping[torch.dtype, PatternRows], native: str) -> str:
+    return f"| {name} | {' | '.join(_up_to(rows[dtype]) for dtype in DTYPE_NAMES)} | {native} |"
 
 
 def _up_to(rows: PatternRows) -> str:
-    return "always" if rows.two_of_four >= ALWAYS else f"up to {rows.two_of_four}"
+    return "any" if rows.two_of_four >= ALWAYS else f"up to {rows.two_of_four}"
 
 
 SECTIONS = {"sparse": sparse, "cpu": cpu, "traffic": traffic}

@@ -176,6 +176,12 @@ def page(outcomes: list[Outcome], tokens: int, short: Sequence[recovery_short.Ou
         "pieces of the text shows the noise. CPU seconds are per 1,024 tokens. Learning rates are in units of each "
         "weight's root mean square.",
         "",
+        "Other pages start from the same recipe with other perplexities before recovery, which cannot be compared with "
+        f"those here. This page has {WINDOWS} windows, the model in bfloat16, and one calibration sample. The README "
+        "and [choose a pattern and a recipe](guides/patterns-and-recipes.md) have fewer windows and the mean over "
+        "several calibration samples, in bfloat16. [Fits by model and pattern](fits.md) has fewer windows and the "
+        "model in float32, with one sample.",
+        "",
         "| settings | divergence | perplexity, 512 | 2,048 | CPU seconds |",
         "|---|---:|---:|---:|---:|",
     ]

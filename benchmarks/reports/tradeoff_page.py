@@ -17,6 +17,9 @@ SIZES = (4.0, 2.0, 1.1, 0.7, 0.6, 0.5, 0.4, 0.3)
 SPEEDS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """The same for tokens a second, over those of the dense model in float32."""
 
+SHOWN_DIGITS = 2
+"""Digits after the point of a size or a speed on the page. Limits are compared with the rounded values."""
+
 SPEED_WORDS = "times the tokens a second of dense fp32"
 """What all speeds are: each is measured beside the dense model in float32, in the same rounds."""
 
@@ -104,9 +107,12 @@ def page(content: dict[str, Any]) -> str:
         "ids in the same windows, by the same code, from the logits of each engine. Bytes of a weight count the linear "
         "layers in the blocks, with zeros counted as weights, and scales and positions included. llama.cpp also "
         "quantizes embeddings and the head; here a form of 8 or 4 bits has the head, and an embedding that shares its "
-        f"weight, in {HEAD_BITS} bits (`pack --head-bits`), and computes in float32. An embedding of its "
-        "own, as in Qwen2.5-Coder-0.5B, stays in float32 here (`pack --embedding-bits` would round it): that is why "
-        "files of 8 bits are larger than llama.cpp's there. " + _decoders(content),
+        f"weight, in {HEAD_BITS} bits (`pack --head-bits`), and computes in float32, with scales in float32 too. An "
+        "embedding of its own, as in Qwen2.5-Coder-0.5B, stays in float32 here (`pack --embedding-bits` would round "
+        "it): that is why files of 8 bits are larger than llama.cpp's there. " + _decoders(content),
+        "",
+        "Sizes and speeds are compared with a limit as they are shown, with two digits after the point: a speed of "
+        "3.996 is shown as 4.00, and counts as at least 4.",
         "",
     ]
     lines += [] if content["models"] else ["No model is measured yet."]
@@ -140,28 +146,37 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
     if any(point.form.recovered for point in points):
         lines[-1] += (
             f" Recovered forms are trained for {RECOVERY.steps} optimizer steps of {RECOVERY.tokens_per_step} tokens "
-            "of the calibration text after pruning, with weights rounded to their bits in each forward."
+            "of the calibration text after pruning; the weights are rounded to their bits at the start and after each "
+            "step."
         )
     versions = {entry["version"] for step in ("perplexity", "speed") for entry in found[step]}
     lines[-1] += f" With {'; '.join(sorted(versions))}." if versions else ""
     if found["speed"]:
-        (first, *_) = found["speed"]
+        (first, *_) = speeds = found["speed"]
+        tokens, rounds = (_from_to([entry[key] for entry in speeds], 0) for key in ("new_tokens", "rounds"))
         lines += [
-            f"Speed: one thread of {first['processor']}, {first['new_tokens']} greedy tokens, medians over "
-            f"{first['rounds']} rounds. All speeds are {SPEED_WORDS}, each measured beside it in the same rounds. "
-            + _dense_speed(found["speed"])
+            f"Speed: one thread of {first['processor']}, {tokens} greedy tokens, medians over {rounds} rounds. "
+            f"All speeds are {SPEED_WORDS}, each measured beside it in the same rounds. {_dense_speed(speeds)}"
         ]
     return [*lines, "", *decision(points, timed), "", *_table(points), ""]
 
 
 def _dense_speed(speeds: Sequence[dict[str, Any]]) -> str:
     """Tokens a second of the dense model in all runs, and how far apart two measurements of it are."""
-    dense = [entry["dense_tokens_per_second"] for entry in speeds]
-    low, high = f"{min(dense):.1f}", f"{max(dense):.1f}"
-    made = low if low == high else f"{low} to {high}"
+    made = _from_to([entry["dense_tokens_per_second"] for entry in speeds], 1)
     itself = [entry["over_dense"] for entry in speeds if Form(**entry["form"]) == DENSE_FORM]
-    noise = f" Beside itself it was measured at {itself[0]:.2f} times: so far goes the noise." if itself else ""
+    noise = ""
+    if itself:
+        noise = (
+            f" Noise: a second copy of the dense model, measured in the same way, came out at {itself[0]:.2f} times "
+            "its own speed."
+        )
     return f"The dense model made {made} tokens a second in these runs.{noise}"
+
+
+def _from_to(values: Sequence[float], digits: int) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def decision(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
@@ -170,51 +185,56 @@ def decision(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
     if dense is None or not any(point.pruned for point in points):
         return ["Not measured yet: the dense model in float32, or any pruned form."]
     by_size, by_speed = _best_by_size(points), _best_by_speed(timed)
-    lines = _limits("bytes a weight, at most", by_size, dense)
+    missing = _missing(points)
+    lines = []
+    if missing:
+        lines += [
+            f"**Not decided yet. Not measured: {'; '.join(map(str, missing))}. The tables show the best of the forms "
+            "that are measured so far.**",
+            "",
+        ]
+    lines += _limits("bytes a weight, at most", by_size, dense)
     if by_speed:
         lines += ["", *_limits(f"{SPEED_WORDS}, at least", by_speed, dense)]
     taken = [entry for entry in (*by_size, *by_speed) if entry.best.pruned]
     asked = "size and speed" if by_speed else "size"
-    lines += [""]
-    missing = _missing(points)
-    if missing:
-        lines += [f"**Not decided yet: {'; '.join(map(str, missing))} not measured.**"]
-    elif not taken:
-        smallest = next(entry for entry in reversed(by_size) if not entry.best.pruned)
+    if not missing and not taken:
+        smallest = next(entry.best for entry in reversed(by_size) if not entry.best.pruned)
         lines += [
+            "",
             f"**Do not prune for {asked}: at every limit in the tables a form that is not pruned has the lowest "
-            f"perplexity. The smallest of them is {smallest.best.form} ({smallest.best.size:.2f} bytes a weight, "
-            f"{_times(smallest.best, dense)}).**"
+            f"perplexity. The smallest of them is {smallest.form} ({smallest.size:.{SHOWN_DIGITS}f} bytes a weight, "
+            f"{_times(smallest, dense)}).**",
         ]
-    else:
+    elif not missing:
         where = {entry.best.form: entry.best for entry in taken}
         named = "; ".join(
             f"{form} ({_place(point)}, {_times(point, dense)}{_rivals(point, points)})" for form, point in where.items()
         )
-        lines += [f"**A pruned form is the best one at some limit of {asked}: {named}. Elsewhere do not prune.**"]
+        lines += ["", f"**A pruned form is the best one at some limit of {asked}: {named}. Elsewhere do not prune.**"]
     lines += ["", *_fronts(points, timed)]
     if not by_speed:
         lines += ["", "Speeds are not measured yet."]
     return lines
 
 
-def advice(points: Sequence[Point]) -> str:
-    """Within which limits a pruned form is the best one, in a sentence; the rule is that of :func:`decision`."""
+def advice(name: str, points: Sequence[Point]) -> str:
+    """Within which limits a pruned form of a model is the best one, in a sentence, by the rule of :func:`decision`."""
     missing = _missing(points)
     if missing or not any(point.pruned for point in points):
-        return "Whether to prune is not decided yet: some forms are not measured."
+        return f"Whether to prune {name} is not decided yet: some forms are not measured."
     by_speed = _best_by_speed([point for point in points if point.faster is not None])
     asked = "size or speed" if by_speed else "size"
     limits = [f"at most {entry.limit:g} bytes a weight" for entry in _best_by_size(points) if entry.best.pruned]
     limits += [f"at least {entry.limit:g} {SPEED_WORDS}" for entry in by_speed if entry.best.pruned]
     if not limits:
         return (
-            f"By these figures do not prune for {asked}: within every limit a form that is not pruned has the lowest "
-            "perplexity."
+            f"Do not prune {name} for {asked}: within every limit that was compared, a form that is not pruned has the "
+            "lowest perplexity."
         )
     return (
-        f"By these figures a pruned form is the best one only if you need {listed(limits)}; within every other limit "
-        f"of {asked} a form that is not pruned has the lowest perplexity."
+        f"A pruned form of {name} is the best one only if you need {listed(limits)}; within every other limit of "
+        f"{asked} that was compared, a form that is not pruned has the lowest perplexity."
     )
 
 
@@ -225,11 +245,15 @@ def _missing(points: Sequence[Point]) -> list[Form]:
 
 
 def _best_by_size(points: Sequence[Point]) -> list[_Limit]:
-    return _by_limit(points, SIZES, lambda point, limit: point.size <= limit)
+    return _by_limit(points, SIZES, lambda point, limit: _as_shown(point.size) <= limit)
 
 
 def _best_by_speed(timed: Sequence[Point]) -> list[_Limit]:
-    return _by_limit(timed, SPEEDS, lambda point, limit: (point.faster or 0) >= limit)
+    return _by_limit(timed, SPEEDS, lambda point, limit: _as_shown(point.faster or 0) >= limit)
+
+
+def _as_shown(value: float) -> float:
+    return round(value, SHOWN_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -271,13 +295,13 @@ def _times(point: Point, dense: Point) -> str:
 
 
 def _place(point: Point) -> str:
-    speed = "" if point.faster is None else f", {point.faster:.2f} times the dense speed"
-    return f"{point.size:.2f} bytes a weight{speed}"
+    speed = "" if point.faster is None else f", {point.faster:.{SHOWN_DIGITS}f} times the dense speed"
+    return f"{point.size:.{SHOWN_DIGITS}f} bytes a weight{speed}"
 
 
 def _rivals(point: Point, points: Sequence[Point]) -> str:
     """Whether a form that is not pruned is as small."""
-    smaller = [other for other in points if not other.pruned and other.size <= point.size]
+    smaller = [other for other in points if not other.pruned and _as_shown(other.size) <= _as_shown(point.size)]
     return "" if smaller else "; no form without pruning is as small"
 
 
@@ -287,8 +311,12 @@ def _fronts(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
         if of:
             front = front_of(of, cost)
             named = "; ".join(str(point.form) for point in front)
-            pruned = sum(point.pruned for point in front)
-            lines.append(f"Pareto front of perplexity and {what}, {pruned} of {len(front)} forms pruned: {named}.")
+            count = sum(point.pruned for point in front)
+            pruned = f"{count or 'None'} of these {len(front)} forms {'are' if count > 1 else 'is'} pruned."
+            lines.append(
+                f"Pareto front of perplexity and {what} (no other form is better in one and as good in the other): "
+                f"{named}. {pruned}"
+            )
     return list(itertools.chain.from_iterable((entry, "") for entry in lines))[:-1]
 
 
@@ -299,6 +327,6 @@ def _table(points: Sequence[Point]) -> list[str]:
     ]
     for point in points:
         size = "" if point.file_bytes is None else f"{point.file_bytes / 1e6:.0f} MB"
-        speed = "" if point.faster is None else f"{point.faster:.2f}"
-        lines.append(f"| {point.form} | {point.perplexity:.2f} | {point.size:.2f} | {size} | {speed} |")
+        speed = "" if point.faster is None else f"{point.faster:.{SHOWN_DIGITS}f}"
+        lines.append(f"| {point.form} | {point.perplexity:.2f} | {point.size:.{SHOWN_DIGITS}f} | {size} | {speed} |")
     return lines

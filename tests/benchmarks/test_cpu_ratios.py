@@ -39,8 +39,8 @@ def test_the_page_has_a_table_for_each_machine():
     assert first.startswith("first, avx2")
     assert second.startswith("second, avx2")
     assert "1 thread," in first
-    assert "0 of 1 targets are met" in first
+    assert "0 of this project's 1 targets for these times are met." in first
     assert "2.00x | <= 1.6 (missed) |" in first
     assert "2 threads," in second
-    assert "1 of 1 targets are met" in second
+    assert "1 of this project's 1 targets for these times are met." in second
     assert "1.50x | <= 1.6 |" in second

@@ -114,6 +114,20 @@ def test_the_fastest_better_result_stands_beside_each_published_method():
     ]
 
 
+def test_a_published_method_that_beats_another_is_named():
+    found = record(small={"wanda": 50, "ria": 55, "ace": 40, "sparsegpt": 60})
+    assert fit_advice.published_beaten(found)[2:] == [
+        "- small, 2:4: Wanda beats RIA.",
+        "- small, 2:4: Wanda and RIA beat SparseGPT.",
+    ]
+    found["results"][0]["seconds"] = found["results"][1]["seconds"] = 9.0
+    assert fit_advice.published_beaten(found)[2:] == ["- small, 2:4: Wanda beats RIA."]
+    nothing = record(small={"wanda": 50, "ace": 40})
+    assert fit_advice.published_beaten(nothing) == [
+        "None of the three has a lower perplexity than another in no more time."
+    ]
+
+
 def test_the_picture_has_every_result_of_a_model_with_enough_of_them():
     few, enough = {"wanda": 50, "ace": 40}, {"wanda": 50, "ace": 40, "fit": 30, "ace a=0.5": 45}
     found = record(few=few, enough=enough)

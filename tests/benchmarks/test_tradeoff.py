@@ -39,7 +39,8 @@ def test_it_says_not_to_prune_if_a_form_without_pruning_is_always_better():
     assert "**Do not prune for size and speed: at every limit in the tables a form that is not pruned has" in text
     assert "The smallest of them is llama.cpp Q4_0 (0.56 bytes a weight, 1.10 times the dense perplexity).**" in text
     assert "| 0.6 | llama.cpp Q4_0 | 33.0 (1.10x) | 8:16 4 bits | 60.0 (2.00x) |" in text
-    assert "Pareto front of perplexity and size, 0 of 5 forms pruned: llama.cpp Q4_0; llama.cpp Q4_K_M;" in text
+    assert "(no other form is better in one and as good in the other): llama.cpp Q4_0; llama.cpp Q4_K_M;" in text
+    assert "None of these 5 forms is pruned." in text
 
 
 def test_it_names_a_pruned_form_that_is_best_and_says_what_it_costs():
@@ -52,22 +53,35 @@ def test_it_names_a_pruned_form_that_is_best_and_says_what_it_costs():
     assert "| 4 | llama.cpp Q4_K_M | 32.0 (1.07x) | 8:16 4 bits | 60.0 (2.00x) |" in text
 
 
+def test_limits_are_compared_with_the_values_that_the_page_shows():
+    text = page(record({"8:16 4 bits": (0.404, 60.0, 3.996), "2:4 4 bits": (0.406, 50.0, 3.994)}))
+    assert "| 0.4 | 8:16 4 bits | 60.0 (2.00x) | 8:16 4 bits | 60.0 (2.00x) |" in text
+    assert "| 4 | llama.cpp Q4_K_M | 32.0 (1.07x) | 8:16 4 bits | 60.0 (2.00x) |" in text
+
+
+def test_different_numbers_of_tokens_and_rounds_are_a_range():
+    content = record({"2:4 bf16": (1.12, 100.0, 1.4)})
+    assert "8 greedy tokens, medians over 3 rounds." in page(content)
+    content["models"]["a model"]["speed"][0].update(new_tokens=64, rounds=7)
+    assert "8 to 64 greedy tokens, medians over 3 to 7 rounds." in page(content)
+
+
 def test_its_advice_names_the_limits_at_which_a_pruned_form_is_best():
     """The sentence of the README is by the rule of the page."""
 
     def advised(pruned, **options):
-        return advice(points_of(record(pruned, **options)["models"]["a model"]))
+        return advice("a model", points_of(record(pruned, **options)["models"]["a model"]))
 
     small = {"8:16 4 bits": (0.38, 60.0, 2.0)}
-    assert "is the best one only if you need at most 0.5 bytes a weight and at most 0.4 bytes a weight;" in advised(
-        small
+    assert advised(small).startswith(
+        "A pruned form of a model is the best one only if you need at most 0.5 bytes a weight and at most 0.4 bytes"
     )
     fast = advised({"8:16 4 bits": (0.6, 60.0, 6.5)})
     assert "only if you need at least 6 times the tokens a second of dense fp32; within every other limit of" in fast
     beaten = {"2:4 bf16": (1.12, 100.0, 1.4)}
-    assert advised(beaten).startswith("By these figures do not prune for size or speed: within every limit")
-    assert advised(beaten, speed=False).startswith("By these figures do not prune for size: within every limit")
-    assert advised(small, leave_out=["llama.cpp Q4_0"]).startswith("Whether to prune is not decided yet")
+    assert advised(beaten).startswith("Do not prune a model for size or speed: within every limit that")
+    assert advised(beaten, speed=False).startswith("Do not prune a model for size: within every limit")
+    assert advised(small, leave_out=["llama.cpp Q4_0"]).startswith("Whether to prune a model is not decided yet")
 
 
 def test_all_speeds_are_those_beside_the_dense_model():
@@ -79,14 +93,17 @@ def test_all_speeds_are_those_beside_the_dense_model():
     text = page(content)
     assert "| dense fp32 | 30.00 | 4.00 | 100 MB | 1.00 |" in text
     assert (
-        "The dense model made 12.4 to 20.0 tokens a second in these runs. Beside itself it was measured at 0.95" in text
+        "The dense model made 12.4 to 20.0 tokens a second in these runs. Noise: a second copy of the dense model, "
+        "measured in the same way, came out at 0.95 times its own speed." in text
     )
     assert "77.7" not in text
 
 
 def test_it_decides_nothing_before_all_forms_without_pruning_are_measured():
     text = page(record({"2:4 4 bits": (0.35, 90.0, 2.0)}, speed=False, leave_out=["llama.cpp Q4_0"]))
-    assert "**Not decided yet: llama.cpp Q4_0 not measured.**" in text
+    sentence = "**Not decided yet. Not measured: llama.cpp Q4_0. The tables show the best of the forms that are"
+    assert sentence in text
+    assert text.index(sentence) < text.index("| bytes a weight, at most |")
     assert "Speeds are not measured yet." in text
     assert "best one at some limit" not in text
 
