@@ -107,8 +107,9 @@ def teacher_of(model_dir: Path, named: str | None, pruning: dict[str, Any]) -> s
             )
         name = pruning.get("source")
         known = f"; only its name is known, {name}" if isinstance(name, str) and name else ""
+        unknown = "" if history_of(pruning) else "; if DIR is not pruned yet, prune it first"
         raise checkpoint.CheckpointError(
-            f"{model_dir} does not say where its dense model is{known}: name it with --teacher"
+            f"{model_dir} does not say where its dense model is{known}: name it with --teacher{unknown}"
         )
     check_source(source)
     folder = Path(source)

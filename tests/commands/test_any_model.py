@@ -104,7 +104,7 @@ def test_an_interrupted_streamed_run_of_two_towers_resumes(prune, monkeypatch, t
     assert prune(tmp_path / "dense")[0] == 0
     (tmp_path / "out").rename(tmp_path / "in-memory")
 
-    def stopping(progress, label):
+    def stopping(progress, label, unit):
         def move(done: int, total: int, *_) -> None:
             if label == "prune" and done == 3:
                 raise KeyboardInterrupt

@@ -162,7 +162,8 @@ def test_the_command_refuses_what_is_no_dense_teacher(command, tiny_checkpoint, 
     assert "no such file" in refusal(pruned, *dense, "--calibration", "none.txt")
     for content in ("[1, 2]", '{"source": 3}'):
         (pruned / checkpoint.REPORT_FILE).write_text(content)
-        assert "does not say where its dense model is: name it with --teacher" in refusal(pruned)
+        unknown = "does not say where its dense model is: name it with --teacher; if DIR is not pruned yet, prune it"
+        assert unknown in refusal(pruned)
     assert command("recover", pruned, tmp_path / "out", *small, "--steps", 1, *dense)[0] == 0
 
 

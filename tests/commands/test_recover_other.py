@@ -62,20 +62,17 @@ def test_a_vision_model_is_trained_on_images(command, tmp_path):
 
 def test_options_of_the_other_kind_are_refused(command, tiny_checkpoint, text, tmp_path):
     save_bert(tmp_path / "bert")
-    save_bert(tmp_path / "teacher")
 
     def refusal(*words) -> str:
         code, _, errors = command("recover", *words, "--steps", 1, "--calibration", text)
         assert code == 1
         return " ".join(errors.split())
 
-    bert = (tmp_path / "bert", tmp_path / "out", "--teacher", tmp_path / "teacher")
+    bert = (tmp_path / "bert", tmp_path / "out", "--teacher", tiny_checkpoint)
     assert "--tokens-per-step: for causal language models on text only; leave it out" in refusal(
         *bert, "--tokens-per-step", 32
     )
     assert "--pieces: not for causal language models on text; leave it out" in refusal(
-        tiny_checkpoint, tmp_path / "out", "--teacher", tmp_path / "teacher", "--pieces", "sentences"
+        tiny_checkpoint, tmp_path / "out", "--teacher", tmp_path / "bert", "--pieces", "sentences"
     )
-    assert "--images: a BertModel does not read that" in refusal(
-        tmp_path / "bert", tmp_path / "out", "--teacher", tiny_checkpoint, "--images", tmp_path
-    )
+    assert "--images: a BertModel does not read that" in refusal(*bert, "--images", tmp_path)
