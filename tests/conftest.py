@@ -173,6 +173,7 @@ def some_text(tmp_path: Path) -> Path:
 def command(monkeypatch, capsys):
     """command(*words): run ``ace-triton`` in this process; its exit code, output and errors."""
     from ace_triton.commands.cli import main
+    from ace_triton.kernels import cpu_library
 
     def run(*words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["ace-triton", *map(str, words)])
@@ -186,7 +187,9 @@ def command(monkeypatch, capsys):
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    return run
+    yield run
+    if cpu_library.available():
+        cpu_library.use_input_bits(max(cpu_library.INPUT_BITS))  # For the whole process, as a command sets them.
 
 
 @pytest.fixture
