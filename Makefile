@@ -150,7 +150,7 @@ FITS = OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reports.fits --dtype bfloat
 	--calibration $(CALIBRATION) --evaluation $(EVALUATION)
 fits: setup  ## metrics, fits and recovery by pattern, for docs/fits.md; hours, resumable; LARGER names a second model
 	$(FITS) --steps 100
-	$(FITS) --steps 400 --only '8:16 recovered'
+	$(FITS) --steps 400 --only '2:4 recovered' --only '8:16 recovered'
 	$(if $(LARGER),$(FITS) --model $(LARGER) --name $(notdir $(LARGER)) --windows 10 --steps 100)
 
 TRADEOFF = $(BIN)/python -m benchmarks.reports.tradeoff --calibration $(CALIBRATION) --evaluation $(EVALUATION) $(ARGS)
