@@ -17,6 +17,7 @@ from benchmarks.reports import (
     permutation,
     quantization,
     recovery,
+    recovery_short,
     report_bench,
     rotations,
     sparse,
@@ -36,6 +37,10 @@ def record(name: str) -> dict:
 
 def cpu() -> str:
     return cpu_ratios.markdown(record("cpu"))
+
+
+def recovery_page() -> str:
+    return recovery.page(recovery.measured(DOCS, recovery.TOKENS), recovery.TOKENS, recovery_short.measured(DOCS))
 
 
 def channel_orders() -> str:
@@ -66,7 +71,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "permutation": channel_orders,
     "quantization": lambda: quantization.page(record("quantization")),
-    "recovery": lambda: recovery.page(recovery.measured(DOCS, recovery.TOKENS), recovery.TOKENS),
+    "recovery": recovery_page,
     "rotations": lambda: rotations.page(record("rotations")),
     "trials": lambda: trials_page.page(record("trials")),
     "sparse": lambda: "\n".join(sparse.page(record("sparse"))) + "\n",
