@@ -12,7 +12,7 @@ import torch
 from .cpu import factors
 from .cpu_library import call, library
 from .errors import ArgumentError
-from .memory import ELEMENTS, address, contiguous, matrix, new
+from .memory import ELEMENTS, Region, address, contiguous, matrix, new
 from .packed_dense import PackedDense
 from .packed_nm import PackedNM
 from .packed_rows import PackedRows
@@ -115,6 +115,14 @@ def rows_linear(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | N
     return _linear("ace_rows_linear", tokens, packed, weight, bias)
 
 
+def _inputs(tokens: torch.Tensor, cols: int) -> tuple[torch.Tensor, Region]:
+    """As :func:`~ace_triton.kernels.memory.matrix`, for tokens with as many inputs as the weight has."""
+    owner, source = matrix(tokens, "tokens")
+    if source[2] != cols:
+        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+    return owner, source
+
+
 def _offset(bias: torch.Tensor | None, rows: int) -> tuple[torch.Tensor | None, int | None]:
     """The bias in fp32, which the caller keeps during the call, and its address."""
     if bias is None:
@@ -131,9 +139,7 @@ def _linear(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     rows, cols = packed.shape
-    _owner, source = matrix(tokens, "tokens")
-    if source[2] != cols:
-        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+    _owner, source = _inputs(tokens, cols)
     out, place = new((source[1], rows), _FLOAT)
     _offset_owner, offset = _offset(bias, rows)
     call(name, *source, *weight, ELEMENTS[packed.values.dtype][0], offset, place, torch.get_num_threads())
@@ -170,9 +176,7 @@ def expanded_linear(tokens: torch.Tensor, packed: PackedNM | PackedRows, bias: t
     else:
         values_at, meta_at = _packed(packed)
         weight = values_at, packed.values.numel(), meta_at, None, rows, packed.n, packed.m
-    _owner, source = matrix(tokens, "tokens")
-    if source[2] != cols:
-        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+    _owner, source = _inputs(tokens, cols)
     out, place = new((source[1], rows), torch.bfloat16)
     _offset_owner, offset = _offset(bias, rows)
     call("ace_expanded_linear", *source[:4], *weight, offset, place, torch.get_num_threads())
@@ -184,9 +188,7 @@ def few_bits_linear(tokens: torch.Tensor, packed: PackedNM | PackedDense, bias: 
     (rows, cols), absmax = packed.shape, packed.absmax
     assert absmax is not None
     packed.check_tensors()
-    _owner, source = matrix(tokens, "tokens")
-    if source[2] != cols:
-        raise ArgumentError(f"tokens must have the {cols} inputs of the weight, got {source[2]}")
+    _owner, source = _inputs(tokens, cols)
     out, place = new((source[1], rows), _FLOAT)
     _offset_owner, offset = _offset(bias, rows)
     values, meta = packed.values, packed.meta

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import traceback
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -167,6 +168,16 @@ def some_text(tmp_path: Path) -> Path:
     path = tmp_path / "some.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 60)
     return path
+
+
+@pytest.fixture
+def signals_as_in_a_terminal():
+    """A test run in the background inherits signals that are ignored; here they have Python's own handlers."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -183,13 +183,11 @@ def copy_limits(dtype: torch.dtype, pattern: tuple[int, int] | None, bits: int |
     """
     limits = default_limits(torch.device("cpu"), dtype, pattern, bits)
     expanded = expansion() if dtype == torch.bfloat16 and bits is None else None
-    if expanded is not None:
-        return replace(
-            limits, packed=min(limits.packed, EXPANDED_COPY_ROWS[expanded].of(pattern == (2, 4))), dense_copy=True
-        )
     measured = COPY_ROWS.get(cpu_library.isa()) if cpu_library.available() and dtype == torch.float32 else None
     rows = limits.packed
-    if measured is not None:
+    if expanded is not None:
+        rows = min(rows, EXPANDED_COPY_ROWS[expanded].of(pattern == (2, 4)))
+    elif measured is not None:
         rows = 0 if cached else min(rows, measured.other if bits is None else measured.few_bits)
     return replace(limits, packed=rows, dense_copy=True)
 

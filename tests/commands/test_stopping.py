@@ -12,15 +12,7 @@ from ace_triton.solvers.kept_adamw import KeptAdamW
 from ace_triton.study.journal import FILE, read_results
 from ace_triton.study.workbench import Workbench
 
-
-@pytest.fixture(autouse=True)
-def signals_as_in_a_terminal():
-    """A test run in the background inherits signals that are ignored; here they have Python's own handlers."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
 
 
 @pytest.fixture
