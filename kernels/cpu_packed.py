@@ -167,19 +167,25 @@ def use_tiles(tiles: bool) -> None:
         raise ArgumentError("this processor has no tiles for bf16 (AMX), or the system does not allow them")
 
 
-def expanded_linear(tokens: torch.Tensor, packed: PackedNM | PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
+def expanded_linear(
+    tokens: torch.Tensor, packed: PackedNM | PackedRows | PackedDense, bias: torch.Tensor | None
+) -> torch.Tensor:
     """CPU body of :func:`~ace_triton.kernels.expanded_linear.expanded_linear` for bf16 tokens [n_tokens, in]."""
     rows, cols = packed.shape
+    name = "ace_expanded_linear"
+    weight: tuple[int | None, ...]
     if isinstance(packed, PackedRows):
         values_at, n_values, meta_at, starts_at = _packed_rows(packed)
-        weight: tuple[int | None, ...] = values_at, n_values, meta_at, starts_at, rows, 0, 0
-    else:
+        weight = values_at, n_values, meta_at, starts_at, rows, 0, 0
+    elif packed.absmax is None:
         values_at, meta_at = _packed(packed)
         weight = values_at, packed.values.numel(), meta_at, None, rows, packed.n, packed.m
+    else:
+        name, weight = "ace_expanded_few_bits_linear", _few_bits(packed)
     _owner, source = _inputs(tokens, cols)
     out, place = new((source[1], rows), torch.bfloat16)
     _offset_owner, offset = _offset(bias, rows)
-    call("ace_expanded_linear", *source[:4], *weight, offset, place, torch.get_num_threads())
+    call(name, *source[:4], *weight, offset, place, torch.get_num_threads())
     return out
 
 
@@ -187,18 +193,23 @@ def few_bits_linear(tokens: torch.Tensor, packed: PackedNM | PackedDense, bias: 
     """As :func:`nm_linear`, for a quantized weight, n:m or dense."""
     (rows, cols), absmax = packed.shape, packed.absmax
     assert absmax is not None
-    packed.check_tensors()
+    weight = _few_bits(packed)
     _owner, source = _inputs(tokens, cols)
     out, place = new((source[1], rows), _FLOAT)
     _offset_owner, offset = _offset(bias, rows)
-    values, meta = packed.values, packed.meta
-    call(
-        "ace_few_bits_linear",
-        *source,
+    call("ace_few_bits_linear", *source, *weight, ELEMENTS[absmax.dtype][0], offset, place, torch.get_num_threads())
+    return out
+
+
+def _few_bits(packed: PackedNM | PackedDense) -> tuple[int | None, ...]:
+    """A quantized weight as arguments: addresses of values, metadata (if any) and absmax, then rows, n, m, bits and
+    group; ArgumentError if its tensors do not fit."""
+    packed.check_tensors()
+    values, meta, absmax = packed.values, packed.meta, packed.absmax
+    assert absmax is not None
+    return (
         address(values, values.dtype, values.shape, "values"),
         None if meta is None else address(meta, _INT, meta.shape, "meta"),
         address(absmax, absmax.dtype, absmax.shape, "absmax"),
-        *(rows, packed.n, packed.m, packed.bits, packed.group, ELEMENTS[absmax.dtype][0]),
-        *(offset, place, torch.get_num_threads()),
+        *(packed.shape[0], packed.n, packed.m, packed.bits, packed.group),
     )
-    return out

@@ -1,11 +1,13 @@
-"""expanded_linear: y = x W^T + b for more rows than :mod:`.nm_linear` is made for, from a packed bf16 weight.
+"""expanded_linear: y = x W^T + b for more rows than :mod:`.nm_linear` is made for, from a packed weight, in bf16.
 
     y_ti = sum_j x_tj W_ij + b_i,   over all (i, j), summed in fp32 and rounded once
 
-Bytes per weight: 2 * n / m + 1/8, read once per 512 tokens. On a CPU with AVX512-BF16 and VBMI2, the compiled library
-expands blocks of the weight into the cache and multiplies each block by all tokens: by tiles on processors with AMX,
-else by vectors. At 2:4 and by vectors the weight is not expanded: each group of four inputs gives six pairs of inputs,
-and the two kept weights are multiplied by one of them. All other devices run the reference.
+Bytes per weight: those of the packed weight, read once per 512 tokens. On a CPU with AVX512-BF16 and VBMI2, the
+compiled library expands blocks of the weight into the cache and multiplies each block by all tokens: by tiles on
+processors with AMX, else by vectors. At 2:4 and by vectors a bf16 weight is not expanded: each group of four inputs
+gives six pairs of inputs, and the two kept weights are multiplied by one of them. All other devices run the reference.
+
+A quantized weight is rounded to bf16, W_ij = bf16(absmax_ig q_ij / Q), exactly as if it were unpacked first.
 
 Outputs do not depend on the number of threads or on the other tokens of the call. Tiles and vectors add in different
 orders, so their outputs differ in the last bits, as those of ``F.linear`` do between instruction sets. Both take
@@ -21,11 +23,13 @@ from . import cpu_packed
 from .errors import ArgumentError
 from .nm_linear import check_linear, nm_linear_reference, of_shape, rows_of
 from .op import Op, Work, bytes_of
+from .packed_dense import PackedDense, dequantize_dense
 from .packed_nm import PackedNM
 from .packed_rows import PackedRows
+from .quantize_nm import dequantize_nm
 from .rows_linear import rows_linear_reference
 
-ExpandedWeight = PackedNM | PackedRows
+ExpandedWeight = PackedNM | PackedRows | PackedDense
 """The forms of packed weights that are multiplied so."""
 
 
@@ -34,17 +38,17 @@ def expanded_linear(tokens: torch.Tensor, packed: ExpandedWeight, bias: torch.Te
 
     Args:
         tokens: [..., in_features], bf16. Any number of rows works; it is made for 8 and more.
-        packed: the weight, bf16, n:m or with row starts.
+        packed: the weight, bf16: n:m or with row starts, or quantized with ``absmax`` in bf16.
         bias: [out_features] or None.
 
     Raises:
         ArgumentError: if a shape or dtype does not fit.
     """
     check_linear(tokens, packed, bias)
-    if tokens.dtype != torch.bfloat16 or packed.values.dtype != torch.bfloat16:
+    if tokens.dtype != torch.bfloat16 or packed.dtype != torch.bfloat16:
         raise ArgumentError(
-            f"tokens and weight must be bfloat16, got {tokens.dtype} and {packed.values.dtype}: use nm_linear or "
-            "rows_linear"
+            f"tokens and weight must be bfloat16, got {tokens.dtype} and {packed.dtype}: use nm_linear, rows_linear or "
+            "quantized_linear"
         )
     return EXPANDED_LINEAR.on(tokens, *packed.tensors.values(), bias)(tokens, packed, bias)
 
@@ -57,11 +61,14 @@ def has_expanded_product() -> bool:
 def expanded_linear_reference(
     tokens: torch.Tensor, packed: ExpandedWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The outputs, computed with plain torch from the dense weight in fp32."""
+    """The outputs, computed with plain torch from the dense weight, which is rounded to bf16 and widened to fp32."""
     packed.check_tensors()
     if isinstance(packed, PackedRows):
         return rows_linear_reference(tokens, packed, bias)
-    return nm_linear_reference(tokens, packed, bias)
+    if isinstance(packed, PackedNM):
+        return nm_linear_reference(tokens, packed if packed.absmax is None else dequantize_nm(packed), bias)
+    outputs = tokens.float() @ dequantize_dense(packed).float().t()
+    return (outputs if bias is None else outputs + bias.float()).to(tokens.dtype)
 
 
 def _expanded_linear_cpu(tokens: torch.Tensor, packed: ExpandedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -76,8 +83,9 @@ def _work(tokens: torch.Tensor, packed: ExpandedWeight, bias: torch.Tensor | Non
     """Reads the tokens once and the packed weight once, however many tokens there are."""
     n_tokens = tokens.shape[:-1].numel()
     n_outputs = n_tokens * packed.shape[0]
+    kept = packed.values.numel() if isinstance(packed, PackedRows) else packed.shape[0] * packed.kept_of_a_row
     moved = bytes_of(tokens, bias) + packed.packed_bytes + n_outputs * tokens.element_size()
-    products = 2 * n_tokens * packed.values.numel()
+    products = 2 * n_tokens * kept
     return Work(moved, products if bias is None else products + n_outputs)
 
 

@@ -250,6 +250,13 @@ ACE_EXPORT int ace_expanded_linear(const uint16_t* tokens, int64_t n_tokens, int
                                    int64_t rows, int32_t n, int32_t m, const float* bias, uint16_t* out,
                                    int32_t threads);
 
+/* The same for a quantized weight, as in ace_few_bits_linear, with absmax in bf16. It is rounded to bf16, as if it were
+ * unpacked. */
+ACE_EXPORT int ace_expanded_few_bits_linear(const uint16_t* tokens, int64_t n_tokens, int64_t cols, int64_t stride,
+                                            const void* values, const uint32_t* meta, const uint16_t* absmax,
+                                            int64_t rows, int32_t n, int32_t m, int32_t bits, int64_t group,
+                                            const float* bias, uint16_t* out, int32_t threads);
+
 /* Quantized weights: `values` has `bits` (8 or 4) bits per kept weight, `absmax` is [rows, ceil(cols / group)] of type
  * `absmax_element`, and `group` is a multiple of 32. `meta` is null, with n = m = 1, if every input has a value; each
  * row begins with a whole byte. `bias` may be null; `out` is fp32 [n_tokens, rows]. */

@@ -101,7 +101,7 @@ ACE_PAIRS inline void store_choices(__m512i low, __m512i high, uint32_t* to, int
 }  // namespace
 
 bool takes_chosen_pairs(const ExpandedTask& task) {
-    return !task.tiles && !task.weight.starts && task.weight.n == 2 && task.weight.m == 4;
+    return !task.tiles && !task.scales.bits && !task.weight.starts && task.weight.n == 2 && task.weight.m == 4;
 }
 
 ACE_PAIRS void choose_pairs(const ExpandedTask& task, int64_t block) {

@@ -1,5 +1,6 @@
 #include "expanded_product.h"
 
+#include "expanded_integers.h"
 #include "token_pairs.h"
 
 #if ACE_HAS_PAIRS
@@ -31,15 +32,6 @@ ACE_PAIRS inline int64_t expand_row(const PackedWeight& w, int64_t next, const u
     }
     return next;
 }
-
-// Some steps of the inputs, of a block of outputs.
-struct Block {
-    int64_t first_output, outputs, first_step, steps;
-
-    int64_t output_blocks() const { return blocks_of(outputs); }
-};
-
-constexpr int64_t ROW_BLOCK = EXPANDED_STEPS * TILE_WORDS;  // words of TILE outputs in a block
 
 // The place of row i's first value. Row starts are bounded, because a file may be damaged.
 ACE_PAIRS inline int64_t start_of(const PackedWeight& w, int64_t i) {
@@ -163,7 +155,7 @@ ACE_PAIRS inline void add_group(const ExpandedTask& task, const ExpandedScratch&
                                 int64_t first) {
     const int64_t token_blocks = blocks_of(task.n_tokens), steps = steps_of(task);
     const int64_t apart = token_blocks * TILE_WORDS, at_once = task.tiles ? 4 / TOKENS : 1;
-    for (int64_t o = 0; o < block.output_blocks(); o += at_once) {
+    for (int64_t o = 0; o < blocks_of(block.outputs); o += at_once) {
         const Operands x = {scratch.block + o * ROW_BLOCK,
                             task.pairs + (first * steps + block.first_step) * TILE_WORDS,
                             block.steps,
@@ -225,7 +217,7 @@ bool has_expanded_product() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("avx512vbmi2");
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
 }
 
 bool has_tiles() {
@@ -246,14 +238,16 @@ ACE_PAIRS void pair_tokens(const ExpandedTask& task, int64_t block) {
 ACE_PAIRS void expanded_product(const ExpandedTask& task, const ExpandedScratch& scratch, int64_t begin, int64_t end) {
     if (task.tiles) begin_tiles();
     const int64_t steps = steps_of(task);
-    const int64_t parts = (steps + EXPANDED_STEPS - 1) / EXPANDED_STEPS, at_once = (steps + parts - 1) / parts;
+    const int64_t parts = (steps + EXPANDED_STEPS - 1) / EXPANDED_STEPS;
+    const int64_t at_once = ((steps + parts - 1) / parts + 1) / 2 * 2;  // Integers are expanded in pairs of steps.
     int64_t next[EXPANDED_OUTPUTS];
     for (int64_t i = begin; i < end; i += EXPANDED_OUTPUTS) {
         const int64_t outputs = end - i < EXPANDED_OUTPUTS ? end - i : EXPANDED_OUTPUTS;
         for (int64_t r = 0; r < outputs; ++r) next[r] = start_of(task.weight, i + r);
         for (int64_t s = 0; s < steps; s += at_once) {
             const Block block = {i, outputs, s, steps - s < at_once ? steps - s : at_once};
-            expand(task, block, next, scratch.block);
+            if (task.scales.bits) expand_integers(task, block, scratch.block);
+            else expand(task, block, next, scratch.block);
             add(task, scratch, block);
         }
         deliver(task, scratch.sums, i, outputs);

@@ -15,8 +15,16 @@ constexpr int64_t MOST_EXPANDED_TOKENS = 512;
 // Outputs and the most steps of TILE_INPUTS inputs in a block of expanded weights.
 constexpr int64_t EXPANDED_OUTPUTS = 64, EXPANDED_STEPS = 16;
 
+// What the integers of a quantized weight are multiplied by; its packed rows are as in FewBitsWeight.
+struct Scales {
+    const uint16_t* absmax;  // bf16 [rows, ceil(cols / group)]
+    int64_t group;           // a multiple of TILE_INPUTS
+    int32_t bits;            // 8 or 4; 0 if the weight is not quantized
+};
+
 struct ExpandedTask {
-    PackedWeight weight;     // bf16
+    PackedWeight weight;  // bf16, or integers with scales
+    Scales scales;
     const uint16_t* tokens;  // bf16 [n_tokens, weight.cols], rows `stride` elements apart
     int64_t n_tokens, stride;
     uint32_t* pairs;    // uint32 [token blocks, steps, TILE inputs, TILE tokens]: the tokens in pairs of inputs
@@ -31,6 +39,13 @@ struct ExpandedScratch {
     uint32_t* block;
     float* sums;
 };
+
+// Some steps of the inputs, of a block of outputs.
+struct Block {
+    int64_t first_output, outputs, first_step, steps;
+};
+
+constexpr int64_t ROW_BLOCK = EXPANDED_STEPS * TILE_WORDS;  // words of TILE outputs in a block
 
 // True if this processor and this build multiply pairs of bf16 numbers and expand 16-bit numbers.
 bool has_expanded_product();

@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 import torch
 
-from ace_triton.kernels import cpu, cpu_library
+from ace_triton.kernels import cpu, cpu_library, cpu_packed
 from ace_triton.kernels.adamw import GradientMoments, Step, adamw
 from ace_triton.kernels.assignment import assignment
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, choose_backend
@@ -20,6 +20,7 @@ from ace_triton.kernels.column_scale import ColumnScale
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
 from ace_triton.kernels.errors import BackendError
+from ace_triton.kernels.expanded_linear import expanded_linear, has_expanded_product
 from ace_triton.kernels.finite import all_finite
 from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
@@ -336,6 +337,29 @@ def test_quantized_products_agree_and_read_nothing_behind_the_weight(
             torch.testing.assert_close(one_by_one, results[-1], rtol=0, atol=0, equal_nan=True)
         for got in results:
             torch.testing.assert_close(got, results[-1], rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (7, 96), (70, 416), (3, 1056)])
+def test_nothing_behind_an_expanded_weight_is_read(before_a_guard_page, tiles, bits, rows, cols):
+    if not has_expanded_product() or (tiles and not cpu_packed.has_tiles()):
+        pytest.skip("this processor does not multiply so")
+    place = before_a_guard_page
+    weight, tokens = matrix(rows, cols, torch.bfloat16), matrix(17, cols, torch.bfloat16, seed=1)
+    tiles_in_use = cpu_packed.has_tiles()
+    cpu_packed.use_tiles(tiles)
+    try:
+        for n, m in (None, None), (2, 4), (3, 8), (17, 32), (31, 32):
+            pruned = None if n is None else pack_scored(weight, ScoreTerms(), n, m)
+            packed = quantize_dense(weight, bits, 96) if pruned is None else quantize_nm(pruned, bits, 96)
+            guarded = packed.with_tensors({name: place(tensor) for name, tensor in packed.tensors.items()})
+            assert torch.equal(expanded_linear(tokens, guarded), expanded_linear(tokens, packed))
+            if pruned is not None:
+                expanded_linear(tokens, replace(guarded, meta=place(torch.full_like(pruned.meta, -1))))
+    finally:
+        cpu_packed.use_tiles(tiles_in_use)
 
 
 @needs_library

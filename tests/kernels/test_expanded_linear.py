@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ace_triton.kernels import cpu_library, cpu_packed
+from ace_triton.kernels import cpu_library, cpu_packed, few_bits
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.errors import ArgumentError
 from ace_triton.kernels.expanded_linear import (
@@ -21,13 +21,18 @@ from ace_triton.kernels.expanded_linear import (
 )
 from ace_triton.kernels.pack_nm import pack_scored
 from ace_triton.kernels.pack_rows import pack_rows, unpack_rows, unpack_rows_reference
+from ace_triton.kernels.packed_dense import PackedDense, dequantize_dense, quantize_dense
 from ace_triton.kernels.packed_rows import PackedRows
+from ace_triton.kernels.quantize_nm import dequantize_nm, quantize_nm
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.unpack_nm import unpack_nm_reference
 
 HALF = torch.bfloat16
 PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 2), (3, 8), (8, 16), (5, 32), (31, 32), None]
-"""None packs the non-zeros of a weight without a pattern."""
+"""None packs the non-zeros of a weight without a pattern, and of a quantized weight all of it."""
+BITS = [None, 8, 4]
+"""None for weights that are not quantized."""
+GROUPS = [32, 64, 96, 128, 4096]
 
 
 def can_run(way: str) -> str:
@@ -67,19 +72,30 @@ def way(request) -> Iterator[str]:
         yield request.param
 
 
-def packed_weight(make_matrix, rows, cols, pattern, seed=0) -> ExpandedWeight:
+def packed_weight(make_matrix, rows, cols, pattern, seed=0, bits=None, group=64) -> ExpandedWeight:
     weight = make_matrix(rows, cols, HALF, seed=seed)
     if pattern is not None:
-        return pack_scored(weight, ScoreTerms(), *pattern)
+        packed = pack_scored(weight, ScoreTerms(), *pattern)
+        return packed if bits is None else quantize_nm(packed, bits, group)
+    if bits is not None:
+        return quantize_dense(weight, bits, group)
     drawn = torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)).to(weight.device)
     return pack_rows(weight * (drawn < seed % 10 / 9))
+
+
+def dense_of(packed) -> torch.Tensor:
+    """The weight in bf16."""
+    if isinstance(packed, PackedRows):
+        return unpack_rows_reference(packed)
+    if isinstance(packed, PackedDense):
+        return dequantize_dense(packed)
+    return unpack_nm_reference(packed if packed.absmax is None else dequantize_nm(packed))
 
 
 def check(tokens, packed, bias=None) -> torch.Tensor:
     """Outputs agree within the errors of fp32 sums and one rounding of the output."""
     outputs = expanded_linear(tokens, packed, bias)
-    by_rows = isinstance(packed, PackedRows)
-    dense = (unpack_rows_reference(packed) if by_rows else unpack_nm_reference(packed)).double()
+    dense = dense_of(packed).double()
     truth, size = tokens.double() @ dense.t(), tokens.double().abs() @ dense.abs().t()
     if bias is not None:
         truth, size = truth + bias.double(), size + bias.double().abs()
@@ -93,28 +109,46 @@ def check(tokens, packed, bias=None) -> torch.Tensor:
     groups=st.integers(1, 3 if interpreting() else 40),
     n_tokens=st.integers(0, 3 if interpreting() else 100),
     pattern=st.sampled_from(PATTERNS),
+    bits=st.sampled_from(BITS),
+    group=st.sampled_from(GROUPS),
     with_bias=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @pytest.mark.parametrize("named", ["tiles", "vectors"])
-def test_equals_the_dense_product(make_matrix, named, rows, groups, n_tokens, pattern, with_bias, seed):
+def test_equals_the_dense_product(make_matrix, named, rows, groups, n_tokens, pattern, bits, group, with_bias, seed):
     cols = groups * pattern[1] if pattern else groups * 7
     bias = make_matrix(1, rows, torch.float32, seed=seed + 2)[0] if with_bias else None
     tokens = make_matrix(n_tokens, cols, HALF, seed=seed + 1)
     with using(named):
-        check(tokens, packed_weight(make_matrix, rows, cols, pattern, seed), bias)
+        check(tokens, packed_weight(make_matrix, rows, cols, pattern, seed, bits, group), bias)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 4), (1, 36), (64, 512), (65, 544), (17, 1028), (129, 32)])
 @pytest.mark.parametrize("n_tokens", [1, 16, 17, 64, 113])
-def test_edges_of_blocks(make_matrix, way, rows, cols, n_tokens):
+@pytest.mark.parametrize("bits", BITS)
+def test_edges_of_blocks(make_matrix, way, rows, cols, n_tokens, bits):
     for pattern in ((2, 4), None):
-        packed = packed_weight(make_matrix, rows, cols, pattern, seed=5)
+        packed = packed_weight(make_matrix, rows, cols, pattern, seed=5, bits=bits)
         check(make_matrix(n_tokens, cols, HALF), packed, make_matrix(1, rows, HALF)[0])
 
 
-def test_more_tokens_than_one_expansion_serves(make_matrix, way):
-    check(make_matrix(530, 96, HALF), packed_weight(make_matrix, 70, 96, (8, 16)))
+@pytest.mark.parametrize("bits", BITS)
+def test_more_tokens_than_one_expansion_serves(make_matrix, way, bits):
+    check(make_matrix(530, 96, HALF), packed_weight(make_matrix, 70, 96, (8, 16), bits=bits))
+
+
+@pytest.mark.parametrize(("bits", "largest", "group"), [(8, 127, 256), (4, 7, 32)])
+def test_every_integer_times_every_absmax_is_rounded_as_in_unpacking(make_matrix, way, bits, largest, group):
+    """A token for each input gives the weight itself. Its rows have the 128 significands of bf16, its groups all
+    integers, times some powers of 2."""
+    absmax = torch.arange(128, 256)[:, None] * torch.tensor([2.0**-120, 2.0**-7, 1.0, 2.0**119])
+    integers = torch.cat((torch.arange(-largest, largest + 1), torch.zeros(1))).float()
+    values = few_bits.stored(integers.repeat(4 * group // len(integers)).expand(128, -1), bits)
+    device = make_matrix(1, 1, HALF).device
+    packed = PackedDense(values.to(device), absmax.to(device, HALF), (128, 4 * group), group)
+    packed.check()
+    outputs = expanded_linear(torch.eye(4 * group, dtype=HALF, device=device), packed)
+    assert torch.equal(outputs.t(), dequantize_dense(packed))
 
 
 def test_any_leading_shape_and_stride(make_matrix, way):
@@ -128,9 +162,10 @@ def test_any_leading_shape_and_stride(make_matrix, way):
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), (8, 16), None])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("way", ["tiles", "vectors"], indirect=True)
-def test_an_output_depends_on_neither_threads_nor_other_tokens_nor_other_outputs(make_matrix, way, pattern):
-    tokens, packed = make_matrix(70, 1056, HALF), packed_weight(make_matrix, 300, 1056, pattern, seed=5)
+def test_an_output_depends_on_neither_threads_nor_other_tokens_nor_other_outputs(make_matrix, way, pattern, bits):
+    tokens, packed = make_matrix(70, 1056, HALF), packed_weight(make_matrix, 300, 1056, pattern, seed=5, bits=bits)
     together, threads = check(tokens, packed), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -143,8 +178,9 @@ def test_an_output_depends_on_neither_threads_nor_other_tokens_nor_other_outputs
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), (8, 16)])
-def test_what_is_not_finite_stays_in_its_token(make_matrix, way, pattern):
-    packed = packed_weight(make_matrix, 5, 64, pattern)
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_finite_stays_in_its_token(make_matrix, way, pattern, bits):
+    packed = packed_weight(make_matrix, 5, 64, pattern, bits=bits)
     tokens = make_matrix(20, 64, HALF)
     expected = check(tokens, packed)
     tokens[3], tokens[17] = torch.nan, torch.inf
@@ -209,6 +245,9 @@ def test_says_what_is_wrong(make_matrix):
         expanded_linear(tokens[:, :12], packed)
     with pytest.raises(ArgumentError, match=r"bias must be \[8\]"):
         expanded_linear(tokens, packed, tokens[0, :4])
-    for wrong in ((tokens.float(), packed), (tokens, replace(packed, values=packed.values.half()))):
-        with pytest.raises(ArgumentError, match=r"must be bfloat16, got .*: use nm_linear or rows_linear"):
+    in_fp32 = quantize_dense(make_matrix(8, 16, torch.float32), 8, 32)
+    for wrong in ((tokens.float(), packed), (tokens, replace(packed, values=packed.values.half())), (tokens, in_fp32)):
+        with pytest.raises(
+            ArgumentError, match=r"must be bfloat16, got .*: use nm_linear, rows_linear or quantized_linear"
+        ):
             expanded_linear(*wrong)

@@ -1,0 +1,151 @@
+#include "expanded_integers.h"
+
+#include "token_pairs.h"
+
+#if ACE_HAS_PAIRS
+
+#include <cstring>
+#include <type_traits>
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2")
+// Of the undefined registers in GCC 12's own headers.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#define ACE_WIDTH 16
+#include "spread_rows.h"
+
+namespace ace {
+namespace {
+
+constexpr int CHUNK_STEPS = CHUNK / TILE_INPUTS;
+static_assert(CHUNK_STEPS == 2 && EXPANDED_STEPS <= TILE, "a register has the scales of a block's steps");
+
+// Integers of a chunk as floats. Byte b in bits 8 to 15 of the float 2^15 makes it 2^15 + b.
+class IntegersOfBytes {
+public:
+    ACE_INLINE IntegersOfBytes()
+        : places_(_mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 8)) {}
+
+    // Those of inputs 16 QUARTER to 16 QUARTER + 15.
+    template <int QUARTER>
+    ACE_INLINE __m512 quarter(__m512i bytes) const {
+        constexpr __mmask64 SECOND_BYTES = 0x2222222222222222;
+        const __m512i places = _mm512_add_epi32(places_, _mm512_set1_epi32(QUARTER * TILE << 8));
+        const __m512i offset = _mm512_castps_si512(_mm512_set1_ps(0x1p15f));
+        const __m512i floats = _mm512_mask_permutexvar_epi8(offset, SECOND_BYTES, places, bytes);
+        return _mm512_sub_ps(_mm512_castsi512_ps(floats), _mm512_set1_ps(0x1p15f + BYTE_OFFSET));
+    }
+
+private:
+    const __m512i places_;  // bits 8 to 15 of lane k are k
+};
+
+// What the integers of each step of a block are multiplied by.
+class StepScales {
+public:
+    ACE_INLINE StepScales(const ExpandedTask& task, const Block& block, float largest)
+        : absmax_(task.scales.absmax), factor_(_mm512_set1_ps(1.0f / largest)) {
+        const int64_t group = task.scales.group, first = block.first_step * TILE_INPUTS / group;
+        of_row_ = (task.weight.cols + group - 1) / group;
+        from_ = block.first_output * of_row_ + first;
+        alignas(64) int32_t groups[TILE] = {};
+        for (int64_t s = 0; s < block.steps; ++s) {
+            groups[s] = int32_t((block.first_step + s) * TILE_INPUTS / group - first);
+        }
+        groups_ = _mm512_load_si512(groups);
+        there_ = __mmask16(0xffff >> (TILE - 1 - groups[block.steps - 1]));
+    }
+    // Those of row r of the block; `to` has room for TILE.
+    ACE_INLINE void store(int64_t r, float* to) const {
+        const __m256i absmax = _mm256_maskz_loadu_epi16(there_, absmax_ + from_ + r * of_row_);
+        const __m512i widened = _mm512_slli_epi32(_mm512_cvtepu16_epi32(absmax), 16);
+        const __m512 of_steps = _mm512_permutexvar_ps(groups_, _mm512_castsi512_ps(widened));
+        _mm512_store_ps(to, _mm512_mul_ps(of_steps, factor_));
+    }
+
+private:
+    const uint16_t* absmax_;
+    const __m512 factor_;
+    int64_t of_row_, from_;  // groups of a row; the place of the block's first one
+    __m512i groups_;         // each step's group, counted from the block's first one
+    __mmask16 there_;
+};
+
+ACE_INLINE void prefetch(const void* from, int64_t bytes) {
+    constexpr int64_t LINE = 64;
+    for (int64_t k = 0; k < bytes + LINE; k += LINE) __builtin_prefetch(static_cast<const uint8_t*>(from) + k);
+}
+
+// Chunks from `first` on of a row. With bf16 absmax the products need no more than one rounding to be those of exact
+// quotients: no quotient of two such integers by 127 or 7 lies within an fp32 error of the middle of two bf16 numbers.
+template <typename Rows>
+ACE_INLINE void expand_row(const Rows& row, const float* scales, int64_t first, int64_t chunks, uint32_t* to) {
+    const IntegersOfBytes integers;
+    for (int64_t c = 0; c < chunks; ++c, to += CHUNK_STEPS * TILE_WORDS) {
+        const __m512i bytes = row.spread(0, first + c);
+        const __m512 scale[] = {_mm512_set1_ps(scales[2 * c]), _mm512_set1_ps(scales[2 * c + 1])};
+        const __m512 quarters[] = {_mm512_mul_ps(integers.quarter<0>(bytes), scale[0]),
+                                   _mm512_mul_ps(integers.quarter<1>(bytes), scale[0]),
+                                   _mm512_mul_ps(integers.quarter<2>(bytes), scale[1]),
+                                   _mm512_mul_ps(integers.quarter<3>(bytes), scale[1])};
+        _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(quarters[1], quarters[0]));
+        _mm512_store_si512(to + TILE_WORDS, (__m512i)_mm512_cvtne2ps_pbh(quarters[3], quarters[2]));
+    }
+}
+
+template <typename Bytes, bool PRUNED>
+inline void expand_block(const ExpandedTask& task, const Block& block, uint32_t* to) {
+    const PackedWeight& w = task.weight;
+    const FewBitsWeight few = {static_cast<const uint8_t*>(w.values), w.meta, task.scales.absmax, w.rows, w.cols,
+                               w.n, w.m, Bytes::BITS, Element::bf16};
+    const int64_t stride = (w.cols / w.m * w.n * Bytes::BITS + 7) / 8, words = steps_of(task);
+    const int64_t chunk_bytes = CHUNK / w.m * w.n * Bytes::BITS / 8;
+    // Behind each row before `safe`, at least a register more can be read.
+    const int64_t safe = stride > 0 ? w.rows - (CHUNK + stride - 1) / stride - 1 : 0;
+    const int64_t first = block.first_step / CHUNK_STEPS, chunks = (block.steps + 1) / CHUNK_STEPS;
+    const bool last = block.first_step + block.steps == words;
+    const StepScales scales(task, block, Bytes::LARGEST);
+    const auto row = [&](int64_t i, auto ends) ACE_INLINED {
+        return SpreadRows<Bytes, PRUNED, decltype(ends)::value>{
+            few.values + i * stride, few.values + w.rows * stride, PRUNED ? w.meta + i * words : nullptr, few, i,
+            stride, words, 0, chunk_bytes};
+    };
+    for (int64_t r = 0; r < block.outputs; ++r) {
+        // The next block of inputs or, behind the last one, the row that follows in this one's place.
+        const int64_t i = block.first_output + r, below = i + block.outputs;
+        prefetch(few.values + (last ? below * stride : i * stride + (first + chunks) * chunk_bytes),
+                 chunks * chunk_bytes);
+        if (PRUNED) prefetch(w.meta + (last ? below * words : i * words + block.first_step + block.steps), 0);
+        alignas(64) float of_steps[TILE];
+        scales.store(r, of_steps);
+        uint32_t* const place = to + r / TILE * ROW_BLOCK + r % TILE * TILE;
+        if (i < safe) expand_row(row(i, std::false_type{}), of_steps, first, chunks, place);
+        else expand_row(row(i, std::true_type{}), of_steps, first, chunks, place);
+    }
+}
+
+}  // namespace
+
+void expand_integers(const ExpandedTask& task, const Block& block, uint32_t* to) {
+    if (task.scales.bits == 8) {
+        if (task.weight.meta) expand_block<BytesOfEight, true>(task, block, to);
+        else expand_block<BytesOfEight, false>(task, block, to);
+    } else {
+        if (task.weight.meta) expand_block<BytesOfFour, true>(task, block, to);
+        else expand_block<BytesOfFour, false>(task, block, to);
+    }
+}
+
+}  // namespace ace
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif
