@@ -10,9 +10,8 @@ import torch
 from ..kernels import cpu_library
 from ..kernels.launch import before_ampere
 from ..kernels.packed_nm import PackedNM
-from ..kernels.packed_rows import PackedRows
 from .dense_copy import DenseCopy
-from .kernel import Expansion, Kernel, PatternRows, expansion, expansion_of
+from .kernel import ExpandedRows, Expansion, Kernel, PatternRows, bits_of, expansion, expansion_of, pattern_of
 from .products import Packed, Product, RowLimits, register_product, registry
 from .semi_structured import SemiStructured, backend_of, warn_of_no_second_copy
 from .sparse_units import SparseUnits, asked_for
@@ -75,7 +74,10 @@ NATIVE_LIMITS = {
 """The same limits for fp16 or bf16 if the processor has multiply instructions for that dtype, as torch's dense product
 then uses them."""
 
-EXPANDED_LIMITS: dict[Expansion, PatternRows] = {"tiles": PatternRows(1024, 1024), "vectors": PatternRows(1024, 128)}
+EXPANDED_LIMITS: dict[Expansion, ExpandedRows] = {
+    "tiles": ExpandedRows(1024, 1024, ALWAYS),
+    "vectors": ExpandedRows(1024, 128, ALWAYS),
+}
 """The same limits for bf16 if our kernel expands the weight in the cache. Measured on one core of an Intel Emerald
 Rapids, for vectors with oneDNN held to AVX512-BF16 (``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16``); not on AMD."""
 
@@ -117,13 +119,16 @@ COPY_ROWS = {"avx512_vnni": CopyRows(16, 16), "avx512": CopyRows(8, 16), "avx2":
 sets that are not listed, and other dtypes, have the limits of calls without a copy: they were not measured (bf16:
 EXPANDED_COPY_ROWS). To measure them: ``ace-triton bench``, whose first column is the dense product."""
 
-EXPANDED_COPY_ROWS: dict[Expansion, PatternRows] = {"tiles": PatternRows(128, 128), "vectors": PatternRows(256, 4)}
+EXPANDED_COPY_ROWS: dict[Expansion, ExpandedRows] = {
+    "tiles": ExpandedRows(128, 128, 128),
+    "vectors": ExpandedRows(256, 4, 24),
+}
 """The limits beside a dense copy of the weight, in bf16, if our kernel expands the weight in the cache. Measured as
 EXPANDED_LIMITS."""
 
 FEW_BITS_ROWS = {"avx512_vnni": 64, "avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
-"""The limits for quantized weights, by instruction set of the compiled library. Measured for AVX-512
-and AVX2 with ``ace-triton bench --sparsity 8:16 --bits 8``; estimated for the others."""
+"""The limits for quantized weights that our kernel does not expand, by instruction set of the compiled library.
+Measured for AVX-512 and AVX2 with ``ace-triton bench --sparsity 8:16 --bits 8``; estimated for the others."""
 
 
 def default_limits(
@@ -136,10 +141,8 @@ def default_limits(
     weight, which is slow but faster than our reference. The GPU limits are estimated from machine code, not measured;
     ``ace-triton bench`` finds the best limits for a machine. Products that you registered may take any number of rows.
     """
-    if device.type == "cpu" and bits is not None:
-        limits = RowLimits(packed=FEW_BITS_ROWS[cpu_library.isa()] if cpu_library.available() else 0)
-    elif device.type == "cpu":
-        limits = cpu_limits(cpu_library.isa() if cpu_library.available() else None, dtype, pattern == (2, 4))
+    if device.type == "cpu":
+        limits = cpu_limits(cpu_library.isa() if cpu_library.available() else None, dtype, pattern, bits)
     elif bits is not None and dtype != torch.float32 and not before_ampere(device):
         limits = FEW_BITS_LIMITS
     elif pattern != (2, 4) or bits is not None:
@@ -159,17 +162,21 @@ def _with_others(limits: RowLimits, names: tuple[str, ...]) -> RowLimits:
 
 
 @functools.cache
-def cpu_limits(isa: str | None, dtype: torch.dtype, two_of_four: bool) -> RowLimits:
+def cpu_limits(
+    isa: str | None, dtype: torch.dtype, pattern: tuple[int, int] | None, bits: int | None = None
+) -> RowLimits:
     """The default limits of a CPU. ``isa`` is the instruction set of the compiled library, None without the library."""
     if isa is None:
         return RowLimits(packed=0)
     expanded = expansion_of(isa) if dtype == torch.bfloat16 else None
     if expanded is not None:
-        return RowLimits(packed=EXPANDED_LIMITS[expanded].of(two_of_four))
+        return RowLimits(packed=EXPANDED_LIMITS[expanded].of_weight(pattern, bits))
+    if bits is not None:
+        return RowLimits(packed=FEW_BITS_ROWS[isa])
     capabilities = torch.cpu.get_capabilities()
     native = any(capabilities.get(name, False) for name in NATIVE.get(dtype, ()))
     rows = NATIVE_LIMITS[isa] if native else CPU_LIMITS[isa].get(dtype, PatternRows(0, 0))
-    return RowLimits(packed=rows.of(two_of_four))
+    return RowLimits(packed=rows.of(pattern == (2, 4)))
 
 
 def copy_limits(dtype: torch.dtype, pattern: tuple[int, int] | None, bits: int | None, *, cached: bool) -> RowLimits:
@@ -182,11 +189,11 @@ def copy_limits(dtype: torch.dtype, pattern: tuple[int, int] | None, bits: int |
         cached: True if the processor's cache holds all dense weights of the model.
     """
     limits = default_limits(torch.device("cpu"), dtype, pattern, bits)
-    expanded = expansion() if dtype == torch.bfloat16 and bits is None else None
+    expanded = expansion() if dtype == torch.bfloat16 else None
     measured = COPY_ROWS.get(cpu_library.isa()) if cpu_library.available() and dtype == torch.float32 else None
     rows = limits.packed
     if expanded is not None:
-        rows = min(rows, EXPANDED_COPY_ROWS[expanded].of(pattern == (2, 4)))
+        rows = min(rows, EXPANDED_COPY_ROWS[expanded].of_weight(pattern, bits))
     elif measured is not None:
         rows = 0 if cached else min(rows, measured.other if bits is None else measured.few_bits)
     return replace(limits, packed=rows, dense_copy=True)
@@ -215,9 +222,7 @@ def multiply(
 def _choose(rows: int, packed: Packed, limits: RowLimits | None) -> tuple[Product, RowLimits]:
     """The first product that the limits choose and that does not refuse the call, and these limits."""
     if limits is None or (limits.dense_copy and packed.values.device.type != "cpu"):
-        pattern = (packed.n, packed.m) if isinstance(packed, PackedNM) else None
-        bits = None if isinstance(packed, PackedRows) else packed.bits
-        limits = default_limits(packed.values.device, packed.dtype, pattern, bits)
+        limits = default_limits(packed.values.device, packed.dtype, pattern_of(packed), bits_of(packed))
     for product in registry.products:
         if product.takes(rows, limits) and product.why_not(packed, rows) is None:
             return product, limits

@@ -11,9 +11,9 @@ from torch import nn
 
 from ..errors import ArgumentError, CheckpointError
 from ..inputs.model_task import find_task
-from ..kernels.packed_nm import PackedNM
 from .dense_copy import dense_copy_of, free_dense_copy
 from .dispatch import ALWAYS, copy_limits
+from .kernel import bits_of, pattern_of
 from .manifest import DTYPES, DenseEntry, Manifest, PackedEntry, RowsEntry, is_packed
 from .packed_linear import PackedLinear
 from .products import RowLimits
@@ -153,6 +153,5 @@ def _has_copy(layer: PackedLinear) -> bool:
 def _limits(layer: PackedLinear, *, cached: bool) -> RowLimits | None:
     """The limits of a layer with a dense copy; None if our kernel takes all its calls."""
     packed = layer.packed
-    pattern = (packed.n, packed.m) if isinstance(packed, PackedNM) else None
-    limits = copy_limits(layer.dtype, pattern, getattr(layer, "bits", None), cached=cached)
+    limits = copy_limits(layer.dtype, pattern_of(packed), bits_of(packed), cached=cached)
     return None if limits.packed >= ALWAYS else limits

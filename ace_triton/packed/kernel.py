@@ -32,12 +32,24 @@ class PatternRows:
         return self.two_of_four if two_of_four else self.other
 
 
+@dataclass(frozen=True)
+class ExpandedRows(PatternRows):
+    """The same for weights that our kernel can expand. Quantized weights have one number for all patterns."""
+
+    few_bits: int
+
+    def of_weight(self, pattern: tuple[int, int] | None, bits: int | None) -> int:
+        """The number for a weight's n:m pattern (None if it has none) and its bits, if it is quantized."""
+        return self.of(pattern == (2, 4)) if bits is None else self.few_bits
+
+
 Expansion = Literal["tiles", "vectors"]
 """How expanded weights are multiplied: by AMX, or by AVX512-BF16 without it."""
 
-FEW_ROWS: dict[Expansion, PatternRows] = {"tiles": PatternRows(4, 2), "vectors": PatternRows(8, 4)}
-"""Up to these numbers of rows, bf16 weights that could be expanded are multiplied as they are. Measured for tiles on
-one core of an Intel Emerald Rapids; for vectors, up to which Zen 4 and 5 were faster than by unpacking the weight."""
+FEW_ROWS: dict[Expansion, ExpandedRows] = {"tiles": ExpandedRows(4, 2, 4), "vectors": ExpandedRows(8, 4, 24)}
+"""Up to these numbers of rows, bf16 weights that could be expanded are multiplied as they are. Measured on one core of
+an Intel Emerald Rapids, except for unquantized weights and vectors: up to these Zen 4 and 5 were faster than by
+unpacking the weight."""
 
 
 class Kernel(BoundProduct):
@@ -59,10 +71,10 @@ class Kernel(BoundProduct):
     def multiply(
         self, tokens: torch.Tensor, packed: Packed, bias: torch.Tensor | None, limits: RowLimits
     ) -> torch.Tensor:
-        if isinstance(packed, PackedDense):
-            return quantized_linear(tokens, packed, bias)
         if _is_expanded(len(tokens), packed):
             return expanded_linear(tokens, packed, bias)
+        if isinstance(packed, PackedDense):
+            return quantized_linear(tokens, packed, bias)
         if isinstance(packed, PackedRows):
             return rows_linear(tokens, packed, bias)
         return nm_linear(tokens, packed, bias)
@@ -76,14 +88,22 @@ class Kernel(BoundProduct):
         return bound_nm_linear(tokens, packed, bias)
 
 
-def _is_expanded(rows: int, packed: PackedNM | PackedRows) -> bool:
+def _is_expanded(rows: int, packed: Packed) -> bool:
     """True if a call with this many rows expands the weight."""
-    values = packed.values
-    if values.dtype != torch.bfloat16 or not values.is_cpu:
+    if packed.dtype != torch.bfloat16 or not packed.values.is_cpu:
         return False
     found = expansion()
-    two_of_four = isinstance(packed, PackedNM) and (packed.n, packed.m) == (2, 4)
-    return found is not None and rows > FEW_ROWS[found].of(two_of_four)
+    return found is not None and rows > FEW_ROWS[found].of_weight(pattern_of(packed), bits_of(packed))
+
+
+def pattern_of(packed: Packed) -> tuple[int, int] | None:
+    """The n:m pattern of a weight; None if it has none."""
+    return (packed.n, packed.m) if isinstance(packed, PackedNM) else None
+
+
+def bits_of(packed: Packed) -> int | None:
+    """The bits of a weight's values if it is quantized."""
+    return None if isinstance(packed, PackedRows) else packed.bits
 
 
 def expansion() -> Expansion | None:

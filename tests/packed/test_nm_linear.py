@@ -14,6 +14,7 @@ from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, SlowBackendWarning,
 from ace_triton.kernels.pack_nm import PatternError
 from ace_triton.packed import dispatch, kernel, unpacked
 from ace_triton.packed.dispatch import choose_product, copy_limits, default_limits, multiply
+from ace_triton.packed.quantized_linear import QuantizedLinear
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -270,6 +271,22 @@ def test_our_kernel_is_never_taken_beyond_where_it_wins(compiled, isa, native, d
     assert choose_product(most + 1, packed) == "dense"
 
 
+MOST_FEW_BITS_ROWS = {"avx512_vnni": 64, "avx512": 32, "avx2": 32, "neon_dotprod": 16, "neon": 8, "portable": 1}
+"""Largest numbers of rows for which our kernel reads quantized weights faster than they are unpacked."""
+
+
+@pytest.mark.parametrize("isa", MOST_FEW_BITS_ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_are_unpacked_beyond_where_our_kernel_wins_unless_it_expands_them(compiled, isa, dtype, bits):
+    packed = packed_linear(pruned_linear(8, 32, "8:16", dtype), "8:16", bits=bits).packed
+    compiled(isa, True, "tiles" if isa == "avx512_vnni" else None)
+    most = MOST_FEW_BITS_ROWS[isa]
+    expanded = isa == "avx512_vnni" and dtype == torch.bfloat16
+    assert choose_product(most, packed) == "packed"
+    assert choose_product(10**6 if expanded else most + 1, packed) == ("packed" if expanded else "dense")
+
+
 @pytest.mark.parametrize("expansion", MOST_EXPANDED_ROWS)
 @pytest.mark.parametrize("pattern", ["2:4", "8:16"])
 def test_expanded_weights_are_multiplied_up_to_where_they_win(compiled, expansion, pattern):
@@ -281,8 +298,9 @@ def test_expanded_weights_are_multiplied_up_to_where_they_win(compiled, expansio
         assert choose_product(last + 1, packed) == "dense"
 
 
-MOST_ROWS_BESIDE_A_COPY = {"tiles": (128, 128), "vectors": (256, 4)}
-"""Largest numbers of rows for which expanded weights were multiplied as fast as the dense weight."""
+MOST_ROWS_BESIDE_A_COPY = {"tiles": (128, 128, 128), "vectors": (256, 4, 24)}
+"""Largest numbers of rows for which expanded weights were multiplied as fast as the dense weight: at 2:4, at other
+patterns, and for quantized weights."""
 
 
 @pytest.mark.parametrize("expansion", MOST_ROWS_BESIDE_A_COPY)
@@ -290,27 +308,34 @@ MOST_ROWS_BESIDE_A_COPY = {"tiles": (128, 128), "vectors": (256, 4)}
 def test_beside_a_dense_copy_our_kernel_is_taken_only_where_it_is_as_fast(compiled, monkeypatch, expansion, pattern):
     compiled("avx512", True, expansion)
     monkeypatch.setattr(dispatch, "expansion", lambda: expansion)
-    most = MOST_ROWS_BESIDE_A_COPY[expansion][pattern != (2, 4)]
+    two_of_four, other, few_bits = MOST_ROWS_BESIDE_A_COPY[expansion]
+    most = two_of_four if pattern == (2, 4) else other
     assert copy_limits(torch.bfloat16, pattern, None, cached=False) == RowLimits(most, dense_copy=True)
-    assert copy_limits(torch.bfloat16, pattern, 8, cached=False).packed == 32
+    assert copy_limits(torch.bfloat16, pattern, 8, cached=False) == RowLimits(few_bits, dense_copy=True)
 
 
-EXPANDED_FROM = {"tiles": (5, 3), "vectors": (9, 5)}
-"""The first number of rows for which a weight is expanded."""
+EXPANDED_FROM = {"tiles": (5, 3, 5), "vectors": (9, 5, 25)}
+"""The first number of rows for which a weight is expanded: at 2:4, at other patterns, and if it is quantized."""
 
 
 @pytest.mark.parametrize("expansion", EXPANDED_FROM)
-@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+@pytest.mark.parametrize("kind", ["2:4", "8:16", "2:4 8 bits", "8:16 4 bits", "dense 8 bits"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_are_expanded_from_where_it_pays(monkeypatch, expansion, pattern, dtype):
+def test_weights_are_expanded_from_where_it_pays(monkeypatch, expansion, kind, dtype):
     expanded = []
     monkeypatch.setattr(kernel, "expansion", lambda: expansion)
     monkeypatch.setattr(kernel, "expanded_linear", lambda tokens, *rest: expanded.append(len(tokens)))
-    packed = packed_linear(pruned_linear(8, 32, pattern, dtype), pattern).packed
-    for rows in range(1, 20):
+    pattern, bits, *_ = (*kind.split(), None)
+    bits = None if bits is None else int(bits)
+    layer = pruned_linear(8, 32, "2:4" if pattern == "dense" else pattern, dtype)
+    if pattern == "dense":
+        packed = QuantizedLinear.from_linear(layer, bits, 32).packed
+    else:
+        packed = packed_linear(layer, pattern, bits=bits).packed
+    for rows in range(1, 40):
         multiply(torch.zeros(rows, 32, dtype=dtype), packed, None, RowLimits(100))
-    first = EXPANDED_FROM[expansion][pattern != "2:4"]
-    assert expanded == (list(range(first, 20)) if dtype == torch.bfloat16 else [])
+    first = EXPANDED_FROM[expansion][2 if bits else pattern != "2:4"]
+    assert expanded == (list(range(first, 40)) if dtype == torch.bfloat16 else [])
 
 
 def test_what_our_kernel_does_not_serve_is_unpacked(compiled):
