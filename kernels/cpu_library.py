@@ -69,7 +69,8 @@ def input_bits() -> int:
 def use_input_bits(bits: int) -> None:
     """Round the inputs of products with quantized weights to this many bits from now on, in the whole process.
 
-    Products and decoding steps that run in other threads keep the bits they began with.
+    Products and decoding steps that run in other threads keep the bits they began with. Calls with so many rows that
+    the weight is expanded or unpacked multiply inputs as they are.
 
     With 30 bits the products have about the precision of fp32. With 8 bits, every 32 inputs share a scale, from
     their largest magnitude: products are faster and less precise than with 30.

@@ -80,8 +80,8 @@ DecoderOption = Annotated[
 InputBitsOption = Annotated[
     int | None,
     typer.Option(
-        help="Bits to which the compiled products with 8-bit and 4-bit weights round their inputs: 30, about the "
-        "precision of fp32, or 8, faster and less precise.",
+        help="Bits to which the compiled products with 8-bit and 4-bit weights round their inputs in calls of a few "
+        "rows: 30, about the precision of fp32, or 8, faster and less precise.",
         show_default="30",
         metavar="30|8",
     ),

@@ -281,12 +281,14 @@ def expanded_products(label: str, dtype: torch.dtype) -> Iterator[Comparison]:
         return
     torch.manual_seed(0)
     weight = torch.randn(SHAPE).mul_(0.02).to(dtype)
-    for n, m in ((2, 4), (8, 16)):
-        packed = pack_scored(weight, ScoreTerms(), n, m)
+    two_of_four, eight_of_16 = (pack_scored(weight, ScoreTerms(), n, m) for n, m in ((2, 4), (8, 16)))
+    weights = {"2:4": two_of_four, "8:16": eight_of_16}
+    weights |= {f"8:16, {bits} bits": quantize_nm(eight_of_16, bits, GROUP) for bits in (8, 4)}
+    for name, packed in weights.items():
         for rows in (16, 64, 256):
             tokens = torch.randn(rows, SHAPE[1]).to(dtype)
             yield Comparison(
-                f"expanded_linear {n}:{m}, {rows} rows",
+                f"expanded_linear {name}, {rows} rows",
                 "`F.linear`",
                 label,
                 lambda tokens=tokens, packed=packed: expanded_linear(tokens, packed),

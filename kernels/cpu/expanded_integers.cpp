@@ -82,8 +82,8 @@ ACE_INLINE void prefetch(const void* from, int64_t bytes) {
     for (int64_t k = 0; k < bytes + LINE; k += LINE) __builtin_prefetch(static_cast<const uint8_t*>(from) + k);
 }
 
-// Chunks from `first` on of a row. With bf16 absmax the products need no more than one rounding to be those of exact
-// quotients: no quotient of two such integers by 127 or 7 lies within an fp32 error of the middle of two bf16 numbers.
+// Expands chunks of a row, from `first` on. An integer times a bf16 absmax has at most 15 bits. Its quotient by 127 or 7
+// is then too far from the middle of two bf16 numbers for the fp32 errors here to change how it is rounded.
 template <typename Rows>
 ACE_INLINE void expand_row(const Rows& row, const float* scales, int64_t first, int64_t chunks, uint32_t* to) {
     const IntegersOfBytes integers;

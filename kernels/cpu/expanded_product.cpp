@@ -39,8 +39,8 @@ ACE_PAIRS inline int64_t start_of(const PackedWeight& w, int64_t i) {
     return start < 0 ? 0 : start < w.n_values ? start : w.n_values;
 }
 
-// Expands a block; `next` has the place of each row's next value. Prefetches the row's values of the next block of
-// inputs or, behind the last one, those of the row that follows in its place.
+// Expands a block of bf16 values; `next` has the place of each row's next value. Prefetches the row's values of the next
+// block of inputs or, behind the last one, those of the row that follows in its place.
 ACE_PAIRS void expand(const ExpandedTask& task, const Block& block, int64_t* next, uint32_t* to) {
     constexpr int64_t LINE = 64 / sizeof(uint16_t);
     const PackedWeight& w = task.weight;
@@ -155,7 +155,7 @@ ACE_PAIRS inline void add_group(const ExpandedTask& task, const ExpandedScratch&
                                 int64_t first) {
     const int64_t token_blocks = blocks_of(task.n_tokens), steps = steps_of(task);
     const int64_t apart = token_blocks * TILE_WORDS, at_once = task.tiles ? 4 / TOKENS : 1;
-    for (int64_t o = 0; o < blocks_of(block.outputs); o += at_once) {
+    for (int64_t o = 0; o < block.output_blocks(); o += at_once) {
         const Operands x = {scratch.block + o * ROW_BLOCK,
                             task.pairs + (first * steps + block.first_step) * TILE_WORDS,
                             block.steps,
@@ -239,7 +239,7 @@ ACE_PAIRS void expanded_product(const ExpandedTask& task, const ExpandedScratch&
     if (task.tiles) begin_tiles();
     const int64_t steps = steps_of(task);
     const int64_t parts = (steps + EXPANDED_STEPS - 1) / EXPANDED_STEPS;
-    const int64_t at_once = ((steps + parts - 1) / parts + 1) / 2 * 2;  // Integers are expanded in pairs of steps.
+    const int64_t at_once = ((steps + parts - 1) / parts + 1) / 2 * 2;  // Even, as expand_integers needs.
     int64_t next[EXPANDED_OUTPUTS];
     for (int64_t i = begin; i < end; i += EXPANDED_OUTPUTS) {
         const int64_t outputs = end - i < EXPANDED_OUTPUTS ? end - i : EXPANDED_OUTPUTS;

@@ -43,6 +43,8 @@ struct ExpandedScratch {
 // Some steps of the inputs, of a block of outputs.
 struct Block {
     int64_t first_output, outputs, first_step, steps;
+
+    int64_t output_blocks() const { return (outputs + TILE - 1) / TILE; }
 };
 
 constexpr int64_t ROW_BLOCK = EXPANDED_STEPS * TILE_WORDS;  // words of TILE outputs in a block
