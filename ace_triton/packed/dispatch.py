@@ -117,7 +117,7 @@ COPY_ROWS = {"avx512_vnni": CopyRows(16, 16), "avx512": CopyRows(8, 16), "avx2":
 sets that are not listed, and other dtypes, have the limits of calls without a copy: they were not measured (bf16:
 EXPANDED_COPY_ROWS). To measure them: ``ace-triton bench``, whose first column is the dense product."""
 
-EXPANDED_COPY_ROWS: dict[Expansion, PatternRows] = {"tiles": PatternRows(128, 128), "vectors": PatternRows(256, 4)}
+EXPANDED_COPY_ROWS: dict[Expansion, PatternRows] = {"tiles": PatternRows(512, 512), "vectors": PatternRows(256, 4)}
 """The limits beside a dense copy of the weight, in bf16, if our kernel expands the weight in the cache. Measured as
 EXPANDED_LIMITS."""
 
