@@ -120,7 +120,7 @@ sets that are not listed, and other dtypes, have the limits of calls without a c
 EXPANDED_COPY_ROWS). To measure them: ``ace-triton bench``, whose first column is the dense product."""
 
 EXPANDED_COPY_ROWS: dict[Expansion, ExpandedRows] = {
-    "tiles": ExpandedRows(128, 128, 128),
+    "tiles": ExpandedRows(512, 512, 512),
     "vectors": ExpandedRows(256, 4, 24),
 }
 """The limits beside a dense copy of the weight, in bf16, if our kernel expands the weight in the cache. Measured as

@@ -24,7 +24,9 @@ namespace ace {
 namespace {
 
 constexpr int CHUNK_STEPS = CHUNK / TILE_INPUTS;
-static_assert(CHUNK_STEPS == 2 && EXPANDED_STEPS <= TILE, "a register has the scales of a block's steps");
+// The steps whose bf16 scales fill a register.
+constexpr int SCALES = 2 * TILE;
+static_assert(CHUNK_STEPS == 2 && EXPANDED_STEPS <= SCALES, "a register has the scales of a block's steps");
 
 // Integers of a chunk as floats. Byte b in bits 8 to 15 of the float 2^15 makes it 2^15 + b.
 class IntegersOfBytes {
@@ -54,19 +56,22 @@ public:
         const int64_t group = task.scales.group, first = block.first_step * TILE_INPUTS / group;
         of_row_ = (task.weight.cols + group - 1) / group;
         from_ = block.first_output * of_row_ + first;
-        alignas(64) int32_t groups[TILE] = {};
+        alignas(64) uint16_t groups[SCALES] = {};
         for (int64_t s = 0; s < block.steps; ++s) {
-            groups[s] = int32_t((block.first_step + s) * TILE_INPUTS / group - first);
+            groups[s] = uint16_t((block.first_step + s) * TILE_INPUTS / group - first);
         }
         groups_ = _mm512_load_si512(groups);
-        there_ = __mmask16(0xffff >> (TILE - 1 - groups[block.steps - 1]));
+        there_ = ~__mmask32(0) >> (SCALES - 1 - groups[block.steps - 1]);
     }
-    // Those of row r of the block; `to` has room for TILE.
+    // Those of row r of the block, as fp32; `to` has room for SCALES.
     ACE_INLINE void store(int64_t r, float* to) const {
-        const __m256i absmax = _mm256_maskz_loadu_epi16(there_, absmax_ + from_ + r * of_row_);
-        const __m512i widened = _mm512_slli_epi32(_mm512_cvtepu16_epi32(absmax), 16);
-        const __m512 of_steps = _mm512_permutexvar_ps(groups_, _mm512_castsi512_ps(widened));
-        _mm512_store_ps(to, _mm512_mul_ps(of_steps, factor_));
+        const __m512i absmax = _mm512_maskz_loadu_epi16(there_, absmax_ + from_ + r * of_row_);
+        const __m512i of_steps = _mm512_permutexvar_epi16(groups_, absmax);
+        const __m256i halves[] = {_mm512_castsi512_si256(of_steps), _mm512_extracti64x4_epi64(of_steps, 1)};
+        for (int h = 0; h < 2; ++h) {
+            const __m512i widened = _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves[h]), 16);
+            _mm512_store_ps(to + h * TILE, _mm512_mul_ps(_mm512_castsi512_ps(widened), factor_));
+        }
     }
 
 private:
@@ -74,12 +79,15 @@ private:
     const __m512 factor_;
     int64_t of_row_, from_;  // groups of a row; the place of the block's first one
     __m512i groups_;         // each step's group, counted from the block's first one
-    __mmask16 there_;
+    __mmask32 there_;
 };
 
 ACE_INLINE void prefetch(const void* from, int64_t bytes) {
     constexpr int64_t LINE = 64;
-    for (int64_t k = 0; k < bytes + LINE; k += LINE) __builtin_prefetch(static_cast<const uint8_t*>(from) + k);
+    constexpr int SECOND_LEVEL = 2;
+    for (int64_t k = 0; k < bytes + LINE; k += LINE) {
+        __builtin_prefetch(static_cast<const uint8_t*>(from) + k, 0, SECOND_LEVEL);
+    }
 }
 
 // Expands chunks of a row, from `first` on. An integer times a bf16 absmax has at most 15 bits. Its quotient by 127 or 7
@@ -121,8 +129,10 @@ inline void expand_block(const ExpandedTask& task, const Block& block, uint32_t*
         const int64_t i = block.first_output + r, below = i + block.outputs;
         prefetch(few.values + (last ? below * stride : i * stride + (first + chunks) * chunk_bytes),
                  chunks * chunk_bytes);
-        if (PRUNED) prefetch(w.meta + (last ? below * words : i * words + block.first_step + block.steps), 0);
-        alignas(64) float of_steps[TILE];
+        if (PRUNED) {
+            prefetch(w.meta + (last ? below * words : i * words + block.first_step + block.steps), block.steps * 4);
+        }
+        alignas(64) float of_steps[SCALES];
         scales.store(r, of_steps);
         uint32_t* const place = to + r / TILE * ROW_BLOCK + r % TILE * TILE;
         if (i < safe) expand_row(row(i, std::false_type{}), of_steps, first, chunks, place);

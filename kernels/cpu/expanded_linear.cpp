@@ -6,6 +6,7 @@
 #include "threads.h"
 
 #include <cstring>
+#include <memory>
 
 namespace ace {
 namespace {
@@ -15,17 +16,17 @@ std::atomic<bool> tiles_allowed{true};
 // Memory for `count` words, aligned to a cache line.
 class Words {
 public:
-    explicit Words(int64_t count) : memory_(count * sizeof(uint32_t) + LINE) {}
+    explicit Words(int64_t count) : memory_(new uint8_t[count * sizeof(uint32_t) + LINE]) {}
 
     uint32_t* data() {
-        const auto place = reinterpret_cast<uintptr_t>(memory_.data());
+        const auto place = reinterpret_cast<uintptr_t>(memory_.get());
         return reinterpret_cast<uint32_t*>((place + LINE - 1) / LINE * LINE);
     }
 
 private:
     static constexpr uintptr_t LINE = 64;
 
-    std::vector<uint8_t> memory_;
+    std::unique_ptr<uint8_t[]> memory_;
 };
 
 // The product of all tokens; `all.pairs` is unused.

@@ -43,6 +43,7 @@ ACE_PAIRS inline int64_t start_of(const PackedWeight& w, int64_t i) {
 // block of inputs or, behind the last one, those of the row that follows in its place.
 ACE_PAIRS void expand(const ExpandedTask& task, const Block& block, int64_t* next, uint32_t* to) {
     constexpr int64_t LINE = 64 / sizeof(uint16_t);
+    constexpr int SECOND_LEVEL = 2;
     const PackedWeight& w = task.weight;
     const int64_t words = steps_of(task), most = (block.steps + 1) * TILE_INPUTS;
     const int64_t usual = w.n_values / w.rows * block.steps / words;
@@ -53,7 +54,7 @@ ACE_PAIRS void expand(const ExpandedTask& task, const Block& block, int64_t* nex
         uint32_t* row = to + r / TILE * ROW_BLOCK + r % TILE * TILE;
         const int64_t after = last && below < w.rows ? start_of(w, below) : next[r] + usual;
         for (int64_t k = 0; k < usual; k += LINE) {
-            __builtin_prefetch(static_cast<const uint16_t*>(w.values) + after + k);
+            __builtin_prefetch(static_cast<const uint16_t*>(w.values) + after + k, 0, SECOND_LEVEL);
         }
         next[r] = next[r] + most <= w.n_values ? expand_row<true>(w, next[r], meta, block.steps, row)
                                                : expand_row<false>(w, next[r], meta, block.steps, row);
@@ -69,8 +70,8 @@ struct Operands {
     bool first;          // the sums begin here
 };
 
-// Tiles 0 to 3 are sums of 4 / TOKENS blocks of outputs with TOKENS blocks of tokens. GCC does not know that tiles read
-// and write memory.
+// Tiles 0 to 3 are sums of 4 / TOKENS blocks of outputs with TOKENS blocks of tokens. Loads that stream leave the tokens,
+// which the next blocks of outputs need, in the first-level cache. GCC does not know that tiles read and write memory.
 template <int TOKENS>
 ACE_TILES inline void add_tiles(const Operands& x) {
     constexpr int64_t BYTES = TILE * 4;
@@ -83,26 +84,26 @@ ACE_TILES inline void add_tiles(const Operands& x) {
         _tile_zero(2);
         _tile_zero(3);
     } else {
-        _tile_loadd(0, sums[0], BYTES);
-        _tile_loadd(1, sums[1], BYTES);
-        _tile_loadd(2, sums[2], BYTES);
-        _tile_loadd(3, sums[3], BYTES);
+        _tile_stream_loadd(0, sums[0], BYTES);
+        _tile_stream_loadd(1, sums[1], BYTES);
+        _tile_stream_loadd(2, sums[2], BYTES);
+        _tile_stream_loadd(3, sums[3], BYTES);
     }
     const uint32_t *w = x.weights, *t = x.tokens;
     for (int64_t s = 0; s < x.steps; ++s, w += TILE_WORDS, t += TILE_WORDS) {
         if constexpr (TOKENS == 1) {
             _tile_loadd(4, t, BYTES);
-            _tile_loadd(5, w, BYTES);
+            _tile_stream_loadd(5, w, BYTES);
             _tile_dpbf16ps(0, 5, 4);
-            _tile_loadd(6, w + ROW_BLOCK, BYTES);
+            _tile_stream_loadd(6, w + ROW_BLOCK, BYTES);
             _tile_dpbf16ps(1, 6, 4);
-            _tile_loadd(7, w + 2 * ROW_BLOCK, BYTES);
+            _tile_stream_loadd(7, w + 2 * ROW_BLOCK, BYTES);
             _tile_dpbf16ps(2, 7, 4);
-            _tile_loadd(5, w + 3 * ROW_BLOCK, BYTES);
+            _tile_stream_loadd(5, w + 3 * ROW_BLOCK, BYTES);
             _tile_dpbf16ps(3, 5, 4);
         } else {
-            _tile_loadd(4, w, BYTES);
-            _tile_loadd(5, w + ROW_BLOCK, BYTES);
+            _tile_stream_loadd(4, w, BYTES);
+            _tile_stream_loadd(5, w + ROW_BLOCK, BYTES);
             _tile_loadd(6, t, BYTES);
             _tile_loadd(7, t + x.tokens_apart, BYTES);
             _tile_dpbf16ps(0, 4, 6);
@@ -240,9 +241,10 @@ ACE_PAIRS void expanded_product(const ExpandedTask& task, const ExpandedScratch&
     const int64_t steps = steps_of(task);
     const int64_t parts = (steps + EXPANDED_STEPS - 1) / EXPANDED_STEPS;
     const int64_t at_once = ((steps + parts - 1) / parts + 1) / 2 * 2;  // Even, as expand_integers needs.
+    const int64_t most = task.tiles ? EXPANDED_OUTPUTS : VECTOR_OUTPUTS;
     int64_t next[EXPANDED_OUTPUTS];
-    for (int64_t i = begin; i < end; i += EXPANDED_OUTPUTS) {
-        const int64_t outputs = end - i < EXPANDED_OUTPUTS ? end - i : EXPANDED_OUTPUTS;
+    for (int64_t i = begin; i < end; i += most) {
+        const int64_t outputs = end - i < most ? end - i : most;
         for (int64_t r = 0; r < outputs; ++r) next[r] = start_of(task.weight, i + r);
         for (int64_t s = 0; s < steps; s += at_once) {
             const Block block = {i, outputs, s, steps - s < at_once ? steps - s : at_once};

@@ -12,8 +12,11 @@ namespace ace {
 constexpr int64_t TILE = 16, TILE_WORDS = TILE * TILE, TILE_INPUTS = 2 * TILE;
 // Tokens that are multiplied by one expansion of the weight.
 constexpr int64_t MOST_EXPANDED_TOKENS = 512;
-// Outputs and the most steps of TILE_INPUTS inputs in a block of expanded weights.
-constexpr int64_t EXPANDED_OUTPUTS = 64, EXPANDED_STEPS = 16;
+// The most outputs and steps of TILE_INPUTS inputs in a block of expanded weights. The steps of two blocks of tokens fit
+// in the first-level cache (48 KB on processors with tiles); all tokens, the block and its sums in the second level (2 MB).
+constexpr int64_t EXPANDED_OUTPUTS = 256, EXPANDED_STEPS = 20;
+// The most outputs if they are multiplied by vectors: such processors may have a second-level cache of 1 MB.
+constexpr int64_t VECTOR_OUTPUTS = 64;
 
 // What the integers of a quantized weight are multiplied by; its packed rows are as in FewBitsWeight.
 struct Scales {

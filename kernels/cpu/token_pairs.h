@@ -101,10 +101,12 @@ ACE_PAIRS inline void deliver_tile(const ExpandedTask& task, const float* sums, 
     }
 }
 
-// Delivers `outputs` outputs of all tokens, from output i on; their sums are as in ExpandedScratch.
+// Delivers `outputs` outputs of all tokens, from output i on; their sums are as in ExpandedScratch. A token's outputs are
+// written side by side, while their cache lines are near.
 ACE_PAIRS inline void deliver(const ExpandedTask& task, const float* sums, int64_t i, int64_t outputs) {
-    for (int64_t o = 0; o < outputs; o += TILE) {
-        for (int64_t t = 0; t < task.n_tokens; t += TILE, sums += TILE_WORDS) deliver_tile(task, sums, i + o, t);
+    const int64_t apart = blocks_of(task.n_tokens) * TILE_WORDS;
+    for (int64_t t = 0; t < task.n_tokens; t += TILE, sums += TILE_WORDS) {
+        for (int64_t o = 0; o < outputs; o += TILE) deliver_tile(task, sums + o / TILE * apart, i + o, t);
     }
 }
 

@@ -123,7 +123,9 @@ def test_equals_the_dense_product(make_matrix, named, rows, groups, n_tokens, pa
         check(tokens, packed_weight(make_matrix, rows, cols, pattern, seed, bits, group), bias)
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(1, 4), (1, 36), (64, 512), (65, 544), (17, 1028), (129, 32)])
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(1, 4), (1, 36), (64, 512), (65, 544), (17, 1028), (129, 32), (256, 640), (257, 676)]
+)
 @pytest.mark.parametrize("n_tokens", [1, 16, 17, 64, 113])
 @pytest.mark.parametrize("bits", BITS)
 def test_edges_of_blocks(make_matrix, way, rows, cols, n_tokens, bits):

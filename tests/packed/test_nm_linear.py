@@ -298,7 +298,7 @@ def test_expanded_weights_are_multiplied_up_to_where_they_win(compiled, expansio
         assert choose_product(last + 1, packed) == "dense"
 
 
-MOST_ROWS_BESIDE_A_COPY = {"tiles": (128, 128, 128), "vectors": (256, 4, 24)}
+MOST_ROWS_BESIDE_A_COPY = {"tiles": (512, 512, 512), "vectors": (256, 4, 24)}
 """Largest numbers of rows for which expanded weights were multiplied as fast as the dense weight: at 2:4, at other
 patterns, and for quantized weights."""
 
