@@ -1,5 +1,6 @@
-// Products of many bf16 tokens with a packed bf16 weight, on processors that multiply pairs of bf16 numbers. Kept
-// weights are expanded, block by block, into the cache and multiplied there: by tiles (AMX) or vectors (AVX512-BF16).
+// Products of many bf16 tokens with a packed weight, on processors that multiply pairs of bf16 numbers. Kept weights, or
+// the integers of quantized ones, are expanded to bf16, block by block, into the cache and multiplied there: by tiles
+// (AMX) or vectors (AVX512-BF16).
 #pragma once
 
 #include "tasks.h"
