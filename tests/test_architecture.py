@@ -19,6 +19,7 @@ ORDER = [
     "runs_on",
     "threads",
     "option_types",
+    "byte_sizes",
     "sparsity",
     "linears",
     "tied",

@@ -31,8 +31,10 @@ def why_not_loaded(
             f"{prefix}values are {loaded.dtype}, but this layer has {values.dtype}: load the weights into a layer with "
             "the same bits"
         )
-    scales = state_dict.get(f"{prefix}absmax", absmax)
-    if absmax is None or loaded.shape != values.shape or scales.shape != absmax.shape:
+    if absmax is None:
+        return None
+    scales: torch.Tensor = state_dict.get(f"{prefix}absmax", absmax)
+    if loaded.shape != values.shape or scales.shape != absmax.shape:
         return None  # load_state_dict reports shapes itself.
     if any(tensor.is_meta or why_not_plain(tensor) is not None for tensor in (loaded, scales, values)):
         return None

@@ -25,9 +25,9 @@ class NMLinear(PackedLinear):
 
     The buffers ``values`` and ``meta``, and ``absmax`` of a quantized weight (layout:
     :mod:`ace_triton.kernels.packed_nm`), work with ``state_dict``, ``model.to`` and ``deepcopy``. Metadata are bits, so
-    they keep their dtype when the module is cast. ``load_state_dict`` refuses metadata that are damaged or were cast, and
-    values that no quantization gives. The weight is frozen. Gradients flow to the input and the bias, in reverse and in
-    forward mode.
+    they keep their dtype when the module is cast. ``load_state_dict`` refuses metadata that are damaged or were cast,
+    and values that no quantization gives. The weight is frozen. Gradients flow to the input and the bias, in reverse
+    and in forward mode.
 
     Each call chooses its product by the number of rows (:func:`~ace_triton.packed.dispatch.choose_product`).
     To use peft adapters: ``config._register_custom_module({PackedLinear: peft.tuners.lora.Linear})``.
@@ -131,7 +131,7 @@ class NMLinear(PackedLinear):
         return NMLinear.from_linear(layer, self.n, self.m, self.limits, bits=self.bits, group=self.group or GROUP)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """As in ``nn.Module``, but ``load_state_dict`` raises if metadata or values are invalid, and loads nothing here."""
+        """As in ``nn.Module``, but invalid metadata or values are not loaded, and ``load_state_dict`` raises."""
         meta = state_dict.get(f"{prefix}meta")
         if meta is not None and meta.shape == self.meta.shape:
             try:
@@ -143,7 +143,7 @@ class NMLinear(PackedLinear):
                 errors: list[str] = rest[-1]
                 errors.append(f"{prefix}meta: {error}")
                 return
-        why_not = why_not_loaded(state_dict, prefix, self.values, self.absmax, self.packed.kept_of_a_row)
+        why_not = why_not_loaded(state_dict, prefix, self.values, self.absmax, self._made().kept_of_a_row)
         if why_not is not None:
             errors = rest[-1]
             errors.append(why_not)

@@ -117,7 +117,7 @@ class QuantizedLinear(_Quantized):
         return PackedDense(self.values, self.absmax, (self.out_features, self.in_features), self._group)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """As in ``nn.Module``, but ``load_state_dict`` raises if values have other bits or no quantization gives them."""
+        """As in ``nn.Module``, but for invalid values and those of other bits ``load_state_dict`` raises."""
         why_not = why_not_loaded(state_dict, prefix, self.values, self.absmax, self.in_features)
         if why_not is not None:
             errors: list[str] = rest[-1]
