@@ -20,6 +20,7 @@ ORDER = [
     "threads",
     "option_types",
     "byte_sizes",
+    "terminal",
     "sparsity",
     "linears",
     "tied",
