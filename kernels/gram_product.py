@@ -8,6 +8,7 @@ only the blocks on and above the diagonal.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,13 +94,28 @@ def _symmetric_product(rows: torch.Tensor) -> torch.Tensor:
     return product
 
 
+@functools.cache
+def has_bfloat16_products() -> bool:
+    """True if this CPU has instructions for the bf16 products of torch: AVX512-BF16 or AMX.
+
+    With AVX-512 alone torch multiplies bf16 too, but converts each factor, which takes longer than fp32.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    with_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return with_avx512 and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
     """Let oneDNN round fp32 factors to bf16 on a CPU; sums stay fp32. Exact if the factors are bf16 numbers.
 
-    The setting is global to the process: while the context is open, products in other threads are rounded too. The
-    first thread to enter saves the previous setting, the last one to leave restores it.
+    Without instructions for such products (:func:`has_bfloat16_products`) nothing is rounded. The setting is global to
+    the process: while the context is open, products in other threads are rounded too. The first thread to enter saves
+    the previous setting, the last one to leave restores it.
     """
+    if not has_bfloat16_products():
+        yield
+        return
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _inside.lock:
         if _inside.threads == 0:

@@ -84,23 +84,25 @@ def family(request) -> str:
 
 
 @pytest.fixture
-def make_decoder():
-    """make_decoder(family, **changes to its configuration): a random model, the same every time.
-
-    On one thread, which is all that such a model can use.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def one_thread():
+    """torch on one thread, which is all that a small model can use."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_decoder(one_thread):
+    """make_decoder(family, **changes to its configuration): a random model, the same every time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     def make(family: str, attention: str = "eager", **changes):
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **{**FAMILIES[family], **_TOKENS, **changes})
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
-    yield make
-    torch.set_num_threads(threads)
+    return make
 
 
 @pytest.fixture

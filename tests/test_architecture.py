@@ -19,6 +19,8 @@ ORDER = [
     "runs_on",
     "threads",
     "option_types",
+    "byte_sizes",
+    "terminal",
     "sparsity",
     "linears",
     "tied",

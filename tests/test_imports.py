@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ace_triton
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,20 @@ def test_importing_the_package_loads_neither_transformers_nor_datasets():
         "import sys, ace_triton; assert not {'transformers', 'datasets'} & set(sys.modules)\n"
         "from transformers.quantizers import auto; assert 'ace_triton' not in auto.AUTO_QUANTIZER_MAPPING\n"
         "ace_triton.register_quantizer(); assert 'ace_triton' in auto.AUTO_QUANTIZER_MAPPING"
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["prune", "--help"], ["recover", "a", "b", "--nonsense"], ["nonsense"]])
+def test_help_and_wrong_options_load_neither_transformers_nor_datasets(words):
+    run(
+        "import sys\n"
+        "from ace_triton.commands.cli import main\n"
+        f"sys.argv = ['ace-triton', *{words}]\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as stop:\n"
+        f"    assert stop.code == {0 if '--help' in words else 2}, stop.code\n"
+        "assert not {'transformers', 'datasets', 'accelerate', 'torch._dynamo'} & set(sys.modules)"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.progress import Progress
 
+from ..byte_sizes import shown_bytes
 from ..decoding_times import DecodingTimes, decoding_times
 from ..errors import ArgumentError
 from ..formats.registry import format_of, load_model
@@ -279,7 +280,7 @@ def _show(layer: LayerTimes) -> None:
         table.add_row(str(entry.rows), *cells, labels[entry.product], f"{entry.dense / entry.taken:.2f}x")
     console.print(table)
     share = layer.packed_bytes / layer.dense_bytes
-    print_line(f"weight {report.megabytes(layer.packed_bytes, 2)}, {share:.1%} of dense")
+    print_line(f"weight {shown_bytes(layer.packed_bytes)}, {share:.1%} of dense")
     print_line(f"sparse is {_losses(layer.times)}")
     better = [f"{entry.rows} ({labels[fastest(entry.products)]})" for entry in layer.times if not entry.fits]
     if not better:

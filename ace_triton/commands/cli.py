@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import AceError, ArgumentError, ProcessError
 from ..out_of_memory import is_out_of_memory
 from ..processes import is_first_to_fail, started
+from ..terminal import is_lost_terminal, leave_terminal
 from ..threads import respect_processors
 from .bench import bench
 from .console import accept_any_text, errors, print_error, print_line, print_note, quiet
@@ -102,7 +103,8 @@ def main() -> None:
     A user's mistake, an error of the system and a full memory print one line and exit with code 1. Any other exception
     is a bug: it prints its traceback and asks for a report, and exits with code 1. A wrong call exits with code 2. If
     several processes fail, the first of them prints its error.
-    Ctrl-C and the signals of STOPPING clean up, print what was written, and exit with 128 plus the signal's number.
+    Ctrl-C and the signals of STOPPING clean up, print what was written, and exit with 128 plus the signal's number. A
+    terminal that is gone counts as SIGHUP.
     """
     _quiet_libraries()
     accept_any_text()
@@ -115,17 +117,14 @@ def main() -> None:
 def _run() -> None:
     try:
         app()
-    except SystemExit as stop:  # typer turns Ctrl-C into one.
-        if any(isinstance(error, KeyboardInterrupt) for error in _chain(stop)):
-            _print_stopped("stopped", stop)
-            sys.exit(128 + signal.SIGINT)
-        if stop.code in [128 + number for number in STOPPING]:
-            _print_stopped("terminated", stop)
-        raise
-    except KeyboardInterrupt as stop:
-        _print_stopped("stopped", stop)
-        sys.exit(128 + signal.SIGINT)
+    except (SystemExit, KeyboardInterrupt) as stop:  # typer turns Ctrl-C into a SystemExit.
+        number = _signal_of(stop)
+        if number is None:
+            raise
+        _end_by(number, stop)
     except Exception as error:
+        if is_lost_terminal(error):
+            _end_by(next(filter(None, map(_signal_of, _chain(error))), signal.SIGHUP), error)
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         if isinstance(error, ProcessError):
@@ -164,9 +163,25 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _print_stopped(how: str, stop: BaseException) -> None:
+def _signal_of(stop: BaseException) -> int | None:
+    """The signal that a run was stopped by; None if it was not."""
+    if any(isinstance(error, KeyboardInterrupt) for error in _chain(stop)):
+        return signal.SIGINT
+    code = stop.code if isinstance(stop, SystemExit) else None
+    return next((number for number in STOPPING if code == 128 + number), None)
+
+
+def _end_by(number: int, stop: BaseException) -> NoReturn:
+    """Say what a run that a signal stopped has written, and exit."""
     notes = [note for error in _chain(stop) for note in getattr(error, "__notes__", ())]
-    print_note(f"{how}; {'; '.join(notes) or 'nothing was written'}")
+    how = "stopped" if number == signal.SIGINT else "terminated"
+    try:
+        print_note(f"{how}; {'; '.join(notes) or 'nothing was written'}")
+    except OSError as error:
+        if not is_lost_terminal(error):
+            raise
+        leave_terminal()
+    sys.exit(128 + number)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..byte_sizes import shown_bytes
 from ..formats.registry import inspect_checkpoint
 from ..inputs.checkpoint import read_report
 from ..packed.keep_dense import copies_of_folder
@@ -32,7 +33,7 @@ def info(
     if (copies := copies_of_folder(model_dir)) is not None and copies.layers:
         print_line(
             f"loading it on this CPU keeps dense copies of {copies.layers} packed weights for speed, "
-            f'{report.megabytes(copies.bytes)}; load(..., keep="packed") keeps none'
+            f'{shown_bytes(copies.bytes)}; load(..., keep="packed") keeps none'
         )
     console.print(report.info_table(tensors) if full else report.info_groups(tensors))
     if history:

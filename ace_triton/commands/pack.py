@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..byte_sizes import shown_bytes
 from ..errors import ArgumentError
 from ..formats.registry import format_of, save_model
 from ..inputs import checkpoint
@@ -165,7 +166,7 @@ def pack(
             f"because it uses the calibration text, and ace-triton recover --bits {few} trains the rounded weights"
         )
     sizes = (weight_file_bytes(src), (out / TENSORS_FILE).stat().st_size)
-    print_line(f"weight files: {' -> '.join(map(report.megabytes, sizes))}")
+    print_line(f"weight files: {' -> '.join(map(shown_bytes, sizes))}")
     print_line(f"written to {out}")
 
 

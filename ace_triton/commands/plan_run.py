@@ -7,8 +7,9 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
+from ..byte_sizes import shown_bytes
 from ..planning.memory import Memory
-from ..planning.pruning_plan import PruningPlan, gib
+from ..planning.pruning_plan import PruningPlan
 from ..provenance import with_provenance
 from . import report
 from .console import console, print_line, print_note, print_warning
@@ -100,14 +101,14 @@ def plan_table(plan: PruningPlan, *, probes: bool = True, packed: bool = False) 
     table.add_row("memory with the model in memory", _memory(plan.in_memory))
     table.add_row("memory if streamed", _memory(plan.streamed))
     table.add_row("memory of a GPU, if it runs there", _memory(plan.device))
-    table.add_row("memory available", gib(plan.available_bytes))
+    table.add_row("memory available", shown_bytes(plan.available_bytes))
     table.add_row("where the weights would be", "in files (--stream)" if plan.streams else "in memory")
-    table.add_row("size of the output", gib(plan.disk.output_bytes))
+    table.add_row("size of the output", shown_bytes(plan.disk.output_bytes))
     if packed:
-        table.add_row("memory of its weights when it is loaded", gib(plan.disk.weight_bytes))
-    table.add_row("disk while it runs", gib(plan.disk.work_bytes))
+        table.add_row("memory of its weights when it is loaded", shown_bytes(plan.disk.weight_bytes))
+    table.add_row("disk while it runs", shown_bytes(plan.disk.work_bytes))
     if plan.disk.free_bytes is not None:
-        table.add_row("disk free", gib(plan.disk.free_bytes))
+        table.add_row("disk free", shown_bytes(plan.disk.free_bytes))
     if plan.time is None:
         table.add_row("time", "not estimated" + " (plan --probe)" * probes)
     else:
@@ -119,8 +120,8 @@ def plan_table(plan: PruningPlan, *, probes: bool = True, packed: bool = False) 
 
 def _memory(need: Memory) -> str:
     pages = need.peak_resident - need.peak
-    dropped = f", and up to {gib(pages)} of file pages" if pages > 0.01 * need.peak else ""
-    return f"{gib(need.peak)} (to {need.largest_phase}{dropped})"
+    dropped = f", and up to {shown_bytes(pages)} of file pages" if pages > 0.01 * need.peak else ""
+    return f"{shown_bytes(need.peak)} (to {need.largest_phase}{dropped})"
 
 
 def _duration(seconds: float) -> str:

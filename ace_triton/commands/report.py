@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..byte_sizes import shown_bytes
 from ..decoders.plan import Skipped
 from ..errors import ArgumentError
 from ..evaluate import Perplexity
@@ -97,11 +98,6 @@ _STAGE_LABELS = {
 }
 
 
-def megabytes(size: float, digits: int = 1) -> str:
-    """A number of bytes as text, in units of 1,000,000."""
-    return f"{size / 1e6:,.{digits}f} MB"
-
-
 def facts_table(title: str | None = None) -> Table:
     """An empty table of names and values; long cells wrap."""
     table = Table(title=title, show_header=False)
@@ -152,7 +148,7 @@ def prune_table(report: ModelReport) -> Table:
     for stage in ("load", "calibration", "statistics", *chosen, "other", "total"):
         table.add_row(_STAGE_LABELS.get(stage, stage), f"{getattr(report.seconds, stage):.2f} s")
     table.add_row("CPU time of the total, all threads", f"{report.cpu_seconds:.2f} s")
-    table.add_row("peak memory", f"{report.peak_bytes / 2**30:.2f} GiB")
+    table.add_row("peak memory", shown_bytes(report.peak_bytes))
     return table
 
 
@@ -178,8 +174,8 @@ def packing_table(report: SparsifyReport) -> Table:
     for (pattern, bits), count in kinds.most_common():
         kind = "layers not pruned" if pattern == DENSE else f"layers packed {pattern}"
         table.add_row(kind + ("" if bits is None else f", {bits} bits"), str(count))
-    table.add_row("size of these layers, dense", megabytes(report.dense_bytes))
-    table.add_row("size packed", f"{megabytes(report.packed_bytes)} ({report.packed_bytes / report.dense_bytes:.1%})")
+    table.add_row("size of these layers, dense", shown_bytes(report.dense_bytes))
+    table.add_row("size packed", f"{shown_bytes(report.packed_bytes)} ({report.packed_bytes / report.dense_bytes:.1%})")
     return table
 
 

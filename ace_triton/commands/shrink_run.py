@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress
 
 from ..available_memory import available_memory
+from ..byte_sizes import shown_bytes
 from ..calibration_report import CalibrationReport, report_on
 from ..decoders.kept_tensors import Offload
 from ..errors import ArgumentError
@@ -22,7 +23,7 @@ from ..inputs.beginnings import Beginning, text_ids
 from ..inputs.calibration import load_calibration
 from ..inputs.output_folder import Reservation
 from ..inputs.text import read_documents, wikitext_rows
-from ..planning.pruning_plan import gib, weights_stay_in_files
+from ..planning.pruning_plan import weights_stay_in_files
 from ..progress import progress_bar, stage
 from ..provenance import history_with, source_facts, with_provenance
 from ..streaming.fits import LARGEST_SHARE, fits_in_memory
@@ -139,8 +140,8 @@ class ShrinkRun:
             raise ArgumentError("--offload disk needs --stream: in memory no hidden states are kept between blocks")
         if not stream and not fits:
             raise ArgumentError(
-                f"{source}: shrink needs about {gib(needed)} in memory, {gib(available_memory())} are available: add "
-                f"--stream{' --device cpu' * (device != 'cpu')}, or use a machine with more memory"
+                f"{source}: shrink needs about {shown_bytes(needed)} in memory, {shown_bytes(available_memory())} are "
+                f"available: add --stream{' --device cpu' * (device != 'cpu')}, or use a machine with more memory"
             )
         return bool(stream)
 
@@ -308,7 +309,8 @@ class ShrinkRun:
         more, available = estimate.peak_bytes - estimate.weight_bytes, available_memory()
         if more > LARGEST_SHARE * available:
             print_warning(
-                f"the run needs about {gib(more)} beside the loaded model, {gib(available)} are available: add --stream"
+                f"the run needs about {shown_bytes(more)} beside the loaded model, {shown_bytes(available)} are "
+                "available: add --stream"
             )
 
 

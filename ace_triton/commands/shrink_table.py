@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from ..available_memory import available_memory
+from ..byte_sizes import shown_bytes
 from ..evaluate import Perplexity
-from ..planning.pruning_plan import gib
 from ..structures.report import ShrinkReport
-from .report import facts_table, megabytes
+from .report import facts_table
 
 _WIDTHS = {
     "channels": "feed-forward width",
@@ -36,17 +36,16 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
     if report.removed_blocks:
         table.add_row("removed blocks", ", ".join(map(str, report.removed_blocks)))
     table.add_row("parameters of the blocks", f"{report.blocks_before:,} -> {report.blocks_after:,}")
-    asked = f"{settings.ratio:.1%}" if settings.size is None else f"at most {_both(settings.size)}"
+    asked = f"{settings.ratio:.1%}" if settings.size is None else f"at most {shown_bytes(settings.size)}"
     asked = asked if settings.speedup is None else f"a block {settings.speedup:g} times as fast"
     table.add_row("removed, of the blocks' parameters", f"{report.removed:.1%} (asked for {asked})")
     table.add_row("parameters of the model", f"{report.model_before:,} -> {report.model_after:,}")
     table.add_row("removed, of the model's parameters", f"{1 - report.model_after / report.model_before:.1%}")
-    table.add_row("size of the checkpoint", f"{_both(report.bytes_before)} -> {_both(report.bytes_after)}")
+    table.add_row("size of the checkpoint", f"{shown_bytes(report.bytes_before)} -> {shown_bytes(report.bytes_after)}")
     if (estimate := report.estimate) is not None:
-        table.add_row(
-            "memory of the tensors, estimated", f"{gib(estimate.peak_bytes)} at most (to {estimate.largest_phase})"
-        )
-        table.add_row("memory available, with the model loaded", gib(available_memory()))
+        most = f"{shown_bytes(estimate.peak_bytes)} at most (to {estimate.largest_phase})"
+        table.add_row("memory of the tensors, estimated", most)
+        table.add_row("memory available, with the model loaded", shown_bytes(available_memory()))
         table.add_row("time, estimated", f"{estimate.seconds:.0f} s without loading and saving")
     for groups, loss in report.tried.items():
         table.add_row(
@@ -66,8 +65,3 @@ def shrink_table(report: ShrinkReport, measured: Mapping[str, Perplexity]) -> Ta
     for name, seconds in report.seconds.items():
         table.add_row(f"seconds: {name}", f"{seconds:.1f}")
     return table
-
-
-def _both(size: int) -> str:
-    """A number of bytes in the units of --size: powers of 1000, and of 1024."""
-    return f"{megabytes(size)} ({gib(size)})"

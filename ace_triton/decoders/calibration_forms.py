@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..available_memory import available_memory
+from ..byte_sizes import shown_bytes
 from ..errors import AceError, ArgumentError
 from .batches import Batch, Inputs, embedding_table, longest_sequence, sequences_of_a_forward, tensors_in, token_table
 
@@ -139,7 +140,7 @@ def _within_limits(source: Iterable[Any]) -> Iterator[Any]:
         yield batch  # The caller refuses a wrong batch before the next one is read.
         count, taken = count + 1, taken + sum(tensor.nbytes for tensor in tensors_in(batch))
         if taken > most_bytes or count > MOST_BATCHES:
-            by_bytes = f"{count:,} or more batches of {taken / 2**30:,.1f} GiB in all"
+            by_bytes = f"{count:,} or more batches of {shown_bytes(taken)} in all"
             raise ArgumentError(
                 too_many.format(by_bytes if taken > most_bytes else f"more than {MOST_BATCHES:,} batches", fewer)
             )

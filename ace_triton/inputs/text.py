@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
+from ..byte_sizes import shown_bytes
 from ..errors import TextError
 
 PYDOC_SPLITS = ("calibration", "evaluation")
@@ -24,7 +25,7 @@ FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".gz", ".md"}
 
 class _TooMuchError(TextError):
     def __init__(self, source: str | Path) -> None:
-        super().__init__(f"{source}: has more than {MOST_BYTES >> 20} MiB of text; give a part of it")
+        super().__init__(f"{source}: has more than {shown_bytes(MOST_BYTES)} of text; give a part of it")
 
 
 def read_documents(source: str | Path, *, most: int | None = None) -> list[str]:

@@ -15,6 +15,7 @@ from ..kernels.quantize_nm import quantize_nm
 from ..linears import linear_weight
 from ..solvers.quantize import GROUP
 from .bound_calls import BoundCalls
+from .loaded_values import why_not_loaded
 from .packed_linear import PackedLinear
 from .products import RowLimits
 
@@ -24,8 +25,9 @@ class NMLinear(PackedLinear):
 
     The buffers ``values`` and ``meta``, and ``absmax`` of a quantized weight (layout:
     :mod:`ace_triton.kernels.packed_nm`), work with ``state_dict``, ``model.to`` and ``deepcopy``. Metadata are bits, so
-    they keep their dtype when the module is cast, and ``load_state_dict`` refuses metadata that are damaged or were
-    cast. The weight is frozen. Gradients flow to the input and the bias, in reverse and in forward mode.
+    they keep their dtype when the module is cast. ``load_state_dict`` refuses metadata that are damaged or were cast,
+    and values that no quantization gives. The weight is frozen. Gradients flow to the input and the bias, in reverse
+    and in forward mode.
 
     Each call chooses its product by the number of rows (:func:`~ace_triton.packed.dispatch.choose_product`).
     To use peft adapters: ``config._register_custom_module({PackedLinear: peft.tuners.lora.Linear})``.
@@ -129,7 +131,7 @@ class NMLinear(PackedLinear):
         return NMLinear.from_linear(layer, self.n, self.m, self.limits, bits=self.bits, group=self.group or GROUP)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """As in ``nn.Module``, but a layer with invalid metadata is not loaded, and ``load_state_dict`` raises."""
+        """As in ``nn.Module``, but invalid metadata or values are not loaded, and ``load_state_dict`` raises."""
         meta = state_dict.get(f"{prefix}meta")
         if meta is not None and meta.shape == self.meta.shape:
             try:
@@ -141,13 +143,10 @@ class NMLinear(PackedLinear):
                 errors: list[str] = rest[-1]
                 errors.append(f"{prefix}meta: {error}")
                 return
-        values = state_dict.get(f"{prefix}values")
-        if values is not None and values.is_floating_point() != self.values.is_floating_point():
+        why_not = why_not_loaded(state_dict, prefix, self.values, self.absmax, self._made().kept_of_a_row)
+        if why_not is not None:
             errors = rest[-1]
-            errors.append(
-                f"{prefix}values are {values.dtype}, but this layer has {self.values.dtype}: load the weights into a "
-                "layer with the same bits"
-            )
+            errors.append(why_not)
             return
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

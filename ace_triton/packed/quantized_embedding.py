@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..kernels.packed_dense import PackedDense, quantize_dense
+from .loaded_values import why_not_loaded
 from .weight import PackedWeight
 
 
@@ -76,11 +77,11 @@ class QuantizedEmbedding(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """As in ``nn.Module``, but values of other bits are not loaded, and ``load_state_dict`` raises."""
-        values = state_dict.get(f"{prefix}values")
-        if values is not None and values.dtype != self.values.dtype:
+        """As in ``nn.Module``, but for invalid values and those of other bits ``load_state_dict`` raises."""
+        why_not = why_not_loaded(state_dict, prefix, self.values, self.absmax, self.embedding_dim)
+        if why_not is not None:
             errors: list[str] = rest[-1]
-            errors.append(f"{prefix}values are {values.dtype}, but this embedding has {self.values.dtype}")
+            errors.append(why_not)
             return
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

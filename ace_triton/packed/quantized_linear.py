@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import ArgumentError
 from ..kernels.packed_dense import PackedDense, quantize_dense
 from ..linears import linear_weight
+from .loaded_values import why_not_loaded
 from .manifest import DENSE
 from .packed_linear import PackedLinear
 from .products import RowLimits
@@ -116,14 +117,11 @@ class QuantizedLinear(_Quantized):
         return PackedDense(self.values, self.absmax, (self.out_features, self.in_features), self._group)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """As in ``nn.Module``, but values of other bits are not loaded, and ``load_state_dict`` raises."""
-        values = state_dict.get(f"{prefix}values")
-        if values is not None and values.dtype != self.values.dtype:
+        """As in ``nn.Module``, but for invalid values and those of other bits ``load_state_dict`` raises."""
+        why_not = why_not_loaded(state_dict, prefix, self.values, self.absmax, self.in_features)
+        if why_not is not None:
             errors: list[str] = rest[-1]
-            errors.append(
-                f"{prefix}values are {values.dtype}, but this layer has {self.values.dtype}: load the weights into a "
-                "layer with the same bits"
-            )
+            errors.append(why_not)
             return
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

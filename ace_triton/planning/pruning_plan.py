@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..available_memory import available_memory
+from ..byte_sizes import shown_bytes
 from ..decoders.account import Account
 from ..decoders.batches import Batch, Inputs, check_positions, longest_sequence, trial_ids
 from ..decoders.kept_tensors import Offload, check_offload
@@ -292,33 +293,30 @@ def _of_out(out: Path | None, disk: Disk, overwrite: bool) -> Iterator[str]:
     except CheckpointError as error:
         yield str(error)
     if disk.free_bytes is not None and disk.work_bytes > disk.free_bytes:
-        yield f"{out} needs {gib(disk.work_bytes)} of disk, but only {gib(disk.free_bytes)} are free there"
+        work, free = shown_bytes(disk.work_bytes), shown_bytes(disk.free_bytes)
+        yield f"{out} needs {work} of disk, but only {free} are free there"
 
 
 def _of_memory(need: Memory, available: int, *, streams: bool, may_stream: bool) -> Iterator[str]:
     if need.peak > available:
         how = "streamed, the run" if streams else "the run"
         advice = "; add --stream to keep the weights in files" if may_stream and not streams else ""
-        yield f"{how} needs {gib(need.peak)} of memory, but only {gib(available)} are available{advice}"
+        yield f"{how} needs {shown_bytes(need.peak)} of memory, but only {shown_bytes(available)} are available{advice}"
 
 
 def _of_gpu(need: Memory, device: str) -> Iterator[str]:
     if device.startswith("cuda") and need.peak > (free := torch.cuda.mem_get_info(device)[0]):
-        yield f"the run needs {gib(need.peak)} on {device}, but only {gib(free)} are free there; use --device cpu"
+        most = shown_bytes(need.peak)
+        yield f"the run needs {most} on {device}, but only {shown_bytes(free)} are free there; use --device cpu"
 
 
 def _first_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def gib(size: float) -> str:
-    """A number of bytes as text."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
-
-
 def weights_stay_in_files(needed: float, available: int) -> str:
     """The note that a run streams because it needs more bytes than are available."""
     return (
-        f"the model does not fit in memory ({gib(needed)} of {gib(available)} available), so its weights stay in files "
-        "(--stream)"
+        f"the model does not fit in memory ({shown_bytes(needed)} of {shown_bytes(available)} available), so its "
+        "weights stay in files (--stream)"
     )

@@ -36,6 +36,7 @@ from .rounded_forwards import RoundedWeight, roundings_of
 from .settings import DEFAULT_MINUTES, RecoveryReport, RecoverySettings
 from .state import RecoveryState, fingerprint, locked
 from .stopping import HeldSignals, saved_steps_noted
+from .stored import as_stored
 from .train import RecoveryProgress, frozen, spent_share
 
 
@@ -187,7 +188,7 @@ def _trained(
         for name, parameter in moving.items():
             parameter.grad = None
             parameter.requires_grad_(False)
-            parameter.data = optimizer.trained(name).to(dtypes[name])
+            parameter.data = as_stored(name, optimizer.trained(name), dtypes[name])
 
 
 def _digest(batches: Sequence[Batch], pooling: str) -> bytes:

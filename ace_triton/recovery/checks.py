@@ -12,6 +12,7 @@ from ..decoders.batches import check_positions, longest_sequence
 from ..decoders.blocks import Block, find_blocks
 from ..errors import RecoveryError
 from ..inputs.written_text import WrittenText
+from ..kernels.few_bits import LARGEST, STEP
 from ..packed.pack_layer import LEAST_UNSTRUCTURED
 from ..packed.pattern import WIDEST_ROUNDED, find_pattern
 from ..solvers.kept_adamw import LEAST_ZEROS
@@ -177,7 +178,10 @@ def check_dtypes(model: nn.Module, teacher: nn.Module, settings: RecoverySetting
 
 
 def check_teacher(model: nn.Module, teacher: nn.Module, masks: dict[str, torch.Tensor]) -> None:
-    """RecoveryError if the teacher is pruned: a model learns nothing from itself, and little from a pruned one."""
+    """RecoveryError if the teacher is pruned: a model learns nothing from itself, and little from a pruned one.
+
+    Zeros that rounding to few bits left do not count as pruned.
+    """
     weights = dict(teacher.named_parameters())
     zeros = {name: mask for name, mask in masks.items() if not mask.all()}
     shared = [(weights[n], mask) for n, mask in zeros.items() if n in weights and weights[n].shape == mask.shape]
@@ -188,12 +192,32 @@ def check_teacher(model: nn.Module, teacher: nn.Module, masks: dict[str, torch.T
         )
     matrices = [p for block in find_blocks(teacher) for p in block.module.parameters() if p.dim() >= 2]
     total = sum(matrix.numel() for matrix in matrices)
-    share = 1 - sum(int(matrix.count_nonzero()) for matrix in matrices) / max(1, total)
+    share = sum(map(_pruned_zeros, matrices)) / max(1, total)
     if share >= LEAST_ZEROS:
         raise RecoveryError(
             f"the teacher is pruned too ({share:.0%} of its blocks' weights are 0): give the dense model that the "
             "pruned one was made from"
         )
+
+
+def _pruned_zeros(weight: torch.Tensor) -> int:
+    """Number of zeros of a matrix, or of a stack of matrices; 0 if they can come from rounding to few bits."""
+    count = weight.numel() - int(weight.count_nonzero())
+    zeros = count / max(1, weight.numel())
+    return 0 if zeros < LEAST_UNSTRUCTURED and _is_rounded(weight) and not _follows_mask(weight, zeros) else count
+
+
+def _is_rounded(weight: torch.Tensor) -> bool:
+    """True if the first inputs of each output, which share a scale, have no more values than 4 bits do."""
+    return any(
+        rows.shape[1] >= STEP and int(_distinct(rows[:, :STEP]).max()) <= 2 * LARGEST[4] + 1
+        for rows in (weight.detach().flatten(0, -2), weight.detach().mT.flatten(0, -2))
+    )
+
+
+def _distinct(rows: torch.Tensor) -> torch.Tensor:
+    """The number of different values in each row."""
+    return 1 + rows.sort(1).values.diff(dim=1).ne(0).sum(1)
 
 
 def check_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:

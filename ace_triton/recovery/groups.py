@@ -26,6 +26,7 @@ from ..errors import RecoveryError
 from ..processes import Processes
 from ..solvers.kept_adamw import KeptAdamW, scale_of
 from .settings import GroupTuning
+from .stored import as_stored
 
 START = 0.1
 """Root mean square of an adapter's product at its start, in units of the weight's. It is subtracted from the weight."""
@@ -125,7 +126,8 @@ def adapted(
                 layer.weight.data = own[name]
                 continue
             product = optimizer.values[f"{name}.b"] @ optimizer.values[f"{name}.a"]
-            layer.weight.data = (starts[name] + _spread(product, tuning.group)).to(own[name].dtype)
+            merged = starts[name] + _spread(product, tuning.group)
+            layer.weight.data = as_stored(name, merged, own[name].dtype)
 
 
 def _adapter(layer: nn.Linear, tuning: GroupTuning, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

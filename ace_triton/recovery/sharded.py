@@ -29,6 +29,7 @@ from ..errors import ArgumentError, RecoveryError
 from ..kernels.adamw import GradientMoments
 from ..processes import Processes
 from ..solvers.kept_adamw import KeptAdamW, Rounding, check_state, scale_of
+from .stored import as_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -200,7 +201,7 @@ def sharded(
     for name in names:
         parameter, whole = model.get_parameter(name), optimizer.whole_rounded(name)
         if processes.is_first:
-            parameter.data = whole.to("cpu", parameter.dtype)
+            parameter.data = as_stored(name, whole.to("cpu"), parameter.dtype)
         else:
             meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
             _replace_one(model, name, nn.Parameter(meta, requires_grad=parameter.requires_grad))

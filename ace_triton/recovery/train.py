@@ -59,6 +59,7 @@ from .settings import DEFAULT_MINUTES, RecoveryReport, RecoverySettings
 from .sharing import check_equal, check_shares, passes_of, share_of, whole_models
 from .state import RecoveryState, fingerprint, locked
 from .stopping import HeldSignals, saved_steps_noted
+from .stored import as_stored
 from .text import Batches, batches_of
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ def _whole(
             for name, parameter in moving.items():
                 parameter.grad = None
                 parameter.requires_grad_(False)
-                parameter.data = optimizer.trained(name).to(dtypes[name])
+                parameter.data = as_stored(name, optimizer.trained(name), dtypes[name])
 
 
 @contextmanager

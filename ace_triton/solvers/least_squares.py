@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from ..kernels.gram_product import bfloat16_products
+from ..kernels.gram_product import bfloat16_products, has_bfloat16_products
 from ..threads import cholesky_work, few_threads
 from .raised_damping import add_to_diagonal, with_damping
 
@@ -64,7 +64,7 @@ def rounded(matrix: torch.Tensor) -> torch.Tensor:
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """True if products in bf16 are faster than in fp32."""
-    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return device.type != "cpu" or has_bfloat16_products()
 
 
 def rounded_product(weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -23,16 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ace_triton.commands.report import write_json
-from ace_triton.kernels import cpu_library
 from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm
 
 from .cpu_comparisons import DTYPES, SECTIONS, SHAPE, Comparison
+from .machines import find_machine, this_machine, title
 from .record import read_record
 
 SLOW_ROUNDS = 3
-MACHINE_KEYS = ("processor", "instruction set")
-"""The facts of a machine that tell its results apart from others."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +71,11 @@ def main(
 def add_machine(record: dict[str, Any], facts: Mapping[str, str], ratios: Sequence[Ratio]) -> None:
     """Add the results of a machine to a record, in place of those of the same processor and instruction set."""
     found = {"environment": dict(facts), "ratios": [asdict(ratio) for ratio in ratios]}
-    machines = record["machines"]
-    for place, machine in enumerate(machines):
-        if all(machine["environment"][key] == facts[key] for key in MACHINE_KEYS):
-            machines[place] = found
-            return
-    machines.append(found)
+    earlier = find_machine(record["machines"], facts)
+    if earlier is None:
+        record["machines"].append(found)
+    else:
+        earlier.update(found)
 
 
 def measure(comparison: Comparison, rounds: int) -> Ratio:
@@ -120,24 +117,12 @@ def call_overhead() -> Ratio:
 def environment() -> dict[str, str]:
     """What the times were measured on."""
     return {
-        "processor": processor(),
-        "instruction set": cpu_library.isa(),
+        **this_machine(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "weight": " x ".join(map(str, SHAPE)),
     }
-
-
-def processor() -> str:
-    """The processor's name, with family and model if Linux reports them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor() or platform.machine()
-    first = cpuinfo.read_text().split("\n\n")[0]
-    facts = dict([part.strip() for part in row.split(":", 1)] for row in first.splitlines() if ":" in row)
-    name = facts.get("model name", platform.machine())
-    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 
 
 def cells(ratio: Ratio) -> tuple[str, ...]:
@@ -178,11 +163,6 @@ def markdown(record: Mapping[str, Any]) -> str:
         lines += [f"| {' | '.join(cells(ratio))} |" for ratio in ratios]
         lines.append("")
     return "\n".join(lines)
-
-
-def title(facts: Mapping[str, str]) -> str:
-    """A machine, by what tells its results apart from others."""
-    return ", ".join(facts[key] for key in MACHINE_KEYS)
 
 
 def setting(facts: Mapping[str, str], ratios: Sequence[Ratio]) -> str:

@@ -28,8 +28,8 @@ from ace_triton.inputs.masked_text import pad_of, padded, pieces_of
 from ace_triton.inputs.sentences import sentences_of, shuffled_by_length
 from ace_triton.inputs.text import read_documents
 
-from .cpu_ratios import processor
 from .encoder_speed import NOT_PRUNED, SPEED_SENTENCES, product_times, products_table, sentence_times, speed_table
+from .machines import processor
 
 METHODS = ("wanda", "cosp", "ace", "varp", "ria", "stade", "ace-paper", "magnitude", "sparsegpt")
 PATTERNS = ("8:16", "2:4")

@@ -26,10 +26,10 @@ from ace_triton.recovery.settings import RecoverySettings
 from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench
 
-from .cpu_ratios import processor
 from .fit_recipes import LABELS, LENGTH, SAMPLES, WINDOW_LENGTH, Result, cells, label, recipe_of
 from .fits_page import page
 from .fits_picture import picture
+from .machines import processor
 from .named_rows import CalibrationText, EvaluationText, ListRows, Only, chosen_rows, print_rows
 from .pruned_weights import pruned_once
 from .record import read_record

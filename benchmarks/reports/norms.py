@@ -30,7 +30,7 @@ from ace_triton.inputs.text import read_documents
 from ace_triton.kernels.variance_factor import variance_factor
 
 from . import vision
-from .cpu_ratios import processor
+from .machines import processor
 
 SEQUENCES, LENGTH = 16, 64
 MOST_LAYERS = 24

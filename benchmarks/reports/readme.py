@@ -46,7 +46,8 @@ from .large_models_page import killed
 from .report_bench import duration
 from .sparse import table as sparse
 from .tradeoff import read as tradeoff_measured
-from .tradeoff_page import SPEED_WORDS, advice, points_of
+from .tradeoff_page import advice
+from .tradeoff_points import SPEED_WORDS, points_of, shown_speeds
 
 PAGES = ("README.md", "docs/index.md", "docs/results.md", *sorted(map(str, Path("docs/guides").glob("*.md"))))
 """Pages with markers, from the root of the repository."""
@@ -191,17 +192,19 @@ def headline(docs: Path) -> list[str]:
 
 def compared(docs: Path) -> list[str]:
     """Some forms of the first model in the trade-off report, and whether the report says to prune, by model."""
-    models = tradeoff_measured(docs)["models"]
-    ((name, found), *_) = models.items()
-    points = {str(point.form): point for point in points_of(found)}
+    content = tradeoff_measured(docs)
+    points_by_model = {
+        name: points_of(found, shown_speeds(content, found)) for name, found in content["models"].items()
+    }
+    ((name, first), *_) = points_by_model.items()
+    points = {str(point.form): point for point in first}
     lines = [f"| {name} | perplexity | bytes a weight | {SPEED_WORDS} |", "|---|---:|---:|---:|"]
     for form, words in COMPARED_FORMS:
         point = points[form]
         speed = "" if point.faster is None else f"{point.faster:.1f}"
         lines.append(f"| {form} ({words}) | {point.perplexity:.1f} | {point.size:.2f} | {speed} |")
-    processor = found["setting"]["processor"]
-    measured = f"One thread of an {processor}; each speed is measured beside the dense model in the same rounds."
-    advised = " ".join(advice(model, points_of(entry)) for model, entry in models.items())
+    measured = f"Speeds: one thread, {content['shown']}; each is measured beside the dense model in the same rounds."
+    advised = " ".join(advice(model, found) for model, found in points_by_model.items())
     return [*lines, "", measured, *textwrap.wrap(advised, 120)]
 
 

@@ -23,9 +23,9 @@ from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench
 
 from .annealing import GROUP, LEVELS, Tightening
-from .cpu_ratios import processor
 from .fit_recipes import FIT, recipe_of
 from .held_out import divergence
+from .machines import processor
 from .pruned_weights import pruned_once
 from .record import read_record
 

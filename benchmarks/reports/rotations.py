@@ -32,7 +32,7 @@ from ace_triton.recipe import Recipe
 from ace_triton.reordering.rotation import RATE, STEPS
 from ace_triton.study.tally import listed
 
-from .cpu_ratios import processor
+from .machines import processor
 from .named_rows import CalibrationText, EvaluationText, ListRows, Only, chosen_rows, print_rows
 from .record import read_record
 

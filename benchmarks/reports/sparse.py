@@ -30,7 +30,7 @@ from ace_triton.packed.pack_model import pack_model
 
 from ..harness.resident import PROMPT, Resident, measure_resident
 from .cpu_comparisons import DTYPES
-from .cpu_ratios import processor
+from .machines import processor
 
 PATTERN = "2:4"
 SAMPLES, LENGTH = 16, 128

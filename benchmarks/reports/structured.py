@@ -42,7 +42,7 @@ from ace_triton.structures.ranking import Earlier
 from ace_triton.structures.run import Run
 from ace_triton.structures.settings import ShrinkSettings
 
-from .cpu_ratios import processor
+from .machines import processor
 from .named_rows import CalibrationText, EvaluationText, ListRows, Only, chosen_rows, print_rows
 from .record import read_record
 from .structured_page import LENGTH, RATIOS, SAMPLES, WINDOW_LENGTH, Speed, page

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ace_triton.study.tally import listed
 
-from .tradeoff_forms import DENSE, DENSE_FORM, FORMS, HEAD_BITS, RECOVERY, STEP_FORMS, Form
+from .machines import title
+from .tradeoff_forms import DENSE_FORM, FORMS, HEAD_BITS, RECOVERY, Form
+from .tradeoff_points import (
+    SPEED_WORDS,
+    Cost,
+    Point,
+    best,
+    front_of,
+    machines_of,
+    points_of,
+    size_cost,
+    speed_cost,
+)
 
 SIZES = (4.0, 2.0, 1.1, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Limits of bytes a weight for which the page names the best form."""
@@ -17,81 +28,10 @@ SIZES = (4.0, 2.0, 1.1, 0.7, 0.6, 0.5, 0.4, 0.3)
 SPEEDS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """The same for tokens a second, over those of the dense model in float32."""
 
+NOT_MEASURED = "Not measured yet: the dense model in float32, or any pruned form."
+
 SHOWN_DIGITS = 2
 """Digits after the point of a size or a speed on the page. Limits are compared with the rounded values."""
-
-SPEED_WORDS = "times the tokens a second of dense fp32"
-"""What all speeds are: each is measured beside the dense model in float32, in the same rounds."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """A measured form.
-
-    Attributes:
-        form: the form.
-        perplexity: on the evaluation text.
-        size: bytes of a weight in the blocks.
-        file_bytes: bytes of the weights' files; None for the dense model in transformers.
-        faster: tokens a second over those of the dense model in float32, 1 for that model; None if not measured.
-    """
-
-    form: Form
-    perplexity: float
-    size: float
-    file_bytes: int | None
-    faster: float | None
-
-    @property
-    def pruned(self) -> bool:
-        """True if the form is pruned."""
-        return bool(self.form.pattern)
-
-
-Cost = Callable[[Point], float]
-
-
-def points_of(found: dict[str, Any]) -> list[Point]:
-    """The points of one model whose perplexity was measured."""
-    speeds = {Form(**entry["form"]): entry for entry in found["speed"]}
-    points = []
-    for entry in found["perplexity"]:
-        form = Form(**entry["form"])
-        faster = speeds.get(form, {}).get("over_dense")
-        if form == DENSE_FORM and speeds:
-            faster = 1.0
-        points.append(Point(form, entry["perplexity"], entry["bytes_per_weight"], entry["file_bytes"], faster))
-    measured = {point.form: point for point in points}
-    for form in STEP_FORMS:
-        same = measured.get(Form(DENSE, "", form.weights))
-        if form in speeds and same is not None:
-            points.append(replace(same, form=form, faster=speeds[form]["over_dense"]))
-    return sorted(points, key=lambda point: (point.pruned, -point.size))
-
-
-def size_cost(point: Point) -> float:
-    """Smaller is better."""
-    return point.size
-
-
-def speed_cost(point: Point) -> float:
-    """Time of a token, over the dense model's."""
-    assert point.faster is not None
-    return 1 / point.faster
-
-
-def front_of(points: Sequence[Point], cost: Cost) -> list[Point]:
-    """The points that no other beats in perplexity and cost, the cheapest first."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (cost(point), point.perplexity)):
-        if not front or point.perplexity < front[-1].perplexity:
-            front.append(point)
-    return front
-
-
-def best(points: Iterable[Point]) -> Point | None:
-    """The point with the lowest perplexity."""
-    return min(points, key=lambda point: point.perplexity, default=None)
 
 
 def page(content: dict[str, Any]) -> str:
@@ -112,18 +52,21 @@ def page(content: dict[str, Any]) -> str:
         "it): that is why files of 8 bits are larger than llama.cpp's there. " + _decoders(content),
         "",
         "Sizes and speeds are compared with a limit as they are shown, with two digits after the point: a speed of "
-        "3.996 is shown as 4.00, and counts as at least 4.",
+        "3.996 is shown as 4.00, and counts as at least 4. Speeds are of one machine each: a processor, and the "
+        "instruction set that the compiled library of this package uses on it; llama.cpp and torch choose their own. "
+        "Perplexities and sizes do not depend on the machine.",
         "",
     ]
     lines += [] if content["models"] else ["No model is measured yet."]
     for name, found in content["models"].items():
-        lines += _section(name, found)
+        lines += _section(name, found, machines_of(content, found))
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _decoders(content: dict[str, Any]) -> str:
     """What decodes the pruned forms, from the records of their speeds."""
-    speeds = [entry for found in content["models"].values() for entry in found["speed"] if entry["form"]["pattern"]]
+    machines = [machine for found in content["models"].values() for machine in found["machines"]]
+    speeds = [entry for machine in machines for entry in machine["speed"] if entry["form"]["pattern"]]
     compiled = sum(entry.get("decoder") == "compiled" for entry in speeds)
     step = "the [compiled step](guides/run-sparse.md#the-compiled-step)"
     if compiled == len(speeds):
@@ -133,32 +76,45 @@ def _decoders(content: dict[str, Any]) -> str:
     )
 
 
-def _section(name: str, found: dict[str, Any]) -> list[str]:
-    setting, points = found["setting"], points_of(found)
-    timed = [point for point in points if point.faster is not None]
-    lines = [
-        f"## {name}",
-        "",
+def _section(name: str, found: dict[str, Any], machines: Sequence[dict[str, Any]]) -> list[str]:
+    points = points_of(found)
+    lines = [f"## {name}", "", _setting(found, points), "", *size_decision(points), ""]
+    for machine in machines:
+        timed = [point for point in points_of(found, machine["speed"]) if point.faster is not None]
+        lines += [f"### Speed on {title(machine['environment'])}", "", _speed_setting(machine["speed"]), ""]
+        lines += [*speed_decision(points, timed), ""]
+    lines += [] if machines else ["Speeds are not measured yet.", ""]
+    return [*lines, "### All forms", "", *_table(found, machines), ""]
+
+
+def _setting(found: dict[str, Any], points: Sequence[Point]) -> str:
+    """What the perplexities of a model were measured with."""
+    setting = found["setting"]
+    text = (
         f"Pruned with the preset {setting['preset']} on {setting['samples']} x {setting['length']} tokens, bits by "
-        f"GPTQ; {setting['windows']} windows of {setting['window_length']} tokens of {setting['evaluation']}, on "
-        f"{setting['processor']}.",
-    ]
+        f"GPTQ; {setting['windows']} windows of {setting['window_length']} tokens of {setting['evaluation']}."
+    )
     if any(point.form.recovered for point in points):
-        lines[-1] += (
+        text += (
             f" Recovered forms are trained for {RECOVERY.steps} optimizer steps of {RECOVERY.tokens_per_step} tokens "
             "of the calibration text after pruning; the weights are rounded to their bits at the start and after each "
             "step."
         )
-    versions = {entry["version"] for step in ("perplexity", "speed") for entry in found[step]}
-    lines[-1] += f" With {'; '.join(sorted(versions))}." if versions else ""
-    if found["speed"]:
-        (first, *_) = speeds = found["speed"]
-        tokens, rounds = (_from_to([entry[key] for entry in speeds], 0) for key in ("new_tokens", "rounds"))
-        lines += [
-            f"Speed: one thread of {first['processor']}, {tokens} greedy tokens, medians over {rounds} rounds. "
-            f"All speeds are {SPEED_WORDS}, each measured beside it in the same rounds. {_dense_speed(speeds)}"
-        ]
-    return [*lines, "", *decision(points, timed), "", *_table(points), ""]
+    return text + _versions(found["perplexity"])
+
+
+def _versions(entries: Sequence[dict[str, Any]]) -> str:
+    versions = sorted({entry["version"] for entry in entries})
+    return f" With {'; '.join(versions)}." if versions else ""
+
+
+def _speed_setting(speeds: Sequence[dict[str, Any]]) -> str:
+    """What the speeds of a model on one machine were measured with."""
+    tokens, rounds = (_from_to([entry[key] for entry in speeds], 0) for key in ("new_tokens", "rounds"))
+    return (
+        f"One thread, {tokens} greedy tokens, medians over {rounds} rounds. All speeds are {SPEED_WORDS}, each "
+        f"measured beside it in the same rounds. {_dense_speed(speeds)}{_versions(speeds)}"
+    )
 
 
 def _dense_speed(speeds: Sequence[dict[str, Any]]) -> str:
@@ -179,13 +135,12 @@ def _from_to(values: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def decision(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
-    """What the figures of a model say, as Markdown."""
-    dense = next((point for point in points if point.form == DENSE_FORM), None)
-    if dense is None or not any(point.pruned for point in points):
-        return ["Not measured yet: the dense model in float32, or any pruned form."]
-    by_size, by_speed = _best_by_size(points), _best_by_speed(timed)
-    missing = _missing(points)
+def size_decision(points: Sequence[Point]) -> list[str]:
+    """What the perplexities and sizes of a model say, as Markdown."""
+    dense = dense_of(points)
+    if dense is None:
+        return [NOT_MEASURED]
+    missing, entries = _missing(points), _best_by_size(points)
     lines = []
     if missing:
         lines += [
@@ -193,33 +148,52 @@ def decision(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
             "that are measured so far.**",
             "",
         ]
-    lines += _limits("bytes a weight, at most", by_size, dense)
-    if by_speed:
-        lines += ["", *_limits(f"{SPEED_WORDS}, at least", by_speed, dense)]
-    taken = [entry for entry in (*by_size, *by_speed) if entry.best.pruned]
-    asked = "size and speed" if by_speed else "size"
-    if not missing and not taken:
-        smallest = next(entry.best for entry in reversed(by_size) if not entry.best.pruned)
-        lines += [
-            "",
-            f"**Do not prune for {asked}: at every limit in the tables a form that is not pruned has the lowest "
-            f"perplexity. The smallest of them is {smallest.form} ({smallest.size:.{SHOWN_DIGITS}f} bytes a weight, "
-            f"{_times(smallest, dense)}).**",
-        ]
-    elif not missing:
-        where = {entry.best.form: entry.best for entry in taken}
-        named = "; ".join(
-            f"{form} ({_place(point)}, {_times(point, dense)}{_rivals(point, points)})" for form, point in where.items()
+    lines += _limits("bytes a weight, at most", entries, dense)
+    if not missing:
+        lines += ["", _verdict("size", "smallest", entries, points, dense)]
+    return [*lines, "", _front("size", points, size_cost)]
+
+
+def speed_decision(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
+    """What the perplexities and speeds of a model on one machine say, as Markdown.
+
+    Args:
+        points: all forms.
+        timed: the forms whose speed was measured there.
+    """
+    dense, entries = dense_of(points), _best_by_speed(timed)
+    if dense is None or not entries:
+        return [NOT_MEASURED]
+    lines = _limits(f"{SPEED_WORDS}, at least", entries, dense)
+    if not _missing(points):
+        lines += ["", _verdict("speed", "fastest", entries, points, dense)]
+    return [*lines, "", _front("speed", timed, speed_cost)]
+
+
+def dense_of(points: Sequence[Point]) -> Point | None:
+    """The dense model in float32; None if it, or any pruned form, is missing, so that nothing can be compared."""
+    if not any(point.pruned for point in points):
+        return None
+    return next((point for point in points if point.form == DENSE_FORM), None)
+
+
+def _verdict(asked: str, most: str, entries: Sequence[_Limit], points: Sequence[Point], dense: Point) -> str:
+    """Whether to prune for a size or a speed, in a sentence."""
+    taken = {entry.best.form: entry.best for entry in entries if entry.best.pruned}
+    if not taken:
+        last = entries[-1].best
+        return (
+            f"**Do not prune for {asked}: at every limit in the table a form that is not pruned has the lowest "
+            f"perplexity. The {most} of them is {last.form} ({_place(last)}, {_times(last, dense)}).**"
         )
-        lines += ["", f"**A pruned form is the best one at some limit of {asked}: {named}. Elsewhere do not prune.**"]
-    lines += ["", *_fronts(points, timed)]
-    if not by_speed:
-        lines += ["", "Speeds are not measured yet."]
-    return lines
+    named = "; ".join(
+        f"{form} ({_place(point)}, {_times(point, dense)}{_rivals(point, points)})" for form, point in taken.items()
+    )
+    return f"**A pruned form is the best one at some limit of {asked}: {named}. Elsewhere do not prune.**"
 
 
 def advice(name: str, points: Sequence[Point]) -> str:
-    """Within which limits a pruned form of a model is the best one, in a sentence, by the rule of :func:`decision`."""
+    """Within which limits a pruned form of a model is the best one, in a sentence, by the rule of the page."""
     missing = _missing(points)
     if missing or not any(point.pruned for point in points):
         return f"Whether to prune {name} is not decided yet: some forms are not measured."
@@ -275,9 +249,9 @@ def _by_limit(points: Sequence[Point], limits: Sequence[float], within: Callable
     return found
 
 
-def _limits(title: str, entries: Sequence[_Limit], dense: Point) -> list[str]:
+def _limits(heading: str, entries: Sequence[_Limit], dense: Point) -> list[str]:
     lines = [
-        f"| {title} | the best form | perplexity | the best pruned form | perplexity |",
+        f"| {heading} | the best form | perplexity | the best pruned form | perplexity |",
         "|---:|---|---:|---|---:|",
     ]
     for entry in entries:
@@ -305,28 +279,31 @@ def _rivals(point: Point, points: Sequence[Point]) -> str:
     return "" if smaller else "; no form without pruning is as small"
 
 
-def _fronts(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
-    lines = []
-    for what, of, cost in (("size", points, size_cost), ("speed", timed, speed_cost)):
-        if of:
-            front = front_of(of, cost)
-            named = "; ".join(str(point.form) for point in front)
-            count = sum(point.pruned for point in front)
-            pruned = f"{count or 'None'} of these {len(front)} forms {'are' if count > 1 else 'is'} pruned."
-            lines.append(
-                f"Pareto front of perplexity and {what} (no other form is better in one and as good in the other): "
-                f"{named}. {pruned}"
-            )
-    return list(itertools.chain.from_iterable((entry, "") for entry in lines))[:-1]
+def _front(what: str, points: Sequence[Point], cost: Cost) -> str:
+    front = front_of(points, cost)
+    count = sum(point.pruned for point in front)
+    return (
+        f"Pareto front of perplexity and {what} (no other form is better in one and as good in the other): "
+        f"{'; '.join(str(point.form) for point in front)}. {count or 'None'} of these {len(front)} forms "
+        f"{'are' if count > 1 else 'is'} pruned."
+    )
 
 
-def _table(points: Sequence[Point]) -> list[str]:
+def _table(found: dict[str, Any], machines: Sequence[dict[str, Any]]) -> list[str]:
+    """All forms, with their speeds on each machine."""
+    columns = [f"{SPEED_WORDS}, {title(machine['environment'])}" for machine in machines]
     lines = [
-        f"| form | perplexity | bytes a weight | files | {SPEED_WORDS} |",
-        "|---|---:|---:|---:|---:|",
+        f"| {' | '.join(['form', 'perplexity', 'bytes a weight', 'files', *columns])} |",
+        "|---" + "|---:" * (3 + len(columns)) + "|",
     ]
-    for point in points:
+    speeds = [{p.form: p.faster for p in points_of(found, machine["speed"])} for machine in machines]
+    for point in points_of(found, [entry for machine in machines for entry in machine["speed"]]):
         size = "" if point.file_bytes is None else f"{point.file_bytes / 1e6:.0f} MB"
-        speed = "" if point.faster is None else f"{point.faster:.{SHOWN_DIGITS}f}"
-        lines.append(f"| {point.form} | {point.perplexity:.2f} | {point.size:.{SHOWN_DIGITS}f} | {size} | {speed} |")
+        cells = [str(point.form), f"{point.perplexity:.2f}", f"{point.size:.{SHOWN_DIGITS}f}", size]
+        cells += [_speed_cell(of_machine.get(point.form)) for of_machine in speeds]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _speed_cell(faster: float | None) -> str:
+    return "" if faster is None else f"{faster:.{SHOWN_DIGITS}f}"

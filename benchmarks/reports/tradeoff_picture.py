@@ -8,7 +8,7 @@ from typing import Any
 
 from .drawing import Scale, circle, cross, front, front_corners, grid, legend, opening, text
 from .labels import Box, Label, Segment, placed
-from .tradeoff_page import SPEED_WORDS, Cost, Point, front_of, points_of, size_cost, speed_cost
+from .tradeoff_points import SPEED_WORDS, Cost, Point, front_of, points_of, shown_speeds, size_cost, speed_cost
 
 LEAST_FORMS = 4
 """A model with fewer measured forms is not drawn."""
@@ -29,7 +29,7 @@ Value = Callable[[Point], float]
 
 def picture(content: dict[str, Any]) -> str:
     """The picture: one row for each model with enough forms, the same for the same records."""
-    measured = {name: points_of(found) for name, found in content["models"].items()}
+    measured = {name: points_of(found, shown_speeds(content, found)) for name, found in content["models"].items()}
     models = {name: points for name, points in measured.items() if len(points) >= LEAST_FORMS}
     left_out = {name: len(points) for name, points in measured.items() if name not in models}
     height = TITLE + ROW * len(models) + (NOTE if left_out else 0)
@@ -40,7 +40,7 @@ def picture(content: dict[str, Any]) -> str:
     title = "Prune, quantize, or both: perplexity against size and speed"
     parts = [*opening(title, described, WIDTH, height), *_legend()]
     for row, (name, points) in enumerate(models.items()):
-        parts += _row(name, points, TITLE + row * ROW)
+        parts += _row(name, points, content.get("shown"), TITLE + row * ROW)
     if left_out:
         parts.append(text(20, height - 12, _left_out(left_out), "quiet"))
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -51,7 +51,7 @@ def _left_out(models: Mapping[str, int]) -> str:
     return f"Not drawn, since fewer than {LEAST_FORMS} forms are measured: {counts}"
 
 
-def _row(name: str, points: Sequence[Point], start: float) -> Iterable[str]:
+def _row(name: str, points: Sequence[Point], machine: str | None, start: float) -> Iterable[str]:
     perplexities = [point.perplexity for point in points]
     up = Scale(0.6 * min(perplexities), 1.3 * max(perplexities), start + ROW - BOTTOM, start + TOP)
     yield text(20, start + 24, name, "title")
@@ -62,6 +62,7 @@ def _row(name: str, points: Sequence[Point], start: float) -> Iterable[str]:
     if not timed:
         yield text(sum(PANELS[1]) / 2, start + ROW / 2, "speeds: not measured yet", "quiet", "middle")
         return
+    yield text(PANELS[1][1], start + 24, f"speeds: {machine}", "quiet", "end")
     speeds = [faster_of(point) for point in timed]
     across = Scale(0.7 * min(speeds), 1.3 * max(speeds), *PANELS[1])
     yield from _panel(timed, faster_of, across, up, SPEED_TICKS, f"{SPEED_WORDS}, one thread", speed_cost)

@@ -24,7 +24,7 @@ from ace_triton.study.cells import Cell
 from ace_triton.study.workbench import Protocol, Workbench
 
 from . import trial_metric
-from .cpu_ratios import processor
+from .machines import processor
 from .named_rows import CalibrationText, EvaluationText, ListRows, Only, chosen_rows, print_rows
 from .record import read_record
 from .trial_layers import LayerBench

@@ -23,7 +23,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from ace_triton import RecoverySettings, keep_zeros, prune_model, recover_model
 from ace_triton.commands.report import write_json
 
-from .cpu_ratios import processor
+from .machines import processor
 
 METHODS = ("wanda", "cosp", "ace", "varp", "ria", "magnitude", "sparsegpt", "stade", "ace-paper")
 PATTERN = "2:4"

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.reports.labels import Box, placed
 from benchmarks.reports.tradeoff import read
-from benchmarks.reports.tradeoff_page import front_of, points_of, size_cost
 from benchmarks.reports.tradeoff_picture import LEAST_FORMS, picture
+from benchmarks.reports.tradeoff_points import front_of, points_of, shown_speeds, size_cost
 
 SVG = "{http://www.w3.org/2000/svg}"
 CONTENT = read(Path(__file__).resolve().parents[2] / "docs")
@@ -54,7 +54,7 @@ def test_no_two_words_overlap_and_no_word_covers_a_mark(root):
 
 
 def test_every_form_is_drawn_with_its_name_in_each_panel_that_has_it(root):
-    models = (points_of(found) for found in CONTENT["models"].values())
+    models = (points_of(found, shown_speeds(CONTENT, found)) for found in CONTENT["models"].values())
     points = [point for found in models if len(found) >= LEAST_FORMS for point in found]
     timed = [point for point in points if point.faster is not None]
     expected = sorted(str(point.form) for point in (*points, *timed))
@@ -72,9 +72,11 @@ def test_every_form_is_drawn_with_its_name_in_each_panel_that_has_it(root):
 def test_the_second_axis_is_the_ratio_of_the_tables(root, drawn):
     words = [element.text for element in root.iter(f"{SVG}text")]
     assert "times the tokens a second of dense fp32, one thread" in words
+    assert f"speeds: {CONTENT['shown']}" in words
     changed = copy.deepcopy(CONTENT)
-    for entry in changed["models"][MODEL]["speed"]:
-        entry["tokens_per_second"] *= 3
+    for machine in changed["models"][MODEL]["machines"]:
+        for entry in machine["speed"]:
+            entry["tokens_per_second"] *= 3
     assert picture(changed) == drawn
 
 
@@ -82,7 +84,7 @@ def test_a_model_with_few_forms_is_named_and_not_drawn():
     content = copy.deepcopy(CONTENT)
     content["models"] = {MODEL: content["models"][MODEL], "a small study": copy.deepcopy(content["models"][MODEL])}
     few = content["models"]["a small study"]
-    few["perplexity"], few["speed"] = few["perplexity"][:3], []
+    few["perplexity"], few["machines"] = few["perplexity"][:3], []
     text = picture(content)
     assert ">Not drawn, since fewer than 4 forms are measured: a small study, 3 measured</text>" in text
     assert text.count('class="title">') == 2

@@ -210,6 +210,21 @@ def test_a_model_that_was_shrunk_and_recovered_is_a_teacher(command, tiny_checkp
     assert (code, "that is a pruned model (it has ace_triton.json)" in errors) == (1, True)
 
 
+def test_a_shrunk_model_that_was_rounded_to_4_bits_is_recovered_again_and_is_a_teacher(
+    command, tiny_checkpoint, some_text, tmp_path
+):
+    small = ("--calibration", some_text, "--samples", 4, "--length", 16)
+    few = (*small, "--steps", 1, "--tokens-per-step", 32)
+    shrunk, rounded, pruned, smaller = (tmp_path / name for name in ("shrunk", "rounded", "pruned", "smaller"))
+    assert command("shrink", tiny_checkpoint, shrunk, *small, "--method", "depth", "--ratio", 0.5)[0] == 0
+    assert command("recover", shrunk, rounded, *few, "--bits", 4, "--group", 32)[0] == 0
+    assert command("prune", rounded, pruned, "--method", "magnitude")[0] == 0
+    assert command("shrink", rounded, smaller, "--method", "magnitude", "--ratio", 0.3, "--multiple", 8)[0] == 0
+    for model in (rounded, pruned, smaller):
+        code, _, errors = command("recover", model, tmp_path / "out", *few, "--overwrite")
+        assert code == 0, errors
+
+
 def test_two_commands_at_once_are_refused(command, tiny_checkpoint, some_text, tmp_path):
     small = ("--calibration", some_text, "--samples", 4, "--length", 16)
     assert command("prune", tiny_checkpoint, tmp_path / "pruned", "--method", "wanda", *small)[0] == 0

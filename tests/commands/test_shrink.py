@@ -150,7 +150,7 @@ def test_the_checkpoint_has_the_size_that_is_asked_for(method, command, tiny_che
     words = ("--method", method, "--multiple", "8", "--calibration", some_text, "--samples", "2", "--length", "16")
     code, printed, errors = command("shrink", tiny_checkpoint, tmp_path / "out", "--size", f"{asked}", *words)
     assert code == 0, errors
-    assert f"asked for at most {asked / 1e6:.1f} MB (" in " ".join(printed.split())
+    assert f"asked for at most {asked / 1e3:.1f} KB)" in " ".join(printed.split())
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert asked - 20_000 - 10_000 * (method == "depth") < written <= asked
 
@@ -214,7 +214,7 @@ def test_a_dry_run_warns_if_the_run_would_not_fit(command, tiny_checkpoint, tmp_
     words = ("--method", "magnitude", "--multiple", "16", "--dry-run")
     code, _, errors = command("shrink", tiny_checkpoint, tmp_path / "out", *words)
     assert code == 0
-    assert "beside the loaded model, 0.0 MiB are available: add --stream" in " ".join(errors.split())
+    assert "beside the loaded model, 1.0 KB are available: add --stream" in " ".join(errors.split())
 
 
 def test_a_streamed_run_writes_the_same_bytes(command, tiny_checkpoint, some_text, tmp_path):

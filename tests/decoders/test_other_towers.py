@@ -15,13 +15,7 @@ from ace_triton.decoders.blocks import find_towers
 from ace_triton.errors import ArgumentError
 from tests.decoders.small_towers import KINDS, make
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class OfTorch(nn.Module):

@@ -26,12 +26,7 @@ def kind(request) -> Kind:
     return KINDS[request.param]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layers_of(tower: Tower) -> list[dict[str, nn.Module]]:

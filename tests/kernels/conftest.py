@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from ace_triton.kernels.backend import interpreting
+from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, interpreting
 from ace_triton.kernels.score_terms import ScoreTerms
 
 # Fewer examples: the interpreter is slow, and on a GPU nearly every example compiles new kernels.
@@ -26,6 +26,12 @@ VALUES = ("normal", "ties", "special")
 
 MakeWeight = Callable[..., torch.Tensor]
 MakeTerms = Callable[..., ScoreTerms]
+
+
+@pytest.fixture
+def chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend is chosen by the tensors' device, whatever the environment says."""
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="session", params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])

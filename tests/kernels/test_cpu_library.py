@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
 
 from ace_triton.kernels import cpu, cpu_library, cpu_packed
 from ace_triton.kernels.adamw import GradientMoments, Step, adamw
-from ace_triton.kernels.assignment import assignment
-from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, choose_backend
 from ace_triton.kernels.column_scale import ColumnScale
 from ace_triton.kernels.coupling import coupling
 from ace_triton.kernels.divergence import divergence
-from ace_triton.kernels.errors import BackendError
 from ace_triton.kernels.expanded_linear import expanded_linear, has_expanded_product
 from ace_triton.kernels.finite import all_finite
-from ace_triton.kernels.join_gains import join_gains
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.nm_linear import nm_linear
 from ace_triton.kernels.pack_nm import pack_nm_reference, pack_scored
@@ -30,29 +24,29 @@ from ace_triton.kernels.pack_rows import pack_rows, unpack_rows
 from ace_triton.kernels.packed_dense import quantize_dense
 from ace_triton.kernels.quantize_nm import quantize_nm
 from ace_triton.kernels.quantized_linear import quantized_linear
-from ace_triton.kernels.round_groups import round_groups
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
-from ace_triton.kernels.select_nm import GROUP_SIZES, select_nm, select_nm_reference
+from ace_triton.kernels.select_nm import select_nm, select_nm_reference
 from ace_triton.kernels.select_rows import select_rows, select_rows_reference
 from ace_triton.kernels.token_norms import token_norms
 from ace_triton.kernels.unpack_nm import unpack_nm, unpack_nm_reference
-from ace_triton.kernels.variance_factor import VarianceNorm, variance_factor
-from ace_triton.kernels.weight_sums import relative_importance, weight_sums
+from ace_triton.kernels.weight_sums import relative_importance
 from ace_triton.kernels.weighted_squares import weighted_squares
+from tests.kernels.every_operation import (
+    DTYPES,
+    PACKED_PATTERNS,
+    assert_same,
+    every_operation,
+    full_terms,
+    matrix,
+)
 
 needs_library = pytest.mark.skipif(
     not cpu_library.available(), reason=f"no CPU library: {cpu_library.why_unavailable()}"
 )
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PACKED_PATTERNS = ((2, 4), (1, 4), (3, 4), (3, 8), (7, 8), (8, 16), (5, 32), (31, 32))
-Results = dict[str, torch.Tensor]
 
-
-@pytest.fixture(autouse=True)
-def chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+pytestmark = pytest.mark.usefixtures("chosen_by_device")
 
 
 def runs(isa: str) -> bool:
@@ -69,83 +63,6 @@ def isas() -> Iterator[list[str]]:
     in_use = cpu_library.isa()
     yield [isa for isa in cpu_library.ISAS if runs(isa)]
     cpu_library.use_isa(in_use)
-
-
-def matrix(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Normally distributed values, with some ties, subnormals and signed zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, cols, generator=generator)
-    few = torch.tensor([0.0, -0.0, 0.5, -0.5, torch.finfo(dtype).smallest_normal / 8])
-    drawn = few[torch.randint(len(few), values.shape, generator=generator)]
-    return torch.where(torch.rand(values.shape, generator=generator) < 0.2, drawn, values).to(dtype)
-
-
-def full_terms(rows: int, cols: int, power: int = 1) -> ScoreTerms:
-    generator = torch.Generator().manual_seed(7)
-    draw = [torch.rand(shape, generator=generator) for shape in ((rows,), (cols,), (cols,), (rows, cols))]
-    return ScoreTerms(*draw, power=power)
-
-
-def every_operation(rows: int, cols: int, dtype: torch.dtype) -> Results:
-    """The results of all operations on one matrix."""
-    weight = matrix(rows, cols, dtype)
-    wanda = ScoreTerms(scale=full_terms(rows, cols).scale)
-    ria = ScoreTerms(row=full_terms(rows, cols).row, col=full_terms(rows, cols).col, scale=wanda.scale)
-    results: Results = {}
-    for name, terms in {"wanda": wanda, "ria": ria, "full": full_terms(rows, cols, power=2)}.items():
-        for m in GROUP_SIZES:
-            if cols % m == 0:
-                results[f"{name} {m} in"] = select_nm(weight, terms, m // 2, m, output="bits")
-            if rows % m == 0:
-                results[f"{name} {m} out"] = select_nm(weight, terms, m // 2, m, axis="out", output="mask")
-        results[f"{name} rows"] = select_rows(weight, terms, cols // 3, output="mask")
-        results[f"{name} layer"] = select_rows(weight, terms, rows * cols // 3, scope="layer", output="bits")
-        if cols % 4 == 0:
-            results[f"{name} pruned"] = select_nm(weight.clone(), terms, 2, 4).view(torch.uint8)
-    for n, m in PACKED_PATTERNS:
-        if cols % m == 0:
-            packed = pack_scored(weight, wanda, n, m)
-            results[f"unpacked {n}:{m}"] = unpack_nm(packed).view(torch.uint8)
-            for count in (1, 5):
-                tokens = matrix(count, cols, torch.float32, seed=3)
-                results[f"{count} rows of outputs, {n}:{m}"] = nm_linear(tokens, packed)
-    valid = torch.arange(rows) % 5 > 0
-    sums = moments(weight, valid)
-    results |= {"total": sums.total, "deviation": sums.deviation, "square": sums.sequence_square}
-    results["row sums"], results["column sums"], _ = weight_sums(weight)
-    square, factor = weight.double().square().sum(0), 1 + weight[0].float().abs()
-    scaled = relative_importance(weight, ColumnScale(square, 3.0, factor=factor, sign=-1))
-    results |= {f"importance: {part}": vector for part, vector in scaled.tensors.items()}
-    for norm in get_args(VarianceNorm):
-        results[f"variance {norm}"] = variance_factor(weight.float().square(), norm, 0.5, 0.01)
-    results["losses"], results["gradient"] = divergence(weight, weight.flip(0))
-    values, trained = weight.float(), weight.clone()
-    kept = GradientMoments.like(values)
-    for number in (1, 2):
-        adamw(values, kept, weight.flip(0), Step(0.1, number), factor=torch.tensor(0.3), rounded=trained)
-    results |= {
-        "trained": values,
-        "rounded": trained.view(torch.uint8),
-        "means": kept.first,
-        "squares' means": kept.second,
-    }
-    for bits, group in ((8, 128), (4, 32)):
-        rounded = round_groups(values, bits, group, dtype, torch.empty_like(weight))
-        results[f"rounded to {bits} bits"] = rounded.view(torch.uint8)
-    results["norms"] = token_norms(weight)
-    results["squares"] = weighted_squares(weight, torch.stack([valid.float(), torch.arange(rows).float()]))
-    scores = weight.float().abs()[None]
-    results["gains"] = join_gains(scores, scores.flip(2)[:, :, :37])
-    few = scores[:, :, :300]  # The time of an assignment grows with the cube of its groups.
-    results["assignment"] = assignment(join_gains(few, few.flip(2)))
-    results["finite"] = torch.tensor(all_finite(weight))
-    return results
-
-
-def assert_same(got: Results, expected: Results, where: str) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(got[name], tensor), f"{name} differs on {where}"
 
 
 @needs_library
@@ -425,92 +342,3 @@ def test_coupling_works_chunk_by_chunk():
     together = coupling(tokens, outputs, torch.ones(700))
     parts = [coupling(tokens[t : t + 1], outputs[t : t + 1], torch.ones(1)) for t in range(700)]
     torch.testing.assert_close(together, torch.stack(parts).sum(0))
-
-
-@pytest.fixture
-def reload(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Unload the library before and after the test."""
-    cpu_library.load.cache_clear()
-    yield
-    monkeypatch.undo()
-    cpu_library.load.cache_clear()
-
-
-def test_without_the_library_the_reference_serves(reload, monkeypatch):
-    monkeypatch.setattr(importlib.machinery, "EXTENSION_SUFFIXES", [".not-built"])
-    weight = matrix(8, 16, torch.float32)
-    assert not cpu_library.available()
-    assert "was not built" in cpu_library.why_unavailable()
-    assert choose_backend(weight) == "reference"
-    assert torch.equal(
-        select_nm(weight, ScoreTerms(), 2, 4, output="mask"),
-        select_nm_reference(weight, ScoreTerms(), 2, 4, output="mask"),
-    )
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")
-    with pytest.raises(BackendError, match=r"was not built.*install a C\+\+ compiler"):
-        choose_backend(weight)
-
-
-def test_a_broken_library_says_so(reload, monkeypatch, tmp_path):
-    (tmp_path / f"_cpu{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
-    monkeypatch.setattr(cpu_library, "__file__", str(tmp_path / "cpu_library.py"))
-    assert not cpu_library.available()
-    assert "does not load" in cpu_library.why_unavailable()
-
-
-@needs_library
-def test_the_instruction_set_can_be_forced(reload, monkeypatch):
-    monkeypatch.setenv(cpu_library.ISA_VARIABLE, "portable")
-    assert cpu_library.isa() == "portable"
-    cpu_library.load.cache_clear()
-    monkeypatch.setenv(cpu_library.ISA_VARIABLE, "sse9")
-    with pytest.raises(ValueError, match="ACE_TRITON_CPU_ISA='sse9'"):
-        cpu_library.available()
-    monkeypatch.delenv(cpu_library.ISA_VARIABLE)
-    with pytest.raises(ValueError, match="'sse9' must be one of"):
-        cpu_library.use_isa("sse9")
-
-
-def test_backends_that_cannot_serve_say_why(monkeypatch):
-    here, elsewhere = torch.ones(2, 2), torch.ones(2, 2, device="meta")
-    with pytest.raises(ValueError, match=r"on one device.*cpu.*meta"):
-        choose_backend(here, elsewhere)
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fortran")
-    with pytest.raises(BackendError, match="'fortran' is not a backend"):
-        choose_backend(here)
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")
-    with pytest.raises(BackendError, match="the tensors are on meta"):
-        choose_backend(elsewhere)
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
-    assert choose_backend(here) == "reference"
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
-    with pytest.raises(BackendError, match=r"the tensors are on the CPU|triton is not installed"):
-        choose_backend(here)
-
-
-@needs_library
-def test_a_library_of_other_sources_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu_library, "digest", lambda: "0" * 64)
-    with pytest.raises(RuntimeError, match="built from other sources"):
-        cpu_library.load.__wrapped__()
-
-
-@needs_library
-def test_an_installed_library_has_no_sources_to_be_compared_with(monkeypatch, tmp_path):
-    (tmp_path / "abi.h").write_text("int one;")
-    assert cpu_library.digest(tmp_path) == ""
-    monkeypatch.setattr(cpu_library, "digest", lambda: "")
-    assert not isinstance(cpu_library.load.__wrapped__(), str)
-
-
-def test_every_change_of_the_sources_shows(tmp_path):
-    (tmp_path / "a.cpp").write_text("int one;")
-    (tmp_path / "b.h").write_text("int two;")
-    before = cpu_library.digest(tmp_path)
-    assert cpu_library.digest(tmp_path) == before
-    (tmp_path / "b.h").write_text("int three;")
-    assert cpu_library.digest(tmp_path) != before
-    (tmp_path / "b.h").rename(tmp_path / "c.h")
-    (tmp_path / "c.h").write_text("int two;")
-    assert cpu_library.digest(tmp_path) != before

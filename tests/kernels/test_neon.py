@@ -20,7 +20,7 @@ from ace_triton.kernels.quantized_linear import quantized_linear
 from ace_triton.kernels.rows_linear import rows_linear
 from ace_triton.kernels.score_terms import ScoreTerms
 from tests.kernels.arm.emulation import EmulatedLibrary, build, missing
-from tests.kernels.test_cpu_library import DTYPES, PACKED_PATTERNS, Results, assert_same, every_operation, matrix
+from tests.kernels.every_operation import DTYPES, PACKED_PATTERNS, Results, assert_same, every_operation, matrix
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing()),

@@ -75,8 +75,8 @@ def test_all_bits_store_a_dense_model_by_one_option(command, dense, tmp_path, ti
     code, out, errors = command("pack", source, tmp_path / "out", "--all-bits", 8)
     assert code == 0, errors
     folders = (source, tmp_path / "out")
-    before, after = (sum(file.stat().st_size for file in of.glob("*.safetensors")) / 1e6 for of in folders)
-    assert f"weight files: {before:.1f} MB -> {after:.1f} MB" in out
+    before, after = (sum(file.stat().st_size for file in of.glob("*.safetensors")) / 1e3 for of in folders)
+    assert f"weight files: {before:.1f} KB -> {after:.1f} KB" in out
     assert "loses less" not in errors + out
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# dense stored in 8 bits" in card

@@ -103,8 +103,8 @@ def test_each_known_problem_is_one_warning(make_decoder, tokenizer, tmp_path, mo
     )
     assert positions == "--length 1000 is more than the model's 128 positions: use a smaller number"
     assert "already exists" in exists
-    assert "of disk, but only 0.0 MiB are free there" in disk
-    assert memory.endswith("but only 1.0 MiB are available; add --stream to keep the weights in files")
+    assert "of disk, but only 0.0 KB are free there" in disk
+    assert memory.endswith("but only 1.0 MB are available; add --stream to keep the weights in files")
 
 
 def test_a_text_that_is_not_read_is_named(tiny_checkpoint):

@@ -231,6 +231,31 @@ def test_a_pruned_teacher_is_refused(pair, make_decoder, ids, text, how):
         recover(model, teacher, text, SHORT)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_a_teacher_that_was_rounded_to_4_bits_is_not_pruned(pair, text, family):
+    model, teacher = pair(family)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            if parameter.dim() >= 2:  # Groups of 32 inputs, along the axis that the family has them on.
+                rows = parameter.mT if family == "gpt2" else parameter
+                for block in rows.split(32, dim=-1):
+                    most = block.abs().amax(-1, keepdim=True)
+                    block.copy_((block / most * 7).round() * most / 7)
+    assert recover(model, teacher, text, RecoverySettings(steps=1, tokens_per_step=32)).steps == 1
+
+
+@pytest.mark.parametrize(("kept", "rounded"), [(0.9, False), (0.5, True)])
+def test_a_teacher_with_zeros_without_a_pattern_is_pruned_unless_rounding_left_them(pair, text, kept, rounded):
+    model, teacher = pair()
+    prune_model(teacher, None, "magnitude", kept)
+    if rounded:
+        with torch.no_grad():
+            for parameter in teacher.model.layers.parameters():
+                parameter.copy_(parameter.sign())
+    with pytest.raises(ValueError, match=r"the teacher is pruned too .*give the dense model"):
+        recover(model, teacher, text, SHORT)
+
+
 def test_between_two_writes_of_the_state_some_time_passes(pair, text, tmp_path):
     model, teacher = pair()
     path = tmp_path / "state.pt"

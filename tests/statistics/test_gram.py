@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from ace_triton import ActivationStats, Gram, StatsError
-from ace_triton.kernels.gram_product import bfloat16_products, gram_product
+from ace_triton.kernels import gram_product as products
+from ace_triton.kernels.gram_product import bfloat16_products, gram_product, has_bfloat16_products
+from ace_triton.solvers import least_squares
 from ace_triton.statistics.token_sample import TokenSample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -33,7 +35,36 @@ def test_the_setting_of_products_is_put_back():
     torch.testing.assert_close((fine @ fine).double(), fine.double() @ fine.double(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_setting_of_products_is_put_back_by_the_last_of_several_threads():
+@pytest.mark.parametrize(
+    ("capability", "instructions", "fast"),
+    [
+        ("AVX512", {"avx512_bf16": True}, True),
+        ("AVX512", {"avx512_bf16": False, "amx_bf16": True}, True),
+        ("AVX512", {"avx512_f": True, "avx512_vnni": True}, False),
+        ("AVX2", {"avx512_bf16": True}, False),
+        ("DEFAULT", {}, False),
+    ],
+)
+def test_products_are_rounded_only_by_instructions_for_them(monkeypatch, capability, instructions, fast):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    monkeypatch.setattr(products, "has_bfloat16_products", has_bfloat16_products.__wrapped__)
+    monkeypatch.setattr(least_squares, "has_bfloat16_products", has_bfloat16_products.__wrapped__)
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    with bfloat16_products():
+        assert settings.fp32_precision == ("bf16" if fast else before)
+    assert settings.fp32_precision == before
+    assert least_squares.has_fast_bfloat16(torch.device("cpu")) is fast
+    assert least_squares.has_fast_bfloat16(torch.device("cuda"))
+    matrix = torch.eye(2)
+    assert least_squares.rounded(matrix).dtype == (torch.bfloat16 if fast else torch.float32)
+    wide = torch.empty(2 * least_squares.WIDEST_FACTOR, 1)
+    assert least_squares.solves_by_factor(wide, 8) is not fast
+
+
+def test_the_setting_of_products_is_put_back_by_the_last_of_several_threads(monkeypatch):
+    monkeypatch.setattr(products, "has_bfloat16_products", lambda: True)
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     one, other = bfloat16_products(), bfloat16_products()
