@@ -15,6 +15,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")
 // Of the undefined registers in GCC 12's own headers.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #define ACE_WIDTH 16
@@ -38,9 +39,10 @@ ACE_INLINE void spread_outputs(const Rows& rows, const FewBitsTask& task, int64_
         } else {
             const int8_t* x = reinterpret_cast<const int8_t*>(task.tokens + first * task.padded * 2);
             const float* scales = task.scales + first * task.blocks;
-            const int64_t* surplus = surplus_of(task.tokens, task.n_tokens, task.padded) + first * task.blocks;
-            if (tokens == 1) one_token_of_planes<OUTPUTS>(rows, task, x, scales, surplus, sums);
-            else some_tokens_of_planes<OUTPUTS>(rows, task, x, scales, surplus, tokens, sums);
+            const int32_t* all = starts_of(task.tokens, task.n_tokens, task.padded);
+            const int32_t* starts = all + first * task.blocks * STARTS;
+            if (tokens == 1) one_token_of_planes<OUTPUTS>(rows, task, x, scales, starts, sums);
+            else some_tokens_of_planes<OUTPUTS>(rows, task, x, scales, starts, tokens, sums);
         }
         for (int t = 0; t < tokens; ++t) {
             for (int r = 0; r < OUTPUTS; ++r) {
@@ -51,7 +53,7 @@ ACE_INLINE void spread_outputs(const Rows& rows, const FewBitsTask& task, int64_
     }
 }
 
-template <typename Bytes, bool PRUNED>
+template <typename Bytes, Kept KEPT>
 inline void spread_linear(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
     const int64_t stride = (w.cols / w.m * w.n * Bytes::BITS + 7) / 8;
     const int64_t words = (w.cols + WORD_INPUTS - 1) / WORD_INPUTS;
@@ -61,8 +63,8 @@ inline void spread_linear(const FewBitsWeight& w, const FewBitsTask& task, int64
     const int64_t safe = stride > 0 ? w.rows - (CHUNK + stride - 1) / stride - 1 : 0;
     const int64_t middle = safe < begin ? begin : safe < end ? safe : end;
     const auto rows = [&](int64_t i, auto last) ACE_INLINED {
-        return SpreadRows<Bytes, PRUNED, decltype(last)::value>{
-            w.values + i * stride, w.values + w.rows * stride, PRUNED ? w.meta + i * words : nullptr, w, i, stride,
+        return SpreadRows<Bytes, KEPT, decltype(last)::value>{
+            w.values + i * stride, w.values + w.rows * stride, w.meta ? w.meta + i * words : nullptr, w, i, stride,
             words, groups, chunk_bytes};
     };
     int64_t i = begin;
@@ -70,6 +72,13 @@ inline void spread_linear(const FewBitsWeight& w, const FewBitsTask& task, int64
         spread_outputs<OUTPUT_TILE>(rows(i, std::false_type{}), task, i);
     }
     for (; i < end; ++i) spread_outputs<1>(rows(i, std::true_type{}), task, i);
+}
+
+template <typename Bytes>
+inline void pruned_or_whole(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
+    if (!w.meta) spread_linear<Bytes, Kept::all>(w, task, begin, end);
+    else if (2 * w.n <= w.m) spread_linear<Bytes, Kept::half>(w, task, begin, end);
+    else spread_linear<Bytes, Kept::some>(w, task, begin, end);
 }
 
 }  // namespace
@@ -80,14 +89,9 @@ void round_tokens_vnni(const Matrix& matrix, int64_t block, bool deinterleaved, 
 }
 
 void few_bits_linear_vnni(const FewBitsWeight& weight, const FewBitsTask& task, int64_t begin, int64_t end) {
-    if (weight.bits == 8) {
-        if (weight.meta) spread_linear<BytesOfEight, true>(weight, task, begin, end);
-        else spread_linear<BytesOfEight, false>(weight, task, begin, end);
-    } else {
-        if (weight.meta) spread_linear<BytesOfFour, true>(weight, task, begin, end);
-        else if (deinterleaved_tokens(weight, task.block)) spread_linear<BytesOfHalves, false>(weight, task, begin, end);
-        else spread_linear<BytesOfFour, false>(weight, task, begin, end);
-    }
+    if (weight.bits == 8) pruned_or_whole<BytesOfEight>(weight, task, begin, end);
+    else if (!deinterleaved_tokens(weight, task.block)) pruned_or_whole<BytesOfFour>(weight, task, begin, end);
+    else spread_linear<BytesOfHalves, Kept::all>(weight, task, begin, end);
 }
 
 void packed_linear_vnni(const PackedWeight& weight, const LinearTask& task, int64_t begin, int64_t end) {

@@ -353,7 +353,7 @@ int ace_few_bits_linear(void* tokens, int64_t n_tokens, int64_t cols, int64_t st
     return guarded([&] {
         const int64_t block = rounded_block(group);
         const int64_t padded = units(cols, DEINTERLEAVED) * DEINTERLEAVED, blocks = units(cols, block);
-        std::vector<int16_t> rounded;
+        RoundedTokens rounded;
         std::vector<float> scales;
         round_inputs(*bodies, given, token_bits, block, deinterleaved_tokens(weight, block), padded, rounded, scales);
         const FewBitsTask task = {rounded.data(), scales.data(), n_tokens, padded, block,     blocks,

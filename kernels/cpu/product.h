@@ -63,7 +63,7 @@ private:
     struct Rounded {
         int64_t block;
         bool deinterleaved, valid;
-        std::vector<int16_t> tokens;
+        RoundedTokens tokens;
         std::vector<float> scales;
     };
 

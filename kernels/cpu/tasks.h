@@ -146,10 +146,13 @@ struct FewBitsWeight {
     Element element;  // of absmax
 };
 
+// Numbers of 16 bits, a cache line, that byte_planes.h needs for each token and block.
+constexpr int64_t BLOCK_START = 32;
+
 struct FewBitsTask {
     // With 30 input bits, [n_tokens, padded / 16, 2, 16]: upper and lower parts, zeros past the last input; with dot
-    // products of bytes, the bytes of each part as store_part or planes_of orders them. Behind them is room for an int64
-    // per token and block, which byte_planes.h needs. With 8 input bits, int8 [n_tokens, padded].
+    // products of bytes, the bytes of each part as store_part or planes_of orders them. Behind them is room for
+    // BLOCK_START numbers per token and block. With 8 input bits, int8 [n_tokens, padded].
     // In the order of inputs, or deinterleaved.
     const int16_t* tokens;
     const float* scales;    // [n_tokens, blocks], or with 8 input bits [n_tokens, padded / 32]: what a step stands for

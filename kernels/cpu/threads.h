@@ -53,9 +53,26 @@ void deal(int64_t n_units, int threads, const Work& work) {
     run_shares(threads, call, const_cast<void*>(static_cast<const void*>(&share)));
 }
 
+// Memory that begins with a cache line.
+template <typename Stored>
+struct LineAllocator {
+    using value_type = Stored;
+    static constexpr std::align_val_t LINE{64};
+
+    LineAllocator() = default;
+    template <typename Other>
+    LineAllocator(const LineAllocator<Other>&) {}
+    Stored* allocate(size_t count) { return static_cast<Stored*>(::operator new(count * sizeof(Stored), LINE)); }
+    void deallocate(Stored* memory, size_t) { ::operator delete(memory, LINE); }
+    bool operator==(const LineAllocator&) const { return true; }
+    bool operator!=(const LineAllocator&) const { return false; }
+};
+
+using RoundedTokens = std::vector<int16_t, LineAllocator<int16_t>>;
+
 // Tokens rounded to `bits` bits, 30 or 8, and their scales, as in FewBitsTask.
 inline void round_inputs(const Bodies& bodies, const Matrix& tokens, int32_t bits, int64_t block, bool deinterleaved,
-                         int64_t padded, std::vector<int16_t>& rounded, std::vector<float>& scales) {
+                         int64_t padded, RoundedTokens& rounded, std::vector<float>& scales) {
     if (bits == 8) {
         rounded.resize(tokens.rows * padded / 2);
         scales.resize(tokens.rows * padded / 32);
@@ -63,7 +80,7 @@ inline void round_inputs(const Bodies& bodies, const Matrix& tokens, int32_t bit
         bodies.round_to_bytes(tokens, padded, deinterleaved, bytes, scales.data());
     } else {
         const int64_t blocks = tokens.rows * units(tokens.cols, block);
-        rounded.resize(tokens.rows * padded * 2 + blocks * int64_t(sizeof(int64_t) / sizeof(int16_t)));
+        rounded.resize(tokens.rows * padded * 2 + blocks * BLOCK_START);
         scales.resize(blocks);
         bodies.round_tokens(tokens, block, deinterleaved, padded, rounded.data(), scales.data());
     }

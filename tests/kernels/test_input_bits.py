@@ -111,6 +111,29 @@ def test_inputs_that_are_not_finite_give_nan_and_tiny_ones_count_as_zeros(patter
         assert bool(outputs[1:].isnan().all())
 
 
+@pytest.mark.parametrize("input_bits", cpu_library.INPUT_BITS)
+@pytest.mark.parametrize(("cols", "group"), [(32, 32), (320, 64), (544, 128), (800, 32), (1056, 96)])
+@pytest.mark.parametrize("pattern", [None, (2, 4), (1, 8), (3, 4)])
+def test_rows_of_any_length_agree_on_every_instruction_set(pattern, cols, group, input_bits):
+    """Whole registers of inputs, pairs of blocks, and what is left of both; the last of 17 tokens is alone."""
+    torch.manual_seed(0)
+    tokens = torch.randn(17, cols)
+    weights = [weight_of(pattern, 13, cols, bits, group)[:2] for bits in (8, 4)]
+    results = []
+    cpu_library.use_input_bits(input_bits)
+    try:
+        for _ in instruction_sets():
+            for given in (tokens, tokens[-1:], tokens[:2]):
+                results.append(torch.cat([product(given, packed) for packed, product in weights], 1))
+    finally:
+        cpu_library.use_input_bits(30)
+    assert len(results) > 3
+    for k in range(0, len(results), 3):
+        assert torch.equal(results[k], results[0])
+        assert torch.equal(results[k + 1], results[0][-1:])
+        assert torch.equal(results[k + 2], results[0][:2])
+
+
 def test_thirty_bits_are_the_default_and_other_numbers_are_refused():
     assert cpu_library.input_bits() == cpu_library.INPUT_BITS[0] == 30
     for bits in (16, 0, True, None, 8.0, 30.0, "8", torch.tensor(8)):
