@@ -55,17 +55,20 @@ ACE_INLINE void spread_outputs(const Rows& rows, const FewBitsTask& task, int64_
 
 template <typename Bytes, Kept KEPT>
 inline void spread_linear(const FewBitsWeight& w, const FewBitsTask& task, int64_t begin, int64_t end) {
-    const int64_t stride = (w.cols / w.m * w.n * Bytes::BITS + 7) / 8;
-    const int64_t words = (w.cols + WORD_INPUTS - 1) / WORD_INPUTS;
+    const RowPlaces places(w);
     const int64_t groups = (w.cols + task.group - 1) / task.group;
-    const int64_t chunk_bytes = CHUNK / w.m * w.n * Bytes::BITS / 8;
-    // Behind each row before `safe`, at least a register more can be read.
-    const int64_t safe = stride > 0 ? w.rows - (CHUNK + stride - 1) / stride - 1 : 0;
-    const int64_t middle = safe < begin ? begin : safe < end ? safe : end;
+    const int64_t middle = places.safe < begin ? begin : places.safe < end ? places.safe : end;
     const auto rows = [&](int64_t i, auto last) ACE_INLINED {
         return SpreadRows<Bytes, KEPT, decltype(last)::value>{
-            w.values + i * stride, w.values + w.rows * stride, w.meta ? w.meta + i * words : nullptr, w, i, stride,
-            words, groups, chunk_bytes};
+            w.values + i * places.stride,
+            w.values + w.rows * places.stride,
+            w.meta ? w.meta + i * places.words : nullptr,
+            w,
+            i,
+            places.stride,
+            places.words,
+            groups,
+            places.chunk_bytes};
     };
     int64_t i = begin;
     for (; i + OUTPUT_TILE <= middle; i += OUTPUT_TILE) {

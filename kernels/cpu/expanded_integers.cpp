@@ -90,13 +90,13 @@ ACE_INLINE void prefetch(const void* from, int64_t bytes) {
     }
 }
 
-// Expands chunks of a row, from `first` on. An integer times a bf16 absmax has at most 15 bits. Its quotient by 127 or 7
+// Expands chunks of a row. An integer times a bf16 absmax has at most 15 bits. Its quotient by 127 or 7
 // is then too far from the middle of two bf16 numbers for the fp32 errors here to change how it is rounded.
-template <typename Rows>
-ACE_INLINE void expand_row(const Rows& row, const float* scales, int64_t first, int64_t chunks, uint32_t* to) {
+template <typename Row>
+ACE_INLINE void expand_row(const Row& row, const float* scales, int64_t chunks, uint32_t* to) {
     const IntegersOfBytes integers;
     for (int64_t c = 0; c < chunks; ++c, to += CHUNK_STEPS * TILE_WORDS) {
-        const __m512i bytes = row.spread(0, first + c);
+        const __m512i bytes = row.one(c);
         const __m512 scale[] = {_mm512_set1_ps(scales[2 * c]), _mm512_set1_ps(scales[2 * c + 1])};
         const __m512 quarters[] = {_mm512_mul_ps(integers.quarter<0>(bytes), scale[0]),
                                    _mm512_mul_ps(integers.quarter<1>(bytes), scale[0]),
@@ -107,36 +107,36 @@ ACE_INLINE void expand_row(const Rows& row, const float* scales, int64_t first, 
     }
 }
 
-template <typename Bytes, bool PRUNED>
+template <typename Bytes, Kept KEPT>
 inline void expand_block(const ExpandedTask& task, const Block& block, uint32_t* to) {
     const PackedWeight& w = task.weight;
     const FewBitsWeight few = {static_cast<const uint8_t*>(w.values), w.meta, task.scales.absmax, w.rows, w.cols,
                                w.n, w.m, Bytes::BITS, Element::bf16};
-    const int64_t stride = (w.cols / w.m * w.n * Bytes::BITS + 7) / 8, words = steps_of(task);
-    const int64_t chunk_bytes = CHUNK / w.m * w.n * Bytes::BITS / 8;
-    // Behind each row before `safe`, at least a register more can be read.
-    const int64_t safe = stride > 0 ? w.rows - (CHUNK + stride - 1) / stride - 1 : 0;
+    const RowPlaces places(few);
     const int64_t first = block.first_step / CHUNK_STEPS, chunks = (block.steps + 1) / CHUNK_STEPS;
-    const bool last = block.first_step + block.steps == words;
+    const bool last = block.first_step + block.steps == places.words;
     const StepScales scales(task, block, Bytes::LARGEST);
     const auto row = [&](int64_t i, auto ends) ACE_INLINED {
-        return SpreadRows<Bytes, PRUNED, decltype(ends)::value>{
-            few.values + i * stride, few.values + w.rows * stride, PRUNED ? w.meta + i * words : nullptr, few, i,
-            stride, words, 0, chunk_bytes};
+        const uint8_t* from = few.values + i * places.stride + first * places.chunk_bytes;
+        const uint32_t* bits = KEPT == Kept::all ? nullptr : w.meta + i * places.words;
+        return SpreadRow<Bytes, KEPT, decltype(ends)::value>{
+            from, few.values + w.rows * places.stride, bits ? bits + block.first_step : nullptr,
+            bits ? bits + places.words - 1 : nullptr, places.stride, places.words, places.chunk_bytes};
     };
     for (int64_t r = 0; r < block.outputs; ++r) {
         // The next block of inputs or, behind the last one, the row that follows in this one's place.
         const int64_t i = block.first_output + r, below = i + block.outputs;
-        prefetch(few.values + (last ? below * stride : i * stride + (first + chunks) * chunk_bytes),
-                 chunks * chunk_bytes);
-        if (PRUNED) {
-            prefetch(w.meta + (last ? below * words : i * words + block.first_step + block.steps), block.steps * 4);
+        prefetch(few.values + (last ? below * places.stride : i * places.stride + (first + chunks) * places.chunk_bytes),
+                 chunks * places.chunk_bytes);
+        if (KEPT != Kept::all) {
+            const int64_t next = last ? below * places.words : i * places.words + block.first_step + block.steps;
+            prefetch(w.meta + next, block.steps * 4);
         }
         alignas(64) float of_steps[SCALES];
         scales.store(r, of_steps);
         uint32_t* const place = to + r / TILE * ROW_BLOCK + r % TILE * TILE;
-        if (i < safe) expand_row(row(i, std::false_type{}), of_steps, first, chunks, place);
-        else expand_row(row(i, std::true_type{}), of_steps, first, chunks, place);
+        if (i < places.safe) expand_row(row(i, std::false_type{}), of_steps, chunks, place);
+        else expand_row(row(i, std::true_type{}), of_steps, chunks, place);
     }
 }
 
@@ -144,11 +144,11 @@ inline void expand_block(const ExpandedTask& task, const Block& block, uint32_t*
 
 void expand_integers(const ExpandedTask& task, const Block& block, uint32_t* to) {
     if (task.scales.bits == 8) {
-        if (task.weight.meta) expand_block<BytesOfEight, true>(task, block, to);
-        else expand_block<BytesOfEight, false>(task, block, to);
+        if (task.weight.meta) expand_block<BytesOfEight, Kept::some>(task, block, to);
+        else expand_block<BytesOfEight, Kept::all>(task, block, to);
     } else {
-        if (task.weight.meta) expand_block<BytesOfFour, true>(task, block, to);
-        else expand_block<BytesOfFour, false>(task, block, to);
+        if (task.weight.meta) expand_block<BytesOfFour, Kept::some>(task, block, to);
+        else expand_block<BytesOfFour, Kept::all>(task, block, to);
     }
 }
 

@@ -65,6 +65,18 @@ struct TwoChunks {
     }
 };
 
+// Where the rows of a quantized weight are: bytes from one to the next, words of metadata, and bytes of a chunk.
+struct RowPlaces {
+    const int64_t stride, words, chunk_bytes;
+    const int64_t safe;  // behind each row before this one, at least a register more can be read
+
+    explicit RowPlaces(const FewBitsWeight& w)
+        : stride((w.cols / w.m * w.n * w.bits + 7) / 8),
+          words((w.cols + WORD_INPUTS - 1) / WORD_INPUTS),
+          chunk_bytes(CHUNK / w.m * w.n * w.bits / 8),
+          safe(stride > 0 ? w.rows - (CHUNK + stride - 1) / stride - 1 : 0) {}
+};
+
 // Which inputs have a value: all; at most half of each group, so that a load has the values of two chunks; or any.
 enum class Kept { all, half, some };
 
