@@ -114,6 +114,18 @@ def test_other_dtypes(dtype):
     torch.testing.assert_close(layer.weight.detach().double(), wanted, **rounding)
 
 
+@pytest.mark.parametrize("recipe", [{"method": "sparsegpt"}, {"method": "wanda", "update": "lstsq"}], ids=str)
+@pytest.mark.parametrize("sparsity", ["2:4", "8:16", 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_only_the_result_is_rounded_to_16_bits(recipe, sparsity, dtype):
+    tokens, layer = tokens_of(160, 640), torch.nn.Linear(160, 48).to(dtype)
+    tokens[:, 5] *= 30
+    exact, stats = copy.deepcopy(layer).float(), ActivationStats.from_tokens(tokens.to(dtype), gram=True)
+    prune_linear(layer, stats, sparsity=sparsity, **recipe)
+    prune_linear(exact, stats, sparsity=sparsity, **recipe)
+    assert torch.equal(layer.weight, exact.weight.to(dtype))
+
+
 def test_it_errs_less_than_its_first_criterion_alone():
     tokens, layer = tokens_of(64), torch.nn.Linear(64, 32)
     alone = copy.deepcopy(layer)
