@@ -1,5 +1,8 @@
 """Compiles every kernel for every target, without a GPU, and reports its machine code in docs/kernels.md.
 
+Machine code is kept in docs/kernels.json (:mod:`benchmarks.harness.code_record`). A run compiles only what changed, and
+one that was stopped resumes.
+
 python -m benchmarks.reports.machine_code [--target sm_103 ...] [--output docs/kernels.md]
 """
 
@@ -18,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ..harness.block_cases import block_cases
+from ..harness.code_record import CodeRecord
 from ..harness.disassembly import MachineCode, read
 from ..harness.jit_launches import JitLaunch, launches_on
 from ..harness.kernel_cases import TOKENS, Case, cosp_select_case, coupling_case, every_case
@@ -131,7 +135,14 @@ def over_tokens(launch: JitLaunch, code: MachineCode, n_tokens: int) -> Counter[
     return counts
 
 
-def one_pass_lines(dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
+def recorded(case: Case, target_name: str, record: CodeRecord) -> tuple[JitLaunch, MachineCode]:
+    """As :func:`kernel_of`, compiled only if the record does not hold the machine code."""
+    target = gpu_target(target_name)
+    launch = launches_on(target, case.call)[case.launch]
+    return launch, record.code(f"{case.name}, {_name(case.dtype)}, {target_name}", launch, target)
+
+
+def one_pass_lines(record: CodeRecord, dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
     """cosp_select compared with coupling and select_nm."""
     width = TOKENS[2]
     stored, pruned = coupling_case(dtype, "abs"), cosp_select_case(dtype, "abs", "RIA")
@@ -141,26 +152,26 @@ def one_pass_lines(dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
     for n_tokens in (2048, 16384):
         steps, one, shares = [], [], []
         for gpu in GPUS.values():
-            two = busiest_pipe(over_tokens(*kernel_of(stored, gpu.target), n_tokens), gpu)
+            two = busiest_pipe(over_tokens(*recorded(stored, gpu.target, record), n_tokens), gpu)
             two += (2 * dtype.itemsize + 8) * width**2 / (gpu.terabytes * 1e12)
             steps.append(two)
-            one.append(busiest_pipe(over_tokens(*kernel_of(pruned, gpu.target), n_tokens), gpu))
+            one.append(busiest_pipe(over_tokens(*recorded(pruned, gpu.target, record), n_tokens), gpu))
             shares.append(one[-1] / two)
         yield _row(n_tokens, "coupling, then select_nm, µs", *(f"{seconds * 1e6:.0f}" for seconds in steps))
         yield _row("", "cosp_select, µs", *(f"{seconds * 1e6:.0f}" for seconds in one))
         yield _row("", "share", *(f"{share:.2f}" for share in shares))
 
 
-def report(targets: tuple[str, ...]) -> Iterator[str]:
-    """Lines of docs/kernels.md."""
+def report(targets: tuple[str, ...], record: CodeRecord) -> Iterator[str]:
+    """Lines of docs/kernels.md. The record is written after every case, so that a stopped run loses one at most."""
     yield PREAMBLE
     cases = [*every_case(), *block_cases()]
-    codes = {
-        (case.name, case.dtype, t): kernel_of(case, t)
-        for case in cases
-        for t in targets
-        if not case.nvidia or t.startswith("sm_")
-    }
+    codes: dict[tuple[str, torch.dtype, str], tuple[JitLaunch, MachineCode]] = {}
+    for case in cases:
+        for target in targets:
+            if not case.nvidia or target.startswith("sm_"):
+                codes[case.name, case.dtype, target] = recorded(case, target, record)
+        record.write()
     yield "## Registers of a thread\n\nSpilled accesses, if any, in brackets; vector registers on AMD.\n"
     yield _row("kernel", "dtype", *targets)
     yield _row(*["---"] * (2 + len(targets)))
@@ -186,7 +197,7 @@ def report(targets: tuple[str, ...]) -> Iterator[str]:
             f"{per_element(case, launch, code).total():.1f}" if case.moved else "",
             *ratios,
         )
-    yield from one_pass_lines()
+    yield from one_pass_lines(record)
 
 
 def _registers(code: MachineCode) -> str:
@@ -213,10 +224,13 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("docs/kernels.md"))
     arguments = parser.parse_args()
-    lines = list(report((*TARGETS, *arguments.target)))
     arguments.output.parent.mkdir(exist_ok=True)
+    record = CodeRecord(arguments.output.with_suffix(".json"))
+    lines = list(report((*TARGETS, *arguments.target), record))
+    record.forget_others()
+    record.write()
     arguments.output.write_text("\n".join(lines) + "\n")
-    print(f"wrote {arguments.output}")
+    print(f"wrote {arguments.output}: {record.compiled} kernels compiled, {record.reused} unchanged")
 
 
 if __name__ == "__main__":
