@@ -15,7 +15,7 @@ from torch import nn
 
 from ace_triton import ActivationStats, NMLinear, PruneError, Recipe, RowLimits, prune_linear, prune_model
 from ace_triton.checked_terms import read_checks
-from ace_triton.kernels import launch
+from ace_triton.kernels import launch, launch_sums
 from ace_triton.kernels.coupling import coupling, coupling_reference
 from ace_triton.kernels.divergence import divergence, divergence_reference
 from ace_triton.kernels.finite import all_finite
@@ -239,7 +239,7 @@ def test_sums_are_planned_for_this_gpu():
     device = torch.device("cuda", 0)
     there = torch.cuda.get_device_properties(device).multi_processor_count
     assert launch.multiprocessors(device) == there
-    assert launch.sum_warps(device) % there == 0
+    assert launch_sums.sum_warps(device) % there == 0
 
 
 @pytest.mark.parametrize("method", ["ace", "wanda"])
