@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -185,6 +186,28 @@ def test_a_changed_layer_uses_its_new_parts(gpu, through_jit, change, launched):
         assert layer.values.data_ptr() in gpu.launches[-1]
     assert (None in gpu.launches[-1]) == (layer.bias is None)
     assert len(through_jit) == launched
+
+
+class Operations(TorchDispatchMode):
+    """Names the torch operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("form", "rows", "allocated"), [("2:4 in 4", 1, 1), ("dense in 8", 16, 2), ("rows", 16, 1)])
+def test_a_repetition_allocates_outputs_and_partial_sums_only(gpu, form, rows, allocated):
+    layer, tokens = packed_layer(form=form), torch.randn(rows, 1024, dtype=torch.bfloat16)
+    layer(tokens)
+    with Operations() as operations:
+        layer(tokens)
+    assert operations.names.count("empty") == allocated
+    assert set(operations.names) <= {"empty", "view"}
 
 
 @pytest.mark.parametrize(
