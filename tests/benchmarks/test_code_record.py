@@ -13,8 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ace_triton.kernels.backend import interpreting
+from benchmarks.harness.block_cases import block_cases
 from benchmarks.harness.code_record import CodeRecord, digest_of
 from benchmarks.harness.jit_launches import JitLaunch
+from benchmarks.harness.kernel_cases import every_case
 from benchmarks.reports.machine_code import compiled
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
@@ -119,3 +121,8 @@ def test_a_changed_kernel_replaces_its_entry(tmp_path):
     second.forget_others()
     second.write()
     assert file.read_text().count("digest") == 1
+
+
+def test_no_two_cases_of_the_report_share_a_name():
+    names = [(case.name, case.dtype) for case in (*every_case(), *block_cases())]
+    assert len(set(names)) == len(names)
