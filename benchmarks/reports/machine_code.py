@@ -83,6 +83,10 @@ which one pass never stores. One pass needs all tokens in one call; streamed sta
 """
 
 
+Codes = dict[str, tuple[JitLaunch, MachineCode]]
+"""The launch of a case and its machine code, by target."""
+
+
 def gpu_target(name: str) -> GPUTarget:
     """``sm_90`` or ``gfx942`` as Triton's target."""
     if name.startswith("sm_"):
@@ -166,38 +170,39 @@ def report(targets: tuple[str, ...], record: CodeRecord) -> Iterator[str]:
     """Lines of docs/kernels.md. The record is written after every case, so that a stopped run loses one at most."""
     yield PREAMBLE
     cases = [*every_case(), *block_cases()]
-    codes: dict[tuple[str, torch.dtype, str], tuple[JitLaunch, MachineCode]] = {}
+    codes: dict[tuple[str, torch.dtype], Codes] = {}
     for case in cases:
-        for target in targets:
-            if not case.nvidia or target.startswith("sm_"):
-                codes[case.name, case.dtype, target] = recorded(case, target, record)
+        there = (target for target in targets if not case.nvidia or target.startswith("sm_"))
+        codes[case.name, case.dtype] = {target: recorded(case, target, record) for target in there}
         record.write()
     yield "## Registers of a thread\n\nSpilled accesses, if any, in brackets; vector registers on AMD.\n"
     yield _row("kernel", "dtype", *targets)
     yield _row(*["---"] * (2 + len(targets)))
     for case in cases:
-        found = (codes.get((case.name, case.dtype, target)) for target in targets)
-        yield _row(case.name, _name(case.dtype), *(_registers(one[1]) if one else "" for one in found))
+        yield registers_row(case, codes[case.name, case.dtype], targets)
     yield "\n## Instructions and time, for sm_90 unless a column names another GPU\n"
     yield _row("kernel", "dtype", "shared bytes", "occupancy", "loads", "stores", "instructions", *GPUS)
     yield _row(*["---"] * (7 + len(GPUS)))
     for case in cases:
-        launch, code = codes[case.name, case.dtype, "sm_90"]
-        ratios = []
-        for gpu in GPUS.values():
-            counts = per_element(case, *codes[case.name, case.dtype, gpu.target])
-            ratios.append(f"{compute_over_memory(case, counts, gpu):.2f}" if case.moved else "")
-        yield _row(
-            case.name,
-            _name(case.dtype),
-            code.shared,
-            f"{code.occupancy:.0%}",
-            _widths(code.loads),
-            _widths(code.stores),
-            f"{per_element(case, launch, code).total():.1f}" if case.moved else "",
-            *ratios,
-        )
+        yield time_row(case, codes[case.name, case.dtype])
     yield from one_pass_lines(record)
+
+
+def registers_row(case: Case, codes: Codes, targets: tuple[str, ...]) -> str:
+    """A kernel's registers and spills on every target that it runs on."""
+    return _row(case.name, _name(case.dtype), *(_registers(codes[t][1]) if t in codes else "" for t in targets))
+
+
+def time_row(case: Case, codes: Codes) -> str:
+    """A kernel's accesses and instructions on sm_90, and its compute over memory on every GPU."""
+    launch, code = codes["sm_90"]
+    instructions, ratios = "", [""] * len(GPUS)
+    if case.moved:
+        instructions = f"{per_element(case, launch, code).total():.1f}"
+        on_gpu = ((per_element(case, *codes[gpu.target]), gpu) for gpu in GPUS.values())
+        ratios = [f"{compute_over_memory(case, counts, gpu):.2f}" for counts, gpu in on_gpu]
+    accesses = _widths(code.loads), _widths(code.stores)
+    return _row(case.name, _name(case.dtype), code.shared, f"{code.occupancy:.0%}", *accesses, instructions, *ratios)
 
 
 def _registers(code: MachineCode) -> str:
