@@ -185,7 +185,7 @@ traffic: setup  ## count bytes and launches again, for docs/traffic.md
 compile-sweep: setup  ## compile every launch at edge shapes for every kind of GPU; 10 minutes of CPU time
 	$(BIN)/python -m benchmarks.reports.compile_sweep
 
-kernels-report: setup  ## compile every kernel for every target and write docs/kernels.md
+kernels-report: setup  ## compile every kernel that changed for every target and write docs/kernels.md; resumable
 	$(BIN)/python -m benchmarks.reports.machine_code
 
 tables: setup  ## the figures of docs/ into the README and the guides, between their markers

@@ -42,13 +42,16 @@ class BoundCall:
     repeatable: bool = True
 
     def takes(self, *sources: torch.Tensor) -> bool:
-        """True if the kernels are right for these inputs: as many, in the same forms, and aligned."""
+        """True if the kernels are right for these inputs: they fit and are aligned."""
+        return self.fits(*sources) and all(map(is_aligned, sources))
+
+    def fits(self, *sources: torch.Tensor) -> bool:
+        """True if there are as many inputs as in the call, in the same forms and on its device."""
         return len(sources) == len(self.sources) and all(
             source.shape == own.shape
             and source.dtype == own.dtype
             and source.device == self.device
             and source.stride() == own.stride()
-            and is_aligned(source)
             for source, own in zip(sources, self.sources, strict=True)
         )
 

@@ -21,7 +21,8 @@ import torch
 
 from . import cpu_packed
 from .errors import ArgumentError
-from .nm_linear import check_linear, nm_linear_reference, of_shape, rows_of
+from .linear_call import check_linear, of_shape, rows_of
+from .nm_linear import nm_linear_reference
 from .op import Op, Work, bytes_of
 from .packed_dense import PackedDense, dequantize_dense
 from .packed_nm import PackedNM

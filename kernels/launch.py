@@ -1,7 +1,8 @@
-"""Block sizes and warps of every Triton kernel, chosen from shape, dtype and device; nothing is tuned at run time.
+"""Block sizes and warps of the Triton kernels, chosen from shape, dtype and device; nothing is tuned at run time.
 
-This file gives the reason for each choice, based on machine code (docs/kernels.md). Kernels hold no such constants, so
-a constant can change without its kernel.
+Those of sums are in :mod:`.launch_sums`, those of packed weights in :mod:`.launch_packed`. These files give the reason
+for each choice, based on machine code (docs/kernels.md). Kernels hold no such constants, so a constant can change
+without its kernel.
 """
 
 from __future__ import annotations
@@ -24,15 +25,11 @@ MOST_PROGRAMS = 4096
 # Enough one-warp programs, each lane with four 16-byte accesses in flight, to hide the memory latency of an H100:
 # 1024 * 2 KiB is what its bandwidth transfers in 600 ns.
 MOST_WARPS = 1024
-LEAST_TRIPS = 4
-
-# Warps per multiprocessor for sums: two programs of WIDE_WARPS, so that all programs run in one wave.
-SUM_WARPS = 16
 
 # The largest number of programs along the second and third axis of a grid.
 MOST_ALONG_Y = 65535
 
-# Warps per program that sums down a matrix: with more warps per program, fewer partial sums are written.
+# Warps per program whose threads add up one result: with more warps per program, fewer partial results are written.
 WIDE_WARPS = 8
 
 
@@ -66,17 +63,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def sum_warps(device: torch.device) -> int:
-    """Total warps of a sum: SUM_WARPS per multiprocessor, or MOST_WARPS if the device is not a GPU.
-
-    The number of partial sums depends on the multiprocessors and on the lanes of a warp. So fp32 sums are equal bit for
-    bit on GPUs of the same model, and up to rounding on others. Without a GPU (in the interpreter, on x86, in the
-    machine-code report) the number is always the same.
-    """
-    there = multiprocessors(device)
-    return MOST_WARPS if there is None else SUM_WARPS * there
 
 
 def vector(tensor: torch.Tensor) -> int:
@@ -142,87 +128,6 @@ def select_nm_group(weights: Sequence[torch.Tensor], m: int, axis: str) -> Selec
     return SelectNm(split, block_rows, block_cols, min(8, max(1, tiles // MOST_PROGRAMS)), WARPS)
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """Tile of a sum over rows or columns by programs of one warp: no shared memory, no barrier.
-
-    Attributes:
-        block_rows, block_cols: tile that is loaded at once, with 16-byte accesses per lane.
-        trips: tiles that one program sums in registers before it writes its partial sums.
-    """
-
-    block_rows: int
-    block_cols: int
-    trips: int
-
-
-def down_rows(rows: int, like: torch.Tensor) -> Reduction:
-    """Sums over ``rows`` rows of a matrix like ``like`` [..., cols]: one access per row, four rows in flight."""
-    block_cols = lanes(like.device) * vector(like)
-    blocks = math.ceil(like.shape[-1] / block_cols) * rows
-    return Reduction(4, block_cols, _trips(math.ceil(rows / 4), blocks // 4, sum_warps(like.device), most=64))
-
-
-def along_rows(matrix: torch.Tensor) -> Reduction:
-    """Sums along each row of ``matrix``, and, if needed, down its columns in the same read."""
-    access = lanes(matrix.device) * vector(matrix)
-    block_cols = narrowest(matrix.shape[1], (access * 4, access * 2, access))
-    blocks = math.ceil(matrix.shape[1] / block_cols) * math.ceil(matrix.shape[0] / 2)
-    return Reduction(2, block_cols, _trips(math.ceil(matrix.shape[0] / 2), blocks, sum_warps(matrix.device), most=32))
-
-
-def along_rows_of(widest: torch.Tensor, matrices: int) -> Reduction:
-    """Sums along each row of ``matrices`` matrices in one launch; ``widest`` has the most columns.
-
-    As few programs as fill the GPU, because each writes partial sums over its rows, which all later programs read.
-    """
-    tile, rows = along_rows(widest), math.ceil(widest.shape[0] / 2)
-    return Reduction(tile.block_rows, tile.block_cols, max(1, rows * matrices // sum_warps(widest.device)))
-
-
-def _trips(needed: int, blocks: int, warps: int, most: int) -> int:
-    """Trips per program, so that about ``warps`` programs cover all ``blocks``.
-
-    Between LEAST_TRIPS and ``most``, but never more than ``needed``. Each program writes its own partial sums, so fewer
-    programs write less.
-    """
-    return max(1, min(most, needed, max(LEAST_TRIPS, blocks // warps)))
-
-
-@dataclass(frozen=True)
-class WeightSums:
-    """Tile of ``weight_sums``. Each warp of a program sums its own rows; one reduction at the end combines the warps.
-
-    Attributes:
-        block_rows: rows per trip, one for each warp.
-        block_cols: columns of one piece, 16 bytes per lane.
-        pieces: number of pieces side by side.
-        trips: blocks of rows that one program sums in registers.
-        num_warps: warps per program.
-    """
-
-    block_rows: int
-    block_cols: int
-    pieces: int
-    trips: int
-    num_warps: int
-
-
-def weight_sums(weight: torch.Tensor) -> WeightSums:
-    """As many programs of eight warps as :func:`sum_warps` allows.
-
-    The partial sums of a program cost 8 bytes per row and column, written and read again. For small weights, latency
-    matters rather than these bytes.
-    """
-    rows, cols = weight.shape
-    block_cols = lanes(weight.device) * vector(weight)
-    pieces = max(1, min(4, math.ceil(cols / block_cols)))
-    across = math.ceil(cols / (pieces * block_cols))
-    down = max(1, sum_warps(weight.device) // WIDE_WARPS // max(1, across))
-    trips = max(LEAST_TRIPS, math.ceil(rows / (WIDE_WARPS * down)))
-    return WeightSums(WIDE_WARPS, block_cols, pieces, min(trips, max(1, math.ceil(rows / WIDE_WARPS))), WIDE_WARPS)
-
-
 def all_finite(tensor: torch.Tensor) -> int:
     """Elements per program: four 16-byte accesses per thread."""
     return 4 * WARPS * lanes(tensor.device) * vector(tensor)
@@ -281,48 +186,6 @@ class VarianceFactor:
 def variance_factor(square: torch.Tensor) -> VarianceFactor:
     """To find a level: four 16-byte accesses per lane. To average: one channel per lane, 16 sequences at a time."""
     return VarianceFactor(4 * lanes(square.device) * vector(square), 16, lanes(square.device))
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Tile of ``moments``. Each warp sums its own tokens; the warps are combined once per sequence.
-
-    Attributes:
-        sequences: neighboring sequences per program; the program processes one chunk of each.
-        block_rows, block_cols: tile that is loaded at once: one token per warp, 16 bytes per lane.
-        pieces: loads in flight.
-        trips: steps of ``pieces`` loads per chunk.
-        num_warps: warps per program.
-    """
-
-    sequences: int
-    block_rows: int
-    block_cols: int
-    pieces: int
-    trips: int
-    num_warps: int
-
-    @property
-    def chunk(self) -> int:
-        """Tokens per chunk."""
-        return self.trips * self.pieces * self.block_rows
-
-
-def moments(tokens: torch.Tensor) -> Moments:
-    """As many programs as :func:`sum_warps` allows. Each program writes 12 bytes of partial sums per channel, which are
-    read again.
-
-    Short sequences share a program, with few warps. Long ones are cut into chunks only if there are few sequences.
-    """
-    n_sequences, length, cols = tokens.shape
-    block_cols = lanes(tokens.device) * vector(tokens)
-    num_warps = next(w for w in (WIDE_WARPS, 4, 2, 1) if length >= 4 * w or w == 1)
-    step = num_warps * 4
-    wanted = max(1, math.ceil(sum_warps(tokens.device) / (num_warps * math.ceil(cols / block_cols))))
-    chunks = max(1, min(math.ceil(length / (step * LEAST_TRIPS)), wanted // n_sequences))
-    return Moments(
-        max(1, n_sequences // wanted), num_warps, block_cols, 4, math.ceil(length / chunks / step), num_warps
-    )
 
 
 @dataclass(frozen=True)

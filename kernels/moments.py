@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu, launch
+from . import cpu, launch_sums
 from .errors import ArgumentError
 from .op import Op, Work, bytes_of, launch_metadata
 from .triton_import import tl, triton
@@ -107,7 +107,7 @@ def _moments_triton(tokens: torch.Tensor, valid: torch.Tensor | None) -> Moments
         valid = valid.contiguous()
         sequence_count = valid.sum(1)
         count = int(sequence_count.sum())
-    tile = launch.moments(tokens)
+    tile = launch_sums.moments(tokens)
     across, chunks = triton.cdiv(cols, tile.block_cols), triton.cdiv(length, tile.chunk)
     parts = chunks * triton.cdiv(sequences, tile.sequences)
     squares = torch.empty(chunks, sequences, cols, dtype=torch.float32, device=tokens.device)

@@ -17,24 +17,18 @@ from __future__ import annotations
 
 import torch
 
-from . import bound_launch, cpu_packed, few_bits, launch, launch_packed
-from .bound_launch import BoundCall, new, recorded
-from .errors import ArgumentError
+from . import cpu_packed, launch, launch_packed
+from .bound_launch import BoundCall
+from .linear_call import bound, check_linear, few_bits_constants, launched, of_shape, rows_of
 from .nm_linear_dot import nm_linear_dot
 from .nm_linear_few_bits import nm_linear_few_bits
 from .op import Op, Work, bytes_of, launch_metadata
 from .packed_dense import PackedDense
 from .packed_nm import PackedNM
-from .packed_rows import PackedRows
 from .quantize_nm import dequantize_nm
 from .registers import kept_before, unzip
 from .triton_import import tl, triton
 from .unpack_nm import unpack_nm_reference
-
-MOST_BOUND_TOKENS = 64
-"""Rows of a call that :func:`bound_nm_linear` takes; one launch has room for them."""
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,20 +47,19 @@ def nm_linear(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None 
 
 
 def bound_nm_linear(
-    tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None
+    tokens: torch.Tensor, packed: PackedNM | PackedDense, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, BoundCall | None]:
     """As :func:`nm_linear` on a GPU, and the same call to be repeated with other tokens; None if it cannot be.
 
     Args:
         tokens: [n_tokens, in_features], contiguous, up to MOST_BOUND_TOKENS rows.
-        packed, bias: as for :func:`nm_linear`. Repetitions take tokens, values, metadata and, if it is there, the bias.
+        packed: an n:m weight, or a quantized weight that is not pruned. Repetitions take tokens, the weight's tensors
+            and, if it is there, the bias.
+        bias: [out_features] or None.
     """
     check_linear(tokens, packed, bias)
     packed.check_tensors()
-    tokens = tokens.detach()
-    with torch.cuda.device_of(tokens):
-        sources = (tokens, packed.values, packed.meta, *(() if bias is None else (bias,)))
-        return recorded(lambda: nm_linear_launched(tokens, packed, bias), *sources)
+    return bound(lambda own: nm_linear_launched(own, packed, bias), tokens, packed.tensors.values(), bias)
 
 
 def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,22 +71,6 @@ def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tens
     if bias is not None:
         outputs = outputs + bias.float()
     return outputs.to(tokens.dtype)
-
-
-def check_linear(tokens: torch.Tensor, packed: PackedNM | PackedRows | PackedDense, bias: torch.Tensor | None) -> None:
-    """Raise ArgumentError if the product with a packed weight does not support the shapes or dtypes."""
-    out_features, in_features = packed.shape
-    if tokens.dim() < 1 or tokens.shape[-1] != in_features:
-        raise ArgumentError(
-            f"tokens must be [..., {in_features}] for a weight {packed.shape}, got shape {tuple(tokens.shape)}"
-        )
-    if tokens.dtype not in DTYPES or packed.dtype not in DTYPES:
-        raise ArgumentError(
-            "tokens and weight must be float32, float16 or bfloat16, "
-            f"got {tokens.dtype} and {packed.dtype}: convert them"
-        )
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ArgumentError(f"bias must be [{out_features}] for a weight {packed.shape}, got {tuple(bias.shape)}")
 
 
 def _by_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:
@@ -112,17 +89,6 @@ def _nm_linear_triton(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor
     return of_shape(nm_linear_launched(rows_of(tokens.detach()), packed, bias), tokens)
 
 
-def rows_of(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens [..., in_features] as [n_tokens, in_features], without a graph."""
-    return tokens if tokens.dim() == 2 else tokens.detach().reshape(-1, tokens.shape[-1])
-
-
-def of_shape(outputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Outputs [n_tokens, out_features] in the dtype of ``tokens`` [..., in_features], and in their shape."""
-    outputs = outputs.to(tokens.dtype)
-    return outputs if tokens.dim() == 2 else outputs.reshape(*tokens.shape[:-1], outputs.shape[1])
-
-
 def nm_linear_launched(tokens: torch.Tensor, packed: PackedNM | PackedDense, bias: torch.Tensor | None) -> torch.Tensor:
     """Launch the kernels for tokens [n_tokens, in_features]."""
     if tokens.stride(1) != 1:
@@ -137,26 +103,25 @@ def nm_linear_launched(tokens: torch.Tensor, packed: PackedNM | PackedDense, bia
         return nm_linear_dot(tokens, packed, bias)
     if packed.absmax is not None and launch_packed.suits_nm_linear_few_bits(tokens):
         return nm_linear_few_bits(tokens, packed, bias)
-    outputs = new(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
     tile = launch_packed.nm_linear(packed.values, n_tokens, cols)
-    blocks = {"TOKENS": tile.tokens, "BLOCK_ROWS": tile.block_rows}
-    for some_tokens, some_outputs in launch_packed.within_grid(tokens, outputs, tile.tokens):
-        n_tokens = len(some_tokens)
-        grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(n_tokens, tile.tokens))
-        sizes = n_tokens, rows, cols, tokens.stride(0)
-        arguments = (some_tokens, packed.values, packed.meta, bias, some_outputs, *sizes)
-        if two_of_four:
-            body, split = _two_of_four_body, min(2 * tile.vector, launch.vector(tokens))
-            constants = {"VECTOR": tile.vector, "SPLIT": split, "LANES": tile.threads}
-        elif packed.absmax is not None:
-            assert packed.bits is not None
-            body, arguments = _few_bits_body, (*arguments, packed.absmax)
-            constants = {"GROUP": packed.group, "BITS": packed.bits, "LARGEST": few_bits.LARGEST[packed.bits]}
-            constants |= {"N": packed.n, "M": packed.m, "BLOCK_COLS": 4 * tile.threads}
-        else:
-            body, constants = _any_pattern_body, {"N": packed.n, "M": packed.m, "BLOCK_COLS": 4 * tile.threads}
-        bound_launch.launch(body, grid, arguments, {**constants, **blocks}, num_warps=tile.num_warps)
-    return outputs
+    constants: dict[str, object] = {"TOKENS": tile.tokens, "BLOCK_ROWS": tile.block_rows}
+    more = ()
+    if two_of_four:
+        body, split = _two_of_four_body, min(2 * tile.vector, launch.vector(tokens))
+        constants |= {"VECTOR": tile.vector, "SPLIT": split, "LANES": tile.threads}
+    else:
+        body = _any_pattern_body
+        constants |= {"N": packed.n, "M": packed.m, "BLOCK_COLS": 4 * tile.threads}
+    if packed.absmax is not None:
+        body, more = _few_bits_body, (packed.absmax,)
+        constants |= few_bits_constants(packed)
+    return launched(
+        *(body, tokens, (packed.values, packed.meta), bias, rows, *more),
+        block_rows=tile.block_rows,
+        block_tokens=tile.tokens,
+        constants=constants,
+        num_warps=tile.num_warps,
+    )
 
 
 def _work(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> Work:

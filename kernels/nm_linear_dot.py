@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from . import bound_launch, launch, launch_packed
+from . import launch_packed
 from .backend import interpreting
-from .bound_launch import new
+from .linear_call import launched
 from .op import launch_metadata
 from .packed_nm import PackedNM
 from .registers import bits_of, spread, unzip, zipped
@@ -26,44 +26,29 @@ def nm_linear_dot(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | N
 
     Called by :func:`~ace_triton.kernels.nm_linear.nm_linear`, which has checked the arguments; no size is 0.
     """
-    n_tokens, cols = tokens.shape
-    rows = packed.shape[0]
-    tile = launch_packed.nm_linear_dot(packed.values, n_tokens)
-    outputs = new(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
-    pieces = launch_packed.within_grid(tokens, outputs, tile.tokens)
-    if tile.splits > 1:
-        sums = new(tile.splits, n_tokens, rows, dtype=torch.float32, device=tokens.device)
-        pieces = ((tokens, sums),)  # splits are used only for few tokens, which fit one launch
+    rows, cols = packed.shape
+    tile = launch_packed.nm_linear_dot(packed.values, len(tokens))
     width = 32 * tile.words
-    trips = triton.cdiv(triton.cdiv(cols, width), tile.splits)
-    for some_tokens, target in pieces:
-        grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(len(some_tokens), tile.tokens), tile.splits)
-        sizes = len(some_tokens), rows, cols, tokens.stride(0), trips
-        arguments = (some_tokens, packed.values, packed.meta, bias if tile.splits == 1 else None, target, *sizes)
-        constants = {
-            "TOKENS": tile.tokens,
-            "BLOCK_ROWS": tile.block_rows,
-            "WORDS": tile.words,
-            "VECTOR": tile.vector,
-            "RUN": tile.run,
-            "EVEN": cols % width == 0,
-            "WARPS": tile.num_warps,
-            "WIDEN": interpreting(),
-        }
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        bound_launch.launch(_dot_body, grid, arguments, constants, **options)
-    if tile.splits > 1:
-        add_splits(sums, bias, outputs)
-    return outputs
-
-
-def add_splits(sums: torch.Tensor, bias: torch.Tensor | None, outputs: torch.Tensor) -> None:
-    """Store the outputs [n_tokens, rows] of fp32 ``sums`` [splits, n_tokens, rows] over all splits of the inputs."""
-    splits, n_tokens, rows = sums.shape
-    block = launch.WARPS * launch.lanes(sums.device) * 4
-    grid = (triton.cdiv(rows, block), n_tokens)
-    arguments = (sums, bias, outputs, n_tokens, rows, splits)
-    bound_launch.launch(_add_splits, grid, arguments, {"BLOCK": block}, num_warps=launch.WARPS)
+    constants = {
+        "TOKENS": tile.tokens,
+        "BLOCK_ROWS": tile.block_rows,
+        "WORDS": tile.words,
+        "VECTOR": tile.vector,
+        "RUN": tile.run,
+        "EVEN": cols % width == 0,
+        "WARPS": tile.num_warps,
+        "WIDEN": interpreting(),
+    }
+    return launched(
+        *(_dot_body, tokens, (packed.values, packed.meta), bias, rows),
+        triton.cdiv(triton.cdiv(cols, width), tile.splits),
+        block_rows=tile.block_rows,
+        block_tokens=tile.tokens,
+        constants=constants,
+        splits=tile.splits,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 @triton.jit(launch_metadata=launch_metadata)
@@ -139,16 +124,3 @@ def _loaded(line, place, first, size, EVEN: tl.constexpr):
     else:
         found = tl.load(line + place + first, mask=place + first < size, other=0)
     return found
-
-
-@triton.jit(launch_metadata=launch_metadata)
-def _add_splits(sums_ptr, bias_ptr, outputs_ptr, n_tokens, rows, splits, BLOCK: tl.constexpr):
-    """Add the sums of all splits for one token, from the first split to the last, and the bias."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.program_id(1).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in tl.range(splits):
-        total += tl.load(sums_ptr + (split * n_tokens + token) * rows + i, mask=i < rows, other=0.0)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + i, mask=i < rows, other=0.0).to(tl.float32)
-    tl.store(outputs_ptr + token * rows + i, total.to(outputs_ptr.dtype.element_ty), mask=i < rows)

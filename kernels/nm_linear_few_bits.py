@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import torch
 
-from . import bound_launch, few_bits, launch_packed
+from . import launch_packed
 from .backend import interpreting
-from .bound_launch import new
-from .nm_linear_dot import add_splits
+from .linear_call import few_bits_constants, launched
 from .op import launch_metadata
 from .packed_dense import PackedDense
 from .packed_nm import PackedNM
@@ -30,36 +29,24 @@ def nm_linear_few_bits(tokens: torch.Tensor, packed: PackedNM | PackedDense, bia
 
     Called by :func:`~ace_triton.kernels.nm_linear.nm_linear`, which has checked the arguments; no size is 0.
     """
-    assert packed.absmax is not None
-    assert packed.bits is not None
-    n_tokens, cols = tokens.shape
-    rows = packed.shape[0]
-    tile = launch_packed.nm_linear_few_bits(packed.values, n_tokens, cols)
-    outputs = new(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
-    pieces = launch_packed.within_grid(tokens, outputs, tile.tokens)
-    if tile.splits > 1:
-        sums = new(tile.splits, n_tokens, rows, dtype=torch.float32, device=tokens.device)
-        pieces = ((tokens, sums),)  # splits are used only for few tokens, which fit one launch
-    constants = {
-        "GROUP": packed.group,
-        "BITS": packed.bits,
-        "LARGEST": few_bits.LARGEST[packed.bits],
+    rows, cols = packed.shape
+    tile = launch_packed.nm_linear_few_bits(packed.values, len(tokens), cols)
+    constants = few_bits_constants(packed) | {
         "N": packed.n,
         "M": packed.m,
         "TOKENS": tile.tokens,
         "BLOCK_ROWS": tile.block_rows,
         "WIDEN": interpreting(),
     }
-    trips = triton.cdiv(triton.cdiv(cols, 32), tile.splits)
-    for some_tokens, target in pieces:
-        grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(len(some_tokens), tile.tokens), tile.splits)
-        sizes = len(some_tokens), rows, cols, tokens.stride(0), trips
-        own_bias = bias if tile.splits == 1 else None
-        arguments = (some_tokens, packed.values, packed.meta, packed.absmax, own_bias, target, *sizes)
-        bound_launch.launch(_few_bits_dot_body, grid, arguments, constants, num_warps=tile.num_warps)
-    if tile.splits > 1:
-        add_splits(sums, bias, outputs)
-    return outputs
+    return launched(
+        *(_few_bits_dot_body, tokens, (packed.values, packed.meta, packed.absmax), bias, rows),
+        triton.cdiv(triton.cdiv(cols, 32), tile.splits),
+        block_rows=tile.block_rows,
+        block_tokens=tile.tokens,
+        constants=constants,
+        splits=tile.splits,
+        num_warps=tile.num_warps,
+    )
 
 
 @triton.jit(launch_metadata=launch_metadata)

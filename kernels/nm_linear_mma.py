@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import torch
 
-from . import bound_launch, few_bits, launch_packed
+from . import launch_packed
 from .backend import interpreting
-from .bound_launch import BoundCall, new, recorded
+from .bound_launch import BoundCall
 from .errors import ArgumentError
 from .launch import is_aligned
+from .linear_call import bound, check_linear, few_bits_constants, launched, of_shape, rows_of
 from .mma_sp import FIRST_TWO, LANES, ROWS, loaded_word, loaded_words, store_tiles, with_products, zero_sums
-from .nm_linear import check_linear, nm_linear_launched, nm_linear_reference, of_shape, rows_of
+from .nm_linear import nm_linear_launched, nm_linear_reference
 from .nm_linear_mma_few_bits import few_bits_mma_body
 from .op import Op, Work, bytes_of, launch_metadata
 from .packed_nm import PackedNM, unpack_bits
@@ -139,10 +140,8 @@ def bound_nm_linear_mma(
     """
     check_linear(tokens, packed, bias)
     _check(tokens, packed, fragments)
-    tokens = tokens.detach()
-    with torch.cuda.device_of(tokens):
-        sources = (tokens, *packed.tensors.values(), fragments, *(() if bias is None else (bias,)))
-        return recorded(lambda: _launched(tokens, packed, fragments, bias), *sources)
+    operands = *packed.tensors.values(), fragments
+    return bound(lambda own: _launched(own, packed, fragments, bias), tokens, operands, bias)
 
 
 def nm_linear_mma_reference(
@@ -185,9 +184,8 @@ def _launched(
         return nm_linear_launched(tokens, packed, bias)
     if tokens.stride(1) != 1 or tokens.stride(0) % 2 or not is_aligned(tokens):
         tokens = tokens.clone(memory_format=torch.contiguous_format)
-    outputs = new(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
     tile = launch_packed.nm_linear_mma(rows, cols // span_of(packed), n_tokens, packed.bits)
-    body, scales = _mma_body, ()
+    body, more = _mma_body, ()
     constants: dict[str, object] = {
         "BF16": tokens.dtype == torch.bfloat16,
         "ROW_TILES": tile.row_tiles,
@@ -196,15 +194,16 @@ def _launched(
         "EVEN": cols % (span_of(packed) * tile.spans * tile.num_warps) == 0,
         "WARPS": tile.num_warps,
     }
-    if packed.bits is not None:
-        body, scales = few_bits_mma_body, (packed.absmax,)
-        constants |= {"GROUP": packed.group, "BITS": packed.bits, "LARGEST": few_bits.LARGEST[packed.bits]}
-    for some_tokens, some_outputs in launch_packed.within_grid(tokens, outputs, 8 * tile.token_tiles):
-        grid = (triton.cdiv(rows, ROWS * tile.row_tiles), triton.cdiv(len(some_tokens), 8 * tile.token_tiles))
-        sizes = len(some_tokens), rows, cols, tokens.stride(0)
-        arguments = (some_tokens, packed.values, fragments, bias, some_outputs, *sizes, *scales)
-        bound_launch.launch(body, grid, arguments, constants, num_warps=tile.num_warps)
-    return outputs
+    if packed.absmax is not None:
+        body, more = few_bits_mma_body, (packed.absmax,)
+        constants |= few_bits_constants(packed)
+    return launched(
+        *(body, tokens, (packed.values, fragments), bias, rows, *more),
+        block_rows=ROWS * tile.row_tiles,
+        block_tokens=8 * tile.token_tiles,
+        constants=constants,
+        num_warps=tile.num_warps,
+    )
 
 
 def _work(tokens: torch.Tensor, packed: PackedNM, fragments: torch.Tensor, bias: torch.Tensor | None) -> Work:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import launch
+from . import launch_sums
 from .op import launch_metadata
 from .triton_import import tl, triton
 from .weighted_squares import MOST_LAYERS
@@ -29,7 +29,7 @@ def output_norms(outputs: Sequence[torch.Tensor], flags: torch.Tensor | None) ->
     n_tokens = len(outputs[0])
     outputs = tuple(output if output.stride(1) == 1 else output.contiguous() for output in outputs)
     widest = max(outputs, key=lambda output: output.shape[1])
-    tile = launch.along_rows_of(widest, len(outputs))
+    tile = launch_sums.along_rows_of(widest, len(outputs))
     blocks = triton.cdiv(n_tokens, tile.block_rows * tile.trips)
     inverses, parts = (
         torch.empty(size, dtype=torch.float32, device=widest.device)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 
 from . import cpu_packed
-from .nm_linear import check_linear, nm_linear_launched, of_shape, rows_of
+from .linear_call import check_linear, of_shape, rows_of
+from .nm_linear import nm_linear_launched
 from .op import Op, Work, bytes_of
 from .packed_dense import PackedDense, dequantize_dense
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 
 from . import cpu_packed, launch_packed
-from .nm_linear import add_products, check_linear, of_shape, rows_of, store_sums
+from .bound_launch import BoundCall
+from .linear_call import bound, check_linear, launched, of_shape, rows_of
+from .nm_linear import add_products, store_sums
 from .op import Op, Work, bytes_of, launch_metadata
 from .pack_rows import load_kept, row_of, unpack_rows_reference
 from .packed_rows import PackedRows
@@ -30,6 +32,21 @@ def rows_linear(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | N
     return ROWS_LINEAR.on(tokens, packed.values, packed.meta, packed.starts, bias)(tokens, packed, bias)
 
 
+def bound_rows_linear(
+    tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, BoundCall | None]:
+    """As :func:`rows_linear` on a GPU, and the same call to be repeated with other tokens; None if it cannot be.
+
+    Args:
+        tokens: [n_tokens, in_features], contiguous, up to MOST_BOUND_TOKENS rows.
+        packed: the weight. Repetitions take tokens, the weight's tensors and, if it is there, the bias.
+        bias: [out_features] or None.
+    """
+    check_linear(tokens, packed, bias)
+    packed.check_tensors()
+    return bound(lambda own: _launched(own, packed, bias), tokens, packed.tensors.values(), bias)
+
+
 def rows_linear_reference(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The outputs, computed with plain torch from the dense weight in fp32."""
     outputs = tokens.float() @ unpack_rows_reference(packed).float().t()
@@ -49,24 +66,24 @@ def _rows_linear_cpu(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tenso
 
 def _rows_linear_triton(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
     packed.check_tensors()
-    given = rows_of(tokens.detach())
-    if given.stride(1) != 1:
-        given = given.contiguous()
-    (n_tokens, cols), rows = given.shape, packed.shape[0]
-    outputs = torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
-    if outputs.numel():
-        tile = launch_packed.rows_linear(packed.meta, n_tokens)
-        for some_tokens, some_outputs in launch_packed.within_grid(given, outputs, tile.tokens):
-            grid = (triton.cdiv(rows, tile.block_rows), triton.cdiv(len(some_tokens), tile.tokens))
-            _rows_linear_body[grid](
-                *(some_tokens, packed.values, packed.meta, packed.starts, bias, some_outputs),
-                *(len(some_tokens), len(packed.values), rows, cols, given.stride(0)),
-                TOKENS=tile.tokens,
-                BLOCK_ROWS=tile.block_rows,
-                WORDS=tile.words,
-                num_warps=tile.num_warps,
-            )
-    return of_shape(outputs, tokens)
+    return of_shape(_launched(rows_of(tokens.detach()), packed, bias), tokens)
+
+
+def _launched(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:
+    """Launch the kernel for tokens [n_tokens, in_features]."""
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    n_tokens, rows = len(tokens), packed.shape[0]
+    if not n_tokens * rows:
+        return torch.empty(n_tokens, rows, dtype=tokens.dtype, device=tokens.device)
+    tile = launch_packed.rows_linear(packed.meta, n_tokens)
+    return launched(
+        *(_rows_linear_body, tokens, (packed.values, packed.meta, packed.starts), bias, rows, len(packed.values)),
+        block_rows=tile.block_rows,
+        block_tokens=tile.tokens,
+        constants={"TOKENS": tile.tokens, "BLOCK_ROWS": tile.block_rows, "WORDS": tile.words},
+        num_warps=tile.num_warps,
+    )
 
 
 def _work(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> Work:
@@ -90,10 +107,10 @@ def _rows_linear_body(
     bias_ptr,
     outputs_ptr,
     n_tokens,
-    n_values,
     rows,
     cols,
     stride,
+    n_values,
     TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     WORDS: tl.constexpr,

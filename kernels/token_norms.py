@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu, launch
+from . import cpu, launch_sums
 from .errors import ArgumentError
 from .op import Op, Work, launch_metadata
 from .triton_import import tl, triton
@@ -35,7 +35,7 @@ def _token_norms_triton(outputs: torch.Tensor) -> torch.Tensor:
     n_tokens, cols = outputs.shape
     norms = torch.empty(n_tokens, dtype=torch.float32, device=outputs.device)
     if n_tokens:
-        tile = launch.along_rows(outputs)
+        tile = launch_sums.along_rows(outputs)
         _sum_squares[(triton.cdiv(n_tokens, tile.block_rows),)](
             *(outputs, norms, n_tokens, cols, outputs.stride(0)),
             BLOCK_ROWS=tile.block_rows,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import launch
+from . import launch, launch_sums
 from .errors import ArgumentError
 from .moments import as_sequences, moments_reference
 from .op import Op, Work, bytes_of
@@ -182,7 +182,7 @@ def _token_statistics_triton(
     flags = None if valid is None else valid.contiguous().view(torch.uint8)
     sequences, length, cols = tokens.shape
     n_layers, n_tokens = len(outputs), sequences * length
-    tile = launch.moments(tokens)
+    tile = launch_sums.moments(tokens)
     across, chunks = triton.cdiv(cols, tile.block_cols), triton.cdiv(length, tile.chunk)
     parts = chunks * triton.cdiv(sequences, tile.sequences)
 

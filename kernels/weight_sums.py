@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import cpu, launch
+from . import cpu, launch_sums
 from .column_scale import ColumnScale, column_scale_reference, column_scale_work, rules, scale_at
 from .errors import ArgumentError
 from .finite import not_finite_reference, note_not_finite
@@ -199,7 +199,7 @@ def _sums_triton(weight: torch.Tensor, inverse: bool = False, scale: ColumnScale
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     rows, cols = weight.shape
-    tile = launch.weight_sums(weight)
+    tile = launch_sums.weight_sums(weight)
     across = triton.cdiv(cols, tile.pieces * tile.block_cols)
     down = triton.cdiv(rows, tile.block_rows * tile.trips)
     row_parts, row_sums = (torch.empty(n, rows, dtype=torch.float32, device=weight.device) for n in (across, 1))

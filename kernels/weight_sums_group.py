@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import cpu, launch
+from . import cpu, launch_sums
 from .errors import ArgumentError
 from .finite import new_flag
 from .finite_check import FiniteCheck
@@ -98,7 +98,7 @@ def _by_triton(weights: Sequence[torch.Tensor]) -> list[ScoreTerms]:
 def _launch(weights: Sequence[torch.Tensor], aligned: bool) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The inverse row and column sums of weights of one kind, and a flag for each that is non-zero if not finite."""
     device, like = weights[0].device, weights[0]
-    tiles = [launch.weight_sums(weight) for weight in weights]
+    tiles = [launch_sums.weight_sums(weight) for weight in weights]
     pieces = max(tile.pieces for tile in tiles)
     sizes: list[int] = []
     numbers: list[tuple[int, int]] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu, launch
+from . import cpu, launch_sums
 from .errors import ArgumentError
 from .op import Op, Work, bytes_of, launch_metadata
 from .triton_import import tl, triton
@@ -57,7 +57,7 @@ def _weighted_squares_triton(tokens: torch.Tensor, weights: torch.Tensor) -> tor
         tokens = tokens.contiguous()
     n_tokens, cols = tokens.shape
     layers = weights.shape[0]
-    tile = launch.down_rows(n_tokens, tokens)
+    tile = launch_sums.down_rows(n_tokens, tokens)
     across, down = triton.cdiv(cols, tile.block_cols), triton.cdiv(n_tokens, tile.block_rows * tile.trips)
     parts = torch.empty(down, layers, cols, dtype=torch.float32, device=tokens.device)
     if tokens.numel():

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from ace_triton import ActivationStats, NMLinear, PruneError, Recipe, prune_linear, prune_model
+from ace_triton import ActivationStats, NMLinear, PruneError, Recipe, RowLimits, prune_linear, prune_model
 from ace_triton.checked_terms import read_checks
-from ace_triton.kernels import launch
+from ace_triton.kernels import launch, launch_sums
 from ace_triton.kernels.coupling import coupling, coupling_reference
 from ace_triton.kernels.divergence import divergence, divergence_reference
 from ace_triton.kernels.finite import all_finite
@@ -27,6 +27,9 @@ from ace_triton.kernels.score_terms import ScoreTerms
 from ace_triton.kernels.select_nm import select_nm, select_nm_reference
 from ace_triton.kernels.unpack_nm import unpack_nm
 from ace_triton.kernels.weight_sums import keep_relative_importance, weight_sums, weight_sums_reference
+from ace_triton.packed.dispatch import multiply
+from ace_triton.packed.quantized_linear import QuantizedLinear
+from ace_triton.packed.rows_linear import RowsLinear
 from ace_triton.prune import prune_checked
 from ace_triton.statistics.outputs import OutputStats
 from ace_triton.timing import Stopwatch
@@ -104,16 +107,24 @@ def test_pruning_does_not_wait_for_checks(method):
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-def test_a_bound_launch_gives_the_same(rows):
-    layer, packed = packed_layer()
+@pytest.mark.parametrize("form", ["2:4", "2:4, 8 bits", "dense, 4 bits", "rows"])
+def test_a_bound_launch_gives_the_same(form, rows):
+    layer, _ = packed_layer()
+    packed = {
+        "2:4": lambda: NMLinear.from_linear(layer, 2, 4),
+        "2:4, 8 bits": lambda: NMLinear.from_linear(layer, 2, 4, bits=8),
+        "dense, 4 bits": lambda: QuantizedLinear.from_linear(layer, 4, 128, RowLimits(16)),
+        "rows": lambda: RowsLinear.from_linear(layer, RowLimits(16)),
+    }[form]()
     every = torch.randn(3, rows, 512, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         packed(every[0])
         with no_waits():
             got = [packed(tokens) for tokens in every]
         for tokens, outputs in zip(every, got, strict=True):
-            assert torch.equal(outputs, nm_linear(tokens, packed.packed, packed.bias))
-            torch.testing.assert_close(outputs, layer(tokens), rtol=2e-2, atol=2e-2)
+            assert torch.equal(outputs, multiply(tokens, packed.packed, packed.bias, packed.limits))
+            expected = tokens.float() @ packed.unpack().float().t() + packed.bias.float()
+            torch.testing.assert_close(outputs.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_stages_are_charged_with_what_they_launch():
@@ -228,7 +239,7 @@ def test_sums_are_planned_for_this_gpu():
     device = torch.device("cuda", 0)
     there = torch.cuda.get_device_properties(device).multi_processor_count
     assert launch.multiprocessors(device) == there
-    assert launch.sum_warps(device) % there == 0
+    assert launch_sums.sum_warps(device) % there == 0
 
 
 @pytest.mark.parametrize("method", ["ace", "wanda"])

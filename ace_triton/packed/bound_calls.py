@@ -10,8 +10,7 @@ from torch.autograd import forward_ad
 
 from ..kernels.backend import backend_of_device
 from ..kernels.bound_launch import BoundCall
-from ..kernels.nm_linear import MOST_BOUND_TOKENS
-from ..kernels.packed_nm import PackedNM
+from ..kernels.linear_call import MOST_BOUND_TOKENS
 from .dispatch import product_for
 from .products import BoundProduct, Product, RowLimits, registry
 
@@ -24,9 +23,9 @@ MOST_CALLS = 16
 
 @dataclass(frozen=True)
 class _Known:
-    """A call: its launches, or None if they cannot be repeated; its product, and what chose it."""
+    """A call: its launches, its product, and what chose it."""
 
-    bound: BoundCall | None
+    bound: BoundCall
     product: BoundProduct
     limits: RowLimits | None
     products: tuple[Product, ...]
@@ -47,34 +46,35 @@ class BoundCalls:
     def outputs(self, layer: PackedLinear, tokens: torch.Tensor) -> torch.Tensor | None:
         """The outputs [..., out_features] if a bound product takes this call and no gradient needs a record of it.
 
-        The first call of a shape goes through the launcher, which compiles the kernel. None if the launcher must take
-        the call.
+        The first call of a shape goes through the launcher, which compiles the kernel. So does the first one after the
+        layer got tensors of another shape or dtype. None if the launcher must take the call.
         """
         if not _is_plain_call(layer, tokens):
             return None
         call = self._calls.get(tokens.shape)
         if call is None or call.limits is not layer.limits or call.products is not registry.products:
             return self._first(layer, tokens)
-        if call.bound is None or (tokens.is_cuda and torch.cuda.current_device() != tokens.device.index):
+        if tokens.is_cuda and torch.cuda.current_device() != tokens.device.index:
             return None
         rows, bias, operands = tokens.view(-1, layer.in_features), layer.bias, call.product.operands(layer)
         sources = (rows, *operands) if bias is None else (rows, *operands, bias)
-        if not call.bound.takes(*sources):
-            return None
-        return call.bound(*sources).view(*tokens.shape[:-1], layer.out_features)
+        if call.bound.takes(*sources):
+            return call.bound(*sources).view(*tokens.shape[:-1], layer.out_features)
+        return None if call.bound.fits(*sources) else self._first(layer, tokens)
 
     def _first(self, layer: PackedLinear, tokens: torch.Tensor) -> torch.Tensor | None:
         rows = tokens.numel() // max(1, layer.in_features)
-        packed = layer.packed
-        if not isinstance(packed, PackedNM) or not 0 < rows <= MOST_BOUND_TOKENS:
+        if not 0 < rows <= MOST_BOUND_TOKENS:
             return None
+        packed = layer.packed
         product = product_for(rows, packed, layer.limits)
         if not isinstance(product, BoundProduct):
             return None
-        if len(self._calls) >= MOST_CALLS:
-            self._calls.clear()
         outputs, bound = product.bound(tokens.view(rows, layer.in_features), packed, layer.bias)
-        self._calls[tokens.shape] = _Known(bound, product, layer.limits, registry.products)
+        if bound is not None:
+            if len(self._calls) >= MOST_CALLS:
+                self._calls.clear()
+            self._calls[tokens.shape] = _Known(bound, product, layer.limits, registry.products)
         return outputs.view(*tokens.shape[:-1], layer.out_features)
 
 
@@ -83,7 +83,7 @@ def _is_plain_call(layer: PackedLinear, tokens: torch.Tensor) -> bool:
     return (
         type(tokens) is torch.Tensor
         and backend_of_device(tokens.device) == "triton"
-        and tokens.dtype == layer.values.dtype
+        and tokens.dtype == layer.dtype
         and tokens.dim() > 0
         and tokens.shape[-1] == layer.in_features
         and tokens.is_contiguous()

@@ -11,12 +11,13 @@ import torch
 from ..kernels import cpu_library, cpu_packed
 from ..kernels.bound_launch import BoundCall
 from ..kernels.expanded_linear import expanded_linear
-from ..kernels.nm_linear import DTYPES, bound_nm_linear, nm_linear
+from ..kernels.linear_call import DTYPES
+from ..kernels.nm_linear import bound_nm_linear, nm_linear
 from ..kernels.packed_dense import PackedDense
 from ..kernels.packed_nm import PackedNM
 from ..kernels.packed_rows import PackedRows
 from ..kernels.quantized_linear import quantized_linear
-from ..kernels.rows_linear import rows_linear
+from ..kernels.rows_linear import bound_rows_linear, rows_linear
 from .products import BoundProduct, Packed, RowLimits
 
 
@@ -80,11 +81,13 @@ class Kernel(BoundProduct):
         return nm_linear(tokens, packed, bias)
 
     def operands(self, layer: Any) -> tuple[torch.Tensor, ...]:
-        return layer.values, layer.meta
+        return tuple(layer.packed.tensors.values())
 
     def bound(
-        self, tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None
+        self, tokens: torch.Tensor, packed: Packed, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, BoundCall | None]:
+        if isinstance(packed, PackedRows):
+            return bound_rows_linear(tokens, packed, bias)
         return bound_nm_linear(tokens, packed, bias)
 
 

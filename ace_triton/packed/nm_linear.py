@@ -14,7 +14,6 @@ from ..kernels.packed_nm import check_meta, check_meta_dtype
 from ..kernels.quantize_nm import quantize_nm
 from ..linears import linear_weight
 from ..solvers.quantize import GROUP
-from .bound_calls import BoundCalls
 from .loaded_values import why_not_loaded
 from .packed_linear import PackedLinear
 from .products import RowLimits
@@ -49,8 +48,6 @@ class NMLinear(PackedLinear):
         self.n, self.m = packed.n, packed.m
         self.group = packed.group
         self.limits = limits
-        if packed.absmax is None:
-            self._bound = BoundCalls()
         self.register_buffer("values", packed.values)
         self.register_buffer("meta", packed.meta)
         self.register_buffer("absmax", packed.absmax)

@@ -42,12 +42,13 @@ class PackedLinear(nn.Module):
     meta: torch.Tensor
     bias: nn.Parameter | None
     limits: RowLimits | None
-    _bound: BoundCalls | None = None
+    _bound: BoundCalls
     _fused: Fused | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self._packed: Packed | None = None
+        self._bound = BoundCalls()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in ``nn.Module``; a replaced buffer, and a dense copy that the limits do not use, are freed at once."""
@@ -119,7 +120,7 @@ class PackedLinear(nn.Module):
             part = fused.outputs(self, tokens)
             if part is not None:
                 return part
-        if self._bound is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             bound = self._bound.outputs(self, tokens)
             if bound is not None:
                 return bound

@@ -51,6 +51,18 @@ class JitLaunch:
         return Specialised(source, options, remaining)
 
 
+@dataclass(frozen=True)
+class CaughtKernel:
+    """Stands in for the compiled kernel that a launch gives, so that launches of it are caught too."""
+
+    kernel: JITFunction
+    options: dict[str, Any]
+    handle: Callable[[JitLaunch], None]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.handle(JitLaunch(self.kernel, grid, arguments, self.options))
+
+
 def launches_on(target: GPUTarget, call: Callable[[], object]) -> list[JitLaunch]:
     """What the public launchers in ``call`` would launch on ``target``, in order."""
     launches: list[JitLaunch] = []
@@ -66,6 +78,8 @@ def caught_launches(
 ) -> Iterator[None]:
     """Run CPU tensors through the Triton bodies, and pass every launch to ``handle`` instead of a driver.
 
+    Repetitions of a recorded call (:mod:`ace_triton.kernels.bound_launch`) are passed to it too.
+
     Args:
         handle: called with each launch, in order.
         lanes: lanes of a warp that the launchers shall plan for (64 on AMD's CDNA).
@@ -73,8 +87,10 @@ def caught_launches(
         before_ampere: whether they shall plan for an NVIDIA GPU older than Ampere.
     """
 
-    def run(kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> None:
+    def run(kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> CaughtKernel:
         handle(JitLaunch(kernel, grid, arguments, keywords))
+        options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}
+        return CaughtKernel(kernel, options, handle)
 
     with (
         mock.patch.dict(os.environ, {backend.ENVIRONMENT_VARIABLE: "triton"}),

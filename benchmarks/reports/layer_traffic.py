@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ace_triton import ActivationStats, prune_linear
-from ace_triton.kernels import launch
+from ace_triton.kernels import launch_sums
 from ace_triton.methods.registry import metric
 from benchmarks.harness.traffic_counter import Counter, Traffic
 
@@ -24,9 +24,14 @@ LAYER_METHODS = ("magnitude", "wanda", "stade", "ria", "saap", "cosp", "varp", "
 
 @contextmanager
 def planned_for(plan: str, whole: tuple[int, ...]) -> Iterator[None]:
-    """Inside, launches use the block sizes that ``launch``'s function ``plan`` gives for tensors of shape ``whole``."""
-    planned = getattr(launch, plan)
-    with mock.patch.object(launch, plan, lambda tensor: planned(torch.empty(whole, dtype=tensor.dtype, device="meta"))):
+    """Inside, launches use the block sizes that the function ``plan`` of ``launch_sums`` gives for tensors of shape
+    ``whole``."""
+    planned = getattr(launch_sums, plan)
+
+    def of_whole(tensor: torch.Tensor) -> object:
+        return planned(torch.empty(whole, dtype=tensor.dtype, device="meta"))
+
+    with mock.patch.object(launch_sums, plan, of_whole):
         yield
 
 

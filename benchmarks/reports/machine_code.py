@@ -1,5 +1,8 @@
 """Compiles every kernel for every target, without a GPU, and reports its machine code in docs/kernels.md.
 
+Machine code is kept in docs/kernels.json (:mod:`benchmarks.harness.code_record`). A run compiles only what changed, and
+one that was stopped resumes.
+
 python -m benchmarks.reports.machine_code [--target sm_103 ...] [--output docs/kernels.md]
 """
 
@@ -18,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ..harness.block_cases import block_cases
+from ..harness.code_record import CodeRecord
 from ..harness.disassembly import MachineCode, read
 from ..harness.jit_launches import JitLaunch, launches_on
 from ..harness.kernel_cases import TOKENS, Case, cosp_select_case, coupling_case, every_case
@@ -79,6 +83,10 @@ which one pass never stores. One pass needs all tokens in one call; streamed sta
 """
 
 
+Codes = dict[str, tuple[JitLaunch, MachineCode]]
+"""The launch of a case and its machine code, by target."""
+
+
 def gpu_target(name: str) -> GPUTarget:
     """``sm_90`` or ``gfx942`` as Triton's target."""
     if name.startswith("sm_"):
@@ -131,7 +139,14 @@ def over_tokens(launch: JitLaunch, code: MachineCode, n_tokens: int) -> Counter[
     return counts
 
 
-def one_pass_lines(dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
+def recorded(case: Case, target_name: str, record: CodeRecord) -> tuple[JitLaunch, MachineCode]:
+    """As :func:`kernel_of`, compiled only if the record does not hold the machine code."""
+    target = gpu_target(target_name)
+    launch = launches_on(target, case.call)[case.launch]
+    return launch, record.code(f"{case.name}, {_name(case.dtype)}, {target_name}", launch, target)
+
+
+def one_pass_lines(record: CodeRecord, dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
     """cosp_select compared with coupling and select_nm."""
     width = TOKENS[2]
     stored, pruned = coupling_case(dtype, "abs"), cosp_select_case(dtype, "abs", "RIA")
@@ -141,52 +156,53 @@ def one_pass_lines(dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:
     for n_tokens in (2048, 16384):
         steps, one, shares = [], [], []
         for gpu in GPUS.values():
-            two = busiest_pipe(over_tokens(*kernel_of(stored, gpu.target), n_tokens), gpu)
+            two = busiest_pipe(over_tokens(*recorded(stored, gpu.target, record), n_tokens), gpu)
             two += (2 * dtype.itemsize + 8) * width**2 / (gpu.terabytes * 1e12)
             steps.append(two)
-            one.append(busiest_pipe(over_tokens(*kernel_of(pruned, gpu.target), n_tokens), gpu))
+            one.append(busiest_pipe(over_tokens(*recorded(pruned, gpu.target, record), n_tokens), gpu))
             shares.append(one[-1] / two)
         yield _row(n_tokens, "coupling, then select_nm, µs", *(f"{seconds * 1e6:.0f}" for seconds in steps))
         yield _row("", "cosp_select, µs", *(f"{seconds * 1e6:.0f}" for seconds in one))
         yield _row("", "share", *(f"{share:.2f}" for share in shares))
 
 
-def report(targets: tuple[str, ...]) -> Iterator[str]:
-    """Lines of docs/kernels.md."""
+def report(targets: tuple[str, ...], record: CodeRecord) -> Iterator[str]:
+    """Lines of docs/kernels.md. The record is written after every case, so that a stopped run loses one at most."""
     yield PREAMBLE
     cases = [*every_case(), *block_cases()]
-    codes = {
-        (case.name, case.dtype, t): kernel_of(case, t)
-        for case in cases
-        for t in targets
-        if not case.nvidia or t.startswith("sm_")
-    }
+    codes: dict[tuple[str, torch.dtype], Codes] = {}
+    for case in cases:
+        there = (target for target in targets if not case.nvidia or target.startswith("sm_"))
+        codes[case.name, case.dtype] = {target: recorded(case, target, record) for target in there}
+        record.write()
     yield "## Registers of a thread\n\nSpilled accesses, if any, in brackets; vector registers on AMD.\n"
     yield _row("kernel", "dtype", *targets)
     yield _row(*["---"] * (2 + len(targets)))
     for case in cases:
-        found = (codes.get((case.name, case.dtype, target)) for target in targets)
-        yield _row(case.name, _name(case.dtype), *(_registers(one[1]) if one else "" for one in found))
+        yield registers_row(case, codes[case.name, case.dtype], targets)
     yield "\n## Instructions and time, for sm_90 unless a column names another GPU\n"
     yield _row("kernel", "dtype", "shared bytes", "occupancy", "loads", "stores", "instructions", *GPUS)
     yield _row(*["---"] * (7 + len(GPUS)))
     for case in cases:
-        launch, code = codes[case.name, case.dtype, "sm_90"]
-        ratios = []
-        for gpu in GPUS.values():
-            counts = per_element(case, *codes[case.name, case.dtype, gpu.target])
-            ratios.append(f"{compute_over_memory(case, counts, gpu):.2f}" if case.moved else "")
-        yield _row(
-            case.name,
-            _name(case.dtype),
-            code.shared,
-            f"{code.occupancy:.0%}",
-            _widths(code.loads),
-            _widths(code.stores),
-            f"{per_element(case, launch, code).total():.1f}" if case.moved else "",
-            *ratios,
-        )
-    yield from one_pass_lines()
+        yield time_row(case, codes[case.name, case.dtype])
+    yield from one_pass_lines(record)
+
+
+def registers_row(case: Case, codes: Codes, targets: tuple[str, ...]) -> str:
+    """A kernel's registers and spills on every target that it runs on."""
+    return _row(case.name, _name(case.dtype), *(_registers(codes[t][1]) if t in codes else "" for t in targets))
+
+
+def time_row(case: Case, codes: Codes) -> str:
+    """A kernel's accesses and instructions on sm_90, and its compute over memory on every GPU."""
+    launch, code = codes["sm_90"]
+    instructions, ratios = "", [""] * len(GPUS)
+    if case.moved:
+        instructions = f"{per_element(case, launch, code).total():.1f}"
+        on_gpu = ((per_element(case, *codes[gpu.target]), gpu) for gpu in GPUS.values())
+        ratios = [f"{compute_over_memory(case, counts, gpu):.2f}" for counts, gpu in on_gpu]
+    accesses = _widths(code.loads), _widths(code.stores)
+    return _row(case.name, _name(case.dtype), code.shared, f"{code.occupancy:.0%}", *accesses, instructions, *ratios)
 
 
 def _registers(code: MachineCode) -> str:
@@ -213,10 +229,13 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("docs/kernels.md"))
     arguments = parser.parse_args()
-    lines = list(report((*TARGETS, *arguments.target)))
     arguments.output.parent.mkdir(exist_ok=True)
+    record = CodeRecord(arguments.output.with_suffix(".json"))
+    lines = list(report((*TARGETS, *arguments.target), record))
+    record.forget_others()
+    record.write()
     arguments.output.write_text("\n".join(lines) + "\n")
-    print(f"wrote {arguments.output}")
+    print(f"wrote {arguments.output}: {record.compiled} kernels compiled, {record.reused} unchanged")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python -m benchmarks.reports.sum_warps [--dry-run]
 
-The launchers take ``launch.SUM_WARPS`` on each multiprocessor, which machine code alone argues for.
+The launchers take ``launch_sums.SUM_WARPS`` on each multiprocessor, which machine code alone argues for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import typer
 
-from ace_triton.kernels import launch
+from ace_triton.kernels import launch_sums
 from ace_triton.kernels.moments import moments
 from ace_triton.kernels.weight_sums import weight_sums
 
@@ -27,7 +27,7 @@ CALLS = 20
 def microseconds(tensor: torch.Tensor, warps: int, stopwatch: Stopwatch) -> float:
     """Of the fastest of CALLS, after one that compiles."""
     operation = weight_sums if tensor.dim() == 2 else moments
-    with mock.patch.object(launch, "SUM_WARPS", warps):
+    with mock.patch.object(launch_sums, "SUM_WARPS", warps):
         operation(tensor)
         return min(stopwatch.time(lambda: operation(tensor)) for _ in range(CALLS)) * 1e6
 

@@ -67,10 +67,12 @@ def started_kernels() -> Iterator[JITFunction]:
             named: list[ast.expr] = []
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 named = [node.func.value]
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "bound_launch.launch":
-                named = node.args[:1]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"bound_launch.launch", "launched"}:
+                first = node.args[0]
+                starred = isinstance(first, ast.Starred) and isinstance(first.value, ast.Tuple)
+                named = first.value.elts[:1] if starred else [first]
             elif isinstance(node, ast.Assign):
-                named = node.value.elts if isinstance(node.value, ast.Tuple) else []
+                named = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
             for name in named:
                 called = getattr(module, getattr(name, "id", ""), None)
                 if isinstance(called, JITFunction):

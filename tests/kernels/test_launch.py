@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ace_triton.kernels import launch
+from ace_triton.kernels import launch, launch_sums
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.moments import moments, moments_reference
 from ace_triton.kernels.weight_sums import weight_sums, weight_sums_reference
@@ -25,14 +25,14 @@ def gpu_of(monkeypatch):
 
 def test_sizes_stay_the_same_without_a_gpu():
     assert launch.multiprocessors(torch.device("cpu")) is None
-    assert launch.sum_warps(torch.device("cpu")) == 1024
+    assert launch_sums.sum_warps(torch.device("cpu")) == 1024
 
 
 @pytest.mark.parametrize("multiprocessors", GPUS.values(), ids=GPUS)
 @pytest.mark.parametrize("shape", [(4096, 11008), (14336, 4096)])
 def test_every_multiprocessor_has_its_share_of_a_weight(gpu_of, multiprocessors, shape):
     gpu_of(multiprocessors)
-    tile = launch.weight_sums(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+    tile = launch_sums.weight_sums(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
     across = math.ceil(shape[1] / (tile.pieces * tile.block_cols))
     programs = across * math.ceil(shape[0] / (tile.block_rows * tile.trips))
     assert 1.5 * multiprocessors <= programs * tile.num_warps / 8 <= 2 * multiprocessors
@@ -43,7 +43,7 @@ def test_every_multiprocessor_has_its_share_of_a_weight(gpu_of, multiprocessors,
 def test_every_multiprocessor_has_its_share_of_a_batch(gpu_of, multiprocessors, shape):
     """At most four programs, which even the smallest of these GPUs runs at once."""
     gpu_of(multiprocessors)
-    tile = launch.moments(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+    tile = launch_sums.moments(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
     parts = math.ceil(shape[0] / tile.sequences) * math.ceil(shape[1] / tile.chunk)
     programs = parts * math.ceil(shape[2] / tile.block_cols)
     assert multiprocessors <= programs * tile.num_warps / 8 <= 4 * multiprocessors

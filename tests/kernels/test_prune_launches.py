@@ -13,7 +13,7 @@ from ace_triton.kernels.finite_check import FiniteCheck
 from ace_triton.kernels.weight_sums import keep_relative_importance
 from ace_triton.prune import prune_checked
 from ace_triton.prune_blocks import check_later
-from ace_triton.prune_together import prune_together
+from ace_triton.prune_together import LayerToPrune, prune_together
 from benchmarks.harness.traffic_counter import Counter
 from benchmarks.reports.block_traffic import SHAPES, block_to_prune
 
@@ -55,6 +55,22 @@ def test_a_layer_of_a_model_is_scored_and_pruned_without_a_wait(method, launches
         prune_linear(alone, stats, method)
         assert torch.equal(layer.weight, alone.weight)
         assert (layer.weight == 0).sum() == layer.weight.numel() / 2
+
+
+@pytest.mark.parametrize(("method", "kernels"), [("magnitude", 2), ("wanda", 2), ("ria", 3), ("ace", 3)])
+def test_a_layer_by_itself_takes_no_more_kernels_than_as_a_group(method, kernels):
+    """A layer by itself has its column vector in the launch that merges its sums. A group has one for all vectors."""
+    (layer, other), (stats, of_other) = layers_of_an_input()
+    with Counter().counting() as alone:
+        prune_linear(layer, stats, method)
+    assert (alone.kernels, alone.waits) == (kernels, 1)
+    unread = []
+    with Counter().counting() as group:
+        weight = other.weight.detach()
+        prune_together([LayerToPrune("layer", other, weight, of_other)], Recipe(method), FiniteCheck(), unread)
+        read_checks(unread)
+    assert group.kernels == kernels + (method in ("ria", "ace"))
+    assert group.waits == 1
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "ace"])

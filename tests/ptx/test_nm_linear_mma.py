@@ -12,7 +12,7 @@ import torch
 
 from ace_triton.kernels import launch_packed
 from ace_triton.kernels.backend import interpreting
-from ace_triton.kernels.nm_linear_mma import fragments_of, nm_linear_mma
+from ace_triton.kernels.nm_linear_mma import bound_nm_linear_mma, fragments_of, nm_linear_mma
 from ace_triton.kernels.pack_nm import pack_nm
 from ace_triton.kernels.quantize_nm import dequantize_nm
 from ace_triton.kernels.score_terms import ScoreTerms
@@ -72,6 +72,21 @@ def test_few_bits_equal_the_dense_product(monkeypatch, target, bits, dtype, shap
         outputs = nm_linear_mma(tokens, packed, fragments_of(packed), bias)
     assert ran == ["few_bits_mma_body"]
     assert torch.equal(outputs, (tokens.float() @ weight.t() + bias.float()).to(dtype))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_repetition_of_a_bound_call_gives_the_same(bits):
+    packed, generator = few_bits_weight((16, 256), bits, 128, torch.bfloat16), torch.Generator().manual_seed(2)
+    fragments, bias = fragments_of(packed), torch.randn(16, generator=generator).bfloat16()
+    tokens = torch.randn(2, 3, 256, generator=generator).bfloat16()
+    with executed_as_ptx("sm_80") as ran:
+        first, call = bound_nm_linear_mma(tokens[0], packed, fragments, bias)
+        assert call is not None
+        second = call(tokens[1], *packed.tensors.values(), fragments, bias)
+        expected = [nm_linear_mma(some, packed, fragments, bias) for some in tokens]
+    assert ran == ["few_bits_mma_body"] * 4
+    assert torch.equal(first, expected[0])
+    assert torch.equal(second, expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

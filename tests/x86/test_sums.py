@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ace_triton.kernels import launch
+from ace_triton.kernels import launch, launch_sums
 from ace_triton.kernels.adamw import GradientMoments, Step, adamw, adamw_reference
 from ace_triton.kernels.backend import interpreting
 from ace_triton.kernels.column_scale import checked_column_scale, column_scale_reference
@@ -237,7 +237,7 @@ def test_moments_of_one_long_sequence_that_starts_late():
 @pytest.mark.parametrize(("dtype", "masked"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_token_statistics(monkeypatch, dtype, masked):
     """Two batches of two layers of different widths, in small tiles and several chunks; padding holds NaN."""
-    monkeypatch.setattr(launch, "moments", lambda tokens: launch.Moments(2, 1, 16, 2, 18, 1))
+    monkeypatch.setattr(launch_sums, "moments", lambda tokens: launch_sums.Moments(2, 1, 16, 2, 18, 1))
     moments, layers, widths = (
         no_moments(200, torch.device("cpu")),
         no_layer_sums(2, 200, torch.device("cpu")),
