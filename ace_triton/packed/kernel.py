@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..kernels import cpu_library, cpu_packed
+from ..kernels.backend import backend_of_device
 from ..kernels.bound_launch import BoundCall
 from ..kernels.expanded_linear import expanded_linear
 from ..kernels.linear_call import DTYPES
@@ -93,7 +94,7 @@ class Kernel(BoundProduct):
 
 def _is_expanded(rows: int, packed: Packed) -> bool:
     """True if a call with this many rows expands the weight."""
-    if packed.dtype != torch.bfloat16 or not packed.values.is_cpu:
+    if packed.dtype != torch.bfloat16 or backend_of_device(packed.values.device) != "cpu":
         return False
     found = expansion()
     return found is not None and rows > FEW_ROWS[found].of_weight(pattern_of(packed), bits_of(packed))
