@@ -171,7 +171,7 @@ def picks(docs: Path) -> list[str]:
 def headline(docs: Path) -> list[str]:
     """The first sentences of the README."""
     decoded = json.loads((docs / "sparse.json").read_text())
-    pair = next(p for p in decoded["pairs"] if p["dtype"] == "bf16")
+    packed = decoded["forms"]["bf16"]["packed"]
     tally = Tally(read_results(docs / "curve"))
     dense = tally.results.dense
     assert dense is not None
@@ -180,8 +180,8 @@ def headline(docs: Path) -> list[str]:
     recovered = points["Wanda, permuted, lstsq, 5 min of recovery"]
     shown = {
         "processor": decoded["setting"]["processor"],
-        "bytes": f"{pair['layer_bytes']:.2f}",
-        "faster": f"{pair['faster']:.2f}",
+        "bytes": f"{packed['layer_bytes']:.2f}",
+        "faster": f"{packed['faster']:.2f}",
         "dense": f"{dense.perplexity:.1f}",
         "pruned": f"{one_shot.perplexity.mean:.1f}",
         "seconds": f"{one_shot.cpu_seconds:.0f}",

@@ -1,9 +1,10 @@
-"""A model pruned to 2:4, dense with zeros and packed: bytes, memory, tokens; writes docs/sparse.{json,md}.
+"""A model pruned to 2:4, dense with zeros and packed: bytes, memory, tokens, a prompt; writes docs/sparse.{json,md}.
 
     python -m benchmarks.reports.sparse
 
-Each side is loaded from its own folder. Memory is measured in a new process for each. Tokens are greedy, in one
-sequence, on one thread; both sides run in turn. Rates are of CPU time and include the prompt.
+Each form is loaded from its own folder. Memory is measured in a new process for each. Tokens are greedy, in one
+sequence, on one thread; all forms run in turn. Rates are of CPU time and include the prompt. A long prompt is timed by
+itself: one forward.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,55 +35,50 @@ from .machines import processor
 
 PATTERN = "2:4"
 SAMPLES, LENGTH = 16, 128
+PROMPT_LENGTH = 512
+FORMS: dict[str, dict[str, Any] | None] = {"dense": None, "packed": {}, "packed, 8 bits": {"bits": 8}}
+"""Options of ``pack_model`` by form; None is not packed."""
 console = Console()
 
 
 @dataclass(frozen=True)
-class Side:
+class Measured:
     """One form of the pruned model.
 
     Attributes:
         file_bytes: bytes of its tensors on disk.
+        layer_bytes: bytes of the pruned layers over their dense bytes.
         resident: memory of a process that loads it and generates.
         tokens_per_second: median over rounds.
+        faster: tokens per second over those of the dense form, median over rounds.
+        same_tokens: number of generated tokens before the first difference from the dense form's.
+        prompt_seconds: of a forward of PROMPT_LENGTH tokens, median over rounds.
+        prompt_faster: the dense form's seconds over these, median over rounds.
     """
 
     file_bytes: int
+    layer_bytes: float
     resident: Resident
     tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Both forms in one dtype.
-
-    Attributes:
-        dtype: "fp32" or "bf16".
-        dense, packed: the model with zeros, and the packed one.
-        layer_bytes: bytes of the packed layers over their dense bytes.
-        faster: tokens per second of the packed form over those of the dense one, median over rounds.
-        same_tokens: number of generated tokens before the first difference.
-    """
-
-    dtype: str
-    dense: Side
-    packed: Side
-    layer_bytes: float
     faster: float
     same_tokens: int
+    prompt_seconds: float
+    prompt_faster: float
 
 
 @dataclass(frozen=True)
-class Generated:
-    """Tokens and times of both sides.
+class Run:
+    """What one form generated, and its CPU seconds by round.
 
     Attributes:
-        tokens: int64 [new_tokens], for each side.
-        seconds: CPU seconds by round, for each side.
+        tokens: int64 [new_tokens].
+        seconds: of generating them.
+        prompt_seconds: of the long prompt.
     """
 
-    tokens: tuple[torch.Tensor, torch.Tensor]
-    seconds: tuple[list[float], list[float]]
+    tokens: torch.Tensor
+    seconds: list[float]
+    prompt_seconds: list[float]
 
 
 def main(
@@ -94,16 +90,18 @@ def main(
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="fp32 or bf16; default: both.")] = None,
     out: Annotated[Path, typer.Option(help="Where to write, without the suffix.")] = Path("docs/sparse"),
 ) -> None:
-    """Prune, save both forms and measure them; write OUT.json and OUT.md."""
+    """Prune, save all forms and measure them; write OUT.json and OUT.md."""
     torch.set_num_threads(1)
     pruned, tokenizer = checkpoint.load(model)
     ids = load_calibration(calibration, tokenizer, samples=SAMPLES, length=LENGTH).ids
     prune_model(pruned, ids, method, PATTERN, sequential="none")
     with tempfile.TemporaryDirectory() as folder:
-        pairs = [
-            measure(label, pruned.to(DTYPES[label]), tokenizer, Path(folder) / label, new_tokens, rounds)
+        forms = {
+            label: measure(
+                pruned.to(DTYPES[label]), tokenizer, Path(folder) / label, long_prompt(ids), new_tokens, rounds
+            )
             for label in dtypes or DTYPES
-        ]
+        }
     setting = {
         "model": "SmolLM2-135M" if model == "smollm2" else Path(model).name,
         "pattern": PATTERN,
@@ -112,11 +110,15 @@ def main(
         "length": LENGTH,
         "prompt": PROMPT,
         "new_tokens": new_tokens,
+        "prompt_length": PROMPT_LENGTH,
         "rounds": rounds,
         "processor": processor(),
         "torch": torch.__version__,
     }
-    content = {"setting": setting, "pairs": [asdict(pair) for pair in pairs]}
+    content = {
+        "setting": setting,
+        "forms": {label: {form: asdict(found) for form, found in of.items()} for label, of in forms.items()},
+    }
     write_json(out.with_suffix(".json"), content)
     lines = page(content)
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
@@ -124,35 +126,71 @@ def main(
         console.print(line, highlight=False)
 
 
-def measure(label: str, model: Any, tokenizer: Any, folder: Path, new_tokens: int, rounds: int) -> Pair:
-    """Save both forms of a pruned model under ``folder`` and measure them."""
-    dense, packed = folder / "dense", folder / "packed"
-    checkpoint.save(model, tokenizer, dense, {})
-    sparse, _ = checkpoint.load(dense)
-    report = pack_model(sparse)
-    save_packed(sparse, tokenizer, packed)
-    del sparse
-    residents = [measure_resident(side, new_tokens) for side in (dense, packed)]
-    generated = generate_in_turn(dense, packed, new_tokens, rounds)
-    rates = [new_tokens / statistics.median(seconds) for seconds in generated.seconds]
-    sides = [
-        Side(sum(file.stat().st_size for file in side.glob("*.safetensors")), resident, rate)
-        for side, resident, rate in zip((dense, packed), residents, rates, strict=True)
-    ]
-    faster = statistics.median(d / p for d, p in zip(*generated.seconds, strict=True))
-    differing = (generated.tokens[0] != generated.tokens[1]).nonzero()
-    same = int(differing[0]) if len(differing) else new_tokens
-    return Pair(label, *sides, report.packed_bytes / report.dense_bytes, faster, same)
+def long_prompt(ids: torch.Tensor) -> torch.Tensor:
+    """The first tokens of calibration sequences, int64 [1, PROMPT_LENGTH]."""
+    return ids.reshape(1, -1)[:, :PROMPT_LENGTH]
+
+
+def measure(
+    model: Any, tokenizer: Any, folder: Path, prompt: torch.Tensor, new_tokens: int, rounds: int
+) -> dict[str, Measured]:
+    """Save all forms of a pruned model under ``folder`` and measure them.
+
+    Args:
+        model: the pruned model, dense.
+        tokenizer: its tokenizer.
+        folder: gets a folder for each form.
+        prompt: int64 [1, n_tokens], the long prompt.
+        new_tokens: number of tokens to generate.
+        rounds: number of rounds that are timed.
+    """
+    layer_bytes = {}
+    for form, options in FORMS.items():
+        place = folder / form
+        if options is None:
+            checkpoint.save(model, tokenizer, place, {})
+            layer_bytes[form] = 1.0
+        else:
+            sparse, _ = checkpoint.load(folder / "dense")
+            report = pack_model(sparse, **options)
+            save_packed(sparse, tokenizer, place)
+            layer_bytes[form] = report.packed_bytes / report.dense_bytes
+    residents = {form: measure_resident(folder / form, new_tokens) for form in FORMS}
+    runs = dict(zip(FORMS, run_in_turn([folder / form for form in FORMS], prompt, new_tokens, rounds), strict=True))
+    dense = runs["dense"]
+    return {
+        form: Measured(
+            sum(file.stat().st_size for file in (folder / form).glob("*.safetensors")),
+            layer_bytes[form],
+            residents[form],
+            new_tokens / statistics.median(run.seconds),
+            ratio(dense.seconds, run.seconds),
+            tokens_in_common(dense.tokens, run.tokens),
+            statistics.median(run.prompt_seconds),
+            ratio(dense.prompt_seconds, run.prompt_seconds),
+        )
+        for form, run in runs.items()
+    }
+
+
+def ratio(dense: Sequence[float], other: Sequence[float]) -> float:
+    """The median of the ratios of two forms' seconds, round by round."""
+    return statistics.median(d / o for d, o in zip(dense, other, strict=True))
+
+
+def tokens_in_common(one: torch.Tensor, other: torch.Tensor) -> int:
+    """The number of tokens before the first difference."""
+    differing = (one != other).nonzero()
+    return int(differing[0]) if len(differing) else len(one)
 
 
 @torch.inference_mode()
-def generate_in_turn(dense: Path, packed: Path, new_tokens: int, rounds: int) -> Generated:
-    """Generate greedy tokens with the models in two folders, in turn; a first round is not timed."""
-    models = [load_model(folder) for folder in (dense, packed)]
-    tokens: list[torch.Tensor] = []
-    seconds: tuple[list[float], list[float]] = ([], [])
+def run_in_turn(folders: Sequence[Path], prompt: torch.Tensor, new_tokens: int, rounds: int) -> list[Run]:
+    """Generate greedy tokens and run a long prompt with models of some folders, in turn; a first round is not timed."""
+    models = [load_model(folder) for folder in folders]
+    runs: list[Run] = []
     for turn in range(rounds + 1):
-        for (model, tokenizer), spent in zip(models, seconds, strict=True):
+        for i, (model, tokenizer) in enumerate(models):
             ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
             start = time.process_time()
             words = model.generate(
@@ -163,38 +201,45 @@ def generate_in_turn(dense: Path, packed: Path, new_tokens: int, rounds: int) ->
                 max_new_tokens=new_tokens,
                 pad_token_id=tokenizer.eos_token_id,
             )
+            generated = time.process_time()
+            model(prompt, logits_to_keep=1)
+            end = time.process_time()
             if turn:
-                spent.append(time.process_time() - start)
+                runs[i].seconds.append(generated - start)
+                runs[i].prompt_seconds.append(end - generated)
             else:
-                tokens.append(words[0, ids.shape[1] :])
-    return Generated((tokens[0], tokens[1]), seconds)
+                runs.append(Run(words[0, ids.shape[1] :], [], []))
+    return runs
 
 
-def table(content: dict[str, Any]) -> list[str]:
-    """Both sides in each dtype, as a Markdown table."""
-    setting, pairs = content["setting"], content["pairs"]
-    sides = [(pair, side) for pair in pairs for side in ("dense", "packed")]
-    given = setting["new_tokens"]
+def table(content: Mapping[str, Any]) -> list[str]:
+    """All forms in each dtype, as a Markdown table."""
+    setting = content["setting"]
+    columns = [(f"{label}, {form}", found) for label, of in content["forms"].items() for form, found in of.items()]
 
-    def row(what: str, cells: list[str]) -> str:
+    def row(what: str, text: Callable[[Mapping[str, Any]], str], *, of_dense: bool = True) -> str:
+        cells = [text(found) if of_dense or not name.endswith("dense") else "" for name, found in columns]
         return f"| {what} | {' | '.join(cells)} |"
 
-    def of_side(text: Callable[[dict[str, Any]], str]) -> list[str]:
-        return [text(pair[side]) for pair, side in sides]
-
-    def of_packed(text: Callable[[dict[str, Any]], str]) -> list[str]:
-        return ["" if side == "dense" else text(pair) for pair, side in sides]
-
     return [
-        row(f"{setting['model']} at {setting['pattern']}", [f"{pair['dtype']}, {side}" for pair, side in sides]),
-        "|---" + "|---:" * len(sides) + "|",
-        row("tensors on disk", of_side(lambda side: megabytes(side["file_bytes"]))),
-        row("packed layers, bytes over dense", of_packed(lambda pair: f"{pair['layer_bytes']:.2f}")),
-        row("resident memory after generating", of_side(lambda side: megabytes(side["resident"]["after"]))),
-        row("resident memory, maximum", of_side(lambda side: megabytes(side["resident"]["peak"]))),
-        row("greedy tokens per second, one thread", of_side(lambda side: f"{side['tokens_per_second']:.1f}")),
-        row("tokens per second, over dense", of_packed(lambda pair: f"{pair['faster']:.2f}x")),
-        row(f"tokens before the first difference, of {given}", of_packed(lambda pair: f"{pair['same_tokens']}")),
+        f"| {setting['model']} at {setting['pattern']} | {' | '.join(name for name, _ in columns)} |",
+        "|---" + "|---:" * len(columns) + "|",
+        row("tensors on disk", lambda found: megabytes(found["file_bytes"])),
+        row("packed layers, bytes over dense", lambda found: f"{found['layer_bytes']:.2f}", of_dense=False),
+        row("resident memory after generating", lambda found: megabytes(found["resident"]["after"])),
+        row("resident memory, maximum", lambda found: megabytes(found["resident"]["peak"])),
+        row("greedy tokens per second, one thread", lambda found: f"{found['tokens_per_second']:.1f}"),
+        row("tokens per second, over dense", lambda found: f"{found['faster']:.2f}x", of_dense=False),
+        row(
+            f"tokens before the first difference, of {setting['new_tokens']}",
+            lambda found: str(found["same_tokens"]),
+            of_dense=False,
+        ),
+        row(
+            f"a prompt of {setting['prompt_length']} tokens, one thread",
+            lambda found: f"{found['prompt_seconds'] * 1000:.0f} ms",
+        ),
+        row("the dense time of the prompt over this", lambda found: f"{found['prompt_faster']:.2f}x", of_dense=False),
     ]
 
 
@@ -211,10 +256,10 @@ def page(content: dict[str, Any]) -> list[str]:
         "",
         f"Measured by `make sparse` on one thread of an {setting['processor']}, torch {setting['torch']}: "
         f"{setting['model']} pruned by {setting['method']} to {setting['pattern']} on {setting['samples']} x "
-        f"{setting['length']} tokens. Each side is loaded from its own folder; memory is that of a new process. "
+        f"{setting['length']} tokens. Each form is loaded from its own folder; memory is that of a new process. "
         "Tokens: "
-        f'{setting["new_tokens"]}, greedy, after "{setting["prompt"]}"; both sides in turn, medians over '
-        f"{setting['rounds']} rounds of CPU time, including the prompt.",
+        f'{setting["new_tokens"]}, greedy, after "{setting["prompt"]}"; all forms in turn, medians over '
+        f"{setting['rounds']} rounds of CPU time, including that prompt. The long prompt is one forward.",
         "",
         *table(content),
     ]

@@ -13,23 +13,25 @@ from ace_triton.packed.dispatch import CPU_LIMITS
 from ace_triton.packed.pack_model import pack_model
 from benchmarks.harness.resident import resident
 from benchmarks.reports.readme import row_limits
-from benchmarks.reports.sparse import generate_in_turn, main, page, table
+from benchmarks.reports.sparse import FORMS, main, page, run_in_turn, table, tokens_in_common
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_both_sides_of_a_tiny_model(tiny_checkpoint, tmp_path):
+def test_all_forms_of_a_tiny_model(tiny_checkpoint, tmp_path):
     out = tmp_path / "sparse"
     main(str(tiny_checkpoint), "pydoc:calibration", new_tokens=6, rounds=2, dtypes=["bf16"], out=out)
     content = json.loads(out.with_suffix(".json").read_text())
-    (pair,) = content["pairs"]
-    dense, packed = pair["dense"], pair["packed"]
-    assert pair["layer_bytes"] == 0.5625
-    assert packed["file_bytes"] < dense["file_bytes"]
-    assert (pair["dtype"], pair["same_tokens"]) == ("bf16", 6)
-    assert min(dense["tokens_per_second"], packed["tokens_per_second"], pair["faster"]) > 0
-    for side in (dense, packed):
-        assert 10**7 < side["resident"]["after"] <= side["resident"]["peak"]
+    forms = content["forms"]["bf16"]
+    assert list(forms) == list(FORMS)
+    dense, packed, eight_bits = forms.values()
+    assert (dense["layer_bytes"], packed["layer_bytes"]) == (1, 0.5625)
+    assert eight_bits["file_bytes"] < packed["file_bytes"] < dense["file_bytes"]
+    assert (dense["same_tokens"], packed["same_tokens"]) == (6, 6)
+    assert (dense["faster"], dense["prompt_faster"]) == (1, 1)
+    for form in forms.values():
+        assert min(form["tokens_per_second"], form["faster"], form["prompt_seconds"], form["prompt_faster"]) > 0
+        assert 10**7 < form["resident"]["after"] <= form["resident"]["peak"]
     assert out.with_suffix(".md").read_text() == "\n".join(page(content)) + "\n"
 
 
@@ -41,10 +43,10 @@ def test_models_that_differ_are_seen_to(tiny_model, tokenizer, tmp_path):
     with torch.no_grad():
         tiny_model.model.embed_tokens.weight.copy_(torch.randn_like(tiny_model.model.embed_tokens.weight))
     save_packed(tiny_model, tokenizer, tmp_path / "other")
-    written = generate_in_turn(tmp_path / "one", tmp_path / "other", 8, 1)
-    assert [len(tokens) for tokens in written.tokens] == [8, 8]
-    assert not torch.equal(*written.tokens)
-    assert [len(seconds) for seconds in written.seconds] == [1, 1]
+    one, other = run_in_turn([tmp_path / "one", tmp_path / "other"], torch.tensor([[3, 4, 5]]), 8, 1)
+    assert (len(one.tokens), len(other.tokens)) == (8, 8)
+    assert tokens_in_common(one.tokens, other.tokens) < 8
+    assert [len(run.seconds) for run in (one, other)] == [len(run.prompt_seconds) for run in (one, other)] == [1, 1]
 
 
 def test_resident_memory_grows_by_what_is_held():
@@ -59,9 +61,9 @@ def test_resident_memory_grows_by_what_is_held():
     assert after.peak >= after.after
 
 
-def test_the_table_has_a_column_for_each_side():
+def test_the_table_has_a_column_for_each_form():
     lines = table(json.loads((ROOT / "docs" / "sparse.json").read_text()))
-    assert {line.count("|") for line in lines} == {6}
+    assert {line.count("|") for line in lines} == {2 + 2 * len(FORMS)}
     assert (ROOT / "docs" / "sparse.md").read_text().endswith("\n".join(lines) + "\n")
 
 
