@@ -25,8 +25,8 @@ def why_not_loaded(
         cols: number of values in a row.
     """
     loaded = state_dict.get(f"{prefix}values", values)
-    same = loaded.is_floating_point() if absmax is None else loaded.dtype == values.dtype
-    if not same:
+    casts = absmax is None and loaded.is_floating_point() and values.is_floating_point()
+    if not casts and loaded.dtype != values.dtype:
         return (
             f"{prefix}values are {loaded.dtype}, but this layer has {values.dtype}: load the weights into a layer with "
             "the same bits"
