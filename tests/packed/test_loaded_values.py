@@ -80,7 +80,9 @@ def test_scales_that_the_layers_dtype_cannot_hold_are_refused_unless_they_are_as
     layer = made(8).half()
     state = layer.state_dict()
     state["absmax"] = state["absmax"].float() * 1e7
-    with pytest.raises(RuntimeError, match=r"absmax exceed the range of torch\.float16: load them into a layer in .*32"):
+    with pytest.raises(
+        RuntimeError, match=r"absmax exceed the range of torch\.float16: load them into a layer in .*32"
+    ):
         layer.load_state_dict(state)
     assert bool(layer.absmax.isfinite().all())
     layer.load_state_dict(state, assign=True)
